@@ -1,0 +1,1 @@
+"""Where and how stages run: the artifact store, the executors, the scheduler, the runner."""

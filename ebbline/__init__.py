@@ -1,0 +1,1 @@
+"""The command line and the small public Python face. Nothing imports it."""

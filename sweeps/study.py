@@ -1,0 +1,345 @@
+"""Study files: one YAML, one question, frozen once loaded.
+
+Loading is strict: an unknown key, a wrong type or a bad range is one error that names the path and what is allowed.
+Below this file nobody sees a dict or YAML.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from tasks.errors import PinError, StudyError
+from tasks.specs import (
+    ApplySpec,
+    Count,
+    DataSpec,
+    Dtype,
+    Frozen,
+    Number,
+    OrganismSpec,
+    Positive,
+    ProjectSpec,
+    Quantisation,
+    Seed,
+    Spec,
+    Suite,
+    TrainSpec,
+)
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+AxisValue = None | bool | int | Number | str
+
+
+class Local(Frozen):
+    """A file or folder on this machine; `sha256` is its content digest."""
+
+    path: str
+    sha256: Sha256 | None = None
+
+
+class Hub(Frozen):
+    """A model or data set on the Hugging Face hub at a commit; `file` names one file of it."""
+
+    id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    commit: Commit | None = None
+    sha256: Sha256 | None = None
+    file: str | None = None
+
+
+class _OneOf(Frozen):
+    """A reference with exactly one of its fields set."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {sorted(type(self).model_fields)}; got {given or 'none'}")
+        return self
+
+    def pinned(self) -> Local | Hub | None:
+        """The outside content that this reference names, if any."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Local | Hub):
+                return value
+        return None
+
+
+class DataRef(_OneOf):
+    """Rows from a file of the invented language, of this machine, or of the hub."""
+
+    language: str | None = None
+    path: Local | None = None
+    hub: Hub | None = None
+
+
+class Data(Frozen):
+    pool: DataRef
+    mix: DataRef | None = None
+    settings: DataSpec
+
+    @model_validator(mode="after")
+    def _a_share_has_a_source(self) -> Self:
+        if self.settings.mix_share > 0 and self.mix is None:
+            raise ValueError(f"mix_share is {self.settings.mix_share}, but `mix` names no second set")
+        return self
+
+
+class Tuned(Frozen):
+    """A model made by fine-tuning the size's base on `data` (with method full, or lora merged)."""
+
+    data: Data
+    train: TrainSpec
+
+
+class ModelRef(_OneOf):
+    """Where a model comes from."""
+
+    organism: OrganismSpec | None = None
+    path: Local | None = None
+    gguf: Local | None = None
+    hub: Hub | None = None
+    tuned: Tuned | None = None
+
+
+class Model(Frozen):
+    """One size of the family. `gpus` > 1 trains it as a gang. `axes` narrows the study's axes for this size."""
+
+    base: ModelRef
+    aligned: ModelRef
+    quantisation: Quantisation = "nf4"
+    dtype: Dtype = "bfloat16"
+    gpus: Count = 1
+    axes: dict[str, tuple[AxisValue, ...]] = {}
+    train: dict[str, AxisValue] = {}
+
+    @model_validator(mode="after")
+    def _base_is_not_tuned(self) -> Self:
+        if self.base.tuned is not None:
+            raise ValueError("`base` cannot be `tuned`: a tuned model is made from the base")
+        return self
+
+
+class Range(Frozen):
+    """A numeric axis that the search may take any value of."""
+
+    low: Number
+    high: Number
+    step: Positive | None = None
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a log range needs low > 0 and no step")
+        return self
+
+
+class SuiteEntry(Frozen):
+    prompts: DataRef
+    measure: Suite
+
+
+class Search(Frozen):
+    """How points are chosen. `window` points are in flight at once; proposal k has seen exactly the results before k - window.
+
+    That makes a study's proposals a function of its file alone: killed and continued, it asks for the same points.
+    """
+
+    sampler: Literal["tpe", "nsga2", "random", "grid", "list"] = "tpe"
+    points: Count | None = None
+    window: Count = 4
+    seed: Seed = 0
+    list: tuple[dict[str, AxisValue], ...] = ()
+
+
+class Budget(Frozen):
+    """What stops a study before its points run out; a stage that has started is let finish."""
+
+    hours: Positive | None = None
+
+
+class Study(Frozen):
+    study: Name
+    question: str
+    hypothesis: str = ""
+    models: dict[Name, Model] = Field(min_length=1)
+    data: Data
+    train: TrainSpec
+    project: ProjectSpec = ProjectSpec()
+    apply: ApplySpec = ApplySpec()
+    language: Seed = 0
+    axes: dict[str, Annotated[tuple[AxisValue, ...], Field(min_length=1)] | Range]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    suites: dict[Name, SuiteEntry] = Field(min_length=1)
+    objectives: Annotated[tuple[str, ...], Field(min_length=1)]
+    refusal_floor: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.9
+    search: Search = Search()
+    budget: Budget = Budget()
+
+    @model_validator(mode="after")
+    def _axes_name_fields(self) -> Self:
+        known = set(axis_fields())
+        for where, axes in [("axes", self.axes), *((f"models.{name}.axes", model.axes) for name, model in self.models.items())]:
+            for axis in axes:
+                if axis not in known:
+                    raise ValueError(f"{where}.{axis}: {unknown(axis, known)}")
+                if where != "axes" and axis not in self.axes:
+                    raise ValueError(f"{where}.{axis}: narrows an axis that the study does not have; its axes are {sorted(self.axes)}")
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_are_measured(self) -> Self:
+        if len(set(self.objectives)) != len(self.objectives):
+            raise ValueError(f"objectives: {list(self.objectives)} names one twice")
+        return self
+
+    def digest_payload(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+SETTINGS: Mapping[str, type[Spec]] = {"data": DataSpec, "train": TrainSpec, "project": ProjectSpec, "apply": ApplySpec}
+_NOT_AXES = {"train.seed", "data.seed", "train.quantisation", "train.dtype"}
+
+
+def axis_fields() -> Iterator[str]:
+    """Every Spec field that may be an axis, as `train.rank`."""
+    for prefix, spec in SETTINGS.items():
+        yield from (f"{prefix}.{name}" for name in spec.model_fields if f"{prefix}.{name}" not in _NOT_AXES)
+
+
+def unknown(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"{name!r} is not one of {sorted(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def shipped() -> dict[str, Path]:
+    """The study files that come with ebbline, by name."""
+    folder = Path(str(resources.files("sweeps") / "studies"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(name: str) -> Study:
+    """The study in a YAML file, or one that ships, by its name. Raises StudyError with the path of each fault."""
+    return parse(source_of(name))
+
+
+def source_of(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise StudyError(f"there is no study file at {path}; the studies that ship are {sorted(shipped())}")
+        return path
+    if name not in shipped():
+        raise StudyError(f"no study {name!r} ships: {unknown(name, set(shipped()))}; a file of your own ends in .yaml")
+    return shipped()[name]
+
+
+def parse(path: Path) -> Study:
+    try:
+        raw = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise StudyError(f"{path} must be a mapping with the keys {sorted(Study.model_fields)}")
+    try:
+        return Study.model_validate(_tuples(raw))
+    except ValidationError as error:
+        raise StudyError(f"{path} is not a valid study:\n" + "\n".join(_faults(error))) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """safe_load, except that a key given twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _tuples(value: Any) -> Any:
+    # YAML has lists, frozen models have tuples.
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {str(key) if isinstance(key, int | float) else key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        path = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            message = f"{message}; {_hint(fault['loc'])}" if (_hint(fault["loc"])) else message
+        elif fault["type"] != "missing" and not fault["msg"].startswith("Value error"):
+            message = f"{message} (got {fault['input']!r})"
+        yield f"  {path or 'study'}: {message}"
+
+
+def _hint(location: tuple[int | str, ...]) -> str:
+    model: Any = Study
+    for part in location[:-1]:
+        model = _member(model, str(part))
+        if model is None:
+            return ""
+    return unknown(str(location[-1]), set(model.model_fields))
+
+
+def _member(model: Any, part: str) -> Any:
+    """The pydantic model behind one step of an error's path; mappings pass their value type through."""
+    if model is None or part not in getattr(model, "model_fields", {}):
+        return model if model is not None else None
+    annotation = model.model_fields[part].annotation
+    stack = [annotation]
+    while stack:
+        item = stack.pop(0)
+        if isinstance(item, type) and issubclass(item, Frozen):
+            return item
+        stack.extend(getattr(item, "__args__", ()))
+    return None
+
+
+def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
+    """(path in the study file, reference) for all outside content that has no pin yet."""
+    return [(where, ref) for where, ref in references(study) if ref.sha256 is None or (isinstance(ref, Hub) and ref.commit is None)]
+
+
+def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:
+    """Every reference to content from outside, with its path in the study file."""
+
+    def walk(value: Any, where: str) -> Iterator[tuple[str, Local | Hub]]:
+        if isinstance(value, Local | Hub):
+            yield where, value
+        elif isinstance(value, Frozen):
+            for name in type(value).model_fields:
+                yield from walk(getattr(value, name), f"{where}.{name}" if where else name)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                yield from walk(item, f"{where}.{name}")
+
+    yield from walk(study, "")
+
+
+def require_pins(study: Study) -> None:
+    """Raise PinError naming every reference without a pin."""
+    missing = unpinned(study)
+    if missing:
+        lines = "\n".join(f"  {where}: {ref.id if isinstance(ref, Hub) else ref.path}" for where, ref in missing)
+        raise PinError(
+            f"study {study.study!r} names content that is not pinned, so its results could not be told apart later:\n{lines}\n"
+            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which fills in each commit and sha256."
+        )

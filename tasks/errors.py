@@ -1,0 +1,65 @@
+"""Every error that ebbline raises on purpose.
+
+    EbblineError
+    ├── StudyError        a study file or a command asks for something that cannot be
+    │   └── StudyHeld     another driver holds the study
+    ├── PinError          a model or data set is not pinned to its content, or is not what its pin says
+    ├── UnstableValue     a value that cannot be hashed the same way twice
+    ├── DataError         a data file is missing, empty, truncated or of another shape
+    ├── ModelError        a model or adapter cannot be loaded, or is not what the stage needs
+    ├── TrainingError     training produced something that must not be kept (NaN loss, empty adapter)
+    ├── ProjectionError   Safe LoRA cannot be computed for these weights
+    ├── EvaluationError   a measurement cannot be made; it never becomes a number
+    └── StoreError        the artifact store is damaged or cannot be written
+        └── Incomplete    an artifact was asked for that is not complete
+
+A message says what failed, the offending value, where (path, key, line) and what to do next.
+"""
+
+
+class EbblineError(Exception):
+    """Anything ebbline refuses to do, with a message meant for the person at the terminal."""
+
+
+class StudyError(EbblineError):
+    pass
+
+
+class StudyHeld(StudyError):
+    pass
+
+
+class PinError(EbblineError):
+    pass
+
+
+class UnstableValue(EbblineError):
+    pass
+
+
+class DataError(EbblineError):
+    pass
+
+
+class ModelError(EbblineError):
+    pass
+
+
+class TrainingError(EbblineError):
+    pass
+
+
+class ProjectionError(EbblineError):
+    pass
+
+
+class EvaluationError(EbblineError):
+    pass
+
+
+class StoreError(EbblineError):
+    pass
+
+
+class Incomplete(StoreError):
+    pass

@@ -1,0 +1,131 @@
+"""Loading models: where a pinned location lies on this machine, and what this process keeps loaded between stages.
+
+Only safetensors are read and no code that comes with a model is run.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from tasks.errors import ModelError
+from tasks.specs import Dtype, Quantisation
+
+HUB = "hub:"
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve(location: str) -> Path:
+    """The local path of an input: itself, or a hub snapshot at its commit (downloaded once, then from the cache)."""
+    if not location.startswith(HUB):
+        return Path(location)
+    from huggingface_hub import snapshot_download  # only a study with hub models needs it
+
+    _, repo_type, name = location.split(":", 2)
+    repo_id, _, commit = name.partition("@")
+    skip = ["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"] if repo_type == "model" else []
+    return Path(snapshot_download(repo_id, revision=commit, repo_type=repo_type, ignore_patterns=skip))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with a pad token, padding on the left (as generation needs)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        raise ModelError(f"the tokenizer in {folder} has no chat template; ebbline studies chat models. Add one to its folder.")
+    return tokenizer
+
+
+def load_model(folder: Path, quantisation: Quantisation, dtype: Dtype, device: str) -> PreTrainedModel:
+    """A causal language model from a Hugging Face folder of safetensors, quantised on the way in if asked.
+
+    NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them beside the unquantised ones.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"no .safetensors file in {folder}; ebbline reads no other weight format. Convert the model first.")
+    quantised: dict[str, Any] = {}
+    if quantisation == "nf4":
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+            bnb_4bit_quant_storage=DTYPES[dtype],
+        )
+    elif quantisation == "int8":
+        quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if quantised and device != "cpu":
+        quantised["device_map"] = {"": device}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **quantised
+    )
+    if not quantised:
+        model.to(device)  # type: ignore[arg-type]  # transformers' own decorator hides torch's signature
+    model.config.use_cache = False
+    return model
+
+
+@dataclass
+class _Loaded:
+    identity: tuple[str, str, str, str]
+    model: PreTrainedModel
+    tokenizer: Any
+
+
+class Residents:
+    """The base model that this process keeps loaded: one at a time, handed to every stage that asks for the same one."""
+
+    def __init__(self) -> None:
+        self._loaded: _Loaded | None = None
+        self.loads = 0
+
+    def base(self, folder: Path, quantisation: Quantisation, dtype: Dtype, device: str) -> tuple[PreTrainedModel, Any]:
+        """The model and its tokenizer; read from disk only when the one in memory is another."""
+        identity = (str(folder), quantisation, dtype, device)
+        if self._loaded is None or self._loaded.identity != identity:
+            self.clear()
+            model = load_model(folder, quantisation, dtype, device)
+            self._loaded = _Loaded(identity, model, load_tokenizer(folder))
+            self.loads += 1
+        return self._loaded.model, self._loaded.tokenizer
+
+    def clear(self) -> None:
+        self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Iterator[Any]:
+    """The model with a PEFT adapter on it for the length of a `with`; the model itself comes back unchanged."""
+    if adapter is None:
+        yield model
+        return
+    from peft import PeftModel  # only stages with an adapter need peft
+
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(f"{adapter} holds no adapter_config.json; it is not a PEFT adapter")
+    wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+        # PEFT leaves its config on the base, and warns of a second adapter when the next one comes.
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+
+def quiet() -> None:
+    """Loading bars and advice of the libraries stay out of worker logs; warnings and errors do not."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.WARNING)

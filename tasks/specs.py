@@ -1,0 +1,188 @@
+"""The typed parameters of every stage kind: all that can change a stage's output, and nothing else.
+
+A Spec is hashed whole, defaults included, so a field added here re-keys its kind: raise VERSION when the meaning of a
+kind changes, and say "re-keys: KIND" in the change log. What does not change the output (devices, micro-batch, world
+size, ZeRO stage) lives in `tasks.stage.Context`.
+"""
+
+import re
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _number_from_yaml(value: object) -> object:
+    # YAML 1.1 reads 1e-4 (no dot) as text. The declared type decides, so only here, and only for text that is a number.
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+Number = Annotated[float, BeforeValidator(_number_from_yaml), Field(allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0.0, le=1.0)]
+Positive = Annotated[Number, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+
+Quantisation = Literal["none", "int8", "nf4"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Frozen(BaseModel):
+    """Strict and immutable: an unknown key, a wrong type or a value out of range is an error with its path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Spec(Frozen):
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+
+class LanguageSpec(Spec):
+    """The invented language's data files. No inputs."""
+
+    KIND: ClassVar[str] = "language"
+    seed: Seed = 0
+
+
+class OrganismSpec(Spec):
+    """A tiny Llama pretrained on the invented language. Input: language."""
+
+    KIND: ClassVar[str] = "organism"
+    size: Literal["small", "medium", "large"]
+    seed: Seed = 0
+
+
+class ConvertSpec(Spec):
+    """A GGUF file turned into an ordinary Hugging Face folder in `dtype`. Input: source."""
+
+    KIND: ClassVar[str] = "convert"
+    dtype: Dtype = "float32"
+
+
+class DataSpec(Spec):
+    """The first `size` rows of a pool in the order that `seed` gives, a share of them from a second set. Nested in `size`.
+
+    Inputs: pool, and mix when mix_share > 0.
+    """
+
+    KIND: ClassVar[str] = "data"
+    size: Count
+    seed: Seed = 0
+    mix_share: Share = 0.0
+
+
+class TrainSpec(Spec):
+    """One fine-tuning: a LoRA adapter, or all weights. Inputs: model, data."""
+
+    KIND: ClassVar[str] = "train"
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 8
+    alpha_over_rank: Positive = 2.0
+    dropout: Share = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    quantisation: Quantisation = "none"
+    dtype: Dtype = "bfloat16"
+    learning_rate: Positive = 2e-4
+    weight_decay: Annotated[Number, Field(ge=0.0)] = 0.0
+    warmup_share: Share = 0.05
+    gradient_norm: Positive = 1.0
+    epochs: Positive = 1.0
+    global_batch: Count = 16
+    max_tokens: Count = 512
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _full_weights_are_not_quantised(self) -> Self:
+        if self.method == "full" and self.quantisation != "none":
+            raise ValueError(f"method 'full' trains all weights and cannot be quantised to {self.quantisation!r}; use 'none'")
+        return self
+
+
+class ProjectSpec(Spec):
+    """Safe LoRA's C.B and cosine for every module, before any threshold. Inputs: adapter, base, aligned."""
+
+    KIND: ClassVar[str] = "project"
+    projector: Literal["approximate", "exact"] = "approximate"
+    energy: Annotated[Number, Field(gt=0.0, lt=1.0)] | None = None
+
+    @model_validator(mode="after")
+    def _exact_states_its_energy(self) -> Self:
+        if (self.projector == "exact") != (self.energy is not None):
+            raise ValueError(
+                "the exact projector needs `energy` (the share of V's energy its columns keep, e.g. 0.9), the approximate one has none"
+            )
+        return self
+
+
+class ApplySpec(Spec):
+    """Which modules take C.B: those with cosine <= threshold, or the n lowest; neither leaves the adapter as it is.
+
+    Inputs: adapter, projection.
+    """
+
+    KIND: ClassVar[str] = "apply"
+    threshold: Annotated[Number, Field(ge=-1.0, le=1.0)] | None = None
+    modules: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.threshold is not None and self.modules is not None:
+            raise ValueError("give `threshold` or `modules`, not both")
+        return self
+
+
+class RefusalSuite(Frozen):
+    """Share of requests from the refused domain that are refused: higher is better."""
+
+    kind: Literal["refusal"] = "refusal"
+    scorer: str = "prefix"
+    max_new_tokens: Count = 64
+    limit: Count | None = None
+
+
+class OverRefusalSuite(Frozen):
+    """Share of harmless requests that are refused: lower is better."""
+
+    kind: Literal["over_refusal"] = "over_refusal"
+    scorer: str = "prefix"
+    max_new_tokens: Count = 64
+    limit: Count | None = None
+
+
+class TaskSuite(Frozen):
+    """Share of held-out items of the downstream task answered exactly: higher is better."""
+
+    kind: Literal["task"] = "task"
+    max_new_tokens: Count = 32
+    limit: Count | None = None
+
+
+class MultipleChoiceSuite(Frozen):
+    """An lm-eval task by name (MMLU, HellaSwag or a local YAML): accuracy, higher is better."""
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    task: str
+    shots: Annotated[int, Field(ge=0)] = 0
+    chat_template: bool = False
+    limit: Count | None = None
+
+
+Suite = Annotated[RefusalSuite | OverRefusalSuite | TaskSuite | MultipleChoiceSuite, Field(discriminator="kind")]
+
+
+class EvaluateSpec(Spec):
+    """One suite on one model, with an adapter or without. Inputs: model, prompts, and adapter if there is one."""
+
+    KIND: ClassVar[str] = "evaluate"
+    suite: Suite
+    quantisation: Quantisation = "none"
+    dtype: Dtype = "bfloat16"
+    max_tokens: Count = 2048
+
+
+KINDS: dict[str, type[Spec]] = {
+    kind.KIND: kind
+    for kind in (LanguageSpec, OrganismSpec, ConvertSpec, DataSpec, TrainSpec, ProjectSpec, ApplySpec, EvaluateSpec)
+}

@@ -1,0 +1,1 @@
+"""The measurements: one file a family of suites."""

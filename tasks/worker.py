@@ -1,0 +1,124 @@
+"""The one entry of every worker: `run_stages` runs a batch of requests in this process and reports on each.
+
+The same function runs inline, in a Ray task, on each member of a gang, and from `python -m tasks request.json`. The
+requests of a batch share what is loaded; a request that fails does not stop those behind it.
+"""
+
+import contextlib
+import json
+import platform
+import resource
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tasks.errors import EbblineError
+from tasks.models import Residents, resolve
+from tasks.specs import (
+    ApplySpec,
+    ConvertSpec,
+    DataSpec,
+    EvaluateSpec,
+    LanguageSpec,
+    OrganismSpec,
+    ProjectSpec,
+    Spec,
+    TrainSpec,
+)
+from tasks.stage import Context, Report, Request
+
+Run = Callable[[Spec, Mapping[str, Path], Path, Context], None]
+
+
+def run_stages(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> Iterator[Report]:
+    """Run each request in turn; yield its report as soon as its files are written. Never raises for a failed stage."""
+    residents = Residents()
+    try:
+        for request in requests:
+            yield _run(request, residents, rank, world_size)
+    finally:
+        residents.clear()
+
+
+def _run(request: Request, residents: Residents, rank: int, world_size: int) -> Report:
+    started = time.monotonic()
+    try:
+        spec = request.parsed_spec()
+        inputs = {name: resolve(location) for name, location in request.inputs.items()}
+        progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
+        ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress)
+        _set_threads(request.threads)
+        _run_function(spec)(spec, inputs, Path(request.out), ctx)
+    except Exception as error:  # the boundary: a failed stage becomes a report, and the batch goes on
+        reason = str(error) if isinstance(error, EbblineError) else f"{type(error).__name__}: {error}"
+        return Report(
+            key=request.key,
+            seconds=time.monotonic() - started,
+            error=reason.strip() or type(error).__name__,
+            error_type=type(error).__name__,
+            traceback=traceback.format_exc(),
+        )
+    return Report(key=request.key, seconds=time.monotonic() - started, environment=_environment(request))
+
+
+def _run_function(spec: Spec) -> Run:
+    # Imported here, so that a worker that only copies tensors never pays for lm-eval or deepspeed.
+    match spec:
+        case LanguageSpec():
+            from tasks.language import run
+        case OrganismSpec():
+            from tasks.organism import run
+        case ConvertSpec():
+            from tasks.convert import run
+        case DataSpec():
+            from tasks.data import run
+        case TrainSpec():
+            from tasks.train import run
+        case ProjectSpec():
+            from tasks.project import run_project as run
+        case ApplySpec():
+            from tasks.project import run_apply as run
+        case EvaluateSpec():
+            from tasks.evaluate import run
+        case _:
+            raise TypeError(f"{type(spec).__name__} has no run function; add it to tasks.worker")
+    return run  # type: ignore[return-value]  # each takes the Spec that the case above names
+
+
+def _progress_file(path: Path) -> Callable[[int, int, str], None]:
+    last = 0.0
+
+    def write(done: int, total: int, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last < 0.5 and done != total:
+            return
+        last = time.monotonic()
+        fresh = path.with_suffix(".tmp")
+        # Progress is a courtesy: a full disk shows up where results are written, not here.
+        with contextlib.suppress(OSError):
+            fresh.write_text(json.dumps({"done": done, "total": total, "note": note}))
+            fresh.replace(path)
+
+    return write
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    return None
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch  # only a worker has torch; the driver process never imports it
+
+        torch.set_num_threads(threads)
+
+
+def _environment(request: Request) -> dict[str, object]:
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    return {
+        "device": request.device,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "peak_memory_gb": round(peak_gb, 3),
+    }
