@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tasks.identity import digest
+from tasks.metrics import Metric
 
 Value = None | bool | int | float | str
 
@@ -32,29 +33,12 @@ class Point:
         return " ".join([self.model, *(f"{axis.split('.')[-1]}={'none' if v is None else v}" for axis, v in self.values)])
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A rate in [0, 1] with its 95% interval.
-
-    `value` is the mean over seeds, `n` the number of samples behind it over all seeds, `low` and `high` the sampling
-    interval; `seeds` keeps each seed's value, whose spread is another thing than the interval.
-    """
-
-    name: str
-    value: float
-    n: int
-    low: float
-    high: float
-    direction: Literal["maximise", "minimise"]
-    seeds: tuple[float, ...] = ()
-
-
 Status = Literal["done", "running", "failed"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One point of a study: its metrics by full name (`refusal.refusal_rate`), or `reason` when it has none.
+    """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds, or `reason` when it has none.
 
     `keys` maps a stage's name (`train[seed=0]`) to its key in the store; `seconds` is what its stages took when they ran,
     whether for this point or for an earlier one that it shares them with.

@@ -113,13 +113,20 @@ class Request:
     kind: str
     spec: Mapping[str, Any]
     inputs: Mapping[str, str]
+    contents: Mapping[str, str]
     out: str
     log: str
     scratch: str
+    gpus: int = 0
     device: str = "cpu"
     threads: int | None = None
     micro_batch: int | None = None
     checkpoint_every_s: float = 60.0
+
+    @property
+    def hashed(self) -> dict[str, Any]:
+        """What the key was made from."""
+        return key_payload(self.parsed_spec(), self.contents)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)

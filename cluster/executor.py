@@ -1,0 +1,80 @@
+"""What every executor is: a place that runs batches of requests. Three abstract verbs, one shared way to commit.
+
+A Job is finished when its process has nothing more to say; its stages are done when their records exist, which may be
+long before. So whoever waits looks at the store, and asks the executor only for what failed or was lost.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.store import Store
+from tasks.stage import Report, Request
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an executor has: GPUs (logical ones on a machine without any) and slots for stages that need none."""
+
+    gpus: int
+    cpus: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch at work: `gpus` is 0 for stages that need none, above 1 for a gang."""
+
+    id: str
+    keys: tuple[str, ...]
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that ended: reports of the stages it got to, and why it was lost if it did not get to all of them."""
+
+    job: Job
+    reports: tuple[Report, ...]
+    lost: str | None = None
+
+
+class Executor(ABC):
+    """Runs batches of requests. `device` is what stages run on: cpu or cuda."""
+
+    device: str
+
+    @abstractmethod
+    def capacity(self) -> Capacity: ...
+
+    @abstractmethod
+    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
+        """Start a batch; its requests share a base model and run in the given order."""
+
+    @abstractmethod
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        """The jobs that ended since the last call, waiting at most `timeout_s` for the first."""
+
+    @abstractmethod
+    def cancel(self, job: Job) -> None:
+        """Stop a job; what it committed stays."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop all jobs and give everything back."""
+
+
+def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> tuple[Report, ...]:
+    """Run a batch in this process and commit each stage as it is done: what inline, Ray tasks and gangs all call."""
+    from tasks.worker import run_stages  # brings torch, which a driver process never needs
+
+    by_key = {request.key: request for request in requests}
+    reports = []
+    for report in run_stages(requests, rank, world_size):
+        if report.error is None and rank == 0:
+            request = by_key[report.key]
+            attempt = Path(request.out).parent
+            provenance = {"seconds": report.seconds, "gpus": world_size if world_size > 1 else request.gpus, **report.environment}
+            Store(attempt.parents[2]).commit(attempt, request.hashed, provenance)
+        reports.append(report)
+    return tuple(reports)

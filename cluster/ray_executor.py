@@ -1,0 +1,103 @@
+"""The Ray executor: one-GPU batches as Ray tasks, gangs through Ray Train, on a cluster of its own or one by address."""
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.executor import Capacity, Executor, Finished, Job, run_batch
+from cluster.gang import run_gang
+from tasks.errors import StudyError
+from tasks.stage import Report, Request
+
+
+class RayExecutor(Executor):
+    """`address` "local" starts a cluster that ends with this process; anything else joins the one that is there.
+
+    On a machine without GPUs a local cluster gets `logical_gpus` of them, and stages run on the CPU.
+    """
+
+    def __init__(self, address: str = "local", logical_gpus: int = 2) -> None:
+        # Ray Train and Ray Data count usage and poll a dashboard by default; a sweep does neither.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        real = shutil.which("nvidia-smi") is not None
+        self.device = "cuda" if real else "cpu"
+        variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+        if not real:
+            # One thread a stage: as many stages as GPUs run side by side, and their numbers do not depend on the neighbours.
+            variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        local = {} if address != "local" else {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
+        if address == "local" and not real:
+            local["num_gpus"] = logical_gpus
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": variables}, **local)
+        self._gpus = int(ray.cluster_resources().get("GPU", 0))
+        if self._gpus == 0:
+            ray.shutdown()
+            raise StudyError(f"the Ray cluster at {address!r} has no GPU; add GPU workers, or use --address local for logical ones")
+        self._scratch = tempfile.mkdtemp(prefix="ebbline-gangs-")
+        self._jobs: dict[ray.ObjectRef, Job] = {}
+        self._numbers = itertools.count()
+
+    def capacity(self) -> Capacity:
+        return Capacity(gpus=self._gpus, cpus=2)
+
+    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
+        job = Job(f"ray-{next(self._numbers)}", tuple(request.key for request in batch), gpus)
+        if self.device == "cpu":
+            batch = [replace(request, threads=1) for request in batch]
+        if gpus > 1:
+            reference = _gang.remote(list(batch), gpus, self._scratch)
+        elif gpus == 1:
+            # Ray starts a fresh process after each GPU task, to free the GPU's memory. With logical GPUs there is none to
+            # free, and a kept process saves seconds of imports a batch.
+            keep = 0 if self.device == "cpu" else 1
+            reference = _batch.options(num_gpus=1, num_cpus=1, max_calls=keep).remote(list(batch))
+        else:
+            reference = _batch.options(num_gpus=0, num_cpus=1).remote([replace(request, device="cpu") for request in batch])
+        self._jobs[reference] = job
+        return job
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        if not self._jobs:
+            return []
+        references = list(self._jobs)
+        done, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
+        if done:
+            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        return [self._outcome(reference) for reference in done]
+
+    def _outcome(self, reference: "ray.ObjectRef") -> Finished:
+        job = self._jobs.pop(reference)
+        try:
+            reports: tuple[Report, ...] = ray.get(reference)
+        except RayError as error:
+            # The worker, its node or a gang member died: nobody reported, so the runner looks at the store and tries again.
+            return Finished(job, (), lost=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        lost = None if len(reports) == len(job.keys) else "a member of the gang ended without reporting"
+        return Finished(job, reports, lost)
+
+    def cancel(self, job: Job) -> None:
+        for reference, running in list(self._jobs.items()):
+            if running == job:
+                ray.cancel(reference, force=True)
+
+    def close(self) -> None:
+        self._jobs.clear()
+        ray.shutdown()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+@ray.remote(max_retries=0)
+def _batch(requests: list[Request]) -> tuple[Report, ...]:
+    return run_batch(requests)
+
+
+@ray.remote(max_retries=0, num_cpus=0)
+def _gang(requests: list[Request], gpus: int, scratch: str) -> tuple[Report, ...]:
+    return run_gang(requests, gpus, scratch)

@@ -1,0 +1,93 @@
+"""Which ready stages start where, now: a pure function over (ready, running, capacity).
+
+    order       longest critical path first
+    batches     stages that share a resident base start together, as many as keep all GPUs evenly busy
+    gangs       all GPUs or none; while the first gang in line waits, one-GPU work may only slip in front of it when it is
+                expected to end before the gang could start (EASY backfill)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.executor import Capacity
+
+SHORTEST_BATCH_S = 20.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A ready stage. `resident` names what it needs in memory; `path_s` is the longest chain of seconds from here to the end."""
+
+    key: str
+    gpus: int
+    resident: str
+    seconds: float
+    path_s: float
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A running job: what it holds, and for how much longer."""
+
+    gpus: int
+    remaining_s: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Start these stages now, in this order, as one batch on `gpus` GPUs."""
+
+    keys: tuple[str, ...]
+    gpus: int
+
+
+def place(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity) -> list[Placement]:
+    """The batches to start now. The order of `ready` and `running` does not matter."""
+    waiting = sorted(ready, key=lambda work: (-work.path_s, work.key))
+    free_gpus = capacity.gpus - sum(job.gpus for job in running)
+    free_cpus = capacity.cpus - sum(job.gpus == 0 for job in running)
+    held: list[Busy] = list(running)
+    placed: list[Placement] = []
+    deadline_s: float | None = None  # when the first waiting gang could start; nothing longer may go before it
+    while waiting:
+        first = waiting[0]
+        if first.gpus == 0:
+            fits = free_cpus > 0
+        else:
+            fits = first.gpus <= free_gpus and (deadline_s is None or first.seconds <= deadline_s)
+        if not fits:
+            if first.gpus > free_gpus and deadline_s is None and first.gpus <= capacity.gpus:
+                deadline_s = _free_at(first.gpus, free_gpus, held)
+            waiting = waiting[1:]
+            continue
+        batch = _batch(first, waiting, capacity, deadline_s)
+        taken = {work.key for work in batch}
+        waiting = [work for work in waiting if work.key not in taken]
+        placed.append(Placement(tuple(work.key for work in batch), first.gpus))
+        held.append(Busy(first.gpus, sum(work.seconds for work in batch)))
+        free_gpus -= first.gpus
+        free_cpus -= first.gpus == 0
+    return placed
+
+
+def _batch(first: Work, waiting: Sequence[Work], capacity: Capacity, deadline_s: float | None) -> list[Work]:
+    same = [work for work in waiting if (work.gpus, work.resident) == (first.gpus, first.resident)]
+    slots = max(1, capacity.cpus if first.gpus == 0 else capacity.gpus // first.gpus)
+    limit_s = max(SHORTEST_BATCH_S, sum(work.seconds for work in same) / slots)
+    if deadline_s is not None and first.gpus > 0:
+        limit_s = min(limit_s, deadline_s)
+    batch, total_s = [first], first.seconds
+    for work in same:
+        if work.key != first.key and total_s + work.seconds <= limit_s:
+            batch.append(work)
+            total_s += work.seconds
+    return batch
+
+
+def _free_at(gpus: int, free: int, held: Sequence[Busy]) -> float:
+    """Seconds until `gpus` GPUs are free at once, if every job ends when expected."""
+    for job in sorted(held, key=lambda job: job.remaining_s):
+        free += job.gpus
+        if free >= gpus:
+            return max(0.0, job.remaining_s)
+    return float("inf")
