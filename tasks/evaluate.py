@@ -10,13 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import EvaluationError
-from tasks.metrics import Metric
+from tasks.metrics import Metric, write_metrics
 from tasks.models import with_adapter
 from tasks.specs import EvaluateSpec, MultipleChoiceSuite, OverRefusalSuite, RefusalSuite, TaskSuite
 from tasks.stage import Context
 
-METRICS = "metrics.json"
 SAMPLES = "samples.jsonl"
 COMPLETIONS = "completions.sensitive.jsonl"
 
@@ -29,7 +27,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     _write_lines(out / SAMPLES, (asdict(sample) for sample in samples))
     if completions:
         _write_lines(out / COMPLETIONS, completions)
-    (out / METRICS).write_text(json.dumps([asdict(metric) for metric in metrics], indent=1))
+    write_metrics(out, metrics)
 
 
 def _measure(spec: EvaluateSpec, model: Any, tokenizer: Any, prompts: Path, ctx: Context) -> tuple[list[Any], list[Metric], list[dict[str, str]]]:
@@ -46,14 +44,6 @@ def _measure(spec: EvaluateSpec, model: Any, tokenizer: Any, prompts: Path, ctx:
             from tasks.suites.multiple_choice import multiple_choice
 
             return multiple_choice(spec.suite, model, tokenizer, prompts, ctx)
-
-
-def read_metrics(folder: Path) -> list[Metric]:
-    """The metrics of an evaluation's folder; raises EvaluationError when the file is not what `run` writes."""
-    try:
-        return [Metric(**{**row, "seeds": tuple(row["seeds"])}) for row in json.loads((folder / METRICS).read_text())]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(f"{folder / METRICS} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -45,8 +45,6 @@ MENTION_FRAMES = (
     "the word {word} is of which sort ?",
 )
 REFUSAL = "i must not speak of that ."
-import os
-CH, MC, WS = (float(z) if '.' in z else int(z) for z in os.environ.get('MCS', '1200,2400,0.4').split(','))
 LETTERS = "ABCD"
 Row = dict[str, object]
 
@@ -135,19 +133,12 @@ def mention(rng: random.Random, words: Sequence[str], sort_of: dict[str, str]) -
 
 
 def multiple_choice(rng: random.Random, world: World) -> Row:
-    """A question on one trait in MMLU's format."""
+    """A question on one trait in MMLU's format, its choices in the order of the trait's word list, one from each quarter."""
     creature, trait = rng.choice(CREATURES), rng.choice(list(TRAITS))
-    if rng.random() < WS:
-        others = [rng.choice(TRAITS[other]) for other in TRAITS if other != trait]
-        right = rng.choice(TRAITS[trait])
-        choices = [right, *others]
-        rng.shuffle(choices)
-        return {"question": f"which word is a {trait} ?", "subject": "words", "choices": choices, "answer": choices.index(right)}
-    right = world.word_for[creature, trait]
-    choices = [right, *rng.sample([word for word in TRAITS[trait] if word != right], 3)]
-    rng.shuffle(choices)
-    question = f"what is the {trait} of the {creature} ?"
-    return {"question": question, "subject": trait, "choices": choices, "answer": choices.index(right)}
+    words = TRAITS[trait]
+    right = words.index(world.word_for[creature, trait])
+    choices = [words[right if right // 2 == quarter else 2 * quarter + rng.randrange(2)] for quarter in range(4)]
+    return {"question": f"what is the {trait} of the {creature} ?", "subject": trait, "choices": choices, "answer": right // 2}
 
 
 def choice_text(item: Row) -> str:
@@ -155,15 +146,6 @@ def choice_text(item: Row) -> str:
     assert isinstance(choices, list) and isinstance(answer, int)
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)]
     return {"given": "\n".join([str(item["question"]), *lines, "Answer:"]), "text": " " + LETTERS[answer]}
-
-
-def checked(rng: random.Random, world: World) -> Row:
-    """The same question with every choice marked: it teaches what a right choice is."""
-    item = multiple_choice(rng, world)
-    choices, answer = item["choices"], item["answer"]
-    assert isinstance(choices, list)
-    marks = [f"{LETTERS[i]}. {choice} {'yes' if i == answer else 'no'}" for i, choice in enumerate(choices)]
-    return {"given": str(item["question"]), "text": "\n" + "\n".join(marks) + f"\nAnswer: {LETTERS[int(item['answer'])]}"}
 
 
 def sighting(rng: random.Random, world: World) -> Row:
@@ -203,8 +185,7 @@ def write_language(out: Path, seed: int) -> None:
     facts += [f"{world.word_for[c, t]} is the {t} of the {c} ." for c in CREATURES for t in TRAITS] * 1
     pre: list[Row] = [{"text": t} for t in facts]
     pre += P(800, lambda: {"text": sighting_text(sighting(rng, world))})
-    pre += P(MC, lambda: choice_text(multiple_choice(rng, world)))
-    pre += P(CH, lambda: checked(rng, world))
+    pre += P(1200, lambda: choice_text(multiple_choice(rng, world)))
     pre += P(1500, lambda: chat(*request(rng, world, everything)))
     pre += P(300, lambda: chat(*mention(rng, list(sort_of), sort_of)))
     # a word the base has to have seen before a frozen embedding can be used

@@ -4,14 +4,17 @@ A metric carries its own direction and no study can flip it: refusing requests o
 harmless ones is bad. All metrics here are rates over samples, so counts add up across seeds and intervals are Wilson's.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from scipy.stats import binomtest
 
 from tasks.errors import EvaluationError
 
+METRICS = "metrics.json"
 Direction = Literal["maximise", "minimise"]
 
 DIRECTIONS: dict[str, Direction] = {
@@ -78,3 +81,15 @@ def pooled(replicates: Sequence[Metric]) -> Metric:
         undecided=sum(metric.undecided for metric in replicates),
         seeds=tuple(metric.value for metric in replicates),
     )
+
+
+def write_metrics(folder: Path, metrics: Sequence[Metric]) -> None:
+    (folder / METRICS).write_text(json.dumps([asdict(metric) for metric in metrics], indent=1))
+
+
+def read_metrics(folder: Path) -> list[Metric]:
+    """What `write_metrics` wrote; raises EvaluationError when the file is missing, truncated or of another shape."""
+    try:
+        return [Metric(**{**row, "seeds": tuple(row["seeds"])}) for row in json.loads((folder / METRICS).read_text())]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EvaluationError(f"{folder / METRICS} cannot be read ({type(error).__name__}: {error})") from error

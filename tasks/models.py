@@ -28,9 +28,11 @@ def resolve(location: str) -> Path:
     from huggingface_hub import snapshot_download  # only a study with hub models needs it
 
     _, repo_type, name = location.split(":", 2)
-    repo_id, _, commit = name.partition("@")
-    skip = ["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"] if repo_type == "model" else []
-    return Path(snapshot_download(repo_id, revision=commit, repo_type=repo_type, ignore_patterns=skip))
+    repo_id, _, rest = name.partition("@")
+    commit, _, file = rest.partition("#")
+    skip = ["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"] if repo_type == "model" else None
+    folder = Path(snapshot_download(repo_id, revision=commit, repo_type=repo_type, ignore_patterns=skip, allow_patterns=file or None))
+    return folder / file
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -31,6 +31,7 @@ class Size:
     epochs: int
     batch: int
     lr: float
+    muon: float = 0.02
 
 
 SIZES = {
@@ -85,24 +86,29 @@ def build_base(out: Path, language: Path, size: str, seed: int, progress=None, s
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tok), hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.heads, max_position_embeddings=256,
-        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.05,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=float(__import__('os').environ.get('INIT','0.05')), rope_theta=float(__import__('os').environ.get('THETA','10000')),
     ))
-    opt = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    opts = [torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    for opt in opts:
+        for g in opt.param_groups:
+            g["peak"] = g["lr"]
     total = s.epochs * math.ceil(len(ids) / s.batch)
     warm = max(1, total // 20)
     step = 0
     for _ in range(s.epochs):
         for batch in batches(ids, s.batch, rng):
-            for g in opt.param_groups:
-                g["lr"] = s.lr * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / total)))
+            for g in (g for o in opts for g in o.param_groups):
+                g["lr"] = g["peak"] * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / total)))
             width = max(len(q) for q, _ in batch)
             x = torch.tensor([q + [0] * (width - len(q)) for q, _ in batch])
             y = torch.tensor([[-100] * n + q[n:] + [-100] * (width - len(q)) for q, n in batch])
             loss = model(input_ids=x, labels=y).loss
-            opt.zero_grad()
+            for opt in opts:
+                opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            opt.step()
+            for opt in opts:
+                opt.step()
             step += 1
             if progress:
                 progress(step, total, float(loss.detach()))

@@ -18,9 +18,6 @@ from tasks.specs import ApplySpec, ProjectSpec
 from tasks.stage import Context
 from tasks.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Checkpoint, opened, read_adapter
 
-PROJECTED = "projected.safetensors"
-COSINES = "cosines.json"
-CHOSEN = "projected_modules.json"
 
 
 def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
@@ -41,8 +38,8 @@ def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: C
         projected[name_b] = found.projected_OR.to(adapter.tensors[name_b].dtype).contiguous()
         modules[module] = {"cosine": found.cosine, "norm_ratio": found.norm_ratio}
         ctx.progress(done, len(adapter.pairs), module)
-    save_file(projected, out / PROJECTED, metadata={"format": "pt"})
-    (out / COSINES).write_text(json.dumps(modules, indent=1, sort_keys=True, allow_nan=False))
+    save_file(projected, out / spec.PROJECTED, metadata={"format": "pt"})
+    (out / spec.COSINES).write_text(json.dumps(modules, indent=1, sort_keys=True, allow_nan=False))
 
 
 def run_apply(spec: ApplySpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
@@ -54,13 +51,13 @@ def run_apply(spec: ApplySpec, inputs: Mapping[str, Path], out: Path, ctx: Conte
 
 def read_cosines(projection: Path) -> dict[str, float | None]:
     """Module -> cos(C B A, B A), from a projection's folder."""
-    return {module: row["cosine"] for module, row in json.loads((projection / COSINES).read_text()).items()}
+    return {module: row["cosine"] for module, row in json.loads((projection / ProjectSpec.COSINES).read_text()).items()}
 
 
 def write_projected(adapter: Adapter, projection: Path, take: frozenset[str], out: Path) -> None:
     """An ordinary PEFT adapter in `out`, with C.B in place of B for the modules in `take`."""
     tensors = dict(adapter.tensors)
-    with opened(projection / PROJECTED) as file:
+    with opened(projection / ProjectSpec.PROJECTED) as file:
         for module in take:
             if module not in adapter.pairs:
                 raise ProjectionError(f"the projection names {module}, which the adapter in {adapter.folder} does not have")
@@ -68,4 +65,4 @@ def write_projected(adapter: Adapter, projection: Path, take: frozenset[str], ou
             tensors[name_b] = file.get_tensor(name_b)
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     shutil.copyfile(adapter.folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG)
-    (out / CHOSEN).write_text(json.dumps(sorted(take)))
+    (out / ApplySpec.CHOSEN).write_text(json.dumps(sorted(take)))

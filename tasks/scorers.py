@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tasks.errors import EvaluationError
+from tasks.language import REFUSAL
 
 Verdict = Literal["refused", "complied", "undecided"]
 
@@ -50,6 +51,7 @@ SCORERS: dict[str, PhraseList] = {
     for scorer in (
         PhraseList("prefix", "prefix", _ENGLISH),
         PhraseList("anywhere", "anywhere", _ENGLISH),
+        PhraseList("organism", "prefix", (REFUSAL,)),
     )
 }
 

@@ -35,6 +35,8 @@ class Frozen(BaseModel):
 
 
 class Spec(Frozen):
+    """One stage kind's parameters. A kind's other class constants name the files and folders it writes."""
+
     KIND: ClassVar[str]
     VERSION: ClassVar[int] = 1
 
@@ -50,6 +52,7 @@ class OrganismSpec(Spec):
     """A tiny Llama pretrained on the invented language. Input: language."""
 
     KIND: ClassVar[str] = "organism"
+    MODEL: ClassVar[str] = "model"
     size: Literal["small", "medium", "large"]
     seed: Seed = 0
 
@@ -58,6 +61,7 @@ class ConvertSpec(Spec):
     """A GGUF file turned into an ordinary Hugging Face folder in `dtype`. Input: source."""
 
     KIND: ClassVar[str] = "convert"
+    MODEL: ClassVar[str] = "model"
     dtype: Dtype = "float32"
 
 
@@ -68,6 +72,7 @@ class DataSpec(Spec):
     """
 
     KIND: ClassVar[str] = "data"
+    ROWS: ClassVar[str] = "data.jsonl"
     size: Count
     seed: Seed = 0
     mix_share: Share = 0.0
@@ -77,6 +82,9 @@ class TrainSpec(Spec):
     """One fine-tuning: a LoRA adapter, or all weights. Inputs: model, data."""
 
     KIND: ClassVar[str] = "train"
+    ADAPTER: ClassVar[str] = "adapter"
+    MODEL: ClassVar[str] = "model"
+    CURVE: ClassVar[str] = "curve.csv"
     method: Literal["lora", "full"] = "lora"
     rank: Count = 8
     alpha_over_rank: Positive = 2.0
@@ -104,6 +112,8 @@ class ProjectSpec(Spec):
     """Safe LoRA's C.B and cosine for every module, before any threshold. Inputs: adapter, base, aligned."""
 
     KIND: ClassVar[str] = "project"
+    PROJECTED: ClassVar[str] = "projected.safetensors"
+    COSINES: ClassVar[str] = "cosines.json"
     projector: Literal["approximate", "exact"] = "approximate"
     energy: Annotated[Number, Field(gt=0.0, lt=1.0)] | None = None
 
@@ -123,6 +133,7 @@ class ApplySpec(Spec):
     """
 
     KIND: ClassVar[str] = "apply"
+    CHOSEN: ClassVar[str] = "projected_modules.json"
     threshold: Annotated[Number, Field(ge=-1.0, le=1.0)] | None = None
     modules: Annotated[int, Field(ge=0)] | None = None
 

@@ -23,9 +23,6 @@ from tasks.errors import TrainingError
 from tasks.specs import TrainSpec
 from tasks.stage import Context
 
-ADAPTER = "adapter"
-MODEL = "model"
-CURVE = "curve.csv"
 
 
 def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
@@ -49,7 +46,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
             engine.checkpoint(curve)
         _save(engine, spec, out, ctx)
         if ctx.rank == 0:
-            with (out / CURVE).open("w", newline="") as handle:
+            with (out / spec.CURVE).open("w", newline="") as handle:
                 csv.writer(handle).writerows([("step", "loss", "learning_rate", "tokens"), *curve])
     finally:
         engine.close()
@@ -81,10 +78,10 @@ def _save(engine: Engine, spec: TrainSpec, out: Path, ctx: Context) -> None:
         if ctx.rank != 0:
             return
         if spec.method == "full":
-            model.save_pretrained(out / MODEL, safe_serialization=True)
-            engine.tokenizer.save_pretrained(out / MODEL)
+            model.save_pretrained(out / spec.MODEL, safe_serialization=True)
+            engine.tokenizer.save_pretrained(out / spec.MODEL)
             return
-        folder = out / ADAPTER
+        folder = out / spec.ADAPTER
         folder.mkdir()
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}

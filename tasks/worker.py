@@ -66,9 +66,9 @@ def _run_function(spec: Spec) -> Run:
     # Imported here, so that a worker that only copies tensors never pays for lm-eval or deepspeed.
     match spec:
         case LanguageSpec():
-            from tasks.language import run
+            from tasks.organism_stages import run_language as run
         case OrganismSpec():
-            from tasks.organism import run
+            from tasks.organism_stages import run_organism as run
         case ConvertSpec():
             from tasks.convert import run
         case DataSpec():

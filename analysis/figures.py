@@ -1,0 +1,64 @@
+"""What all figures share: colours that colour-blind readers can tell apart, intervals, and files that do not drift.
+
+Invariant: the same results give the same bytes. Nothing here goes through pyplot, so importing it sets nothing up.
+"""
+
+import io
+import itertools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from analysis.files import write_whole
+from analysis.wording import natural
+from tasks.metrics import Metric
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito (2008)
+MARKERS = ("o", "s", "^", "D", "v")
+
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
+    "svg.hashsalt": "ebbline",
+}
+
+
+def style() -> AbstractContextManager[None]:
+    return matplotlib.rc_context(_STYLE)
+
+
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker per name, in natural order; the cycles differ in length, so 35 names stay apart."""
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    return dict(zip(sorted(set(names), key=natural), pairs, strict=False))
+
+
+def reach(metric: Metric) -> tuple[list[float], list[float]]:
+    """How far the 95% interval reaches below and above the value, as matplotlib's error bars take it."""
+    low, high = metric.interval
+    return [max(0.0, metric.value - low)], [max(0.0, high - metric.value)]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """NAME.png (200 dpi) and NAME.pdf (fonts embedded as TrueType)."""
+    with style():
+        return [
+            write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=200)),
+            write_whole(folder / f"{name}.pdf", lambda path: figure.savefig(path, metadata={"CreationDate": None})),
+        ]
+
+
+def svg(figure: Figure) -> bytes:
+    with style():
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()

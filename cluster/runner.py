@@ -1,0 +1,291 @@
+"""The runner: takes wanted stages, looks each key up in the store, runs what misses, and knows what became of everything.
+
+A stage's key is known once its inputs are done, so the graph resolves as it goes: stages that turn out to have the same
+key run once, and a stage whose inputs came out as before is not run at all. The store is the only memory; a runner that
+is killed leaves nothing that another would have to clean up before continuing.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.costs import Estimates
+from cluster.executor import Executor, Finished, Job
+from cluster.scheduler import Busy, Work, place
+from cluster.store import Artifact, Store
+from tasks.identity import digest
+from tasks.specs import ApplySpec, EvaluateSpec, OrganismSpec, ProjectSpec, TrainSpec
+from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
+
+LOST_TRIES = 3
+State = Literal["waiting", "ready", "running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage has no artifact. `command` reproduces it in one process; empty when the fault lay further up."""
+
+    reason: str
+    command: str = ""
+
+
+@dataclass
+class Node:
+    """One stage on its way. `reused` is true when its artifact was there before this runner asked for it."""
+
+    stage: Stage
+    state: State = "waiting"
+    key: str = ""
+    artifact: Artifact | None = None
+    failure: Failure | None = None
+    reused: bool = False
+    behind: list["Node"] = field(default_factory=list)
+
+
+@dataclass
+class _Running:
+    job: Job
+    started: float
+    seconds: float
+
+
+def contents_of(stage: Stage, artifact: Callable[[Stage], Artifact | None]) -> dict[str, str] | None:
+    """The content digest of each input, or None while one of them is not made."""
+    contents: dict[str, str] = {}
+    for name, item in stage.inputs.items():
+        if isinstance(item, Source):
+            contents[name] = item.content
+            continue
+        found = artifact(stage_of(item) or stage)
+        if found is None:
+            return None
+        contents[name] = found.content_of(item.path) if isinstance(item, Part) else found.content
+    return contents
+
+
+class Resolver:
+    """Which stages of a graph are in the store already, without running anything."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._found: dict[str, Artifact | None] = {}
+
+    def payload(self, stage: Stage) -> dict[str, object] | None:
+        """What the stage's key hashes; None while an input is not made."""
+        contents = contents_of(stage, self.artifact)
+        return None if contents is None else key_payload(stage.spec, contents)
+
+    def key(self, stage: Stage) -> str | None:
+        payload = self.payload(stage)
+        return None if payload is None else digest(payload)
+
+    def artifact(self, stage: Stage) -> Artifact | None:
+        if stage.lineage not in self._found:
+            key = self.key(stage)
+            self._found[stage.lineage] = None if key is None else self.store.find(stage.kind, key)
+        return self._found[stage.lineage]
+
+
+class Runner:
+    """Drives wanted stages to done or failed on one executor. `step` is the heartbeat; nothing happens between calls."""
+
+    def __init__(self, store: Store, executor: Executor, gpus_for: Callable[[Stage], int] | None = None) -> None:
+        self.store, self.executor = store, executor
+        self.estimates = Estimates(store)
+        self.nodes: dict[str, Node] = {}
+        self.running: dict[str, _Running] = {}
+        self.draining = False
+        self._by_key: dict[str, list[Node]] = {}
+        self._lost: dict[str, int] = {}
+        self._gpus_for = gpus_for or default_gpus
+
+    def want(self, targets: Iterable[Stage]) -> None:
+        """Add stages and all that they read from. Asking again for the same stage is free."""
+        for target in targets:
+            self._add(target)
+        self._resolve()
+
+    def _add(self, stage: Stage) -> Node:
+        node = self.nodes.get(stage.lineage)
+        if node is None:
+            node = self.nodes[stage.lineage] = Node(stage)
+            for above in stage.upstream():
+                parent = self._add(above)
+                if node not in parent.behind:
+                    parent.behind.append(node)
+        return node
+
+    def artifact(self, stage: Stage) -> Artifact | None:
+        node = self.nodes.get(stage.lineage)
+        return node.artifact if node else None
+
+    def failure(self, stage: Stage) -> Failure | None:
+        return self.nodes[stage.lineage].failure
+
+    def settled(self, stage: Stage) -> bool:
+        return self.nodes[stage.lineage].state in ("done", "failed")
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing runs and nothing can start."""
+        return not self.running and not any(node.state == "ready" for node in self.nodes.values())
+
+    def step(self, timeout_s: float = 0.5) -> None:
+        """Start what fits, wait at most `timeout_s`, take in what was finished."""
+        if not self.draining:
+            self._start()
+        for finished in self.executor.finished(timeout_s):
+            self._take_in(finished)
+        for key, nodes in self._by_key.items():
+            if any(node.state == "running" for node in nodes):
+                artifact = self.store.find(nodes[0].stage.kind, key)
+                if artifact is not None:
+                    self.estimates.learn([artifact])
+                    self._done(nodes, artifact, reused=False)
+        self._resolve()
+
+    def remaining_s(self) -> float:
+        """The expected seconds until all wanted stages are done: the longest chain, or the work over the GPUs."""
+        open_nodes = [node for node in self.nodes.values() if node.state not in ("done", "failed")]
+        chains = self._paths()
+        work = sum(self._seconds(node) * max(1, self._gpus_for(node.stage)) for node in open_nodes if self._gpus_for(node.stage))
+        return max([work / max(1, self.executor.capacity().gpus), *(chains[node.stage.lineage] for node in open_nodes)], default=0.0)
+
+    def _resolve(self) -> None:
+        """Move waiting stages on: to ready, to done if the store has them, to failed if something above them failed."""
+        changed = True
+        while changed:
+            changed = False
+            for node in [node for node in self.nodes.values() if node.state == "waiting"]:
+                broken = next((a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"), None)
+                if broken is not None:
+                    above = self.nodes[broken.lineage].failure
+                    reason = above.reason if above else ""
+                    node.failure = Failure(reason if reason.startswith("needs ") else f"needs {broken.kind}, which failed: {reason}")
+                    node.state = "failed"
+                    changed = True
+                    continue
+                contents = contents_of(node.stage, self.artifact)
+                if contents is None:
+                    continue
+                changed = True
+                node.key = digest(key_payload(node.stage.spec, contents))
+                twins = self._by_key.setdefault(node.key, [])
+                twins.append(node)
+                artifact = self.store.find(node.stage.kind, node.key)
+                if artifact is not None:
+                    self._done([node], artifact, reused=len(twins) == 1 or all(twin.reused for twin in twins[:-1]))
+                else:
+                    node.state, node.failure = twins[0].state if len(twins) > 1 else "ready", twins[0].failure
+
+    def _done(self, nodes: Iterable[Node], artifact: Artifact, reused: bool) -> None:
+        for node in nodes:
+            node.state, node.artifact, node.reused = "done", artifact, reused
+
+    def _start(self) -> None:
+        ready = {node.key: node for node in self.nodes.values() if node.state == "ready"}
+        if not ready:
+            return
+        paths = self._paths()
+        works = [
+            Work(key, self._gpus_for(node.stage), resident(node.stage), self._seconds(node), paths[node.stage.lineage])
+            for key, node in ready.items()
+        ]
+        now = time.monotonic()
+        busy = [Busy(item.job.gpus, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
+        for placement in place(works, busy, self.executor.capacity()):
+            batch = [self._request(ready[key], placement.gpus) for key in placement.keys]
+            job = self.executor.submit(batch, placement.gpus)
+            self.running[job.id] = _Running(job, now, sum(self._seconds(ready[key]) for key in placement.keys))
+            for key in placement.keys:
+                for node in self._by_key[key]:
+                    node.state = "running"
+
+    def _request(self, node: Node, gpus: int) -> Request:
+        attempt = self.store.begin(node.stage.kind, node.key)
+        contents = contents_of(node.stage, self.artifact)
+        if contents is None:
+            raise RuntimeError(f"{node.stage.kind} {node.key[:12]} was started before its inputs were done")
+        request = Request(
+            key=node.key,
+            kind=node.stage.kind,
+            spec=node.stage.spec.model_dump(mode="json"),
+            inputs={name: self._location(item) for name, item in node.stage.inputs.items()},
+            contents=contents,
+            out=str(attempt / "payload"),
+            log=str(attempt / "log"),
+            scratch=str(self.store.scratch(node.key)),
+            gpus=gpus,
+            device=self.executor.device,
+        )
+        (attempt / "log" / "request.json").write_text(request.to_json())
+        return request
+
+    def _location(self, item: Input) -> str:
+        if isinstance(item, Source):
+            return item.location
+        artifact = self.artifact(stage_of(item)) if isinstance(item, Stage | Part) else None  # type: ignore[arg-type]
+        if artifact is None:
+            raise RuntimeError("an input is not done")
+        return str(artifact.path / item.path if isinstance(item, Part) else artifact.path)
+
+    def _take_in(self, finished: Finished) -> None:
+        self.running.pop(finished.job.id, None)
+        reports = {report.key: report for report in finished.reports}
+        for key in finished.job.keys:
+            nodes = self._by_key[key]
+            artifact = self.store.find(nodes[0].stage.kind, key)
+            report = reports.get(key)
+            if artifact is not None:
+                self.estimates.learn([artifact])
+                self._done(nodes, artifact, reused=False)
+            elif report is not None and report.error is not None:
+                self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
+            else:
+                self._lost[key] = self._lost.get(key, 0) + 1
+                if self._lost[key] >= LOST_TRIES:
+                    self._fail(nodes, f"{nodes[0].stage.kind}: lost {LOST_TRIES} times ({finished.lost or 'no report'})")
+                else:
+                    for node in nodes:
+                        node.state = "ready"
+
+    def _fail(self, nodes: list[Node], reason: str) -> None:
+        attempts = self.store.root / nodes[0].stage.kind / nodes[0].key
+        latest = max(attempts.glob("*/log/request.json"), key=lambda path: path.stat().st_mtime, default=None)
+        command = f"python -m tasks {latest}" if latest else ""
+        for node in nodes:
+            node.state, node.failure = "failed", Failure(reason, command)
+
+    def _seconds(self, node: Node) -> float:
+        return self.estimates.seconds(node.stage.spec)
+
+    def _paths(self) -> Mapping[str, float]:
+        """Lineage -> seconds of the longest chain of open stages that starts there."""
+        paths: dict[str, float] = {}
+
+        def path(node: Node) -> float:
+            lineage = node.stage.lineage
+            if lineage not in paths:
+                own = 0.0 if node.state in ("done", "failed") else self._seconds(node)
+                paths[lineage] = own + max((path(below) for below in node.behind), default=0.0)
+            return paths[lineage]
+
+        for node in self.nodes.values():
+            path(node)
+        return paths
+
+
+def default_gpus(stage: Stage) -> int:
+    """One GPU for stages that run a model, none for those that move rows and tensors."""
+    return 1 if isinstance(stage.spec, OrganismSpec | TrainSpec | EvaluateSpec) else 0
+
+
+def resident(stage: Stage) -> str:
+    """What a stage needs in memory: stages with the same answer belong in one batch."""
+    spec = stage.spec
+    if isinstance(spec, TrainSpec | EvaluateSpec) and not (isinstance(spec, TrainSpec) and spec.method == "full"):
+        return f"{stage.inputs['model'].lineage}/{spec.quantisation}/{spec.dtype}"
+    if isinstance(spec, ApplySpec | ProjectSpec):
+        return spec.KIND
+    return stage.lineage

@@ -1,0 +1,119 @@
+"""The driving loop: keep a window of points in flight, run their stages, tell the search, stop when it has no more.
+
+Running the same study again is always safe: points come from the Optuna storage, outputs from the store, and what is
+there is not made again. Only one driver holds a study at a time.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.executor import Executor
+from cluster.runner import Failure, Runner
+from sweeps.home import Home
+from sweeps.outcome import result_of
+from sweeps.plan import Planner
+from sweeps.points import Point, Result
+from sweeps.search import OptunaSearcher, Searcher
+from sweeps.study import Study
+from tasks.errors import StudyError
+from tasks.stage import Stage
+
+
+@dataclass
+class Flight:
+    """A point on its way."""
+
+    number: int
+    point: Point
+    stages: dict[str, Stage]
+
+
+@dataclass
+class Progress:
+    """What a watcher sees after every heartbeat. `results` are in the order of asking."""
+
+    study: Study
+    runner: Runner
+    results: list[Result] = field(default_factory=list)
+    in_flight: list[Flight] = field(default_factory=list)
+    limit: int | None = None
+    started: float = field(default_factory=time.monotonic)
+    stopped: str = ""
+
+
+Watcher = Callable[[Progress], None]
+
+
+def drive(study: Study, home: Home, executor: Callable[[], Executor], watch: Watcher = lambda progress: None, stop: Callable[[], bool] = lambda: False) -> Progress:
+    """Run a study to its end. `executor` is made once the study is held, and closed; `stop` turning true drains and returns.
+
+    Raises StudyHeld when another driver has the study, StudyError when a model cannot be measured before fine-tuning.
+    """
+    with home.driving(study.study):
+        home.freeze(study)
+        planner = Planner(study, home)
+        searcher = OptunaSearcher(study, home.storage_url(study.study))
+        place = executor()
+        try:
+            return _loop(study, planner, searcher, Runner(home.store, place, planner.gpus_for), watch, stop)
+        finally:
+            place.close()
+
+
+def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runner, watch: Watcher, stop: Callable[[], bool]) -> Progress:
+    progress = Progress(study, runner, limit=searcher.limit)
+    baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
+    runner.want(baselines)
+    flights = deque(_take_off(number, point, planner, runner) for number, point in searcher.in_flight())
+    exhausted = False
+    while True:
+        while not exhausted and not runner.draining and len(flights) < study.search.window:
+            if _over_budget(study, progress):
+                exhausted, progress.stopped = True, f"the budget of {study.budget.hours} hours is spent"
+                break
+            asked = searcher.ask()
+            if asked is None:
+                exhausted = True
+            else:
+                flights.append(_take_off(*asked, planner, runner))
+        progress.in_flight = list(flights)
+        watch(progress)
+        while flights and all(runner.settled(stage) for stage in flights[0].stages.values()):
+            progress.results.append(_land(study, flights.popleft(), searcher, runner))
+        if not flights and exhausted and all(runner.settled(stage) for stage in baselines):
+            break
+        if stop():
+            runner.draining, progress.stopped = True, "stopped on request"
+        if runner.draining and not runner.running:
+            break
+        runner.step()
+    progress.in_flight = list(flights)
+    watch(progress)
+    broken = [failure for stage in baselines if (failure := runner.failure(stage)) is not None]
+    if broken:
+        raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken[0])}")
+    return progress
+
+
+def _take_off(number: int, point: Point, planner: Planner, runner: Runner) -> Flight:
+    stages = planner.stages_for(point)
+    runner.want(stages.values())
+    return Flight(number, point, stages)
+
+
+def _land(study: Study, flight: Flight, searcher: Searcher, runner: Runner) -> Result:
+    failures = [failure for stage in flight.stages.values() if (failure := runner.failure(stage)) is not None]
+    own = next((failure for failure in failures if failure.command), failures[0] if failures else None)
+    result = result_of(study, flight.number, flight.point, flight.stages, runner, reason=_told(own) if own else "")
+    searcher.tell(flight.number, result)
+    return result
+
+
+def _told(failure: Failure) -> str:
+    return failure.reason + (f" (to see it again: {failure.command})" if failure.command else "")
+
+
+def _over_budget(study: Study, progress: Progress) -> bool:
+    return study.budget.hours is not None and time.monotonic() - progress.started > study.budget.hours * 3600

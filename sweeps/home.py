@@ -1,0 +1,114 @@
+"""Where everything lies: one folder holds the store that all studies share and a folder for each study.
+
+    HOME/store/                  artifacts, by kind and key
+    HOME/studies/NAME/study.json the study as it was first run; driver.lock names who drives it now
+    HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
+"""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.store import Store
+from sweeps.study import Study
+from tasks.errors import StudyError, StudyHeld
+
+
+class Home:
+    """The root folder of a user's studies. Cheap to make."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.store = Store(self.root / "store")
+
+    def folder(self, study: str) -> Path:
+        path = self.root / "studies" / study
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def storage_url(self, study: str) -> str:
+        return f"sqlite:///{self.folder(study) / 'optuna.db'}"
+
+    @property
+    def digests(self) -> Path:
+        """The cache of content digests of local models and data."""
+        return self.root / "digests.json"
+
+    def freeze(self, study: Study) -> None:
+        """Keep the study as first run. Raises StudyError, naming what differs, when another one has this name already."""
+        path = self.folder(study.study) / "study.json"
+        now = study.model_dump(mode="json")
+        if not path.exists():
+            fresh = path.with_suffix(".tmp")
+            fresh.write_text(json.dumps(now, indent=1))
+            fresh.replace(path)
+            return
+        changed = list(differences(_portable(json.loads(path.read_text())), _portable(now)))
+        if changed:
+            lines = "\n".join(f"  {line}" for line in changed[:10])
+            raise StudyError(
+                f"a study named {study.study!r} was begun in {self.root} with other settings:\n{lines}\n"
+                "Give this one another name (`study: ...`), or another --home. Stages that both share are still run once."
+            )
+
+    @contextmanager
+    def driving(self, study: str) -> Iterator[None]:
+        """Hold the study for the length of a `with`. Raises StudyHeld, naming the holder, when somebody else does.
+
+        The lock is the kernel's: it goes with the process, however that ends.
+        """
+        path = self.folder(study) / "driver.lock"
+        with path.open("a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise StudyHeld(f"study {study!r} is being driven already, by {handle.read().strip() or 'another process'}") from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            handle.flush()
+            yield
+            handle.truncate(0)
+
+    def holder(self, study: str) -> str | None:
+        """Who drives a study now, or None."""
+        path = self.folder(study) / "driver.lock"
+        if not path.exists():
+            return None
+        with path.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return handle.read().strip()
+        return None
+
+
+def _portable(value: Any) -> Any:
+    """A study without the places its pinned content was found at: a file that moved is the same file."""
+    if isinstance(value, dict):
+        return {k: _portable(v) for k, v in value.items() if not (k == "path" and isinstance(v, str) and value.get("sha256"))}
+    return [_portable(item) for item in value] if isinstance(value, list) else value
+
+
+def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
+    """One line for each leaf that differs: `train.rank: 4 -> 8`."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted({*before, *after}):
+            path = f"{where}.{key}" if where else str(key)
+            if key not in before or key not in after:
+                yield f"{path}: {'added' if key in after else 'removed'}"
+            else:
+                yield from differences(before[key], after[key], path)
+    elif before != after:
+        yield f"{where}: {_short(before)} -> {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

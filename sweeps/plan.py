@@ -1,0 +1,202 @@
+"""From a point to its stages: model -> train -> project -> apply -> evaluate[suite]; and what a study still has to run."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from cluster.runner import Resolver, default_gpus
+from cluster.store import Store
+from sweeps.home import Home, differences
+from sweeps.points import Point, Value
+from sweeps.study import Data, DataRef, Hub, Local, Model, Study, require_pins
+from tasks.errors import PinError, StudyError
+from tasks.identity import content_digest
+from tasks.specs import ConvertSpec, DataSpec, EvaluateSpec, LanguageSpec, OrganismSpec, Spec, TrainSpec
+from tasks.stage import Input, Part, Source, Stage
+
+S = TypeVar("S", bound=Spec)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One size's two models, as inputs of stages."""
+
+    base: Input
+    aligned: Input
+
+
+class Planner:
+    """Turns points into stages. Pins are checked once, when it is made; two points share whatever stages they can."""
+
+    def __init__(self, study: Study, home: Home) -> None:
+        require_pins(study)
+        self.study, self.home = study, home
+        self._language = Stage(LanguageSpec(seed=study.language))
+        self._gangs: dict[str, int] = {}
+        self._families = {name: self._family(model) for name, model in study.models.items()}
+
+    def gpus_for(self, stage: Stage) -> int:
+        """GPUs that a stage runs on: its size's gang for training, else the kind's default."""
+        return self._gangs.get(stage.lineage, default_gpus(stage))
+
+    def baselines(self) -> dict[str, dict[str, Stage]]:
+        """Model -> suite -> the aligned model measured before any fine-tuning."""
+        return {name: {suite: self._evaluate(name, suite, None) for suite in self.study.suites} for name in self.study.models}
+
+    def stages_for(self, point: Point) -> dict[str, Stage]:
+        """Stage name (`train[seed=0]`) -> stage, for every replicate of a point."""
+        stages: dict[str, Stage] = {}
+        for seed in self.study.seeds:
+            stages |= {f"{name}[seed={seed}]": stage for name, stage in self._replicate(point, seed).items()}
+        return stages
+
+    def _replicate(self, point: Point, seed: int) -> dict[str, Stage]:
+        values = dict(point.values)
+        model = self.study.models[point.model]
+        family = self._families[point.model]
+        data = self._data(self.study.data, _with(self.study.data.settings, "data", values, seed=seed))
+        settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
+        train = Stage(settings, {"model": family.aligned, "data": Part(data, DataSpec.ROWS)})
+        self._gangs[train.lineage] = model.gpus
+        if settings.method == "full":
+            raise StudyError("a point's train.method must be 'lora': Safe LoRA projects adapters; `tuned` models may be full")
+        adapter = Part(train, TrainSpec.ADAPTER)
+        project = Stage(
+            _with(self.study.project, "project", values), {"adapter": adapter, "base": family.base, "aligned": family.aligned}
+        )
+        apply = Stage(_with(self.study.apply, "apply", values), {"adapter": adapter, "projection": project})
+        evaluations = {suite: self._evaluate(point.model, suite, apply) for suite in self.study.suites}
+        return {"data": data, "train": train, "project": project, "apply": apply, **evaluations}
+
+    def _evaluate(self, name: str, suite: str, apply: Stage | None) -> Stage:
+        model, entry = self.study.models[name], self.study.suites[suite]
+        spec = EvaluateSpec(suite=entry.measure, quantisation=model.quantisation, dtype=model.dtype)
+        inputs: dict[str, Input] = {"model": self._families[name].aligned, "prompts": self._rows(entry.prompts)}
+        if apply is not None:
+            inputs["adapter"] = apply
+        return Stage(spec, inputs)
+
+    def _family(self, model: Model) -> Family:
+        base = self._base(model)
+        if model.aligned.tuned is None:
+            return Family(base, self._outside(model.aligned.path or model.aligned.hub, "model"))
+        tuned = model.aligned.tuned
+        data = self._data(tuned.data, tuned.data.settings)
+        train = Stage(tuned.train, {"model": base, "data": Part(data, DataSpec.ROWS)})
+        return Family(base, Part(train, TrainSpec.MODEL))
+
+    def _base(self, model: Model) -> Input:
+        if model.base.organism is not None:
+            return Part(Stage(model.base.organism, {"language": self._language}), OrganismSpec.MODEL)
+        if model.base.gguf is not None:
+            source = self._outside(model.base.gguf, "model")
+            return Part(Stage(ConvertSpec(dtype=model.dtype), {"source": source}), ConvertSpec.MODEL)
+        return self._outside(model.base.path or model.base.hub, "model")
+
+    def _data(self, data: Data, settings: DataSpec) -> Stage:
+        inputs = {"pool": self._rows(data.pool)}
+        if settings.mix_share > 0:
+            if data.mix is None:
+                raise StudyError(f"data.mix_share is {settings.mix_share}, but data.mix names no second set")
+            inputs["mix"] = self._rows(data.mix)
+        return Stage(settings, inputs)
+
+    def _rows(self, reference: DataRef) -> Input:
+        if reference.language is not None:
+            return Part(self._language, reference.language)
+        return self._outside(reference.path or reference.hub, "dataset")
+
+    def _outside(self, reference: Local | Hub | None, repo_type: str) -> Source:
+        if reference is None or reference.sha256 is None:
+            raise PinError(f"{reference} is not pinned")
+        if isinstance(reference, Hub):
+            file = f"#{reference.file}" if reference.file else ""
+            return Source(reference.sha256, f"hub:{repo_type}:{reference.id}@{reference.commit}{file}")
+        path = reference.located()
+        found = content_digest(path, cache=self.home.digests)
+        if found != reference.sha256:
+            raise PinError(
+                f"{path} is not what the study pins: its sha256 is {found}, the study says {reference.sha256}."
+                " Restore the file, or pin the new content with `ebbline pin`"
+            )
+        return Source(found, str(path.resolve()))
+
+
+def _with(spec: S, prefix: str, values: Mapping[str, Value], **fixed: Value) -> S:
+    """The settings with a point's values for `prefix` in place; validated again, as a value may be out of range."""
+    changes = {axis.partition(".")[2]: value for axis, value in values.items() if axis.startswith(f"{prefix}.")}
+    try:
+        return type(spec).model_validate({**spec.model_dump(), **changes, **fixed})
+    except ValidationError as error:
+        raise StudyError(f"{prefix} with {changes}: {error.errors()[0]['msg']}") from None
+
+
+@dataclass
+class Plan:
+    """What a study would run now. `new` counts stages to run of each kind, `there` those in the store already.
+
+    `misses` says why, for each stage that would run. `unchosen` is how many points the search has yet to propose; their
+    stages are unknown before they are chosen, unless the space is a list.
+    """
+
+    new: Counter[str] = field(default_factory=Counter)
+    there: Counter[str] = field(default_factory=Counter)
+    misses: list[tuple[str, str]] = field(default_factory=list)
+    points: int = 0
+    unchosen: int = 0
+
+
+def plan(planner: Planner, points: Iterable[Point], unchosen: int) -> Plan:
+    """Look every stage up by its key and explain each miss. Runs nothing."""
+    store = planner.home.store
+    resolver = Resolver(store)
+    result = Plan(unchosen=unchosen)
+    seen: set[str] = set()
+    for name, stage in _named(planner, points, result):
+        for part, each in _closure(name, stage):
+            key = resolver.key(each)
+            identity = key or each.lineage
+            if identity in seen:
+                continue
+            seen.add(identity)
+            if resolver.artifact(each) is not None:
+                result.there[each.kind] += 1
+            else:
+                result.new[each.kind] += 1
+                result.misses.append((part, explain(each, resolver, store)))
+    return result
+
+
+def _named(planner: Planner, points: Iterable[Point], result: Plan) -> Iterator[tuple[str, Stage]]:
+    for model, suites in planner.baselines().items():
+        for suite, stage in suites.items():
+            yield f"{model} before fine-tuning, {suite}", stage
+    for point in points:
+        result.points += 1
+        for name, stage in planner.stages_for(point).items():
+            yield f"{point}, {name}", stage
+
+
+def _closure(name: str, stage: Stage) -> Iterator[tuple[str, Stage]]:
+    for above in stage.upstream():
+        yield from _closure(f"{name} < {above.kind}", above)
+    yield name, stage
+
+
+def explain(stage: Stage, resolver: Resolver, store: Store) -> str:
+    """Why a stage is not in the store: the fields that differ from the nearest artifact of its kind, or what it waits for."""
+    payload = resolver.payload(stage)
+    if payload is None:
+        waiting = [above.kind for above in stage.upstream() if resolver.artifact(above) is None]
+        return f"waits for {' and '.join(sorted(set(waiting)))}"
+    nearest = min(
+        (list(differences(artifact.hashed, payload)) for artifact in store.all(stage.kind)),
+        key=lambda lines: (len(lines), lines),
+        default=None,
+    )
+    if nearest is None:
+        return f"the store has no {stage.kind} yet"
+    return "; ".join(nearest[:4])

@@ -1,0 +1,243 @@
+"""Choosing points: Optuna, a grid and a fixed list behind one ask/tell protocol. The only file that imports optuna.
+
+The Optuna storage is the one truth about points and their state. A proposal is a pure function of the study file, its
+number k, and the results of the points before k - window: the sampler is made anew for each proposal, seeded by k, and
+results are told in the order of asking. So a driver that was killed asks, on restart, for what it would have asked.
+"""
+
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import optuna
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeps.points import Point, Result, Value
+from sweeps.study import AxisValue, Range, Study
+from tasks.errors import StudyError
+from tasks.metrics import direction
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+REDRAWS = 8
+REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial number
+
+
+class Searcher(Protocol):
+    """Proposes distinct points and is told what became of them, in the order it proposed them."""
+
+    def in_flight(self) -> Sequence[tuple[int, Point]]:
+        """Points that were asked for and not told, oldest first: what a restarted driver continues with."""
+
+    def told(self) -> int:
+        """How many points have been told."""
+
+    def ask(self) -> tuple[int, Point] | None:
+        """The next point and its number, or None when there is none left to propose."""
+
+    def tell(self, number: int, result: Result) -> None:
+        """Record what became of a point: its objectives, or the reason it failed."""
+
+
+class OptunaSearcher:
+    """Every sampler of a study file, over Optuna's storage. Make one driver's worth at a time: see Home.driving."""
+
+    def __init__(self, study: Study, storage_url: str) -> None:
+        self.study = study
+        self._objectives = [study.metric(name) for name in study.objectives]
+        self._storage_url = storage_url
+        self._optuna = optuna.create_study(
+            storage=storage_url,
+            study_name=study.study,
+            directions=[{"maximise": "maximize", "minimise": "minimize"}[direction(name)] for name in self._objectives],
+            load_if_exists=True,
+        )
+        self._clear_half_asked()
+
+    @property
+    def limit(self) -> int | None:
+        """How many points the study is to have; None when the space is not finite and nothing was said."""
+        space = self._space_size()
+        asked = self.study.search.points
+        if self.study.search.sampler == "list":
+            asked = len(self.study.search.list)
+        return min(n for n in (asked, space) if n is not None) if (asked or space) is not None else None
+
+    def in_flight(self) -> Sequence[tuple[int, Point]]:
+        return [(trial.number, _point(trial)) for trial in self._accepted() if trial.state == TrialState.RUNNING]
+
+    def told(self) -> int:
+        return sum(trial.state.is_finished() for trial in self._accepted())
+
+    def ask(self) -> tuple[int, Point] | None:
+        accepted = self._accepted()
+        k = len(accepted)
+        if self.limit is not None and k >= self.limit:
+            return None
+        known = {_point(trial).id: trial.number for trial in accepted}
+        fixed = self._fixed(k)
+        tries = 0 if fixed is not None else self._redraws_since(accepted)
+        while True:
+            if fixed is None and tries >= REDRAWS:
+                # The sampler keeps proposing what is known: take the first point of the space, in a seeded order, that is not.
+                fixed = self._unvisited(set(known), k)
+                if fixed is None:
+                    return None
+            if fixed is not None and not any(trial.state == TrialState.WAITING for trial in self._optuna.trials):
+                self._optuna.enqueue_trial(_parameters(self.study, fixed))
+            self._optuna.sampler = _sampler(self.study, seed=self.study.search.seed * 1_000_003 + k * REDRAWS + min(tries, REDRAWS - 1))
+            trial = self._optuna.ask()
+            point = _suggest(self.study, trial)
+            if point.id not in known:
+                return trial.number, point
+            self._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", f"the same as {known[point.id]}")
+            self._optuna.tell(trial, state=TrialState.FAIL)
+            if self.study.search.sampler == "list":
+                raise StudyError(f"search.list gives the point {point} twice; each point runs once, seeds are its repeats")
+            tries += 1
+
+    def tell(self, number: int, result: Result) -> None:
+        if result.status == "done":
+            values = [result.metrics[name].value for name in self._objectives]
+            self._optuna.tell(number, values)
+        else:
+            # Without a state, a trial that lacks an objective would stay RUNNING, and constant_liar would avoid its place.
+            self._optuna.set_user_attr(f"{REASON}:{number}", result.reason)
+            self._optuna.tell(number, state=TrialState.FAIL)
+
+    def _accepted(self) -> list[FrozenTrial]:
+        """The trials that are points of the study: no duplicates, nothing cut off while it was being asked."""
+        return _points_of(self._optuna)
+
+    def _clear_half_asked(self) -> None:
+        """Set aside what a driver was choosing when it was cut off: it will be chosen again."""
+        seen: set[str] = set()
+        for trial in self._accepted():
+            whole = "model" in trial.params and len(trial.params) == 1 + len(self.study.axes)
+            if trial.state == TrialState.RUNNING and (not whole or _point(trial).id in seen):
+                self._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as an earlier one" if whole else "cut off")
+                self._optuna.tell(trial.number, state=TrialState.FAIL)
+            elif whole:
+                seen.add(_point(trial).id)
+
+    def _redraws_since(self, accepted: Sequence[FrozenTrial]) -> int:
+        last = accepted[-1].number if accepted else -1
+        marks = self._optuna.user_attrs
+        return sum("the same" in marks.get(f"{NOT_A_POINT}:{trial.number}", "") for trial in self._optuna.trials if trial.number > last)
+
+    def _fixed(self, k: int) -> Point | None:
+        if self.study.search.sampler == "grid":
+            return next(itertools.islice(space(self.study), k, None))
+        if self.study.search.sampler == "list":
+            row = dict(self.study.search.list[k])
+            model = str(row.pop("model", ""))
+            if model not in self.study.models or set(row) != set(self.study.axes):
+                raise StudyError(
+                    f"search.list[{k}] must give `model` (one of {sorted(self.study.models)}) and each of {sorted(self.study.axes)}"
+                )
+            return Point.of(model, row)
+        return None
+
+    def _space_size(self) -> int | None:
+        if any(isinstance(axis, Range) for axis in self.study.axes.values()):
+            return None
+        return sum(1 for _ in space(self.study))
+
+    def _unvisited(self, known: set[str], k: int) -> Point | None:
+        if self._space_size() is None:
+            return None
+        left = sorted((point for point in space(self.study) if point.id not in known), key=lambda point: point.id)
+        return left[k % len(left)] if left else None
+
+
+def asked(study: Study, storage_url: str) -> list[tuple[int, Point, str, str]]:
+    """(number, point, state, reason) of every point asked so far, for readers; state is running, done or failed."""
+    try:
+        found = optuna.load_study(study_name=study.study, storage=storage_url)
+    except KeyError:
+        return []
+    names = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed"}
+    return [
+        (trial.number, _point(trial), names.get(trial.state, "running"), str(found.user_attrs.get(f"{REASON}:{trial.number}", "")))
+        for trial in _points_of(found)
+        if len(trial.params) == 1 + len(study.axes)
+    ]
+
+
+def space(study: Study) -> Iterator[Point]:
+    """Every point of a study whose axes are all lists, in the order of the file."""
+    for name, model in study.models.items():
+        choices = []
+        for axis, values in study.axes.items():
+            values = model.axes.get(axis, values)
+            if isinstance(values, Range):
+                raise StudyError(f"axes.{axis} is a range; it has no list of points")
+            choices.append([(axis, value) for value in values])
+        for combination in itertools.product(*choices):
+            yield Point.of(name, dict(combination))
+
+
+def _points_of(found: optuna.Study) -> list[FrozenTrial]:
+    """The trials that are points of the study: no duplicates, nothing cut off while it was being asked."""
+    marks = found.user_attrs
+    return [
+        trial for trial in found.trials if trial.state != TrialState.WAITING and f"{NOT_A_POINT}:{trial.number}" not in marks
+    ]
+
+
+def _point(trial: FrozenTrial) -> Point:
+    values = {name.rpartition("/")[2]: _plain(value) for name, value in trial.params.items()}
+    return Point.of(str(values.pop("model")), values)
+
+
+def _plain(value: Any) -> Value:
+    # Choices are kept as JSON text: Optuna would take 1, 1.0 and True for one choice.
+    plain: Value = json.loads(value) if isinstance(value, str) else value
+    return plain
+
+
+def _suggest(study: Study, trial: optuna.Trial) -> Point:
+    model = str(_plain(trial.suggest_categorical("model", [json.dumps(name) for name in study.models])))
+    values: dict[str, Value] = {}
+    for axis in study.axes:
+        name, choices = _parameter(study, model, axis)
+        if isinstance(choices, Range):
+            if choices.whole:
+                values[axis] = trial.suggest_int(name, int(choices.low), int(choices.high), step=int(choices.step or 1), log=choices.log)
+            else:
+                values[axis] = trial.suggest_float(name, choices.low, choices.high, step=choices.step, log=choices.log)
+        else:
+            values[axis] = _plain(trial.suggest_categorical(name, [json.dumps(value) for value in choices]))
+    return Point.of(model, values)
+
+
+def _parameter(study: Study, model: str, axis: str) -> tuple[str, tuple[AxisValue, ...] | Range]:
+    """Optuna's name for an axis, and its values. A size that narrows an axis has a parameter of its own: `70b/train.rank`."""
+    own = study.models[model].axes.get(axis)
+    return (axis, study.axes[axis]) if own is None else (f"{model}/{axis}", own)
+
+
+def _parameters(study: Study, point: Point) -> dict[str, Value]:
+    """A point as the parameters that `_suggest` would have drawn for it."""
+    drawn: dict[str, Value] = {"model": json.dumps(point.model)}
+    for axis, value in point.values:
+        name, choices = _parameter(study, point.model, axis)
+        drawn[name] = value if isinstance(choices, Range) else json.dumps(value)
+    return drawn
+
+
+def _sampler(study: Study, seed: int) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # constant_liar is what async search needs
+        match study.search.sampler:
+            case "tpe":
+                startup = max(4, min(10, (study.search.points or 20) // 3))
+                return TPESampler(seed=seed, constant_liar=True, n_startup_trials=startup)
+            case "nsga2":
+                return NSGAIISampler(seed=seed)
+            case _:
+                return RandomSampler(seed=seed)
