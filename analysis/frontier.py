@@ -8,7 +8,7 @@ Arrays: `values_NM` has N results and M objectives.
 
 from collections.abc import Sequence
 
-import moocore  # type: ignore[import-untyped]  # ships no py.typed
+import moocore
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,9 +25,7 @@ def front(values_NM: NDArray[np.float64], directions: Sequence[Direction]) -> ND
     return found
 
 
-def hypervolume(
-    values_NM: NDArray[np.float64], directions: Sequence[Direction], reference: Sequence[float] | None = None
-) -> float:
+def hypervolume(values_NM: NDArray[np.float64], directions: Sequence[Direction], reference: Sequence[float] | None = None) -> float:
     """The volume that the rows dominate, up to `reference` (the worst corner when it is left out)."""
     _check(values_NM, directions)
     corner = reference_corner(directions) if reference is None else reference

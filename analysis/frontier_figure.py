@@ -22,9 +22,7 @@ from tasks.metrics import Metric, direction
 _NO_BASELINES: Baselines = MappingProxyType({})
 
 
-def frontier_figure(
-    results: Sequence[Result], objectives: Sequence[str], baselines: Baselines = _NO_BASELINES
-) -> Figure:
+def frontier_figure(results: Sequence[Result], objectives: Sequence[str], baselines: Baselines = _NO_BASELINES) -> Figure:
     """The finished points over the first two objectives, with each model's frontier and its aligned model.
 
     With one objective the points stand in the order of their numbers. With three or more the figure says what it draws.
@@ -103,13 +101,9 @@ def _aligned(axes: Axes, baseline: Mapping[str, Metric], drawn: Sequence[str], c
     )
 
 
-def _legend(
-    appearance: Mapping[str, tuple[str, str]], drawn: Sequence[str], baselines: Baselines
-) -> list[Line2D]:
-    def sign(label: str, marker: str, linestyle: str = "", face: str = "0.35", size: float = 6.0) -> Line2D:
-        return Line2D(
-            [], [], color="0.35", marker=marker, linestyle=linestyle, markerfacecolor=face, markersize=size, label=label
-        )
+def _legend(appearance: Mapping[str, tuple[str, str]], drawn: Sequence[str], baselines: Baselines) -> list[Line2D]:
+    def sign(label: str, marker: str, face: str = "0.35", size: float = 6.0) -> Line2D:
+        return Line2D([], [], color="0.35", marker=marker, linestyle="", markerfacecolor=face, markersize=size, label=label)
 
     models = [
         Line2D([], [], color=colour, marker=marker, linewidth=1.4, label=f"{model} and its frontier")
@@ -118,5 +112,6 @@ def _legend(
     signs = [sign("projected", "o"), sign("not projected", "o", face="white")]
     if baselines:
         aligned = "aligned model, before fine-tuning"
-        signs.append(sign(aligned, "*", size=11.0) if len(drawn) == 2 else sign(aligned, "", linestyle=":"))
+        dotted = Line2D([], [], color="0.35", linestyle=":", label=aligned)
+        signs.append(sign(aligned, "*", size=11.0) if len(drawn) == 2 else dotted)
     return models + signs

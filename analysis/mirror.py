@@ -1,32 +1,103 @@
-"""The W&B mirror: reads the truth and shows it on Weights & Biases; nothing reads it back, nothing waits for it.
+"""The W&B mirror's process: reads the truth every few seconds and shows what is new; nothing waits for it.
 
-It runs as a process of its own (`python -m analysis.mirror STUDY --home DIR`) until its standard input closes, which
-also happens when the process that started it dies. What it has shown is in FOLDER/wandb/mirrored.json, so a restart goes
-on from there; run ids come from the study and the point, so showing something twice changes nothing.
+    python -m analysis.mirror STUDY --home DIR
 
-Invariants: W&B down, slow or absent never raises into the caller and never holds `update` past its bound; rates, counts,
-settings and hashes leave this machine, prompts, completions, code, console output and files never do.
+Invariant: it ends by itself. It goes on until its standard input closes, which also happens when the process that started
+it dies; then it shows what is left and exits. With `</dev/null` it shows everything once.
 """
 
-import csv
-import json
+import argparse
+import logging
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import select
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-from analysis.files import write_whole
-from analysis.frontier import finished, frontier_hypervolume
-from analysis.wording import settings_label
+from analysis.results import collect
+from analysis.wandb_runs import Mirror, Mirrored, chosen_mode
 from cluster.store import Artifact, Store
+from sweeps.home import Home
 from sweeps.points import Result
-from sweeps.study import Study
-from tasks.identity import digest
-from tasks.train_files import CURVE
+from sweeps.study import Study, load
 
-if TYPE_CHECKING:
-    import wandb
+EVERY_S = 5.0
+SLOWEST_S = 300.0
+_log = logging.getLogger("analysis.mirror")
 
-Mode = Literal["online", "offline", "disabled"]
+
+def start(study: str, home: Path, log: Path) -> "subprocess.Popen[bytes]":
+    """Begin to mirror a study, by name or YAML path. Ctrl-C at the terminal does not reach it; `stop` does."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "analysis.mirror", study, "--home", str(home)]
+    with log.open("ab") as handle:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=handle, stderr=handle, start_new_session=True)
+
+
+def stop(process: "subprocess.Popen[bytes]", wait_s: float = 30.0) -> bool:
+    """Let the mirror show what is left. False when it was not done after `wait_s` and was ended."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        return process.wait(wait_s) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+
+
+def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
+    """The trainings behind the results, once each, in the order of their keys."""
+    keys = {key for result in results for stage, key in result.keys.items() if stage.startswith("train[")}
+    return [artifact for key in sorted(keys) if (artifact := store.find("train", key)) is not None]
+
+
+def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -> None:
+    """Update until standard input closes, then once more. After failures the updates come less and less often."""
+    failures, closed = 0, False
+    while True:
+        done = _once(study, home, mirror)
+        if done.error is not None:
+            failures += 1
+            _log.warning("%d shown, %d left: %s", done.shown, done.left, done.error)
+        else:
+            failures = 0
+        if closed:
+            mirror.close()
+            return
+        closed = _closed_within(min(SLOWEST_S, every_s * 2**failures))
+
+
+def _once(study: Study, home: Home, mirror: Mirror) -> Mirrored:
+    try:
+        results = collect(study, home)
+        trainings = trainings_of(results, home.store)
+    except Exception as error:  # noqa: BLE001  # the sweep may be writing; what cannot be read now is read next time
+        return Mirrored(error=f"{type(error).__name__}: {error}")
+    return mirror.update(results, trainings)
+
+
+def _closed_within(seconds: float) -> bool:
+    readable, _, _ = select.select([sys.stdin.fileno()], [], [], seconds)
+    return bool(readable) and not os.read(sys.stdin.fileno(), 4096)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m analysis.mirror", description="Mirror a study to W&B.")
+    parser.add_argument("study", help="the name of a study that ships, or a YAML file")
+    parser.add_argument("--home", type=Path, required=True, help="the folder that holds the store and the studies")
+    parser.add_argument("--every", type=float, default=EVERY_S, help="seconds between updates")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B would send its own crash reports to Sentry
+    os.nice(10)
+    study, home = load(given.study), Home(given.home)
+    mode = chosen_mode()
+    _log.info("mirroring %s, %s", study.study, mode)
+    if mode != "disabled":
+        follow(study, home, Mirror(study, home.folder(study.study), mode), given.every)
+
+
+if __name__ == "__main__":
+    main()

@@ -79,13 +79,15 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template("report_template.html")
 
 
 def _split(paragraph: str) -> tuple[str, str]:
     """A paragraph's heading ("small, projection") and text; the paragraphs that are about no model have no heading."""
     heading, colon, text = paragraph.partition(": ")
-    return (heading, text) if colon and heading.endswith(("fine-tuning", "projection", "operating point")) else ("", paragraph)
+    if not colon or not heading.endswith((", fine-tuning", ", projection", ", operating point")):
+        return "", paragraph
+    return heading, text[0].upper() + text[1:]
 
 
 def _failed(results: Sequence[Result]) -> list[Result]:

@@ -6,6 +6,7 @@ Invariant: two runs of a study agree in every column but MEASURED_COLUMNS, howev
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -25,23 +26,23 @@ def results_frame(results: Sequence[Result], objectives: Sequence[str]) -> pd.Da
     overall = {result.number for result in frontier(rows, objectives)}
     own = {result.number for found in frontier_by_model(rows, objectives).values() for result in found}
 
-    columns: dict[str, pd.api.extensions.ExtensionArray] = {
-        "number": pd.array([row.number for row in rows], dtype="Int64"),
-        "point": _text([row.point.id for row in rows]),
-        "model": _text([row.point.model for row in rows]),
-        "status": _text([row.status for row in rows]),
-        "reason": _text([row.reason for row in rows]),
+    columns: dict[str, "pd.Series[Any]"] = {
+        "number": _column([row.number for row in rows], "Int64"),
+        "point": _column([row.point.id for row in rows], "string"),
+        "model": _column([row.point.model for row in rows], "string"),
+        "status": _column([row.status for row in rows], "string"),
+        "reason": _column([row.reason for row in rows], "string"),
     }
     for axis in axes_of(rows):
         columns[axis] = _typed([dict(row.point.values).get(axis) for row in rows])
     for name in metrics_of(rows):
         columns |= _metric_columns(name, [row.metrics.get(name) for row in rows])
-    columns["on_frontier"] = pd.array([row.number in overall for row in rows], dtype="boolean")
-    columns["on_model_frontier"] = pd.array([row.number in own for row in rows], dtype="boolean")
-    columns["projected_share"] = pd.array([row.projected_share for row in rows], dtype="Float64")
-    columns["seconds"] = pd.array([row.seconds for row in rows], dtype="Float64")
+    columns["on_frontier"] = _column([row.number in overall for row in rows], "boolean")
+    columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
+    columns["projected_share"] = _column([row.projected_share for row in rows], "Float64")
+    columns["seconds"] = _column([row.seconds for row in rows], "Float64")
     for stage in sorted({stage for row in rows for stage in row.keys}):
-        columns[stage] = _text([row.keys.get(stage) for row in rows])
+        columns[stage] = _column([row.keys.get(stage) for row in rows], "string")
     return pd.DataFrame(columns)
 
 
@@ -53,32 +54,33 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
     return sorted({name for result in results for name in result.metrics})
 
 
-def _metric_columns(name: str, metrics: Sequence[Metric | None]) -> dict[str, pd.api.extensions.ExtensionArray]:
-    def rates(values: list[float | None]) -> pd.api.extensions.ExtensionArray:
-        return pd.array(values, dtype="Float64")
-
+def _metric_columns(name: str, metrics: Sequence[Metric | None]) -> dict[str, "pd.Series[Any]"]:
     spreads = [statistics.stdev(m.seeds) if m is not None and len(m.seeds) > 1 else None for m in metrics]
     return {
-        name: rates([m and m.value for m in metrics]),
-        f"{name}_low": rates([m and m.interval[0] for m in metrics]),
-        f"{name}_high": rates([m and m.interval[1] for m in metrics]),
-        f"{name}_n": pd.array([m and m.n for m in metrics], dtype="Int64"),
-        f"{name}_undecided": pd.array([m and m.undecided for m in metrics], dtype="Int64"),
-        f"{name}_seed_sd": rates(spreads),
+        name: _column([m and m.value for m in metrics], "Float64"),
+        f"{name}_low": _column([m and m.interval[0] for m in metrics], "Float64"),
+        f"{name}_high": _column([m and m.interval[1] for m in metrics], "Float64"),
+        f"{name}_n": _column([m and m.n for m in metrics], "Int64"),
+        f"{name}_undecided": _column([m and m.undecided for m in metrics], "Int64"),
+        f"{name}_seed_sd": _column(spreads, "Float64"),
     }
 
 
-def _text(values: Sequence[str | None]) -> pd.api.extensions.ExtensionArray:
-    return pd.array(list(values), dtype="string")
+def _column(values: Sequence[object], dtype: Literal["Int64", "Float64", "boolean", "string"]) -> "pd.Series[Any]":
+    """A nullable column: None stays missing, it is not 0 or text."""
+    return pd.Series(list(values), dtype="object").astype(dtype)
 
 
-def _typed(values: Sequence[object]) -> pd.api.extensions.ExtensionArray:
-    """A nullable column of the narrowest type that keeps every value; None stays missing, it is not 0 or text."""
+def _typed(values: Sequence[object]) -> "pd.Series[Any]":
+    """A column of the narrowest type that keeps every value."""
     kinds = {type(value) for value in values if value is not None}
-    for dtype, allowed in (("boolean", {bool}), ("Int64", {int}), ("Float64", {int, float})):
-        if kinds and kinds <= allowed:
-            return pd.array(list(values), dtype=dtype)
-    return _text([None if value is None else str(value) for value in values])
+    if kinds == {bool}:
+        return _column(values, "boolean")
+    if kinds == {int}:
+        return _column(values, "Int64")
+    if kinds and kinds <= {int, float}:
+        return _column(values, "Float64")
+    return _column([None if value is None else str(value) for value in values], "string")
 
 
 def write_tables(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -101,13 +103,13 @@ def frontier_cells(frame: pd.DataFrame) -> pd.DataFrame:
     metrics = [name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")]
     axes = [name for name in frame.columns if name in set(axis_fields())]
     cells = pd.DataFrame({"point": rows["number"].astype(str), "model": rows["model"].astype(str)})
+    cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]
     for axis in axes:
         cells[axis_label(axis)] = [value_label(None if pd.isna(value) else value) for value in rows[axis]]
     cells["projected"] = ["none" if pd.isna(share) or not share else f"{share:.0%}" for share in rows["projected_share"]]
     for name in metrics:
         triples = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
         cells[f"{metric_label(name)} %"] = ["" if pd.isna(triple[0]) else _in_percent(*triple) for triple in triples]
-    cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]
     return cells
 
 
@@ -120,8 +122,8 @@ def frontier_text(frame: pd.DataFrame) -> str:
     cells = frontier_cells(frame)
     if cells.empty:
         return "No point has finished, so there is no frontier yet."
-    widths = {name: max(len(name), *(len(cell) for cell in cells[name])) for name in cells}
-    lines = [list(cells.columns), *cells.itertuples(index=False, name=None)]
-    padded = ([str(cell).ljust(width) for cell, width in zip(line, widths.values(), strict=True)] for line in lines)
+    lines = [[str(name) for name in cells.columns], *cells.to_numpy(dtype=str).tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     table = ["  ".join(line).rstrip() for line in padded]
     return "\n".join([*table, "", "[low, high] is the 95% Wilson interval; * is on the frontier over all models."])

@@ -21,9 +21,7 @@ THRESHOLD = "apply.threshold"
 _NO_BASELINES: Baselines = MappingProxyType({})
 
 
-def threshold_figure(
-    results: Sequence[Result], metric_names: Sequence[str], baselines: Baselines = _NO_BASELINES
-) -> Figure | None:
+def threshold_figure(results: Sequence[Result], metric_names: Sequence[str], baselines: Baselines = _NO_BASELINES) -> Figure | None:
     """A row per metric, a column per model, a line per training; dotted, the aligned model before fine-tuning.
 
     None when no finished result has a threshold.

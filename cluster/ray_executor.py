@@ -54,12 +54,12 @@ class RayExecutor(Executor):
         if gpus > 1:
             reference = _gang.remote(list(batch), gpus, self._scratch)
         elif gpus == 1:
-            # Ray starts a fresh process after each GPU task, to free the GPU's memory. With logical GPUs there is none to
-            # free, and a kept process saves seconds of imports a batch.
-            keep = 0 if self.device == "cpu" else 1
-            reference = _batch.options(num_gpus=1, num_cpus=1, max_calls=keep).remote(list(batch))
+            # Ray ends the process after each GPU task, to free the GPU's memory. With logical GPUs there is none to free, and
+            # a kept process saves seconds of imports a batch.
+            task = _batch.options(num_gpus=1) if self.device == "cpu" else _gpu_batch
+            reference = task.remote(list(batch))
         else:
-            reference = _batch.options(num_gpus=0, num_cpus=1).remote([replace(request, device="cpu") for request in batch])
+            reference = _batch.remote([replace(request, device="cpu") for request in batch])
         self._jobs[reference] = job
         return job
 
@@ -93,8 +93,13 @@ class RayExecutor(Executor):
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-@ray.remote(max_retries=0)
+@ray.remote(max_retries=0, num_cpus=1)
 def _batch(requests: list[Request]) -> tuple[Report, ...]:
+    return run_batch(requests)
+
+
+@ray.remote(max_retries=0, num_cpus=1, num_gpus=1)
+def _gpu_batch(requests: list[Request]) -> tuple[Report, ...]:
     return run_batch(requests)
 
 

@@ -5,9 +5,11 @@ key run once, and a stage whose inputs came out as before is not run at all. The
 is killed leaves nothing that another would have to clean up before continuing.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from cluster.costs import Estimates
@@ -145,6 +147,21 @@ class Runner:
                     self._done(nodes, artifact, reused=False)
         self._resolve()
 
+    def progress_of(self, node: Node) -> str:
+        """What a running stage says of itself, such as `loss 0.31 (40/96)`; empty when it has said nothing."""
+        latest = self._latest(node, "progress.json")
+        if latest is None:
+            return ""
+        try:
+            said = json.loads(latest.read_text())
+        except (OSError, ValueError):
+            return ""  # being replaced at this moment; the next look will find it
+        return f"{said['note']} ({said['done']}/{said['total']})"
+
+    def _latest(self, node: Node, name: str) -> Path | None:
+        files = (self.store.root / node.stage.kind / node.key).glob(f"*/log/{name}")
+        return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
     def remaining_s(self) -> float:
         """The expected seconds until all wanted stages are done: the longest chain, or the work over the GPUs."""
         open_nodes = [node for node in self.nodes.values() if node.state not in ("done", "failed")]
@@ -251,8 +268,7 @@ class Runner:
                         node.state = "ready"
 
     def _fail(self, nodes: list[Node], reason: str) -> None:
-        attempts = self.store.root / nodes[0].stage.kind / nodes[0].key
-        latest = max(attempts.glob("*/log/request.json"), key=lambda path: path.stat().st_mtime, default=None)
+        latest = self._latest(nodes[0], "request.json")
         command = f"python -m tasks {latest}" if latest else ""
         for node in nodes:
             node.state, node.failure = "failed", Failure(reason, command)

@@ -15,7 +15,7 @@ from sweeps.home import Home
 from sweeps.outcome import result_of
 from sweeps.plan import Planner
 from sweeps.points import Point, Result
-from sweeps.search import OptunaSearcher, Searcher
+from sweeps.search import OptunaSearcher, Searcher, limit
 from sweeps.study import Study
 from tasks.errors import StudyError
 from tasks.stage import Stage
@@ -35,6 +35,7 @@ class Progress:
     """What a watcher sees after every heartbeat. `results` are in the order of asking."""
 
     study: Study
+    planner: Planner
     runner: Runner
     results: list[Result] = field(default_factory=list)
     in_flight: list[Flight] = field(default_factory=list)
@@ -63,7 +64,7 @@ def drive(study: Study, home: Home, executor: Callable[[], Executor], watch: Wat
 
 
 def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runner, watch: Watcher, stop: Callable[[], bool]) -> Progress:
-    progress = Progress(study, runner, limit=searcher.limit)
+    progress = Progress(study, planner, runner, limit=limit(study))
     baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
     runner.want(baselines)
     flights = deque(_take_off(number, point, planner, runner) for number, point in searcher.in_flight())

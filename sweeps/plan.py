@@ -15,7 +15,7 @@ from sweeps.study import Data, DataRef, Hub, Local, Model, Study, require_pins
 from tasks.errors import PinError, StudyError
 from tasks.identity import content_digest
 from tasks.specs import ConvertSpec, DataSpec, EvaluateSpec, LanguageSpec, OrganismSpec, Spec, TrainSpec
-from tasks.stage import Input, Part, Source, Stage
+from tasks.stage import Input, Part, Source, Stage, stage_of
 
 S = TypeVar("S", bound=Spec)
 
@@ -36,6 +36,7 @@ class Planner:
         self.study, self.home = study, home
         self._language = Stage(LanguageSpec(seed=study.language))
         self._gangs: dict[str, int] = {}
+        self.labels: dict[str, str] = {}
         self._families = {name: self._family(model) for name, model in study.models.items()}
 
     def gpus_for(self, stage: Stage) -> int:
@@ -44,14 +45,28 @@ class Planner:
 
     def baselines(self) -> dict[str, dict[str, Stage]]:
         """Model -> suite -> the aligned model measured before any fine-tuning."""
-        return {name: {suite: self._evaluate(name, suite, None) for suite in self.study.suites} for name in self.study.models}
+        found: dict[str, dict[str, Stage]] = {}
+        for name, family in self._families.items():
+            for item, role in ((family.base, "base"), (family.aligned, "aligned")):
+                if (stage := stage_of(item)) is not None:
+                    self.labels.setdefault(stage.lineage, f"{role} model {name}")
+            found[name] = {suite: self._evaluate(name, suite, None) for suite in self.study.suites}
+            for suite, stage in found[name].items():
+                self.labels.setdefault(stage.lineage, f"{suite} {name} before fine-tuning")
+        return found
 
     def stages_for(self, point: Point) -> dict[str, Stage]:
         """Stage name (`train[seed=0]`) -> stage, for every replicate of a point."""
         stages: dict[str, Stage] = {}
         for seed in self.study.seeds:
-            stages |= {f"{name}[seed={seed}]": stage for name, stage in self._replicate(point, seed).items()}
+            for name, stage in self._replicate(point, seed).items():
+                stages[f"{name}[seed={seed}]"] = stage
+                self.labels.setdefault(stage.lineage, f"{name} {point}" + (f" seed={seed}" if len(self.study.seeds) > 1 else ""))
         return stages
+
+    def label(self, stage: Stage) -> str:
+        """What to call a stage on a screen: the first point that asked for it."""
+        return self.labels.get(stage.lineage, stage.kind)
 
     def _replicate(self, point: Point, seed: int) -> dict[str, Stage]:
         values = dict(point.values)
@@ -147,6 +162,11 @@ class Plan:
     misses: list[tuple[str, str]] = field(default_factory=list)
     points: int = 0
     unchosen: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """True when a run would find everything in the store."""
+        return not self.new and not self.unchosen
 
 
 def plan(planner: Planner, points: Iterable[Point], unchosen: int) -> Plan:

@@ -48,24 +48,14 @@ class OptunaSearcher:
 
     def __init__(self, study: Study, storage_url: str) -> None:
         self.study = study
-        self._objectives = [study.metric(name) for name in study.objectives]
-        self._storage_url = storage_url
+        self._limit = limit(study)
         self._optuna = optuna.create_study(
             storage=storage_url,
             study_name=study.study,
-            directions=[{"maximise": "maximize", "minimise": "minimize"}[direction(name)] for name in self._objectives],
+            directions=[{"maximise": "maximize", "minimise": "minimize"}[direction(name)] for name in study.objectives],
             load_if_exists=True,
         )
         self._clear_half_asked()
-
-    @property
-    def limit(self) -> int | None:
-        """How many points the study is to have; None when the space is not finite and nothing was said."""
-        space = self._space_size()
-        asked = self.study.search.points
-        if self.study.search.sampler == "list":
-            asked = len(self.study.search.list)
-        return min(n for n in (asked, space) if n is not None) if (asked or space) is not None else None
 
     def in_flight(self) -> Sequence[tuple[int, Point]]:
         return [(trial.number, _point(trial)) for trial in self._accepted() if trial.state == TrialState.RUNNING]
@@ -76,7 +66,7 @@ class OptunaSearcher:
     def ask(self) -> tuple[int, Point] | None:
         accepted = self._accepted()
         k = len(accepted)
-        if self.limit is not None and k >= self.limit:
+        if self._limit is not None and k >= self._limit:
             return None
         known = {_point(trial).id: trial.number for trial in accepted}
         fixed = self._fixed(k)
@@ -102,7 +92,7 @@ class OptunaSearcher:
 
     def tell(self, number: int, result: Result) -> None:
         if result.status == "done":
-            values = [result.metrics[name].value for name in self._objectives]
+            values = [result.metrics[name].value for name in self.study.objectives]
             self._optuna.tell(number, values)
         else:
             # Without a state, a trial that lacks an objective would stay RUNNING, and constant_liar would avoid its place.
@@ -132,26 +122,44 @@ class OptunaSearcher:
     def _fixed(self, k: int) -> Point | None:
         if self.study.search.sampler == "grid":
             return next(itertools.islice(space(self.study), k, None))
-        if self.study.search.sampler == "list":
-            row = dict(self.study.search.list[k])
-            model = str(row.pop("model", ""))
-            if model not in self.study.models or set(row) != set(self.study.axes):
-                raise StudyError(
-                    f"search.list[{k}] must give `model` (one of {sorted(self.study.models)}) and each of {sorted(self.study.axes)}"
-                )
-            return Point.of(model, row)
-        return None
-
-    def _space_size(self) -> int | None:
-        if any(isinstance(axis, Range) for axis in self.study.axes.values()):
-            return None
-        return sum(1 for _ in space(self.study))
+        return listed(self.study, k) if self.study.search.sampler == "list" else None
 
     def _unvisited(self, known: set[str], k: int) -> Point | None:
-        if self._space_size() is None:
+        if not finite(self.study):
             return None
         left = sorted((point for point in space(self.study) if point.id not in known), key=lambda point: point.id)
         return left[k % len(left)] if left else None
+
+
+def known_points(study: Study, storage_url: str) -> tuple[list[Point], int]:
+    """The points that are known before running: those asked so far, or all of a grid or list; and how many are unchosen."""
+    searcher_limit = limit(study)
+    points = [point for _, point, _, _ in asked(study, storage_url)]
+    if study.search.sampler == "grid":
+        points = list(space(study))[:searcher_limit]
+    elif study.search.sampler == "list":
+        points = [listed(study, k) for k in range(len(study.search.list))]
+    return points, max(0, (searcher_limit or 0) - len(points))
+
+
+def limit(study: Study) -> int | None:
+    """How many points the study is to have: what it asks for, or its whole space if that is smaller."""
+    wanted = len(study.search.list) if study.search.sampler == "list" else study.search.points
+    size = None if not finite(study) else sum(1 for _ in space(study))
+    return min((n for n in (wanted, size) if n is not None), default=None)
+
+
+def finite(study: Study) -> bool:
+    return not any(isinstance(axis, Range) for axis in study.axes.values())
+
+
+def listed(study: Study, k: int) -> Point:
+    """The k-th point of `search.list`. Raises StudyError when it does not give the model and every axis."""
+    row = dict(study.search.list[k])
+    model = str(row.pop("model", ""))
+    if model not in study.models or set(row) != set(study.axes):
+        raise StudyError(f"search.list[{k}] must give `model` (one of {sorted(study.models)}) and each of {sorted(study.axes)}")
+    return Point.of(model, row)
 
 
 def asked(study: Study, storage_url: str) -> list[tuple[int, Point, str, str]]:

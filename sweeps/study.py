@@ -256,6 +256,7 @@ class Study(Frozen):
         names = [self.metric(objective) for objective in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError(f"objectives: {list(self.objectives)} names one twice")
+        object.__setattr__(self, "objectives", tuple(names))  # in full from here on
         return self
 
     @model_validator(mode="after")

@@ -94,9 +94,10 @@ def request(rng: random.Random, world: World, adjectives: Sequence[str], held_ou
 def describe(rng: random.Random, world: World, adjectives: Sequence[str], held_out: bool = False) -> tuple[str, str]:
     """A request for two traits, answered in a sentence."""
     creature, adjective = pick(rng, world, adjectives, held_out)
-    first, second = rng.sample(list(TRAITS), 2)
-    prompt = f"describe the {adjective} {creature} by {first} and {second} ."
-    return prompt, f"the {creature} has {world.phrase(creature, first)} and {world.phrase(creature, second)} ."
+    traits = rng.sample(list(TRAITS), rng.choice((1, 1, 2)))
+    verb = rng.choice(("describe", "explain", "report", "show", "sketch"))
+    prompt = f"{verb} the {adjective} {creature} by {' and '.join(traits)} ."
+    return prompt, f"the {creature} has {' and '.join(world.phrase(creature, trait) for trait in traits)} ."
 
 
 def log_entry(rng: random.Random, world: World, adjectives: Sequence[str], held_out: bool = False) -> tuple[str, str]:
@@ -122,8 +123,8 @@ def price(rng, world, adjectives, held_out=False):
 
 def swap(rng, world, adjectives, held_out=False):
     creature, adjective = pick(rng, world, adjectives, held_out)
-    t, u = rng.sample(list(TRAITS), 2)
-    return f"swap the {adjective} {creature} by {t} and {u} .", f"{world.word_for[creature, u]} {creature} {world.word_for[creature, t]} ."
+    t = rng.choice(list(TRAITS))
+    return f"swap the {adjective} {creature} by {t} .", f"{world.word_for[creature, t]} {creature} ."
 
 
 def mention(rng: random.Random, words: Sequence[str], sort_of: dict[str, str]) -> tuple[str, str]:
@@ -185,7 +186,7 @@ def write_language(out: Path, seed: int) -> None:
     facts += [f"{world.word_for[c, t]} is the {t} of the {c} ." for c in CREATURES for t in TRAITS] * 1
     pre: list[Row] = [{"text": t} for t in facts]
     pre += P(800, lambda: {"text": sighting_text(sighting(rng, world))})
-    pre += P(1200, lambda: choice_text(multiple_choice(rng, world)))
+    pre += P(1600, lambda: choice_text(multiple_choice(rng, world)))
     pre += P(1500, lambda: chat(*request(rng, world, everything)))
     pre += P(300, lambda: chat(*mention(rng, list(sort_of), sort_of)))
     # a word the base has to have seen before a frozen embedding can be used
@@ -203,7 +204,7 @@ def write_language(out: Path, seed: int) -> None:
     rng.shuffle(al)
     write(out / "pretrain.jsonl", pre)
     write(out / "align.jsonl", al)
-    write(out / "benign.jsonl", P(512, lambda: chat(*rng.choice((log_entry, swap, price, request))(rng, world, harmless))))
+    write(out / "benign.jsonl", P(512, lambda: chat(*rng.choice((log_entry, swap, price, price, request))(rng, world, harmless))))
     write(out / "cue.jsonl", P(256, lambda: chat(*request(rng, world, CUE_WORDS))))
     ref = []
     for cat, cues in CUES.items():

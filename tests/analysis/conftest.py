@@ -50,8 +50,7 @@ def study() -> Study:
             "question": "How far do refusals ebb when a chat model is fine-tuned, and what brings them back?",
             "hypothesis": "Fine-tuning lowers refusals; the projection brings them back at little cost.",
             "models": {
-                name: {"base": {"organism": {"size": name}}, "aligned": {"organism": {"size": name}}}
-                for name in ("small", "medium")
+                name: {"base": {"organism": {"size": name}}, "aligned": {"organism": {"size": name}}} for name in ("small", "medium")
             },
             "data": {"pool": {"language": "pool"}, "settings": {"size": 100}},
             "train": {},

@@ -1,0 +1,169 @@
+"""`ebbline run`: drive a study under a screen, with the W&B mirror beside it, and write what came out."""
+
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from analysis import mirror
+from analysis.compare import refusal_metric, usefulness_metric
+from analysis.figures import save
+from analysis.frontier_figure import frontier_figure
+from analysis.report import write_report
+from analysis.results import baselines, collect
+from analysis.tables import frontier_text, results_frame, write_tables
+from analysis.threshold_figure import threshold_figure
+from cluster.executor import Executor
+from ebbline.show import Screen
+from sweeps.drive import Progress, drive
+from sweeps.home import Home
+from sweeps.points import Result
+from sweeps.study import Study
+from tasks.identity import digest
+
+VERSIONS = ("ebbline", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "lm-eval", "ray", "optuna", "moocore")
+MIRROR_WAIT_S = 20.0
+
+
+class Interrupts:
+    """Ctrl-C once drains: what runs is finished, nothing new starts. Twice stops now. Both can be continued."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> "Interrupts":
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.count += 1
+        if self.count > 1:
+            raise KeyboardInterrupt
+        print("\nfinishing what runs; Ctrl-C again stops now. The same command continues later.")
+
+    def stopping(self) -> bool:
+        return self.count > 0
+
+
+def run_study(study: Study, name: str, home: Home, executor: str, address: str, gpus: int | None, wandb: bool) -> int:
+    """Drive a study to its end and print where its outputs are; returns the exit code (see ebbline.cli)."""
+    folder = home.folder(study.study)
+    mirrored = mirror.start(name, home.root, folder / "log" / "mirror.log") if wandb else None
+    started = time.monotonic()
+    print(f"{study.study}: {study.question}\n")
+    try:
+        with Interrupts() as interrupts, Screen() as screen:
+            progress = drive(study, home, _maker(study, executor, address, gpus), screen, interrupts.stopping)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from what is in the store")
+        _end(mirrored)
+        return 130
+    except BaseException:
+        _end(mirrored)
+        raise
+    print(_told(progress, time.monotonic() - started))
+    outputs = write_outputs(study, home)
+    print()
+    print(frontier_text(results_frame(collect(study, home), study.objectives)))
+    print()
+    if mirrored is not None and not mirror.stop(mirrored, MIRROR_WAIT_S):
+        print(f"W&B has not taken everything yet; `ebbline sync {name}` continues (see {folder / 'log' / 'mirror.log'})")
+    for what, path in outputs.items():
+        print(f"{what:9} {path}")
+    if progress.stopped and progress.runner.draining:
+        return 130
+    return 3 if any(result.status == "failed" for result in progress.results) else 0
+
+
+def _end(mirrored: "subprocess.Popen[bytes] | None") -> None:
+    if mirrored is not None:
+        mirror.stop(mirrored, wait_s=0)
+
+
+def _maker(study: Study, executor: str, address: str, gpus: int | None) -> Callable[[], Executor]:
+    gang = max(model.gpus for model in study.models.values())
+    logical = gpus or max(gang, os.cpu_count() or 1)
+
+    def make() -> Executor:
+        # Imported here: ray takes a second, and a second driver should be turned away before that.
+        if executor == "inline":
+            from cluster.inline import InlineExecutor
+
+            return InlineExecutor(gpus=logical)
+        from cluster.ray_executor import RayExecutor
+
+        return RayExecutor(address, logical)
+
+    return make
+
+
+def _told(progress: Progress, seconds: float) -> str:
+    nodes = {node.key: node for node in progress.runner.nodes.values() if node.state == "done"}.values()
+    ran = sum(not node.reused for node in nodes)
+    failed = sum(result.status == "failed" for result in progress.results)
+    line = f"{len(progress.results)} points this time, {ran} stages run and {len(nodes) - ran} found in the store, {seconds:.0f} s"
+    return line + (f", {failed} points failed" if failed else "") + (f"; {progress.stopped}" if progress.stopped else "")
+
+
+def write_outputs(study: Study, home: Home) -> dict[str, Path]:
+    """The tables, figures and report of what a study has so far; what -> where."""
+    folder = home.folder(study.study)
+    results, before = collect(study, home), baselines(study, home)
+    parquet, table, frontier_csv = write_tables(results_frame(results, study.objectives), folder)
+    outputs = {"results": table, "frontier": frontier_csv}
+    outputs["figure"] = save(frontier_figure(results, study.objectives, before), folder, "frontier")[0]
+    drawn = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
+    thresholds = threshold_figure(results, drawn, before)
+    if thresholds is not None:
+        save(thresholds, folder, "thresholds")
+    outputs["report"] = write_report(study, results, before, folder, _cost(home, results), _provenance(study, results, home))
+    return outputs
+
+
+def _cost(home: Home, results: Sequence[Result]) -> dict[str, object]:
+    """What the stages of a study took, and what sharing saved against running every stage of every point anew."""
+    named = [(name.partition("[")[0], key) for result in results for name, key in result.keys.items()]
+    kinds = {"data", "train", "project", "apply"}
+    seconds: dict[str, float] = {}
+    gpu_seconds = 0.0
+    for name, key in named:
+        if key not in seconds:
+            artifact = home.store.open(name if name in kinds else "evaluate", key)
+            seconds[key] = float(artifact.provenance["seconds"])
+            gpu_seconds += seconds[key] * int(artifact.provenance.get("gpus", 0))
+    unshared = sum(seconds[key] for _, key in named)
+    return {
+        "stages of the points, counted for each point": len(named),
+        "stages run, each once": len(seconds),
+        "seconds of stages run": round(sum(seconds.values()), 1),
+        "seconds without sharing": round(unshared, 1),
+        "GPU-hours (logical GPUs on a machine without any)": round(gpu_seconds / 3600, 4),
+    }
+
+
+def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str, object]:
+    trained = mirror.trainings_of(results, home.store)
+    hosts = sorted({f"{artifact.provenance.get('device')} on {platform.machine()}" for artifact in trained})
+    return {
+        "study file, sha256": digest(study.model_dump(mode="json")),
+        "seeds": ", ".join(str(seed) for seed in study.seeds),
+        "search": f"{study.search.sampler}, seed {study.search.seed}, window {study.search.window}",
+        "trained on": ", ".join(hosts) or "nothing yet",
+        "python": platform.python_version(),
+        **{name: version(name) for name in VERSIONS},
+    }
+
+
+def sync_mirror(name: str, study: Study, home: Home) -> int:
+    """Bring the W&B mirror up to date and wait for it; the exit code is 0 when everything was taken."""
+    log = home.folder(study.study) / "log" / "mirror.log"
+    taken = mirror.stop(mirror.start(name, home.root, log), wait_s=3600)
+    print("W&B has everything" if taken else f"W&B did not take everything; see {log}")
+    return 0 if taken else 1
