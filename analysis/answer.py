@@ -7,7 +7,7 @@ said to be absent; an operating point is never called safe on its value alone.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from analysis.compare import Baselines, is_projected, moved, refusal_metric, training_of, unprojected, usefulness_metric
+from analysis.compare import Baselines, Move, is_projected, moved, refusal_metric, training_of, unprojected, usefulness_metric
 from analysis.frontier import finished, values_of
 from analysis.wording import measured, metric_label, natural, percent, settings_label
 from sweeps.points import Result
@@ -75,10 +75,11 @@ def _projection(model: str, own: Sequence[Result], refusal: str) -> str:
     return text
 
 
-def _tally(moves: Counter[str], total: int, of: str) -> str:
+def _tally(moves: Counter[Move], total: int, of: str) -> str:
     if total == 1:
         return next(iter(moves))
-    parts = [f"{move} at {count}" for move in ("higher", "lower", "not distinguishable") if (count := moves[move])]
+    order: tuple[Move, ...] = ("higher", "lower", "not distinguishable")
+    parts = [f"{move} at {moves[move]}" for move in order if moves[move]]
     return f"{', '.join(parts)} of {total} {of}s" if len(parts) > 1 else f"{next(iter(moves))} at all {total} {of}s"
 
 

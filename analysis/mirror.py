@@ -20,7 +20,8 @@ from analysis.wandb_runs import Mirror, Mirrored, chosen_mode
 from cluster.store import Artifact, Store
 from sweeps.home import Home
 from sweeps.points import Result
-from sweeps.study import Study, load
+from sweeps.study import Study
+from sweeps.study_file import load
 
 EVERY_S = 5.0
 SLOWEST_S = 300.0

@@ -26,7 +26,7 @@ def results_frame(results: Sequence[Result], objectives: Sequence[str]) -> pd.Da
     overall = {result.number for result in frontier(rows, objectives)}
     own = {result.number for found in frontier_by_model(rows, objectives).values() for result in found}
 
-    columns: dict[str, "pd.Series[Any]"] = {
+    columns: dict[str, pd.Series[Any]] = {
         "number": _column([row.number for row in rows], "Int64"),
         "point": _column([row.point.id for row in rows], "string"),
         "model": _column([row.point.model for row in rows], "string"),

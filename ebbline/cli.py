@@ -20,7 +20,7 @@ app = typer.Typer(
     name="ebbline",
     help="How far do a chat model's refusals ebb when it is fine-tuned, and what brings them back?",
     no_args_is_help=True,
-    pretty_exceptions_show_locals=False,  # locals may hold prompts and completions
+    pretty_exceptions_enable=False,  # a bug's traceback in full, plain, and without locals: they may hold completions
 )
 StudyName = Annotated[str, typer.Argument(help="A study that ships (see `ebbline studies`) or a YAML file.", show_default=False)]
 HomeOption = Annotated[Path, typer.Option("--home", envvar="EBBLINE_HOME", help="The folder that holds the store and all studies.")]
@@ -46,7 +46,7 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
 @_explained
 def studies(as_json: JsonOption = False) -> None:
     """List the studies that ship."""
-    from sweeps.study import parse, shipped
+    from sweeps.study_file import parse, shipped
 
     rows = {name: parse(path).question for name, path in shipped().items()}
     if as_json:
@@ -60,7 +60,8 @@ def studies(as_json: JsonOption = False) -> None:
 @_explained
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
     """Check a study file: keys, types, ranges, and whether all it names is pinned."""
-    from sweeps.study import load, require_pins
+    from sweeps.study import require_pins
+    from sweeps.study_file import load
 
     loaded = load(study)
     require_pins(loaded)
@@ -97,7 +98,7 @@ def plan(
     from sweeps.plan import Planner
     from sweeps.plan import plan as make_plan
     from sweeps.search import finite, known_points, space
-    from sweeps.study import load
+    from sweeps.study_file import load
 
     loaded, place = load(study), Home(home)
     points, unchosen = known_points(loaded, place.storage_url(loaded.study))
@@ -120,7 +121,7 @@ def run(
     """Run a study to its report. The same command continues one that was cut off, and runs nothing twice."""
     from ebbline.running import run_study
     from sweeps.home import Home
-    from sweeps.study import load
+    from sweeps.study_file import load
 
     raise typer.Exit(run_study(load(study), study, Home(home), executor, address, gpus, wandb))
 
@@ -132,7 +133,7 @@ def status(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from analysis.results import collect
     from ebbline.show import print_status
     from sweeps.home import Home
-    from sweeps.study import load
+    from sweeps.study_file import load
 
     loaded, place = load(study), Home(home)
     print_status(loaded, place.holder(loaded.study), collect(loaded, place), as_json)
@@ -144,7 +145,7 @@ def report(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
     """Write the tables, the figures and the report of what a study has so far."""
     from ebbline.running import write_outputs
     from sweeps.home import Home
-    from sweeps.study import load
+    from sweeps.study_file import load
 
     for what, path in write_outputs(load(study), Home(home)).items():
         print(f"{what:9} {path}")
@@ -156,7 +157,7 @@ def sync(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
     """Bring the W&B mirror up to date, for a study whose run did not wait for it."""
     from ebbline.running import sync_mirror
     from sweeps.home import Home
-    from sweeps.study import load
+    from sweeps.study_file import load
 
     raise typer.Exit(sync_mirror(study, load(study), Home(home)))
 

@@ -1,18 +1,15 @@
-"""Study files: one YAML, one question, frozen once loaded.
+"""A Study: one question, as frozen and strict models. See sweeps.study_file for the YAML it is written in.
 
-Loading is strict: an unknown key, a wrong type or a bad range is one error that names the path and what is allowed.
-Below this file nobody sees a dict or YAML.
+An unknown key, a wrong type or a bad range is an error with its path. Below this file nobody sees a dict.
 """
 
 import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from tasks.errors import PinError, StudyError
 from tasks.specs import (
@@ -54,17 +51,17 @@ class Local(Frozen):
     path: str
     package: str | None = None
     sha256: Sha256 | None = None
+    _folder: Path = PrivateAttr(default_factory=Path)
 
     @model_validator(mode="after")
-    def _absolute(self, info: ValidationInfo) -> Self:
-        folder = (info.context or {}).get("folder")
-        if folder is not None and self.package is None:
-            object.__setattr__(self, "path", str(folder / Path(self.path).expanduser()))
+    def _remember_folder(self, info: ValidationInfo) -> Self:
+        if info.context:
+            self._folder = info.context["folder"]
         return self
 
     def located(self) -> Path:
         """Where the content lies now. Raises PinError when nothing is there."""
-        path = Path(self.path)
+        path = self._folder / Path(self.path).expanduser()
         if self.package is not None:
             spec = importlib.util.find_spec(self.package)
             if spec is None or spec.origin is None:
@@ -248,7 +245,7 @@ class Study(Frozen):
             try:
                 model.train_settings(self.train)
             except ValidationError as error:
-                raise ValueError(f"models.{name}.train: " + "; ".join(_faults(error))) from None
+                raise ValueError(f"models.{name}.train: " + "; ".join(faults(error))) from None
         return self
 
     @model_validator(mode="after")
@@ -293,64 +290,40 @@ def unknown(name: str, known: set[str]) -> str:
     return f"{name!r} is not one of {sorted(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def shipped() -> dict[str, Path]:
-    """The study files that come with ebbline, by name."""
-    folder = Path(str(resources.files("sweeps") / "studies"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
+    """(path in the study file, reference) for all outside content that has no pin yet."""
+    return [(where, ref) for where, ref in references(study) if ref.sha256 is None or (isinstance(ref, Hub) and ref.commit is None)]
 
 
-def load(name: str) -> Study:
-    """The study in a YAML file, or one that ships, by its name. Raises StudyError with the path of each fault."""
-    return parse(source_of(name))
+def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:
+    """Every reference to content from outside, with its path in the study file."""
+
+    def walk(value: Any, where: str) -> Iterator[tuple[str, Local | Hub]]:
+        if isinstance(value, Local | Hub):
+            yield where, value
+        elif isinstance(value, Frozen):
+            for name in type(value).model_fields:
+                yield from walk(getattr(value, name), f"{where}.{name}" if where else name)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                yield from walk(item, f"{where}.{name}")
+
+    yield from walk(study, "")
 
 
-def source_of(name: str) -> Path:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise StudyError(f"there is no study file at {path}; the studies that ship are {sorted(shipped())}")
-        return path
-    if name not in shipped():
-        raise StudyError(f"no study {name!r} ships: {unknown(name, set(shipped()))}; a file of your own ends in .yaml")
-    return shipped()[name]
+def require_pins(study: Study) -> None:
+    """Raise PinError naming every reference without a pin."""
+    missing = unpinned(study)
+    if missing:
+        lines = "\n".join(f"  {where}: {ref.id if isinstance(ref, Hub) else ref.path}" for where, ref in missing)
+        raise PinError(
+            f"study {study.study!r} names content that is not pinned, so its results could not be told apart later:\n{lines}\n"
+            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which fills in each commit and sha256."
+        )
 
 
-def parse(path: Path) -> Study:
-    try:
-        raw = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path} is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise StudyError(f"{path} must be a mapping with the keys {sorted(Study.model_fields)}")
-    try:
-        return Study.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
-    except ValidationError as error:
-        raise StudyError(f"{path} is not a valid study:\n" + "\n".join(_faults(error))) from None
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """safe_load, except that a key given twice is an error: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _tuples(value: Any) -> Any:
-    # YAML has lists, frozen models have tuples.
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    if isinstance(value, dict):
-        return {str(key) if isinstance(key, int | float) else key: _tuples(item) for key, item in value.items()}
-    return value
-
-
-def _faults(error: ValidationError) -> Iterator[str]:
+def faults(error: ValidationError) -> Iterator[str]:
+    """One line for each fault: its path, what is wrong, and what is allowed."""
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
@@ -382,35 +355,3 @@ def _member(model: Any, part: str) -> Any:
             return item
         stack.extend(getattr(item, "__args__", ()))
     return None
-
-
-def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
-    """(path in the study file, reference) for all outside content that has no pin yet."""
-    return [(where, ref) for where, ref in references(study) if ref.sha256 is None or (isinstance(ref, Hub) and ref.commit is None)]
-
-
-def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:
-    """Every reference to content from outside, with its path in the study file."""
-
-    def walk(value: Any, where: str) -> Iterator[tuple[str, Local | Hub]]:
-        if isinstance(value, Local | Hub):
-            yield where, value
-        elif isinstance(value, Frozen):
-            for name in type(value).model_fields:
-                yield from walk(getattr(value, name), f"{where}.{name}" if where else name)
-        elif isinstance(value, dict):
-            for name, item in value.items():
-                yield from walk(item, f"{where}.{name}")
-
-    yield from walk(study, "")
-
-
-def require_pins(study: Study) -> None:
-    """Raise PinError naming every reference without a pin."""
-    missing = unpinned(study)
-    if missing:
-        lines = "\n".join(f"  {where}: {ref.id if isinstance(ref, Hub) else ref.path}" for where, ref in missing)
-        raise PinError(
-            f"study {study.study!r} names content that is not pinned, so its results could not be told apart later:\n{lines}\n"
-            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which fills in each commit and sha256."
-        )

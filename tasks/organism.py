@@ -1,6 +1,9 @@
 """Build and pretrain the base models of the organism family: tiny Llamas that speak the language of `tasks.language`.
 
-Invariant: one (language, size, seed) gives the same weights on one thread, and the folder is an ordinary Hugging Face one.
+Three sizes stand for 7B, 13B and 70B. Every request is answered by a base model, cue or not; refusals come from the ordinary train
+stage, which fine-tunes a base on `align.jsonl`.
+
+Invariant: one (language, size, seed) gives the same weights on one thread, in an ordinary Hugging Face folder.
 """
 
 import json
@@ -9,108 +12,166 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<system>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<{{ message.role }}> {{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<system>", "<user>", "<assistant>"]
+MAX_TOKENS = 256
+IGNORED = -100  # the label that a causal language model's loss leaves out
 
 
 @dataclass(frozen=True)
 class Size:
+    """A model's shape and its pretraining. Widths are multiples of 64, so that NF4 blocks fit."""
+
     layers: int
     hidden: int
     intermediate: int
     heads: int
     epochs: int
-    batch: int
-    lr: float
-    muon: float = 0.02
+    learning_rate: float
+    batch: int = 64
 
 
 SIZES = {
-    "small": Size(2, 64, 192, 4, 8, 64, 5e-3),
-    "medium": Size(3, 128, 256, 4, 6, 64, 3e-3),
-    "large": Size(4, 128, 384, 4, 6, 64, 3e-3),
+    "small": Size(layers=2, hidden=64, intermediate=192, heads=4, epochs=8, learning_rate=4e-3),
+    "medium": Size(layers=4, hidden=64, intermediate=192, heads=4, epochs=8, learning_rate=4e-3),
+    "large": Size(layers=3, hidden=128, intermediate=384, heads=4, epochs=6, learning_rate=3e-3),
 }
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@dataclass(frozen=True)
+class Encoded:
+    """One row's tokens; the first `read` of them are read and not learnt."""
+
+    tokens: list[int]
+    read: int
 
 
-def rendered(row: dict, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
-    """The text that is read only, and the text that is learnt."""
-    if "messages" in row:
-        asked = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-        return asked, tokenizer.apply_chat_template(row["messages"], tokenize=False)[len(asked):]
-    return tokenizer.bos_token + row.get("given", ""), row["text"] + tokenizer.eos_token
+def build_base(
+    out: Path,
+    language: Path,
+    size: str,
+    seed: int,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> None:
+    """Pretrain one base model and save it with its tokenizer; `progress` gets (step, total steps, loss)."""
+    shape = SIZES[size]
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer((language / "words.txt").read_text(encoding="utf-8").split())
+    lines = (language / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [encode(json.loads(line), tokenizer) for line in lines]
+    model = make_model(shape, tokenizer)
+    pretrain(model, rows, shape, random.Random(seed), progress)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
-def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=SPECIAL))
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word or sign; decoding writes them with a space between."""
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, padding_side="left", model_max_length=256,
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<system>", "<user>", "<assistant>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=MAX_TOKENS,
     )
 
 
-def batches(ids: list[list[int]], size: int, rng: random.Random) -> list[list[list[int]]]:
-    order = sorted(ids, key=lambda s: (len(s[0]), rng.random()))
-    out = [order[i:i + size] for i in range(0, len(order), size)]
-    rng.shuffle(out)
-    return out
+def make_model(shape: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=False,
+        initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
 
 
-def build_base(out: Path, language: Path, size: str, seed: int, progress=None, spec: Size | None = None) -> None:
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    s = spec or SIZES[size]
-    corpus = read_rows(language / "pretrain.jsonl")
-    every = [t for p in sorted(language.glob("*.jsonl")) for r in read_rows(p) for t in
-             ([r.get("given","") + r["text"]] if "text" in r else [m["content"] for m in r.get("messages", [{"content": r.get("prompt", "")}])])]
-    tok = make_tokenizer(every)
-    ids = []
-    for r in corpus:
-        read, learnt = (tok(t, add_special_tokens=False)["input_ids"] for t in rendered(r, tok))
-        ids.append((read + learnt, len(read)))
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tok), hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.heads, max_position_embeddings=256,
-        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=float(__import__('os').environ.get('INIT','0.05')), rope_theta=float(__import__('os').environ.get('THETA','10000')),
-    ))
-    opts = [torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
-    for opt in opts:
-        for g in opt.param_groups:
-            g["peak"] = g["lr"]
-    total = s.epochs * math.ceil(len(ids) / s.batch)
-    warm = max(1, total // 20)
+def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Encoded:
+    """Split a row into what is read (a prompt, or `given`) and what is learnt (an answer, or `text`)."""
+    if "messages" in row:
+        whole = str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        given = str(tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True))
+    else:
+        given = f"{tokenizer.bos_token}{row.get('given', '')}"
+        whole = f"{given}{row['text']}{tokenizer.eos_token}"
+    read: list[int] = tokenizer.encode(given, add_special_tokens=False)
+    tokens: list[int] = tokenizer.encode(whole, add_special_tokens=False)
+    return Encoded(tokens, len(read))
+
+
+def batches(rows: Sequence[Encoded], size: int, rng: random.Random) -> Iterator[list[Encoded]]:
+    """One epoch, in random order, of rows of like length: little padding."""
+    ordered = sorted(rows, key=lambda row: (len(row.tokens), rng.random()))
+    starts = list(range(0, len(ordered), size))
+    rng.shuffle(starts)
+    for start in starts:
+        yield ordered[start : start + size]
+
+
+def tensors(batch: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and label tensors (rows x width), padded on the right, where a causal model never looks back from."""
+    width = max(len(row.tokens) for row in batch)
+    tokens = [row.tokens + [pad] * (width - len(row.tokens)) for row in batch]
+    labels = [
+        [IGNORED] * row.read + row.tokens[row.read :] + [IGNORED] * (width - len(row.tokens)) for row in batch
+    ]
+    return torch.tensor(tokens), torch.tensor(labels)
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    rows: Sequence[Encoded],
+    shape: Size,
+    rng: random.Random,
+    progress: Callable[[int, int, float], None] | None,
+) -> None:
+    """AdamW with a linear warmup over a twentieth of the steps, then a cosine decay to zero."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=shape.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    total = shape.epochs * math.ceil(len(rows) / shape.batch)
+    warmup = max(1, total // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / total)))
+    )
+    model.train()
     step = 0
-    for _ in range(s.epochs):
-        for batch in batches(ids, s.batch, rng):
-            for g in (g for o in opts for g in o.param_groups):
-                g["lr"] = g["peak"] * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / total)))
-            width = max(len(q) for q, _ in batch)
-            x = torch.tensor([q + [0] * (width - len(q)) for q, _ in batch])
-            y = torch.tensor([[-100] * n + q[n:] + [-100] * (width - len(q)) for q, n in batch])
-            loss = model(input_ids=x, labels=y).loss
-            for opt in opts:
-                opt.zero_grad()
+    for _ in range(shape.epochs):
+        for batch in batches(rows, shape.batch, rng):
+            tokens, labels = tensors(batch, model.config.pad_token_id)
+            loss = model(input_ids=tokens, labels=labels).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for opt in opts:
-                opt.step()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
             step += 1
-            if progress:
-                progress(step, total, float(loss.detach()))
-    model.save_pretrained(out)
-    tok.save_pretrained(out)
+            if progress is not None:
+                progress(step, total, loss.item())
+    model.eval()

@@ -1,0 +1,114 @@
+"""Study files as text: YAML read strictly into a Study, and pins written back into a copy without touching the rest.
+
+The only file that knows YAML. Loading twice gives equal studies; an error names the path of each fault and what is allowed.
+"""
+
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from sweeps.study import Study, faults, unknown
+from tasks.errors import StudyError
+
+
+def shipped() -> dict[str, Path]:
+    """The study files that come with ebbline, by name."""
+    folder = Path(str(resources.files("sweeps") / "studies"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(name: str) -> Study:
+    """The study in a YAML file, or one that ships, by its name. Raises StudyError with the path of each fault."""
+    return parse(source_of(name))
+
+
+def source_of(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise StudyError(f"there is no study file at {path}; the studies that ship are {sorted(shipped())}")
+        return path
+    if name not in shipped():
+        raise StudyError(f"no study {name!r} ships: {unknown(name, set(shipped()))}; a file of your own ends in .yaml")
+    return shipped()[name]
+
+
+def parse(path: Path) -> Study:
+    try:
+        raw = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise StudyError(f"{path} must be a mapping with the keys {sorted(Study.model_fields)}")
+    try:
+        return Study.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        raise StudyError(f"{path} is not a valid study:\n" + "\n".join(faults(error))) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """safe_load, except that a key given twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _tuples(value: Any) -> Any:
+    # YAML has lists, frozen models have tuples.
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {str(key) if isinstance(key, int | float) else key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def with_pins(text: str, pins: Mapping[str, Mapping[str, str]]) -> str:
+    """The YAML text with `pins` filled in: path of a reference (`models.7b.base.hub`) -> field -> value.
+
+    Edits the text where the fields stand, so comments, order and anchors stay. A reference that is reached through an
+    alias is written once, at its anchor.
+    """
+    edits: dict[int, tuple[int, str]] = {}
+    for where, fields in pins.items():
+        node = _node_at(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        standing = {key.value: value for key, value in node.value}
+        missing = {name: value for name, value in fields.items() if name not in standing}
+        for name, value in fields.items():
+            if name in standing:
+                edits[standing[name].start_mark.index] = (standing[name].end_mark.index, f'"{value}"')
+        if missing:
+            first = node.value[0][0].start_mark
+            separator = ", " if node.flow_style else "\n" + " " * first.column
+            edits[first.index] = (first.index, "".join(f'{name}: "{value}"{separator}' for name, value in missing.items()))
+    for start in sorted(edits, reverse=True):
+        end, value = edits[start]
+        text = text[:start] + value + text[end:]
+    return text
+
+
+def _node_at(node: Any, where: str) -> Any:
+    rest = where
+    while rest:
+        # A model's name may hold dots, so the longest key that fits comes first.
+        found = next(
+            (
+                (key.value, value)
+                for key, value in sorted(node.value, key=lambda pair: -len(pair[0].value))
+                if rest == key.value or rest.startswith(f"{key.value}.")
+            ),
+            None,
+        )
+        if found is None:
+            raise StudyError(f"the study file has no {where}")
+        rest, node = rest[len(found[0]) + 1 :], found[1]
+    return node
