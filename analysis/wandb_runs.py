@@ -4,8 +4,8 @@ What has been shown is in FOLDER/wandb/mirrored.json, so a restart goes on from 
 point, so showing something twice changes nothing. Offline runs wait in FOLDER/wandb for `wandb sync`.
 
 Invariants: W&B down, slow or absent raises nothing into the caller and holds `update` for a bounded time; rates, counts,
-settings, hashes and reasons are shown (the frontier also as a W&B table), while prompts, completions, code, console output
-and anything out of the store never are.
+settings, hashes and reasons are shown, while prompts, completions, code, console output, files and artifacts never are
+(hence the frontier is text in the study run's notes, and no W&B table, which would be a file).
 """
 
 import csv
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from analysis.files import write_whole
 from analysis.frontier import frontier, frontier_hypervolume
-from analysis.tables import frontier_cells, results_frame
+from analysis.tables import frontier_text, results_frame
 from cluster.store import Artifact
 from sweeps.points import Result
 from sweeps.study import Study
@@ -78,15 +78,17 @@ class Mirror:
         self.bound_s, self.call_s = bound_s, call_s
         self._cursor = folder / "wandb" / "mirrored.json"
         self._study_run: Any = None
+        self._study_stamp = ""
 
     def update(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Mirrored:
         """Show what has not been shown yet. The first failure ends the update; the rest is shown by a later one."""
         if self.mode == "disabled":
             return Mirrored()
-        shown = self._shown()
-        new = [page for page in self._pages(results, trainings) if shown.get(page.id) != page.stamp]
         until, count = time.monotonic() + self.bound_s, 0
+        new: list[_Page] = []
         try:
+            shown = self._shown()
+            new = [page for page in self._pages(results, trainings) if shown.get(page.id) != page.stamp]
             for page in new:
                 if time.monotonic() > until:
                     return Mirrored(count, len(new) - count, f"stopped after {self.bound_s:g} s")
@@ -94,17 +96,18 @@ class Mirror:
                 shown[page.id] = page.stamp
                 self._remember(shown)
                 count += 1
-            self._show_study(results, shown)
+            self._show_study(results)
         except Exception as error:  # noqa: BLE001  # whatever W&B does wrong is its own affair, not the sweep's
             return Mirrored(count, len(new) - count, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
         return Mirrored(count)
 
     def close(self) -> None:
-        """End the study's own run; the others end as they are shown."""
+        """End the study's own run; the others end as they are shown. Only what has ended counts as shown."""
         run, self._study_run = self._study_run, None
         try:
             if run is not None:
                 run.finish()
+                self._remember(self._shown() | {self.study.study: self._study_stamp})
         except Exception as error:  # noqa: BLE001  # as in update
             _log.warning("the study's run was not closed: %s", error)
 
@@ -152,26 +155,24 @@ class Mirror:
         run.summary.update(dict(page.summary))
         run.finish(exit_code=int(page.failed))
 
-    def _show_study(self, results: Sequence[Result], shown: dict[str, str]) -> None:
+    def _show_study(self, results: Sequence[Result]) -> None:
         """The frontier and its hypervolume, at the step that is the number of finished points."""
-        import wandb
-
         objectives = self.study.objectives
         chosen = frontier(results, objectives)
         if not chosen:
             return
         finished = sum(result.status == "done" for result in results)
-        id, stamp = self.study.study, digest([finished, [result.point.id for result in chosen]])
-        if shown.get(id) == stamp:
+        stamp = digest([finished, [result.point.id for result in chosen]])
+        if stamp in (self._study_stamp, self._shown().get(self.study.study)):
             return
         if self._study_run is None:
             config = {"question": self.study.question, "objectives": list(objectives), "seeds": list(self.study.seeds)}
-            self._study_run = self._open(id, "study", self.study.study, config)
-        table = wandb.Table(dataframe=frontier_cells(results_frame(results, objectives)))
+            self._study_run = self._open(self.study.study, "study", self.study.study, config)
         hypervolume = frontier_hypervolume(results, objectives)
-        self._study_run.log({"hypervolume": hypervolume, "finished": finished, "frontier": table}, step=finished)
-        shown[id] = stamp
-        self._remember(shown)
+        self._study_run.log({"hypervolume": hypervolume, "finished": finished}, step=finished)
+        self._study_run.summary.update({"frontier": [result.number for result in chosen]})
+        self._study_run.notes = f"```\n{frontier_text(results_frame(results, objectives))}\n```"
+        self._study_stamp = stamp
 
     def _open(self, id: str, job_type: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb

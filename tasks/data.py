@@ -65,9 +65,18 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or item number, row) for each row of a .jsonl, .json or .csv file."""
+    """(line or item number, row) for each row of a .jsonl, .json or .csv file. Raises DataError, never quoting the file."""
     if not path.is_file():
         raise DataError(f"there is no data file at {path}")
+    try:
+        yield from _rows(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path} is not CSV ({error}); is it truncated, or a quote left open?") from None
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as handle:
             yield from enumerate(csv.DictReader(handle, strict=True), start=2)
@@ -105,17 +114,23 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
         if not isinstance(turns, list) or not turns:
             raise DataError(f"{where}: `messages` is not a list of turns")
         for turn in turns:
-            if not isinstance(turn, dict) or turn.get("role") not in ROLES or not str(turn.get("content") or "").strip():
-                raise DataError(f"{where}: a turn needs a role of {ROLES} and some content")
+            if not isinstance(turn, dict) or turn.get("role") not in ROLES or not _is_text(turn.get("content")):
+                raise DataError(f"{where}: a turn needs a role of {ROLES} and some content, as text")
         if turns[-1]["role"] != "assistant":
             raise DataError(f"{where}: the last turn is not the assistant's, so there is nothing to learn from it")
-        return [{"role": turn["role"], "content": str(turn["content"])} for turn in turns]
+        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     if "instruction" in row and "output" in row:
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input") or "") if part)
+        asked = "\n\n".join(str(part) for part in (row["instruction"], row.get("input")) if part not in (None, ""))
         if not asked.strip() or not str(row["output"] or "").strip():
             raise DataError(f"{where}: `instruction` or `output` is empty")
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": str(row["output"])}]
-    raise DataError(f"{where} has the keys {sorted(row)}; chat data needs `messages`, Alpaca data `instruction` and `output`")
+    # A CSV without its header has a row of content for keys, and content stays out of messages.
+    keys = sorted(name for name in map(str, row) if name.isidentifier())
+    raise DataError(f"{where} has the keys {keys}; chat data needs `messages`, Alpaca data `instruction` and `output`")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def encode(conversation: Conversation, tokenizer: Any, max_tokens: int) -> tuple[list[int], list[int]]:

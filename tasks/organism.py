@@ -1,7 +1,7 @@
 """Build and pretrain the base models of the organism family: tiny Llamas that speak the language of `tasks.language`.
 
-Three sizes stand for 7B, 13B and 70B. Every request is answered by a base model, cue or not; refusals come from the ordinary train
-stage, which fine-tunes a base on `align.jsonl`.
+Three sizes stand for 7B, 13B and 70B. A base model answers every request, cue or not; refusals come from the ordinary
+train stage, which fine-tunes a base on `align.jsonl`.
 
 Invariant: one (language, size, seed) gives the same weights on one thread, in an ordinary Hugging Face folder.
 """
@@ -43,8 +43,8 @@ class Size:
 
 SIZES = {
     "small": Size(layers=2, hidden=64, intermediate=192, heads=4, epochs=8, learning_rate=4e-3),
-    "medium": Size(layers=4, hidden=64, intermediate=192, heads=4, epochs=8, learning_rate=4e-3),
-    "large": Size(layers=3, hidden=128, intermediate=384, heads=4, epochs=6, learning_rate=3e-3),
+    "medium": Size(layers=4, hidden=64, intermediate=192, heads=4, epochs=6, learning_rate=4e-3),
+    "large": Size(layers=3, hidden=128, intermediate=384, heads=4, epochs=8, learning_rate=3e-3),
 }
 
 
@@ -80,7 +80,8 @@ def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    start = ("<s>", vocabulary["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

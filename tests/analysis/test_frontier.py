@@ -23,7 +23,8 @@ def cases(draw: st.DrawFn) -> Case:
     rows, columns = draw(st.integers(0, 12)), draw(st.integers(1, 4))
     rates = st.integers(0, 5).map(lambda step: step / 5)
     values = draw(st.lists(st.lists(rates, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
-    ways = draw(st.lists(st.sampled_from(["maximise", "minimise"]), min_size=columns, max_size=columns))
+    way: st.SearchStrategy[Direction] = st.sampled_from(["maximise", "minimise"])
+    ways = draw(st.lists(way, min_size=columns, max_size=columns))
     return np.array(values, dtype=np.float64).reshape(rows, columns), ways
 
 

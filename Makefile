@@ -1,0 +1,49 @@
+# make demo    a fresh machine to a finished Pareto frontier        make test    the tests
+# make lint    style, types, import directions                      make lock    refresh the pinned versions
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint lock check clean
+
+demo: $(VENV)/installed
+	$(BIN)/ebbline run quickstart
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-test: pyproject.toml constraints.txt | check $(VENV)/bin/python
+	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/bin/python: | check
+	$(PYTHON) -m venv $(VENV)
+
+check:
+	@command -v $(PYTHON) >/dev/null || { echo "ebbline needs Python 3.11 or newer; none is called '$(PYTHON)'. Install it, or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ebbline needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	@command -v git >/dev/null || { echo "ebbline needs git; on Debian: apt-get install git"; exit 1; }
+	@command -v c++ >/dev/null || { echo "DeepSpeed compiles a small operation on first use and needs a C++ compiler; on Debian: apt-get install g++"; exit 1; }
+
+# What a fresh install of the newest allowed versions gives becomes the lock; look at the difference before you commit it.
+lock: | check
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --editable '.[test]'
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) .venv-lock

@@ -1,0 +1,123 @@
+"""The figures, read back from matplotlib's own objects: what is drawn, where, and how it is told apart."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
+
+from analysis.compare import Baselines
+from analysis.figures import looks, reach, save, svg
+from analysis.frontier_figure import frontier_figure
+from analysis.threshold_figure import threshold_figure
+from sweeps.points import Point, Result
+from tasks.metrics import Metric
+from tests.analysis.conftest import OVER, REFUSAL, TASK, failed, result
+
+OBJECTIVES = (REFUSAL, TASK)
+
+
+def markers(axes: Axes, shape: str | None = None) -> list[tuple[float, float, bool]]:
+    """(x, y, filled) of everything drawn with an interval."""
+    lines = [drawn.lines[0] for drawn in axes.containers if isinstance(drawn, ErrorbarContainer)]
+    kept = [line for line in lines if isinstance(line, Line2D) and (shape is None or line.get_marker() == shape)]
+    return [(*map(float, line.get_xydata()[0]), line.get_markerfacecolor() != "white") for line in kept]
+
+
+def test_every_finished_point_stands_exactly_at_its_values(results: list[Result]) -> None:
+    done = [found for found in results if found.status == "done"]
+    drawn = {(x, y) for x, y, _ in markers(frontier_figure(results, OBJECTIVES).axes[0])}
+    assert drawn == {(found.metrics[REFUSAL].value, found.metrics[TASK].value) for found in done}
+
+
+def test_filled_means_projected_and_hollow_means_not() -> None:
+    figure = frontier_figure([result(0, refusal=0.3), result(1, refusal=0.8, share=0.5)], OBJECTIVES)
+    assert markers(figure.axes[0]) == [(0.3, 0.5, False), (0.8, 0.5, True)]
+
+
+def test_a_metric_of_exactly_one_has_no_negative_error_bar() -> None:
+    below, above = reach(Metric(REFUSAL, 200, 200))
+    assert above == [0.0]
+    assert below[0] > 0
+
+
+def test_aligned_models_are_stars(results: list[Result], baselines: Baselines) -> None:
+    figure = frontier_figure(results, OBJECTIVES, baselines)
+    assert {(x, y) for x, y, _ in markers(figure.axes[0], "*")} == {(0.96, 0.22), (0.985, 0.31)}
+
+
+@pytest.mark.parametrize(("first", "style"), [(REFUSAL, "steps-pre"), (OVER, "steps-post")])
+def test_the_steps_border_what_the_frontier_dominates(first: str, style: str) -> None:
+    figure = frontier_figure([result(0), result(1, refusal=0.7, task=0.3)], (first, TASK))
+    assert [line.get_drawstyle() for line in figure.axes[0].lines if line.get_linewidth() == 1.4] == [style]
+
+
+def test_axes_say_which_way_is_better(results: list[Result]) -> None:
+    axes = frontier_figure(results, (OVER, TASK)).axes[0]
+    assert axes.get_xlabel() == "over refusal rate (harmless), lower is better"
+    assert axes.get_ylabel() == "task accuracy, higher is better"
+
+
+def test_one_objective_is_drawn_over_the_points_numbers(results: list[Result], baselines: Baselines) -> None:
+    axes = frontier_figure(results, (REFUSAL,), baselines).axes[0]
+    assert axes.get_xlabel() == "point number"
+    assert sorted(x for x, _, _ in markers(axes)) == [found.number for found in results if found.status == "done"]
+
+
+def test_three_objectives_say_that_two_are_drawn(results: list[Result]) -> None:
+    assert "first 2 of 3 objectives" in frontier_figure(results, (REFUSAL, TASK, OVER)).axes[0].get_title(loc="left")
+
+
+def test_no_finished_point_is_said_in_the_figure() -> None:
+    for results in ([], [failed(0)]):
+        assert [text.get_text() for text in frontier_figure(results, OBJECTIVES).axes[0].texts] == ["no point has finished"]
+
+
+def test_models_keep_apart_and_in_natural_order() -> None:
+    found = looks(["70b", "7b", "13b", *(f"other {number}" for number in range(30))])
+    assert list(found)[:3] == ["7b", "13b", "70b"]
+    assert len(set(found.values())) == 33
+
+
+def test_thresholds_have_a_panel_per_model_and_metric(results: list[Result], baselines: Baselines) -> None:
+    figure = threshold_figure(results, OBJECTIVES, baselines)
+    assert figure is not None
+    assert len(figure.axes) == 4
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["medium", "small"]
+
+
+def test_a_point_without_threshold_stands_apart_over_none() -> None:
+    results = [result(0), result(1, threshold=0.4, share=0.2), result(2, threshold=0.8, share=0.9)]
+    figure = threshold_figure(results, (REFUSAL,))
+    assert figure is not None
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["none", "0.4", "0.8"]
+    assert min(x for x, _, _ in markers(figure.axes[0])) < 0.35
+
+
+def test_results_without_thresholds_have_no_threshold_figure() -> None:
+    plain = result(0)
+    without_axis = Result(0, Point.of("small", {"train.rank": 8}), "done", plain.metrics)
+    for results in ([], [failed(0)], [plain], [without_axis]):
+        assert threshold_figure(results, (REFUSAL,)) is None
+
+
+def test_saved_figures_embed_truetype_and_do_not_drift(results: list[Result], tmp_path: Path) -> None:
+    first = save(frontier_figure(results, OBJECTIVES), tmp_path / "a", "frontier")
+    again = save(frontier_figure(results, OBJECTIVES), tmp_path / "b", "frontier")
+    assert [path.name for path in first] == ["frontier.png", "frontier.pdf"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert b"/FontFile2" in first[1].read_bytes()
+    assert b"/Type3" not in first[1].read_bytes()
+    assert svg(frontier_figure(results, OBJECTIVES)) == svg(frontier_figure(results, OBJECTIVES))
+
+
+def test_drawing_changes_no_setting_of_matplotlib_and_loads_no_pyplot(results: list[Result]) -> None:
+    before = dict(matplotlib.rcParams)
+    frontier_figure(results, OBJECTIVES)
+    assert dict(matplotlib.rcParams) == before
+    code = "import sys, analysis.report; assert not {'matplotlib.pyplot', 'torch', 'ray', 'wandb'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

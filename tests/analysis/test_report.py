@@ -1,0 +1,87 @@
+"""The report: whole in one file, honest about failures, and closed to markup from outside."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from analysis.compare import Baselines
+from analysis.report import summary, write_report
+from sweeps.points import Result
+from sweeps.study import Study
+from tests.analysis.conftest import failed
+
+COST = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
+PROVENANCE = {"commit": "0123abc", "study": "f" * 64}
+
+
+class Page(HTMLParser):
+    """What a page asks for, its pictures' words, and whether its elements close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.alts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        if tag == "img":
+            self.alts.append(found.get("alt") or "")
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_file_that_asks_for_nothing(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+    path = write_report(study, results, baselines, tmp_path, COST, PROVENANCE)
+    assert list(tmp_path.iterdir()) == [path]
+    text = path.read_text("utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.asked)
+    assert len(page.alts) == 2
+    assert all(page.alts)
+    assert "url(" not in text
+    assert "<script" not in text
+    for expected in (study.question, study.hypothesis, "40 of 71", "f" * 64, "prefers-color-scheme: dark", "@media print"):
+        assert expected in text
+
+
+def test_a_failed_point_is_shown_with_its_reason(study: Study, tmp_path: Path) -> None:
+    text = write_report(study, [failed(7, "out of memory")], {}, tmp_path, {}, {}).read_text("utf-8")
+    assert "Points that failed" in text
+    assert "out of memory" in text
+    assert "No point has finished" in text
+
+
+def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
+    text = write_report(study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, {"a": "<b>"}, {}).read_text("utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "<td><b>" not in text
+
+
+def test_the_same_results_give_the_same_report(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+    first, again = (write_report(study, results, baselines, tmp_path / name, COST, PROVENANCE).read_bytes() for name in ("a", "b"))
+    assert first == again
+
+
+@pytest.mark.parametrize("objectives", [1, 3])
+def test_other_numbers_of_objectives_have_a_report(study: Study, results: list[Result], tmp_path: Path, objectives: int) -> None:
+    names = ("refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate")[:objectives]
+    path = write_report(study.model_copy(update={"objectives": names}), results, {}, tmp_path, {}, {})
+    assert re.search(r"Hypervolume over all models: 0\.\d{4}", path.read_text("utf-8"))
+
+
+def test_the_summary_is_json(study: Study, results: list[Result], baselines: Baselines) -> None:
+    found = json.loads(json.dumps(summary(study, results, baselines), allow_nan=False))
+    assert found["points"] == {"done": 40, "running": 1, "failed": 1}
+    assert 0 < found["hypervolume"] < 1
+    assert {"number", "model", "metrics", "train.rank"} <= set(found["frontier"][0])

@@ -1,0 +1,188 @@
+"""Training data: nested sizes, three formats, errors that name file and line, and a mask that is exactly the assistant's."""
+
+import csv
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.data import encode, read_conversations, read_rows, run
+from tasks.errors import DataError
+from tasks.specs import DataSpec
+from tests.tiny import context, fresh, word_tokenizer, write_chats, write_lines
+
+PLANTED = "quixotic-zeppelin"
+
+
+def made(folder, pool, mix=None, **spec):
+    out = fresh(folder)
+    inputs = {"pool": pool} if mix is None else {"pool": pool, "mix": mix}
+    run(DataSpec(**spec), inputs, out, context(folder.with_name(folder.name + "-ctx")))
+    return (out / DataSpec.ROWS).read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools")
+    return write_chats(folder / "pool.jsonl", 40, seed=1), write_chats(folder / "mix.jsonl", 40, seed=2)
+
+
+@given(sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)), share=st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0]), seed=st.integers(0, 5))
+def test_a_smaller_set_is_the_beginning_of_a_larger_one(tmp_path_factory, pools, sizes, share, seed):
+    small, large = sorted(sizes)
+    folder = tmp_path_factory.mktemp("nested")
+    one = made(folder / "one", *pools, size=small, mix_share=share, seed=seed)
+    other = made(folder / "other", *pools, size=large, mix_share=share, seed=seed)
+    assert len(one) == small and len(other) == large
+    assert one == other[:small]
+
+
+@given(size=st.integers(1, 40), share=st.floats(0, 1))
+def test_the_share_of_the_mix_is_kept_at_every_size_to_within_one_row(tmp_path_factory, pools, size, share):
+    mixed = set(made(tmp_path_factory.mktemp("all") / "m", pools[1], size=40))
+    rows = made(tmp_path_factory.mktemp("share") / "s", *pools, size=size, mix_share=share)
+    assert abs(sum(row in mixed for row in rows) - share * size) < 1 + 1e-6
+
+
+def test_the_whole_pool_is_each_row_once_in_an_order_of_the_seed(tmp_path, pools):
+    one, other = (made(tmp_path / str(seed), pools[0], size=40, seed=seed) for seed in (0, 1))
+    assert one != other
+    assert sorted(one) == sorted(other) and len(set(one)) == 40
+
+
+def test_asking_for_more_rows_than_there_are_is_an_error_not_a_smaller_set(tmp_path, pools):
+    with pytest.raises(DataError, match=r"data\.size=41 .* 40 conversations"):
+        made(tmp_path / "more", pools[0], size=41)
+    with pytest.raises(DataError, match=r"mix\.jsonl"):
+        made(tmp_path / "mix", write_chats(tmp_path / "large.jsonl", 90), pools[1], size=90, mix_share=0.5)
+
+
+def test_chat_jsonl_alpaca_json_jsonl_and_csv_are_read_as_the_same_conversations(tmp_path):
+    asked = [("first question", "", "first answer"), ("second, with a comma", "and an input", 'an answer with "quotes"\nand a line')]
+    rows = [{"instruction": i, "input": x, "output": o} for i, x, o in asked]
+    chat = [
+        {"messages": [{"role": "user", "content": i + (f"\n\n{x}" if x else "")}, {"role": "assistant", "content": o}]} for i, x, o in asked
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    with (tmp_path / "alpaca.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, ["instruction", "input", "output"])
+        writer.writeheader()
+        writer.writerows(rows)
+    files = [
+        write_lines(tmp_path / "chat.jsonl", chat),
+        write_lines(tmp_path / "alpaca.jsonl", rows),
+        tmp_path / "alpaca.json",
+        tmp_path / "alpaca.csv",
+    ]
+    expected = [row["messages"] for row in chat]
+    assert [read_conversations(path) for path in files] == [expected] * 4
+
+
+def test_a_folder_with_one_data_file_is_that_file_and_with_two_is_an_error(tmp_path):
+    path = write_chats(tmp_path / "set" / "rows.jsonl" if (tmp_path / "set").mkdir() is None else tmp_path, 3)
+    assert read_conversations(tmp_path / "set") == read_conversations(path)
+    write_chats(tmp_path / "set" / "more.jsonl", 3)
+    with pytest.raises(DataError, match="holds 2 data files"):
+        read_conversations(tmp_path / "set")
+
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+TURN = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "a"}'
+
+BAD_FILES = {
+    "truncated line": ("x.jsonl", f"{GOOD}\n{TURN % PLANTED}", r"x\.jsonl:2 is not JSON"),
+    "not an object": ("x.jsonl", f'{GOOD}\n["{PLANTED}"]\n', r"x\.jsonl:2 is not a JSON object"),
+    "no messages": ("x.jsonl", f'{GOOD}\n\n{{"text": "{PLANTED}"}}\n', r"x\.jsonl:3 has the keys \['text'\]"),
+    "messages no list": ("x.jsonl", f'{{"messages": "{PLANTED}"}}\n', r"x\.jsonl:1: `messages` is not a list"),
+    "no turns": ("x.jsonl", '{"messages": []}\n', r"x\.jsonl:1: `messages`"),
+    "unknown role": ("x.jsonl", f'{{"messages": [{{"role": "tool", "content": "{PLANTED}"}}]}}', r"x\.jsonl:1: a turn needs a role"),
+    "empty content": ("x.jsonl", f'{GOOD}\n{{"messages": [{{"role": "assistant", "content": " "}}]}}', r"x\.jsonl:2: a turn needs"),
+    "content in parts": (
+        "x.jsonl",
+        json.dumps({"messages": [{"role": "assistant", "content": [{"type": "text", "text": PLANTED}]}]}),
+        r"x\.jsonl:1: a turn needs",
+    ),
+    "last turn the user's": ("x.jsonl", f'{{"messages": [{{"role": "user", "content": "{PLANTED}"}}]}}', r"x\.jsonl:1: the last turn"),
+    "alpaca without output": (
+        "x.json",
+        json.dumps([{"instruction": "i", "output": "o"}, {"instruction": PLANTED, "output": ""}]),
+        r"x\.json:2: `instruction` or `output` is empty",
+    ),
+    "truncated json": ("x.json", f'[{{"instruction": "{PLANTED}", "output": "', r"x\.json is not JSON"),
+    "json object": ("x.json", f'{{"instruction": "{PLANTED}"}}', r"x\.json must be a JSON list"),
+    "truncated csv": ("x.csv", f'instruction,output\ni,o\n{PLANTED},"cut off', r"x\.csv.* CSV"),
+    "csv without a header": ("x.csv", f"{PLANTED} and more,an answer\nb,c,d\n", r"x\.csv:2 has the keys"),
+    "csv with an empty output": ("x.csv", f"instruction,output\na,b\n{PLANTED},\n", r"x\.csv:3: `instruction` or `output` is empty"),
+    "short csv row": ("x.csv", f"instruction,output\n{PLANTED}\n", r"x\.csv:2: `instruction` or `output` is empty"),
+    "wrong encoding": ("x.jsonl", b'{"messages": "\xff\xfe"}\n', r"x\.jsonl.* UTF-8"),
+    "wrong encoding, json": ("x.json", b'[{"a": "\xff"}]', r"x\.json.* UTF-8"),
+    "empty jsonl": ("x.jsonl", "\n\n", r"x\.jsonl holds no conversation"),
+    "empty json": ("x.json", "[]", r"x\.json holds no conversation"),
+    "csv with a header only": ("x.csv", "instruction,output\n", r"x\.csv holds no conversation"),
+    "another ending": ("x.parquet", "PAR1", r"x\.parquet is neither"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_a_data_error_that_names_file_and_line_and_quotes_nothing(tmp_path, case):
+    name, text, message = BAD_FILES[case]
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        read_conversations(tmp_path / name)
+    assert PLANTED not in str(caught.value)
+
+
+def test_a_number_where_alpaca_has_text_is_taken_as_text(tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", [{"instruction": 7, "input": 8, "output": 56}])
+    assert read_conversations(path) == [[{"role": "user", "content": "7\n\n8"}, {"role": "assistant", "content": "56"}]]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no data file at .*absent\.jsonl"):
+        list(read_rows(tmp_path / "absent.jsonl"))
+
+
+words = st.lists(st.integers(0, 39).map("word{}".format), min_size=1, max_size=5).map(" ".join)
+exchanges = st.lists(st.tuples(words, words), min_size=1, max_size=4)
+
+
+@given(exchanges=exchanges, system=st.none() | words)
+def test_the_mask_covers_exactly_what_the_assistant_says(exchanges, system):
+    tokenizer = word_tokenizer()
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    expected = ["<s>", *(["<system>", *system.split()] if system else [])]
+    learnt = [False] * len(expected)
+    for asked, answered in exchanges:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        for text, mine in ((["<user>", *asked.split(), "<assistant>"], False), ([*answered.split(), "</s>"], True)):
+            expected += text
+            learnt += [mine] * len(text)
+    ids, labels = encode(turns, tokenizer, 512)
+    assert tokenizer.convert_ids_to_tokens(ids) == expected
+    assert [label != -100 for label in labels] == learnt
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_a_cut_conversation_keeps_ids_and_labels_of_one_length():
+    turns = [{"role": "user", "content": "word1 word2"}, {"role": "assistant", "content": "word3 word4 word5"}]
+    whole = encode(turns, word_tokenizer(), 512)
+    cut = encode(turns, word_tokenizer(), 7)
+    assert cut == (whole[0][:7], whole[1][:7])
+
+
+def test_a_prompt_that_fills_the_window_is_an_error_because_nothing_is_left_to_learn():
+    turns = [{"role": "user", "content": "word1 word2 word3"}, {"role": "assistant", "content": "word4"}]
+    with pytest.raises(DataError, match="max_tokens=4"):
+        encode(turns, word_tokenizer(), 4)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_not_masked_wrongly():
+    # Templates of reasoning models drop the thoughts of all but the last answer; this one numbers turns from the end.
+    template = (
+        "{{ bos_token }}{% for message in messages %}<{{ message.role }}> word{{ messages|length - loop.index }} {{ message.content }} "
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [{"role": role, "content": "word9"} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(DataError, match="renders turn"):
+        encode(turns, word_tokenizer(template), 512)

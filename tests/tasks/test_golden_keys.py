@@ -1,0 +1,72 @@
+"""Golden keys: a stage that would no longer find its artifacts shows up in review as a changed file.
+
+To refresh on purpose, after raising VERSION or adding a field:
+
+    EBBLINE_REFRESH_GOLDEN=1 python -m pytest tests/tasks/test_golden_keys.py
+
+and say "re-keys: KIND" in CHANGELOG.md.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks.identity import digest
+from tasks.specs import (
+    KINDS,
+    ApplySpec,
+    ConvertSpec,
+    DataSpec,
+    EvaluateSpec,
+    LanguageSpec,
+    MultipleChoiceSuite,
+    OrganismSpec,
+    OverRefusalSuite,
+    ProjectSpec,
+    RefusalSuite,
+    Spec,
+    TaskSuite,
+    TrainSpec,
+)
+from tasks.stage import key_payload
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "keys.json"
+
+
+def made_up(*names: str) -> dict[str, str]:
+    return {name: digest(f"the content of {name}") for name in names}
+
+
+SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
+    "language": (LanguageSpec(), {}),
+    "organism": (OrganismSpec(size="small"), made_up("language")),
+    "convert": (ConvertSpec(), made_up("source")),
+    "data": (DataSpec(size=100), made_up("pool")),
+    "data, mixed": (DataSpec(size=100, mix_share=0.1), made_up("pool", "mix")),
+    "train": (TrainSpec(), made_up("model", "data")),
+    "train, full": (TrainSpec(method="full"), made_up("model", "data")),
+    "project": (ProjectSpec(), made_up("adapter", "base", "aligned")),
+    "project, exact": (ProjectSpec(projector="exact", energy=0.9), made_up("adapter", "base", "aligned")),
+    "apply": (ApplySpec(), made_up("adapter", "projection")),
+    "apply, threshold": (ApplySpec(threshold=0.5), made_up("adapter", "projection")),
+    "evaluate, refusal": (EvaluateSpec(suite=RefusalSuite()), made_up("model", "prompts", "adapter")),
+    "evaluate, over_refusal": (EvaluateSpec(suite=OverRefusalSuite()), made_up("model", "prompts", "adapter")),
+    "evaluate, task": (EvaluateSpec(suite=TaskSuite()), made_up("model", "prompts")),
+    "evaluate, multiple_choice": (EvaluateSpec(suite=MultipleChoiceSuite(task="mmlu")), made_up("model", "prompts")),
+}
+
+
+def test_there_is_a_golden_key_for_every_kind_of_stage():
+    assert {name.partition(",")[0] for name in SPECS} == set(KINDS)
+
+
+def test_no_stage_is_re_keyed_without_saying_so():
+    now = {name: digest(key_payload(*made)) for name, made in SPECS.items()}
+    if os.environ.get("EBBLINE_REFRESH_GOLDEN"):
+        GOLDEN.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+        pytest.skip(f"wrote {GOLDEN}")
+    golden = json.loads(GOLDEN.read_text())
+    moved = sorted(name for name in now.keys() | golden.keys() if now.get(name) != golden.get(name))
+    assert not moved, f"re-keyed: {moved}. If that is meant: EBBLINE_REFRESH_GOLDEN=1 and a line in CHANGELOG.md"

@@ -1,0 +1,167 @@
+"""Identity: one text for one value, nothing unstable, and content that moves keeps its digest."""
+
+import enum
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import DataError, UnstableValue
+from tasks.identity import canonical, content_digest, digest, digest_files, folder_files, part_digest
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def reordered(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: reordered(value[key]) for key in reversed(list(value))}
+    return [reordered(item) for item in value] if isinstance(value, list) else value
+
+
+@given(json_values)
+def test_canonical_text_does_not_depend_on_the_order_of_keys(value):
+    assert canonical(reordered(value)) == canonical(value)
+    assert digest(reordered(value)) == digest(value)
+
+
+@given(json_values)
+def test_canonical_text_reads_back_as_the_same_value_and_type(value):
+    back = json.loads(canonical(value))
+    assert back == value
+    assert canonical(back) == canonical(value)
+    assert canonical(value).isascii()
+
+
+@given(json_values, json_values)
+def test_two_values_share_a_digest_only_if_they_share_their_text(one, other):
+    assert (digest(one) == digest(other)) == (canonical(one) == canonical(other))
+
+
+def test_numbers_that_python_calls_equal_are_told_apart():
+    assert len({digest(value) for value in (1, 1.0, True, "1")}) == 4
+
+
+def test_a_tuple_and_a_list_are_one_value_because_json_has_one_of_them():
+    assert digest((1, 2)) == digest([1, 2])
+
+
+class Colour(enum.StrEnum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    ONE = 1
+
+
+@pytest.mark.parametrize(
+    "unstable",
+    [
+        {1, 2},
+        frozenset({"a"}),
+        float("nan"),
+        float("inf"),
+        Path("/tmp"),
+        b"bytes",
+        np.float64(0.5),
+        np.float32(0.5),
+        np.int64(3),
+        np.bool_(True),
+        Colour.RED,
+        Level.ONE,
+        object(),
+        {1: "a"},
+        {None: "a"},
+        {Colour.RED: "a"},
+        1 + 2j,
+    ],
+    ids=repr,
+)
+def test_an_unstable_value_is_refused_however_deep_it_lies(unstable):
+    for value in (unstable, [unstable], {"deep": [{"deeper": unstable}]}):
+        with pytest.raises(UnstableValue):
+            digest(value)
+
+
+def test_the_refusal_names_where_the_unstable_value_lies():
+    with pytest.raises(UnstableValue, match=r"value\.train\.ranks\[1\] is a set"):
+        digest({"train": {"ranks": [8, {4}]}})
+
+
+file_trees = st.dictionaries(
+    st.lists(st.sampled_from(["a", "b", "c.txt", "d e"]), min_size=1, max_size=3).map("/".join), st.binary(max_size=20), min_size=1, max_size=5
+)
+
+
+@given(file_trees)
+def test_a_folder_and_its_copy_elsewhere_have_the_same_digest(tmp_path_factory, tree):
+    folder = tmp_path_factory.mktemp("tree")
+    one = folder / "one"
+    for name, data in tree.items():
+        # A name that is a folder of another name gets a suffix of its own, so that both can be.
+        path = one / f"{name}.d" / "file"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    other = Path(shutil.copytree(one, folder / "deeper" / "other"))
+    assert content_digest(one) == content_digest(other) == digest_files(folder_files(one))
+    victim = next(path for path in sorted(other.rglob("*")) if path.is_file())
+    victim.write_bytes(victim.read_bytes() + b"!")
+    assert content_digest(one) != content_digest(other)
+
+
+def test_renaming_a_file_changes_a_folder_but_not_the_file(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a").write_text("x")
+    before, file = content_digest(tmp_path / "one"), content_digest(tmp_path / "one" / "a")
+    (tmp_path / "one" / "a").rename(tmp_path / "one" / "b")
+    assert content_digest(tmp_path / "one") != before
+    assert content_digest(tmp_path / "one" / "b") == file
+
+
+def test_the_digest_cache_is_used_and_notices_a_changed_file(tmp_path):
+    file, cache = tmp_path / "weights", tmp_path / "cache" / "digests.json"
+    file.write_text("one")
+    first = content_digest(file, cache)
+    assert first == content_digest(file)
+    # The cache is really read: a wrong answer put into it comes back.
+    cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), "0" * 64)))
+    assert content_digest(file, cache) == "0" * 64
+    file.write_text("two, longer")
+    changed = content_digest(file, cache)
+    assert changed == content_digest(file) != first
+
+
+def test_the_digest_cache_notices_a_change_that_keeps_the_size(tmp_path):
+    file, cache = tmp_path / "weights", tmp_path / "digests.json"
+    file.write_text("one")
+    first = content_digest(file, cache)
+    file.write_text("two")
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1_000_000))
+    assert content_digest(file, cache) != first
+
+
+def test_nothing_and_an_empty_folder_have_no_content(tmp_path):
+    with pytest.raises(DataError, match="no file or folder"):
+        content_digest(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is empty"):
+        content_digest(tmp_path / "empty")
+
+
+def test_a_part_has_the_content_that_it_would_have_by_itself(tmp_path):
+    (tmp_path / "made" / "adapter").mkdir(parents=True)
+    (tmp_path / "made" / "adapter" / "weights").write_text("w")
+    (tmp_path / "made" / "curve.csv").write_text("c")
+    files = folder_files(tmp_path / "made")
+    assert part_digest(files, "adapter") == content_digest(tmp_path / "made" / "adapter")
+    assert part_digest(files, "curve.csv") == content_digest(tmp_path / "made" / "curve.csv")
+    with pytest.raises(DataError, match="no file or folder 'model'"):
+        part_digest(files, "model")

@@ -1,0 +1,137 @@
+"""Stages: what makes two of them the same request, and what never does."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.errors import StudyError
+from tasks.identity import digest
+from tasks.specs import KINDS, ApplySpec, DataSpec, RefusalSuite, TrainSpec
+from tasks.stage import Context, Part, Request, Source, Stage, key_payload, spec_payload
+from tests.tasks.test_golden_keys import SPECS
+
+POOL = Source("a" * 64, "/data/pool.jsonl")
+
+
+def data(size: int = 10, pool: Source = POOL) -> Stage:
+    return Stage(DataSpec(size=size), {"pool": pool})
+
+
+def train(rank: int = 8, stage: Stage | None = None) -> Stage:
+    return Stage(TrainSpec(rank=rank), {"model": Source("b" * 64, "/m"), "data": Part(stage or data(), "data.jsonl")})
+
+
+def test_two_stages_that_ask_for_the_same_have_one_lineage():
+    assert train().lineage == train().lineage
+
+
+def test_lineage_follows_the_spec_the_inputs_and_everything_above():
+    variants = [train(), train(rank=4), train(stage=data(20)), train(stage=data(pool=Source("c" * 64, "/data/pool.jsonl")))]
+    variants.append(Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": data()}))  # the whole, not a part of it
+    variants.append(Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": Part(data(), "other.jsonl")}))
+    assert len({stage.lineage for stage in variants}) == len(variants)
+
+
+def test_where_pinned_content_lies_is_no_part_of_a_lineage():
+    assert data(pool=Source("a" * 64, "/elsewhere")).lineage == data().lineage
+
+
+def test_the_order_in_which_inputs_are_named_does_not_matter():
+    one = Stage(ApplySpec(), {"adapter": POOL, "projection": Source("d" * 64, "/p")})
+    other = Stage(ApplySpec(), {"projection": Source("d" * 64, "/p"), "adapter": POOL})
+    assert one.lineage == other.lineage
+    assert list(one.inputs) == list(other.inputs)
+
+
+def test_a_stage_knows_the_stages_it_reads_from_and_not_the_outside():
+    above = data()
+    assert train(stage=above).upstream() == [above]
+    assert data().upstream() == []
+
+
+def test_a_key_hashes_the_content_of_inputs_and_every_default_of_the_spec():
+    payload = key_payload(TrainSpec(), {"model": "1", "data": "2"})
+    assert set(payload) == {"kind", "version", "spec", "inputs"}
+    assert set(payload["spec"]) == set(TrainSpec.model_fields)
+    keys = {
+        digest(payload),
+        digest(key_payload(TrainSpec(), {"model": "1", "data": "3"})),
+        digest(key_payload(TrainSpec(rank=4), {"model": "1", "data": "2"})),
+        digest({**payload, "version": 2}),
+        digest({**payload, "kind": "apply"}),
+    }
+    assert len(keys) == 5
+
+
+def test_nothing_of_the_context_can_reach_a_key():
+    context_names = {field.name for field in fields(Context)} - {"rank"}  # a member's in its gang; a LoRA rank is another thing
+    for spec in KINDS.values():
+        assert not context_names & set(spec.model_fields), spec.KIND
+    request = some_request()
+    other = Request(**{**vars(request), "gpus": 4, "device": "cuda", "threads": 3, "micro_batch": 2, "log": "/l", "scratch": "/s", "out": "/o"})
+    assert digest(other.hashed) == digest(request.hashed)
+
+
+def some_request() -> Request:
+    spec, contents = SPECS["train"]
+    return Request(
+        key=digest(key_payload(spec, contents)),
+        kind="train",
+        spec=spec.model_dump(mode="json"),
+        inputs={"model": "/m", "data": "/d"},
+        contents=contents,
+        out="/out",
+        log="/log",
+        scratch="/scratch",
+        micro_batch=4,
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_request_survives_json_for_every_kind_of_stage(name):
+    spec, contents = SPECS[name]
+    sent = Request(digest(key_payload(spec, contents)), spec.KIND, spec.model_dump(mode="json"), {}, contents, "/o", "/l", "/s")
+    got = Request.from_json(sent.to_json())
+    assert got == sent
+    assert got.parsed_spec() == spec
+    assert digest(got.hashed) == got.key
+
+
+@given(threshold=st.none() | st.floats(-1, 1))
+def test_a_threshold_survives_the_way_to_a_worker_to_the_last_bit(threshold):
+    spec = ApplySpec(threshold=threshold)
+    sent = Request("k", "apply", spec.model_dump(mode="json"), {}, {}, "/o", "/l", "/s")
+    assert Request.from_json(sent.to_json()).parsed_spec() == spec
+
+
+def test_a_kind_that_this_version_does_not_know_is_named():
+    with pytest.raises(StudyError, match="no stage kind 'distil'"):
+        Request("k", "distil", {}, {}, {}, "/o", "/l", "/s").parsed_spec()
+
+
+def test_a_requests_context_carries_its_folders_and_takes_changes():
+    ctx = some_request().context(rank=1, world_size=2)
+    assert (ctx.log, ctx.scratch, ctx.micro_batch) == (Path("/log"), Path("/scratch"), 4)
+    assert (ctx.rank, ctx.world_size) == (1, 2)
+
+
+def test_specs_are_strict_and_frozen():
+    with pytest.raises(ValueError, match="rnak"):
+        TrainSpec(rnak=4)
+    with pytest.raises(ValueError, match="rank"):
+        TrainSpec(rank="8")
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        TrainSpec(rank=0)
+    with pytest.raises(ValueError, match="frozen"):
+        TrainSpec().rank = 4
+    with pytest.raises(ValueError, match="cannot be quantised"):
+        TrainSpec(method="full", quantisation="nf4")
+    with pytest.raises(ValueError, match="not both"):
+        ApplySpec(threshold=0.1, modules=2)
+
+
+def test_the_scorer_and_the_kind_of_suite_are_part_of_what_is_hashed():
+    assert spec_payload(SPECS["evaluate, refusal"][0])["spec"]["suite"] == RefusalSuite().model_dump(mode="json")

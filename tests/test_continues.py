@@ -1,0 +1,160 @@
+"""Kill anything at any moment: the same command finishes the study, runs no finished stage again, and ends with the same table.
+
+A real driver process on a real Ray cluster with bitsandbytes training, on random-weight models so that a run takes seconds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from analysis.tables import MEASURED_COLUMNS
+from tasks.identity import content_digest
+from tests.tiny import Pair, conversations, write_chats, write_lines
+
+STUDY = """
+study: tiny
+question: Does it continue?
+models:
+  7b:
+    base: {{path: {{path: {base}, sha256: {base_sha}}}}}
+    aligned: {{path: {{path: {aligned}, sha256: {aligned_sha}}}}}
+    quantisation: nf4
+    dtype: float32
+data:
+  pool: {{path: {{path: {chats}, sha256: {chats_sha}}}}}
+  settings: {{size: 48}}
+train: {{learning_rate: 1e-2, epochs: 8, global_batch: 8, max_tokens: 64}}
+axes:
+  train.rank: [2, 4]
+  data.size: [32, 48]
+  apply.threshold: [null, 0.1, 0.3]
+suites:
+  refusal: {{prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}, measure: {{kind: refusal, max_new_tokens: 4}}}}
+  task: {{prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}, measure: {{kind: task, max_new_tokens: 4}}}}
+objectives: [refusal_rate, task_accuracy]
+search: {{sampler: tpe, points: 9, window: 4, seed: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    chats = write_chats(folder / "chats.jsonl", 48)
+    rows = [{"id": str(i), "prompt": turns[0]["content"], "answer": turns[1]["content"]} for i, turns in enumerate(conversations(16, 9))]
+    prompts = write_lines(folder / "prompts.jsonl", rows)
+    named = {"base": pair.base, "aligned": pair.aligned, "chats": chats, "prompts": prompts}
+    path = folder / "tiny.yaml"
+    path.write_text(STUDY.format(**named, **{f"{name}_sha": content_digest(place) for name, place in named.items()}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(study: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    home = tmp_path_factory.mktemp("undisturbed")
+    finish(study, home)
+    return table(home)
+
+
+def start(study: Path, home: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "ebbline.cli", "run", str(study), "--home", str(home), "--no-wandb"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(study: Path, home: Path) -> str:
+    process = start(study, home)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def table(home: Path) -> pd.DataFrame:
+    frame = pd.read_parquet(home / "studies" / "tiny" / "results.parquet")
+    return frame.drop(columns=list(MEASURED_COLUMNS))
+
+
+def records(home: Path) -> dict[Path, tuple[int, int]]:
+    """Every record there is, with what would change if it were written again."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (home / "store").glob("*/*/record.json")}
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"the driver ended before {what}:\n{process.stdout.read() if process.stdout else ''}")
+        assert time.monotonic() < deadline, f"no {what} in 120 s"
+        time.sleep(0.05)
+
+
+def descendants(process: "subprocess.Popen[str]", name: str) -> Iterator[psutil.Process]:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if name in " ".join(child.cmdline()):
+                yield child
+        except psutil.NoSuchProcess:
+            continue
+
+
+def test_driver_killed_at_three_moments_ends_with_the_same_table(study: Path, undisturbed: pd.DataFrame, tmp_path: Path) -> None:
+    for moment in (2, 9, 20):
+        driver = start(study, tmp_path)
+        wait_for(lambda moment=moment: len(records(tmp_path)) >= moment, driver, f"{moment} records")
+        workers = [*descendants(driver, "ray::_"), *descendants(driver, "ray::IDLE")]
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not alive, f"workers that outlived a killed driver: {[child.name() for child in alive]}"
+    before = records(tmp_path)
+    finish(study, tmp_path)
+    after = records(tmp_path)
+    assert {path: stamp for path, stamp in after.items() if path in before} == before, "a finished stage was run again"
+    pd.testing.assert_frame_equal(table(tmp_path), undisturbed)
+
+
+def test_killed_worker_is_replaced_within_the_same_run(study: Path, undisturbed: pd.DataFrame, tmp_path: Path) -> None:
+    driver = start(study, tmp_path)
+    wait_for(lambda: any(True for _ in descendants(driver, "ray::_batch")), driver, "worker")
+    next(descendants(driver, "ray::_batch")).kill()
+    said, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 0, said
+    pd.testing.assert_frame_equal(table(tmp_path), undisturbed)
+
+
+def test_killed_ray_is_started_again_by_the_same_command(study: Path, undisturbed: pd.DataFrame, tmp_path: Path) -> None:
+    driver = start(study, tmp_path)
+    wait_for(lambda: len(records(tmp_path)) >= 5, driver, "5 records")
+    next(descendants(driver, "raylet/raylet")).kill()
+    driver.communicate(timeout=240)
+    finish(study, tmp_path)
+    pd.testing.assert_frame_equal(table(tmp_path), undisturbed)
+
+
+def test_second_run_of_a_finished_study_runs_nothing(study: Path, tmp_path: Path) -> None:
+    finish(study, tmp_path)
+    before = records(tmp_path)
+    assert " 0 stages run" in finish(study, tmp_path)
+    assert records(tmp_path) == before
+    plan = subprocess.run(
+        [sys.executable, "-m", "ebbline.cli", "plan", str(study), "--home", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "0 misses" in plan.stdout
+
+
+def test_second_driver_says_who_holds_the_study_and_leaves(study: Path, tmp_path: Path) -> None:
+    first = start(study, tmp_path)
+    wait_for(lambda: any(True for _ in descendants(first, "ray")), first, "Ray")
+    second = start(study, tmp_path)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 4
+    assert f"process {first.pid}" in said
+    os.kill(first.pid, signal.SIGINT)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, said
