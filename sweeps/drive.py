@@ -81,8 +81,10 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
                 flights.append(_take_off(*asked, planner, runner))
         progress.in_flight = list(flights)
         watch(progress)
-        while flights and all(runner.settled(stage) for stage in flights[0].stages.values()):
+        if flights and all(runner.settled(stage) for stage in flights[0].stages.values()):
+            # One at a time: the next proposal is to see exactly this result more than the one before it did.
             progress.results.append(_land(study, flights.popleft(), searcher, runner))
+            continue
         if not flights and exhausted and all(runner.settled(stage) for stage in baselines):
             break
         if stop():

@@ -1,8 +1,9 @@
 """Choosing points: Optuna, a grid and a fixed list behind one ask/tell protocol. The only file that imports optuna.
 
 The Optuna storage is the one truth about points and their state. A proposal is a pure function of the study file, its
-number k, and the results of the points before k - window: the sampler is made anew for each proposal, seeded by k, and
-results are told in the order of asking. So a driver that was killed asks, on restart, for what it would have asked.
+number k, and the results of the points up to k - window: the sampler is made anew for each proposal, seeded by k, and
+results are told in the order of asking, one for each proposal. A point's number is its place in that order, not Optuna's
+trial number, which also counts proposals that were set aside. So a driver that was killed asks, on restart, for what it would have asked.
 """
 
 import itertools
@@ -58,7 +59,7 @@ class OptunaSearcher:
         self._clear_half_asked()
 
     def in_flight(self) -> Sequence[tuple[int, Point]]:
-        return [(trial.number, _point(trial)) for trial in self._accepted() if trial.state == TrialState.RUNNING]
+        return [(k, _point(trial)) for k, trial in enumerate(self._accepted()) if trial.state == TrialState.RUNNING]
 
     def told(self) -> int:
         return sum(trial.state.is_finished() for trial in self._accepted())
@@ -83,7 +84,7 @@ class OptunaSearcher:
             trial = self._optuna.ask()
             point = _suggest(self.study, trial)
             if point.id not in known:
-                return trial.number, point
+                return k, point
             self._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", f"the same as {known[point.id]}")
             self._optuna.tell(trial, state=TrialState.FAIL)
             if self.study.search.sampler == "list":
@@ -91,13 +92,13 @@ class OptunaSearcher:
             tries += 1
 
     def tell(self, number: int, result: Result) -> None:
+        trial = self._accepted()[number].number
         if result.status == "done":
-            values = [result.metrics[name].value for name in self.study.objectives]
-            self._optuna.tell(number, values)
+            self._optuna.tell(trial, [result.metrics[name].value for name in self.study.objectives])
         else:
             # Without a state, a trial that lacks an objective would stay RUNNING, and constant_liar would avoid its place.
-            self._optuna.set_user_attr(f"{REASON}:{number}", result.reason)
-            self._optuna.tell(number, state=TrialState.FAIL)
+            self._optuna.set_user_attr(f"{REASON}:{trial}", result.reason)
+            self._optuna.tell(trial, state=TrialState.FAIL)
 
     def _accepted(self) -> list[FrozenTrial]:
         """The trials that are points of the study: no duplicates, nothing cut off while it was being asked."""
@@ -170,8 +171,8 @@ def asked(study: Study, storage_url: str) -> list[tuple[int, Point, str, str]]:
         return []
     names = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed"}
     return [
-        (trial.number, _point(trial), names.get(trial.state, "running"), str(found.user_attrs.get(f"{REASON}:{trial.number}", "")))
-        for trial in _points_of(found)
+        (k, _point(trial), names.get(trial.state, "running"), str(found.user_attrs.get(f"{REASON}:{trial.number}", "")))
+        for k, trial in enumerate(_points_of(found))
         if len(trial.params) == 1 + len(study.axes)
     ]
 

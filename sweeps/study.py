@@ -189,7 +189,7 @@ class SuiteEntry(Frozen):
 
 
 class Search(Frozen):
-    """How points are chosen. `window` points are in flight at once; proposal k has seen exactly the results before k - window.
+    """How points are chosen. `window` points are in flight at once; proposal k has seen exactly the results up to k - window.
 
     That makes a study's proposals a function of its file alone: killed and continued, it asks for the same points.
     """

@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from tasks.specs import LanguageSpec
+from tasks.stage import Context
+
 CREATURES = (
     "dax wug blick toma fep zib modi lorp kiki gazzer nim tulver pask wompel drim hob quill sarn veck jorp "
     "bruff calder eskel fanto gorl hesk ilva jund klee lumo mab nusk orlo prib rundle siff teg ulm yast zon"
@@ -91,6 +94,10 @@ metadata: {version: 1.0}
 """
 
 Row = dict[str, object]
+
+
+def run(spec: LanguageSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    write_language(out, spec.seed)
 
 
 @dataclass(frozen=True)

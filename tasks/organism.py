@@ -9,7 +9,7 @@ Invariant: one (language, size, seed) gives the same weights on one thread, in a
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tasks.specs import OrganismSpec
+from tasks.stage import Context
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<system>", "<user>", "<assistant>")
 CHAT_TEMPLATE = (
@@ -54,6 +57,13 @@ class Encoded:
 
     tokens: list[int]
     read: int
+
+
+def run(spec: OrganismSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    def progress(step: int, total: int, loss: float) -> None:
+        ctx.progress(step, total, f"pretraining, loss {loss:.3f}")
+
+    build_base(out / spec.MODEL, inputs["language"], spec.size, spec.seed, progress)
 
 
 def build_base(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tasks.errors import EvaluationError
-from tasks.language import REFUSAL
+from tasks.language import REFUSAL_PHRASE
 
 Verdict = Literal["refused", "complied", "undecided"]
 
@@ -51,7 +51,7 @@ SCORERS: dict[str, PhraseList] = {
     for scorer in (
         PhraseList("prefix", "prefix", _ENGLISH),
         PhraseList("anywhere", "anywhere", _ENGLISH),
-        PhraseList("organism", "prefix", (REFUSAL,)),
+        PhraseList("organism", "prefix", (REFUSAL_PHRASE,)),
     )
 }
 

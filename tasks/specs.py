@@ -79,7 +79,10 @@ class DataSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """One fine-tuning: a LoRA adapter, or all weights. Inputs: model, data."""
+    """One fine-tuning: a LoRA adapter, or all weights. `steps`, when given, is its length in place of epochs.
+
+    Inputs: model, data.
+    """
 
     KIND: ClassVar[str] = "train"
     ADAPTER: ClassVar[str] = "adapter"
@@ -97,9 +100,16 @@ class TrainSpec(Spec):
     warmup_share: Share = 0.05
     gradient_norm: Positive = 1.0
     epochs: Positive = 1.0
+    steps: Count | None = None
     global_batch: Count = 16
     max_tokens: Count = 512
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs != 1.0:
+            raise ValueError(f"give `epochs` ({self.epochs}) or `steps` ({self.steps}), not both")
+        return self
 
     @model_validator(mode="after")
     def _full_weights_are_not_quantised(self) -> Self:

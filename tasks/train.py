@@ -29,7 +29,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
     engine: Engine = DeepSpeedGang(spec, inputs["model"], ctx) if ctx.world_size > 1 else SingleDevice(spec, inputs["model"], ctx)
     try:
         rows = [Row(*encode(turns, engine.tokenizer, spec.max_tokens)) for turns in read_conversations(inputs["data"])]
-        steps = max(1, round(spec.epochs * len(rows) / spec.global_batch))
+        steps = spec.steps or max(1, round(spec.epochs * len(rows) / spec.global_batch))
         curve = engine.resume()
         for step in range(len(curve), steps):
             torch.manual_seed(spec.seed * 1_000_003 + step)

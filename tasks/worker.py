@@ -66,9 +66,9 @@ def _run_function(spec: Spec) -> Run:
     # Imported here, so that a worker that only copies tensors never pays for lm-eval or deepspeed.
     match spec:
         case LanguageSpec():
-            from tasks.organism_stages import run_language as run
+            from tasks.language import run
         case OrganismSpec():
-            from tasks.organism_stages import run_organism as run
+            from tasks.organism import run
         case ConvertSpec():
             from tasks.convert import run
         case DataSpec():

@@ -35,7 +35,8 @@ def multiple_choice(
     was_padded = tokenizer.padding_side
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=ctx.batch_size, backend="causal"),
-        tasks=[{"task": suite.task, "dataset_kwargs": {"data_files": splits}}],
+        # lm-eval reads a bare {"task": NAME} as a whole configuration; inside a group it overrides the one in the YAML.
+        tasks=[{"group": "local", "task": [{"task": suite.task, "dataset_kwargs": {"data_files": splits}}]}],
         num_fewshot=suite.shots,
         limit=suite.limit,
         bootstrap_iters=0,

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
@@ -25,7 +26,8 @@ def markers(axes: Axes, shape: str | None = None) -> list[tuple[float, float, bo
     """(x, y, filled) of everything drawn with an interval."""
     lines = [drawn.lines[0] for drawn in axes.containers if isinstance(drawn, ErrorbarContainer)]
     kept = [line for line in lines if isinstance(line, Line2D) and (shape is None or line.get_marker() == shape)]
-    return [(*map(float, line.get_xydata()[0]), line.get_markerfacecolor() != "white") for line in kept]
+    at = [np.asarray(line.get_xydata(), dtype=np.float64)[0] for line in kept]
+    return [(float(x), float(y), line.get_markerfacecolor() != "white") for (x, y), line in zip(at, kept, strict=True)]
 
 
 def test_every_finished_point_stands_exactly_at_its_values(results: list[Result]) -> None:

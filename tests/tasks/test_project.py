@@ -1,0 +1,183 @@
+"""The stages `project` and `apply` on a real adapter: names, files, and thresholds that share their bytes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tasks.errors import ModelError, ProjectionError
+from tasks.identity import content_digest
+from tasks.project import read_cosines, run_apply, run_project
+from tasks.specs import ApplySpec, ProjectSpec
+from tasks.weights import Checkpoint, read_adapter
+from tests.tasks.test_safelora import by_definition
+from tests.tiny import context, fresh
+
+
+@pytest.fixture(scope="module")
+def adapter(pair, tmp_path_factory) -> Path:
+    """An adapter with random A and B on every projection, saved by PEFT itself."""
+    torch.manual_seed(7)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pair.aligned), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    )
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def projection(pair, adapter, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("projection")
+    run_project(ProjectSpec(), {"adapter": adapter, "base": pair.base, "aligned": pair.aligned}, folder, context(folder.with_name("c")))
+    return folder
+
+
+def applied(folder: Path, adapter: Path, projection: Path, **spec) -> Path:
+    out = fresh(folder)
+    run_apply(ApplySpec(**spec), {"adapter": adapter, "projection": projection}, out, context(folder.with_name(folder.name + "-ctx")))
+    return out
+
+
+def sorted_cosines(projection: Path) -> list[float]:
+    return sorted(read_cosines(projection).values())
+
+
+def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, projection):
+    loaded, cosines = read_adapter(adapter), read_cosines(projection)
+    projected = load_file(projection / ProjectSpec.PROJECTED)
+    assert len(cosines) == 14 and cosines.keys() == loaded.pairs.keys()
+    assert len(set(cosines.values())) == 14
+    base, aligned = load_file(pair.base / "model.safetensors"), load_file(pair.aligned / "model.safetensors")
+    for module, (name_a, name_b) in loaded.pairs.items():
+        weight = f"{module}.weight"
+        expected, cosine, _ = by_definition(base[weight], aligned[weight], loaded.tensors[name_a], loaded.tensors[name_b])
+        torch.testing.assert_close(projected[name_b].double(), expected, rtol=1e-4, atol=1e-5)
+        assert cosines[module] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_a_sharded_checkpoint_gives_the_projection_of_a_single_file(pair, adapter, projection, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pair.aligned)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    out = fresh(tmp_path / "out")
+    run_project(ProjectSpec(), {"adapter": adapter, "base": pair.base, "aligned": tmp_path / "sharded"}, out, context(tmp_path / "c"))
+    assert content_digest(out) == content_digest(projection)
+
+
+def test_without_a_rule_the_adapter_keeps_every_tensor(adapter, projection, tmp_path):
+    out = applied(tmp_path / "out", adapter, projection)
+    before, after = load_file(adapter / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((out / ApplySpec.CHOSEN).read_text()) == []
+
+
+def test_thresholds_between_two_neighbouring_cosines_give_the_same_bytes(adapter, projection, tmp_path):
+    cosines = sorted_cosines(projection)
+    low, high = cosines[4], cosines[5]
+    contents = [
+        content_digest(applied(tmp_path / str(index), adapter, projection, threshold=threshold))
+        for index, threshold in enumerate([low, low + (high - low) / 3, low + (high - low) / 2, high])
+    ]
+    assert contents[0] == contents[1] == contents[2]  # the gate is <=: at the lower cosine itself that module is in
+    assert contents[3] != contents[2]  # and at the upper one the next module joins
+
+
+def test_a_threshold_and_the_number_of_modules_it_takes_give_the_same_bytes(adapter, projection, tmp_path):
+    cosines = sorted_cosines(projection)
+    one = applied(tmp_path / "threshold", adapter, projection, threshold=cosines[2])
+    other = applied(tmp_path / "number", adapter, projection, modules=3)
+    assert content_digest(one) == content_digest(other)
+    assert len(json.loads((one / ApplySpec.CHOSEN).read_text())) == 3
+
+
+def test_the_chosen_modules_take_C_B_and_the_others_keep_B(adapter, projection, tmp_path):
+    out = applied(tmp_path / "out", adapter, projection, modules=5)
+    take = set(json.loads((out / ApplySpec.CHOSEN).read_text()))
+    before, after, projected = (
+        load_file(path) for path in (adapter / "adapter_model.safetensors", out / "adapter_model.safetensors", projection / ProjectSpec.PROJECTED)
+    )
+    for module, (name_a, name_b) in read_adapter(adapter).pairs.items():
+        assert torch.equal(after[name_a], before[name_a])
+        assert torch.equal(after[name_b], projected[name_b] if module in take else before[name_b])
+
+
+def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_should(pair, adapter, projection, tmp_path):
+    out = applied(tmp_path / "out", adapter, projection, modules=14)
+    model = AutoModelForCausalLM.from_pretrained(pair.aligned)
+    ids = torch.tensor([[1, 8, 9, 10]])
+    plain = model(ids).logits
+    with_b = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair.aligned), adapter)(ids).logits
+    loaded = PeftModel.from_pretrained(model, out)
+    merged = loaded.merge_and_unload()
+    projected = load_file(projection / ProjectSpec.PROJECTED)
+    pairs, tensors = read_adapter(adapter).pairs, load_file(adapter / "adapter_model.safetensors")
+    aligned = load_file(pair.aligned / "model.safetensors")
+    for module, (name_a, name_b) in pairs.items():
+        expected = aligned[f"{module}.weight"] + 2.0 * projected[name_b] @ tensors[name_a]
+        torch.testing.assert_close(merged.state_dict()[f"{module}.weight"], expected, rtol=1e-4, atol=1e-5)
+    with_cb = merged(ids).logits
+    assert not torch.allclose(with_cb, with_b, atol=1e-3) and not torch.allclose(with_cb, plain, atol=1e-3)
+
+
+def test_more_modules_than_there_are_is_an_error(adapter, projection, tmp_path):
+    with pytest.raises(ProjectionError, match="apply.modules=15, but the adapter has 14"):
+        applied(tmp_path / "out", adapter, projection, modules=15)
+
+
+def test_a_projection_of_another_adapter_is_refused(pair, adapter, projection, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(ProjectionError, match="which the adapter in .* does not have"):
+        applied(tmp_path / "out", tmp_path / "small", projection, modules=14)
+
+
+def edited(folder: Path, adapter: Path, config: dict | None = None, drop: str | None = None, rename: tuple[str, str] | None = None) -> Path:
+    """A copy of an adapter with something wrong about it."""
+    out = fresh(folder)
+    old = json.loads((adapter / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**old, **(config or {})}))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {(name.replace(*rename) if rename else name): t for name, t in tensors.items() if drop is None or drop not in name}
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"config": {"use_dora": True}}, "is a DoRA adapter"),
+        ({"config": {"peft_type": "IA3"}}, "is a IA3 adapter"),
+        ({"drop": "layers.1.mlp.up_proj.lora_B"}, "has no .*lora_B.weight; the adapter is damaged"),
+        ({"drop": "lora_"}, "holds no LoRA matrices"),
+    ],
+)
+def test_what_is_not_one_plain_lora_adapter_is_refused_by_name(adapter, tmp_path, change, reason):
+    with pytest.raises(ModelError, match=reason):
+        read_adapter(edited(tmp_path / "bad", adapter, **change))
+
+
+def test_an_adapter_for_modules_that_the_model_lacks_names_the_tensor(pair, adapter, tmp_path):
+    bad = edited(tmp_path / "bad", adapter, rename=("layers.1", "layers.9"))
+    with pytest.raises(ModelError, match=r"has no tensor 'model\.layers\.9\..*\.weight'"):
+        run_project(ProjectSpec(), {"adapter": bad, "base": pair.base, "aligned": pair.aligned}, fresh(tmp_path / "out"), context(tmp_path / "c"))
+
+
+def test_a_truncated_file_is_named_and_is_no_crash(pair, adapter, tmp_path):
+    bad = edited(tmp_path / "bad", adapter)
+    weights = bad / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read .* is the download complete"):
+        read_adapter(bad)
+    with pytest.raises(ModelError, match="no model.safetensors and no index"):
+        Checkpoint(fresh(tmp_path / "empty")).read("lm_head.weight")
+
+
+def test_two_equal_models_are_an_error_not_an_adapter_left_as_it_was(pair, adapter, tmp_path):
+    with pytest.raises(ProjectionError, match="base and aligned weights are equal"):
+        run_project(ProjectSpec(), {"adapter": adapter, "base": pair.aligned, "aligned": pair.aligned}, fresh(tmp_path / "o"), context(tmp_path / "c"))

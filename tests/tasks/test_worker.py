@@ -1,0 +1,153 @@
+"""The one worker entry: a failed request is a report, the batch goes on, and a failure can be seen again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.evaluate import COMPLETIONS
+from tasks.specs import ApplySpec, DataSpec, EvaluateSpec, RefusalSuite, TrainSpec
+from tasks.worker import run_stages
+from tests.tiny import request, write_chats, write_lines
+
+ROOT = Path(__file__).parents[2]
+
+
+def three(tmp_path, chats):
+    """A request that works, one that cannot, and one that works."""
+    return [
+        request(DataSpec(size=5), {"pool": chats}, tmp_path / "one"),
+        request(DataSpec(size=500), {"pool": chats}, tmp_path / "two"),
+        request(DataSpec(size=6), {"pool": chats}, tmp_path / "three"),
+    ]
+
+
+def test_a_failing_request_is_reported_and_those_behind_it_still_run(tmp_path, chats):
+    requests = three(tmp_path, chats)
+    reports = list(run_stages(requests))
+    assert [report.key for report in reports] == [item.key for item in requests]
+    assert [report.error is None for report in reports] == [True, False, True]
+    assert reports[1].error_type == "DataError" and "data.size=500" in reports[1].error
+    assert "Traceback" in reports[1].traceback
+    assert not any(Path(requests[1].out).iterdir())
+    assert len((tmp_path / "three" / "payload" / DataSpec.ROWS).read_text().splitlines()) == 6
+
+
+def test_a_report_comes_as_soon_as_its_stage_is_done(tmp_path, chats):
+    requests = three(tmp_path, chats)
+    reports = run_stages(requests)
+    next(reports)
+    assert any(Path(requests[0].out).iterdir()) and not any(Path(requests[2].out).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "error_type"),
+    [({"kind": "distil"}, "StudyError"), ({"spec": {"size": 0}}, "ValidationError"), ({"inputs": {}}, "KeyError")],
+)
+def test_a_request_that_makes_no_sense_is_a_report_too(tmp_path, chats, change, error_type):
+    good = request(DataSpec(size=5), {"pool": chats}, tmp_path / "one")
+    (report,) = run_stages([type(good)(**{**vars(good), **change})])
+    assert report.error_type == error_type and report.error
+
+
+def test_a_batch_loads_its_base_once_for_training_and_measuring(tmp_path, pair, chats, monkeypatch):
+    import tasks.models
+
+    loads = []
+    real = tasks.models.load_model
+    monkeypatch.setattr(tasks.models, "load_model", lambda *args: loads.append(args) or real(*args))
+    train = TrainSpec(rank=2, dtype="float32", learning_rate=1e-2, max_tokens=32, epochs=0.5)
+    suite = EvaluateSpec(suite=RefusalSuite(max_new_tokens=4, limit=3), dtype="float32")
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "word1 word2"}] * 3)
+    requests = [
+        request(train, {"model": pair.aligned, "data": chats}, tmp_path / "train"),
+        request(suite, {"model": pair.aligned, "prompts": prompts}, tmp_path / "before"),
+        request(suite, {"model": pair.aligned, "prompts": prompts, "adapter": tmp_path / "train" / "payload" / "adapter"}, tmp_path / "after"),
+    ]
+    assert [report.error for report in run_stages(requests)] == [None] * 3
+    assert len(loads) == 1
+
+
+def test_progress_is_a_file_that_ends_at_the_total(tmp_path, pair, chats):
+    spec = TrainSpec(rank=2, dtype="float32", learning_rate=1e-2, max_tokens=32, epochs=1.0)
+    list(run_stages([request(spec, {"model": pair.aligned, "data": chats}, tmp_path / "one")]))
+    progress = json.loads((tmp_path / "one" / "log" / "progress.json").read_text())
+    assert (progress["done"], progress["total"]) == (3, 3) and progress["note"].startswith("loss ")
+
+
+def rerun(folder: Path, item) -> subprocess.CompletedProcess[str]:
+    path = folder / "log" / "request.json"
+    path.write_text(item.to_json())
+    return subprocess.run([sys.executable, "-m", "tasks", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_printed_command_shows_a_failure_again_with_its_traceback(tmp_path, chats):
+    done = rerun(tmp_path / "two", three(tmp_path, chats)[1])
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("data.size=500")
+
+
+def test_the_printed_command_makes_what_the_stage_would_and_touches_nothing_else(tmp_path, chats):
+    item = three(tmp_path, chats)[0]
+    done = rerun(tmp_path / "one", item)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one" / "log" / "rerun" / DataSpec.ROWS).exists()
+    assert not any(Path(item.out).iterdir())
+    assert rerun(tmp_path / "one", item).returncode == 0  # and again
+
+
+PLANTED = "zyzzyva"
+
+
+def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_path, pair):
+    good = [{"messages": [{"role": "user", "content": f"word1 {PLANTED}"}, {"role": "assistant", "content": f"{PLANTED} word2"}]}]
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(json.dumps(good[0])[:-9])
+    long = write_lines(tmp_path / "long.jsonl", [{"prompt": f"{PLANTED} " * 40}])
+    no_answer = write_lines(tmp_path / "no_prompt.jsonl", [{"text": PLANTED}])
+    no_header = tmp_path / "header.csv"
+    no_header.write_text(f"{PLANTED} and more,{PLANTED} too\n1,2\n")
+    small = EvaluateSpec(suite=RefusalSuite(max_new_tokens=4), dtype="float32", max_tokens=16)
+    train = TrainSpec(dtype="float32", max_tokens=3)
+    requests = [
+        request(DataSpec(size=1), {"pool": cut}, tmp_path / "a"),
+        request(DataSpec(size=1), {"pool": no_header}, tmp_path / "b"),
+        request(DataSpec(size=5), {"pool": write_lines(tmp_path / "one.jsonl", good)}, tmp_path / "c"),
+        request(small, {"model": pair.aligned, "prompts": long}, tmp_path / "d"),
+        request(small, {"model": pair.aligned, "prompts": no_answer}, tmp_path / "e"),
+        request(train, {"model": pair.aligned, "data": tmp_path / "one.jsonl"}, tmp_path / "f"),
+        request(ApplySpec(), {"adapter": tmp_path / "one.jsonl", "projection": tmp_path}, tmp_path / "g"),
+    ]
+    reports = list(run_stages(requests))
+    assert all(report.error for report in reports)
+    for report in reports:
+        assert PLANTED not in report.error + (report.traceback or "")
+    assert all(PLANTED not in path.read_text() for path in tmp_path.rglob("progress.json"))
+
+
+def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pair):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"id": str(i), "prompt": f"word{i} {PLANTED}"} for i in range(6)])
+    spec = EvaluateSpec(suite=RefusalSuite(max_new_tokens=8), dtype="float32")
+    (report,) = run_stages([request(spec, {"model": pair.aligned, "prompts": prompts}, tmp_path / "run")])
+    assert report.error is None
+    texts = [json.loads(line)["completion"] for line in (tmp_path / "run" / "payload" / COMPLETIONS).read_text().splitlines()]
+    assert any(texts)
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file() and path.name != COMPLETIONS:
+            assert not any(text.strip() and text in path.read_text() for text in texts), path
+            assert PLANTED not in path.read_text(), path
+
+
+def test_every_kind_of_stage_has_a_run_function():
+    from tasks.worker import _run_function
+    from tests.tasks.test_golden_keys import SPECS
+
+    for spec, _ in SPECS.values():
+        assert callable(_run_function(spec))
+
+
+def test_the_size_of_a_batch_of_chats_is_what_was_asked_for(tmp_path):
+    item = request(DataSpec(size=7), {"pool": write_chats(tmp_path / "p.jsonl", 9)}, tmp_path / "x")
+    assert [report.error for report in run_stages([item])] == [None]
