@@ -6,10 +6,11 @@ long before. So whoever waits looks at the store, and asks the executor only for
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.store import Store
+from tasks.errors import EbblineError
 from tasks.stage import Report, Request
 
 
@@ -75,6 +76,9 @@ def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -
             request = by_key[report.key]
             attempt = Path(request.out).parent
             provenance = {"seconds": report.seconds, "gpus": world_size if world_size > 1 else request.gpus, **report.environment}
-            Store(attempt.parents[2]).commit(attempt, request.hashed, provenance)
+            try:
+                Store(attempt.parents[2]).commit(attempt, request.hashed, provenance)
+            except (EbblineError, OSError) as error:
+                report = replace(report, error=f"could not be committed: {error}", error_type=type(error).__name__)
         reports.append(report)
     return tuple(reports)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.executor import Capacity, Executor, Finished, Job, run_batch
 from cluster.gang import run_gang
@@ -78,7 +78,8 @@ class RayExecutor(Executor):
             reports: tuple[Report, ...] = ray.get(reference)
         except RayError as error:
             # The worker, its node or a gang member died: nobody reported, so the runner looks at the store and tries again.
-            return Finished(job, (), lost=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            return Finished(job, (), lost=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
         lost = None if len(reports) == len(job.keys) else "a member of the gang ended without reporting"
         return Finished(job, reports, lost)
 

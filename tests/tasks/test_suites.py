@@ -198,16 +198,17 @@ def choices(tmp_path):
     return folder
 
 
-def likeliest(loaded, question: str, choices: list[str], prefix: str = "") -> int:
+def likeliest(loaded, question: str, choices: list[str]) -> int:
     """The choice with the highest log-likelihood after the question, from the definition."""
     import torch
 
     model, tokenizer = loaded
     scores = []
     for choice in choices:
-        context_ids = tokenizer(question, add_special_tokens=False)["input_ids"]
-        ids = tokenizer(f"{question} {choice}", add_special_tokens=False)["input_ids"]
-        logits = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
+        context_ids = tokenizer(question)["input_ids"]  # with the start token, as the model was trained
+        ids = tokenizer(f"{question} {choice}")["input_ids"]
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
         scores.append(sum(float(logits[i - 1, ids[i]]) for i in range(len(context_ids), len(ids))))
     return scores.index(max(scores))
 
