@@ -29,9 +29,10 @@ class RayExecutor(Executor):
         real = shutil.which("nvidia-smi") is not None
         self.device = "cuda" if real else "cpu"
         variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+        # The cores are shared out among the logical GPUs, so that a stage's numbers do not depend on its neighbours.
+        self._threads = None if real else max(1, (os.cpu_count() or 1) // logical_gpus)
         if not real:
-            # One thread a stage: as many stages as GPUs run side by side, and their numbers do not depend on the neighbours.
-            variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(self._threads), "CUDA_VISIBLE_DEVICES": ""}
         local = {} if address != "local" else {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
         if address == "local" and not real:
             local["num_gpus"] = logical_gpus
@@ -49,8 +50,7 @@ class RayExecutor(Executor):
 
     def submit(self, batch: Sequence[Request], gpus: int) -> Job:
         job = Job(f"ray-{next(self._numbers)}", tuple(request.key for request in batch), gpus)
-        if self.device == "cpu":
-            batch = [replace(request, threads=1) for request in batch]
+        batch = [replace(request, threads=self._threads) for request in batch]
         if gpus > 1:
             reference = _gang.remote(list(batch), gpus, self._scratch)
         elif gpus == 1:

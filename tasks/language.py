@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from tasks.plain import SUMS_TASK, plain_files
 from tasks.specs import LanguageSpec
 from tasks.stage import Context
 
@@ -348,14 +349,14 @@ def strings(value: object) -> Iterator[str]:
 
 
 def write_language(out: Path, seed: int) -> None:
-    """Write the data files, `words.txt` (every word and sign in them) and the two lm-eval task files."""
+    """Write the data files, `words.txt` (every word and sign in them), the lm-eval task files, and the sets of tasks.plain."""
     files = language_files(seed)
-    for name, rows in files.items():
+    for name, rows in {**files, **plain_files(seed, CREATURES)}.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = strings([row for rows in files.values() for row in rows])
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)} | set(LETTERS))
     (out / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    for folder, text in {"mmlu": MMLU_TASK, "hellaswag": HELLASWAG_TASK}.items():
+    for folder, text in {"mmlu": MMLU_TASK, "hellaswag": HELLASWAG_TASK, "plain/sums": SUMS_TASK}.items():
         (out / folder / "task.yaml").write_text(text, encoding="utf-8")

@@ -50,7 +50,8 @@ def read_prompts(path: Path, limit: int | None, needs_answer: bool = False) -> l
         prompts.append(Prompt(str(row.get("id", line)), str(row[column]), str(row.get("category") or ""), answer))
     if not prompts:
         raise DataError(f"{path} holds no prompt: an empty set cannot be measured")
-    return prompts[:limit]
+    # Evenly spaced, as many files are sorted by category.
+    return prompts if limit is None or limit >= len(prompts) else [prompts[i * len(prompts) // limit] for i in range(limit)]
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_tokens: int, ctx: Context) -> list[str]:
