@@ -20,7 +20,13 @@ def run(spec: ConvertSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
     named = ctx.log / "model.gguf"
     named.unlink(missing_ok=True)
     named.symlink_to(source.resolve())
-    model = AutoModelForCausalLM.from_pretrained(ctx.log, gguf_file=named.name, dtype=DTYPES[spec.dtype], trust_remote_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(ctx.log, gguf_file=named.name, dtype=DTYPES[spec.dtype], trust_remote_code=False)
+    # transformers unpacks the weights and still calls the model quantised, which it then refuses to save.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config).to(DTYPES[spec.dtype])
+    model.load_state_dict(loaded.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(ctx.log, gguf_file=named.name, trust_remote_code=False)
     model.save_pretrained(out / spec.MODEL, safe_serialization=True)
     tokenizer.save_pretrained(out / spec.MODEL)

@@ -90,6 +90,7 @@ def _save(engine: Engine, spec: TrainSpec, out: Path, ctx: Context) -> None:
         config = model.peft_config["default"]
         config.inference_mode = True
         config.base_model_name_or_path = None  # a path of this machine; the record says which base it was, by content
+        config.target_modules = sorted(spec.target_modules)  # PEFT keeps a set, whose order differs between processes
         config.save_pretrained(folder)
 
 

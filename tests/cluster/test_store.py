@@ -68,7 +68,7 @@ class StoreContract:
         assert (second.path / "data.jsonl").read_text() == "first"
 
     def test_of_many_processes_that_commit_at_once_exactly_one_stands(self, store):
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(6)
         workers = [context.Process(target=commit_in_a_process, args=(store.root, f"text {n}", barrier)) for n in range(6)]
         for worker in workers:
