@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.costs import Estimates
 from cluster.executor import Executor, Finished, Job
@@ -149,14 +149,16 @@ class Runner:
 
     def progress_of(self, node: Node) -> str:
         """What a running stage says of itself, such as `loss 0.31 (40/96)`; empty when it has said nothing."""
+        said = self._said(node)
+        return f"{said['note']} ({said['done']}/{said['total']})" if said else ""
+
+    def _said(self, node: Node) -> dict[str, Any]:
         latest = self._latest(node, "progress.json")
-        if latest is None:
-            return ""
         try:
-            said = json.loads(latest.read_text())
+            said: dict[str, Any] = json.loads(latest.read_text()) if latest else {}
         except (OSError, ValueError):
-            return ""  # being replaced at this moment; the next look will find it
-        return f"{said['note']} ({said['done']}/{said['total']})"
+            return {}  # being replaced at this moment; the next look will find it
+        return said
 
     def _latest(self, node: Node, name: str) -> Path | None:
         files = (self.store.root / node.stage.kind / node.key).glob(f"*/log/{name}")
@@ -274,6 +276,10 @@ class Runner:
             node.state, node.failure = "failed", Failure(reason, command)
 
     def _seconds(self, node: Node) -> float:
+        """The expected seconds from now: by its own progress when the stage runs and has said how far it is."""
+        said = self._said(node) if node.state == "running" else {}
+        if said.get("done"):
+            return float(said["seconds"] * (said["total"] - said["done"]) / said["done"])
         return self.estimates.seconds(node.stage.spec)
 
     def _paths(self) -> Mapping[str, float]:

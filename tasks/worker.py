@@ -87,7 +87,7 @@ def _run_function(spec: Spec) -> Run:
 
 
 def _progress_file(path: Path) -> Callable[[int, int, str], None]:
-    last = 0.0
+    started, last = time.monotonic(), 0.0
 
     def write(done: int, total: int, note: str) -> None:
         nonlocal last
@@ -97,7 +97,7 @@ def _progress_file(path: Path) -> Callable[[int, int, str], None]:
         fresh = path.with_suffix(".tmp")
         # Progress is a courtesy: a full disk shows up where results are written, not here.
         with contextlib.suppress(OSError):
-            fresh.write_text(json.dumps({"done": done, "total": total, "note": note}))
+            fresh.write_text(json.dumps({"done": done, "total": total, "note": note, "seconds": last - started}))
             fresh.replace(path)
 
     return write

@@ -175,7 +175,8 @@ def test_work_without_gpus_is_not_held_up_by_a_waiting_gang():
 def test_stages_on_one_base_are_spread_over_all_gpus_not_piled_on_one():
     ready = [Work(f"k{i}", 1, "base", 60.0, 60.0) for i in range(8)]
     placed = place(ready, [], Capacity(4, 1))
-    assert sorted(len(p.keys) for p in placed) == [2, 2, 2, 2]
+    assert len(placed) == 4
+    assert max(len(p.keys) for p in placed) <= 2
 
 
 def test_short_stages_on_one_base_share_a_batch():

@@ -1,0 +1,57 @@
+"""Cheap stages over small files, and one turn of a runner's heartbeat."""
+
+from pathlib import Path
+
+from cluster.executor import Executor, Finished
+from cluster.runner import Runner
+from cluster.store import Store
+from tasks.identity import content_digest, digest
+from tasks.specs import DataSpec, Spec
+from tasks.stage import Part, Request, Source, Stage, key_payload
+
+
+def source(path: Path) -> Source:
+    return Source(content_digest(path), str(path))
+
+
+def rows(size: int, pool: Source | Stage, seed: int = 0) -> Stage:
+    """The first `size` rows of a file, or of what another such stage makes."""
+    return Stage(DataSpec(size=size, seed=seed), {"pool": Part(pool, DataSpec.ROWS) if isinstance(pool, Stage) else pool})
+
+
+def settle(runner: Runner, turns: int = 200) -> None:
+    """Step until all is settled; fails rather than hangs."""
+    for _ in range(turns):
+        if all(node.state in ("done", "failed") for node in runner.nodes.values()):
+            return
+        runner.step(timeout_s=1.0)
+    raise AssertionError({node.stage.kind: node.state for node in runner.nodes.values()})
+
+
+def wait_for(executor: Executor, jobs: int, timeout_s: float = 120.0) -> list[Finished]:
+    """All that `jobs` jobs have to say."""
+    import time
+
+    found: list[Finished] = []
+    deadline = time.monotonic() + timeout_s
+    while len(found) < jobs and time.monotonic() < deadline:
+        found += executor.finished(1.0)
+    return found
+
+
+def stored_request(store: Store, spec: Spec, inputs: dict[str, Path], **changes: object) -> Request:
+    """A Request as the runner writes it, with its attempt begun in the store."""
+    contents = {name: content_digest(path) for name, path in inputs.items()}
+    key = digest(key_payload(spec, contents))
+    attempt = store.begin(spec.KIND, key)
+    return Request(
+        key=key,
+        kind=spec.KIND,
+        spec=spec.model_dump(mode="json"),
+        inputs={name: str(path) for name, path in inputs.items()},
+        contents=contents,
+        out=str(attempt / "payload"),
+        log=str(attempt / "log"),
+        scratch=str(store.scratch(key)),
+        **changes,  # type: ignore[arg-type]
+    )

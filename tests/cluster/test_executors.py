@@ -1,0 +1,170 @@
+"""The executors' contract, on this process and on a real Ray cluster of this machine, gangs with it.
+
+The Ray part takes about a minute: it starts one cluster, and one gang of two processes under DeepSpeed ZeRO-3.
+"""
+
+import csv
+
+import pytest
+from safetensors.torch import load_file
+
+from cluster.executor import Executor, run_batch
+from cluster.inline import InlineExecutor
+from cluster.runner import Runner
+from cluster.store import Store
+from tasks.errors import StudyError
+from tasks.specs import DataSpec, TrainSpec
+from tests.cluster.made import rows, settle, source, stored_request, wait_for
+from tests.tiny import write_chats
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+class ExecutorContract:
+    def test_it_has_at_least_one_gpu_and_one_slot_without(self, executor: Executor):
+        assert executor.capacity().gpus >= 1 and executor.capacity().cpus >= 1
+        assert executor.device in ("cpu", "cuda")
+
+    def test_a_batch_is_committed_stage_by_stage_and_reported(self, executor: Executor, store, chats):
+        batch = [stored_request(store, DataSpec(size=size), {"pool": chats}) for size in (2, 3)]
+        job = executor.submit(batch, gpus=0)
+        assert job.keys == tuple(request.key for request in batch) and job.gpus == 0
+        (done,) = wait_for(executor, 1)
+        assert done.job == job and done.lost is None
+        assert [(report.key, report.error) for report in done.reports] == [(request.key, None) for request in batch]
+        for request, size in zip(batch, (2, 3), strict=True):
+            artifact = store.open("data", request.key)
+            assert len((artifact.path / DataSpec.ROWS).read_text().splitlines()) == size
+            assert artifact.provenance["seconds"] >= 0 and artifact.hashed == request.hashed
+        assert executor.finished(0.0) == []
+
+    def test_a_stage_that_fails_is_a_report_and_the_rest_of_its_batch_is_committed(self, executor: Executor, store, chats):
+        batch = [stored_request(store, DataSpec(size=size), {"pool": chats}) for size in (2, 999, 3)]
+        executor.submit(batch, gpus=1)
+        (done,) = wait_for(executor, 1)
+        assert done.lost is None
+        assert [report.error_type for report in done.reports] == [None, "DataError", None]
+        assert [store.find("data", request.key) is not None for request in batch] == [True, False, True]
+
+    def test_several_jobs_all_finish_each_once(self, executor: Executor, store, chats):
+        jobs = [executor.submit([stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=n % 2) for n in range(1, 6)]
+        assert {done.job.id for done in wait_for(executor, 5)} == {job.id for job in jobs}
+        assert len({job.id for job in jobs}) == 5
+
+    def test_a_cancelled_job_commits_nothing_more_and_blocks_nothing(self, executor: Executor, store, chats):
+        # Behind as many jobs as fit at once, so that it has not started.
+        first = [executor.submit([stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=1) for n in range(1, 3)]
+        victim = stored_request(store, DataSpec(size=40), {"pool": chats})
+        job = executor.submit([victim], gpus=1)
+        executor.cancel(job)
+        wait_for(executor, len(first))
+        for done in executor.finished(1.0):
+            assert done.job == job and done.lost
+        last = executor.submit([stored_request(store, DataSpec(size=7), {"pool": chats})], gpus=1)
+        assert last.id in {done.job.id for done in wait_for(executor, 1)}
+
+    def test_a_runner_gets_a_chain_and_a_failure_through_it(self, executor: Executor, store, chats):
+        runner = Runner(store, executor)
+        good, bad = rows(2, rows(4, source(chats))), rows(2, rows(400, source(chats)))
+        runner.want([good, bad])
+        settle(runner)
+        assert runner.artifact(good) is not None
+        assert "data.size=400" in runner.failure(bad).reason
+
+
+class TestInlineExecutor(ExecutorContract):
+    @pytest.fixture
+    def executor(self):
+        return InlineExecutor()
+
+    def test_a_cancelled_job_never_ran(self, executor, store, chats):
+        request = stored_request(store, DataSpec(size=2), {"pool": chats})
+        executor.cancel(executor.submit([request], gpus=1))
+        assert executor.finished(0.0) == [] and store.find("data", request.key) is None
+
+    def test_closing_forgets_what_waits(self, executor, store, chats):
+        executor.submit([stored_request(store, DataSpec(size=2), {"pool": chats})], gpus=1)
+        executor.close()
+        assert executor.finished(0.0) == []
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    from cluster.ray_executor import RayExecutor
+
+    executor = RayExecutor(logical_gpus=2)
+    yield executor
+    executor.close()
+
+
+TRAIN = TrainSpec(rank=4, dtype="float32", learning_rate=2e-2, global_batch=8, epochs=1.0, max_tokens=32)
+
+
+def curve(store: Store, key: str) -> list[float]:
+    with (store.open("train", key).path / TrainSpec.CURVE).open() as handle:
+        return [float(row["loss"]) for row in csv.DictReader(handle)]
+
+
+class TestRayExecutor(ExecutorContract):
+    @pytest.fixture
+    def executor(self, ray_cluster):
+        return ray_cluster
+
+    def test_a_worker_that_dies_is_a_lost_job_not_a_hang(self, executor, store, chats, tmp_path):
+        import ray
+
+        from cluster.executor import Job
+
+        @ray.remote(max_retries=0)
+        def dies():
+            import os
+
+            os._exit(1)
+
+        # Submitted as the executor submits, so that its own bookkeeping is what is tested.
+        job = Job("dies", ("k",), 0)
+        executor._jobs[dies.remote()] = job
+        (done,) = wait_for(executor, 1)
+        assert done.job == job and done.reports == () and "WorkerCrashedError" in done.lost
+
+    @pytest.mark.timeout(300)
+    def test_a_gang_of_two_under_zero_3_learns_what_one_process_learns(self, executor, store, pair, tmp_path):
+        """Measured on 2 cores: losses equal to GANG_LOSS of each other, adapters to GANG_ADAPTER after 6 steps, float32."""
+        inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
+        alone = Store(tmp_path / "alone")
+        (report,) = run_batch([stored_request(alone, TRAIN, inputs)])
+        assert report.error is None
+        executor.submit([stored_request(store, TRAIN, inputs, gpus=2, micro_batch=2)], gpus=2)
+        (done,) = wait_for(executor, 1, timeout_s=240.0)
+        assert done.lost is None and [item.error for item in done.reports] == [None], done
+        one, two = curve(alone, report.key), curve(store, report.key)
+        assert len(one) == len(two) == 6
+        adapters = [
+            load_file(place.open("train", report.key).path / "adapter" / "adapter_model.safetensors") for place in (alone, store)
+        ]
+        assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 28
+        loss_gap = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
+        gap = max(float((adapters[0][name] - adapters[1][name]).abs().max()) for name in adapters[0])
+        print(f"loss gap {loss_gap:.2e}, adapter gap {gap:.2e}")
+        assert loss_gap < 1e-4
+        assert gap < 1e-3
+        assert all(bool(tensor.any()) for tensor in adapters[1].values())
+        assert store.open("train", report.key).provenance["gpus"] == 2
+
+    @pytest.mark.timeout(300)
+    def test_a_gang_whose_stage_fails_reports_the_reason(self, executor, store, pair, chats):
+        odd = TRAIN.model_copy(update={"global_batch": 7})
+        executor.submit([stored_request(store, odd, {"model": pair.aligned, "data": chats}, gpus=2)], gpus=2)
+        (done,) = wait_for(executor, 1, timeout_s=240.0)
+        assert done.lost is None
+        assert "global_batch=7 does not divide among 2 processes" in done.reports[0].error
+
+
+def test_a_cluster_without_gpus_is_an_error_not_an_endless_wait():
+    from cluster.ray_executor import RayExecutor
+
+    with pytest.raises(StudyError, match="has no GPU"):
+        RayExecutor(logical_gpus=0)

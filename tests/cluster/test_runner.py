@@ -1,0 +1,257 @@
+"""The runner on real, cheap stages: nothing is made twice, and what fails says so once and how to see it again."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.executor import Finished, Job
+from cluster.inline import InlineExecutor
+from cluster.runner import LOST_TRIES, Resolver, Runner, default_gpus, resident
+from cluster.store import Store
+from tasks.specs import ApplySpec, DataSpec, EvaluateSpec, RefusalSuite, TrainSpec
+from tasks.stage import Request, Source, Stage
+from tests.cluster.made import rows, settle, source
+from tests.tiny import write_chats
+
+
+class Counting(InlineExecutor):
+    """The inline executor, remembering the keys it was given."""
+
+    def __init__(self, gpus: int = 1) -> None:
+        super().__init__(gpus)
+        self.batches: list[tuple[str, ...]] = []
+
+    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
+        job = super().submit(batch, gpus)
+        self.batches.append(job.keys)
+        return job
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for batch in self.batches for key in batch]
+
+
+class Losing(Counting):
+    """Loses the first `times` jobs, as when a node dies: they end, and nobody reports."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        if self.left and self._waiting:
+            self.left -= 1
+            job, _ = self._waiting.pop(0)
+            return [Finished(job, (), lost="NodeDiedError: the node died")]
+        return super().finished(timeout_s)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def pool(tmp_path) -> Source:
+    return source(write_chats(tmp_path / "pool.jsonl", 20))
+
+
+def ran(store: Store, *stages: Stage, executor: Counting | None = None) -> tuple[Runner, Counting]:
+    executor = executor or Counting()
+    runner = Runner(store, executor)
+    runner.want(stages)
+    settle(runner)
+    return runner, executor
+
+
+def test_a_chain_runs_in_order_and_its_content_is_right(store, pool):
+    last = rows(3, rows(5, rows(10, pool)))
+    runner, executor = ran(store, last)
+    assert len(executor.keys) == 3
+    assert len((runner.artifact(last).path / DataSpec.ROWS).read_text().splitlines()) == 3
+    assert not runner.nodes[last.lineage].reused and runner.idle
+
+
+def test_what_is_in_the_store_is_not_made_again_by_another_runner(store, pool):
+    last = rows(3, rows(5, pool))
+    first, _ = ran(store, last)
+    again, executor = ran(store, rows(3, rows(5, pool)))
+    assert executor.keys == []
+    assert again.artifact(last) == first.artifact(last)
+    assert all(node.reused for node in again.nodes.values())
+
+
+def test_a_file_that_moved_is_the_same_input_and_a_changed_one_is_not(store, pool, tmp_path):
+    ran(store, rows(5, pool))
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(Path(pool.location).read_bytes())
+    assert ran(store, rows(5, source(moved)))[1].keys == []
+    assert len(ran(store, rows(5, source(write_chats(moved, 20, seed=1))))[1].keys) == 1
+
+
+def test_two_lineages_that_come_to_one_key_run_once(store, tmp_path):
+    one_row = source(write_chats(tmp_path / "one.jsonl", 1))
+    # Two orders of one row: other stages, the same content, so whatever reads from them is one stage.
+    above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
+    below = [rows(1, stage, seed=5) for stage in above]
+    assert below[0].lineage != below[1].lineage
+    runner, executor = ran(store, *below)
+    assert len(executor.keys) == 3
+    assert runner.artifact(below[0]) == runner.artifact(below[1])
+
+
+def test_a_stage_whose_inputs_came_out_as_before_is_not_run_again(store, tmp_path):
+    one_row = source(write_chats(tmp_path / "one.jsonl", 1))
+    ran(store, rows(1, rows(1, one_row), seed=5))
+    changed = rows(1, rows(1, one_row, seed=7), seed=5)
+    runner, executor = ran(store, changed)
+    assert len(executor.keys) == 1  # only the stage that changed; early cutoff behind it
+    assert runner.nodes[changed.lineage].reused
+
+
+def test_stages_that_share_something_upstream_share_it(store, pool):
+    shared = rows(10, pool)
+    _, executor = ran(store, *(rows(size, rows(10, pool)) for size in (1, 2, 3)), shared)
+    assert len(executor.keys) == 4
+
+
+def test_asking_twice_for_a_stage_is_free(store, pool):
+    stage = rows(5, pool)
+    runner, executor = ran(store, stage)
+    runner.want([rows(5, pool), stage])
+    settle(runner)
+    assert len(executor.keys) == 1 and len(runner.nodes) == 1
+
+
+def test_a_failure_reaches_what_is_behind_it_and_nothing_else(store, pool):
+    broken = rows(99, pool)
+    behind, further, other = rows(3, broken), rows(2, rows(3, broken)), rows(4, pool)
+    runner, executor = ran(store, further, behind, other)
+    assert len(executor.keys) == 2
+    own = runner.failure(broken)
+    assert own.reason.startswith("data: data.size=99") and own.command.startswith("python -m tasks ")
+    for stage in (behind, further):
+        assert runner.failure(stage).reason == f"needs data, which failed: {own.reason}"
+        assert runner.failure(stage).command == ""
+    assert runner.failure(other) is None and runner.artifact(other) is not None
+    assert runner.settled(further)
+
+
+def test_the_command_of_a_failure_shows_it_again(store, pool):
+    broken = rows(99, pool)
+    runner, _ = ran(store, broken)
+    command = runner.failure(broken).command.split()
+    done = subprocess.run(
+        [sys.executable, *command[1:]], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "data.size=99" in done.stderr
+
+
+def test_a_stage_wanted_after_its_twin_failed_fails_with_the_same_reason(store, pool):
+    runner, executor = ran(store, rows(99, pool))
+    late = rows(2, rows(99, pool))
+    runner.want([late])
+    settle(runner)
+    assert "data.size=99" in runner.failure(late).reason and len(executor.keys) == 1
+
+
+def test_a_failed_stage_is_tried_again_by_the_next_runner(store, tmp_path):
+    path = write_chats(tmp_path / "pool.jsonl", 3)
+    ran(store, rows(5, source(path)))
+    runner, executor = ran(store, rows(5, source(write_chats(path, 8))))
+    assert len(executor.keys) == 1 and all(node.state == "done" for node in runner.nodes.values())
+
+
+def test_a_lost_job_is_tried_again(store, pool):
+    stage = rows(5, pool)
+    runner, executor = ran(store, stage, executor=Losing(LOST_TRIES - 1))
+    assert runner.artifact(stage) is not None
+    assert len(executor.keys) == LOST_TRIES and len(set(executor.keys)) == 1
+
+
+def test_a_job_that_is_lost_every_time_fails_with_the_reason(store, pool):
+    stage = rows(5, pool)
+    runner, executor = ran(store, stage, executor=Losing(100))
+    assert len(executor.keys) == LOST_TRIES
+    assert runner.failure(stage).reason == f"data: lost {LOST_TRIES} times (NodeDiedError: the node died)"
+    assert runner.failure(stage).command.startswith("python -m tasks ")
+
+
+def test_a_job_that_is_lost_after_its_commit_counts_as_done(store, pool):
+    class Late(Counting):
+        def finished(self, timeout_s: float) -> Sequence[Finished]:
+            return [Finished(done.job, (), lost="died after the last commit") for done in super().finished(timeout_s)]
+
+    stage = rows(5, pool)
+    runner, executor = ran(store, stage, executor=Late())
+    assert runner.artifact(stage) is not None and len(executor.keys) == 1
+
+
+def test_draining_starts_nothing_new(store, pool):
+    executor = Counting()
+    runner = Runner(store, executor)
+    runner.draining = True
+    runner.want([rows(5, pool)])
+    for _ in range(3):
+        runner.step(0.0)
+    assert executor.keys == [] and not runner.running
+
+
+def test_independent_stages_without_gpus_share_a_batch_only_with_their_like(store, pool):
+    _, executor = ran(store, *(rows(size, pool) for size in (1, 2, 3)))
+    assert len(executor.batches) == 3  # rows have no model in memory to share
+
+
+def test_stages_that_share_a_base_at_one_precision_have_one_resident():
+    model, adapters = Source("m" * 64, "/m"), [Source(c * 64, "/a") for c in "ab"]
+    suite = RefusalSuite()
+    evaluations = [Stage(EvaluateSpec(suite=suite), {"model": model, "prompts": model, "adapter": a}) for a in adapters]
+    train = Stage(TrainSpec(), {"model": model, "data": adapters[0]})
+    assert resident(evaluations[0]) == resident(evaluations[1]) == resident(train)
+    others = [
+        Stage(EvaluateSpec(suite=suite, quantisation="nf4"), evaluations[0].inputs),
+        Stage(EvaluateSpec(suite=suite, dtype="float32"), evaluations[0].inputs),
+        Stage(EvaluateSpec(suite=suite), {**evaluations[0].inputs, "model": adapters[1]}),
+        Stage(TrainSpec(method="full"), train.inputs),  # trains a copy of its own
+    ]
+    assert len({resident(stage) for stage in [*others, train]}) == 5
+    assert [default_gpus(stage) for stage in (train, evaluations[0], rows(1, model), Stage(ApplySpec(), {}))] == [1, 1, 0, 0]
+
+
+def test_the_resolver_sees_the_store_without_running_anything(store, pool):
+    last = rows(3, rows(5, pool))
+    before = Resolver(store)
+    assert before.key(last) is None and before.artifact(last) is None
+    runner, _ = ran(store, last)
+    after = Resolver(store)
+    assert after.artifact(last) == runner.artifact(last)
+    assert after.key(last) == runner.artifact(last).key
+
+
+def test_the_remaining_time_falls_to_zero(store, pool):
+    runner = Runner(store, Counting())
+    runner.want([rows(3, rows(5, pool))])
+    assert runner.remaining_s() == 2.0  # two guesses of a second each
+    settle(runner)
+    assert runner.remaining_s() == 0.0
+
+
+def test_each_attempt_leaves_its_request_for_whoever_wants_to_see_it_again(store, pool):
+    stage = rows(5, pool)
+    runner, _ = ran(store, stage)
+    request = Request.from_json((runner.artifact(stage).log / "request.json").read_text())
+    assert request.key == runner.artifact(stage).key and json.loads(request.to_json())["kind"] == "data"
+
+
+def test_a_damaged_record_stops_the_runner_instead_of_being_made_again_silently(store, pool):
+    from tasks.errors import StoreError
+
+    stage = rows(5, pool)
+    runner, _ = ran(store, stage)
+    (runner.artifact(stage).folder.parent / "record.json").write_text("{")
+    with pytest.raises(StoreError, match="is damaged"):
+        ran(store, stage)

@@ -1,0 +1,87 @@
+"""What `make demo` promises, by running it: three sizes on Ray, a gang under DeepSpeed, lm-eval, the W&B mirror, the report."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis.frontier import front
+from cluster.store import Store
+
+ENVIRONMENT_MINUTES = 15
+
+
+def ebbline(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "ebbline.cli", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=ENVIRONMENT_MINUTES * 60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("quickstart")
+    said = ebbline("run", "quickstart", "--home", str(home))
+    for what in ("results", "frontier", "figure", "report"):
+        named = re.search(rf"^{what} +(.+)$", said, re.MULTILINE)
+        assert named is not None and Path(named[1]).stat().st_size > 0, said
+    return home
+
+
+@pytest.fixture(scope="module")
+def folder(home: Path) -> Path:
+    return home / "studies" / "quickstart"
+
+
+@pytest.mark.timeout(ENVIRONMENT_MINUTES * 60)
+def test_the_frontier_is_a_trade_off_with_projected_points_on_it(folder: Path) -> None:
+    frame = pd.read_parquet(folder / "results.parquet")
+    assert set(frame["model"]) == {"7b", "13b", "70b"} and set(frame["status"]) == {"done"}
+    chosen = frame[frame["on_frontier"]]
+    objectives = chosen[["refusal.refusal_rate", "task.task_accuracy"]].drop_duplicates().to_numpy()
+    assert len(objectives) >= 3 and front(objectives, ["maximise", "maximise"]).all()
+    assert (chosen["projected_share"] > 0).any()
+    assert frame[["mmlu.acc", "hellaswag.acc", "hellaswag.acc_norm", "over_refusal.over_refusal_rate"]].notna().all(axis=None)
+
+
+def test_the_largest_size_was_trained_by_a_gang_of_two(home: Path) -> None:
+    trainings = list(Store(home / "store").all("train"))
+    gangs = [artifact for artifact in trainings if artifact.provenance["gpus"] == 2]
+    assert len(gangs) == 1
+    lora = [artifact for artifact in trainings if artifact.hashed["spec"]["method"] == "lora"]
+    assert {artifact.hashed["spec"]["quantisation"] for artifact in lora} == {"nf4"}
+
+
+def test_the_report_says_how_refusals_moved(folder: Path) -> None:
+    text = (folder / "report.html").read_text("utf-8")
+    assert "fine-tuning" in text and "projection" in text
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+
+
+def test_wandb_has_a_run_for_each_point_and_training_and_the_study(folder: Path) -> None:
+    frame = pd.read_parquet(folder / "results.parquet")
+    found = {}
+    for log in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
+        read = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[read["run_id"]] = read
+    trainings = frame["train[seed=0]"].nunique()
+    assert len(found) == len(frame) + trainings + 1
+    assert "quickstart" in found
+
+
+def test_nothing_is_left_to_run(home: Path) -> None:
+    plan = json.loads(ebbline("plan", "quickstart", "--home", str(home), "--json"))
+    assert plan["complete"] and plan["misses"] == []
+    assert " 0 stages run" in ebbline("run", "quickstart", "--home", str(home))
+
+
+def test_status_names_points_and_driver(home: Path) -> None:
+    status = json.loads(ebbline("status", "quickstart", "--home", str(home), "--json"))
+    assert status["driver"] is None and status["points"] == {"done": 40, "running": 0, "failed": 0}

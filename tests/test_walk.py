@@ -1,0 +1,130 @@
+"""The walk, in one process and in reading order: a study file to a Pareto frontier. Start here.
+
+Everything is real: a model pretrained from nothing, aligned, fine-tuned with bitsandbytes NF4 LoRA, projected, measured,
+proposed by Optuna. Only the executor is the plain one, so that a debugger can step through all of it in one process.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from analysis.frontier import front, frontier, values_of
+from analysis.results import baselines, collect
+from cluster.inline import InlineExecutor
+from cluster.runner import Resolver, Runner
+from cluster.store import Store
+from sweeps.drive import drive
+from sweeps.home import Home
+from sweeps.outcome import result_of
+from sweeps.plan import Planner, plan
+from sweeps.points import Point
+from sweeps.search import OptunaSearcher, known_points
+from sweeps.study import Study
+from sweeps.study_file import load, parse
+from tasks.metrics import direction
+
+WALK = Path(__file__).parent / "walk.yaml"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """The home of a study that was driven to its end once, for all tests below."""
+    home = Home(tmp_path_factory.mktemp("walk"))
+    progress = drive(load(str(WALK)), home, lambda: InlineExecutor(gpus=1))
+    assert [result.reason for result in progress.results] == [""] * 6
+    return home
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return parse(WALK)
+
+
+def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: Home) -> None:
+    # A study gives points ...
+    point = Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})
+    # ... the planner turns a point into stages, each reading from others ...
+    planner = Planner(study, home)
+    stages = planner.stages_for(point)
+    train, project, apply = (stages[f"{kind}[seed=0]"] for kind in ("train", "project", "apply"))
+    assert train in project.upstream() and project in apply.upstream()
+    # ... only `apply` knows the threshold, so another threshold shares the training and the projection ...
+    other = planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.3}))
+    assert other["project[seed=0]"].lineage == project.lineage
+    assert other["apply[seed=0]"].lineage != apply.lineage
+    # ... a stage's key hashes the content of its inputs, and finds its artifact in the store ...
+    resolver = Resolver(home.store)
+    artifact = resolver.artifact(apply)
+    assert artifact is not None and artifact.key == resolver.key(apply)
+    taken = json.loads((artifact.path / apply.spec.CHOSEN).read_text())
+    cosines = json.loads((resolver.artifact(project).path / project.spec.COSINES).read_text())
+    assert taken == sorted(name for name, row in cosines.items() if row["cosine"] <= 0.4)
+    # ... its evaluations hold metrics, which are the point's result ...
+    result = result_of(study, 0, point, stages, resolver)
+    assert result.status == "done" and 0 < result.projected_share < 1
+    # ... and the frontier is the results that no other dominates.
+    results = collect(study, home)
+    chosen = frontier(results, study.objectives)
+    values_NM = values_of(results, study.objectives)
+    on = front(values_NM, [direction(name) for name in study.objectives])
+    assert [result.number for result in chosen] == [r.number for r, is_on in zip(results, on, strict=True) if is_on]
+
+
+def test_refusals_ebb_under_fine_tuning_and_projection_brings_some_back(study: Study, home: Home) -> None:
+    before = baselines(study, home)["7b"]
+    by_threshold = {dict(result.point.values)["apply.threshold"]: result for result in collect(study, home)}
+    refusal = {threshold: result.metrics["refusal.refusal_rate"].value for threshold, result in by_threshold.items()}
+    task = {threshold: result.metrics["task.task_accuracy"].value for threshold, result in by_threshold.items()}
+    assert before["refusal.refusal_rate"].value >= 0.95 and before["over_refusal.over_refusal_rate"].value <= 0.05
+    assert refusal[None] < 0.5 and task[None] > before["task.task_accuracy"].value + 0.3
+    assert refusal[1.0] > 0.9, "projecting every module gives the aligned model's refusals back"
+    assert len(frontier(list(by_threshold.values()), study.objectives)) >= 3
+    assert any(result.projected_share for result in frontier(list(by_threshold.values()), study.objectives))
+
+
+def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, home: Home) -> None:
+    results = {dict(result.point.values)["apply.threshold"]: result for result in collect(study, home)}
+    # 0.05 lies below every cosine, so it projects nothing, and its evaluations are those of the adapter as it is.
+    assert results[0.05].keys["apply[seed=0]"] != results[None].keys["apply[seed=0]"]
+    assert results[0.05].keys["refusal[seed=0]"] == results[None].keys["refusal[seed=0]"]
+
+
+def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
+    points, unchosen = known_points(study, home.storage_url(study.study))
+    found = plan(Planner(study, home), points, unchosen)
+    assert found.complete and found.there["train"] == 2 and found.there["project"] == 1
+    searcher = OptunaSearcher(study, home.storage_url(study.study))
+    assert searcher.told() == 6 and not searcher.in_flight() and searcher.ask() is None
+
+
+def test_a_changed_field_is_named_as_the_reason_for_the_miss(study: Study, home: Home) -> None:
+    changed = study.model_copy(update={"train": study.train.model_copy(update={"learning_rate": 1e-3})})
+    found = plan(Planner(changed, home), [Point.of("7b", {"train.rank": 8, "apply.threshold": None})], 0)
+    reasons = {name.rpartition(", ")[2]: reason for name, reason in found.misses}
+    assert reasons["train[seed=0]"] == "spec.learning_rate: 0.005 -> 0.001"
+    assert found.new["train"] == 1 and found.new["organism"] == 0
+
+
+def test_no_completion_leaves_the_store(study: Study, home: Home) -> None:
+    from ebbline.running import write_outputs
+
+    write_outputs(study, home)
+    store = Store(home.root / "store")
+    kept = [path for artifact in store.all("evaluate") for path in artifact.path.glob("completions.sensitive.jsonl")]
+    completions = {json.loads(line)["completion"] for path in kept for line in path.open()}
+    prompts = {json.loads(line)["prompt"] for path in kept for line in path.open()}
+    assert len(completions) > 50
+    leaving = [path for path in home.folder(study.study).rglob("*") if path.suffix in (".csv", ".html", ".json", ".log")]
+    leaving += [path for path in home.store.root.rglob("*.json") if path.name in ("record.json", "metrics.json", "progress.json")]
+    leaving += list(home.store.root.rglob("samples.jsonl"))
+    for path in leaving:
+        text = path.read_text("utf-8")
+        assert not [secret for secret in completions | prompts if len(secret) > 12 and secret in text], path
+
+
+def test_a_runner_asked_for_what_is_there_runs_nothing(study: Study, home: Home) -> None:
+    planner = Planner(study, home)
+    runner = Runner(home.store, InlineExecutor(), planner.gpus_for)
+    runner.want(planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})).values())
+    assert runner.idle and all(node.reused for node in runner.nodes.values())
