@@ -41,9 +41,10 @@ class Finished:
 
 
 class Executor(ABC):
-    """Runs batches of requests. `device` is what stages run on: cpu or cuda."""
+    """Runs batches of requests. `device` is what stages on GPUs run on: cpu or cuda; `threads` what each may use."""
 
     device: str
+    threads: int | None = None
 
     @abstractmethod
     def capacity(self) -> Capacity: ...

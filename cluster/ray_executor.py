@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -30,9 +29,9 @@ class RayExecutor(Executor):
         self.device = "cuda" if real else "cpu"
         variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
         # The cores are shared out among the logical GPUs, so that a stage's numbers do not depend on its neighbours.
-        self._threads = None if real else max(1, (os.cpu_count() or 1) // logical_gpus)
+        self.threads = None if real else max(1, (os.cpu_count() or 1) // logical_gpus)
         if not real:
-            variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(self._threads), "CUDA_VISIBLE_DEVICES": ""}
+            variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": ""}
         local = {} if address != "local" else {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
         if address == "local" and not real:
             local["num_gpus"] = logical_gpus
@@ -50,7 +49,6 @@ class RayExecutor(Executor):
 
     def submit(self, batch: Sequence[Request], gpus: int) -> Job:
         job = Job(f"ray-{next(self._numbers)}", tuple(request.key for request in batch), gpus)
-        batch = [replace(request, threads=self._threads) for request in batch]
         if gpus > 1:
             reference = _gang.remote(list(batch), gpus, self._scratch)
         elif gpus == 1:
@@ -59,7 +57,7 @@ class RayExecutor(Executor):
             task = _batch.options(num_gpus=1) if self.device == "cpu" else _gpu_batch
             reference = task.remote(list(batch))
         else:
-            reference = _batch.remote([replace(request, device="cpu") for request in batch])
+            reference = _batch.remote(list(batch))
         self._jobs[reference] = job
         return job
 

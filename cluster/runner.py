@@ -236,7 +236,8 @@ class Runner:
             log=str(attempt / "log"),
             scratch=str(self.store.scratch(node.key)),
             gpus=gpus,
-            device=self.executor.device,
+            device=self.executor.device if gpus else "cpu",
+            threads=self.executor.threads,
         )
         (attempt / "log" / "request.json").write_text(request.to_json())
         return request

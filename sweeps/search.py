@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import optuna
@@ -87,8 +87,8 @@ class OptunaSearcher:
                 return k, point
             self._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", f"the same as {known[point.id]}")
             self._optuna.tell(trial, state=TrialState.FAIL)
-            if self.study.search.sampler == "list":
-                raise StudyError(f"search.list gives the point {point} twice; each point runs once, seeds are its repeats")
+            if fixed is not None and k < len(self.study.search.first or self.study.search.list):
+                raise StudyError(f"the study file gives the point {point} twice; each point runs once, seeds are its repeats")
             tries += 1
 
     def tell(self, number: int, result: Result) -> None:
@@ -123,7 +123,10 @@ class OptunaSearcher:
     def _fixed(self, k: int) -> Point | None:
         if self.study.search.sampler == "grid":
             return next(itertools.islice(space(self.study), k, None))
-        return listed(self.study, k) if self.study.search.sampler == "list" else None
+        if self.study.search.sampler == "list":
+            return listed(self.study.search.list[k], self.study, f"search.list[{k}]")
+        first = self.study.search.first
+        return listed(first[k], self.study, f"search.first[{k}]") if k < len(first) else None
 
     def _unvisited(self, known: set[str], k: int) -> Point | None:
         if not finite(self.study):
@@ -139,7 +142,7 @@ def known_points(study: Study, storage_url: str) -> tuple[list[Point], int]:
     if study.search.sampler == "grid":
         points = list(space(study))[:searcher_limit]
     elif study.search.sampler == "list":
-        points = [listed(study, k) for k in range(len(study.search.list))]
+        points = [listed(row, study, f"search.list[{k}]") for k, row in enumerate(study.search.list)]
     return points, max(0, (searcher_limit or 0) - len(points))
 
 
@@ -154,13 +157,18 @@ def finite(study: Study) -> bool:
     return not any(isinstance(axis, Range) for axis in study.axes.values())
 
 
-def listed(study: Study, k: int) -> Point:
-    """The k-th point of `search.list`. Raises StudyError when it does not give the model and every axis."""
-    row = dict(study.search.list[k])
-    model = str(row.pop("model", ""))
-    if model not in study.models or set(row) != set(study.axes):
-        raise StudyError(f"search.list[{k}] must give `model` (one of {sorted(study.models)}) and each of {sorted(study.axes)}")
-    return Point.of(model, row)
+def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
+    """A point written out in the study file. Raises StudyError when it lacks the model or an axis, or leaves the space."""
+    values = dict(row)
+    model = str(values.pop("model", ""))
+    if model not in study.models or set(values) != set(study.axes):
+        raise StudyError(f"{where} must give `model` (one of {sorted(study.models)}) and each of {sorted(study.axes)}")
+    for axis, value in values.items():
+        choices = _parameter(study, model, axis)[1]
+        outside = value not in choices if isinstance(choices, tuple) else not isinstance(value, int | float)
+        if outside:
+            raise StudyError(f"{where}: {axis}={value!r} is not a value of that axis for {model}, which has {choices}")
+    return Point.of(model, values)
 
 
 def asked(study: Study, storage_url: str) -> list[tuple[int, Point, str, str]]:

@@ -189,7 +189,7 @@ class SuiteEntry(Frozen):
 
 
 class Search(Frozen):
-    """How points are chosen. `window` points are in flight at once; proposal k has seen exactly the results up to k - window.
+    """How points are chosen: those in `first`, then the sampler's. `window` points are in flight at once; proposal k has seen exactly the results up to k - window.
 
     That makes a study's proposals a function of its file alone: killed and continued, it asks for the same points.
     """
@@ -198,6 +198,7 @@ class Search(Frozen):
     points: Count | None = None
     window: Count = 4
     seed: Seed = 0
+    first: tuple[dict[str, AxisValue], ...] = ()
     list: tuple[dict[str, AxisValue], ...] = ()
 
 
@@ -260,6 +261,8 @@ class Study(Frozen):
     def _search_has_an_end(self) -> Self:
         if self.search.sampler == "list" and not self.search.list:
             raise ValueError("search.list: the sampler 'list' needs the points to run, each as {model: ..., AXIS: value}")
+        if self.search.first and self.search.sampler in ("grid", "list"):
+            raise ValueError(f"search.first: the sampler {self.search.sampler!r} has an order of its own; use 'list' alone, or tpe")
         if self.search.sampler == "grid" and any(isinstance(axis, Range) for axis in self.axes.values()):
             raise ValueError("search.sampler: a grid needs every axis as a list; a {low, high} range has no grid")
         if self.search.sampler not in ("grid", "list") and self.search.points is None:
