@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Sequence
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import LocalRayletDiedError, RayError, RaySystemError, RayTaskError
 
 from cluster.executor import Capacity, Executor, Finished, Job, run_batch
 from cluster.gang import run_gang
-from tasks.errors import StudyError
+from tasks.errors import ClusterLost, StudyError
 from tasks.stage import Report, Request
 
 
@@ -74,6 +74,9 @@ class RayExecutor(Executor):
         job = self._jobs.pop(reference)
         try:
             reports: tuple[Report, ...] = ray.get(reference)
+        except (LocalRayletDiedError, RaySystemError) as error:
+            # Not this job alone: whatever is submitted next would be lost too, and points would fail for no fault of theirs.
+            raise ClusterLost(f"Ray on this machine is gone ({type(error).__name__}); the same command starts it again and continues") from error
         except RayError as error:
             # The worker, its node or a gang member died: nobody reported, so the runner looks at the store and tries again.
             cause = error.cause if isinstance(error, RayTaskError) else error

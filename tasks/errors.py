@@ -10,6 +10,7 @@
     ├── TrainingError     training produced something that must not be kept (NaN loss, empty adapter)
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
+    ├── ClusterLost       the place where stages ran is gone; nothing that was finished is
     └── StoreError        the artifact store is damaged or cannot be written
         └── Incomplete    an artifact was asked for that is not complete
 
@@ -54,6 +55,10 @@ class ProjectionError(EbblineError):
 
 
 class EvaluationError(EbblineError):
+    pass
+
+
+class ClusterLost(EbblineError):
     pass
 
 

@@ -1,0 +1,59 @@
+"""Small studies for tests: a whole file as data, changed by path, written as YAML and loaded as a user's would be."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sweeps.points import Point, Result
+from sweeps.study import Study
+from sweeps.study_file import parse
+from tasks.metrics import Metric
+
+ORGANISM = {"organism": {"size": "small"}}
+WHOLE: dict[str, Any] = {
+    "study": "tiny",
+    "question": "How far?",
+    "models": {"7b": {"base": ORGANISM, "aligned": {"tuned": {"data": {"pool": {"language": "align.jsonl"}, "settings": {"size": 8}}, "train": {"method": "full"}}}}},
+    "data": {"pool": {"language": "benign.jsonl"}, "settings": {"size": 16}},
+    "train": {"epochs": 1},
+    "axes": {"train.rank": [2, 4, 8], "apply.threshold": [None, 0.3, 0.5]},
+    "suites": {
+        "refusal": {"prompts": {"language": "refusal.jsonl"}, "measure": {"kind": "refusal"}},
+        "task": {"prompts": {"language": "task.jsonl"}, "measure": {"kind": "task"}},
+    },
+    "objectives": ["refusal_rate", "task_accuracy"],
+    "search": {"sampler": "grid"},
+}  # fmt: skip
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """WHOLE with values at slash-separated paths replaced: axes have dots in their names."""
+    whole = copy.deepcopy(WHOLE)
+    for path, value in changes.items():
+        *above, last = path.split("/")
+        place = whole
+        for part in above:
+            place = place[part]
+        place[last] = value
+    return whole
+
+
+def written(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(changed(changes or {}), sort_keys=False))
+    return path
+
+
+def study(folder: Path, changes: dict[str, Any] | None = None) -> Study:
+    return parse(written(folder, changes))
+
+
+def outcome(number: int, point: Point) -> Result:
+    """A result that is a function of the point, so that two searches of one study are told the same."""
+    score = int(point.id, 16)
+    if score % 7 == 0:
+        return Result(number, point, "failed", reason="TrainingError: the loss became nan")
+    metrics = {"refusal.refusal_rate": Metric("refusal_rate", score % 101, 100), "task.task_accuracy": Metric("task_accuracy", score // 101 % 101, 100)}
+    return Result(number, point, "done", metrics)

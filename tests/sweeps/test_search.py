@@ -1,0 +1,278 @@
+"""Searching: a study's proposals are a function of its file, whatever is killed on the way."""
+
+import itertools
+import shutil
+
+import optuna
+import pytest
+
+from sweeps.points import Point, Result
+from sweeps.search import OptunaSearcher, asked, known_points, limit, space
+from tasks.errors import StudyError
+from tasks.metrics import Metric
+from tests.sweeps.made import outcome, study
+
+WINDOW = 3
+AXES = {"axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}}
+
+
+def searched(tmp_path, sampler="tpe", points=12, **changes):
+    changes = {**AXES, "search": {"sampler": sampler, "window": WINDOW, **({"points": points} if points else {})}, **changes}
+    return study(tmp_path, changes)
+
+
+@pytest.fixture
+def url(tmp_path, empty_storage):
+    return fresh_url(tmp_path / "optuna.db", empty_storage)
+
+
+@pytest.fixture(scope="session")
+def empty_storage(tmp_path_factory):
+    """An Optuna storage with its tables and no study: making them takes longer than a whole search."""
+    path = tmp_path_factory.mktemp("storage") / "empty.db"
+    optuna.storages.RDBStorage(f"sqlite:///{path}")
+    return path
+
+
+def fresh_url(path, empty_storage):
+    shutil.copyfile(empty_storage, path)
+    return f"sqlite:///{path}"
+
+
+def steps(points=None):
+    """The driver's protocol: keep a window in flight, tell the oldest, one for each proposal. True asks, False tells."""
+    in_flight = asks = 0
+    while points is None or asks < points or in_flight:
+        if in_flight < WINDOW and (points is None or asks < points):
+            in_flight, asks = in_flight + 1, asks + 1
+            yield True
+        else:
+            in_flight -= 1
+            yield False
+
+
+def follow(study, url, points):
+    """Drive a search to its end from wherever its storage stands; all its points in order of asking."""
+    searcher = OptunaSearcher(study, url)
+    flights = list(searcher.in_flight())
+    exhausted = False
+    while True:
+        while not exhausted and len(flights) < WINDOW:
+            found = searcher.ask()
+            exhausted = found is None
+            if found is not None:
+                flights.append(found)
+            if len(flights) == WINDOW or exhausted:
+                break
+        if not flights:
+            break
+        number, point = flights.pop(0)
+        searcher.tell(number, outcome(number, point))
+    return [point for _, point, _, _ in asked(study, url)]
+
+
+SAMPLERS = ["tpe", "nsga2", "random"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_storage, sampler):
+    found = searched(tmp_path, sampler)
+    runs = [follow(found, fresh_url(tmp_path / f"{n}.db", empty_storage), 12) for n in range(2)]
+    assert runs[0] == runs[1] and len(runs[0]) == 12
+    assert len({point.id for point in runs[0]}) == 12
+    other = searched(tmp_path, sampler, search={"sampler": sampler, "points": 12, "window": WINDOW, "seed": 1})
+    assert follow(other, fresh_url(tmp_path / "other.db", empty_storage), 12) != runs[0]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
+    found = searched(tmp_path, sampler)
+    undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage), 12)
+    for stop in (1, 4, 9, 15, 22):
+        url = fresh_url(tmp_path / f"{stop}.db", empty_storage)
+        searcher, flights = OptunaSearcher(found, url), []
+        for asks in itertools.islice(steps(12), stop):
+            if asks:
+                flights.append(searcher.ask())
+            else:
+                number, point = flights.pop(0)
+                searcher.tell(number, outcome(number, point))
+        del searcher
+        assert OptunaSearcher(found, url).in_flight() == flights
+        assert follow(found, url, 12) == undisturbed, stop
+
+
+class Killed(BaseException):
+    pass
+
+
+WRITES = ("create_new_trial", "set_trial_param", "set_trial_state_values", "set_study_user_attr", "set_trial_system_attr", "set_trial_user_attr")
+
+
+def die_at(monkeypatch, number):
+    """The process dies at its `number`th write to the storage, before it."""
+    written = itertools.count()
+    real = {name: getattr(optuna.storages.RDBStorage, name) for name in WRITES}
+
+    def dying(name):
+        def write(*args, **kwargs):
+            if next(written) == number:
+                raise Killed
+            return real[name](*args, **kwargs)
+
+        return write
+
+    for name in WRITES:
+        monkeypatch.setattr(optuna.storages.RDBStorage, name, dying(name))
+    return written
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
+    """Eight of the space's eight points, so that samplers propose known ones and the last are chosen from what is left."""
+    axes = {"axes": {"train.rank": [2, 4], "data.size": [16, 32], "apply.threshold": [None, 0.3]}}
+    found = searched(tmp_path, sampler, points=None if sampler == "grid" else 8, **axes)
+    with pytest.MonkeyPatch.context() as patch:
+        written = die_at(patch, -1)
+        undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage), 8)
+        writes = next(written)
+    assert len({point.id for point in undisturbed}) == len(undisturbed) == 8
+    assert writes > 40
+    for number in range(0, writes, 1 if sampler == "grid" else 7):
+        url = fresh_url(tmp_path / f"{number}.db", empty_storage)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            die_at(patch, number)
+            follow(found, url, 8)
+        assert follow(found, url, 8) == undisturbed, f"killed at write {number} of {writes}"
+        states = [trial.state for trial in optuna.load_study(study_name="tiny", storage=url).trials]
+        assert optuna.trial.TrialState.RUNNING not in states, f"killed at write {number} of {writes}"
+
+
+def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
+    found = searched(tmp_path)
+    undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage), 12)
+    searcher = OptunaSearcher(found, url)
+    first = [searcher.ask() for _ in range(2)]
+    searcher._optuna.ask().suggest_categorical("model", ['"7b"'])  # cut off here: a RUNNING trial with one parameter
+    again = OptunaSearcher(found, url)
+    assert again.in_flight() == first
+    assert [number for number, _ in first] == [0, 1]
+    assert follow(found, url, 12) == undisturbed
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are_asked_for(tmp_path, url, sampler):
+    found = searched(tmp_path, sampler, points=500)
+    assert limit(found) == 18
+    points = follow(found, url, 18)
+    assert {point.id for point in points} == {point.id for point in space(found)} and len(points) == 18
+
+
+def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path, url):
+    found = searched(tmp_path, "grid", points=None)
+    points = follow(found, url, 18)
+    assert points == list(space(found)) and len(points) == 18
+    assert dict(points[1].values) == {"train.rank": 2, "data.size": 16, "apply.threshold": 0.3}
+
+
+def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
+    found = searched(tmp_path, "grid", points=5)
+    assert follow(found, url, 5) == list(space(found))[:5]
+    assert known_points(found, url) == (list(space(found))[:5], 0)
+
+
+ROWS = [{"model": "7b", "train.rank": 8, "apply.threshold": None}, {"model": "7b", "train.rank": 2, "apply.threshold": 0.4}]
+
+
+def test_a_list_is_run_as_it_stands_even_off_the_axes(tmp_path, url):
+    found = study(tmp_path, {"search": {"sampler": "list", "list": ROWS, "window": WINDOW}, "axes/apply.threshold": [None, 0.4]})
+    assert follow(found, url, 2) == [Point.of("7b", {k: v for k, v in row.items() if k != "model"}) for row in ROWS]
+
+
+def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url):
+    twice = study(tmp_path, {"search": {"sampler": "list", "list": [ROWS[0], ROWS[0]]}})
+    searcher = OptunaSearcher(twice, url)
+    searcher.ask()
+    with pytest.raises(StudyError, match="twice"):
+        searcher.ask()
+    for row in ({"model": "7b", "train.rank": 8}, {**ROWS[0], "model": "8b"}):
+        part = study(tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"})
+        with pytest.raises(StudyError, match=r"search\.list\[0\] must give `model`"):
+            OptunaSearcher(part, url).ask()
+
+
+def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
+    found = searched(tmp_path)
+    searcher = OptunaSearcher(found, url)
+    number, point = searcher.ask()
+    searcher.tell(number, Result(number, point, "failed", reason="TrainingError: the loss became nan"))
+    assert asked(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
+    assert searcher.told() == 1 and searcher.in_flight() == []
+    (trial,) = optuna.load_study(study_name="tiny", storage=url).trials
+    assert trial.state == optuna.trial.TrialState.FAIL
+    assert searcher.ask()[1] != point
+
+
+def test_objectives_are_told_in_their_order_and_their_own_direction(tmp_path, url):
+    over = {"prompts": {"language": "over_refusal.jsonl"}, "measure": {"kind": "over_refusal"}}
+    found = searched(tmp_path, **{"suites/over": over, "objectives": ["task_accuracy", "over_refusal_rate"]})
+    searcher = OptunaSearcher(found, url)
+    number, point = searcher.ask()
+    metrics = {"task.task_accuracy": Metric("task_accuracy", 3, 4), "over.over_refusal_rate": Metric("over_refusal_rate", 1, 4)}
+    searcher.tell(number, Result(number, point, "done", metrics))
+    stored = optuna.load_study(study_name="tiny", storage=url)
+    assert stored.trials[0].values == [0.75, 0.25]
+    assert [str(direction.name) for direction in stored.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+def two_sizes(tmp_path, **search):
+    from tests.sweeps.made import WHOLE
+
+    narrowed = {**WHOLE["models"]["7b"], "axes": {"train.rank": [8], "apply.threshold": [None, 0.9]}}
+    return study(tmp_path, {"models/70b": narrowed, "search": {"window": WINDOW, **search}})
+
+
+@pytest.mark.parametrize("search", [{"sampler": "grid"}, {"sampler": "tpe", "points": 11}, {"sampler": "random", "points": 11}])
+def test_a_size_that_narrows_an_axis_is_proposed_its_own_values_only(tmp_path, url, search):
+    found = two_sizes(tmp_path, **search)
+    points = follow(found, url, 11)
+    assert len(points) == len({point.id for point in points}) == limit(found) == 9 + 2
+    large = [dict(point.values) for point in points if point.model == "70b"]
+    assert sorted(large, key=str) == sorted(({"train.rank": 8, "apply.threshold": value} for value in (None, 0.9)), key=str)
+    assert {dict(point.values)["apply.threshold"] for point in points if point.model == "7b"} == {None, 0.3, 0.5}
+
+
+def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_path, url):
+    found = searched(
+        tmp_path,
+        "tpe",
+        10,
+        axes={
+            "train.rank": {"low": 2, "high": 32, "step": 2},
+            "train.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True},
+            "apply.threshold": {"low": 0.1, "high": 0.9},
+        },
+    )
+    assert limit(found) == 10
+    for point in follow(found, url, 10):
+        values = dict(point.values)
+        assert type(values["train.rank"]) is int and values["train.rank"] in range(2, 33, 2)
+        assert 1e-5 <= values["train.learning_rate"] <= 1e-3 and 0.1 <= values["apply.threshold"] <= 0.9
+
+
+def test_choices_that_python_calls_equal_stay_apart(tmp_path, url):
+    found = study(tmp_path, {"axes": {"apply.threshold": [None, 0.0, 1.0], "train.rank": [1, 2]}})
+    points = follow(found, url, 6)
+    assert len({point.id for point in points}) == 6
+    assert {type(dict(point.values)["train.rank"]) for point in points} == {int}
+
+
+def test_readers_see_points_and_states_and_nothing_before_the_first_driver(tmp_path, url):
+    found = searched(tmp_path)
+    assert asked(found, url) == []
+    searcher = OptunaSearcher(found, url)
+    flights = [searcher.ask() for _ in range(2)]
+    searcher.tell(0, outcome(0, flights[0][1]))
+    states = [(number, point, state) for number, point, state, _ in asked(found, url)]
+    assert states[1] == (1, flights[1][1], "running") and states[0][2] in ("done", "failed")
+    assert known_points(found, url)[1] == 10
