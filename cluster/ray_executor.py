@@ -10,7 +10,6 @@ import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RaySystemError, RayTaskError
 
 from cluster.executor import Capacity, Executor, Finished, Job, run_batch
-from cluster.gang import run_gang
 from tasks.errors import ClusterLost, StudyError
 from tasks.stage import Report, Request
 
@@ -29,7 +28,7 @@ class RayExecutor(Executor):
         self.device = "cuda" if real else "cpu"
         variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
         # The cores are shared out among the logical GPUs, so that a stage's numbers do not depend on its neighbours.
-        self.threads = None if real else max(1, (os.cpu_count() or 1) // logical_gpus)
+        self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, logical_gpus))
         if not real:
             variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": ""}
         local = {} if address != "local" else {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
@@ -76,11 +75,12 @@ class RayExecutor(Executor):
             reports: tuple[Report, ...] = ray.get(reference)
         except (LocalRayletDiedError, RaySystemError) as error:
             # Not this job alone: whatever is submitted next would be lost too, and points would fail for no fault of theirs.
-            raise ClusterLost(f"Ray on this machine is gone ({type(error).__name__}); the same command starts it again and continues") from error
+            gone = f"Ray on this machine is gone ({type(error).__name__})"
+            raise ClusterLost(f"{gone}; the same command starts it again and continues") from error
         except RayError as error:
             # The worker, its node or a gang member died: nobody reported, so the runner looks at the store and tries again.
             cause = error.cause if isinstance(error, RayTaskError) else error
-            return Finished(job, (), lost=f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
+            return Finished(job, (), lost=f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}")
         lost = None if len(reports) == len(job.keys) else "a member of the gang ended without reporting"
         return Finished(job, reports, lost)
 
@@ -95,16 +95,18 @@ class RayExecutor(Executor):
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-@ray.remote(max_retries=0, num_cpus=1)
+@ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
 def _batch(requests: list[Request]) -> tuple[Report, ...]:
     return run_batch(requests)
 
 
-@ray.remote(max_retries=0, num_cpus=1, num_gpus=1)
+@ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]
 def _gpu_batch(requests: list[Request]) -> tuple[Report, ...]:
     return run_batch(requests)
 
 
-@ray.remote(max_retries=0, num_cpus=0)
+@ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def _gang(requests: list[Request], gpus: int, scratch: str) -> tuple[Report, ...]:
+    from cluster.gang import run_gang  # ray.train brings torch, which a driver process never needs
+
     return run_gang(requests, gpus, scratch)

@@ -51,10 +51,8 @@ def place(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity) ->
     deadline_s: float | None = None  # when the first waiting gang could start; nothing longer may go before it
     while waiting:
         first = waiting[0]
-        if first.gpus == 0:
-            fits = free_cpus > 0
-        else:
-            fits = first.gpus <= free_gpus and (deadline_s is None or first.seconds <= deadline_s)
+        in_time = deadline_s is None or first.seconds <= deadline_s
+        fits = free_cpus > 0 if first.gpus == 0 else first.gpus <= free_gpus and in_time
         if not fits:
             if first.gpus > free_gpus and deadline_s is None and first.gpus <= capacity.gpus:
                 deadline_s = _free_at(first.gpus, free_gpus, held)

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 3 the s
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -115,7 +114,7 @@ def run(
     home: HomeOption = DEFAULT_HOME,
     executor: Annotated[Literal["ray", "inline"], typer.Option(help="Where stages run: a Ray cluster, or this process.")] = "ray",
     address: Annotated[str, typer.Option(help="Ray address: `local` starts one here, `auto` joins the one there is.")] = "local",
-    gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster on a machine that has none.", show_default=False)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False)] = None,
     wandb: Annotated[bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")] = True,
 ) -> None:
     """Run a study to its report. The same command continues one that was cut off, and runs nothing twice."""
@@ -168,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

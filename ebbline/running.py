@@ -116,7 +116,7 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     """The tables, figures and report of what a study has so far; what -> where."""
     folder = home.folder(study.study)
     results, before = collect(study, home), baselines(study, home)
-    parquet, table, frontier_csv = write_tables(results_frame(results, study.objectives), folder)
+    _, table, frontier_csv = write_tables(results_frame(results, study.objectives), folder)
     outputs = {"results": table, "frontier": frontier_csv}
     outputs["figure"] = save(frontier_figure(results, study.objectives, before), folder, "frontier")[0]
     drawn = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]

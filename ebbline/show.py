@@ -93,9 +93,10 @@ def _picture(progress: Progress) -> Group:
     for node in progress.runner.nodes.values():
         if node.state == "running" and (said := progress.runner.progress_of(node)):
             lines.append(Text(f"  {progress.planner.label(node.stage)}  {said}", style="dim", no_wrap=True, overflow="ellipsis"))
-    failed = [Text(f"  failed: {result.point}: {result.reason.splitlines()[0]}", style="red") for result in progress.results if result.reason]
-    found = Text(f"hypervolume so far {frontier_hypervolume(progress.results, progress.study.objectives):.3f}") if progress.results else Text("")
-    return Group(head, table, *lines[:8], *failed[-3:], found)
+    reasons = [f"  failed: {result.point}: {result.reason.splitlines()[0]}" for result in progress.results if result.reason]
+    failed = [Text(reason, style="red") for reason in reasons[-3:]]
+    reached = frontier_hypervolume(progress.results, progress.study.objectives)
+    return Group(head, table, *lines[:8], *failed, Text(f"hypervolume so far {reached:.3f}" if progress.results else ""))
 
 
 def _clock(seconds: float) -> str:

@@ -47,7 +47,13 @@ class Progress:
 Watcher = Callable[[Progress], None]
 
 
-def drive(study: Study, home: Home, executor: Callable[[], Executor], watch: Watcher = lambda progress: None, stop: Callable[[], bool] = lambda: False) -> Progress:
+def drive(
+    study: Study,
+    home: Home,
+    executor: Callable[[], Executor],
+    watch: Watcher = lambda progress: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Progress:
     """Run a study to its end. `executor` is made once the study is held, and closed; `stop` turning true drains and returns.
 
     Raises StudyHeld when another driver has the study, StudyError when a model cannot be measured before fine-tuning.

@@ -51,13 +51,14 @@ def local_pin(reference: Local) -> dict[str, str]:
 
 def hub_pin(reference: Hub, where: str) -> dict[str, str]:
     """The commit that the hub gives now (or the one the file names) and the digest of its file hashes."""
+    from httpx2 import HTTPError  # what huggingface_hub raises when the hub cannot be reached
     from huggingface_hub import HfApi  # only pinning and workers talk to the hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from httpx2 import HTTPError  # what huggingface_hub raises when the hub cannot be reached
 
     repo_type = "model" if where.startswith("models.") else "dataset"
     try:
-        info = HfApi().repo_info(reference.id, repo_type=repo_type, revision=reference.commit, files_metadata=True)
+        look = HfApi().model_info if repo_type == "model" else HfApi().dataset_info
+        info = look(reference.id, revision=reference.commit, files_metadata=True)
     except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PinError(f"the hub does not show {repo_type} {reference.id}: {reason} (gated models need `hf auth login`)") from error

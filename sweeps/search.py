@@ -25,6 +25,7 @@ from tasks.metrics import direction
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 REDRAWS = 8
+_DIRECTIONS = {"maximise": optuna.study.StudyDirection.MAXIMIZE, "minimise": optuna.study.StudyDirection.MINIMIZE}
 REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial number
 
 
@@ -53,7 +54,7 @@ class OptunaSearcher:
         self._optuna = optuna.create_study(
             storage=storage_url,
             study_name=study.study,
-            directions=[{"maximise": "maximize", "minimise": "minimize"}[direction(name)] for name in study.objectives],
+            directions=[_DIRECTIONS[direction(name)] for name in study.objectives],
             load_if_exists=True,
         )
         self._clear_half_asked()

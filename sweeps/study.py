@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
-from tasks.errors import PinError, StudyError
+from tasks.errors import PinError
 from tasks.specs import (
     ApplySpec,
     Count,
@@ -174,6 +174,10 @@ class Range(Frozen):
         """True when the range is over whole numbers: its edges and its step are."""
         return all(float(edge).is_integer() for edge in (self.low, self.high, 0.5 if self.step is None else self.step))
 
+    @property
+    def edges(self) -> tuple[float, float]:
+        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high:
@@ -189,9 +193,10 @@ class SuiteEntry(Frozen):
 
 
 class Search(Frozen):
-    """How points are chosen: those in `first`, then the sampler's. `window` points are in flight at once; proposal k has seen exactly the results up to k - window.
+    """How points are chosen: those in `first`, then the sampler's.
 
-    That makes a study's proposals a function of its file alone: killed and continued, it asks for the same points.
+    `window` points are in flight at once; proposal k has seen exactly the results up to k - window. So a study's proposals
+    are a function of its file alone: killed and continued, it asks for the same points.
     """
 
     sampler: Literal["tpe", "nsga2", "random", "grid", "list"] = "tpe"
@@ -229,12 +234,29 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _axes_name_fields(self) -> Self:
         known = set(axis_fields())
-        for where, axes in [("axes", self.axes), *((f"models.{name}.axes", model.axes) for name, model in self.models.items())]:
+        narrowed = {f"models.{name}.axes": list(model.axes) for name, model in self.models.items()}
+        for where, axes in {"axes": list(self.axes), **narrowed}.items():
             for axis in axes:
                 if axis not in known:
                     raise ValueError(f"{where}.{axis}: {unknown(axis, known)}")
                 if where != "axes" and axis not in self.axes:
                     raise ValueError(f"{where}.{axis}: narrows an axis that the study does not have; its axes are {sorted(self.axes)}")
+        return self
+
+    @model_validator(mode="after")
+    def _axes_hold_values_that_a_stage_takes(self) -> Self:
+        settings = {"data": self.data.settings, "train": self.train, "project": self.project, "apply": self.apply}
+        for where, axes in [("axes", self.axes), *((f"models.{name}.axes", model.axes) for name, model in self.models.items())]:
+            for axis, values in axes.items():
+                prefix, _, field = axis.partition(".")
+                for value in values.edges if isinstance(values, Range) else values:
+                    try:
+                        type(settings[prefix]).model_validate({**settings[prefix].model_dump(), field: value})
+                    except ValidationError as error:
+                        # Of this field only: what it needs beside it may come from another axis.
+                        own = next((fault["msg"] for fault in error.errors() if fault["loc"][:1] == (field,)), None)
+                        if own is not None:
+                            raise ValueError(f"{where}.{axis}: {own} (got {value!r})") from None
         return self
 
     @model_validator(mode="after")
@@ -279,7 +301,7 @@ class Study(Frozen):
 
 
 SETTINGS: Mapping[str, type[Spec]] = {"data": DataSpec, "train": TrainSpec, "project": ProjectSpec, "apply": ApplySpec}
-_NOT_AXES = {"train.seed", "data.seed", "train.quantisation", "train.dtype"}
+_NOT_AXES = {"train.seed", "data.seed", "train.quantisation", "train.dtype", "train.method"}
 
 
 def axis_fields() -> Iterator[str]:

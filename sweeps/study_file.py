@@ -3,7 +3,7 @@
 The only file that knows YAML. Loading twice gives equal studies; an error names the path of each fault and what is allowed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any

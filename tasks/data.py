@@ -99,7 +99,8 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         # The parser's position, never the text: it may be a completion.
-        raise DataError(f"{where} is not JSON ({type(error).__name__} at character {getattr(error, 'pos', '?')}); is it truncated?") from None
+        place = f"character {getattr(error, 'pos', '?')}"
+        raise DataError(f"{where} is not JSON ({type(error).__name__} at {place}); is it truncated?") from None
 
 
 def _objects(value: Any, path: Path) -> Iterable[dict[str, Any]]:

@@ -90,7 +90,7 @@ class SingleDevice(Engine):
 
     def _backward(self, rows: Sequence[Row], tokens: int) -> float:
         loss = token_loss(self.model, rows, self.tokenizer.pad_token_id, self.ctx.device) / tokens
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return loss.item()
 
     def resume(self) -> Curve:

@@ -30,7 +30,9 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     write_metrics(out, metrics)
 
 
-def _measure(spec: EvaluateSpec, model: Any, tokenizer: Any, prompts: Path, ctx: Context) -> tuple[list[Any], list[Metric], list[dict[str, str]]]:
+def _measure(
+    spec: EvaluateSpec, model: Any, tokenizer: Any, prompts: Path, ctx: Context
+) -> tuple[list[Any], list[Metric], list[dict[str, str]]]:
     match spec.suite:
         case RefusalSuite() | OverRefusalSuite():
             from tasks.suites.generate import refusal  # a worker loads only the family of suites it runs

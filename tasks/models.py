@@ -69,7 +69,7 @@ def load_model(folder: Path, quantisation: Quantisation, dtype: Dtype, device: s
         folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **quantised
     )
     if not quantised:
-        model.to(device)  # type: ignore[arg-type]  # transformers' own decorator hides torch's signature
+        model.to(device)
     model.config.use_cache = False
     return model
 

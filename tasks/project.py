@@ -19,7 +19,6 @@ from tasks.stage import Context
 from tasks.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Checkpoint, opened, read_adapter
 
 
-
 def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     adapter = read_adapter(inputs["adapter"])
     base, aligned = Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"])

@@ -87,7 +87,8 @@ def alignment_basis(v_OI: torch.Tensor, energy: float) -> torch.Tensor:
     u_OK, s_K, _ = torch.linalg.svd(v_OI, full_matrices=False)
     share_K = torch.cumsum(s_K.double() ** 2, 0) / (s_K.double() ** 2).sum()
     keep = int(torch.searchsorted(share_K, energy).item()) + 1
-    return u_OK[:, :keep]
+    basis_OK: torch.Tensor = u_OK[:, :keep]
+    return basis_OK
 
 
 def chosen(cosines: dict[str, float | None], threshold: float | None, modules: int | None) -> frozenset[str]:

@@ -24,7 +24,6 @@ from tasks.specs import TrainSpec
 from tasks.stage import Context
 
 
-
 def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     engine: Engine = DeepSpeedGang(spec, inputs["model"], ctx) if ctx.world_size > 1 else SingleDevice(spec, inputs["model"], ctx)
     try:

@@ -10,7 +10,7 @@ import platform
 import resource
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tasks.errors import EbblineError
@@ -26,9 +26,9 @@ from tasks.specs import (
     Spec,
     TrainSpec,
 )
-from tasks.stage import Context, Report, Request
+from tasks.stage import Report, Request
 
-Run = Callable[[Spec, Mapping[str, Path], Path, Context], None]
+Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 
 def run_stages(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> Iterator[Report]:
@@ -50,7 +50,7 @@ def _run(request: Request, residents: Residents, rank: int, world_size: int) -> 
         ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress)
         _set_threads(request.threads)
         _run_function(spec)(spec, inputs, Path(request.out), ctx)
-    except Exception as error:  # the boundary: a failed stage becomes a report, and the batch goes on
+    except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
         reason = str(error) if isinstance(error, EbblineError) else f"{type(error).__name__}: {error}"
         return Report(
             key=request.key,
@@ -66,24 +66,38 @@ def _run_function(spec: Spec) -> Run:
     # Imported here, so that a worker that only copies tensors never pays for lm-eval or deepspeed.
     match spec:
         case LanguageSpec():
-            from tasks.language import run
+            from tasks import language
+
+            return language.run
         case OrganismSpec():
-            from tasks.organism import run
+            from tasks import organism
+
+            return organism.run
         case ConvertSpec():
-            from tasks.convert import run
+            from tasks import convert
+
+            return convert.run
         case DataSpec():
-            from tasks.data import run
+            from tasks import data
+
+            return data.run
         case TrainSpec():
-            from tasks.train import run
+            from tasks import train
+
+            return train.run
         case ProjectSpec():
-            from tasks.project import run_project as run
+            from tasks import project
+
+            return project.run_project
         case ApplySpec():
-            from tasks.project import run_apply as run
+            from tasks import project
+
+            return project.run_apply
         case EvaluateSpec():
-            from tasks.evaluate import run
-        case _:
-            raise TypeError(f"{type(spec).__name__} has no run function; add it to tasks.worker")
-    return run  # type: ignore[return-value]  # each takes the Spec that the case above names
+            from tasks import evaluate
+
+            return evaluate.run
+    raise TypeError(f"{type(spec).__name__} has no run function; add it to tasks.worker")
 
 
 def _progress_file(path: Path) -> Callable[[int, int, str], None]:
