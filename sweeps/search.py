@@ -107,6 +107,9 @@ class OptunaSearcher:
 
     def _clear_half_asked(self) -> None:
         """Set aside what a driver was choosing when it was cut off: it will be chosen again."""
+        for trial in self._optuna.trials:
+            if trial.state == TrialState.RUNNING and f"{NOT_A_POINT}:{trial.number}" in self._optuna.user_attrs:
+                self._optuna.tell(trial.number, state=TrialState.FAIL)  # cut off between the mark and this
         seen: set[str] = set()
         for trial in self._accepted():
             whole = "model" in trial.params and len(trial.params) == 1 + len(self.study.axes)

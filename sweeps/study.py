@@ -246,7 +246,8 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _axes_hold_values_that_a_stage_takes(self) -> Self:
         settings = {"data": self.data.settings, "train": self.train, "project": self.project, "apply": self.apply}
-        for where, axes in [("axes", self.axes), *((f"models.{name}.axes", model.axes) for name, model in self.models.items())]:
+        narrowed: list[tuple[str, Mapping[str, Any]]] = [(f"models.{name}.axes", model.axes) for name, model in self.models.items()]
+        for where, axes in [("axes", self.axes), *narrowed]:
             for axis, values in axes.items():
                 prefix, _, field = axis.partition(".")
                 for value in values.edges if isinstance(values, Range) else values:
@@ -256,7 +257,8 @@ class Study(Frozen):
                         # Of this field only: what it needs beside it may come from another axis.
                         own = next((fault["msg"] for fault in error.errors() if fault["loc"][:1] == (field,)), None)
                         if own is not None:
-                            raise ValueError(f"{where}.{axis}: {own} (got {value!r})") from None
+                            hint = "; a range over whole numbers needs a `step`" if isinstance(values, Range) and values.step is None else ""
+                            raise ValueError(f"{where}.{axis}: {own} (got {value!r}){hint}") from None
         return self
 
     @model_validator(mode="after")

@@ -54,7 +54,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     Raises DataError, naming file and line, for anything else, for an empty set, and for a turn with no text.
     """
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".csv"))
+        files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".csv", ".parquet"))
         if len(files) != 1:
             raise DataError(f"{path} holds {len(files)} data files ({[f.name for f in files]}); name one of them")
         path = files[0]
@@ -65,7 +65,7 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or item number, row) for each row of a .jsonl, .json or .csv file. Raises DataError, never quoting the file."""
+    """(line or item number, row) for each row of a .jsonl, .json, .csv or .parquet file. Raises DataError, never quoting the file."""
     if not path.is_file():
         raise DataError(f"there is no data file at {path}")
     try:
@@ -80,6 +80,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as handle:
             yield from enumerate(csv.DictReader(handle, strict=True), start=2)
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as parquet  # what many hub data sets are stored as
+
+        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
     elif path.suffix == ".json":
         yield from enumerate(_objects(_parsed(path.read_text("utf-8"), str(path)), path), start=1)
     elif path.suffix == ".jsonl":
@@ -91,7 +95,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         raise DataError(f"{path}:{line} is not a JSON object")
                     yield line, row
     else:
-        raise DataError(f"{path} is neither .jsonl, .json nor .csv")
+        raise DataError(f"{path} is neither .jsonl, .json, .csv nor .parquet")
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -23,6 +23,13 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
+def test_a_cluster_without_gpus_is_an_error_not_an_endless_wait():
+    from cluster.ray_executor import RayExecutor
+
+    with pytest.raises(StudyError, match="has no GPU"):
+        RayExecutor(logical_gpus=0)
+
+
 class ExecutorContract:
     def test_it_has_at_least_one_gpu_and_one_slot_without(self, executor: Executor):
         assert executor.capacity().gpus >= 1 and executor.capacity().cpus >= 1
@@ -60,11 +67,16 @@ class ExecutorContract:
         victim = stored_request(store, DataSpec(size=40), {"pool": chats})
         job = executor.submit([victim], gpus=1)
         executor.cancel(job)
-        wait_for(executor, len(first))
-        for done in executor.finished(1.0):
-            assert done.job == job and done.lost
         last = executor.submit([stored_request(store, DataSpec(size=7), {"pool": chats})], gpus=1)
-        assert last.id in {done.job.id for done in wait_for(executor, 1)}
+        expected = {item.id for item in (*first, last)}
+        found = {}
+        while not expected <= found.keys():
+            found |= {done.job.id: done for done in wait_for(executor, 1)}
+        for done in executor.finished(1.0):
+            found[done.job.id] = done
+        # Inline forgets it; Ray says that it was lost. Neither raises, and neither hides it among the finished.
+        assert job.id not in found or "Cancelled" in found[job.id].lost
+        assert store.find("data", victim.key) is None
 
     def test_a_runner_gets_a_chain_and_a_failure_through_it(self, executor: Executor, store, chats):
         runner = Runner(store, executor)
@@ -161,10 +173,3 @@ class TestRayExecutor(ExecutorContract):
         (done,) = wait_for(executor, 1, timeout_s=240.0)
         assert done.lost is None
         assert "global_batch=7 does not divide among 2 processes" in done.reports[0].error
-
-
-def test_a_cluster_without_gpus_is_an_error_not_an_endless_wait():
-    from cluster.ray_executor import RayExecutor
-
-    with pytest.raises(StudyError, match="has no GPU"):
-        RayExecutor(logical_gpus=0)

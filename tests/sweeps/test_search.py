@@ -138,7 +138,7 @@ def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
         writes = next(written)
     assert len({point.id for point in undisturbed}) == len(undisturbed) == 8
     assert writes > 15
-    for number in range(0, writes, 3 if sampler == "tpe" else 1):
+    for number in range(SAMPLERS.index(sampler) if sampler in SAMPLERS else 1, writes, 3):
         url = fresh_url(tmp_path / f"{number}.db", empty_storage)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             die_at(patch, number)

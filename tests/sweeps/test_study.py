@@ -59,7 +59,7 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"objectives": ["refusal_rate", "refusal.refusal_rate"]}, r"objectives: .* names one twice"),
         ({"search": {"sampler": "list"}}, r"search\.list: "),
         ({"search": {"sampler": "tpe"}}, r"search\.points: "),
-        ({"axes/train.rank": {"low": 2, "high": 8}}, r"search\.sampler: a grid needs every axis as a list"),
+        ({"axes/train.rank": {"low": 2, "high": 8, "step": 2}}, r"search\.sampler: a grid needs every axis as a list"),
         ({"axes/train.rank": {"low": 8, "high": 8}}, r"low \(8\.0\) must be below high"),
         ({"axes/train.learning_rate": {"low": 0, "high": 1, "log": True}}, r"a log range needs low > 0"),
         ({"project": {"projector": "exact"}}, r"project: the exact projector needs `energy`"),
@@ -86,7 +86,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ({"axes/apply.threshold": [None, 1.5]}, r"axes\.apply\.threshold: .*1\.5"),
         ({"models/7b/axes": {"train.rank": [4.5]}}, r"models\.7b\.axes\.train\.rank: .*4\.5"),
         ({"axes/train.rank": {"low": 0, "high": 8, "step": 1}, "search": {"sampler": "tpe", "points": 4}}, r"axes\.train\.rank: .*0"),
-        ({"axes/train.rank": {"low": 2.5, "high": 8}, "search": {"sampler": "tpe", "points": 4}}, r"axes\.train\.rank: .*2\.5"),
+        ({"axes/train.rank": {"low": 2.5, "high": 8}, "search": {"sampler": "tpe", "points": 4}}, r"axes\.train\.rank: .*2\.5.*needs a `step`"),
         ({"axes/train.method": ["lora", "full"]}, r"axes\.train\.method: "),
     ],
 )
