@@ -68,7 +68,7 @@ class Executor(ABC):
 
 def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> tuple[Report, ...]:
     """Run a batch in this process and commit each stage as it is done: what inline, Ray tasks and gangs all call."""
-    from tasks.worker import run_stages  # brings torch, which a driver process never needs
+    from tasks.worker import described, run_stages  # brings torch, which a driver process never needs
 
     by_key = {request.key: request for request in requests}
     reports = []
@@ -80,6 +80,7 @@ def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -
             try:
                 Store(attempt.parents[2]).commit(attempt, request.hashed, provenance)
             except (EbblineError, OSError) as error:
-                report = replace(report, error=f"could not be committed: {error}", error_type=type(error).__name__)
+                name, reason = described(error, Path(request.log))
+                report = replace(report, error=f"could not be committed: {reason}", error_type=name)
         reports.append(report)
     return tuple(reports)

@@ -16,6 +16,7 @@ from cluster.costs import Estimates
 from cluster.executor import Executor, Finished, Job
 from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
+from tasks.errors import DiskFull
 from tasks.identity import digest
 from tasks.specs import ApplySpec, EvaluateSpec, OrganismSpec, ProjectSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
@@ -260,6 +261,8 @@ class Runner:
             if artifact is not None:
                 self.estimates.learn([artifact])
                 self._done(nodes, artifact, reused=False)
+            elif report is not None and report.error_type == DiskFull.__name__:
+                raise DiskFull(str(report.error))  # a point that fails stays failed, and this is no fault of the point
             elif report is not None and report.error is not None:
                 self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
             else:

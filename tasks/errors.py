@@ -12,6 +12,7 @@
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
     ├── ClusterLost       the place where stages ran is gone; nothing that was finished is
     └── StoreError        the artifact store is damaged or cannot be written
+        ├── DiskFull      there is no space left where the store lies
         └── Incomplete    an artifact was asked for that is not complete
 
 A message says what failed, the offending value, where (path, key, line) and what to do next.
@@ -63,6 +64,10 @@ class ClusterLost(EbblineError):
 
 
 class StoreError(EbblineError):
+    pass
+
+
+class DiskFull(StoreError):
     pass
 
 

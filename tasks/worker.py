@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tasks.errors import EbblineError
+from tasks.errors import DiskFull, EbblineError
 from tasks.models import Residents, resolve
 from tasks.specs import (
     ApplySpec,
@@ -28,6 +28,7 @@ from tasks.specs import (
 )
 from tasks.stage import Report, Request
 
+ERROR = "error.txt"
 Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 
@@ -51,15 +52,26 @@ def _run(request: Request, residents: Residents, rank: int, world_size: int) -> 
         _set_threads(request.threads)
         _run_function(spec)(spec, inputs, Path(request.out), ctx)
     except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
-        reason = str(error) if isinstance(error, EbblineError) else f"{type(error).__name__}: {error}"
-        return Report(
-            key=request.key,
-            seconds=time.monotonic() - started,
-            error=reason.strip() or type(error).__name__,
-            error_type=type(error).__name__,
-            traceback=traceback.format_exc(),
-        )
+        with contextlib.suppress(OSError):  # on a full disk the report below says so
+            (Path(request.log) / ERROR).write_text(traceback.format_exc())
+        name, reason = described(error, Path(request.log))
+        return Report(request.key, time.monotonic() - started, reason, name, traceback.format_exc())
     return Report(key=request.key, seconds=time.monotonic() - started, environment=_environment(request))
+
+
+def described(error: BaseException, log: Path) -> tuple[str, str]:
+    """(type, one-line reason) of a failure, fit for reports and W&B.
+
+    The words of a foreign exception may quote a prompt or a completion, so they stay in the attempt's log, and the reason
+    says where. A full disk is a type of its own: it is no fault of the stage.
+    """
+    if "No space left on device" in str(error):
+        return DiskFull.__name__, f"no space left for {log.parent}; free some, and the same command continues"
+    if isinstance(error, EbblineError | OSError | MemoryError | ImportError):
+        return type(error).__name__, f"{type(error).__name__}: {error}" if not isinstance(error, EbblineError) else str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return type(error).__name__, f"{type(error).__name__} at {place}; its message and traceback are in {log / ERROR}"
 
 
 def _run_function(spec: Spec) -> Run:

@@ -144,32 +144,26 @@ class TestRayExecutor(ExecutorContract):
 
     @pytest.mark.timeout(300)
     def test_a_gang_of_two_under_zero_3_learns_what_one_process_learns(self, executor, store, pair, tmp_path):
-        """Measured on 2 cores: losses equal to GANG_LOSS of each other, adapters to GANG_ADAPTER after 6 steps, float32."""
+        """Measured on 2 cores, float32, 6 steps: losses 2e-7 apart (relative), adapters 2e-6 (absolute)."""
         inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
         alone = Store(tmp_path / "alone")
         (report,) = run_batch([stored_request(alone, TRAIN, inputs)])
         assert report.error is None
-        executor.submit([stored_request(store, TRAIN, inputs, gpus=2, micro_batch=2)], gpus=2)
+        # The first request of the gang cannot be shared out; its reason is reported and the second still runs.
+        odd = stored_request(store, TRAIN.model_copy(update={"global_batch": 7}), inputs, gpus=2)
+        executor.submit([odd, stored_request(store, TRAIN, inputs, gpus=2, micro_batch=2)], gpus=2)
         (done,) = wait_for(executor, 1, timeout_s=240.0)
-        assert done.lost is None and [item.error for item in done.reports] == [None], done
+        assert done.lost is None
+        assert "global_batch=7 does not divide among 2 processes" in done.reports[0].error
+        assert store.find("train", odd.key) is None
+        assert done.reports[1].error is None
         one, two = curve(alone, report.key), curve(store, report.key)
         assert len(one) == len(two) == 6
         adapters = [
             load_file(place.open("train", report.key).path / "adapter" / "adapter_model.safetensors") for place in (alone, store)
         ]
         assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 28
-        loss_gap = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
-        gap = max(float((adapters[0][name] - adapters[1][name]).abs().max()) for name in adapters[0])
-        print(f"loss gap {loss_gap:.2e}, adapter gap {gap:.2e}")
-        assert loss_gap < 1e-4
-        assert gap < 1e-3
+        assert two == pytest.approx(one, rel=1e-5)
+        assert max(float((adapters[0][name] - adapters[1][name]).abs().max()) for name in adapters[0]) < 1e-4
         assert all(bool(tensor.any()) for tensor in adapters[1].values())
         assert store.open("train", report.key).provenance["gpus"] == 2
-
-    @pytest.mark.timeout(300)
-    def test_a_gang_whose_stage_fails_reports_the_reason(self, executor, store, pair, chats):
-        odd = TRAIN.model_copy(update={"global_batch": 7})
-        executor.submit([stored_request(store, odd, {"model": pair.aligned, "data": chats}, gpus=2)], gpus=2)
-        (done,) = wait_for(executor, 1, timeout_s=240.0)
-        assert done.lost is None
-        assert "global_batch=7 does not divide among 2 processes" in done.reports[0].error

@@ -151,3 +151,17 @@ def test_every_kind_of_stage_has_a_run_function():
 def test_the_size_of_a_batch_of_chats_is_what_was_asked_for(tmp_path):
     item = request(DataSpec(size=7), {"pool": write_chats(tmp_path / "p.jsonl", 9)}, tmp_path / "x")
     assert [report.error for report in run_stages([item])] == [None]
+
+
+def test_a_full_disk_is_told_apart_from_a_fault_of_the_stage(tmp_path, chats):
+    full = request(DataSpec(size=5), {"pool": chats}, tmp_path / "one")
+    (Path(full.out) / DataSpec.ROWS).symlink_to("/dev/full")
+    (report,) = run_stages([full])
+    assert report.error_type == "DiskFull" and "free some, and the same command continues" in report.error
+
+
+def test_the_words_of_a_foreign_exception_stay_in_the_attempts_log(tmp_path, pair):
+    broken = request(EvaluateSpec(suite=RefusalSuite()), {"model": pair.base, "prompts": tmp_path}, tmp_path / "one")
+    (report,) = run_stages([type(broken)(**{**vars(broken), "spec": {"suite": {"kind": "planted words of a prompt"}}})])
+    assert "planted" not in report.error and "error.txt" in report.error
+    assert "planted" in (tmp_path / "one" / "log" / "error.txt").read_text()

@@ -1,0 +1,96 @@
+"""The home folder: one driver a study, a study that stays what it was, and differences by name."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sweeps.home import Home, differences
+from tasks.errors import StudyError, StudyHeld
+from tests.sweeps.made import study
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sweeps.home import Home
+with Home(Path(sys.argv[1])).driving("tiny"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def holder(home):
+    """Another process that drives the study."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(home.root)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_driver_is_refused_and_told_which_process_holds_the_study(home, holder):
+    with pytest.raises(StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "), home.driving("tiny"):
+        raise AssertionError("two drivers")
+    assert f"process {holder.pid} " in home.holder("tiny")
+    with home.driving("another"):
+        assert f"process {os.getpid()} " in home.holder("another")
+    assert home.holder("another") is None
+
+
+def test_a_driver_that_is_killed_holds_nothing(home, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert home.holder("tiny") is None
+    with home.driving("tiny"):
+        pass
+
+
+def test_a_study_is_held_no_longer_when_its_driver_raises(home):
+    with pytest.raises(ValueError, match="x"), home.driving("tiny"):
+        raise ValueError("x")
+    with home.driving("tiny"):
+        pass
+
+
+def test_nobody_holds_a_study_that_was_never_driven(home):
+    assert home.holder("tiny") is None
+
+
+def test_a_study_stays_what_it_was_and_a_change_is_named(tmp_path, home):
+    home.freeze(study(tmp_path))
+    home.freeze(study(tmp_path))
+    with pytest.raises(StudyError) as caught:
+        home.freeze(study(tmp_path, {"train": {"epochs": 2}, "seeds": [0, 1]}))
+    message = str(caught.value)
+    assert "train.epochs: 1.0 -> 2.0" in message and "seeds: [0] -> [0, 1]" in message
+    assert "models" not in message and str(home.root) in message
+    home.freeze(study(tmp_path, {"study": "another", "train": {"epochs": 2}}))
+
+
+def test_a_pinned_file_that_moved_is_no_change_and_another_content_is(tmp_path, home):
+    def with_pool(path, sha):
+        return study(tmp_path, {"data/pool": {"path": {"path": path, "sha256": sha * 64}}})
+
+    home.freeze(with_pool("a.jsonl", "a"))
+    home.freeze(with_pool("elsewhere/a.jsonl", "a"))
+    with pytest.raises(StudyError, match=r"data\.pool\.path\.sha256"):
+        home.freeze(with_pool("a.jsonl", "b"))
+
+
+def test_differences_are_one_line_for_each_leaf():
+    before = {"a": {"b": 1, "c": [1, 2]}, "gone": 1, "same": {"x": None}}
+    after = {"a": {"b": 2, "c": [1, 3]}, "new": 1, "same": {"x": None}}
+    assert list(differences(before, after)) == ["a.b: 1 -> 2", "a.c: [1, 2] -> [1, 3]", "gone: removed", "new: added"]
+    assert list(differences(before, before)) == []
+    assert max(len(line) for line in differences({"a": "x" * 500}, {"a": "y" * 500})) < 140

@@ -1,0 +1,196 @@
+"""Plans: points share whatever stages they can, and each miss names the field behind it."""
+
+from collections import Counter
+
+import pytest
+
+from cluster.store import Store
+from sweeps.home import Home
+from sweeps.plan import Planner, plan
+from sweeps.points import Point
+from sweeps.search import space
+from tasks.errors import PinError, StudyError
+from tasks.identity import content_digest, digest
+from tasks.specs import LanguageSpec, TrainSpec
+from tasks.stage import Source, Stage, key_payload, stage_of
+from tests.sweeps.made import WHOLE, study
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
+
+
+def everything(stages: list[Stage]) -> dict[str, Stage]:
+    """Lineage -> stage, with all that lies above."""
+    found: dict[str, Stage] = {}
+    while stages:
+        stage = stages.pop()
+        found[stage.lineage] = stage
+        stages += stage.upstream()
+    return found
+
+
+def kinds(planner: Planner, points) -> Counter[str]:
+    stages = [stage for point in points for stage in planner.stages_for(point).values()]
+    return Counter(stage.kind for stage in everything(stages).values())
+
+
+def test_thresholds_share_everything_down_to_the_projection(tmp_path, home):
+    planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.3, 0.5]}}), home)
+    # one language, one base; data and training of the aligned model and of the adapter; two suites for each threshold
+    assert kinds(planner, space(planner.study)) == {
+        "language": 1, "organism": 1, "data": 2, "train": 2, "project": 1, "apply": 4, "evaluate": 8,
+    }  # fmt: skip
+
+
+def test_ranks_share_data_and_models_and_sizes_share_models(tmp_path, home):
+    planner = Planner(study(tmp_path, {"axes": {"train.rank": [2, 4, 8], "data.size": [8, 16]}}), home)
+    found = kinds(planner, space(planner.study))
+    assert (found["organism"], found["data"], found["train"], found["project"], found["apply"]) == (1, 1 + 2, 1 + 6, 6, 6)
+
+
+def test_replicates_have_data_and_training_of_their_own_seed(tmp_path, home):
+    planner = Planner(study(tmp_path, {"seeds": [0, 1, 2]}), home)
+    point = next(iter(space(planner.study)))
+    stages = planner.stages_for(point)
+    assert len(stages) == 3 * 6
+    assert {stages[f"train[seed={seed}]"].spec.seed for seed in (0, 1, 2)} == {0, 1, 2}
+    assert len({stages[f"data[seed={seed}]"].lineage for seed in (0, 1, 2)}) == 3
+
+
+def test_two_models_that_differ_in_gpus_alone_share_their_stages_and_keys(tmp_path, home):
+    planner = Planner(study(tmp_path, {"models/70b": {**WHOLE["models"]["7b"], "gpus": 2}}), home)
+    values = {"train.rank": 2, "apply.threshold": None}
+    one, other = (planner.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
+    assert {name: stage.lineage for name, stage in one.items()} == {name: stage.lineage for name, stage in other.items()}
+
+
+def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, home):
+    large = {**WHOLE["models"]["7b"], "gpus": 4, "quantisation": "none"}
+    planner = Planner(study(tmp_path, {"models/70b": large}), home)
+    values = {"train.rank": 2, "apply.threshold": None}
+    small_stages, stages = (planner.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
+    assert planner.gpus_for(stages["train[seed=0]"]) == 4
+    assert planner.gpus_for(small_stages["train[seed=0]"]) == 1
+    assert [planner.gpus_for(stages[f"{name}[seed=0]"]) for name in ("data", "project", "apply", "refusal")] == [0, 0, 0, 1]
+
+
+def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tmp_path, home):
+    planner = Planner(study(tmp_path), home)
+    stages = planner.stages_for(next(iter(space(planner.study))))
+    train, project, evaluate = (stages[f"{name}[seed=0]"] for name in ("train", "project", "refusal"))
+    aligned = train.inputs["model"]
+    assert stage_of(aligned).spec.method == "full"
+    assert project.inputs["aligned"].lineage == aligned.lineage != project.inputs["base"].lineage
+    assert stage_of(project.inputs["base"]).kind == "organism"
+    assert evaluate.inputs["model"].lineage == aligned.lineage
+    assert evaluate.inputs["adapter"] is stages["apply[seed=0]"]
+    baseline = planner.baselines()["7b"]["refusal"]
+    assert "adapter" not in baseline.inputs and baseline.spec == evaluate.spec
+
+
+def test_a_size_keeps_its_own_settings_and_a_points_values_win(tmp_path, home):
+    model = {**WHOLE["models"]["7b"], "train": {"learning_rate": 1e-3, "rank": 16}, "quantisation": "int8"}
+    planner = Planner(study(tmp_path, {"models/7b": model, "axes": {"train.rank": [2]}}), home)
+    spec = planner.stages_for(Point.of("7b", {"train.rank": 2}))["train[seed=0]"].spec
+    assert (spec.learning_rate, spec.rank, spec.quantisation) == (1e-3, 2, "int8")
+
+
+def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, home):
+    planner = Planner(study(tmp_path), home)
+    points = list(space(planner.study))
+    found = plan(planner, points, unchosen=0)
+    assert found.points == 9 and not found.there and not found.complete
+    assert found.new == {"language": 1, "organism": 1, "data": 2, "train": 4, "project": 3, "apply": 9, "evaluate": 2 + 18}
+    assert len(found.misses) == sum(found.new.values())
+    fill(home.store, planner, points)
+    again = plan(planner, points, unchosen=0)
+    assert not again.new and again.misses == [] and again.complete
+
+
+def fill(store: Store, planner: Planner, points) -> None:
+    """Commit a made-up artifact for every stage, in order: each file says which stage it is."""
+    from cluster.runner import contents_of
+    from tasks.specs import TrainSpec
+
+    made = {}
+
+    def make(stage: Stage):
+        if stage.lineage not in made:
+            for above in stage.upstream():
+                make(above)
+            hashed = key_payload(stage.spec, contents_of(stage, lambda item: made[item.lineage]))
+            attempt = store.begin(stage.kind, digest(hashed))
+            for name in ("data.jsonl", "benign.jsonl", "align.jsonl", "refusal.jsonl", "task.jsonl", "model/w", f"{TrainSpec.ADAPTER}/w"):
+                path = attempt / "payload" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"{stage.lineage} {name}")
+            made[stage.lineage] = store.commit(attempt, hashed, {"seconds": 1.0})
+        return made[stage.lineage]
+
+    for suites in planner.baselines().values():
+        for stage in suites.values():
+            make(stage)
+    for point in points:
+        for stage in planner.stages_for(point).values():
+            make(stage)
+
+
+def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_path, home):
+    before = Planner(study(tmp_path), home)
+    fill(home.store, before, space(before.study))
+    planner = Planner(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
+    found = plan(planner, space(planner.study), unchosen=0)
+    assert found.new == {"train": 1, "project": 1, "apply": 3, "evaluate": 6}
+    why = {name.rpartition(", ")[2].rpartition("< ")[2]: reason for name, reason in found.misses}
+    assert why["train"] == "spec.epochs: 1.0 -> 2.0"
+    assert why["project"] == "waits for train"
+    assert any(reason == "waits for apply" for reason in why.values())
+
+
+def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
+    before = Planner(study(tmp_path), home)
+    fill(home.store, before, space(before.study))
+    planner = Planner(study(tmp_path, {"language": 1}), home)
+    found = plan(planner, [], unchosen=0)
+    assert dict((name.rpartition("< ")[2], reason) for name, reason in found.misses)["language"] == "spec.seed: 0 -> 1"
+
+
+def test_a_kind_that_the_store_has_none_of_is_said_to_be_missing(tmp_path, home):
+    from cluster.runner import Resolver
+    from sweeps.plan import explain
+
+    assert explain(Stage(LanguageSpec()), Resolver(home.store), home.store) == "the store has no language yet"
+
+
+def test_a_local_file_that_is_not_what_its_pin_says_is_refused(tmp_path, home):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    pinned = {"path": {"path": str(rows), "sha256": content_digest(rows)}}
+    planner = Planner(study(tmp_path, {"data/pool": pinned}), home)
+    data = planner.stages_for(next(iter(space(planner.study))))["data[seed=0]"]
+    assert data.inputs["pool"] == Source(content_digest(rows), str(rows))
+    rows.write_text("{} ")
+    with pytest.raises(PinError, match="is not what the study pins"):
+        changed = Planner(study(tmp_path, {"data/pool": pinned}), home)
+        changed.stages_for(next(iter(space(changed.study))))
+
+
+def test_a_hub_reference_becomes_a_location_at_its_commit(tmp_path, home):
+    hub = {"hub": {"id": "org/prompts", "commit": "b" * 40, "sha256": "c" * 64, "file": "p.jsonl"}}
+    planner = Planner(study(tmp_path, {"suites/refusal/prompts": hub}), home)
+    assert planner.baselines()["7b"]["refusal"].inputs["prompts"] == Source("c" * 64, f"hub:dataset:org/prompts@{'b' * 40}#p.jsonl")
+
+
+def test_a_points_value_that_no_stage_takes_names_the_axis(tmp_path, home):
+    planner = Planner(study(tmp_path), home)
+    with pytest.raises(StudyError, match="train with {'rank': 0}"):
+        planner.stages_for(Point.of("7b", {"train.rank": 0}))
+
+
+def test_full_training_has_no_place_among_the_points(tmp_path, home):
+    planner = Planner(study(tmp_path, {"train": {"method": "full"}, "models/7b/quantisation": "none"}), home)
+    with pytest.raises(StudyError, match="must be 'lora'"):
+        planner.stages_for(next(iter(space(planner.study))))
+    assert TrainSpec().method == "lora"
