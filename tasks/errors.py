@@ -10,7 +10,7 @@
     ├── TrainingError     training produced something that must not be kept (NaN loss, empty adapter)
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
-    ├── ClusterLost       the place where stages ran is gone; nothing that was finished is
+    ├── ClusterLost       the place where stages ran is gone; what was finished is not
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      there is no space left where the store lies
         └── Incomplete    an artifact was asked for that is not complete
