@@ -1,9 +1,9 @@
 """Which ready stages start where, now: a pure function over (ready, running, capacity).
 
-    order       longest critical path first
-    batches     stages that share a resident base start together, as many as keep all GPUs evenly busy
-    gangs       all GPUs or none; while the first gang in line waits, one-GPU work may only slip in front of it when it is
-                expected to end before the gang could start (EASY backfill)
+order       longest critical path first
+batches     stages that share a resident base start together, as many as keep all GPUs evenly busy
+gangs       all GPUs or none; while the first gang in line waits, one-GPU work may only slip in front of it when it is
+            expected to end before the gang could start (EASY backfill)
 """
 
 from collections.abc import Sequence

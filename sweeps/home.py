@@ -1,8 +1,8 @@
 """Where everything lies: one folder holds the store that all studies share and a folder for each study.
 
-    HOME/store/                  artifacts, by kind and key
-    HOME/studies/NAME/study.json the study as it was first run; driver.lock names who drives it now
-    HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
+HOME/store/                  artifacts, by kind and key
+HOME/studies/NAME/study.json the study as it was first run; driver.lock names who drives it now
+HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
 """
 
 import fcntl

@@ -40,7 +40,8 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
         fresh.unlink(missing_ok=True)
     if failed:
         raise PinError(
-            f"{to} was written, but {len(failed)} of its references could not be pinned:\n" + "\n".join(failed)
+            f"{to} was written, but {len(failed)} of its references could not be pinned:\n"
+            + "\n".join(failed)
             + f"\nMend them, then run `ebbline pin {to} --to {to}`."
         )
 

@@ -79,9 +79,7 @@ class Planner:
         if settings.method == "full":
             raise StudyError("a point's train.method must be 'lora': Safe LoRA projects adapters; `tuned` models may be full")
         adapter = Part(train, TrainSpec.ADAPTER)
-        project = Stage(
-            _with(self.study.project, "project", values), {"adapter": adapter, "base": family.base, "aligned": family.aligned}
-        )
+        project = Stage(_with(self.study.project, "project", values), {"adapter": adapter, "base": family.base, "aligned": family.aligned})
         apply = Stage(_with(self.study.apply, "apply", values), {"adapter": adapter, "projection": project})
         evaluations = {suite: self._evaluate(point.model, suite, apply) for suite in self.study.suites}
         return {"data": data, "train": train, "project": project, "apply": apply, **evaluations}

@@ -205,9 +205,7 @@ def space(study: Study) -> Iterator[Point]:
 def _points_of(found: optuna.Study) -> list[FrozenTrial]:
     """The trials that are points of the study: no duplicates, nothing cut off while it was being asked."""
     marks = found.user_attrs
-    return [
-        trial for trial in found.trials if trial.state != TrialState.WAITING and f"{NOT_A_POINT}:{trial.number}" not in marks
-    ]
+    return [trial for trial in found.trials if trial.state != TrialState.WAITING and f"{NOT_A_POINT}:{trial.number}" not in marks]
 
 
 def _point(trial: FrozenTrial) -> Point:

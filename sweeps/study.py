@@ -257,7 +257,9 @@ class Study(Frozen):
                         # Of this field only: what it needs beside it may come from another axis.
                         own = next((fault["msg"] for fault in error.errors() if fault["loc"][:1] == (field,)), None)
                         if own is not None:
-                            hint = "; a range over whole numbers needs a `step`" if isinstance(values, Range) and values.step is None else ""
+                            hint = (
+                                "; a range over whole numbers needs a `step`" if isinstance(values, Range) and values.step is None else ""
+                            )
                             raise ValueError(f"{where}.{axis}: {own} (got {value!r}){hint}") from None
         return self
 

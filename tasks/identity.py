@@ -43,9 +43,7 @@ def _check(value: object, where: str) -> None:
                 raise UnstableValue(f"{where} has the key {key!r} ({type(key).__name__}); keys must be text.")
             _check(item, f"{where}.{key}")
         return
-    raise UnstableValue(
-        f"{where} is a {type(value).__name__}, which does not hash the same way twice. Pass text, numbers, lists or dicts."
-    )
+    raise UnstableValue(f"{where} is a {type(value).__name__}, which does not hash the same way twice. Pass text, numbers, lists or dicts.")
 
 
 def file_digest(path: Path) -> str:

@@ -150,9 +150,7 @@ def tensors(batch: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Ten
     """Token and label tensors (rows x width), padded on the right, where a causal model never looks back from."""
     width = max(len(row.tokens) for row in batch)
     tokens = [row.tokens + [pad] * (width - len(row.tokens)) for row in batch]
-    labels = [
-        [IGNORED] * row.read + row.tokens[row.read :] + [IGNORED] * (width - len(row.tokens)) for row in batch
-    ]
+    labels = [[IGNORED] * row.read + row.tokens[row.read :] + [IGNORED] * (width - len(row.tokens)) for row in batch]
     return torch.tensor(tokens), torch.tensor(labels)
 
 

@@ -204,6 +204,5 @@ class EvaluateSpec(Spec):
 
 
 KINDS: dict[str, type[Spec]] = {
-    kind.KIND: kind
-    for kind in (LanguageSpec, OrganismSpec, ConvertSpec, DataSpec, TrainSpec, ProjectSpec, ApplySpec, EvaluateSpec)
+    kind.KIND: kind for kind in (LanguageSpec, OrganismSpec, ConvertSpec, DataSpec, TrainSpec, ProjectSpec, ApplySpec, EvaluateSpec)
 }

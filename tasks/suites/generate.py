@@ -57,9 +57,7 @@ def read_prompts(path: Path, limit: int | None, needs_answer: bool = False) -> l
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_tokens: int, ctx: Context) -> list[str]:
     """Greedy completions, in the order of `prompts`; batches of similar length, KV-cached, stopped at the end token."""
     encoded = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False)
         for text in prompts
     ]
     for text_ids in encoded:

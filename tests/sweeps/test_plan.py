@@ -143,10 +143,11 @@ def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_pa
     planner = Planner(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
     found = plan(planner, space(planner.study), unchosen=0)
     assert found.new == {"train": 1, "project": 1, "apply": 3, "evaluate": 6}
-    why = {name.rpartition(", ")[2].rpartition("< ")[2]: reason for name, reason in found.misses}
+    why = {name.rpartition(", ")[2].rpartition("< ")[2].partition("[")[0]: reason for name, reason in found.misses}
     assert why["train"] == "spec.epochs: 1.0 -> 2.0"
     assert why["project"] == "waits for train"
-    assert any(reason == "waits for apply" for reason in why.values())
+    assert why["apply"] == "waits for project and train"
+    assert why["refusal"] == why["task"] == "waits for apply"
 
 
 def test_a_miss_of_changed_input_content_says_so(tmp_path, home):

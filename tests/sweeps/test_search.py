@@ -39,11 +39,11 @@ def fresh_url(path, empty_storage):
     return f"sqlite:///{path}"
 
 
-def steps(points=None):
+def steps(points):
     """The driver's protocol: keep a window in flight, tell the oldest, one for each proposal. True asks, False tells."""
     in_flight = asks = 0
-    while points is None or asks < points or in_flight:
-        if in_flight < WINDOW and (points is None or asks < points):
+    while asks < points or in_flight:
+        if in_flight < WINDOW and asks < points:
             in_flight, asks = in_flight + 1, asks + 1
             yield True
         else:
@@ -51,7 +51,7 @@ def steps(points=None):
             yield False
 
 
-def follow(study, url, points):
+def follow(study, url):
     """Drive a search to its end from wherever its storage stands; all its points in order of asking."""
     searcher = OptunaSearcher(study, url)
     flights = list(searcher.in_flight())
@@ -62,8 +62,6 @@ def follow(study, url, points):
             exhausted = found is None
             if found is not None:
                 flights.append(found)
-            if len(flights) == WINDOW or exhausted:
-                break
         if not flights:
             break
         number, point = flights.pop(0)
@@ -77,21 +75,21 @@ SAMPLERS = ["tpe", "nsga2", "random"]
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_storage, sampler):
     found = searched(tmp_path, sampler)
-    runs = [follow(found, fresh_url(tmp_path / f"{n}.db", empty_storage), 12) for n in range(2)]
+    runs = [follow(found, fresh_url(tmp_path / f"{n}.db", empty_storage)) for n in range(2)]
     assert runs[0] == runs[1] and len(runs[0]) == 12
     assert len({point.id for point in runs[0]}) == 12
     other = searched(tmp_path, sampler, search={"sampler": sampler, "points": 12, "window": WINDOW, "seed": 1})
-    assert follow(other, fresh_url(tmp_path / "other.db", empty_storage), 12) != runs[0]
+    assert follow(other, fresh_url(tmp_path / "other.db", empty_storage)) != runs[0]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
-    found = searched(tmp_path, sampler)
-    undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage), 12)
-    for stop in (1, 4, 9, 15, 22):
+    found = searched(tmp_path, sampler, points=8)
+    undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
+    for stop in (1, 5, 8, 13):
         url = fresh_url(tmp_path / f"{stop}.db", empty_storage)
         searcher, flights = OptunaSearcher(found, url), []
-        for asks in itertools.islice(steps(12), stop):
+        for asks in itertools.islice(steps(8), stop):
             if asks:
                 flights.append(searcher.ask())
             else:
@@ -99,7 +97,7 @@ def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(t
                 searcher.tell(number, outcome(number, point))
         del searcher
         assert OptunaSearcher(found, url).in_flight() == flights
-        assert follow(found, url, 12) == undisturbed, stop
+        assert follow(found, url) == undisturbed, stop
 
 
 class Killed(BaseException):
@@ -134,50 +132,50 @@ def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
     found = searched(tmp_path, sampler, points=None if sampler == "grid" else 8, **axes)
     with pytest.MonkeyPatch.context() as patch:
         written = die_at(patch, -1)
-        undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage), 8)
+        undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
         writes = next(written)
     assert len({point.id for point in undisturbed}) == len(undisturbed) == 8
     assert writes > 15
-    for number in range(SAMPLERS.index(sampler) if sampler in SAMPLERS else 1, writes, 3):
+    for number in range(SAMPLERS.index(sampler) if sampler in SAMPLERS else 1, writes, 5):
         url = fresh_url(tmp_path / f"{number}.db", empty_storage)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             die_at(patch, number)
-            follow(found, url, 8)
-        assert follow(found, url, 8) == undisturbed, f"killed at write {number} of {writes}"
+            follow(found, url)
+        assert follow(found, url) == undisturbed, f"killed at write {number} of {writes}"
         states = [trial.state for trial in optuna.load_study(study_name="tiny", storage=url).trials]
         assert optuna.trial.TrialState.RUNNING not in states, f"killed at write {number} of {writes}"
 
 
 def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
-    found = searched(tmp_path)
-    undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage), 12)
+    found = searched(tmp_path, points=6)
+    undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
     searcher = OptunaSearcher(found, url)
     first = [searcher.ask() for _ in range(2)]
     searcher._optuna.ask().suggest_categorical("model", ['"7b"'])  # cut off here: a RUNNING trial with one parameter
     again = OptunaSearcher(found, url)
     assert again.in_flight() == first
     assert [number for number, _ in first] == [0, 1]
-    assert follow(found, url, 12) == undisturbed
+    assert follow(found, url) == undisturbed
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are_asked_for(tmp_path, url, sampler):
     found = searched(tmp_path, sampler, points=500)
     assert limit(found) == 18
-    points = follow(found, url, 18)
+    points = follow(found, url)
     assert {point.id for point in points} == {point.id for point in space(found)} and len(points) == 18
 
 
 def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path, url):
     found = searched(tmp_path, "grid", points=None)
-    points = follow(found, url, 18)
+    points = follow(found, url)
     assert points == list(space(found)) and len(points) == 18
     assert dict(points[1].values) == {"train.rank": 2, "data.size": 16, "apply.threshold": 0.3}
 
 
 def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
     found = searched(tmp_path, "grid", points=5)
-    assert follow(found, url, 5) == list(space(found))[:5]
+    assert follow(found, url) == list(space(found))[:5]
     assert known_points(found, url) == (list(space(found))[:5], 0)
 
 
@@ -186,7 +184,7 @@ ROWS = [{"model": "7b", "train.rank": 8, "apply.threshold": None}, {"model": "7b
 
 def test_a_list_is_run_as_it_stands_even_off_the_axes(tmp_path, url):
     found = study(tmp_path, {"search": {"sampler": "list", "list": ROWS, "window": WINDOW}, "axes/apply.threshold": [None, 0.4]})
-    assert follow(found, url, 2) == [Point.of("7b", {k: v for k, v in row.items() if k != "model"}) for row in ROWS]
+    assert follow(found, url) == [Point.of("7b", {k: v for k, v in row.items() if k != "model"}) for row in ROWS]
 
 
 def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url):
@@ -235,7 +233,7 @@ def two_sizes(tmp_path, **search):
 @pytest.mark.parametrize("search", [{"sampler": "grid"}, {"sampler": "tpe", "points": 11}, {"sampler": "random", "points": 11}])
 def test_a_size_that_narrows_an_axis_is_proposed_its_own_values_only(tmp_path, url, search):
     found = two_sizes(tmp_path, **search)
-    points = follow(found, url, 11)
+    points = follow(found, url)
     assert len(points) == len({point.id for point in points}) == limit(found) == 9 + 2
     large = [dict(point.values) for point in points if point.model == "70b"]
     assert sorted(large, key=str) == sorted(({"train.rank": 8, "apply.threshold": value} for value in (None, 0.9)), key=str)
@@ -254,7 +252,7 @@ def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_p
         },
     )
     assert limit(found) == 10
-    for point in follow(found, url, 10):
+    for point in follow(found, url):
         values = dict(point.values)
         assert type(values["train.rank"]) is int and values["train.rank"] in range(2, 33, 2)
         assert 1e-5 <= values["train.learning_rate"] <= 1e-3 and 0.1 <= values["apply.threshold"] <= 0.9
@@ -262,7 +260,7 @@ def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_p
 
 def test_choices_that_python_calls_equal_stay_apart(tmp_path, url):
     found = study(tmp_path, {"axes": {"apply.threshold": [None, 0.0, 1.0], "train.rank": [1, 2]}})
-    points = follow(found, url, 6)
+    points = follow(found, url)
     assert len({point.id for point in points}) == 6
     assert {type(dict(point.values)["train.rank"]) for point in points} == {int}
 
