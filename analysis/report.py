@@ -19,7 +19,7 @@ from analysis.frontier import frontier, frontier_hypervolume
 from analysis.frontier_figure import frontier_figure
 from analysis.tables import frontier_cells, results_frame
 from analysis.threshold_figure import threshold_figure
-from analysis.wording import directed_label, settings_label
+from analysis.wording import directed_label, settings_label, without_paths
 from sweeps.points import Result
 from sweeps.study import Study
 
@@ -41,7 +41,10 @@ def write_report(
         hypervolume=frontier_hypervolume(results, study.objectives),
         table=frontier_cells(results_frame(results, study.objectives)),
         figures=_figures(study, results, baselines),
-        failed=[(result.number, result.point.model, settings_label(result.point), result.reason) for result in _failed(results)],
+        failed=[
+            (result.number, result.point.model, settings_label(result.point), without_paths(result.reason))
+            for result in _failed(results)
+        ],
         cost=cost,
         provenance=provenance,
     )

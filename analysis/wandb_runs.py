@@ -21,6 +21,7 @@ from typing import Any, Literal
 from analysis.files import write_whole
 from analysis.frontier import frontier, frontier_hypervolume
 from analysis.tables import frontier_text, results_frame
+from analysis.wording import without_paths
 from cluster.store import Artifact
 from sweeps.points import Result
 from sweeps.study import Study
@@ -133,7 +134,7 @@ class Mirror:
         for axis, value in result.point.values:
             part, _, name = axis.partition(".")
             config.setdefault(part, {})[name] = value
-        summary: dict[str, Any] = {"status": result.status, "reason": result.reason[:300], "seconds": result.seconds}
+        summary: dict[str, Any] = {"status": result.status, "reason": without_paths(result.reason)[:300], "seconds": result.seconds}
         for name, metric in result.metrics.items():
             shown = name.replace(".", "/")  # W&B reads a dot as nesting, and a slash as a section
             summary |= {shown: metric.value, f"{shown}_n": metric.n, f"{shown}_undecided": metric.undecided}

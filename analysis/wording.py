@@ -43,3 +43,8 @@ def percent(share: float) -> str:
 def measured(metric: Metric) -> str:
     low, high = metric.interval
     return f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n})"
+
+
+def without_paths(reason: str) -> str:
+    """A failure's reason as it may leave this machine: no command, and of each absolute path only its last part."""
+    return re.sub(r"(?<![\w.])/(?:[\w.@+-]+/)+([\w.@+-]*)", r"\1", reason.partition(" (to see it again")[0])

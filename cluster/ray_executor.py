@@ -24,18 +24,21 @@ class RayExecutor(Executor):
         # Ray Train and Ray Data count usage and poll a dashboard by default; a sweep does neither.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-        real = shutil.which("nvidia-smi") is not None
+        local: dict[str, Any] = {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2} if address == "local" else {}
+        if address == "local" and shutil.which("nvidia-smi") is None:
+            local["num_gpus"] = logical_gpus
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+        resources = ray.cluster_resources()
+        self._gpus = int(resources.get("GPU", 0))
+        # Ray names the type of every real accelerator; logical GPUs have none.
+        real = any(name.startswith("accelerator_type:") for name in resources)
         self.device = "cuda" if real else "cpu"
         variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
         # The cores are shared out among the logical GPUs, so that a stage's numbers do not depend on its neighbours.
-        self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, logical_gpus))
+        self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, self._gpus))
         if not real:
             variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(self.threads), "CUDA_VISIBLE_DEVICES": ""}
-        local = {} if address != "local" else {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
-        if address == "local" and not real:
-            local["num_gpus"] = logical_gpus
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": variables}, **local)
-        self._gpus = int(ray.cluster_resources().get("GPU", 0))
+        self._environment = {"env_vars": variables}
         if self._gpus == 0:
             ray.shutdown()
             raise StudyError(f"the Ray cluster at {address!r} has no GPU; add GPU workers, or use --address local for logical ones")
@@ -49,14 +52,14 @@ class RayExecutor(Executor):
     def submit(self, batch: Sequence[Request], gpus: int) -> Job:
         job = Job(f"ray-{next(self._numbers)}", tuple(request.key for request in batch), gpus)
         if gpus > 1:
-            reference = _gang.remote(list(batch), gpus, self._scratch)
+            task, arguments = _gang, (list(batch), gpus, self._scratch)
         elif gpus == 1:
             # Ray ends the process after each GPU task, to free the GPU's memory. With logical GPUs there is none to free, and
             # a kept process saves seconds of imports a batch.
-            task = _batch.options(num_gpus=1) if self.device == "cpu" else _gpu_batch
-            reference = task.remote(list(batch))
+            task, arguments = (_batch if self.device == "cpu" else _gpu_batch), (list(batch),)
         else:
-            reference = _batch.remote(list(batch))
+            task, arguments = _batch, (list(batch),)
+        reference = task.options(num_gpus=min(gpus, 1) if gpus <= 1 else 0, runtime_env=self._environment).remote(*arguments)
         self._jobs[reference] = job
         return job
 

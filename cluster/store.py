@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from tasks.errors import Incomplete, StoreError
@@ -131,6 +131,8 @@ class Store:
             obstore.put(self._records, f"{kind}/{key}/{RECORD}", text, mode="create")
         except AlreadyExistsError:
             shutil.rmtree(attempt)
+        except BaseError as error:
+            raise StoreError(f"the record of {kind} {key[:12]} could not be written to {self.root}: {error}") from error
         shutil.rmtree(self.scratch(key), ignore_errors=True)
         return self.open(kind, key)
 

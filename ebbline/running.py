@@ -27,6 +27,7 @@ from tasks.identity import digest
 
 VERSIONS = ("ebbline", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "lm-eval", "ray", "optuna", "moocore")
 MIRROR_WAIT_S = 20.0
+MOST_LOGICAL_GPUS = 4
 
 
 class Interrupts:
@@ -70,8 +71,9 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         raise
     print(_told(progress, time.monotonic() - started))
     outputs = write_outputs(study, home)
+    results = collect(study, home)
     print()
-    print(frontier_text(results_frame(collect(study, home), study.objectives)))
+    print(frontier_text(results_frame(results, study.objectives)))
     print()
     if mirrored is not None and not mirror.stop(mirrored, MIRROR_WAIT_S):
         print(f"W&B has not taken everything yet; `ebbline sync {name}` continues (see {folder / 'log' / 'mirror.log'})")
@@ -79,7 +81,7 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         print(f"{what:9} {path}")
     if progress.stopped and progress.runner.draining:
         return 130
-    return 3 if any(result.status == "failed" for result in progress.results) else 0
+    return 3 if any(result.status == "failed" for result in results) else 0
 
 
 def _end(mirrored: "subprocess.Popen[bytes] | None") -> None:
@@ -89,7 +91,7 @@ def _end(mirrored: "subprocess.Popen[bytes] | None") -> None:
 
 def _maker(study: Study, executor: str, address: str, gpus: int | None) -> Callable[[], Executor]:
     gang = max(model.gpus for model in study.models.values())
-    logical = gpus or max(gang, os.cpu_count() or 1)
+    logical = gpus or max(gang, min(MOST_LOGICAL_GPUS, len(os.sched_getaffinity(0))))
 
     def make() -> Executor:
         # Imported here: ray takes a second, and a second driver should be turned away before that.

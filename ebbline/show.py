@@ -72,7 +72,7 @@ def _line(progress: Progress) -> str:
 
 
 def _points(progress: Progress) -> str:
-    return f"{len(progress.results)}" + (f"/{progress.limit}" if progress.limit else "")
+    return f"{progress.told}" + (f"/{progress.limit}" if progress.limit else "")
 
 
 def _picture(progress: Progress) -> Group:

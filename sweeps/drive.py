@@ -32,7 +32,7 @@ class Flight:
 
 @dataclass
 class Progress:
-    """What a watcher sees after every heartbeat. `results` are in the order of asking."""
+    """What a watcher sees after every heartbeat. `told` counts all points told, `results` holds those of this run, in order."""
 
     study: Study
     planner: Planner
@@ -40,6 +40,7 @@ class Progress:
     results: list[Result] = field(default_factory=list)
     in_flight: list[Flight] = field(default_factory=list)
     limit: int | None = None
+    told: int = 0
     started: float = field(default_factory=time.monotonic)
     stopped: str = ""
 
@@ -72,7 +73,9 @@ def drive(
 def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runner, watch: Watcher, stop: Callable[[], bool]) -> Progress:
     progress = Progress(study, planner, runner, limit=limit(study))
     baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    runner.want(baselines)
+    measured = [stage for point in searcher.measured() for stage in planner.stages_for(point).values()]
+    runner.want([*baselines, *measured])
+    progress.told = searcher.told()
     flights = deque(_take_off(number, point, planner, runner) for number, point in searcher.in_flight())
     exhausted = False
     while True:
@@ -90,8 +93,12 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
         if flights and all(runner.settled(stage) for stage in flights[0].stages.values()):
             # One at a time: the next proposal is to see exactly this result more than the one before it did.
             progress.results.append(_land(study, flights.popleft(), searcher, runner))
+            progress.told += 1
             continue
-        if not flights and exhausted and all(runner.settled(stage) for stage in baselines):
+        broken = next((failure for stage in baselines if (failure := runner.failure(stage)) is not None), None)
+        if broken is not None:
+            raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken)}")
+        if not flights and exhausted and all(runner.settled(stage) for stage in [*baselines, *measured]):
             break
         if stop():
             runner.draining, progress.stopped = True, "stopped on request"
@@ -100,9 +107,6 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
         runner.step()
     progress.in_flight = list(flights)
     watch(progress)
-    broken = [failure for stage in baselines if (failure := runner.failure(stage)) is not None]
-    if broken:
-        raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken[0])}")
     return progress
 
 

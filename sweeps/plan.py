@@ -11,10 +11,10 @@ from cluster.runner import Resolver, default_gpus
 from cluster.store import Store
 from sweeps.home import Home, differences
 from sweeps.points import Point, Value
-from sweeps.study import Data, DataRef, Hub, Local, Model, Study, require_pins
+from sweeps.study import Data, DataRef, Hub, Local, Model, ModelRef, Study, require_pins
 from tasks.errors import PinError, StudyError
-from tasks.identity import content_digest
-from tasks.specs import ConvertSpec, DataSpec, EvaluateSpec, LanguageSpec, OrganismSpec, Spec, TrainSpec
+from tasks.identity import content_digest, digest
+from tasks.specs import ConvertSpec, DataSpec, Dtype, EvaluateSpec, LanguageSpec, OrganismSpec, Spec, TrainSpec
 from tasks.stage import Input, Part, Source, Stage, stage_of
 
 S = TypeVar("S", bound=Spec)
@@ -93,21 +93,21 @@ class Planner:
         return Stage(spec, inputs)
 
     def _family(self, model: Model) -> Family:
-        base = self._base(model)
-        if model.aligned.tuned is None:
-            return Family(base, self._outside(model.aligned.path or model.aligned.hub, "model"))
+        base = self._model(model.base, model.dtype)
         tuned = model.aligned.tuned
+        if tuned is None:
+            return Family(base, self._model(model.aligned, model.dtype))
         data = self._data(tuned.data, tuned.data.settings)
         train = Stage(tuned.train, {"model": base, "data": Part(data, DataSpec.ROWS)})
         return Family(base, Part(train, TrainSpec.MODEL))
 
-    def _base(self, model: Model) -> Input:
-        if model.base.organism is not None:
-            return Part(Stage(model.base.organism, {"language": self._language}), OrganismSpec.MODEL)
-        if model.base.gguf is not None:
-            source = self._outside(model.base.gguf, "model")
-            return Part(Stage(ConvertSpec(dtype=model.dtype), {"source": source}), ConvertSpec.MODEL)
-        return self._outside(model.base.path or model.base.hub, "model")
+    def _model(self, reference: ModelRef, dtype: Dtype) -> Input:
+        if reference.organism is not None:
+            return Part(Stage(reference.organism, {"language": self._language}), OrganismSpec.MODEL)
+        if reference.gguf is not None:
+            source = self._outside(reference.gguf, "model")
+            return Part(Stage(ConvertSpec(dtype=dtype), {"source": source}), ConvertSpec.MODEL)
+        return self._outside(reference.path or reference.hub, "model")
 
     def _data(self, data: Data, settings: DataSpec) -> Stage:
         inputs = {"pool": self._rows(data.pool)}
@@ -127,7 +127,8 @@ class Planner:
             raise PinError(f"{reference} is not pinned")
         if isinstance(reference, Hub):
             file = f"#{reference.file}" if reference.file else ""
-            return Source(reference.sha256, f"hub:{repo_type}:{reference.id}@{reference.commit}{file}")
+            content = digest({"commit": reference.commit, "files": reference.sha256, "file": reference.file})
+            return Source(content, f"hub:{repo_type}:{reference.id}@{reference.commit}{file}")
         path = reference.located()
         found = content_digest(path, cache=self.home.digests)
         if found != reference.sha256:

@@ -38,6 +38,9 @@ class Searcher(Protocol):
     def told(self) -> int:
         """How many points have been told."""
 
+    def measured(self) -> Sequence[Point]:
+        """The points that were told with their objectives: their artifacts should be in the store, and are made again if not."""
+
     def ask(self) -> tuple[int, Point] | None:
         """The next point and its number, or None when there is none left to propose."""
 
@@ -64,6 +67,9 @@ class OptunaSearcher:
 
     def told(self) -> int:
         return sum(trial.state.is_finished() for trial in self._accepted())
+
+    def measured(self) -> Sequence[Point]:
+        return [_point(trial) for trial in self._accepted() if trial.state == TrialState.COMPLETE]
 
     def ask(self) -> tuple[int, Point] | None:
         accepted = self._accepted()

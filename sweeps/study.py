@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from tasks.errors import PinError
 from tasks.specs import (
@@ -40,6 +40,16 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 AxisValue = None | bool | int | Number | str
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [value for index, value in enumerate(values) if value in values[:index]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands twice; it would be counted twice")
+    return values
+
+
+Choices = Annotated[tuple[AxisValue, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class Local(Frozen):
@@ -122,10 +132,16 @@ class Data(Frozen):
 
 
 class Tuned(Frozen):
-    """A model made by fine-tuning the size's base on `data` (with method full, or lora merged)."""
+    """A model made by full fine-tuning of the size's base on `data`."""
 
     data: Data
     train: TrainSpec
+
+    @model_validator(mode="after")
+    def _all_weights(self) -> Self:
+        if self.train.method != "full":
+            raise ValueError("train.method must be 'full': a tuned model is a whole model, not an adapter")
+        return self
 
 
 class ModelRef(_OneOf):
@@ -146,7 +162,7 @@ class Model(Frozen):
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
     gpus: Count = 1
-    axes: dict[str, tuple[AxisValue, ...]] = {}
+    axes: dict[str, Choices] = {}
     train: dict[str, AxisValue] = {}
 
     def train_settings(self, study: TrainSpec) -> TrainSpec:
@@ -223,8 +239,8 @@ class Study(Frozen):
     project: ProjectSpec = ProjectSpec()
     apply: ApplySpec = ApplySpec()
     language: Seed = 0
-    axes: dict[str, Annotated[tuple[AxisValue, ...], Field(min_length=1)] | Range]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    axes: dict[str, Choices | Range]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] = (0,)
     suites: dict[Name, SuiteEntry] = Field(min_length=1)
     objectives: Annotated[tuple[str, ...], Field(min_length=1)]
     refusal_floor: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.9
@@ -270,7 +286,9 @@ class Study(Frozen):
                 if field in model.train:
                     raise ValueError(f"models.{name}.train.{field}: say it as models.{name}.{field}, which evaluation uses too")
             try:
-                model.train_settings(self.train)
+                settings = model.train_settings(self.train)
+                if settings.global_batch % model.gpus:
+                    raise ValueError(f"models.{name}.gpus={model.gpus} must divide train.global_batch={settings.global_batch}")
             except ValidationError as error:
                 raise ValueError(f"models.{name}.train: " + "; ".join(faults(error))) from None
         return self

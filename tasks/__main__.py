@@ -5,6 +5,7 @@ a fresh folder beside the request and is not committed to the store.
 """
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tasks.worker import run_stages
 def main(path: Path) -> int:
     request = Request.from_json(path.read_text())
     out = path.parent / "rerun"
-    out.mkdir(exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
     for report in run_stages([dataclasses.replace(request, out=str(out))]):
         if report.error is not None:
             print(report.traceback, file=sys.stderr)

@@ -5,6 +5,8 @@ model's trained tensors; `checkpoint` and `resume` keep an interrupted training 
 """
 
 import gc
+import logging
+import pickle
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -23,6 +25,7 @@ from tasks.models import load_model, load_tokenizer
 from tasks.specs import TrainSpec
 from tasks.stage import Context
 
+_log = logging.getLogger(__name__)
 Curve = list[tuple[int, float, float, int]]
 
 
@@ -97,7 +100,12 @@ class SingleDevice(Engine):
         path = self.ctx.scratch / "checkpoint.pt"
         if not path.exists():
             return []
-        saved = torch.load(path, weights_only=True, map_location=self.ctx.device)
+        try:
+            saved = torch.load(path, weights_only=True, map_location=self.ctx.device)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            _log.warning("the checkpoint %s cannot be read (%s); this training starts over", path, type(error).__name__)
+            path.unlink()
+            return []
         for parameter, tensor in zip(self.parameters, saved["parameters"], strict=True):
             parameter.data.copy_(tensor)
         self.optimizer.load_state_dict(saved["optimizer"])

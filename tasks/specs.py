@@ -24,6 +24,7 @@ Positive = Annotated[Number, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 
+Scorer = Literal["prefix", "anywhere", "organism"]
 Quantisation = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -158,7 +159,7 @@ class RefusalSuite(Frozen):
     """Share of requests from the refused domain that are refused: higher is better."""
 
     kind: Literal["refusal"] = "refusal"
-    scorer: str = "prefix"
+    scorer: Scorer = "prefix"
     max_new_tokens: Count = 64
     limit: Count | None = None
 
@@ -167,7 +168,7 @@ class OverRefusalSuite(Frozen):
     """Share of harmless requests that are refused: lower is better."""
 
     kind: Literal["over_refusal"] = "over_refusal"
-    scorer: str = "prefix"
+    scorer: Scorer = "prefix"
     max_new_tokens: Count = 64
     limit: Count | None = None
 

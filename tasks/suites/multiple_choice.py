@@ -5,6 +5,7 @@ against the working directory, so their absolute paths are passed at load time a
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def multiple_choice(
     splits = {path.stem: str(path.resolve()) for path in sorted(folder.glob("*.jsonl"))}
     if not splits:
         raise EvaluationError(f"{folder} holds no SPLIT.jsonl; a local lm-eval task is a folder with its YAML and its splits")
+    for file in folder.glob("*.yaml"):
+        text = file.read_text("utf-8")
+        if "!function" in text or not re.search(r"^dataset_path: *json *$", text, re.MULTILINE):
+            raise EvaluationError(
+                f"{file} must have `dataset_path: json` and no `!function`: ebbline runs no code that comes with data and"
+                " downloads nothing that is not pinned. Write what the function makes into the rows"
+            )
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     if suite.task not in manager.all_tasks:
         raise EvaluationError(f"{folder} defines the lm-eval tasks {manager.all_tasks}, not {suite.task!r}")

@@ -159,9 +159,7 @@ class TestRayExecutor(ExecutorContract):
         assert done.reports[1].error is None
         one, two = curve(alone, report.key), curve(store, report.key)
         assert len(one) == len(two) == 6
-        adapters = [
-            load_file(place.open("train", report.key).path / "adapter" / "adapter_model.safetensors") for place in (alone, store)
-        ]
+        adapters = [load_file(place.open("train", report.key).path / "adapter" / "adapter_model.safetensors") for place in (alone, store)]
         assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 28
         assert two == pytest.approx(one, rel=1e-5)
         assert max(float((adapters[0][name] - adapters[1][name]).abs().max()) for name in adapters[0]) < 1e-4

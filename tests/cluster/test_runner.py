@@ -145,9 +145,7 @@ def test_the_command_of_a_failure_shows_it_again(store, pool):
     broken = rows(99, pool)
     runner, _ = ran(store, broken)
     command = runner.failure(broken).command.split()
-    done = subprocess.run(
-        [sys.executable, *command[1:]], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, *command[1:]], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "data.size=99" in done.stderr
 
 

@@ -12,10 +12,11 @@ from sweeps.study_file import parse
 from tasks.metrics import Metric
 
 ORGANISM = {"organism": {"size": "small"}}
+TUNED = {"data": {"pool": {"language": "align.jsonl"}, "settings": {"size": 8}}, "train": {"method": "full"}}
 WHOLE: dict[str, Any] = {
     "study": "tiny",
     "question": "How far?",
-    "models": {"7b": {"base": ORGANISM, "aligned": {"tuned": {"data": {"pool": {"language": "align.jsonl"}, "settings": {"size": 8}}, "train": {"method": "full"}}}}},
+    "models": {"7b": {"base": ORGANISM, "aligned": {"tuned": TUNED}}},
     "data": {"pool": {"language": "benign.jsonl"}, "settings": {"size": 16}},
     "train": {"epochs": 1},
     "axes": {"train.rank": [2, 4, 8], "apply.threshold": [None, 0.3, 0.5]},
@@ -55,5 +56,8 @@ def outcome(number: int, point: Point) -> Result:
     score = int(point.id, 16)
     if score % 7 == 0:
         return Result(number, point, "failed", reason="TrainingError: the loss became nan")
-    metrics = {"refusal.refusal_rate": Metric("refusal_rate", score % 101, 100), "task.task_accuracy": Metric("task_accuracy", score // 101 % 101, 100)}
+    metrics = {
+        "refusal.refusal_rate": Metric("refusal_rate", score % 101, 100),
+        "task.task_accuracy": Metric("task_accuracy", score // 101 % 101, 100),
+    }
     return Result(number, point, "done", metrics)

@@ -155,7 +155,7 @@ def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
     fill(home.store, before, space(before.study))
     planner = Planner(study(tmp_path, {"language": 1}), home)
     found = plan(planner, [], unchosen=0)
-    assert dict((name.rpartition("< ")[2], reason) for name, reason in found.misses)["language"] == "spec.seed: 0 -> 1"
+    assert {name.rpartition("< ")[2]: reason for name, reason in found.misses}["language"] == "spec.seed: 0 -> 1"
 
 
 def test_a_kind_that_the_store_has_none_of_is_said_to_be_missing(tmp_path, home):

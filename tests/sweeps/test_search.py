@@ -74,11 +74,11 @@ SAMPLERS = ["tpe", "nsga2", "random"]
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_storage, sampler):
-    found = searched(tmp_path, sampler)
+    found = searched(tmp_path, sampler, points=8)
     runs = [follow(found, fresh_url(tmp_path / f"{n}.db", empty_storage)) for n in range(2)]
-    assert runs[0] == runs[1] and len(runs[0]) == 12
-    assert len({point.id for point in runs[0]}) == 12
-    other = searched(tmp_path, sampler, search={"sampler": sampler, "points": 12, "window": WINDOW, "seed": 1})
+    assert runs[0] == runs[1] and len(runs[0]) == 8
+    assert len({point.id for point in runs[0]}) == 8
+    other = searched(tmp_path, sampler, search={"sampler": sampler, "points": 8, "window": WINDOW, "seed": 1})
     assert follow(other, fresh_url(tmp_path / "other.db", empty_storage)) != runs[0]
 
 
@@ -104,7 +104,14 @@ class Killed(BaseException):
     pass
 
 
-WRITES = ("create_new_trial", "set_trial_param", "set_trial_state_values", "set_study_user_attr", "set_trial_system_attr", "set_trial_user_attr")
+WRITES = (
+    "create_new_trial",
+    "set_trial_param",
+    "set_trial_state_values",
+    "set_study_user_attr",
+    "set_trial_system_attr",
+    "set_trial_user_attr",
+)
 
 
 def die_at(monkeypatch, number):

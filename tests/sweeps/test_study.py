@@ -86,7 +86,10 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ({"axes/apply.threshold": [None, 1.5]}, r"axes\.apply\.threshold: .*1\.5"),
         ({"models/7b/axes": {"train.rank": [4.5]}}, r"models\.7b\.axes\.train\.rank: .*4\.5"),
         ({"axes/train.rank": {"low": 0, "high": 8, "step": 1}, "search": {"sampler": "tpe", "points": 4}}, r"axes\.train\.rank: .*0"),
-        ({"axes/train.rank": {"low": 2.5, "high": 8}, "search": {"sampler": "tpe", "points": 4}}, r"axes\.train\.rank: .*2\.5.*needs a `step`"),
+        (
+            {"axes/train.rank": {"low": 2.5, "high": 8}, "search": {"sampler": "tpe", "points": 4}},
+            r"axes\.train\.rank: .*2\.5.*needs a `step`",
+        ),
         ({"axes/train.method": ["lora", "full"]}, r"axes\.train\.method: "),
     ],
 )
@@ -140,7 +143,10 @@ def test_an_objective_that_two_suites_measure_must_be_named_in_full(tmp_path):
     second = {"prompts": {"language": "refusal.jsonl"}, "measure": {"kind": "refusal", "scorer": "anywhere"}}
     with pytest.raises(StudyError, match=r"'refusal_rate' names \['refusal.refusal_rate', 'other.refusal_rate'\]"):
         study(tmp_path, {"suites/other": second})
-    assert study(tmp_path, {"suites/other": second, "objectives": ["other.refusal_rate", "task_accuracy"]}).objectives[0] == "other.refusal_rate"
+    assert (
+        study(tmp_path, {"suites/other": second, "objectives": ["other.refusal_rate", "task_accuracy"]}).objectives[0]
+        == "other.refusal_rate"
+    )
 
 
 def test_an_unpinned_study_is_refused_with_every_reference_named(tmp_path):

@@ -28,7 +28,9 @@ def pools(tmp_path_factory):
     return write_chats(folder / "pool.jsonl", 40, seed=1), write_chats(folder / "mix.jsonl", 40, seed=2)
 
 
-@given(sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)), share=st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0]), seed=st.integers(0, 5))
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)), share=st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0]), seed=st.integers(0, 5)
+)
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(tmp_path_factory, pools, sizes, share, seed):
     small, large = sorted(sizes)
     folder = tmp_path_factory.mktemp("nested")

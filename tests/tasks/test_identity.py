@@ -97,7 +97,10 @@ def test_the_refusal_names_where_the_unstable_value_lies():
 
 
 file_trees = st.dictionaries(
-    st.lists(st.sampled_from(["a", "b", "c.txt", "d e"]), min_size=1, max_size=3).map("/".join), st.binary(max_size=20), min_size=1, max_size=5
+    st.lists(st.sampled_from(["a", "b", "c.txt", "d e"]), min_size=1, max_size=3).map("/".join),
+    st.binary(max_size=20),
+    min_size=1,
+    max_size=5,
 )
 
 

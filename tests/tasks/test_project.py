@@ -23,7 +23,8 @@ def adapter(pair, tmp_path_factory) -> Path:
     """An adapter with random A and B on every projection, saved by PEFT itself."""
     torch.manual_seed(7)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(pair.aligned), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(pair.aligned),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False),
     )
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
@@ -100,7 +101,8 @@ def test_the_chosen_modules_take_C_B_and_the_others_keep_B(adapter, projection, 
     out = applied(tmp_path / "out", adapter, projection, modules=5)
     take = set(json.loads((out / ApplySpec.CHOSEN).read_text()))
     before, after, projected = (
-        load_file(path) for path in (adapter / "adapter_model.safetensors", out / "adapter_model.safetensors", projection / ProjectSpec.PROJECTED)
+        load_file(path)
+        for path in (adapter / "adapter_model.safetensors", out / "adapter_model.safetensors", projection / ProjectSpec.PROJECTED)
     )
     for module, (name_a, name_b) in read_adapter(adapter).pairs.items():
         assert torch.equal(after[name_a], before[name_a])
@@ -165,7 +167,9 @@ def test_what_is_not_one_plain_lora_adapter_is_refused_by_name(adapter, tmp_path
 def test_an_adapter_for_modules_that_the_model_lacks_names_the_tensor(pair, adapter, tmp_path):
     bad = edited(tmp_path / "bad", adapter, rename=("layers.1", "layers.9"))
     with pytest.raises(ModelError, match=r"has no tensor 'model\.layers\.9\..*\.weight'"):
-        run_project(ProjectSpec(), {"adapter": bad, "base": pair.base, "aligned": pair.aligned}, fresh(tmp_path / "out"), context(tmp_path / "c"))
+        run_project(
+            ProjectSpec(), {"adapter": bad, "base": pair.base, "aligned": pair.aligned}, fresh(tmp_path / "out"), context(tmp_path / "c")
+        )
 
 
 def test_a_truncated_file_is_named_and_is_no_crash(pair, adapter, tmp_path):
@@ -180,4 +184,9 @@ def test_a_truncated_file_is_named_and_is_no_crash(pair, adapter, tmp_path):
 
 def test_two_equal_models_are_an_error_not_an_adapter_left_as_it_was(pair, adapter, tmp_path):
     with pytest.raises(ProjectionError, match="base and aligned weights are equal"):
-        run_project(ProjectSpec(), {"adapter": adapter, "base": pair.aligned, "aligned": pair.aligned}, fresh(tmp_path / "o"), context(tmp_path / "c"))
+        run_project(
+            ProjectSpec(),
+            {"adapter": adapter, "base": pair.aligned, "aligned": pair.aligned},
+            fresh(tmp_path / "o"),
+            context(tmp_path / "c"),
+        )

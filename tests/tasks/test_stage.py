@@ -71,7 +71,9 @@ def test_nothing_of_the_context_can_reach_a_key():
     for spec in KINDS.values():
         assert not context_names & set(spec.model_fields), spec.KIND
     request = some_request()
-    other = Request(**{**vars(request), "gpus": 4, "device": "cuda", "threads": 3, "micro_batch": 2, "log": "/l", "scratch": "/s", "out": "/o"})
+    other = Request(
+        **{**vars(request), "gpus": 4, "device": "cuda", "threads": 3, "micro_batch": 2, "log": "/l", "scratch": "/s", "out": "/o"}
+    )
     assert digest(other.hashed) == digest(request.hashed)
 
 

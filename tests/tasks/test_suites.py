@@ -28,7 +28,12 @@ def prompts(tmp_path):
 
 def evaluated(folder, pair, prompts, suite, **inputs):
     out = fresh(folder)
-    run(EvaluateSpec(suite=suite, dtype="float32"), {"model": pair.aligned, "prompts": prompts, **inputs}, out, context(folder.with_name("ctx")))
+    run(
+        EvaluateSpec(suite=suite, dtype="float32"),
+        {"model": pair.aligned, "prompts": prompts, **inputs},
+        out,
+        context(folder.with_name("ctx")),
+    )
     return out, {metric.name: metric for metric in read_metrics(out)}
 
 
@@ -46,7 +51,9 @@ def test_completions_are_what_greedy_decoding_without_a_cache_gives(loaded, tmp_
 
     model, tokenizer = loaded
     for text in PROMPTS[:3]:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         new: list[int] = []
         for _ in range(8):
             token = int(model(torch.tensor([ids + new])).logits[0, -1].argmax())
@@ -83,7 +90,12 @@ def test_an_undecided_completion_stays_in_n_and_is_no_refusal(pair, prompts, tmp
     weights["model.norm.weight"][:] = 0.0  # all logits are 0: greedy takes token 0, the padding, which decodes to nothing
     save_file(weights, mute / "model.safetensors", metadata={"format": "pt"})
     out = fresh(tmp_path / "out")
-    run(EvaluateSpec(suite=RefusalSuite(max_new_tokens=4), dtype="float32"), {"model": mute, "prompts": prompts}, out, context(tmp_path / "c"))
+    run(
+        EvaluateSpec(suite=RefusalSuite(max_new_tokens=4), dtype="float32"),
+        {"model": mute, "prompts": prompts},
+        out,
+        context(tmp_path / "c"),
+    )
     (found,) = read_metrics(out)
     assert (found.n, found.undecided, found.successes, found.value) == (20, 20, 0, 0.0)
 
@@ -101,7 +113,7 @@ def test_a_task_suite_finds_exactly_the_right_answers(pair, loaded, tmp_path):
         for index, (text, answer) in enumerate(zip(PROMPTS, truth, strict=True))
         if answer.strip()
     ]
-    out, metrics = evaluated(tmp_path / "out", pair, write_lines(tmp_path / "task.jsonl", rows), TaskSuite(max_new_tokens=6))
+    _, metrics = evaluated(tmp_path / "out", pair, write_lines(tmp_path / "task.jsonl", rows), TaskSuite(max_new_tokens=6))
     found = metrics["task_accuracy"]
     assert found.n == len(rows)
     assert found.successes == sum(not row["answer"].endswith("word39 word39") or row["answer"].startswith("  ") for row in rows) < found.n
@@ -167,7 +179,9 @@ def test_no_text_of_prompt_or_completion_leaves_the_sensitive_file(pair, tmp_pat
     assert {path.name for path in out.iterdir()} == {METRICS, SAMPLES, COMPLETIONS}
     assert any(row["completion"].strip() for row in rows)
     seen = [path.read_text() for path in (out / METRICS, out / SAMPLES)] + notes + [path.read_text() for path in folder.rglob("*.*")]
-    words = {word for row in rows for text in (row["prompt"], row["completion"]) for word in text.split() if word.startswith(("word", "planted"))}
+    words = {
+        word for row in rows for text in (row["prompt"], row["completion"]) for word in text.split() if word.startswith(("word", "planted"))
+    }
     assert words
     for text in seen:
         assert not any(word in text for word in words)
@@ -191,7 +205,9 @@ metric_list:
 @pytest.fixture
 def choices(tmp_path):
     folder = tmp_path / "choices"
-    items = [{"question": f"word{i} word{i + 1}", "choices": ["word30", "word31 word32", "word33", "word34"], "label": i % 4} for i in range(12)]
+    items = [
+        {"question": f"word{i} word{i + 1}", "choices": ["word30", "word31 word32", "word33", "word34"], "label": i % 4} for i in range(12)
+    ]
     write_lines(folder / "test.jsonl", items)
     write_lines(folder / "dev.jsonl", items[:2])
     (folder / "tiny_choice.yaml").write_text(YAML)
@@ -234,7 +250,9 @@ def test_multiple_choice_leaves_the_tokenizer_as_generation_needs_it(pair, choic
     ctx = context(tmp_path / "c", residents=residents)
     inputs = {"model": pair.aligned, "prompts": prompts}
     texts = []
-    for index, suite in enumerate([RefusalSuite(max_new_tokens=6), MultipleChoiceSuite(task="tiny_choice", limit=3), RefusalSuite(max_new_tokens=6)]):
+    for index, suite in enumerate(
+        [RefusalSuite(max_new_tokens=6), MultipleChoiceSuite(task="tiny_choice", limit=3), RefusalSuite(max_new_tokens=6)]
+    ):
         out = fresh(tmp_path / f"o{index}")
         where = choices if suite.kind == "multiple_choice" else prompts
         run(EvaluateSpec(suite=suite, dtype="float32"), {**inputs, "prompts": where}, out, ctx)

@@ -77,6 +77,7 @@ def cut_off_after(steps: int):
     def progress(done: int, total: int, note: str) -> None:
         if done > steps:
             raise KeyboardInterrupt
+
     return progress
 
 
@@ -127,7 +128,13 @@ def test_an_empty_a_broken_or_a_missing_lora_matrix_is_refused():
 
 @pytest.mark.parametrize(
     ("quantisation", "dtype", "method"),
-    [("nf4", "float32", "lora"), ("nf4", "bfloat16", "lora"), ("int8", "float32", "lora"), ("none", "bfloat16", "lora"), ("none", "float32", "full")],
+    [
+        ("nf4", "float32", "lora"),
+        ("nf4", "bfloat16", "lora"),
+        ("int8", "float32", "lora"),
+        ("none", "bfloat16", "lora"),
+        ("none", "float32", "full"),
+    ],
 )
 def test_every_way_to_hold_the_weights_trains_for_real(tmp_path, pair, chats, quantisation, dtype, method):
     rate = 2e-2 if method == "lora" else 2e-3
@@ -156,8 +163,18 @@ def test_full_training_leaves_the_folder_it_started_from_alone(tmp_path, pair, c
 def test_trainings_on_one_resident_base_do_not_see_each_other(tmp_path, pair, chats, quantisation):
     alone, _ = trained(tmp_path / "alone", pair.aligned, chats, quantisation=quantisation)
     residents = Residents()
-    trained(tmp_path / "first", pair.aligned, chats, ctx=context(tmp_path / "c1", residents=residents), quantisation=quantisation, rank=2, seed=5)
-    second, _ = trained(tmp_path / "second", pair.aligned, chats, ctx=context(tmp_path / "c2", residents=residents), quantisation=quantisation)
+    trained(
+        tmp_path / "first",
+        pair.aligned,
+        chats,
+        ctx=context(tmp_path / "c1", residents=residents),
+        quantisation=quantisation,
+        rank=2,
+        seed=5,
+    )
+    second, _ = trained(
+        tmp_path / "second", pair.aligned, chats, ctx=context(tmp_path / "c2", residents=residents), quantisation=quantisation
+    )
     assert residents.loads == 1
     assert furthest(adapter_of(alone), adapter_of(second)) == 0.0
 

@@ -64,7 +64,9 @@ def test_a_batch_loads_its_base_once_for_training_and_measuring(tmp_path, pair, 
     requests = [
         request(train, {"model": pair.aligned, "data": chats}, tmp_path / "train"),
         request(suite, {"model": pair.aligned, "prompts": prompts}, tmp_path / "before"),
-        request(suite, {"model": pair.aligned, "prompts": prompts, "adapter": tmp_path / "train" / "payload" / "adapter"}, tmp_path / "after"),
+        request(
+            suite, {"model": pair.aligned, "prompts": prompts, "adapter": tmp_path / "train" / "payload" / "adapter"}, tmp_path / "after"
+        ),
     ]
     assert [report.error for report in run_stages(requests)] == [None] * 3
     assert len(loads) == 1
