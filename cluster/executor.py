@@ -83,4 +83,14 @@ def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -
                 name, reason = described(error, Path(request.log))
                 report = replace(report, error=f"could not be committed: {reason}", error_type=name)
         reports.append(report)
+        if world_size > 1 and report.error is not None:
+            raise MemberFailed(report)
     return tuple(reports)
+
+
+class MemberFailed(Exception):
+    """A gang's member failed: its partners wait for it in a collective, so all of them have to end."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.error)
+        self.report = report

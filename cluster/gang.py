@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.executor import run_batch
+from cluster.executor import MemberFailed, run_batch
 from tasks.stage import Report, Request
 
 
@@ -25,20 +25,25 @@ def run_gang(requests: Sequence[Request], gpus: int, scratch: str) -> tuple[Repo
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         run_config=RunConfig(name=f"gang-{requests[0].key[:12]}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError:
+        # The members' own reports say more; without any, the gang was lost and Ray's error is what there is.
+        if not ray.get(outcome.get.remote()):
+            raise
     reports: tuple[Report, ...] = ray.get(outcome.get.remote())
     return reports
 
 
 @ray.remote(num_cpus=0)
 class _Outcome:
-    """Carries rank 0's reports out of the gang: Ray Train's own results hold metrics only."""
+    """Carries rank 0's reports, or the first failed member's, out of the gang: Ray Train's own results hold metrics only."""
 
     def __init__(self) -> None:
         self.reports: tuple[Report, ...] = ()
 
     def put(self, reports: tuple[Report, ...]) -> None:
-        self.reports = reports
+        self.reports = self.reports or reports
 
     def get(self) -> tuple[Report, ...]:
         return self.reports
@@ -47,6 +52,10 @@ class _Outcome:
 def _member(config: dict[str, Any]) -> None:
     context = get_context()
     requests = [Request.from_json(text) for text in config["requests"]]
-    reports = run_batch(requests, context.get_world_rank(), context.get_world_size())
+    try:
+        reports = run_batch(requests, context.get_world_rank(), context.get_world_size())
+    except MemberFailed as failure:
+        ray.get(config["outcome"].put.remote((failure.report,)))
+        raise
     if context.get_world_rank() == 0:
         ray.get(config["outcome"].put.remote(reports))

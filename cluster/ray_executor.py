@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RaySystemError, RayTaskError
@@ -52,14 +53,14 @@ class RayExecutor(Executor):
     def submit(self, batch: Sequence[Request], gpus: int) -> Job:
         job = Job(f"ray-{next(self._numbers)}", tuple(request.key for request in batch), gpus)
         if gpus > 1:
-            task, arguments = _gang, (list(batch), gpus, self._scratch)
+            reference = _gang.options(runtime_env=self._environment).remote(list(batch), gpus, self._scratch)
         elif gpus == 1:
             # Ray ends the process after each GPU task, to free the GPU's memory. With logical GPUs there is none to free, and
             # a kept process saves seconds of imports a batch.
-            task, arguments = (_batch if self.device == "cpu" else _gpu_batch), (list(batch),)
+            task = _batch if self.device == "cpu" else _gpu_batch
+            reference = task.options(num_gpus=1, runtime_env=self._environment).remote(list(batch))
         else:
-            task, arguments = _batch, (list(batch),)
-        reference = task.options(num_gpus=min(gpus, 1) if gpus <= 1 else 0, runtime_env=self._environment).remote(*arguments)
+            reference = _batch.options(runtime_env=self._environment).remote(list(batch))
         self._jobs[reference] = job
         return job
 

@@ -16,7 +16,7 @@ from cluster.costs import Estimates
 from cluster.executor import Executor, Finished, Job
 from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
-from tasks.errors import DiskFull
+from tasks.errors import DiskFull, StudyError
 from tasks.identity import digest
 from tasks.specs import ApplySpec, EvaluateSpec, OrganismSpec, ProjectSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
@@ -27,15 +27,19 @@ State = Literal["waiting", "ready", "running", "done", "failed"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage has no artifact. `command` reproduces it in one process; empty when the fault lay further up."""
+    """Why a stage has no artifact. `command` reproduces it in one process; `inherited` when the fault lay further up."""
 
     reason: str
     command: str = ""
+    inherited: bool = False
 
 
 @dataclass
 class Node:
-    """One stage on its way. `reused` is true when its artifact was there before this runner asked for it."""
+    """One stage on its way. `reused` is true when its artifact was there before this runner asked for it.
+
+    `attempt` is the folder of its latest attempt. Nodes with the same key are twins: one runs, all get its artifact.
+    """
 
     stage: Stage
     state: State = "waiting"
@@ -43,6 +47,7 @@ class Node:
     artifact: Artifact | None = None
     failure: Failure | None = None
     reused: bool = False
+    attempt: Path | None = None
     behind: list["Node"] = field(default_factory=list)
 
 
@@ -74,13 +79,13 @@ class Resolver:
         self.store = store
         self._found: dict[str, Artifact | None] = {}
 
-    def payload(self, stage: Stage) -> dict[str, object] | None:
+    def hashed(self, stage: Stage) -> dict[str, object] | None:
         """What the stage's key hashes; None while an input is not made."""
         contents = contents_of(stage, self.artifact)
         return None if contents is None else key_payload(stage.spec, contents)
 
     def key(self, stage: Stage) -> str | None:
-        payload = self.payload(stage)
+        payload = self.hashed(stage)
         return None if payload is None else digest(payload)
 
     def artifact(self, stage: Stage) -> Artifact | None:
@@ -154,16 +159,11 @@ class Runner:
         return f"{said['note']} ({said['done']}/{said['total']})" if said else ""
 
     def _said(self, node: Node) -> dict[str, Any]:
-        latest = self._latest(node, "progress.json")
         try:
-            said: dict[str, Any] = json.loads(latest.read_text()) if latest else {}
+            said: dict[str, Any] = json.loads((node.attempt / "log" / "progress.json").read_text()) if node.attempt else {}
         except (OSError, ValueError):
             return {}  # being replaced at this moment; the next look will find it
         return said
-
-    def _latest(self, node: Node, name: str) -> Path | None:
-        files = (self.store.root / node.stage.kind / node.key).glob(f"*/log/{name}")
-        return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
     def remaining_s(self) -> float:
         """The expected seconds until all wanted stages are done: the longest chain, or the work over the GPUs."""
@@ -180,10 +180,9 @@ class Runner:
             for node in [node for node in self.nodes.values() if node.state == "waiting"]:
                 broken = next((a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"), None)
                 if broken is not None:
-                    above = self.nodes[broken.lineage].failure
-                    reason = above.reason if above else ""
-                    node.failure = Failure(reason if reason.startswith("needs ") else f"needs {broken.kind}, which failed: {reason}")
-                    node.state = "failed"
+                    above = self.nodes[broken.lineage].failure or Failure("")
+                    reason = above.reason if above.inherited else f"needs {broken.kind}, which failed: {above.reason}"
+                    node.state, node.failure = "failed", Failure(reason, above.command, inherited=True)
                     changed = True
                     continue
                 contents = contents_of(node.stage, self.artifact)
@@ -212,9 +211,16 @@ class Runner:
             Work(key, self._gpus_for(node.stage), resident(node.stage), self._seconds(node), paths[node.stage.lineage])
             for key, node in ready.items()
         ]
+        capacity = self.executor.capacity()
+        for work in works:
+            if work.gpus > capacity.gpus:
+                raise StudyError(
+                    f"{ready[work.key].stage.kind} {work.key[:12]} needs {work.gpus} GPUs at once, and there are {capacity.gpus};"
+                    " give the model fewer `gpus`, or the cluster more"
+                )
         now = time.monotonic()
         busy = [Busy(item.job.gpus, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
-        for placement in place(works, busy, self.executor.capacity()):
+        for placement in place(works, busy, capacity):
             batch = [self._request(ready[key], placement.gpus) for key in placement.keys]
             job = self.executor.submit(batch, placement.gpus)
             self.running[job.id] = _Running(job, now, sum(self._seconds(ready[key]) for key in placement.keys))
@@ -241,6 +247,7 @@ class Runner:
             threads=self.executor.threads,
         )
         (attempt / "log" / "request.json").write_text(request.to_json())
+        node.attempt = attempt
         return request
 
     def _location(self, item: Input) -> str:
@@ -254,6 +261,7 @@ class Runner:
     def _take_in(self, finished: Finished) -> None:
         self.running.pop(finished.job.id, None)
         reports = {report.key: report for report in finished.reports}
+        charged = False  # a lost batch was lost by the stage it was at, not by those behind it
         for key in finished.job.keys:
             nodes = self._by_key[key]
             artifact = self.store.find(nodes[0].stage.kind, key)
@@ -266,7 +274,8 @@ class Runner:
             elif report is not None and report.error is not None:
                 self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
             else:
-                self._lost[key] = self._lost.get(key, 0) + 1
+                self._lost[key] = self._lost.get(key, 0) + (not charged)
+                charged = True
                 if self._lost[key] >= LOST_TRIES:
                     self._fail(nodes, f"{nodes[0].stage.kind}: lost {LOST_TRIES} times ({finished.lost or 'no report'})")
                 else:
@@ -274,8 +283,8 @@ class Runner:
                         node.state = "ready"
 
     def _fail(self, nodes: list[Node], reason: str) -> None:
-        latest = self._latest(nodes[0], "request.json")
-        command = f"python -m tasks {latest}" if latest else ""
+        attempt = next((node.attempt for node in nodes if node.attempt), None)
+        command = f"python -m tasks {attempt / 'log' / 'request.json'}" if attempt else ""
         for node in nodes:
             node.state, node.failure = "failed", Failure(reason, command)
 

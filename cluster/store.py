@@ -2,12 +2,12 @@
 
     ROOT/KIND/KEY/record.json          present if and only if the artifact is complete; written last, once
     ROOT/KIND/KEY/ATTEMPT/payload/     the files, immutable once recorded
-    ROOT/KIND/KEY/ATTEMPT/log/         request.json, progress, training curves: about the attempt, not content
+    ROOT/KIND/KEY/ATTEMPT/log/         request.json, progress, errors: about the attempt, not content
     ROOT/scratch/KEY/                  checkpoints of unfinished stages
 
 Each attempt writes into a folder of its own and the record names the one that counts, so a commit moves nothing: it is
 one conditional put. Two workers that finish the same key at once both succeed and the first record stands. A folder
-without a record is an attempt that was cut off; nothing looks at it.
+without a record is an attempt that was cut off; nothing that another attempt makes depends on it.
 """
 
 import json
@@ -31,7 +31,7 @@ RECORD = "record.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete result. `payload` is what its key hashed, `files` maps each relative path to its sha256."""
+    """A complete result. `hashed` is what its key was made from, `files` maps each relative path to its sha256."""
 
     key: str
     kind: str
@@ -133,6 +133,7 @@ class Store:
             shutil.rmtree(attempt)
         except BaseError as error:
             raise StoreError(f"the record of {kind} {key[:12]} could not be written to {self.root}: {error}") from error
+        _to_disk(self.root / kind / key / RECORD)
         shutil.rmtree(self.scratch(key), ignore_errors=True)
         return self.open(kind, key)
 

@@ -59,10 +59,12 @@ def studies(as_json: JsonOption = False) -> None:
 @_explained
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
     """Check a study file: keys, types, ranges, and whether all it names is pinned."""
+    from sweeps.search import check_written_points
     from sweeps.study import require_pins
     from sweeps.study_file import load
 
     loaded = load(study)
+    check_written_points(loaded)
     require_pins(loaded)
     if as_json:
         print(loaded.model_dump_json(indent=1))
@@ -99,9 +101,9 @@ def plan(
     from sweeps.search import finite, known_points, space
     from sweeps.study_file import load
 
-    loaded, place = load(study), Home(home)
-    points, unchosen = known_points(loaded, place.storage_url(loaded.study))
-    planner = Planner(loaded, place)
+    loaded, where = load(study), Home(home)
+    points, unchosen = known_points(loaded, where.storage_url(loaded.study))
+    planner = Planner(loaded, where)
     found = make_plan(planner, points, unchosen)
     most = make_plan(planner, space(loaded), 0) if unchosen and finite(loaded) else None
     print_plan(found, most, why, as_json)
@@ -134,8 +136,8 @@ def status(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from sweeps.home import Home
     from sweeps.study_file import load
 
-    loaded, place = load(study), Home(home)
-    print_status(loaded, place.holder(loaded.study), collect(loaded, place), as_json)
+    loaded, where = load(study), Home(home)
+    print_status(loaded, where.holder(loaded.study), collect(loaded, where), as_json)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,12 +56,19 @@ class Interrupts:
 def run_study(study: Study, name: str, home: Home, executor: str, address: str, gpus: int | None, wandb: bool) -> int:
     """Drive a study to its end and print where its outputs are; returns the exit code (see ebbline.cli)."""
     folder = home.folder(study.study)
-    mirrored = mirror.start(name, home.root, folder / "log" / "mirror.log") if wandb else None
+    mirrored: list[subprocess.Popen[bytes]] = []
+
+    def make_executor() -> Executor:
+        # Called once this driver holds the study: one that is turned away starts neither Ray nor a second mirror.
+        if wandb:
+            mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
+        return _executor(study, executor, address, gpus)
+
     started = time.monotonic()
     print(f"{study.study}: {study.question}\n")
     try:
         with Interrupts() as interrupts, Screen() as screen:
-            progress = drive(study, home, _maker(study, executor, address, gpus), screen, interrupts.stopping)
+            progress = drive(study, home, make_executor, screen, interrupts.stopping)
     except KeyboardInterrupt:
         print("stopped; the same command continues from what is in the store")
         _end(mirrored)
@@ -75,7 +82,7 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
     print()
     print(frontier_text(results_frame(results, study.objectives)))
     print()
-    if mirrored is not None and not mirror.stop(mirrored, MIRROR_WAIT_S):
+    if not all(mirror.stop(process, MIRROR_WAIT_S) for process in mirrored):
         print(f"W&B has not taken everything yet; `ebbline sync {name}` continues (see {folder / 'log' / 'mirror.log'})")
     for what, path in outputs.items():
         print(f"{what:9} {path}")
@@ -84,26 +91,21 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
     return 3 if any(result.status == "failed" for result in results) else 0
 
 
-def _end(mirrored: "subprocess.Popen[bytes] | None") -> None:
-    if mirrored is not None:
-        mirror.stop(mirrored, wait_s=0)
+def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
+    for process in mirrored:
+        mirror.stop(process, wait_s=0)
 
 
-def _maker(study: Study, executor: str, address: str, gpus: int | None) -> Callable[[], Executor]:
+def _executor(study: Study, kind: str, address: str, gpus: int | None) -> Executor:
     gang = max(model.gpus for model in study.models.values())
     logical = gpus or max(gang, min(MOST_LOGICAL_GPUS, len(os.sched_getaffinity(0))))
+    if kind == "inline":
+        from cluster.inline import InlineExecutor  # imported here, as only one of the two is needed
 
-    def make() -> Executor:
-        # Imported here: ray takes a second, and a second driver should be turned away before that.
-        if executor == "inline":
-            from cluster.inline import InlineExecutor
+        return InlineExecutor(gpus=max(gang, logical))
+    from cluster.ray_executor import RayExecutor
 
-            return InlineExecutor(gpus=logical)
-        from cluster.ray_executor import RayExecutor
-
-        return RayExecutor(address, logical)
-
-    return make
+    return RayExecutor(address, logical)
 
 
 def _told(progress: Progress, seconds: float) -> str:

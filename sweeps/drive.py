@@ -15,7 +15,7 @@ from sweeps.home import Home
 from sweeps.outcome import result_of
 from sweeps.plan import Planner
 from sweeps.points import Point, Result
-from sweeps.search import OptunaSearcher, Searcher, limit
+from sweeps.search import OptunaSearcher, Searcher, check_written_points, limit
 from sweeps.study import Study
 from tasks.errors import StudyError
 from tasks.stage import Stage
@@ -51,23 +51,25 @@ Watcher = Callable[[Progress], None]
 def drive(
     study: Study,
     home: Home,
-    executor: Callable[[], Executor],
+    make_executor: Callable[[], Executor],
     watch: Watcher = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
-    """Run a study to its end. `executor` is made once the study is held, and closed; `stop` turning true drains and returns.
+    """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
-    Raises StudyHeld when another driver has the study, StudyError when a model cannot be measured before fine-tuning.
+    The executor is made once the study is held, and closed at the end; `stop` turning true drains and returns. Raises
+    StudyHeld when another driver has the study, StudyError when a model cannot be measured before fine-tuning.
     """
     with home.driving(study.study):
-        home.freeze(study)
         planner = Planner(study, home)
+        check_written_points(study)
+        home.freeze(study)
         searcher = OptunaSearcher(study, home.storage_url(study.study))
-        place = executor()
+        executor = make_executor()
         try:
-            return _loop(study, planner, searcher, Runner(home.store, place, planner.gpus_for), watch, stop)
+            return _loop(study, planner, searcher, Runner(home.store, executor, planner.gpus_for), watch, stop)
         finally:
-            place.close()
+            executor.close()
 
 
 def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runner, watch: Watcher, stop: Callable[[], bool]) -> Progress:
@@ -90,14 +92,16 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
                 flights.append(_take_off(*asked, planner, runner))
         progress.in_flight = list(flights)
         watch(progress)
-        if flights and all(runner.settled(stage) for stage in flights[0].stages.values()):
-            # One at a time: the next proposal is to see exactly this result more than the one before it did.
+        broken = next((failure for stage in baselines if (failure := runner.failure(stage)) is not None), None)
+        # What every point of a size needs has failed: stop, and tell no point that it failed for a fault of its own.
+        if broken is not None:
+            raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken)}")
+        if flights and not runner.draining and all(runner.settled(stage) for stage in flights[0].stages.values()):
+            # One at a time: the next proposal is to see exactly this result more than the one before it did. None while
+            # draining, as nothing is asked then: the next run lands them from the store.
             progress.results.append(_land(study, flights.popleft(), searcher, runner))
             progress.told += 1
             continue
-        broken = next((failure for stage in baselines if (failure := runner.failure(stage)) is not None), None)
-        if broken is not None:
-            raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken)}")
         if not flights and exhausted and all(runner.settled(stage) for stage in [*baselines, *measured]):
             break
         if stop():
@@ -118,7 +122,7 @@ def _take_off(number: int, point: Point, planner: Planner, runner: Runner) -> Fl
 
 def _land(study: Study, flight: Flight, searcher: Searcher, runner: Runner) -> Result:
     failures = [failure for stage in flight.stages.values() if (failure := runner.failure(stage)) is not None]
-    own = next((failure for failure in failures if failure.command), failures[0] if failures else None)
+    own = next((failure for failure in failures if not failure.inherited), failures[0] if failures else None)
     result = result_of(study, flight.number, flight.point, flight.stages, runner, reason=_told(own) if own else "")
     searcher.tell(flight.number, result)
     return result

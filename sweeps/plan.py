@@ -207,7 +207,7 @@ def _closure(name: str, stage: Stage) -> Iterator[tuple[str, Stage]]:
 
 def explain(stage: Stage, resolver: Resolver, store: Store) -> str:
     """Why a stage is not in the store: the fields that differ from the nearest artifact of its kind, or what it waits for."""
-    payload = resolver.payload(stage)
+    payload = resolver.hashed(stage)
     if payload is None:
         waiting = [above.kind for above in stage.upstream() if resolver.artifact(above) is None]
         return f"waits for {' and '.join(sorted(set(waiting)))}"

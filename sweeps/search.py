@@ -167,6 +167,17 @@ def finite(study: Study) -> bool:
     return not any(isinstance(axis, Range) for axis in study.axes.values())
 
 
+def check_written_points(study: Study) -> None:
+    """Raise StudyError for a point of `search.first` or `search.list` that is not in the space, or stands twice."""
+    for name in ("first", "list"):
+        seen: set[str] = set()
+        for k, row in enumerate(getattr(study.search, name)):
+            point = listed(row, study, f"search.{name}[{k}]")
+            if point.id in seen:
+                raise StudyError(f"search.{name} gives the point {point} twice; each point runs once, seeds are its repeats")
+            seen.add(point.id)
+
+
 def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
     """A point written out in the study file. Raises StudyError when it lacks the model or an axis, or leaves the space."""
     values = dict(row)
@@ -175,8 +186,11 @@ def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
         raise StudyError(f"{where} must give `model` (one of {sorted(study.models)}) and each of {sorted(study.axes)}")
     for axis, value in values.items():
         choices = _parameter(study, model, axis)[1]
-        outside = value not in choices if isinstance(choices, tuple) else not isinstance(value, int | float)
-        if outside:
+        if isinstance(choices, Range):
+            inside = isinstance(value, int | float) and choices.low <= value <= choices.high
+        else:
+            inside = json.dumps(value) in [json.dumps(choice) for choice in choices]  # 1, 1.0 and true are three values
+        if not inside:
             raise StudyError(f"{where}: {axis}={value!r} is not a value of that axis for {model}, which has {choices}")
     return Point.of(model, values)
 

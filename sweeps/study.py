@@ -280,6 +280,13 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _suites_are_not_called_like_stages(self) -> Self:
+        for name in self.suites:
+            if name in SETTINGS:
+                raise ValueError(f"suites.{name}: this is the name of a stage; call the suite by what it measures")
+        return self
+
+    @model_validator(mode="after")
     def _sizes_can_train(self) -> Self:
         for name, model in self.models.items():
             for field in ("quantisation", "dtype"):

@@ -81,9 +81,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(newline="", encoding="utf-8") as handle:
             yield from enumerate(csv.DictReader(handle, strict=True), start=2)
     elif path.suffix == ".parquet":
-        import pyarrow.parquet as parquet  # what many hub data sets are stored as
+        import pyarrow  # what many hub data sets are stored as
+        from pyarrow import parquet
 
-        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
+        try:
+            table = parquet.read_table(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path} cannot be read as Parquet ({type(error).__name__}); is the download complete?") from None
+        yield from enumerate(table.to_pylist(), start=1)
     elif path.suffix == ".json":
         yield from enumerate(_objects(_parsed(path.read_text("utf-8"), str(path)), path), start=1)
     elif path.suffix == ".jsonl":

@@ -51,15 +51,15 @@ class Engine(ABC):
 
 
 class SingleDevice(Engine):
-    """Plain PyTorch. The base stays resident between LoRA trainings; full fine-tuning loads a copy of its own."""
+    """Plain PyTorch. The model stays resident between LoRA trainings; full fine-tuning loads a copy of its own."""
 
     def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
         self.spec, self.ctx = spec, ctx
         if spec.method == "lora" and ctx.residents is not None:
-            self._base, self.tokenizer = ctx.residents.base(folder, spec.quantisation, spec.dtype, ctx.device)
+            self._resident, self.tokenizer = ctx.residents.model(folder, spec.quantisation, spec.dtype, ctx.device)
         else:
-            self._base, self.tokenizer = load_model(folder, spec.quantisation, spec.dtype, ctx.device), load_tokenizer(folder)
-        self.model = trainable(self._base, spec)
+            self._resident, self.tokenizer = load_model(folder, spec.quantisation, spec.dtype, ctx.device), load_tokenizer(folder)
+        self.model = trainable(self._resident, spec)
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
@@ -128,9 +128,9 @@ class SingleDevice(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         if self.spec.method == "lora":
             self.model.unload()
-            if hasattr(self._base, "peft_config"):
-                del self._base.peft_config
-            self._base.eval()
+            if hasattr(self._resident, "peft_config"):
+                del self._resident.peft_config
+            self._resident.eval()
 
 
 class DeepSpeedGang(Engine):

@@ -20,9 +20,9 @@ COMPLETIONS = "completions.sensitive.jsonl"
 
 
 def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
-    base, tokenizer = ctx.residents.base(inputs["model"], spec.quantisation, spec.dtype, ctx.device)
-    base.eval()
-    with with_adapter(base, inputs.get("adapter")) as model:
+    resident, tokenizer = ctx.residents.model(inputs["model"], spec.quantisation, spec.dtype, ctx.device)
+    resident.eval()
+    with with_adapter(resident, inputs.get("adapter")) as model:
         samples, metrics, completions = _measure(spec, model, tokenizer, inputs["prompts"], ctx)
     _write_lines(out / SAMPLES, (asdict(sample) for sample in samples))
     if completions:

@@ -4,7 +4,6 @@ Only safetensors are read and no code that comes with a model is run.
 """
 
 import gc
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ class Residents:
         self._loaded: _Loaded | None = None
         self.loads = 0
 
-    def base(self, folder: Path, quantisation: Quantisation, dtype: Dtype, device: str) -> tuple[PreTrainedModel, Any]:
+    def model(self, folder: Path, quantisation: Quantisation, dtype: Dtype, device: str) -> tuple[PreTrainedModel, Any]:
         """The model and its tokenizer; read from disk only when the one in memory is another."""
         identity = (str(folder), quantisation, dtype, device)
         if self._loaded is None or self._loaded.identity != identity:
@@ -120,14 +119,6 @@ def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Iterator[Any]:
         yield wrapped
     finally:
         wrapped.unload()
-        # PEFT leaves its config on the base, and warns of a second adapter when the next one comes.
+        # PEFT leaves its config on the model, and warns of a second adapter when the next one comes.
         if hasattr(model, "peft_config"):
             del model.peft_config
-
-
-def quiet() -> None:
-    """Loading bars and advice of the libraries stay out of worker logs; warnings and errors do not."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.WARNING)

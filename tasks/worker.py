@@ -52,6 +52,7 @@ def _run(request: Request, residents: Residents, rank: int, world_size: int) -> 
         _set_threads(request.threads)
         _run_function(spec)(spec, inputs, Path(request.out), ctx)
     except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
+        residents.clear()  # a model that a failure left half changed must not be measured by the next request
         with contextlib.suppress(OSError):  # on a full disk the report below says so
             (Path(request.log) / ERROR).write_text(traceback.format_exc())
         name, reason = described(error, Path(request.log))

@@ -1,8 +1,9 @@
 """Cheap stages over small files, and one turn of a runner's heartbeat."""
 
+import time
 from pathlib import Path
 
-from cluster.executor import Executor, Finished
+from cluster.executor import Executor, Finished, Job
 from cluster.runner import Runner
 from cluster.store import Store
 from tasks.identity import content_digest, digest
@@ -28,15 +29,13 @@ def settle(runner: Runner, turns: int = 200) -> None:
     raise AssertionError({node.stage.kind: node.state for node in runner.nodes.values()})
 
 
-def wait_for(executor: Executor, jobs: int, timeout_s: float = 120.0) -> list[Finished]:
-    """All that `jobs` jobs have to say."""
-    import time
-
-    found: list[Finished] = []
+def wait_for(executor: Executor, *jobs: Job, timeout_s: float = 120.0) -> list[Finished]:
+    """What became of `jobs`, in their order; what an earlier test left behind is passed over."""
+    found: dict[str, Finished] = {}
     deadline = time.monotonic() + timeout_s
-    while len(found) < jobs and time.monotonic() < deadline:
-        found += executor.finished(1.0)
-    return found
+    while not {job.id for job in jobs} <= found.keys() and time.monotonic() < deadline:
+        found |= {done.job.id: done for done in executor.finished(1.0)}
+    return [found[job.id] for job in jobs]
 
 
 def stored_request(store: Store, spec: Spec, inputs: dict[str, Path], **changes: object) -> Request:

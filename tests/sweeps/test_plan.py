@@ -178,10 +178,14 @@ def test_a_local_file_that_is_not_what_its_pin_says_is_refused(tmp_path, home):
         changed.stages_for(next(iter(space(changed.study))))
 
 
-def test_a_hub_reference_becomes_a_location_at_its_commit(tmp_path, home):
-    hub = {"hub": {"id": "org/prompts", "commit": "b" * 40, "sha256": "c" * 64, "file": "p.jsonl"}}
-    planner = Planner(study(tmp_path, {"suites/refusal/prompts": hub}), home)
-    assert planner.baselines()["7b"]["refusal"].inputs["prompts"] == Source("c" * 64, f"hub:dataset:org/prompts@{'b' * 40}#p.jsonl")
+def test_a_hub_reference_becomes_a_location_at_its_commit_and_the_commit_is_part_of_its_content(tmp_path, home):
+    found = []
+    for commit in ("b" * 40, "d" * 40):
+        hub = {"hub": {"id": "org/prompts", "commit": commit, "sha256": "c" * 64, "file": "p.jsonl"}}
+        planner = Planner(study(tmp_path, {"suites/refusal/prompts": hub}), home)
+        found.append(planner.baselines()["7b"]["refusal"].inputs["prompts"])
+        assert found[-1].location == f"hub:dataset:org/prompts@{commit}#p.jsonl"
+    assert found[0].content != found[1].content
 
 
 def test_a_points_value_that_no_stage_takes_names_the_axis(tmp_path, home):

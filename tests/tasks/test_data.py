@@ -3,9 +3,11 @@
 import csv
 import json
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from tasks.data import encode, read_conversations, read_rows, run
 from tasks.errors import DataError
@@ -60,7 +62,7 @@ def test_asking_for_more_rows_than_there_are_is_an_error_not_a_smaller_set(tmp_p
         made(tmp_path / "mix", write_chats(tmp_path / "large.jsonl", 90), pools[1], size=90, mix_share=0.5)
 
 
-def test_chat_jsonl_alpaca_json_jsonl_and_csv_are_read_as_the_same_conversations(tmp_path):
+def test_chat_jsonl_and_alpaca_json_jsonl_csv_and_parquet_are_read_as_the_same_conversations(tmp_path):
     asked = [("first question", "", "first answer"), ("second, with a comma", "and an input", 'an answer with "quotes"\nand a line')]
     rows = [{"instruction": i, "input": x, "output": o} for i, x, o in asked]
     chat = [
@@ -71,14 +73,16 @@ def test_chat_jsonl_alpaca_json_jsonl_and_csv_are_read_as_the_same_conversations
         writer = csv.DictWriter(handle, ["instruction", "input", "output"])
         writer.writeheader()
         writer.writerows(rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "alpaca.parquet")
     files = [
         write_lines(tmp_path / "chat.jsonl", chat),
         write_lines(tmp_path / "alpaca.jsonl", rows),
         tmp_path / "alpaca.json",
         tmp_path / "alpaca.csv",
+        tmp_path / "alpaca.parquet",
     ]
     expected = [row["messages"] for row in chat]
-    assert [read_conversations(path) for path in files] == [expected] * 4
+    assert [read_conversations(path) for path in files] == [expected] * 5
 
 
 def test_a_folder_with_one_data_file_is_that_file_and_with_two_is_an_error(tmp_path):
@@ -122,7 +126,8 @@ BAD_FILES = {
     "empty jsonl": ("x.jsonl", "\n\n", r"x\.jsonl holds no conversation"),
     "empty json": ("x.json", "[]", r"x\.json holds no conversation"),
     "csv with a header only": ("x.csv", "instruction,output\n", r"x\.csv holds no conversation"),
-    "another ending": ("x.parquet", "PAR1", r"x\.parquet is neither"),
+    "truncated parquet": ("x.parquet", "PAR1", r"x\.parquet cannot be read as Parquet"),
+    "another ending": ("x.tsv", "a\tb", r"x\.tsv is neither"),
 }
 
 

@@ -258,7 +258,7 @@ def test_multiple_choice_leaves_the_tokenizer_as_generation_needs_it(pair, choic
         run(EvaluateSpec(suite=suite, dtype="float32"), {**inputs, "prompts": where}, out, ctx)
         texts.append((out / COMPLETIONS).read_text() if suite.kind == "refusal" else "")
     assert texts[0] == texts[2]
-    assert residents.base(pair.aligned, "none", "float32", "cpu")[1].padding_side == "left"
+    assert residents.model(pair.aligned, "none", "float32", "cpu")[1].padding_side == "left"
 
 
 def test_a_task_that_the_folder_does_not_define_is_an_error_that_names_those_it_does(pair, choices, tmp_path):
