@@ -12,7 +12,8 @@ from cluster.executor import Finished, Job
 from cluster.inline import InlineExecutor
 from cluster.runner import LOST_TRIES, Resolver, Runner, default_gpus, resident
 from cluster.store import Store
-from tasks.specs import ApplySpec, DataSpec, EvaluateSpec, RefusalSuite, TrainSpec
+from tasks.errors import StoreError, StudyError
+from tasks.specs import ApplySpec, DataSpec, EvaluateSpec, ProjectSpec, RefusalSuite, TrainSpec
 from tasks.stage import Request, Source, Stage
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
@@ -136,7 +137,8 @@ def test_a_failure_reaches_what_is_behind_it_and_nothing_else(store, pool):
     assert own.reason.startswith("data: data.size=99") and own.command.startswith("python -m tasks ")
     for stage in (behind, further):
         assert runner.failure(stage).reason == f"needs data, which failed: {own.reason}"
-        assert runner.failure(stage).command == ""
+        assert runner.failure(stage).inherited and runner.failure(stage).command == own.command
+    assert not own.inherited
     assert runner.failure(other) is None and runner.artifact(other) is not None
     assert runner.settled(further)
 
@@ -187,6 +189,25 @@ def test_a_job_that_is_lost_after_its_commit_counts_as_done(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Late())
     assert runner.artifact(stage) is not None and len(executor.keys) == 1
+
+
+def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_it(store, pool):
+    # Three stages in one batch: a job that dies at the first of them is no fault of the other two.
+    model = Source("m" * 64, "/nowhere")
+    stages = [Stage(ProjectSpec(), {"adapter": Source(c * 64, "/a"), "base": model, "aligned": model}) for c in "abc"]
+    executor = Losing(1)
+    runner = Runner(store, executor)
+    runner.want(stages)
+    runner.step(0.0)
+    assert len(executor.batches) == 1 and len(executor.batches[0]) == 3
+    assert sorted(runner._lost.get(key, 0) for key in executor.batches[0]) == [0, 0, 1]
+
+
+def test_a_gang_larger_than_the_place_is_an_error_not_an_endless_wait(store, pool):
+    runner = Runner(store, Counting(gpus=2), gpus_for=lambda stage: 4)
+    runner.want([rows(5, pool)])
+    with pytest.raises(StudyError, match="needs 4 GPUs at once, and there are 2"):
+        runner.step(0.0)
 
 
 def test_draining_starts_nothing_new(store, pool):
@@ -246,8 +267,6 @@ def test_each_attempt_leaves_its_request_for_whoever_wants_to_see_it_again(store
 
 
 def test_a_damaged_record_stops_the_runner_instead_of_being_made_again_silently(store, pool):
-    from tasks.errors import StoreError
-
     stage = rows(5, pool)
     runner, _ = ran(store, stage)
     (runner.artifact(stage).folder.parent / "record.json").write_text("{")

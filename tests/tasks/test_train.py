@@ -290,6 +290,25 @@ def test_the_first_step_after_warm_up_has_the_full_rate_and_halfway_down_half_of
     assert [learning_rate(step, 10, spec) for step in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
 
 
+def test_steps_give_the_length_in_place_of_epochs(tmp_path, pair, chats):
+    _, by_steps = trained(tmp_path / "steps", pair.aligned, chats, steps=4, epochs=1.0)
+    assert len(by_steps) == 4
+    with pytest.raises(ValueError, match="not both"):
+        TrainSpec(steps=4, epochs=2.0)
+
+
+def test_a_damaged_checkpoint_starts_over_and_ends_where_it_should(tmp_path, pair, chats):
+    whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
+    ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, progress=cut_off_after(2))
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", pair.aligned, chats, ctx=ctx)
+    checkpoint = ctx.scratch / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    again, continued = trained(tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx"))
+    assert continued == losses
+    assert furthest(adapter_of(whole), adapter_of(again)) == 0.0
+
+
 def test_a_set_smaller_than_a_batch_still_gets_its_step(tmp_path, pair):
     _, losses = trained(tmp_path / "out", pair.aligned, write_chats(tmp_path / "few.jsonl", 3), epochs=1.0)
     assert len(losses) == 1
