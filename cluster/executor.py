@@ -5,7 +5,7 @@ long before. So whoever waits looks at the store, and asks the executor only for
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,38 @@ class Executor(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop all jobs and give everything back."""
+
+
+class OnDemand(Executor):
+    """An executor that is made when the first stage asks what there is: a study with nothing to run starts no cluster."""
+
+    def __init__(self, make: Callable[[], Executor]) -> None:
+        self.device = "not made yet"
+        self._make = make
+        self._made: Executor | None = None
+
+    def capacity(self) -> Capacity:
+        if self._made is None:
+            self._made = self._make()
+            self.device, self.threads = self._made.device, self._made.threads
+        return self._made.capacity()
+
+    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
+        self.capacity()
+        if self._made is None:
+            raise RuntimeError("the executor was closed")
+        return self._made.submit(batch, gpus)
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        return self._made.finished(timeout_s) if self._made is not None else []
+
+    def cancel(self, job: Job) -> None:
+        if self._made is not None:
+            self._made.cancel(job)
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
 
 
 def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> tuple[Report, ...]:

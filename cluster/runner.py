@@ -168,6 +168,8 @@ class Runner:
     def remaining_s(self) -> float:
         """The expected seconds until all wanted stages are done: the longest chain, or the work over the GPUs."""
         open_nodes = [node for node in self.nodes.values() if node.state not in ("done", "failed")]
+        if not open_nodes:
+            return 0.0
         chains = self._paths()
         work = sum(self._seconds(node) * max(1, self._gpus_for(node.stage)) for node in open_nodes if self._gpus_for(node.stage))
         return max([work / max(1, self.executor.capacity().gpus), *(chains[node.stage.lineage] for node in open_nodes)], default=0.0)

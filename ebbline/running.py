@@ -17,7 +17,7 @@ from analysis.report import write_report
 from analysis.results import baselines, collect
 from analysis.tables import frontier_text, results_frame, write_tables
 from analysis.threshold_figure import threshold_figure
-from cluster.executor import Executor
+from cluster.executor import Executor, OnDemand
 from ebbline.show import Screen
 from sweeps.drive import Progress, drive
 from sweeps.home import Home
@@ -59,10 +59,10 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
     mirrored: list[subprocess.Popen[bytes]] = []
 
     def make_executor() -> Executor:
-        # Called once this driver holds the study: one that is turned away starts neither Ray nor a second mirror.
+        # Called once this driver holds the study: one that is turned away starts no second mirror.
         if wandb:
             mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
-        return _executor(study, executor, address, gpus)
+        return OnDemand(lambda: _executor(study, executor, address, gpus))
 
     started = time.monotonic()
     print(f"{study.study}: {study.question}\n")

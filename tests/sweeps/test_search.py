@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from sweeps.points import Point, Result
-from sweeps.search import OptunaSearcher, asked, known_points, limit, space
+from sweeps.search import NOT_A_POINT, OptunaSearcher, asked, known_points, limit, space
 from tasks.errors import StudyError
 from tasks.metrics import Metric
 from tests.sweeps.made import outcome, study
@@ -143,7 +143,7 @@ def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
         writes = next(written)
     assert len({point.id for point in undisturbed}) == len(undisturbed) == 8
     assert writes > 15
-    for number in range(SAMPLERS.index(sampler) if sampler in SAMPLERS else 1, writes, 5):
+    for number in range(SAMPLERS.index(sampler) if sampler in SAMPLERS else 1, writes, 7):
         url = fresh_url(tmp_path / f"{number}.db", empty_storage)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             die_at(patch, number)
@@ -163,6 +163,17 @@ def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
     assert again.in_flight() == first
     assert [number for number, _ in first] == [0, 1]
     assert follow(found, url) == undisturbed
+
+
+def test_a_proposal_that_was_set_aside_but_not_yet_closed_is_closed(tmp_path, url):
+    # Left RUNNING it would be unseen by the searcher, and the sampler would stay away from its place for good.
+    found = searched(tmp_path)
+    searcher = OptunaSearcher(found, url)
+    first = searcher.ask()
+    trial = searcher._optuna.ask()
+    searcher._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as 0")  # killed here, before it was told FAIL
+    assert OptunaSearcher(found, url).in_flight() == [first]
+    assert optuna.load_study(study_name="tiny", storage=url).trials[trial.number].state == optuna.trial.TrialState.FAIL
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
