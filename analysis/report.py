@@ -42,8 +42,7 @@ def write_report(
         table=frontier_cells(results_frame(results, study.objectives)),
         figures=_figures(study, results, baselines),
         failed=[
-            (result.number, result.point.model, settings_label(result.point), without_paths(result.reason))
-            for result in _failed(results)
+            (result.number, result.point.model, settings_label(result.point), without_paths(result.reason)) for result in _failed(results)
         ],
         cost=cost,
         provenance=provenance,

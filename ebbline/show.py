@@ -5,7 +5,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -106,7 +105,9 @@ def _clock(seconds: float) -> str:
 def print_plan(found: Plan, most: Plan | None, why: int, as_json: bool) -> None:
     """A plan as a table, or as JSON. `most` is the plan of the whole space, an upper bound while points are unchosen."""
     if as_json:
-        print(json.dumps({**asdict(found), "complete": found.complete, "at_most_new": dict(most.new) if most else None}, indent=1))
+        kinds = {"new": dict(found.new), "there": dict(found.there), "at_most_new": dict(most.new) if most else None}
+        known = {"points": found.points, "unchosen": found.unchosen, "complete": found.complete}
+        print(json.dumps({**known, **kinds, "misses": [list(miss) for miss in found.misses]}, indent=1))
         return
     console = Console()
     table = Table(box=None, pad_edge=False)

@@ -93,7 +93,7 @@ def test_the_report_says_how_refusals_moved(folder: Path) -> None:
     for size in ("7b", "13b", "70b"):
         assert f"{size}, fine-tuning" in text and f"{size}, projection" in text
     assert text.count("The aligned model refuses") == 3
-    assert text.count("Fine-tuned without projection, the refusal rate is lower at") == 3
+    assert text.count("Fine-tuned without projection, the refusal rate is lower") == 3
     assert text.count("Against the same training without it, refusal rate is higher at") == 3
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
 
