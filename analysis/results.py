@@ -1,4 +1,7 @@
-"""Results: every point of a study with its metrics, read from the two truths (Optuna's storage and the store)."""
+"""Results: every point of a study with its metrics, read from the two truths (Optuna's storage and the store).
+
+Nothing remembers which artifacts a point led to: its stages' keys are computed again and looked up.
+"""
 
 from cluster.runner import Resolver
 from sweeps.home import Home

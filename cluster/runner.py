@@ -143,6 +143,8 @@ class Runner:
         """Start what fits, wait at most `timeout_s`, take in what was finished."""
         if not self.draining:
             self._start()
+        if not self.running:
+            time.sleep(min(timeout_s, 0.05))  # nothing to wait for: do not spin
         for finished in self.executor.finished(timeout_s):
             self._take_in(finished)
         for key, nodes in self._by_key.items():

@@ -40,7 +40,7 @@ class Planner:
         self._families = {name: self._family(model) for name, model in study.models.items()}
 
     def gpus_for(self, stage: Stage) -> int:
-        """GPUs that a stage runs on: its size's gang for training, else the kind's default."""
+        """GPUs that a stage runs on: its size's gang for a point's training, else the kind's default."""
         return self._gangs.get(stage.lineage, default_gpus(stage))
 
     def baselines(self) -> dict[str, dict[str, Stage]]:

@@ -6,6 +6,7 @@ model's trained tensors; `checkpoint` and `resume` keep an interrupted training 
 
 import gc
 import logging
+import os
 import pickle
 import shutil
 import time
@@ -115,7 +116,7 @@ class SingleDevice(Engine):
         if time.monotonic() - self._saved_at < self.ctx.checkpoint_every_s:
             return
         self.ctx.scratch.mkdir(parents=True, exist_ok=True)
-        fresh = self.ctx.scratch / "checkpoint.tmp"
+        fresh = self.ctx.scratch / f"checkpoint.{os.getpid()}.tmp"  # a lost worker may still be writing its own
         state = {"parameters": [p.data for p in self.parameters], "optimizer": self.optimizer.state_dict(), "curve": curve}
         torch.save(state, fresh)
         fresh.replace(self.ctx.scratch / "checkpoint.pt")
@@ -130,6 +131,9 @@ class SingleDevice(Engine):
             self.model.unload()
             if hasattr(self._resident, "peft_config"):
                 del self._resident.peft_config
+            if self.ctx.device != "cpu":  # what `trainable` switched on
+                self._resident.gradient_checkpointing_disable()
+                self._resident.disable_input_require_grads()
             self._resident.eval()
 
 
@@ -190,7 +194,10 @@ class DeepSpeedGang(Engine):
         folder = self.ctx.scratch / f"zero{self.ctx.world_size}"
         if not (folder / "latest").exists():
             return []
-        _, state = self.engine.load_checkpoint(str(folder), load_module_strict=False)
+        path, state = self.engine.load_checkpoint(str(folder), load_module_strict=False)
+        if path is None:
+            _log.warning("DeepSpeed could not read the checkpoint in %s; this training starts over", folder)
+            return []
         return [tuple(row) for row in state["curve"]]
 
     def checkpoint(self, curve: Curve) -> None:

@@ -86,7 +86,7 @@ def key_payload(spec: Spec, contents: Mapping[str, str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Context:
-    """How one attempt runs. Never hashed; recorded as provenance.
+    """How one attempt runs. Never hashed; what matters of it is recorded as provenance.
 
     `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size` describe a gang.
     """
