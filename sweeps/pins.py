@@ -7,7 +7,8 @@ without downloading it.
 from collections.abc import Iterator
 from pathlib import Path
 
-from sweeps.study import Hub, Local, unpinned
+from sweeps.references import Hub, Local
+from sweeps.study import unpinned
 from sweeps.study_file import parse, source_of, with_pins
 from tasks.errors import EbblineError, PinError, StudyError
 from tasks.identity import content_digest, digest

@@ -11,7 +11,8 @@ from cluster.runner import Resolver, default_gpus
 from cluster.store import Store
 from sweeps.home import Home, differences
 from sweeps.points import Point, Value
-from sweeps.study import Data, DataRef, Hub, Local, Model, ModelRef, Study, require_pins
+from sweeps.references import DataRef, Hub, Local
+from sweeps.study import Data, Model, ModelRef, Study, require_pins
 from tasks.errors import PinError, StudyError
 from tasks.identity import content_digest, digest
 from tasks.specs import ConvertSpec, DataSpec, Dtype, EvaluateSpec, LanguageSpec, OrganismSpec, Spec, TrainSpec
