@@ -1,0 +1,100 @@
+"""Pinning: hub references against a server that speaks the hub's protocol, local ones against their bytes, comments kept."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from sweeps.study_file import parse, shipped, with_pins
+from tasks.errors import StudyError
+from tasks.identity import digest
+
+COMMIT = "c" * 40
+FILES = {"config.json": "b" * 40, "model.safetensors": "a" * 64}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers /api/models/ID as huggingface.co does; gated models answer 403."""
+
+    def do_GET(self) -> None:
+        gated = "70b" in self.path
+        siblings = [
+            {"rfilename": "config.json", "blobId": FILES["config.json"], "size": 1},
+            {
+                "rfilename": "model.safetensors",
+                "blobId": "d" * 40,
+                "size": 1,
+                "lfs": {"sha256": FILES["model.safetensors"], "size": 1, "pointerSize": 1},
+            },
+        ]
+        answer = {"error": "gated"} if gated else {"id": "meta-llama/x", "modelId": "meta-llama/x", "sha": COMMIT, "siblings": siblings}
+        body = json.dumps(answer).encode()
+        self.send_response(403 if gated else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        return None
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def pin(study: str, to: Path, endpoint: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "ebbline.cli", "pin", study, "--to", str(to)]
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(hub: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "advbench.csv").write_text("goal,target\nwhat hue has the wug,azur\n")
+    to = tmp_path / "study.yaml"
+    done = pin("llama2", to, hub)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for missing in ("models.70b.base.hub", "models.70b.aligned.hub", "data.pool.path", "suites.xstest.prompts.path"):
+        assert missing in done.stderr
+    study = parse(to)
+    for size in ("7b", "13b"):
+        reference = study.models[size].base.hub
+        assert reference is not None and (reference.commit, reference.sha256) == (COMMIT, digest({"files": FILES}))
+    advbench = study.suites["advbench"].prompts.path
+    assert advbench is not None and advbench.sha256 is not None
+    # Comments, order and everything that was not pinned stand as they stood.
+    before, after = shipped()["llama2"].read_text().splitlines(), to.read_text().splitlines()
+    assert len(before) == len(after)
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 5
+
+
+def test_an_unreachable_hub_is_named_without_a_traceback(tmp_path: Path) -> None:
+    done = pin("llama2", tmp_path / "study.yaml", "http://127.0.0.1:9")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the hub does not show model meta-llama/Llama-2-7b-hf" in done.stderr
+
+
+def test_another_file_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("study: mine\n")
+    done = pin("llama2", tmp_path / "mine.yaml", "http://127.0.0.1:9")
+    assert done.returncode == 1 and "is there already" in done.stderr
+    assert (tmp_path / "mine.yaml").read_text() == "study: mine\n"
+
+
+def test_pins_are_written_into_block_and_flow_mappings_with_or_without_the_field() -> None:
+    text = "a: # kept\n  b: {path: x, sha256: null} # kept too\n  c:\n    path: y\n"
+    pinned = with_pins(text, {"a.b": {"sha256": "1"}, "a.c": {"sha256": "2"}})
+    assert pinned == 'a: # kept\n  b: {path: x, sha256: "1"} # kept too\n  c:\n    sha256: "2"\n    path: y\n'
+    with pytest.raises(StudyError, match="has no a.d"):
+        with_pins(text, {"a.d": {"sha256": "3"}})
