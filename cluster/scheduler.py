@@ -46,6 +46,7 @@ def place(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity) ->
     waiting = sorted(ready, key=lambda work: (-work.path_s, work.key))
     free_gpus = capacity.gpus - sum(job.gpus for job in running)
     free_cpus = capacity.cpus - sum(job.gpus == 0 for job in running)
+    shares = _even_shares(waiting, capacity)
     held: list[Busy] = list(running)
     placed: list[Placement] = []
     deadline_s: float | None = None  # when the first waiting gang could start; nothing longer may go before it
@@ -58,7 +59,10 @@ def place(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity) ->
                 deadline_s = _free_at(first.gpus, free_gpus, held)
             waiting = waiting[1:]
             continue
-        batch = _batch(first, waiting, capacity, deadline_s)
+        limit_s = shares[first.gpus, first.resident]
+        if deadline_s is not None and first.gpus > 0:
+            limit_s = min(limit_s, deadline_s)
+        batch = _batch(first, waiting, limit_s)
         taken = {work.key for work in batch}
         waiting = [work for work in waiting if work.key not in taken]
         placed.append(Placement(tuple(work.key for work in batch), first.gpus))
@@ -68,15 +72,21 @@ def place(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity) ->
     return placed
 
 
-def _batch(first: Work, waiting: Sequence[Work], capacity: Capacity, deadline_s: float | None) -> list[Work]:
-    same = [work for work in waiting if (work.gpus, work.resident) == (first.gpus, first.resident)]
-    slots = max(1, capacity.cpus if first.gpus == 0 else capacity.gpus // first.gpus)
-    limit_s = max(SHORTEST_BATCH_S, sum(work.seconds for work in same) / slots)
-    if deadline_s is not None and first.gpus > 0:
-        limit_s = min(limit_s, deadline_s)
+def _even_shares(ready: Sequence[Work], capacity: Capacity) -> dict[tuple[int, str], float]:
+    """(gpus, resident) -> the seconds of one batch when that group's work is spread evenly over all it could run on."""
+    totals: dict[tuple[int, str], float] = {}
+    for work in ready:
+        totals[work.gpus, work.resident] = totals.get((work.gpus, work.resident), 0.0) + work.seconds
+    slots = {gpus: max(1, capacity.gpus // gpus if gpus else capacity.cpus) for gpus, _ in totals}
+    return {group: max(SHORTEST_BATCH_S, total_s / slots[group[0]]) for group, total_s in totals.items()}
+
+
+def _batch(first: Work, waiting: Sequence[Work], limit_s: float) -> list[Work]:
+    """`first` and what else of its group fits into `limit_s` behind it."""
     batch, total_s = [first], first.seconds
-    for work in same:
-        if work.key != first.key and total_s + work.seconds <= limit_s:
+    for work in waiting:
+        same = (work.gpus, work.resident) == (first.gpus, first.resident) and work.key != first.key
+        if same and total_s + work.seconds <= limit_s:
             batch.append(work)
             total_s += work.seconds
     return batch

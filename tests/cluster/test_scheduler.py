@@ -181,3 +181,8 @@ def test_stages_on_one_base_are_spread_over_all_gpus_not_piled_on_one():
 def test_short_stages_on_one_base_share_a_batch():
     ready = [Work(f"k{i}", 1, "base", 1.0, 1.0) for i in range(8)]
     assert [len(p.keys) for p in place(ready, [], Capacity(4, 1))] == [8]
+
+
+def test_equal_work_is_spread_evenly_over_all_gpus():
+    ready = [Work(f"k{i}", 1, "base", 60.0, 60.0) for i in range(8)]
+    assert sorted(len(placement.keys) for placement in place(ready, [], Capacity(4, 1))) == [2, 2, 2, 2]
