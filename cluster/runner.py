@@ -257,7 +257,8 @@ class Runner:
     def _location(self, item: Input) -> str:
         if isinstance(item, Source):
             return item.location
-        artifact = self.artifact(stage_of(item)) if isinstance(item, Stage | Part) else None  # type: ignore[arg-type]
+        stage = stage_of(item)
+        artifact = None if stage is None else self.artifact(stage)
         if artifact is None:
             raise RuntimeError("an input is not done")
         return str(artifact.path / item.path if isinstance(item, Part) else artifact.path)
