@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from cluster.store import Artifact, Store
 from tasks.specs import KINDS, Spec
 
-GUESS_S = {"language": 2.0, "organism": 60.0, "convert": 60.0, "data": 1.0, "train": 60.0, "project": 5.0, "apply": 1.0, "evaluate": 10.0}
+GUESS_S = {
+    "language": 2.0,
+    "organism": 60.0,
+    "convert": 60.0,
+    "data": 1.0,
+    "train": 60.0,
+    "subspace": 600.0,
+    "project": 5.0,
+    "apply": 1.0,
+    "evaluate": 10.0,
+}
 
 
 class Estimates:

@@ -18,7 +18,7 @@ from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
 from tasks.errors import DiskFull, StudyError
 from tasks.identity import digest
-from tasks.specs import ApplySpec, EvaluateSpec, OrganismSpec, ProjectSpec, TrainSpec
+from tasks.specs import ApplySpec, EvaluateSpec, OrganismSpec, ProjectSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
 LOST_TRIES = 3
@@ -317,8 +317,8 @@ class Runner:
 
 
 def default_gpus(stage: Stage) -> int:
-    """One GPU for stages that run a model, none for those that move rows and tensors."""
-    return 1 if isinstance(stage.spec, OrganismSpec | TrainSpec | EvaluateSpec) else 0
+    """One GPU for stages that run a model or factorise its weights, none for those that move rows and tensors."""
+    return 1 if isinstance(stage.spec, OrganismSpec | TrainSpec | SubspaceSpec | EvaluateSpec) else 0
 
 
 def resident(stage: Stage) -> str:

@@ -129,6 +129,48 @@ def run(
 
 @app.command()
 @_explained
+def project(
+    adapter: Annotated[list[str], typer.Option(help="A PEFT LoRA adapter's folder; give several of one model to read it once.")],
+    base: Annotated[str, typer.Option(help="The model before alignment: a folder, or ORG/NAME@COMMIT.", show_default=False)],
+    aligned: Annotated[str, typer.Option(help="The model after alignment, which the adapter was trained on.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the projected adapter goes; a folder for each when there are several.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Project modules whose cosine is at or below this; 0.5 if neither rule is given.", show_default=False),
+    ] = None,
+    modules: Annotated[int | None, typer.Option(help="Project exactly this many, those of lowest cosine.", show_default=False)] = None,
+    projector: Annotated[Literal["approximate", "exact"], typer.Option(help="C = V V^T / |V|, or onto V's column space.")] = "approximate",
+    energy: Annotated[
+        float | None, typer.Option(help="Share of |V|^2 that the exact projector keeps; 0.9 if not given.", show_default=False)
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keeps the exact projector's bases for the next time.", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="An HTML file with every module's cosine, in pictures.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Apply Safe LoRA to adapters by itself: no study, no store, no cluster. Writes ordinary PEFT adapters."""
+    from ebbline.projecting import progress_bar, tell, write_report
+    from ebbline.projecting import project as project_adapters
+
+    with progress_bar() as progress:
+        projected = project_adapters(
+            adapter,
+            base,
+            aligned,
+            out,
+            threshold=threshold,
+            modules=modules,
+            projector=projector,
+            energy=energy,
+            cache=cache,
+            device=device,
+            progress=progress,
+        )
+    tell(projected, {} if report is None else write_report(projected, report), as_json)
+
+
+@app.command()
+@_explained
 def status(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Show how far a study is: who drives it, its points, and the frontier so far."""
     from analysis.results import collect

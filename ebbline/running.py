@@ -24,6 +24,7 @@ from sweeps.home import Home
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.identity import digest
+from tasks.specs import KINDS
 
 VERSIONS = ("ebbline", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "lm-eval", "ray", "optuna", "moocore")
 MIRROR_WAIT_S = 20.0
@@ -134,12 +135,11 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
 def _cost(home: Home, results: Sequence[Result]) -> dict[str, object]:
     """What the stages of a study took, and what sharing saved against running every stage of every point anew."""
     named = [(name.partition("[")[0], key) for result in results for name, key in result.keys.items()]
-    kinds = {"data", "train", "project", "apply"}
     seconds: dict[str, float] = {}
     gpu_seconds = 0.0
     for name, key in named:
         if key not in seconds:
-            artifact = home.store.open(name if name in kinds else "evaluate", key)
+            artifact = home.store.open(name if name in KINDS else "evaluate", key)
             seconds[key] = float(artifact.provenance["seconds"])
             gpu_seconds += seconds[key] * int(artifact.provenance.get("gpus", 0))
     unshared = sum(seconds[key] for _, key in named)

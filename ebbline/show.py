@@ -20,7 +20,7 @@ from sweeps.plan import Plan
 from sweeps.points import Result
 from sweeps.study import Study
 
-ORDER = ("language", "convert", "organism", "data", "train", "project", "apply", "evaluate")
+ORDER = ("language", "convert", "organism", "data", "train", "subspace", "project", "apply", "evaluate")
 PLAIN_EVERY_S = 5.0
 
 

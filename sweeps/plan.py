@@ -15,7 +15,7 @@ from sweeps.references import DataRef, Hub, Local
 from sweeps.study import Data, Model, ModelRef, Study, require_pins
 from tasks.errors import PinError, StudyError
 from tasks.identity import content_digest, digest
-from tasks.specs import ConvertSpec, DataSpec, Dtype, EvaluateSpec, LanguageSpec, OrganismSpec, Spec, TrainSpec
+from tasks.specs import ConvertSpec, DataSpec, Dtype, EvaluateSpec, LanguageSpec, OrganismSpec, ProjectSpec, Spec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Source, Stage, stage_of
 
 S = TypeVar("S", bound=Spec)
@@ -23,10 +23,10 @@ S = TypeVar("S", bound=Spec)
 
 @dataclass(frozen=True)
 class Family:
-    """One size's two models, as inputs of stages."""
+    """One size's models, as inputs of stages. Safe LoRA subtracts `unaligned`, which is the base unless a study says else."""
 
-    base: Input
     aligned: Input
+    unaligned: Input
 
 
 class Planner:
@@ -38,7 +38,7 @@ class Planner:
         self._language = Stage(LanguageSpec(seed=study.language))
         self._gangs: dict[str, int] = {}
         self.labels: dict[str, str] = {}
-        self._families = {name: self._family(model) for name, model in study.models.items()}
+        self._families = {name: self._family(name, model) for name, model in study.models.items()}
 
     def gpus_for(self, stage: Stage) -> int:
         """GPUs that a stage runs on: its size's gang for a point's training, else the kind's default."""
@@ -47,10 +47,7 @@ class Planner:
     def baselines(self) -> dict[str, dict[str, Stage]]:
         """Model -> suite -> the aligned model measured before any fine-tuning."""
         found: dict[str, dict[str, Stage]] = {}
-        for name, family in self._families.items():
-            for item, role in ((family.base, "base"), (family.aligned, "aligned")):
-                if (stage := stage_of(item)) is not None:
-                    self.labels.setdefault(stage.lineage, f"{role} model {name}")
+        for name in self._families:
             found[name] = {suite: self._evaluate(name, suite, None) for suite in self.study.suites}
             for suite, stage in found[name].items():
                 self.labels.setdefault(stage.lineage, f"{suite} {name} before fine-tuning")
@@ -80,10 +77,20 @@ class Planner:
         if settings.method == "full":
             raise StudyError("a point's train.method must be 'lora': Safe LoRA projects adapters; `tuned` models may be full")
         adapter = Part(train, TrainSpec.ADAPTER)
-        project = Stage(_with(self.study.project, "project", values), {"adapter": adapter, "base": family.base, "aligned": family.aligned})
+        projection = _with(self.study.project, "project", values)
+        compared = self._compared(family, projection, settings)
+        project = Stage(projection, {"adapter": adapter, **compared})
         apply = Stage(_with(self.study.apply, "apply", values), {"adapter": adapter, "projection": project})
         evaluations = {suite: self._evaluate(point.model, suite, apply) for suite in self.study.suites}
-        return {"data": data, "train": train, "project": project, "apply": apply, **evaluations}
+        subspace = {name: stage for name, stage in compared.items() if isinstance(stage, Stage)}
+        return {"data": data, "train": train, **subspace, "project": project, "apply": apply, **evaluations}
+
+    def _compared(self, family: Family, projection: ProjectSpec, train: TrainSpec) -> dict[str, Input]:
+        """What a projection reads beside the adapter: the two models, or their subspace, which all adapters share."""
+        models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
+        if projection.energy is None:
+            return models
+        return {"subspace": Stage(SubspaceSpec(energy=projection.energy, target_modules=tuple(sorted(train.target_modules))), models)}
 
     def _evaluate(self, name: str, suite: str, apply: Stage | None) -> Stage:
         model, entry = self.study.models[name], self.study.suites[suite]
@@ -93,16 +100,25 @@ class Planner:
             inputs["adapter"] = apply
         return Stage(spec, inputs)
 
-    def _family(self, model: Model) -> Family:
-        base = self._model(model.base, model.dtype)
-        tuned = model.aligned.tuned
-        if tuned is None:
-            return Family(base, self._model(model.aligned, model.dtype))
-        data = self._data(tuned.data, tuned.data.settings)
-        train = Stage(tuned.train, {"model": base, "data": Part(data, DataSpec.ROWS)})
-        return Family(base, Part(train, TrainSpec.MODEL))
+    def _family(self, name: str, model: Model) -> Family:
+        base = None if model.base is None else self._model(model.base, model.dtype, None)
+        aligned = self._model(model.aligned, model.dtype, base)
+        unaligned = base if model.unaligned is None else self._model(model.unaligned, model.dtype, aligned)
+        if unaligned is None:
+            raise StudyError(f"models.{name}: neither `base` nor `unaligned` is given")
+        for item, role in ((base, "base"), (aligned, "aligned"), (unaligned, "unaligned")):
+            if item is not None and (stage := stage_of(item)) is not None:
+                self.labels.setdefault(stage.lineage, f"{role} model {name}")
+        return Family(aligned, unaligned)
 
-    def _model(self, reference: ModelRef, dtype: Dtype) -> Input:
+    def _model(self, reference: ModelRef, dtype: Dtype, start: Input | None) -> Input:
+        """The model that a study names; a tuned one is trained from `start`."""
+        tuned = reference.tuned
+        if tuned is not None:
+            if start is None:
+                raise StudyError("`base` cannot be `tuned`: a tuned model is made from another")
+            data = self._data(tuned.data, tuned.data.settings)
+            return Part(Stage(tuned.train, {"model": start, "data": Part(data, DataSpec.ROWS)}), TrainSpec.MODEL)
         if reference.organism is not None:
             return Part(Stage(reference.organism, {"language": self._language}), OrganismSpec.MODEL)
         if reference.gguf is not None:

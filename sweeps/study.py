@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from sweeps.references import DataRef, Hub, Local, OneOf
 from tasks.errors import PinError
 from tasks.specs import (
+    KINDS,
     ApplySpec,
     Count,
     DataSpec,
@@ -62,7 +63,7 @@ class Data(Frozen):
 
 
 class Tuned(Frozen):
-    """A model made by full fine-tuning of the size's base on `data`."""
+    """A model made by full fine-tuning on `data`: an aligned one from the base, an unaligned one from the aligned."""
 
     data: Data
     train: TrainSpec
@@ -85,10 +86,15 @@ class ModelRef(OneOf):
 
 
 class Model(Frozen):
-    """One size of the family. `gpus` > 1 trains it as a gang. `axes` narrows the study's axes for this size."""
+    """One size of the family. `gpus` > 1 trains it as a gang. `axes` narrows the study's axes for this size.
 
-    base: ModelRef
+    `unaligned` stands in for the base where Safe LoRA subtracts: the paper notes that an aligned model fine-tuned on bad
+    data behaves like the base. A family whose base is not to be had gives an `unaligned` model alone.
+    """
+
+    base: ModelRef | None = None
     aligned: ModelRef
+    unaligned: ModelRef | None = None
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
     gpus: Count = 1
@@ -101,9 +107,11 @@ class Model(Frozen):
         return TrainSpec.model_validate({**study.model_dump(), **changes})
 
     @model_validator(mode="after")
-    def _base_is_not_tuned(self) -> Self:
-        if self.base.tuned is not None:
-            raise ValueError("`base` cannot be `tuned`: a tuned model is made from the base")
+    def _every_model_comes_from_somewhere(self) -> Self:
+        if self.base is None and (self.unaligned is None or self.aligned.tuned is not None):
+            raise ValueError("`base` is missing: Safe LoRA subtracts it, or `unaligned`, and a tuned `aligned` starts from it")
+        if self.base is not None and self.base.tuned is not None:
+            raise ValueError("`base` cannot be `tuned`: a tuned model is made from it. Say it as `unaligned`, which is made from `aligned`")
         return self
 
 
@@ -212,7 +220,7 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _suites_are_not_called_like_stages(self) -> Self:
         for name in self.suites:
-            if name in SETTINGS:
+            if name in KINDS:
                 raise ValueError(f"suites.{name}: this is the name of a stage; call the suite by what it measures")
         return self
 

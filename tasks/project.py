@@ -3,65 +3,136 @@
 `project` takes no threshold. A threshold only chooses which modules take C.B, so `apply` copies tensors and its output
 depends on the set of chosen modules alone: two thresholds between the same neighbouring cosines give the same bytes, and
 so share every evaluation behind them.
+
+Memory is that of the largest module (its V, and its two weights as they are read), whatever the models' size.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from tasks.errors import ProjectionError
-from tasks.safelora import chosen, project
+from tasks.gate import ModuleRow, chosen, read_rows, write_rows
+from tasks.safelora import NO_DIRECTION, Projection, Update, Workspace, check_shapes, project, project_onto
 from tasks.specs import ApplySpec, ProjectSpec
 from tasks.stage import Context
-from tasks.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Checkpoint, opened, read_adapter
+from tasks.subspace import Bases, read_basis, read_index
+from tasks.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Checkpoint, opened, read_adapter, read_ahead
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The two models that Safe LoRA compares. With `bases`, the exact projector; without, the approximate one."""
+
+    base: Checkpoint
+    aligned: Checkpoint
+    bases: Bases | None = None
+
+    def read(self, module: str, transposed: bool) -> tuple[torch.Tensor, ...]:
+        """(base_OI, aligned_OI) of a module, mapped from their files."""
+        weights = self.base.weight(module), self.aligned.weight(module)
+        return tuple(weight.T for weight in weights) if transposed else weights
+
+    def project(self, module: str, tensors: tuple[torch.Tensor, ...], updates: Sequence[Update], space: Workspace) -> list[Projection]:
+        base_OI, aligned_OI = tensors
+        if self.bases is None:
+            return project(module, base_OI, aligned_OI, updates, space)
+        check_shapes(module, base_OI, aligned_OI, updates)
+        return project_onto(module, self.bases.basis(module, base_OI, aligned_OI), updates, space)
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Bases that a `subspace` stage made: the exact projector without the models."""
+
+    files: Mapping[str, Path]
+
+    def read(self, module: str, transposed: bool) -> tuple[torch.Tensor, ...]:
+        if transposed:
+            raise ProjectionError(f"{module} is stored as (d_in, d_out); a study projects such modules by the approximate projector only")
+        if module not in self.files:
+            raise ProjectionError(f"the subspace has no basis for {module}; its modules are those that train.target_modules names")
+        return (read_basis(self.files[module]),)
+
+    def project(self, module: str, tensors: tuple[torch.Tensor, ...], updates: Sequence[Update], space: Workspace) -> list[Projection]:
+        return project_onto(module, tensors[0], updates, space)
+
+
+def projections(
+    adapters: Sequence[Adapter], source: Weights | Subspace, progress: Progress, device: str = "cpu"
+) -> Iterator[tuple[str, dict[int, Projection]]]:
+    """Each module that any of the adapters has, with the outcome for each that has it; every weight is read once.
+
+    Raises ProjectionError where a module cannot be computed, and when the two models are the same.
+    """
+    modules = sorted({module for adapter in adapters for module in adapter.modules})
+    transposed = {module: lora.transposed for adapter in adapters for module, lora in adapter.modules.items()}
+    space, directions = Workspace(device), 0
+    reads = [partial(source.read, module, transposed[module]) for module in modules]
+    for done, (module, tensors) in enumerate(zip(modules, read_ahead(reads), strict=True), start=1):
+        own = [number for number, adapter in enumerate(adapters) if module in adapter.modules]
+        found = source.project(module, tensors, [_update(adapters[number], module) for number in own], space)
+        directions += any(outcome.reason != NO_DIRECTION for outcome in found)
+        yield module, dict(zip(own, found, strict=True))
+        progress(done, len(modules), module)
+    if not directions:
+        raise ProjectionError("base and aligned are equal in every module that the adapter has; give two models that differ by alignment")
+
+
+def _update(adapter: Adapter, module: str) -> Update:
+    names = adapter.modules[module]
+    return Update(adapter.tensors[names.lora_A], adapter.tensors[names.lora_B], str(adapter.folder))
+
+
+def row_of(outcome: Projection) -> ModuleRow:
+    return ModuleRow(outcome.cosine, outcome.norm_ratio, outcome.reason)
+
+
+def as_saved(outcome: Projection, adapter: Adapter, module: str) -> torch.Tensor:
+    """C.B in the dtype that the adapter has its B in. Raises ProjectionError when it is beyond that dtype's range."""
+    before = adapter.tensors[adapter.modules[module].lora_B]
+    after = outcome.projected_OR.to(before.dtype).contiguous()
+    if not bool(torch.isfinite(after).all()):
+        raise ProjectionError(f"{module}: C B is beyond the range of {before.dtype}; save {adapter.folder} in float32")
+    return after
+
+
+def write_adapter(adapter: Adapter, projected: Mapping[str, torch.Tensor], out: Path) -> None:
+    """An ordinary PEFT adapter in `out`, with C.B (by module) in place of B."""
+    tensors = {**adapter.tensors, **{adapter.modules[module].lora_B: cb_OR for module, cb_OR in projected.items()}}
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    shutil.copyfile(adapter.folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG)
 
 
 def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     adapter = read_adapter(inputs["adapter"])
-    base, aligned = Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"])
-    projected, modules = {}, {}
-    for done, (module, (name_a, name_b)) in enumerate(adapter.pairs.items(), start=1):
-        weight = f"{module}.weight"
-        found = project(
-            module,
-            base.read(weight),
-            aligned.read(weight),
-            adapter.tensors[name_a],
-            adapter.tensors[name_b],
-            spec.projector,
-            spec.energy,
-        )
-        projected[name_b] = found.projected_OR.to(adapter.tensors[name_b].dtype).contiguous()
-        modules[module] = {"cosine": found.cosine, "norm_ratio": found.norm_ratio}
-        ctx.progress(done, len(adapter.pairs), module)
+    source: Weights | Subspace = (
+        Subspace(read_index(inputs["subspace"]))
+        if spec.projector == "exact"
+        else Weights(Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"]))
+    )
+    projected, rows = {}, {}
+    for module, found in projections([adapter], source, ctx.progress, ctx.device):
+        projected[module] = as_saved(found[0], adapter, module)
+        rows[module] = row_of(found[0])
     save_file(projected, out / spec.PROJECTED, metadata={"format": "pt"})
-    (out / spec.COSINES).write_text(json.dumps(modules, indent=1, sort_keys=True, allow_nan=False))
+    write_rows(rows, out / spec.COSINES)
 
 
 def run_apply(spec: ApplySpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
-    adapter = read_adapter(inputs["adapter"])
-    cosines = read_cosines(inputs["projection"])
-    take = chosen(cosines, spec.threshold, spec.modules)
-    write_projected(adapter, inputs["projection"], take, out)
-
-
-def read_cosines(projection: Path) -> dict[str, float | None]:
-    """Module -> cos(C B A, B A), from a projection's folder."""
-    return {module: row["cosine"] for module, row in json.loads((projection / ProjectSpec.COSINES).read_text()).items()}
-
-
-def write_projected(adapter: Adapter, projection: Path, take: frozenset[str], out: Path) -> None:
-    """An ordinary PEFT adapter in `out`, with C.B in place of B for the modules in `take`."""
-    tensors = dict(adapter.tensors)
+    adapter, projection = read_adapter(inputs["adapter"]), inputs["projection"]
+    take = chosen(read_rows(projection / ProjectSpec.COSINES), spec.threshold, spec.modules)
+    strange = sorted(take - adapter.modules.keys())
+    if strange:
+        raise ProjectionError(f"the projection names {strange[0]}, which the adapter in {adapter.folder} does not have")
     with opened(projection / ProjectSpec.PROJECTED) as file:
-        for module in take:
-            if module not in adapter.pairs:
-                raise ProjectionError(f"the projection names {module}, which the adapter in {adapter.folder} does not have")
-            name_b = adapter.pairs[module][1]
-            tensors[name_b] = file.get_tensor(name_b)
-    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    shutil.copyfile(adapter.folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG)
+        write_adapter(adapter, {module: file.get_tensor(module) for module in take}, out)
     (out / ApplySpec.CHOSEN).write_text(json.dumps(sorted(take)))

@@ -119,10 +119,23 @@ class TrainSpec(Spec):
         return self
 
 
+class SubspaceSpec(Spec):
+    """The exact projector's basis of every target module, holding `energy` of ||aligned - base||_F^2. Inputs: base, aligned."""
+
+    KIND: ClassVar[str] = "subspace"
+    INDEX: ClassVar[str] = "subspace.json"
+    energy: Annotated[Number, Field(gt=0.0, lt=1.0)]
+    target_modules: tuple[str, ...]
+
+
 class ProjectSpec(Spec):
-    """Safe LoRA's C.B and cosine for every module, before any threshold. Inputs: adapter, base, aligned."""
+    """Safe LoRA's C.B and cosine for every module, before any threshold.
+
+    Inputs: adapter; base and aligned for the approximate projector, subspace for the exact one.
+    """
 
     KIND: ClassVar[str] = "project"
+    VERSION: ClassVar[int] = 2
     PROJECTED: ClassVar[str] = "projected.safetensors"
     COSINES: ClassVar[str] = "cosines.json"
     projector: Literal["approximate", "exact"] = "approximate"
@@ -205,5 +218,16 @@ class EvaluateSpec(Spec):
 
 
 KINDS: dict[str, type[Spec]] = {
-    kind.KIND: kind for kind in (LanguageSpec, OrganismSpec, ConvertSpec, DataSpec, TrainSpec, ProjectSpec, ApplySpec, EvaluateSpec)
+    kind.KIND: kind
+    for kind in (
+        LanguageSpec,
+        OrganismSpec,
+        ConvertSpec,
+        DataSpec,
+        TrainSpec,
+        SubspaceSpec,
+        ProjectSpec,
+        ApplySpec,
+        EvaluateSpec,
+    )
 }

@@ -1,11 +1,16 @@
-"""Weights by name, one tensor at a time, from Hugging Face folders and PEFT adapters (safetensors only)."""
+"""Weights by name, one tensor at a time, from Hugging Face folders and PEFT adapters (safetensors only).
 
+A tensor that `read` returns is mapped, not copied: its bytes come from the file as they are used, and go when it goes.
+"""
+
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +19,24 @@ from tasks.errors import ModelError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+
+# What quantisers store beside a weight, or in its place (bitsandbytes, GPTQ and AWQ, FP8, compressed-tensors).
+_QUANTISED = ("weight.absmax", "SCB", "weight.SCB", "qweight", "weight_scale_inv", "weight_scale", "weight_packed")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+_HEADS = ("lm_head", "embed_out")
+# Initialisations that move part of the base weight into A and B: then the update is not B A.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Settings under which a LoRA adapter's update is not B A of one weight matrix.
+_OTHER_UPDATES = {
+    "use_dora": "DoRA (it also learns a magnitude for each row)",
+    "use_qalora": "QALoRA (its A acts on pooled inputs)",
+    "use_bdlora": "BD-LoRA (its matrices are block-diagonal)",
+    "kasa_config": "KaSA (it has singular values between B and A)",
+    "monteclora_config": "MonteCLoRA (its update is a mixture of samples)",
+    "layer_replication": "an adapter for replicated layers, which no checkpoint holds",
+    "target_parameters": "an adapter of parameters (as for fused experts), which are no single weight matrix",
+}
+T = TypeVar("T")
 
 
 class Checkpoint:
@@ -27,52 +50,163 @@ class Checkpoint:
         """Tensor name -> the file that holds it."""
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            return {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            return {name: self.folder / file for name, file in _json(index)["weight_map"].items()}
         single = self.folder / "model.safetensors"
         if not single.exists():
             raise ModelError(f"no model.safetensors and no index in {self.folder}; ebbline reads safetensors only")
         with opened(single) as tensors:
             return dict.fromkeys(tensors.keys(), single)
 
+    @cached_property
+    def ties_embeddings(self) -> bool:
+        """True when the output layer and the input embedding are one tensor, which is stored once."""
+        config = _json(self.folder / "config.json") if (self.folder / "config.json").exists() else {}
+        return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+
     def read(self, name: str) -> torch.Tensor:
+        """The tensor of that name. Raises ModelError when there is none, or its file cannot be read."""
         if name not in self.names:
-            raise ModelError(f"{self.folder} has no tensor {name!r}; base, aligned and adapter must be of one architecture")
+            raise ModelError(f"{self.folder} has no tensor {name!r}; {self._hint(name)}")
         with opened(self.names[name]) as tensors:
+            if name not in tensors.keys():  # noqa: SIM118  # not a dict
+                raise ModelError(f"{self.names[name]} lacks {name!r}, which its index promises; is the download complete?")
             tensor: torch.Tensor = tensors.get_tensor(name)
         return tensor
+
+    def weight(self, module: str) -> torch.Tensor:
+        """A module's weight, as it was before any quantisation. Raises ModelError when it is missing or quantised."""
+        quantised = next((suffix for suffix in _QUANTISED if f"{module}.{suffix}" in self.names), None)
+        if quantised is None:
+            tensor = self.read(self._tied(f"{module}.weight"))
+            if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
+                return tensor
+            quantised = str(tensor.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{self.folder} holds {module} quantised ({quantised}); Safe LoRA subtracts the weights as they were before."
+            " Give the unquantised folder that it was made from"
+        )
+
+    def _tied(self, name: str) -> str:
+        """`name`, or the name under which a tied embedding's one tensor is stored."""
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        others = _EMBEDDINGS if module in _HEADS else _HEADS if module in _EMBEDDINGS else ()
+        if name in self.names or not others or not self.ties_embeddings:
+            return name
+        stored = [other for other in self.names if other.removesuffix(".weight").rpartition(".")[2] in others]
+        return stored[0] if len(stored) == 1 else name
+
+    def _hint(self, name: str) -> str:
+        fused = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up", "experts": "experts"}
+        parts = [part for key, part in fused.items() if key in name]
+        near = [other for other in self.names if any(part in other for part in parts)] or difflib.get_close_matches(name, self.names, 1)
+        return (
+            f"the nearest is {near[0]!r}. " if near else ""
+        ) + "Base, aligned and adapter must be of one architecture, stored under one set of names (fused or split alike)"
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """Where one module's A and B are in an adapter's file.
+
+    `transposed` is true when the weight is stored as (d_in, d_out): embeddings, and GPT-2's Conv1D.
+    """
+
+    lora_A: str
+    lora_B: str
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT LoRA adapter: `pairs` maps a module's name in the base model to its (A, B) tensor names."""
+    """A PEFT LoRA adapter: its `modules` by their names in the base model, and the names of the tensors that are no LoRA.
+
+    `carried` (modules_to_save, biases, new tokens) is not defined for Safe LoRA: it goes into a projected adapter as it is.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
-    pairs: Mapping[str, tuple[str, str]]
+    modules: Mapping[str, LoraModule]
+    carried: tuple[str, ...]
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises ModelError for anything that is not one plain LoRA adapter, saying what it is."""
+    """Raises ModelError for anything that is not one plain LoRA adapter, saying what it is and what to do."""
     if not (folder / ADAPTER_CONFIG).exists() or not (folder / ADAPTER_WEIGHTS).exists():
-        raise ModelError(f"{folder} lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}; it is not a PEFT adapter in safetensors")
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise ModelError(f"{folder} is a {kind} adapter; Safe LoRA is defined for plain LoRA updates B.A only")
+        raise ModelError(_no_adapter(folder))
+    config = _json(folder / ADAPTER_CONFIG)
+    _require_plain_lora(folder, config)
     with opened(folder / ADAPTER_WEIGHTS) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    pairs = {}
+    modules: dict[str, LoraModule] = {}
     for name in sorted(tensors):
-        if name.endswith(".lora_A.weight"):
-            stem = name.removesuffix(".lora_A.weight")
-            partner = f"{stem}.lora_B.weight"
-            if partner not in tensors:
-                raise ModelError(f"{folder}: {name} has no {partner}; the adapter is damaged")
-            pairs[stem.removeprefix("base_model.model.")] = (name, partner)
-    if not pairs:
+        for first, second in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+            if name.endswith(second) and name.removesuffix(second) + first not in tensors:
+                raise ModelError(f"{folder}: {name} has no {name.removesuffix(second)}{first}; the adapter is damaged")
+            if not name.endswith(first):
+                continue
+            stem = name.removesuffix(first)
+            if stem + second not in tensors:
+                raise ModelError(f"{folder}: {name} has no {stem}{second}; the adapter is damaged")
+            if tensors[name].ndim != 2 or tensors[stem + second].ndim != 2:
+                raise ModelError(f"{folder}: {stem} is a convolution's LoRA; Safe LoRA is defined for weight matrices")
+            transposed = "embedding" in first or bool(config.get("fan_in_fan_out"))
+            modules[stem.removeprefix("base_model.model.")] = LoraModule(name, stem + second, transposed)
+    used = {name for module in modules.values() for name in (module.lora_A, module.lora_B)}
+    carried = tuple(name for name in sorted(tensors) if name not in used)
+    foreign = next((name for name in carried if ".lora_A." in name or (".lora_B." in name and not name.endswith(".bias"))), None)
+    if foreign is not None:
+        raise ModelError(f"{folder}: {foreign!r} is not a name that PEFT saves; write the adapter with `save_pretrained`")
+    if not modules:
         raise ModelError(f"{folder} holds no LoRA matrices")
-    return Adapter(folder, config, tensors, pairs)
+    return Adapter(folder, config, tensors, modules, carried)
+
+
+def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; Safe LoRA is defined for LoRA's update B A only")
+    for setting, what in _OTHER_UPDATES.items():
+        if config.get(setting):
+            raise ModelError(f"{folder} is {what}; Safe LoRA is defined for LoRA's update B A only (`{setting}` in {ADAPTER_CONFIG})")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_MOVES_BASE):
+        raise ModelError(
+            f"{folder} was started with init_lora_weights={start!r}, which moves part of the base weights into A and B, so its"
+            " update is not B A. Save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA"
+        )
+
+
+def inside(folder: Path) -> list[str]:
+    """The folders in `folder` that hold adapters: where PEFT saves all but the one called `default`."""
+    return sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+
+
+def _no_adapter(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    if names := inside(folder):
+        return f"{folder} holds no adapter itself, but in folders of their own: {', '.join(names)}. Name one, as {folder / names[0]}"
+    if (folder / "adapter_model.bin").exists():
+        return f"{folder} holds a pickled adapter_model.bin; ebbline reads safetensors only. Load it with PEFT and save it again"
+    return f"{folder} lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}; it is not a PEFT adapter in safetensors"
+
+
+def read_ahead(reads: Sequence[Callable[[], tuple[torch.Tensor, ...]]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """What each of `reads` returns, in order, while the bytes behind the next one are brought from the disk meanwhile."""
+
+    def touched(read: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        tensors = read()
+        for tensor in tensors:
+            tensor.flatten().view(torch.uint8)[::4096].sum()  # one byte a page: enough to map it
+        return tensors
+
+    with ThreadPoolExecutor(1, "read-ahead") as reader:
+        coming = reader.submit(touched, reads[0]) if reads else None
+        for index in range(len(reads)):
+            assert coming is not None
+            tensors = coming.result()
+            coming = reader.submit(touched, reads[index + 1]) if index + 1 < len(reads) else None
+            yield tensors
 
 
 def opened(path: Path) -> Any:
@@ -81,3 +215,11 @@ def opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read as safetensors ({error}); is the download complete?") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}); is the download complete?") from error
+    return found

@@ -24,6 +24,7 @@ from tasks.specs import (
     OrganismSpec,
     ProjectSpec,
     Spec,
+    SubspaceSpec,
     TrainSpec,
 )
 from tasks.stage import Report, Request
@@ -98,6 +99,10 @@ def _run_function(spec: Spec) -> Run:
             from tasks import train
 
             return train.run
+        case SubspaceSpec():
+            from tasks import subspace
+
+            return subspace.run
         case ProjectSpec():
             from tasks import project
 

@@ -11,8 +11,8 @@ from sweeps.home import Home
 from sweeps.plan import Planner
 from sweeps.search import asked
 from tasks.errors import StudyError
+from tasks.gate import read_rows
 from tasks.identity import content_digest
-from tasks.project import read_cosines
 from tests.sweeps.made import study
 from tests.tiny import conversations, write_chats, write_lines
 
@@ -79,7 +79,7 @@ def test_thresholds_that_choose_the_same_modules_share_their_evaluations(driven)
     none, high, one = (result.keys for result in progress.results[:3])
     assert high["apply[seed=0]"] != one["apply[seed=0]"]
     assert high["refusal[seed=0]"] == one["refusal[seed=0]"] != none["refusal[seed=0]"]
-    assert max(read_cosines(home.store.open("project", none["project[seed=0]"]).path).values()) < 0.999
+    assert max(row.cosine for row in read_rows(home.store.open("project", none["project[seed=0]"]).path / "cosines.json").values()) < 0.999
     kinds = {kind: len(list(home.store.all(kind))) for kind in ("data", "train", "project", "apply", "evaluate")}
     assert kinds == {"data": 1, "train": 1, "project": 1, "apply": 3, "evaluate": 2 + 2 * 2}
 

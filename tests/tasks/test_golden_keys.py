@@ -27,6 +27,7 @@ from tasks.specs import (
     ProjectSpec,
     RefusalSuite,
     Spec,
+    SubspaceSpec,
     TaskSuite,
     TrainSpec,
 )
@@ -47,8 +48,9 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
     "data, mixed": (DataSpec(size=100, mix_share=0.1), made_up("pool", "mix")),
     "train": (TrainSpec(), made_up("model", "data")),
     "train, full": (TrainSpec(method="full"), made_up("model", "data")),
+    "subspace": (SubspaceSpec(energy=0.9, target_modules=("q_proj", "v_proj")), made_up("base", "aligned")),
     "project": (ProjectSpec(), made_up("adapter", "base", "aligned")),
-    "project, exact": (ProjectSpec(projector="exact", energy=0.9), made_up("adapter", "base", "aligned")),
+    "project, exact": (ProjectSpec(projector="exact", energy=0.9), made_up("adapter", "subspace")),
     "apply": (ApplySpec(), made_up("adapter", "projection")),
     "apply, threshold": (ApplySpec(threshold=0.5), made_up("adapter", "projection")),
     "evaluate, refusal": (EvaluateSpec(suite=RefusalSuite()), made_up("model", "prompts", "adapter")),

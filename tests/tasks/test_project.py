@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tasks.errors import ModelError, ProjectionError
+from tasks.gate import read_rows
 from tasks.identity import content_digest
-from tasks.project import read_cosines, run_apply, run_project
+from tasks.project import run_apply, run_project
 from tasks.specs import ApplySpec, ProjectSpec
 from tasks.weights import Checkpoint, read_adapter
 from tests.tasks.test_safelora import by_definition
@@ -45,19 +46,21 @@ def applied(folder: Path, adapter: Path, projection: Path, **spec) -> Path:
 
 
 def sorted_cosines(projection: Path) -> list[float]:
-    return sorted(read_cosines(projection).values())
+    return sorted(row.cosine for row in read_rows(projection / ProjectSpec.COSINES).values())
 
 
 def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, projection):
-    loaded, cosines = read_adapter(adapter), read_cosines(projection)
+    loaded = read_adapter(adapter)
+    cosines = {module: row.cosine for module, row in read_rows(projection / ProjectSpec.COSINES).items()}
     projected = load_file(projection / ProjectSpec.PROJECTED)
-    assert len(cosines) == 14 and cosines.keys() == loaded.pairs.keys()
+    assert len(cosines) == 14 and cosines.keys() == loaded.modules.keys()
     assert len(set(cosines.values())) == 14
     base, aligned = load_file(pair.base / "model.safetensors"), load_file(pair.aligned / "model.safetensors")
-    for module, (name_a, name_b) in loaded.pairs.items():
+    for module, lora in loaded.modules.items():
+        name_a, name_b = lora.lora_A, lora.lora_B
         weight = f"{module}.weight"
         expected, cosine, _ = by_definition(base[weight], aligned[weight], loaded.tensors[name_a], loaded.tensors[name_b])
-        torch.testing.assert_close(projected[name_b].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(projected[module].double(), expected, rtol=1e-4, atol=1e-5)
         assert cosines[module] == pytest.approx(cosine, abs=1e-6)
 
 
@@ -104,9 +107,10 @@ def test_the_chosen_modules_take_C_B_and_the_others_keep_B(adapter, projection, 
         load_file(path)
         for path in (adapter / "adapter_model.safetensors", out / "adapter_model.safetensors", projection / ProjectSpec.PROJECTED)
     )
-    for module, (name_a, name_b) in read_adapter(adapter).pairs.items():
+    for module, lora in read_adapter(adapter).modules.items():
+        name_a, name_b = lora.lora_A, lora.lora_B
         assert torch.equal(after[name_a], before[name_a])
-        assert torch.equal(after[name_b], projected[name_b] if module in take else before[name_b])
+        assert torch.equal(after[name_b], projected[module] if module in take else before[name_b])
 
 
 def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_should(pair, adapter, projection, tmp_path):
@@ -118,17 +122,17 @@ def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_shoul
     loaded = PeftModel.from_pretrained(model, out)
     merged = loaded.merge_and_unload()
     projected = load_file(projection / ProjectSpec.PROJECTED)
-    pairs, tensors = read_adapter(adapter).pairs, load_file(adapter / "adapter_model.safetensors")
+    modules, tensors = read_adapter(adapter).modules, load_file(adapter / "adapter_model.safetensors")
     aligned = load_file(pair.aligned / "model.safetensors")
-    for module, (name_a, name_b) in pairs.items():
-        expected = aligned[f"{module}.weight"] + 2.0 * projected[name_b] @ tensors[name_a]
+    for module, lora in modules.items():
+        expected = aligned[f"{module}.weight"] + 2.0 * projected[module] @ tensors[lora.lora_A]
         torch.testing.assert_close(merged.state_dict()[f"{module}.weight"], expected, rtol=1e-4, atol=1e-5)
     with_cb = merged(ids).logits
     assert not torch.allclose(with_cb, with_b, atol=1e-3) and not torch.allclose(with_cb, plain, atol=1e-3)
 
 
 def test_more_modules_than_there_are_is_an_error(adapter, projection, tmp_path):
-    with pytest.raises(ProjectionError, match="apply.modules=15, but the adapter has 14"):
+    with pytest.raises(ProjectionError, match="15 modules are to be projected, but the adapter has 14"):
         applied(tmp_path / "out", adapter, projection, modules=15)
 
 
@@ -153,7 +157,7 @@ def edited(folder: Path, adapter: Path, config: dict | None = None, drop: str | 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"config": {"use_dora": True}}, "is a DoRA adapter"),
+        ({"config": {"use_dora": True}}, r"is DoRA .* \(`use_dora` in"),
         ({"config": {"peft_type": "IA3"}}, "is a IA3 adapter"),
         ({"drop": "layers.1.mlp.up_proj.lora_B"}, "has no .*lora_B.weight; the adapter is damaged"),
         ({"drop": "lora_"}, "holds no LoRA matrices"),
@@ -183,7 +187,7 @@ def test_a_truncated_file_is_named_and_is_no_crash(pair, adapter, tmp_path):
 
 
 def test_two_equal_models_are_an_error_not_an_adapter_left_as_it_was(pair, adapter, tmp_path):
-    with pytest.raises(ProjectionError, match="base and aligned weights are equal"):
+    with pytest.raises(ProjectionError, match="base and aligned are equal in every module"):
         run_project(
             ProjectSpec(),
             {"adapter": adapter, "base": pair.aligned, "aligned": pair.aligned},

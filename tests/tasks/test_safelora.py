@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.errors import ProjectionError
-from tasks.safelora import alignment_basis, chosen, gate, project
+from tasks.gate import ModuleRow, chosen
+from tasks.safelora import NO_DIRECTION, NO_UPDATE, Update, Workspace, alignment_basis, gate, project_onto
+from tasks.safelora import project as project_all
 
 shapes = st.tuples(st.integers(2, 24), st.integers(2, 24), st.integers(1, 8), st.integers(0, 10_000))
 
@@ -20,6 +22,13 @@ def made(d_out: int, d_in: int, rank: int, seed: int, dtype: torch.dtype = torch
 
     base = normal(d_out, d_in)
     return tuple(t.to(dtype) for t in (base, base + 0.1 * normal(d_out, d_in), normal(rank, d_in), normal(d_out, rank)))
+
+
+def project(module, base, aligned, lora_a, lora_b, projector="approximate", energy=None):
+    """One update by either projector."""
+    if projector == "approximate":
+        return project_all(module, base, aligned, [Update(lora_a, lora_b)])[0]
+    return project_onto(module, alignment_basis(module, base, aligned, energy), [Update(lora_a, lora_b)])[0]
 
 
 def by_definition(base, aligned, lora_a, lora_b, energy=None):
@@ -72,13 +81,29 @@ def test_projecting_twice_by_the_exact_projector_changes_nothing_more(shape):
     torch.testing.assert_close(once, twice, rtol=1e-3, atol=1e-4)
 
 
+def basis_of(v, energy):
+    return alignment_basis("m", torch.zeros_like(v), v, energy)
+
+
+@given(shape=shapes, energy=st.floats(0.05, 0.98))
+def test_a_basis_is_orthonormal_and_holds_the_energy_it_states(shape, energy):
+    base, aligned, _, _ = made(*shape)
+    v = (aligned - base).double()
+    basis = alignment_basis("m", base, aligned, energy).double()
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), rtol=0, atol=1e-5)
+    share = float((basis.T @ v).square().sum() / v.square().sum())
+    assert share >= energy - 1e-5
+    if basis.shape[1] > 1:
+        assert float((basis[:, :-1].T @ v).square().sum() / v.square().sum()) < energy + 1e-5
+
+
 def test_the_alignment_basis_keeps_the_fewest_columns_that_hold_the_energy():
     v = torch.diag(torch.tensor([3.0, 2.0, 1.0]))  # energies 9, 4, 1 of 14
-    assert [alignment_basis(v, energy).shape[1] for energy in (0.1, 0.64, 0.65, 0.92, 0.93, 0.99)] == [1, 1, 2, 2, 3, 3]
+    assert [basis_of(v, energy).shape[1] for energy in (0.1, 0.64, 0.65, 0.92, 0.93, 0.99)] == [1, 1, 2, 2, 3, 3]
 
 
 def test_an_energy_that_is_met_exactly_takes_no_further_column():
-    assert alignment_basis(torch.diag(torch.tensor([1.0, 1.0])), 0.5).shape[1] == 1
+    assert basis_of(torch.diag(torch.tensor([1.0, 1.0])), 0.5).shape[1] == 1
 
 
 @given(shape=shapes, scale=st.floats(0.01, 100))
@@ -109,7 +134,8 @@ def test_an_update_of_zero_has_no_cosine_and_is_never_chosen():
     found = project("m", base, aligned, lora_a, torch.zeros_like(lora_b))
     assert (found.cosine, found.norm_ratio) == (None, None)
     assert gate(lora_b, lora_b, torch.zeros_like(lora_a)) == (None, None)
-    assert chosen({"m": None, "n": 0.2}, 1.0, None) == {"n"}
+    assert found.reason == NO_UPDATE
+    assert chosen(rows({"m": None, "n": 0.2}), 1.0, None) == {"n"}
 
 
 def test_an_update_that_the_projection_removes_has_a_cosine_of_zero():
@@ -130,11 +156,12 @@ def test_a_number_that_is_none_is_a_projection_error_wherever_it_lies(which, bad
         project("layers.0.q_proj", *tensors.values())
 
 
-def test_equal_weights_have_no_alignment_direction_and_that_is_an_error():
+def test_equal_weights_have_no_alignment_direction_so_the_update_stays_and_is_never_chosen():
     base, _, lora_a, lora_b = made(6, 5, 2, 0)
     for projector, energy in (("approximate", None), ("exact", 0.9)):
-        with pytest.raises(ProjectionError, match="m: base and aligned weights are equal"):
-            project("m", base, base.clone(), lora_a, lora_b, projector, energy)
+        found = project("m", base, base.clone(), lora_a, lora_b, projector, energy)
+        assert (found.cosine, found.norm_ratio, found.reason) == (None, None, NO_DIRECTION)
+        assert torch.equal(found.projected_OR, lora_b)
 
 
 @pytest.mark.parametrize(("part", "shape"), [(1, (5, 6)), (2, (2, 6)), (3, (5, 2)), (2, (3, 5))])
@@ -146,6 +173,10 @@ def test_shapes_that_do_not_fit_are_a_projection_error_that_shows_them(part, sha
     assert str(shape) in str(caught.value)
 
 
+def rows(cosines):
+    return {name: ModuleRow(cosine, None if cosine is None else 1.0) for name, cosine in cosines.items()}
+
+
 cosine_maps = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sampled_from([-0.5, 0.0, 0.1, 0.1, 0.7, None]), max_size=8)
 
 
@@ -153,10 +184,10 @@ cosine_maps = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sampled
 def test_number_mode_takes_exactly_n_modules_and_breaks_ties_by_name(cosines, n):
     known = [name for name in cosines if cosines[name] is not None]
     if n > len(known):
-        with pytest.raises(ProjectionError, match=f"apply.modules={n}"):
-            chosen(cosines, None, n)
+        with pytest.raises(ProjectionError, match=f"{n} modules are to be projected, but the adapter has {len(known)}"):
+            chosen(rows(cosines), None, n)
         return
-    take = chosen(cosines, None, n)
+    take = chosen(rows(cosines), None, n)
     assert len(take) == n and take <= set(known)
     for inside in take:
         for outside in set(known) - take:
@@ -165,8 +196,59 @@ def test_number_mode_takes_exactly_n_modules_and_breaks_ties_by_name(cosines, n)
 
 @given(cosine_maps, st.sampled_from([-0.5, 0.0, 0.1, 0.7, 1.0]))
 def test_the_threshold_takes_a_cosine_that_equals_it(cosines, threshold):
-    assert chosen(cosines, threshold, None) == {name for name, cosine in cosines.items() if cosine is not None and cosine <= threshold}
+    assert chosen(rows(cosines), threshold, None) == {
+        name for name, cosine in cosines.items() if cosine is not None and cosine <= threshold
+    }
 
 
 def test_without_a_rule_no_module_is_chosen():
-    assert chosen({"a": -1.0}, None, None) == frozenset()
+    assert chosen(rows({"a": -1.0}), None, None) == frozenset()
+
+
+ranks = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@given(shape=shapes, ranks=ranks)
+def test_adapters_projected_together_come_out_as_each_does_alone(dtype, shape, ranks):
+    base, aligned, _, _ = made(*shape, dtype)
+    updates = [Update(*made(*shape[:2], rank, seed)[2:]) for seed, rank in enumerate(ranks)]
+    for update, together in zip(updates, project_all("m", base, aligned, updates), strict=True):
+        expected, cosine, ratio = by_definition(base, aligned, update.lora_A_RI, update.lora_B_OR)
+        torch.testing.assert_close(together.projected_OR.double(), expected, rtol=1e-4, atol=1e-5)
+        assert together.cosine == pytest.approx(cosine, abs=1e-5)
+        assert together.norm_ratio == pytest.approx(ratio, rel=1e-4)
+
+
+def test_a_workspace_is_used_again_and_leaves_nothing_of_the_module_before():
+    space = Workspace()
+    for shape in ((40, 30, 4, 0), (7, 50, 2, 1), (40, 30, 4, 0)):
+        base, aligned, lora_a, lora_b = made(*shape)
+        (found,) = project_all("m", base, aligned, [Update(lora_a, lora_b)], space)
+        torch.testing.assert_close(found.projected_OR.double(), by_definition(base, aligned, lora_a, lora_b)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_many_blocks_of_rows_add_up_to_the_whole():
+    # 3000 x 300 is cut into four blocks; the reference forms C of 3000 x 3000.
+    base, aligned, lora_a, lora_b = made(3000, 300, 8, 5, torch.bfloat16)
+    assert len(list(Workspace().blocks(3000, 300))) > 3
+    expected, cosine, ratio = by_definition(base, aligned, lora_a, lora_b)
+    found = project("m", base, aligned, lora_a, lora_b)
+    torch.testing.assert_close(found.projected_OR.double(), expected, rtol=1e-5, atol=1e-6)
+    assert found.cosine == pytest.approx(cosine, abs=3e-7)
+    assert found.norm_ratio == pytest.approx(ratio, rel=1e-6)  # a float32 norm of a million terms would be off by 1e-4
+
+
+def test_a_weight_stored_transposed_is_projected_as_a_view():
+    base, aligned, lora_a, lora_b = made(30, 20, 4, 3)
+    plain = project("m", base, aligned, lora_a, lora_b)
+    stored = project("m", base.T.contiguous().T, aligned.T.contiguous().T, lora_a, lora_b)
+    assert torch.equal(plain.projected_OR, stored.projected_OR) and plain.cosine == stored.cosine
+
+
+def test_one_damaged_adapter_among_many_is_named():
+    base, aligned, lora_a, lora_b = made(6, 5, 2, 0)
+    bad = lora_a.clone()
+    bad[0, 0] = float("nan")
+    with pytest.raises(ProjectionError, match="m: lora_A of runs/b holds NaN or infinity"):
+        project_all("m", base, aligned, [Update(lora_a, lora_b, "runs/a"), Update(bad, lora_b, "runs/b")])
