@@ -1,11 +1,12 @@
 # make demo    a fresh machine to a finished Pareto frontier        make test    the tests
 # make lint    style, types, import directions                      make lock    refresh the pinned versions
+# make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project.json
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint lock check clean
+.PHONY: demo test lint bench-project lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -18,6 +19,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-project: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_project
 
 $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable .

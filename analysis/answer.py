@@ -7,7 +7,17 @@ said to be absent; an operating point is never called safe on its value alone.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from analysis.compare import Baselines, Move, is_projected, moved, refusal_metric, training_of, unprojected, usefulness_metric
+from analysis.compare import (
+    Baselines,
+    Move,
+    is_projected,
+    moved,
+    operating_point,
+    refusal_metric,
+    training_of,
+    unprojected,
+    usefulness_metric,
+)
 from analysis.frontier import finished, values_of
 from analysis.wording import measured, metric_label, natural, percent, settings_label
 from sweeps.points import Result
@@ -84,19 +94,18 @@ def _tally(moves: Counter[Move], total: int, of: str) -> str:
 
 
 def _pick(study: Study, model: str, own: Sequence[Result], refusal: str) -> str:
-    """The most useful projected point whose refusal rate is at or above the study's floor, or the nearest to it."""
-    useful = usefulness_metric(study)
-    projected = [result for result in own if is_projected(result)]
-    floor = percent(study.refusal_floor)
-    holding = [result for result in projected if result.metrics[refusal].value >= study.refusal_floor]
-    if not holding:
-        nearest = max(projected, key=lambda result: (result.metrics[refusal].value, -result.number))
+    """The operating point in words: what it refuses, how sure that is, and what it costs."""
+    useful, floor = usefulness_metric(study), percent(study.refusal_floor)
+    found = operating_point(study, own, refusal)
+    if found is None:
+        return f"{model}, operating point: none, as no projected point has finished."
+    best, holds = found
+    if not holds:
         return (
-            f"{model}, operating point: none of {len(projected)} projected points holds the refusal floor of {floor}."
-            f" The nearest, {_named(nearest)}, refuses {measured(nearest.metrics[refusal])}."
+            f"{model}, operating point: none of {sum(map(is_projected, own))} projected points holds the refusal floor of {floor}."
+            f" The nearest, {_named(best)}, refuses {measured(best.metrics[refusal])}."
         )
     rank = [name for name in (useful, refusal) if name is not None]
-    best = max(holding, key=lambda result: (*(result.metrics[name].value for name in rank), -result.number))
     low = best.metrics[refusal].interval[0]
     sure = (
         "Its whole interval is at or above the floor."

@@ -48,6 +48,19 @@ def refusal_metric(study: Study) -> str | None:
     return next(iter(objectives + suites), None)
 
 
+def operating_point(study: Study, results: Sequence[Result], refusal: str) -> tuple[Result, bool] | None:
+    """The projected result to ship, and whether it holds the refusal floor: the most useful of those that do, or the nearest to it.
+
+    None when nothing is projected.
+    """
+    projected = [result for result in results if is_projected(result)]
+    holding = [result for result in projected if result.metrics[refusal].value >= study.refusal_floor]
+    if not projected:
+        return None
+    rank = [name for name in (usefulness_metric(study), refusal) if name is not None] if holding else [refusal]
+    return max(holding or projected, key=lambda result: (*(result.metrics[name].value for name in rank), -result.number)), bool(holding)
+
+
 def usefulness_metric(study: Study) -> str | None:
     """The first objective that says how useful a model is."""
     return next((name for name in study.objectives if name.rpartition(".")[2] in USEFULNESS), None)

@@ -6,6 +6,7 @@ Invariants: it asks for nothing from outside; it holds counts, rates, settings a
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -17,11 +18,14 @@ from analysis.figures import svg
 from analysis.files import write_whole
 from analysis.frontier import frontier, frontier_hypervolume
 from analysis.frontier_figure import frontier_figure
+from analysis.projection_figure import Projections, projection_figures
 from analysis.tables import frontier_cells, results_frame
 from analysis.threshold_figure import threshold_figure
 from analysis.wording import directed_label, settings_label, without_paths
 from sweeps.points import Result
 from sweeps.study import Study
+
+_NO_PROJECTIONS: Projections = MappingProxyType({})
 
 
 def write_report(
@@ -31,16 +35,17 @@ def write_report(
     folder: Path,
     cost: Mapping[str, object],
     provenance: Mapping[str, object],
+    projections: Projections = _NO_PROJECTIONS,
 ) -> Path:
     """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value."""
-    page = _template().render(
+    page = template("report_template.html").render(
         study=study,
         paragraphs=[_split(paragraph) for paragraph in answer(study, results, baselines)],
         counts={status: sum(result.status == status for result in results) for status in ("done", "running", "failed")},
         objectives=[directed_label(name) for name in study.objectives],
         hypervolume=frontier_hypervolume(results, study.objectives),
         table=frontier_cells(results_frame(results, study.objectives)),
-        figures=_figures(study, results, baselines),
+        figures=[*_figures(study, results, baselines), *_projection_figures(projections)],
         failed=[
             (result.number, result.point.model, settings_label(result.point), without_paths(result.reason)) for result in _failed(results)
         ],
@@ -73,7 +78,8 @@ def summary(study: Study, results: Sequence[Result], baselines: Baselines) -> di
     }
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of analysis/, which escapes whatever it is given and raises for what it was not."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis", "."),
         autoescape=True,
@@ -81,7 +87,28 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report_template.html")
+    return environment.get_template(name)
+
+
+def shown(figure: Figure, alt: str, caption: str) -> dict[str, str]:
+    """A figure as the pages' section of figures takes it, drawn into the page itself."""
+    drawn = base64.b64encode(svg(figure)).decode("ascii")
+    return {"source": f"data:image/svg+xml;base64,{drawn}", "alt": alt, "caption": caption}
+
+
+def shown_cosines(figure: Figure, what: str) -> dict[str, str]:
+    """A cosine map, with the words that explain it."""
+    caption = (
+        f"{what}: the cosine of each module's projected with its unprojected update, by layer and module type. White dots:"
+        " projected. Hatched: no cosine, so never projected. Blank: not adapted."
+    )
+    return shown(figure, alt=f"Heat map: cosines of {what}, module types by layers, a dot on each projected module.", caption=caption)
+
+
+def shown_shares(figure: Figure, what: str) -> dict[str, str]:
+    """The step curves of projected shares, with the words that explain them."""
+    caption = f"{what}: the share of all modules that a threshold projects, which are those with a cosine at or below it."
+    return shown(figure, alt=f"Step curves: share of modules projected by threshold, {what}.", caption=caption)
 
 
 def _split(paragraph: str) -> tuple[str, str]:
@@ -100,8 +127,8 @@ def _figures(study: Study, results: Sequence[Result], baselines: Baselines) -> l
     drawn = " against ".join(directed_label(name) for name in reversed(study.objectives[:2]))
     names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
     across = threshold_figure(results, names, baselines)
-    shown = [
-        _shown(
+    found = [
+        shown(
             frontier_figure(results, study.objectives, baselines),
             alt=f"Scatter plot: {drawn}, a marker per finished point.",
             caption=(
@@ -112,10 +139,15 @@ def _figures(study: Study, results: Sequence[Result], baselines: Baselines) -> l
     ]
     if across is not None:
         caption = "Against the projection threshold: modules whose cosine is at or below it are projected. 95% Wilson intervals."
-        shown.append(_shown(across, alt=f"Line plots by threshold: {'; '.join(map(directed_label, names))}.", caption=caption))
-    return shown
+        found.append(shown(across, alt=f"Line plots by threshold: {'; '.join(map(directed_label, names))}.", caption=caption))
+    return found
 
 
-def _shown(figure: Figure, alt: str, caption: str) -> dict[str, str]:
-    drawn = base64.b64encode(svg(figure)).decode("ascii")
-    return {"source": f"data:image/svg+xml;base64,{drawn}", "alt": alt, "caption": caption}
+def _projection_figures(projections: Projections) -> list[dict[str, str]]:
+    figures = projection_figures(projections)
+    found = []
+    for model, adapters in projections.items():
+        if adapters:
+            found.append(shown_cosines(figures[f"cosines-{model}"], f"{model}, {next(iter(adapters))}"))
+            found.append(shown_shares(figures[f"projected-share-{model}"], f"{model}, {len(adapters)} projected adapters"))
+    return found

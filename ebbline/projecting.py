@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 
 from tasks.errors import ModelError, ProjectionError
-from tasks.gate import ModuleRow, chosen
+from tasks.gate import ModuleRow, ProjectedRows, chosen
 from tasks.models import resolve
 from tasks.project import Weights, as_saved, projections, row_of, write_adapter
 from tasks.safelora import NO_DIRECTION
@@ -225,14 +225,14 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
 
 def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str, Path]:
     """One HTML file about all of them, and its figures beside it; what -> where."""
-    from analysis.projection_figure import ProjectedRows  # only a report needs matplotlib
     from analysis.projection_report import write_projection_report
 
     names = [each.out.name for each in projected]
     adapters = {name: ProjectedRows(each.rows, each.projected) for name, each in zip(names, projected, strict=True)}
     settings = {name: value for name, value in asdict(projected[0].settings).items() if value is not None}
     notes = [f"{name}: {note}" if len(projected) > 1 else note for name, each in zip(names, projected, strict=True) for note in each.notes]
-    return write_projection_report(path, adapters, settings, notes)
+    threshold = projected[0].settings.threshold
+    return write_projection_report(path, adapters, settings, notes, [] if threshold is None else [threshold])
 
 
 def tell(projected: Sequence[ProjectedAdapter], reports: Mapping[str, Path], as_json: bool) -> None:

@@ -13,8 +13,9 @@ from analysis import mirror
 from analysis.compare import refusal_metric, usefulness_metric
 from analysis.figures import save
 from analysis.frontier_figure import frontier_figure
+from analysis.projection_figure import projection_figures
 from analysis.report import write_report
-from analysis.results import baselines, collect
+from analysis.results import baselines, collect, projections
 from analysis.tables import frontier_text, results_frame, write_tables
 from analysis.threshold_figure import threshold_figure
 from cluster.executor import Executor, OnDemand
@@ -128,7 +129,10 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     thresholds = threshold_figure(results, drawn, before)
     if thresholds is not None:
         save(thresholds, folder, "thresholds")
-    outputs["report"] = write_report(study, results, before, folder, _cost(home, results), _provenance(study, results, home))
+    projected = projections(study, results, home)
+    for name, figure in projection_figures(projected).items():
+        save(figure, folder, name)
+    outputs["report"] = write_report(study, results, before, folder, _cost(home, results), _provenance(study, results, home), projected)
     return outputs
 
 

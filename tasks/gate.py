@@ -21,6 +21,14 @@ class ModuleRow:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class ProjectedRows:
+    """What was measured of one adapter, module by module, and which modules took their projection."""
+
+    rows: Mapping[str, ModuleRow]
+    taken: frozenset[str]
+
+
 def write_rows(rows: Mapping[str, ModuleRow], path: Path) -> None:
     path.write_text(json.dumps({module: asdict(rows[module]) for module in sorted(rows)}, indent=1, allow_nan=False))
 

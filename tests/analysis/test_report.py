@@ -11,6 +11,7 @@ from analysis.compare import Baselines
 from analysis.report import summary, write_report
 from sweeps.points import Result
 from sweeps.study import Study
+from tasks.gate import ModuleRow, ProjectedRows
 from tests.analysis.conftest import failed
 
 COST = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
@@ -71,6 +72,19 @@ def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
 def test_the_same_results_give_the_same_report(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
     first, again = (write_report(study, results, baselines, tmp_path / name, COST, PROVENANCE).read_bytes() for name in ("a", "b"))
     assert first == again
+
+
+def test_projections_are_drawn_for_each_model(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+    rows = {f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.1 * layer, 0.5) for layer in range(4)}
+    found = ProjectedRows(rows, frozenset(list(rows)[:2]))
+    projections = {"small": {"point 2 <b>": found, "point 1": found}, "medium": {"point 9": found}}
+    text = write_report(study, results, baselines, tmp_path, {}, {}, projections).read_text("utf-8")
+    alts = Page(text).alts
+    assert len(alts) == 2 + 2 * len(projections)
+    assert [alt.partition(":")[0] for alt in alts[2:]] == ["Heat map", "Step curves"] * 2
+    assert "small, point 2 <b>" in alts[2]
+    assert "small, point 2 &lt;b&gt;: the cosine of" in text
+    assert "small, 2 projected adapters: the share of" in text
 
 
 @pytest.mark.parametrize("objectives", [1, 3])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from analysis.results import projections
 from cluster.inline import InlineExecutor
 from cluster.runner import Resolver
 from sweeps.drive import drive
@@ -95,6 +96,22 @@ def test_driving_again_runs_nothing_and_asks_for_nothing(driven):
     for result in progress.results[:3]:
         stage = planner.stages_for(result.point)["refusal[seed=0]"]
         assert Resolver(home.store).artifact(stage).key == result.keys["refusal[seed=0]"]
+
+
+def test_an_exact_projection_against_a_stand_in_runs_to_its_end(tmp_path, changes, pair):
+    stand_in = {"data": {"pool": changes["data"]["pool"], "settings": {"size": 32}}}
+    stand_in["train"] = {"method": "full", "dtype": "float32", "steps": 4, "global_batch": 8, "learning_rate": 1e-2, "max_tokens": 64}
+    model = {"aligned": pinned(pair.aligned), "unaligned": {"tuned": stand_in}, "quantisation": "none", "dtype": "float32"}
+    axes = {"train.rank": [1, 2], "apply.threshold": [0.999]}
+    exact = {**changes, "models": {"7b": model}, "project": {"projector": "exact", "energy": 0.5}, "axes": axes}
+    home = Home(tmp_path / "home")
+    found = study(tmp_path, exact)
+    progress = drive(found, home, InlineExecutor)
+    assert [(result.status, result.reason) for result in progress.results] == [("done", "")] * 2
+    assert len({result.keys["subspace[seed=0]"] for result in progress.results}) == 1
+    rows = read_rows(home.store.open("project", progress.results[0].keys["project[seed=0]"]).path / "cosines.json")
+    assert len(rows) == 14 and all(abs(row.cosine - row.norm_ratio) < 1e-5 for row in rows.values())  # of an orthogonal projector
+    assert list(projections(found, progress.results, home)) == ["7b"]
 
 
 def test_a_stop_drains_and_the_next_drive_finishes(tmp_path, changes):

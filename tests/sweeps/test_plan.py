@@ -13,7 +13,7 @@ from tasks.errors import PinError, StudyError
 from tasks.identity import content_digest, digest
 from tasks.specs import LanguageSpec, TrainSpec
 from tasks.stage import Source, Stage, key_payload, stage_of
-from tests.sweeps.made import WHOLE, study
+from tests.sweeps.made import TUNED, WHOLE, study
 
 
 @pytest.fixture
@@ -88,6 +88,37 @@ def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tm
     assert evaluate.inputs["adapter"] is stages["apply[seed=0]"]
     baseline = planner.baselines()["7b"]["refusal"]
     assert "adapter" not in baseline.inputs and baseline.spec == evaluate.spec
+
+
+def test_the_exact_projectors_bases_are_one_stage_that_all_adapters_of_a_size_share(tmp_path, home):
+    exact = {"project": {"projector": "exact", "energy": 0.9}, "axes": {"train.rank": [2, 4], "apply.threshold": [None, 0.5]}}
+    planner = Planner(study(tmp_path, exact), home)
+    assert kinds(planner, space(planner.study))["subspace"] == 1
+    stages = planner.stages_for(next(iter(space(planner.study))))
+    assert sorted(stages["project[seed=0]"].inputs) == ["adapter", "subspace"]
+    assert stages["subspace[seed=0]"] is stages["project[seed=0]"].inputs["subspace"]
+    two = Planner(
+        study(tmp_path, {**exact, "project": {"projector": "exact", "energy": 0.8}, "axes": {"project.energy": [0.8, 0.9]}}), home
+    )
+    assert kinds(two, space(two.study))["subspace"] == 2
+
+
+def test_an_unaligned_model_stands_in_for_the_base_in_the_projection_alone(tmp_path, home):
+    bad = {**TUNED, "data": {"pool": {"language": "benign.jsonl"}, "settings": {"size": 8}}}
+    planner = Planner(study(tmp_path, {"models/7b/unaligned": {"tuned": bad}}), home)
+    stages = planner.stages_for(next(iter(space(planner.study))))
+    project = stages["project[seed=0]"]
+    unaligned, aligned = stage_of(project.inputs["base"]), stage_of(project.inputs["aligned"])
+    assert stage_of(unaligned.inputs["model"]) is aligned and unaligned.spec.method == "full"
+    assert stage_of(aligned.inputs["model"]).kind == "organism"
+    without = Planner(study(tmp_path), home).stages_for(next(iter(space(planner.study))))
+    assert without["train[seed=0]"].lineage == stages["train[seed=0]"].lineage
+
+
+def test_a_family_without_a_base_needs_only_the_stand_in(tmp_path, home):
+    model = {"aligned": {"organism": {"size": "small"}}, "unaligned": {"tuned": TUNED}}
+    stages = Planner(study(tmp_path, {"models/7b": model}), home).stages_for(Point.of("7b", {"train.rank": 2, "apply.threshold": None}))
+    assert stage_of(stages["project[seed=0]"].inputs["base"]).inputs["model"] == stages["project[seed=0]"].inputs["aligned"]
 
 
 def test_a_size_keeps_its_own_settings_and_a_points_values_win(tmp_path, home):

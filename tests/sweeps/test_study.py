@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from sweeps.study import axis_fields, require_pins, unpinned
 from sweeps.study_file import load, parse, shipped, source_of
 from tasks.errors import PinError, StudyError
-from tests.sweeps.made import study, written
+from tests.sweeps.made import TUNED, study, written
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
@@ -50,6 +50,8 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"models/7b/base": {}}, r"models\.7b\.base: give exactly one of .*got none"),
         ({"data/pool": {"language": "a", "path": {"path": "b"}}}, r"data\.pool: give exactly one of"),
         ({"data/settings": {"size": 8, "mix_share": 0.5}}, r"data: mix_share is 0\.5, but `mix` names no second set"),
+        ({"models/7b": {"aligned": {"organism": {"size": "small"}}}}, r"models\.7b: `base` is missing: Safe LoRA subtracts it"),
+        ({"models/7b/base": {"tuned": TUNED}}, r"models\.7b: `base` cannot be `tuned`.* Say it as `unaligned`"),
         ({"models/7b/gpus": 0}, r"models\.7b\.gpus: "),
         ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
         ({"models/7b/train": {"quantisation": "nf4"}}, r"models\.7b\.train\.quantisation: say it as models\.7b\.quantisation"),
