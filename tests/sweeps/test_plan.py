@@ -97,9 +97,7 @@ def test_the_exact_projectors_bases_are_one_stage_that_all_adapters_of_a_size_sh
     stages = planner.stages_for(next(iter(space(planner.study))))
     assert sorted(stages["project[seed=0]"].inputs) == ["adapter", "subspace"]
     assert stages["subspace[seed=0]"] is stages["project[seed=0]"].inputs["subspace"]
-    two = Planner(
-        study(tmp_path, {**exact, "project": {"projector": "exact", "energy": 0.8}, "axes": {"project.energy": [0.8, 0.9]}}), home
-    )
+    two = Planner(study(tmp_path, {**exact, "axes": {"project.energy": [0.8, 0.9]}}), home)
     assert kinds(two, space(two.study))["subspace"] == 2
 
 

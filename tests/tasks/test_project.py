@@ -1,6 +1,7 @@
 """The stages `project` and `apply` on a real adapter: names, files, and thresholds that share their bytes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from tasks.errors import ModelError, ProjectionError
 from tasks.gate import read_rows
 from tasks.identity import content_digest
 from tasks.project import run_apply, run_project
-from tasks.specs import ApplySpec, ProjectSpec
+from tasks.specs import ApplySpec, ProjectSpec, SubspaceSpec, TrainSpec
+from tasks.subspace import run as run_subspace
 from tasks.weights import Checkpoint, read_adapter
 from tests.tasks.test_safelora import by_definition
 from tests.tiny import context, fresh
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "projections.json"
+TARGETS = TrainSpec().target_modules
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,27 @@ def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, project
         expected, cosine, _ = by_definition(base[weight], aligned[weight], loaded.tensors[name_a], loaded.tensors[name_b])
         torch.testing.assert_close(projected[module].double(), expected, rtol=1e-4, atol=1e-5)
         assert cosines[module] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, tmp_path):
+    exact = fresh(tmp_path / "exact")
+    models = {"base": pair.base, "aligned": pair.aligned}
+    run_subspace(SubspaceSpec(energy=0.5, target_modules=TARGETS), models, fresh(tmp_path / "subspace"), context(tmp_path / "c"))
+    spec = ProjectSpec(projector="exact", energy=0.5)
+    run_project(spec, {"adapter": adapter, "subspace": tmp_path / "subspace"}, exact, context(tmp_path / "d"))
+    now = {}
+    for projector, folder in (("approximate", projection), ("exact", exact)):
+        norms = {module: float(tensor.double().norm()) for module, tensor in load_file(folder / ProjectSpec.PROJECTED).items()}
+        rows = read_rows(folder / ProjectSpec.COSINES)
+        now[projector] = {m: {"cosine": row.cosine, "norm_ratio": row.norm_ratio, "norm_of_CB": norms[m]} for m, row in rows.items()}
+    if os.environ.get("EBBLINE_REFRESH_GOLDEN"):
+        GOLDEN.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+        pytest.skip(f"wrote {GOLDEN}")
+    golden = json.loads(GOLDEN.read_text())
+    for projector, modules in golden.items():
+        assert modules.keys() == now[projector].keys()
+        for module, row in modules.items():
+            assert now[projector][module] == pytest.approx(row, rel=1e-5), f"{projector}, {module}"
 
 
 def test_a_sharded_checkpoint_gives_the_projection_of_a_single_file(pair, adapter, projection, tmp_path):
