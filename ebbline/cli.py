@@ -149,9 +149,11 @@ def project(
     as_json: JsonOption = False,
 ) -> None:
     """Apply Safe LoRA to adapters by itself: no study, no store, no cluster. Writes ordinary PEFT adapters."""
-    from ebbline.projecting import progress_bar, tell, write_report
+    from ebbline.projecting import progress_bar, require_reportable, tell
     from ebbline.projecting import project as project_adapters
 
+    if report is not None:
+        require_reportable(report)
     with progress_bar() as progress:
         projected = project_adapters(
             adapter,
@@ -166,7 +168,7 @@ def project(
             device=device,
             progress=progress,
         )
-    tell(projected, {} if report is None else write_report(projected, report), as_json)
+    tell(projected, report, as_json)
 
 
 @app.command()

@@ -4,11 +4,15 @@
     project(["my-adapter"], "llama-2-7b", "llama-2-7b-chat", "safer-adapter", threshold=0.4)
 
 What comes out is an ordinary PEFT adapter, beside a `safe_lora.json` that says what was done to each module. The weights
-of the two models are read once, however many adapters there are, and never more than two modules are in memory.
+of the two models are read once, however many adapters there are, and never more than two modules of theirs are in memory.
 """
 
 import json
+import math
+import os
+import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,8 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tasks.errors import ModelError, ProjectionError
@@ -88,27 +94,66 @@ def project(
     Raises ModelError for an adapter or model that Safe LoRA is not defined for, ProjectionError where it cannot be
     computed. `out` appears whole or not at all.
     """
+    adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     settings = _settings(base, aligned, threshold, modules, projector, energy)
-    destination = Path(out)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ProjectionError(f"{destination} exists; nothing is overwritten. Give another folder for what comes out, or remove it first")
+    _require_device(device)
+    destination = _destination(Path(out))
     loaded = [read_adapter(located(adapter)) for adapter in adapters]
     names = _names(loaded)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
-        spool, fresh = Path(scratch) / "spool", Path(scratch) / "out"
-        spool.mkdir()
-        bases = None if settings.energy is None else Bases(settings.energy, None if cache is None else Path(cache), device)
-        source = Weights(Checkpoint(located(base)), Checkpoint(located(aligned)), bases)
-        rows = _measured(loaded, source, spool, progress, device)
-        results = [
-            _written(adapter, own, settings, spool, number, fresh / name, destination / name)
-            for number, (adapter, own, name) in enumerate(zip(loaded, rows, names, strict=True))
-        ]
-        if destination.exists():
-            destination.rmdir()  # empty
-        fresh.replace(destination)
+    bases = None if settings.energy is None else Bases(settings.energy, None if cache is None else Path(cache), device)
+    source = Weights(Checkpoint(located(base)), Checkpoint(located(aligned)), bases)
+    for model in (source.base, source.aligned):
+        model.require()
+    try:
+        with _scratch(destination) as scratch:
+            spool, fresh = scratch / "spool", scratch / "out"
+            spool.mkdir()
+            rows = _measured(loaded, source, spool, progress, device)
+            results = [
+                _written(adapter, own, settings, spool, number, fresh / name, destination / name)
+                for number, (adapter, own, name) in enumerate(zip(loaded, rows, names, strict=True))
+            ]
+            fresh.replace(destination)
+    except (OSError, SafetensorError) as error:
+        raise ProjectionError(
+            f"{destination} cannot be written: {error}. Make room or give another folder; nothing was left there"
+        ) from error
     return results
+
+
+@contextmanager
+def _scratch(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` for the length of a `with`. What a killed run on this machine left is removed first."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    mine = f".{destination.name}.{platform.node()}."
+    for left in destination.parent.glob(f"{mine}*"):
+        process = left.name.removeprefix(mine).partition(".")[0]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left)
+    with TemporaryDirectory(dir=destination.parent, prefix=f"{mine}{os.getpid()}.") as folder:
+        yield Path(folder)
+
+
+def _destination(out: Path) -> Path:
+    """Where the outcome goes: a folder that is new or empty. Raises ProjectionError for any other, before any work is done."""
+    destination = out.resolve()
+    if destination == Path.cwd():
+        raise ProjectionError(f"{out} is the folder you are in; give the name of a new one")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ProjectionError(f"{out} exists; nothing is overwritten. Give another folder for what comes out, or remove it first")
+    above = next(folder for folder in destination.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ProjectionError(f"{out} cannot be made: {above} is no folder that you may write to")
+    return destination
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that it lacks
+        raise ProjectionError(
+            f"this machine cannot compute on {device!r} ({str(error).splitlines()[0]}); leave it out, or say cpu"
+        ) from error
 
 
 def located(reference: str | Path) -> Path:
@@ -134,11 +179,13 @@ def _settings(
     projector: Literal["approximate", "exact"],
     energy: float | None,
 ) -> Settings:
+    if projector not in ("approximate", "exact"):
+        raise ProjectionError(f"no projector {projector!r}; there are 'approximate' and 'exact'")
     if threshold is not None and modules is not None:
         raise ProjectionError("give a threshold or a number of modules, not both")
     if threshold is not None and not -1.0 <= threshold <= 1.0:
         raise ProjectionError(f"the threshold is a cosine, from -1 to 1; {threshold:g} is not")
-    if modules is not None and modules < 0:
+    if modules is not None and (isinstance(modules, bool) or not isinstance(modules, int) or modules < 0):
         raise ProjectionError(f"{modules} is no number of modules")
     if projector == "approximate" and energy is not None:
         raise ProjectionError("energy belongs to the exact projector; the approximate one has no such share")
@@ -153,6 +200,8 @@ def _settings(
 
 def _names(adapters: Sequence[Adapter]) -> list[str]:
     """A folder name for each adapter: none for one alone, else the shortest endings of their paths that differ."""
+    if not adapters:
+        raise ProjectionError("no adapter was given")
     if len(adapters) == 1:
         return [""]
     paths = [adapter.folder.resolve().parts[1:] for adapter in adapters]
@@ -160,8 +209,10 @@ def _names(adapters: Sequence[Adapter]) -> list[str]:
         names = ["-".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
-    twice = next(adapter.folder for adapter in adapters if [a.folder.resolve() for a in adapters].count(adapter.folder.resolve()) > 1)
-    raise ProjectionError(f"{twice} is given twice")
+    twice = [adapter.folder for adapter in adapters if paths.count(adapter.folder.resolve().parts[1:]) > 1]
+    if twice:
+        raise ProjectionError(f"{twice[0]} is given twice")
+    return [f"{adapter.folder.name}-{number}" for number, adapter in enumerate(adapters, start=1)]
 
 
 def _measured(
@@ -187,7 +238,7 @@ def _written(
     fresh.mkdir(parents=True)
     write_adapter(adapter, projected, fresh)
     record = {
-        **asdict(settings),
+        "settings": asdict(settings),
         "adapter": str(adapter.folder),
         "notes": list(notes),
         "modules": {module: {**asdict(rows[module]), "projected": module in take} for module in sorted(rows)},
@@ -232,13 +283,25 @@ def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str,
     settings = {name: value for name, value in asdict(projected[0].settings).items() if value is not None}
     notes = [f"{name}: {note}" if len(projected) > 1 else note for name, each in zip(names, projected, strict=True) for note in each.notes]
     threshold = projected[0].settings.threshold
-    return write_projection_report(path, adapters, settings, notes, [] if threshold is None else [threshold])
+    try:
+        return write_projection_report(path, adapters, settings, notes, [] if threshold is None else [threshold])
+    except OSError as error:
+        raise ProjectionError(f"the report cannot be written to {path}: {error}. The projected adapters are whole") from error
 
 
-def tell(projected: Sequence[ProjectedAdapter], reports: Mapping[str, Path], as_json: bool) -> None:
-    """Say what was done, and what to do next where nothing was."""
+def require_reportable(path: Path) -> None:
+    """Raises ProjectionError, before any work is done, when a report cannot be written there."""
+    above = next(folder for folder in path.resolve().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise ProjectionError(f"no report can be written to {path}; give the name of an HTML file, as {path / 'projection.html'}")
+
+
+def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bool) -> None:
+    """Say what was done and what to do next where nothing was; then write the report, if there is to be one."""
     if as_json:
-        print(json.dumps([json.loads((each.out / RECORD).read_text()) | {"out": str(each.out)} for each in projected], indent=1))
+        reports = {} if report is None else {what: str(path) for what, path in write_report(projected, report).items()}
+        records = [json.loads((each.out / RECORD).read_text()) | {"out": str(each.out)} for each in projected]
+        print(json.dumps({"adapters": records, "reports": reports}, indent=1))
         return
     screen, aside = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     settings = projected[0].settings
@@ -249,8 +312,10 @@ def tell(projected: Sequence[ProjectedAdapter], reports: Mapping[str, Path], as_
         found = f"; cosines {min(cosines):.4f} to {max(cosines):.4f}" if cosines else ""
         screen.print(f"{each.out}: {len(each.projected)} of {len(each.rows)} modules projected{found}", markup=False)
         if not each.projected and cosines:
-            aside.print(f"note: no module was projected; from a threshold of {min(cosines):.4f} on, the first one is", markup=False)
+            first = math.ceil(min(cosines) * 1e4) / 1e4  # rounded up: it must be a threshold that does it
+            aside.print(f"note: no module was projected; from a threshold of {first:.4f} on, the first one is", markup=False)
         for note in each.notes:
             aside.print(f"note: {note}", style="yellow", markup=False)
-    for what, path in reports.items():
-        screen.print(f"{what:9} {path}", markup=False)
+    if report is not None:
+        for what, path in write_report(projected, report).items():
+            screen.print(f"{what:11} {path}", markup=False)

@@ -30,8 +30,11 @@ def resolve(location: str) -> Path:
     repo_id, _, rest = name.partition("@")
     commit, _, file = rest.partition("#")
     skip = ["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"] if repo_type == "model" else None
-    folder = Path(snapshot_download(repo_id, revision=commit, repo_type=repo_type, ignore_patterns=skip, allow_patterns=file or None))
-    return folder / file
+    try:
+        folder = snapshot_download(repo_id, revision=commit, repo_type=repo_type, ignore_patterns=skip, allow_patterns=file or None)
+    except OSError as error:  # what the hub client raises: no network, no such repository or commit, no access
+        raise ModelError(f"{repo_id} at {commit} cannot be fetched from the hub: {type(error).__name__}: {error}") from error
+    return Path(folder) / file
 
 
 def load_tokenizer(folder: Path) -> Any:

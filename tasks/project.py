@@ -4,7 +4,8 @@
 depends on the set of chosen modules alone: two thresholds between the same neighbouring cosines give the same bytes, and
 so share every evaluation behind them.
 
-Memory is that of the largest module (its V, and its two weights as they are read), whatever the models' size.
+Memory is that of the largest module (its V, and its two weights as they are read) and of the adapter, whatever the
+models' size.
 """
 
 import json
@@ -36,17 +37,22 @@ class Weights:
     aligned: Checkpoint
     bases: Bases | None = None
 
-    def read(self, module: str, transposed: bool) -> tuple[torch.Tensor, ...]:
-        """(base_OI, aligned_OI) of a module, mapped from their files."""
-        weights = self.base.weight(module), self.aligned.weight(module)
-        return tuple(weight.T for weight in weights) if transposed else weights
+    def read(self, module: str) -> tuple[torch.Tensor, ...]:
+        """A module's base and aligned weights as they are stored, mapped from their files."""
+        return self.base.weight(module), self.aligned.weight(module)
 
-    def project(self, module: str, tensors: tuple[torch.Tensor, ...], updates: Sequence[Update], space: Workspace) -> list[Projection]:
-        base_OI, aligned_OI = tensors
+    def project(
+        self, module: str, embedding: bool, tensors: tuple[torch.Tensor, ...], updates: Sequence[Update], space: Workspace
+    ) -> list[Projection]:
+        base_OI, aligned_OI = (
+            tensor.T.contiguous() if embedding or model.is_conv1d(module) else tensor
+            for model, tensor in zip((self.base, self.aligned), tensors, strict=True)
+        )
+        models = str(self.base.folder), str(self.aligned.folder)
         if self.bases is None:
-            return project(module, base_OI, aligned_OI, updates, space)
+            return project(module, base_OI, aligned_OI, updates, space, models)
         check_shapes(module, base_OI, aligned_OI, updates)
-        return project_onto(module, self.bases.basis(module, base_OI, aligned_OI), updates, space)
+        return project_onto(module, self.bases.basis(module, base_OI, aligned_OI, models), updates, space)
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,14 @@ class Subspace:
 
     files: Mapping[str, Path]
 
-    def read(self, module: str, transposed: bool) -> tuple[torch.Tensor, ...]:
-        if transposed:
-            raise ProjectionError(f"{module} is stored as (d_in, d_out); a study projects such modules by the approximate projector only")
+    def read(self, module: str) -> tuple[torch.Tensor, ...]:
         if module not in self.files:
             raise ProjectionError(f"the subspace has no basis for {module}; its modules are those that train.target_modules names")
         return (read_basis(self.files[module]),)
 
-    def project(self, module: str, tensors: tuple[torch.Tensor, ...], updates: Sequence[Update], space: Workspace) -> list[Projection]:
+    def project(
+        self, module: str, embedding: bool, tensors: tuple[torch.Tensor, ...], updates: Sequence[Update], space: Workspace
+    ) -> list[Projection]:
         return project_onto(module, tensors[0], updates, space)
 
 
@@ -74,12 +80,15 @@ def projections(
     Raises ProjectionError where a module cannot be computed, and when the two models are the same.
     """
     modules = sorted({module for adapter in adapters for module in adapter.modules})
-    transposed = {module: lora.transposed for adapter in adapters for module, lora in adapter.modules.items()}
+    embeddings = {module for adapter in adapters for module, lora in adapter.modules.items() if lora.embedding}
     space, directions = Workspace(device), 0
-    reads = [partial(source.read, module, transposed[module]) for module in modules]
-    for done, (module, tensors) in enumerate(zip(modules, read_ahead(reads), strict=True), start=1):
+    reads = [partial(source.read, module) for module in modules]
+    ahead = read_ahead(reads)
+    for done, module in enumerate(modules, start=1):
+        tensors = next(ahead)
         own = [number for number, adapter in enumerate(adapters) if module in adapter.modules]
-        found = source.project(module, tensors, [_update(adapters[number], module) for number in own], space)
+        found = source.project(module, module in embeddings, tensors, [_update(adapters[number], module) for number in own], space)
+        del tensors
         directions += any(outcome.reason != NO_DIRECTION for outcome in found)
         yield module, dict(zip(own, found, strict=True))
         progress(done, len(modules), module)
@@ -97,10 +106,11 @@ def row_of(outcome: Projection) -> ModuleRow:
 
 
 def as_saved(outcome: Projection, adapter: Adapter, module: str) -> torch.Tensor:
-    """C.B in the dtype that the adapter has its B in. Raises ProjectionError when it is beyond that dtype's range."""
+    """C.B in the dtype that the adapter has its B in. Raises ProjectionError when that dtype cannot hold it to a hundredth."""
     before = adapter.tensors[adapter.modules[module].lora_B]
     after = outcome.projected_OR.to(before.dtype).contiguous()
-    if not bool(torch.isfinite(after).all()):
+    lost = float(torch.linalg.vector_norm(after.float() - outcome.projected_OR))
+    if not lost <= 0.01 * float(torch.linalg.vector_norm(outcome.projected_OR)):
         raise ProjectionError(f"{module}: C B is beyond the range of {before.dtype}; save {adapter.folder} in float32")
     return after
 

@@ -7,8 +7,8 @@ update is delta_OI = B_OR A_RI (its scale alpha/r moves neither the cosine nor t
     exact         C = U U^T, U the left singular vectors of V that hold a stated share of its energy
 
 C is never formed. C B = V (V^T B) / ||V||_F costs O(O I R), and V is formed a block of rows at a time, each block used for
-V^T B and ||V||_F while it is in the processor's cache. V and C B are float32; sums of squares add up blocks in float64,
-as one long float32 sum is wrong in the third digit. The gate compares C B A with B A through R x R Gram matrices,
+V^T B and ||V||_F while it is in the processor's cache. V and C B are float32; the squares of blocks add up in float64, as
+one long float32 sum is wrong in the third digit. The gate compares C B A with B A through R x R Gram matrices,
 <X A, Y A> = sum((X^T Y) * (A A^T)), in float64, so the O x I product is never formed either.
 """
 
@@ -70,12 +70,17 @@ class Workspace:
 
 
 def project(
-    module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor, updates: Sequence[Update], workspace: Workspace | None = None
+    module: str,
+    base_OI: torch.Tensor,
+    aligned_OI: torch.Tensor,
+    updates: Sequence[Update],
+    workspace: Workspace | None = None,
+    models: tuple[str, str] = ("base", "aligned"),
 ) -> list[Projection]:
     """Every update of one module, by the approximate projector, from one read of the two weights (any float dtype).
 
-    Raises ProjectionError when shapes disagree or anything is not finite. Where V is zero there is no direction to
-    project onto: the updates come back as they are, with the reason.
+    `models` is what messages call the two. Where V is zero there is no direction to project onto: the updates come back as
+    they are, with the reason. Raises ProjectionError when shapes disagree or anything is not finite.
     """
     space = workspace or Workspace()
     check_shapes(module, base_OI, aligned_OI, updates)
@@ -86,11 +91,10 @@ def project(
     for block in space.blocks(rows, columns):
         v_PI = _difference(base_OI[block], aligned_OI[block], v_OI[block])
         t_NI.addmm_(b_NO[:, block], v_PI)
-        flat = v_PI.view(-1)
-        squares += float(torch.dot(flat, flat))
-    norm = _norm_of_difference(module, squares)
+        squares += _squares(v_PI)
+    norm = _norm_of_difference(module, squares, base_OI, aligned_OI, models)
     if norm == 0:
-        return [Projection(update.lora_B_OR.float(), None, None, NO_DIRECTION) for update in updates]
+        return _unprojected(module, updates)
     t_NI /= norm
     return _gated(module, _times(v_OI, t_NI, space), updates)
 
@@ -101,7 +105,7 @@ def project_onto(module: str, basis_OK: torch.Tensor, updates: Sequence[Update],
     for update in updates:
         _check_update(module, update, basis_OK.shape[0], None)
     if basis_OK.shape[1] == 0:
-        return [Projection(update.lora_B_OR.float(), None, None, NO_DIRECTION) for update in updates]
+        return _unprojected(module, updates)
     basis_OK = basis_OK.to(space.device, torch.float32)
     projected_NO = (_stacked(updates, space) @ basis_OK) @ basis_OK.T
     return _gated(module, projected_NO, updates)
@@ -122,11 +126,18 @@ def gate(cb_OR: torch.Tensor, b_OR: torch.Tensor, a_RI: torch.Tensor) -> tuple[f
         return 0.0, 0.0
     if not math.isfinite(before + after):
         return math.nan, math.nan
-    cosine = inner(cb_OR, b_OR) / (before * after) ** 0.5
-    return min(1.0, max(-1.0, cosine)), (after / before) ** 0.5
+    cosine = inner(cb_OR, b_OR) / math.sqrt(before) / math.sqrt(after)
+    return min(1.0, max(-1.0, cosine)), math.sqrt(after) / math.sqrt(before)
 
 
-def alignment_basis(module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor, energy: float, device: str = "cpu") -> torch.Tensor:
+def alignment_basis(
+    module: str,
+    base_OI: torch.Tensor,
+    aligned_OI: torch.Tensor,
+    energy: float,
+    device: str = "cpu",
+    models: tuple[str, str] = ("base", "aligned"),
+) -> torch.Tensor:
     """Orthonormal columns (O, K), float32, spanning V's K leading left singular vectors: the fewest that hold `energy`.
 
     The energy of V is ||V||_F^2, the sum of its squared singular values. They and their vectors come from the
@@ -137,7 +148,7 @@ def alignment_basis(module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor
     """
     check_shapes(module, base_OI, aligned_OI, ())
     v_OI = _difference(base_OI.to(device), aligned_OI.to(device), torch.empty(base_OI.shape, device=device)).double()
-    norm = _norm_of_difference(module, float((v_OI * v_OI).sum()))
+    norm = _norm_of_difference(module, float((v_OI * v_OI).sum()), base_OI, aligned_OI, models)
     if norm == 0:
         return torch.empty(base_OI.shape[0], 0)
     tall = v_OI.shape[0] > v_OI.shape[1]
@@ -191,10 +202,32 @@ def _difference(base_PI: torch.Tensor, aligned_PI: torch.Tensor, out_PI: torch.T
     return out_PI.copy_(aligned_PI).sub_(base_PI)  # widened first: bfloat16 minus bfloat16 would be rounded
 
 
-def _norm_of_difference(module: str, squares: float) -> float:
-    if not squares < float("inf"):  # NaN as well
-        raise ProjectionError(f"{module}: aligned - base holds NaN or infinity; one of the two checkpoints is damaged")
+def _squares(v_PI: torch.Tensor) -> float:
+    """The sum of squares: of a block that is short enough for float32, or of a whole matrix on an accelerator in float64."""
+    if v_PI.device.type != "cpu":
+        return float(torch.linalg.vector_norm(v_PI, dtype=torch.float64)) ** 2
+    flat = v_PI.view(-1)
+    return float(torch.dot(flat, flat))
+
+
+def _norm_of_difference(module: str, squares: float, base_OI: torch.Tensor, aligned_OI: torch.Tensor, models: tuple[str, str]) -> float:
+    if not squares < math.inf:  # NaN as well
+        bad = [name for name, weight in zip(models, (base_OI, aligned_OI), strict=True) if not bool(torch.isfinite(weight).all())]
+        raise ProjectionError(f"{module}: the weight holds NaN or infinity in {' and '.join(bad or models)}; is the download complete?")
     return math.sqrt(squares)
+
+
+def _unprojected(module: str, updates: Sequence[Update]) -> list[Projection]:
+    for update in updates:
+        _require_finite(module, update)
+    return [Projection(update.lora_B_OR.float(), None, None, NO_DIRECTION) for update in updates]
+
+
+def _require_finite(module: str, update: Update) -> None:
+    parts = {"lora_A": update.lora_A_RI, "lora_B": update.lora_B_OR}
+    damaged = [name for name, tensor in parts.items() if not bool(torch.isfinite(tensor).all())]
+    if damaged:
+        raise ProjectionError(f"{module}: {' and '.join(damaged)} of {update.adapter} holds NaN or infinity; it is damaged")
 
 
 def _times(v_OI: torch.Tensor, t_NI: torch.Tensor, space: Workspace) -> torch.Tensor:
@@ -216,8 +249,7 @@ def _gated(module: str, projected_NO: torch.Tensor, updates: Sequence[Update]) -
         start += rank
         cosine, ratio = gate(cb_OR, update.lora_B_OR, update.lora_A_RI)
         if cosine is not None and ratio is not None and not math.isfinite(cosine + ratio):
-            parts = {"lora_A": update.lora_A_RI, "lora_B": update.lora_B_OR}
-            damaged = [name for name, tensor in parts.items() if not bool(torch.isfinite(tensor).all())]
-            raise ProjectionError(f"{module}: {' and '.join(damaged) or 'C B'} of {update.adapter} holds NaN or infinity; it is damaged")
+            _require_finite(module, update)
+            raise ProjectionError(f"{module}: C B A is beyond what can be computed; are the weights of {update.adapter} of sensible size?")
         found.append(Projection(cb_OR, cosine, ratio, NO_UPDATE if cosine is None else ""))
     return found

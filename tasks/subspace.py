@@ -21,6 +21,7 @@ from tasks.stage import Context
 from tasks.weights import Checkpoint, opened
 
 BASIS = "basis"
+VERSION = 1  # of how a basis is computed: another one is another basis
 
 
 class Bases:
@@ -29,17 +30,17 @@ class Bases:
     def __init__(self, energy: float, folder: Path | None, device: str = "cpu") -> None:
         self.energy, self.folder, self.device = energy, folder, device
 
-    def basis(self, module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor) -> torch.Tensor:
+    def basis(self, module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor, models: tuple[str, str]) -> torch.Tensor:
         """The (O, K) basis of a module."""
         if self.folder is None:
-            return alignment_basis(module, base_OI, aligned_OI, self.energy, self.device)
-        return read_basis(self.file(self.folder, module, base_OI, aligned_OI))
+            return alignment_basis(module, base_OI, aligned_OI, self.energy, self.device, models)
+        return read_basis(self.file(self.folder, module, base_OI, aligned_OI, models))
 
-    def file(self, folder: Path, module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor) -> Path:
+    def file(self, folder: Path, module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor, models: tuple[str, str]) -> Path:
         """The file in `folder` that holds this module's basis; made first, if it is not there."""
         path = folder / f"{self._name(base_OI, aligned_OI)}.safetensors"
         if not path.exists():
-            basis_OK = alignment_basis(module, base_OI, aligned_OI, self.energy, self.device)
+            basis_OK = alignment_basis(module, base_OI, aligned_OI, self.energy, self.device, models)
             folder.mkdir(parents=True, exist_ok=True)
             fresh = path.with_suffix(f".{os.getpid()}")
             save_file({BASIS: basis_OK}, fresh)
@@ -47,7 +48,7 @@ class Bases:
         return path
 
     def _name(self, base_OI: torch.Tensor, aligned_OI: torch.Tensor) -> str:
-        content = hashlib.sha256(f"{self.energy!r}".encode())
+        content = hashlib.sha256(f"{VERSION} {self.energy!r}".encode())
         for weight in (base_OI, aligned_OI):
             content.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
             content.update(weight.contiguous().view(torch.uint8).numpy().data)
@@ -72,7 +73,8 @@ def run(spec: SubspaceSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     bases = Bases(spec.energy, kept, ctx.device)
     files = {}
     for done, module in enumerate(modules, start=1):
-        files[module] = bases.file(kept, module, base.weight(module), aligned.weight(module))
+        base_OI, aligned_OI = (model.weight(module).T if model.is_conv1d(module) else model.weight(module) for model in (base, aligned))
+        files[module] = bases.file(kept, module, base_OI, aligned_OI, (str(base.folder), str(aligned.folder)))
         ctx.progress(done, len(modules), module)
     for file in set(files.values()):  # equal weights share a basis
         file.replace(out / file.name)

@@ -22,10 +22,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 # What quantisers store beside a weight, or in its place (bitsandbytes, GPTQ and AWQ, FP8, compressed-tensors).
 _QUANTISED = ("weight.absmax", "SCB", "weight.SCB", "qweight", "weight_scale_inv", "weight_scale", "weight_packed")
+# Models whose projections are Conv1D, stored as (d_in, d_out), and what these are called.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _HEADS = ("lm_head", "embed_out")
 # Initialisations that move part of the base weight into A and B: then the update is not B A.
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # Settings under which a LoRA adapter's update is not B A of one weight matrix.
 _OTHER_UPDATES = {
     "use_dora": "DoRA (it also learns a magnitude for each row)",
@@ -48,24 +51,38 @@ class Checkpoint:
     @cached_property
     def names(self) -> Mapping[str, Path]:
         """Tensor name -> the file that holds it."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            return {name: self.folder / file for name, file in _json(index)["weight_map"].items()}
-        single = self.folder / "model.safetensors"
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if index.exists() and not single.exists():  # transformers, too, prefers the single file
+            weight_map = _json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ModelError(f"{index} has no `weight_map`; is the download complete?")
+            return {name: self.folder / file for name, file in weight_map.items()}
         if not single.exists():
             raise ModelError(f"no model.safetensors and no index in {self.folder}; ebbline reads safetensors only")
         with opened(single) as tensors:
             return dict.fromkeys(tensors.keys(), single)
 
+    def require(self) -> None:
+        """Raises ModelError when this is no model folder; reads no weight."""
+        _ = self.names, self.config
+
     @cached_property
-    def ties_embeddings(self) -> bool:
-        """True when the output layer and the input embedding are one tensor, which is stored once."""
-        config = _json(self.folder / "config.json") if (self.folder / "config.json").exists() else {}
-        return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)))
+    def config(self) -> Mapping[str, Any]:
+        return _json(self.folder / "config.json") if (self.folder / "config.json").exists() else {}
+
+    def is_conv1d(self, module: str) -> bool:
+        """True when a module's weight is stored as (d_in, d_out). Raises ModelError when that cannot be told."""
+        if module.rpartition(".")[2] not in _CONV1D:
+            return False
+        if "model_type" not in self.config:
+            raise ModelError(f"{self.folder} has no config.json with a model_type, which says how {module} is stored; add it")
+        return self.config["model_type"] in _CONV1D_MODELS
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that name. Raises ModelError when there is none, or its file cannot be read."""
         if name not in self.names:
+            if "quantization_config" in self.config:
+                raise ModelError(self._quantised(name, str(self.config["quantization_config"].get("quant_method", "unknown method"))))
             raise ModelError(f"{self.folder} has no tensor {name!r}; {self._hint(name)}")
         with opened(self.names[name]) as tensors:
             if name not in tensors.keys():  # noqa: SIM118  # not a dict
@@ -74,26 +91,39 @@ class Checkpoint:
         return tensor
 
     def weight(self, module: str) -> torch.Tensor:
-        """A module's weight, as it was before any quantisation. Raises ModelError when it is missing or quantised."""
-        quantised = next((suffix for suffix in _QUANTISED if f"{module}.{suffix}" in self.names), None)
+        """A module's weight as it is stored, unquantised. Raises ModelError when it is missing or quantised."""
+        name = self._stored(f"{module}.weight")
+        quantised = next((suffix for suffix in _QUANTISED if f"{name.removesuffix('weight')}{suffix}" in self.names), None)
         if quantised is None:
-            tensor = self.read(self._tied(f"{module}.weight"))
+            tensor = self.read(name)
             if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
                 return tensor
             quantised = str(tensor.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"{self.folder} holds {module} quantised ({quantised}); Safe LoRA subtracts the weights as they were before."
-            " Give the unquantised folder that it was made from"
+        raise ModelError(self._quantised(name, quantised))
+
+    def _quantised(self, name: str, how: str) -> str:
+        return (
+            f"{self.folder} holds {name.removesuffix('.weight')} quantised ({how}); Safe LoRA subtracts the weights as they were"
+            " before. Give the unquantised folder that it was made from"
         )
 
-    def _tied(self, name: str) -> str:
-        """`name`, or the name under which a tied embedding's one tensor is stored."""
+    def _stored(self, name: str) -> str:
+        """`name` as this folder has it: itself, with another prefix, or as the one tensor of a tied embedding."""
+        if name in self.names:
+            return name
+        # The same module under another prefix: `transformer.h.0...` is stored as `h.0...` where only the body was saved.
+        alike = [other for other in self.names if other.endswith(f".{name}") or name.endswith(f".{other}")]
+        if len(alike) == 1:
+            return alike[0]
         module = name.removesuffix(".weight").rpartition(".")[2]
         others = _EMBEDDINGS if module in _HEADS else _HEADS if module in _EMBEDDINGS else ()
-        if name in self.names or not others or not self.ties_embeddings:
-            return name
-        stored = [other for other in self.names if other.removesuffix(".weight").rpartition(".")[2] in others]
-        return stored[0] if len(stored) == 1 else name
+        tied = [other for other in self.names if other.removesuffix(".weight").rpartition(".")[2] in others]
+        return tied[0] if len(tied) == 1 and self._may_tie() else name
+
+    def _may_tie(self) -> bool:
+        """False only when the configuration says that head and embedding are two tensors: most models tie them silently."""
+        found = self.config.get("tie_word_embeddings", (self.config.get("text_config") or {}).get("tie_word_embeddings"))
+        return found is not False
 
     def _hint(self, name: str) -> str:
         fused = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up", "experts": "experts"}
@@ -101,19 +131,16 @@ class Checkpoint:
         near = [other for other in self.names if any(part in other for part in parts)] or difflib.get_close_matches(name, self.names, 1)
         return (
             f"the nearest is {near[0]!r}. " if near else ""
-        ) + "Base, aligned and adapter must be of one architecture, stored under one set of names (fused or split alike)"
+        ) + "Base, aligned and adapter must be of one architecture, and have their matrices fused or split alike"
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """Where one module's A and B are in an adapter's file.
-
-    `transposed` is true when the weight is stored as (d_in, d_out): embeddings, and GPT-2's Conv1D.
-    """
+    """Where one module's A and B are in an adapter's file. An embedding's weight is stored as (d_in, d_out)."""
 
     lora_A: str
     lora_B: str
-    transposed: bool = False
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,8 +177,7 @@ def read_adapter(folder: Path) -> Adapter:
                 raise ModelError(f"{folder}: {name} has no {stem}{second}; the adapter is damaged")
             if tensors[name].ndim != 2 or tensors[stem + second].ndim != 2:
                 raise ModelError(f"{folder}: {stem} is a convolution's LoRA; Safe LoRA is defined for weight matrices")
-            transposed = "embedding" in first or bool(config.get("fan_in_fan_out"))
-            modules[stem.removeprefix("base_model.model.")] = LoraModule(name, stem + second, transposed)
+            modules[stem.removeprefix("base_model.model.")] = LoraModule(name, stem + second, "embedding" in first)
     used = {name for module in modules.values() for name in (module.lora_A, module.lora_B)}
     carried = tuple(name for name in sorted(tensors) if name not in used)
     foreign = next((name for name in carried if ".lora_A." in name or (".lora_B." in name and not name.endswith(".bias"))), None)
@@ -164,7 +190,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} is a {config.get('peft_type')} adapter; Safe LoRA is defined for LoRA's update B A only")
+        raise ModelError(f"{folder} is an adapter of type {config.get('peft_type')}; Safe LoRA is defined for LoRA's update B A only")
     for setting, what in _OTHER_UPDATES.items():
         if config.get(setting):
             raise ModelError(f"{folder} is {what}; Safe LoRA is defined for LoRA's update B A only (`{setting}` in {ADAPTER_CONFIG})")
@@ -172,7 +198,12 @@ def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
     if isinstance(start, str) and start.startswith(_MOVES_BASE):
         raise ModelError(
             f"{folder} was started with init_lora_weights={start!r}, which moves part of the base weights into A and B, so its"
-            " update is not B A. Save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA"
+            " update is not B A. "
+            + (
+                "Train it again from a plain LoRA start"
+                if start.startswith("loftq")
+                else "Save it with PEFT's `path_initial_model_for_weight_conversion`, which makes it a plain LoRA"
+            )
         )
 
 
@@ -207,6 +238,7 @@ def read_ahead(reads: Sequence[Callable[[], tuple[torch.Tensor, ...]]]) -> Itera
             tensors = coming.result()
             coming = reader.submit(touched, reads[index + 1]) if index + 1 < len(reads) else None
             yield tensors
+            del tensors  # or a third would be read while this one is still held
 
 
 def opened(path: Path) -> Any:
@@ -219,7 +251,9 @@ def opened(path: Path) -> Any:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error}); is the download complete?") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object; is it the file it is called?")
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tasks.errors import ModelError, ProjectionError
 from tasks.gate import read_rows
 from tasks.identity import content_digest
-from tasks.project import run_apply, run_project
+from tasks.project import Weights, projections, run_apply, run_project
 from tasks.specs import ApplySpec, ProjectSpec, SubspaceSpec, TrainSpec
 from tasks.subspace import run as run_subspace
 from tasks.weights import Checkpoint, read_adapter
@@ -88,6 +89,20 @@ def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, t
         assert modules.keys() == now[projector].keys()
         for module, row in modules.items():
             assert now[projector][module] == pytest.approx(row, rel=1e-5), f"{projector}, {module}"
+
+
+def test_never_more_than_two_modules_of_the_models_are_in_memory(pair, adapter, monkeypatch):
+    read, alive, most = Checkpoint.read, [], []
+
+    def counted(self, name):
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        most.append(sum(each() is not None for each in alive))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    found = list(projections([read_adapter(adapter)], Weights(Checkpoint(pair.base), Checkpoint(pair.aligned)), lambda *said: None))
+    assert len(found) == 14 and len(most) == 28 and max(most) <= 2 * 2
 
 
 def test_a_sharded_checkpoint_gives_the_projection_of_a_single_file(pair, adapter, projection, tmp_path):
@@ -184,7 +199,7 @@ def edited(folder: Path, adapter: Path, config: dict | None = None, drop: str | 
     ("change", "reason"),
     [
         ({"config": {"use_dora": True}}, r"is DoRA .* \(`use_dora` in"),
-        ({"config": {"peft_type": "IA3"}}, "is a IA3 adapter"),
+        ({"config": {"peft_type": "IA3"}}, "is an adapter of type IA3"),
         ({"drop": "layers.1.mlp.up_proj.lora_B"}, "has no .*lora_B.weight; the adapter is damaged"),
         ({"drop": "lora_"}, "holds no LoRA matrices"),
     ],
