@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def rule(self) -> str:
-        return f"the {self.modules} modules of lowest cosine" if self.threshold is None else f"modules with a cosine <= {self.threshold:g}"
+        return f"the {self.modules} of lowest cosine" if self.threshold is None else f"modules with a cosine <= {self.threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def project(
     settings = _settings(base, aligned, threshold, modules, projector, energy)
     _require_device(device)
     destination = _destination(Path(out))
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise ProjectionError(f"{cache} is a file; the cache of the exact projector's bases is a folder")
     loaded = [read_adapter(located(adapter)) for adapter in adapters]
     names = _names(loaded)
     bases = None if settings.energy is None else Bases(settings.energy, None if cache is None else Path(cache), device)
@@ -128,10 +130,20 @@ def _scratch(destination: Path) -> Iterator[Path]:
     mine = f".{destination.name}.{platform.node()}."
     for left in destination.parent.glob(f"{mine}*"):
         process = left.name.removeprefix(mine).partition(".")[0]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+        if process.isdecimal() and not _alive(int(process)):
             shutil.rmtree(left)
     with TemporaryDirectory(dir=destination.parent, prefix=f"{mine}{os.getpid()}.") as folder:
         yield Path(folder)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def _destination(out: Path) -> Path:
@@ -251,10 +263,12 @@ def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
     notes = []
     if others := inside(adapter.folder):
         notes.append(f"{adapter.folder} holds other adapters too, in folders of their own, and they were left alone: {', '.join(others)}")
-    if adapter.carried:
-        some = ", ".join(adapter.carried[:3]) + (", ..." if len(adapter.carried) > 3 else "")
+    # PEFT saves a copy of an adapted embedding, `base_layer`, which changes nothing.
+    carried = [name for name in adapter.carried if not name.endswith(".base_layer.weight")]
+    if carried:
+        some = ", ".join(carried[:3]) + (", ..." if len(carried) > 3 else "")
         notes.append(
-            f"{len(adapter.carried)} tensors of the adapter are no LoRA update and went over as they are ({some}): what they changed"
+            f"{len(carried)} tensors of the adapter are no LoRA update and went over as they are ({some}): what they changed"
             " is not projected"
         )
     for reason in sorted({row.reason for row in rows.values() if row.reason}):
@@ -305,7 +319,7 @@ def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bo
         return
     screen, aside = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     settings = projected[0].settings
-    share = "" if settings.energy is None else f" at {settings.energy:.0%} of the energy"
+    share = "" if settings.energy is None else f" at {settings.energy:.4g} of the energy"
     screen.print(f"Safe LoRA, {settings.projector} projector{share}, {settings.rule}", markup=False)
     for each in projected:
         cosines = [row.cosine for row in each.rows.values() if row.cosine is not None]
@@ -315,7 +329,7 @@ def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bo
             first = math.ceil(min(cosines) * 1e4) / 1e4  # rounded up: it must be a threshold that does it
             aside.print(f"note: no module was projected; from a threshold of {first:.4f} on, the first one is", markup=False)
         for note in each.notes:
-            aside.print(f"note: {note}", style="yellow", markup=False)
+            aside.print(f"note: {each.out.name + ': ' if len(projected) > 1 else ''}{note}", style="yellow", markup=False)
     if report is not None:
         for what, path in write_report(projected, report).items():
             screen.print(f"{what:11} {path}", markup=False)

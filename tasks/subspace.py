@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tasks.errors import ProjectionError
+from tasks.errors import ModelError, ProjectionError
 from tasks.safelora import alignment_basis
 from tasks.specs import SubspaceSpec
 from tasks.stage import Context
@@ -57,8 +57,11 @@ class Bases:
 
 def read_basis(path: Path) -> torch.Tensor:
     """The (O, K) basis in a file of its own."""
-    with opened(path) as file:
-        basis_OK: torch.Tensor = file.get_tensor(BASIS)
+    try:
+        with opened(path) as file:
+            basis_OK: torch.Tensor = file.get_tensor(BASIS)
+    except ModelError as error:
+        raise ProjectionError(f"{path} is no whole basis; delete it, and it is made again") from error
     return basis_OK
 
 

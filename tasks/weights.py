@@ -23,7 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # What quantisers store beside a weight, or in its place (bitsandbytes, GPTQ and AWQ, FP8, compressed-tensors).
 _QUANTISED = ("weight.absmax", "SCB", "weight.SCB", "qweight", "weight_scale_inv", "weight_scale", "weight_packed")
 # Models whose projections are Conv1D, stored as (d_in, d_out), and what these are called.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _HEADS = ("lm_head", "embed_out")
@@ -74,9 +74,10 @@ class Checkpoint:
         """True when a module's weight is stored as (d_in, d_out). Raises ModelError when that cannot be told."""
         if module.rpartition(".")[2] not in _CONV1D:
             return False
-        if "model_type" not in self.config:
+        types = _model_types(self.config)
+        if not types:
             raise ModelError(f"{self.folder} has no config.json with a model_type, which says how {module} is stored; add it")
-        return self.config["model_type"] in _CONV1D_MODELS
+        return not types.isdisjoint(_CONV1D_MODELS)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that name. Raises ModelError when there is none, or its file cannot be read."""
@@ -207,6 +208,12 @@ def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    """A model's type and those of the models that it is made of."""
+    own = {config["model_type"]} if "model_type" in config else set()
+    return own.union(*(_model_types(part) for part in config.values() if isinstance(part, dict)))
+
+
 def inside(folder: Path) -> list[str]:
     """The folders in `folder` that hold adapters: where PEFT saves all but the one called `default`."""
     return sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
@@ -214,7 +221,7 @@ def inside(folder: Path) -> list[str]:
 
 def _no_adapter(folder: Path) -> str:
     if not folder.is_dir():
-        return f"there is no folder {folder}"
+        return f"{folder} is a file; give the folder that it lies in" if folder.exists() else f"there is no folder {folder}"
     if names := inside(folder):
         return f"{folder} holds no adapter itself, but in folders of their own: {', '.join(names)}. Name one, as {folder / names[0]}"
     if (folder / "adapter_model.bin").exists():

@@ -308,7 +308,7 @@ def test_json_has_what_the_text_has(pair, adapter, tmp_path):
     rule = ["--modules", "1", "--report", str(tmp_path / "page.html")]
     text = CliRunner().invoke(app, [*asked(pair, tmp_path / "text", *adapters), *rule])
     done = CliRunner().invoke(app, [*asked(pair, tmp_path / "json", *adapters), *rule, "--json"])
-    assert text.exit_code == done.exit_code == 0 and "the 1 modules of lowest cosine" in text.stdout.splitlines()[0]
+    assert text.exit_code == done.exit_code == 0 and "the 1 of lowest cosine" in text.stdout.splitlines()[0]
     for record, line in zip(json.loads(done.stdout)["adapters"], text.stdout.splitlines()[1:3], strict=True):
         cosines = [row["cosine"] for row in record["modules"].values()]
         out, taken = record["out"].replace("/json/", "/text/"), sum(row["projected"] for row in record["modules"].values())
