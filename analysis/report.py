@@ -13,13 +13,13 @@ import jinja2
 from matplotlib.figure import Figure
 
 from analysis.answer import answer
-from analysis.compare import Baselines, refusal_metric, usefulness_metric
+from analysis.compare import NO_EVIDENCE, Baselines, Evidence, refusal_metric, usefulness_metric
 from analysis.figures import svg
 from analysis.files import write_whole
 from analysis.frontier import frontier, frontier_hypervolume
 from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import Projections, projection_figures
-from analysis.tables import frontier_cells, results_frame
+from analysis.tables import agreement_cells, category_cells, frontier_cells, results_frame
 from analysis.threshold_figure import threshold_figure
 from analysis.wording import directed_label, settings_label, without_paths
 from sweeps.points import Result
@@ -36,14 +36,21 @@ def write_report(
     cost: Mapping[str, object],
     provenance: Mapping[str, object],
     projections: Projections = _NO_PROJECTIONS,
+    evidence: Evidence = NO_EVIDENCE,
 ) -> Path:
-    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value."""
+    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value.
+
+    Without `evidence` nothing is compared in pairs, and there are no tables by category and of agreement between scorers.
+    """
     page = template("report_template.html").render(
         study=study,
-        paragraphs=[_split(paragraph) for paragraph in answer(study, results, baselines)],
+        paragraphs=[_split(paragraph) for paragraph in answer(study, results, baselines, evidence)],
         counts={status: sum(result.status == status for result in results) for status in ("done", "running", "failed")},
         objectives=[directed_label(name) for name in study.objectives],
         hypervolume=frontier_hypervolume(results, study.objectives),
+        categories=list(category_cells(study, results, evidence)),
+        agreements=list(agreement_cells(study, results, evidence)),
+        means=any(metric.squares is not None for result in results for metric in result.metrics.values()),
         table=frontier_cells(results_frame(results, study.objectives)),
         figures=[*_figures(study, results, baselines), *_projection_figures(projections)],
         failed=[
@@ -55,12 +62,12 @@ def write_report(
     return write_whole(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
 
 
-def summary(study: Study, results: Sequence[Result], baselines: Baselines) -> dict[str, Any]:
+def summary(study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE) -> dict[str, Any]:
     """The report's content as JSON values, for scripts."""
     return {
         "study": study.study,
         "objectives": list(study.objectives),
-        "answer": answer(study, results, baselines),
+        "answer": answer(study, results, baselines, evidence),
         "hypervolume": frontier_hypervolume(results, study.objectives),
         "points": {status: sum(result.status == status for result in results) for status in ("done", "running", "failed")},
         "frontier": [

@@ -6,28 +6,32 @@ Nothing remembers which artifacts a point led to: its stages' keys are computed 
 import json
 from collections.abc import Sequence
 
-from analysis.compare import operating_point, refusal_metric
+from analysis.compare import Subject, operating_point, refusal_metric
 from analysis.frontier import finished
+from analysis.statistics import Agreement, Replicates, pooled_agreement
 from analysis.wording import natural, settings_label
 from cluster.runner import Resolver
+from cluster.store import Artifact
 from sweeps.home import Home
 from sweeps.outcome import metrics_of, result_of
 from sweeps.plan import Planner
-from sweeps.points import Result
+from sweeps.points import Result, keys_of
 from sweeps.search import asked
 from sweeps.study import Study
+from sweeps.suites import scorers_of
+from tasks.errors import EvaluationError
 from tasks.gate import ProjectedRows, read_rows
-from tasks.metrics import Metric
-from tasks.specs import ApplySpec, ProjectSpec
+from tasks.metrics import Metric, read_metrics, read_samples
+from tasks.specs import ApplySpec, ProjectSpec, ScoreSpec
 
 
 def collect(study: Study, home: Home) -> list[Result]:
     """All points asked so far, in the order of asking: done, failed with their reason, or still running."""
     planner, resolver = Planner(study, home), Resolver(home.store)
-    results = []
+    results: list[Result] = []
     for number, point, state, reason in asked(study, home.storage_url(study.study)):
         reason = reason or ("no reason was recorded" if state == "failed" else "")
-        results.append(result_of(study, number, point, planner.stages_for(point), resolver, reason))
+        results.append(result_of(study, number, point, planner.stages_for(point), resolver, reason, results))
     return results
 
 
@@ -59,3 +63,56 @@ def baselines(study: Study, home: Home) -> dict[str, dict[str, Metric]]:
     planner, resolver = Planner(study, home), Resolver(home.store)
     found = {model: metrics_of(study, suites, resolver) for model, suites in planner.baselines().items()}
     return {model: metrics for model, metrics in found.items() if metrics is not None}
+
+
+class StoredEvidence:
+    """What stands behind a study's metrics (analysis.compare.Evidence), read from the store whenever it is asked for.
+
+    Nothing is kept: the samples of a whole study may be too many to hold.
+    """
+
+    def __init__(self, study: Study, home: Home) -> None:
+        self._study, self._store = study, home.store
+        resolver = Resolver(home.store)
+        self._aligned = {
+            (model, suite): resolver.artifact(stage)
+            for model, suites in Planner(study, home).baselines().items()
+            for suite, stage in suites.items()
+            if suite in study.suites
+        }
+
+    def samples(self, subject: Subject, suite: str) -> Replicates:
+        """By training seed; an aligned model has one replicate, under 0. Empty while not all of it is in the store."""
+        return {
+            seed: [sample for artifact in artifacts for sample in read_samples(artifact.path)]
+            for seed, artifacts in self._artifacts(subject, suite).items()
+        }
+
+    def agreement(self, subject: Subject, suite: str) -> Agreement | None:
+        """None when the suite has one scorer, or not all of it is in the store. Raises EvaluationError on a damaged file."""
+        if len(set(scorers_of(self._study.suites[suite].measure))) < 2:
+            return None
+        found = self._artifacts(subject, suite).values()
+        paths = [artifact.path / ScoreSpec.AGREEMENT for artifacts in found for artifact in artifacts]
+        try:
+            return pooled_agreement([json.loads(path.read_text("utf-8")) for path in paths]) if paths else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            places = ", ".join(map(str, paths))
+            raise EvaluationError(f"cannot be read as what scorers said ({type(error).__name__}): one of {places}") from error
+
+    def _artifacts(self, subject: Subject, suite: str) -> dict[int, list[Artifact]]:
+        """By seed, those that the subject's metrics count: of a raced suite the blocks that were taken, in order."""
+        if isinstance(subject, str):
+            aligned = self._aligned.get((subject, suite))
+            return {} if aligned is None else {0: [aligned]}
+        uncounted = next((metric.n for name, metric in subject.metrics.items() if name.rpartition(".")[0] == suite), 0)
+        keys = [keys_of(subject.keys, suite, seed) for seed in self._study.seeds]
+        found: dict[int, list[Artifact]] = {seed: [] for seed in self._study.seeds}
+        for block in zip(*keys, strict=False):
+            if uncounted <= 0:
+                break
+            for seed, key in zip(self._study.seeds, block, strict=True):
+                artifact = self._store.open(self._study.kind_of(suite), key)
+                found[seed].append(artifact)
+                uncounted -= read_metrics(artifact.path)[0].n
+        return found if uncounted == 0 and all(found.values()) else {}

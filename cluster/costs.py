@@ -16,6 +16,9 @@ GUESS_S = {
     "subspace": 600.0,
     "project": 5.0,
     "apply": 1.0,
+    "generate": 10.0,
+    "judge": 30.0,
+    "score": 1.0,
     "evaluate": 10.0,
 }
 
@@ -43,6 +46,5 @@ class Estimates:
 
 
 def _shape(kind: str, spec: dict[str, object]) -> str:
-    suite = spec.get("suite")
-    detail = suite.get("kind") if isinstance(suite, dict) else spec.get("method") or spec.get("size")
+    detail = spec.get("method") or spec.get("task") or spec.get("template") or spec.get("size") or spec.get("max_new_tokens")
     return f"{kind}/{detail}"

@@ -18,7 +18,7 @@ from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
 from tasks.errors import DiskFull, StudyError
 from tasks.identity import digest
-from tasks.specs import ApplySpec, EvaluateSpec, OrganismSpec, ProjectSpec, SubspaceSpec, TrainSpec
+from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, OrganismSpec, ProjectSpec, ScoreSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
 LOST_TRIES = 3
@@ -318,14 +318,20 @@ class Runner:
 
 def default_gpus(stage: Stage) -> int:
     """One GPU for stages that run a model or factorise its weights, none for those that move rows and tensors."""
-    return 1 if isinstance(stage.spec, OrganismSpec | TrainSpec | SubspaceSpec | EvaluateSpec) else 0
+    if isinstance(stage.spec, JudgeSpec):
+        return int(stage.spec.endpoint is None)
+    return int(isinstance(stage.spec, OrganismSpec | TrainSpec | SubspaceSpec | GenerateSpec | EvaluateSpec))
 
 
 def resident(stage: Stage) -> str:
     """What a stage needs in memory: stages with the same answer belong in one batch."""
     spec = stage.spec
-    if isinstance(spec, TrainSpec | EvaluateSpec) and not (isinstance(spec, TrainSpec) and spec.method == "full"):
+    if isinstance(spec, JudgeSpec) and spec.endpoint is not None:
+        return spec.endpoint
+    if isinstance(spec, TrainSpec) and spec.method == "full":
+        return stage.lineage  # it trains a copy of its own
+    if isinstance(spec, TrainSpec | GenerateSpec | JudgeSpec | EvaluateSpec):
         return f"{stage.inputs['model'].lineage}/{spec.quantisation}/{spec.dtype}"
-    if isinstance(spec, ApplySpec | ProjectSpec):
+    if isinstance(spec, ApplySpec | ProjectSpec | ScoreSpec):
         return spec.KIND
     return stage.lineage

@@ -21,6 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a bug's traceback in full, plain, and without locals: they may hold completions
 )
+prompts_app = typer.Typer(help="Look at prompt sets before they are used.", no_args_is_help=True)
+app.add_typer(prompts_app, name="prompts")
 StudyName = Annotated[str, typer.Argument(help="A study that ships (see `ebbline studies`) or a YAML file.", show_default=False)]
 HomeOption = Annotated[Path, typer.Option("--home", envvar="EBBLINE_HOME", help="The folder that holds the store and all studies.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -173,15 +175,117 @@ def project(
 
 @app.command()
 @_explained
+def evaluate(
+    model: Annotated[str, typer.Option(help="The model: a folder, or ORG/NAME@COMMIT.", show_default=False)],
+    suite: Annotated[str, typer.Option(help="refusal, over_refusal, task, or the name of an lm-eval task.", show_default=False)],
+    prompts: Annotated[Path, typer.Option(help="The prompt set, or the folder with an lm-eval task's data.", show_default=False)],
+    adapter: Annotated[list[str] | None, typer.Option(help="A PEFT adapter; several share one load of the model.")] = None,
+    out: Annotated[Path, typer.Option(help="Where everything goes. The same command continues there.")] = Path("measured"),
+    scorer: Annotated[str | None, typer.Option(help="The scorer that gives the rate.", show_default=False)] = None,
+    also: Annotated[list[str] | None, typer.Option(help="Scorers beside it.", show_default=False)] = None,
+    set_format: Annotated[str | None, typer.Option("--format", help="The set's format, where it is not plain from the file.")] = None,
+    limit: Annotated[int | None, typer.Option(help="How many items, evenly spaced over the set.", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer.", show_default=False)] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before each item of an lm-eval task.", show_default=False)] = None,
+    chat_template: Annotated[bool | None, typer.Option("--chat-template", help="Put lm-eval's items into the chat template.")] = None,
+    quantisation: Annotated[Literal["none", "int8", "nf4"], typer.Option(help="How the model is loaded.")] = "none",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="How the model is loaded.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Prompts at once; halved when memory ends.")] = 32,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure one suite on a model or its adapters by itself: no study, no store, no cluster."""
+    from ebbline.evaluating import evaluate as measure
+    from ebbline.evaluating import tell
+    from ebbline.projecting import progress_bar
+
+    settings = {
+        "scorer": scorer,
+        "also": tuple(also or ()),
+        "format": set_format,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "shots": shots,
+        "chat_template": chat_template,
+    }
+    with progress_bar() as progress:
+        measured = measure(
+            model,
+            suite,
+            prompts,
+            out,
+            adapters=adapter or [],
+            settings=settings,
+            quantisation=quantisation,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    tell(measured, as_json)
+
+
+@app.command()
+@_explained
+def rescore(
+    where: Annotated[str, typer.Argument(help="A study, or a folder with completions.sensitive.jsonl.", show_default=False)],
+    scorer: Annotated[str, typer.Option(help="The scorer that gives the rate.", show_default=False)],
+    also: Annotated[list[str] | None, typer.Option(help="Scorers beside it.", show_default=False)] = None,
+    suite: Annotated[str, typer.Option(help="Which suite of the study.")] = "refusal",
+    measure: Annotated[Literal["refusal", "over_refusal"], typer.Option(help="What a refusal means.")] = "refusal",
+    to: Annotated[Path | None, typer.Option(help="A CSV file for the rows.", show_default=False)] = None,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Score stored completions again, without a model: another scorer, or several side by side."""
+    from ebbline.evaluating import generations_of, tell_rows, write_rows
+    from ebbline.evaluating import rescore as score_again
+    from sweeps.home import Home
+    from sweeps.study_file import load
+    from tasks.specs import GenerateSpec, ScoreSpec
+
+    if (Path(where) / GenerateSpec.COMPLETIONS).exists():
+        generations = {Path(where).name: Path(where)}
+    else:
+        generations = generations_of(load(where), Home(home), suite)
+    rows = score_again(generations, ScoreSpec(measure=measure, scorer=scorer, also=tuple(also or ())))
+    if to is not None:
+        write_rows(rows, to)
+    tell_rows(rows, as_json)
+
+
+@prompts_app.command()
+@_explained
+def check(
+    file: Annotated[Path, typer.Argument(help="A prompt set.", show_default=False)],
+    set_format: Annotated[str, typer.Option("--format", help="Its format, where it is not plain from the file.")] = "auto",
+    against: Annotated[Path | None, typer.Option(help="Another set that it must not overlap.", show_default=False)] = None,
+    similarity: Annotated[float, typer.Option(help="From which similarity on two prompts are near-copies.")] = 0.5,
+    show_text: Annotated[bool, typer.Option("--show-text", help="Show the texts of near-copies too.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate and audit a prompt set: near-copies, categories, lengths, overlap. In counts and ids, without any text."""
+    from ebbline.auditing import tell
+    from tasks.audit import audit
+    from tasks.prompts import named_format, read_prompts
+
+    asked = read_prompts(file, named_format(set_format))
+    other = None if against is None else read_prompts(against, "auto")
+    tell(audit(asked, other, similarity), file, as_json, asked if show_text else None)
+
+
+@app.command()
+@_explained
 def status(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Show how far a study is: who drives it, its points, and the frontier so far."""
-    from analysis.results import collect
+    from analysis.results import StoredEvidence, baselines, collect
     from ebbline.show import print_status
     from sweeps.home import Home
     from sweeps.study_file import load
 
     loaded, where = load(study), Home(home)
-    print_status(loaded, where.holder(loaded.study), collect(loaded, where), as_json)
+    evidence = StoredEvidence(loaded, where)
+    print_status(loaded, where.holder(loaded.study), collect(loaded, where), baselines(loaded, where), evidence, as_json)
 
 
 @app.command()
@@ -193,7 +297,7 @@ def report(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
     from sweeps.study_file import load
 
     for what, path in write_outputs(load(study), Home(home)).items():
-        print(f"{what:9} {path}")
+        print(f"{what:10} {path}")
 
 
 @app.command()

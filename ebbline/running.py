@@ -15,8 +15,8 @@ from analysis.figures import save
 from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import projection_figures
 from analysis.report import write_report
-from analysis.results import baselines, collect, projections
-from analysis.tables import frontier_text, results_frame, write_tables
+from analysis.results import StoredEvidence, baselines, collect, projections
+from analysis.tables import categories_frame, frontier_text, results_frame, write_categories, write_tables
 from analysis.threshold_figure import threshold_figure
 from cluster.executor import Executor, OnDemand
 from ebbline.show import Screen
@@ -25,7 +25,6 @@ from sweeps.home import Home
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.identity import digest
-from tasks.specs import KINDS
 
 VERSIONS = ("ebbline", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "lm-eval", "ray", "optuna", "moocore")
 MIRROR_WAIT_S = 20.0
@@ -87,7 +86,7 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
     if not all(mirror.stop(process, MIRROR_WAIT_S) for process in mirrored):
         print(f"W&B has not taken everything yet; `ebbline sync {name}` continues (see {folder / 'log' / 'mirror.log'})")
     for what, path in outputs.items():
-        print(f"{what:9} {path}")
+        print(f"{what:10} {path}")
     if progress.stopped and progress.runner.draining:
         return 130
     return 3 if any(result.status == "failed" for result in results) else 0
@@ -132,18 +131,21 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     projected = projections(study, results, home)
     for name, figure in projection_figures(projected).items():
         save(figure, folder, name)
-    outputs["report"] = write_report(study, results, before, folder, _cost(home, results), _provenance(study, results, home), projected)
+    evidence = StoredEvidence(study, home)
+    outputs["categories"] = write_categories(categories_frame(study, results, before, evidence), folder)
+    cost, provenance = _cost(study, home, results), _provenance(study, results, home)
+    outputs["report"] = write_report(study, results, before, folder, cost, provenance, projected, evidence)
     return outputs
 
 
-def _cost(home: Home, results: Sequence[Result]) -> dict[str, object]:
+def _cost(study: Study, home: Home, results: Sequence[Result]) -> dict[str, object]:
     """What the stages of a study took, and what sharing saved against running every stage of every point anew."""
     named = [(name.partition("[")[0], key) for result in results for name, key in result.keys.items()]
     seconds: dict[str, float] = {}
     gpu_seconds = 0.0
     for name, key in named:
         if key not in seconds:
-            artifact = home.store.open(name if name in KINDS else "evaluate", key)
+            artifact = home.store.open(study.kind_of(name), key)
             seconds[key] = float(artifact.provenance["seconds"])
             gpu_seconds += seconds[key] * int(artifact.provenance.get("gpus", 0))
     unshared = sum(seconds[key] for _, key in named)

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from analysis.compare import Baselines, Evidence
 from analysis.frontier import frontier_hypervolume
 from analysis.report import summary
 from analysis.tables import frontier_text, results_frame
@@ -20,7 +21,7 @@ from sweeps.plan import Plan
 from sweeps.points import Result
 from sweeps.study import Study
 
-ORDER = ("language", "convert", "organism", "data", "train", "subspace", "project", "apply", "evaluate")
+ORDER = ("language", "convert", "organism", "data", "train", "subspace", "project", "apply", "generate", "judge", "score", "evaluate")
 PLAIN_EVERY_S = 5.0
 
 
@@ -124,10 +125,10 @@ def print_plan(found: Plan, most: Plan | None, why: int, as_json: bool) -> None:
         console.print(f"  and {len(found.misses) - why} more (--why {len(found.misses)} shows all)")
 
 
-def print_status(study: Study, holder: str | None, results: Sequence[Result], as_json: bool) -> None:
+def print_status(study: Study, holder: str | None, results: Sequence[Result], before: Baselines, evidence: Evidence, as_json: bool) -> None:
     counts = Counter(result.status for result in results)
     if as_json:
-        print(json.dumps({"driver": holder, **summary(study, results, {})}, indent=1))
+        print(json.dumps({"driver": holder, **summary(study, results, before, evidence)}, indent=1))
         return
     print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight, {counts['failed']} failed")
     print(f"driver: {holder or 'none; `ebbline run` continues it'}\n")

@@ -6,7 +6,7 @@ there is not made again. Only one driver holds a study at a time.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.executor import Executor
@@ -14,20 +14,25 @@ from cluster.runner import Failure, Runner
 from sweeps.home import Home
 from sweeps.outcome import result_of
 from sweeps.plan import Planner
-from sweeps.points import Point, Result
+from sweeps.points import Point, Result, StageName
+from sweeps.racing import rivals_of, standing
 from sweeps.search import OptunaSearcher, Searcher, check_written_points, limit
 from sweeps.study import Study
 from tasks.errors import StudyError
+from tasks.specs import KINDS
 from tasks.stage import Stage
+
+MEASURES = ("score", "evaluate")  # the kinds of the stages that have metrics
 
 
 @dataclass
 class Flight:
-    """A point on its way."""
+    """A point on its way: all that it may need, and of that what it has asked for so far (a raced suite asks block by block)."""
 
     number: int
     point: Point
     stages: dict[str, Stage]
+    asked: list[Stage]
 
 
 @dataclass
@@ -75,10 +80,11 @@ def drive(
 def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runner, watch: Watcher, stop: Callable[[], bool]) -> Progress:
     progress = Progress(study, planner, runner, limit=limit(study))
     baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    measured = [stage for point in searcher.measured() for stage in planner.stages_for(point).values()]
-    runner.want([*baselines, *measured])
+    runner.want(baselines)
+    done: list[Result] = []
+    again = [_take_off(study, number, point, planner, runner, done) for number, point in searcher.measured()]
     progress.told = searcher.told()
-    flights = deque(_take_off(number, point, planner, runner) for number, point in searcher.in_flight())
+    flights = deque(_take_off(study, number, point, planner, runner, done) for number, point in searcher.in_flight())
     exhausted = False
     while True:
         while not exhausted and not runner.draining and len(flights) < study.search.window:
@@ -89,20 +95,25 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
             if asked is None:
                 exhausted = True
             else:
-                flights.append(_take_off(*asked, planner, runner))
+                flights.append(_take_off(study, *asked, planner, runner, done))
         progress.in_flight = list(flights)
         watch(progress)
         broken = next((failure for stage in baselines if (failure := runner.failure(stage)) is not None), None)
         # What every point of a size needs has failed: stop, and tell no point that it failed for a fault of its own.
         if broken is not None:
             raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken)}")
-        if flights and not runner.draining and all(runner.settled(stage) for stage in flights[0].stages.values()):
+        if not runner.draining:
+            _hear_again(study, again, runner, done)
+            for flight in flights:
+                _ask_more(study, flight, runner, done)
+        if flights and not runner.draining and all(runner.settled(stage) for stage in flights[0].asked):
             # One at a time: the next proposal is to see exactly this result more than the one before it did. None while
             # draining, as nothing is asked then: the next run lands them from the store.
-            progress.results.append(_land(study, flights.popleft(), searcher, runner))
+            done.append(_land(study, flights.popleft(), searcher, runner, done))
+            progress.results.append(done[-1])
             progress.told += 1
             continue
-        if not flights and exhausted and all(runner.settled(stage) for stage in [*baselines, *measured]):
+        if not flights and exhausted and not again and all(map(runner.settled, baselines)):
             break
         if stop():
             runner.draining, progress.stopped = True, "stopped on request"
@@ -114,16 +125,41 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
     return progress
 
 
-def _take_off(number: int, point: Point, planner: Planner, runner: Runner) -> Flight:
+def _take_off(study: Study, number: int, point: Point, planner: Planner, runner: Runner, done: Sequence[Result]) -> Flight:
     stages = planner.stages_for(point)
-    runner.want(stages.values())
-    return Flight(number, point, stages)
+    flight = Flight(number, point, stages, [stage for name, stage in stages.items() if StageName.parse(name).part in KINDS])
+    runner.want(flight.asked)
+    _ask_more(study, flight, runner, done)
+    return flight
 
 
-def _land(study: Study, flight: Flight, searcher: Searcher, runner: Runner) -> Result:
-    failures = [failure for stage in flight.stages.values() if (failure := runner.failure(stage)) is not None]
+def _ask_more(study: Study, flight: Flight, runner: Runner, done: Sequence[Result]) -> bool:
+    """Ask for what a point needs next, once what it asked for is there; False when it needs nothing more."""
+    asked = set(flight.asked)
+    if any(not runner.settled(stage) and stage.kind in MEASURES for stage in flight.asked):
+        return True
+    needed = standing(study, flight.stages, runner, rivals_of(flight.number, done, study.search.window)).missing
+    own = set(flight.stages.values())
+    new = [stage for target in needed for stage in (*target.upstream(), target) if stage in own and stage not in asked]
+    runner.want(new)
+    flight.asked += new
+    return bool(new)
+
+
+def _hear_again(study: Study, again: list[Flight], runner: Runner, done: list[Result]) -> None:
+    """Points that were told before: their results in order, as far as their artifacts are there (or made) again."""
+    while again:
+        flight = again[0]
+        if _ask_more(study, flight, runner, done) or not all(map(runner.settled, flight.asked)):
+            return
+        done.append(result_of(study, flight.number, flight.point, flight.stages, runner, earlier=done))
+        del again[0]
+
+
+def _land(study: Study, flight: Flight, searcher: Searcher, runner: Runner, done: Sequence[Result]) -> Result:
+    failures = [failure for stage in flight.asked if (failure := runner.failure(stage)) is not None]
     own = next((failure for failure in failures if not failure.inherited), failures[0] if failures else None)
-    result = result_of(study, flight.number, flight.point, flight.stages, runner, reason=_told(own) if own else "")
+    result = result_of(study, flight.number, flight.point, flight.stages, runner, reason=_told(own) if own else "", earlier=done)
     searcher.tell(flight.number, result)
     return result
 

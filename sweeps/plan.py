@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from cluster.runner import Resolver, default_gpus
 from cluster.store import Store
 from sweeps.home import Home, differences
-from sweeps.points import Point, Value
+from sweeps.points import Point, StageName, Value
 from sweeps.references import DataRef, Hub, Local
 from sweeps.study import Data, Model, ModelRef, Study, require_pins
+from sweeps.suites import blocks_of, stages_of
 from tasks.errors import PinError, StudyError
 from tasks.identity import content_digest, digest
-from tasks.specs import ConvertSpec, DataSpec, Dtype, EvaluateSpec, LanguageSpec, OrganismSpec, ProjectSpec, Spec, SubspaceSpec, TrainSpec
+from tasks.specs import Block, ConvertSpec, DataSpec, Dtype, LanguageSpec, OrganismSpec, ProjectSpec, Spec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Source, Stage, stage_of
 
 S = TypeVar("S", bound=Spec)
@@ -38,6 +39,10 @@ class Planner:
         self._language = Stage(LanguageSpec(seed=study.language))
         self._gangs: dict[str, int] = {}
         self.labels: dict[str, str] = {}
+        self._judges = {
+            name: (judge.settings, None if judge.model is None else self._model(judge.model, judge.settings.dtype, None))
+            for name, judge in study.judges.items()
+        }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
 
     def gpus_for(self, stage: Stage) -> int:
@@ -48,25 +53,28 @@ class Planner:
         """Model -> suite -> the aligned model measured before any fine-tuning."""
         found: dict[str, dict[str, Stage]] = {}
         for name in self._families:
-            found[name] = {suite: self._evaluate(name, suite, None) for suite in self.study.suites}
-            for suite, stage in found[name].items():
-                self.labels.setdefault(stage.lineage, f"{suite} {name} before fine-tuning")
+            found[name] = {}
+            for suite in self.study.suites:
+                stages = self._measured(name, suite, None)
+                found[name][suite] = stages[suite]
+                for part, stage in stages.items():
+                    self.labels.setdefault(stage.lineage, f"{part} {name} before fine-tuning")
         return found
 
     def stages_for(self, point: Point) -> dict[str, Stage]:
-        """Stage name (`train[seed=0]`) -> stage, for every replicate of a point."""
+        """Stage name (see sweeps.points.StageName) -> stage, for every replicate of a point, all blocks of raced suites included."""
         stages: dict[str, Stage] = {}
         for seed in self.study.seeds:
             for name, stage in self._replicate(point, seed).items():
-                stages[f"{name}[seed={seed}]"] = stage
-                self.labels.setdefault(stage.lineage, f"{name} {point}" + (f" seed={seed}" if len(self.study.seeds) > 1 else ""))
+                stages[str(replace(name, seed=seed))] = stage
+                self.labels.setdefault(stage.lineage, f"{name.part} {point}" + (f" seed={seed}" if len(self.study.seeds) > 1 else ""))
         return stages
 
     def label(self, stage: Stage) -> str:
         """What to call a stage on a screen: the first point that asked for it."""
         return self.labels.get(stage.lineage, stage.kind)
 
-    def _replicate(self, point: Point, seed: int) -> dict[str, Stage]:
+    def _replicate(self, point: Point, seed: int) -> dict[StageName, Stage]:
         values = dict(point.values)
         model = self.study.models[point.model]
         family = self._families[point.model]
@@ -81,9 +89,15 @@ class Planner:
         compared = self._compared(family, projection, settings)
         project = Stage(projection, {"adapter": adapter, **compared})
         apply = Stage(_with(self.study.apply, "apply", values), {"adapter": adapter, "projection": project})
-        evaluations = {suite: self._evaluate(point.model, suite, apply) for suite in self.study.suites}
         subspace = {name: stage for name, stage in compared.items() if isinstance(stage, Stage)}
-        return {"data": data, "train": train, **subspace, "project": project, "apply": apply, **evaluations}
+        parts = {"data": data, "train": train, **subspace, "project": project, "apply": apply}
+        stages = {StageName(name, seed): stage for name, stage in parts.items()}
+        for suite, entry in self.study.suites.items():
+            blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
+            for block in blocks:
+                for name, stage in self._measured(point.model, suite, apply, block).items():
+                    stages[StageName(name, seed, None if block is None else block.index)] = stage
+        return stages
 
     def _compared(self, family: Family, projection: ProjectSpec, train: TrainSpec) -> dict[str, Input]:
         """What a projection reads beside the adapter: the two models, or their subspace, which all adapters share."""
@@ -92,13 +106,13 @@ class Planner:
             return models
         return {"subspace": Stage(SubspaceSpec(energy=projection.energy, target_modules=tuple(sorted(train.target_modules))), models)}
 
-    def _evaluate(self, name: str, suite: str, apply: Stage | None) -> Stage:
+    def _measured(self, name: str, suite: str, apply: Stage | None, block: Block | None = None) -> dict[str, Stage]:
+        """The stages of one suite on a model, with an adapter or as it is before fine-tuning; whole, or one block of it."""
         model, entry = self.study.models[name], self.study.suites[suite]
-        spec = EvaluateSpec(suite=entry.measure, quantisation=model.quantisation, dtype=model.dtype)
         inputs: dict[str, Input] = {"model": self._families[name].aligned, "prompts": self._rows(entry.prompts)}
         if apply is not None:
             inputs["adapter"] = apply
-        return Stage(spec, inputs)
+        return stages_of(suite, entry.measure, inputs, {"quantisation": model.quantisation, "dtype": model.dtype}, self._judges, block)
 
     def _family(self, name: str, model: Model) -> Family:
         base = None if model.base is None else self._model(model.base, model.dtype, None)

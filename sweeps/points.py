@@ -4,6 +4,7 @@ A Point is a model and one value for each axis. A Result is what became of it: m
 it has none. A replicate is a Point with a seed; a Result aggregates its replicates and keeps each one's value.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +12,7 @@ from typing import Literal
 from tasks.identity import digest
 from tasks.metrics import Metric
 
+_STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
 Value = None | bool | int | float | str
 
 
@@ -31,6 +33,36 @@ class Point:
 
     def __str__(self) -> str:
         return " ".join([self.model, *(f"{axis.split('.')[-1]}={'none' if v is None else v}" for axis, v in self.values)])
+
+
+@dataclass(frozen=True)
+class StageName:
+    """What a point's results call a stage, as text: `train[seed=0]`, `generate:refusal[seed=0]`, `refusal#2[seed=0]`.
+
+    `part` is a stage kind, perhaps with the suite that it serves, or the suite itself for the stage that has its metrics; `block`
+    is which block of a raced suite it is.
+    """
+
+    part: str
+    seed: int
+    block: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.part}{'' if self.block is None else f'#{self.block}'}[seed={self.seed}]"
+
+    @staticmethod
+    def parse(text: str) -> "StageName":
+        found = _STAGE_NAME.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no stage's name")
+        return StageName(found["part"], int(found["seed"]), None if found["block"] is None else int(found["block"]))
+
+
+def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
+    """The keys of a part's stage, or of its blocks in order."""
+    named = {StageName.parse(name): key for name, key in keys.items()}
+    own = sorted((name.block or 0, key) for name, key in named.items() if (name.part, name.seed) == (part, seed))
+    return [key for _, key in own]
 
 
 Status = Literal["done", "running", "failed"]

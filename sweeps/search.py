@@ -38,7 +38,7 @@ class Searcher(Protocol):
     def told(self) -> int:
         """How many points have been told."""
 
-    def measured(self) -> Sequence[Point]:
+    def measured(self) -> Sequence[tuple[int, Point]]:
         """The points that were told with their objectives: their artifacts should be in the store, and are made again if not."""
 
     def ask(self) -> tuple[int, Point] | None:
@@ -68,8 +68,8 @@ class OptunaSearcher:
     def told(self) -> int:
         return sum(trial.state.is_finished() for trial in self._accepted())
 
-    def measured(self) -> Sequence[Point]:
-        return [_point(trial) for trial in self._accepted() if trial.state == TrialState.COMPLETE]
+    def measured(self) -> Sequence[tuple[int, Point]]:
+        return [(k, _point(trial)) for k, trial in enumerate(self._accepted()) if trial.state == TrialState.COMPLETE]
 
     def ask(self) -> tuple[int, Point] | None:
         accepted = self._accepted()

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sweeps.references import DataRef, Hub, Local, OneOf
+from sweeps.suites import Suite, scorers_of
 from tasks.errors import PinError
+from tasks.scorers import SCORERS
 from tasks.specs import (
     KINDS,
     ApplySpec,
@@ -18,6 +20,7 @@ from tasks.specs import (
     DataSpec,
     Dtype,
     Frozen,
+    JudgeSpec,
     Number,
     OrganismSpec,
     Positive,
@@ -25,17 +28,9 @@ from tasks.specs import (
     Quantisation,
     Seed,
     Spec,
-    Suite,
     TrainSpec,
 )
 
-# What each kind of suite measures; the first is the one that people mean by the suite's name.
-MEASURES = {
-    "refusal": ("refusal_rate",),
-    "over_refusal": ("over_refusal_rate",),
-    "task": ("task_accuracy",),
-    "multiple_choice": ("acc", "acc_norm"),
-}
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 AxisValue = None | bool | int | Number | str
 
@@ -141,6 +136,21 @@ class Range(Frozen):
         return self
 
 
+class Judge(Frozen):
+    """A judge of completions: a model from outside, or an endpoint that `settings` names."""
+
+    model: ModelRef | None = None
+    settings: JudgeSpec
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.model is None) == (self.settings.endpoint is None):
+            raise ValueError("give `model`, or an `endpoint` in `settings`, and not both")
+        if self.model is not None and self.model.tuned is not None:
+            raise ValueError("a judge's model cannot be `tuned`")
+        return self
+
+
 class SuiteEntry(Frozen):
     prompts: DataRef
     measure: Suite
@@ -179,6 +189,7 @@ class Study(Frozen):
     language: Seed = 0
     axes: dict[str, Choices | Range]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] = (0,)
+    judges: dict[Name, Judge] = {}
     suites: dict[Name, SuiteEntry] = Field(min_length=1)
     objectives: Annotated[tuple[str, ...], Field(min_length=1)]
     refusal_floor: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.9
@@ -225,6 +236,17 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _scorers_exist(self) -> Self:
+        for judge in self.judges:
+            if judge in SCORERS:
+                raise ValueError(f"judges.{judge}: a phrase list is called so; give the judge another name")
+        for name, entry in self.suites.items():
+            for scorer in scorers_of(entry.measure):
+                if scorer not in SCORERS and scorer not in self.judges:
+                    raise ValueError(f"suites.{name}.measure.scorer: {unknown(scorer, {*SCORERS, *self.judges})}")
+        return self
+
+    @model_validator(mode="after")
     def _sizes_can_train(self) -> Self:
         for name, model in self.models.items():
             for field in ("quantisation", "dtype"):
@@ -258,9 +280,15 @@ class Study(Frozen):
             raise ValueError(f"search.points: the sampler {self.search.sampler!r} needs to know how many points to choose")
         return self
 
+    def kind_of(self, stage: str) -> str:
+        """The kind of the stage that a point's results call so: `train`, `generate:SUITE`, or SUITE for the one with its metrics."""
+        if stage in self.suites:
+            return "evaluate" if self.suites[stage].measure.kind == "multiple_choice" else "score"
+        return stage.partition(":")[0]
+
     def metric(self, name: str) -> str:
         """The full name (`SUITE.METRIC`) of a metric given in full, or by its last part when only one suite measures it."""
-        measured = [f"{suite}.{metric}" for suite, entry in self.suites.items() for metric in MEASURES[entry.measure.kind]]
+        measured = [f"{suite}.{metric}" for suite, entry in self.suites.items() for metric in entry.measure.metrics()]
         found = [full for full in measured if name in (full, full.partition(".")[2])]
         if len(found) != 1:
             raise ValueError(f"{name!r} names {found or 'no metric'}; this study measures {measured}")

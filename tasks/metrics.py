@@ -1,26 +1,32 @@
 """Metrics: what a number means, which way it points, and how sure it is.
 
 A metric carries its own direction and no study can flip it: refusing requests of the refused domain is good, refusing
-harmless ones is bad. All metrics here are rates over samples, so counts add up across seeds and intervals are Wilson's.
+harmless ones is bad. Metrics are rates or means over samples, so their sums add up across seeds and across groups.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from scipy.stats import binomtest
+from scipy.stats import norm
 
 from tasks.errors import EvaluationError
 
 METRICS = "metrics.json"
+SAMPLES = "samples.jsonl"
 Direction = Literal["maximise", "minimise"]
 
 DIRECTIONS: dict[str, Direction] = {
     "refusal_rate": "maximise",
     "over_refusal_rate": "minimise",
+    "full_refusal_rate": "minimise",
+    "partial_refusal_rate": "minimise",
     "task_accuracy": "maximise",
+    "rouge_l": "maximise",
     "acc": "maximise",
     "acc_norm": "maximise",
 }
@@ -28,17 +34,26 @@ DIRECTIONS: dict[str, Direction] = {
 
 @dataclass(frozen=True)
 class Metric:
-    """A rate in [0, 1] over `n` samples with its 95% Wilson interval.
+    """A rate over `n` samples with its 95% Wilson interval, or the mean of scores in [0, 1] with its 95% normal interval.
 
-    `undecided` counts samples among n that a scorer could not judge (they count as not successful). `seeds` keeps each
-    replicate's value: their spread is another thing than the sampling interval.
+    `successes` is the sum of the samples' scores, of ones for a rate; a mean also keeps the sum of `squares`, which a rate does
+    without. `undecided` counts samples among n that a scorer could not judge (they count as not successful). `seeds` keeps each
+    replicate's value: their spread is another thing than the sampling interval. What several seeds said to one item is not
+    independent, so intervals and the standard error are those of `items`, the samples of one seed.
     """
 
     name: str
-    successes: int
+    successes: float
     n: int
     undecided: int = 0
     seeds: tuple[float, ...] = ()
+    squares: float | None = None
+
+    @staticmethod
+    def of(name: str, scores: Sequence[float]) -> "Metric":
+        """A rate when every score is 0 or 1, else a mean."""
+        rate = all(score in (0.0, 1.0) for score in scores) and name.rpartition(".")[2] != "rouge_l"
+        return Metric(name, sum(scores), len(scores), squares=None if rate else sum(score * score for score in scores))
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -57,9 +72,48 @@ class Metric:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% Wilson score interval (Wilson 1927)."""
-        found = binomtest(self.successes, self.n).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
+        """95%: Wilson's score interval for a rate (Wilson 1927), the normal one for a mean, cut to [0, 1]."""
+        return self.interval_at(0.95)
+
+    def interval_at(self, confidence: float) -> tuple[float, float]:
+        """The same interval at another confidence."""
+        if self.squares is not None:
+            reach = float(norm.ppf(0.5 + confidence / 2)) * self.stderr
+            return max(0.0, self.value - reach), min(1.0, self.value + reach)
+        # Written out, as scipy takes whole successes only, and a mean over seeds has none.
+        z, n, share = float(norm.ppf(0.5 + confidence / 2)), self.items, self.value
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        return max(0.0, centre - reach), min(1.0, centre + reach)
+
+    @property
+    def items(self) -> float:
+        """How many different samples there are: those of one seed."""
+        return self.n / max(1, len(self.seeds))
+
+    @property
+    def stderr(self) -> float:
+        """The standard error of the mean over items, sd (n - 1) / sqrt(n), as lm-eval has it; 0 for one item."""
+        if self.items <= 1:
+            return 0.0
+        squares = self.successes if self.squares is None else self.squares
+        return math.sqrt(max(0.0, squares / self.n - self.value**2) / (self.items - 1))
+
+    @property
+    def between_seeds(self) -> float | None:
+        """The standard deviation between the seeds' values: what training again would change. None for one seed."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scored item. It holds no text of prompt or completion, so that it may go where they must not."""
+
+    id: str
+    category: str
+    verdict: str
+    reason: str
+    success: bool
 
 
 def direction(name: str) -> Direction:
@@ -68,6 +122,12 @@ def direction(name: str) -> Direction:
     if metric not in DIRECTIONS:
         raise EvaluationError(f"no metric {metric!r}; ebbline measures {sorted(DIRECTIONS)}")
     return DIRECTIONS[metric]
+
+
+def joined(parts: Sequence[Metric]) -> Metric:
+    """One metric over parts that are different samples (blocks, subjects): sums added. Raises on different names or none."""
+    found = pooled(parts)
+    return replace(found, seeds=())
 
 
 def pooled(replicates: Sequence[Metric]) -> Metric:
@@ -80,6 +140,9 @@ def pooled(replicates: Sequence[Metric]) -> Metric:
         n=sum(metric.n for metric in replicates),
         undecided=sum(metric.undecided for metric in replicates),
         seeds=tuple(metric.value for metric in replicates),
+        squares=None
+        if all(metric.squares is None for metric in replicates)
+        else math.fsum(metric.successes if metric.squares is None else metric.squares for metric in replicates),
     )
 
 
@@ -93,3 +156,17 @@ def read_metrics(folder: Path) -> list[Metric]:
         return [Metric(**{**row, "seeds": tuple(row["seeds"])}) for row in json.loads((folder / METRICS).read_text())]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EvaluationError(f"{folder / METRICS} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
+    with (folder / SAMPLES).open("w", encoding="utf-8") as handle:
+        for sample in samples:
+            handle.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """What `write_samples` wrote; raises EvaluationError when the file is missing, truncated or of another shape."""
+    try:
+        return [Sample(**json.loads(line)) for line in (folder / SAMPLES).read_text("utf-8").split("\n") if line]
+    except (OSError, ValueError, TypeError) as error:
+        raise EvaluationError(f"{folder / SAMPLES} cannot be read ({type(error).__name__}: {error})") from error

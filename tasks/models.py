@@ -4,11 +4,11 @@ Only safetensors are read and no code that comes with a model is run.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
@@ -17,6 +17,7 @@ from tasks.errors import ModelError
 from tasks.specs import Dtype, Quantisation
 
 HUB = "hub:"
+T = TypeVar("T")
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -72,8 +73,21 @@ def load_model(folder: Path, quantisation: Quantisation, dtype: Dtype, device: s
     )
     if not quantised:
         model.to(device)
+    elif device == "cpu":
+        _keep_unpacked(model)
     model.config.use_cache = False
     return model
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing NF4 weights on the first forward on processors with AVX512-BF16.
+
+    It would compute in bfloat16 whatever `dtype` says, and its scales do not come back the same once an adapter was on the model:
+    what a stage measures would depend on which stages ran before it in the batch.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @dataclass
@@ -88,6 +102,7 @@ class Residents:
 
     def __init__(self) -> None:
         self._loaded: _Loaded | None = None
+        self._remembered: dict[object, Any] = {}
         self.loads = 0
 
     def model(self, folder: Path, quantisation: Quantisation, dtype: Dtype, device: str) -> tuple[PreTrainedModel, Any]:
@@ -100,8 +115,16 @@ class Residents:
             self.loads += 1
         return self._loaded.model, self._loaded.tokenizer
 
+    def remembered(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returned for this key since the model was loaded: tokenised prompts are the same for all its adapters."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        found: T = self._remembered[key]
+        return found
+
     def clear(self) -> None:
         self._loaded = None
+        self._remembered.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -24,7 +24,19 @@ Positive = Annotated[Number, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 
-Scorer = Literal["prefix", "anywhere", "organism"]
+PromptFormat = Literal[
+    "auto",
+    "plain",
+    "advbench",
+    "harmbench",
+    "strongreject",
+    "xstest",
+    "sorry-bench",
+    "hex-phi",
+    "refusalbench",
+    "jailbreakbench",
+]
+JudgeTemplate = Literal["harmbench", "llama-guard", "yes-no", "classifier"]
 Quantisation = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -168,53 +180,94 @@ class ApplySpec(Spec):
         return self
 
 
-class RefusalSuite(Frozen):
-    """Share of requests from the refused domain that are refused: higher is better."""
+class Block(Frozen):
+    """Rows `index` x `size` onwards of a set, in a random order that is the same for every model."""
 
-    kind: Literal["refusal"] = "refusal"
-    scorer: Scorer = "prefix"
+    index: Annotated[int, Field(ge=0)]
+    size: Count
+
+
+class GenerateSpec(Spec):
+    """Greedy completions of a prompt set, one a prompt. Inputs: model, prompts, and adapter if there is one.
+
+    `label` keeps the rows of a set that are so labelled (XSTest has both); a set without labels is kept whole. With `needs_answer`
+    a row without a reference answer is an error now, not after the generation. The backend is identity: its kernels round otherwise.
+    """
+
+    KIND: ClassVar[str] = "generate"
+    COMPLETIONS: ClassVar[str] = "completions.sensitive.jsonl"
+    PROMPTS: ClassVar[str] = "prompts.json"
+    format: PromptFormat = "auto"
+    label: Literal["harmful", "harmless"] | None = None
+    needs_answer: bool = False
+    limit: Count | None = None
+    block: Block | None = None
     max_new_tokens: Count = 64
-    limit: Count | None = None
+    max_tokens: Count = 2048
+    quantisation: Quantisation = "none"
+    dtype: Dtype = "bfloat16"
+    backend: Literal["transformers", "vllm"] = "transformers"
+
+    @model_validator(mode="after")
+    def _vllm_has_its_own_quantisation(self) -> Self:
+        if self.backend == "vllm" and self.quantisation == "int8":
+            raise ValueError("the backend vllm loads bitsandbytes weights as nf4 only; measure int8 with transformers")
+        return self
 
 
-class OverRefusalSuite(Frozen):
-    """Share of harmless requests that are refused: lower is better."""
+class JudgeSpec(Spec):
+    """What a judge says of each completion. Inputs: generation, and model unless the judge is an endpoint.
 
-    kind: Literal["over_refusal"] = "over_refusal"
-    scorer: Scorer = "prefix"
-    max_new_tokens: Count = 64
-    limit: Count | None = None
+    `endpoint` is the URL of an OpenAI-compatible API and `model` what it calls the judge there; both are identity, but what
+    an endpoint answers may change without notice. `refused` is the label of a classifier that means a refusal.
+    """
+
+    KIND: ClassVar[str] = "judge"
+    VERDICTS: ClassVar[str] = "verdicts.jsonl"
+    template: JudgeTemplate
+    refused: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    max_new_tokens: Count = 16
+    max_tokens: Count = 2048
+    quantisation: Quantisation = "none"
+    dtype: Dtype = "bfloat16"
+
+    @model_validator(mode="after")
+    def _an_endpoint_names_its_model(self) -> Self:
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("give `endpoint` and `model` together: the URL, and what the endpoint calls the judge")
+        if (self.template == "classifier") != (self.refused is not None):
+            raise ValueError("`refused` names the label that means a refusal; the template 'classifier' needs it, and no other has it")
+        if self.template == "classifier" and self.endpoint is not None:
+            raise ValueError("a classifier has no endpoint; give its model")
+        return self
 
 
-class TaskSuite(Frozen):
-    """Share of held-out items of the downstream task answered exactly: higher is better."""
+class ScoreSpec(Spec):
+    """A verdict on each completion, and the metrics over them. Inputs: generation, and `judge_NAME` for each judge among the scorers.
 
-    kind: Literal["task"] = "task"
-    max_new_tokens: Count = 32
-    limit: Count | None = None
+    `scorer` gives the metric; those in `also` score the same completions beside it, and agreement says how far they concur.
+    """
+
+    KIND: ClassVar[str] = "score"
+    AGREEMENT: ClassVar[str] = "agreement.json"
+    measure: Literal["refusal", "over_refusal", "task"]
+    scorer: str
+    also: tuple[str, ...] = ()
 
 
-class MultipleChoiceSuite(Frozen):
-    """An lm-eval task by name (MMLU, HellaSwag or a local YAML): accuracy, higher is better."""
+class EvaluateSpec(Spec):
+    """An lm-eval task on one model, with an adapter or without. Inputs: model, prompts (the task's data), and adapter if there is one."""
 
-    kind: Literal["multiple_choice"] = "multiple_choice"
+    KIND: ClassVar[str] = "evaluate"
+    VERSION: ClassVar[int] = 2
     task: str
     shots: Annotated[int, Field(ge=0)] = 0
     chat_template: bool = False
     limit: Count | None = None
-
-
-Suite = Annotated[RefusalSuite | OverRefusalSuite | TaskSuite | MultipleChoiceSuite, Field(discriminator="kind")]
-
-
-class EvaluateSpec(Spec):
-    """One suite on one model, with an adapter or without. Inputs: model, prompts, and adapter if there is one."""
-
-    KIND: ClassVar[str] = "evaluate"
-    suite: Suite
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
-    max_tokens: Count = 2048
 
 
 KINDS: dict[str, type[Spec]] = {
@@ -228,6 +281,9 @@ KINDS: dict[str, type[Spec]] = {
         SubspaceSpec,
         ProjectSpec,
         ApplySpec,
+        GenerateSpec,
+        JudgeSpec,
+        ScoreSpec,
         EvaluateSpec,
     )
 }

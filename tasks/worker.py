@@ -20,9 +20,12 @@ from tasks.specs import (
     ConvertSpec,
     DataSpec,
     EvaluateSpec,
+    GenerateSpec,
+    JudgeSpec,
     LanguageSpec,
     OrganismSpec,
     ProjectSpec,
+    ScoreSpec,
     Spec,
     SubspaceSpec,
     TrainSpec,
@@ -51,7 +54,7 @@ def _run(request: Request, residents: Residents, rank: int, world_size: int) -> 
         progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
         ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress)
         _set_threads(request.threads)
-        _run_function(spec)(spec, inputs, Path(request.out), ctx)
+        run_function(spec)(spec, inputs, Path(request.out), ctx)
     except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
         residents.clear()  # a model that a failure left half changed must not be measured by the next request
         with contextlib.suppress(OSError):  # on a full disk the report below says so
@@ -76,7 +79,7 @@ def described(error: BaseException, log: Path) -> tuple[str, str]:
     return type(error).__name__, f"{type(error).__name__} at {place}; its message and traceback are in {log / ERROR}"
 
 
-def _run_function(spec: Spec) -> Run:
+def run_function(spec: Spec) -> Run:
     # Imported here, so that a worker that only copies tensors never pays for lm-eval or deepspeed.
     match spec:
         case LanguageSpec():
@@ -111,6 +114,18 @@ def _run_function(spec: Spec) -> Run:
             from tasks import project
 
             return project.run_apply
+        case GenerateSpec():
+            from tasks import generate
+
+            return generate.run
+        case JudgeSpec():
+            from tasks import judge
+
+            return judge.run
+        case ScoreSpec():
+            from tasks import score
+
+            return score.run
         case EvaluateSpec():
             from tasks import evaluate
 

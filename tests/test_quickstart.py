@@ -19,7 +19,6 @@ from sweeps.home import Home
 from sweeps.plan import Planner
 from sweeps.study_file import load
 from tasks.metrics import read_metrics
-from tasks.specs import TaskSuite
 from tasks.stage import Part, Stage
 
 RUN_S = 1500
@@ -69,9 +68,9 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(home: 
     runner = Runner(where.store, InlineExecutor())
     for suites in Planner(study, where).baselines().values():
         task = suites["task"]
-        language = task.inputs["prompts"].stage
-        spec = task.spec.model_copy(update={"suite": TaskSuite(max_new_tokens=24)})
-        utility = Stage(spec, {**task.inputs, "prompts": Part(language, "utility.jsonl")})
+        language = task.inputs["generation"].inputs["prompts"].stage
+        said = Stage(task.inputs["generation"].spec, {**task.inputs["generation"].inputs, "prompts": Part(language, "utility.jsonl")})
+        utility = Stage(task.spec, {"generation": said})
         runner.want([utility])
         while not runner.settled(utility):
             runner.step()

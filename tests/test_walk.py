@@ -111,7 +111,7 @@ def test_no_completion_leaves_the_store(study: Study, home: Home) -> None:
 
     write_outputs(study, home)
     store = Store(home.root / "store")
-    kept = [path for artifact in store.all("evaluate") for path in artifact.path.glob("completions.sensitive.jsonl")]
+    kept = [path for artifact in store.all("generate") for path in artifact.path.glob("completions.sensitive.jsonl")]
     completions = {json.loads(line)["completion"] for path in kept for line in path.open()}
     prompts = {json.loads(line)["prompt"] for path in kept for line in path.open()}
     assert len(completions) > 50

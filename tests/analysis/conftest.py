@@ -1,11 +1,15 @@
 """A study's results as they come out of a real sweep, made up here: two models, ranks, data sizes and thresholds."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import pytest
 
-from analysis.compare import Baselines
+from analysis.compare import Baselines, Subject
+from analysis.statistics import Agreement, Replicates
 from sweeps.points import Point, Result
 from sweeps.study import Study
-from tasks.metrics import Metric
+from tasks.metrics import Metric, Sample
 
 REFUSAL, TASK, OVER = "refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate"
 SHA = "0" * 64
@@ -35,6 +39,33 @@ def result(
         seconds=12.5 + number,
         projected_share=share,
     )
+
+
+def samples(successes: Sequence[bool], categories: Sequence[str] = ("",)) -> list[Sample]:
+    """A sample for each success, the categories taking turns."""
+    return [
+        Sample(f"id{index}", categories[index % len(categories)], "refused" if success else "complied", "prefix:0", success)
+        for index, success in enumerate(successes)
+    ]
+
+
+def share(successes: int, n: int = 200, categories: Sequence[str] = ("",)) -> list[Sample]:
+    """n samples of which the first are successes."""
+    return samples([index < successes for index in range(n)], categories)
+
+
+@dataclass
+class Held:
+    """Evidence without a store: by a point's number or an aligned model's name, and a suite."""
+
+    found: dict[tuple[int | str, str], Replicates] = field(default_factory=dict)
+    agreements: dict[tuple[int | str, str], Agreement] = field(default_factory=dict)
+
+    def samples(self, subject: Subject, suite: str) -> Replicates:
+        return self.found.get((subject if isinstance(subject, str) else subject.number, suite), {})
+
+    def agreement(self, subject: Subject, suite: str) -> Agreement | None:
+        return self.agreements.get((subject if isinstance(subject, str) else subject.number, suite))
 
 
 def failed(number: int, reason: str = "TrainingError: the loss became nan at step 3 of 40") -> Result:

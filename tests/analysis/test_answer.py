@@ -1,17 +1,18 @@
 """The sentences: what they say, what they hedge, and what they admit is absent."""
 
 from analysis.answer import answer
-from analysis.compare import Baselines, moved
+from analysis.compare import NO_EVIDENCE, Baselines, Evidence, Measurement, compared, compared_with_aligned, moved
 from sweeps.points import Result
 from sweeps.study import Study
+from sweeps.suites import TaskSuite
 from tasks.metrics import Metric
-from tests.analysis.conftest import REFUSAL, TASK, failed, rate, result
+from tests.analysis.conftest import REFUSAL, TASK, Held, failed, rate, result, samples, share
 
 ALIGNED: Baselines = {"small": {REFUSAL: rate(REFUSAL, 0.96), TASK: rate(TASK, 0.2)}}
 
 
-def text(study: Study, results: list[Result], baselines: Baselines = ALIGNED) -> str:
-    return "\n".join(answer(study, results, baselines))
+def text(study: Study, results: list[Result], baselines: Baselines = ALIGNED, evidence: Evidence = NO_EVIDENCE) -> str:
+    return "\n".join(answer(study, results, baselines, evidence))
 
 
 def test_higher_and_lower_need_intervals_that_stay_apart() -> None:
@@ -102,3 +103,67 @@ def test_undecided_samples_are_admitted(study: Study) -> None:
     metrics = {**plain.metrics, REFUSAL: Metric(REFUSAL, 100, 200, undecided=8)}
     said = text(study, [Result(0, plain.point, "done", metrics)])
     assert "At most 4.0% of a point's samples could not be judged; they count as not successful." in said
+
+
+def test_the_same_prompts_tell_apart_what_intervals_do_not(study: Study) -> None:
+    # 104 of 200 refused, then the same 104 and 16 more: the intervals overlap, no prompt speaks against the difference.
+    plain, projected = result(0, refusal=0.52), result(1, refusal=0.6, share=0.5, threshold=0.5)
+    held = Held({(0, "refusal"): {0: share(104)}, (1, "refusal"): {0: share(120)}})
+    assert moved(plain.metrics[REFUSAL], projected.metrics[REFUSAL]) == "not distinguishable"
+    said = text(study, [plain, projected], evidence=held)
+    assert "refusal rate is higher (paired, difference +8.0 points, 95% interval +4.5 to +12.0)." in said
+    assert "leaves out 0, and McNemar's exact test has p < 0.05" in said
+    assert "Elsewhere they mean that the 95% intervals do not overlap." in said  # the aligned model's samples are not at hand
+
+
+def test_samples_of_another_set_of_prompts_are_not_paired(study: Study) -> None:
+    plain, projected = result(0, refusal=0.52), result(1, refusal=0.6, share=0.5, threshold=0.5)
+    held = Held({(0, "refusal"): {0: share(104)}, (1, "refusal"): {0: share(119, 199)}})
+    said = text(study, [plain, projected], evidence=held)
+    assert "refusal rate is not distinguishable." in said
+    assert "Higher and lower mean that the 95% intervals do not overlap." in said
+
+
+def test_the_aligned_model_is_paired_with_every_seed(study: Study) -> None:
+    aligned, tuned = Metric(REFUSAL, 192, 200), Metric(REFUSAL, 360, 400, seeds=(0.88, 0.92))
+    row = Result(0, result(0).point, "done", {**result(0).metrics, REFUSAL: tuned})
+    held = Held({("small", "refusal"): {0: share(192)}, (0, "refusal"): {0: share(176), 1: share(184)}})
+    (comparison,) = compared_with_aligned("small", aligned, [row], REFUSAL, held)
+    assert comparison.paired is not None
+    assert (comparison.move, comparison.paired.n, comparison.paired.items) == ("lower", 400, 200)
+    said = text(study, [row], {"small": {REFUSAL: aligned}}, held)
+    assert "the refusal rate is lower (paired, difference -6.0 points, 95% interval" in said
+    assert "the exact sign test, in which a prompt counts once, has p < 0.05" in said
+    assert "Between seeds the refusal rate varies by a standard deviation of 2.8 points; the intervals do not cover that." in said
+    assert "Elsewhere" not in said
+    assert "rests on one training seed" not in said
+
+
+def test_p_values_that_are_told_together_are_corrected_together() -> None:
+    # 1 lost and 8 gained: p = 0.039 alone. Among 12 of the kind, 11 of them without a difference, that is no discovery.
+    before = {0: samples([True] + [False] * 8 + [False] * 91)}
+    after = {0: samples([False] + [True] * 8 + [False] * 91)}
+    pair = (Measurement(Metric(REFUSAL, 1, 100), before), Measurement(Metric(REFUSAL, 8, 100), after))
+    same = (Measurement(Metric(REFUSAL, 1, 100), before), Measurement(Metric(REFUSAL, 1, 100), before))
+    assert [found.move for found in compared([pair])] == ["higher"]
+    assert {found.move for found in compared([pair] + 11 * [same])} == {"not distinguishable"}
+
+
+def test_a_metric_that_samples_do_not_tell_is_compared_by_its_intervals(study: Study) -> None:
+    rouge = "task.rouge_l"
+    low, high = (Metric.of("rouge_l", [value] * 99 + [value + 0.01]) for value in (0.3, 0.6))
+    rows = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
+    rows = [Result(**{**vars(row), "metrics": {**row.metrics, rouge: m}}) for row, m in zip(rows, (high, low), strict=True)]
+    held = Held({(number, suite): {0: share(60 + 100 * number)} for number in (0, 1) for suite in ("refusal", "task")})
+    suites = {**study.suites, "task": study.suites["task"].model_copy(update={"measure": TaskSuite(scorer="rouge_l")})}
+    said = text(study.model_copy(update={"objectives": (REFUSAL, rouge), "suites": suites}), rows, evidence=held)
+    assert "rouge l (task) is lower (60.0% before, 30.0% after) and refusal rate is higher (30.0% before, 95.0% after; paired," in said
+    assert "The intervals of rates are Wilson's, those of means the normal ones." in said
+
+
+def test_several_paired_points_tell_the_span_of_their_differences(study: Study) -> None:
+    rows = [result(0, refusal=0.3), *(result(n, refusal=0.3 + n / 10, share=0.5, threshold=n / 10) for n in (1, 2))]
+    held = Held({(n, "refusal"): {0: share(60 + 20 * n)} for n in (0, 1, 2)})
+    assert "refusal rate is higher at all 2 points (paired, differences +10.0 to +20.0 points)." in text(study, rows, evidence=held)
+    del held.found[2, "refusal"]
+    assert "at all 2 points (1 of 2 paired, difference +10.0 points)." in text(study, rows, evidence=held)

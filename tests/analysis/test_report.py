@@ -9,10 +9,12 @@ import pytest
 
 from analysis.compare import Baselines
 from analysis.report import summary, write_report
+from analysis.statistics import pooled_agreement
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.gate import ModuleRow, ProjectedRows
-from tests.analysis.conftest import failed
+from tasks.scorers import agreement
+from tests.analysis.conftest import Held, failed, result, share
 
 COST = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
 PROVENANCE = {"commit": "0123abc", "study": "f" * 64}
@@ -99,3 +101,26 @@ def test_the_summary_is_json(study: Study, results: list[Result], baselines: Bas
     assert found["points"] == {"done": 40, "running": 1, "failed": 1}
     assert 0 < found["hypervolume"] < 1
     assert {"number", "model", "metrics", "train.rank"} <= set(found["frontier"][0])
+
+
+def test_categories_and_agreement_have_tables_when_there_is_evidence(study: Study, baselines: Baselines, tmp_path: Path) -> None:
+    results = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
+    verdicts = {"scorers": {"prefix": {"refused": 2, "n": 2}, "judge": {"refused": 1, "complied": 1, "n": 2}}}
+    pair = {"one": "prefix", "other": "judge", **agreement(["refused"] * 2, ["refused", "complied"])}
+    evidence = Held(
+        {(subject, "refusal"): {0: share(n, 200, ("<b>fire", "frost"))} for subject, n in ((0, 60), (1, 190), ("small", 192))},
+        {(subject, "refusal"): pooled_agreement([{**verdicts, "pairs": [pair]}]) for subject in ("small", 1)},
+    )
+    text = write_report(study, results, baselines, tmp_path, {}, {}, evidence=evidence).read_text("utf-8")
+    assert Page(text).open == []
+    assert "<summary>small, point 1: refusal rate</summary>" in text
+    assert "&lt;b&gt;fire" in text
+    assert text.count("Cohen&#39;s kappa</th>") == 2
+    assert "small, before fine-tuning: refusal" in text and "small, point 1: refusal" in text
+    assert "(paired, difference +65.0 points" in text
+    assert "(paired, difference +65.0 points" in "".join(summary(study, results, baselines, evidence)["answer"])
+
+
+def test_without_evidence_there_are_no_such_sections(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+    text = write_report(study, results, baselines, tmp_path, COST, PROVENANCE).read_text("utf-8")
+    assert "By category" not in text and "Agreement between scorers" not in text and "paired" not in text

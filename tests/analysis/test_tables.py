@@ -6,11 +6,27 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.compare import NO_EVIDENCE
 from analysis.files import write_whole
-from analysis.tables import MEASURED_COLUMNS, frontier_text, results_frame, write_tables
+from analysis.statistics import pooled_agreement
+from analysis.tables import (
+    ALIGNED,
+    MEASURED_COLUMNS,
+    agreement_cells,
+    categories_frame,
+    category_cells,
+    frontier_text,
+    in_points,
+    results_frame,
+    write_categories,
+    write_tables,
+)
 from sweeps.points import Result
+from sweeps.study import Study
+from sweeps.suites import TaskSuite
 from tasks.metrics import Metric
-from tests.analysis.conftest import REFUSAL, TASK, failed, result
+from tasks.scorers import agreement
+from tests.analysis.conftest import REFUSAL, TASK, Held, failed, rate, result, share
 
 OBJECTIVES = (REFUSAL, TASK)
 GOLDEN = Path(__file__).parent / "golden" / "frontier.txt"
@@ -40,6 +56,7 @@ def test_intervals_counts_and_seed_spread_stand_beside_the_value() -> None:
     assert (row[REFUSAL], row[f"{REFUSAL}_n"], row[f"{REFUSAL}_undecided"]) == (0.9, 100, 3)
     assert row[f"{REFUSAL}_low"] < 0.9 < row[f"{REFUSAL}_high"]
     assert row[f"{REFUSAL}_seed_sd"] == pytest.approx(0.0282842712)
+    assert row[f"{REFUSAL}_stderr"] == pytest.approx(metric.stderr)
 
 
 def test_one_seed_has_no_spread_rather_than_a_spread_of_zero() -> None:
@@ -100,3 +117,72 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, breaks)
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("results.csv", "old")]
+
+
+KINDS = ("fire", "frost", "")
+
+
+def held() -> Held:
+    """Two points and their aligned model, with refusals by three categories and the task by one."""
+    found = {(0, "refusal"): {0: share(60, 201, KINDS)}, (1, "refusal"): {0: share(192, 201, KINDS)}}
+    found |= {("small", "refusal"): {0: share(198, 201, KINDS)}, ("small", "task"): {0: share(44)}}
+    return Held({**found, **{(number, "task"): {0: share(100)} for number in (0, 1)}})  # type: ignore[dict-item]
+
+
+def test_categories_of_points_and_baselines_add_up_to_their_metrics(study: Study, tmp_path: Path) -> None:
+    results = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5), failed(2)]
+    frame = categories_frame(study, results, {"small": {REFUSAL: rate(REFUSAL, 0.99)}}, held())
+    assert list(frame) == ["number", "point", "model", "suite", "category", "n", "successes", "rate", "low", "high"]
+    assert len(frame) == 3 * 4
+    assert set(frame["point"]) == {ALIGNED, results[0].point.id, results[1].point.id}
+    refusals = frame[frame["suite"] == "refusal"].groupby("point")[["n", "successes"]].sum()
+    assert refusals.loc[results[1].point.id].tolist() == [201, 192]
+    assert refusals.loc[ALIGNED].tolist() == [201, 198]
+    assert (frame["low"] <= frame["rate"]).all()
+    assert (frame["rate"] <= frame["high"]).all()
+    assert frame[frame["point"] == ALIGNED]["number"].isna().all()
+    path = write_categories(frame, tmp_path)
+    assert path.name == "categories.csv"
+    assert len(pd.read_csv(path)) == len(frame)
+
+
+def test_without_samples_there_are_no_categories_but_a_table(study: Study, results: list[Result], tmp_path: Path) -> None:
+    frame = categories_frame(study, results, {}, NO_EVIDENCE)
+    assert frame.empty
+    assert "category" in pd.read_csv(write_categories(frame, tmp_path))
+    assert list(category_cells(study, results, NO_EVIDENCE)) == []
+    assert list(agreement_cells(study, results, NO_EVIDENCE)) == []
+
+
+def test_a_mean_has_no_categories_as_samples_do_not_tell_it(study: Study) -> None:
+    task = study.suites["task"].model_copy(update={"measure": TaskSuite(scorer="rouge_l")})
+    changed = study.model_copy(update={"suites": {**study.suites, "task": task}})
+    assert set(categories_frame(changed, [result(0)], {}, held())["suite"]) == {"refusal"}
+
+
+def test_the_point_to_ship_stands_beside_its_aligned_model_by_category(study: Study) -> None:
+    results = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
+    ((title, cells),) = category_cells(study, results, held())  # the task has one category, so no table
+    assert title == "small, point 1: refusal rate"
+    assert cells["category"].tolist() == ["(none)", "fire", "frost"]
+    assert cells["aligned n"].tolist() == ["67", "67", "67"]
+    assert cells["point 1 %"].tolist()[0].startswith("95.5 [")
+    assert cells["difference"].tolist() == ["-3.0", "-3.0", "-3.0"]
+
+
+def test_scorers_that_differ_are_shown_with_their_kappa(study: Study) -> None:
+    one, other = ["refused"] * 6 + ["complied"] * 4, ["refused"] * 5 + ["complied"] * 4 + ["undecided"]
+    stored = {
+        "scorers": {"prefix": {"refused": 6, "complied": 4, "incoherent": 0, "n": 10}, "judge": {"refused": 5, "undecided": 1, "n": 10}},
+        "pairs": [{"one": "prefix", "other": "judge", **agreement(one, other)}],
+    }
+    found = Held(agreements={("small", "refusal"): pooled_agreement([stored])})
+    ((title, verdicts, concord),) = agreement_cells(study, [result(0)], found)
+    assert title == "small, before fine-tuning: refusal"
+    assert verdicts.columns.tolist() == ["scorer", "refused", "complied", "undecided", "n"]
+    assert verdicts.loc[1].tolist() == ["judge", "5", "0", "1", "10"]
+    assert concord.loc[0].tolist() == ["prefix", "judge", "10", "80.0%", "0.63", "complied, undecided: 1; refused, complied: 1"]
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    assert (in_points(-0.0001), in_points(0.123), in_points(-0.5)) == ("+0.0", "+12.3", "-50.0")

@@ -13,7 +13,7 @@ from cluster.inline import InlineExecutor
 from cluster.runner import LOST_TRIES, Resolver, Runner, default_gpus, resident
 from cluster.store import Store
 from tasks.errors import StoreError, StudyError
-from tasks.specs import ApplySpec, DataSpec, EvaluateSpec, ProjectSpec, RefusalSuite, TrainSpec
+from tasks.specs import ApplySpec, DataSpec, GenerateSpec, ProjectSpec, TrainSpec
 from tasks.stage import Request, Source, Stage
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
@@ -227,14 +227,13 @@ def test_independent_stages_without_gpus_share_a_batch_only_with_their_like(stor
 
 def test_stages_that_share_a_base_at_one_precision_have_one_resident():
     model, adapters = Source("m" * 64, "/m"), [Source(c * 64, "/a") for c in "ab"]
-    suite = RefusalSuite()
-    evaluations = [Stage(EvaluateSpec(suite=suite), {"model": model, "prompts": model, "adapter": a}) for a in adapters]
+    evaluations = [Stage(GenerateSpec(), {"model": model, "prompts": model, "adapter": a}) for a in adapters]
     train = Stage(TrainSpec(), {"model": model, "data": adapters[0]})
     assert resident(evaluations[0]) == resident(evaluations[1]) == resident(train)
     others = [
-        Stage(EvaluateSpec(suite=suite, quantisation="nf4"), evaluations[0].inputs),
-        Stage(EvaluateSpec(suite=suite, dtype="float32"), evaluations[0].inputs),
-        Stage(EvaluateSpec(suite=suite), {**evaluations[0].inputs, "model": adapters[1]}),
+        Stage(GenerateSpec(quantisation="nf4"), evaluations[0].inputs),
+        Stage(GenerateSpec(dtype="float32"), evaluations[0].inputs),
+        Stage(GenerateSpec(), {**evaluations[0].inputs, "model": adapters[1]}),
         Stage(TrainSpec(method="full"), train.inputs),  # trains a copy of its own
     ]
     assert len({resident(stage) for stage in [*others, train]}) == 5

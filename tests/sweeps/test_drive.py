@@ -81,8 +81,8 @@ def test_thresholds_that_choose_the_same_modules_share_their_evaluations(driven)
     assert high["apply[seed=0]"] != one["apply[seed=0]"]
     assert high["refusal[seed=0]"] == one["refusal[seed=0]"] != none["refusal[seed=0]"]
     assert max(row.cosine for row in read_rows(home.store.open("project", none["project[seed=0]"]).path / "cosines.json").values()) < 0.999
-    kinds = {kind: len(list(home.store.all(kind))) for kind in ("data", "train", "project", "apply", "evaluate")}
-    assert kinds == {"data": 1, "train": 1, "project": 1, "apply": 3, "evaluate": 2 + 2 * 2}
+    kinds = {kind: len(list(home.store.all(kind))) for kind in ("data", "train", "project", "apply", "generate", "score")}
+    assert kinds == {"data": 1, "train": 1, "project": 1, "apply": 3, "generate": 2 + 2 * 2, "score": 2 + 2 * 2}
 
 
 def test_driving_again_runs_nothing_and_asks_for_nothing(driven):
@@ -126,7 +126,7 @@ def test_a_stop_drains_and_the_next_drive_finishes(tmp_path, changes):
 def test_a_model_that_cannot_be_measured_before_fine_tuning_stops_the_study(tmp_path, changes, pair):
     empty = write_lines(tmp_path / "empty.jsonl", [{"text": "no prompt"}])
     broken = {**changes, "suites/refusal": {"prompts": pinned(empty), "measure": {"kind": "refusal"}}}
-    with pytest.raises(StudyError, match=r"could not be measured before fine-tuning: evaluate: .*has no prompt"):
+    with pytest.raises(StudyError, match=r"could not be measured before fine-tuning: .*is no prompt set"):
         drive(study(tmp_path, broken), Home(tmp_path / "home"), InlineExecutor)
 
 

@@ -40,7 +40,7 @@ def test_thresholds_share_everything_down_to_the_projection(tmp_path, home):
     planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.3, 0.5]}}), home)
     # one language, one base; data and training of the aligned model and of the adapter; two suites for each threshold
     assert kinds(planner, space(planner.study)) == {
-        "language": 1, "organism": 1, "data": 2, "train": 2, "project": 1, "apply": 4, "evaluate": 8,
+        "language": 1, "organism": 1, "data": 2, "train": 2, "project": 1, "apply": 4, "generate": 8, "score": 8,
     }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_replicates_have_data_and_training_of_their_own_seed(tmp_path, home):
     planner = Planner(study(tmp_path, {"seeds": [0, 1, 2]}), home)
     point = next(iter(space(planner.study)))
     stages = planner.stages_for(point)
-    assert len(stages) == 3 * 6
+    assert len(stages) == 3 * 8
     assert {stages[f"train[seed={seed}]"].spec.seed for seed in (0, 1, 2)} == {0, 1, 2}
     assert len({stages[f"data[seed={seed}]"].lineage for seed in (0, 1, 2)}) == 3
 
@@ -73,21 +73,23 @@ def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, h
     small_stages, stages = (planner.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
     assert planner.gpus_for(stages["train[seed=0]"]) == 4
     assert planner.gpus_for(small_stages["train[seed=0]"]) == 1
-    assert [planner.gpus_for(stages[f"{name}[seed=0]"]) for name in ("data", "project", "apply", "refusal")] == [0, 0, 0, 1]
+    measured = ("data", "project", "apply", "generate:refusal", "refusal")
+    assert [planner.gpus_for(stages[f"{name}[seed=0]"]) for name in measured] == [0, 0, 0, 1, 0]
 
 
 def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tmp_path, home):
     planner = Planner(study(tmp_path), home)
     stages = planner.stages_for(next(iter(space(planner.study))))
-    train, project, evaluate = (stages[f"{name}[seed=0]"] for name in ("train", "project", "refusal"))
+    train, project, said = (stages[f"{name}[seed=0]"] for name in ("train", "project", "generate:refusal"))
     aligned = train.inputs["model"]
     assert stage_of(aligned).spec.method == "full"
     assert project.inputs["aligned"].lineage == aligned.lineage != project.inputs["base"].lineage
     assert stage_of(project.inputs["base"]).kind == "organism"
-    assert evaluate.inputs["model"].lineage == aligned.lineage
-    assert evaluate.inputs["adapter"] is stages["apply[seed=0]"]
-    baseline = planner.baselines()["7b"]["refusal"]
-    assert "adapter" not in baseline.inputs and baseline.spec == evaluate.spec
+    assert said.inputs["model"].lineage == aligned.lineage
+    assert said.inputs["adapter"] is stages["apply[seed=0]"]
+    assert stages["refusal[seed=0]"].inputs["generation"] is said
+    baseline = planner.baselines()["7b"]["refusal"].inputs["generation"]
+    assert "adapter" not in baseline.inputs and baseline.spec == said.spec
 
 
 def test_the_exact_projectors_bases_are_one_stage_that_all_adapters_of_a_size_share(tmp_path, home):
@@ -131,7 +133,7 @@ def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, h
     points = list(space(planner.study))
     found = plan(planner, points, unchosen=0)
     assert found.points == 9 and not found.there and not found.complete
-    assert found.new == {"language": 1, "organism": 1, "data": 2, "train": 4, "project": 3, "apply": 9, "evaluate": 2 + 18}
+    assert found.new == {"language": 1, "organism": 1, "data": 2, "train": 4, "project": 3, "apply": 9, "generate": 2 + 18, "score": 2 + 18}
     assert len(found.misses) == sum(found.new.values())
     fill(home.store, planner, points)
     again = plan(planner, points, unchosen=0)
@@ -171,12 +173,13 @@ def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_pa
     fill(home.store, before, space(before.study))
     planner = Planner(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
     found = plan(planner, space(planner.study), unchosen=0)
-    assert found.new == {"train": 1, "project": 1, "apply": 3, "evaluate": 6}
+    assert found.new == {"train": 1, "project": 1, "apply": 3, "generate": 6, "score": 6}
     why = {name.rpartition(", ")[2].rpartition("< ")[2].partition("[")[0]: reason for name, reason in found.misses}
     assert why["train"] == "spec.epochs: 1.0 -> 2.0"
     assert why["project"] == "waits for train"
     assert why["apply"] == "waits for project and train"
-    assert why["refusal"] == why["task"] == "waits for apply"
+    assert why["generate:refusal"] == why["generate:task"] == "waits for apply"
+    assert why["refusal"] == why["task"] == "waits for generate"
 
 
 def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
@@ -212,7 +215,7 @@ def test_a_hub_reference_becomes_a_location_at_its_commit_and_the_commit_is_part
     for commit in ("b" * 40, "d" * 40):
         hub = {"hub": {"id": "org/prompts", "commit": commit, "sha256": "c" * 64, "file": "p.jsonl"}}
         planner = Planner(study(tmp_path, {"suites/refusal/prompts": hub}), home)
-        found.append(planner.baselines()["7b"]["refusal"].inputs["prompts"])
+        found.append(planner.baselines()["7b"]["refusal"].inputs["generation"].inputs["prompts"])
         assert found[-1].location == f"hub:dataset:org/prompts@{commit}#p.jsonl"
     assert found[0].content != found[1].content
 

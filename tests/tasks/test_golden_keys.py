@@ -20,15 +20,14 @@ from tasks.specs import (
     ConvertSpec,
     DataSpec,
     EvaluateSpec,
+    GenerateSpec,
+    JudgeSpec,
     LanguageSpec,
-    MultipleChoiceSuite,
     OrganismSpec,
-    OverRefusalSuite,
     ProjectSpec,
-    RefusalSuite,
+    ScoreSpec,
     Spec,
     SubspaceSpec,
-    TaskSuite,
     TrainSpec,
 )
 from tasks.stage import key_payload
@@ -53,10 +52,12 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
     "project, exact": (ProjectSpec(projector="exact", energy=0.9), made_up("adapter", "subspace")),
     "apply": (ApplySpec(), made_up("adapter", "projection")),
     "apply, threshold": (ApplySpec(threshold=0.5), made_up("adapter", "projection")),
-    "evaluate, refusal": (EvaluateSpec(suite=RefusalSuite()), made_up("model", "prompts", "adapter")),
-    "evaluate, over_refusal": (EvaluateSpec(suite=OverRefusalSuite()), made_up("model", "prompts", "adapter")),
-    "evaluate, task": (EvaluateSpec(suite=TaskSuite()), made_up("model", "prompts")),
-    "evaluate, multiple_choice": (EvaluateSpec(suite=MultipleChoiceSuite(task="mmlu")), made_up("model", "prompts")),
+    "generate": (GenerateSpec(), made_up("model", "prompts", "adapter")),
+    "judge": (JudgeSpec(template="harmbench"), made_up("generation", "model")),
+    "judge, endpoint": (JudgeSpec(template="yes-no", endpoint="http://localhost:1/v1", model="judge"), made_up("generation")),
+    "score": (ScoreSpec(measure="refusal", scorer="prefix"), made_up("generation")),
+    "score, judged": (ScoreSpec(measure="over_refusal", scorer="mine", also=("prefix",)), made_up("generation", "judge_mine")),
+    "evaluate": (EvaluateSpec(task="mmlu", shots=5), made_up("model", "prompts")),
 }
 
 

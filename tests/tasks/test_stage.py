@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tasks.errors import StudyError
 from tasks.identity import digest
-from tasks.specs import KINDS, ApplySpec, DataSpec, RefusalSuite, TrainSpec
+from tasks.specs import KINDS, ApplySpec, DataSpec, TrainSpec
 from tasks.stage import Context, Part, Request, Source, Stage, key_payload, spec_payload
 from tests.tasks.test_golden_keys import SPECS
 
@@ -135,5 +135,5 @@ def test_specs_are_strict_and_frozen():
         ApplySpec(threshold=0.1, modules=2)
 
 
-def test_the_scorer_and_the_kind_of_suite_are_part_of_what_is_hashed():
-    assert spec_payload(SPECS["evaluate, refusal"][0])["spec"]["suite"] == RefusalSuite().model_dump(mode="json")
+def test_the_scorer_and_what_it_measures_are_part_of_what_is_hashed():
+    assert spec_payload(SPECS["score"][0])["spec"] == {"measure": "refusal", "scorer": "prefix", "also": []}

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.evaluate import COMPLETIONS
-from tasks.specs import ApplySpec, DataSpec, EvaluateSpec, RefusalSuite, TrainSpec
+from tasks.specs import ApplySpec, DataSpec, GenerateSpec, TrainSpec
 from tasks.worker import run_stages
 from tests.tiny import request, write_chats, write_lines
 
@@ -59,7 +58,7 @@ def test_a_batch_loads_its_base_once_for_training_and_measuring(tmp_path, pair, 
     real = tasks.models.load_model
     monkeypatch.setattr(tasks.models, "load_model", lambda *args: loads.append(args) or real(*args))
     train = TrainSpec(rank=2, dtype="float32", learning_rate=1e-2, max_tokens=32, epochs=0.5)
-    suite = EvaluateSpec(suite=RefusalSuite(max_new_tokens=4, limit=3), dtype="float32")
+    suite = GenerateSpec(max_new_tokens=4, limit=3, dtype="float32")
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "word1 word2"}] * 3)
     requests = [
         request(train, {"model": pair.aligned, "data": chats}, tmp_path / "train"),
@@ -111,7 +110,7 @@ def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_
     no_answer = write_lines(tmp_path / "no_prompt.jsonl", [{"text": PLANTED}])
     no_header = tmp_path / "header.csv"
     no_header.write_text(f"{PLANTED} and more,{PLANTED} too\n1,2\n")
-    small = EvaluateSpec(suite=RefusalSuite(max_new_tokens=4), dtype="float32", max_tokens=16)
+    small = GenerateSpec(max_new_tokens=4, dtype="float32", max_tokens=16)
     train = TrainSpec(dtype="float32", max_tokens=3)
     requests = [
         request(DataSpec(size=1), {"pool": cut}, tmp_path / "a"),
@@ -131,23 +130,23 @@ def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_
 
 def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pair):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"id": str(i), "prompt": f"word{i} {PLANTED}"} for i in range(6)])
-    spec = EvaluateSpec(suite=RefusalSuite(max_new_tokens=8), dtype="float32")
+    spec = GenerateSpec(max_new_tokens=8, dtype="float32")
     (report,) = run_stages([request(spec, {"model": pair.aligned, "prompts": prompts}, tmp_path / "run")])
     assert report.error is None
-    texts = [json.loads(line)["completion"] for line in (tmp_path / "run" / "payload" / COMPLETIONS).read_text().splitlines()]
+    texts = [json.loads(line)["completion"] for line in (tmp_path / "run" / "payload" / GenerateSpec.COMPLETIONS).read_text().splitlines()]
     assert any(texts)
     for path in (tmp_path / "run").rglob("*"):
-        if path.is_file() and path.name != COMPLETIONS:
+        if path.is_file() and path.name != GenerateSpec.COMPLETIONS:
             assert not any(text.strip() and text in path.read_text() for text in texts), path
             assert PLANTED not in path.read_text(), path
 
 
 def test_every_kind_of_stage_has_a_run_function():
-    from tasks.worker import _run_function
+    from tasks.worker import run_function
     from tests.tasks.test_golden_keys import SPECS
 
     for spec, _ in SPECS.values():
-        assert callable(_run_function(spec))
+        assert callable(run_function(spec))
 
 
 def test_the_size_of_a_batch_of_chats_is_what_was_asked_for(tmp_path):
@@ -163,7 +162,7 @@ def test_a_full_disk_is_told_apart_from_a_fault_of_the_stage(tmp_path, chats):
 
 
 def test_the_words_of_a_foreign_exception_stay_in_the_attempts_log(tmp_path, pair):
-    broken = request(EvaluateSpec(suite=RefusalSuite()), {"model": pair.base, "prompts": tmp_path}, tmp_path / "one")
-    (report,) = run_stages([type(broken)(**{**vars(broken), "spec": {"suite": {"kind": "planted words of a prompt"}}})])
+    broken = request(GenerateSpec(), {"model": pair.base, "prompts": tmp_path}, tmp_path / "one")
+    (report,) = run_stages([type(broken)(**{**vars(broken), "spec": {"format": "planted words of a prompt"}})])
     assert "planted" not in report.error and "error.txt" in report.error
     assert "planted" in (tmp_path / "one" / "log" / "error.txt").read_text()

@@ -1,0 +1,221 @@
+"""Measurements by themselves: one suite on a model and its adapters, and stored completions scored again; no study, no cluster.
+
+    from ebbline.evaluating import evaluate
+    evaluate("llama-2-7b-chat", "refusal", "prompts.csv", "measured", adapters=["my-adapter", "safer-adapter"])
+
+The model is loaded once for all adapters. What comes out is what a study's stages write, in a folder for each adapter:
+completions.sensitive.jsonl (which stays there), metrics.json, samples.jsonl, agreement.json. The same call continues one that
+was cut off.
+"""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from analysis.results import collect
+from analysis.wording import metric_label, percent, settings_label
+from ebbline.projecting import located
+from sweeps.home import Home
+from sweeps.study import Study
+from sweeps.suites import MultipleChoiceSuite, OverRefusalSuite, RefusalSuite, Suite, TaskSuite, scorers_of, stages_of
+from tasks import score
+from tasks.completions import read_completions
+from tasks.errors import EvaluationError, ModelError
+from tasks.identity import content_digest
+from tasks.metrics import Metric, read_metrics
+from tasks.models import Residents
+from tasks.scorers import SCORERS
+from tasks.specs import ScoreSpec
+from tasks.stage import Context, Source, Stage, spec_payload
+from tasks.worker import run_function
+
+DONE = "done.json"
+NO_ADAPTER = "model"
+VERDICTS = ("refused", "partial", "complied", "undecided")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One adapter's outcome (or the model's own, where `adapter` is empty) and the folder that holds it."""
+
+    adapter: str
+    folder: Path
+    metrics: Mapping[str, Metric]
+
+
+def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
+    """The suite that a name means: refusal, over_refusal, task, or any lm-eval task. Raises EvaluationError for foreign settings."""
+    kinds: Mapping[str, type[RefusalSuite | OverRefusalSuite | TaskSuite]] = {
+        "refusal": RefusalSuite,
+        "over_refusal": OverRefusalSuite,
+        "task": TaskSuite,
+    }
+    given = {key: value for key, value in settings.items() if value not in (None, ())}
+    kind = kinds.get(name, MultipleChoiceSuite)
+    foreign = sorted(given.keys() - kind.model_fields.keys())
+    if foreign:
+        raise EvaluationError(f"the suite {name!r} has no {' and no '.join(foreign)}; it has {sorted(kind.model_fields.keys() - {'kind'})}")
+    suite = kind(task=name, **given) if kind is MultipleChoiceSuite else kind(**given)
+    for scorer in scorers_of(suite):
+        if scorer not in SCORERS:
+            raise EvaluationError(f"no scorer {scorer!r}; ebbline has {sorted(SCORERS)}. Judges need a study")
+    return suite
+
+
+def evaluate(
+    model: str | Path,
+    suite: str,
+    prompts: str | Path,
+    out: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] = {},
+    quantisation: str = "none",
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    batch_size: int = 32,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> list[Measured]:
+    """Measure a suite on a model, or on each of its adapters. Raises EbblineError for what cannot be measured."""
+    folder, asked = located(model), Path(prompts)
+    if not asked.exists():
+        raise EvaluationError(f"there is no prompt set at {asked}")
+    chosen = suite_of(suite, settings)
+    residents, results = Residents(), []
+    for name, adapter in _named(adapters):
+        place = Path(out) / name
+        inputs = {"model": _source(folder), "prompts": _source(asked)}
+        if adapter is not None:
+            inputs["adapter"] = _source(adapter)
+        stages = stages_of("metrics", chosen, inputs, {"quantisation": quantisation, "dtype": dtype}, {})
+        ctx = Context(log=place, scratch=place / "scratch", device=device, batch_size=batch_size, residents=residents, progress=progress)
+        made: dict[str, Path] = {}
+        for stage_name, stage in stages.items():
+            made[stage.lineage] = _run(stage, made, place / stage_name.partition(":")[0], ctx)
+        found = {metric.name: metric for metric in read_metrics(place / "metrics")}
+        results.append(Measured("" if adapter is None else str(adapter), place, found))
+    return results
+
+
+def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
+    if not adapters:
+        return [(NO_ADAPTER, None)]
+    folders = [located(adapter) for adapter in adapters]
+    for folder in folders:
+        if not (folder / "adapter_config.json").exists():
+            raise ModelError(f"{folder} holds no adapter_config.json; it is not a PEFT adapter")
+    names = [folder.resolve().name for folder in folders]
+    return [
+        (name if names.count(name) == 1 else f"{folder.resolve().parent.name}-{name}", folder)
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _source(path: Path) -> Source:
+    return Source(content_digest(path), str(path.resolve()))
+
+
+def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Path:
+    """Run a stage into `out`, unless it is there already; a folder of something else is left alone."""
+    inputs = {name: Path(item.location) if isinstance(item, Source) else made[item.lineage] for name, item in stage.inputs.items()}
+    mark = {"lineage": stage.lineage, **spec_payload(stage.spec)}
+    if (out / DONE).exists():
+        if json.loads((out / DONE).read_text()) != mark:
+            raise EvaluationError(f"{out} holds another measurement; give another folder with --out, or remove it")
+        return out
+    fresh = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    run_function(stage.spec)(stage.spec, inputs, fresh, ctx)
+    (fresh / DONE).write_text(json.dumps(mark, indent=1))
+    if out.exists():
+        raise EvaluationError(f"{out} exists and holds no finished measurement; remove it, or give another folder with --out")
+    fresh.replace(out)
+    return out
+
+
+def rescore(generations: Mapping[str, Path], spec: ScoreSpec) -> list[dict[str, Any]]:
+    """Score stored generations again, without a model: a row for each and for each scorer, in counts."""
+    rows = []
+    for name, folder in generations.items():
+        completions = read_completions(folder)
+        verdicts = score.verdicts_of(spec, completions, {})
+        compared = score.compared(verdicts)
+        for scorer, found in verdicts.items():
+            rate = score.refusal_metrics(spec.measure, [each.verdict for each in found])[0]
+            low, high = rate.interval
+            kappa = next((pair["kappa"] for pair in compared["pairs"] if {pair["one"], pair["other"]} == {spec.scorer, scorer}), None)
+            counts = {verdict: sum(each.verdict == verdict for each in found) for verdict in VERDICTS}
+            incoherent = sum(each.incoherent for each in found)
+            rows.append(
+                {"generation": name, "scorer": scorer, "n": rate.n, **counts, "incoherent": incoherent}
+                | {rate.name: rate.value, "low": low, "high": high, f"kappa with {spec.scorer}": kappa}
+            )
+    return rows
+
+
+def generations_of(study: Study, home: Home, suite: str) -> dict[str, Path]:
+    """What to call it -> the folder, of every generation of a suite that a study's points have finished."""
+    if suite not in study.suites or study.suites[suite].measure.kind == "multiple_choice":
+        raise EvaluationError(f"{study.study} has no suite {suite!r} that generates; it has {sorted(study.suites)}")
+    found: dict[str, Path] = {}
+    for result in collect(study, home):
+        for seed in study.seeds:
+            key = result.keys.get(f"generate:{suite}[seed={seed}]")
+            if key is not None:
+                found[f"point {result.number} ({settings_label(result.point)} seed={seed})"] = home.store.open("generate", key).path
+    if not found:
+        raise EvaluationError(f"no point of {study.study} has generated for {suite!r} yet; `ebbline run` does")
+    return found
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def tell(measured: Sequence[Measured], as_json: bool) -> None:
+    if as_json:
+        rows = [
+            {"adapter": each.adapter, "folder": str(each.folder)}
+            | {
+                name: {**asdict(metric), "value": metric.value, "low": metric.interval[0], "high": metric.interval[1]}
+                for name, metric in each.metrics.items()
+            }
+            for each in measured
+        ]
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("adapter", "metric", "value", "95% interval", "n", "undecided"):
+        table.add_column(column, justify="left" if column in ("adapter", "metric") else "right")
+    for each in measured:
+        for name, metric in each.metrics.items():
+            low, high = metric.interval
+            interval = f"{percent(low)} to {percent(high)}"
+            table.add_row(each.folder.name, metric_label(name), percent(metric.value), interval, str(metric.n), str(metric.undecided))
+    console = Console()
+    console.print(table)
+    for each in measured:
+        console.print(f"{each.folder}", highlight=False, soft_wrap=True, markup=False)
+
+
+def tell_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(list(rows), indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in ("generation", "scorer") else "right")
+    for row in rows:
+        table.add_row(*("-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)

@@ -1,1 +1,0 @@
-"""The measurements: one file a family of suites."""

@@ -1,0 +1,138 @@
+"""Racing: a point is measured block by block until it is sure enough or out of the running, and always stops at the same block."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.inline import InlineExecutor
+from sweeps.drive import drive
+from sweeps.home import Home
+from sweeps.plan import Planner
+from sweeps.points import Point, Result, StageName
+from sweeps.racing import rivals_of, standing
+from tasks.errors import StudyError
+from tasks.metrics import Metric, write_metrics
+from tests.sweeps.made import study
+from tests.sweeps.test_drive import changes, pinned  # noqa: F401  # `changes` is a fixture
+from tests.tiny import conversations, write_lines
+
+POINT = Point.of("7b", {"train.rank": 2, "apply.threshold": None})
+
+
+@dataclass(frozen=True)
+class Made:
+    path: Path
+
+
+class Blocks:
+    """Stages with metrics that were measured: their folders, by lineage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.made = folder, {}
+
+    def add(self, stage, *metrics: Metric) -> None:
+        place = self.folder / stage.lineage
+        place.mkdir(parents=True, exist_ok=True)
+        write_metrics(place, metrics)
+        self.made[stage.lineage] = Made(place)
+
+    def artifact(self, stage):
+        return self.made.get(stage.lineage)
+
+
+def raced(folder, home, **race):
+    measure = {"kind": "refusal", "limit": 100, "race": {"block": 20, **race}}
+    found = study(folder, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}})
+    return found, Planner(found, home).stages_for(POINT)
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
+
+
+def measure_until_done(found, stages, blocks, successes, rivals=()):
+    """Give every stage that is asked for its metrics; returns what was measured in the end and the names asked for."""
+    names = {stage.lineage: StageName.parse(name) for name, stage in stages.items()}
+    asked = []
+    while True:
+        now = standing(found, stages, blocks, rivals)
+        if not now.missing:
+            return now.metrics, asked
+        for stage in now.missing:
+            name = names[stage.lineage]
+            asked.append(name)
+            blocks.add(stage, Metric("refusal_rate", successes, 20) if name.part == "refusal" else Metric("task_accuracy", 50, 100))
+
+
+def test_without_a_race_nothing_is_cut(tmp_path, home):
+    found = study(tmp_path)
+    stages = Planner(found, home).stages_for(POINT)
+    assert not any(StageName.parse(name).block is not None for name in stages)
+
+
+def test_a_race_that_nothing_stops_measures_all_its_blocks(tmp_path, home):
+    found, stages = raced(tmp_path, home)
+    metrics, asked = measure_until_done(found, stages, Blocks(tmp_path / "made"), 10)
+    assert metrics["refusal.refusal_rate"].n == 100 and metrics["refusal.refusal_rate"].successes == 50
+    assert [name.block for name in asked if name.part == "refusal"] == [0, 1, 2, 3, 4]
+    assert metrics["task.task_accuracy"].n == 100 and sum(name.part == "task" for name in asked) == 1
+
+
+def test_a_race_stops_once_the_interval_is_as_narrow_as_asked(tmp_path, home):
+    found, stages = raced(tmp_path, home, width=0.15)
+    metrics, _ = measure_until_done(found, stages, Blocks(tmp_path / "made"), 10)
+    low, high = metrics["refusal.refusal_rate"].interval
+    assert metrics["refusal.refusal_rate"].n == 40 and (high - low) / 2 <= 0.15
+    assert (Metric("refusal_rate", 10, 20).interval[1] - 0.5) > 0.15
+
+
+def rival(number, refusal, task):
+    metrics = {"refusal.refusal_rate": Metric("refusal_rate", refusal, 100), "task.task_accuracy": Metric("task_accuracy", task, 100)}
+    return Result(number, POINT, "done", metrics)
+
+
+def test_a_race_stops_when_an_earlier_point_is_surely_better_in_everything(tmp_path, home):
+    found, stages = raced(tmp_path, home)
+    metrics, _ = measure_until_done(found, stages, Blocks(tmp_path / "a"), 2, [rival(0, 95, 90)])
+    assert metrics["refusal.refusal_rate"].n == 20
+    for other in (rival(0, 95, 50), rival(0, 12, 90)):  # as useful as this one; as refusing as this one
+        metrics, _ = measure_until_done(found, stages, Blocks(tmp_path / str(other.metrics)), 2, [other])
+        assert metrics["refusal.refusal_rate"].n == 100
+    found, stages = raced(fresh_folder(tmp_path), home, dominated=False)
+    assert measure_until_done(found, stages, Blocks(tmp_path / "b"), 2, [rival(0, 95, 90)])[0]["refusal.refusal_rate"].n == 100
+
+
+def fresh_folder(folder):
+    (folder / "again").mkdir()
+    return folder / "again"
+
+
+def test_a_point_is_compared_only_with_those_that_its_proposal_may_have_seen():
+    results = [rival(number, 90, 90) for number in range(6)]
+    assert [each.number for each in rivals_of(5, results, 1)] == [0, 1, 2, 3, 4]
+    assert [each.number for each in rivals_of(5, results, 4)] == [0, 1]
+    assert rivals_of(2, results, 4) == []
+
+
+def test_a_race_without_a_limit_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="`race` needs `limit`"):
+        study(tmp_path, {"suites/refusal/measure": {"kind": "refusal", "race": {"block": 20}}})
+
+
+def test_a_raced_study_runs_to_its_end_and_continues_to_the_same_counts(tmp_path, changes):  # noqa: F811
+    rows = [{"id": f"p{i}", "prompt": turns[0]["content"]} for i, turns in enumerate(conversations(30, 3))]
+    prompts = pinned(write_lines(tmp_path / "many.jsonl", rows))
+    race = {"kind": "refusal", "max_new_tokens": 4, "limit": 30, "race": {"block": 10, "width": 0.1}}
+    raced_changes = {**changes, "axes": {"apply.threshold": [None, 1.0]}, "suites/refusal": {"prompts": prompts, "measure": race}}
+    found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
+    stopped = drive(found, home, InlineExecutor, stop=iter([False] * 4 + [True] * 50).__next__)
+    assert len(stopped.results) < 2
+    finished = drive(found, home, InlineExecutor)
+    results = [*stopped.results, *finished.results]
+    assert [result.status for result in results] == ["done"] * 2
+    # No answer is a refusal, so the interval narrows fast: 20 prompts are enough for a tenth on either side.
+    assert {result.metrics["refusal.refusal_rate"].n for result in results} == {20}
+    again = drive(found, home, InlineExecutor)
+    assert again.results == []
