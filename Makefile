@@ -1,6 +1,6 @@
 # make demo    a fresh machine to a finished Pareto frontier        make test    the tests
 # make lint    style, types, import directions                      make lock    refresh the pinned versions
-# make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project.json
+# make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project_*.json
 # make bench-evaluate   eight adapters measured in one batch, against a process for each
 PYTHON ?= python3
 VENV := .venv

@@ -393,6 +393,9 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", help="measure one case and print it (what each process of the benchmark runs)")
+    parser.add_argument(
+        "--part", choices=("memory", "disk", "both"), default="both", help="modules in memory, adapters on the disk, or both"
+    )
     parser.add_argument("--folder", type=Path, help="a disk with 20 GB free for the files that are read (default: a temporary one)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the 7B-shaped pair on the disk")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, from the smallest")
@@ -401,17 +404,21 @@ def main() -> None:
         case = json.loads(given.case)
         print(json.dumps(MEASURES[case["measure"]](case)))
         return
-    modules = list(modules_in_memory(SHAPES[: given.shapes]))
-    bases = list(exact_bases())
-    with TemporaryDirectory(dir=given.folder) as folder:
-        disk = list(adapters_on_disk(Path(folder) / "small", given.layers))
-    with TemporaryDirectory(dir=given.folder) as folder:
-        large = list(largest_models(Path(folder)))
-    for rows in (modules, bases, disk, large):
+    if given.part in ("memory", "both"):
+        modules, bases = list(modules_in_memory(SHAPES[: given.shapes])), list(exact_bases())
+        publish("project_memory", (modules, bases), ratios(modules, [], bases))
+    if given.part in ("disk", "both"):
+        with TemporaryDirectory(dir=given.folder) as folder:
+            disk = list(adapters_on_disk(Path(folder) / "small", given.layers))
+        with TemporaryDirectory(dir=given.folder) as folder:
+            large = list(largest_models(Path(folder)))
+        publish("project_disk", (disk, large), ratios([], disk, []))
+
+
+def publish(name: str, tables: Sequence[Sequence[Mapping[str, Any]]], found: Mapping[str, float]) -> None:
+    for rows in tables:
         print(shown(rows), end="\n\n")
-    path = record.write(
-        "project", "make bench-project", ("torch", "safetensors"), [*modules, *bases, *disk, *large], ratios(modules, disk, bases)
-    )
+    path = record.write(name, "make bench-project", ("torch", "safetensors"), [row for rows in tables for row in rows], found)
     print(f"wrote {path.relative_to(Path.cwd())}")
 
 
