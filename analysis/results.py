@@ -22,7 +22,8 @@ from sweeps.suites import scorers_of
 from tasks.errors import EvaluationError
 from tasks.gate import ProjectedRows, read_rows
 from tasks.metrics import Metric, read_metrics, read_samples
-from tasks.specs import ApplySpec, ProjectSpec, ScoreSpec
+from tasks.specs import ApplySpec, GenerateSpec, ProjectSpec, ScoreSpec
+from tasks.stage import Stage
 
 
 def collect(study: Study, home: Home) -> list[Result]:
@@ -55,6 +56,19 @@ def projections(study: Study, results: Sequence[Result], home: Home) -> dict[str
                 taken = json.loads((home.store.open("apply", apply).path / ApplySpec.CHOSEN).read_text())
                 shown[f"point {result.number} ({settings_label(result.point)})"] = ProjectedRows(rows, frozenset(taken))
         found[model] = shown
+    return found
+
+
+def prompt_sets(study: Study, home: Home) -> dict[str, str]:
+    """Suite -> what its prompts were: format, rows, how many were asked, sha256; of the suites that an aligned model has answered."""
+    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, str]()
+    for suites in planner.baselines().values():
+        for suite, stage in suites.items():
+            generation = stage.inputs.get("generation")
+            artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
+            if artifact is not None:
+                said = json.loads((artifact.path / GenerateSpec.PROMPTS).read_text())
+                found[suite] = f"{said['format']}, {said['rows']} rows, {said['asked']} asked, sha256 {said['sha256']}"
     return found
 
 

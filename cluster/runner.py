@@ -16,12 +16,13 @@ from cluster.costs import Estimates
 from cluster.executor import Executor, Finished, Job
 from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
-from tasks.errors import DiskFull, StudyError
+from tasks.errors import DiskFull, EbblineError, EndpointDown, StudyError
 from tasks.identity import digest
 from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, OrganismSpec, ProjectSpec, ScoreSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
 LOST_TRIES = 3
+NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown)}
 State = Literal["waiting", "ready", "running", "done", "failed"]
 
 
@@ -274,8 +275,8 @@ class Runner:
             if artifact is not None:
                 self.estimates.learn([artifact])
                 self._done(nodes, artifact, reused=False)
-            elif report is not None and report.error_type == DiskFull.__name__:
-                raise DiskFull(str(report.error))  # a point that fails stays failed, and this is no fault of the point
+            elif report is not None and report.error_type is not None and report.error_type in NO_FAULT:
+                raise NO_FAULT[report.error_type](str(report.error))  # a point that fails stays failed, and this is no fault of it
             elif report is not None and report.error is not None:
                 self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
             else:

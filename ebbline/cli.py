@@ -184,14 +184,14 @@ def evaluate(
     scorer: Annotated[str | None, typer.Option(help="The scorer that gives the rate.", show_default=False)] = None,
     also: Annotated[list[str] | None, typer.Option(help="Scorers beside it.", show_default=False)] = None,
     set_format: Annotated[str | None, typer.Option("--format", help="The set's format, where it is not plain from the file.")] = None,
-    limit: Annotated[int | None, typer.Option(help="How many items, evenly spaced over the set.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many: evenly spaced in a set, the first of a task.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer.", show_default=False)] = None,
     shots: Annotated[int | None, typer.Option(help="Examples before each item of an lm-eval task.", show_default=False)] = None,
     chat_template: Annotated[bool | None, typer.Option("--chat-template", help="Put lm-eval's items into the chat template.")] = None,
     quantisation: Annotated[Literal["none", "int8", "nf4"], typer.Option(help="How the model is loaded.")] = "none",
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="How the model is loaded.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="Prompts at once; halved when memory ends.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once; halved when memory ends.")] = 32,
     as_json: JsonOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters by itself: no study, no store, no cluster."""
@@ -232,22 +232,25 @@ def rescore(
     scorer: Annotated[str, typer.Option(help="The scorer that gives the rate.", show_default=False)],
     also: Annotated[list[str] | None, typer.Option(help="Scorers beside it.", show_default=False)] = None,
     suite: Annotated[str, typer.Option(help="Which suite of the study.")] = "refusal",
-    measure: Annotated[Literal["refusal", "over_refusal"], typer.Option(help="What a refusal means.")] = "refusal",
+    measure: Annotated[
+        Literal["refusal", "over_refusal"], typer.Option(help="What a refusal means in a folder; a study's suite says it itself.")
+    ] = "refusal",
     to: Annotated[Path | None, typer.Option(help="A CSV file for the rows.", show_default=False)] = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
     """Score stored completions again, without a model: another scorer, or several side by side."""
-    from ebbline.evaluating import generations_of, tell_rows, write_rows
+    from ebbline.evaluating import generations_of, measure_of, tell_rows, write_rows
     from ebbline.evaluating import rescore as score_again
     from sweeps.home import Home
     from sweeps.study_file import load
     from tasks.specs import GenerateSpec, ScoreSpec
 
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():
-        generations = {Path(where).name: Path(where)}
+        generations = {Path(where).name: [Path(where)]}
     else:
-        generations = generations_of(load(where), Home(home), suite)
+        study = load(where)
+        measure, generations = measure_of(study, suite), generations_of(study, Home(home), suite)
     rows = score_again(generations, ScoreSpec(measure=measure, scorer=scorer, also=tuple(also or ())))
     if to is not None:
         write_rows(rows, to)

@@ -11,11 +11,13 @@ was cut off.
 import csv
 import json
 import shutil
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -23,18 +25,19 @@ from analysis.results import collect
 from analysis.wording import metric_label, percent, settings_label
 from ebbline.projecting import located
 from sweeps.home import Home
-from sweeps.study import Study
+from sweeps.points import keys_of
+from sweeps.study import Study, faults
 from sweeps.suites import MultipleChoiceSuite, OverRefusalSuite, RefusalSuite, Suite, TaskSuite, scorers_of, stages_of
 from tasks import score
 from tasks.completions import read_completions
-from tasks.errors import EvaluationError, ModelError
+from tasks.errors import EbblineError, EvaluationError, ModelError
 from tasks.identity import content_digest
 from tasks.metrics import Metric, read_metrics
 from tasks.models import Residents
 from tasks.scorers import SCORERS
 from tasks.specs import ScoreSpec
 from tasks.stage import Context, Source, Stage, spec_payload
-from tasks.worker import run_function
+from tasks.worker import ERROR, described, run_function
 
 DONE = "done.json"
 NO_ADAPTER = "model"
@@ -62,7 +65,10 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
     foreign = sorted(given.keys() - kind.model_fields.keys())
     if foreign:
         raise EvaluationError(f"the suite {name!r} has no {' and no '.join(foreign)}; it has {sorted(kind.model_fields.keys() - {'kind'})}")
-    suite = kind(task=name, **given) if kind is MultipleChoiceSuite else kind(**given)
+    try:
+        suite = kind(task=name, **given) if kind is MultipleChoiceSuite else kind(**given)
+    except ValidationError as error:
+        raise EvaluationError(f"the suite {name!r} cannot be so:\n" + "\n".join(faults(error))) from None
     for scorer in scorers_of(suite):
         if scorer not in SCORERS:
             raise EvaluationError(f"no scorer {scorer!r}; ebbline has {sorted(SCORERS)}. Judges need a study")
@@ -89,13 +95,15 @@ def evaluate(
         raise EvaluationError(f"there is no prompt set at {asked}")
     chosen = suite_of(suite, settings)
     residents, results = Residents(), []
+    shared = {"model": _source(folder), "prompts": _source(asked)}  # hashed once: a base is many gigabytes
     for name, adapter in _named(adapters):
-        place = Path(out) / name
-        inputs = {"model": _source(folder), "prompts": _source(asked)}
+        place, inputs = Path(out) / name, dict(shared)
         if adapter is not None:
             inputs["adapter"] = _source(adapter)
         stages = stages_of("metrics", chosen, inputs, {"quantisation": quantisation, "dtype": dtype}, {})
-        ctx = Context(log=place, scratch=place / "scratch", device=device, batch_size=batch_size, residents=residents, progress=progress)
+        ctx = Context(
+            log=place / "log", scratch=place / "scratch", device=device, batch_size=batch_size, residents=residents, progress=progress
+        )
         made: dict[str, Path] = {}
         for stage_name, stage in stages.items():
             made[stage.lineage] = _run(stage, made, place / stage_name.partition(":")[0], ctx)
@@ -130,22 +138,29 @@ def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Pat
         if json.loads((out / DONE).read_text()) != mark:
             raise EvaluationError(f"{out} holds another measurement; give another folder with --out, or remove it")
         return out
-    fresh = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    run_function(stage.spec)(stage.spec, inputs, fresh, ctx)
-    (fresh / DONE).write_text(json.dumps(mark, indent=1))
     if out.exists():
         raise EvaluationError(f"{out} exists and holds no finished measurement; remove it, or give another folder with --out")
+    fresh = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for folder in (fresh, ctx.log):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_function(stage.spec)(stage.spec, inputs, fresh, ctx)
+    except EbblineError:
+        raise
+    except Exception as error:  # noqa: BLE001  # a foreign exception may quote an item: its words go to the log, as in a study
+        (ctx.log / ERROR).write_text(traceback.format_exc())
+        raise EvaluationError(f"{stage.kind}: {described(error, ctx.log)[1]}") from None
+    (fresh / DONE).write_text(json.dumps(mark, indent=1))
     fresh.replace(out)
     return out
 
 
-def rescore(generations: Mapping[str, Path], spec: ScoreSpec) -> list[dict[str, Any]]:
-    """Score stored generations again, without a model: a row for each and for each scorer, in counts."""
+def rescore(generations: Mapping[str, Sequence[Path]], spec: ScoreSpec) -> list[dict[str, Any]]:
+    """Score stored generations (of one or more blocks each) again, without a model: a row for each and each scorer, in counts."""
     rows = []
-    for name, folder in generations.items():
-        completions = read_completions(folder)
+    for name, folders in generations.items():
+        completions = [row for folder in folders for row in read_completions(folder)]
         verdicts = score.verdicts_of(spec, completions, {})
         compared = score.compared(verdicts)
         for scorer, found in verdicts.items():
@@ -161,32 +176,46 @@ def rescore(generations: Mapping[str, Path], spec: ScoreSpec) -> list[dict[str, 
     return rows
 
 
-def generations_of(study: Study, home: Home, suite: str) -> dict[str, Path]:
-    """What to call it -> the folder, of every generation of a suite that a study's points have finished."""
-    if suite not in study.suites or study.suites[suite].measure.kind == "multiple_choice":
-        raise EvaluationError(f"{study.study} has no suite {suite!r} that generates; it has {sorted(study.suites)}")
-    found: dict[str, Path] = {}
+def measure_of(study: Study, suite: str) -> Literal["refusal", "over_refusal"]:
+    """What refusals mean in a suite. Raises EvaluationError for one that has none."""
+    measure = study.suites[suite].measure if suite in study.suites else None
+    if not isinstance(measure, RefusalSuite | OverRefusalSuite):
+        known = sorted(name for name, entry in study.suites.items() if isinstance(entry.measure, RefusalSuite | OverRefusalSuite))
+        raise EvaluationError(f"{study.study} has no suite {suite!r} that counts refusals; it has {known}")
+    return measure.kind
+
+
+def generations_of(study: Study, home: Home, suite: str) -> dict[str, list[Path]]:
+    """What to call it -> the folders, of every generation of a suite that a study's points have finished."""
+    found: dict[str, list[Path]] = {}
     for result in collect(study, home):
         for seed in study.seeds:
-            key = result.keys.get(f"generate:{suite}[seed={seed}]")
-            if key is not None:
-                found[f"point {result.number} ({settings_label(result.point)} seed={seed})"] = home.store.open("generate", key).path
+            keys = keys_of(result.keys, f"generate:{suite}", seed)
+            if keys:
+                name = f"point {result.number} ({settings_label(result.point)} seed={seed})"
+                found[name] = [home.store.open("generate", key).path for key in keys]
     if not found:
         raise EvaluationError(f"no point of {study.study} has generated for {suite!r} yet; `ebbline run` does")
     return found
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
+def _agreement(folder: Path) -> object:
+    path = folder / "metrics" / ScoreSpec.AGREEMENT
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def tell(measured: Sequence[Measured], as_json: bool) -> None:
     if as_json:
         rows = [
-            {"adapter": each.adapter, "folder": str(each.folder)}
+            {"adapter": each.adapter, "folder": str(each.folder), "agreement": _agreement(each.folder)}
             | {
                 name: {**asdict(metric), "value": metric.value, "low": metric.interval[0], "high": metric.interval[1]}
                 for name, metric in each.metrics.items()

@@ -15,14 +15,15 @@ from analysis.figures import save
 from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import projection_figures
 from analysis.report import write_report
-from analysis.results import StoredEvidence, baselines, collect, projections
+from analysis.results import StoredEvidence, baselines, collect, projections, prompt_sets
 from analysis.tables import categories_frame, frontier_text, results_frame, write_categories, write_tables
 from analysis.threshold_figure import threshold_figure
 from cluster.executor import Executor, OnDemand
 from ebbline.show import Screen
 from sweeps.drive import Progress, drive
 from sweeps.home import Home
-from sweeps.points import Result
+from sweeps.points import Result, StageName
+from sweeps.racing import races
 from sweeps.study import Study
 from tasks.identity import digest
 
@@ -140,7 +141,7 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
 
 def _cost(study: Study, home: Home, results: Sequence[Result]) -> dict[str, object]:
     """What the stages of a study took, and what sharing saved against running every stage of every point anew."""
-    named = [(name.partition("[")[0], key) for result in results for name, key in result.keys.items()]
+    named = [(StageName.parse(name).part, key) for result in results for name, key in result.keys.items()]
     seconds: dict[str, float] = {}
     gpu_seconds = 0.0
     for name, key in named:
@@ -165,6 +166,8 @@ def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str
         "study file, sha256": digest(study.model_dump(mode="json")),
         "seeds": ", ".join(str(seed) for seed in study.seeds),
         "search": f"{study.search.sampler}, seed {study.search.seed}, window {study.search.window}",
+        **{f"prompts of {suite}": said for suite, said in prompt_sets(study, home).items()},
+        **{f"raced: {suite}": str(race) for suite, race in races(study).items() if race is not None},
         "trained on": ", ".join(hosts) or "nothing yet",
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},

@@ -82,9 +82,9 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
     baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
     runner.want(baselines)
     done: list[Result] = []
-    again = [_take_off(study, number, point, planner, runner, done) for number, point in searcher.measured()]
+    again = [_take_off(number, point, planner, runner) for number, point in searcher.measured()]
     progress.told = searcher.told()
-    flights = deque(_take_off(study, number, point, planner, runner, done) for number, point in searcher.in_flight())
+    flights = deque(_take_off(number, point, planner, runner) for number, point in searcher.in_flight())
     exhausted = False
     while True:
         while not exhausted and not runner.draining and len(flights) < study.search.window:
@@ -95,7 +95,7 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
             if asked is None:
                 exhausted = True
             else:
-                flights.append(_take_off(study, *asked, planner, runner, done))
+                flights.append(_take_off(*asked, planner, runner))
         progress.in_flight = list(flights)
         watch(progress)
         broken = next((failure for stage in baselines if (failure := runner.failure(stage)) is not None), None)
@@ -104,9 +104,10 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
             raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken)}")
         if not runner.draining:
             _hear_again(study, again, runner, done)
-            for flight in flights:
-                _ask_more(study, flight, runner, done)
-        if flights and not runner.draining and all(runner.settled(stage) for stage in flights[0].asked):
+            if not again:  # a raced point is compared with those before it, which must be known first
+                for flight in flights:
+                    _ask_more(study, flight, runner, done)
+        if flights and not again and not runner.draining and all(runner.settled(stage) for stage in flights[0].asked):
             # One at a time: the next proposal is to see exactly this result more than the one before it did. None while
             # draining, as nothing is asked then: the next run lands them from the store.
             done.append(_land(study, flights.popleft(), searcher, runner, done))
@@ -125,25 +126,28 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
     return progress
 
 
-def _take_off(study: Study, number: int, point: Point, planner: Planner, runner: Runner, done: Sequence[Result]) -> Flight:
+def _take_off(number: int, point: Point, planner: Planner, runner: Runner) -> Flight:
     stages = planner.stages_for(point)
     flight = Flight(number, point, stages, [stage for name, stage in stages.items() if StageName.parse(name).part in KINDS])
     runner.want(flight.asked)
-    _ask_more(study, flight, runner, done)
     return flight
 
 
 def _ask_more(study: Study, flight: Flight, runner: Runner, done: Sequence[Result]) -> bool:
-    """Ask for what a point needs next, once what it asked for is there; False when it needs nothing more."""
-    asked = set(flight.asked)
-    if any(not runner.settled(stage) and stage.kind in MEASURES for stage in flight.asked):
-        return True
-    needed = standing(study, flight.stages, runner, rivals_of(flight.number, done, study.search.window)).missing
-    own = set(flight.stages.values())
-    new = [stage for target in needed for stage in (*target.upstream(), target) if stage in own and stage not in asked]
-    runner.want(new)
-    flight.asked += new
-    return bool(new)
+    """Ask for what a point needs next, until something is under way (True) or it needs nothing more (False).
+
+    What it asks for may be in the store already, and is then there at once.
+    """
+    own, rivals = set(flight.stages.values()), rivals_of(flight.number, flight.point, done, study.search.window)
+    while True:
+        if any(not runner.settled(stage) and stage.kind in MEASURES for stage in flight.asked):
+            return True
+        asked, needed = set(flight.asked), standing(study, flight.stages, runner, rivals).missing
+        new = [stage for target in needed for stage in (*target.upstream(), target) if stage in own and stage not in asked]
+        if not new:
+            return False
+        runner.want(new)
+        flight.asked += new
 
 
 def _hear_again(study: Study, again: list[Flight], runner: Runner, done: list[Result]) -> None:
@@ -160,6 +164,8 @@ def _land(study: Study, flight: Flight, searcher: Searcher, runner: Runner, done
     failures = [failure for stage in flight.asked if (failure := runner.failure(stage)) is not None]
     own = next((failure for failure in failures if not failure.inherited), failures[0] if failures else None)
     result = result_of(study, flight.number, flight.point, flight.stages, runner, reason=_told(own) if own else "", earlier=done)
+    if result.status == "running":
+        raise RuntimeError(f"point {flight.number} was to be told before it was measured")
     searcher.tell(flight.number, result)
     return result
 

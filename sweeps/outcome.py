@@ -37,7 +37,7 @@ def result_of(
     seconds = sum(float(artifact.provenance["seconds"]) for artifact in artifacts.values())
     if reason:
         return Result(number, point, "failed", reason=reason, keys=keys, seconds=seconds)
-    stands = standing(study, stages, known, rivals_of(number, earlier, study.search.window))
+    stands = standing(study, stages, known, rivals_of(number, point, earlier, study.search.window))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds)
     return Result(number, point, "done", stands.metrics, keys=keys, seconds=seconds, projected_share=_projected_share(artifacts))

@@ -1,4 +1,4 @@
-"""From a point to its stages: model -> train -> project -> apply -> evaluate[suite]; and what a study still has to run."""
+"""From a point to its stages: model -> train -> project -> apply -> each suite; and what a study still has to run."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,16 +4,18 @@ Invariant: the answer is a function of the point's own blocks and of the results
 (`Search.window`), so a study that was killed and continued stops every point at the same block.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.store import Artifact
-from sweeps.points import Result, StageName
+from sweeps.points import Point, Result, StageName
 from sweeps.study import Study
 from sweeps.suites import MultipleChoiceSuite, Race
 from tasks.metrics import Metric, joined, pooled, read_metrics
+from tasks.specs import GenerateSpec
 from tasks.stage import Stage
 
 
@@ -43,13 +45,15 @@ def standing(study: Study, stages: Mapping[str, Stage], known: Known, rivals: Se
         return Standing(_pooled(found), tuple(missing))
     racing = {name: race for name, race in races(study).items() if race is not None}
     blocks = 1 + max((name.block for name in named if name.block is not None), default=-1)
+    ended: set[str] = set()
     for block in range(blocks):
-        still = {suite for suite, race in racing.items() if block == 0 or not _tight(suite, race, _pooled(found))}
+        still = {suite for suite, race in racing.items() if block == 0 or not _tight(suite, race, _pooled(found))} - ended
         if not still or (block > 0 and _dominated(study, racing, _pooled(found), rivals)):
             break
         missing = _take(named, block, study, known, found, still)
         if missing:
             return Standing(_pooled(found), tuple(missing))
+        ended |= {name.part for name, stage in named.items() if name.block == block and name.part in still and _ends(stage, block, known)}
     return Standing(_pooled(found), ())
 
 
@@ -57,9 +61,9 @@ def races(study: Study) -> dict[str, Race | None]:
     return {name: None if isinstance(entry.measure, MultipleChoiceSuite) else entry.measure.race for name, entry in study.suites.items()}
 
 
-def rivals_of(number: int, results: Sequence[Result], window: int) -> list[Result]:
-    """The finished results that point `number` may be compared with: those that its proposal may have seen."""
-    return [result for result in results if result.number <= number - window and result.status == "done"]
+def rivals_of(number: int, point: Point, results: Sequence[Result], window: int) -> list[Result]:
+    """The finished results that point `number` may be compared with: of its own model, and such as its proposal may have seen."""
+    return [each for each in results if each.number <= number - window and each.status == "done" and each.point.model == point.model]
 
 
 def _take(
@@ -80,6 +84,18 @@ def _take(
     return []
 
 
+def _ends(stage: Stage, block: int, known: Known) -> bool:
+    """Whether the prompt set has no further block."""
+    generation = stage.inputs["generation"]
+    if not isinstance(generation, Stage) or not isinstance(generation.spec, GenerateSpec) or generation.spec.block is None:
+        return False
+    artifact = known.artifact(generation)
+    if artifact is None:
+        return False
+    said = json.loads((artifact.path / GenerateSpec.PROMPTS).read_text())
+    return bool((block + 1) * generation.spec.block.size >= said["of"])
+
+
 def _pooled(found: Mapping[str, Mapping[int, Metric]]) -> dict[str, Metric]:
     return {name: pooled([seeds[seed] for seed in sorted(seeds)]) for name, seeds in found.items()}
 
@@ -88,12 +104,12 @@ def _tight(suite: str, race: Race, metrics: Mapping[str, Metric]) -> bool:
     own = [metric for name, metric in metrics.items() if name.rpartition(".")[0] == suite]
     if race.width is None or not own:
         return False
-    edges = [metric.interval_at(race.confidence) for metric in own]
-    return all((high - low) / 2 <= race.width for low, high in edges)
+    reaches = [(metric.value, *metric.interval_at(race.confidence)) for metric in own]
+    return all(max(value - low, high - value) <= race.width for value, low, high in reaches)
 
 
 def _dominated(study: Study, racing: Mapping[str, Race], metrics: Mapping[str, Metric], rivals: Sequence[Result]) -> bool:
-    if not any(race.dominated for race in racing.values()) or any(name not in metrics for name in study.objectives):
+    if not all(race.dominated for race in racing.values()) or any(name not in metrics for name in study.objectives):
         return False
     confidence = max(race.confidence for race in racing.values())
 

@@ -244,6 +244,9 @@ class Study(Frozen):
             for scorer in scorers_of(entry.measure):
                 if scorer not in SCORERS and scorer not in self.judges:
                     raise ValueError(f"suites.{name}.measure.scorer: {unknown(scorer, {*SCORERS, *self.judges})}")
+                template = self.judges[scorer].settings.template if scorer in self.judges else None
+                if entry.measure.kind == "over_refusal" and template in ("harmbench", "llama-guard"):
+                    raise ValueError(f"suites.{name}: {template} judges harm, so every harmless answer would count as a refusal")
         return self
 
     @model_validator(mode="after")

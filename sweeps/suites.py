@@ -18,8 +18,9 @@ SHOTS = {"mmlu": 5, "hellaswag": 10}  # what the papers use; lm-eval's own defau
 class Race(Frozen):
     """Measure in blocks and stop early. Never on by itself: what is measured of a point then depends on what it shows.
 
-    After each block of `block` prompts a point goes on, unless the interval of `confidence` of every raced rate is narrower than
-    `width` on either side, or (with `dominated`) an earlier point is better in every objective by intervals that do not overlap.
+    After each block of `block` prompts a point goes on, unless the interval of `confidence` of every raced rate reaches no further than
+    `width` to either side, or (where every raced suite has `dominated`) an earlier point of its model is better in every objective by
+    intervals that do not overlap.
     """
 
     block: Count = 50
@@ -43,7 +44,7 @@ class _Generated(Frozen):
     @model_validator(mode="after")
     def _a_race_has_an_end(self) -> Self:
         if self.race is not None and self.limit is None:
-            raise ValueError("`race` needs `limit`, the most prompts that a point may be asked (not more than the set has)")
+            raise ValueError("`race` needs `limit`, the most prompts that a point may be asked")
         return self
 
 

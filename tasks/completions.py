@@ -15,6 +15,7 @@ class Completion:
 
     id: str
     category: str
+    source: str
     label: str
     prompt: str
     answer: str

@@ -10,6 +10,7 @@
     ├── TrainingError     training produced something that must not be kept (NaN loss, empty adapter)
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
+    │   └── EndpointDown  a judge's endpoint answers nothing; no fault of what was to be judged
     ├── ClusterLost       the place where stages ran is gone; what was finished is not
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      there is no space left where the store lies
@@ -56,6 +57,10 @@ class ProjectionError(EbblineError):
 
 
 class EvaluationError(EbblineError):
+    pass
+
+
+class EndpointDown(EvaluationError):
     pass
 
 

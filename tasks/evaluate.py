@@ -113,7 +113,21 @@ def _task(manager: TaskManager, name: str, changes: Mapping[str, Any], spec: Eva
         raise EvaluationError(
             f"lm-eval's {name} cannot be built from {folder} with {spec.shots} shots: {type(error).__name__}: {reason}"
         ) from error
+    _require_labels(name, task)
     return task
+
+
+def _require_labels(name: str, task: Any) -> None:
+    """Raises EvaluationError for an item whose right answer is none of its choices: lm-eval would count it as wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for instance in {request.doc_id: request for request in task.instances}.values():
+        target, choices = task.doc_to_target(instance.doc), task.doc_to_choice(instance.doc)
+        for right in target if isinstance(target, list) else [target]:
+            if not (0 <= right < len(choices) if isinstance(right, int) else right in choices):
+                raise EvaluationError(
+                    f"item {instance.doc_id} of lm-eval's {name} has a right answer that is none of its {len(choices)} choices"
+                )
 
 
 def _definitions(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from tasks.completions import Completion, write_completions
 from tasks.errors import DataError
+from tasks.identity import content_digest
 from tasks.models import with_adapter
 from tasks.prompts import PromptSet, read_prompts
 from tasks.specs import Block, GenerateSpec
@@ -26,14 +27,15 @@ from tasks.stage import Context
 
 
 def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
-    asked = in_block(read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer), spec.block)
+    whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
+    asked = in_block(whole, spec.block)
     said = _said(spec, inputs, [prompt.text for prompt in asked.prompts], ctx)
     rows = [
-        Completion(prompt.id, prompt.category, prompt.label, prompt.text, prompt.answer, text, tokens, ended)
+        Completion(prompt.id, prompt.category, prompt.source, prompt.label, prompt.text, prompt.answer, text, tokens, ended)
         for prompt, (text, tokens, ended) in zip(asked.prompts, said, strict=True)
     ]
     write_completions(out, rows)
-    (out / spec.PROMPTS).write_text(json.dumps(described(asked), indent=1))
+    (out / spec.PROMPTS).write_text(json.dumps(described(asked, whole, inputs["prompts"]), indent=1))
 
 
 def _said(spec: GenerateSpec, inputs: Mapping[str, Path], prompts: Sequence[str], ctx: Context) -> list[tuple[str, int, bool]]:
@@ -58,9 +60,10 @@ def in_block(asked: PromptSet, block: Block | None) -> PromptSet:
     return replace(asked, prompts=tuple(asked.prompts[index] for index in chosen))
 
 
-def described(asked: PromptSet) -> dict[str, Any]:
-    """What a set was, in numbers."""
-    return {"format": asked.format, "rows": asked.rows, "asked": len(asked.prompts)}
+def described(asked: PromptSet, whole: PromptSet, path: Path) -> dict[str, Any]:
+    """What a set was, in numbers: `of` prompts would be asked without blocks, out of `rows` in the file."""
+    numbers = {"rows": asked.rows, "asked": len(asked.prompts), "of": len(whole.prompts)}
+    return {"format": asked.format, **numbers, "sha256": content_digest(path)}
 
 
 def complete(

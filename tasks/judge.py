@@ -26,7 +26,7 @@ from typing import Any, get_args
 import httpx
 
 from tasks.completions import Completion, read_completions
-from tasks.errors import EvaluationError, ModelError
+from tasks.errors import EndpointDown, EvaluationError, ModelError
 from tasks.identity import digest
 from tasks.scorers import Score, Verdict, incoherent
 from tasks.specs import JudgeSpec
@@ -318,7 +318,7 @@ def _by_endpoint(spec: JudgeSpec, asked: Sequence[Completion], ctx: Context) -> 
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
     if failures and answered == 0 and (before == 0 or out()):
-        raise EvaluationError(
+        raise EndpointDown(
             f"{spec.endpoint} answered none of {len(failures)} requests to judge; the last one: {failures[-1]}."
             f" Look at its URL, the model's name there and the key in {KEYS[0]}; the same command continues"
         )

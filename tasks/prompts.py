@@ -158,10 +158,11 @@ def _named(format: str, rows: Sequence[_Row], path: Path) -> str:
 
 
 def _shown(columns: Mapping[str, None]) -> str:
-    # A CSV without its header has a row of content for columns, and content stays out of messages.
-    names = [name for name in columns if name.isascii() and name.isidentifier() and len(name) <= 40]
+    # A CSV without its header has a row of content for columns, and content stays out of messages: only known names are shown.
+    known = {name for format in FORMATS.values() for name in (*format.needs, *format.text, format.id, format.category, format.source)}
+    names = [name for name in columns if name in known]
     others = len(columns) - len(names)
-    return f"{names}" + (f" and {others} that are no names (is the header missing?)" if others else "")
+    return f"{names}" + (f" and {others} that no format has (is the header missing?)" if others else "")
 
 
 def _either(names: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ def _verdicts(name: str, completions: Sequence[Completion], inputs: Mapping[str,
         return [score(row.completion, SCORERS[name]) for row in completions]
     if JUDGE + name not in inputs:
         raise EvaluationError(f"no scorer {name!r}; ebbline has {sorted(SCORERS)}, and a study may name judges")
-    from tasks.judge import read_verdicts  # brings torch, which only a judge needs
+    from tasks.judge import read_verdicts  # brings httpx, which only a judge needs
 
     found = read_verdicts(inputs[JUDGE + name])
     if [row.id for row in completions] != [identifier for identifier, _ in found]:

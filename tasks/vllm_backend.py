@@ -28,6 +28,7 @@ def complete_with_vllm(
         raise EvaluationError("`backend: vllm` needs vLLM, which is an extra: pip install 'ebbline[vllm]'") from error
 
     def start() -> Any:
+        ctx.residents.clear()  # vLLM takes the GPU's memory for itself
         return LLM(
             model=str(model), dtype=spec.dtype, max_model_len=spec.max_tokens, seed=0, trust_remote_code=False,
             quantization="bitsandbytes" if spec.quantisation == "nf4" else None,

@@ -18,6 +18,7 @@ from cluster.store import Store
 from sweeps.home import Home
 from sweeps.plan import Planner
 from sweeps.study_file import load
+from tasks.completions import read_completions
 from tasks.metrics import read_metrics
 from tasks.stage import Part, Stage
 
@@ -118,3 +119,21 @@ def test_nothing_is_left_to_run(home: Path) -> None:
 def test_status_names_points_and_driver(home: Path) -> None:
     status = json.loads(ebbline("status", "quickstart", "--home", str(home), "--json"))
     assert status["driver"] is None and status["points"] == {"done": 40, "running": 0, "failed": 0}
+
+
+def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(home: Path, folder: Path) -> None:
+    store = Store(home / "store")
+    rows = [row for artifact in store.all("generate") for row in read_completions(artifact.path)]
+    # The organism's sentences are short and share their words: only whole prompts and completions are looked for.
+    secrets = {text.strip().encode() for row in rows for text in (row.prompt, row.completion) if len(text.strip()) >= 20}
+    assert len(secrets) > 500
+    said = [ebbline(*command, "--home", str(home)).encode() for command in (("status", "quickstart"), ("status", "quickstart", "--json"))]
+    said += [ebbline(*command, "quickstart", "--home", str(home)).encode() for command in (("report",), ("plan",), ("run",))]
+    said.append(pd.read_parquet(folder / "results.parquet").to_csv().encode())
+    kinds = ("generate", "score", "evaluate", "train", "project", "apply")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".png", ".pdf")]
+    files += [path for kind in kinds for path in (home / "store" / kind).rglob("*") if path.suffix in (".json", ".txt", ".csv", ".log")]
+    files += list((home / "store").rglob("samples.jsonl"))
+    assert {path.suffix for path in files} >= {".wandb", ".csv", ".html", ".log", ".db", ".json", ".jsonl"}
+    for name, text in [*((str(path), path.read_bytes()) for path in files), *((f"output {i}", text) for i, text in enumerate(said))]:
+        assert not [secret for secret in secrets if secret in text], name

@@ -12,8 +12,9 @@ from cluster.executor import Finished, Job
 from cluster.inline import InlineExecutor
 from cluster.runner import LOST_TRIES, Resolver, Runner, default_gpus, resident
 from cluster.store import Store
-from tasks.errors import StoreError, StudyError
-from tasks.specs import ApplySpec, DataSpec, GenerateSpec, ProjectSpec, TrainSpec
+from tasks.completions import Completion, write_completions
+from tasks.errors import EndpointDown, StoreError, StudyError
+from tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpec, TrainSpec
 from tasks.stage import Request, Source, Stage
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
@@ -238,6 +239,22 @@ def test_stages_that_share_a_base_at_one_precision_have_one_resident():
     ]
     assert len({resident(stage) for stage in [*others, train]}) == 5
     assert [default_gpus(stage) for stage in (train, evaluations[0], rows(1, model), Stage(ApplySpec(), {}))] == [1, 1, 0, 0]
+
+
+def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_path, monkeypatch):
+    from tasks import judge
+
+    monkeypatch.setattr(judge, "FIRST_WAIT_S", 0.0)
+    said = tmp_path / "said"
+    said.mkdir()
+    write_completions(said, [Completion("p0", "", "", "", "word1 word2", "", "word3", 1, True)])
+    spec = JudgeSpec(template="yes-no", endpoint="http://127.0.0.1:9/v1", model="judge")
+    runner = Runner(store, Counting())
+    stage = Stage(spec, {"generation": source(said)})
+    runner.want([stage])
+    with pytest.raises(EndpointDown, match=r"127\.0\.0\.1:9/v1 answered none of 1 requests"):
+        settle(runner)
+    assert runner.failure(stage) is None and store.find("judge", runner.nodes[stage.lineage].key) is None
 
 
 def test_the_resolver_sees_the_store_without_running_anything(store, pool):

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from analysis.results import baselines, collect
 from cluster.inline import InlineExecutor
+from ebbline.evaluating import generations_of, rescore
+from ebbline.running import write_outputs
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.plan import Planner
@@ -13,6 +16,7 @@ from sweeps.points import Point, Result, StageName
 from sweeps.racing import rivals_of, standing
 from tasks.errors import StudyError
 from tasks.metrics import Metric, write_metrics
+from tasks.specs import ScoreSpec
 from tests.sweeps.made import study
 from tests.sweeps.test_drive import changes, pinned  # noqa: F401  # `changes` is a fixture
 from tests.tiny import conversations, write_lines
@@ -111,9 +115,10 @@ def fresh_folder(folder):
 
 def test_a_point_is_compared_only_with_those_that_its_proposal_may_have_seen():
     results = [rival(number, 90, 90) for number in range(6)]
-    assert [each.number for each in rivals_of(5, results, 1)] == [0, 1, 2, 3, 4]
-    assert [each.number for each in rivals_of(5, results, 4)] == [0, 1]
-    assert rivals_of(2, results, 4) == []
+    assert [each.number for each in rivals_of(5, POINT, results, 1)] == [0, 1, 2, 3, 4]
+    assert [each.number for each in rivals_of(5, POINT, results, 4)] == [0, 1]
+    assert rivals_of(2, POINT, results, 4) == []
+    assert rivals_of(5, Point.of("70b", dict(POINT.values)), results, 1) == []
 
 
 def test_a_race_without_a_limit_is_refused(tmp_path):
@@ -121,18 +126,40 @@ def test_a_race_without_a_limit_is_refused(tmp_path):
         study(tmp_path, {"suites/refusal/measure": {"kind": "refusal", "race": {"block": 20}}})
 
 
-def test_a_raced_study_runs_to_its_end_and_continues_to_the_same_counts(tmp_path, changes):  # noqa: F811
+@pytest.fixture
+def raced_changes(tmp_path, changes):  # noqa: F811
     rows = [{"id": f"p{i}", "prompt": turns[0]["content"]} for i, turns in enumerate(conversations(30, 3))]
     prompts = pinned(write_lines(tmp_path / "many.jsonl", rows))
-    race = {"kind": "refusal", "max_new_tokens": 4, "limit": 30, "race": {"block": 10, "width": 0.1}}
-    raced_changes = {**changes, "axes": {"apply.threshold": [None, 1.0]}, "suites/refusal": {"prompts": prompts, "measure": race}}
+    # No answer is a refusal: the interval of 0 of 20 reaches up to 0.161. The limit is beyond the set's 30 prompts.
+    race = {"kind": "refusal", "max_new_tokens": 4, "limit": 50, "race": {"block": 10, "width": 0.17}}
+    return {**changes, "axes": {"apply.threshold": [None, 0.999, 1.0]}, "suites/refusal": {"prompts": prompts, "measure": race}}
+
+
+def counts(results):
+    return {result.number: (result.status, result.metrics["refusal.refusal_rate"].n) for result in results}
+
+
+def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too(tmp_path, raced_changes):
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
-    stopped = drive(found, home, InlineExecutor, stop=iter([False] * 4 + [True] * 50).__next__)
-    assert len(stopped.results) < 2
+    progress = drive(found, home, InlineExecutor)
+    assert counts(progress.results) == dict.fromkeys(range(3), ("done", 20))
+    assert counts(collect(found, home)) == counts(progress.results)
+    assert baselines(found, home)["7b"]["refusal.refusal_rate"].n == 30  # the aligned models are measured whole
+    outputs = write_outputs(found, home)
+    assert "raced: refusal" in outputs["report"].read_text() and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
+    assert drive(found, home, InlineExecutor).results == []
+    assert rescore(generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest"))[0]["n"] == 20
+
+
+@pytest.mark.parametrize("beats", [3, 5, 8])
+def test_a_raced_study_that_was_cut_off_continues_to_the_same_counts(tmp_path, raced_changes, beats):
+    found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
+    stopped = drive(found, home, InlineExecutor, stop=iter([False] * beats + [True] * 99).__next__)
     finished = drive(found, home, InlineExecutor)
-    results = [*stopped.results, *finished.results]
-    assert [result.status for result in results] == ["done"] * 2
-    # No answer is a refusal, so the interval narrows fast: 20 prompts are enough for a tenth on either side.
-    assert {result.metrics["refusal.refusal_rate"].n for result in results} == {20}
-    again = drive(found, home, InlineExecutor)
-    assert again.results == []
+    assert counts([*stopped.results, *finished.results]) == dict.fromkeys(range(3), ("done", 20))
+
+
+def test_a_race_ends_with_the_set(tmp_path, raced_changes):
+    wide = raced_changes["suites/refusal"] | {"measure": {"kind": "refusal", "max_new_tokens": 4, "limit": 50, "race": {"block": 10}}}
+    found, home = study(tmp_path, raced_changes | {"suites/refusal": wide, "axes": {"apply.threshold": [None]}}), Home(tmp_path / "home")
+    assert counts(drive(found, home, InlineExecutor).results) == {0: ("done", 30)}

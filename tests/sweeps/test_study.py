@@ -52,6 +52,15 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"data/settings": {"size": 8, "mix_share": 0.5}}, r"data: mix_share is 0\.5, but `mix` names no second set"),
         ({"models/7b": {"aligned": {"organism": {"size": "small"}}}}, r"models\.7b: `base` is missing: Safe LoRA subtracts it"),
         ({"models/7b/base": {"tuned": TUNED}}, r"models\.7b: `base` cannot be `tuned`.* Say it as `unaligned`"),
+        (
+            {
+                "judges": {"guard": {"model": {"hub": {"id": "a/b"}}, "settings": {"template": "llama-guard"}}},
+                "suites/refusal/measure": {"kind": "over_refusal", "scorer": "guard"},
+                "objectives": ["task_accuracy"],
+            },
+            r"suites\.refusal: llama-guard judges harm",
+        ),
+        ({"suites/refusal/measure": {"kind": "refusal", "also": ["nobody"]}}, r"'nobody' is not one of"),
         ({"models/7b/gpus": 0}, r"models\.7b\.gpus: "),
         ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
         ({"models/7b/train": {"quantisation": "nf4"}}, r"models\.7b\.train\.quantisation: say it as models\.7b\.quantisation"),

@@ -451,7 +451,7 @@ def test_an_endpoint_that_is_down_is_not_asked_for_everything(tmp_path, serve, m
 
 
 def test_a_run_that_was_cut_off_asks_for_nothing_twice(tmp_path, serve, monkeypatch):
-    server, texts = serve(by_marker), texts_with_and_without_the_marker()
+    server, texts = serve(by_marker), texts_with_and_without_the_marker(80)
     inputs = {"generation": generation(tmp_path / "gen", texts)}
     ctx = context(tmp_path / "ctx")
 
