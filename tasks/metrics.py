@@ -84,7 +84,7 @@ class Metric:
         z, n, share = float(norm.ppf(0.5 + confidence / 2)), self.items, self.value
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        return max(0.0, centre - reach), min(1.0, centre + reach)
+        return max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))  # at 0 and 1 it rounds past them
 
     @property
     def items(self) -> float:

@@ -272,7 +272,7 @@ def test_the_exact_projector_keeps_its_bases_and_continues_where_it_was_cut_off(
     damaged = sorted(half)[3]
     damaged.write_bytes(damaged.read_bytes()[:-5])
     options = f"--projector exact --energy 0.6 --cache {tmp_path}/cache".split()
-    refused(f"{damaged} cannot be read", pair, tmp_path / "out", adapter, options=options)
+    refused(f"{damaged} is no whole basis; delete it", pair, tmp_path / "out", adapter, options=options)
 
 
 USAGE = {
