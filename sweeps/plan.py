@@ -11,6 +11,7 @@ from cluster.runner import Resolver, default_gpus
 from cluster.store import Store
 from sweeps.home import Home, differences
 from sweeps.points import Point, StageName, Value
+from sweeps.racing import standing
 from sweeps.references import DataRef, Hub, Local
 from sweeps.study import Data, Model, ModelRef, Study, require_pins
 from sweeps.suites import blocks_of, stages_of
@@ -205,7 +206,7 @@ def plan(planner: Planner, points: Iterable[Point], unchosen: int) -> Plan:
     resolver = Resolver(store)
     result = Plan(unchosen=unchosen)
     seen: set[str] = set()
-    for name, stage in _named(planner, points, result):
+    for name, stage in _named(planner, points, result, resolver):
         for part, each in _closure(name, stage):
             key = resolver.key(each)
             identity = key or each.lineage
@@ -220,14 +221,34 @@ def plan(planner: Planner, points: Iterable[Point], unchosen: int) -> Plan:
     return result
 
 
-def _named(planner: Planner, points: Iterable[Point], result: Plan) -> Iterator[tuple[str, Stage]]:
+def _named(planner: Planner, points: Iterable[Point], result: Plan, resolver: Resolver) -> Iterator[tuple[str, Stage]]:
     for model, suites in planner.baselines().items():
         for suite, stage in suites.items():
             yield f"{model} before fine-tuning, {suite}", stage
     for point in points:
         result.points += 1
-        for name, stage in planner.stages_for(point).items():
-            yield f"{point}, {name}", stage
+        stages = planner.stages_for(point)
+        for name in _needed(planner.study, stages, resolver):
+            yield f"{point}, {name}", stages[name]
+
+
+def _needed(study: Study, stages: Mapping[str, Stage], resolver: Resolver) -> list[str]:
+    """The names of the stages that a point needs as far as is known: of raced suites, the blocks measured and the next one."""
+    named = {StageName.parse(name): name for name in stages}
+    if all(name.block is None for name in named):
+        return list(stages)
+    next_ones = set(standing(study, stages, resolver).missing)
+    blocks = {
+        (name.part, name.block)
+        for name, text in named.items()
+        if name.part in study.suites and (resolver.artifact(stages[text]) is not None or stages[text] in next_ones)
+    }
+    return [text for name, text in named.items() if name.block is None or (_suite(name), name.block) in blocks]
+
+
+def _suite(name: StageName) -> str:
+    """`generate:refusal` and `judge:refusal:mine` serve the suite `refusal`."""
+    return name.part.split(":")[1] if ":" in name.part else name.part
 
 
 def _closure(name: str, stage: Stage) -> Iterator[tuple[str, Stage]]:
