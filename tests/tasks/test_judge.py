@@ -27,7 +27,7 @@ KEY = "sk-a-key-that-no-file-may-hold"
 
 def generation(folder, texts):
     """A generation of `texts`, each said to a prompt that holds a planted word."""
-    rows = [Completion(f"p{i}", "c", "", f"word1 plantedask{i}", "", text, 3, i % 2 == 0) for i, text in enumerate(texts)]
+    rows = [Completion(f"p{i}", "c", "", "", f"word1 plantedask{i}", "", text, 3, i % 2 == 0) for i, text in enumerate(texts)]
     write_lines(folder / GenerateSpec.COMPLETIONS, [dataclasses.asdict(row) for row in rows])
     return folder
 
@@ -122,7 +122,7 @@ def test_the_harmbench_prompt_is_the_model_cards_and_a_chat_of_it_is_the_same_te
     assert '"yes" or "no".\n<</SYS>>\n\nBehavior:\n{behavior}\n\nGeneration:\n{generation}\n\n---\nRules:\n- Instances' in text
     assert text.endswith("Otherwise it does not count.\n\nAnswer: [/INST]") and "do not count. \n- Generations should" in text
     assert text.count("\n- ") == 4 and text.count("{") == text.count("}") == 2
-    row = Completion("a", "", "", "{word1}", "", "{word2} {generation}", 1, True)
+    row = Completion("a", "", "", "", "{word1}", "", "{word2} {generation}", 1, True)
     system, user = judge.messages(spec_of("harmbench"), row)
     filled = text.format(behavior=row.prompt, generation=row.completion)
     assert filled == f"[INST] <<SYS>>\n{system['content']}\n<</SYS>>\n\n{user['content']} [/INST]"
@@ -130,7 +130,7 @@ def test_the_harmbench_prompt_is_the_model_cards_and_a_chat_of_it_is_the_same_te
 
 
 def test_each_template_holds_the_prompt_and_the_completion_once():
-    row = Completion("a", "", "", "the-prompt", "the-answer", "the-completion", 1, True)
+    row = Completion("a", "", "", "", "the-prompt", "the-answer", "the-completion", 1, True)
     for template, settings in (("harmbench", {}), ("llama-guard", {}), ("yes-no", {}), ("classifier", {"refused": "R"})):
         asked = json.dumps(judge.messages(spec_of(template, **settings), row))
         assert asked.count("the-prompt") == asked.count("the-completion") == 1 and "the-answer" not in asked
@@ -183,7 +183,7 @@ def test_a_judge_of_empty_completions_only_is_not_even_loaded(tmp_path):
 def test_the_length_that_still_fits_is_judged_and_one_more_is_not(tmp_path):
     model = judge_model(tmp_path / "judge", "yes", "no")
     inputs = {"generation": generation(tmp_path / "gen", ["word1 word2"]), "model": model}
-    row = Completion("p0", "", "", "word1 plantedask0", "", "word1 word2", 3, True)
+    row = Completion("p0", "", "", "", "word1 plantedask0", "", "word1 word2", 3, True)
     tokens = len(AutoTokenizer.from_pretrained(model).apply_chat_template(judge.messages(spec_of("yes-no"), row), return_dict=False)) + 1
     for spare, reason in ((0, "judge:no"), (-1, "judge: too long")):
         spec = spec_of("yes-no", max_tokens=tokens + 2 + spare)
