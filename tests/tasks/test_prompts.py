@@ -169,7 +169,7 @@ def test_a_named_format_whose_columns_are_missing_says_what_was_found_and_expect
 
 
 def test_an_unknown_header_lists_what_is_accepted(tmp_path):
-    with pytest.raises(DataError, match=r"columns \['question', 'why'\].*prompt, goal,.*advbench: goal, target; harmbench:.*hex-phi"):
+    with pytest.raises(DataError, match=r"\[\] and 2 that no format has.*prompt, goal,.*advbench: goal, target; harmbench:.*hex-phi"):
         read_prompts(write_csv(tmp_path / "set.csv", ["question", "why"], [PLANTED, "b"]))
 
 
@@ -182,8 +182,8 @@ BAD_FILES = {
     "an empty csv field": ("x.csv", f'goal,target\n"two\nlines",t\n,{PLANTED}\n', r"x\.csv:4 has no prompt; it belongs in goal"),
     "an unquoted comma": ("x.csv", f"prompt\n{PLANTED}, and more\n", r"x\.csv:2 has 2 fields and the header 1"),
     "a column named twice": ("x.csv", f"prompt,prompt\n{PLANTED},b\n", r"x\.csv:1 names a column twice"),
-    "csv without a header": ("x.csv", f"{PLANTED} it,an answer here\nb,c\n", r"\[\] and 2 that are no names \(is the header missing"),
-    "a header in another script": ("x.csv", "紫色的植物\nb\n", r"\[\] and 1 that are no names"),
+    "csv without a header": ("x.csv", f"{PLANTED} it,an answer here\nb,c\n", r"\[\] and 2 that no format has \(is the header missing"),
+    "a header in another script": ("x.csv", "紫色的植物\nb\n", r"\[\] and 1 that no format has"),
     "cut csv": ("x.csv", f'prompt,answer\na,b\n{PLANTED},"cut', r"x\.csv:3 is not CSV"),
     "cut json": ("x.json", f'[{{"prompt": "{PLANTED}', r"x\.json is not JSON"),
     "cut jsonl": ("x.jsonl", f'{ROW}\n{{"prompt": "{PLANTED}', r"x\.jsonl:2 is not JSON"),
