@@ -23,7 +23,7 @@ from rich.table import Table
 
 from analysis.results import collect
 from analysis.wording import metric_label, percent, settings_label
-from ebbline.projecting import located
+from ebbline.projecting import distinct_names, located
 from sweeps.home import Home
 from sweeps.points import keys_of
 from sweeps.study import Study, faults
@@ -119,11 +119,7 @@ def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
     for folder in folders:
         if not (folder / "adapter_config.json").exists():
             raise ModelError(f"{folder} holds no adapter_config.json; it is not a PEFT adapter")
-    names = [folder.resolve().name for folder in folders]
-    return [
-        (name if names.count(name) == 1 else f"{folder.resolve().parent.name}-{name}", folder)
-        for name, folder in zip(names, folders, strict=True)
-    ]
+    return zip(distinct_names(folders), folders, strict=True)
 
 
 def _source(path: Path) -> Source:

@@ -101,7 +101,9 @@ def project(
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
         raise ProjectionError(f"{cache} is a file; the cache of the exact projector's bases is a folder")
     loaded = [read_adapter(located(adapter)) for adapter in adapters]
-    names = _names(loaded)
+    if not loaded:
+        raise ProjectionError("no adapter was given")
+    names = [""] if len(loaded) == 1 else distinct_names([adapter.folder for adapter in loaded])
     bases = None if settings.energy is None else Bases(settings.energy, None if cache is None else Path(cache), device)
     source = Weights(Checkpoint(located(base)), Checkpoint(located(aligned)), bases)
     for model in (source.base, source.aligned):
@@ -210,21 +212,17 @@ def _settings(
     return Settings(str(base), str(aligned), projector, threshold, modules, energy)
 
 
-def _names(adapters: Sequence[Adapter]) -> list[str]:
-    """A folder name for each adapter: none for one alone, else the shortest endings of their paths that differ."""
-    if not adapters:
-        raise ProjectionError("no adapter was given")
-    if len(adapters) == 1:
-        return [""]
-    paths = [adapter.folder.resolve().parts[1:] for adapter in adapters]
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each of several folders: the shortest endings of their paths that differ. Raises ProjectionError for one given twice."""
+    paths = [folder.resolve().parts[1:] for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["-".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
-    twice = [adapter.folder for adapter in adapters if paths.count(adapter.folder.resolve().parts[1:]) > 1]
+    twice = [folder for folder, parts in zip(folders, paths, strict=True) if paths.count(parts) > 1]
     if twice:
         raise ProjectionError(f"{twice[0]} is given twice")
-    return [f"{adapter.folder.name}-{number}" for number, adapter in enumerate(adapters, start=1)]
+    return [f"{folder.name}-{number}" for number, folder in enumerate(folders, start=1)]
 
 
 def _measured(
