@@ -18,7 +18,7 @@ from tasks.errors import EvaluationError
 from tasks.identity import digest
 from tasks.metrics import Metric, write_metrics, write_samples
 from tasks.scorers import agreement
-from tasks.specs import ScoreSpec
+from tasks.specs import GenerateSpec, ScoreSpec
 from tasks.stage import Part, Stage
 from tests.analysis.conftest import share
 from tests.sweeps import made
@@ -57,6 +57,7 @@ def make(stage: Stage, store: Store, successes: int) -> Artifact:
         (folder / part).write_text(f"[] {digest(hashed)}")
     (folder / "cosines.json").write_text('{"m": {"cosine": 0.5, "norm_ratio": 1.0}}')
     (folder / "projected_modules.json").write_text('["m"]')
+    (folder / GenerateSpec.PROMPTS).write_text('{"of": 30}')
     if isinstance(stage.spec, ScoreSpec):
         name = "refusal_rate" if stage.spec.measure == "refusal" else "task_accuracy"
         write_metrics(folder, [Metric(name, successes, 10)])
