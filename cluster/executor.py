@@ -5,9 +5,10 @@ long before. So whoever waits looks at the store, and asks the executor only for
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from cluster.store import Store
 from tasks.errors import EbblineError
@@ -15,20 +16,66 @@ from tasks.stage import Report, Request
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """What an executor has: GPUs (logical ones on a machine without any) and slots for stages that need none."""
+class Host:
+    """One machine: its GPUs (logical ones if it has none), and slots for stages that need none.
 
+    `labels` say what it is (`ray.io/accelerator-type: A100`). A host that is `draining` will go, and gets no new work.
+    """
+
+    name: str
     gpus: int
     cpus: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    draining: bool = False
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an executor has, machine by machine."""
+
+    hosts: tuple[Host, ...]
+
+    @staticmethod
+    def one_host(gpus: int, cpus: int) -> "Capacity":
+        return Capacity((Host("here", gpus, cpus),))
+
+    @property
+    def gpus(self) -> int:
+        return sum(host.gpus for host in self.hosts if not host.draining)
+
+    @property
+    def cpus(self) -> int:
+        return sum(host.cpus for host in self.hosts if not host.draining)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage needs of the cluster. Above one GPU it is a gang, on one host unless `spread` allows several.
+
+    `labels` select hosts, in Ray's syntax: a value, `!value`, `in(a,b)`, `!in(a,b)`.
+    """
+
+    gpus: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    spread: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch at work: `gpus` is 0 for stages that need none, above 1 for a gang."""
+    """One batch at work. `hosts` says how many GPUs it has on which host; a job that needs none has its one host with 0."""
 
     id: str
     keys: tuple[str, ...]
     gpus: int
+    hosts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why a job ended without a word of its stages. `place` when its host went (node lost, preempted): no fault of theirs."""
+
+    reason: str
+    blame: Literal["stage", "place"] = "stage"
 
 
 @dataclass(frozen=True)
@@ -37,7 +84,7 @@ class Finished:
 
     job: Job
     reports: tuple[Report, ...]
-    lost: str | None = None
+    lost: Loss | None = None
 
 
 class Executor(ABC):
@@ -50,8 +97,8 @@ class Executor(ABC):
     def capacity(self) -> Capacity: ...
 
     @abstractmethod
-    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
-        """Start a batch; its requests share a base model and run in the given order."""
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        """Start a batch on `hosts` (GPUs by host); its requests share a base model and run in the given order."""
 
     @abstractmethod
     def finished(self, timeout_s: float) -> Sequence[Finished]:
@@ -80,11 +127,11 @@ class OnDemand(Executor):
             self.device, self.threads = self._made.device, self._made.threads
         return self._made.capacity()
 
-    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
         self.capacity()
         if self._made is None:
             raise RuntimeError("the executor was closed")
-        return self._made.submit(batch, gpus)
+        return self._made.submit(batch, needs, hosts)
 
     def finished(self, timeout_s: float) -> Sequence[Finished]:
         return self._made.finished(timeout_s) if self._made is not None else []

@@ -1,9 +1,9 @@
 """The executor of this very process: one job at a time, real tracebacks, a debugger can step through."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cluster.executor import Capacity, Executor, Finished, Job, run_batch
+from cluster.executor import Capacity, Executor, Finished, Job, Needs, run_batch
 from tasks.stage import Request
 
 
@@ -17,10 +17,10 @@ class InlineExecutor(Executor):
         self._numbers = itertools.count()
 
     def capacity(self) -> Capacity:
-        return Capacity(gpus=self._gpus, cpus=1)
+        return Capacity.one_host(gpus=self._gpus, cpus=1)
 
-    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
-        job = Job(f"inline-{next(self._numbers)}", tuple(request.key for request in batch), gpus)
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        job = Job(f"inline-{next(self._numbers)}", tuple(request.key for request in batch), needs.gpus, hosts)
         self._waiting.append((job, batch))
         return job
 

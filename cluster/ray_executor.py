@@ -4,13 +4,13 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import LocalRayletDiedError, RayError, RaySystemError, RayTaskError
 
-from cluster.executor import Capacity, Executor, Finished, Job, run_batch
+from cluster.executor import Capacity, Executor, Finished, Job, Loss, Needs, run_batch
 from tasks.errors import ClusterLost, StudyError
 from tasks.stage import Report, Request
 
@@ -48,13 +48,13 @@ class RayExecutor(Executor):
         self._numbers = itertools.count()
 
     def capacity(self) -> Capacity:
-        return Capacity(gpus=self._gpus, cpus=2)
+        return Capacity.one_host(gpus=self._gpus, cpus=2)
 
-    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
-        job = Job(f"ray-{next(self._numbers)}", tuple(request.key for request in batch), gpus)
-        if gpus > 1:
-            reference = _gang.options(runtime_env=self._environment).remote(list(batch), gpus, self._scratch)
-        elif gpus == 1:
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        job = Job(f"ray-{next(self._numbers)}", tuple(request.key for request in batch), needs.gpus, hosts)
+        if needs.gpus > 1:
+            reference = _gang.options(runtime_env=self._environment).remote(list(batch), needs.gpus, self._scratch)
+        elif needs.gpus == 1:
             # Ray ends the process after each GPU task, to free the GPU's memory. With logical GPUs there is none to free, and
             # a kept process saves seconds of imports a batch.
             task = _batch if self.device == "cpu" else _gpu_batch
@@ -84,8 +84,8 @@ class RayExecutor(Executor):
         except RayError as error:
             # The worker, its node or a gang member died: nobody reported, so the runner looks at the store and tries again.
             cause = error.cause if isinstance(error, RayTaskError) else error
-            return Finished(job, (), lost=f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}")
-        lost = None if len(reports) == len(job.keys) else "a member of the gang ended without reporting"
+            return Finished(job, (), Loss(f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"))
+        lost = None if len(reports) == len(job.keys) else Loss("a member of the gang ended without reporting")
         return Finished(job, reports, lost)
 
     def cancel(self, job: Job) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.costs import Estimates
-from cluster.executor import Executor, Finished, Job
+from cluster.executor import Executor, Finished, Job, Needs
 from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
 from tasks.errors import DiskFull, EbblineError, EndpointDown, StudyError
@@ -99,7 +99,7 @@ class Resolver:
 class Runner:
     """Drives wanted stages to done or failed on one executor. `step` is the heartbeat; nothing happens between calls."""
 
-    def __init__(self, store: Store, executor: Executor, gpus_for: Callable[[Stage], int] | None = None) -> None:
+    def __init__(self, store: Store, executor: Executor, needs_of: Callable[[Stage], Needs] | None = None) -> None:
         self.store, self.executor = store, executor
         self.estimates = Estimates(store)
         self.nodes: dict[str, Node] = {}
@@ -107,7 +107,7 @@ class Runner:
         self.draining = False
         self._by_key: dict[str, list[Node]] = {}
         self._lost: dict[str, int] = {}
-        self._gpus_for = gpus_for or default_gpus
+        self._needs_of = needs_of or default_needs
 
     def want(self, targets: Iterable[Stage]) -> None:
         """Add stages and all that they read from. Asking again for the same stage is free."""
@@ -174,7 +174,7 @@ class Runner:
         if not open_nodes:
             return 0.0
         chains = self._paths()
-        work = sum(self._seconds(node) * max(1, self._gpus_for(node.stage)) for node in open_nodes if self._gpus_for(node.stage))
+        work = sum(self._seconds(node) * self._needs_of(node.stage).gpus for node in open_nodes)
         return max([work / max(1, self.executor.capacity().gpus), *(chains[node.stage.lineage] for node in open_nodes)], default=0.0)
 
     def _resolve(self) -> None:
@@ -213,7 +213,7 @@ class Runner:
             return
         paths = self._paths()
         works = [
-            Work(key, self._gpus_for(node.stage), resident(node.stage), self._seconds(node), paths[node.stage.lineage])
+            Work(key, self._needs_of(node.stage), resident(node.stage), self._seconds(node), paths[node.stage.lineage])
             for key, node in ready.items()
         ]
         capacity = self.executor.capacity()
@@ -224,10 +224,10 @@ class Runner:
                     " give the model fewer `gpus`, or the cluster more"
                 )
         now = time.monotonic()
-        busy = [Busy(item.job.gpus, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
+        busy = [Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
         for placement in place(works, busy, capacity):
-            batch = [self._request(ready[key], placement.gpus) for key in placement.keys]
-            job = self.executor.submit(batch, placement.gpus)
+            batch = [self._request(ready[key], placement.needs.gpus) for key in placement.keys]
+            job = self.executor.submit(batch, placement.needs, placement.hosts)
             self.running[job.id] = _Running(job, now, sum(self._seconds(ready[key]) for key in placement.keys))
             for key in placement.keys:
                 for node in self._by_key[key]:
@@ -283,7 +283,9 @@ class Runner:
                 self._lost[key] = self._lost.get(key, 0) + (not charged)
                 charged = True
                 if self._lost[key] >= LOST_TRIES:
-                    self._fail(nodes, f"{nodes[0].stage.kind}: lost {LOST_TRIES} times ({finished.lost or 'no report'})")
+                    self._fail(
+                        nodes, f"{nodes[0].stage.kind}: lost {LOST_TRIES} times ({finished.lost.reason if finished.lost else 'no report'})"
+                    )
                 else:
                     for node in nodes:
                         node.state = "ready"
@@ -317,11 +319,11 @@ class Runner:
         return paths
 
 
-def default_gpus(stage: Stage) -> int:
+def default_needs(stage: Stage) -> Needs:
     """One GPU for stages that run a model or factorise its weights, none for those that move rows and tensors."""
     if isinstance(stage.spec, JudgeSpec):
-        return int(stage.spec.endpoint is None)
-    return int(isinstance(stage.spec, OrganismSpec | TrainSpec | SubspaceSpec | GenerateSpec | EvaluateSpec))
+        return Needs(int(stage.spec.endpoint is None))
+    return Needs(int(isinstance(stage.spec, OrganismSpec | TrainSpec | SubspaceSpec | GenerateSpec | EvaluateSpec)))
 
 
 def resident(stage: Stage) -> str:

@@ -6,46 +6,68 @@ gangs       all GPUs or none; while the first gang in line waits, one-GPU work m
             expected to end before the gang could start (EASY backfill)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from cluster.executor import Capacity
+from cluster.executor import Capacity, Needs
 
 SHORTEST_BATCH_S = 20.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """A ready stage. `resident` names what it needs in memory; `path_s` is the longest chain of seconds from here to the end."""
+    """A ready stage. `resident` names what it needs in memory; `path_s` is the longest chain of seconds from here to the end.
+
+    `shun` names hosts where it was lost: it goes elsewhere if there is an elsewhere.
+    """
 
     key: str
-    gpus: int
+    needs: Needs
     resident: str
     seconds: float
     path_s: float
+    shun: frozenset[str] = frozenset()
+
+    @property
+    def gpus(self) -> int:
+        return self.needs.gpus
 
 
 @dataclass(frozen=True)
 class Busy:
-    """A running job: what it holds, and for how much longer."""
+    """A running job: what it holds where, and for how much longer. One that needs no GPU holds a slot of its one host (`{host: 0}`)."""
 
-    gpus: int
+    hosts: Mapping[str, int]
     remaining_s: float
+
+    @property
+    def gpus(self) -> int:
+        return sum(self.hosts.values())
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Start these stages now, in this order, as one batch on `gpus` GPUs."""
+    """Start these stages now, in this order, as one batch on so many GPUs of these hosts."""
 
     keys: tuple[str, ...]
-    gpus: int
+    needs: Needs
+    hosts: Mapping[str, int]
 
 
-def place(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity) -> list[Placement]:
-    """The batches to start now. The order of `ready` and `running` does not matter."""
+def place(
+    ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity, cached: Mapping[str, frozenset[str]] = MappingProxyType({})
+) -> list[Placement]:
+    """The batches to start now. `cached` names the residents that each host has at hand. No order of what is given matters."""
     waiting = sorted(ready, key=lambda work: (-work.path_s, work.key))
-    free_gpus = capacity.gpus - sum(job.gpus for job in running)
-    free_cpus = capacity.cpus - sum(job.gpus == 0 for job in running)
+    gpus_at = {host.name: host.gpus for host in capacity.hosts if not host.draining}
+    cpus_at = {host.name: host.cpus for host in capacity.hosts if not host.draining}
+    for job in running:
+        for name, gpus in job.hosts.items():
+            if name in gpus_at:
+                gpus_at[name] -= gpus
+                cpus_at[name] -= job.gpus == 0
+    free_gpus, free_cpus = sum(gpus_at.values()), sum(cpus_at.values())
     shares = _even_shares(waiting, capacity)
     held: list[Busy] = list(running)
     placed: list[Placement] = []
@@ -65,8 +87,9 @@ def place(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity) ->
         batch = _batch(first, waiting, limit_s)
         taken = {work.key for work in batch}
         waiting = [work for work in waiting if work.key not in taken]
-        placed.append(Placement(tuple(work.key for work in batch), first.gpus))
-        held.append(Busy(first.gpus, sum(work.seconds for work in batch)))
+        hosts = _hosts(first.gpus, gpus_at, cpus_at)
+        placed.append(Placement(tuple(work.key for work in batch), first.needs, hosts))
+        held.append(Busy(hosts, sum(work.seconds for work in batch)))
         free_gpus -= first.gpus
         free_cpus -= first.gpus == 0
     return placed
@@ -90,6 +113,21 @@ def _batch(first: Work, waiting: Sequence[Work], limit_s: float) -> list[Work]:
             batch.append(work)
             total_s += work.seconds
     return batch
+
+
+def _hosts(gpus: int, gpus_at: dict[str, int], cpus_at: dict[str, int]) -> dict[str, int]:
+    """Take so many GPUs, or one slot, of the hosts that have them."""
+    if gpus == 0:
+        name = max(sorted(cpus_at), key=lambda host: cpus_at[host])
+        cpus_at[name] -= 1
+        return {name: 0}
+    hosts: dict[str, int] = {}
+    for name in sorted(gpus_at, key=lambda host: (-gpus_at[host], host)):
+        taken = min(gpus - sum(hosts.values()), gpus_at[name])
+        if taken > 0:
+            hosts[name] = taken
+            gpus_at[name] -= taken
+    return hosts
 
 
 def _free_at(gpus: int, free: int, held: Sequence[Busy]) -> float:

@@ -1,6 +1,7 @@
 """Where everything lies: one folder holds the store that all studies share and a folder for each study.
 
 HOME/store/                  artifacts, by kind and key
+HOME/cluster.yaml            the cluster's profile, if there is one
 HOME/studies/NAME/study.json the study as it was first run; driver.lock names who drives it now
 HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from cluster.store import Store
 from sweeps.study import Study
+from sweeps.study_file import read_profile
 from tasks.errors import StudyError, StudyHeld
 
 
@@ -25,6 +27,7 @@ class Home:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
+        self.profile = read_profile(self.root / "cluster.yaml")
         self.store = Store(self.root / "store")
 
     def folder(self, study: str) -> Path:

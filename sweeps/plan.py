@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from cluster.runner import Resolver, default_gpus
+from cluster.executor import Needs
+from cluster.runner import Resolver, default_needs
 from cluster.store import Store
 from sweeps.home import Home, differences
 from sweeps.points import Point, StageName, Value
@@ -38,7 +39,7 @@ class Planner:
         require_pins(study)
         self.study, self.home = study, home
         self._language = Stage(LanguageSpec(seed=study.language))
-        self._gangs: dict[str, int] = {}
+        self._gangs: dict[str, Needs] = {}
         self.labels: dict[str, str] = {}
         self._judges = {
             name: (judge.settings, None if judge.model is None else self._model(judge.model, judge.settings.dtype, None))
@@ -46,9 +47,9 @@ class Planner:
         }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
 
-    def gpus_for(self, stage: Stage) -> int:
-        """GPUs that a stage runs on: its size's gang for a point's training, else the kind's default."""
-        return self._gangs.get(stage.lineage, default_gpus(stage))
+    def needs_of(self, stage: Stage) -> Needs:
+        """What a stage needs of the cluster: its size's gang for a point's training, else the kind's default."""
+        return self._gangs.get(stage.lineage, default_needs(stage))
 
     def baselines(self) -> dict[str, dict[str, Stage]]:
         """Model -> suite -> the aligned model measured before any fine-tuning."""
@@ -82,7 +83,7 @@ class Planner:
         data = self._data(self.study.data, _with(self.study.data.settings, "data", values, seed=seed))
         settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
         train = Stage(settings, {"model": family.aligned, "data": Part(data, DataSpec.ROWS)})
-        self._gangs[train.lineage] = model.gpus
+        self._gangs[train.lineage] = Needs(model.gpus)
         if settings.method == "full":
             raise StudyError("a point's train.method must be 'lora': Safe LoRA projects adapters; `tuned` models may be full")
         adapter = Part(train, TrainSpec.ADAPTER)

@@ -1,18 +1,23 @@
 """Study files as text: YAML read strictly into a Study, and pins written back into a copy without touching the rest.
 
-The only file that knows YAML. Loading twice gives equal studies; an error names the path of each fault and what is allowed.
+The only file that knows YAML; it reads the profiles of clusters too. Loading twice gives equal studies; an error names the path of
+each fault and what is allowed.
 """
 
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from cluster.profile import Profile
 from sweeps.study import Study, faults, unknown
 from tasks.errors import StudyError
+from tasks.specs import Frozen
+
+M = TypeVar("M", bound=Frozen)
 
 
 def shipped() -> dict[str, Path]:
@@ -38,16 +43,25 @@ def source_of(name: str) -> Path:
 
 
 def parse(path: Path) -> Study:
+    return _read(path, Study, "a valid study")
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile in a YAML file; all defaults when there is none."""
+    return _read(path, Profile, "a valid cluster profile") if path.exists() else Profile()
+
+
+def _read(path: Path, model: type[M], what: str) -> M:
     try:
         raw = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise StudyError(f"{path} must be a mapping with the keys {sorted(Study.model_fields)}")
+        raise StudyError(f"{path} must be a mapping with the keys {sorted(model.model_fields)}")
     try:
-        return Study.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
+        return model.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise StudyError(f"{path} is not a valid study:\n" + "\n".join(faults(error))) from None
+        raise StudyError(f"{path} is not {what}:\n" + "\n".join(faults(error))) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):

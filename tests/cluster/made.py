@@ -1,9 +1,10 @@
 """Cheap stages over small files, and one turn of a runner's heartbeat."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.executor import Executor, Finished, Job
+from cluster.executor import Executor, Finished, Job, Needs
 from cluster.runner import Runner
 from cluster.store import Store
 from tasks.identity import content_digest, digest
@@ -18,6 +19,12 @@ def source(path: Path) -> Source:
 def rows(size: int, pool: Source | Stage, seed: int = 0) -> Stage:
     """The first `size` rows of a file, or of what another such stage makes."""
     return Stage(DataSpec(size=size, seed=seed), {"pool": Part(pool, DataSpec.ROWS) if isinstance(pool, Stage) else pool})
+
+
+def submit(executor: Executor, batch: Sequence[Request], gpus: int) -> Job:
+    """Start a batch on the first host that is large enough."""
+    host = next(host.name for host in executor.capacity().hosts if host.gpus >= gpus)
+    return executor.submit(batch, Needs(gpus), {host: gpus})
 
 
 def settle(runner: Runner, turns: int = 200) -> None:

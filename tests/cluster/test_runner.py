@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from cluster.executor import Finished, Job
+from cluster.executor import Finished, Job, Loss, Needs
 from cluster.inline import InlineExecutor
-from cluster.runner import LOST_TRIES, Resolver, Runner, default_gpus, resident
+from cluster.runner import LOST_TRIES, Resolver, Runner, default_needs, resident
 from cluster.store import Store
 from tasks.completions import Completion, write_completions
 from tasks.errors import EndpointDown, StoreError, StudyError
@@ -27,8 +27,8 @@ class Counting(InlineExecutor):
         super().__init__(gpus)
         self.batches: list[tuple[str, ...]] = []
 
-    def submit(self, batch: Sequence[Request], gpus: int) -> Job:
-        job = super().submit(batch, gpus)
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        job = super().submit(batch, needs, hosts)
         self.batches.append(job.keys)
         return job
 
@@ -48,7 +48,7 @@ class Losing(Counting):
         if self.left and self._waiting:
             self.left -= 1
             job, _ = self._waiting.pop(0)
-            return [Finished(job, (), lost="NodeDiedError: the node died")]
+            return [Finished(job, (), lost=Loss("WorkerCrashedError: the worker died"))]
         return super().finished(timeout_s)
 
 
@@ -178,14 +178,14 @@ def test_a_job_that_is_lost_every_time_fails_with_the_reason(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Losing(100))
     assert len(executor.keys) == LOST_TRIES
-    assert runner.failure(stage).reason == f"data: lost {LOST_TRIES} times (NodeDiedError: the node died)"
+    assert runner.failure(stage).reason == f"data: lost {LOST_TRIES} times (WorkerCrashedError: the worker died)"
     assert runner.failure(stage).command.startswith("python -m tasks ")
 
 
 def test_a_job_that_is_lost_after_its_commit_counts_as_done(store, pool):
     class Late(Counting):
         def finished(self, timeout_s: float) -> Sequence[Finished]:
-            return [Finished(done.job, (), lost="died after the last commit") for done in super().finished(timeout_s)]
+            return [Finished(done.job, (), lost=Loss("died after the last commit")) for done in super().finished(timeout_s)]
 
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Late())
@@ -205,7 +205,7 @@ def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_
 
 
 def test_a_gang_larger_than_the_place_is_an_error_not_an_endless_wait(store, pool):
-    runner = Runner(store, Counting(gpus=2), gpus_for=lambda stage: 4)
+    runner = Runner(store, Counting(gpus=2), needs_of=lambda stage: Needs(4))
     runner.want([rows(5, pool)])
     with pytest.raises(StudyError, match="needs 4 GPUs at once, and there are 2"):
         runner.step(0.0)
@@ -238,7 +238,7 @@ def test_stages_that_share_a_base_at_one_precision_have_one_resident():
         Stage(TrainSpec(method="full"), train.inputs),  # trains a copy of its own
     ]
     assert len({resident(stage) for stage in [*others, train]}) == 5
-    assert [default_gpus(stage) for stage in (train, evaluations[0], rows(1, model), Stage(ApplySpec(), {}))] == [1, 1, 0, 0]
+    assert [default_needs(stage).gpus for stage in (train, evaluations[0], rows(1, model), Stage(ApplySpec(), {}))] == [1, 1, 0, 0]
 
 
 def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_path, monkeypatch):

@@ -71,10 +71,10 @@ def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, h
     planner = Planner(study(tmp_path, {"models/70b": large}), home)
     values = {"train.rank": 2, "apply.threshold": None}
     small_stages, stages = (planner.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
-    assert planner.gpus_for(stages["train[seed=0]"]) == 4
-    assert planner.gpus_for(small_stages["train[seed=0]"]) == 1
+    assert planner.needs_of(stages["train[seed=0]"]).gpus == 4
+    assert planner.needs_of(small_stages["train[seed=0]"]).gpus == 1
     measured = ("data", "project", "apply", "generate:refusal", "refusal")
-    assert [planner.gpus_for(stages[f"{name}[seed=0]"]) for name in measured] == [0, 0, 0, 1, 0]
+    assert [planner.needs_of(stages[f"{name}[seed=0]"]).gpus for name in measured] == [0, 0, 0, 1, 0]
 
 
 def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tmp_path, home):

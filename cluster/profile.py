@@ -1,0 +1,36 @@
+"""The cluster's profile: what its GPUs cost, where its store lies, how patient to be. HOME/cluster.yaml, or all defaults.
+
+Nothing in it can change a result, so no key hashes it. It holds no secret: those come from the environment.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from tasks.specs import Count, Frozen, Number, Positive
+
+
+class GpuType(Frozen):
+    """One type of GPU: what an hour of it costs, and what it holds."""
+
+    usd_per_hour: Annotated[Number, Field(ge=0.0)]
+    memory_gb: Positive | None = None
+
+
+class Profile(Frozen):
+    """`gpus` go by Ray's accelerator type (A100, H100, ...); the type `other` stands for all that are not named.
+
+    `store` is a folder or an object store's URL, `storage` Optuna's database URL, `address` Ray's. A stage that is lost is tried
+    `tries` times, waiting `backoff_s` and twice as long each time; one without a sign of life for `hang_after_s` is cancelled.
+    Workers keep at most `cache_gb` of what they fetched from an object store.
+    """
+
+    store: str | None = None
+    storage: str | None = None
+    address: str = "local"
+    gpus: dict[str, GpuType] = {}
+    tries: Count = 3
+    backoff_s: Positive = 5.0
+    hang_after_s: Positive = 1800.0
+    checkpoint_every_s: Positive = 60.0
+    cache_gb: Positive = 100.0
