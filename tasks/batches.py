@@ -1,9 +1,14 @@
-"""Token rows and batches: what a training step eats."""
+"""Token rows and batches: what a training step eats, and what a model that answers is asked at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+from tasks.stage import Context
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -31,3 +36,29 @@ def collate(rows: Sequence[Row], pad: int, device: str) -> dict[str, torch.Tenso
 def count_tokens(rows: Sequence[Row]) -> int:
     """Labelled positions that have a token before them, over all rows."""
     return sum(label != -100 for row in rows for label in row.labels[1:])
+
+
+def in_batches(
+    ask: Callable[[Any], Sequence[Answer]], tokenizer: Any, encoded: Sequence[list[int]], what: str, ctx: Context
+) -> list[Answer]:
+    """One answer for each row of tokens, in their order. `ask` takes a padded batch; `what` is what progress counts.
+
+    Batches are of similar length, the longest first, and are halved when the device has no memory for them.
+    """
+    waiting = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
+    found: dict[int, Answer] = {}
+    size = ctx.batch_size
+    while waiting:
+        chosen = waiting[:size]
+        batch = tokenizer.pad({"input_ids": [encoded[index] for index in chosen]}, padding=True, return_tensors="pt").to(ctx.device)
+        try:
+            with torch.inference_mode():
+                found.update(zip(chosen, ask(batch), strict=True))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = max(1, size // 2)
+            continue
+        del waiting[: len(chosen)]
+        ctx.progress(len(found), len(encoded), what)
+    return [found[index] for index in range(len(encoded))]

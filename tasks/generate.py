@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
+from tasks.batches import in_batches
 from tasks.completions import Completion, write_completions
 from tasks.errors import DataError
 from tasks.identity import content_digest
@@ -71,8 +71,7 @@ def complete(
 ) -> list[tuple[str, int, bool]]:
     """(greedy completion, its tokens, whether it ended), in the order of `prompts`.
 
-    Batches are of similar length, the longest first; they are KV-cached, stop at the end token, and are halved when the device
-    has no memory for them.
+    Decoding is KV-cached and stops at the end token; see tasks.batches for what is asked at once.
     """
     encoded = ctx.residents.remembered(("chat", tuple(prompts)), lambda: encode(tokenizer, prompts))
     require_room(encoded, max_new_tokens, max_tokens)
@@ -80,27 +79,16 @@ def complete(
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, use_cache=True
     )
-    waiting = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
-    said: dict[int, tuple[str, int, bool]] = {}
-    size = ctx.batch_size
-    while waiting:
-        chosen = waiting[:size]
-        batch = tokenizer.pad({"input_ids": [encoded[i] for i in chosen]}, padding=True, return_tensors="pt").to(ctx.device)
-        try:
-            with torch.inference_mode():
-                generated = model.generate(**batch, generation_config=settings)
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = max(1, size // 2)
-            continue
-        for index, tokens in zip(chosen, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+
+    def ask(batch: Any) -> list[tuple[str, int, bool]]:
+        answers = []
+        for tokens in model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :].tolist():
             length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
             ended = bool(tokens) and tokens[length - 1] in ends
-            said[index] = (tokenizer.decode(tokens[:length], skip_special_tokens=True), length, ended)
-        del waiting[: len(chosen)]
-        ctx.progress(len(said), len(encoded), "completions")
-    return [said[index] for index in range(len(encoded))]
+            answers.append((tokenizer.decode(tokens[:length], skip_special_tokens=True), length, ended))
+        return answers
+
+    return in_batches(ask, tokenizer, encoded, "completions", ctx)
 
 
 def require_room(encoded: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int) -> None:

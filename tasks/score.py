@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.completions import Completion, read_completions
 from tasks.errors import EvaluationError
+from tasks.judge import read_verdicts
 from tasks.metrics import Metric, Sample, write_metrics, write_samples
 from tasks.scorers import SCORERS, Score, agreement, score
 from tasks.specs import ScoreSpec
@@ -48,8 +49,6 @@ def _verdicts(name: str, completions: Sequence[Completion], inputs: Mapping[str,
         return [score(row.completion, SCORERS[name]) for row in completions]
     if JUDGE + name not in inputs:
         raise EvaluationError(f"no scorer {name!r}; ebbline has {sorted(SCORERS)}, and a study may name judges")
-    from tasks.judge import read_verdicts  # brings httpx, which only a judge needs
-
     found = read_verdicts(inputs[JUDGE + name])
     if [row.id for row in completions] != [identifier for identifier, _ in found]:
         raise EvaluationError(f"the verdicts in {inputs[JUDGE + name]} are not of these completions")

@@ -242,9 +242,9 @@ def test_stages_that_share_a_base_at_one_precision_have_one_resident():
 
 
 def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_path, monkeypatch):
-    from tasks import judge
+    from tasks import judge_endpoint
 
-    monkeypatch.setattr(judge, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(judge_endpoint, "FIRST_WAIT_S", 0.0)
     said = tmp_path / "said"
     said.mkdir()
     write_completions(said, [Completion("p0", "", "", "", "word1 word2", "", "word3", 1, True)])
