@@ -1,25 +1,37 @@
-"""Which ready stages start where, now: a pure function over (ready, running, capacity).
+"""Which ready stages start where, now: a pure function over (ready, running, capacity, what is cached where).
 
-order       longest critical path first
+order       longest critical path first; what has waited moves up, so nothing waits for ever behind more critical work
 batches     stages that share a resident base start together, as many as keep all GPUs evenly busy
-gangs       all GPUs or none; while the first gang in line waits, one-GPU work may only slip in front of it when it is
-            expected to end before the gang could start (EASY backfill)
+gangs       all GPUs or none, on one host unless they may spread. A gang that does not fit reserves the hosts that can have it
+            soonest; until then others start there only if they are expected to end before (EASY backfill), or on GPUs that
+            the gang leaves over
+hosts       the fullest that fits, so that whole hosts stay free for gangs; one that has the base at hand counts as fuller
 """
 
+import heapq
+import itertools
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from cluster.executor import Capacity, Needs
+from cluster.executor import Capacity, Host, Needs
+from cluster.labels import selected
 
 SHORTEST_BATCH_S = 20.0
+LONGEST_BATCH_S = 600.0  # what a lost worker costs, and what a gang waits for
+AGEING = 0.2  # seconds of critical path that a second of waiting is worth
+SHUN_S = 600.0  # how long a stage waits for another host than the one where it was lost
+CACHED_GPUS = 2  # a host that has the base at hand counts as having so many GPUs fewer free
+IMMINENT_S = 1.0  # a job that outlasts its estimate is expected to end this soon, for ever: nothing slips in before that
 
 
 @dataclass(frozen=True)
 class Work:
     """A ready stage. `resident` names what it needs in memory; `path_s` is the longest chain of seconds from here to the end.
 
-    `shun` names hosts where it was lost: it goes elsewhere if there is an elsewhere.
+    `shun` names hosts where it was lost: it goes elsewhere if there is an elsewhere. `waited_s` counts from when it became ready.
     """
 
     key: str
@@ -28,6 +40,7 @@ class Work:
     seconds: float
     path_s: float
     shun: frozenset[str] = frozenset()
+    waited_s: float = 0.0
 
     @property
     def gpus(self) -> int:
@@ -58,82 +71,277 @@ class Placement:
 def place(
     ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity, cached: Mapping[str, frozenset[str]] = MappingProxyType({})
 ) -> list[Placement]:
-    """The batches to start now. `cached` names the residents that each host has at hand. No order of what is given matters."""
-    waiting = sorted(ready, key=lambda work: (-work.path_s, work.key))
-    gpus_at = {host.name: host.gpus for host in capacity.hosts if not host.draining}
-    cpus_at = {host.name: host.cpus for host in capacity.hosts if not host.draining}
-    for job in running:
-        for name, gpus in job.hosts.items():
-            if name in gpus_at:
-                gpus_at[name] -= gpus
-                cpus_at[name] -= job.gpus == 0
-    free_gpus, free_cpus = sum(gpus_at.values()), sum(cpus_at.values())
-    shares = _even_shares(waiting, capacity)
-    held: list[Busy] = list(running)
+    """The batches to start now. `cached` names the residents that each host has at hand. No order of what is given matters.
+
+    Nothing starves. Ageing keeps the order of any two stages once both wait, and paths are bounded, so only finitely many stages
+    ever go before a given one, and it comes to be first in line. One GPU or one slot cannot be fragmented: the first in line takes
+    the next that is free. A gang that is first in line reserves the hosts that can have it soonest, and all that starts there
+    ends before; so that moment only comes nearer, until the hosts are given to nobody else (IMMINENT_S), whatever the
+    estimates were worth, and their jobs end.
+    """
+    rooms = _rooms(running, capacity)
+    queues = _queues(ready, rooms)
+    heads = [(queue.works[0][:2], number) for number, queue in enumerate(queues)]
+    heapq.heapify(heads)
     placed: list[Placement] = []
-    deadline_s: float | None = None  # when the first waiting gang could start; nothing longer may go before it
-    while waiting:
-        first = waiting[0]
-        in_time = deadline_s is None or first.seconds <= deadline_s
-        fits = free_cpus > 0 if first.gpus == 0 else first.gpus <= free_gpus and in_time
-        if not fits:
-            if first.gpus > free_gpus and deadline_s is None and first.gpus <= capacity.gpus:
-                deadline_s = _free_at(first.gpus, free_gpus, held)
-            waiting = waiting[1:]
-            continue
-        limit_s = shares[first.gpus, first.resident]
-        if deadline_s is not None and first.gpus > 0:
-            limit_s = min(limit_s, deadline_s)
-        batch = _batch(first, waiting, limit_s)
-        taken = {work.key for work in batch}
-        waiting = [work for work in waiting if work.key not in taken]
-        hosts = _hosts(first.gpus, gpus_at, cpus_at)
-        placed.append(Placement(tuple(work.key for work in batch), first.needs, hosts))
-        held.append(Busy(hosts, sum(work.seconds for work in batch)))
-        free_gpus -= first.gpus
-        free_cpus -= first.gpus == 0
+    while heads:
+        _, number = heapq.heappop(heads)
+        queue = queues[number]
+        work = heapq.heappop(queue.works)[2]
+        hosts = queue.fit(work, cached)
+        if hosts:
+            placed.append(queue.start(work, hosts))
+        if hosts or queue.reserve(work):
+            for each in queues:
+                each.widest_s = None
+        while queue.works and queue.works[0][1] in queue.taken:
+            heapq.heappop(queue.works)
+        if queue.works and queue.open():
+            heapq.heappush(heads, (queue.works[0][:2], number))
     return placed
 
 
-def _even_shares(ready: Sequence[Work], capacity: Capacity) -> dict[tuple[int, str], float]:
-    """(gpus, resident) -> the seconds of one batch when that group's work is spread evenly over all it could run on."""
-    totals: dict[tuple[int, str], float] = {}
+def impossible(work: Work, capacity: Capacity) -> str | None:
+    """Why no host of `capacity` could ever take `work`, and what to do; None if one could. Hosts that drain count: they are there."""
+    needs = work.needs
+    able = [host for host in capacity.hosts if selected(needs.labels, host.labels)]
+    if not able:
+        wanted = ", ".join(f"{name}: {value}" for name, value in sorted(needs.labels.items()))
+        there = sorted({f"{name}: {host.labels[name]}" for host in capacity.hosts for name in needs.labels if name in host.labels})
+        have = f"theirs are {', '.join(there)}" if there else "none has such a label"
+        return f"no host is labelled {wanted} ({have}); change the labels, or add such hosts to the cluster"
+    largest, total = max(host.gpus for host in able), sum(host.gpus for host in able)
+    among = " with these labels" if needs.labels else ""
+    if needs.gpus == 0 and not any(host.cpus for host in able):
+        return f"it needs a slot for work without GPUs, and no host{among} has one; give the cluster's hosts CPUs"
+    if needs.gpus > total:
+        return f"it needs {needs.gpus} GPUs at once, and all hosts{among} together have {total}; give it fewer, or the cluster more"
+    if needs.gpus > largest and not needs.spread:
+        return (
+            f"it needs {needs.gpus} GPUs on one host, and the largest{among} has {largest};"
+            " allow `spread: true`, give it fewer GPUs, or give the cluster larger hosts"
+        )
+    return None
+
+
+_Entry = tuple[float, str, Work]  # rank (the lowest goes first), key, work
+
+
+@dataclass
+class _Room:
+    """What a host has left, and when its jobs end. From `reserved_s` on a gang will have it, but for `spare` GPUs."""
+
+    host: Host
+    gpus: int
+    slots: int
+    ends: list[tuple[float, int]] = field(default_factory=list)
+    reserved_s: float | None = None
+    spare: int = 0
+    _free_s: dict[int, float] = field(default_factory=dict)
+
+    def window_s(self, gpus: int) -> float:
+        """How long a job on so many GPUs, or on a slot, may last if it starts here now; negative if it may not start."""
+        if gpus == 0:
+            return math.inf if self.slots > 0 else -1.0
+        if gpus > self.gpus:
+            return -1.0
+        if self.reserved_s is None or gpus <= self.spare:
+            return math.inf
+        return self.reserved_s if self.reserved_s > IMMINENT_S else -1.0
+
+    def free_s(self, gpus: int) -> float:
+        """Seconds until so many GPUs are free at once, if every job ends when expected."""
+        if gpus not in self._free_s:
+            free, when_s = self.gpus, 0.0
+            for end_s, held in sorted(self.ends):
+                if free >= gpus:
+                    break
+                free, when_s = free + held, max(0.0, end_s)
+            self._free_s[gpus] = when_s if free >= gpus else math.inf
+        return self._free_s[gpus]
+
+    def free_at(self, when_s: float) -> int:
+        return self.gpus + sum(held for end_s, held in self.ends if end_s <= when_s)
+
+    def take(self, gpus: int, seconds: float) -> None:
+        if gpus == 0:
+            self.slots -= 1
+            return
+        if self.reserved_s is not None and seconds > self.reserved_s:
+            self.spare -= gpus
+        self.gpus -= gpus
+        self.ends.append((seconds, gpus))
+        self._free_s.clear()
+
+
+@dataclass
+class _Group:
+    """The works of a queue that share a resident. They are put in line when the first starts; those up to `next` are dealt with."""
+
+    works: list[_Entry] = field(default_factory=list)
+    total_s: float = 0.0
+    next: int | None = None
+
+
+@dataclass
+class _Queue:
+    """Ready stages that the same hosts can take: `works` is a heap, `groups` has them by resident.
+
+    `widest_s` is how long the longest stage may last that could start now; None when that may have changed.
+    """
+
+    needs: Needs
+    rooms: list[_Room]
+    works: list[_Entry] = field(default_factory=list)
+    groups: dict[str, _Group] = field(default_factory=lambda: defaultdict(_Group))
+    taken: set[str] = field(default_factory=set)
+    shortest_s: float = math.inf
+    widest_s: float | None = None
+
+    def add(self, work: Work) -> None:
+        entry = (-work.path_s - AGEING * work.waited_s, work.key, work)
+        self.works.append(entry)
+        group = self.groups[work.resident]
+        group.works.append(entry)
+        group.total_s += work.seconds
+        self.shortest_s = min(self.shortest_s, work.seconds)
+
+    def _widest_s(self) -> float:
+        if self.widest_s is None:
+            gpus = min(1, self.needs.gpus) if self.needs.spread else self.needs.gpus
+            self.widest_s = max(room.window_s(gpus) for room in self.rooms)
+        return self.widest_s
+
+    def open(self) -> bool:
+        """Whether any of its stages could still start, or be kept a host for before others take its GPUs."""
+        if self._widest_s() >= self.shortest_s:
+            return True
+        gang = self.needs.gpus > 1
+        return gang and any(room.gpus > 0 for room in self.rooms) and any(room.reserved_s is None for room in self.rooms)
+
+    def fit(self, work: Work, cached: Mapping[str, frozenset[str]]) -> dict[str, int]:
+        """Where `work` can start now: GPUs by host, {host: 0} for one that needs none, empty if nowhere."""
+        gpus = self.needs.gpus
+        if work.seconds > self._widest_s():
+            return {}
+
+        def preference(room: _Room) -> tuple[bool, bool, bool, int, str]:
+            name, near = room.host.name, work.resident in cached.get(room.host.name, ())
+            if gpus == 0:
+                return name in work.shun, False, not near, -room.slots, name
+            opened = room.gpus == room.host.gpus > gpus
+            kept = room.reserved_s is not None  # what outlasts its estimate there delays a gang
+            return name in work.shun, kept, opened, room.gpus - CACHED_GPUS * near, name
+
+        able = [room for room in self.rooms if room.window_s(gpus) >= work.seconds]
+        if able:
+            return {min(able, key=preference).host.name: gpus}
+        hosts: dict[str, int] = {}
+        if self.needs.spread:
+            for room in sorted(self.rooms, key=lambda room: (room.host.name in work.shun, -room.gpus, room.host.name)):
+                most = room.gpus if room.window_s(room.gpus) >= work.seconds else min(room.gpus, room.spare)
+                if most > 0 and gpus > 0:
+                    hosts[room.host.name] = min(most, gpus)
+                    gpus -= hosts[room.host.name]
+        return hosts if gpus == 0 else {}
+
+    def reserve(self, work: Work) -> bool:
+        """Keep the hosts that can have this gang soonest for it, if any is not kept for another."""
+        gpus = self.needs.gpus
+        rooms = [room for room in self.rooms if room.reserved_s is None]
+        if gpus < 2 or not rooms:
+            return False
+        soonest = min(rooms, key=lambda room: (room.free_s(gpus), room.host.name in work.shun, room.host.name))
+        when_s = soonest.free_s(gpus)
+        chosen = [soonest]
+        if self.needs.spread and (together_s := _free_s(rooms, gpus)) < when_s:
+            when_s, chosen = together_s, sorted(rooms, key=lambda room: (-room.free_at(together_s), room.host.name))
+        if when_s == math.inf:
+            return False
+        for room in chosen:
+            free = room.free_at(when_s)
+            if gpus > 0 and free > 0:
+                room.reserved_s, room.spare = when_s, max(0, free - gpus)
+                gpus -= free
+        return True
+
+    def start(self, first: Work, hosts: Mapping[str, int]) -> Placement:
+        """Take the room for `first`, and for those of its group that come next in line and fit behind it."""
+        group, gpus = self.groups[first.resident], self.needs.gpus
+        if group.next is None:
+            group.works.sort()
+            group.next = 0
+        at_once = sum(room.host.gpus for room in self.rooms) // gpus if gpus else sum(room.host.cpus for room in self.rooms)
+        share_s = group.total_s / at_once
+        rooms = [room for room in self.rooms if room.host.name in hosts]
+        limit_s = min(LONGEST_BATCH_S, max(SHORTEST_BATCH_S, share_s), *(room.window_s(hosts[room.host.name]) for room in rooms))
+        batch, total_s = [first.key], first.seconds
+        own = (-first.path_s - AGEING * first.waited_s, first.key)
+        for rank, key, work in itertools.islice(group.works, group.next, None):
+            if (rank, key) > own:
+                if total_s + work.seconds > limit_s:
+                    break
+                batch.append(key)
+                total_s += work.seconds
+            group.next += 1
+        for room in rooms:
+            room.take(hosts[room.host.name], total_s)
+        self.taken.update(batch)
+        return Placement(tuple(batch), first.needs, hosts)
+
+
+def _rooms(running: Sequence[Busy], capacity: Capacity) -> list[_Room]:
+    rooms = {host.name: _Room(host, host.gpus, host.cpus) for host in capacity.hosts if not host.draining}
+    for job in running:
+        for name, gpus in job.hosts.items():
+            if name in rooms and gpus > 0:
+                rooms[name].gpus -= gpus
+                rooms[name].ends.append((job.remaining_s, gpus))
+            elif name in rooms and job.gpus == 0:
+                rooms[name].slots -= 1
+    return sorted(rooms.values(), key=lambda room: room.host.name)
+
+
+def _queues(ready: Sequence[Work], rooms: Sequence[_Room]) -> list[_Queue]:
+    """The ready stages by the hosts that can take them, without those for which nothing is free anywhere."""
+    slots, gpus = any(room.slots > 0 for room in rooms), any(room.gpus > 0 for room in rooms)
+    queues: dict[tuple[object, ...], _Queue] = {}
     for work in ready:
-        totals[work.gpus, work.resident] = totals.get((work.gpus, work.resident), 0.0) + work.seconds
-    slots = {gpus: max(1, capacity.gpus // gpus if gpus else capacity.cpus) for gpus, _ in totals}
-    return {group: max(SHORTEST_BATCH_S, total_s / slots[group[0]]) for group, total_s in totals.items()}
+        needs = work.needs
+        if gpus if needs.gpus else slots:
+            shun = work.shun if work.shun and work.waited_s < SHUN_S else frozenset()
+            of = (needs.gpus, needs.spread, tuple(sorted(needs.labels.items())) if needs.labels else (), shun)
+            queue = queues.get(of)
+            if queue is None:
+                queue = queues[of] = _Queue(needs, _able(needs, shun, rooms))
+            if queue.rooms:
+                queue.add(work)
+    for queue in queues.values():
+        heapq.heapify(queue.works)
+    return [queue for queue in queues.values() if queue.works]
 
 
-def _batch(first: Work, waiting: Sequence[Work], limit_s: float) -> list[Work]:
-    """`first` and what else of its group fits into `limit_s` behind it."""
-    batch, total_s = [first], first.seconds
-    for work in waiting:
-        same = (work.gpus, work.resident) == (first.gpus, first.resident) and work.key != first.key
-        if same and total_s + work.seconds <= limit_s:
-            batch.append(work)
-            total_s += work.seconds
-    return batch
+def _able(needs: Needs, shun: frozenset[str], rooms: Sequence[_Room]) -> list[_Room]:
+    """The hosts that could ever have a part in such work; without those to be shunned, if the others could run it."""
+    able = [room for room in rooms if selected(needs.labels, room.host.labels)]
+    for among in ([room for room in able if room.host.name not in shun], able):
+        if needs.gpus == 0:
+            large = [room for room in among if room.host.cpus > 0]
+        elif needs.spread:
+            large = among if sum(room.host.gpus for room in among) >= needs.gpus else []
+        else:
+            large = [room for room in among if room.host.gpus >= needs.gpus]
+        if large:
+            return large
+    return []
 
 
-def _hosts(gpus: int, gpus_at: dict[str, int], cpus_at: dict[str, int]) -> dict[str, int]:
-    """Take so many GPUs, or one slot, of the hosts that have them."""
-    if gpus == 0:
-        name = max(sorted(cpus_at), key=lambda host: cpus_at[host])
-        cpus_at[name] -= 1
-        return {name: 0}
-    hosts: dict[str, int] = {}
-    for name in sorted(gpus_at, key=lambda host: (-gpus_at[host], host)):
-        taken = min(gpus - sum(hosts.values()), gpus_at[name])
-        if taken > 0:
-            hosts[name] = taken
-            gpus_at[name] -= taken
-    return hosts
-
-
-def _free_at(gpus: int, free: int, held: Sequence[Busy]) -> float:
-    """Seconds until `gpus` GPUs are free at once, if every job ends when expected."""
-    for job in sorted(held, key=lambda job: job.remaining_s):
-        free += job.gpus
+def _free_s(rooms: Sequence[_Room], gpus: int) -> float:
+    """Seconds until these hosts together have so many GPUs free."""
+    free = sum(room.gpus for room in rooms)
+    when_s = 0.0
+    for end_s, held in sorted(end for room in rooms for end in room.ends):
         if free >= gpus:
-            return max(0.0, job.remaining_s)
-    return float("inf")
+            break
+        free, when_s = free + held, max(0.0, end_s)
+    return when_s if free >= gpus else math.inf

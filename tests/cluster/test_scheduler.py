@@ -1,188 +1,385 @@
 """The scheduler, as properties of a pure function over made-up work."""
 
+import copy
+import math
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.executor import Capacity
-from cluster.scheduler import SHORTEST_BATCH_S, Busy, Placement, Work, place
+from cluster.executor import Capacity, Host, Needs
+from cluster.labels import selected
+from cluster.scheduler import AGEING, LONGEST_BATCH_S, SHORTEST_BATCH_S, SHUN_S, Busy, Placement, Work, impossible, place
 
-capacities = st.builds(Capacity, gpus=st.integers(1, 8), cpus=st.integers(1, 4))
 durations = st.sampled_from([0.5, 1.0, 5.0, 19.0, 60.0, 600.0])
+selectors = st.dictionaries(st.just("type"), st.sampled_from(["A", "!A", "in(A,B)", "!in(A,B)"]), max_size=1)
+names = ("h0", "h1", "h2", "h3")
+
+
+def host(name: str, gpus: int, cpus: int = 2, **labels: str) -> Host:
+    return Host(name, gpus, cpus, labels)
+
+
+def needs(gpus: int) -> Needs:
+    return Needs(gpus)
+
+
+def work(key: str, gpus: int, resident: str, seconds: float, path_s: float, **more: object) -> Work:
+    return Work(key, Needs(gpus), resident, seconds, path_s, **more)  # type: ignore[arg-type]
 
 
 @st.composite
-def situations(draw, running: bool = True):
+def clusters(draw) -> Capacity:
+    return Capacity(
+        tuple(
+            Host(
+                name,
+                gpus=draw(st.integers(0, 8)),
+                cpus=draw(st.integers(0, 3)),
+                labels=draw(st.dictionaries(st.just("type"), st.sampled_from("ABC"), max_size=1)),
+                draining=draw(st.sampled_from([False, False, False, True])),
+            )
+            for name in names[: draw(st.integers(1, 4))]
+        )
+    )
+
+
+@st.composite
+def situations(draw, running: bool = True, shun: bool = True):
     """(ready, running, capacity); nothing runs beyond the capacity."""
-    capacity = draw(capacities)
+    capacity = draw(clusters())
     works = [
         Work(
             key=f"k{index}",
-            gpus=draw(st.sampled_from([0, 1, 1, 1, 2, 4])),
+            needs=Needs(draw(st.sampled_from([0, 1, 1, 1, 2, 4, 8])), draw(selectors), draw(st.booleans())),
             resident=draw(st.sampled_from("abc")),
             seconds=(seconds := draw(durations)),
             path_s=seconds + draw(durations),
+            shun=draw(st.frozensets(st.sampled_from(names), max_size=2)) if shun else frozenset(),
+            waited_s=draw(durations),
         )
-        for index in range(draw(st.integers(0, 12)))
+        for index in range(draw(st.integers(0, 14)))
     ]
     busy: list[Busy] = []
-    for gpus in draw(st.lists(st.sampled_from([0, 1, 2, 4]), max_size=5)) if running else []:
-        held = [*busy, Busy(gpus, draw(durations))]
-        if sum(job.gpus for job in held) <= capacity.gpus and sum(job.gpus == 0 for job in held) <= capacity.cpus:
+    for name, gpus in draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from([0, 1, 2, 4])), max_size=8)) if running else []:
+        held = [*busy, Busy({name: gpus}, draw(durations))]
+        if any(each.name == name for each in capacity.hosts) and fits(held, [], capacity):
             busy = held
     return works, busy, capacity
 
 
-@given(situations())
-def test_capacity_is_never_exceeded_and_a_gang_gets_all_its_gpus_or_none(situation):
-    ready, running, capacity = situation
-    placed = place(ready, running, capacity)
-    assert sum(job.gpus for job in running) + sum(p.gpus for p in placed) <= capacity.gpus
-    assert sum(job.gpus == 0 for job in running) + sum(p.gpus == 0 for p in placed) <= capacity.cpus
-    by_key = {work.key: work for work in ready}
-    for placement in placed:
-        assert all(by_key[key].gpus == placement.gpus for key in placement.keys)
+def fits(running: Sequence[Busy], placed: Sequence[Placement], capacity: Capacity) -> bool:
+    gpus: Counter[str] = Counter()
+    slots: Counter[str] = Counter()
+    for hosts in [job.hosts for job in running] + [placement.hosts for placement in placed]:
+        for name, held in hosts.items():
+            gpus[name] += held
+            slots[name] += held == 0
+    return all(gpus[each.name] <= each.gpus and slots[each.name] <= each.cpus for each in capacity.hosts)
 
 
-@given(situations())
-def test_no_stage_starts_twice_and_a_batch_shares_gpus_and_its_base(situation):
+cached_at = st.dictionaries(st.sampled_from(names), st.frozensets(st.sampled_from("abc")))
+
+
+@given(situations(), cached_at)
+def test_no_hosts_gpus_or_slots_are_exceeded(situation, cached):
     ready, running, capacity = situation
-    placed = place(ready, running, capacity)
+    assert fits(running, place(ready, running, capacity, cached), capacity)
+
+
+@given(situations(), cached_at)
+def test_a_gang_gets_all_its_gpus_or_none_and_on_one_host_unless_it_may_spread(situation, cached):
+    ready, running, capacity = situation
+    by_key = {each.key: each for each in ready}
+    for placement in place(ready, running, capacity, cached):
+        assert all(by_key[key].needs == placement.needs for key in placement.keys)
+        assert sum(placement.hosts.values()) == placement.needs.gpus
+        assert len(placement.hosts) == 1 or placement.needs.spread
+        assert placement.needs.gpus == 0 or all(gpus > 0 for gpus in placement.hosts.values())
+
+
+@given(situations(), cached_at)
+def test_labels_are_respected_and_a_draining_host_gets_nothing(situation, cached):
+    ready, running, capacity = situation
+    hosts = {each.name: each for each in capacity.hosts}
+    for placement in place(ready, running, capacity, cached):
+        for name in placement.hosts:
+            assert not hosts[name].draining
+            assert selected(placement.needs.labels, hosts[name].labels)
+
+
+@given(situations(), cached_at)
+def test_no_stage_starts_twice_and_a_batch_shares_its_needs_and_its_base(situation, cached):
+    ready, running, capacity = situation
+    placed = place(ready, running, capacity, cached)
     assert max(Counter(key for p in placed for key in p.keys).values(), default=1) == 1
-    by_key = {work.key: work for work in ready}
+    by_key = {each.key: each for each in ready}
     for placement in placed:
         assert placement.keys
-        assert len({(by_key[key].gpus, by_key[key].resident) for key in placement.keys}) == 1
+        assert len({by_key[key].resident for key in placement.keys}) == 1
 
 
-@given(situations(), st.randoms(use_true_random=False))
-def test_the_order_in_which_work_is_named_does_not_matter(situation, rng: random.Random):
+@given(situations(), cached_at, st.randoms(use_true_random=False))
+def test_the_order_in_which_anything_is_named_does_not_matter(situation, cached, rng: random.Random):
     ready, running, capacity = situation
-    expected = place(ready, running, capacity)
-    shuffled, busy = rng.sample(ready, len(ready)), rng.sample(running, len(running))
-    assert place(shuffled, busy, capacity) == expected
+    expected = place(ready, running, capacity, cached)
+    hosts = Capacity(tuple(rng.sample(capacity.hosts, len(capacity.hosts))))
+    assert place(rng.sample(ready, len(ready)), rng.sample(running, len(running)), hosts, cached) == expected
 
 
-@given(situations())
-def test_what_is_given_is_left_as_it_was(situation):
-    ready, running, capacity = situation
-    before = list(ready), list(running)
-    place(ready, running, capacity)
-    assert (ready, running) == before
+@given(situations(), cached_at)
+def test_what_is_given_is_left_as_it_was(situation, cached):
+    given_things = (*situation, cached)
+    before = copy.deepcopy(given_things)
+    place(*given_things)
+    assert given_things == before
 
 
 @dataclass
 class Machine:
-    """A clock and the jobs on it: what an executor would do with the placements."""
+    """A clock and the jobs on it: what a runner and its hosts do with the placements. `true_s` says what a stage really takes."""
 
     capacity: Capacity
+    true_s: Callable[[Work], float] = field(default=lambda each: each.seconds)
     now: float = 0.0
-    jobs: list[tuple[float, Placement]] = field(default_factory=list)
+    jobs: list[tuple[float, float, Placement]] = field(default_factory=list)
     started: dict[str, float] = field(default_factory=dict)
 
-    def run(self, ready: list[Work], arrivals: list[tuple[float, Work]] | None = None) -> dict[str, float]:
-        works = {work.key: work for work in ready}
-        waiting, arriving = dict(works), sorted(arrivals or [], key=lambda item: item[0])
+    def run(self, ready: Sequence[Work], arrivals: Sequence[tuple[float, Work]] = ()) -> Mapping[str, float]:
+        works = {each.key: each for each in ready}
+        waiting = dict.fromkeys(works, 0.0)
+        arriving = sorted(arrivals, key=lambda item: item[0])
         while waiting or self.jobs or arriving:
             while arriving and arriving[0][0] <= self.now:
-                work = arriving.pop(0)[1]
-                works[work.key] = waiting[work.key] = work
-            busy = [Busy(p.gpus, end - self.now) for end, p in self.jobs]
-            for placement in place(list(waiting.values()), busy, self.capacity):
+                at, each = arriving.pop(0)
+                works[each.key], waiting[each.key] = each, at
+            busy = [Busy(p.hosts, max(1.0, expected - self.now)) for _, expected, p in self.jobs]
+            aged = [replace(works[key], waited_s=self.now - since) for key, since in waiting.items()]
+            for placement in place(aged, busy, self.capacity):
                 for key in placement.keys:
                     self.started[key] = self.now
                     del waiting[key]
-                self.jobs.append((self.now + sum(works[key].seconds for key in placement.keys), placement))
-            nexts = [end for end, _ in self.jobs] + [at for at, _ in arriving]
+                end = self.now + sum(self.true_s(works[key]) for key in placement.keys)
+                self.jobs.append((end, self.now + sum(works[key].seconds for key in placement.keys), placement))
+            nexts = [end for end, _, _ in self.jobs] + [at for at, _ in arriving]
             if not nexts:
                 return self.started  # nothing runs and nothing fits: what is left never will
             self.now = min(nexts)
-            self.jobs = [(end, p) for end, p in self.jobs if end > self.now]
+            self.jobs = [job for job in self.jobs if job[0] > self.now]
         return self.started
 
 
-@given(situations(running=False))
-def test_every_stage_that_can_ever_fit_starts_in_the_end(situation):
+@given(situations(running=False), st.sampled_from([0.1, 1.0, 30.0]))
+def test_every_stage_that_can_ever_be_placed_starts_in_the_end_whatever_the_estimates_are_worth(situation, wrong):
     ready, _, capacity = situation
-    started = Machine(capacity).run(ready)
-    assert started.keys() == {work.key for work in ready if work.gpus <= capacity.gpus}
+    started = Machine(capacity, lambda each: wrong * each.seconds).run(ready)
+    staying = Capacity(tuple(each for each in capacity.hosts if not each.draining))
+    assert started.keys() == {each.key for each in ready if impossible(each, staying) is None}
 
 
-@given(st.integers(2, 8))
-def test_a_gang_starts_although_one_gpu_work_keeps_arriving(gpus):
-    capacity = Capacity(gpus, 1)
-    gang = Work("gang", gpus, "gang", 30.0, 5000.0)
-    stream = [(float(at), Work(f"s{at}", 1, "small", 15.0, 100.0)) for at in range(1, 200, 2)]
-    started = Machine(capacity).run([Work("first", 1, "small", 15.0, 6000.0), gang], stream)
+@given(st.integers(2, 8), st.sampled_from([1, 2]))
+def test_a_gang_starts_although_one_gpu_work_keeps_arriving(gpus, hosts):
+    capacity = Capacity(tuple(host(name, gpus) for name in names[:hosts]))
+    gang = work("gang", gpus, "gang", 30.0, 5000.0)
+    stream = [(at / hosts, work(f"s{at}", 1, "small", 15.0, 100.0)) for at in range(1, 400)]
+    first = [work(f"first{number}", 1, "small", 15.0, 6000.0) for number in range(hosts * gpus)]
+    started = Machine(capacity).run([*first, gang], stream)
     assert started["gang"] <= 15.0 + SHORTEST_BATCH_S
 
 
-def order(work: Work) -> tuple[float, str]:
-    return -work.path_s, work.key
+@given(st.integers(1, 8), st.sampled_from([0.5, 15.0]))
+def test_work_starts_although_more_critical_work_keeps_arriving(gpus, expected_s):
+    """Also when every arrival takes far longer than it was expected to."""
+    capacity = Capacity((host("h0", gpus),))
+    late_s = (500.0 - 100.0) / AGEING  # what arrives from here on is less critical than what has waited since the beginning
+    true_s = 15.0 * gpus + 1.0  # a little more than all GPUs can do
+    waiting = work("waiting", gpus, "own", 30.0, 100.0)
+    stream = [(float(at), work(f"s{at:04}", 1, f"r{at}", expected_s, 500.0)) for at in range(1, int(2 * late_s), 15)]
+    started = Machine(capacity, lambda _: true_s).run([work("first", 1, "a", 15.0, 1000.0), waiting], stream)
+    assert started["waiting"] <= late_s * true_s / (15.0 * gpus) + 3 * true_s
 
 
-def free_at(gpus: int, capacity: Capacity, held: list[Busy]) -> float:
-    free = capacity.gpus - sum(job.gpus for job in held)
-    if free >= gpus:
-        return 0.0
-    for job in sorted(held, key=lambda job: job.remaining_s):
-        free += job.gpus
-        if free >= gpus:
-            return job.remaining_s
-    return float("inf")
+def order(each: Work) -> tuple[float, str]:
+    return -each.path_s - AGEING * each.waited_s, each.key
 
 
-@given(situations())
-def test_what_slips_in_front_of_the_first_waiting_gang_never_delays_it(situation):
+def soonest_s(gang: Work, capacity: Capacity, held: Sequence[Busy]) -> float:
+    """When the gang could start if nothing else did: on one host, or on all together if it may spread."""
+    able = [each for each in capacity.hosts if not each.draining and selected(gang.needs.labels, each.labels)]
+    choices = [[each] for each in able] + ([able] if gang.needs.spread else [])
+    best_s = math.inf
+    for hosts in choices:
+        here = {each.name for each in hosts}
+        for when_s in sorted({0.0, *(job.remaining_s for job in held)}):
+            used = sum(gpus for job in held if job.remaining_s > when_s for name, gpus in job.hosts.items() if name in here)
+            if sum(each.gpus for each in hosts) - used >= gang.gpus:
+                best_s = min(best_s, when_s)
+    return best_s
+
+
+@given(situations(shun=False), cached_at)
+def test_what_slips_in_front_of_the_first_waiting_gang_never_delays_it(situation, cached):
     ready, running, capacity = situation
-    placed = place(ready, running, capacity)
-    by_key = {work.key: work for work in ready}
+    placed = place(ready, running, capacity, cached)
+    by_key = {each.key: each for each in ready}
     taken = {key for p in placed for key in p.keys}
-    gangs = sorted((w for w in ready if 1 < w.gpus <= capacity.gpus and w.key not in taken), key=order)
+    staying = Capacity(tuple(each for each in capacity.hosts if not each.draining))
+    gangs = sorted((each for each in ready if each.gpus > 1 and each.key not in taken and impossible(each, staying) is None), key=order)
     if not gangs:
         return
-    first = gangs[0]
 
-    def busy(placements: list[Placement]) -> list[Busy]:
-        return [*running, *(Busy(p.gpus, sum(by_key[key].seconds for key in p.keys)) for p in placements)]
+    def busy(placements: Sequence[Placement]) -> list[Busy]:
+        return [*running, *(Busy(p.hosts, sum(by_key[key].seconds for key in p.keys)) for p in placements)]
 
-    in_front = [p for p in placed if order(by_key[p.keys[0]]) < order(first)]
-    reserved_s = free_at(first.gpus, capacity, busy(in_front))
-    assert free_at(first.gpus, capacity, busy(placed)) <= reserved_s + 1e-9
+    in_front = [p for p in placed if order(by_key[p.keys[0]]) < order(gangs[0])]
+    assert soonest_s(gangs[0], capacity, busy(placed)) <= soonest_s(gangs[0], capacity, busy(in_front))
+
+
+@given(situations(), cached_at)
+def test_no_gpu_idles_while_one_gpu_work_waits_and_no_gang_does(situation, cached):
+    ready, running, capacity = situation
+    singles = [replace(each, needs=Needs(1), shun=frozenset()) for each in ready]
+    placed = place(singles, running, capacity, cached)
+    waiting = len(singles) > sum(len(p.keys) for p in placed)
+    free = capacity.gpus - sum(gpus for job in [*running, *placed] for name, gpus in job.hosts.items() if name in staying(capacity))
+    assert not (waiting and free)
+
+
+def staying(capacity: Capacity) -> set[str]:
+    return {each.name for each in capacity.hosts if not each.draining}
 
 
 def test_the_longest_path_goes_first():
-    ready = [Work("short", 1, "a", 5.0, 5.0), Work("long", 1, "b", 5.0, 50.0)]
-    assert place(ready, [], Capacity(1, 1)) == [Placement(("long",), 1)]
+    ready = [work("short", 1, "a", 5.0, 5.0), work("long", 1, "b", 5.0, 50.0)]
+    assert place(ready, [], Capacity.one_host(1, 1)) == [Placement(("long",), needs(1), {"here": 1})]
 
 
-def test_work_that_fits_before_the_gang_slips_in_and_work_that_does_not_waits():
-    gang = Work("gang", 2, "g", 100.0, 1000.0)
-    running = [Busy(1, 60.0)]
-    assert place([gang, Work("quick", 1, "a", 50.0, 50.0)], running, Capacity(2, 1)) == [Placement(("quick",), 1)]
-    assert place([gang, Work("slow", 1, "a", 61.0, 61.0)], running, Capacity(2, 1)) == []
+def test_what_has_waited_long_enough_goes_before_a_longer_path():
+    old = work("old", 1, "a", 5.0, 5.0, waited_s=46.0 / AGEING)
+    assert place([work("long", 1, "b", 5.0, 50.0), old], [], Capacity.one_host(1, 1)) == [Placement(("old",), needs(1), {"here": 1})]
+
+
+def test_work_that_ends_before_the_gang_slips_in_and_work_that_does_not_waits():
+    gang = work("gang", 2, "g", 100.0, 1000.0)
+    running, capacity = [Busy({"here": 1}, 60.0)], Capacity.one_host(2, 1)
+    assert place([gang, work("quick", 1, "a", 50.0, 50.0)], running, capacity) == [Placement(("quick",), needs(1), {"here": 1})]
+    assert place([gang, work("slow", 1, "a", 61.0, 61.0)], running, capacity) == []
+
+
+def test_nothing_slips_in_where_a_job_has_outlasted_its_estimate():
+    gang = work("gang", 2, "g", 100.0, 1000.0)
+    assert place([gang, work("quick", 1, "a", 0.5, 0.5)], [Busy({"here": 1}, 1.0)], Capacity.one_host(2, 1)) == []
+
+
+def test_long_work_starts_on_other_hosts_than_the_gang_waits_for():
+    gang, slow = work("gang", 4, "g", 100.0, 1000.0), work("slow", 1, "a", 600.0, 600.0)
+    running = [Busy({"h0": 1}, 60.0), Busy({"h1": 2}, 90.0)]
+    assert place([gang, slow], running, Capacity((host("h0", 4), host("h1", 4)))) == [Placement(("slow",), needs(1), {"h1": 1})]
+
+
+def test_long_work_starts_on_gpus_that_the_gang_leaves_over_but_not_on_one_more():
+    gang = work("gang", 3, "g", 100.0, 1000.0)
+    slow = [work(f"slow{number}", 1, f"r{number}", 600.0, 600.0) for number in range(2)]
+    assert place([gang, *slow], [Busy({"h0": 2}, 60.0)], Capacity((host("h0", 4),))) == [Placement(("slow0",), needs(1), {"h0": 1})]
+
+
+def test_two_gangs_wait_for_two_hosts():
+    gangs = [work(f"gang{number}", 4, "g", 700.0, 1000.0) for number in range(2)]
+    running = [Busy({"h0": 1}, 60.0), Busy({"h1": 1}, 90.0)]
+    capacity = Capacity((host("h0", 4), host("h1", 4)))
+    assert place([*gangs, work("slow", 1, "a", 100.0, 100.0)], running, capacity) == []
+    assert place([*gangs, work("quick", 1, "a", 80.0, 80.0)], running, capacity) == [Placement(("quick",), needs(1), {"h1": 1})]
+
+
+def test_a_gang_that_may_spread_takes_several_hosts_only_where_none_has_room_alone():
+    capacity = Capacity((host("h0", 2), host("h1", 4)))
+    gang = Work("gang", Needs(4, spread=True), "g", 10.0, 10.0)
+    assert place([gang], [], capacity)[0].hosts == {"h1": 4}
+    assert place([gang], [Busy({"h1": 1}, 60.0)], capacity)[0].hosts == {"h1": 3, "h0": 1}
+    assert place([replace(gang, needs=Needs(4))], [Busy({"h1": 1}, 60.0)], capacity) == []
+
+
+def test_one_gpu_work_goes_to_the_fullest_host_so_that_a_gang_still_finds_a_whole_one():
+    capacity = Capacity((host("h0", 4), host("h1", 4), host("h2", 4)))
+    running = [Busy({"h1": 1}, 60.0), Busy({"h2": 2}, 60.0)]
+    assert place([work("k", 1, "a", 600.0, 600.0)], running, capacity)[0].hosts == {"h2": 1}
+
+
+def test_a_host_that_has_the_base_wins_over_one_that_is_a_little_fuller_but_no_whole_host_is_opened_for_it():
+    capacity, ready = Capacity((host("h0", 8), host("h1", 8))), [work("k", 1, "a", 60.0, 60.0)]
+    has_base = {"h0": frozenset("a")}
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 3}, 60.0)], capacity, has_base)[0].hosts == {"h0": 1}
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 4}, 60.0)], capacity, has_base)[0].hosts == {"h0": 1}
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 6}, 60.0)], capacity, has_base)[0].hosts == {"h1": 1}
+    assert place(ready, [Busy({"h1": 1}, 60.0)], capacity, has_base)[0].hosts == {"h1": 1}
+
+
+@given(st.integers(1, 8), st.sampled_from([1, 2, 8]), st.sampled_from(names))
+def test_among_equal_hosts_the_one_that_has_the_base_is_taken(free, gpus, near):
+    capacity = Capacity(tuple(host(name, 8) for name in names))
+    running = [Busy({name: 8 - free}, 60.0) for name in names if free < 8]
+    for placement in place([work("k", gpus, "a", 60.0, 60.0)], running, capacity, {near: frozenset("a")}):
+        assert placement.hosts == {near: gpus}
+
+
+def test_a_stage_goes_elsewhere_than_where_it_was_lost_and_waits_for_it_a_while():
+    capacity, busy = Capacity((host("h0", 1), host("h1", 1))), [Busy({"h1": 1}, 60.0)]
+    lost = work("k", 1, "a", 60.0, 60.0, shun=frozenset({"h0"}))
+    assert place([lost], [], capacity)[0].hosts == {"h1": 1}
+    assert place([lost], busy, capacity) == []
+    assert place([replace(lost, waited_s=SHUN_S)], busy, capacity)[0].hosts == {"h0": 1}
+
+
+def test_a_stage_that_was_lost_everywhere_is_tried_everywhere_again():
+    lost = work("k", 1, "a", 60.0, 60.0, shun=frozenset({"h0", "gone"}))
+    assert place([lost], [], Capacity((host("h0", 1),)))[0].hosts == {"h0": 1}
+    assert place([lost], [], Capacity((host("h0", 1), host("h1", 0), Host("h2", 4, 1, draining=True))))[0].hosts == {"h0": 1}
 
 
 def test_work_without_gpus_is_not_held_up_by_a_waiting_gang():
-    ready = [Work("gang", 2, "g", 100.0, 1000.0), Work("copy", 0, "apply", 1.0, 1.0)]
-    assert place(ready, [Busy(1, 5.0)], Capacity(2, 1)) == [Placement(("copy",), 0)]
+    ready = [work("gang", 2, "g", 100.0, 1000.0), work("copy", 0, "apply", 1.0, 1.0)]
+    assert place(ready, [Busy({"here": 1}, 5.0)], Capacity.one_host(2, 1)) == [Placement(("copy",), needs(0), {"here": 0})]
 
 
-def test_stages_on_one_base_are_spread_over_all_gpus_not_piled_on_one():
-    ready = [Work(f"k{i}", 1, "base", 60.0, 60.0) for i in range(8)]
-    placed = place(ready, [], Capacity(4, 1))
-    assert len(placed) == 4
-    assert max(len(p.keys) for p in placed) <= 2
+def test_stages_on_one_base_are_spread_evenly_over_all_gpus_not_piled_on_one():
+    ready = [work(f"k{i}", 1, "base", 60.0, 60.0) for i in range(8)]
+    assert [len(p.keys) for p in place(ready, [], Capacity.one_host(4, 1))] == [2, 2, 2, 2]
 
 
 def test_short_stages_on_one_base_share_a_batch():
-    ready = [Work(f"k{i}", 1, "base", 1.0, 1.0) for i in range(8)]
-    assert [len(p.keys) for p in place(ready, [], Capacity(4, 1))] == [8]
+    ready = [work(f"k{i}", 1, "base", 1.0, 1.0) for i in range(8)]
+    assert [len(p.keys) for p in place(ready, [], Capacity.one_host(4, 1))] == [8]
 
 
-def test_equal_work_is_spread_evenly_over_all_gpus():
-    ready = [Work(f"k{i}", 1, "base", 60.0, 60.0) for i in range(8)]
-    assert sorted(len(placement.keys) for placement in place(ready, [], Capacity(4, 1))) == [2, 2, 2, 2]
+def test_a_batch_does_not_grow_beyond_what_a_gang_would_wait_for():
+    ready = [work(f"k{i:03}", 1, "base", 60.0, 60.0) for i in range(500)]
+    assert [60.0 * len(p.keys) for p in place(ready, [], Capacity.one_host(2, 1))] == [LONGEST_BATCH_S] * 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (Needs(8), ["needs 8 GPUs on one host", "the largest has 4", "spread: true"]),
+        (Needs(9, spread=True), ["9 GPUs at once", "together have 8"]),
+        (Needs(1, {"type": "H100"}), ["no host is labelled type: H100", "type: A100"]),
+        (Needs(1, {"zone": "in(a,b)"}), ["zone: in(a,b)", "none has such a label"]),
+        (Needs(0, {"type": "A100"}), ["no host with these labels has one"]),
+    ],
+)
+def test_what_no_host_could_ever_take_is_said_with_the_reason_and_the_remedy(wanted, words):
+    capacity = Capacity((Host("h0", 4, 0, {"type": "A100"}), Host("h1", 4, 2)))
+    said = impossible(Work("k", wanted, "a", 1.0, 1.0), capacity)
+    assert said is not None
+    assert all(word in said for word in words), said
+
+
+@given(situations(running=False))
+def test_what_is_not_impossible_starts_on_an_empty_cluster_and_what_is_does_not(situation):
+    ready, _, capacity = situation
+    remaining = Capacity(tuple(each for each in capacity.hosts if not each.draining))
+    for each in ready:
+        assert bool(place([each], [], capacity)) == (impossible(each, remaining) is None)

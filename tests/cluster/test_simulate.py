@@ -1,0 +1,132 @@
+"""The simulated cluster: a virtual clock, a graph, and the real scheduler between them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.executor import Capacity, Host, Needs
+from cluster.scheduler import LONGEST_BATCH_S
+from cluster.simulate import SimulatedExecutor, Step, Trace, bound_s, simulate
+from cluster.store import Store
+from tasks.errors import StudyError
+from tasks.specs import DataSpec
+from tests.cluster.made import stored_request
+
+TWO_HOSTS = Capacity((Host("h0", 4, 2), Host("h1", 4, 2)))
+
+
+def step(key: str, seconds: float, *after: str, gpus: int = 1, resident: str = "base") -> Step:
+    return Step(key, Needs(gpus), resident, seconds, seconds, after)
+
+
+@st.composite
+def graphs(draw):
+    steps: list[Step] = []
+    for index in range(draw(st.integers(0, 15))):
+        after = draw(st.sets(st.sampled_from([each.key for each in steps]), max_size=2)) if steps else set()
+        seconds, wrong = draw(st.sampled_from([1.0, 30.0, 700.0])), draw(st.sampled_from([0.3, 1.0, 3.0]))
+        needs = Needs(draw(st.sampled_from([0, 1, 1, 2, 4, 8])), spread=draw(st.booleans()))
+        steps.append(Step(f"k{index}", needs, draw(st.sampled_from("ab")), seconds * wrong, seconds, tuple(sorted(after))))
+    return steps
+
+
+def most_held(trace: Trace, host: str) -> int:
+    events = [(span.start_s, 1, span.hosts.get(host, 0)) for span in trace.spans]
+    events += [(span.end_s, 0, -span.hosts.get(host, 0)) for span in trace.spans]
+    held = most = 0
+    for _, _, gpus in sorted(events):
+        held += gpus
+        most = max(most, held)
+    return most
+
+
+@given(graphs())
+def test_a_trace_runs_each_step_once_after_its_inputs_and_never_on_more_gpus_than_there_are(steps):
+    trace = simulate(steps, TWO_HOSTS)
+    spans = {span.key: span for span in trace.spans}
+    assert len(spans) == len(trace.spans)
+    assert spans.keys() | set(trace.never) == {each.key for each in steps}
+    for each in steps:
+        if each.key in spans:
+            span = spans[each.key]
+            assert span.end_s - span.start_s == pytest.approx(each.seconds)
+            assert span.ready_s == max((spans[above].end_s for above in each.after), default=0.0) <= span.start_s
+    assert all(most_held(trace, host.name) <= host.gpus for host in TWO_HOSTS.hosts)
+    assert 0.0 <= trace.utilisation <= 1.0 + 1e-9
+
+
+@given(graphs())
+def test_nothing_ends_before_the_bound(steps):
+    trace = simulate(steps, TWO_HOSTS)
+    if not trace.never:
+        assert trace.makespan_s >= bound_s(steps, TWO_HOSTS) - 1e-9
+
+
+@given(graphs())
+def test_only_what_no_host_can_hold_and_what_reads_from_it_never_runs(steps):
+    dead: set[str] = set()
+    for each in steps:
+        if (each.needs.gpus == 8 and not each.needs.spread) or dead & set(each.after):
+            dead.add(each.key)
+    assert set(simulate(steps, TWO_HOSTS).never) == dead
+
+
+def test_the_same_graph_gives_the_same_trace():
+    steps = [step(f"k{number}", 5.0 + number, gpus=1 + number % 4) for number in range(40)]
+    assert simulate(steps, TWO_HOSTS).spans == simulate(steps, TWO_HOSTS).spans
+
+
+def test_the_longest_chain_goes_first_and_its_end_is_the_end():
+    steps = [step("a", 10.0), step("b", 10.0, "a"), step("c", 10.0, "b"), *(step(f"small{n}", 10.0, resident=f"r{n}") for n in range(3))]
+    trace = simulate(steps, Capacity.one_host(2, 1))
+    assert trace.makespan_s == bound_s(steps, Capacity.one_host(2, 1)) == 30.0
+    assert trace.utilisation == 1.0
+
+
+def test_a_stage_that_reads_from_the_first_of_a_batch_need_not_wait_for_the_whole_batch():
+    steps = [step("first", 5.0), step("second", 4.0), step("reader", 1.0, "first", resident="other")]
+    trace = simulate(steps, Capacity.one_host(2, 1))
+    spans = {span.key: span for span in trace.spans}
+    assert spans["second"].start_s == 5.0  # one batch
+    assert spans["reader"].start_s == 5.0
+
+
+def test_wrong_estimates_change_the_plan_and_not_how_long_a_stage_takes():
+    steps = [step(f"k{number}", LONGEST_BATCH_S) for number in range(8)]
+    wrong = [replace(each, expected_s=1.0) for each in steps]
+    trace = simulate(wrong, Capacity.one_host(4, 1))
+    assert {span.end_s - span.start_s for span in trace.spans} == {LONGEST_BATCH_S}
+    assert trace.makespan_s > simulate(steps, Capacity.one_host(4, 1)).makespan_s  # all eight looked short, and went to one GPU
+
+
+def test_a_step_that_reads_from_none_or_from_itself_is_an_error_that_names_it():
+    with pytest.raises(StudyError, match="'a' reads from 'gone'"):
+        simulate([step("a", 1.0, "gone")], TWO_HOSTS)
+    with pytest.raises(StudyError, match="circle: a, b"):
+        simulate([step("a", 1.0, "b"), step("b", 1.0, "a"), step("c", 1.0)], TWO_HOSTS)
+
+
+def test_the_executor_moves_its_clock_only_by_waiting(tmp_path: Path):
+    (tmp_path / "pool.jsonl").write_text('{"messages": []}\n')
+    store = Store(tmp_path / "store")
+    one, two = (stored_request(store, DataSpec(size=size, seed=0), {"pool": tmp_path / "pool.jsonl"}) for size in (1, 2))
+    executor = SimulatedExecutor(TWO_HOSTS, {one.key: 10.0, two.key: 3.0}.__getitem__)
+    job = executor.submit([one, two], Needs(1), {"h0": 1})
+    assert executor.now_s == 0.0
+    assert executor.finished(5.0) == []
+    assert executor.now_s == 5.0
+    done = executor.finished(100.0)
+    assert executor.now_s == 13.0
+    assert [(each.job, [report.key for report in each.reports], each.lost) for each in done] == [(job, [one.key, two.key], None)]
+
+
+def test_a_cancelled_job_never_ends_and_takes_no_time():
+    executor = SimulatedExecutor(TWO_HOSTS, lambda _: 10.0)
+    kept, gone = executor.start(["kept"], Needs(1), {"h0": 1}), executor.start(["gone"], Needs(1), {"h0": 1})
+    executor.cancel(gone)
+    assert [done.job for done in executor.finished(100.0)] == [kept]
+    assert executor.finished(100.0) == []
+    assert executor.now_s == 10.0
