@@ -63,8 +63,8 @@ class Home:
         fresh.replace(path)
 
     @contextmanager
-    def driving(self, study: str) -> Iterator[None]:
-        """Hold the study for the length of a `with`. Raises StudyHeld, naming the holder, when somebody else does.
+    def driving(self, study: str) -> Iterator[str]:
+        """Hold the study for the length of a `with`, which gets the words for its driver. Raises StudyHeld, naming the holder.
 
         The lock is the kernel's: it goes with the process, however that ends.
         """
@@ -75,10 +75,11 @@ class Home:
             except BlockingIOError:
                 handle.seek(0)
                 raise StudyHeld(f"study {study!r} is being driven already, by {handle.read().strip() or 'another process'}") from None
+            driver = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            handle.write(driver)
             handle.flush()
-            yield
+            yield driver
             handle.truncate(0)
 
     def holder(self, study: str) -> str | None:
