@@ -4,6 +4,7 @@ A Job is finished when its process has nothing more to say; its stages are done 
 long before. So whoever waits looks at the store, and asks the executor only for what failed or was lost.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,8 @@ from typing import Literal
 from cluster.store import Store
 from tasks.errors import EbblineError
 from tasks.stage import Report, Request
+
+ACCELERATOR_TYPE = "ray.io/accelerator-type"  # Ray's label; a host without real GPUs has none
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Host:
     cpus: int
     labels: Mapping[str, str] = field(default_factory=dict)
     draining: bool = False
+
+    @property
+    def gpu_type(self) -> str | None:
+        return self.labels.get(ACCELERATOR_TYPE)
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,8 @@ def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -
         if report.error is None and rank == 0:
             request = by_key[report.key]
             attempt = Path(request.out).parent
-            provenance = {"seconds": report.seconds, "gpus": world_size if world_size > 1 else request.gpus, **report.environment}
+            gpus = world_size if world_size > 1 else request.gpus
+            provenance = {"seconds": report.seconds, "gpus": gpus, "gpu_type": own_gpu_type() if gpus else None, **report.environment}
             try:
                 Store(attempt.parents[2]).commit(attempt, request.hashed, provenance)
             except (EbblineError, OSError) as error:
@@ -165,6 +173,18 @@ def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -
         if world_size > 1 and report.error is not None:
             raise MemberFailed(report)
     return tuple(reports)
+
+
+def own_gpu_type() -> str | None:
+    """The type of this process's GPUs, as Ray labels its host; None outside Ray and on hosts without real GPUs."""
+    if "ray" not in sys.modules:
+        return None
+    import ray  # only where an executor has brought it already
+
+    if not ray.is_initialized():
+        return None
+    labels: Mapping[str, str] = ray.get_runtime_context().get_node_labels()
+    return labels.get(ACCELERATOR_TYPE)
 
 
 class MemberFailed(Exception):

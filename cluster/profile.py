@@ -34,3 +34,8 @@ class Profile(Frozen):
     hang_after_s: Positive = 1800.0
     checkpoint_every_s: Positive = 60.0
     cache_gb: Positive = 100.0
+
+    def price(self, gpu_type: str | None) -> float | None:
+        """Dollars for an hour of a GPU of this type; None when neither it nor `other` has a price."""
+        found = self.gpus.get(gpu_type or "other", self.gpus.get("other"))
+        return None if found is None else found.usd_per_hour

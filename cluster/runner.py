@@ -7,12 +7,12 @@ is killed leaves nothing that another would have to clean up before continuing.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.costs import Estimates
+from cluster.costs import Estimates, GpuTypes, Meter, Unmetered, gpu_types
 from cluster.executor import Executor, Finished, Job, Needs
 from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
@@ -99,15 +99,19 @@ class Resolver:
 class Runner:
     """Drives wanted stages to done or failed on one executor. `step` is the heartbeat; nothing happens between calls."""
 
-    def __init__(self, store: Store, executor: Executor, needs_of: Callable[[Stage], Needs] | None = None) -> None:
+    def __init__(
+        self, store: Store, executor: Executor, needs_of: Callable[[Stage], Needs] | None = None, meter: Meter | None = None
+    ) -> None:
         self.store, self.executor = store, executor
         self.estimates = Estimates(store)
         self.nodes: dict[str, Node] = {}
         self.running: dict[str, _Running] = {}
         self.draining = False
+        self.refused: set[str] = set()  # keys that the meter would not let start just now
         self._by_key: dict[str, list[Node]] = {}
         self._lost: dict[str, int] = {}
         self._needs_of = needs_of or default_needs
+        self._meter = meter or Unmetered()
 
     def want(self, targets: Iterable[Stage]) -> None:
         """Add stages and all that they read from. Asking again for the same stage is free."""
@@ -139,6 +143,17 @@ class Runner:
     def idle(self) -> bool:
         """True when nothing runs and nothing can start."""
         return not self.running and not any(node.state == "ready" for node in self.nodes.values())
+
+    def open_seconds(self, stage: Stage) -> float | None:
+        """The expected seconds until a wanted stage is settled, once it starts; None for one that is settled or not wanted."""
+        node = self.nodes.get(stage.lineage)
+        return None if node is None or node.state in ("done", "failed") else self._seconds(node)
+
+    @property
+    def starved(self) -> bool:
+        """True when nothing runs, and the meter lets nothing start that is ready."""
+        ready = {node.key for node in self.nodes.values() if node.state == "ready"}
+        return not self.running and bool(ready) and ready <= self.refused
 
     def step(self, timeout_s: float = 0.5) -> None:
         """Start what fits, wait at most `timeout_s`, take in what was finished."""
@@ -225,13 +240,32 @@ class Runner:
                 )
         now = time.monotonic()
         busy = [Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
+        self.refused = set()
         for placement in place(works, busy, capacity):
-            batch = [self._request(ready[key], placement.needs.gpus) for key in placement.keys]
+            gpus = gpu_types(placement.hosts, capacity)
+            keys = self._affordable([ready[key] for key in placement.keys], gpus)
+            self.refused |= set(placement.keys) - set(keys)
+            if not keys:
+                continue
+            batch = [self._request(ready[key], placement.needs.gpus) for key in keys]
             job = self.executor.submit(batch, placement.needs, placement.hosts)
-            self.running[job.id] = _Running(job, now, sum(self._seconds(ready[key]) for key in placement.keys))
-            for key in placement.keys:
+            seconds = sum(self._seconds(ready[key]) for key in keys)
+            self.running[job.id] = _Running(job, now, seconds)
+            self._meter.started(job, gpus, seconds)
+            for key in keys:
                 for node in self._by_key[key]:
                     node.state = "running"
+
+    def _affordable(self, batch: Sequence[Node], gpus: GpuTypes) -> list[str]:
+        """As much of a batch, from its start, as the meter lets start."""
+        keys: list[str] = []
+        seconds = 0.0
+        for node in batch:
+            seconds += self._seconds(node)
+            if not self._meter.affords(gpus, seconds):
+                break
+            keys.append(node.key)
+        return keys
 
     def _request(self, node: Node, gpus: int) -> Request:
         attempt = self.store.begin(node.stage.kind, node.key)

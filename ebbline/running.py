@@ -24,7 +24,7 @@ from sweeps.drive import Progress, drive
 from sweeps.home import Home
 from sweeps.points import Result, StageName
 from sweeps.racing import races
-from sweeps.study import Study
+from sweeps.study import Study, lasting
 from tasks.identity import digest
 
 VERSIONS = ("ebbline", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "lm-eval", "ray", "optuna", "moocore")
@@ -163,7 +163,7 @@ def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str
     trained = mirror.trainings_of(results, home.store)
     hosts = sorted({f"{artifact.provenance.get('device')} on {platform.machine()}" for artifact in trained})
     return {
-        "study file, sha256": digest(study.model_dump(mode="json")),
+        "study, sha256": f"{digest(lasting(study.model_dump(mode='json')))} (its settings and pins; not its budget, nor where it ran)",
         "seeds": ", ".join(str(seed) for seed in study.seeds),
         "search": f"{study.search.sampler}, seed {study.search.seed}, window {study.search.window}",
         **{f"prompts of {suite}": said for suite, said in prompt_sets(study, home).items()},

@@ -6,17 +6,19 @@ there is not made again. Only one driver holds a study at a time.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.executor import Executor
 from cluster.runner import Failure, Runner
 from sweeps.home import Home
 from sweeps.outcome import result_of
+from sweeps.outlook import Outlook
 from sweeps.plan import Planner
 from sweeps.points import Point, Result, StageName
 from sweeps.racing import rivals_of, standing
 from sweeps.search import OptunaSearcher, Searcher, check_written_points, limit
+from sweeps.spending import Spending, require_prices, spending
 from sweeps.study import Study
 from tasks.errors import StudyError
 from tasks.specs import KINDS
@@ -27,12 +29,18 @@ MEASURES = ("score", "evaluate")  # the kinds of the stages that have metrics
 
 @dataclass
 class Flight:
-    """A point on its way: all that it may need, and of that what it has asked for so far (a raced suite asks block by block)."""
+    """A point on its way: all that it may need, and of that what it has asked for so far (a raced suite asks block by block).
+
+    One that has asked for nothing is on the ground: the budget does not afford it.
+    """
 
     number: int
     point: Point
     stages: dict[str, Stage]
-    asked: list[Stage]
+    asked: list[Stage] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"point {self.number} ({self.point})"
 
 
 @dataclass
@@ -42,6 +50,7 @@ class Progress:
     study: Study
     planner: Planner
     runner: Runner
+    spending: Spending
     results: list[Result] = field(default_factory=list)
     in_flight: list[Flight] = field(default_factory=list)
     limit: int | None = None
@@ -65,37 +74,43 @@ def drive(
     The executor is made once the study is held, and closed at the end; `stop` turning true drains and returns. Raises
     StudyHeld when another driver has the study, StudyError when a model cannot be measured before fine-tuning.
     """
-    with home.driving(study.study):
+    with home.driving(study.study) as driver:
         planner = Planner(study, home)
         check_written_points(study)
+        require_prices(study, home.profile)
         home.freeze(study)
         searcher = OptunaSearcher(study, home.storage_url(study.study))
-        executor = make_executor()
-        try:
-            return _loop(study, planner, searcher, Runner(home.store, executor, planner.needs_of), watch, stop)
-        finally:
-            executor.close()
+        with spending(study, home.profile, home.folder(study.study), driver) as spent:
+            executor = make_executor()
+            try:
+                runner = Runner(home.store, executor, planner.needs_of, spent)
+                return _loop(Progress(study, planner, runner, spent, limit=limit(study)), searcher, watch, stop)
+            finally:
+                executor.close()
 
 
-def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runner, watch: Watcher, stop: Callable[[], bool]) -> Progress:
-    progress = Progress(study, planner, runner, limit=limit(study))
+def _loop(progress: Progress, searcher: OptunaSearcher, watch: Watcher, stop: Callable[[], bool]) -> Progress:
+    study, planner, runner = progress.study, progress.planner, progress.runner
     baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
     runner.want(baselines)
     done: list[Result] = []
-    again = [_take_off(number, point, planner, runner) for number, point in searcher.measured()]
+    again = [Flight(number, point, planner.stages_for(point)) for number, point in searcher.measured()]
+    for flight in again:
+        _take_off(flight, runner)
     progress.told = searcher.told()
-    flights = deque(_take_off(number, point, planner, runner) for number, point in searcher.in_flight())
+    flights = deque(Flight(number, point, planner.stages_for(point)) for number, point in searcher.in_flight())
+    outlook = Outlook(planner, runner, progress.spending)
     exhausted = False
     while True:
-        while not exhausted and not runner.draining and len(flights) < study.search.window:
-            if _over_budget(study, progress):
-                exhausted, progress.stopped = True, f"the budget of {study.budget.hours} hours is spent"
-                break
+        grounded = None if runner.draining else _take_off_in_turn(flights, runner, outlook)
+        while not exhausted and not runner.draining and grounded is None and len(flights) < study.search.window:
             asked = searcher.ask()
             if asked is None:
                 exhausted = True
             else:
-                flights.append(_take_off(*asked, planner, runner))
+                flights.append(Flight(*asked, planner.stages_for(asked[1])))
+                grounded = _take_off_in_turn(flights, runner, outlook)
+        exhausted = exhausted or (progress.limit is not None and progress.told + len(flights) >= progress.limit)
         progress.in_flight = list(flights)
         watch(progress)
         broken = next((failure for stage in baselines if (failure := runner.failure(stage)) is not None), None)
@@ -106,10 +121,12 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
             _hear_again(study, again, runner, done)
             if not again:  # a raced point is compared with those before it, which must be known first
                 for flight in flights:
-                    _ask_more(study, flight, runner, done)
-        if flights and not again and not runner.draining and all(runner.settled(stage) for stage in flights[0].asked):
-            # One at a time: the next proposal is to see exactly this result more than the one before it did. None while
-            # draining, as nothing is asked then: the next run lands them from the store.
+                    if flight.asked:
+                        _ask_more(study, flight, runner, done)
+        # One at a time: the next proposal is to see exactly this result more than the one before it did. None while nothing is
+        # asked, draining or for want of budget: the next run lands them from the store.
+        in_turn = exhausted or len(flights) == study.search.window
+        if in_turn and not again and not runner.draining and _landing(flights, runner):
             done.append(_land(study, flights.popleft(), searcher, runner, done))
             progress.results.append(done[-1])
             progress.told += 1
@@ -120,17 +137,33 @@ def _loop(study: Study, planner: Planner, searcher: OptunaSearcher, runner: Runn
             runner.draining, progress.stopped = True, "stopped on request"
         if runner.draining and not runner.running:
             break
+        if runner.starved or (grounded is not None and runner.idle):
+            progress.stopped = outlook.told_of_stage() if grounded is None else outlook.told_of_point(str(grounded), grounded.stages)
+            break
         runner.step()
+        progress.spending.settle(runner.running)
     progress.in_flight = list(flights)
     watch(progress)
     return progress
 
 
-def _take_off(number: int, point: Point, planner: Planner, runner: Runner) -> Flight:
-    stages = planner.stages_for(point)
-    flight = Flight(number, point, stages, [stage for name, stage in stages.items() if StageName.parse(name).part in KINDS])
+def _take_off(flight: Flight, runner: Runner) -> None:
+    flight.asked = [stage for name, stage in flight.stages.items() if StageName.parse(name).part in KINDS]
     runner.want(flight.asked)
-    return flight
+
+
+def _take_off_in_turn(flights: Iterable[Flight], runner: Runner, outlook: Outlook) -> Flight | None:
+    """Let the points that are on the ground take off, in order; returns the first that the budget does not afford."""
+    for flight in flights:
+        if not flight.asked:
+            if not outlook.affords(flight.stages):
+                return flight
+            _take_off(flight, runner)
+    return None
+
+
+def _landing(flights: Sequence[Flight], runner: Runner) -> bool:
+    return bool(flights) and bool(flights[0].asked) and all(map(runner.settled, flights[0].asked))
 
 
 def _ask_more(study: Study, flight: Flight, runner: Runner, done: Sequence[Result]) -> bool:
@@ -172,7 +205,3 @@ def _land(study: Study, flight: Flight, searcher: Searcher, runner: Runner, done
 
 def _told(failure: Failure) -> str:
     return failure.reason + (f" (to see it again: {failure.command})" if failure.command else "")
-
-
-def _over_budget(study: Study, progress: Progress) -> bool:
-    return study.budget.hours is not None and time.monotonic() - progress.started > study.budget.hours * 3600

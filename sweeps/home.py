@@ -2,7 +2,7 @@
 
 HOME/store/                  artifacts, by kind and key
 HOME/cluster.yaml            the cluster's profile, if there is one
-HOME/studies/NAME/study.json the study as it was first run; driver.lock names who drives it now
+HOME/studies/NAME/study.json the study, with its latest budget; driver.lock names who drives it now
 HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.store import Store
-from sweeps.study import Study
+from sweeps.study import Study, lasting
 from sweeps.study_file import read_profile
 from tasks.errors import StudyError, StudyHeld
 
@@ -44,25 +44,27 @@ class Home:
         return self.root / "digests.json"
 
     def freeze(self, study: Study) -> None:
-        """Keep the study as first run. Raises StudyError, naming what differs, when another one has this name already."""
+        """Keep the study as first run, with its latest budget and placement (see sweeps.study.lasting).
+
+        Raises StudyError, naming what differs, when another one has this name already.
+        """
         path = self.folder(study.study) / "study.json"
         now = study.model_dump(mode="json")
-        if not path.exists():
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text(json.dumps(now, indent=1))
-            fresh.replace(path)
-            return
-        changed = list(differences(_portable(json.loads(path.read_text())), _portable(now)))
+        before = json.loads(path.read_text()) if path.exists() else now
+        changed = list(differences(lasting(before), lasting(now)))
         if changed:
             lines = "\n".join(f"  {line}" for line in changed[:10])
             raise StudyError(
                 f"a study named {study.study!r} was begun in {self.root} with other settings:\n{lines}\n"
                 "Give this one another name (`study: ...`), or another --home. Stages that both share are still run once."
             )
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(now, indent=1))
+        fresh.replace(path)
 
     @contextmanager
-    def driving(self, study: str) -> Iterator[None]:
-        """Hold the study for the length of a `with`. Raises StudyHeld, naming the holder, when somebody else does.
+    def driving(self, study: str) -> Iterator[str]:
+        """Hold the study for the length of a `with`, which gets the words for its driver. Raises StudyHeld, naming the holder.
 
         The lock is the kernel's: it goes with the process, however that ends.
         """
@@ -73,10 +75,11 @@ class Home:
             except BlockingIOError:
                 handle.seek(0)
                 raise StudyHeld(f"study {study!r} is being driven already, by {handle.read().strip() or 'another process'}") from None
+            driver = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            handle.write(driver)
             handle.flush()
-            yield
+            yield driver
             handle.truncate(0)
 
     def holder(self, study: str) -> str | None:
@@ -90,13 +93,6 @@ class Home:
             except BlockingIOError:
                 return handle.read().strip()
         return None
-
-
-def _portable(value: Any) -> Any:
-    """A study without the places its pinned content was found at: a file that moved is the same file."""
-    if isinstance(value, dict):
-        return {k: _portable(v) for k, v in value.items() if not (k == "path" and isinstance(v, str) and value.get("sha256"))}
-    return [_portable(item) for item in value] if isinstance(value, list) else value
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:

@@ -18,7 +18,19 @@ from sweeps.study import Data, Model, ModelRef, Study, require_pins
 from sweeps.suites import blocks_of, stages_of
 from tasks.errors import PinError, StudyError
 from tasks.identity import content_digest, digest
-from tasks.specs import Block, ConvertSpec, DataSpec, Dtype, LanguageSpec, OrganismSpec, ProjectSpec, Spec, SubspaceSpec, TrainSpec
+from tasks.specs import (
+    Block,
+    ConvertSpec,
+    DataSpec,
+    Dtype,
+    JudgeSpec,
+    LanguageSpec,
+    OrganismSpec,
+    ProjectSpec,
+    Spec,
+    SubspaceSpec,
+    TrainSpec,
+)
 from tasks.stage import Input, Part, Source, Stage, stage_of
 
 S = TypeVar("S", bound=Spec)
@@ -39,7 +51,7 @@ class Planner:
         require_pins(study)
         self.study, self.home = study, home
         self._language = Stage(LanguageSpec(seed=study.language))
-        self._gangs: dict[str, Needs] = {}
+        self._needs: dict[str, Needs] = {}
         self.labels: dict[str, str] = {}
         self._judges = {
             name: (judge.settings, None if judge.model is None else self._model(judge.model, judge.settings.dtype, None))
@@ -48,8 +60,11 @@ class Planner:
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
 
     def needs_of(self, stage: Stage) -> Needs:
-        """What a stage needs of the cluster: its size's gang for a point's training, else the kind's default."""
-        return self._gangs.get(stage.lineage, default_needs(stage))
+        """What a stage needs of the cluster: its size's gang for a point's training, its size's labels if it takes a GPU.
+
+        A judge is a model of its own, so its size's labels are not for it.
+        """
+        return self._needs.get(stage.lineage, default_needs(stage))
 
     def baselines(self) -> dict[str, dict[str, Stage]]:
         """Model -> suite -> the aligned model measured before any fine-tuning."""
@@ -58,6 +73,7 @@ class Planner:
             found[name] = {}
             for suite in self.study.suites:
                 stages = self._measured(name, suite, None)
+                self._place(name, stages.values())
                 found[name][suite] = stages[suite]
                 for part, stage in stages.items():
                     self.labels.setdefault(stage.lineage, f"{part} {name} before fine-tuning")
@@ -67,7 +83,9 @@ class Planner:
         """Stage name (see sweeps.points.StageName) -> stage, for every replicate of a point, all blocks of raced suites included."""
         stages: dict[str, Stage] = {}
         for seed in self.study.seeds:
-            for name, stage in self._replicate(point, seed).items():
+            own = self._replicate(point, seed)
+            self._place(point.model, own.values())
+            for name, stage in own.items():
                 stages[str(replace(name, seed=seed))] = stage
                 self.labels.setdefault(stage.lineage, f"{name.part} {point}" + (f" seed={seed}" if len(self.study.seeds) > 1 else ""))
         return stages
@@ -83,7 +101,7 @@ class Planner:
         data = self._data(self.study.data, _with(self.study.data.settings, "data", values, seed=seed))
         settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
         train = Stage(settings, {"model": family.aligned, "data": Part(data, DataSpec.ROWS)})
-        self._gangs[train.lineage] = Needs(model.gpus)
+        self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
         if settings.method == "full":
             raise StudyError("a point's train.method must be 'lora': Safe LoRA projects adapters; `tuned` models may be full")
         adapter = Part(train, TrainSpec.ADAPTER)
@@ -116,6 +134,15 @@ class Planner:
             inputs["adapter"] = apply
         return stages_of(suite, entry.measure, inputs, {"quantisation": model.quantisation, "dtype": model.dtype}, self._judges, block)
 
+    def _place(self, name: str, stages: Iterable[Stage]) -> None:
+        """Keep the labels of a size for its stages on GPUs; of two sizes that share a stage, the first in the file has its way."""
+        for stage in stages:
+            if stage.lineage not in self._needs:
+                needs = default_needs(stage)
+                own = needs.gpus > 0 and not isinstance(stage.spec, JudgeSpec)
+                self._needs[stage.lineage] = replace(needs, labels=self.study.models[name].labels) if own else needs
+                self._place(name, stage.upstream())
+
     def _family(self, name: str, model: Model) -> Family:
         base = None if model.base is None else self._model(model.base, model.dtype, None)
         aligned = self._model(model.aligned, model.dtype, base)
@@ -125,6 +152,7 @@ class Planner:
         for item, role in ((base, "base"), (aligned, "aligned"), (unaligned, "unaligned")):
             if item is not None and (stage := stage_of(item)) is not None:
                 self.labels.setdefault(stage.lineage, f"{role} model {name}")
+                self._place(name, [stage])
         return Family(aligned, unaligned)
 
     def _model(self, reference: ModelRef, dtype: Dtype, start: Input | None) -> Input:

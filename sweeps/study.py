@@ -83,6 +83,9 @@ class ModelRef(OneOf):
 class Model(Frozen):
     """One size of the family. `gpus` > 1 trains it as a gang. `axes` narrows the study's axes for this size.
 
+    `labels` select the hosts of all that this size does on GPUs, in Ray's syntax (`{ray.io/accelerator-type: A100}`); `spread`
+    lets its gang stand on several hosts. Where a size runs is no part of what it is: these and `gpus` may change between runs.
+
     `unaligned` stands in for the base where Safe LoRA subtracts: the paper notes that an aligned model fine-tuned on bad
     data behaves like the base. A family whose base is not to be had gives an `unaligned` model alone.
     """
@@ -93,6 +96,8 @@ class Model(Frozen):
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
     gpus: Count = 1
+    labels: dict[str, str] = {}
+    spread: bool = False
     axes: dict[str, Choices] = {}
     train: dict[str, AxisValue] = {}
 
@@ -172,9 +177,14 @@ class Search(Frozen):
 
 
 class Budget(Frozen):
-    """What stops a study before its points run out; a stage that has started is let finish."""
+    """What a study may take, over all its runs together: hours of driving, GPU-hours, dollars by the prices of the profile.
+
+    Nothing starts that is expected to cross it; what has started is let finish. It may be raised between runs.
+    """
 
     hours: Positive | None = None
+    gpu_hours: Positive | None = None
+    usd: Positive | None = None
 
 
 class Study(Frozen):
@@ -316,6 +326,27 @@ def unknown(name: str, known: set[str]) -> str:
 def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
     """(path in the study file, reference) for all outside content that has no pin yet."""
     return [(where, ref) for where, ref in references(study) if ref.sha256 is None or (isinstance(ref, Hub) and ref.commit is None)]
+
+
+PLACEMENT = ("gpus", "labels", "spread")  # of a model: where it runs
+
+
+def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a dumped study this study, and may not change once it has been run.
+
+    Not its budget, not where its sizes run, and not the places that its pinned content was found at: a file that moved is the
+    same file.
+    """
+    kept = {key: value for key, value in dump.items() if key != "budget"}
+    models = {name: {key: value for key, value in model.items() if key not in PLACEMENT} for name, model in dump["models"].items()}
+    without_paths: dict[str, Any] = _without_paths({**kept, "models": models})
+    return without_paths
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_paths(v) for k, v in value.items() if not (k == "path" and isinstance(v, str) and value.get("sha256"))}
+    return [_without_paths(item) for item in value] if isinstance(value, list) else value
 
 
 def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:

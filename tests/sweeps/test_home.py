@@ -1,5 +1,6 @@
 """The home folder: one driver a study, a study that stays what it was, and differences by name."""
 
+import json
 import os
 import signal
 import subprocess
@@ -94,3 +95,13 @@ def test_differences_are_one_line_for_each_leaf():
     assert list(differences(before, after)) == ["a.b: 1 -> 2", "a.c: [1, 2] -> [1, 3]", "gone: removed", "new: added"]
     assert list(differences(before, before)) == []
     assert max(len(line) for line in differences({"a": "x" * 500}, {"a": "y" * 500})) < 140
+
+
+def test_a_budget_may_be_raised_and_a_size_moved_to_other_gpus(tmp_path, home):
+    home.freeze(study(tmp_path, {"budget": {"usd": 10.0}}))
+    placed = {"models/7b/gpus": 2, "models/7b/labels": {"ray.io/accelerator-type": "H100"}, "models/7b/spread": True}
+    latest = study(tmp_path, {"budget": {"usd": 20.0, "hours": 3.0}, **placed})
+    home.freeze(latest)
+    assert json.loads((home.folder("tiny") / "study.json").read_text()) == latest.model_dump(mode="json")
+    with pytest.raises(StudyError, match=r"models\.7b\.dtype"):
+        home.freeze(study(tmp_path, {"models/7b/dtype": "float32", **placed}))

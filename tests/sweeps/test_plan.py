@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from cluster.executor import Needs
 from cluster.store import Store
 from sweeps.home import Home
 from sweeps.plan import Planner, plan
@@ -231,3 +232,23 @@ def test_full_training_has_no_place_among_the_points(tmp_path, home):
     with pytest.raises(StudyError, match="must be 'lora'"):
         planner.stages_for(next(iter(space(planner.study))))
     assert TrainSpec().method == "lora"
+
+
+def test_a_size_keeps_its_labels_on_all_that_it_does_on_gpus_and_its_gang_for_its_trainings(tmp_path, home):
+    labels = {"ray.io/accelerator-type": "A100"}
+    found = study(tmp_path, {"models/7b/gpus": 2, "models/7b/labels": labels, "models/7b/spread": True, "train/global_batch": 8})
+    planner = Planner(found, home)
+    stages = everything(list(planner.stages_for(next(iter(space(found)))).values()))
+    stages |= everything([stage for suites in planner.baselines().values() for stage in suites.values()])
+    needs = {(stage.kind, getattr(stage.spec, "method", None)): planner.needs_of(stage) for stage in stages.values()}
+    assert needs["train", "lora"] == Needs(2, labels, spread=True)
+    assert needs["train", "full"] == needs["generate", None] == needs["organism", None] == Needs(1, labels)
+    assert needs["score", None] == needs["data", None] == Needs(0)
+
+
+def test_where_a_size_runs_moves_no_stage(tmp_path, home):
+    plain = Planner(study(tmp_path), home)
+    placed = Planner(study(tmp_path, {"models/7b/labels": {"ray.io/accelerator-type": "in(A100,H100)"}, "models/7b/gpus": 4}), home)
+    for point in space(plain.study):
+        before, after = (planner.stages_for(point) for planner in (plain, placed))
+        assert {name: stage.lineage for name, stage in before.items()} == {name: stage.lineage for name, stage in after.items()}
