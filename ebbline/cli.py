@@ -314,6 +314,20 @@ def sync(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
     raise typer.Exit(sync_mirror(study, load(study), Home(home)))
 
 
+@app.command()
+@_explained
+def doctor(
+    home: HomeOption = DEFAULT_HOME,
+    address: Annotated[str | None, typer.Option(help="Ray address; the profile's if not given.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try everything that a run needs: GPUs, compiler, disks, Ray, logins, store, database. Says how to mend what is missing."""
+    from ebbline.doctor import examine, tell
+    from sweeps.home import Home
+
+    raise typer.Exit(tell(examine(Home(home), address), as_json))
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()

@@ -1,0 +1,150 @@
+"""`ebbline doctor`, run for real against what is there and what is broken: each fault is found, and its remedy names the thing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+
+from ebbline import doctor as doctor_module
+from ebbline.doctor import examine
+from sweeps.home import Home
+
+UNWRITABLE = Path("/sys/kernel/ebbline")  # nobody makes folders there, not even root
+
+
+class Told(dict[str, dict[str, str]]):
+    """The findings by check, and the exit code."""
+
+    code: int
+
+
+def doctor(home: Path, *arguments: str, **environment: str) -> Told:
+    done = subprocess.run(
+        [sys.executable, "-m", "ebbline", "doctor", "--home", str(home), "--json", *arguments],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"WANDB_MODE": "offline"} | environment,
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    told = Told({finding["check"]: finding for finding in json.loads(done.stdout)})
+    told.code = done.returncode
+    return told
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes; the second says that it has two A100, and what it cost."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1, num_gpus=2, resources={"accelerator_type:A100": 1}, labels={"ray.io/market-type": "spot"})
+    yield cluster
+    cluster.shutdown()
+
+
+def test_on_a_healthy_home_nothing_is_a_problem_and_nothing_stays_behind(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    told = doctor(home)
+    assert told.code == 0
+    assert [told[check]["verdict"] for check in ("versions", "compiler", "ray", "wandb", "store", "database")] == ["ok"] * 6
+    assert not [path for path in home.rglob("*") if path.is_file()]
+
+
+def test_every_finding_that_is_not_ok_has_a_remedy_of_one_line(tmp_path: Path) -> None:
+    for finding in doctor(tmp_path, HF_HOME=str(tmp_path), WANDB_MODE="online").values():
+        assert bool(finding["remedy"]) == (finding["verdict"] != "ok") and "\n" not in finding["remedy"]
+
+
+def test_in_a_terminal_a_finding_is_a_line_and_its_remedy_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [doctor_module.Finding("disk", "ok", "fine"), doctor_module.Finding("ray", "problem", "gone", "start it")]
+    assert doctor_module.tell(found, as_json=False) == 1
+    assert capsys.readouterr().out.splitlines() == ["ok       disk      fine", "problem  ray       gone", f"{'':18} -> start it"]
+
+
+def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.5}}\n")
+    told = doctor(tmp_path, "--address", cluster.address)
+    assert told.code == 0 and told["ray"]["verdict"] == "ok"
+    assert "2 nodes, 2 GPUs" in told["ray"]["seen"] and "ray.io/market-type=spot" in told["ray"]["seen"]
+    assert told["prices"] == {"check": "prices", "verdict": "ok", "seen": "the profile prices A100", "remedy": ""}
+
+
+def test_a_gpu_type_without_a_price_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(f"address: {cluster.address}\ngpus: {{H100: {{usd_per_hour: 4}}}}\n")
+    told = doctor(tmp_path)
+    assert told["prices"]["verdict"] == "warning" and "A100" in told["prices"]["seen"] and "cluster.yaml" in told["prices"]["remedy"]
+
+
+def test_a_cluster_of_another_version_is_a_problem_that_names_both(cluster: Cluster, tmp_path: Path) -> None:
+    gcs = GcsClient(address=cluster.address)
+    before = gcs.internal_kv_get(b"CLUSTER_METADATA", b"cluster")
+    gcs.internal_kv_put(b"CLUSTER_METADATA", json.dumps(json.loads(before) | {"ray_version": "2.1.0"}).encode(), True, b"cluster")
+    try:
+        told = doctor(tmp_path, "--address", cluster.address)
+    finally:
+        gcs.internal_kv_put(b"CLUSTER_METADATA", before, True, b"cluster")
+    assert told.code == 1 and "Ray: 2.1.0" in told["ray"]["seen"] and "Ray and Python" in told["ray"]["remedy"]
+
+
+def test_an_unreachable_cluster_is_a_problem_within_seconds(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        told = doctor(tmp_path, "--address", address)
+    assert told.code == 1 and told["ray"]["verdict"] == "problem"
+    assert address in told["ray"]["seen"] and "ray up" in told["ray"]["remedy"]
+
+
+def test_what_answers_nothing_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module, "LONGEST_S", 8.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found = {finding.check: finding for finding in examine(Home(tmp_path), f"127.0.0.1:{silent.getsockname()[1]}")}
+    assert found["ray"].verdict == "problem" and "--address" in found["ray"].remedy
+
+
+def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
+    told = doctor(UNWRITABLE)
+    assert told.code == 1
+    assert {check for check, finding in told.items() if finding["verdict"] == "problem"} == {"home", "store", "database"}
+    assert "EBBLINE_HOME" in told["home"]["remedy"] and str(UNWRITABLE) in told["home"]["seen"]
+
+
+@pytest.mark.parametrize(
+    ("storage", "says"), [("not a url", "no database URL"), ("postgresql://nobody:secret@127.0.0.1:1/ebbline", "not reachable")]
+)
+def test_a_bad_storage_url_is_a_problem_that_keeps_its_password(storage: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(f"storage: {storage}\n")
+    told = doctor(tmp_path)
+    assert told.code == 1 and told["database"]["verdict"] == "problem"
+    assert says in told["database"]["seen"] and "`storage:` in HOME/cluster.yaml" in told["database"]["remedy"]
+    assert "secret" not in json.dumps(told)
+
+
+def test_an_object_store_that_does_not_answer_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("store: s3://ebbline-test/runs\n")
+    keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "hidden-word", "AWS_REGION": "us-east-1"}
+    told = doctor(tmp_path, AWS_ENDPOINT_URL="http://127.0.0.1:1", AWS_ALLOW_HTTP="true", **keys)
+    assert told.code == 1 and told["store"]["verdict"] == "problem" and "s3://ebbline-test/runs" in told["store"]["seen"]
+    assert "AWS_ENDPOINT_URL" in told["store"]["remedy"] and "hidden-word" not in json.dumps(told)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_compiler_that_does_not_compile_is_a_problem(compiler: str, tmp_path: Path) -> None:
+    told = doctor(tmp_path, CXX=compiler)
+    assert told.code == 1 and compiler in told["compiler"]["seen"] and "g++" in told["compiler"]["remedy"]
+
+
+def test_online_without_a_login_is_a_problem(tmp_path: Path) -> None:
+    nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    told = doctor(tmp_path, WANDB_MODE="online", HF_HOME=str(tmp_path), HF_TOKEN="", **nobody)
+    assert told["wandb"]["verdict"] == "problem" and "wandb login" in told["wandb"]["remedy"]
+    assert told["hub"]["verdict"] == "warning" and "HF_TOKEN" in told["hub"]["remedy"]
+
+
+def test_a_broken_profile_is_one_error_that_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("storrage: x\n")
+    done = subprocess.run([sys.executable, "-m", "ebbline", "doctor", "--home", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "storrage" in done.stderr and "Traceback" not in done.stderr
