@@ -257,8 +257,8 @@ class _Queue:
     def reserve(self, work: Work) -> bool:
         """Keep the hosts that can have this gang soonest for it, if any is not kept for another."""
         gpus = self.needs.gpus
-        rooms = [room for room in self.rooms if room.reserved_s is None]
-        if gpus < 2 or not rooms:
+        rooms = [room for room in self.rooms if room.reserved_s is None] if gpus > 1 else []
+        if not rooms:
             return False
         soonest = min(rooms, key=lambda room: (room.free_s(gpus), room.host.name in work.shun, room.host.name))
         when_s = soonest.free_s(gpus)

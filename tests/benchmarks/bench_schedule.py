@@ -7,6 +7,7 @@ charged nothing for starting one. What the baselines are: docs/benchmarks.md.
 """
 
 import argparse
+import gc
 import itertools
 import os
 import random
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", type=int, default=STAGES)
     given = parser.parse_args()
+    gc.freeze()  # torch came with `record`; a driver has none, and its collector need not walk through it
     seeds = range(1, given.seeds + 1)
     decisions = [row for gpus in given.gpus for row in growth(gpus, runs=5)]
     shown = {name: (lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)) for name in decisions[0] if name != "part"}
