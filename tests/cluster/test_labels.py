@@ -17,6 +17,11 @@ def test_a_selector_judges_a_value_another_value_and_a_missing_label_as_ray_does
     assert tuple(selected({"type": selector}, labels) for labels in hosts) == expected
 
 
+def test_an_empty_value_selects_an_empty_label_and_no_missing_one():
+    assert selected({"type": ""}, {"type": ""})
+    assert not selected({"type": ""}, {})
+
+
 def test_all_selectors_must_hold():
     assert selected({"type": "A", "zone": "!b"}, {"type": "A", "zone": "a"})
     assert not selected({"type": "A", "zone": "!b"}, {"type": "A", "zone": "b"})
