@@ -174,9 +174,10 @@ def laid_out(spec: Spec, inputs: Mapping[str, Path], ctx: Context, memory_gb: fl
     A training whose micro-batch nobody chose gets the largest that fits, if the GPU's memory is known. Raises TrainingError, before
     anything is loaded, when not even one row fits.
     """
-    if not isinstance(spec, TrainSpec):
+    path = inputs["model"] / "config.json" if "model" in inputs else None
+    if not isinstance(spec, TrainSpec) or path is None or not path.exists():  # a model that is none is an error when it is loaded
         return ctx, None
-    config = json.loads((inputs["model"] / "config.json").read_text())
+    config = json.loads(path.read_text())
     if not memory.predictable(config, spec):
         return ctx, None
     if ctx.device != "cpu" and memory_gb is None:
