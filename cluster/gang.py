@@ -4,6 +4,7 @@ Ray Train reserves the gang's GPUs in one placement group (all or nothing), star
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,7 +16,21 @@ from tasks.stage import Report, Request
 
 
 def run_gang(requests: Sequence[Request], gpus: int, scratch: str) -> tuple[Report, ...]:
-    """Run a batch on `gpus` processes, one GPU each; rank 0 commits. Returns rank 0's reports."""
+    """Run a batch on `gpus` processes, one GPU each; rank 0 commits. Returns rank 0's reports.
+
+    A gang that runs out of memory is started again with half the micro-batch, for the stage it was at and those behind it; it goes
+    on from its checkpoint.
+    """
+    while True:
+        reports = _run_once(requests, gpus, scratch)
+        short = next((report for report in reports if report.smaller is not None), None)
+        if short is None:
+            return reports
+        keys = [request.key for request in requests]
+        requests = [replace(request, micro_batch=short.smaller) for request in requests[keys.index(short.key) :]]
+
+
+def _run_once(requests: Sequence[Request], gpus: int, scratch: str) -> tuple[Report, ...]:
     cuda = requests[0].device != "cpu"
     outcome = _Outcome.remote()  # type: ignore[attr-defined]  # ray.remote hides the class
     trainer = TorchTrainer(
@@ -23,7 +38,11 @@ def run_gang(requests: Sequence[Request], gpus: int, scratch: str) -> tuple[Repo
         train_loop_config={"requests": [request.to_json() for request in requests], "outcome": outcome},
         scaling_config=ScalingConfig(num_workers=gpus, use_gpu=True, resources_per_worker={"GPU": 1, "CPU": 1}),
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        run_config=RunConfig(name=f"gang-{requests[0].key[:12]}", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(
+            name=f"gang-{requests[0].key[:12]}-{requests[0].micro_batch or 0}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=0),
+        ),
     )
     try:
         trainer.fit()

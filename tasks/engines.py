@@ -1,18 +1,19 @@
-"""What a training step runs on: one device, or a gang of processes under DeepSpeed ZeRO.
+"""What a training step runs on: one device, or a gang of processes (`tasks.gang_engine`).
 
-Both take the same global batch and give the same loss; `tasks.train` cannot tell them apart. `gathered` yields the whole
-model's trained tensors; `checkpoint` and `resume` keep an interrupted training in the Context's scratch folder.
+Both take the same global batch and give the same loss; `tasks.train` cannot tell them apart. `gathered` yields the whole model's
+trained tensors. `checkpoint` and `resume` keep an interrupted training in the Context's scratch folder, in one form for all engines
+and numbers of processes: a training that a gang of four began may be continued by two, or by one device.
 """
 
 import gc
 import logging
 import os
 import pickle
-import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,26 @@ from tasks.specs import TrainSpec
 from tasks.stage import Context
 
 _log = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 Curve = list[tuple[int, float, float, int]]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A training between two steps: the trained tensors whole, by name, and AdamW's moments of each. The curve's length is its step."""
+
+    curve: Curve
+    parameters: Tensors
+    moments: dict[str, Tensors]  # by MOMENTS, then by the parameter's name; empty before the first step
 
 
 class Engine(ABC):
     """A model being trained. `step` does one optimiser step on a global batch and returns (mean token loss, tokens)."""
 
     tokenizer: Any
+    ctx: Context
+    _saved_at: float
 
     @abstractmethod
     def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]: ...
@@ -42,13 +56,27 @@ class Engine(ABC):
     def resume(self) -> Curve: ...
 
     @abstractmethod
-    def checkpoint(self, curve: Curve) -> None: ...
-
-    @abstractmethod
     def gathered(self) -> AbstractContextManager[Any]: ...
 
     @abstractmethod
     def close(self) -> None: ...
+
+    @abstractmethod
+    def due(self) -> bool:
+        """True when a checkpoint is to be written now; the same on every member of a gang."""
+
+    @abstractmethod
+    def state(self, curve: Curve) -> Saved | None:
+        """What a checkpoint holds; None on a member that writes none."""
+
+    def checkpoint(self, curve: Curve) -> None:
+        """Write a checkpoint when one is due, and say so to `ctx.saved` once it is whole on the disk."""
+        if not self.due():
+            return
+        saved = self.state(curve)
+        if saved is not None:
+            write_checkpoint(self.ctx, saved)
+        self._saved_at = time.monotonic()
 
 
 class SingleDevice(Engine):
@@ -60,7 +88,7 @@ class SingleDevice(Engine):
             self._resident, self.tokenizer = ctx.residents.model(folder, spec.quantisation, spec.dtype, ctx.device)
         else:
             self._resident, self.tokenizer = load_model(folder, spec.quantisation, spec.dtype, ctx.device), load_tokenizer(folder)
-        self.model = trainable(self._resident, spec)
+        self.model = trainable(self._resident, spec, ctx)
         self.model.train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
@@ -74,7 +102,7 @@ class SingleDevice(Engine):
                 loss = sum(self._backward(batch[i : i + self.micro_batch], tokens) for i in range(0, len(batch), self.micro_batch))
                 break
             except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if self.micro_batch == 1:
                     raise TrainingError(
@@ -98,29 +126,26 @@ class SingleDevice(Engine):
         return loss.item()
 
     def resume(self) -> Curve:
-        path = self.ctx.scratch / "checkpoint.pt"
-        if not path.exists():
+        saved = read_checkpoint(self.ctx)
+        if saved is None:
             return []
-        try:
-            saved = torch.load(path, weights_only=True, map_location=self.ctx.device)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            _log.warning("the checkpoint %s cannot be read (%s); this training starts over", path, type(error).__name__)
-            path.unlink()
-            return []
-        for parameter, tensor in zip(self.parameters, saved["parameters"], strict=True):
-            parameter.data.copy_(tensor)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        return [(int(step), loss, rate, int(tokens)) for step, loss, rate, tokens in saved["curve"]]
+        with torch.no_grad():
+            for name, parameter in self._named():
+                parameter.copy_(saved.parameters[name])
+                if saved.moments:
+                    moments = {moment: saved.moments[moment][name].to(parameter) for moment in MOMENTS}
+                    self.optimizer.state[parameter] = {"step": torch.tensor(float(len(saved.curve))), **moments}
+        return saved.curve
 
-    def checkpoint(self, curve: Curve) -> None:
-        if time.monotonic() - self._saved_at < self.ctx.checkpoint_every_s:
-            return
-        self.ctx.scratch.mkdir(parents=True, exist_ok=True)
-        fresh = self.ctx.scratch / f"checkpoint.{os.getpid()}.tmp"  # a lost worker may still be writing its own
-        state = {"parameters": [p.data for p in self.parameters], "optimizer": self.optimizer.state_dict(), "curve": curve}
-        torch.save(state, fresh)
-        fresh.replace(self.ctx.scratch / "checkpoint.pt")
-        self._saved_at = time.monotonic()
+    def due(self) -> bool:
+        return self.ctx.leaving() or time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s
+
+    def state(self, curve: Curve) -> Saved:
+        moments = {moment: {name: self.optimizer.state[parameter][moment] for name, parameter in self._named()} for moment in MOMENTS}
+        return Saved(curve, {name: parameter.data for name, parameter in self._named()}, moments)
+
+    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def gathered(self) -> AbstractContextManager[Any]:
         return nullcontext(self.model)
@@ -131,100 +156,13 @@ class SingleDevice(Engine):
             self.model.unload()
             if hasattr(self._resident, "peft_config"):
                 del self._resident.peft_config
-            if self.ctx.device != "cpu":  # what `trainable` switched on
+            if self.ctx.recomputes:  # what `trainable` switched on
                 self._resident.gradient_checkpointing_disable()
                 self._resident.disable_input_require_grads()
             self._resident.eval()
 
 
-class DeepSpeedGang(Engine):
-    """One member of a ZeRO gang; torch.distributed is already up. Every member takes its share of each global batch."""
-
-    def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
-        import deepspeed  # only gangs need it, and it takes seconds to import
-
-        if spec.global_batch % ctx.world_size:
-            raise TrainingError(
-                f"train.global_batch={spec.global_batch} does not divide among {ctx.world_size} processes;"
-                f" choose a multiple of {ctx.world_size}"
-            )
-        self.spec, self.ctx = spec, ctx
-        self.tokenizer = load_tokenizer(folder)
-        share = spec.global_batch // ctx.world_size
-        self.micro_batch = min(ctx.micro_batch or share, share)
-        while share % self.micro_batch:
-            self.micro_batch -= 1
-        # With 4-bit weights zero.Init is ignored: each member loads, then DeepSpeed shards.
-        model = trainable(load_model(folder, spec.quantisation, spec.dtype, ctx.device), spec)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.accumulation = share // self.micro_batch
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.AdamW(self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay),
-            config={
-                "train_micro_batch_size_per_gpu": self.micro_batch,
-                "gradient_accumulation_steps": self.accumulation,
-                "gradient_clipping": spec.gradient_norm,
-                "bf16": {"enabled": spec.dtype == "bfloat16"},
-                "zero_optimization": {"stage": ctx.zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 10**9,
-            },
-        )
-        self.engine.train()
-        self._gathered = deepspeed.zero.GatheredParameters
-        self._saved_at = time.monotonic()
-
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
-        tokens = count_tokens(batch)
-        mine = batch[self.ctx.rank :: self.ctx.world_size]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        total = torch.zeros((), device=self.ctx.device)
-        for i in range(0, len(mine), self.micro_batch):
-            loss = token_loss(self.engine, mine[i : i + self.micro_batch], self.tokenizer.pad_token_id, self.ctx.device) / tokens
-            # DeepSpeed takes the mean over members and micro-batches; this loss is already a share of the whole.
-            self.engine.backward(loss * self.ctx.world_size * self.accumulation)
-            self.engine.step()
-            total += loss.detach()
-        torch.distributed.all_reduce(total)
-        return total.item(), tokens
-
-    def resume(self) -> Curve:
-        folder = self.ctx.scratch / f"zero{self.ctx.world_size}"
-        if not (folder / "latest").exists():
-            return []
-        path, state = self.engine.load_checkpoint(str(folder), load_module_strict=False)
-        if path is None:
-            _log.warning("DeepSpeed could not read the checkpoint in %s; this training starts over", folder)
-            return []
-        return [tuple(row) for row in state["curve"]]
-
-    def checkpoint(self, curve: Curve) -> None:
-        due = torch.tensor(float(time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s), device=self.ctx.device)
-        torch.distributed.broadcast(due, src=0)  # the members' clocks differ; rank 0's decides
-        if not due.item():
-            return
-        folder = self.ctx.scratch / f"zero{self.ctx.world_size}"
-        tag = f"step{len(curve)}"
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"curve": curve}, exclude_frozen_parameters=True)
-        if self.ctx.rank == 0:
-            for old in folder.glob("step*"):
-                if old.name != tag:
-                    shutil.rmtree(old)
-        self._saved_at = time.monotonic()
-
-    @contextmanager
-    def gathered(self) -> Iterator[Any]:
-        with self._gathered(self.parameters if self.spec.method == "lora" else list(self.engine.module.parameters())):
-            yield self.engine.module
-
-    def close(self) -> None:
-        self.engine.destroy()
-        gc.collect()
-
-
-def trainable(base: Any, spec: TrainSpec) -> Any:
+def trainable(base: Any, spec: TrainSpec, ctx: Context) -> Any:
     """The model with what `spec` trains marked as trainable: a fresh LoRA adapter (seeded), or every weight."""
     if spec.method == "full":
         return base.requires_grad_(True)
@@ -238,8 +176,11 @@ def trainable(base: Any, spec: TrainSpec) -> Any:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
-    if next(base.parameters()).device.type == "cuda":
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if ctx.recomputes:
+        # bitsandbytes keeps what it needs for the backward pass on its autograd context, where only the reentrant kind lets go of it:
+        # with the other kind a gang's gathered NF4 weights, and int8's inputs, stay from the forward pass to the backward one.
+        reentrant = ctx.world_size > 1 or spec.quantisation == "int8"
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         base.enable_input_require_grads()
     return model
 
@@ -252,5 +193,29 @@ def token_loss(model: Any, rows: Sequence[Row], pad: int, device: str) -> torch.
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def write_checkpoint(ctx: Context, saved: Saved) -> None:
+    """Replace the checkpoint in `ctx.scratch` in one move, then tell `ctx.saved`."""
+    ctx.scratch.mkdir(parents=True, exist_ok=True)
+    fresh = ctx.scratch / f"checkpoint.{os.getpid()}.tmp"  # a lost worker may still be writing its own
+    torch.save({"curve": saved.curve, "parameters": saved.parameters, "moments": saved.moments}, fresh)
+    fresh.replace(ctx.scratch / "checkpoint.pt")
+    ctx.saved()
+
+
+def read_checkpoint(ctx: Context) -> Saved | None:
+    """The checkpoint in `ctx.scratch`; None when there is none, or none that can be read: such a one is removed, with a warning."""
+    path = ctx.scratch / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        _log.warning("the checkpoint %s cannot be read (%s); this training starts over", path, type(error).__name__)
+        path.unlink()
+        return None
+    curve = [(int(step), loss, rate, int(tokens)) for step, loss, rate, tokens in found["curve"]]
+    return Saved(curve, found["parameters"], found["moments"])

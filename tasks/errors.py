@@ -7,7 +7,8 @@
     ├── UnstableValue     a value that cannot be hashed the same way twice
     ├── DataError         a data file is missing, empty, truncated or of another shape
     ├── ModelError        a model or adapter cannot be loaded, or is not what the stage needs
-    ├── TrainingError     training produced something that must not be kept (NaN loss, empty adapter)
+    ├── TrainingError     training produced something that must not be kept (NaN loss, empty adapter), or cannot fit in memory
+    │   └── OutOfMemory   a gang ran out of memory, and may try again with a smaller micro-batch
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
     │   └── EndpointDown  a judge's endpoint answers nothing; no fault of what was to be judged
@@ -50,6 +51,14 @@ class ModelError(EbblineError):
 
 class TrainingError(EbblineError):
     pass
+
+
+class OutOfMemory(TrainingError):
+    """`micro_batch` is what to try next: the checkpoint in the scratch folder goes on from where it was."""
+
+    def __init__(self, message: str, micro_batch: int) -> None:
+        super().__init__(message)
+        self.micro_batch = micro_batch
 
 
 class ProjectionError(EbblineError):

@@ -88,7 +88,9 @@ def key_payload(spec: Spec, contents: Mapping[str, str]) -> dict[str, Any]:
 class Context:
     """How one attempt runs. Never hashed; what matters of it is recorded as provenance.
 
-    `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size` describe a gang.
+    `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size` describe a gang, `micro_batch`,
+    `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a training is laid out in memory. `leaving` says that this machine
+    is about to go, and `saved` is told of every checkpoint that is whole on the disk.
     """
 
     log: Path
@@ -102,7 +104,15 @@ class Context:
     rank: int = 0
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
+    leaving: Callable[[], bool] = lambda: False
+    saved: Callable[[], None] = lambda: None
+    gradient_checkpointing: bool | None = None
     residents: Any = None  # tasks.models.Residents: what this process keeps loaded between stages
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a LoRA training computes each layer's activations again in the backward pass, in place of keeping them."""
+        return self.device != "cpu" if self.gradient_checkpointing is None else self.gradient_checkpointing
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,8 @@ class Request:
     threads: int | None = None
     micro_batch: int | None = None
     checkpoint_every_s: float = 60.0
+    zero_stage: int = 3
+    memory_gb: float | None = None  # of each GPU; with it, a training without a micro-batch gets the largest that fits
 
     @property
     def hashed(self) -> dict[str, Any]:
@@ -149,6 +161,7 @@ class Request:
                 threads=self.threads,
                 micro_batch=self.micro_batch,
                 checkpoint_every_s=self.checkpoint_every_s,
+                zero_stage=self.zero_stage,
             ),
             **changes,
         )
@@ -156,7 +169,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one Request. `error` is a one-line reason, without any completion or prompt in it."""
+    """What became of one Request. `error` is a one-line reason, without any completion or prompt in it.
+
+    `smaller` is the micro-batch to try again with when a gang ran out of memory: no failure of the stage.
+    """
 
     key: str
     seconds: float
@@ -164,3 +180,4 @@ class Report:
     error_type: str | None = None
     traceback: str | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    smaller: int | None = None

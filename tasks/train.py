@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from tasks.batches import Row
 from tasks.data import encode, read_conversations
-from tasks.engines import DeepSpeedGang, Engine, SingleDevice
+from tasks.engines import Engine, SingleDevice
 from tasks.errors import TrainingError
+from tasks.gang_engine import DeepSpeedGang
 from tasks.specs import TrainSpec
 from tasks.stage import Context
 

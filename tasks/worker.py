@@ -6,14 +6,17 @@ requests of a batch share what is loaded; a request that fails does not stop tho
 
 import contextlib
 import json
+import logging
 import platform
 import resource
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from tasks.errors import DiskFull, EbblineError
+from tasks import memory
+from tasks.errors import DiskFull, EbblineError, OutOfMemory
 from tasks.models import Residents, resolve
 from tasks.specs import (
     ApplySpec,
@@ -30,8 +33,9 @@ from tasks.specs import (
     SubspaceSpec,
     TrainSpec,
 )
-from tasks.stage import Report, Request
+from tasks.stage import Context, Report, Request
 
+_log = logging.getLogger(__name__)
 ERROR = "error.txt"
 Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
@@ -54,14 +58,17 @@ def _run(request: Request, residents: Residents, rank: int, world_size: int) -> 
         progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
         ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress)
         _set_threads(request.threads)
+        ctx, predicted_gb = laid_out(spec, inputs, ctx, request.memory_gb)
+        _forget_peak(ctx.device)
         run_function(spec)(spec, inputs, Path(request.out), ctx)
     except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
         residents.clear()  # a model that a failure left half changed must not be measured by the next request
         with contextlib.suppress(OSError):  # on a full disk the report below says so
             (Path(request.log) / ERROR).write_text(traceback.format_exc())
         name, reason = described(error, Path(request.log))
-        return Report(request.key, time.monotonic() - started, reason, name, traceback.format_exc())
-    return Report(key=request.key, seconds=time.monotonic() - started, environment=_environment(request))
+        smaller = error.micro_batch if isinstance(error, OutOfMemory) else None
+        return Report(request.key, time.monotonic() - started, reason, name, traceback.format_exc(), smaller=smaller)
+    return Report(key=request.key, seconds=time.monotonic() - started, environment=_environment(ctx, predicted_gb))
 
 
 def described(error: BaseException, log: Path) -> tuple[str, str]:
@@ -161,11 +168,57 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _environment(request: Request) -> dict[str, object]:
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    return {
-        "device": request.device,
+def laid_out(spec: Spec, inputs: Mapping[str, Path], ctx: Context, memory_gb: float | None) -> tuple[Context, float | None]:
+    """The Context with a training's layout in it, and the GB it is predicted to allocate on each GPU; None where that is not known.
+
+    A training whose micro-batch nobody chose gets the largest that fits, if the GPU's memory is known. Raises TrainingError, before
+    anything is loaded, when not even one row fits.
+    """
+    path = inputs["model"] / "config.json" if "model" in inputs else None
+    if not isinstance(spec, TrainSpec) or path is None or not path.exists():  # a model that is none is an error when it is loaded
+        return ctx, None
+    config = json.loads(path.read_text())
+    if not memory.predictable(config, spec):
+        return ctx, None
+    if ctx.device != "cpu" and memory_gb is None:
+        import torch  # only a worker has torch
+
+        memory_gb = torch.cuda.get_device_properties(ctx.device).total_memory / memory.GB
+    if ctx.micro_batch is None and memory_gb is not None and spec.global_batch % ctx.world_size == 0:
+        layout = memory.fitting(config, spec, ctx.world_size, memory_gb)
+        ctx = replace(ctx, micro_batch=layout.micro_batch, zero_stage=layout.zero_stage or ctx.zero_stage)
+    share = max(1, spec.global_batch // ctx.world_size)
+    stage = ctx.zero_stage if ctx.world_size > 1 else 0
+    layout = memory.Layout(ctx.world_size, stage, min(ctx.micro_batch or share, share), ctx.recomputes)
+    return ctx, memory.predict(memory.shape_of(config), spec, layout).allocated_gb
+
+
+def _forget_peak(device: str) -> None:
+    if device != "cpu":
+        import torch  # only a worker has torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _environment(ctx: Context, predicted_gb: float | None) -> dict[str, object]:
+    """What an attempt's record keeps of where it ran. `peak_memory_gb` is this process's on the host, since it began."""
+    environment: dict[str, object] = {
+        "device": ctx.device,
         "host": platform.node(),
         "python": platform.python_version(),
-        "peak_memory_gb": round(peak_gb, 3),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3),
     }
+    if predicted_gb is not None:
+        environment["predicted_memory_gb"] = round(predicted_gb, 3)
+    if ctx.device != "cpu":
+        import torch  # only a worker has torch
+
+        peak_gb = torch.cuda.max_memory_allocated() / memory.GB
+        environment["peak_gpu_memory_gb"] = round(peak_gb, 3)
+        warn_of_a_wrong_prediction(predicted_gb, peak_gb)
+    return environment
+
+
+def warn_of_a_wrong_prediction(predicted_gb: float | None, peak_gb: float) -> None:
+    if predicted_gb is not None and abs(predicted_gb - peak_gb) > 0.2 * peak_gb:
+        _log.warning("this training was predicted to allocate %.1f GB on each GPU and allocated %.1f GB", predicted_gb, peak_gb)

@@ -1,0 +1,216 @@
+"""Predicted memory, part by part against what PyTorch, PEFT and bitsandbytes really take; the table in docs/gangs.md is made here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tasks.batches import Row
+from tasks.engines import token_loss, trainable
+from tasks.errors import ModelError, TrainingError
+from tasks.memory import GB, Layout, constant_bytes, fits, fitting, kept_per_token, predict, predictable, quantised_bytes, shape_of
+from tasks.models import load_model
+from tasks.specs import TrainSpec
+from tasks.worker import laid_out, warn_of_a_wrong_prediction
+from tests.tiny import context
+
+DOC = Path(__file__).parents[2] / "docs" / "gangs.md"
+COMMON = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False}
+LLAMA_2 = {
+    "7b": {**COMMON, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
+    "13b": {**COMMON, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13824},
+    "70b": {
+        **COMMON, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+    },
+}  # fmt: skip
+LONG = TrainSpec(rank=8, quantisation="nf4", max_tokens=2048, global_batch=16)
+
+
+def with_quantisation(quantisation: str) -> TrainSpec:
+    return LONG.model_copy(update={"quantisation": quantisation})
+
+
+def table() -> str:
+    """Llama-2-70B, LoRA of rank 8 on all linears, 2,048 tokens, a global batch of 16: the largest micro-batch that fits."""
+    shape = shape_of(LLAMA_2["70b"])
+    lines = ["| base | GPUs | layout | loading | training | of it: base | activations | all else |", "|---|---|---|---|---|---|---|---|"]
+    for quantisation in ("nf4", "int8", "none"):
+        spec = with_quantisation(quantisation)
+        for gpus in (2, 4, 8):
+            for memory_gb in (40, 80):
+                head = f"| {'bf16' if quantisation == 'none' else quantisation} | {gpus} x {memory_gb} GB |"
+                try:
+                    layout = fitting(LLAMA_2["70b"], spec, gpus, memory_gb)
+                except TrainingError as error:
+                    lines.append(f"{head} does not fit: {str(error).split('What would fit: ')[1]} | | | | | |")
+                    continue
+                found = predict(shape, spec, layout)
+                parts = dict(found.training)
+                base = parts.pop("base weights") + parts.pop("quantisation constants")
+                activations = parts.pop("layer inputs") + parts.pop("a layer's activations, or the logits")
+                figures = [found.loading, sum(found.training.values()), base, activations, sum(parts.values())]
+                cells = " | ".join(f"{figure / GB:.1f}" for figure in figures)
+                lines.append(f"{head} ZeRO-{layout.zero_stage}, micro-batch {layout.micro_batch} | {cells} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_documentation_is_what_the_code_says():
+    assert table() in DOC.read_text()
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "70b"])
+def test_parameters_of_llama_2_and_of_its_adapters_are_counted_exactly(size, tmp_path):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in LLAMA_2[size].items() if k != "model_type"}))
+        assert sum(p.numel() for p in model.parameters()) == shape_of(LLAMA_2[size]).parameters
+        for spec in (TrainSpec(rank=8), TrainSpec(rank=16, target_modules=("q_proj", "v_proj", "down_proj"))):
+            model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in LLAMA_2[size].items() if k != "model_type"}))
+            lora = [p.numel() for p in trainable(model, spec, context(tmp_path)).parameters() if p.requires_grad]
+            assert sorted(lora) == sorted(shape_of(LLAMA_2[size]).adapter(spec))
+
+
+def test_parameters_of_the_tiny_model_are_counted_exactly(pair):
+    config = json.loads((pair.aligned / "config.json").read_text())
+    assert shape_of(config).parameters == sum(p.numel() for p in load_model(pair.aligned, "none", "float32", "cpu").parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nf4_takes_the_bytes_that_bitsandbytes_really_holds(pair, dtype):
+    model = load_model(pair.aligned, "nf4", dtype, "cpu")
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    packed = sum(layer.weight.untyped_storage().nbytes() for layer in layers)
+    states = [layer.weight.quant_state for layer in layers]
+    held = [tensor for s in states for tensor in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    shape = shape_of(json.loads((pair.aligned / "config.json").read_text()))
+    assert quantised_bytes(shape, "nf4", 4) == packed
+    assert constant_bytes(shape, "nf4") == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def test_int8_takes_the_bytes_that_bitsandbytes_really_holds(pair):
+    model = load_model(pair.aligned, "int8", "float32", "cpu")
+    weights = [p for p in model.parameters() if type(p).__name__ == "Int8Params"]
+    shape = shape_of(json.loads((pair.aligned / "config.json").read_text()))
+    assert quantised_bytes(shape, "int8", 4) == sum(p.untyped_storage().nbytes() for p in weights)
+    assert constant_bytes(shape, "int8") == sum(p.SCB.numel() * p.SCB.element_size() for p in weights)
+
+
+def made(dtype: torch.dtype, vocabulary: int, layers: int, recompute: bool, folder: Path):
+    """(a small Llama with LoRA, its shape, its spec); 256 wide, so that rounding and bookkeeping are small beside its tensors."""
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    spec = TrainSpec(rank=8, dtype="float32" if dtype == torch.float32 else "bfloat16", max_tokens=128)
+    model = trainable(LlamaForCausalLM(config).to(dtype), spec, context(folder, gradient_checkpointing=recompute))
+    model.config.use_cache = False
+    return model.train(), shape_of(config.to_dict()), spec
+
+
+ROWS = [Row([i % 120 for i in range(128)], [5] * 128)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_layer_keeps_for_its_backward_pass_is_counted_to_the_byte(tmp_path, dtype):
+    def kept(layers: int) -> int:
+        model, _, _ = made(dtype, 128, layers, False, tmp_path)
+        own = {item.untyped_storage().data_ptr() for item in (*model.parameters(), *model.buffers())}
+        seen: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                seen[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            token_loss(model, ROWS, 0, "cpu")
+        return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+    _, shape, spec = made(dtype, 128, 1, False, tmp_path)
+    assert kept(3) - kept(2) == kept_per_token(shape, spec) * 2 * 128
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocabulary", "recompute"), [(128, True), (8000, True), (128, False)])
+def test_a_steps_peak_is_predicted_within_a_tenth_of_what_the_allocator_sees(tmp_path, dtype, vocabulary, recompute):
+    model, shape, spec = made(dtype, vocabulary, 6, recompute, tmp_path)
+    token_loss(model, ROWS, 0, "cpu").backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        token_loss(model, ROWS, 0, "cpu").backward()
+    events = sorted((e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    level = peak = 0
+    for event in events:
+        level += event.nbytes()
+        peak = max(peak, level)
+    found = predict(shape, spec, Layout(1, 0, 2, recompute)).training
+    assert found["layer inputs"] + found["a layer's activations, or the logits"] == pytest.approx(peak, rel=0.1)
+
+
+def test_llama_2_70b_with_qlora_on_two_gpus_of_40_gb_comes_near_the_published_figure():
+    # 36.6 GB a GPU: PEFT's documentation, QLoRA with DeepSpeed ZeRO-3, rank 8 on all linears, 2,048 tokens, micro-batch 2, storage bf16.
+    found = predict(shape_of(LLAMA_2["70b"]), LONG, Layout(2, 3, 2))
+    assert found.total_gb == pytest.approx(36.6, rel=0.05)
+    assert sum(found.training.values()) < found.loading  # the whole NF4 model on each GPU, before it is shared out
+
+
+@given(
+    quantisation=st.sampled_from(["none", "int8", "nf4"]),
+    gpus=st.sampled_from([1, 2, 4, 8, 16]),
+    memory_gb=st.integers(8, 200),
+    tokens=st.sampled_from([256, 1024, 4096]),
+    size=st.sampled_from(["7b", "13b", "70b"]),
+)
+def test_what_is_chosen_fits_and_nothing_larger_would(quantisation, gpus, memory_gb, tokens, size):
+    spec, shape = LONG.model_copy(update={"quantisation": quantisation, "max_tokens": tokens}), shape_of(LLAMA_2[size])
+    try:
+        layout = fitting(LLAMA_2[size], spec, gpus, memory_gb)
+    except TrainingError as error:
+        assert f"on each of {gpus} GPU" in str(error) and "What would fit: " in str(error)
+        larger = 1
+    else:
+        assert fits(predict(shape, spec, layout), memory_gb)
+        assert spec.global_batch // gpus % layout.micro_batch == 0
+        larger = layout.micro_batch * 2
+    if larger <= spec.global_batch // gpus:
+        assert not any(fits(predict(shape, spec, Layout(gpus, s, larger)), memory_gb) for s in ((0,) if gpus == 1 else (2, 3)))
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    with pytest.raises(TrainingError, match=r"needs \d+\.\d GB on each of 4 GPUs of 40 GB.*What would fit: 8 such GPUs, or quantisation"):
+        fitting(LLAMA_2["70b"], with_quantisation("none"), 4, 40)
+
+
+def test_another_family_of_models_and_full_fine_tuning_are_not_predicted():
+    assert predictable(LLAMA_2["7b"], LONG)
+    assert not predictable({**LLAMA_2["7b"], "model_type": "gpt2"}, LONG)
+    assert not predictable({**LLAMA_2["7b"], "attention_bias": True}, LONG)
+    assert not predictable(LLAMA_2["7b"], TrainSpec(method="full"))
+    with pytest.raises(ModelError, match="'gpt2'"):
+        shape_of({"model_type": "gpt2"})
+
+
+def test_a_worker_takes_the_largest_micro_batch_that_fits_unless_someone_chose_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2["70b"]))
+    inputs = {"model": tmp_path}
+    ctx = context(tmp_path / "ctx", world_size=2)
+    laid, predicted_gb = laid_out(LONG, inputs, ctx, 40.0)
+    assert (laid.micro_batch, laid.zero_stage) == (2, 3)
+    assert predicted_gb is not None and predicted_gb > 34
+    assert laid_out(LONG, inputs, context(tmp_path / "ctx", world_size=2, micro_batch=1), 40.0)[0].micro_batch == 1
+    assert laid_out(LONG, inputs, ctx, None)[0] == ctx  # nobody knows the GPU
+    with pytest.raises(TrainingError, match="1 GPU of 24 GB"):
+        laid_out(LONG, inputs, context(tmp_path / "ctx"), 24.0)
+
+
+def test_a_prediction_that_is_off_by_more_than_a_fifth_is_a_warning(caplog):
+    warn_of_a_wrong_prediction(10.0, 9.0)
+    warn_of_a_wrong_prediction(None, 9.0)
+    assert not caplog.records
+    warn_of_a_wrong_prediction(10.0, 13.0)
+    assert "predicted to allocate 10.0 GB on each GPU and allocated 13.0 GB" in caplog.text
