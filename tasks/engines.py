@@ -120,6 +120,7 @@ class SingleDevice(Engine):
         state = {"parameters": [p.data for p in self.parameters], "optimizer": self.optimizer.state_dict(), "curve": curve}
         torch.save(state, fresh)
         fresh.replace(self.ctx.scratch / "checkpoint.pt")
+        self.ctx.saved()
         self._saved_at = time.monotonic()
 
     def gathered(self) -> AbstractContextManager[Any]:
@@ -212,6 +213,7 @@ class DeepSpeedGang(Engine):
             for old in folder.glob("step*"):
                 if old.name != tag:
                     shutil.rmtree(old)
+        self.ctx.saved()
         self._saved_at = time.monotonic()
 
     @contextmanager

@@ -102,12 +102,17 @@ class Context:
     rank: int = 0
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
+    saved: Callable[[], None] = lambda: None  # called after a checkpoint was written to `scratch`
     residents: Any = None  # tasks.models.Residents: what this process keeps loaded between stages
 
 
 @dataclass(frozen=True)
 class Request:
-    """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a pickled closure."""
+    """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a pickled closure.
+
+    `inputs`, `out`, `log` and `scratch` are paths when its function runs; the runner may write URLs, which the worker brings
+    to its machine first, keeping at most `cache_gb` there.
+    """
 
     key: str
     kind: str
@@ -122,6 +127,7 @@ class Request:
     threads: int | None = None
     micro_batch: int | None = None
     checkpoint_every_s: float = 60.0
+    cache_gb: float = 100.0
 
     @property
     def hashed(self) -> dict[str, Any]:
