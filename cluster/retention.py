@@ -154,6 +154,8 @@ def remove(store: Store, removals: Iterable[Removal], told: Told = lambda done, 
             store.drop(artifact, frozenset(name.removeprefix(prefix) for name in removal.names))
         else:
             store.place.delete(removal.names)
+            for attempt in {name.split("/")[2] for name in removal.names if name.count("/") > 2 and removal.kind in KINDS}:
+                store.discard(store.root / removal.kind / removal.key / attempt)
         freed += removal.bytes
     return freed
 

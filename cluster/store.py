@@ -19,6 +19,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,8 @@ class Store:
         """Remove an attempt that lost, or ended without a result worth keeping, with its log."""
         self.place.delete([entry.name for entry in self.place.entries(attempt.relative_to(self.root).as_posix())])
         shutil.rmtree(attempt, ignore_errors=True)
+        with suppress(OSError):  # other attempts, or the record
+            attempt.parent.rmdir()
 
     def empty_scratch(self, key: str) -> None:
         if self.cache is not None:

@@ -1,6 +1,5 @@
 """A bucket's workers, its cache and its checkpoints: equal to a folder's in what they make, and safe when cut off or side by side."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cache import Cache, Receive
 from cluster.executor import run_batch
 from cluster.inline import InlineExecutor
 from cluster.runner import Runner
 from cluster.store import Store
 from cluster.workplace import workplace
-from tasks.errors import Differs, StoreError
+from tasks.errors import Differs
 from tasks.identity import content_digest, digest
 from tasks.specs import DataSpec, GenerateSpec, TrainSpec
 from tasks.stage import Part, Report, Request, Stage
@@ -223,115 +221,3 @@ def test_a_dropped_file_that_comes_out_otherwise_stops_the_run_and_marks_no_stag
     with pytest.raises(Differs, match="store forget data"):
         settle(runner)
     assert runner.failure(last) is None and runner.failure(first) is None
-
-
-class TestCache:
-    """The cache by itself: what it may remove, and what it never does."""
-
-    @pytest.fixture
-    def cache(self, tmp_path):
-        return Cache(tmp_path / "cache", limit_gb=3000 / 1e9)
-
-    def fill(self, cache: Cache, name: str, size: int = 1000) -> Path:
-        data = name[:1].encode() * size
-        folder = cache.root / "store" / "data" / name / "attempt"
-        with cache.hold(folder):
-            cache.fetch(folder, {"f": digest_of(data)}, lambda: {"f": size}, giving(data))
-        return folder
-
-    def test_the_least_recently_used_goes_and_the_bound_holds(self, cache):
-        made = [self.fill(cache, name) for name in "abc"]
-        for age, folder in zip((30, 10, 20), made, strict=True):
-            os.utime(cache._lock_path(folder), (1e9 - age, 1e9 - age))
-        fourth = self.fill(cache, "d")
-        assert [folder.exists() for folder in (*made, fourth)] == [False, True, True, True]
-        assert sum(path.stat().st_size for path in cache.root.rglob("f")) <= cache.limit_bytes
-
-    def test_what_somebody_reads_stays(self, cache):
-        first = self.fill(cache, "a")
-        with cache.hold(first):
-            for name in "bcd":
-                self.fill(cache, name)
-            assert (first / "f").exists()
-        assert len(list(cache.root.rglob("f"))) <= 3
-
-    def test_what_another_process_reads_stays(self, cache, tmp_path):
-        first = self.fill(cache, "a")
-        context = multiprocessing.get_context("spawn")
-        holding, done = context.Event(), context.Event()
-        reader = context.Process(target=hold_in_a_process, args=(cache.root, first, holding, done))
-        reader.start()
-        assert holding.wait(60)
-        for name in "bcd":
-            self.fill(cache, name)
-        assert (first / "f").exists()
-        done.set()
-        reader.join(60)
-        self.fill(cache, "e")
-        assert not (first / "f").exists()
-
-    def test_a_fetch_that_was_cut_off_is_never_taken_for_whole(self, cache):
-        folder, data = cache.root / "store" / "data" / "k" / "attempt", b"whole"
-
-        def cut(file, path):
-            path.write_bytes(data[:2])
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            cache.fetch(folder, {"f": digest_of(data)}, lambda: {"f": 5}, cut)
-        assert not (folder / "f").exists()
-        with pytest.raises(StoreError, match="store verify --mend"):
-            cache.fetch(folder, {"f": digest_of(data)}, lambda: {"f": 5}, giving(b"who"))
-        assert not (folder / "f").exists()
-        cache.fetch(folder, {"f": digest_of(data)}, lambda: {"f": 5}, giving(data))
-        assert (folder / "f").read_bytes() == data
-
-    def test_what_a_killed_fetch_left_is_cleared(self, cache):
-        (cache.root / "fetching").mkdir(parents=True)
-        (cache.root / "fetching" / "left").write_bytes(b"0" * 500)
-        cache.trim()
-        assert list((cache.root / "fetching").iterdir()) == []
-
-    def test_many_processes_that_ask_at_once_fetch_once(self, cache, tmp_path):
-        context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=fetch_in_a_process, args=(cache.root, tmp_path / "fetched", n)) for n in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(60)
-        assert [worker.exitcode for worker in workers] == [0] * 4
-        assert len(list((tmp_path / "fetched").iterdir())) == 1
-
-
-def digest_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def giving(data: bytes) -> Receive:
-    """What a store does that sends these bytes."""
-
-    def receive(file: str, path: Path) -> str:
-        path.write_bytes(data)
-        return digest_of(data)
-
-    return receive
-
-
-def hold_in_a_process(root: Path, folder: Path, holding, done) -> None:
-    with Cache(root, 1.0).hold(folder):
-        holding.set()
-        done.wait(60)
-
-
-def fetch_in_a_process(root: Path, fetched: Path, number: int) -> None:
-    def receive(file: str, path: Path) -> str:
-        fetched.mkdir(exist_ok=True)
-        (fetched / str(number)).touch()
-        path.write_bytes(b"data")
-        return digest_of(b"data")
-
-    folder = root / "store" / "data" / "k" / "attempt"
-    cache = Cache(root, 1.0)
-    with cache.hold(folder):
-        cache.fetch(folder, {"f": digest_of(b"data")}, lambda: {"f": 4}, receive)
-        assert (folder / "f").read_bytes() == b"data"
