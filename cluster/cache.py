@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.places import unwritable
 from tasks.errors import StoreError
 from tasks.identity import digest
 
@@ -134,7 +135,10 @@ class Cache:
 
     def _folder(self, name: str) -> Path:
         folder = self.root / name
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # completions may pass through it
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # completions may pass through it
+        except OSError as error:
+            raise unwritable("the store", error) from error
         return folder
 
     def _lock_path(self, entry: Path) -> Path:

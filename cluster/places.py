@@ -5,6 +5,7 @@ machine, exactly one succeeds. Credentials and the endpoint of a bucket come fro
 AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL and what else obstore reads), and are never written anywhere.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -206,7 +207,6 @@ class Bucket(Place):
         "SignatureDoesNotMatch": "the credentials are wrong; look at AWS_SECRET_ACCESS_KEY",
         "latest/api/token": "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
         "error sending request": "it does not answer; look at the network and AWS_ENDPOINT_URL",
-        "No space left on device": "no space left on device; free some, and the same command continues",
     }
 
     def __init__(self, url: str) -> None:
@@ -299,7 +299,9 @@ class Bucket(Place):
         try:
             yield
         except (BaseError, OSError) as error:
-            raise self.explained(error) from None  # the library's own words hold the request, and may hold a key's name
+            if isinstance(error, OSError) and error.errno is not None:  # of this machine's disk; the library's own have none
+                raise unwritable(self.at, error) from error
+            raise self.explained(error) from None  # the library's words quote the request at length
 
     def explained(self, error: Exception) -> StoreError:
         text = str(error)
@@ -307,7 +309,13 @@ class Bucket(Place):
         if remedy is None:
             code = re.search(r"<Code>(\w+)</Code>", text)
             remedy = code.group(1) if code else _without_source(error)
-        return (DiskFull if "No space left on device" in text else StoreError)(f"the store {self.at} cannot be used: {remedy}")
+        return StoreError(f"the store {self.at} cannot be used: {remedy}")
+
+
+def unwritable(at: str, error: OSError) -> StoreError:
+    """What a fault of this machine's disk means for copies of a bucket's files."""
+    kind = DiskFull if error.errno == errno.ENOSPC else StoreError
+    return kind(f"what comes from {at} cannot be kept on this machine ({error}); free some space, or name another folder in EBBLINE_CACHE")
 
 
 def _without_source(error: Exception) -> str:

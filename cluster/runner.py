@@ -18,14 +18,14 @@ from cluster.executor import Executor, Finished, Job, Needs
 from cluster.scheduler import Busy, Work, place
 from cluster.sources import offered
 from cluster.store import Artifact, Store
-from tasks.errors import Differs, DiskFull, EbblineError, EndpointDown, StoreError, StudyError
+from tasks.errors import Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError, StudyError
 from tasks.identity import digest
 from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, OrganismSpec, ProjectSpec, ScoreSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
 LOST_TRIES = 3
 HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a stage's progress is looked up: in a bucket, in a folder
-NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, StoreError, Differs)}
+NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, StoreError, Incomplete, Differs)}
 State = Literal["waiting", "ready", "running", "done", "failed"]
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cache import Cache, cache_folder
-from cluster.places import Folder, Place, place_at
+from cluster.places import Folder, Place, place_at, unwritable
 from tasks.errors import Differs, Incomplete, StoreError
 from tasks.identity import digest, digest_files, folder_files, part_digest
 
@@ -142,7 +142,7 @@ class Store:
             (folder / "payload").mkdir(parents=True)
             (folder / "log").mkdir()
         except OSError as error:
-            raise Folder(self.root).explained(error) from error
+            raise (self.place.explained(error) if isinstance(self.place, Folder) else unwritable(self.place.at, error)) from error
         return folder
 
     def url(self, *parts: str | Path) -> str:
@@ -167,7 +167,13 @@ class Store:
 
     def note(self, attempt: Path, name: str, data: bytes) -> None:
         """Write a file of an attempt's log where everybody can see it."""
-        self.place.write(f"{attempt.relative_to(self.root).as_posix()}/log/{name}", data)
+        if isinstance(self.place, Folder):  # a log need not survive a power cut
+            try:
+                (attempt / "log" / name).write_bytes(data)
+            except OSError as error:
+                raise self.place.explained(error) from error
+        else:
+            self.place.write(f"{attempt.relative_to(self.root).as_posix()}/log/{name}", data)
 
     def commit(self, attempt: Path, hashed: Mapping[str, Any], provenance: Mapping[str, Any]) -> Artifact:
         """Declare an attempt complete. The first to commit a key wins; a later one gets the first one's artifact.

@@ -50,7 +50,14 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     """What a study refers to; `keep` says whose adapters are to keep their tensors."""
     planner, resolver = Planner(study, home, located=False), Resolver(home.store)
     targets = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    for _, point, _, _ in asked(study, home.storage_url(study.study)):
+    points = asked(study, home.storage_url(study.study))
+    table = home.folder(study.study) / "results.parquet"
+    if not points and table.exists():
+        raise StudyError(
+            f"{table} has results, but the study's storage has no points, so what they need is unknown. Restore the storage, or move"
+            " that study's folder away if nobody needs its results; nothing was removed"
+        )
+    for _, point, _, _ in points:
         targets += planner.stages_for(point).values()
     keys, sources, seen = set(), set(), set()
 

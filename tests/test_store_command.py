@@ -210,6 +210,14 @@ def test_a_study_that_cannot_be_read_stops_gc_before_it_removes_anything(home: H
     assert done.exit_code == 1 and "study.json cannot be read" in done.stderr and files(home) == before
 
 
+def test_a_study_whose_points_are_lost_stops_gc_before_it_removes_anything(home: Home) -> None:
+    before = files(home)
+    (home.root / "studies" / "tiny" / "results.parquet").write_text("a table that was written")
+    (home.root / "studies" / "tiny" / "optuna.db").unlink()
+    done = store(home, "gc", "--yes")
+    assert done.exit_code == 1 and "has no points" in done.stderr and files(home) == before
+
+
 def test_dropped_adapters_leave_every_result_and_are_made_again_when_a_new_point_needs_one(
     study: Study, home: Home, changes: dict[str, Any], tmp_path: Path
 ) -> None:

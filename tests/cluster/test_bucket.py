@@ -6,20 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from cluster import workplace as module
 from cluster.executor import run_batch
 from cluster.inline import InlineExecutor
 from cluster.runner import Runner
 from cluster.store import Store
-from cluster.workplace import workplace
-from tasks.errors import Differs
+from tasks.errors import Differs, StoreError
 from tasks.identity import content_digest, digest
 from tasks.specs import DataSpec, GenerateSpec, TrainSpec
 from tasks.stage import Part, Report, Request, Stage
-from tests.cluster.made import rows, settle, source, stored_request
+from tests.cluster.made import rows, settle, source, stored_request, submit, wait_for
 from tests.s3 import CREDENTIALS
 from tests.tiny import write_chats
 
@@ -109,12 +110,38 @@ def test_a_batch_runs_on_when_the_inputs_of_one_stage_cannot_be_fetched(store, c
     assert run_batch([good])[0].error is None
 
 
+def test_an_input_that_the_store_has_lost_stops_the_run_and_marks_no_stage(store, bucket, chats, elsewhere):
+    first = rows(10, source(chats))
+    made = run(store, first).artifact(first)
+    store.place.delete([entry.name for entry in store.place.entries(f"data/{made.key}/{made.folder.name}/payload")])
+    elsewhere()
+    runner, last = Runner(Store(bucket), InlineExecutor()), rows(5, first)
+    runner.want([last])
+    with pytest.raises(StoreError, match=f"{DataSpec.ROWS} of .* is not in the store any more.*verify --mend"):
+        settle(runner)
+    assert runner.failure(last) is None
+
+
+def test_the_driver_sees_a_stages_progress_while_it_runs(store, pair, chats, monkeypatch):
+    monkeypatch.setattr(module, "PROGRESS_EVERY_S", 0.05)
+    work = module.workplace(train_request(store, pair, chats))
+    request = work.prepared()
+    attempt = store.local(store.url(Path(request.out).parent))
+    assert store.log(attempt, "progress.json") is None
+    Path(request.log, "progress.json").write_text('{"done": 1}')
+    deadline = time.monotonic() + 20
+    while store.log(attempt, "progress.json") != b'{"done": 1}':
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    work.ended(Report(request.key, 0.0, error="lost"))
+
+
 def train_request(store: Store, pair, chats) -> Request:
     return stored_request(store, TRAIN, {"model": pair.aligned, "data": chats})
 
 
 def test_a_checkpoint_outlives_the_machine_and_goes_with_the_commit(store, bucket, pair, chats, elsewhere):
-    work = workplace(train_request(store, pair, chats))
+    work = module.workplace(train_request(store, pair, chats))
     work.prepared()
     scratch = Path(work.request.scratch)
     scratch.mkdir(parents=True)
@@ -126,7 +153,7 @@ def test_a_checkpoint_outlives_the_machine_and_goes_with_the_commit(store, bucke
     assert len(list(store.place.entries("scratch"))) == 2  # one file and what lists it
     elsewhere()
     there = Store(bucket)
-    later = workplace(train_request(there, pair, chats))
+    later = module.workplace(train_request(there, pair, chats))
     scratch = Path(later.prepared().scratch)
     assert {path.name: path.read_text() for path in scratch.iterdir()} == {"checkpoint.pt": "second"}
     later.ended(Report(later.request.key, 0.0, error="lost"))
@@ -137,7 +164,7 @@ def test_a_checkpoint_outlives_the_machine_and_goes_with_the_commit(store, bucke
 
 
 def test_a_checkpoint_that_was_sent_in_part_is_the_one_before(store, bucket, pair, chats, elsewhere):
-    work = workplace(train_request(store, pair, chats))
+    work = module.workplace(train_request(store, pair, chats))
     work.prepared()
     scratch = Path(work.request.scratch)
     scratch.mkdir(parents=True)
@@ -145,14 +172,12 @@ def test_a_checkpoint_that_was_sent_in_part_is_the_one_before(store, bucket, pai
     work.saved()
     store.place.write(f"scratch/{work.request.key}/later/checkpoint.pt", b"newer, but its list was never written")
     elsewhere()
-    again = workplace(train_request(Store(bucket), pair, chats)).prepared()
+    again = module.workplace(train_request(Store(bucket), pair, chats)).prepared()
     assert (Path(again.scratch) / "checkpoint.pt").read_text() == "whole"
 
 
 def killed_training(bucket: str, request: str) -> None:
     """A worker whose machine goes when it has sent its second checkpoint."""
-    from cluster import workplace as module
-
     send, sent = module.BucketWorkplace._send_checkpoint, []
 
     def sending(self):
@@ -221,3 +246,20 @@ def test_a_dropped_file_that_comes_out_otherwise_stops_the_run_and_marks_no_stag
     with pytest.raises(Differs, match="store forget data"):
         settle(runner)
     assert runner.failure(last) is None and runner.failure(first) is None
+
+
+@pytest.mark.timeout(400)
+def test_a_ray_cluster_and_a_gang_of_two_work_from_a_bucket(store, bucket, pair, chats, tmp_path):
+    from cluster.ray_executor import RayExecutor
+
+    executor = RayExecutor(logical_gpus=2)
+    try:
+        alone = stored_request(store, DataSpec(size=5), {"pool": chats})
+        gang = Request(**{**vars(stored_request(store, TRAIN, {"model": pair.aligned, "data": chats}, gpus=2)), "checkpoint_every_s": 0.0})
+        done = wait_for(executor, submit(executor, [alone], gpus=0), submit(executor, [gang], gpus=2), timeout_s=300.0)
+        assert [report.error for each in done for report in each.reports] == [None, None] and not any(each.lost for each in done)
+    finally:
+        executor.close()
+    assert Store(bucket).open("train", gang.key).provenance["gpus"] == 2
+    assert store.log(store.local(gang.out).parent, "progress.json") is not None
+    assert not list(store.place.entries("scratch"))

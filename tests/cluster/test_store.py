@@ -10,7 +10,7 @@ import pytest
 from cluster import places
 from cluster.costs import GUESS_S, Estimates
 from cluster.store import RECORD, Store
-from tasks.errors import DataError, Differs, Incomplete, StoreError
+from tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
 from tasks.identity import content_digest, digest
 from tasks.specs import KINDS, DataSpec, TrainSpec
 from tasks.stage import key_payload
@@ -224,6 +224,15 @@ class TestBucket(StoreContract):
         with pytest.raises(StoreError, match="store verify --mend"):
             found.file("data.jsonl")
         assert not [path for path in (tmp_path / "elsewhere").rglob("*") if path.name == "data.jsonl" or path.parent.name == "fetching"]
+
+    def test_a_full_or_closed_disk_of_this_machine_is_told_apart_from_the_store(self, store, tmp_path, monkeypatch):
+        commit(store)
+        with pytest.raises(DiskFull, match=r"s3://.*No space left on device.*EBBLINE_CACHE"):
+            store.place.receive(f"data/{KEY}/{RECORD}", Path("/dev/full"))
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(StoreError, match="EBBLINE_CACHE"):
+            Store(store.place.at).open("data", KEY).file("data.jsonl")
 
     def test_neither_records_nor_requests_nor_names_hold_a_secret(self, store):
         commit(store)

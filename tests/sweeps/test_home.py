@@ -94,3 +94,22 @@ def test_differences_are_one_line_for_each_leaf():
     assert list(differences(before, after)) == ["a.b: 1 -> 2", "a.c: [1, 2] -> [1, 3]", "gone: removed", "new: added"]
     assert list(differences(before, before)) == []
     assert max(len(line) for line in differences({"a": "x" * 500}, {"a": "y" * 500})) < 140
+
+
+@pytest.mark.parametrize(("named", "lies"), [("", "store"), ("artifacts", "artifacts"), ("../shared", "../shared")])
+def test_the_profile_says_where_the_store_lies(tmp_path, named, lies):
+    root = tmp_path / "home"
+    root.mkdir()
+    if named:
+        (root / "cluster.yaml").write_text(f"store: {named}\n")
+    assert Home(root).store.place.at == str((root / lies).resolve())
+
+
+def test_a_store_in_a_bucket_is_named_by_its_url_and_asks_for_nothing_before_it_is_used(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("store: s3://bucket/prefix\ncache_gb: 2\n")
+    store = Home(tmp_path).store
+    assert (store.place.at, store.cache_gb) == ("s3://bucket/prefix", 2.0)
+
+
+def test_a_home_keeps_its_name_and_no_two_have_the_same(tmp_path):
+    assert Home(tmp_path / "a").id == Home(tmp_path / "a").id != Home(tmp_path / "b").id
