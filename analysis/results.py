@@ -21,14 +21,14 @@ from sweeps.study import Study
 from sweeps.suites import scorers_of
 from tasks.errors import EvaluationError
 from tasks.gate import ProjectedRows, read_rows
-from tasks.metrics import Metric, read_metrics, read_samples
+from tasks.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
 from tasks.specs import ApplySpec, GenerateSpec, ProjectSpec, ScoreSpec
 from tasks.stage import Stage
 
 
-def collect(study: Study, home: Home) -> list[Result]:
+def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Result]:
     """All points asked so far, in the order of asking: done, failed with their reason, or still running."""
-    planner, resolver = Planner(study, home), Resolver(home.store)
+    planner, resolver = planner or Planner(study, home), Resolver(home.store)
     results: list[Result] = []
     for number, point, state, reason in asked(study, home.storage_url(study.study)):
         reason = reason or ("no reason was recorded" if state == "failed" else "")
@@ -52,8 +52,8 @@ def projections(study: Study, results: Sequence[Result], home: Home) -> dict[str
             project, apply = (result.keys[f"{kind}[seed={study.seeds[0]}]"] for kind in ("project", "apply"))
             if project not in seen:
                 seen.add(project)
-                rows = read_rows(home.store.open("project", project).path / ProjectSpec.COSINES)
-                taken = json.loads((home.store.open("apply", apply).path / ApplySpec.CHOSEN).read_text())
+                rows = read_rows(home.store.open("project", project).file(ProjectSpec.COSINES))
+                taken = json.loads(home.store.open("apply", apply).file(ApplySpec.CHOSEN).read_text())
                 shown[f"point {result.number} ({settings_label(result.point)})"] = ProjectedRows(rows, frozenset(taken))
         found[model] = shown
     return found
@@ -67,7 +67,7 @@ def prompt_sets(study: Study, home: Home) -> dict[str, str]:
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
             if artifact is not None:
-                said = json.loads((artifact.path / GenerateSpec.PROMPTS).read_text())
+                said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
                 found[suite] = f"{said['format']}, {said['rows']} rows, {said['asked']} asked, sha256 {said['sha256']}"
     return found
 
@@ -98,7 +98,7 @@ class StoredEvidence:
     def samples(self, subject: Subject, suite: str) -> Replicates:
         """By training seed; an aligned model has one replicate, under 0. Empty while not all of it is in the store."""
         return {
-            seed: [sample for artifact in artifacts for sample in read_samples(artifact.path)]
+            seed: [sample for artifact in artifacts for sample in read_samples(artifact.file(SAMPLES).parent)]
             for seed, artifacts in self._artifacts(subject, suite).items()
         }
 
@@ -107,7 +107,7 @@ class StoredEvidence:
         if len(set(scorers_of(self._study.suites[suite].measure))) < 2:
             return None
         found = self._artifacts(subject, suite).values()
-        paths = [artifact.path / ScoreSpec.AGREEMENT for artifacts in found for artifact in artifacts]
+        paths = [artifact.file(ScoreSpec.AGREEMENT) for artifacts in found for artifact in artifacts]
         try:
             return pooled_agreement([json.loads(path.read_text("utf-8")) for path in paths]) if paths else None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -128,5 +128,5 @@ class StoredEvidence:
             for seed, key in zip(self._study.seeds, block, strict=True):
                 artifact = self._store.open(self._study.kind_of(suite), key)
                 found[seed].append(artifact)
-                uncounted -= read_metrics(artifact.path)[0].n
+                uncounted -= read_metrics(artifact.file(METRICS).parent)[0].n
         return found if uncounted == 0 and all(found.values()) else {}

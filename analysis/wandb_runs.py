@@ -114,7 +114,7 @@ class Mirror:
 
     def _pages(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Iterator[_Page]:
         for artifact in trainings:
-            history = list(_curve(artifact.path / CURVE))
+            history = list(_curve(artifact.file(CURVE)))
             yield _Page(
                 id=f"{self.study.study}-{artifact.key[:12]}",
                 stamp=artifact.content,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cluster.store import Store
+from cluster.workplace import workplace
 from tasks.errors import EbblineError
 from tasks.stage import Report, Request
 
@@ -156,19 +156,21 @@ def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -
     """Run a batch in this process and commit each stage as it is done: what inline, Ray tasks and gangs all call."""
     from tasks.worker import described, run_stages  # brings torch, which a driver process never needs
 
-    by_key = {request.key: request for request in requests}
+    works = {request.key: workplace(request, rank, world_size) for request in requests}
+    local = [work.request for work in works.values()]
     reports = []
-    for report in run_stages(requests, rank, world_size):
+    for report in run_stages(local, rank, world_size, lambda one: works[one.key].prepared(), lambda one: works[one.key].saved()):
+        work = works[report.key]
         if report.error is None and rank == 0:
-            request = by_key[report.key]
-            attempt = Path(request.out).parent
+            request = work.request
             gpus = world_size if world_size > 1 else request.gpus
             provenance = {"seconds": report.seconds, "gpus": gpus, "gpu_type": own_gpu_type() if gpus else None, **report.environment}
             try:
-                Store(attempt.parents[2]).commit(attempt, request.hashed, provenance)
+                work.store.commit(work.attempt, request.hashed, provenance)
             except (EbblineError, OSError) as error:
                 name, reason = described(error, Path(request.log))
                 report = replace(report, error=f"could not be committed: {reason}", error_type=name)
+        report = work.ended(report)
         reports.append(report)
         if world_size > 1 and report.error is not None:
             raise MemberFailed(report)

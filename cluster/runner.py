@@ -6,6 +6,7 @@ is killed leaves nothing that another would have to clean up before continuing.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,16 @@ from typing import Any, Literal
 from cluster.costs import Estimates, GpuTypes, Meter, Unmetered, gpu_types
 from cluster.executor import Executor, Finished, Job, Needs
 from cluster.scheduler import Busy, Work, place
+from cluster.sources import offered
 from cluster.store import Artifact, Store
-from tasks.errors import DiskFull, EbblineError, EndpointDown, StudyError
+from tasks.errors import Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError, StudyError
 from tasks.identity import digest
 from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, OrganismSpec, ProjectSpec, ScoreSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
 LOST_TRIES = 3
-NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown)}
+HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a stage's progress is looked up: in a bucket, in a folder
+NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, StoreError, Incomplete, Differs)}
 State = Literal["waiting", "ready", "running", "done", "failed"]
 
 
@@ -110,6 +113,8 @@ class Runner:
         self.refused: set[str] = set()  # keys that the meter would not let start just now
         self._by_key: dict[str, list[Node]] = {}
         self._lost: dict[str, int] = {}
+        self._again: set[str] = set()  # keys with a record whose dropped files are being made again
+        self._heard: dict[Path, tuple[float, dict[str, Any]]] = {}
         self._needs_of = needs_of or default_needs
         self._meter = meter or Unmetered()
 
@@ -165,7 +170,7 @@ class Runner:
             self._take_in(finished)
         for key, nodes in self._by_key.items():
             if any(node.state == "running" for node in nodes):
-                artifact = self.store.find(nodes[0].stage.kind, key)
+                artifact = self._made(nodes[0].stage.kind, key)
                 if artifact is not None:
                     self.estimates.learn([artifact])
                     self._done(nodes, artifact, reused=False)
@@ -177,10 +182,12 @@ class Runner:
         return f"{said['note']} ({said['done']}/{said['total']})" if said else ""
 
     def _said(self, node: Node) -> dict[str, Any]:
-        try:
-            said: dict[str, Any] = json.loads((node.attempt / "log" / "progress.json").read_text()) if node.attempt else {}
-        except (OSError, ValueError):
-            return {}  # being replaced at this moment; the next look will find it
+        if node.attempt is None:
+            return {}
+        heard, said = self._heard.get(node.attempt, (-math.inf, {}))
+        if time.monotonic() - heard >= HEAR_EVERY_S[self.store.cache is not None]:
+            said = json.loads(self.store.log(node.attempt, "progress.json") or b"{}")
+            self._heard[node.attempt] = (time.monotonic(), said)
         return said
 
     def remaining_s(self) -> float:
@@ -208,15 +215,48 @@ class Runner:
                 contents = contents_of(node.stage, self.artifact)
                 if contents is None:
                     continue
-                changed = True
                 node.key = digest(key_payload(node.stage.spec, contents))
                 twins = self._by_key.setdefault(node.key, [])
-                twins.append(node)
-                artifact = self.store.find(node.stage.kind, node.key)
+                if node not in twins:
+                    twins.append(node)
+                artifact = self._made(node.stage.kind, node.key)
+                again = len(self._again)
+                if artifact is None and self._needs_again(node):
+                    changed = changed or len(self._again) > again
+                    continue
+                changed = True
                 if artifact is not None:
                     self._done([node], artifact, reused=len(twins) == 1 or all(twin.reused for twin in twins[:-1]))
                 else:
-                    node.state, node.failure = twins[0].state if len(twins) > 1 else "ready", twins[0].failure
+                    first = next((twin for twin in twins if twin.state != "waiting"), None)
+                    node.state, node.failure = ("ready", None) if first is None else (first.state, first.failure)
+
+    def _made(self, kind: str, key: str) -> Artifact | None:
+        """The artifact of a key; None while files that retention dropped are being made again."""
+        artifact = self.store.find(kind, key)
+        if artifact is not None and key in self._again:
+            if self.store.dropped(artifact):
+                return None
+            self._again.discard(key)
+        return artifact
+
+    def _needs_again(self, node: Node) -> bool:
+        """Whether a stage that has to run must wait for files that retention dropped; has them made again."""
+        waits = False
+        for item in node.stage.inputs.values():
+            stage = stage_of(item)
+            above = None if stage is None else self.nodes[stage.lineage]
+            if above is None or above.artifact is None:
+                continue
+            if above.state == "done":
+                needed = above.artifact.below(item.path if isinstance(item, Part) else "")
+                if self.store.dropped(above.artifact).isdisjoint(needed):
+                    continue
+                self._again.add(above.key)
+                for twin in self._by_key[above.key]:
+                    twin.state = "waiting"
+            waits = True
+        return waits
 
     def _done(self, nodes: Iterable[Node], artifact: Artifact, reused: bool) -> None:
         for node in nodes:
@@ -278,25 +318,26 @@ class Runner:
             spec=node.stage.spec.model_dump(mode="json"),
             inputs={name: self._location(item) for name, item in node.stage.inputs.items()},
             contents=contents,
-            out=str(attempt / "payload"),
-            log=str(attempt / "log"),
-            scratch=str(self.store.scratch(node.key)),
+            out=self.store.url(attempt / "payload"),
+            log=self.store.url(attempt / "log"),
+            scratch=self.store.url(self.store.scratch(node.key)),
             gpus=gpus,
             device=self.executor.device if gpus else "cpu",
             threads=self.executor.threads,
+            cache_gb=self.store.cache_gb,
         )
-        (attempt / "log" / "request.json").write_text(request.to_json())
+        self.store.note(attempt, "request.json", request.to_json().encode())
         node.attempt = attempt
         return request
 
     def _location(self, item: Input) -> str:
         if isinstance(item, Source):
-            return item.location
+            return offered(self.store, item)
         stage = stage_of(item)
         artifact = None if stage is None else self.artifact(stage)
         if artifact is None:
             raise RuntimeError("an input is not done")
-        return str(artifact.path / item.path if isinstance(item, Part) else artifact.path)
+        return self.store.url(artifact.folder, "payload", *([item.path] if isinstance(item, Part) else []))
 
     def _take_in(self, finished: Finished) -> None:
         self.running.pop(finished.job.id, None)
@@ -304,7 +345,7 @@ class Runner:
         charged = False  # a lost batch was lost by the stage it was at, not by those behind it
         for key in finished.job.keys:
             nodes = self._by_key[key]
-            artifact = self.store.find(nodes[0].stage.kind, key)
+            artifact = self._made(nodes[0].stage.kind, key)
             report = reports.get(key)
             if artifact is not None:
                 self.estimates.learn([artifact])
@@ -326,7 +367,9 @@ class Runner:
 
     def _fail(self, nodes: list[Node], reason: str) -> None:
         attempt = next((node.attempt for node in nodes if node.attempt), None)
-        command = f"python -m tasks {attempt / 'log' / 'request.json'}" if attempt else ""
+        command = ""
+        if attempt is not None:
+            command = f"python -m {'tasks' if self.store.cache is None else 'cluster.again'} {self.store.url(attempt)}/log/request.json"
         for node in nodes:
             node.state, node.failure = "failed", Failure(reason, command)
 

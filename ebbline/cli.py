@@ -22,7 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug's traceback in full, plain, and without locals: they may hold completions
 )
 prompts_app = typer.Typer(help="Look at prompt sets before they are used.", no_args_is_help=True)
+store_app = typer.Typer(help="Look after the artifact store: what it holds, whether it is whole, what may go.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
+app.add_typer(store_app, name="store")
 StudyName = Annotated[str, typer.Argument(help="A study that ships (see `ebbline studies`) or a YAML file.", show_default=False)]
 HomeOption = Annotated[Path, typer.Option("--home", envvar="EBBLINE_HOME", help="The folder that holds the store and all studies.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -275,6 +277,62 @@ def check(
     asked = read_prompts(file, named_format(set_format))
     other = None if against is None else read_prompts(against, "auto")
     tell(audit(asked, other, similarity), file, as_json, asked if show_text else None)
+
+
+@store_app.command()
+@_explained
+def du(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """Show how much lies in the store, by kind of stage and by study."""
+    from ebbline.storing import show_usage
+    from sweeps.home import Home
+
+    show_usage(Home(home), as_json)
+
+
+@store_app.command()
+@_explained
+def verify(
+    home: HomeOption = DEFAULT_HOME,
+    mend: Annotated[bool, typer.Option("--mend", help="Move damaged artifacts aside, so that they are made again.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every artifact again and compare it with its record. Exit code 1 when something is damaged."""
+    from ebbline.storing import verify as verify_store
+    from sweeps.home import Home
+
+    raise typer.Exit(verify_store(Home(home), mend, as_json))
+
+
+@store_app.command()
+@_explained
+def gc(
+    home: HomeOption = DEFAULT_HOME,
+    older_than_h: Annotated[float, typer.Option("--older-than-h", min=0.0, help="Only what was not written for so many hours.")] = 24.0,
+    keep_adapters: Annotated[
+        Literal["all", "frontier", "none"], typer.Option(help="Whose adapters keep their tensors; the others keep their records.")
+    ] = "all",
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it. Without this, only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say, or remove, what no study needs: cut-off attempts, old checkpoints and sources, artifacts that nothing refers to."""
+    from ebbline.storing import collect_garbage
+    from sweeps.home import Home
+
+    collect_garbage(Home(home), older_than_h, keep_adapters, yes, as_json)
+
+
+@store_app.command("forget")
+@_explained
+def forget_artifact(
+    kind: Annotated[str, typer.Argument(help="The stage's kind, such as train.", show_default=False)],
+    key: Annotated[str, typer.Argument(help="Its key.", show_default=False)],
+    home: HomeOption = DEFAULT_HOME,
+) -> None:
+    """Move one artifact aside, so that its stage is made again."""
+    from ebbline.storing import forget
+    from sweeps.home import Home
+
+    forget(Home(home), kind, key)
 
 
 @app.command()

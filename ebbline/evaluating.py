@@ -35,7 +35,7 @@ from tasks.identity import content_digest
 from tasks.metrics import Metric, read_metrics
 from tasks.models import Residents
 from tasks.scorers import SCORERS
-from tasks.specs import ScoreSpec
+from tasks.specs import GenerateSpec, ScoreSpec
 from tasks.stage import Context, Source, Stage, spec_payload
 from tasks.worker import ERROR, described, run_function
 
@@ -189,7 +189,7 @@ def generations_of(study: Study, home: Home, suite: str) -> dict[str, list[Path]
             keys = keys_of(result.keys, f"generate:{suite}", seed)
             if keys:
                 name = f"point {result.number} ({settings_label(result.point)} seed={seed})"
-                found[name] = [home.store.open("generate", key).path for key in keys]
+                found[name] = [home.store.open("generate", key).file(GenerateSpec.COMPLETIONS).parent for key in keys]
     if not found:
         raise EvaluationError(f"no point of {study.study} has generated for {suite!r} yet; `ebbline run` does")
     return found

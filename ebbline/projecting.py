@@ -277,9 +277,9 @@ def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(doing: str = "projecting") -> Iterator[Callable[[int, int, str], None]]:
     """A bar on a terminal's standard error, for the length of a `with`; nothing elsewhere."""
-    columns = (TextColumn("projecting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)

@@ -1,6 +1,7 @@
 """Where everything lies: one folder holds the store that all studies share and a folder for each study.
 
-HOME/store/                  artifacts, by kind and key
+HOME/store/                  artifacts, by kind and key, unless the profile says that they lie elsewhere
+HOME/id                      what this home is called in a store that others share
 HOME/cluster.yaml            the cluster's profile, if there is one
 HOME/studies/NAME/study.json the study, with its latest budget; driver.lock names who drives it now
 HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
@@ -11,11 +12,14 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cluster.profile import Profile
+from cluster.retention import HOMES
 from cluster.store import Store
 from sweeps.study import Study, lasting
 from sweeps.study_file import read_profile
@@ -28,7 +32,7 @@ class Home:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.profile = read_profile(self.root / "cluster.yaml")
-        self.store = Store(self.root / "store")
+        self.store = store_of(self.root, self.profile)
 
     def folder(self, study: str) -> Path:
         path = self.root / "studies" / study
@@ -62,6 +66,19 @@ class Home:
         fresh.write_text(json.dumps(now, indent=1))
         fresh.replace(path)
 
+    @property
+    def id(self) -> str:
+        """What this home is called in a store that others may share. It moves with the folder."""
+        path = self.root / "id"
+        if not path.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            fresh = self.root / f".id.{os.getpid()}"
+            fresh.write_text(uuid.uuid4().hex)
+            with suppress(FileExistsError):  # another driver was first
+                os.link(fresh, path)
+            fresh.unlink()
+        return path.read_text()
+
     @contextmanager
     def driving(self, study: str) -> Iterator[str]:
         """Hold the study for the length of a `with`, which gets the words for its driver. Raises StudyHeld, naming the holder.
@@ -79,6 +96,8 @@ class Home:
             handle.truncate(0)
             handle.write(driver)
             handle.flush()
+            # Whoever removes what nobody needs must know of all who may need it.
+            self.store.place.create(f"{HOMES}/{self.id}.json", b"{}")
             yield driver
             handle.truncate(0)
 
@@ -93,6 +112,12 @@ class Home:
             except BlockingIOError:
                 return handle.read().strip()
         return None
+
+
+def store_of(root: Path, profile: Profile) -> Store:
+    """The profile's store: a bucket by URL, or a folder (a relative one starts at the home); HOME/store when it names none."""
+    named = profile.store or "store"
+    return Store(named if "://" in named else root / Path(named).expanduser(), profile.cache_gb)
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:

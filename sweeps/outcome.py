@@ -9,7 +9,7 @@ from sweeps.points import Point, Result, StageName
 from sweeps.racing import Known, rivals_of, standing
 from sweeps.study import Study
 from tasks.gate import read_rows
-from tasks.metrics import Metric, pooled, read_metrics
+from tasks.metrics import METRICS, Metric, pooled, read_metrics
 from tasks.specs import ApplySpec, ProjectSpec
 from tasks.stage import Stage
 
@@ -21,7 +21,7 @@ def metrics_of(study: Study, suites: Mapping[str, Stage], known: Known) -> dict[
         artifact = known.artifact(suites[suite])
         if artifact is None:
             return None
-        found |= {f"{suite}.{metric.name}": pooled([metric]) for metric in read_metrics(artifact.path)}
+        found |= {f"{suite}.{metric.name}": pooled([metric]) for metric in read_metrics(artifact.file(METRICS).parent)}
     return found
 
 
@@ -49,6 +49,6 @@ def _projected_share(artifacts: Mapping[str, Artifact]) -> float:
     named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}
     for name, artifact in named.items():
         if name.part == "apply":
-            taken += len(json.loads((artifact.path / ApplySpec.CHOSEN).read_text()))
-            total += len(read_rows(named[replace(name, part="project")].path / ProjectSpec.COSINES))
+            taken += len(json.loads(artifact.file(ApplySpec.CHOSEN).read_text()))
+            total += len(read_rows(named[replace(name, part="project")].file(ProjectSpec.COSINES)))
     return taken / total

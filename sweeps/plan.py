@@ -45,10 +45,14 @@ class Family:
 
 
 class Planner:
-    """Turns points into stages. Pins are checked once, when it is made; two points share whatever stages they can."""
+    """Turns points into stages. Pins are checked once, when it is made; two points share whatever stages they can.
 
-    def __init__(self, study: Study, home: Home) -> None:
+    With `located` false, content from outside is taken at its pin and not looked for: for those who only want to know the keys.
+    """
+
+    def __init__(self, study: Study, home: Home, located: bool = True) -> None:
         require_pins(study)
+        self._located = located
         self.study, self.home = study, home
         self._language = Stage(LanguageSpec(seed=study.language))
         self._needs: dict[str, Needs] = {}
@@ -190,6 +194,8 @@ class Planner:
             file = f"#{reference.file}" if reference.file else ""
             content = digest({"commit": reference.commit, "files": reference.sha256, "file": reference.file})
             return Source(content, f"hub:{repo_type}:{reference.id}@{reference.commit}{file}")
+        if not self._located:
+            return Source(reference.sha256, reference.path)
         path = reference.located()
         found = content_digest(path, cache=self.home.digests)
         if found != reference.sha256:

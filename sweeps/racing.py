@@ -14,7 +14,7 @@ from cluster.store import Artifact
 from sweeps.points import Point, Result, StageName
 from sweeps.study import Study
 from sweeps.suites import MultipleChoiceSuite, Race
-from tasks.metrics import Metric, joined, pooled, read_metrics
+from tasks.metrics import METRICS, Metric, joined, pooled, read_metrics
 from tasks.specs import GenerateSpec
 from tasks.stage import Stage
 
@@ -78,7 +78,7 @@ def _take(
         return missing
     for name, stage in own:
         artifact = known.artifact(stage)
-        for metric in [] if artifact is None else read_metrics(artifact.path):
+        for metric in [] if artifact is None else read_metrics(artifact.file(METRICS).parent):
             seeds = found[f"{name.part}.{metric.name}"]
             seeds[name.seed] = joined([seeds[name.seed], metric]) if name.seed in seeds else metric
     return []
@@ -92,7 +92,7 @@ def _ends(stage: Stage, block: int, known: Known) -> bool:
     artifact = known.artifact(generation)
     if artifact is None:
         return False
-    said = json.loads((artifact.path / GenerateSpec.PROMPTS).read_text())
+    said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
     return bool((block + 1) * generation.spec.block.size >= said["of"])
 
 

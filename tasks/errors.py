@@ -15,7 +15,8 @@
     ├── ClusterLost       the place where stages ran is gone; what was finished is not
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      there is no space left where the store lies
-        └── Incomplete    an artifact was asked for that is not complete
+        ├── Incomplete    an artifact was asked for that is not complete
+        └── Differs       what retention had dropped was made again and came out otherwise
 
 A message says what failed, the offending value, where (path, key, line) and what to do next.
 """
@@ -86,4 +87,8 @@ class DiskFull(StoreError):
 
 
 class Incomplete(StoreError):
+    pass
+
+
+class Differs(StoreError):
     pass

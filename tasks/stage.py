@@ -105,7 +105,7 @@ class Context:
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
     leaving: Callable[[], bool] = lambda: False
-    saved: Callable[[], None] = lambda: None
+    saved: Callable[[], None] = lambda: None  # called after a checkpoint was written to `scratch`
     gradient_checkpointing: bool | None = None
     residents: Any = None  # tasks.models.Residents: what this process keeps loaded between stages
 
@@ -117,7 +117,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Request:
-    """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a pickled closure."""
+    """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a pickled closure.
+
+    `inputs`, `out`, `log` and `scratch` are paths when its function runs; the runner may write URLs, which the worker brings
+    to its machine first, keeping at most `cache_gb` there.
+    """
 
     key: str
     kind: str
@@ -134,6 +138,7 @@ class Request:
     checkpoint_every_s: float = 60.0
     zero_stage: int = 3
     memory_gb: float | None = None  # of each GPU; with it, a training without a micro-batch gets the largest that fits
+    cache_gb: float = 100.0
 
     @property
     def hashed(self) -> dict[str, Any]:

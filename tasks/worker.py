@@ -11,7 +11,7 @@ import platform
 import resource
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,23 +40,48 @@ ERROR = "error.txt"
 Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 
-def run_stages(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> Iterator[Report]:
-    """Run each request in turn; yield its report as soon as its files are written. Never raises for a failed stage."""
+def _as_it_is(request: Request) -> Request:
+    return request
+
+
+def _nothing(request: Request) -> None:
+    return None
+
+
+def run_stages(
+    requests: Iterable[Request],
+    rank: int = 0,
+    world_size: int = 1,
+    prepare: Callable[[Request], Request] = _as_it_is,
+    saved: Callable[[Request], None] = _nothing,
+) -> Iterator[Report]:
+    """Run each request in turn; yield its report as soon as its files are written. Never raises for a failed stage.
+
+    `prepare` is called when a request's turn comes, and may bring its inputs to this machine; `saved` after each checkpoint.
+    """
     residents = Residents()
     try:
         for request in requests:
-            yield _run(request, residents, rank, world_size)
+            yield _run(request, residents, rank, world_size, prepare, saved)
     finally:
         residents.clear()
 
 
-def _run(request: Request, residents: Residents, rank: int, world_size: int) -> Report:
+def _run(
+    request: Request,
+    residents: Residents,
+    rank: int,
+    world_size: int,
+    prepare: Callable[[Request], Request],
+    saved: Callable[[Request], None],
+) -> Report:
     started = time.monotonic()
     try:
+        request = prepare(request)
         spec = request.parsed_spec()
         inputs = {name: resolve(location) for name, location in request.inputs.items()}
         progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
-        ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress)
+        ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress, saved=lambda: saved(request))
         _set_threads(request.threads)
         ctx, predicted_gb = laid_out(spec, inputs, ctx, request.memory_gb)
         _forget_peak(ctx.device)

@@ -1,5 +1,7 @@
 """What every folder's tests share: hypothesis settings, and one tiny random-weight model pair on disk."""
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,28 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> "Pair":
     from tests.tiny import build_pair  # brings torch, which most tests of the driver's side never load
 
     return build_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a real server of the S3 protocol."""
+    from tests.s3 import running
+
+    with running(tmp_path_factory.mktemp("s3") / "server.log") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty store in a bucket of its own; the environment names the server, and a cache of this test's."""
+    from tests.s3 import environment, make_bucket
+
+    for name, value in environment(s3_server).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / "cache"))
+    name = f"ebbline-{uuid.uuid4().hex[:12]}"
+    make_bucket(s3_server, name)
+    return f"s3://{name}/studies"
 
 
 @pytest.fixture

@@ -56,8 +56,8 @@ def stored_request(store: Store, spec: Spec, inputs: dict[str, Path], **changes:
         spec=spec.model_dump(mode="json"),
         inputs={name: str(path) for name, path in inputs.items()},
         contents=contents,
-        out=str(attempt / "payload"),
-        log=str(attempt / "log"),
-        scratch=str(store.scratch(key)),
+        out=store.url(attempt / "payload"),
+        log=store.url(attempt / "log"),
+        scratch=store.url(store.scratch(key)),
         **changes,  # type: ignore[arg-type]
     )

@@ -1,20 +1,27 @@
-"""The store's contract. Another store would inherit `StoreContract` and give its own `store`."""
+"""The store's contract, for a folder and for a bucket on a real S3-protocol server; and what a folder promises beside it."""
 
+import hashlib
 import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
 
+from cluster import places
 from cluster.costs import GUESS_S, Estimates
 from cluster.store import RECORD, Store
-from tasks.errors import DataError, Incomplete, StoreError
+from tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
 from tasks.identity import content_digest, digest
 from tasks.specs import KINDS, DataSpec, TrainSpec
 from tasks.stage import key_payload
+from tests.s3 import CREDENTIALS
 
 HASHED = key_payload(DataSpec(size=3), {"pool": "p"})
 KEY = digest(HASHED)
+
+
+def file_digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def attempt(store: Store, text: str = "rows", hashed: dict = HASHED, kind: str = "data") -> Path:
@@ -27,8 +34,8 @@ def commit(store: Store, text: str = "rows"):
     return store.commit(attempt(store, text), HASHED, {"seconds": 1.0})
 
 
-def commit_in_a_process(root: Path, text: str, barrier) -> None:
-    store = Store(root)
+def commit_in_a_process(location: str, text: str, barrier) -> None:
+    store = Store(location)
     folder = attempt(store, text)
     barrier.wait()
     store.commit(folder, HASHED, {"seconds": 1.0})
@@ -43,7 +50,7 @@ class StoreContract:
 
     def test_what_was_committed_is_found_whole_by_whoever_looks(self, store):
         made = commit(store)
-        for reader in (store, Store(store.root)):
+        for reader in (store, Store(store.place.at)):
             found = reader.find("data", KEY)
             assert found == made
         assert (found.path / "data.jsonl").read_text() == "rows"
@@ -60,6 +67,12 @@ class StoreContract:
         assert (commit(store).path / "data.jsonl").read_text() == "rows"
         assert (cut / "payload" / "data.jsonl").exists()  # it may still be at work
 
+    def test_files_that_were_sent_without_a_record_are_no_artifact(self, store):
+        cut = attempt(store, "half")
+        store.place.send(cut / "payload" / "data.jsonl", f"data/{KEY}/{cut.name}/payload/data.jsonl")
+        assert Store(store.place.at).find("data", KEY) is None
+        assert commit(store).content == Store(store.place.at).open("data", KEY).content
+
     def test_the_first_commit_wins_and_the_second_gets_the_firsts_artifact(self, store):
         one, other = attempt(store, "first"), attempt(store, "second")
         first = store.commit(one, HASHED, {"seconds": 1.0})
@@ -70,7 +83,7 @@ class StoreContract:
     def test_of_many_processes_that_commit_at_once_exactly_one_stands(self, store):
         context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(6)
-        workers = [context.Process(target=commit_in_a_process, args=(store.root, f"text {n}", barrier)) for n in range(6)]
+        workers = [context.Process(target=commit_in_a_process, args=(store.place.at, f"text {n}", barrier)) for n in range(6)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -78,7 +91,7 @@ class StoreContract:
         assert [worker.exitcode for worker in workers] == [0] * 6
         found = store.find("data", KEY)
         assert found.content == content_digest(found.path)
-        assert [path.name for path in (store.root / "data" / KEY).iterdir() if path.is_dir()] == [found.folder.name]
+        assert {entry.name.split("/")[2] for entry in store.place.entries(f"data/{KEY}")} == {RECORD, found.folder.name}
 
     def test_a_payload_that_was_not_asked_for_is_refused(self, store):
         with pytest.raises(StoreError, match="made from something else"):
@@ -95,20 +108,12 @@ class StoreContract:
             store.commit(attempt(store), HASHED, {"seconds": float("nan")})
         assert store.find("data", KEY) is None
 
-    def test_a_commit_empties_the_scratch_of_its_key_and_of_no_other(self, store):
-        for key in (KEY, "other"):
-            store.scratch(key).mkdir(parents=True)
-            (store.scratch(key) / "checkpoint.pt").write_text("c")
-        commit(store)
-        assert not store.scratch(KEY).exists()
-        assert (store.scratch("other") / "checkpoint.pt").exists()
-
     @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}', "null"])
     def test_a_damaged_record_is_a_store_error_that_names_it(self, store, damage):
         commit(store)
-        path = store.root / "data" / KEY / RECORD
-        path.write_text(damage)
-        for look in (lambda: store.find("data", KEY), lambda: list(store.all("data"))):
+        store.place.write(f"data/{KEY}/{RECORD}", damage.encode())
+        reader = Store(store.place.at)
+        for look in (lambda: reader.find("data", KEY), lambda: list(reader.all("data"))):
             with pytest.raises(StoreError, match="record.json is damaged"):
                 look()
 
@@ -122,11 +127,147 @@ class StoreContract:
         (folder / "log" / "progress.json").write_text("{}")
         assert set(store.commit(folder, HASHED, {}).files) == {"data.jsonl"}
 
+    def test_a_create_of_a_name_that_is_there_changes_nothing(self, store):
+        assert store.place.create("x/y", b"one") and not store.place.create("x/y", b"two")
+        assert store.place.read("x/y") == b"one"
 
-class TestLocalStore(StoreContract):
+    def test_what_a_place_holds_is_listed_moved_hashed_and_removed(self, store):
+        for name in ("a/one.txt", "a/b/two #1.txt", "c/three.txt"):
+            store.place.write(name, name.encode())
+        assert {(entry.name, entry.size) for entry in store.place.entries("a")} == {("a/one.txt", 9), ("a/b/two #1.txt", 14)}
+        assert store.place.below("a") == ["b"] and store.place.below("nothing") == []
+        store.place.move("a/b/two #1.txt", "d/two.txt")
+        assert store.place.read("a/b/two #1.txt") is None and store.place.sha256("d/two.txt") == file_digest_of(b"a/b/two #1.txt")
+        store.place.delete(["a/one.txt", "never/there"])
+        assert store.place.read("a/one.txt") is None and store.place.sha256("a/one.txt") is None
+
+    def test_a_dropped_file_leaves_the_record_and_says_that_it_was_dropped(self, store):
+        made = commit(store)
+        assert store.dropped(made) == frozenset()
+        store.drop(made, frozenset({"data.jsonl"}))
+        found = Store(store.place.at).open("data", KEY)
+        assert found == made and store.dropped(found) == {"data.jsonl"}
+        assert store.place.sha256(f"data/{KEY}/{made.folder.name}/payload/data.jsonl") is None
+
+    def test_the_same_content_made_again_gives_a_dropped_file_back(self, store):
+        made = commit(store)
+        store.drop(made, frozenset({"data.jsonl"}))
+        assert commit(Store(store.place.at)) == made
+        assert store.dropped(made) == frozenset() and made.file("data.jsonl").read_text() == "rows"
+
+    def test_other_content_made_again_is_refused_and_changes_nothing(self, store):
+        made = store.commit(attempt(store), HASHED, {"seconds": 1.0, "device": "cuda", "host": "far"})
+        store.drop(made, frozenset({"data.jsonl"}))
+        with pytest.raises(Differs, match=r"made on cuda, far.*ebbline store forget data"):
+            commit(store, "other rows")
+        assert store.dropped(made) == {"data.jsonl"} and store.find("data", KEY) == made
+
+    def test_what_is_set_aside_can_be_made_again(self, store):
+        made = commit(store)
+        to = store.set_aside("data", KEY)
+        assert store.find("data", KEY) is None
+        assert store.place.read(f"{to}/{RECORD}") is not None
+        assert commit(store, "anew").content != made.content
+
+
+class TestFolder(StoreContract):
     @pytest.fixture
     def store(self, tmp_path):
         return Store(tmp_path / "store")
+
+    def test_a_commit_empties_the_scratch_of_its_key_and_of_no_other(self, store):
+        for key in (KEY, "other"):
+            store.scratch(key).mkdir(parents=True)
+            (store.scratch(key) / "checkpoint.pt").write_text("c")
+        commit(store)
+        assert not store.scratch(KEY).exists()
+        assert (store.scratch("other") / "checkpoint.pt").exists()
+
+    def test_a_commit_moves_and_copies_nothing(self, store):
+        folder = attempt(store)
+        before = (folder / "payload" / "data.jsonl").stat()
+        assert store.commit(folder, HASHED, {}).path == folder / "payload"
+        assert (folder / "payload" / "data.jsonl").stat().st_ino == before.st_ino
+
+    def test_a_folder_that_cannot_be_written_is_one_clear_error(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StoreError, match=r"the store .*/file/store/data/.* cannot be used|the store .*/file/store cannot be used"):
+            Store(tmp_path / "file" / "store").begin("data", KEY)
+
+
+class TestBucket(StoreContract):
+    @pytest.fixture
+    def store(self, bucket):
+        return Store(bucket)
+
+    def test_a_commit_empties_the_scratch_of_its_key_and_of_no_other(self, store):
+        for key in (KEY, "other"):
+            store.place.write(f"scratch/{key}/id/checkpoint.pt", b"c")
+        commit(store)
+        assert [entry.name for entry in store.place.entries("scratch")] == ["scratch/other/id/checkpoint.pt"]
+
+    def test_another_machine_fetches_only_the_file_that_it_asks_for(self, store, tmp_path, monkeypatch):
+        folder = attempt(store)
+        (folder / "payload" / "large.bin").write_bytes(b"0" * 1000)
+        store.commit(folder, HASHED, {})
+        monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / "elsewhere"))
+        found = Store(store.place.at).open("data", KEY)
+        assert found.file("data.jsonl").read_text() == "rows"
+        assert [path.name for path in found.folder.rglob("*") if path.is_file()] == ["data.jsonl"]
+        assert content_digest(found.path) == found.content
+
+    def test_content_that_changed_in_the_store_is_never_taken_for_the_recorded_one(self, store, tmp_path, monkeypatch):
+        made = commit(store)
+        store.place.write(f"data/{KEY}/{made.folder.name}/payload/data.jsonl", b"rowz")
+        monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / "elsewhere"))
+        found = Store(store.place.at).open("data", KEY)
+        with pytest.raises(StoreError, match="store verify --mend"):
+            found.file("data.jsonl")
+        assert not [path for path in (tmp_path / "elsewhere").rglob("*") if path.name == "data.jsonl" or path.parent.name == "fetching"]
+
+    def test_a_full_or_closed_disk_of_this_machine_is_told_apart_from_the_store(self, store, tmp_path, monkeypatch):
+        commit(store)
+        with pytest.raises(DiskFull, match=r"s3://.*No space left on device.*EBBLINE_CACHE"):
+            store.place.receive(f"data/{KEY}/{RECORD}", Path("/dev/full"))
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(StoreError, match="EBBLINE_CACHE"):
+            Store(store.place.at).open("data", KEY).file("data.jsonl")
+
+    def test_neither_records_nor_requests_nor_names_hold_a_secret(self, store):
+        commit(store)
+        store.note(attempt(store), "request.json", b"{}")
+        for entry in store.place.entries():
+            for secret in CREDENTIALS.values():
+                assert (secret not in entry.name and secret.encode() not in (store.place.read(entry.name) or b"")) or secret == "us-east-1"
+
+
+@pytest.mark.parametrize(
+    "url", ["gs://bucket/x", "file:///tmp/x", "s3://", "s3://BAD_bucket/x", "s3://key:sek-ret@bucket/x", "s3://bucket/x?y=sek-ret"]
+)
+def test_a_url_that_is_no_bucket_is_refused_without_being_repeated(url):
+    with pytest.raises(StoreError, match="a folder, or s3://BUCKET/PREFIX") as caught:
+        Store(url)
+    assert "sek-ret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "there is no such bucket"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "does not answer; look at the network and AWS_ENDPOINT_URL"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_METADATA_ENDPOINT": "http://127.0.0.1:1"}, "there are no credentials"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_one_clear_error(bucket, monkeypatch, change, said):
+    monkeypatch.setitem(places.RETRIES, "max_retries", 1)
+    for name, value in change.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    store = Store("s3://ebbline-nobody-made-this/studies")
+    for act in (lambda: store.find("data", KEY), lambda: list(store.place.entries()), lambda: store.place.write("x", b"")):
+        with pytest.raises(StoreError, match=said) as caught:
+            act()
+        assert "s3://ebbline-nobody-made-this/studies" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_record_names_the_attempt_and_its_files(tmp_path):

@@ -105,3 +105,22 @@ def test_a_budget_may_be_raised_and_a_size_moved_to_other_gpus(tmp_path, home):
     assert json.loads((home.folder("tiny") / "study.json").read_text()) == latest.model_dump(mode="json")
     with pytest.raises(StudyError, match=r"models\.7b\.dtype"):
         home.freeze(study(tmp_path, {"models/7b/dtype": "float32", **placed}))
+
+
+@pytest.mark.parametrize(("named", "lies"), [("", "store"), ("artifacts", "artifacts"), ("../shared", "../shared")])
+def test_the_profile_says_where_the_store_lies(tmp_path, named, lies):
+    root = tmp_path / "home"
+    root.mkdir()
+    if named:
+        (root / "cluster.yaml").write_text(f"store: {named}\n")
+    assert Home(root).store.place.at == str((root / lies).resolve())
+
+
+def test_a_store_in_a_bucket_is_named_by_its_url_and_asks_for_nothing_before_it_is_used(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("store: s3://bucket/prefix\ncache_gb: 2\n")
+    store = Home(tmp_path).store
+    assert (store.place.at, store.cache_gb) == ("s3://bucket/prefix", 2.0)
+
+
+def test_a_home_keeps_its_name_and_no_two_have_the_same(tmp_path):
+    assert Home(tmp_path / "a").id == Home(tmp_path / "a").id != Home(tmp_path / "b").id

@@ -29,6 +29,9 @@ POINT = Point.of("7b", {"train.rank": 2, "apply.threshold": None})
 class Made:
     path: Path
 
+    def file(self, name: str) -> Path:
+        return self.path / name
+
 
 class Blocks:
     """Stages with metrics that were measured: their folders, by lineage."""
