@@ -30,7 +30,7 @@ def collect(study: Study, home: Home) -> list[Result]:
     """All points asked so far, in the order of asking: done, failed with their reason, or still running."""
     planner, resolver = Planner(study, home), Resolver(home.store)
     results: list[Result] = []
-    for number, point, state, reason in asked(study, home.storage_url(study.study)):
+    for number, point, state, reason in asked(study, home.storage(study.study)):
         reason = reason or ("no reason was recorded" if state == "failed" else "")
         results.append(result_of(study, number, point, planner.stages_for(point), resolver, reason, results))
     return results

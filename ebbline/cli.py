@@ -104,7 +104,7 @@ def plan(
     from sweeps.study_file import load
 
     loaded, where = load(study), Home(home)
-    points, unchosen = known_points(loaded, where.storage_url(loaded.study))
+    points, unchosen = known_points(loaded, where.storage(loaded.study))
     planner = Planner(loaded, where)
     found = make_plan(planner, points, unchosen)
     most = make_plan(planner, space(loaded), 0) if unchosen and finite(loaded) else None

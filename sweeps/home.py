@@ -3,23 +3,29 @@
 HOME/store/                  artifacts, by kind and key
 HOME/cluster.yaml            the cluster's profile, if there is one
 HOME/studies/NAME/study.json the study, with its latest budget; driver.lock names who drives it now
+HOME/home.id                 tells this home from others in a shared database, if it uses one
+HOME/studies/NAME/spending.jsonl     what driving it took so far
 HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster.store import Store
+from sweeps.storage import Hold, Storage, shared_url
 from sweeps.study import Study, lasting
 from sweeps.study_file import read_profile
 from tasks.errors import StudyError, StudyHeld
+from tasks.identity import digest
 
 
 class Home:
@@ -35,8 +41,24 @@ class Home:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def storage_url(self, study: str) -> str:
-        return f"sqlite:///{self.folder(study) / 'optuna.db'}"
+    def storage(self, study: str) -> Storage:
+        """Where a study's points are kept. Raises StudyError when a shared database is asked for in a way that cannot be."""
+        url = shared_url(self.profile.storage)
+        if url is None:
+            return Storage(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
+        return Storage(url, f"{study}@{digest(self.profile.store or self._id())[:12]}")
+
+    def _id(self) -> str:
+        """What tells this home from others that share a database with it: made once, and moved along with its folder."""
+        path = self.root / "home.id"
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            fresh = path.with_suffix(f".{os.getpid()}")
+            fresh.write_text(uuid.uuid4().hex)
+            with contextlib.suppress(FileExistsError):  # another process was faster, and its id stands
+                os.link(fresh, path)
+            fresh.unlink()
+        return path.read_text()
 
     @property
     def digests(self) -> Path:
@@ -63,10 +85,10 @@ class Home:
         fresh.replace(path)
 
     @contextmanager
-    def driving(self, study: str) -> Iterator[str]:
-        """Hold the study for the length of a `with`, which gets the words for its driver. Raises StudyHeld, naming the holder.
+    def driving(self, study: str) -> Iterator[Hold]:
+        """Hold the study for the length of a `with`. Raises StudyHeld, naming the holder, when somebody else does.
 
-        The lock is the kernel's: it goes with the process, however that ends.
+        The lock is the kernel's, and in a shared database that database's too: it goes with the process, however that ends.
         """
         path = self.folder(study) / "driver.lock"
         with path.open("a+") as handle:
@@ -79,20 +101,20 @@ class Home:
             handle.truncate(0)
             handle.write(driver)
             handle.flush()
-            yield driver
+            with self.storage(study).driving(study, driver) as hold:
+                yield hold
             handle.truncate(0)
 
     def holder(self, study: str) -> str | None:
         """Who drives a study now, or None."""
         path = self.folder(study) / "driver.lock"
-        if not path.exists():
-            return None
-        with path.open() as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return handle.read().strip()
-        return None
+        if path.exists():
+            with path.open() as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return handle.read().strip()
+        return self.storage(study).holder()
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
