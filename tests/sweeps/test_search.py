@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -215,7 +216,7 @@ def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url)
     for row in ({"model": "7b", "train.rank": 8}, {**ROWS[0], "model": "8b"}):
         part = study(tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"})
         with pytest.raises(StudyError, match=r"search\.list\[0\] must give `model`"):
-            OptunaSearcher(part, url).ask()
+            OptunaSearcher(part, replace(url, name=part.study)).ask()
 
 
 def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
