@@ -10,10 +10,11 @@ from analysis.compare import Subject, operating_point, refusal_metric
 from analysis.frontier import finished
 from analysis.statistics import Agreement, Replicates, pooled_agreement
 from analysis.wording import natural, settings_label
+from cluster.costs import Cost
 from cluster.runner import Resolver
 from cluster.store import Artifact
 from sweeps.home import Home
-from sweeps.outcome import metrics_of, result_of
+from sweeps.outcome import costs_of, metrics_of, result_of
 from sweeps.plan import Planner
 from sweeps.points import Result, keys_of
 from sweeps.search import asked
@@ -23,14 +24,14 @@ from tasks.errors import EvaluationError
 from tasks.gate import ProjectedRows, read_rows
 from tasks.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
 from tasks.specs import ApplySpec, GenerateSpec, ProjectSpec, ScoreSpec
-from tasks.stage import Stage
+from tasks.stage import Stage, closure
 
 
 def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Result]:
     """All points asked so far, in the order of asking: done, failed with their reason, or still running."""
     planner, resolver = planner or Planner(study, home), Resolver(home.store)
     results: list[Result] = []
-    for number, point, state, reason in asked(study, home.storage_url(study.study)):
+    for number, point, state, reason in asked(study, home.storage(study.study)):
         reason = reason or ("no reason was recorded" if state == "failed" else "")
         results.append(result_of(study, number, point, planner.stages_for(point), resolver, reason, results))
     return results
@@ -70,6 +71,21 @@ def prompt_sets(study: Study, home: Home) -> dict[str, str]:
                 said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
                 found[suite] = f"{said['format']}, {said['rows']} rows, {said['asked']} asked, sha256 {said['sha256']}"
     return found
+
+
+def costs_before(study: Study, home: Home) -> dict[str, Cost]:
+    """Key -> cost of measuring the aligned models before fine-tuning, and of making them."""
+    stages = [stage for suites in Planner(study, home).baselines().values() for stage in suites.values()]
+    return costs_of(stages, Resolver(home.store))
+
+
+def kinds_of(study: Study, home: Home, results: Sequence[Result]) -> dict[str, str]:
+    """Key -> kind of every stage that the results and the aligned models rest on, as far as it is in the store."""
+    planner, resolver = Planner(study, home), Resolver(home.store)
+    stages = [stage for suites in planner.baselines().values() for stage in suites.values()]
+    stages += [stage for result in results for stage in planner.stages_for(result.point).values()]
+    found = (resolver.artifact(stage) for stage in closure(stages))
+    return {artifact.key: artifact.kind for artifact in found if artifact is not None}
 
 
 def baselines(study: Study, home: Home) -> dict[str, dict[str, Metric]]:

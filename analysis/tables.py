@@ -10,21 +10,26 @@ from typing import Any, Literal
 import pandas as pd
 
 from analysis.compare import Baselines, Evidence, Subject, operating_point, refusal_metric
+from analysis.costs import cost_columns
 from analysis.files import write_whole
 from analysis.frontier import finished, frontier, frontier_by_model
 from analysis.statistics import SHARES, Agreement, by_category
 from analysis.wording import axis_label, metric_label, natural, percent, value_label
+from cluster.profile import Profile
 from sweeps.points import Result
 from sweeps.study import Study, axis_fields
 from tasks.metrics import Metric
 
-MEASURED_COLUMNS = ("seconds",)
+MEASURED_COLUMNS = (
+    "seconds", "gpu_hours", "cost_usd", "gpu_hours_share", "cost_usd_share", "gpu_hours_added", "cost_usd_added",
+)  # fmt: skip
+NO_PRICES = Profile()
 ALIGNED = "aligned"
 VERDICTS = ("refused", "partial", "complied", "undecided", "incoherent")
 
 
-def results_frame(results: Sequence[Result], objectives: Sequence[str]) -> pd.DataFrame:
-    """One row per point: its axes, metrics with intervals, place on the frontier, and its stages' keys as provenance."""
+def results_frame(results: Sequence[Result], objectives: Sequence[str], profile: Profile = NO_PRICES) -> pd.DataFrame:
+    """One row per point: its axes, metrics with intervals, place on the frontier, cost, and its stages' keys as provenance."""
     rows = sorted(results, key=lambda result: result.number)
     overall = {result.number for result in frontier(rows, objectives)}
     own = {result.number for found in frontier_by_model(rows, objectives).values() for result in found}
@@ -44,6 +49,7 @@ def results_frame(results: Sequence[Result], objectives: Sequence[str]) -> pd.Da
     columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
     columns["projected_share"] = _column([row.projected_share for row in rows], "Float64")
     columns["seconds"] = _column([row.seconds for row in rows], "Float64")
+    columns |= {name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()}
     for stage in sorted({stage for row in rows for stage in row.keys}):
         columns[stage] = _column([row.keys.get(stage) for row in rows], "string")
     return pd.DataFrame(columns)

@@ -106,11 +106,11 @@ def plan(
     from sweeps.study_file import load
 
     loaded, where = load(study), Home(home)
-    points, unchosen = known_points(loaded, where.storage_url(loaded.study))
+    points, unchosen = known_points(loaded, where.storage(loaded.study))
     planner = Planner(loaded, where)
     found = make_plan(planner, points, unchosen)
     most = make_plan(planner, space(loaded), 0) if unchosen and finite(loaded) else None
-    print_plan(found, most, why, as_json)
+    print_plan(found, most, why, as_json, where.profile)
 
 
 @app.command()
@@ -339,14 +339,14 @@ def forget_artifact(
 @_explained
 def status(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Show how far a study is: who drives it, its points, and the frontier so far."""
-    from analysis.results import StoredEvidence, baselines, collect
+    from analysis.results import StoredEvidence, baselines, collect, costs_before
     from ebbline.show import print_status
     from sweeps.home import Home
     from sweeps.study_file import load
 
     loaded, where = load(study), Home(home)
     evidence = StoredEvidence(loaded, where)
-    print_status(loaded, where.holder(loaded.study), collect(loaded, where), baselines(loaded, where), evidence, as_json)
+    print_status(loaded, where, collect(loaded, where), baselines(loaded, where), costs_before(loaded, where), evidence, as_json)
 
 
 @app.command()

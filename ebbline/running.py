@@ -11,19 +11,21 @@ from pathlib import Path
 
 from analysis import mirror
 from analysis.compare import refusal_metric, usefulness_metric
+from analysis.costs import cost_rows, told
 from analysis.figures import save
 from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import projection_figures
 from analysis.report import write_report
-from analysis.results import StoredEvidence, baselines, collect, projections, prompt_sets
+from analysis.results import StoredEvidence, baselines, collect, costs_before, kinds_of, projections, prompt_sets
 from analysis.tables import categories_frame, frontier_text, results_frame, write_categories, write_tables
 from analysis.threshold_figure import threshold_figure
 from cluster.executor import Executor, OnDemand
 from ebbline.show import Screen
 from sweeps.drive import Progress, drive
 from sweeps.home import Home
-from sweeps.points import Result, StageName
+from sweeps.points import Result
 from sweeps.racing import races
+from sweeps.spending import read_spent
 from sweeps.study import Study, lasting
 from tasks.identity import digest
 
@@ -115,6 +117,7 @@ def _told(progress: Progress, seconds: float) -> str:
     ran = sum(not node.reused for node in nodes)
     failed = sum(result.status == "failed" for result in progress.results)
     line = f"{len(progress.results)} points this time, {ran} stages run and {len(nodes) - ran} found in the store, {seconds:.0f} s"
+    line += f", {told(progress.spending.spent().cost, progress.spending.profile)} spent by all runs"
     return line + (f", {failed} points failed" if failed else "") + (f"; {progress.stopped}" if progress.stopped else "")
 
 
@@ -122,7 +125,7 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     """The tables, figures and report of what a study has so far; what -> where."""
     folder = home.folder(study.study)
     results, before = collect(study, home), baselines(study, home)
-    _, table, frontier_csv = write_tables(results_frame(results, study.objectives), folder)
+    _, table, frontier_csv = write_tables(results_frame(results, study.objectives, home.profile), folder)
     outputs = {"results": table, "frontier": frontier_csv}
     outputs["figure"] = save(frontier_figure(results, study.objectives, before), folder, "frontier")[0]
     drawn = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
@@ -140,23 +143,8 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
 
 
 def _cost(study: Study, home: Home, results: Sequence[Result]) -> dict[str, object]:
-    """What the stages of a study took, and what sharing saved against running every stage of every point anew."""
-    named = [(StageName.parse(name).part, key) for result in results for name, key in result.keys.items()]
-    seconds: dict[str, float] = {}
-    gpu_seconds = 0.0
-    for name, key in named:
-        if key not in seconds:
-            artifact = home.store.open(study.kind_of(name), key)
-            seconds[key] = float(artifact.provenance["seconds"])
-            gpu_seconds += seconds[key] * int(artifact.provenance.get("gpus", 0))
-    unshared = sum(seconds[key] for _, key in named)
-    return {
-        "stages of the points, counted for each point": len(named),
-        "stages run, each once": len(seconds),
-        "seconds of stages run": round(sum(seconds.values()), 1),
-        "seconds without sharing": round(unshared, 1),
-        "GPU-hours (logical GPUs on a machine without any)": round(gpu_seconds / 3600, 4),
-    }
+    spent = read_spent(home.folder(study.study))
+    return cost_rows(results, costs_before(study, home), kinds_of(study, home, results), spent, home.profile)
 
 
 def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str, object]:

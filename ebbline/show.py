@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,12 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.compare import Baselines, Evidence
+from analysis.costs import as_json as cost_json
+from analysis.costs import cost_summary, study_cost, told
 from analysis.frontier import frontier_hypervolume
 from analysis.report import summary
 from analysis.tables import frontier_text, results_frame
+from cluster.costs import Cost
+from cluster.profile import Profile
 from sweeps.drive import Progress
+from sweeps.home import Home
 from sweeps.plan import Plan
 from sweeps.points import Result
+from sweeps.spending import read_spent
 from sweeps.study import Study
 
 ORDER = ("language", "convert", "organism", "data", "train", "subspace", "project", "apply", "generate", "judge", "score", "evaluate")
@@ -68,7 +74,11 @@ def _line(progress: Progress) -> str:
     at_work = [progress.planner.label(node.stage) for node in progress.runner.nodes.values() if node.state == "running"]
     head = f"[{_clock(elapsed)}] stages {total['done']} done, {total['reused']} reused, {total['running']} running"
     points = f"points {_points(progress)}, about {_clock(progress.runner.remaining_s())} left for those in flight"
-    return f"{head}; {points}" + (f"; now: {at_work[0]}" if at_work else "")
+    return f"{head}; {points}; {_spent(progress)}" + (f"; now: {at_work[0]}" if at_work else "")
+
+
+def _spent(progress: Progress) -> str:
+    return f"{told(progress.spending.spent().cost, progress.spending.profile)} spent"
 
 
 def _points(progress: Progress) -> str:
@@ -88,7 +98,8 @@ def _picture(progress: Progress) -> Group:
         table.add_row(kind, ProgressBar(total=total, completed=finished, width=24), *numbers)
     elapsed = time.monotonic() - progress.started
     left = _clock(progress.runner.remaining_s())
-    head = Text(f"{progress.study.study}: {_points(progress)} points, {_clock(elapsed)} so far, about {left} left for those in flight")
+    said = f"{_clock(elapsed)} so far, about {left} left for those in flight, {_spent(progress)}"
+    head = Text(f"{progress.study.study}: {_points(progress)} points, {said}")
     lines: list[Text] = []
     for node in progress.runner.nodes.values():
         if node.state == "running" and (said := progress.runner.progress_of(node)):
@@ -103,12 +114,13 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def print_plan(found: Plan, most: Plan | None, why: int, as_json: bool) -> None:
+def print_plan(found: Plan, most: Plan | None, why: int, as_json: bool, profile: Profile) -> None:
     """A plan as a table, or as JSON. `most` is the plan of the whole space, an upper bound while points are unchosen."""
     if as_json:
         kinds = {"new": dict(found.new), "there": dict(found.there), "at_most_new": dict(most.new) if most else None}
         known = {"points": found.points, "unchosen": found.unchosen, "complete": found.complete}
-        print(json.dumps({**known, **kinds, "misses": [list(miss) for miss in found.misses]}, indent=1))
+        cost = {"expected": cost_json(found.expected, profile), "at_most_expected": cost_json(most.expected, profile) if most else None}
+        print(json.dumps({**known, **kinds, **cost, "misses": [list(miss) for miss in found.misses]}, indent=1))
         return
     console = Console()
     table = Table(box=None, pad_edge=False)
@@ -118,6 +130,9 @@ def print_plan(found: Plan, most: Plan | None, why: int, as_json: bool) -> None:
         table.add_row(kind, str(found.new[kind]), str(found.there[kind]), str(most.new[kind]) if most else str(found.new[kind]))
     console.print(table)
     console.print(f"{found.points} points are known, {found.unchosen} are for the search to choose.")
+    bound = f"; for the whole space at most {told(most.expected, profile)}" if most else ""
+    if found.new or most:
+        console.print(f"What is to run is expected to take {told(found.expected, profile)}{bound}.", highlight=False, soft_wrap=True)
     console.print(f"{sum(found.new.values())} misses" + (":" if found.misses else "; a run would find all of them in the store."))
     for name, reason in found.misses[:why]:
         console.print(f"  {name}: {reason}", highlight=False, soft_wrap=True)
@@ -125,13 +140,22 @@ def print_plan(found: Plan, most: Plan | None, why: int, as_json: bool) -> None:
         console.print(f"  and {len(found.misses) - why} more (--why {len(found.misses)} shows all)")
 
 
-def print_status(study: Study, holder: str | None, results: Sequence[Result], before: Baselines, evidence: Evidence, as_json: bool) -> None:
+def print_status(
+    study: Study, home: Home, results: Sequence[Result], before: Baselines, costs: Mapping[str, Cost], evidence: Evidence, as_json: bool
+) -> None:
+    """`costs` is what measuring the models before fine-tuning cost, by key."""
     counts = Counter(result.status for result in results)
+    holder, spent = home.holder(study.study), read_spent(home.folder(study.study))
+    limits = study.budget.model_dump(exclude_none=True)
     if as_json:
-        print(json.dumps({"driver": holder, **summary(study, results, before, evidence)}, indent=1))
+        cost = cost_summary(study_cost(results, costs, spent), spent, home.profile)
+        print(json.dumps({"driver": holder, "cost": cost, "budget": limits, **summary(study, results, before, evidence)}, indent=1))
         return
     print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight, {counts['failed']} failed")
-    print(f"driver: {holder or 'none; `ebbline run` continues it'}\n")
+    print(f"driver: {holder or 'none; `ebbline run` continues it'}")
+    budget = ", ".join(f"{name} {value:g}" for name, value in limits.items())
+    driven = f"{told(spent.cost, home.profile)} in {spent.driving_s / 3600:.3g} hours of driving"
+    print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     print(frontier_text(results_frame(results, study.objectives)))
     for result in results:
         if result.status == "failed":

@@ -50,7 +50,7 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     """What a study refers to; `keep` says whose adapters are to keep their tensors."""
     planner, resolver = Planner(study, home, located=False), Resolver(home.store)
     targets = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    points = asked(study, home.storage_url(study.study))
+    points = asked(study, home.storage(study.study))
     table = home.folder(study.study) / "results.parquet"
     if not points and table.exists():
         raise StudyError(

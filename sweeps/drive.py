@@ -17,8 +17,9 @@ from sweeps.outlook import Outlook
 from sweeps.plan import Planner
 from sweeps.points import Point, Result, StageName
 from sweeps.racing import rivals_of, standing
-from sweeps.search import OptunaSearcher, Searcher, check_written_points, limit
+from sweeps.search import OptunaSearcher, Searcher, check_written_points, limit, reaching
 from sweeps.spending import Spending, require_prices, spending
+from sweeps.storage import Hold
 from sweeps.study import Study
 from tasks.errors import StudyError
 from tasks.specs import KINDS
@@ -74,22 +75,23 @@ def drive(
     The executor is made once the study is held, and closed at the end; `stop` turning true drains and returns. Raises
     StudyHeld when another driver has the study, StudyError when a model cannot be measured before fine-tuning.
     """
-    with home.driving(study.study) as driver:
+    storage = home.storage(study.study)
+    with home.driving(study.study) as hold, reaching(storage):
         planner = Planner(study, home)
         check_written_points(study)
         require_prices(study, home.profile)
         home.freeze(study)
-        searcher = OptunaSearcher(study, home.storage_url(study.study))
-        with spending(study, home.profile, home.folder(study.study), driver) as spent:
+        searcher = OptunaSearcher(study, storage)
+        with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:
                 runner = Runner(home.store, executor, planner.needs_of, spent)
-                return _loop(Progress(study, planner, runner, spent, limit=limit(study)), searcher, watch, stop)
+                return _loop(Progress(study, planner, runner, spent, limit=limit(study)), searcher, hold, watch, stop)
             finally:
                 executor.close()
 
 
-def _loop(progress: Progress, searcher: OptunaSearcher, watch: Watcher, stop: Callable[[], bool]) -> Progress:
+def _loop(progress: Progress, searcher: OptunaSearcher, hold: Hold, watch: Watcher, stop: Callable[[], bool]) -> Progress:
     study, planner, runner = progress.study, progress.planner, progress.runner
     baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
     runner.want(baselines)
@@ -104,6 +106,7 @@ def _loop(progress: Progress, searcher: OptunaSearcher, watch: Watcher, stop: Ca
     while True:
         grounded = None if runner.draining else _take_off_in_turn(flights, runner, outlook)
         while not exhausted and not runner.draining and grounded is None and len(flights) < study.search.window:
+            hold.check()
             asked = searcher.ask()
             if asked is None:
                 exhausted = True
@@ -127,6 +130,7 @@ def _loop(progress: Progress, searcher: OptunaSearcher, watch: Watcher, stop: Ca
         # asked, draining or for want of budget: the next run lands them from the store.
         in_turn = exhausted or len(flights) == study.search.window
         if in_turn and not again and not runner.draining and _landing(flights, runner):
+            hold.check()
             done.append(_land(study, flights.popleft(), searcher, runner, done))
             progress.results.append(done[-1])
             progress.told += 1

@@ -1,9 +1,10 @@
 """Where everything lies: one folder holds the store that all studies share and a folder for each study.
 
 HOME/store/                  artifacts, by kind and key, unless the profile says that they lie elsewhere
-HOME/id                      what this home is called in a store that others share
+HOME/id                      what this home is called in a store or a database that others share
 HOME/cluster.yaml            the cluster's profile, if there is one
 HOME/studies/NAME/study.json the study, with its latest budget; driver.lock names who drives it now
+HOME/studies/NAME/spending.jsonl     what driving it took so far
 HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
 """
 
@@ -21,9 +22,11 @@ from typing import Any
 from cluster.profile import Profile
 from cluster.retention import HOMES
 from cluster.store import Store
+from sweeps.storage import Hold, Storage, shared_url
 from sweeps.study import Study, lasting
 from sweeps.study_file import read_profile
 from tasks.errors import StudyError, StudyHeld
+from tasks.identity import digest
 
 
 class Home:
@@ -39,8 +42,13 @@ class Home:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def storage_url(self, study: str) -> str:
-        return f"sqlite:///{self.folder(study) / 'optuna.db'}"
+    def storage(self, study: str) -> Storage:
+        """Where a study's points are kept. Raises StudyError when a shared database is asked for in a way that cannot be."""
+        url = shared_url(self.profile.storage)
+        if url is None:
+            return Storage(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
+        named = self.profile.store or ""
+        return Storage(url, f"{study}@{digest(named if '://' in named else self.id)[:12]}")
 
     @property
     def digests(self) -> Path:
@@ -68,7 +76,7 @@ class Home:
 
     @property
     def id(self) -> str:
-        """What this home is called in a store that others may share. It moves with the folder."""
+        """What this home is called in a store or a database that others share. It moves with the folder."""
         path = self.root / "id"
         if not path.exists():
             self.root.mkdir(parents=True, exist_ok=True)
@@ -80,10 +88,10 @@ class Home:
         return path.read_text()
 
     @contextmanager
-    def driving(self, study: str) -> Iterator[str]:
-        """Hold the study for the length of a `with`, which gets the words for its driver. Raises StudyHeld, naming the holder.
+    def driving(self, study: str) -> Iterator[Hold]:
+        """Hold the study for the length of a `with`. Raises StudyHeld, naming the holder, when somebody else does.
 
-        The lock is the kernel's: it goes with the process, however that ends.
+        The lock is the kernel's, and in a shared database that database's too: it goes with the process, however that ends.
         """
         path = self.folder(study) / "driver.lock"
         with path.open("a+") as handle:
@@ -96,22 +104,22 @@ class Home:
             handle.truncate(0)
             handle.write(driver)
             handle.flush()
-            # Whoever removes what nobody needs must know of all who may need it.
-            self.store.place.create(f"{HOMES}/{self.id}.json", b"{}")
-            yield driver
+            with self.storage(study).driving(study, driver) as hold:
+                # Whoever removes what nobody needs must know of all who may need it.
+                self.store.place.create(f"{HOMES}/{self.id}.json", b"{}")
+                yield hold
             handle.truncate(0)
 
     def holder(self, study: str) -> str | None:
         """Who drives a study now, or None."""
         path = self.folder(study) / "driver.lock"
-        if not path.exists():
-            return None
-        with path.open() as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return handle.read().strip()
-        return None
+        if path.exists():
+            with path.open() as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return handle.read().strip()
+        return self.storage(study).holder()
 
 
 def store_of(root: Path, profile: Profile) -> Store:

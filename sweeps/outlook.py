@@ -5,14 +5,14 @@ stage is an estimate: the runner asks again before it starts one, so a point tha
 continued when the budget is raised.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from cluster.costs import Cost, expected_cost, total
 from cluster.runner import Resolver, Runner
 from sweeps.plan import Planner
 from sweeps.points import StageName
 from sweeps.spending import Spending
-from tasks.stage import Stage
+from tasks.stage import Stage, closure
 
 
 class Outlook:
@@ -70,21 +70,6 @@ class Outlook:
 
     def _cost(self, stage: Stage, seconds: float) -> Cost:
         return expected_cost(self._planner.needs_of(stage), seconds, self._spending.profile)
-
-
-def closure(stages: Iterable[Stage]) -> Iterator[Stage]:
-    """Stages and all that they are made from, each once, inputs first."""
-    seen: set[str] = set()
-
-    def walk(stage: Stage) -> Iterator[Stage]:
-        if stage.lineage not in seen:
-            seen.add(stage.lineage)
-            for above in stage.upstream():
-                yield from walk(above)
-            yield stage
-
-    for stage in stages:
-        yield from walk(stage)
 
 
 def _longest(stages: Iterable[Stage], seconds: Mapping[str, float]) -> float:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from cluster.costs import Cost, Estimates, expected_cost
 from cluster.executor import Needs
 from cluster.runner import Resolver, default_needs
 from cluster.store import Store
@@ -220,12 +221,13 @@ class Plan:
     """What a study would run now. `new` counts stages to run of each kind, `there` those in the store already.
 
     `misses` says why, for each stage that would run. `unchosen` is how many points the search has yet to propose; their
-    stages are unknown before they are chosen, unless the space is a list.
+    stages are unknown before they are chosen, unless the space is a list. `expected` is what those to run are expected to cost.
     """
 
     new: Counter[str] = field(default_factory=Counter)
     there: Counter[str] = field(default_factory=Counter)
     misses: list[tuple[str, str]] = field(default_factory=list)
+    expected: Cost = field(default_factory=Cost)
     points: int = 0
     unchosen: int = 0
 
@@ -238,7 +240,7 @@ class Plan:
 def plan(planner: Planner, points: Iterable[Point], unchosen: int) -> Plan:
     """Look every stage up by its key and explain each miss. Runs nothing."""
     store = planner.home.store
-    resolver = Resolver(store)
+    resolver, estimates = Resolver(store), Estimates(store)
     result = Plan(unchosen=unchosen)
     seen: set[str] = set()
     for name, stage in _named(planner, points, result, resolver):
@@ -252,6 +254,7 @@ def plan(planner: Planner, points: Iterable[Point], unchosen: int) -> Plan:
                 result.there[each.kind] += 1
             else:
                 result.new[each.kind] += 1
+                result.expected += expected_cost(planner.needs_of(each), estimates.seconds(each.spec), planner.home.profile)
                 result.misses.append((part, explain(each, resolver, store)))
     return result
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.costs import Cost
 from tasks.identity import digest
 from tasks.metrics import Metric
 
@@ -73,7 +74,8 @@ class Result:
     """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds, or `reason` when it has none.
 
     `keys` maps a stage's name (`train[seed=0]`) to its key in the store; `seconds` is what its stages took when they ran,
-    whether for this point or for an earlier one that it shares them with.
+    whether for this point or for an earlier one that it shares them with. `costs` maps the key of each of its stages, and of what
+    these are made from, to its cost.
     """
 
     number: int
@@ -84,3 +86,4 @@ class Result:
     keys: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     projected_share: float | None = None
+    costs: Mapping[str, Cost] = field(default_factory=dict)

@@ -11,6 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import optuna
@@ -18,8 +19,10 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeps.points import Point, Result, Value
-from sweeps.study import AxisValue, Range, Study
-from tasks.errors import StudyError
+from sweeps.storage import Storage
+from sweeps.study import AxisValue, Range, Study, lasting
+from tasks.errors import DatabaseLost, StudyError
+from tasks.identity import digest
 from tasks.metrics import direction
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -27,6 +30,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 REDRAWS = 8
 _DIRECTIONS = {"maximise": optuna.study.StudyDirection.MAXIMIZE, "minimise": optuna.study.StudyDirection.MINIMIZE}
 REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial number
+SETTINGS = "settings"  # ... of the whole
 
 
 class Searcher(Protocol):
@@ -51,16 +55,30 @@ class Searcher(Protocol):
 class OptunaSearcher:
     """Every sampler of a study file, over Optuna's storage. Make one driver's worth at a time: see Home.driving."""
 
-    def __init__(self, study: Study, storage_url: str) -> None:
+    def __init__(self, study: Study, storage: Storage) -> None:
         self.study = study
         self._limit = limit(study)
         self._optuna = optuna.create_study(
-            storage=storage_url,
-            study_name=study.study,
+            storage=_opened(storage),
+            study_name=storage.name,
             directions=[_DIRECTIONS[direction(name)] for name in study.objectives],
             load_if_exists=True,
         )
+        if storage.shared:
+            self._same_settings(storage)
         self._clear_half_asked()
+
+    def _same_settings(self, storage: Storage) -> None:
+        """Another home may have begun the study in a shared database: with the same settings, or its points are not ours."""
+        own = digest(lasting(self.study.model_dump(mode="json")))
+        before = self._optuna.user_attrs.get(SETTINGS)
+        if before is None:
+            self._optuna.set_user_attr(SETTINGS, own)
+        elif before != own:
+            raise StudyError(
+                f"a study named {self.study.study!r} was begun in the shared database, as {storage.name!r}, with other settings;"
+                " give this one another name (`study: ...`)"
+            )
 
     def in_flight(self) -> Sequence[tuple[int, Point]]:
         return [(k, _point(trial)) for k, trial in enumerate(self._accepted()) if trial.state == TrialState.RUNNING]
@@ -145,10 +163,24 @@ class OptunaSearcher:
         return left[k % len(left)] if left else None
 
 
-def known_points(study: Study, storage_url: str) -> tuple[list[Point], int]:
+@contextmanager
+def reaching(storage: Storage) -> Iterator[None]:
+    """Turn whatever a database does wrong under Optuna into a DatabaseLost."""
+    try:
+        with storage.explained():
+            yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise DatabaseLost(storage.told(error.__cause__ or error)) from error
+
+
+def _opened(storage: Storage) -> optuna.storages.BaseStorage:
+    return optuna.storages.get_storage(optuna.storages.RDBStorage(storage.url, engine_kwargs=storage.settings))
+
+
+def known_points(study: Study, storage: Storage) -> tuple[list[Point], int]:
     """The points that are known before running: those asked so far, or all of a grid or list; and how many are unchosen."""
     searcher_limit = limit(study)
-    points = [point for _, point, _, _ in asked(study, storage_url)]
+    points = [point for _, point, _, _ in asked(study, storage)]
     if study.search.sampler == "grid":
         points = list(space(study))[:searcher_limit]
     elif study.search.sampler == "list":
@@ -195,18 +227,19 @@ def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
     return Point.of(model, values)
 
 
-def asked(study: Study, storage_url: str) -> list[tuple[int, Point, str, str]]:
+def asked(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:
     """(number, point, state, reason) of every point asked so far, for readers; state is running, done or failed."""
-    try:
-        found = optuna.load_study(study_name=study.study, storage=storage_url)
-    except KeyError:
-        return []
     names = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed"}
-    return [
-        (k, _point(trial), names.get(trial.state, "running"), str(found.user_attrs.get(f"{REASON}:{trial.number}", "")))
-        for k, trial in enumerate(_points_of(found))
-        if len(trial.params) == 1 + len(study.axes)
-    ]
+    with reaching(storage):
+        try:
+            found = optuna.load_study(study_name=storage.name, storage=_opened(storage))
+        except KeyError:
+            return []
+        return [
+            (k, _point(trial), names.get(trial.state, "running"), str(found.user_attrs.get(f"{REASON}:{trial.number}", "")))
+            for k, trial in enumerate(_points_of(found))
+            if len(trial.params) == 1 + len(study.axes)
+        ]
 
 
 def space(study: Study) -> Iterator[Point]:

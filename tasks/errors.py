@@ -12,6 +12,7 @@
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
     │   └── EndpointDown  a judge's endpoint answers nothing; no fault of what was to be judged
+    ├── DatabaseLost      the database that holds a study's points cannot be reached, or went away
     ├── ClusterLost       the place where stages ran is gone; what was finished is not
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      there is no space left where the store lies
@@ -71,6 +72,10 @@ class EvaluationError(EbblineError):
 
 
 class EndpointDown(EvaluationError):
+    pass
+
+
+class DatabaseLost(EbblineError):
     pass
 
 

@@ -6,7 +6,7 @@ the same is never run again. Its artifact's content digest then feeds the keys o
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,21 @@ Input = Stage | Part | Source
 def stage_of(item: Input) -> Stage | None:
     """The stage behind an input; None for pinned content from outside."""
     return item.stage if isinstance(item, Part) else item if isinstance(item, Stage) else None
+
+
+def closure(stages: Iterable[Stage]) -> Iterator[Stage]:
+    """Stages and all that they are made from, each once, inputs first."""
+    seen: set[str] = set()
+
+    def walk(stage: Stage) -> Iterator[Stage]:
+        if stage.lineage not in seen:
+            seen.add(stage.lineage)
+            for above in stage.upstream():
+                yield from walk(above)
+            yield stage
+
+    for stage in stages:
+        yield from walk(stage)
 
 
 def spec_payload(spec: Spec) -> dict[str, Any]:

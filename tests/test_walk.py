@@ -91,10 +91,10 @@ def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, 
 
 
 def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
-    points, unchosen = known_points(study, home.storage_url(study.study))
+    points, unchosen = known_points(study, home.storage(study.study))
     found = plan(Planner(study, home), points, unchosen)
     assert found.complete and found.there["train"] == 2 and found.there["project"] == 1
-    searcher = OptunaSearcher(study, home.storage_url(study.study))
+    searcher = OptunaSearcher(study, home.storage(study.study))
     assert searcher.told() == 6 and not searcher.in_flight() and searcher.ask() is None
 
 

@@ -21,6 +21,8 @@ from analysis.tables import (
     write_categories,
     write_tables,
 )
+from cluster.costs import Cost
+from cluster.profile import GpuType, Profile
 from sweeps.points import Result
 from sweeps.study import Study
 from sweeps.suites import TaskSuite
@@ -71,7 +73,10 @@ def test_an_absent_threshold_stays_missing_and_is_not_zero() -> None:
 def test_only_measured_columns_differ_after_a_resumed_run() -> None:
     undisturbed, resumed = result(0), result(0)
     object.__setattr__(resumed, "seconds", 99.0)
-    before, after = (results_frame([found], OBJECTIVES) for found in (undisturbed, resumed))
+    object.__setattr__(undisturbed, "costs", {"a": Cost({"A100": 60.0})})
+    object.__setattr__(resumed, "costs", {"a": Cost({"A100": 99.0})})
+    prices = Profile(gpus={"A100": GpuType(usd_per_hour=1.5)})
+    before, after = (results_frame([found], OBJECTIVES, prices) for found in (undisturbed, resumed))
     differing = [name for name in before if not before[name].equals(after[name])]
     assert tuple(differing) == MEASURED_COLUMNS
 

@@ -54,7 +54,7 @@ def test_every_point_ends_done_or_failed_in_the_order_of_asking(driven):
     found, home, progress = driven
     assert [result.number for result in progress.results] == list(range(6))
     assert [result.status for result in progress.results] == ["done"] * 3 + ["failed"] * 3
-    assert [(number, state) for number, _, state, _ in asked(found, home.storage_url("tiny"))] == [
+    assert [(number, state) for number, _, state, _ in asked(found, home.storage("tiny"))] == [
         (result.number, result.status) for result in progress.results
     ]
 
@@ -64,7 +64,7 @@ def test_a_failed_point_keeps_its_reason_and_the_command_that_shows_it(driven):
     for result in progress.results[3:]:
         assert "data.size=999" in result.reason and "python -m tasks " in result.reason
         assert result.metrics == {}
-    reasons = [reason for _, _, state, reason in asked(found, home.storage_url("tiny")) if state == "failed"]
+    reasons = [reason for _, _, state, reason in asked(found, home.storage("tiny")) if state == "failed"]
     assert reasons == [result.reason for result in progress.results[3:]]
 
 

@@ -152,7 +152,7 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
     outputs = write_outputs(found, home)
     assert "raced: refusal" in outputs["report"].read_text() and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
     assert drive(found, home, InlineExecutor).results == []
-    points, unchosen = known_points(found, home.storage_url(found.study))
+    points, unchosen = known_points(found, home.storage(found.study))
     assert plan(Planner(found, home), points, unchosen).complete
     assert rescore(generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest"))[0]["n"] == 20
 

@@ -2,12 +2,14 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import optuna
 import pytest
 
 from sweeps.points import Point, Result
 from sweeps.search import NOT_A_POINT, OptunaSearcher, asked, known_points, limit, space
+from sweeps.storage import Storage
 from tasks.errors import StudyError
 from tasks.metrics import Metric
 from tests.sweeps.made import outcome, study
@@ -36,7 +38,7 @@ def empty_storage(tmp_path_factory):
 
 def fresh_url(path, empty_storage):
     shutil.copyfile(empty_storage, path)
-    return f"sqlite:///{path}"
+    return Storage(f"sqlite:///{path}", "tiny")
 
 
 def steps(points):
@@ -149,7 +151,7 @@ def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
             die_at(patch, number)
             follow(found, url)
         assert follow(found, url) == undisturbed, f"killed at write {number} of {writes}"
-        states = [trial.state for trial in optuna.load_study(study_name="tiny", storage=url).trials]
+        states = [trial.state for trial in optuna.load_study(study_name="tiny", storage=url.url).trials]
         assert optuna.trial.TrialState.RUNNING not in states, f"killed at write {number} of {writes}"
 
 
@@ -173,7 +175,7 @@ def test_a_proposal_that_was_set_aside_but_not_yet_closed_is_closed(tmp_path, ur
     trial = searcher._optuna.ask()
     searcher._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as 0")  # killed here, before it was told FAIL
     assert OptunaSearcher(found, url).in_flight() == [first]
-    assert optuna.load_study(study_name="tiny", storage=url).trials[trial.number].state == optuna.trial.TrialState.FAIL
+    assert optuna.load_study(study_name="tiny", storage=url.url).trials[trial.number].state == optuna.trial.TrialState.FAIL
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -214,7 +216,7 @@ def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url)
     for row in ({"model": "7b", "train.rank": 8}, {**ROWS[0], "model": "8b"}):
         part = study(tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"})
         with pytest.raises(StudyError, match=r"search\.list\[0\] must give `model`"):
-            OptunaSearcher(part, url).ask()
+            OptunaSearcher(part, replace(url, name=part.study)).ask()
 
 
 def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
@@ -224,7 +226,7 @@ def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
     searcher.tell(number, Result(number, point, "failed", reason="TrainingError: the loss became nan"))
     assert asked(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
     assert searcher.told() == 1 and searcher.in_flight() == []
-    (trial,) = optuna.load_study(study_name="tiny", storage=url).trials
+    (trial,) = optuna.load_study(study_name="tiny", storage=url.url).trials
     assert trial.state == optuna.trial.TrialState.FAIL
     assert searcher.ask()[1] != point
 
@@ -236,7 +238,7 @@ def test_objectives_are_told_in_their_order_and_their_own_direction(tmp_path, ur
     number, point = searcher.ask()
     metrics = {"task.task_accuracy": Metric("task_accuracy", 3, 4), "over.over_refusal_rate": Metric("over_refusal_rate", 1, 4)}
     searcher.tell(number, Result(number, point, "done", metrics))
-    stored = optuna.load_study(study_name="tiny", storage=url)
+    stored = optuna.load_study(study_name="tiny", storage=url.url)
     assert stored.trials[0].values == [0.75, 0.25]
     assert [str(direction.name) for direction in stored.directions] == ["MAXIMIZE", "MINIMIZE"]
 

@@ -1,0 +1,93 @@
+"""What points cost: alone, by share and by addition, with identities that must hold however stages are shared."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.costs import PAPERS, cost_columns, cost_rows, cost_summary, point_costs, study_cost, told
+from cluster.costs import Cost, cost_of, expected_cost, gpu_types, total
+from cluster.executor import Capacity, Host, Needs
+from cluster.profile import GpuType, Profile
+from sweeps.points import Point, Result
+from sweeps.spending import Spent
+
+PRICES = Profile(gpus={"A100": GpuType(usd_per_hour=1.5), "other": GpuType(usd_per_hour=0.5)})
+HOUR = 3600.0
+
+
+def result(number: int, costs: dict[str, Cost]) -> Result:
+    return Result(number, Point.of("7b", {"train.rank": number + 1}), "done", costs=costs)
+
+
+def a100(hours: float) -> Cost:
+    return Cost({"A100": hours * HOUR})
+
+
+SHARED = [result(0, {"train": a100(2), "a": a100(1)}), result(1, {"train": a100(2), "b": a100(1)}), result(2, {})]
+
+
+def test_a_shared_training_is_paid_once_and_divided_among_its_points():
+    points = point_costs(SHARED)
+    assert {n: tuple(round(part.gpu_hours, 9) for part in (p.alone, p.share, p.added)) for n, p in points.items()} == {
+        0: (3.0, 2.0, 3.0),
+        1: (3.0, 2.0, 1.0),
+    }
+    cost = study_cost(SHARED, {"aligned": a100(0.5)}, Spent(7200.0, a100(5.0), frozenset({"train", "a", "b"})))
+    found = {name: round(part.gpu_hours, 9) for name, part in vars(cost).items()}
+    assert found == {"points": 4.0, "alone": 6.0, "saved": 2.0, "stages": 4.5, "spent": 5.0, "lost": 1.0}
+
+
+@given(st.lists(st.dictionaries(st.integers(0, 12), st.none(), max_size=8), min_size=1, max_size=8), st.data())
+def test_shares_and_additions_add_up_to_what_the_points_cost_together(used, data):
+    price = {key: Cost({data.draw(st.sampled_from(["A100", "H100", None])): data.draw(st.floats(0, 1e5))}) for key in range(13)}
+    results = [result(number, {str(key): price[key] for key in keys}) for number, keys in enumerate(used)]
+    points = point_costs(results).values()
+    together = study_cost(results, {}, Spent())
+    for part in ("share", "added"):
+        assert total(getattr(point, part) for point in points).gpu_hours == pytest.approx(together.points.gpu_hours)
+    for point in points:
+        assert -1e-9 <= point.share.gpu_hours <= point.alone.gpu_hours + 1e-9
+    assert together.saved.gpu_hours == pytest.approx(together.alone.gpu_hours - together.points.gpu_hours)
+    assert together.saved.gpu_hours >= -1e-9
+
+
+def test_dollars_are_none_without_a_price_and_never_a_part_of_the_sum():
+    mixed = a100(1) + Cost({"H100": HOUR})
+    assert mixed.usd(Profile()) is None and mixed.usd(PRICES) == pytest.approx(2.0)
+    partial = Profile(gpus={"A100": GpuType(usd_per_hour=1.5)})
+    assert mixed.usd(partial) is None and mixed.unpriced(partial) == ["H100"]
+    assert told(mixed, partial) == "2 GPU-hours" and told(mixed, PRICES) == "2 GPU-hours, $2.00"
+    assert told(Cost({None: HOUR}), Profile()) == "1 logical GPU-hours"
+
+
+def test_a_record_says_what_its_stage_cost():
+    assert cost_of({"seconds": 30.0, "gpus": 4, "gpu_type": "A100"}) == Cost({"A100": 120.0})
+    assert cost_of({"seconds": 30.0, "gpus": 0, "gpu_type": None}) == Cost()
+
+
+def test_what_is_expected_goes_by_the_type_that_labels_name_or_else_by_the_dearest():
+    assert expected_cost(Needs(2, {"ray.io/accelerator-type": "L4"}), 10.0, PRICES) == Cost({"L4": 20.0})
+    for labels in ({}, {"ray.io/accelerator-type": "in(L4,A100)"}, {"zone": "a"}):
+        assert expected_cost(Needs(1, labels), 10.0, PRICES) == Cost({"A100": 10.0})
+    hosts = (Host("a", 8, 1, {"ray.io/accelerator-type": "A100"}), Host("b", 8, 1))
+    assert gpu_types({"a": 3, "b": 1}, Capacity(hosts)) == {"A100": 3, None: 1}
+
+
+def test_the_table_has_a_cost_where_something_ran_and_dollars_where_there_is_a_price():
+    columns = cost_columns(SHARED, PRICES)
+    assert columns["gpu_hours"] == [3.0, 3.0, None] and columns["cost_usd_share"] == [3.0, 3.0, None]
+    assert cost_columns(SHARED, Profile())["cost_usd"] == [None] * 3
+
+
+def test_the_report_states_a_points_price_beside_the_papers_and_says_when_there_is_no_price():
+    spent = Spent(HOUR, a100(4.5), frozenset({"train", "a", "b"}))
+    kinds = {"train": "train", "a": "generate", "b": "generate"}
+    rows = cost_rows(SHARED, {}, kinds, spent, PRICES)
+    assert str(rows["a point alone, if nothing were shared"]).startswith("3 GPU-hours, $4.50 (the middle of 2;")
+    assert rows["for comparison"] == PAPERS and rows["saved by sharing"] == "2 GPU-hours, $3.00"
+    assert rows["generate, 2 stages"] == "2 GPU-hours, $3.00"
+    assert rows["of that, on lost and failed attempts and on starting processes"] == "0.5 GPU-hours, $0.75"
+    bare = cost_rows(SHARED, {}, kinds, spent, Profile())
+    assert "$" not in str(bare["saved by sharing"]) and "none in cluster.yaml, so GPU-hours only" in str(bare["prices"])
+    summary = cost_summary(study_cost(SHARED, {}, spent), spent, Profile())
+    assert summary["points"] == {"gpu_hours": 4.0, "usd": None}
