@@ -1,33 +1,25 @@
-"""Where a store's bytes lie: a folder, or a bucket of S3-compatible storage. Both keep one contract.
+"""Where a store's bytes lie: a folder here, or a bucket (cluster/bucket.py). Both keep one contract.
 
 Names are relative POSIX paths. `create` is the only conditional verb: of all that create one name, at any time and from any
-machine, exactly one succeeds. Credentials and the endpoint of a bucket come from the environment (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL and what else obstore reads), and are never written anywhere.
+machine, exactly one succeeds.
 """
 
 import errno
-import hashlib
 import os
-import re
 import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, S3Store
+from obstore.store import LocalStore
 
 from tasks.errors import DiskFull, StoreError
 from tasks.identity import file_digest
-
-RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
-DELETED_AT_ONCE = 1000  # what S3 takes in one request
 
 
 @dataclass(frozen=True)
@@ -83,12 +75,6 @@ class Place(ABC):
     @abstractmethod
     def move(self, name: str, to: str) -> None:
         """Give a file another name."""
-
-
-def place_at(location: Path | str) -> Place:
-    """The place of a folder's path or an `s3://bucket/prefix`. Raises StoreError for any other URL."""
-    text = str(location)
-    return Bucket(text) if "://" in text else Folder(Path(location))
 
 
 class Folder(Place):
@@ -189,127 +175,12 @@ class Folder(Place):
 
     def explained(self, error: Exception) -> StoreError:
         """What a fault of the folder means to a person, and what to do."""
-        text = _without_source(error)
+        text = first_line(error)
         if "No space left on device" in text:
             return DiskFull(f"No space left on device for the store {self.at}; free some, and the same command continues")
         if any(word in text for word in ("Permission denied", "Read-only file system")):
             return StoreError(f"the store {self.at} cannot be written ({text}); give this user write access, or name another store")
         return StoreError(f"the store {self.at} cannot be used: {text}")
-
-
-class Bucket(Place):
-    """A prefix of a bucket, by the S3 protocol."""
-
-    REMEDIES: ClassVar[dict[str, str]] = {
-        "NoSuchBucket": "there is no such bucket; create it, or mend the URL",
-        "AccessDenied": "the credentials do not allow it; ask for read and write access to this prefix",
-        "InvalidAccessKeyId": "the credentials are unknown there; look at AWS_ACCESS_KEY_ID",
-        "SignatureDoesNotMatch": "the credentials are wrong; look at AWS_SECRET_ACCESS_KEY",
-        "latest/api/token": "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment",
-        "error sending request": "it does not answer; look at the network and AWS_ENDPOINT_URL",
-    }
-
-    def __init__(self, url: str) -> None:
-        found = re.fullmatch(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?P<prefix>(/[^/?#]+)*)/?", url)
-        if found is None:
-            # A URL may carry a secret where it does not belong: say no more of it than its scheme.
-            scheme = url.partition("://")[0]
-            raise StoreError(f"a store cannot lie at this {scheme}:// URL; give a folder, or s3://BUCKET/PREFIX and nothing more (no keys)")
-        self.at = f"s3://{found['bucket']}{found['prefix']}"
-        self._open: Any = None
-
-    @property
-    def _objects(self) -> Any:
-        if self._open is None:
-            plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # whoever writes http means it
-            with self._explaining():
-                self._open = S3Store.from_url(self.at, client_options={"allow_http": True} if plain else None, retry_config=RETRIES)
-        return self._open
-
-    def read(self, name: str) -> bytes | None:
-        with self._explaining():
-            try:
-                return bytes(obstore.get(self._objects, name).bytes())
-            except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
-                    raise
-                return None
-
-    def create(self, name: str, data: bytes) -> bool:
-        with self._explaining():
-            try:
-                obstore.put(self._objects, name, data, mode="create")
-            except AlreadyExistsError:
-                return False
-        return True
-
-    def write(self, name: str, data: bytes) -> None:
-        with self._explaining():
-            obstore.put(self._objects, name, data)
-
-    def send(self, path: Path, name: str) -> None:
-        with self._explaining():
-            obstore.put(self._objects, name, path)
-
-    def receive(self, name: str, path: Path) -> str:
-        with self._explaining(), path.open("wb") as handle:
-            sha = hashlib.sha256()
-            for chunk in obstore.get(self._objects, name).stream():
-                sha.update(chunk)
-                handle.write(chunk)
-            handle.flush()
-            os.fsync(handle.fileno())
-        return sha.hexdigest()
-
-    def sha256(self, name: str) -> str | None:
-        sha = hashlib.sha256()
-        with self._explaining():
-            try:
-                for chunk in obstore.get(self._objects, name).stream():
-                    sha.update(chunk)
-            except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
-                    raise
-                return None
-        return sha.hexdigest()
-
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
-        with self._explaining():
-            for batch in obstore.list(self._objects, prefix or None):
-                for item in batch:
-                    yield Entry(item["path"], item["size"], item["last_modified"].timestamp())
-
-    def below(self, prefix: str) -> list[str]:
-        with self._explaining():
-            found = obstore.list_with_delimiter(self._objects, prefix)
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found["common_prefixes"])
-
-    def delete(self, names: Iterable[str]) -> None:
-        ordered = list(names)
-        with self._explaining():
-            for start in range(0, len(ordered), DELETED_AT_ONCE):
-                obstore.delete(self._objects, ordered[start : start + DELETED_AT_ONCE])
-
-    def move(self, name: str, to: str) -> None:
-        with self._explaining():
-            obstore.rename(self._objects, name, to)
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        try:
-            yield
-        except (BaseError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of this machine's disk; the library's own have none
-                raise unwritable(self.at, error) from error
-            raise self.explained(error) from None  # the library's words quote the request at length
-
-    def explained(self, error: Exception) -> StoreError:
-        text = str(error)
-        remedy = next((said for sign, said in self.REMEDIES.items() if sign in text), None)
-        if remedy is None:
-            code = re.search(r"<Code>(\w+)</Code>", text)
-            remedy = code.group(1) if code else _without_source(error)
-        return StoreError(f"the store {self.at} cannot be used: {remedy}")
 
 
 def unwritable(at: str, error: OSError) -> StoreError:
@@ -318,7 +189,7 @@ def unwritable(at: str, error: OSError) -> StoreError:
     return kind(f"what comes from {at} cannot be kept on this machine ({error}); free some space, or name another folder in EBBLINE_CACHE")
 
 
-def _without_source(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -186,7 +187,8 @@ class Runner:
             return {}
         heard, said = self._heard.get(node.attempt, (-math.inf, {}))
         if time.monotonic() - heard >= HEAR_EVERY_S[self.store.cache is not None]:
-            said = json.loads(self.store.log(node.attempt, "progress.json") or b"{}")
+            with suppress(ValueError):  # being replaced at this moment; the next look will find it
+                said = json.loads(self.store.log(node.attempt, "progress.json") or b"{}")
             self._heard[node.attempt] = (time.monotonic(), said)
         return said
 

@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.bucket import Bucket
 from cluster.cache import Cache, cache_folder
-from cluster.places import Folder, Place, place_at, unwritable
+from cluster.places import Folder, Place, unwritable
 from tasks.errors import Differs, Incomplete, StoreError
 from tasks.identity import digest, digest_files, folder_files, part_digest
 
@@ -76,7 +77,7 @@ class Store:
     """Artifacts by key. Cheap to make; a folder's holds no state of its own, a bucket's remembers the records it has read."""
 
     def __init__(self, location: Path | str, cache_gb: float = CACHE_GB) -> None:
-        self.place: Place = place_at(location)
+        self.place: Place = Bucket(str(location)) if "://" in str(location) else Folder(Path(location))
         self.cache: Cache | None = None
         self.cache_gb = cache_gb
         if isinstance(self.place, Folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import places
+from cluster import bucket as bucket_module
 from cluster.costs import GUESS_S, Estimates
 from cluster.store import RECORD, Store
 from tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
@@ -260,7 +260,7 @@ def test_a_url_that_is_no_bucket_is_refused_without_being_repeated(url):
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_one_clear_error(bucket, monkeypatch, change, said):
-    monkeypatch.setitem(places.RETRIES, "max_retries", 1)
+    monkeypatch.setitem(bucket_module.RETRIES, "max_retries", 1)
     for name, value in change.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     store = Store("s3://ebbline-nobody-made-this/studies")
