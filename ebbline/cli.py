@@ -119,7 +119,12 @@ def run(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
     executor: Annotated[Literal["ray", "inline"], typer.Option(help="Where stages run: a Ray cluster, or this process.")] = "ray",
-    address: Annotated[str, typer.Option(help="Ray address: `local` starts one here, `auto` joins the one there is.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray address: `local` starts one here, `auto` joins the one there is; the profile's if not given.", show_default=False
+        ),
+    ] = None,
     gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False)] = None,
     wandb: Annotated[bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")] = True,
 ) -> None:
@@ -128,7 +133,8 @@ def run(
     from sweeps.home import Home
     from sweeps.study_file import load
 
-    raise typer.Exit(run_study(load(study), study, Home(home), executor, address, gpus, wandb))
+    where = Home(home)
+    raise typer.Exit(run_study(load(study), study, where, executor, address or where.profile.address, gpus, wandb))
 
 
 @app.command()

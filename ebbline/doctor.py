@@ -210,7 +210,9 @@ def _store(location: str) -> Finding:
         obstore.put(place, name, content, mode="create")
         try:
             obstore.put(place, name, b"second", mode="create")
-            return Finding("store", "problem", f"{location} lets two writers create one name", "a store that knows If-None-Match; see docs")
+            return Finding(
+                "store", "problem", f"{location} lets two writers create one name", "a store with conditional writes (If-None-Match)"
+            )
         except AlreadyExistsError:
             same = bytes(obstore.get(place, name).bytes()) == content
         finally:

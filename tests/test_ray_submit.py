@@ -100,6 +100,7 @@ def local_variant(folder: Path) -> dict[str, Any]:
     config["cluster_name"] = f"ebbline-{os.getpid()}"  # in the name of ssh's control socket, which lies outside
     config["provider"] = {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "key")}
+    config["file_mounts"]["~/runs/cluster.yaml"] = str(folder / "profile.yaml")
     python = Path(sys.executable).parent
     config["setup_commands"] = [f"echo 'export PATH={python}:$PATH PYTHONPATH=~/ebbline-source WANDB_MODE=offline' > ~/.bashrc"]
     start = config["head_start_ray_commands"]
@@ -117,6 +118,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     (folder / "sshd_config").write_text(SSHD.format(folder=folder))
     (folder / "home" / ".bashrc").touch()
     config = local_variant(folder)
+    (folder / "profile.yaml").write_text("address: auto\n")
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     with (folder / "sshd.log").open("wb") as log:
         outer = subprocess.Popen(
@@ -169,13 +171,15 @@ def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine) -> N
     study["search"] = {"sampler": "grid", "points": 4, "window": 4}
     (machine.folder / "study.yaml").write_text(yaml.safe_dump(study))
     cluster = str(machine.cluster)
-    command = ["run", "~/study.yaml", "--home", "~/runs", "--address", "auto", "--no-wandb"]
+    command = ["run", "~/study.yaml", "--home", "~/runs", "--no-wandb"]
 
     machine("ray", "up", "--yes", cluster)
+    submit = ("ray", "submit", cluster, "ebbline/__main__.py", "--")
+    assert "auto: ray" in machine(*submit, "doctor", "--home", "~/runs")
     machine("ray", "rsync-up", cluster, str(machine.folder / "study.yaml"), "~/study.yaml")
-    said = machine("ray", "submit", cluster, "ebbline/__main__.py", "--", *command, timeout_s=600)
+    said = machine(*submit, *command, timeout_s=600)
     assert "4 points this time" in said
-    again = machine("ray", "submit", cluster, "ebbline/__main__.py", "--", *command)
+    again = machine(*submit, *command)
     assert " 0 stages run" in again
 
     frame = pd.read_parquet(machine.home / "runs" / "studies" / "submitted" / "results.parquet")
