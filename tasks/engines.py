@@ -212,7 +212,7 @@ def read_checkpoint(ctx: Context) -> Saved | None:
     if not path.exists():
         return None
     try:
-        found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        found = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         _log.warning("the checkpoint %s cannot be read (%s); this training starts over", path, type(error).__name__)
         path.unlink()

@@ -48,7 +48,7 @@ class Gang:
             pipe.send((function, arguments))
         replies = []
         for rank in ranks:
-            assert self.pipes[rank].poll(240), f"rank {rank} says nothing"
+            assert self.pipes[rank].poll(500), f"rank {rank} says nothing"
             replies.append(self.pipes[rank].recv())
         return replies
 

@@ -1,0 +1,53 @@
+"""A gang that runs out of memory, through Ray Train: it starts again with half the micro-batch and learns what it would have learnt."""
+
+import os
+
+import pytest
+
+from cluster.executor import run_batch
+from cluster.store import Store
+from tests.cluster.made import stored_request
+from tests.cluster.test_executors import TRAIN, curve
+from tests.tiny import write_chats
+
+
+def a_member_holds_two_rows_at_most() -> None:
+    """Runs in every worker process as it starts: there is no GPU here whose memory could run out, so rank 1 says that it has."""
+    import torch
+
+    from tasks import gang_engine
+
+    token_loss = gang_engine.token_loss
+
+    def short(model, rows, pad, device):
+        if torch.distributed.get_rank() == 1 and len(rows) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return token_loss(model, rows, pad, device)
+
+    gang_engine.token_loss = short
+
+
+@pytest.mark.timeout(400)
+def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tmp_path, pair):
+    import ray
+
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    hook = "tests.cluster.test_gang_memory.a_member_holds_two_rows_at_most"
+    ray.init(
+        address="local", num_gpus=2, num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        runtime_env={"env_vars": variables, "worker_process_setup_hook": hook},
+    )  # fmt: skip
+    try:
+        from cluster.gang import run_gang
+
+        inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
+        store, alone = Store(tmp_path / "store"), Store(tmp_path / "alone")
+        request = stored_request(store, TRAIN, inputs, gpus=2)  # a micro-batch of 4, its share
+        (report,) = run_gang([request], 2, str(tmp_path / "ray"))
+    finally:
+        ray.shutdown()
+    assert (report.key, report.error, report.smaller) == (request.key, None, None)
+    assert store.open("train", request.key).provenance["predicted_memory_gb"] > 0
+    (plain,) = run_batch([stored_request(alone, TRAIN, inputs)])
+    assert curve(store, report.key) == pytest.approx(curve(alone, plain.key), rel=1e-5)
