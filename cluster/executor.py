@@ -31,9 +31,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What an executor has, machine by machine."""
+    """What an executor has, machine by machine. `grows` when more come to a queue that waits (an autoscaler)."""
 
     hosts: tuple[Host, ...]
+    grows: bool = False
 
     @staticmethod
     def one_host(gpus: int, cpus: int) -> "Capacity":
@@ -108,6 +109,9 @@ class Executor(ABC):
     def cancel(self, job: Job) -> None:
         """Stop a job; what it committed stays."""
 
+    def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:  # noqa: B027  # most have nobody to tell
+        """All that is ready or runs: (needs, expected seconds) of each stage, so that a cluster that can grow does."""
+
     @abstractmethod
     def close(self) -> None:
         """Stop all jobs and give everything back."""
@@ -140,18 +144,24 @@ class OnDemand(Executor):
         if self._made is not None:
             self._made.cancel(job)
 
+    def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
+        if self._made is not None:
+            self._made.expect(queue)
+
     def close(self) -> None:
         if self._made is not None:
             self._made.close()
 
 
-def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> tuple[Report, ...]:
+def run_batch(
+    requests: Sequence[Request], rank: int = 0, world_size: int = 1, leaving: Callable[[], bool] = lambda: False
+) -> tuple[Report, ...]:
     """Run a batch in this process and commit each stage as it is done: what inline, Ray tasks and gangs all call."""
     from tasks.worker import described, run_stages  # brings torch, which a driver process never needs
 
     by_key = {request.key: request for request in requests}
     reports = []
-    for report in run_stages(requests, rank, world_size):
+    for report in run_stages(requests, rank, world_size, leaving):
         if report.error is None and rank == 0:
             request = by_key[report.key]
             attempt = Path(request.out).parent

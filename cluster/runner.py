@@ -8,20 +8,21 @@ is killed leaves nothing that another would have to clean up before continuing.
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.costs import Estimates
-from cluster.executor import Executor, Finished, Job, Needs
+from cluster.executor import Capacity, Executor, Finished, Host, Job, Loss, Needs
+from cluster.losses import Losses
+from cluster.profile import Profile
 from cluster.scheduler import Busy, Work, place
 from cluster.store import Artifact, Store
-from tasks.errors import DiskFull, EbblineError, EndpointDown, StudyError
+from tasks.errors import ClusterLost, DiskFull, EbblineError, EndpointDown, StudyError
 from tasks.identity import digest
 from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, OrganismSpec, ProjectSpec, ScoreSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
-LOST_TRIES = 3
 NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown)}
 State = Literal["waiting", "ready", "running", "done", "failed"]
 
@@ -57,6 +58,8 @@ class _Running:
     job: Job
     started: float
     seconds: float
+    said: tuple[str, Mapping[str, Any]]
+    heard: float  # when what it says of itself last changed
 
 
 def contents_of(stage: Stage, artifact: Callable[[Stage], Artifact | None]) -> dict[str, str] | None:
@@ -99,14 +102,20 @@ class Resolver:
 class Runner:
     """Drives wanted stages to done or failed on one executor. `step` is the heartbeat; nothing happens between calls."""
 
-    def __init__(self, store: Store, executor: Executor, needs_of: Callable[[Stage], Needs] | None = None) -> None:
-        self.store, self.executor = store, executor
+    def __init__(
+        self, store: Store, executor: Executor, needs_of: Callable[[Stage], Needs] | None = None, profile: Profile | None = None
+    ) -> None:
+        self.store, self.executor, self.profile = store, executor, profile or Profile()
         self.estimates = Estimates(store)
         self.nodes: dict[str, Node] = {}
         self.running: dict[str, _Running] = {}
         self.draining = False
         self._by_key: dict[str, list[Node]] = {}
-        self._lost: dict[str, int] = {}
+        self._losses = Losses(self.profile.tries, self.profile.backoff_s)
+        self._cached: dict[str, set[str]] = {}
+        self._hosts: dict[str, Host] = {}  # every one that was ever there
+        self._stuck_since: float | None = None
+        self._listened = float("-inf")
         self._needs_of = needs_of or default_needs
 
     def want(self, targets: Iterable[Stage]) -> None:
@@ -154,6 +163,7 @@ class Runner:
                 if artifact is not None:
                     self.estimates.learn([artifact])
                     self._done(nodes, artifact, reused=False)
+        self._listen()
         self._resolve()
 
     def progress_of(self, node: Node) -> str:
@@ -213,25 +223,56 @@ class Runner:
             return
         paths = self._paths()
         works = [
-            Work(key, self._needs_of(node.stage), resident(node.stage), self._seconds(node), paths[node.stage.lineage])
+            Work(
+                key,
+                self._needs_of(node.stage),
+                resident(node.stage),
+                self._seconds(node),
+                paths[node.stage.lineage],
+                self._losses.shun(key),
+            )
             for key, node in ready.items()
         ]
         capacity = self.executor.capacity()
-        for work in works:
-            if work.gpus > capacity.gpus:
-                raise StudyError(
-                    f"{ready[work.key].stage.kind} {work.key[:12]} needs {work.gpus} GPUs at once, and there are {capacity.gpus};"
-                    " give the model fewer `gpus`, or the cluster more"
-                )
         now = time.monotonic()
+        self.executor.expect(
+            [(work.needs, work.seconds) for work in works]
+            + [(self._needs_of(node.stage), self._seconds(node)) for node in self.nodes.values() if node.state == "running"]
+        )
+        self._check_possible(works, capacity, now)
         busy = [Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
-        for placement in place(works, busy, capacity):
+        cached = {host: frozenset(names) for host, names in self._cached.items()}
+        startable = [work for work in works if self._losses.may_start(work.key, now)]
+        for placement in place(startable, busy, self._losses.in_service(capacity), cached):
             batch = [self._request(ready[key], placement.needs.gpus) for key in placement.keys]
             job = self.executor.submit(batch, placement.needs, placement.hosts)
-            self.running[job.id] = _Running(job, now, sum(self._seconds(ready[key]) for key in placement.keys))
+            seconds = sum(self._seconds(ready[key]) for key in placement.keys)
+            self.running[job.id] = _Running(job, now, seconds, (placement.keys[0], {}), now)
+            for host in placement.hosts:
+                self._cached.setdefault(host, set()).add(resident(ready[placement.keys[0]].stage))
             for key in placement.keys:
                 for node in self._by_key[key]:
                     node.state = "running"
+
+    def _check_possible(self, works: Iterable[Work], capacity: Capacity, now: float) -> None:
+        """Raise StudyError for what no host could ever hold, ClusterLost when the hosts that could have stayed away for long."""
+        self._hosts |= {host.name: host for host in capacity.hosts}
+        ever = [replace(host, draining=False) for host in self._hosts.values()]
+        stuck = [work for work in works if impossible(work.needs, capacity.hosts)]
+        if not stuck or self.running:
+            self._stuck_since = None
+        for work in stuck:
+            reason = impossible(work.needs, ever)
+            if reason and not capacity.grows:
+                raise StudyError(f"{self._by_key[work.key][0].stage.kind} {work.key[:12]} {reason}")
+            if self.running:
+                continue
+            self._stuck_since = self._stuck_since or now
+            if now - self._stuck_since > self.profile.hang_after_s:
+                raise ClusterLost(
+                    f"no host for {self._by_key[work.key][0].stage.kind} {work.key[:12]} ({work.gpus} GPUs) came within"
+                    f" {self.profile.hang_after_s:.0f} s; bring one up, and the same command continues"
+                )
 
     def _request(self, node: Node, gpus: int) -> Request:
         attempt = self.store.begin(node.stage.kind, node.key)
@@ -250,6 +291,7 @@ class Runner:
             gpus=gpus,
             device=self.executor.device if gpus else "cpu",
             threads=self.executor.threads,
+            checkpoint_every_s=self.profile.checkpoint_every_s,
         )
         (attempt / "log" / "request.json").write_text(request.to_json())
         node.attempt = attempt
@@ -264,10 +306,30 @@ class Runner:
             raise RuntimeError("an input is not done")
         return str(artifact.path / item.path if isinstance(item, Part) else artifact.path)
 
+    def _listen(self) -> None:
+        """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they were started."""
+        now = time.monotonic()
+        if now - self._listened < min(5.0, self.profile.hang_after_s / 4):
+            return
+        self._listened = now
+        for item in list(self.running.values()):
+            at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
+            said = (at, self._said(self._by_key[at][0]) if at else {})
+            if said != item.said:
+                item.said, item.heard = said, now
+            elif now - item.heard > self.profile.hang_after_s:
+                self.executor.cancel(item.job)
+                self._take_in(Finished(item.job, (), Loss(f"no sign of life for {now - item.heard:.0f} s, so it was cancelled")))
+
     def _take_in(self, finished: Finished) -> None:
-        self.running.pop(finished.job.id, None)
+        item = self.running.pop(finished.job.id, None)
+        if item is None:
+            return  # given up before; its stages have gone elsewhere since
+        now = time.monotonic()
         reports = {report.key: report for report in finished.reports}
-        charged = False  # a lost batch was lost by the stage it was at, not by those behind it
+        # A lost batch was lost by the stage it was at, not by those behind it.
+        charged = any(report.error for report in finished.reports)
+        loss = finished.lost or Loss("no report")
         for key in finished.job.keys:
             nodes = self._by_key[key]
             artifact = self.store.find(nodes[0].stage.kind, key)
@@ -275,17 +337,16 @@ class Runner:
             if artifact is not None:
                 self.estimates.learn([artifact])
                 self._done(nodes, artifact, reused=False)
+                self._losses.succeeded(finished.job.hosts)
             elif report is not None and report.error_type is not None and report.error_type in NO_FAULT:
                 raise NO_FAULT[report.error_type](str(report.error))  # a point that fails stays failed, and this is no fault of it
             elif report is not None and report.error is not None:
                 self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
             else:
-                self._lost[key] = self._lost.get(key, 0) + (not charged)
+                gave_up = None if charged else self._losses.count(key, loss, finished.job.hosts, now - item.started, now)
                 charged = True
-                if self._lost[key] >= LOST_TRIES:
-                    self._fail(
-                        nodes, f"{nodes[0].stage.kind}: lost {LOST_TRIES} times ({finished.lost.reason if finished.lost else 'no report'})"
-                    )
+                if gave_up is not None:
+                    self._fail(nodes, f"{nodes[0].stage.kind}: {gave_up}")
                 else:
                     for node in nodes:
                         node.state = "ready"
@@ -317,6 +378,17 @@ class Runner:
         for node in self.nodes.values():
             path(node)
         return paths
+
+
+def impossible(needs: Needs, hosts: Iterable[Host]) -> str | None:
+    """Why none of these hosts can ever hold this work, or None. Those that drain do not count."""
+    staying = [host for host in hosts if not host.draining]
+    if needs.gpus == 0:
+        return None if any(host.cpus for host in staying) else "needs a CPU, and no host has one to spare"
+    most = (sum if needs.spread else max)([host.gpus for host in staying] or [0])
+    if needs.gpus <= most:
+        return None
+    return f"needs {needs.gpus} GPUs at once, and there are {most}; give the model fewer `gpus`, or the cluster more"
 
 
 def default_needs(stage: Stage) -> Needs:

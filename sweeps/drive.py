@@ -72,7 +72,7 @@ def drive(
         searcher = OptunaSearcher(study, home.storage_url(study.study))
         executor = make_executor()
         try:
-            return _loop(study, planner, searcher, Runner(home.store, executor, planner.needs_of), watch, stop)
+            return _loop(study, planner, searcher, Runner(home.store, executor, planner.needs_of, home.profile), watch, stop)
         finally:
             executor.close()
 

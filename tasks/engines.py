@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from tasks.batches import Row, collate, count_tokens
-from tasks.errors import TrainingError
+from tasks.errors import Leaving, TrainingError
 from tasks.models import load_model, load_tokenizer
 from tasks.specs import TrainSpec
 from tasks.stage import Context
@@ -113,7 +113,8 @@ class SingleDevice(Engine):
         return [(int(step), loss, rate, int(tokens)) for step, loss, rate, tokens in saved["curve"]]
 
     def checkpoint(self, curve: Curve) -> None:
-        if time.monotonic() - self._saved_at < self.ctx.checkpoint_every_s:
+        leaving = self.ctx.leaving()
+        if not leaving and time.monotonic() - self._saved_at < self.ctx.checkpoint_every_s:
             return
         self.ctx.scratch.mkdir(parents=True, exist_ok=True)
         fresh = self.ctx.scratch / f"checkpoint.{os.getpid()}.tmp"  # a lost worker may still be writing its own
@@ -121,6 +122,8 @@ class SingleDevice(Engine):
         torch.save(state, fresh)
         fresh.replace(self.ctx.scratch / "checkpoint.pt")
         self._saved_at = time.monotonic()
+        if leaving:
+            raise Leaving(f"the machine is about to go; step {len(curve)} is saved")
 
     def gathered(self) -> AbstractContextManager[Any]:
         return nullcontext(self.model)
@@ -201,9 +204,11 @@ class DeepSpeedGang(Engine):
         return [tuple(row) for row in state["curve"]]
 
     def checkpoint(self, curve: Curve) -> None:
-        due = torch.tensor(float(time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s), device=self.ctx.device)
-        torch.distributed.broadcast(due, src=0)  # the members' clocks differ; rank 0's decides
-        if not due.item():
+        late = time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s
+        told = torch.tensor([float(late), float(self.ctx.leaving())], device=self.ctx.device)
+        torch.distributed.broadcast(told, src=0)  # the members' clocks differ; rank 0's decides
+        due, leaving = (bool(flag) for flag in told.tolist())
+        if not due and not leaving:
             return
         folder = self.ctx.scratch / f"zero{self.ctx.world_size}"
         tag = f"step{len(curve)}"
@@ -213,6 +218,8 @@ class DeepSpeedGang(Engine):
                 if old.name != tag:
                     shutil.rmtree(old)
         self._saved_at = time.monotonic()
+        if leaving:
+            raise Leaving(f"the machine is about to go; step {len(curve)} is saved")
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:

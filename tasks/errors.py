@@ -12,6 +12,7 @@
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
     │   └── EndpointDown  a judge's endpoint answers nothing; no fault of what was to be judged
     ├── ClusterLost       the place where stages ran is gone; what was finished is not
+    ├── Leaving           the machine is about to go; the stage has saved what it had, and continues elsewhere
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      there is no space left where the store lies
         └── Incomplete    an artifact was asked for that is not complete
@@ -65,6 +66,10 @@ class EndpointDown(EvaluationError):
 
 
 class ClusterLost(EbblineError):
+    pass
+
+
+class Leaving(EbblineError):
     pass
 
 

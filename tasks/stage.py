@@ -89,6 +89,7 @@ class Context:
     """How one attempt runs. Never hashed; what matters of it is recorded as provenance.
 
     `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size` describe a gang.
+    `leaving` turns true when a machine of the attempt is about to go: checkpoint, and raise Leaving.
     """
 
     log: Path
@@ -102,6 +103,7 @@ class Context:
     rank: int = 0
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
+    leaving: Callable[[], bool] = lambda: False
     residents: Any = None  # tasks.models.Residents: what this process keeps loaded between stages
 
 

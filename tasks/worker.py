@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tasks.errors import DiskFull, EbblineError
+from tasks.errors import DiskFull, EbblineError, Leaving
 from tasks.models import Residents, resolve
 from tasks.specs import (
     ApplySpec,
@@ -36,23 +36,30 @@ ERROR = "error.txt"
 Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 
-def run_stages(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> Iterator[Report]:
-    """Run each request in turn; yield its report as soon as its files are written. Never raises for a failed stage."""
+def run_stages(
+    requests: Sequence[Request], rank: int = 0, world_size: int = 1, leaving: Callable[[], bool] = lambda: False
+) -> Iterator[Report]:
+    """Run each request in turn; yield its report as soon as its files are written. Never raises for a failed stage.
+
+    Once `leaving` says that the machine is about to go, no further request is begun: each is reported as Leaving.
+    """
     residents = Residents()
     try:
         for request in requests:
-            yield _run(request, residents, rank, world_size)
+            yield _run(request, residents, rank, world_size, leaving)
     finally:
         residents.clear()
 
 
-def _run(request: Request, residents: Residents, rank: int, world_size: int) -> Report:
+def _run(request: Request, residents: Residents, rank: int, world_size: int, leaving: Callable[[], bool]) -> Report:
     started = time.monotonic()
     try:
+        if leaving():
+            raise Leaving("the machine is about to go; this stage had not begun")
         spec = request.parsed_spec()
         inputs = {name: resolve(location) for name, location in request.inputs.items()}
         progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
-        ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress)
+        ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress, leaving=leaving)
         _set_threads(request.threads)
         run_function(spec)(spec, inputs, Path(request.out), ctx)
     except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on

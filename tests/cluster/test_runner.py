@@ -10,7 +10,8 @@ import pytest
 
 from cluster.executor import Finished, Job, Loss, Needs
 from cluster.inline import InlineExecutor
-from cluster.runner import LOST_TRIES, Resolver, Runner, default_needs, resident
+from cluster.profile import Profile
+from cluster.runner import Resolver, Runner, default_needs, resident
 from cluster.store import Store
 from tasks.completions import Completion, write_completions
 from tasks.errors import EndpointDown, StoreError, StudyError
@@ -18,6 +19,8 @@ from tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpe
 from tasks.stage import Request, Source, Stage
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
+
+PATIENCE = Profile(tries=3, backoff_s=0.01, hang_after_s=1.0)
 
 
 class Counting(InlineExecutor):
@@ -64,7 +67,7 @@ def pool(tmp_path) -> Source:
 
 def ran(store: Store, *stages: Stage, executor: Counting | None = None) -> tuple[Runner, Counting]:
     executor = executor or Counting()
-    runner = Runner(store, executor)
+    runner = Runner(store, executor, profile=PATIENCE)
     runner.want(stages)
     settle(runner)
     return runner, executor
@@ -169,16 +172,16 @@ def test_a_failed_stage_is_tried_again_by_the_next_runner(store, tmp_path):
 
 def test_a_lost_job_is_tried_again(store, pool):
     stage = rows(5, pool)
-    runner, executor = ran(store, stage, executor=Losing(LOST_TRIES - 1))
+    runner, executor = ran(store, stage, executor=Losing(PATIENCE.tries - 1))
     assert runner.artifact(stage) is not None
-    assert len(executor.keys) == LOST_TRIES and len(set(executor.keys)) == 1
+    assert len(executor.keys) == PATIENCE.tries and len(set(executor.keys)) == 1
 
 
 def test_a_job_that_is_lost_every_time_fails_with_the_reason(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Losing(100))
-    assert len(executor.keys) == LOST_TRIES
-    assert runner.failure(stage).reason == f"data: lost {LOST_TRIES} times (WorkerCrashedError: the worker died)"
+    assert len(executor.keys) == PATIENCE.tries
+    assert runner.failure(stage).reason == f"data: lost {PATIENCE.tries} times (WorkerCrashedError: the worker died)"
     assert runner.failure(stage).command.startswith("python -m tasks ")
 
 
@@ -201,7 +204,7 @@ def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_
     runner.want(stages)
     runner.step(0.0)
     assert len(executor.batches) == 1 and len(executor.batches[0]) == 3
-    assert sorted(runner._lost.get(key, 0) for key in executor.batches[0]) == [0, 0, 1]
+    assert sorted(runner._losses.lost(key) for key in executor.batches[0]) == [0, 0, 1]
 
 
 def test_a_gang_larger_than_the_place_is_an_error_not_an_endless_wait(store, pool):
