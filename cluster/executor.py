@@ -181,5 +181,8 @@ class MemberFailed(Exception):
     """A gang's member failed: its partners wait for it in a collective, so all of them have to end."""
 
     def __init__(self, report: Report) -> None:
-        super().__init__(report.error)
+        super().__init__(report)  # so that it can be pickled, which Ray Train does
         self.report = report
+
+    def __str__(self) -> str:
+        return str(self.report.error)

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -69,7 +69,8 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
 def _died(error: TrainingFailedError) -> bool:
     """Whether a member's process is gone, as against one that raised."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    return any(isinstance(failure, RayError | WorkerHealthCheckFailedError) for failure in failures)
+    checks = [failure.health_check_failure if isinstance(failure, WorkerHealthCheckFailedError) else failure for failure in failures]
+    return any(isinstance(failure, RayActorError) for failure in checks)
 
 
 @ray.remote(num_cpus=0)
