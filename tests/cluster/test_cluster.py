@@ -18,9 +18,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from cluster.executor import Host, Needs
+from cluster.executor import Needs
 from cluster.inline import InlineExecutor
-from cluster.profile import Profile
 from cluster.ray_executor import RayExecutor, bundles
 from cluster.ray_hosts import RayHosts
 from cluster.runner import Node, Runner
@@ -257,3 +256,20 @@ def test_a_lost_head_ends_the_driver_with_a_message_and_a_new_cluster_continues(
     assert process.returncode == 0, said
     for rank, artifact in undisturbed.items():
         assert_same(Store(tmp_path).open("train", artifact.key), artifact, gang=rank == GANG_RANK)
+
+
+def test_an_autoscaler_is_asked_for_as_many_pieces_as_there_is_work_for():
+    one, gang, spread = Needs(1), Needs(8, {"ray.io/accelerator-type": "A100"}), Needs(4, spread=True)
+    asked = bundles([(one, 60.0)] * 100 + [(gang, 3600.0)] * 2 + [(spread, 60.0), (Needs(0), 5.0)])
+    assert asked.count(({"CPU": 1, "GPU": 1}, {})) == 10 + 4  # 6000 s of one-GPU work, and a gang that takes what it finds
+    assert asked.count(({"CPU": 8, "GPU": 8}, {"ray.io/accelerator-type": "A100"})) == 2
+    assert asked.count(({"CPU": 1}, {})) == 1 and len(asked) == 17
+    assert bundles([]) == []
+
+
+def test_a_head_that_answers_nothing_is_said_after_a_stated_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1.5")
+    since = time.monotonic()
+    with pytest.raises(ClusterLost, match=r"127\.0\.0\.1:9 has not answered for 1 s; start it again"):
+        RayHosts("127.0.0.1:9").find()
+    assert time.monotonic() - since < 10
