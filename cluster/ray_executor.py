@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import LocalRayletDiedError, NodeDiedError, RayError, RaySystemError, RayTaskError, TaskUnschedulableError
 
 from cluster.executor import Capacity, Executor, Finished, Host, Job, Loss, Needs, run_batch
@@ -23,7 +22,8 @@ from tasks.errors import ClusterLost, Leaving, StudyError
 from tasks.stage import Report, Request
 
 WORTH_S = 600.0  # a host takes minutes to come: another GPU is asked for when there is this much more work for it
-ASK_EVERY_S = 5.0
+ASK_EVERY_S = 10.0
+EXPIRE_S = 120.0  # what a killed driver asked for is forgotten after this
 MOST_BUNDLES = 1000
 
 
@@ -63,7 +63,7 @@ class RayExecutor(Executor):
         self._jobs: dict[ray.ObjectRef, tuple[Job, Post]] = {}
         self._ended: list[Finished] = []
         self._numbers = itertools.count()
-        self._asked: list[tuple[dict[str, int], dict[str, str]]] = []
+        self._name = f"ebbline-{self._driver}"
         self._asked_at = float("-inf")
         self._lost = False
 
@@ -91,9 +91,13 @@ class RayExecutor(Executor):
         if not self._grows or time.monotonic() - self._asked_at < ASK_EVERY_S:
             return
         wanted = bundles(queue)
-        if wanted != self._asked:
-            request_resources(bundles=[bundle for bundle, _ in wanted], bundle_label_selectors=[labels for _, labels in wanted])
-        self._asked, self._asked_at = wanted, time.monotonic()
+        for job, _ in self._jobs.values():
+            running = next((piece for piece in wanted if job.gpus > 1 and piece[0].get("GPU") == job.gpus), None)
+            if running is not None:
+                wanted.remove(running)  # Ray Train asks for what its gangs run on
+        resources, labels = [piece for piece, _ in wanted], [selector for _, selector in wanted]
+        _coordinator().request_resources.remote(self._name, resources, EXPIRE_S, label_selectors=labels)
+        self._asked_at = time.monotonic()
 
     def finished(self, timeout_s: float) -> Sequence[Finished]:
         self._found()
@@ -117,8 +121,8 @@ class RayExecutor(Executor):
         self._jobs.clear()
         if self._lost:
             return  # Ray would wait for its head until it ends this process; its own hook does so when Python ends
-        if self._asked:
-            request_resources(bundles=[])
+        if self._asked_at > float("-inf"):
+            ray.get(_coordinator().cancel_request.remote(self._name), timeout=EXPIRE_S)
         ray.shutdown()
 
     def _found(self) -> dict[str, Host]:
@@ -190,6 +194,14 @@ def bundles(queue: Sequence[tuple[Needs, float]]) -> list[tuple[dict[str, int], 
         resources = {"CPU": max(1, size), **({"GPU": size} if size else {})}
         wanted += [(resources, dict(labels))] * pieces
     return wanted[:MOST_BUNDLES]
+
+
+def _coordinator() -> Any:
+    """Ray's actor that adds up what each library asks of `request_resources`, which itself knows only the last one's word."""
+    # Imported here: it brings pyarrow and pandas, and only a cluster that can grow needs it.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+    return get_or_create_autoscaling_coordinator()
 
 
 @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]

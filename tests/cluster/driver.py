@@ -18,7 +18,7 @@ from tests.cluster.made import source
 
 GANG_RANK = 4
 STEPS = 30
-PROFILE = Profile(backoff_s=0.1, checkpoint_every_s=0.1, hang_after_s=60.0)
+PROFILE = Profile(backoff_s=0.1, checkpoint_every_s=0.1, hang_after_s=200.0)
 
 
 def training(rank: int, model: Path, rows: Path, steps: int = STEPS) -> Stage:
@@ -26,8 +26,9 @@ def training(rank: int, model: Path, rows: Path, steps: int = STEPS) -> Stage:
     return Stage(spec, {"model": source(model), "data": source(rows)})
 
 
-def gang_of(size: int, runner_stage: Stage) -> Needs:
-    return Needs(size if isinstance(runner_stage.spec, TrainSpec) and runner_stage.spec.rank == GANG_RANK else 1)
+def gang_of(size: int, stage: Stage) -> Needs:
+    """The training of GANG_RANK on so many GPUs, any other on one."""
+    return Needs(size if isinstance(stage.spec, TrainSpec) and stage.spec.rank == GANG_RANK else 1)
 
 
 def main(address: str, store: Path, model: Path, rows: Path) -> int:

@@ -5,6 +5,7 @@ to the tolerance below (measured on 2 cores, float32, 30 steps: see the assertio
 """
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -180,7 +181,7 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
 def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
 ) -> None:
-    runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(2, stage), PROFILE.model_copy(update={"hang_after_s": 25.0}))
+    runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(2, stage), PROFILE)
     stages = [training(rank, pair.aligned, rows) for rank in (GANG_RANK, 1)]
     runner.want(stages)
     nodes = [runner.nodes[stage.lineage] for stage in stages]
@@ -194,7 +195,9 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
         stopped.append(pid)
     assert len(stopped) == len(posts) == 2
     running = set(runner.running)
+    runner.profile = PROFILE.model_copy(update={"hang_after_s": 5.0})  # for these alone: starting takes longer on a busy machine
     step_until(runner, lambda: not running & set(runner.running))
+    runner.profile = PROFILE
     wait_until(lambda: not any(map(psutil.pid_exists, stopped)), 60, "end of the hung processes")
     step_until(runner, lambda: all(node.state in ("done", "failed") for node in nodes))
     assert [runner._losses.lost(node.key) for node in nodes] == [1, 1]
@@ -265,6 +268,26 @@ def test_an_autoscaler_is_asked_for_as_many_pieces_as_there_is_work_for():
     assert asked.count(({"CPU": 8, "GPU": 8}, {"ray.io/accelerator-type": "A100"})) == 2
     assert asked.count(({"CPU": 1}, {})) == 1 and len(asked) == 17
     assert bundles([]) == []
+
+
+def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(machines: Machines):
+    from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    def requested() -> list[dict[str, int]]:
+        return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or b"[]")
+
+    executor = RayExecutor(machines.ray.address)
+    assert not executor.capacity().grows
+    executor.expect([(Needs(8), 60.0)])
+    assert requested() == []
+    executor._grows = True  # as on a cluster that `ray up` made
+    executor.expect([(Needs(8), 60.0), (Needs(1), 700.0), (Needs(1), 700.0)])
+    wait_until(lambda: requested() == [{"CPU": 8, "GPU": 8}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], 60, "request")
+    executor.close()
+    after = RayExecutor(machines.ray.address)
+    assert requested() == []
+    after.close()
 
 
 def test_a_head_that_answers_nothing_is_said_after_a_stated_time(monkeypatch: pytest.MonkeyPatch):

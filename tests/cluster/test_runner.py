@@ -246,8 +246,8 @@ def step_for(runner: Runner, condition: Callable[[], bool]) -> None:
 
 
 def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its_tries_are_over(store, pool):
-    runner, executor, stage = Runner(store, Silent(), profile=PATIENCE), Silent(), rows(5, pool)
-    runner.executor = executor
+    executor, stage = Silent(), rows(5, pool)
+    runner = Runner(store, executor, profile=PATIENCE)
     runner.want([stage])
     step_for(runner, lambda: runner.settled(stage))
     assert executor.cancelled == executor.jobs and len(executor.jobs) == PATIENCE.tries
