@@ -38,9 +38,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What an executor has, machine by machine."""
+    """What an executor has, machine by machine. `grows` when more come to a queue that waits (an autoscaler)."""
 
     hosts: tuple[Host, ...]
+    grows: bool = False
 
     @staticmethod
     def one_host(gpus: int, cpus: int) -> "Capacity":
@@ -115,6 +116,9 @@ class Executor(ABC):
     def cancel(self, job: Job) -> None:
         """Stop a job; what it committed stays."""
 
+    def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:  # noqa: B027  # most have nobody to tell
+        """All that is ready or runs: (needs, expected seconds) of each stage, so that a cluster that can grow does."""
+
     @abstractmethod
     def close(self) -> None:
         """Stop all jobs and give everything back."""
@@ -147,19 +151,25 @@ class OnDemand(Executor):
         if self._made is not None:
             self._made.cancel(job)
 
+    def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
+        if self._made is not None:
+            self._made.expect(queue)
+
     def close(self) -> None:
         if self._made is not None:
             self._made.close()
 
 
-def run_batch(requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> tuple[Report, ...]:
+def run_batch(
+    requests: Sequence[Request], rank: int = 0, world_size: int = 1, leaving: Callable[[], bool] = lambda: False
+) -> tuple[Report, ...]:
     """Run a batch in this process and commit each stage as it is done: what inline, Ray tasks and gangs all call."""
     from tasks.worker import described, run_stages  # brings torch, which a driver process never needs
 
     works = {request.key: workplace(request, rank, world_size) for request in requests}
     local = [work.request for work in works.values()]
     reports = []
-    for report in run_stages(local, rank, world_size, lambda one: works[one.key].prepared(), lambda one: works[one.key].saved()):
+    for report in run_stages(local, rank, world_size, lambda one: works[one.key].prepared(), lambda one: works[one.key].saved(), leaving):
         work = works[report.key]
         if report.error is None and rank == 0:
             request = work.request
@@ -193,5 +203,8 @@ class MemberFailed(Exception):
     """A gang's member failed: its partners wait for it in a collective, so all of them have to end."""
 
     def __init__(self, report: Report) -> None:
-        super().__init__(report.error)
+        super().__init__(report)  # so that it can be pickled, which Ray Train does
         self.report = report
+
+    def __str__(self) -> str:
+        return str(self.report.error)

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.costs import Estimates, GpuTypes, Meter, Unmetered, gpu_types
-from cluster.executor import Executor, Finished, Job, Needs
-from cluster.scheduler import Busy, Work, place
+from cluster.executor import Capacity, Executor, Finished, Host, Job, Loss, Needs
+from cluster.losses import Losses
+from cluster.profile import Profile
+from cluster.scheduler import Busy, Work, impossible, place
 from cluster.sources import offered
 from cluster.store import Artifact, Store
-from tasks.errors import Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError, StudyError
+from tasks.errors import ClusterLost, Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError, StudyError
 from tasks.identity import digest
 from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, OrganismSpec, ProjectSpec, ScoreSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
-LOST_TRIES = 3
 HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a stage's progress is looked up: in a bucket, in a folder
 NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, StoreError, Incomplete, Differs)}
 State = Literal["waiting", "ready", "running", "done", "failed"]
@@ -61,6 +62,8 @@ class _Running:
     job: Job
     started: float
     seconds: float
+    said: tuple[str, Mapping[str, Any]]
+    heard: float  # when what it says of itself last changed
 
 
 def contents_of(stage: Stage, artifact: Callable[[Stage], Artifact | None]) -> dict[str, str] | None:
@@ -104,18 +107,28 @@ class Runner:
     """Drives wanted stages to done or failed on one executor. `step` is the heartbeat; nothing happens between calls."""
 
     def __init__(
-        self, store: Store, executor: Executor, needs_of: Callable[[Stage], Needs] | None = None, meter: Meter | None = None
+        self,
+        store: Store,
+        executor: Executor,
+        needs_of: Callable[[Stage], Needs] | None = None,
+        profile: Profile | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        self.store, self.executor = store, executor
+        self.store, self.executor, self.profile = store, executor, profile or Profile()
         self.estimates = Estimates(store)
         self.nodes: dict[str, Node] = {}
         self.running: dict[str, _Running] = {}
         self.draining = False
         self.refused: set[str] = set()  # keys that the meter would not let start just now
         self._by_key: dict[str, list[Node]] = {}
-        self._lost: dict[str, int] = {}
         self._again: set[str] = set()  # keys with a record whose dropped files are being made again
         self._heard: dict[Path, tuple[float, dict[str, Any]]] = {}
+        self._losses = Losses(self.profile.tries, self.profile.backoff_s)
+        self._cached: dict[str, set[str]] = {}
+        self._hosts: dict[str, Host] = {}  # every one that was ever there
+        self._ready_since: dict[str, float] = {}
+        self._stuck_since: float | None = None
+        self._listened = float("-inf")
         self._needs_of = needs_of or default_needs
         self._meter = meter or Unmetered()
 
@@ -175,6 +188,7 @@ class Runner:
                 if artifact is not None:
                     self.estimates.learn([artifact])
                     self._done(nodes, artifact, reused=False)
+        self._listen()
         self._resolve()
 
     def progress_of(self, node: Node) -> str:
@@ -268,33 +282,44 @@ class Runner:
         ready = {node.key: node for node in self.nodes.values() if node.state == "ready"}
         if not ready:
             return
-        paths = self._paths()
+        paths, now = self._paths(), time.monotonic()
         works = [
-            Work(key, self._needs_of(node.stage), resident(node.stage), self._seconds(node), paths[node.stage.lineage])
+            Work(
+                key,
+                self._needs_of(node.stage),
+                resident(node.stage),
+                self._seconds(node),
+                paths[node.stage.lineage],
+                self._losses.shun(key),
+                now - self._ready_since.setdefault(key, now),
+            )
             for key, node in ready.items()
         ]
         capacity = self.executor.capacity()
-        for work in works:
-            if work.gpus > capacity.gpus:
-                raise StudyError(
-                    f"{ready[work.key].stage.kind} {work.key[:12]} needs {work.gpus} GPUs at once, and there are {capacity.gpus};"
-                    " give the model fewer `gpus`, or the cluster more"
-                )
-        now = time.monotonic()
+        self.executor.expect(
+            [(work.needs, work.seconds) for work in works]
+            + [(self._needs_of(node.stage), self._seconds(node)) for node in self.nodes.values() if node.state == "running"]
+        )
+        self._check_possible(works, capacity, now)
         busy = [Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
+        cached = {host: frozenset(names) for host, names in self._cached.items()}
+        startable = [work for work in works if self._losses.may_start(work.key, now)]
         self.refused = set()
-        for placement in place(works, busy, capacity):
+        for placement in place(startable, busy, self._losses.in_service(capacity), cached):
             gpus = gpu_types(placement.hosts, capacity)
             keys = self._affordable([ready[key] for key in placement.keys], gpus)
             self.refused |= set(placement.keys) - set(keys)
             if not keys:
                 continue
-            batch = [self._request(ready[key], placement.needs.gpus) for key in keys]
+            batch = [self._request(ready[key], placement.needs.gpus, self._memory_gb(gpus)) for key in keys]
             job = self.executor.submit(batch, placement.needs, placement.hosts)
             seconds = sum(self._seconds(ready[key]) for key in keys)
-            self.running[job.id] = _Running(job, now, seconds)
+            self.running[job.id] = _Running(job, now, seconds, (keys[0], {}), now)
             self._meter.started(job, gpus, seconds)
+            for host in placement.hosts:
+                self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
             for key in keys:
+                del self._ready_since[key]
                 for node in self._by_key[key]:
                     node.state = "running"
 
@@ -309,7 +334,33 @@ class Runner:
             keys.append(node.key)
         return keys
 
-    def _request(self, node: Node, gpus: int) -> Request:
+    def _check_possible(self, works: Iterable[Work], capacity: Capacity, now: float) -> None:
+        """Raise StudyError for what no host could ever hold, ClusterLost when the hosts that could have stayed away for long."""
+        self._hosts |= {host.name: host for host in capacity.hosts}
+        ever = Capacity(tuple(self._hosts.values()))
+        staying = Capacity(tuple(host for host in capacity.hosts if not host.draining))
+        stuck = [work for work in works if impossible(work, staying)]
+        if not stuck or self.running:
+            self._stuck_since = None
+        for work in stuck:
+            reason = impossible(work, ever)
+            if reason and not capacity.grows:
+                raise StudyError(f"{self._by_key[work.key][0].stage.kind} {work.key[:12]}: {reason}")
+            if self.running:
+                continue
+            self._stuck_since = self._stuck_since or now
+            if now - self._stuck_since > self.profile.hang_after_s:
+                raise ClusterLost(
+                    f"no host for {self._by_key[work.key][0].stage.kind} {work.key[:12]} ({work.gpus} GPUs) came within"
+                    f" {self.profile.hang_after_s:.0f} s; bring one up, and the same command continues"
+                )
+
+    def _memory_gb(self, gpus: GpuTypes) -> float | None:
+        """What the smallest of these GPUs holds, as far as the profile says."""
+        known = [self.profile.gpus[name].memory_gb for name in gpus if name is not None and name in self.profile.gpus]
+        return min((memory_gb for memory_gb in known if memory_gb is not None), default=None)
+
+    def _request(self, node: Node, gpus: int, memory_gb: float | None) -> Request:
         attempt = self.store.begin(node.stage.kind, node.key)
         contents = contents_of(node.stage, self.artifact)
         if contents is None:
@@ -327,6 +378,8 @@ class Runner:
             device=self.executor.device if gpus else "cpu",
             threads=self.executor.threads,
             cache_gb=self.store.cache_gb,
+            memory_gb=memory_gb,
+            checkpoint_every_s=self.profile.checkpoint_every_s,
         )
         self.store.note(attempt, "request.json", request.to_json().encode())
         node.attempt = attempt
@@ -341,10 +394,30 @@ class Runner:
             raise RuntimeError("an input is not done")
         return self.store.url(artifact.folder, "payload", *([item.path] if isinstance(item, Part) else []))
 
+    def _listen(self) -> None:
+        """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they were started."""
+        now = time.monotonic()
+        if now - self._listened < min(5.0, self.profile.hang_after_s / 4):
+            return
+        self._listened = now
+        for item in list(self.running.values()):
+            at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
+            said = (at, self._said(self._by_key[at][0]) if at else {})
+            if said != item.said:
+                item.said, item.heard = said, now
+            elif now - item.heard > self.profile.hang_after_s:
+                self.executor.cancel(item.job)
+                self._take_in(Finished(item.job, (), Loss(f"no sign of life for {now - item.heard:.0f} s, so it was cancelled")))
+
     def _take_in(self, finished: Finished) -> None:
-        self.running.pop(finished.job.id, None)
+        item = self.running.pop(finished.job.id, None)
+        if item is None:
+            return  # given up before; its stages have gone elsewhere since
+        now = time.monotonic()
         reports = {report.key: report for report in finished.reports}
-        charged = False  # a lost batch was lost by the stage it was at, not by those behind it
+        # A lost batch was lost by the stage it was at, not by those behind it.
+        charged = any(report.error for report in finished.reports)
+        loss = finished.lost or Loss("no report")
         for key in finished.job.keys:
             nodes = self._by_key[key]
             artifact = self._made(nodes[0].stage.kind, key)
@@ -352,17 +425,16 @@ class Runner:
             if artifact is not None:
                 self.estimates.learn([artifact])
                 self._done(nodes, artifact, reused=False)
+                self._losses.succeeded(finished.job.hosts)
             elif report is not None and report.error_type is not None and report.error_type in NO_FAULT:
                 raise NO_FAULT[report.error_type](str(report.error))  # a point that fails stays failed, and this is no fault of it
             elif report is not None and report.error is not None:
                 self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
             else:
-                self._lost[key] = self._lost.get(key, 0) + (not charged)
+                gave_up = None if charged else self._losses.count(key, loss, finished.job.hosts, now - item.started, now)
                 charged = True
-                if self._lost[key] >= LOST_TRIES:
-                    self._fail(
-                        nodes, f"{nodes[0].stage.kind}: lost {LOST_TRIES} times ({finished.lost.reason if finished.lost else 'no report'})"
-                    )
+                if gave_up is not None:
+                    self._fail(nodes, f"{nodes[0].stage.kind}: {gave_up}")
                 else:
                     for node in nodes:
                         node.state = "ready"

@@ -85,7 +85,7 @@ def drive(
         with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:
-                runner = Runner(home.store, executor, planner.needs_of, spent)
+                runner = Runner(home.store, executor, planner.needs_of, home.profile, spent)
                 return _loop(Progress(study, planner, runner, spent, limit=limit(study)), searcher, hold, watch, stop)
             finally:
                 executor.close()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from tasks.batches import Row, collate, count_tokens
-from tasks.errors import TrainingError
+from tasks.errors import Leaving, TrainingError
 from tasks.models import load_model, load_tokenizer
 from tasks.specs import TrainSpec
 from tasks.stage import Context
@@ -62,21 +62,31 @@ class Engine(ABC):
     def close(self) -> None: ...
 
     @abstractmethod
-    def due(self) -> bool:
-        """True when a checkpoint is to be written now; the same on every member of a gang."""
+    def agreed(self) -> tuple[bool, bool]:
+        """(a checkpoint is due, this machine or a partner's is about to go); the same on every member of a gang."""
 
     @abstractmethod
     def state(self, curve: Curve) -> Saved | None:
         """What a checkpoint holds; None on a member that writes none."""
 
     def checkpoint(self, curve: Curve) -> None:
-        """Write a checkpoint when one is due, and say so to `ctx.saved` once it is whole on the disk."""
-        if not self.due():
+        """Write a checkpoint when one is due, and say so to `ctx.saved` once it is whole on the disk.
+
+        Raises Leaving, when all that is done is saved, for a machine that is about to go.
+        """
+        due, leaving = self.agreed()
+        if not due and not leaving:
             return
         saved = self.state(curve)
         if saved is not None:
             write_checkpoint(self.ctx, saved)
         self._saved_at = time.monotonic()
+        if leaving:
+            self.wait()
+            raise Leaving(f"the machine is about to go; step {len(curve)} is saved")
+
+    def wait(self) -> None:  # noqa: B027  # on one device there is nobody to wait for
+        """Wait until every member of a gang has come this far."""
 
 
 class SingleDevice(Engine):
@@ -137,8 +147,8 @@ class SingleDevice(Engine):
                     self.optimizer.state[parameter] = {"step": torch.tensor(float(len(saved.curve))), **moments}
         return saved.curve
 
-    def due(self) -> bool:
-        return self.ctx.leaving() or time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s
+    def agreed(self) -> tuple[bool, bool]:
+        return time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s, self.ctx.leaving()
 
     def state(self, curve: Curve) -> Saved:
         moments = {moment: {name: self.optimizer.state[parameter][moment] for name, parameter in self._named()} for moment in MOMENTS}

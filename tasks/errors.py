@@ -14,6 +14,7 @@
     │   └── EndpointDown  a judge's endpoint answers nothing; no fault of what was to be judged
     ├── DatabaseLost      the database that holds a study's points cannot be reached, or went away
     ├── ClusterLost       the place where stages ran is gone; what was finished is not
+    ├── Leaving           the machine is about to go; the stage has saved what it had, and continues elsewhere
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      there is no space left where the store lies
         ├── Incomplete    an artifact was asked for that is not complete
@@ -80,6 +81,10 @@ class DatabaseLost(EbblineError):
 
 
 class ClusterLost(EbblineError):
+    pass
+
+
+class Leaving(EbblineError):
     pass
 
 

@@ -115,12 +115,16 @@ class DeepSpeedGang(Engine):
             " lower train.max_tokens, quantise the base (quantisation: nf4), or give the model more GPUs"
         )
 
-    def due(self) -> bool:
+    def agreed(self) -> tuple[bool, bool]:
         # The members' clocks differ, so rank 0's decides; any member's machine may be the one that leaves.
         late = self.ctx.rank == 0 and time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s
-        flag = torch.tensor(float(late or self.ctx.leaving()), device=self.ctx.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        flags = torch.tensor([float(late), float(self.ctx.leaving())], device=self.ctx.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        due, leaving = (bool(flag) for flag in flags.tolist())
+        return due, leaving
+
+    def wait(self) -> None:
+        dist.barrier()
 
     def state(self, curve: Curve) -> Saved | None:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -104,8 +104,8 @@ class Context:
     """How one attempt runs. Never hashed; what matters of it is recorded as provenance.
 
     `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size` describe a gang, `micro_batch`,
-    `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a training is laid out in memory. `leaving` says that this machine
-    is about to go, and `saved` is told of every checkpoint that is whole on the disk.
+    `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a training is laid out in memory. `leaving` turns true when a
+    machine of the attempt is about to go: checkpoint, and raise Leaving. `saved` is told of every checkpoint that is whole on the disk.
     """
 
     log: Path

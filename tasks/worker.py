@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks import memory
-from tasks.errors import DiskFull, EbblineError, OutOfMemory
+from tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory
 from tasks.models import Residents, resolve
 from tasks.specs import (
     ApplySpec,
@@ -54,15 +54,17 @@ def run_stages(
     world_size: int = 1,
     prepare: Callable[[Request], Request] = _as_it_is,
     saved: Callable[[Request], None] = _nothing,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
     """Run each request in turn; yield its report as soon as its files are written. Never raises for a failed stage.
 
     `prepare` is called when a request's turn comes, and may bring its inputs to this machine; `saved` after each checkpoint.
+    Once `leaving` says that the machine is about to go, no further request is begun: each is reported as Leaving.
     """
     residents = Residents()
     try:
         for request in requests:
-            yield _run(request, residents, rank, world_size, prepare, saved)
+            yield _run(request, residents, rank, world_size, prepare, saved, leaving)
     finally:
         residents.clear()
 
@@ -74,14 +76,19 @@ def _run(
     world_size: int,
     prepare: Callable[[Request], Request],
     saved: Callable[[Request], None],
+    leaving: Callable[[], bool],
 ) -> Report:
     started = time.monotonic()
     try:
+        if leaving():
+            raise Leaving("the machine is about to go; this stage had not begun")
         request = prepare(request)
         spec = request.parsed_spec()
         inputs = {name: resolve(location) for name, location in request.inputs.items()}
         progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
-        ctx = request.context(residents=residents, rank=rank, world_size=world_size, progress=progress, saved=lambda: saved(request))
+        ctx = request.context(
+            residents=residents, rank=rank, world_size=world_size, progress=progress, leaving=leaving, saved=lambda: saved(request)
+        )
         _set_threads(request.threads)
         ctx, predicted_gb = laid_out(spec, inputs, ctx, request.memory_gb)
         _forget_peak(ctx.device)

@@ -123,6 +123,7 @@ class TestRayExecutor(ExecutorContract):
         import ray
 
         from cluster.executor import Job
+        from cluster.ray_jobs import Post
 
         @ray.remote(max_retries=0)
         def dies():
@@ -132,7 +133,7 @@ class TestRayExecutor(ExecutorContract):
 
         # Submitted as the executor submits, so that its own bookkeeping is what is tested.
         job = Job("dies", ("k",), 0)
-        executor._jobs[dies.remote()] = job
+        executor._jobs[dies.remote()] = (job, Post("dies", ()))
         (done,) = wait_for(executor, job)
         assert done.job == job and done.reports == () and "WorkerCrashedError" in done.lost.reason
 

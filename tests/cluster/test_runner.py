@@ -3,21 +3,26 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from cluster.executor import Finished, Job, Loss, Needs
+from cluster.executor import Capacity, Finished, Host, Job, Loss, Needs
 from cluster.inline import InlineExecutor
-from cluster.runner import LOST_TRIES, Resolver, Runner, default_needs, resident
+from cluster.profile import Profile
+from cluster.runner import Resolver, Runner, default_needs, resident
+from cluster.scheduler import place
 from cluster.store import Store
 from tasks.completions import Completion, write_completions
-from tasks.errors import EndpointDown, StoreError, StudyError
+from tasks.errors import ClusterLost, EndpointDown, StoreError, StudyError
 from tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpec, TrainSpec
 from tasks.stage import Request, Source, Stage
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
+
+PATIENCE = Profile(tries=3, backoff_s=0.01, hang_after_s=1.0)
 
 
 class Counting(InlineExecutor):
@@ -64,7 +69,7 @@ def pool(tmp_path) -> Source:
 
 def ran(store: Store, *stages: Stage, executor: Counting | None = None) -> tuple[Runner, Counting]:
     executor = executor or Counting()
-    runner = Runner(store, executor)
+    runner = Runner(store, executor, profile=PATIENCE)
     runner.want(stages)
     settle(runner)
     return runner, executor
@@ -169,16 +174,16 @@ def test_a_failed_stage_is_tried_again_by_the_next_runner(store, tmp_path):
 
 def test_a_lost_job_is_tried_again(store, pool):
     stage = rows(5, pool)
-    runner, executor = ran(store, stage, executor=Losing(LOST_TRIES - 1))
+    runner, executor = ran(store, stage, executor=Losing(PATIENCE.tries - 1))
     assert runner.artifact(stage) is not None
-    assert len(executor.keys) == LOST_TRIES and len(set(executor.keys)) == 1
+    assert len(executor.keys) == PATIENCE.tries and len(set(executor.keys)) == 1
 
 
 def test_a_job_that_is_lost_every_time_fails_with_the_reason(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Losing(100))
-    assert len(executor.keys) == LOST_TRIES
-    assert runner.failure(stage).reason == f"data: lost {LOST_TRIES} times (WorkerCrashedError: the worker died)"
+    assert len(executor.keys) == PATIENCE.tries
+    assert runner.failure(stage).reason == f"data: lost {PATIENCE.tries} times (WorkerCrashedError: the worker died)"
     assert runner.failure(stage).command.startswith("python -m tasks ")
 
 
@@ -201,7 +206,128 @@ def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_
     runner.want(stages)
     runner.step(0.0)
     assert len(executor.batches) == 1 and len(executor.batches[0]) == 3
-    assert sorted(runner._lost.get(key, 0) for key in executor.batches[0]) == [0, 0, 1]
+    assert sorted(runner._losses.lost(key) for key in executor.batches[0]) == [0, 0, 1]
+
+
+class Silent(Counting):
+    """Two hosts, and jobs that never say a word until they are cancelled. `lost` is what the executor says of them, if anything."""
+
+    def __init__(self, lost: Loss | None = None) -> None:
+        super().__init__()
+        self.hosts, self.lost, self.grows = [Host("here", 2, 1), Host("there", 2, 1)], lost, False
+        self.jobs: list[Job] = []
+        self.cancelled: list[Job] = []
+        self.expected: list[Needs] = []
+
+    def capacity(self) -> Capacity:
+        return Capacity(tuple(self.hosts), self.grows)
+
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        self.jobs.append(super().submit(batch, needs, hosts))
+        return self.jobs[-1]
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        ended, self._waiting = ([self._waiting[0]], self._waiting[1:]) if self.lost and self._waiting else ([], self._waiting)
+        return [Finished(job, (), self.lost) for job, _ in ended]
+
+    def cancel(self, job: Job) -> None:
+        self.cancelled.append(job)
+        super().cancel(job)
+
+    def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
+        self.expected = [needs for needs, _ in queue]
+
+
+def step_for(runner: Runner, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline
+        runner.step(0.01)
+
+
+def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its_tries_are_over(store, pool):
+    executor, stage = Silent(), rows(5, pool)
+    runner = Runner(store, executor, profile=PATIENCE)
+    runner.want([stage])
+    step_for(runner, lambda: runner.settled(stage))
+    assert executor.cancelled == executor.jobs and len(executor.jobs) == PATIENCE.tries
+    assert "lost 3 times (no sign of life for 1 s, so it was cancelled)" in runner.failure(stage).reason
+
+
+def test_progress_is_a_sign_of_life(store, pool):
+    executor, stage = Silent(), rows(5, pool)
+    runner = Runner(store, executor, profile=PATIENCE)
+    runner.want([stage])
+    since = time.monotonic()
+    while time.monotonic() - since < 2.5 * PATIENCE.hang_after_s:
+        runner.step(0.05)
+        path = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
+        path.write_text(json.dumps({"done": 1, "total": 9, "note": "", "seconds": time.monotonic() - since}))
+    assert executor.cancelled == [] and len(executor.jobs) == 1
+
+
+def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
+    executor, stage = Silent(), rows(5, pool)
+    runner = Runner(store, executor, profile=PATIENCE)
+    runner.want([stage])
+    step_for(runner, lambda: len(executor.jobs) == 2)
+    node = runner.nodes[stage.lineage]
+    assert node.state == "running"
+    runner._take_in(Finished(executor.jobs[0], (), Loss("late")))
+    assert node.state == "running" and runner._losses.lost(node.key) == 1
+
+
+def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stops_the_run(store, pool, monkeypatch):
+    from cluster import runner as module
+
+    shunned: list[frozenset[str]] = []
+
+    def watched(works, *others):
+        shunned.extend(work.shun for work in works)
+        return place(works, *others)
+
+    monkeypatch.setattr(module, "place", watched)
+    executor, stage = Silent(Loss("the node is gone", "place")), rows(5, pool)
+    runner = Runner(store, executor, profile=PATIENCE)
+    runner.want([stage])
+    with pytest.raises(ClusterLost, match="thrown out by its host 10 times in a row"):
+        step_for(runner, lambda: False)
+    assert shunned[0] == frozenset() and "here" in shunned[-1] | {"there"} and shunned[-1]
+    assert runner.failure(stage) is None, "no fault of the stage"
+
+
+def test_a_stage_whose_only_hosts_went_waits_for_others_and_then_stops_the_run(store, pool):
+    executor = Silent()
+    runner = Runner(store, executor, needs_of=lambda stage: Needs(2), profile=PATIENCE)
+    runner.want([rows(5, pool)])
+    executor.capacity = lambda: Capacity((Host("here", 2, 1, draining=True), Host("small", 1, 1)))
+    runner._hosts = {"here": Host("here", 2, 1)}
+    runner.step(0.0)
+    assert executor.jobs == []
+    with pytest.raises(ClusterLost, match=r"no host for data .* \(2 GPUs\) came within 1 s"):
+        step_for(runner, lambda: False)
+    runner._stuck_since, executor.capacity = None, lambda: Capacity((Host("new", 2, 1),))
+    runner.step(0.0)
+    assert [job.hosts for job in executor.jobs] == [{"new": 2}]
+
+
+def test_a_cluster_that_can_grow_is_told_what_waits_instead_of_an_error(store, pool):
+    executor = Silent()
+    executor.hosts, executor.grows = [Host("head", 0, 1)], True
+    runner = Runner(store, executor, needs_of=lambda stage: Needs(8), profile=PATIENCE)
+    runner.want([rows(5, pool)])
+    runner.step(0.0)
+    assert executor.jobs == [] and executor.expected == [Needs(8)]
+
+
+def test_a_host_that_ran_a_resident_is_named_to_the_scheduler(store, pool, monkeypatch):
+    from cluster import runner as module
+
+    seen: list[Mapping[str, frozenset[str]]] = []
+    monkeypatch.setattr(module, "place", lambda works, busy, capacity, cached: seen.append(cached) or place(works, busy, capacity, cached))
+    stage = rows(3, rows(5, pool))
+    ran(store, stage)
+    assert seen[0] == {} and seen[-1]["here"] == {resident(stage.upstream()[0])}
 
 
 def test_a_gang_larger_than_the_place_is_an_error_not_an_endless_wait(store, pool):

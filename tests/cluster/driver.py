@@ -1,0 +1,53 @@
+"""A driver to be killed: trains an adapter on a gang and others on one GPU each, on the Ray cluster at an address.
+
+`python -m tests.cluster.driver ADDRESS STORE MODEL ROWS`; ends with 0 when all is trained, with 2 and a message when it cannot.
+"""
+
+import sys
+from pathlib import Path
+
+from cluster.executor import Needs
+from cluster.profile import Profile
+from cluster.ray_executor import RayExecutor
+from cluster.runner import Runner
+from cluster.store import Store
+from tasks.errors import EbblineError
+from tasks.specs import TrainSpec
+from tasks.stage import Stage
+from tests.cluster.made import source
+
+GANG_RANK = 4
+STEPS = 30
+PROFILE = Profile(backoff_s=0.1, checkpoint_every_s=0.1, hang_after_s=200.0)
+
+
+def training(rank: int, model: Path, rows: Path, steps: int = STEPS) -> Stage:
+    spec = TrainSpec(rank=rank, dtype="float32", learning_rate=2e-2, global_batch=8, steps=steps, max_tokens=32)
+    return Stage(spec, {"model": source(model), "data": source(rows)})
+
+
+def gang_of(size: int, stage: Stage) -> Needs:
+    """The training of GANG_RANK on so many GPUs, any other on one."""
+    return Needs(size if isinstance(stage.spec, TrainSpec) and stage.spec.rank == GANG_RANK else 1)
+
+
+def main(address: str, store: Path, model: Path, rows: Path) -> int:
+    try:
+        executor = RayExecutor(address)
+        try:
+            runner = Runner(Store(store), executor, lambda stage: gang_of(2, stage), PROFILE)
+            runner.want(training(rank, model, rows) for rank in (GANG_RANK, 1, 2))
+            while any(node.state not in ("done", "failed") for node in runner.nodes.values()):
+                runner.step()
+        finally:
+            executor.close()
+    except EbblineError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        return 2
+    failures = [node.failure for node in runner.nodes.values() if node.failure]
+    print(failures or "done", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], *map(Path, sys.argv[2:])))

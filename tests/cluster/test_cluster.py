@@ -1,0 +1,298 @@
+"""A Ray cluster of several machines (raylets of this one, with logical GPUs), on which anything may be lost at any moment.
+
+What comes out is what one undisturbed process makes: the same keys, the same bytes of everything that one GPU made, and gangs
+to the tolerance below (measured on 2 cores, float32, 30 steps: see the assertions).
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from cluster.executor import Needs
+from cluster.inline import InlineExecutor
+from cluster.ray_executor import RayExecutor, bundles
+from cluster.ray_hosts import RayHosts
+from cluster.runner import Node, Runner
+from cluster.store import Artifact, Store
+from tasks.errors import ClusterLost
+from tasks.specs import TrainSpec
+from tasks.stage import Stage
+from tests.cluster.driver import GANG_RANK, PROFILE, gang_of, training
+from tests.cluster.made import settle
+from tests.tiny import Pair, write_chats
+
+PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
+
+
+class Machines:
+    """A Ray cluster whose machines come and go."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.ray = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+
+    def add(self, gpus: int) -> None:
+        self.ray.add_node(num_cpus=gpus + 1, num_gpus=gpus)
+
+    def node(self, host: str) -> Any:
+        return next(node for node in self.ray.worker_nodes if node.node_id.startswith(host.rsplit("/", 1)[1]))
+
+    def kill(self, host: str) -> None:
+        self.ray.remove_node(self.node(host), allow_graceful=False)
+
+    def drain(self, host: str) -> None:
+        import ray
+
+        client = ray._raylet.GcsClient(address=self.ray.address)
+        accepted, why = client.drain_node(self.node(host).node_id, PREEMPTION, "spot", int((time.time() + 120) * 1000))
+        assert accepted, why
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    made = Machines()
+    for gpus in (4, 4, 1):
+        made.add(gpus)
+    yield made
+    made.ray.shutdown()
+
+
+@pytest.fixture
+def executor(machines: Machines) -> Iterator[RayExecutor]:
+    made = RayExecutor(machines.ray.address)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("rows") / "rows.jsonl", 48)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, pair: Pair, rows: Path) -> dict[int, Artifact]:
+    """Each training by rank, made in this process."""
+    runner = Runner(Store(tmp_path_factory.mktemp("undisturbed")), InlineExecutor())
+    stages = {rank: training(rank, pair.aligned, rows) for rank in (1, 2, GANG_RANK)}
+    runner.want(stages.values())
+    settle(runner)
+    return {rank: made(runner, stage) for rank, stage in stages.items()}
+
+
+def made(runner: Runner, stage: Stage) -> Artifact:
+    artifact = runner.artifact(stage)
+    assert artifact is not None, runner.failure(stage)
+    return artifact
+
+
+def step_until(runner: Runner, condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, {node.stage.spec.rank: node.state for node in runner.nodes.values()}  # type: ignore[attr-defined]
+        runner.step(0.1)
+
+
+def steps_of(runner: Runner, node: Node) -> int:
+    return int(runner._said(node).get("done", 0)) if node.state == "running" else 0
+
+
+def place_of(runner: Runner, node: Node) -> str:
+    """The host with most of the GPUs of the job that a stage runs in."""
+    job = next(item.job for item in runner.running.values() if node.key in item.job.keys)
+    return max(job.hosts, key=lambda host: job.hosts[host])
+
+
+def assert_same(artifact: Artifact, undisturbed: Artifact, gang: bool) -> None:
+    assert artifact.key == undisturbed.key
+    if not gang:
+        assert artifact.content == undisturbed.content
+        return
+    one, two = (curve(item) for item in (undisturbed, artifact))
+    assert len(one) == len(two)
+    assert two == pytest.approx(one, rel=1e-4)
+    adapters = [load_file(item.path / "adapter" / "adapter_model.safetensors") for item in (undisturbed, artifact)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert max(float((adapters[0][name] - adapters[1][name]).abs().max()) for name in adapters[0]) < 1e-3
+
+
+def curve(artifact: Artifact) -> list[float]:
+    with (artifact.path / TrainSpec.CURVE).open() as handle:
+        return [float(row["loss"]) for row in csv.DictReader(handle)]
+
+
+def free_gpus() -> float:
+    import ray
+
+    return float(ray.available_resources().get("GPU", 0))
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Seconds until the condition held."""
+    since = time.monotonic()
+    while not condition():
+        assert time.monotonic() - since < timeout_s, f"no {what} in {timeout_s:.0f} s"
+        time.sleep(0.1)
+    return time.monotonic() - since
+
+
+@pytest.mark.timeout(600)
+def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
+    machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
+) -> None:
+    runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(4, stage), PROFILE)
+    gang = training(GANG_RANK, pair.aligned, rows)
+    runner.want([gang])
+    node = runner.nodes[gang.lineage]
+    step_until(runner, lambda: steps_of(runner, node) >= 3)
+    first, single = place_of(runner, node), [training(rank, pair.aligned, rows) for rank in (1, 2)]
+    assert executor.capacity().gpus == 9
+    runner.want(single)
+    runner.step(0.1)
+    machines.kill(first)
+    step_until(runner, lambda: node.state == "running" and place_of(runner, node) != first)
+    machines.add(4)
+    step_until(runner, lambda: steps_of(runner, node) >= 1)
+    assert steps_of(runner, node) > 3, "it continued from its checkpoint"
+    second, reached = place_of(runner, node), steps_of(runner, node)
+    machines.drain(second)
+    step_until(runner, lambda: node.state == "running" and place_of(runner, node) not in (first, second))
+    assert not any(host.name == second and not host.draining for host in executor.capacity().hosts)
+    step_until(runner, lambda: steps_of(runner, node) >= 1 or node.state == "done")
+    assert node.state == "done" or steps_of(runner, node) > reached
+    step_until(runner, lambda: all(item.state in ("done", "failed") for item in runner.nodes.values()))
+    assert runner._losses.lost(node.key) == 0, "the loss of a place counts against no stage"
+    for stage in (gang, *single):
+        assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is gang)  # type: ignore[attr-defined]
+
+
+@pytest.mark.timeout(600)
+def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
+    machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
+) -> None:
+    runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(2, stage), PROFILE)
+    stages = [training(rank, pair.aligned, rows) for rank in (GANG_RANK, 1)]
+    runner.want(stages)
+    nodes = [runner.nodes[stage.lineage] for stage in stages]
+    step_until(runner, lambda: any(steps_of(runner, node) >= 2 for node in nodes))
+    posts = [post for _, post in executor._jobs.values()]
+    stopped = []
+    for post in posts:
+        # A stopped process is as deaf as one that is stuck in a collective: no request of Ray's reaches it.
+        _, pid, _ = max(post.processes(), key=lambda process: process[2])
+        os.kill(pid, signal.SIGSTOP)
+        stopped.append(pid)
+    assert len(stopped) == len(posts) == 2
+    running = set(runner.running)
+    runner.profile = PROFILE.model_copy(update={"hang_after_s": 5.0})  # for these alone: starting takes longer on a busy machine
+    step_until(runner, lambda: not running & set(runner.running))
+    runner.profile = PROFILE
+    wait_until(lambda: not any(map(psutil.pid_exists, stopped)), 60, "end of the hung processes")
+    step_until(runner, lambda: all(node.state in ("done", "failed") for node in nodes))
+    assert [runner._losses.lost(node.key) for node in nodes] == [1, 1]
+    for stage in stages:
+        assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is stages[0])  # type: ignore[attr-defined]
+    wait_until(lambda: free_gpus() == executor.capacity().gpus, 60, "free GPUs")
+
+
+def driver(machines: Machines, store: Path, pair: Pair, rows: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.cluster.driver", machines.ray.address, str(store), str(pair.aligned), str(rows)]
+    environment = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def training_said(store: Path) -> int:
+    return len(list(store.glob("train/*/*/log/progress.json")))
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
+    machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
+) -> None:
+    first = driver(machines, tmp_path, pair, rows)
+    wait_until(lambda: training_said(tmp_path) >= 2 or first.poll() is not None, 200, "training")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    total = executor.capacity().gpus
+    assert wait_until(lambda: free_gpus() == total, 30, "free GPUs") < 30
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train/*/record.json")}
+    second = driver(machines, tmp_path, pair, rows)
+    said, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, said
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), "what was finished was made again"
+    for rank, artifact in undisturbed.items():
+        assert_same(Store(tmp_path).open("train", artifact.key), artifact, gang=rank == GANG_RANK)
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_head_ends_the_driver_with_a_message_and_a_new_cluster_continues(
+    pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
+) -> None:
+    lost = Machines()
+    lost.add(3)
+    try:
+        process = driver(lost, tmp_path, pair, rows)
+        wait_until(lambda: training_said(tmp_path) >= 1 or process.poll() is not None, 200, "training")
+        lost.ray.head_node.kill_gcs_server()
+        said, _ = process.communicate(timeout=60)
+    finally:
+        lost.ray.shutdown()
+    assert process.returncode != 0 and "ClusterLost: the head of the Ray cluster" in said, said
+    again = Machines()
+    again.add(3)
+    try:
+        process = driver(again, tmp_path, pair, rows)
+        said, _ = process.communicate(timeout=240)
+    finally:
+        again.ray.shutdown()
+    assert process.returncode == 0, said
+    for rank, artifact in undisturbed.items():
+        assert_same(Store(tmp_path).open("train", artifact.key), artifact, gang=rank == GANG_RANK)
+
+
+def test_an_autoscaler_is_asked_for_as_many_pieces_as_there_is_work_for():
+    one, gang, spread = Needs(1), Needs(8, {"ray.io/accelerator-type": "A100"}), Needs(4, spread=True)
+    asked = bundles([(one, 60.0)] * 100 + [(gang, 3600.0)] * 2 + [(spread, 60.0), (Needs(0), 5.0)])
+    assert asked.count(({"CPU": 1, "GPU": 1}, {})) == 10 + 4  # 6000 s of one-GPU work, and a gang that takes what it finds
+    assert asked.count(({"CPU": 8, "GPU": 8}, {"ray.io/accelerator-type": "A100"})) == 2
+    assert asked.count(({"CPU": 1}, {})) == 1 and len(asked) == 17
+    assert bundles([]) == []
+
+
+def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(machines: Machines):
+    from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    def requested() -> list[dict[str, int]]:
+        return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or b"[]")
+
+    executor = RayExecutor(machines.ray.address)
+    assert not executor.capacity().grows
+    executor.expect([(Needs(8), 60.0)])
+    assert requested() == []
+    executor._grows = True  # as on a cluster that `ray up` made
+    executor.expect([(Needs(8), 60.0), (Needs(1), 700.0), (Needs(1), 700.0)])
+    wait_until(lambda: requested() == [{"CPU": 8, "GPU": 8}, {"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}], 60, "request")
+    executor.close()
+    after = RayExecutor(machines.ray.address)
+    assert requested() == []
+    after.close()
+
+
+def test_a_head_that_answers_nothing_is_said_after_a_stated_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1.5")
+    since = time.monotonic()
+    with pytest.raises(ClusterLost, match=r"127\.0\.0\.1:9 has not answered for 1 s; start it again"):
+        RayHosts("127.0.0.1:9").find()
+    assert time.monotonic() - since < 10

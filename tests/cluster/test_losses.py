@@ -1,0 +1,74 @@
+"""What becomes of lost work: counted or not, when it is tried again, and that nothing spins."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.executor import Capacity, Host, Loss
+from cluster.losses import THROWN_OUT, Losses
+from tasks.errors import ClusterLost
+
+CRASH, GONE = Loss("the worker died"), Loss("the node is gone", "place")
+
+
+def test_a_stage_that_is_lost_waits_twice_as_long_each_time_and_then_fails():
+    losses = Losses(tries=3, backoff_s=5.0)
+    assert losses.may_start("k", 0.0) and losses.shun("k") == frozenset()
+    assert losses.count("k", CRASH, ["a"], 100.0, now=0.0) is None
+    assert not losses.may_start("k", 4.9) and losses.may_start("k", 5.0)
+    assert losses.count("k", CRASH, ["b"], 100.0, now=10.0) is None
+    assert not losses.may_start("k", 19.9) and losses.may_start("k", 20.0)
+    assert losses.count("k", CRASH, ["a"], 100.0, now=20.0) == "lost 3 times (the worker died)"
+    assert losses.shun("k") == {"a", "b"} and losses.may_start("other", 0.0)
+
+
+def test_the_loss_of_a_place_is_not_counted_and_the_stage_starts_again_at_once():
+    losses = Losses(tries=1, backoff_s=5.0)
+    for number in range(50):
+        assert losses.count("k", GONE, [f"host {number}"], lived_s=600.0, now=0.0) is None
+        assert losses.may_start("k", 0.0)
+    assert losses.lost("k") == 0
+
+
+def test_a_stage_that_is_thrown_out_at_once_again_and_again_waits_and_then_stops_the_run():
+    losses = Losses(tries=3, backoff_s=1.0)
+    waits = []
+    for number in range(THROWN_OUT - 1):
+        losses.count("k", GONE, [f"host {number}"], lived_s=1.0, now=0.0)
+        waits.append(next(second for second in range(10_000) if losses.may_start("k", second)))
+    assert waits == [0, *(2**number for number in range(THROWN_OUT - 2))]
+    with pytest.raises(ClusterLost, match=f"thrown out by its host {THROWN_OUT} times in a row within 60 s"):
+        losses.count("k", GONE, ["last"], lived_s=1.0, now=0.0)
+
+
+def test_a_host_that_only_loses_gets_no_more_work_while_another_is_left():
+    here, there = Host("here", 1, 1), Host("there", 1, 1)
+    losses = Losses(tries=3, backoff_s=1.0)
+    for key in "abc":
+        losses.count(key, CRASH, ["here"], 1.0, 0.0)
+    assert [host.draining for host in losses.in_service(Capacity((here, there))).hosts] == [True, False]
+    assert losses.in_service(Capacity((here,))) == Capacity((here,)), "the last one is kept: each stage's tries bound it"
+
+
+def test_a_host_that_finished_something_and_one_that_lost_the_same_stage_again_stay_in_service():
+    both = Capacity((Host("here", 1, 1), Host("there", 1, 1)))
+    losses = Losses(tries=10, backoff_s=1.0)
+    for key in "aaaaaab":
+        losses.count(key, CRASH, ["here"], 1.0, 0.0)
+    assert losses.in_service(both) == both
+    losses.succeeded(["here"])
+    for key in "cd":
+        losses.count(key, CRASH, ["here"], 1.0, 0.0)
+    assert losses.in_service(both) == both
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["x", "y", "z"]), st.booleans()), max_size=60))
+def test_no_stage_is_tried_more_than_its_tries_and_some_host_always_stays(events):
+    losses = Losses(tries=3, backoff_s=1.0)
+    hosts = Capacity(tuple(Host(name, 1, 1) for name in "xyz"))
+    failed: set[str] = set()
+    for key, host, crashed in events:
+        if key not in failed and losses.count(key, CRASH if crashed else GONE, [host], 600.0, 0.0):
+            failed.add(key)
+        assert losses.lost(key) <= 3 and (losses.lost(key) == 3) == (key in failed)
+        assert losses.in_service(hosts).gpus >= 1
