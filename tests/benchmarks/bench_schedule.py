@@ -190,7 +190,8 @@ def main() -> None:
         ratios[f"makespan_over_bound_noisy_estimates_{gpus}_gpus"] = of[gpus, "ebbline, noisy estimates"]["makespan_over_bound"]
         ratios[f"makespan_ray_tune_one_pending_over_ebbline_noisy_{gpus}_gpus"] = of[gpus, ONE_PENDING]["makespan_h"] / mine
         ratios[f"makespan_ray_tune_many_pending_over_ebbline_noisy_{gpus}_gpus"] = of[gpus, MANY_PENDING]["makespan_h"] / mine
-    path = record.write("schedule_simulated", "make bench-schedule", (), rows + decisions, ratios)
+    command = " ".join(["python -m tests.benchmarks.bench_schedule", *sys.argv[1:]])
+    path = record.write("schedule_simulated", command, (), rows + decisions, ratios)
     print(f"wrote {path.relative_to(Path.cwd())}")
 
 
