@@ -76,7 +76,7 @@ class Machine:
     def home(self) -> Path:
         return self.folder / "home"
 
-    def __call__(self, *command: str, timeout_s: float = 120) -> str:
+    def __call__(self, *command: str, timeout_s: float = 300) -> str:
         """Run a command on it, in the repository's root, as somebody at its terminal would. Its output; it must succeed."""
         inside = ["nsenter", "--target", str(self.first), "--pid", "--mount", "--net", f"--wd={REPOSITORY}"]
         # No terminal: `ray up` runs over `ssh -tt` all the same. PYTHONPATH goes: what runs is what Ray copied.
@@ -161,7 +161,7 @@ def test_every_part_that_the_package_needs_is_mounted() -> None:
 
 
 @over_ssh
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine) -> None:
     study = yaml.safe_load((REPOSITORY / "tests" / "walk.yaml").read_text())
     study |= {"study": "submitted", "axes": {"train.rank": [8, 4], "apply.threshold": [None, 0.35]}}
@@ -177,7 +177,7 @@ def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine) -> N
     submit = ("ray", "submit", cluster, "ebbline/__main__.py", "--")
     assert "auto: ray" in machine(*submit, "doctor", "--home", "~/runs")
     machine("ray", "rsync-up", cluster, str(machine.folder / "study.yaml"), "~/study.yaml")
-    said = machine(*submit, *command, timeout_s=600)
+    said = machine(*submit, *command, timeout_s=900)
     assert "4 points this time" in said
     again = machine(*submit, *command)
     assert " 0 stages run" in again
