@@ -4,6 +4,7 @@ Ray Train reserves the gang's GPUs in one placement group (all or nothing), on e
 the processes and joins them. The group and the processes belong to Ray Train's controller and go with it, however it ends.
 """
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def _run_once(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
             # The members' own reports say more; without any, or when one died, the gang was lost and Ray's error is what there is.
             if _died(error) or not ray.get(outcome.get.remote()):
                 raise
+        finally:
+            shutil.rmtree(shared, ignore_errors=True)
     reports: tuple[Report, ...] = ray.get(outcome.get.remote())
     return reports
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from tasks.batches import Row, collate, count_tokens
 from tasks.data import encode, read_conversations
 from tasks.engines import SingleDevice, token_loss
-from tasks.errors import TrainingError
+from tasks.errors import Leaving, TrainingError
 from tasks.models import Residents, load_model, load_tokenizer
 from tasks.specs import TrainSpec
 from tasks.train import batch_indices, check_adapter, learning_rate, run
@@ -95,6 +95,17 @@ def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one
     assert seen == [3, 4, 5, 6]  # the first two steps were not run again
     assert continued == losses
     name = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
+    assert (again / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_training_whose_machine_is_about_to_go_saves_its_step_and_continues_elsewhere(tmp_path, pair, chats):
+    whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
+    ctx = context(tmp_path / "ctx", checkpoint_every_s=1e9, leaving=iter([False, False, True]).__next__)
+    with pytest.raises(Leaving, match="step 3 is saved"):
+        trained(tmp_path / "left", pair.aligned, chats, ctx=ctx)
+    again, continued = trained(tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx"))
+    assert continued == losses
+    name = "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 

@@ -34,6 +34,14 @@ def test_a_failing_request_is_reported_and_those_behind_it_still_run(tmp_path, c
     assert len((tmp_path / "three" / "payload" / DataSpec.ROWS).read_text().splitlines()) == 6
 
 
+def test_nothing_more_is_begun_once_the_machine_is_about_to_go(tmp_path, chats):
+    requests = three(tmp_path, chats)
+    said = iter([False, True, True])
+    reports = list(run_stages(requests, leaving=lambda: next(said)))
+    assert [report.error_type for report in reports] == [None, "Leaving", "Leaving"]
+    assert not any(Path(requests[2].out).iterdir())
+
+
 def test_a_report_comes_as_soon_as_its_stage_is_done(tmp_path, chats):
     requests = three(tmp_path, chats)
     reports = run_stages(requests)
