@@ -333,7 +333,7 @@ def test_a_host_that_ran_a_resident_is_named_to_the_scheduler(store, pool, monke
 def test_a_gang_larger_than_the_place_is_an_error_not_an_endless_wait(store, pool):
     runner = Runner(store, Counting(gpus=2), needs_of=lambda stage: Needs(4))
     runner.want([rows(5, pool)])
-    with pytest.raises(StudyError, match="needs 4 GPUs at once, and there are 2"):
+    with pytest.raises(StudyError, match="needs 4 GPUs at once, and all hosts together have 2"):
         runner.step(0.0)
 
 
