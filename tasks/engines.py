@@ -5,6 +5,7 @@ trained tensors. `checkpoint` and `resume` keep an interrupted training in the C
 and numbers of processes: a training that a gang of four began may be continued by two, or by one device.
 """
 
+import errno
 import gc
 import logging
 import os
@@ -223,7 +224,9 @@ def read_checkpoint(ctx: Context) -> Saved | None:
         return None
     try:
         found = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a file that was cut off
+            raise
         _log.warning("the checkpoint %s cannot be read (%s); this training starts over", path, type(error).__name__)
         path.unlink()
         return None

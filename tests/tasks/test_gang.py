@@ -294,3 +294,14 @@ def test_a_checkpoint_is_one_file_of_whole_tensors_with_nothing_half_written_bes
     assert saved is not None and len(saved.curve) == 6
     assert saved.parameters.keys() == saved.moments["exp_avg"].keys() == saved.moments["exp_avg_sq"].keys()
     assert engines.read_checkpoint(replace(ctx, scratch=tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
+def test_a_checkpoint_cut_off_anywhere_is_removed_with_a_warning(tmp_path, caplog, share):
+    ctx, whole = context(tmp_path), torch.zeros(10_000)
+    engines.write_checkpoint(ctx, engines.Saved([(1, 0.5, 1e-3, 7)], {"a": whole}, {moment: {"a": whole} for moment in engines.MOMENTS}))
+    path = ctx.scratch / "checkpoint.pt"
+    assert engines.read_checkpoint(ctx) is not None
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert engines.read_checkpoint(ctx) is None
+    assert not path.exists() and "this training starts over" in caplog.text
