@@ -195,9 +195,10 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
         stopped.append(pid)
     assert len(stopped) == len(posts) == 2
     running = set(runner.running)
-    runner.profile = PROFILE.model_copy(update={"hang_after_s": 5.0})  # for these alone: starting takes longer on a busy machine
+    # For these alone, with nothing started meanwhile: a process takes longer than that to begin.
+    runner.profile, runner.draining = PROFILE.model_copy(update={"hang_after_s": 5.0}), True
     step_until(runner, lambda: not running & set(runner.running))
-    runner.profile = PROFILE
+    runner.profile, runner.draining = PROFILE, False
     wait_until(lambda: not any(map(psutil.pid_exists, stopped)), 60, "end of the hung processes")
     step_until(runner, lambda: all(node.state in ("done", "failed") for node in nodes))
     assert [runner._losses.lost(node.key) for node in nodes] == [1, 1]
