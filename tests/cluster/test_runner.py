@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.costs import GpuTypes, Unmetered
 from cluster.executor import Capacity, Finished, Host, Job, Loss, Needs
 from cluster.inline import InlineExecutor
 from cluster.profile import Profile
@@ -414,3 +415,26 @@ def test_a_damaged_record_stops_the_runner_instead_of_being_made_again_silently(
     (runner.artifact(stage).folder.parent / "record.json").write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
         ran(store, stage)
+
+
+class Frugal(Unmetered):
+    """Lets nothing start that is expected to take longer than a limit."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+
+    def affords(self, gpus: GpuTypes, seconds: float) -> bool:
+        return seconds <= self.limit_s
+
+
+def test_what_the_meter_refuses_leaves_its_place_to_what_is_behind_it(store, pool):
+    # One slot; the longest chain comes first, and its first stage is refused.
+    dear, cheap = rows(4, rows(9, pool)), rows(3, pool)
+    executor = Counting()
+    runner = Runner(store, executor, profile=PATIENCE, meter=Frugal(3.0))
+    runner.estimates.seconds = lambda spec: 5.0 if spec.size == 9 else 1.0
+    runner.want([dear, cheap])
+    started = time.monotonic()
+    while not runner.starved and time.monotonic() - started < 20:
+        runner.step()
+    assert runner.starved and runner.settled(cheap) and not runner.settled(dear)
