@@ -246,6 +246,7 @@ class Runner:
                 else:
                     first = next((twin for twin in twins if twin.state != "waiting"), None)
                     node.state, node.failure = ("ready", None) if first is None else (first.state, first.failure)
+                    node.attempt = node.attempt if first is None else first.attempt
 
     def _made(self, kind: str, key: str) -> Artifact | None:
         """The artifact of a key; None while files that retention dropped are being made again."""
@@ -341,7 +342,7 @@ class Runner:
         for key in keys:
             del self._ready_since[key]
             for node in self._by_key[key]:
-                node.state = "running"
+                node.state, node.attempt = "running", ready[key].attempt
         return len(keys)
 
     def _affordable(self, batch: Sequence[Node], gpus: GpuTypes) -> list[str]:
@@ -416,7 +417,7 @@ class Runner:
         return self.store.url(artifact.folder, "payload", *([item.path] if isinstance(item, Part) else []))
 
     def _listen(self) -> None:
-        """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they were started."""
+        """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they had begun."""
         now = time.monotonic()
         if now - self._listened < min(5.0, self.profile.hang_after_s / 4):
             return
@@ -424,7 +425,7 @@ class Runner:
         for item in list(self.running.values()):
             at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
             said = (at, self._said(self._by_key[at][0]) if at else {})
-            if said != item.said:
+            if said != item.said or not self.executor.begun(item.job):
                 item.said, item.heard = said, now
             elif now - item.heard > self.profile.hang_after_s:
                 self.executor.cancel(item.job)

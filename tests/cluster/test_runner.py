@@ -219,6 +219,10 @@ class Silent(Counting):
         self.jobs: list[Job] = []
         self.cancelled: list[Job] = []
         self.expected: list[Needs] = []
+        self.queued = False
+
+    def begun(self, job: Job) -> bool:
+        return not self.queued
 
     def capacity(self) -> Capacity:
         return Capacity(tuple(self.hosts), self.grows)
@@ -265,6 +269,33 @@ def test_progress_is_a_sign_of_life(store, pool):
         path = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
         path.write_text(json.dumps({"done": 1, "total": 9, "note": "", "seconds": time.monotonic() - since}))
     assert executor.cancelled == [] and len(executor.jobs) == 1
+
+
+def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool):
+    executor, stage = Silent(), rows(5, pool)
+    runner, executor.queued = Runner(store, executor, profile=PATIENCE), True
+    runner.want([stage])
+    since = time.monotonic()
+    while time.monotonic() - since < 2.5 * PATIENCE.hang_after_s:
+        runner.step(0.05)
+    assert executor.cancelled == [] and len(executor.jobs) == 1
+    executor.queued = False
+    step_for(runner, lambda: len(executor.cancelled) == 1)
+
+
+def test_the_attempt_of_one_of_two_twins_is_the_other_s_too(store, tmp_path):
+    one_row = source(write_chats(tmp_path / "one.jsonl", 1))
+    above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
+    below = [rows(1, stage, seed=5) for stage in above]
+    for stage in above:
+        ran(store, stage)
+    executor = Silent()
+    runner = Runner(store, executor, profile=PATIENCE)
+    runner.want(below)
+    runner.step(0.0)
+    first, second = (runner.nodes[stage.lineage] for stage in below)
+    assert len(executor.jobs) == 1 and first.key == second.key
+    assert first.attempt is not None and first.attempt == second.attempt
 
 
 def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
