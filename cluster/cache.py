@@ -88,7 +88,7 @@ class Cache:
                 self._fetch(folder / name, name, sha, there[name], receive)
 
     def _fetch(self, path: Path, name: str, sha: str, size: int, receive: Receive) -> None:
-        fresh = self._folder("fetching") / uuid.uuid4().hex
+        fresh = self.folder("fetching") / uuid.uuid4().hex
         trimming = self._lock(self.root / "trim", fcntl.LOCK_EX)
         handle = os.open(fresh, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX)  # so that `trim` can tell it from what a killed process left
@@ -109,7 +109,7 @@ class Cache:
         """Remove entries that nobody holds, the least recently used first, until `need_bytes` more fit the bound."""
         trimming = self._lock(self.root / "trim", fcntl.LOCK_EX)
         try:
-            for fresh in self._folder("fetching").iterdir():
+            for fresh in self.folder("fetching").iterdir():
                 _unless_locked(fresh, fresh.unlink)
             entries = {entry: _size(entry) for entry in self._entries()}
             excess = sum(entries.values()) + _size(self.root / "fetching") + need_bytes - self.limit_bytes
@@ -133,18 +133,22 @@ class Cache:
         lock = self._lock_path(entry)
         return lock.stat().st_mtime if lock.exists() else entry.stat().st_mtime
 
-    def _folder(self, name: str) -> Path:
+    def folder(self, name: str) -> Path:
+        """A folder directly in the cache, for this user only: completions lie or pass there."""
         folder = self.root / name
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # completions may pass through it
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable("the store", error) from error
         return folder
 
     def _lock_path(self, entry: Path) -> Path:
-        return self._folder("locks") / digest(str(entry.relative_to(self.root)))[:32]
+        return self.folder("locks") / digest(str(entry.relative_to(self.root)))[:32]
 
     def _lock(self, entry: Path, how: int) -> int:
+        top, *below = entry.relative_to(self.root).parts
+        if below:
+            self.folder(top)  # before anybody makes it on the way to the entry
         handle = os.open(self._lock_path(entry), os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(handle, how)
         os.utime(handle)  # when it was last used

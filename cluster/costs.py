@@ -115,23 +115,27 @@ class Estimates:
 
     def __init__(self, store: Store) -> None:
         self._seen: dict[str, list[float]] = defaultdict(list)
+        self._medians: dict[str, float] = {}  # of what was seen so far; every heartbeat asks for each open stage
         for kind in KINDS:
             self.learn(store.all(kind))
 
     def learn(self, artifacts: Iterable[Artifact]) -> None:
         for artifact in artifacts:
             seconds = float(artifact.provenance.get("seconds", 0.0))
-            self._seen[artifact.kind].append(seconds)
-            self._seen[_shape(artifact.kind, artifact.hashed["spec"])].append(seconds)
+            for like in (artifact.kind, _shape(artifact.kind, artifact.hashed["spec"])):
+                self._seen[like].append(seconds)
+                self._medians.pop(like, None)
 
     def seconds(self, spec: Spec) -> float:
         """The median of the nearest like: the same suite or method first, then the same kind, then a guess."""
-        for like in (_shape(spec.KIND, spec.model_dump(mode="json")), spec.KIND):
-            if self._seen[like]:
-                return statistics.median(self._seen[like])
+        for like in (_shape(spec.KIND, vars(spec)), spec.KIND):
+            if like in self._seen:
+                if like not in self._medians:
+                    self._medians[like] = statistics.median(self._seen[like])
+                return self._medians[like]
         return GUESS_S[spec.KIND]
 
 
-def _shape(kind: str, spec: dict[str, object]) -> str:
+def _shape(kind: str, spec: Mapping[str, Any]) -> str:
     detail = spec.get("method") or spec.get("task") or spec.get("template") or spec.get("size") or spec.get("max_new_tokens")
     return f"{kind}/{detail}"

@@ -116,6 +116,10 @@ class Executor(ABC):
     def cancel(self, job: Job) -> None:
         """Stop a job; what it committed stays."""
 
+    def begun(self, job: Job) -> bool:
+        """Whether a running job has its processes; until then it waits for others' work to end, and cannot hang."""
+        return True
+
     def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:  # noqa: B027  # most have nobody to tell
         """All that is ready or runs: (needs, expected seconds) of each stage, so that a cluster that can grow does."""
 
@@ -150,6 +154,9 @@ class OnDemand(Executor):
     def cancel(self, job: Job) -> None:
         if self._made is not None:
             self._made.cancel(job)
+
+    def begun(self, job: Job) -> bool:
+        return self._made is not None and self._made.begun(job)
 
     def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
         if self._made is not None:

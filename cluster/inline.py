@@ -30,6 +30,9 @@ class InlineExecutor(Executor):
         job, batch = self._waiting.pop(0)
         return [Finished(job, run_batch(batch))]
 
+    def begun(self, job: Job) -> bool:
+        return all(waiting != job for waiting, _ in self._waiting)
+
     def cancel(self, job: Job) -> None:
         self._waiting = [item for item in self._waiting if item[0] != job]
 

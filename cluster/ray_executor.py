@@ -5,6 +5,7 @@ lost at once, and nobody waits for what cannot come back.
 """
 
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ WORTH_S = 600.0  # a host takes minutes to come: another GPU is asked for when t
 ASK_EVERY_S = 10.0
 EXPIRE_S = 120.0  # what a killed driver asked for is forgotten after this
 MOST_BUNDLES = 1000
+_log = logging.getLogger(__name__)
 
 
 class RayExecutor(Executor):
@@ -112,6 +114,11 @@ class RayExecutor(Executor):
         ended, self._ended = self._ended, []
         return ended
 
+    def begun(self, job: Job) -> bool:
+        """Other drivers and programs may hold what the job waits for in Ray's queue; a gang's first process is not a member."""
+        post = next((post for running, post in self._jobs.values() if running.id == job.id), None)
+        return post is None or len(post.processes()) > (job.gpus if job.gpus > 1 else 0)
+
     def cancel(self, job: Job) -> None:
         for reference, (running, post) in list(self._jobs.items()):
             if running.id == job.id:
@@ -122,7 +129,10 @@ class RayExecutor(Executor):
         if self._lost:
             return  # Ray would wait for its head until it ends this process; its own hook does so when Python ends
         if self._asked_at > float("-inf"):
-            ray.get(_coordinator().cancel_request.remote(self._name), timeout=EXPIRE_S)
+            try:
+                ray.get(_coordinator().cancel_request.remote(self._name), timeout=EXPIRE_S)
+            except RayError as error:  # the run's own error, or its end, counts for more
+                _log.warning("what was asked of the autoscaler was not taken back (%s); it expires by itself", type(error).__name__)
         ray.shutdown()
 
     def _found(self) -> dict[str, Host]:

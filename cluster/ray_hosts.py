@@ -13,13 +13,12 @@ from typing import Any
 import ray
 import ray._private.state  # the only place where Ray tells a driver which nodes drain; Ray Train reads it there too
 
-from cluster.executor import Host
+from cluster.executor import ACCELERATOR_TYPE, Host
 from tasks.errors import ClusterLost
 
 LOOK_EVERY_S = 1.0
 PROBE_S = 2.0
 SLOTS = 2  # for stages that move rows and tensors; each may use all of a machine's disk
-TYPE = "ray.io/accelerator-type"
 GROUP = "ray.io/node-group"  # on nodes that an autoscaler started, and its head
 
 
@@ -89,7 +88,7 @@ class RayHosts:
         cpus = int(resources.get("CPU", 0))
         gpus = min(int(resources.get("GPU", 0)), cpus)  # each GPU's process takes a core
         types = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
-        labels = {**({TYPE: types[0]} if types else {}), **node["Labels"]}
+        labels = {**({ACCELERATOR_TYPE: types[0]} if types else {}), **node["Labels"]}
         # Where every core belongs to a GPU, work without one has to share, or it would never run.
         slots = min(SLOTS, cpus - gpus) if spare else min(1, cpus)
         return Host(name, gpus, slots, labels, draining=self.drains(name))

@@ -20,7 +20,7 @@ from cluster.losses import Losses
 from cluster.needs import default_needs, resident
 from cluster.profile import Profile
 from cluster.resolver import contents_of
-from cluster.scheduler import Busy, Work, impossible, place
+from cluster.scheduler import Busy, Placement, Work, impossible, place
 from cluster.sources import offered
 from cluster.store import Artifact, Store
 from tasks.errors import ClusterLost, Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError, StudyError
@@ -210,6 +210,7 @@ class Runner:
                 else:
                     first = next((twin for twin in twins if twin.state != "waiting"), None)
                     node.state, node.failure = ("ready", None) if first is None else (first.state, first.failure)
+                    node.attempt = node.attempt if first is None else first.attempt
 
     def _made(self, kind: str, key: str) -> Artifact | None:
         """The artifact of a key; None while files that retention dropped are being made again."""
@@ -265,27 +266,48 @@ class Runner:
             + [(self._needs_of(node.stage), self._seconds(node)) for node in self.nodes.values() if node.state == "running"]
         )
         self._check_possible(works, capacity, now)
+        startable = {work.key: work for work in works if self._losses.may_start(work.key, now)}
+        self.refused = set()
+        refused = -1
+        while refused < len(self.refused):  # what the meter refuses leaves its place to what is behind it
+            refused = len(self.refused)
+            for placement in self._places(startable.values(), capacity, now):
+                if startable.keys() >= set(placement.keys):
+                    started = self._start_batch(placement, ready, capacity, now)
+                    for key in placement.keys[:started]:
+                        del startable[key]
+                    for key in placement.keys[started : started + 1]:
+                        self._refuse(startable, startable[key])
+
+    def _refuse(self, startable: dict[str, Work], dear: Work) -> None:
+        """Leave out a stage that the meter does not let start, and with it all that need the same for as long or longer."""
+        for work in [work for work in startable.values() if work.needs == dear.needs and work.seconds >= dear.seconds]:
+            self.refused.add(work.key)
+            del startable[work.key]
+
+    def _places(self, works: Iterable[Work], capacity: Capacity, now: float) -> list[Placement]:
         busy = [Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
         cached = {host: frozenset(names) for host, names in self._cached.items()}
-        startable = [work for work in works if self._losses.may_start(work.key, now)]
-        self.refused = set()
-        for placement in place(startable, busy, self._losses.in_service(capacity), cached):
-            gpus = gpu_types(placement.hosts, capacity)
-            keys = self._affordable([ready[key] for key in placement.keys], gpus)
-            self.refused |= set(placement.keys) - set(keys)
-            if not keys:
-                continue
-            batch = [self._request(ready[key], placement.needs.gpus, self._memory_gb(gpus)) for key in keys]
-            job = self.executor.submit(batch, placement.needs, placement.hosts)
-            seconds = sum(self._seconds(ready[key]) for key in keys)
-            self.running[job.id] = _Running(job, now, seconds, (keys[0], {}), now)
-            self._meter.started(job, gpus, seconds)
-            for host in placement.hosts:
-                self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
-            for key in keys:
-                del self._ready_since[key]
-                for node in self._by_key[key]:
-                    node.state = "running"
+        return place(list(works), busy, self._losses.in_service(capacity), cached)
+
+    def _start_batch(self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float) -> int:
+        """Start as much of a batch as the meter lets; returns how many of its stages that were."""
+        gpus = gpu_types(placement.hosts, capacity)
+        keys = self._affordable([ready[key] for key in placement.keys], gpus)
+        if not keys:
+            return 0
+        batch = [self._request(ready[key], placement.needs.gpus, self._memory_gb(gpus)) for key in keys]
+        job = self.executor.submit(batch, placement.needs, placement.hosts)
+        seconds = sum(self._seconds(ready[key]) for key in keys)
+        self.running[job.id] = _Running(job, now, seconds, (keys[0], {}), now)
+        self._meter.started(job, gpus, seconds)
+        for host in placement.hosts:
+            self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
+        for key in keys:
+            del self._ready_since[key]
+            for node in self._by_key[key]:
+                node.state, node.attempt = "running", ready[key].attempt
+        return len(keys)
 
     def _affordable(self, batch: Sequence[Node], gpus: GpuTypes) -> list[str]:
         """As much of a batch, from its start, as the meter lets start."""
@@ -359,7 +381,7 @@ class Runner:
         return self.store.url(artifact.folder, "payload", *([item.path] if isinstance(item, Part) else []))
 
     def _listen(self) -> None:
-        """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they were started."""
+        """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they had begun."""
         now = time.monotonic()
         if now - self._listened < min(5.0, self.profile.hang_after_s / 4):
             return
@@ -367,7 +389,7 @@ class Runner:
         for item in list(self.running.values()):
             at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
             said = (at, self._said(self._by_key[at][0]) if at else {})
-            if said != item.said:
+            if said != item.said or not self.executor.begun(item.job):
                 item.said, item.heard = said, now
             elif now - item.heard > self.profile.hang_after_s:
                 self.executor.cancel(item.job)

@@ -139,6 +139,8 @@ class Store:
     def begin(self, kind: str, key: str) -> Path:
         """A fresh folder on this machine for one attempt, with empty `payload` and `log` in it."""
         folder = self.root / kind / key / uuid.uuid4().hex[:12]
+        if self.cache is not None:
+            self.cache.folder(self.root.name)
         try:
             (folder / "payload").mkdir(parents=True)
             (folder / "log").mkdir()

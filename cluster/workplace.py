@@ -10,7 +10,6 @@ read it, and a checkpoint survives the loss of the machine because it is sent af
 import contextlib
 import json
 import logging
-import os
 import shutil
 import threading
 import uuid
@@ -74,9 +73,8 @@ class BucketWorkplace(Workplace):
         for folder in ("payload", "log"):
             (self.attempt / folder).mkdir(parents=True, exist_ok=True)
         inputs = {name: self._fetched(location) for name, location in self._asked.inputs.items()}
-        if self._checkpoints:
+        if self.rank == 0:  # it alone reads and writes a gang's checkpoint
             self._fetch_checkpoint()
-        if self.rank == 0:
             self._teller = threading.Thread(target=self._tell, daemon=True)
             self._teller.start()
         return replace(self.request, inputs=inputs)
@@ -98,13 +96,8 @@ class BucketWorkplace(Workplace):
         self.store.fetch(artifact, artifact.below("/".join(parts[4:])))
         return str(path)
 
-    @property
-    def _checkpoints(self) -> bool:
-        """A gang on several machines would leave a part of its checkpoint on each: it keeps none in a bucket, and starts over."""
-        return self.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-
     def saved(self) -> None:
-        if not self._checkpoints or self.rank != 0:
+        if self.rank != 0:
             return
         try:
             self._send_checkpoint()
@@ -129,7 +122,7 @@ class BucketWorkplace(Workplace):
             return
         said = json.loads(text)
         where, files = f"{prefix}/{said['id']}", dict(said["files"])
-        with self.store.cache.alone(scratch):  # a gang's processes come one by one; those behind the first find it there
+        with self.store.cache.alone(scratch):
             for name, sha in files.items():
                 path = scratch / name
                 if path.exists() and file_digest(path) != sha:
@@ -154,7 +147,7 @@ class BucketWorkplace(Workplace):
         if self._teller is not None:
             self._teller.join()
         try:
-            if self.rank == 0:
+            if self.rank == 0 or report.error is not None:
                 report = self._told(report)
         finally:
             self._held.close()
@@ -173,6 +166,7 @@ class BucketWorkplace(Workplace):
             _log.warning("the log of %s %s was not sent: %s", self.request.kind, self.request.key[:12], error)
         if report.error is None:
             return report
-        shutil.rmtree(self.attempt, ignore_errors=True)
+        if self.rank == 0:  # who else shares its folder on one machine ends with it
+            shutil.rmtree(self.attempt, ignore_errors=True)
         here, there = str(self.attempt), self.store.url(self.attempt)
         return replace(report, error=report.error.replace(here, there))

@@ -16,14 +16,16 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cluster.profile import Profile
+from cluster.store import Store
 from sweeps.home import Home
+from sweeps.storage import shared_url
+from tasks.errors import StoreError, StudyError
 
 CONNECT_S = 5.0
 LONGEST_S = 60.0
@@ -53,7 +55,7 @@ def examine(home: Home, address: str | None) -> list[Finding]:
         lambda: _cluster(address or profile.address, profile),
         lambda: [_wandb()],
         lambda: [_hub()],
-        lambda: [_store(profile.store or str(home.store.root))],
+        lambda: [_store(home.store)],
         lambda: [_database(home)],
     ]
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -192,54 +194,43 @@ def _hub() -> Finding:
     return Finding("hub", "warning", "no token: gated models (Llama 2) cannot be fetched", remedy)
 
 
-def _store(location: str) -> Finding:
-    """One object is created, refused a second time, read back and deleted, where the artifacts lie."""
-    import obstore
-    from obstore.exceptions import AlreadyExistsError, BaseError
-    from obstore.store import LocalStore, from_url
-
-    name, content = f"doctor/{uuid.uuid4().hex}", b"ebbline doctor"
+def _store(store: Store) -> Finding:
+    """One name is created, refused a second time, read back and deleted, where the artifacts lie and as a run does it."""
+    name, content, place = f"doctor/{uuid.uuid4().hex}", b"ebbline doctor", store.place
     remedy = "`store:` in HOME/cluster.yaml and the rights to that folder"
-    limits: dict[str, Any] = {"client_options": {"timeout": "15s", "connect_timeout": "5s"}}
+    if store.cache is not None:
+        remedy = "`store:` in HOME/cluster.yaml, AWS_ENDPOINT_URL, AWS_REGION, and credentials that may get, put and delete there"
     try:
-        if "://" in location:
-            remedy = "`store:` in HOME/cluster.yaml, AWS_ENDPOINT_URL, AWS_REGION, and credentials that may get, put and delete there"
-            place = from_url(location, **limits, retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=10)})
-        else:
-            place = LocalStore(prefix=location, mkdir=True)
-        obstore.put(place, name, content, mode="create")
+        place.create(name, content)
         try:
-            obstore.put(place, name, b"second", mode="create")
-            return Finding(
-                "store", "problem", f"{location} lets two writers create one name", "a store with conditional writes (If-None-Match)"
-            )
-        except AlreadyExistsError:
-            same = bytes(obstore.get(place, name).bytes()) == content
+            twice, same = place.create(name, b"second"), place.read(name) == content
         finally:
-            obstore.delete(place, name)
-    except (BaseError, OSError, ValueError) as error:
-        return Finding("store", "problem", f"{location}: {_line(error)}", remedy)
+            place.delete([name])
+    except StoreError as error:
+        return Finding("store", "problem", _line(error), remedy)
+    if twice:
+        return Finding(
+            "store", "problem", f"{place.at} lets two writers create one name", "a store with conditional writes (If-None-Match)"
+        )
     if not same:
-        return Finding("store", "problem", f"{location} gave back other bytes than it took", remedy)
-    if "://" not in location:
-        (Path(location) / "doctor").rmdir()
-    return Finding("store", "ok", f"{location}: created once, read back, deleted")
+        return Finding("store", "problem", f"{place.at} gave back other bytes than it took", remedy)
+    return Finding("store", "ok", f"{place.at}: created once, read back, deleted")
 
 
 def _database(home: Home) -> Finding:
     """A table is made, written and read in the Optuna storage's database, and nothing of it stays."""
     from sqlalchemy import create_engine, make_url, text
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+    from sqlalchemy.exc import SQLAlchemyError
 
-    given = home.profile.storage
     scratch = home.root / f"doctor-{uuid.uuid4().hex[:8]}.db"
-    remedy = "`storage:` in HOME/cluster.yaml: postgresql+DRIVER://USER@HOST/DATABASE, with the password in PGPASSWORD"
+    remedy = "`storage:` in HOME/cluster.yaml: postgresql://USER@HOST/DATABASE, with the password in PGPASSWORD"
+    try:
+        given = shared_url(home.profile.storage)
+    except StudyError as error:
+        return Finding("database", "problem", _line(error), remedy)
     if given is None:
         remedy = "SQLite needs a HOME that can be written and locked; on network storage without locks use `storage: postgresql...`"
-    try:
-        url = make_url(given or f"sqlite:///{scratch}")
-    except ArgumentError:
-        return Finding("database", "problem", f"`storage` in {home.root / 'cluster.yaml'} is no database URL", remedy)
+    url = make_url(given or f"sqlite:///{scratch}")
     seen = url.render_as_string(hide_password=True) if given else f"SQLite in {home.root}"
     if url.host:
         unreachable = _unreachable(url.host, url.port or 5432)

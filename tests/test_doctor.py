@@ -113,7 +113,12 @@ def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "says"), [("not a url", "no database URL"), ("postgresql://nobody:secret@127.0.0.1:1/ebbline", "not reachable")]
+    ("storage", "says"),
+    [
+        ("not a url", "no database's URL"),
+        ("postgresql://nobody:secret@127.0.0.1:1/ebbline", "holds a password"),
+        ("postgresql://nobody@127.0.0.1:1/ebbline", "not reachable"),
+    ],
 )
 def test_a_bad_storage_url_is_a_problem_that_keeps_its_password(storage: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(f"storage: {storage}\n")
@@ -126,7 +131,7 @@ def test_a_bad_storage_url_is_a_problem_that_keeps_its_password(storage: str, sa
 def test_an_object_store_that_does_not_answer_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("store: s3://ebbline-test/runs\n")
     keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "hidden-word", "AWS_REGION": "us-east-1"}
-    told = doctor(tmp_path, AWS_ENDPOINT_URL="http://127.0.0.1:1", AWS_ALLOW_HTTP="true", **keys)
+    told = doctor(tmp_path, AWS_ENDPOINT_URL="http://127.0.0.1:1", **keys)
     assert told.code == 1 and told["store"]["verdict"] == "problem" and "s3://ebbline-test/runs" in told["store"]["seen"]
     assert "AWS_ENDPOINT_URL" in told["store"]["remedy"] and "hidden-word" not in json.dumps(told)
 

@@ -163,6 +163,32 @@ def test_a_checkpoint_outlives_the_machine_and_goes_with_the_commit(store, bucke
     assert report.error is None and not list(there.place.entries("scratch"))
 
 
+def test_rank_0_of_a_gang_on_several_machines_keeps_the_checkpoint_of_all(store, bucket, pair, chats, elsewhere, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for told in ("begun", "continued"):
+        first, second = (module.workplace(train_request(store, pair, chats), rank, 2) for rank in (0, 1))
+        first.prepared()
+        scratch = Path(first.request.scratch)
+        if told == "continued":
+            assert (scratch / "checkpoint.pt").read_text() == "begun"
+        scratch.mkdir(parents=True, exist_ok=True)
+        (scratch / "checkpoint.pt").write_text(told)
+        first.saved()
+        second.saved()
+        first.ended(Report(first.request.key, 0.0, error="lost"))
+        elsewhere()
+        store = Store(bucket)
+
+
+def test_what_a_gang_s_second_member_says_of_its_failure_is_where_everybody_can_read_it(store, pair, chats):
+    work = module.workplace(train_request(store, pair, chats), 1, 2)
+    log = Path(work.prepared().log)
+    (log / "error.txt").write_text("its words")
+    report = work.ended(Report(work.request.key, 0.0, error=f"its message is in {log / 'error.txt'}"))
+    assert report.error == f"its message is in {store.url(work.attempt)}/log/error.txt"
+    assert store.log(work.attempt, "error.txt") == b"its words" and work.attempt.exists()
+
+
 def test_a_checkpoint_that_was_sent_in_part_is_the_one_before(store, bucket, pair, chats, elsewhere):
     work = module.workplace(train_request(store, pair, chats))
     work.prepared()

@@ -125,3 +125,11 @@ def fetch_in_a_process(root: Path, fetched: Path, number: int) -> None:
     with cache.hold(folder):
         cache.fetch(folder, {"f": digest_of(b"data")}, lambda: {"f": 4}, receive)
         assert (folder / "f").read_bytes() == b"data"
+
+
+def test_only_its_owner_can_look_into_a_cache(tmp_path):
+    cache = Cache(tmp_path / "cache", 1.0)
+    entry = cache.root / "store" / "generate" / "key" / "attempt"
+    with cache.hold(entry):
+        (entry / "payload").mkdir(parents=True)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in cache.root.iterdir()} == {"locks": "0o700", "store": "0o700"}

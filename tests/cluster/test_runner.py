@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.costs import GpuTypes, Unmetered
 from cluster.executor import Capacity, Finished, Host, Job, Loss, Needs
 from cluster.inline import InlineExecutor
 from cluster.needs import default_needs, resident
@@ -220,6 +221,10 @@ class Silent(Counting):
         self.jobs: list[Job] = []
         self.cancelled: list[Job] = []
         self.expected: list[Needs] = []
+        self.queued = False
+
+    def begun(self, job: Job) -> bool:
+        return not self.queued
 
     def capacity(self) -> Capacity:
         return Capacity(tuple(self.hosts), self.grows)
@@ -266,6 +271,33 @@ def test_progress_is_a_sign_of_life(store, pool):
         path = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
         path.write_text(json.dumps({"done": 1, "total": 9, "note": "", "seconds": time.monotonic() - since}))
     assert executor.cancelled == [] and len(executor.jobs) == 1
+
+
+def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool):
+    executor, stage = Silent(), rows(5, pool)
+    runner, executor.queued = Runner(store, executor, profile=PATIENCE), True
+    runner.want([stage])
+    since = time.monotonic()
+    while time.monotonic() - since < 2.5 * PATIENCE.hang_after_s:
+        runner.step(0.05)
+    assert executor.cancelled == [] and len(executor.jobs) == 1
+    executor.queued = False
+    step_for(runner, lambda: len(executor.cancelled) == 1)
+
+
+def test_the_attempt_of_one_of_two_twins_is_the_other_s_too(store, tmp_path):
+    one_row = source(write_chats(tmp_path / "one.jsonl", 1))
+    above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
+    below = [rows(1, stage, seed=5) for stage in above]
+    for stage in above:
+        ran(store, stage)
+    executor = Silent()
+    runner = Runner(store, executor, profile=PATIENCE)
+    runner.want(below)
+    runner.step(0.0)
+    first, second = (runner.nodes[stage.lineage] for stage in below)
+    assert len(executor.jobs) == 1 and first.key == second.key
+    assert first.attempt is not None and first.attempt == second.attempt
 
 
 def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
@@ -416,3 +448,26 @@ def test_a_damaged_record_stops_the_runner_instead_of_being_made_again_silently(
     (runner.artifact(stage).folder.parent / "record.json").write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
         ran(store, stage)
+
+
+class Frugal(Unmetered):
+    """Lets nothing start that is expected to take longer than a limit."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+
+    def affords(self, gpus: GpuTypes, seconds: float) -> bool:
+        return seconds <= self.limit_s
+
+
+def test_what_the_meter_refuses_leaves_its_place_to_what_is_behind_it(store, pool):
+    # One slot; the longest chain comes first, and its first stage is refused.
+    dear, cheap = rows(4, rows(9, pool)), rows(3, pool)
+    executor = Counting()
+    runner = Runner(store, executor, profile=PATIENCE, meter=Frugal(3.0))
+    runner.estimates.seconds = lambda spec: 5.0 if spec.size == 9 else 1.0
+    runner.want([dear, cheap])
+    started = time.monotonic()
+    while not runner.starved and time.monotonic() - started < 20:
+        runner.step()
+    assert runner.starved and runner.settled(cheap) and not runner.settled(dear)
