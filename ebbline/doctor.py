@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from cluster.bucket import Bucket
 from cluster.profile import Profile
 from sweeps.home import Home
+from tasks.errors import StoreError
 
 CONNECT_S = 5.0
 LONGEST_S = 60.0
 LOW_DISK_GB, LOW_MEMORY_GB = 20.0, 8.0
+IMPATIENT = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
 ACCELERATOR = "accelerator_type:"  # how Ray's resources name the type of a real GPU
 
 
@@ -53,7 +56,7 @@ def examine(home: Home, address: str | None) -> list[Finding]:
         lambda: _cluster(address or profile.address, profile),
         lambda: [_wandb()],
         lambda: [_hub()],
-        lambda: [_store(profile.store or str(home.store.root))],
+        lambda: [_store(home)],
         lambda: [_database(home)],
     ]
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -192,38 +195,29 @@ def _hub() -> Finding:
     return Finding("hub", "warning", "no token: gated models (Llama 2) cannot be fetched", remedy)
 
 
-def _store(location: str) -> Finding:
-    """One object is created, refused a second time, read back and deleted, where the artifacts lie."""
-    import obstore
-    from obstore.exceptions import AlreadyExistsError, BaseError
-    from obstore.store import LocalStore, from_url
-
+def _store(home: Home) -> Finding:
+    """One object is created, refused a second time, read back and deleted, where the artifacts lie and as a run would do it."""
+    named = home.profile.store or ""
+    place = Bucket(named, IMPATIENT) if "://" in named else home.store.place
     name, content = f"doctor/{uuid.uuid4().hex}", b"ebbline doctor"
     remedy = "`store:` in HOME/cluster.yaml and the rights to that folder"
-    limits: dict[str, Any] = {"client_options": {"timeout": "15s", "connect_timeout": "5s"}}
+    if "://" in named:
+        remedy = "`store:` in HOME/cluster.yaml, AWS_ENDPOINT_URL, AWS_REGION, and credentials that may get, put and delete there"
     try:
-        if "://" in location:
-            remedy = "`store:` in HOME/cluster.yaml, AWS_ENDPOINT_URL, AWS_REGION, and credentials that may get, put and delete there"
-            place = from_url(location, **limits, retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=10)})
-        else:
-            place = LocalStore(prefix=location, mkdir=True)
-        obstore.put(place, name, content, mode="create")
+        place.create(name, content)
         try:
-            obstore.put(place, name, b"second", mode="create")
-            return Finding(
-                "store", "problem", f"{location} lets two writers create one name", "a store with conditional writes (If-None-Match)"
-            )
-        except AlreadyExistsError:
-            same = bytes(obstore.get(place, name).bytes()) == content
+            twice, same = place.create(name, b"second"), place.read(name) == content
         finally:
-            obstore.delete(place, name)
-    except (BaseError, OSError, ValueError) as error:
-        return Finding("store", "problem", f"{location}: {_line(error)}", remedy)
+            place.delete([name])
+    except StoreError as error:
+        return Finding("store", "problem", " ".join(str(error).split()), remedy)
+    if twice:
+        return Finding(
+            "store", "problem", f"{place.at} lets two writers create one name", "a store with conditional writes (If-None-Match)"
+        )
     if not same:
-        return Finding("store", "problem", f"{location} gave back other bytes than it took", remedy)
-    if "://" not in location:
-        (Path(location) / "doctor").rmdir()
-    return Finding("store", "ok", f"{location}: created once, read back, deleted")
+        return Finding("store", "problem", f"{place.at} gave back other bytes than it took", remedy)
+    return Finding("store", "ok", f"{place.at}: created once, read back, deleted")
 
 
 def _database(home: Home) -> Finding:
