@@ -11,7 +11,7 @@ from analysis.frontier import finished
 from analysis.statistics import Agreement, Replicates, pooled_agreement
 from analysis.wording import natural, settings_label
 from cluster.costs import Cost
-from cluster.runner import Resolver
+from cluster.resolver import Resolver
 from cluster.store import Artifact
 from sweeps.home import Home
 from sweeps.outcome import costs_of, metrics_of, result_of

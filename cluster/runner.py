@@ -17,13 +17,14 @@ from typing import Any, Literal
 from cluster.costs import Estimates, GpuTypes, Meter, Unmetered, gpu_types
 from cluster.executor import Capacity, Executor, Finished, Host, Job, Loss, Needs
 from cluster.losses import Losses
+from cluster.needs import default_needs, resident
 from cluster.profile import Profile
+from cluster.resolver import contents_of
 from cluster.scheduler import Busy, Work, impossible, place
 from cluster.sources import offered
 from cluster.store import Artifact, Store
 from tasks.errors import ClusterLost, Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError, StudyError
 from tasks.identity import digest
-from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, OrganismSpec, ProjectSpec, ScoreSpec, SubspaceSpec, TrainSpec
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
 HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a stage's progress is looked up: in a bucket, in a folder
@@ -64,43 +65,6 @@ class _Running:
     seconds: float
     said: tuple[str, Mapping[str, Any]]
     heard: float  # when what it says of itself last changed
-
-
-def contents_of(stage: Stage, artifact: Callable[[Stage], Artifact | None]) -> dict[str, str] | None:
-    """The content digest of each input, or None while one of them is not made."""
-    contents: dict[str, str] = {}
-    for name, item in stage.inputs.items():
-        if isinstance(item, Source):
-            contents[name] = item.content
-            continue
-        found = artifact(stage_of(item) or stage)
-        if found is None:
-            return None
-        contents[name] = found.content_of(item.path) if isinstance(item, Part) else found.content
-    return contents
-
-
-class Resolver:
-    """Which stages of a graph are in the store already, without running anything."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self._found: dict[str, Artifact | None] = {}
-
-    def hashed(self, stage: Stage) -> dict[str, object] | None:
-        """What the stage's key hashes; None while an input is not made."""
-        contents = contents_of(stage, self.artifact)
-        return None if contents is None else key_payload(stage.spec, contents)
-
-    def key(self, stage: Stage) -> str | None:
-        payload = self.hashed(stage)
-        return None if payload is None else digest(payload)
-
-    def artifact(self, stage: Stage) -> Artifact | None:
-        if stage.lineage not in self._found:
-            key = self.key(stage)
-            self._found[stage.lineage] = None if key is None else self.store.find(stage.kind, key)
-        return self._found[stage.lineage]
 
 
 class Runner:
@@ -468,24 +432,3 @@ class Runner:
         for node in self.nodes.values():
             path(node)
         return paths
-
-
-def default_needs(stage: Stage) -> Needs:
-    """One GPU for stages that run a model or factorise its weights, none for those that move rows and tensors."""
-    if isinstance(stage.spec, JudgeSpec):
-        return Needs(int(stage.spec.endpoint is None))
-    return Needs(int(isinstance(stage.spec, OrganismSpec | TrainSpec | SubspaceSpec | GenerateSpec | EvaluateSpec)))
-
-
-def resident(stage: Stage) -> str:
-    """What a stage needs in memory: stages with the same answer belong in one batch."""
-    spec = stage.spec
-    if isinstance(spec, JudgeSpec) and spec.endpoint is not None:
-        return spec.endpoint
-    if isinstance(spec, TrainSpec) and spec.method == "full":
-        return stage.lineage  # it trains a copy of its own
-    if isinstance(spec, TrainSpec | GenerateSpec | JudgeSpec | EvaluateSpec):
-        return f"{stage.inputs['model'].lineage}/{spec.quantisation}/{spec.dtype}"
-    if isinstance(spec, ApplySpec | ProjectSpec | ScoreSpec):
-        return spec.KIND
-    return stage.lineage

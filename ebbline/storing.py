@@ -16,8 +16,8 @@ from rich.table import Table
 
 from analysis.frontier import frontier_by_model
 from analysis.results import collect
+from cluster.resolver import Resolver
 from cluster.retention import Damage, Needed, Removal, Survey, damages, remove
-from cluster.runner import Resolver
 from ebbline.projecting import progress_bar
 from sweeps.home import Home
 from sweeps.plan import Planner

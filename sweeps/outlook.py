@@ -8,7 +8,8 @@ continued when the budget is raised.
 from collections.abc import Iterable, Mapping
 
 from cluster.costs import Cost, expected_cost, total
-from cluster.runner import Resolver, Runner
+from cluster.resolver import Resolver
+from cluster.runner import Runner
 from sweeps.plan import Planner
 from sweeps.points import StageName
 from sweeps.spending import Spending

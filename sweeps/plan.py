@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from cluster.costs import Cost, Estimates, expected_cost
 from cluster.executor import Needs
-from cluster.runner import Resolver, default_needs
+from cluster.needs import default_needs
+from cluster.resolver import Resolver
 from cluster.store import Store
 from sweeps.home import Home, differences
 from sweeps.points import Point, StageName, Value

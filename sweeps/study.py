@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from cluster.labels import parse
 from sweeps.references import DataRef, Hub, Local, OneOf
 from sweeps.suites import Suite, scorers_of
-from tasks.errors import PinError
+from tasks.errors import PinError, StudyError
 from tasks.scorers import SCORERS
 from tasks.specs import (
     KINDS,
@@ -105,6 +106,15 @@ class Model(Frozen):
         """The study's training settings as this size uses them. Raises ValidationError for a field that does not exist."""
         changes = {**self.train, "quantisation": self.quantisation, "dtype": self.dtype}
         return TrainSpec.model_validate({**study.model_dump(), **changes})
+
+    @model_validator(mode="after")
+    def _labels_are_selectors(self) -> Self:
+        for name, selector in self.labels.items():
+            try:
+                parse(selector)
+            except StudyError as error:
+                raise ValueError(f"labels.{name}: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _every_model_comes_from_somewhere(self) -> Self:

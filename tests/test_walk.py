@@ -12,7 +12,8 @@ import pytest
 from analysis.frontier import front, frontier, values_of
 from analysis.results import baselines, collect
 from cluster.inline import InlineExecutor
-from cluster.runner import Resolver, Runner
+from cluster.resolver import Resolver
+from cluster.runner import Runner
 from cluster.store import Store
 from sweeps.drive import drive
 from sweeps.home import Home

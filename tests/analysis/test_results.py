@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from analysis.results import StoredEvidence, baselines
-from cluster.runner import Resolver
+from cluster.resolver import Resolver
 from cluster.store import Artifact, Store
 from sweeps.home import Home
 from sweeps.outcome import result_of

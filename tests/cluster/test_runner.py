@@ -11,8 +11,10 @@ import pytest
 
 from cluster.executor import Capacity, Finished, Host, Job, Loss, Needs
 from cluster.inline import InlineExecutor
+from cluster.needs import default_needs, resident
 from cluster.profile import Profile
-from cluster.runner import Resolver, Runner, default_needs, resident
+from cluster.resolver import Resolver
+from cluster.runner import Runner
 from cluster.scheduler import place
 from cluster.store import Store
 from tasks.completions import Completion, write_completions

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.results import projections
 from cluster.inline import InlineExecutor
-from cluster.runner import Resolver
+from cluster.resolver import Resolver
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.plan import Planner

@@ -143,7 +143,7 @@ def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, h
 
 def fill(store: Store, planner: Planner, points) -> None:
     """Commit a made-up artifact for every stage, in order: each file says which stage it is."""
-    from cluster.runner import contents_of
+    from cluster.resolver import contents_of
     from tasks.specs import TrainSpec
 
     made = {}
@@ -192,7 +192,7 @@ def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
 
 
 def test_a_kind_that_the_store_has_none_of_is_said_to_be_missing(tmp_path, home):
-    from cluster.runner import Resolver
+    from cluster.resolver import Resolver
     from sweeps.plan import explain
 
     assert explain(Stage(LanguageSpec()), Resolver(home.store), home.store) == "the store has no language yet"

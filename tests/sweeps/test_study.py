@@ -62,6 +62,7 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ),
         ({"suites/refusal/measure": {"kind": "refusal", "also": ["nobody"]}}, r"'nobody' is not one of"),
         ({"models/7b/gpus": 0}, r"models\.7b\.gpus: "),
+        ({"models/7b/labels": {"ray.io/accelerator-type": "in A100"}}, r"models\.7b: .*ray.io/accelerator-type: .*'in A100' is none"),
         ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
         ({"models/7b/train": {"quantisation": "nf4"}}, r"models\.7b\.train\.quantisation: say it as models\.7b\.quantisation"),
         ({"models/7b/axes": {"data.size": [8]}}, r"models\.7b\.axes\.data\.size: narrows an axis that the study does not have"),
