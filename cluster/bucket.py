@@ -7,7 +7,7 @@ and what else obstore reads), and are never written anywhere. The storage must k
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -36,21 +36,21 @@ class Bucket(Place):
         "error sending request": "it does not answer; look at the network and AWS_ENDPOINT_URL",
     }
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, retries: Mapping[str, Any] = RETRIES) -> None:
         found = re.fullmatch(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?P<prefix>(/[^/?#]+)*)/?", url)
         if found is None:
             # A URL may carry a secret where it does not belong: say no more of it than its scheme.
             scheme = url.partition("://")[0]
             raise StoreError(f"a store cannot lie at this {scheme}:// URL; give a folder, or s3://BUCKET/PREFIX and nothing more (no keys)")
         self.at = f"s3://{found['bucket']}{found['prefix']}"
-        self._open: Any = None
+        self._retries, self._open = dict(retries), None
 
     @property
     def _objects(self) -> Any:
         if self._open is None:
             plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # whoever writes http means it
             with self._explaining():
-                self._open = S3Store.from_url(self.at, client_options={"allow_http": True} if plain else None, retry_config=RETRIES)
+                self._open = S3Store.from_url(self.at, client_options={"allow_http": True} if plain else None, retry_config=self._retries)
         return self._open
 
     def read(self, name: str) -> bytes | None:

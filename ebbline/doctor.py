@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from cluster.bucket import Bucket
 from cluster.profile import Profile
-from cluster.store import Store
 from sweeps.home import Home
 from sweeps.storage import shared_url
 from tasks.errors import StoreError, StudyError
@@ -30,6 +31,7 @@ from tasks.errors import StoreError, StudyError
 CONNECT_S = 5.0
 LONGEST_S = 60.0
 LOW_DISK_GB, LOW_MEMORY_GB = 20.0, 8.0
+IMPATIENT = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
 ACCELERATOR = "accelerator_type:"  # how Ray's resources name the type of a real GPU
 
 
@@ -55,7 +57,7 @@ def examine(home: Home, address: str | None) -> list[Finding]:
         lambda: _cluster(address or profile.address, profile),
         lambda: [_wandb()],
         lambda: [_hub()],
-        lambda: [_store(home.store)],
+        lambda: [_store(home)],
         lambda: [_database(home)],
     ]
     with ThreadPoolExecutor(len(parts)) as pool:
@@ -194,11 +196,13 @@ def _hub() -> Finding:
     return Finding("hub", "warning", "no token: gated models (Llama 2) cannot be fetched", remedy)
 
 
-def _store(store: Store) -> Finding:
-    """One name is created, refused a second time, read back and deleted, where the artifacts lie and as a run does it."""
-    name, content, place = f"doctor/{uuid.uuid4().hex}", b"ebbline doctor", store.place
+def _store(home: Home) -> Finding:
+    """One object is created, refused a second time, read back and deleted, where the artifacts lie and as a run would do it."""
+    named = home.profile.store or ""
+    place = Bucket(named, IMPATIENT) if "://" in named else home.store.place
+    name, content = f"doctor/{uuid.uuid4().hex}", b"ebbline doctor"
     remedy = "`store:` in HOME/cluster.yaml and the rights to that folder"
-    if store.cache is not None:
+    if "://" in named:
         remedy = "`store:` in HOME/cluster.yaml, AWS_ENDPOINT_URL, AWS_REGION, and credentials that may get, put and delete there"
     try:
         place.create(name, content)
@@ -207,7 +211,7 @@ def _store(store: Store) -> Finding:
         finally:
             place.delete([name])
     except StoreError as error:
-        return Finding("store", "problem", _line(error), remedy)
+        return Finding("store", "problem", " ".join(str(error).split()), remedy)
     if twice:
         return Finding(
             "store", "problem", f"{place.at} lets two writers create one name", "a store with conditional writes (If-None-Match)"

@@ -136,6 +136,18 @@ def test_an_object_store_that_does_not_answer_is_a_problem(tmp_path: Path) -> No
     assert "AWS_ENDPOINT_URL" in told["store"]["remedy"] and "hidden-word" not in json.dumps(told)
 
 
+def test_an_object_store_is_tried_as_a_run_would_use_it(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(f"store: {bucket}\n")
+    told = doctor(tmp_path)
+    assert told["store"] == {"check": "store", "verdict": "ok", "seen": f"{bucket}: created once, read back, deleted", "remedy": ""}
+    assert not list(Home(tmp_path).store.place.entries())
+
+
+def test_a_relative_store_is_tried_where_a_run_would_put_it(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("store: artifacts\n")
+    assert doctor(tmp_path)["store"]["seen"].startswith(f"{tmp_path / 'artifacts'}: ")
+
+
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_a_compiler_that_does_not_compile_is_a_problem(compiler: str, tmp_path: Path) -> None:
     told = doctor(tmp_path, CXX=compiler)
