@@ -27,7 +27,7 @@ from tasks.errors import ClusterLost, Differs, DiskFull, EbblineError, EndpointD
 from tasks.identity import digest
 from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
 
-HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a stage's progress is looked up: in a bucket, in a folder
+HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a running stage's progress and record are looked up: in a bucket, in a folder
 NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, StoreError, Incomplete, Differs)}
 State = Literal["waiting", "ready", "running", "done", "failed"]
 
@@ -92,7 +92,7 @@ class Runner:
         self._hosts: dict[str, Host] = {}  # every one that was ever there
         self._ready_since: dict[str, float] = {}
         self._stuck_since: float | None = None
-        self._listened = float("-inf")
+        self._listened = self._looked = float("-inf")
         self._needs_of = needs_of or default_needs
         self._meter = meter or Unmetered()
 
@@ -146,8 +146,10 @@ class Runner:
             time.sleep(min(timeout_s, 0.05))  # nothing to wait for: do not spin
         for finished in self.executor.finished(timeout_s):
             self._take_in(finished)
+        look = time.monotonic() - self._looked >= HEAR_EVERY_S[self.store.cache is not None]
+        self._looked = time.monotonic() if look else self._looked
         for key, nodes in self._by_key.items():
-            if any(node.state == "running" for node in nodes):
+            if look and any(node.state == "running" for node in nodes):
                 artifact = self._made(nodes[0].stage.kind, key)
                 if artifact is not None:
                     self.estimates.learn([artifact])
@@ -404,6 +406,10 @@ class Runner:
         # A lost batch was lost by the stage it was at, not by those behind it.
         charged = any(report.error for report in finished.reports)
         loss = finished.lost or Loss("no report")
+        full = [report for report in finished.reports if report.error_type == DiskFull.__name__]
+        if full and self.store.cache is not None:  # the disk of that machine, not the store's
+            reports = {key: report for key, report in reports.items() if report not in full}
+            charged, loss = False, Loss(str(full[0].error), "place")
         for key in finished.job.keys:
             nodes = self._by_key[key]
             artifact = self._made(nodes[0].stage.kind, key)
@@ -436,8 +442,8 @@ class Runner:
     def _seconds(self, node: Node) -> float:
         """The expected seconds from now: by its own progress when the stage runs and has said how far it is."""
         said = self._said(node) if node.state == "running" else {}
-        if said.get("done"):
-            return float(said["seconds"] * (said["total"] - said["done"]) / said["done"])
+        if said.get("own", 0) > 1:  # the first took what comes before it, too
+            return float(said["own_seconds"] * (said["total"] - said["done"]) / (said["own"] - 1))
         return self.estimates.seconds(node.stage.spec)
 
     def _paths(self) -> Mapping[str, float]:

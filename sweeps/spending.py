@@ -111,6 +111,8 @@ class Spending:
         return self.budget != Budget()
 
     def affords(self, gpus: GpuTypes, seconds: float) -> bool:
+        if not any(gpus.values()) and self.budget.hours is None:
+            return True  # what needs no GPU costs nothing, and may finish what is paid for
         return not self.crossed(Cost.of(gpus, seconds) + self._rest(), seconds)
 
     def crossed(self, more: Cost, seconds: float) -> str:

@@ -11,7 +11,7 @@
     │   └── OutOfMemory   a gang ran out of memory, and may try again with a smaller micro-batch
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
-    │   └── EndpointDown  a judge's endpoint answers nothing; no fault of what was to be judged
+    │   └── EndpointDown  a judge's endpoint, or the model hub, answers nothing; no fault of the stage
     ├── DatabaseLost      the database that holds a study's points cannot be reached, or went away
     ├── ClusterLost       the place where stages ran is gone; what was finished is not
     ├── Leaving           the machine is about to go; the stage has saved what it had, and continues elsewhere

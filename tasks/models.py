@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from tasks.errors import ModelError
+from tasks.errors import EndpointDown, ModelError
 from tasks.specs import Dtype, Quantisation
 
 HUB = "hub:"
@@ -21,19 +21,37 @@ T = TypeVar("T")
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve(location: str) -> Path:
-    """The local path of an input: itself, or a hub snapshot at its commit (downloaded once, then from the cache)."""
+def resolve(location: str, moving: Callable[[], None] = lambda: None) -> Path:
+    """The local path of an input: itself, or a hub snapshot at its commit (downloaded once, then from the cache).
+
+    `moving` is called while a download moves. Raises ModelError for what the hub does not give, EndpointDown when it does not answer.
+    """
     if not location.startswith(HUB):
         return Path(location)
+    from httpx2 import TransportError
     from huggingface_hub import snapshot_download  # only a study with hub models needs it
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from tqdm import tqdm
+
+    class Told(tqdm):  # type: ignore[misc]  # tqdm is untyped
+        def update(self, n: float | None = 1) -> Any:
+            moving()
+            return super().update(n)
 
     _, repo_type, name = location.split(":", 2)
     repo_id, _, rest = name.partition("@")
     commit, _, file = rest.partition("#")
     skip = ["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"] if repo_type == "model" else None
     try:
-        folder = snapshot_download(repo_id, revision=commit, repo_type=repo_type, ignore_patterns=skip, allow_patterns=file or None)
-    except OSError as error:  # what the hub client raises: no network, no such repository or commit, no access
+        folder = snapshot_download(
+            repo_id, revision=commit, repo_type=repo_type, ignore_patterns=skip, allow_patterns=file or None, tqdm_class=Told
+        )
+    except (LocalEntryNotFoundError, TransportError) as error:
+        raise EndpointDown(
+            f"{repo_id} at {commit} is not on this machine, and the hub does not answer ({type(error).__name__});"
+            " with a network, the same command continues"
+        ) from error
+    except OSError as error:  # what the hub client raises for no such repository or commit, or no access
         raise ModelError(f"{repo_id} at {commit} cannot be fetched from the hub: {type(error).__name__}: {error}") from error
     return Path(folder) / file
 

@@ -84,8 +84,12 @@ def _run(
             raise Leaving("the machine is about to go; this stage had not begun")
         request = prepare(request)
         spec = request.parsed_spec()
-        inputs = {name: resolve(location) for name, location in request.inputs.items()}
         progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
+        # A download is a sign of life: it grows by the second, so that what it says is never the same twice.
+        inputs = {
+            name: resolve(location, lambda: progress(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s"))  # noqa: B023
+            for name, location in request.inputs.items()
+        }
         ctx = request.context(
             residents=residents, rank=rank, world_size=world_size, progress=progress, leaving=leaving, saved=lambda: saved(request)
         )
@@ -174,16 +178,21 @@ def run_function(spec: Spec) -> Run:
 
 def _progress_file(path: Path) -> Callable[[int, int, str], None]:
     started, last = time.monotonic(), 0.0
+    first: tuple[int, float] | None = None  # where this attempt began to count: one that was resumed does not begin at 0
 
     def write(done: int, total: int, note: str) -> None:
-        nonlocal last
+        nonlocal last, first
+        if done > 0 and first is None:
+            first = done - 1, time.monotonic()
         if time.monotonic() - last < 0.5 and done != total:
             return
         last = time.monotonic()
         fresh = path.with_suffix(".tmp")
         # Progress is a courtesy: a full disk shows up where results are written, not here.
         with contextlib.suppress(OSError):
-            fresh.write_text(json.dumps({"done": done, "total": total, "note": note, "seconds": last - started}))
+            own, since = (done - first[0], first[1]) if first else (0, started)
+            said = {"done": done, "total": total, "note": note, "seconds": last - started, "own": own, "own_seconds": last - since}
+            fresh.write_text(json.dumps(said))
             fresh.replace(path)
 
     return write

@@ -1,14 +1,16 @@
 """The one worker entry: a failed request is a report, the batch goes on, and a failure can be seen again."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tasks.specs import ApplySpec, DataSpec, GenerateSpec, TrainSpec
-from tasks.worker import run_stages
+from tasks.worker import _progress_file, run_stages
 from tests.tiny import request, write_chats, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -174,3 +176,20 @@ def test_the_words_of_a_foreign_exception_stay_in_the_attempts_log(tmp_path, pai
     (report,) = run_stages([type(broken)(**{**vars(broken), "spec": {"format": "planted words of a prompt"}})])
     assert "planted" not in report.error and "error.txt" in report.error
     assert "planted" in (tmp_path / "one" / "log" / "error.txt").read_text()
+
+
+def test_progress_counts_from_where_this_attempt_began(tmp_path):
+    said = tmp_path / "progress.json"
+    write = _progress_file(said)
+    write(50, 99, "resumed at the fiftieth")
+    time.sleep(0.6)
+    write(51, 99, "one more")
+    progress = json.loads(said.read_text())
+    assert (progress["done"], progress["own"]) == (51, 2) and 0.5 < progress["own_seconds"] < 5
+
+
+def test_a_hub_that_does_not_answer_is_no_fault_of_the_stage(tmp_path):
+    code = "from tasks.models import resolve; resolve('hub:model:nobody/nothing@' + 40 * 'a')"
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert "tasks.errors.EndpointDown: nobody/nothing" in done.stderr and "the same command continues" in done.stderr
