@@ -156,7 +156,8 @@ def _cluster(address: str, profile: Profile) -> list[Finding]:
         return [Finding("ray", "ok", "local: each run starts a cluster here"), *_prices(found["types"], profile)]
     nodes = [f"{node['name']} {node['gpus']:g} GPU {' '.join(node['labels'])}".strip() for node in found["nodes"]]
     gpus = sum(node["gpus"] for node in found["nodes"])
-    seen = f"{address}: ray {version('ray')} as here, {len(nodes)} nodes, {gpus:g} GPUs ({'; '.join(nodes)})"
+    kind = "GPUs" if found["types"] or not gpus else "logical GPUs"
+    seen = f"{address}: ray {version('ray')} as here, {len(nodes)} nodes, {gpus:g} {kind} ({'; '.join(nodes)})"
     if gpus == 0:
         remedy = "if the cluster grows by itself, a run makes it grow; else add workers with GPUs (or logical ones: ray start --num-gpus)"
         return [Finding("ray", "warning", seen, remedy)]
@@ -168,7 +169,11 @@ def _prices(types: Sequence[str], profile: Profile) -> list[Finding]:
     if unpriced:
         remedy = f"in HOME/cluster.yaml: gpus: {{{', '.join(f'{name}: {{usd_per_hour: ...}}' for name in unpriced)}}}"
         return [Finding("prices", "warning", f"no price for {', '.join(unpriced)}: costs are told in GPU-hours only", remedy)]
-    return [Finding("prices", "ok", f"the profile prices {', '.join(types)}" if types else "no real GPU whose hours cost")]
+    if types:
+        return [Finding("prices", "ok", f"the profile prices {', '.join(types)}")]
+    logical = profile.gpus.get("other")
+    priced = f"; hours of logical ones are told at ${logical.usd_per_hour:g}, the profile's `other`" if logical else " whose hours cost"
+    return [Finding("prices", "ok", f"no real GPU{priced}")]
 
 
 def _wandb() -> Finding:

@@ -165,7 +165,10 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
             f"{len(others)} other homes use this store, and what their studies need is not known here: artifacts, adapters and sources"
             f" stay. If such a home is gone, remove homes/{others[0]}.json from the store."
         )
-    if yes:
+    if not found:
+        young = f"; what was written in the last {older_than_h:g} hours stays in any case (--older-than-h)" if older_than_h else ""
+        print(f"nothing may go{young}")
+    elif yes:
         print(f"freed {_size(freed)}")
     else:
         print(f"{_size(sum(each.bytes for each in found))} may go; nothing was removed. The same command with --yes removes it.")

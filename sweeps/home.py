@@ -22,7 +22,7 @@ from typing import Any
 from cluster.profile import Profile
 from cluster.retention import HOMES
 from cluster.store import Store
-from sweeps.storage import Hold, Storage, shared_url
+from sweeps.storage import MEANWHILE, Hold, Storage, shared_url
 from sweeps.study import Study, lasting
 from sweeps.study_file import read_profile
 from tasks.errors import StudyError, StudyHeld
@@ -99,7 +99,9 @@ class Home:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 handle.seek(0)
-                raise StudyHeld(f"study {study!r} is being driven already, by {handle.read().strip() or 'another process'}") from None
+                raise StudyHeld(
+                    f"study {study!r} is being driven already, by {handle.read().strip() or 'another process'}{MEANWHILE}"
+                ) from None
             driver = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             handle.truncate(0)
             handle.write(driver)

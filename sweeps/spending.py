@@ -143,6 +143,11 @@ class Spending:
             "usd": (f"${spent.cost.usd(self.profile) or 0.0:.2f}", f"${more.usd(self.profile) or 0.0:.2f}", f"${limit:.2f}"),
         }
         used, wanted, of = words[name]
+        if self.crossed(Cost(), 0.0) == name:
+            return (
+                f"the budget is used up: {used} of {of} spent, as what had started took longer than expected; {what} does not start."
+                f" Raise budget.{name} in the study file, and the same command goes on"
+            )
         return (
             f"the budget ends here: {used} of {of} spent, and {what} is expected to take {wanted} more."
             f" Raise budget.{name} in the study file, and the same command goes on"

@@ -21,6 +21,7 @@ from tasks.errors import DatabaseLost, StudyError, StudyHeld
 
 ENVIRONMENT = "EBBLINE_STORAGE"
 CONNECT_S = 5
+MEANWHILE = "; `ebbline status` shows how far it is, and once it has ended the same command continues"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Storage:
         try:
             with self.explained():
                 if not connection.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_lock(self._number))):
-                    raise StudyHeld(f"study {study!r} is being driven already, by {self._holder(connection) or 'another process'}")
+                    raise StudyHeld(
+                        f"study {study!r} is being driven already, by {self._holder(connection) or 'another process'}{MEANWHILE}"
+                    )
             yield Hold(driver, self, connection)
         finally:
             # It closes a connection that the database has dropped, too; then there is nothing left to give back.

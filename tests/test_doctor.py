@@ -72,6 +72,16 @@ def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(cluster: Clu
     assert told["prices"] == {"check": "prices", "verdict": "ok", "seen": "the profile prices A100", "remedy": ""}
 
 
+def test_logical_gpus_are_called_so_and_priced_as_other(tmp_path: Path) -> None:
+    logical = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
+    try:
+        (tmp_path / "cluster.yaml").write_text(f"address: {logical.address}\ngpus: {{other: {{usd_per_hour: 4}}}}\n")
+        told = doctor(tmp_path)
+    finally:
+        logical.shutdown()
+    assert "1 nodes, 2 logical GPUs" in told["ray"]["seen"] and "$4, the profile's `other`" in told["prices"]["seen"]
+
+
 def test_a_gpu_type_without_a_price_is_named(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(f"address: {cluster.address}\ngpus: {{H100: {{usd_per_hour: 4}}}}\n")
     told = doctor(tmp_path)

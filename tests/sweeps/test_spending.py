@@ -114,6 +114,13 @@ def test_each_limit_is_over_all_runs_and_counts_what_runs_with_its_expected_rest
         assert "1 of 2 GPU-hours spent, and point 7 is expected to take 2 more. Raise budget.gpu_hours" in told
 
 
+def test_a_budget_that_was_crossed_after_all_says_so(tmp_path):
+    with spending(study(tmp_path, {"budget": {"usd": 6.0}}), PRICES, tmp_path, "one") as kept:
+        kept._ended = Cost({"A100": 18000.0})
+        told = kept.told("point 7", Cost(), 0.0)
+    assert "the budget is used up: $" in told and "of $6.00 spent" in told and "point 7 does not start. Raise budget.usd" in told
+
+
 @pytest.mark.parametrize(
     ("changes", "profile", "missing"),
     [
@@ -172,7 +179,7 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
         assert spent_s <= limit_s + 2.0  # a stage may take longer than was expected of it, but not many can
         if not progress.stopped:
             break
-        assert "Raise budget.gpu_hours" in progress.stopped and "spent, and " in progress.stopped
+        assert "Raise budget.gpu_hours" in progress.stopped and " GPU-hours spent, " in progress.stopped
         states = [state for _, _, state, _ in asked(found, home.storage("tiny"))]
         assert states.count("running") <= 2
         stops.append(len(states))
