@@ -266,10 +266,10 @@ def sides() -> dict[str, Side]:
         return ray_tune(queue, address, folder, searcher=False)
 
     return {
-        "ebbline": Side(mine, place),
         "ebbline, noisy estimates": Side(mine, place, noise=NOISE),
         "Ray Tune, searcher": Side(one_pending, in_order(most_pending=1)),
         "Ray Tune, no searcher": Side(many_pending, in_order(overtake=True)),
+        "ebbline": Side(mine, place),
         "Ray Tune, no searcher, sorted by hand": Side(many_pending, in_order(overtake=True), given=longest_first),
     }
 
@@ -318,8 +318,14 @@ def main() -> None:
             random.Random(seed).shuffle(queue)
             for name, side in sides().items():
                 found[name].append(measured(name, side, queue, seed, address, model, rows))
+                written(found)
+
+
+def written(found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """The results so far, so that a benchmark that is cut short is worth what it had done."""
+    done = {name: runs for name, runs in found.items() if runs}
     table = []
-    for name, runs in found.items():
+    for name, runs in done.items():
         middle = {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
         spread = record.spread([run["makespan_s"] for run in runs])
         table.append({"part": "real", "side": name, "runs": len(runs), **middle, "spread": spread})
@@ -327,9 +333,9 @@ def main() -> None:
     print(record.table(table, columns), end="\n\n")
     of = {row["side"]: row["makespan_s"] for row in table}
     mine = of["ebbline, noisy estimates"]
-    ratios = {f"makespan_{name}_over_ebbline_noisy_estimates": of[name] / mine for name in of if name.startswith("Ray Tune")}
-    ratios |= {f"makespan_over_bound_{row['side']}": row["makespan_over_bound"] for row in table}
-    each = [{"part": "one run", "side": name, "order": order, **run} for name, runs in found.items() for order, run in enumerate(runs, 1)]
+    ratios = {f"makespan {name} / ebbline, noisy estimates": of[name] / mine for name in of if name.startswith("Ray Tune")}
+    ratios |= {f"makespan {row['side']} / bound": row["makespan_over_bound"] for row in table}
+    each = [{"part": "one run", "side": name, "order": order, **run} for name, runs in done.items() for order, run in enumerate(runs, 1)]
     command = " ".join(["python -m tests.benchmarks.bench_schedule_real", *sys.argv[1:]])
     path = record.write("schedule_real", command, ("ray", "torch"), table + each, ratios)
     print(f"wrote {path.relative_to(Path.cwd())}")
