@@ -197,12 +197,15 @@ def ray_tune(queue: Sequence[Entry], address: str, folder: Path, searcher: bool)
         ray.shutdown()
 
 
-def steps(training_s: float) -> list[Step]:
-    """The same 24 each time; each needs a base of its own, so that ebbline starts one at a time, as Ray Tune does."""
+def steps(training_s: float, stretch: float) -> list[Step]:
+    """The same 24 each time, sleeping `stretch` times as long.
+
+    Each needs a base of its own, so that ebbline starts one at a time, as Ray Tune does.
+    """
     rng = random.Random(0)
 
     def drawn_s(low_s: float, high_s: float) -> float:
-        return min(high_s, max(low_s, (low_s * high_s) ** 0.5 * rng.lognormvariate(0.0, 0.6)))
+        return stretch * min(high_s, max(low_s, (low_s * high_s) ** 0.5 * rng.lognormvariate(0.0, 0.6)))
 
     one = [Step(f"sleep{number:02}", Needs(1), f"sleep{number}", seconds := drawn_s(*ONE_S), seconds) for number in range(SLEEPS)]
     trainings = [Step(f"train{number}", Needs(1), f"train{number}", training_s, training_s) for number in range(TRAININGS)]
@@ -305,16 +308,17 @@ def measured(name: str, side: Side, queue: Sequence[Step], seed: int, address: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2, help="each shuffles the queue anew, and gives it to every side")
+    parser.add_argument("--stretch", type=float, default=1.0, help="longer sleeps, where starting a process takes long")
     given = parser.parse_args()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides()}
     with tempfile.TemporaryDirectory(prefix="bench-schedule-") as here, cluster() as address:
         model, rows = build_pair(Path(here)).aligned, write_chats(Path(here) / "rows.jsonl", 48)
         # How long a training takes by itself, with its imports, in a fresh process as all the others.
-        training = [step for step in steps(10.0) if step.key == "train0"]
+        training = [step for step in steps(10.0, 1.0) if step.key == "train0"]
         alone = measured("one training by itself", sides()["ebbline"], training, 0, address, model, rows)
         for seed in range(1, given.runs + 1):
-            queue = steps(alone["training_s"])
+            queue = steps(alone["training_s"], given.stretch)
             random.Random(seed).shuffle(queue)
             for name, side in sides().items():
                 found[name].append(measured(name, side, queue, seed, address, model, rows))
