@@ -2,7 +2,8 @@
 # make lint    style, types, import directions                      make lock    refresh the pinned versions
 # make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project_*.json
 # make bench-evaluate   eight adapters measured in one batch, against a process for each
-# make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours
+# make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours;
+#                        then 24 stages that really run on a local cluster, against Ray Tune itself
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,6 +32,7 @@ bench-evaluate: $(VENV)/installed-test
 
 bench-schedule: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_schedule
+	$(BIN)/python -m tests.benchmarks.bench_schedule_real
 
 $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable .
