@@ -1,7 +1,8 @@
 """The command line. `--help` imports neither torch, ray nor optuna: each command brings what it needs when it runs.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 3 the study ended with failed points,
-4 another driver holds the study, 130 stopped on request (the same command continues).
+4 another driver holds the study, 5 its budget stopped it (raise it, and the same command continues), 130 stopped on request
+(the same command continues).
 """
 
 import json

@@ -90,8 +90,8 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         print(f"W&B has not taken everything yet; `ebbline sync {name}` continues (see {folder / 'log' / 'mirror.log'})")
     for what, path in outputs.items():
         print(f"{what:10} {path}")
-    if progress.stopped and progress.runner.draining:
-        return 130
+    if progress.stopped:
+        return 130 if progress.runner.draining else 5
     return 3 if any(result.status == "failed" for result in results) else 0
 
 
