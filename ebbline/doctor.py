@@ -157,7 +157,7 @@ def _cluster(address: str, profile: Profile) -> list[Finding]:
     nodes = [f"{node['name']} {node['gpus']:g} GPU {' '.join(node['labels'])}".strip() for node in found["nodes"]]
     gpus = sum(node["gpus"] for node in found["nodes"])
     kind = "GPUs" if found["types"] or not gpus else "logical GPUs"
-    seen = f"{address}: ray {version('ray')} as here, {len(nodes)} nodes, {gpus:g} {kind} ({'; '.join(nodes)})"
+    seen = f"{address}: ray {version('ray')} as here, {len(nodes)} node{'s' * (len(nodes) != 1)}, {gpus:g} {kind} ({'; '.join(nodes)})"
     if gpus == 0:
         remedy = "if the cluster grows by itself, a run makes it grow; else add workers with GPUs (or logical ones: ray start --num-gpus)"
         return [Finding("ray", "warning", seen, remedy)]

@@ -1,6 +1,7 @@
 """What people see in a terminal: live progress, plans and status. Plain lines when the output is not a terminal."""
 
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from sweeps.drive import Progress
 from sweeps.home import Home
 from sweeps.plan import Plan
 from sweeps.points import Result
+from sweeps.search import limit
 from sweeps.spending import read_spent
 from sweeps.study import Study
 
@@ -152,8 +154,10 @@ def print_status(
         print(json.dumps({"driver": holder, "cost": cost, "budget": limits, **summary(study, results, before, evidence)}, indent=1))
         return
     print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight, {counts['failed']} failed")
-    print(f"driver: {holder or 'none; `ebbline run` continues it'}")
-    budget = ", ".join(f"{name} {value:g}" for name, value in limits.items())
+    ended = not counts["running"] and len(results) >= (limit(study) or math.inf)
+    print(f"driver: {holder or ('none; all its points are there' if ended else 'none; `ebbline run` continues it')}")
+    words = {"hours": "{:g} hours of driving", "gpu_hours": "{:g} GPU-hours", "usd": "${:,.2f}"}
+    budget = ", ".join(words[name].format(value) for name, value in limits.items())
     driven = f"{told(spent.cost, home.profile)} in {spent.driving_s / 3600:.3g} hours of driving"
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     print(frontier_text(results_frame(results, study.objectives)))

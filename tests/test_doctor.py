@@ -79,7 +79,7 @@ def test_logical_gpus_are_called_so_and_priced_as_other(tmp_path: Path) -> None:
         told = doctor(tmp_path)
     finally:
         logical.shutdown()
-    assert "1 nodes, 2 logical GPUs" in told["ray"]["seen"] and "$4, the profile's `other`" in told["prices"]["seen"]
+    assert "1 node, 2 logical GPUs" in told["ray"]["seen"] and "$4, the profile's `other`" in told["prices"]["seen"]
 
 
 def test_a_gpu_type_without_a_price_is_named(cluster: Cluster, tmp_path: Path) -> None:
