@@ -108,6 +108,12 @@ def steps_of(runner: Runner, node: Node) -> int:
     return int(runner._said(node).get("done", 0)) if node.state == "running" else 0
 
 
+def began_at(runner: Runner, node: Node) -> int:
+    """The step of the checkpoint that an attempt continued from; 0 when it started over."""
+    said = runner._said(node)
+    return int(said["done"] - said["own"])
+
+
 def place_of(runner: Runner, node: Node) -> str:
     """The host with most of the GPUs of the job that a stage runs in."""
     job = next(item.job for item in runner.running.values() if node.key in item.job.keys)
@@ -164,7 +170,7 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     step_until(runner, lambda: node.state == "running" and place_of(runner, node) != first)
     machines.add(4)
     step_until(runner, lambda: steps_of(runner, node) >= 1)
-    assert steps_of(runner, node) > 3, "it continued from its checkpoint"
+    assert began_at(runner, node) >= 1, "it continued from its checkpoint"
     second, reached = place_of(runner, node), steps_of(runner, node)
     machines.drain(second)
     step_until(runner, lambda: node.state == "running" and place_of(runner, node) not in (first, second))
