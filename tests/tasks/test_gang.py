@@ -52,12 +52,14 @@ class Gang:
             replies.append(self.pipes[rank].recv())
         return replies
 
-    def train(self, folder: Path, pair, chats, *, cut: int | None = None, layout: dict[str, Any] | None = None, **spec) -> list[Reply]:
+    def train(
+        self, folder: Path, pair, chats, *, cut: int | None = None, layout: dict[str, Any] | None = None, ends="done", **spec
+    ) -> list[Reply]:
         fresh(folder)
         scratch = folder.with_name(folder.name.removesuffix("-again") + "-ctx")
         replies = self.do(_train, folder, scratch, TrainSpec(**{**SETTINGS, **spec}), pair.aligned, chats, cut, layout or {})
         if cut is None:
-            assert [word for word, _ in replies] == ["done", "done"], replies
+            assert [word for word, _ in replies] == [ends, ends], replies
         return replies
 
     def end(self) -> None:
@@ -237,20 +239,15 @@ def test_a_gangs_damaged_checkpoint_starts_over_and_ends_where_it_should(tmp_pat
     assert furthest(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut-again")) == 0.0
 
 
-def test_a_member_whose_machine_leaves_makes_the_whole_gang_save_at_once(tmp_path, gang, pair, chats):
+def test_a_member_whose_machine_leaves_makes_the_whole_gang_save_and_leave_at_once(tmp_path, gang, pair, chats):
     rarely = {"checkpoint_every_s": 3600.0}
     stayed = gang.train(tmp_path / "stays", pair, chats, layout=rarely)
     assert "saved" not in stayed[0][1]
-    left = gang.train(tmp_path / "leaves", pair, chats, layout={**rarely, "leaves": 1})
-    assert left[0][1][:2] == ["step 1", "saved"]
-    assert "saved" not in left[1][1]  # rank 0 writes, and tells
-
-
-def test_one_device_saves_when_its_machine_leaves_and_says_when_it_has(tmp_path, pair, chats):
-    said: list[str] = []
-    ctx = context(tmp_path / "ctx", checkpoint_every_s=3600.0, leaving=lambda: len(said) == 0, saved=lambda: said.append("saved"))
-    trained(tmp_path / "out", pair.aligned, chats, ctx=ctx)
-    assert said == ["saved"] and (ctx.scratch / "checkpoint.pt").exists()
+    left = gang.train(tmp_path / "leaves", pair, chats, layout={**rarely, "leaves": 1}, ends="Leaving")
+    assert [why for _, why in left] == ["the machine is about to go; step 1 is saved"] * 2
+    again = gang.train(tmp_path / "leaves-again", pair, chats, layout=rarely)
+    assert again[0][1][0] == "step 2"
+    assert losses_of(tmp_path / "leaves-again") == losses_of(tmp_path / "stays")
 
 
 def _runs_out(rank: int, folder: Path, spec: TrainSpec, model: Path, rows: list[Any], micro_batch: int) -> tuple[str, str, int | None]:
