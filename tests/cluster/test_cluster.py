@@ -181,6 +181,8 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     assert runner._losses.lost(node.key) == 0, "the loss of a place counts against no stage"
     for stage in (gang, *single):
         assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is gang)  # type: ignore[attr-defined]
+    machines.kill(second)  # as it said it would
+    wait_until(lambda: all(host.name != second for host in executor.capacity().hosts), 60, "end of the drained node")
 
 
 @pytest.mark.timeout(600)
