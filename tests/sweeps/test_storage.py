@@ -87,8 +87,8 @@ with Home(Path(sys.argv[1])).driving("tiny"):
 """
 
 
-def test_two_homes_that_share_a_store_are_held_apart_by_the_database(tmp_path, postgres):
-    home, same = (home_at(tmp_path / name, postgres, store="s3://bucket/held") for name in ("one", "two"))
+def test_two_homes_that_share_a_store_are_held_apart_by_the_database(tmp_path, postgres, bucket):
+    home, same = (home_at(tmp_path / name, postgres, store=bucket) for name in ("one", "two"))
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(home.root)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert holder.stdout.readline() == "held\n"
