@@ -50,7 +50,6 @@ check:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ebbline needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
 	@command -v git >/dev/null || { echo "ebbline needs git; on Debian: apt-get install git"; exit 1; }
-	@command -v c++ >/dev/null || { echo "DeepSpeed compiles a small operation on first use and needs a C++ compiler; on Debian: apt-get install g++"; exit 1; }
 
 # What a fresh install of the newest allowed versions gives becomes the lock; look at the difference before you commit it.
 lock: | check

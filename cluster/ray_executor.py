@@ -67,12 +67,12 @@ class RayExecutor(Executor):
         self._numbers = itertools.count()
         self._name = f"ebbline-{self._driver}"
         self._asked_at = float("-inf")
-        self._lost = False
 
     def capacity(self) -> Capacity:
-        return Capacity(tuple(self._found().values()), self._grows)
+        return Capacity(tuple(self._hosts.find().values()), self._grows)
 
     def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        self._hosts.wait_for_head()
         number = next(self._numbers)
         job = Job(f"ray-{number}", tuple(request.key for request in batch), needs.gpus, hosts)
         ids = {name: self._hosts.node_id(name) for name in hosts}
@@ -92,6 +92,7 @@ class RayExecutor(Executor):
     def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
         if not self._grows or time.monotonic() - self._asked_at < ASK_EVERY_S:
             return
+        self._hosts.wait_for_head()
         wanted = bundles(queue)
         for job, _ in self._jobs.values():
             running = next((piece for piece in wanted if job.gpus > 1 and piece[0].get("GPU") == job.gpus), None)
@@ -102,7 +103,7 @@ class RayExecutor(Executor):
         self._asked_at = time.monotonic()
 
     def finished(self, timeout_s: float) -> Sequence[Finished]:
-        self._found()
+        self._hosts.find()
         for reference, (job, post) in list(self._jobs.items()):
             self._give_up(reference, job, post)
         if self._jobs:
@@ -116,6 +117,7 @@ class RayExecutor(Executor):
 
     def begun(self, job: Job) -> bool:
         """Other drivers and programs may hold what the job waits for in Ray's queue; a gang's first process is not a member."""
+        self._hosts.wait_for_head()
         post = next((post for running, post in self._jobs.values() if running.id == job.id), None)
         return post is None or len(post.processes()) > (job.gpus if job.gpus > 1 else 0)
 
@@ -126,7 +128,7 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         self._jobs.clear()
-        if self._lost:
+        if self._hosts.head_lost:
             return  # Ray would wait for its head until it ends this process; its own hook does so when Python ends
         if self._asked_at > float("-inf"):
             try:
@@ -134,13 +136,6 @@ class RayExecutor(Executor):
             except RayError as error:  # the run's own error, or its end, counts for more
                 _log.warning("what was asked of the autoscaler was not taken back (%s); it expires by itself", type(error).__name__)
         ray.shutdown()
-
-    def _found(self) -> dict[str, Host]:
-        try:
-            return self._hosts.find()
-        except ClusterLost:
-            self._lost = True
-            raise
 
     def _give_up(self, reference: "ray.ObjectRef", job: Job, post: Post) -> None:
         """End a job whose host is gone, or drains before all of the job's processes are there: Ray would wait for ever."""
@@ -153,11 +148,13 @@ class RayExecutor(Executor):
             self._ended.append(Finished(job, (), Loss(reason, "place")))
 
     def _end(self, reference: "ray.ObjectRef", post: Post) -> None:
+        self._hosts.wait_for_head()
         del self._jobs[reference]
         ray.cancel(reference, force=True)
         post.end()
 
     def _outcome(self, reference: "ray.ObjectRef") -> Finished:
+        self._hosts.wait_for_head()
         job, post = self._jobs.pop(reference)
         try:
             reports: tuple[Report, ...] = ray.get(reference)

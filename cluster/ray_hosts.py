@@ -27,12 +27,26 @@ class RayHosts:
 
     def __init__(self, address: str) -> None:
         self._head = address
+        self.head_lost = False
         # Ray ends the driver's process when the head has been away for this long (60 s): say something sooner.
         self._patience_s = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60")) * 2 / 3  # noqa: SIM112  # Ray's spelling
         self._nodes: dict[str, dict[str, Any]] = {}
         self._draining: frozenset[str] = frozenset()
         self._gone: set[str] = set()
         self._looked_at = float("-inf")
+
+    def wait_for_head(self) -> None:
+        """Returns at once while the head answers. To be called before each of Ray's calls that ask the head: they would not return."""
+        host, port = self._head.rsplit(":", 1)
+        since = time.monotonic()
+        while not _answers(host, int(port)):
+            if time.monotonic() - since > self._patience_s:
+                self.head_lost = True
+                raise ClusterLost(
+                    f"the head of the Ray cluster at {self._head} has not answered for {self._patience_s:.0f} s;"
+                    " start it again (or another cluster), and the same command continues from the store"
+                )
+            time.sleep(0.5)
 
     def find(self) -> dict[str, Host]:
         """The live hosts by name."""
@@ -66,22 +80,11 @@ class RayHosts:
     def _look(self) -> None:
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
             return
-        self._wait_for_head()
+        self.wait_for_head()
         self._draining = frozenset(ray._private.state.state.get_draining_nodes())
         alive = {_name(node): node for node in ray.nodes() if node["Alive"]}
         self._nodes = {name: node for name, node in alive.items() if name not in self._gone}
         self._looked_at = time.monotonic()
-
-    def _wait_for_head(self) -> None:
-        host, port = self._head.rsplit(":", 1)
-        since = time.monotonic()
-        while not _answers(host, int(port)):
-            if time.monotonic() - since > self._patience_s:
-                raise ClusterLost(
-                    f"the head of the Ray cluster at {self._head} has not answered for {self._patience_s:.0f} s;"
-                    " start it again (or another cluster), and the same command continues from the store"
-                )
-            time.sleep(0.5)
 
     def _host(self, name: str, node: dict[str, Any], spare: bool) -> Host:
         resources = node["Resources"]

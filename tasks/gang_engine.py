@@ -35,6 +35,8 @@ class DeepSpeedGang(Engine):
     def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
         import deepspeed  # only gangs need it, and it takes seconds to import
 
+        # On CPUs it would compile an operation for inference, for a minute on first use, which no training calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if spec.global_batch % ctx.world_size:
             raise TrainingError(
                 f"train.global_batch={spec.global_batch} does not divide among {ctx.world_size} processes;"

@@ -159,9 +159,9 @@ def test_a_relative_store_is_tried_where_a_run_would_put_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_a_compiler_that_does_not_compile_is_a_problem(compiler: str, tmp_path: Path) -> None:
-    told = doctor(tmp_path, CXX=compiler)
-    assert told.code == 1 and compiler in told["compiler"]["seen"] and "g++" in told["compiler"]["remedy"]
+def test_a_compiler_that_does_not_compile_is_warned_of(compiler: str, tmp_path: Path) -> None:
+    found = doctor(tmp_path, CXX=compiler)["compiler"]
+    assert found["verdict"] == "warning" and compiler in found["seen"] and "g++" in found["remedy"]
 
 
 def test_online_without_a_login_is_a_problem(tmp_path: Path) -> None:

@@ -40,11 +40,12 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
     )  # fmt: skip
     try:
         from cluster.gang import run_gang
+        from cluster.ray_jobs import Post
 
         inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
         store, alone = Store(tmp_path / "store"), Store(tmp_path / "alone")
         request = stored_request(store, TRAIN, inputs, gpus=2)  # a micro-batch of 4, its share
-        (report,) = run_gang([request], 2, str(tmp_path / "ray"))
+        (report,) = run_gang([request], Post("alone", (ray.get_runtime_context().get_node_id(),) * 2))
     finally:
         ray.shutdown()
     assert (report.key, report.error, report.smaller) == (request.key, None, None)
