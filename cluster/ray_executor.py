@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import LocalRayletDiedError, NodeDiedError, RayError, RaySystemError, RayTaskError, TaskUnschedulableError
 
-from cluster.executor import Capacity, Executor, Finished, Host, Job, Loss, Needs, run_batch
+from cluster.executor import Capacity, Executor, Finished, Job, Loss, Needs, run_batch
 from cluster.ray_hosts import RayHosts
 from cluster.ray_jobs import Post, at
 from tasks.errors import ClusterLost, Leaving, StudyError
