@@ -141,7 +141,7 @@ class RayExecutor(Executor):
         """End a job whose host is gone, or drains before all of the job's processes are there: Ray would wait for ever."""
         gone = next((name for name in job.hosts if self._hosts.node_id(name) is None), None)
         reason = f"{gone} is gone" if gone else ""
-        if gone is None and job.gpus > 1 and any(map(self._hosts.drains, job.hosts)) and not post.begun():
+        if gone is None and job.gpus > 1 and any(map(self._hosts.drains, job.hosts)) and not post.complete():
             reason = "its host drains, and it had not started"
         if reason:
             self._end(reference, post)

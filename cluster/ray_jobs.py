@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import ray
@@ -47,10 +47,17 @@ class Post:
         key = f"{self.job}/{role}/{context.get_node_id()}/{process.pid}/{process.create_time()}/{context.get_actor_id() or ''}"
         _internal_kv_put(key, b"", namespace=NAMESPACE)
 
-    def begun(self) -> bool:
+    def complete(self) -> bool:
         """Whether every process that works is there."""
-        wanted = ("task", 1) if len(self.nodes) == 1 else ("member", len(self.nodes))
-        return sum(process.role == wanted[0] for process in self.processes()) >= wanted[1]
+        role = "task" if len(self.nodes) == 1 else "member"
+        return sum(process.role == role for process in self.processes()) >= len(self.nodes)
+
+    def begun(self) -> bool:
+        """Whether it holds what it runs on. A gang does before its processes are there, and may hang while they join each other."""
+        if len(self.nodes) == 1:
+            return self.complete()
+        groups = [group for process in self.processes() for group in groups_of(process.actor)]
+        return any(group.state == PlacementGroupTableData.CREATED for group in groups)
 
     def leaving(self) -> Callable[[], bool]:
         """Whether a node of the job drains: asked of Ray's head at most every other second, and true for good."""
@@ -85,14 +92,16 @@ def at(node: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
+def groups_of(actor: str) -> list[Any]:
+    """Ray's rows of the placement groups that an actor made and that are not removed; none when `actor` is empty."""
+    told = ray._private.state.state._connect_and_get_accessor().get_placement_group_table() if actor else []
+    groups = [PlacementGroupTableData.FromString(row) for row in told]
+    return [group for group in groups if group.creator_actor_id.hex() == actor and group.state != PlacementGroupTableData.REMOVED]
+
+
 def remove_groups_of(actor: str) -> None:
-    """Give back what the placement groups hold that this actor made; there are none when `actor` is empty."""
-    if not actor:
-        return
-    for told in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(told)
-        if group.creator_actor_id.hex() == actor and group.state != PlacementGroupTableData.REMOVED:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    for group in groups_of(actor):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]

@@ -192,17 +192,16 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
 ) -> None:
     runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(2, stage), PROFILE)
     stages = [training(rank, pair.aligned, rows) for rank in (GANG_RANK, 1)]
-    runner.want(stages)
-    nodes = [runner.nodes[stage.lineage] for stage in stages]
-    step_until(runner, lambda: any(steps_of(runner, node) >= 2 for node in nodes))
-    posts = [post for _, post in executor._jobs.values()]
-    stopped = []
-    for post in posts:
+    stopped: list[int] = []
+    for stage in stages:  # the second starts while the first hangs
+        runner.want([stage])
+        step_until(runner, lambda: len(executor._jobs) == len(stopped) + 1)  # noqa: B023  # it ends within this turn
+        _, post = list(executor._jobs.values())[-1]
+        step_until(runner, post.complete)
         # A stopped process is as deaf as one that is stuck in a collective: no request of Ray's reaches it.
-        pid = max(post.processes(), key=lambda process: process.started).pid
-        os.kill(pid, signal.SIGSTOP)
-        stopped.append(pid)
-    assert len(stopped) == len(posts) == 2
+        stopped.append(max(post.processes(), key=lambda process: process.started).pid)
+        os.kill(stopped[-1], signal.SIGSTOP)
+    nodes = [runner.nodes[stage.lineage] for stage in stages]
     running = set(runner.running)
     # For these alone, with nothing started meanwhile: a process takes longer than that to begin.
     runner.profile, runner.draining = PROFILE.model_copy(update={"hang_after_s": 5.0}), True
