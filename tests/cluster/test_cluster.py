@@ -195,7 +195,7 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     stopped: list[int] = []
     for stage in stages:  # the second starts while the first hangs
         runner.want([stage])
-        step_until(runner, lambda: len(executor._jobs) == len(stopped) + 1)  # noqa: B023  # it ends within this turn
+        step_until(runner, lambda: len(executor._jobs) == len(stopped) + 1)
         _, post = list(executor._jobs.values())[-1]
         step_until(runner, post.complete)
         # A stopped process is as deaf as one that is stuck in a collective: no request of Ray's reaches it.
