@@ -295,7 +295,7 @@ def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(mac
         executor.expect([(Needs(8), 60.0)])
         assert large() == 0
         executor._grows = True  # as on a cluster that `ray up` made
-        executor.expect([(Needs(8), 60.0), (Needs(8), 700.0), (Needs(1), 700.0)])
+        executor.expect([(Needs(8), 60.0), (Needs(8), 700.0), (Needs(1), 700.0), (Needs(1), 700.0)])
         wait_until(lambda: large() == 2 and requested().count({"CPU": 1, "GPU": 1}) >= 2, 60, "request")
     with closing(RayExecutor(machines.ray.address)):
         assert large() == 0
