@@ -312,7 +312,7 @@ def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
 
 
 def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stops_the_run(store, pool, monkeypatch):
-    from cluster import runner as module
+    from cluster import starter as module
 
     shunned: list[frozenset[str]] = []
 
@@ -335,12 +335,12 @@ def test_a_stage_whose_only_hosts_went_waits_for_others_and_then_stops_the_run(s
     runner = Runner(store, executor, needs_of=lambda stage: Needs(2), profile=PATIENCE)
     runner.want([rows(5, pool)])
     executor.capacity = lambda: Capacity((Host("here", 2, 1, draining=True), Host("small", 1, 1)))
-    runner._hosts = {"here": Host("here", 2, 1)}
+    runner._starter.hosts = {"here": Host("here", 2, 1)}
     runner.step(0.0)
     assert executor.jobs == []
     with pytest.raises(ClusterLost, match=r"no host for data .* \(2 GPUs\) came within 1 s"):
         step_for(runner, lambda: False)
-    runner._stuck_since, executor.capacity = None, lambda: Capacity((Host("new", 2, 1),))
+    runner._starter.stuck_since, executor.capacity = None, lambda: Capacity((Host("new", 2, 1),))
     runner.step(0.0)
     assert [job.hosts for job in executor.jobs] == [{"new": 2}]
 
@@ -355,7 +355,7 @@ def test_a_cluster_that_can_grow_is_told_what_waits_instead_of_an_error(store, p
 
 
 def test_a_host_that_ran_a_resident_is_named_to_the_scheduler(store, pool, monkeypatch):
-    from cluster import runner as module
+    from cluster import starter as module
 
     seen: list[Mapping[str, frozenset[str]]] = []
     monkeypatch.setattr(module, "place", lambda works, busy, capacity, cached: seen.append(cached) or place(works, busy, capacity, cached))
