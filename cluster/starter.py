@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cluster.costs import GpuTypes, Meter, gpu_types
-from cluster.executor import Capacity, Executor, Host, Needs
+from cluster.estimates import Estimates, described
+from cluster.executor import Capacity, Executor, Finished, Host, Needs
 from cluster.losses import Losses
 from cluster.needs import resident
 from cluster.nodes import Node, Running
@@ -16,6 +17,7 @@ from cluster.profile import Profile
 from cluster.resolver import contents_of
 from cluster.scheduler import Busy, Placement, Work, impossible, place
 from cluster.sources import offered
+from cluster.starts import Lanes
 from cluster.store import Artifact, Store
 from tasks.errors import ClusterLost, StudyError
 from tasks.stage import Input, Part, Request, Source, Stage, stage_of
@@ -34,6 +36,7 @@ class Starter:
         needs_of: Callable[[Stage], Needs],
         seconds: Callable[[Node], float],
         artifact: Callable[[Stage], Artifact | None],
+        estimates: Estimates,
     ) -> None:
         self._store, self._executor, self._profile, self._meter, self._losses = store, executor, profile, meter, losses
         self._needs_of, self._seconds, self._artifact = needs_of, seconds, artifact
@@ -43,6 +46,8 @@ class Starter:
         self._running: dict[str, Running] = {}
         self._cached: dict[str, set[str]] = {}
         self._ready_since: dict[str, float] = {}
+        self._estimates, self._lanes = estimates, Lanes()
+        self._starting: dict[str, tuple[str | None, int, bool]] = {}  # job -> how it starts (cluster.starts)
 
     def start(
         self,
@@ -70,6 +75,7 @@ class Starter:
             for key, node in ready.items()
         ]
         capacity = self._executor.capacity()
+        self._estimates.met(capacity)
         self._executor.expect([(work.needs, work.seconds) for work in works] + list(also))
         self._check_possible(works, ready, capacity, now)
         startable = {work.key: work for work in works if self._losses.may_start(work.key, now)}
@@ -102,14 +108,18 @@ class Starter:
     def _start_batch(self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float) -> dict[str, Path]:
         """Start as much of a batch as the meter lets; the attempts of those stages, in its order."""
         gpus = gpu_types(placement.hosts, capacity)
-        keys = self._affordable([ready[key] for key in placement.keys], gpus)
+        starting = next(iter(gpus), None), placement.needs.gpus, self._lanes.would_be_new(placement.hosts)
+        start_s = self._estimates.starts.seconds(*starting) if self._executor.processes else 0.0
+        keys = self._affordable([ready[key] for key in placement.keys], gpus, start_s)
         if not keys:
             return {}
         attempts = {key: self._store.begin(ready[key].stage.kind, key) for key in keys}
         memory_gb = self._memory_gb(gpus)
         batch = [self._request(ready[key], attempts[key], placement.needs.gpus, memory_gb) for key in keys]
         job = self._executor.submit(batch, placement.needs, placement.hosts)
-        seconds = sum(self._seconds(ready[key]) for key in keys)
+        seconds = start_s + sum(self._seconds(ready[key]) for key in keys)
+        self._lanes.start(job.id, placement.hosts)
+        self._starting[job.id] = starting
         self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
         self._meter.started(job, gpus, seconds)
         for host in placement.hosts:
@@ -118,10 +128,18 @@ class Starter:
             del self._ready_since[key]
         return attempts
 
-    def _affordable(self, batch: Sequence[Node], gpus: GpuTypes) -> list[str]:
+    def ended(self, finished: Finished, held_s: float) -> None:
+        """A job has ended that was started `held_s` ago: learn what it took beside its stages, if it got to all of them."""
+        self._lanes.end(finished.job.id)
+        starting = self._starting.pop(finished.job.id, None)
+        done = [report for report in finished.reports if report.error is None]
+        if starting is not None and self._executor.processes and len(done) == len(finished.job.keys):
+            self._estimates.starts.learn(*starting, held_s - sum(report.seconds for report in done))
+
+    def _affordable(self, batch: Sequence[Node], gpus: GpuTypes, start_s: float) -> list[str]:
         """As much of a batch, from its start, as the meter lets start."""
         keys: list[str] = []
-        seconds = 0.0
+        seconds = start_s
         for node in batch:
             seconds += self._seconds(node)
             if not self._meter.affords(gpus, seconds):
@@ -174,6 +192,7 @@ class Starter:
             cache_gb=self._store.cache_gb,
             memory_gb=memory_gb,
             checkpoint_every_s=self._profile.checkpoint_every_s,
+            load=described(self._estimates.load(node.stage)),
         )
         self._store.note(attempt, "request.json", request.to_json().encode())
         return request

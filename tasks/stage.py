@@ -154,6 +154,7 @@ class Request:
     zero_stage: int = 3
     memory_gb: float | None = None  # of each GPU; with it, a training without a micro-batch gets the largest that fits
     cache_gb: float = 100.0
+    load: Mapping[str, float] = field(default_factory=dict)  # its counted work (cluster.work), for the record
 
     @property
     def hashed(self) -> dict[str, Any]:
