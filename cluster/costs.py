@@ -55,10 +55,10 @@ def cost_of(provenance: Mapping[str, Any]) -> Cost:
     return Cost.of({provenance.get("gpu_type"): float(provenance.get("gpus", 0))}, float(provenance["seconds"]))
 
 
-def expected_cost(needs: Needs, seconds: float, profile: Profile) -> Cost:
-    """What a stage will cost before it is known where it runs: on the type that its labels name, else on the profile's dearest."""
+def expected_cost(needs: Needs, seconds: float, profile: Profile, gpu_type: str | None = None) -> Cost:
+    """What a stage will cost before it is known where it runs: on the type of its labels, else `gpu_type`, else the profile's dearest."""
     dearest = max(profile.gpus, key=lambda name: profile.gpus[name].usd_per_hour, default=None)
-    return Cost.of({named_type(needs) or dearest: needs.gpus}, seconds)
+    return Cost.of({named_type(needs) or gpu_type or dearest: needs.gpus}, seconds)
 
 
 def named_type(needs: Needs) -> str | None:

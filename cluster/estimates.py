@@ -4,6 +4,7 @@ A record says how many seconds a stage ran, on what, and what its work was. A st
 machine of its type (cluster.work), times the factor between measured and counted seconds of the nearest like that there is.
 """
 
+import itertools
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,8 @@ from tasks.specs import KINDS
 from tasks.stage import Stage
 
 REMEMBERED = 200  # the latest stages of a sort
+READ = 1000  # records of a kind; keys are hashes, so the first of them are a fair sample
+ENOUGH = 10  # applied adapters, to go by their share of distinct ones
 # What makes two stages of a kind alike, whatever their size; and what makes them more alike still.
 ALIKE: Mapping[str, tuple[str, ...]] = {
     "organism": ("size",),
@@ -46,13 +49,14 @@ class Estimates:
     def __init__(self, store: Store, gpu_type: str | None = None) -> None:
         self.gpu_type = gpu_type
         self.starts = Starts()
-        self.took: dict[str, float] = {}  # by key, of all that is in the store
+        self.took: dict[str, float] = {}  # by key, of what has been read
         self._factors: dict[Sort, dict[float, deque[float]]] = defaultdict(dict)  # sort -> counted seconds -> measured over counted
         self._plain: dict[Sort, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))  # of records that do not say their work
         self._loads: dict[str, Load] = {}
         self._known: dict[tuple[str, int, str | None], float] = {}
+        self._adapters: list[str] = []  # contents of applied adapters
         for kind in KINDS:
-            self.learn(store.all(kind))
+            self.learn(itertools.islice(store.all(kind), READ))
 
     def met(self, capacity: Capacity) -> None:
         """Take the commonest type of the cluster's GPUs for that of stages whose labels name none."""
@@ -72,6 +76,8 @@ class Estimates:
             said = artifact.provenance
             seconds, gpus, gpu_type = float(said.get("seconds", 0.0)), int(said.get("gpus", 0)), said.get("gpu_type")
             self.took[artifact.key] = seconds
+            if artifact.kind == "apply":
+                self._adapters.append(artifact.content)
             sorts = _sorts(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
             if "load" not in said:
                 for sort in sorts:
@@ -81,6 +87,11 @@ class Estimates:
                 for sort in sorts:
                     self._factors[sort].setdefault(_rounded(counted), deque(maxlen=REMEMBERED)).append(seconds / counted)
             self._known.clear()
+
+    @property
+    def distinct_adapters(self) -> float:
+        """The share of applied adapters that equal no earlier one: what a threshold gives anew. 1 where there are too few to tell."""
+        return len(set(self._adapters)) / len(self._adapters) if len(self._adapters) >= ENOUGH else 1.0
 
     def load(self, stage: Stage) -> Load:
         """A stage's counted work (cluster.work.load_of), remembered by lineage."""

@@ -38,7 +38,7 @@ class Flights:
     """Steps that are asked for together, as a search's points are: each group is the keys that it needs, own or shared.
 
     At most `window` groups are under way at once, of which a new one takes off when one has landed: any of them, or the oldest when
-    they land `in_turn`. Without a window one takes off whenever fewer GPUs are wanted than there are.
+    they land `in_turn`. Without a window one takes off while fewer GPUs are wanted than there are, and at most two groups for each GPU.
     """
 
     groups: Sequence[Sequence[str]]
@@ -246,7 +246,8 @@ class _Tower:
     def take_off(self, wanted_gpus: int) -> list[str] | None:
         """The keys that the next group adds; None when no group takes off now. `wanted_gpus` are those of all that runs or is ready."""
         window = self._flights.window
-        wide = bool(self._under_way) and wanted_gpus >= max(1, self._capacity.gpus)
+        gpus = max(1, self._capacity.gpus)
+        wide = bool(self._under_way) and (wanted_gpus >= gpus or len(self._under_way) >= 2 * gpus)
         full = wide if window is None else len(self._under_way) >= window
         group = None if full else next(self._waiting, None)
         if group is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 # Until the like has been measured: seconds on a new process, on a kept one, and of a gang. Measured on 2 cores: docs/costs.md.
 GUESS_NEW_S, GUESS_KEPT_S, GUESS_GANG_S = 8.0, 0.5, 23.0
+GUESS_CLUSTER_S = 4.0  # from the begin of a drive to its first job
 REMEMBERED = 200  # the latest jobs of a sort
 
 
@@ -46,6 +47,16 @@ class Starts:
     def __init__(self) -> None:
         self._seen: dict[tuple[str | None, int, bool], deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._medians: dict[tuple[str | None, int, bool], float] = {}
+        self._clusters: deque[float] = deque(maxlen=REMEMBERED)
+
+    def learn_cluster(self, seconds: float) -> None:
+        """A drive took so long until its first job had begun."""
+        self._clusters.append(seconds)
+
+    @property
+    def cluster_s(self) -> float:
+        """From the begin of a drive to its first job: joining a cluster, or starting one."""
+        return statistics.median(self._clusters) if self._clusters else GUESS_CLUSTER_S
 
     def learn(self, gpu_type: str | None, gpus: int, new: bool, seconds: float) -> None:
         """A job took so many seconds beside its stages. Less than none is a stage that ran elsewhere before, and says nothing."""

@@ -50,9 +50,12 @@ def estimates_of(home: Home) -> Estimates:
     dearest = max(home.profile.gpus, key=lambda name: home.profile.gpus[name].usd_per_hour, default=None)
     estimates = Estimates(home.store, None if dearest == "other" else dearest)
     for ledger in sorted((home.root / "studies").glob(f"*/{NAME}")):
-        for job in read_jobs(ledger.parent):
+        jobs = list(read_jobs(ledger.parent))
+        for drive in sorted({job.drive for job in jobs if not job.id.startswith("inline")}):
+            estimates.starts.learn_cluster(min(job.start_s for job in jobs if job.drive == drive))
+        for job in jobs:
             if job.id.startswith("inline") or not all(key in estimates.took for key in job.keys):
                 continue  # without a process of its own, or with stages that came to nothing
             seconds = job.end_s - job.start_s - sum(estimates.took[key] for key in job.keys)
-            estimates.starts.learn(next(iter(job.gpus), None), sum(job.gpus.values()), job.new, seconds)
+            estimates.starts.learn(next(iter(job.gpus), None), sum(job.hosts.values()), job.new, seconds)
     return estimates
