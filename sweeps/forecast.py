@@ -167,11 +167,19 @@ def _adapter(point: Point) -> tuple[tuple[str, object], ...]:
 
 
 def _wall_s(trace: Trace, estimates: Estimates, more_gpu_s: float) -> float | None:
-    """The simulated part's time; for the rest, its GPU time at the same use of the same GPUs."""
+    """The simulated part's time; for the rest, its GPU time at the pace of that part's middle, without its begin and its end."""
     if trace.never:
         return None
-    at_work = max(1e-9, trace.utilisation * trace.capacity.gpus)
-    return (estimates.starts.cluster_s if trace.spans else 0.0) + trace.makespan_s + max(0.0, more_gpu_s) / at_work
+    ends = [(span.end_s, (span.end_s - span.start_s) * sum(span.hosts.values())) for span in trace.spans]
+    whole, done, marks = sum(gpu_s for _, gpu_s in ends), 0.0, list[float]()
+    for end_s, gpu_s in ends:  # in the order in which they ended
+        done += gpu_s
+        if whole > 0 and done >= (1 + 2 * len(marks)) / 4 * whole and len(marks) < 2:
+            marks.append(end_s)
+    middle_s = marks[1] - marks[0] if len(marks) == 2 else 0.0
+    pace = whole / 2 / middle_s if middle_s > 0 else max(1, trace.capacity.gpus)
+    joining_s = estimates.starts.cluster_s if trace.spans else 0.0
+    return joining_s + trace.makespan_s + max(0.0, more_gpu_s) / min(pace, max(1, trace.capacity.gpus))
 
 
 def _never(step: Step, capacity: Capacity) -> str:
