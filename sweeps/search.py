@@ -29,7 +29,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 REDRAWS = 8
 _DIRECTIONS = {"maximise": optuna.study.StudyDirection.MAXIMIZE, "minimise": optuna.study.StudyDirection.MINIMIZE}
-REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial number
+REASON, NOT_A_POINT, SAME_AS = "reason", "not_a_point", "same_as"  # study attributes, by trial number
 SETTINGS = "settings"  # ... of the whole
 
 
@@ -51,12 +51,16 @@ class Searcher(Protocol):
     def tell(self, number: int, result: Result) -> None:
         """Record what became of a point: its objectives, or the reason it failed."""
 
+    def amend(self, number: int, result: Result) -> None:
+        """What a point that was told before measured over more seeds: the search goes by it; the storage keeps what was told."""
+
 
 class OptunaSearcher:
     """Every sampler of a study file, over Optuna's storage. Make one driver's worth at a time: see Home.driving."""
 
-    def __init__(self, study: Study, storage: Storage) -> None:
-        self.study = study
+    def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
+        """`begun_as` is a digest of the settings that the study had before it was widened."""
+        self.study, self._begun_as = study, begun_as
         self._limit = limit(study)
         self._optuna = optuna.create_study(
             storage=_opened(storage),
@@ -72,7 +76,7 @@ class OptunaSearcher:
         """Another home may have begun the study in a shared database: with the same settings, or its points are not ours."""
         own = digest(lasting(self.study.model_dump(mode="json")))
         before = self._optuna.user_attrs.get(SETTINGS)
-        if before is None:
+        if before is None or (before != own and before == self._begun_as):
             self._optuna.set_user_attr(SETTINGS, own)
         elif before != own:
             raise StudyError(
@@ -119,11 +123,16 @@ class OptunaSearcher:
     def tell(self, number: int, result: Result) -> None:
         trial = self._accepted()[number].number
         if result.status == "done":
+            if result.same_as is not None:
+                self._optuna.set_user_attr(f"{SAME_AS}:{trial}", result.same_as)
             self._optuna.tell(trial, [result.metrics[name].value for name in self.study.objectives])
         else:
             # Without a state, a trial that lacks an objective would stay RUNNING, and constant_liar would avoid its place.
             self._optuna.set_user_attr(f"{REASON}:{trial}", result.reason)
             self._optuna.tell(trial, state=TrialState.FAIL)
+
+    def amend(self, number: int, result: Result) -> None:
+        return None
 
     def _accepted(self) -> list[FrozenTrial]:
         """The trials that are points of the study: no duplicates, nothing cut off while it was being asked."""
