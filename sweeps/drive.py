@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from cluster.executor import Executor
 from cluster.runner import Failure, Runner
 from sweeps.home import Home
+from sweeps.knowledge import Knowledge
 from sweeps.outcome import result_of
 from sweeps.outlook import Outlook
 from sweeps.plan import Planner
 from sweeps.points import Point, Result, StageName
 from sweeps.racing import rivals_of, standing
-from sweeps.search import OptunaSearcher, Searcher, check_written_points, limit, reaching
+from sweeps.search import WAIT, OptunaSearcher, Searcher, check_written_points, limit, reaching
 from sweeps.spending import Spending, require_prices, spending
 from sweeps.storage import Hold
 from sweeps.study import Study
@@ -102,12 +103,17 @@ def _loop(progress: Progress, searcher: OptunaSearcher, hold: Hold, watch: Watch
     progress.told = searcher.told()
     flights = deque(Flight(number, point, planner.stages_for(point)) for number, point in searcher.in_flight())
     outlook = Outlook(planner, runner, progress.spending)
+    knowledge = Knowledge(planner, runner)
     exhausted = False
     while True:
+        waiting = False
         grounded = None if runner.draining else _take_off_in_turn(flights, runner, outlook)
         while not exhausted and not runner.draining and grounded is None and len(flights) < study.search.window:
             hold.check()
-            asked = searcher.ask()
+            asked = searcher.ask(knowledge)
+            if asked is WAIT:
+                waiting = True
+                break
             if asked is None:
                 exhausted = True
             else:
@@ -128,7 +134,7 @@ def _loop(progress: Progress, searcher: OptunaSearcher, hold: Hold, watch: Watch
                         _ask_more(study, flight, runner, done)
         # One at a time: the next proposal is to see exactly this result more than the one before it did. None while nothing is
         # asked, draining or for want of budget: the next run lands them from the store.
-        in_turn = exhausted or len(flights) == study.search.window
+        in_turn = exhausted or waiting or len(flights) == study.search.window
         if in_turn and not again and not runner.draining and _landing(flights, runner):
             hold.check()
             done.append(_land(study, flights.popleft(), searcher, runner, done))
