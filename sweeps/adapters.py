@@ -57,6 +57,7 @@ class Adapters:
         self._unknown: dict[Point, Adapter] = {}
         self._open: dict[Point, Adapter] = {}
         self._like: dict[str, list[Cosines]] = {}
+        self._guesses = {model: _even(unmeasured(study, model, GUESSES), GUESSES) for model in study.models}
         self._space: dict[str, list[Point] | None] = {model: _listed(study, model) for model in study.models}
 
     def asked(self, entry: Entry) -> None:
@@ -101,11 +102,14 @@ class Adapters:
         if adapter is not None and adapter.cosines is not None:
             mask = mask_of(self._study, values, adapter.cosines)
             return 1.0 if mask is None else share(mask, adapter.cosines)
-        like = self._like.get(point.model) or [cosines for each in self._like.values() for cosines in each]
+        return self._guessed(point.model, values)
+
+    def _guessed(self, model: str, values: dict[str, Value]) -> float:
+        like = self._like.get(model) or [cosines for each in self._like.values() for cosines in each]
         masks = [(mask, cosines) for cosines in like[-LIKE:] if (mask := mask_of(self._study, values, cosines)) is not None]
         if masks:
             return float(np.mean([share(mask, cosines) for mask, cosines in masks]))
-        return _share_of_nothing(self._study, point.model, values)
+        return _share_of_nothing(self._study, model, values)
 
     def further(self, known: Knowledge, k: int) -> list[Candidate]:
         """Masks that were not asked for, of adapters that exist."""
@@ -121,7 +125,7 @@ class Adapters:
             if adapter.failed:
                 continue
             projects = any(_projects(self._study, values) for values in adapter.asked)
-            for values in self._guesses(adapter.point.model):
+            for values in self._guesses[adapter.point.model]:
                 if values not in adapter.asked and not (projects and _projects(self._study, values)):
                     point = _with(adapter.point, values)
                     found.append(Candidate(point, self.share_of(point), known.work(point).measure, adapter.point))
@@ -132,16 +136,12 @@ class Adapters:
         found = []
         for model in self._study.models:
             count = max(6, FRESH // len(self._study.models))
+            guesses = {round(self._guessed(model, values), 6): values for values in reversed(self._guesses[model])}
             for adapter in self._new(model, k, count, [point for point in near if point.model == model]):
-                work, seen = known.work(adapter), set()
-                train = 0.0 if training_of(adapter) in self._trainings else work.train
-                for values in self._guesses(model):
-                    point = _with(adapter, values)
-                    portion = round(self.share_of(point), 6)
-                    if portion not in seen:
-                        seen.add(portion)
-                        cost = train + work.project + work.measure
-                        found.append(Candidate(point, portion, cost, adapter, fresh=True, measure=work.measure))
+                work = known.work(adapter)
+                cost = (0.0 if training_of(adapter) in self._trainings else work.train) + work.project + work.measure
+                for portion, values in guesses.items():
+                    found.append(Candidate(_with(adapter, values), portion, cost, adapter, fresh=True, measure=work.measure))
         return found
 
     def _considered(self, k: int) -> list[Adapter]:
@@ -173,12 +173,6 @@ class Adapters:
             if point not in self.by_point:
                 found.setdefault(point)
         return list(found)[:count]
-
-    def _guesses(self, model: str) -> list[dict[str, Value]]:
-        listed = unmeasured(self._study, model, GUESSES)
-        if len(listed) <= GUESSES:
-            return listed
-        return [listed[index] for index in sorted({round(x) for x in np.linspace(0, len(listed) - 1, GUESSES)})]
 
     def _take(self, adapter: Adapter, values: Mapping[str, Value]) -> None:
         mask = mask_of(self._study, values, adapter.cosines or ())
@@ -249,6 +243,11 @@ def _spread(items: Sequence[tuple[Mask, dict[str, Value]]], count: int, k: int) 
         return list(items)
     step = len(items) / count
     return [items[int((n + (k * 0.618) % 1.0) * step) % len(items)] for n in range(count)]
+
+
+def _even(items: list[dict[str, Value]], count: int) -> list[dict[str, Value]]:
+    """At most `count` items, evenly spaced, the first and the last among them."""
+    return items if len(items) <= count else [items[index] for index in sorted({round(x) for x in np.linspace(0, len(items) - 1, count)})]
 
 
 def _rng(study: Study, k: int, what: str) -> np.random.Generator:

@@ -104,9 +104,17 @@ def spread(boxes: tuple[Array, Array], count: int) -> tuple[Array, float]:
     return found, float(volumes_B.sum()) / count
 
 
-def expected_joint_gain(samples_SCM: Array, points_UM: Array, volume: float) -> float:
-    """The expected gain of C candidates measured together, from S joint samples of them, over points that `spread` made."""
+def expected_joint_gains(samples_SCM: Array, points_UM: Array, volume: float) -> Array:
+    """The expected gain of the first one, two, ... C candidates measured together, as (C,), over points that `spread` made.
+
+    `samples_SCM` are S joint samples of the candidates.
+    """
     reached_SU = np.zeros((samples_SCM.shape[0], points_UM.shape[0]), dtype=bool)
+    gain_C = np.zeros(samples_SCM.shape[1])
     for candidate in range(samples_SCM.shape[1]):
-        reached_SU |= (samples_SCM[:, candidate, None, :] >= points_UM[None]).all(axis=2)
-    return float(reached_SU.mean(axis=0).sum()) * volume
+        new_SU = samples_SCM[:, candidate, None, 0] >= points_UM[None, :, 0]
+        for objective in range(1, samples_SCM.shape[2]):
+            new_SU &= samples_SCM[:, candidate, None, objective] >= points_UM[None, :, objective]
+        reached_SU |= new_SU
+        gain_C[candidate] = reached_SU.mean(axis=0).sum() * volume
+    return gain_C

@@ -17,7 +17,7 @@ from scipy.special import ndtr
 
 from sweeps.adapters import Adapters, Candidate, drawn
 from sweeps.features import Features
-from sweeps.gain import Array, expected_gain, expected_joint_gain, frontier, gains_of, spread, undominated
+from sweeps.gain import Array, expected_gain, expected_joint_gains, frontier, gains_of, spread, undominated
 from sweeps.knowledge import Knowledge, adapter_of
 from sweeps.points import Point
 from sweeps.samplers import chosen
@@ -26,10 +26,11 @@ from sweeps.study import Study
 from sweeps.surrogate import FITTED_ON, KNOWS, Belief, believed, fit_at, fitted
 from sweeps.trials import Entry
 
-SAMPLES, EVENLY = 24, 256  # joint draws of a new adapter's thresholds; points that their gain is counted over
-BUNDLES, BUNDLED = (2, 4, 8), 8  # thresholds of a new adapter that are looked at together; adapters that are looked at so
+SAMPLES, EVENLY = 16, 128  # joint draws of a new adapter's thresholds; points that their gain is counted over
+BUNDLES, BUNDLED = (2, 4, 6), 8  # thresholds of a new adapter that are looked at together; adapters that are looked at so
 LISTED, POOL = 4096, 256  # points of a space that `gp` writes out; candidates that it looks at
 TIE = 1e-9
+NEAR = 0.05  # proposals that promise as much but for this share are as good: the seed decides
 REFUSAL_FLOOR = "refusal_floor"
 BELIEVED = 1e-4  # variance of what is in flight and counts as measured
 
@@ -73,8 +74,9 @@ class StageAware:
             own = [index for index, each in enumerate(candidates) if each.point.model == model]
             if own:
                 worth_C[own] = self._worth(model, [candidates[index] for index in own], taught, k)
-        best = max(range(len(candidates)), key=lambda index: (worth_C[index], candidates[index].point.id))
-        return candidates[best].point, True
+        near = [candidates[index].point for index in np.flatnonzero(worth_C >= (1 - NEAR) * worth_C.max())]
+        rng = np.random.default_rng((self.study.search.seed, k))
+        return near[int(rng.integers(len(near)))], True
 
     def _follow(self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge) -> None:
         """Take in what was asked for, told and measured since the last time."""
@@ -150,7 +152,7 @@ class StageAware:
             believed_PM.append(liar_P)
         mean_CM, sd_CM = np.array([each.mean_C for each in beliefs]).T, np.array([each.sd_C for each in beliefs]).T
         of_size = [n for n, point in enumerate(pending) if point.model == model]
-        lies_PM = np.array(believed_PM).T.reshape(len(pending), -1)[of_size][:, : self._metrics]
+        lies_PM = np.stack(believed_PM, axis=1)[of_size][:, : self._metrics]
         boxes = undominated(np.concatenate([self._front(model), np.clip(lies_PM, 0.0, 1.0)]))
         holds_C = np.ones(len(candidates))
         if self._floor:
@@ -164,31 +166,22 @@ class StageAware:
         points_UM, volume = spread(boxes, EVENLY)
         for adapter in first:
             own = sorted(groups[adapter], key=lambda index: -worth_C[index])
-            together = max((self._bundle(beliefs, own[:size], candidates, points_UM, volume, holds_C, k) for size in BUNDLES), default=0.0)
-            worth_C[own[0]] = max(worth_C[own[0]], together)
+            gain_B = self._together(beliefs, own, points_UM, volume, k) * float(holds_C[own].max())
+            opened = candidates[own[0]]
+            costs_B = [opened.cost + opened.measure * (len(own[:size]) - 1) for size in BUNDLES]
+            worth_C[own[0]] = max(worth_C[own[0]], *(gain_B / np.array(costs_B)))
         return worth_C / len(self.study.models)
 
-    def _bundle(
-        self,
-        beliefs: Sequence[Belief],
-        own: Sequence[int],
-        candidates: Sequence[Candidate],
-        points_UM: Array,
-        volume: float,
-        holds_C: Array,
-        k: int,
-    ) -> float:
-        """Expected gain for the cost of a new adapter at several thresholds together."""
-        rng = np.random.default_rng((self.study.search.seed, k, len(own)))
+    def _together(self, beliefs: Sequence[Belief], own: Sequence[int], points_UM: Array, volume: float, k: int) -> Array:
+        """Expected gain of a new adapter's first so many thresholds together, for each of BUNDLES."""
+        rng = np.random.default_rng((self.study.search.seed, k))
         samples = []
         for belief in beliefs[: self._metrics]:
-            covariance = belief.covariance_CC[np.ix_(own, own)] + 1e-9 * np.eye(len(own))
-            values, vectors = np.linalg.eigh(covariance)
+            values, vectors = np.linalg.eigh(belief.covariance_CC[np.ix_(own, own)])
             root = vectors * np.sqrt(np.maximum(values, 0.0))
             samples.append(belief.mean_C[own] + rng.standard_normal((SAMPLES, len(own))) @ root.T)
-        gain = expected_joint_gain(np.stack(samples, axis=2), points_UM, volume) * float(holds_C[own].max())
-        first = candidates[own[0]]
-        return gain / (first.cost + first.measure * (len(own) - 1))
+        gains_C = expected_joint_gains(np.stack(samples, axis=2), points_UM, volume)
+        return gains_C[[min(size, len(own)) - 1 for size in BUNDLES]]
 
     @cached_property
     def _shared(self) -> bool:
