@@ -22,6 +22,7 @@ from sweeps.search import WAIT, OptunaSearcher, Searcher, check_written_points, 
 from sweeps.spending import Spending, require_prices, spending
 from sweeps.storage import Hold
 from sweeps.study import Study
+from sweeps.warm import lessons
 from tasks.errors import StudyError
 from tasks.specs import KINDS
 from tasks.stage import Stage
@@ -83,6 +84,8 @@ def drive(
         require_prices(study, home.profile)
         home.freeze(study)
         searcher = OptunaSearcher(study, storage)
+        for name, found in lessons(study, home).items():
+            searcher.teach(name, found)
         with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:

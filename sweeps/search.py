@@ -17,7 +17,7 @@ from sweeps.samplers import Drawn, OptunaSampler
 from sweeps.space import check_written_points, finite, limit, listed, space
 from sweeps.storage import Storage
 from sweeps.study import Study
-from sweeps.trials import NOT_A_POINT, Entry, Trials, reaching, read
+from sweeps.trials import GPU_HOURS, NOT_A_POINT, REFUSAL_FLOOR, Entry, Trials, reaching, read
 from tasks.errors import StudyError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ __all__ = [
     "reaching",
     "space",
 ]
-REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # constraints, as Optuna's storage calls them
 
 
 class Wait(Enum):

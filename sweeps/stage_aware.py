@@ -24,14 +24,13 @@ from sweeps.samplers import chosen
 from sweeps.space import finite, space
 from sweeps.study import Study
 from sweeps.surrogate import FITTED_ON, KNOWS, Belief, believed, fit_at, fitted
-from sweeps.trials import Entry
+from sweeps.trials import REFUSAL_FLOOR, Entry
 
 SAMPLES, EVENLY = 16, 128  # joint draws of a new adapter's thresholds; points that their gain is counted over
 BUNDLES, BUNDLED = (2, 4, 6), 8  # thresholds of a new adapter that are looked at together; adapters that are looked at so
 LISTED, POOL = 4096, 256  # points of a space that `gp` writes out; candidates that it looks at
 TIE = 1e-9
 NEAR = 0.05  # proposals that promise as much but for this share are as good: the seed decides
-REFUSAL_FLOOR = "refusal_floor"
 BELIEVED = 1e-4  # variance of what is in flight and counts as measured
 
 

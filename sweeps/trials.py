@@ -31,6 +31,7 @@ REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial numb
 SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # ... of the whole
 ERRORS, TAUGHT_BY, DRAWN = "standard_errors", "taught_by", "drawn"  # trial attributes
 MODEL = "model"
+REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # constraints, as Optuna keeps them
 State = Literal["running", "done", "failed"]
 _STATES: Mapping[TrialState, State] = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed", TrialState.RUNNING: "running"}
 DIRECTIONS = {"maximise": optuna.study.StudyDirection.MAXIMIZE, "minimise": optuna.study.StudyDirection.MINIMIZE}
