@@ -31,7 +31,8 @@ from tests.benchmarks.surfaces import Made, Surface, Table, everything
 from tests.sweeps.made import WHOLE, study
 
 SAMPLERS = ("stage_aware", "tpe", "nsga2", "random")
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the whole space's cost
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the whole space's cost
+UNTIL = 0.2  # of a large space's; a grid that was run is spent whole
 REACHED = 0.95  # of the whole space's hypervolume
 WINDOW = 4
 AXES = {"train.rank": [2, 4, 8, 16, 32, 64], "data.size": [64, 256, 1024, 4096], "train.learning_rate": [1e-5, 1e-4, 3e-4, 1e-3],
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     parser.add_argument("--study", default="quickstart")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--only", choices=("grid", "formula", "family"), help="part of it; writes nothing")
     given = parser.parse_args()
     surfaces: dict[str, Surface] = {}
     if given.home is not None:
@@ -61,8 +63,9 @@ def main() -> None:
         surfaces["formula"] = formula(Path(folder), ["7b"])
         for name, surface in surfaces.items():
             for sampler in SAMPLERS:
-                runs = [drive(surface, sampler, seed, Path(folder)) for seed in range(given.seeds)]
-                rows.append(row(name, sampler, surface, runs))
+                until = UNTIL if isinstance(surface, Made) else 1.0
+                runs = [drive(surface, sampler, seed, Path(folder), until) for seed in range(given.seeds)]
+                rows.append(row(name, sampler, surface, runs, until))
                 costs[name, sampler] = rows[-1]["cost_to_95"]
                 print(table(rows[-1:], COLUMNS), flush=True)
         rows += family(Path(folder), given.seeds)
@@ -85,16 +88,16 @@ def family(folder: Path, seeds: int) -> list[dict[str, Any]]:
     """Three sizes in one study, each with a frontier of its own: what transfer and a warm start by the smallest are worth."""
     surface = formula(folder, ["7b", "13b", "70b"])
     small = formula(folder, ["7b"])
-    taught = [lesson(small, drive(small, "stage_aware", seed, folder, until=0.1), seed, folder) for seed in range(seeds)]
+    taught = [lesson(small, drive(small, "stage_aware", seed, folder, UNTIL / 2), seed, folder) for seed in range(seeds)]
     ways: dict[str, list[list[Step]]] = {
-        "stage_aware, sizes apart": [drive(surface, "stage_aware", seed, folder, until=0.2) for seed in range(seeds)],
-        "stage_aware, transfer": [drive(surface, "stage_aware", seed, folder, until=0.2, transfer=True) for seed in range(seeds)],
+        "stage_aware, sizes apart": [drive(surface, "stage_aware", seed, folder, UNTIL) for seed in range(seeds)],
+        "stage_aware, transfer": [drive(surface, "stage_aware", seed, folder, UNTIL, transfer=True) for seed in range(seeds)],
         "stage_aware, transfer, warm start by 7b": [
-            drive(surface, "stage_aware", seed, folder, until=0.2, transfer=True, taught=taught[seed]) for seed in range(seeds)
+            drive(surface, "stage_aware", seed, folder, UNTIL, transfer=True, taught=taught[seed]) for seed in range(seeds)
         ],
-        "tpe": [drive(surface, "tpe", seed, folder, until=0.2) for seed in range(seeds)],
+        "tpe": [drive(surface, "tpe", seed, folder, UNTIL) for seed in range(seeds)],
     }
-    return [row("formula, three sizes", way, surface, runs) for way, runs in ways.items()]
+    return [row("formula, three sizes", way, surface, runs, UNTIL) for way, runs in ways.items()]
 
 
 def lesson(surface: Surface, steps: Sequence[Step], seed: int, folder: Path) -> list[Entry]:
@@ -112,7 +115,7 @@ def searched(surface: Surface, sampler: Any, seed: int, transfer: bool) -> Study
 
 
 def drive(
-    surface: Surface, sampler: str, seed: int, folder: Path, until: float = 1.0, transfer: bool = False, taught: Sequence[Entry] = ()
+    surface: Surface, sampler: str, seed: int, folder: Path, until: float, transfer: bool = False, taught: Sequence[Entry] = ()
 ) -> list[Step]:
     """Ask and tell until `until` of the whole space's cost is spent, or nothing is left."""
     found = searched(surface, sampler, seed, transfer)
@@ -175,9 +178,9 @@ def whole_cost(surface: Surface) -> float:
     return _COST[id(surface)]
 
 
-def row(name: str, sampler: str, surface: Surface, runs: Sequence[Sequence[Step]]) -> dict[str, Any]:
+def row(name: str, sampler: str, surface: Surface, runs: Sequence[Sequence[Step]], until: float) -> dict[str, Any]:
     found: dict[str, Any] = {"surface": name, "sampler": sampler, "seeds": len(runs)}
-    for share in SHARES:
+    for share in (share for share in SHARES if share <= until):
         at = [max((step.hypervolume for step in steps if step.spent <= share * whole_cost(surface)), default=0.0) for steps in runs]
         found[f"at {share:.0%}"] = interval([value / best(surface) for value in at])
     reached = [next((step.spent for step in steps if step.hypervolume >= REACHED * best(surface)), math.inf) for steps in runs]
