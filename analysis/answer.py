@@ -175,9 +175,7 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
     said = [f"Of {len(results)} points, {' and '.join(parts)}; no number here includes them."] if parts else []
     same = sum(result.same_as is not None for result in results)
     if same:
-        said.append(
-            f"{same} points project the same modules as an earlier one and count once on the frontier."
-        )
+        said.append(f"{same} points project the same modules as an earlier one and count once on the frontier.")
     return said
 
 

@@ -14,16 +14,18 @@ from cluster.nodes import Failure
 from cluster.runner import Runner
 from sweeps.flights import Flight, compares, first_grounded, has_room, queued_gpus
 from sweeps.home import Home
+from sweeps.knowledge import Knowledge
 from sweeps.outcome import fingerprint, of_seeds, result_of, stages_or_refusal
 from sweeps.outlook import Outlook
 from sweeps.plan import Planner
 from sweeps.points import REFUSED, Point, Result
 from sweeps.replicates import seeds_needed, seeds_of
-from sweeps.search import OptunaSearcher, check_written_points, limit, reaching
+from sweeps.search import OptunaSearcher, Wait, check_written_points, limit, reaching
 from sweeps.spending import Spending, Stopped, require_prices, spending
 from sweeps.stopping import Gains, rule_of
 from sweeps.storage import Hold
 from sweeps.study import Study
+from sweeps.warm import lessons
 from tasks.errors import StudyError
 from tasks.stage import Stage
 
@@ -71,8 +73,10 @@ def drive(
         check_written_points(study)
         require_prices(study, home.profile)
         # The database learns of a wider study first: a driver that is killed in between finds the old one here, and widens it again.
-        searcher = OptunaSearcher(study, storage, home.begun_as(study, extend))
+        searcher = OptunaSearcher(study, storage, study.search.order == "in_turn", home.begun_as(study, extend))
         home.freeze(study, extend)
+        for name, found in lessons(study, home).items():
+            searcher.teach(name, found)
         with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:
@@ -92,6 +96,7 @@ class _Drive:
         self.in_turn = self.study.search.order == "in_turn"
         self.outlook = Outlook(self.planner, self.runner, progress.spending)
         self.baselines = [stage for suites in self.planner.baselines().values() for stage in suites.values()]
+        self.knowledge = Knowledge(self.planner, self.runner)
         self.flights: list[Flight] = []
         self.again: list[Flight] = []
         self.more: list[Flight] = []
@@ -131,6 +136,8 @@ class _Drive:
                 runner.draining, progress.stopped, progress.by = True, "stopped on request", "request"
             if runner.draining and not runner.running:
                 break
+            if self.waiting and not (self.flights or self.again or self.more) and all(map(runner.settled, self.baselines)):
+                raise RuntimeError("the search waits for a point, and none is under way")
             if runner.starved or (self.grounded is not None and runner.idle):
                 said = self._told_of_budget()
                 self.ended = Stopped(said, "budget", points=progress.told)
@@ -154,9 +161,9 @@ class _Drive:
         self.grounded = None if self.runner.draining else first_grounded([*self.more, *self.flights], self.runner, self.outlook.affords)
         while self._may_ask():
             self.hold.check()
-            asked = self.searcher.ask()
-            if asked is None:
-                self.exhausted = True
+            asked = self.searcher.ask(self.knowledge)
+            if asked is None or isinstance(asked, Wait):
+                self.exhausted, self.waiting = asked is None, asked is not None
                 return
             flight = self._flight(*asked)
             self.flights.append(flight)

@@ -59,6 +59,11 @@ def seeds_of(result: Result) -> int:
     return min((max(1, len(metric.seeds)) for metric in result.metrics.values()), default=0)
 
 
+def error_of(metric: Metric) -> float:
+    """The standard error of a point's mean over its seeds, from this point alone."""
+    return pooled_noise([_taken(metric, max(1, len(metric.seeds)))]) / math.sqrt(max(1, len(metric.seeds)))
+
+
 def standard_errors(study: Study, results: Sequence[Result]) -> dict[int, tuple[float, ...]]:
     """Number -> the standard error of each objective's mean over the seeds of a finished point, as seeds_needed counts with it."""
     found: dict[int, tuple[float, ...]] = {}

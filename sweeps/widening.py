@@ -79,6 +79,8 @@ def _search(before: _Dump, after: _Dump) -> Iterator[str]:
     old, new = before["search"], after["search"]
     if new["points"] is not None and (old["points"] is None or new["points"] < old["points"]):
         yield f"search.points: {new['points']} is fewer than {old['points'] or 'the whole space'}"
+    if new["sampler"] == "list" != old["sampler"]:
+        yield "search.sampler: 'list' would leave the points out that are there; give further points as values of the axes"
     yield from _begins("search.list", old["list"], new["list"])
     for name in sorted({*old, *new} - {"points", "list", *CHOOSING}):
         yield from _same("search", {name: old.get(name)}, {name: new.get(name)})
