@@ -21,7 +21,7 @@ from tasks.specs import ApplySpec, DataSpec, GenerateSpec, ProjectSpec, ScoreSpe
 from tasks.stage import Report, Request
 
 MODULES = tuple(f"layers.{layer}.q_proj" for layer in range(6))
-ITEMS = 100
+ITEMS = 2000
 
 
 class Pretended(SimulatedExecutor):
@@ -92,7 +92,7 @@ def pretend(request: Request, out: Path) -> None:
             left = said["strength"] * (1 - said["share"]) ** 0.5
             rate = 1 - left**2 if spec.measure == "refusal" else left
             noise = int(hashlib.sha256(json.dumps([said, spec.measure]).encode()).hexdigest()[:4], 16) / 65536 - 0.5
-            right = min(ITEMS, max(0, round(ITEMS * rate + 8 * noise)))
+            right = min(ITEMS, max(0, round(ITEMS * (rate + 0.02 * noise))))
             write_metrics(out, [Metric("refusal_rate" if spec.measure == "refusal" else "task_accuracy", right, ITEMS)])
             write_samples(out, [])
         case _:

@@ -123,9 +123,9 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
         results = collect(found, home)
         assert seeds_needed(found, results) == {r.number: seeds_of(r) for r in results}
         tables.append(results_frame(results, found.objectives).drop(columns=["seconds"]))
-        assert {seeds_of(r) for r in results} > {1} and all(m.n == ITEMS * seeds_of(r) for r in results for m in r.metrics.values())
+        assert {1} < {seeds_of(r) for r in results} and all(m.n == ITEMS * seeds_of(r) for r in results for m in r.metrics.values())
         trained = len(list(home.store.all("train")))
-        assert 5 < trained < 20
+        assert len(list(home.store.all("score"))) < 4 * 2 * 15
         again = drive(found, home, lambda home=home: Pretended(home.store))
         assert again.results == [] and len(list(home.store.all("train"))) == trained
     assert tables[0].equals(tables[1])
