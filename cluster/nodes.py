@@ -14,11 +14,15 @@ State = Literal["waiting", "ready", "running", "done", "failed"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage has no artifact. `command` reproduces it in one process; `inherited` when the fault lay further up."""
+    """Why a stage has no artifact. `command` reproduces it in one process; `inherited` when the fault lay further up.
+
+    `refused` says that data or a model was not what the stage can take: nothing went wrong on the way.
+    """
 
     reason: str
     command: str = ""
     inherited: bool = False
+    refused: bool = False
 
 
 @dataclass

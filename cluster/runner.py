@@ -8,6 +8,7 @@ is killed leaves nothing that another would have to clean up before continuing.
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,13 +24,14 @@ from cluster.profile import Profile
 from cluster.resolver import contents_of
 from cluster.starter import Starter
 from cluster.store import Artifact, Store
-from tasks.errors import Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError
+from tasks.errors import DataError, Differs, DiskFull, EbblineError, EndpointDown, Incomplete, ModelError, StoreError
 from tasks.identity import digest
-from tasks.stage import Part, Stage, key_payload, stage_of
+from tasks.stage import Part, Report, Stage, key_payload, stage_of
 
 __all__ = ["Failure", "Node", "Runner"]
 HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a running stage's progress and record are looked up: in a bucket, in a folder
-NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, StoreError, Incomplete, Differs)}
+REFUSALS = (DataError.__name__, ModelError.__name__)
+NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, Incomplete, Differs)}
 
 
 class Runner:
@@ -53,6 +55,7 @@ class Runner:
         self._again: set[str] = set()  # keys with a record whose dropped files are being made again
         self._heard: dict[Path, tuple[float, dict[str, Any]]] = {}
         self._losses = Losses(self.profile.tries, self.profile.backoff_s)
+        self._shut_out = Counter[str]()  # how often the store could not be used from the place of a stage, by its key
         self._listened = self._looked = float("-inf")
         self._needs_of = needs_of or default_needs
         self._starter = Starter(
@@ -159,7 +162,7 @@ class Runner:
                 if broken is not None:
                     above = self.nodes[broken.lineage].failure or Failure("")
                     reason = above.reason if above.inherited else f"needs {broken.kind}, which failed: {above.reason}"
-                    node.state, node.failure = "failed", Failure(reason, above.command, inherited=True)
+                    node.state, node.failure = "failed", Failure(reason, above.command, inherited=True, refused=above.refused)
                     changed = True
                     continue
                 contents = contents_of(node.stage, self.artifact)
@@ -247,10 +250,13 @@ class Runner:
         # A lost batch was lost by the stage it was at, not by those behind it.
         charged = any(report.error for report in finished.reports)
         loss = finished.lost or Loss("no report")
-        full = [report for report in finished.reports if report.error_type == DiskFull.__name__]
-        if full and self.store.cache is not None:  # the disk of that machine, not the store's
-            reports = {key: report for key, report in reports.items() if report not in full}
-            charged, loss = False, Loss(str(full[0].error), "place")
+        # What one worker cannot read or write, another may: its network, its clock, its disk (with a bucket; else it is the store's).
+        there = {StoreError.__name__, *([DiskFull.__name__] if self.store.cache is not None else [])}
+        shut_out = [report for report in finished.reports if report.error_type in there]
+        if shut_out:
+            self._check_store(shut_out[0])
+            reports = {key: report for key, report in reports.items() if report not in shut_out}
+            charged, loss = False, Loss(str(shut_out[0].error), "place")
         for key in finished.job.keys:
             nodes = self._by_key[key]
             artifact = self._made(nodes[0].stage.kind, key)
@@ -262,7 +268,7 @@ class Runner:
             elif report is not None and report.error_type is not None and report.error_type in NO_FAULT:
                 raise NO_FAULT[report.error_type](str(report.error))  # a point that fails stays failed, and this is no fault of it
             elif report is not None and report.error is not None:
-                self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
+                self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}", refused=report.error_type in REFUSALS)
             else:
                 gave_up = None if charged else self._losses.count(key, loss, finished.job.hosts, now - item.started, now)
                 charged = True
@@ -272,13 +278,19 @@ class Runner:
                     for node in nodes:
                         node.state = "ready"
 
-    def _fail(self, nodes: list[Node], reason: str) -> None:
+    def _check_store(self, report: Report) -> None:
+        """Raise StoreError when a stage met it as often as one is tried: then it is not the place, and no fault of the stage."""
+        self._shut_out[report.key] += 1
+        if self._shut_out[report.key] >= self.profile.tries:
+            raise StoreError(f"{report.error} (met {self._shut_out[report.key]} times; the same command continues)")
+
+    def _fail(self, nodes: list[Node], reason: str, refused: bool = False) -> None:
         attempt = next((node.attempt for node in nodes if node.attempt), None)
         command = ""
         if attempt is not None:
             command = f"python -m {'tasks' if self.store.cache is None else 'cluster.again'} {self.store.url(attempt)}/log/request.json"
         for node in nodes:
-            node.state, node.failure = "failed", Failure(reason, command)
+            node.state, node.failure = "failed", Failure(reason, command, refused=refused)
 
     def _seconds(self, node: Node) -> float:
         """The expected seconds from now: by its own progress when the stage runs and has said how far it is."""

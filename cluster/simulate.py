@@ -38,12 +38,13 @@ class Flights:
     """Steps that are asked for together, as a search's points are: each group is the keys that it needs, own or shared.
 
     At most `window` groups are under way at once, of which a new one takes off when one has landed: any of them, or the oldest when
-    they land `in_turn`. Without a window one takes off while fewer GPUs are wanted than there are, and at most two groups for each GPU.
+    they land `in_turn`. None takes off while others are under way and `most_gpus` are wanted by what runs or is ready.
     """
 
     groups: Sequence[Sequence[str]]
-    window: int | None = None
+    window: int
     in_turn: bool = False
+    most_gpus: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def simulate(
     by_key = {step.key: step for step in steps}
     behind, paths = _graph(by_key)
     executor = SimulatedExecutor(capacity, lambda key: by_key[key].seconds)
-    tower = _Tower(by_key, flights or Flights(()), capacity)
+    tower = _Tower(by_key, flights or Flights((), 1))
     trace = Trace(capacity)
     lanes = Lanes()
     missing = {key: len(step.after) for key, step in by_key.items()}
@@ -225,8 +226,8 @@ def simulate(
 class _Tower:
     """Which groups of steps are under way. `asked` are the keys that may start, `done` those that have ended."""
 
-    def __init__(self, by_key: Mapping[str, Step], flights: Flights, capacity: Capacity) -> None:
-        self._flights, self._capacity = flights, capacity
+    def __init__(self, by_key: Mapping[str, Step], flights: Flights) -> None:
+        self._flights = flights
         later = {key for group in flights.groups for key in group}
         self.at_once = [key for key in by_key if key not in later]
         self.asked, self.done = set(self.at_once), set[str]()
@@ -245,10 +246,9 @@ class _Tower:
 
     def take_off(self, wanted_gpus: int) -> list[str] | None:
         """The keys that the next group adds; None when no group takes off now. `wanted_gpus` are those of all that runs or is ready."""
-        window = self._flights.window
-        gpus = max(1, self._capacity.gpus)
-        wide = bool(self._under_way) and (wanted_gpus >= gpus or len(self._under_way) >= 2 * gpus)
-        full = wide if window is None else len(self._under_way) >= window
+        most = self._flights.most_gpus
+        enough = most is not None and bool(self._under_way) and wanted_gpus >= most
+        full = enough or len(self._under_way) >= self._flights.window
         group = None if full else next(self._waiting, None)
         if group is None:
             return None

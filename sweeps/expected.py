@@ -7,13 +7,15 @@ once, after those that the file writes out. A search that returns to an adapter 
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sweeps.axes import AxisValue, Range
 from sweeps.points import Point, Value
-from sweeps.search import asked, finite, limit, listed, space
+from sweeps.search import asked
+from sweeps.space import limit, listed, space
 from sweeps.storage import Storage
-from sweeps.study import AxisValue, Range, Study
+from sweeps.study import Study
 
 LISTED = 100_000  # a space of so many points is shuffled; a larger one is drawn from
 
@@ -41,7 +43,8 @@ def points_of(study: Study, storage: Storage) -> Points:
     """What is known of a study's points before it runs, and what may be expected of the others."""
     known = asked(study, storage)
     seen = {point.id for _, point, _, _ in known}
-    left = max(0, (limit(study) or 0) - len(known))
+    most = min(n for n in (limit(study) or 0, study.budget.points) if n is not None)
+    left = max(0, most - len(known))
     chosen = [point for point in itertools.islice(_written(study), len(known) + left) if point.id not in seen][:left]
     seen |= {point.id for point in chosen}
     drawn = list(itertools.islice((point for point in _random(study) if point.id not in seen), left - len(chosen)))
@@ -52,16 +55,17 @@ def points_of(study: Study, storage: Storage) -> Points:
 
 def _written(study: Study) -> Iterator[Point]:
     """The points that do not depend on any result: a grid's, a list's, and those to begin with."""
-    if study.search.sampler == "grid":
+    if study.sampler == "grid":
         yield from space(study)
-    rows = study.search.list if study.search.sampler == "list" else study.search.first
+    rows = study.search.list if study.sampler == "list" else study.search.first
     yield from (listed(row, study, "search") for row in rows)
 
 
 def _random(study: Study) -> Iterator[Point]:
     """Points of the space in a random order, each once; without an end when an axis is a range."""
     rng = random.Random(study.search.seed)
-    if finite(study) and (size := _size(study)) <= LISTED:
+    size = study.size
+    if size is not None and size <= LISTED:
         every = list(space(study))
         for place in rng.sample(range(size), size):
             yield every[place]
@@ -69,19 +73,10 @@ def _random(study: Study) -> Iterator[Point]:
     seen: set[str] = set()
     while True:
         name = rng.choice(sorted(study.models))
-        point = Point.of(name, {axis: _value(rng, values) for axis, values in _axes(study, name).items()})
+        point = Point.of(name, {axis: _value(rng, values) for axis, values in study.axes_of(name).items()})
         if point.id not in seen:
             seen.add(point.id)
             yield point
-
-
-def _axes(study: Study, model: str) -> Mapping[str, tuple[AxisValue, ...] | Range]:
-    own = study.models[model].axes
-    return {axis: own.get(axis, values) for axis, values in study.axes.items()}
-
-
-def _size(study: Study) -> int:
-    return sum(math.prod(len(axis) for axis in _axes(study, name).values() if not isinstance(axis, Range)) for name in study.models)
 
 
 def _value(rng: random.Random, values: tuple[AxisValue, ...] | Range) -> Value:

@@ -17,6 +17,7 @@ from cluster.scheduler import Work, impossible
 from cluster.simulate import Flights, Step, Trace, simulate
 from cluster.work import ASSUMED, known_size
 from sweeps.expected import Points, points_of
+from sweeps.flights import AHEAD, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
 from sweeps.home import Home
 from sweeps.jobs import estimates_of
 from sweeps.plan import Planner
@@ -103,7 +104,7 @@ def forecast(study: Study, home: Home, capacity: Capacity, told: Told = lambda d
         return seconds
 
     flights = [tuple(own for own in ids if own in steps) for ids in found.flights]
-    trace = simulate(steps.values(), capacity, start_s=start_s, flights=_flights(study, flights))
+    trace = simulate(steps.values(), capacity, start_s=start_s, flights=_flights(study, flights, capacity.gpus))
     scale = _scale(points.to_come, to_come)
     kinds: dict[str, Share] = {}
     for missing in running:
@@ -146,8 +147,12 @@ def _steps(running: Iterable[Missing], planner: Planner, estimates: Estimates) -
     return steps
 
 
-def _flights(study: Study, groups: Sequence[tuple[str, ...]]) -> Flights:
-    return Flights([group for group in groups if group], study.search.window, in_turn=True)
+def _flights(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> Flights:
+    """As sweeps.flights lets points take off: a fixed number in turn, or as they land while little enough is queued."""
+    own = [group for group in groups if group]
+    if study.search.order == "in_turn":
+        return Flights(own, study.search.reach, in_turn=True)
+    return Flights(own, study.search.window or max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * gpus), most_gpus=AHEAD * max(1, gpus))
 
 
 def _scale(every: Sequence[Point], part: Sequence[Point]) -> dict[tuple[str, bool], float]:
@@ -199,6 +204,10 @@ def _assumed(
         yield f"the artifacts of {len(points.told)} points that were told were not looked for"
     if any(suite is not None for suite in races(study).values()):
         yield "a raced suite counts with its next block alone"
+    if study.first_seeds < len(study.seeds):
+        yield f"a point counts with its first {study.first_seeds} of {len(study.seeds)} seeds; near the frontier more are run"
+    if study.search.stop is not None:
+        yield "the rule of search.stop is not met before all points are measured"
     guessed = sorted(kind for kind, share in kinds.items() if not share.measured)
     if guessed:
         listed = ", ".join(guessed)

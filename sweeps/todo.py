@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from cluster.resolver import Resolver
 from cluster.store import Artifact, Store
-from sweeps.home import differences
+from sweeps.differences import differences
+from sweeps.outcome import of_seeds, stages_or_refusal
 from sweeps.plan import Planner
 from sweeps.points import Point, StageName
 from sweeps.racing import standing
@@ -55,7 +56,7 @@ def todo(planner: Planner, points: Sequence[Point], told: Told = lambda done, of
         for suite, stage in suites.items():
             looking.look(f"{model} before fine-tuning, {suite}", stage, MODELS)
     for place, point in enumerate(points):
-        stages, called = planner.stages_for(point), str(point)
+        stages, called = of_seeds(planner.study, stages_or_refusal(planner, point)[0], planner.study.first_seeds), str(point)
         needed = [(name, stages[name]) for name in _needed(planner.study, stages, looking.resolver)]
         for name, stage in needed:
             looking.look(f"{called}, {name}", stage, place)

@@ -471,3 +471,33 @@ def test_what_the_meter_refuses_leaves_its_place_to_what_is_behind_it(store, poo
     while not runner.starved and time.monotonic() - started < 20:
         runner.step()
     assert runner.starved and runner.settled(cheap) and not runner.settled(dear)
+
+
+def shut_out(monkeypatch, times):
+    """No worker can commit to the store, for so many attempts."""
+    commit, left = Store.commit, iter(range(times))
+
+    def commit_or_not(self, attempt, hashed, provenance):
+        if next(left, None) is not None:
+            raise StoreError("s3://made/up cannot be used")
+        return commit(self, attempt, hashed, provenance)
+
+    monkeypatch.setattr(Store, "commit", commit_or_not)
+
+
+def test_a_worker_that_cannot_use_the_store_is_lost_with_its_place_and_the_run_goes_on(store, pool, monkeypatch):
+    shut_out(monkeypatch, 2)
+    stage = rows(5, pool)
+    runner = Runner(store, Counting(), profile=PATIENCE)
+    runner.want([stage])
+    settle(runner)
+    assert runner.artifact(stage) is not None and runner.failure(stage) is None and len(runner.executor.batches) == 3
+
+
+def test_a_store_that_no_worker_can_use_ends_the_run_and_marks_nothing(store, pool, monkeypatch):
+    shut_out(monkeypatch, 99)
+    runner = Runner(store, Counting(), profile=PATIENCE)
+    runner.want([rows(5, pool)])
+    with pytest.raises(StoreError, match=r"s3://made/up cannot be used \(met 3 times; the same command continues\)"):
+        settle(runner)
+    assert all(node.failure is None for node in runner.nodes.values())

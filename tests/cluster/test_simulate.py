@@ -175,8 +175,8 @@ def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
     assert free.makespan_s == 100.0 and held.makespan_s > 120.0
 
 
-def test_without_a_window_the_queue_is_as_wide_as_the_cluster():
+def test_no_more_is_asked_for_while_enough_gpus_are_wanted():
     steps = [step(f"k{number}", 10.0, resident=f"r{number}") for number in range(40)]
-    trace = simulate(steps, TWO_HOSTS, flights=Flights([(each.key,) for each in steps]))
+    trace = simulate(steps, TWO_HOSTS, flights=Flights([(each.key,) for each in steps], 100, most_gpus=12))
     assert trace.makespan_s == 50.0 and trace.utilisation == pytest.approx(1.0)
-    assert max(decision.ready for decision in trace.decisions) <= 8
+    assert max(decision.ready for decision in trace.decisions) == 12
