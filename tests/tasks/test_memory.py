@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tasks.batches import Row
 from tasks.engines import token_loss, trainable
 from tasks.errors import ModelError, TrainingError
+from tasks.layout import laid_out, warn_of_a_wrong_prediction
 from tasks.memory import GB, Layout, constant_bytes, fits, fitting, kept_per_token, predict, predictable, quantised_bytes, shape_of
 from tasks.models import load_model
 from tasks.specs import TrainSpec
-from tasks.worker import laid_out, warn_of_a_wrong_prediction
 from tests.tiny import context
 
 DOC = Path(__file__).parents[2] / "docs" / "gangs.md"
