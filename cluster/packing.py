@@ -30,6 +30,7 @@ class Packing:
     def __init__(self, profile: Profile, artifact: Callable[[Stage], Artifact | None]) -> None:
         self._profile, self._artifact = profile, artifact
         self._known: dict[str, tuple[str, dict[str | None, float]]] = {}
+        self._shares: dict[tuple[str, int, str | None], float] = {}
         self._configs: dict[str, dict[str, Any] | None] = {}
 
     def of(self, stage: Stage, key: str, types: frozenset[str | None]) -> tuple[str, Shares]:
@@ -43,7 +44,11 @@ class Packing:
             self._known[key] = pack_name(stage.spec, contents_of(stage, self._artifact) or {}), {}
         name, shares = self._known[key]
         if name:
-            shares |= {gpu: self._share(stage, stage.spec, gpu) for gpu in types - shares.keys()}
+            for gpu in types - shares.keys():  # what else a pack's members differ in takes no memory
+                like = (name, stage.spec.rank, gpu)
+                if like not in self._shares:
+                    self._shares[like] = self._share(stage, stage.spec, gpu)
+                shares[gpu] = self._shares[like]
         return name, shares
 
     def _share(self, stage: Stage, spec: TrainSpec, gpu: str | None) -> float:

@@ -1,6 +1,7 @@
 """Packed training against training alone, for real on a tiny model: gradients, results, checkpoints, failures; one base, left as it was."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.batches import Row, count_tokens
 from tasks.engines import SingleDevice, read_checkpoint
 from tasks.errors import Leaving, TrainingError
 from tasks.models import Residents
@@ -69,44 +71,48 @@ member_specs = st.builds(
 )
 
 
-@settings(max_examples=25)
-@given(specs=st.lists(member_specs, min_size=2, max_size=5), micro_batch=st.sampled_from([1, 4, 6]), steps=st.integers(0, 2))
-def test_each_members_gradients_are_those_of_training_it_alone(pair, chats, tmp_path_factory, specs, micro_batch, steps):
-    """Held to 1e-5 of each tensor's largest gradient, in float32. Measured: 0 on most shapes, 1e-6 at most where the product differs.
+@pytest.fixture(scope="module")
+def residents() -> Residents:
+    return Residents()
 
-    After some steps, so that B is not zero and A has gradients; at rates of their own, so that the members are apart by then.
+
+@settings(max_examples=25)
+@given(specs=st.lists(member_specs, min_size=2, max_size=5), micro_batch=st.sampled_from([1, 4, 6]), fresh_ones=st.booleans())
+def test_each_members_gradients_are_those_of_training_it_alone(pair, chats, tmp_path_factory, residents, specs, micro_batch, fresh_ones):
+    """Held to 1e-5 of each tensor's largest gradient, in float32, with rows of its own for each member.
+
+    As they start, with B zero and so no gradient on A, and with a B that is not.
     """
-    folder, residents = tmp_path_factory.mktemp("gradients"), Residents()
+    folder = tmp_path_factory.mktemp("gradients")
     pack = members(folder / "pack", specs, residents, micro_batch=micro_batch)
     engine = Pack(pack, pair.aligned)
     rows = read_rows(chats, engine.tokenizer, specs[0])
-    together: list[list[dict[str, torch.Tensor]]] = []
-    for step in range(steps + 1):
-        losses = engine.backward({member: rows[step * 6 : step * 6 + 6] for member in pack})
-        together.append([{name: p.grad.clone() for name, p in engine.trainees[member.name].named} for member in pack])
-        for member in pack:
-            engine.trainees[member.name].update(member.spec.learning_rate)
-    engine.close()
+    batches = {member: rows[number : number + 6] for number, member in enumerate(pack)}
+    starts: list[dict[str, torch.Tensor]] = []
     for number, member in enumerate(pack):
-        alone = SingleDevice(member.spec, pair.aligned, context(folder / f"alone{number}", residents=residents, micro_batch=micro_batch))
-        for step in range(steps + 1):
-            wanted = gradients_alone(alone, rows[step * 6 : step * 6 + 6])
-            for name, gradient in together[step][number].items():
-                scale = float(wanted[name].abs().max())
-                torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-5 * scale + 1e-9)
-            loss = alone.step(rows[step * 6 : step * 6 + 6], member.spec.learning_rate)[0]
+        torch.manual_seed(number)
+        for name, tensor in engine.trainees[member.name].named:
+            if not fresh_ones and "lora_B" in name:
+                tensor.data.normal_(std=0.1)
+        starts.append({name: tensor.detach().clone() for name, tensor in engine.trainees[member.name].named})
+    losses = engine.backward(batches)
+    together = [{name: tensor.grad.clone() for name, tensor in engine.trainees[member.name].named} for member in pack]
+    engine.close()
+    for member, start, found in zip(pack, starts, together, strict=True):
+        alone = SingleDevice(member.spec, pair.aligned, context(folder, residents=residents, micro_batch=micro_batch))
+        for name, tensor in alone.trainee.named:
+            assert not fresh_ones or torch.equal(tensor, start[name])  # seeded alike
+            tensor.data.copy_(start[name])
+        loss = gradients_of(alone, batches[member])
         assert losses[member] == pytest.approx(loss, rel=1e-5)
+        for name, tensor in alone.trainee.named:
+            torch.testing.assert_close(found[name], tensor.grad, rtol=0, atol=1e-5 * float(tensor.grad.abs().max()) + 1e-12)
         alone.close()
 
 
-def gradients_alone(engine: SingleDevice, batch) -> dict[str, torch.Tensor]:
-    from tasks.batches import count_tokens
-
-    for start in range(0, len(batch), engine.micro_batch):
-        engine._backward(batch[start : start + engine.micro_batch], count_tokens(batch))
-    found = {name: tensor.grad.clone() for name, tensor in engine.trainee.named}
-    engine.trainee.forget()
-    return found
+def gradients_of(engine: SingleDevice, batch: list[Row]) -> float:
+    parts = [batch[start : start + engine.micro_batch] for start in range(0, len(batch), engine.micro_batch)]
+    return sum(engine._backward(part, count_tokens(batch)) for part in parts)
 
 
 @pytest.mark.parametrize(("quantisation", "dtype"), [("none", "float32"), ("nf4", "float32"), ("int8", "float32"), ("nf4", "bfloat16")])
@@ -259,7 +265,7 @@ def test_a_batch_falls_into_packs_that_fit_and_keeps_its_order(shape):
     for pack in packs:
         assert len({one.pack for one in pack}) == 1
         assert len(pack) == 1 or (pack[0].pack and sum(one.pack_share for one in pack) <= 1 + 1e-6)
-    for one, other in zip(packs, packs[1:], strict=False):  # none is smaller than it has to be
+    for one, other in itertools.pairwise(packs):  # none is smaller than it has to be
         whole = one[0].pack and one[0].pack == other[0].pack
         assert not whole or sum(each.pack_share for each in [*one, other[0]]) > 1
 
@@ -285,7 +291,7 @@ def test_a_worker_reports_each_member_of_a_pack_as_the_stage_that_it_is(tmp_path
         said = json.loads((Path(one.log) / "progress.json").read_text())
         assert said["done"] == said["total"] == 6
     took = max(report.environment["pack_seconds"] for report in reports.values())
-    assert sum(report.seconds for report in reports.values()) == pytest.approx(took, rel=0.25)
+    assert 0 < sum(report.seconds for report in reports.values()) <= took + 0.01, "members share the pack's time out, and none of it twice"
 
 
 def test_what_fails_as_a_pack_is_run_one_by_one_and_each_fault_is_its_own(tmp_path, pair, chats, monkeypatch, caplog):
