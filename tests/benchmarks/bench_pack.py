@@ -1,9 +1,9 @@
 """make bench-pack: eight adapters trained as one pack, against one after another on a base that stays loaded.
 
-Two models on this machine's CPU (the largest organism, SmolLM2-135M), ranks 4 to 64, the same rows and steps on both sides, each side a
-process of its own. "One after another" is ebbline's own engine on a resident base: what a batch of separate stages does. Time is that of the
-steps, without loading. On a machine with a GPU also: a 7B-shaped model of random weights in NF4, sequences of 512 tokens, 8 and 32
-adapters, against PEFT and bitsandbytes as their documentation uses them, one adapter at a time. Writes tests/benchmarks/results/pack.json.
+Two models (the largest organism, SmolLM2-135M), ranks 4 to 64, the same rows and steps on both sides, each side a process of its own.
+"One after another" is ebbline's own engine on a resident base: what a batch of separate stages does. Time is that of the steps, without
+loading. On a machine with a GPU also: a 7B-shaped model of random weights in NF4, sequences of 512 tokens, 8 and 32 adapters, against
+PEFT and bitsandbytes as their documentation uses them, one adapter at a time. Writes tests/benchmarks/results/pack.json.
 
     python -m tests.benchmarks.bench_pack [--models 70b 135m 7b] [--steps 4] [--runs 3]
 """
@@ -48,9 +48,9 @@ def prepare(folder: Path, model: str) -> Path:
         made.save_pretrained(folder / model, safe_serialization=True)
         word_tokenizer().save_pretrained(folder / model)
         return folder / model
-    from tests.benchmarks.bench_evaluate import prepare as with_adapters
+    from tests.benchmarks.bench_evaluate import made as found
 
-    return Path(with_adapters(folder / "evaluate", model, 1)["model"])
+    return found(folder / model, model)[0]
 
 
 def batches(model: str, adapters: int, steps: int, vocabulary: int) -> list[list[list[Any]]]:
@@ -175,7 +175,7 @@ def part(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def compared(model: str, folder: Path, steps: int, runs: int) -> Iterator[dict[str, Any]]:
-    quantisations, rows, tokens = WORK[model]
+    quantisations, _, _ = WORK[model]
     weights = prepare(folder, model)
     for quantisation in quantisations:
         for adapters in (8, 32) if model == "7b" else (8,):
