@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cluster.costs import GpuTypes, Meter, gpu_types
-from cluster.executor import Capacity, Executor, Host, Needs
+from cluster.estimates import Estimates, described
+from cluster.executor import Capacity, Executor, Finished, Host, Needs
 from cluster.losses import Losses
 from cluster.needs import resident
 from cluster.nodes import Node, Running
@@ -17,6 +18,7 @@ from cluster.profile import Profile
 from cluster.resolver import contents_of
 from cluster.scheduler import Busy, Placement, Work, impossible, place
 from cluster.sources import offered
+from cluster.starts import Lanes
 from cluster.store import Artifact, Store
 from tasks.errors import ClusterLost, StudyError
 from tasks.stage import Input, Part, Request, Source, Stage, stage_of
@@ -35,6 +37,7 @@ class Starter:
         needs_of: Callable[[Stage], Needs],
         seconds: Callable[[Node], float],
         artifact: Callable[[Stage], Artifact | None],
+        estimates: Estimates,
     ) -> None:
         self._store, self._executor, self._profile, self._meter, self._losses = store, executor, profile, meter, losses
         self._needs_of, self._seconds, self._artifact = needs_of, seconds, artifact
@@ -46,6 +49,8 @@ class Starter:
         self._packing = Packing(profile, artifact)
         self._cached: dict[str, set[str]] = {}
         self._ready_since: dict[str, float] = {}
+        self._estimates, self._lanes = estimates, Lanes()
+        self._starting: dict[str, tuple[str | None, int, bool]] = {}  # job -> how it starts (cluster.starts)
 
     def start(
         self,
@@ -61,6 +66,7 @@ class Starter:
         """
         self._running, now = running, time.monotonic()
         capacity = self._executor.capacity()
+        self._estimates.met(capacity)
         types = frozenset(host.gpu_type for host in capacity.hosts)
         works = [
             Work(
@@ -107,7 +113,9 @@ class Starter:
     def _start_batch(self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float) -> dict[str, Path]:
         """Start as much of a batch as the meter lets; the attempts of those stages, in its order."""
         gpus = gpu_types(placement.hosts, capacity)
-        keys = self._affordable([ready[key] for key in placement.keys], gpus)
+        starting = next(iter(gpus), None), placement.needs.gpus, self._lanes.would_be_new(placement.hosts)
+        start_s = self._estimates.starts.seconds(*starting) if self._executor.processes else 0.0
+        keys = self._affordable([ready[key] for key in placement.keys], gpus, start_s)
         if not keys:
             return {}
         attempts = {key: self._store.begin(ready[key].stage.kind, key) for key in keys}
@@ -118,7 +126,9 @@ class Starter:
             share = max((shares[gpu] for gpu in gpus), default=1.0) if name else 1.0
             batch.append(self._request(ready[key], attempts[key], placement.needs.gpus, memory_gb, name if share < 1 else "", share))
         job = self._executor.submit(batch, placement.needs, placement.hosts)
-        seconds = sum(self._seconds(ready[key]) for key in keys)
+        seconds = start_s + sum(self._seconds(ready[key]) for key in keys)
+        self._lanes.start(job.id, placement.hosts)
+        self._starting[job.id] = starting
         self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
         self._meter.started(job, gpus, seconds)
         for host in placement.hosts:
@@ -133,10 +143,18 @@ class Starter:
             return "", {}
         return self._packing.of(node.stage, node.key, types)
 
-    def _affordable(self, batch: Sequence[Node], gpus: GpuTypes) -> list[str]:
+    def ended(self, finished: Finished, held_s: float) -> None:
+        """A job has ended that was started `held_s` ago: learn what it took beside its stages, if it got to all of them."""
+        self._lanes.end(finished.job.id)
+        starting = self._starting.pop(finished.job.id, None)
+        done = [report for report in finished.reports if report.error is None]
+        if starting is not None and self._executor.processes and len(done) == len(finished.job.keys):
+            self._estimates.starts.learn(*starting, held_s - sum(report.seconds for report in done))
+
+    def _affordable(self, batch: Sequence[Node], gpus: GpuTypes, start_s: float) -> list[str]:
         """As much of a batch, from its start, as the meter lets start."""
         keys: list[str] = []
-        seconds = 0.0
+        seconds = start_s
         for node in batch:
             seconds += self._seconds(node)
             if not self._meter.affords(gpus, seconds):
@@ -191,6 +209,7 @@ class Starter:
             checkpoint_every_s=self._profile.checkpoint_every_s,
             pack=pack,
             pack_share=share,
+            load=described(self._estimates.load(node.stage)),
         )
         self._store.note(attempt, "request.json", request.to_json().encode())
         return request

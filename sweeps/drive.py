@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from cluster.executor import Executor
 from cluster.runner import Failure, Runner
 from sweeps.home import Home
+from sweeps.jobs import estimates_of
 from sweeps.outcome import result_of
 from sweeps.outlook import Outlook
 from sweeps.plan import Planner
@@ -85,7 +86,7 @@ def drive(
         with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:
-                runner = Runner(home.store, executor, planner.needs_of, home.profile, spent)
+                runner = Runner(home.store, executor, planner.needs_of, home.profile, spent, estimates_of(home))
                 return _loop(Progress(study, planner, runner, spent, limit=limit(study)), searcher, hold, watch, stop)
             finally:
                 executor.close()

@@ -157,6 +157,7 @@ class Request:
     cache_gb: float = 100.0
     pack: str = ""
     pack_share: float = 1.0
+    load: Mapping[str, float] = field(default_factory=dict)  # its counted work (cluster.work), for the record
 
     @property
     def hashed(self) -> dict[str, Any]:
