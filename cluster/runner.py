@@ -207,6 +207,7 @@ class Runner:
                 if self.store.dropped(above.artifact).isdisjoint(needed):
                     continue
                 self._again.add(above.key)
+                self._starter.apart.add(above.key)  # as it was made: what was made in a pack is never dropped
                 for twin in self._by_key[above.key]:
                     twin.state = "waiting"
             waits = True
@@ -270,6 +271,8 @@ class Runner:
             elif report is not None and report.error is not None:
                 self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}", refused=report.error_type in REFUSALS)
             else:
+                if loss.blame == "stage":
+                    self._starter.apart.add(key)
                 gave_up = None if charged else self._losses.count(key, loss, finished.job.hosts, now - item.started, now)
                 charged = True
                 if gave_up is not None:

@@ -13,6 +13,7 @@ from cluster.executor import Capacity, Executor, Finished, Host, Needs
 from cluster.losses import Losses
 from cluster.needs import resident
 from cluster.nodes import Node, Running
+from cluster.packing import Packing, Shares
 from cluster.profile import Profile
 from cluster.resolver import contents_of
 from cluster.scheduler import Busy, Placement, Work, impossible, place
@@ -43,7 +44,9 @@ class Starter:
         self.refused: set[str] = set()  # keys that the meter would not let start just now
         self.hosts: dict[str, Host] = {}  # every one that was ever there
         self.stuck_since: float | None = None
+        self.apart: set[str] = set()  # keys that are not packed: lost with others before, or made again
         self._running: dict[str, Running] = {}
+        self._packing = Packing(profile, artifact)
         self._cached: dict[str, set[str]] = {}
         self._ready_since: dict[str, float] = {}
         self._estimates, self._lanes = estimates, Lanes()
@@ -62,6 +65,9 @@ class Starter:
         what no host could ever hold, ClusterLost when the hosts that could have stayed away for long.
         """
         self._running, now = running, time.monotonic()
+        capacity = self._executor.capacity()
+        self._estimates.met(capacity)
+        types = frozenset(host.gpu_type for host in capacity.hosts)
         works = [
             Work(
                 key,
@@ -71,11 +77,10 @@ class Starter:
                 paths[node.stage.lineage],
                 self._losses.shun(key),
                 now - self._ready_since.setdefault(key, now),
+                *self._pack(node, types),
             )
             for key, node in ready.items()
         ]
-        capacity = self._executor.capacity()
-        self._estimates.met(capacity)
         self._executor.expect([(work.needs, work.seconds) for work in works] + list(also))
         self._check_possible(works, ready, capacity, now)
         startable = {work.key: work for work in works if self._losses.may_start(work.key, now)}
@@ -115,7 +120,11 @@ class Starter:
             return {}
         attempts = {key: self._store.begin(ready[key].stage.kind, key) for key in keys}
         memory_gb = self._memory_gb(gpus)
-        batch = [self._request(ready[key], attempts[key], placement.needs.gpus, memory_gb) for key in keys]
+        batch = []
+        for key in keys:
+            name, shares = self._pack(ready[key], frozenset(gpus))
+            share = max((shares[gpu] for gpu in gpus), default=1.0) if name else 1.0
+            batch.append(self._request(ready[key], attempts[key], placement.needs.gpus, memory_gb, name if share < 1 else "", share))
         job = self._executor.submit(batch, placement.needs, placement.hosts)
         seconds = start_s + sum(self._seconds(ready[key]) for key in keys)
         self._lanes.start(job.id, placement.hosts)
@@ -127,6 +136,12 @@ class Starter:
         for key in keys:
             del self._ready_since[key]
         return attempts
+
+    def _pack(self, node: Node, types: frozenset[str | None]) -> tuple[str, Shares]:
+        """The name of those that it may be packed with, and its share of a GPU by type."""
+        if node.key in self.apart or self._needs_of(node.stage).gpus != 1:
+            return "", {}
+        return self._packing.of(node.stage, node.key, types)
 
     def ended(self, finished: Finished, held_s: float) -> None:
         """A job has ended that was started `held_s` ago: learn what it took beside its stages, if it got to all of them."""
@@ -173,7 +188,7 @@ class Starter:
         known = [self._profile.gpus[name].memory_gb for name in gpus if name is not None and name in self._profile.gpus]
         return min((memory_gb for memory_gb in known if memory_gb is not None), default=None)
 
-    def _request(self, node: Node, attempt: Path, gpus: int, memory_gb: float | None) -> Request:
+    def _request(self, node: Node, attempt: Path, gpus: int, memory_gb: float | None, pack: str, share: float) -> Request:
         contents = contents_of(node.stage, self._artifact)
         if contents is None:
             raise RuntimeError(f"{node.stage.kind} {node.key[:12]} was started before its inputs were done")
@@ -192,6 +207,8 @@ class Starter:
             cache_gb=self._store.cache_gb,
             memory_gb=memory_gb,
             checkpoint_every_s=self._profile.checkpoint_every_s,
+            pack=pack,
+            pack_share=share,
             load=described(self._estimates.load(node.stage)),
         )
         self._store.note(attempt, "request.json", request.to_json().encode())
