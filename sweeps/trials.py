@@ -93,7 +93,7 @@ class Trials:
             if name not in trial.constraints:  # told before, when the driver was killed in the middle of this
                 trial.set_constraint(name, miss)
         self._optuna.tell(entry.trial, list(values))
-        done = replace(entry, state="done", values=tuple(values), errors=tuple(errors), misses=tuple(misses.items()))
+        done = replace(entry, state="done", values=tuple(values), errors=tuple(errors), misses=tuple(sorted(misses.items())))
         self.entries[number] = done
         return done
 
@@ -248,7 +248,7 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         _STATES[trial.state],
         tuple(trial.values or ()),
         tuple(trial.user_attrs.get(ERRORS, ())),
-        tuple(trial.constraints.items()),
+        tuple(sorted(trial.constraints.items())),
         str(marks.get(f"{REASON}:{trial.number}", "")),
         trial.user_attrs.get(DRAWN, {}),
     )
