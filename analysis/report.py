@@ -37,8 +37,9 @@ def write_report(
     provenance: Mapping[str, object],
     projections: Projections = _NO_PROJECTIONS,
     evidence: Evidence = NO_EVIDENCE,
+    plan: Path | None = None,
 ) -> Path:
-    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value.
+    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value, `plan` the picture (SVG) of the latest plan.
 
     Without `evidence` nothing is compared in pairs, and there are no tables by category and of agreement between scorers.
     """
@@ -52,7 +53,7 @@ def write_report(
         agreements=list(agreement_cells(study, results, evidence)),
         means=any(metric.squares is not None for result in results for metric in result.metrics.values()),
         table=frontier_cells(results_frame(results, study.objectives)),
-        figures=[*_figures(study, results, baselines), *_projection_figures(projections)],
+        figures=[*_figures(study, results, baselines), *_projection_figures(projections), *_plan_figure(plan)],
         failed=[
             (result.number, result.point.model, settings_label(result.point), status_label(result.status), without_paths(result.reason))
             for result in _failed(results)
@@ -149,6 +150,19 @@ def _figures(study: Study, results: Sequence[Result], baselines: Baselines) -> l
         caption = "Against the projection threshold: modules whose cosine is at or below it are projected. 95% Wilson intervals."
         found.append(shown(across, alt=f"Line plots by threshold: {'; '.join(map(directed_label, names))}.", caption=caption))
     return found
+
+
+def _plan_figure(plan: Path | None) -> list[dict[str, str]]:
+    if plan is None or not plan.exists():
+        return []
+    drawn = base64.b64encode(plan.read_bytes()).decode("ascii")
+    return [
+        {
+            "source": f"data:image/svg+xml;base64,{drawn}",
+            "alt": "Gantt chart: stages over time, as planned, a row for each GPU.",
+            "caption": "What the latest run was expected to do, from before it began. How far off that was is under Cost.",
+        }
+    ]
 
 
 def _projection_figures(projections: Projections) -> list[dict[str, str]]:

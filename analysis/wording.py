@@ -42,6 +42,21 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
+def clock(seconds: float) -> str:
+    """`3:07`, minutes and seconds; from two hours on `26 h 05 min`."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size_label(size: float) -> str:
+    """Bytes as `3.4 GB`, in powers of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
 def measured(metric: Metric) -> str:
     low, high = metric.interval
     return f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n})"

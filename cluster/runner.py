@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.costs import Estimates, Meter, Unmetered
+from cluster.costs import Meter, Unmetered
+from cluster.estimates import Estimates
 from cluster.executor import Executor, Finished, Loss, Needs
 from cluster.losses import Losses
 from cluster.needs import default_needs
@@ -43,9 +44,10 @@ class Runner:
         needs_of: Callable[[Stage], Needs] | None = None,
         profile: Profile | None = None,
         meter: Meter | None = None,
+        estimates: Estimates | None = None,
     ) -> None:
         self.store, self.executor, self.profile = store, executor, profile or Profile()
-        self.estimates = Estimates(store)
+        self.estimates = estimates or Estimates(store)
         self.nodes: dict[str, Node] = {}
         self.running: dict[str, Running] = {}
         self.draining = False
@@ -57,7 +59,7 @@ class Runner:
         self._listened = self._looked = float("-inf")
         self._needs_of = needs_of or default_needs
         self._starter = Starter(
-            store, executor, self.profile, meter or Unmetered(), self._losses, self._needs_of, self._seconds, self.artifact
+            store, executor, self.profile, meter or Unmetered(), self._losses, self._needs_of, self._seconds, self.artifact, self.estimates
         )
 
     def want(self, targets: Iterable[Stage]) -> None:
@@ -205,6 +207,7 @@ class Runner:
                 if self.store.dropped(above.artifact).isdisjoint(needed):
                     continue
                 self._again.add(above.key)
+                self._starter.apart.add(above.key)  # as it was made: what was made in a pack is never dropped
                 for twin in self._by_key[above.key]:
                     twin.state = "waiting"
             waits = True
@@ -243,6 +246,7 @@ class Runner:
         if item is None:
             return  # given up before; its stages have gone elsewhere since
         now = time.monotonic()
+        self._starter.ended(finished, now - item.started)
         reports = {report.key: report for report in finished.reports}
         # A lost batch was lost by the stage it was at, not by those behind it.
         charged = any(report.error for report in finished.reports)
@@ -267,6 +271,8 @@ class Runner:
             elif report is not None and report.error is not None:
                 self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}", refused=report.error_type in REFUSALS)
             else:
+                if loss.blame == "stage":
+                    self._starter.apart.add(key)
                 gave_up = None if charged else self._losses.count(key, loss, finished.job.hosts, now - item.started, now)
                 charged = True
                 if gave_up is not None:
@@ -294,7 +300,7 @@ class Runner:
         said = self._said(node) if node.state == "running" else {}
         if said.get("own", 0) > 1:  # the first took what comes before it, too
             return float(said["own_seconds"] * (said["total"] - said["done"]) / (said["own"] - 1))
-        return self.estimates.seconds(node.stage.spec)
+        return self.estimates.seconds(node.stage, self._needs_of(node.stage))
 
     def _paths(self) -> Mapping[str, float]:
         """Lineage -> seconds of the longest chain of open stages that starts there."""

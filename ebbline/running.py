@@ -1,6 +1,5 @@
 """`ebbline run`: drive a study under a screen, with the W&B mirror beside it, and write what came out."""
 
-import os
 import platform
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from analysis import mirror
 from analysis.compare import refusal_metric, usefulness_metric
-from analysis.costs import cost_rows, told
+from analysis.costs import compared, cost_rows, prediction_rows, told
 from analysis.figures import save
 from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import projection_figures
@@ -22,10 +21,13 @@ from analysis.tables import categories_frame, frontier_text, results_frame, writ
 from analysis.threshold_figure import threshold_figure
 from analysis.wording import NO_RESULT, status_label
 from cluster.executor import Executor, OnDemand
+from ebbline.planning import GANTT, draw, local_capacity, logical_gpus
 from ebbline.show import Screen
 from sweeps.drive import Progress, drive
+from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.points import Result
+from sweeps.prediction import Prediction, keep, predict, read_predictions
 from sweeps.racing import races
 from sweeps.spending import read_spent
 from sweeps.study import Study, lasting
@@ -33,7 +35,6 @@ from tasks.identity import digest
 
 VERSIONS = ("ebbline", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "lm-eval", "ray", "optuna", "moocore")
 MIRROR_WAIT_S = 20.0
-MOST_LOGICAL_GPUS = 4
 
 
 class Interrupts:
@@ -64,16 +65,20 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
     folder = home.folder(study.study)
     mirrored: list[subprocess.Popen[bytes]] = []
 
+    screen = Screen()
+
     def make_executor() -> Executor:
-        # Called once this driver holds the study: one that is turned away starts no second mirror.
+        # Called once this driver holds the study: one that is turned away starts no second mirror, and predicts nothing.
         if wandb:
             mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
-        return OnDemand(lambda: _executor(study, executor, address, gpus))
+        made = OnDemand(lambda: _executor(study, executor, address, gpus))
+        screen.prediction = _predicted(study, home, made, executor, address, gpus)
+        return made
 
     started = time.monotonic()
     print(f"{study.study}: {study.question}\n")
     try:
-        with Interrupts() as interrupts, Screen() as screen:
+        with Interrupts() as interrupts, screen:
             progress = drive(study, home, make_executor, screen, interrupts.stopping, extend)
     except KeyboardInterrupt:
         print("stopped; the same command continues from what is in the store")
@@ -83,6 +88,8 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         _end(mirrored)
         raise
     print(_told(progress, time.monotonic() - started))
+    if screen.prediction is not None and not progress.stopped:
+        print(compared(screen.prediction, progress.spending.spent(), home.profile))
     outputs = write_outputs(study, home)
     results = collect(study, home)
     print()
@@ -102,9 +109,20 @@ def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
         mirror.stop(process, wait_s=0)
 
 
+def _predicted(study: Study, home: Home, made: Executor, kind: str, address: str, gpus: int | None) -> Prediction | None:
+    """What this run will take, kept and drawn beside the study's results; None when it has nothing to do."""
+    folder = home.folder(study.study)
+    alone = kind == "inline" or address == "local"  # a cluster of its own is not started to plan for it
+    found = forecast(study, home, local_capacity(study, gpus) if alone else made.capacity(), serial=kind == "inline")
+    prediction = predict(found, read_spent(folder))
+    if prediction is not None:
+        keep(prediction, folder)
+        draw(study, found, home)
+    return prediction
+
+
 def _executor(study: Study, kind: str, address: str, gpus: int | None) -> Executor:
-    gang = max(model.gpus for model in study.models.values())
-    logical = gpus or max(gang, min(MOST_LOGICAL_GPUS, len(os.sched_getaffinity(0))))
+    gang, logical = max(model.gpus for model in study.models.values()), logical_gpus(study, gpus)
     if kind == "inline":
         from cluster.inline import InlineExecutor  # imported here, as only one of the two is needed
 
@@ -141,13 +159,15 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     evidence = StoredEvidence(study, home)
     outputs["categories"] = write_categories(categories_frame(study, results, before, evidence), folder)
     cost, provenance = _cost(study, home, results), _provenance(study, results, home)
-    outputs["report"] = write_report(study, results, before, folder, cost, provenance, projected, evidence)
+    outputs["report"] = write_report(study, results, before, folder, cost, provenance, projected, evidence, folder / f"{GANTT}.svg")
     return outputs
 
 
 def _cost(study: Study, home: Home, results: Sequence[Result]) -> dict[str, object]:
-    spent = read_spent(home.folder(study.study))
-    return cost_rows(results, costs_before(study, home), kinds_of(study, home, results), spent, home.profile)
+    folder = home.folder(study.study)
+    spent = read_spent(folder)
+    rows = cost_rows(results, costs_before(study, home), kinds_of(study, home, results), spent, home.profile)
+    return rows | prediction_rows(read_predictions(folder), spent, home.profile)
 
 
 def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str, object]:

@@ -14,6 +14,7 @@ from cluster.nodes import Failure
 from cluster.runner import Runner
 from sweeps.flights import Flight, compares, first_grounded, has_room, queued_gpus
 from sweeps.home import Home
+from sweeps.jobs import estimates_of
 from sweeps.knowledge import Knowledge
 from sweeps.outcome import fingerprint, of_seeds, result_of, stages_or_refusal
 from sweeps.outlook import Outlook
@@ -80,7 +81,7 @@ def drive(
         with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:
-                runner = Runner(home.store, executor, planner.needs_of, home.profile, spent)
+                runner = Runner(home.store, executor, planner.needs_of, home.profile, spent, estimates_of(home))
                 progress = Progress(study, planner, runner, spent, limit=limit(study))
                 return _Drive(progress, searcher, hold, watch, stop).run()
             finally:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.costs import GUESS_S
 from cluster.executor import Needs
 from cluster.resolver import Resolver
+from cluster.work import work_of
 from sweeps.outcome import of_seeds, stages_or_refusal
 from sweeps.plan import Planner
 from sweeps.points import Point, StageName
@@ -106,4 +106,4 @@ class Knowledge:
 
 
 def _work(stage: Stage, needs: Needs) -> float:
-    return GUESS_S[stage.kind] * (needs.gpus or CPU_SHARE)
+    return work_of(stage) * (1.0 if needs.gpus else CPU_SHARE)

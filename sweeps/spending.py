@@ -2,7 +2,7 @@
 
     HOME/studies/NAME/spending.jsonl     what its drivers say as it happens, a line each; they only ever append
         {"driver": "process 7 on h ...", "s": 0.0}                              a driver began; `s` counts its seconds from here
-        {"start": "ray-3", "gpus": [["A100", 1]], "keys": [...], "s": 12.1}     a job got its GPUs
+        {"start": "ray-3", "gpus": [["A100", 1]], "hosts": {"h/1f": 1}, "keys": [...], "s": 12.1}     a job got its GPUs, if any
         {"end": "ray-3", "s": 73.0}                                             ... and gave them back
         {"s": 80.0}                                                             the driver lives
         {"stopped": "the budget ...", "by": "budget", "rule": "", "points": 7, "s": 81.0}       why it asked for nothing more
@@ -185,10 +185,10 @@ class Spending:
         )
 
     def started(self, job: Job, gpus: GpuTypes, seconds: float) -> None:
-        if any(gpus.values()):
-            self._held[job.id] = _Held(self._now_s(), dict(gpus), seconds, job.keys)
-            self._keys |= set(job.keys)
-            self._say({"start": job.id, "gpus": [[name, count] for name, count in gpus.items()], "keys": list(job.keys)})
+        self._held[job.id] = _Held(self._now_s(), dict(gpus), seconds, job.keys)
+        self._keys |= set(job.keys)
+        held = [[name, count] for name, count in gpus.items()]
+        self._say({"start": job.id, "gpus": held, "hosts": dict(job.hosts), "keys": list(job.keys)})
 
     def settle(self, running: Iterable[str]) -> None:
         """Take in which jobs still run; say that the driver lives."""

@@ -84,6 +84,8 @@ class StageAware:
         """Go by what a point measured over more seeds."""
         done = self._done[entry.point.model]
         done[:] = [entry if each.point == entry.point else each for each in done]
+        self._held[entry.point.model] = self._undominated([each for each in done if each.feasible])
+        self._chosen.clear()
 
     def _follow(self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge) -> None:
         """Take in what was asked for, told and measured since the last time."""
