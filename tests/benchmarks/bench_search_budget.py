@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     parser.add_argument("--study", default="quickstart")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--only", choices=("grid", "formula", "family"), help="part of it; writes nothing")
     given = parser.parse_args()
     surfaces: dict[str, Surface] = {}
     if given.home is not None:
