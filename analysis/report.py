@@ -21,8 +21,8 @@ from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import Projections, projection_figures
 from analysis.tables import agreement_cells, category_cells, frontier_cells, results_frame
 from analysis.threshold_figure import threshold_figure
-from analysis.wording import directed_label, settings_label, without_paths
-from sweeps.points import Result
+from analysis.wording import NO_RESULT, directed_label, settings_label, status_label, without_paths
+from sweeps.points import STATUSES, Result
 from sweeps.study import Study
 
 _NO_PROJECTIONS: Projections = MappingProxyType({})
@@ -37,24 +37,26 @@ def write_report(
     provenance: Mapping[str, object],
     projections: Projections = _NO_PROJECTIONS,
     evidence: Evidence = NO_EVIDENCE,
+    plan: Path | None = None,
 ) -> Path:
-    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value.
+    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value, `plan` the picture (SVG) of the latest plan.
 
     Without `evidence` nothing is compared in pairs, and there are no tables by category and of agreement between scorers.
     """
     page = template("report_template.html").render(
         study=study,
         paragraphs=[_split(paragraph) for paragraph in answer(study, results, baselines, evidence)],
-        counts={status: sum(result.status == status for result in results) for status in ("done", "running", "failed")},
+        counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
         hypervolume=frontier_hypervolume(results, study.objectives),
         categories=list(category_cells(study, results, evidence)),
         agreements=list(agreement_cells(study, results, evidence)),
         means=any(metric.squares is not None for result in results for metric in result.metrics.values()),
         table=frontier_cells(results_frame(results, study.objectives)),
-        figures=[*_figures(study, results, baselines), *_projection_figures(projections)],
+        figures=[*_figures(study, results, baselines), *_projection_figures(projections), *_plan_figure(plan)],
         failed=[
-            (result.number, result.point.model, settings_label(result.point), without_paths(result.reason)) for result in _failed(results)
+            (result.number, result.point.model, settings_label(result.point), status_label(result.status), without_paths(result.reason))
+            for result in _failed(results)
         ],
         cost=cost,
         provenance=provenance,
@@ -69,7 +71,7 @@ def summary(study: Study, results: Sequence[Result], baselines: Baselines, evide
         "objectives": list(study.objectives),
         "answer": answer(study, results, baselines, evidence),
         "hypervolume": frontier_hypervolume(results, study.objectives),
-        "points": {status: sum(result.status == status for result in results) for status in ("done", "running", "failed")},
+        "points": {status: sum(result.status == status for result in results) for status in STATUSES},
         "frontier": [
             {
                 "number": result.number,
@@ -127,7 +129,7 @@ def _split(paragraph: str) -> tuple[str, str]:
 
 
 def _failed(results: Sequence[Result]) -> list[Result]:
-    return sorted((result for result in results if result.status == "failed"), key=lambda result: result.number)
+    return sorted((result for result in results if result.status in NO_RESULT), key=lambda result: result.number)
 
 
 def _figures(study: Study, results: Sequence[Result], baselines: Baselines) -> list[dict[str, str]]:
@@ -148,6 +150,19 @@ def _figures(study: Study, results: Sequence[Result], baselines: Baselines) -> l
         caption = "Against the projection threshold: modules whose cosine is at or below it are projected. 95% Wilson intervals."
         found.append(shown(across, alt=f"Line plots by threshold: {'; '.join(map(directed_label, names))}.", caption=caption))
     return found
+
+
+def _plan_figure(plan: Path | None) -> list[dict[str, str]]:
+    if plan is None or not plan.exists():
+        return []
+    drawn = base64.b64encode(plan.read_bytes()).decode("ascii")
+    return [
+        {
+            "source": f"data:image/svg+xml;base64,{drawn}",
+            "alt": "Gantt chart: stages over time, as planned, a row for each GPU.",
+            "caption": "What the latest run was expected to do, from before it began. How far off that was is under Cost.",
+        }
+    ]
 
 
 def _projection_figures(projections: Projections) -> list[dict[str, str]]:

@@ -2,8 +2,10 @@
 
 import re
 
-from sweeps.points import Point, Value
+from sweeps.points import Point, Status, Value
 from tasks.metrics import Metric, direction
+
+NO_RESULT: tuple[Status, ...] = ("failed", "refused", "out_of_budget")
 
 
 def metric_label(name: str) -> str:
@@ -40,6 +42,21 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
+def clock(seconds: float) -> str:
+    """`3:07`, minutes and seconds; from two hours on `26 h 05 min`."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size_label(size: float) -> str:
+    """Bytes as `3.4 GB`, in powers of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
 def measured(metric: Metric) -> str:
     low, high = metric.interval
     return f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n})"
@@ -48,3 +65,7 @@ def measured(metric: Metric) -> str:
 def without_paths(reason: str) -> str:
     """A failure's reason as it may leave this machine: no command, and of each absolute path only its last part."""
     return re.sub(r"(?<![\w.])/(?:[\w.@+-]+/)+([\w.@+-]*)", r"\1", reason.partition(" (to see it again")[0])
+
+
+def status_label(status: Status) -> str:
+    return {"running": "still running", "out_of_budget": "out of budget"}.get(status, status)

@@ -1,35 +1,17 @@
-"""What stages take and cost: measured by the store where it has run the like, a stated guess where it has not.
+"""What stages cost: GPU-seconds by type of GPU, and dollars by the profile's prices. How long they take: cluster.estimates.
 
 A record holds facts (seconds, GPUs, their type). Dollars are worked out from the profile whenever they are shown, and are kept nowhere.
 """
 
-import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.executor import ACCELERATOR_TYPE, Capacity, Job, Needs
 from cluster.profile import Profile
-from cluster.store import Artifact, Store
-from tasks.specs import KINDS, Spec
 
 GpuTypes = Mapping[str | None, float]  # type -> how many; None is the type of logical GPUs, and of those that Ray does not know
-
-GUESS_S = {
-    "language": 2.0,
-    "organism": 60.0,
-    "convert": 60.0,
-    "data": 1.0,
-    "train": 60.0,
-    "subspace": 600.0,
-    "project": 5.0,
-    "apply": 1.0,
-    "generate": 10.0,
-    "judge": 30.0,
-    "score": 1.0,
-    "evaluate": 10.0,
-}
 
 
 @dataclass(frozen=True)
@@ -73,12 +55,16 @@ def cost_of(provenance: Mapping[str, Any]) -> Cost:
     return Cost.of({provenance.get("gpu_type"): float(provenance.get("gpus", 0))}, float(provenance["seconds"]))
 
 
-def expected_cost(needs: Needs, seconds: float, profile: Profile) -> Cost:
-    """What a stage will cost before it is known where it runs: on the type that its labels name, else on the profile's dearest."""
-    named = needs.labels.get(ACCELERATOR_TYPE, "")
-    plain = named if named and not named.startswith(("!", "in(")) else None
+def expected_cost(needs: Needs, seconds: float, profile: Profile, gpu_type: str | None = None) -> Cost:
+    """What a stage will cost before it is known where it runs: on the type of its labels, else `gpu_type`, else the profile's dearest."""
     dearest = max(profile.gpus, key=lambda name: profile.gpus[name].usd_per_hour, default=None)
-    return Cost.of({plain or dearest: needs.gpus}, seconds)
+    return Cost.of({named_type(needs) or gpu_type or dearest: needs.gpus}, seconds)
+
+
+def named_type(needs: Needs) -> str | None:
+    """The type of GPU that labels name; None when they leave a choice, or say nothing of it."""
+    named = needs.labels.get(ACCELERATOR_TYPE, "")
+    return named if named and not named.startswith(("!", "in(")) else None
 
 
 def gpu_types(hosts: Mapping[str, int], capacity: Capacity) -> GpuTypes:
@@ -108,34 +94,3 @@ class Unmetered:
 
     def started(self, job: Job, gpus: GpuTypes, seconds: float) -> None:
         return None
-
-
-class Estimates:
-    """Seconds a stage is expected to run. `learn` takes in what has just been measured."""
-
-    def __init__(self, store: Store) -> None:
-        self._seen: dict[str, list[float]] = defaultdict(list)
-        self._medians: dict[str, float] = {}  # of what was seen so far; every heartbeat asks for each open stage
-        for kind in KINDS:
-            self.learn(store.all(kind))
-
-    def learn(self, artifacts: Iterable[Artifact]) -> None:
-        for artifact in artifacts:
-            seconds = float(artifact.provenance.get("seconds", 0.0))
-            for like in (artifact.kind, _shape(artifact.kind, artifact.hashed["spec"])):
-                self._seen[like].append(seconds)
-                self._medians.pop(like, None)
-
-    def seconds(self, spec: Spec) -> float:
-        """The median of the nearest like: the same suite or method first, then the same kind, then a guess."""
-        for like in (_shape(spec.KIND, vars(spec)), spec.KIND):
-            if like in self._seen:
-                if like not in self._medians:
-                    self._medians[like] = statistics.median(self._seen[like])
-                return self._medians[like]
-        return GUESS_S[spec.KIND]
-
-
-def _shape(kind: str, spec: Mapping[str, Any]) -> str:
-    detail = spec.get("method") or spec.get("task") or spec.get("template") or spec.get("size") or spec.get("max_new_tokens")
-    return f"{kind}/{detail}"

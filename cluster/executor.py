@@ -96,10 +96,14 @@ class Finished:
 
 
 class Executor(ABC):
-    """Runs batches of requests. `device` is what stages on GPUs run on: cpu or cuda; `threads` what each may use."""
+    """Runs batches of requests. `device` is what stages on GPUs run on: cpu or cuda; `threads` what each may use.
+
+    `processes` says whether a job has processes of its own, which take time to start.
+    """
 
     device: str
     threads: int | None = None
+    processes: bool = True
 
     @abstractmethod
     def capacity(self) -> Capacity: ...
@@ -139,7 +143,7 @@ class OnDemand(Executor):
     def capacity(self) -> Capacity:
         if self._made is None:
             self._made = self._make()
-            self.device, self.threads = self._made.device, self._made.threads
+            self.device, self.threads, self.processes = self._made.device, self._made.threads, self._made.processes
         return self._made.capacity()
 
     def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
@@ -182,6 +186,8 @@ def run_batch(
             request = work.request
             gpus = world_size if world_size > 1 else request.gpus
             provenance = {"seconds": report.seconds, "gpus": gpus, "gpu_type": own_gpu_type() if gpus else None, **report.environment}
+            if request.load:
+                provenance["load"] = dict(request.load)
             try:
                 work.store.commit(work.attempt, request.hashed, provenance)
             except (EbblineError, OSError) as error:

@@ -10,6 +10,8 @@ from tasks.stage import Request
 class InlineExecutor(Executor):
     """Runs a job when its outcome is asked for. A gang runs as one process: the same Spec, the same result to tolerance."""
 
+    processes = False
+
     def __init__(self, gpus: int = 1, device: str = "cpu") -> None:
         self.device = device
         self._gpus = gpus

@@ -124,9 +124,12 @@ class Survey:
                 yield _removal("source", top, name, entries)
 
     def adapters(self, needed: Needed, before: float) -> Iterator[Removal]:
-        """The tensors of adapters that need not be kept: their records stay, and they can be made again."""
+        """The tensors of adapters that need not be kept: their records stay, and they can be made again.
+
+        One that was trained in a pack stays: made again by itself it could come out with another last bit, and be another file.
+        """
         for (kind, key), artifact in sorted(self.records.items()):
-            if key in needed.adapters - needed.kept:
+            if key in needed.adapters - needed.kept and artifact.provenance.get("packed") is None:
                 folder = f"{kind}/{key}/{artifact.folder.name}/payload/"
                 files = [entry for entry in self.files[kind, key] if entry.name.startswith(folder) and entry.name.endswith(TENSORS)]
                 if files and max(entry.modified for entry in files) < before:

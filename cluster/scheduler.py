@@ -2,6 +2,7 @@
 
 order       longest critical path first; what has waited moves up, so nothing waits for ever behind more critical work
 batches     stages that share a resident base start together, as many as keep all GPUs evenly busy
+packs       trainings that may share a GPU start on it at once, as many as fit there, and no more than leave the other GPUs their part
 gangs       all GPUs or none, on one host unless they may spread. A gang that does not fit reserves the hosts that can have it
             soonest; until then others start there only if they are expected to end before (EASY backfill), or on GPUs that
             the gang leaves over
@@ -12,21 +13,24 @@ import heapq
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from types import MappingProxyType
 
-from cluster.executor import Capacity, Host, Needs
+from cluster.executor import Capacity, Needs
 from cluster.labels import selected
+from cluster.rooms import Busy, Room, rooms_of, together_s
+from tasks.packs import fit
+
+__all__ = ["Busy", "Placement", "Work", "impossible", "place"]
 
 SHORTEST_BATCH_S = 20.0
 LONGEST_BATCH_S = 600.0  # what a lost worker costs, and what a gang waits for
 AGEING = 0.2  # seconds of critical path that a second of waiting is worth
 SHUN_S = 600.0  # how long a stage waits for another host than the one where it was lost
 CACHED_GPUS = 2  # a host that has the base at hand counts as having so many GPUs fewer free
-IMMINENT_S = 1.0  # a job that outlasts its estimate is expected to end this soon, for ever: nothing slips in before that
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Work:
     """A ready stage. `resident` names what it needs in memory; `path_s` is the longest chain of seconds from here to the end.
 
     `shun` names hosts where it was lost: it goes elsewhere if there is an elsewhere. `waited_s` counts from when it became ready.
+    Works with the same `pack` (empty: none) may run at once on a GPU of a type where their `shares` add up to at most 1.
     """
 
     key: str
@@ -43,6 +48,8 @@ class Work:
     path_s: float
     shun: frozenset[str] = frozenset()
     waited_s: float = 0.0
+    pack: str = ""
+    shares: Mapping[str | None, float] = field(default_factory=dict)
 
     @property
     def gpus(self) -> int:
@@ -55,20 +62,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Busy:
-    """A running job: what it holds where, and for how much longer. One that needs no GPU holds a slot of its one host (`{host: 0}`)."""
-
-    hosts: Mapping[str, int]
-    remaining_s: float
-
-    @property
-    def gpus(self) -> int:
-        return sum(self.hosts.values())
-
-
-@dataclass(frozen=True)
 class Placement:
-    """Start these stages now, in this order, as one batch on so many GPUs of these hosts."""
+    """Start these stages now, in this order, as one batch on so many GPUs of these hosts. Members of a pack are next to each other."""
 
     keys: tuple[str, ...]
     needs: Needs
@@ -86,7 +81,7 @@ def place(
     ends before; so that moment only comes nearer, until the hosts are given to nobody else (IMMINENT_S), whatever the
     estimates were worth, and their jobs end.
     """
-    rooms = _rooms(running, capacity)
+    rooms = rooms_of(running, capacity)
     queues = _queues(ready, rooms)
     heads = [(queue.line[0], number) for number, queue in enumerate(queues)]
     heapq.heapify(heads)
@@ -132,53 +127,6 @@ def impossible(work: Work, capacity: Capacity) -> str | None:
 
 
 @dataclass
-class _Room:
-    """What a host has left, and when its jobs end. From `reserved_s` on a gang will have it, but for `spare` GPUs."""
-
-    host: Host
-    gpus: int
-    slots: int
-    ends: list[tuple[float, int]] = field(default_factory=list)
-    reserved_s: float | None = None
-    spare: int = 0
-    _free_s: dict[int, float] = field(default_factory=dict)
-
-    def window_s(self, gpus: int) -> float:
-        """How long a job on so many GPUs, or on a slot, may last if it starts here now; negative if it may not start."""
-        if gpus == 0:
-            return math.inf if self.slots > 0 else -1.0
-        if gpus > self.gpus:
-            return -1.0
-        if self.reserved_s is None or gpus <= self.spare:
-            return math.inf
-        return self.reserved_s if self.reserved_s > IMMINENT_S else -1.0
-
-    def free_s(self, gpus: int) -> float:
-        """Seconds until so many GPUs are free at once, if every job ends when expected."""
-        if gpus not in self._free_s:
-            free, when_s = self.gpus, 0.0
-            for end_s, held in sorted(self.ends):
-                if free >= gpus:
-                    break
-                free, when_s = free + held, max(0.0, end_s)
-            self._free_s[gpus] = when_s if free >= gpus else math.inf
-        return self._free_s[gpus]
-
-    def free_at(self, when_s: float) -> int:
-        return self.gpus + sum(held for end_s, held in self.ends if end_s <= when_s)
-
-    def take(self, gpus: int, seconds: float) -> None:
-        if gpus == 0:
-            self.slots -= 1
-            return
-        if self.reserved_s is not None and seconds > self.reserved_s:
-            self.spare -= gpus
-        self.gpus -= gpus
-        self.ends.append((seconds, gpus))
-        self._free_s.clear()
-
-
-@dataclass
 class _Group:
     """The works of a queue that share a resident, in line; those up to `next` are dealt with."""
 
@@ -193,7 +141,7 @@ class _Queue:
     `widest_s` is how long the longest stage may last that could start now; None when that may have changed.
     """
 
-    def __init__(self, rooms: list[_Room], works: Sequence[Work]) -> None:
+    def __init__(self, rooms: list[Room], works: Sequence[Work]) -> None:
         self.needs, self.rooms = works[0].needs, rooms
         self.works = {work.key: work for work in works}
         self.line = [work.order for work in works]
@@ -202,6 +150,7 @@ class _Queue:
         self.shortest_s = min(work.seconds for work in works)
         self.widest_s: float | None = None
         self._by_resident: dict[str, list[Work]] | None = None
+        self._packs: dict[tuple[str, str], list[Work]] | None = None
         self._groups: dict[str, _Group] = {}
 
     def _group(self, resident: str) -> _Group:
@@ -234,7 +183,7 @@ class _Queue:
         if work.seconds > self._widest_s():
             return {}
 
-        def preference(room: _Room) -> tuple[bool, bool, bool, int, str]:
+        def preference(room: Room) -> tuple[bool, bool, bool, int, str]:
             name, near = room.host.name, work.resident in cached.get(room.host.name, ())
             if gpus == 0:
                 return name in work.shun, False, not near, -room.slots, name
@@ -263,8 +212,8 @@ class _Queue:
         soonest = min(rooms, key=lambda room: (room.free_s(gpus), room.host.name in work.shun, room.host.name))
         when_s = soonest.free_s(gpus)
         chosen = [soonest]
-        if self.needs.spread and (together_s := _free_s(rooms, gpus)) < when_s:
-            when_s, chosen = together_s, sorted(rooms, key=lambda room: (-room.free_at(together_s), room.host.name))
+        if self.needs.spread and (joint_s := together_s(rooms, gpus)) < when_s:
+            when_s, chosen = joint_s, sorted(rooms, key=lambda room: (-room.free_at(joint_s), room.host.name))
         if when_s == math.inf:
             return False
         for room in chosen:
@@ -274,17 +223,40 @@ class _Queue:
                 gpus -= free
         return True
 
+    def _mates(self, first: Work, gpu_type: str | None, at_once: int, window_s: float) -> Iterator[Work]:
+        """Those that run at once with `first`, in line: as many as fit, until every other GPU has its part of the queue."""
+        shares, seconds = [first.shares.get(gpu_type, 1.0)], first.seconds
+        if not first.pack or shares[0] >= 1 or self.needs.gpus != 1:
+            return
+        if self._packs is None:
+            self._packs = defaultdict(list)
+            for work in sorted(self.works.values(), key=attrgetter("order")):
+                self._packs[work.pack, work.resident].append(work)
+        part_s = sum(work.seconds for work in self.works.values()) / at_once
+        for work in self._packs[first.pack, first.resident]:
+            if seconds >= part_s:
+                return
+            share = work.shares.get(gpu_type, 1.0)
+            if work.key != first.key and work.key not in self.taken and fit([*shares, share]) and seconds + work.seconds <= window_s:
+                shares.append(share)
+                seconds += work.seconds
+                yield work
+
     def start(self, first: Work, hosts: Mapping[str, int]) -> Placement:
-        """Take the room for `first`, and for those of its group that come next in line and fit behind it."""
+        """Take the room for `first`, its pack, and those of its group that come next in line and fit behind it."""
         rooms = [room for room in self.rooms if room.host.name in hosts]
-        most_s = min(LONGEST_BATCH_S, *(room.window_s(hosts[room.host.name]) for room in rooms))
-        batch, total_s = [first.key], first.seconds
+        window_s = min(room.window_s(hosts[room.host.name]) for room in rooms)
+        most_s = min(LONGEST_BATCH_S, window_s)
+        gpus = self.needs.gpus
+        at_once = sum(room.host.gpus for room in self.rooms) // gpus if gpus else sum(room.host.cpus for room in self.rooms)
+        batch = [first.key, *(work.key for work in self._mates(first, rooms[0].host.gpu_type, at_once, window_s))]
+        total_s = sum(self.works[key].seconds for key in batch)
+        self.taken.update(batch)
         if total_s + self.shortest_s <= most_s:
-            group, gpus = self._group(first.resident), self.needs.gpus
-            at_once = sum(room.host.gpus for room in self.rooms) // gpus if gpus else sum(room.host.cpus for room in self.rooms)
+            group = self._group(first.resident)
             limit_s = min(most_s, max(SHORTEST_BATCH_S, group.total_s / at_once))
             for work in itertools.islice(group.works, group.next, None):
-                if work.order > first.order:
+                if work.order > first.order and work.key not in self.taken:
                     if total_s + work.seconds > limit_s:
                         break
                     batch.append(work.key)
@@ -296,19 +268,7 @@ class _Queue:
         return Placement(tuple(batch), first.needs, hosts)
 
 
-def _rooms(running: Sequence[Busy], capacity: Capacity) -> list[_Room]:
-    rooms = {host.name: _Room(host, host.gpus, host.cpus) for host in capacity.hosts if not host.draining}
-    for job in running:
-        for name, gpus in job.hosts.items():
-            if name in rooms and gpus > 0:
-                rooms[name].gpus -= gpus
-                rooms[name].ends.append((job.remaining_s, gpus))
-            elif name in rooms and job.gpus == 0:
-                rooms[name].slots -= 1
-    return sorted(rooms.values(), key=lambda room: room.host.name)
-
-
-def _queues(ready: Sequence[Work], rooms: Sequence[_Room]) -> list[_Queue]:
+def _queues(ready: Sequence[Work], rooms: Sequence[Room]) -> list[_Queue]:
     """The ready stages by the hosts that can take them, without those for which nothing is free anywhere."""
     slots, gpus = any(room.slots > 0 for room in rooms), any(room.gpus > 0 for room in rooms)
     if not (slots and gpus):
@@ -328,7 +288,7 @@ def _queues(ready: Sequence[Work], rooms: Sequence[_Room]) -> list[_Queue]:
     return [_Queue(among, works) for among, works in able if among]
 
 
-def _able(needs: Needs, shun: frozenset[str], rooms: Sequence[_Room]) -> list[_Room]:
+def _able(needs: Needs, shun: frozenset[str], rooms: Sequence[Room]) -> list[Room]:
     """The hosts that could ever have a part in such work; without those to be shunned, if the others could run it."""
     able = [room for room in rooms if selected(needs.labels, room.host.labels)]
     for among in ([room for room in able if room.host.name not in shun], able):
@@ -341,14 +301,3 @@ def _able(needs: Needs, shun: frozenset[str], rooms: Sequence[_Room]) -> list[_R
         if large:
             return large
     return []
-
-
-def _free_s(rooms: Sequence[_Room], gpus: int) -> float:
-    """Seconds until these hosts together have so many GPUs free."""
-    free = sum(room.gpus for room in rooms)
-    when_s = 0.0
-    for end_s, held in sorted(end for room in rooms for end in room.ends):
-        if free >= gpus:
-            break
-        free, when_s = free + held, max(0.0, end_s)
-    return when_s if free >= gpus else math.inf

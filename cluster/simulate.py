@@ -8,14 +8,16 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.executor import Capacity, Executor, Finished, Job, Needs
 from cluster.scheduler import Busy, Placement, Work, place
+from cluster.starts import Lanes
 from tasks.errors import StudyError
 from tasks.stage import Report, Request
 
+StartS = Callable[[Needs, Mapping[str, int], bool], float]  # (needs, GPUs by host, whether the process is new) -> seconds
 Choose = Callable[[Sequence[Work], Sequence[Busy], Capacity, Mapping[str, frozenset[str]]], list[Placement]]
 
 
@@ -29,6 +31,20 @@ class Step:
     expected_s: float
     seconds: float
     after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flights:
+    """Steps that are asked for together, as a search's points are: each group is the keys that it needs, own or shared.
+
+    At most `window` groups are under way at once, of which a new one takes off when one has landed: any of them, or the oldest when
+    they land `in_turn`. None takes off while others are under way and `most_gpus` are wanted by what runs or is ready.
+    """
+
+    groups: Sequence[Sequence[str]]
+    window: int
+    in_turn: bool = False
+    most_gpus: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,8 @@ class Trace:
 class SimulatedExecutor(Executor):
     """Jobs take as long as `seconds_of` says of each key, one stage after another. Waiting moves the clock, and nothing else does."""
 
+    processes = False
+
     def __init__(self, capacity: Capacity, seconds_of: Callable[[str], float]) -> None:
         self.device = "simulated"
         self.now_s = 0.0
@@ -92,16 +110,16 @@ class SimulatedExecutor(Executor):
     def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
         return self.start([request.key for request in batch], needs, hosts)
 
-    def start(self, keys: Sequence[str], needs: Needs, hosts: Mapping[str, int]) -> Job:
-        """As `submit`, for stages that are only a key."""
+    def start(self, keys: Sequence[str], needs: Needs, hosts: Mapping[str, int], start_s: float = 0.0) -> Job:
+        """As `submit`, for stages that are only a key; the first begins after `start_s`."""
         number = next(self._numbers)
         job = Job(f"simulated-{number}", tuple(keys), needs.gpus, hosts)
         self.running[job.id] = job
-        self._next_stage(job, number, 0)
+        self._next_stage(job, number, 0, start_s)
         return job
 
-    def _next_stage(self, job: Job, number: int, index: int) -> None:
-        heapq.heappush(self._ends, (self.now_s + self._seconds_of(job.keys[index]), number, job, index))
+    def _next_stage(self, job: Job, number: int, index: int, start_s: float = 0.0) -> None:
+        heapq.heappush(self._ends, (self.now_s + start_s + self._seconds_of(job.keys[index]), number, job, index))
 
     def advance(self, until_s: float = math.inf) -> list[tuple[Job, str]]:
         """Move the clock to when the next stages end, or to `until_s` if none ends before; the stages that ended."""
@@ -138,27 +156,38 @@ class SimulatedExecutor(Executor):
         self.running.clear()
 
 
-def simulate(steps: Iterable[Step], capacity: Capacity, choose: Choose = place) -> Trace:
+def simulate(
+    steps: Iterable[Step], capacity: Capacity, choose: Choose = place, start_s: StartS | None = None, flights: Flights | None = None
+) -> Trace:
     """Run a whole graph on the virtual clock. `choose` gets ready stages in the order in which they became so.
 
-    A host keeps at hand whatever it has had. Raises StudyError if a step reads from one that is not there, or from itself.
+    A host keeps at hand whatever it has had. `start_s` says what a job takes to start (nothing, if not given); `flights` lets steps be
+    asked for over time, and those in none of them at once. Raises StudyError if a step reads from one that is not there, or from itself.
     """
     by_key = {step.key: step for step in steps}
     behind, paths = _graph(by_key)
     executor = SimulatedExecutor(capacity, lambda key: by_key[key].seconds)
+    tower = _Tower(by_key, flights or Flights((), 1))
     trace = Trace(capacity)
+    lanes = Lanes()
     missing = {key: len(step.after) for key, step in by_key.items()}
-    ready_at = {key: 0.0 for key, count in missing.items() if count == 0}
+    ready_at: dict[str, float] = {}
     ready: dict[str, Work] = {}
     cached: dict[str, frozenset[str]] = {}
     expected_ends: dict[str, tuple[Mapping[str, int], float]] = {}
     stage_starts: dict[str, float] = {}
-    arrived = list(ready_at)
+    arrived = [key for key in tower.at_once if missing[key] == 0]
     while True:
-        for key in arrived:
-            step = by_key[key]
-            # Ageing only compares: what each waited until one same moment does, and a Work can be kept as long as it waits.
-            ready[key] = Work(key, step.needs, step.resident, step.expected_s, paths[key], waited_s=-executor.now_s)
+        held = sum(sum(job.hosts.values()) for job in executor.running.values())
+        while True:
+            for key in arrived:
+                step, ready_at[key] = by_key[key], executor.now_s
+                # Ageing only compares: what each waited until one same moment does, and a Work can be kept as long as it waits.
+                ready[key] = Work(key, step.needs, step.resident, step.expected_s, paths[key], waited_s=-executor.now_s)
+            asked = tower.take_off(held + sum(work.gpus for work in ready.values()))
+            if asked is None:
+                break
+            arrived = [key for key in asked if missing[key] == 0]
         if ready:
             busy = [Busy(hosts, max(1.0, end_s - executor.now_s)) for hosts, end_s in expected_ends.values()]
             works = list(ready.values())
@@ -166,28 +195,69 @@ def simulate(steps: Iterable[Step], capacity: Capacity, choose: Choose = place) 
             placements = choose(works, busy, capacity, cached)
             trace.decisions.append(Decision(executor.now_s, len(works), len(placements), time.thread_time() - before))
             for placement in placements:
-                job = executor.start(placement.keys, placement.needs, placement.hosts)
+                starting_s = start_s(placement.needs, placement.hosts, lanes.would_be_new(placement.hosts)) if start_s else 0.0
+                job = executor.start(placement.keys, placement.needs, placement.hosts, starting_s)
+                lanes.start(job.id, placement.hosts)
                 stage_starts[job.id] = executor.now_s
-                expected_ends[job.id] = (placement.hosts, executor.now_s + sum(by_key[key].expected_s for key in placement.keys))
+                expected_s = starting_s + sum(by_key[key].expected_s for key in placement.keys)
+                expected_ends[job.id] = (placement.hosts, executor.now_s + expected_s)
                 for host in placement.hosts:
                     cached[host] = cached.get(host, frozenset()) | {by_key[placement.keys[0]].resident}
                 for key in placement.keys:
                     del ready[key]
         ended = executor.advance()
         if not ended:
-            trace.never = tuple(key for key in by_key if key in ready or missing[key])
+            trace.never = tuple(key for key in by_key if key not in tower.done)
             return trace
         arrived = []
         for job, key in ended:
             trace.spans.append(Span(key, ready_at[key], stage_starts[job.id], executor.now_s, job.hosts))
             stage_starts[job.id] = executor.now_s
+            tower.landed(key)
             if job.id not in executor.running:
                 del expected_ends[job.id]
+                lanes.end(job.id)
             for below in behind[key]:
                 missing[below] -= 1
-                if missing[below] == 0:
-                    ready_at[below] = executor.now_s
+                if missing[below] == 0 and below in tower.asked:
                     arrived.append(below)
+
+
+class _Tower:
+    """Which groups of steps are under way. `asked` are the keys that may start, `done` those that have ended."""
+
+    def __init__(self, by_key: Mapping[str, Step], flights: Flights) -> None:
+        self._flights = flights
+        later = {key for group in flights.groups for key in group}
+        self.at_once = [key for key in by_key if key not in later]
+        self.asked, self.done = set(self.at_once), set[str]()
+        self._waiting: Iterator[Sequence[str]] = iter(flights.groups)
+        self._under_way: list[set[str]] = []
+
+    def landed(self, key: str) -> None:
+        self.done.add(key)
+        for group in self._under_way:
+            group.discard(key)
+        if self._flights.in_turn:
+            while self._under_way and not self._under_way[0]:
+                del self._under_way[0]
+        else:
+            self._under_way = [group for group in self._under_way if group]
+
+    def take_off(self, wanted_gpus: int) -> list[str] | None:
+        """The keys that the next group adds; None when no group takes off now. `wanted_gpus` are those of all that runs or is ready."""
+        most = self._flights.most_gpus
+        enough = most is not None and bool(self._under_way) and wanted_gpus >= most
+        full = enough or len(self._under_way) >= self._flights.window
+        group = None if full else next(self._waiting, None)
+        if group is None:
+            return None
+        own = [key for key in group if key not in self.asked]
+        self.asked |= set(own)
+        open_keys = set(group) - self.done
+        if open_keys or (self._flights.in_turn and self._under_way):
+            self._under_way.append(open_keys)
+        return own
 
 
 def bound_s(steps: Iterable[Step], capacity: Capacity) -> float:

@@ -269,6 +269,13 @@ class Store:
         self.cache.fetch(payload, wanted, lambda: self.sizes(prefix), lambda name, path: self.place.receive(f"{prefix}/{name}", path))
         return payload
 
+    def free_bytes(self) -> int | None:
+        """What the disk under the store has left; None for a bucket, which has no end."""
+        if self.cache is not None:
+            return None
+        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+        return shutil.disk_usage(there).free
+
     def sizes(self, prefix: str) -> dict[str, int]:
         """Name below a folder's name -> bytes, of all that lies there."""
         return {entry.name.removeprefix(f"{prefix}/"): entry.size for entry in self.place.entries(prefix)}

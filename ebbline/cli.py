@@ -95,23 +95,25 @@ def pin(
 def plan(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
+    cluster: Annotated[
+        str | None, typer.Option(help="Plan for these hosts: `2x8xA100,1x4` is hosts x GPUs x type.", show_default=False)
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Plan for this Ray cluster, as `run` takes it; the profile's if not given.", show_default=False)
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False)] = None,
     why: Annotated[int, typer.Option("--why", help="How many misses to explain.")] = 12,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run would do: how many stages of each kind, how many are there, and what made each miss one."""
-    from ebbline.show import print_plan
+    """Say what a run would take: stages, GPU-hours, dollars, wall time, disk; draw it; and what made each stage miss."""
+    from ebbline.planning import capacity_of, plan_study
     from sweeps.home import Home
-    from sweeps.plan import Planner
-    from sweeps.plan import plan as make_plan
-    from sweeps.search import finite, known_points, space
+    from sweeps.search import check_written_points
     from sweeps.study_file import load
 
     loaded, where = load(study), Home(home)
-    points, unchosen = known_points(loaded, where.storage(loaded.study))
-    planner = Planner(loaded, where)
-    found = make_plan(planner, points, unchosen)
-    most = make_plan(planner, space(loaded), 0) if unchosen and finite(loaded) else None
-    print_plan(found, most, why, as_json, where.profile)
+    check_written_points(loaded)
+    plan_study(loaded, where, capacity_of(loaded, cluster, address or where.profile.address, gpus), why, as_json)
 
 
 @app.command()
@@ -128,6 +130,9 @@ def run(
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False)] = None,
     wandb: Annotated[bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")] = True,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="The file was changed to ask for more: points, values of an axis, seeds, a size.")
+    ] = False,
 ) -> None:
     """Run a study to its report. The same command continues one that was cut off, and runs nothing twice."""
     from ebbline.running import run_study
@@ -135,7 +140,7 @@ def run(
     from sweeps.study_file import load
 
     where = Home(home)
-    raise typer.Exit(run_study(load(study), study, where, executor, address or where.profile.address, gpus, wandb))
+    raise typer.Exit(run_study(load(study), study, where, executor, address or where.profile.address, gpus, wandb, extend))
 
 
 @app.command()

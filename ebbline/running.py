@@ -1,17 +1,17 @@
 """`ebbline run`: drive a study under a screen, with the W&B mirror beside it, and write what came out."""
 
-import os
 import platform
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from analysis import mirror
 from analysis.compare import refusal_metric, usefulness_metric
-from analysis.costs import cost_rows, told
+from analysis.costs import compared, cost_rows, prediction_rows, told
 from analysis.figures import save
 from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import projection_figures
@@ -19,11 +19,15 @@ from analysis.report import write_report
 from analysis.results import StoredEvidence, baselines, collect, costs_before, kinds_of, projections, prompt_sets
 from analysis.tables import categories_frame, frontier_text, results_frame, write_categories, write_tables
 from analysis.threshold_figure import threshold_figure
+from analysis.wording import NO_RESULT, status_label
 from cluster.executor import Executor, OnDemand
+from ebbline.planning import GANTT, draw, local_capacity, logical_gpus
 from ebbline.show import Screen
 from sweeps.drive import Progress, drive
+from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.points import Result
+from sweeps.prediction import Prediction, keep, predict, read_predictions
 from sweeps.racing import races
 from sweeps.spending import read_spent
 from sweeps.study import Study, lasting
@@ -31,7 +35,6 @@ from tasks.identity import digest
 
 VERSIONS = ("ebbline", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "lm-eval", "ray", "optuna", "moocore")
 MIRROR_WAIT_S = 20.0
-MOST_LOGICAL_GPUS = 4
 
 
 class Interrupts:
@@ -57,22 +60,26 @@ class Interrupts:
         return self.count > 0
 
 
-def run_study(study: Study, name: str, home: Home, executor: str, address: str, gpus: int | None, wandb: bool) -> int:
+def run_study(study: Study, name: str, home: Home, executor: str, address: str, gpus: int | None, wandb: bool, extend: bool = False) -> int:
     """Drive a study to its end and print where its outputs are; returns the exit code (see ebbline.cli)."""
     folder = home.folder(study.study)
     mirrored: list[subprocess.Popen[bytes]] = []
 
+    screen = Screen()
+
     def make_executor() -> Executor:
-        # Called once this driver holds the study: one that is turned away starts no second mirror.
+        # Called once this driver holds the study: one that is turned away starts no second mirror, and predicts nothing.
         if wandb:
             mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
-        return OnDemand(lambda: _executor(study, executor, address, gpus))
+        made = OnDemand(lambda: _executor(study, executor, address, gpus))
+        screen.prediction = _predicted(study, home, made, executor, address, gpus)
+        return made
 
     started = time.monotonic()
     print(f"{study.study}: {study.question}\n")
     try:
-        with Interrupts() as interrupts, Screen() as screen:
-            progress = drive(study, home, make_executor, screen, interrupts.stopping)
+        with Interrupts() as interrupts, screen:
+            progress = drive(study, home, make_executor, screen, interrupts.stopping, extend)
     except KeyboardInterrupt:
         print("stopped; the same command continues from what is in the store")
         _end(mirrored)
@@ -81,6 +88,8 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         _end(mirrored)
         raise
     print(_told(progress, time.monotonic() - started))
+    if screen.prediction is not None and not progress.stopped:
+        print(compared(screen.prediction, progress.spending.spent(), home.profile))
     outputs = write_outputs(study, home)
     results = collect(study, home)
     print()
@@ -90,9 +99,9 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         print(f"W&B has not taken everything yet; `ebbline sync {name}` continues (see {folder / 'log' / 'mirror.log'})")
     for what, path in outputs.items():
         print(f"{what:10} {path}")
-    if progress.stopped:
-        return 130 if progress.runner.draining else 5
-    return 3 if any(result.status == "failed" for result in results) else 0
+    if progress.by in ("request", "budget"):
+        return 130 if progress.by == "request" else 5
+    return 3 if any(result.status in NO_RESULT for result in results) else 0
 
 
 def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
@@ -100,9 +109,20 @@ def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
         mirror.stop(process, wait_s=0)
 
 
+def _predicted(study: Study, home: Home, made: Executor, kind: str, address: str, gpus: int | None) -> Prediction | None:
+    """What this run will take, kept and drawn beside the study's results; None when it has nothing to do."""
+    folder = home.folder(study.study)
+    alone = kind == "inline" or address == "local"  # a cluster of its own is not started to plan for it
+    found = forecast(study, home, local_capacity(study, gpus) if alone else made.capacity(), serial=kind == "inline")
+    prediction = predict(found, read_spent(folder))
+    if prediction is not None:
+        keep(prediction, folder)
+        draw(study, found, home)
+    return prediction
+
+
 def _executor(study: Study, kind: str, address: str, gpus: int | None) -> Executor:
-    gang = max(model.gpus for model in study.models.values())
-    logical = gpus or max(gang, min(MOST_LOGICAL_GPUS, len(os.sched_getaffinity(0))))
+    gang, logical = max(model.gpus for model in study.models.values()), logical_gpus(study, gpus)
     if kind == "inline":
         from cluster.inline import InlineExecutor  # imported here, as only one of the two is needed
 
@@ -115,10 +135,11 @@ def _executor(study: Study, kind: str, address: str, gpus: int | None) -> Execut
 def _told(progress: Progress, seconds: float) -> str:
     nodes = {node.key: node for node in progress.runner.nodes.values() if node.state == "done"}.values()
     ran = sum(not node.reused for node in nodes)
-    failed = sum(result.status == "failed" for result in progress.results)
+    counts = Counter(result.status for result in progress.results)
     line = f"{len(progress.results)} points this time, {ran} stages run and {len(nodes) - ran} found in the store, {seconds:.0f} s"
     line += f", {told(progress.spending.spent().cost, progress.spending.profile)} spent by all runs"
-    return line + (f", {failed} points failed" if failed else "") + (f"; {progress.stopped}" if progress.stopped else "")
+    without = "".join(f", {counts[status]} points {status_label(status)}" for status in NO_RESULT if counts[status])
+    return line + without + (f"; {progress.stopped}" if progress.stopped else "")
 
 
 def write_outputs(study: Study, home: Home) -> dict[str, Path]:
@@ -138,13 +159,15 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     evidence = StoredEvidence(study, home)
     outputs["categories"] = write_categories(categories_frame(study, results, before, evidence), folder)
     cost, provenance = _cost(study, home, results), _provenance(study, results, home)
-    outputs["report"] = write_report(study, results, before, folder, cost, provenance, projected, evidence)
+    outputs["report"] = write_report(study, results, before, folder, cost, provenance, projected, evidence, folder / f"{GANTT}.svg")
     return outputs
 
 
 def _cost(study: Study, home: Home, results: Sequence[Result]) -> dict[str, object]:
-    spent = read_spent(home.folder(study.study))
-    return cost_rows(results, costs_before(study, home), kinds_of(study, home, results), spent, home.profile)
+    folder = home.folder(study.study)
+    spent = read_spent(folder)
+    rows = cost_rows(results, costs_before(study, home), kinds_of(study, home, results), spent, home.profile)
+    return rows | prediction_rows(read_predictions(folder), spent, home.profile)
 
 
 def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str, object]:
@@ -153,13 +176,28 @@ def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str
     return {
         "study, sha256": f"{digest(lasting(study.model_dump(mode='json')))} (its settings and pins; not its budget, nor where it ran)",
         "seeds": ", ".join(str(seed) for seed in study.seeds),
-        "search": f"{study.search.sampler}, seed {study.search.seed}, window {study.search.window}",
+        "search": f"{study.search.sampler}, seed {study.search.seed}, {_order(study)}",
+        "stops when": f"the hypervolume grows by less than {study.search.stop}" if study.search.stop else "it has its points",
+        "replicates": _replicates(study),
         **{f"prompts of {suite}": said for suite, said in prompt_sets(study, home).items()},
         **{f"raced: {suite}": str(race) for suite, race in races(study).items() if race is not None},
         "trained on": ", ".join(hosts) or "nothing yet",
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},
     }
+
+
+def _order(study: Study) -> str:
+    if study.search.order == "in_turn":
+        return f"told in turn, {study.search.reach} points in flight"
+    return "told as points land" + (f", at most {study.search.window} in flight" if study.search.window else "")
+
+
+def _replicates(study: Study) -> str:
+    policy = study.replicates
+    if policy.policy == "all":
+        return "every seed for every point"
+    return f"{policy.at_least}, and more while it is not certain at {policy.confidence:g} whether another point is better"
 
 
 def sync_mirror(name: str, study: Study, home: Home) -> int:

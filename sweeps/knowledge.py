@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.costs import GUESS_S
 from cluster.executor import Needs
 from cluster.resolver import Resolver
+from cluster.work import work_of
+from sweeps.outcome import of_seeds, stages_or_refusal
 from sweeps.plan import Planner
 from sweeps.points import Point, StageName
 from sweeps.racing import Known
@@ -38,6 +39,9 @@ class Work:
         return self.train + self.project + self.measure
 
 
+REFUSED = Work(1.0, 1.0, 1.0)  # of a point whose settings cannot be: it is asked for, and says why
+
+
 def adapter_of(point: Point) -> Point:
     """The point without its `apply.*` values."""
     return Point(point.model, tuple((axis, value) for axis, value in point.values if not axis.startswith("apply.")))
@@ -60,7 +64,7 @@ class Knowledge:
         """The cosines of each seed's adapter; None while one of them is not measured."""
         adapter = adapter_of(point)
         if adapter not in self._cosines:
-            found = self._read(self._planner.stages_for(point))
+            found = self._read(self._stages(point))
             if found is None:
                 return None
             self._cosines[adapter] = found
@@ -70,18 +74,25 @@ class Knowledge:
         """What the point takes when nothing of it is there yet; a raced suite counts with its first block."""
         adapter = adapter_of(point)
         if adapter not in self._work:
-            stages = {name: stage for text, stage in self._planner.stages_for(point).items() if not (name := StageName.parse(text)).block}
+            stages = {name: stage for text, stage in self._stages(point).items() if not (name := StageName.parse(text)).block}
             groups = {"train": 0.0, "project": 0.0, "measure": 0.0}
             for name, stage in stages.items():
                 group = "train" if name.part in PER_TRAINING else "project" if name.part in PER_ADAPTER else "measure"
                 if name.part != "subspace":  # one for all adapters
                     groups[group] += _work(stage, self._planner.needs_of(stage))
-            self._work[adapter] = Work(**groups)
+            self._work[adapter] = Work(**groups) if stages else REFUSED
         return self._work[adapter]
+
+    def _stages(self, point: Point) -> dict[str, Stage]:
+        """Those of the seeds that every point is run with; none for settings that are refused."""
+        study = self._planner.study
+        return of_seeds(study, stages_or_refusal(self._planner, point)[0], study.first_seeds)
 
     def _read(self, stages: Mapping[str, Stage]) -> Cosines | None:
         projections = [stage for name, stage in stages.items() if StageName.parse(name).part == "project"]
         found = [self._known.artifact(stage) for stage in projections]
+        if not found:
+            return None
         if any(artifact is None for artifact in found):
             resolver = Resolver(self._planner.home.store)  # made in another run, and not asked for in this one
             found = [resolver.artifact(stage) for stage in projections]
@@ -95,4 +106,4 @@ class Knowledge:
 
 
 def _work(stage: Stage, needs: Needs) -> float:
-    return GUESS_S[stage.kind] * (needs.gpus or CPU_SHARE)
+    return work_of(stage) * (1.0 if needs.gpus else CPU_SHARE)

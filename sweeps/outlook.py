@@ -7,12 +7,14 @@ continued when the budget is raised.
 
 from collections.abc import Iterable, Mapping
 
-from cluster.costs import Cost, expected_cost, total
+from cluster.costs import Cost, expected_cost, named_type, total
+from cluster.needs import resident
 from cluster.resolver import Resolver
 from cluster.runner import Runner
 from sweeps.plan import Planner
 from sweeps.points import StageName
 from sweeps.spending import Spending
+from tasks.specs import TrainSpec
 from tasks.stage import Stage, closure
 
 
@@ -45,7 +47,7 @@ class Outlook:
         refused = [node for node in self._runner.nodes.values() if node.key in self._runner.refused]
         node = min(refused, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key))
         seconds = self._runner.open_seconds(node.stage) or 0.0
-        return self._spending.told(self._planner.label(node.stage), self._cost(node.stage, seconds), seconds)
+        return self._spending.told(self._planner.label(node.stage), self._cost(node.stage, seconds) + self._starts([node.stage]), seconds)
 
     def _of_point(self, stages: Mapping[str, Stage]) -> tuple[Cost, float]:
         """What a point adds, and the seconds of its longest chain."""
@@ -53,12 +55,13 @@ class Outlook:
         asked = [stage for name, stage in stages.items() if (StageName.parse(name).block or 0) == 0]
         left = {stage.lineage: self._left_s(stage, resolver) for stage in closure(asked)}
         new = [stage for stage in closure(asked) if stage.lineage not in self._runner.nodes]
-        return total(self._cost(stage, left[stage.lineage]) for stage in new), _longest(asked, left)
+        starts = self._starts(stage for stage in new if left[stage.lineage] > 0.0)
+        return total(self._cost(stage, left[stage.lineage]) for stage in new) + starts, _longest(asked, left)
 
     def _left_s(self, stage: Stage, resolver: Resolver) -> float:
         if stage.lineage in self._runner.nodes:
             return self._runner.open_seconds(stage) or 0.0
-        return 0.0 if resolver.artifact(stage) is not None else self._runner.estimates.seconds(stage.spec)
+        return 0.0 if resolver.artifact(stage) is not None else self._runner.estimates.seconds(stage, self._planner.needs_of(stage))
 
     def _under_way(self) -> Cost:
         """The rest of all that is wanted, running or not yet."""
@@ -67,7 +70,18 @@ class Outlook:
             seconds = self._runner.open_seconds(node.stage)
             if seconds is not None:
                 keys[node.key or lineage] = self._cost(node.stage, seconds)
-        return total(keys.values())
+        return total(keys.values()) + self._starts(node.stage for node in self._runner.nodes.values() if node.state in ("waiting", "ready"))
+
+    def _starts(self, stages: Iterable[Stage]) -> Cost:
+        """What the jobs take to start that these stages will run in: at least one for each base, and for its trainings another."""
+        jobs: dict[tuple[int, str, bool], Cost] = {}
+        if self._runner.executor.processes:
+            estimates = self._runner.estimates
+            for stage in stages:
+                needs = self._planner.needs_of(stage)
+                seconds = estimates.starts.seconds(named_type(needs) or estimates.gpu_type, needs.gpus)
+                jobs[needs.gpus, resident(stage), isinstance(stage.spec, TrainSpec)] = self._cost(stage, seconds)
+        return total(jobs.values())
 
     def _cost(self, stage: Stage, seconds: float) -> Cost:
         return expected_cost(self._planner.needs_of(stage), seconds, self._spending.profile)

@@ -1,20 +1,15 @@
-"""From a point to its stages: model -> train -> project -> apply -> each suite; and what a study still has to run."""
+"""From a point to its stages: model -> train -> project -> apply -> each suite."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pydantic import ValidationError
 
-from cluster.costs import Cost, Estimates, expected_cost
 from cluster.executor import Needs
 from cluster.needs import default_needs
-from cluster.resolver import Resolver
-from cluster.store import Store
-from sweeps.home import Home, differences
+from sweeps.home import Home
 from sweeps.points import Point, StageName, Value
-from sweeps.racing import standing
 from sweeps.references import DataRef, Hub, Local
 from sweeps.study import Data, Model, ModelRef, Study, require_pins
 from sweeps.suites import blocks_of, stages_of
@@ -215,98 +210,3 @@ def _with(spec: S, prefix: str, values: Mapping[str, Value], **fixed: Value) -> 
         return type(spec).model_validate({**spec.model_dump(), **changes, **fixed})
     except ValidationError as error:
         raise StudyError(f"{prefix} with {changes}: {error.errors()[0]['msg']}") from None
-
-
-@dataclass
-class Plan:
-    """What a study would run now. `new` counts stages to run of each kind, `there` those in the store already.
-
-    `misses` says why, for each stage that would run. `unchosen` is how many points the search has yet to propose; their
-    stages are unknown before they are chosen, unless the space is a list. `expected` is what those to run are expected to cost.
-    """
-
-    new: Counter[str] = field(default_factory=Counter)
-    there: Counter[str] = field(default_factory=Counter)
-    misses: list[tuple[str, str]] = field(default_factory=list)
-    expected: Cost = field(default_factory=Cost)
-    points: int = 0
-    unchosen: int = 0
-
-    @property
-    def complete(self) -> bool:
-        """True when a run would find everything in the store."""
-        return not self.new and not self.unchosen
-
-
-def plan(planner: Planner, points: Iterable[Point], unchosen: int) -> Plan:
-    """Look every stage up by its key and explain each miss. Runs nothing."""
-    store = planner.home.store
-    resolver, estimates = Resolver(store), Estimates(store)
-    result = Plan(unchosen=unchosen)
-    seen: set[str] = set()
-    for name, stage in _named(planner, points, result, resolver):
-        for part, each in _closure(name, stage):
-            key = resolver.key(each)
-            identity = key or each.lineage
-            if identity in seen:
-                continue
-            seen.add(identity)
-            if resolver.artifact(each) is not None:
-                result.there[each.kind] += 1
-            else:
-                result.new[each.kind] += 1
-                result.expected += expected_cost(planner.needs_of(each), estimates.seconds(each.spec), planner.home.profile)
-                result.misses.append((part, explain(each, resolver, store)))
-    return result
-
-
-def _named(planner: Planner, points: Iterable[Point], result: Plan, resolver: Resolver) -> Iterator[tuple[str, Stage]]:
-    for model, suites in planner.baselines().items():
-        for suite, stage in suites.items():
-            yield f"{model} before fine-tuning, {suite}", stage
-    for point in points:
-        result.points += 1
-        stages = planner.stages_for(point)
-        for name in _needed(planner.study, stages, resolver):
-            yield f"{point}, {name}", stages[name]
-
-
-def _needed(study: Study, stages: Mapping[str, Stage], resolver: Resolver) -> list[str]:
-    """The names of the stages that a point needs as far as is known: of raced suites, the blocks measured and the next one."""
-    named = {StageName.parse(name): name for name in stages}
-    if all(name.block is None for name in named):
-        return list(stages)
-    next_ones = set(standing(study, stages, resolver).missing)
-    blocks = {
-        (name.part, name.block)
-        for name, text in named.items()
-        if name.part in study.suites and (resolver.artifact(stages[text]) is not None or stages[text] in next_ones)
-    }
-    return [text for name, text in named.items() if name.block is None or (_suite(name), name.block) in blocks]
-
-
-def _suite(name: StageName) -> str:
-    """`generate:refusal` and `judge:refusal:mine` serve the suite `refusal`."""
-    return name.part.split(":")[1] if ":" in name.part else name.part
-
-
-def _closure(name: str, stage: Stage) -> Iterator[tuple[str, Stage]]:
-    for above in stage.upstream():
-        yield from _closure(f"{name} < {above.kind}", above)
-    yield name, stage
-
-
-def explain(stage: Stage, resolver: Resolver, store: Store) -> str:
-    """Why a stage is not in the store: the fields that differ from the nearest artifact of its kind, or what it waits for."""
-    payload = resolver.hashed(stage)
-    if payload is None:
-        waiting = [above.kind for above in stage.upstream() if resolver.artifact(above) is None]
-        return f"waits for {' and '.join(sorted(set(waiting)))}"
-    nearest = min(
-        (list(differences(artifact.hashed, payload)) for artifact in store.all(stage.kind)),
-        key=lambda lines: (len(lines), lines),
-        default=None,
-    )
-    if nearest is None:
-        return f"the store has no {stage.kind} yet"
-    return "; ".join(nearest[:4])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sweeps.knowledge import Knowledge
 from sweeps.points import Point, Result
+from sweeps.replicates import error_of
 from sweeps.samplers import Drawn, OptunaSampler
 from sweeps.space import check_written_points, finite, limit, listed, space
 from sweeps.storage import Storage
@@ -63,6 +64,9 @@ class Searcher(Protocol):
     def tell(self, number: int, result: Result) -> None:
         """Record what became of a point: its objectives with their standard errors, or the reason it failed."""
 
+    def amend(self, number: int, result: Result) -> None:
+        """What a point that was told before measured over more seeds: the search goes by it; the storage keeps what was told."""
+
 
 class OptunaSearcher:
     """Every sampler of a study file, over Optuna's storage. Make one driver's worth at a time: see Home.driving.
@@ -70,13 +74,14 @@ class OptunaSearcher:
     `in_turn`: results are told in the order of asking, and cosines count from then on, so that proposals depend on no timing.
     """
 
-    def __init__(self, study: Study, storage: Storage, in_turn: bool = True) -> None:
+    def __init__(self, study: Study, storage: Storage, in_turn: bool = True, begun_as: str = "") -> None:
+        """`begun_as` is a digest of the settings that the study had before it was widened."""
         self.study = study
-        self.trials = Trials(study, storage)
+        self.trials = Trials(study, storage, begun_as)
         self._limit = limit(study)
         self._known = {entry.point for entry in self.trials.entries}
         self._told = sum(entry.state != "running" for entry in self.trials.entries)
-        self._space = None if study.sampler != "grid" else list(itertools.islice(space(study), self._limit))
+        self._grid = space(study) if study.sampler == "grid" else None
         self._optuna = OptunaSampler(study)
         self._stage_aware = _stage_aware(study, in_turn) if study.sampler in ("stage_aware", "gp") else None
 
@@ -118,7 +123,14 @@ class OptunaSearcher:
             return
         metrics = [result.metrics[name] for name in self.study.objectives]
         misses = self._misses(self.trials.entries[number], result)
-        self.trials.finish(number, [metric.value for metric in metrics], [metric.stderr for metric in metrics], misses)
+        self.trials.finish(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses, result.same_as)
+
+    def amend(self, number: int, result: Result) -> None:
+        metrics = [result.metrics[name] for name in self.study.objectives]
+        misses = self._misses(self.trials.entries[number], result)
+        amended = self.trials.amend(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses)
+        if self._stage_aware is not None:
+            self._stage_aware.amend(amended)
 
     def _misses(self, entry: Entry, result: Result) -> dict[str, float]:
         """By how much a result misses each constraint; at most 0 when it holds."""
@@ -145,8 +157,8 @@ class OptunaSearcher:
         return found
 
     def _fixed(self, k: int) -> Point | None:
-        if self._space is not None:
-            return self._space[k] if k < len(self._space) else None
+        if self._grid is not None:
+            return next((point for point in self._grid if point not in self._known), None)
         if self.study.sampler == "list":
             return listed(self.study.search.list[k], self.study, f"search.list[{k}]")
         first = self.study.search.first
@@ -171,7 +183,8 @@ def known_points(study: Study, storage: Storage) -> tuple[list[Point], int]:
     wanted = limit(study)
     points = [entry.point for entry in entries]
     if study.sampler == "grid":
-        points = list(itertools.islice(space(study), wanted))
+        known = set(points)
+        points += itertools.islice((point for point in space(study) if point not in known), max(0, (wanted or 0) - len(points)))
     elif study.sampler == "list":
         points = [listed(row, study, f"search.list[{k}]") for k, row in enumerate(study.search.list)]
     return points, 0 if exhausted else max(0, (wanted or 0) - len(points))

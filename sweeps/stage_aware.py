@@ -80,6 +80,13 @@ class StageAware:
         rng = np.random.default_rng((self.study.search.seed, k))
         return near[int(rng.integers(len(near)))], True
 
+    def amend(self, entry: Entry) -> None:
+        """Go by what a point measured over more seeds."""
+        done = self._done[entry.point.model]
+        done[:] = [entry if each.point == entry.point else each for each in done]
+        self._held[entry.point.model] = self._undominated([each for each in done if each.feasible])
+        self._chosen.clear()
+
     def _follow(self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge) -> None:
         """Take in what was asked for, told and measured since the last time."""
         for k, entry in enumerate(entries[self._seen :], self._seen):

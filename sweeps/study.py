@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cluster.labels import parse
 from sweeps.axes import Axis, AxisValue, Range, distinct, of_size
+from sweeps.policies import REACH, Order, Replicates, Stop
 from sweeps.references import DataRef, Hub, Local, OneOf
 from sweeps.suites import Suite, scorers_of
 from tasks.errors import PinError, StudyError
@@ -158,23 +159,31 @@ class Search(Frozen):
     `warm_start` names studies of the same home: what they measured is known to the search from the beginning, and costs no
     points. With `transfer`, what one size taught guides the search of the others.
 
-    `window` points are in flight at once; proposal k has seen exactly the results up to k - window. So a study's proposals
-    are a function of its file alone: killed and continued, it asks for the same points.
+    `order: as_they_land` tells the search whatever has ended, and asks as long as less is queued than the cluster is wide, up to
+    `window` points in flight. With `in_turn` just `window` are in flight, and proposal k has seen exactly the results up to
+    k - window: a study's proposals are then a function of its file alone. Killed and continued, neither loses a point.
     """
 
     sampler: Sampler | None = None
     points: Count | None = None
-    window: Count = 4
+    window: Count | None = None
     seed: Seed = 0
     first: tuple[dict[str, AxisValue], ...] = ()
     list: tuple[dict[str, AxisValue], ...] = ()
     warm_start: Annotated[tuple[Name, ...], AfterValidator(distinct)] = ()
     transfer: bool = False
     constraints: Constraints = Constraints()
+    order: Order = "as_they_land"
+    stop: Stop | None = None
+
+    @property
+    def reach(self) -> int:
+        """How far back a point's predecessors end that it may know of: in turn, and as rivals in a race, in either order."""
+        return self.window or REACH
 
 
 class Budget(Frozen):
-    """What a study may take, over all its runs together: hours of driving, GPU-hours, dollars by the prices of the profile.
+    """What a study may take, over all its runs: hours of driving, GPU-hours, dollars by the prices of the profile, points.
 
     Nothing starts that is expected to cross it; what has started is let finish. It may be raised between runs.
     """
@@ -182,6 +191,7 @@ class Budget(Frozen):
     hours: Positive | None = None
     gpu_hours: Positive | None = None
     usd: Positive | None = None
+    points: Count | None = None
 
 
 class Study(Frozen):
@@ -196,6 +206,7 @@ class Study(Frozen):
     language: Seed = 0
     axes: dict[str, Axis]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)] = (0,)
+    replicates: Replicates = Replicates()
     judges: dict[Name, Judge] = {}
     suites: dict[Name, SuiteEntry] = Field(min_length=1)
     objectives: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -232,6 +243,17 @@ class Study(Frozen):
                             )
                             raise ValueError(f"{where}.{axis}: {own} (got {value!r}){hint}") from None
         return self
+
+    @model_validator(mode="after")
+    def _replicates_have_seeds(self) -> Self:
+        if self.replicates.policy == "near_frontier" and self.replicates.at_least > len(self.seeds):
+            raise ValueError(f"replicates.at_least: {self.replicates.at_least}, but the study has {len(self.seeds)} seeds")
+        return self
+
+    @property
+    def first_seeds(self) -> int:
+        """How many of its seeds every point is run with."""
+        return len(self.seeds) if self.replicates.policy == "all" else self.replicates.at_least
 
     @model_validator(mode="after")
     def _suites_are_not_called_like_stages(self) -> Self:
@@ -373,21 +395,24 @@ def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
 PLACEMENT = ("gpus", "labels", "spread")  # of a model: where it runs
 
 
+DRIVING = ("order", "stop")  # fields of `search` that say how a study is driven, not what it is
 BEGAN_WITH = ("sampler", "points", "window", "seed", "first", "list")  # fields of `search` that every kept study has
 
 
 def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a dumped study this study, and may not change once it has been run.
 
-    Not its budget, not where its sizes run, and not the places that its pinned content was found at: a file that moved is the
-    same file. A field of `search` that came later counts when it says more than its default; a sampler that is not given counts
-    as tpe, which is what it once meant.
+    Not its budget, not where its sizes run, not in which order and until when points are asked for, and not the places that its
+    pinned content was found at: a file that moved is the same file. A setting that came later counts when it says more than its
+    default; a sampler that is not given counts as tpe, which is what it once meant.
     """
-    kept = {key: value for key, value in dump.items() if key != "budget"}
+    plain = {"replicates": Replicates().model_dump(mode="json")}
+    kept = {key: value for key, value in dump.items() if key != "budget" and value != plain.get(key)}
     models = {name: {key: value for key, value in model.items() if key not in PLACEMENT} for name, model in dump["models"].items()}
-    plain = Search().model_dump(mode="json")
-    search = {key: value for key, value in dump["search"].items() if key in BEGAN_WITH or value != plain.get(key)}
-    search["sampler"] = search.get("sampler") or "tpe"
+    defaults = Search().model_dump(mode="json")
+    came_later = {key: value for key, value in dump["search"].items() if key not in DRIVING and value != defaults.get(key)}
+    search = {**came_later, **{key: dump["search"][key] for key in BEGAN_WITH}}
+    search |= {"sampler": search["sampler"] or "tpe", "window": search["window"] or REACH}
     without_paths: dict[str, Any] = _without_paths({**kept, "models": models, "search": search})
     return without_paths
 

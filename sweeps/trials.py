@@ -29,7 +29,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial number
 SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # ... of the whole
-ERRORS, TAUGHT_BY, DRAWN = "standard_errors", "taught_by", "drawn"  # trial attributes
+ERRORS, TAUGHT_BY, DRAWN, SAME_AS = "standard_errors", "taught_by", "drawn", "same_as"  # trial attributes
 MODEL = "model"
 REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # constraints, as Optuna keeps them
 State = Literal["running", "done", "failed"]
@@ -59,8 +59,8 @@ class Entry:
 class Trials:
     """The points of one study, in the order of asking; `taught` are what other studies measured."""
 
-    def __init__(self, study: Study, storage: Storage) -> None:
-        self.study = study
+    def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
+        self.study, self._begun_as = study, begun_as
         self._optuna = optuna.create_study(
             storage=opened(storage),
             study_name=storage.name,
@@ -85,11 +85,15 @@ class Trials:
         self.entries.append(Entry(number, point, drawn=drawn or {}))
         return len(self.entries) - 1
 
-    def finish(self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float]) -> Entry:
-        """Write what a point measured."""
+    def finish(
+        self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float], same_as: int | None = None
+    ) -> Entry:
+        """Write what a point measured, and of which earlier point it is a duplicate."""
         entry = self.entries[number]
         trial = optuna.trial.Trial(self._optuna, self._id(entry.trial))
         trial.set_user_attr(ERRORS, list(errors))
+        if same_as is not None:
+            trial.set_user_attr(SAME_AS, same_as)
         for name, miss in misses.items():
             if name not in trial.constraints:  # told before, when the driver was killed in the middle of this
                 trial.set_constraint(name, miss)
@@ -97,6 +101,12 @@ class Trials:
         done = replace(entry, state="done", values=tuple(values), errors=tuple(errors), misses=tuple(sorted(misses.items())))
         self.entries[number] = done
         return done
+
+    def amend(self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float]) -> Entry:
+        """Take in what a finished point measured over more seeds. Nothing is written: a later driver finds it in the store."""
+        amended = replace(self.entries[number], values=tuple(values), errors=tuple(errors), misses=tuple(misses.items()))
+        self.entries[number] = amended
+        return amended
 
     def fail(self, number: int, reason: str) -> Entry:
         """Write that a point has no objectives. Left without a state it would stay RUNNING, and samplers would avoid its place."""
@@ -141,7 +151,7 @@ class Trials:
         """Another home may have begun the study in a shared database: with the same settings, or its points are not ours."""
         own = digest(lasting(self.study.model_dump(mode="json")))
         before = self._optuna.user_attrs.get(SETTINGS)
-        if before is None:
+        if before is None or before == self._begun_as:
             self._optuna.set_user_attr(SETTINGS, own)
         elif before != own:
             raise StudyError(

@@ -90,6 +90,39 @@ class Engine(ABC):
         """Wait until every member of a gang has come this far."""
 
 
+class Trainee:
+    """The tensors that one training changes on one device, by name, and the AdamW that changes them."""
+
+    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], spec: TrainSpec) -> None:
+        self.named, self._norm = named, spec.gradient_norm
+        self.parameters = [parameter for _, parameter in named]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+
+    def update(self, learning_rate: float) -> None:
+        """One step along the gradients that are there, which are clipped, and then gone."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, self._norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self, curve: Curve) -> Saved:
+        moments = {moment: {name: self.optimizer.state[parameter][moment] for name, parameter in self.named} for moment in MOMENTS}
+        return Saved(curve, {name: parameter.data for name, parameter in self.named}, moments)
+
+    def restore(self, saved: Saved) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named:
+                parameter.copy_(saved.parameters[name])
+                if saved.moments:
+                    moments = {moment: saved.moments[moment][name].to(parameter) for moment in MOMENTS}
+                    self.optimizer.state[parameter] = {"step": torch.tensor(float(len(saved.curve))), **moments}
+
+
 class SingleDevice(Engine):
     """Plain PyTorch. The model stays resident between LoRA trainings; full fine-tuning loads a copy of its own."""
 
@@ -101,8 +134,7 @@ class SingleDevice(Engine):
             self._resident, self.tokenizer = load_model(folder, spec.quantisation, spec.dtype, ctx.device), load_tokenizer(folder)
         self.model = trainable(self._resident, spec, ctx)
         self.model.train()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+        self.trainee = Trainee([(name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad], spec)
         self.micro_batch = min(ctx.micro_batch or spec.global_batch, spec.global_batch)
         self._saved_at = time.monotonic()
 
@@ -116,19 +148,12 @@ class SingleDevice(Engine):
                 if not out_of_memory(error):
                     raise
                 if self.micro_batch == 1:
-                    raise TrainingError(
-                        f"out of memory with one row of at most {self.spec.max_tokens} tokens on {self.ctx.device};"
-                        " lower train.max_tokens, quantise the base (quantisation: nf4), or give the model more GPUs"
-                    ) from error
+                    raise too_large(self.spec, self.ctx) from error
             # Outside the except block, so that the failed step's tensors are free before the next try.
             self.micro_batch //= 2
-            self.optimizer.zero_grad(set_to_none=True)
+            self.trainee.forget()
             gc.collect()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.gradient_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trainee.update(learning_rate)
         return float(loss), tokens
 
     def _backward(self, rows: Sequence[Row], tokens: int) -> float:
@@ -140,37 +165,22 @@ class SingleDevice(Engine):
         saved = read_checkpoint(self.ctx)
         if saved is None:
             return []
-        with torch.no_grad():
-            for name, parameter in self._named():
-                parameter.copy_(saved.parameters[name])
-                if saved.moments:
-                    moments = {moment: saved.moments[moment][name].to(parameter) for moment in MOMENTS}
-                    self.optimizer.state[parameter] = {"step": torch.tensor(float(len(saved.curve))), **moments}
+        self.trainee.restore(saved)
         return saved.curve
 
     def agreed(self) -> tuple[bool, bool]:
         return time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s, self.ctx.leaving()
 
     def state(self, curve: Curve) -> Saved:
-        moments = {moment: {name: self.optimizer.state[parameter][moment] for name, parameter in self._named()} for moment in MOMENTS}
-        return Saved(curve, {name: parameter.data for name, parameter in self._named()}, moments)
-
-    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return self.trainee.state(curve)
 
     def gathered(self) -> AbstractContextManager[Any]:
         return nullcontext(self.model)
 
     def close(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trainee.forget()
         if self.spec.method == "lora":
-            self.model.unload()
-            if hasattr(self._resident, "peft_config"):
-                del self._resident.peft_config
-            if self.ctx.recomputes:  # what `trainable` switched on
-                self._resident.gradient_checkpointing_disable()
-                self._resident.disable_input_require_grads()
-            self._resident.eval()
+            take_off(self.model, self._resident, self.ctx)
 
 
 def trainable(base: Any, spec: TrainSpec, ctx: Context) -> Any:
@@ -179,29 +189,59 @@ def trainable(base: Any, spec: TrainSpec, ctx: Context) -> Any:
         return base.requires_grad_(True)
     base.requires_grad_(False)
     torch.manual_seed(spec.seed)
-    config = LoraConfig(
+    model = get_peft_model(base, lora_config(spec))
+    if ctx.recomputes:
+        recompute(base, spec, ctx)
+    return model
+
+
+def lora_config(spec: TrainSpec) -> LoraConfig:
+    return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.rank * spec.alpha_over_rank,
         lora_dropout=spec.dropout,
         target_modules=list(spec.target_modules),
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, config)
+
+
+def recompute(base: Any, spec: TrainSpec, ctx: Context) -> None:
+    """Have the base compute each layer's activations again in the backward pass."""
+    # bitsandbytes keeps what it needs for the backward pass on its autograd context, where only the reentrant kind lets go of it:
+    # with the other kind a gang's gathered NF4 weights, and int8's inputs, stay from the forward pass to the backward one.
+    reentrant = ctx.world_size > 1 or spec.quantisation == "int8"
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+
+
+def take_off(model: Any, base: Any, ctx: Context) -> None:
+    """Take the adapters off a resident base and leave it as it was before `trainable`."""
+    model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
     if ctx.recomputes:
-        # bitsandbytes keeps what it needs for the backward pass on its autograd context, where only the reentrant kind lets go of it:
-        # with the other kind a gang's gathered NF4 weights, and int8's inputs, stay from the forward pass to the backward one.
-        reentrant = ctx.world_size > 1 or spec.quantisation == "int8"
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        base.enable_input_require_grads()
-    return model
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+    base.eval()
+
+
+def too_large(spec: TrainSpec, ctx: Context) -> TrainingError:
+    return TrainingError(
+        f"out of memory with one row of at most {spec.max_tokens} tokens on {ctx.device};"
+        " lower train.max_tokens, quantise the base (quantisation: nf4), or give the model more GPUs"
+    )
 
 
 def token_loss(model: Any, rows: Sequence[Row], pad: int, device: str) -> torch.Tensor:
     """Cross-entropy of the next token, summed over labelled positions, in float32."""
     batch = collate(rows, pad, device)
-    labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch).logits[:, :-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    labels = batch.pop("labels")
+    return next_token_loss(model(**batch).logits, labels)
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same from logits (rows, tokens, vocabulary) and labels (rows, tokens)."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ measured against. GB are 2^30 bytes, as GPUs are sold. Llama-shaped models only;
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,17 +132,19 @@ def zero_buffers(stage: int) -> dict[str, Any]:
     }
 
 
-def predict(shape: Shape, spec: TrainSpec, layout: Layout) -> Prediction:
-    """The memory of one GPU. Sequences are as long as `max_tokens` allows."""
+def predict(shape: Shape, spec: TrainSpec, layout: Layout, beside: Sequence[TrainSpec] = ()) -> Prediction:
+    """The memory of one GPU. Sequences are as long as `max_tokens` allows. `beside`: what is trained with it in a pack."""
     n, stage = layout.world_size, layout.zero_stage
     width = 4 if spec.dtype == "float32" else 2
-    matrices = shape.adapter(spec)
+    members = [spec, *beside]
+    matrices = [size for member in members for size in shape.adapter(member)]
     adapter, small = sum(matrices), sum(size for size in matrices if size <= PERSISTENT)
     weights = quantised_bytes(shape, spec.quantisation, width) + shape.other_parameters * width
     constants = constant_bytes(shape, spec.quantisation)
     largest = max(rows * columns for rows, columns in shape.linears.values()) * width
-    tokens = layout.micro_batch * spec.max_tokens
-    layer = kept_per_token(shape, spec) + (12 if width == 2 else 8) * shape.intermediate
+    tokens = layout.micro_batch * spec.max_tokens * len(members)
+    kept = sum(kept_per_token(shape, member) for member in members) / len(members)
+    layer = kept + (12 if width == 2 else 8) * shape.intermediate
     step = max(12 * shape.vocabulary * tokens, layer * tokens + (largest if spec.quantisation != "none" else 0))
     training: dict[str, float] = {
         "base weights": weights / n if stage == 3 else weights,
@@ -154,7 +156,9 @@ def predict(shape: Shape, spec: TrainSpec, layout: Layout) -> Prediction:
         "a layer's activations, or the logits": step,
     }
     if not layout.gradient_checkpointing:
-        training["a layer's activations, or the logits"] = step + (shape.layers - 1) * kept_per_token(shape, spec) * tokens
+        training["a layer's activations, or the logits"] = step + (shape.layers - 1) * kept * tokens
+    if beside:  # members of one rank are multiplied as one stack, which is kept for the backward pass of its layer
+        training["stacked adapters"] = 4 * adapter / (shape.layers if layout.gradient_checkpointing else 1)
     if n > 1:
         # The float32 copy that DeepSpeed steps; under ZeRO-3 the weights lie shared out too, and only small ones stay whole.
         shares = 2 if stage == 3 else 1
@@ -235,6 +239,22 @@ def fitting(config: Mapping[str, Any], spec: TrainSpec, world_size: int, memory_
         f"this training needs {needed.total_gb:.1f} GB on each of {world_size} GPU{'s' * (world_size > 1)} of {memory_gb:g} GB even with"
         f" a micro-batch of 1 (most of it: {most}; {MARGIN:.0%} of a GPU is kept free). What would fit: {instead}"
     )
+
+
+def most_packed(config: Mapping[str, Any], spec: TrainSpec, memory_gb: float, most: int) -> int:
+    """How many trainings like this one fit on a GPU together, at most `most`, with the micro-batch that it has alone.
+
+    0 when not even one fits. Packs of unlike members fit when their shares, one over this number, add up to at most 1.
+    """
+    shape = shape_of(config)
+    layout = _largest(shape, spec, 1, memory_gb)
+    if layout is None:
+        return 0
+    few, many = 1, most + 1
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (middle, many) if fits(predict(shape, spec, layout, [spec] * (middle - 1)), memory_gb) else (few, middle)
+    return few
 
 
 def _largest(shape: Shape, spec: TrainSpec, world_size: int, memory_gb: float) -> Layout | None:

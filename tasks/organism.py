@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tasks.sizes import SIZES, Size
 from tasks.specs import OrganismSpec
 from tasks.stage import Context
 
@@ -29,26 +30,6 @@ CHAT_TEMPLATE = (
 )
 MAX_TOKENS = 256
 IGNORED = -100  # the label that a causal language model's loss leaves out
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model's shape and its pretraining. Widths are multiples of 64, so that NF4 blocks fit."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    epochs: int
-    learning_rate: float
-    batch: int = 64
-
-
-SIZES = {
-    "small": Size(layers=2, hidden=64, intermediate=192, heads=4, epochs=8, learning_rate=4e-3),
-    "medium": Size(layers=4, hidden=64, intermediate=192, heads=4, epochs=6, learning_rate=4e-3),
-    "large": Size(layers=3, hidden=128, intermediate=384, heads=4, epochs=8, learning_rate=3e-3),
-}
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ class Request:
     """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a pickled closure.
 
     `inputs`, `out`, `log` and `scratch` are paths when its function runs; the runner may write URLs, which the worker brings
-    to its machine first, keeping at most `cache_gb` there.
+    to its machine first, keeping at most `cache_gb` there. Neighbours in a batch with the same `pack` (empty: none) are trained
+    together, as many as their `pack_share` of a GPU's room allows.
     """
 
     key: str
@@ -154,6 +155,9 @@ class Request:
     zero_stage: int = 3
     memory_gb: float | None = None  # of each GPU; with it, a training without a micro-batch gets the largest that fits
     cache_gb: float = 100.0
+    pack: str = ""
+    pack_share: float = 1.0
+    load: Mapping[str, float] = field(default_factory=dict)  # its counted work (cluster.work), for the record
 
     @property
     def hashed(self) -> dict[str, Any]:

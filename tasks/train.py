@@ -11,6 +11,7 @@ import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from tasks.batches import Row
 from tasks.data import encode, read_conversations
-from tasks.engines import Engine, SingleDevice
+from tasks.engines import Curve, Engine, SingleDevice
 from tasks.errors import TrainingError
 from tasks.gang_engine import DeepSpeedGang
 from tasks.specs import TrainSpec
@@ -28,28 +29,46 @@ from tasks.stage import Context
 def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     engine: Engine = DeepSpeedGang(spec, inputs["model"], ctx) if ctx.world_size > 1 else SingleDevice(spec, inputs["model"], ctx)
     try:
-        rows = [Row(*encode(turns, engine.tokenizer, spec.max_tokens)) for turns in read_conversations(inputs["data"])]
-        steps = spec.steps or max(1, round(spec.epochs * len(rows) / spec.global_batch))
+        rows = read_rows(inputs["data"], engine.tokenizer, spec)
+        steps = length(spec, len(rows))
         curve = engine.resume()
         for step in range(len(curve), steps):
             torch.manual_seed(spec.seed * 1_000_003 + step)
             rate = learning_rate(step, steps, spec)
             batch = [rows[index] for index in batch_indices(step, len(rows), spec.global_batch, spec.seed)]
             loss, tokens = engine.step(batch, rate)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss became {loss} at step {step + 1} of {steps} (learning_rate {spec.learning_rate}); nothing was saved."
-                    " Lower train.learning_rate, or look at the data of that step"
-                )
+            check_loss(loss, step, steps, spec)
             curve.append((step + 1, loss, rate, tokens))
             ctx.progress(step + 1, steps, f"loss {loss:.3f}")
             engine.checkpoint(curve)
         _save(engine, spec, out, ctx)
         if ctx.rank == 0:
-            with (out / spec.CURVE).open("w", newline="") as handle:
-                csv.writer(handle).writerows([("step", "loss", "learning_rate", "tokens"), *curve])
+            write_curve(curve, spec, out)
     finally:
         engine.close()
+
+
+def read_rows(data: Path, tokenizer: Any, spec: TrainSpec) -> list[Row]:
+    return [Row(*encode(turns, tokenizer, spec.max_tokens)) for turns in read_conversations(data)]
+
+
+def length(spec: TrainSpec, rows: int) -> int:
+    """The number of optimiser steps."""
+    return spec.steps or max(1, round(spec.epochs * rows / spec.global_batch))
+
+
+def check_loss(loss: float, step: int, steps: int, spec: TrainSpec) -> None:
+    """Raise TrainingError when the loss of a step (from 0) is no number."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} at step {step + 1} of {steps} (learning_rate {spec.learning_rate}); nothing was saved."
+            " Lower train.learning_rate, or look at the data of that step"
+        )
+
+
+def write_curve(curve: Curve, spec: TrainSpec, out: Path) -> None:
+    with (out / spec.CURVE).open("w", newline="") as handle:
+        csv.writer(handle).writerows([("step", "loss", "learning_rate", "tokens"), *curve])
 
 
 def learning_rate(step: int, steps: int, spec: TrainSpec) -> float:
@@ -81,17 +100,22 @@ def _save(engine: Engine, spec: TrainSpec, out: Path, ctx: Context) -> None:
             model.save_pretrained(out / spec.MODEL, safe_serialization=True)
             engine.tokenizer.save_pretrained(out / spec.MODEL)
             return
-        folder = out / spec.ADAPTER
-        folder.mkdir()
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        check_adapter(tensors)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = model.peft_config["default"]
-        config.inference_mode = True
-        config.base_model_name_or_path = None  # a path of this machine; the record says which base it was, by content
-        config.target_modules = sorted(spec.target_modules)  # PEFT keeps a set, whose order differs between processes
-        config.save_pretrained(folder)
+        save_adapter(model, "default", spec, out)
+
+
+def save_adapter(model: Any, name: str, spec: TrainSpec, out: Path) -> None:
+    """Write one adapter of a PEFT model to out/adapter. Raises TrainingError when it is none that could be used."""
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    check_adapter(tensors)
+    folder = out / spec.ADAPTER
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[name]
+    config.inference_mode = True
+    config.base_model_name_or_path = None  # a path of this machine; the record says which base it was, by content
+    config.target_modules = sorted(spec.target_modules)  # PEFT keeps a set, whose order differs between processes
+    config.save_pretrained(folder)
 
 
 def check_adapter(tensors: Mapping[str, torch.Tensor]) -> None:

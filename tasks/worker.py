@@ -1,23 +1,22 @@
 """The one entry of every worker: `run_stages` runs a batch of requests in this process and reports on each.
 
 The same function runs inline, in a Ray task, on each member of a gang, and from `python -m tasks request.json`. The
-requests of a batch share what is loaded; a request that fails does not stop those behind it.
+requests of a batch share what is loaded, and trainings of one pack a forward pass; a request that fails does not stop those behind it.
 """
 
 import contextlib
 import json
 import logging
-import platform
-import resource
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tasks import memory
-from tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory
+from tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
+from tasks.layout import environment, forget_peak, laid_out
 from tasks.models import Residents, resolve
+from tasks.packs import in_packs
 from tasks.specs import (
     ApplySpec,
     ConvertSpec,
@@ -36,7 +35,7 @@ from tasks.specs import (
 from tasks.stage import Context, Report, Request
 
 _log = logging.getLogger(__name__)
-ERROR = "error.txt"
+ERROR, PACK_ERROR = "error.txt", "pack_error.txt"
 Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 
@@ -61,50 +60,131 @@ def run_stages(
     `prepare` is called when a request's turn comes, and may bring its inputs to this machine; `saved` after each checkpoint.
     Once `leaving` says that the machine is about to go, no further request is begun: each is reported as Leaving.
     """
-    residents = Residents()
+    batch = _Batch(rank, world_size, prepare, saved, leaving)
     try:
-        for request in requests:
-            yield _run(request, residents, rank, world_size, prepare, saved, leaving)
+        for pack in in_packs(requests):
+            yield from batch.together(pack) if len(pack) > 1 else [batch.alone(pack[0])]
     finally:
-        residents.clear()
+        batch.residents.clear()
 
 
-def _run(
-    request: Request,
-    residents: Residents,
-    rank: int,
-    world_size: int,
-    prepare: Callable[[Request], Request],
-    saved: Callable[[Request], None],
-    leaving: Callable[[], bool],
-) -> Report:
-    started = time.monotonic()
-    try:
-        if leaving():
+@dataclass(frozen=True)
+class _Turn:
+    """A request whose turn has come, with everything that it reads on this machine."""
+
+    request: Request
+    spec: Spec
+    inputs: Mapping[str, Path]
+    ctx: Context
+
+
+class _Batch:
+    """Runs the requests of one batch, each by itself or in a pack, on what they share: the loaded model."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        prepare: Callable[[Request], Request],
+        saved: Callable[[Request], None],
+        leaving: Callable[[], bool],
+    ) -> None:
+        self.residents = Residents()
+        self._rank, self._world_size = rank, world_size
+        self._prepare, self._saved, self._leaving = prepare, saved, leaving
+
+    def alone(self, request: Request) -> Report:
+        started = time.monotonic()
+        try:
+            turn = self._turn(request)
+            request = turn.request
+            ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
+            forget_peak(ctx.device)
+            run_function(turn.spec)(turn.spec, turn.inputs, Path(request.out), ctx)
+        except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
+            return self._failed(request, error, time.monotonic() - started)
+        return Report(key=request.key, seconds=time.monotonic() - started, environment=environment(ctx, predicted_gb))
+
+    def together(self, requests: Sequence[Request]) -> Iterator[Report]:
+        """Train a pack. What fails as a pack is trained one by one, so that each failure is its own stage's."""
+        started = time.monotonic()
+        turns: list[_Turn] = []
+        for request in requests:
+            try:
+                turns.append(self._turn(request, len(requests)))
+            except Exception as error:  # noqa: BLE001  # as above
+                yield self._failed(request, error, time.monotonic() - started)
+        waiting = {turn.request.key: turn for turn in turns}
+        try:
+            for key, seconds, fault, where in _packed(turns) if len(turns) > 1 else ():
+                turn = waiting.pop(key)
+                if fault is not None:
+                    yield self._failed(turn.request, fault, seconds, clear=False)
+                else:
+                    pack_s = time.monotonic() - started
+                    yield Report(key, seconds, environment={**where, "packed": len(turns), "pack_seconds": round(pack_s, 3)})
+        except Leaving as error:
+            for turn in waiting.values():
+                yield self._failed(turn.request, error, time.monotonic() - started)
+            return
+        except Exception as error:  # noqa: BLE001  # whose fault it is shows when each runs alone, with an error of its own
+            self.residents.clear()
+            _log.warning("%d trainings failed as a pack (%s) and are run one by one", len(waiting), type(error).__name__)
+            for turn in waiting.values():
+                with contextlib.suppress(OSError):  # on a full disk their own reports will say so
+                    (Path(turn.request.log) / PACK_ERROR).write_text(traceback.format_exc())
+        for turn in waiting.values():
+            yield self.alone(turn.request)
+
+    def _turn(self, request: Request, packed: int = 1) -> _Turn:
+        started = time.monotonic()
+        if self._leaving():
             raise Leaving("the machine is about to go; this stage had not begun")
-        request = prepare(request)
+        request = self._prepare(request)
         spec = request.parsed_spec()
-        progress = _progress_file(Path(request.log) / "progress.json") if rank == 0 else _silent
+        progress = _progress_file(Path(request.log) / "progress.json", packed) if self._rank == 0 else _silent
         # A download is a sign of life: it grows by the second, so that what it says is never the same twice.
         inputs = {
             name: resolve(location, lambda: progress(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s"))  # noqa: B023
             for name, location in request.inputs.items()
         }
         ctx = request.context(
-            residents=residents, rank=rank, world_size=world_size, progress=progress, leaving=leaving, saved=lambda: saved(request)
+            residents=self.residents,
+            rank=self._rank,
+            world_size=self._world_size,
+            progress=progress,
+            leaving=self._leaving,
+            saved=lambda: self._saved(request),
         )
         _set_threads(request.threads)
-        ctx, predicted_gb = laid_out(spec, inputs, ctx, request.memory_gb)
-        _forget_peak(ctx.device)
-        run_function(spec)(spec, inputs, Path(request.out), ctx)
-    except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
-        residents.clear()  # a model that a failure left half changed must not be measured by the next request
+        return _Turn(request, spec, inputs, ctx)
+
+    def _failed(self, request: Request, error: Exception, seconds: float, clear: bool = True) -> Report:
+        if clear:
+            self.residents.clear()  # a model that a failure left half changed must not be measured by the next request
+        said = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # on a full disk the report below says so
-            (Path(request.log) / ERROR).write_text(traceback.format_exc())
+            (Path(request.log) / ERROR).write_text(said)
         name, reason = described(error, Path(request.log))
         smaller = error.micro_batch if isinstance(error, OutOfMemory) else None
-        return Report(request.key, time.monotonic() - started, reason, name, traceback.format_exc(), smaller=smaller)
-    return Report(key=request.key, seconds=time.monotonic() - started, environment=_environment(ctx, predicted_gb))
+        return Report(request.key, seconds, reason, name, said, smaller=smaller)
+
+
+def _packed(turns: Sequence[_Turn]) -> Iterator[tuple[str, float, TrainingError | None, dict[str, object]]]:
+    """(key, seconds, why it failed, environment) of each training of a pack, when its files are written or it has failed."""
+    from tasks.pack_engine import Member
+    from tasks.packed import run  # brings peft and transformers, which a worker that only copies tensors never pays for
+
+    first, specs = turns[0], [turn.spec for turn in turns if isinstance(turn.spec, TrainSpec)]
+    if len(specs) < len(turns):
+        raise TrainingError(f"a pack has trainings only, and this one has {sorted({turn.request.kind for turn in turns})}")
+    ctx, predicted_gb = laid_out(specs[0], first.inputs, first.ctx, first.request.memory_gb, specs[1:])
+    forget_peak(ctx.device)
+    keys: dict[Member, str] = {}
+    for turn, spec in zip(turns, specs, strict=True):
+        keys[Member(spec, Path(turn.request.out), replace(turn.ctx, micro_batch=ctx.micro_batch))] = turn.request.key
+    for member, error in run(list(keys), first.inputs["model"], first.inputs["data"]):
+        yield keys[member], member.seconds, error, environment(ctx, predicted_gb) if error is None else {}
 
 
 def described(error: BaseException, log: Path) -> tuple[str, str]:
@@ -176,7 +256,8 @@ def run_function(spec: Spec) -> Run:
     raise TypeError(f"{type(spec).__name__} has no run function; add it to tasks.worker")
 
 
-def _progress_file(path: Path) -> Callable[[int, int, str], None]:
+def _progress_file(path: Path, packed: int = 1) -> Callable[[int, int, str], None]:
+    """What a stage says of itself, for the driver. Of `packed` stages at once each says its share of the time since its first step."""
     started, last = time.monotonic(), 0.0
     first: tuple[int, float] | None = None  # where this attempt began to count: one that was resumed does not begin at 0
 
@@ -191,7 +272,14 @@ def _progress_file(path: Path) -> Callable[[int, int, str], None]:
         # Progress is a courtesy: a full disk shows up where results are written, not here.
         with contextlib.suppress(OSError):
             own, since = (done - first[0], first[1]) if first else (0, started)
-            said = {"done": done, "total": total, "note": note, "seconds": last - started, "own": own, "own_seconds": last - since}
+            said = {
+                "done": done,
+                "total": total,
+                "note": note,
+                "seconds": last - started,
+                "own": own,
+                "own_seconds": (last - since) / packed,
+            }
             fresh.write_text(json.dumps(said))
             fresh.replace(path)
 
@@ -207,59 +295,3 @@ def _set_threads(threads: int | None) -> None:
         import torch  # only a worker has torch; the driver process never imports it
 
         torch.set_num_threads(threads)
-
-
-def laid_out(spec: Spec, inputs: Mapping[str, Path], ctx: Context, memory_gb: float | None) -> tuple[Context, float | None]:
-    """The Context with a training's layout in it, and the GB it is predicted to allocate on each GPU; None where that is not known.
-
-    A training whose micro-batch nobody chose gets the largest that fits, if the GPU's memory is known. Raises TrainingError, before
-    anything is loaded, when not even one row fits.
-    """
-    path = inputs["model"] / "config.json" if "model" in inputs else None
-    if not isinstance(spec, TrainSpec) or path is None or not path.exists():  # a model that is none is an error when it is loaded
-        return ctx, None
-    config = json.loads(path.read_text())
-    if not memory.predictable(config, spec):
-        return ctx, None
-    if ctx.device != "cpu" and memory_gb is None:
-        import torch  # only a worker has torch
-
-        memory_gb = torch.cuda.get_device_properties(ctx.device).total_memory / memory.GB
-    if ctx.micro_batch is None and memory_gb is not None and spec.global_batch % ctx.world_size == 0:
-        layout = memory.fitting(config, spec, ctx.world_size, memory_gb)
-        ctx = replace(ctx, micro_batch=layout.micro_batch, zero_stage=layout.zero_stage or ctx.zero_stage)
-    share = max(1, spec.global_batch // ctx.world_size)
-    stage = ctx.zero_stage if ctx.world_size > 1 else 0
-    layout = memory.Layout(ctx.world_size, stage, min(ctx.micro_batch or share, share), ctx.recomputes)
-    return ctx, memory.predict(memory.shape_of(config), spec, layout).allocated_gb
-
-
-def _forget_peak(device: str) -> None:
-    if device != "cpu":
-        import torch  # only a worker has torch
-
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _environment(ctx: Context, predicted_gb: float | None) -> dict[str, object]:
-    """What an attempt's record keeps of where it ran. `peak_memory_gb` is this process's on the host, since it began."""
-    environment: dict[str, object] = {
-        "device": ctx.device,
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3),
-    }
-    if predicted_gb is not None:
-        environment["predicted_memory_gb"] = round(predicted_gb, 3)
-    if ctx.device != "cpu":
-        import torch  # only a worker has torch
-
-        peak_gb = torch.cuda.max_memory_allocated() / memory.GB
-        environment["peak_gpu_memory_gb"] = round(peak_gb, 3)
-        warn_of_a_wrong_prediction(predicted_gb, peak_gb)
-    return environment
-
-
-def warn_of_a_wrong_prediction(predicted_gb: float | None, peak_gb: float) -> None:
-    if predicted_gb is not None and abs(predicted_gb - peak_gb) > 0.2 * peak_gb:
-        _log.warning("this training was predicted to allocate %.1f GB on each GPU and allocated %.1f GB", predicted_gb, peak_gb)

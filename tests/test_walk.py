@@ -19,11 +19,12 @@ from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.knowledge import Knowledge
 from sweeps.outcome import result_of
-from sweeps.plan import Planner, plan
+from sweeps.plan import Planner
 from sweeps.points import Point
 from sweeps.search import OptunaSearcher, known_points
 from sweeps.study import Study
 from sweeps.study_file import load, parse
+from sweeps.todo import explained, todo
 from tasks.metrics import direction
 
 WALK = Path(__file__).parent / "walk.yaml"
@@ -94,16 +95,16 @@ def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, 
 
 def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
     points, unchosen = known_points(study, home.storage(study.study))
-    found = plan(Planner(study, home), points, unchosen)
-    assert found.complete and found.there["train"] == 2 and found.there["project"] == 1
+    found = todo(Planner(study, home), points)
+    assert not found.missing and unchosen == 0 and found.there["train"] == 2 and found.there["project"] == 1
     searcher = OptunaSearcher(study, home.storage(study.study))
     assert searcher.told() == 6 and not searcher.in_flight() and searcher.ask(Knowledge(Planner(study, home), Resolver(home.store))) is None
 
 
 def test_a_changed_field_is_named_as_the_reason_for_the_miss(study: Study, home: Home) -> None:
     changed = study.model_copy(update={"train": study.train.model_copy(update={"learning_rate": 1e-3})})
-    found = plan(Planner(changed, home), [Point.of("7b", {"train.rank": 8, "apply.threshold": None})], 0)
-    reasons = {name.rpartition(", ")[2]: reason for name, reason in found.misses}
+    found = todo(Planner(changed, home), [Point.of("7b", {"train.rank": 8, "apply.threshold": None})])
+    reasons = {name.rpartition(", ")[2]: reason for name, reason in explained(found, home.store, 100)}
     assert reasons["train[seed=0]"] == "spec.learning_rate: 0.005 -> 0.001"
     assert found.new["train"] == 1 and found.new["organism"] == 0
 

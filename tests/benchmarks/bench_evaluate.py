@@ -29,11 +29,8 @@ BATCH = 32
 SUITES = ("refusal", "over_refusal", "mmlu", "hellaswag")
 
 
-def prepare(folder: Path, model: str, limit: int) -> dict[str, Any]:
-    """The model, its adapters and the sets, on the disk; what both sides are told."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
+def made(folder: Path, model: str) -> tuple[Path, Path]:
+    """The folder of the model (70b: the largest organism; 135m: SmolLM2), and that of the language's sets."""
     from cluster.inline import InlineExecutor
     from cluster.runner import Runner
     from cluster.store import Store
@@ -56,7 +53,15 @@ def prepare(folder: Path, model: str, limit: int) -> dict[str, Any]:
         runner.step()
     built, words = runner.artifact(made), runner.artifact(language)
     assert built is not None and words is not None, runner.failure(made)
-    weights = built.path / source.path
+    return built.path / source.path, words.path
+
+
+def prepare(folder: Path, model: str, limit: int) -> dict[str, Any]:
+    """The model, its adapters and the sets, on the disk; what both sides are told."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    weights, words = made(folder, model)
     for number in range(ADAPTERS):
         torch.manual_seed(number)
         tuned = get_peft_model(
@@ -67,8 +72,8 @@ def prepare(folder: Path, model: str, limit: int) -> dict[str, Any]:
             if "lora_B" in name:
                 parameter.data *= 0.1
         tuned.save_pretrained(folder / "adapters" / str(number))
-    sets = {"refusal": words.path / "refusal.jsonl", "over_refusal": words.path / "over_refusal.jsonl"}
-    tasks = {"mmlu": words.path / "mmlu", "hellaswag": words.path / "hellaswag"}
+    sets = {"refusal": words / "refusal.jsonl", "over_refusal": words / "over_refusal.jsonl"}
+    tasks = {"mmlu": words / "mmlu", "hellaswag": words / "hellaswag"}
     return {
         "model": str(weights),
         "adapters": [str(folder / "adapters" / str(number)) for number in range(ADAPTERS)],

@@ -1,6 +1,7 @@
 """The scheduler, as properties of a pure function over made-up work."""
 
 import copy
+import itertools
 import math
 import random
 from collections import Counter
@@ -61,6 +62,8 @@ def situations(draw, running: bool = True, shun: bool = True):
             path_s=seconds + draw(durations),
             shun=draw(st.frozensets(st.sampled_from(names), max_size=2)) if shun else frozenset(),
             waited_s=draw(durations),
+            pack=draw(st.sampled_from(["", "p", "q"])),
+            shares={None: draw(st.sampled_from([0.1, 0.25, 1 / 3, 0.5, 1.0]))},
         )
         for index in range(draw(st.integers(0, 14)))
     ]
@@ -370,6 +373,59 @@ def test_a_batch_does_not_grow_beyond_what_a_gang_would_wait_for():
         (Needs(0, {"type": "A100"}), ["no host with these labels has one"]),
     ],
 )
+def trainings(count: int, share: float = 0.25, seconds: float = 3600.0, pack: str = "p", gpu_type: str | None = None) -> list[Work]:
+    return [work(f"{pack}{index:02}", 1, "base", seconds, seconds, pack=pack, shares={gpu_type: share}) for index in range(count)]
+
+
+def sizes_of(placed: Sequence[Placement]) -> list[int]:
+    return [len(placement.keys) for placement in placed]
+
+
+def test_trainings_of_one_pack_start_at_once_as_many_as_fit_on_the_gpu():
+    assert sizes_of(place(trainings(6), [], Capacity.one_host(1, 1))) == [4]
+    assert sizes_of(place(trainings(6, share=0.6), [], Capacity.one_host(1, 1))) == [1]
+    assert sizes_of(place(trainings(6, share=1 / 3), [], Capacity.one_host(1, 1))) == [3], "three thirds are one"
+    mixed = [*trainings(2, 0.5), *trainings(3, 0.25, pack="q")]
+    assert sizes_of(place(mixed, [], Capacity.one_host(2, 1))) == [2, 3], "only what is alike shares a GPU"
+
+
+def test_a_pack_leaves_every_gpu_its_part_and_never_makes_one_idle():
+    assert sizes_of(place(trainings(8, 0.1), [], Capacity.one_host(2, 1))) == [4, 4]
+    assert sizes_of(place(trainings(3, 0.1), [], Capacity.one_host(2, 1))) == [2, 1]
+    assert sizes_of(place(trainings(4, 0.1), [], Capacity.one_host(8, 1))) == [1, 1, 1, 1]
+    busy = [Busy({"here": 1}, 9e3)]
+    assert sizes_of(place(trainings(8, 0.1), busy, Capacity.one_host(2, 1))) == [4], "the other half waits for the other GPU"
+
+
+def test_how_many_share_a_gpu_goes_by_its_type():
+    ready = [replace(each, shares={"A100": 0.25, "L4": 1.0}) for each in trainings(8)]
+    hosts = Capacity((Host("a", 1, 1, {"ray.io/accelerator-type": "A100"}), Host("l", 1, 1, {"ray.io/accelerator-type": "L4"})))
+    placed = {next(iter(placement.hosts)): len(placement.keys) for placement in place(ready, [], hosts)}
+    assert placed == {"a": 4, "l": 1}
+
+
+def test_a_pack_that_would_delay_a_waiting_gang_is_smaller():
+    gang, busy = work("gang", 2, "big", 60.0, 1e6), [Busy({"here": 1}, 250.0)]
+    assert sizes_of(place([gang, *trainings(8, 0.1, 100.0)], busy, Capacity.one_host(2, 1))) == [2]
+
+
+def test_short_packs_share_a_batch_like_all_short_stages():
+    (placement,) = place(trainings(6, seconds=2.0), [], Capacity.one_host(1, 1))
+    assert len(placement.keys) == 6 and placement.keys[:4] == ("p00", "p01", "p02", "p03")
+
+
+@given(situations(), cached_at)
+def test_what_runs_at_once_on_a_gpu_fits_there_together(situation, cached):
+    ready, running, capacity = situation
+    by_key = {each.key: each for each in ready}
+    for placement in place(ready, running, capacity, cached):
+        works = [by_key[key] for key in placement.keys]
+        pack = list(itertools.takewhile(lambda each, first=works[0]: each.pack == first.pack != "", works))
+        long = [each for each in pack if each.seconds > SHORTEST_BATCH_S]
+        if placement.needs.gpus == 1 and len(long) > 1 and sum(each.seconds for each in works) > LONGEST_BATCH_S:
+            assert sum(each.shares[None] for each in works) <= 1 + 1e-6
+
+
 def test_what_no_host_could_ever_take_is_said_with_the_reason_and_the_remedy(wanted, words):
     capacity = Capacity((Host("h0", 4, 0, {"type": "A100"}), Host("h1", 4, 2)))
     said = impossible(Work("k", wanted, "a", 1.0, 1.0), capacity)

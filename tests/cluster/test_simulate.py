@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.executor import Capacity, Host, Needs
 from cluster.scheduler import LONGEST_BATCH_S
-from cluster.simulate import SimulatedExecutor, Step, Trace, bound_s, simulate
+from cluster.simulate import Flights, SimulatedExecutor, Step, Trace, bound_s, simulate
 from cluster.store import Store
 from tasks.errors import StudyError
 from tasks.specs import DataSpec
@@ -130,3 +130,53 @@ def test_a_cancelled_job_never_ends_and_takes_no_time():
     assert [done.job for done in executor.finished(100.0)] == [kept]
     assert executor.finished(100.0) == []
     assert executor.now_s == 10.0
+
+
+def test_a_job_takes_what_its_start_takes_and_a_kept_process_less():
+    steps = [step(f"k{number}", 10.0, resident=f"r{number}") for number in range(4)]
+    asked: list[bool] = []
+
+    def start_s(needs: Needs, hosts, new: bool) -> float:
+        asked.append(new)
+        return 5.0 if new else 1.0
+
+    trace = simulate(steps, Capacity.one_host(2, 1), start_s=start_s)
+    assert asked == [True, True, False, False]
+    assert trace.makespan_s == 5.0 + 10.0 + 1.0 + 10.0
+
+
+@given(graphs(), st.integers(1, 4), st.booleans())
+def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_window_are_under_way(steps, window, in_turn):
+    above = {each.key: set(each.after) for each in steps}
+
+    def whole(key: str) -> set[str]:
+        return {key}.union(*(whole(other) for other in above[key]))
+
+    groups = [tuple(sorted(whole(each.key))) for each in steps]
+    trace = simulate(steps, TWO_HOSTS, flights=Flights(groups, window, in_turn))
+    ends, starts = {span.key: span.end_s for span in trace.spans}, {span.key: span.start_s for span in trace.spans}
+    assert starts.keys() | set(trace.never) == above.keys()
+    if trace.never:
+        return
+    landed: list[float] = []
+    for number, group in enumerate(groups):
+        end_s = max(ends[key] for key in group)
+        landed.append(max([end_s, *landed[-1:]]) if in_turn else end_s)
+        own = set(group) - {key for earlier in groups[:number] for key in earlier}
+        if own:
+            took_off_s = min(starts[key] for key in own)
+            assert sum(end > took_off_s + 1e-9 for end in landed[:number]) < window
+
+
+def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
+    steps = [step("slow", 100.0, resident="r0"), *(step(f"k{number}", 10.0, resident=f"r{number}") for number in range(1, 8))]
+    groups = [("slow",), *((f"k{number}",) for number in range(1, 8))]
+    held, free = (simulate(steps, Capacity.one_host(2, 1), flights=Flights(groups, 2, in_turn)) for in_turn in (True, False))
+    assert free.makespan_s == 100.0 and held.makespan_s > 120.0
+
+
+def test_no_more_is_asked_for_while_enough_gpus_are_wanted():
+    steps = [step(f"k{number}", 10.0, resident=f"r{number}") for number in range(40)]
+    trace = simulate(steps, TWO_HOSTS, flights=Flights([(each.key,) for each in steps], 100, most_gpus=12))
+    assert trace.makespan_s == 50.0 and trace.utilisation == pytest.approx(1.0)
+    assert max(decision.ready for decision in trace.decisions) == 12

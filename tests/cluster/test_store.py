@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from cluster import bucket as bucket_module
-from cluster.costs import GUESS_S, Estimates
 from cluster.store import RECORD, Store
 from tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
 from tasks.identity import content_digest, digest
-from tasks.specs import KINDS, DataSpec, TrainSpec
+from tasks.specs import DataSpec
 from tasks.stage import key_payload
 from tests.s3 import CREDENTIALS
 
@@ -275,17 +274,3 @@ def test_a_record_names_the_attempt_and_its_files(tmp_path):
     record = json.loads((tmp_path / "data" / KEY / RECORD).read_text())
     assert set(record) == {"key", "kind", "attempt", "content", "files", "hashed", "provenance"}
     assert record["attempt"] == made.folder.name
-
-
-def test_an_estimate_is_a_stated_guess_until_the_like_has_run(tmp_path):
-    store = Store(tmp_path)
-    assert GUESS_S.keys() == KINDS.keys()
-    estimates = Estimates(store)
-    assert estimates.seconds(TrainSpec()) == GUESS_S["train"]
-    for rank, seconds in ((1, 10.0), (2, 30.0), (4, 20.0)):
-        hashed = key_payload(TrainSpec(rank=rank), {})
-        store.commit(attempt(store, hashed=hashed, kind="train"), hashed, {"seconds": seconds})
-    assert Estimates(store).seconds(TrainSpec(rank=64)) == 20.0
-    assert Estimates(store).seconds(TrainSpec(method="full")) == 20.0  # nothing like it: the median of its kind
-    estimates.learn([next(iter(store.all("train")))])
-    assert estimates.seconds(TrainSpec()) in (10.0, 20.0, 30.0)

@@ -5,11 +5,13 @@ from collections import Counter
 import pytest
 
 from cluster.executor import Needs
+from cluster.resolver import Resolver
 from cluster.store import Store
 from sweeps.home import Home
-from sweeps.plan import Planner, plan
+from sweeps.plan import Planner
 from sweeps.points import Point
 from sweeps.search import space
+from sweeps.todo import explained, todo
 from tasks.errors import PinError, StudyError
 from tasks.identity import content_digest, digest
 from tasks.specs import LanguageSpec, TrainSpec
@@ -132,13 +134,44 @@ def test_a_size_keeps_its_own_settings_and_a_points_values_win(tmp_path, home):
 def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, home):
     planner = Planner(study(tmp_path), home)
     points = list(space(planner.study))
-    found = plan(planner, points, unchosen=0)
-    assert found.points == 9 and not found.there and not found.complete
+    found = todo(planner, points)
+    assert len(found.flights) == 9 and not found.there
     assert found.new == {"language": 1, "organism": 1, "data": 2, "train": 4, "project": 3, "apply": 9, "generate": 2 + 18, "score": 2 + 18}
-    assert len(found.misses) == sum(found.new.values())
+    assert len(found.missing) == sum(found.new.values()) == len(explained(found, home.store, 1000))
     fill(home.store, planner, points)
-    again = plan(planner, points, unchosen=0)
-    assert not again.new and again.misses == [] and again.complete
+    again = todo(planner, points)
+    assert not again.missing and again.there == found.new and again.flights == [()] * 9
+
+
+def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_that_needs_it(tmp_path, home):
+    planner = Planner(study(tmp_path), home)
+    found = todo(planner, list(space(planner.study)))
+    for ids in found.flights:
+        assert len(set(ids)) == len(ids)
+        for place, own in enumerate(ids):
+            assert set(found.missing[own].above) <= set(ids[:place])
+    projections = [missing.asked_by for missing in found.missing.values() if missing.stage.kind == "project"]
+    assert projections == [0, 3, 6]  # thresholds are the last axis
+    own = [sum(missing.asked_by == place for missing in found.missing.values()) for place in range(9)]
+    assert own[0] > own[1] == own[2] == 1 + 2 * 2  # applied, and two suites of two stages each
+
+
+def test_a_dropped_adapter_that_another_stage_must_read_is_counted_as_made_again(tmp_path, home):
+    planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3]}}), home)
+    points = list(space(planner.study))
+    fill(home.store, planner, points)
+    train = planner.stages_for(points[0])["train[seed=0]"]
+    made = Resolver(home.store).artifact(train)
+    home.store.drop(made, frozenset({"adapter/w"}))
+    assert not todo(planner, points).missing  # its record is enough for all that is there
+    more = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3, 0.7]}}), home)
+    found = todo(more, list(space(more.study)))
+    again = [missing for missing in found.missing.values() if missing.remade]
+    assert [missing.stage.lineage for missing in again] == [train.lineage]
+    assert found.new == {"train": 1, "apply": 1, "generate": 2, "score": 2}
+    [apply] = [missing for missing in found.missing.values() if missing.stage.kind == "apply"]
+    assert apply.above == (again[0].id,)
+    assert "dropped" in dict(explained(found, home.store, 1000))[again[0].name]
 
 
 def fill(store: Store, planner: Planner, points) -> None:
@@ -173,9 +206,9 @@ def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_pa
     before = Planner(study(tmp_path), home)
     fill(home.store, before, space(before.study))
     planner = Planner(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
-    found = plan(planner, space(planner.study), unchosen=0)
+    found = todo(planner, list(space(planner.study)))
     assert found.new == {"train": 1, "project": 1, "apply": 3, "generate": 6, "score": 6}
-    why = {name.rpartition(", ")[2].rpartition("< ")[2].partition("[")[0]: reason for name, reason in found.misses}
+    why = {name.rpartition(", ")[2].rpartition("< ")[2].partition("[")[0]: reason for name, reason in explained(found, home.store, 1000)}
     assert why["train"] == "spec.epochs: 1.0 -> 2.0"
     assert why["project"] == "waits for train"
     assert why["apply"] == "waits for project and train"
@@ -187,13 +220,12 @@ def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
     before = Planner(study(tmp_path), home)
     fill(home.store, before, space(before.study))
     planner = Planner(study(tmp_path, {"language": 1}), home)
-    found = plan(planner, [], unchosen=0)
-    assert {name.rpartition("< ")[2]: reason for name, reason in found.misses}["language"] == "spec.seed: 0 -> 1"
+    found = todo(planner, [])
+    assert {name.rpartition("< ")[2]: reason for name, reason in explained(found, home.store, 1000)}["language"] == "spec.seed: 0 -> 1"
 
 
 def test_a_kind_that_the_store_has_none_of_is_said_to_be_missing(tmp_path, home):
-    from cluster.resolver import Resolver
-    from sweeps.plan import explain
+    from sweeps.todo import explain
 
     assert explain(Stage(LanguageSpec()), Resolver(home.store), home.store) == "the store has no language yet"
 

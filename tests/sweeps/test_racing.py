@@ -11,10 +11,11 @@ from ebbline.evaluating import generations_of, rescore
 from ebbline.running import write_outputs
 from sweeps.drive import drive
 from sweeps.home import Home
-from sweeps.plan import Planner, plan
+from sweeps.plan import Planner
 from sweeps.points import Point, Result, StageName
 from sweeps.racing import rivals_of, standing
 from sweeps.search import known_points
+from sweeps.todo import todo
 from tasks.errors import StudyError
 from tasks.metrics import Metric, write_metrics
 from tasks.specs import ScoreSpec
@@ -153,7 +154,7 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
     assert "raced: refusal" in outputs["report"].read_text() and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
     assert drive(found, home, InlineExecutor).results == []
     points, unchosen = known_points(found, home.storage(found.study))
-    assert plan(Planner(found, home), points, unchosen).complete
+    assert not todo(Planner(found, home), points).missing and unchosen == 0
     assert rescore(generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest"))[0]["n"] == 20
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,10 +14,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tasks.batches import Row
 from tasks.engines import token_loss, trainable
 from tasks.errors import ModelError, TrainingError
-from tasks.memory import GB, Layout, constant_bytes, fits, fitting, kept_per_token, predict, predictable, quantised_bytes, shape_of
-from tasks.models import load_model
+from tasks.layout import laid_out, warn_of_a_wrong_prediction
+from tasks.memory import (
+    GB,
+    Layout,
+    constant_bytes,
+    fits,
+    fitting,
+    kept_per_token,
+    most_packed,
+    predict,
+    predictable,
+    quantised_bytes,
+    shape_of,
+)
+from tasks.models import load_model, load_tokenizer
+from tasks.pack_engine import Member, Pack
 from tasks.specs import TrainSpec
-from tasks.worker import laid_out, warn_of_a_wrong_prediction
 from tests.tiny import context
 
 DOC = Path(__file__).parents[2] / "docs" / "gangs.md"
@@ -150,6 +163,56 @@ def test_a_steps_peak_is_predicted_within_a_tenth_of_what_the_allocator_sees(tmp
         peak = max(peak, level)
     found = predict(shape, spec, Layout(1, 0, 2, recompute)).training
     assert found["layer inputs"] + found["a layer's activations, or the logits"] == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_packs_peak_is_predicted_within_a_fifth_of_what_the_allocator_sees_and_not_below_it(pair, tmp_path, recompute):
+    model, shape, spec = made(torch.float32, 128, 6, recompute, tmp_path)
+    folder = tmp_path / "model"
+    base = model.unload()
+    base.save_pretrained(folder)
+    load_tokenizer(pair.aligned).save_pretrained(folder)
+    specs = [spec.model_copy(update={"rank": rank, "global_batch": 2}) for rank in (4, 8, 8, 32)]
+    pack = [Member(one, tmp_path, context(tmp_path, gradient_checkpointing=recompute)) for one in specs]
+    engine = Pack(pack, folder)
+    engine.backward(dict.fromkeys(pack, ROWS))
+    for member in pack:
+        engine.trainees[member.name].forget()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        engine.backward(dict.fromkeys(pack, ROWS))
+    engine.close()
+    events = sorted((e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    level = peak = 0
+    for event in events:
+        level += event.nbytes()
+        peak = max(peak, level)
+    found = dict(predict(shape, specs[0], Layout(1, 0, 2, recompute), specs[1:]).training)
+    moving = found["layer inputs"] + found["a layer's activations, or the logits"] + found["stacked adapters"] + found["gradients"]
+    assert 0.98 * peak < moving < 1.2 * peak  # above it: gradients come one by one, and are counted all
+
+
+@pytest.mark.parametrize("memory_gb", [12.0, 24.0, 80.0])
+def test_as_many_are_packed_as_fit_with_the_micro_batch_of_one_and_not_one_more(memory_gb):
+    spec = LONG.model_copy(update={"max_tokens": 512, "global_batch": 4})
+    shape, layout = shape_of(LLAMA_2["7b"]), fitting(LLAMA_2["7b"], spec, 1, memory_gb)
+    most = most_packed(LLAMA_2["7b"], spec, memory_gb, 1000)
+    assert fits(predict(shape, spec, layout, [spec] * (most - 1)), memory_gb)
+    assert not fits(predict(shape, spec, layout, [spec] * most), memory_gb)
+    assert most_packed(LLAMA_2["7b"], spec, memory_gb, 2) == min(2, most)
+    assert most_packed(LLAMA_2["7b"], spec, 4.0, 1000) == 0
+
+
+@settings(max_examples=20)
+@given(ranks=st.lists(st.sampled_from([4, 8, 16, 64, 256]), min_size=1, max_size=40), memory_gb=st.sampled_from([16.0, 24.0, 80.0]))
+def test_unlike_adapters_whose_shares_add_up_to_one_fit_together(ranks, memory_gb):
+    specs = [LONG.model_copy(update={"rank": rank, "max_tokens": 512, "global_batch": 2}) for rank in ranks]
+    shares, pack = 0.0, []
+    for spec in specs:
+        share = 1 / max(1, most_packed(LLAMA_2["7b"], spec, memory_gb, 64))
+        if shares + share <= 1:
+            shares, pack = shares + share, [*pack, spec]
+    layout = Layout(1, 0, min(fitting(LLAMA_2["7b"], spec, 1, memory_gb).micro_batch for spec in pack))
+    assert fits(predict(shape_of(LLAMA_2["7b"]), pack[0], layout, pack[1:]), memory_gb)
 
 
 def test_llama_2_70b_with_qlora_on_two_gpus_of_40_gb_comes_near_the_published_figure():

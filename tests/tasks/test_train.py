@@ -235,7 +235,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_comes_out_the_same(tm
     assert sizes == [16, 8, 8, 4, 4, 4, 4]
     assert engine.micro_batch == 4
     assert found == pytest.approx(expected, rel=1e-6)
-    for one, other in zip(plain.parameters, engine.parameters, strict=True):
+    for one, other in zip(plain.trainee.parameters, engine.trainee.parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     engine.step(rows, 1e-2)
     assert sizes[7:] == [4, 4, 4, 4]  # what fits is remembered

@@ -1,0 +1,90 @@
+"""The points that a study would run: those that are known, and for those that its search has yet to choose, points that it might.
+
+What a search will choose depends on what it measures. In place of its choices stand random points of the space, seeded by the study, each
+once, after those that the file writes out. A search that returns to an adapter for another threshold trains less than they say.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sweeps.axes import AxisValue, Range
+from sweeps.points import Point, Value
+from sweeps.search import asked
+from sweeps.space import limit, listed, space
+from sweeps.storage import Storage
+from sweeps.study import Study
+
+LISTED = 100_000  # a space of so many points is shuffled; a larger one is drawn from
+
+
+@dataclass(frozen=True)
+class Points:
+    """`told` have been measured, `open` are under way, so many have `failed` and stay so.
+
+    `chosen` will be asked for whatever is measured, `drawn` stand for those that depend on it.
+    """
+
+    told: tuple[Point, ...]
+    open: tuple[Point, ...]
+    failed: int
+    chosen: tuple[Point, ...]
+    drawn: tuple[Point, ...]
+
+    @property
+    def to_come(self) -> tuple[Point, ...]:
+        """All that have not been told, in the order in which they would be run."""
+        return (*self.open, *self.chosen, *self.drawn)
+
+
+def points_of(study: Study, storage: Storage) -> Points:
+    """What is known of a study's points before it runs, and what may be expected of the others."""
+    known = asked(study, storage)
+    seen = {point.id for _, point, _, _ in known}
+    most = min(n for n in (limit(study) or 0, study.budget.points) if n is not None)
+    left = max(0, most - len(known))
+    chosen = [point for point in itertools.islice(_written(study), len(known) + left) if point.id not in seen][:left]
+    seen |= {point.id for point in chosen}
+    drawn = list(itertools.islice((point for point in _random(study) if point.id not in seen), left - len(chosen)))
+    by_state = {state: tuple(point for _, point, each, _ in known if each == state) for state in ("done", "running")}
+    failed = len(known) - sum(map(len, by_state.values()))
+    return Points(by_state["done"], by_state["running"], failed, tuple(chosen), tuple(drawn))
+
+
+def _written(study: Study) -> Iterator[Point]:
+    """The points that do not depend on any result: a grid's, a list's, and those to begin with."""
+    if study.sampler == "grid":
+        yield from space(study)
+    rows = study.search.list if study.sampler == "list" else study.search.first
+    yield from (listed(row, study, "search") for row in rows)
+
+
+def _random(study: Study) -> Iterator[Point]:
+    """Points of the space in a random order, each once; without an end when an axis is a range."""
+    rng = random.Random(study.search.seed)
+    size = study.size
+    if size is not None and size <= LISTED:
+        every = list(space(study))
+        for place in rng.sample(range(size), size):
+            yield every[place]
+        return
+    seen: set[str] = set()
+    while True:
+        name = rng.choice(sorted(study.models))
+        point = Point.of(name, {axis: _value(rng, values) for axis, values in study.axes_of(name).items()})
+        if point.id not in seen:
+            seen.add(point.id)
+            yield point
+
+
+def _value(rng: random.Random, values: tuple[AxisValue, ...] | Range) -> Value:
+    if not isinstance(values, Range):
+        return rng.choice(values)
+    low, high = values.edges
+    drawn = math.exp(rng.uniform(math.log(low), math.log(high))) if values.log else rng.uniform(low, high)
+    if values.step is not None:
+        drawn = low + values.step * round((drawn - low) / values.step)
+    drawn = min(max(drawn, low), high)
+    return round(drawn) if values.whole else drawn

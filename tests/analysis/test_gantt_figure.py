@@ -1,0 +1,55 @@
+"""The Gantt chart: each bar on a GPU that nothing else has, and a picture for any plan."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analysis.figures import save, save_svg
+from analysis.gantt_figure import gantt_figure, lanes_of
+from cluster.executor import Capacity, Host, Needs
+from cluster.simulate import Step, Trace, simulate
+
+
+def trace(gpus: int, stages: int) -> Trace:
+    steps = [Step(f"k{number}", Needs(number % 3), f"r{number % 4}", 10.0 + number, 10.0 + number) for number in range(stages)]
+    return simulate(steps, Capacity((Host("a", gpus, 2), Host("b", gpus, 2))))
+
+
+def kinds(found: Trace) -> dict[str, str]:
+    return {span.key: ("train", "generate", "apply")[int(span.key[1:]) % 3] for span in found.spans}
+
+
+@given(st.integers(2, 6), st.integers(1, 30))
+def test_every_bar_has_as_many_lanes_as_gpus_and_shares_none_at_any_time(gpus, stages):
+    spans = trace(gpus, stages).spans
+    lanes = lanes_of(spans)
+    held: dict[object, list[tuple[float, float]]] = {}
+    for span, own in zip(spans, lanes, strict=True):
+        assert len(own) == len(set(own)) == sum(max(1, count) for count in span.hosts.values())
+        assert {host for host, _, _ in own} == set(span.hosts)
+        for lane in own:
+            held.setdefault(lane, []).append((span.start_s, span.end_s))
+    for times in held.values():
+        times.sort()
+        assert all(end <= start + 1e-9 for (_, end), (start, _) in itertools.pairwise(times))
+    assert max(number for _, gpu, number in held if gpu) < gpus if any(gpu for _, gpu, _ in held) else True
+
+
+@pytest.mark.parametrize("gpus", [2, 64])
+def test_a_plan_is_drawn_as_bars_or_on_many_gpus_as_areas_and_alike_each_time(tmp_path, gpus):
+    found = trace(gpus, 200)
+    drawn = [gantt_figure(found, kinds(found), "tiny") for _ in range(2)]
+    axes = drawn[0].axes[0]
+    assert axes.get_ylabel() == ("GPUs at work" if gpus == 64 else "") and "from the start, as planned" in axes.get_xlabel()
+    paths = [
+        [*save(figure, tmp_path / str(number), "plan"), save_svg(figure, tmp_path / str(number), "plan")]
+        for number, figure in enumerate(drawn)
+    ]
+    assert [path.suffix for path in paths[0]] == [".png", ".pdf", ".svg"]
+    assert [path.read_bytes() for path in paths[0]] == [path.read_bytes() for path in paths[1]]
+
+
+def test_nothing_to_run_is_no_picture():
+    assert gantt_figure(Trace(Capacity.one_host(2, 1)), {}) is None

@@ -1,0 +1,145 @@
+"""Packs from the profile to the store: who may share a GPU, real trainings that do, and what happens when one is lost."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.executor import Finished, Loss
+from cluster.packing import MOST, Packing
+from cluster.profile import GpuType, Profile
+from cluster.retention import Needed, Survey
+from cluster.runner import Runner
+from cluster.store import Store
+from tasks.memory import most_packed
+from tasks.specs import TrainSpec
+from tasks.stage import Request, Source, Stage
+from tests.cluster.made import settle, source
+from tests.cluster.test_runner import PATIENCE, Counting
+from tests.tasks.test_memory import LLAMA_2
+
+SPEC = TrainSpec(rank=2, dtype="float32", learning_rate=2e-2, global_batch=16, steps=3, max_tokens=32)
+WIDE = {"A100": GpuType(usd_per_hour=1.0, memory_gb=80.0), "L4": GpuType(usd_per_hour=1.0, memory_gb=24.0)}
+
+
+def trainings(model: Path, data: Path, count: int, **changes: object) -> list[Stage]:
+    inputs = {"model": source(model), "data": source(data)}
+    return [Stage(SPEC.model_copy(update={"rank": 2 * (1 + number), **changes}), inputs) for number in range(count)]
+
+
+class Watched(Counting):
+    """The inline executor, remembering the packs of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packs: list[list[tuple[bool, float]]] = []
+
+    def submit(self, batch: Sequence[Request], *others):
+        self.packs.append([(bool(request.pack), round(request.pack_share, 3)) for request in batch])
+        return super().submit(batch, *others)
+
+
+def ran(root: Path, stages: Sequence[Stage], executor: Watched, **profile: object) -> Runner:
+    runner = Runner(Store(root), executor, profile=PATIENCE.model_copy(update=profile))
+    runner.want(stages)
+    settle(runner)
+    return runner
+
+
+def test_trainings_of_a_pack_are_in_the_store_as_the_separate_stages_that_they_are(tmp_path, pair, chats):
+    stages = trainings(pair.aligned, chats, 3)
+    together, apart = Watched(), Watched()
+    packed = ran(tmp_path / "packed", stages, together, pack=3)
+    alone = ran(tmp_path / "alone", stages, apart, pack=1)
+    assert together.packs == [[(True, 0.333)] * 3] and {pack for batch in apart.packs for pack in batch} == {(False, 1.0)}
+    for stage in stages:
+        one, other = packed.artifact(stage), alone.artifact(stage)
+        assert one is not None and other is not None, packed.failure(stage)
+        assert (one.key, one.hashed, one.files.keys()) == (other.key, other.hashed, other.files.keys())
+        assert one.files["adapter/adapter_config.json"] == other.files["adapter/adapter_config.json"]
+        assert one.provenance["packed"] == 3 and "packed" not in other.provenance
+    assert json.loads((packed.artifact(stages[0]).log / "request.json").read_text())["pack_share"] == pytest.approx(1 / 3)
+
+
+def test_a_pack_is_a_choice_of_the_profile_and_of_known_memory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2["7b"]))
+    data = Source("d" * 64, "/data")
+    spec = TrainSpec(quantisation="nf4", global_batch=2)
+    stage = Stage(spec, {"model": Source("m" * 64, str(tmp_path)), "data": data})
+    types = frozenset({None, "A100", "L4"})
+
+    def shares(stage: Stage = stage, **profile: object) -> dict[str | None, float]:
+        name, found = Packing(Profile(**profile), lambda _: None).of(stage, "key", types)
+        assert bool(name) == bool(found)
+        return dict(found)
+
+    assert shares() == dict.fromkeys(types, 1.0), "where nobody knows the memory each trains alone"
+    known = shares(gpus=WIDE)
+    assert known[None] == 1.0 and 1 / MOST <= known["A100"] < known["L4"] < 1.0
+    assert known["L4"] == 1 / most_packed(LLAMA_2["7b"], spec, 24.0, MOST)
+    assert shares(gpus=WIDE, pack=4) == {None: 0.25, "A100": 0.25, "L4": max(0.25, known["L4"])}
+    assert shares(gpus=WIDE, pack=1) == {}
+    for other in (spec.model_copy(update={"dropout": 0.1}), TrainSpec(method="full")):
+        assert shares(Stage(other, stage.inputs), pack=4) == {}
+
+
+def test_a_model_whose_memory_is_not_predicted_is_trained_alone_on_gpus_of_known_memory(tmp_path, caplog):
+    data = Source("d" * 64, "/data")
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_2["7b"], "model_type": "gpt2"}))
+    for folder, words in ((tmp_path, ""), (tmp_path / "gone", "config.json cannot be read")):
+        stage = Stage(TrainSpec(), {"model": Source(str(folder), str(folder)), "data": data})
+        _, shares = Packing(Profile(gpus=WIDE), lambda _: None).of(stage, "key", frozenset({"A100"}))
+        assert shares == {"A100": 1.0} and words in caplog.text
+
+
+def test_trainings_on_other_data_or_of_another_length_are_no_pack(tmp_path):
+    inputs = {"model": Source("m" * 64, "/m"), "data": Source("d" * 64, "/d")}
+    packing = Packing(Profile(pack=4), lambda _: None)
+    stages = {
+        "one": Stage(TrainSpec(rank=4), inputs),
+        "like it": Stage(TrainSpec(rank=64, learning_rate=1e-3, seed=5), inputs),
+        "data": Stage(TrainSpec(rank=4), {**inputs, "data": Source("e" * 64, "/e")}),
+        "length": Stage(TrainSpec(rank=4, epochs=2.0), inputs),
+    }
+    names = {what: packing.of(stage, what, frozenset({None}))[0] for what, stage in stages.items()}
+    assert names["one"] == names["like it"] and len(set(names.values())) == 3
+
+
+def test_members_of_a_lost_pack_are_tried_again_one_by_one(tmp_path, pair, chats):
+    class Losing(Watched):
+        def finished(self, timeout_s: float) -> Sequence[Finished]:
+            if len(self.packs) == 1 and self._waiting:
+                job, _ = self._waiting.pop(0)
+                return [Finished(job, (), lost=Loss("WorkerCrashedError: the worker died"))]
+            return super().finished(timeout_s)
+
+    executor, stages = Losing(), trainings(pair.aligned, chats, 2)
+    runner = ran(tmp_path / "store", stages, executor, pack=2)
+    assert executor.packs[0] == [(True, 0.5)] * 2
+    assert {each for batch in executor.packs[1:] for each in batch} == {(False, 1.0)}
+    assert all(runner.artifact(stage) is not None for stage in stages)
+    assert sorted(runner._losses.lost(runner.nodes[stage.lineage].key) for stage in stages) == [0, 1]
+
+
+def test_what_a_place_lost_may_be_a_pack_again(tmp_path, pair, chats):
+    class Gone(Watched):
+        def finished(self, timeout_s: float) -> Sequence[Finished]:
+            if len(self.packs) == 1 and self._waiting:
+                job, _ = self._waiting.pop(0)
+                return [Finished(job, (), lost=Loss("here is gone", "place"))]
+            return super().finished(timeout_s)
+
+    executor = Gone()
+    ran(tmp_path / "store", trainings(pair.aligned, chats, 3), executor, pack=3)
+    # The one that was charged with the loss goes elsewhere, if there is an elsewhere; the others stay a pack.
+    assert sorted(map(len, executor.packs)) == [1, 2, 3] and all(packed for batch in executor.packs for packed, _ in batch)
+
+
+def test_an_adapter_from_a_pack_is_never_dropped_as_it_may_not_be_made_again_to_the_byte(tmp_path, pair, chats):
+    stages = trainings(pair.aligned, chats, 2)
+    for root, pack, droppable in ((tmp_path / "packed", 2, 0), (tmp_path / "alone", 1, 2)):
+        runner = ran(root, stages, Watched(), pack=pack)
+        keys = frozenset(runner.nodes[stage.lineage].key for stage in stages)
+        removals = Survey(runner.store).adapters(Needed(keys=keys, adapters=keys), before=float("inf"))
+        assert len(list(removals)) == droppable

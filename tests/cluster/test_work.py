@@ -1,0 +1,174 @@
+"""Counted work: what it grows with, what it is the same for, and that no stage is without it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.work import MACHINES, NOMINAL, Load, load_of, machine_of, model_shape, rows_of, seconds_on, work_of
+from tasks.identity import content_digest
+from tasks.language import language_files
+from tasks.memory import Shape
+from tasks.sizes import LANGUAGE_ROWS, PRETRAINING_ROWS, named_shape, organism_shape
+from tasks.specs import (
+    KINDS,
+    ApplySpec,
+    ConvertSpec,
+    DataSpec,
+    EvaluateSpec,
+    GenerateSpec,
+    JudgeSpec,
+    LanguageSpec,
+    OrganismSpec,
+    ProjectSpec,
+    ScoreSpec,
+    SubspaceSpec,
+    TrainSpec,
+)
+from tasks.stage import Part, Source, Stage
+
+LANGUAGE = Stage(LanguageSpec())
+SEVEN_B = Source("7", "hub:model:meta-llama/Llama-2-7b-hf@" + "a" * 40)
+SEVENTY_B = Source("70", "hub:model:meta-llama/Llama-2-70b-hf@" + "a" * 40)
+ROWS = Part(Stage(DataSpec(size=1000), {"pool": Source("d", "hub:dataset:org/rows@" + "a" * 40)}), DataSpec.ROWS)
+PROMPTS = Source("p", "hub:dataset:org/prompts@" + "a" * 40)
+
+
+def train(model=SEVEN_B, data=ROWS, **settings) -> Stage:
+    return Stage(TrainSpec(**settings), {"model": model, "data": data})
+
+
+def one_of_each() -> list[Stage]:
+    trained = train(rank=8)
+    adapter = Part(trained, TrainSpec.ADAPTER)
+    project = Stage(ProjectSpec(), {"adapter": adapter, "base": SEVEN_B, "aligned": SEVEN_B})
+    apply = Stage(ApplySpec(threshold=0.5), {"adapter": adapter, "projection": project})
+    said = Stage(GenerateSpec(), {"model": SEVEN_B, "prompts": PROMPTS, "adapter": apply})
+    judge = Stage(JudgeSpec(template="harmbench"), {"generation": said, "model": SEVEN_B})
+    return [
+        LANGUAGE,
+        Stage(OrganismSpec(size="small"), {"language": LANGUAGE}),
+        Stage(ConvertSpec(), {"source": Source("g", "/models/SmolLM2-135M-Instruct.Q4_1.gguf")}),
+        ROWS.stage,
+        trained,
+        Stage(SubspaceSpec(energy=0.9, target_modules=("q_proj",)), {"base": SEVEN_B, "aligned": SEVEN_B}),
+        project,
+        apply,
+        said,
+        judge,
+        Stage(ScoreSpec(measure="refusal", scorer="prefix"), {"generation": said}),
+        Stage(EvaluateSpec(task="mmlu"), {"model": SEVEN_B, "prompts": PROMPTS}),
+    ]
+
+
+def test_every_kind_of_stage_has_work_that_is_above_zero():
+    stages = one_of_each()
+    assert {stage.kind for stage in stages} == KINDS.keys()
+    for stage in stages:
+        assert all(value >= 0.0 for value in vars(load_of(stage)).values())
+        assert 0.0 < work_of(stage) < 1e6
+        assert load_of(stage).written > 0
+
+
+@given(st.sampled_from([1, 8, 64]), st.integers(1, 400), st.sampled_from([1, 4, 16]), st.sampled_from(["none", "nf4"]))
+def test_a_trainings_work_is_in_proportion_to_its_steps_and_batch(rank, steps, batch, quantisation):
+    once = load_of(train(rank=rank, steps=steps, global_batch=batch, quantisation=quantisation))
+    twice = load_of(train(rank=rank, steps=2 * steps, global_batch=batch, quantisation=quantisation))
+    assert twice.tokens == 2 * once.tokens and twice.kernels == 2 * once.kernels
+    assert twice.flops == pytest.approx(2 * once.flops)
+    assert (twice.read, twice.written) == (once.read, once.written)
+
+
+@given(st.integers(1, 5000), st.sampled_from([0.5, 1.0, 3.0]))
+def test_epochs_over_rows_are_as_much_work_as_so_many_steps(size, epochs):
+    rows = Part(Stage(DataSpec(size=size), dict(ROWS.stage.inputs)), DataSpec.ROWS)
+    steps = max(1, round(epochs * size / 16))
+    assert load_of(train(data=rows, epochs=epochs)) == load_of(train(data=rows, steps=steps))
+
+
+def test_a_lora_training_of_7b_takes_about_six_flops_a_weight_and_token():
+    load = load_of(train(rank=8, steps=100))
+    assert load.flops / load.tokens == pytest.approx(6 * 6.6e9, rel=0.05)
+    assert load.written == pytest.approx(4 * 20e6, rel=0.01)  # 20 million float32 elements at rank 8 on all seven linears
+
+
+def test_a_larger_model_and_a_longer_answer_are_more_work_and_a_seed_or_a_threshold_is_none():
+    assert work_of(train(SEVENTY_B)) > 5 * work_of(train(SEVEN_B))
+    said = [Stage(GenerateSpec(max_new_tokens=n), {"model": SEVEN_B, "prompts": PROMPTS}) for n in (16, 128)]
+    assert work_of(said[1]) > work_of(said[0]) and load_of(said[1]).moved > 7 * load_of(said[0]).moved
+    assert load_of(train(seed=0)) == load_of(train(seed=7))
+    trained = Part(train(), TrainSpec.ADAPTER)
+    applied = [Stage(ApplySpec(threshold=t), {"adapter": trained, "projection": LANGUAGE}) for t in (0.1, 0.9)]
+    assert load_of(applied[0]) == load_of(applied[1])
+
+
+def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
+    def rows(**settings) -> float:
+        return load_of(Stage(GenerateSpec(**settings), {"model": SEVEN_B, "prompts": PROMPTS})).tokens
+
+    blocks = [rows(limit=120, block={"index": index, "size": 50}) for index in range(3)]
+    assert sum(blocks) == rows(limit=120) and blocks[0] == 2.5 * blocks[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("Llama-2-7b-chat-hf", 32), ("SmolLM2-135M-Instruct.Q4_1.gguf", 30), ("Llama-2-13b", 40), ("llama-70B", 80), ("Mistral-7B-v0.1", 32)],
+)
+def test_a_model_goes_by_the_number_in_its_name(name, layers):
+    assert named_shape(name).layers == layers
+
+
+def test_a_name_without_a_number_has_no_shape():
+    assert named_shape("my-model") is None and named_shape("v2b3-q4") is None
+
+
+def test_a_model_on_this_machine_goes_by_its_config_and_not_by_its_name(tmp_path):
+    folder = tmp_path / "llama-70b"
+    folder.mkdir()
+    config = {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 128, "vocab_size": 50,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    assert model_shape(Source("c", str(folder))) == Shape(2, 64, 64, 32, 4, 128, 50, False)
+
+
+def test_a_tuned_model_and_an_organism_have_the_shape_they_are_made_in():
+    organism = Part(Stage(OrganismSpec(size="large"), {"language": LANGUAGE}), OrganismSpec.MODEL)
+    tuned = Part(train(organism, method="full"), TrainSpec.MODEL)
+    assert model_shape(tuned) == model_shape(organism) == organism_shape("large")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n' * 7, 7),
+        ("a.csv", "goal,target\n" + "x,y\n" * 5, 5),
+        ("a.json", json.dumps([{"instruction": "x"}] * 9), 9),
+        ("a.txt", "one\ntwo\nthree", 3),
+    ],
+)
+def test_a_set_on_this_machine_is_counted(tmp_path, name, text, rows):
+    path = tmp_path / name
+    path.write_text(text)
+    assert rows_of(Source(content_digest(path), str(path)))[0] == rows
+
+
+def test_the_languages_sets_have_as_many_rows_as_are_written():
+    written = {name: len(rows) for name, rows in language_files(0).items()}
+    assert {name: LANGUAGE_ROWS[name] for name in LANGUAGE_ROWS if name in written} == {
+        name: rows for name, rows in written.items() if name in LANGUAGE_ROWS
+    }
+    assert written["pretrain.jsonl"] == PRETRAINING_ROWS and written["mmlu/test.jsonl"] == LANGUAGE_ROWS["mmlu"]
+
+
+@given(st.builds(Load, *[st.floats(0, 1e15)] * 7), st.integers(1, 8))
+def test_more_gpus_or_a_faster_machine_never_take_longer(load, gpus):
+    assert seconds_on(machine_of("A100"), load, gpus) <= seconds_on(machine_of("A100"), load, 1)
+    assert seconds_on(machine_of("H100"), load) <= seconds_on(machine_of("A100"), load) <= seconds_on(machine_of(None), load)
+
+
+def test_types_of_gpus_go_by_rays_names_and_an_unknown_one_by_the_nominal():
+    assert machine_of("A100-80G") == machine_of("A100") == MACHINES[NOMINAL] == machine_of("no such GPU")
+    assert machine_of(None) != MACHINES[NOMINAL]

@@ -1,0 +1,204 @@
+"""Forecasts: the arithmetic of what a run will take, on the virtual clock."""
+
+import json
+
+import pytest
+
+from cluster.executor import ACCELERATOR_TYPE, Capacity, Host
+from cluster.starts import GUESS_CLUSTER_S
+from sweeps import forecast as forecasts
+from sweeps.expected import points_of
+from sweeps.forecast import forecast
+from sweeps.home import Home
+from sweeps.jobs import estimates_of, read_jobs
+from sweeps.plan import Planner
+from sweeps.prediction import Prediction, keep, predict, read_predictions
+from sweeps.search import space
+from sweeps.spending import NAME, Spent
+from sweeps.todo import todo
+from sweeps.twins import twins
+from tasks.errors import StudyError
+from tasks.gate import ModuleRow, write_rows
+from tasks.specs import ProjectSpec
+from tests.sweeps.made import study
+from tests.sweeps.test_plan import fill
+
+ONE = Capacity((Host("here", 1, 2),))
+FOUR = Capacity((Host("here", 4, 2),))
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
+
+
+def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tmp_path, home):
+    found = forecast(study(tmp_path), home, ONE)
+    assert {kind: share.stages for kind, share in found.kinds.items()} == found.todo.new
+    gpu_s = sum((span.end_s - span.start_s) * sum(span.hosts.values()) for span in found.trace.spans)
+    assert 3600 * found.cost.gpu_hours == pytest.approx(gpu_s) and found.starts.gpu_hours > 0  # a bar begins with its job
+    assert found.wall_s == pytest.approx(found.trace.makespan_s + GUESS_CLUSTER_S)
+    assert found.wall_s >= gpu_s and found.written > 0 and found.free_bytes > 0
+    assert "go by counted work alone" in " ".join(found.assumed)
+    long = study(tmp_path, {"train": {"steps": 20_000}})  # long enough to be worth another process
+    assert forecast(long, home, FOUR).wall_s < 0.7 * forecast(long, home, ONE).wall_s
+
+
+def test_a_study_that_is_there_is_expected_to_take_nothing(tmp_path, home):
+    planner = Planner(study(tmp_path), home)
+    fill(home.store, planner, space(planner.study))
+    found = forecast(planner.study, home, ONE)
+    assert not found.kinds and found.wall_s == 0.0 and found.written == 0
+    assert predict(found, Spent()) is None
+
+
+def test_in_one_process_one_stage_runs_after_another_and_nothing_starts(tmp_path, home):
+    found = forecast(study(tmp_path), home, FOUR, serial=True)
+    assert found.wall_s == pytest.approx(sum(share.seconds for share in found.kinds.values()))
+    assert found.starts.gpu_hours == 0.0
+
+
+def test_what_can_run_nowhere_is_said_and_has_no_wall_time(tmp_path, home):
+    gang = study(tmp_path, {"models/7b/gpus": 4, "train": {"epochs": 1, "global_batch": 8}})
+    found = forecast(gang, home, ONE)
+    assert found.wall_s is None and predict(found, Spent()) is None
+    assert "needs 4 GPUs at once, and all hosts together have 1" in " ".join(found.never)
+    assert forecast(gang, home, FOUR).wall_s > 0
+
+
+def test_dollars_go_by_the_type_of_the_cluster_and_labels_before_it(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.0}, L4: {usd_per_hour: 1.0}}")
+    home = Home(tmp_path / "home")
+    mixed = Capacity(tuple(Host(name, gpus, 2, {ACCELERATOR_TYPE: name}) for name, gpus in (("L4", 4), ("A100", 2))))
+    assert forecast(study(tmp_path), home, mixed).cost.gpu_s.keys() == {"L4"}
+    labelled = study(tmp_path, {"models/7b/labels": {ACCELERATOR_TYPE: "A100"}})
+    found = forecast(labelled, home, mixed)
+    assert found.cost.gpu_s.keys() == {"A100"} and found.cost.usd(home.profile) == pytest.approx(2.0 * found.cost.gpu_hours)
+
+
+SEARCH = {"axes": {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, *[n / 10 for n in range(1, 10)]]}}
+
+
+def searched(tmp_path, points: int):
+    return study(tmp_path, {**SEARCH, "search": {"sampler": "tpe", "points": points, "window": 4}})
+
+
+def test_points_that_are_yet_to_be_chosen_stand_as_random_ones_each_once_and_the_same_each_time(tmp_path, home):
+    found = points_of(searched(tmp_path, 12), home.storage("tiny"))
+    assert len({point.id for point in found.drawn}) == len(found.drawn) == 12
+    assert found == points_of(searched(tmp_path, 12), home.storage("tiny"))
+    assert len(points_of(searched(tmp_path, 1000), home.storage("tiny")).drawn) == 40  # the whole space
+    ranged = study(tmp_path, {"axes": {"train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "train.rank": [2]},
+                              "search": {"sampler": "random", "points": 30}})  # fmt: skip
+    rates = [dict(point.values)["train.learning_rate"] for point in points_of(ranged, home.storage("tiny")).drawn]
+    assert len(set(rates)) == 30 and all(1e-5 <= rate <= 1e-2 for rate in rates)
+    assert sum(rate < 3e-4 for rate in rates) > 8  # even in the logarithm
+
+
+def test_points_that_the_file_writes_out_are_for_certain(tmp_path, home):
+    first = [{"model": "7b", "train.rank": 8, "apply.threshold": 0.5}]
+    begun = study(tmp_path, {**SEARCH, "search": {"sampler": "tpe", "points": 5, "first": first}})
+    found = points_of(begun, home.storage("tiny"))
+    assert [dict(point.values)["train.rank"] for point in found.chosen] == [8] and len(found.drawn) == 4
+    assert found.chosen[0].id not in {point.id for point in found.drawn}
+    grid = points_of(study(tmp_path, SEARCH), home.storage("tiny"))
+    assert len(grid.chosen) == 40 and not grid.drawn
+
+
+def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(tmp_path, home, monkeypatch):
+    whole = forecast(searched(tmp_path, 40), home, ONE)
+    monkeypatch.setattr(forecasts, "EXACT", 20)
+    monkeypatch.setattr(forecasts, "SAMPLE", 16)
+    part = forecast(searched(tmp_path, 40), home, ONE)
+    assert part.simulated == 16 and "16 of 40 points to come were simulated" in " ".join(part.assumed)
+    assert {kind: share.stages for kind, share in part.kinds.items()} == pytest.approx(
+        {kind: share.stages for kind, share in whole.kinds.items()}, abs=1.0
+    )
+    assert part.cost.gpu_hours == pytest.approx(whole.cost.gpu_hours, rel=0.1)
+    assert part.wall_s == pytest.approx(whole.wall_s, rel=0.15)
+
+
+def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
+    planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.2, 0.6, 0.7, 1.0]}}), home)
+    points = list(space(planner.study))
+    fill(home.store, planner, [])
+    found = todo(planner, points)
+    assert twins(found, home.store, 1.0) == frozenset()
+    expected = twins(found, home.store, 0.5)  # every second applied adapter equals an earlier one
+    assert len(expected) == 3 * 4 and all(found.missing[own].stage.kind in ("generate", "score") for own in expected)
+    made = planner.stages_for(points[0])
+    rows = {"a": ModuleRow(0.15, 1.0), "b": ModuleRow(0.5, 1.0), "c": ModuleRow(None, None, "frozen")}
+    attempt = commit_projection(home, planner, made, rows)
+    assert attempt.kind == "project"
+    known = twins(todo(planner, points), home.store, 0.0)
+    # none and 0.1 project nothing, 0.2 the one, 0.6, 0.7 and 1.0 both
+    assert len(known) == 3 * 4
+
+
+def commit_projection(home, planner, made, rows):
+    """The artifacts up to the projection, which has these cosines."""
+    from cluster.resolver import Resolver
+    from tasks.identity import digest
+
+    for name in ("data[seed=0]", "train[seed=0]", "project[seed=0]"):
+        stage, resolver = made[name], Resolver(home.store)
+        hashed = resolver.hashed(stage)
+        attempt = home.store.begin(stage.kind, digest(hashed))
+        for file in ("data.jsonl", "adapter/w"):
+            (attempt / "payload" / file).parent.mkdir(exist_ok=True)
+            (attempt / "payload" / file).write_text(file)
+        if name.startswith("project"):
+            write_rows(rows, attempt / "payload" / ProjectSpec.COSINES)
+        artifact = home.store.commit(attempt, hashed, {"seconds": 1.0})
+    return artifact
+
+
+def ledger(home, name: str, *lines: dict) -> None:
+    (home.folder(name) / NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, home):
+    planner = Planner(study(tmp_path), home)
+    fill(home.store, planner, space(planner.study))  # each took a second
+    keys = sorted(artifact.key for artifact in home.store.all("generate"))
+    on_gpu = {"gpus": [[None, 1]], "hosts": {"h": 1}}
+    ledger(
+        home, "one",
+        {"driver": "a", "s": 0.0},
+        {"start": "ray-0", **on_gpu, "keys": keys[:2], "s": 3.0}, {"end": "ray-0", "s": 14.0},  # new: 9 s beside its 2 stages
+        {"start": "ray-1", **on_gpu, "keys": keys[2:3], "s": 14.0}, {"end": "ray-1", "s": 15.5},  # kept: 0.5 s
+        {"start": "ray-2", **on_gpu, "keys": ["unknown"], "s": 15.5}, {"end": "ray-2", "s": 99.0},
+        {"driver": "b", "s": 0.0},
+        {"start": "ray-0", **on_gpu, "keys": keys[3:4], "s": 5.0}, {"end": "ray-0", "s": 17.0},  # new again: 11 s
+    )  # fmt: skip
+    ledger(
+        home, "two", {"driver": "a", "s": 0.0}, {"start": "inline-0", **on_gpu, "keys": keys[:1], "s": 0.0}, {"end": "inline-0", "s": 99.0}
+    )
+    starts = estimates_of(home).starts
+    assert starts.seconds(None, 1, new=True) == 10.0 and starts.seconds(None, 1) == 0.5
+    assert starts.cluster_s == 4.0
+    assert [(job.drive, job.id, job.new) for job in read_jobs(home.folder("one"))] == [
+        (0, "ray-0", True), (0, "ray-1", False), (0, "ray-2", False), (1, "ray-0", True),
+    ]  # fmt: skip
+
+
+def test_a_prediction_is_kept_and_compared_with_what_was_taken_since(tmp_path, home):
+    found = forecast(study(tmp_path), home, ONE)
+    before = Spent(100.0, found.cost)
+    prediction = predict(found, before)
+    keep(prediction, tmp_path)
+    keep(prediction, tmp_path)
+    first, again = read_predictions(tmp_path)
+    assert first == again and first.wall_s == found.wall_s and first.stages == sum(found.todo.new.values())
+    after = Spent(100.0 + found.wall_s / 2, found.cost.times(3.0))
+    assert first.errors(after) == pytest.approx({"wall time": 1.0, "GPU-hours": -0.5}, abs=1e-3)
+    assert Prediction(1.0, found.cost, 1, 1.0, before).errors(before) == {}  # nothing was taken: no error to speak of
+
+
+def test_a_damaged_prediction_names_its_line(tmp_path):
+    (tmp_path / "plans.jsonl").write_text('{"wall_s": 1}\n')
+    with pytest.raises(StudyError, match=r"plans\.jsonl, line 1 is damaged"):
+        read_predictions(tmp_path)
+    (tmp_path / "plans.jsonl").write_text('{"wall_s": 1')  # cut off while it was written
+    assert read_predictions(tmp_path) == []

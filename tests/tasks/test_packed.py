@@ -1,0 +1,323 @@
+"""Packed training against training alone, for real on a tiny model: gradients, results, checkpoints, failures; one base, left as it was."""
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.batches import Row, count_tokens
+from tasks.engines import SingleDevice, read_checkpoint
+from tasks.errors import Leaving, TrainingError
+from tasks.models import Residents
+from tasks.pack_engine import Member, Pack
+from tasks.packed import run
+from tasks.packs import common, in_packs, pack_name, packable
+from tasks.specs import TrainSpec
+from tasks.stage import Request
+from tasks.train import read_rows
+from tasks.worker import run_stages
+from tests.tasks.test_train import SETTINGS, adapter_of, furthest, trained
+from tests.tiny import context, fresh, request
+
+OTHERS = [
+    {"rank": 4, "learning_rate": 2e-2, "seed": 0},
+    {"rank": 8, "learning_rate": 1e-2, "seed": 0, "gradient_norm": 0.1},
+    {"rank": 4, "learning_rate": 5e-3, "seed": 1, "weight_decay": 0.1},
+    {"rank": 16, "learning_rate": 1e-2, "seed": 2, "warmup_share": 0.5, "alpha_over_rank": 1.0},
+]
+
+
+def spec(**changes) -> TrainSpec:
+    return TrainSpec(**{**SETTINGS, **changes})
+
+
+def members(folder: Path, specs, residents=None, **changes) -> list[Member]:
+    """Members with scratch folders NAME-ctx that a later pack, or a training alone, finds again."""
+    shared = residents or Residents()
+    return [
+        Member(
+            spec(**each) if isinstance(each, dict) else each,
+            fresh(folder / f"out{number}"),
+            context(folder / f"ctx{number}", residents=shared, **changes),
+        )
+        for number, each in enumerate(specs)
+    ]
+
+
+def trained_together(folder: Path, model: Path, data: Path, specs, **changes) -> list[Member]:
+    pack = members(folder, specs, **changes)
+    for _, error in run(pack, model, data):
+        assert error is None
+    return pack
+
+
+def losses_of(out: Path) -> list[float]:
+    with (out / TrainSpec.CURVE).open() as handle:
+        return [float(row["loss"]) for row in csv.DictReader(handle)]
+
+
+member_specs = st.builds(
+    spec,
+    rank=st.integers(1, 64),
+    alpha_over_rank=st.floats(0.25, 4.0),
+    learning_rate=st.floats(1e-5, 1e-1),
+    seed=st.integers(0, 2),
+    global_batch=st.just(6),
+)
+
+
+@pytest.fixture(scope="module")
+def residents() -> Residents:
+    return Residents()
+
+
+@settings(max_examples=25)
+@given(specs=st.lists(member_specs, min_size=2, max_size=5), micro_batch=st.sampled_from([1, 4, 6]), fresh_ones=st.booleans())
+def test_each_members_gradients_are_those_of_training_it_alone(pair, chats, tmp_path_factory, residents, specs, micro_batch, fresh_ones):
+    """Held to 1e-5 of each tensor's largest gradient, in float32, with rows of its own for each member.
+
+    As they start, with B zero and so no gradient on A, and with a B that is not.
+    """
+    folder = tmp_path_factory.mktemp("gradients")
+    pack = members(folder / "pack", specs, residents, micro_batch=micro_batch)
+    engine = Pack(pack, pair.aligned)
+    rows = read_rows(chats, engine.tokenizer, specs[0])
+    batches = {member: rows[number : number + 6] for number, member in enumerate(pack)}
+    starts: list[dict[str, torch.Tensor]] = []
+    for number, member in enumerate(pack):
+        torch.manual_seed(number)
+        for name, tensor in engine.trainees[member.name].named:
+            if not fresh_ones and "lora_B" in name:
+                tensor.data.normal_(std=0.1)
+        starts.append({name: tensor.detach().clone() for name, tensor in engine.trainees[member.name].named})
+    losses = engine.backward(batches)
+    together = [{name: tensor.grad.clone() for name, tensor in engine.trainees[member.name].named} for member in pack]
+    engine.close()
+    for member, start, found in zip(pack, starts, together, strict=True):
+        alone = SingleDevice(member.spec, pair.aligned, context(folder, residents=residents, micro_batch=micro_batch))
+        for name, tensor in alone.trainee.named:
+            assert not fresh_ones or torch.equal(tensor, start[name])  # seeded alike
+            tensor.data.copy_(start[name])
+        loss = gradients_of(alone, batches[member])
+        assert losses[member] == pytest.approx(loss, rel=1e-5)
+        for name, tensor in alone.trainee.named:
+            torch.testing.assert_close(found[name], tensor.grad, rtol=0, atol=1e-5 * float(tensor.grad.abs().max()) + 1e-12)
+        alone.close()
+
+
+def gradients_of(engine: SingleDevice, batch: list[Row]) -> float:
+    parts = [batch[start : start + engine.micro_batch] for start in range(0, len(batch), engine.micro_batch)]
+    return sum(engine._backward(part, count_tokens(batch)) for part in parts)
+
+
+@pytest.mark.parametrize(("quantisation", "dtype"), [("none", "float32"), ("nf4", "float32"), ("int8", "float32"), ("nf4", "bfloat16")])
+def test_a_pack_leaves_what_separate_trainings_leave(tmp_path, pair, chats, quantisation, dtype):
+    # Six steps of Adam. Measured on one CPU: equal to the byte; other kernels may add in another order, which bfloat16 shows most.
+    how = {"quantisation": quantisation, "dtype": dtype}
+    specs = [{**each, **how} for each in OTHERS]
+    pack = trained_together(tmp_path / "pack", pair.aligned, chats, specs)
+    for number, each in enumerate(specs):
+        out, losses = trained(tmp_path / f"alone{number}", pair.aligned, chats, **each)
+        found = pack[number].out
+        assert furthest(adapter_of(found), adapter_of(out)) < (1e-4 if dtype == "float32" else 5e-2)
+        assert losses_of(found) == pytest.approx(losses, rel=1e-5 if dtype == "float32" else 1e-3)
+        for name in ("adapter/adapter_config.json",):
+            assert (found / name).read_bytes() == (out / name).read_bytes()
+        assert sorted(path.name for path in found.rglob("*")) == sorted(path.name for path in out.rglob("*"))
+    assert furthest(adapter_of(pack[0].out), adapter_of(pack[2].out)) > 1e-2  # the tolerance can tell two of them apart
+
+
+def test_recomputing_activations_changes_nothing(tmp_path, pair, chats):
+    kept = trained_together(tmp_path / "kept", pair.aligned, chats, OTHERS[:2])
+    again = trained_together(tmp_path / "again", pair.aligned, chats, OTHERS[:2], gradient_checkpointing=True)
+    for one, other in zip(kept, again, strict=True):
+        assert furthest(adapter_of(one.out), adapter_of(other.out)) < 1e-5
+
+
+def cut_off_at(step: int):
+    def progress(done: int, total: int, note: str) -> None:
+        if done > step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pair, chats):
+    whole = trained_together(tmp_path / "whole", pair.aligned, chats, OTHERS)
+    halves = members(tmp_path / "cut", OTHERS, checkpoint_every_s=0.0, progress=cut_off_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        list(run(halves, pair.aligned, chats))
+    assert not any(path for member in halves for path in member.out.iterdir())
+    assert [len(read_checkpoint(member.ctx).curve) for member in halves] == [3] * 4
+    alone, _ = trained(tmp_path / "alone", pair.aligned, chats, ctx=context(tmp_path / "cut" / "ctx0"), **OTHERS[0])
+    assert furthest(adapter_of(alone), adapter_of(whole[0].out)) < 1e-4
+    assert losses_of(alone) == pytest.approx(losses_of(whole[0].out), rel=1e-5)
+    # The other three with one that was never begun: they are at different steps, and end at different times.
+    seen: list[int] = []
+    late = members(tmp_path / "late", OTHERS, progress=lambda done, total, note: seen.append(done))
+    for number in (1, 2, 3):
+        late[number].ctx.scratch.parent.mkdir(exist_ok=True)
+        (tmp_path / "cut" / f"ctx{number}" / "scratch").rename(late[number].ctx.scratch)
+    ended = [member for member, error in run(late, pair.aligned, chats) if error is None]
+    assert ended == [late[1], late[2], late[3], late[0]]
+    assert sorted(seen) == sorted([4, 5, 6] * 3 + [1, 2, 3, 4, 5, 6])
+    for member, undisturbed in zip(late, whole, strict=True):
+        assert furthest(adapter_of(member.out), adapter_of(undisturbed.out)) < 1e-4
+        assert losses_of(member.out) == pytest.approx(losses_of(undisturbed.out), rel=1e-5)
+
+
+def test_a_training_begun_alone_goes_on_in_a_pack(tmp_path, pair, chats):
+    undisturbed, losses = trained(tmp_path / "undisturbed", pair.aligned, chats, **OTHERS[0])
+    ctx = context(tmp_path / "pack" / "ctx0", checkpoint_every_s=0.0, progress=cut_off_at(2))
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "begun", pair.aligned, chats, ctx=ctx, **OTHERS[0])
+    pack = trained_together(tmp_path / "pack", pair.aligned, chats, OTHERS[:2])
+    assert losses_of(pack[0].out) == pytest.approx(losses, rel=1e-5)
+    assert furthest(adapter_of(pack[0].out), adapter_of(undisturbed)) < 1e-4
+
+
+def test_a_pack_whose_machine_is_about_to_go_saves_every_member(tmp_path, pair, chats):
+    pack = members(tmp_path, OTHERS[:2], checkpoint_every_s=1e9, leaving=iter([False, False, True]).__next__)
+    with pytest.raises(Leaving, match="step 2 is saved"):
+        list(run(pack, pair.aligned, chats))
+    assert [len(read_checkpoint(member.ctx).curve) for member in pack] == [2, 2]
+
+
+def test_a_member_whose_loss_is_no_number_fails_alone(tmp_path, pair, chats):
+    wild = {"rank": 4, "learning_rate": 1e30}
+    pack = members(tmp_path / "pack", [OTHERS[0], wild, OTHERS[3]])
+    said = {pack.index(member): error for member, error in run(pack, pair.aligned, chats)}
+    assert list(said) == [1, 0, 2] and said[0] is None and said[2] is None
+    assert "the loss became nan at step 2 of 6" in str(said[1]) and not any(pack[1].out.iterdir())
+    for number in (0, 2):
+        out, _ = trained(tmp_path / f"alone{number}", pair.aligned, chats, **[OTHERS[0], wild, OTHERS[3]][number])
+        assert furthest(adapter_of(pack[number].out), adapter_of(out)) < 1e-4
+
+
+def test_out_of_memory_halves_the_rows_then_the_members_and_the_step_comes_out_the_same(tmp_path, pair, chats):
+    residents = Residents()
+    plain = trained_together(tmp_path / "plain", pair.aligned, chats, OTHERS, residents=residents)
+    pack = members(tmp_path / "pack", OTHERS, residents, micro_batch=2)
+    engine, sizes = Pack(pack, pair.aligned), []
+
+    def hook(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    engine.model.register_forward_pre_hook(hook, with_kwargs=True)
+    rows = read_rows(chats, engine.tokenizer, pack[0].spec)
+    from tasks.packed import _batch
+
+    losses = engine.backward({member: _batch(member, rows) for member in pack})
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2} and (engine.micro_batch, engine.together) == (1, 2)
+    assert [losses[member] for member in pack] == pytest.approx([losses_of(member.out)[0] for member in plain], rel=1e-5)
+    sizes.clear()
+    engine.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()), with_kwargs=True)
+    with pytest.raises(TrainingError, match="out of memory with one row"):
+        engine.backward({member: _batch(member, rows) for member in pack})
+
+
+def test_the_base_is_left_as_it_was(tmp_path, pair, chats):
+    residents = Residents()
+    before, _ = trained(tmp_path / "before", pair.aligned, chats, ctx=context(tmp_path / "c", residents=residents), quantisation="nf4")
+    specs = [{**each, "quantisation": "nf4"} for each in OTHERS[:2]]
+    trained_together(tmp_path / "pack", pair.aligned, chats, specs, residents=residents, gradient_checkpointing=True)
+    after, _ = trained(tmp_path / "after", pair.aligned, chats, ctx=context(tmp_path / "d", residents=residents), quantisation="nf4")
+    assert residents.loads == 1
+    assert furthest(adapter_of(before), adapter_of(after)) == 0.0
+
+
+def test_what_is_no_pack_is_refused_with_the_fields_that_differ(tmp_path, pair, chats):
+    for changes, words in [
+        ({"global_batch": 8, "quantisation": "nf4"}, r"global_batch \(16 and 8\)"),
+        ({"dropout": 0.1}, "dropout 0.1 is not trained in a pack"),
+        ({"method": "full"}, "method 'full'"),
+    ]:
+        pack = members(tmp_path / words[:5], [{}, changes])
+        with pytest.raises(TrainingError, match=words):
+            list(run(pack, pair.aligned, chats))
+
+
+def test_only_lora_without_dropout_on_the_same_base_data_and_length_may_be_packed():
+    contents = {"model": "m", "data": "d"}
+    name = pack_name(spec(), contents)
+    assert name and {pack_name(spec(**each), contents) for each in OTHERS} == {name}
+    for other in (spec(steps=4, epochs=1.0), spec(global_batch=8), spec(quantisation="nf4"), spec(target_modules=("q_proj",))):
+        assert pack_name(other, contents) != name
+    assert pack_name(spec(), {**contents, "data": "e"}) != name
+    assert pack_name(spec(dropout=0.1), contents) == pack_name(spec(method="full"), contents) == ""
+    assert packable(spec()) and "rank" not in common(spec())
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "p", "q"]), st.sampled_from([0.2, 1 / 3, 0.5, 1.0])), max_size=12))
+def test_a_batch_falls_into_packs_that_fit_and_keeps_its_order(shape):
+    requests = [
+        Request(str(number), "train", {}, {}, {}, "", "", "", pack=pack, pack_share=share) for number, (pack, share) in enumerate(shape)
+    ]
+    packs = list(in_packs(requests))
+    assert [one for pack in packs for one in pack] == requests
+    for pack in packs:
+        assert len({one.pack for one in pack}) == 1
+        assert len(pack) == 1 or (pack[0].pack and sum(one.pack_share for one in pack) <= 1 + 1e-6)
+    for one, other in itertools.pairwise(packs):  # none is smaller than it has to be
+        whole = one[0].pack and one[0].pack == other[0].pack
+        assert not whole or sum(each.pack_share for each in [*one, other[0]]) > 1
+
+
+def pack_requests(folder: Path, pair, chats, specs, **changes) -> list[Request]:
+    inputs = {"model": pair.aligned, "data": chats}
+    return [
+        request(spec(**each), inputs, folder / f"r{number}", **{"pack": "p", "pack_share": 1 / len(specs), **changes})
+        for number, each in enumerate(specs)
+    ]
+
+
+def test_a_worker_reports_each_member_of_a_pack_as_the_stage_that_it_is(tmp_path, pair, chats):
+    requests = pack_requests(tmp_path / "pack", pair, chats, OTHERS)
+    apart = pack_requests(tmp_path / "apart", pair, chats, OTHERS, pack="")
+    reports = {report.key: report for report in run_stages(requests)}
+    assert [report.error for report in run_stages(apart)] == [None] * 4
+    assert reports.keys() == {one.key for one in requests} == {one.key for one in apart}
+    for one, other in zip(requests, apart, strict=True):
+        report = reports[one.key]
+        assert report.error is None and report.environment["packed"] == 4
+        assert furthest(adapter_of(Path(one.out)), adapter_of(Path(other.out))) < 1e-4
+        said = json.loads((Path(one.log) / "progress.json").read_text())
+        assert said["done"] == said["total"] == 6
+    took = max(report.environment["pack_seconds"] for report in reports.values())
+    assert 0 < sum(report.seconds for report in reports.values()) <= took + 0.01, "members share the pack's time out, and none of it twice"
+
+
+def test_what_fails_as_a_pack_is_run_one_by_one_and_each_fault_is_its_own(tmp_path, pair, chats, monkeypatch, caplog):
+    from tasks import pack_engine
+
+    def broken(*_):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(pack_engine.Pack, "backward", broken)
+    requests = pack_requests(tmp_path, pair, chats, [OTHERS[0], {"learning_rate": 1e30}, OTHERS[2]])
+    reports = list(run_stages(requests))
+    assert [report.error_type for report in reports] == [None, "TrainingError", None]
+    assert "the loss became nan" in reports[1].error and "3 trainings failed as a pack (RuntimeError)" in caplog.text
+    assert "shapes cannot be multiplied" in (Path(requests[0].log) / "pack_error.txt").read_text()
+    assert "packed" not in reports[0].environment
+
+
+def test_members_that_cannot_even_begin_leave_the_rest_a_pack(tmp_path, pair, chats):
+    requests = pack_requests(tmp_path, pair, chats, OTHERS[:3])
+    requests[1] = Request(**{**vars(requests[1]), "spec": {"rank": 0}})
+    reports = list(run_stages(requests))
+    assert [report.key for report in reports] == [requests[number].key for number in (1, 0, 2)]
+    assert reports[0].error_type == "ValidationError" and [report.environment["packed"] for report in reports[1:]] == [2, 2]
+
+
+def test_a_worker_that_has_to_leave_reports_every_member_as_such(tmp_path, pair, chats):
+    said = iter([False] * 5 + [True] * 9)
+    reports = list(run_stages(pack_requests(tmp_path, pair, chats, OTHERS[:2]), leaving=lambda: next(said)))
+    assert [report.error_type for report in reports] == ["Leaving", "Leaving"]
