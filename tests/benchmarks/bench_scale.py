@@ -117,6 +117,7 @@ def study_file(folder: Path, points: int, sampler: str | None, window: int) -> P
         "question": "What does a study of this many points take of its driver?",
         "models": {"7b": {"base": pinned["base"], "aligned": pinned["aligned"]}},
         "data": {"pool": pinned["pool.jsonl"], "settings": {"size": 64}},
+        "train": {},
         "axes": {
             "train.rank": {"low": 1, "high": 64, "step": 1},
             "data.size": {"low": 64, "high": 4096, "step": 64},
@@ -138,7 +139,8 @@ def memory_mb() -> float:
 class Watch:
     """Times of ask, tell and whole turns of the loop, and memory as points are told."""
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, part: str, every: int) -> None:
+        self._part = part
         self.times: dict[str, list[float]] = {"ask": [], "tell": [], "turn": []}
         self.rows: list[dict[str, Any]] = []
         self.began = self._turned = time.monotonic()
@@ -164,10 +166,11 @@ class Watch:
             self.say(progress.told, len(progress.runner.nodes))
 
     def say(self, told: int, nodes: int) -> None:
-        row: dict[str, Any] = {"part": "drive", "points": told, "stages": nodes, "memory_mb": memory_mb()}
+        row: dict[str, Any] = {"part": self._part, "points": told, "stages": nodes, "memory_mb": memory_mb()}
         row["ebbline_s"] = time.monotonic() - self.began - self._pretended_s
         for name, times in self.times.items():
-            row |= {f"{name}_ms": 1e3 * statistics.mean(times or [0.0]), f"{name}_worst_ms": 1e3 * max(times, default=0.0)}
+            if times:  # at the end nothing is asked any more
+                row |= {f"{name}_ms": 1e3 * statistics.mean(times), f"{name}_worst_ms": 1e3 * max(times)}
             times.clear()
         self.rows.append(row)
         print(json.dumps({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}), file=sys.stderr)
@@ -175,7 +178,7 @@ class Watch:
 
 def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     """The study from its first point to its last."""
-    watch = Watch(every)
+    watch = Watch("drive", every)
 
     def make() -> Pretended:
         watch.executor = Pretended(home.store)
@@ -196,7 +199,7 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     """Only the search, told what a point's stages would have measured without any of them."""
     from tests.sweeps.made import outcome  # the same for the same point
 
-    study, watch = parse(study_path), Watch(every)
+    study, watch = parse(study_path), Watch("search", every)
     searcher = OptunaSearcher(study, home.storage(study.study))
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
     flights = []
@@ -210,7 +213,7 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
             if (number + 1) % every == 0:
                 watch.say(number + 1, 0)
         else:
-            return [{**row, "part": "search"} for row in watch.rows]
+            return watch.rows
 
 
 def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
@@ -276,7 +279,9 @@ def written(rows: Sequence[Mapping[str, Any]], dry: bool) -> None:
     for part in ("search", "drive"):
         own = [row for row in rows if row["part"] == part]
         if own:
-            ratios |= {f"{part}: {name} / 100 ms at the end": own[-1][f"{name}_ms"] / 100 for name in ("ask", "tell")}
+            for name in ("ask", "tell"):
+                last = next(row for row in reversed(own) if f"{name}_ms" in row)
+                ratios[f"{part}: {name} / 100 ms, after {last['points']} points"] = last[f"{name}_ms"] / 100
             ratios[f"{part}: memory at the end / halfway"] = own[-1]["memory_mb"] / own[(len(own) - 1) // 2]["memory_mb"]
     aims_s = {"resume": 10.0, "plan before": 2.0, "plan after": 2.0}
     ratios |= {f"{row['part']} / {aims_s[row['part']]:g} s": row["seconds"] / aims_s[row["part"]] for row in rows if row["part"] in aims_s}

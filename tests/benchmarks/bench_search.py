@@ -57,7 +57,7 @@ SUITES = {
 }
 LABELS = {"refusal": "harmful", "over_refusal": "harmless", "task": None}
 # One thread for each worker, and nothing that reports home.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
 Metrics = dict[str, list[float]]  # full metric name -> [successes, n]
 
 
