@@ -27,7 +27,7 @@ from analysis.compare import (
 )
 from analysis.frontier import finished, values_of
 from analysis.tables import in_points
-from analysis.wording import measured, metric_label, natural, percent, settings_label
+from analysis.wording import NO_RESULT, measured, metric_label, natural, percent, settings_label, status_label
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.metrics import Metric
@@ -170,10 +170,13 @@ def _change(name: str, change: Comparison) -> str:
 
 
 def _unfinished(results: Sequence[Result]) -> list[str]:
-    failed = sum(result.status == "failed" for result in results)
-    running = sum(result.status == "running" for result in results)
-    parts = [f"{count} {word}" for count, word in ((failed, "failed"), (running, "still running")) if count]
-    return [f"Of {len(results)} points, {' and '.join(parts)}; no number here includes them."] if parts else []
+    counts = Counter(result.status for result in results)
+    parts = [f"{counts[status]} {status_label(status)}" for status in (*NO_RESULT, "running") if counts[status]]
+    said = [f"Of {len(results)} points, {' and '.join(parts)}; no number here includes them."] if parts else []
+    same = sum(result.same_as is not None for result in results)
+    if same:
+        said.append(f"{same} points project the same modules as an earlier one and count once on the frontier.")
+    return said
 
 
 def _caution(done: Sequence[Result], refusal: str, told: Sequence[Comparison]) -> str:

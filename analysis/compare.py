@@ -131,10 +131,7 @@ def unprojected(done: Sequence[Result]) -> dict[tuple[str, tuple[tuple[str, Valu
 
 
 def refusal_metric(study: Study) -> str | None:
-    """The refusal rate that the study is about: its first such objective, or else its first refusal suite's."""
-    objectives = [name for name in study.objectives if name.rpartition(".")[2] == "refusal_rate"]
-    suites = [f"{name}.refusal_rate" for name, suite in study.suites.items() if suite.measure.kind == "refusal"]
-    return next(iter(objectives + suites), None)
+    return study.refusal_metric
 
 
 def operating_point(study: Study, results: Sequence[Result], refusal: str) -> tuple[Result, bool] | None:

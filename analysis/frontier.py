@@ -42,8 +42,8 @@ def finished(results: Sequence[Result]) -> list[Result]:
 
 
 def frontier(results: Sequence[Result], objectives: Sequence[str]) -> list[Result]:
-    """The finished results that no finished result dominates over the objectives' values, by number."""
-    done = finished(results)
+    """The finished results that no finished result dominates over the objectives, by number; of equal points the first."""
+    done = [result for result in finished(results) if result.same_as is None]
     on_front = front(values_of(done, objectives), [direction(name) for name in objectives])
     return [result for result, on in zip(done, on_front, strict=True) if on]
 

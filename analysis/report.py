@@ -21,8 +21,8 @@ from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import Projections, projection_figures
 from analysis.tables import agreement_cells, category_cells, frontier_cells, results_frame
 from analysis.threshold_figure import threshold_figure
-from analysis.wording import directed_label, settings_label, without_paths
-from sweeps.points import Result
+from analysis.wording import NO_RESULT, directed_label, settings_label, status_label, without_paths
+from sweeps.points import STATUSES, Result
 from sweeps.study import Study
 
 _NO_PROJECTIONS: Projections = MappingProxyType({})
@@ -45,7 +45,7 @@ def write_report(
     page = template("report_template.html").render(
         study=study,
         paragraphs=[_split(paragraph) for paragraph in answer(study, results, baselines, evidence)],
-        counts={status: sum(result.status == status for result in results) for status in ("done", "running", "failed")},
+        counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
         hypervolume=frontier_hypervolume(results, study.objectives),
         categories=list(category_cells(study, results, evidence)),
@@ -54,7 +54,8 @@ def write_report(
         table=frontier_cells(results_frame(results, study.objectives)),
         figures=[*_figures(study, results, baselines), *_projection_figures(projections)],
         failed=[
-            (result.number, result.point.model, settings_label(result.point), without_paths(result.reason)) for result in _failed(results)
+            (result.number, result.point.model, settings_label(result.point), status_label(result.status), without_paths(result.reason))
+            for result in _failed(results)
         ],
         cost=cost,
         provenance=provenance,
@@ -69,7 +70,7 @@ def summary(study: Study, results: Sequence[Result], baselines: Baselines, evide
         "objectives": list(study.objectives),
         "answer": answer(study, results, baselines, evidence),
         "hypervolume": frontier_hypervolume(results, study.objectives),
-        "points": {status: sum(result.status == status for result in results) for status in ("done", "running", "failed")},
+        "points": {status: sum(result.status == status for result in results) for status in STATUSES},
         "frontier": [
             {
                 "number": result.number,
@@ -127,7 +128,7 @@ def _split(paragraph: str) -> tuple[str, str]:
 
 
 def _failed(results: Sequence[Result]) -> list[Result]:
-    return sorted((result for result in results if result.status == "failed"), key=lambda result: result.number)
+    return sorted((result for result in results if result.status in NO_RESULT), key=lambda result: result.number)
 
 
 def _figures(study: Study, results: Sequence[Result], baselines: Baselines) -> list[dict[str, str]]:

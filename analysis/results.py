@@ -5,6 +5,7 @@ Nothing remembers which artifacts a point led to: its stages' keys are computed 
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from analysis.compare import Subject, operating_point, refusal_metric
 from analysis.frontier import finished
@@ -14,10 +15,11 @@ from cluster.costs import Cost
 from cluster.resolver import Resolver
 from cluster.store import Artifact
 from sweeps.home import Home
-from sweeps.outcome import costs_of, metrics_of, result_of
+from sweeps.outcome import costs_of, metrics_of, results_of
 from sweeps.plan import Planner
 from sweeps.points import Result, keys_of
 from sweeps.search import asked
+from sweeps.spending import read_spent
 from sweeps.study import Study
 from sweeps.suites import scorers_of
 from tasks.errors import EvaluationError
@@ -28,13 +30,17 @@ from tasks.stage import Stage, closure
 
 
 def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Result]:
-    """All points asked so far, in the order of asking: done, failed with their reason, or still running."""
+    """All points asked so far, in the order of asking: done, failed or refused with their reason, still running or out of budget."""
     planner, resolver = planner or Planner(study, home), Resolver(home.store)
-    results: list[Result] = []
-    for number, point, state, reason in asked(study, home.storage(study.study)):
-        reason = reason or ("no reason was recorded" if state == "failed" else "")
-        results.append(result_of(study, number, point, planner.stages_for(point), resolver, reason, results))
-    return results
+    rows = [
+        (number, point, reason or ("no reason was recorded" if state == "failed" else ""))
+        for number, point, state, reason in asked(study, home.storage(study.study))
+    ]
+    results = results_of(study, rows, planner, resolver)
+    stopped = read_spent(home.folder(study.study)).stopped
+    if stopped is None or stopped.by != "budget":
+        return results
+    return [replace(r, status="out_of_budget", reason=stopped.said) if r.status == "running" else r for r in results]
 
 
 def projections(study: Study, results: Sequence[Result], home: Home) -> dict[str, dict[str, ProjectedRows]]:
@@ -136,13 +142,14 @@ class StoredEvidence:
             aligned = self._aligned.get((subject, suite))
             return {} if aligned is None else {0: [aligned]}
         uncounted = next((metric.n for name, metric in subject.metrics.items() if name.rpartition(".")[0] == suite), 0)
-        keys = [keys_of(subject.keys, suite, seed) for seed in self._study.seeds]
-        found: dict[int, list[Artifact]] = {seed: [] for seed in self._study.seeds}
+        seeds = [seed for seed in self._study.seeds if keys_of(subject.keys, suite, seed)]
+        keys = [keys_of(subject.keys, suite, seed) for seed in seeds]
+        found: dict[int, list[Artifact]] = {seed: [] for seed in seeds}
         for block in zip(*keys, strict=False):
             if uncounted <= 0:
                 break
-            for seed, key in zip(self._study.seeds, block, strict=True):
+            for seed, key in zip(seeds, block, strict=True):
                 artifact = self._store.open(self._study.kind_of(suite), key)
                 found[seed].append(artifact)
                 uncounted -= read_metrics(artifact.file(METRICS).parent)[0].n
-        return found if uncounted == 0 and all(found.values()) else {}
+        return found if uncounted == 0 and found and all(found.values()) else {}

@@ -17,6 +17,7 @@ from analysis.statistics import SHARES, Agreement, by_category
 from analysis.wording import axis_label, metric_label, natural, percent, value_label
 from cluster.profile import Profile
 from sweeps.points import Result
+from sweeps.replicates import seeds_of
 from sweeps.study import Study, axis_fields
 from tasks.metrics import Metric
 
@@ -40,6 +41,8 @@ def results_frame(results: Sequence[Result], objectives: Sequence[str], profile:
         "model": _column([row.point.model for row in rows], "string"),
         "status": _column([row.status for row in rows], "string"),
         "reason": _column([row.reason for row in rows], "string"),
+        "same_as": _column([row.same_as for row in rows], "Int64"),
+        "seeds": _column([seeds_of(row) or None for row in rows], "Int64"),
     }
     for axis in axes_of(rows):
         columns[axis] = _typed([dict(row.point.values).get(axis) for row in rows])

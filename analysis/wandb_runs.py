@@ -21,7 +21,7 @@ from typing import Any, Literal
 from analysis.files import write_whole
 from analysis.frontier import frontier, frontier_hypervolume
 from analysis.tables import frontier_text, results_frame
-from analysis.wording import without_paths
+from analysis.wording import NO_RESULT, without_paths
 from cluster.store import Artifact
 from sweeps.points import Result
 from sweeps.study import Study
@@ -125,7 +125,7 @@ class Mirror:
                 history=history,
             )
         for result in results:
-            if result.status != "running":
+            if result.status not in ("running", "out_of_budget"):
                 yield self._point_page(result)
 
     def _point_page(self, result: Result) -> _Page:
@@ -146,7 +146,7 @@ class Mirror:
             name=f"{result.number} {result.point}",
             config=config,
             summary=summary | {"projected_share": result.projected_share},
-            failed=result.status == "failed",
+            failed=result.status in NO_RESULT,
         )
 
     def _show(self, page: _Page) -> None:

@@ -2,8 +2,10 @@
 
 import re
 
-from sweeps.points import Point, Value
+from sweeps.points import Point, Status, Value
 from tasks.metrics import Metric, direction
+
+NO_RESULT: tuple[Status, ...] = ("failed", "refused", "out_of_budget")
 
 
 def metric_label(name: str) -> str:
@@ -48,3 +50,7 @@ def measured(metric: Metric) -> str:
 def without_paths(reason: str) -> str:
     """A failure's reason as it may leave this machine: no command, and of each absolute path only its last part."""
     return re.sub(r"(?<![\w.])/(?:[\w.@+-]+/)+([\w.@+-]*)", r"\1", reason.partition(" (to see it again")[0])
+
+
+def status_label(status: Status) -> str:
+    return {"running": "still running", "out_of_budget": "out of budget"}.get(status, status)

@@ -8,63 +8,29 @@ is killed leaves nothing that another would have to clean up before continuing.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from cluster.costs import Estimates, GpuTypes, Meter, Unmetered, gpu_types
-from cluster.executor import Capacity, Executor, Finished, Host, Job, Loss, Needs
+from cluster.costs import Estimates, Meter, Unmetered
+from cluster.executor import Executor, Finished, Loss, Needs
 from cluster.losses import Losses
-from cluster.needs import default_needs, resident
+from cluster.needs import default_needs
+from cluster.nodes import Failure, Node, Running
 from cluster.profile import Profile
 from cluster.resolver import contents_of
-from cluster.scheduler import Busy, Placement, Work, impossible, place
-from cluster.sources import offered
+from cluster.starter import Starter
 from cluster.store import Artifact, Store
-from tasks.errors import ClusterLost, Differs, DiskFull, EbblineError, EndpointDown, Incomplete, StoreError, StudyError
+from tasks.errors import DataError, Differs, DiskFull, EbblineError, EndpointDown, Incomplete, ModelError, StoreError
 from tasks.identity import digest
-from tasks.stage import Input, Part, Request, Source, Stage, key_payload, stage_of
+from tasks.stage import Part, Report, Stage, key_payload, stage_of
 
+__all__ = ["Failure", "Node", "Runner"]
 HEAR_EVERY_S = {True: 5.0, False: 0.0}  # how often a running stage's progress and record are looked up: in a bucket, in a folder
-NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, StoreError, Incomplete, Differs)}
-State = Literal["waiting", "ready", "running", "done", "failed"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a stage has no artifact. `command` reproduces it in one process; `inherited` when the fault lay further up."""
-
-    reason: str
-    command: str = ""
-    inherited: bool = False
-
-
-@dataclass
-class Node:
-    """One stage on its way. `reused` is true when its artifact was there before this runner asked for it.
-
-    `attempt` is the folder of its latest attempt. Nodes with the same key are twins: one runs, all get its artifact.
-    """
-
-    stage: Stage
-    state: State = "waiting"
-    key: str = ""
-    artifact: Artifact | None = None
-    failure: Failure | None = None
-    reused: bool = False
-    attempt: Path | None = None
-    behind: list["Node"] = field(default_factory=list)
-
-
-@dataclass
-class _Running:
-    job: Job
-    started: float
-    seconds: float
-    said: tuple[str, Mapping[str, Any]]
-    heard: float  # when what it says of itself last changed
+REFUSALS = (DataError.__name__, ModelError.__name__)
+NO_FAULT: Mapping[str, type[EbblineError]] = {error.__name__: error for error in (DiskFull, EndpointDown, Incomplete, Differs)}
 
 
 class Runner:
@@ -81,20 +47,18 @@ class Runner:
         self.store, self.executor, self.profile = store, executor, profile or Profile()
         self.estimates = Estimates(store)
         self.nodes: dict[str, Node] = {}
-        self.running: dict[str, _Running] = {}
+        self.running: dict[str, Running] = {}
         self.draining = False
-        self.refused: set[str] = set()  # keys that the meter would not let start just now
         self._by_key: dict[str, list[Node]] = {}
         self._again: set[str] = set()  # keys with a record whose dropped files are being made again
         self._heard: dict[Path, tuple[float, dict[str, Any]]] = {}
         self._losses = Losses(self.profile.tries, self.profile.backoff_s)
-        self._cached: dict[str, set[str]] = {}
-        self._hosts: dict[str, Host] = {}  # every one that was ever there
-        self._ready_since: dict[str, float] = {}
-        self._stuck_since: float | None = None
+        self._shut_out = Counter[str]()  # how often the store could not be used from the place of a stage, by its key
         self._listened = self._looked = float("-inf")
         self._needs_of = needs_of or default_needs
-        self._meter = meter or Unmetered()
+        self._starter = Starter(
+            store, executor, self.profile, meter or Unmetered(), self._losses, self._needs_of, self._seconds, self.artifact
+        )
 
     def want(self, targets: Iterable[Stage]) -> None:
         """Add stages and all that they read from. Asking again for the same stage is free."""
@@ -131,6 +95,11 @@ class Runner:
         """The expected seconds until a wanted stage is settled, once it starts; None for one that is settled or not wanted."""
         node = self.nodes.get(stage.lineage)
         return None if node is None or node.state in ("done", "failed") else self._seconds(node)
+
+    @property
+    def refused(self) -> set[str]:
+        """The keys that the meter would not let start just now."""
+        return self._starter.refused
 
     @property
     def starved(self) -> bool:
@@ -191,7 +160,7 @@ class Runner:
                 if broken is not None:
                     above = self.nodes[broken.lineage].failure or Failure("")
                     reason = above.reason if above.inherited else f"needs {broken.kind}, which failed: {above.reason}"
-                    node.state, node.failure = "failed", Failure(reason, above.command, inherited=True)
+                    node.state, node.failure = "failed", Failure(reason, above.command, inherited=True, refused=above.refused)
                     changed = True
                     continue
                 contents = contents_of(node.stage, self.artifact)
@@ -249,138 +218,10 @@ class Runner:
         ready = {node.key: node for node in self.nodes.values() if node.state == "ready"}
         if not ready:
             return
-        paths, now = self._paths(), time.monotonic()
-        works = [
-            Work(
-                key,
-                self._needs_of(node.stage),
-                resident(node.stage),
-                self._seconds(node),
-                paths[node.stage.lineage],
-                self._losses.shun(key),
-                now - self._ready_since.setdefault(key, now),
-            )
-            for key, node in ready.items()
-        ]
-        capacity = self.executor.capacity()
-        self.executor.expect(
-            [(work.needs, work.seconds) for work in works]
-            + [(self._needs_of(node.stage), self._seconds(node)) for node in self.nodes.values() if node.state == "running"]
-        )
-        self._check_possible(works, capacity, now)
-        startable = {work.key: work for work in works if self._losses.may_start(work.key, now)}
-        self.refused = set()
-        refused = -1
-        while refused < len(self.refused):  # what the meter refuses leaves its place to what is behind it
-            refused = len(self.refused)
-            for placement in self._places(startable.values(), capacity, now):
-                if startable.keys() >= set(placement.keys):
-                    started = self._start_batch(placement, ready, capacity, now)
-                    for key in placement.keys[:started]:
-                        del startable[key]
-                    for key in placement.keys[started : started + 1]:
-                        self._refuse(startable, startable[key])
-
-    def _refuse(self, startable: dict[str, Work], dear: Work) -> None:
-        """Leave out a stage that the meter does not let start, and with it all that need the same for as long or longer."""
-        for work in [work for work in startable.values() if work.needs == dear.needs and work.seconds >= dear.seconds]:
-            self.refused.add(work.key)
-            del startable[work.key]
-
-    def _places(self, works: Iterable[Work], capacity: Capacity, now: float) -> list[Placement]:
-        busy = [Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started))) for item in self.running.values()]
-        cached = {host: frozenset(names) for host, names in self._cached.items()}
-        return place(list(works), busy, self._losses.in_service(capacity), cached)
-
-    def _start_batch(self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float) -> int:
-        """Start as much of a batch as the meter lets; returns how many of its stages that were."""
-        gpus = gpu_types(placement.hosts, capacity)
-        keys = self._affordable([ready[key] for key in placement.keys], gpus)
-        if not keys:
-            return 0
-        batch = [self._request(ready[key], placement.needs.gpus, self._memory_gb(gpus)) for key in keys]
-        job = self.executor.submit(batch, placement.needs, placement.hosts)
-        seconds = sum(self._seconds(ready[key]) for key in keys)
-        self.running[job.id] = _Running(job, now, seconds, (keys[0], {}), now)
-        self._meter.started(job, gpus, seconds)
-        for host in placement.hosts:
-            self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
-        for key in keys:
-            del self._ready_since[key]
+        also = [(self._needs_of(node.stage), self._seconds(node)) for node in self.nodes.values() if node.state == "running"]
+        for key, attempt in self._starter.start(ready, self.running, self._paths(), also).items():
             for node in self._by_key[key]:
-                node.state, node.attempt = "running", ready[key].attempt
-        return len(keys)
-
-    def _affordable(self, batch: Sequence[Node], gpus: GpuTypes) -> list[str]:
-        """As much of a batch, from its start, as the meter lets start."""
-        keys: list[str] = []
-        seconds = 0.0
-        for node in batch:
-            seconds += self._seconds(node)
-            if not self._meter.affords(gpus, seconds):
-                break
-            keys.append(node.key)
-        return keys
-
-    def _check_possible(self, works: Iterable[Work], capacity: Capacity, now: float) -> None:
-        """Raise StudyError for what no host could ever hold, ClusterLost when the hosts that could have stayed away for long."""
-        self._hosts |= {host.name: host for host in capacity.hosts}
-        ever = Capacity(tuple(self._hosts.values()))
-        staying = Capacity(tuple(host for host in capacity.hosts if not host.draining))
-        stuck = [work for work in works if impossible(work, staying)]
-        if not stuck or self.running:
-            self._stuck_since = None
-        for work in stuck:
-            reason = impossible(work, ever)
-            if reason and not capacity.grows:
-                raise StudyError(f"{self._by_key[work.key][0].stage.kind} {work.key[:12]}: {reason}")
-            if self.running:
-                continue
-            self._stuck_since = self._stuck_since or now
-            if now - self._stuck_since > self.profile.hang_after_s:
-                raise ClusterLost(
-                    f"no host for {self._by_key[work.key][0].stage.kind} {work.key[:12]} ({work.gpus} GPUs) came within"
-                    f" {self.profile.hang_after_s:.0f} s; bring one up, and the same command continues"
-                )
-
-    def _memory_gb(self, gpus: GpuTypes) -> float | None:
-        """What the smallest of these GPUs holds, as far as the profile says."""
-        known = [self.profile.gpus[name].memory_gb for name in gpus if name is not None and name in self.profile.gpus]
-        return min((memory_gb for memory_gb in known if memory_gb is not None), default=None)
-
-    def _request(self, node: Node, gpus: int, memory_gb: float | None) -> Request:
-        attempt = self.store.begin(node.stage.kind, node.key)
-        contents = contents_of(node.stage, self.artifact)
-        if contents is None:
-            raise RuntimeError(f"{node.stage.kind} {node.key[:12]} was started before its inputs were done")
-        request = Request(
-            key=node.key,
-            kind=node.stage.kind,
-            spec=node.stage.spec.model_dump(mode="json"),
-            inputs={name: self._location(item) for name, item in node.stage.inputs.items()},
-            contents=contents,
-            out=self.store.url(attempt / "payload"),
-            log=self.store.url(attempt / "log"),
-            scratch=self.store.url(self.store.scratch(node.key)),
-            gpus=gpus,
-            device=self.executor.device if gpus else "cpu",
-            threads=self.executor.threads,
-            cache_gb=self.store.cache_gb,
-            memory_gb=memory_gb,
-            checkpoint_every_s=self.profile.checkpoint_every_s,
-        )
-        self.store.note(attempt, "request.json", request.to_json().encode())
-        node.attempt = attempt
-        return request
-
-    def _location(self, item: Input) -> str:
-        if isinstance(item, Source):
-            return offered(self.store, item)
-        stage = stage_of(item)
-        artifact = None if stage is None else self.artifact(stage)
-        if artifact is None:
-            raise RuntimeError("an input is not done")
-        return self.store.url(artifact.folder, "payload", *([item.path] if isinstance(item, Part) else []))
+                node.state, node.attempt = "running", attempt
 
     def _listen(self) -> None:
         """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they had begun."""
@@ -406,10 +247,13 @@ class Runner:
         # A lost batch was lost by the stage it was at, not by those behind it.
         charged = any(report.error for report in finished.reports)
         loss = finished.lost or Loss("no report")
-        full = [report for report in finished.reports if report.error_type == DiskFull.__name__]
-        if full and self.store.cache is not None:  # the disk of that machine, not the store's
-            reports = {key: report for key, report in reports.items() if report not in full}
-            charged, loss = False, Loss(str(full[0].error), "place")
+        # What one worker cannot read or write, another may: its network, its clock, its disk (with a bucket; else it is the store's).
+        there = {StoreError.__name__, *([DiskFull.__name__] if self.store.cache is not None else [])}
+        shut_out = [report for report in finished.reports if report.error_type in there]
+        if shut_out:
+            self._check_store(shut_out[0])
+            reports = {key: report for key, report in reports.items() if report not in shut_out}
+            charged, loss = False, Loss(str(shut_out[0].error), "place")
         for key in finished.job.keys:
             nodes = self._by_key[key]
             artifact = self._made(nodes[0].stage.kind, key)
@@ -421,7 +265,7 @@ class Runner:
             elif report is not None and report.error_type is not None and report.error_type in NO_FAULT:
                 raise NO_FAULT[report.error_type](str(report.error))  # a point that fails stays failed, and this is no fault of it
             elif report is not None and report.error is not None:
-                self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}")
+                self._fail(nodes, f"{nodes[0].stage.kind}: {report.error}", refused=report.error_type in REFUSALS)
             else:
                 gave_up = None if charged else self._losses.count(key, loss, finished.job.hosts, now - item.started, now)
                 charged = True
@@ -431,13 +275,19 @@ class Runner:
                     for node in nodes:
                         node.state = "ready"
 
-    def _fail(self, nodes: list[Node], reason: str) -> None:
+    def _check_store(self, report: Report) -> None:
+        """Raise StoreError when a stage met it as often as one is tried: then it is not the place, and no fault of the stage."""
+        self._shut_out[report.key] += 1
+        if self._shut_out[report.key] >= self.profile.tries:
+            raise StoreError(f"{report.error} (met {self._shut_out[report.key]} times; the same command continues)")
+
+    def _fail(self, nodes: list[Node], reason: str, refused: bool = False) -> None:
         attempt = next((node.attempt for node in nodes if node.attempt), None)
         command = ""
         if attempt is not None:
             command = f"python -m {'tasks' if self.store.cache is None else 'cluster.again'} {self.store.url(attempt)}/log/request.json"
         for node in nodes:
-            node.state, node.failure = "failed", Failure(reason, command)
+            node.state, node.failure = "failed", Failure(reason, command, refused=refused)
 
     def _seconds(self, node: Node) -> float:
         """The expected seconds from now: by its own progress when the stage runs and has said how far it is."""

@@ -128,6 +128,9 @@ def run(
     ] = None,
     gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False)] = None,
     wandb: Annotated[bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")] = True,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="The file was changed to ask for more: points, values of an axis, seeds, a size.")
+    ] = False,
 ) -> None:
     """Run a study to its report. The same command continues one that was cut off, and runs nothing twice."""
     from ebbline.running import run_study
@@ -135,7 +138,7 @@ def run(
     from sweeps.study_file import load
 
     where = Home(home)
-    raise typer.Exit(run_study(load(study), study, where, executor, address or where.profile.address, gpus, wandb))
+    raise typer.Exit(run_study(load(study), study, where, executor, address or where.profile.address, gpus, wandb, extend))
 
 
 @app.command()

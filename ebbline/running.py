@@ -5,6 +5,7 @@ import platform
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from analysis.report import write_report
 from analysis.results import StoredEvidence, baselines, collect, costs_before, kinds_of, projections, prompt_sets
 from analysis.tables import categories_frame, frontier_text, results_frame, write_categories, write_tables
 from analysis.threshold_figure import threshold_figure
+from analysis.wording import NO_RESULT, status_label
 from cluster.executor import Executor, OnDemand
 from ebbline.show import Screen
 from sweeps.drive import Progress, drive
@@ -57,7 +59,7 @@ class Interrupts:
         return self.count > 0
 
 
-def run_study(study: Study, name: str, home: Home, executor: str, address: str, gpus: int | None, wandb: bool) -> int:
+def run_study(study: Study, name: str, home: Home, executor: str, address: str, gpus: int | None, wandb: bool, extend: bool = False) -> int:
     """Drive a study to its end and print where its outputs are; returns the exit code (see ebbline.cli)."""
     folder = home.folder(study.study)
     mirrored: list[subprocess.Popen[bytes]] = []
@@ -72,7 +74,7 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
     print(f"{study.study}: {study.question}\n")
     try:
         with Interrupts() as interrupts, Screen() as screen:
-            progress = drive(study, home, make_executor, screen, interrupts.stopping)
+            progress = drive(study, home, make_executor, screen, interrupts.stopping, extend)
     except KeyboardInterrupt:
         print("stopped; the same command continues from what is in the store")
         _end(mirrored)
@@ -90,9 +92,9 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         print(f"W&B has not taken everything yet; `ebbline sync {name}` continues (see {folder / 'log' / 'mirror.log'})")
     for what, path in outputs.items():
         print(f"{what:10} {path}")
-    if progress.stopped:
-        return 130 if progress.runner.draining else 5
-    return 3 if any(result.status == "failed" for result in results) else 0
+    if progress.by in ("request", "budget"):
+        return 130 if progress.by == "request" else 5
+    return 3 if any(result.status in NO_RESULT for result in results) else 0
 
 
 def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
@@ -115,10 +117,11 @@ def _executor(study: Study, kind: str, address: str, gpus: int | None) -> Execut
 def _told(progress: Progress, seconds: float) -> str:
     nodes = {node.key: node for node in progress.runner.nodes.values() if node.state == "done"}.values()
     ran = sum(not node.reused for node in nodes)
-    failed = sum(result.status == "failed" for result in progress.results)
+    counts = Counter(result.status for result in progress.results)
     line = f"{len(progress.results)} points this time, {ran} stages run and {len(nodes) - ran} found in the store, {seconds:.0f} s"
     line += f", {told(progress.spending.spent().cost, progress.spending.profile)} spent by all runs"
-    return line + (f", {failed} points failed" if failed else "") + (f"; {progress.stopped}" if progress.stopped else "")
+    without = "".join(f", {counts[status]} points {status_label(status)}" for status in NO_RESULT if counts[status])
+    return line + without + (f"; {progress.stopped}" if progress.stopped else "")
 
 
 def write_outputs(study: Study, home: Home) -> dict[str, Path]:
@@ -153,13 +156,28 @@ def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str
     return {
         "study, sha256": f"{digest(lasting(study.model_dump(mode='json')))} (its settings and pins; not its budget, nor where it ran)",
         "seeds": ", ".join(str(seed) for seed in study.seeds),
-        "search": f"{study.search.sampler}, seed {study.search.seed}, window {study.search.window}",
+        "search": f"{study.search.sampler}, seed {study.search.seed}, {_order(study)}",
+        "stops when": f"the hypervolume grows by less than {study.search.stop}" if study.search.stop else "it has its points",
+        "replicates": _replicates(study),
         **{f"prompts of {suite}": said for suite, said in prompt_sets(study, home).items()},
         **{f"raced: {suite}": str(race) for suite, race in races(study).items() if race is not None},
         "trained on": ", ".join(hosts) or "nothing yet",
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},
     }
+
+
+def _order(study: Study) -> str:
+    if study.search.order == "in_turn":
+        return f"told in turn, {study.search.reach} points in flight"
+    return "told as points land" + (f", at most {study.search.window} in flight" if study.search.window else "")
+
+
+def _replicates(study: Study) -> str:
+    policy = study.replicates
+    if policy.policy == "all":
+        return "every seed for every point"
+    return f"{policy.at_least}, and more while it is not certain at {policy.confidence:g} whether another point is better"
 
 
 def sync_mirror(name: str, study: Study, home: Home) -> int:

@@ -19,6 +19,7 @@ from analysis.costs import cost_summary, study_cost, told
 from analysis.frontier import frontier_hypervolume
 from analysis.report import summary
 from analysis.tables import frontier_text, results_frame
+from analysis.wording import NO_RESULT, status_label
 from cluster.costs import Cost
 from cluster.profile import Profile
 from sweeps.drive import Progress
@@ -106,7 +107,9 @@ def _picture(progress: Progress) -> Group:
     for node in progress.runner.nodes.values():
         if node.state == "running" and (said := progress.runner.progress_of(node)):
             lines.append(Text(f"  {progress.planner.label(node.stage)}  {said}", style="dim", no_wrap=True, overflow="ellipsis"))
-    reasons = [f"  failed: {result.point}: {result.reason.splitlines()[0]}" for result in progress.results if result.reason]
+    reasons = [
+        f"  {status_label(result.status)}: {result.point}: {result.reason.splitlines()[0]}" for result in progress.results if result.reason
+    ]
     failed = [Text(reason, style="red") for reason in reasons[-3:]]
     reached = frontier_hypervolume(progress.results, progress.study.objectives)
     return Group(head, table, *lines[:8], *failed, Text(f"hypervolume so far {reached:.3f}" if progress.results else ""))
@@ -153,14 +156,15 @@ def print_status(
         cost = cost_summary(study_cost(results, costs, spent), spent, home.profile)
         print(json.dumps({"driver": holder, "cost": cost, "budget": limits, **summary(study, results, before, evidence)}, indent=1))
         return
-    print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight, {counts['failed']} failed")
+    without = "".join(f", {counts[status]} {status_label(status)}" for status in NO_RESULT if counts[status] or status == "failed")
+    print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight{without}")
     ended = not counts["running"] and len(results) >= (limit(study) or math.inf)
     print(f"driver: {holder or ('none; all its points are there' if ended else 'none; `ebbline run` continues it')}")
-    words = {"hours": "{:g} hours of driving", "gpu_hours": "{:g} GPU-hours", "usd": "${:,.2f}"}
+    words = {"hours": "{:g} hours of driving", "gpu_hours": "{:g} GPU-hours", "usd": "${:,.2f}", "points": "{:g} points"}
     budget = ", ".join(words[name].format(value) for name, value in limits.items())
     driven = f"{told(spent.cost, home.profile)} in {spent.driving_s / 3600:.3g} hours of driving"
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     print(frontier_text(results_frame(results, study.objectives)))
     for result in results:
-        if result.status == "failed":
-            print(f"failed: {result.point}: {result.reason}", file=sys.stderr)
+        if result.status in NO_RESULT:
+            print(f"{status_label(result.status)}: {result.point}: {result.reason}", file=sys.stderr)

@@ -84,7 +84,7 @@ def _adapters(study: Study, home: Home, planner: Planner, keep: Keep) -> tuple[f
     """The keys of all trainings and projected adapters of a study's points, and of those that points on a frontier or in flight use."""
     results = collect(study, home, planner)
     on_front = [result for front in frontier_by_model(results, study.objectives).values() for result in front] if keep == "frontier" else []
-    kept = [*on_front, *(result for result in results if result.status == "running")]
+    kept = [*on_front, *(result for result in results if result.status in ("running", "out_of_budget"))]
     own = {key for result in results for name, key in result.keys.items() if StageName.parse(name).part in ADAPTERS}
     return frozenset(own), frozenset(own & {key for result in kept for key in result.keys.values()})
 

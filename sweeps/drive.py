@@ -1,52 +1,41 @@
-"""The driving loop: keep a window of points in flight, run their stages, tell the search, stop when it has no more.
+"""The driving loop: keep the cluster busy with points, run their stages, tell the search, stop when it has no more.
 
 Running the same study again is always safe: points come from the Optuna storage, outputs from the store, and what is
 there is not made again. Only one driver holds a study at a time.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from cluster.executor import Executor
-from cluster.runner import Failure, Runner
+from cluster.nodes import Failure
+from cluster.runner import Runner
+from sweeps.flights import Flight, compares, first_grounded, has_room, queued_gpus
 from sweeps.home import Home
-from sweeps.outcome import result_of
+from sweeps.knowledge import Knowledge
+from sweeps.outcome import fingerprint, of_seeds, result_of, stages_or_refusal
 from sweeps.outlook import Outlook
 from sweeps.plan import Planner
-from sweeps.points import Point, Result, StageName
-from sweeps.racing import rivals_of, standing
-from sweeps.search import OptunaSearcher, Searcher, check_written_points, limit, reaching
-from sweeps.spending import Spending, require_prices, spending
+from sweeps.points import REFUSED, Point, Result
+from sweeps.replicates import seeds_needed, seeds_of
+from sweeps.search import OptunaSearcher, Wait, check_written_points, limit, reaching
+from sweeps.spending import Spending, Stopped, require_prices, spending
+from sweeps.stopping import Gains, rule_of
 from sweeps.storage import Hold
 from sweeps.study import Study
+from sweeps.warm import lessons
 from tasks.errors import StudyError
-from tasks.specs import KINDS
 from tasks.stage import Stage
-
-MEASURES = ("score", "evaluate")  # the kinds of the stages that have metrics
-
-
-@dataclass
-class Flight:
-    """A point on its way: all that it may need, and of that what it has asked for so far (a raced suite asks block by block).
-
-    One that has asked for nothing is on the ground: the budget does not afford it.
-    """
-
-    number: int
-    point: Point
-    stages: dict[str, Stage]
-    asked: list[Stage] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"point {self.number} ({self.point})"
 
 
 @dataclass
 class Progress:
-    """What a watcher sees after every heartbeat. `told` counts all points told, `results` holds those of this run, in order."""
+    """What a watcher sees after every heartbeat. `told` counts all points told, `results` holds those of this run, in order.
+
+    `stopped` says why nothing more was asked for, and `by` what stopped it; both are empty when the search had no more points.
+    """
 
     study: Study
     planner: Planner
@@ -58,6 +47,7 @@ class Progress:
     told: int = 0
     started: float = field(default_factory=time.monotonic)
     stopped: str = ""
+    by: Literal["", "request", "budget", "gain"] = ""
 
 
 Watcher = Callable[[Progress], None]
@@ -69,143 +59,244 @@ def drive(
     make_executor: Callable[[], Executor],
     watch: Watcher = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    extend: bool = False,
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
-    The executor is made once the study is held, and closed at the end; `stop` turning true drains and returns. Raises
-    StudyHeld when another driver has the study, StudyError when a model cannot be measured before fine-tuning.
+    The executor is made once the study is held, and closed at the end; `stop` turning true drains and returns. With `extend` the
+    study may be wider than it was begun (see sweeps.widening). Raises StudyHeld when another driver has the study, StudyError when
+    it is another study than was begun, or a model cannot be measured before fine-tuning.
     """
     storage = home.storage(study.study)
     with home.driving(study.study) as hold, reaching(storage):
         planner = Planner(study, home)
         check_written_points(study)
         require_prices(study, home.profile)
-        home.freeze(study)
-        searcher = OptunaSearcher(study, storage)
+        # The database learns of a wider study first: a driver that is killed in between finds the old one here, and widens it again.
+        searcher = OptunaSearcher(study, storage, study.search.order == "in_turn", home.begun_as(study, extend))
+        home.freeze(study, extend)
+        for name, found in lessons(study, home).items():
+            searcher.teach(name, found)
         with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:
                 runner = Runner(home.store, executor, planner.needs_of, home.profile, spent)
-                return _loop(Progress(study, planner, runner, spent, limit=limit(study)), searcher, hold, watch, stop)
+                progress = Progress(study, planner, runner, spent, limit=limit(study))
+                return _Drive(progress, searcher, hold, watch, stop).run()
             finally:
                 executor.close()
 
 
-def _loop(progress: Progress, searcher: OptunaSearcher, hold: Hold, watch: Watcher, stop: Callable[[], bool]) -> Progress:
-    study, planner, runner = progress.study, progress.planner, progress.runner
-    baselines = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    runner.want(baselines)
-    done: list[Result] = []
-    again = [Flight(number, point, planner.stages_for(point)) for number, point in searcher.measured()]
-    for flight in again:
-        _take_off(flight, runner)
-    progress.told = searcher.told()
-    flights = deque(Flight(number, point, planner.stages_for(point)) for number, point in searcher.in_flight())
-    outlook = Outlook(planner, runner, progress.spending)
-    exhausted = False
-    while True:
-        grounded = None if runner.draining else _take_off_in_turn(flights, runner, outlook)
-        while not exhausted and not runner.draining and grounded is None and len(flights) < study.search.window:
-            hold.check()
-            asked = searcher.ask()
-            if asked is None:
-                exhausted = True
-            else:
-                flights.append(Flight(*asked, planner.stages_for(asked[1])))
-                grounded = _take_off_in_turn(flights, runner, outlook)
-        exhausted = exhausted or (progress.limit is not None and progress.told + len(flights) >= progress.limit)
-        progress.in_flight = list(flights)
-        watch(progress)
-        broken = next((failure for stage in baselines if (failure := runner.failure(stage)) is not None), None)
-        # What every point of a size needs has failed: stop, and tell no point that it failed for a fault of its own.
+class _Drive:
+    """One run of a study. `again` are points that were told before, and are heard again; `more` get a further seed."""
+
+    def __init__(self, progress: Progress, searcher: OptunaSearcher, hold: Hold, watch: Watcher, stop: Callable[[], bool]) -> None:
+        self.progress, self.searcher, self.hold, self.watch, self.stop = progress, searcher, hold, watch, stop
+        self.study, self.planner, self.runner = progress.study, progress.planner, progress.runner
+        self.in_turn = self.study.search.order == "in_turn"
+        self.outlook = Outlook(self.planner, self.runner, progress.spending)
+        self.baselines = [stage for suites in self.planner.baselines().values() for stage in suites.values()]
+        self.knowledge = Knowledge(self.planner, self.runner)
+        self.flights: list[Flight] = []
+        self.again: list[Flight] = []
+        self.more: list[Flight] = []
+        self.first: dict[int, Result] = {}  # over the seeds that every point has: what races look at
+        self.results: dict[int, Result] = {}  # over all seeds that there are
+        self.seen: dict[frozenset[tuple[str, str]], int] = {}
+        self.gave_up: set[int] = set()  # points whose further seed failed
+        self.grounded: Flight | None = None
+        self.exhausted = self.waiting = False
+        self.unsettled_seeds = True
+        before = progress.spending.gain
+        rule = rule_of(self.study)
+        self.ended = before if before is not None and before.rule == rule and self.study.search.stop is not None else None
+        self.gains = Gains(self.study, progress.spending.profile, 0 if before is None or before.rule == rule else before.points)
+
+    def run(self) -> Progress:
+        progress, runner = self.progress, self.runner
+        runner.want(self.baselines)
+        self.again = [self._flight(number, point) for number, point in self.searcher.measured()]
+        for flight in self.again:
+            flight.take_off(runner)
+        progress.told = self.searcher.told()
+        self.flights = [self._flight(number, point) for number, point in self.searcher.in_flight()]
+        while True:
+            self._ask()
+            progress.in_flight = list(self.flights)
+            self.watch(progress)
+            self._check_baselines()
+            if not runner.draining:
+                self._hear()
+                if self._land():
+                    continue
+                self._replicate()
+            if self._finished():
+                break
+            if self.stop():
+                runner.draining, progress.stopped, progress.by = True, "stopped on request", "request"
+            if runner.draining and not runner.running:
+                break
+            if self.waiting and not (self.flights or self.again or self.more) and all(map(runner.settled, self.baselines)):
+                raise RuntimeError("the search waits for a point, and none is under way")
+            if runner.starved or (self.grounded is not None and runner.idle):
+                said = self._told_of_budget()
+                self.ended = Stopped(said, "budget", points=progress.told)
+                progress.spending.stopped(self.ended)
+                break
+            runner.step()
+            progress.spending.settle(runner.running)
+        if self.ended is not None and not progress.stopped:
+            progress.stopped, progress.by = self.ended.said, self.ended.by
+        progress.in_flight = list(self.flights)
+        self.watch(progress)
+        return progress
+
+    def _flight(self, number: int, point: Point) -> Flight:
+        stages, refused = stages_or_refusal(self.planner, point)
+        return Flight(number, point, of_seeds(self.study, stages, self.study.first_seeds), refused)
+
+    def _ask(self) -> None:
+        """Let take off what the budget affords, and ask for points as long as there is room for them."""
+        self.waiting = False
+        self.grounded = None if self.runner.draining else first_grounded([*self.more, *self.flights], self.runner, self.outlook.affords)
+        while self._may_ask():
+            self.hold.check()
+            asked = self.searcher.ask(self.knowledge)
+            if asked is None or isinstance(asked, Wait):
+                self.exhausted, self.waiting = asked is None, asked is not None
+                return
+            flight = self._flight(*asked)
+            self.flights.append(flight)
+            self.grounded = first_grounded([flight], self.runner, self.outlook.affords)
+            self._ask_more(flight)
+
+    def _may_ask(self) -> bool:
+        progress, budget = self.progress, self.study.budget.points
+        there = progress.told + len(self.flights)
+        self.exhausted = self.exhausted or (progress.limit is not None and there >= progress.limit)
+        if self.exhausted or self.ended is not None or self.runner.draining or self.grounded is not None:
+            return False
+        if budget is not None and there >= budget:
+            said = f"the budget of {budget} points is used up. Raise budget.points in the study file, and the same command goes on"
+            self.ended = Stopped(said, "budget", points=there)
+            progress.spending.stopped(self.ended)
+            return False
+        if self.in_turn:
+            return len(self.flights) < self.study.search.reach
+        if self.again and self.study.search.stop is not None:
+            return False  # whether there is to be another point is not known yet
+        queued = queued_gpus(self._open(), self.runner, lambda stage: self.planner.needs_of(stage).gpus)
+        return has_room(len(self.flights), self.study.search.window, queued, self.runner.executor.capacity)
+
+    def _open(self) -> Iterator[Stage]:
+        yield from self.baselines
+        for flight in (*self.flights, *self.more, *self.again):
+            yield from flight.asked
+
+    def _check_baselines(self) -> None:
+        """What every point of a size needs has failed: stop, and tell no point that it failed for a fault of its own."""
+        broken = next((failure for stage in self.baselines if (failure := self.runner.failure(stage)) is not None), None)
         if broken is not None:
             raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken)}")
-        if not runner.draining:
-            _hear_again(study, again, runner, done)
-            if not again:  # a raced point is compared with those before it, which must be known first
-                for flight in flights:
-                    if flight.asked:
-                        _ask_more(study, flight, runner, done)
-        # One at a time: the next proposal is to see exactly this result more than the one before it did. None while nothing is
-        # asked, draining or for want of budget: the next run lands them from the store.
-        in_turn = exhausted or len(flights) == study.search.window
-        if in_turn and not again and not runner.draining and _landing(flights, runner):
-            hold.check()
-            done.append(_land(study, flights.popleft(), searcher, runner, done))
-            progress.results.append(done[-1])
-            progress.told += 1
-            continue
-        if not flights and exhausted and not again and all(map(runner.settled, baselines)):
-            break
-        if stop():
-            runner.draining, progress.stopped = True, "stopped on request"
-        if runner.draining and not runner.running:
-            break
-        if runner.starved or (grounded is not None and runner.idle):
-            progress.stopped = outlook.told_of_stage() if grounded is None else outlook.told_of_point(str(grounded), grounded.stages)
-            break
-        runner.step()
-        progress.spending.settle(runner.running)
-    progress.in_flight = list(flights)
-    watch(progress)
-    return progress
 
+    def _hear(self) -> None:
+        """Ask for what points need next; take in what was told before, in order, as far as its artifacts are there (or made) again."""
+        for flight in list(self.again):
+            self._ask_more(flight)
+            if flight.settled(self.runner):
+                self.again.remove(flight)
+                self._take(self._result(flight, ""))
+            elif self.in_turn:
+                return  # what follows is compared with those before it, which must be known first
+        for flight in (*self.flights, *self.more):
+            self._ask_more(flight)
 
-def _take_off(flight: Flight, runner: Runner) -> None:
-    flight.asked = [stage for name, stage in flight.stages.items() if StageName.parse(name).part in KINDS]
-    runner.want(flight.asked)
+    def _ask_more(self, flight: Flight) -> None:
+        if compares(self.study):
+            open_ones = [each for each in (*self.again, *self.flights) if each.point.model == flight.point.model]
+            if any(each.number <= flight.number - self.study.search.reach for each in open_ones):
+                return  # what it is compared with is not known yet
+            flight.ask_more(self.study, self.runner, list(self.first.values()))
+        else:
+            flight.ask_more(self.study, self.runner, ())
 
+    def _land(self) -> bool:
+        """Tell the search of points that ended; True when there were any.
 
-def _take_off_in_turn(flights: Iterable[Flight], runner: Runner, outlook: Outlook) -> Flight | None:
-    """Let the points that are on the ground take off, in order; returns the first that the budget does not afford."""
-    for flight in flights:
-        if not flight.asked:
-            if not outlook.affords(flight.stages):
-                return flight
-            _take_off(flight, runner)
-    return None
+        In turn it is one at a time: the next proposal is to see exactly this result more than the one before it did. None
+        while nothing is asked for want of budget: the next run lands them from the store.
+        """
+        if self.in_turn:
+            full = self.exhausted or self.ended is not None or self.waiting or len(self.flights) == self.study.search.reach
+            landing = self.flights[:1] if full and not self.again else []
+        else:
+            landing = self.flights
+        landing = [flight for flight in landing if flight.settled(self.runner)]
+        for flight in landing:
+            self.hold.check()
+            self.flights.remove(flight)
+            failure = flight.failure(self.runner)
+            result = self._result(flight, flight.refused or (_told(failure) if failure else ""))
+            if result.status == "running":
+                raise RuntimeError(f"point {flight.number} was to be told before it was measured")
+            result = replace(result, same_as=self.seen.get(fingerprint(self.study, result)) if result.status == "done" else None)
+            self.searcher.tell(flight.number, result)
+            self._take(result)
+            self.progress.results.append(result)
+            self.progress.told += 1
+        return bool(landing)
 
+    def _result(self, flight: Flight, reason: str) -> Result:
+        rivals = list(self.first.values()) if compares(self.study) else ()
+        return result_of(self.study, flight.number, flight.point, flight.stages, self.runner, reason, rivals)
 
-def _landing(flights: Sequence[Flight], runner: Runner) -> bool:
-    return bool(flights) and bool(flights[0].asked) and all(map(runner.settled, flights[0].asked))
-
-
-def _ask_more(study: Study, flight: Flight, runner: Runner, done: Sequence[Result]) -> bool:
-    """Ask for what a point needs next, until something is under way (True) or it needs nothing more (False).
-
-    What it asks for may be in the store already, and is then there at once.
-    """
-    own, rivals = set(flight.stages.values()), rivals_of(flight.number, flight.point, done, study.search.window)
-    while True:
-        if any(not runner.settled(stage) and stage.kind in MEASURES for stage in flight.asked):
-            return True
-        asked, needed = set(flight.asked), standing(study, flight.stages, runner, rivals).missing
-        new = [stage for target in needed for stage in (*target.upstream(), target) if stage in own and stage not in asked]
-        if not new:
-            return False
-        runner.want(new)
-        flight.asked += new
-
-
-def _hear_again(study: Study, again: list[Flight], runner: Runner, done: list[Result]) -> None:
-    """Points that were told before: their results in order, as far as their artifacts are there (or made) again."""
-    while again:
-        flight = again[0]
-        if _ask_more(study, flight, runner, done) or not all(map(runner.settled, flight.asked)):
+    def _take(self, result: Result) -> None:
+        self.results[result.number] = self.first[result.number] = result
+        self.unsettled_seeds = True
+        if result.status != "done":
             return
-        done.append(result_of(study, flight.number, flight.point, flight.stages, runner, earlier=done))
-        del again[0]
+        self.seen.setdefault(fingerprint(self.study, result), result.number)
+        self.gains.add(result)
+        said = "" if self.again or self.ended is not None else self.gains.met()
+        if said:
+            self.ended = Stopped(said, "gain", rule_of(self.study), self.progress.told + 1)
+            self.progress.spending.stopped(self.ended)
 
+    def _replicate(self) -> None:
+        """Further seeds for points of which it is not certain whether another dominates them; in turn, once all points are told."""
+        for flight in [flight for flight in self.more if flight.settled(self.runner)]:
+            self.more.remove(flight)
+            self.unsettled_seeds = True
+            failure = flight.failure(self.runner)
+            if failure is not None:
+                self.gave_up.add(flight.number)
+                reason = f"a further seed failed: {_told(failure)}"
+                self.results[flight.number] = replace(self.results[flight.number], reason=reason)
+            else:
+                self.results[flight.number] = self._result(flight, "")
+                self.searcher.amend(flight.number, self.results[flight.number])
+        over = not self.flights and (self.exhausted or self.ended is not None)
+        if not self.unsettled_seeds or self.again or (self.in_turn and not over):
+            return
+        self.unsettled_seeds = False
+        under_way = {flight.number for flight in self.more} | self.gave_up
+        for number, seeds in seeds_needed(self.study, list(self.results.values())).items():
+            result = self.results[number]
+            if seeds > seeds_of(result) and number not in under_way:
+                stages, _ = stages_or_refusal(self.planner, result.point)
+                self.more.append(Flight(number, result.point, of_seeds(self.study, stages, seeds)))
 
-def _land(study: Study, flight: Flight, searcher: Searcher, runner: Runner, done: Sequence[Result]) -> Result:
-    failures = [failure for stage in flight.asked if (failure := runner.failure(stage)) is not None]
-    own = next((failure for failure in failures if not failure.inherited), failures[0] if failures else None)
-    result = result_of(study, flight.number, flight.point, flight.stages, runner, reason=_told(own) if own else "", earlier=done)
-    if result.status == "running":
-        raise RuntimeError(f"point {flight.number} was to be told before it was measured")
-    searcher.tell(flight.number, result)
-    return result
+    def _finished(self) -> bool:
+        if self.flights or self.again or self.more or not (self.exhausted or self.ended is not None):
+            return False
+        return all(map(self.runner.settled, self.baselines))
+
+    def _told_of_budget(self) -> str:
+        if self.grounded is None:
+            return self.outlook.told_of_stage()
+        return self.outlook.told_of_point(str(self.grounded), self.grounded.stages)
 
 
 def _told(failure: Failure) -> str:
-    return failure.reason + (f" (to see it again: {failure.command})" if failure.command else "")
+    refused = REFUSED if failure.refused else ""
+    return refused + failure.reason + (f" (to see it again: {failure.command})" if failure.command else "")

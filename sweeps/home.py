@@ -14,17 +14,18 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from cluster.profile import Profile
 from cluster.retention import HOMES
 from cluster.store import Store
+from sweeps.differences import differences
 from sweeps.storage import MEANWHILE, Hold, Storage, shared_url
 from sweeps.study import Study, lasting
 from sweeps.study_file import read_profile
+from sweeps.widening import refusals
 from tasks.errors import StudyError, StudyHeld
 from tasks.identity import digest
 
@@ -55,23 +56,34 @@ class Home:
         """The cache of content digests of local models and data."""
         return self.root / "digests.json"
 
-    def freeze(self, study: Study) -> None:
-        """Keep the study as first run, with its latest budget and placement (see sweeps.study.lasting).
+    def begun_as(self, study: Study, extend: bool = False) -> str:
+        """A digest of the settings that the study was begun with here; its own when it is new.
 
-        Raises StudyError, naming what differs, when another one has this name already.
+        Raises StudyError, naming what differs, when another one has this name already. With `extend` it may be wider than what was
+        begun (see sweeps.widening).
         """
         path = self.folder(study.study) / "study.json"
-        now = study.model_dump(mode="json")
-        before = json.loads(path.read_text()) if path.exists() else now
-        changed = list(differences(lasting(before), lasting(now)))
+        now = lasting(study.model_dump(mode="json"))
+        before = lasting(json.loads(path.read_text())) if path.exists() else now
+        changed = list(refusals(before, now) if extend else differences(before, now))
         if changed:
             lines = "\n".join(f"  {line}" for line in changed[:10])
+            hint = "" if extend else " If it only adds points, values of an axis, seeds or a size, `--extend` goes on with it."
             raise StudyError(
                 f"a study named {study.study!r} was begun in {self.root} with other settings:\n{lines}\n"
-                "Give this one another name (`study: ...`), or another --home. Stages that both share are still run once."
+                f"Give this one another name (`study: ...`), or another --home. Stages that both share are still run once.{hint}"
             )
+        return digest(before)
+
+    def freeze(self, study: Study, extend: bool = False) -> None:
+        """Keep the study as it was begun, or as it was widened, with its latest budget and placement (see sweeps.study.lasting).
+
+        Raises StudyError as `begun_as` does.
+        """
+        self.begun_as(study, extend)
+        path = self.folder(study.study) / "study.json"
         fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(now, indent=1))
+        fresh.write_text(json.dumps(study.model_dump(mode="json"), indent=1))
         fresh.replace(path)
 
     @property
@@ -128,21 +140,3 @@ def store_of(root: Path, profile: Profile) -> Store:
     """The profile's store: a bucket by URL, or a folder (a relative one starts at the home); HOME/store when it names none."""
     named = profile.store or "store"
     return Store(named if "://" in named else root / Path(named).expanduser(), profile.cache_gb)
-
-
-def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """One line for each leaf that differs: `train.rank: 4 -> 8`."""
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for key in sorted({*before, *after}):
-            path = f"{where}.{key}" if where else str(key)
-            if key not in before or key not in after:
-                yield f"{path}: {'added' if key in after else 'removed'}"
-            else:
-                yield from differences(before[key], after[key], path)
-    elif before != after:
-        yield f"{where}: {_short(before)} -> {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -12,7 +12,8 @@ from cluster.executor import Needs
 from cluster.needs import default_needs
 from cluster.resolver import Resolver
 from cluster.store import Store
-from sweeps.home import Home, differences
+from sweeps.differences import differences
+from sweeps.home import Home
 from sweeps.points import Point, StageName, Value
 from sweeps.racing import standing
 from sweeps.references import DataRef, Hub, Local

@@ -66,12 +66,22 @@ def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
     return [key for _, key in own]
 
 
-Status = Literal["done", "running", "failed"]
+Status = Literal["done", "running", "failed", "refused", "out_of_budget"]
+STATUSES: tuple[Status, ...] = ("done", "running", "failed", "refused", "out_of_budget")
+REFUSED = "refused: "  # how the reason of a refused point begins
+
+
+def ended(reason: str) -> Status:
+    """What became of a point that has no metrics, from the reason that is kept: its settings, data or model were refused, or it failed."""
+    return "refused" if reason.startswith(REFUSED) else "failed"
 
 
 @dataclass(frozen=True)
 class Result:
     """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds, or `reason` when it has none.
+
+    `same_as` is the number of an earlier point whose adapters came out the same, so that both are measured by the same stages.
+    A point that is `out_of_budget` was asked for, and goes on when the budget is raised.
 
     `keys` maps a stage's name (`train[seed=0]`) to its key in the store; `seconds` is what its stages took when they ran,
     whether for this point or for an earlier one that it shares them with. `costs` maps the key of each of its stages, and of what
@@ -87,3 +97,4 @@ class Result:
     seconds: float = 0.0
     projected_share: float | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    same_as: int | None = None

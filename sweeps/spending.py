@@ -5,6 +5,7 @@
         {"start": "ray-3", "gpus": [["A100", 1]], "keys": [...], "s": 12.1}     a job got its GPUs
         {"end": "ray-3", "s": 73.0}                                             ... and gave them back
         {"s": 80.0}                                                             the driver lives
+        {"stopped": "the budget ...", "by": "budget", "rule": "", "points": 7, "s": 81.0}       why it asked for nothing more
 
 The invariant: every second that a job of this study held a GPU is here, whether its stages came to anything or not. A driver
 that is killed is counted to its last line, so a kill leaves out BEAT_S seconds at most and what its workers took to end.
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from cluster.costs import Cost, GpuTypes, total
 from cluster.executor import ACCELERATOR_TYPE, Job
@@ -30,12 +31,27 @@ NAME = "spending.jsonl"
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Why a driver asked for nothing more: in words, by what, under which rule (a digest), and how many points were told by then."""
+
+    said: str
+    by: Literal["budget", "gain"]
+    rule: str = ""
+    points: int = 0
+
+
+@dataclass(frozen=True)
 class Spent:
-    """Seconds of driving, the GPU time of all jobs, and the keys of the stages that they were started for."""
+    """Seconds of driving, the GPU time of all jobs, and the keys of the stages that they were started for.
+
+    `stopped` is what the last driver ended with, while no other drives; `gain` the last time that the rule of `search.stop` was met.
+    """
 
     driving_s: float = 0.0
     cost: Cost = field(default_factory=Cost)
     keys: frozenset[str] = frozenset()
+    stopped: Stopped | None = None
+    gain: Stopped | None = None
 
 
 def read_spent(folder: Path) -> Spent:
@@ -44,19 +60,24 @@ def read_spent(folder: Path) -> Spent:
     text = path.read_text() if path.exists() else ""
     driving_s, costs, keys = 0.0, list[Cost](), set[str]()
     session = _Session()
+    stopped: Stopped | None = None
+    gain: Stopped | None = None
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             said = json.loads(line)
             if "driver" in said:
                 driving_s, costs = driving_s + session.last_s, [*costs, session.cost()]
-                session = _Session()
+                session, stopped = _Session(), None
+            if "stopped" in said:
+                stopped = Stopped(str(said["stopped"]), said["by"], str(said["rule"]), int(said["points"]))
+                gain = stopped if stopped.by == "gain" else gain
             keys |= set(said.get("keys", ()))
             session.take(said)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StudyError(
                 f"{path}, line {number} is damaged ({type(error).__name__}); mend or delete that line. What it said is then not counted"
             ) from error
-    return Spent(driving_s + session.last_s, total([*costs, session.cost()]), frozenset(keys))
+    return Spent(driving_s + session.last_s, total([*costs, session.cost()]), frozenset(keys), stopped, gain)
 
 
 @dataclass
@@ -108,7 +129,17 @@ class Spending:
 
     @property
     def limited(self) -> bool:
-        return self.budget != Budget()
+        """Whether anything is limited that a stage takes."""
+        return self.budget.model_copy(update={"points": None}) != Budget()
+
+    @property
+    def gain(self) -> Stopped | None:
+        """The last time that the rule of `search.stop` was met, in an earlier run."""
+        return self._before.gain
+
+    def stopped(self, why: Stopped) -> None:
+        """Say for good why nothing more is asked for."""
+        self._say({"stopped": why.said, "by": why.by, "rule": why.rule, "points": why.points})
 
     def affords(self, gpus: GpuTypes, seconds: float) -> bool:
         if not any(gpus.values()) and self.budget.hours is None:
@@ -125,8 +156,8 @@ class Spending:
         if self.budget.usd is not None and after.usd(self.profile) is None:
             raise StudyError(_no_price(self.budget, after.unpriced(self.profile)))
         reached = {"hours": (spent.driving_s + seconds) / 3600, "gpu_hours": after.gpu_hours, "usd": after.usd(self.profile)}
-        for name in Budget.model_fields:
-            limit, value = getattr(self.budget, name), reached[name]
+        for name, value in reached.items():
+            limit = getattr(self.budget, name)
             if limit is not None and value is not None and value > limit:
                 return name
         return ""
@@ -201,7 +232,7 @@ def spending(study: Study, profile: Profile, folder: Path, driver: str) -> Itera
 
 def require_prices(study: Study, profile: Profile) -> None:
     """Raise StudyError when a budget in dollars has no price for a type of GPU that the study names, or none at all."""
-    if study.budget.usd is None:
+    if study.budget.usd is None and (study.search.stop is None or study.search.stop.per_usd is None):
         return
     named = {model.labels.get(ACCELERATOR_TYPE, "") for model in study.models.values()}
     types = sorted(name for name in named if name and not name.startswith(("!", "in(")))
@@ -212,7 +243,8 @@ def require_prices(study: Study, profile: Profile) -> None:
 
 def _no_price(budget: Budget, missing: Iterable[str]) -> str:
     written = ", ".join(f"{name}: {{usd_per_hour: ...}}" for name in sorted(set(missing)))
+    asked = "search.stop.per_usd is given" if budget.usd is None else f"budget.usd is {budget.usd:g}"
     return (
-        f"budget.usd is {budget.usd:g}, but cluster.yaml in the home has no price for {' and '.join(sorted(set(missing)))};"
-        f" add `gpus: {{{written}}}` there, or give the budget in gpu_hours"
+        f"{asked}, but cluster.yaml in the home has no price for {' and '.join(sorted(set(missing)))};"
+        f" add `gpus: {{{written}}}` there, or say it in GPU-hours"
     )

@@ -4,12 +4,15 @@ An unknown key, a wrong type or a bad range is an error with its path. Below thi
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cluster.labels import parse
+from sweeps.axes import Axis, AxisValue, Range, distinct, of_size
+from sweeps.policies import REACH, Order, Replicates, Stop
 from sweeps.references import DataRef, Hub, Local, OneOf
 from sweeps.suites import Suite, scorers_of
 from tasks.errors import PinError, StudyError
@@ -33,17 +36,6 @@ from tasks.specs import (
 )
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-AxisValue = None | bool | int | Number | str
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    twice = [value for index, value in enumerate(values) if value in values[:index]]
-    if twice:
-        raise ValueError(f"{twice[0]!r} stands twice; it would be counted twice")
-    return values
-
-
-Choices = Annotated[tuple[AxisValue, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class Data(Frozen):
@@ -82,7 +74,8 @@ class ModelRef(OneOf):
 
 
 class Model(Frozen):
-    """One size of the family. `gpus` > 1 trains it as a gang. `axes` narrows the study's axes for this size.
+    """One size of the family. `gpus` > 1 trains it as a gang. `axes` are this size's own: an axis of the study with other
+    values, or one that only this size has.
 
     `labels` select the hosts of all that this size does on GPUs, in Ray's syntax (`{ray.io/accelerator-type: A100}`); `spread`
     lets its gang stand on several hosts. Where a size runs is no part of what it is: these and `gpus` may change between runs.
@@ -99,7 +92,7 @@ class Model(Frozen):
     gpus: Count = 1
     labels: dict[str, str] = {}
     spread: bool = False
-    axes: dict[str, Choices] = {}
+    axes: dict[str, Axis] = {}
     train: dict[str, AxisValue] = {}
 
     def train_settings(self, study: TrainSpec) -> TrainSpec:
@@ -125,32 +118,6 @@ class Model(Frozen):
         return self
 
 
-class Range(Frozen):
-    """A numeric axis that the search may take any value of."""
-
-    low: Number
-    high: Number
-    step: Positive | None = None
-    log: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """True when the range is over whole numbers: its edges and its step are."""
-        return all(float(edge).is_integer() for edge in (self.low, self.high, 0.5 if self.step is None else self.step))
-
-    @property
-    def edges(self) -> tuple[float, float]:
-        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("a log range needs low > 0 and no step")
-        return self
-
-
 class Judge(Frozen):
     """A judge of completions: a model from outside, or an endpoint that `settings` names."""
 
@@ -171,23 +138,52 @@ class SuiteEntry(Frozen):
     measure: Suite
 
 
-class Search(Frozen):
-    """How points are chosen: those in `first`, then the sampler's.
+class Constraints(Frozen):
+    """What an operating point must hold: `refusal_floor` the study's floor; `gpu_hours` bounds what a point takes by itself.
 
-    `window` points are in flight at once; proposal k has seen exactly the results up to k - window. So a study's proposals
-    are a function of its file alone: killed and continued, it asks for the same points.
+    GPU-hours are those of the work's estimate, the same on any cluster, so that no proposal depends on how fast a machine was.
     """
 
-    sampler: Literal["tpe", "nsga2", "random", "grid", "list"] = "tpe"
+    refusal_floor: bool = False
+    gpu_hours: Positive | None = None
+
+
+Sampler = Literal["stage_aware", "gp", "tpe", "nsga2", "random", "grid", "list"]
+AXES_OF_A_SURROGATE = 12  # beyond these a Gaussian process learns little from what a study can afford
+POINTS_OF_TPE = 1000
+
+
+class Search(Frozen):
+    """How points are chosen: those in `first`, then the sampler's (see Study.sampler for what it is when it is not given).
+
+    `warm_start` names studies of the same home: what they measured is known to the search from the beginning, and costs no
+    points. With `transfer`, what one size taught guides the search of the others.
+
+    `order: as_they_land` tells the search whatever has ended, and asks as long as less is queued than the cluster is wide, up to
+    `window` points in flight. With `in_turn` just `window` are in flight, and proposal k has seen exactly the results up to
+    k - window: a study's proposals are then a function of its file alone. Killed and continued, neither loses a point.
+    """
+
+    sampler: Sampler | None = None
     points: Count | None = None
-    window: Count = 4
+    window: Count | None = None
     seed: Seed = 0
     first: tuple[dict[str, AxisValue], ...] = ()
     list: tuple[dict[str, AxisValue], ...] = ()
+    warm_start: Annotated[tuple[Name, ...], AfterValidator(distinct)] = ()
+    transfer: bool = False
+    constraints: Constraints = Constraints()
+    order: Order = "as_they_land"
+    stop: Stop | None = None
+
+    @property
+    def reach(self) -> int:
+        """How far back a point's predecessors end that it may know of: in turn, and as rivals in a race, in either order."""
+        return self.window or REACH
 
 
 class Budget(Frozen):
-    """What a study may take, over all its runs together: hours of driving, GPU-hours, dollars by the prices of the profile.
+    """What a study may take, over all its runs: hours of driving, GPU-hours, dollars by the prices of the profile, points.
 
     Nothing starts that is expected to cross it; what has started is let finish. It may be raised between runs.
     """
@@ -195,6 +191,7 @@ class Budget(Frozen):
     hours: Positive | None = None
     gpu_hours: Positive | None = None
     usd: Positive | None = None
+    points: Count | None = None
 
 
 class Study(Frozen):
@@ -207,8 +204,9 @@ class Study(Frozen):
     project: ProjectSpec = ProjectSpec()
     apply: ApplySpec = ApplySpec()
     language: Seed = 0
-    axes: dict[str, Choices | Range]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)] = (0,)
+    axes: dict[str, Axis]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)] = (0,)
+    replicates: Replicates = Replicates()
     judges: dict[Name, Judge] = {}
     suites: dict[Name, SuiteEntry] = Field(min_length=1)
     objectives: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -224,8 +222,6 @@ class Study(Frozen):
             for axis in axes:
                 if axis not in known:
                     raise ValueError(f"{where}.{axis}: {unknown(axis, known)}")
-                if where != "axes" and axis not in self.axes:
-                    raise ValueError(f"{where}.{axis}: narrows an axis that the study does not have; its axes are {sorted(self.axes)}")
         return self
 
     @model_validator(mode="after")
@@ -247,6 +243,17 @@ class Study(Frozen):
                             )
                             raise ValueError(f"{where}.{axis}: {own} (got {value!r}){hint}") from None
         return self
+
+    @model_validator(mode="after")
+    def _replicates_have_seeds(self) -> Self:
+        if self.replicates.policy == "near_frontier" and self.replicates.at_least > len(self.seeds):
+            raise ValueError(f"replicates.at_least: {self.replicates.at_least}, but the study has {len(self.seeds)} seeds")
+        return self
+
+    @property
+    def first_seeds(self) -> int:
+        """How many of its seeds every point is run with."""
+        return len(self.seeds) if self.replicates.policy == "all" else self.replicates.at_least
 
     @model_validator(mode="after")
     def _suites_are_not_called_like_stages(self) -> Self:
@@ -293,15 +300,62 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _search_has_an_end(self) -> Self:
-        if self.search.sampler == "list" and not self.search.list:
+        sampler = self.sampler
+        if sampler == "list" and not self.search.list:
             raise ValueError("search.list: the sampler 'list' needs the points to run, each as {model: ..., AXIS: value}")
-        if self.search.first and self.search.sampler in ("grid", "list"):
-            raise ValueError(f"search.first: the sampler {self.search.sampler!r} has an order of its own; use 'list' alone, or tpe")
-        if self.search.sampler == "grid" and any(isinstance(axis, Range) for axis in self.axes.values()):
+        if self.search.first and sampler in ("grid", "list"):
+            raise ValueError(f"search.first: the sampler {sampler!r} has an order of its own; use 'list' alone, or stage_aware")
+        if sampler == "grid" and self.size is None:
             raise ValueError("search.sampler: a grid needs every axis as a list; a {low, high} range has no grid")
-        if self.search.sampler not in ("grid", "list") and self.search.points is None:
-            raise ValueError(f"search.points: the sampler {self.search.sampler!r} needs to know how many points to choose")
+        if sampler not in ("grid", "list") and self.search.points is None:
+            raise ValueError(f"search.points: the sampler {sampler!r} needs to know how many points to choose")
         return self
+
+    @model_validator(mode="after")
+    def _constraints_are_measured(self) -> Self:
+        if self.search.constraints.refusal_floor and self.refusal_metric is None:
+            raise ValueError("search.constraints.refusal_floor: no suite of this study measures a refusal_rate")
+        if self.study in self.search.warm_start:
+            raise ValueError(f"search.warm_start: {self.study!r} is this study; it knows its own points")
+        return self
+
+    def axes_of(self, model: str) -> Mapping[str, tuple[AxisValue, ...] | Range]:
+        """The axes of one size, in the order of the file: the study's as this size has them, then its own."""
+        return of_size(self.axes, self.models[model].axes)
+
+    @property
+    def size(self) -> int | None:
+        """How many points there are; None when an axis is a range."""
+        axes = [self.axes_of(model).values() for model in self.models]
+        if any(isinstance(axis, Range) for each in axes for axis in each):
+            return None
+        return sum(math.prod(len(axis) for axis in each if not isinstance(axis, Range)) for each in axes)
+
+    @property
+    def sampler(self) -> Sampler:
+        """`search.sampler`; when it is not given, what fits the number of axes and what may be spent.
+
+        A grid, when there is no budget and the whole space is asked for. Else stage_aware, up to 12 axes. Beyond, where its
+        surrogate has too little to go by, tpe up to 1,000 points and nsga2 for more.
+        """
+        if self.search.sampler is not None:
+            return self.search.sampler
+        size, points = self.size, self.search.points
+        if self.search.list:
+            return "list"
+        if size is not None and (points is None or points >= size) and self.budget == Budget() and not self.search.first:
+            return "grid"
+        axes = {axis for model in self.models for axis in self.axes_of(model)}
+        if len(axes) <= AXES_OF_A_SURROGATE:
+            return "stage_aware"
+        return "tpe" if (points or 0) <= POINTS_OF_TPE else "nsga2"
+
+    @property
+    def refusal_metric(self) -> str | None:
+        """The refusal rate that the study is about: its first such objective, or else its first refusal suite's."""
+        objectives = [name for name in self.objectives if name.rpartition(".")[2] == "refusal_rate"]
+        suites = [f"{name}.refusal_rate" for name, suite in self.suites.items() if suite.measure.kind == "refusal"]
+        return next(iter(objectives + suites), None)
 
     def kind_of(self, stage: str) -> str:
         """The kind of the stage that a point's results call so: `train`, `generate:SUITE`, or SUITE for the one with its metrics."""
@@ -341,15 +395,25 @@ def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
 PLACEMENT = ("gpus", "labels", "spread")  # of a model: where it runs
 
 
+DRIVING = ("order", "stop")  # fields of `search` that say how a study is driven, not what it is
+BEGAN_WITH = ("sampler", "points", "window", "seed", "first", "list")  # fields of `search` that every kept study has
+
+
 def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a dumped study this study, and may not change once it has been run.
 
-    Not its budget, not where its sizes run, and not the places that its pinned content was found at: a file that moved is the
-    same file.
+    Not its budget, not where its sizes run, not in which order and until when points are asked for, and not the places that its
+    pinned content was found at: a file that moved is the same file. A setting that came later counts when it says more than its
+    default; a sampler that is not given counts as tpe, which is what it once meant.
     """
-    kept = {key: value for key, value in dump.items() if key != "budget"}
+    plain = {"replicates": Replicates().model_dump(mode="json")}
+    kept = {key: value for key, value in dump.items() if key != "budget" and value != plain.get(key)}
     models = {name: {key: value for key, value in model.items() if key not in PLACEMENT} for name, model in dump["models"].items()}
-    without_paths: dict[str, Any] = _without_paths({**kept, "models": models})
+    defaults = Search().model_dump(mode="json")
+    came_later = {key: value for key, value in dump["search"].items() if key not in DRIVING and value != defaults.get(key)}
+    search = {**came_later, **{key: dump["search"][key] for key in BEGAN_WITH}}
+    search |= {"sampler": search["sampler"] or "tpe", "window": search["window"] or REACH}
+    without_paths: dict[str, Any] = _without_paths({**kept, "models": models, "search": search})
     return without_paths
 
 

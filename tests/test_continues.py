@@ -40,7 +40,7 @@ suites:
   refusal: {{prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}, measure: {{kind: refusal, max_new_tokens: 4}}}}
   task: {{prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}, measure: {{kind: task, max_new_tokens: 4}}}}
 objectives: [refusal_rate, task_accuracy]
-search: {{sampler: tpe, points: 9, window: 4, seed: 1}}
+search: {{sampler: tpe, points: 9, order: in_turn, window: 4, seed: 1}}
 """
 
 

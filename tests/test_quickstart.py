@@ -118,7 +118,7 @@ def test_nothing_is_left_to_run(home: Path) -> None:
 
 def test_status_names_points_and_driver(home: Path) -> None:
     status = json.loads(ebbline("status", "quickstart", "--home", str(home), "--json"))
-    assert status["driver"] is None and status["points"] == {"done": 40, "running": 0, "failed": 0}
+    assert status["driver"] is None and status["points"] == {"done": 40, "running": 0, "failed": 0, "refused": 0, "out_of_budget": 0}
 
 
 def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(home: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from cluster.runner import Runner
 from cluster.store import Store
 from sweeps.drive import drive
 from sweeps.home import Home
+from sweeps.knowledge import Knowledge
 from sweeps.outcome import result_of
 from sweeps.plan import Planner, plan
 from sweeps.points import Point
@@ -96,7 +97,7 @@ def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None
     found = plan(Planner(study, home), points, unchosen)
     assert found.complete and found.there["train"] == 2 and found.there["project"] == 1
     searcher = OptunaSearcher(study, home.storage(study.study))
-    assert searcher.told() == 6 and not searcher.in_flight() and searcher.ask() is None
+    assert searcher.told() == 6 and not searcher.in_flight() and searcher.ask(Knowledge(Planner(study, home), Resolver(home.store))) is None
 
 
 def test_a_changed_field_is_named_as_the_reason_for_the_miss(study: Study, home: Home) -> None:

@@ -98,7 +98,7 @@ def test_other_numbers_of_objectives_have_a_report(study: Study, results: list[R
 
 def test_the_summary_is_json(study: Study, results: list[Result], baselines: Baselines) -> None:
     found = json.loads(json.dumps(summary(study, results, baselines), allow_nan=False))
-    assert found["points"] == {"done": 40, "running": 1, "failed": 1}
+    assert found["points"] == {"done": 40, "running": 1, "failed": 1, "refused": 0, "out_of_budget": 0}
     assert 0 < found["hypervolume"] < 1
     assert {"number", "model", "metrics", "train.rank"} <= set(found["frontier"][0])
 

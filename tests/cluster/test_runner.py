@@ -312,7 +312,7 @@ def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
 
 
 def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stops_the_run(store, pool, monkeypatch):
-    from cluster import runner as module
+    from cluster import starter as module
 
     shunned: list[frozenset[str]] = []
 
@@ -335,12 +335,12 @@ def test_a_stage_whose_only_hosts_went_waits_for_others_and_then_stops_the_run(s
     runner = Runner(store, executor, needs_of=lambda stage: Needs(2), profile=PATIENCE)
     runner.want([rows(5, pool)])
     executor.capacity = lambda: Capacity((Host("here", 2, 1, draining=True), Host("small", 1, 1)))
-    runner._hosts = {"here": Host("here", 2, 1)}
+    runner._starter.hosts = {"here": Host("here", 2, 1)}
     runner.step(0.0)
     assert executor.jobs == []
     with pytest.raises(ClusterLost, match=r"no host for data .* \(2 GPUs\) came within 1 s"):
         step_for(runner, lambda: False)
-    runner._stuck_since, executor.capacity = None, lambda: Capacity((Host("new", 2, 1),))
+    runner._starter.stuck_since, executor.capacity = None, lambda: Capacity((Host("new", 2, 1),))
     runner.step(0.0)
     assert [job.hosts for job in executor.jobs] == [{"new": 2}]
 
@@ -355,7 +355,7 @@ def test_a_cluster_that_can_grow_is_told_what_waits_instead_of_an_error(store, p
 
 
 def test_a_host_that_ran_a_resident_is_named_to_the_scheduler(store, pool, monkeypatch):
-    from cluster import runner as module
+    from cluster import starter as module
 
     seen: list[Mapping[str, frozenset[str]]] = []
     monkeypatch.setattr(module, "place", lambda works, busy, capacity, cached: seen.append(cached) or place(works, busy, capacity, cached))
@@ -471,3 +471,33 @@ def test_what_the_meter_refuses_leaves_its_place_to_what_is_behind_it(store, poo
     while not runner.starved and time.monotonic() - started < 20:
         runner.step()
     assert runner.starved and runner.settled(cheap) and not runner.settled(dear)
+
+
+def shut_out(monkeypatch, times):
+    """No worker can commit to the store, for so many attempts."""
+    commit, left = Store.commit, iter(range(times))
+
+    def commit_or_not(self, attempt, hashed, provenance):
+        if next(left, None) is not None:
+            raise StoreError("s3://made/up cannot be used")
+        return commit(self, attempt, hashed, provenance)
+
+    monkeypatch.setattr(Store, "commit", commit_or_not)
+
+
+def test_a_worker_that_cannot_use_the_store_is_lost_with_its_place_and_the_run_goes_on(store, pool, monkeypatch):
+    shut_out(monkeypatch, 2)
+    stage = rows(5, pool)
+    runner = Runner(store, Counting(), profile=PATIENCE)
+    runner.want([stage])
+    settle(runner)
+    assert runner.artifact(stage) is not None and runner.failure(stage) is None and len(runner.executor.batches) == 3
+
+
+def test_a_store_that_no_worker_can_use_ends_the_run_and_marks_nothing(store, pool, monkeypatch):
+    shut_out(monkeypatch, 99)
+    runner = Runner(store, Counting(), profile=PATIENCE)
+    runner.want([rows(5, pool)])
+    with pytest.raises(StoreError, match=r"s3://made/up cannot be used \(met 3 times; the same command continues\)"):
+        settle(runner)
+    assert all(node.failure is None for node in runner.nodes.values())

@@ -4,11 +4,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from sweeps.knowledge import Cosines, Knowledge, Work, adapter_of
 from sweeps.points import Point, Result
 from sweeps.study import Study
 from sweeps.study_file import parse
+from tasks.identity import digest
 from tasks.metrics import Metric
 
 ORGANISM = {"organism": {"size": "small"}}
@@ -61,3 +64,24 @@ def outcome(number: int, point: Point) -> Result:
         "task.task_accuracy": Metric("task_accuracy", score // 101 % 101, 100),
     }
     return Result(number, point, "done", metrics)
+
+
+class Imagined(Knowledge):
+    """Adapters of `modules` modules with cosines that are a function of the adapter; a training costs 100, a measurement 10.
+
+    Those in `missing` have none yet.
+    """
+
+    def __init__(self, modules: int = 8, seeds: int = 1) -> None:
+        self.modules, self.seeds = modules, seeds
+        self.missing: set[Point] = set()
+
+    def cosines(self, point: Point) -> Cosines | None:
+        adapter = adapter_of(point)
+        if adapter in self.missing:
+            return None
+        rng = np.random.default_rng(int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16))
+        return tuple(np.sort(rng.uniform(0.1, 0.9, self.modules)) for _ in range(self.seeds))
+
+    def work(self, point: Point) -> Work:
+        return Work(100.0, 1.0, 10.0)

@@ -8,13 +8,14 @@ import optuna
 import pytest
 
 from sweeps.points import Point, Result
-from sweeps.search import NOT_A_POINT, OptunaSearcher, asked, known_points, limit, space
+from sweeps.search import NOT_A_POINT, WAIT, OptunaSearcher, asked, known_points, limit, space
 from sweeps.storage import Storage
 from tasks.errors import StudyError
 from tasks.metrics import Metric
-from tests.sweeps.made import outcome, study
+from tests.sweeps.made import Imagined, outcome, study
 
 WINDOW = 3
+KNOWN = Imagined()
 AXES = {"axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}}
 
 
@@ -60,8 +61,10 @@ def follow(study, url):
     exhausted = False
     while True:
         while not exhausted and len(flights) < WINDOW:
-            found = searcher.ask()
+            found = searcher.ask(KNOWN)
             exhausted = found is None
+            if found is WAIT:
+                break
             if found is not None:
                 flights.append(found)
         if not flights:
@@ -71,7 +74,7 @@ def follow(study, url):
     return [point for _, point, _, _ in asked(study, url)]
 
 
-SAMPLERS = ["tpe", "nsga2", "random"]
+SAMPLERS = ["tpe", "nsga2", "random", "gp", "stage_aware"]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -93,7 +96,7 @@ def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(t
         searcher, flights = OptunaSearcher(found, url), []
         for asks in itertools.islice(steps(8), stop):
             if asks:
-                flights.append(searcher.ask())
+                flights.append(searcher.ask(KNOWN))
             else:
                 number, point = flights.pop(0)
                 searcher.tell(number, outcome(number, point))
@@ -134,7 +137,7 @@ def die_at(monkeypatch, number):
     return written
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "grid", "gp"])
 def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
     """Eight of the space's eight points, so that samplers propose known ones and the last are chosen from what is left."""
     axes = {"axes": {"train.rank": [2, 4], "data.size": [16, 32], "apply.threshold": [None, 0.3]}}
@@ -145,7 +148,7 @@ def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
         writes = next(written)
     assert len({point.id for point in undisturbed}) == len(undisturbed) == 8
     assert writes > 15
-    for number in range(SAMPLERS.index(sampler) if sampler in SAMPLERS else 1, writes, 7):
+    for number in range(SAMPLERS.index(sampler) if sampler in SAMPLERS else 3, writes, 7):
         url = fresh_url(tmp_path / f"{number}.db", empty_storage)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             die_at(patch, number)
@@ -159,8 +162,8 @@ def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
     found = searched(tmp_path, points=6)
     undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
     searcher = OptunaSearcher(found, url)
-    first = [searcher.ask() for _ in range(2)]
-    searcher._optuna.ask().suggest_categorical("model", ['"7b"'])  # cut off here: a RUNNING trial with one parameter
+    first = [searcher.ask(KNOWN) for _ in range(2)]
+    searcher.trials._optuna.ask().suggest_categorical("model", ['"7b"'])  # cut off here: a RUNNING trial with one parameter
     again = OptunaSearcher(found, url)
     assert again.in_flight() == first
     assert [number for number, _ in first] == [0, 1]
@@ -171,14 +174,14 @@ def test_a_proposal_that_was_set_aside_but_not_yet_closed_is_closed(tmp_path, ur
     # Left RUNNING it would be unseen by the searcher, and the sampler would stay away from its place for good.
     found = searched(tmp_path)
     searcher = OptunaSearcher(found, url)
-    first = searcher.ask()
-    trial = searcher._optuna.ask()
-    searcher._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as 0")  # killed here, before it was told FAIL
+    first = searcher.ask(KNOWN)
+    trial = searcher.trials._optuna.ask()
+    searcher.trials._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as 0")  # killed here, before it was told FAIL
     assert OptunaSearcher(found, url).in_flight() == [first]
     assert optuna.load_study(study_name="tiny", storage=url.url).trials[trial.number].state == optuna.trial.TrialState.FAIL
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
 def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are_asked_for(tmp_path, url, sampler):
     found = searched(tmp_path, sampler, points=500)
     assert limit(found) == 18
@@ -210,32 +213,32 @@ def test_a_list_is_run_as_it_stands_even_off_the_axes(tmp_path, url):
 def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url):
     twice = study(tmp_path, {"search": {"sampler": "list", "list": [ROWS[0], ROWS[0]]}})
     searcher = OptunaSearcher(twice, url)
-    searcher.ask()
+    searcher.ask(KNOWN)
     with pytest.raises(StudyError, match="twice"):
-        searcher.ask()
+        searcher.ask(KNOWN)
     for row in ({"model": "7b", "train.rank": 8}, {**ROWS[0], "model": "8b"}):
         part = study(tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"})
         with pytest.raises(StudyError, match=r"search\.list\[0\] must give `model`"):
-            OptunaSearcher(part, replace(url, name=part.study)).ask()
+            OptunaSearcher(part, replace(url, name=part.study)).ask(KNOWN)
 
 
 def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
     found = searched(tmp_path)
     searcher = OptunaSearcher(found, url)
-    number, point = searcher.ask()
+    number, point = searcher.ask(KNOWN)
     searcher.tell(number, Result(number, point, "failed", reason="TrainingError: the loss became nan"))
     assert asked(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
     assert searcher.told() == 1 and searcher.in_flight() == []
     (trial,) = optuna.load_study(study_name="tiny", storage=url.url).trials
     assert trial.state == optuna.trial.TrialState.FAIL
-    assert searcher.ask()[1] != point
+    assert searcher.ask(KNOWN)[1] != point
 
 
 def test_objectives_are_told_in_their_order_and_their_own_direction(tmp_path, url):
     over = {"prompts": {"language": "over_refusal.jsonl"}, "measure": {"kind": "over_refusal"}}
     found = searched(tmp_path, **{"suites/over": over, "objectives": ["task_accuracy", "over_refusal_rate"]})
     searcher = OptunaSearcher(found, url)
-    number, point = searcher.ask()
+    number, point = searcher.ask(KNOWN)
     metrics = {"task.task_accuracy": Metric("task_accuracy", 3, 4), "over.over_refusal_rate": Metric("over_refusal_rate", 1, 4)}
     searcher.tell(number, Result(number, point, "done", metrics))
     stored = optuna.load_study(study_name="tiny", storage=url.url)
@@ -289,7 +292,7 @@ def test_readers_see_points_and_states_and_nothing_before_the_first_driver(tmp_p
     found = searched(tmp_path)
     assert asked(found, url) == []
     searcher = OptunaSearcher(found, url)
-    flights = [searcher.ask() for _ in range(2)]
+    flights = [searcher.ask(KNOWN) for _ in range(2)]
     searcher.tell(0, outcome(0, flights[0][1]))
     states = [(number, point, state) for number, point, state, _ in asked(found, url)]
     assert states[1] == (1, flights[1][1], "running") and states[0][2] in ("done", "failed")

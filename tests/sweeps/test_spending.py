@@ -160,7 +160,7 @@ def changes(tmp_path_factory, pair):
             "refusal": {"prompts": prompts, "measure": {"kind": "refusal", "max_new_tokens": 2}},
             "task": {"prompts": prompts, "measure": {"kind": "task", "max_new_tokens": 2}},
         },
-        "search": {"sampler": "tpe", "points": 7, "window": 2, "seed": 1},
+        "search": {"sampler": "tpe", "points": 7, "order": "in_turn", "window": 2, "seed": 1},
     }
 
 

@@ -15,7 +15,7 @@ from sweeps.search import OptunaSearcher, asked, reaching
 from sweeps.storage import Storage, shared_url
 from tasks.errors import DatabaseLost, StudyError, StudyHeld
 from tests.postgres import MISSING, PASSWORD, Postgres, binaries, running
-from tests.sweeps.made import outcome, study, written
+from tests.sweeps.made import Imagined, outcome, study, written
 
 AXES = {"axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}}
 SEARCH = {**AXES, "search": {"sampler": "tpe", "window": 3, "points": 10}}
@@ -48,7 +48,7 @@ def follow(found, storage: Storage, restart_every: int = 1000):
         searcher = OptunaSearcher(found, storage)
         flights = list(searcher.in_flight())
         for _ in range(restart_every):
-            if len(flights) < found.search.window and (new := searcher.ask()) is not None:
+            if len(flights) < found.search.window and (new := searcher.ask(Imagined())) is not None:
                 flights.append(new)
             elif flights:
                 number, point = flights.pop(0)
@@ -70,7 +70,7 @@ def test_homes_with_stores_of_their_own_have_studies_of_their_own_and_a_shared_s
     shared = [home_at(tmp_path / name, postgres, store="s3://bucket/store").storage("tiny") for name in ("third", "fourth")]
     assert shared[0] == shared[1] and shared[0].name not in (one.name, other.name)
     found = study(tmp_path, SEARCH)
-    OptunaSearcher(found, shared[0]).ask()
+    OptunaSearcher(found, shared[0]).ask(Imagined())
     assert len(asked(found, shared[1])) == 1 and asked(found, one) == []
     with pytest.raises(StudyError, match="'tiny' was begun in the shared database, as 'tiny@.*with other settings"):
         OptunaSearcher(study(tmp_path, {**SEARCH, "seeds": [1]}), shared[1])
@@ -116,7 +116,7 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(t
         searcher = OptunaSearcher(found, storage)
         for _ in range(3):
             hold.check()
-            searcher.ask()
+            searcher.ask(Imagined())
         postgres.stop()
         postgres.start()
         hold.check()
@@ -130,7 +130,7 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, 
     postgres.stop()
     try:
         with pytest.raises(DatabaseLost, match="cannot be used: "), reaching(storage):
-            searcher.ask()
+            searcher.ask(Imagined())
         started = time.monotonic()
         with pytest.raises(DatabaseLost, match=r"127\.0\.0\.1.*cannot be used"):
             drive(found, home, lambda: pytest.fail("an executor was made"))
@@ -141,7 +141,7 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, 
 
 def test_status_works_on_postgres_and_says_what_is_wrong_without_the_password(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
-    OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask()
+    OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask(Imagined())
     command = [sys.executable, "-m", "ebbline.cli", "status", str(tmp_path / "study.yaml"), "--home", str(home.root)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0 and "0 points done, 1 in flight" in done.stdout, done.stderr

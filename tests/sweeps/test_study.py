@@ -65,7 +65,6 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"models/7b/labels": {"ray.io/accelerator-type": "in A100"}}, r"models\.7b: .*ray.io/accelerator-type: .*'in A100' is none"),
         ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
         ({"models/7b/train": {"quantisation": "nf4"}}, r"models\.7b\.train\.quantisation: say it as models\.7b\.quantisation"),
-        ({"models/7b/axes": {"data.size": [8]}}, r"models\.7b\.axes\.data\.size: narrows an axis that the study does not have"),
         ({"models/7b/axes": {"train.rnak": [8]}}, r"models\.7b\.axes\.train\.rnak: "),
         ({"objectives": ["refusal"]}, r"'refusal' names no metric; this study measures .*refusal\.refusal_rate"),
         ({"objectives": ["refusal_rate", "refusal.refusal_rate"]}, r"objectives: .* names one twice"),

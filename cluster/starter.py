@@ -1,0 +1,188 @@
+"""Starting: which ready stages go to the executor now, as what requests, and what could run nowhere.
+
+The scheduler says where, the meter whether it may be paid for; what is lost goes to other hosts than it was lost on.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from cluster.costs import GpuTypes, Meter, gpu_types
+from cluster.executor import Capacity, Executor, Host, Needs
+from cluster.losses import Losses
+from cluster.needs import resident
+from cluster.nodes import Node, Running
+from cluster.profile import Profile
+from cluster.resolver import contents_of
+from cluster.scheduler import Busy, Placement, Work, impossible, place
+from cluster.sources import offered
+from cluster.store import Artifact, Store
+from tasks.errors import ClusterLost, StudyError
+from tasks.stage import Input, Part, Request, Source, Stage, stage_of
+
+
+class Starter:
+    """Starts the stages of one run. `seconds` says how long a stage is expected to take, `artifact` what an input's stage has made."""
+
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        profile: Profile,
+        meter: Meter,
+        losses: Losses,
+        needs_of: Callable[[Stage], Needs],
+        seconds: Callable[[Node], float],
+        artifact: Callable[[Stage], Artifact | None],
+    ) -> None:
+        self._store, self._executor, self._profile, self._meter, self._losses = store, executor, profile, meter, losses
+        self._needs_of, self._seconds, self._artifact = needs_of, seconds, artifact
+        self.refused: set[str] = set()  # keys that the meter would not let start just now
+        self.hosts: dict[str, Host] = {}  # every one that was ever there
+        self.stuck_since: float | None = None
+        self._running: dict[str, Running] = {}
+        self._cached: dict[str, set[str]] = {}
+        self._ready_since: dict[str, float] = {}
+
+    def start(
+        self,
+        ready: Mapping[str, Node],
+        running: dict[str, Running],
+        paths: Mapping[str, float],
+        also: Sequence[tuple[Needs, float]],
+    ) -> dict[str, Path]:
+        """Start what can start of `ready`, by key: each job is added to `running`. Returns the attempt of each stage that started.
+
+        `paths` has the seconds of the longest chain from each lineage, `also` the needs and seconds of what runs. Raises StudyError for
+        what no host could ever hold, ClusterLost when the hosts that could have stayed away for long.
+        """
+        self._running, now = running, time.monotonic()
+        works = [
+            Work(
+                key,
+                self._needs_of(node.stage),
+                resident(node.stage),
+                self._seconds(node),
+                paths[node.stage.lineage],
+                self._losses.shun(key),
+                now - self._ready_since.setdefault(key, now),
+            )
+            for key, node in ready.items()
+        ]
+        capacity = self._executor.capacity()
+        self._executor.expect([(work.needs, work.seconds) for work in works] + list(also))
+        self._check_possible(works, ready, capacity, now)
+        startable = {work.key: work for work in works if self._losses.may_start(work.key, now)}
+        attempts: dict[str, Path] = {}
+        self.refused = set()
+        refused = -1
+        while refused < len(self.refused):  # what the meter refuses leaves its place to what is behind it
+            refused = len(self.refused)
+            for placement in self._places(startable.values(), capacity, now):
+                if startable.keys() >= set(placement.keys):
+                    started = self._start_batch(placement, ready, capacity, now)
+                    attempts |= started
+                    for key in started:
+                        del startable[key]
+                    for key in placement.keys[len(started) : len(started) + 1]:
+                        self._refuse(startable, startable[key])
+        return attempts
+
+    def _refuse(self, startable: dict[str, Work], dear: Work) -> None:
+        """Leave out a stage that the meter does not let start, and with it all that need the same for as long or longer."""
+        for work in [work for work in startable.values() if work.needs == dear.needs and work.seconds >= dear.seconds]:
+            self.refused.add(work.key)
+            del startable[work.key]
+
+    def _places(self, works: Iterable[Work], capacity: Capacity, now: float) -> list[Placement]:
+        busy = [Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started))) for item in self._running.values()]
+        cached = {host: frozenset(names) for host, names in self._cached.items()}
+        return place(list(works), busy, self._losses.in_service(capacity), cached)
+
+    def _start_batch(self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float) -> dict[str, Path]:
+        """Start as much of a batch as the meter lets; the attempts of those stages, in its order."""
+        gpus = gpu_types(placement.hosts, capacity)
+        keys = self._affordable([ready[key] for key in placement.keys], gpus)
+        if not keys:
+            return {}
+        attempts = {key: self._store.begin(ready[key].stage.kind, key) for key in keys}
+        memory_gb = self._memory_gb(gpus)
+        batch = [self._request(ready[key], attempts[key], placement.needs.gpus, memory_gb) for key in keys]
+        job = self._executor.submit(batch, placement.needs, placement.hosts)
+        seconds = sum(self._seconds(ready[key]) for key in keys)
+        self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
+        self._meter.started(job, gpus, seconds)
+        for host in placement.hosts:
+            self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
+        for key in keys:
+            del self._ready_since[key]
+        return attempts
+
+    def _affordable(self, batch: Sequence[Node], gpus: GpuTypes) -> list[str]:
+        """As much of a batch, from its start, as the meter lets start."""
+        keys: list[str] = []
+        seconds = 0.0
+        for node in batch:
+            seconds += self._seconds(node)
+            if not self._meter.affords(gpus, seconds):
+                break
+            keys.append(node.key)
+        return keys
+
+    def _check_possible(self, works: Iterable[Work], ready: Mapping[str, Node], capacity: Capacity, now: float) -> None:
+        """Raise StudyError for what no host could ever hold, ClusterLost when the hosts that could have stayed away for long."""
+        self.hosts |= {host.name: host for host in capacity.hosts}
+        ever = Capacity(tuple(self.hosts.values()))
+        staying = Capacity(tuple(host for host in capacity.hosts if not host.draining))
+        stuck = [work for work in works if impossible(work, staying)]
+        if not stuck or self._running:
+            self.stuck_since = None
+        for work in stuck:
+            reason = impossible(work, ever)
+            if reason and not capacity.grows:
+                raise StudyError(f"{ready[work.key].stage.kind} {work.key[:12]}: {reason}")
+            if self._running:
+                continue
+            self.stuck_since = self.stuck_since or now
+            if now - self.stuck_since > self._profile.hang_after_s:
+                raise ClusterLost(
+                    f"no host for {ready[work.key].stage.kind} {work.key[:12]} ({work.gpus} GPUs) came within"
+                    f" {self._profile.hang_after_s:.0f} s; bring one up, and the same command continues"
+                )
+
+    def _memory_gb(self, gpus: GpuTypes) -> float | None:
+        """What the smallest of these GPUs holds, as far as the profile says."""
+        known = [self._profile.gpus[name].memory_gb for name in gpus if name is not None and name in self._profile.gpus]
+        return min((memory_gb for memory_gb in known if memory_gb is not None), default=None)
+
+    def _request(self, node: Node, attempt: Path, gpus: int, memory_gb: float | None) -> Request:
+        contents = contents_of(node.stage, self._artifact)
+        if contents is None:
+            raise RuntimeError(f"{node.stage.kind} {node.key[:12]} was started before its inputs were done")
+        request = Request(
+            key=node.key,
+            kind=node.stage.kind,
+            spec=node.stage.spec.model_dump(mode="json"),
+            inputs={name: self._location(item) for name, item in node.stage.inputs.items()},
+            contents=contents,
+            out=self._store.url(attempt / "payload"),
+            log=self._store.url(attempt / "log"),
+            scratch=self._store.url(self._store.scratch(node.key)),
+            gpus=gpus,
+            device=self._executor.device if gpus else "cpu",
+            threads=self._executor.threads,
+            cache_gb=self._store.cache_gb,
+            memory_gb=memory_gb,
+            checkpoint_every_s=self._profile.checkpoint_every_s,
+        )
+        self._store.note(attempt, "request.json", request.to_json().encode())
+        return request
+
+    def _location(self, item: Input) -> str:
+        if isinstance(item, Source):
+            return offered(self._store, item)
+        stage = stage_of(item)
+        artifact = None if stage is None else self._artifact(stage)
+        if artifact is None:
+            raise RuntimeError("an input is not done")
+        return self._store.url(artifact.folder, "payload", *([item.path] if isinstance(item, Part) else []))

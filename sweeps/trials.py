@@ -1,0 +1,295 @@
+"""A study's points in Optuna's storage, which is the one truth about them and their state.
+
+Read once when the storage is opened; from then on its only driver keeps the list itself, and each change is one write there
+first. A trial is written whole, with all its parameters, so that a driver that is killed leaves no half of one. A point's number
+is its place among the trials that are points, not Optuna's trial number: that one also counts what was set aside, and what other
+studies taught (see sweeps.warm).
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from sweeps.axes import AxisValue, Range
+from sweeps.points import Point, Value
+from sweeps.storage import Storage
+from sweeps.study import Study, lasting
+from tasks.errors import DatabaseLost, StudyError
+from tasks.identity import digest
+from tasks.metrics import direction
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial number
+SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # ... of the whole
+ERRORS, TAUGHT_BY, DRAWN, SAME_AS = "standard_errors", "taught_by", "drawn", "same_as"  # trial attributes
+MODEL = "model"
+REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # constraints, as Optuna keeps them
+State = Literal["running", "done", "failed"]
+_STATES: Mapping[TrialState, State] = {TrialState.COMPLETE: "done", TrialState.FAIL: "failed", TrialState.RUNNING: "running"}
+DIRECTIONS = {"maximise": optuna.study.StudyDirection.MAXIMIZE, "minimise": optuna.study.StudyDirection.MINIMIZE}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A point that was asked for: its objectives as measured (means over seeds), their standard errors, and by how much it
+    misses each constraint (at most 0 when it holds). `trial` is Optuna's number."""
+
+    trial: int
+    point: Point
+    state: State = "running"
+    values: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ()
+    misses: tuple[tuple[str, float], ...] = ()
+    reason: str = ""
+    drawn: Mapping[str, Any] = field(default_factory=dict)  # what its sampler wants to be told again (see sweeps.samplers)
+
+    @property
+    def feasible(self) -> bool:
+        return all(miss <= 0 for _, miss in self.misses)
+
+
+class Trials:
+    """The points of one study, in the order of asking; `taught` are what other studies measured."""
+
+    def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
+        self.study, self._begun_as = study, begun_as
+        self._optuna = optuna.create_study(
+            storage=opened(storage),
+            study_name=storage.name,
+            directions=[DIRECTIONS[direction(name)] for name in study.objectives],
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(),  # it draws nothing: points are written whole
+        )
+        if storage.shared:
+            self._same_settings(storage)
+        found = self._optuna.get_trials(deepcopy=False)
+        self.names = Names(study, found)
+        self._clear_half_asked(found)
+        marks = self._optuna.user_attrs
+        self.entries = [_entry(trial, marks) for trial in points_of(self._optuna.get_trials(deepcopy=False), marks)]
+        self.taught = [_entry(trial, marks) for trial in self._optuna.get_trials(deepcopy=False) if TAUGHT_BY in trial.user_attrs]
+
+    def add(self, point: Point, drawn: Mapping[str, Any] | None = None) -> int:
+        """Write a point that is to be run; returns its number."""
+        attributes = {DRAWN: dict(drawn)} if drawn else {}
+        self._optuna.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=attributes, **self.names.parameters(point)))
+        self.entries.append(Entry(self._newest(), point, drawn=drawn or {}))
+        return len(self.entries) - 1
+
+    def finish(
+        self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float], same_as: int | None = None
+    ) -> Entry:
+        """Write what a point measured, and of which earlier point it is a duplicate."""
+        entry = self.entries[number]
+        trial = optuna.trial.Trial(self._optuna, self._id(entry.trial))
+        trial.set_user_attr(ERRORS, list(errors))
+        if same_as is not None:
+            trial.set_user_attr(SAME_AS, same_as)
+        for name, miss in misses.items():
+            if name not in trial.constraints:  # told before, when the driver was killed in the middle of this
+                trial.set_constraint(name, miss)
+        self._optuna.tell(entry.trial, list(values))
+        done = replace(entry, state="done", values=tuple(values), errors=tuple(errors), misses=tuple(misses.items()))
+        self.entries[number] = done
+        return done
+
+    def amend(self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float]) -> Entry:
+        """Take in what a finished point measured over more seeds. Nothing is written: a later driver finds it in the store."""
+        amended = replace(self.entries[number], values=tuple(values), errors=tuple(errors), misses=tuple(misses.items()))
+        self.entries[number] = amended
+        return amended
+
+    def fail(self, number: int, reason: str) -> Entry:
+        """Write that a point has no objectives. Left without a state it would stay RUNNING, and samplers would avoid its place."""
+        entry = self.entries[number]
+        self._optuna.set_user_attr(f"{REASON}:{entry.trial}", reason)
+        self._optuna.tell(entry.trial, state=TrialState.FAIL)
+        self.entries[number] = replace(entry, state="failed", reason=reason)
+        return self.entries[number]
+
+    def teach(self, name: str, found: Sequence[Entry]) -> None:
+        """Write what another study measured, once: a study that is warm started twice knows what it knew the first time."""
+        if name in self._optuna.user_attrs.get(WARMED, []):
+            return
+        there = {entry.point for entry in self.taught}
+        for entry in found:
+            if entry.point not in there:
+                trial = create_trial(
+                    state=TrialState.COMPLETE,
+                    values=list(entry.values),
+                    user_attrs={ERRORS: list(entry.errors), TAUGHT_BY: name},
+                    constraints=dict(entry.misses),
+                    **self.names.parameters(entry.point),
+                )
+                self._optuna.add_trial(trial)
+                self.taught.append(replace(entry, trial=self._newest()))
+        self._optuna.set_user_attr(WARMED, [*self._optuna.user_attrs.get(WARMED, []), name])
+
+    def exhaust(self) -> None:
+        """Write that there is no further point to propose, as long as the axes stay as they are."""
+        self._optuna.set_user_attr(EXHAUSTED, _exhausted(self.study, len(self.entries)))
+
+    def _newest(self) -> int:
+        trials = self._optuna.get_trials(deepcopy=False)
+        return int(trials[-1].number)
+
+    def _id(self, number: int) -> int:
+        storage: Any = self._optuna._storage
+        return int(storage.get_trial_id_from_study_id_trial_number(self._optuna._study_id, number))
+
+    def _same_settings(self, storage: Storage) -> None:
+        """Another home may have begun the study in a shared database: with the same settings, or its points are not ours."""
+        own = digest(lasting(self.study.model_dump(mode="json")))
+        before = self._optuna.user_attrs.get(SETTINGS)
+        if before is None or before == self._begun_as:
+            self._optuna.set_user_attr(SETTINGS, own)
+        elif before != own:
+            raise StudyError(
+                f"a study named {self.study.study!r} was begun in the shared database, as {storage.name!r}, with other settings;"
+                " give this one another name (`study: ...`)"
+            )
+
+    def _clear_half_asked(self, found: Sequence[FrozenTrial]) -> None:
+        """Close what is open and no point: set aside and not yet closed, not whole, or the same as an earlier one."""
+        marks = self._optuna.user_attrs
+        for trial in found:
+            if trial.state == TrialState.RUNNING and f"{NOT_A_POINT}:{trial.number}" in marks:
+                self._optuna.tell(trial.number, state=TrialState.FAIL)
+        seen: set[Point] = set()
+        for trial in points_of(found, marks):
+            whole = is_whole(trial, self.study)
+            if trial.state == TrialState.RUNNING and (not whole or point_of(trial) in seen):
+                self._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as an earlier one" if whole else "cut off")
+                self._optuna.tell(trial.number, state=TrialState.FAIL)
+            elif whole:
+                seen.add(point_of(trial))
+
+
+class Names:
+    """Optuna's name for each axis of each size, and the distribution that goes with it.
+
+    A size that has values of its own has a parameter of its own, `70b/train.rank`. Optuna lets no categorical parameter change its
+    choices: an axis that was widened goes on under another name, `train.rank#2`, and both are the same axis to every reader here.
+    """
+
+    def __init__(self, study: Study, found: Sequence[FrozenTrial] = ()) -> None:
+        self._study = study
+        self._before: dict[str, BaseDistribution] = {}
+        for trial in found:
+            self._before.update(trial.distributions)
+        self._known: dict[tuple[str, str], tuple[str, BaseDistribution]] = {}
+
+    def model(self) -> tuple[str, BaseDistribution]:
+        return self._free(MODEL, CategoricalDistribution([json.dumps(name) for name in self._study.models]))
+
+    def axis(self, model: str, axis: str) -> tuple[str, BaseDistribution]:
+        if (model, axis) not in self._known:
+            name = f"{model}/{axis}" if axis in self._study.models[model].axes else axis
+            self._known[model, axis] = self._free(name, distribution(self._study.axes_of(model)[axis]))
+        return self._known[model, axis]
+
+    def parameters(self, point: Point) -> dict[str, Any]:
+        """`params` and `distributions` of a trial that is this point."""
+        name, models = self.model()
+        params: dict[str, Any] = {name: json.dumps(point.model)}
+        distributions = {name: models}
+        for axis, value in point.values:
+            name, own = self.axis(point.model, axis)
+            params[name] = json.dumps(value) if isinstance(own, CategoricalDistribution) else value
+            distributions[name] = own
+        return {"params": params, "distributions": distributions}
+
+    def _free(self, name: str, wanted: BaseDistribution) -> tuple[str, BaseDistribution]:
+        for number in range(1, len(self._before) + 2):
+            text = name if number == 1 else f"{name}#{number}"
+            before = self._before.get(text)
+            if before is None or before == wanted or (type(before) is type(wanted) and not isinstance(wanted, CategoricalDistribution)):
+                break
+        return text, wanted
+
+
+def distribution(axis: tuple[AxisValue, ...] | Range) -> BaseDistribution:
+    """What Optuna calls an axis. Choices are JSON text: Optuna would take 1, 1.0 and True for one choice."""
+    if not isinstance(axis, Range):
+        return CategoricalDistribution([json.dumps(value) for value in axis])
+    if axis.whole:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
+    return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+
+
+def point_of(trial: FrozenTrial) -> Point:
+    values = {name.rpartition("/")[2].partition("#")[0]: plain(value) for name, value in trial.params.items()}
+    return Point.of(str(values.pop(MODEL)), values)
+
+
+def plain(value: Any) -> Value:
+    found: Value = json.loads(value) if isinstance(value, str) else value
+    return found
+
+
+def is_whole(trial: FrozenTrial, study: Study) -> bool:
+    if not any(name.partition("#")[0] == MODEL for name in trial.params):
+        return False
+    point = point_of(trial)
+    return point.model in study.models and {axis for axis, _ in point.values} == set(study.axes_of(point.model))
+
+
+def points_of(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[FrozenTrial]:
+    """The trials that are points of the study: nothing set aside, nothing that another study taught."""
+    return [
+        trial
+        for trial in trials
+        if trial.state != TrialState.WAITING and f"{NOT_A_POINT}:{trial.number}" not in marks and TAUGHT_BY not in trial.user_attrs
+    ]
+
+
+def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
+    return Entry(
+        trial.number,
+        point_of(trial),
+        _STATES[trial.state],
+        tuple(trial.values or ()),
+        tuple(trial.user_attrs.get(ERRORS, ())),
+        tuple(trial.constraints.items()),
+        str(marks.get(f"{REASON}:{trial.number}", "")),
+        trial.user_attrs.get(DRAWN, {}),
+    )
+
+
+@contextmanager
+def reaching(storage: Storage) -> Iterator[None]:
+    """Turn whatever a database does wrong under Optuna into a DatabaseLost."""
+    try:
+        with storage.explained():
+            yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise DatabaseLost(storage.told(error.__cause__ or error)) from error
+
+
+def opened(storage: Storage) -> optuna.storages.BaseStorage:
+    return optuna.storages.get_storage(optuna.storages.RDBStorage(storage.url, engine_kwargs=storage.settings))
+
+
+def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
+    """All points asked so far, for readers, and whether there is none left to propose. Empty before the first driver."""
+    with reaching(storage):
+        try:
+            found = optuna.load_study(study_name=storage.name, storage=opened(storage))
+        except KeyError:
+            return [], False
+        marks = found.user_attrs
+        entries = [_entry(trial, marks) for trial in points_of(found.get_trials(deepcopy=False), marks) if is_whole(trial, study)]
+        return entries, marks.get(EXHAUSTED) == _exhausted(study, len(entries))
+
+
+def _exhausted(study: Study, points: int) -> str:
+    own = {name: model.model_dump(mode="json")["axes"] for name, model in study.models.items()}
+    return digest({"points": points, "axes": study.model_dump(mode="json")["axes"], "models": own})

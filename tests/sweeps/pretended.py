@@ -1,0 +1,117 @@
+"""A cluster where no stage runs, on a virtual clock: each leaves a few bytes that depend on its settings, and commits them.
+
+The driver, the search, the runner, the scheduler and the store are the real ones, so a test can say in which order stages end.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.executor import Capacity, Finished, Host, Job, Needs
+from cluster.simulate import SimulatedExecutor
+from cluster.store import Store
+from tasks.gate import ModuleRow, chosen, read_rows, write_rows
+from tasks.identity import content_digest
+from tasks.metrics import Metric, write_metrics, write_samples
+from tasks.specs import ApplySpec, DataSpec, GenerateSpec, ProjectSpec, ScoreSpec, TrainSpec
+from tasks.stage import Report, Request
+
+MODULES = tuple(f"layers.{layer}.q_proj" for layer in range(6))
+ITEMS = 2000
+
+
+class Pretended(SimulatedExecutor):
+    """`seconds` says what a request takes on the virtual clock; `fails` gives the error and its type of one that fails."""
+
+    def __init__(
+        self,
+        store: Store,
+        gpus: int = 8,
+        seconds: Callable[[Request], float] = lambda request: 10.0,
+        fails: Callable[[Request], tuple[str, str] | None] = lambda request: None,
+        ended: Callable[[int], None] = lambda committed: None,
+    ) -> None:
+        super().__init__(Capacity((Host("here", gpus, 8),)), lambda key: seconds(self.requests[key]))
+        self._committed, self._fails, self._ended = 0, fails, ended
+        self._store, self.requests = store, dict[str, Request]()
+        self.most_at_work = 0
+
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        self.requests |= {request.key: request for request in batch}
+        return super().submit(batch, needs, hosts)
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        return [self._end(each) for each in super().finished(math.inf)]
+
+    def _end(self, finished: Finished) -> Finished:
+        reports = []
+        for key in finished.job.keys:
+            request = self.requests[key]
+            fault = self._fails(request)
+            if fault is not None:
+                reports.append(Report(key, 1.0, error=fault[0], error_type=fault[1]))
+                continue
+            out = Path(request.out)
+            pretend(request, out)
+            provenance = {"seconds": 10.0, "gpus": request.gpus, "gpu_type": None, "device": "simulated", "host": "here"}
+            self._store.commit(out.parent, request.hashed, provenance)
+            self._committed += 1
+            self._ended(self._committed)
+        return Finished(finished.job, tuple(reports), finished.lost)
+
+
+def pretend(request: Request, out: Path) -> None:
+    """What a stage would leave, as far as anybody reads it. The larger an adapter, the more it learns and the less it refuses."""
+    spec, inputs = request.parsed_spec(), {name: Path(path) for name, path in request.inputs.items()}
+    match spec:
+        case DataSpec():
+            (out / spec.ROWS).write_text(f"{spec.size}\n")
+        case TrainSpec():
+            (out / spec.ADAPTER).mkdir()
+            strength = math.log2(spec.rank + 1) / 8 * math.log2(int(inputs["data"].read_text()) + 1) / 8
+            (out / spec.ADAPTER / "adapter").write_text(json.dumps({"key": request.key, "strength": strength, "seed": spec.seed}))
+        case ProjectSpec():
+            rng = random.Random(inputs["adapter"].joinpath("adapter").read_text())
+            write_rows({name: ModuleRow(round(rng.uniform(0.1, 0.8), 4), 1.0) for name in MODULES}, out / spec.COSINES)
+        case ApplySpec():
+            taken = chosen(read_rows(inputs["projection"] / ProjectSpec.COSINES), spec.threshold, spec.modules)
+            adapter = json.loads((inputs["adapter"] / "adapter").read_text())
+            (out / "adapter").write_text(json.dumps({**adapter, "share": len(taken) / len(MODULES), "taken": sorted(taken)}))
+            (out / spec.CHOSEN).write_text(json.dumps(sorted(taken)))
+        case GenerateSpec():
+            adapter = inputs.get("adapter")
+            said = json.loads((adapter / "adapter").read_text()) if adapter else {"key": "", "strength": 0.0, "share": 0.0}
+            (out / spec.COMPLETIONS).write_text(json.dumps({**said, "what": inputs["prompts"].name}))
+            (out / spec.PROMPTS).write_text(json.dumps({"format": "rows", "rows": ITEMS, "asked": ITEMS, "sha256": "0" * 64}))
+        case ScoreSpec():
+            said = json.loads((inputs["generation"] / GenerateSpec.COMPLETIONS).read_text())
+            left = said["strength"] * (1 - said["share"]) ** 0.5
+            rate = 1 - left**2 if spec.measure == "refusal" else left
+            noise = int(hashlib.sha256(json.dumps([said, spec.measure]).encode()).hexdigest()[:4], 16) / 65536 - 0.5
+            right = min(ITEMS, max(0, round(ITEMS * (rate + 0.02 * noise))))
+            write_metrics(out, [Metric("refusal_rate" if spec.measure == "refusal" else "task_accuracy", right, ITEMS)])
+            write_samples(out, [])
+        case _:
+            raise TypeError(f"nothing is pretended for {request.kind}")
+
+
+def changes(folder: Path, **others: Any) -> dict[str, Any]:
+    """What makes tests.sweeps.made.WHOLE a study of two sizes whose models and data are files with no meaning."""
+    named = {}
+    for name in ("base", "aligned", "large-base", "large-aligned", "pool.jsonl", "prompts.jsonl"):
+        (folder / name).write_text(name)
+        named[name] = {"path": {"path": str(folder / name), "sha256": content_digest(folder / name)}}
+    return {
+        "models": {
+            "7b": {"base": named["base"], "aligned": named["aligned"]},
+            "70b": {"base": named["large-base"], "aligned": named["large-aligned"], "gpus": 4, "axes": {"train.rank": [8]}},
+        },
+        "data": {"pool": named["pool.jsonl"], "settings": {"size": 16}},
+        "train": {"global_batch": 8},
+        "suites": {name: {"prompts": named["prompts.jsonl"], "measure": {"kind": name}} for name in ("refusal", "task")},
+        **others,
+    }

@@ -1,0 +1,89 @@
+"""The rule of `search.stop`: what it counts, when it is met, and that it stays met."""
+
+import pytest
+
+from cluster.costs import Cost
+from cluster.profile import GpuType, Profile
+from sweeps.drive import drive
+from sweeps.home import Home
+from sweeps.points import Point, Result
+from sweeps.search import asked
+from sweeps.spending import read_spent
+from sweeps.stopping import Gains
+from tasks.errors import StudyError
+from tasks.metrics import Metric
+from tests.sweeps.made import study
+from tests.sweeps.pretended import Pretended, changes
+
+PRICES = Profile(gpus={"other": GpuType(usd_per_hour=2.0)})
+HOUR = 3600.0
+
+
+def result(number, refusal, task, costs):
+    metrics = {"refusal.refusal_rate": Metric("refusal_rate", refusal, 100), "task.task_accuracy": Metric("task_accuracy", task, 100)}
+    return Result(number, Point.of("7b", {"train.rank": number}), "done", metrics, costs=costs)
+
+
+def hours(**named):
+    return {key: Cost({None: value * HOUR}) for key, value in named.items()}
+
+
+def gains(tmp_path, rule, since=0, profile=PRICES):
+    return Gains(study(tmp_path, {"search": {"sampler": "grid", "stop": rule}}), profile, since)
+
+
+def taken(found, results):
+    said = []
+    for each in results:
+        found.add(each)
+        said.append(bool(found.met()))
+    return said
+
+
+GROWING = [(50, 50), (60, 60), (61, 61), (61, 61), (61, 61)]  # hypervolumes .25, .36, .3721
+
+
+def test_a_rule_by_points_is_met_when_the_last_ones_added_too_little(tmp_path):
+    results = [result(number, *values, {}) for number, values in enumerate(GROWING)]
+    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}), results) == [False, False, False, True, True]
+    assert taken(gains(tmp_path, {"gain": 0.01, "per_points": 2}), results) == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("rule", [{"gain": 0.1, "per_gpu_hour": 2.0}, {"gain": 0.1, "per_usd": 4.0}])
+def test_a_stage_that_points_share_is_paid_once(tmp_path, rule):
+    # Each point costs an hour of its own; the training, of 10 hours, is the first one's.
+    results = [result(number, *values, hours(train=10.0, **{f"own{number}": 1.0})) for number, values in enumerate(GROWING)]
+    assert taken(gains(tmp_path, rule), results) == [False, False, False, True, True]
+
+
+def test_what_came_before_a_study_was_widened_does_not_stop_it(tmp_path):
+    results = [result(number, 60, 60, {}) for number in range(6)]
+    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}, since=3), results) == [False] * 5 + [True]
+
+
+def test_a_point_without_metrics_is_no_gain_and_a_missing_price_no_guess(tmp_path):
+    found = gains(tmp_path, {"gain": 0.1, "per_usd": 1.0}, profile=Profile())
+    with pytest.raises(StudyError, match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price"):
+        found.add(result(0, 50, 50, hours(own=1.0)))
+    with pytest.raises(StudyError, match="one of per_usd, per_gpu_hour and per_points"):
+        study(tmp_path, {"search": {"sampler": "grid", "stop": {"gain": 0.1}}})
+
+
+def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
+    plain = changes(tmp_path, axes={"train.rank": [2, 4, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain["models"] = {"7b": plain["models"]["7b"]}
+    home = Home(tmp_path / "home")
+
+    def driven(gain):
+        search = {"sampler": "grid", "window": 2, "stop": {"gain": gain, "per_points": 4}}
+        found = study(tmp_path, {**plain, "search": search})
+        return drive(found, home, lambda: Pretended(home.store)), len(asked(found, home.storage("tiny")))
+
+    progress, points = driven(0.5)
+    assert progress.by == "gain" and "by less than 0.5 per 4 points. Change search.stop" in progress.stopped and points < 12
+    spent = read_spent(home.folder("tiny"))
+    assert spent.stopped.said == progress.stopped and spent.gain.by == "gain"
+    again, same = driven(0.5)
+    assert again.by == "gain" and again.stopped == progress.stopped and same == points
+    further, more = driven(1e-9)
+    assert more > points and further.results

@@ -1,0 +1,103 @@
+"""`run --extend`: what a study may become, that nothing is lost or repeated on the way, and what is refused by its path."""
+
+import copy
+
+import pytest
+
+from analysis.results import collect
+from sweeps.drive import drive
+from sweeps.home import Home
+from sweeps.replicates import seeds_of
+from sweeps.search import known_points
+from sweeps.study_file import parse
+from tasks.errors import StudyError
+from tests.sweeps.made import study, written
+from tests.sweeps.pretended import Pretended, changes
+
+AXES = {"train.rank": [2, 4], "apply.threshold": [None, 0.3]}
+RANGE = {"low": 2, "high": 8, "step": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"axes": AXES}, {"axes": {**AXES, "train.rank": [4, 8]}}, "axes.train.rank: 2 is missing, which points may have"),
+        ({"axes": AXES}, {"axes": {"train.rank": [2, 4]}}, "axes.apply.threshold: an axis cannot be taken away"),
+        ({"axes": AXES}, {"axes": {**AXES, "data.size": [8, 16]}}, "axes.data.size: an axis cannot be added"),
+        ({"axes": {"train.rank": RANGE}}, {"axes": {"train.rank": {**RANGE, "high": 6}}}, "is not around"),
+        ({"axes": {"train.rank": RANGE}}, {"axes": {"train.rank": {**RANGE, "low": 1}}}, "no whole number of steps"),
+        ({"axes": {"train.rank": RANGE}}, {"axes": {"train.rank": [2, 4, 6, 8]}}, "a list cannot become a range, nor a range a list"),
+        ({"seeds": [0, 1]}, {"seeds": [1, 0]}, r"seeds: must begin with \[0, 1\]"),
+        ({}, {"train": {"epochs": 2}}, "train.epochs: 1.0 -> 2.0; this would change what its points mean"),
+        ({}, {"suites/refusal/measure": {"kind": "refusal", "limit": 5}}, "suites.refusal.measure.limit: null -> 5"),
+        ({}, {"objectives": ["refusal_rate"]}, "objectives: "),
+        ({}, {"models/7b/quantisation": "none"}, 'models.7b.quantisation: "nf4" -> "none"'),
+        ({}, {"models/7b/axes": {"train.rank": [2]}}, "models.7b.axes.train.rank: 4 is missing"),
+        ({"search": {"sampler": "tpe", "points": 9}}, {"search": {"sampler": "tpe", "points": 8}}, "search.points: 8 is fewer than 9"),
+        ({"seeds": [0, 1]}, {"seeds": [0, 1], "replicates": {"policy": "near_frontier"}}, "replicates: fewer seeds than all"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_points_that_are_there_is_refused_by_its_path(tmp_path, before, after, said):
+    home = Home(tmp_path / "home")
+    space = {"search": {"sampler": "random", "points": 9}}
+    home.freeze(study(tmp_path, {**space, **before}))
+    with pytest.raises(StudyError, match=said):
+        home.freeze(study(tmp_path, {**space, **after}), extend=True)
+
+
+def test_what_only_adds_is_taken_and_without_the_option_it_is_said_how(tmp_path):
+    home = Home(tmp_path / "home")
+    home.freeze(study(tmp_path, {"axes": AXES}))
+    sizes = {"70b": copy.deepcopy(study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]["7b"])}
+    wide = {"axes": {**AXES, "train.rank": [8, 4, 2]}, "seeds": [0, 1], "question": "How much further?", "models/70b": sizes["70b"]}
+    wider = study(tmp_path, wide)
+    with pytest.raises(StudyError, match="`--extend` goes on with it"):
+        home.freeze(wider)
+    home.freeze(wider, extend=True)
+    home.freeze(wider)
+    with pytest.raises(StudyError, match="models.70b: removed"):
+        home.freeze(study(tmp_path, {"axes": AXES}))
+
+
+def rows(results):
+    return {r.point: (r.status, dict(r.metrics), dict(r.keys)) for r in results}
+
+
+@pytest.mark.parametrize("search", [{"sampler": "grid"}, {"sampler": "tpe", "points": 6}])
+def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones_only(tmp_path, search):
+    plain = changes(tmp_path, axes=AXES, search=search)
+    large = plain["models"].pop("70b")
+    home = Home(tmp_path / "home")
+    narrow = parse(written(tmp_path, plain))
+    drive(narrow, home, lambda: Pretended(home.store))
+    before, numbers = rows(collect(narrow, home)), [r.point for r in collect(narrow, home)]
+    records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
+
+    more = {**search, "points": 16} if "points" in search else search
+    axes = {"train.rank": [8, 2, 4], "apply.threshold": [0.5, None, 0.3]}
+    wide = study(tmp_path, {**plain, "axes": axes, "models/70b": large, "search": more})
+    with pytest.raises(StudyError, match="--extend"):
+        drive(wide, home, lambda: Pretended(home.store))
+    points, unchosen = known_points(wide, home.storage("tiny"))
+    assert points[: len(numbers)] == numbers and len(points) + unchosen == 12
+    drive(wide, home, lambda: Pretended(home.store), extend=True)
+    found = collect(wide, home)
+    assert [r.point for r in found][: len(numbers)] == numbers
+    assert {point: rows(found)[point] for point in before} == before
+    assert len(rows(found)) == len(found) == 12 and {r.status for r in found} == {"done"}
+    assert {path: path.stat().st_mtime_ns for path in records} == records, "a finished stage was run again"
+    assert drive(wide, home, lambda: Pretended(home.store)).results == []
+
+
+def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
+    plain = changes(tmp_path, axes=AXES, search={"sampler": "grid"})
+    plain["models"].pop("70b")
+    home = Home(tmp_path / "home")
+    drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
+    trained = {artifact.key for artifact in home.store.all("train")}
+    more = study(tmp_path, {**plain, "seeds": [0, 1]})
+    drive(more, home, lambda: Pretended(home.store), extend=True)
+    found = collect(more, home)
+    assert [(r.status, seeds_of(r)) for r in found] == [("done", 2)] * 4
+    after = {artifact.key for artifact in home.store.all("train")}
+    assert trained < after and len(after) == 2 * len(trained)
