@@ -4,12 +4,13 @@
 # make bench-evaluate   eight adapters measured in one batch, against a process for each
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours;
 #                        then 24 stages that really run on a local cluster, against Ray Tune itself
+# make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of 10,000 points on a virtual clock
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench-project bench-evaluate bench-schedule lock check clean
+.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-search lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -33,6 +34,10 @@ bench-evaluate: $(VENV)/installed-test
 bench-schedule: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_schedule
 	$(BIN)/python -m tests.benchmarks.bench_schedule_real
+
+bench-search: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_search
+	$(BIN)/python -m tests.benchmarks.bench_scale
 
 $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable .

@@ -6,11 +6,8 @@ a turn of the driver's loop, memory, opening the finished study again, and its p
 """
 
 import argparse
-import hashlib
 import json
-import math
 import os
-import random
 import resource
 import statistics
 import subprocess
@@ -26,87 +23,40 @@ from unittest.mock import patch
 import psutil
 import yaml
 
-from cluster.executor import Capacity, Finished, Host, Job, Needs
-from cluster.simulate import SimulatedExecutor
+from cluster.executor import Capacity, Finished, Host
 from cluster.store import Store
 from sweeps.drive import Progress, drive
+from sweeps.forecast import forecast
 from sweeps.home import Home
-from sweeps.plan import Planner, plan
-from sweeps.search import OptunaSearcher, known_points
+from sweeps.search import WAIT, OptunaSearcher
 from sweeps.study_file import parse
-from tasks.gate import ModuleRow, chosen, read_rows, write_rows
 from tasks.identity import content_digest
-from tasks.metrics import Metric, write_metrics, write_samples
-from tasks.specs import ApplySpec, DataSpec, GenerateSpec, ProjectSpec, ScoreSpec, TrainSpec
-from tasks.stage import Request
+from tests.sweeps.pretended import Pretended
 
+WIDE = 64  # points in flight, where there is no cluster to say so
 CAPACITY = Capacity(tuple(Host(f"host{number}", 8, 2) for number in range(8)))
-MODULES = tuple(f"layers.{layer}.{name}" for layer in range(8) for name in ("q_proj", "v_proj"))
 # Virtual seconds, about those of a 7B model.
 SECONDS = {"data": 5.0, "train": 1800.0, "project": 60.0, "apply": 5.0, "generate": 120.0, "score": 5.0}
-ITEMS = 200
 
 
-class Pretended(SimulatedExecutor):
-    """Commits, for each stage whose time has passed, a payload that is a function of its settings and of what it reads from."""
+class Timed(Pretended):
+    """Knows how long pretending took, which no study does, and forgets what has ended, as a cluster does."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(CAPACITY, lambda key: SECONDS[self._requests[key].kind])
-        self._store, self._requests = store, dict[str, Request]()
-        self.took_s = 0.0  # by pretending, which no study does
+        super().__init__(store, seconds=lambda request: SECONDS[request.kind])
+        self._capacity = CAPACITY
+        self.took_s = 0.0
 
-    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
-        self._requests |= {request.key: request for request in batch}
-        return super().submit(batch, needs, hosts)
-
-    def finished(self, timeout_s: float) -> Sequence[Finished]:
-        done = super().finished(math.inf)  # nothing else moves the clock, so do not turn until something ends
+    def _end(self, finished: Finished) -> Finished:
         began = time.monotonic()
-        for request in (self._requests.pop(key) for each in done for key in each.job.keys):
-            out = Path(request.out)
-            pretend(request, out)
-            provenance = {"seconds": SECONDS[request.kind], "gpus": request.gpus, "gpu_type": None, "device": "simulated", "host": "here"}
-            self._store.commit(out.parent, request.hashed, provenance)
+        ended = super()._end(finished)
+        for key in finished.job.keys:
+            del self.requests[key]
         self.took_s += time.monotonic() - began
-        return done
+        return ended
 
 
-def pretend(request: Request, out: Path) -> None:
-    """What a stage would leave, as far as anybody reads it. The further a training goes, the more it unlearns to refuse."""
-    spec, inputs = request.parsed_spec(), {name: Path(path) for name, path in request.inputs.items()}
-    match spec:
-        case DataSpec():
-            (out / spec.ROWS).write_text(f"{spec.size}\n")
-        case TrainSpec():
-            (out / spec.ADAPTER).mkdir()
-            strength = math.log2(spec.rank) / 6 * math.log2(int(inputs["data"].read_text())) / 12
-            (out / spec.ADAPTER / "adapter").write_text(json.dumps({"key": request.key, "strength": strength}))
-        case ProjectSpec():
-            rng = random.Random(inputs["adapter"].joinpath("adapter").read_text())
-            write_rows({name: ModuleRow(round(rng.uniform(0.1, 0.8), 4), 1.0) for name in MODULES}, out / spec.COSINES)
-        case ApplySpec():
-            taken = chosen(read_rows(inputs["projection"] / ProjectSpec.COSINES), spec.threshold, spec.modules)
-            adapter = json.loads((inputs["adapter"] / "adapter").read_text())
-            (out / "adapter").write_text(json.dumps({**adapter, "share": len(taken) / len(MODULES), "taken": sorted(taken)}))
-            (out / spec.CHOSEN).write_text(json.dumps(sorted(taken)))
-        case GenerateSpec():
-            adapter = inputs.get("adapter")
-            said = json.loads((adapter / "adapter").read_text()) if adapter else {"key": "", "strength": 0.0, "share": 0.0}
-            (out / spec.COMPLETIONS).write_text(json.dumps({**said, "what": str(inputs["prompts"])}))
-            (out / spec.PROMPTS).write_text("{}")
-        case ScoreSpec():
-            said = json.loads((inputs["generation"] / GenerateSpec.COMPLETIONS).read_text())
-            left = said["strength"] * (1 - said["share"]) ** 0.5
-            rate = 1 - left**2 if spec.measure == "refusal" else left
-            noise = int(hashlib.sha256(json.dumps(said).encode()).hexdigest()[:4], 16) / 65536 - 0.5
-            right = min(ITEMS, max(0, round(ITEMS * rate + 4 * noise)))
-            write_metrics(out, [Metric("refusal_rate" if spec.measure == "refusal" else "task_accuracy", right, ITEMS)])
-            write_samples(out, [])
-        case _:
-            raise TypeError(f"nothing is pretended for {request.kind}")
-
-
-def study_file(folder: Path, points: int, sampler: str | None, window: int) -> Path:
+def study_file(folder: Path, points: int, sampler: str | None) -> Path:
     """One size, two suites, and a space far larger than the points asked of it."""
     files = {name: folder / name for name in ("base", "aligned", "pool.jsonl", "prompts.jsonl")}
     for name, path in files.items():
@@ -125,7 +75,7 @@ def study_file(folder: Path, points: int, sampler: str | None, window: int) -> P
         },
         "suites": {name: {"prompts": pinned["prompts.jsonl"], "measure": {"kind": name}} for name in ("refusal", "task")},
         "objectives": ["refusal_rate", "task_accuracy"],
-        "search": {"points": points, "window": window, **({"sampler": sampler} if sampler else {})},
+        "search": {"points": points, **({"sampler": sampler} if sampler else {})},
     }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False))
@@ -145,7 +95,7 @@ class Watch:
         self.rows: list[dict[str, Any]] = []
         self.began = self._turned = time.monotonic()
         self._every = every
-        self.executor: Pretended | None = None
+        self.executor: Timed | None = None
         self._pretended_s = 0.0
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,8 +130,8 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     """The study from its first point to its last."""
     watch = Watch("drive", every)
 
-    def make() -> Pretended:
-        watch.executor = Pretended(home.store)
+    def make() -> Timed:
+        watch.executor = Timed(home.store)
         return watch.executor
 
     with ExitStack() as stack:
@@ -196,30 +146,31 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
 
 
 def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
-    """Only the search, told what a point's stages would have measured without any of them."""
-    from tests.sweeps.made import outcome  # the same for the same point
+    """Only the search: every adapter's cosines are known once one of its points has ended, and nothing has stages."""
+    from tests.sweeps.made import Imagined, outcome  # the same for the same point
 
-    study, watch = parse(study_path), Watch("search", every)
-    searcher = OptunaSearcher(study, home.storage(study.study))
+    study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
+    searcher = OptunaSearcher(study, home.storage(study.study), in_turn=False)
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
-    flights = []
-    while True:
-        asked = ask() if len(flights) < study.search.window else None
-        if asked is not None:
+    flights, told, left = [], 0, True
+    while left or flights:
+        asked = ask(known) if left and len(flights) < WIDE else WAIT
+        left = asked is not None
+        if isinstance(asked, tuple):
             flights.append(asked)
         elif flights:
             number, point = flights.pop(0)
             tell(number, outcome(number, point))
-            if (number + 1) % every == 0:
-                watch.say(number + 1, 0)
-        else:
-            return watch.rows
+            told += 1
+            if told % every == 0:
+                watch.say(told, 0)
+    return watch.rows
 
 
 def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
     """A driver of a finished study: it hears every point again, from the store, and has nothing to run."""
     began = time.monotonic()
-    progress = drive(parse(study_path), home, lambda: Pretended(home.store))
+    progress = drive(parse(study_path), home, lambda: Timed(home.store))
     row = {"part": "resume", "points": progress.told, "stages": len(progress.runner.nodes), "seconds": time.monotonic() - began}
     return [{**row, "memory_mb": memory_mb()}]
 
@@ -230,8 +181,9 @@ def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as empty:
         for name, where in (("before", Home(Path(empty))), ("after", home)):
             began = time.monotonic()
-            found = plan(Planner(study, where), *known_points(study, where.storage(study.study)))
-            row = {"part": f"plan {name}", "points": found.points + found.unchosen, "stages": found.new.total() + found.there.total()}
+            found = forecast(study, where, CAPACITY)
+            points = len(found.points.told) + len(found.points.to_come)
+            row = {"part": f"plan {name}", "points": points, "stages": len(found.todo.missing) + found.todo.there.total()}
             rows.append({**row, "seconds": time.monotonic() - began, "memory_mb": memory_mb()})
     return rows
 
@@ -255,14 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=10_000)
     parser.add_argument("--sampler", help="the study's own default, unless given")
-    parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--parts", nargs="+", choices=["search", "drive", "resume", "plan"], default=["search", "drive", "resume", "plan"])
     parser.add_argument("--folder", type=Path, help="where the study lies meanwhile; a memory disk keeps the disk out of it")
     parser.add_argument("--dry", action="store_true", help="write no record")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=given.folder) as here:
-        study_path = study_file(Path(here), given.points, given.sampler, given.window)
+        study_path = study_file(Path(here), given.points, given.sampler)
         for part in given.parts:
             command = [sys.executable, "-m", "tests.benchmarks.bench_scale", "--part", part, str(study_path), f"{here}/home"]
             subprocess.run([*command, str(max(1, given.points // 10))], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
