@@ -7,12 +7,13 @@
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
 # make bench-pack       eight adapters trained at once over one base, against one after another; on a GPU a 7B-shaped model as well
 # make bench-plan       what `ebbline plan` predicts of five small studies, against what they then take; nothing else may run meanwhile
+# make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of 10,000 points on a virtual clock
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-search-budget bench-pack bench-plan lock check clean
+.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -46,6 +47,10 @@ bench-pack: $(VENV)/installed-test
 
 bench-plan: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_plan
+
+bench-search: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_search
+	$(BIN)/python -m tests.benchmarks.bench_scale
 
 $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable .

@@ -45,7 +45,8 @@ class RayExecutor(Executor):
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         context = ray.get_runtime_context()
         self._hosts = RayHosts(context.gcs_address)
-        self._grows = address != "local" and self._hosts.grows
+        self._local = address == "local"
+        self._grows = not self._local and self._hosts.grows
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         # Ray names the type of every real accelerator; logical GPUs have none.
@@ -103,7 +104,8 @@ class RayExecutor(Executor):
         self._asked_at = time.monotonic()
 
     def finished(self, timeout_s: float) -> Sequence[Finished]:
-        self._hosts.find()
+        if not self._hosts.find() and self._local:  # no other host can come, and the runner would wait for one
+            raise ClusterLost("Ray on this machine is gone; the same command starts it again and continues")
         for reference, (job, post) in list(self._jobs.items()):
             self._give_up(reference, job, post)
         if self._jobs:

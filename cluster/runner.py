@@ -49,6 +49,7 @@ class Runner:
         self.store, self.executor, self.profile = store, executor, profile or Profile()
         self.estimates = estimates or Estimates(store)
         self.nodes: dict[str, Node] = {}
+        self._unsettled: dict[str, Node] = {}  # by lineage; may still hold some that have been settled since the last look
         self.running: dict[str, Running] = {}
         self.draining = False
         self._by_key: dict[str, list[Node]] = {}
@@ -71,7 +72,7 @@ class Runner:
     def _add(self, stage: Stage) -> Node:
         node = self.nodes.get(stage.lineage)
         if node is None:
-            node = self.nodes[stage.lineage] = Node(stage)
+            node = self.nodes[stage.lineage] = self._unsettled[stage.lineage] = Node(stage)
             for above in stage.upstream():
                 parent = self._add(above)
                 if node not in parent.behind:
@@ -88,10 +89,15 @@ class Runner:
     def settled(self, stage: Stage) -> bool:
         return self.nodes[stage.lineage].state in ("done", "failed")
 
+    def unsettled(self) -> list[Node]:
+        """What is wanted and neither done nor failed: a few, where `nodes` has all that a study ever asked for."""
+        self._unsettled = {lineage: node for lineage, node in self._unsettled.items() if node.state not in ("done", "failed")}
+        return list(self._unsettled.values())
+
     @property
     def idle(self) -> bool:
         """True when nothing runs and nothing can start."""
-        return not self.running and not any(node.state == "ready" for node in self.nodes.values())
+        return not self.running and not any(node.state == "ready" for node in self.unsettled())
 
     def open_seconds(self, stage: Stage) -> float | None:
         """The expected seconds until a wanted stage is settled, once it starts; None for one that is settled or not wanted."""
@@ -106,7 +112,7 @@ class Runner:
     @property
     def starved(self) -> bool:
         """True when nothing runs, and the meter lets nothing start that is ready."""
-        ready = {node.key for node in self.nodes.values() if node.state == "ready"}
+        ready = {node.key for node in self.unsettled() if node.state == "ready"}
         return not self.running and bool(ready) and ready <= self.refused
 
     def step(self, timeout_s: float = 0.5) -> None:
@@ -119,12 +125,12 @@ class Runner:
             self._take_in(finished)
         look = time.monotonic() - self._looked >= HEAR_EVERY_S[self.store.cache is not None]
         self._looked = time.monotonic() if look else self._looked
-        for key, nodes in self._by_key.items():
-            if look and any(node.state == "running" for node in nodes):
-                artifact = self._made(nodes[0].stage.kind, key)
-                if artifact is not None:
-                    self.estimates.learn([artifact])
-                    self._done(nodes, artifact, reused=False)
+        for key in dict.fromkeys(node.key for node in self.unsettled() if look and node.state == "running"):
+            nodes = self._by_key[key]
+            artifact = self._made(nodes[0].stage.kind, key)
+            if artifact is not None:
+                self.estimates.learn([artifact])
+                self._done(nodes, artifact, reused=False)
         self._listen()
         self._resolve()
 
@@ -145,7 +151,7 @@ class Runner:
 
     def remaining_s(self) -> float:
         """The expected seconds until all wanted stages are done: the longest chain, or the work over the GPUs."""
-        open_nodes = [node for node in self.nodes.values() if node.state not in ("done", "failed")]
+        open_nodes = self.unsettled()
         if not open_nodes:
             return 0.0
         chains = self._paths()
@@ -157,7 +163,7 @@ class Runner:
         changed = True
         while changed:
             changed = False
-            for node in [node for node in self.nodes.values() if node.state == "waiting"]:
+            for node in [node for node in self.unsettled() if node.state == "waiting"]:
                 broken = next((a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"), None)
                 if broken is not None:
                     above = self.nodes[broken.lineage].failure or Failure("")
@@ -175,6 +181,7 @@ class Runner:
                 artifact = self._made(node.stage.kind, node.key)
                 again = len(self._again)
                 if artifact is None and self._needs_again(node):
+                    self._unsettled |= {twin.stage.lineage: twin for key in self._again for twin in self._by_key[key]}
                     changed = changed or len(self._again) > again
                     continue
                 changed = True
@@ -218,10 +225,10 @@ class Runner:
             node.state, node.artifact, node.reused = "done", artifact, reused
 
     def _start(self) -> None:
-        ready = {node.key: node for node in self.nodes.values() if node.state == "ready"}
+        ready = {node.key: node for node in self.unsettled() if node.state == "ready"}
         if not ready:
             return
-        also = [(self._needs_of(node.stage), self._seconds(node)) for node in self.nodes.values() if node.state == "running"]
+        also = [(self._needs_of(node.stage), self._seconds(node)) for node in self.unsettled() if node.state == "running"]
         for key, attempt in self._starter.start(ready, self.running, self._paths(), also).items():
             for node in self._by_key[key]:
                 node.state, node.attempt = "running", attempt
@@ -313,6 +320,6 @@ class Runner:
                 paths[lineage] = own + max((path(below) for below in node.behind), default=0.0)
             return paths[lineage]
 
-        for node in self.nodes.values():
+        for node in self.unsettled():
             path(node)
         return paths

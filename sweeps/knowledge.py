@@ -4,7 +4,6 @@ An *adapter* here is what all thresholds of a point share: the point without its
 are done once. Both answers are functions of the study and of what has been measured, and of no machine's speed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,16 +57,18 @@ class Knowledge:
     def __init__(self, planner: Planner, known: Known) -> None:
         self._planner, self._known = planner, known
         self._cosines: dict[Point, Cosines] = {}
+        self._projections: dict[Point, list[Stage]] = {}  # of adapters that have been looked for in vain: they are asked for at every turn
         self._work: dict[Point, Work] = {}
 
     def cosines(self, point: Point) -> Cosines | None:
         """The cosines of each seed's adapter; None while one of them is not measured."""
         adapter = adapter_of(point)
         if adapter not in self._cosines:
-            found = self._read(self._stages(point))
+            found = self._read(adapter, point)
             if found is None:
                 return None
             self._cosines[adapter] = found
+            del self._projections[adapter]
         return self._cosines[adapter]
 
     def work(self, point: Point) -> Work:
@@ -88,12 +89,16 @@ class Knowledge:
         study = self._planner.study
         return of_seeds(study, stages_or_refusal(self._planner, point)[0], study.first_seeds)
 
-    def _read(self, stages: Mapping[str, Stage]) -> Cosines | None:
-        projections = [stage for name, stage in stages.items() if StageName.parse(name).part == "project"]
+    def _read(self, adapter: Point, point: Point) -> Cosines | None:
+        first = adapter not in self._projections
+        if first:
+            named = self._stages(point).items()
+            self._projections[adapter] = [stage for name, stage in named if StageName.parse(name).part == "project"]
+        projections = self._projections[adapter]
         found = [self._known.artifact(stage) for stage in projections]
         if not found:
             return None
-        if any(artifact is None for artifact in found):
+        if first and any(artifact is None for artifact in found):
             resolver = Resolver(self._planner.home.store)  # made in another run, and not asked for in this one
             found = [resolver.artifact(stage) for stage in projections]
         cosines = []

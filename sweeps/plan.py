@@ -53,6 +53,7 @@ class Planner:
         self.study, self.home = study, home
         self._language = Stage(LanguageSpec(seed=study.language))
         self._needs: dict[str, Needs] = {}
+        self._found: dict[tuple[Local | Hub, str], Source] = {}
         self.labels: dict[str, str] = {}
         self._judges = {
             name: (judge.settings, None if judge.model is None else self._model(judge.model, judge.settings.dtype, None))
@@ -187,17 +188,22 @@ class Planner:
     def _outside(self, reference: Local | Hub | None, repo_type: str) -> Source:
         if reference is None or reference.sha256 is None:
             raise PinError(f"{reference} is not pinned")
+        if (reference, repo_type) not in self._found:
+            self._found[reference, repo_type] = self._look_for(reference, reference.sha256, repo_type)
+        return self._found[reference, repo_type]
+
+    def _look_for(self, reference: Local | Hub, sha256: str, repo_type: str) -> Source:
         if isinstance(reference, Hub):
             file = f"#{reference.file}" if reference.file else ""
-            content = digest({"commit": reference.commit, "files": reference.sha256, "file": reference.file})
+            content = digest({"commit": reference.commit, "files": sha256, "file": reference.file})
             return Source(content, f"hub:{repo_type}:{reference.id}@{reference.commit}{file}")
         if not self._located:
-            return Source(reference.sha256, reference.path)
+            return Source(sha256, reference.path)
         path = reference.located()
         found = content_digest(path, cache=self.home.digests)
-        if found != reference.sha256:
+        if found != sha256:
             raise PinError(
-                f"{path} is not what the study pins: its sha256 is {found}, the study says {reference.sha256}."
+                f"{path} is not what the study pins: its sha256 is {found}, the study says {sha256}."
                 " Restore the file, or pin the new content with `ebbline pin`"
             )
         return Source(found, str(path.resolve()))

@@ -1,0 +1,250 @@
+"""A study of many points, driven to its end on a virtual clock: `python -m tests.benchmarks.bench_scale`, part of `make bench-search`.
+
+The driver, the search, the runner, the scheduler and the store are the real ones; only the stages do not run. What would have run
+writes a few bytes that depend on the point, and commits them. So what is measured is what ebbline itself takes: asking and telling,
+a turn of the driver's loop, memory, opening the finished study again, and its plan. Each part is a process of its own.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import yaml
+
+from cluster.executor import Capacity, Finished, Host
+from cluster.store import Store
+from sweeps.drive import Progress, drive
+from sweeps.forecast import forecast
+from sweeps.home import Home
+from sweeps.search import WAIT, OptunaSearcher
+from sweeps.study_file import parse
+from tasks.identity import content_digest
+from tests.sweeps.pretended import Pretended
+
+WIDE = 64  # points in flight, where there is no cluster to say so
+CAPACITY = Capacity(tuple(Host(f"host{number}", 8, 2) for number in range(8)))
+# Virtual seconds, about those of a 7B model.
+SECONDS = {"data": 5.0, "train": 1800.0, "project": 60.0, "apply": 5.0, "generate": 120.0, "score": 5.0}
+
+
+class Timed(Pretended):
+    """Knows how long pretending took, which no study does, and forgets what has ended, as a cluster does."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, seconds=lambda request: SECONDS[request.kind])
+        self._capacity = CAPACITY
+        self.took_s = 0.0
+
+    def _end(self, finished: Finished) -> Finished:
+        began = time.monotonic()
+        ended = super()._end(finished)
+        for key in finished.job.keys:
+            del self.requests[key]
+        self.took_s += time.monotonic() - began
+        return ended
+
+
+def study_file(folder: Path, points: int, sampler: str | None) -> Path:
+    """One size, two suites, and a space far larger than the points asked of it."""
+    files = {name: folder / name for name in ("base", "aligned", "pool.jsonl", "prompts.jsonl")}
+    for name, path in files.items():
+        path.write_text(name)
+    pinned = {name: {"path": {"path": str(path), "sha256": content_digest(path)}} for name, path in files.items()}
+    study = {
+        "study": "scale",
+        "question": "What does a study of this many points take of its driver?",
+        "models": {"7b": {"base": pinned["base"], "aligned": pinned["aligned"]}},
+        "data": {"pool": pinned["pool.jsonl"], "settings": {"size": 64}},
+        "train": {},
+        "axes": {
+            "train.rank": {"low": 1, "high": 64, "step": 1},
+            "data.size": {"low": 64, "high": 4096, "step": 64},
+            "apply.threshold": {"low": 0.0, "high": 1.0},
+        },
+        "suites": {name: {"prompts": pinned["prompts.jsonl"], "measure": {"kind": name}} for name in ("refusal", "task")},
+        "objectives": ["refusal_rate", "task_accuracy"],
+        "search": {"points": points, **({"sampler": sampler} if sampler else {})},
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
+
+
+def memory_mb() -> float:
+    return psutil.Process().memory_info().rss / 1024**2
+
+
+class Watch:
+    """Times of ask, tell and whole turns of the loop, and memory as points are told."""
+
+    def __init__(self, part: str, every: int) -> None:
+        self._part = part
+        self.times: dict[str, list[float]] = {"ask": [], "tell": [], "turn": []}
+        self.rows: list[dict[str, Any]] = []
+        self.began = self._turned = time.monotonic()
+        self._every = every
+        self.executor: Timed | None = None
+        self._pretended_s = 0.0
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.times[name].append(time.monotonic() - began)
+
+        return timed
+
+    def __call__(self, progress: Progress) -> None:
+        now, pretended_s = time.monotonic(), self.executor.took_s if self.executor else 0.0
+        self.times["turn"].append(now - self._turned - (pretended_s - self._pretended_s))
+        self._turned, self._pretended_s = now, pretended_s
+        if progress.told >= self._every * (len(self.rows) + 1):
+            self.say(progress.told, len(progress.runner.nodes))
+
+    def say(self, told: int, nodes: int) -> None:
+        row: dict[str, Any] = {"part": self._part, "points": told, "stages": nodes, "memory_mb": memory_mb()}
+        row["ebbline_s"] = time.monotonic() - self.began - self._pretended_s
+        for name, times in self.times.items():
+            if times:  # at the end nothing is asked any more
+                row |= {f"{name}_ms": 1e3 * statistics.mean(times), f"{name}_worst_ms": 1e3 * max(times)}
+            times.clear()
+        self.rows.append(row)
+        print(json.dumps({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}), file=sys.stderr)
+
+
+def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
+    """The study from its first point to its last."""
+    watch = Watch("drive", every)
+
+    def make() -> Timed:
+        watch.executor = Timed(home.store)
+        return watch.executor
+
+    with ExitStack() as stack:
+        for name in ("ask", "tell"):
+            stack.enter_context(patch.object(OptunaSearcher, name, watch.timed(name, getattr(OptunaSearcher, name))))
+        progress = drive(parse(study_path), home, make, watch)
+    if not watch.rows or watch.rows[-1]["points"] < progress.told:
+        watch.say(progress.told, len(progress.runner.nodes))
+    done = sum(result.status == "done" for result in progress.results)
+    trained = sum(node.stage.kind == "train" for node in progress.runner.nodes.values())
+    return [*watch.rows, {"part": "all", "points": progress.told, "done": done, "trainings": trained}]
+
+
+def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
+    """Only the search: every adapter's cosines are known once one of its points has ended, and nothing has stages."""
+    from tests.sweeps.made import Imagined, outcome  # the same for the same point
+
+    study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
+    searcher = OptunaSearcher(study, home.storage(study.study), in_turn=False)
+    ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
+    flights, told, left = [], 0, True
+    while left or flights:
+        asked = ask(known) if left and len(flights) < WIDE else WAIT
+        left = asked is not None
+        if isinstance(asked, tuple):
+            flights.append(asked)
+        elif flights:
+            number, point = flights.pop(0)
+            tell(number, outcome(number, point))
+            told += 1
+            if told % every == 0:
+                watch.say(told, 0)
+    return watch.rows
+
+
+def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
+    """A driver of a finished study: it hears every point again, from the store, and has nothing to run."""
+    began = time.monotonic()
+    progress = drive(parse(study_path), home, lambda: Timed(home.store))
+    row = {"part": "resume", "points": progress.told, "stages": len(progress.runner.nodes), "seconds": time.monotonic() - began}
+    return [{**row, "memory_mb": memory_mb()}]
+
+
+def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
+    """The plan of the study before it has run, and again when all is there."""
+    study, rows = parse(study_path), []
+    with tempfile.TemporaryDirectory() as empty:
+        for name, where in (("before", Home(Path(empty))), ("after", home)):
+            began = time.monotonic()
+            found = forecast(study, where, CAPACITY)
+            points = len(found.points.told) + len(found.points.to_come)
+            row = {"part": f"plan {name}", "points": points, "stages": len(found.todo.missing) + found.todo.there.total()}
+            rows.append({**row, "seconds": time.monotonic() - began, "memory_mb": memory_mb()})
+    return rows
+
+
+def one_part(part: str, study_path: Path, root: Path, every: int) -> None:
+    home = Home(root)
+    match part:
+        case "drive":
+            rows = driven(study_path, home, every)
+        case "search":
+            rows = searched(study_path, Home(root.with_name("search")), every)
+        case "resume":
+            rows = resumed(study_path, home)
+        case _:
+            rows = planned(study_path, home)
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (root.parent / f"{part}.json").write_text(json.dumps([{**row, "peak_mb": peak_mb} for row in rows]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=10_000)
+    parser.add_argument("--sampler", help="the study's own default, unless given")
+    parser.add_argument("--parts", nargs="+", choices=["search", "drive", "resume", "plan"], default=["search", "drive", "resume", "plan"])
+    parser.add_argument("--folder", type=Path, help="where the study lies meanwhile; a memory disk keeps the disk out of it")
+    parser.add_argument("--dry", action="store_true", help="write no record")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=given.folder) as here:
+        study_path = study_file(Path(here), given.points, given.sampler)
+        for part in given.parts:
+            command = [sys.executable, "-m", "tests.benchmarks.bench_scale", "--part", part, str(study_path), f"{here}/home"]
+            subprocess.run([*command, str(max(1, given.points // 10))], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            rows += json.loads((Path(here) / f"{part}.json").read_text())
+    written(rows, given.dry)
+
+
+def written(rows: Sequence[Mapping[str, Any]], dry: bool) -> None:
+    from tests.benchmarks import record  # brings torch, whose memory is not the driver's
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print(record.table(rows, {name: (lambda value: f"{value:.1f}" if isinstance(value, float) else str(value)) for name in names}))
+    ratios: dict[str, float] = {}
+    for part in ("search", "drive"):
+        own = [row for row in rows if row["part"] == part]
+        if own:
+            for name in ("ask", "tell"):
+                last = next(row for row in reversed(own) if f"{name}_ms" in row)
+                ratios[f"{part}: {name} / 100 ms, after {last['points']} points"] = last[f"{name}_ms"] / 100
+            ratios[f"{part}: memory at the end / halfway"] = own[-1]["memory_mb"] / own[(len(own) - 1) // 2]["memory_mb"]
+    aims_s = {"resume": 10.0, "plan before": 2.0, "plan after": 2.0}
+    ratios |= {f"{row['part']} / {aims_s[row['part']]:g} s": row["seconds"] / aims_s[row["part"]] for row in rows if row["part"] in aims_s}
+    print("\n".join(f"{name}: {value:.3g}" for name, value in ratios.items()))
+    if not dry:
+        command = " ".join(["python -m tests.benchmarks.bench_scale", *sys.argv[1:]])
+        path = record.write("scale", command, ("optuna", "sqlalchemy"), rows, ratios)
+        print(f"wrote {path.relative_to(Path.cwd())}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--part"]:
+        one_part(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
+    else:
+        main()
