@@ -30,7 +30,7 @@ SAMPLES, EVENLY = 16, 128  # joint draws of a new adapter's thresholds; points t
 BUNDLES, BUNDLED = (2, 4, 6), 8  # thresholds of a new adapter that are looked at together; adapters that are looked at so
 AT_ONCE = 16
 LISTED, POOL = 4096, 256  # points of a space that `gp` writes out; candidates that it looks at
-TIE = 1e-9
+TIE, LEAST = 1e-9, 1e-6
 NEAR = 0.05  # proposals that promise as much but for this share are as good: the seed decides
 BELIEVED = 1e-4  # variance of what is in flight and counts as measured
 
@@ -82,10 +82,11 @@ class StageAware:
 
     def amend(self, entry: Entry) -> None:
         """Go by what a point measured over more seeds."""
-        done = self._done[entry.point.model]
-        done[:] = [entry if each.point == entry.point else each for each in done]
-        self._held[entry.point.model] = self._undominated([each for each in done if each.feasible])
-        self._chosen.clear()
+        model = entry.point.model
+        if any(each.point == entry.point for each in self._done[model]):
+            self._done[model] = [entry if each.point == entry.point else each for each in self._done[model]]
+            self._held[model] = self._undominated([each for each in self._done[model] if each.feasible])
+            self._chosen.clear()
 
     def _follow(self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge) -> None:
         """Take in what was asked for, told and measured since the last time."""
@@ -162,7 +163,7 @@ class StageAware:
             holds_C = ndtr(-mean_CM[:, self._metrics] / sd_CM[:, self._metrics])
         objectives = slice(0, self._metrics)
         gain_C = expected_gain(mean_CM[:, objectives], sd_CM[:, objectives], boxes) * holds_C
-        cost_C = np.array([candidate.cost for candidate in candidates])
+        cost_C = np.maximum([candidate.cost for candidate in candidates], LEAST)
         worth_C: Array = (gain_C + TIE * sd_CM.mean(axis=1)) / cost_C
         groups = _groups(candidates)
         first = sorted(groups, key=lambda adapter: -max(worth_C[groups[adapter]]))[:BUNDLED]
