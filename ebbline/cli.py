@@ -74,7 +74,8 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
     if as_json:
         print(loaded.model_dump_json(indent=1))
         return
-    print(f"{loaded.study} is valid: {len(loaded.models)} models, axes {', '.join(loaded.axes)}, {len(loaded.suites)} suites")
+    axes = dict.fromkeys(axis for model in loaded.models for axis in loaded.axes_of(model))
+    print(f"{loaded.study} is valid: {len(loaded.models)} models, axes {', '.join(axes)}, {len(loaded.suites)} suites, {loaded.sampler}")
 
 
 @app.command()

@@ -176,7 +176,7 @@ def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str
     return {
         "study, sha256": f"{digest(lasting(study.model_dump(mode='json')))} (its settings and pins; not its budget, nor where it ran)",
         "seeds": ", ".join(str(seed) for seed in study.seeds),
-        "search": f"{study.search.sampler}, seed {study.search.seed}, {_order(study)}",
+        "search": f"{study.sampler}, seed {study.search.seed}, {_order(study)}",
         "stops when": f"the hypervolume grows by less than {study.search.stop}" if study.search.stop else "it has its points",
         "replicates": _replicates(study),
         **{f"prompts of {suite}": said for suite, said in prompt_sets(study, home).items()},

@@ -22,7 +22,7 @@ from sweeps.trials import DIRECTIONS, Entry, Names, plain
 from tasks.metrics import direction
 
 REDRAWS = 8
-MOST = 256
+MOST = 160
 GENERATION, PARENTS = NSGAIISampler._get_generation_key(), NSGAIISampler._get_parent_cache_key_prefix()
 Drawn = tuple[Point, Mapping[str, Any]]
 
@@ -145,9 +145,10 @@ def chosen(study: Study, entries: Sequence[Entry], most: int) -> list[Entry]:
     done = [index for index, entry in enumerate(entries) if entry.state == "done"]
     room = max(2, most - len(running))
     ranks = ranks_of(study, [entries[index] for index in done])
-    best = [done[index] for index in np.argsort(ranks, kind="stable")[: room // 2]]
-    others = sorted(set(done) - set(best), key=lambda index: (index * 2654435761) % 2**32)  # Knuth's multiplicative hash: an even sample
-    return [entries[index] for index in sorted({*running, *best, *others[: room - len(best)]})]
+    order = np.argsort(ranks, kind="stable")
+    best, others = np.array(done)[order[: room // 2]], np.array(done)[order[room // 2 :]]
+    others = others[np.argsort((others * 2654435761) % 2**32, kind="stable")]  # Knuth's multiplicative hash: an even sample
+    return [entries[index] for index in sorted({*running, *best.tolist(), *others[: room - len(best)].tolist()})]
 
 
 def ranks_of(study: Study, entries: Sequence[Entry]) -> Any:

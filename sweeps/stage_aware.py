@@ -28,8 +28,9 @@ from sweeps.trials import REFUSAL_FLOOR, Entry
 
 SAMPLES, EVENLY = 16, 128  # joint draws of a new adapter's thresholds; points that their gain is counted over
 BUNDLES, BUNDLED = (2, 4, 6), 8  # thresholds of a new adapter that are looked at together; adapters that are looked at so
+AT_ONCE = 16
 LISTED, POOL = 4096, 256  # points of a space that `gp` writes out; candidates that it looks at
-TIE = 1e-9
+TIE, LEAST = 1e-9, 1e-6
 NEAR = 0.05  # proposals that promise as much but for this share are as good: the seed decides
 BELIEVED = 1e-4  # variance of what is in flight and counts as measured
 
@@ -56,6 +57,8 @@ class StageAware:
         self._seen = 0
         self._open: dict[int, Entry] = {}
         self._done: dict[str, list[Entry]] = {model: [] for model in study.models}
+        self._held: dict[str, list[Entry]] = {model: [] for model in study.models}  # the frontiers, of what holds the constraints
+        self._chosen: dict[str, tuple[int, list[Entry]]] = {}
         self._rows: dict[Point, Array] = {}
         self._kernels: dict[tuple[str, int, int], Any] = {}
 
@@ -79,8 +82,11 @@ class StageAware:
 
     def amend(self, entry: Entry) -> None:
         """Go by what a point measured over more seeds."""
-        done = self._done[entry.point.model]
-        done[:] = [entry if each.point == entry.point else each for each in done]
+        model = entry.point.model
+        if any(each.point == entry.point for each in self._done[model]):
+            self._done[model] = [entry if each.point == entry.point else each for each in self._done[model]]
+            self._held[model] = self._undominated([each for each in self._done[model] if each.feasible])
+            self._chosen.clear()
 
     def _follow(self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge) -> None:
         """Take in what was asked for, told and measured since the last time."""
@@ -97,6 +103,8 @@ class StageAware:
         for _, entry in told:
             if entry.state == "done":
                 self._done[entry.point.model].append(entry)
+                if entry.feasible:
+                    self._held[entry.point.model] = self._undominated([*self._held[entry.point.model], entry])
                 self._rows[entry.point] = self._row(entry.point)
 
     def _row(self, point: Point) -> Array:
@@ -110,15 +118,7 @@ class StageAware:
 
     def _best(self) -> list[Point]:
         """The adapters on a frontier, of every size: their neighbours are worth a look."""
-        found: dict[Point, None] = {}
-        for done in self._done.values():
-            held = [entry for entry in done if entry.feasible]
-            gains_NM = gains_of(self.study, [entry.values for entry in held])
-            front = {tuple(row) for row in frontier(gains_NM)}
-            for entry, gains in zip(held, gains_NM, strict=True):
-                if tuple(gains) in front:
-                    found.setdefault(adapter_of(entry.point))
-        return list(found)
+        return list(dict.fromkeys(adapter_of(entry.point) for held in self._held.values() for entry in held))
 
     def _points(self, asked: set[Point], k: int) -> list[Point]:
         """What `gp` chooses among: the points of the space that were not asked for, or draws from it when they are too many."""
@@ -129,7 +129,7 @@ class StageAware:
             kept = rng.choice(len(left), POOL, replace=False) if len(left) > POOL else range(len(left))
             return [left[index] for index in sorted(kept)]
         found: dict[Point, None] = {}
-        near = [entry.point for done in self._done.values() for entry in chosen(self.study, done, 32) if entry.feasible]
+        near = [entry.point for held in self._held.values() for entry in held]
         models = list(self.study.models)
         for n in range(POOL):
             model = models[n % len(models)]
@@ -163,7 +163,7 @@ class StageAware:
             holds_C = ndtr(-mean_CM[:, self._metrics] / sd_CM[:, self._metrics])
         objectives = slice(0, self._metrics)
         gain_C = expected_gain(mean_CM[:, objectives], sd_CM[:, objectives], boxes) * holds_C
-        cost_C = np.array([candidate.cost for candidate in candidates])
+        cost_C = np.maximum([candidate.cost for candidate in candidates], LEAST)
         worth_C: Array = (gain_C + TIE * sd_CM.mean(axis=1)) / cost_C
         groups = _groups(candidates)
         first = sorted(groups, key=lambda adapter: -max(worth_C[groups[adapter]]))[:BUNDLED]
@@ -203,8 +203,18 @@ class StageAware:
         own = [entry for name, done in self._done.items() if self._shared or name == model for entry in done]
         return others + own
 
+    def _undominated(self, entries: Sequence[Entry]) -> list[Entry]:
+        gains_NM = gains_of(self.study, [entry.values for entry in entries])
+        front = {tuple(row) for row in frontier(gains_NM)}
+        return [entry for entry, gains in zip(entries, gains_NM, strict=True) if tuple(gains) in front]
+
     def _evidence(self, model: str, taught: Sequence[Entry]) -> Evidence:
-        return self._told(chosen(self.study, self._results(model, taught), KNOWS))
+        """Of many results, those chosen at the last multiple of AT_ONCE, and all that came since."""
+        results = self._results(model, taught)
+        before = len(results) - len(results) % AT_ONCE if len(results) > KNOWS else 0
+        if self._chosen.get(model, (None, []))[0] != before:
+            self._chosen[model] = before, chosen(self.study, results[:before], KNOWS - AT_ONCE)
+        return self._told([*self._chosen[model][1], *results[before:]])
 
     def _told(self, entries: Sequence[Entry]) -> Evidence:
         for entry in entries:
@@ -244,7 +254,7 @@ class StageAware:
         return self._kernels[key]
 
     def _front(self, model: str) -> Array:
-        return frontier(gains_of(self.study, [entry.values for entry in self._done[model] if entry.feasible]))
+        return frontier(gains_of(self.study, [entry.values for entry in self._held[model]]))
 
 
 def _groups(candidates: Sequence[Candidate]) -> Mapping[Point, list[int]]:

@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def feasible(self) -> bool:
-        return all(miss <= 0 for _, miss in self.misses)
+        return not self.misses or all(miss <= 0 for _, miss in self.misses)
 
 
 class Trials:
@@ -72,6 +72,7 @@ class Trials:
             self._same_settings(storage)
         found = self._optuna.get_trials(deepcopy=False)
         self.names = Names(study, found)
+        self._written = len(found)
         self._clear_half_asked(found)
         marks = self._optuna.user_attrs
         self.entries = [_entry(trial, marks) for trial in points_of(self._optuna.get_trials(deepcopy=False), marks)]
@@ -80,8 +81,8 @@ class Trials:
     def add(self, point: Point, drawn: Mapping[str, Any] | None = None) -> int:
         """Write a point that is to be run; returns its number."""
         attributes = {DRAWN: dict(drawn)} if drawn else {}
-        self._optuna.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=attributes, **self.names.parameters(point)))
-        self.entries.append(Entry(self._newest(), point, drawn=drawn or {}))
+        number = self._write(create_trial(state=TrialState.RUNNING, user_attrs=attributes, **self.names.parameters(point)))
+        self.entries.append(Entry(number, point, drawn=drawn or {}))
         return len(self.entries) - 1
 
     def finish(
@@ -97,7 +98,7 @@ class Trials:
             if name not in trial.constraints:  # told before, when the driver was killed in the middle of this
                 trial.set_constraint(name, miss)
         self._optuna.tell(entry.trial, list(values))
-        done = replace(entry, state="done", values=tuple(values), errors=tuple(errors), misses=tuple(misses.items()))
+        done = replace(entry, state="done", values=tuple(values), errors=tuple(errors), misses=tuple(sorted(misses.items())))
         self.entries[number] = done
         return done
 
@@ -129,17 +130,18 @@ class Trials:
                     constraints=dict(entry.misses),
                     **self.names.parameters(entry.point),
                 )
-                self._optuna.add_trial(trial)
-                self.taught.append(replace(entry, trial=self._newest()))
+                self.taught.append(replace(entry, trial=self._write(trial)))
         self._optuna.set_user_attr(WARMED, [*self._optuna.user_attrs.get(WARMED, []), name])
 
     def exhaust(self) -> None:
         """Write that there is no further point to propose, as long as the axes stay as they are."""
         self._optuna.set_user_attr(EXHAUSTED, _exhausted(self.study, len(self.entries)))
 
-    def _newest(self) -> int:
-        trials = self._optuna.get_trials(deepcopy=False)
-        return int(trials[-1].number)
+    def _write(self, trial: FrozenTrial) -> int:
+        """Optuna's number of a new trial: nobody else adds any while the study is held."""
+        self._optuna.add_trial(trial)
+        self._written += 1
+        return self._written - 1
 
     def _id(self, number: int) -> int:
         storage: Any = self._optuna._storage
@@ -258,7 +260,7 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         _STATES[trial.state],
         tuple(trial.values or ()),
         tuple(trial.user_attrs.get(ERRORS, ())),
-        tuple(trial.constraints.items()),
+        tuple(sorted(trial.constraints.items())),
         str(marks.get(f"{REASON}:{trial.number}", "")),
         trial.user_attrs.get(DRAWN, {}),
     )

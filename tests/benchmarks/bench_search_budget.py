@@ -33,6 +33,7 @@ from tests.sweeps.made import WHOLE, study
 SAMPLERS = ("stage_aware", "tpe", "nsga2", "random")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the whole space's cost
 UNTIL = 0.2  # of a large space's; a grid that was run is spent whole
+FAMILY_UNTIL, FAMILY_SEEDS = 0.05, 5  # of the space of three sizes, whose largest is eight times as dear
 REACHED = 0.95  # of the whole space's hypervolume
 WINDOW = 4
 AXES = {"train.rank": [2, 4, 8, 16, 32, 64], "data.size": [64, 256, 1024, 4096], "train.learning_rate": [1e-5, 1e-4, 3e-4, 1e-3],
@@ -52,7 +53,6 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     parser.add_argument("--study", default="quickstart")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--only", choices=("grid", "formula", "family"), help="part of it; writes nothing")
     given = parser.parse_args()
     surfaces: dict[str, Surface] = {}
     if given.home is not None:
@@ -88,16 +88,17 @@ def family(folder: Path, seeds: int) -> list[dict[str, Any]]:
     """Three sizes in one study, each with a frontier of its own: what transfer and a warm start by the smallest are worth."""
     surface = formula(folder, ["7b", "13b", "70b"])
     small = formula(folder, ["7b"])
-    taught = [lesson(small, drive(small, "stage_aware", seed, folder, UNTIL / 2), seed, folder) for seed in range(seeds)]
+    seeds = min(seeds, FAMILY_SEEDS)
+    taught = [lesson(small, drive(small, "stage_aware", seed, folder, 0.05), seed, folder) for seed in range(seeds)]
     ways: dict[str, list[list[Step]]] = {
-        "stage_aware, sizes apart": [drive(surface, "stage_aware", seed, folder, UNTIL) for seed in range(seeds)],
-        "stage_aware, transfer": [drive(surface, "stage_aware", seed, folder, UNTIL, transfer=True) for seed in range(seeds)],
+        "stage_aware, sizes apart": [drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL) for seed in range(seeds)],
+        "stage_aware, transfer": [drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL, transfer=True) for seed in range(seeds)],
         "stage_aware, transfer, warm start by 7b": [
-            drive(surface, "stage_aware", seed, folder, UNTIL, transfer=True, taught=taught[seed]) for seed in range(seeds)
+            drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL, transfer=True, taught=taught[seed]) for seed in range(seeds)
         ],
-        "tpe": [drive(surface, "tpe", seed, folder, UNTIL) for seed in range(seeds)],
+        "tpe": [drive(surface, "tpe", seed, folder, FAMILY_UNTIL) for seed in range(seeds)],
     }
-    return [row("formula, three sizes", way, surface, runs, UNTIL) for way, runs in ways.items()]
+    return [row("formula, three sizes", way, surface, runs, FAMILY_UNTIL) for way, runs in ways.items()]
 
 
 def lesson(surface: Surface, steps: Sequence[Step], seed: int, folder: Path) -> list[Entry]:

@@ -1,0 +1,81 @@
+"""Which sampler a study has when it names none; and what a later version may not take for another study."""
+
+import pytest
+
+from sweeps.points import Point
+from sweeps.space import limit, listed, space
+from sweeps.study import lasting
+from tasks.errors import StudyError
+from tests.sweeps.made import WHOLE, study
+
+RANGE = {"low": 1e-5, "high": 1e-3, "log": True}
+MANY = {f"train.{name}": [1, 2] for name in ("rank", "global_batch", "max_tokens", "steps")} | {
+    "train.learning_rate": RANGE,
+    "train.weight_decay": {"low": 0.0, "high": 0.5},
+    "train.warmup_share": {"low": 0.0, "high": 0.5},
+    "train.gradient_norm": {"low": 0.5, "high": 2.0},
+    "train.dropout": {"low": 0.0, "high": 0.5},
+    "train.alpha_over_rank": {"low": 0.5, "high": 4.0},
+    "data.size": [8, 16],
+    "apply.threshold": [None, 0.5],
+    "project.projector": ["approximate"],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampler"),
+    [
+        ({"search": {}}, "grid"),
+        ({"search": {"points": 500}}, "grid"),
+        ({"search": {"points": 5}}, "stage_aware"),
+        ({"search": {"points": 500}, "budget": {"hours": 1.0}}, "stage_aware"),
+        ({"search": {"points": 5}, "axes/train.learning_rate": RANGE}, "stage_aware"),
+        ({"search": {"points": 500}, "axes": MANY}, "tpe"),
+        ({"search": {"points": 5000}, "axes": MANY}, "nsga2"),
+        ({"search": {"points": 5, "sampler": "random"}}, "random"),
+    ],
+)
+def test_a_study_without_a_sampler_has_the_one_that_fits_its_axes_and_budget(tmp_path, changes, sampler):
+    assert study(tmp_path, changes).sampler == sampler
+
+
+def test_a_study_kept_before_these_fields_is_the_same_study_now(tmp_path):
+    kept = study(tmp_path, {"search": {"points": 5}}).model_dump(mode="json")
+    then = {"sampler": "tpe", "points": 5, "window": 4, "seed": 0, "first": [], "list": []}
+    assert lasting(kept)["search"] == then
+    assert lasting({**kept, "search": then}) == lasting(kept)
+
+
+@pytest.mark.parametrize(
+    "more", [{"transfer": True}, {"warm_start": ["other"]}, {"constraints": {"refusal_floor": True}}, {"sampler": "gp"}]
+)
+def test_a_field_of_search_that_says_something_makes_another_study(tmp_path, more):
+    assert lasting(study(tmp_path, {"search": {"points": 5}}).model_dump()) != lasting(
+        study(tmp_path, {"search": {"points": 5, **more}}).model_dump()
+    )
+
+
+def test_a_size_with_an_axis_of_its_own_has_its_own_points(tmp_path):
+    own = {**WHOLE["models"]["7b"], "axes": {"train.rank": [64], "train.global_batch": [8, 16]}}
+    found = study(tmp_path, {"models/70b": own})
+    points = [point for point in space(found) if point.model == "70b"]
+    assert found.size == limit(found) == 9 + 6 == len(list(space(found)))
+    assert points[0] == Point.of("70b", {"train.rank": 64, "apply.threshold": None, "train.global_batch": 8})
+    row = {"model": "70b", "train.rank": 64, "apply.threshold": 0.3, "train.global_batch": 16}
+    assert listed(row, found, "here").model == "70b"
+    with pytest.raises(StudyError, match=r"here must give `model` .* and each of \['apply.threshold', 'train.rank'\]"):
+        listed({**row, "model": "7b"}, found, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"models/7b/axes": {"train.rank": {"low": 8, "high": 8}}}, r"low \(8\.0\) must be below high"),
+        ({"models/7b/axes": {"train.rank": {"low": 2, "high": 8, "step": 2}}}, r"search\.sampler: a grid needs every axis as a list"),
+        ({"search": {"constraints": {"gpu_hours": 0}}}, r"search\.constraints\.gpu_hours"),
+        ({"search": {"points": 5, "sampler": "tpe", "warm_start": ["a", "a"]}}, r"'a' stands twice"),
+    ],
+)
+def test_faults_of_the_search_are_errors_that_name_their_path(tmp_path, changes, fault):
+    with pytest.raises(StudyError, match=fault):
+        study(tmp_path, changes)
