@@ -69,9 +69,10 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
     # ... and the frontier is the results that no other dominates.
     results = collect(study, home)
     chosen = frontier(results, study.objectives)
-    values_NM = values_of(results, study.objectives)
+    distinct = [each for each in results if each.same_as is None]  # two thresholds may give one adapter, which is one point
+    values_NM = values_of(distinct, study.objectives)
     on = front(values_NM, [direction(name) for name in study.objectives])
-    assert [result.number for result in chosen] == [r.number for r, is_on in zip(results, on, strict=True) if is_on]
+    assert [result.number for result in chosen] == [r.number for r, is_on in zip(distinct, on, strict=True) if is_on]
 
 
 def test_refusals_ebb_under_fine_tuning_and_projection_brings_some_back(study: Study, home: Home) -> None:
