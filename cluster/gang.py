@@ -1,7 +1,7 @@
 """A gang: one batch on several processes at once, through Ray Train, with torch.distributed and DeepSpeed inside.
 
 Ray Train reserves the gang's GPUs in one placement group (all or nothing), on exactly the nodes that the scheduler chose, starts
-the processes and joins them. The group and the processes belong to Ray Train's controller and go with it, however it ends.
+the processes and joins them. The processes belong to Ray Train's controller and go with it; the group is removed with it.
 """
 
 import shutil
@@ -18,6 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from cluster.executor import MemberFailed, run_batch
 from cluster.ray_jobs import Post, at
@@ -49,6 +50,7 @@ def _run_once(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
         shared = here if len(set(post.nodes)) == 1 else f"{requests[0].scratch}.gang"
         trainer = _Trainer(
             _member,
+            post=post,
             train_loop_config={"requests": [request.to_json() for request in requests], "outcome": outcome, "post": post},
             scaling_config=ScalingConfig(
                 num_workers=len(post.nodes),
@@ -76,13 +78,28 @@ def _run_once(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without Ray Train's cleaner: it outlives the driver, asks a dashboard that may not be there, and then never ends.
+    """With a controller that signs on, so that what it holds is freed when it is ended (cluster/ray_jobs.py).
 
-    A placement group goes with the actor that made it, which is the controller.
+    Ray Train's own cleaner outlives the driver, asks a dashboard that may not be there, and then never ends.
     """
 
+    def __init__(self, *args: Any, post: Post, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._post = post
+
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+        callbacks = super()._create_default_callbacks()
+        return [*(callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)), _SignOn(self._post)]
+
+
+class _SignOn(ControllerCallback):  # type: ignore[misc]
+    """Signs a gang's controller on, before it makes its placement group."""
+
+    def __init__(self, post: Post) -> None:
+        self.post = post
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self.post.sign_on("controller")
 
 
 def _died(error: TrainingFailedError) -> bool:
@@ -109,7 +126,7 @@ class _Outcome:
 def _member(config: dict[str, Any]) -> None:
     context, post = get_context(), config["post"]
     requests = [Request.from_json(text) for text in config["requests"]]
-    post.sign_on()
+    post.sign_on("member")
     if requests[0].device != "cpu":
         # Ray Train shows every member all of the gang's GPUs on its node: "cuda" has to mean this one's.
         torch.cuda.set_device(get_device())

@@ -116,10 +116,10 @@ class RayExecutor(Executor):
         return ended
 
     def begun(self, job: Job) -> bool:
-        """Other drivers and programs may hold what the job waits for in Ray's queue; a gang's first process is not a member."""
+        """Other drivers and programs may hold what the job waits for in Ray's queue."""
         self._hosts.wait_for_head()
         post = next((post for running, post in self._jobs.values() if running.id == job.id), None)
-        return post is None or len(post.processes()) > (job.gpus if job.gpus > 1 else 0)
+        return post is None or post.begun()
 
     def cancel(self, job: Job) -> None:
         for reference, (running, post) in list(self._jobs.items()):
@@ -141,7 +141,7 @@ class RayExecutor(Executor):
         """End a job whose host is gone, or drains before all of the job's processes are there: Ray would wait for ever."""
         gone = next((name for name in job.hosts if self._hosts.node_id(name) is None), None)
         reason = f"{gone} is gone" if gone else ""
-        if gone is None and job.gpus > 1 and any(map(self._hosts.drains, job.hosts)) and len(post.processes()) <= job.gpus:
+        if gone is None and job.gpus > 1 and any(map(self._hosts.drains, job.hosts)) and not post.complete():
             reason = "its host drains, and it had not started"
         if reason:
             self._end(reference, post)
@@ -213,13 +213,13 @@ def _coordinator() -> Any:
 
 @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
 def _batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
-    post.sign_on()
+    post.sign_on("task")
     return run_batch(requests, leaving=post.leaving())
 
 
 @ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]
 def _gpu_batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
-    post.sign_on()
+    post.sign_on("task")
     return run_batch(requests, leaving=post.leaving())
 
 
@@ -227,5 +227,5 @@ def _gpu_batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
 def _gang(requests: list[Request], post: Post) -> tuple[Report, ...]:
     from cluster.gang import run_gang  # ray.train brings torch, which a driver process never needs
 
-    post.sign_on()
+    post.sign_on("task")
     return run_gang(requests, post)

@@ -122,6 +122,10 @@ class BucketWorkplace(Workplace):
             return
         said = json.loads(text)
         where, files = f"{prefix}/{said['id']}", dict(said["files"])
+        if not {f"{where}/{name}" for name in files} <= {entry.name for entry in place.entries(where)}:
+            # An attempt that was given up, and was still sending its own, took them for old ones.
+            _log.warning("the checkpoint of %s %s has lost files: it starts over", self.request.kind, self.request.key[:12])
+            return
         with self.store.cache.alone(scratch):
             for name, sha in files.items():
                 path = scratch / name

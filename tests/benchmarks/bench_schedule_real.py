@@ -82,7 +82,7 @@ def worked(
 # With a GPU of its own in the declaration, Ray ends the process after the task, as it does on real GPUs.
 @ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]
 def _sleeping_batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
-    post.sign_on()
+    post.sign_on("task")
     return worked(requests)
 
 
@@ -90,7 +90,7 @@ def _sleeping_batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
 def _sleeping_gang(requests: list[Request], post: Post) -> tuple[Report, ...]:
     from cluster import gang
 
-    post.sign_on()
+    post.sign_on("task")
     with patch.object(gang, "_member", _sleeping_member):
         return gang.run_gang(requests, post)
 

@@ -202,6 +202,20 @@ def test_a_checkpoint_that_was_sent_in_part_is_the_one_before(store, bucket, pai
     assert (Path(again.scratch) / "checkpoint.pt").read_text() == "whole"
 
 
+def test_a_checkpoint_whose_files_a_late_attempt_took_away_is_none(store, bucket, pair, chats, elsewhere):
+    work = module.workplace(train_request(store, pair, chats))
+    work.prepared()
+    scratch = Path(work.request.scratch)
+    scratch.mkdir(parents=True)
+    (scratch / "checkpoint.pt").write_text("whole")
+    work.saved()
+    work.ended(Report(work.request.key, 0.0, error="lost"))
+    store.place.delete([entry.name for entry in store.place.entries("scratch") if entry.name.endswith(".pt")])
+    elsewhere()
+    (report,) = run_batch([train_request(Store(bucket), pair, chats)])
+    assert report.error is None
+
+
 def killed_training(bucket: str, request: str) -> None:
     """A worker whose machine goes when it has sent its second checkpoint."""
     send, sent = module.BucketWorkplace._send_checkpoint, []

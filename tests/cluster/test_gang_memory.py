@@ -1,6 +1,7 @@
 """A gang that runs out of memory, through Ray Train: it starts again with half the micro-batch and learns what it would have learnt."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
     import ray
 
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    variables["PYTHONPATH"] = str(Path(__file__).parents[2])  # where the workers find the hook
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     hook = "tests.cluster.test_gang_memory.a_member_holds_two_rows_at_most"
     ray.init(
