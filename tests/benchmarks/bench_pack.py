@@ -43,10 +43,14 @@ def prepare(folder: Path, model: str) -> Path:
 
         from tests.tiny import word_tokenizer
 
+        torch.set_default_dtype(torch.bfloat16)
         with torch.device("cuda"):
-            made = LlamaForCausalLM(LlamaConfig(**LLAMA_7B, tie_word_embeddings=False)).to(torch.bfloat16)
+            made = LlamaForCausalLM(LlamaConfig(**LLAMA_7B, tie_word_embeddings=False))
+        torch.set_default_dtype(torch.float32)
         made.save_pretrained(folder / model, safe_serialization=True)
         word_tokenizer().save_pretrained(folder / model)
+        del made
+        torch.cuda.empty_cache()  # the sides have processes of their own
         return folder / model
     from tests.benchmarks.bench_evaluate import made as found
 
