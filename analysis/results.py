@@ -15,7 +15,7 @@ from cluster.costs import Cost
 from cluster.resolver import Resolver
 from cluster.store import Artifact
 from sweeps.home import Home
-from sweeps.outcome import costs_of, metrics_of, results_of
+from sweeps.outcome import costs_of, metrics_of, results_of, stages_or_refusal
 from sweeps.plan import Planner
 from sweeps.points import Result, keys_of
 from sweeps.search import asked
@@ -89,7 +89,7 @@ def kinds_of(study: Study, home: Home, results: Sequence[Result]) -> dict[str, s
     """Key -> kind of every stage that the results and the aligned models rest on, as far as it is in the store."""
     planner, resolver = Planner(study, home), Resolver(home.store)
     stages = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    stages += [stage for result in results for stage in planner.stages_for(result.point).values()]
+    stages += [stage for result in results for stage in stages_or_refusal(planner, result.point)[0].values()]
     found = (resolver.artifact(stage) for stage in closure(stages))
     return {artifact.key: artifact.kind for artifact in found if artifact is not None}
 

@@ -6,6 +6,7 @@ Deterministic, and without torch: the same study file gives the same numbers on 
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ TEXT_BYTES = 4  # of a token
 BATCH = 32  # rows that are generated at once
 ASSUMED = "7b"  # what a model is taken for whose name says nothing
 ANSWER_S = 0.05  # a judgement by an endpoint, with several asked at once
+COUNTED_BYTES = 64_000_000  # of a file of rows
 STAGE_S = 0.01  # no stage takes less: it opens files
 KERNELS, KERNELS_A_LINEAR = 14, 4  # of a layer's forward pass, and what LoRA or quantisation adds for each linear
 
@@ -164,9 +166,10 @@ def rows_of(item: Input) -> tuple[int, int]:
 def _source_shape(location: str) -> Shape:
     config = Path(location) / "config.json"
     if not location.startswith("hub:") and config.is_file():
-        said = json.loads(config.read_text())
-        if said.get("model_type") in LIKE_LLAMA:
-            return shape_of(said)
+        with suppress(ValueError, KeyError):  # a model that is none is an error when it is loaded
+            said = json.loads(config.read_text())
+            if said.get("model_type") in LIKE_LLAMA:
+                return shape_of(said)
     name = location.removeprefix("hub:model:").partition("@")[0]
     return named_shape(Path(name).name) or _assumed()
 
@@ -186,18 +189,33 @@ def _assumed() -> Shape:
 
 @lru_cache(maxsize=256)
 def _counted(path: Path, changed_ns: int) -> tuple[int, int]:
-    """(rows, tokens of a row) of a local set: a JSONL's, CSV's or plain text's lines, a JSON's entries, all files of a folder."""
+    """(rows, tokens of a row) of a local set: a JSONL's, CSV's or plain text's lines, a JSON's entries, all files of a folder.
+
+    Of a large file the first part is counted, and the rest is taken to be like it.
+    """
     files = [path] if path.is_file() else [each for each in sorted(path.rglob("*")) if each.suffix in (".jsonl", ".json", ".csv")]
     rows = size = 0
     for each in files:
-        data = each.read_bytes()
-        size += len(data)
+        whole = each.stat().st_size
+        with each.open("rb") as file:
+            data = file.read(COUNTED_BYTES)
+        size += whole
         if each.suffix == ".json":
-            said = json.loads(data)
-            rows += len(said) if isinstance(said, list) else sum(len(part) for part in said.values() if isinstance(part, list))
+            rows += _entries(data) if len(data) == whole else whole // (TEXT_BYTES * ROW_TOKENS)
         else:
-            rows += data.count(b"\n") + (not data.endswith(b"\n") and bool(data)) - (each.suffix == ".csv")
+            lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data)) - (each.suffix == ".csv")
+            rows += lines if len(data) == whole else lines * whole // len(data)
     return (rows, max(1, round(size / TEXT_BYTES / rows))) if rows > 0 else (ROWS, ROW_TOKENS)
+
+
+def _entries(data: bytes) -> int:
+    """The entries of a JSON list, or of an object's lists; a file that is neither is an error when it is read for a training."""
+    try:
+        said = json.loads(data)
+    except ValueError:
+        return 0
+    parts = [said] if isinstance(said, list) else said.values() if isinstance(said, dict) else []
+    return sum(len(part) for part in parts if isinstance(part, list))
 
 
 def _width(dtype: str) -> int:

@@ -20,6 +20,7 @@ from cluster.resolver import Resolver
 from cluster.retention import Damage, Needed, Removal, Survey, damages, remove
 from ebbline.projecting import progress_bar
 from sweeps.home import Home
+from sweeps.outcome import stages_or_refusal
 from sweeps.plan import Planner
 from sweeps.points import StageName
 from sweeps.search import asked
@@ -58,7 +59,7 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
             " that study's folder away if nobody needs its results; nothing was removed"
         )
     for _, point, _, _ in points:
-        targets += planner.stages_for(point).values()
+        targets += stages_or_refusal(planner, point)[0].values()
     keys, sources, seen = set(), set(), set()
 
     def visit(stage: Stage) -> None:

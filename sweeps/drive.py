@@ -51,6 +51,7 @@ class Progress:
     by: Literal["", "request", "budget", "gain"] = ""
 
 
+NEWS = 20
 Watcher = Callable[[Progress], None]
 
 
@@ -107,7 +108,7 @@ class _Drive:
         self.gave_up: set[int] = set()  # points whose further seed failed
         self.grounded: Flight | None = None
         self.exhausted = self.waiting = False
-        self.unsettled_seeds = True
+        self.news = 0  # results since it was last asked which points need more seeds
         before = progress.spending.gain
         rule = rule_of(self.study)
         self.ended = before if before is not None and before.rule == rule and self.study.search.stop is not None else None
@@ -253,7 +254,7 @@ class _Drive:
 
     def _take(self, result: Result) -> None:
         self.results[result.number] = self.first[result.number] = result
-        self.unsettled_seeds = True
+        self.news += 1
         if result.status != "done":
             return
         self.seen.setdefault(fingerprint(self.study, result), result.number)
@@ -267,7 +268,7 @@ class _Drive:
         """Further seeds for points of which it is not certain whether another dominates them; in turn, once all points are told."""
         for flight in [flight for flight in self.more if flight.settled(self.runner)]:
             self.more.remove(flight)
-            self.unsettled_seeds = True
+            self.news += 1
             failure = flight.failure(self.runner)
             if failure is not None:
                 self.gave_up.add(flight.number)
@@ -277,9 +278,11 @@ class _Drive:
                 self.results[flight.number] = self._result(flight, "")
                 self.searcher.amend(flight.number, self.results[flight.number])
         over = not self.flights and (self.exhausted or self.ended is not None)
-        if not self.unsettled_seeds or self.again or (self.in_turn and not over):
+        if self.study.replicates.policy == "all" or self.again or not self.news or (self.in_turn and not over):
             return
-        self.unsettled_seeds = False
+        if not over and self.news < len(self.results) / NEWS:
+            return  # of many points few change what is certain
+        self.news = 0
         under_way = {flight.number for flight in self.more} | self.gave_up
         for number, seeds in seeds_needed(self.study, list(self.results.values())).items():
             result = self.results[number]

@@ -8,6 +8,7 @@ import math
 from cluster.resolver import Resolver
 from cluster.store import Store
 from sweeps.todo import Todo
+from tasks.errors import ProjectionError
 from tasks.gate import chosen, read_rows
 from tasks.specs import ApplySpec, ProjectSpec
 from tasks.stage import stage_of
@@ -33,7 +34,10 @@ def twins(found: Todo, store: Store, distinct: float) -> frozenset[str]:
             unknown += 1
             twin = math.floor(unknown * (1 - distinct)) > math.floor((unknown - 1) * (1 - distinct))
         else:
-            mask = artifact.key, chosen(read_rows(artifact.file(ProjectSpec.COSINES)), spec.threshold, spec.modules)
+            try:
+                mask = artifact.key, chosen(read_rows(artifact.file(ProjectSpec.COSINES)), spec.threshold, spec.modules)
+            except ProjectionError:  # more modules than it has: this stage will fail and say so
+                continue
             twin = mask in masks
             masks.add(mask)
         if twin:

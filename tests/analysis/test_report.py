@@ -59,7 +59,7 @@ def test_the_report_is_one_file_that_asks_for_nothing(study: Study, results: lis
 
 def test_a_failed_point_is_shown_with_its_reason(study: Study, tmp_path: Path) -> None:
     text = write_report(study, [failed(7, "out of memory")], {}, tmp_path, {}, {}).read_text("utf-8")
-    assert "Points that failed" in text
+    assert "Points without a result" in text
     assert "out of memory" in text
     assert "No point has finished" in text
 

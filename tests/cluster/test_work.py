@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import work
 from cluster.work import MACHINES, NOMINAL, Load, load_of, machine_of, model_shape, rows_of, seconds_on, work_of
 from tasks.identity import content_digest
 from tasks.language import language_files
@@ -153,6 +154,19 @@ def test_a_set_on_this_machine_is_counted(tmp_path, name, text, rows):
     path = tmp_path / name
     path.write_text(text)
     assert rows_of(Source(content_digest(path), str(path)))[0] == rows
+
+
+def test_a_large_set_is_counted_by_its_first_part_and_a_damaged_one_is_no_error_of_the_plans(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "x"}\n' * 1000)
+    monkeypatch.setattr(work, "COUNTED_BYTES", 1600)
+    assert rows_of(Source("large", str(path))) == (1000, 4)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert rows_of(Source("broken", str(broken))) == (work.ROWS, work.ROW_TOKENS)
+    (tmp_path / "llama-13b").mkdir()
+    (tmp_path / "llama-13b" / "config.json").write_text('{"model_type": "llama"')
+    assert model_shape(Source("13", str(tmp_path / "llama-13b"))).layers == 40
 
 
 def test_the_languages_sets_have_as_many_rows_as_are_written():
