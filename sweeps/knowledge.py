@@ -22,6 +22,7 @@ from tasks.stage import Stage
 
 Cosines = tuple[NDArray[np.float64], ...]  # of each seed's adapter, ascending
 PER_ADAPTER, PER_TRAINING = ("project",), ("data", "train")
+REMEMBERED = 4096  # adapters whose work is kept at hand
 CPU_SHARE = 0.05  # of a GPU, for the work that needs none
 
 
@@ -75,24 +76,27 @@ class Knowledge:
         """What the point takes when nothing of it is there yet; a raced suite counts with its first block."""
         adapter = adapter_of(point)
         if adapter not in self._work:
-            stages = {name: stage for text, stage in self._stages(point).items() if not (name := StageName.parse(text)).block}
+            planner = self._planner.apart()
+            stages = {name: stage for text, stage in self._stages(point, planner).items() if not (name := StageName.parse(text)).block}
             groups = {"train": 0.0, "project": 0.0, "measure": 0.0}
             for name, stage in stages.items():
                 group = "train" if name.part in PER_TRAINING else "project" if name.part in PER_ADAPTER else "measure"
                 if name.part != "subspace":  # one for all adapters
-                    groups[group] += _work(stage, self._planner.needs_of(stage))
+                    groups[group] += _work(stage, planner.needs_of(stage))
+            if len(self._work) >= REMEMBERED:
+                self._work.clear()  # it is worked out again; adapters that were only looked at would pile up
             self._work[adapter] = Work(**groups) if stages else REFUSED
         return self._work[adapter]
 
-    def _stages(self, point: Point) -> dict[str, Stage]:
+    def _stages(self, point: Point, planner: Planner) -> dict[str, Stage]:
         """Those of the seeds that every point is run with; none for settings that are refused."""
         study = self._planner.study
-        return of_seeds(study, stages_or_refusal(self._planner, point)[0], study.first_seeds)
+        return of_seeds(study, stages_or_refusal(planner, point)[0], study.first_seeds)
 
     def _read(self, adapter: Point, point: Point) -> Cosines | None:
         first = adapter not in self._projections
         if first:
-            named = self._stages(point).items()
+            named = self._stages(point, self._planner).items()
             self._projections[adapter] = [stage for name, stage in named if StageName.parse(name).part == "project"]
         projections = self._projections[adapter]
         found = [self._known.artifact(stage) for stage in projections]

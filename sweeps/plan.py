@@ -1,6 +1,7 @@
 """From a point to its stages: model -> train -> project -> apply -> each suite."""
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -60,6 +61,12 @@ class Planner:
             for name, judge in study.judges.items()
         }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
+
+    def apart(self) -> "Planner":
+        """A planner of the same study that remembers by itself: for points that may never be asked for."""
+        found = copy(self)
+        found.labels, found._needs = {}, {}
+        return found
 
     def needs_of(self, stage: Stage) -> Needs:
         """What a stage needs of the cluster: its size's gang for a point's training, its size's labels if it takes a GPU.

@@ -1,0 +1,26 @@
+"""What the search may know beside results, of real studies and stores."""
+
+from cluster.resolver import Resolver
+from sweeps.home import Home
+from sweeps.knowledge import Knowledge, adapter_of, training_of
+from sweeps.plan import Planner
+from sweeps.points import Point
+from tests.sweeps.made import study
+
+
+def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_planner(tmp_path):
+    found = study(tmp_path, {"models/7b/gpus": 2, "seeds": [0, 1]})
+    home = Home(tmp_path / "home")
+    planner = Planner(found, home)
+    knowledge, labels = Knowledge(planner, Resolver(home.store)), dict(planner.labels)
+    small, large = (Point.of("7b", {"train.rank": 2, "data.size": size, "apply.threshold": 0.3}) for size in (16, 4096))
+    assert knowledge.work(large).train > 2 * knowledge.work(small).train
+    assert knowledge.work(small) == knowledge.work(adapter_of(small)) == Knowledge(planner, Resolver(home.store)).work(small)
+    assert planner.labels == labels
+    assert knowledge.cosines(small) is None
+
+
+def test_an_adapter_is_a_point_without_its_threshold_and_a_training_without_its_projection():
+    point = Point.of("7b", {"train.rank": 2, "project.energy": 0.9, "apply.threshold": 0.3})
+    assert adapter_of(point) == Point.of("7b", {"train.rank": 2, "project.energy": 0.9})
+    assert training_of(point) == Point.of("7b", {"train.rank": 2})
