@@ -501,3 +501,15 @@ def test_a_store_that_no_worker_can_use_ends_the_run_and_marks_nothing(store, po
     with pytest.raises(StoreError, match=r"s3://made/up cannot be used \(met 3 times; the same command continues\)"):
         settle(runner)
     assert all(node.failure is None for node in runner.nodes.values())
+
+
+def test_what_is_settled_is_looked_at_no_more_until_it_has_to_be_made_again(store, pool):
+    whole, part = rows(20, pool), rows(5, rows(20, pool))
+    runner, _ = ran(store, whole)
+    assert runner.unsettled() == [] and runner.settled(whole)
+    made = runner.artifact(whole)
+    store.drop(made, frozenset(made.files))
+    runner.want([part])
+    assert {node.stage.lineage for node in runner.unsettled()} == {whole.lineage, part.lineage}
+    settle(runner)
+    assert runner.unsettled() == [] and runner.artifact(part) is not None

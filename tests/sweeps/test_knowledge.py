@@ -1,4 +1,6 @@
-"""What the search may know beside results, of real studies and stores."""
+"""What the search may know beside results, of real studies and stores; asked at every turn, so what is not there must cost little."""
+
+import pytest
 
 from cluster.resolver import Resolver
 from sweeps.home import Home
@@ -24,3 +26,17 @@ def test_an_adapter_is_a_point_without_its_threshold_and_a_training_without_its_
     point = Point.of("7b", {"train.rank": 2, "project.energy": 0.9, "apply.threshold": 0.3})
     assert adapter_of(point) == Point.of("7b", {"train.rank": 2, "project.energy": 0.9})
     assert training_of(point) == Point.of("7b", {"train.rank": 2})
+
+
+def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    home = Home(tmp_path)
+    planner = Planner(study(tmp_path), home)
+    knowledge = Knowledge(planner, Resolver(home.store))
+    planned: list[Point] = []
+    real = planner.stages_for
+    monkeypatch.setattr(planner, "stages_for", lambda point: planned.append(point) or real(point))
+    for threshold in (None, 0.3, 0.3, 0.5):
+        assert knowledge.cosines(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold})) is None
+    assert len(planned) == 1
+    assert knowledge.cosines(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
+    assert len(planned) == 2
