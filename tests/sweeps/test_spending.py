@@ -190,8 +190,8 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
 
 def test_a_budget_too_small_for_anything_starts_nothing(tmp_path, changes):
     home = Home(tmp_path / "home")
-    progress = drive(study(tmp_path, {**changes, "budget": {"gpu_hours": 1 / 3600}}), home, InlineExecutor)
-    assert "0 of 0.000277778 GPU-hours spent" in progress.stopped
+    progress = drive(study(tmp_path, {**changes, "budget": {"gpu_hours": 1e-9}}), home, InlineExecutor)
+    assert "0 of 1e-09 GPU-hours spent" in progress.stopped
     assert not list(home.store.all("generate")) and read_spent(home.folder("tiny")).cost == Cost()
 
 
