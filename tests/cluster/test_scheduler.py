@@ -363,16 +363,6 @@ def test_a_batch_does_not_grow_beyond_what_a_gang_would_wait_for():
     assert [60.0 * len(p.keys) for p in place(ready, [], Capacity.one_host(2, 1))] == [LONGEST_BATCH_S] * 2
 
 
-@pytest.mark.parametrize(
-    ("wanted", "words"),
-    [
-        (Needs(8), ["needs 8 GPUs on one host", "the largest has 4", "spread: true"]),
-        (Needs(9, spread=True), ["9 GPUs at once", "together have 8"]),
-        (Needs(1, {"type": "H100"}), ["no host is labelled type: H100", "type: A100"]),
-        (Needs(1, {"zone": "in(a,b)"}), ["zone: in(a,b)", "none has such a label"]),
-        (Needs(0, {"type": "A100"}), ["no host with these labels has one"]),
-    ],
-)
 def trainings(count: int, share: float = 0.25, seconds: float = 3600.0, pack: str = "p", gpu_type: str | None = None) -> list[Work]:
     return [work(f"{pack}{index:02}", 1, "base", seconds, seconds, pack=pack, shares={gpu_type: share}) for index in range(count)]
 
@@ -426,6 +416,16 @@ def test_what_runs_at_once_on_a_gpu_fits_there_together(situation, cached):
             assert sum(each.shares[None] for each in works) <= 1 + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (Needs(8), ["needs 8 GPUs on one host", "the largest has 4", "spread: true"]),
+        (Needs(9, spread=True), ["9 GPUs at once", "together have 8"]),
+        (Needs(1, {"type": "H100"}), ["no host is labelled type: H100", "type: A100"]),
+        (Needs(1, {"zone": "in(a,b)"}), ["zone: in(a,b)", "none has such a label"]),
+        (Needs(0, {"type": "A100"}), ["no host with these labels has one"]),
+    ],
+)
 def test_what_no_host_could_ever_take_is_said_with_the_reason_and_the_remedy(wanted, words):
     capacity = Capacity((Host("h0", 4, 0, {"type": "A100"}), Host("h1", 4, 2)))
     said = impossible(Work("k", wanted, "a", 1.0, 1.0), capacity)
