@@ -110,7 +110,7 @@ class Store:
                 files=record["files"],
                 hashed=record["hashed"],
                 provenance=record["provenance"],
-                folder=self.root / kind / key / record["attempt"],
+                folder=self.root.joinpath(kind, key, record["attempt"]),
                 store=self,
             )
         except (ValueError, KeyError, TypeError) as error:

@@ -54,14 +54,15 @@ class Flight:
         if self.refused or not self.asked or self.complete:
             return
         own, rivals = set(self.stages.values()), rivals_of(self.number, self.point, done, study.search.reach)
+        raced = any(races(study).values())
         while not any(not runner.settled(stage) and stage.kind in MEASURES for stage in self.asked):
             asked, needed = set(self.asked), standing(study, self.stages, runner, rivals).missing
             new = [stage for target in needed for stage in (*target.upstream(), target) if stage in own and stage not in asked]
-            if not new:
-                self.complete = True
-                return
             runner.want(new)
             self.asked += new
+            if not new or not raced:  # without races all is needed at once
+                self.complete = True
+                return
 
     def failure(self, runner: Runner) -> Failure | None:
         """The first failure of its own, or else the first that it inherited."""

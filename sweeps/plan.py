@@ -32,6 +32,7 @@ from tasks.specs import (
 from tasks.stage import Input, Part, Source, Stage, stage_of
 
 S = TypeVar("S", bound=Spec)
+REMEMBERED = 4096  # adapters whose stages are kept at hand
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Planner:
         self._needs: dict[str, Needs] = {}
         self._found: dict[tuple[Local | Hub, str], Source] = {}
         self.labels: dict[str, str] = {}
+        self._adapters: dict[tuple[str, tuple[tuple[str, Value], ...], int], dict[str, Stage]] = {}
         self._judges = {
             name: (judge.settings, None if judge.model is None else self._model(judge.model, judge.settings.dtype, None))
             for name, judge in study.judges.items()
@@ -65,7 +67,7 @@ class Planner:
     def apart(self) -> "Planner":
         """A planner of the same study that remembers by itself: for points that may never be asked for."""
         found = copy(self)
-        found.labels, found._needs = {}, {}
+        found.labels, found._needs, found._adapters = {}, {}, {}
         return found
 
     def needs_of(self, stage: Stage) -> Needs:
@@ -104,29 +106,40 @@ class Planner:
         return self.labels.get(stage.lineage, stage.kind)
 
     def _replicate(self, point: Point, seed: int) -> dict[StageName, Stage]:
-        values = dict(point.values)
-        model = self.study.models[point.model]
-        family = self._families[point.model]
-        data = self._data(self.study.data, _with(self.study.data.settings, "data", values, seed=seed))
-        settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
-        train = Stage(settings, {"model": family.aligned, "data": Part(data, DataSpec.ROWS)})
-        self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
-        if settings.method == "full":
-            raise StudyError("a point's train.method must be 'lora': Safe LoRA projects adapters; `tuned` models may be full")
-        adapter = Part(train, TrainSpec.ADAPTER)
-        projection = _with(self.study.project, "project", values)
-        compared = self._compared(family, projection, settings)
-        project = Stage(projection, {"adapter": adapter, **compared})
-        apply = Stage(_with(self.study.apply, "apply", values), {"adapter": adapter, "projection": project})
-        subspace = {name: stage for name, stage in compared.items() if isinstance(stage, Stage)}
-        parts = {"data": data, "train": train, **subspace, "project": project, "apply": apply}
-        stages = {StageName(name, seed): stage for name, stage in parts.items()}
+        parts = self._adapter_of(point, seed)
+        apply = Stage(
+            _with(self.study.apply, "apply", dict(point.values)),
+            {"adapter": Part(parts["train"], TrainSpec.ADAPTER), "projection": parts["project"]},
+        )
+        stages = {StageName(name, seed): stage for name, stage in {**parts, "apply": apply}.items()}
         for suite, entry in self.study.suites.items():
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
             for block in blocks:
                 for name, stage in self._measured(point.model, suite, apply, block).items():
                     stages[StageName(name, seed, None if block is None else block.index)] = stage
         return stages
+
+    def _adapter_of(self, point: Point, seed: int) -> dict[str, Stage]:
+        """What all thresholds of a point share, up to the projection; remembered, as they come one after another."""
+        values = {axis: value for axis, value in point.values if not axis.startswith("apply.")}
+        asked = point.model, tuple(values.items()), seed
+        if asked not in self._adapters:
+            model = self.study.models[point.model]
+            family = self._families[point.model]
+            data = self._data(self.study.data, _with(self.study.data.settings, "data", values, seed=seed))
+            settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
+            train = Stage(settings, {"model": family.aligned, "data": Part(data, DataSpec.ROWS)})
+            self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
+            if settings.method == "full":
+                raise StudyError("a point's train.method must be 'lora': Safe LoRA projects adapters; `tuned` models may be full")
+            projection = _with(self.study.project, "project", values)
+            compared = self._compared(family, projection, settings)
+            project = Stage(projection, {"adapter": Part(train, TrainSpec.ADAPTER), **compared})
+            subspace = {name: stage for name, stage in compared.items() if isinstance(stage, Stage)}
+            if len(self._adapters) >= REMEMBERED:
+                self._adapters.clear()
+            self._adapters[asked] = {"data": data, "train": train, **subspace, "project": project}
+        return self._adapters[asked]
 
     def _compared(self, family: Family, projection: ProjectSpec, train: TrainSpec) -> dict[str, Input]:
         """What a projection reads beside the adapter: the two models, or their subspace, which all adapters share."""

@@ -7,6 +7,7 @@ it has none. A replicate is a Point with a seed; a Result aggregates its replica
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from cluster.costs import Cost
@@ -52,6 +53,7 @@ class StageName:
         return f"{self.part}{'' if self.block is None else f'#{self.block}'}[seed={self.seed}]"
 
     @staticmethod
+    @lru_cache(4096)
     def parse(text: str) -> "StageName":
         found = _STAGE_NAME.fullmatch(text)
         if found is None:

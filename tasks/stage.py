@@ -28,7 +28,7 @@ class Source:
     content: str
     location: str
 
-    @property
+    @cached_property
     def lineage(self) -> str:
         return digest({"source": self.content})
 
@@ -62,7 +62,7 @@ class Part:
     stage: Stage
     path: str
 
-    @property
+    @cached_property
     def lineage(self) -> str:
         return digest({"part": self.path, "of": self.stage.lineage})
 

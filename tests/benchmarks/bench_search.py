@@ -162,7 +162,7 @@ def ebbline(study_path: Path, folder: Path) -> dict[str, Metrics]:
 
     @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
     def batch(requests: list[Request], post: Post) -> Any:
-        post.sign_on()
+        post.sign_on("task")
         return counted_batch(folder / "counts", requests, leaving=post.leaving())
 
     study, home = parse(study_path), Home(folder / "home")
