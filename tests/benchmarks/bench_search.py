@@ -10,6 +10,7 @@ Trainings, evaluations and model loads are counted by the same wrapper on every 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -302,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="of each training; 200 are the quickstart's")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES)[:3])
+    parser.add_argument("--keep", type=Path, help="where ebbline's finished grid stays, for `bench_search_budget --home`")
     parser.add_argument("--tiny", action="store_true", help="2 x 1 x 3 points on the small organism, to see that it works; writes nothing")
     given = parser.parse_args()
     grid = (RANKS[:2], SIZES[:1], THRESHOLDS[::7]) if given.tiny else (RANKS, SIZES, THRESHOLDS)
@@ -313,6 +315,8 @@ def main() -> None:
         for number, side in enumerate(given.sides):
             row, found[side] = measured(side, study_path, Path(here) / str(number))
             rows.append(row)
+            if given.keep is not None and side == "ebbline":
+                shutil.copytree(Path(here) / str(number) / "home", given.keep)
             print(f"{side}: {row['wall_s']:.0f} s", file=sys.stderr, flush=True)
             require_equal(found)
             written(rows, given.tiny)
