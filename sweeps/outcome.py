@@ -100,9 +100,8 @@ def results_of(study: Study, entries: Sequence[Entry], planner: Planner, known: 
     for number, seeds in seeds_needed(study, [duplicates.marked(result) for result in found.values()], most).items():
         if seeds < seeds_of(found[number]):  # measured when it looked as if it were needed
             found[number] = over(number, seeds)
-        found[number] = duplicates.marked(found[number])
-    for number in most.keys() & found.keys():
-        found[number] = replace(found[number], reason=entries[number].reason)
+        lacking = entries[number].reason if seeds == most.get(number) else ""
+        found[number] = replace(duplicates.marked(found[number]), reason=lacking)
     return list(found.values())
 
 
