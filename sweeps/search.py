@@ -94,6 +94,7 @@ class OptunaSearcher:
         """`begun_as` is a digest of the settings that the study had before it was widened."""
         self.study = study
         self.trials = Trials(study, storage, begun_as)
+        self.constrained = study.search.constraints != Constraints() or any(entry.misses for entry in self.trials.entries)
         self._limit = limit(study)
         self._known = {entry.point for entry in self.trials.entries}
         self._told = sum(entry.state != "running" for entry in self.trials.entries)
@@ -147,10 +148,6 @@ class OptunaSearcher:
         amended = self.trials.amend(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses)
         if self._stage_aware is not None:
             self._stage_aware.amend(amended)
-
-    @property
-    def constrained(self) -> bool:
-        return self.study.search.constraints != Constraints() or any(entry.misses for entry in self.trials.entries)
 
     def estimate(self, known: Knowledge) -> None:
         if self.study.search.constraints.gpu_hours is not None:
