@@ -7,7 +7,8 @@ exactly the results that were told before it, and all proposals are a function o
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +18,7 @@ from sweeps.replicates import error_of
 from sweeps.samplers import Drawn, OptunaSampler
 from sweeps.space import check_written_points, finite, limit, listed, space
 from sweeps.storage import Storage
-from sweeps.study import Study
+from sweeps.study import Constraints, Study
 from sweeps.trials import GPU_HOURS, NOT_A_POINT, REFUSAL_FLOOR, Entry, Trials, reaching, read
 from tasks.errors import StudyError
 
@@ -64,8 +65,23 @@ class Searcher(Protocol):
     def tell(self, number: int, result: Result) -> None:
         """Record what became of a point: its objectives with their standard errors, or the reason it failed."""
 
+    @property
+    def constrained(self) -> bool:
+        """Whether there are constraints, or were. They may have changed since points were told: these are to be amended before there
+        is another point."""
+
+    def estimate(self, known: Knowledge) -> None:
+        """Work out what points take that were asked for when there was no ceiling."""
+
     def amend(self, number: int, result: Result) -> None:
-        """What a point that was told before measured over more seeds: the search goes by it; the storage keeps what was told."""
+        """What a point that was told before is found to have measured, over more seeds or against other constraints: the search goes
+        by it; the storage keeps what was told."""
+
+    def gave_up(self) -> Mapping[int, int]:
+        """Number -> how many seeds a point can have, of points of which a further one failed."""
+
+    def give_up(self, number: int, most: int, reason: str) -> None:
+        """Record that a point can have no more than `most` seeds, as a further one failed. It stays so, as a failed point does."""
 
 
 class OptunaSearcher:
@@ -78,6 +94,7 @@ class OptunaSearcher:
         """`begun_as` is a digest of the settings that the study had before it was widened."""
         self.study = study
         self.trials = Trials(study, storage, begun_as)
+        self.constrained = study.search.constraints != Constraints() or any(entry.misses for entry in self.trials.entries)
         self._limit = limit(study)
         self._known = {entry.point for entry in self.trials.entries}
         self._told = sum(entry.state != "running" for entry in self.trials.entries)
@@ -123,7 +140,7 @@ class OptunaSearcher:
             return
         metrics = [result.metrics[name] for name in self.study.objectives]
         misses = self._misses(self.trials.entries[number], result)
-        self.trials.finish(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses, result.same_as)
+        self.trials.finish(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses)
 
     def amend(self, number: int, result: Result) -> None:
         metrics = [result.metrics[name] for name in self.study.objectives]
@@ -131,6 +148,19 @@ class OptunaSearcher:
         amended = self.trials.amend(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses)
         if self._stage_aware is not None:
             self._stage_aware.amend(amended)
+
+    def estimate(self, known: Knowledge) -> None:
+        if self.study.search.constraints.gpu_hours is not None:
+            for number, entry in enumerate(self.trials.entries):
+                if entry.state != "failed" and GPU_HOURS not in entry.drawn:
+                    drawn = {**entry.drawn, GPU_HOURS: known.work(entry.point).whole / 3600}
+                    self.trials.entries[number] = replace(entry, drawn=drawn)
+
+    def gave_up(self) -> Mapping[int, int]:
+        return {k: entry.most for k, entry in enumerate(self.trials.entries) if entry.most is not None}
+
+    def give_up(self, number: int, most: int, reason: str) -> None:
+        self.trials.give_up(number, most, reason)
 
     def _misses(self, entry: Entry, result: Result) -> dict[str, float]:
         """By how much a result misses each constraint; at most 0 when it holds."""

@@ -32,7 +32,8 @@ NAME = "spending.jsonl"
 
 @dataclass(frozen=True)
 class Stopped:
-    """Why a driver asked for nothing more: in words, by what, under which rule (a digest), and how many points were told by then."""
+    """Why a driver asked for nothing more: in words, by what, under which rule (a digest), and how many points there were by then;
+    for `gain`, those that the rule had counted."""
 
     said: str
     by: Literal["budget", "gain"]

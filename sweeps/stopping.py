@@ -19,7 +19,7 @@ from tasks.identity import digest
 
 
 class Gains:
-    """What each result added in cost, and how much hypervolume there is. `since` is how many points were told before the rule counts:
+    """What each result added in cost, and how much hypervolume there is. `since` is how many points were given before the rule counts:
     of a study that had met it and was widened, those of its first life."""
 
     def __init__(self, study: Study, profile: Profile, since: int = 0) -> None:
@@ -29,6 +29,11 @@ class Gains:
         self._cost = Cost()
         self._spent: list[float] = []  # after each result
         self._gains: list[list[float]] = []  # of each result so far, all pointing up; empty for one without metrics
+
+    @property
+    def points(self) -> int:
+        """How many results it was given."""
+        return len(self._gains)
 
     def add(self, result: Result) -> None:
         """Take in the next result, of whatever status. Raises StudyError for GPUs without a price when the rule is in dollars."""

@@ -11,6 +11,7 @@ from analysis.results import collect
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.search import asked
+from sweeps.spending import read_spent
 from sweeps.study_file import parse
 from tasks.errors import DataError, TrainingError
 from tasks.specs import DataSpec, TrainSpec
@@ -153,3 +154,23 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
     assert found and {r.status for r in found} == {"out_of_budget"} and {r.reason for r in found} == {progress.stopped}
     drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
     assert [r.status for r in collect(poor, home)] == ["done"] * 12
+
+
+@pytest.mark.parametrize("search", [{"sampler": "tpe", "seed": 1}, {"sampler": "stage_aware"}])
+def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_path, search):
+    axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}
+    plain = changes(tmp_path, axes=axes, search={**search, "points": 11, "order": "in_turn", "window": 3})
+    free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
+    drive(study(tmp_path, plain), free, lambda: Pretended(free.store))
+    wanted = asked(study(tmp_path, plain), free.storage("tiny"))
+    assert len(wanted) == 11
+    for points in (2, 7, 7, 9):
+        few = study(tmp_path, {**plain, "budget": {"points": points}})
+        progress = drive(few, home, lambda: Pretended(home.store))
+        assert progress.by == "budget" and f"the budget of {points} points is used up" in progress.stopped
+        assert [result.status for result in collect(few, home)] == ["done"] * points
+        assert read_spent(home.folder("tiny")).stopped.by == "budget"
+    whole = study(tmp_path, plain)
+    assert drive(whole, home, lambda: Pretended(home.store)).by == ""
+    assert asked(whole, home.storage("tiny")) == wanted
+    assert rows(collect(whole, home)) == rows(collect(whole, free))

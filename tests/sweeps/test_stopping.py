@@ -10,8 +10,9 @@ from sweeps.points import Point, Result
 from sweeps.search import asked
 from sweeps.spending import read_spent
 from sweeps.stopping import Gains
-from tasks.errors import StudyError
+from tasks.errors import StudyError, TrainingError
 from tasks.metrics import Metric
+from tasks.specs import TrainSpec
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
 
@@ -87,3 +88,19 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     assert again.by == "gain" and again.stopped == progress.stopped and same == points
     further, more = driven(1e-9)
     assert more > points and further.results
+
+
+def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_finished_ones(tmp_path):
+    def fails(request):
+        spec = request.parsed_spec()
+        failing = isinstance(spec, TrainSpec) and spec.rank == 4
+        return (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__) if failing else None
+
+    plain = changes(tmp_path, axes={"train.rank": [4, 2, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain["models"] = {"7b": plain["models"]["7b"]}
+    search = {"sampler": "grid", "order": "in_turn", "window": 1, "stop": {"gain": 0.5, "per_points": 4}}
+    found, home = study(tmp_path, {**plain, "search": search}), Home(tmp_path / "home")
+    progress = drive(found, home, lambda: Pretended(home.store, fails=fails))
+    states = [result.status for result in progress.results]
+    assert progress.by == "gain" and states.count("failed") == 6
+    assert read_spent(home.folder("tiny")).gain.points == states.count("done") == len(states) - 6

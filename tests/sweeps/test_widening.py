@@ -8,7 +8,7 @@ from analysis.results import collect
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.replicates import seeds_of
-from sweeps.search import known_points
+from sweeps.search import OptunaSearcher, asked, known_points
 from sweeps.study_file import parse
 from tasks.errors import StudyError
 from tests.sweeps.made import study, written
@@ -101,3 +101,48 @@ def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
     assert [(r.status, seeds_of(r)) for r in found] == [("done", 2)] * 4
     after = {artifact.key for artifact in home.store.all("train")}
     assert trained < after and len(after) == 2 * len(trained)
+
+
+BOTH, ONE = ["refusal_rate", "task_accuracy"], ["task_accuracy"]
+
+
+@pytest.mark.parametrize(("sampler", "objectives"), [("tpe", BOTH), ("stage_aware", ONE), ("nsga2", BOTH)])
+@pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
+def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_path, monkeypatch, sampler, objectives, order):
+    axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.3, 0.5]}
+    plain = changes(tmp_path, axes=axes, objectives=objectives, refusal_floor=0.97)
+    plain["models"].pop("70b")
+    home, seen, real = Home(tmp_path / "home"), [], OptunaSearcher.ask
+
+    def ask(self, known):
+        if not seen:
+            seen.extend(self.trials.entries)
+        return real(self, known)
+
+    def driven(points, constraints=None, until=99):
+        search = {"sampler": sampler, "points": points, "order": order, "window": 3, "constraints": constraints or {}}
+        found, watched = study(tmp_path, {**plain, "search": search}), []
+        seen.clear()
+        drive(found, home, lambda: Pretended(home.store), watched.append, lambda: watched[-1].told >= until, extend=True)
+        refusals = {r.point: r.metrics["refusal.refusal_rate"].value for r in collect(found, home) if r.status == "done"}
+        return found, refusals
+
+    monkeypatch.setattr(OptunaSearcher, "ask", ask)
+    found, _ = driven(6, until=3)
+    states = [state for _, _, state, _ in asked(found, home.storage("tiny"))]
+    assert "running" in states and states.count("done") >= 3
+
+    found, refusals = driven(8, {"refusal_floor": True, "gpu_hours": 1000.0})
+    assert len(refusals) == 8  # those in flight, too
+    done = [entry for entry in seen if entry.state == "done"]
+    assert len(done) >= 3
+    for entry in done:
+        misses = dict(entry.misses)
+        assert misses["refusal_floor"] == pytest.approx(found.refusal_floor - refusals[entry.point]) and -1000 < misses["gpu_hours"] < 0
+        assert entry.feasible == (refusals[entry.point] >= found.refusal_floor)
+    assert {entry.feasible for entry in done} == {True, False}
+
+    driven(9, {"gpu_hours": 1e-9})
+    assert seen and all([*dict(entry.misses)] == ["gpu_hours"] and not entry.feasible for entry in seen if entry.state == "done")
+    driven(10)
+    assert seen and all(entry.misses == () for entry in seen if entry.state == "done")
