@@ -1,6 +1,6 @@
 """What runs of a study were predicted to take, beside what they then took.
 
-    HOME/studies/NAME/plans.jsonl     a line for each run that had something to do, written before it began; another when it was done
+    HOME/studies/NAME/plans.jsonl     a line for each run that had something to do, before it began; another at the study's end
         {"wall_s": 250.1, "gpu_s": [[null, 310.5]], "stages": 412, "written": 2.1e7, "spent_s": 0.0, "spent_gpu_s": []}
         {"begun_s": 0.0, "done_s": 271.3, "done_gpu_s": [[null, 320.1]]}
 
