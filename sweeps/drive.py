@@ -25,7 +25,7 @@ from sweeps.racing import Rivals
 from sweeps.replicates import seeds_needed, seeds_of
 from sweeps.search import OptunaSearcher, Wait, check_written_points, limit, reaching
 from sweeps.spending import Spending, Stopped, require_prices, spending
-from sweeps.stopping import Gains, rule_of
+from sweeps.stopping import Gains, rule_of, still_met
 from sweeps.storage import Hold
 from sweeps.study import Study
 from sweeps.warm import lessons
@@ -113,7 +113,7 @@ class _Drive:
         self.news = Counter[str]()  # by size, results since it was last asked which points need more seeds
         before = progress.spending.gain
         rule = rule_of(self.study)
-        self.ended = before if before is not None and before.rule == rule and self.study.search.stop is not None else None
+        self.ended = still_met(self.study, before)
         self.gains = Gains(self.study, progress.spending.profile, 0 if before is None or before.rule == rule else before.points)
 
     def run(self) -> Progress:

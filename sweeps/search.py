@@ -6,7 +6,6 @@ driver that was killed asks, on restart, for what it would have asked; when it t
 exactly the results that were told before it, and all proposals are a function of the study file alone.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -33,7 +32,6 @@ __all__ = [
     "asked",
     "check_written_points",
     "finite",
-    "known_points",
     "limit",
     "reaching",
     "space",
@@ -205,19 +203,6 @@ def _stage_aware(study: Study, in_turn: bool) -> "StageAware":
     from sweeps.stage_aware import StageAware  # scikit-learn takes a second, which only those who search pay
 
     return StageAware(study, in_turn)
-
-
-def known_points(study: Study, storage: Storage) -> tuple[list[Point], int]:
-    """The points that are known before running: those asked so far, or all of a grid or list; and how many are unchosen."""
-    entries, exhausted = read(study, storage)
-    wanted = limit(study)
-    points = [entry.point for entry in entries]
-    if study.sampler == "grid":
-        known = set(points)
-        points += itertools.islice((point for point in space(study) if point not in known), max(0, (wanted or 0) - len(points)))
-    elif study.sampler == "list":
-        points = [listed(row, study, f"search.list[{k}]") for k, row in enumerate(study.search.list)]
-    return points, 0 if exhausted else max(0, (wanted or 0) - len(points))
 
 
 def asked(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:

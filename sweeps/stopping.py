@@ -13,6 +13,7 @@ import numpy as np
 from cluster.costs import Cost
 from cluster.profile import Profile
 from sweeps.points import Result
+from sweeps.spending import Stopped
 from sweeps.study import Study, lasting
 from tasks.errors import StudyError
 from tasks.identity import digest
@@ -87,6 +88,11 @@ def hypervolume(gains: Sequence[Sequence[float]]) -> float:
     if gains_NM.shape[1] == 1:
         return float(gains_NM.max())
     return float(moocore.hypervolume(gains_NM, ref=[0.0] * gains_NM.shape[1], maximise=True))
+
+
+def still_met(study: Study, before: Stopped | None) -> Stopped | None:
+    """The last time that the rule was met, if the study still has that rule: it stays stopped."""
+    return before if before is not None and study.search.stop is not None and before.rule == rule_of(study) else None
 
 
 def rule_of(study: Study) -> str:

@@ -10,11 +10,11 @@ from cluster.inline import InlineExecutor
 from ebbline.evaluating import generations_of, rescore
 from ebbline.running import write_outputs
 from sweeps.drive import drive
+from sweeps.expected import points_of
 from sweeps.home import Home
 from sweeps.plan import Planner
 from sweeps.points import Point, Result, StageName
 from sweeps.racing import Rivals, standing
-from sweeps.search import known_points
 from sweeps.todo import todo
 from tasks.errors import StudyError
 from tasks.metrics import Metric, write_metrics
@@ -181,8 +181,8 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
     outputs = write_outputs(found, home)
     assert "raced: refusal" in outputs["report"].read_text() and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
     assert drive(found, home, InlineExecutor).results == []
-    points, unchosen = known_points(found, home.storage(found.study))
-    assert not todo(Planner(found, home), points).missing and unchosen == 0
+    points = points_of(found, home.storage(found.study))
+    assert not todo(Planner(found, home), points.told).missing and not points.to_come
     assert rescore(generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest"))[0]["n"] == 20
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import optuna
 import pytest
 
+from sweeps.expected import points_of
 from sweeps.points import Point, Result
-from sweeps.search import NOT_A_POINT, WAIT, OptunaSearcher, asked, known_points, limit, space
+from sweeps.search import NOT_A_POINT, WAIT, OptunaSearcher, asked, limit, space
 from sweeps.storage import Storage
 from tasks.errors import StudyError
 from tasks.metrics import Metric
@@ -199,7 +200,7 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path, url):
 def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
     found = searched(tmp_path, "grid", points=5)
     assert follow(found, url) == list(space(found))[:5]
-    assert known_points(found, url) == (list(space(found))[:5], 0)
+    assert not points_of(found, url).to_come and len(asked(found, url)) == 5
 
 
 ROWS = [{"model": "7b", "train.rank": 8, "apply.threshold": None}, {"model": "7b", "train.rank": 2, "apply.threshold": 0.4}]
@@ -296,4 +297,4 @@ def test_readers_see_points_and_states_and_nothing_before_the_first_driver(tmp_p
     searcher.tell(0, outcome(0, flights[0][1]))
     states = [(number, point, state) for number, point, state, _ in asked(found, url)]
     assert states[1] == (1, flights[1][1], "running") and states[0][2] in ("done", "failed")
-    assert known_points(found, url)[1] == 10
+    assert len(points_of(found, url).drawn) == 10

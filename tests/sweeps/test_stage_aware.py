@@ -2,10 +2,11 @@
 
 import pytest
 
+from sweeps.expected import points_of
 from sweeps.knowledge import Work, adapter_of
 from sweeps.masks import mask_of
 from sweeps.points import Result
-from sweeps.search import WAIT, OptunaSearcher, known_points
+from sweeps.search import WAIT, OptunaSearcher
 from sweeps.storage import Storage
 from tasks.metrics import Metric
 from tests.sweeps.made import WHOLE, Imagined, outcome, study
@@ -65,8 +66,9 @@ def test_every_mask_is_proposed_once_and_then_there_is_nothing_left(tmp_path, em
     assert len(masks) == 2 * (6 * seeds + 1)
     # One threshold of each adapter is chosen before its cosines are known; no later one is the same.
     assert len(points) == len(masks)
-    entries, unchosen = known_points(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
-    assert len(entries) == len(points) and unchosen == 0  # fewer than the 60 asked for, and yet complete
+    found = points_of(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
+    assert len(found.told) == len(points) and not found.to_come  # fewer than the 60 asked for, and yet complete
+    assert found.ended == "the search has nothing more to propose"
 
 
 def test_while_cosines_are_unknown_one_threshold_is_in_flight_and_null(tmp_path, empty_storage):  # noqa: F811

@@ -3,8 +3,10 @@
 import pytest
 
 from cluster.costs import Cost
+from cluster.executor import Capacity, Host
 from cluster.profile import GpuType, Profile
 from sweeps.drive import drive
+from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.points import Point, Result
 from sweeps.search import asked
@@ -75,9 +77,15 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     plain["models"] = {"7b": plain["models"]["7b"]}
     home = Home(tmp_path / "home")
 
-    def driven(gain):
+    def ruled(gain):
         search = {"sampler": "grid", "window": 2, "stop": {"gain": gain, "per_points": 4}}
-        found = study(tmp_path, {**plain, "search": search})
+        return study(tmp_path, {**plain, "search": search})
+
+    def expected(gain):
+        return forecast(ruled(gain), home, Capacity((Host("here", 8, 8),)))
+
+    def driven(gain):
+        found = ruled(gain)
         return drive(found, home, lambda: Pretended(home.store)), len(asked(found, home.storage("tiny")))
 
     progress, points = driven(0.5)
@@ -86,6 +94,8 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     assert spent.stopped.said == progress.stopped and spent.gain.by == "gain"
     again, same = driven(0.5)
     assert again.by == "gain" and again.stopped == progress.stopped and same == points
+    assert expected(0.5).complete and expected(0.5).points.ended == progress.stopped
+    assert len(expected(1e-9).points.to_come) == 18 - points
     further, more = driven(1e-9)
     assert more > points and further.results
 

@@ -6,9 +6,10 @@ import pytest
 
 from analysis.results import collect
 from sweeps.drive import drive
+from sweeps.expected import points_of
 from sweeps.home import Home
 from sweeps.replicates import seeds_of
-from sweeps.search import OptunaSearcher, asked, known_points
+from sweeps.search import OptunaSearcher, asked
 from sweeps.study_file import parse
 from tasks.errors import StudyError
 from tests.sweeps.made import study, written
@@ -78,8 +79,8 @@ def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones
     wide = study(tmp_path, {**plain, "axes": axes, "models/70b": large, "search": more})
     with pytest.raises(StudyError, match="--extend"):
         drive(wide, home, lambda: Pretended(home.store))
-    points, unchosen = known_points(wide, home.storage("tiny"))
-    assert points[: len(numbers)] == numbers and len(points) + unchosen == 12
+    points = points_of(wide, home.storage("tiny"))
+    assert list(points.told) == numbers and len(points.told) + len(points.to_come) == 12
     drive(wide, home, lambda: Pretended(home.store), extend=True)
     found = collect(wide, home)
     assert [r.point for r in found][: len(numbers)] == numbers
