@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from sweeps.adapters import Adapters, Candidate, drawn
+from sweeps.adapters import Adapters, Candidate
 from sweeps.features import Features
 from sweeps.gain import Array, expected_gain, expected_joint_gains, frontier, gains_of, spread, undominated
 from sweeps.knowledge import Knowledge, adapter_of
 from sweeps.points import Point
 from sweeps.samplers import chosen
-from sweeps.space import finite, space
+from sweeps.space import drawn, space
 from sweeps.study import Study
 from sweeps.surrogate import FITTED_ON, KNOWS, Belief, believed, fit_at, fitted
 from sweeps.trials import REFUSAL_FLOOR, Entry
@@ -124,7 +124,7 @@ class StageAware:
         """What `gp` chooses among: the points of the space that were not asked for, or draws from it when they are too many."""
         rng = np.random.default_rng((self.study.search.seed, k))
         size = self.study.size
-        if finite(self.study) and size is not None and size <= LISTED:
+        if size is not None and size <= LISTED:
             left = [point for point in space(self.study) if point not in asked]
             kept = rng.choice(len(left), POOL, replace=False) if len(left) > POOL else range(len(left))
             return [left[index] for index in sorted(kept)]
