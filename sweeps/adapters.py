@@ -74,29 +74,39 @@ class Adapters:
         if adapter.cosines is not None:
             self._take(adapter, values)
 
-    def told(self, entry: Entry, promise: float) -> None:
+    def told(self, entry: Entry, promise: float, known: Knowledge) -> None:
+        """Take in what became of a point, and the cosines of its adapter."""
         adapter = self.by_point[adapter_of(entry.point)]
         adapter.running -= 1
         adapter.told = True
         adapter.failed = adapter.failed or entry.state == "failed"
         adapter.promise = max(adapter.promise, promise)
+        if adapter.point in self._unknown:
+            self._look_at(adapter, known)
 
     def look(self, known: Knowledge) -> None:
-        """Take in the cosines that were measured since the last time."""
-        for point, adapter in list(self._unknown.items()):
-            if self._in_turn and not adapter.told:
-                continue
-            adapter.cosines = known.cosines(point)
-            if adapter.cosines is not None:
-                del self._unknown[point]
-                adapter.left = distinct_masks(self._study, point.model, adapter.cosines)
-                for values in adapter.asked:
-                    self._take(adapter, values)
-                if adapter.left:
-                    self._open[point] = adapter
-                self._like.setdefault(point.model, []).append(adapter.cosines)
-            elif adapter.told and not adapter.running:
-                del self._unknown[point]  # it failed before it had any
+        """Take in the cosines that were measured since the last time; in turn, each waits until a point of its adapter is told."""
+        if not self._in_turn:
+            for adapter in list(self._unknown.values()):
+                self._look_at(adapter, known)
+
+    def _look_at(self, adapter: Adapter, known: Knowledge) -> None:
+        adapter.cosines = known.cosines(adapter.point)
+        if adapter.cosines is not None:
+            del self._unknown[adapter.point]
+            adapter.left = distinct_masks(self._study, adapter.point.model, adapter.cosines)
+            for values in adapter.asked:
+                self._take(adapter, values)
+            if adapter.left:
+                self._open[adapter.point] = adapter
+            self._like.setdefault(adapter.point.model, []).append(adapter.cosines)
+        elif adapter.told and not adapter.running:
+            del self._unknown[adapter.point]  # it failed before it had any
+
+    def knows(self, point: Point) -> bool:
+        """Whether the cosines of a point's adapter count, so that its share is no guess."""
+        adapter = self.by_point.get(adapter_of(point))
+        return adapter is not None and adapter.cosines is not None
 
     def share_of(self, point: Point) -> float:
         """The share of modules that a point projects: of its adapter, or of adapters like it while that one is not known."""
