@@ -1,5 +1,6 @@
 """In which order points land: none waits for another, or each for those before it; and what is left of a driver that was killed."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from analysis.results import collect
 from sweeps.drive import drive
 from sweeps.home import Home
-from sweeps.search import asked
+from sweeps.search import asked, space
 from sweeps.study_file import parse
 from tasks.errors import DataError, TrainingError
 from tasks.specs import DataSpec, TrainSpec
@@ -141,6 +142,16 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
     assert [r.status for r in collect(few, home)] == ["done"] * 5
     more = drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
     assert (more.by, more.told, len(more.results)) == ("", 12, 7)
+
+
+def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
+    plain = changes(tmp_path, search={"window": 2})
+    home, calls = Home(tmp_path / "home"), itertools.count()
+    drive(study(tmp_path, plain), home, lambda: Pretended(home.store), stop=lambda: next(calls) > 20)
+    later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
+    assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
+    drive(later, home, lambda: Pretended(home.store))
+    assert [point for _, point, _, _ in asked(later, home.storage("tiny"))] == list(space(later))
 
 
 def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_is_raised(tmp_path):
