@@ -1,6 +1,7 @@
 """`run --extend`: what a study may become, that nothing is lost or repeated on the way, and what is refused by its path."""
 
 import copy
+import itertools
 
 import pytest
 
@@ -8,7 +9,7 @@ from analysis.results import collect
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.replicates import seeds_of
-from sweeps.search import known_points
+from sweeps.search import asked, known_points
 from sweeps.study_file import parse
 from tasks.errors import StudyError
 from tests.sweeps.made import study, written
@@ -101,3 +102,25 @@ def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
     assert [(r.status, seeds_of(r)) for r in found] == [("done", 2)] * 4
     after = {artifact.key for artifact in home.store.all("train")}
     assert trained < after and len(after) == 2 * len(trained)
+
+
+def test_a_stage_aware_study_that_is_stopped_and_widened_keeps_what_is_in_flight_and_tries_new_values(tmp_path):
+    axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
+    search = {"sampler": "stage_aware", "points": 8, "window": 3}
+    plain = changes(tmp_path, axes=axes, search=search)
+    plain["models"].pop("70b")
+    home, calls = Home(tmp_path / "home"), itertools.count()
+    narrow = study(tmp_path, plain)
+    stopped = drive(narrow, home, lambda: Pretended(home.store), stop=lambda: next(calls) > 12)
+    before = asked(narrow, home.storage("tiny"))
+    in_flight = [(number, point) for number, point, state, _ in before if state == "running"]
+    assert stopped.by == "request" and in_flight and stopped.results
+    records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
+
+    wide = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 64]}, "search": {**search, "points": 16}})
+    drive(wide, home, lambda: Pretended(home.store), extend=True)
+    found = collect(wide, home)
+    assert [(r.number, r.point) for r in found][: len(before)] == [(number, point) for number, point, _, _ in before]
+    assert [r.status for r in found] == ["done"] * 16 and {r.same_as for r in found} == {None}
+    assert 64 in {dict(r.point.values)["train.rank"] for r in found[len(before) :]}
+    assert {path: path.stat().st_mtime_ns for path in records} == records, "a finished stage was run again"
