@@ -1,6 +1,5 @@
 """In which order points land: none waits for another, or each for those before it; and what is left of a driver that was killed."""
 
-import itertools
 import signal
 import subprocess
 import sys
@@ -146,8 +145,8 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
 
 def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
     plain = changes(tmp_path, search={"window": 2})
-    home, calls = Home(tmp_path / "home"), itertools.count()
-    drive(study(tmp_path, plain), home, lambda: Pretended(home.store), stop=lambda: next(calls) > 20)
+    home, told = Home(tmp_path / "home"), [0]
+    drive(study(tmp_path, plain), home, lambda: Pretended(home.store), lambda p: told.append(p.told), lambda: told[-1] >= 3)
     later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
     assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
     drive(later, home, lambda: Pretended(home.store))

@@ -311,7 +311,7 @@ def test_a_sampler_goes_by_what_a_point_measured_over_more_seeds(tmp_path, url, 
     found = searched(tmp_path, sampler, points=18)
     searcher, told = OptunaSearcher(found, url), []
     real = Shadow.draw
-    monkeypatch.setattr(Shadow, "draw", lambda self, drawer: told.append(self._optuna.trials[0].values) or real(self, drawer))
+    monkeypatch.setattr(Shadow, "draw", lambda self, drawer: told.extend(t.values for t in self._optuna.trials[:1]) or real(self, drawer))
     for _ in range(3):
         number, point = searcher.ask(KNOWN)
         metrics = {"refusal.refusal_rate": Metric("refusal_rate", 50, 100), "task.task_accuracy": Metric("task_accuracy", 20, 100)}
