@@ -72,7 +72,7 @@ def drive(
     study may be wider than it was begun (see sweeps.widening). Raises StudyHeld when another driver has the study, StudyError when
     it is another study than was begun, or a model cannot be measured before fine-tuning.
     """
-    storage = home.storage(study.study)
+    study, storage = home.continued(study), home.storage(study.study)
     with home.driving(study.study) as hold, reaching(storage):
         planner = Planner(study, home)
         check_written_points(study)

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 from sweeps.axes import AxisValue, Range
 from sweeps.points import Point, Value
-from sweeps.space import limit, listed, space
+from sweeps.space import LISTED, limit, listed, space
 from sweeps.storage import Storage
 from sweeps.study import Study
 from sweeps.trials import read
-
-LISTED = 100_000  # a space of so many points is shuffled; a larger one is drawn from
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def _written(study: Study) -> Iterator[Point]:
 
 
 def _random(study: Study) -> Iterator[Point]:
-    """Points of the space in a random order, each once; without an end when an axis is a range."""
+    """Points of the space in a random order, each once; without an end when an axis is a range without a step."""
     rng = random.Random(study.search.seed)
     size = study.size
     if size is not None and size <= LISTED:
@@ -88,9 +86,8 @@ def _random(study: Study) -> Iterator[Point]:
 def _value(rng: random.Random, values: tuple[AxisValue, ...] | Range) -> Value:
     if not isinstance(values, Range):
         return rng.choice(values)
+    if values.count is not None:
+        return values.at(rng.randrange(values.count))
     low, high = values.edges
     drawn = math.exp(rng.uniform(math.log(low), math.log(high))) if values.log else rng.uniform(low, high)
-    if values.step is not None:
-        drawn = low + values.step * round((drawn - low) / values.step)
-    drawn = min(max(drawn, low), high)
-    return round(drawn) if values.whole else drawn
+    return min(max(drawn, low), high)

@@ -11,11 +11,13 @@ from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from sweeps.knowledge import Knowledge
 from sweeps.points import Point, Result
 from sweeps.replicates import error_of
 from sweeps.samplers import Drawn, OptunaSampler
-from sweeps.space import check_written_points, finite, limit, listed, space
+from sweeps.space import LISTED, check_written_points, drawn_point, limit, listed, space
 from sweeps.storage import Storage
 from sweeps.study import Constraints, Study
 from sweeps.trials import GPU_HOURS, NOT_A_POINT, REFUSAL_FLOOR, Entry, Trials, reaching, read
@@ -31,7 +33,6 @@ __all__ = [
     "Searcher",
     "asked",
     "check_written_points",
-    "finite",
     "limit",
     "reaching",
     "space",
@@ -144,6 +145,7 @@ class OptunaSearcher:
         metrics = [result.metrics[name] for name in self.study.objectives]
         misses = self._misses(self.trials.entries[number], result)
         amended = self.trials.amend(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses)
+        self._optuna.amend()
         if self._stage_aware is not None:
             self._stage_aware.amend(amended)
 
@@ -178,11 +180,8 @@ class OptunaSearcher:
             point, later = self._stage_aware.propose(self.trials.entries, self.trials.taught, known, k)
             return (point, {}) if point is not None else WAIT if later else None
         found = self._optuna.propose(self.trials.entries, self.trials.taught, self._known, k)
-        if found is None:
-            # The sampler keeps proposing what is known: take a point of the space, in a seeded order, that is not.
-            point = self._unvisited(k)
-            return None if point is None else (point, {})
-        return found
+        # A sampler that keeps proposing what is known: any point of the space that is not, by the seed.
+        return found or (self._unvisited(k), {})
 
     def _fixed(self, k: int) -> Point | None:
         if self._grid is not None:
@@ -192,11 +191,15 @@ class OptunaSearcher:
         first = self.study.search.first
         return listed(first[k], self.study, f"search.first[{k}]") if k < len(first) else None
 
-    def _unvisited(self, k: int) -> Point | None:
-        if not finite(self.study):
-            return None
-        left = sorted((point for point in space(self.study) if point not in self._known), key=lambda point: point.id)
-        return left[k % len(left)] if left else None
+    def _unvisited(self, k: int) -> Point:
+        """A point of the space that is not known. There is one: no more are asked for than there are (see sweeps.space.limit)."""
+        if self.study.size is not None and self.study.size <= LISTED:
+            left = sorted((point for point in space(self.study) if point not in self._known), key=lambda point: point.id)
+            return left[k % len(left)]
+        rng = np.random.default_rng((self.study.search.seed, k))
+        while (point := drawn_point(rng, self.study)) in self._known:
+            pass
+        return point
 
 
 def _stage_aware(study: Study, in_turn: bool) -> "StageAware":

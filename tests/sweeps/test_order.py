@@ -10,7 +10,7 @@ import pytest
 from analysis.results import collect
 from sweeps.drive import drive
 from sweeps.home import Home
-from sweeps.search import asked
+from sweeps.search import asked, space
 from sweeps.spending import read_spent
 from sweeps.study_file import parse
 from tasks.errors import DataError, TrainingError
@@ -142,6 +142,16 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
     assert [r.status for r in collect(few, home)] == ["done"] * 5
     more = drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
     assert (more.by, more.told, len(more.results)) == ("", 12, 7)
+
+
+def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
+    plain = changes(tmp_path, search={"window": 2})
+    home, told = Home(tmp_path / "home"), [0]
+    drive(study(tmp_path, plain), home, lambda: Pretended(home.store), lambda p: told.append(p.told), lambda: told[-1] >= 3)
+    later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
+    assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
+    drive(later, home, lambda: Pretended(home.store))
+    assert [point for _, point, _, _ in asked(later, home.storage("tiny"))] == list(space(later))
 
 
 def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_is_raised(tmp_path):

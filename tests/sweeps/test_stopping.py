@@ -114,3 +114,21 @@ def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_
     states = [result.status for result in progress.results]
     assert progress.by == "gain" and states.count("failed") == 6
     assert read_spent(home.folder("tiny")).gain.points == states.count("done") == len(states) - 6
+
+
+def test_a_driven_study_stops_by_the_dollars_that_its_points_took(tmp_path):
+    plain = changes(tmp_path, axes={"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain["models"] = {"7b": plain["models"]["7b"]}
+    found = study(tmp_path, {**plain, "search": {"sampler": "grid", "window": 2, "stop": {"gain": 0.5, "per_usd": 120.0}}})
+    home = Home(tmp_path / "home")
+    with pytest.raises(StudyError, match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price for other"):
+        drive(found, home, lambda: Pretended(home.store))
+    (home.root / "cluster.yaml").write_text("gpus: {other: {usd_per_hour: 3600}}\n")  # a dollar for a second
+    home = Home(home.root)
+    progress = drive(found, home, lambda: Pretended(home.store))
+    told = progress.results
+    assert progress.by == "gain" and "by less than 0.5 per $120. Change search.stop" in progress.stopped and len(told) < 24
+    costs = {key: cost.usd(home.profile) for result in told for key, cost in result.costs.items()}
+    assert sum(costs.values()) > 120.0
+    again = drive(found, home, lambda: Pretended(home.store))
+    assert (again.by, again.results) == ("gain", [])

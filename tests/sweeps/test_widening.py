@@ -147,3 +147,25 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_
     assert seen and all([*dict(entry.misses)] == ["gpu_hours"] and not entry.feasible for entry in seen if entry.state == "done")
     driven(10)
     assert seen and all(entry.misses == () for entry in seen if entry.state == "done")
+
+
+def test_a_stage_aware_study_that_is_stopped_and_widened_keeps_what_is_in_flight_and_tries_new_values(tmp_path):
+    axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
+    search = {"sampler": "stage_aware", "points": 8, "window": 3}
+    plain = changes(tmp_path, axes=axes, search=search)
+    plain["models"].pop("70b")
+    home, told = Home(tmp_path / "home"), [0]
+    narrow = study(tmp_path, plain)
+    stopped = drive(narrow, home, lambda: Pretended(home.store), lambda p: told.append(p.told), lambda: told[-1] >= 3)
+    before = asked(narrow, home.storage("tiny"))
+    in_flight = [(number, point) for number, point, state, _ in before if state == "running"]
+    assert stopped.by == "request" and in_flight and stopped.results
+    records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
+
+    wide = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 64]}, "search": {**search, "points": 16}})
+    drive(wide, home, lambda: Pretended(home.store), extend=True)
+    found = collect(wide, home)
+    assert [(r.number, r.point) for r in found][: len(before)] == [(number, point) for number, point, _, _ in before]
+    assert [r.status for r in found] == ["done"] * 16 and {r.same_as for r in found} == {None}
+    assert 64 in {dict(r.point.values)["train.rank"] for r in found[len(before) :]}
+    assert {path: path.stat().st_mtime_ns for path in records} == records, "a finished stage was run again"
