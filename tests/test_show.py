@@ -92,7 +92,7 @@ def test_a_terminal_is_drawn_a_few_times_a_second_however_often_the_driver_turns
     screen = Screen(terminal())
     monkeypatch.setattr(show, "time", SimpleNamespace(monotonic=lambda: 0.1 * len(turns)))
     drive(small(tmp_path), home, lambda: Pretended(home.store), lambda progress: turns.append(progress.told) or screen(progress))
-    assert len(turns) > 10 and 2 <= len(drawn) <= 1 + len(turns) // 4
+    assert len(turns) > 7 and 2 <= len(drawn) <= 1 + len(turns) // 4
 
 
 def status(found: Study, home: Home, capsys: pytest.CaptureFixture[str]) -> str:

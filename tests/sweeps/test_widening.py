@@ -105,6 +105,7 @@ def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
 
 
 BOTH, ONE = ["refusal_rate", "task_accuracy"], ["task_accuracy"]
+FIRST = [{"model": "7b", "train.rank": rank, "apply.threshold": None} for rank in (16, 2)]  # below the floor, and above it
 
 
 @pytest.mark.parametrize(("sampler", "objectives"), [("tpe", BOTH), ("stage_aware", ONE), ("nsga2", BOTH)])
@@ -121,7 +122,8 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_
         return real(self, known)
 
     def driven(points, constraints=None, until=99):
-        search = {"sampler": sampler, "points": points, "order": order, "window": 3, "constraints": constraints or {}}
+        search = {"sampler": sampler, "points": points, "order": order, "window": 3, "first": FIRST}
+        search["constraints"] = constraints or {}
         found, watched = study(tmp_path, {**plain, "search": search}), []
         seen.clear()
         drive(found, home, lambda: Pretended(home.store), watched.append, lambda: watched[-1].told >= until, extend=True)
