@@ -25,7 +25,7 @@ class Failure:
     refused: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """One stage on its way. `reused` is true when its artifact was there before this runner asked for it.
 
