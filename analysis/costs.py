@@ -115,9 +115,13 @@ def cost_rows(
     return rows
 
 
-def prediction_rows(predictions: Sequence[Prediction], spent: Spent, profile: Profile) -> dict[str, object]:
-    """The report's rows on the latest plan: what was predicted, what was taken since, and by how much the prediction was off."""
-    return {"the latest run, as predicted and as it was": compared(predictions[-1], spent, profile)} if predictions else {}
+def prediction_rows(predictions: Sequence[Prediction], profile: Profile) -> dict[str, object]:
+    """The report's rows on the latest run that had something to do and came to the study's end: what it was predicted to take, what it
+    took, and by how much the prediction was off. None where there was no such run."""
+    done = [(each, each.after) for each in predictions if each.after is not None]
+    if not done:
+        return {}
+    return {"the latest run to the study's end, as predicted and as it was": compared(*done[-1], profile)}
 
 
 def compared(prediction: Prediction, spent: Spent, profile: Profile) -> str:

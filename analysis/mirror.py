@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B would send its own crash reports to Sentry
     os.nice(10)
-    study, home = load(given.study), Home(given.home)
+    home = Home(given.home)
+    study = home.continued(load(given.study))
     mode = chosen_mode()
     _log.info("mirroring %s, %s", study.study, mode)
     if mode != "disabled":

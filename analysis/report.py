@@ -160,7 +160,7 @@ def _plan_figure(plan: Path | None) -> list[dict[str, str]]:
         {
             "source": f"data:image/svg+xml;base64,{drawn}",
             "alt": "Gantt chart: stages over time, as planned, a row for each GPU.",
-            "caption": "What the latest run was expected to do, from before it began. How far off that was is under Cost.",
+            "caption": "What the latest run was expected to do, from before it began. How far off predictions were is under Cost.",
         }
     ]
 

@@ -18,10 +18,10 @@ from sweeps.home import Home
 from sweeps.outcome import costs_of, metrics_of, results_of, stages_or_refusal
 from sweeps.plan import Planner
 from sweeps.points import Result, keys_of
-from sweeps.search import asked
 from sweeps.spending import read_spent
 from sweeps.study import Study
 from sweeps.suites import scorers_of
+from sweeps.trials import read
 from tasks.errors import EvaluationError
 from tasks.gate import ProjectedRows, read_rows
 from tasks.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
@@ -31,12 +31,8 @@ from tasks.stage import Stage, closure
 
 def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Result]:
     """All points asked so far, in the order of asking: done, failed or refused with their reason, still running or out of budget."""
-    planner, resolver = planner or Planner(study, home), Resolver(home.store)
-    rows = [
-        (number, point, reason or ("no reason was recorded" if state == "failed" else ""))
-        for number, point, state, reason in asked(study, home.storage(study.study))
-    ]
-    results = results_of(study, rows, planner, resolver)
+    entries, _ = read(study, home.storage(study.study))
+    results = results_of(study, entries, planner or Planner(study, home), Resolver(home.store))
     stopped = read_spent(home.folder(study.study)).stopped
     if stopped is None or stopped.by != "budget":
         return results

@@ -25,11 +25,12 @@ class Failure:
     refused: bool = False
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Node:
     """One stage on its way. `reused` is true when its artifact was there before this runner asked for it.
 
     `attempt` is the folder of its latest attempt. Nodes with the same key are twins: one runs, all get its artifact.
+    `behind` are the nodes that read from it, each once.
     """
 
     stage: Stage
@@ -40,6 +41,11 @@ class Node:
     reused: bool = False
     attempt: Path | None = None
     behind: list["Node"] = field(default_factory=list)
+
+    @property
+    def counts_as(self) -> str:
+        """Its state, and `reused` for what is done that was there before."""
+        return "reused" if self.state == "done" and self.reused else self.state
 
 
 @dataclass

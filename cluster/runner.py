@@ -19,7 +19,7 @@ from cluster.estimates import Estimates
 from cluster.executor import Executor, Finished, Loss, Needs
 from cluster.losses import Losses
 from cluster.needs import default_needs
-from cluster.nodes import Failure, Node, Running
+from cluster.nodes import Failure, Node, Running, State
 from cluster.profile import Profile
 from cluster.resolver import contents_of
 from cluster.starter import Starter
@@ -49,6 +49,7 @@ class Runner:
         self.store, self.executor, self.profile = store, executor, profile or Profile()
         self.estimates = estimates or Estimates(store)
         self.nodes: dict[str, Node] = {}
+        self.counts: dict[str, Counter[str]] = {}  # kind -> how many of its nodes are in each state; `reused` are done and not by this run
         self._unsettled: dict[str, Node] = {}  # by lineage; may still hold some that have been settled since the last look
         self.running: dict[str, Running] = {}
         self.draining = False
@@ -65,19 +66,28 @@ class Runner:
 
     def want(self, targets: Iterable[Stage]) -> None:
         """Add stages and all that they read from. Asking again for the same stage is free."""
+        new: list[Node] = []
         for target in targets:
-            self._add(target)
-        self._resolve()
+            self._add(target, new)
+        self._resolve(new)
 
-    def _add(self, stage: Stage) -> Node:
+    def _add(self, stage: Stage, new: list[Node]) -> Node:
+        """The node of a stage; one that was not there, and those above it, are added to `new`, inputs first."""
         node = self.nodes.get(stage.lineage)
         if node is None:
             node = self.nodes[stage.lineage] = self._unsettled[stage.lineage] = Node(stage)
-            for above in stage.upstream():
-                parent = self._add(above)
-                if node not in parent.behind:
-                    parent.behind.append(node)
+            self.counts.setdefault(stage.kind, Counter())[node.counts_as] += 1
+            for above in {above.lineage: above for above in stage.upstream()}.values():
+                self._add(above, new).behind.append(node)
+            new.append(node)
         return node
+
+    def _move(self, node: Node, state: State, reused: bool | None = None) -> None:
+        """Change a node's state, and `reused` unless that is None; `counts` keeps up."""
+        counts = self.counts[node.stage.kind]
+        counts[node.counts_as] -= 1
+        node.state, node.reused = state, node.reused if reused is None else reused
+        counts[node.counts_as] += 1
 
     def artifact(self, stage: Stage) -> Artifact | None:
         node = self.nodes.get(stage.lineage)
@@ -93,6 +103,11 @@ class Runner:
         """What is wanted and neither done nor failed: a few, where `nodes` has all that a study ever asked for."""
         self._unsettled = {lineage: node for lineage, node in self._unsettled.items() if node.state not in ("done", "failed")}
         return list(self._unsettled.values())
+
+    @property
+    def settlements(self) -> int:
+        """How many of the wanted stages are done or failed."""
+        return sum(counts[name] for counts in self.counts.values() for name in ("done", "reused", "failed"))
 
     @property
     def idle(self) -> bool:
@@ -158,17 +173,22 @@ class Runner:
         work = sum(self._seconds(node) * self._needs_of(node.stage).gpus for node in open_nodes)
         return max([work / max(1, self.executor.capacity().gpus), *(chains[node.stage.lineage] for node in open_nodes)], default=0.0)
 
-    def _resolve(self) -> None:
-        """Move waiting stages on: to ready, to done if the store has them, to failed if something above them failed."""
+    def _resolve(self, nodes: Iterable[Node] | None = None) -> None:
+        """Move waiting stages on: to ready, to done if the store has them, to failed if something above them failed.
+
+        `nodes` are those that may move, all that are unsettled when it is left out: what was just added can move nothing else.
+        """
+        looked_at = dict.fromkeys(self.unsettled() if nodes is None else nodes)
         changed = True
         while changed:
             changed = False
-            for node in [node for node in self.unsettled() if node.state == "waiting"]:
+            for node in [node for node in looked_at if node.state == "waiting"]:
                 broken = next((a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"), None)
                 if broken is not None:
                     above = self.nodes[broken.lineage].failure or Failure("")
                     reason = above.reason if above.inherited else f"needs {broken.kind}, which failed: {above.reason}"
-                    node.state, node.failure = "failed", Failure(reason, above.command, inherited=True, refused=above.refused)
+                    node.failure = Failure(reason, above.command, inherited=True, refused=above.refused)
+                    self._move(node, "failed")
                     changed = True
                     continue
                 contents = contents_of(node.stage, self.artifact)
@@ -181,7 +201,9 @@ class Runner:
                 artifact = self._made(node.stage.kind, node.key)
                 again = len(self._again)
                 if artifact is None and self._needs_again(node):
-                    self._unsettled |= {twin.stage.lineage: twin for key in self._again for twin in self._by_key[key]}
+                    remade = {twin.stage.lineage: twin for key in self._again for twin in self._by_key[key]}
+                    self._unsettled |= remade
+                    looked_at |= dict.fromkeys(remade.values())
                     changed = changed or len(self._again) > again
                     continue
                 changed = True
@@ -189,8 +211,8 @@ class Runner:
                     self._done([node], artifact, reused=len(twins) == 1 or all(twin.reused for twin in twins[:-1]))
                 else:
                     first = next((twin for twin in twins if twin.state != "waiting"), None)
-                    node.state, node.failure = ("ready", None) if first is None else (first.state, first.failure)
-                    node.attempt = node.attempt if first is None else first.attempt
+                    self._move(node, "ready" if first is None else first.state)
+                    node.failure, node.attempt = (None, node.attempt) if first is None else (first.failure, first.attempt)
 
     def _made(self, kind: str, key: str) -> Artifact | None:
         """The artifact of a key; None while files that retention dropped are being made again."""
@@ -216,13 +238,14 @@ class Runner:
                 self._again.add(above.key)
                 self._starter.apart.add(above.key)  # as it was made: what was made in a pack is never dropped
                 for twin in self._by_key[above.key]:
-                    twin.state = "waiting"
+                    self._move(twin, "waiting")
             waits = True
         return waits
 
     def _done(self, nodes: Iterable[Node], artifact: Artifact, reused: bool) -> None:
         for node in nodes:
-            node.state, node.artifact, node.reused = "done", artifact, reused
+            node.artifact = artifact
+            self._move(node, "done", reused)
 
     def _start(self) -> None:
         ready = {node.key: node for node in self.unsettled() if node.state == "ready"}
@@ -231,7 +254,8 @@ class Runner:
         also = [(self._needs_of(node.stage), self._seconds(node)) for node in self.unsettled() if node.state == "running"]
         for key, attempt in self._starter.start(ready, self.running, self._paths(), also).items():
             for node in self._by_key[key]:
-                node.state, node.attempt = "running", attempt
+                node.attempt = attempt
+                self._move(node, "running")
 
     def _listen(self) -> None:
         """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they had begun."""
@@ -286,7 +310,7 @@ class Runner:
                     self._fail(nodes, f"{nodes[0].stage.kind}: {gave_up}")
                 else:
                     for node in nodes:
-                        node.state = "ready"
+                        self._move(node, "ready")
 
     def _check_store(self, report: Report) -> None:
         """Raise StoreError when a stage met it as often as one is tried: then it is not the place, and no fault of the stage."""
@@ -300,7 +324,8 @@ class Runner:
         if attempt is not None:
             command = f"python -m {'tasks' if self.store.cache is None else 'cluster.again'} {self.store.url(attempt)}/log/request.json"
         for node in nodes:
-            node.state, node.failure = "failed", Failure(reason, command, refused=refused)
+            node.failure = Failure(reason, command, refused=refused)
+            self._move(node, "failed")
 
     def _seconds(self, node: Node) -> float:
         """The expected seconds from now: by its own progress when the stage runs and has said how far it is."""

@@ -16,6 +16,7 @@ A bucket's attempts are written on the worker's own disk, in its cache, and sent
 
 import json
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ CACHE_GB = 100.0
 READERS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Artifact:
     """A complete result. `hashed` is what its key was made from, `files` maps each relative path to its sha256.
 
@@ -102,7 +103,7 @@ class Store:
 
     def _parsed(self, kind: str, key: str, text: bytes) -> Artifact:
         try:
-            record = json.loads(text)
+            record = json.loads(text, object_pairs_hook=_sharing_strings)
             return Artifact(
                 key=record["key"],
                 kind=record["kind"],
@@ -282,6 +283,11 @@ class Store:
 
     def _name(self, artifact: Artifact, file: str) -> str:
         return f"{artifact.folder.relative_to(self.root).as_posix()}/payload/{file}"
+
+
+def _sharing_strings(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a record. Records repeat each other's names, settings and inputs, and a driver holds very many of them."""
+    return {sys.intern(name): sys.intern(value) if isinstance(value, str) else value for name, value in pairs}
 
 
 def _difference(stands: Artifact, name: str) -> str:

@@ -41,7 +41,7 @@ STAGE_S = 0.01  # no stage takes less: it opens files
 KERNELS, KERNELS_A_LINEAR = 14, 4  # of a layer's forward pass, and what LoRA or quantisation adds for each linear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Load:
     """A stage's work. Bytes `moved` go between a processor and its memory, `read` and `written` between memory and the store.
 

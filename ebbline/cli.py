@@ -112,7 +112,8 @@ def plan(
     from sweeps.search import check_written_points
     from sweeps.study_file import load
 
-    loaded, where = load(study), Home(home)
+    where = Home(home)
+    loaded = where.continued(load(study))
     check_written_points(loaded)
     plan_study(loaded, where, capacity_of(loaded, cluster, address or where.profile.address, gpus), why, as_json)
 
@@ -141,7 +142,8 @@ def run(
     from sweeps.study_file import load
 
     where = Home(home)
-    raise typer.Exit(run_study(load(study), study, where, executor, address or where.profile.address, gpus, wandb, extend))
+    loaded = where.continued(load(study))
+    raise typer.Exit(run_study(loaded, study, where, executor, address or where.profile.address, gpus, wandb, extend))
 
 
 @app.command()
@@ -357,7 +359,8 @@ def status(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from sweeps.home import Home
     from sweeps.study_file import load
 
-    loaded, where = load(study), Home(home)
+    where = Home(home)
+    loaded = where.continued(load(study))
     evidence = StoredEvidence(loaded, where)
     print_status(loaded, where, collect(loaded, where), baselines(loaded, where), costs_before(loaded, where), evidence, as_json)
 
@@ -370,7 +373,8 @@ def report(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
     from sweeps.home import Home
     from sweeps.study_file import load
 
-    for what, path in write_outputs(load(study), Home(home)).items():
+    where = Home(home)
+    for what, path in write_outputs(where.continued(load(study)), where).items():
         print(f"{what:10} {path}")
 
 
@@ -382,7 +386,8 @@ def sync(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
     from sweeps.home import Home
     from sweeps.study_file import load
 
-    raise typer.Exit(sync_mirror(study, load(study), Home(home)))
+    where = Home(home)
+    raise typer.Exit(sync_mirror(study, where.continued(load(study)), where))
 
 
 @app.command()

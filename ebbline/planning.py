@@ -50,13 +50,20 @@ def plan_study(study: Study, home: Home, capacity: Capacity, why: int, as_json: 
     for line in _sentences(found, home.profile):
         console.print(line, highlight=False, soft_wrap=True)
     missing = len(found.todo.missing)
-    console.print(f"{missing} misses" + (":" if missing else "; a run would find all of them in the store."))
+    console.print(f"{missing} misses" + (":" if missing else _nothing_missing(found)))
     for name, reason in reasons:
         console.print(f"  {name}: {reason}", highlight=False, soft_wrap=True)
     if missing > len(reasons):
         console.print(f"  and {missing - len(reasons)} more (--why {missing} shows all)")
     if pictures:
         console.print(f"picture    {pictures[0]}", highlight=False, soft_wrap=True)
+
+
+def _nothing_missing(found: Forecast) -> str:
+    told = len(found.points.told)
+    if found.looked_up < told:
+        return f" among the {found.looked_up} of {told} points that were looked up; a run looks at all of them."
+    return "; a run would find all of them in the store."
 
 
 def capacity_of(study: Study, cluster: str | None, address: str, gpus: int | None) -> Capacity:
@@ -128,6 +135,8 @@ def plan_summary(found: Forecast, profile: Profile, reasons: list[tuple[str, str
         "points": len(points.told) + len(points.open) + len(points.chosen) + points.failed,
         "unchosen": len(points.drawn),
         "simulated_points": found.simulated,
+        "looked_up_points": found.looked_up,
+        "ended": found.points.ended,
         "complete": found.complete,
         "new": dict(found.todo.new),
         "there": dict(found.todo.there),
@@ -170,6 +179,8 @@ def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
     known = len(points.told) + len(points.open) + len(points.chosen)
     failed = f" ({points.failed} more failed)" if points.failed else ""
     yield f"{known} points are known{failed}, {len(points.drawn)} are for the search to choose."
+    if points.ended:
+        yield f"No further point is asked for: {points.ended}."
     for reason in found.never:
         yield f"This cannot run: {reason}."
     if found.kinds:

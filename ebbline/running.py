@@ -27,7 +27,7 @@ from sweeps.drive import Progress, drive
 from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.points import Result
-from sweeps.prediction import Prediction, keep, predict, read_predictions
+from sweeps.prediction import Prediction, keep, keep_end, predict, read_predictions
 from sweeps.racing import races
 from sweeps.spending import read_spent
 from sweeps.study import Study, lasting
@@ -88,8 +88,10 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         _end(mirrored)
         raise
     print(_told(progress, time.monotonic() - started))
-    if screen.prediction is not None and not progress.stopped:
-        print(compared(screen.prediction, progress.spending.spent(), home.profile))
+    if screen.prediction is not None and not progress.stopped and any(counts["done"] for counts in progress.runner.counts.values()):
+        spent = progress.spending.spent()
+        keep_end(screen.prediction, spent, folder)
+        print(compared(screen.prediction, spent, home.profile))
     outputs = write_outputs(study, home)
     results = collect(study, home)
     print()
@@ -167,7 +169,7 @@ def _cost(study: Study, home: Home, results: Sequence[Result]) -> dict[str, obje
     folder = home.folder(study.study)
     spent = read_spent(folder)
     rows = cost_rows(results, costs_before(study, home), kinds_of(study, home, results), spent, home.profile)
-    return rows | prediction_rows(read_predictions(folder), spent, home.profile)
+    return rows | prediction_rows(read_predictions(folder), home.profile)
 
 
 def _provenance(study: Study, results: Sequence[Result], home: Home) -> dict[str, object]:

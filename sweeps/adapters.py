@@ -1,15 +1,17 @@
 """The adapters that a search has asked for, and what may be asked for next: new ones, and further masks of those that there are."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from sweeps.axes import AxisValue, Range
+from sweeps.axes import AxisValue, Range, count_of, values_of
 from sweeps.knowledge import Cosines, Knowledge, adapter_of, training_of
 from sweeps.masks import Mask, distinct_masks, mask_of, share, unmeasured
 from sweeps.points import Point, Value
+from sweeps.space import drawn
 from sweeps.study import Study
 from sweeps.trials import Entry
 from tasks.identity import digest
@@ -72,29 +74,39 @@ class Adapters:
         if adapter.cosines is not None:
             self._take(adapter, values)
 
-    def told(self, entry: Entry, promise: float) -> None:
+    def told(self, entry: Entry, promise: float, known: Knowledge) -> None:
+        """Take in what became of a point, and the cosines of its adapter."""
         adapter = self.by_point[adapter_of(entry.point)]
         adapter.running -= 1
         adapter.told = True
         adapter.failed = adapter.failed or entry.state == "failed"
         adapter.promise = max(adapter.promise, promise)
+        if adapter.point in self._unknown:
+            self._look_at(adapter, known)
 
     def look(self, known: Knowledge) -> None:
-        """Take in the cosines that were measured since the last time."""
-        for point, adapter in list(self._unknown.items()):
-            if self._in_turn and not adapter.told:
-                continue
-            adapter.cosines = known.cosines(point)
-            if adapter.cosines is not None:
-                del self._unknown[point]
-                adapter.left = distinct_masks(self._study, point.model, adapter.cosines)
-                for values in adapter.asked:
-                    self._take(adapter, values)
-                if adapter.left:
-                    self._open[point] = adapter
-                self._like.setdefault(point.model, []).append(adapter.cosines)
-            elif adapter.told and not adapter.running:
-                del self._unknown[point]  # it failed before it had any
+        """Take in the cosines that were measured since the last time; in turn, each waits until a point of its adapter is told."""
+        if not self._in_turn:
+            for adapter in list(self._unknown.values()):
+                self._look_at(adapter, known)
+
+    def _look_at(self, adapter: Adapter, known: Knowledge) -> None:
+        adapter.cosines = known.cosines(adapter.point)
+        if adapter.cosines is not None:
+            del self._unknown[adapter.point]
+            adapter.left = distinct_masks(self._study, adapter.point.model, adapter.cosines)
+            for values in adapter.asked:
+                self._take(adapter, values)
+            if adapter.left:
+                self._open[adapter.point] = adapter
+            self._like.setdefault(adapter.point.model, []).append(adapter.cosines)
+        elif adapter.told and not adapter.running:
+            del self._unknown[adapter.point]  # it failed before it had any
+
+    def knows(self, point: Point) -> bool:
+        """Whether the cosines of a point's adapter count, so that its share is no guess."""
+        adapter = self.by_point.get(adapter_of(point))
+        return adapter is not None and adapter.cosines is not None
 
     def share_of(self, point: Point) -> float:
         """The share of modules that a point projects: of its adapter, or of adapters like it while that one is not known."""
@@ -186,31 +198,14 @@ def adapter_axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | 
     return {axis: values for axis, values in study.axes_of(model).items() if not axis.startswith("apply.")}
 
 
-def drawn(rng: np.random.Generator, axis: tuple[AxisValue, ...] | Range) -> Value:
-    """A value of an axis, evenly (on a log range by its logarithm)."""
-    if not isinstance(axis, Range):
-        return axis[int(rng.integers(len(axis)))]
-    if axis.log:
-        value = float(np.exp(rng.uniform(np.log(axis.low), np.log(axis.high))))
-        return min(max(round(value), int(axis.low)), int(axis.high)) if axis.whole else min(max(value, axis.low), axis.high)
-    if axis.step is not None or axis.whole:
-        step = axis.step or 1
-        value = axis.low + step * int(rng.integers(int((axis.high - axis.low) / step + 1e-9) + 1))
-        return int(value) if axis.whole else float(value)
-    return float(rng.uniform(axis.low, axis.high))
-
-
 def _listed(study: Study, model: str) -> list[Point] | None:
     """All adapters of a size, or None when they cannot be listed or are too many to."""
     axes = adapter_axes(study, model)
-    choices: list[Iterable[tuple[str, Value]]] = []
-    count = 1
-    for axis, values in axes.items():
-        if isinstance(values, Range):
-            return None
-        count *= len(values)
-        choices.append([(axis, value) for value in values])
-    return None if count > LISTED else [Point.of(model, dict(each)) for each in itertools.product(*choices)]
+    counts = [count_of(values) for values in axes.values()]
+    if None in counts or math.prod(count or 0 for count in counts) > LISTED:
+        return None
+    choices = [[(axis, value) for value in values_of(values)] for axis, values in axes.items()]
+    return [Point.of(model, dict(each)) for each in itertools.product(*choices)]
 
 
 def _applied(point: Point) -> dict[str, Value]:

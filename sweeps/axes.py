@@ -1,6 +1,7 @@
 """Axes: what a study varies. A list of values, or a numeric range that the search may take any value of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -22,7 +23,7 @@ Choices = Annotated[tuple[AxisValue, ...], Field(min_length=1), AfterValidator(d
 
 
 class Range(Frozen):
-    """A numeric axis that the search may take any value of."""
+    """A numeric axis that the search may take any value of; with a `step`, of those that lie whole steps above `low`."""
 
     low: Number
     high: Number
@@ -38,6 +39,22 @@ class Range(Frozen):
     def edges(self) -> tuple[float, float]:
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
+    @property
+    def count(self) -> int | None:
+        """How many values there are; None without a step."""
+        return None if self.step is None else int((_exact(self.high) - _exact(self.low)) // _exact(self.step)) + 1
+
+    def at(self, steps: int) -> int | float:
+        """The value so many steps above `low`, as a person would write it: 0.3, and not 0.30000000000000004."""
+        value = _exact(self.low) + steps * _exact(self.step or 0.0)
+        return int(value) if self.whole else float(value)
+
+    def nearest(self, value: float) -> int | float:
+        """The value of the axis that lies nearest to one between its edges."""
+        if self.step is None or self.count is None:
+            return float(value)
+        return self.at(min(round((value - self.low) / self.step), self.count - 1))
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.low < self.high:
@@ -48,6 +65,20 @@ class Range(Frozen):
 
 
 Axis = Choices | Range
+
+
+def _exact(value: float) -> Decimal:
+    return Decimal(str(value))
+
+
+def count_of(axis: tuple[AxisValue, ...] | Range) -> int | None:
+    """How many values an axis has; None for a range without a step."""
+    return axis.count if isinstance(axis, Range) else len(axis)
+
+
+def values_of(axis: tuple[AxisValue, ...] | Range) -> Iterable[AxisValue]:
+    """The values of an axis in order; of a range without a step there is no list."""
+    return map(axis.at, range(axis.count or 0)) if isinstance(axis, Range) else axis
 
 
 def of_size(shared: Mapping[str, tuple[AxisValue, ...] | Range], own: Mapping[str, tuple[AxisValue, ...] | Range]) -> dict[str, Any]:

@@ -5,25 +5,27 @@ there is not made again. Only one driver holds a study at a time.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.executor import Executor
 from cluster.nodes import Failure
 from cluster.runner import Runner
-from sweeps.flights import Flight, compares, first_grounded, has_room, queued_gpus
+from sweeps.flights import Flight, first_grounded, has_room, queued_gpus
 from sweeps.home import Home
 from sweeps.jobs import estimates_of
 from sweeps.knowledge import Knowledge
-from sweeps.outcome import fingerprint, of_seeds, result_of, stages_or_refusal
+from sweeps.outcome import Duplicates, of_seeds, result_of, stages_or_refusal
 from sweeps.outlook import Outlook
 from sweeps.plan import Planner
 from sweeps.points import REFUSED, Point, Result
+from sweeps.racing import Rivals
 from sweeps.replicates import seeds_needed, seeds_of
 from sweeps.search import OptunaSearcher, Wait, check_written_points, limit, reaching
 from sweeps.spending import Spending, Stopped, require_prices, spending
-from sweeps.stopping import Gains, rule_of
+from sweeps.stopping import Gains, rule_of, still_met
 from sweeps.storage import Hold
 from sweeps.study import Study
 from sweeps.warm import lessons
@@ -33,7 +35,8 @@ from tasks.stage import Stage
 
 @dataclass
 class Progress:
-    """What a watcher sees after every heartbeat. `told` counts all points told, `results` holds those of this run, in order.
+    """What a watcher sees after every heartbeat. `told` counts all points told, `results` holds those of this run, in order:
+    as they landed, and with the seeds that they landed with (sweeps.outcome has the table's).
 
     `stopped` says why nothing more was asked for, and `by` what stopped it; both are empty when the search had no more points.
     """
@@ -69,7 +72,7 @@ def drive(
     study may be wider than it was begun (see sweeps.widening). Raises StudyHeld when another driver has the study, StudyError when
     it is another study than was begun, or a model cannot be measured before fine-tuning.
     """
-    storage = home.storage(study.study)
+    study, storage = home.continued(study), home.storage(study.study)
     with home.driving(study.study) as hold, reaching(storage):
         planner = Planner(study, home)
         check_written_points(study)
@@ -102,21 +105,21 @@ class _Drive:
         self.flights: list[Flight] = []
         self.again: list[Flight] = []
         self.more: list[Flight] = []
-        self.first: dict[int, Result] = {}  # over the seeds that every point has: what races look at
+        self.rivals, self.duplicates = Rivals(self.study), Duplicates(self.study)
         self.results: dict[int, Result] = {}  # over all seeds that there are
-        self.seen: dict[frozenset[tuple[str, str]], int] = {}
-        self.gave_up: set[int] = set()  # points whose further seed failed
+        self.most = dict(searcher.gave_up())  # seeds that a point can have, of points whose further seed failed
         self.grounded: Flight | None = None
         self.exhausted = self.waiting = False
-        self.news = 0  # results since it was last asked which points need more seeds
+        self.news = Counter[str]()  # by size, results since it was last asked which points need more seeds
         before = progress.spending.gain
         rule = rule_of(self.study)
-        self.ended = before if before is not None and before.rule == rule and self.study.search.stop is not None else None
+        self.ended = still_met(self.study, before)
         self.gains = Gains(self.study, progress.spending.profile, 0 if before is None or before.rule == rule else before.points)
 
     def run(self) -> Progress:
         progress, runner = self.progress, self.runner
         runner.want(self.baselines)
+        self.searcher.estimate(self.knowledge)
         self.again = [self._flight(number, point) for number, point in self.searcher.measured()]
         for flight in self.again:
             flight.take_off(runner)
@@ -133,6 +136,8 @@ class _Drive:
                     continue
                 self._replicate()
             if self._finished():
+                if self.ended is None and not self.exhausted:
+                    self._end_with_points()
                 break
             if self.stop():
                 runner.draining, progress.stopped, progress.by = True, "stopped on request", "request"
@@ -173,22 +178,31 @@ class _Drive:
             self._ask_more(flight)
 
     def _may_ask(self) -> bool:
-        progress, budget = self.progress, self.study.budget.points
+        progress = self.progress
         there = progress.told + len(self.flights)
         self.exhausted = self.exhausted or (progress.limit is not None and there >= progress.limit)
         if self.exhausted or self.ended is not None or self.runner.draining or self.grounded is not None:
             return False
-        if budget is not None and there >= budget:
-            said = f"the budget of {budget} points is used up. Raise budget.points in the study file, and the same command goes on"
-            self.ended = Stopped(said, "budget", points=there)
-            progress.spending.stopped(self.ended)
+        if self._out_of_points():
+            if not self.in_turn:
+                self._end_with_points()
             return False
+        if self.again and (self.study.search.stop is not None or self.searcher.constrained):
+            return False  # whether there is to be another point, or what holds the constraints, is not known yet
         if self.in_turn:
             return len(self.flights) < self.study.search.reach
-        if self.again and self.study.search.stop is not None:
-            return False  # whether there is to be another point is not known yet
         queued = queued_gpus(self._open(), self.runner, lambda stage: self.planner.needs_of(stage).gpus)
         return has_room(len(self.flights), self.study.search.window, queued, self.runner.executor.capacity)
+
+    def _out_of_points(self) -> bool:
+        budget = self.study.budget.points
+        return budget is not None and self.progress.told + len(self.flights) >= budget
+
+    def _end_with_points(self) -> None:
+        budget = self.study.budget.points
+        said = f"the budget of {budget} points is used up. Raise budget.points in the study file, and the same command goes on"
+        self.ended = Stopped(said, "budget", points=self.progress.told + len(self.flights))
+        self.progress.spending.stopped(self.ended)
 
     def _open(self) -> Iterator[Stage]:
         yield from self.baselines
@@ -207,26 +221,28 @@ class _Drive:
             self._ask_more(flight)
             if flight.settled(self.runner):
                 self.again.remove(flight)
-                self._take(self._result(flight, ""))
+                result = self._result(flight)
+                if result.status == "done" and self.searcher.constrained:
+                    self.searcher.amend(flight.number, result)
+                self._take(result)
             elif self.in_turn:
                 return  # what follows is compared with those before it, which must be known first
         for flight in (*self.flights, *self.more):
             self._ask_more(flight)
 
     def _ask_more(self, flight: Flight) -> None:
-        if compares(self.study):
-            open_ones = [each for each in (*self.again, *self.flights) if each.point.model == flight.point.model]
-            if any(each.number <= flight.number - self.study.search.reach for each in open_ones):
+        if self.rivals.compares and flight.asks:
+            model = flight.point.model
+            first = [next((each.number for each in those if each.point.model == model), None) for those in (self.again, self.flights)]
+            if any(number is not None and number <= flight.number - self.study.search.reach for number in first):
                 return  # what it is compared with is not known yet
-            flight.ask_more(self.study, self.runner, list(self.first.values()))
-        else:
-            flight.ask_more(self.study, self.runner, ())
+        flight.ask_more(self.study, self.runner, self.rivals)
 
     def _land(self) -> bool:
         """Tell the search of points that ended; True when there were any.
 
         In turn it is one at a time: the next proposal is to see exactly this result more than the one before it did. None
-        while nothing is asked for want of budget: the next run lands them from the store.
+        while nothing is asked for want of budget, of points or of what they take: the next run lands them from the store.
         """
         if self.in_turn:
             full = self.exhausted or self.ended is not None or self.waiting or len(self.flights) == self.study.search.reach
@@ -237,63 +253,85 @@ class _Drive:
         for flight in landing:
             self.hold.check()
             self.flights.remove(flight)
-            failure = flight.failure(self.runner)
-            result = self._result(flight, flight.refused or (_told(failure) if failure else ""))
-            if result.status == "running":
-                raise RuntimeError(f"point {flight.number} was to be told before it was measured")
-            result = replace(result, same_as=self.seen.get(fingerprint(self.study, result)) if result.status == "done" else None)
+            result = self._ended(flight)
             self.searcher.tell(flight.number, result)
             self._take(result)
             self.progress.results.append(result)
             self.progress.told += 1
         return bool(landing)
 
-    def _result(self, flight: Flight, reason: str) -> Result:
-        rivals = list(self.first.values()) if compares(self.study) else ()
-        return result_of(self.study, flight.number, flight.point, flight.stages, self.runner, reason, rivals)
+    def _ended(self, flight: Flight) -> Result:
+        failure = flight.failure(self.runner)
+        result = self._result(flight, flight.refused or (_told(failure) if failure else ""))
+        if result.status == "running":
+            raise RuntimeError(f"point {flight.number} was to be told before it was measured")
+        return result
+
+    def _result(self, flight: Flight, reason: str = "") -> Result:
+        return result_of(self.study, flight.number, flight.point, flight.stages, self.runner, reason, self.rivals)
 
     def _take(self, result: Result) -> None:
-        self.results[result.number] = self.first[result.number] = result
-        self.news += 1
+        self._keep(result)
         if result.status != "done":
             return
-        self.seen.setdefault(fingerprint(self.study, result), result.number)
         self.gains.add(result)
         said = "" if self.again or self.ended is not None else self.gains.met()
         if said:
-            self.ended = Stopped(said, "gain", rule_of(self.study), self.progress.told + 1)
+            self.ended = Stopped(said, "gain", rule_of(self.study), self.gains.points)
             self.progress.spending.stopped(self.ended)
 
+    def _keep(self, result: Result) -> None:
+        self.results[result.number] = result
+        self.news[result.point.model] += 1
+        self.rivals.add(result)
+        self.duplicates.add(result)
+
     def _replicate(self) -> None:
-        """Further seeds for points of which it is not certain whether another dominates them; in turn, once all points are told."""
+        """Further seeds for points of which it is not certain whether another dominates them; in turn, once all points have ended."""
         for flight in [flight for flight in self.more if flight.settled(self.runner)]:
             self.more.remove(flight)
-            self.news += 1
-            failure = flight.failure(self.runner)
-            if failure is not None:
-                self.gave_up.add(flight.number)
-                reason = f"a further seed failed: {_told(failure)}"
-                self.results[flight.number] = replace(self.results[flight.number], reason=reason)
-            else:
-                self.results[flight.number] = self._result(flight, "")
-                self.searcher.amend(flight.number, self.results[flight.number])
-        over = not self.flights and (self.exhausted or self.ended is not None)
-        if self.study.replicates.policy == "all" or self.again or not self.news or (self.in_turn and not over):
+            self.news[flight.point.model] += 1
+            self._take_further(flight)
+        over = self._over()
+        if self.study.replicates.policy == "all" or self.again or (self.in_turn and not over):
             return
-        if not over and self.news < len(self.results) / NEWS:
+        if not over and self.news.total() < len(self.results) / NEWS:
             return  # of many points few change what is certain
-        self.news = 0
-        under_way = {flight.number for flight in self.more} | self.gave_up
-        for number, seeds in seeds_needed(self.study, list(self.results.values())).items():
+        for flight in self.flights if over else ():  # ended, and held back from the search
+            if flight.number not in self.results:
+                self._keep(self._ended(flight))
+        # Who needs one more is decided by what all points of a size had before: when no more come, not as long as some are under way.
+        sizes = set(self.news) - {flight.point.model for flight in self.more if over}
+        for model in sizes:
+            del self.news[model]
+        known = [self.duplicates.marked(result) for result in self.results.values() if result.point.model in sizes]
+        under_way = {flight.number for flight in self.more}
+        for number, seeds in seeds_needed(self.study, known, self.most).items():
             result = self.results[number]
             if seeds > seeds_of(result) and number not in under_way:
                 stages, _ = stages_or_refusal(self.planner, result.point)
                 self.more.append(Flight(number, result.point, of_seeds(self.study, stages, seeds)))
 
+    def _take_further(self, flight: Flight) -> None:
+        """Take in a further seed of a point: what the point measured with it, or that it can have no more."""
+        number, failure = flight.number, flight.failure(self.runner)
+        if failure is not None:
+            self.most[number] = seeds_of(self.results[number])
+            self.hold.check()
+            self.searcher.give_up(number, self.most[number], f"a further seed failed: {_told(failure)}")
+            return
+        self.results[number] = self._result(flight)
+        if all(each.number != number for each in self.flights):  # else the search has not been told of it
+            self.searcher.amend(number, self.results[number])
+
+    def _over(self) -> bool:
+        """Whether this run asks for no further point, and all that there are have ended; in turn, some may be held back (see _land)."""
+        if self.exhausted or self.ended is not None:
+            return not self.flights
+        return self.in_turn and self._out_of_points() and all(flight.settled(self.runner) for flight in self.flights)
+
     def _finished(self) -> bool:
-        if self.flights or self.again or self.more or not (self.exhausted or self.ended is not None):
-            return False
-        return all(map(self.runner.settled, self.baselines))
+        return self._over() and not (self.again or self.more) and all(map(self.runner.settled, self.baselines))
 
     def _told_of_budget(self) -> str:
         if self.grounded is None:

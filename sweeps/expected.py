@@ -12,19 +12,18 @@ from dataclasses import dataclass
 
 from sweeps.axes import AxisValue, Range
 from sweeps.points import Point, Value
-from sweeps.search import asked
-from sweeps.space import limit, listed, space
+from sweeps.space import LISTED, limit, listed, space
 from sweeps.storage import Storage
 from sweeps.study import Study
-
-LISTED = 100_000  # a space of so many points is shuffled; a larger one is drawn from
+from sweeps.trials import read
 
 
 @dataclass(frozen=True)
 class Points:
     """`told` have been measured, `open` are under way, so many have `failed` and stay so.
 
-    `chosen` will be asked for whatever is measured, `drawn` stand for those that depend on it.
+    `chosen` will be asked for whatever is measured, `drawn` stand for those that depend on it. There is neither once the study has
+    `ended` before it had all its points, which says why.
     """
 
     told: tuple[Point, ...]
@@ -32,6 +31,7 @@ class Points:
     failed: int
     chosen: tuple[Point, ...]
     drawn: tuple[Point, ...]
+    ended: str = ""
 
     @property
     def to_come(self) -> tuple[Point, ...]:
@@ -39,18 +39,22 @@ class Points:
         return (*self.open, *self.chosen, *self.drawn)
 
 
-def points_of(study: Study, storage: Storage) -> Points:
-    """What is known of a study's points before it runs, and what may be expected of the others."""
-    known = asked(study, storage)
-    seen = {point.id for _, point, _, _ in known}
-    most = min(n for n in (limit(study) or 0, study.budget.points) if n is not None)
-    left = max(0, most - len(known))
+def points_of(study: Study, storage: Storage, stopped: str = "") -> Points:
+    """What is known of a study's points before it runs, and what may be expected of the others.
+
+    `stopped` says why its driver asks for nothing more, where an earlier run of it found so (see sweeps.stopping.still_met).
+    """
+    known, exhausted = read(study, storage)
+    seen = {entry.point.id for entry in known}
+    most = min((n for n in (limit(study), study.budget.points) if n is not None), default=0)
+    ended = (stopped or ("the search has nothing more to propose" if exhausted else "")) if len(known) < most else ""
+    left = 0 if ended else max(0, most - len(known))
     chosen = [point for point in itertools.islice(_written(study), len(known) + left) if point.id not in seen][:left]
     seen |= {point.id for point in chosen}
     drawn = list(itertools.islice((point for point in _random(study) if point.id not in seen), left - len(chosen)))
-    by_state = {state: tuple(point for _, point, each, _ in known if each == state) for state in ("done", "running")}
+    by_state = {state: tuple(entry.point for entry in known if entry.state == state) for state in ("done", "running")}
     failed = len(known) - sum(map(len, by_state.values()))
-    return Points(by_state["done"], by_state["running"], failed, tuple(chosen), tuple(drawn))
+    return Points(by_state["done"], by_state["running"], failed, tuple(chosen), tuple(drawn), ended)
 
 
 def _written(study: Study) -> Iterator[Point]:
@@ -62,7 +66,7 @@ def _written(study: Study) -> Iterator[Point]:
 
 
 def _random(study: Study) -> Iterator[Point]:
-    """Points of the space in a random order, each once; without an end when an axis is a range."""
+    """Points of the space in a random order, each once; without an end when an axis is a range without a step."""
     rng = random.Random(study.search.seed)
     size = study.size
     if size is not None and size <= LISTED:
@@ -82,9 +86,8 @@ def _random(study: Study) -> Iterator[Point]:
 def _value(rng: random.Random, values: tuple[AxisValue, ...] | Range) -> Value:
     if not isinstance(values, Range):
         return rng.choice(values)
+    if values.count is not None:
+        return values.at(rng.randrange(values.count))
     low, high = values.edges
     drawn = math.exp(rng.uniform(math.log(low), math.log(high))) if values.log else rng.uniform(low, high)
-    if values.step is not None:
-        drawn = low + values.step * round((drawn - low) / values.step)
-    drawn = min(max(drawn, low), high)
-    return round(drawn) if values.whole else drawn
+    return min(max(drawn, low), high)

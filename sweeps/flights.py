@@ -1,13 +1,13 @@
 """Points in flight: what each has asked of the runner, what it needs next, and how much work for GPUs they make."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cluster.executor import Capacity
 from cluster.nodes import Failure
 from cluster.runner import Runner
-from sweeps.points import Point, Result, StageName
-from sweeps.racing import races, rivals_of, standing
+from sweeps.points import Point, StageName
+from sweeps.racing import Rivals, races, standing
 from sweeps.study import Study
 from tasks.specs import KINDS
 from tasks.stage import Stage
@@ -46,17 +46,22 @@ class Flight:
     def settled(self, runner: Runner) -> bool:
         return bool(self.refused) or (self.complete and all(map(runner.settled, self.asked)))
 
-    def ask_more(self, study: Study, runner: Runner, done: Sequence[Result]) -> None:
+    @property
+    def asks(self) -> bool:
+        """Whether it may need more than it has asked for."""
+        return bool(self.asked) and not self.complete and not self.refused
+
+    def ask_more(self, study: Study, runner: Runner, rivals: Rivals) -> None:
         """Ask for what the point needs next, until something is under way or it needs nothing more.
 
-        What it asks for may be in the store already, and is then there at once. `done` are the results that a race may look at.
+        What it asks for may be in the store already, and is then there at once.
         """
-        if self.refused or not self.asked or self.complete:
+        if not self.asks:
             return
-        own, rivals = set(self.stages.values()), rivals_of(self.number, self.point, done, study.search.reach)
+        own, beaten = set(self.stages.values()), rivals.before(self.number, self.point)
         raced = any(races(study).values())
         while not any(not runner.settled(stage) and stage.kind in MEASURES for stage in self.asked):
-            asked, needed = set(self.asked), standing(study, self.stages, runner, rivals).missing
+            asked, needed = set(self.asked), standing(study, self.stages, runner, beaten).missing
             new = [stage for target in needed for stage in (*target.upstream(), target) if stage in own and stage not in asked]
             runner.want(new)
             self.asked += new
@@ -68,11 +73,6 @@ class Flight:
         """The first failure of its own, or else the first that it inherited."""
         failures = [failure for stage in self.asked if (failure := runner.failure(stage)) is not None]
         return next((failure for failure in failures if not failure.inherited), failures[0] if failures else None)
-
-
-def compares(study: Study) -> bool:
-    """Whether a point's race may be ended by an earlier point."""
-    return any(race is not None and race.dominated for race in races(study).values())
 
 
 def first_grounded(flights: Iterable[Flight], runner: Runner, affords: Callable[[Mapping[str, Stage]], bool]) -> Flight | None:

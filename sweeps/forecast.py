@@ -1,8 +1,8 @@
 """What a run of a study will take: stages, GPU-hours, dollars, wall time on a given cluster, bytes on disk; by simulating it.
 
 The stages come from the store and the study (sweeps.todo), their seconds from counted work and what was measured of the like
-(cluster.estimates), and their order from the real scheduler on a virtual clock (cluster.simulate). Of a study with more than EXACT points
-to come a part is looked up and simulated, and the rest is taken to be like it.
+(cluster.estimates), and their order from the real scheduler on a virtual clock (cluster.simulate). Of more than EXACT points that were
+told, and of more than EXACT points to come, a part is looked up and simulated, and the rest is taken to be like it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,13 +23,15 @@ from sweeps.jobs import estimates_of
 from sweeps.plan import Planner
 from sweeps.points import Point
 from sweeps.racing import races
+from sweeps.spending import read_spent
+from sweeps.stopping import still_met
 from sweeps.study import Study
-from sweeps.todo import Missing, Todo, Told, todo
+from sweeps.todo import MODELS, Missing, Todo, Told, todo
 from sweeps.twins import twins
 from tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, ScoreSpec
 from tasks.stage import Source
 
-EXACT = 500  # points to come; beyond, SAMPLE of them are looked up and simulated
+EXACT = 500  # points that were told, and points to come; beyond, SAMPLE of them are looked up and simulated
 SAMPLE = 200
 OF_A_POINT = (ApplySpec, GenerateSpec, JudgeSpec, ScoreSpec, EvaluateSpec)  # what a threshold has of its own; the rest is its adapter's
 
@@ -53,8 +55,8 @@ class Share:
 class Forecast:
     """What is to come. `kinds` has each kind's share, `starts` what starting processes adds.
 
-    `trace` is the simulated part, `simulated` the number of its points. `wall_s` is None when something can run nowhere on this
-    cluster, and `never` says what.
+    `trace` is the simulated part, `simulated` the number of its points to come; `looked_up` is how many of the points that were told
+    it looks at. `wall_s` is None when something can run nowhere on this cluster, and `never` says what.
     """
 
     points: Points
@@ -64,6 +66,7 @@ class Forecast:
     wall_s: float | None
     trace: Trace
     simulated: int
+    looked_up: int
     capacity: Capacity
     labels: Mapping[str, str]
     never: tuple[str, ...] = ()
@@ -81,16 +84,17 @@ class Forecast:
 
     @property
     def complete(self) -> bool:
-        """True when a run would find everything in the store."""
+        """True when a run would find everything in the store, as far as was looked."""
         return not self.todo.missing and not self.points.to_come
 
 
 def forecast(study: Study, home: Home, capacity: Capacity, told: Told = lambda done, of: None, serial: bool = False) -> Forecast:
     """Simulate what `ebbline run` would do on such a cluster; `serial` when all runs in one process, one stage after another."""
-    planner, points = Planner(study, home), points_of(study, home.storage(study.study))
+    met = still_met(study, read_spent(home.folder(study.study)).gain)
+    planner, points = Planner(study, home), points_of(study, home.storage(study.study), "" if met is None else met.said)
     estimates = estimates_of(home)
     estimates.met(capacity)
-    here = points.told if len(points.told) <= EXACT else ()
+    here = points.told if len(points.told) <= EXACT else _evenly(points.told)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
     found = todo(planner, [*here, *to_come], told)
     same = twins(found, home.store, estimates.distinct_adapters)
@@ -105,11 +109,14 @@ def forecast(study: Study, home: Home, capacity: Capacity, told: Told = lambda d
 
     flights = [tuple(own for own in ids if own in steps) for ids in found.flights]
     trace = simulate(steps.values(), capacity, start_s=start_s, flights=_flights(study, flights, capacity.gpus))
-    scale = _scale(points.to_come, to_come)
+    scale_told, scale_to_come = _scale(points.told, here), _scale(points.to_come, to_come)
+    looked_up = [*((point, scale_told) for point in here), *((point, scale_to_come) for point in to_come)]
     kinds: dict[str, Share] = {}
     for missing in running:
-        place, step = missing.asked_by - len(here), steps[missing.id]
-        factor = 1.0 if place < 0 else scale[to_come[place].model, isinstance(missing.stage.spec, OF_A_POINT)]
+        step, factor = steps[missing.id], 1.0
+        if missing.asked_by != MODELS:
+            point, scale = looked_up[missing.asked_by]
+            factor = scale[point.model, isinstance(missing.stage.spec, OF_A_POINT)]
         share = Share(
             factor,
             factor * step.seconds,
@@ -129,6 +136,7 @@ def forecast(study: Study, home: Home, capacity: Capacity, told: Told = lambda d
         wall_s=sum(share.seconds for share in kinds.values()) if serial else _wall_s(trace, estimates, whole - part),
         trace=trace,
         simulated=len(to_come),
+        looked_up=len(here),
         capacity=capacity,
         labels={missing.id: planner.label(missing.stage) for missing in running},
         never=tuple(dict.fromkeys(_never(steps[key], capacity) for key in trace.never)),
@@ -153,6 +161,11 @@ def _flights(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> Flig
     if study.search.order == "in_turn":
         return Flights(own, study.search.reach, in_turn=True)
     return Flights(own, study.search.window or max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * gpus), most_gpus=AHEAD * max(1, gpus))
+
+
+def _evenly(points: Sequence[Point]) -> tuple[Point, ...]:
+    """SAMPLE of more points, from the first to the last: what is missing may be missing of all of them, or of the latest."""
+    return tuple(points[place * (len(points) - 1) // (SAMPLE - 1)] for place in range(SAMPLE))
 
 
 def _scale(every: Sequence[Point], part: Sequence[Point]) -> dict[tuple[str, bool], float]:
@@ -201,12 +214,12 @@ def _assumed(
     if simulated < len(points.to_come):
         yield f"{simulated} of {len(points.to_come)} points to come were simulated; the others are taken to be like them"
     if looked_at < len(points.told):
-        yield f"the artifacts of {len(points.told)} points that were told were not looked for"
+        yield f"{looked_at} of {len(points.told)} points that were told were looked up; the others are taken to be like them"
     if any(suite is not None for suite in races(study).values()):
         yield "a raced suite counts with its next block alone"
     if study.first_seeds < len(study.seeds):
         yield f"a point counts with its first {study.first_seeds} of {len(study.seeds)} seeds; near the frontier more are run"
-    if study.search.stop is not None:
+    if study.search.stop is not None and points.to_come:
         yield "the rule of search.stop is not met before all points are measured"
     guessed = sorted(kind for kind, share in kinds.items() if not share.measured)
     if guessed:

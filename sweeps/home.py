@@ -22,8 +22,9 @@ from cluster.profile import Profile
 from cluster.retention import HOMES
 from cluster.store import Store
 from sweeps.differences import differences
+from sweeps.space import limit
 from sweeps.storage import MEANWHILE, Hold, Storage, shared_url
-from sweeps.study import Study, lasting
+from sweeps.study import Sampler, Study, lasting
 from sweeps.study_file import read_profile
 from sweeps.widening import refusals
 from tasks.errors import StudyError, StudyHeld
@@ -56,15 +57,36 @@ class Home:
         """The cache of content digests of local models and data."""
         return self.root / "digests.json"
 
+    def continued(self, study: Study) -> Study:
+        """The study with its sampler by name: the file's, or what it was begun with here, or for a new one what fits it.
+
+        Raises StudyError when it was begun as a grid, which it cannot be any more.
+        """
+        if study.search.sampler is not None:
+            return study
+        kept = self._kept(study.study)
+        sampler = (Study.model_validate_json(kept) if kept else study).sampler
+        if sampler == "grid" and not study.has_grid:
+            raise StudyError(
+                f"{study.study!r} was begun as a grid, and a {{low, high}} range has no grid. Name another `search.sampler`,"
+                " and `--extend` goes on with it"
+            )
+        return _sampled_by(sampler, study)
+
     def begun_as(self, study: Study, extend: bool = False) -> str:
         """A digest of the settings that the study was begun with here; its own when it is new.
 
         Raises StudyError, naming what differs, when another one has this name already. With `extend` it may be wider than what was
         begun (see sweeps.widening).
         """
-        path = self.folder(study.study) / "study.json"
-        now = lasting(study.model_dump(mode="json"))
-        before = lasting(json.loads(path.read_text())) if path.exists() else now
+        now = lasting(self.continued(study).model_dump(mode="json"))
+        kept = self._kept(study.study)
+        if not kept:
+            return digest(now)
+        begun = Study.model_validate_json(kept)
+        before = lasting(_sampled_by(begun.sampler, begun).model_dump(mode="json"))
+        if extend:
+            before["search"]["points"] = limit(begun)  # how many it is to have, said or not
         changed = list(refusals(before, now) if extend else differences(before, now))
         if changed:
             lines = "\n".join(f"  {line}" for line in changed[:10])
@@ -73,17 +95,23 @@ class Home:
                 f"a study named {study.study!r} was begun in {self.root} with other settings:\n{lines}\n"
                 f"Give this one another name (`study: ...`), or another --home. Stages that both share are still run once.{hint}"
             )
-        return digest(before)
+        return digest(lasting(json.loads(kept)))
+
+    def _kept(self, study: str) -> str:
+        """The study as it was kept the last time, as JSON; empty before its first run."""
+        path = self.root / "studies" / study / "study.json"
+        return path.read_text() if path.exists() else ""
 
     def freeze(self, study: Study, extend: bool = False) -> None:
-        """Keep the study as it was begun, or as it was widened, with its latest budget and placement (see sweeps.study.lasting).
+        """Keep the study as it was begun, or as it was widened, with its sampler by name (see `continued`), its latest budget and its
+        placement (see sweeps.study.lasting).
 
         Raises StudyError as `begun_as` does.
         """
         self.begun_as(study, extend)
         path = self.folder(study.study) / "study.json"
         fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(study.model_dump(mode="json"), indent=1))
+        fresh.write_text(json.dumps(self.continued(study).model_dump(mode="json"), indent=1))
         fresh.replace(path)
 
     @property
@@ -134,6 +162,10 @@ class Home:
                 except BlockingIOError:
                     return handle.read().strip()
         return self.storage(study).holder()
+
+
+def _sampled_by(sampler: Sampler, study: Study) -> Study:
+    return study.model_copy(update={"search": study.search.model_copy(update={"sampler": sampler})})
 
 
 def store_of(root: Path, profile: Profile) -> Store:

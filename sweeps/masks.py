@@ -80,17 +80,12 @@ def _between(low: float, high: float, axis: Range) -> float | None:
     """A value of the axis in [low, high), with as few decimals as that takes; None when its step leaves none there."""
     if axis.step is not None:
         steps = range(max(0, int((low - axis.low) / axis.step)), int((high - axis.low) / axis.step) + 2)
-        return next((value for n in steps if low <= (value := axis.low + n * axis.step) < high and value <= axis.high), None)
+        return next((value for n in steps if low <= (value := axis.at(n)) < high and value <= axis.high), None)
     short = (round((low + min(high, axis.high)) / 2, decimals) for decimals in range(1, 17))
     return next((value for value in short if low <= value < high and axis.low <= value <= axis.high), low)
 
 
 def _spaced(axis: Range, count: int) -> list[Value]:
-    if axis.whole:
-        step = int(axis.step or 1)
-        last = (int(axis.high) - int(axis.low)) // step
-        return [int(axis.low) + step * n for n in sorted({round(x) for x in np.linspace(0, last, count)})]
-    if axis.step is not None:
-        last = int((axis.high - axis.low) / axis.step + 1e-9)
-        return [axis.low + axis.step * n for n in sorted({round(x) for x in np.linspace(0, last, count)})]
+    if axis.count is not None:
+        return [axis.at(n) for n in sorted({round(x) for x in np.linspace(0, axis.count - 1, count)})]
     return [round(float(x), 6) for x in np.linspace(axis.low, axis.high, count)]

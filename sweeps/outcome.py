@@ -8,9 +8,10 @@ from cluster.costs import Cost, cost_of
 from cluster.store import Artifact
 from sweeps.plan import Planner
 from sweeps.points import REFUSED, Point, Result, StageName, ended
-from sweeps.racing import Known, rivals_of, standing
+from sweeps.racing import Known, Rivals, standing
 from sweeps.replicates import seeds_needed, seeds_of
 from sweeps.study import Study
+from sweeps.trials import Entry
 from tasks.errors import StudyError
 from tasks.gate import read_rows
 from tasks.metrics import METRICS, Metric, pooled, read_metrics
@@ -53,45 +54,63 @@ def fingerprint(study: Study, result: Result) -> frozenset[tuple[str, str]]:
     return frozenset((str(name), key) for name, key in named.items() if name.part in study.suites and name.seed in seeds and not name.block)
 
 
-def results_of(study: Study, asked: Iterable[tuple[int, Point, str]], planner: Planner, known: Known) -> list[Result]:
-    """The Results of points that were asked for, `(number, point, reason)` each in order, over as many seeds as each needs."""
-    first: list[Result] = []
+class Duplicates:
+    """Which finished points came out the same as one with a smaller number, whatever order they landed in: the one owner of `same_as`."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._found: dict[int, frozenset[tuple[str, str]]] = {}
+        self._first: dict[frozenset[tuple[str, str]], int] = {}
+
+    def add(self, result: Result) -> None:
+        if result.status == "done":
+            found = self._found[result.number] = fingerprint(self._study, result)
+            self._first[found] = min(result.number, self._first.get(found, result.number))
+
+    def marked(self, result: Result) -> Result:
+        """The result of a point that was taken in, with the first that it is the same as."""
+        found = self._found.get(result.number)
+        first = result.number if found is None else self._first[found]
+        return result if first == result.number else replace(result, same_as=first)
+
+
+def results_of(study: Study, entries: Sequence[Entry], planner: Planner, known: Known) -> list[Result]:
+    """The Results of points that were asked for, in the order of asking, over as many seeds as each needs."""
+    rivals, duplicates = Rivals(study), Duplicates(study)
     found: dict[int, Result] = {}
     stages: dict[int, dict[str, Stage]] = {}
-    seen: dict[frozenset[tuple[str, str]], int] = {}
 
-    def over(number: int, point: Point, seeds: int, reason: str = "") -> Result:
+    def over(number: int, seeds: int, reason: str = "") -> Result:
         own = of_seeds(study, stages[number], seeds)
-        return replace(
-            result_of(study, number, point, own, known, reason, first), same_as=found[number].same_as if number in found else None
-        )
+        return result_of(study, number, entries[number].point, own, known, reason, rivals)
 
-    for number, point, reason in asked:
-        stages[number], refused = stages_or_refusal(planner, point)
-        result = over(number, point, study.first_seeds, reason or refused)
-        if result.status == "done":
-            same_as = seen.setdefault(fingerprint(study, result), number)
-            result = replace(result, same_as=None if same_as == number else same_as)
-        found[number] = result
-        first.append(result)
+    for number, entry in enumerate(entries):
+        stages[number], refused = stages_or_refusal(planner, entry.point)
+        failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
+        found[number] = over(number, study.first_seeds, failed or refused)
+        rivals.add(found[number])
+        duplicates.add(found[number])
     for number, result in list(found.items()):
         for seeds in range(study.first_seeds + 1, len(study.seeds) + 1):
-            more = over(number, result.point, seeds) if result.status == "done" else result
-            if more.status != "done" or more is result:
+            more = over(number, seeds) if result.status == "done" else result
+            if more.status != "done":
                 break
             found[number] = more
-    for number, seeds in seeds_needed(study, list(found.values())).items():
+    most = {number: entry.most for number, entry in enumerate(entries) if entry.most is not None}
+    for number, seeds in seeds_needed(study, [duplicates.marked(result) for result in found.values()], most).items():
         if seeds < seeds_of(found[number]):  # measured when it looked as if it were needed
-            found[number] = over(number, found[number].point, seeds)
+            found[number] = over(number, seeds)
+        lacking = entries[number].reason if seeds == most.get(number) else ""
+        found[number] = replace(duplicates.marked(found[number]), reason=lacking)
     return list(found.values())
 
 
 def result_of(
-    study: Study, number: int, point: Point, stages: Mapping[str, Stage], known: Known, reason: str = "", earlier: Sequence[Result] = ()
+    study: Study, number: int, point: Point, stages: Mapping[str, Stage], known: Known, reason: str = "", rivals: Rivals | None = None
 ) -> Result:
     """The Result of a point whose stages are `stages`: done when nothing is missing, failed when there is a reason.
 
-    `earlier` are the results that a raced point is compared with.
+    `rivals` are what a raced point is compared with.
     """
     artifacts = {name: artifact for name, stage in stages.items() if (artifact := known.artifact(stage)) is not None}
     keys = {name: artifact.key for name, artifact in artifacts.items()}
@@ -99,7 +118,7 @@ def result_of(
     costs = costs_of(stages.values(), known)
     if reason:
         return Result(number, point, ended(reason), reason=reason, keys=keys, seconds=seconds, costs=costs)
-    stands = standing(study, stages, known, rivals_of(number, point, earlier, study.search.reach))
+    stands = standing(study, stages, known, (rivals or Rivals(study)).before(number, point))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
     share = _projected_share(artifacts)

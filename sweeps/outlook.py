@@ -29,7 +29,7 @@ class Outlook:
         """Whether the budget affords a point with these stages, beside all that is under way."""
         if not self._spending.limited:
             return True
-        moment = (sum(node.state in ("done", "failed") for node in self._runner.nodes.values()), frozenset(stages))
+        moment = (self._runner.settlements, frozenset(stages))
         if moment == self._open_when_refused:
             return False
         more, seconds = self._of_point(stages)
@@ -44,7 +44,7 @@ class Outlook:
 
     def told_of_stage(self) -> str:
         """Why nothing more starts: for want of budget for any stage that is ready."""
-        refused = [node for node in self._runner.nodes.values() if node.key in self._runner.refused]
+        refused = [node for node in self._runner.unsettled() if node.key in self._runner.refused]
         node = min(refused, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key))
         seconds = self._runner.open_seconds(node.stage) or 0.0
         return self._spending.told(self._planner.label(node.stage), self._cost(node.stage, seconds) + self._starts([node.stage]), seconds)
@@ -66,11 +66,10 @@ class Outlook:
     def _under_way(self) -> Cost:
         """The rest of all that is wanted, running or not yet."""
         keys: dict[str, Cost] = {}
-        for lineage, node in self._runner.nodes.items():
-            seconds = self._runner.open_seconds(node.stage)
-            if seconds is not None:
-                keys[node.key or lineage] = self._cost(node.stage, seconds)
-        return total(keys.values()) + self._starts(node.stage for node in self._runner.nodes.values() if node.state in ("waiting", "ready"))
+        nodes = self._runner.unsettled()
+        for node in nodes:
+            keys[node.key or node.stage.lineage] = self._cost(node.stage, self._runner.open_seconds(node.stage) or 0.0)
+        return total(keys.values()) + self._starts(node.stage for node in nodes if node.state in ("waiting", "ready"))
 
     def _starts(self, stages: Iterable[Stage]) -> Cost:
         """What the jobs take to start that these stages will run in: at least one for each base, and for its trainings another."""

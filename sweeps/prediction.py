@@ -1,14 +1,17 @@
 """What runs of a study were predicted to take, beside what they then took.
 
-    HOME/studies/NAME/plans.jsonl     a line for each run that had something to do, written before it began
+    HOME/studies/NAME/plans.jsonl     a line for each run that had something to do, before it began; another at the study's end
         {"wall_s": 250.1, "gpu_s": [[null, 310.5]], "stages": 412, "written": 2.1e7, "spent_s": 0.0, "spent_gpu_s": []}
+        {"begun_s": 0.0, "done_s": 271.3, "done_gpu_s": [[null, 320.1]]}
 
-The last two say what all runs before it had taken, so what was predicted compares with what the ledger (sweeps.spending) says since.
+`spent_s` and `spent_gpu_s` say what all runs before it had taken, by the ledger (sweeps.spending), `done_s` and `done_gpu_s` the same at
+its end; `begun_s` is the `spent_s` of the prediction that this belongs to. A run that was stopped or killed has no end: what it was
+predicted to take is not what it took.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,17 @@ NAME = "plans.jsonl"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of driving, GPU time, stages and bytes that a run was to take, from when `before` was spent."""
+    """Seconds of driving, GPU time, stages and bytes that a run was to take, from when `before` was spent.
+
+    `after` is what was spent when it had run the study to its end.
+    """
 
     wall_s: float
     cost: Cost
     stages: float
     written: float
     before: Spent
+    after: Spent | None = None
 
     def since(self, spent: Spent) -> tuple[float, Cost]:
         """Seconds of driving and GPU time from then until `spent`."""
@@ -45,13 +52,23 @@ def predict(found: Forecast, before: Spent) -> Prediction | None:
     """The prediction of a run that begins now; None when there is nothing to run, or something can never run."""
     if not found.todo.missing or found.wall_s is None:
         return None
-    return Prediction(found.wall_s, found.cost, sum(share.stages for share in found.kinds.values()), found.written, before)
+    stages = sum(share.stages for share in found.kinds.values())
+    return Prediction(found.wall_s, found.cost, stages, found.written, replace(before, keys=frozenset()))
 
 
 def keep(prediction: Prediction, folder: Path) -> None:
     """Add a prediction to those of the study."""
-    said = {name: value for name, value in asdict(prediction).items() if name not in ("cost", "before")}
+    said = {name: value for name, value in asdict(prediction).items() if name not in ("cost", "before", "after")}
     said |= {"gpu_s": _listed(prediction.cost), "spent_s": prediction.before.driving_s, "spent_gpu_s": _listed(prediction.before.cost)}
+    _append(folder, said)
+
+
+def keep_end(prediction: Prediction, after: Spent, folder: Path) -> None:
+    """Add that the run of a prediction that was kept has come to the study's end, when so much was spent."""
+    _append(folder, {"begun_s": prediction.before.driving_s, "done_s": after.driving_s, "done_gpu_s": _listed(after.cost)})
+
+
+def _append(folder: Path, said: Mapping[str, Any]) -> None:
     with (folder / NAME).open("a") as file:
         file.write(json.dumps(said) + "\n")
 
@@ -63,6 +80,11 @@ def read_predictions(folder: Path) -> list[Prediction]:
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             said: Mapping[str, Any] = json.loads(line)
+            if "done_s" in said:
+                begun_s, after = float(said["begun_s"]), Spent(float(said["done_s"]), _cost(said["done_gpu_s"]))
+                for place in [place for place, each in enumerate(found) if each.before.driving_s == begun_s][-1:]:
+                    found[place] = replace(found[place], after=after)
+                continue
             before = Spent(float(said["spent_s"]), _cost(said["spent_gpu_s"]))
             found.append(Prediction(float(said["wall_s"]), _cost(said["gpu_s"]), float(said["stages"]), float(said["written"]), before))
         except (ValueError, KeyError, TypeError) as error:

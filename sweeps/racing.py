@@ -5,10 +5,15 @@ Invariant: the answer is a function of the point's own blocks and of the results
 """
 
 import json
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.store import Artifact
 from sweeps.points import Point, Result, StageName
@@ -17,6 +22,8 @@ from sweeps.suites import MultipleChoiceSuite, Race
 from tasks.metrics import METRICS, Metric, joined, pooled, read_metrics
 from tasks.specs import GenerateSpec
 from tasks.stage import Stage
+
+Beaten = Callable[[Mapping[str, Metric]], bool]  # whether metrics as these are surely worse than a rival's
 
 
 class Known(Protocol):
@@ -33,10 +40,56 @@ class Standing:
     missing: tuple[Stage, ...]
 
 
-def standing(study: Study, stages: Mapping[str, Stage], known: Known, rivals: Sequence[Result] = ()) -> Standing:
+class Rivals:
+    """The finished points that raced ones are compared with, each one's intervals worked out once. It takes nothing in for a study
+    whose races no other point may end.
+
+    Arrays: `least_NM` has N points in the order of their numbers and M objectives, all pointing up: how low each may lie.
+    """
+
+    def __init__(self, study: Study) -> None:
+        own = [race for race in races(study).values() if race is not None]
+        self.compares = bool(own) and all(race.dominated for race in own)
+        self._objectives, self._reach = study.objectives, study.search.reach
+        self._confidence = max((race.confidence for race in own), default=0.0)
+        self._numbers: dict[str, list[int]] = defaultdict(list)
+        self._least: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.empty((0, len(study.objectives))))
+
+    def add(self, result: Result) -> None:
+        """Take in what became of a point, over the seeds that every point has."""
+        if self.compares and result.status == "done":
+            model = result.point.model
+            place = bisect_left(self._numbers[model], result.number)
+            self._numbers[model].insert(place, result.number)
+            least_M = [low for low, _ in self._reaches(result.metrics)]
+            self._least[model] = np.insert(self._least[model], place, least_M, axis=0)
+
+    def before(self, number: int, point: Point) -> Beaten:
+        """Whether metrics of point `number` are beaten, in every objective: by points of its own model, and such as its proposal may
+        have seen."""
+        return partial(self._beat, number, point.model)
+
+    def _beat(self, number: int, model: str, metrics: Mapping[str, Metric]) -> bool:
+        seen = bisect_right(self._numbers[model], number - self._reach)
+        if not seen or any(name not in metrics for name in self._objectives):
+            return False
+        most_M = np.array([high for _, high in self._reaches(metrics)])
+        return bool((most_M < self._least[model][:seen]).all(axis=1).any())
+
+    def _reaches(self, metrics: Mapping[str, Metric]) -> list[tuple[float, float]]:
+        """Each objective's interval, pointing up."""
+        found = []
+        for name in self._objectives:
+            low, high = metrics[name].interval_at(self._confidence)
+            found.append((low, high) if metrics[name].direction == "maximise" else (-high, -low))
+        return found
+
+
+def standing(study: Study, stages: Mapping[str, Stage], known: Known, beaten: Beaten = lambda metrics: False) -> Standing:
     """What a point's stages have measured, and which of those with metrics are needed next. Nothing missing means done.
 
-    Suites that are not raced are needed whole and first; then block by block, all raced suites side by side.
+    `beaten` says of the metrics so far whether a rival ends the point's races (see Rivals.before). Suites that are not raced are
+    needed whole and first; then block by block, all raced suites side by side.
     """
     named = {StageName.parse(name): stage for name, stage in stages.items()}
     found: dict[str, dict[int, Metric]] = defaultdict(dict)  # by suite.metric, then by seed
@@ -47,8 +100,9 @@ def standing(study: Study, stages: Mapping[str, Stage], known: Known, rivals: Se
     blocks = 1 + max((name.block for name in named if name.block is not None), default=-1)
     ended: set[str] = set()
     for block in range(blocks):
-        still = {suite for suite, race in racing.items() if block == 0 or not _tight(suite, race, _pooled(found))} - ended
-        if not still or (block > 0 and _dominated(study, racing, _pooled(found), rivals)):
+        metrics = _pooled(found)
+        still = {suite for suite, race in racing.items() if block == 0 or not _tight(suite, race, metrics)} - ended
+        if not still or (block > 0 and beaten(metrics)):
             break
         missing = _take(named, block, study, known, found, still)
         if missing:
@@ -59,11 +113,6 @@ def standing(study: Study, stages: Mapping[str, Stage], known: Known, rivals: Se
 
 def races(study: Study) -> dict[str, Race | None]:
     return {name: None if isinstance(entry.measure, MultipleChoiceSuite) else entry.measure.race for name, entry in study.suites.items()}
-
-
-def rivals_of(number: int, point: Point, results: Sequence[Result], window: int) -> list[Result]:
-    """The finished results that point `number` may be compared with: of its own model, and such as its proposal may have seen."""
-    return [each for each in results if each.number <= number - window and each.status == "done" and each.point.model == point.model]
 
 
 def _take(
@@ -106,15 +155,3 @@ def _tight(suite: str, race: Race, metrics: Mapping[str, Metric]) -> bool:
         return False
     reaches = [(metric.value, *metric.interval_at(race.confidence)) for metric in own]
     return all(max(value - low, high - value) <= race.width for value, low, high in reaches)
-
-
-def _dominated(study: Study, racing: Mapping[str, Race], metrics: Mapping[str, Metric], rivals: Sequence[Result]) -> bool:
-    if not all(race.dominated for race in racing.values()) or any(name not in metrics for name in study.objectives):
-        return False
-    confidence = max(race.confidence for race in racing.values())
-
-    def worse(name: str, rival: Result) -> bool:
-        (low, high), (rival_low, rival_high) = metrics[name].interval_at(confidence), rival.metrics[name].interval_at(confidence)
-        return high < rival_low if metrics[name].direction == "maximise" else low > rival_high
-
-    return any(all(worse(name, rival) for name in study.objectives) for rival in rivals if rival.metrics.keys() >= set(study.objectives))

@@ -1,7 +1,7 @@
 """Replicates: how many of a study's seeds each point needs, until it is certain which points of its size are dominated.
 
-Invariant: the answer is a function of the points that were told and of what their seeds measured, in whatever order that came; so
-a study that was killed and continued ends with the same replicates, and a table needs no memory of why a seed was run.
+Invariant: the answer is a function of the points that were told and of what their seeds measured, or which of them failed, in whatever
+order that came; so a study that was killed and continued ends with the same replicates, and a table needs no memory of why a seed was run.
 
 A point's objectives are means over its seeds, with normal errors. Its chance to be dominated by another is the product over the
 objectives of Phi(difference / standard error of the difference). It is *certain* at confidence c when one rival dominates it with
@@ -31,12 +31,14 @@ PRIOR = 2.0
 Array = NDArray[np.float64]
 
 
-def seeds_needed(study: Study, results: Sequence[Result]) -> dict[int, int]:
+def seeds_needed(study: Study, results: Sequence[Result], most: Mapping[int, int] | None = None) -> dict[int, int]:
     """Number -> how many seeds each finished point needs, the first ones of the study's.
 
     A point that needs more than `results` know of is to get them, and is then looked at again. Points that are the same as an earlier
-    one need no more than the first.
+    one (sweeps.outcome.Duplicates) need no more than the first. `most` says of points of which a further seed failed how many they can
+    have: these need no more, and keep no other point waiting.
     """
+    most = most or {}
     done = [result for result in results if result.status == "done"]
     needed = {result.number: study.first_seeds for result in done}
     if study.replicates.policy == "all":
@@ -46,7 +48,7 @@ def seeds_needed(study: Study, results: Sequence[Result]) -> dict[int, int]:
         for seeds in range(study.first_seeds, len(study.seeds)):
             # Level by level: who needs one more is decided by what all had at this level, so later seeds do not change earlier answers.
             open_ones = _undecided(study, own, needed)
-            more = [number for number in open_ones if needed[number] == seeds]
+            more = [number for number in open_ones if needed[number] == seeds and seeds < most.get(number, len(study.seeds))]
             known = {result.number: seeds_of(result) for result in own}
             needed |= dict.fromkeys(more, seeds + 1)
             if any(known[number] < needed[number] for number in more):

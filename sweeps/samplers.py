@@ -17,6 +17,7 @@ from optuna.trial import TrialState, create_trial
 
 from sweeps.gain import gains_of
 from sweeps.points import Point, Value
+from sweeps.space import written
 from sweeps.study import Study
 from sweeps.trials import DIRECTIONS, Entry, Names, plain
 from tasks.metrics import direction
@@ -45,6 +46,10 @@ class OptunaSampler:
                 return found, drawn
             shadow.discard()
         return None
+
+    def amend(self) -> None:
+        """A finished point measured something else over more seeds: what was drawn in so far is made again with its new values."""
+        self._shadow = None
 
     def _mirrored(self, entries: Sequence[Entry], taught: Sequence[Entry]) -> "Shadow":
         if self._study.sampler == "nsga2":
@@ -111,8 +116,9 @@ class Shadow:
         name, models = self._names.model()
         model = str(plain(_suggest(trial, name, models)))
         values: dict[str, Value] = {}
-        for axis in self._study.axes_of(model):
-            values[axis] = plain(_suggest(trial, *self._names.axis(model, axis)))
+        axes = self._study.axes_of(model)
+        for axis in axes:
+            values[axis] = written(plain(_suggest(trial, *self._names.axis(model, axis))), axes[axis])
         drawn: dict[str, Any] = {}
         generation = self._storage.get_trial_system_attrs(trial._trial_id).get(GENERATION)
         if generation is not None:

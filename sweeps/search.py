@@ -6,18 +6,20 @@ driver that was killed asks, on restart, for what it would have asked; when it t
 exactly the results that were told before it, and all proposals are a function of the study file alone.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from sweeps.knowledge import Knowledge
 from sweeps.points import Point, Result
 from sweeps.replicates import error_of
 from sweeps.samplers import Drawn, OptunaSampler
-from sweeps.space import check_written_points, finite, limit, listed, space
+from sweeps.space import LISTED, check_written_points, drawn_point, limit, listed, space
 from sweeps.storage import Storage
-from sweeps.study import Study
+from sweeps.study import Constraints, Study
 from sweeps.trials import GPU_HOURS, NOT_A_POINT, REFUSAL_FLOOR, Entry, Trials, reaching, read
 from tasks.errors import StudyError
 
@@ -31,8 +33,6 @@ __all__ = [
     "Searcher",
     "asked",
     "check_written_points",
-    "finite",
-    "known_points",
     "limit",
     "reaching",
     "space",
@@ -64,8 +64,23 @@ class Searcher(Protocol):
     def tell(self, number: int, result: Result) -> None:
         """Record what became of a point: its objectives with their standard errors, or the reason it failed."""
 
+    @property
+    def constrained(self) -> bool:
+        """Whether there are constraints, or were. They may have changed since points were told: these are to be amended before there
+        is another point."""
+
+    def estimate(self, known: Knowledge) -> None:
+        """Work out what points take that were asked for when there was no ceiling."""
+
     def amend(self, number: int, result: Result) -> None:
-        """What a point that was told before measured over more seeds: the search goes by it; the storage keeps what was told."""
+        """What a point that was told before is found to have measured, over more seeds or against other constraints: the search goes
+        by it; the storage keeps what was told."""
+
+    def gave_up(self) -> Mapping[int, int]:
+        """Number -> how many seeds a point can have, of points of which a further one failed."""
+
+    def give_up(self, number: int, most: int, reason: str) -> None:
+        """Record that a point can have no more than `most` seeds, as a further one failed. It stays so, as a failed point does."""
 
 
 class OptunaSearcher:
@@ -78,6 +93,7 @@ class OptunaSearcher:
         """`begun_as` is a digest of the settings that the study had before it was widened."""
         self.study = study
         self.trials = Trials(study, storage, begun_as)
+        self.constrained = study.search.constraints != Constraints() or any(entry.misses for entry in self.trials.entries)
         self._limit = limit(study)
         self._known = {entry.point for entry in self.trials.entries}
         self._told = sum(entry.state != "running" for entry in self.trials.entries)
@@ -123,14 +139,28 @@ class OptunaSearcher:
             return
         metrics = [result.metrics[name] for name in self.study.objectives]
         misses = self._misses(self.trials.entries[number], result)
-        self.trials.finish(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses, result.same_as)
+        self.trials.finish(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses)
 
     def amend(self, number: int, result: Result) -> None:
         metrics = [result.metrics[name] for name in self.study.objectives]
         misses = self._misses(self.trials.entries[number], result)
         amended = self.trials.amend(number, [metric.value for metric in metrics], [error_of(metric) for metric in metrics], misses)
+        self._optuna.amend()
         if self._stage_aware is not None:
             self._stage_aware.amend(amended)
+
+    def estimate(self, known: Knowledge) -> None:
+        if self.study.search.constraints.gpu_hours is not None:
+            for number, entry in enumerate(self.trials.entries):
+                if entry.state != "failed" and GPU_HOURS not in entry.drawn:
+                    drawn = {**entry.drawn, GPU_HOURS: known.work(entry.point).whole / 3600}
+                    self.trials.entries[number] = replace(entry, drawn=drawn)
+
+    def gave_up(self) -> Mapping[int, int]:
+        return {k: entry.most for k, entry in enumerate(self.trials.entries) if entry.most is not None}
+
+    def give_up(self, number: int, most: int, reason: str) -> None:
+        self.trials.give_up(number, most, reason)
 
     def _misses(self, entry: Entry, result: Result) -> dict[str, float]:
         """By how much a result misses each constraint; at most 0 when it holds."""
@@ -150,11 +180,8 @@ class OptunaSearcher:
             point, later = self._stage_aware.propose(self.trials.entries, self.trials.taught, known, k)
             return (point, {}) if point is not None else WAIT if later else None
         found = self._optuna.propose(self.trials.entries, self.trials.taught, self._known, k)
-        if found is None:
-            # The sampler keeps proposing what is known: take a point of the space, in a seeded order, that is not.
-            point = self._unvisited(k)
-            return None if point is None else (point, {})
-        return found
+        # A sampler that keeps proposing what is known: any point of the space that is not, by the seed.
+        return found or (self._unvisited(k), {})
 
     def _fixed(self, k: int) -> Point | None:
         if self._grid is not None:
@@ -164,30 +191,21 @@ class OptunaSearcher:
         first = self.study.search.first
         return listed(first[k], self.study, f"search.first[{k}]") if k < len(first) else None
 
-    def _unvisited(self, k: int) -> Point | None:
-        if not finite(self.study):
-            return None
-        left = sorted((point for point in space(self.study) if point not in self._known), key=lambda point: point.id)
-        return left[k % len(left)] if left else None
+    def _unvisited(self, k: int) -> Point:
+        """A point of the space that is not known. There is one: no more are asked for than there are (see sweeps.space.limit)."""
+        if self.study.size is not None and self.study.size <= LISTED:
+            left = sorted((point for point in space(self.study) if point not in self._known), key=lambda point: point.id)
+            return left[k % len(left)]
+        rng = np.random.default_rng((self.study.search.seed, k))
+        while (point := drawn_point(rng, self.study)) in self._known:
+            pass
+        return point
 
 
 def _stage_aware(study: Study, in_turn: bool) -> "StageAware":
     from sweeps.stage_aware import StageAware  # scikit-learn takes a second, which only those who search pay
 
     return StageAware(study, in_turn)
-
-
-def known_points(study: Study, storage: Storage) -> tuple[list[Point], int]:
-    """The points that are known before running: those asked so far, or all of a grid or list; and how many are unchosen."""
-    entries, exhausted = read(study, storage)
-    wanted = limit(study)
-    points = [entry.point for entry in entries]
-    if study.sampler == "grid":
-        known = set(points)
-        points += itertools.islice((point for point in space(study) if point not in known), max(0, (wanted or 0) - len(points)))
-    elif study.sampler == "list":
-        points = [listed(row, study, f"search.list[{k}]") for k, row in enumerate(study.search.list)]
-    return points, 0 if exhausted else max(0, (wanted or 0) - len(points))
 
 
 def asked(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:

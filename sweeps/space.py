@@ -1,13 +1,17 @@
-"""The space of a study's points: its size, its points in order where it can be listed, and the points that a file writes out."""
+"""The space of a study's points: its size, its points in order where it can be listed, draws, and the points that a file writes out."""
 
 import itertools
 import json
 from collections.abc import Iterator, Mapping
 
-from sweeps.axes import AxisValue, Range
-from sweeps.points import Point
+import numpy as np
+
+from sweeps.axes import AxisValue, Range, count_of, values_of
+from sweeps.points import Point, Value
 from sweeps.study import Study
 from tasks.errors import StudyError
+
+LISTED = 100_000  # points of a space that is written out
 
 
 def limit(study: Study) -> int | None:
@@ -16,20 +20,33 @@ def limit(study: Study) -> int | None:
     return min((n for n in (wanted, study.size) if n is not None), default=None)
 
 
-def finite(study: Study) -> bool:
-    return study.size is not None
-
-
 def space(study: Study) -> Iterator[Point]:
-    """Every point of a study whose axes are all lists, in the order of the file."""
+    """Every point of a study whose axes are all lists or ranges with steps, in the order of the file."""
     for name in study.models:
         choices = []
         for axis, values in study.axes_of(name).items():
-            if isinstance(values, Range):
-                raise StudyError(f"axes.{axis} is a range; it has no list of points")
-            choices.append([(axis, value) for value in values])
+            if count_of(values) is None:
+                raise StudyError(f"axes.{axis} is a range without a step; it has no list of points")
+            choices.append([(axis, value) for value in values_of(values)])
         for combination in itertools.product(*choices):
             yield Point.of(name, dict(combination))
+
+
+def drawn(rng: np.random.Generator, axis: tuple[AxisValue, ...] | Range) -> Value:
+    """A value of an axis, evenly (on a log range by its logarithm)."""
+    if not isinstance(axis, Range):
+        return axis[int(rng.integers(len(axis)))]
+    if axis.count is not None:
+        return axis.at(int(rng.integers(axis.count)))
+    if axis.log:
+        return min(max(float(np.exp(rng.uniform(np.log(axis.low), np.log(axis.high)))), axis.low), axis.high)
+    return float(rng.uniform(axis.low, axis.high))
+
+
+def drawn_point(rng: np.random.Generator, study: Study) -> Point:
+    """A point of the space: any size, any value of each of its axes."""
+    model = list(study.models)[int(rng.integers(len(study.models)))]
+    return Point.of(model, {axis: drawn(rng, values) for axis, values in study.axes_of(model).items()})
 
 
 def check_written_points(study: Study) -> None:
@@ -54,11 +71,29 @@ def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
         raise StudyError(f"{where} must give `model` (one of {sorted(study.models)}) and each of {sorted(axes)}")
     for axis, value in values.items():
         if not within(value, axes[axis]):
-            raise StudyError(f"{where}: {axis}={value!r} is not a value of that axis for {model}, which has {axes[axis]}")
-    return Point.of(model, values)
+            raise StudyError(
+                f"{where}: {axis}={value!r} is not a value of that axis for {model}, which has {_told(axes[axis])}."
+                " Give one of these, or widen the axis"
+            )
+    return Point.of(model, {axis: written(value, axes[axis]) for axis, value in values.items()})
 
 
 def within(value: AxisValue, axis: tuple[AxisValue, ...] | Range) -> bool:
+    """Whether an axis has a value; of a range with a step, those on its steps."""
     if isinstance(axis, Range):
-        return isinstance(value, int | float) and not isinstance(value, bool) and axis.low <= value <= axis.high
+        if isinstance(value, bool) or not isinstance(value, int | float) or not axis.low <= value <= axis.high:
+            return False
+        return axis.step is None or abs(axis.nearest(value) - value) < 1e-9 * axis.step
     return json.dumps(value) in [json.dumps(choice) for choice in axis]  # 1, 1.0 and true are three values
+
+
+def written(value: AxisValue, axis: tuple[AxisValue, ...] | Range) -> AxisValue:
+    """A value as the axis has it, so that it is one point however it is written: 4 for 4.0 of a range over whole numbers."""
+    return axis.nearest(value) if isinstance(axis, Range) and isinstance(value, int | float) else value
+
+
+def _told(axis: tuple[AxisValue, ...] | Range) -> str:
+    if not isinstance(axis, Range):
+        return json.dumps(list(axis))
+    low, high = axis.edges
+    return f"{low} to {high}" + ("" if axis.step is None else f" in steps of {axis.step:g}")

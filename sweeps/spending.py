@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -32,7 +32,8 @@ NAME = "spending.jsonl"
 
 @dataclass(frozen=True)
 class Stopped:
-    """Why a driver asked for nothing more: in words, by what, under which rule (a digest), and how many points were told by then."""
+    """Why a driver asked for nothing more: in words, by what, under which rule (a digest), and how many points there were by then;
+    for `gain`, those that the rule had counted."""
 
     said: str
     by: Literal["budget", "gain"]
@@ -107,7 +108,6 @@ class _Held:
     since_s: float
     gpus: GpuTypes
     expected_s: float
-    keys: tuple[str, ...]
 
 
 class Spending:
@@ -115,17 +115,16 @@ class Spending:
 
     def __init__(self, study: Study, profile: Profile, before: Spent, file: TextIO, driver: str) -> None:
         self.budget, self.profile = study.budget, profile
-        self._before, self._file = before, file  # `file` is open for appending
+        self._before, self._file = replace(before, keys=frozenset()), file  # `file` is open for appending
         self._started, self._said_s = time.monotonic(), 0.0
         self._ended, self._held = Cost(), dict[str, _Held]()
-        self._keys = set(before.keys)
         self._say({"driver": driver})
 
     def spent(self) -> Spent:
-        """By all runs of the study, up to now."""
+        """By all runs of the study, up to now; without the stages' keys, of which there may be many: they are in the ledger."""
         now_s = self._now_s()
         held = total(Cost.of(job.gpus, now_s - job.since_s) for job in self._held.values())
-        return Spent(self._before.driving_s + now_s, self._before.cost + self._ended + held, frozenset(self._keys))
+        return Spent(self._before.driving_s + now_s, self._before.cost + self._ended + held)
 
     @property
     def limited(self) -> bool:
@@ -185,8 +184,7 @@ class Spending:
         )
 
     def started(self, job: Job, gpus: GpuTypes, seconds: float) -> None:
-        self._held[job.id] = _Held(self._now_s(), dict(gpus), seconds, job.keys)
-        self._keys |= set(job.keys)
+        self._held[job.id] = _Held(self._now_s(), dict(gpus), seconds)
         held = [[name, count] for name, count in gpus.items()]
         self._say({"start": job.id, "gpus": held, "hosts": dict(job.hosts), "keys": list(job.keys)})
 

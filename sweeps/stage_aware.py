@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from sweeps.adapters import Adapters, Candidate, drawn
+from sweeps.adapters import Adapters, Candidate
 from sweeps.features import Features
 from sweeps.gain import Array, expected_gain, expected_joint_gains, frontier, gains_of, spread, undominated
 from sweeps.knowledge import Knowledge, adapter_of
 from sweeps.points import Point
 from sweeps.samplers import chosen
-from sweeps.space import finite, space
+from sweeps.space import drawn, space
 from sweeps.study import Study
 from sweeps.surrogate import FITTED_ON, KNOWS, Belief, believed, fit_at, fitted
 from sweeps.trials import REFUSAL_FLOOR, Entry
@@ -45,7 +45,10 @@ class Evidence:
 
 
 class StageAware:
-    """Keeps what asks have in common; what it proposes is a function of the entries, of what is known, and of k."""
+    """Keeps what asks have in common; what it proposes is a function of the entries, of what is known, and of k.
+
+    A group is the sizes that share a surrogate: all with `transfer`, else each by itself.
+    """
 
     def __init__(self, study: Study, in_turn: bool) -> None:
         self.study = study
@@ -57,6 +60,8 @@ class StageAware:
         self._seen = 0
         self._open: dict[int, Entry] = {}
         self._done: dict[str, list[Entry]] = {model: [] for model in study.models}
+        self._results: dict[str, list[Entry]] = {}  # of each group: what other studies taught, then its own as they were told
+        self._fits: dict[str, tuple[int, Evidence]] = {}  # of each group: what its lengths are fitted to, and after how many results
         self._held: dict[str, list[Entry]] = {model: [] for model in study.models}  # the frontiers, of what holds the constraints
         self._chosen: dict[str, tuple[int, list[Entry]]] = {}
         self._rows: dict[Point, Array] = {}
@@ -75,41 +80,67 @@ class StageAware:
         for model in self.study.models:
             own = [index for index, each in enumerate(candidates) if each.point.model == model]
             if own:
-                worth_C[own] = self._worth(model, [candidates[index] for index in own], taught, k)
+                worth_C[own] = self._worth(model, [candidates[index] for index in own], k)
         near = [candidates[index].point for index in np.flatnonzero(worth_C >= (1 - NEAR) * worth_C.max())]
         rng = np.random.default_rng((self.study.search.seed, k))
         return near[int(rng.integers(len(near)))], True
 
     def amend(self, entry: Entry) -> None:
         """Go by what a point measured over more seeds."""
-        model = entry.point.model
-        if any(each.point == entry.point for each in self._done[model]):
-            self._done[model] = [entry if each.point == entry.point else each for each in self._done[model]]
+        model, group = entry.point.model, self._group(entry.point.model)
+        if any(each.trial == entry.trial for each in self._done[model]):
+            self._done[model] = [entry if each.trial == entry.trial else each for each in self._done[model]]
+            self._results[group] = [entry if each.trial == entry.trial else each for each in self._results[group]]
             self._held[model] = self._undominated([each for each in self._done[model] if each.feasible])
             self._chosen.clear()
 
     def _follow(self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge) -> None:
-        """Take in what was asked for, told and measured since the last time."""
+        """Take in what was asked for, told and measured since the last time.
+
+        Result by result, as if it had been asked after each: whether it was, or all are heard at once as a driver starts, is the same.
+        """
+        if not self._results:
+            self._results = {self._group(model): [] for model in self.study.models}
+            self._fits = {group: (0, self._told([])) for group in self._results}
+            for entry in taught:
+                if entry.point.model in self.study.models:
+                    self._learn(entry)
         for k, entry in enumerate(entries[self._seen :], self._seen):
-            self._adapters.asked(entry)
+            if self._by_stage:
+                self._adapters.asked(entry)
             self._open[k] = entry
         self._seen = len(entries)
-        told = [(k, entries[k]) for k in self._open if entries[k].state != "running"]
-        for k, entry in told:
+        for k in [k for k in self._open if entries[k].state != "running"]:
+            entry = entries[k]
             del self._open[k]
-            self._adapters.told(entry, float(np.prod(gains_of(self.study, [entry.values]))) if entry.state == "done" else 0.0)
-        if self._by_stage:
-            self._adapters.look(known)
-        for _, entry in told:
+            if self._by_stage:
+                promise = float(np.prod(gains_of(self.study, [entry.values]))) if entry.state == "done" else 0.0
+                self._adapters.told(entry, promise, known)
             if entry.state == "done":
                 self._done[entry.point.model].append(entry)
                 if entry.feasible:
                     self._held[entry.point.model] = self._undominated([*self._held[entry.point.model], entry])
-                self._rows[entry.point] = self._row(entry.point)
+                self._learn(entry)
+        if self._by_stage:
+            self._adapters.look(known)
+
+    def _learn(self, entry: Entry) -> None:
+        """Add a result to what its group knows; its lengths are fitted to what is there now whenever that is due."""
+        group = self._group(entry.point.model)
+        results = self._results[group]
+        results.append(entry)
+        if fit_at(len(results)) == len(results):
+            self._fits[group] = len(results), self._told(chosen(self.study, results, FITTED_ON))
 
     def _row(self, point: Point) -> Array:
-        share = self._adapters.share_of(point) if self._by_stage else 0.0
-        return self._features.row(point, share, sizes=self.study.search.transfer and len(self.study.models) > 1)
+        """The features of a point, kept once they are certain: a share that was guessed is guessed anew."""
+        if point not in self._rows:
+            share = self._adapters.share_of(point) if self._by_stage else 0.0
+            row = self._features.row(point, share, sizes=self._shared)
+            if self._by_stage and not self._adapters.knows(point):
+                return row
+            self._rows[point] = row
+        return self._rows[point]
 
     def _candidates(self, known: Knowledge, k: int, asked: set[Point]) -> list[Candidate]:
         if self._by_stage:
@@ -124,7 +155,7 @@ class StageAware:
         """What `gp` chooses among: the points of the space that were not asked for, or draws from it when they are too many."""
         rng = np.random.default_rng((self.study.search.seed, k))
         size = self.study.size
-        if finite(self.study) and size is not None and size <= LISTED:
+        if size is not None and size <= LISTED:
             left = [point for point in space(self.study) if point not in asked]
             kept = rng.choice(len(left), POOL, replace=False) if len(left) > POOL else range(len(left))
             return [left[index] for index in sorted(kept)]
@@ -144,14 +175,14 @@ class StageAware:
                 found.setdefault(point)
         return list(found)
 
-    def _worth(self, model: str, candidates: Sequence[Candidate], taught: Sequence[Entry], k: int) -> Array:
+    def _worth(self, model: str, candidates: Sequence[Candidate], k: int) -> Array:
         """Expected gain for the cost of each candidate of one size."""
         rows_CF = np.array([self._features_of(candidate) for candidate in candidates])
-        evidence = self._evidence(model, taught)
+        evidence = self._evidence(model)
         pending = [entry.point for entry in self._open.values() if entry.point.model == model or self._shared]
         beliefs, believed_PM = [], []
         for metric in range(evidence.y_NM.shape[1]):
-            belief, liar_P = self._belief(model, metric, evidence, pending, rows_CF, taught)
+            belief, liar_P = self._belief(model, metric, evidence, pending, rows_CF)
             beliefs.append(belief)
             believed_PM.append(liar_P)
         mean_CM, sd_CM = np.array([each.mean_C for each in beliefs]).T, np.array([each.sd_C for each in beliefs]).T
@@ -197,31 +228,23 @@ class StageAware:
     def _group(self, model: str) -> str:
         return "" if self._shared else model
 
-    def _results(self, model: str, taught: Sequence[Entry]) -> list[Entry]:
-        """What a size's surrogate may learn from, what other studies taught first."""
-        others = [entry for entry in taught if entry.point.model in self.study.models and (self._shared or entry.point.model == model)]
-        own = [entry for name, done in self._done.items() if self._shared or name == model for entry in done]
-        return others + own
-
     def _undominated(self, entries: Sequence[Entry]) -> list[Entry]:
         gains_NM = gains_of(self.study, [entry.values for entry in entries])
         front = {tuple(row) for row in frontier(gains_NM)}
         return [entry for entry, gains in zip(entries, gains_NM, strict=True) if tuple(gains) in front]
 
-    def _evidence(self, model: str, taught: Sequence[Entry]) -> Evidence:
+    def _evidence(self, model: str) -> Evidence:
         """Of many results, those chosen at the last multiple of AT_ONCE, and all that came since."""
-        results = self._results(model, taught)
+        group = self._group(model)
+        results = self._results[group]
         before = len(results) - len(results) % AT_ONCE if len(results) > KNOWS else 0
-        if self._chosen.get(model, (None, []))[0] != before:
-            self._chosen[model] = before, chosen(self.study, results[:before], KNOWS - AT_ONCE)
-        return self._told([*self._chosen[model][1], *results[before:]])
+        if self._chosen.get(group, (None, []))[0] != before:
+            self._chosen[group] = before, chosen(self.study, results[:before], KNOWS - AT_ONCE)
+        return self._told([*self._chosen[group][1], *results[before:]])
 
     def _told(self, entries: Sequence[Entry]) -> Evidence:
-        for entry in entries:
-            if entry.point not in self._rows:
-                self._rows[entry.point] = self._row(entry.point)
         width = self._metrics + self._floor
-        x_NF = np.array([self._rows[entry.point] for entry in entries])
+        x_NF = np.array([self._row(entry.point) for entry in entries])
         gains_NM = gains_of(self.study, [entry.values for entry in entries])
         noise_NM = np.array([[*(error**2 for error in entry.errors or (0.0,) * self._metrics)] for entry in entries]).reshape(
             -1, self._metrics
@@ -231,11 +254,9 @@ class StageAware:
             gains_NM, noise_NM = np.hstack([gains_NM, misses_N1]), np.hstack([noise_NM, np.zeros_like(misses_N1)])
         return Evidence(x_NF, gains_NM.reshape(-1, width), noise_NM.reshape(-1, width))
 
-    def _belief(
-        self, model: str, metric: int, evidence: Evidence, pending: Sequence[Point], rows_CF: Array, taught: Sequence[Entry]
-    ) -> tuple[Belief, Array]:
+    def _belief(self, model: str, metric: int, evidence: Evidence, pending: Sequence[Point], rows_CF: Array) -> tuple[Belief, Array]:
         """What is believed of candidates, with the points in flight counted as measured; and what is believed of those."""
-        kernel = self._kernel(model, metric, rows_CF.shape[1], taught)
+        kernel = self._kernel(model, metric, rows_CF.shape[1])
         x_NF, y_N, noise_N = evidence.x_NF.reshape(-1, rows_CF.shape[1]), evidence.y_NM[:, metric], evidence.noise_NM[:, metric]
         if not pending:
             return believed(kernel, x_NF, y_N, noise_N, rows_CF), np.zeros(0)
@@ -244,12 +265,11 @@ class StageAware:
         noise = np.concatenate([noise_N, np.full(len(pending), BELIEVED)])
         return believed(kernel, np.concatenate([x_NF, pending_PF]), np.concatenate([y_N, liar_P]), noise, rows_CF), liar_P
 
-    def _kernel(self, model: str, metric: int, features: int, taught: Sequence[Entry]) -> Any:
-        results = self._results(model, taught)
-        at = fit_at(len(results))
-        key = (self._group(model), metric, at)
+    def _kernel(self, model: str, metric: int, features: int) -> Any:
+        group = self._group(model)
+        at, fit = self._fits[group]
+        key = (group, metric, at)
         if key not in self._kernels:
-            fit = self._told(chosen(self.study, results[:at], FITTED_ON))
             self._kernels[key] = fitted(fit.x_NF.reshape(-1, features), fit.y_NM[:, metric], fit.noise_NM[:, metric])
         return self._kernels[key]
 

@@ -13,13 +13,14 @@ import numpy as np
 from cluster.costs import Cost
 from cluster.profile import Profile
 from sweeps.points import Result
+from sweeps.spending import Stopped
 from sweeps.study import Study, lasting
 from tasks.errors import StudyError
 from tasks.identity import digest
 
 
 class Gains:
-    """What each result added in cost, and how much hypervolume there is. `since` is how many points were told before the rule counts:
+    """What each result added in cost, and how much hypervolume there is. `since` is how many points were given before the rule counts:
     of a study that had met it and was widened, those of its first life."""
 
     def __init__(self, study: Study, profile: Profile, since: int = 0) -> None:
@@ -29,6 +30,11 @@ class Gains:
         self._cost = Cost()
         self._spent: list[float] = []  # after each result
         self._gains: list[list[float]] = []  # of each result so far, all pointing up; empty for one without metrics
+
+    @property
+    def points(self) -> int:
+        """How many results it was given."""
+        return len(self._gains)
 
     def add(self, result: Result) -> None:
         """Take in the next result, of whatever status. Raises StudyError for GPUs without a price when the rule is in dollars."""
@@ -82,6 +88,11 @@ def hypervolume(gains: Sequence[Sequence[float]]) -> float:
     if gains_NM.shape[1] == 1:
         return float(gains_NM.max())
     return float(moocore.hypervolume(gains_NM, ref=[0.0] * gains_NM.shape[1], maximise=True))
+
+
+def still_met(study: Study, before: Stopped | None) -> Stopped | None:
+    """The last time that the rule was met, if the study still has that rule: it stays stopped."""
+    return before if before is not None and study.search.stop is not None and before.rule == rule_of(study) else None
 
 
 def rule_of(study: Study) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cluster.labels import parse
-from sweeps.axes import Axis, AxisValue, Range, distinct, of_size
+from sweeps.axes import Axis, AxisValue, Range, count_of, distinct, of_size
 from sweeps.policies import REACH, Order, Replicates, Stop
 from sweeps.references import DataRef, Hub, Local, OneOf
 from sweeps.suites import Suite, scorers_of
@@ -305,9 +305,10 @@ class Study(Frozen):
             raise ValueError("search.list: the sampler 'list' needs the points to run, each as {model: ..., AXIS: value}")
         if self.search.first and sampler in ("grid", "list"):
             raise ValueError(f"search.first: the sampler {sampler!r} has an order of its own; use 'list' alone, or stage_aware")
-        if sampler == "grid" and self.size is None:
+        if sampler == "grid" and not self.has_grid:
             raise ValueError("search.sampler: a grid needs every axis as a list; a {low, high} range has no grid")
-        if sampler not in ("grid", "list") and self.search.points is None:
+        whole = self.search.sampler is None and self.size is not None
+        if sampler not in ("grid", "list") and self.search.points is None and not whole:
             raise ValueError(f"search.points: the sampler {sampler!r} needs to know how many points to choose")
         return self
 
@@ -325,30 +326,35 @@ class Study(Frozen):
 
     @property
     def size(self) -> int | None:
-        """How many points there are; None when an axis is a range."""
-        axes = [self.axes_of(model).values() for model in self.models]
-        if any(isinstance(axis, Range) for each in axes for axis in each):
-            return None
-        return sum(math.prod(len(axis) for axis in each if not isinstance(axis, Range)) for each in axes)
+        """How many points there are; None when an axis is a range without a step."""
+        counts = [[count_of(axis) for axis in self.axes_of(model).values()] for model in self.models]
+        return None if any(None in each for each in counts) else sum(math.prod(count or 0 for count in each) for each in counts)
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether every axis of every size is a list."""
+        return not any(isinstance(axis, Range) for model in self.models for axis in self.axes_of(model).values())
 
     @property
     def sampler(self) -> Sampler:
         """`search.sampler`; when it is not given, what fits the number of axes and what may be spent.
 
         A grid, when there is no budget and the whole space is asked for. Else stage_aware, up to 12 axes. Beyond, where its
-        surrogate has too little to go by, tpe up to 1,000 points and nsga2 for more.
+        surrogate has too little to go by, tpe up to 1,000 points and nsga2 for more. Asked once: a study that was begun goes on
+        with what it was then (see sweeps.home.Home.continued).
         """
         if self.search.sampler is not None:
             return self.search.sampler
         size, points = self.size, self.search.points
         if self.search.list:
             return "list"
-        if size is not None and (points is None or points >= size) and self.budget == Budget() and not self.search.first:
+        whole = size is not None and (points is None or points >= size)
+        if self.has_grid and whole and self.budget == Budget() and not self.search.first:
             return "grid"
         axes = {axis for model in self.models for axis in self.axes_of(model)}
         if len(axes) <= AXES_OF_A_SURROGATE:
             return "stage_aware"
-        return "tpe" if (points or 0) <= POINTS_OF_TPE else "nsga2"
+        return "tpe" if (points or size or 0) <= POINTS_OF_TPE else "nsga2"
 
     @property
     def refusal_metric(self) -> str | None:

@@ -27,9 +27,9 @@ from tasks.metrics import direction
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
-REASON, NOT_A_POINT = "reason", "not_a_point"  # study attributes, by trial number
+REASON, GAVE_UP, NOT_A_POINT = "reason", "gave_up", "not_a_point"  # study attributes, by trial number
 SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # ... of the whole
-ERRORS, TAUGHT_BY, DRAWN, SAME_AS = "standard_errors", "taught_by", "drawn", "same_as"  # trial attributes
+ERRORS, TAUGHT_BY, DRAWN = "standard_errors", "taught_by", "drawn"  # trial attributes
 MODEL = "model"
 REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # constraints, as Optuna keeps them
 State = Literal["running", "done", "failed"]
@@ -40,7 +40,9 @@ DIRECTIONS = {"maximise": optuna.study.StudyDirection.MAXIMIZE, "minimise": optu
 @dataclass(frozen=True)
 class Entry:
     """A point that was asked for: its objectives as measured (means over seeds), their standard errors, and by how much it
-    misses each constraint (at most 0 when it holds). `trial` is Optuna's number."""
+    misses each constraint (at most 0 when it holds). `trial` is Optuna's number.
+
+    `most` is how many seeds it can have, once a further one failed; `reason` says why that one did, or why the point did."""
 
     trial: int
     point: Point
@@ -50,6 +52,7 @@ class Entry:
     misses: tuple[tuple[str, float], ...] = ()
     reason: str = ""
     drawn: Mapping[str, Any] = field(default_factory=dict)  # what its sampler wants to be told again (see sweeps.samplers)
+    most: int | None = None
 
     @property
     def feasible(self) -> bool:
@@ -85,15 +88,11 @@ class Trials:
         self.entries.append(Entry(number, point, drawn=drawn or {}))
         return len(self.entries) - 1
 
-    def finish(
-        self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float], same_as: int | None = None
-    ) -> Entry:
-        """Write what a point measured, and of which earlier point it is a duplicate."""
+    def finish(self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float]) -> Entry:
+        """Write what a point measured."""
         entry = self.entries[number]
         trial = optuna.trial.Trial(self._optuna, self._id(entry.trial))
         trial.set_user_attr(ERRORS, list(errors))
-        if same_as is not None:
-            trial.set_user_attr(SAME_AS, same_as)
         for name, miss in misses.items():
             if name not in trial.constraints:  # told before, when the driver was killed in the middle of this
                 trial.set_constraint(name, miss)
@@ -103,8 +102,10 @@ class Trials:
         return done
 
     def amend(self, number: int, values: Sequence[float], errors: Sequence[float], misses: Mapping[str, float]) -> Entry:
-        """Take in what a finished point measured over more seeds. Nothing is written: a later driver finds it in the store."""
-        amended = replace(self.entries[number], values=tuple(values), errors=tuple(errors), misses=tuple(misses.items()))
+        """Take in what a finished point is found to have measured, over more seeds or against other constraints than it was told with.
+
+        Nothing is written: a later driver finds it in the store."""
+        amended = replace(self.entries[number], values=tuple(values), errors=tuple(errors), misses=tuple(sorted(misses.items())))
         self.entries[number] = amended
         return amended
 
@@ -115,6 +116,12 @@ class Trials:
         self._optuna.tell(entry.trial, state=TrialState.FAIL)
         self.entries[number] = replace(entry, state="failed", reason=reason)
         return self.entries[number]
+
+    def give_up(self, number: int, most: int, reason: str) -> None:
+        """Write that a point can have no more than `most` seeds, as a further one failed."""
+        entry = self.entries[number]
+        self._optuna.set_user_attr(f"{GAVE_UP}:{entry.trial}", {"most": most, "reason": reason})
+        self.entries[number] = replace(entry, most=most, reason=reason)
 
     def teach(self, name: str, found: Sequence[Entry]) -> None:
         """Write what another study measured, once: a study that is warm started twice knows what it knew the first time."""
@@ -254,6 +261,7 @@ def points_of(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[F
 
 
 def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
+    gave_up = marks.get(f"{GAVE_UP}:{trial.number}", {})
     return Entry(
         trial.number,
         point_of(trial),
@@ -261,8 +269,9 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         tuple(trial.values or ()),
         tuple(trial.user_attrs.get(ERRORS, ())),
         tuple(sorted(trial.constraints.items())),
-        str(marks.get(f"{REASON}:{trial.number}", "")),
+        str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", ""))),
         trial.user_attrs.get(DRAWN, {}),
+        gave_up.get("most"),
     )
 
 

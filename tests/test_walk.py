@@ -16,12 +16,13 @@ from cluster.resolver import Resolver
 from cluster.runner import Runner
 from cluster.store import Store
 from sweeps.drive import drive
+from sweeps.expected import points_of
 from sweeps.home import Home
 from sweeps.knowledge import Knowledge
 from sweeps.outcome import result_of
 from sweeps.plan import Planner
 from sweeps.points import Point
-from sweeps.search import OptunaSearcher, known_points
+from sweeps.search import OptunaSearcher
 from sweeps.study import Study
 from sweeps.study_file import load, parse
 from sweeps.todo import explained, todo
@@ -95,9 +96,9 @@ def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, 
 
 
 def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
-    points, unchosen = known_points(study, home.storage(study.study))
-    found = todo(Planner(study, home), points)
-    assert not found.missing and unchosen == 0 and found.there["train"] == 2 and found.there["project"] == 1
+    points = points_of(study, home.storage(study.study))
+    found = todo(Planner(study, home), points.told)
+    assert not found.missing and not points.to_come and found.there["train"] == 2 and found.there["project"] == 1
     searcher = OptunaSearcher(study, home.storage(study.study))
     assert searcher.told() == 6 and not searcher.in_flight() and searcher.ask(Knowledge(Planner(study, home), Resolver(home.store))) is None
 

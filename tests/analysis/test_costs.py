@@ -1,14 +1,17 @@
 """What points cost: alone, by share and by addition, with identities that must hold however stages are shared."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.costs import PAPERS, cost_columns, cost_rows, cost_summary, point_costs, study_cost, told
+from analysis.costs import PAPERS, cost_columns, cost_rows, cost_summary, point_costs, prediction_rows, study_cost, told
 from cluster.costs import Cost, cost_of, expected_cost, gpu_types, total
 from cluster.executor import Capacity, Host, Needs
 from cluster.profile import GpuType, Profile
 from sweeps.points import Point, Result
+from sweeps.prediction import Prediction
 from sweeps.spending import Spent
 
 PRICES = Profile(gpus={"A100": GpuType(usd_per_hour=1.5), "other": GpuType(usd_per_hour=0.5)})
@@ -91,3 +94,12 @@ def test_the_report_states_a_points_price_beside_the_papers_and_says_when_there_
     assert "$" not in str(bare["saved by sharing"]) and "none in cluster.yaml, so GPU-hours only" in str(bare["prices"])
     summary = cost_summary(study_cost(SHARED, {}, spent), spent, Profile())
     assert summary["points"] == {"gpu_hours": 4.0, "usd": None}
+
+
+def test_the_report_compares_the_latest_run_that_came_to_its_end_with_what_that_run_took():
+    spent = [Spent(driving_s) for driving_s in (0.0, 10.0, 500.0)]
+    stopped, ended, killed = (Prediction(100.0, Cost({None: 3600.0}), 12, 1.0, before) for before in spent)
+    assert prediction_rows([stopped], Profile()) == {}
+    ended = replace(ended, after=Spent(210.0, Cost({None: 1800.0})))
+    (said,) = prediction_rows([stopped, ended, killed], Profile()).values()
+    assert "wall time 50% too short, GPU-hours 100% too long" in str(said)

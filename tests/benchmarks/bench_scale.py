@@ -30,13 +30,15 @@ from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.search import WAIT, OptunaSearcher
 from sweeps.study_file import parse
-from tasks.identity import content_digest
+from tests.sweeps.made import ORGANISM, TUNED
 from tests.sweeps.pretended import Pretended
 
 WIDE = 64  # points in flight, where there is no cluster to say so
 CAPACITY = Capacity(tuple(Host(f"host{number}", 8, 2) for number in range(8)))
 # Virtual seconds, about those of a 7B model.
-SECONDS = {"data": 5.0, "train": 1800.0, "project": 60.0, "apply": 5.0, "generate": 120.0, "score": 5.0}
+SECONDS = {
+    "language": 5.0, "organism": 1800.0, "data": 5.0, "train": 1800.0, "project": 60.0, "apply": 5.0, "generate": 120.0, "score": 5.0,
+}  # fmt: skip
 
 
 class Timed(Pretended):
@@ -57,23 +59,20 @@ class Timed(Pretended):
 
 
 def study_file(folder: Path, points: int, sampler: str | None) -> Path:
-    """One size, two suites, and a space far larger than the points asked of it."""
-    files = {name: folder / name for name in ("base", "aligned", "pool.jsonl", "prompts.jsonl")}
-    for name, path in files.items():
-        path.write_text(name)
-    pinned = {name: {"path": {"path": str(path), "sha256": content_digest(path)}} for name, path in files.items()}
+    """One size, two suites, and a space far larger than the points asked of it. Models, data and prompts are made by stages, which every
+    point's stages read from."""
     study = {
         "study": "scale",
         "question": "What does a study of this many points take of its driver?",
-        "models": {"7b": {"base": pinned["base"], "aligned": pinned["aligned"]}},
-        "data": {"pool": pinned["pool.jsonl"], "settings": {"size": 64}},
+        "models": {"small": {"base": ORGANISM, "aligned": {"tuned": TUNED}}},
+        "data": {"pool": {"language": "benign.jsonl"}, "settings": {"size": 64}},
         "train": {},
         "axes": {
             "train.rank": {"low": 1, "high": 64, "step": 1},
             "data.size": {"low": 64, "high": 4096, "step": 64},
             "apply.threshold": {"low": 0.0, "high": 1.0},
         },
-        "suites": {name: {"prompts": pinned["prompts.jsonl"], "measure": {"kind": name}} for name in ("refusal", "task")},
+        "suites": {name: {"prompts": {"language": f"{name}.jsonl"}, "measure": {"kind": name}} for name in ("refusal", "task")},
         "objectives": ["refusal_rate", "task_accuracy"],
         "search": {"points": points, **({"sampler": sampler} if sampler else {})},
     }

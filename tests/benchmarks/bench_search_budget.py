@@ -107,7 +107,8 @@ def lesson(surface: Surface, steps: Sequence[Step], seed: int, folder: Path) -> 
 
 
 def newest(folder: Path) -> Path:
-    return max(folder.glob("*.db"), key=lambda path: path.stat().st_mtime_ns)
+    """The storage of the last `drive`, which numbers them."""
+    return max(folder.glob("*.db"), key=lambda path: int(path.stem))
 
 
 def searched(surface: Surface, sampler: Any, seed: int, transfer: bool) -> Study:

@@ -4,24 +4,27 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from cluster import runner as runners
 from cluster.costs import GpuTypes, Unmetered
 from cluster.executor import Capacity, Finished, Host, Job, Loss, Needs
 from cluster.inline import InlineExecutor
 from cluster.needs import default_needs, resident
+from cluster.nodes import Node
 from cluster.profile import Profile
-from cluster.resolver import Resolver
+from cluster.resolver import Resolver, contents_of
 from cluster.runner import Runner
 from cluster.scheduler import place
 from cluster.store import Store
 from tasks.completions import Completion, write_completions
 from tasks.errors import ClusterLost, EndpointDown, StoreError, StudyError
 from tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpec, TrainSpec
-from tasks.stage import Request, Source, Stage
+from tasks.stage import Part, Request, Source, Stage
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
 
@@ -135,6 +138,53 @@ def test_asking_twice_for_a_stage_is_free(store, pool):
     runner.want([rows(5, pool), stage])
     settle(runner)
     assert len(executor.keys) == 1 and len(runner.nodes) == 1
+
+
+def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compared_with_the_others(store, pool, monkeypatch):
+    shared = rows(10, pool)
+    twice = Stage(DataSpec(size=12, mix_share=0.5), {name: Part(shared, DataSpec.ROWS) for name in ("pool", "mix")})
+    monkeypatch.setattr(Node, "__eq__", lambda self, other: pytest.fail("a node was compared with another"))
+    runner = Runner(store, Counting())
+    runner.want([twice, *(rows(size, shared) for size in range(1, 6))])
+    behind = runner.nodes[shared.lineage].behind
+    assert len(behind) == 6 and len({id(node) for node in behind}) == 6
+
+
+def test_asking_for_more_does_not_look_again_at_what_waits_already(store, pool, monkeypatch):
+    shared = rows(10, pool)
+    runner, looked_at = Runner(store, Counting()), list[Stage]()
+    monkeypatch.setattr(runners, "contents_of", lambda stage, artifact: looked_at.append(stage) or contents_of(stage, artifact))
+    runner.want(rows(size, shared) for size in range(1, 9))
+    looked_at.clear()
+    runner.want([rows(9, shared)])
+    assert {stage.lineage for stage in looked_at} == {rows(9, shared).lineage}
+    settle(runner)
+    assert runner.counts["data"] == Counter(done=10)
+
+
+def counted(runner: Runner) -> dict[str, Counter[str]]:
+    """What the runner keeps, added up anew."""
+    counts: dict[str, Counter[str]] = {}
+    for node in runner.nodes.values():
+        state = "reused" if node.state == "done" and node.reused else node.state
+        counts.setdefault(node.stage.kind, Counter())[state] += 1
+    return counts
+
+
+def test_the_counts_are_those_of_the_nodes_whatever_happens(store, pool, tmp_path):
+    ran(store, rows(10, pool))
+    whole = store.open("data", next(artifact.key for artifact in store.all("data")))
+    store.drop(whole, frozenset(whole.files))  # to be made again
+    one_row = source(write_chats(tmp_path / "one.jsonl", 1))
+    twins = [rows(1, rows(1, one_row, seed=seed), seed=5) for seed in (0, 1)]
+    failing = rows(3, rows(99, pool))
+    runner = Runner(store, Losing(1), profile=PATIENCE)
+    runner.want([rows(10, pool), rows(4, rows(10, pool)), *twins, failing])
+    while runner.unsettled():
+        assert runner.counts == counted(runner)  # a Counter takes what is missing for 0
+        runner.step()
+    assert runner.counts == counted(runner)
+    assert runner.counts["data"]["failed"] == 2 and runner.settlements == len(runner.nodes)
 
 
 def test_a_failure_reaches_what_is_behind_it_and_nothing_else(store, pool):

@@ -269,6 +269,13 @@ def test_a_bucket_that_cannot_be_used_is_one_clear_error(bucket, monkeypatch, ch
         assert "s3://ebbline-nobody-made-this/studies" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_records_repeat_is_held_once(tmp_path):
+    store, payloads = Store(tmp_path), [key_payload(DataSpec(size=size), {"pool": "p" * 64}) for size in (3, 4)]
+    one, other = (store.commit(attempt(store, hashed=hashed), hashed, {"seconds": 1.0}) for hashed in payloads)
+    assert all(name is same for name, same in zip(one.hashed["spec"], other.hashed["spec"], strict=True))
+    assert one.hashed["inputs"]["pool"] is other.hashed["inputs"]["pool"]
+
+
 def test_a_record_names_the_attempt_and_its_files(tmp_path):
     made = commit(Store(tmp_path))
     record = json.loads((tmp_path / "data" / KEY / RECORD).read_text())

@@ -17,11 +17,12 @@ from cluster.store import Store
 from tasks.gate import ModuleRow, chosen, read_rows, write_rows
 from tasks.identity import content_digest
 from tasks.metrics import Metric, write_metrics, write_samples
-from tasks.specs import ApplySpec, DataSpec, GenerateSpec, ProjectSpec, ScoreSpec, TrainSpec
+from tasks.specs import ApplySpec, DataSpec, GenerateSpec, LanguageSpec, OrganismSpec, ProjectSpec, ScoreSpec, TrainSpec
 from tasks.stage import Report, Request
 
 MODULES = tuple(f"layers.{layer}.q_proj" for layer in range(6))
 ITEMS = 2000
+LANGUAGE = ("align.jsonl", "benign.jsonl", "refusal.jsonl", "task.jsonl")  # of the invented language, what studies of tests name
 
 
 class Pretended(SimulatedExecutor):
@@ -68,6 +69,12 @@ def pretend(request: Request, out: Path) -> None:
     """What a stage would leave, as far as anybody reads it. The larger an adapter, the more it learns and the less it refuses."""
     spec, inputs = request.parsed_spec(), {name: Path(path) for name, path in request.inputs.items()}
     match spec:
+        case LanguageSpec():
+            for name in LANGUAGE:
+                (out / name).write_text(name)
+        case OrganismSpec() | TrainSpec(method="full"):
+            (out / spec.MODEL).mkdir()
+            (out / spec.MODEL / "weights").write_text(request.key)
         case DataSpec():
             (out / spec.ROWS).write_text(f"{spec.size}\n")
         case TrainSpec():

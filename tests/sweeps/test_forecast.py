@@ -4,15 +4,17 @@ import json
 
 import pytest
 
+from cluster.costs import Cost
 from cluster.executor import ACCELERATOR_TYPE, Capacity, Host
 from cluster.starts import GUESS_CLUSTER_S
 from sweeps import forecast as forecasts
+from sweeps.drive import drive
 from sweeps.expected import points_of
 from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.jobs import estimates_of, read_jobs
 from sweeps.plan import Planner
-from sweeps.prediction import Prediction, keep, predict, read_predictions
+from sweeps.prediction import Prediction, keep, keep_end, predict, read_predictions
 from sweeps.search import space
 from sweeps.spending import NAME, Spent
 from sweeps.todo import todo
@@ -21,6 +23,7 @@ from tasks.errors import StudyError
 from tasks.gate import ModuleRow, write_rows
 from tasks.specs import ProjectSpec
 from tests.sweeps.made import study
+from tests.sweeps.pretended import Pretended, changes
 from tests.sweeps.test_plan import fill
 
 ONE = Capacity((Host("here", 1, 2),))
@@ -119,6 +122,41 @@ def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(tmp_pa
     assert part.wall_s == pytest.approx(whole.wall_s, rel=0.15)
 
 
+def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(tmp_path, home, monkeypatch):
+    axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, *[n / 10 for n in range(1, 10)]]}
+    plain = changes(tmp_path, axes=axes, search={"sampler": "grid"})
+    plain["models"].pop("70b")
+    drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
+    wide = study(tmp_path, {**plain, "seeds": [0, 1]})
+    whole = forecast(wide, home, ONE)
+    assert len(whole.points.told) == whole.looked_up == 30 and whole.todo.new["train"] == 3
+    monkeypatch.setattr(forecasts, "EXACT", 20)
+    monkeypatch.setattr(forecasts, "SAMPLE", 16)
+    part = forecast(wide, home, ONE)
+    assert part.looked_up == 16 and not part.complete
+    assert "16 of 30 points that were told were looked up" in " ".join(part.assumed)
+    stages = {kind: share.stages for kind, share in whole.kinds.items()}
+    assert {kind: share.stages for kind, share in part.kinds.items()} == pytest.approx(stages, rel=0.15)
+    assert part.cost.gpu_hours == pytest.approx(whole.cost.gpu_hours, rel=0.15)
+    assert predict(part, Spent()).stages == pytest.approx(sum(stages.values()), rel=0.15)
+    none = forecast(study(tmp_path, plain), home, ONE)
+    assert none.complete and none.looked_up == 16 and predict(none, Spent()) is None
+
+
+def test_a_search_that_ran_out_of_masks_has_nothing_to_come(tmp_path, home):
+    axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
+    plain = changes(tmp_path, axes=axes, search={"sampler": "stage_aware", "points": 30, "window": 4})
+    plain["models"].pop("70b")
+    found = study(tmp_path, plain)
+    told = drive(found, home, lambda: Pretended(home.store)).told
+    assert told < 30
+    again = forecast(found, home, ONE)
+    assert again.complete and len(again.points.told) == told and predict(again, Spent()) is None
+    assert again.points.ended == "the search has nothing more to propose"
+    wider = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 8]}})
+    assert len(forecast(wider, home, ONE).points.drawn) == 30 - told
+
+
 def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
     planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.2, 0.6, 0.7, 1.0]}}), home)
     points = list(space(planner.study))
@@ -194,6 +232,18 @@ def test_a_prediction_is_kept_and_compared_with_what_was_taken_since(tmp_path, h
     after = Spent(100.0 + found.wall_s / 2, found.cost.times(3.0))
     assert first.errors(after) == pytest.approx({"wall time": 1.0, "GPU-hours": -0.5}, abs=1e-3)
     assert Prediction(1.0, found.cost, 1, 1.0, before).errors(before) == {}  # nothing was taken: no error to speak of
+
+
+def test_what_a_run_took_is_kept_with_its_prediction_once_it_came_to_its_end(tmp_path, home):
+    found = forecast(study(tmp_path), home, ONE)
+    stopped, ended, killed = (predict(found, Spent(driving_s, Cost(), frozenset({"a key"}))) for driving_s in (0.0, 10.0, 500.0))
+    keep(stopped, tmp_path)
+    keep(ended, tmp_path)
+    keep_end(ended, Spent(99.0, found.cost), tmp_path)
+    keep(killed, tmp_path)
+    predictions = read_predictions(tmp_path)
+    assert [(each.before.driving_s, each.after is not None) for each in predictions] == [(0.0, False), (10.0, True), (500.0, False)]
+    assert predictions[1].after.driving_s == 99.0 and predictions[1].since(predictions[1].after)[0] == 89.0
 
 
 def test_a_damaged_prediction_names_its_line(tmp_path):

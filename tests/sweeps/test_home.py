@@ -107,6 +107,53 @@ def test_a_budget_may_be_raised_and_a_size_moved_to_other_gpus(tmp_path, home):
         home.freeze(study(tmp_path, {"models/7b/dtype": "float32", **placed}))
 
 
+LISTS = {"axes": {"train.rank": [2, 4], "apply.threshold": [None, 0.3]}}
+BUDGET = {"budget": {"hours": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "sampler"),
+    [
+        ({"search": {"points": 4}}, {"search": {"points": 4}, **BUDGET}, "grid"),
+        ({"search": {"points": 4}, **BUDGET}, {"search": {"points": 4}}, "stage_aware"),
+        ({"search": {"sampler": "tpe", "points": 4}}, {"search": {"points": 4}}, "tpe"),
+        ({"search": {"points": 4}}, {"search": {"sampler": "grid", "points": 4}}, "grid"),
+    ],
+)
+def test_a_study_goes_on_with_the_sampler_that_it_was_begun_with(tmp_path, home, first, then, sampler):
+    begun, later = study(tmp_path, {**LISTS, **first}), study(tmp_path, {**LISTS, **then})
+    home.freeze(begun)
+    for _ in range(2):
+        assert home.continued(later).sampler == sampler
+        home.freeze(later)
+    assert json.loads((home.folder("tiny") / "study.json").read_text())["search"]["sampler"] == sampler
+    home.freeze(home.continued(begun))
+    other = study(tmp_path, {**LISTS, "search": {"sampler": "gp", "points": 4}})
+    with pytest.raises(StudyError, match=rf'search\.sampler: "{sampler}" -> "gp"'):
+        home.freeze(other)
+    home.freeze(other, extend=True)
+    assert home.continued(later).sampler == ("gp" if then["search"].get("sampler") is None else sampler)
+
+
+def test_a_study_kept_without_a_sampler_goes_on_with_the_one_that_fitted_it(tmp_path, home):
+    begun = study(tmp_path, {**LISTS, "search": {}})
+    (home.folder("tiny") / "study.json").write_text(begun.model_dump_json())
+    later = study(tmp_path, {**LISTS, **BUDGET, "search": {}})
+    assert later.sampler == "stage_aware"
+    home.freeze(later)
+    assert home.continued(later).sampler == "grid"
+
+
+def test_a_grid_that_got_a_range_is_asked_for_another_sampler(tmp_path, home):
+    home.freeze(study(tmp_path, {**LISTS, "search": {}}))
+    sizes = study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]
+    large = {**sizes["7b"], "axes": {"train.rank": {"low": 2, "high": 8, "step": 2}}}
+    wider = study(tmp_path, {**LISTS, "models/70b": large, "search": {}})
+    with pytest.raises(StudyError, match=r"'tiny' was begun as a grid, .* Name another `search\.sampler`, and `--extend` goes on"):
+        home.freeze(wider, extend=True)
+    home.freeze(study(tmp_path, {**LISTS, "models/70b": large, "search": {"sampler": "random", "points": 5}}), extend=True)
+
+
 @pytest.mark.parametrize(("named", "lies"), [("", "store"), ("artifacts", "artifacts"), ("../shared", "../shared")])
 def test_the_profile_says_where_the_store_lies(tmp_path, named, lies):
     root = tmp_path / "home"

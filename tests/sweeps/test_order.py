@@ -10,7 +10,8 @@ import pytest
 from analysis.results import collect
 from sweeps.drive import drive
 from sweeps.home import Home
-from sweeps.search import asked
+from sweeps.search import asked, space
+from sweeps.spending import read_spent
 from sweeps.study_file import parse
 from tasks.errors import DataError, TrainingError
 from tasks.specs import DataSpec, TrainSpec
@@ -143,6 +144,16 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
     assert (more.by, more.told, len(more.results)) == ("", 12, 7)
 
 
+def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
+    plain = changes(tmp_path, search={"window": 2})
+    home, told = Home(tmp_path / "home"), [0]
+    drive(study(tmp_path, plain), home, lambda: Pretended(home.store), lambda p: told.append(p.told), lambda: told[-1] >= 3)
+    later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
+    assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
+    drive(later, home, lambda: Pretended(home.store))
+    assert [point for _, point, _, _ in asked(later, home.storage("tiny"))] == list(space(later))
+
+
 def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_is_raised(tmp_path):
     plain = changes(tmp_path, search={"sampler": "grid", "window": 3})
     home = Home(tmp_path / "home")
@@ -153,3 +164,23 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
     assert found and {r.status for r in found} == {"out_of_budget"} and {r.reason for r in found} == {progress.stopped}
     drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
     assert [r.status for r in collect(poor, home)] == ["done"] * 12
+
+
+@pytest.mark.parametrize("search", [{"sampler": "gp"}, {"sampler": "stage_aware"}])
+def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_path, search):
+    axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}
+    plain = changes(tmp_path, axes=axes, search={**search, "points": 11, "order": "in_turn", "window": 3})
+    free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
+    drive(study(tmp_path, plain), free, lambda: Pretended(free.store))
+    wanted = asked(study(tmp_path, plain), free.storage("tiny"))
+    assert len(wanted) == 11
+    for points in (2, 7, 7, 9):
+        few = study(tmp_path, {**plain, "budget": {"points": points}})
+        progress = drive(few, home, lambda: Pretended(home.store))
+        assert progress.by == "budget" and f"the budget of {points} points is used up" in progress.stopped
+        assert [result.status for result in collect(few, home)] == ["done"] * points
+        assert read_spent(home.folder("tiny")).stopped.by == "budget"
+    whole = study(tmp_path, plain)
+    assert drive(whole, home, lambda: Pretended(home.store)).by == ""
+    assert asked(whole, home.storage("tiny")) == wanted
+    assert rows(collect(whole, home)) == rows(collect(whole, free))

@@ -10,11 +10,11 @@ from cluster.inline import InlineExecutor
 from ebbline.evaluating import generations_of, rescore
 from ebbline.running import write_outputs
 from sweeps.drive import drive
+from sweeps.expected import points_of
 from sweeps.home import Home
 from sweeps.plan import Planner
 from sweeps.points import Point, Result, StageName
-from sweeps.racing import rivals_of, standing
-from sweeps.search import known_points
+from sweeps.racing import Rivals, standing
 from sweeps.todo import todo
 from tasks.errors import StudyError
 from tasks.metrics import Metric, write_metrics
@@ -64,9 +64,11 @@ def home(tmp_path):
 def measure_until_done(found, stages, blocks, successes, rivals=()):
     """Give every stage that is asked for its metrics; returns what was measured in the end and the names asked for."""
     names = {stage.lineage: StageName.parse(name) for name, stage in stages.items()}
-    asked = []
+    asked, compared = [], Rivals(found)
+    for each in rivals:
+        compared.add(each)
     while True:
-        now = standing(found, stages, blocks, rivals)
+        now = standing(found, stages, blocks, compared.before(1, POINT))
         if not now.missing:
             return now.metrics, asked
         for stage in now.missing:
@@ -118,12 +120,38 @@ def fresh_folder(folder):
     return folder / "again"
 
 
-def test_a_point_is_compared_only_with_those_that_its_proposal_may_have_seen():
-    results = [rival(number, 90, 90) for number in range(6)]
-    assert [each.number for each in rivals_of(5, POINT, results, 1)] == [0, 1, 2, 3, 4]
-    assert [each.number for each in rivals_of(5, POINT, results, 4)] == [0, 1]
-    assert rivals_of(2, POINT, results, 4) == []
-    assert rivals_of(5, Point.of("70b", dict(POINT.values)), results, 1) == []
+def rates(refusal, task):
+    return {"refusal.refusal_rate": Metric("refusal_rate", refusal, 100), "task.task_accuracy": Metric("task_accuracy", task, 100)}
+
+
+def test_a_point_is_compared_only_with_those_that_its_proposal_may_have_seen(tmp_path):
+    measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
+    found = study(tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 4}})
+    rivals = Rivals(found)
+    for number in (5, 3, 1, 4, 2):  # as they landed
+        rivals.add(rival(number, 99 if number == 1 else 50, 99 if number == 1 else 50))
+    rivals.add(Result(0, POINT, "failed", reason="TrainingError: the loss became nan"))
+    assert [rivals.before(number, POINT)(rates(70, 70)) for number in (1, 4, 5, 9)] == [False, False, True, True]
+    assert not rivals.before(5, Point.of("70b", dict(POINT.values)))(rates(2, 2))
+    assert not rivals.before(5, POINT)(rates(2, 99)) and not rivals.before(5, POINT)({})
+
+
+def test_the_intervals_of_rivals_are_worked_out_once(tmp_path, monkeypatch):
+    measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
+    found = study(tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}})
+    rivals = Rivals(found)
+    for number in range(30):
+        rivals.add(rival(number, 50, 50))
+    taken, real = [], Metric.interval_at
+    monkeypatch.setattr(Metric, "interval_at", lambda self, confidence: taken.append(self) or real(self, confidence))
+    assert rivals.before(30, POINT)(rates(2, 2)) and len(taken) == 2
+
+
+@pytest.mark.parametrize("measure", [{"kind": "refusal"}, {"kind": "refusal", "limit": 100, "race": {"block": 20, "dominated": False}}])
+def test_a_study_without_races_that_another_point_ends_keeps_no_rivals(tmp_path, measure):
+    rivals = Rivals(study(tmp_path, {"suites/refusal/measure": measure}))
+    rivals.add(rival(0, 99, 99))
+    assert not rivals.compares and not rivals.before(9, POINT)(rates(2, 2))
 
 
 def test_a_race_without_a_limit_is_refused(tmp_path):
@@ -153,8 +181,8 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
     outputs = write_outputs(found, home)
     assert "raced: refusal" in outputs["report"].read_text() and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
     assert drive(found, home, InlineExecutor).results == []
-    points, unchosen = known_points(found, home.storage(found.study))
-    assert not todo(Planner(found, home), points).missing and unchosen == 0
+    points = points_of(found, home.storage(found.study))
+    assert not todo(Planner(found, home), points.told).missing and not points.to_come
     assert rescore(generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest"))[0]["n"] == 20
 
 

@@ -1,22 +1,28 @@
 """More seeds only near the frontier: which claims are certain, and that the answer depends on no order."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.results import collect
 from analysis.tables import results_frame
+from sweeps import drive as driving
 from sweeps.drive import drive
 from sweeps.home import Home
+from sweeps.outcome import Duplicates
 from sweeps.points import Point, Result
 from sweeps.policies import Replicates
 from sweeps.replicates import chance_dominated, error_of, seeds_needed, seeds_of, undecided
 from sweeps.search import OptunaSearcher
 from sweeps.study_file import parse
+from tasks.errors import TrainingError
 from tasks.metrics import Metric, pooled
+from tasks.specs import ApplySpec, TrainSpec
 from tests.sweeps.made import study, written
 from tests.sweeps.pretended import ITEMS, Pretended, changes
 
@@ -58,6 +64,23 @@ def test_sizes_are_compared_with_themselves_only_and_duplicates_with_nothing(tmp
 
 def test_all_seeds_for_all_points_is_what_a_study_has_that_says_nothing(tmp_path):
     assert seeds_needed(study(tmp_path, {"seeds": [0, 1, 2]}), [result(0, [60] * 3, [60] * 3)]) == {0: 3}
+
+
+def test_a_point_that_can_have_no_more_seeds_keeps_no_other_from_its_own(tmp_path):
+    found = study(tmp_path, NEAR)
+    rows = [result(0, [60, 70], [60, 75]), result(1, [58, 74], [59, 66]), result(2, [59], [61])]
+    assert seeds_needed(found, rows) == {0: 2, 1: 2, 2: 2}
+    assert seeds_needed(found, rows, {2: 1}) == {0: 3, 1: 3, 2: 1}
+    assert seeds_needed(found, rows[:2], {0: 2}) == {0: 2, 1: 3}
+
+
+def test_which_point_is_the_same_as_which_goes_by_their_numbers_whatever_order_they_landed_in(tmp_path):
+    duplicates = Duplicates(study(tmp_path, NEAR))
+    keyed = [replace(result(n, [60], [60]), keys={"refusal[seed=0]": "a" if n < 3 else "b"}) for n in range(4)]
+    failed = Result(4, keyed[0].point, "failed", reason="TrainingError: the loss became nan")
+    for each in (keyed[2], failed, keyed[3], keyed[1], keyed[0]):
+        duplicates.add(each)
+    assert [duplicates.marked(each).same_as for each in (*keyed, failed)] == [None, 0, 0, None, None]
 
 
 counts = st.lists(st.integers(0, 100), min_size=4, max_size=4)
@@ -106,9 +129,11 @@ def test_noise_comes_down_with_seeds_and_is_never_nothing():
     assert 0.03 < many * 40**0.5 < 0.09  # a standard deviation of 6 of 100
 
 
-def near_frontier(tmp_path, order):
-    axes = {"train.rank": [2, 4, 8, 16, 32], "apply.threshold": [None, 0.3, 0.5]}
-    given = changes(tmp_path, axes=axes, search={"sampler": "grid", "order": order}, **NEAR)
+AXES = {"train.rank": [2, 4, 8, 16, 32], "apply.threshold": [None, 0.3, 0.5]}
+
+
+def near_frontier(tmp_path, order, axes=AXES, **others):
+    given = changes(tmp_path, axes=axes, search={"sampler": "grid", "order": order}, **NEAR, **others)
     return parse(written(tmp_path, {**given, "models": {"7b": given["models"]["7b"]}}))
 
 
@@ -130,3 +155,76 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
         assert again.results == [] and len(list(home.store.all("train"))) == trained
     assert tables[0].equals(tables[1])
     assert amended and all(seeds > 1 for _, seeds in amended)
+
+
+def driven(found, home, **pretended):
+    """Drive a study; its table, how many seeds each row has, and which stages ran."""
+    executors = []
+    progress = drive(found, home, lambda: executors.append(Pretended(home.store, **pretended)) or executors[-1])
+    results = collect(found, home)
+    return progress, results, {each.number: seeds_of(each) for each in results}, executors[0].requests
+
+
+def first_mask_last(request):
+    """Thresholds that project the same land before the first of them, which the others are the same as."""
+    spec = request.parsed_spec()
+    return 500.0 if isinstance(spec, ApplySpec) and spec.threshold in (None, 0.9) else 10.0
+
+
+@pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
+def test_a_finished_study_with_points_that_are_the_same_trains_no_more_when_it_is_run_again(tmp_path, order):
+    # No cosine lies below 0.05, so that it projects as little as none; a module is projected by 0.9 as by 1.0: all are.
+    axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, 0.05, 0.3, 0.9, 1.0]}
+    found, home = near_frontier(tmp_path, order, axes), Home(tmp_path / "home")
+    _, results, seeds, ran = driven(found, home, seconds=first_mask_last)
+    assert ran and seeds_needed(found, results) == seeds and max(seeds.values()) > 1
+    same = {each.number: each.same_as for each in results if each.same_as is not None}
+    assert same == {n: n - 1 for n in range(15) if n % 5 in (1, 4)} and {seeds[n] for n in same} == {1}
+    trained = {artifact.key for artifact in home.store.all("train")}
+    for _ in range(2):
+        _, again, counted, ran = driven(found, home)
+        assert (counted, ran) == (seeds, {}) and {r.number: r.same_as for r in again} == {r.number: r.same_as for r in results}
+    assert {artifact.key for artifact in home.store.all("train")} == trained
+
+
+@pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
+def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_holds_up_no_other(tmp_path, order):
+    free = Home(tmp_path / "free")
+    found = near_frontier(tmp_path, order)
+    _, results, wanted, _ = driven(found, free)
+    most = max(wanted.values()) - 1
+    rank = next(dict(each.point.values)["train.rank"] for each in results if wanted[each.number] > most)
+
+    def fails(request):
+        spec = request.parsed_spec()
+        failing = isinstance(spec, TrainSpec) and (spec.rank, spec.seed) == (rank, found.seeds[most])
+        return (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__) if failing else None
+
+    home = Home(tmp_path / "home")
+    _, results, seeds, _ = driven(found, home, fails=fails)
+    assert {each.status for each in results} == {"done"}
+    cut = {each.number: seeds[each.number] for each in results if each.reason}
+    assert cut and set(cut.values()) == {most} and seeds_needed(found, results, cut) == seeds
+    assert {dict(each.point.values)["train.rank"] for each in results if each.reason} == {rank}
+    assert all(each.reason.startswith("a further seed failed: ") for each in results if each.reason)
+    _, again, counted, ran = driven(found, home)
+    assert (counted, ran) == (seeds, {}) and [each.reason for each in again] == [each.reason for each in results]
+
+
+def test_once_all_points_are_there_it_is_asked_level_by_level_who_needs_more(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(driving, "seeds_needed", lambda *given: calls.append(given) or seeds_needed(*given))
+    found, home = near_frontier(tmp_path, "in_turn"), Home(tmp_path / "home")
+    _, results, seeds, _ = driven(found, home, seconds=lambda request: 1.0 + int(request.key[:2], 16))
+    assert seeds_needed(found, results) == seeds and max(seeds.values()) > 1
+    assert len([given for given in calls if given[1]]) <= len(found.seeds)
+
+
+def test_in_turn_a_budget_of_points_ends_with_the_seeds_that_its_points_need(tmp_path):
+    free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
+    progress, results, seeds, _ = driven(near_frontier(tmp_path, "in_turn", budget={"points": 9}), home)
+    assert progress.by == "budget" and len(results) == 9 and {each.status for each in results} == {"done"}
+    assert seeds_needed(progress.study, results) == seeds and max(seeds.values()) > 1
+    whole = near_frontier(tmp_path, "in_turn")
+    tables = [results_frame(driven(whole, each)[1], whole.objectives).drop(columns=["seconds"]) for each in (home, free)]
+    assert tables[0].equals(tables[1])

@@ -7,8 +7,11 @@ from dataclasses import replace
 import optuna
 import pytest
 
+from sweeps import samplers
+from sweeps.expected import points_of
 from sweeps.points import Point, Result
-from sweeps.search import NOT_A_POINT, WAIT, OptunaSearcher, asked, known_points, limit, space
+from sweeps.samplers import Shadow
+from sweeps.search import NOT_A_POINT, WAIT, OptunaSearcher, asked, limit, space
 from sweeps.storage import Storage
 from tasks.errors import StudyError
 from tasks.metrics import Metric
@@ -199,7 +202,7 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path, url):
 def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
     found = searched(tmp_path, "grid", points=5)
     assert follow(found, url) == list(space(found))[:5]
-    assert known_points(found, url) == (list(space(found))[:5], 0)
+    assert not points_of(found, url).to_come and len(asked(found, url)) == 5
 
 
 ROWS = [{"model": "7b", "train.rank": 8, "apply.threshold": None}, {"model": "7b", "train.rank": 2, "apply.threshold": 0.4}]
@@ -281,6 +284,45 @@ def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_p
         assert 1e-5 <= values["train.learning_rate"] <= 1e-3 and 0.1 <= values["apply.threshold"] <= 0.9
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_of_ranges_with_steps_the_whole_space_is_proposed_without_a_duplicate(tmp_path, url, sampler):
+    axes = {
+        "train.rank": {"low": 2, "high": 8, "step": 2},
+        "train.dropout": {"low": 0.0, "high": 0.3, "step": 0.1},
+        "apply.threshold": [None],
+    }
+    found = searched(tmp_path, sampler, points=500, axes=axes)
+    points = follow(found, url)
+    assert limit(found) == 16 == len(points) and {point.id for point in points} == {point.id for point in space(found)}
+    known = points_of(found, url)
+    assert not known.chosen and not known.drawn, "another point is expected of a space that has no more"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_a_sampler_that_draws_what_is_known_goes_on_where_the_space_has_no_list(tmp_path, empty_storage, monkeypatch, sampler):
+    monkeypatch.setattr(samplers, "REDRAWS", 0)
+    axes = {"train.rank": [2, 4], "train.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}, "apply.threshold": [None]}
+    found = searched(tmp_path, sampler, points=6, axes=axes)
+    points = follow(found, fresh_url(tmp_path / "1.db", empty_storage))
+    assert len({point.id for point in points}) == 6
+    assert follow(found, fresh_url(tmp_path / "2.db", empty_storage)) == points
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_sampler_goes_by_what_a_point_measured_over_more_seeds(tmp_path, url, monkeypatch, sampler):
+    found = searched(tmp_path, sampler, points=18)
+    searcher, told = OptunaSearcher(found, url), []
+    real = Shadow.draw
+    monkeypatch.setattr(Shadow, "draw", lambda self, drawer: told.extend(t.values for t in self._optuna.trials[:1]) or real(self, drawer))
+    for _ in range(3):
+        number, point = searcher.ask(KNOWN)
+        metrics = {"refusal.refusal_rate": Metric("refusal_rate", 50, 100), "task.task_accuracy": Metric("task_accuracy", 20, 100)}
+        searcher.tell(number, Result(number, point, "done", metrics))
+    searcher.amend(0, Result(0, point, "done", {**metrics, "task.task_accuracy": Metric("task_accuracy", 100, 200)}))
+    assert searcher.ask(KNOWN)[0] == 3
+    assert [0.5, 0.2] in told and told[-1] == [0.5, 0.5]
+
+
 def test_choices_that_python_calls_equal_stay_apart(tmp_path, url):
     found = study(tmp_path, {"axes": {"apply.threshold": [None, 0.0, 1.0], "train.rank": [1, 2]}})
     points = follow(found, url)
@@ -296,4 +338,4 @@ def test_readers_see_points_and_states_and_nothing_before_the_first_driver(tmp_p
     searcher.tell(0, outcome(0, flights[0][1]))
     states = [(number, point, state) for number, point, state, _ in asked(found, url)]
     assert states[1] == (1, flights[1][1], "running") and states[0][2] in ("done", "failed")
-    assert known_points(found, url)[1] == 10
+    assert len(points_of(found, url).drawn) == 10

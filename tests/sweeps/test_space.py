@@ -1,9 +1,14 @@
 """Which sampler a study has when it names none; and what a later version may not take for another study."""
 
+import json
+
+import numpy as np
 import pytest
 
+from sweeps.axes import Range
+from sweeps.masks import unmeasured
 from sweeps.points import Point
-from sweeps.space import limit, listed, space
+from sweeps.space import check_written_points, drawn_point, limit, listed, space
 from sweeps.study import lasting
 from tasks.errors import StudyError
 from tests.sweeps.made import WHOLE, study
@@ -29,6 +34,7 @@ MANY = {f"train.{name}": [1, 2] for name in ("rank", "global_batch", "max_tokens
         ({"search": {"points": 500}}, "grid"),
         ({"search": {"points": 5}}, "stage_aware"),
         ({"search": {"points": 500}, "budget": {"hours": 1.0}}, "stage_aware"),
+        ({"search": {}, "budget": {"hours": 1.0}}, "stage_aware"),
         ({"search": {"points": 5}, "axes/train.learning_rate": RANGE}, "stage_aware"),
         ({"search": {"points": 500}, "axes": MANY}, "tpe"),
         ({"search": {"points": 5000}, "axes": MANY}, "nsga2"),
@@ -79,3 +85,62 @@ def test_a_size_with_an_axis_of_its_own_has_its_own_points(tmp_path):
 def test_faults_of_the_search_are_errors_that_name_their_path(tmp_path, changes, fault):
     with pytest.raises(StudyError, match=fault):
         study(tmp_path, changes)
+
+
+STEPPED = {"train.rank": {"low": 2, "high": 8, "step": 2}, "apply.threshold": {"low": 0.0, "high": 0.35, "step": 0.1}}
+
+
+def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path):
+    found = study(tmp_path, {"axes": STEPPED, "search": {"sampler": "tpe", "points": 500}})
+    values = [dict(point.values) for point in space(found)]
+    assert [json.dumps([each["train.rank"], each["apply.threshold"]]) for each in values][:5] == [
+        "[2, 0.0]", "[2, 0.1]", "[2, 0.2]", "[2, 0.3]", "[4, 0.0]"
+    ]  # fmt: skip
+    assert len(values) == found.size == limit(found) == 16
+    rng = np.random.default_rng(0)
+    assert {drawn_point(rng, found).id for _ in range(500)} == {point.id for point in space(found)}
+    assert json.dumps(unmeasured(found, "7b", 6)) == json.dumps([{"apply.threshold": value} for value in (0.0, 0.1, 0.2, 0.3)])
+    with pytest.raises(StudyError, match="a range without a step; it has no list of points"):
+        list(space(study(tmp_path, {"axes/apply.threshold": {"low": 0.0, "high": 1.0}, "search": {"points": 5}})))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (
+            {"train.rank": 5},
+            r"search\.first\[0\]: train\.rank=5 is not .* for 7b, which has 2 to 8 in steps of 2\. Give one of these",
+        ),
+        ({"train.rank": 4.5}, r"train\.rank=4\.5 is not a value"),
+        ({"train.rank": 10}, r"train\.rank=10 is not a value"),
+        ({"train.rank": True}, r"train\.rank=True is not a value"),
+        ({"apply.threshold": 0.35}, r"apply\.threshold=0\.35 is not a value .* which has 0\.0 to 0\.35 in steps of 0\.1"),
+    ],
+)
+def test_a_written_point_off_the_steps_of_a_range_is_an_error_that_says_which_values_there_are(tmp_path, value, said):
+    first = {"model": "7b", "train.rank": 4, "apply.threshold": 0.2, **value}
+    with pytest.raises(StudyError, match=said):
+        check_written_points(study(tmp_path, {"axes": STEPPED, "search": {"points": 5, "first": [first]}}))
+
+
+def test_a_written_point_is_the_same_point_however_its_numbers_are_written(tmp_path):
+    axes = {**STEPPED, "train.learning_rate": RANGE, "train.dropout": {"low": 0.0, "high": 1.0}}
+    found = study(tmp_path, {"axes": axes, "search": {"points": 5}})
+    row = {"model": "7b", "train.rank": 4.0, "apply.threshold": 0.1 + 0.2, "train.learning_rate": 1e-4, "train.dropout": 0}
+    point = listed(row, found, "here")
+    assert json.dumps(dict(point.values)) == (
+        '{"apply.threshold": 0.3, "train.dropout": 0.0, "train.learning_rate": 0.0001, "train.rank": 4}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("axis", "count", "last"),
+    [
+        (Range(low=0.0, high=0.3, step=0.1), 4, 0.3),
+        (Range(low=0.0, high=1.0, step=0.3), 4, 0.9),
+        (Range(low=2, high=9, step=3), 3, 8),
+        (Range(low=1e-5, high=1e-4, step=1e-5), 10, 1e-4),
+    ],
+)
+def test_the_last_value_of_a_range_with_steps_is_not_beyond_its_edge(axis, count, last):
+    assert axis.count == count and axis.at(count - 1) == last == axis.nearest(axis.high)

@@ -56,6 +56,14 @@ def test_the_next_driver_takes_a_cut_line_away_and_adds_to_what_is_there(tmp_pat
     assert read_spent(tmp_path).driving_s == pytest.approx(50.0, abs=1.0)
 
 
+def test_a_driver_carries_no_keys_with_what_is_spent_so_far(tmp_path):
+    (tmp_path / NAME).write_text(ledger({"driver": "one", "s": 0.0}, {"start": "ray-0", "gpus": [[None, 1]], "keys": ["a"], "s": 0.0}))
+    with spending(study(tmp_path), Profile(), tmp_path, "two") as kept:
+        kept.started(Job("ray-0", ("b",), 1, {"here": 1}), {None: 1}, 5.0)
+        assert kept.spent().keys == frozenset()  # asked for at each start of a stage: it may not grow with the study
+    assert read_spent(tmp_path).keys == {"a", "b"}
+
+
 def test_a_damaged_line_is_an_error_that_names_it(tmp_path):
     (tmp_path / NAME).write_text(ledger({"driver": "one", "s": 0.0}) + "{}\n" + ledger({"s": 2.0}))
     with pytest.raises(StudyError, match=r"spending\.jsonl, line 2 is damaged"):

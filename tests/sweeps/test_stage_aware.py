@@ -2,11 +2,14 @@
 
 import pytest
 
+from sweeps import samplers, stage_aware
+from sweeps.expected import points_of
 from sweeps.knowledge import Work, adapter_of
 from sweeps.masks import mask_of
-from sweeps.points import Result
-from sweeps.search import WAIT, OptunaSearcher, known_points
+from sweeps.points import Point, Result
+from sweeps.search import WAIT, OptunaSearcher
 from sweeps.storage import Storage
+from sweeps.trials import Entry
 from tasks.metrics import Metric
 from tests.sweeps.made import WHOLE, Imagined, outcome, study
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
@@ -42,17 +45,20 @@ def searcher_of(tmp_path, empty_storage, in_turn=True, axes=AXES, known=None, **
     return OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage), in_turn), known
 
 
-def driven(searcher, known, result, window=WINDOW):
-    """All points in order of asking, until the search has none left."""
-    flights, points = list(searcher.in_flight()), []
+def driven(searcher, known, result, window=WINDOW, told_at_most=None):
+    """All points in order of asking, until the search has none left; None when it is cut off after so many were told."""
+    flights, points, told = list(searcher.in_flight()), [], 0
     while True:
         asked = searcher.ask(known) if len(flights) < window else WAIT
         if asked is not None and asked is not WAIT:
             flights.append(asked)
             points.append(asked[1])
         elif flights:
+            if told == told_at_most:
+                return None
             number, point = flights.pop(0)
             searcher.tell(number, result(number, point))
+            told += 1
         else:
             return points
 
@@ -65,8 +71,9 @@ def test_every_mask_is_proposed_once_and_then_there_is_nothing_left(tmp_path, em
     assert len(masks) == 2 * (6 * seeds + 1)
     # One threshold of each adapter is chosen before its cosines are known; no later one is the same.
     assert len(points) == len(masks)
-    entries, unchosen = known_points(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
-    assert len(entries) == len(points) and unchosen == 0  # fewer than the 60 asked for, and yet complete
+    found = points_of(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
+    assert len(found.told) == len(points) and not found.to_come  # fewer than the 60 asked for, and yet complete
+    assert found.ended == "the search has nothing more to propose"
 
 
 def test_while_cosines_are_unknown_one_threshold_is_in_flight_and_null(tmp_path, empty_storage):  # noqa: F811
@@ -187,3 +194,68 @@ def test_an_axis_that_was_widened_goes_on_with_the_points_that_there_are(tmp_pat
     after = driven(searcher, Imagined(), outcome, window=2)
     assert len({*before, *after}) == 12 and any(dict(point.values)["train.rank"] == 16 or point.model == "70b" for point in after)
     assert [entry.point for entry in OptunaSearcher(wider, url).trials.entries] == [*before, *after]
+
+
+SIZES = {
+    "models/13b": WHOLE["models"]["7b"],
+    "axes": {"train.rank": [2, 4, 8], "data.size": [8, 16], "apply.threshold": AXES["apply.threshold"]},
+}
+
+
+def lessons_of(found):
+    """What another study measured: of the smaller data, every size and rank at each of three thresholds."""
+    points = [
+        Point.of(model, {"train.rank": rank, "data.size": 8, "apply.threshold": threshold})
+        for model in found.models
+        for rank in (2, 4, 8)
+        for threshold in (0.2, 0.5, 0.9)
+    ]
+    values = [(int(point.id, 16) % 97 / 97, int(point.id, 16) % 89 / 89) for point in points]
+    return [Entry(0, point, "done", each, (0.03, 0.04)) for point, each in zip(points, values, strict=True)]
+
+
+LEARNERS = [
+    ("stage_aware", False, True),
+    ("stage_aware", True, False),
+    ("stage_aware", True, True),
+    ("gp", True, False),
+    ("tpe", False, True),
+    ("nsga2", False, False),
+]
+
+
+@pytest.mark.parametrize(("sampler", "transfer", "taught"), LEARNERS)
+def test_in_turn_a_search_killed_again_and_again_asks_for_the_same_points(
+    tmp_path, empty_storage, monkeypatch, sampler, transfer, taught  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr(stage_aware, "KNOWS", 14)  # so that results are soon chosen among
+    monkeypatch.setattr(stage_aware, "AT_ONCE", 4)
+    monkeypatch.setattr(stage_aware, "FITTED_ON", 8)
+    monkeypatch.setattr(samplers, "MOST", 14)
+    found = study(tmp_path, {**SIZES, "search": {"sampler": sampler, "points": 22, "window": 3, "transfer": transfer}})
+
+    def asked_for(name, told_at_most):
+        url, known = fresh_url(tmp_path / f"{name}.db", empty_storage), Imagined(modules=6)
+        known.study = found
+        while True:
+            searcher = OptunaSearcher(found, url)
+            if taught:
+                searcher.teach("other", lessons_of(found))
+            if driven(searcher, known, outcome, window=3, told_at_most=told_at_most) is not None:
+                return [entry.point for entry in searcher.trials.entries]
+
+    undisturbed = asked_for("undisturbed", None)
+    assert len(undisturbed) == 22 and {point.model for point in undisturbed} == {"7b", "13b"}
+    assert asked_for("killed", 4) == undisturbed
+
+
+def test_the_share_of_a_point_that_another_study_measured_is_guessed_anew_as_cosines_come_in(tmp_path, empty_storage):  # noqa: F811
+    searcher, known = searcher_of(tmp_path, empty_storage, axes={"train.rank": [2, 4, 8], "apply.threshold": AXES["apply.threshold"]})
+    other = Point.of("7b", {"train.rank": 8, "apply.threshold": 0.1})  # below every cosine: it projects nothing
+    searcher.teach("other", [Entry(0, other, "done", (0.5, 0.5), (0.05, 0.05))])
+    shares = []
+    for _ in range(2):
+        number, point = searcher.ask(known)
+        shares.append(searcher._stage_aware._evidence("7b").x_NF[0, -1])
+        searcher.tell(number, smooth(known)(number, point))
+    assert shares == [pytest.approx(0.1), 0.0]

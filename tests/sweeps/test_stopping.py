@@ -3,15 +3,18 @@
 import pytest
 
 from cluster.costs import Cost
+from cluster.executor import Capacity, Host
 from cluster.profile import GpuType, Profile
 from sweeps.drive import drive
+from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.points import Point, Result
 from sweeps.search import asked
 from sweeps.spending import read_spent
 from sweeps.stopping import Gains
-from tasks.errors import StudyError
+from tasks.errors import StudyError, TrainingError
 from tasks.metrics import Metric
+from tasks.specs import TrainSpec
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
 
@@ -74,9 +77,15 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     plain["models"] = {"7b": plain["models"]["7b"]}
     home = Home(tmp_path / "home")
 
-    def driven(gain):
+    def ruled(gain):
         search = {"sampler": "grid", "window": 2, "stop": {"gain": gain, "per_points": 4}}
-        found = study(tmp_path, {**plain, "search": search})
+        return study(tmp_path, {**plain, "search": search})
+
+    def expected(gain):
+        return forecast(ruled(gain), home, Capacity((Host("here", 8, 8),)))
+
+    def driven(gain):
+        found = ruled(gain)
         return drive(found, home, lambda: Pretended(home.store)), len(asked(found, home.storage("tiny")))
 
     progress, points = driven(0.5)
@@ -85,5 +94,41 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     assert spent.stopped.said == progress.stopped and spent.gain.by == "gain"
     again, same = driven(0.5)
     assert again.by == "gain" and again.stopped == progress.stopped and same == points
+    assert expected(0.5).complete and expected(0.5).points.ended == progress.stopped
+    assert len(expected(1e-9).points.to_come) == 18 - points
     further, more = driven(1e-9)
     assert more > points and further.results
+
+
+def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_finished_ones(tmp_path):
+    def fails(request):
+        spec = request.parsed_spec()
+        failing = isinstance(spec, TrainSpec) and spec.rank == 4
+        return (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__) if failing else None
+
+    plain = changes(tmp_path, axes={"train.rank": [4, 2, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain["models"] = {"7b": plain["models"]["7b"]}
+    search = {"sampler": "grid", "order": "in_turn", "window": 1, "stop": {"gain": 0.5, "per_points": 4}}
+    found, home = study(tmp_path, {**plain, "search": search}), Home(tmp_path / "home")
+    progress = drive(found, home, lambda: Pretended(home.store, fails=fails))
+    states = [result.status for result in progress.results]
+    assert progress.by == "gain" and states.count("failed") == 6
+    assert read_spent(home.folder("tiny")).gain.points == states.count("done") == len(states) - 6
+
+
+def test_a_driven_study_stops_by_the_dollars_that_its_points_took(tmp_path):
+    plain = changes(tmp_path, axes={"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain["models"] = {"7b": plain["models"]["7b"]}
+    found = study(tmp_path, {**plain, "search": {"sampler": "grid", "window": 2, "stop": {"gain": 0.5, "per_usd": 120.0}}})
+    home = Home(tmp_path / "home")
+    with pytest.raises(StudyError, match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price for other"):
+        drive(found, home, lambda: Pretended(home.store))
+    (home.root / "cluster.yaml").write_text("gpus: {other: {usd_per_hour: 3600}}\n")  # a dollar for a second
+    home = Home(home.root)
+    progress = drive(found, home, lambda: Pretended(home.store))
+    told = progress.results
+    assert progress.by == "gain" and "by less than 0.5 per $120. Change search.stop" in progress.stopped and len(told) < 24
+    costs = {key: cost.usd(home.profile) for result in told for key, cost in result.costs.items()}
+    assert sum(costs.values()) > 120.0
+    again = drive(found, home, lambda: Pretended(home.store))
+    assert (again.by, again.results) == ("gain", [])

@@ -64,16 +64,16 @@ def test_a_lesson_that_was_cut_off_is_learned_to_its_end(tmp_path, home):
 
 
 def test_a_warm_search_begins_where_the_other_one_ended(tmp_path, home):
-    proposals = {}
+    learned = {}
     for taught in (False, True):
         found = warmed(tmp_path, {"study": f"taught{taught}"}, sampler="stage_aware")
         searcher = OptunaSearcher(found, home.storage(found.study))
         for name, entries in lessons(found, home).items():
             if taught:
                 searcher.teach(name, entries)
-        proposals[taught] = searcher._stage_aware._results("7b", searcher.trials.taught)
         assert searcher.ask(Imagined())[0] == 0
-    assert len(proposals[True]) > len(proposals[False]) == 0
+        learned[taught] = searcher._stage_aware._evidence("7b").x_NF
+    assert len(learned[True]) > len(learned[False]) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 
 from analysis.results import collect
 from sweeps.drive import drive
+from sweeps.expected import points_of
 from sweeps.home import Home
 from sweeps.replicates import seeds_of
-from sweeps.search import known_points
+from sweeps.search import OptunaSearcher, asked
 from sweeps.study_file import parse
 from tasks.errors import StudyError
 from tests.sweeps.made import study, written
@@ -78,8 +79,8 @@ def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones
     wide = study(tmp_path, {**plain, "axes": axes, "models/70b": large, "search": more})
     with pytest.raises(StudyError, match="--extend"):
         drive(wide, home, lambda: Pretended(home.store))
-    points, unchosen = known_points(wide, home.storage("tiny"))
-    assert points[: len(numbers)] == numbers and len(points) + unchosen == 12
+    points = points_of(wide, home.storage("tiny"))
+    assert list(points.told) == numbers and len(points.told) + len(points.to_come) == 12
     drive(wide, home, lambda: Pretended(home.store), extend=True)
     found = collect(wide, home)
     assert [r.point for r in found][: len(numbers)] == numbers
@@ -101,3 +102,72 @@ def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
     assert [(r.status, seeds_of(r)) for r in found] == [("done", 2)] * 4
     after = {artifact.key for artifact in home.store.all("train")}
     assert trained < after and len(after) == 2 * len(trained)
+
+
+BOTH, ONE = ["refusal_rate", "task_accuracy"], ["task_accuracy"]
+FIRST = [{"model": "7b", "train.rank": rank, "apply.threshold": None} for rank in (16, 2)]  # below the floor, and above it
+
+
+@pytest.mark.parametrize(("sampler", "objectives"), [("tpe", BOTH), ("stage_aware", ONE), ("nsga2", BOTH)])
+@pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
+def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_path, monkeypatch, sampler, objectives, order):
+    axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.3, 0.5]}
+    plain = changes(tmp_path, axes=axes, objectives=objectives, refusal_floor=0.97)
+    plain["models"].pop("70b")
+    home, seen, real = Home(tmp_path / "home"), [], OptunaSearcher.ask
+
+    def ask(self, known):
+        if not seen:
+            seen.extend(self.trials.entries)
+        return real(self, known)
+
+    def driven(points, constraints=None, until=99):
+        search = {"sampler": sampler, "points": points, "order": order, "window": 3, "first": FIRST}
+        search["constraints"] = constraints or {}
+        found, watched = study(tmp_path, {**plain, "search": search}), []
+        seen.clear()
+        drive(found, home, lambda: Pretended(home.store), watched.append, lambda: watched[-1].told >= until, extend=True)
+        refusals = {r.point: r.metrics["refusal.refusal_rate"].value for r in collect(found, home) if r.status == "done"}
+        return found, refusals
+
+    monkeypatch.setattr(OptunaSearcher, "ask", ask)
+    found, _ = driven(6, until=3)
+    states = [state for _, _, state, _ in asked(found, home.storage("tiny"))]
+    assert "running" in states and states.count("done") >= 3
+
+    found, refusals = driven(8, {"refusal_floor": True, "gpu_hours": 1000.0})
+    assert len(refusals) == 8  # those in flight, too
+    done = [entry for entry in seen if entry.state == "done"]
+    assert len(done) >= 3
+    for entry in done:
+        misses = dict(entry.misses)
+        assert misses["refusal_floor"] == pytest.approx(found.refusal_floor - refusals[entry.point]) and -1000 < misses["gpu_hours"] < 0
+        assert entry.feasible == (refusals[entry.point] >= found.refusal_floor)
+    assert {entry.feasible for entry in done} == {True, False}
+
+    driven(9, {"gpu_hours": 1e-9})
+    assert seen and all([*dict(entry.misses)] == ["gpu_hours"] and not entry.feasible for entry in seen if entry.state == "done")
+    driven(10)
+    assert seen and all(entry.misses == () for entry in seen if entry.state == "done")
+
+
+def test_a_stage_aware_study_that_is_stopped_and_widened_keeps_what_is_in_flight_and_tries_new_values(tmp_path):
+    axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
+    search = {"sampler": "stage_aware", "points": 8, "window": 3}
+    plain = changes(tmp_path, axes=axes, search=search)
+    plain["models"].pop("70b")
+    home, told = Home(tmp_path / "home"), [0]
+    narrow = study(tmp_path, plain)
+    stopped = drive(narrow, home, lambda: Pretended(home.store), lambda p: told.append(p.told), lambda: told[-1] >= 3)
+    before = asked(narrow, home.storage("tiny"))
+    in_flight = [(number, point) for number, point, state, _ in before if state == "running"]
+    assert stopped.by == "request" and in_flight and stopped.results
+    records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
+
+    wide = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 64]}, "search": {**search, "points": 16}})
+    drive(wide, home, lambda: Pretended(home.store), extend=True)
+    found = collect(wide, home)
+    assert [(r.number, r.point) for r in found][: len(before)] == [(number, point) for number, point, _, _ in before]
+    assert [r.status for r in found] == ["done"] * 16 and {r.same_as for r in found} == {None}
+    assert 64 in {dict(r.point.values)["train.rank"] for r in found[len(before) :]}
+    assert {path: path.stat().st_mtime_ns for path in records} == records, "a finished stage was run again"
