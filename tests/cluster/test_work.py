@@ -1,6 +1,7 @@
 """Counted work: what it grows with, what it is the same for, and that no stage is without it."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -67,7 +68,7 @@ def test_every_kind_of_stage_has_work_that_is_above_zero():
     stages = one_of_each()
     assert {stage.kind for stage in stages} == KINDS.keys()
     for stage in stages:
-        assert all(value >= 0.0 for value in vars(load_of(stage)).values())
+        assert all(value >= 0.0 for value in asdict(load_of(stage)).values())
         assert 0.0 < work_of(stage) < 1e6
         assert load_of(stage).written > 0
 
