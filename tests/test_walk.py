@@ -112,7 +112,7 @@ def test_a_changed_field_is_named_as_the_reason_for_the_miss(study: Study, home:
 
 
 def test_no_completion_leaves_the_store(study: Study, home: Home) -> None:
-    from ebbline.running import write_outputs
+    from ebbline.outputs import write_outputs
 
     write_outputs(study, home)
     store = Store(home.root / "store")

@@ -33,7 +33,7 @@ from cluster.executor import run_batch
 from cluster.inline import InlineExecutor
 from cluster.runner import Runner
 from cluster.store import Store
-from ebbline.running import write_outputs
+from ebbline.outputs import write_outputs
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.outcome import result_of

@@ -8,7 +8,7 @@ import pytest
 from analysis.results import baselines, collect
 from cluster.inline import InlineExecutor
 from ebbline.evaluating import generations_of, rescore
-from ebbline.running import write_outputs
+from ebbline.outputs import write_outputs
 from sweeps.drive import drive
 from sweeps.expected import points_of
 from sweeps.home import Home
