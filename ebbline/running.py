@@ -1,4 +1,4 @@
-"""`ebbline run`: drive a study under a screen, with the W&B mirror beside it.
+"""`ebbline run`: drive a study under a screen, with the W&B mirror beside it."""
 
 import signal
 import subprocess
