@@ -1,5 +1,6 @@
 """What every folder's tests share: hypothesis settings, and one tiny random-weight model pair on disk."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> "Pair":
     from tests.tiny import build_pair  # brings torch, which most tests of the driver's side never load
 
     return build_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which `ebbline run quickstart` has ended; whoever asks first pays for the run, and marks its timeout.
+
+    EBBLINE_QUICKSTART_HOME names one to go on with, while tests are being written.
+    """
+    from tests.quickstart import run_quickstart
+
+    named = os.environ.get("EBBLINE_QUICKSTART_HOME")
+    home = Path(named) if named else tmp_path_factory.mktemp("quickstart")
+    run_quickstart(home)
+    return home
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """What `make demo` promises, by running it: three sizes on Ray, a gang under DeepSpeed, lm-eval, the W&B mirror, the report."""
 
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,28 +19,14 @@ from sweeps.study_file import load
 from tasks.completions import read_completions
 from tasks.metrics import read_metrics
 from tasks.stage import Part, Stage
+from tests.quickstart import RUN_S, ebbline
 
-RUN_S = 1500
 pytestmark = pytest.mark.timeout(RUN_S)  # whichever test comes first pays for the run
 
 
-def ebbline(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "ebbline.cli", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=RUN_S, env=os.environ | {"WANDB_MODE": "offline"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("quickstart")
-    said = ebbline("run", "quickstart", "--home", str(home))
-    for what in ("results", "frontier", "figure", "report"):
-        named = re.search(rf"^{what} +(.+)$", said, re.MULTILINE)
-        assert named is not None and Path(named[1]).stat().st_size > 0, said
-    return home
+def home(quickstart_home: Path) -> Path:
+    return quickstart_home
 
 
 @pytest.fixture(scope="module")
