@@ -134,7 +134,7 @@ def before_after_cells(lines: Sequence[Line]) -> list[tuple[str, pd.DataFrame]]:
     found = []
     for name in dict.fromkeys(line.name for line in lines):
         own = [line for line in lines if line.name == name]
-        cells = pd.DataFrame({"size": [line.model for line in own]})
+        cells = pd.DataFrame({"model": [line.model for line in own]})
         for state, label in STATES.items():
             metrics = [line.states.get(state) for line in own]
             cells[f"{label} %"] = ["not measured" if metric is None else in_percent(metric.value, *metric.interval) for metric in metrics]

@@ -110,10 +110,14 @@ def on_a_frontier(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["on_frontier"] | frame["on_model_frontier"]].reset_index(drop=True)
 
 
-def frontier_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frontiers as text, for people: percent with 95% intervals. "*" is on the frontier over all models."""
+def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """The frontiers as text, for people: percent with 95% intervals. "*" is on the frontier over all models.
+
+    `metrics` are those to show, by full name; all, when they are not given.
+    """
     rows = on_a_frontier(frame)
-    metrics = [name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")]
+    measured = [name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")]
+    metrics = measured if metrics is None else [name for name in metrics if name in measured]
     axes = [name for name in frame.columns if name in set(axis_fields())]
     cells = pd.DataFrame({"point": rows["number"].astype(str), "model": rows["model"].astype(str)})
     cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]

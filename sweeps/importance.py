@@ -25,7 +25,8 @@ from sweeps.study import Study
 
 MODEL = "model"
 FEWEST, FEW = 10, 50
-TREES, RESAMPLES = 16, 25  # Efron and Tibshirani (1993): 25 resamples tell a standard error
+TREES = 32
+RESAMPLES, TREES_EACH = 25, 8  # Efron and Tibshirani (1993): 25 resamples tell a standard error
 METHOD = "fANOVA (Hutter et al. 2014) by Optuna"
 
 
@@ -81,12 +82,12 @@ def _importance(columns: Mapping[str, Column], without: Mapping[str, str], value
     if count < FEWEST:
         return Importance(count, without=without, reason=f"{count} finished points are too few to tell; it takes {FEWEST}")
     if not columns:
-        return Importance(count, without=without, reason="no axis has two values that every size was measured with")
+        return Importance(count, without=without, reason="no axis has two values that every model was run with")
     if max(values) - min(values) == 0:
         return Importance(count, without=without, reason=f"all {count} points have the same value")
-    whole, rng = _shares(columns, values, range(count)), np.random.default_rng(0)
+    whole, rng = _shares(columns, values, range(count), TREES), np.random.default_rng(0)
     drawn = [rng.integers(count, size=count).tolist() for _ in range(RESAMPLES)]
-    resampled = [_shares(columns, values, rows) for rows in drawn if len({values[row] for row in rows}) > 1]
+    resampled = [_shares(columns, values, rows, TREES_EACH) for rows in drawn if len({values[row] for row in rows}) > 1]
     found = {}
     for axis, value in whole.items():
         reach = 1.96 * statistics.stdev([shares[axis] for shares in resampled])
@@ -94,14 +95,14 @@ def _importance(columns: Mapping[str, Column], without: Mapping[str, str], value
     return Importance(count, dict(sorted(found.items(), key=lambda item: -item[1].value)), without)
 
 
-def _shares(columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int]) -> dict[str, float]:
+def _shares(columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int], trees: int) -> dict[str, float]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     distributions = {axis: distribution for axis, (distribution, _) in columns.items()}
     study.add_trials(
         create_trial(params={axis: column[row] for axis, (_, column) in columns.items()}, distributions=distributions, value=values[row])
         for row in rows
     )
-    found = FanovaImportanceEvaluator(n_trees=TREES, seed=0).evaluate(study)
+    found = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
     return {axis: float(found.get(axis, 0.0)) for axis in columns}
 
 
@@ -114,7 +115,7 @@ def _columns(study: Study, done: Sequence[Result]) -> tuple[dict[str, Column], d
         if axis == MODEL and len(study.models) == 1:
             continue
         if not all(axis in row for row in rows):
-            without[axis] = "not every size has it"
+            without[axis] = "not every model has it"
         elif len({json.dumps(row[axis]) for row in rows}) < 2:
             without[axis] = "one value"
         else:

@@ -109,4 +109,4 @@ def test_an_axis_that_only_one_size_has_is_left_out_with_its_reason(tmp_path: Pa
         else done(n, 0.2 + 0.01 * n, 0.5, "7b", train_rank=RANKS[n // 2 % 3], apply_threshold=None)
         for n in range(24)
     ]
-    assert importances(two_sizes(tmp_path, {"data.size": [8, 16]}), rows)[REFUSAL].without["data.size"] == "not every size has it"
+    assert importances(two_sizes(tmp_path, {"data.size": [8, 16]}), rows)[REFUSAL].without["data.size"] == "not every model has it"
