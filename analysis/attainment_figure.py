@@ -36,8 +36,11 @@ def attainment_figure(found: Mapping[str, Attainment], objectives: Sequence[str]
         for axes in grid.flat:
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        figure.supxlabel(directed_label(objectives[0]), fontsize=9)
-        figure.supylabel(directed_label(objectives[1]), fontsize=9)
+        for axes in grid.flat[max(0, len(found) - columns) : len(found)]:
+            axes.set_xlabel(directed_label(objectives[0]))
+            axes.xaxis.set_tick_params(labelbottom=True)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(directed_label(objectives[1]))
         figure.legend(handles=_legend(max(each.seeds for each in found.values())), loc="outside lower center", ncols=2)
     return figure
 
@@ -63,6 +66,6 @@ def _limits(axes: Axes, found: Mapping[str, Attainment]) -> None:
 def _legend(seeds: int) -> list[Line2D | Patch]:
     band = Patch(facecolor="0.35", alpha=BAND, label="attained by some seed, and not by all")
     worst = Line2D([], [], color="0.35", linestyle="--", linewidth=1.0, label="attained by every seed")
-    median = Line2D([], [], color="0.35", linewidth=1.6, label="attained by half of the seeds")
+    median = Line2D([], [], color="0.35", linewidth=1.6, label="attained by at least half of the seeds")
     dots = Line2D([], [], color="0.25", marker="o", markersize=2.5, linestyle="", label="a point with one seed")
     return [band, worst, *([median] if seeds > 2 else []), dots]
