@@ -86,23 +86,31 @@ def _importance(columns: Mapping[str, Column], without: Mapping[str, str], value
     if max(values) - min(values) == 0:
         return Importance(count, without=without, reason=f"all {count} points have the same value")
     whole, rng = _shares(columns, values, range(count), TREES), np.random.default_rng(0)
-    drawn = [rng.integers(count, size=count).tolist() for _ in range(RESAMPLES)]
-    resampled = [_shares(columns, values, rows, TREES_EACH) for rows in drawn if len({values[row] for row in rows}) > 1]
+    if whole is None:
+        return Importance(count, without=without, reason="the axes explain none of its variance")
+    drawn = (rng.integers(count, size=count).tolist() for _ in range(RESAMPLES))
+    resampled = [shares for rows in drawn if (shares := _shares(columns, values, rows, TREES_EACH)) is not None]
     found = {}
     for axis, value in whole.items():
-        reach = 1.96 * statistics.stdev([shares[axis] for shares in resampled])
+        reach = 1.96 * statistics.stdev([shares[axis] for shares in resampled]) if len(resampled) > 1 else 1.0
         found[axis] = Share(value, (max(0.0, value - reach), min(1.0, value + reach)))
     return Importance(count, dict(sorted(found.items(), key=lambda item: -item[1].value)), without)
 
 
-def _shares(columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int], trees: int) -> dict[str, float]:
+def _shares(columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int], trees: int) -> dict[str, float] | None:
+    """None where no tree of the forest found anything to split by."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     distributions = {axis: distribution for axis, (distribution, _) in columns.items()}
     study.add_trials(
         create_trial(params={axis: column[row] for axis, (_, column) in columns.items()}, distributions=distributions, value=values[row])
         for row in rows
     )
-    found = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
+    try:
+        found = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
+    except RuntimeError as error:
+        if "zero total variance" in str(error):
+            return None
+        raise
     return {axis: float(found.get(axis, 0.0)) for axis in columns}
 
 

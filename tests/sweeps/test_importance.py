@@ -65,6 +65,12 @@ def test_an_objective_that_never_moved_has_no_numbers(tmp_path: Path) -> None:
     assert found[TASK].shares
 
 
+def test_a_resample_without_a_rare_value_is_left_out(tmp_path: Path) -> None:
+    rows = [done(n, 0.3 + 0.01 * n, 0.5, train_rank=8 if n else 4, apply_threshold=None) for n in range(FEWEST)]
+    share = importances(study(tmp_path), rows)[REFUSAL].shares["train.rank"]
+    assert 0 <= share.interval[0] <= share.value <= share.interval[1] <= 1
+
+
 @pytest.mark.parametrize("points", [0, 1, FEWEST - 1])
 def test_too_few_points_have_no_numbers(tmp_path: Path, points: int) -> None:
     found = importances(study(tmp_path), sweep(points))[REFUSAL]
