@@ -71,10 +71,14 @@ def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: 
 
 
 def before_after_words(lines: Sequence[Line]) -> str:
-    parts = ["Dot plots, a panel for each metric and a row for each size."]
-    for line in lines:
-        states = [f"{LABELS[state]} {percent(metric.value)}" for state, metric in line.states.items()]
-        parts.append(f"{metric_label(line.name)}, {line.model}: {', '.join(states)}.")
+    """Each metric's values as the legend's marks have them, model by model."""
+    parts = [f"Dot plots, a panel for each metric and a row for each model; told in turn: {'; '.join(LABELS.values())}."]
+    for name in dict.fromkeys(line.name for line in lines):
+        rows = []
+        for line in (line for line in lines if line.name == name):
+            values = [percent(line.states[state].value) if state in line.states else "not measured" for state in LABELS]
+            rows.append(f"{line.model} {', '.join(values)}")
+        parts.append(f"{directed_label(name)}: {'; '.join(rows)}.")
     return " ".join(parts)
 
 
@@ -113,7 +117,7 @@ def share_words(curves: Mapping[str, Mapping[str, ModuleRow]], what: str) -> str
             passed += [] if at is None else [f"{share:.0%} from {at:.2f}"]
         parts.append(f"{name}: {', '.join(passed) or 'never a quarter'}.")
     if len(curves) > MOST_CURVES:
-        parts.append(f"{len(curves) - MOST_CURVES} more curves.")
+        parts.append(f"And {len(curves) - MOST_CURVES} more.")
     return " ".join(parts)
 
 

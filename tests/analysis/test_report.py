@@ -68,7 +68,7 @@ def test_whoever_cannot_see_the_figures_reads_their_numbers(
     assert "40 finished points" in frontier and "aligned model refusal rate 96.0% and task accuracy 22.0%" in frontier
     assert "small: 20 points, 12 projected; frontier of" in frontier
     assert "small, refusal rate: without 20.0% to 55.0%, at 0.3 20.0% to 55.0%" in thresholds
-    assert "refusal rate, small: before fine-tuning 96.0%, fine-tuned, not projected" in states
+    assert "refusal rate, higher is better: medium 98.5%, " in states and "; small 96.0%, 20.0%, 94.0%." in states
 
 
 def test_every_table_has_a_caption_and_names_its_rows_and_columns(
