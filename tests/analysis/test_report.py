@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from analysis.statistics import pooled_agreement
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.gate import ModuleRow, ProjectedRows
+from tasks.metrics import Metric
 from tasks.scorers import agreement
 from tests.analysis.conftest import Held, failed, result, share
 from tests.analysis.page import Page, contrast
@@ -77,6 +79,28 @@ def test_every_table_has_a_caption_and_names_its_rows_and_columns(
     page = Page(written(study, results, baselines, tmp_path).read_text("utf-8"))
     assert page.tables == page.captions > 4
     assert page.scopes and None not in page.scopes
+
+
+def test_bands_are_drawn_where_there_are_seeds_and_the_lack_of_them_is_said(study: Study, baselines: Baselines, tmp_path: Path) -> None:
+    once = [result(0), result(1, "medium")]
+    assert "Each point rests on one training seed, so there\nis no attainment band" in written(study, once, baselines, tmp_path).read_text()
+    twice = {name: Metric(name, 100, 400, seeds=(0.2, 0.3)) for name in once[0].metrics}
+    text = written(study, [replace(once[0], metrics=twice), once[1]], baselines, tmp_path).read_text("utf-8")
+    assert "Each point rests on one training seed" not in text
+    assert [alt for alt in Page(text).alts if alt.startswith("Attainment bands") and "small, 2 seeds, 1 points" in alt]
+    assert "With two seeds the band is just the span of both. No band for medium, whose points rest on one seed." in text
+
+
+def test_the_two_sentences_the_long_answer_and_the_table_say_the_same_of_a_change(
+    study: Study, baselines: Baselines, tmp_path: Path
+) -> None:
+    tuned, shipped = result(0, refusal=0.3, task=0.5), result(1, refusal=0.95, task=0.465, share=0.5, threshold=0.5)
+    held = Held({(0, "task"): {0: share(100)}, (1, "task"): {0: share(93)}, ("small", "task"): {0: share(44)}})
+    text = written(study, [tuned, shipped], {"small": baselines["small"]}, tmp_path, held).read_text("utf-8")
+    (line,) = [line for line in before_after(study, [tuned, shipped], {"small": baselines["small"]}, held) if line.name.startswith("task")]
+    assert line.changes["projection"].move == "lower"
+    assert "lower than the 50.0%" in text and "task accuracy is lower (50.0% before" in text
+    assert re.search(r"-3\.5 \[-\d\.\d, -\d\.\d\], lower", text)
 
 
 def test_text_can_be_read_in_light_in_dark_and_in_print() -> None:
