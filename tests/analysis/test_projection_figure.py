@@ -309,7 +309,7 @@ def test_every_module_has_a_row_with_what_became_of_it(tmp_path: Path) -> None:
     text = write_projection_report(tmp_path / "p.html", {"adapter": adapter}, {}, [])["report"].read_text("utf-8")
     for module, row in adapter.rows.items():
         outcome = "projected" if module in adapter.taken else "not projected"
-        assert f"<tr><td>{module}</td><td>{row.cosine:.4f}</td><td>{row.norm_ratio:.4f}</td><td>{outcome}</td></tr>" in text
+        assert f'<tr><th scope="row">{module}</th><td>{row.cosine:.4f}</td><td>{row.norm_ratio:.4f}</td><td>{outcome}</td></tr>' in text
     assert text.index("layers.9.self_attn.q_proj") < text.index("layers.10.self_attn.q_proj")
     assert 'role="note"' not in text
 
