@@ -14,10 +14,11 @@ from cluster.executor import Executor, OnDemand
 from ebbline.outputs import write_outputs
 from ebbline.planning import draw, local_capacity, logical_gpus
 from ebbline.show import Screen
-from sweeps.drive import Progress, drive
+from sweeps.drive import drive
 from sweeps.forecast import forecast
 from sweeps.home import Home
 from sweeps.prediction import Prediction, keep, keep_end, predict
+from sweeps.progress import Progress
 from sweeps.spending import read_spent
 from sweeps.study import Study
 
@@ -58,15 +59,16 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         # Called once this driver holds the study: one that is turned away starts no second mirror, and predicts nothing.
         if wandb:
             mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
-        made = OnDemand(lambda: _executor(study, executor, address, gpus))
-        screen.prediction = _predicted(study, home, made, executor, address, gpus)
-        return made
+        return OnDemand(lambda: _executor(study, executor, address, gpus))
+
+    def predicted(made: Executor) -> Prediction | None:
+        return _predicted(study, home, made, executor, address, gpus)
 
     started = time.monotonic()
     print(f"{study.study}: {study.question}\n")
     try:
         with Interrupts() as interrupts, screen:
-            progress = drive(study, home, make_executor, screen, interrupts.stopping, extend)
+            progress = drive(study, home, make_executor, screen, interrupts.stopping, extend, predicted)
     except KeyboardInterrupt:
         print("stopped; the same command continues from what is in the store")
         _end(mirrored)
@@ -75,10 +77,10 @@ def run_study(study: Study, name: str, home: Home, executor: str, address: str, 
         _end(mirrored)
         raise
     print(_told(progress, time.monotonic() - started))
-    if screen.prediction is not None and not progress.stopped and any(counts["done"] for counts in progress.runner.counts.values()):
+    if progress.prediction is not None and not progress.stopped and any(counts["done"] for counts in progress.runner.counts.values()):
         spent = progress.spending.spent()
-        keep_end(screen.prediction, spent, folder)
-        print(compared(screen.prediction, spent, home.profile))
+        keep_end(progress.prediction, spent, folder)
+        print(compared(progress.prediction, spent, home.profile))
     outputs = write_outputs(study, home)
     results = collect(study, home)
     print()

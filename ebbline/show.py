@@ -21,11 +21,10 @@ from analysis.tables import frontier_text, results_frame
 from analysis.wording import NO_RESULT, clock, status_label
 from cluster.costs import Cost
 from cluster.nodes import Node
-from sweeps.drive import Progress
 from sweeps.expected import points_of
 from sweeps.home import Home
 from sweeps.points import Result
-from sweeps.prediction import Prediction
+from sweeps.progress import Progress
 from sweeps.search import limit
 from sweeps.spending import Spent, read_spent
 from sweeps.stopping import still_met
@@ -44,7 +43,6 @@ class Screen:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.prediction: Prediction | None = None  # what this run is expected to take
         self.console = console or Console()
         self._live = Live(console=self.console, refresh_per_second=2, transient=True) if self.console.is_terminal else None
         self._said_at = -math.inf
@@ -70,7 +68,7 @@ class Screen:
         if self._live:
             self._live.update(self._picture(progress))
             return
-        line = _line(progress, self.prediction)
+        line = _line(progress)
         if line != self._last:
             self.console.print(line, highlight=False, soft_wrap=True)
         self._last = line
@@ -81,7 +79,7 @@ class Screen:
         failed = [Text(reason, style="red") for reason in self._reasons]
         reached = frontier_hypervolume(self._frontier, progress.study.objectives) if self._frontier else 0.0
         said = Text(f"hypervolume so far {reached:.3f}" if progress.results else "")
-        return Group(_head(progress, self.prediction), _bars(progress), *_at_work(progress), *failed, said)
+        return Group(_head(progress), _bars(progress), *_at_work(progress), *failed, said)
 
     def _look(self, progress: Progress) -> None:
         """Take in the results that landed since the last time."""
@@ -96,18 +94,18 @@ def _running(progress: Progress) -> Iterator[Node]:
     return (node for node in progress.runner.unsettled() if node.state == "running")
 
 
-def _line(progress: Progress, prediction: Prediction | None) -> str:
+def _line(progress: Progress) -> str:
     total = sum(progress.runner.counts.values(), Counter[str]())
     elapsed = time.monotonic() - progress.started
     at_work = [progress.planner.label(node.stage) for node in _running(progress)]
     head = f"[{clock(elapsed)}] stages {total['done']} done, {total['reused']} reused, {total['running']} running"
     points = f"points {_points(progress)}, about {clock(progress.runner.remaining_s())} left for those in flight"
-    return f"{head}; {points}; {_spent(progress, prediction)}" + (f"; now: {at_work[0]}" if at_work else "")
+    return f"{head}; {points}; {_spent(progress)}" + (f"; now: {at_work[0]}" if at_work else "")
 
 
-def _spent(progress: Progress, prediction: Prediction | None) -> str:
+def _spent(progress: Progress) -> str:
     """What is spent, and of what this run was predicted to take."""
-    spent, profile = progress.spending.spent(), progress.spending.profile
+    spent, profile, prediction = progress.spending.spent(), progress.spending.profile, progress.prediction
     if prediction is None:
         return f"{told(spent.cost, profile)} spent"
     return f"{told(prediction.since(spent)[1], profile)} of predicted {told(prediction.cost, profile)} in {clock(prediction.wall_s)} spent"
@@ -117,10 +115,10 @@ def _points(progress: Progress) -> str:
     return f"{progress.told}" + (f"/{progress.limit}" if progress.limit else "")
 
 
-def _head(progress: Progress, prediction: Prediction | None) -> Text:
+def _head(progress: Progress) -> Text:
     elapsed = time.monotonic() - progress.started
     left = clock(progress.runner.remaining_s())
-    said = f"{clock(elapsed)} so far, about {left} left for those in flight, {_spent(progress, prediction)}"
+    said = f"{clock(elapsed)} so far, about {left} left for those in flight, {_spent(progress)}"
     return Text(f"{progress.study.study}: {_points(progress)} points, {said}")
 
 

@@ -16,9 +16,10 @@ from ebbline import planning, running, show
 from ebbline.running import run_study
 from ebbline.show import Screen, print_status
 from sweeps import forecast as forecasts
-from sweeps.drive import Progress, drive
+from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.prediction import NAME
+from sweeps.progress import Progress
 from sweeps.study import Study
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
