@@ -1,5 +1,8 @@
 """What the commands share: their common options, and how an error becomes a message and an exit code."""
 
+import json
+import shlex
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,6 +16,10 @@ StudyName = Annotated[str, typer.Argument(help="A study that ships (see `ebbline
 HomeOption = Annotated[Path, typer.Option("--home", envvar="EBBLINE_HOME", help="The folder that holds the store and all studies.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DEFAULT_HOME = Path("runs")
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; 3 done, but points have no result; 4 somebody else drives"
+    " the study; 5 its budget stopped it (raise it, and the same command goes on); 130 stopped on request (the same command goes on)."
+)
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
@@ -23,7 +30,16 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except EbblineError as error:
+            code = 4 if isinstance(error, StudyHeld) else 1
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(4 if isinstance(error, StudyHeld) else 1) from None
+            if kwargs.get("as_json"):
+                print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}, indent=1))
+            raise typer.Exit(code) from None
 
     return wrapped
+
+
+def as_typed(context: typer.Context) -> str:
+    """The command line of this process, as a shell would take it again."""
+    program = context.find_root().info_name or "ebbline"
+    return shlex.join([*("python -m ebbline" if program.endswith(".py") else program).split(), *sys.argv[1:]])

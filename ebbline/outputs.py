@@ -1,7 +1,8 @@
 """What a study writes beside its store: tables, figures and report of what it has so far."""
 
+import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     cost, provenance = _cost(study, home, results), _provenance(study, results, home)
     outputs["report"] = write_report(study, results, before, folder, cost, provenance, projected, evidence, folder / f"{GANTT}.svg")
     return outputs
+
+
+def tell_outputs(outputs: Mapping[str, Path], as_json: bool = False) -> None:
+    if as_json:
+        print(json.dumps({what: str(path) for what, path in outputs.items()}, indent=1))
+        return
+    for what, path in outputs.items():
+        print(f"{what:10} {path}")
 
 
 def _cost(study: Study, home: Home, results: Sequence[Result]) -> dict[str, object]:

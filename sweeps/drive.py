@@ -14,7 +14,6 @@ from sweeps.flights import Flight, first_grounded, has_room, queued_gpus
 from sweeps.home import Home
 from sweeps.jobs import estimates_of
 from sweeps.knowledge import Knowledge
-from sweeps.live import Writer, mirrored
 from sweeps.outcome import Duplicates, of_seeds, result_of, stages_or_refusal
 from sweeps.outlook import Outlook
 from sweeps.plan import Planner
@@ -24,6 +23,7 @@ from sweeps.progress import Progress, Watcher
 from sweeps.racing import Rivals
 from sweeps.replicates import seeds_needed, seeds_of
 from sweeps.search import OptunaSearcher, Wait, check_written_points, limit, reaching
+from sweeps.snapshot import Writer, mirrored
 from sweeps.spending import Stopped, require_prices, spending
 from sweeps.stopping import Gains, rule_of, still_met
 from sweeps.storage import Hold
@@ -110,8 +110,7 @@ class _Drive:
         while True:
             self._ask()
             progress.in_flight = list(self.flights)
-            self.watch(progress)
-            self.live()
+            self._show()
             self._check_baselines()
             if not runner.draining:
                 self._hear()
@@ -133,13 +132,17 @@ class _Drive:
                 self.ended = Stopped(said, "budget", points=progress.told)
                 progress.spending.stopped(self.ended)
                 break
-            runner.step(started=self.live)
+            runner.step(started=self._show)
             progress.spending.settle(runner.running)
         if self.ended is not None and not progress.stopped:
             progress.stopped, progress.by = self.ended.said, self.ended.by
         progress.in_flight = list(self.flights)
-        self.watch(progress)
+        self._show()
         return progress
+
+    def _show(self) -> None:
+        self.live()
+        self.watch(self.progress)
 
     def _flight(self, number: int, point: Point) -> Flight:
         stages, refused = stages_or_refusal(self.planner, point)
@@ -255,6 +258,7 @@ class _Drive:
 
     def _take(self, result: Result) -> None:
         self._keep(result)
+        self.progress.taken.append(result)
         if result.status != "done":
             return
         self.gains.add(result)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sweeps import live
+from sweeps import snapshot
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.live import LIVE, TIMELINE, Live, read_live, read_timeline
@@ -45,7 +45,7 @@ class Watched:
 
 
 def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(tmp_path, home, monkeypatch):
-    monkeypatch.setattr(live, "EVERY_S", 0.0)
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     watched = Watched(home.folder("tiny"))
     progress = drive(small(tmp_path, budget={"gpu_hours": 1e6}), home, lambda: Pretended(home.store, gpus=2), watched)
     at_work = [found for found in watched.seen if found.running]
@@ -85,7 +85,7 @@ def test_of_many_failures_the_latest_are_kept(tmp_path, home):
     ranks = {"train.rank": list(range(2, 32)), "apply.threshold": [None]}
     fails = lambda request: ("the loss became nan", "TrainingError") if request.kind == "train" else None  # noqa: E731
     drive(small(tmp_path, axes=ranks), home, lambda: Pretended(home.store, fails=fails))
-    assert len(read_live(home.folder("tiny")).failures) == live.FAILURES
+    assert len(read_live(home.folder("tiny")).failures) == snapshot.FAILURES
 
 
 def test_a_point_whose_settings_cannot_be_is_a_failure_without_a_command(tmp_path, home):
@@ -143,7 +143,7 @@ def test_a_request_and_a_budget_end_a_drive_by_their_names(tmp_path, home):
 
 
 def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(tmp_path, home, caplog, monkeypatch):
-    monkeypatch.setattr(live, "EVERY_S", 0.0)
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     (home.folder("tiny") / LIVE / "in the way").mkdir(parents=True)
     (home.folder("tiny") / TIMELINE).mkdir()
     with caplog.at_level(logging.WARNING):
@@ -178,7 +178,7 @@ def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(tm
         processes = True
 
     written = []
-    monkeypatch.setattr(live.Writer, "_write", lambda self, ended: (written.append(ended), setattr(self, "_wrote", time.monotonic())))
+    monkeypatch.setattr(snapshot.Writer, "_write", lambda self, ended: (written.append(ended), setattr(self, "_wrote", time.monotonic())))
     began, turns = time.monotonic(), []
     drive(small(tmp_path), home, lambda: Elsewhere(home.store), turns.append)
-    assert len(turns) > len(written) and len(written) <= 3 + (time.monotonic() - began) / live.EVERY_S
+    assert len(turns) > len(written) and len(written) <= 3 + (time.monotonic() - began) / snapshot.EVERY_S
