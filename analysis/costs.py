@@ -87,7 +87,7 @@ def told(cost: Cost, profile: Profile) -> str:
 
 
 def told_numbers(gpu_hours: float, usd: float | None, hours: str = "GPU-hours") -> str:
-    text = f"{gpu_hours:.3g} {hours}"
+    text = f"{'under 0.001' if 0 < gpu_hours < 0.001 else f'{gpu_hours:.3g}'} {hours}"
     if usd is None:
         return text
     return f"{text}, ${usd:.2f}" if usd == 0 or usd >= 0.01 else f"{text}, ${usd:.2g}"

@@ -97,7 +97,7 @@ def plan(
     from sweeps.study_file import load
 
     where = Home(home)
-    loaded = where.continued(load(study))
+    loaded = where.continued(load(where.named(study)))
     check_written_points(loaded)
     plan_study(loaded, where, capacity_of(loaded, cluster, address or where.profile.address, gpus), why, as_json)
 
@@ -131,9 +131,9 @@ def run(
     from sweeps.study_file import load
 
     where = Home(home)
-    loaded = where.continued(load(study))
+    loaded = where.continued(load(where.named(study)))
     place = Place(executor, address or where.profile.address, gpus)
-    raise typer.Exit(run_study(loaded, study, where, place, wandb, extend, as_typed(context), as_json))
+    raise typer.Exit(run_study(loaded, where.named(study), where, place, wandb, extend, as_typed(context), as_json))
 
 
 @app.command()

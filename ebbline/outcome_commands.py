@@ -23,7 +23,7 @@ def status(
     from sweeps.study_file import load
 
     where = Home(home)
-    (watch_status if watch else show_status)(where.continued(load(study)), where, as_json)
+    (watch_status if watch else show_status)(where.continued(load(where.named(study))), where, as_json)
 
 
 @outcome_app.command()
@@ -35,7 +35,7 @@ def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from sweeps.study_file import load
 
     where = Home(home)
-    tell_outputs(write_outputs(where.continued(load(study)), where), as_json)
+    tell_outputs(write_outputs(where.continued(load(where.named(study))), where), as_json)
 
 
 @outcome_app.command()
@@ -47,4 +47,4 @@ def sync(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
     from sweeps.study_file import load
 
     where = Home(home)
-    raise typer.Exit(sync_mirror(study, where.continued(load(study)), where))
+    raise typer.Exit(sync_mirror(study, where.continued(load(where.named(study))), where))

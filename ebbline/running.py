@@ -31,6 +31,7 @@ from sweeps.prediction import Prediction, keep, keep_end, predict
 from sweeps.progress import Progress
 from sweeps.spending import read_spent
 from sweeps.study import Study
+from sweeps.study_file import source_of
 
 MIRROR_WAIT_S = 20.0
 FAILED_POINTS, OVER_BUDGET, STOPPED = 3, 5, 130  # exit codes
@@ -106,6 +107,7 @@ def _run(
 
     def make_executor() -> Executor:
         # Called once this driver holds the study: one that is turned away starts no second mirror, and predicts nothing.
+        home.keep_file(study.study, source_of(name))
         if wandb:
             mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
         return OnDemand(lambda: _executor(study, place))

@@ -155,7 +155,7 @@ def points(live: Live) -> str:
 
 
 def left(live: Live) -> str:
-    return f"about {clock(live.left_s)} left for those in flight"
+    return f"about {clock(live.left_s)} left for what is under way"
 
 
 def stages(live: Live) -> str:
@@ -168,7 +168,8 @@ def stages(live: Live) -> str:
 def spent(live: Live) -> str:
     """GPUs at work, what was spent, and what is left of what was predicted for this run and of the budget."""
     hours = "logical GPU-hours" if live.gpus.logical else "GPU-hours"
-    said = [f"{live.gpus.busy} of {live.gpus.total} GPUs busy", f"{told_numbers(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
+    busy = f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU asked for yet"
+    said = [busy, f"{told_numbers(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
     predicted, taken = live.predicted, live.taken
     if predicted is not None:
         usd = None if predicted.usd is None or taken.usd is None else max(0.0, predicted.usd - taken.usd)
