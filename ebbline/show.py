@@ -172,10 +172,13 @@ def spent(live: Live) -> str:
     said = [busy, f"{told_numbers(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
     predicted, taken = live.predicted, live.taken
     if predicted is not None:
-        usd = None if predicted.usd is None or taken.usd is None else max(0.0, predicted.usd - taken.usd)
-        rest = told_numbers(max(0.0, predicted.gpu_hours - taken.gpu_hours), usd, hours)
         whole = f"{told_numbers(predicted.gpu_hours, predicted.usd, hours)} in {clock(predicted.wall_s)}"
-        said.append(f"predicted for this run {whole}, of which {rest} and {clock(max(0.0, predicted.wall_s - elapsed_s(live)))} are left")
+        rest_s, rest = predicted.wall_s - elapsed_s(live), max(0.0, predicted.gpu_hours - taken.gpu_hours)
+        usd = None if predicted.usd is None or taken.usd is None else max(0.0, predicted.usd - taken.usd)
+        left_of_it = (
+            f", of which {told_numbers(rest, usd, hours)} and {clock(rest_s)} are left" if rest_s > 0 else ", which it has outlasted"
+        )
+        said.append(f"predicted for this run {whole}{left_of_it}")
     limits = {"usd": (live.spent.usd, "${:.2f} of ${:.2f}"), "gpu_hours": (live.spent.gpu_hours, "{:.3g} of {:g} GPU-hours")}
     limits |= {"hours": (live.spent.driving_s / 3600, "{:.3g} of {:g} hours"), "points": (live.points.told, "{:g} of {:g} points")}
     rests = [

@@ -207,7 +207,7 @@ def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_p
     masks = {"axes": MASKS, "search": {"sampler": "stage_aware", "points": 30, "window": 4}}
 
     def ran(**others: Any) -> tuple[int, str]:
-        code = run_study(small(tmp_path, **masks, **others), "tiny", home, Place("inline", "local"), wandb=False)
+        code = run_study(small(tmp_path, **masks, **others), str(tmp_path / "study.yaml"), home, Place("inline", "local"), wandb=False)
         return code, capsys.readouterr().out
 
     assert ran(budget={"points": 2})[0] == 5 and lines(home) == ["wall_s"]
