@@ -72,7 +72,7 @@ class Writer:
         """The last snapshot. What still runs is lost with the drive."""
         self._look()
         now = time.time()
-        self._append([self._ended(job, job.keys[0], now, "lost") for job in self._followed.values()])
+        self._append([self._ended(job, job.keys[0], now, "lost") for job in self._followed.values() if job.keys])
         self._followed.clear()
         self._write(ended)
 

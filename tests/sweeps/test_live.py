@@ -109,6 +109,21 @@ def test_a_stage_in_the_driver_s_own_process_is_said_before_it_runs(tmp_path, ho
         assert len(found.running) >= len(running)
 
 
+def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_path, home):
+    class Late(Pretended):
+        held = ()
+
+        def finished(self, timeout_s):
+            ended, self.held = self.held, super().finished(timeout_s)
+            return ended
+
+    progress = drive(small(tmp_path), home, lambda: Late(home.store))
+    assert progress.runner.running, "no job outlived its stages, so this shows nothing"
+    lines = read_timeline(home.folder("tiny"))
+    assert {line.outcome for line in lines} == {"done"} and len(lines) == len({line.key for line in lines})
+    assert read_live(home.folder("tiny")).ended == "done"
+
+
 def test_another_drive_of_a_finished_study_says_that_all_was_there(tmp_path, home):
     drive(small(tmp_path), home, lambda: Pretended(home.store))
     lines = (home.folder("tiny") / TIMELINE).read_bytes()
