@@ -51,9 +51,7 @@ def watch_status(study: Study, home: Home, as_json: bool, console: Console | Non
         print("no longer watching; the run goes on", file=sys.stderr)
         return
     if not as_json:
-        print_status(
-            study, home, collect(study, home), baselines(study, home), costs_before(study, home), StoredEvidence(study, home), False
-        )
+        show_status(study, home)
 
 
 def show_status(study: Study, home: Home, as_json: bool = False) -> None:
@@ -89,7 +87,7 @@ class _Watched:
             if redrawn is not None:
                 redrawn.stop()
         if self._as_json:
-            self._told = -1
+            self._told, self._read_at = -1, -math.inf
             self._read(None)
             self._say(None, None)
 

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from ebbline import running, status
+from ebbline.cli import app
+from ebbline.outputs import tell_outputs
 from ebbline.running import Place, run_study
 from ebbline.status import watch_status
 from sweeps.drive import drive
@@ -234,3 +237,22 @@ def test_the_snapshot_of_a_driver_that_was_killed_is_not_taken_for_another_s(tmp
     assert status.live_of(home, "tiny", None) is None
     assert status.live_of(home, "tiny", "process 1 on another-host since 2001-01-01 00:00:00") is None
     assert status.live_of(home, "tiny", seen[-2].driver) == seen[-2]
+
+
+def test_what_changes_files_says_so_as_json(tmp_path: Path, home: Home) -> None:
+    """`pin`, `report` and `store forget`; the other commands' own tests have theirs."""
+    small(tmp_path)
+    file, pinned = tmp_path / "study.yaml", tmp_path / "pinned.yaml"
+    done = CliRunner().invoke(app, ["pin", str(file), "--to", str(pinned), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout) == {"wrote": str(pinned), "pins": []}
+    drive(small(tmp_path), home, lambda: Pretended(home.store))
+    (artifact, *_) = home.store.all("train")
+    done = CliRunner().invoke(app, ["store", "forget", "train", artifact.key, "--home", str(home.root), "--json"])
+    assert json.loads(done.stdout)["artifact"] == f"train/{artifact.key}" and home.store.find("train", artifact.key) is None
+
+
+def test_the_outputs_of_a_report_are_an_object(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_outputs({"report": Path("runs/report.html")}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"report": "runs/report.html"}
+    tell_outputs({"report": Path("runs/report.html")})
+    assert capsys.readouterr().out.split() == ["report", "runs/report.html"]
