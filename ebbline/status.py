@@ -73,15 +73,16 @@ class _Watched:
             redrawn.start()
         try:
             while (holder := self._home.holder(self._study.study)) is not None:
-                self._picture.live = live = live_of(self._home, self._study.study, holder)
+                live = live_of(self._home, self._study.study, holder)
+                self._picture.live = live or self._picture.live  # the last one, while its driver puts things away
                 self._read(live)
                 if self._as_json:
                     self._say(holder, live)
                 elif redrawn is None and live is not None:
                     self._lines.say(live)
-                elif redrawn is None and not self._waits:
+                elif redrawn is None and self._picture.live is None and not self._waits:
                     print(f"driven by {holder or 'another process'}; it has said nothing here yet", flush=True)
-                self._waits = live is None
+                    self._waits = True
                 time.sleep(LOOK_EVERY_S)
         finally:
             if redrawn is not None:
