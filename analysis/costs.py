@@ -83,8 +83,11 @@ def as_json(cost: Cost, profile: Profile) -> dict[str, float | None]:
 
 def told(cost: Cost, profile: Profile) -> str:
     """`1.25 GPU-hours, $1.88`; without a price the hours alone. Says so when all were on logical GPUs."""
-    usd = cost.usd(profile)
-    text = f"{cost.gpu_hours:.3g} {'logical ' if set(cost.gpu_s) == {None} else ''}GPU-hours"
+    return told_numbers(cost.gpu_hours, cost.usd(profile), "logical GPU-hours" if set(cost.gpu_s) == {None} else "GPU-hours")
+
+
+def told_numbers(gpu_hours: float, usd: float | None, hours: str = "GPU-hours") -> str:
+    text = f"{'under 0.001' if 0 < gpu_hours < 0.001 else f'{gpu_hours:.3g}'} {hours}"
     if usd is None:
         return text
     return f"{text}, ${usd:.2f}" if usd == 0 or usd >= 0.01 else f"{text}, ${usd:.2g}"

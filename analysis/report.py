@@ -85,19 +85,24 @@ def summary(study: Study, results: Sequence[Result], baselines: Baselines, evide
         "answer": answer(study, results, baselines, evidence, lines),
         "hypervolume": frontier_hypervolume(results, study.objectives),
         "points": {status: sum(result.status == status for result in results) for status in STATUSES},
-        "frontier": [
-            {
-                "number": result.number,
-                "model": result.point.model,
-                **dict(result.point.values),
-                "metrics": {
-                    name: {"value": metric.value, "low": metric.interval[0], "high": metric.interval[1], "n": metric.n}
-                    for name, metric in sorted(result.metrics.items())
-                },
-            }
-            for result in frontier(results, study.objectives)
-        ],
+        "frontier": rows_for_scripts(frontier(results, study.objectives)),
     }
+
+
+def rows_for_scripts(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Points as JSON values: number, size, a value for each axis, metrics with their 95% intervals."""
+    return [
+        {
+            "number": result.number,
+            "model": result.point.model,
+            **dict(result.point.values),
+            "metrics": {
+                name: {"value": metric.value, "low": metric.interval[0], "high": metric.interval[1], "n": metric.n}
+                for name, metric in sorted(result.metrics.items())
+            },
+        }
+        for result in results
+    ]
 
 
 def _split(paragraph: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.costs import Meter, Unmetered
 from cluster.estimates import Estimates
-from cluster.executor import Executor, Finished, Loss, Needs
+from cluster.executor import Capacity, Executor, Finished, Loss, Needs
 from cluster.losses import Losses
 from cluster.needs import default_needs
 from cluster.nodes import Failure, Node, Running, State
@@ -119,6 +119,11 @@ class Runner:
         node = self.nodes.get(stage.lineage)
         return None if node is None or node.state in ("done", "failed") else self._seconds(node)
 
+    def expected_s(self, node: Node, elapsed_s: float) -> float:
+        """The expected seconds in all of a stage that has run for `elapsed_s`: by its own progress, once it has said how far it is."""
+        left_s = self._own_seconds(node)
+        return self._seconds(node) if left_s is None else elapsed_s + left_s
+
     @property
     def refused(self) -> set[str]:
         """The keys that the meter would not let start just now."""
@@ -130,10 +135,22 @@ class Runner:
         ready = {node.key for node in self.unsettled() if node.state == "ready"}
         return not self.running and bool(ready) and ready <= self.refused
 
-    def step(self, timeout_s: float = 0.5) -> None:
-        """Start what fits, wait at most `timeout_s`, take in what was finished."""
-        if not self.draining:
-            self._start()
+    @property
+    def capacity(self) -> Capacity | None:
+        """What there was when something was last to start; None before that, and asking does not make anybody look."""
+        return self._starter.capacity
+
+    def first_with(self, key: str) -> Node:
+        """The first wanted stage that turned out to have this key."""
+        return self._by_key[key][0]
+
+    def step(self, timeout_s: float = 0.5, started: Callable[[], None] = lambda: None) -> None:
+        """Start what fits, wait at most `timeout_s`, take in what was finished.
+
+        `started` is called between the first two when something has started: an executor in this process runs it while it is waited for.
+        """
+        if not self.draining and self._start():
+            started()
         if not self.running:
             time.sleep(min(timeout_s, 0.05))  # nothing to wait for: do not spin
         for finished in self.executor.finished(timeout_s):
@@ -247,15 +264,18 @@ class Runner:
             node.artifact = artifact
             self._move(node, "done", reused)
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Start what fits; whether anything has started."""
         ready = {node.key: node for node in self.unsettled() if node.state == "ready"}
         if not ready:
-            return
+            return False
         also = [(self._needs_of(node.stage), self._seconds(node)) for node in self.unsettled() if node.state == "running"]
-        for key, attempt in self._starter.start(ready, self.running, self._paths(), also).items():
+        attempts = self._starter.start(ready, self.running, self._paths(), also)
+        for key, attempt in attempts.items():
             for node in self._by_key[key]:
                 node.attempt = attempt
                 self._move(node, "running")
+        return bool(attempts)
 
     def _listen(self) -> None:
         """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished, since they had begun."""
@@ -329,10 +349,14 @@ class Runner:
 
     def _seconds(self, node: Node) -> float:
         """The expected seconds from now: by its own progress when the stage runs and has said how far it is."""
+        left_s = self._own_seconds(node)
+        return self.estimates.seconds(node.stage, self._needs_of(node.stage)) if left_s is None else left_s
+
+    def _own_seconds(self, node: Node) -> float | None:
         said = self._said(node) if node.state == "running" else {}
         if said.get("own", 0) > 1:  # the first took what comes before it, too
             return float(said["own_seconds"] * (said["total"] - said["done"]) / (said["own"] - 1))
-        return self.estimates.seconds(node.stage, self._needs_of(node.stage))
+        return None
 
     def _paths(self) -> Mapping[str, float]:
         """Lineage -> seconds of the longest chain of open stages that starts there."""

@@ -43,6 +43,7 @@ class Starter:
         self._needs_of, self._seconds, self._artifact = needs_of, seconds, artifact
         self.refused: set[str] = set()  # keys that the meter would not let start just now
         self.hosts: dict[str, Host] = {}  # every one that was ever there
+        self.capacity: Capacity | None = None  # at the last look, None before there was one
         self.stuck_since: float | None = None
         self.apart: set[str] = set()  # keys that are not packed: lost with others before, or made again
         self._running: dict[str, Running] = {}
@@ -65,7 +66,7 @@ class Starter:
         what no host could ever hold, ClusterLost when the hosts that could have stayed away for long.
         """
         self._running, now = running, time.monotonic()
-        capacity = self._executor.capacity()
+        capacity = self.capacity = self._executor.capacity()
         self._estimates.met(capacity)
         types = frozenset(host.gpu_type for host in capacity.hosts)
         works = [

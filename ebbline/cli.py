@@ -1,18 +1,17 @@
 """The command line. `--help` imports neither torch, ray nor optuna: each command brings what it needs when it runs.
 
-Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 3 the study ended with failed points,
-4 another driver holds the study, 5 its budget stopped it (raise it, and the same command continues), 130 stopped on request
-(the same command continues).
+Its exit codes are EXIT_CODES, in ebbline.options.
 """
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ebbline.options import DEFAULT_HOME, HomeOption, JsonOption, StudyName, explained
+from ebbline.options import DEFAULT_HOME, EXIT_CODES, HomeOption, JsonOption, StudyName, as_typed, explained
 from ebbline.outcome_commands import outcome_app
 from ebbline.tool_commands import prompts_app, store_app, tool_app
 
@@ -59,13 +58,20 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
 @app.command()
 @explained
 def pin(
-    study: StudyName, to: Annotated[Path, typer.Option("--to", help="Where to write the pinned study file.", show_default=False)]
+    study: StudyName,
+    to: Annotated[Path, typer.Option("--to", help="Where to write the pinned study file.", show_default=False)],
+    as_json: JsonOption = False,
 ) -> None:
     """Fill in the commit and sha256 of every model and data set that a study names, in a copy of its file."""
     from sweeps.pins import pin_study
 
+    pins = []
     for line in pin_study(study, to):
-        print(line)
+        pins.append(line)
+        print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        print(json.dumps({"wrote": str(to), "pins": pins}, indent=1))
+        return
     print(f"wrote {to}; next: ebbline validate {to}")
 
 
@@ -91,14 +97,15 @@ def plan(
     from sweeps.study_file import load
 
     where = Home(home)
-    loaded = where.continued(load(study))
+    loaded = where.continued(load(where.named(study)))
     check_written_points(loaded)
     plan_study(loaded, where, capacity_of(loaded, cluster, address or where.profile.address, gpus), why, as_json)
 
 
-@app.command()
+@app.command(epilog=EXIT_CODES)
 @explained
 def run(
+    context: typer.Context,
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
     executor: Annotated[Literal["ray", "inline"], typer.Option(help="Where stages run: a Ray cluster, or this process.")] = "ray",
@@ -113,15 +120,20 @@ def run(
     extend: Annotated[
         bool, typer.Option("--extend", help="The file was changed to ask for more: points, values of an axis, seeds, a size.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end; all else goes to standard error.")] = False,
 ) -> None:
-    """Run a study to its report. The same command continues one that was cut off, and runs nothing twice."""
-    from ebbline.running import run_study
+    """Run a study to its report. The same command continues one that was cut off, and runs nothing twice.
+
+    Ctrl-C once finishes what runs and starts nothing new; twice stops now. Both say how to go on.
+    """
+    from ebbline.running import Place, run_study
     from sweeps.home import Home
     from sweeps.study_file import load
 
     where = Home(home)
-    loaded = where.continued(load(study))
-    raise typer.Exit(run_study(loaded, study, where, executor, address or where.profile.address, gpus, wandb, extend))
+    loaded = where.continued(load(where.named(study)))
+    place = Place(executor, address or where.profile.address, gpus)
+    raise typer.Exit(run_study(loaded, where.named(study), where, place, wandb, extend, as_typed(context), as_json))
 
 
 @app.command()

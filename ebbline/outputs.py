@@ -1,6 +1,7 @@
 """What a study writes beside its store: tables, figures and report of what it has so far."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from analysis.costs import cost_rows, prediction_rows
@@ -38,6 +39,14 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     cost, origin = _cost(study, home, results, artifacts), provenance(study, home, results, artifacts).rows()
     outputs["report"] = write_report(found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn)
     return outputs
+
+
+def tell_outputs(outputs: Mapping[str, Path], as_json: bool = False) -> None:
+    if as_json:
+        print(json.dumps({what: str(path) for what, path in outputs.items()}, indent=1))
+        return
+    for what, path in outputs.items():
+        print(f"{what:10} {path}")
 
 
 def _cost(study: Study, home: Home, results: Sequence[Result], artifacts: Sequence[Artifact]) -> dict[str, object]:

@@ -1,136 +1,200 @@
-"""What people see in a terminal: live progress and status. Plain lines when the output is not a terminal."""
+"""What people see of a run while it goes on, drawn from its live snapshot: here (`run`) or in another process (`status --watch`).
 
-import json
-import math
+Plain lines when the output is not a terminal.
+"""
+
+import os
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.live import Live as Redrawn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from analysis.compare import Baselines, Evidence
-from analysis.costs import cost_summary, study_cost, told
-from analysis.frontier import frontier, frontier_hypervolume
-from analysis.report import summary
-from analysis.tables import frontier_text, results_frame
-from analysis.wording import NO_RESULT, clock, status_label
-from cluster.costs import Cost
-from cluster.nodes import Node
-from sweeps.drive import Progress
-from sweeps.expected import points_of
-from sweeps.home import Home
-from sweeps.points import Result
-from sweeps.prediction import Prediction
-from sweeps.search import limit
-from sweeps.spending import Spent, read_spent
-from sweeps.stopping import still_met
+from analysis.costs import told_numbers
+from analysis.wording import clock
+from ebbline.plot import FrontierSoFar
+from sweeps.live import Failed, Live
+from sweeps.outcome import metrics_of
+from sweeps.progress import Progress
 from sweeps.study import Study
+from tasks.stage import Stage
 
 ORDER = ("language", "convert", "organism", "data", "train", "subspace", "project", "apply", "generate", "judge", "score", "evaluate")
-PLAIN_EVERY_S, PICTURE_EVERY_S = 5.0, 0.5
+PLAIN_EVERY_S, PLAIN_AT_LEAST_S = 5.0, 60.0  # lines when something has changed, and when only the clock has
 LINES = 8  # stages that say what they are at
-REASONS = 3  # the latest points without a result that are named
+REASONS = 3  # the latest failures that are named in a picture
+WIDE = 120  # from so many columns on the frontier stands beside the stages
+
+
+class Picture:
+    """A run in a terminal: `live` and `frontier` are replaced as it goes on; the clock moves by itself."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.live: Live | None = None
+        self.frontier = FrontierSoFar(study.objectives)
+        self.drawn: Text | None = None
+        self.notice = ""
+
+    def draw(self, console: Console) -> None:
+        """Draw the frontier anew: only when there is something new, as the rest is drawn several times a second."""
+        text = self.frontier.text(unicode=console.encoding.startswith("utf"))
+        if self.frontier.fronts:
+            text.append(f"\nhypervolume so far {self.frontier.hypervolume:.3f}")
+        self.drawn = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        live, notice = self.live, [Text(self.notice, style="bold yellow")] if self.notice else []
+        if live is None:
+            yield Group(Text(f"{self.study.study}: getting ready"), *notice)
+            return
+        head = f"{self.study.study}: {points(live)}; {clock(elapsed_s(live))} so far, {left(live)}"
+        stages: RenderableType = bars(live)
+        if self.drawn is not None and options.max_width >= WIDE:
+            beside = Table.grid(padding=(0, 4))
+            beside.add_row(stages, self.drawn)
+            stages = beside
+        elif self.drawn is not None:
+            stages = Group(stages, self.drawn)
+        yield Group(Text(head), Text(spent(live)), *notice, stages, *at_work(live), *failed(live.failures[-REASONS:]))
 
 
 class Screen:
-    """Watches a drive. `with Screen() as screen: drive(..., watch=screen)`.
+    """Watches a drive. `with Screen(study) as screen: drive(..., watch=screen)`.
 
-    It looks at what is under way and at what landed since the last time, never at all there is: a study may have very many points.
+    It looks at the snapshot, and at what landed since the last time, never at all there is: a study may have very many points.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.prediction: Prediction | None = None  # what this run is expected to take
+    def __init__(self, study: Study, console: Console | None = None) -> None:
         self.console = console or Console()
-        self._live = Live(console=self.console, refresh_per_second=2, transient=True) if self.console.is_terminal else None
-        self._said_at = -math.inf
-        self._last = ""
+        self.picture = Picture(study)
+        self.lines = Lines(self.console)
+        self._redrawn = (
+            Redrawn(self.picture, console=self.console, refresh_per_second=2, transient=True) if self.console.is_terminal else None
+        )
         self._landed = 0  # results that were looked at
-        self._frontier: list[Result] = []  # of these
-        self._reasons = deque[str](maxlen=REASONS)
+        self._before: Mapping[str, Mapping[str, Stage]] | None = None  # by size, what measures the models before fine-tuning
 
     def __enter__(self) -> "Screen":
-        if self._live:
-            self._live.start()
+        if self._redrawn:
+            self._redrawn.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._live:
-            self._live.stop()
+        if self._redrawn:
+            self._redrawn.stop()
 
     def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._said_at < (PICTURE_EVERY_S if self._live else PLAIN_EVERY_S):
+        if progress.live is None or progress.live is self.picture.live:
             return
-        self._said_at = now
-        if self._live:
-            self._live.update(self._picture(progress))
-            return
-        line = _line(progress, self.prediction)
-        if line != self._last:
-            self.console.print(line, highlight=False, soft_wrap=True)
-        self._last = line
+        self.picture.live = progress.live
+        self.look(progress)
+        if not self._redrawn:
+            self.lines.say(progress.live)
 
-    def _picture(self, progress: Progress) -> Group:
-        """Bars for the stages of each kind, what those that run say of themselves, and what came of the points of this run."""
-        self._look(progress)
-        failed = [Text(reason, style="red") for reason in self._reasons]
-        reached = frontier_hypervolume(self._frontier, progress.study.objectives) if self._frontier else 0.0
-        said = Text(f"hypervolume so far {reached:.3f}" if progress.results else "")
-        return Group(_head(progress, self.prediction), _bars(progress), *_at_work(progress), *failed, said)
-
-    def _look(self, progress: Progress) -> None:
-        """Take in the results that landed since the last time."""
-        new = progress.results[self._landed :]
+    def look(self, progress: Progress) -> None:
+        """Take in the results that landed since the last time, and the models before fine-tuning."""
+        new = progress.taken[self._landed :]
         self._landed += len(new)
-        self._reasons += [f"  {status_label(each.status)}: {each.point}: {each.reason.splitlines()[0]}" for each in new if each.reason]
-        if any(each.status == "done" for each in new):
-            self._frontier = frontier([*self._frontier, *new], progress.study.objectives)
+        if not new:
+            return
+        frontier = self.picture.frontier
+        if self._before is None:
+            self._before = progress.planner.baselines()
+        for model in self._before.keys() - frontier.aligned.keys():
+            metrics = metrics_of(progress.study, self._before[model], progress.runner)
+            if metrics is not None:
+                frontier.aligned = {**frontier.aligned, model: metrics}
+        frontier.take(new)
+        if self._redrawn:
+            self.picture.draw(self.console)
+
+    def notice(self, text: str) -> None:
+        """Say something from a signal's handler, where a print may meet another half way: in the picture, or past all that prints."""
+        self.picture.notice = text
+        if self._redrawn is None or not self._redrawn.is_started:
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
-def _running(progress: Progress) -> Iterator[Node]:
-    return (node for node in progress.runner.unsettled() if node.state == "running")
+class Lines:
+    """Plain lines of a run, for a log: when something has changed, or a minute has passed; and each failure when it is known."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said_at, self._last = float("-inf"), ""
+        self._failures = set[tuple[str, str]]()
+
+    def say(self, live: Live) -> None:
+        for failure in live.failures:
+            if (failure.key, failure.label) not in self._failures:
+                self._failures.add((failure.key, failure.label))
+                self._print("\n".join(text.plain for text in failed([failure])))
+        now, news = time.monotonic(), f"{stages(live)}; {points(live)}"
+        if now - self._said_at >= (PLAIN_EVERY_S if news != self._last else PLAIN_AT_LEAST_S):
+            self._said_at, self._last = now, news
+            at = f"; now: {live.running[0].label}" if live.running else ""
+            self._print(f"[{clock(elapsed_s(live))}] {news}; {left(live)}; {spent(live)}{at}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _line(progress: Progress, prediction: Prediction | None) -> str:
-    total = sum(progress.runner.counts.values(), Counter[str]())
-    elapsed = time.monotonic() - progress.started
-    at_work = [progress.planner.label(node.stage) for node in _running(progress)]
-    head = f"[{clock(elapsed)}] stages {total['done']} done, {total['reused']} reused, {total['running']} running"
-    points = f"points {_points(progress)}, about {clock(progress.runner.remaining_s())} left for those in flight"
-    return f"{head}; {points}; {_spent(progress, prediction)}" + (f"; now: {at_work[0]}" if at_work else "")
+def elapsed_s(live: Live) -> float:
+    """The seconds that a drive has gone on."""
+    return max(0.0, (time.time() if live.ended is None else live.at) - live.started)
 
 
-def _spent(progress: Progress, prediction: Prediction | None) -> str:
-    """What is spent, and of what this run was predicted to take."""
-    spent, profile = progress.spending.spent(), progress.spending.profile
-    if prediction is None:
-        return f"{told(spent.cost, profile)} spent"
-    return f"{told(prediction.since(spent)[1], profile)} of predicted {told(prediction.cost, profile)} in {clock(prediction.wall_s)} spent"
+def points(live: Live) -> str:
+    told, most = live.points.told, live.points.limit
+    return f"{told}{'' if most is None else f'/{most}'} points, {live.points.in_flight} in flight"
 
 
-def _points(progress: Progress) -> str:
-    return f"{progress.told}" + (f"/{progress.limit}" if progress.limit else "")
+def left(live: Live) -> str:
+    return f"about {clock(live.left_s)} left for what is under way"
 
 
-def _head(progress: Progress, prediction: Prediction | None) -> Text:
-    elapsed = time.monotonic() - progress.started
-    left = clock(progress.runner.remaining_s())
-    said = f"{clock(elapsed)} so far, about {left} left for those in flight, {_spent(progress, prediction)}"
-    return Text(f"{progress.study.study}: {_points(progress)} points, {said}")
+def stages(live: Live) -> str:
+    total = sum((Counter(counts) for counts in live.stages.values()), Counter[str]())
+    said = {"done": total["done"], "reused": total["reused"], "running": total["running"], "waiting": total["waiting"] + total["ready"]}
+    said |= {"failed": total["failed"]} if total["failed"] else {}
+    return f"stages {', '.join(f'{count} {state}' for state, count in said.items())}"
 
 
-def _bars(progress: Progress) -> Table:
+def spent(live: Live) -> str:
+    """GPUs at work, what was spent, and what is left of what was predicted for this run and of the budget."""
+    hours = "logical GPU-hours" if live.gpus.logical else "GPU-hours"
+    busy = f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU asked for yet"
+    said = [busy, f"{told_numbers(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
+    predicted, taken = live.predicted, live.taken
+    if predicted is not None:
+        whole = f"{told_numbers(predicted.gpu_hours, predicted.usd, hours)} in {clock(predicted.wall_s)}"
+        rest_s, rest = predicted.wall_s - elapsed_s(live), max(0.0, predicted.gpu_hours - taken.gpu_hours)
+        usd = None if predicted.usd is None or taken.usd is None else max(0.0, predicted.usd - taken.usd)
+        left_of_it = (
+            f", of which {told_numbers(rest, usd, hours)} and {clock(rest_s)} are left" if rest_s > 0 else ", which it has outlasted"
+        )
+        said.append(f"predicted for this run {whole}{left_of_it}")
+    limits = {"usd": (live.spent.usd, "${:.2f} of ${:.2f}"), "gpu_hours": (live.spent.gpu_hours, "{:.3g} of {:g} GPU-hours")}
+    limits |= {"hours": (live.spent.driving_s / 3600, "{:.3g} of {:g} hours"), "points": (live.points.told, "{:g} of {:g} points")}
+    rests = [
+        words.format(max(0.0, live.budget[name] - used), live.budget[name])
+        for name, (used, words) in limits.items()
+        if name in live.budget and used is not None
+    ]
+    return "; ".join([*said, *([f"the budget leaves {', '.join(rests)}"] if rests else [])])
+
+
+def bars(live: Live) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "", "done", "reused", "running", "waiting", "failed"):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
-    counts = progress.runner.counts
-    for kind in sorted(counts, key=ORDER.index):
-        count = counts[kind]
+    for kind in sorted(live.stages, key=ORDER.index):
+        count = Counter(live.stages[kind])
         finished, total = count["done"] + count["reused"], sum(count.values())
         waiting = count["waiting"] + count["ready"]
         numbers = [str(number or "") for number in (count["done"], count["reused"], count["running"], waiting, count["failed"])]
@@ -138,41 +202,21 @@ def _bars(progress: Progress) -> Table:
     return table
 
 
-def _at_work(progress: Progress) -> list[Text]:
-    lines = [(node, said) for node in _running(progress) if (said := progress.runner.progress_of(node))][:LINES]
-    return [Text(f"  {progress.planner.label(node.stage)}  {said}", style="dim", no_wrap=True, overflow="ellipsis") for node, said in lines]
+def at_work(live: Live) -> list[Text]:
+    """What runs, since when, on what, and what it says of itself."""
+    now, lines = time.time(), list[Text]()
+    for each in live.running[:LINES]:
+        on = f"{each.gpus} GPU{'s' if each.gpus > 1 else ''} of {each.host}" if each.gpus else each.host
+        took = f"{clock(max(0.0, now - each.started))} of about {clock(each.expected_s)}"
+        lines.append(Text(f"  {each.label}, {on}, {took}  {each.said}", style="dim", no_wrap=True, overflow="ellipsis"))
+    more = len(live.running) - LINES
+    return lines + ([Text(f"  and {more} more", style="dim")] if more > 0 else [])
 
 
-def print_status(
-    study: Study, home: Home, results: Sequence[Result], before: Baselines, costs: Mapping[str, Cost], evidence: Evidence, as_json: bool
-) -> None:
-    """`costs` is what measuring the models before fine-tuning cost, by key."""
-    counts = Counter(result.status for result in results)
-    holder, spent = home.holder(study.study), read_spent(home.folder(study.study))
-    limits = study.budget.model_dump(exclude_none=True)
-    if as_json:
-        cost = cost_summary(study_cost(results, costs, spent), spent, home.profile)
-        print(json.dumps({"driver": holder, "cost": cost, "budget": limits, **summary(study, results, before, evidence)}, indent=1))
-        return
-    without = "".join(f", {counts[status]} {status_label(status)}" for status in NO_RESULT if counts[status] or status == "failed")
-    print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight{without}")
-    print(f"driver: {holder or f'none; {_standing(study, home, results, spent)}'}")
-    words = {"hours": "{:g} hours of driving", "gpu_hours": "{:g} GPU-hours", "usd": "${:,.2f}", "points": "{:g} points"}
-    budget = ", ".join(words[name].format(value) for name, value in limits.items())
-    driven = f"{told(spent.cost, home.profile)} in {spent.driving_s / 3600:.3g} hours of driving"
-    print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
-    print(frontier_text(results_frame(results, study.objectives)))
-    for result in results:
-        if result.status in NO_RESULT:
-            print(f"{status_label(result.status)}: {result.point}: {result.reason}", file=sys.stderr)
-
-
-def _standing(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
-    """What a run of a study that nobody drives would do."""
-    if any(result.status in ("running", "out_of_budget") for result in results):
-        return "`ebbline run` continues it"
-    if len(results) >= (limit(study) or math.inf):
-        return "all its points are there"
-    met = still_met(study, spent.gain)
-    ended = points_of(study, home.storage(study.study), "" if met is None else met.said).ended
-    return f"it has ended: {ended}" if ended else "`ebbline run` continues it"
+def failed(failures: Sequence[Failed]) -> list[Text]:
+    """The reason of each in a line, and the command that shows it again."""
+    lines = list[Text]()
+    for each in failures:
+        lines.append(Text(f"failed: {each.label}: {each.reason}", style="red"))
+        lines += [Text(f"  to see it again: {each.command}", style="dim", overflow="fold")] if each.command else []
+    return lines

@@ -175,14 +175,17 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
         print(f"{_size(sum(each.bytes for each in found))} may go; nothing was removed. The same command with --yes removes it.")
 
 
-def forget(home: Home, kind: str, key: str) -> None:
+def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
     """Move one artifact aside, so that it is made again, and what was measured from it if it comes out otherwise."""
     found = [each for each in home.store.place.below(kind) if each.startswith(key)] if kind in KINDS else []
     if len(found) != 1:
         raise StoreError(f"{home.store.place.at} has {len(found)} artifacts {kind}/{key}; give a kind of {sorted(KINDS)} and one whole key")
     with ExitStack() as held:
         _hold(home, held)
-        print(f"{kind}/{found[0]} was moved to {home.store.set_aside(kind, found[0])}")
+        aside = home.store.set_aside(kind, found[0])
+        print(
+            json.dumps({"artifact": f"{kind}/{found[0]}", "moved_to": str(aside)}) if as_json else f"{kind}/{found[0]} was moved to {aside}"
+        )
 
 
 def _hold(home: Home, held: ExitStack) -> None:

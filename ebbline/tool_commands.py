@@ -208,9 +208,10 @@ def forget_artifact(
     kind: Annotated[str, typer.Argument(help="The stage's kind, such as train.", show_default=False)],
     key: Annotated[str, typer.Argument(help="Its key.", show_default=False)],
     home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
 ) -> None:
     """Move one artifact aside, so that its stage is made again."""
     from ebbline.storing import forget
     from sweeps.home import Home
 
-    forget(Home(home), kind, key)
+    forget(Home(home), kind, key, as_json)

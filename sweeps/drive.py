@@ -4,11 +4,8 @@ Running the same study again is always safe: points come from the Optuna storage
 there is not made again. Only one driver holds a study at a time.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
 from cluster.executor import Executor
 from cluster.nodes import Failure
@@ -21,10 +18,13 @@ from sweeps.outcome import Duplicates, of_seeds, result_of, stages_or_refusal
 from sweeps.outlook import Outlook
 from sweeps.plan import Planner
 from sweeps.points import REFUSED, Point, Result
+from sweeps.prediction import Prediction
+from sweeps.progress import Progress, Watcher
 from sweeps.racing import Rivals
 from sweeps.replicates import seeds_needed, seeds_of
 from sweeps.search import OptunaSearcher, Wait, check_written_points, limit, reaching
-from sweeps.spending import Spending, Stopped, require_prices, spending
+from sweeps.snapshot import Writer, mirrored
+from sweeps.spending import Stopped, require_prices, spending
 from sweeps.stopping import Gains, rule_of, still_met
 from sweeps.storage import Hold
 from sweeps.study import Study
@@ -32,30 +32,7 @@ from sweeps.warm import lessons
 from tasks.errors import StudyError
 from tasks.stage import Stage
 
-
-@dataclass
-class Progress:
-    """What a watcher sees after every heartbeat. `told` counts all points told, `results` holds those of this run, in order:
-    as they landed, and with the seeds that they landed with (sweeps.outcome has the table's).
-
-    `stopped` says why nothing more was asked for, and `by` what stopped it; both are empty when the search had no more points.
-    """
-
-    study: Study
-    planner: Planner
-    runner: Runner
-    spending: Spending
-    results: list[Result] = field(default_factory=list)
-    in_flight: list[Flight] = field(default_factory=list)
-    limit: int | None = None
-    told: int = 0
-    started: float = field(default_factory=time.monotonic)
-    stopped: str = ""
-    by: Literal["", "request", "budget", "gain"] = ""
-
-
 NEWS = 20
-Watcher = Callable[[Progress], None]
 
 
 def drive(
@@ -65,12 +42,14 @@ def drive(
     watch: Watcher = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     extend: bool = False,
+    predict: Callable[[Executor], Prediction | None] = lambda executor: None,
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
-    The executor is made once the study is held, and closed at the end; `stop` turning true drains and returns. With `extend` the
-    study may be wider than it was begun (see sweeps.widening). Raises StudyHeld when another driver has the study, StudyError when
-    it is another study than was begun, or a model cannot be measured before fine-tuning.
+    The executor is made once the study is held, and closed at the end; `predict` says what the run will take there. `stop` turning
+    true drains and returns. With `extend` the study may be wider than it was begun (see sweeps.widening). Others can watch through
+    sweeps.live. Raises StudyHeld when another driver has the study, StudyError when it is another study than was begun, or a model
+    cannot be measured before fine-tuning.
     """
     study, storage = home.continued(study), home.storage(study.study)
     with home.driving(study.study) as hold, reaching(storage):
@@ -86,8 +65,9 @@ def drive(
             executor = make_executor()
             try:
                 runner = Runner(home.store, executor, planner.needs_of, home.profile, spent, estimates_of(home))
-                progress = Progress(study, planner, runner, spent, limit=limit(study))
-                return _Drive(progress, searcher, hold, watch, stop).run()
+                progress = Progress(study, planner, runner, spent, limit=limit(study), prediction=predict(executor))
+                with mirrored(progress, home.folder(study.study), hold.driver) as live:
+                    return _Drive(progress, searcher, hold, watch, stop, live).run()
             finally:
                 executor.close()
 
@@ -95,8 +75,10 @@ def drive(
 class _Drive:
     """One run of a study. `again` are points that were told before, and are heard again; `more` get a further seed."""
 
-    def __init__(self, progress: Progress, searcher: OptunaSearcher, hold: Hold, watch: Watcher, stop: Callable[[], bool]) -> None:
-        self.progress, self.searcher, self.hold, self.watch, self.stop = progress, searcher, hold, watch, stop
+    def __init__(
+        self, progress: Progress, searcher: OptunaSearcher, hold: Hold, watch: Watcher, stop: Callable[[], bool], live: Writer
+    ) -> None:
+        self.progress, self.searcher, self.hold, self.watch, self.stop, self.live = progress, searcher, hold, watch, stop, live
         self.study, self.planner, self.runner = progress.study, progress.planner, progress.runner
         self.in_turn = self.study.search.order == "in_turn"
         self.outlook = Outlook(self.planner, self.runner, progress.spending)
@@ -128,7 +110,7 @@ class _Drive:
         while True:
             self._ask()
             progress.in_flight = list(self.flights)
-            self.watch(progress)
+            self._show()
             self._check_baselines()
             if not runner.draining:
                 self._hear()
@@ -150,13 +132,17 @@ class _Drive:
                 self.ended = Stopped(said, "budget", points=progress.told)
                 progress.spending.stopped(self.ended)
                 break
-            runner.step()
+            runner.step(started=self._show)
             progress.spending.settle(runner.running)
         if self.ended is not None and not progress.stopped:
             progress.stopped, progress.by = self.ended.said, self.ended.by
         progress.in_flight = list(self.flights)
-        self.watch(progress)
+        self._show()
         return progress
+
+    def _show(self) -> None:
+        self.live()
+        self.watch(self.progress)
 
     def _flight(self, number: int, point: Point) -> Flight:
         stages, refused = stages_or_refusal(self.planner, point)
@@ -272,6 +258,7 @@ class _Drive:
 
     def _take(self, result: Result) -> None:
         self._keep(result)
+        self.progress.taken.append(result)
         if result.status != "done":
             return
         self.gains.add(result)

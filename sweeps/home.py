@@ -4,6 +4,7 @@ HOME/store/                  artifacts, by kind and key, unless the profile says
 HOME/id                      what this home is called in a store or a database that others share
 HOME/cluster.yaml            the cluster's profile, if there is one
 HOME/studies/NAME/study.json the study, with its latest budget; driver.lock names who drives it now
+HOME/studies/NAME/file           the study file that it was last run from, so that its name is enough
 HOME/studies/NAME/spending.jsonl     what driving it took so far
 HOME/studies/NAME/...        the Optuna storage, the result tables, the figures, the report, the W&B mirror
 """
@@ -30,6 +31,8 @@ from sweeps.widening import refusals
 from tasks.errors import StudyError, StudyHeld
 from tasks.identity import digest
 
+FILE = "file"
+
 
 class Home:
     """The root folder of a user's studies. Cheap to make."""
@@ -51,6 +54,15 @@ class Home:
             return Storage(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
         named = self.profile.store or ""
         return Storage(url, f"{study}@{digest(named if '://' in named else self.id)[:12]}")
+
+    def named(self, name: str) -> str:
+        """What sweeps.study_file.load takes: the name or file as it is, and for a study of this home the file it was last run from."""
+        path = self.root / "studies" / name / FILE
+        return path.read_text() if "/" not in name and path.is_file() else name
+
+    def keep_file(self, study: str, source: Path) -> None:
+        """Remember the file that a study is run from."""
+        (self.folder(study) / FILE).write_text(str(source.resolve()))
 
     @property
     def digests(self) -> Path:

@@ -127,6 +127,11 @@ class Spending:
         return Spent(self._before.driving_s + now_s, self._before.cost + self._ended + held)
 
     @property
+    def before(self) -> Spent:
+        """By the runs before this one, without the stages' keys."""
+        return self._before
+
+    @property
     def limited(self) -> bool:
         """Whether anything is limited that a stage takes."""
         return self.budget.model_copy(update={"points": None}) != Budget()

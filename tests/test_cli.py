@@ -1,10 +1,19 @@
 """The command line's promises that no single folder owns: what it imports, what it exits with, what it says."""
 
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from ebbline.cli import app
+from ebbline.options import EXIT_CODES
 
 
 def python(code: str) -> str:
@@ -16,11 +25,100 @@ def ebbline(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 HEAVY = ("torch", "ray", "optuna", "transformers", "wandb", "pandas")
+LIGHT = {"typer", "rich", "shellingham", "pygments", "markdown_it", "mdurl", "attr", "ebbline", "sweeps", "tasks", "annotated_doc"}
+PARSING = {"pydantic", "pydantic_core", "typing_extensions", "typing_inspection", "annotated_types"}  # typer's, of a command's options
+AS_TYPED = "import sys; sys.argv[0] = 'ebbline'; from ebbline.cli import main; main()"
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys\nfrom typer.testing import CliRunner\nfrom ebbline.cli import app\nCliRunner().invoke(app, ['--help'])\n"
-    assert python(code + f"print([name for name in {HEAVY} if name in sys.modules])") == "[]"
+@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["store", "gc"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    """What takes time is imports: beside the standard library, only what draws the help. docs/terminal.md has the seconds."""
+    code = f"""
+import sys
+before = set(sys.modules)
+from typer.testing import CliRunner
+from ebbline.cli import app
+assert CliRunner().invoke(app, {[*command, "--help"]}).exit_code == 0
+found = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(*sorted(found - sys.stdlib_module_names))
+"""
+    loaded = set(python(code).split())
+    assert not loaded & set(HEAVY)
+    assert {name for name in loaded if not name.startswith("_sysconfigdata")} <= (LIGHT | PARSING if command else LIGHT)
+
+
+def commands() -> dict[str, Any]:
+    """Every command by its words, such as `store gc`."""
+    found: dict[str, Any] = {}
+
+    def walk(group: Any, words: str) -> None:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                walk(command, f"{words}{name} ")
+            else:
+                found[f"{words}{name}"] = command
+
+    walk(typer.main.get_command(app), "")
+    return found
+
+
+PAGES = {"dashboard", "sync"}  # commands that print nothing a script would read
+
+
+def test_every_command_prints_json_for_scripts() -> None:
+    without = {name for name, command in commands().items() if not any("--json" in option.opts for option in command.params)}
+    assert without <= PAGES
+
+
+def test_an_error_is_json_too_where_it_is_asked_for(tmp_path: Path) -> None:
+    done = ebbline("status", "quickstrat", "--home", str(tmp_path), "--json")
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["exit_code"], said["kind"]) == (1, 1, "StudyError") and "did you mean" in said["error"]
+    assert "error: " in done.stderr
+
+
+def test_the_help_of_run_has_the_exit_codes_that_the_documentation_has() -> None:
+    said, page = " ".join(ebbline("run", "--help").stdout.split()), (Path(__file__).parents[1] / "docs" / "terminal.md").read_text()
+    for code, what in re.findall(r"(\d+) ([^;.]+)", EXIT_CODES):
+        assert f"{code} {what.split(' (')[0]}" in said
+        assert re.search(rf"^\| {code} \|", page, re.MULTILINE), f"docs/terminal.md does not explain exit code {code}"
+
+
+def completed(words: str, shell: str = "bash", **environment: str) -> list[str]:
+    asked = {"_EBBLINE_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    asked |= {"_TYPER_COMPLETE_ARGS": words}
+    done = subprocess.run(
+        [sys.executable, "-c", AS_TYPED], capture_output=True, text=True, timeout=60, env={**os.environ, **asked, **environment}
+    )
+    assert not done.stderr, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_shell_completes_commands_options_and_studies_that_ship_or_lie_in_the_home(tmp_path: Path) -> None:
+    own = tmp_path / "studies" / "quick-mine"
+    own.mkdir(parents=True)
+    (own / "file").write_text("/somewhere/mine.yaml")
+    assert {"run", "rescore", "report"} <= set(completed("ebbline r"))
+    assert "--executor" in completed("ebbline run --ex")
+    assert completed("ebbline run q", EBBLINE_HOME=str(tmp_path / "none")) == ["quickstart"]
+    assert completed("ebbline status q", EBBLINE_HOME=str(tmp_path)) == ["quick-mine", "quickstart"]
+    assert completed(f"ebbline status --home {tmp_path} quick-") == ["quick-mine"]
+    assert completed("ebbline run --executor ") == ["ray", "inline"]
+    assert any("quick-mine" in line for line in completed("ebbline status q", "zsh", EBBLINE_HOME=str(tmp_path)))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_installed_completion_works_in_a_real_bash(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "ebbline"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{AS_TYPED.replace('; ', chr(10))}\n")
+    program.chmod(0o755)
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}", "EBBLINE_HOME": str(tmp_path)}
+    install = [str(program), "--install-completion", "bash"]
+    subprocess.run(install, env=environment, check=True, capture_output=True, timeout=60)
+    script = "source ~/.bashrc; COMP_WORDS=(ebbline run qu); COMP_CWORD=2; _ebbline_completion ebbline; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["quickstart"], done
 
 
 def test_a_driver_process_imports_no_torch() -> None:

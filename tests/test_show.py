@@ -2,8 +2,6 @@
 
 import io
 import json
-from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +11,19 @@ from analysis.frontier import frontier_hypervolume
 from analysis.results import StoredEvidence, baselines, collect, costs_before
 from cluster.executor import Capacity, Host
 from ebbline import planning, running, show
-from ebbline.running import run_study
-from ebbline.show import Screen, print_status
+from ebbline.plot import FrontierSoFar
+from ebbline.running import Place, run_study
+from ebbline.show import Picture, Screen
+from ebbline.status import print_status
 from sweeps import forecast as forecasts
-from sweeps.drive import Progress, drive
+from sweeps import snapshot
+from sweeps.drive import drive
 from sweeps.home import Home
+from sweeps.points import Point, Result
 from sweeps.prediction import NAME
+from sweeps.progress import Progress
 from sweeps.study import Study
+from tasks.metrics import Metric
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
 
@@ -53,9 +57,10 @@ def terminal() -> Console:
 
 @pytest.mark.parametrize("console", [terminal(), Console(file=io.StringIO())])
 def test_no_heartbeat_looks_at_more_than_what_is_under_way(tmp_path, home, monkeypatch, console):
-    monkeypatch.setattr(show, "PICTURE_EVERY_S", 0.0)
     monkeypatch.setattr(show, "PLAIN_EVERY_S", 0.0)
-    screen = Screen(console)
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
+    found = small(tmp_path, budget={"gpu_hours": 1e6})
+    screen = Screen(found, console)
 
     def watch(progress: Progress) -> None:
         if not isinstance(progress.runner.nodes, Closed):
@@ -63,36 +68,99 @@ def test_no_heartbeat_looks_at_more_than_what_is_under_way(tmp_path, home, monke
         screen(progress)
 
     with screen:
-        progress = drive(small(tmp_path, budget={"gpu_hours": 1e6}), home, lambda: Pretended(home.store), watch)
+        progress = drive(found, home, lambda: Pretended(home.store), watch)
     assert progress.told == 6 and len(progress.results) == 6
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "tiny: 6/6 points" in said if console.is_terminal else "points 6/6" in said
+    assert "tiny: 6/6 points" in said if console.is_terminal else "6/6 points" in said
 
 
-def test_the_screen_keeps_the_frontier_and_the_last_reasons_of_what_landed(tmp_path, home):
-    fails = {8: ("the loss became nan", "TrainingError")}
+def nan_at_rank_8(request):
+    return ("the loss became nan", "TrainingError") if request.kind == "train" and request.spec["rank"] == 8 else None
 
-    def fault(request):
-        return fails.get(request.spec["rank"]) if request.kind == "train" else None
 
+def drawn(picture: Picture, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=80, color_system=None)
+    console.print(picture)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_failures(tmp_path, home, monkeypatch, width):
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
+    search = {"sampler": "grid", "window": 2}
+    found = small(tmp_path, axes={**RANKS, "train.rank": [8, 2, 4]}, budget={"gpu_hours": 100.0, "points": 30}, search=search)
+    screen = Screen(found, terminal())
+    half_way = []
+
+    def watch(progress: Progress) -> None:
+        screen(progress)
+        if progress.live.gpus.busy and progress.live.failures and screen.picture.frontier.fronts:
+            half_way.append(drawn(screen.picture, width))
+
+    progress = drive(found, home, lambda: Pretended(home.store, gpus=1, fails=nan_at_rank_8), watch)
+    said = " ".join(half_way[0].split())
+    assert "/9 points, " in said and "1 of 1 GPUs busy" in said and "logical GPU-hours spent" in said
+    assert "of 100 GPU-hours" in said and "of 30 points" in said and "left for what is under way" in said
+    assert all(word in said for word in ("reused", "running", "waiting", "train", "generate"))
+    assert "failed: train 7b " in said and "the loss became nan" in said
+    assert "".join(progress.live.failures[0].command.split()) in "".join(said.split())
+    assert "task accuracy, higher is better" in said and "● 7b" in said and "★ before fine-tuning" in said and "95% intervals" in said
+
+
+def test_the_frontier_is_of_all_runs_and_keeps_what_no_other_point_of_its_size_dominates(tmp_path, home):
     found = small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]})
-    screen = Screen(terminal())
-    progress = drive(found, home, lambda: Pretended(home.store, fails=fault), screen._look)
-    screen._look(progress)
-    assert Counter(result.status for result in progress.results) == {"done": 6, "failed": 3}
-    assert len(screen._reasons) == 3 and all("the loss became nan" in reason for reason in screen._reasons)
-    own, all_of_them = (frontier_hypervolume(results, found.objectives) for results in (screen._frontier, progress.results))
-    assert own == pytest.approx(all_of_them) and len(screen._frontier) <= 6
+    drive(small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]}, budget={"points": 4}), home, lambda: Pretended(home.store))
+    screen = Screen(found, terminal())
+    progress = drive(found, home, lambda: Pretended(home.store), screen)
+    screen.look(progress)
+    assert len(progress.results) == 5 and len(progress.taken) == 9
+    results = collect(found, home)
+    assert screen.picture.frontier.hypervolume == pytest.approx(frontier_hypervolume(results, found.objectives))
+    assert set(screen.picture.frontier.aligned) == {"7b"}
 
 
-def test_a_terminal_is_drawn_a_few_times_a_second_however_often_the_driver_turns(tmp_path, home, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Screen, "_picture", lambda self, progress: drawn.append(progress.told) or "")
-    turns = []
-    screen = Screen(terminal())
-    monkeypatch.setattr(show, "time", SimpleNamespace(monotonic=lambda: 0.1 * len(turns)))
-    drive(small(tmp_path), home, lambda: Pretended(home.store), lambda progress: turns.append(progress.told) or screen(progress))
-    assert len(turns) > 7 and 2 <= len(drawn) <= 1 + len(turns) // 4
+def test_a_terminal_s_frontier_is_drawn_only_when_points_have_landed(tmp_path, home, monkeypatch):
+    calls = []
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
+    monkeypatch.setattr(Picture, "draw", lambda self, console: calls.append(1))
+    found, turns = small(tmp_path), []
+    with Screen(found, terminal()) as screen:
+        drive(found, home, lambda: Pretended(home.store), lambda progress: turns.append(1) or screen(progress))
+    assert 1 <= len(calls) <= 7 and len(turns) > len(calls)
+
+
+def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_something_changed(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(show, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
+    found = small(tmp_path, axes={**RANKS, "train.rank": [2, 8]})
+    console = Console(file=io.StringIO())
+    screen = Screen(found, console)
+    progress = drive(found, home, lambda: Pretended(home.store, fails=nan_at_rank_8), screen)
+    for _ in range(3):
+        screen.lines.say(progress.live)
+    lines = console.file.getvalue().splitlines()
+    assert sum(line.startswith("failed: train 7b ") for line in lines) == 1
+    assert sum(line == f"  to see it again: {progress.live.failures[0].command}" for line in lines) == 1
+    news = [line.split("] ", 1)[1] for line in lines if line.startswith("[")]
+    assert len(news) > 2 and len(news) == len(set(news)) and "\x1b" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize("objectives", [["refusal_rate"], ["refusal_rate", "task_accuracy"]])
+def test_a_frontier_is_drawn_in_plain_letters_where_a_terminal_has_no_others(tmp_path, objectives):
+    found = FrontierSoFar([f"{name.partition('_')[0]}.{name}" for name in objectives])
+    assert "no frontier yet" in found.text().plain
+    for number, (refusal, accuracy) in enumerate([(0.9, 0.1), (0.5, 0.5), (0.1, 0.9), (0.1, 0.1), (0.5, 0.5)]):
+        rates = {"refusal_rate": refusal, "task_accuracy": accuracy}
+        metrics = {f"{name.partition('_')[0]}.{name}": Metric(name, 100 * rate, 100) for name, rate in rates.items()}
+        found.take([Result(number, Point.of("7b", {"train.rank": number}), "done", metrics)])
+    text = found.text(unicode=False).plain
+    assert text.isascii() or "±" in text
+    plot = [line.partition("|")[2] for line in text.splitlines() if "|" in line]
+    assert sum(row.count("o") for row in plot) == (3 if len(objectives) == 2 else 1) and any("." in row for row in plot)
+    if len(objectives) == 2:
+        columns = [row.index("o") for row in plot if "o" in row]
+        assert columns == sorted(columns), "up is better accuracy, right is better refusal: the frontier falls from left to right"
+    assert len(found.results) == (3 if len(objectives) == 2 else 1)
 
 
 def status(found: Study, home: Home, capsys: pytest.CaptureFixture[str]) -> str:
@@ -139,7 +207,7 @@ def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_p
     masks = {"axes": MASKS, "search": {"sampler": "stage_aware", "points": 30, "window": 4}}
 
     def ran(**others: Any) -> tuple[int, str]:
-        code = run_study(small(tmp_path, **masks, **others), "tiny", home, "inline", "local", None, wandb=False)
+        code = run_study(small(tmp_path, **masks, **others), str(tmp_path / "study.yaml"), home, Place("inline", "local"), wandb=False)
         return code, capsys.readouterr().out
 
     assert ran(budget={"points": 2})[0] == 5 and lines(home) == ["wall_s"]

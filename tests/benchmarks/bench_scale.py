@@ -25,9 +25,10 @@ import yaml
 
 from cluster.executor import Capacity, Finished, Host
 from cluster.store import Store
-from sweeps.drive import Progress, drive
+from sweeps.drive import drive
 from sweeps.forecast import forecast
 from sweeps.home import Home
+from sweeps.progress import Progress
 from sweeps.search import WAIT, OptunaSearcher
 from sweeps.study_file import parse
 from tests.sweeps.made import ORGANISM, TUNED

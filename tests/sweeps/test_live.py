@@ -1,0 +1,199 @@
+"""The live snapshot: what those who watch a drive from another process read, and that it never stops or slows the drive."""
+
+import json
+import logging
+import time
+
+import pytest
+
+from sweeps import snapshot
+from sweeps.drive import drive
+from sweeps.home import Home
+from sweeps.live import LIVE, TIMELINE, Live, read_live, read_timeline
+from sweeps.study import Study
+from tests.sweeps.made import study
+from tests.sweeps.pretended import Pretended, changes
+
+RANKS = {"train.rank": [2, 4], "apply.threshold": [None, 0.2, 0.4]}
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
+
+
+def small(tmp_path, **others) -> Study:
+    plain = changes(tmp_path, **{"axes": RANKS, "search": {"sampler": "grid"}, **others})
+    plain["models"].pop("70b")
+    return study(tmp_path, plain)
+
+
+def nan_at_rank_4(request):
+    return ("the loss became nan", "TrainingError") if request.kind == "train" and request.spec["rank"] == 4 else None
+
+
+class Watched:
+    """Every snapshot that another process could have read, each before its drive went on."""
+
+    def __init__(self, folder) -> None:
+        self.folder, self.seen = folder, list[Live]()
+
+    def __call__(self, progress) -> None:
+        found = read_live(self.folder)
+        if found is not None and (not self.seen or found != self.seen[-1]):
+            self.seen.append(found)
+
+
+def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
+    watched = Watched(home.folder("tiny"))
+    progress = drive(small(tmp_path, budget={"gpu_hours": 1e6}), home, lambda: Pretended(home.store, gpus=2), watched)
+    at_work = [found for found in watched.seen if found.running]
+    assert at_work and all(found.ended is None for found in watched.seen)
+    for found in at_work:
+        assert found.gpus.total == 2 and found.gpus.busy == sum(host.busy for host in found.hosts) <= 2
+        assert sum(each.gpus for each in found.running) <= 2 and all(each.host == "here" for each in found.running)
+        assert found.left_s > 0 and found.budget == {"gpu_hours": 1e6} and found.driver.startswith("process ")
+        assert all(each.started <= found.at and each.expected_s > 0 for each in found.running)
+    assert any(each.kind == "train" and each.label.startswith("train 7b ") for found in at_work for each in found.running)
+    last = read_live(home.folder("tiny"))
+    assert last is not None and last.ended == "done" and last.running == [] and last.gpus.busy == 0
+    assert (last.points.told, last.points.limit, last.points.in_flight) == (6, 6, 0)
+    assert {kind: counts["done"] for kind, counts in last.stages.items()} == {k: c["done"] for k, c in progress.runner.counts.items()}
+
+
+def test_each_stage_that_ended_has_one_line_and_stages_of_a_job_do_not_overlap(tmp_path, home):
+    progress = drive(small(tmp_path), home, lambda: Pretended(home.store, fails=nan_at_rank_4))
+    lines = read_timeline(home.folder("tiny"))
+    ran = {node.key for node in progress.runner.nodes.values() if node.state == "done" and not node.reused}
+    failed = {node.key for node in progress.runner.nodes.values() if node.failure is not None and not node.failure.inherited}
+    assert {line.key for line in lines if line.outcome == "done"} == ran and len(lines) == len(ran) + len(failed)
+    assert {line.key for line in lines if line.outcome == "failed"} == failed and len(failed) == 1
+    assert all(line.started <= line.ended for line in lines)
+
+
+def test_a_failure_is_told_once_with_its_command_and_without_those_that_it_caused(tmp_path, home):
+    drive(small(tmp_path), home, lambda: Pretended(home.store, fails=nan_at_rank_4))
+    last = read_live(home.folder("tiny"))
+    (failure,) = last.failures
+    assert (failure.kind, failure.reason) == ("train", "train: the loss became nan")
+    assert failure.command.startswith("python -m tasks ") and failure.key in failure.command
+    assert sum(counts["failed"] for counts in last.stages.values()) > 1
+
+
+def test_of_many_failures_the_latest_are_kept(tmp_path, home):
+    ranks = {"train.rank": list(range(2, 32)), "apply.threshold": [None]}
+    fails = lambda request: ("the loss became nan", "TrainingError") if request.kind == "train" else None  # noqa: E731
+    drive(small(tmp_path, axes=ranks), home, lambda: Pretended(home.store, fails=fails))
+    assert len(read_live(home.folder("tiny")).failures) == snapshot.FAILURES
+
+
+def test_a_point_whose_settings_cannot_be_is_a_failure_without_a_command(tmp_path, home):
+    refused = small(tmp_path, axes={"train.rank": [2], "train.epochs": [1.0, 2.0]}, **{"train/steps": 4})
+    drive(refused, home, lambda: Pretended(home.store))
+    failures = read_live(home.folder("tiny")).failures
+    assert [(failure.kind, failure.key, failure.command) for failure in failures] == [("point", "", "")]
+    assert "give `epochs` (2.0) or `steps` (4), not both" in failures[0].reason
+
+
+def test_a_stage_in_the_driver_s_own_process_is_said_before_it_runs(tmp_path, home, monkeypatch):
+    seen = []
+
+    class Peeping(Pretended):
+        def finished(self, timeout_s):
+            seen.append((set(self.running), read_live(home.folder("tiny"))))
+            return super().finished(timeout_s)
+
+    drive(small(tmp_path), home, lambda: Peeping(home.store))
+    for running, found in seen:
+        assert len(found.running) >= len(running)
+
+
+def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_path, home):
+    class Late(Pretended):
+        held = ()
+
+        def finished(self, timeout_s):
+            ended, self.held = self.held, super().finished(timeout_s)
+            return ended
+
+    progress = drive(small(tmp_path), home, lambda: Late(home.store))
+    assert progress.runner.running, "no job outlived its stages, so this shows nothing"
+    lines = read_timeline(home.folder("tiny"))
+    assert {line.outcome for line in lines} == {"done"} and len(lines) == len({line.key for line in lines})
+    assert read_live(home.folder("tiny")).ended == "done"
+
+
+def test_another_drive_of_a_finished_study_says_that_all_was_there(tmp_path, home):
+    drive(small(tmp_path), home, lambda: Pretended(home.store))
+    lines = (home.folder("tiny") / TIMELINE).read_bytes()
+    drive(small(tmp_path), home, lambda: Pretended(home.store))
+    last = read_live(home.folder("tiny"))
+    assert last.ended == "done" and last.gpus.total == 0 and sum(counts["done"] for counts in last.stages.values()) == 0
+    assert (home.folder("tiny") / TIMELINE).read_bytes() == lines
+
+
+@pytest.mark.parametrize(("error", "ended"), [(KeyboardInterrupt, "request"), (RuntimeError, "error")])
+def test_a_drive_that_is_cut_off_says_so_and_what_ran_is_lost(tmp_path, home, error, ended):
+    class Broken(Pretended):
+        def finished(self, timeout_s):
+            if self.most > 3:
+                raise error
+            self.most += 1
+            return super().finished(timeout_s)
+
+        most = 0
+
+    with pytest.raises(error):
+        drive(small(tmp_path), home, lambda: Broken(home.store))
+    assert read_live(home.folder("tiny")).ended == ended
+    assert "lost" in {line.outcome for line in read_timeline(home.folder("tiny"))}
+
+
+def test_a_request_and_a_budget_end_a_drive_by_their_names(tmp_path, home):
+    drive(small(tmp_path, budget={"points": 2}), home, lambda: Pretended(home.store))
+    assert read_live(home.folder("tiny")).ended == "budget"
+    drive(small(tmp_path), home, lambda: Pretended(home.store), stop=lambda: True)
+    assert read_live(home.folder("tiny")).ended == "request"
+
+
+def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(tmp_path, home, caplog, monkeypatch):
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
+    (home.folder("tiny") / LIVE / "in the way").mkdir(parents=True)
+    (home.folder("tiny") / TIMELINE).mkdir()
+    with caplog.at_level(logging.WARNING):
+        progress = drive(small(tmp_path), home, lambda: Pretended(home.store))
+    assert progress.told == 6 and all(result.status == "done" for result in progress.results)
+    assert sum("the run goes on" in record.message for record in caplog.records) == 1
+    assert read_live(home.folder("tiny")) is None
+    assert not list(home.folder("tiny").glob(".live*"))
+
+
+def test_a_cut_off_line_of_the_timeline_is_passed_over_and_the_next_drive_writes_behind_it(tmp_path, home):
+    drive(small(tmp_path, axes={**RANKS, "train.rank": [2]}), home, lambda: Pretended(home.store))
+    path = home.folder("tiny") / TIMELINE
+    before = read_timeline(path.parent)
+    with path.open("a") as file:
+        file.write('{"kind": "train", "lab')
+    assert read_timeline(path.parent) == before
+    drive(small(tmp_path), home, lambda: Pretended(home.store), extend=True)
+    after = read_timeline(path.parent)
+    assert after[: len(before)] == before and len(after) > len(before)
+
+
+def test_no_snapshot_and_one_that_is_cut_off_or_of_another_version_are_none(tmp_path):
+    assert read_live(tmp_path) is None and read_timeline(tmp_path) == []
+    for text in ('{"driver": "pro', json.dumps({"driver": "process 1"})):
+        (tmp_path / LIVE).write_text(text)
+        assert read_live(tmp_path) is None
+
+
+def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(tmp_path, home, monkeypatch):
+    class Elsewhere(Pretended):
+        processes = True
+
+    written = []
+    monkeypatch.setattr(snapshot.Writer, "_write", lambda self, ended: (written.append(ended), setattr(self, "_wrote", time.monotonic())))
+    began, turns = time.monotonic(), []
+    drive(small(tmp_path), home, lambda: Elsewhere(home.store), turns.append)
+    assert len(turns) > len(written) and len(written) <= 3 + (time.monotonic() - began) / snapshot.EVERY_S
