@@ -4,6 +4,7 @@ Invariants: it asks for nothing from outside; it holds counts, rates, settings a
 """
 
 import base64
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from analysis.files import write_whole
 from analysis.frontier import frontier, frontier_hypervolume
 from analysis.frontier_figure import frontier_figure
 from analysis.projection_figure import Projections, projection_figures
+from analysis.provenance import Row
 from analysis.tables import agreement_cells, category_cells, frontier_cells, results_frame
 from analysis.threshold_figure import threshold_figure
 from analysis.wording import NO_RESULT, directed_label, settings_label, status_label, without_paths
@@ -34,12 +36,12 @@ def write_report(
     baselines: Baselines,
     folder: Path,
     cost: Mapping[str, object],
-    provenance: Mapping[str, object],
+    provenance: Sequence[Row],
     projections: Projections = _NO_PROJECTIONS,
     evidence: Evidence = NO_EVIDENCE,
     plan: Path | None = None,
 ) -> Path:
-    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value, `plan` the picture (SVG) of the latest plan.
+    """FOLDER/report.html. `cost` has rows of a label and a value, `plan` is the picture (SVG) of the latest plan.
 
     Without `evidence` nothing is compared in pairs, and there are no tables by category and of agreement between scorers.
     """
@@ -59,7 +61,7 @@ def write_report(
             for result in _failed(results)
         ],
         cost=cost,
-        provenance=provenance,
+        provenance=[(group, list(rows)) for group, rows in itertools.groupby(provenance, key=lambda row: row.group)],
     )
     return write_whole(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from analysis.compare import Baselines
+from analysis.provenance import Row
 from analysis.report import summary, write_report
 from analysis.statistics import pooled_agreement
 from sweeps.points import Result
@@ -17,7 +18,7 @@ from tasks.scorers import agreement
 from tests.analysis.conftest import Held, failed, result, share
 
 COST = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
-PROVENANCE = {"commit": "0123abc", "study": "f" * 64}
+PROVENANCE = [Row("Study", "study, sha256", "f" * 64), Row("Software", "ebbline", "0.1.0, commit 0123abc")]
 
 
 class Page(HTMLParser):
@@ -58,14 +59,14 @@ def test_the_report_is_one_file_that_asks_for_nothing(study: Study, results: lis
 
 
 def test_a_failed_point_is_shown_with_its_reason(study: Study, tmp_path: Path) -> None:
-    text = write_report(study, [failed(7, "out of memory")], {}, tmp_path, {}, {}).read_text("utf-8")
+    text = write_report(study, [failed(7, "out of memory")], {}, tmp_path, {}, []).read_text("utf-8")
     assert "Points without a result" in text
     assert "out of memory" in text
     assert "No point has finished" in text
 
 
 def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
-    text = write_report(study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, {"a": "<b>"}, {}).read_text("utf-8")
+    text = write_report(study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, {"a": "<b>"}, []).read_text("utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "<td><b>" not in text
@@ -80,7 +81,7 @@ def test_projections_are_drawn_for_each_model(study: Study, results: list[Result
     rows = {f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.1 * layer, 0.5) for layer in range(4)}
     found = ProjectedRows(rows, frozenset(list(rows)[:2]))
     projections = {"small": {"point 2 <b>": found, "point 1": found}, "medium": {"point 9": found}}
-    text = write_report(study, results, baselines, tmp_path, {}, {}, projections).read_text("utf-8")
+    text = write_report(study, results, baselines, tmp_path, {}, [], projections).read_text("utf-8")
     alts = Page(text).alts
     assert len(alts) == 2 + 2 * len(projections)
     assert [alt.partition(":")[0] for alt in alts[2:]] == ["Heat map", "Step curves"] * 2
@@ -92,7 +93,7 @@ def test_projections_are_drawn_for_each_model(study: Study, results: list[Result
 @pytest.mark.parametrize("objectives", [1, 3])
 def test_other_numbers_of_objectives_have_a_report(study: Study, results: list[Result], tmp_path: Path, objectives: int) -> None:
     names = ("refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate")[:objectives]
-    path = write_report(study.model_copy(update={"objectives": names}), results, {}, tmp_path, {}, {})
+    path = write_report(study.model_copy(update={"objectives": names}), results, {}, tmp_path, {}, [])
     assert re.search(r"Hypervolume over all models: 0\.\d{4}", path.read_text("utf-8"))
 
 
@@ -111,7 +112,7 @@ def test_categories_and_agreement_have_tables_when_there_is_evidence(study: Stud
         {(subject, "refusal"): {0: share(n, 200, ("<b>fire", "frost"))} for subject, n in ((0, 60), (1, 190), ("small", 192))},
         {(subject, "refusal"): pooled_agreement([{**verdicts, "pairs": [pair]}]) for subject in ("small", 1)},
     )
-    text = write_report(study, results, baselines, tmp_path, {}, {}, evidence=evidence).read_text("utf-8")
+    text = write_report(study, results, baselines, tmp_path, {}, [], evidence=evidence).read_text("utf-8")
     assert Page(text).open == []
     assert "<summary>small, point 1: refusal rate</summary>" in text
     assert "&lt;b&gt;fire" in text
