@@ -101,11 +101,11 @@ def _ticks(axes: Axes, thresholds: Sequence[float], none_at: float | None, page:
     """A tick at each threshold while they are few, and "none" left of a gap."""
     if none_at is None:
         return
-    few = (
-        thresholds
-        if len(thresholds) <= (6 if page.width is None else 3)
-        else [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
-    )
+    few = thresholds
+    if len(thresholds) > (6 if page.width is None else 3):
+        few = [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
+    if page.narrow and len(few) > 2:
+        few = few[1:]  # beside "none" there is no room for the first
     axes.set_xticks([none_at, *few], ["none", *(f"{threshold:.3g}" for threshold in few)])
     axes.axvline((none_at + thresholds[0]) / 2, color="0.7", linewidth=0.8)
 

@@ -1,0 +1,203 @@
+r"""Tables for a paper: booktabs, as wide as the column that they stand in, each a float of its own to \input.
+
+Invariants: what a study names is escaped, so that any name compiles; a table that would be too wide is shrunk to its column; one
+that would be too long goes on in a further float. They need the packages booktabs and graphicx.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.compare import Baselines, training_of, unprojected, usefulness_metric
+from analysis.frontier import finished, frontier, frontier_by_model
+from analysis.tables import axes_of, shipped
+from analysis.wording import axis_label, metric_label, natural, settings_label, value_label
+from sweeps.points import Result, Value
+from sweeps.study import Study
+from tasks.metrics import Metric, direction
+
+ROWS = 40  # of one float: more would not fit a page
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+}  # fmt: skip
+_ARROWS = {"maximise": r"$\uparrow$", "minimise": r"$\downarrow$"}
+_INTERVALS = {
+    True: "sub- and superscripts are the ends of the 95\\% interval",
+    False: "brackets hold the 95\\% interval",
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A row of the table of before and after: a model as it was aligned, fine-tuned, or fine-tuned and projected."""
+
+    model: str
+    what: str
+    result: Result | None
+    metrics: Mapping[str, Metric]
+
+
+def escaped(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+
+
+def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str:
+    """Each model's frontier: the axes that differ, the share of modules projected, and the objectives with their intervals."""
+    own = [result for found in frontier_by_model(results, study.objectives).values() for result in found]
+    overall = {result.number for result in frontier(results, study.objectives)}
+    rows = sorted(own, key=lambda result: (natural(result.point.model), [result.metrics[name].value for name in study.objectives]))
+    values = [dict(row.point.values) for row in rows]
+    varying = [axis for axis in axes_of(rows) if len({repr(each.get(axis)) for each in values}) > 1]
+    columns = {"model": _once([row.point.model for row in rows])}
+    columns |= {escaped(axis_label(axis)): [_value(each, axis) for each in values] for axis in varying}
+    columns["projected"] = ["none" if not row.projected_share else rf"{row.projected_share:.0%}".replace("%", r"\%") for row in rows]
+    for name in study.objectives:
+        columns[_heading(name, narrow)] = [_cell(row.metrics[name], narrow) for row in rows]
+    columns[""] = [r"$\ast$" if row.number in overall else "" for row in rows]
+    fixed = [f"{escaped(axis_label(axis))} = {_value(values[0], axis)}" for axis in (axes_of(rows) if rows else []) if axis not in varying]
+    caption = (
+        f"Frontier of each model in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[narrow]}"
+        f" ({_samples({name: [row.metrics[name] for row in rows] for name in study.objectives})})."
+        r" Projected: share of modules that took the Safe LoRA projection. $\ast$: on the frontier over all models."
+    )
+    if fixed:
+        caption += f" All rows: {', '.join(fixed)}."
+    text = 1 + len(varying) + 1
+    return _floats(columns, "l" + "r" * (text - 1) + "c" * (len(columns) - text), caption, f"tab:{study.study}-frontier", narrow)
+
+
+def before_after(study: Study, results: Sequence[Result], baselines: Baselines) -> list[Condition]:
+    """For each model: aligned, fine-tuned without projection, and projected at its operating point, as far as they were measured.
+
+    Fine-tuned is the training of the operating point, or the most useful one where that was not measured without projection.
+    """
+    rows: list[Condition] = []
+    picked, useful = shipped(study, results), usefulness_metric(study)
+    for model in sorted(study.models, key=natural):
+        plain = unprojected([result for result in finished(results) if result.point.model == model])
+        best = max(plain.values(), key=lambda row: (row.metrics[useful].value if useful else 0.0, -row.number), default=None)
+        projected = picked.get(model)
+        tuned = best if projected is None else plain.get(training_of(projected), best)
+        if model in baselines:
+            rows.append(Condition(model, "aligned", None, baselines[model]))
+        if tuned is not None:
+            rows.append(Condition(model, "fine-tuned", tuned, tuned.metrics))
+        if projected is not None:
+            rows.append(Condition(model, "projected", projected, projected.metrics))
+    return rows
+
+
+def before_after_table(study: Study, results: Sequence[Result], baselines: Baselines, narrow: bool) -> str:
+    """Each model before and after fine-tuning and projection, by the headline metric of every suite."""
+    rows, names = before_after(study, results, baselines), headlines(study)
+    columns = {"model": _once([row.model for row in rows]), "": [row.what for row in rows]}
+    for name in names:
+        columns[_heading(name, narrow)] = [_cell(row.metrics.get(name), narrow) for row in rows]
+    settings = "; ".join(
+        f"{row.model} {row.what}, point {row.result.number} ({settings_label(row.result.point)})" for row in rows if row.result is not None
+    )
+    caption = (
+        f"Before and after in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[narrow]}"
+        f" ({_samples({name: [row.metrics[name] for row in rows if name in row.metrics] for name in names})})."
+        " Projected: the most useful projected point that holds the refusal floor of"
+        f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training without projection"
+        " or, where that was not run, the most useful training without it. These were picked on the same prompts"
+        f" that they are shown on. {escaped(settings)}."
+    )
+    return _floats(columns, "ll" + "c" * len(names), caption, f"tab:{study.study}-before-after", narrow)
+
+
+def before_after_frame(study: Study, results: Sequence[Result], baselines: Baselines) -> pd.DataFrame:
+    """The same rows with every metric, a row for each metric."""
+    rows = [
+        (row.model, row.what, None if row.result is None else row.result.number, name, m.value, *m.interval, m.n)
+        for row in before_after(study, results, baselines)
+        for name, m in sorted(row.metrics.items())
+    ]
+    frame = pd.DataFrame(rows, columns=["model", "what", "point", "metric", "value", "low", "high", "n"])
+    return frame.astype({"point": "Int64"})
+
+
+def headlines(study: Study) -> list[str]:
+    """A metric for each suite, objectives first: its first, and of HellaSwag the accuracy by normalised likelihood, as is usual."""
+    names = list(study.objectives)
+    for suite, entry in study.suites.items():
+        hellaswag = entry.measure.kind == "multiple_choice" and "hellaswag" in entry.measure.task
+        if not any(name.rpartition(".")[0] == suite for name in names):
+            names.append(f"{suite}.{'acc_norm' if hellaswag else entry.measure.metrics()[0]}")
+    return names
+
+
+def _value(values: Mapping[str, Value], axis: str) -> str:
+    return escaped(value_label(values[axis])) if axis in values else "--"
+
+
+def _once(names: Sequence[str]) -> list[str]:
+    """A name on the first of its rows only."""
+    return ["" if index and names[index - 1] == name else escaped(name) for index, name in enumerate(names)]
+
+
+def _heading(name: str, narrow: bool) -> str:
+    """A metric's label and the arrow of its direction, over as many lines as keep the column slim."""
+    lines: list[str] = []
+    for word in metric_label(name).split():
+        if lines and len(lines[-1]) + len(word) < (10 if narrow else 14):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    text = r"\\".join(escaped(line) for line in lines)
+    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{text} {_ARROWS[direction(name)]}\end{{tabular}}"
+
+
+def _cell(metric: Metric | None, narrow: bool) -> str:
+    if metric is None:
+        return "--"
+    value, low, high = (f"{100 * share:.1f}" for share in (metric.value, *metric.interval))
+    return f"${value}_{{{low}}}^{{{high}}}$" if narrow else f"{value} [{low}, {high}]"
+
+
+def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
+    """How many samples each metric rests on: "n: refusal rate 200, task accuracy 100 to 300"."""
+    parts = []
+    for name, found in metrics.items():
+        counts = sorted({metric.n for metric in found})
+        if counts:
+            parts.append(f"{metric_label(name)} {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else ""))
+    return f"$n$: {escaped(', '.join(parts))}" if parts else "nothing was measured"
+
+
+def _floats(columns: Mapping[str, Sequence[str]], layout: str, caption: str, label: str, narrow: bool) -> str:
+    cells = pd.DataFrame(columns)
+    floats = [_float(cells.iloc[:ROWS], layout, caption, label, narrow)]
+    for start in range(ROWS, len(cells), ROWS):
+        more = f"{caption.partition('.')[0]}, continued."
+        floats.append(_float(cells.iloc[start : start + ROWS], layout, more, f"{label}-{start // ROWS + 1}", narrow))
+    return "\n".join(floats)
+
+
+def _float(cells: pd.DataFrame, layout: str, caption: str, label: str, narrow: bool) -> str:
+    tabular = cells.style.hide(axis="index").to_latex(column_format=layout, hrules=True).rstrip()
+    lines = tabular.split("\n")
+    top = lines.index(r"\midrule") + 1
+    for row in range(len(cells) - 1, 0, -1):
+        if cells.iloc[row, 0]:  # a name: a new group begins
+            lines.insert(top + row, r"\addlinespace")
+    size, stretch = (r"\footnotesize", r"\renewcommand{\arraystretch}{1.25}") if narrow else (r"\small", "")
+    return "\n".join(
+        [
+            r"\begin{table}[t]",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{{label}}}",
+            rf"{size}\setlength{{\tabcolsep}}{{{3 if narrow else 4}pt}}{stretch}",
+            r"\sbox0{%",
+            *lines,
+            r"}%",
+            r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
+            r"\end{table}",
+            "",
+        ]
+    )
