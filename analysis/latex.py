@@ -29,6 +29,22 @@ _INTERVALS = {
 }
 
 
+MANY = 3  # metrics: with more, intervals are written small, and one column of two is too narrow
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A table in one column of two (`narrow`), or as wide as the text, there as a float over both columns (`both`)."""
+
+    narrow: bool
+    both: bool
+    small: bool
+
+    @staticmethod
+    def of(narrow: bool, metrics: int) -> "_Layout":
+        return _Layout(narrow and metrics <= MANY, narrow and metrics > MANY, narrow or metrics > MANY)
+
+
 @dataclass(frozen=True)
 class Condition:
     """A row of the table of before and after: a model as it was aligned, fine-tuned, or fine-tuned and projected."""
@@ -46,6 +62,7 @@ def escaped(text: str) -> str:
 
 def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str:
     """Each model's frontier: the axes that differ, the share of modules projected, and the objectives with their intervals."""
+    layout = _Layout.of(narrow, len(study.objectives))
     own = [result for found in frontier_by_model(results, study.objectives).values() for result in found]
     overall = {result.number for result in frontier(results, study.objectives)}
     rows = sorted(own, key=lambda result: (natural(result.point.model), [result.metrics[name].value for name in study.objectives]))
@@ -53,20 +70,20 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
     varying = [axis for axis in axes_of(rows) if len({repr(each.get(axis)) for each in values}) > 1]
     columns = {"model": _once([row.point.model for row in rows])}
     columns |= {escaped(axis_label(axis)): [_value(each, axis) for each in values] for axis in varying}
-    columns["projected"] = ["none" if not row.projected_share else rf"{row.projected_share:.0%}".replace("%", r"\%") for row in rows]
+    columns["share"] = ["none" if not row.projected_share else rf"{row.projected_share:.0%}".replace("%", r"\%") for row in rows]
     for name in study.objectives:
-        columns[_heading(name, narrow)] = [_cell(row.metrics[name], narrow) for row in rows]
+        columns[_heading(name, layout)] = [_cell(row.metrics[name], layout) for row in rows]
     columns[""] = [r"$\ast$" if row.number in overall else "" for row in rows]
     fixed = [f"{escaped(axis_label(axis))} = {_value(values[0], axis)}" for axis in (axes_of(rows) if rows else []) if axis not in varying]
     caption = (
-        f"Frontier of each model in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[narrow]}"
+        f"Frontier of each model in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows] for name in study.objectives})})."
-        r" Projected: share of modules that took the Safe LoRA projection. $\ast$: on the frontier over all models."
+        r" Share: of modules that took the Safe LoRA projection. $\ast$: on the frontier over all models."
     )
     if fixed:
         caption += f" All rows: {', '.join(fixed)}."
     text = 1 + len(varying) + 1
-    return _floats(columns, "l" + "r" * (text - 1) + "c" * (len(columns) - text), caption, f"tab:{study.study}-frontier", narrow)
+    return _floats(columns, "l" + "r" * (text - 1) + "c" * (len(columns) - text), caption, f"tab:{study.study}-frontier", layout)
 
 
 def before_after(study: Study, results: Sequence[Result], baselines: Baselines) -> list[Condition]:
@@ -93,21 +110,22 @@ def before_after(study: Study, results: Sequence[Result], baselines: Baselines) 
 def before_after_table(study: Study, results: Sequence[Result], baselines: Baselines, narrow: bool) -> str:
     """Each model before and after fine-tuning and projection, by the headline metric of every suite."""
     rows, names = before_after(study, results, baselines), headlines(study)
+    layout = _Layout.of(narrow, len(names))
     columns = {"model": _once([row.model for row in rows]), "": [row.what for row in rows]}
     for name in names:
-        columns[_heading(name, narrow)] = [_cell(row.metrics.get(name), narrow) for row in rows]
+        columns[_heading(name, layout)] = [_cell(row.metrics.get(name), layout) for row in rows]
     settings = "; ".join(
         f"{row.model} {row.what}, point {row.result.number} ({settings_label(row.result.point)})" for row in rows if row.result is not None
     )
     caption = (
-        f"Before and after in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[narrow]}"
+        f"Before and after in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows if name in row.metrics] for name in names})})."
         " Projected: the most useful projected point that holds the refusal floor of"
         f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training without projection"
         " or, where that was not run, the most useful training without it. These were picked on the same prompts"
         f" that they are shown on. {escaped(settings)}."
     )
-    return _floats(columns, "ll" + "c" * len(names), caption, f"tab:{study.study}-before-after", narrow)
+    return _floats(columns, "ll" + "c" * len(names), caption, f"tab:{study.study}-before-after", layout)
 
 
 def before_after_frame(study: Study, results: Sequence[Result], baselines: Baselines) -> pd.DataFrame:
@@ -140,11 +158,11 @@ def _once(names: Sequence[str]) -> list[str]:
     return ["" if index and names[index - 1] == name else escaped(name) for index, name in enumerate(names)]
 
 
-def _heading(name: str, narrow: bool) -> str:
+def _heading(name: str, layout: _Layout) -> str:
     """A metric's label and the arrow of its direction, over as many lines as keep the column slim."""
     lines: list[str] = []
     for word in metric_label(name).split():
-        if lines and len(lines[-1]) + len(word) < (10 if narrow else 14):
+        if lines and len(lines[-1]) + len(word) < (10 if layout.narrow else 14):
             lines[-1] += f" {word}"
         else:
             lines.append(word)
@@ -152,11 +170,11 @@ def _heading(name: str, narrow: bool) -> str:
     return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{text} {_ARROWS[direction(name)]}\end{{tabular}}"
 
 
-def _cell(metric: Metric | None, narrow: bool) -> str:
+def _cell(metric: Metric | None, layout: _Layout) -> str:
     if metric is None:
         return "--"
     value, low, high = (f"{100 * share:.1f}" for share in (metric.value, *metric.interval))
-    return f"${value}_{{{low}}}^{{{high}}}$" if narrow else f"{value} [{low}, {high}]"
+    return f"${value}_{{{low}}}^{{{high}}}$" if layout.small else f"{value} [{low}, {high}]"
 
 
 def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
@@ -169,35 +187,36 @@ def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
     return f"$n$: {escaped(', '.join(parts))}" if parts else "nothing was measured"
 
 
-def _floats(columns: Mapping[str, Sequence[str]], layout: str, caption: str, label: str, narrow: bool) -> str:
+def _floats(columns: Mapping[str, Sequence[str]], columns_as: str, caption: str, label: str, layout: _Layout) -> str:
     cells = pd.DataFrame(columns)
-    floats = [_float(cells.iloc[:ROWS], layout, caption, label, narrow)]
+    floats = [_float(cells.iloc[:ROWS], columns_as, caption, label, layout)]
     for start in range(ROWS, len(cells), ROWS):
         more = f"{caption.partition('.')[0]}, continued."
-        floats.append(_float(cells.iloc[start : start + ROWS], layout, more, f"{label}-{start // ROWS + 1}", narrow))
+        floats.append(_float(cells.iloc[start : start + ROWS], columns_as, more, f"{label}-{start // ROWS + 1}", layout))
     return "\n".join(floats)
 
 
-def _float(cells: pd.DataFrame, layout: str, caption: str, label: str, narrow: bool) -> str:
-    tabular = cells.style.hide(axis="index").to_latex(column_format=layout, hrules=True).rstrip()
+def _float(cells: pd.DataFrame, columns_as: str, caption: str, label: str, layout: _Layout) -> str:
+    tabular = cells.style.hide(axis="index").to_latex(column_format=columns_as, hrules=True).rstrip()
     lines = tabular.split("\n")
     top = lines.index(r"\midrule") + 1
     for row in range(len(cells) - 1, 0, -1):
         if cells.iloc[row, 0]:  # a name: a new group begins
             lines.insert(top + row, r"\addlinespace")
-    size, stretch = (r"\footnotesize", r"\renewcommand{\arraystretch}{1.25}") if narrow else (r"\small", "")
+    name, size = "table*" if layout.both else "table", r"\footnotesize" if layout.narrow else r"\small"
+    stretch = r"\renewcommand{\arraystretch}{1.25}" if layout.small else ""
     return "\n".join(
         [
-            r"\begin{table}[t]",
+            rf"\begin{{{name}}}[t]",
             r"\centering",
             rf"\caption{{{caption}}}",
             rf"\label{{{label}}}",
-            rf"{size}\setlength{{\tabcolsep}}{{{3 if narrow else 4}pt}}{stretch}",
+            rf"{size}\setlength{{\tabcolsep}}{{{2.5 if layout.narrow else 4}pt}}{stretch}",
             r"\sbox0{%",
             *lines,
             r"}%",
             r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
-            r"\end{table}",
+            rf"\end{{{name}}}",
             "",
         ]
     )

@@ -12,7 +12,7 @@ from analysis.compare import Baselines
 from analysis.costs import study_cost, told
 from analysis.frontier import finished
 from analysis.provenance import Provenance
-from analysis.wording import NO_RESULT, axis_label, directed_label, metric_label, natural, status_label, value_label
+from analysis.wording import NO_RESULT, metric_label, natural, status_label, value_label
 from cluster.costs import Cost
 from cluster.profile import Profile
 from sweeps.points import Result
@@ -20,6 +20,7 @@ from sweeps.replicates import seeds_of
 from sweeps.spending import Spent
 from sweeps.study import Study
 from sweeps.suites import MultipleChoiceSuite, TaskSuite, scorers_of
+from tasks.metrics import direction
 
 _QUANTISED = {"nf4": "quantised to NF4 [@dettmers2023qlora]", "int8": "quantised to 8 bits [@dettmers2022llmint8]", "none": "not quantised"}
 _SAMPLERS = {
@@ -31,7 +32,7 @@ _SAMPLERS = {
     "gp": "chosen by the Gaussian-process sampler of Optuna [@akiba2019optuna]",
     "stage_aware": "chosen by ebbline's stage-aware search, by expected gain in hypervolume for its cost",
 }
-_SHOWN = 6  # values of an axis that are written out
+_SHOWN = 10  # values of an axis that are written out
 
 
 def methods(
@@ -123,8 +124,7 @@ def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
     energy = f", holding {_setting(results, 'project.energy', project.energy)} of the energy" if project.energy is not None else ""
     yield (
         "Adapters were projected after training as in Safe LoRA [@hsu2024safelora]"
-        f" with the {projector} projector{energy}, computed from the difference between the aligned model and the base, or the model that"
-        " the study names in its place."
+        f" with the {projector} projector{energy}, computed from the difference between the aligned model and {_subtracted(study)}."
     )
     if _varies(results, "apply.modules") or study.apply.modules is not None:
         yield f"Projected were the modules with the lowest cosines, {_setting(results, 'apply.modules', study.apply.modules)} of them."
@@ -132,8 +132,17 @@ def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
     yield f"A module took its projection when the cosine between its projected and its own update was at most the threshold: {thresholds}."
 
 
+def _subtracted(study: Study) -> str:
+    others = [name for name, model in study.models.items() if model.unaligned is not None]
+    if not others:
+        return "the base"
+    return "its unaligned stand-in" if len(others) == len(study.models) else f"the base (for {_listed(others)} an unaligned stand-in)"
+
+
 def _measurement(study: Study, results: Sequence[Result], baselines: Baselines, found: Provenance) -> Iterator[str]:
-    yield f"Objectives: {_listed([directed_label(name) for name in study.objectives])}."
+    directions = {"maximise": "higher is better", "minimise": "lower is better"}
+    objectives = [f"{metric_label(name)} ({directions[direction(name)]})" for name in study.objectives]
+    yield f"Objectives: {_listed(objectives)}."
     for suite, entry in study.suites.items():
         measure = entry.measure
         counts = sorted(
@@ -147,15 +156,14 @@ def _measurement(study: Study, results: Sequence[Result], baselines: Baselines, 
         n = f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} samples" if counts else "not measured so far"
         if isinstance(measure, MultipleChoiceSuite):
             paper = {"mmlu": "[@hendrycks2020mmlu]", "hellaswag": "[@zellers2019hellaswag]"}.get(measure.task, "")
-            shots = "the usual shots" if measure.shots is None else f"{measure.shots} shots"
-            yield f"{suite}: task {measure.task} {paper} in lm-eval [@lmeval], {shots}, {n}.".replace("  ", " ")
+            yield f"{suite}: task {measure.task} {paper} in lm-eval [@lmeval], {measure.shots_given} shots, {n}.".replace("  ", " ")
             continue
         prompts = found.prompts.get(suite)
         asked = f"{prompts.asked} prompts ({prompts.format}, sha256 {prompts.sha256})" if prompts else "prompts that are not recorded"
         scorers = [measure.scorer] if isinstance(measure, TaskSuite) else list(scorers_of(measure))
         kinds = [f"{scorer} (a judge)" if scorer in study.judges else scorer for scorer in scorers]
         also = f"; beside it {_listed(kinds[1:])}" if kinds[1:] else ""
-        rates = _listed([metric_label(f"{suite}.{name}") for name in measure.metrics()])
+        rates = _listed([name.replace("_", " ") for name in measure.metrics()])
         yield (
             f"{suite}: {rates} on {asked}, of greedy completions of at most {measure.max_new_tokens} tokens,"
             f" by the scorer {kinds[0]}{also}; {n}."
@@ -171,6 +179,8 @@ def _measurement(study: Study, results: Sequence[Result], baselines: Baselines, 
 def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
     counts = Counter(result.status for result in results)
     yield f"{len(results)} points were asked for, {_SAMPLERS[study.sampler]}; {counts['done']} are done."
+    if study.search.first:
+        yield f"{len(study.search.first)} of them were written out before, and not chosen."
     for status in NO_RESULT:
         if counts[status]:
             yield f"{counts[status]} {'is' if counts[status] == 1 else 'are'} {status_label(status)}, and in no figure or table."
@@ -229,8 +239,8 @@ def _setting(results: Sequence[Result], axis: str, otherwise: object) -> str:
     if not values:
         return value_label(otherwise if otherwise is None or isinstance(otherwise, bool | int | float | str) else str(otherwise))
     ordered = sorted((value_label(value) for value in values), key=lambda label: (label != "none", natural(label)))
-    if len(ordered) > _SHOWN + 1:
-        return f"{axis_label(axis)}s {ordered[0]}, {ordered[1]} to {ordered[-1]} ({len(ordered)} values)"
+    if len(ordered) > _SHOWN:
+        return f"{len(ordered)} values from {ordered[0]} and {ordered[1]} to {ordered[-1]}"
     return _listed(ordered, "or")
 
 

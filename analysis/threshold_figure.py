@@ -57,7 +57,12 @@ def threshold_figure(
         for axes, label in zip(grid[:, 0], models if turned else labels, strict=True):
             axes.set_ylabel(label)
         for axes in grid.flat:
-            _ticks(axes, thresholds, none_at if any(_is_none(result) for result in done) else None, page)
+            _ticks(
+                axes,
+                thresholds,
+                none_at if any(_is_none(result) for result in done) else None,
+                None if page.width is None else page.width / columns,
+            )
         for axes in grid[-1]:
             axes.set_xlabel("projection threshold (cosine)")
         figure.legend(handles=_legend(appearance, bool(baselines), page), loc="outside lower center", ncols=2)
@@ -97,14 +102,14 @@ def _line(axes: Axes, own: Sequence[Result], name: str, look: tuple[str, str], n
         )
 
 
-def _ticks(axes: Axes, thresholds: Sequence[float], none_at: float | None, page: Page) -> None:
-    """A tick at each threshold while they are few, and "none" left of a gap."""
+def _ticks(axes: Axes, thresholds: Sequence[float], none_at: float | None, width: float | None) -> None:
+    """A tick at each threshold while they are few, and "none" left of a gap. `width` is that of a panel on paper, in inches."""
     if none_at is None:
         return
     few = thresholds
-    if len(thresholds) > (6 if page.width is None else 3):
+    if len(thresholds) > (6 if width is None else 3):
         few = [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
-    if page.narrow and len(few) > 2:
+    if width is not None and width < 2.2 and len(few) > 2:
         few = few[1:]  # beside "none" there is no room for the first
     axes.set_xticks([none_at, *few], ["none", *(f"{threshold:.3g}" for threshold in few)])
     axes.axvline((none_at + thresholds[0]) / 2, color="0.7", linewidth=0.8)
