@@ -121,8 +121,8 @@ def before_after_table(study: Study, results: Sequence[Result], baselines: Basel
         f"Before and after in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows if name in row.metrics] for name in names})})."
         " Projected: the most useful projected point that holds the refusal floor of"
-        f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training without projection"
-        " or, where that was not run, the most useful training without it. These were picked on the same prompts"
+        f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training with nothing projected"
+        " or, where that was not run, the most useful such training. These were picked on the same prompts"
         f" that they are shown on. {escaped(settings)}."
     )
     return _floats(columns, "ll" + "c" * len(names), caption, f"tab:{study.study}-before-after", layout)

@@ -64,7 +64,7 @@ def threshold_figure(
                 None if page.width is None else page.width / columns,
             )
         for axes in grid[-1]:
-            axes.set_xlabel("projection threshold (cosine)")
+            axes.set_xlabel("threshold (cosine)" if turned else "projection threshold (cosine)")
         figure.legend(handles=_legend(appearance, bool(baselines), page), loc="outside lower center", ncols=2)
     return figure
 
