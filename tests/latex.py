@@ -9,8 +9,8 @@ import pytest
 PACKAGES = {"article.cls": "texlive-latex-base", "booktabs.sty": "texlive-latex-recommended"}
 PREAMBLES = {  # widths as in neurips_2024.sty and acl.sty
     "neurips": r"\documentclass[10pt]{article}\setlength{\textwidth}{5.5in}\setlength{\textheight}{9in}",
-    "acl": r"\documentclass[11pt,twocolumn]{article}\setlength{\textwidth}{16cm}\setlength{\columnsep}{0.6cm}\setlength{\textheight}{24.7cm}"
-    r"\setlength{\topmargin}{-2cm}\setlength{\oddsidemargin}{0cm}",
+    "acl": r"\documentclass[11pt,twocolumn]{article}\setlength{\textwidth}{16cm}\setlength{\columnsep}{0.6cm}"
+    r"\setlength{\textheight}{24.7cm}\setlength{\topmargin}{-2cm}\setlength{\oddsidemargin}{0cm}",
 }
 
 

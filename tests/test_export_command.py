@@ -25,7 +25,6 @@ from sweeps.study import Study, lasting
 from sweeps.study_file import as_yaml, load, parse, shipped
 from tasks.completions import read_completions
 from tasks.identity import content_digest, digest, folder_files
-from tasks.specs import GenerateSpec
 from tests.latex import compiled, needs_latex
 from tests.sweeps.made import written
 from tests.tiny import Pair, conversations, write_chats, write_lines
@@ -105,15 +104,22 @@ def brought(bundle: Path, sources: dict[str, Path]) -> Path:
     return bundle
 
 
-def test_it_says_in_json_what_it_wrote_and_what_a_bundle_s_user_must_bring(exported: Path, file: Path, home: Home) -> None:
-    said = json.loads(ebbline("export", file, "--to", exported, "--home", home.root, "--json").output)
-    assert sorted(said["files"]) == sorted([*folder_files(exported)]) and said["points"] == {"done": 4}
+def test_it_says_in_json_what_it_wrote_and_the_same_results_give_the_same_bytes(
+    exported: Path, file: Path, home: Home, tmp_path: Path
+) -> None:
+    done = ebbline("export", file, "--to", tmp_path / "again", "--style", "neurips", "--home", home.root, "--json")
+    said, files = json.loads(done.output), folder_files(tmp_path / "again")
+    assert sorted(said["files"]) == sorted(files) and said["points"] == {"done": 4}
     assert {each["place"]: each["what"] for each in said["bring"]} == {
         "files/aligned": "a model",
         "files/base": "a model",
         "files/chats.jsonl": "data",
         "files/prompts.jsonl": "a prompt set",
     }
+    both = folder_files(exported)
+    lists = ("export.json", "README.md")  # what they list are the styles
+    assert {name: both[name] for name in files if name not in lists} == {name: files[name] for name in files if name not in lists}
+    assert {"neurips/frontier.png", "data/results.parquet", "bundle/keys.json", "methods.md"} <= set(files)
 
 
 def test_every_font_of_every_pdf_is_embedded_and_its_page_is_as_wide_as_the_column(exported: Path) -> None:
@@ -180,7 +186,7 @@ def test_methods_cite_only_what_the_references_hold_and_say_what_was_done(export
 def test_no_prompt_no_completion_and_no_path_of_the_machine_is_in_it(
     exported: Path, home: Home, sources: dict[str, Path], file: Path
 ) -> None:
-    rows = [row for artifact in home.store.all("generate") for row in read_completions(artifact.file(GenerateSpec.COMPLETIONS))]
+    rows = [row for artifact in home.store.all("generate") for row in read_completions(artifact.path)]
     secrets = {text for row in rows for text in (row.prompt, row.completion) if len(text) > 12}
     places = {str(path.parent) for path in (*sources.values(), file, home.root, exported)} | {str(Path.home()) + "/"}
     assert len(secrets) > 6
@@ -189,12 +195,6 @@ def test_no_prompt_no_completion_and_no_path_of_the_machine_is_in_it(
             text = path.read_bytes().decode("utf-8", errors="replace")
             assert not [secret for secret in secrets | places if secret in text], path
     assert not list((exported / "bundle").rglob("files")), "nothing from outside is copied"
-
-
-def test_the_same_results_give_the_same_bytes(exported: Path, file: Path, home: Home, tmp_path: Path) -> None:
-    assert ebbline("export", file, "--to", tmp_path / "again", "--home", home.root).exit_code == 0
-    assert folder_files(tmp_path / "again") == folder_files(exported)
-    assert (tmp_path / "again" / "neurips/frontier.png").stat().st_size > 10_000
 
 
 def test_only_an_untouched_export_of_the_same_study_is_replaced(file: Path, home: Home, exported: Path, tmp_path: Path) -> None:
