@@ -181,9 +181,9 @@ def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
     yield f"{len(results)} points were asked for, {_SAMPLERS[study.sampler]}; {counts['done']} are done."
     if study.search.first:
         yield f"{len(study.search.first)} of them were written out before, and not chosen."
-    for status in NO_RESULT:
-        if counts[status]:
-            yield f"{counts[status]} {'is' if counts[status] == 1 else 'are'} {status_label(status)}, and in no figure or table."
+    without = [f"{counts[status]} {status_label(status)}" for status in NO_RESULT if counts[status]]
+    if without:
+        yield f"Without a result, and in no figure or table: {', '.join(without)}."
     same = sum(result.same_as is not None for result in results)
     if same:
         yield f"{same} project the same modules as an earlier one and count once on the frontier."
