@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from analysis import export
+from analysis import export, provenance
 from analysis.bundle_keys import check_bundle
 from analysis.citations import cited, known
 from analysis.figures import FINE_PT
+from analysis.provenance import Build
 from analysis.results import collect
 from cluster.inline import InlineExecutor
 from ebbline.cli import app
@@ -81,6 +83,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, file: Path) -> Home:
     found = Home(tmp_path_factory.mktemp("home"))
     driven(file, found)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_build() -> Iterator[None]:
+    """An export tells its commit, and a checkout may move on while tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "build", lambda: Build("0.1.0", "0123456789" * 4))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -288,20 +298,18 @@ def test_a_file_that_is_not_what_the_bundle_pins_is_refused(bundle: Path, source
     assert done.exit_code == 1 and "is not what the study pins" in done.output
 
 
-def test_the_check_names_the_first_stage_that_came_out_otherwise(
-    bundle: Path, home: Home, sources: dict[str, Path], tmp_path: Path
-) -> None:
-    """A training that the other machine computes otherwise: its adapter differs, under the same key."""
-    other = Home(tmp_path / "other")
+def test_the_check_names_the_first_stage_that_came_out_otherwise(bundle: Path, home: Home, tmp_path: Path) -> None:
+    """A training that the other machine computed otherwise: its adapter differs, under the same key."""
+    other = Home(Path(shutil.copytree(home.root, tmp_path / "other")))
     original = next(iter(home.store.all("train")))
+    shutil.rmtree(other.store.root / "train" / original.key)
     attempt = other.store.begin("train", original.key)
     shutil.copytree(original.path, attempt / "payload", dirs_exist_ok=True)
     weights = next((attempt / "payload").rglob("*.safetensors"))
     save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights)
     other.store.commit(attempt, original.hashed, original.provenance)
-    driven(brought(bundle, sources) / "study.yaml", other)
     found = check_bundle(bundle, other)
-    assert found.differ > 0 and found.absent == 0 and found.same > 0 and 0 < found.points_same < found.points
+    assert found.differ == 1 and found.absent > 0 and found.same > 0 and 0 < found.points_same < found.points
     assert (
         "(project)" in found.first
         and "its input adapter has other content" in found.first
@@ -309,6 +317,15 @@ def test_the_check_names_the_first_stage_that_came_out_otherwise(
     )
     done = ebbline("export", "--check", bundle, "--home", other.root)
     assert done.exit_code == 1 and "the first that is not the same: project" in done.output
+
+
+def test_the_check_sees_other_measurements_under_the_same_key(bundle: Path, home: Home, tmp_path: Path) -> None:
+    keys = json.loads((bundle / "keys.json").read_text())
+    last = next(stage for stage in reversed(keys["stages"]) if stage["metrics"])
+    last["metrics"] = "0" * 64
+    (bundle / "keys.json").write_text(json.dumps(keys))
+    found = check_bundle(bundle, home)
+    assert (found.differ, found.absent) == (1, 0) and "it measured something else from the same inputs" in found.first
 
 
 def test_the_check_says_when_the_bundle_s_study_was_changed(bundle: Path, home: Home) -> None:
