@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
+from analysis.latex import breakable
 from analysis.provenance import Build, Pin
 from tasks.errors import StudyError
 
@@ -43,18 +44,13 @@ def bibliography(keys: Iterable[str], pins: Sequence[Pin], build: Build) -> str:
 
 def _pinned(pin: Pin) -> str:
     kind = "" if pin.is_model else "datasets/"
-    said = [f"commit {_breaking(pin.commit or 'unknown')}", *([f"file \\path{{{pin.file}}}"] if pin.file else [])]
+    said = [f"commit {breakable(pin.commit or 'unknown')}", *([f"file \\path{{{pin.file}}}"] if pin.file else [])]
     return _misc(pin_key(pin), rf"\path{{{pin.name}}}", rf"\url{{https://huggingface.co/{kind}{pin.name}}}", ", ".join(said))
 
 
 def _tool(build: Build) -> str:
-    said = f"version {build.version}" + (f", commit {_breaking(build.commit)}" if build.commit else "")
+    said = f"version {build.version}" + (f", commit {breakable(build.commit)}" if build.commit else "")
     return _misc(EBBLINE, "ebbline: how far a chat model's refusals ebb when it is fine-tuned, and what brings them back", None, said)
-
-
-def _breaking(commit: str) -> str:
-    """A commit that a narrow column may break into lines."""
-    return r"\allowbreak ".join(commit[start : start + 8] for start in range(0, len(commit), 8))
 
 
 def _misc(key: str, title: str, where: str | None, note: str) -> str:

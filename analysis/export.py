@@ -19,7 +19,7 @@ from analysis.compare import Baselines, refusal_metric, usefulness_metric
 from analysis.figures import Page, save_for_print
 from analysis.files import write_whole
 from analysis.frontier_figure import frontier_figure
-from analysis.latex import before_after_frame, before_after_table, frontier_table
+from analysis.latex import before_after_frame, before_after_table, frontier_table, in_latex
 from analysis.methods import methods
 from analysis.provenance import Provenance, provenance
 from analysis.results import artifacts_behind, baselines, collect, costs_before
@@ -133,6 +133,7 @@ def _write(found: Found, home: Home, folder: Path, styles: Sequence[Style]) -> l
     keys = list(dict.fromkeys([EBBLINE, *PAPERS, *cited(text)]))
     references = bibliography(keys, found.provenance.pins, found.provenance.build)
     write_whole(folder / "methods.md", lambda path: path.write_text(text, "utf-8"))
+    write_whole(folder / "methods.tex", lambda path: path.write_text(in_latex(text), "utf-8"))
     write_whole(folder / "references.bib", lambda path: path.write_text(references, "utf-8"))
     bring = write_bundle(found.study, home, found.results, found.provenance.build, folder / "bundle")
     write_whole(folder / "README.md", lambda path: path.write_text("\n".join(_readme(found, styles)) + "\n", "utf-8"))
@@ -194,7 +195,7 @@ def _readme(found: Found, styles: Sequence[Style]) -> Iterator[str]:
         )
         yield f"- `{style}/`: {figure}; frontier.tex and before-after.tex, tables to \\input"
     yield "- `data/`: results, frontier and before_after as CSV and Parquet; a metric's `_low` and `_high` are its 95% interval"
-    yield "- `methods.md`: what was done, from the records; `pandoc --citeproc --bibliography references.bib methods.md -o methods.tex`"
+    yield "- `methods.md`, and `methods.tex` to \\input: what was done, from the records"
     yield "- `references.bib`: what methods.md cites"
     yield "- `bundle/`: what runs the study again, and compares what came out; its README.md says how"
     yield "- `export.json`: the digests of these files. `ebbline export` replaces the folder while they are as they were"
@@ -203,4 +204,4 @@ def _readme(found: Found, styles: Sequence[Style]) -> Iterator[str]:
     yield ""
     yield "    \\usepackage{booktabs,graphicx,url}"
     yield f"    \\includegraphics{{{styles[0]}/frontier.pdf}}"
-    yield f"    \\input{{{styles[0]}/frontier}}"
+    yield f"    \\input{{{styles[0]}/frontier}} \\input{{methods}} \\bibliography{{references}}"

@@ -1,9 +1,10 @@
-r"""Tables for a paper: booktabs, as wide as the column that they stand in, each a float of its own to \input.
+r"""LaTeX for a paper: tables in booktabs, as wide as the column that they stand in, each a float of its own to \input; and text.
 
 Invariants: what a study names is escaped, so that any name compiles; a table that would be too wide is shrunk to its column; one
 that would be too long goes on in a further float. They need the packages booktabs and graphicx.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,32 @@ class Condition:
 def escaped(text: str) -> str:
     """Text as LaTeX prints it."""
     return "".join(_SPECIAL.get(letter, letter) for letter in text)
+
+
+def breakable(digest: str) -> str:
+    """A commit or sha256 that a narrow column may break into lines."""
+    return r"\allowbreak ".join(digest[start : start + 8] for start in range(0, len(digest), 8))
+
+
+def in_latex(text: str) -> str:
+    r"""Paragraphs of Markdown as LaTeX, as far as analysis.methods writes it: bold titles become \paragraph, `[@one; @two]` \cite."""
+    paragraphs = []
+    for paragraph in text.strip().split("\n\n"):
+        title, bold, rest = paragraph.removeprefix("**").partition("**")
+        if paragraph.startswith("# "):
+            paragraphs.append(f"% {paragraph[2:]}")
+        elif bold and paragraph.startswith("**"):
+            paragraphs.append(rf"\paragraph{{{escaped(title)}}}{_inline(rest)}")
+        else:
+            paragraphs.append(_inline(paragraph))
+    return "\n\n".join([r"{\sloppy", *paragraphs, r"\par}"]) + "\n"
+
+
+def _inline(text: str) -> str:
+    parts = re.split(r" ?\[(@[^\]]+)\]", text)  # every second one is what was in brackets
+    words = [re.sub(r"\b[0-9a-f]{40,64}\b", lambda found: breakable(found[0]), escaped(part)) for part in parts[::2]]
+    cites = [rf"~\cite{{{','.join(key.strip().removeprefix('@') for key in part.split(';'))}}}" for part in parts[1::2]]
+    return "".join(word + cite for word, cite in zip(words, [*cites, ""], strict=True))
 
 
 def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str:

@@ -23,11 +23,11 @@ def export_study(study: Study, home: Home, to: Path, style: Literal["neurips", "
     for name, what in {
         **{f"{each}/": "figures and LaTeX tables" for each in (BOTH if style == "both" else (style,))},
         "data/": "CSV and Parquet",
-        "methods.md": "what was done, with citations",
+        "methods.md .tex": "what was done, with citations",
         "references.bib": "what it cites",
         "bundle/": "what runs the study again",
     }.items():
-        print(f"  {name:15} {what}")
+        print(f"  {name:16} {what}")
     for each in done.bring:
         print(f"not in the bundle: {each.what}, {each.place} (sha256 {each.sha256[:12]}); whoever runs it must bring it")
     print(f"next: see {done.folder / 'README.md'}; elsewhere `ebbline run {done.folder / 'bundle' / 'study.yaml'} --home OTHER`")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis.compare import Baselines
-from analysis.latex import ROWS, before_after, before_after_table, escaped, frontier_table, headlines
+from analysis.latex import ROWS, before_after, before_after_table, escaped, frontier_table, headlines, in_latex
 from sweeps.points import Point, Result
 from sweeps.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, failed, result
@@ -104,3 +104,15 @@ def test_a_long_frontier_goes_on_in_a_further_float(study: Study, tmp_path: Path
 
 def test_every_special_letter_is_written_so_that_latex_prints_it() -> None:
     assert escaped("50%_a&b") == r"50\%\_a\&b" and escaped("\\{") == r"\textbackslash{}\{"
+
+
+def test_text_becomes_latex_with_its_titles_and_citations() -> None:
+    breaks = r"\allowbreak ".join(["abababab"] * 5)
+    text = f"# Title\n\nPlain [@one] and 5% of it.\n\n**Bold.** With [@one; @two_b] and {'ab' * 20}.\n"
+    assert in_latex(text).split("\n\n") == [
+        r"{\sloppy",
+        "% Title",
+        r"Plain~\cite{one} and 5\% of it.",
+        rf"\paragraph{{Bold.}} With~\cite{{one,two_b}} and {breaks}.",
+        "\\par}\n",
+    ]
