@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.compare import Baselines, training_of, unprojected, usefulness_metric
-from analysis.frontier import finished, frontier, frontier_by_model
-from analysis.tables import axes_of, shipped
+from analysis.before_after import STATES, trios
+from analysis.compare import Baselines
+from analysis.frontier import frontier, frontier_by_model
+from analysis.tables import axes_of
 from analysis.wording import axis_label, metric_label, natural, settings_label, value_label
 from sweeps.points import Result, Value
 from sweeps.study import Study
@@ -48,7 +49,7 @@ class _Layout:
 
 @dataclass(frozen=True)
 class Condition:
-    """A row of the table of before and after: a model as it was aligned, fine-tuned, or fine-tuned and projected."""
+    """A row of the table of before and after: a model before fine-tuning, fine-tuned, or fine-tuned and projected."""
 
     model: str
     what: str
@@ -113,30 +114,22 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
     return _floats(columns, "l" + "r" * (text - 1) + "c" * (len(columns) - text), caption, f"tab:{study.study}-frontier", layout)
 
 
-def before_after(study: Study, results: Sequence[Result], baselines: Baselines) -> list[Condition]:
-    """For each model: aligned, fine-tuned without projection, and projected at its operating point, as far as they were measured.
-
-    Fine-tuned is the training of the operating point, or the most useful one where that was not measured without projection.
-    """
+def conditions(study: Study, results: Sequence[Result], baselines: Baselines) -> list[Condition]:
+    """The rows of the table of before and after: what analysis.before_after sets side by side, as far as it was measured."""
     rows: list[Condition] = []
-    picked, useful = shipped(study, results), usefulness_metric(study)
-    for model in sorted(study.models, key=natural):
-        plain = unprojected([result for result in finished(results) if result.point.model == model])
-        best = max(plain.values(), key=lambda row: (row.metrics[useful].value if useful else 0.0, -row.number), default=None)
-        projected = picked.get(model)
-        tuned = best if projected is None else plain.get(training_of(projected), best)
-        if model in baselines:
-            rows.append(Condition(model, "aligned", None, baselines[model]))
-        if tuned is not None:
-            rows.append(Condition(model, "fine-tuned", tuned, tuned.metrics))
-        if projected is not None:
-            rows.append(Condition(model, "projected", projected, projected.metrics))
+    for trio in trios(study, results):
+        if trio.model in baselines:
+            rows.append(Condition(trio.model, STATES["aligned"], None, baselines[trio.model]))
+        if trio.tuned is not None:
+            rows.append(Condition(trio.model, STATES["tuned"], trio.tuned, trio.tuned.metrics))
+        if trio.shipped is not None:
+            rows.append(Condition(trio.model, STATES["shipped"], trio.shipped, trio.shipped.metrics))
     return rows
 
 
 def before_after_table(study: Study, results: Sequence[Result], baselines: Baselines, narrow: bool) -> str:
     """Each model before and after fine-tuning and projection, by the headline metric of every suite."""
-    rows, names = before_after(study, results, baselines), headlines(study)
+    rows, names = conditions(study, results, baselines), headlines(study)
     layout = _Layout.of(narrow, len(names))
     columns = {"model": _once([row.model for row in rows]), "": [row.what for row in rows]}
     for name in names:
@@ -148,9 +141,8 @@ def before_after_table(study: Study, results: Sequence[Result], baselines: Basel
         f"Before and after in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows if name in row.metrics] for name in names})})."
         " Projected: the most useful projected point that holds the refusal floor of"
-        f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training with nothing projected"
-        " or, where that was not run, the most useful such training. These were picked on the same prompts"
-        f" that they are shown on. {escaped(settings)}."
+        f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training with nothing projected,"
+        f" where it was run. These were picked on the same prompts that they are shown on. {escaped(settings)}."
     )
     return _floats(columns, "ll" + "c" * len(names), caption, f"tab:{study.study}-before-after", layout)
 
@@ -159,7 +151,7 @@ def before_after_frame(study: Study, results: Sequence[Result], baselines: Basel
     """The same rows with every metric, a row for each metric."""
     rows = [
         (row.model, row.what, None if row.result is None else row.result.number, name, m.value, *m.interval, m.n)
-        for row in before_after(study, results, baselines)
+        for row in conditions(study, results, baselines)
         for name, m in sorted(row.metrics.items())
     ]
     frame = pd.DataFrame(rows, columns=["model", "what", "point", "metric", "value", "low", "high", "n"])

@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.compare import refusal_metric, usefulness_metric
 from analysis.costs import cost_rows, prediction_rows
 from analysis.figures import save
-from analysis.frontier_figure import frontier_figure
+from analysis.findings import figures_of, findings
 from analysis.projection_figure import projection_figures
 from analysis.provenance import provenance
 from analysis.report import write_report
 from analysis.results import StoredEvidence, artifacts_behind, baselines, collect, costs_before, projections
 from analysis.tables import categories_frame, results_frame, write_categories, write_tables
-from analysis.threshold_figure import threshold_figure
 from cluster.store import Artifact
 from ebbline.planning import GANTT
 from sweeps.home import Home
@@ -28,19 +26,17 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     results, before = collect(study, home), baselines(study, home)
     _, table, frontier_csv = write_tables(results_frame(results, study.objectives, home.profile), folder)
     outputs = {"results": table, "frontier": frontier_csv}
-    outputs["figure"] = save(frontier_figure(results, study.objectives, before), folder, "frontier")[0]
-    drawn = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
-    thresholds = threshold_figure(results, drawn, before)
-    if thresholds is not None:
-        save(thresholds, folder, "thresholds")
+    found = findings(study, results, before, StoredEvidence(study, home))
+    drawn = figures_of(found)
+    saved = {name: save(each.figure, folder, name)[0] for name, each in drawn.items()}
+    outputs["figure"] = saved["frontier"]
     projected = projections(study, results, home)
     for name, figure in projection_figures(projected).items():
         save(figure, folder, name)
-    evidence = StoredEvidence(study, home)
-    outputs["categories"] = write_categories(categories_frame(study, results, before, evidence), folder)
+    outputs["categories"] = write_categories(categories_frame(study, results, before, found.evidence), folder)
     artifacts = artifacts_behind(study, home, results)
     cost, origin = _cost(study, home, results, artifacts), provenance(study, home, results, artifacts).rows()
-    outputs["report"] = write_report(study, results, before, folder, cost, origin, projected, evidence, folder / f"{GANTT}.svg")
+    outputs["report"] = write_report(found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn)
     return outputs
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis.compare import Baselines
-from analysis.latex import ROWS, before_after, before_after_table, escaped, frontier_table, headlines, in_latex
+from analysis.latex import ROWS, before_after_table, conditions, escaped, frontier_table, headlines, in_latex
 from sweeps.points import Point, Result
 from sweeps.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, failed, result
@@ -42,9 +42,9 @@ def test_one_column_has_the_same_numbers_in_less_room(study: Study) -> None:
 def test_before_and_after_compares_the_point_to_ship_with_its_own_training(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
-    found = [(row.model, row.what, row.result and row.result.number) for row in before_after(study, results, baselines)]
+    found = [(row.model, row.what, row.result and row.result.number) for row in conditions(study, results, baselines)]
     by_model = {model: [(what, number) for name, what, number in found if name == model] for model in ("small", "medium")}
-    assert [what for what, _ in by_model["small"]] == ["aligned", "fine-tuned", "projected"]
+    assert [what for what, _ in by_model["small"]] == ["before", "fine-tuned", "projected"]
     tuned, projected = (dict(results[by_model["small"][index][1] or 0].point.values) for index in (1, 2))
     assert tuned.pop("apply.threshold") is None and projected.pop("apply.threshold") is not None and tuned == projected
 
