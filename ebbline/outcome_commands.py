@@ -1,6 +1,8 @@
 """The commands that look at what a study has come to. Each brings what it needs when it runs, so that `--help` stays fast."""
 
 from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -48,3 +50,29 @@ def sync(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
 
     where = Home(home)
     raise typer.Exit(sync_mirror(study, where.continued(load(where.named(study))), where))
+    raise typer.Exit(sync_mirror(study, where.continued(load(study)), where))
+
+
+@outcome_app.command()
+@explained
+def export(
+    study: Annotated[str | None, typer.Argument(help="A study that ships, or a YAML file.", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to write; an earlier export of the study is replaced.")] = None,
+    style: Annotated[Literal["neurips", "acl", "both"], typer.Option(help="Whose column widths figures and tables have.")] = "both",
+    check: Annotated[
+        Path | None, typer.Option("--check", help="In place of a study: compare this bundle's keys with those of --home.")
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a study's outcome for a paper: figures, LaTeX tables, data, methods, BibTeX, and a bundle that runs it again."""
+    from ebbline import exporting
+    from sweeps.home import Home
+    from sweeps.study_file import load
+
+    where = Home(home)
+    if check is not None and study is None and to is None:
+        raise typer.Exit(exporting.check(check, where, as_json))
+    if study is None or to is None or check is not None:
+        raise typer.BadParameter("give STUDY and --to DIR, or --check BUNDLE alone (either with --home)")
+    exporting.export_study(where.continued(load(study)), where, to, style, as_json)

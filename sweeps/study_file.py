@@ -1,4 +1,4 @@
-"""Study files as text: YAML read strictly into a Study, and pins written back into a copy without touching the rest.
+"""Study files as text: YAML read strictly into a Study, a Study written as YAML, and pins put into a copy that is else as it was.
 
 The only file that knows YAML; it reads the profiles of clusters too. Loading twice gives equal studies; an error names the path of
 each fault and what is allowed.
@@ -83,6 +83,21 @@ def _tuples(value: Any) -> Any:
         return tuple(_tuples(item) for item in value)
     if isinstance(value, dict):
         return {str(key) if isinstance(key, int | float) else key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def as_yaml(study: Study) -> str:
+    """A study as the text of a study file: every setting written out, so that no default that changes later changes it."""
+    dump = study.model_dump(mode="json")
+    points = {name: dump["search"][name] for name in ("first", "list")}  # their axes may be null, which is a value
+    written = {**_given(dump), "search": {**_given(dump["search"]), **points}}
+    return yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _given(value: Any) -> Any:
+    """Without the fields that are null: they are not there."""
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items() if item is not None}
     return value
 
 

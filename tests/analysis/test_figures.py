@@ -12,7 +12,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
 from analysis.compare import Baselines
-from analysis.figures import looks, reach, save, svg
+from analysis.figures import Page, looks, reach, save, save_for_print, svg
 from analysis.frontier_figure import frontier_figure
 from analysis.threshold_figure import threshold_figure
 from sweeps.points import Point, Result
@@ -123,3 +123,19 @@ def test_drawing_changes_no_setting_of_matplotlib_and_loads_no_pyplot(results: l
     assert dict(matplotlib.rcParams) == before
     code = "import sys, analysis.report; assert not {'matplotlib.pyplot', 'torch', 'ray', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_page_changes_how_large_a_figure_is_and_not_what_it_shows(results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+    screen, column = (frontier_figure(results, OBJECTIVES, baselines, page) for page in (Page(), Page(width=3.03, text_pt=7.5)))
+    assert tuple(screen.get_size_inches()) == (6.4, 4.8) and column.get_size_inches()[0] == 3.03
+    assert markers(column.axes[0]) == markers(screen.axes[0])
+    assert [path.suffix for path in save_for_print(column, tmp_path, "frontier", Page(width=3.03))] == [".pdf", ".svg", ".png"]
+
+
+def test_one_column_has_a_row_for_each_model_and_a_column_for_each_metric(results: list[Result], baselines: Baselines) -> None:
+    whole = threshold_figure(results, OBJECTIVES, baselines, Page(width=6.3))
+    column = threshold_figure(results, OBJECTIVES, baselines, Page(width=3.03))
+    assert whole is not None and column is not None
+    assert [axes.get_title() for axes in whole.axes] == ["medium", "small", "", ""]
+    assert [axes.get_ylabel() for axes in column.axes] == ["medium", "", "small", ""]
+    assert [markers(axes) for axes in column.axes] == [markers(whole.axes[index]) for index in (0, 2, 1, 3)]
