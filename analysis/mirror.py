@@ -2,17 +2,19 @@
 
     python -m analysis.mirror STUDY --home DIR
 
-Invariant: it ends by itself. It goes on until its standard input closes, which also happens when the process that started
-it dies; then it shows what is left and exits. With `</dev/null` it shows everything once.
+Invariants: it ends by itself. It goes on until its standard input closes, which also happens when the process that started
+it dies; then it shows what is left and exits. With `</dev/null` it shows everything once. A study has one mirror at a time.
 """
 
 import argparse
+import fcntl
 import logging
 import os
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from analysis.results import collect
@@ -28,10 +30,10 @@ SLOWEST_S = 300.0
 _log = logging.getLogger("analysis.mirror")
 
 
-def start(study: str, home: Path, log: Path) -> "subprocess.Popen[bytes]":
+def start(study: str, home: Path, log: Path, *options: str) -> "subprocess.Popen[bytes]":
     """Begin to mirror a study, by name or YAML path. Ctrl-C at the terminal does not reach it; `stop` does."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "analysis.mirror", study, "--home", str(home)]
+    command = [sys.executable, "-m", "analysis.mirror", study, "--home", str(home), *options]
     with log.open("ab") as handle:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=handle, stderr=handle, start_new_session=True)
 
@@ -46,6 +48,20 @@ def stop(process: "subprocess.Popen[bytes]", wait_s: float = 30.0) -> bool:
         process.kill()
         process.wait()
         return False
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Whether no other mirror shows this study now; none does for the length of the `with`, if so."""
+    path = folder / "wandb" / "mirror.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
@@ -89,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", help="the name of a study that ships, or a YAML file")
     parser.add_argument("--home", type=Path, required=True, help="the folder that holds the store and the studies")
     parser.add_argument("--every", type=float, default=EVERY_S, help="seconds between updates")
+    parser.add_argument("--offline", action="store_true", help="keep the runs in the study's folder, whoever is logged in")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B would send its own crash reports to Sentry
@@ -96,9 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     home = Home(given.home)
     study = home.continued(load(given.study))
     mode = chosen_mode()
+    mode = "offline" if given.offline and mode == "online" else mode
     _log.info("mirroring %s, %s", study.study, mode)
-    if mode != "disabled":
-        follow(study, home, Mirror(study, home.folder(study.study), mode), given.every)
+    if mode == "disabled":
+        return
+    with alone(home.folder(study.study)) as only:
+        if only:
+            follow(study, home, Mirror(study, home.folder(study.study), mode, home.profile), given.every)
+        else:
+            _log.info("another mirror shows it already")
 
 
 if __name__ == "__main__":
