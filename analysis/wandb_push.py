@@ -30,9 +30,7 @@ class Pushed:
     why: str = ""
 
 
-def push(
-    folder: Path, runs: Sequence[Path], at_once: int, tell: Callable[[int], None], log: Path, stalled_s: float = STALLED_S
-) -> Pushed:
+def push(folder: Path, runs: Sequence[Path], at_once: int, tell: Callable[[int], None], log: Path, stalled_s: float = STALLED_S) -> Pushed:
     """Push the runs in these folders; `tell` is called with how many are done. `folder` is the study's, for the lock.
 
     Ends when no run was done for `stalled_s`. KeyboardInterrupt ends W&B's process first.

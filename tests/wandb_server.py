@@ -5,6 +5,7 @@ file stream for history and summary, PUT for files. What W&B's servers do beyond
 how W&B shows it.
 """
 
+import base64
 import gzip
 import json
 import re
@@ -151,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _on_Viewer(self, given: dict[str, Any]) -> Any:
         return {"viewer": {"id": "1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}}
 
+    _on_GetDefaultEntity = _on_Viewer
+
     def _on_RunResumeStatus(self, given: dict[str, Any]) -> Any:
         run = self.server.runs.get(given["name"])
         bucket = None if run is None else self._bucket(given["name"], run)
@@ -192,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"markRunFilesUploaded": {"success": True}}
 
     def _view(self, given: dict[str, Any]) -> Any:
-        id = given.get("id") or f"view{len(self.server.views)}"
+        id = given.get("id") or base64.b64encode(f"View:{1000 + len(self.server.views)}".encode()).decode()
         self.server.views[id] = {**given, "id": id, "spec": json.loads(given["spec"])}
         project = {"id": "p", "name": given["projectName"], "entityName": given["entityName"]}
         shown = {"id": id, "name": given["name"], "displayName": given["displayName"], "description": given["description"]}
@@ -201,5 +204,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     _on_UpsertView2 = _on_upsertView = _view
 
+    def _on_GetProjects(self, given: dict[str, Any]) -> Any:
+        names = {run.fields.get("project") for run in self.server.runs.values()}
+        node = {"__typename": "Project", "id": "p", "entityName": ENTITY, "isBenchmark": False, "user": None}
+        node["createdAt"] = "2026-01-01T00:00:00"
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"pageInfo": page, "edges": [{"node": {**node, "name": name}} for name in names]}}
+
     def _on_ProjectInternalId(self, given: dict[str, Any]) -> Any:
-        return {"project": {"id": "p", "internalId": "p1"}}
+        """None for a project without a run, as W&B answers."""
+        known = given["projectName"] in {run.fields.get("project") for run in self.server.runs.values()}
+        return {"project": {"id": "p", "internalId": "p1"} if known else None}
+
+    def _on_View(self, given: dict[str, Any]) -> Any:
+        found = [view for view in self.server.views.values() if view["name"] == given["viewName"]]
+        shown = [{"node": {**view, "spec": json.dumps(view["spec"])}} for view in found]
+        return {"project": {"allViews": {"edges": shown}}}
+
+    def _on_SpecificReport(self, given: dict[str, Any]) -> Any:
+        view = self.server.views[given["reportId"]]
+        project = {"id": "p", "name": view["projectName"], "entityName": view["entityName"]}
+        return {"view": {**view, "project": project, "spec": json.dumps(view["spec"])}}
