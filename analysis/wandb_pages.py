@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from analysis.tables import axes_of, metrics_of, results_frame
+from analysis.frontier import finished, frontier, frontier_by_model
+from analysis.tables import axes_of, metrics_of
 from analysis.wording import NO_RESULT, axis_label, metric_label, without_paths
 from cluster.costs import total
 from cluster.profile import Profile
@@ -25,13 +24,12 @@ from tasks.identity import digest
 
 CURVE = "curve.csv"  # as tasks.train writes it; that module imports torch
 TABLE_ROWS = 10_000  # W&B draws no more of a table
-Rows = list[list[Any]]
 
 
 @dataclass(frozen=True)
 class Table:
     columns: list[str]
-    rows: Rows
+    rows: list[list[Any]]
 
 
 @dataclass(frozen=True)
@@ -45,37 +43,37 @@ class Page:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     history: Sequence[tuple[int, Mapping[str, float]]] = ()
-    table: Table | None = None
+    points: Sequence[Result] = ()  # the rows of its table
     failed: bool = False
 
 
 def pages(study: Study, results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile) -> Iterator[Page]:
     """The trainings, then the points that have ended."""
-    rows = _rows_of_trainings(study, results, profile)
+    later = _later_points(results, profile)
     for artifact in trainings:
-        yield _training_page(study, artifact, rows.get(artifact.key))
+        yield _training_page(study, artifact, later.get(artifact.key, []))
     for result in results:
         if result.number < profile.wandb_points and result.status not in ("running", "out_of_budget"):
             yield _point_page(study, result, profile)
 
 
-def _training_page(study: Study, artifact: Artifact, table: Table | None) -> Page:
+def _training_page(study: Study, artifact: Artifact, points: Sequence[Result]) -> Page:
     history = list(_curve(artifact.file(CURVE)))
+    shown = [[result.number, _counts(result)] for result in points]
     return Page(
         id=f"{study.study}-{artifact.key[:12]}",
-        stamp=artifact.content if table is None else digest([artifact.content, table.columns, table.rows]),
+        stamp=digest([artifact.content, shown]) if shown else artifact.content,
         job_type="training",
         name=f"train {artifact.key[:12]}",
         config={"key": artifact.key, "train": artifact.hashed.get("spec", {})},
         summary={"steps": len(history)},
         history=history,
-        table=table,
+        points=points,
     )
 
 
 def _point_page(study: Study, result: Result, profile: Profile) -> Page:
     """The settings alone are its config: that is what W&B's parameter importance and parallel coordinates take from there."""
-    counts = {name: [m.successes, m.n, m.undecided, list(m.seeds)] for name, m in result.metrics.items()}
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
         part, _, name = axis.partition(".")
@@ -99,7 +97,7 @@ def _point_page(study: Study, result: Result, profile: Profile) -> Page:
         summary[f"{shown}_low"], summary[f"{shown}_high"] = metric.interval
     return Page(
         id=f"{study.study}-{result.point.id}",
-        stamp=digest([result.status, result.reason, counts, dict(result.keys)]),
+        stamp=digest([result.status, result.reason, _counts(result), dict(result.keys)]),
         job_type="point",
         name=f"{result.number} {result.point}",
         config=config,
@@ -108,37 +106,52 @@ def _point_page(study: Study, result: Result, profile: Profile) -> Page:
     )
 
 
+def _counts(result: Result) -> dict[str, Any]:
+    return {name: [m.successes, m.n, m.undecided, list(m.seeds)] for name, m in result.metrics.items()}
+
+
 def summary_key(metric: str) -> str:
     """W&B reads a dot as nesting, and a slash as a section."""
     return metric.replace(".", "/")
 
 
-def _rows_of_trainings(study: Study, results: Sequence[Result], profile: Profile) -> dict[str, Table]:
-    """Training's key -> its points without a run of their own, once none of its points is still running."""
+def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list[Result]]:
+    """Training's key -> its finished points without a run of their own, once none of its points is still running."""
     users: dict[str, list[Result]] = {}
     for result in results:
         for key in {key for stage, key in result.keys.items() if stage.startswith("train[")}:
             users.setdefault(key, []).append(result)
-    found: dict[str, Table] = {}
+    later: dict[str, list[Result]] = {}
     for key, own in users.items():
-        later = [result for result in own if result.number >= profile.wandb_points and result.status == "done"]
-        if later and all(result.status != "running" for result in own):
-            found[key] = points_table(results_frame(later, study.objectives, profile), later)
-    return found
+        if all(result.status != "running" for result in own):
+            later[key] = [result for result in own if result.number >= profile.wandb_points and result.status == "done"]
+    return later
 
 
-def points_table(frame: pd.DataFrame, results: Sequence[Result]) -> Table:
-    """A row for each finished point of `frame` (analysis.tables.results_frame); beyond W&B's limit, those on a frontier first."""
-    rows = frame[frame["status"] == "done"]
+def points_table(results: Sequence[Result], profile: Profile, objectives: Sequence[str] = ()) -> Table:
+    """A row for each finished point; with `objectives` also whether it is on a frontier, and beyond W&B's limit those that are first."""
+    rows = finished(results)
+    axes, metrics = axes_of(rows), metrics_of(rows)
+    columns = ["point", "model", *map(axis_label, axes)]
+    columns += [f"{metric_label(name)}{part}" for name in metrics for part in ("", " low", " high", " n")]
+    columns += ["projected share", "GPU-hours alone"]
+    marked: list[set[int]] = []
+    if objectives:
+        columns += ["on frontier", "on its model's frontier"]
+        own = frontier_by_model(rows, objectives).values()
+        marked = [{r.number for r in frontier(rows, objectives)}, {r.number for found in own for r in found}]
     if len(rows) > TABLE_ROWS:
-        rows = rows.sort_values(["on_frontier", "on_model_frontier", "number"], ascending=[False, False, True]).head(TABLE_ROWS)
-    named = {"number": "point", "model": "model"} | {axis: axis_label(axis) for axis in axes_of(results)}
-    for name in metrics_of(results):
-        named |= {f"{name}{part}": f"{metric_label(name)}{part.replace('_', ' ')}" for part in ("", "_low", "_high", "_n")}
-    named |= {"projected_share": "projected share", "on_frontier": "on frontier", "on_model_frontier": "on its model's frontier"}
-    named |= {"gpu_hours": "GPU-hours alone"}
-    plain = rows[list(named)].astype(object)
-    return Table(list(named.values()), plain.where(plain.notna(), None).to_numpy().tolist())
+        rows = sorted(rows, key=lambda r: (not any(r.number in numbers for numbers in marked), r.number))[:TABLE_ROWS]
+    return Table(columns, [_row(result, axes, metrics) + [result.number in numbers for numbers in marked] for result in rows])
+
+
+def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[Any]:
+    values = dict(result.point.values)
+    row: list[Any] = [result.number, result.point.model, *(values.get(axis) for axis in axes)]
+    for name in metrics:
+        metric = result.metrics.get(name)
+        row += [None] * 4 if metric is None else [metric.value, *metric.interval, metric.n]
+    return [*row, result.projected_share, total(result.costs.values()).gpu_hours]
 
 
 def _curve(path: Path) -> Iterator[tuple[int, dict[str, float]]]:

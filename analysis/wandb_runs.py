@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.frontier import frontier, frontier_by_model
+from analysis.frontier import finished, frontier, frontier_by_model
 from analysis.growth import growth
 from analysis.tables import NO_PRICES, frontier_text, results_frame
 from analysis.wandb_memory import Memory, Mode
@@ -74,6 +74,7 @@ class Mirror:
         self._study_run: Any = None
         self._study_stamp = ""
         self._rows = self._memory.rows(study.study)  # of the study's growth, shown so far
+        self._step: int | None = None  # W&B's, of the latest of these in this run; a run that goes on counts by itself until then
         self._charted, self._charted_as = 0, ""  # how many points its charts have, and the stamp that they were drawn at
         self._results: Sequence[Result] = ()
 
@@ -114,8 +115,8 @@ class Mirror:
         for step, values in page.history[self._memory.rows(page.id) :]:
             run.log(dict(values), step=step)
         run.summary.update(dict(page.summary))
-        if page.table is not None:
-            run.summary.update({"points": _table(run, "points", page.table)})
+        if page.points:
+            run.summary.update({"points": _table(run, "points", points_table(page.points, self.profile))})
         run.finish(exit_code=int(page.failed))
         self._memory.remember(page.id, page.stamp, len(page.history), _folder_of(run))
 
@@ -125,8 +126,8 @@ class Mirror:
         chosen = frontier(results, objectives)
         if not chosen:
             return
-        grown = list(growth(results, objectives, self.folder))
-        stamp = digest([len(grown), [[result.point.id, *(m.value for m in result.metrics.values())] for result in chosen]])
+        landed = len(finished(results))
+        stamp = digest([landed, [[result.point.id, *(m.value for m in result.metrics.values())] for result in chosen]])
         if stamp == self._study_stamp or self._memory.knows(self.study.study, stamp):
             return
         if self._study_run is None:
@@ -135,6 +136,7 @@ class Mirror:
             for name in ("finished", "hours", "gpu_hours", "usd"):
                 self._study_run.define_metric(name, hidden=True)
                 self._study_run.define_metric(f"hypervolume/over_{name}", step_metric=name)
+        grown = list(growth(results, objectives, self.folder))
         for each in grown[self._rows :]:
             usd = each.cost.usd(self.profile)
             over: dict[str, float] = {"finished": each.finished, "hours": each.hours, "gpu_hours": each.cost.gpu_hours}
@@ -142,10 +144,11 @@ class Mirror:
                 over["usd"] = usd
             volumes = {f"hypervolume/over_{name}": each.hypervolume for name in over}
             self._study_run.log({"hypervolume": each.hypervolume, **over, **volumes}, step=each.finished)
+            self._step = each.finished
         self._study_run.summary.update({"frontier": [result.number for result in chosen], "hypervolume": grown[-1].hypervolume})
         self._study_run.notes = f"```\n{frontier_text(results_frame(results, objectives))}\n```"
-        self._study_stamp, self._rows, self._results = stamp, max(self._rows, len(grown)), results
-        if len(grown) >= CHARTS_EVERY * self._charted:
+        self._study_stamp, self._rows, self._results = stamp, max(self._rows, landed), results
+        if landed >= CHARTS_EVERY * self._charted:
             self._chart()
 
     def _chart(self) -> None:
@@ -153,9 +156,9 @@ class Mirror:
         import wandb
 
         run, objectives = self._study_run, self.study.objectives
-        table = points_table(results_frame(self._results, objectives, self.profile), self._results)
+        table = points_table(self._results, self.profile, objectives)
         if len(objectives) < 2:
-            run.log({"points_table": _table(run, "points_table", table)}, step=self._rows)
+            run.log({"points_table": _table(run, "points_table", table)}, step=self._step)
         else:
             x, y = (metric_label(name) for name in objectives[:2])
             lines = [
@@ -171,7 +174,7 @@ class Mirror:
                     "wandb/lineseries/v0", _table(run, "frontier_table", Table(list(fields), lines)), fields, string_fields=said
                 ),
             }
-            run.log(charts, step=self._rows)
+            run.log(charts, step=self._step)
         self._charted, self._charted_as = len(table.rows), self._study_stamp
 
     def _open(self, id: str, job_type: str, name: str, config: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ is written into either, only which metrics and settings to draw; what they show,
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from analysis.wandb_pages import summary_key
 from analysis.wandb_runs import project
@@ -26,7 +27,10 @@ class Made:
 
 
 def make(study: Study, profile: Profile, entity: str | None, before: Made | None) -> Made:
-    """Make both, or bring up to date those made before. Raises StudyError when W&B refuses, or does not know the project."""
+    """Make both, or bring up to date those made before at the same place.
+
+    Raises StudyError when W&B refuses, or does not know the project.
+    """
     import wandb
 
     try:
@@ -45,8 +49,10 @@ def _make(study: Study, profile: Profile, entity: str, before: Made | None) -> M
 
     if not entity:
         raise ValueError("this login has no default entity; give --entity")
+    if before is not None and urlsplit(before.workspace).path != f"/{entity}/{project()}":
+        before = None
     report = wr.Report(project=project(), entity=entity) if before is None else wr.Report.from_url(before.report)
-    report.title, report.description = f"{study.study}: frontier", study.question
+    report.title, report.description = f"{study.study} frontier", study.question
     report.width = "fluid"
     report.blocks = [
         wr.P(study.question),

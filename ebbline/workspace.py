@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from analysis.files import write_whole
 from analysis.wandb_runs import chosen_mode
@@ -20,13 +19,13 @@ def make_workspace(study: Study, home: Home, entity: str | None, as_json: bool) 
             f" `wandb login` (or WANDB_API_KEY), then `ebbline sync {study.study}` and this command"
         )
     path = home.folder(study.study) / "wandb" / "workspace.json"
-    made = make(study, home.profile, entity, _before(path))
+    before = Made(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        made = make(study, home.profile, entity, before)
+    except StudyError as error:
+        raise StudyError(f"{error}. If those made before were deleted on W&B, delete {path}" if before else str(error)) from error
     write_whole(path, lambda fresh: fresh.write_text(json.dumps(asdict(made), indent=1)))
     if as_json:
         print(json.dumps(asdict(made), indent=1))
         return
     print(f"workspace  {made.workspace}\nreport     {made.report}")
-
-
-def _before(path: Path) -> Made | None:
-    return Made(**json.loads(path.read_text())) if path.exists() else None

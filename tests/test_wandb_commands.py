@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from analysis.wandb_pages import summary_key
+from cluster.store import Store
 from sweeps.study_file import load
+from tasks.completions import read_completions
 from tests.quickstart import RUN_S
 from tests.wandb_server import ENTITY, WandbServer, serving
 
@@ -34,41 +37,55 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def home(quickstart_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished study's home, as pushing its runs leaves a mark on them."""
+    copy = tmp_path_factory.mktemp("copy") / "home"
+    shutil.copytree(quickstart_home, copy, symlinks=True)
+    return copy
+
+
 def said(*command: str) -> tuple[int, str]:
     """Exit code, and what it says on standard output, or on standard error when that is empty."""
     ran = subprocess.run([sys.executable, "-m", "ebbline.cli", *command], capture_output=True, text=True, timeout=RUN_S)
     return ran.returncode, ran.stdout or ran.stderr
 
 
-def test_sync_without_a_login_says_what_waits_and_what_to_do(quickstart_home: Path) -> None:
-    code, text = said("sync", "quickstart", "--home", str(quickstart_home))
+def test_sync_without_a_login_says_what_waits_and_what_to_do(home: Path) -> None:
+    code, text = said("sync", "quickstart", "--home", str(home))
     assert code == 0 and "nobody is logged in" in text and "wandb login" in text
 
 
-def test_a_workspace_without_a_login_is_refused(quickstart_home: Path) -> None:
-    code, text = said("wandb-workspace", "quickstart", "--home", str(quickstart_home))
+def test_a_workspace_without_a_login_is_refused(home: Path) -> None:
+    code, text = said("wandb-workspace", "quickstart", "--home", str(home))
     assert code == 1 and "`wandb login`" in text
 
 
-def test_a_workspace_of_a_project_without_runs_says_to_sync_first(quickstart_home: Path, server: WandbServer) -> None:
-    code, text = said("wandb-workspace", "quickstart", "--home", str(quickstart_home))
+def test_a_workspace_of_a_project_without_runs_says_to_sync_first(home: Path, server: WandbServer) -> None:
+    code, text = said("wandb-workspace", "quickstart", "--home", str(home))
     assert code == 1 and "ebbline sync quickstart" in text and "not found" in text
     assert server.views == {}
 
 
-def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(quickstart_home: Path, server: WandbServer) -> None:
-    home = ("--home", str(quickstart_home))
-    code, text = said("sync", "quickstart", *home, "-n", "4", "--json")
+def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(home: Path, server: WandbServer) -> None:
+    there = ("--home", str(home))
+    code, text = said("sync", "quickstart", *there, "-n", "4", "--json")
     done = json.loads(text)
     assert (code, done["left"]) == (0, 0) and done["pushed"] == done["waiting"] > 40
     kinds = [run.fields["jobType"] for run in server.runs.values()]
     assert (kinds.count("point"), kinds.count("study")) == (40, 1)
-    assert json.loads(said("sync", "quickstart", *home, "--json")[1])["waiting"] == 0
+    assert json.loads(said("sync", "quickstart", *there, "--json")[1])["waiting"] == 0
 
-    code, text = said("wandb-workspace", "quickstart", *home, "--json")
+    sent = b"\n".join(server.bodies)
+    rows = [row for artifact in Store(home / "store").all("generate") for row in read_completions(artifact.path)]
+    texts = {text.strip().encode() for row in rows for text in (row.prompt, row.completion) if len(text.strip()) >= 20}
+    assert len(texts) > 500 and not [text for text in texts if text in sent]
+    assert not [path for path in (home, Path.home(), Path(sys.executable).parent) if str(path).encode() in sent]
+
+    code, text = said("wandb-workspace", "quickstart", *there, "--json")
     assert code == 0, text
     assert set(json.loads(text)) == {"workspace", "report"} and f"/{ENTITY}/ebbline" in text
-    assert said("wandb-workspace", "quickstart", *home)[0] == 0
+    assert said("wandb-workspace", "quickstart", *there)[0] == 0
     assert server.unknown == [] and len(server.views) == 2  # the second time the same ones
     study, points = load("quickstart"), [run for run in server.runs.values() if run.fields["jobType"] == "point"]
     own = server.runs["quickstart"]
