@@ -50,7 +50,7 @@ def push(folder: Path, runs: Sequence[Path], at_once: int, tell: Callable[[int],
                 stdout=said,
                 stderr=said,
                 pass_fds=(lock.fileno(),),
-                env={**os.environ, "WANDB_ERROR_REPORTING": "false"},
+                env={**os.environ, "WANDB_ERROR_REPORTING": "false", "WANDB_DIR": str(folder)},  # its own log, or it would lie here
             )
             try:
                 stalled = not _followed(process, runs, tell, stalled_s)

@@ -108,7 +108,7 @@ def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(study:
     kept += list((tmp_path / "wandb").rglob("*.wandb"))
     for private in (str(tmp_path), str(Path.home()), sys.executable):
         assert not [path for path in kept if private.encode() in path.read_bytes()], private
-    assert not [record["run"]["host"] for id in shown(tmp_path) for record in records(tmp_path, id) if record.get("run", {}).get("host")]
+    assert not [record["run"]["host"] for record in records(tmp_path, "ebb") if record.get("run", {}).get("host")]
 
 
 def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_grew(study: Study, tmp_path: Path) -> None:
@@ -124,20 +124,21 @@ def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_gre
     assert mirror.update(results, []).error is None
     mirror.close()
 
-    history = [record["history"]["item"] for record in records(tmp_path, "ebb") if record["type"] == "history"]
+    own = records(tmp_path, "ebb")
+    history = [record["history"]["item"] for record in own if record["type"] == "history"]
     grown = [row for row in history if "hypervolume" in row]
     assert [row["finished"] for row in grown] == [1, 2, 3]
     assert [row["hours"] for row in grown] == pytest.approx([1.0, 2.0, 2.5])
     assert [row["gpu_hours"] for row in grown] == pytest.approx([1.0, 2.0, 3.0])
     assert [row["hypervolume/over_usd"] for row in grown] == pytest.approx([0.4 * 0.5, 0.4 * 0.5, 0.4 * 0.5 + 0.3 * 0.1])
-    steps = {record["metric"]["name"]: record["metric"].get("step_metric") for record in records(tmp_path, "ebb") if "metric" in record}
+    steps = {record["metric"]["name"]: record["metric"].get("step_metric") for record in own if "metric" in record}
     assert (steps["hypervolume/over_hours"], steps["hypervolume/over_gpu_hours"]) == ("hours", "gpu_hours")
 
     summary = shown(tmp_path)["ebb"]["summary"]
     points, lines = (table(tmp_path, "ebb", summary[f"{chart}_table"]) for chart in ("points", "frontier"))
     assert [dict(zip(points["columns"], row, strict=True))["on frontier"] for row in points["data"]] == [False, True, True]
     assert lines["data"] == [[0.3, "medium", 0.6], [0.4, "small", 0.5]]
-    drawn = {record["config"]["update"][key]["panel_config"]["panelDefId"] for record in records(tmp_path, "ebb")
+    drawn = {record["config"]["update"][key]["panel_config"]["panelDefId"] for record in own
              if record["type"] == "config" for key in record["config"]["update"] if "visualize" in key}  # fmt: skip
     assert drawn == {"wandb/scatter/v0", "wandb/lineseries/v0"}
 
@@ -218,13 +219,13 @@ def test_the_mode_is_what_was_asked_or_follows_the_login(monkeypatch: pytest.Mon
     assert chosen_mode({}) == "offline"
 
 
-def _online(study: Study, folder: Path, port: int) -> tuple[Any, float]:
+def _online(study: Study, folder: Path, port: int, call_s: float = 4.0) -> tuple[Any, float]:
     """An update against a local port, in a process of its own because wandb keeps the first server that it met."""
     code = (
         "import sys; from pathlib import Path; from sweeps.study import Study;"
         "from analysis.wandb_runs import Mirror; from tests.analysis.conftest import result;"
         "study = Study.model_validate_json(sys.stdin.read());"
-        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', bound_s=5, call_s=4);"
+        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', bound_s={call_s + 1}, call_s={call_s});"
         "done = mirror.update([result(0), result(1, refusal=0.9)], []); mirror.close(); print(done.shown, done.left, done.error)"
     )
     environment = os.environ | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
@@ -256,7 +257,7 @@ def test_a_silent_server_is_reported_and_holds_nothing_up(study: Study, tmp_path
 
 def test_a_server_that_is_reached_holds_what_was_shown(study: Study, tmp_path: Path) -> None:
     with serving() as server:
-        (count, left, error), _ = _online(study, tmp_path, server.server_address[1])
+        (count, left, error), _ = _online(study, tmp_path, server.server_address[1], call_s=30.0)
     assert (count, left, error.strip()) == ("2", "0", "None")
     assert server.unknown == []
     assert sorted(run.fields["jobType"] for run in server.runs.values()) == ["point", "study"]

@@ -63,11 +63,13 @@ def pushed(folder: Path, **more: Any) -> Any:
     return push(folder, waiting(folder), 4, lambda done: None, folder / "log" / "sync.log", **more)
 
 
-def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, study: Study) -> None:
+def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert len(waiting(folder)) == 5
     done = pushed(folder)
     assert (done.pushed, done.left, done.why) == (5, 0, ""), (folder / "log" / "sync.log").read_text()
-    assert server.unknown == []
+    assert server.unknown == [] and not list((tmp_path / "here").iterdir())
     points = [run for run in server.runs.values() if run.fields["jobType"] == "point"]
     assert sorted(run.summary["refusal/refusal_rate"] for run in points) == [0.0, 0.1, 0.2, 0.3]
     assert sorted(run.config["train"]["value"]["rank"] for run in points) == [1, 2, 3, 4]
@@ -100,7 +102,7 @@ def test_what_was_pushed_is_known_to_a_mirror_that_is_online(folder: Path, serve
 
 
 def test_several_are_pushed_at_once(folder: Path, server: WandbServer) -> None:
-    server.slow_s = 0.5
+    server.slow_s = 1.0
     pushed(folder)
     assert 2 <= server.most_at_work <= 4
 
