@@ -70,8 +70,11 @@ def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
     return [artifact for key in sorted(keys) if (artifact := store.find("train", key)) is not None]
 
 
-def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -> None:
-    """Update until standard input closes, then once more. After failures the updates come less and less often."""
+def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -> bool:
+    """Update until standard input closes, then as long as that gets on; whether everything was shown.
+
+    After failures the updates come less and less often.
+    """
     failures, closed = 0, False
     while True:
         done = _once(study, home, mirror)
@@ -80,10 +83,10 @@ def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -
             _log.warning("%d shown, %d left: %s", done.shown, done.left, done.error)
         else:
             failures = 0
-        if closed:
+        if closed and (done.error is None or not done.shown):
             mirror.close()
-            return
-        closed = _closed_within(min(SLOWEST_S, every_s * 2**failures))
+            return done.error is None
+        closed = closed or _closed_within(min(SLOWEST_S, every_s * 2**failures))
 
 
 def _once(study: Study, home: Home, mirror: Mirror) -> Mirrored:
@@ -118,10 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if mode == "disabled":
         return
     with alone(home.folder(study.study)) as only:
-        if only:
-            follow(study, home, Mirror(study, home.folder(study.study), mode, home.profile), given.every)
-        else:
+        if not only:
             _log.info("another mirror shows it already")
+        elif not follow(study, home, Mirror(study, home.folder(study.study), mode, home.profile), given.every):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ class Mirror:
                 ),
             }
             run.log(charts, step=self._step)
-        self._charted, self._charted_as = len(table.rows), self._study_stamp
+        self._charted, self._charted_as = self._rows, self._study_stamp
 
     def _open(self, id: str, job_type: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb

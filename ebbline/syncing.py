@@ -24,13 +24,16 @@ def sync_study(name: str, study: Study, home: Home, at_once: int, as_json: bool)
     log = folder / "log" / "mirror.log"
     if chosen_mode() == "disabled":
         return _tell({"mode": "disabled"}, as_json, "WANDB_MODE=disabled, so nothing is shown; unset it, and the same command goes on", 1)
-    shown = mirror.stop(mirror.start(name, home.root, log, "--offline"), wait_s=MIRROR_WAIT_S)
+    with mirror.alone(folder) as free:
+        pass
+    shown = mirror.stop(mirror.start(name, home.root, log, "--offline"), wait_s=MIRROR_WAIT_S) if free else True
+    everything = "W&B has everything" if free else "W&B has all that has ended; a run of this study mirrors the rest"
     runs = list(Memory(folder, "offline").waiting())
     said: dict[str, object] = {"mirrored": shown, "waiting": len(runs), "pushed": 0, "left": len(runs)}
     if not shown:
         return _tell(said, as_json, f"the mirror did not get to its end; see {log}, and run the same command again", 1)
     if not runs:
-        return _tell(said, as_json, "W&B has everything", 0)
+        return _tell(said, as_json, everything, 0)
     if chosen_mode() == "offline":
         why = "WANDB_MODE says offline" if os.environ.get("WANDB_MODE") else "nobody is logged in"
         remedy = "`WANDB_MODE=online ebbline sync ...`" if os.environ.get("WANDB_MODE") else "`wandb login`, then the same command,"
@@ -44,7 +47,7 @@ def sync_study(name: str, study: Study, home: Home, at_once: int, as_json: bool)
         where = folder / "log" / "sync.log"
         text = f"{pushed.pushed} runs pushed, {pushed.left} left: {pushed.why} (see {where}). The same command goes on with them"
         return _tell(said, as_json, text, 1)
-    return _tell(said, as_json, f"W&B has everything: {pushed.pushed} runs pushed", 0)
+    return _tell(said, as_json, f"{everything}: {pushed.pushed} runs pushed", 0)
 
 
 def _push(folder: Path, runs: Sequence[Path], at_once: int) -> Pushed:

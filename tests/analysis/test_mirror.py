@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.mirror import start, stop, trainings_of
+from analysis.mirror import alone, follow, start, stop, trainings_of
 from analysis.wandb_memory import Memory
 from analysis.wandb_runs import Mirror, chosen_mode
 from cluster.profile import GpuType, Profile
 from cluster.store import Artifact, Store
+from sweeps.home import Home
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.identity import digest
@@ -276,6 +277,26 @@ def test_the_process_ends_when_its_input_closes(study: Study, tmp_path: Path) ->
     assert process.poll() is None
     assert stop(process, 30.0), log.read_text()
     assert "mirroring ebb, offline" in log.read_text()
+
+
+def test_a_study_has_one_mirror_at_a_time(tmp_path: Path) -> None:
+    with alone(tmp_path) as first, alone(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with alone(tmp_path) as again:
+        assert again
+
+
+def test_what_had_no_time_is_shown_before_the_mirror_ends(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [result(number, rank=number + 1) for number in range(3)]
+    shown: list[str] = []
+    monkeypatch.setattr("analysis.mirror.collect", lambda study, home: results)
+    monkeypatch.setattr("analysis.mirror._closed_within", lambda seconds: True)
+    monkeypatch.setattr(Mirror, "_show", lambda self, page: (shown.append(page.id), self._memory.remember(page.id, page.stamp, 0, "x")))
+    monkeypatch.setattr(Mirror, "_show_study", lambda self, results: None)
+    ticks = iter(range(1000))
+    monkeypatch.setattr("analysis.wandb_runs.time.monotonic", lambda: float(next(ticks)))
+    assert follow(study, Home(tmp_path), Mirror(study, tmp_path, "offline", bound_s=1.0))
+    assert len(shown) == 3
 
 
 def test_the_process_needs_neither_torch_nor_ray() -> None:
