@@ -45,6 +45,10 @@ class Memory:
         """Whether this was shown. To a server that is reached later, what was only shown offline is new."""
         return any(shown.get(id, [""])[0] == stamp for shown in self._reached())
 
+    def begun(self, id: str) -> bool:
+        """Whether a part of this run was shown before, offline or online."""
+        return any(id in shown for shown in self._shown.values())
+
     def rows(self, id: str) -> int:
         """How many rows of its history a run has already."""
         return max(int(shown.get(id, ["", 0])[1]) for shown in self._reached())

@@ -200,6 +200,8 @@ class Mirror:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
+        # What is pushed without `resume` is written from its first row on, so that a push that was cut off and sent again changes nothing.
+        adds = self.mode == "online" or self._memory.begun(id)
         return wandb.init(
             project=project(),
             id=id,
@@ -207,7 +209,7 @@ class Mirror:
             group=self.study.study,
             job_type=job_type,
             config=dict(config),
-            resume="allow",
+            resume="allow" if adds else None,
             reinit="create_new",
             settings=settings,
         )

@@ -47,6 +47,9 @@ class WandbServer(ThreadingHTTPServer):
         self.bodies: list[bytes] = []
         self.at_work = self.most_at_work = 0
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no error here."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"

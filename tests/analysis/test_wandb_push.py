@@ -95,6 +95,27 @@ def test_what_was_pushed_is_not_pushed_again(folder: Path, server: WandbServer) 
     assert (pushed(folder).pushed, len(server.operations)) == (0, asked)
 
 
+def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(folder: Path, server: WandbServer) -> None:
+    pushed(folder)
+    before = {id: (run.history, run.summary) for id, run in server.runs.items()}
+    for marker in folder.glob("wandb/offline-run-*/*.synced"):
+        marker.unlink()
+    assert pushed(folder).pushed == 5
+    assert {id: (run.history, run.summary) for id, run in server.runs.items()} == before
+
+
+def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: WandbServer, study: Study) -> None:
+    pushed(folder)
+    results = [result(number, rank=number + 1, refusal=0.1 * number) for number in range(8)]
+    mirror = Mirror(study, folder, "offline", Profile(wandb_points=4))
+    mirror.update(results, [])
+    mirror.close()
+    assert (len(waiting(folder)), pushed(folder).pushed) == (1, 1)
+    own = server.runs["ebb"]
+    assert [row["finished"] for _, row in sorted(own.history.items()) if "hypervolume" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(json.loads(own.files[own.summary["points_table"]["path"]])["data"]) == 8
+
+
 def test_what_was_pushed_is_known_to_a_mirror_that_is_online(folder: Path, server: WandbServer) -> None:
     assert not Memory(folder, "online").rows("ebb")
     pushed(folder)
