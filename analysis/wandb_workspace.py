@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import wandb
+import wandb_workspaces.expr as expr
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
 from analysis.wandb_pages import summary_key
 from analysis.wandb_runs import project
 from analysis.wording import axis_label, directed_label, metric_label
@@ -31,8 +36,6 @@ def make(study: Study, profile: Profile, entity: str | None, before: Made | None
 
     Raises StudyError when W&B refuses, or does not know the project.
     """
-    import wandb
-
     try:
         return _make(study, profile, entity or str(wandb.Api().default_entity or ""), before)
     except Exception as error:  # W&B's client raises errors of many kinds, also plain ones
@@ -44,9 +47,6 @@ def make(study: Study, profile: Profile, entity: str | None, before: Made | None
 
 
 def _make(study: Study, profile: Profile, entity: str, before: Made | None) -> Made:
-    import wandb_workspaces.reports.v2 as wr
-    import wandb_workspaces.workspaces as ws
-
     if not entity:
         raise ValueError("this login has no default entity; give --entity")
     if before is not None and urlsplit(before.workspace).path != f"/{entity}/{project()}":
@@ -92,8 +92,6 @@ def frontier_panels(study: Study) -> list[Any]:
 
 def chart_panels(study: Study) -> list[Any]:
     """From the tables of the study's own run: every point, and each model's frontier. None for a study with one objective."""
-    import wandb_workspaces.reports.v2 as wr
-
     if len(study.objectives) < 2:
         return []
     x, y = (metric_label(name) for name in study.objectives[:2])
@@ -115,8 +113,6 @@ def chart_panels(study: Study) -> list[Any]:
 
 def scatter_panels(study: Study) -> list[Any]:
     """From the points' runs, which are the first ones only in a large study: each two neighbouring objectives."""
-    import wandb_workspaces.reports.v2 as wr
-
     pairs = zip(study.objectives, study.objectives[1:], strict=False)
     return [
         wr.ScatterPlot(
@@ -130,8 +126,6 @@ def scatter_panels(study: Study) -> list[Any]:
 
 def growth_panels(profile: Profile) -> list[Any]:
     """The hypervolume over points, hours, GPU-hours, and dollars where the profile has prices."""
-    import wandb_workspaces.reports.v2 as wr
-
     over = {"finished": "points finished", "hours": "hours of driving", "gpu_hours": "GPU-hours"}
     over |= {"usd": "dollars"} if profile.gpus else {}
     return [
@@ -145,8 +139,6 @@ def growth_panels(profile: Profile) -> list[Any]:
 
 def settings_panels(study: Study) -> list[Any]:
     """Every axis and objective as parallel coordinates, and what matters for each objective."""
-    import wandb_workspaces.reports.v2 as wr
-
     axes = {axis: values for model in study.models for axis, values in study.axes_of(model).items()}
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config("model"), display_name="model")]
     for axis, values in axes.items():
@@ -161,17 +153,12 @@ def settings_panels(study: Study) -> list[Any]:
 
 
 def _runset(study: Study, entity: str, job_type: str) -> Any:
-    import wandb_workspaces.expr as expr
-    import wandb_workspaces.reports.v2 as wr
-
     filters = [expr.Metric("Group") == study.study, expr.Metric("JobType") == job_type]
     return wr.Runset(entity=entity, project=project(), name=f"{study.study}: {job_type}", filters=filters)
 
 
 def _placed(panels: list[Any]) -> list[Any]:
     """Two in a row; W&B's grid is 24 wide."""
-    import wandb_workspaces.reports.v2 as wr
-
     for index, panel in enumerate(panels):
         panel.layout = wr.Layout(x=12 * (index % 2), y=8 * (index // 2), w=12, h=8)
     return panels
