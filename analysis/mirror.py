@@ -2,17 +2,19 @@
 
     python -m analysis.mirror STUDY --home DIR
 
-Invariant: it ends by itself. It goes on until its standard input closes, which also happens when the process that started
-it dies; then it shows what is left and exits. With `</dev/null` it shows everything once.
+Invariants: it ends by itself. It goes on until its standard input closes, which also happens when the process that started
+it dies; then it shows what is left and exits. With `</dev/null` it shows everything once. A study has one mirror at a time.
 """
 
 import argparse
+import fcntl
 import logging
 import os
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from analysis.results import collect
@@ -28,10 +30,10 @@ SLOWEST_S = 300.0
 _log = logging.getLogger("analysis.mirror")
 
 
-def start(study: str, home: Path, log: Path) -> "subprocess.Popen[bytes]":
+def start(study: str, home: Path, log: Path, *options: str) -> "subprocess.Popen[bytes]":
     """Begin to mirror a study, by name or YAML path. Ctrl-C at the terminal does not reach it; `stop` does."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "analysis.mirror", study, "--home", str(home)]
+    command = [sys.executable, "-m", "analysis.mirror", study, "--home", str(home), *options]
     with log.open("ab") as handle:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=handle, stderr=handle, start_new_session=True)
 
@@ -48,14 +50,31 @@ def stop(process: "subprocess.Popen[bytes]", wait_s: float = 30.0) -> bool:
         return False
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Whether no other mirror shows this study now; none does for the length of the `with`, if so."""
+    path = folder / "wandb" / "mirror.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
     """The trainings behind the results, once each, in the order of their keys."""
     keys = {key for result in results for stage, key in result.keys.items() if stage.startswith("train[")}
     return [artifact for key in sorted(keys) if (artifact := store.find("train", key)) is not None]
 
 
-def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -> None:
-    """Update until standard input closes, then once more. After failures the updates come less and less often."""
+def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -> bool:
+    """Update until standard input closes, then as long as that gets on; whether everything was shown.
+
+    After failures the updates come less and less often.
+    """
     failures, closed = 0, False
     while True:
         done = _once(study, home, mirror)
@@ -64,10 +83,10 @@ def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -
             _log.warning("%d shown, %d left: %s", done.shown, done.left, done.error)
         else:
             failures = 0
-        if closed:
+        if closed and (done.error is None or not done.shown):
             mirror.close()
-            return
-        closed = _closed_within(min(SLOWEST_S, every_s * 2**failures))
+            return done.error is None
+        closed = closed or _closed_within(min(SLOWEST_S, every_s * 2**failures))
 
 
 def _once(study: Study, home: Home, mirror: Mirror) -> Mirrored:
@@ -89,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", help="the name of a study that ships, or a YAML file")
     parser.add_argument("--home", type=Path, required=True, help="the folder that holds the store and the studies")
     parser.add_argument("--every", type=float, default=EVERY_S, help="seconds between updates")
+    parser.add_argument("--offline", action="store_true", help="keep the runs in the study's folder, whoever is logged in")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B would send its own crash reports to Sentry
@@ -96,9 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     home = Home(given.home)
     study = home.continued(load(given.study))
     mode = chosen_mode()
+    mode = "offline" if given.offline and mode == "online" else mode
     _log.info("mirroring %s, %s", study.study, mode)
-    if mode != "disabled":
-        follow(study, home, Mirror(study, home.folder(study.study), mode), given.every)
+    if mode == "disabled":
+        return
+    with alone(home.folder(study.study)) as only:
+        if not only:
+            _log.info("another mirror shows it already")
+        elif not follow(study, home, Mirror(study, home.folder(study.study), mode, home.profile), given.every):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,40 @@
-"""A study's results as W&B runs: one for each point, one for each training, one for the study. The only file with wandb.
+"""A study's results as W&B runs: a run for each point and each training, and one for the study. What they show: analysis.wandb_pages.
 
-What has been shown is in FOLDER/wandb/mirrored.json, so a restart goes on from there; run ids come from the study and the
-point, so showing something twice changes nothing. Offline runs wait in FOLDER/wandb for `wandb sync`.
+Run ids come from the study and the point, so showing something twice changes nothing, and a restart goes on from what
+analysis.wandb_memory remembers. Offline runs wait in FOLDER/wandb for `ebbline sync`, or for `wandb sync`.
 
-Invariants: W&B down, slow or absent raises nothing into the caller and holds `update` for a bounded time; rates, counts,
-settings, hashes and reasons are shown, while prompts, completions, code, console output, files and artifacts never are
-(hence the frontier is text in the study run's notes, and no W&B table, which would be a file).
+Invariants: W&B down, slow or absent raises nothing into the caller and holds `update` for a bounded time. Rates, counts, settings,
+hashes, reasons and tables of these are shown; prompts, completions, code, console output, the host's name and its paths never are. A
+table is a file of its run, no artifact: what was kept offline is in one folder, and may be pushed from another machine.
 """
 
-import csv
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from analysis.files import write_whole
-from analysis.frontier import frontier, frontier_hypervolume
-from analysis.tables import frontier_text, results_frame
-from analysis.wording import NO_RESULT, without_paths
+from analysis.frontier import finished, frontier, frontier_by_model
+from analysis.growth import growth
+from analysis.tables import NO_PRICES, frontier_text, results_frame
+from analysis.wandb_memory import Memory, Mode
+from analysis.wandb_pages import Page, Table, pages, points_table
+from analysis.wording import metric_label
+from cluster.profile import Profile
 from cluster.store import Artifact
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.identity import digest
 
-Mode = Literal["online", "offline", "disabled"]
-CURVE = "curve.csv"  # as tasks.train writes it; that module imports torch
+CHARTS_EVERY = 1.25  # charts are drawn again once the finished points have grown by a quarter, and at the end
 _log = logging.getLogger(__name__)
+
+
+def project() -> str:
+    """The W&B project that runs go to."""
+    return os.environ.get("WANDB_PROJECT", "ebbline")
 
 
 def chosen_mode(environ: Mapping[str, str] = os.environ) -> Mode:
@@ -57,45 +62,34 @@ class Mirrored:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class _Page:
-    """One W&B run to show. `stamp` changes when there is something new to show for the same id."""
-
-    id: str
-    stamp: str
-    job_type: str
-    name: str
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    history: Sequence[tuple[int, Mapping[str, float]]] = ()
-    failed: bool = False
-
-
 class Mirror:
     """Shows a study's results on W&B. `bound_s` is how long one update may go on opening runs."""
 
-    def __init__(self, study: Study, folder: Path, mode: Mode, bound_s: float = 60.0, call_s: float = 20.0) -> None:
-        self.study, self.folder, self.mode = study, folder, mode
+    def __init__(
+        self, study: Study, folder: Path, mode: Mode, profile: Profile = NO_PRICES, bound_s: float = 60.0, call_s: float = 20.0
+    ) -> None:
+        self.study, self.folder, self.mode, self.profile = study, folder, mode, profile
         self.bound_s, self.call_s = bound_s, call_s
-        self._cursor = folder / "wandb" / "mirrored.json"
+        self._memory = Memory(folder, mode)
         self._study_run: Any = None
         self._study_stamp = ""
+        self._rows = self._memory.rows(study.study)  # of the study's growth, shown so far
+        self._step: int | None = None  # W&B's, of the latest of these in this run; a run that goes on counts by itself until then
+        self._charted, self._charted_as = 0, ""  # how many points its charts have, and the stamp that they were drawn at
+        self._results: Sequence[Result] = ()
 
     def update(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Mirrored:
         """Show what has not been shown yet. The first failure ends the update; the rest is shown by a later one."""
         if self.mode == "disabled":
             return Mirrored()
         until, count = time.monotonic() + self.bound_s, 0
-        new: list[_Page] = []
+        new: list[Page] = []
         try:
-            shown = self._shown()
-            new = [page for page in self._pages(results, trainings) if shown.get(page.id) != page.stamp]
+            new = [page for page in pages(self.study, results, trainings, self.profile) if not self._memory.knows(page.id, page.stamp)]
             for page in new:
                 if time.monotonic() > until:
                     return Mirrored(count, len(new) - count, f"stopped after {self.bound_s:g} s")
                 self._show(page)
-                shown[page.id] = page.stamp
-                self._remember(shown)
                 count += 1
             self._show_study(results)
         except Exception as error:  # noqa: BLE001  # whatever W&B does wrong is its own affair, not the sweep's
@@ -103,77 +97,85 @@ class Mirror:
         return Mirrored(count)
 
     def close(self) -> None:
-        """End the study's own run; the others end as they are shown. Only what has ended counts as shown."""
-        run, self._study_run = self._study_run, None
+        """Draw the study's charts as they are now and end its run; the others end as they are shown. Only what has ended was shown."""
+        run = self._study_run
         try:
             if run is not None:
+                if self._charted_as != self._study_stamp:
+                    self._chart()
                 run.finish()
-                self._remember(self._shown() | {self.study.study: self._study_stamp})
+                self._memory.remember(self.study.study, self._study_stamp, self._rows, _folder_of(run))
         except Exception as error:  # noqa: BLE001  # as in update
             _log.warning("the study's run was not closed: %s", error)
+        finally:
+            self._study_run = None
 
-    def _pages(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Iterator[_Page]:
-        for artifact in trainings:
-            history = list(_curve(artifact.file(CURVE)))
-            yield _Page(
-                id=f"{self.study.study}-{artifact.key[:12]}",
-                stamp=artifact.content,
-                job_type="training",
-                name=f"train {artifact.key[:12]}",
-                config={"key": artifact.key, "train": artifact.hashed.get("spec", {})},
-                summary={"steps": len(history)},
-                history=history,
-            )
-        for result in results:
-            if result.status not in ("running", "out_of_budget"):
-                yield self._point_page(result)
-
-    def _point_page(self, result: Result) -> _Page:
-        counts = {name: [m.successes, m.n, m.undecided, list(m.seeds)] for name, m in result.metrics.items()}
-        config: dict[str, Any] = {"model": result.point.model, "point": result.number, "stages": dict(result.keys)}
-        for axis, value in result.point.values:
-            part, _, name = axis.partition(".")
-            config.setdefault(part, {})[name] = value
-        summary: dict[str, Any] = {"status": result.status, "reason": without_paths(result.reason)[:300], "seconds": result.seconds}
-        for name, metric in result.metrics.items():
-            shown = name.replace(".", "/")  # W&B reads a dot as nesting, and a slash as a section
-            summary |= {shown: metric.value, f"{shown}_n": metric.n, f"{shown}_undecided": metric.undecided}
-            summary[f"{shown}_low"], summary[f"{shown}_high"] = metric.interval
-        return _Page(
-            id=f"{self.study.study}-{result.point.id}",
-            stamp=digest([result.status, result.reason, counts, dict(result.keys)]),
-            job_type="point",
-            name=f"{result.number} {result.point}",
-            config=config,
-            summary=summary | {"projected_share": result.projected_share},
-            failed=result.status in NO_RESULT,
-        )
-
-    def _show(self, page: _Page) -> None:
+    def _show(self, page: Page) -> None:
         run = self._open(page.id, page.job_type, page.name, page.config)
-        for step, values in page.history:
+        for step, values in page.history[self._memory.rows(page.id) :]:
             run.log(dict(values), step=step)
         run.summary.update(dict(page.summary))
+        if page.points:
+            run.summary.update({"points": _table(run, "points", points_table(page.points, self.profile))})
         run.finish(exit_code=int(page.failed))
+        self._memory.remember(page.id, page.stamp, len(page.history), _folder_of(run))
 
     def _show_study(self, results: Sequence[Result]) -> None:
-        """The frontier and its hypervolume, at the step that is the number of finished points."""
+        """How the hypervolume grew, point by point, and the frontier as it is; charts as they come due."""
         objectives = self.study.objectives
         chosen = frontier(results, objectives)
         if not chosen:
             return
-        finished = sum(result.status == "done" for result in results)
-        stamp = digest([finished, [result.point.id for result in chosen]])
-        if stamp in (self._study_stamp, self._shown().get(self.study.study)):
+        landed = len(finished(results))
+        stamp = digest([landed, [[result.point.id, *(m.value for m in result.metrics.values())] for result in chosen]])
+        if stamp == self._study_stamp or self._memory.knows(self.study.study, stamp):
             return
         if self._study_run is None:
             config = {"question": self.study.question, "objectives": list(objectives), "seeds": list(self.study.seeds)}
             self._study_run = self._open(self.study.study, "study", self.study.study, config)
-        hypervolume = frontier_hypervolume(results, objectives)
-        self._study_run.log({"hypervolume": hypervolume, "finished": finished}, step=finished)
-        self._study_run.summary.update({"frontier": [result.number for result in chosen]})
+            for name in ("finished", "hours", "gpu_hours", "usd"):
+                self._study_run.define_metric(name, hidden=True)
+                self._study_run.define_metric(f"hypervolume/over_{name}", step_metric=name)
+        grown = list(growth(results, objectives, self.folder))
+        for each in grown[self._rows :]:
+            usd = each.cost.usd(self.profile)
+            over: dict[str, float] = {"finished": each.finished, "hours": each.hours, "gpu_hours": each.cost.gpu_hours}
+            if usd is not None:
+                over["usd"] = usd
+            volumes = {f"hypervolume/over_{name}": each.hypervolume for name in over}
+            self._study_run.log({"hypervolume": each.hypervolume, **over, **volumes}, step=each.finished)
+            self._step = each.finished
+        self._study_run.summary.update({"frontier": [result.number for result in chosen], "hypervolume": grown[-1].hypervolume})
         self._study_run.notes = f"```\n{frontier_text(results_frame(results, objectives))}\n```"
-        self._study_stamp = stamp
+        self._study_stamp, self._rows, self._results = stamp, max(self._rows, landed), results
+        if landed >= CHARTS_EVERY * self._charted:
+            self._chart()
+
+    def _chart(self) -> None:
+        """The table of all finished points; over the first two objectives also as a scatter plot, and each model's frontier as a line."""
+        import wandb
+
+        run, objectives = self._study_run, self.study.objectives
+        table = points_table(self._results, self.profile, objectives)
+        if len(objectives) < 2:
+            run.log({"points_table": _table(run, "points_table", table)}, step=self._step)
+        else:
+            x, y = (metric_label(name) for name in objectives[:2])
+            lines = [
+                [result.metrics[objectives[0]].value, model, result.metrics[objectives[1]].value]
+                for model, found in frontier_by_model(self._results, objectives[:2]).items()
+                for result in sorted(found, key=lambda result: result.metrics[objectives[0]].value)
+            ]
+            fields = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}
+            said = {"title": f"Frontier of each model: {y} against {x}", "xname": x}
+            charts = {
+                "points": wandb.plot.scatter(_table(run, "points_table", table), x, y, f"Every point: {y} against {x}"),
+                "frontier": wandb.plot_table(
+                    "wandb/lineseries/v0", _table(run, "frontier_table", Table(list(fields), lines)), fields, string_fields=said
+                ),
+            }
+            run.log(charts, step=self._step)
+        self._charted, self._charted_as = self._rows, self._study_stamp
 
     def _open(self, id: str, job_type: str, name: str, config: Mapping[str, Any]) -> Any:
         import wandb
@@ -181,6 +183,7 @@ class Mirror:
         settings = wandb.Settings(
             mode=self.mode,
             root_dir=str(self.folder),
+            host="",
             console="off",
             silent=True,
             save_code=False,
@@ -197,36 +200,30 @@ class Mirror:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
+        # What is pushed without `resume` is written from its first row on, so that a push that was cut off and sent again changes nothing.
+        adds = self.mode == "online" or self._memory.begun(id)
         return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "ebbline"),
+            project=project(),
             id=id,
             name=name,
             group=self.study.study,
             job_type=job_type,
             config=dict(config),
-            resume="allow",
+            resume="allow" if adds else None,
             reinit="create_new",
             settings=settings,
         )
 
-    def _shown(self) -> dict[str, str]:
-        """Run id -> stamp. By mode: what was shown offline is new to a server that is reached later."""
-        shown: dict[str, str] = self._all_shown().get(self.mode, {})
-        return shown
 
-    def _all_shown(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._cursor.read_text()) if self._cursor.exists() else {}
-        return found
+def _table(run: Any, key: str, table: Table) -> Any:
+    """A W&B table that is bound to its run already: W&B then makes no artifact of it, which would hold a path of this machine."""
+    import wandb
 
-    def _remember(self, shown: Mapping[str, str]) -> None:
-        text = json.dumps(self._all_shown() | {self.mode: dict(shown)}, indent=1, sort_keys=True)
-        write_whole(self._cursor, lambda path: path.write_text(text))
+    made = wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
+    made.bind_to_run(run, key, "table")
+    return made
 
 
-def _curve(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, values) of a training; none when retention has dropped the file."""
-    if path.exists():
-        with path.open(newline="") as handle:
-            for row in csv.DictReader(handle):
-                step = int(row.pop("step"))
-                yield step, {name: float(value) for name, value in row.items()}
+def _folder_of(run: Any) -> str:
+    """The name of the folder that W&B keeps a run in."""
+    return Path(run.dir).parent.name

@@ -23,7 +23,8 @@ class Profile(Frozen):
     `store` is a folder or an object store's URL, `storage` Optuna's database URL, `address` Ray's. A stage that is lost is tried
     `tries` times, waiting `backoff_s` and twice as long each time; one without a sign of life for `hang_after_s` is cancelled.
     Workers keep at most `cache_gb` of what they fetched from an object store. At most `pack` trainings share a GPU (1: none do); when it
-    is not given, as many as fit where `memory_gb` is known, and where it is not, each trains alone.
+    is not given, as many as fit where `memory_gb` is known, and where it is not, each trains alone. At most `wandb_points` points of a
+    study are runs of their own on W&B; the others are rows of a table in their training's run.
     """
 
     store: str | None = None
@@ -36,6 +37,7 @@ class Profile(Frozen):
     checkpoint_every_s: Positive = 60.0
     cache_gb: Positive = 100.0
     pack: Count | None = None
+    wandb_points: Count = 500
 
     def price(self, gpu_type: str | None) -> float | None:
         """Dollars for an hour of a GPU of this type; None when neither it nor `other` has a price."""

@@ -42,9 +42,14 @@ def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
 
 @outcome_app.command()
 @explained
-def sync(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
-    """Bring the W&B mirror up to date, for a study whose run did not wait for it."""
-    from ebbline.running import sync_mirror
+def sync(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    at_once: Annotated[int, typer.Option("--at-once", "-n", min=1, max=64, help="How many runs are pushed at a time.")] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring the W&B mirror up to date, and push the runs that were kept offline. Cut off, it goes on where it was."""
+    from ebbline.syncing import sync_study
     from sweeps.home import Home
     from sweeps.study_file import load
 
@@ -67,6 +72,19 @@ def export(
 ) -> None:
     """Write a study's outcome for a paper: figures, LaTeX tables, data, methods, BibTeX, and a bundle that runs it again."""
     from ebbline import exporting
+    raise typer.Exit(sync_study(study, where.continued(load(study)), where, at_once, as_json))
+
+
+@outcome_app.command(name="wandb-workspace")
+@explained
+def wandb_workspace(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    entity: Annotated[str | None, typer.Option(help="The W&B user or team; your default one if not given.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the study's workspace and report on W&B, or bring them up to date: frontier, hypervolume, parallel coordinates, importance."""
+    from ebbline.workspace import make_workspace
     from sweeps.home import Home
     from sweeps.study_file import load
 
@@ -76,3 +94,4 @@ def export(
     if study is None or to is None or check is not None:
         raise typer.BadParameter("give STUDY and --to DIR, or --check BUNDLE alone (either with --home)")
     exporting.export_study(where.continued(load(study)), where, to, style, as_json)
+    make_workspace(where.continued(load(study)), where, entity, as_json)

@@ -192,11 +192,3 @@ def _told(progress: Progress, seconds: float) -> str:
     line += f", {told(progress.spending.spent().cost, progress.spending.profile)} spent by all runs"
     without = "".join(f", {counts[status]} points {status_label(status)}" for status in NO_RESULT if counts[status])
     return line + without + (f"; {progress.stopped}" if progress.stopped else "")
-
-
-def sync_mirror(name: str, study: Study, home: Home) -> int:
-    """Bring the W&B mirror up to date and wait for it; the exit code is 0 when everything was taken."""
-    log = home.folder(study.study) / "log" / "mirror.log"
-    taken = mirror.stop(mirror.start(name, home.root, log), wait_s=3600)
-    print("W&B has everything" if taken else f"W&B did not take everything; see {log}")
-    return 0 if taken else 1

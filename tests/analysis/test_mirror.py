@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.mirror import start, stop, trainings_of
+from analysis.mirror import alone, follow, start, stop, trainings_of
+from analysis.wandb_memory import Memory
 from analysis.wandb_runs import Mirror, chosen_mode
+from cluster.profile import GpuType, Profile
 from cluster.store import Artifact, Store
+from sweeps.home import Home
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.identity import digest
 from tests.analysis.conftest import failed, result
+from tests.wandb_server import serving
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,27 @@ def shown(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def records(folder: Path, id: str) -> list[dict[str, Any]]:
+    """What the newest offline log of a run holds, record by record."""
+    log = sorted((folder / "wandb").glob(f"offline-run-*/run-{id}.wandb"))[-1]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    return [json.loads(line) for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()]
+
+
+def table(folder: Path, id: str, named: dict[str, Any]) -> dict[str, Any]:
+    """The table that a run's summary names."""
+    (path,) = [log.parent / "files" / named["path"] for log in sorted((folder / "wandb").glob(f"offline-run-*/run-{id}.wandb"))[-1:]]
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _job(number: int, end_s: float, gpus: int) -> list[dict[str, Any]]:
+    """An hour of one GPU, or half an hour of two, for the last stage of a point."""
+    key, start_s = f"{number:064x}", end_s - 3600.0 / gpus
+    started = {"start": f"j{number}", "gpus": [[None, gpus]], "hosts": {"h": gpus}, "keys": [key], "s": start_s}
+    return [started, {"end": f"j{number}", "s": end_s}]
+
+
 def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training: Artifact, tmp_path: Path) -> None:
     results = [result(0, refusal=0.4), failed(1, "out of memory"), Result(2, result(2, rank=2).point, "running")]
     mirror = Mirror(study, tmp_path, "offline")
@@ -61,8 +86,8 @@ def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training
     runs = shown(tmp_path)
     point, broken = (runs[f"ebb-{found.point.id}"] for found in results[:2])
     assert set(runs) == {"ebb", f"ebb-{training.key[:12]}", point["run_id"], broken["run_id"]}
-    assert point["config"]["train"] == {"rank": 8}
-    assert point["config"]["stages"] == dict(results[0].keys)
+    assert point["config"] == {"model": "small", "train": {"rank": 8}, "data": {"size": 100}, "apply": {"threshold": None}}
+    assert point["summary"]["stages"] == dict(results[0].keys)
     assert point["summary"]["refusal/refusal_rate"] == 0.4
     assert point["summary"]["refusal/refusal_rate_n"] == 200
     assert point["summary"]["refusal/refusal_rate_low"] < 0.4
@@ -75,15 +100,64 @@ def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training
     assert "40.0 [33.5, 46.9]" in runs["ebb"]["notes"]
 
 
-def test_no_file_goes_with_the_runs(study: Study, training: Artifact, tmp_path: Path) -> None:
+def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(study: Study, training: Artifact, tmp_path: Path) -> None:
     mirror = Mirror(study, tmp_path, "offline")
-    mirror.update([result(0)], [training])
+    mirror.update([result(0), failed(1, f"TrainingError: no such file {tmp_path}/store/x.json")], [training])
     mirror.close()
-    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and "files" in path.parts]
-    assert files == []
-    logs = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*.wandb"))
+    kept = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and "files" in path.relative_to(tmp_path).parts]
+    assert kept and all(path.name.endswith(".table.json") for path in kept)
+    kept += list((tmp_path / "wandb").rglob("*.wandb"))
     for private in (str(tmp_path), str(Path.home()), sys.executable):
-        assert private.encode() not in logs
+        assert not [path for path in kept if private.encode() in path.read_bytes()], private
+    assert not [record["run"]["host"] for record in records(tmp_path, "ebb") if record.get("run", {}).get("host")]
+
+
+def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_grew(study: Study, tmp_path: Path) -> None:
+    ledger = (
+        {"driver": "a", "s": 0.0},
+        *(line for number in (1, 0) for line in _job(number, 3600.0 * (2 - number), 1)),
+        {"driver": "b", "s": 0.0},
+        *_job(2, 1800.0, 2),
+    )
+    (tmp_path / "spending.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
+    results = [result(0, refusal=0.2, task=0.5), result(1, refusal=0.4, task=0.5), result(2, model="medium", refusal=0.3, task=0.6)]
+    mirror = Mirror(study, tmp_path, "offline", Profile(gpus={"other": GpuType(usd_per_hour=2.0)}))
+    assert mirror.update(results, []).error is None
+    mirror.close()
+
+    own = records(tmp_path, "ebb")
+    history = [record["history"]["item"] for record in own if record["type"] == "history"]
+    grown = [row for row in history if "hypervolume" in row]
+    assert [row["finished"] for row in grown] == [1, 2, 3]
+    assert [row["hours"] for row in grown] == pytest.approx([1.0, 2.0, 2.5])
+    assert [row["gpu_hours"] for row in grown] == pytest.approx([1.0, 2.0, 3.0])
+    assert [row["hypervolume/over_usd"] for row in grown] == pytest.approx([0.4 * 0.5, 0.4 * 0.5, 0.4 * 0.5 + 0.3 * 0.1])
+    steps = {record["metric"]["name"]: record["metric"].get("step_metric") for record in own if "metric" in record}
+    assert (steps["hypervolume/over_hours"], steps["hypervolume/over_gpu_hours"]) == ("hours", "gpu_hours")
+
+    summary = shown(tmp_path)["ebb"]["summary"]
+    points, lines = (table(tmp_path, "ebb", summary[f"{chart}_table"]) for chart in ("points", "frontier"))
+    assert [dict(zip(points["columns"], row, strict=True))["on frontier"] for row in points["data"]] == [False, True, True]
+    assert lines["data"] == [[0.3, "medium", 0.6], [0.4, "small", 0.5]]
+    drawn = {record["config"]["update"][key]["panel_config"]["panelDefId"] for record in own
+             if record["type"] == "config" for key in record["config"]["update"] if "visualize" in key}  # fmt: skip
+    assert drawn == {"wandb/scatter/v0", "wandb/lineseries/v0"}
+
+
+def test_points_beyond_the_limit_are_rows_of_their_trainings_run(study: Study, training: Artifact, tmp_path: Path) -> None:
+    keys = {"train[seed=0]": training.key}
+    results = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics, keys=keys) for n in range(4)]
+    mirror = Mirror(study, tmp_path, "offline", Profile(wandb_points=1))
+    assert mirror.update([*results[:3], Result(3, results[3].point, "running", keys=keys)], [training]).shown == 2
+    assert mirror.update(results, [training]).shown == 1
+    mirror.close()
+    runs = shown(tmp_path)
+    assert set(runs) == {"ebb", f"ebb-{results[0].point.id}", f"ebb-{training.key[:12]}"}
+    curve = runs[f"ebb-{training.key[:12]}"]
+    rows = table(tmp_path, curve["run_id"], curve["summary"]["points"])
+    assert [row[rows["columns"].index("threshold")] for row in rows["data"]] == pytest.approx([0.1, 0.2, 0.3])
+    assert not [record for record in records(tmp_path, curve["run_id"]) if "loss" in record.get("history", {}).get("item", {})]
+    assert len(table(tmp_path, "ebb", runs["ebb"]["summary"]["points_table"])["data"]) == 4
 
 
 def test_a_restart_goes_on_and_shows_only_what_is_new(study: Study, training: Artifact, tmp_path: Path) -> None:
@@ -119,7 +193,8 @@ def test_what_was_shown_offline_is_still_new_to_a_server(study: Study, tmp_path:
     mirror = Mirror(study, tmp_path, "offline")
     mirror.update([result(0)], [])
     mirror.close()
-    assert Mirror(study, tmp_path, "online")._shown() == {}
+    assert Memory(tmp_path, "offline").rows("ebb") == 1
+    assert Memory(tmp_path, "online").rows("ebb") == 0
 
 
 def test_a_training_whose_files_were_dropped_is_shown_without_its_curve(study: Study, training: Artifact, tmp_path: Path) -> None:
@@ -145,13 +220,13 @@ def test_the_mode_is_what_was_asked_or_follows_the_login(monkeypatch: pytest.Mon
     assert chosen_mode({}) == "offline"
 
 
-def _online(study: Study, folder: Path, port: int) -> tuple[Any, float]:
+def _online(study: Study, folder: Path, port: int, call_s: float = 4.0) -> tuple[Any, float]:
     """An update against a local port, in a process of its own because wandb keeps the first server that it met."""
     code = (
         "import sys; from pathlib import Path; from sweeps.study import Study;"
         "from analysis.wandb_runs import Mirror; from tests.analysis.conftest import result;"
         "study = Study.model_validate_json(sys.stdin.read());"
-        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', bound_s=5, call_s=4);"
+        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', bound_s={call_s + 1}, call_s={call_s});"
         "done = mirror.update([result(0), result(1, refusal=0.9)], []); mirror.close(); print(done.shown, done.left, done.error)"
     )
     environment = os.environ | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
@@ -181,6 +256,19 @@ def test_a_silent_server_is_reported_and_holds_nothing_up(study: Study, tmp_path
     assert took < 25
 
 
+def test_a_server_that_is_reached_holds_what_was_shown(study: Study, tmp_path: Path) -> None:
+    with serving() as server:
+        (count, left, error), _ = _online(study, tmp_path, server.server_address[1], call_s=30.0)
+    assert (count, left, error.strip()) == ("2", "0", "None")
+    assert server.unknown == []
+    assert sorted(run.fields["jobType"] for run in server.runs.values()) == ["point", "study"]
+    own = server.runs["ebb"]
+    assert [row["hypervolume"] for row in own.history.values() if "hypervolume" in row] == pytest.approx([0.25, 0.45])
+    assert set(own.config["_wandb"]["value"]["visualize"]) == {"points", "frontier"}
+    assert json.loads(own.files[own.summary["points_table"]["path"]])["data"]
+    assert list(Memory(tmp_path, "online").waiting()) == []
+
+
 def test_the_process_ends_when_its_input_closes(study: Study, tmp_path: Path) -> None:
     path = tmp_path / "ebb.yaml"
     path.write_text(yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True)))
@@ -189,6 +277,26 @@ def test_the_process_ends_when_its_input_closes(study: Study, tmp_path: Path) ->
     assert process.poll() is None
     assert stop(process, 30.0), log.read_text()
     assert "mirroring ebb, offline" in log.read_text()
+
+
+def test_a_study_has_one_mirror_at_a_time(tmp_path: Path) -> None:
+    with alone(tmp_path) as first, alone(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with alone(tmp_path) as again:
+        assert again
+
+
+def test_what_had_no_time_is_shown_before_the_mirror_ends(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = [result(number, rank=number + 1) for number in range(3)]
+    shown: list[str] = []
+    monkeypatch.setattr("analysis.mirror.collect", lambda study, home: results)
+    monkeypatch.setattr("analysis.mirror._closed_within", lambda seconds: True)
+    monkeypatch.setattr(Mirror, "_show", lambda self, page: (shown.append(page.id), self._memory.remember(page.id, page.stamp, 0, "x")))
+    monkeypatch.setattr(Mirror, "_show_study", lambda self, results: None)
+    ticks = iter(range(1000))
+    monkeypatch.setattr("analysis.wandb_runs.time.monotonic", lambda: float(next(ticks)))
+    assert follow(study, Home(tmp_path), Mirror(study, tmp_path, "offline", bound_s=1.0))
+    assert len(shown) == 3
 
 
 def test_the_process_needs_neither_torch_nor_ray() -> None:

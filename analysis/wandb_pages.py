@@ -1,0 +1,163 @@
+"""What W&B shows of a study, as plain data: a page for each training and each point, and the study's own table and growth.
+
+Invariant: rates, counts, settings, hashes and reasons only. A prompt, a completion or a path of this machine is in none of it.
+
+W&B is made for some 10,000 runs in a project. Of a study the first `Profile.wandb_points` points, by number, have a run each; every
+later one is a row of the table in its trainings' runs. The study's own table has a row for every finished point.
+"""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.frontier import finished, frontier, frontier_by_model
+from analysis.tables import axes_of, metrics_of
+from analysis.wording import NO_RESULT, axis_label, metric_label, without_paths
+from cluster.costs import total
+from cluster.profile import Profile
+from cluster.store import Artifact
+from sweeps.points import Result
+from sweeps.study import Study
+from tasks.identity import digest
+
+CURVE = "curve.csv"  # as tasks.train writes it; that module imports torch
+TABLE_ROWS = 10_000  # W&B draws no more of a table
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """One W&B run to show. `stamp` changes when there is something new to show for the same id."""
+
+    id: str
+    stamp: str
+    job_type: str
+    name: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    history: Sequence[tuple[int, Mapping[str, float]]] = ()
+    points: Sequence[Result] = ()  # the rows of its table
+    failed: bool = False
+
+
+def pages(study: Study, results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile) -> Iterator[Page]:
+    """The trainings, then the points that have ended."""
+    later = _later_points(results, profile)
+    for artifact in trainings:
+        yield _training_page(study, artifact, later.get(artifact.key, []))
+    for result in results:
+        if result.number < profile.wandb_points and result.status not in ("running", "out_of_budget"):
+            yield _point_page(study, result, profile)
+
+
+def _training_page(study: Study, artifact: Artifact, points: Sequence[Result]) -> Page:
+    history = list(_curve(artifact.file(CURVE)))
+    shown = [[result.number, _counts(result)] for result in points]
+    return Page(
+        id=f"{study.study}-{artifact.key[:12]}",
+        stamp=digest([artifact.content, shown]) if shown else artifact.content,
+        job_type="training",
+        name=f"train {artifact.key[:12]}",
+        config={"key": artifact.key, "train": artifact.hashed.get("spec", {})},
+        summary={"steps": len(history)},
+        history=history,
+        points=points,
+    )
+
+
+def _point_page(study: Study, result: Result, profile: Profile) -> Page:
+    """The settings alone are its config: that is what W&B's parameter importance and parallel coordinates take from there."""
+    config: dict[str, Any] = {"model": result.point.model}
+    for axis, value in result.point.values:
+        part, _, name = axis.partition(".")
+        config.setdefault(part, {})[name] = value
+    cost = total(result.costs.values())
+    summary: dict[str, Any] = {
+        "point": result.number,
+        "status": result.status,
+        "reason": without_paths(result.reason)[:300],
+        "seconds": result.seconds,
+        "gpu_hours": cost.gpu_hours,
+        "projected_share": result.projected_share,
+        "stages": dict(result.keys),
+    }
+    usd = cost.usd(profile)
+    if usd is not None:
+        summary["usd"] = usd
+    for name, metric in result.metrics.items():
+        shown = summary_key(name)
+        summary |= {shown: metric.value, f"{shown}_n": metric.n, f"{shown}_undecided": metric.undecided}
+        summary[f"{shown}_low"], summary[f"{shown}_high"] = metric.interval
+    return Page(
+        id=f"{study.study}-{result.point.id}",
+        stamp=digest([result.status, result.reason, _counts(result), dict(result.keys)]),
+        job_type="point",
+        name=f"{result.number} {result.point}",
+        config=config,
+        summary=summary,
+        failed=result.status in NO_RESULT,
+    )
+
+
+def _counts(result: Result) -> dict[str, Any]:
+    return {name: [m.successes, m.n, m.undecided, list(m.seeds)] for name, m in result.metrics.items()}
+
+
+def summary_key(metric: str) -> str:
+    """W&B reads a dot as nesting, and a slash as a section."""
+    return metric.replace(".", "/")
+
+
+def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list[Result]]:
+    """Training's key -> its finished points without a run of their own, once none of its points is still running."""
+    users: dict[str, list[Result]] = {}
+    for result in results:
+        for key in {key for stage, key in result.keys.items() if stage.startswith("train[")}:
+            users.setdefault(key, []).append(result)
+    later: dict[str, list[Result]] = {}
+    for key, own in users.items():
+        if all(result.status != "running" for result in own):
+            later[key] = [result for result in own if result.number >= profile.wandb_points and result.status == "done"]
+    return later
+
+
+def points_table(results: Sequence[Result], profile: Profile, objectives: Sequence[str] = ()) -> Table:
+    """A row for each finished point; with `objectives` also whether it is on a frontier, and beyond W&B's limit those that are first."""
+    rows = finished(results)
+    axes, metrics = axes_of(rows), metrics_of(rows)
+    columns = ["point", "model", *map(axis_label, axes)]
+    columns += [f"{metric_label(name)}{part}" for name in metrics for part in ("", " low", " high", " n")]
+    columns += ["projected share", "GPU-hours alone"]
+    marked: list[set[int]] = []
+    if objectives:
+        columns += ["on frontier", "on its model's frontier"]
+        own = frontier_by_model(rows, objectives).values()
+        marked = [{r.number for r in frontier(rows, objectives)}, {r.number for found in own for r in found}]
+    if len(rows) > TABLE_ROWS:
+        rows = sorted(rows, key=lambda r: (not any(r.number in numbers for numbers in marked), r.number))[:TABLE_ROWS]
+    return Table(columns, [_row(result, axes, metrics) + [result.number in numbers for numbers in marked] for result in rows])
+
+
+def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[Any]:
+    values = dict(result.point.values)
+    row: list[Any] = [result.number, result.point.model, *(values.get(axis) for axis in axes)]
+    for name in metrics:
+        metric = result.metrics.get(name)
+        row += [None] * 4 if metric is None else [metric.value, *metric.interval, metric.n]
+    return [*row, result.projected_share, total(result.costs.values()).gpu_hours]
+
+
+def _curve(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, values) of a training; none when retention has dropped the file."""
+    if path.exists():
+        with path.open(newline="") as handle:
+            for row in csv.DictReader(handle):
+                step = int(row.pop("step"))
+                yield step, {name: float(value) for name, value in row.items()}

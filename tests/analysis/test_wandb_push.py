@@ -1,0 +1,168 @@
+"""Runs that were kept offline reach a server: a real HTTP server on the loopback, W&B's own client, several runs at once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.wandb_memory import Memory
+from analysis.wandb_push import push
+from analysis.wandb_runs import Mirror
+from cluster.profile import Profile
+from sweeps.study import Study
+from tests.analysis.conftest import result
+from tests.wandb_server import WandbServer, serving
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study's folder with five runs that were kept offline: four points and the study's own."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def folder(kept: Path, study: Study, tmp_path: Path) -> Path:
+    if not (kept / "wandb").exists():
+        mirror = Mirror(study, kept, "offline", Profile(wandb_points=4))
+        done = mirror.update([result(number, rank=number + 1, refusal=0.1 * number) for number in range(6)], [])
+        mirror.close()
+        assert done.error is None
+    shutil.copytree(kept, tmp_path / "study", symlinks=True)
+    return tmp_path / "study"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    with serving() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def waiting(folder: Path) -> list[Path]:
+    return list(Memory(folder, "offline").waiting())
+
+
+def pushed(folder: Path, **more: Any) -> Any:
+    return push(folder, waiting(folder), 4, lambda done: None, folder / "log" / "sync.log", **more)
+
+
+def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(waiting(folder)) == 5
+    done = pushed(folder)
+    assert (done.pushed, done.left, done.why) == (5, 0, ""), (folder / "log" / "sync.log").read_text()
+    assert server.unknown == [] and not list((tmp_path / "here").iterdir())
+    points = [run for run in server.runs.values() if run.fields["jobType"] == "point"]
+    assert sorted(run.summary["refusal/refusal_rate"] for run in points) == [0.0, 0.1, 0.2, 0.3]
+    assert sorted(run.config["train"]["value"]["rank"] for run in points) == [1, 2, 3, 4]
+    assert all(run.exit_code == 0 for run in server.runs.values())
+
+    own = server.runs["ebb"]
+    assert [own.history[line]["finished"] for line in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert own.config["_wandb"]["value"]["visualize"]["points"]["panel_config"]["fieldSettings"] == {
+        "x": "refusal rate", "y": "task accuracy",
+    }  # fmt: skip
+    table = json.loads(own.files[own.summary["points_table"]["path"]])
+    assert {"point", "model", "rank", "refusal rate", "refusal rate low", "on frontier"} <= set(table["columns"])
+    assert [row[table["columns"].index("rank")] for row in table["data"]] == [1, 2, 3, 4, 5, 6]
+    assert not any(run.fields.get("host") for run in server.runs.values())
+    for private in (str(folder), str(folder.parent), str(Path.home()), sys.executable):
+        assert not [body for body in server.bodies if private.encode() in body], private
+
+
+def test_what_was_pushed_is_not_pushed_again(folder: Path, server: WandbServer) -> None:
+    pushed(folder)
+    assert waiting(folder) == []
+    asked = len(server.operations)
+    assert (pushed(folder).pushed, len(server.operations)) == (0, asked)
+
+
+def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(folder: Path, server: WandbServer) -> None:
+    pushed(folder)
+    before = {id: (run.history, run.summary) for id, run in server.runs.items()}
+    for marker in folder.glob("wandb/offline-run-*/*.synced"):
+        marker.unlink()
+    assert pushed(folder).pushed == 5
+    assert {id: (run.history, run.summary) for id, run in server.runs.items()} == before
+
+
+def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: WandbServer, study: Study) -> None:
+    pushed(folder)
+    results = [result(number, rank=number + 1, refusal=0.1 * number) for number in range(8)]
+    mirror = Mirror(study, folder, "offline", Profile(wandb_points=4))
+    mirror.update(results, [])
+    mirror.close()
+    assert (len(waiting(folder)), pushed(folder).pushed) == (1, 1)
+    own = server.runs["ebb"]
+    assert [row["finished"] for _, row in sorted(own.history.items()) if "hypervolume" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(json.loads(own.files[own.summary["points_table"]["path"]])["data"]) == 8
+
+
+def test_what_was_pushed_is_known_to_a_mirror_that_is_online(folder: Path, server: WandbServer) -> None:
+    assert not Memory(folder, "online").rows("ebb")
+    pushed(folder)
+    assert Memory(folder, "online").rows("ebb") == 6
+
+
+def test_several_are_pushed_at_once(folder: Path, server: WandbServer) -> None:
+    server.slow_s = 1.0
+    pushed(folder)
+    assert 2 <= server.most_at_work <= 4
+
+
+def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) -> None:
+    code = (
+        "import sys; from pathlib import Path; from analysis.wandb_memory import Memory; from analysis.wandb_push import push;"
+        "folder = Path(sys.argv[1]);"
+        "push(folder, list(Memory(folder, 'offline').waiting()), 1, lambda done: print(done, flush=True), folder / 'sync.log')"
+    )
+    server.slow_s = 1.0
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert int(process.stdout.readline()) < 5
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    server.slow_s = 0.0
+    left = len(waiting(folder))
+    assert 0 < left < 5
+    for _ in range(100):  # W&B's own service may end a moment later than the process that it serves
+        done = pushed(folder)
+        if not done.why.startswith("another"):
+            break
+        time.sleep(0.1)
+    assert (done.pushed, done.left) == (left, 0)
+    assert [line["finished"] for _, line in sorted(server.runs["ebb"].history.items())] == [1, 2, 3, 4, 5, 6]
+    assert len(server.runs) == 5
+
+
+def test_a_server_that_answers_nothing_is_given_up(folder: Path, server: WandbServer) -> None:
+    server.slow_s = 60.0
+    done = pushed(folder, stalled_s=4.0)
+    assert (done.pushed, done.left, done.why) == (0, 5, "no run was done for 4 s")
+
+
+def test_two_pushes_of_one_study_do_not_meet(folder: Path, server: WandbServer) -> None:
+    import fcntl
+
+    with (folder / "wandb" / "push.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert pushed(folder).why == "another process is pushing them already"
+    assert server.operations == []
