@@ -140,7 +140,7 @@ def _pick(
     useful, floor = usefulness_metric(study), percent(study.refusal_floor)
     if not holds:
         return (
-            f"{model}, operating point: none of {sum(map(is_projected, own))} projected points holds the refusal floor of {floor}."
+            f"{model}, operating point: none of {len(own)} points holds the refusal floor of {floor}."
             f" The nearest, {_named(best)}, refuses {measured(best.metrics[refusal])}."
         )
     low = best.metrics[refusal].interval[0]

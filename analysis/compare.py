@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from analysis.floors import Floor, pick
 from analysis.statistics import SHARES, Agreement, Paired, Replicates, corrected, paired_replicates, same_prompts
 from sweeps.points import Result, Value
 from sweeps.study import Study
@@ -135,16 +136,12 @@ def refusal_metric(study: Study) -> str | None:
 
 
 def operating_point(study: Study, results: Sequence[Result], refusal: str) -> tuple[Result, bool] | None:
-    """The projected result to ship, and whether it holds the refusal floor: the most useful of those that do, or the nearest to it.
+    """The result to ship by the study's own floor and objectives (see analysis.floors.pick), and whether it holds the floor.
 
-    None when nothing is projected.
+    None when nothing has finished.
     """
-    projected = [result for result in results if is_projected(result)]
-    holding = [result for result in projected if result.metrics[refusal].value >= study.refusal_floor]
-    if not projected:
-        return None
-    rank = [name for name in (usefulness_metric(study), refusal) if name is not None] if holding else [refusal]
-    return max(holding or projected, key=lambda result: (*(result.metrics[name].value for name in rank), -result.number)), bool(holding)
+    found = pick(results, [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
+    return None if found is None else (found.result, found.holds)
 
 
 def usefulness_metric(study: Study) -> str | None:

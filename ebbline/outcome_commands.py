@@ -1,5 +1,8 @@
 """The commands that look at what a study has come to. Each brings what it needs when it runs, so that `--help` stays fast."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from ebbline.options import DEFAULT_HOME, HomeOption, JsonOption, StudyName, explained
@@ -45,3 +48,37 @@ def sync(study: StudyName, home: HomeOption = DEFAULT_HOME) -> None:
 
     where = Home(home)
     raise typer.Exit(sync_mirror(study, where.continued(load(study)), where))
+
+
+@outcome_app.command()
+@explained
+def pick(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    model: Annotated[str | None, typer.Option(help="Of this size only.", show_default=False)] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(help="What a point must hold, as refusal_rate=0.95; at most, where lower is better. Repeatable.", show_default=False),
+    ] = None,
+    maximise: Annotated[
+        str | None, typer.Option(help="Most of this; the study's usefulness objective if not given.", show_default=False)
+    ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(min=0.5, max=0.9999, help="Hold the floors with this confidence, the pick allowed for.", show_default=False),
+    ] = None,
+    point: Annotated[int | None, typer.Option(help="Look at this point instead of the best one.", show_default=False)] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="Write the point's adapter and its model card into this folder.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Name the point to ship: the most useful one that holds the floor, and how sure that is. Exit code 1 when none does."""
+    from ebbline.picking import Asked, pick_study
+    from sweeps.home import Home
+    from sweeps.study_file import load
+
+    where = Home(home)
+    asked = Asked(tuple(floor or ()), maximise, model, point, confidence, seed)
+    raise typer.Exit(pick_study(where.continued(load(study)), study, where, asked, export, as_json))
