@@ -35,8 +35,8 @@ def frontier_figure(results: Sequence[Result], objectives: Sequence[str], baseli
         for model, (colour, marker) in appearance.items():
             own = [result for result in done if result.point.model == model]
             for result in own:
-                _point(axes, result, drawn, colour, marker)
-            _frontier_line(axes, frontier(own, drawn), drawn, colour)
+                draw_point(axes, result, drawn, colour, marker)
+            draw_frontier(axes, frontier(own, drawn), drawn, colour)
             _aligned(axes, baselines.get(model, {}), drawn, colour)
         axes.set_ylabel(directed_label(drawn[-1]))
         axes.set_xlabel(directed_label(drawn[0]) if len(drawn) == 2 else "point number")
@@ -51,7 +51,8 @@ def frontier_figure(results: Sequence[Result], objectives: Sequence[str], baseli
     return figure
 
 
-def _point(axes: Axes, result: Result, drawn: Sequence[str], colour: str, marker: str) -> None:
+def draw_point(axes: Axes, result: Result, drawn: Sequence[str], colour: str, marker: str) -> None:
+    """A result with its 95% intervals; over one objective at its number."""
     metrics = [result.metrics[name] for name in drawn]
     axes.errorbar(
         metrics[0].value if len(drawn) == 2 else result.number,
@@ -68,7 +69,7 @@ def _point(axes: Axes, result: Result, drawn: Sequence[str], colour: str, marker
     )
 
 
-def _frontier_line(axes: Axes, chosen: Sequence[Result], drawn: Sequence[str], colour: str) -> None:
+def draw_frontier(axes: Axes, chosen: Sequence[Result], drawn: Sequence[str], colour: str) -> None:
     """The border of what the frontier dominates: steps over two objectives, a level over one."""
     values = sorted([result.metrics[name].value for name in drawn] for result in chosen)
     if values and len(drawn) == 1:

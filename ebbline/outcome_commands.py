@@ -1,5 +1,6 @@
 """The commands that look at what a study has come to. Each brings what it needs when it runs, so that `--help` stays fast."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -82,3 +83,23 @@ def pick(
     where = Home(home)
     asked = Asked(tuple(floor or ()), maximise, model, point, confidence, seed)
     raise typer.Exit(pick_study(where.continued(load(study)), study, where, asked, export, as_json))
+
+
+@outcome_app.command()
+@explained
+def compare(
+    studies: Annotated[list[str], typer.Argument(help="Studies that ship, or YAML files; the first is what the others are set against.")],
+    home: Annotated[
+        list[Path] | None, typer.Option(help="The home of all of them, or one for each in their order.", show_default=False)
+    ] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(help="What operating points must hold, as for `pick`; the strictest refusal floor if not given.", show_default=False),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Write a page (.html) or a picture (.png, .pdf, .svg) here.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set studies side by side: frontiers, operating points at equal floors, equal points; prompt by prompt where that is possible."""
+    from ebbline.comparing import compare_studies
+
+    compare_studies(studies, home or [Path(os.environ.get("EBBLINE_HOME", DEFAULT_HOME))], floor or [], to, as_json)

@@ -43,7 +43,7 @@ def pick_study(study: Study, name: str, home: Home, asked: Asked, to: Path | Non
     `name` is what the study is called on the command line. Raises StudyError for what cannot be asked, and before anything is written
     when the export would be below a floor.
     """
-    floors, maximised = floors_of(study, asked.floors), _maximised(study, asked.maximise)
+    floors, maximised = floors_of(study, asked.floors), maximised_of(study, asked.maximise)
     models = _models(study, asked, to)
     results = collect(study, home)
     done = finished(results)
@@ -97,7 +97,8 @@ def floors_of(study: Study, asked: Sequence[str]) -> tuple[Floor, ...]:
     return tuple(found.values())
 
 
-def _maximised(study: Study, asked: str | None) -> str | None:
+def maximised_of(study: Study, asked: str | None) -> str | None:
+    """The full name of the metric to maximise: the first objective that says how useful a model is, when none was asked for."""
     if asked is None:
         return usefulness_metric(study)
     try:
