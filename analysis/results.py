@@ -62,17 +62,24 @@ def projections(study: Study, results: Sequence[Result], home: Home) -> dict[str
     return found
 
 
-def prompt_sets(study: Study, home: Home) -> dict[str, str]:
+def asked_of(study: Study, home: Home) -> dict[str, dict[str, object]]:
     """Suite -> what its prompts were: format, rows, how many were asked, sha256; of the suites that an aligned model has answered."""
-    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, str]()
+    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, dict[str, object]]()
     for suites in planner.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
             if artifact is not None:
-                said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
-                found[suite] = f"{said['format']}, {said['rows']} rows, {said['asked']} asked, sha256 {said['sha256']}"
+                found[suite] = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
     return found
+
+
+def prompt_sets(study: Study, home: Home) -> dict[str, str]:
+    """Suite -> `asked_of`, in words."""
+    return {
+        suite: f"{said['format']}, {said['rows']} rows, {said['asked']} asked, sha256 {said['sha256']}"
+        for suite, said in asked_of(study, home).items()
+    }
 
 
 def costs_before(study: Study, home: Home) -> dict[str, Cost]:

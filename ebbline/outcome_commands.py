@@ -103,3 +103,15 @@ def compare(
     from ebbline.comparing import compare_studies
 
     compare_studies(studies, home or [Path(os.environ.get("EBBLINE_HOME", DEFAULT_HOME))], floor or [], to, as_json)
+
+
+@outcome_app.command()
+@explained
+def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """Set a study beside what papers report, and say of each number what is and is not comparable."""
+    from ebbline.papers import show_papers
+    from sweeps.home import Home
+    from sweeps.study_file import load
+
+    where = Home(home)
+    show_papers(where.continued(load(study)), where, as_json)

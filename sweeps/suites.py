@@ -96,6 +96,11 @@ class MultipleChoiceSuite(Frozen):
     def metrics(self) -> tuple[str, ...]:
         return ("acc", "acc_norm")
 
+    @property
+    def examples(self) -> int:
+        """How many shots there are: those it says, or what the papers use."""
+        return self.shots if self.shots is not None else next((n for task, n in SHOTS.items() if self.task.startswith(task)), 0)
+
 
 Suite = Annotated[RefusalSuite | OverRefusalSuite | TaskSuite | MultipleChoiceSuite, Field(discriminator="kind")]
 _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {"refusal": "harmful", "over_refusal": "harmless", "task": None}
@@ -126,8 +131,7 @@ def stages_of(
     `inputs` are the model, the prompts and perhaps an adapter; `model` says how it is loaded (quantisation and dtype).
     """
     if isinstance(suite, MultipleChoiceSuite):
-        shots = suite.shots if suite.shots is not None else next((n for task, n in SHOTS.items() if suite.task.startswith(task)), 0)
-        spec = EvaluateSpec(task=suite.task, shots=shots, chat_template=suite.chat_template, limit=suite.limit, **model)
+        spec = EvaluateSpec(task=suite.task, shots=suite.examples, chat_template=suite.chat_template, limit=suite.limit, **model)
         return {name: Stage(spec, inputs)}
     spoken = GenerateSpec(
         format=suite.format,
