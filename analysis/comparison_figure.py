@@ -40,8 +40,13 @@ def comparison_figure(sides: Sequence[Side], objectives: Sequence[str]) -> Figur
                 axis.set_major_formatter(PercentFormatter(1.0))
         for panel in panels[len(models) :]:
             panel.set_visible(False)
-        figure.supylabel(directed_label(drawn[-1]), fontsize=9)
-        figure.supxlabel(directed_label(drawn[0]) if len(drawn) == 2 else "point number", fontsize=9)
+        for place, panel in enumerate(panels[: len(models)]):
+            panel.label_outer(remove_inner_ticks=True)
+            if place % across == 0:
+                panel.set_ylabel(directed_label(drawn[-1]))
+            if place + across >= len(models):
+                panel.set_xlabel(directed_label(drawn[0]) if len(drawn) == 2 else "point number")
+                panel.tick_params(labelbottom=True)
         lines = [
             Line2D([], [], color=colour, marker=marker, linewidth=1.4, label=f"{label} and its frontier")
             for label, (colour, marker) in appearance.items()

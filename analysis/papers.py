@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from analysis.card import described
-from analysis.compare import Baselines, is_projected, unprojected
+from analysis.compare import Baselines, is_projected, unprojected, usefulness_metric
 from analysis.floors import Floor, pick
 from analysis.frontier import finished
 from analysis.published import PUBLISHED, Published
@@ -108,7 +108,7 @@ def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[R
     ]
     if at or study.refusal_metric is None:
         return at or projected
-    found = pick(projected, [Floor(study.refusal_metric, study.refusal_floor)], None)
+    found = pick(projected, [Floor(study.refusal_metric, study.refusal_floor)], usefulness_metric(study))
     return [] if found is None else [found.result]
 
 

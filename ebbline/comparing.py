@@ -142,6 +142,9 @@ def _sections(found: Beside, floors: Sequence[Floor]) -> Iterator[tuple[str, lis
 def _notes(size: Sized) -> Iterator[str]:
     if size.volumes is not None:
         yield f"hypervolume of the frontier {_volumes(size.volumes)}"
+        before, after = (each.among for each in size.picks)
+        if before != after:
+            yield f"the frontiers were chosen from {before} and {after} different points: the more points, the further a frontier reaches"
     if not size.shared:
         yield "no point has the same settings in both"
         return
