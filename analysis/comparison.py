@@ -125,9 +125,17 @@ def _apart(before: Asked, after: Asked) -> Iterator[tuple[str, str]]:
         if one.get("prompts") != other.get("prompts"):
             yield suite, "other prompts"
             continue
-        changed = [f"{name} {one.get(name)} and {other.get(name)}" for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+        changed = [
+            f"{name} {_said(one.get(name))} and {_said(other.get(name))}"
+            for name in sorted({*one, *other})
+            if one.get(name) != other.get(name)
+        ]
         if changed:
             yield suite, "the same prompts, measured otherwise: " + ", ".join(changed)
+
+
+def _said(value: object) -> str:
+    return "none" if value is None else str(value)
 
 
 def _metrics(study: Study) -> list[str]:

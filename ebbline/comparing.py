@@ -18,7 +18,7 @@ from analysis.picked import in_words, missed_by, named
 from analysis.report import shown, template
 from analysis.results import StoredEvidence, collect
 from analysis.tables import in_points
-from analysis.wording import directed_label, measured, metric_label
+from analysis.wording import directed_label, metric_label, percent
 from cluster.resolver import Resolver
 from ebbline.picking import floors_of, maximised_of
 from sweeps.differences import differences
@@ -27,6 +27,7 @@ from sweeps.plan import Planner
 from sweeps.study import Study, lasting
 from sweeps.study_file import load
 from tasks.errors import StudyError
+from tasks.metrics import Metric
 from tasks.stage import Stage
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -64,8 +65,9 @@ def compare_studies(names: Sequence[str], homes: Sequence[Path], floors: Sequenc
         for title, notes, tables in _sections(each, bounds):
             print("\n".join([title, *(f"  {note}" for note in notes)]))
             for caption, table in tables:
-                print(f"\n  {caption}")
-                print("\n".join(f"    {line}" for line in table.to_string(index=False, justify="left").splitlines()))
+                print(f"  {caption}")
+                for metric, one, other, move in table.itertuples(index=False, name=None):
+                    print(f"    {metric}: {one}; {other}; {move}")
             print()
     print(meaning(_told(found)))
     if to is not None:
@@ -131,7 +133,11 @@ def _sections(found: Beside, floors: Sequence[Floor]) -> Iterator[tuple[str, lis
     one, other = found.before.study, found.after.study
     before, after = ({k: v for k, v in lasting(s.model_dump(mode="json")).items() if k not in UNSAID} for s in (one, other))
     differ = [line for line in differences(before, after) if not line.startswith(("search.", "refusal_floor"))]
-    notes += [f"{found.before.label} and {found.after.label} differ in {line}" for line in differ] or ["their settings are the same"]
+    for label, end in ((found.before.label, ": removed"), (found.after.label, ": added")):
+        only = [line.removesuffix(end) for line in differ if line.endswith(end)]
+        notes += [f"only in {label}: {', '.join(only)}"] if only else []
+    notes += [f"other settings: {line}" for line in differ if not line.endswith((": removed", ": added"))]
+    notes += [] if differ else ["their settings are the same"]
     if not found.sizes:
         notes.append("no size has finished points in both")
     yield f"{found.after.label} against {found.before.label}", notes, []
@@ -170,17 +176,20 @@ def _tables(size: Sized, found: Beside, floors: Sequence[Floor]) -> Iterator[tup
     for side, own in zip((found.before, found.after), size.picks, strict=True):
         lacking = "" if own.holds else f", which is only the nearest: {missed_by(own, None)}"
         caption += f"; {side.label}: {named(own.result)}{lacking}"
-    rows = [(directed_label(name), *_cells(comparison)) for name, comparison in size.at_picks.items()]
-    yield caption, pd.DataFrame(rows, columns=["metric", found.before.label, found.after.label, "it is", "how"])
+    rows = [(directed_label(name), _short(one.before), _short(one.after), _moved(one)) for name, one in size.at_picks.items()]
+    yield caption, pd.DataFrame(rows, columns=["metric", found.before.label, found.after.label, f"{found.after.label} is"])
 
 
-def _cells(found: Comparison) -> tuple[str, str, str, str]:
+def _short(metric: Metric) -> str:
+    low, high = metric.interval
+    return f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}], n = {metric.n}"
+
+
+def _moved(found: Comparison) -> str:
     if found.paired is None:
-        how = "by intervals"
-    else:
-        low, high = found.paired.interval
-        how = f"paired, {in_points(found.paired.difference)} points, 95% interval {in_points(low)} to {in_points(high)}"
-    return measured(found.before), measured(found.after), found.move, how
+        return f"{found.move} (by intervals)"
+    low, high = found.paired.interval
+    return f"{found.move} (paired, {in_points(found.paired.difference)} points [{in_points(low)}, {in_points(high)}])"
 
 
 def _told(found: Sequence[Beside]) -> list[Comparison]:

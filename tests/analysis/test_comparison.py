@@ -156,7 +156,7 @@ def test_the_command_says_what_is_comparable_and_what_came_out(compare: Callable
     assert "task accuracy is higher at 2, not distinguishable at 1 of 3 points (paired, differences +0.0 to +15.0 points)" in said
     assert "Operating points, refusal rate at least 90.0%" in said
     page = (tmp_path / "page.html").read_text("utf-8")
-    assert "data:image/svg+xml;base64" in page and "paired, +15.0 points" in page
+    assert "data:image/svg+xml;base64" in page and "higher (paired, +15.0 points [" in page
     assert "http://" not in page and "https://" not in page
     found = json.loads(compare("--json"))
     (size,) = found["comparisons"][0]["sizes"]
