@@ -20,6 +20,15 @@ from sweeps.suites import MultipleChoiceSuite, scorers_of
 from tasks.metrics import DIRECTIONS
 
 Verdict = Literal["same", "differs", "cannot be told"]
+NOT_KNOWN = "withheld, or not known"
+TRAINED = {
+    "rows": "data.size",
+    "rank": "train.rank",
+    "learning_rate": "train.learning_rate",
+    "epochs": "train.epochs",
+    "batch": "train.global_batch",
+}
+"""A field of Published -> the axis that it is here."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,13 @@ def _metric(study: Study, suite: str, published: Published) -> bool:
 
 
 def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[Result]:
-    """The points that stand where the number stands: unprojected ones, or at its threshold; else the one that the study would ship."""
+    """The points that stand where the number stands: unprojected ones, or at its threshold; else the one that the study would ship.
+
+    Of these the ones that were trained as the paper says, so far as there are such.
+    """
+    for what, axis in TRAINED.items():
+        alike = [result for result in own if _value(study, result, axis) == getattr(published, what)]
+        own = alike or own
     if published.state == "fine-tuned":
         return list(unprojected(own).values())
     projected = [result for result in own if is_projected(result)]
@@ -127,13 +142,13 @@ def _facts(
     if published.state != "before":
         yield _method(published, study)
         yield _data(published, study)
-        for what, axis in (("rows", "data.size"), ("rank", "train.rank")):
+        for what, axis in TRAINED.items():
             yield _setting(what, getattr(published, what), chosen, study, axis)
     if published.state == "projected":
         yield _setting("threshold", published.threshold, chosen, study, "apply.threshold")
     here = size.quantisation
     if published.quantisation is None:
-        yield Fact("quantisation", "cannot be told", "not known", here)
+        yield Fact("quantisation", "cannot be told", NOT_KNOWN, here)
     else:
         yield Fact("quantisation", "same" if published.quantisation == here else "differs", published.quantisation, here)
     if suite:
@@ -174,7 +189,7 @@ def _method(published: Published, study: Study) -> Fact:
 
 
 def _data(published: Published, study: Study) -> Fact:
-    pool, there = study.data.pool, published.data or "withheld, or not known"
+    pool, there = study.data.pool, published.data or NOT_KNOWN
     if pool.language is not None:
         return Fact("data", "differs", there, f"{pool.language} of an invented language")
     here = pool.hub.id if pool.hub is not None else f"the file {pool.path.path.rpartition('/')[2]}" if pool.path is not None else "?"
@@ -185,10 +200,15 @@ def _data(published: Published, study: Study) -> Fact:
 
 
 def _setting(what: str, there: int | float | None, chosen: Sequence[Result], study: Study, axis: str) -> Fact:
+    if axis == "train.epochs" and study.train.steps is not None:
+        return Fact(
+            what, "cannot be told" if there is None else "differs", value_label(there) if there else NOT_KNOWN, f"{study.train.steps} steps"
+        )
+    what = what.replace("_", " ")
     values = sorted({_value(study, result, axis) for result in chosen}, key=str)
     here = ", ".join(value_label(value) for value in values) or "no such point"  # type: ignore[arg-type]
     if there is None:
-        return Fact(what, "cannot be told", "withheld, or not known", here)
+        return Fact(what, "cannot be told", NOT_KNOWN, here)
     return Fact(what, "same" if values == [there] else "differs", value_label(there), here)
 
 
@@ -200,9 +220,11 @@ def _asking(published: Published, study: Study, suite: str, asked: Mapping[str, 
         )
         yield Fact("shots", "same" if measure.examples == published.shots else "differs", str(published.shots), str(measure.examples))
         return
-    if published.prompts is None:
-        same: Verdict = "cannot be told"
-        yield Fact("prompts", same, published.task or "not known", suite)
+    language = study.suites[suite].prompts.language
+    if language is not None:
+        yield Fact("prompts", "differs", published.prompts or published.task or NOT_KNOWN, f"{language} of an invented language")
+    elif published.prompts is None:
+        yield Fact("prompts", "cannot be told", published.task or NOT_KNOWN, suite)
     elif asked is None:
         yield Fact("prompts", "cannot be told", published.prompts, "not measured yet")
     else:
@@ -213,7 +235,7 @@ def _asking(published: Published, study: Study, suite: str, asked: Mapping[str, 
     scorers = scorers_of(measure)
     here = scorers[0] if scorers else str(getattr(measure, "scorer", ""))
     if published.scorer is None or published.scorer == "keywords":
-        yield Fact("scorer", "cannot be told", published.scorer or "not known here", here)
+        yield Fact("scorer", "cannot be told", published.scorer or NOT_KNOWN, here)
     else:
         yield Fact("scorer", "same" if published.scorer == here else "differs", published.scorer, here)
 

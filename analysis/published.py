@@ -35,6 +35,9 @@ class Published:
     hub_data: str | None = None
     rows: int | None = None
     rank: int | None = None
+    learning_rate: float | None = None
+    epochs: float | None = None
+    batch: int | None = None
     threshold: float | None = None
     prompts: PromptFormat | None = None
     prompt_rows: int | None = None
@@ -65,6 +68,9 @@ def _asft(state: State, share: float, score: float) -> Published:
         hub_data="ag_news" if share == 0 else None,
         rows=1000,
         rank=8,
+        learning_rate=5e-5,
+        epochs=10.0,
+        batch=8,
     )
 
 
@@ -82,6 +88,8 @@ def _warp(size: str, repository: str, state: State, metric: str, value: float, n
         data="GSM8K",
         hub_data="gsm8k",
         rank=16,
+        learning_rate=3e-4,
+        epochs=3.0,
         threshold=0.3 if state == "projected" else None,
         prompts="advbench" if refusal else None,
         task=None if refusal else "GSM8K",
@@ -117,6 +125,9 @@ def _asft_accuracy(state: State, value: float) -> Published:
         data="AGNEWS, 0 to 20% of it harmful",
         rows=1000,
         rank=8,
+        learning_rate=5e-5,
+        epochs=10.0,
+        batch=8,
         task="AGNEWS",
     )
 

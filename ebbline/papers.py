@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from analysis.papers import Row, beside_papers, is_tiny
+from analysis.papers import NOT_KNOWN, Row, beside_papers, is_tiny
 from analysis.published import Published
 from analysis.results import asked_of, baselines, collect
 from analysis.wording import metric_label, percent
@@ -49,10 +49,11 @@ def _told(published: Published) -> str:
 
 
 def _why(row: Row) -> str:
-    parts = []
-    for verdict in ("differs", "cannot be told", "same"):
-        facts = row.those(verdict)
-        if facts:
-            shown = ", ".join(fact.what if verdict == "same" else f"{fact.what} ({fact.there}; here {fact.here})" for fact in facts)
-            parts.append(f"{verdict}: {shown}")
+    """What differs, what cannot be told and what is the same; of what a paper does not say only the names."""
+    unsaid = [fact for fact in row.those("cannot be told") if fact.there == NOT_KNOWN]
+    untold = [fact for fact in row.those("cannot be told") if fact.there != NOT_KNOWN]
+    both = {"differs": row.those("differs"), "cannot be told": untold}
+    parts = [f"{what}: {', '.join(f'{f.what} ({f.there}; here {f.here})' for f in facts)}" for what, facts in both.items() if facts]
+    names = {"not known of the paper": unsaid, "same": row.those("same")}
+    parts += [f"{what}: {', '.join(fact.what for fact in facts)}" for what, facts in names.items() if facts]
     return "; ".join(parts)
