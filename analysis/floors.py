@@ -107,6 +107,11 @@ def pick(
     if not offered:
         return None
 
+    for name in [*(floor.metric for floor in floors), *([maximised] if maximised else [])]:
+        lacking = next((result for result in offered if name not in result.metrics), None)
+        if lacking is not None:
+            raise StudyError(f"point {lacking.number} is done but has no {name}; it has {sorted(lacking.metrics)}")
+
     def worth(result: Result) -> tuple[float, ...]:
         useful = () if maximised is None else (result.metrics[maximised].value,)
         return (*useful, *(floor.margin(result.metrics[floor.metric].value) for floor in floors), -result.number)

@@ -56,6 +56,7 @@ def pick_study(study: Study, name: str, home: Home, asked: Asked, to: Path | Non
     if to is not None:
         if not picks:
             raise StudyError(f"no point of {', '.join(models)} has finished, so there is none to export; `ebbline run {name}` goes on")
+        home.begun_as(study)  # its floor is the one that it was begun with, whatever its file says now
         ((model, found),) = picks.items()
         seed, alone = _exportable(study, found, by_model[model], asked)
         exported = {"to": str(to), **ship(study, name, home, found, seed, alone, len(done), to)}
@@ -69,7 +70,9 @@ def pick_study(study: Study, name: str, home: Home, asked: Asked, to: Path | Non
         }
         print(json.dumps({**said, "exported": exported}, indent=1))
     else:
-        _tell(study, name, models, picks, asked, len(done), floors)
+        _tell(
+            study, name, models, picks, asked, f"{len(done)}{f' of {limit(study)}' if limit(study) else ''} points done", floors, to is None
+        )
         if exported is not None:
             print(f"\nexported to {to}: the adapter of seed {exported['seed']}, with its model card README.md. Nothing was uploaded.")
     asked_models = models if asked.point is None else list(picks)
@@ -165,16 +168,16 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def _tell(
-    study: Study, name: str, models: Sequence[str], picks: Mapping[str, Pick], asked: Asked, done: int, floors: Sequence[Floor]
+    study: Study, name: str, models: Sequence[str], picks: Mapping[str, Pick], asked: Asked, done: str, floors: Sequence[Floor], hint: bool
 ) -> None:
     sure = "" if asked.confidence is None else f", with {asked.confidence:.0%} confidence"
-    print(f"{study.study}: {done} points done; to hold: {in_words(floors)}{sure}")
+    print(f"{study.study}: {done}; to hold: {in_words(floors)}{sure}")
     for model in models:
         if model in picks:
             print(f"\n{model}: {_verdict(picks[model], asked)}")
             for line in lines_of(study, picks[model]):
                 print(f"  {line}")
-            if picks[model].holds and not too_low(study, picks[model]):
+            if hint and picks[model].holds and not too_low(study, picks[model]):
                 point = "" if asked.point is None else f" --point {asked.point}"
                 print(f"  write its adapter: ebbline pick {name} --model {model}{point} --export DIR")
         elif asked.point is None:

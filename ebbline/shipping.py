@@ -46,6 +46,7 @@ def ship(study: Study, name: str, home: Home, found: Pick, seed: int, alone: Res
     }
     text = card(study, found, seed, alone, done, stages, baselines(study, home).get(result.point.model, {}), prompt_sets(study, home))
     try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
             fresh = Path(scratch) / "out"
             fresh.mkdir()
@@ -96,5 +97,4 @@ def _destination(to: Path) -> Path:
     above = next(folder for folder in destination.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StudyError(f"{to} cannot be made: {above} is no folder that you may write to")
-    destination.parent.mkdir(parents=True, exist_ok=True)
     return destination

@@ -139,6 +139,14 @@ def test_another_seed_is_exported_when_it_is_named(driven: tuple[Path, Study, Ho
     assert said.exit_code == 1 and "--seed 9: point" in said.output and "the seeds 3, 4" in said.output
 
 
+def test_a_study_file_that_was_changed_since_exports_nothing(driven: tuple[Path, Study, Home], tmp_path: Path) -> None:
+    text = driven[0].read_text()
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(text.replace("refusal_floor: 0.0", "refusal_floor: 0.0\nhypothesis: another"))
+    said = run("pick", changed, "--home", driven[2].root, "--export", tmp_path / "deep" / "none")
+    assert said.exit_code == 1 and "was begun in" in said.output and not (tmp_path / "deep").exists()
+
+
 def test_below_a_floor_nothing_is_written_and_the_miss_is_told(driven: tuple[Path, Study, Home], tmp_path: Path) -> None:
     said = pick(driven, "--floor", "refusal_rate=0.5", "--export", tmp_path / "none")
     assert said.exit_code == 1

@@ -101,6 +101,11 @@ def test_when_nothing_holds_the_nearest_is_the_one_whose_worst_miss_is_smallest(
     assert slack(found.result, found.floors, found.among) == pytest.approx(-0.1)
 
 
+def test_a_metric_that_a_point_lacks_is_an_error_and_not_a_miss() -> None:
+    with pytest.raises(StudyError, match=r"point 0 is done but has no mmlu.acc_norm; it has"):
+        pick([result(0)], [Floor("mmlu.acc_norm", 0.3)], TASK)
+
+
 def test_points_that_came_out_the_same_are_one_look() -> None:
     rows = [result(0, refusal=0.95, task=0.6), replace(result(1, refusal=0.95, task=0.6), same_as=0)]
     found = pick(rows, [AT_LEAST_90], TASK)
