@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from analysis.compare import usefulness_metric
 from analysis.floors import METHOD, Pick
 from analysis.picked import in_words, lines_of, named
+from analysis.results import PromptSet
 from analysis.wording import directed_label, measured, percent, value_label
 from cluster.store import Artifact
 from sweeps.points import Result
@@ -33,7 +34,7 @@ def card(
     done: int,
     stages: Mapping[str, Artifact],
     aligned: Mapping[str, Metric],
-    prompts: Mapping[str, str],
+    prompts: Mapping[str, PromptSet],
 ) -> str:
     """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's metrics only.
 
@@ -134,7 +135,7 @@ def _settings(spec: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, s
             yield f"{part}.{name}", ", ".join(map(str, value)) if isinstance(value, list) else value_label(value)  # type: ignore[arg-type]
 
 
-def _sources(study: Study, model: str, prompts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _sources(study: Study, model: str, prompts: Mapping[str, PromptSet]) -> Iterator[tuple[str, str]]:
     size = study.models[model]
     yield "aligned model", described(size.aligned, size.base)
     if size.base is not None:
@@ -143,7 +144,7 @@ def _sources(study: Study, model: str, prompts: Mapping[str, str]) -> Iterator[t
         yield "unaligned model, in the projection", described(size.unaligned, size.aligned)
     yield "fine-tuning data", _data(study.data)
     for suite, entry in study.suites.items():
-        yield f"prompts of {suite}", prompts.get(suite) or located(entry.prompts.pinned(), entry.prompts.language)
+        yield f"prompts of {suite}", str(prompts.get(suite) or located(entry.prompts.pinned(), entry.prompts.language))
 
 
 def described(reference: ModelRef, start: ModelRef | None) -> str:

@@ -11,8 +11,8 @@ from matplotlib.ticker import PercentFormatter
 
 from analysis.comparison import Side
 from analysis.figures import looks, style
-from analysis.frontier import finished, frontier
-from analysis.frontier_figure import draw_frontier, draw_point
+from analysis.frontier import finished
+from analysis.frontier_figure import draw_frontier
 from analysis.wording import directed_label, natural
 
 ACROSS = 3
@@ -31,11 +31,7 @@ def comparison_figure(sides: Sequence[Side], objectives: Sequence[str]) -> Figur
         for panel, model in zip(panels, models, strict=False):
             panel.set_title(model, fontsize=9)
             for side in sides:
-                colour, marker = appearance[side.label]
-                own = side.of(model)
-                for result in own:
-                    draw_point(panel, result, drawn, colour, marker)
-                draw_frontier(panel, frontier(own, drawn), drawn, colour)
+                draw_frontier(panel, side.of(model), drawn, *appearance[side.label])
             for axis in (panel.xaxis, panel.yaxis) if len(drawn) == 2 else (panel.yaxis,):
                 axis.set_major_formatter(PercentFormatter(1.0))
         for panel in panels[len(models) :]:

@@ -35,8 +35,8 @@ def frontier_figure(results: Sequence[Result], objectives: Sequence[str], baseli
         for model, (colour, marker) in appearance.items():
             own = [result for result in done if result.point.model == model]
             for result in own:
-                draw_point(axes, result, drawn, colour, marker)
-            draw_frontier(axes, frontier(own, drawn), drawn, colour)
+                _point(axes, result, drawn, colour, marker)
+            _frontier_line(axes, frontier(own, drawn), drawn, colour)
             _aligned(axes, baselines.get(model, {}), drawn, colour)
         axes.set_ylabel(directed_label(drawn[-1]))
         axes.set_xlabel(directed_label(drawn[0]) if len(drawn) == 2 else "point number")
@@ -51,8 +51,7 @@ def frontier_figure(results: Sequence[Result], objectives: Sequence[str], baseli
     return figure
 
 
-def draw_point(axes: Axes, result: Result, drawn: Sequence[str], colour: str, marker: str) -> None:
-    """A result with its 95% intervals; over one objective at its number."""
+def _point(axes: Axes, result: Result, drawn: Sequence[str], colour: str, marker: str) -> None:
     metrics = [result.metrics[name] for name in drawn]
     axes.errorbar(
         metrics[0].value if len(drawn) == 2 else result.number,
@@ -69,7 +68,7 @@ def draw_point(axes: Axes, result: Result, drawn: Sequence[str], colour: str, ma
     )
 
 
-def draw_frontier(axes: Axes, chosen: Sequence[Result], drawn: Sequence[str], colour: str) -> None:
+def _frontier_line(axes: Axes, chosen: Sequence[Result], drawn: Sequence[str], colour: str) -> None:
     """The border of what the frontier dominates: steps over two objectives, a level over one."""
     values = sorted([result.metrics[name].value for name in drawn] for result in chosen)
     if values and len(drawn) == 1:
@@ -116,3 +115,10 @@ def _legend(appearance: Mapping[str, tuple[str, str]], drawn: Sequence[str], bas
         dotted = Line2D([], [], color="0.35", linestyle=":", label=aligned)
         signs.append(sign(aligned, "*", size=11.0) if len(drawn) == 2 else dotted)
     return models + signs
+
+
+def draw_frontier(axes: Axes, own: Sequence[Result], drawn: Sequence[str], colour: str, marker: str) -> None:
+    """Finished results with their 95% intervals, and the border of what they dominate, on axes of somebody else's."""
+    for result in own:
+        _point(axes, result, drawn, colour, marker)
+    _frontier_line(axes, frontier(own, drawn), drawn, colour)

@@ -13,6 +13,7 @@ from analysis.compare import Baselines, is_projected, unprojected, usefulness_me
 from analysis.floors import Floor, pick
 from analysis.frontier import finished
 from analysis.published import PUBLISHED, Published
+from analysis.results import PromptSet
 from analysis.wording import measured, metric_label, natural, percent, value_label
 from sweeps.points import Result
 from sweeps.study import Model, Study
@@ -60,10 +61,10 @@ class Row:
         return "not known to be comparable" if self.those("cannot be told") else "comparable"
 
 
-def beside_papers(study: Study, results: Sequence[Result], baselines: Baselines, asked: Mapping[str, Mapping[str, object]]) -> list[Row]:
+def beside_papers(study: Study, results: Sequence[Result], baselines: Baselines, asked: Mapping[str, PromptSet]) -> list[Row]:
     """A row for each published number, beside the size and suite of the study that come nearest to it.
 
-    `asked` is what the suites asked (format, rows, asked), of those that have been measured.
+    `asked` is what the suites asked, of those that have been measured.
     """
     return [_row(published, study, finished(results), baselines, asked) for published in PUBLISHED]
 
@@ -74,9 +75,7 @@ def is_tiny(model: Model) -> bool:
     return any(each is not None and each.organism is not None for each in references)
 
 
-def _row(
-    published: Published, study: Study, done: Sequence[Result], baselines: Baselines, asked: Mapping[str, Mapping[str, object]]
-) -> Row:
+def _row(published: Published, study: Study, done: Sequence[Result], baselines: Baselines, asked: Mapping[str, PromptSet]) -> Row:
     found = []
     for model in sorted(study.models, key=natural):
         own = [result for result in done if result.point.model == model]
@@ -133,9 +132,7 @@ def _value(study: Study, result: Result, axis: str) -> object:
     return dict(result.point.values).get(axis, getattr(fixed, name))
 
 
-def _facts(
-    published: Published, study: Study, model: str, suite: str, chosen: Sequence[Result], asked: Mapping[str, object] | None
-) -> Iterator[Fact]:
+def _facts(published: Published, study: Study, model: str, suite: str, chosen: Sequence[Result], asked: PromptSet | None) -> Iterator[Fact]:
     size = study.models[model]
     yield _measure(published, suite)
     yield _model(published, size)
@@ -212,13 +209,13 @@ def _setting(what: str, there: int | float | None, chosen: Sequence[Result], stu
     return Fact(what, "same" if values == [there] else "differs", value_label(there), here)
 
 
-def _asking(published: Published, study: Study, suite: str, asked: Mapping[str, object] | None) -> Iterator[Fact]:
+def _asking(published: Published, study: Study, suite: str, asked: PromptSet | None) -> Iterator[Fact]:
     measure = study.suites[suite].measure
     if isinstance(measure, MultipleChoiceSuite):
         yield Fact(
             "prompts", "same" if measure.task == published.task and measure.limit is None else "differs", published.task or "", measure.task
         )
-        yield Fact("shots", "same" if measure.examples == published.shots else "differs", str(published.shots), str(measure.examples))
+        yield Fact("shots", "same" if measure.shots_given == published.shots else "differs", str(published.shots), str(measure.shots_given))
         return
     language = study.suites[suite].prompts.language
     if language is not None:
@@ -229,9 +226,9 @@ def _asking(published: Published, study: Study, suite: str, asked: Mapping[str, 
         yield Fact("prompts", "cannot be told", published.prompts, "not measured yet")
     else:
         there = f"{published.prompts}, {published.prompt_rows or 'so many'} rows"
-        here = f"{asked['format']}, {asked['asked']} of {asked['rows']} rows asked"
-        whole = asked["asked"] == asked["rows"] and published.prompt_rows in (None, asked["rows"])
-        yield Fact("prompts", "same" if asked["format"] == published.prompts and whole else "differs", there, here)
+        here = f"{asked.format}, {asked.asked} of {asked.rows} rows asked"
+        whole = asked.asked == asked.rows and published.prompt_rows in (None, asked.rows)
+        yield Fact("prompts", "same" if asked.format == published.prompts and whole else "differs", there, here)
     scorers = scorers_of(measure)
     here = scorers[0] if scorers else str(getattr(measure, "scorer", ""))
     if published.scorer is None or published.scorer == "keywords":

@@ -5,7 +5,7 @@ Nothing remembers which artifacts a point led to: its stages' keys are computed 
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from analysis.compare import Subject, operating_point, refusal_metric
 from analysis.frontier import finished
@@ -62,24 +62,30 @@ def projections(study: Study, results: Sequence[Result], home: Home) -> dict[str
     return found
 
 
-def asked_of(study: Study, home: Home) -> dict[str, dict[str, object]]:
-    """Suite -> what its prompts were: format, rows, how many were asked, sha256; of the suites that an aligned model has answered."""
-    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, dict[str, object]]()
+@dataclass(frozen=True)
+class PromptSet:
+    """What a suite's prompts were: how the file was read, its rows, how many of them were asked, and its digest."""
+
+    format: str
+    rows: int
+    asked: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.format}, {self.rows} rows, {self.asked} asked, sha256 {self.sha256}"
+
+
+def prompt_sets(study: Study, home: Home) -> dict[str, PromptSet]:
+    """By suite, of the suites that an aligned model has answered."""
+    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, PromptSet]()
     for suites in planner.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
             if artifact is not None:
-                found[suite] = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
+                said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
+                found[suite] = PromptSet(said["format"], said["rows"], said["asked"], said["sha256"])
     return found
-
-
-def prompt_sets(study: Study, home: Home) -> dict[str, str]:
-    """Suite -> `asked_of`, in words."""
-    return {
-        suite: f"{said['format']}, {said['rows']} rows, {said['asked']} asked, sha256 {said['sha256']}"
-        for suite, said in asked_of(study, home).items()
-    }
 
 
 def costs_before(study: Study, home: Home) -> dict[str, Cost]:

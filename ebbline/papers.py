@@ -7,14 +7,14 @@ from dataclasses import asdict
 
 from analysis.papers import NOT_KNOWN, Row, beside_papers, is_tiny
 from analysis.published import Published
-from analysis.results import asked_of, baselines, collect
+from analysis.results import baselines, collect, prompt_sets
 from analysis.wording import metric_label, percent
 from sweeps.home import Home
 from sweeps.study import Study
 
 
 def show_papers(study: Study, home: Home, as_json: bool) -> None:
-    rows = beside_papers(study, collect(study, home), baselines(study, home), asked_of(study, home))
+    rows = beside_papers(study, collect(study, home), baselines(study, home), prompt_sets(study, home))
     if as_json:
         said = [{**asdict(row), "comparable": row.comparable} for row in rows]
         print(json.dumps({"study": study.study, "summary": _summary(study, rows), "rows": said}, indent=1))

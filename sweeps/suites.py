@@ -97,8 +97,8 @@ class MultipleChoiceSuite(Frozen):
         return ("acc", "acc_norm")
 
     @property
-    def examples(self) -> int:
-        """How many shots there are: those it says, or what the papers use."""
+    def shots_given(self) -> int:
+        """How many solved examples a question is shown with."""
         return self.shots if self.shots is not None else next((n for task, n in SHOTS.items() if self.task.startswith(task)), 0)
 
 
@@ -131,7 +131,7 @@ def stages_of(
     `inputs` are the model, the prompts and perhaps an adapter; `model` says how it is loaded (quantisation and dtype).
     """
     if isinstance(suite, MultipleChoiceSuite):
-        spec = EvaluateSpec(task=suite.task, shots=suite.examples, chat_template=suite.chat_template, limit=suite.limit, **model)
+        spec = EvaluateSpec(task=suite.task, shots=suite.shots_given, chat_template=suite.chat_template, limit=suite.limit, **model)
         return {name: Stage(spec, inputs)}
     spoken = GenerateSpec(
         format=suite.format,

@@ -1,6 +1,7 @@
 """A study beside published numbers: every verdict comes from the study's settings, and a tiny model is beside nothing."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from analysis.compare import Baselines
 from analysis.papers import Row, beside_papers
 from analysis.published import PUBLISHED
+from analysis.results import PromptSet
 from sweeps.points import Point, Result
 from sweeps.study import Study
 from sweeps.study_file import shipped
@@ -15,7 +17,7 @@ from tasks.metrics import DIRECTIONS, Metric
 from tests.analysis.conftest import result
 
 COMMIT, SHA = "a" * 40, "b" * 64
-ADVBENCH = {"advbench": {"format": "advbench", "rows": 520, "asked": 520, "of": 520, "sha256": SHA}}
+ADVBENCH = {"advbench": PromptSet("advbench", 520, 520, SHA)}
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def point(number: int, model: str, refused: int, threshold: float | None = None,
     return Result(number, Point.of(model, values), "done", metrics, projected_share=share)
 
 
-def row(study: Study, results: list[Result], baselines: Baselines, asked: dict[str, dict[str, object]], **wanted: object) -> Row:
+def row(study: Study, results: list[Result], baselines: Baselines, asked: dict[str, PromptSet], **wanted: object) -> Row:
     rows = beside_papers(study, results, baselines, asked)
     (found,) = [each for each in rows if all(getattr(each.published, name) == value for name, value in wanted.items())]
     return found
@@ -97,8 +99,8 @@ def test_what_is_the_same_but_for_what_a_paper_withholds_is_not_known_to_be_comp
 
 
 def test_other_prompts_and_part_of_a_set_are_another_measurement(llama: Callable[..., Study]) -> None:
-    some = {"advbench": {**ADVBENCH["advbench"], "asked": 100}}
-    own = {"advbench": {**ADVBENCH["advbench"], "format": "plain"}}
+    some = {"advbench": replace(ADVBENCH["advbench"], asked=100)}
+    own = {"advbench": replace(ADVBENCH["advbench"], format="plain")}
     for asked in (some, own):
         assert verdicts(row(llama(), [], {}, asked, **GADE_BEFORE))["prompts"] == "differs"
 
