@@ -25,6 +25,7 @@ from analysis.compare import (
     unprojected,
     usefulness_metric,
 )
+from analysis.floors import Floor, pick
 from analysis.frontier import finished, values_of
 from analysis.tables import in_points
 from analysis.wording import NO_RESULT, measured, metric_label, natural, percent, settings_label, status_label
@@ -140,8 +141,8 @@ def _pick(
     useful, floor = usefulness_metric(study), percent(study.refusal_floor)
     if not holds:
         return (
-            f"{model}, operating point: none of {len(own)} points holds the refusal floor of {floor}."
-            f" The nearest, {_named(best)}, refuses {measured(best.metrics[refusal])}."
+            f"{model}, operating point: none of {sum(map(is_projected, own))} projected points holds the refusal floor of {floor}."
+            f" The nearest, {_named(best)}, refuses {measured(best.metrics[refusal])}.{_without_projection(study, own, refusal)}"
         )
     low = best.metrics[refusal].interval[0]
     sure = (
@@ -155,7 +156,17 @@ def _pick(
     parts = [_change(name, change) for name, change in changes.items()]
     if parts:
         text += f" Against the same training without projection, {' and '.join(parts)}."
-    return text
+    return text + _without_projection(study, own, refusal, best)
+
+
+def _without_projection(study: Study, own: Sequence[Result], refusal: str, best: Result | None = None) -> str:
+    """A sentence on the point that `ebbline pick` names, where that is not projected, and so is not `best`."""
+    useful = usefulness_metric(study)
+    found = pick(own, [Floor(refusal, study.refusal_floor)], useful)
+    if found is None or not found.holds or found.result is best or is_projected(found.result):
+        return ""
+    text = f" Without projection {_named(found.result)} holds the floor: it refuses {measured(found.result.metrics[refusal])}"
+    return text + ("." if useful is None else f", and its {metric_label(useful)} is {measured(found.result.metrics[useful])}.")
 
 
 def _named(result: Result) -> str:

@@ -136,11 +136,11 @@ def refusal_metric(study: Study) -> str | None:
 
 
 def operating_point(study: Study, results: Sequence[Result], refusal: str) -> tuple[Result, bool] | None:
-    """The result to ship by the study's own floor and objectives (see analysis.floors.pick), and whether it holds the floor.
+    """The projected result to ship, and whether it holds the refusal floor: the most useful of those that do, or the nearest to it.
 
-    None when nothing has finished.
+    None when nothing is projected. What `ebbline pick` names may need no projection: see analysis.floors.pick, whose rule this is.
     """
-    found = pick(results, [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
+    found = pick([r for r in results if is_projected(r)], [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
     return None if found is None else (found.result, found.holds)
 
 

@@ -113,7 +113,8 @@ def test_points_that_came_out_the_same_are_one_look() -> None:
     assert pick([], [AT_LEAST_90], TASK) is None
 
 
-def test_the_answer_and_the_pick_are_the_same_point(study: Study) -> None:
-    rows = [result(0, refusal=0.95, task=0.7), result(1, refusal=0.99, task=0.5, share=1.0)]
-    found = pick(rows, [Floor(REFUSAL, study.refusal_floor)], TASK)
+def test_the_reports_operating_point_is_the_pick_of_the_projected_points(study: Study) -> None:
+    rows = [result(0, refusal=0.95, task=0.7), result(1, refusal=0.99, task=0.5, share=1.0), result(2, refusal=0.97, task=0.4, share=0.5)]
+    found = pick(rows[1:], [Floor(REFUSAL, study.refusal_floor)], TASK)
     assert found is not None and operating_point(study, rows, REFUSAL) == (found.result, True)
+    assert operating_point(study, rows[:1], REFUSAL) is None
