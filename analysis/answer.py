@@ -156,14 +156,14 @@ def _pick(
     parts = [_change(name, change) for name, change in changes.items()]
     if parts:
         text += f" Against the same training without projection, {' and '.join(parts)}."
-    return text + _without_projection(study, own, refusal, best)
+    return text + _without_projection(study, own, refusal)
 
 
-def _without_projection(study: Study, own: Sequence[Result], refusal: str, best: Result | None = None) -> str:
-    """A sentence on the point that `ebbline pick` names, where that is not projected, and so is not `best`."""
+def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> str:
+    """A sentence on the point that `ebbline pick` names, where that is not projected."""
     useful = usefulness_metric(study)
     found = pick(own, [Floor(refusal, study.refusal_floor)], useful)
-    if found is None or not found.holds or found.result is best or is_projected(found.result):
+    if found is None or not found.holds or is_projected(found.result):
         return ""
     text = f" Without projection {_named(found.result)} holds the floor: it refuses {measured(found.result.metrics[refusal])}"
     return text + ("." if useful is None else f", and its {metric_label(useful)} is {measured(found.result.metrics[useful])}.")
