@@ -208,13 +208,24 @@ def _write(to: Path, sides: Sequence[Side], found: Sequence[Beside], floors: Seq
         page = template("comparison_template.html").render(
             labels=[side.label for side in sides],
             drawn=axes,
-            figures=[shown(figure, f"Scatter plots, one a size: {axes}, a colour and marker for each study.", caption)],
-            sections=[section for each in found for section in _sections(each, floors)],
+            figure=shown(figure, _alt(axes, sides, found), caption),
+            compared=[section for each in found for section in _sections(each, floors)],
             meaning=meaning(_told(found)),
         )
         write_whole(to, lambda path: path.write_text(page, "utf-8"))
     except OSError as error:
         raise StudyError(f"{to} cannot be written: {error}; give another place with --to") from error
+
+
+def _alt(axes: str, sides: Sequence[Side], found: Sequence[Beside]) -> str:
+    counts = "; ".join(f"{side.label}, {sum(len(side.of(model)) for model in side.study.models)} points" for side in sides)
+    volumes = [
+        f"{each.after.label}, {size.model}: hypervolume {size.volumes.after:.3f} where {each.before.label} has {size.volumes.before:.3f}"
+        for each in found
+        for size in each.sizes
+        if size.volumes is not None
+    ]
+    return f"Scatter plots, one a size: {axes}. " + ". ".join([counts, *volumes]) + "."
 
 
 def _json(found: Beside) -> dict[str, Any]:
