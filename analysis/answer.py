@@ -26,6 +26,7 @@ from analysis.compare import (
     unprojected,
     usefulness_metric,
 )
+from analysis.floors import Floor, pick
 from analysis.frontier import finished, values_of
 from analysis.tables import in_points
 from analysis.wording import NO_RESULT, measured, metric_label, natural, percent, settings_label, status_label
@@ -94,7 +95,7 @@ def _fine_tuning(model: str, plain: Sequence[Result], refusal: str, aligned: Met
         )
     text = (
         f"{model}, fine-tuning: the aligned model refuses {measured(aligned)}. Fine-tuned without projection, the"
-        f" refusal rate is {_tally(ebbed, 'training')}: {found}."
+        f" refusal rate is {tally(ebbed, 'training')}: {found}."
     )
     if all(comparison.move != "lower" for comparison in ebbed):
         text += (
@@ -112,15 +113,15 @@ def _projection(model: str, own: Sequence[Result], brought: Sequence[Comparison]
             f"{model}, projection: no projected point has an unprojected one of the same training beside it, so the effect"
             " of projection is not known."
         )
-    text = f"{model}, projection: against the same training without it, refusal rate is {_tally(brought, 'point')}."
+    text = f"{model}, projection: against the same training without it, refusal rate is {tally(brought, 'point')}."
     if all(comparison.move != "higher" for comparison in brought):
         text += f" The expected effect is absent: projection did not measurably raise the refusals of {model}."
     return text
 
 
-def _tally(comparisons: Sequence[Comparison], of: str) -> str:
+def tally(comparisons: Sequence[Comparison], of: str) -> str:
     moves, total = Counter(comparison.move for comparison in comparisons), len(comparisons)
-    how = _how(comparisons)
+    how = how_found(comparisons)
     how = f" ({how})" if how else ""
     if total == 1:
         return comparisons[0].move + how
@@ -130,7 +131,7 @@ def _tally(comparisons: Sequence[Comparison], of: str) -> str:
     return counted + how
 
 
-def _how(comparisons: Sequence[Comparison]) -> str:
+def how_found(comparisons: Sequence[Comparison]) -> str:
     """What the paired tests among the comparisons found; nothing when all were by intervals."""
     tests = [comparison.paired for comparison in comparisons if comparison.paired is not None]
     if not tests:
@@ -151,7 +152,7 @@ def _pick(
     if not holds:
         return (
             f"{model}, operating point: none of {sum(map(is_projected, own))} projected points holds the refusal floor of {floor}."
-            f" The nearest, {_named(best)}, refuses {measured(best.metrics[refusal])}."
+            f" The nearest, {_named(best)}, refuses {measured(best.metrics[refusal])}.{_without_projection(study, own, refusal)}"
         )
     low = best.metrics[refusal].interval[0]
     sure = (
@@ -165,7 +166,17 @@ def _pick(
     parts = [_change(name, change) for name, change in changes.items()]
     if parts:
         text += f" Against the same training without projection, {' and '.join(parts)}."
-    return text
+    return text + _without_projection(study, own, refusal)
+
+
+def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> str:
+    """A sentence on the point that `ebbline pick` names, where that is not projected."""
+    useful = usefulness_metric(study)
+    found = pick(own, [Floor(refusal, study.refusal_floor)], useful)
+    if found is None or not found.holds or is_projected(found.result):
+        return ""
+    text = f" Without projection {_named(found.result)} holds the floor: it refuses {measured(found.result.metrics[refusal])}"
+    return text + ("." if useful is None else f", and its {metric_label(useful)} is {measured(found.result.metrics[useful])}.")
 
 
 def _named(result: Result) -> str:
@@ -174,7 +185,7 @@ def _named(result: Result) -> str:
 
 
 def _change(name: str, change: Comparison) -> str:
-    how = _how([change])
+    how = how_found([change])
     how = f"; {how}" if how else ""
     return f"{metric_label(name)} is {change.move} ({percent(change.before.value)} before, {percent(change.after.value)} after{how})"
 
@@ -195,7 +206,7 @@ def _caution(done: Sequence[Result], refusal: str, told: Sequence[Comparison]) -
     one_seed = ", and each point rests on one training seed" if all(len(metric.seeds) < 2 for metric in metrics) else ""
     means = ", those of means the normal ones" if any(metric.squares is not None for metric in metrics) else ""
     sentences = [
-        _meaning(told),
+        meaning(told),
         f"The intervals of rates are Wilson's{means}. They cover the sampling of prompts, not of trainings{one_seed}.",
         *_between_seeds([result.metrics[refusal] for result in done], metric_label(refusal)),
         "A point picked as the best of many looks better than it is.",
@@ -206,7 +217,7 @@ def _caution(done: Sequence[Result], refusal: str, told: Sequence[Comparison]) -
     return " ".join(sentences)
 
 
-def _meaning(told: Sequence[Comparison]) -> str:
+def meaning(told: Sequence[Comparison]) -> str:
     by_intervals = "mean that the 95% intervals do not overlap"
     tests = [comparison.paired for comparison in told if comparison.paired is not None]
     if not tests:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from analysis.floors import Floor, pick
 from analysis.statistics import SHARES, Agreement, Paired, Replicates, corrected, paired_replicates, same_prompts
 from sweeps.points import Result, Value
 from sweeps.study import Study
@@ -160,14 +161,10 @@ def refusal_metric(study: Study) -> str | None:
 def operating_point(study: Study, results: Sequence[Result], refusal: str) -> tuple[Result, bool] | None:
     """The projected result to ship, and whether it holds the refusal floor: the most useful of those that do, or the nearest to it.
 
-    None when nothing is projected.
+    None when nothing is projected. What `ebbline pick` names may need no projection: see analysis.floors.pick, whose rule this is.
     """
-    projected = [result for result in results if is_projected(result)]
-    holding = [result for result in projected if result.metrics[refusal].value >= study.refusal_floor]
-    if not projected:
-        return None
-    rank = [name for name in (usefulness_metric(study), refusal) if name is not None] if holding else [refusal]
-    return max(holding or projected, key=lambda result: (*(result.metrics[name].value for name in rank), -result.number)), bool(holding)
+    found = pick([r for r in results if is_projected(r)], [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
+    return None if found is None else (found.result, found.holds)
 
 
 def usefulness_metric(study: Study) -> str | None:

@@ -127,3 +127,10 @@ def svg(figure: Figure) -> bytes:
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()
+
+
+def save_as(figure: Figure, path: Path) -> Path:
+    """One file in the format of its name: .png (200 dpi), .pdf or .svg."""
+    dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    with style():
+        return write_whole(path, lambda fresh: figure.savefig(fresh, dpi=200, metadata=dates.get(path.suffix)))

@@ -120,3 +120,10 @@ def _legend(appearance: Mapping[str, tuple[str, str]], drawn: Sequence[str], bas
         dotted = Line2D([], [], color="0.35", linestyle=":", label=aligned)
         signs.append(sign(aligned, "*", size=11.0) if len(drawn) == 2 else dotted)
     return models + signs
+
+
+def draw_frontier(axes: Axes, own: Sequence[Result], drawn: Sequence[str], colour: str, marker: str) -> None:
+    """Finished results with their 95% intervals, and the border of what they dominate, on axes of somebody else's."""
+    for result in own:
+        _point(axes, result, drawn, colour, marker)
+    _frontier_line(axes, frontier(own, drawn), drawn, colour)

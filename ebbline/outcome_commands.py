@@ -3,6 +3,9 @@
 from typing import Annotated
 from pathlib import Path
 from typing import Annotated, Literal
+import os
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -85,6 +88,30 @@ def wandb_workspace(
 ) -> None:
     """Make the study's workspace and report on W&B, or bring them up to date: frontier, hypervolume, parallel coordinates, importance."""
     from ebbline.workspace import make_workspace
+def pick(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    model: Annotated[str | None, typer.Option(help="Of this size only.", show_default=False)] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(help="What a point must hold, as refusal_rate=0.95; at most, where lower is better. Repeatable.", show_default=False),
+    ] = None,
+    maximise: Annotated[
+        str | None, typer.Option(help="Most of this; the study's usefulness objective if not given.", show_default=False)
+    ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(min=0.5, max=0.9999, help="Hold the floors with this confidence, the pick allowed for.", show_default=False),
+    ] = None,
+    point: Annotated[int | None, typer.Option(help="Look at this point instead of the best one.", show_default=False)] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="Write the point's adapter and its model card into this folder.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Name the point to ship: the most useful one that holds the floor, and how sure that is. Exit code 1 when none does."""
+    from ebbline.picking import Asked, pick_study
     from sweeps.home import Home
     from sweeps.study_file import load
 
@@ -95,3 +122,37 @@ def wandb_workspace(
         raise typer.BadParameter("give STUDY and --to DIR, or --check BUNDLE alone (either with --home)")
     exporting.export_study(where.continued(load(study)), where, to, style, as_json)
     make_workspace(where.continued(load(study)), where, entity, as_json)
+    asked = Asked(tuple(floor or ()), maximise, model, point, confidence, seed)
+    raise typer.Exit(pick_study(where.continued(load(study)), study, where, asked, export, as_json))
+
+
+@outcome_app.command()
+@explained
+def compare(
+    studies: Annotated[list[str], typer.Argument(help="Studies that ship, or YAML files; the first is what the others are set against.")],
+    home: Annotated[
+        list[Path] | None, typer.Option(help="The home of all of them, or one for each in their order.", show_default=False)
+    ] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(help="What operating points must hold, as for `pick`; the strictest refusal floor if not given.", show_default=False),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Write a page (.html) or a picture (.png, .pdf, .svg) here.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set studies side by side: frontiers, operating points at equal floors, equal points; prompt by prompt where that is possible."""
+    from ebbline.comparing import compare_studies
+
+    compare_studies(studies, home or [Path(os.environ.get("EBBLINE_HOME", DEFAULT_HOME))], floor or [], to, as_json)
+
+
+@outcome_app.command()
+@explained
+def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
+    """Set a study beside what papers report, and say of each number what is and is not comparable."""
+    from ebbline.papers import show_papers
+    from sweeps.home import Home
+    from sweeps.study_file import load
+
+    where = Home(home)
+    show_papers(where.continued(load(study)), where, as_json)

@@ -78,6 +78,17 @@ def test_an_unprojected_point_is_never_picked_as_projected(study: Study) -> None
     assert "operating point" not in said
 
 
+def test_a_point_that_holds_the_floor_without_projection_and_is_more_useful_is_told(study: Study) -> None:
+    rows = [result(0, refusal=0.96, task=0.7), result(1, refusal=0.99, task=0.5, share=0.5, threshold=0.5)]
+    said = text(study, rows)
+    assert "small, operating point: point 1 (" in said
+    assert "Without projection point 0 (threshold=none size=100 rank=8; 0% of modules projected) holds the floor: it refuses 96.0%" in said
+    assert "and its task accuracy is 70.0%" in said
+    low = [result(0, refusal=0.96, task=0.7), result(1, refusal=0.8, task=0.5, share=0.5, threshold=0.5)]
+    assert "none of 1 projected points holds the refusal floor" in text(study, low) and "Without projection point 0" in text(study, low)
+    assert "Without projection point" not in text(study, [result(0, refusal=0.96, task=0.4), rows[1]])
+
+
 def test_without_a_twin_the_effect_of_projection_is_not_known(study: Study) -> None:
     said = text(study, [result(0, rank=4, refusal=0.3), result(1, rank=16, refusal=0.95, share=1.0)])
     assert "so the effect of projection is not known" in said

@@ -1,0 +1,123 @@
+"""A study beside published numbers: every verdict comes from the study's settings, and a tiny model is beside nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from analysis.compare import Baselines
+from analysis.papers import Row, beside_papers
+from analysis.published import PUBLISHED
+from analysis.results import PromptSet
+from sweeps.points import Point, Result
+from sweeps.study import Study
+from sweeps.study_file import shipped
+from tasks.metrics import DIRECTIONS, Metric
+from tests.analysis.conftest import result
+
+COMMIT, SHA = "a" * 40, "b" * 64
+ADVBENCH = {"advbench": PromptSet("advbench", 520, 520, SHA)}
+
+
+@pytest.fixture
+def llama() -> Callable[..., Study]:
+    """`llama(changes...)` is the study llama2 that ships, with values at dotted paths replaced."""
+
+    def made(**changes: object) -> Study:
+        raw = yaml.safe_load(shipped()["llama2"].read_text("utf-8"))
+        for size in raw["models"].values():
+            for role in ("base", "aligned"):
+                size[role]["hub"] |= {"commit": COMMIT, "sha256": SHA}
+        for path, value in changes.items():
+            *above, last = path.split("__")
+            place = raw
+            for part in above:
+                place = place[part]
+            place[last] = value
+
+        def tupled(value: object) -> object:
+            if isinstance(value, list):
+                return tuple(map(tupled, value))
+            return {key: tupled(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+        return Study.model_validate(tupled(raw), context={"folder": shipped()["llama2"].parent})
+
+    return made
+
+
+def point(number: int, model: str, refused: int, threshold: float | None = None, share: float = 0.0) -> Result:
+    values = {"train.rank": 8, "data.size": 1000, "apply.threshold": threshold}
+    metrics = {
+        "advbench.refusal_rate": Metric("refusal_rate", refused, 520),
+        "task.task_accuracy": Metric("task_accuracy", 90 - int(70 * share), 100),
+    }
+    return Result(number, Point.of(model, values), "done", metrics, projected_share=share)
+
+
+def row(study: Study, results: list[Result], baselines: Baselines, asked: dict[str, PromptSet], **wanted: object) -> Row:
+    rows = beside_papers(study, results, baselines, asked)
+    (found,) = [each for each in rows if all(getattr(each.published, name) == value for name, value in wanted.items())]
+    return found
+
+
+GADE_BEFORE = {"paper": "arXiv 2311.00117", "state": "before"}
+
+
+def verdicts(found: Row) -> dict[str, str]:
+    return {fact.what: fact.verdict for fact in found.facts}
+
+
+def test_every_number_has_a_source_and_is_a_share_or_says_its_unit() -> None:
+    assert len(PUBLISHED) > 30 and len(set(PUBLISHED)) == len(PUBLISHED)
+    for each in PUBLISHED:
+        assert each.paper and each.setting and (each.repository or each.metric not in DIRECTIONS)
+        assert 0 <= each.value <= 1 or each.note, each
+
+
+def test_a_study_of_tiny_models_is_beside_nothing(study: Study) -> None:
+    rows = beside_papers(study, [result(0), result(1, share=0.5, threshold=0.5)], {}, {})
+    assert {each.comparable for each in rows} == {"not comparable"}
+    assert {each.here for each in rows} == {"not set beside it: a tiny model"}
+    assert all("model" in [fact.what for fact in each.those("differs")] for each in rows)
+
+
+def test_the_size_of_the_same_name_is_set_beside_and_its_number_has_an_interval(llama: Callable[..., Study]) -> None:
+    before: Baselines = {"13b": {"advbench.refusal_rate": Metric("refusal_rate", 515, 520)}}
+    found = row(llama(), [], before, ADVBENCH, **GADE_BEFORE)
+    assert found.model == "13b" and found.here == "13b: 99.0% (95% interval 97.8% to 99.6%, n = 520)"
+    assert verdicts(found) == {
+        "metric": "same", "model": "same", "quantisation": "differs", "prompts": "same", "scorer": "cannot be told",
+    }  # fmt: skip
+    assert found.comparable == "not comparable"
+
+
+def test_what_is_the_same_but_for_what_a_paper_withholds_is_not_known_to_be_comparable(llama: Callable[..., Study]) -> None:
+    found = row(llama(models__13b__quantisation="none"), [], {}, ADVBENCH, **GADE_BEFORE)
+    assert verdicts(found)["quantisation"] == "same" and found.comparable == "not known to be comparable"
+    assert found.here == "not measured yet"
+
+
+def test_other_prompts_and_part_of_a_set_are_another_measurement(llama: Callable[..., Study]) -> None:
+    some = {"advbench": replace(ADVBENCH["advbench"], asked=100)}
+    own = {"advbench": replace(ADVBENCH["advbench"], format="plain")}
+    for asked in (some, own):
+        assert verdicts(row(llama(), [], {}, asked, **GADE_BEFORE))["prompts"] == "differs"
+
+
+def test_everything_known_and_the_same_is_comparable(llama: Callable[..., Study]) -> None:
+    """lm-eval's MMLU before fine-tuning is all that can be: same weights, quantisation, task and shots."""
+    wanted = {"paper": "arXiv 2310.20624", "state": "before", "suite": "mmlu"}
+    assert verdicts(row(llama(), [], {}, {}, **wanted))["quantisation"] == "differs"
+    assert row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted).comparable == "comparable"
+    fewer = row(llama(models__70b__quantisation="int8", suites__mmlu__measure__shots=0), [], {}, {}, **wanted)
+    assert verdicts(fewer)["shots"] == "differs"
+
+
+def test_fine_tuned_numbers_stand_beside_unprojected_points_and_projected_ones_beside_the_pick(llama: Callable[..., Study]) -> None:
+    rows = [point(0, "7b", 300), point(1, "7b", 500, 0.35, 0.11), point(2, "7b", 519, 0.6, 0.8)]
+    tuned = row(llama(), rows, {}, ADVBENCH, paper="WaRP", state="fine-tuned", suite="refusal", repository="Llama-2-7b-chat-hf")
+    assert tuned.here.startswith("7b: 57.7% (95% interval")
+    assert verdicts(tuned)["rank"] == "differs" and verdicts(tuned)["data"] == "cannot be told"
+    share = row(llama(), rows, {}, ADVBENCH, paper="arXiv 2405.16833", metric="projected_share", repository="Llama-2-7b-chat-hf")
+    assert share.here == "11.0%", "of the projected points that hold the study's floor, the most useful"

@@ -1,0 +1,176 @@
+"""`ebbline pick --export` on a small real study: what may leave, that it is what was measured, and what its card says."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+from typer.testing import Result as Said
+
+from analysis.results import collect
+from cluster.inline import InlineExecutor
+from ebbline.cli import app
+from sweeps.drive import drive
+from sweeps.home import Home
+from sweeps.study import Study
+from tasks.completions import read_completions
+from tasks.identity import content_digest, folder_files
+from tests.sweeps.made import study as made_study
+from tests.tiny import Pair, conversations, write_chats, write_lines
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "pick.json", "projected_modules.json"]
+
+
+def pinned(path: Path) -> dict[str, Any]:
+    return {"path": {"path": str(path), "sha256": content_digest(path)}}
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[Path, Study, Home]:
+    """A study of two seeds that was run to its end: without projection, and with every module projected."""
+    folder = tmp_path_factory.mktemp("pick")
+    asked = [{"prompt": turns[0]["content"], "answer": turns[1]["content"]} for turns in conversations(6, 3)]
+    prompts = write_lines(folder / "prompts.jsonl", asked)
+    changes = {
+        "models": {"7b": {"base": pinned(pair.base), "aligned": pinned(pair.aligned), "quantisation": "none", "dtype": "float32"}},
+        "data": {"pool": pinned(write_chats(folder / "chats.jsonl", 32)), "settings": {"size": 16}},
+        "train": {"steps": 2, "global_batch": 8, "rank": 2, "learning_rate": 1e-2, "max_tokens": 64},
+        "axes": {"apply.threshold": [None, 1.0]},
+        "seeds": [3, 4],
+        "suites/refusal": {"prompts": pinned(prompts), "measure": {"kind": "refusal", "max_new_tokens": 4}},
+        "suites/task": {"prompts": pinned(prompts), "measure": {"kind": "task", "max_new_tokens": 4}},
+        "search": {"sampler": "grid", "window": 2},
+        "refusal_floor": 0.0,  # models of random weights refuse nothing
+    }
+    study, home = made_study(folder, changes), Home(folder / "home")
+    progress = drive(study, home, InlineExecutor)
+    assert [found.status for found in progress.results] == ["done"] * 2
+    return folder / "study.yaml", study, home
+
+
+def run(*arguments: object) -> Said:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def pick(driven: tuple[Path, Study, Home], *arguments: object) -> Said:
+    return run("pick", driven[0], "--home", driven[2].root, *arguments)
+
+
+@pytest.fixture(scope="module")
+def exported(driven: tuple[Path, Study, Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The projected adapter of the first seed."""
+    to = tmp_path_factory.mktemp("export") / "deep" / "adapter"
+    said = pick(driven, "--point", 1, "--export", to)
+    assert said.exit_code == 0, said.output
+    assert "the adapter of seed 3, with its model card README.md. Nothing was uploaded." in said.output
+    return to
+
+
+def test_the_exported_adapter_loads_in_peft_and_says_what_the_measured_one_says(
+    driven: tuple[Path, Study, Home], exported: Path, pair: Pair
+) -> None:
+    _, study, home = driven
+    point = collect(study, home)[1]
+    assert point.projected_share == 1.0
+    stored = {seed: home.store.open("apply", point.keys[f"apply[seed={seed}]"]).path for seed in study.seeds}
+    tokens = torch.arange(7, 27).reshape(2, 10)
+
+    def logits(adapter: Path) -> torch.Tensor:
+        base = AutoModelForCausalLM.from_pretrained(pair.aligned, dtype=torch.float32)
+        with torch.no_grad():
+            found: torch.Tensor = PeftModel.from_pretrained(base, str(adapter)).eval()(tokens).logits
+        return found
+
+    trained = home.store.open("train", point.keys["train[seed=3]"]).path / "adapter"
+    assert torch.equal(logits(exported), logits(stored[3]))
+    assert not torch.equal(logits(exported), logits(stored[4])) and not torch.equal(logits(exported), logits(trained))
+    assert sorted(folder_files(exported)) == FILES
+
+
+def test_the_card_has_the_hubs_metadata_and_every_number_with_its_interval(driven: tuple[Path, Study, Home], exported: Path) -> None:
+    _, study, home = driven
+    card = ModelCard.load(exported / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", "not-on-the-hub/tiny-7b-aligned")
+    point = collect(study, home)[1]
+    for row in re.findall(r"^\| (?:refusal rate|task accuracy), .*$", card.text, re.MULTILINE):
+        assert row.count("95% interval") == 3, row  # the point, the seed alone, the aligned model
+    assert "| refusal rate, higher is better | 0.0% (95% interval 0.0% to 39.0%, n = 12)" in card.text
+    assert point.keys["apply[seed=3]"] in card.text and point.keys["apply[seed=4]"] not in card.text
+    assert "100% of its modules: those with a cosine at or below 1." in card.text
+    assert "This is the adapter of seed 3, the first of the study's seeds that holds the floors by itself" in card.text
+    kept = json.loads((exported / "pick.json").read_text())
+    assert kept["seed"] == 3 and kept["weights_sha256"] == folder_files(exported)["adapter_model.safetensors"]
+    assert kept["settings_of_stages"]["train"]["seed"] == 3
+
+
+def test_no_path_and_no_prompt_or_completion_leaves_with_an_adapter(driven: tuple[Path, Study, Home], exported: Path) -> None:
+    folder, _, home = driven[0].parent, driven[1], driven[2]
+    rows = [row for artifact in home.store.all("generate") for row in read_completions(artifact.path)]
+    secrets = {text for row in rows for text in (row.prompt, row.completion) if len(text) >= 12} | {str(folder), str(folder.parent)}
+    assert len(secrets) > 10
+    for name in FILES:
+        if not name.endswith(".safetensors"):
+            text = (exported / name).read_text("utf-8")
+            assert not [secret for secret in secrets if secret in text], name
+
+
+def test_nothing_is_overwritten(driven: tuple[Path, Study, Home], exported: Path) -> None:
+    before = folder_files(exported)
+    said = pick(driven, "--point", 0, "--export", exported)
+    assert said.exit_code == 1 and "nothing is overwritten; name a folder that is new or empty" in said.output
+    assert folder_files(exported) == before and not list(exported.parent.glob(".*"))
+
+
+def test_another_seed_is_exported_when_it_is_named(driven: tuple[Path, Study, Home], tmp_path: Path) -> None:
+    said = pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four", "--json")
+    assert said.exit_code == 0, said.output
+    assert json.loads(said.stdout)["exported"]["seed"] == 4
+    key = collect(driven[1], driven[2])[1].keys["apply[seed=4]"]
+    assert (tmp_path / "four" / "adapter_model.safetensors").read_bytes() == (
+        driven[2].store.open("apply", key).file("adapter_model.safetensors").read_bytes()
+    )
+    said = pick(driven, "--seed", 9, "--export", tmp_path / "nine")
+    assert said.exit_code == 1 and "--seed 9: point" in said.output and "the seeds 3, 4" in said.output
+
+
+def test_a_study_file_that_was_changed_since_exports_nothing(driven: tuple[Path, Study, Home], tmp_path: Path) -> None:
+    text = driven[0].read_text()
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(text.replace("refusal_floor: 0.0", "refusal_floor: 0.0\nhypothesis: another"))
+    said = run("pick", changed, "--home", driven[2].root, "--export", tmp_path / "deep" / "none")
+    assert said.exit_code == 1 and "was begun in" in said.output and not (tmp_path / "deep").exists()
+
+
+def test_below_a_floor_nothing_is_written_and_the_miss_is_told(driven: tuple[Path, Study, Home], tmp_path: Path) -> None:
+    said = pick(driven, "--floor", "refusal_rate=0.5", "--export", tmp_path / "none")
+    assert said.exit_code == 1
+    assert "nothing was exported: point 0" in said.output and "No point of 7b does." in said.output
+    assert "short by 50.0 points of refusal rate at least 50.0%" in said.output
+    assert not list(tmp_path.iterdir())
+    said = pick(driven, "--floor", "refusal_rate=0.5")
+    assert said.exit_code == 1 and "7b: none of 2 different points holds that. The nearest is point 0" in said.output
+
+
+def test_what_retention_dropped_is_refused_with_the_commands_that_make_it_again(
+    driven: tuple[Path, Study, Home], tmp_path: Path, exported: Path
+) -> None:
+    path, study, home = driven
+    freed = run("store", "gc", "--home", home.root, "--older-than-h", 0, "--keep-adapters", "none", "--yes")
+    assert freed.exit_code == 0, freed.output
+    said = pick(driven, "--point", 1, "--export", tmp_path / "out")
+    assert said.exit_code == 1 and not list(tmp_path.iterdir())
+    key = collect(study, home)[1].keys["apply[seed=3]"]
+    commands = re.findall(r"^  ebbline (.+)$", said.output, re.MULTILINE)
+    assert commands == [f"store forget apply {key} --home {home.root}", f"run {path} --home {home.root}"]
+    assert run(*commands[0].split()).exit_code == 0
+    drive(study, home, InlineExecutor)  # what `ebbline run` does, in this process
+    said = pick(driven, "--point", 1, "--export", tmp_path / "out")
+    assert said.exit_code == 0, said.output
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (exported / weights).read_bytes()
