@@ -15,6 +15,7 @@ from sweeps.plan import Planner
 from sweeps.points import Point
 from sweeps.study_file import parse
 from tasks.gate import ModuleRow, chosen
+from tasks.specs import ApplySpec, DataSpec, TrainSpec
 from tasks.stage import Part, Stage, closure, stage_of
 
 ROOT = Path(__file__).parents[1]
@@ -77,18 +78,19 @@ def stages_picture() -> str:
         one, other = (planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": threshold})) for threshold in (0.35, 0.4))
     first = {stage.lineage for stage in closure(one.values())}
     columns = _columns({stage.lineage: stage for stage in closure([*one.values(), *other.values()])})
-    width, height, places = 148, 44, dict[str, tuple[float, float]]()
+    width, height, gap, step, places = 84, 54, 22, 64, dict[str, tuple[float, float]]()
     deepest = max(len(column) for column in columns)
+    chain = 56 + deepest * step + 70  # the middle of the columns that lie below what they end in
     picture = Picture(
         "The stages of two points that differ in their threshold",
         "From the invented language to a base model, data and an aligned model, one training and one projection, shared by both points."
         " Each threshold has an apply stage of its own, and behind it generations and scores.",
-        len(columns) * (width + 30) + 30, deepest * 58 + 260,
+        len(columns) * (width + gap) + 20, chain + 150,
     )  # fmt: skip
     for index, column in enumerate(columns):
+        top = 56 if len(column) == deepest else chain - (len(column) - 1) * step / 2
         for row, stage in enumerate(column):
-            lowered = 0 if len(column) == deepest else deepest * 58 + 58 - (len(column) - 1) * 29  # the chain lies below what it ends in
-            places[stage.lineage] = 30 + index * (width + 30), 56 + lowered + row * 58
+            places[stage.lineage] = 20 + index * (width + gap), top + row * step
     for column in columns:
         for stage in column:
             x, y = places[stage.lineage]
@@ -101,10 +103,12 @@ def stages_picture() -> str:
     for column in columns:
         for stage in column:
             look = "box" if stage.lineage in first else "new"
-            picture.box(*places[stage.lineage], width, height, [_named(stage), stage.lineage[:10]], look)
-    foot = deepest * 58 + 246
-    picture.text(30, 30, "A point's stages, and what another threshold adds (below each kind: how its lineage begins)", look="strong")
-    picture.text(30, foot, "blue: of the point with threshold 0.35; orange: what threshold 0.4 adds", look="small")
+            picture.box(
+                *places[stage.lineage], width, height, [line for line in (stage.kind, _about(stage), stage.lineage[:8]) if line], look
+            )
+    picture.text(20, 30, "A point's stages, and what another threshold adds to them", look="strong")
+    foot = "blue: of the point with threshold 0.35; orange: what threshold 0.4 adds; the last line begins the lineage"
+    picture.text(20, chain + 136, foot, look="small")
     return picture.done()
 
 
@@ -115,7 +119,7 @@ def thresholds_picture() -> str:
     left, step, top = 170, 74, 84
     picture = Picture(
         "Thresholds between the same cosines are one mask",
-        "Six modules with their cosines against eight thresholds. A dot where a threshold takes a module. Two thresholds between the same"
+        "Six modules with their cosines against eight thresholds. C B where a threshold takes a module. Two thresholds between the same"
         " two cosines take the same modules, give the same adapter and share its measurements.",
         left + len(thresholds) * step + 20, top + len(rows) * 34 + 96,
     )  # fmt: skip
@@ -214,12 +218,17 @@ def _columns(stages: Mapping[str, Stage]) -> list[list[Stage]]:
     return [[stage for lineage, stage in stages.items() if depth[lineage] == at] for at in range(max(depth.values()) + 1)]
 
 
-def _named(stage: Stage) -> str:
-    prompts = stage.inputs.get("prompts")
-    generation = stage_of(stage.inputs["generation"]) if "generation" in stage.inputs else None
-    read = prompts if generation is None else generation.inputs["prompts"]
-    about = read.path.removesuffix(".jsonl") if isinstance(read, Part) else getattr(stage.spec, "threshold", None)
-    return stage.kind if about is None else f"{stage.kind} {about}".replace("over_refusal", "over-ref.")
+def _about(stage: Stage) -> str:
+    """Which of its kind a stage is."""
+    if isinstance(stage.spec, ApplySpec):
+        return f"at {stage.spec.threshold}"
+    if isinstance(stage.spec, DataSpec):
+        return f"{stage.spec.size} rows"
+    if isinstance(stage.spec, TrainSpec):
+        return "full" if stage.spec.method == "full" else f"rank {stage.spec.rank}"
+    generation = stage_of(stage.inputs["generation"]) if "generation" in stage.inputs else stage
+    prompts = generation.inputs.get("prompts") if generation is not None else None
+    return prompts.path.removesuffix(".jsonl") if isinstance(prompts, Part) else ""
 
 
 def _imported(package: str) -> set[str]:
