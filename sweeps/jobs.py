@@ -9,6 +9,7 @@ from cluster.costs import GpuTypes
 from cluster.estimates import Estimates
 from cluster.starts import Lanes
 from sweeps.home import Home
+from sweeps.ledger import whole_lines
 from sweeps.spending import NAME, read_spent
 
 
@@ -29,10 +30,8 @@ class HeldJob:
 def read_jobs(folder: Path) -> Iterator[HeldJob]:
     """The jobs of a study that ended, in that order. Raises StudyError when a line is damaged."""
     read_spent(folder)  # names a damaged line
-    path = folder / NAME
-    text = path.read_text() if path.exists() else ""
     drive, lanes, held = -1, Lanes(), dict[str, HeldJob]()
-    for line in text[: text.rfind("\n") + 1].splitlines():
+    for line in whole_lines(folder / NAME):
         said = json.loads(line)
         if "driver" in said:
             drive, lanes, held = drive + 1, Lanes(), {}

@@ -17,6 +17,7 @@ from typing import Any
 
 from cluster.costs import Cost
 from sweeps.forecast import Forecast
+from sweeps.ledger import open_to_append, whole_lines
 from sweeps.spending import Spent
 from tasks.errors import StudyError
 
@@ -69,15 +70,14 @@ def keep_end(prediction: Prediction, after: Spent, folder: Path) -> None:
 
 
 def _append(folder: Path, said: Mapping[str, Any]) -> None:
-    with (folder / NAME).open("a") as file:
+    with open_to_append(folder / NAME) as file:
         file.write(json.dumps(said) + "\n")
 
 
 def read_predictions(folder: Path) -> list[Prediction]:
     """All predictions of a study, the first first. Raises StudyError when a line is damaged, other than a last one that was cut off."""
     path, found = folder / NAME, list[Prediction]()
-    text = path.read_text() if path.exists() else ""
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             said: Mapping[str, Any] = json.loads(line)
             if "done_s" in said:

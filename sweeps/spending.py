@@ -23,6 +23,7 @@ from typing import Any, Literal, TextIO
 from cluster.costs import Cost, GpuTypes, total
 from cluster.executor import ACCELERATOR_TYPE, Job
 from cluster.profile import Profile
+from sweeps.ledger import open_to_append, whole_lines
 from sweeps.study import Budget, Study
 from tasks.errors import StudyError
 
@@ -58,12 +59,11 @@ class Spent:
 def read_spent(folder: Path) -> Spent:
     """What a study's drivers have said so far. Raises StudyError when a line is damaged, other than a last one that was cut off."""
     path = folder / NAME
-    text = path.read_text() if path.exists() else ""
     driving_s, costs, keys = 0.0, list[Cost](), set[str]()
     session = _Session()
     stopped: Stopped | None = None
     gain: Stopped | None = None
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             said = json.loads(line)
             if "driver" in said:
@@ -214,12 +214,7 @@ class Spending:
 @contextmanager
 def spending(study: Study, profile: Profile, folder: Path, driver: str) -> Iterator[Spending]:
     """The ledger of a study, for the driver that holds it; a last line that was cut off is taken away."""
-    path = folder / NAME
-    with path.open("a+") as file:
-        file.seek(0)
-        text = file.read()
-        if not text.endswith("\n"):
-            file.truncate(len(text[: text.rfind("\n") + 1].encode()))
+    with open_to_append(folder / NAME) as file:
         kept = Spending(study, profile, read_spent(folder), file, driver)
         try:
             yield kept

@@ -141,7 +141,7 @@ class Trials:
         self._optuna.set_user_attr(WARMED, [*self._optuna.user_attrs.get(WARMED, []), name])
 
     def exhaust(self) -> None:
-        """Write that there is no further point to propose, as long as the axes stay as they are."""
+        """Write that there is no further point to propose, as long as axes, seeds and sampler stay as they are."""
         self._optuna.set_user_attr(EXHAUSTED, _exhausted(self.study, len(self.entries)))
 
     def _write(self, trial: FrozenTrial) -> int:
@@ -302,5 +302,7 @@ def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
 
 
 def _exhausted(study: Study, points: int) -> str:
-    own = {name: model.model_dump(mode="json")["axes"] for name, model in study.models.items()}
-    return digest({"points": points, "axes": study.model_dump(mode="json")["axes"], "models": own})
+    """What decides whether there is a further point: how many were asked for, from which values, by whom, measured over how many seeds."""
+    said = study.model_dump(mode="json")
+    own = {name: model["axes"] for name, model in said["models"].items()}
+    return digest({"points": points, "axes": said["axes"], "models": own, "sampler": study.sampler, "seeds": said["seeds"]})

@@ -246,6 +246,17 @@ def test_what_a_run_took_is_kept_with_its_prediction_once_it_came_to_its_end(tmp
     assert predictions[1].after.driving_s == 99.0 and predictions[1].since(predictions[1].after)[0] == 89.0
 
 
+def test_a_prediction_that_was_cut_off_is_no_part_of_the_next(tmp_path, home):
+    found = forecast(study(tmp_path), home, ONE)
+    first, cut_off, last = (predict(found, Spent(driving_s)) for driving_s in (0.0, 10.0, 20.0))
+    keep(first, tmp_path)
+    keep(cut_off, tmp_path)
+    text = (tmp_path / "plans.jsonl").read_text()
+    (tmp_path / "plans.jsonl").write_text(text[:-40])
+    keep(last, tmp_path)
+    assert [each.before.driving_s for each in read_predictions(tmp_path)] == [0.0, 20.0]
+
+
 def test_a_damaged_prediction_names_its_line(tmp_path):
     (tmp_path / "plans.jsonl").write_text('{"wall_s": 1}\n')
     with pytest.raises(StudyError, match=r"plans\.jsonl, line 1 is damaged"):
