@@ -56,9 +56,9 @@ def test_a_command_or_an_option_that_is_not_there_is_seen() -> None:
     assert "No such option" in refused("run quickstart --fast")
     assert refused("store gc --keep-adapters frontier --yes") == ""
     found = list(
-        command_lines("```\nray submit x ebbline/__main__.py -- run '~/a' --home '~/b'\nebbline plan a # why\n```\n`ebbline pin a --to b`")
+        command_lines("```\nray submit x ebbline/__main__.py -- run '~/a' --home '~/b'\nebbline plan a # why\nebbline run a 2> b | c -d\n```\n`ebbline pin a --to b`")
     )
-    assert found == ["run '~/a' --home '~/b'", "plan a", "pin a --to b"]
+    assert found == ["run '~/a' --home '~/b'", "plan a", "run a", "pin a --to b"]
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -99,7 +99,7 @@ def command_lines(text: str) -> Iterator[str]:
             r"ebbline/__main__\.py -- ([a-z].*)", line
         )
         if found:
-            said = re.sub(r"\s#.*", "", found[1])
+            said = re.sub(r"\s(?:#|\||&|;|\d?>).*", "", found[1])
             yield (said.removesuffix("'") if said.count("'") % 2 else said).strip()
 
 
