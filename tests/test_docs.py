@@ -55,9 +55,8 @@ def test_a_command_or_an_option_that_is_not_there_is_seen() -> None:
     assert "No such command" in refused("runn quickstart")
     assert "No such option" in refused("run quickstart --fast")
     assert refused("store gc --keep-adapters frontier --yes") == ""
-    found = list(
-        command_lines("```\nray submit x ebbline/__main__.py -- run '~/a' --home '~/b'\nebbline plan a # why\nebbline run a 2> b | c -d\n```\n`ebbline pin a --to b`")
-    )
+    fenced = ("ray submit x ebbline/__main__.py -- run '~/a' --home '~/b'", "ebbline plan a # why", "ebbline run a 2> b | c -d")
+    found = list(command_lines("\n".join(["```", *fenced, "```", "`ebbline pin a --to b`"])))
     assert found == ["run '~/a' --home '~/b'", "plan a", "run a", "pin a --to b"]
 
 
