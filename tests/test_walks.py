@@ -1,6 +1,5 @@
 """The pages that walk a reader through something, walked: their files written, their changes made, their commands run."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def checkout(folder: Path) -> Path:
 def written(quickstart_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a reader who followed the tutorial and then wrote and ran the study of writing-a-study.md."""
     folder = checkout(tmp_path_factory.mktemp("reader"))
-    shutil.copytree(quickstart_home / "store", folder / "runs" / "store", copy_function=os.link)
+    shutil.copytree(quickstart_home / "store", folder / "runs" / "store")
     follow(DOCS / "writing-a-study.md", folder, {"EBBLINE_HOME": "runs"})
     return folder
 
