@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from analysis.before_after import Line, before_after
 from analysis.compare import (
     LEVEL,
     NO_EVIDENCE,
@@ -33,10 +34,17 @@ from sweeps.study import Study
 from tasks.metrics import Metric
 
 
-def answer(study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE) -> list[str]:
+def answer(
+    study: Study,
+    results: Sequence[Result],
+    baselines: Baselines,
+    evidence: Evidence = NO_EVIDENCE,
+    lines: Sequence[Line] | None = None,
+) -> list[str]:
     """A paragraph per model on fine-tuning, on projection and on the point to pick; then what limits them.
 
-    With the samples as `evidence` measurements on the same prompts are compared in pairs, without them by their intervals.
+    With the samples as `evidence` measurements on the same prompts are compared in pairs, without them by their intervals. `lines` are
+    those of analysis.before_after, for a caller who has them already.
     """
     refusal, done = refusal_metric(study), finished(results)
     if refusal is None:
@@ -44,6 +52,7 @@ def answer(study: Study, results: Sequence[Result], baselines: Baselines, eviden
     if not done:
         return ["No point has finished, so there is no answer yet.", *_unfinished(results)]
     values_of(done, [refusal, *study.objectives])  # raises when one was not measured
+    lines = before_after(study, results, baselines, evidence) if lines is None else lines
     paragraphs: list[str] = []
     told: list[Comparison] = []
     for model in sorted({result.point.model for result in done}, key=natural):
@@ -51,24 +60,25 @@ def answer(study: Study, results: Sequence[Result], baselines: Baselines, eviden
         aligned = baselines.get(model, {}).get(refusal)
         plain = list(unprojected(own).values())
         ebbed = [] if aligned is None else compared_with_aligned(model, aligned, plain, refusal, evidence)
-        brought = _against_twins(own, [refusal], evidence)
+        brought = _against_twins(own, refusal, evidence)
         paragraphs += [_fine_tuning(model, plain, refusal, aligned, ebbed), _projection(model, own, brought)]
         told += [*ebbed, *brought]
         picked = operating_point(study, own, refusal)
         if picked is not None:
             best, holds = picked
             names = [name for name in (usefulness_metric(study), refusal) if name is not None]
-            changes = _against_twins([best, *plain], names, evidence) if holds else []
-            paragraphs.append(_pick(study, model, own, refusal, best, holds, dict(zip(names, changes, strict=False))))
-            told += changes
+            found = {line.name: line.changes["projection"] for line in lines if line.model == model and "projection" in line.changes}
+            changes = {name: found[name] for name in names if holds and name in found}
+            paragraphs.append(_pick(study, model, own, refusal, best, holds, changes))
+            told += changes.values()
     return [*paragraphs, *_unfinished(results), _caution(done, refusal, told)]
 
 
-def _against_twins(own: Sequence[Result], names: Sequence[str], evidence: Evidence) -> list[Comparison]:
-    """Every projected result against the unprojected one of its training, a comparison for each metric."""
+def _against_twins(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
+    """Every projected result against the unprojected one of its training."""
     twins = unprojected(own)
     pairs = [(twins[training_of(result)], result) for result in own if is_projected(result) and training_of(result) in twins]
-    return compared([(measurement(twin, name, evidence), measurement(result, name, evidence)) for twin, result in pairs for name in names])
+    return compared([(measurement(twin, name, evidence), measurement(result, name, evidence)) for twin, result in pairs])
 
 
 def _fine_tuning(model: str, plain: Sequence[Result], refusal: str, aligned: Metric | None, ebbed: Sequence[Comparison]) -> str:
@@ -205,7 +215,7 @@ def _meaning(told: Sequence[Comparison]) -> str:
     return (
         "Higher and lower, where paired, mean that the same prompts differ: the 95% bootstrap interval of the difference leaves"
         f" out 0, and {test} has p < {LEVEL:g} after the correction by Benjamini and Hochberg for the comparisons that a sentence"
-        " counts together." + ("" if len(tests) == len(told) else f" Elsewhere they {by_intervals}.")
+        " or a table tells together." + ("" if len(tests) == len(told) else f" Elsewhere they {by_intervals}.")
     )
 
 

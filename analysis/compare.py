@@ -4,6 +4,7 @@ Invariant: "higher" and "lower" need a paired test on the same prompts, or, wher
 that do not overlap; anything less is "not distinguishable".
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -65,6 +66,16 @@ class Comparison:
     move: Move
     paired: Paired | None = None
 
+    @property
+    def difference(self) -> float:
+        """The second less the first."""
+        return self.after.value - self.before.value if self.paired is None else self.paired.difference
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95%, of the difference: the bootstrap's over prompts where paired, else from both intervals as for independent samples."""
+        return apart(self.before, self.after) if self.paired is None else self.paired.interval
+
 
 def measurement(result: Result, name: str, evidence: Evidence) -> Measurement:
     suite, _, metric = name.rpartition(".")
@@ -111,6 +122,18 @@ def moved(before: Metric, after: Metric) -> Move:
     """Where `after` lies from `before` by their intervals. For shared prompts this is stricter than a paired test."""
     (before_low, before_high), (after_low, after_high) = before.interval, after.interval
     return "higher" if after_low > before_high else "lower" if after_high < before_low else "not distinguishable"
+
+
+def apart(before: Metric, after: Metric) -> tuple[float, float]:
+    """The 95% interval of a difference of two independent measurements, from theirs: square-and-add, Newcombe (1998), method 10.
+
+    With the difference d and the intervals (l, u): d - sqrt((after - l_after)^2 + (u_before - before)^2), and above likewise.
+    """
+    (before_low, before_high), (after_low, after_high) = before.interval, after.interval
+    difference = after.value - before.value
+    below = math.hypot(after.value - after_low, before_high - before.value)
+    above = math.hypot(after_high - after.value, before.value - before_low)
+    return max(-1.0, difference - below), min(1.0, difference + above)
 
 
 def is_projected(result: Result) -> bool:

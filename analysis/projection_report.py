@@ -12,8 +12,8 @@ from statistics import median
 
 from analysis.figures import save
 from analysis.files import write_whole
+from analysis.page import shown_cosines, shown_shares, template
 from analysis.projection_figure import cosine_map, share_figure
-from analysis.report import shown_cosines, shown_shares, template
 from analysis.wording import natural, percent, without_paths
 from tasks.gate import ModuleRow, ProjectedRows
 
@@ -33,15 +33,16 @@ def write_projection_report(
     are drawn for the first MOST_MAPS adapters. Raises ValueError without adapters, or when one has no module.
     """
     named = dict(zip(_distinct([without_paths(label.rstrip("/")) for label in adapters]), adapters.values(), strict=True))
-    share = share_figure({label: adapter.rows for label, adapter in named.items()}, thresholds)
+    curves = {label: adapter.rows for label, adapter in named.items()}
+    share = share_figure(curves, thresholds)
     maps = {label: cosine_map(adapter.rows, adapter.taken, label) for label, adapter in list(named.items())[:MOST_MAPS]}
     page = template("projection_template.html").render(
         settings=settings,
         notes=[without_paths(note) for note in notes],
         sentences=[projection_sentence(label, adapter) for label, adapter in named.items()],
         figures=[
-            *(shown_cosines(figure, label) for label, figure in maps.items()),
-            shown_shares(share, f"{len(named)} adapters" if len(named) > 1 else next(iter(named))),
+            *(shown_cosines(figure, label, named[label].rows, named[label].taken) for label, figure in maps.items()),
+            shown_shares(share, f"{len(named)} adapters" if len(named) > 1 else next(iter(named)), curves),
         ],
         left_out=len(named) - len(maps),
         drawn=len(maps),

@@ -3,25 +3,26 @@
 Invariants: it asks for nothing from outside; it holds counts, rates, settings and hashes, never a prompt or completion.
 """
 
-import base64
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
-from matplotlib.figure import Figure
-
 from analysis.answer import answer
-from analysis.compare import NO_EVIDENCE, Baselines, Evidence, refusal_metric, usefulness_metric
-from analysis.figures import svg
+from analysis.before_after import before_after, before_after_cells, trios
+from analysis.compare import NO_EVIDENCE, Baselines, Evidence
 from analysis.files import write_whole
+from analysis.findings import Drawn, Findings, figures_of
 from analysis.frontier import frontier, frontier_hypervolume
-from analysis.frontier_figure import frontier_figure
+from analysis.importance_figure import importance_cells, importance_notes
+from analysis.page import Shown, embedded, shown, shown_cosines, shown_shares, template
 from analysis.projection_figure import Projections, projection_figures
+from analysis.provenance import Row
+from analysis.short_answer import BRACKETS, in_short
 from analysis.tables import agreement_cells, category_cells, frontier_cells, results_frame
-from analysis.threshold_figure import threshold_figure
-from analysis.wording import NO_RESULT, directed_label, settings_label, status_label, without_paths
+from analysis.wording import NO_RESULT, directed_label, percent, settings_label, status_label, without_paths
+from sweeps.importance import METHOD
 from sweeps.points import STATUSES, Result
 from sweeps.study import Study
 
@@ -29,47 +30,59 @@ _NO_PROJECTIONS: Projections = MappingProxyType({})
 
 
 def write_report(
-    study: Study,
-    results: Sequence[Result],
-    baselines: Baselines,
+    found: Findings,
     folder: Path,
     cost: Mapping[str, object],
-    provenance: Mapping[str, object],
+    provenance: Sequence[Row],
     projections: Projections = _NO_PROJECTIONS,
-    evidence: Evidence = NO_EVIDENCE,
     plan: Path | None = None,
+    figures: Mapping[str, Drawn] | None = None,
 ) -> Path:
-    """FOLDER/report.html. `cost` and `provenance` are rows of a label and a value, `plan` the picture (SVG) of the latest plan.
+    """FOLDER/report.html. `cost` has rows of a label and a value, `plan` is the picture (SVG) of the latest plan, `figures` are those of
+    the findings, for a caller who has drawn them already.
 
-    Without `evidence` nothing is compared in pairs, and there are no tables by category and of agreement between scorers.
+    Without evidence nothing is compared in pairs, and there are no tables by category and of agreement between scorers.
     """
+    study, results = found.study, found.results
+    drawn = {name: shown(each.figure, each.words, each.caption) for name, each in (figures or figures_of(found)).items()}
     page = template("report_template.html").render(
         study=study,
-        paragraphs=[_split(paragraph) for paragraph in answer(study, results, baselines, evidence)],
+        short=in_short(study, results, found.baselines, found.lines, found.evidence),
+        brackets=BRACKETS,
+        paragraphs=[_split(paragraph) for paragraph in answer(study, results, found.baselines, found.evidence, found.lines)],
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
         hypervolume=frontier_hypervolume(results, study.objectives),
-        categories=list(category_cells(study, results, evidence)),
-        agreements=list(agreement_cells(study, results, evidence)),
+        figures=drawn,
+        states=before_after_cells(found.lines),
+        sizes=_sizes(study, results),
+        categories=list(category_cells(study, results, found.evidence)),
+        agreements=list(agreement_cells(study, results, found.evidence)),
         means=any(metric.squares is not None for result in results for metric in result.metrics.values()),
-        table=frontier_cells(results_frame(results, study.objectives)),
-        figures=[*_figures(study, results, baselines), *_projection_figures(projections), *_plan_figure(plan)],
+        table=frontier_cells(results_frame(results, study.objectives), study.objectives),
+        projections=_projection_figures(projections),
+        importance=importance_cells(found.importance),
+        importance_method=METHOD,
+        importance_notes=importance_notes(found.importance),
         failed=[
             (result.number, result.point.model, settings_label(result.point), status_label(result.status), without_paths(result.reason))
             for result in _failed(results)
         ],
         cost=cost,
-        provenance=provenance,
+        plan=_plan_figure(plan),
+        provenance=[(group, list(rows)) for group, rows in itertools.groupby(provenance, key=lambda row: row.group)],
     )
     return write_whole(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
 
 
 def summary(study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE) -> dict[str, Any]:
     """The report's content as JSON values, for scripts."""
+    lines = before_after(study, results, baselines, evidence)
     return {
         "study": study.study,
         "objectives": list(study.objectives),
-        "answer": answer(study, results, baselines, evidence),
+        "in_short": in_short(study, results, baselines, lines, evidence),
+        "answer": answer(study, results, baselines, evidence, lines),
         "hypervolume": frontier_hypervolume(results, study.objectives),
         "points": {status: sum(result.status == status for result in results) for status in STATUSES},
         "frontier": [
@@ -87,39 +100,6 @@ def summary(study: Study, results: Sequence[Result], baselines: Baselines, evide
     }
 
 
-def template(name: str) -> jinja2.Template:
-    """A page of analysis/, which escapes whatever it is given and raises for what it was not."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("analysis", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
-
-
-def shown(figure: Figure, alt: str, caption: str) -> dict[str, str]:
-    """A figure as the pages' section of figures takes it, drawn into the page itself."""
-    drawn = base64.b64encode(svg(figure)).decode("ascii")
-    return {"source": f"data:image/svg+xml;base64,{drawn}", "alt": alt, "caption": caption}
-
-
-def shown_cosines(figure: Figure, what: str) -> dict[str, str]:
-    """A cosine map, with the words that explain it."""
-    caption = (
-        f"{what}: the cosine of each module's projected with its unprojected update, by layer and module type. White dots:"
-        " projected. Hatched: no cosine, so never projected. Blank: not adapted."
-    )
-    return shown(figure, alt=f"Heat map: cosines of {what}, module types by layers, a dot on each projected module.", caption=caption)
-
-
-def shown_shares(figure: Figure, what: str) -> dict[str, str]:
-    """The step curves of projected shares, with the words that explain them."""
-    caption = f"{what}: the share of all modules that a threshold projects, which are those with a cosine at or below it."
-    return shown(figure, alt=f"Step curves: share of modules projected by threshold, {what}.", caption=caption)
-
-
 def _split(paragraph: str) -> tuple[str, str]:
     """A paragraph's heading ("small, projection") and text; the paragraphs that are about no model have no heading."""
     heading, colon, text = paragraph.partition(": ")
@@ -132,44 +112,35 @@ def _failed(results: Sequence[Result]) -> list[Result]:
     return sorted((result for result in results if result.status in NO_RESULT), key=lambda result: result.number)
 
 
-def _figures(study: Study, results: Sequence[Result], baselines: Baselines) -> list[dict[str, str]]:
-    drawn = " against ".join(directed_label(name) for name in reversed(study.objectives[:2]))
-    names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
-    across = threshold_figure(results, names, baselines)
-    found = [
-        shown(
-            frontier_figure(results, study.objectives, baselines),
-            alt=f"Scatter plot: {drawn}, a marker per finished point.",
-            caption=(
-                "Every finished point with its 95% Wilson intervals. Filled: projected; hollow: not. The steps are each"
-                " model's frontier, the stars its aligned model before fine-tuning."
-            ),
-        )
-    ]
-    if across is not None:
-        caption = "Against the projection threshold: modules whose cosine is at or below it are projected. 95% Wilson intervals."
-        found.append(shown(across, alt=f"Line plots by threshold: {'; '.join(map(directed_label, names))}.", caption=caption))
-    return found
+def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
+    """Which points stand for a size before and after projection, a sentence each."""
+    said, floor = [], percent(study.refusal_floor)
+    for trio in trios(study, results):
+        tuned = "no unprojected point" if trio.tuned is None else f"point {trio.tuned.number} ({settings_label(trio.tuned.point)})"
+        if trio.shipped is None:
+            said.append(f"{trio.model}: fine-tuned is {tuned}; nothing is projected.")
+        else:
+            how = f"holds the refusal floor of {floor}" if trio.holds else f"comes nearest to the refusal floor of {floor}, below it"
+            settings = settings_label(trio.shipped.point)
+            said.append(f"{trio.model}: fine-tuned is {tuned}; projected is point {trio.shipped.number} ({settings}), which {how}.")
+    return said
 
 
-def _plan_figure(plan: Path | None) -> list[dict[str, str]]:
+def _plan_figure(plan: Path | None) -> Shown | None:
     if plan is None or not plan.exists():
-        return []
-    drawn = base64.b64encode(plan.read_bytes()).decode("ascii")
-    return [
-        {
-            "source": f"data:image/svg+xml;base64,{drawn}",
-            "alt": "Gantt chart: stages over time, as planned, a row for each GPU.",
-            "caption": "What the latest run was expected to do, from before it began. How far off predictions were is under Cost.",
-        }
-    ]
+        return None
+    alt = "Gantt chart: stages over time, as planned, a row for each GPU. The totals, predicted and real, are in the table above."
+    return embedded(plan.read_bytes(), alt, "What the latest run was expected to do, from before it began.")
 
 
-def _projection_figures(projections: Projections) -> list[dict[str, str]]:
+def _projection_figures(projections: Projections) -> list[Shown]:
     figures = projection_figures(projections)
     found = []
     for model, adapters in projections.items():
         if adapters:
-            found.append(shown_cosines(figures[f"cosines-{model}"], f"{model}, {next(iter(adapters))}"))
-            found.append(shown_shares(figures[f"projected-share-{model}"], f"{model}, {len(adapters)} projected adapters"))
+            label, first = next(iter(adapters.items()))
+            curves = {name: adapter.rows for name, adapter in adapters.items()}
+            found.append(shown_cosines(figures[f"cosines-{model}"], f"{model}, {label}", first.rows, first.taken))
+            count = f"{len(adapters)} projected adapter{'s' if len(adapters) > 1 else ''}"
+            found.append(shown_shares(figures[f"projected-share-{model}"], f"{model}, {count}", curves))
     return found

@@ -5,7 +5,7 @@ Nothing remembers which artifacts a point led to: its stages' keys are computed 
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from analysis.compare import Subject, operating_point, refusal_metric
 from analysis.frontier import finished
@@ -62,16 +62,29 @@ def projections(study: Study, results: Sequence[Result], home: Home) -> dict[str
     return found
 
 
-def prompt_sets(study: Study, home: Home) -> dict[str, str]:
-    """Suite -> what its prompts were: format, rows, how many were asked, sha256; of the suites that an aligned model has answered."""
-    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, str]()
+@dataclass(frozen=True)
+class PromptSet:
+    """What a suite's prompts were: how the file was read, its rows, how many of them were asked, and its digest."""
+
+    format: str
+    rows: int
+    asked: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.format}, {self.rows} rows, {self.asked} asked, sha256 {self.sha256}"
+
+
+def prompt_sets(study: Study, home: Home) -> dict[str, PromptSet]:
+    """By suite, of the suites that an aligned model has answered."""
+    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, PromptSet]()
     for suites in planner.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
             if artifact is not None:
                 said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
-                found[suite] = f"{said['format']}, {said['rows']} rows, {said['asked']} asked, sha256 {said['sha256']}"
+                found[suite] = PromptSet(said["format"], said["rows"], said["asked"], said["sha256"])
     return found
 
 
@@ -81,13 +94,13 @@ def costs_before(study: Study, home: Home) -> dict[str, Cost]:
     return costs_of(stages, Resolver(home.store))
 
 
-def kinds_of(study: Study, home: Home, results: Sequence[Result]) -> dict[str, str]:
-    """Key -> kind of every stage that the results and the aligned models rest on, as far as it is in the store."""
+def artifacts_behind(study: Study, home: Home, results: Sequence[Result]) -> list[Artifact]:
+    """Every stage that the results and the aligned models rest on, once each, as far as it is in the store."""
     planner, resolver = Planner(study, home), Resolver(home.store)
     stages = [stage for suites in planner.baselines().values() for stage in suites.values()]
     stages += [stage for result in results for stage in stages_or_refusal(planner, result.point)[0].values()]
     found = (resolver.artifact(stage) for stage in closure(stages))
-    return {artifact.key: artifact.kind for artifact in found if artifact is not None}
+    return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
 
 
 def baselines(study: Study, home: Home) -> dict[str, dict[str, Metric]]:

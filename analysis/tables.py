@@ -110,10 +110,14 @@ def on_a_frontier(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["on_frontier"] | frame["on_model_frontier"]].reset_index(drop=True)
 
 
-def frontier_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frontiers as text, for people: percent with 95% intervals. "*" is on the frontier over all models."""
+def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """The frontiers as text, for people: percent with 95% intervals. "*" is on the frontier over all models.
+
+    `metrics` are those to show, by full name; all, when they are not given.
+    """
     rows = on_a_frontier(frame)
-    metrics = [name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")]
+    measured = [name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")]
+    metrics = measured if metrics is None else [name for name in metrics if name in measured]
     axes = [name for name in frame.columns if name in set(axis_fields())]
     cells = pd.DataFrame({"point": rows["number"].astype(str), "model": rows["model"].astype(str)})
     cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]
@@ -122,11 +126,12 @@ def frontier_cells(frame: pd.DataFrame) -> pd.DataFrame:
     cells["projected"] = ["none" if pd.isna(share) or not share else f"{share:.0%}" for share in rows["projected_share"]]
     for name in metrics:
         triples = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
-        cells[f"{metric_label(name)} %"] = ["" if pd.isna(triple[0]) else _in_percent(*triple) for triple in triples]
+        cells[f"{metric_label(name)} %"] = ["" if pd.isna(triple[0]) else in_percent(*triple) for triple in triples]
     return cells
 
 
-def _in_percent(value: float, low: float, high: float) -> str:
+def in_percent(value: float, low: float, high: float) -> str:
+    """A rate with its interval, for a table's cell: "98.8 [96.4, 99.6]"."""
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -211,7 +216,7 @@ def category_cells(study: Study, results: Sequence[Result], evidence: Evidence) 
             cells = pd.DataFrame({"category": [category for category, _, _ in rows]})
             for label, column in (("aligned", [old for _, old, _ in rows]), (f"point {result.number}", [new for _, _, new in rows])):
                 cells[f"{label} n"] = ["" if metric is None else str(metric.n) for metric in column]
-                cells[f"{label} %"] = ["" if metric is None else _in_percent(metric.value, *metric.interval) for metric in column]
+                cells[f"{label} %"] = ["" if metric is None else in_percent(metric.value, *metric.interval) for metric in column]
             cells["difference"] = ["" if old is None else in_points(new.value - old.value) for _, old, new in rows]
             yield f"{model}, point {result.number}: {metric_label(name)}", cells
 

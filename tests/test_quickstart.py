@@ -1,6 +1,7 @@
 """What `make demo` promises, by running it: three sizes on Ray, a gang under DeepSpeed, lm-eval, the W&B mirror, the report."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from sweeps.study_file import load
 from tasks.completions import read_completions
 from tasks.metrics import read_metrics
 from tasks.stage import Part, Stage
+from tests.analysis.page import Page
 from tests.quickstart import RUN_S, ebbline
 
 pytestmark = pytest.mark.timeout(RUN_S)  # whichever test comes first pays for the run
@@ -80,6 +82,17 @@ def test_the_report_says_how_refusals_moved(folder: Path) -> None:
     assert text.count("Fine-tuned without projection, the refusal rate is lower") == 3
     assert text.count("Against the same training without it, refusal rate is higher at") == 3
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    page = Page(text)
+    assert page.open == [] and {f"#{name}" for name in page.ids} >= {where for where in page.asked if where.startswith("#")}
+    assert {"answer", "frontier", "thresholds", "states", "categories", "projection", "importance", "cost", "provenance"} <= set(page.ids)
+    assert all(re.search(r"\d", alt) for alt in page.alts if not alt.startswith("Gantt chart"))
+    assert re.search(r"<p>Fine-tuning without projection lowered .*\. With projection a point of every size holds .*\.</p>", text)
+    assert "Each point rests on one training seed" in text
+
+
+def test_each_figure_of_the_report_lies_beside_it(folder: Path) -> None:
+    assert all((folder / f"{name}.png").exists() for name in ("frontier", "thresholds", "before-after", "importance"))
+    assert not (folder / "attainment.png").exists()
 
 
 def test_wandb_has_a_run_for_each_point_and_training_and_the_study(folder: Path) -> None:

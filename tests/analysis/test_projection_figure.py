@@ -19,7 +19,7 @@ from analysis.figures import save, svg
 from analysis.projection_figure import cosine_map, depth_and_type, projection_figures, share_figure
 from analysis.projection_report import MOST_MAPS, write_projection_report
 from tasks.gate import ModuleRow, ProjectedRows, chosen
-from tests.analysis.test_report import Page
+from tests.analysis.page import Page
 
 LLAMA = (
     "self_attn.q_proj",

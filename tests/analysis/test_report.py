@@ -2,12 +2,19 @@
 
 import json
 import re
-from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from analysis.compare import Baselines
+import analysis
+from analysis.attainment import attainments
+from analysis.before_after import before_after
+from analysis.compare import NO_EVIDENCE, Baselines, Evidence
+from analysis.figures import COLOURS, looks
+from analysis.findings import Findings, figures_of, findings
+from analysis.provenance import Row
 from analysis.report import summary, write_report
 from analysis.statistics import pooled_agreement
 from sweeps.points import Result
@@ -15,64 +22,97 @@ from sweeps.study import Study
 from tasks.gate import ModuleRow, ProjectedRows
 from tasks.scorers import agreement
 from tests.analysis.conftest import Held, failed, result, share
+from tests.analysis.page import Page, contrast
 
-COST = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
-PROVENANCE = {"commit": "0123abc", "study": "f" * 64}
+COST: dict[str, object] = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
+PROVENANCE = [Row("Study", "study, sha256", "f" * 64), Row("Software", "ebbline", "0.1.0, commit 0123abc")]
 
 
-class Page(HTMLParser):
-    """What a page asks for, its pictures' words, and whether its elements close in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-        self.alts: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
-        if tag == "img":
-            self.alts.append(found.get("alt") or "")
-        if tag not in ("meta", "img", "br", "link"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+def written(study: Study, results: list[Result], baselines: Baselines, folder: Path, evidence: Evidence = NO_EVIDENCE, **more: Any) -> Path:
+    """The report without the importance of axes, which takes a second."""
+    given = {"cost": COST, "provenance": PROVENANCE, **more}
+    lines, attained = before_after(study, results, baselines, evidence), attainments(results, study.objectives)
+    return write_report(Findings(study, results, baselines, evidence, lines, attained, {}), folder, **given)
 
 
 def test_the_report_is_one_file_that_asks_for_nothing(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
-    path = write_report(study, results, baselines, tmp_path, COST, PROVENANCE)
+    found = findings(study, results, baselines)
+    path = write_report(found, tmp_path, COST, PROVENANCE)
     assert list(tmp_path.iterdir()) == [path]
     text = path.read_text("utf-8")
     page = Page(text)
     assert page.open == []
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.asked)
-    assert len(page.alts) == 2
-    assert all(page.alts)
-    assert "url(" not in text
-    assert "<script" not in text
-    for expected in (study.question, study.hypothesis, "40 of 71", "f" * 64, "prefers-color-scheme: dark", "@media print"):
+    assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in page.asked)
+    assert len(page.alts) == len(figures_of(found)) == 4 and all(page.alts)
+    assert re.search(r"task accuracy: .*threshold \d+\.\d% \(\d+\.\d% to \d+\.\d%\)", page.alts[3])
+    assert "url(" not in text and "@import" not in text and "<script" not in text
+    for expected in (study.question, study.hypothesis, "40 of 71", "f" * 64):
         assert expected in text
 
 
+def test_each_section_is_there_with_a_heading_and_a_way_to_it(
+    study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
+    page = Page(written(study, results, baselines, tmp_path).read_text("utf-8"))
+    wanted = ["answer", "frontier", "thresholds", "states", "importance", "failed", "cost", "provenance"]
+    assert [name for name in page.ids if name in wanted] == wanted
+    assert {target.removeprefix("#") for target in page.asked if target.startswith("#")} == set(wanted)
+    assert page.levels[0] == 1 and page.levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(page.levels)), page.levels
+
+
+def test_whoever_cannot_see_the_figures_reads_their_numbers(
+    study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
+    frontier, thresholds, states = Page(written(study, results, baselines, tmp_path).read_text("utf-8")).alts
+    assert "40 finished points" in frontier and "aligned model refusal rate 96.0% and task accuracy 22.0%" in frontier
+    assert "small: 20 points, 12 projected; frontier of" in frontier
+    assert "small, refusal rate: without 20.0% to 55.0%, at 0.3 20.0% to 55.0%" in thresholds
+    assert "refusal rate, small: before fine-tuning 96.0%, fine-tuned, not projected" in states
+
+
+def test_every_table_has_a_caption_and_names_its_rows_and_columns(
+    study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
+    page = Page(written(study, results, baselines, tmp_path).read_text("utf-8"))
+    assert page.tables == page.captions > 4
+    assert page.scopes and None not in page.scopes
+
+
+def test_text_can_be_read_in_light_in_dark_and_in_print() -> None:
+    """WCAG 2.2, 1.4.3: a contrast of 4.5 or more for text, in each of the three sets of colours."""
+    css = (Path(analysis.__file__).parent / "page_template.html").read_text("utf-8")
+    sets = [dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", block)) for block in re.findall(r":root \{(.*?)\}", css)]
+    assert len(sets) == 3
+    assert "prefers-color-scheme: dark" in css and "@media print" in css
+    for colours in sets:
+        for ink in ("ink", "soft", "accent"):
+            for page in ("page", "tint"):
+                assert contrast(colours[ink], colours[page]) >= 4.5, (ink, page, colours)
+
+
+def test_what_figures_are_drawn_with_can_be_told_from_their_white_ground() -> None:
+    """WCAG 2.2, 1.4.11, for the colours of a study's first three sizes; further ones have marks of their own beside their colour."""
+    assert all(contrast(colour, "#ffffff") >= 3 for colour in COLOURS[:3])
+    assert len(set(looks(f"size {number}" for number in range(7)).values())) == 7
+
+
 def test_a_failed_point_is_shown_with_its_reason(study: Study, tmp_path: Path) -> None:
-    text = write_report(study, [failed(7, "out of memory")], {}, tmp_path, {}, {}).read_text("utf-8")
+    text = written(study, [failed(7, "out of memory")], {}, tmp_path).read_text("utf-8")
     assert "Points without a result" in text
     assert "out of memory" in text
     assert "No point has finished" in text
 
 
 def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
-    text = write_report(study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, {"a": "<b>"}, {}).read_text("utf-8")
+    text = written(study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, cost={"a": "<b>"}).read_text("utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "<td><b>" not in text
 
 
 def test_the_same_results_give_the_same_report(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
-    first, again = (write_report(study, results, baselines, tmp_path / name, COST, PROVENANCE).read_bytes() for name in ("a", "b"))
+    first, again = (written(study, results, baselines, tmp_path / name).read_bytes() for name in ("a", "b"))
     assert first == again
 
 
@@ -80,11 +120,14 @@ def test_projections_are_drawn_for_each_model(study: Study, results: list[Result
     rows = {f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.1 * layer, 0.5) for layer in range(4)}
     found = ProjectedRows(rows, frozenset(list(rows)[:2]))
     projections = {"small": {"point 2 <b>": found, "point 1": found}, "medium": {"point 9": found}}
-    text = write_report(study, results, baselines, tmp_path, {}, {}, projections).read_text("utf-8")
+    text = written(study, results, baselines, tmp_path, projections=projections).read_text("utf-8")
     alts = Page(text).alts
-    assert len(alts) == 2 + 2 * len(projections)
-    assert [alt.partition(":")[0] for alt in alts[2:]] == ["Heat map", "Step curves"] * 2
-    assert "small, point 2 <b>" in alts[2]
+    drawn = [alt for alt in alts if alt.startswith(("Heat map", "Step curves"))]
+    assert [alt.partition(" ")[0] for alt in drawn] == ["Heat", "Step"] * 2
+    assert "small, point 2 <b>" in drawn[0]
+    assert "4 modules, 2 of them projected. Cosines from 0.00 to 0.30." in drawn[0]
+    assert "highest in layer 3 (0.30)" in drawn[0]
+    assert "25% from 0.00, 50% from 0.10, 75% from 0.20" in drawn[1]
     assert "small, point 2 &lt;b&gt;: the cosine of" in text
     assert "small, 2 projected adapters: the share of" in text
 
@@ -92,7 +135,7 @@ def test_projections_are_drawn_for_each_model(study: Study, results: list[Result
 @pytest.mark.parametrize("objectives", [1, 3])
 def test_other_numbers_of_objectives_have_a_report(study: Study, results: list[Result], tmp_path: Path, objectives: int) -> None:
     names = ("refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate")[:objectives]
-    path = write_report(study.model_copy(update={"objectives": names}), results, {}, tmp_path, {}, {})
+    path = written(study.model_copy(update={"objectives": names}), results, {}, tmp_path)
     assert re.search(r"Hypervolume over all models: 0\.\d{4}", path.read_text("utf-8"))
 
 
@@ -111,16 +154,16 @@ def test_categories_and_agreement_have_tables_when_there_is_evidence(study: Stud
         {(subject, "refusal"): {0: share(n, 200, ("<b>fire", "frost"))} for subject, n in ((0, 60), (1, 190), ("small", 192))},
         {(subject, "refusal"): pooled_agreement([{**verdicts, "pairs": [pair]}]) for subject in ("small", 1)},
     )
-    text = write_report(study, results, baselines, tmp_path, {}, {}, evidence=evidence).read_text("utf-8")
+    text = written(study, results, baselines, tmp_path, evidence).read_text("utf-8")
     assert Page(text).open == []
     assert "<summary>small, point 1: refusal rate</summary>" in text
     assert "&lt;b&gt;fire" in text
     assert text.count("Cohen&#39;s kappa</th>") == 2
     assert "small, before fine-tuning: refusal" in text and "small, point 1: refusal" in text
-    assert "(paired, difference +65.0 points" in text
+    assert "(paired, difference +65.0 points" in text and "+65.0 [" in text
     assert "(paired, difference +65.0 points" in "".join(summary(study, results, baselines, evidence)["answer"])
 
 
 def test_without_evidence_there_are_no_such_sections(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
-    text = write_report(study, results, baselines, tmp_path, COST, PROVENANCE).read_text("utf-8")
-    assert "By category" not in text and "Agreement between scorers" not in text and "paired" not in text
+    text = written(study, results, baselines, tmp_path).read_text("utf-8")
+    assert "By category" not in text and "Agreement between scorers" not in text and "(paired" not in text
