@@ -1,5 +1,6 @@
 # make demo    a fresh machine to a finished Pareto frontier        make test    the tests
 # make lint    style, types, import directions                      make lock    refresh the pinned versions
+# make docs    the documentation site in build/site, every link checked
 # make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project_*.json
 # make bench-evaluate   eight adapters measured in one batch, against a process for each
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours;
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan lock check clean
+.PHONY: demo test lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan lock check clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -26,6 +27,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m tests.site
 
 bench-project: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_project
@@ -58,6 +62,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
 
 $(VENV)/installed-test: pyproject.toml constraints.txt | check $(VENV)/bin/python
 	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt | check $(VENV)/bin/python
+	$(PIP) --editable '.[docs]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/bin/python: | check

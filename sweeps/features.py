@@ -53,9 +53,8 @@ class Features:
         """What a size that lacks an axis has in its place."""
         prefix, _, field = axis.partition(".")
         study = self._study
-        spec = study.models[model].train_settings(study.train) if prefix == "train" else None
-        settings = {"data": study.data.settings, "project": study.project, "apply": study.apply}
-        found: Value = getattr(spec if spec is not None else settings[prefix], field)
+        spec = study.models[model].train_settings(study.train) if prefix == "train" else study.settings[prefix]
+        found: Value = getattr(spec, field)
         return found
 
 

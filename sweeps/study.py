@@ -226,7 +226,7 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _axes_hold_values_that_a_stage_takes(self) -> Self:
-        settings = {"data": self.data.settings, "train": self.train, "project": self.project, "apply": self.apply}
+        settings = self.settings
         narrowed: list[tuple[str, Mapping[str, Any]]] = [(f"models.{name}.axes", model.axes) for name, model in self.models.items()]
         for where, axes in [("axes", self.axes), *narrowed]:
             for axis, values in axes.items():
@@ -249,6 +249,11 @@ class Study(Frozen):
         if self.replicates.policy == "near_frontier" and self.replicates.at_least > len(self.seeds):
             raise ValueError(f"replicates.at_least: {self.replicates.at_least}, but the study has {len(self.seeds)} seeds")
         return self
+
+    @property
+    def settings(self) -> Mapping[str, Spec]:
+        """What a point's axes may vary, by the first part of their names."""
+        return {"data": self.data.settings, "train": self.train, "project": self.project, "apply": self.apply}
 
     @property
     def first_seeds(self) -> int:

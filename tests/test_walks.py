@@ -1,0 +1,40 @@
+"""The pages that walk a reader through something, walked: their files written, their changes made, their commands run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.pages import DOCS, follow
+from tests.quickstart import RUN_S
+
+pytestmark = pytest.mark.timeout(RUN_S)
+CODE = ("analysis", "cluster", "ebbline", "sweeps", "tasks", "tests")
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of the code, as a reader would have it to change."""
+    for package in CODE:
+        shutil.copytree(DOCS.parent / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(DOCS.parent / "pyproject.toml", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written(quickstart_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a reader who followed the tutorial and then wrote and ran the study of writing-a-study.md."""
+    folder = checkout(tmp_path_factory.mktemp("reader"))
+    shutil.copytree(quickstart_home / "store", folder / "runs" / "store")
+    follow(DOCS / "writing-a-study.md", folder, {"EBBLINE_HOME": "runs"})
+    return folder
+
+
+def test_the_tutorial_says_what_ebbline_says(quickstart_home: Path, tmp_path: Path) -> None:
+    follow(DOCS / "tutorial.md", checkout(tmp_path), {"EBBLINE_HOME": str(quickstart_home)})
+
+
+@pytest.mark.parametrize("page", ["bringing-data.md", "adding-a-suite.md", "adding-a-stage-kind.md", "adding-an-executor.md"])
+def test_a_page_does_what_it_says(page: str, written: Path, tmp_path: Path) -> None:
+    folder = checkout(tmp_path)
+    shutil.copytree(written / "mine", folder / "mine")
+    follow(DOCS / page, folder, {"EBBLINE_HOME": str(written / "runs")})
