@@ -125,5 +125,5 @@ def _legend(appearance: Mapping[str, tuple[str, str]], drawn: Sequence[str], bas
 def draw_frontier(axes: Axes, own: Sequence[Result], drawn: Sequence[str], colour: str, marker: str) -> None:
     """Finished results with their 95% intervals, and the border of what they dominate, on axes of somebody else's."""
     for result in own:
-        _point(axes, result, drawn, colour, marker)
-    _frontier_line(axes, frontier(own, drawn), drawn, colour)
+        _point(axes, result, drawn, (colour, marker), SCREEN.marks)
+    _frontier_line(axes, frontier(own, drawn), drawn, colour, SCREEN.marks)

@@ -14,8 +14,8 @@ from analysis.comparison_figure import comparison_figure
 from analysis.figures import save_as
 from analysis.files import write_whole
 from analysis.floors import Floor
+from analysis.page import shown, template
 from analysis.picked import in_words, missed_by, named
-from analysis.report import shown, template
 from analysis.results import StoredEvidence, collect
 from analysis.tables import in_points
 from analysis.wording import directed_label, metric_label, percent
@@ -78,7 +78,7 @@ def _sides(names: Sequence[str], homes: Sequence[Path]) -> list[Side]:
     loaded = []
     for name, home in zip(names, homes, strict=True):
         where = Home(home)
-        loaded.append((where.continued(load(name)), where))
+        loaded.append((where.continued(load(where.named(name))), where))
     titles = [study.study for study, _ in loaded]
     labels = [
         title if titles.count(title) == 1 else f"{title} in {home.root.name}" for title, (_, home) in zip(titles, loaded, strict=True)

@@ -1,11 +1,8 @@
 """The commands that look at what a study has come to. Each brings what it needs when it runs, so that `--help` stays fast."""
 
-from typing import Annotated
-from pathlib import Path
-from typing import Annotated, Literal
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,8 +54,24 @@ def sync(
     from sweeps.study_file import load
 
     where = Home(home)
-    raise typer.Exit(sync_mirror(study, where.continued(load(where.named(study))), where))
-    raise typer.Exit(sync_mirror(study, where.continued(load(study)), where))
+    raise typer.Exit(sync_study(study, where.continued(load(where.named(study))), where, at_once, as_json))
+
+
+@outcome_app.command(name="wandb-workspace")
+@explained
+def wandb_workspace(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    entity: Annotated[str | None, typer.Option(help="The W&B user or team; your default one if not given.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the study's workspace and report on W&B, or bring them up to date: frontier, hypervolume, parallel coordinates, importance."""
+    from ebbline.workspace import make_workspace
+    from sweeps.home import Home
+    from sweeps.study_file import load
+
+    where = Home(home)
+    make_workspace(where.continued(load(where.named(study))), where, entity, as_json)
 
 
 @outcome_app.command()
@@ -75,19 +88,19 @@ def export(
 ) -> None:
     """Write a study's outcome for a paper: figures, LaTeX tables, data, methods, BibTeX, and a bundle that runs it again."""
     from ebbline import exporting
-    raise typer.Exit(sync_study(study, where.continued(load(study)), where, at_once, as_json))
+    from sweeps.home import Home
+    from sweeps.study_file import load
+
+    where = Home(home)
+    if check is not None and study is None and to is None:
+        raise typer.Exit(exporting.check(check, where, as_json))
+    if study is None or to is None or check is not None:
+        raise typer.BadParameter("give STUDY and --to DIR, or --check BUNDLE alone (either with --home)")
+    exporting.export_study(where.continued(load(where.named(study))), where, to, style, as_json)
 
 
-@outcome_app.command(name="wandb-workspace")
+@outcome_app.command()
 @explained
-def wandb_workspace(
-    study: StudyName,
-    home: HomeOption = DEFAULT_HOME,
-    entity: Annotated[str | None, typer.Option(help="The W&B user or team; your default one if not given.", show_default=False)] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Make the study's workspace and report on W&B, or bring them up to date: frontier, hypervolume, parallel coordinates, importance."""
-    from ebbline.workspace import make_workspace
 def pick(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
@@ -116,14 +129,8 @@ def pick(
     from sweeps.study_file import load
 
     where = Home(home)
-    if check is not None and study is None and to is None:
-        raise typer.Exit(exporting.check(check, where, as_json))
-    if study is None or to is None or check is not None:
-        raise typer.BadParameter("give STUDY and --to DIR, or --check BUNDLE alone (either with --home)")
-    exporting.export_study(where.continued(load(study)), where, to, style, as_json)
-    make_workspace(where.continued(load(study)), where, entity, as_json)
     asked = Asked(tuple(floor or ()), maximise, model, point, confidence, seed)
-    raise typer.Exit(pick_study(where.continued(load(study)), study, where, asked, export, as_json))
+    raise typer.Exit(pick_study(where.continued(load(where.named(study))), study, where, asked, export, as_json))
 
 
 @outcome_app.command()
@@ -155,4 +162,4 @@ def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from sweeps.study_file import load
 
     where = Home(home)
-    show_papers(where.continued(load(study)), where, as_json)
+    show_papers(where.continued(load(where.named(study))), where, as_json)

@@ -132,8 +132,9 @@ def rescore(
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():
         generations = {Path(where).name: [Path(where)]}
     else:
-        study = load(where)
-        measure, generations = measure_of(study, suite), generations_of(study, Home(home), suite)
+        at_home = Home(home)
+        study = load(at_home.named(where))
+        measure, generations = measure_of(study, suite), generations_of(study, at_home, suite)
     rows = score_again(generations, ScoreSpec(measure=measure, scorer=scorer, also=tuple(also or ())))
     if to is not None:
         write_rows(rows, to)
