@@ -33,7 +33,7 @@ from sweeps.replicates import seeds_of
 from sweeps.search import limit
 from sweeps.spending import read_spent
 from sweeps.study import Study
-from tasks.errors import EbblineError, StoreError
+from tasks.errors import DatabaseLost, EbblineError, StoreError
 from tasks.metrics import Metric
 from tasks.specs import KINDS, TrainSpec
 
@@ -156,7 +156,9 @@ class LivePage:
         if now - self._looked < 0.5:
             return
         self._looked = now
-        live, holder = read_live(self.folder), self.home.holder(self.study.study)
+        live, holder = read_live(self.folder), None
+        with suppress(DatabaseLost):  # the points cannot be read either, and that is said
+            holder = self.home.holder(self.study.study)
         running = live.running if live is not None and holder else ()
         self._drive = _drive(live, holder)
         if self._timeline.look() or self._timeline.running != list(running):

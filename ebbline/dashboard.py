@@ -27,7 +27,7 @@ from analysis.page import template
 from sweeps.home import Home
 from sweeps.study import Study
 from sweeps.trials import opened, reaching
-from tasks.errors import StudyError
+from tasks.errors import EbblineError, StudyError
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -83,14 +83,17 @@ class Site:
         path, method = environ.get("PATH_INFO", "/"), environ["REQUEST_METHOD"]
         if _named(environ) not in NAMES:
             said = f"This page answers to {HOST} and localhost alone, not to the name that was asked for."
-            return _send(environ, start_response, (HTTPStatus.MISDIRECTED_REQUEST, "text/plain; charset=utf-8", said.encode()))
+            return _send(environ, start_response, _text(said, HTTPStatus.MISDIRECTED_REQUEST))
         if method not in ("GET", "HEAD"):
             said = "This page only shows. To change a study, edit its file and run it."
             return _send(environ, start_response, _as_json({"reason": said}, HTTPStatus.METHOD_NOT_ALLOWED))
-        if path.startswith(OPTUNA) and self._optuna is not None:
-            return self._optuna(environ, _guarded(start_response))
         asked = {name: values[0] for name, values in parse_qs(environ.get("QUERY_STRING", "")).items()}
-        answer = self._paths[path](asked) if path in self._paths else (HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"no such page")
+        try:
+            if path.startswith(OPTUNA) and self._optuna is not None:
+                return self._optuna(environ, _guarded(start_response))
+            answer = self._paths[path](asked) if path in self._paths else _text("There is no such page.", HTTPStatus.NOT_FOUND)
+        except EbblineError as error:  # such as a database that is away
+            answer = _text(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
         return _send(environ, start_response, answer)
 
     def _point(self, asked: dict[str, str]) -> Answer:
@@ -100,7 +103,7 @@ class Site:
 
     def _to_optuna(self, asked: dict[str, str]) -> Answer:
         if self._optuna is None:
-            return HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"No point of this study was asked for yet; come back once it runs."
+            return _text("No point of this study was asked for yet; come back once it runs.", HTTPStatus.NOT_FOUND)
         return HTTPStatus.FOUND, f"/dashboard/studies/{self._number}", b""
 
     @property
@@ -110,8 +113,8 @@ class Site:
             if self._made is None and self._storage.there:
                 from optuna_dashboard import wsgi  # it takes a second, and most visitors never ask for it
 
-                storage = opened(self._storage.to_read())
                 with suppress(KeyError), reaching(self._storage):
+                    storage = opened(self._storage.to_read())
                     self._number = storage.get_study_id_from_name(self._storage.name)
                     self._made = wsgi(storage)
             return self._made
@@ -157,6 +160,10 @@ class _Quiet(WSGIRequestHandler):
 def _named(environ: "WSGIEnvironment") -> str:
     """The name that the browser asked for, without its port (a tunnel may have another)."""
     return re.sub(r":\d*$", "", str(environ.get("HTTP_HOST", ""))).lower()
+
+
+def _text(said: str, status: HTTPStatus) -> Answer:
+    return status, "text/plain; charset=utf-8", said.encode()
 
 
 def _as_json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:

@@ -1,6 +1,7 @@
 """The live page's server: to whom it answers, what it lets nobody do."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_before_a_study_was_run_there_are_no_points_to_look_at_in_optuna_dashboa
         assert httpx.get(server.url + "api/studies").status_code == 404
         drive(small(tmp_path), home, lambda: Pretended(home.store))
         assert httpx.get(server.url + "points").status_code == 302
+
+
+def test_a_database_that_cannot_be_read_is_named_and_the_page_stays(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    with served(small(tmp_path), home) as server:
+        (home.folder("tiny") / "optuna.db").write_text("no database at all, though as long as one that might be" * 9)
+        answer = httpx.get(server.url + "points")
+        assert answer.status_code == 503 and "cannot be used" in answer.text
+        deadline = time.monotonic() + 30
+        while not (said := httpx.get(server.url + "data.json").json())["error"] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert "the points could not be read just now" in said["error"] and "optuna.db" in said["error"]
 
 
 def test_a_taken_port_is_one_clear_error(finished: tuple[Study, Home]) -> None:

@@ -155,7 +155,8 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(study
             page.locator("#optuna").click()
         other = came.value
         other.get_by_text("Hyperparameter Importance").first.wait_for()
-        assert other.url == f"{url}dashboard/studies/1" and "tiny" in other.locator("body").inner_text()
+        expect(other.locator("header")).to_contain_text("tiny")
+        assert other.url == f"{url}dashboard/studies/1"
         other.wait_for_timeout(1000)
         assert opened.wrong == [] and opened.asked == {"127.0.0.1"}
 
