@@ -15,13 +15,13 @@ from cluster.costs import Cost
 from cluster.resolver import Resolver
 from cluster.store import Artifact
 from sweeps.home import Home
-from sweeps.outcome import costs_of, metrics_of, results_of, stages_or_refusal
+from sweeps.outcome import costs_of, lasting_results, metrics_of, results_of, stages_or_refusal
 from sweeps.plan import Planner
 from sweeps.points import Result, keys_of
-from sweeps.spending import read_spent
+from sweeps.spending import Spent, read_spent
 from sweeps.study import Study
 from sweeps.suites import scorers_of
-from sweeps.trials import read
+from sweeps.trials import Reader, read
 from tasks.errors import EvaluationError
 from tasks.gate import ProjectedRows, read_rows
 from tasks.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
@@ -33,10 +33,41 @@ def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Re
     """All points asked so far, in the order of asking: done, failed or refused with their reason, still running or out of budget."""
     entries, _ = read(study, home.storage(study.study))
     results = results_of(study, entries, planner or Planner(study, home), Resolver(home.store))
-    stopped = read_spent(home.folder(study.study)).stopped
+    return _of_budget(results, read_spent(home.folder(study.study)))
+
+
+def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
+    """With what is unfinished for want of budget marked as that."""
+    stopped = spent.stopped
     if stopped is None or stopped.by != "budget":
         return results
     return [replace(r, status="out_of_budget", reason=stopped.said) if r.status == "running" else r for r in results]
+
+
+class Follower:
+    """The results of a study for somebody who looks again and again: what cannot change any more is worked out once."""
+
+    def __init__(self, study: Study, home: Home) -> None:
+        self.study, self.home = study, home
+        self._planner = Planner(study, home, located=False)
+        self._points = Reader(study, home.storage(study.study))
+        self._kept: dict[int, Result] = {}
+        self._before: dict[str, dict[str, Metric]] = {}
+
+    def look(self) -> list[Result]:
+        """What `collect` gives."""
+        if not self.home.storage(self.study.study).there:
+            return []
+        entries, _ = self._points.look()
+        results = results_of(self.study, entries, self._planner, Resolver(self.home.store), self._kept)
+        self._kept = lasting_results(self.study, results)
+        return _of_budget(results, read_spent(self.home.folder(self.study.study)))
+
+    def before(self) -> dict[str, dict[str, Metric]]:
+        """What `baselines` gives."""
+        if len(self._before) < len(self.study.models):
+            self._before = baselines(self.study, self.home, self._planner)
+        return self._before
 
 
 def projections(study: Study, results: Sequence[Result], home: Home) -> dict[str, dict[str, ProjectedRows]]:
@@ -103,9 +134,9 @@ def artifacts_behind(study: Study, home: Home, results: Sequence[Result]) -> lis
     return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
 
 
-def baselines(study: Study, home: Home) -> dict[str, dict[str, Metric]]:
+def baselines(study: Study, home: Home, planner: Planner | None = None) -> dict[str, dict[str, Metric]]:
     """Model -> full metric name -> metric of the aligned model before fine-tuning, for the models measured so far."""
-    planner, resolver = Planner(study, home), Resolver(home.store)
+    planner, resolver = planner or Planner(study, home), Resolver(home.store)
     found = {model: metrics_of(study, suites, resolver) for model, suites in planner.baselines().items()}
     return {model: metrics for model, metrics in found.items() if metrics is not None}
 

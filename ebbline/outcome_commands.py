@@ -30,6 +30,23 @@ def status(
 
 @outcome_app.command()
 @explained
+def dashboard(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine's loopback; 0 takes any that is free.")] = 8765,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Show a study in a browser as it runs: queue, GPUs, frontier, trainings, failures; and its points in optuna-dashboard."""
+    from ebbline.dashboard import show
+    from sweeps.home import Home
+    from sweeps.study_file import load
+
+    where = Home(home)
+    show(where.continued(load(where.named(study))), where, port, browser)
+
+
+@outcome_app.command()
+@explained
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Write the tables, the figures and the report of what a study has so far."""
     from ebbline.outputs import tell_outputs, write_outputs

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from cluster.costs import Cost, cost_of
 from cluster.store import Artifact
 from sweeps.plan import Planner
 from sweeps.points import REFUSED, Point, Result, StageName, ended
-from sweeps.racing import Known, Rivals, standing
+from sweeps.racing import Known, Rivals, races, standing
 from sweeps.replicates import seeds_needed, seeds_of
 from sweeps.study import Study
 from sweeps.trials import Entry
@@ -74,8 +75,13 @@ class Duplicates:
         return result if first == result.number else replace(result, same_as=first)
 
 
-def results_of(study: Study, entries: Sequence[Entry], planner: Planner, known: Known) -> list[Result]:
-    """The Results of points that were asked for, in the order of asking, over as many seeds as each needs."""
+def results_of(
+    study: Study, entries: Sequence[Entry], planner: Planner, known: Known, kept: Mapping[int, Result] = MappingProxyType({})
+) -> list[Result]:
+    """The Results of points that were asked for, in the order of asking, over as many seeds as each needs.
+
+    `kept` are Results by number that were worked out before and cannot change (see `lasting_results`); they are taken as they are.
+    """
     rivals, duplicates = Rivals(study), Duplicates(study)
     found: dict[int, Result] = {}
     stages: dict[int, dict[str, Stage]] = {}
@@ -85,9 +91,12 @@ def results_of(study: Study, entries: Sequence[Entry], planner: Planner, known: 
         return result_of(study, number, entries[number].point, own, known, reason, rivals)
 
     for number, entry in enumerate(entries):
-        stages[number], refused = stages_or_refusal(planner, entry.point)
-        failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
-        found[number] = over(number, study.first_seeds, failed or refused)
+        if number in kept:
+            found[number] = kept[number]
+        else:
+            stages[number], refused = stages_or_refusal(planner, entry.point)
+            failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
+            found[number] = over(number, study.first_seeds, failed or refused)
         rivals.add(found[number])
         duplicates.add(found[number])
     for number, result in list(found.items()):
@@ -103,6 +112,13 @@ def results_of(study: Study, entries: Sequence[Entry], planner: Planner, known: 
         lacking = entries[number].reason if seeds == most.get(number) else ""
         found[number] = replace(duplicates.marked(found[number]), reason=lacking)
     return list(found.values())
+
+
+def lasting_results(study: Study, results: Sequence[Result]) -> dict[int, Result]:
+    """By number, those that no other point can change: none where more seeds may be added, or rivals end a race."""
+    if study.replicates.policy != "all" or any(races(study).values()):
+        return {}
+    return {result.number: result for result in results if result.status in ("done", "failed", "refused")}
 
 
 def result_of(

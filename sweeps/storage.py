@@ -11,8 +11,10 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import sqlalchemy
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -26,10 +28,27 @@ MEANWHILE = "; `ebbline status` shows how far it is, and once it has ended the s
 
 @dataclass(frozen=True)
 class Storage:
-    """A database and the name of one study in it."""
+    """A database and the name of one study in it. With `read_only`, nothing can be written through its connections."""
 
     url: str
     name: str
+    read_only: bool = False
+
+    def to_read(self) -> "Storage":
+        """The same study, through connections that the database itself keeps from writing."""
+        if self.shared:
+            return replace(self, read_only=True)
+        url = sqlalchemy.URL.create("sqlite", database=f"file:{quote(self._file)}", query={"mode": "ro", "uri": "true"})
+        return replace(self, url=url.render_as_string(), read_only=True)
+
+    @property
+    def there(self) -> bool:
+        """False while nothing was ever written: the first driver makes a study's file. A shared database is always there."""
+        return self.shared or Path(self._file).exists()
+
+    @property
+    def _file(self) -> str:
+        return str(sqlalchemy.make_url(self.url).database)
 
     @property
     def shared(self) -> bool:
@@ -38,7 +57,10 @@ class Storage:
     @property
     def settings(self) -> dict[str, Any]:
         """What an engine of this database is made with."""
-        return {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_S}} if self.shared else {}
+        if not self.shared:
+            return {}
+        only = {"options": "-c default_transaction_read_only=on"} if self.read_only else {}
+        return {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_S, **only}}
 
     @contextmanager
     def driving(self, study: str, driver: str) -> Iterator["Hold"]:

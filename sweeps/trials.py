@@ -286,19 +286,35 @@ def reaching(storage: Storage) -> Iterator[None]:
 
 
 def opened(storage: Storage) -> optuna.storages.BaseStorage:
-    return optuna.storages.get_storage(optuna.storages.RDBStorage(storage.url, engine_kwargs=storage.settings))
+    as_it_is = storage.read_only
+    made = optuna.storages.RDBStorage(storage.url, storage.settings, skip_compatibility_check=as_it_is, skip_table_creation=as_it_is)
+    return optuna.storages.get_storage(made)
+
+
+class Reader:
+    """A study's points for somebody who looks again and again: what has ended is read from the database once."""
+
+    def __init__(self, study: Study, storage: Storage) -> None:
+        self._study, self._storage = study, storage
+        self._found: optuna.Study | None = None
+
+    def look(self) -> tuple[list[Entry], bool]:
+        """All points asked so far, and whether there is none left to propose. Empty before the first driver."""
+        with reaching(self._storage):
+            if self._found is None:
+                try:
+                    self._found = optuna.load_study(study_name=self._storage.name, storage=opened(self._storage))
+                except KeyError:
+                    return [], False
+            marks = self._found.user_attrs
+            trials = points_of(self._found.get_trials(deepcopy=False), marks)
+            entries = [_entry(trial, marks) for trial in trials if is_whole(trial, self._study)]
+            return entries, marks.get(EXHAUSTED) == _exhausted(self._study, len(entries))
 
 
 def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
-    """All points asked so far, for readers, and whether there is none left to propose. Empty before the first driver."""
-    with reaching(storage):
-        try:
-            found = optuna.load_study(study_name=storage.name, storage=opened(storage))
-        except KeyError:
-            return [], False
-        marks = found.user_attrs
-        entries = [_entry(trial, marks) for trial in points_of(found.get_trials(deepcopy=False), marks) if is_whole(trial, study)]
-        return entries, marks.get(EXHAUSTED) == _exhausted(study, len(entries))
+    """What a Reader sees at its first look."""
+    return Reader(study, storage).look()
 
 
 def _exhausted(study: Study, points: int) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from optuna.exceptions import StorageInternalError
 
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.search import OptunaSearcher, asked, reaching
 from sweeps.storage import Storage, shared_url
+from sweeps.trials import opened
 from tasks.errors import DatabaseLost, StudyError, StudyHeld
 from tests.postgres import MISSING, PASSWORD, Postgres, binaries, running
 from tests.sweeps.made import Imagined, outcome, study, written
@@ -149,6 +151,17 @@ def test_status_works_on_postgres_and_says_what_is_wrong_without_the_password(tm
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environ)
     assert done.returncode == 1 and "password authentication failed" in done.stderr and "PGPASSFILE" in done.stderr
     assert "wrong-secret" not in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_who_only_reads_a_shared_database_is_kept_from_writing_by_the_database(tmp_path, postgres):
+    home = home_at(tmp_path / "home", postgres)
+    OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask(Imagined())
+    storage = opened(home.storage("tiny").to_read())
+    number = storage.get_study_id_from_name(home.storage("tiny").name)
+    assert len(storage.get_all_trials(number)) == 1
+    with pytest.raises(StorageInternalError) as failed:
+        storage.set_study_user_attr(number, "mine", 1)
+    assert "read-only transaction" in str(failed.value.__cause__)
 
 
 @pytest.mark.parametrize(

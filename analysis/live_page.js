@@ -1,0 +1,318 @@
+// The live page: asks for what has changed since the last answer, keeps it, and draws what it touches. All text goes in as text.
+"use strict";
+
+const EVERY_MS = 1000;
+const MARKS_A_SECOND = 1500; // a plot with twice as many is drawn every other second at most
+const BARS_UP_TO = 300; // points beside the frontier that have error bars drawn
+const SYMBOLS = { o: "circle", s: "square", "^": "triangle-up", D: "diamond", v: "triangle-down" };
+const OTHER_KIND = "#b3b3b3";
+const about = JSON.parse(document.getElementById("about").textContent);
+const known = { points: {}, trainings: {}, before: {}, spans: {}, frontier: {}, counts: {}, failed: {}, timeline: {}, at_work: {} };
+let cursor = "", drive = {}, chosen = null, training = "", drawnCurve = "", loaded = false;
+
+const at = (id) => document.getElementById(id);
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
+const usd = (dollars) => (dollars === null || dollars === undefined ? "" : `, $${dollars.toFixed(2)}`);
+const short = (key) => key.slice(0, 12);
+const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;");
+const title = (objective) => objective.label.replace(/, (higher|lower) is better/, "");
+const label = (text) => plain(text).replace(/, (higher|lower) is better/, " ($1 is better)");
+
+function clock(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  const two = (number) => String(number).padStart(2, "0");
+  return whole < 7200 ? `${Math.floor(whole / 60)}:${two(whole % 60)}` : `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} min`;
+}
+
+function element(tag, content, attributes = {}) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...[content].flat());
+  return made;
+}
+
+// Fills a table: `columns` are its heads, one that begins with # holds numbers; a cell is text or an element.
+function fill(table, columns, rows, empty) {
+  const numeric = columns.map((name) => (name.startsWith("#") ? { class: "number" } : {}));
+  const head = element("thead", element("tr", columns.map((name, i) => element("th", name.replace("#", ""), { scope: "col", ...numeric[i] }))));
+  const body = element("tbody", rows.map((row) => element("tr", row.map((cell, i) => element("td", cell, numeric[i])))));
+  table.replaceChildren(...(rows.length ? [head, body] : [element("tbody", element("tr", element("td", empty, { class: "soft" })))]));
+}
+
+function layout(more) {
+  const line = ink("--line"), axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
+  const { xaxis, yaxis, ...others } = more;
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink("--ink"), size: 12, family: "system-ui, sans-serif" },
+    margin: { l: 55, r: 15, t: 10, b: 45 }, hoverlabel: { align: "left", bgcolor: ink("--page"), font: { size: 12, color: ink("--ink") } }, uirevision: "kept",
+    legend: { orientation: "h", y: -0.22 }, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...others,
+  };
+}
+
+// The buttons are named one by one: Plotly's own set has one that sends a plot to its makers.
+const BUTTONS = [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
+const CONFIG = { displaylogo: false, responsive: true, plotlyServerURL: "", modeBarButtons: BUTTONS };
+const colourOf = (model) => ((about.looks[model] || ["#000000"])[0] === "#000000" ? ink("--ink") : about.looks[model][0]);
+const symbolOf = (model) => SYMBOLS[(about.looks[model] || ["", "o"])[1]];
+
+function interval([value, low, high, n, spread]) {
+  return `${percent(value)} (95%: ${percent(low)} to ${percent(high)}, n = ${n}${spread === null ? "" : `; ${percent(spread)} sd between seeds`})`;
+}
+
+const brief = ([value, low, high]) => `${percent(value)} (${(100 * low).toFixed(1)} to ${percent(high)})`;
+
+function hoverOf(row, same) {
+  const lines = [`<b>point ${row.number}: ${plain(row.model)}</b>`, plain(row.settings)];
+  for (const one of about.objectives) lines.push(`${plain(title(one))} ${interval(row.metrics[one.name])}`);
+  if (same.length) lines.push(`the same adapters: point${same.length > 1 ? "s" : ""} ${same.slice(0, 8).join(", ")}${same.length > 8 ? ", …" : ""}`);
+  lines.push(`seeds ${row.seeds.join(", ")}; alone it costs ${plain(row.cost)}`);
+  for (const [part, key] of Object.entries(row.keys)) lines.push(`${part} ${short(key)}`);
+  return lines.join("<br>");
+}
+
+function errorBars(metrics, colour) {
+  const bars = { type: "data", symmetric: false, thickness: 0.8, width: 0, color: colour };
+  return { ...bars, array: metrics.map(([value, , high]) => high - value), arrayminus: metrics.map(([value, low]) => value - low) };
+}
+
+function marks(rows, model, look) {
+  const [first, last] = [about.objectives[0].name, about.objectives.at(-1).name], two = about.objectives.length > 1;
+  const colour = colourOf(model), ofX = rows.map((row) => row.metrics[first]), ofY = rows.map((row) => row.metrics[last]);
+  return {
+    type: "scatter", mode: "markers", x: two ? ofX.map(([value]) => value) : rows.map((row) => row.number), y: ofY.map(([value]) => value),
+    ...(look.bars ? { error_y: errorBars(ofY, colour), ...(two ? { error_x: errorBars(ofX, colour) } : {}) } : {}),
+    marker: {
+      symbol: rows.map((row) => symbolOf(model) + (row.projected ? "" : "-open")), size: look.size, color: colour, opacity: look.opacity,
+      line: { color: colour, width: 1.5 },
+    },
+    customdata: rows.map((row) => row.number), text: rows.map((row) => hoverOf(row, look.same[row.number] || [])), hovertemplate: "%{text}<extra></extra>", name: model, legendgroup: model, showlegend: false,
+  };
+}
+
+function drawFrontier() {
+  const all = Object.values(known.points), rows = all.filter((row) => row.same_as === null), same = {}, front = known.frontier[""] || { by_model: {}, all: [] };
+  const two = about.objectives.length > 1, [first, last] = [about.objectives[0], about.objectives.at(-1)];
+  const traces = [], bars = rows.length <= BARS_UP_TO;
+  for (const row of all) if (row.same_as !== null) (same[row.same_as] = same[row.same_as] || []).push(row.number);
+  for (const model of Object.keys(about.looks)) {
+    const on = new Set(front.by_model[model] || []), own = rows.filter((row) => row.model === model);
+    const best = own.filter((row) => on.has(row.number)).sort((a, b) => a.metrics[first.name][0] - b.metrics[first.name][0]);
+    const shape = first.label.includes("higher") ? "vh" : "hv", line = { color: colourOf(model), width: 2, shape: two ? shape : "linear" };
+    if (own.length) traces.push(marks(own.filter((row) => !on.has(row.number)), model, { bars, same, size: 7, opacity: 0.45 }));
+    if (two && best.length) {
+      const corners = { x: best.map((row) => row.metrics[first.name][0]), y: best.map((row) => row.metrics[last.name][0]) };
+      traces.push({ type: "scatter", mode: "lines", ...corners, line, name: `${plain(model)}: frontier`, legendgroup: model, hoverinfo: "skip" });
+    }
+    if (best.length) traces.push(marks(best, model, { bars: true, same, size: 10, opacity: 1 }));
+    const before = known.before[model];
+    if (two && before && before[first.name] && before[last.name]) {
+      const [x, y] = [before[first.name], before[last.name]], text = `<b>${plain(model)} before fine-tuning</b><br>${plain(title(first))} ${interval(x)}<br>${plain(title(last))} ${interval(y)}`;
+      traces.push({
+        type: "scatter", mode: "markers", x: [x[0]], y: [y[0]], error_x: errorBars([x], colourOf(model)), error_y: errorBars([y], colourOf(model)),
+        marker: { symbol: "star", size: 15, color: colourOf(model), line: { color: ink("--ink"), width: 1 } }, text: [text], hovertemplate: "%{text}<extra></extra>",
+        name: `${plain(model)} before fine-tuning`, legendgroup: model,
+      });
+    }
+  }
+  const xaxis = two ? { title: { text: label(first.label) }, tickformat: ".1~%" } : { title: { text: "point" } };
+  Plotly.react("frontier", traces, layout({ xaxis, yaxis: { title: { text: label(last.label) }, tickformat: ".1~%" }, hovermode: "closest" }), CONFIG);
+  at("frontier").setAttribute("aria-label", rows.length ? `Scatter plot of ${rows.length} points: ${last.label}, against ${two ? first.label : "the point's number"}. The table below has its frontier.` : "No point has finished.");
+  const notes = ["Large marks: no other point of the model dominates them. Filled: projected; hollow: not. Bars: 95% intervals. Stars: before fine-tuning."];
+  if (!bars) notes.push(`With more than ${BARS_UP_TO} points only the frontier has bars.`);
+  if (all.length > rows.length) notes.push(`Under the marks lie ${all.length - rows.length} more, whose adapters came out the same as another point's.`);
+  if (about.of > 2) notes.push(`Drawn are the first two of ${about.of} objectives; what dominates is decided over all.`);
+  at("frontier-note").textContent = rows.length ? notes.join(" ") : "No point has finished yet.";
+  drawFrontierTable(front);
+  at("hypervolume").textContent = rows.length ? `${front.hypervolume.toFixed(3)} of 1` : "–";
+}
+
+function drawFrontierTable(front) {
+  const best = Object.values(front.by_model).flat().map((number) => known.points[number]).filter(Boolean), everywhere = new Set(front.all);
+  const rows = best.slice(0, 500).map((row) => {
+    const button = element("button", `${row.number}${everywhere.has(row.number) ? " *" : ""}`, { type: "button", "aria-label": `show point ${row.number}` });
+    button.addEventListener("click", () => choose(row.number));
+    return [button, row.model, row.settings, ...about.objectives.map(({ name }) => brief(row.metrics[name])), row.seeds.length, row.cost];
+  });
+  const columns = ["point", "model", "settings", ...about.objectives.map(title), "#seeds", "cost alone"];
+  fill(at("frontier-table"), columns, rows, "No point has finished yet.");
+}
+
+async function choose(number) {
+  chosen = number;
+  const answer = await fetch(`/point.json?number=${number}`);
+  if (!answer.ok || chosen !== number) return;
+  const row = await answer.json();
+  const rows = [["model", row.model], ["settings", row.settings], ["state", row.status + (row.same_as === null ? "" : `; its adapters came out the same as point ${row.same_as}'s`)], ["seeds", row.seeds.join(", ")], ["cost alone", row.cost]];
+  if (row.projected_share !== null) rows.push(["projected", `${percent(row.projected_share)} of modules`]);
+  for (const [name, metric] of Object.entries(row.all_metrics)) rows.push([name, interval(metric)]);
+  const facts = element("table", element("tbody", rows.map(([name, value]) => element("tr", [element("th", name, { scope: "row" }), element("td", value)]))));
+  const keys = Object.entries(row.all_keys).map(([name, key]) => element("tr", [element("th", name, { scope: "row" }), element("td", element("code", key))]));
+  const stages = element("details", [element("summary", `${keys.length} stage keys`), element("div", element("table", element("tbody", keys)), { class: "scroll" })]);
+  at("point-head").textContent = `Point ${row.number}`;
+  at("point-body").replaceChildren(facts, stages);
+}
+
+function drawFacts() {
+  const live = drive.live, counts = known.counts[""], now = drive.now || 0;
+  let state = drive.driver ? "driven" : "nobody drives it";
+  if (live && drive.driver) state = now - live.at > 10 ? `driven; it last said something ${clock(now - live.at)} ago` : `has run for ${clock(live.at - live.started)}`;
+  else if (live && !live.ended) state = "its driver was killed; the same command goes on";
+  else if (live) state = { done: "ended", request: "stopped on request", budget: "out of budget", gain: "the frontier grew too slowly: ended", error: "ended with an error" }[live.ended];
+  at("state").textContent = state;
+  at("state").title = drive.driver || "";
+  if (counts) {
+    const others = Object.entries(counts.points).filter(([name, count]) => count && name !== "done").map(([name, count]) => `, ${count} ${name}`);
+    at("points").textContent = `${counts.points.done}${about.limit ? ` of ${about.limit}` : ""} done${others.join("")}`;
+  }
+  at("gpus").textContent = live && drive.driver ? `${live.gpus.busy} of ${live.gpus.total}` : "none";
+  const hours = live && live.gpus.logical ? "logical GPU-hours" : "GPU-hours";
+  at("spent").textContent = live ? `${live.spent.gpu_hours.toPrecision(3)} ${hours}${usd(live.spent.usd)}` : counts ? counts.spent : "–";
+  at("left").textContent = live && drive.driver ? `about ${clock(live.left_s)}` : "–";
+  at("predicted").textContent = live && live.predicted
+    ? `${clock(live.taken.driving_s)} of ${clock(live.predicted.wall_s)}, ${live.taken.gpu_hours.toPrecision(3)} of ${live.predicted.gpu_hours.toPrecision(3)} ${hours}${usd(live.predicted.usd)}` : "–";
+}
+
+function drawQueue() {
+  const live = drive.live, rows = [];
+  const kinds = Object.entries(live ? live.stages : {}).sort(([a], [b]) => about.kinds.indexOf(a) - about.kinds.indexOf(b));
+  for (const [kind, counts] of kinds) {
+    const total = Object.values(counts).reduce((sum, count) => sum + count, 0), bar = element("div", [], { class: "bar", "aria-hidden": "true" });
+    for (const state of ["done", "reused", "running", "failed"]) {
+      const piece = element("i", [], { class: state });
+      piece.style.width = `${(100 * counts[state]) / Math.max(1, total)}%`;
+      bar.append(piece);
+    }
+    rows.push([kind, bar, ...[counts.done, counts.reused, counts.running, counts.waiting + counts.ready, counts.failed].map((count) => String(count || ""))]);
+  }
+  fill(at("queue"), ["stage", "", "#done", "#in store", "#running", "#waiting", "#failed"], rows, "No run of this study has said how its stages stand: it was last run before ebbline kept that, or not at all.");
+  at("queue-key").hidden = rows.length === 0;
+  const work = drive.driver && live ? live.running.slice(0, 100) : [], now = drive.now || 0;
+  fill(at("work"), ["stage", "where", "#GPUs", "#for", "#of about", "it says"], work.map((one) => [one.label, one.host, String(one.gpus), clock(now - one.started), clock(one.expected_s), one.said]), "Nothing runs.");
+  const hosts = (drive.driver && live ? live.hosts : []).slice(0, 200).map((host) => {
+    const bar = element("div", element("i", [], { class: "running" }), { class: "bar", "aria-hidden": "true" });
+    bar.firstChild.style.width = `${(100 * host.busy) / Math.max(1, host.gpus)}%`;
+    return [host.name, bar, `${host.busy} of ${host.gpus}`];
+  });
+  fill(at("hosts"), ["host", "", "#at work"], hosts, "Nobody drives the study, so it has no GPUs.");
+}
+
+function drawFailures() {
+  const points = (known.failed[""] || { latest: [] }).latest, stages = drive.live ? drive.live.failures : [];
+  const rows = stages.map((one) => [one.label, "failed", one.reason, element("code", one.command)]);
+  const told = new Set(stages.map((one) => one.command).filter(Boolean));
+  for (const one of points) if (!told.has(one.command)) rows.push([one.what, one.status, one.reason, element("code", one.command)]);
+  fill(at("failures"), ["what", "became", "reason", "see it again with"], rows, "None.");
+}
+
+function drawGantt() {
+  const timeline = known.timeline[""] || { total: 0, first: 0, running: [] }, there = new Set(timeline.running);
+  for (const name of Object.keys(known.spans)) if (!there.has(name) && !(Number(name) >= timeline.first)) delete known.spans[name];
+  const spans = Object.values(known.spans), now = drive.now || 0;
+  const hosts = new Set(spans.flatMap((span) => span.lanes.map((lane) => lane.replace(/ \w+ \d+$/, ""))));
+  const shownAs = (lane) => (hosts.size > 1 ? lane : lane.match(/\w+ \d+$/)[0]);
+  const lanes = [...new Set(spans.flatMap((span) => span.lanes))].map(shownAs).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  const called = (span) => (about.colours[span.kind] ? span.kind : "other"), named = new Set(spans.map(called)), traces = [];
+  for (const kind of [...about.kinds, "other"].filter((name) => named.has(name))) {
+    const until = (span) => (span.ended === null ? now : span.ended);
+    const bars = spans.filter((span) => called(span) === kind).flatMap((span) => span.lanes.map((lane) => ({ ...span, lane: shownAs(lane), until: until(span) })));
+    const grey = /^0?\.\d+$/.test(about.colours[kind] || "") ? Math.round(255 * Number(about.colours[kind])) : null;
+    traces.push({
+      type: "bar", orientation: "h", base: bars.map((bar) => new Date(1000 * bar.started)), x: bars.map((bar) => 1000 * Math.max(0.05, bar.until - bar.started)), y: bars.map((bar) => bar.lane),
+      marker: {
+        color: grey === null ? about.colours[kind] || OTHER_KIND : `rgb(${grey},${grey},${grey})`, line: { color: ink("--page"), width: 0.5 },
+        pattern: { shape: bars.map((bar) => ({ failed: "x", lost: "/", running: "." })[bar.outcome] || "") },
+      },
+      text: bars.map((bar) => `<b>${plain(bar.label)}</b><br>${clock(bar.until - bar.started)}${bar.expected_s ? ` of about ${clock(bar.expected_s)}` : ""}, ${bar.outcome}<br>${bar.kind} ${short(bar.key)}`),
+      textposition: "none", hovertemplate: "%{text}<extra></extra>", name: kind,
+    });
+  }
+  const height = Math.max(140, 90 + 22 * lanes.length), legend = { orientation: "h", y: 1, yanchor: "bottom", x: 0 };
+  at("gantt").style.height = `${height}px`;
+  at("gantt").hidden = spans.length === 0;
+  const yaxis = { categoryorder: "array", categoryarray: lanes.slice().reverse(), type: "category" };
+  if (spans.length) Plotly.react("gantt", traces, layout({ xaxis: { type: "date" }, yaxis, barmode: "overlay", bargap: 0.15, height, showlegend: true, legend, margin: { l: 90, r: 15, t: 30, b: 35 } }), CONFIG);
+  const shown = timeline.total - timeline.first;
+  at("gantt-note").textContent = !spans.length ? "No timeline was kept of this study: nothing has run yet, or it ran before ebbline kept one."
+    : `${timeline.total > shown ? `The latest ${shown} of ` : ""}${timeline.total} stages that ended${timeline.running.length ? `, and ${timeline.running.length} at work` : ""}. Crossed: failed; striped: lost, and tried again; dotted: at work.`;
+  at("gantt").setAttribute("aria-label", `Gantt chart: ${at("gantt-note").textContent}`);
+}
+
+function drawTrainings() {
+  const running = known.at_work[""] || {}, entries = { ...Object.fromEntries(Object.entries(known.trainings).map(([key, row]) => [key, row.label])) };
+  for (const [key, name] of Object.entries(running)) entries[key] = `${name} (runs)`;
+  const select = at("training"), there = new Set([...select.options].map((option) => option.value));
+  for (const option of [...select.options]) if (entries[option.value] && option.text !== entries[option.value]) option.text = entries[option.value];
+  for (const [key, name] of Object.entries(entries)) if (!there.has(key)) select.append(element("option", name, { value: key }));
+  if (!training && select.options.length) training = select.value = Object.keys(running)[0] || select.options[0].value;
+  at("curve").hidden = !training;
+  if (training && (running[training] || drawnCurve !== training)) drawCurve(training);
+}
+
+async function drawCurve(key) {
+  const answer = await fetch(`/curve.json?key=${encodeURIComponent(key)}`);
+  if (!answer.ok || training !== key) return;
+  const curve = await answer.json();
+  drawnCurve = curve.ended ? key : "";
+  const trace = { type: "scatter", mode: curve.steps.length > 60 ? "lines" : "lines+markers", x: curve.steps, y: curve.losses, line: { color: ink("--accent") }, hovertemplate: "step %{x}: loss %{y:.4f}<extra></extra>" };
+  at("curve").hidden = curve.steps.length === 0;
+  if (curve.steps.length) Plotly.react("curve", [trace], layout({ xaxis: { title: { text: "step" } }, yaxis: { title: { text: "loss" }, rangemode: "tozero" }, margin: { l: 55, r: 15, t: 10, b: 40 } }), CONFIG);
+  at("curve-note").textContent = curve.said;
+  at("curve").setAttribute("aria-label", curve.losses.length ? `Line plot: loss from ${curve.losses[0].toFixed(3)} to ${curve.losses.at(-1).toFixed(3)} over ${curve.steps.at(-1)} steps.` : "This training has said nothing yet.");
+}
+
+const drawnAt = new Map(), open = new Set(); // when each plot was drawn, and those with changes that are not drawn
+const DRAWN_BY = [
+  [drawFrontier, ["points", "frontier", "before"]],
+  [drawGantt, ["spans", "timeline"]],
+  [drawTrainings, ["trainings", "at_work"]],
+];
+
+// A plot is drawn again when its sections have changed or, of what runs, as time goes by: the more there is in it, the less often.
+function draw(changed) {
+  drawFacts();
+  drawQueue();
+  drawFailures();
+  const runs = ((known.timeline[""] || {}).running || []).length > 0, time = performance.now();
+  for (const [drawn, sections] of DRAWN_BY) {
+    const marks = Object.keys(known[sections[0]]).length, due = time - (drawnAt.get(drawn) || -Infinity) >= EVERY_MS * (marks / MARKS_A_SECOND - 0.5);
+    if (changed === null || sections.some((name) => name in changed)) open.add(drawn);
+    if (changed === null || (due && (open.has(drawn) || (runs && drawn !== drawFrontier)))) {
+      open.delete(drawn);
+      drawnAt.set(drawn, time);
+      drawn();
+    }
+  }
+}
+
+function wired() {
+  // Plotly gives a plot its events once it has drawn it.
+  at("frontier").on("plotly_click", (event) => event.points[0].customdata !== undefined && choose(event.points[0].customdata));
+  at("training").addEventListener("change", () => { training = at("training").value; drawnCurve = ""; drawCurve(training); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawnCurve = ""; draw(null); });
+}
+
+function problem(text) {
+  at("problem").hidden = !text;
+  at("problem").textContent = text;
+}
+
+async function look() {
+  let said = null;
+  try {
+    said = await (await fetch(`/data.json?since=${cursor}`)).json();
+  } catch (error) {
+    problem("The page's server does not answer; start `ebbline dashboard` again. What is shown is how it last stood.");
+  }
+  setTimeout(look, said && said.more ? 0 : document.hidden ? 10 * EVERY_MS : EVERY_MS);
+  if (said === null) return;
+  if (said.fresh) for (const name of Object.keys(known)) known[name] = {};
+  for (const [section, rows] of Object.entries(said.changed)) Object.assign(known[section], rows);
+  ({ cursor, drive } = said);
+  problem(said.error);
+  draw(loaded ? said.changed : null);
+  if (!loaded) wired();
+  loaded = true;
+}
+
+look();
