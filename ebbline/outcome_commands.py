@@ -71,7 +71,7 @@ def sync(
     from sweeps.study_file import load
 
     where = Home(home)
-    raise typer.Exit(sync_study(study, where.continued(load(where.named(study))), where, at_once, as_json))
+    raise typer.Exit(sync_study(where.named(study), where.continued(load(where.named(study))), where, at_once, as_json))
 
 
 @outcome_app.command(name="wandb-workspace")

@@ -62,7 +62,7 @@ def commands() -> dict[str, Any]:
     return found
 
 
-PAGES = {"dashboard", "sync"}  # commands that print nothing a script would read
+PAGES = {"dashboard"}  # commands that print nothing a script would read
 
 
 def test_every_command_prints_json_for_scripts() -> None:
