@@ -15,6 +15,7 @@ from cluster.inline import InlineExecutor
 from cluster.profile import GpuType, Profile
 from sweeps.drive import drive
 from sweeps.home import Home
+from sweeps.jobs import read_jobs
 from sweeps.search import asked
 from sweeps.spending import NAME, read_spent, require_prices, spending
 from sweeps.study import Budget
@@ -184,7 +185,8 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
     for _ in range(40):
         progress = drive(study(tmp_path, {**changes, "budget": {"gpu_hours": limit_s / 3600}}), home, InlineExecutor)
         spent_s = read_spent(home.folder("tiny")).cost.gpu_hours * 3600
-        assert spent_s <= limit_s + 2.0  # a stage may take longer than was expected of it, but not many can
+        longest_s = max((job.end_s - job.start_s for job in read_jobs(home.folder("tiny"))), default=0.0)
+        assert spent_s <= limit_s + longest_s  # one job may take longer than was expected of it, and then no other starts
         if not progress.stopped:
             break
         assert "Raise budget.gpu_hours" in progress.stopped and " GPU-hours spent, " in progress.stopped
