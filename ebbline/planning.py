@@ -22,12 +22,12 @@ from analysis.gantt_figure import gantt_figure
 from analysis.wording import clock, size_label
 from cluster.executor import ACCELERATOR_TYPE, Capacity, Host
 from cluster.profile import Profile
-from ebbline.show import ORDER
 from sweeps.forecast import Forecast, forecast
 from sweeps.home import Home
 from sweeps.study import Study
 from sweeps.todo import Told, explained
 from tasks.errors import StudyError
+from tasks.specs import KINDS
 
 MOST_LOGICAL_GPUS = 4
 SLOTS = 2  # of a host for stages without a GPU, as cluster.ray_hosts gives
@@ -160,7 +160,7 @@ def _table(found: Forecast, profile: Profile) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "to run", "there", "each", "GPU-hours", "dollars", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for kind in sorted({*found.kinds, *found.todo.there}, key=ORDER.index):
+    for kind in sorted({*found.kinds, *found.todo.there}, key=list(KINDS).index):
         there = str(found.todo.there[kind])
         share = found.kinds.get(kind)
         if share is None:

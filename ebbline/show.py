@@ -22,9 +22,9 @@ from sweeps.live import Failed, Live
 from sweeps.outcome import metrics_of
 from sweeps.progress import Progress
 from sweeps.study import Study
+from tasks.specs import KINDS
 from tasks.stage import Stage
 
-ORDER = ("language", "convert", "organism", "data", "train", "subspace", "project", "apply", "generate", "judge", "score", "evaluate")
 PLAIN_EVERY_S, PLAIN_AT_LEAST_S = 5.0, 60.0  # lines when something has changed, and when only the clock has
 LINES = 8  # stages that say what they are at
 REASONS = 3  # the latest failures that are named in a picture
@@ -193,7 +193,7 @@ def bars(live: Live) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "", "done", "reused", "running", "waiting", "failed"):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
-    for kind in sorted(live.stages, key=ORDER.index):
+    for kind in sorted(live.stages, key=list(KINDS).index):
         count = Counter(live.stages[kind])
         finished, total = count["done"] + count["reused"], sum(count.values())
         waiting = count["waiting"] + count["ready"]

@@ -274,8 +274,8 @@ KINDS: dict[str, type[Spec]] = {
     kind.KIND: kind
     for kind in (
         LanguageSpec,
-        OrganismSpec,
         ConvertSpec,
+        OrganismSpec,
         DataSpec,
         TrainSpec,
         SubspaceSpec,
@@ -287,3 +287,4 @@ KINDS: dict[str, type[Spec]] = {
         EvaluateSpec,
     )
 }
+"""By name, in the order in which a point meets them; tables show them in it."""
