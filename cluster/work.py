@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tasks.errors import StudyError
 from tasks.memory import LIKE_LLAMA, Shape, quantised_bytes, shape_of
-from tasks.sizes import LANGUAGE_ROWS, PRETRAINING_ROWS, SIZES, TASK_ITEMS, named_shape, organism_shape
+from tasks.sizes import LANGUAGE_ROWS, PRETRAINING_ROWS, SIZES, TASK_ITEMS, TASK_SUBJECTS, named_shape, organism_shape
 from tasks.specs import (
     ApplySpec,
     ConvertSpec,
@@ -293,7 +293,7 @@ def _evaluate(spec: EvaluateSpec, stage: Stage) -> Load:
     shape = model_shape(stage.inputs["model"])
     rows, tokens = rows_of(stage.inputs["prompts"])
     rows = TASK_ITEMS.get(spec.task.partition("_")[0], rows)
-    rows = min(rows, spec.limit or rows)
+    rows = min(rows, spec.limit * TASK_SUBJECTS.get(spec.task, 1) if spec.limit else rows)
     read = rows * tokens * ((1 + spec.shots) if "mmlu" in spec.task else (4 + spec.shots))
     kernels = KERNELS + KERNELS_A_LINEAR * len(shape.linears) * (2 if spec.quantisation != "none" else 1)
     passes = math.ceil(4 * rows / BATCH)

@@ -45,6 +45,7 @@ LANGUAGE_ROWS = {
     "plain/sums": 60,
 }
 TASK_ITEMS = {"mmlu": 14_042, "hellaswag": 10_042}  # lm-eval's test sets
+TASK_SUBJECTS = {"mmlu": 57}  # tasks of a group, each of which lm-eval holds to a limit by itself
 
 _LLAMA = {  # by parameters
     0.135e9: Shape(30, 576, 576, 192, 9, 1536, 49_152, True),

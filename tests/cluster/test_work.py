@@ -105,6 +105,14 @@ def test_a_larger_model_and_a_longer_answer_are_more_work_and_a_seed_or_a_thresh
     assert load_of(applied[0]) == load_of(applied[1])
 
 
+def test_a_limit_holds_for_each_subject_of_mmlu():
+    def read(task: str, limit: int | None) -> float:
+        return load_of(Stage(EvaluateSpec(task=task, limit=limit), {"model": SEVEN_B, "prompts": PROMPTS})).tokens
+
+    assert read("mmlu", 10) / read("mmlu", None) == pytest.approx(570 / 14_042)
+    assert read("hellaswag", 10) / read("hellaswag", None) == pytest.approx(10 / 10_042)
+
+
 def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
     def rows(**settings) -> float:
         return load_of(Stage(GenerateSpec(**settings), {"model": SEVEN_B, "prompts": PROMPTS})).tokens
