@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sweeps.home import Home
 from sweeps.study import Study
 from tasks.completions import read_completions
 from tasks.identity import content_digest, folder_files
+from tasks.metrics import Metric, pooled
 from tests.sweeps.made import study as made_study
 from tests.tiny import Pair, conversations, write_chats, write_lines
 
@@ -143,6 +145,19 @@ def test_the_card_states_the_projected_share_of_its_own_seed(
     text = (tmp_path / "four" / "README.md").read_text()
     assert "projected 25% of its modules" in text and "Over all seeds of the point it is 100%." in text
     assert json.loads((tmp_path / "four" / "pick.json").read_text())["projected_share_of_seed"] == 0.25
+
+
+def test_of_a_mean_the_card_gives_one_seed_no_interval(
+    driven: tuple[Path, Study, Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean = pooled([Metric.of("task.rouge_l", scores) for scores in ([0.2, 0.4, 0.6], [0.3, 0.3, 0.9])])
+    found = [replace(each, metrics={**each.metrics, "task.rouge_l": mean}) for each in collect(driven[1], driven[2])]
+    monkeypatch.setattr("ebbline.picking.collect", lambda study, home: found)
+    assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "out").exit_code == 0
+    (row,) = re.findall(r"^\| rouge l .*$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
+    point, alone = (cell.strip() for cell in row.split("|")[2:4])
+    assert point.startswith("45.0% (95% interval ") and point.endswith(", n = 6)")
+    assert alone == "50.0% (n = 3; its interval is not known, as of a mean the seeds' spreads are kept together)"
 
 
 def test_nothing_is_overwritten(driven: tuple[Path, Study, Home], exported: Path) -> None:
