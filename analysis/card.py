@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from huggingface_hub import ModelCardData
 
 from analysis.compare import usefulness_metric
-from analysis.floors import METHOD, Pick
+from analysis.floors import METHOD, Pick, spread_known
 from analysis.picked import in_words, lines_of, named
 from analysis.results import PromptSet
 from analysis.wording import directed_label, measured, percent, value_label
@@ -35,20 +35,21 @@ def card(
     stages: Mapping[str, Artifact],
     aligned: Mapping[str, Metric],
     prompts: Mapping[str, PromptSet],
+    seed_asked: bool = False,
 ) -> str:
-    """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's metrics only.
+    """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's metrics and projected share only.
 
-    `stages` are its data, train, project and apply; `aligned` the metrics of the model before fine-tuning; `prompts` what the suites
-    asked (see analysis.results.prompt_sets).
+    `seed_asked` says that somebody asked for that seed. `stages` are its data, train, project and apply; `aligned` the metrics of the
+    model before fine-tuning; `prompts` what the suites asked (see analysis.results.prompt_sets).
     """
     result, model = found.result, found.result.point.model
     spec = {part: dict(artifact.hashed["spec"]) for part, artifact in stages.items()}
     sections = [
         f"# {study.study}: {model}, point {result.number}",
         f"> {' '.join(study.question.split())}",
-        _what(study, result, spec),
+        _what(study, result, alone, spec),
         "## How to load it\n\n" + _load(study, model),
-        "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done),
+        "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_asked),
         "## What was measured\n\n" + _measured(study, result, seed, alone, aligned),
         "## How it was made\n\n" + _rows(("setting", "value"), _settings(spec)),
         "## Sources and pins\n\n" + _rows(("what", "where from"), _sources(study, model, prompts)),
@@ -75,13 +76,15 @@ def _metadata(study: Study, model: str) -> str:
     return data.to_yaml().strip()
 
 
-def _what(study: Study, result: Result, spec: Mapping[str, Mapping[str, object]]) -> str:
+def _what(study: Study, result: Result, alone: Result, spec: Mapping[str, Mapping[str, object]]) -> str:
     rule = spec["apply"]["threshold"], spec["apply"]["modules"]
-    if not result.projected_share:
+    if not alone.projected_share:
         projected = "No module was projected: it held the floors as it was trained."
     else:
         which = f"cosine at or below {value_label(rule[0])}" if rule[0] is not None else f"lowest cosines, {rule[1]} of them"  # type: ignore[arg-type]
-        projected = f"Afterwards Safe LoRA ({PAPER}) projected {result.projected_share:.0%} of its modules: those with a {which}."
+        projected = f"Afterwards Safe LoRA ({PAPER}) projected {alone.projected_share:.0%} of its modules: those with a {which}."
+    if seeds_of(result) > 1:
+        projected += f" Over all seeds of the point it is {result.projected_share or 0.0:.0%}."
     model = result.point.model
     return (
         f"A LoRA adapter for {described(study.models[model].aligned, study.models[model].base)}, fine-tuned on"
@@ -105,17 +108,19 @@ def _load(study: Study, model: str) -> str:
     )
 
 
-def _chosen(study: Study, found: Pick, seed: int, alone: Result, done: int) -> str:
+def _chosen(study: Study, found: Pick, seed: int, alone: Result, done: int, seed_asked: bool) -> str:
     seeds = seeds_of(found.result)
-    useful = f", the one with most {directed_label(found.maximised)}" if found.maximised else ""
+    how = "Named by hand, not picked as the best," if found.by_hand else "Picked"
+    useful = f", the one with most {directed_label(found.maximised)}" if found.maximised and not found.by_hand else ""
     lines = [
-        f"Picked among {found.among} different points of this size ({done} points of the study were done): {named(found.result)}{useful}."
+        f"{how} among {found.among} different points of this size ({done} points of the study were done): {named(found.result)}{useful}."
         f" To hold: {in_words(found.floors)}; the study's own refusal floor is {percent(study.refusal_floor)}.",
         "\n".join(f"- {line.strip()}" for line in lines_of(study, found)),
     ]
     if seeds > 1:
-        own = ", ".join(f"{directed_label(floor.metric)}: {measured(alone.metrics[floor.metric])}" for floor in found.floors)
-        lines.append(f"This is the adapter of seed {seed}, the first of the study's seeds that holds the floors by itself ({own}).")
+        own = ", ".join(f"{directed_label(floor.metric)}: {_by_itself(floor.metric, found.result, alone)}" for floor in found.floors)
+        why = "which was asked for; it holds" if seed_asked else "the first of the study's seeds that holds"
+        lines.append(f"This is the adapter of seed {seed}, {why} the floors by itself ({own}).")
     return "\n\n".join([*lines, f"Confidence: {METHOD}. It is 1 - p of a test, and no probability that the adapter is safe."])
 
 
@@ -125,8 +130,16 @@ def _measured(study: Study, result: Result, seed: int, alone: Result, aligned: M
     rows = []
     for name, metric in sorted(result.metrics.items()):
         before = measured(aligned[name]) if name in aligned else "not measured"
-        rows.append((directed_label(name), measured(metric), *((measured(alone.metrics[name]),) if several else ()), before))
+        rows.append((directed_label(name), measured(metric), *((_by_itself(name, result, alone),) if several else ()), before))
     return _rows(head, rows)
+
+
+def _by_itself(name: str, result: Result, alone: Result) -> str:
+    """A metric of one seed of a point."""
+    own = alone.metrics[name]
+    if spread_known(result.metrics[name]):
+        return measured(own)
+    return f"{percent(own.value)} (n = {own.n}; its interval is not known, as of a mean the seeds' spreads are kept together)"
 
 
 def _settings(spec: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, str]]:
@@ -188,8 +201,9 @@ def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
             f"Refusals were told by a list of phrases ({', '.join(phrases)}), which is known to take some compliance for refusal, and"
             " some refusals for compliance."
         )
+    picked = "Named by hand: if that was for its values, picked" if found.by_hand else "Picked"
     yield (
-        "Picked as the best of many on the prompts that it is reported on, it looks better than it is: the confidence above allows for"
+        f"{picked} as the best of many on the prompts that it is reported on, it looks better than it is: the confidence above allows for"
         " that, the values do not."
     )
     if seeds_of(found.result) == 1:

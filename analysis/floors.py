@@ -74,13 +74,17 @@ def _bad_of(metric: Metric) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Pick:
-    """A point picked among `among` different ones: it `holds` all floors, or else is the nearest to holding them."""
+    """A point picked among `among` different ones: it `holds` all floors, or else is the nearest to holding them.
+
+    With `by_hand` it was asked for by its number, and is neither the best nor the nearest.
+    """
 
     result: Result
     holds: bool
     among: int
     floors: tuple[Floor, ...]
     maximised: str | None
+    by_hand: bool = False
 
 
 def pick(
@@ -119,7 +123,7 @@ def pick(
     slacks = {result.number: slack(result, floors, among, confidence) for result in offered}
     holding = [result for result in offered if slacks[result.number] >= 0]
     best = max(holding, key=worth) if holding else max(offered, key=lambda result: (slacks[result.number], -result.number))
-    return Pick(best, bool(holding), among, tuple(floors), maximised)
+    return Pick(best, bool(holding), among, tuple(floors), maximised, number is not None)
 
 
 def slack(result: Result, floors: Sequence[Floor], among: int, confidence: float | None = None) -> float:
@@ -131,6 +135,14 @@ def slack(result: Result, floors: Sequence[Floor], among: int, confidence: float
 
 
 def of_seed(metric: Metric, index: int) -> Metric:
-    """What one of a metric's seeds measured, as if it were alone."""
+    """What one of a metric's seeds measured, as if it were alone.
+
+    Its value, count and `bound` are that seed's. How its scores spread is not kept, so the interval of a mean is not (`spread_known`).
+    """
     items = round(metric.items)
     return metric if len(metric.seeds) < 2 else Metric(metric.name, metric.seeds[index] * items, items)
+
+
+def spread_known(metric: Metric) -> bool:
+    """Whether `of_seed` has an interval: of a rate, whose spread follows from its value, or of what has one seed only."""
+    return metric.squares is None or len(metric.seeds) < 2

@@ -75,7 +75,8 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "projected_share": result.projected_share,
         "holds": found.holds,
         "picked_among": found.among,
-        "maximised": found.maximised,
+        "maximised": None if found.by_hand else found.maximised,
+        "named_by_hand": found.by_hand,
         "seeds": list(study.seeds[: seeds_of(result)]),
         "floors": floors_json(found.floors, result, found.among),
         "metrics": {

@@ -79,6 +79,7 @@ def _sides(names: Sequence[str], homes: Sequence[Path]) -> list[Side]:
     for name, home in zip(names, homes, strict=True):
         where = Home(home)
         loaded.append((where.continued(load(where.named(name))), where))
+        where.require(loaded[-1][0].study)
     titles = [study.study for study, _ in loaded]
     labels = [
         title if titles.count(title) == 1 else f"{title} in {home.root.name}" for title, (_, home) in zip(titles, loaded, strict=True)

@@ -14,6 +14,7 @@ from sweeps.study import Study
 
 
 def show_papers(study: Study, home: Home, as_json: bool) -> None:
+    home.require(study.study)
     rows = beside_papers(study, collect(study, home), baselines(study, home), prompt_sets(study, home))
     if as_json:
         said = [{**asdict(row), "comparable": row.comparable} for row in rows]

@@ -22,6 +22,7 @@ from sweeps.points import Result
 from sweeps.replicates import seeds_of
 from sweeps.search import limit
 from sweeps.study import Study, unknown
+from sweeps.trials import settings_mark
 from tasks.errors import StudyError
 
 
@@ -43,6 +44,7 @@ def pick_study(study: Study, name: str, home: Home, asked: Asked, to: Path | Non
     `name` is what the study is called on the command line. Raises StudyError for what cannot be asked, and before anything is written
     when the export would be below a floor.
     """
+    home.require(study.study)
     floors, maximised = floors_of(study, asked.floors), maximised_of(study, asked.maximise)
     models = _models(study, asked, to)
     results = collect(study, home)
@@ -56,27 +58,49 @@ def pick_study(study: Study, name: str, home: Home, asked: Asked, to: Path | Non
     if to is not None:
         if not picks:
             raise StudyError(f"no point of {', '.join(models)} has finished, so there is none to export; `ebbline run {name}` goes on")
-        home.begun_as(study)  # its floor is the one that it was begun with, whatever its file says now
+        _begun_here(study, home)
         ((model, found),) = picks.items()
         seed, alone = _exportable(study, found, by_model[model], asked)
-        exported = {"to": str(to), **ship(study, name, home, found, seed, alone, len(done), to)}
+        exported = {"to": str(to), **ship(study, name, home, found, seed, alone, len(done), to, asked.seed is not None)}
+    changed = home.changed(study)
     if as_json:
         progress = {"done": len(done), "asked_for": len(results), "limit": limit(study)}
         said = {
             "study": study.study,
             "points": progress,
             "method": METHOD,
+            "changed_since_it_was_begun": changed,
             "picks": [picked_json(study, found) for found in picks.values()],
         }
         print(json.dumps({**said, "exported": exported}, indent=1))
     else:
-        _tell(
-            study, name, models, picks, asked, f"{len(done)}{f' of {limit(study)}' if limit(study) else ''} points done", floors, to is None
-        )
+        so_far = f"{len(done)}{f' of {limit(study)}' if limit(study) else ''} points done"
+        _tell(study, name, models, picks, asked, so_far, floors, to is None and not changed)
+        if changed:
+            print("\nThis file is not as the study was begun, so nothing can be exported with it:")
+            print("\n".join(f"  {line}" for line in changed[:10]))
         if exported is not None:
             print(f"\nexported to {to}: the adapter of seed {exported['seed']}, with its model card README.md. Nothing was uploaded.")
     asked_models = models if asked.point is None else list(picks)
     return 0 if all(model in picks and picks[model].holds for model in asked_models) else 1
+
+
+def _begun_here(study: Study, home: Home) -> None:
+    """Raises StudyError unless this home began the study with these very settings, and the database has its points with the same.
+
+    A floor is the one that a study was begun with, whatever its file says now. Where neither has kept it, nothing tells what it was.
+    """
+    if not home.has_run(study.study):
+        raise StudyError(
+            f"{home.root} has not run {study.study!r}, so it has not kept the floor that the study was begun with; export where it was"
+            " begun, or run it here once. Nothing was exported"
+        )
+    begun, mark = home.begun_as(study), settings_mark(home.storage(study.study))
+    if mark is not None and mark != begun:
+        raise StudyError(
+            f"the database has the points of {study.study!r} with other settings than {home.root} has; export where it was begun."
+            " Nothing was exported"
+        )
 
 
 def floors_of(study: Study, asked: Sequence[str]) -> tuple[Floor, ...]:

@@ -6,6 +6,7 @@ Invariant: the weights are those of the store's record, byte for byte, and no pa
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,7 @@ from analysis.picked import picked_json
 from analysis.results import baselines, prompt_sets
 from cluster.store import Artifact
 from sweeps.home import Home
+from sweeps.outcome import projected_share
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.errors import StoreError, StudyError
@@ -25,10 +27,13 @@ from tasks.specs import ApplySpec
 CONFIG, WEIGHTS, CARD, RECORD = "adapter_config.json", "adapter_model.safetensors", "README.md", "pick.json"
 
 
-def ship(study: Study, name: str, home: Home, found: Pick, seed: int, alone: Result, done: int, to: Path) -> dict[str, Any]:
+def ship(
+    study: Study, name: str, home: Home, found: Pick, seed: int, alone: Result, done: int, to: Path, seed_asked: bool
+) -> dict[str, Any]:
     """Write the projected adapter of a pick into `to`, a folder that is new or empty; returns what its pick.json says.
 
-    `alone` is the point with the metrics of `seed` only, `done` how many points the study has. Raises StudyError when `to` cannot be
+    `alone` is the point with the metrics of `seed` only, which somebody asked for when `seed_asked`; `done` how many points the study
+    has. Raises StudyError when `to` cannot be
     written, StoreError when retention dropped the adapter or its files are not those on record.
     """
     destination = _destination(to)
@@ -37,14 +42,19 @@ def ship(study: Study, name: str, home: Home, found: Pick, seed: int, alone: Res
     stages = {part: home.store.open(part, result.keys[f"{part}[seed={seed}]"]) for part in ("data", "train", "project")} | {
         "apply": adapter
     }
+    share = projected_share({f"{part}[seed={seed}]": stages[part] for part in ("project", "apply")})
+    alone = replace(alone, projected_share=share)
     said = {
         "study": study.study,
         "seed": seed,
+        "seed_asked_for": seed_asked,
+        "projected_share_of_seed": share,
         "weights_sha256": adapter.files[WEIGHTS],
         **picked_json(study, found),
         "settings_of_stages": {part: artifact.hashed["spec"] for part, artifact in stages.items()},
     }
-    text = card(study, found, seed, alone, done, stages, baselines(study, home).get(result.point.model, {}), prompt_sets(study, home))
+    aligned, prompts = baselines(study, home).get(result.point.model, {}), prompt_sets(study, home)
+    text = card(study, found, seed, alone, done, stages, aligned, prompts, seed_asked)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:

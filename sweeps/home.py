@@ -91,15 +91,10 @@ class Home:
         Raises StudyError, naming what differs, when another one has this name already. With `extend` it may be wider than what was
         begun (see sweeps.widening).
         """
-        now = lasting(self.continued(study).model_dump(mode="json"))
         kept = self._kept(study.study)
         if not kept:
-            return digest(now)
-        begun = Study.model_validate_json(kept)
-        before = lasting(_sampled_by(begun.sampler, begun).model_dump(mode="json"))
-        if extend:
-            before["search"]["points"] = limit(begun)  # how many it is to have, said or not
-        changed = list(refusals(before, now) if extend else differences(before, now))
+            return digest(lasting(self.continued(study).model_dump(mode="json")))
+        changed = self.changed(study, extend)
         if changed:
             lines = "\n".join(f"  {line}" for line in changed[:10])
             hint = "" if extend else " If it only adds points, values of an axis, seeds or a size, `--extend` goes on with it."
@@ -108,6 +103,31 @@ class Home:
                 f"Give this one another name (`study: ...`), or another --home. Stages that both share are still run once.{hint}"
             )
         return digest(lasting(json.loads(kept)))
+
+    def changed(self, study: Study, extend: bool = False) -> list[str]:
+        """What of the settings is not as the study was begun with here, a line each; nothing when it is new. `extend` as in `begun_as`."""
+        kept = self._kept(study.study)
+        if not kept:
+            return []
+        now = lasting(self.continued(study).model_dump(mode="json"))
+        begun = Study.model_validate_json(kept)
+        before = lasting(_sampled_by(begun.sampler, begun).model_dump(mode="json"))
+        if extend:
+            before["search"]["points"] = limit(begun)  # how many it is to have, said or not
+        return list(refusals(before, now) if extend else differences(before, now))
+
+    def has_run(self, study: str) -> bool:
+        """Whether the study was begun in this home, by a driver of its own."""
+        return bool(self._kept(study))
+
+    def require(self, study: str) -> None:
+        """For who only looks: nothing is made for a name, or a home, that was mistyped.
+
+        Raises StudyError when the study was not begun here and no shared database can have it from another home.
+        """
+        shared = self.root.is_dir() and shared_url(self.profile.storage) is not None
+        if not self.has_run(study) and not shared:
+            raise StudyError(f"no study {study!r} in {self.root}; `ebbline run` begins it there, or name the --home that has it")
 
     def _kept(self, study: str) -> str:
         """The study as it was kept the last time, as JSON; empty before its first run."""

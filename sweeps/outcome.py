@@ -137,7 +137,7 @@ def result_of(
     stands = standing(study, stages, known, (rivals or Rivals(study)).before(number, point))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
-    share = _projected_share(artifacts)
+    share = projected_share(artifacts)
     return Result(number, point, "done", stands.metrics, keys=keys, seconds=seconds, projected_share=share, costs=costs)
 
 
@@ -147,8 +147,8 @@ def costs_of(stages: Iterable[Stage], known: Known) -> dict[str, Cost]:
     return {artifact.key: cost_of(artifact.provenance) for artifact in found if artifact is not None}
 
 
-def _projected_share(artifacts: Mapping[str, Artifact]) -> float:
-    """The share of modules that took C.B, over all replicates."""
+def projected_share(artifacts: Mapping[str, Artifact]) -> float:
+    """The share of modules that took C.B, over all replicates among a point's artifacts by stage (`apply[seed=0]`)."""
     taken = total = 0
     named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}
     for name, artifact in named.items():

@@ -317,6 +317,19 @@ def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
     return Reader(study, storage).look()
 
 
+def settings_mark(storage: Storage) -> str | None:
+    """A digest of the settings that the database has a study with (see Home.begun_as); None where it has none, as in an SQLite file."""
+    if not storage.there:
+        return None
+    with reaching(storage):
+        try:
+            found = optuna.load_study(study_name=storage.name, storage=opened(storage))
+        except KeyError:
+            return None
+        mark: str | None = found.user_attrs.get(SETTINGS)
+        return mark
+
+
 def _exhausted(study: Study, points: int) -> str:
     """What decides whether there is a further point: how many were asked for, from which values, by whom, measured over how many seeds."""
     said = study.model_dump(mode="json")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sweeps.home import Home
 from sweeps.study import Study
 from tasks.completions import read_completions
 from tasks.identity import content_digest, folder_files
+from tasks.metrics import Metric, pooled
 from tests.sweeps.made import study as made_study
 from tests.tiny import Pair, conversations, write_chats, write_lines
 
@@ -104,7 +106,10 @@ def test_the_card_has_the_hubs_metadata_and_every_number_with_its_interval(drive
     assert point.keys["apply[seed=3]"] in card.text and point.keys["apply[seed=4]"] not in card.text
     assert "100% of its modules: those with a cosine at or below 1." in card.text
     assert "This is the adapter of seed 3, the first of the study's seeds that holds the floors by itself" in card.text
+    assert "Named by hand, not picked as the best, among 2 different points" in card.text and "the one with most" not in card.text
+    assert "- Named by hand: if that was for its values, picked as the best of many" in card.text
     kept = json.loads((exported / "pick.json").read_text())
+    assert (kept["maximised"], kept["named_by_hand"], kept["seed_asked_for"]) == (None, True, False)
     assert kept["seed"] == 3 and kept["weights_sha256"] == folder_files(exported)["adapter_model.safetensors"]
     assert kept["settings_of_stages"]["train"]["seed"] == 3
 
@@ -120,6 +125,41 @@ def test_no_path_and_no_prompt_or_completion_leaves_with_an_adapter(driven: tupl
             assert not [secret for secret in secrets if secret in text], name
 
 
+def test_a_picked_adapter_is_called_the_one_with_most(driven: tuple[Path, Study, Home], tmp_path: Path) -> None:
+    said = pick(driven, "--export", tmp_path / "out")
+    assert said.exit_code == 0, said.output
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert ", the one with most task accuracy" in text and "\nPicked among 2 different points" in text and "amed by hand" not in text
+    kept = json.loads((tmp_path / "out" / "pick.json").read_text())
+    assert (kept["maximised"], kept["named_by_hand"]) == ("task.task_accuracy", False)
+
+
+def test_the_card_states_the_projected_share_of_its_own_seed(
+    driven: tuple[Path, Study, Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if the seeds had other modules projected: what is counted must be of the seed's own stages.
+    monkeypatch.setattr(
+        "ebbline.shipping.projected_share", lambda artifacts: 0.25 if set(artifacts) == {"project[seed=4]", "apply[seed=4]"} else 1.0
+    )
+    assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four").exit_code == 0
+    text = (tmp_path / "four" / "README.md").read_text()
+    assert "projected 25% of its modules" in text and "Over all seeds of the point it is 100%." in text
+    assert json.loads((tmp_path / "four" / "pick.json").read_text())["projected_share_of_seed"] == 0.25
+
+
+def test_of_a_mean_the_card_gives_one_seed_no_interval(
+    driven: tuple[Path, Study, Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean = pooled([Metric.of("task.rouge_l", scores) for scores in ([0.2, 0.4, 0.6], [0.3, 0.3, 0.9])])
+    found = [replace(each, metrics={**each.metrics, "task.rouge_l": mean}) for each in collect(driven[1], driven[2])]
+    monkeypatch.setattr("ebbline.picking.collect", lambda study, home: found)
+    assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "out").exit_code == 0
+    (row,) = re.findall(r"^\| rouge l .*$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
+    point, alone = (cell.strip() for cell in row.split("|")[2:4])
+    assert point.startswith("45.0% (95% interval ") and point.endswith(", n = 6)")
+    assert alone == "50.0% (n = 3; its interval is not known, as of a mean the seeds' spreads are kept together)"
+
+
 def test_nothing_is_overwritten(driven: tuple[Path, Study, Home], exported: Path) -> None:
     before = folder_files(exported)
     said = pick(driven, "--point", 0, "--export", exported)
@@ -131,6 +171,7 @@ def test_another_seed_is_exported_when_it_is_named(driven: tuple[Path, Study, Ho
     said = pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four", "--json")
     assert said.exit_code == 0, said.output
     assert json.loads(said.stdout)["exported"]["seed"] == 4
+    assert "the adapter of seed 4, which was asked for; it holds the floors by itself (" in (tmp_path / "four" / "README.md").read_text()
     key = collect(driven[1], driven[2])[1].keys["apply[seed=4]"]
     assert (tmp_path / "four" / "adapter_model.safetensors").read_bytes() == (
         driven[2].store.open("apply", key).file("adapter_model.safetensors").read_bytes()

@@ -7,10 +7,10 @@ import pytest
 from scipy.stats import binom, binomtest
 
 from analysis.compare import operating_point
-from analysis.floors import Floor, bound, of_seed, pick, slack, sureness
+from analysis.floors import Floor, bound, of_seed, pick, slack, spread_known, sureness
 from sweeps.study import Study
 from tasks.errors import StudyError
-from tasks.metrics import Metric
+from tasks.metrics import Metric, pooled
 from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
 
 AT_LEAST_90 = Floor(REFUSAL, 0.9)
@@ -68,6 +68,9 @@ def test_what_seeds_said_of_one_prompt_is_counted_once() -> None:
     mixed = Metric(REFUSAL, 284, 300, seeds=(0.95, 0.95, 0.94))
     assert bound(mixed) == bound(Metric(REFUSAL, 94, 100)), "a share of a prompt is rounded to the worse"
     assert of_seed(mixed, 2) == Metric(REFUSAL, 94.0, 100) and of_seed(one, 0) is one
+    assert spread_known(mixed) and spread_known(one)
+    mean = [Metric.of("task.rouge_l", scores) for scores in ([0.2, 0.4], [0.3, 0.6])]
+    assert spread_known(mean[0]) and not spread_known(pooled(mean)) and of_seed(pooled(mean), 1).value == pytest.approx(0.45)
 
 
 def test_the_most_useful_point_that_holds_every_floor_is_picked() -> None:

@@ -5,20 +5,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Said
 
 from ebbline.cli import app
+from sweeps.home import Home
 from sweeps.points import Result
 from sweeps.study import Study, SuiteEntry
-from tests.analysis.conftest import OVER, REFUSAL, rate, result
+from sweeps.trials import SETTINGS, Trials
+from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
 
 
 @pytest.fixture
 def made(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
     """`made(results, arguments...)` is what `pick` says of these results of the study of tests/analysis."""
     monkeypatch.setattr("sweeps.study_file.load", lambda name: study)
+    Home(tmp_path / "home").freeze(study)
 
     def said(results: Sequence[Result], *arguments: object) -> Said:
         monkeypatch.setattr("ebbline.picking.collect", lambda study, home: list(results))
@@ -101,3 +105,54 @@ def test_over_refusal_is_bounded_from_above_and_never_maximised(made: Callable[.
     assert "5.0 points under the ceiling of 10.0%" in found.output
     found = made(ROWS, "--maximise", "over_refusal_rate")
     assert found.exit_code == 1 and "nothing turns a metric round" in found.output
+
+
+def test_a_file_with_another_floor_than_was_begun_is_told_apart(made: Callable[..., Said], study: Study) -> None:
+    assert json.loads(made(ROWS, "--json").stdout)["changed_since_it_was_begun"] == []
+    object.__setattr__(study, "refusal_floor", 0.5)
+    said = made(ROWS, "--model", "small")
+    assert said.exit_code == 0 and "This file is not as the study was begun, so nothing can be exported with it:" in said.output
+    assert "refusal_floor" in said.output and "write its adapter" not in said.output
+    (line,) = json.loads(made(ROWS, "--json").stdout)["changed_since_it_was_begun"]
+    assert "0.9" in line and "0.5" in line
+
+
+def test_nothing_is_exported_where_the_study_was_not_begun(made: Callable[..., Said], study: Study, tmp_path: Path) -> None:
+    # Another home of a shared database: the points are there, and what they were begun with is not.
+    (tmp_path / "home" / "studies" / "ebb" / "study.json").unlink()
+    (tmp_path / "home" / "cluster.yaml").write_text("storage: postgresql://me@127.0.0.1:9/none\n")
+    object.__setattr__(study, "refusal_floor", 0.5)
+    said = made(ROWS, "--model", "small", "--export", tmp_path / "out")
+    assert said.exit_code == 1 and "export where it was begun, or run it here once. Nothing was exported" in " ".join(said.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_exported_when_the_database_has_the_study_with_another_floor(
+    made: Callable[..., Said], study: Study, tmp_path: Path
+) -> None:
+    home = Home(tmp_path / "home")
+    Trials(study, home.storage("ebb"))
+    marked = optuna.load_study(study_name="ebb", storage=home.storage("ebb").url)
+    for mark, told in ((home.begun_as(study), "KeyError"), ("another", "the database has the points of 'ebb' with other settings")):
+        marked.set_user_attr(SETTINGS, mark)
+        said = made(ROWS, "--model", "small", "--export", tmp_path / "out")
+        assert told in f"{type(said.exception).__name__} {' '.join(said.output.split())}", "made-up rows have no adapter to write"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [("pick", "ebb"), ("compare", "ebb", "ebb"), ("papers", "ebb"), ("export", "ebb", "--to", "out")])
+def test_looking_at_a_study_in_a_mistyped_home_makes_nothing(made: Callable[..., Said], tmp_path: Path, command: tuple[str, ...]) -> None:
+    for home in (tmp_path / "typo", tmp_path / "there"):
+        if home.name == "there":
+            home.mkdir()
+        found = CliRunner().invoke(app, [*command, "--home", str(home)])
+        assert found.exit_code == 1 and found.output.count("error:") == 1 and str(home) in found.output.replace("\n", "")
+        assert "ebb" in found.output and not list(tmp_path.glob("t*/*"))
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_point_that_was_named_by_hand_is_not_called_the_best(made: Callable[..., Said]) -> None:
+    (picked,) = json.loads(made(ROWS, "--json", "--model", "small").stdout)["picks"]
+    assert (picked["maximised"], picked["named_by_hand"]) == (TASK, False)
+    (named,) = json.loads(made(ROWS, "--json", "--point", "2").stdout)["picks"]
+    assert (named["maximised"], named["named_by_hand"]) == (None, True)

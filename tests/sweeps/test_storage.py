@@ -14,7 +14,7 @@ from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.search import OptunaSearcher, asked, reaching
 from sweeps.storage import Storage, shared_url
-from sweeps.trials import opened
+from sweeps.trials import opened, settings_mark
 from tasks.errors import DatabaseLost, StudyError, StudyHeld
 from tests.postgres import MISSING, PASSWORD, Postgres, binaries, running
 from tests.sweeps.made import Imagined, outcome, study, written
@@ -74,6 +74,8 @@ def test_homes_with_stores_of_their_own_have_studies_of_their_own_and_a_shared_s
     found = study(tmp_path, SEARCH)
     OptunaSearcher(found, shared[0]).ask(Imagined())
     assert len(asked(found, shared[1])) == 1 and asked(found, one) == []
+    begun = home_at(tmp_path / "third", postgres, store="s3://bucket/store").begun_as(found)
+    assert settings_mark(shared[1]) == begun and settings_mark(one) is None
     with pytest.raises(StudyError, match="'tiny' was begun in the shared database, as 'tiny@.*with other settings"):
         OptunaSearcher(study(tmp_path, {**SEARCH, "seeds": [1]}), shared[1])
     OptunaSearcher(study(tmp_path, {**SEARCH, "budget": {"hours": 1.0}}), shared[1])
