@@ -7,7 +7,7 @@ later one is a row of the table in its trainings' runs. The study's own table ha
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,21 +47,28 @@ class Page:
     failed: bool = False
 
 
-def pages(study: Study, results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile) -> Iterator[Page]:
-    """The trainings, then the points that have ended."""
+def run_id(study: Study, home_id: str, part: str = "") -> str:
+    """The id of a W&B run: the study's own, or that of its `part`. Another home's study of the same name has others."""
+    return "-".join(word for word in (study.study, home_id[:6], part) if word)
+
+
+def pages(
+    study: Study, results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile, home_id: str, hosts: Collection[str] = ()
+) -> Iterator[Page]:
+    """The trainings, then the points that have ended. No reason names one of `hosts`."""
     later = _later_points(results, profile)
     for artifact in trainings:
-        yield _training_page(study, artifact, later.get(artifact.key, []))
+        yield _training_page(study, artifact, later.get(artifact.key, []), home_id)
     for result in results:
         if result.number < profile.wandb_points and result.status not in ("running", "out_of_budget"):
-            yield _point_page(study, result, profile)
+            yield _point_page(study, result, profile, home_id, hosts)
 
 
-def _training_page(study: Study, artifact: Artifact, points: Sequence[Result]) -> Page:
+def _training_page(study: Study, artifact: Artifact, points: Sequence[Result], home_id: str) -> Page:
     history = list(_curve(artifact.file(CURVE)))
     shown = [[result.number, _counts(result)] for result in points]
     return Page(
-        id=f"{study.study}-{artifact.key[:12]}",
+        id=run_id(study, home_id, artifact.key[:12]),
         stamp=digest([artifact.content, shown]) if shown else artifact.content,
         job_type="training",
         name=f"train {artifact.key[:12]}",
@@ -72,7 +79,7 @@ def _training_page(study: Study, artifact: Artifact, points: Sequence[Result]) -
     )
 
 
-def _point_page(study: Study, result: Result, profile: Profile) -> Page:
+def _point_page(study: Study, result: Result, profile: Profile, home_id: str, hosts: Collection[str]) -> Page:
     """The settings alone are its config: that is what W&B's parameter importance and parallel coordinates take from there."""
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
@@ -82,7 +89,7 @@ def _point_page(study: Study, result: Result, profile: Profile) -> Page:
     summary: dict[str, Any] = {
         "point": result.number,
         "status": result.status,
-        "reason": without_paths(result.reason)[:300],
+        "reason": without_paths(result.reason, hosts)[:300],
         "seconds": result.seconds,
         "gpu_hours": cost.gpu_hours,
         "projected_share": result.projected_share,
@@ -96,7 +103,7 @@ def _point_page(study: Study, result: Result, profile: Profile) -> Page:
         summary |= {shown: metric.value, f"{shown}_n": metric.n, f"{shown}_undecided": metric.undecided}
         summary[f"{shown}_low"], summary[f"{shown}_high"] = metric.interval
     return Page(
-        id=f"{study.study}-{result.point.id}",
+        id=run_id(study, home_id, result.point.id),
         stamp=digest([result.status, result.reason, _counts(result), dict(result.keys)]),
         job_type="point",
         name=f"{result.number} {result.point}",
