@@ -2,8 +2,9 @@
 
 Invariant: rates, counts, settings, hashes and reasons only. A prompt, a completion or a path of this machine is in none of it.
 
-W&B is made for some 10,000 runs in a project. Of a study the first `Profile.wandb_points` points, by number, have a run each; every
-later one is a row of the table in its trainings' runs. The study's own table has a row for every finished point.
+W&B is made for some 10,000 runs in a project. Of a study the first `Profile.wandb_points` points, by number, have a run each, and so do
+the trainings that one of them uses. Every later point is a row of the table in those of its trainings' runs that there are; every other
+training is a row of a table in the study's run, with its last loss. The study's own table has a row for every finished point.
 """
 
 import csv
@@ -57,7 +58,8 @@ def pages(
 ) -> Iterator[Page]:
     """The trainings, then the points that have ended. No reason names one of `hosts`."""
     later = _later_points(results, profile)
-    for artifact in trainings:
+    rows = trainings_without_run(results, profile)
+    for artifact in (artifact for artifact in trainings if artifact.key not in rows):
         yield _training_page(study, artifact, later.get(artifact.key, []), home_id)
     for result in results:
         if result.number < profile.wandb_points and result.status not in ("running", "out_of_budget"):
@@ -133,6 +135,30 @@ def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list
         if all(result.status != "running" for result in own):
             later[key] = [result for result in own if result.number >= profile.wandb_points and result.status == "done"]
     return later
+
+
+def trainings_without_run(results: Sequence[Result], profile: Profile) -> dict[str, int]:
+    """The trainings that only points beyond the limit use: key -> the first of these points, by number.
+
+    One leaves when an earlier point turns out to use it, and never comes back: no run is taken away.
+    """
+    first: dict[str, int] = {}
+    for result in results:
+        for key in {key for stage, key in result.keys.items() if stage.startswith("train[")}:
+            first[key] = min(first.get(key, result.number), result.number)
+    return {key: number for key, number in first.items() if number >= profile.wandb_points}
+
+
+def trainings_table(results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile) -> Table:
+    """A row for each training without a run of its own, by the number of its first point. No loss when its curve was dropped."""
+    first = trainings_without_run(results, profile)
+    own = sorted((artifact for artifact in trainings if artifact.key in first), key=lambda artifact: (first[artifact.key], artifact.key))
+    rows: list[list[Any]] = []
+    for artifact in own[:TABLE_ROWS]:
+        curve = list(_curve(artifact.file(CURVE)))
+        step, values = curve[-1] if curve else (None, {})
+        rows.append([artifact.key[:12], first[artifact.key], step, values.get("loss")])
+    return Table(["training", "first point", "steps", "last loss"], rows)
 
 
 def points_table(results: Sequence[Result], profile: Profile, objectives: Sequence[str] = ()) -> Table:

@@ -1,4 +1,4 @@
-"""A study's results as W&B runs: a run for each point and each training, and one for the study. What they show: analysis.wandb_pages.
+"""A study's results as W&B runs: one for each of the first points and their trainings, and one for the study (analysis.wandb_pages).
 
 Run ids come from the study, its home and the point, so showing something twice changes nothing, and a restart goes on from what
 analysis.wandb_memory remembers. Offline runs wait in FOLDER/wandb for `ebbline sync`, or for `wandb sync`.
@@ -20,7 +20,7 @@ from analysis.frontier import finished, frontier, frontier_by_model
 from analysis.growth import growth
 from analysis.tables import NO_PRICES, frontier_text, results_frame
 from analysis.wandb_memory import Memory, Mode
-from analysis.wandb_pages import Page, Table, pages, points_table, run_id
+from analysis.wandb_pages import Page, Table, pages, points_table, run_id, trainings_table
 from analysis.wording import metric_label
 from cluster.profile import Profile
 from cluster.store import Artifact
@@ -86,6 +86,7 @@ class Mirror:
         self._step: int | None = None  # W&B's, of the latest of these in this run; a run that goes on counts by itself until then
         self._charted, self._charted_as = 0, ""  # how many points its charts have, and the stamp that they were drawn at
         self._results: Sequence[Result] = ()
+        self._trainings: Sequence[Artifact] = ()
 
     def update(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Mirrored:
         """Show what has not been shown yet. The first failure ends the update; the rest is shown by a later one."""
@@ -101,6 +102,7 @@ class Mirror:
                     return Mirrored(count, len(new) - count, f"stopped after {self.bound_s:g} s")
                 self._show(page)
                 count += 1
+            self._trainings = trainings
             self._show_study(results)
         except Exception as error:  # noqa: BLE001  # whatever W&B does wrong is its own affair, not the sweep's
             return Mirrored(count, len(new) - count, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
@@ -185,6 +187,9 @@ class Mirror:
                 ),
             }
             run.log(charts, step=self._step)
+        others = trainings_table(self._results, self._trainings, self.profile)
+        if others.rows:
+            run.log({"trainings_table": _table(run, "trainings_table", others)}, step=self._step)
         self._charted, self._charted_as = self._rows, self._study_stamp
 
     def _open(self, id: str, job_type: str, name: str, config: Mapping[str, Any]) -> Any:

@@ -182,6 +182,21 @@ def test_points_beyond_the_limit_are_rows_of_their_trainings_run(study: Study, t
     assert len(table(tmp_path, EBB, runs[EBB]["summary"]["points_table"])["data"]) == 4
 
 
+def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(study: Study, training: Artifact, tmp_path: Path) -> None:
+    first = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics) for n in range(2)]
+    late = Result(2, result(2, rank=2).point, "done", result(2).metrics, keys={"train[seed=0]": training.key})
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID, Profile(wandb_points=2))
+    assert mirror.update([*first, late], [training]).error is None
+    mirror.close()
+    runs = shown(tmp_path)
+    assert set(runs) == {EBB, *(f"{EBB}-{each.point.id}" for each in first)}
+    rows = table(tmp_path, EBB, runs[EBB]["summary"]["trainings_table"])
+    assert rows["columns"] == ["training", "first point", "steps", "last loss"]
+    assert rows["data"] == [[training.key[:12], 2, 2, 1.25]]
+    earlier = Result(1, first[1].point, "done", first[1].metrics, keys=late.keys)  # then it has one, of its own
+    assert training.key[:12] in "".join(page.id for page in pages(study, [earlier, late], [training], Profile(wandb_points=2), HOME_ID))
+
+
 def test_a_restart_goes_on_and_shows_only_what_is_new(study: Study, training: Artifact, tmp_path: Path) -> None:
     first = Mirror(study, tmp_path, "offline", HOME_ID)
     assert first.update([result(0)], [training]).shown == 2
