@@ -28,6 +28,7 @@ from analysis.threshold_figure import threshold_figure
 from analysis.wording import without_paths
 from cluster.costs import Cost
 from sweeps.home import Home
+from sweeps.live import host_names
 from sweeps.points import Result
 from sweeps.spending import read_spent
 from sweeps.study import Study
@@ -159,7 +160,8 @@ def _write_style(found: Found, folder: Path, style: Style) -> None:
 
 def _write_data(found: Found, home: Home, folder: Path) -> None:
     frame = results_frame(found.results, found.study.objectives, home.profile)
-    frame["reason"] = frame["reason"].map(without_paths).astype("string")
+    hosts = host_names(home.folder(found.study.study))
+    frame["reason"] = frame["reason"].map(lambda reason: without_paths(reason, hosts)).astype("string")
     write_tables(frame, folder)
     compared = before_after_frame(found.study, found.results, found.baselines)
     write_whole(folder / "before_after.csv", lambda path: compared.to_csv(path, index=False, lineterminator="\n"))

@@ -1,6 +1,7 @@
 """A plan as a Gantt chart: what is expected to run where and when; or, on many GPUs, how many of them each kind of stage holds.
 
 Invariant: a bar is a stage of the simulated trace, from when it starts to when it ends, on a GPU (or slot) that nothing else then has.
+Hosts are numbered and not named: the picture is in the report, which is passed on.
 """
 
 from collections import defaultdict
@@ -89,15 +90,15 @@ def _bars(
             bars[lane, colour].append((span.start_s / scale_s, (span.end_s - span.start_s) / scale_s))
     for (lane, colour), pieces in sorted(bars.items()):
         axes.broken_barh(pieces, (at[lane] - 0.4, 0.8), facecolors=colour, edgecolors="white", linewidth=0.3)
-    hosts = {name for name, _, _ in rows}
-    axes.set_yticks(range(len(rows)), [_row_label(lane, len(hosts) > 1) for lane in rows])
+    numbers = {name: place for place, name in enumerate(dict.fromkeys(name for name, _, _ in rows), 1)}
+    axes.set_yticks(range(len(rows)), [_row_label(lane, numbers) for lane in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
 
 
-def _row_label(lane: Lane, named: bool) -> str:
+def _row_label(lane: Lane, numbers: Mapping[str, int]) -> str:
     name, gpu, number = lane
-    return f"{name.partition('/')[0] + ' ' if named else ''}{'GPU' if gpu else 'slot'} {number}"
+    return f"{f'host {numbers[name]}, ' if len(numbers) > 1 else ''}{'GPU' if gpu else 'slot'} {number}"
 
 
 def _areas(axes: Axes, trace: Trace, kinds: Mapping[str, str], seen: Sequence[str], scale_s: float) -> None:

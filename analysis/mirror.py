@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with alone(home.folder(study.study)) as only:
         if not only:
             _log.info("another mirror shows it already")
-        elif not follow(study, home, Mirror(study, home.folder(study.study), mode, home.profile), given.every):
+        elif not follow(study, home, Mirror(study, home.folder(study.study), mode, home.id, home.profile), given.every):
             sys.exit(1)
 
 

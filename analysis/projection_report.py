@@ -32,7 +32,7 @@ def write_projection_report(
     `settings` are rows of a label and a value, `notes` warnings, `thresholds` those that were used: dotted lines. Cosines
     are drawn for the first MOST_MAPS adapters. Raises ValueError without adapters, or when one has no module.
     """
-    named = dict(zip(_distinct([without_paths(label.rstrip("/")) for label in adapters]), adapters.values(), strict=True))
+    named = dict(zip(_distinct([_name(label.rstrip("/")) for label in adapters]), adapters.values(), strict=True))
     curves = {label: adapter.rows for label, adapter in named.items()}
     share = share_figure(curves, thresholds)
     maps = {label: cosine_map(adapter.rows, adapter.taken, label) for label, adapter in list(named.items())[:MOST_MAPS]}
@@ -83,6 +83,11 @@ def _outcome(row: ModuleRow, taken: bool) -> str:
 
 def _decimals(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
+
+
+def _name(label: str) -> str:
+    """A folder's own name, without where it lies."""
+    return label.rpartition("/")[2] if label.startswith("/") else label
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from analysis.short_answer import BRACKETS, in_short
 from analysis.tables import agreement_cells, category_cells, frontier_cells, results_frame
 from analysis.wording import NO_RESULT, directed_label, percent, settings_label, status_label, without_paths
 from sweeps.importance import METHOD
+from sweeps.live import host_names
 from sweeps.points import STATUSES, Result
 from sweeps.study import Study
 
@@ -43,7 +44,7 @@ def write_report(
 
     Without evidence nothing is compared in pairs, and there are no tables by category and of agreement between scorers.
     """
-    study, results = found.study, found.results
+    study, results, hosts = found.study, found.results, host_names(folder)
     drawn = {name: shown(each.figure, each.words, each.caption) for name, each in (figures or figures_of(found)).items()}
     page = template("report_template.html").render(
         study=study,
@@ -65,8 +66,8 @@ def write_report(
         importance_method=METHOD,
         importance_notes=importance_notes(found.importance),
         failed=[
-            (result.number, result.point.model, settings_label(result.point), status_label(result.status), without_paths(result.reason))
-            for result in _failed(results)
+            (each.number, each.point.model, settings_label(each.point), status_label(each.status), without_paths(each.reason, hosts))
+            for each in _failed(results)
         ],
         cost=cost,
         plan=_plan_figure(plan),

@@ -2,12 +2,13 @@
 
 Invariant: rates, counts, settings, hashes and reasons only. A prompt, a completion or a path of this machine is in none of it.
 
-W&B is made for some 10,000 runs in a project. Of a study the first `Profile.wandb_points` points, by number, have a run each; every
-later one is a row of the table in its trainings' runs. The study's own table has a row for every finished point.
+W&B is made for some 10,000 runs in a project. Of a study the first `Profile.wandb_points` points, by number, have a run each, and so do
+the trainings that one of them uses. Every later point is a row of the table in those of its trainings' runs that there are; every other
+training is a row of a table in the study's run, with its last loss. The study's own table has a row for every finished point.
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,29 @@ class Page:
     failed: bool = False
 
 
-def pages(study: Study, results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile) -> Iterator[Page]:
-    """The trainings, then the points that have ended."""
+def run_id(study: Study, home_id: str, part: str = "") -> str:
+    """The id of a W&B run: the study's own, or that of its `part`. Another home's study of the same name has others."""
+    return "-".join(word for word in (study.study, home_id[:6], part) if word)
+
+
+def pages(
+    study: Study, results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile, home_id: str, hosts: Collection[str] = ()
+) -> Iterator[Page]:
+    """The trainings, then the points that have ended. No reason names one of `hosts`."""
     later = _later_points(results, profile)
-    for artifact in trainings:
-        yield _training_page(study, artifact, later.get(artifact.key, []))
+    rows = trainings_without_run(results, profile)
+    for artifact in (artifact for artifact in trainings if artifact.key not in rows):
+        yield _training_page(study, artifact, later.get(artifact.key, []), home_id)
     for result in results:
         if result.number < profile.wandb_points and result.status not in ("running", "out_of_budget"):
-            yield _point_page(study, result, profile)
+            yield _point_page(study, result, profile, home_id, hosts)
 
 
-def _training_page(study: Study, artifact: Artifact, points: Sequence[Result]) -> Page:
+def _training_page(study: Study, artifact: Artifact, points: Sequence[Result], home_id: str) -> Page:
     history = list(_curve(artifact.file(CURVE)))
     shown = [[result.number, _counts(result)] for result in points]
     return Page(
-        id=f"{study.study}-{artifact.key[:12]}",
+        id=run_id(study, home_id, artifact.key[:12]),
         stamp=digest([artifact.content, shown]) if shown else artifact.content,
         job_type="training",
         name=f"train {artifact.key[:12]}",
@@ -72,7 +81,7 @@ def _training_page(study: Study, artifact: Artifact, points: Sequence[Result]) -
     )
 
 
-def _point_page(study: Study, result: Result, profile: Profile) -> Page:
+def _point_page(study: Study, result: Result, profile: Profile, home_id: str, hosts: Collection[str]) -> Page:
     """The settings alone are its config: that is what W&B's parameter importance and parallel coordinates take from there."""
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
@@ -82,7 +91,7 @@ def _point_page(study: Study, result: Result, profile: Profile) -> Page:
     summary: dict[str, Any] = {
         "point": result.number,
         "status": result.status,
-        "reason": without_paths(result.reason)[:300],
+        "reason": without_paths(result.reason, hosts)[:300],
         "seconds": result.seconds,
         "gpu_hours": cost.gpu_hours,
         "projected_share": result.projected_share,
@@ -96,7 +105,7 @@ def _point_page(study: Study, result: Result, profile: Profile) -> Page:
         summary |= {shown: metric.value, f"{shown}_n": metric.n, f"{shown}_undecided": metric.undecided}
         summary[f"{shown}_low"], summary[f"{shown}_high"] = metric.interval
     return Page(
-        id=f"{study.study}-{result.point.id}",
+        id=run_id(study, home_id, result.point.id),
         stamp=digest([result.status, result.reason, _counts(result), dict(result.keys)]),
         job_type="point",
         name=f"{result.number} {result.point}",
@@ -126,6 +135,30 @@ def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list
         if all(result.status != "running" for result in own):
             later[key] = [result for result in own if result.number >= profile.wandb_points and result.status == "done"]
     return later
+
+
+def trainings_without_run(results: Sequence[Result], profile: Profile) -> dict[str, int]:
+    """The trainings that only points beyond the limit use: key -> the first of these points, by number.
+
+    One leaves when an earlier point turns out to use it, and never comes back: no run is taken away.
+    """
+    first: dict[str, int] = {}
+    for result in results:
+        for key in {key for stage, key in result.keys.items() if stage.startswith("train[")}:
+            first[key] = min(first.get(key, result.number), result.number)
+    return {key: number for key, number in first.items() if number >= profile.wandb_points}
+
+
+def trainings_table(results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile) -> Table:
+    """A row for each training without a run of its own, by the number of its first point. No loss when its curve was dropped."""
+    first = trainings_without_run(results, profile)
+    own = sorted((artifact for artifact in trainings if artifact.key in first), key=lambda artifact: (first[artifact.key], artifact.key))
+    rows: list[list[Any]] = []
+    for artifact in own[:TABLE_ROWS]:
+        curve = list(_curve(artifact.file(CURVE)))
+        step, values = curve[-1] if curve else (None, {})
+        rows.append([artifact.key[:12], first[artifact.key], step, values.get("loss")])
+    return Table(["training", "first point", "steps", "last loss"], rows)
 
 
 def points_table(results: Sequence[Result], profile: Profile, objectives: Sequence[str] = ()) -> Table:

@@ -1,6 +1,6 @@
-"""A study's results as W&B runs: a run for each point and each training, and one for the study. What they show: analysis.wandb_pages.
+"""A study's results as W&B runs: one for each of the first points and their trainings, and one for the study (analysis.wandb_pages).
 
-Run ids come from the study and the point, so showing something twice changes nothing, and a restart goes on from what
+Run ids come from the study, its home and the point, so showing something twice changes nothing, and a restart goes on from what
 analysis.wandb_memory remembers. Offline runs wait in FOLDER/wandb for `ebbline sync`, or for `wandb sync`.
 
 Invariants: W&B down, slow or absent raises nothing into the caller and holds `update` for a bounded time. Rates, counts, settings,
@@ -20,10 +20,11 @@ from analysis.frontier import finished, frontier, frontier_by_model
 from analysis.growth import growth
 from analysis.tables import NO_PRICES, frontier_text, results_frame
 from analysis.wandb_memory import Memory, Mode
-from analysis.wandb_pages import Page, Table, pages, points_table
+from analysis.wandb_pages import Page, Table, pages, points_table, run_id, trainings_table
 from analysis.wording import metric_label
 from cluster.profile import Profile
 from cluster.store import Artifact
+from sweeps.live import host_names
 from sweeps.points import Result
 from sweeps.study import Study
 from tasks.identity import digest
@@ -66,17 +67,26 @@ class Mirror:
     """Shows a study's results on W&B. `bound_s` is how long one update may go on opening runs."""
 
     def __init__(
-        self, study: Study, folder: Path, mode: Mode, profile: Profile = NO_PRICES, bound_s: float = 60.0, call_s: float = 20.0
+        self,
+        study: Study,
+        folder: Path,
+        mode: Mode,
+        home_id: str,
+        profile: Profile = NO_PRICES,
+        bound_s: float = 60.0,
+        call_s: float = 20.0,
     ) -> None:
         self.study, self.folder, self.mode, self.profile = study, folder, mode, profile
         self.bound_s, self.call_s = bound_s, call_s
+        self._home_id, self._id = home_id, run_id(study, home_id)
         self._memory = Memory(folder, mode)
         self._study_run: Any = None
         self._study_stamp = ""
-        self._rows = self._memory.rows(study.study)  # of the study's growth, shown so far
+        self._rows = self._memory.rows(self._id)  # of the study's growth, shown so far
         self._step: int | None = None  # W&B's, of the latest of these in this run; a run that goes on counts by itself until then
         self._charted, self._charted_as = 0, ""  # how many points its charts have, and the stamp that they were drawn at
         self._results: Sequence[Result] = ()
+        self._trainings: Sequence[Artifact] = ()
 
     def update(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Mirrored:
         """Show what has not been shown yet. The first failure ends the update; the rest is shown by a later one."""
@@ -85,12 +95,14 @@ class Mirror:
         until, count = time.monotonic() + self.bound_s, 0
         new: list[Page] = []
         try:
-            new = [page for page in pages(self.study, results, trainings, self.profile) if not self._memory.knows(page.id, page.stamp)]
+            every = pages(self.study, results, trainings, self.profile, self._home_id, host_names(self.folder))
+            new = [page for page in every if not self._memory.knows(page.id, page.stamp)]
             for page in new:
                 if time.monotonic() > until:
                     return Mirrored(count, len(new) - count, f"stopped after {self.bound_s:g} s")
                 self._show(page)
                 count += 1
+            self._trainings = trainings
             self._show_study(results)
         except Exception as error:  # noqa: BLE001  # whatever W&B does wrong is its own affair, not the sweep's
             return Mirrored(count, len(new) - count, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
@@ -104,7 +116,7 @@ class Mirror:
                 if self._charted_as != self._study_stamp:
                     self._chart()
                 run.finish()
-                self._memory.remember(self.study.study, self._study_stamp, self._rows, _folder_of(run))
+                self._memory.remember(self._id, self._study_stamp, self._rows, _folder_of(run))
         except Exception as error:  # noqa: BLE001  # as in update
             _log.warning("the study's run was not closed: %s", error)
         finally:
@@ -128,11 +140,11 @@ class Mirror:
             return
         landed = len(finished(results))
         stamp = digest([landed, [[result.point.id, *(m.value for m in result.metrics.values())] for result in chosen]])
-        if stamp == self._study_stamp or self._memory.knows(self.study.study, stamp):
+        if stamp == self._study_stamp or self._memory.knows(self._id, stamp):
             return
         if self._study_run is None:
             config = {"question": self.study.question, "objectives": list(objectives), "seeds": list(self.study.seeds)}
-            self._study_run = self._open(self.study.study, "study", self.study.study, config)
+            self._study_run = self._open(self._id, "study", self.study.study, config)
             for name in ("finished", "hours", "gpu_hours", "usd"):
                 self._study_run.define_metric(name, hidden=True)
                 self._study_run.define_metric(f"hypervolume/over_{name}", step_metric=name)
@@ -175,6 +187,9 @@ class Mirror:
                 ),
             }
             run.log(charts, step=self._step)
+        others = trainings_table(self._results, self._trainings, self.profile)
+        if others.rows:
+            run.log({"trainings_table": _table(run, "trainings_table", others)}, step=self._step)
         self._charted, self._charted_as = self._rows, self._study_stamp
 
     def _open(self, id: str, job_type: str, name: str, config: Mapping[str, Any]) -> Any:

@@ -1,6 +1,10 @@
 """How names and numbers are worded for people: the one place where a rate in [0, 1] becomes percent."""
 
+import os
+import platform
 import re
+from collections.abc import Collection
+from pathlib import Path
 
 from sweeps.points import Point, Status, Value
 from tasks.metrics import Metric, direction
@@ -62,9 +66,47 @@ def measured(metric: Metric) -> str:
     return f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n})"
 
 
-def without_paths(reason: str) -> str:
-    """A failure's reason as it may leave this machine: no command, and of each absolute path only its last part."""
-    return re.sub(r"(?<![\w.])/(?:[\w.@+-]+/)+([\w.@+-]*)", r"\1", reason.partition(" (to see it again")[0])
+def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
+    """A failure's reason as it may leave this machine: no command, no folder's name, no host's name and no address.
+
+    `hosts` are the names to take out beside this machine's own (see sweeps.live.host_names). Of an absolute path only the last part is
+    kept, and only where it is the name of a file; an unquoted path with spaces is taken up to its last slash. Rather too much goes than
+    too little.
+    """
+    text = reason.partition(" (to see it again")[0]
+    for folder in sorted({str(Path.home()), os.environ.get("EBBLINE_HOME", "")} - {"", "/"}, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(folder)}(?![\w.-])", _FOLDER_MARK, text)
+    text = _QUOTED.sub(lambda found: found["quote"] + _last_part(found["path"]), text)
+    text = _UNQUOTED.sub(lambda found: _last_part(found["path"]), text).replace(_FOLDER_MARK, FOLDER)
+    for name in sorted(_host_names(hosts), key=len, reverse=True):
+        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", HOST, text, flags=re.IGNORECASE)
+    return _ADDRESS.sub(HOST, text)
+
+
+FOLDER, HOST = "(a folder)", "(a host)"
+_FOLDER_MARK = "/~"  # stands for a folder that is known, until paths are looked for
+_NO_HOST = {"", "here", "localhost"}  # what names no machine
+_ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\w)")
+_END = r"""[:;,.)\]}'"`>!?]+(?=\s|$)"""  # punctuation that ends a path in a sentence
+_QUOTED = re.compile(r"""(?P<quote>['"`])(?P<path>(?:~[\w.-]*)?/(?:(?!(?P=quote)(?!\w))[^\n])+)""")
+_REST = rf"(?:(?!{_END})\S)*+"  # of a word that has a slash
+_WORD = rf"[ \t]+(?:(?!{_END})[^\s/])++"
+_UNQUOTED = re.compile(rf"(?:(?<![\w.])|(?=/~))(?P<path>(?:~[\w.-]*)?/(?=\S){_REST}(?:(?:{_WORD})*?{_WORD}/{_REST})*)")
+_FILE = re.compile(
+    r"[^/]*\.(?:bin|bz2|cfg|csv|db|gguf|gz|html|ini|ipynb|json|jsonl|lock|log|md|npy|npz|parquet|pdf|pkl|png|pt|pth|py|safetensors|so|sqlite"
+    r"|svg|tar|tex|tmp|toml|tsv|txt|wandb|xml|xz|yaml|yml|zip|zst)(?::\d+)*"
+)
+
+
+def _last_part(path: str) -> str:
+    name = path.rpartition("/")[2]
+    return name if _FILE.fullmatch(name) else FOLDER
+
+
+def _host_names(hosts: Collection[str]) -> set[str]:
+    """The names of this machine and of `hosts`, as Ray may append a node's id to them, and without their domain."""
+    full = {name.partition("/")[0] for name in (platform.node(), *hosts)}
+    return {name for each in full for name in (each, each.partition(".")[0])} - _NO_HOST
 
 
 def status_label(status: Status) -> str:

@@ -141,3 +141,10 @@ def read_timeline(folder: Path) -> list[Ended]:
             with suppress(ValidationError):
                 found.append(Ended.model_validate_json(line))
     return found
+
+
+def host_names(folder: Path) -> set[str]:
+    """The hosts that a study has run on, as far as its records name them."""
+    live = read_live(folder)
+    named = {each.name for each in live.hosts} if live is not None else set[str]()
+    return named | {each.host for each in read_timeline(folder) if each.host}

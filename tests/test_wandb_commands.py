@@ -13,6 +13,7 @@ import pytest
 
 from analysis.wandb_pages import summary_key
 from cluster.store import Store
+from sweeps.home import Home
 from sweeps.study_file import load
 from tasks.completions import read_completions
 from tests.quickstart import RUN_S
@@ -88,7 +89,7 @@ def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(home: Path
     assert said("wandb-workspace", "quickstart", *there)[0] == 0
     assert server.unknown == [] and len(server.views) == 2  # the second time the same ones
     study, points = load("quickstart"), [run for run in server.runs.values() if run.fields["jobType"] == "point"]
-    own = server.runs["quickstart"]
+    own = server.runs[f"quickstart-{Home(home).id[:6]}"]
     for view in server.views.values():
         panels = list(_panels(view["spec"]))
         drawn = {panel["viewType"] for panel in panels}

@@ -51,5 +51,14 @@ def test_a_plan_is_drawn_as_bars_or_on_many_gpus_as_areas_and_alike_each_time(tm
     assert [path.read_bytes() for path in paths[0]] == [path.read_bytes() for path in paths[1]]
 
 
+def test_hosts_are_numbered_in_the_picture_and_not_named(tmp_path):
+    steps = [Step(f"k{number}", Needs(1), f"r{number}", 10.0, 10.0) for number in range(4)]
+    found = simulate(steps, Capacity((Host("gpu-12.lab/0123456789ab", 2, 2), Host("gpu-7.lab/0123456789ab", 2, 2))))
+    figure = gantt_figure(found, {span.key: "train" for span in found.spans})
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [f"host {host}, GPU {gpu}" for host in (1, 2) for gpu in (0, 1)]
+    assert "lab" not in save_svg(figure, tmp_path, "plan").read_text()
+
+
 def test_nothing_to_run_is_no_picture():
     assert gantt_figure(Trace(Capacity.one_host(2, 1)), {}) is None

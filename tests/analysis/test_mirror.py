@@ -17,7 +17,9 @@ import yaml
 
 from analysis.mirror import alone, follow, start, stop, trainings_of
 from analysis.wandb_memory import Memory
+from analysis.wandb_pages import Page, pages, run_id
 from analysis.wandb_runs import Mirror, chosen_mode
+from analysis.wording import HOST
 from cluster.profile import GpuType, Profile
 from cluster.store import Artifact, Store
 from sweeps.home import Home
@@ -26,6 +28,9 @@ from sweeps.study import Study
 from tasks.identity import digest
 from tests.analysis.conftest import failed, result
 from tests.wandb_server import serving
+
+HOME_ID = "0123456789abcdef"
+EBB = "ebb-012345"  # the study's own run
 
 
 @pytest.fixture(autouse=True)
@@ -78,30 +83,30 @@ def _job(number: int, end_s: float, gpus: int) -> list[dict[str, Any]]:
 
 def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training: Artifact, tmp_path: Path) -> None:
     results = [result(0, refusal=0.4), failed(1, "out of memory"), Result(2, result(2, rank=2).point, "running")]
-    mirror = Mirror(study, tmp_path, "offline")
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     done = mirror.update(results, [training])
     mirror.close()
     assert (done.shown, done.left, done.error) == (3, 0, None)
 
     runs = shown(tmp_path)
-    point, broken = (runs[f"ebb-{found.point.id}"] for found in results[:2])
-    assert set(runs) == {"ebb", f"ebb-{training.key[:12]}", point["run_id"], broken["run_id"]}
+    point, broken = (runs[f"{EBB}-{found.point.id}"] for found in results[:2])
+    assert set(runs) == {EBB, f"{EBB}-{training.key[:12]}", point["run_id"], broken["run_id"]}
     assert point["config"] == {"model": "small", "train": {"rank": 8}, "data": {"size": 100}, "apply": {"threshold": None}}
     assert point["summary"]["stages"] == dict(results[0].keys)
     assert point["summary"]["refusal/refusal_rate"] == 0.4
     assert point["summary"]["refusal/refusal_rate_n"] == 200
     assert point["summary"]["refusal/refusal_rate_low"] < 0.4
     assert (broken["exit_code"], broken["summary"]["reason"]) == (1, "out of memory")
-    curve = runs[f"ebb-{training.key[:12]}"]
+    curve = runs[f"{EBB}-{training.key[:12]}"]
     assert (curve["summary"]["loss"], curve["step"], curve["config"]["train"]["rank"]) == (1.25, 2, 8)
-    assert runs["ebb"]["step"] == 1
-    assert runs["ebb"]["summary"]["hypervolume"] == pytest.approx(0.4 * 0.5)
-    assert runs["ebb"]["summary"]["frontier"] == [0]
-    assert "40.0 [33.5, 46.9]" in runs["ebb"]["notes"]
+    assert runs[EBB]["step"] == 1
+    assert runs[EBB]["summary"]["hypervolume"] == pytest.approx(0.4 * 0.5)
+    assert runs[EBB]["summary"]["frontier"] == [0]
+    assert "40.0 [33.5, 46.9]" in runs[EBB]["notes"]
 
 
 def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(study: Study, training: Artifact, tmp_path: Path) -> None:
-    mirror = Mirror(study, tmp_path, "offline")
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     mirror.update([result(0), failed(1, f"TrainingError: no such file {tmp_path}/store/x.json")], [training])
     mirror.close()
     kept = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and "files" in path.relative_to(tmp_path).parts]
@@ -109,7 +114,24 @@ def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(study:
     kept += list((tmp_path / "wandb").rglob("*.wandb"))
     for private in (str(tmp_path), str(Path.home()), sys.executable):
         assert not [path for path in kept if private.encode() in path.read_bytes()], private
-    assert not [record["run"]["host"] for record in records(tmp_path, "ebb") if record.get("run", {}).get("host")]
+    assert not [record["run"]["host"] for record in records(tmp_path, EBB) if record.get("run", {}).get("host")]
+
+
+def test_no_host_that_the_study_ran_on_is_in_a_reason(study: Study, tmp_path: Path) -> None:
+    ended = {"kind": "train", "label": "t", "key": "k", "host": "gpu-12/0123", "gpus": 1, "started": 0.0, "ended": 1.0, "outcome": "lost"}
+    (tmp_path / "timeline.jsonl").write_text(json.dumps(ended) + "\n")
+    shown: list[Page] = []
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mirror, "_show", shown.append)
+        assert mirror.update([failed(0, "the node gpu-12 was lost")], []).error is None
+    assert [page.summary["reason"] for page in shown] == [f"the node {HOST} was lost"]
+
+
+def test_two_homes_with_a_study_of_one_name_write_runs_of_their_own(study: Study, training: Artifact) -> None:
+    ids = [{page.id for page in pages(study, [result(0)], [training], Profile(), home)} for home in (HOME_ID, "f" * 32)]
+    assert len(ids[0]) == len(ids[1]) == 2 and not ids[0] & ids[1]
+    assert run_id(study, HOME_ID) != run_id(study, "f" * 32)
 
 
 def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_grew(study: Study, tmp_path: Path) -> None:
@@ -121,11 +143,11 @@ def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_gre
     )
     (tmp_path / "spending.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
     results = [result(0, refusal=0.2, task=0.5), result(1, refusal=0.4, task=0.5), result(2, model="medium", refusal=0.3, task=0.6)]
-    mirror = Mirror(study, tmp_path, "offline", Profile(gpus={"other": GpuType(usd_per_hour=2.0)}))
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID, Profile(gpus={"other": GpuType(usd_per_hour=2.0)}))
     assert mirror.update(results, []).error is None
     mirror.close()
 
-    own = records(tmp_path, "ebb")
+    own = records(tmp_path, EBB)
     history = [record["history"]["item"] for record in own if record["type"] == "history"]
     grown = [row for row in history if "hypervolume" in row]
     assert [row["finished"] for row in grown] == [1, 2, 3]
@@ -135,8 +157,8 @@ def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_gre
     steps = {record["metric"]["name"]: record["metric"].get("step_metric") for record in own if "metric" in record}
     assert (steps["hypervolume/over_hours"], steps["hypervolume/over_gpu_hours"]) == ("hours", "gpu_hours")
 
-    summary = shown(tmp_path)["ebb"]["summary"]
-    points, lines = (table(tmp_path, "ebb", summary[f"{chart}_table"]) for chart in ("points", "frontier"))
+    summary = shown(tmp_path)[EBB]["summary"]
+    points, lines = (table(tmp_path, EBB, summary[f"{chart}_table"]) for chart in ("points", "frontier"))
     assert [dict(zip(points["columns"], row, strict=True))["on frontier"] for row in points["data"]] == [False, True, True]
     assert lines["data"] == [[0.3, "medium", 0.6], [0.4, "small", 0.5]]
     drawn = {record["config"]["update"][key]["panel_config"]["panelDefId"] for record in own
@@ -147,34 +169,49 @@ def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_gre
 def test_points_beyond_the_limit_are_rows_of_their_trainings_run(study: Study, training: Artifact, tmp_path: Path) -> None:
     keys = {"train[seed=0]": training.key}
     results = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics, keys=keys) for n in range(4)]
-    mirror = Mirror(study, tmp_path, "offline", Profile(wandb_points=1))
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID, Profile(wandb_points=1))
     assert mirror.update([*results[:3], Result(3, results[3].point, "running", keys=keys)], [training]).shown == 2
     assert mirror.update(results, [training]).shown == 1
     mirror.close()
     runs = shown(tmp_path)
-    assert set(runs) == {"ebb", f"ebb-{results[0].point.id}", f"ebb-{training.key[:12]}"}
-    curve = runs[f"ebb-{training.key[:12]}"]
+    assert set(runs) == {EBB, f"{EBB}-{results[0].point.id}", f"{EBB}-{training.key[:12]}"}
+    curve = runs[f"{EBB}-{training.key[:12]}"]
     rows = table(tmp_path, curve["run_id"], curve["summary"]["points"])
     assert [row[rows["columns"].index("threshold")] for row in rows["data"]] == pytest.approx([0.1, 0.2, 0.3])
     assert not [record for record in records(tmp_path, curve["run_id"]) if "loss" in record.get("history", {}).get("item", {})]
-    assert len(table(tmp_path, "ebb", runs["ebb"]["summary"]["points_table"])["data"]) == 4
+    assert len(table(tmp_path, EBB, runs[EBB]["summary"]["points_table"])["data"]) == 4
+
+
+def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(study: Study, training: Artifact, tmp_path: Path) -> None:
+    first = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics) for n in range(2)]
+    late = Result(2, result(2, rank=2).point, "done", result(2).metrics, keys={"train[seed=0]": training.key})
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID, Profile(wandb_points=2))
+    assert mirror.update([*first, late], [training]).error is None
+    mirror.close()
+    runs = shown(tmp_path)
+    assert set(runs) == {EBB, *(f"{EBB}-{each.point.id}" for each in first)}
+    rows = table(tmp_path, EBB, runs[EBB]["summary"]["trainings_table"])
+    assert rows["columns"] == ["training", "first point", "steps", "last loss"]
+    assert rows["data"] == [[training.key[:12], 2, 2, 1.25]]
+    earlier = Result(1, first[1].point, "done", first[1].metrics, keys=late.keys)  # then it has one, of its own
+    assert training.key[:12] in "".join(page.id for page in pages(study, [earlier, late], [training], Profile(wandb_points=2), HOME_ID))
 
 
 def test_a_restart_goes_on_and_shows_only_what_is_new(study: Study, training: Artifact, tmp_path: Path) -> None:
-    first = Mirror(study, tmp_path, "offline")
+    first = Mirror(study, tmp_path, "offline", HOME_ID)
     assert first.update([result(0)], [training]).shown == 2
     first.close()
-    again = Mirror(study, tmp_path, "offline")
+    again = Mirror(study, tmp_path, "offline", HOME_ID)
     assert again.update([result(0)], [training]).shown == 0
     assert again.update([result(0), result(1, refusal=0.9)], [training]).shown == 1
     again.close()
-    assert shown(tmp_path)["ebb"]["step"] == 2
+    assert shown(tmp_path)[EBB]["step"] == 2
 
 
 def test_a_mirror_that_died_shows_the_study_again(study: Study, tmp_path: Path) -> None:
-    died = Mirror(study, tmp_path, "offline")
+    died = Mirror(study, tmp_path, "offline", HOME_ID)
     died.update([result(0)], [])
-    again = Mirror(study, tmp_path, "offline")
+    again = Mirror(study, tmp_path, "offline", HOME_ID)
     assert again.update([result(0)], []).shown == 0
     again.close()
     died.close()
@@ -183,23 +220,23 @@ def test_a_mirror_that_died_shows_the_study_again(study: Study, tmp_path: Path) 
 
 def test_a_failed_point_that_is_finished_later_is_shown_again(study: Study, tmp_path: Path) -> None:
     broken = failed(0)
-    mirror = Mirror(study, tmp_path, "offline")
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     assert mirror.update([broken], []).shown == 1
     assert mirror.update([Result(0, broken.point, "done", result(0).metrics)], []).shown == 1
     mirror.close()
 
 
 def test_what_was_shown_offline_is_still_new_to_a_server(study: Study, tmp_path: Path) -> None:
-    mirror = Mirror(study, tmp_path, "offline")
+    mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     mirror.update([result(0)], [])
     mirror.close()
-    assert Memory(tmp_path, "offline").rows("ebb") == 1
-    assert Memory(tmp_path, "online").rows("ebb") == 0
+    assert Memory(tmp_path, "offline").rows(EBB) == 1
+    assert Memory(tmp_path, "online").rows(EBB) == 0
 
 
 def test_a_training_whose_files_were_dropped_is_shown_without_its_curve(study: Study, training: Artifact, tmp_path: Path) -> None:
     (training.path / "curve.csv").unlink()
-    assert Mirror(study, tmp_path, "offline").update([], [training]).error is None
+    assert Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error is None
 
 
 def test_trainings_are_found_by_the_stages_name(training: Artifact, tmp_path: Path) -> None:
@@ -209,7 +246,7 @@ def test_trainings_are_found_by_the_stages_name(training: Artifact, tmp_path: Pa
 
 
 def test_disabled_touches_nothing(study: Study, tmp_path: Path) -> None:
-    assert Mirror(study, tmp_path, "disabled").update([result(0)], []).shown == 0
+    assert Mirror(study, tmp_path, "disabled", HOME_ID).update([result(0)], []).shown == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,7 +263,7 @@ def _online(study: Study, folder: Path, port: int, call_s: float = 4.0) -> tuple
         "import sys; from pathlib import Path; from sweeps.study import Study;"
         "from analysis.wandb_runs import Mirror; from tests.analysis.conftest import result;"
         "study = Study.model_validate_json(sys.stdin.read());"
-        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', bound_s={call_s + 1}, call_s={call_s});"
+        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', '0123456789abcdef', bound_s={call_s + 1}, call_s={call_s});"
         "done = mirror.update([result(0), result(1, refusal=0.9)], []); mirror.close(); print(done.shown, done.left, done.error)"
     )
     environment = os.environ | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
@@ -262,7 +299,7 @@ def test_a_server_that_is_reached_holds_what_was_shown(study: Study, tmp_path: P
     assert (count, left, error.strip()) == ("2", "0", "None")
     assert server.unknown == []
     assert sorted(run.fields["jobType"] for run in server.runs.values()) == ["point", "study"]
-    own = server.runs["ebb"]
+    own = server.runs[EBB]
     assert [row["hypervolume"] for row in own.history.values() if "hypervolume" in row] == pytest.approx([0.25, 0.45])
     assert set(own.config["_wandb"]["value"]["visualize"]) == {"points", "frontier"}
     assert json.loads(own.files[own.summary["points_table"]["path"]])["data"]
@@ -295,7 +332,7 @@ def test_what_had_no_time_is_shown_before_the_mirror_ends(study: Study, tmp_path
     monkeypatch.setattr(Mirror, "_show_study", lambda self, results: None)
     ticks = iter(range(1000))
     monkeypatch.setattr("analysis.wandb_runs.time.monotonic", lambda: float(next(ticks)))
-    assert follow(study, Home(tmp_path), Mirror(study, tmp_path, "offline", bound_s=1.0))
+    assert follow(study, Home(tmp_path), Mirror(study, tmp_path, "offline", HOME_ID, bound_s=1.0))
     assert len(shown) == 3
 
 
@@ -311,7 +348,7 @@ def test_whatever_breaks_is_reported_and_not_raised(
         raise RuntimeError("no service\nwith details below")
 
     monkeypatch.setattr(Mirror, "_open", broken)
-    done = Mirror(study, tmp_path, "offline").update([result(0)], [])
+    done = Mirror(study, tmp_path, "offline", HOME_ID).update([result(0)], [])
     assert (done.shown, done.left, done.error) == (0, 1, "RuntimeError: no service")
     (training.path / "curve.csv").write_text("step,loss\nnot a number,1\n")
-    assert "ValueError" in str(Mirror(study, tmp_path, "offline").update([], [training]).error)
+    assert "ValueError" in str(Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error)

@@ -128,6 +128,14 @@ def test_a_failed_point_is_shown_with_its_reason(study: Study, tmp_path: Path) -
     assert "No point has finished" in text
 
 
+def test_a_reason_names_no_folder_and_no_host_that_the_study_ran_on(study: Study, tmp_path: Path) -> None:
+    ended = {"kind": "train", "label": "t", "key": "k", "host": "gpu-12/0123", "gpus": 1, "started": 0.0, "ended": 1.0, "outcome": "lost"}
+    (tmp_path / "timeline.jsonl").write_text(json.dumps(ended) + "\n")
+    text = written(study, [failed(7, "gpu-12 has no '/home/alice/secret set/p.csv'")], {}, tmp_path).read_text("utf-8")
+    assert "(a host) has no" in text and "p.csv" in text
+    assert not [private for private in ("gpu-12", "alice", "secret") if private in text]
+
+
 def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
     text = written(study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, cost={"a": "<b>"}).read_text("utf-8")
     assert "<script>" not in text

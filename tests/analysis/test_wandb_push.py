@@ -39,7 +39,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(kept: Path, study: Study, tmp_path: Path) -> Path:
     if not (kept / "wandb").exists():
-        mirror = Mirror(study, kept, "offline", Profile(wandb_points=4))
+        mirror = Mirror(study, kept, "offline", "0123456789abcdef", Profile(wandb_points=4))
         done = mirror.update([result(number, rank=number + 1, refusal=0.1 * number) for number in range(6)], [])
         mirror.close()
         assert done.error is None
@@ -75,7 +75,7 @@ def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, tmp_p
     assert sorted(run.config["train"]["value"]["rank"] for run in points) == [1, 2, 3, 4]
     assert all(run.exit_code == 0 for run in server.runs.values())
 
-    own = server.runs["ebb"]
+    own = server.runs["ebb-012345"]
     assert [own.history[line]["finished"] for line in range(6)] == [1, 2, 3, 4, 5, 6]
     assert own.config["_wandb"]["value"]["visualize"]["points"]["panel_config"]["fieldSettings"] == {
         "x": "refusal rate", "y": "task accuracy",
@@ -107,19 +107,19 @@ def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(f
 def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: WandbServer, study: Study) -> None:
     pushed(folder)
     results = [result(number, rank=number + 1, refusal=0.1 * number) for number in range(8)]
-    mirror = Mirror(study, folder, "offline", Profile(wandb_points=4))
+    mirror = Mirror(study, folder, "offline", "0123456789abcdef", Profile(wandb_points=4))
     mirror.update(results, [])
     mirror.close()
     assert (len(waiting(folder)), pushed(folder).pushed) == (1, 1)
-    own = server.runs["ebb"]
+    own = server.runs["ebb-012345"]
     assert [row["finished"] for _, row in sorted(own.history.items()) if "hypervolume" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert len(json.loads(own.files[own.summary["points_table"]["path"]])["data"]) == 8
 
 
 def test_what_was_pushed_is_known_to_a_mirror_that_is_online(folder: Path, server: WandbServer) -> None:
-    assert not Memory(folder, "online").rows("ebb")
+    assert not Memory(folder, "online").rows("ebb-012345")
     pushed(folder)
-    assert Memory(folder, "online").rows("ebb") == 6
+    assert Memory(folder, "online").rows("ebb-012345") == 6
 
 
 def test_several_are_pushed_at_once(folder: Path, server: WandbServer) -> None:
@@ -149,7 +149,7 @@ def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) ->
             break
         time.sleep(0.1)
     assert (done.pushed, done.left) == (left, 0)
-    assert [line["finished"] for _, line in sorted(server.runs["ebb"].history.items())] == [1, 2, 3, 4, 5, 6]
+    assert [line["finished"] for _, line in sorted(server.runs["ebb-012345"].history.items())] == [1, 2, 3, 4, 5, 6]
     assert len(server.runs) == 5
 
 

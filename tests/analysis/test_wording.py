@@ -1,0 +1,66 @@
+"""What a failure's reason says once it leaves this machine: no folder, no host, and still what went wrong."""
+
+import platform
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from analysis.wording import FOLDER, HOST, without_paths
+
+# "alice-smith" rather than letters at random, so that no part is a word of the sentence; also spaces, quotes and signs within.
+PARTS = st.from_regex(re.compile(r"[qz][a-z0-9=+@%_-]{2,6}([ ',.:][qz][a-z0-9]{2,5}){0,2}", re.ASCII), fullmatch=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("no such folder /home/alice", f"no such folder {FOLDER}"),
+        ("/root is full", f"{FOLDER} is full"),
+        ("/home/alice/my project/secret set/p.csv has no column", "p.csv has no column"),
+        ("cannot read /data/run=7b/x,y/z: denied", f"cannot read {FOLDER}: denied"),
+        ("'/home/alice/my set' is no model", f"'{FOLDER}' is no model"),
+        ("[Errno 2] No such file: '/home/o'brien/a, b/p.csv'", "[Errno 2] No such file: 'p.csv'"),
+        ('File "/srv/site/tool.py", line 3', 'File "tool.py", line 3'),
+        ("/a/b/x.csv and /c/d/y.csv differ", "x.csv and y.csv differ"),
+        ("see ~alice/notes/x.md.", "see x.md."),
+        ("copied from /home/alice.smith", f"copied from {FOLDER}"),
+        ("no file s3://bucket/team/p.csv", "no file s3:p.csv"),
+        ("3/4 of org/model at 12 tokens/s, or not", "3/4 of org/model at 12 tokens/s, or not"),
+        ("a / b", "a / b"),
+        ("out of memory (to see it again: ebbline stage x)", "out of memory"),
+    ],
+)
+def test_a_path_leaves_the_name_of_its_file_at_most(said: str, left: str) -> None:
+    assert without_paths(said) == left
+
+
+@given(st.lists(PARTS, min_size=1, max_size=5), st.sampled_from(["'", '"', "`"]), st.booleans())
+@example(["zoe", "q, z"], "'", True)
+def test_no_folder_of_any_quoted_path_survives(parts: list[str], quote: str, file: bool) -> None:
+    path = "/" + "/".join(parts)
+    left = without_paths(f"cannot read {quote}{path}{'/p.csv' if file else ''}{quote}, so it ended")
+    assert left == f"cannot read {quote}{'p.csv' if file else FOLDER}{quote}, so it ended"
+
+
+@given(st.lists(PARTS, min_size=1, max_size=5), st.sampled_from(["", ":", ",", ")", " "]))
+def test_no_folder_of_any_path_to_a_file_survives(parts: list[str], after: str) -> None:
+    path = "/" + "/".join(parts)
+    assert without_paths(f"cannot read {path}/p.csv{after} it ended") == f"cannot read p.csv{after} it ended"
+
+
+def test_the_users_home_goes_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/Users/Zoe Q")
+    monkeypatch.setenv("EBBLINE_HOME", "/srv/our runs")
+    assert str(Path.home()) == "/Users/Zoe Q"
+    assert without_paths("in /Users/Zoe Q, or -I/Users/Zoe Q/include/x.py") == f"in {FOLDER}, or -Ix.py"
+    assert without_paths("nothing in /srv/our runs yet") == f"nothing in {FOLDER} yet"
+
+
+def test_hosts_and_addresses_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "login7.cluster.lab")
+    said = "node gpu-12 (10.1.2.3) was lost, as login7 and LOGIN7.cluster.lab say; gpu-120 and here are well"
+    left = f"node {HOST} ({HOST}) was lost, as {HOST} and {HOST} say; gpu-120 and here are well"
+    assert without_paths(said, {"gpu-12/0123456789ab", "here"}) == left
