@@ -114,7 +114,7 @@ def test_the_installed_completion_works_in_a_real_bash(tmp_path: Path) -> None:
     program.write_text(f"#!{sys.executable}\n{AS_TYPED.replace('; ', chr(10))}\n")
     program.chmod(0o755)
     environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}", "EBBLINE_HOME": str(tmp_path)}
-    install = [str(program), "--install-completion", "bash"]
+    install = ["bash", "--norc", "-c", "ebbline --install-completion; exit $?"]  # from a shell, which is what it is installed for
     subprocess.run(install, env=environment, check=True, capture_output=True, timeout=60)
     script = "source ~/.bashrc; COMP_WORDS=(ebbline run qu); COMP_CWORD=2; _ebbline_completion ebbline; echo ${COMPREPLY[@]}"
     done = subprocess.run(["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
