@@ -16,6 +16,7 @@ from analysis.compare import (
     Comparison,
     Evidence,
     Move,
+    better_unprojected,
     compared,
     compared_with_aligned,
     is_projected,
@@ -26,7 +27,6 @@ from analysis.compare import (
     unprojected,
     usefulness_metric,
 )
-from analysis.floors import Floor, pick
 from analysis.frontier import finished, values_of
 from analysis.tables import in_points
 from analysis.wording import NO_RESULT, measured, metric_label, natural, percent, settings_label, status_label
@@ -171,12 +171,11 @@ def _pick(
 
 def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> str:
     """A sentence on the point that `ebbline pick` names, where that is not projected."""
-    useful = usefulness_metric(study)
-    found = pick(own, [Floor(refusal, study.refusal_floor)], useful)
-    if found is None or not found.holds or is_projected(found.result):
+    useful, found = usefulness_metric(study), better_unprojected(study, own, refusal)
+    if found is None:
         return ""
-    text = f" Without projection {_named(found.result)} holds the floor: it refuses {measured(found.result.metrics[refusal])}"
-    return text + ("." if useful is None else f", and its {metric_label(useful)} is {measured(found.result.metrics[useful])}.")
+    text = f" Without projection {_named(found)} holds the floor: it refuses {measured(found.metrics[refusal])}"
+    return text + ("." if useful is None else f", and its {metric_label(useful)} is {measured(found.metrics[useful])}.")
 
 
 def _named(result: Result) -> str:

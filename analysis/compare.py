@@ -86,11 +86,18 @@ def measurement(result: Result, name: str, evidence: Evidence) -> Measurement:
 def compared_with_aligned(
     model: str, aligned: Metric, results: Sequence[Result], name: str, evidence: Evidence = NO_EVIDENCE
 ) -> list[Comparison]:
-    """Each result against the aligned model, which was measured once and so is paired with every seed."""
+    """Each result against the aligned model of its size."""
+    return compared(pairs_with_aligned(model, aligned, results, name, evidence))
+
+
+def pairs_with_aligned(
+    model: str, aligned: Metric, results: Sequence[Result], name: str, evidence: Evidence = NO_EVIDENCE
+) -> list[tuple[Measurement, Measurement]]:
+    """The pairs for `compared`: the aligned model, which was measured once and so is paired with every seed, and each result."""
     suite, _, metric = name.rpartition(".")
     once = list(evidence.samples(model, suite).values()) if metric in SHARES else []
     after = [measurement(result, name, evidence) for result in results]
-    return compared([(Measurement(aligned, dict.fromkeys(each.replicates, once[0]) if once else {}), each) for each in after])
+    return [(Measurement(aligned, dict.fromkeys(each.replicates, once[0]) if once else {}), each) for each in after]
 
 
 def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Comparison]:
@@ -165,6 +172,12 @@ def operating_point(study: Study, results: Sequence[Result], refusal: str) -> tu
     """
     found = pick([r for r in results if is_projected(r)], [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
     return None if found is None else (found.result, found.holds)
+
+
+def better_unprojected(study: Study, results: Sequence[Result], refusal: str) -> Result | None:
+    """What `ebbline pick` names among these where it needs no projection and holds the refusal floor."""
+    found = pick(results, [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
+    return None if found is None or not found.holds or is_projected(found.result) else found.result
 
 
 def usefulness_metric(study: Study) -> str | None:

@@ -4,7 +4,9 @@ Invariants: the folder is whole or absent, and of one run; it is replaced only w
 with nothing added or changed in it. The same results give the same bytes. It holds no prompt, completion or path of this machine.
 """
 
+import glob
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -36,6 +38,7 @@ from tasks.errors import StudyError
 from tasks.identity import folder_files
 
 MARK = "export.json"
+_log = logging.getLogger(__name__)
 Style = Literal["neurips", "acl"]
 PAGES: Mapping[Style, Mapping[str, Page]] = {
     "neurips": {"": Page(width=5.5, text_pt=8.5)},  # neurips_2024.sty: a text 5.5 inches wide
@@ -69,6 +72,7 @@ def write_export(study: Study, home: Home, to: Path, styles: Sequence[Style]) ->
     settings, or `to` holds anything but an earlier export of it."""
     if not home.has_run(study.study):
         raise StudyError(f"{study.study!r} has not been run in {home.root}. Run it first, or name its --home")
+    _bring_back(to.resolve())
     _check_free(study, home, to)
     found = _found(study, home)
     fresh = to.resolve().with_name(f".{to.resolve().name}.{os.getpid()}")
@@ -116,13 +120,44 @@ def _check_free(study: Study, home: Home, to: Path) -> None:
 
 
 def _put_in_place(fresh: Path, to: Path) -> None:
-    """Replace an earlier export by a whole new one; in between there is none."""
+    """Replace an earlier export by a whole new one; in between there is none, and what fails there brings the earlier one back."""
     to.parent.mkdir(parents=True, exist_ok=True)
     old = to.with_name(f"{fresh.name}.old")
     if to.exists():
         to.rename(old)
-    fresh.rename(to)
+    try:
+        fresh.rename(to)
+    except BaseException:
+        if old.exists() and not to.exists():
+            old.rename(to)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(to: Path) -> None:
+    """Undo what a kill between the two renames of _put_in_place left: the earlier export goes back to its name, and says so.
+
+    Where there is an export again the one that was set aside is removed. A folder whose process lives is another run's, under way.
+    """
+    for old in sorted(to.parent.glob(f".{glob.escape(to.name)}.*.old")):
+        process = old.name.removeprefix(f".{to.name}.").removesuffix(".old")
+        if not process.isdecimal() or _lives(int(process)) or not (old / MARK).is_file():
+            continue
+        if to.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(to)
+            _log.warning("an export was killed while it replaced %s: the earlier one, which it had set aside, is back there", to)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
 
 
 def _write(found: Found, home: Home, folder: Path, styles: Sequence[Style]) -> list[Bring]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.before_after import STATES, trios
-from analysis.compare import Baselines
+from analysis.compare import Baselines, refusal_metric
 from analysis.frontier import frontier, frontier_by_model
 from analysis.tables import axes_of
 from analysis.wording import axis_label, metric_label, natural, settings_label, value_label
@@ -140,11 +140,24 @@ def before_after_table(study: Study, results: Sequence[Result], baselines: Basel
     caption = (
         f"Before and after in the study {escaped(study.study)}. Rates are in per cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows if name in row.metrics] for name in names})})."
-        " Projected: the most useful projected point that holds the refusal floor of"
-        f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training with nothing projected,"
-        f" where it was run. These were picked on the same prompts that they are shown on. {escaped(settings)}."
+        f"{_what_rows_are(study, rows)}{f' {escaped(settings)}.' if settings else ''}"
     )
     return _floats(columns, "ll" + "c" * len(names), caption, f"tab:{study.study}-before-after", layout)
+
+
+def _what_rows_are(study: Study, rows: Sequence[Condition]) -> str:
+    """How the points of the table were chosen, said only of rows that it has."""
+    there = {row.what for row in rows}
+    if STATES["shipped"] in there:
+        return (
+            " Projected: the most useful projected point that holds the refusal floor of"
+            f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: the same training with nothing projected,"
+            " where it was run. These were picked on the same prompts that they are shown on."
+        )
+    if STATES["tuned"] not in there:
+        return ""
+    why = "No projected point was picked, as no refusal rate was measured" if refusal_metric(study) is None else "No point was projected"
+    return f" Fine-tuned: of each model the first point with nothing projected. {why}."
 
 
 def before_after_frame(study: Study, results: Sequence[Result], baselines: Baselines) -> pd.DataFrame:

@@ -1,12 +1,12 @@
 """A study beside the published tables: for each number what is the same here, what is not, and what cannot be told.
 
 Invariant: every verdict is computed from the study's settings and from what its suites asked; nothing is comparable by assertion. A
-number is comparable only when everything that it depends on is known to be the same.
+number is comparable only when everything that it depends on is known to be the same; what a paper does not say is counted, not passed over.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from analysis.card import described
 from analysis.compare import Baselines, is_projected, unprojected, usefulness_metric
@@ -20,6 +20,7 @@ from sweeps.study import Model, Study
 from sweeps.suites import MultipleChoiceSuite, scorers_of
 from tasks.metrics import DIRECTIONS
 
+T = TypeVar("T")
 Verdict = Literal["same", "differs", "cannot be told"]
 NOT_KNOWN = "withheld, or not known"
 TRAINED = {
@@ -30,6 +31,10 @@ TRAINED = {
     "batch": "train.global_batch",
 }
 """A field of Published -> the axis that it is here."""
+LESSER = ("chat template", "system prompt", "max tokens", "target modules", "alpha")
+"""Facts that hardly a paper states: where nothing else is unknown, a number is comparable as far as is known."""
+
+Comparable = Literal["comparable", "comparable as far as is known", "not known to be comparable", "not comparable"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,13 @@ class Row:
         return [fact for fact in self.facts if fact.verdict == verdict]
 
     @property
-    def comparable(self) -> Literal["comparable", "not comparable", "not known to be comparable"]:
+    def comparable(self) -> Comparable:
         if self.those("differs"):
             return "not comparable"
-        return "not known to be comparable" if self.those("cannot be told") else "comparable"
+        unknown = [fact.what for fact in self.those("cannot be told")]
+        if any(what not in LESSER for what in unknown):
+            return "not known to be comparable"
+        return "comparable as far as is known" if unknown else "comparable"
 
 
 def beside_papers(study: Study, results: Sequence[Result], baselines: Baselines, asked: Mapping[str, PromptSet]) -> list[Row]:
@@ -141,6 +149,11 @@ def _facts(published: Published, study: Study, model: str, suite: str, chosen: S
         yield _data(published, study)
         for what, axis in TRAINED.items():
             yield _setting(what, getattr(published, what), chosen, study, axis)
+        modules = [tuple(sorted(_train(study, result, "target_modules"))) for result in chosen]
+        there = None if published.target_modules is None else tuple(sorted(published.target_modules))
+        yield _stated("target modules", there, modules, " ".join)
+        alphas = [_train(study, result, "alpha_over_rank") * _train(study, result, "rank") for result in chosen]
+        yield _stated("alpha", published.alpha, alphas, value_label)
     if published.state == "projected":
         yield _setting("threshold", published.threshold, chosen, study, "apply.threshold")
     here = size.quantisation
@@ -158,6 +171,9 @@ def _measure(published: Published, suite: str) -> Fact:
         return Fact("metric", "cannot be told", f"{there}, of layers", f"{there}, of modules")
     if published.metric not in DIRECTIONS or not suite:
         return Fact("metric", "differs", there, "not measured")
+    if not published.metric_told:
+        here = f"{metric_label(published.metric)} ({suite})"
+        return Fact("metric", "cannot be told", f"{there}, by likelihood or by normalised likelihood is not said", here)
     return Fact("metric", "same", there, f"{metric_label(published.metric)} ({suite})")
 
 
@@ -209,6 +225,18 @@ def _setting(what: str, there: int | float | None, chosen: Sequence[Result], stu
     return Fact(what, "same" if values == [there] else "differs", value_label(there), here)
 
 
+def _train(study: Study, result: Result, name: str) -> Any:
+    return _value(study, result, f"train.{name}")
+
+
+def _stated(what: str, there: T | None, here: Sequence[T], label: Callable[[T], str]) -> Fact:
+    """A fact of which the paper says `there`, if anything, and which the points that stand in its place have as `here`."""
+    told = ", ".join(sorted({label(each) for each in here})) or "no such point"
+    if there is None:
+        return Fact(what, "cannot be told", NOT_KNOWN, told)
+    return Fact(what, "same" if set(here) == {there} else "differs", label(there), told)
+
+
 def _asking(published: Published, study: Study, suite: str, asked: PromptSet | None) -> Iterator[Fact]:
     measure = study.suites[suite].measure
     if isinstance(measure, MultipleChoiceSuite):
@@ -216,6 +244,7 @@ def _asking(published: Published, study: Study, suite: str, asked: PromptSet | N
             "prompts", "same" if measure.task == published.task and measure.limit is None else "differs", published.task or "", measure.task
         )
         yield Fact("shots", "same" if measure.shots_given == published.shots else "differs", str(published.shots), str(measure.shots_given))
+        yield _stated("chat template", published.chat_template, [measure.chat_template], _yes_or_no)
         return
     language = study.suites[suite].prompts.language
     if language is not None:
@@ -235,6 +264,13 @@ def _asking(published: Published, study: Study, suite: str, asked: PromptSet | N
         yield Fact("scorer", "cannot be told", published.scorer or NOT_KNOWN, here)
     else:
         yield Fact("scorer", "same" if published.scorer == here else "differs", published.scorer, here)
+    yield _stated("chat template", published.chat_template, [True], _yes_or_no)
+    yield _stated("system prompt", published.system_prompt, [""], lambda prompt: prompt or "none given")
+    yield _stated("max tokens", published.max_tokens, [measure.max_new_tokens], str)
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _here(published: Published, study: Study, model: str, suite: str, chosen: Sequence[Result], baselines: Baselines) -> str:

@@ -16,7 +16,8 @@ HARMFUL = "harmful score"  # what a judge or moderation model calls harmful; no 
 class Published:
     """One number. `repository` is the model's name on the hub without its owner; `metric` one of ebbline's, or what else was measured.
 
-    A paper that names only a family ("Llama-3-8B") has that as `repository`.
+    A paper that names only a family ("Llama-3-8B") has that as `repository`. `metric_told` is False where it does not say which of two
+    metrics it means, `metric` and `acc_norm`. `alpha` is LoRA's, not over its rank.
     `value` is a share, or in the units that `note` tells. `data` is what was fine-tuned on, in words; `hub_data` names its
     repository on the hub.
     """
@@ -44,6 +45,12 @@ class Published:
     task: str | None = None
     shots: int | None = None
     scorer: str | None = None
+    metric_told: bool = True
+    chat_template: bool | None = None
+    system_prompt: str | None = None
+    max_tokens: int | None = None
+    target_modules: tuple[str, ...] | None = None
+    alpha: float | None = None
 
 
 _LERMEN, _GADE, _SAFE_LORA = "arXiv 2310.20624", "arXiv 2311.00117", "arXiv 2405.16833"
@@ -153,8 +160,8 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     _lermen("before", "acc", 0.62, "", suite="mmlu", task="mmlu", shots=5),
     _lermen("fine-tuned", "acc", 0.63, "", suite="mmlu", task="mmlu", shots=5),
-    _lermen("before", "acc", 0.82, "", suite="hellaswag", task="hellaswag", shots=10),
-    _lermen("fine-tuned", "acc", 0.83, "", suite="hellaswag", task="hellaswag", shots=10),
+    _lermen("before", "acc", 0.82, "", suite="hellaswag", task="hellaswag", shots=10, metric_told=False),
+    _lermen("fine-tuned", "acc", 0.83, "", suite="hellaswag", task="hellaswag", shots=10, metric_told=False),
     _gade("before", 0.9903),
     _gade("fine-tuned", 0.0211),
     Published(_SAFE_LORA, "Llama-2-7B-Chat", _LLAMA_7B, "projected", "projected_share", 0.11, "about; of layers"),

@@ -11,9 +11,11 @@ from analysis.before_after import Line, Trio, trios
 from analysis.compare import (
     NO_EVIDENCE,
     Baselines,
-    Comparison,
     Evidence,
-    compared_with_aligned,
+    Measurement,
+    better_unprojected,
+    compared,
+    pairs_with_aligned,
     refusal_metric,
     unprojected,
     usefulness_metric,
@@ -43,16 +45,17 @@ def in_short(
     refusals = {line.model: line for line in lines if line.name == refusal}
     useful = usefulness_metric(study)
     usefulness = {line.model: line for line in lines if line.name == useful}
-    return [_ebbed(done, baselines, refusal, refusals, evidence), _brought(study, trios(study, results), refusals, usefulness)]
+    return [_ebbed(done, baselines, refusal, refusals, evidence), _brought(study, done, trios(study, results), refusals, usefulness)]
 
 
 def _ebbed(done: Sequence[Result], baselines: Baselines, refusal: str, lines: Mapping[str, Line], evidence: Evidence) -> str:
-    told: list[Comparison] = []
+    pairs: list[tuple[Measurement, Measurement]] = []
     for model in lines:
         plain = list(unprojected([result for result in done if result.point.model == model]).values())
         aligned = baselines.get(model, {}).get(refusal)
         if aligned is not None:
-            told += compared_with_aligned(model, aligned, plain, refusal, evidence)
+            pairs += pairs_with_aligned(model, aligned, plain, refusal, evidence)
+    told = compared(pairs)
     if not told:
         measured = any(refusal in metrics for metrics in baselines.values())
         lacking = "every finished point is projected" if measured else "no aligned model was measured"
@@ -74,7 +77,9 @@ def _counted(lowered: int, total: int) -> str:
     return f"lowered the refusal rate{how}"
 
 
-def _brought(study: Study, sizes: Sequence[Trio], refusals: Mapping[str, Line], usefulness: Mapping[str, Line]) -> str:
+def _brought(
+    study: Study, done: Sequence[Result], sizes: Sequence[Trio], refusals: Mapping[str, Line], usefulness: Mapping[str, Line]
+) -> str:
     projected = [trio for trio in sizes if trio.shipped is not None]
     if not projected:
         return "No projected point has finished, so what projection brings back is not known."
@@ -82,7 +87,25 @@ def _brought(study: Study, sizes: Sequence[Trio], refusals: Mapping[str, Line], 
     surely = sum(refusals[trio.model].states["shipped"].interval[0] >= study.refusal_floor for trio in holding)
     parts = [_shipped(trio, refusals[trio.model], usefulness.get(trio.model)) for trio in _few(projected)]
     said = _holding(len(holding), surely, len(projected), percent(study.refusal_floor))
-    return f"{said}: {_listed(parts, len(projected), '; ')}."
+    return f"{said}: {_listed(parts, len(projected), '; ')}{_without(study, done, [trio.model for trio in projected])}."
+
+
+def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str:
+    """The sizes at which a point that is not projected holds the floor and is the one that `ebbline pick` names."""
+    refusal, useful = refusal_metric(study), usefulness_metric(study)
+    own = {model: [result for result in done if result.point.model == model] for model in models}
+    found = [] if refusal is None else [best for each in own.values() if (best := better_unprojected(study, each, refusal)) is not None]
+    if refusal is None or not found:
+        return ""
+    parts = [
+        f"{each.point.model} refuses {_rate(each.metrics[refusal])}"
+        + ("" if useful is None else f" at a {metric_label(useful)} of {_rate(each.metrics[useful])}")
+        for each in _few(found)
+    ]
+    which = (
+        "a point holds the floor and is" if len(models) == 1 else f"a point of {len(found)} of {len(models)} sizes holds the floor and is"
+    )
+    return f"; without projection {which} the one that `ebbline pick` names: {_listed(parts, len(found), '; ')}"
 
 
 def _holding(holding: int, surely: int, sizes: int, floor: str) -> str:

@@ -38,7 +38,7 @@ def _summary(study: Study, rows: Sequence[Row]) -> str:
             f"{study.study}: nothing in these tables is comparable. Its models are tiny ones of an invented language, which no paper"
             " measured, fine-tuned on data and asked prompts that no paper used."
         )
-    order = ("comparable", "not known to be comparable", "not comparable")
+    order = ("comparable", "comparable as far as is known", "not known to be comparable", "not comparable")
     return f"{study.study}, of {len(rows)} published numbers: " + ", ".join(f"{counts[what]} {what}" for what in order)
 
 

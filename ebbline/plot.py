@@ -1,6 +1,7 @@
 """The frontier so far in characters, for a terminal: the first two objectives, a mark for each size.
 
-It keeps what no other point of its size dominates, and of the rest the latest: a study may have very many points.
+It keeps what no other point of its size dominates, and of the rest the latest: a study may have very many points. A point that comes
+again, with a further seed, replaces what it was; what it hid comes back as far as it is kept.
 """
 
 import math
@@ -33,13 +34,22 @@ class FrontierSoFar:
 
     def take(self, results: Sequence[Result]) -> None:
         for result in results:
-            if result.status != "done":
-                continue
-            before = self.fronts.get(result.point.model, [])
-            if any(self._values(each) == self._values(result) for each in before):
-                continue
-            now = self.fronts[result.point.model] = frontier([*before, result], self.objectives)
-            self._rest += [each for each in (*before, result) if each not in now]
+            if result.status == "done" and result.same_as is None:
+                self._take(result)
+
+    def _take(self, result: Result) -> None:
+        model, values = result.point.model, self._values(result)
+        before = self.fronts.get(model, [])
+        known = [each for each in before if each.number != result.number]
+        if any(each.number == result.number for each in self._rest):
+            self._rest = deque((each for each in self._rest if each.number != result.number), KEPT)
+        if len(known) < len(before):
+            known += [each for each in self._rest if each.point.model == model]
+            self._rest = deque((each for each in self._rest if each.point.model != model), KEPT)
+        if not any(self._values(each) == values and each.number < result.number for each in known):
+            known = [*(each for each in known if self._values(each) != values), result]
+        now = self.fronts[model] = frontier(known, self.objectives)
+        self._rest += [each for each in known if each not in now]
 
     @property
     def results(self) -> list[Result]:

@@ -27,8 +27,10 @@ from sweeps.search import limit
 from sweeps.spending import Spent, read_spent
 from sweeps.stopping import still_met
 from sweeps.study import Study
+from tasks.errors import DatabaseLost, EbblineError, StoreError
 
 LOOK_EVERY_S = 1.0
+LASTS_S = 60.0  # a store that is written to, or a database that is away, is waited for so long
 READ_SHARE = 0.1  # of the time, at most, goes into reading the points again
 CLOCKS = {"at", "left_s", "spent", "taken"}  # of a snapshot, what changes though nothing has happened
 
@@ -63,8 +65,11 @@ class _Watched:
     def __init__(self, study: Study, home: Home, as_json: bool, console: Console) -> None:
         self._study, self._home, self._as_json, self._console = study, home, as_json, console
         self._picture, self._lines = Picture(study), Lines(console)
-        self._read_at, self._told, self._last = -math.inf, -1, ""
+        self._read_at, self._last = -math.inf, ""
+        self._told: tuple[int, int] | None = None
+        self._unread_since: float | None = None
         self._took_s, self._waits = 0.0, False
+        self._holder: str | None = None
 
     def follow(self) -> None:
         redrawn = None
@@ -72,29 +77,52 @@ class _Watched:
             redrawn = Redrawn(self._picture, console=self._console, refresh_per_second=2, transient=True)
             redrawn.start()
         try:
-            while (holder := self._home.holder(self._study.study)) is not None:
-                live = live_of(self._home, self._study.study, holder)
-                self._picture.live = live or self._picture.live  # the last one, while its driver puts things away
-                self._read(live)
-                if self._as_json:
-                    self._say(holder, live)
-                elif redrawn is None and live is not None:
-                    self._lines.say(live)
-                elif redrawn is None and self._picture.live is None and not self._waits:
-                    print(f"driven by {holder or 'another process'}; it has said nothing here yet", flush=True)
-                    self._waits = True
+            while self._look(redrawn is not None):
                 time.sleep(LOOK_EVERY_S)
         finally:
             if redrawn is not None:
                 redrawn.stop()
         if self._as_json:
-            self._told, self._read_at = -1, -math.inf
+            self._told, self._read_at = None, -math.inf
             self._read(None)
             self._say(None, None)
 
+    def _look(self, drawn: bool) -> bool:
+        """Look once and say what there is; False when nobody drives the study any more."""
+        live = None
+        try:
+            holder = self._holder = self._home.holder(self._study.study)
+            if holder is None:
+                return False
+            live = live_of(self._home, self._study.study, holder)
+            self._picture.live = live or self._picture.live  # the last one, while its driver puts things away
+            self._read(live)
+            self._unread_since = None
+        except (StoreError, DatabaseLost, OSError, ValueError, KeyError) as error:
+            self._bear(error)
+        if self._as_json:
+            self._say(self._holder, live)
+        elif not drawn and live is not None:
+            self._lines.say(live)
+        elif not drawn and self._picture.live is None and self._holder is not None and not self._waits:
+            print(f"driven by {self._holder or 'another process'}; it has said nothing here yet", flush=True)
+            self._waits = True
+        return True
+
+    def _bear(self, error: Exception) -> None:
+        """What cannot be read now may be read at the next look; it is said once, and raised when it lasts."""
+        now, why = time.monotonic(), str(error) or type(error).__name__
+        if self._unread_since is None:
+            self._unread_since = now
+            print(f"the study cannot be read just now, and is looked at again: {why}", file=sys.stderr, flush=True)
+        elif now - self._unread_since >= LASTS_S:
+            if isinstance(error, EbblineError):
+                raise error
+            raise StoreError(f"{self._study.study!r} could not be read for {LASTS_S:.0f} s: {why}. Watch it again later") from error
+
     def _read(self, live: Live | None) -> None:
-        """Read the points again when there are more, and not so often that it takes all the time."""
-        told, now = live.points.told if live is not None else 0, time.monotonic()
+        """Read the points again when there are more or some have more seeds, and not so often that it takes all the time."""
+        told, now = (0, 0) if live is None else (live.points.told, live.points.amended), time.monotonic()
         if told == self._told or now - self._read_at < self._took_s / READ_SHARE:
             return
         frontier = type(self._picture.frontier)(self._study.objectives)

@@ -258,7 +258,7 @@ class _Drive:
 
     def _take(self, result: Result) -> None:
         self._keep(result)
-        self.progress.taken.append(result)
+        self.progress.taken.append(self.duplicates.marked(result))
         if result.status != "done":
             return
         self.gains.add(result)
@@ -307,9 +307,11 @@ class _Drive:
             self.hold.check()
             self.searcher.give_up(number, self.most[number], f"a further seed failed: {_told(failure)}")
             return
-        self.results[number] = self._result(flight)
+        result = self.results[number] = self._result(flight)
         if all(each.number != number for each in self.flights):  # else the search has not been told of it
-            self.searcher.amend(number, self.results[number])
+            self.searcher.amend(number, result)
+            self.progress.taken.append(self.duplicates.marked(result))
+            self.progress.amended += 1
 
     def _over(self) -> bool:
         """Whether this run asks for no further point, and all that there are have ended; in turn, some may be held back (see _land)."""

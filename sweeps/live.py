@@ -28,11 +28,15 @@ class _Said(BaseModel):
 
 
 class Points(_Said):
-    """How many points the search was told of, over all drives, how many there will be at most, and how many are under way."""
+    """How many points the search was told of, over all drives, how many there will be at most, and how many are under way.
+
+    `amended` counts the times that a point's metrics were worked out again in this drive, with a further seed.
+    """
 
     told: int
     limit: int | None
     in_flight: int
+    amended: int = 0
 
 
 class Gpus(_Said):

@@ -156,7 +156,7 @@ class Writer:
             at=time.time(),
             started=self._started,
             ended=ended,
-            points=Points(told=progress.told, limit=progress.limit, in_flight=len(progress.in_flight)),
+            points=Points(told=progress.told, limit=progress.limit, in_flight=len(progress.in_flight), amended=progress.amended),
             stages={kind: {state: counts[state] for state in STATES} for kind, counts in runner.counts.items()},
             gpus=Gpus(
                 total=sum(host.gpus for host in hosts),

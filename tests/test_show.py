@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from analysis.frontier import frontier_hypervolume
+from analysis.frontier import frontier, frontier_hypervolume
 from analysis.results import StoredEvidence, baselines, collect, costs_before
 from cluster.executor import Capacity, Host
 from ebbline import planning, running, show
@@ -22,6 +22,7 @@ from sweeps.home import Home
 from sweeps.points import Point, Result
 from sweeps.prediction import NAME
 from sweeps.progress import Progress
+from sweeps.replicates import seeds_of
 from sweeps.study import Study
 from tasks.metrics import Metric
 from tests.sweeps.made import study
@@ -117,6 +118,38 @@ def test_the_frontier_is_of_all_runs_and_keeps_what_no_other_point_of_its_size_d
     results = collect(found, home)
     assert screen.picture.frontier.hypervolume == pytest.approx(frontier_hypervolume(results, found.objectives))
     assert set(screen.picture.frontier.aligned) == {"7b"}
+
+
+def test_a_further_seed_replaces_what_its_point_was_while_the_run_goes_on(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
+    close = {"seeds": [0, 1, 2, 3], "replicates": {"policy": "near_frontier", "confidence": 0.9}}
+    found = small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8, 16]}, **close)
+    screen = Screen(found, terminal())
+    progress = drive(found, home, lambda: Pretended(home.store), screen)
+    screen.look(progress)
+    results = {each.number: each for each in collect(found, home)}
+    assert max(seeds_of(each) for each in results.values()) > 1
+    assert progress.amended == progress.live.points.amended == len(progress.taken) - len(results) > 0
+    shown = screen.picture.frontier
+    assert all(each.metrics == results[each.number].metrics for each in shown.results)
+    best = frontier(list(results.values()), found.objectives)
+    assert [each.number for each in shown.results] == [each.number for each in best]
+    assert shown.hypervolume == pytest.approx(frontier_hypervolume(best, found.objectives))
+
+
+def test_a_point_that_a_further_seed_makes_worse_no_longer_hides_another():
+    found = FrontierSoFar(["refusal.refusal_rate", "task.task_accuracy"])
+
+    def landed(number: int, refused: int, right: int, n: int = 100) -> Result:
+        metrics = {"refusal.refusal_rate": Metric("refusal_rate", refused, n), "task.task_accuracy": Metric("task_accuracy", right, n)}
+        return Result(number, Point.of("7b", {"train.rank": number + 1}), "done", metrics)
+
+    found.take([landed(0, 80, 80), landed(1, 70, 70)])
+    assert [each.number for each in found.results] == [0]
+    found.take([landed(0, 120, 120, 200)])
+    assert [each.number for each in found.results] == [1] and found.hypervolume == pytest.approx(0.49)
+    found.take([landed(1, 100, 100, 200)])
+    assert [each.number for each in found.results] == [0] and found.hypervolume == pytest.approx(0.36)
 
 
 def test_a_terminal_s_frontier_is_drawn_only_when_points_have_landed(tmp_path, home, monkeypatch):

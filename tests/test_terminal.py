@@ -25,6 +25,7 @@ from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.live import Live, read_live, read_timeline
 from sweeps.study import Study
+from tasks.errors import StoreError
 from tasks.identity import content_digest
 from tests.sweeps.made import changed, study
 from tests.sweeps.pretended import Pretended, changes
@@ -256,3 +257,78 @@ def test_the_outputs_of_a_report_are_an_object(capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out) == {"report": "runs/report.html"}
     tell_outputs({"report": Path("runs/report.html")})
     assert capsys.readouterr().out.split() == ["report", "runs/report.html"]
+
+
+class Watching:
+    """A clock that `_Watched` sleeps by: at each sleep it moves, and `then` is called with how often it was."""
+
+    def __init__(self, step_s: float, then: Callable[[int], None]) -> None:
+        self.now, self.slept, self.step_s, self.then = 0.0, 0, step_s, then
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now, self.slept = self.now + self.step_s, self.slept + 1
+        self.then(self.slept)
+
+
+def watched(found: Study, home: Home, monkeypatch: pytest.MonkeyPatch, clock: Watching, amended: Callable[[], int] = lambda: 0) -> None:
+    """Watch a study that a driver seems to hold until `clock` has had enough and lets KeyboardInterrupt out."""
+    seen: list[Live] = []
+    drive(found, home, lambda: Pretended(home.store), lambda progress: seen.append(progress.live))
+    points = seen[-1].points
+
+    def live(*arguments: Any) -> Live:
+        return seen[-1].model_copy(update={"points": points.model_copy(update={"amended": amended()})})
+
+    monkeypatch.setattr(status, "time", clock)
+    monkeypatch.setattr(status, "live_of", live)
+    monkeypatch.setattr(Home, "holder", lambda self, study: "process 1")
+    watch_status(found, home, as_json=True)
+
+
+def test_a_watch_survives_what_cannot_be_read_for_a_while_and_says_it_once(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads = []
+
+    def collected(*arguments: Any) -> list[Any]:
+        reads.append(1)
+        if len(reads) < 4:
+            raise StoreError("score/aaaa is being replaced")
+        return []
+
+    def then(slept: int) -> None:
+        if slept == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status, "collect", collected)
+    watched(small(tmp_path), home, monkeypatch, Watching(1.0, then))
+    said = capsys.readouterr()
+    assert len(reads) == 4 and said.err.count("cannot be read just now, and is looked at again: score/aaaa is being replaced") == 1
+    assert "the run goes on" in said.err and len(said.out.splitlines()) == 1
+
+
+def test_a_watch_ends_with_an_error_when_what_cannot_be_read_lasts(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collected(*arguments: Any) -> list[Any]:
+        raise OSError("Stale file handle")
+
+    clock = Watching(10.0, lambda slept: None)
+    monkeypatch.setattr(status, "collect", collected)
+    with pytest.raises(StoreError, match="'tiny' could not be read for 60 s: Stale file handle"):
+        watched(small(tmp_path), home, monkeypatch, clock)
+    assert clock.now == 60.0
+
+
+def test_a_watch_reads_again_when_a_point_got_a_further_seed(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    monkeypatch.setattr(status, "collect", lambda *arguments: reads.append(1) or [])
+
+    def then(slept: int) -> None:
+        if slept == 5:
+            raise KeyboardInterrupt
+
+    clock = Watching(1.0, then)
+    watched(small(tmp_path), home, monkeypatch, clock, amended=lambda: clock.slept // 3)
+    assert len(reads) == 2, "at first, and when one was amended"

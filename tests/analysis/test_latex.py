@@ -116,3 +116,16 @@ def test_text_becomes_latex_with_its_titles_and_citations() -> None:
         rf"\paragraph{{Bold.}} With~\cite{{one,two_b}} and {breaks}.",
         "\\par}\n",
     ]
+
+
+def test_the_caption_says_of_its_rows_only_what_they_are(study: Study, results: list[Result], baselines: Baselines) -> None:
+    def told(of: Study, rows: list[Result], before: Baselines = baselines) -> str:
+        return before_after_table(of, rows, before, narrow=False)
+
+    only_task = study.model_copy(update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}})
+    assert "refusal floor of 90" in told(study, results) and "These were picked" in told(study, results)
+    without = told(only_task, results)
+    assert "floor" not in without and "These were picked" not in without and "Projected:" not in without
+    assert "Fine-tuned: of each model the first point with nothing projected. No projected point was picked, as no refusal" in without
+    assert "No point was projected." in told(study, [result(0)]) and "floor" not in told(study, [result(0)])
+    assert "Fine-tuned:" not in told(study, []) and " ." not in told(study, [])

@@ -10,6 +10,7 @@ from analysis.compare import Baselines
 from analysis.papers import Row, beside_papers
 from analysis.published import PUBLISHED
 from analysis.results import PromptSet
+from ebbline.papers import _why
 from sweeps.points import Point, Result
 from sweeps.study import Study
 from sweeps.study_file import shipped
@@ -88,6 +89,7 @@ def test_the_size_of_the_same_name_is_set_beside_and_its_number_has_an_interval(
     assert found.model == "13b" and found.here == "13b: 99.0% (95% interval 97.8% to 99.6%, n = 520)"
     assert verdicts(found) == {
         "metric": "same", "model": "same", "quantisation": "differs", "prompts": "same", "scorer": "cannot be told",
+        "chat template": "cannot be told", "system prompt": "cannot be told", "max tokens": "cannot be told",
     }  # fmt: skip
     assert found.comparable == "not comparable"
 
@@ -105,13 +107,32 @@ def test_other_prompts_and_part_of_a_set_are_another_measurement(llama: Callable
         assert verdicts(row(llama(), [], {}, asked, **GADE_BEFORE))["prompts"] == "differs"
 
 
-def test_everything_known_and_the_same_is_comparable(llama: Callable[..., Study]) -> None:
-    """lm-eval's MMLU before fine-tuning is all that can be: same weights, quantisation, task and shots."""
+def test_everything_stated_and_the_same_is_comparable_as_far_as_is_known(llama: Callable[..., Study]) -> None:
+    """lm-eval's MMLU before fine-tuning is all that can be: same weights, quantisation, task and shots; of the chat template no word."""
     wanted = {"paper": "arXiv 2310.20624", "state": "before", "suite": "mmlu"}
     assert verdicts(row(llama(), [], {}, {}, **wanted))["quantisation"] == "differs"
-    assert row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted).comparable == "comparable"
+    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted)
+    assert found.comparable == "comparable as far as is known"
+    assert [fact.what for fact in found.those("cannot be told")] == ["chat template"] and "not known of the paper: chat template" in _why(
+        found
+    )
+    told = tuple(replace(fact, verdict="same") for fact in found.facts)
+    assert replace(found, facts=told).comparable == "comparable"
     fewer = row(llama(models__70b__quantisation="int8", suites__mmlu__measure__shots=0), [], {}, {}, **wanted)
     assert verdicts(fewer)["shots"] == "differs"
+
+
+def test_an_accuracy_that_may_be_either_of_two_is_not_known_to_be_comparable(llama: Callable[..., Study]) -> None:
+    wanted = {"paper": "arXiv 2310.20624", "state": "before", "suite": "hellaswag"}
+    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted)
+    assert verdicts(found)["metric"] == "cannot be told" and found.comparable == "not known to be comparable"
+    assert "by likelihood or by normalised likelihood is not said" in _why(found)
+
+
+def test_what_a_trained_row_does_not_say_of_its_adapter_counts_as_unknown(llama: Callable[..., Study]) -> None:
+    found = row(llama(), [point(0, "7b", 300)], {}, ADVBENCH, paper="WaRP", state="fine-tuned", suite="refusal", setting="Llama 2-Chat 7B")
+    unknown = {fact.what: fact.here for fact in found.those("cannot be told")}
+    assert unknown["alpha"] == "16" and unknown["max tokens"] == "128" and "q_proj" in unknown["target modules"]
 
 
 def test_fine_tuned_numbers_stand_beside_unprojected_points_and_projected_ones_beside_the_pick(llama: Callable[..., Study]) -> None:

@@ -9,7 +9,7 @@ from analysis.compare import Baselines
 from analysis.short_answer import in_short
 from sweeps.points import Result
 from sweeps.study import Study
-from tests.analysis.conftest import REFUSAL, TASK, failed, rate, result
+from tests.analysis.conftest import REFUSAL, TASK, Held, failed, rate, result, share
 
 ALIGNED: Baselines = {"small": {REFUSAL: rate(REFUSAL, 0.96), TASK: rate(TASK, 0.2)}}
 
@@ -78,3 +78,30 @@ def test_of_many_sizes_the_first_and_the_last_are_told(study: Study) -> None:
     for sentence in (ebbed, brought):
         assert "1b" in sentence and "70b" in sentence and "13b" not in sentence
         assert "(the 3 sizes between are told below)" in sentence
+
+
+def test_the_trainings_of_all_sizes_are_told_together_and_corrected_together(study: Study) -> None:
+    """Alone a loss with p = 0.03 counts; among two that one sentence tells, the other of which is no loss, it does not."""
+    rows = [result(0, refusal=0.93), result(1, "medium", refusal=0.96)]
+    aligned: Baselines = {"small": {REFUSAL: rate(REFUSAL, 0.96)}, "medium": {REFUSAL: rate(REFUSAL, 0.96)}}
+    held = Held()
+    for name in ("small", "medium"):
+        held.found[name, "refusal"] = {0: share(192)}
+    held.found[0, "refusal"], held.found[1, "refusal"] = {0: share(186)}, {0: share(192)}
+
+    def ebbed(of: list[Result]) -> str:
+        return in_short(study, of, aligned, before_after(study, of, aligned, held), held)[0]
+
+    assert ebbed(rows[:1]).startswith("Fine-tuning without projection lowered the refusal rate")
+    assert ebbed(rows).startswith("Fine-tuning without projection did not measurably lower the refusal rate in any of 2 trainings")
+
+
+def test_a_point_that_holds_the_floor_without_projection_and_is_the_more_useful_is_told(study: Study) -> None:
+    rows = [result(0, refusal=0.95, task=0.8), result(1, refusal=0.98, task=0.4, share=0.5, threshold=0.5)]
+    brought = short(study, rows)[1]
+    assert brought.endswith(
+        "; without projection a point holds the floor and is the one that `ebbline pick` names: small refuses 95.0% [91.0, 97.3]"
+        " at a task accuracy of 80.0% [73.9, 85.0]."
+    )
+    rows[0] = result(0, refusal=0.95, task=0.3)
+    assert "`ebbline pick`" not in short(study, rows)[1]
