@@ -70,9 +70,9 @@ class Found:
 def write_export(study: Study, home: Home, to: Path, styles: Sequence[Style]) -> Export:
     """Write the export of what a study has so far. Raises StudyError when it has no finished point, was never begun here with these
     settings, or `to` holds anything but an earlier export of it."""
+    _bring_back(to.resolve())
     if not home.has_run(study.study):
         raise StudyError(f"{study.study!r} has not been run in {home.root}. Run it first, or name its --home")
-    _bring_back(to.resolve())
     _check_free(study, home, to)
     found = _found(study, home)
     fresh = to.resolve().with_name(f".{to.resolve().name}.{os.getpid()}")
