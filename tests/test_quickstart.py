@@ -104,7 +104,7 @@ def test_wandb_has_a_run_for_each_point_and_training_and_the_study(folder: Path)
         found[read["run_id"]] = read
     trainings = frame["train[seed=0]"].nunique()
     assert len(found) == len(frame) + trainings + 1
-    assert "quickstart" in found
+    assert f"quickstart-{Home(folder.parents[1]).id[:6]}" in found
 
 
 def test_nothing_is_left_to_run(home: Path) -> None:
