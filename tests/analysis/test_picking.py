@@ -22,6 +22,7 @@ from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
 def made(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
     """`made(results, arguments...)` is what `pick` says of these results of the study of tests/analysis."""
     monkeypatch.setattr("sweeps.study_file.load", lambda name: study)
+    monkeypatch.setattr("ebbline.comparing.load", lambda name: study)
     Home(tmp_path / "home").freeze(study)
 
     def said(results: Sequence[Result], *arguments: object) -> Said:
