@@ -61,6 +61,15 @@ def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture
+def no_wandb_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nobody is logged in to W&B, and nothing in the environment speaks to it."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+@pytest.fixture
 def chats(tmp_path: Path) -> Path:
     """48 short conversations as chat JSONL."""
     from tests.tiny import write_chats

@@ -1,7 +1,6 @@
 """`ebbline sync` and `ebbline wandb-workspace` as a user types them: offline, refused, and against a server on the loopback."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,15 +18,7 @@ from tasks.completions import read_completions
 from tests.quickstart import RUN_S
 from tests.wandb_server import ENTITY, WandbServer, serving
 
-pytestmark = pytest.mark.timeout(RUN_S)
-
-
-@pytest.fixture(autouse=True)
-def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+pytestmark = [pytest.mark.timeout(RUN_S), pytest.mark.usefixtures("no_wandb_login")]
 
 
 @pytest.fixture

@@ -29,16 +29,10 @@ from tasks.identity import digest
 from tests.analysis.conftest import failed, result
 from tests.wandb_server import serving
 
+pytestmark = pytest.mark.usefixtures("no_wandb_login")
+
 HOME_ID = "0123456789abcdef"
 EBB = "ebb-012345"  # the study's own run
-
-
-@pytest.fixture(autouse=True)
-def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
 @pytest.fixture

@@ -21,13 +21,7 @@ from sweeps.study import Study
 from tests.analysis.conftest import result
 from tests.wandb_server import WandbServer, serving
 
-
-@pytest.fixture(autouse=True)
-def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+pytestmark = pytest.mark.usefixtures("no_wandb_login")
 
 
 @pytest.fixture(scope="module")
