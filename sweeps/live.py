@@ -14,6 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sweeps.ledger import whole_lines
+
 LIVE, TIMELINE = "live.json", "timeline.jsonl"
 STATES = ("done", "reused", "running", "waiting", "ready", "failed")
 
@@ -138,12 +140,11 @@ def read_live(folder: Path) -> Live | None:
 
 
 def read_timeline(folder: Path) -> list[Ended]:
-    """The stages that ended, in that order; a line that was cut off is passed over."""
+    """The stages that ended, in that order; one that cannot be read is passed over."""
     found = list[Ended]()
-    with suppress(FileNotFoundError), (folder / TIMELINE).open("rb") as file:
-        for line in file:
-            with suppress(ValidationError):
-                found.append(Ended.model_validate_json(line))
+    for line in whole_lines(folder / TIMELINE):
+        with suppress(ValidationError):
+            found.append(Ended.model_validate_json(line))
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from cluster.costs import Cost
 from cluster.nodes import Node, Running
 from cluster.profile import Profile
+from sweeps.ledger import open_to_append
 from sweeps.live import LIVE, STATES, TIMELINE, AtWork, End, Ended, Expected, Failed, Gpus, HostNow, Live, Outcome, Points, SpentNow
 from sweeps.progress import Progress
 
@@ -186,9 +187,8 @@ class Writer:
 
     def _append(self, ended: Sequence[Ended]) -> None:
         if ended:
-            with self._courtesy(), (self._folder / TIMELINE).open("a+b") as file:
-                cut_off = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-                file.write(b"\n" * cut_off + "".join(f"{line.model_dump_json()}\n" for line in ended).encode())
+            with self._courtesy(), open_to_append(self._folder / TIMELINE) as file:
+                file.write("".join(f"{line.model_dump_json()}\n" for line in ended))
 
     @contextmanager
     def _courtesy(self) -> Iterator[None]:

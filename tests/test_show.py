@@ -25,10 +25,8 @@ from sweeps.progress import Progress
 from sweeps.replicates import seeds_of
 from sweeps.study import Study
 from tasks.metrics import Metric
-from tests.sweeps.made import study
-from tests.sweeps.pretended import Pretended, changes
+from tests.sweeps.pretended import RANKS, Pretended, small
 
-RANKS = {"train.rank": [2, 4], "apply.threshold": [None, 0.2, 0.4]}
 MASKS = {"train.rank": [2], "apply.threshold": {"low": 0.0, "high": 1.0}}
 
 
@@ -44,12 +42,6 @@ class Closed(dict[str, Any]):
 @pytest.fixture
 def home(tmp_path):
     return Home(tmp_path / "home")
-
-
-def small(tmp_path, **others) -> Study:
-    plain = changes(tmp_path, **{"axes": RANKS, "search": {"sampler": "grid"}, **others})
-    plain["models"].pop("70b")
-    return study(tmp_path, plain)
 
 
 def terminal() -> Console:

@@ -14,11 +14,15 @@ from typing import Any
 from cluster.executor import Capacity, Finished, Host, Job, Needs
 from cluster.simulate import SimulatedExecutor
 from cluster.store import Store
+from sweeps.study import Study
 from tasks.gate import ModuleRow, chosen, read_rows, write_rows
 from tasks.identity import content_digest
 from tasks.metrics import Metric, write_metrics, write_samples
 from tasks.specs import ApplySpec, DataSpec, GenerateSpec, LanguageSpec, OrganismSpec, ProjectSpec, ScoreSpec, TrainSpec
 from tasks.stage import Report, Request
+from tests.sweeps.made import study
+
+RANKS = {"train.rank": [2, 4], "apply.threshold": [None, 0.2, 0.4]}
 
 MODULES = tuple(f"layers.{layer}.q_proj" for layer in range(6))
 ITEMS = 2000
@@ -122,3 +126,10 @@ def changes(folder: Path, **others: Any) -> dict[str, Any]:
         "suites": {name: {"prompts": named["prompts.jsonl"], "measure": {"kind": name}} for name in ("refusal", "task")},
         **others,
     }
+
+
+def small(folder: Path, **others: Any) -> Study:
+    """The same without its largest size, as a grid over RANKS unless told otherwise."""
+    plain = changes(folder, **{"axes": RANKS, "search": {"sampler": "grid"}, **others})
+    plain["models"].pop("70b")
+    return study(folder, plain)

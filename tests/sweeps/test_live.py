@@ -10,22 +10,12 @@ from sweeps import snapshot
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.live import LIVE, TIMELINE, Live, read_live, read_timeline
-from sweeps.study import Study
-from tests.sweeps.made import study
-from tests.sweeps.pretended import Pretended, changes
-
-RANKS = {"train.rank": [2, 4], "apply.threshold": [None, 0.2, 0.4]}
+from tests.sweeps.pretended import RANKS, Pretended, small
 
 
 @pytest.fixture
 def home(tmp_path):
     return Home(tmp_path / "home")
-
-
-def small(tmp_path, **others) -> Study:
-    plain = changes(tmp_path, **{"axes": RANKS, "search": {"sampler": "grid"}, **others})
-    plain["models"].pop("70b")
-    return study(tmp_path, plain)
 
 
 def nan_at_rank_4(request):
