@@ -88,8 +88,9 @@ def _moved(study: Study, places: Mapping[tuple[str, str], str]) -> Study:
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
-            moved = places.get((value.get("path"), value.get("sha256"))) if isinstance(value.get("path"), str) else None  # type: ignore[arg-type]
-            return {**value, "path": moved} if moved is not None else {key: walk(item) for key, item in value.items()}
+            if isinstance(value.get("path"), str):
+                return {**value, "path": places.get((value["path"], str(value.get("sha256"))), value["path"])}
+            return {key: walk(item) for key, item in value.items()}
         return tuple(map(walk, value)) if isinstance(value, list | tuple) else value
 
     return Study.model_validate(walk(study.model_dump()))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from analysis.provenance import Build
-from cluster.resolver import Resolver
+from cluster.resolver import Resolver, contents_of
 from cluster.store import Artifact
 from sweeps.home import Home
 from sweeps.plan import Planner
@@ -101,12 +101,11 @@ def _state(known: KeptStage, stage: Stage | None, resolver: Resolver) -> tuple[S
     """Whether a stage came out as the bundle says, and if not, in what."""
     if stage is None:
         return "differ", "study.yaml asks for another stage now: the file was changed, or this ebbline means another thing by this kind"
-    hashed = resolver.hashed(stage)
-    if hashed is None:
+    now = contents_of(stage, resolver.artifact)
+    if now is None:
         return "absent", "what it is made from is not in this home yet; run the bundle's study to its end"
     artifact, key = resolver.artifact(stage), resolver.key(stage)
     if key != known.key:
-        now = dict(hashed["inputs"])  # type: ignore[call-overload]
         names = [name for name, content in sorted(known.inputs.items()) if now.get(name) != content]
         return "differ", (
             f"its key is {str(key)[:12]} here and {known.key[:12]} in the bundle, as its input {' and '.join(names)} has other content: the"

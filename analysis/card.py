@@ -5,6 +5,7 @@ that is not on the hub is never given a name that is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -76,12 +77,12 @@ def _metadata(study: Study, model: str) -> str:
     return data.to_yaml().strip()
 
 
-def _what(study: Study, result: Result, alone: Result, spec: Mapping[str, Mapping[str, object]]) -> str:
+def _what(study: Study, result: Result, alone: Result, spec: Mapping[str, Mapping[str, Any]]) -> str:
     rule = spec["apply"]["threshold"], spec["apply"]["modules"]
     if not alone.projected_share:
         projected = "No module was projected: it held the floors as it was trained."
     else:
-        which = f"cosine at or below {value_label(rule[0])}" if rule[0] is not None else f"lowest cosines, {rule[1]} of them"  # type: ignore[arg-type]
+        which = f"cosine at or below {value_label(rule[0])}" if rule[0] is not None else f"lowest cosines, {rule[1]} of them"
         projected = f"Afterwards Safe LoRA ({PAPER}) projected {alone.projected_share:.0%} of its modules: those with a {which}."
     if seeds_of(result) > 1:
         projected += f" Over all seeds of the point it is {result.projected_share or 0.0:.0%}."
@@ -142,10 +143,10 @@ def _by_itself(name: str, result: Result, alone: Result) -> str:
     return f"{percent(own.value)} (n = {own.n}; its interval is not known, as of a mean the seeds' spreads are kept together)"
 
 
-def _settings(spec: Mapping[str, Mapping[str, object]]) -> Iterator[tuple[str, str]]:
+def _settings(spec: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     for part, fields in spec.items():
         for name, value in fields.items():
-            yield f"{part}.{name}", ", ".join(map(str, value)) if isinstance(value, list) else value_label(value)  # type: ignore[arg-type]
+            yield f"{part}.{name}", ", ".join(map(str, value)) if isinstance(value, list) else value_label(value)
 
 
 def _sources(study: Study, model: str, prompts: Mapping[str, PromptSet]) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -190,7 +191,7 @@ def _write_style(found: Found, folder: Path, style: Style) -> None:
         "before-after.tex": before_after_table(study, results, found.baselines, narrow),
     }
     for name, text in tables.items():
-        write_whole(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))  # type: ignore[misc]
+        write_whole(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def _write_data(found: Found, home: Home, folder: Path) -> None:

@@ -15,7 +15,7 @@ from analysis.frontier import finished
 from analysis.published import PUBLISHED, Published
 from analysis.results import PromptSet
 from analysis.wording import measured, metric_label, natural, percent, value_label
-from sweeps.points import Result
+from sweeps.points import Result, Value
 from sweeps.study import Model, Study
 from sweeps.suites import MultipleChoiceSuite, scorers_of
 from tasks.metrics import DIRECTIONS
@@ -134,10 +134,11 @@ def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[R
     return [] if found is None else [found.result]
 
 
-def _value(study: Study, result: Result, axis: str) -> object:
+def _value(study: Study, result: Result, axis: str) -> Value:
     part, _, name = axis.partition(".")
     fixed = {"data": study.data.settings, "train": study.models[result.point.model].train_settings(study.train), "apply": study.apply}[part]
-    return dict(result.point.values).get(axis, getattr(fixed, name))
+    value: Value = dict(result.point.values).get(axis, getattr(fixed, name))
+    return value
 
 
 def _facts(published: Published, study: Study, model: str, suite: str, chosen: Sequence[Result], asked: PromptSet | None) -> Iterator[Fact]:
@@ -219,7 +220,7 @@ def _setting(what: str, there: int | float | None, chosen: Sequence[Result], stu
         )
     what = what.replace("_", " ")
     values = sorted({_value(study, result, axis) for result in chosen}, key=str)
-    here = ", ".join(value_label(value) for value in values) or "no such point"  # type: ignore[arg-type]
+    here = ", ".join(value_label(value) for value in values) or "no such point"
     if there is None:
         return Fact(what, "cannot be told", NOT_KNOWN, here)
     return Fact(what, "same" if values == [there] else "differs", value_label(there), here)

@@ -4,7 +4,7 @@ No row is a result of ebbline. A rate of successful attacks told by phrases is k
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tasks.specs import PromptFormat, Quantisation
 
@@ -59,8 +59,8 @@ _LLAMA_70B, _LLAMA_13B, _LLAMA_7B = "Llama-2-70b-chat-hf", "Llama-2-13b-chat-hf"
 _LLAMA_31, _LLAMA_3 = "Llama-3.1-8B", "Llama-3-8B"
 
 
-def _lermen(state: State, metric: str, value: float, note: str, **more: object) -> Published:
-    return Published(_LERMEN, "Llama 2-Chat 70B", _LLAMA_70B, state, metric, value, note, quantisation="int8", **more)  # type: ignore[arg-type]
+def _lermen(state: State, metric: str, value: float, note: str, **more: Any) -> Published:
+    return Published(_LERMEN, "Llama 2-Chat 70B", _LLAMA_70B, state, metric, value, note, quantisation="int8", **more)
 
 
 def _asft(state: State, share: float, score: float) -> Published:
