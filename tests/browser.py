@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from playwright.sync_api import BrowserContext, ConsoleMessage, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Request, sync_playwright
 
 MISSING = "Chromium is not installed; on Debian: apt-get install chromium"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -20,7 +20,10 @@ def chromium() -> str | None:
 
 @dataclass
 class Window:
-    """A fresh browser. `wrong` holds errors of its pages' consoles and scripts, `asked` the hosts that they turned to."""
+    """A browser window with cookies and storage of its own.
+
+    `wrong` holds errors of its pages' consoles and scripts, `asked` the hosts that they turned to.
+    """
 
     context: BrowserContext
     wrong: list[str] = field(default_factory=list)
@@ -33,26 +36,35 @@ class Window:
 
 
 @contextmanager
-def window(**settings: str) -> Iterator[Window]:
-    """A browser window for the length of a `with`; `settings` are Playwright's, such as color_scheme."""
+def launched() -> Iterator[Browser]:
+    """A headless Chromium, for as many windows as are wanted."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        found = Window(browser.new_context(viewport={"width": 1360, "height": 900}, **settings))
-        found.context.set_default_timeout(LIMIT_MS)
-
-        def heard(message: ConsoleMessage) -> None:
-            if message.type in ("error", "warning"):
-                found.wrong.append(f"{message.type}: {message.text}")
-
-        def sent(request: Request) -> None:
-            address = urlsplit(request.url)
-            if address.scheme not in ("data", "blob"):
-                found.asked.add(address.hostname or "")
-
-        found.context.on("console", heard)
-        found.context.on("weberror", lambda error: found.wrong.append(f"script: {error.error}"))
-        found.context.on("request", sent)
         try:
-            yield found
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def window(browser: Browser, **settings: str) -> Iterator[Window]:
+    """A window that shares nothing with others; `settings` are Playwright's, such as color_scheme."""
+    found = Window(browser.new_context(viewport={"width": 1360, "height": 900}, **settings))
+    found.context.set_default_timeout(LIMIT_MS)
+
+    def heard(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            found.wrong.append(f"{message.type}: {message.text}")
+
+    def sent(request: Request) -> None:
+        address = urlsplit(request.url)
+        if address.scheme not in ("data", "blob"):
+            found.asked.add(address.hostname or "")
+
+    found.context.on("console", heard)
+    found.context.on("weberror", lambda error: found.wrong.append(f"script: {error.error}"))
+    found.context.on("request", sent)
+    try:
+        yield found
+    finally:
+        found.context.close()

@@ -1,19 +1,141 @@
-"""What every folder's tests share: hypothesis settings, and one tiny random-weight model pair on disk."""
+"""What every folder's tests share: the tiers and their guard, hypothesis settings, and what is made once a run.
+
+A test without a mark is in the fast tier: it loads no model, starts no process and takes at most 2 seconds (see `_fast_tier`).
+`model`, `process`, `cluster` and `browser` say what a test needs; a fixture that brings one marks the tests that ask for it.
+`long` tests run by `make test-long` alone.
+"""
 
 import os
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+# One thread each: two workers of xdist and the processes that they start share few cores, and threads that wait for each other spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.shared import kept, once, server, stop_servers
+
 if TYPE_CHECKING:
+    from tests.postgres import Postgres
     from tests.tiny import Pair
 
 settings.register_profile("ebbline", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("ebbline")
+
+FAST_S = 2.0
+NEEDS = ("model", "process", "cluster", "browser", "long")
+BROUGHT = {  # fixture -> the mark of a test that asks for it
+    "pair": "model",
+    "walk_home": "model",
+    "s3_server": "process",
+    "postgres": "process",
+    "own_postgres": "process",
+    "whole_home": "cluster",
+    "quickstart_home": "long",
+    "ray_cluster": "cluster",
+    "machines": "cluster",
+    "browser": "browser",
+}
+PROCESSES = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark by fixtures; send what shares a cluster or a browser to one worker of xdist, and every other file to one; long work first."""
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in BROUGHT:
+                item.add_marker(BROUGHT[fixture])
+        if item.get_closest_marker("long"):
+            item.add_marker("cluster")
+        shared = [name for name in ("cluster", "browser") if item.get_closest_marker(name)]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.nodeid.partition("::")[0]))
+    order = {"cluster": 0, "browser": 1, "process": 2, "model": 3}
+    items.sort(key=lambda item: min((order[mark.name] for mark in item.iter_markers() if mark.name in order), default=4))
+
+
+_started: list[str] = []
+_modules: list[str] = []
+
+
+def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in PROCESSES:
+        _started.append(f"{event} {arguments[0] if arguments else ''}"[:120])
+
+
+sys.addaudithook(_note_process)
+
+
+def _note_modules() -> None:
+    """From here on, every torch module that is made is noted: a model is one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "nn") or hasattr(torch.nn.Module, "_noted"):
+        return
+    begin = torch.nn.Module.__init__
+
+    def noted(self: Any, *arguments: Any, **named: Any) -> None:
+        _modules.append(type(self).__name__)
+        begin(self, *arguments, **named)
+
+    torch.nn.Module.__init__ = noted
+    torch.nn.Module._noted = True
+
+
+def _busy_s() -> float:
+    """Seconds of this thread's life, without those in which it waited for a processor: other work on the machine does not count."""
+    try:
+        waited_ns = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except OSError:
+        return time.process_time()
+    return time.perf_counter() - waited_ns / 1e9
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test of the fast tier fails when it starts a process, makes a model or takes over FAST_S."""
+    if any(item.get_closest_marker(name) for name in NEEDS):
+        return (yield)
+    _note_modules()
+    processes, modules, since = len(_started), len(_modules), _busy_s()
+    result = yield
+    taken_s, how = _busy_s() - since, f"Mark it with one of {', '.join(NEEDS)} (docs/contributing.md)."
+    if len(_started) > processes:
+        pytest.fail(f"a test of the fast tier started a process: {_started[processes]}. {how}", pytrace=False)
+    if len(_modules) > modules:
+        pytest.fail(f"a test of the fast tier made a model: {_modules[modules]}. {how}", pytrace=False)
+    if taken_s > FAST_S:
+        pytest.fail(f"a test of the fast tier took {taken_s:.1f} s, which is over {FAST_S:.0f} s. {how}", pytrace=False)
+    return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported() -> None:
+    """What most tests import comes before all of them, so that no test pays for it."""
+    import sklearn.ensemble  # noqa: F401
+
+
+# --- what is made once a run -------------------------------------------------------------------------------------------------
+
+
+def _run_folder(config: pytest.Config) -> Path:
+    """The folder of this run that all workers of xdist share."""
+    base: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not os.environ.get("PYTEST_XDIST_WORKER"):
+        stop_servers(_run_folder(session.config))
+
+
+@pytest.fixture(scope="session")
+def run_folder(request: pytest.FixtureRequest) -> Path:
+    return _run_folder(request.config)
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +147,25 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> "Pair":
 
 
 @pytest.fixture(scope="session")
-def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which `ebbline run quickstart` has ended; whoever asks first pays for the run, and marks its timeout.
+def walk_home(run_folder: Path) -> Path:
+    """The home in which the walk's study has ended: a base, an aligned model and an adapter that were really trained."""
+    from tests.organisms import walked
 
-    EBBLINE_QUICKSTART_HOME names one to go on with, while tests are being written.
-    """
-    from tests.quickstart import run_quickstart
+    return once(kept(run_folder), "walk", walked)
+
+
+@pytest.fixture(scope="session")
+def whole_home(run_folder: Path, walk_home: Path) -> Path:
+    """A home in which `ebbline run` has ended a small study of all that the quickstart has: Ray, a gang, lm-eval, W&B, the report."""
+    from tests.whole import run_whole
+
+    return once(run_folder, "whole", lambda home: run_whole(home, walk_home))
+
+
+@pytest.fixture(scope="session")
+def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which `ebbline run quickstart` has ended. EBBLINE_QUICKSTART_HOME names one to go on with."""
+    from tests.whole import run_quickstart
 
     named = os.environ.get("EBBLINE_QUICKSTART_HOME")
     home = Path(named) if named else tmp_path_factory.mktemp("quickstart")
@@ -39,12 +174,11 @@ def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3_server(run_folder: Path) -> str:
     """The endpoint of a real server of the S3 protocol."""
-    from tests.s3 import running
+    from tests.s3 import start
 
-    with running(tmp_path_factory.mktemp("s3") / "server.log") as endpoint:
-        yield endpoint
+    return str(server(run_folder, "s3", start)["endpoint"])
 
 
 @pytest.fixture
@@ -58,6 +192,18 @@ def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
     name = f"ebbline-{uuid.uuid4().hex[:12]}"
     make_bucket(s3_server, name)
     return f"s3://{name}/studies"
+
+
+@pytest.fixture
+def postgres(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> "Postgres":
+    """An empty database of its own on the run's PostgreSQL; the environment holds the password."""
+    from tests.postgres import MISSING, PASSWORD, Postgres, binaries, start
+
+    if binaries() is None:
+        pytest.skip(MISSING)
+    found = server(run_folder, "postgres", start)
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    return Postgres(Path(found["folder"]), Path(found["bin"]), found["port"]).with_database(f"test_{uuid.uuid4().hex[:12]}")
 
 
 @pytest.fixture

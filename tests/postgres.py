@@ -1,4 +1,7 @@
-"""A real PostgreSQL for tests, from Debian's packages: on a free port of the loopback, with a password, gone afterwards."""
+"""A real PostgreSQL for tests, from Debian's packages: on a free port of the loopback, with a password.
+
+Tests share the run's one (the fixture `postgres`), each with a database of its own; a test that stops it has its own (`running`).
+"""
 
 import os
 import shutil
@@ -7,8 +10,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import psycopg
 
 PASSWORD = "only-for-tests"
 MISSING = "PostgreSQL is not installed; on Debian: apt-get install postgresql"
@@ -27,10 +33,17 @@ class Postgres:
     folder: Path
     bin: Path
     port: int
+    database: str = "postgres"
 
     @property
     def url(self) -> str:
-        return f"postgresql://ebbline@127.0.0.1:{self.port}/postgres"
+        return f"postgresql://ebbline@127.0.0.1:{self.port}/{self.database}"
+
+    def with_database(self, name: str) -> "Postgres":
+        """The same server, with a new empty database."""
+        with psycopg.connect(self.url, password=PASSWORD, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")  # a name made here, not from outside
+        return replace(self, database=name)
 
     def start(self) -> None:
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
@@ -42,7 +55,23 @@ class Postgres:
 
 @contextmanager
 def running() -> Iterator[Postgres]:
-    """A database cluster of its own; its one user has PASSWORD."""
+    """A server of its own; its one user has PASSWORD."""
+    found = _made()
+    try:
+        yield found
+        found.stop()
+    finally:
+        shutil.rmtree(found.folder, ignore_errors=True)
+
+
+def start(place: Path) -> dict[str, Any]:
+    """The run's server, for tests.shared.server."""
+    found = _made()
+    pid = int((found.folder / "data" / "postmaster.pid").read_text().split()[0])
+    return {"pid": pid, "folder": str(found.folder), "bin": str(found.bin), "port": found.port}
+
+
+def _made() -> Postgres:
     place = binaries()
     assert place is not None, MISSING
     folder = Path(tempfile.mkdtemp(prefix="ebbline-postgres-", dir="/tmp"))
@@ -56,10 +85,10 @@ def running() -> Iterator[Postgres]:
     try:
         _run(str(place / "initdb"), "-D", str(folder / "data"), "-U", "ebbline", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}")
         found.start()
-        yield found
-        found.stop()
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return found
 
 
 def _run(*command: str) -> None:

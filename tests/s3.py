@@ -6,15 +6,15 @@ let that happen, so requests are taken one at a time here.
 
 import os
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+from tests.shared import in_background
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "tests-only-5f1c", "AWS_REGION": "us-east-1"}
 
@@ -32,30 +32,24 @@ def main(port: int) -> None:
     run_simple("127.0.0.1", port, serve, threaded=True)
 
 
-@contextmanager
-def running(log: Path) -> Iterator[str]:
-    """The endpoint of a server that answers, for the length of a `with`."""
+def start(place: Path) -> dict[str, Any]:
+    """The run's server, once it answers, for tests.shared.server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with log.open("wb") as handle:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.s3", str(port)], stdout=handle, stderr=handle, cwd=Path(__file__).parents[1]
-        )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).read()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the S3 server did not start:\n{log.read_text()}") from None
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+    log = place / "log"
+    process = in_background([sys.executable, "-m", "tests.s3", str(port)], log, cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).read()
+            break
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise RuntimeError(f"the S3 server did not start:\n{log.read_text()}") from None
+            time.sleep(0.1)
+    return {"pid": process.pid, "endpoint": f"http://127.0.0.1:{port}"}
 
 
 def make_bucket(endpoint: str, name: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 from analysis.tables import MEASURED_COLUMNS
 from cluster.store import Store
 from tasks.identity import content_digest
-from tests.postgres import MISSING, PASSWORD, binaries, running
+from tests.postgres import Postgres
 from tests.tiny import Pair, conversations, write_chats, write_lines
 
 STUDY = """
@@ -170,20 +170,17 @@ def test_second_driver_says_who_holds_the_study_and_leaves(study: Path, tmp_path
     assert first.returncode == 130, said
 
 
-@pytest.mark.skipif(binaries() is None, reason=MISSING)
 def test_a_killed_run_on_a_bucket_and_a_database_goes_on_to_the_table_of_one_on_a_disk(
-    study: Path, undisturbed: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Path, undisturbed: Path, bucket: str, postgres: Postgres, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PGPASSWORD", PASSWORD)
     store = Store(bucket)
-    with running() as postgres:
-        (tmp_path / "cluster.yaml").write_text(f"store: {bucket}\nstorage: {postgres.url}\n")
-        driver = start(study, tmp_path)
-        wait_for(lambda: len(in_bucket(store)) >= 8, driver, "8 records")
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        before = in_bucket(store)
-        finish(study, tmp_path)
+    (tmp_path / "cluster.yaml").write_text(f"store: {bucket}\nstorage: {postgres.url}\n")
+    driver = start(study, tmp_path)
+    wait_for(lambda: len(in_bucket(store)) >= 8, driver, "8 records")
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = in_bucket(store)
+    finish(study, tmp_path)
     assert before.items() <= in_bucket(store).items(), "a finished stage was run again"
     assert not (tmp_path / "store").exists() and not list(tmp_path.rglob("optuna.db"))
     pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed))

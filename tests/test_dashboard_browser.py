@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tasks.identity import content_digest
-from tests.browser import LIMIT_MS, MISSING, chromium, window
+from tests.browser import LIMIT_MS, MISSING, chromium, launched, window
 from tests.tiny import Pair, conversations, write_chats, write_lines
 
 pytestmark = [pytest.mark.skipif(chromium() is None, reason=MISSING), pytest.mark.timeout(600)]
@@ -56,6 +56,12 @@ def study(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as found:
+        yield found
+
+
 @contextmanager
 def ebbline(*arguments: str) -> "Iterator[subprocess.Popen[str]]":
     command = [sys.executable, "-m", "ebbline.cli", *arguments]
@@ -96,8 +102,8 @@ def finished(study: Path, home: Path) -> Path:
     return home / "studies" / "tiny"
 
 
-def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path) -> None:
-    with served(study, home) as url, window() as opened:
+def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path, browser: Browser) -> None:
+    with served(study, home) as url, window(browser) as opened:
         page = opened.context.new_page()
         page.goto(url)
         expect(page.locator("#frontier-note")).to_have_text("No point has finished yet.")
@@ -117,8 +123,10 @@ def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path) -> None:
         assert opened.wrong == [] and opened.asked == {"127.0.0.1"}
 
 
-def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(study: Path, finished: Path, home: Path) -> None:
-    with served(study, home) as url, window() as opened:
+def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
+    study: Path, finished: Path, home: Path, browser: Browser
+) -> None:
+    with served(study, home) as url, window(browser) as opened:
         page = opened.context.new_page()
         page.goto(url)
         expect(page.locator("#points")).to_have_text("4 of 8 done, 4 failed")
@@ -173,8 +181,8 @@ def hovered(page: Page, what: str) -> str:
     return str(label.text_content())
 
 
-def test_the_page_says_that_its_server_has_gone_and_goes_on_when_it_is_back(study: Path, tmp_path: Path) -> None:
-    with window(color_scheme="dark") as opened:
+def test_the_page_says_that_its_server_has_gone_and_goes_on_when_it_is_back(study: Path, tmp_path: Path, browser: Browser) -> None:
+    with window(browser, color_scheme="dark") as opened:
         page = opened.context.new_page()
         with served(study, tmp_path) as url:
             page.goto(url)

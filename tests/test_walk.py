@@ -15,7 +15,6 @@ from cluster.inline import InlineExecutor
 from cluster.resolver import Resolver
 from cluster.runner import Runner
 from cluster.store import Store
-from sweeps.drive import drive
 from sweeps.expected import points_of
 from sweeps.home import Home
 from sweeps.knowledge import Knowledge
@@ -24,20 +23,16 @@ from sweeps.plan import Planner
 from sweeps.points import Point
 from sweeps.search import OptunaSearcher
 from sweeps.study import Study
-from sweeps.study_file import load, parse
+from sweeps.study_file import parse
 from sweeps.todo import explained, todo
 from tasks.metrics import direction
-
-WALK = Path(__file__).parent / "walk.yaml"
+from tests.organisms import WALK
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """The home of a study that was driven to its end once, for all tests below."""
-    home = Home(tmp_path_factory.mktemp("walk"))
-    progress = drive(load(str(WALK)), home, lambda: InlineExecutor(gpus=1))
-    assert [result.reason for result in progress.results] == [""] * 6
-    return home
+def home(walk_home: Path) -> Home:
+    """The home of a study that was driven to its end once (tests/organisms.py), for all tests below."""
+    return Home(walk_home)
 
 
 @pytest.fixture(scope="module")

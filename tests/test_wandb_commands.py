@@ -15,8 +15,8 @@ from cluster.store import Store
 from sweeps.home import Home
 from sweeps.study_file import load
 from tasks.completions import read_completions
-from tests.quickstart import RUN_S
 from tests.wandb_server import ENTITY, WandbServer, serving
+from tests.whole import RUN_S, whole_study
 
 pytestmark = [pytest.mark.timeout(RUN_S), pytest.mark.usefixtures("no_wandb_login")]
 
@@ -30,10 +30,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 @pytest.fixture(scope="module")
-def home(quickstart_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(whole_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished study's home, as pushing its runs leaves a mark on them."""
     copy = tmp_path_factory.mktemp("copy") / "home"
-    shutil.copytree(quickstart_home, copy, symlinks=True)
+    shutil.copytree(whole_home, copy, symlinks=True)
     return copy
 
 
@@ -44,29 +44,29 @@ def said(*command: str) -> tuple[int, str]:
 
 
 def test_sync_without_a_login_says_what_waits_and_what_to_do(home: Path) -> None:
-    code, text = said("sync", "quickstart", "--home", str(home))
+    code, text = said("sync", "whole", "--home", str(home))
     assert code == 0 and "nobody is logged in" in text and "wandb login" in text
 
 
 def test_a_workspace_without_a_login_is_refused(home: Path) -> None:
-    code, text = said("wandb-workspace", "quickstart", "--home", str(home))
+    code, text = said("wandb-workspace", "whole", "--home", str(home))
     assert code == 1 and "`wandb login`" in text
 
 
 def test_a_workspace_of_a_project_without_runs_says_to_sync_first(home: Path, server: WandbServer) -> None:
-    code, text = said("wandb-workspace", "quickstart", "--home", str(home))
-    assert code == 1 and "ebbline sync quickstart" in text and "not found" in text
+    code, text = said("wandb-workspace", "whole", "--home", str(home))
+    assert code == 1 and "ebbline sync whole" in text and "not found" in text
     assert server.views == {}
 
 
 def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(home: Path, server: WandbServer) -> None:
     there = ("--home", str(home))
-    code, text = said("sync", "quickstart", *there, "-n", "4", "--json")
+    code, text = said("sync", "whole", *there, "-n", "4", "--json")
     done = json.loads(text)
-    assert (code, done["left"]) == (0, 0) and done["pushed"] == done["waiting"] > 40
+    assert (code, done["left"]) == (0, 0) and done["pushed"] == done["waiting"] > whole_study()["search"]["points"]
     kinds = [run.fields["jobType"] for run in server.runs.values()]
-    assert (kinds.count("point"), kinds.count("study")) == (40, 1)
-    assert json.loads(said("sync", "quickstart", *there, "--json")[1])["waiting"] == 0
+    assert (kinds.count("point"), kinds.count("study")) == (whole_study()["search"]["points"], 1)
+    assert json.loads(said("sync", "whole", *there, "--json")[1])["waiting"] == 0
 
     sent = b"\n".join(server.bodies)
     rows = [row for artifact in Store(home / "store").all("generate") for row in read_completions(artifact.path)]
@@ -74,13 +74,13 @@ def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(home: Path
     assert len(texts) > 500 and not [text for text in texts if text in sent]
     assert not [path for path in (home, Path.home(), Path(sys.executable).parent) if str(path).encode() in sent]
 
-    code, text = said("wandb-workspace", "quickstart", *there, "--json")
+    code, text = said("wandb-workspace", "whole", *there, "--json")
     assert code == 0, text
     assert set(json.loads(text)) == {"workspace", "report"} and f"/{ENTITY}/ebbline" in text
-    assert said("wandb-workspace", "quickstart", *there)[0] == 0
+    assert said("wandb-workspace", "whole", *there)[0] == 0
     assert server.unknown == [] and len(server.views) == 2  # the second time the same ones
-    study, points = load("quickstart"), [run for run in server.runs.values() if run.fields["jobType"] == "point"]
-    own = server.runs[f"quickstart-{Home(home).id[:6]}"]
+    study, points = load(Home(home).named("whole")), [run for run in server.runs.values() if run.fields["jobType"] == "point"]
+    own = server.runs[f"whole-{Home(home).id[:6]}"]
     for view in server.views.values():
         panels = list(_panels(view["spec"]))
         drawn = {panel["viewType"] for panel in panels}

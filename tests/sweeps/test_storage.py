@@ -24,18 +24,14 @@ SEARCH = {**AXES, "search": {"sampler": "tpe", "window": 3, "points": 10}}
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def server():
+@pytest.fixture
+def own_postgres(monkeypatch):
+    """A server that no other test uses, to be stopped."""
     if binaries() is None:
         pytest.skip(MISSING)
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
     with running() as found:
         yield found
-
-
-@pytest.fixture
-def postgres(server: Postgres, monkeypatch):
-    monkeypatch.setenv("PGPASSWORD", PASSWORD)
-    return server
 
 
 def home_at(root: Path, postgres: Postgres, **profile: str) -> Home:
@@ -112,8 +108,8 @@ def test_two_homes_that_share_a_store_are_held_apart_by_the_database(tmp_path, p
         pass
 
 
-def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(tmp_path, postgres):
-    home, found = home_at(tmp_path / "home", postgres), study(tmp_path, SEARCH)
+def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(tmp_path, own_postgres):
+    home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
     storage = home.storage("tiny")
     plain = follow(found, Home(tmp_path / "sqlite").storage("tiny"))
     with pytest.raises(DatabaseLost, match="the same command continues"), home.driving("tiny") as hold, reaching(storage):
@@ -121,17 +117,17 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(t
         for _ in range(3):
             hold.check()
             searcher.ask(Imagined())
-        postgres.stop()
-        postgres.start()
+        own_postgres.stop()
+        own_postgres.start()
         hold.check()
     assert follow(found, storage) == plain
 
 
-def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, postgres):
-    home, found = home_at(tmp_path / "home", postgres), study(tmp_path, SEARCH)
+def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, own_postgres):
+    home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
     storage = home.storage("tiny")
     searcher = OptunaSearcher(found, storage)
-    postgres.stop()
+    own_postgres.stop()
     try:
         with pytest.raises(DatabaseLost, match="cannot be used: "), reaching(storage):
             searcher.ask(Imagined())
@@ -140,7 +136,7 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, 
             drive(found, home, lambda: pytest.fail("an executor was made"))
         assert time.monotonic() - started < 10
     finally:
-        postgres.start()
+        own_postgres.start()
 
 
 def test_status_works_on_postgres_and_says_what_is_wrong_without_the_password(tmp_path, postgres):

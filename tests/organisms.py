@@ -1,0 +1,27 @@
+"""The store that tests share: what they need of the quickstart's models is trained once a run, and kept between runs.
+
+The walk's study is driven in it, so it holds a base, an aligned model and a trained adapter of the smallest size. A study with the
+same settings finds them by their keys. A test that changes a store takes a copy, with `copied`.
+"""
+
+import shutil
+from pathlib import Path
+
+from cluster.inline import InlineExecutor
+from sweeps.drive import drive
+from sweeps.home import Home
+from sweeps.study_file import load
+
+WALK = Path(__file__).parent / "walk.yaml"
+
+
+def walked(folder: Path) -> None:
+    """Drive the walk's study to its end, in a new home."""
+    progress = drive(load(str(WALK)), Home(folder), lambda: InlineExecutor(gpus=1))
+    assert [result.reason for result in progress.results] == [""] * 6
+
+
+def copied(walk: Path, home: Path) -> Path:
+    """A home with a store of its own that begins with all that the walk's store holds."""
+    shutil.copytree(walk / "store", home / "store")
+    return home

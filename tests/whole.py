@@ -1,0 +1,62 @@
+"""A study that has all the quickstart's parts and takes a fifth of its time, run by the real command; and the quickstart itself.
+
+Two sizes instead of three, both with the smallest model, whose base, aligned model and first adapter the walk has trained already;
+the second is trained by a gang, at few steps. Everything else is read from the quickstart's file.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sweeps.study_file import shipped
+from tests.organisms import copied
+
+RUN_S = 1500
+GANG_STEPS = 24
+
+
+def ebbline(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "ebbline.cli", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=RUN_S, env=os.environ | {"WANDB_MODE": "offline"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def whole_study() -> dict[str, Any]:
+    """The quickstart's file with other sizes, fewer values of its axes and fewer points."""
+    study: dict[str, Any] = yaml.safe_load(shipped()["quickstart"].read_text("utf-8"))
+    small = study["models"]["7b"]
+    gang = {"gpus": 2, "train": {"steps": GANG_STEPS}, "axes": {"train.rank": [16]}}
+    study["models"] = {"7b": small, "70b": small | gang}
+    study["axes"] = {"train.rank": [8], "apply.threshold": [None, 0.3, 0.35, 0.4, 0.45, 1.0]}
+    study["search"] |= {"points": 10, "window": 4}
+    study["search"]["first"] = [
+        {"model": "70b", "train.rank": 16, "apply.threshold": None},
+        {"model": "7b", "train.rank": 8, "apply.threshold": None},
+    ]
+    return study | {"study": "whole"}
+
+
+def run_whole(home: Path, walk: Path) -> None:
+    """Run it from a store that holds what the walk has trained."""
+    path = copied(walk, home) / "whole.yaml"
+    path.write_text(yaml.safe_dump(whole_study(), sort_keys=False))
+    run(str(path), home)
+
+
+def run_quickstart(home: Path) -> None:
+    run("quickstart", home)
+
+
+def run(study: str, home: Path) -> None:
+    said = ebbline("run", study, "--home", str(home))
+    for what in ("results", "frontier", "figure", "report"):
+        named = re.search(rf"^{what} +(.+)$", said, re.MULTILINE)
+        assert named is not None and Path(named[1]).stat().st_size > 0, said
