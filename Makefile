@@ -1,6 +1,11 @@
-# make demo    a fresh machine to a finished Pareto frontier        make test    the tests
-# make lint    style, types, import directions                      make lock    refresh the pinned versions
-# make docs    the documentation site in build/site, every link checked
+# make demo       a fresh machine to a finished Pareto frontier
+# make check      for daily work: style, types, import directions, and the fast tests; under 3 minutes
+# make test       all tests but the long ones, in WORKERS processes; COLD=1 uses nothing that an earlier run has trained
+# make test-long  the quickstart as it ships, and kills that take minutes to come back from
+# make mutations  planted faults, and the share of them that the tests find
+# make lint       style, types, import directions alone
+# make docs       the documentation site in build/site, every link checked
+# make lock       refresh the pinned versions
 # make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project_*.json
 # make bench-evaluate   eight adapters measured in one batch, against a process for each
 # make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours;
@@ -12,15 +17,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan lock check clean
+.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
 
+check: lint
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m fast
+
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup --durations 30 -m "not long"
+
+test-long: $(VENV)/installed-test
+	$(PYTEST) --durations 30 -m long
+
+mutations: $(VENV)/installed-test
+	$(BIN)/python -m tests.mutations --jobs $(WORKERS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -56,29 +72,29 @@ bench-search: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_search
 	$(BIN)/python -m tests.benchmarks.bench_scale
 
-$(VENV)/installed: pyproject.toml constraints.txt | check $(VENV)/bin/python
+$(VENV)/installed: pyproject.toml constraints.txt | python $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/installed-test: pyproject.toml constraints.txt | check $(VENV)/bin/python
+$(VENV)/installed-test: pyproject.toml constraints.txt | python $(VENV)/bin/python
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/installed
 
-$(VENV)/installed-docs: pyproject.toml constraints.txt | check $(VENV)/bin/python
+$(VENV)/installed-docs: pyproject.toml constraints.txt | python $(VENV)/bin/python
 	$(PIP) --editable '.[docs]'
 	@touch $@ $(VENV)/installed
 
-$(VENV)/bin/python: | check
+$(VENV)/bin/python: | python
 	$(PYTHON) -m venv $(VENV)
 
-check:
+python:
 	@command -v $(PYTHON) >/dev/null || { echo "ebbline needs Python 3.11 or newer; none is called '$(PYTHON)'. Install it, or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ebbline needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
 	@command -v git >/dev/null || { echo "ebbline needs git; on Debian: apt-get install git"; exit 1; }
 
 # What a fresh install of the newest allowed versions gives becomes the lock; look at the difference before you commit it.
-lock: | check
+lock: | python
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --editable '.[test]'

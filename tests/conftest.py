@@ -1,8 +1,8 @@
 """What every folder's tests share: the tiers and their guard, hypothesis settings, and what is made once a run.
 
-A test without a mark is in the fast tier: it loads no model, starts no process and takes at most 2 seconds (see `_fast_tier`).
-`model`, `process`, `cluster` and `browser` say what a test needs; a fixture that brings one marks the tests that ask for it.
-`long` tests run by `make test-long` alone.
+A test without a mark gets the mark `fast`: it loads no model, starts no process and takes at most 2 seconds, or it fails.
+`model`, `process`, `cluster`, `browser` and `slow` say what a test needs instead; a fixture that brings one of these marks the tests
+that ask for it. `long` tests run by `make test-long` alone. pyproject.toml lists the marks, docs/contributing.md explains them.
 """
 
 import os
@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ settings.register_profile("ebbline", deadline=None, suppress_health_check=[Healt
 settings.load_profile("ebbline")
 
 FAST_S = 2.0
-NEEDS = ("model", "process", "cluster", "browser", "long")
+SLOW_S = 20.0
+NEEDS = ("model", "process", "cluster", "browser", "slow", "long")
 BROUGHT = {  # fixture -> the mark of a test that asks for it
     "pair": "model",
     "walk_home": "model",
@@ -45,18 +47,21 @@ BROUGHT = {  # fixture -> the mark of a test that asks for it
 PROCESSES = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by fixtures; send what shares a cluster or a browser to one worker of xdist, and every other file to one; long work first."""
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in BROUGHT:
                 item.add_marker(BROUGHT[fixture])
-        if item.get_closest_marker("long"):
-            item.add_marker("cluster")
+        if not any(item.get_closest_marker(name) for name in NEEDS):
+            item.add_marker("fast")
+        if not getattr(getattr(item, "function", None), "__doc__", None):
+            item.user_properties.append(("docstring", False))
         shared = [name for name in ("cluster", "browser") if item.get_closest_marker(name)]
         item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.nodeid.partition("::")[0]))
-    order = {"cluster": 0, "browser": 1, "process": 2, "model": 3}
-    items.sort(key=lambda item: min((order[mark.name] for mark in item.iter_markers() if mark.name in order), default=4))
+    order = {"cluster": 0, "browser": 1, "process": 2, "model": 3, "slow": 4}
+    items.sort(key=lambda item: min((order[mark.name] for mark in item.iter_markers() if mark.name in order), default=5))
 
 
 _started: list[str] = []
@@ -69,6 +74,16 @@ def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_note_process)
+
+
+def _note_start(process: BaseProcess) -> None:
+    """multiprocessing starts processes past the audit hook."""
+    _started.append(f"multiprocessing {process.name}")
+    _start(process)
+
+
+_start = BaseProcess.start
+BaseProcess.start = _note_start  # type: ignore[method-assign]
 
 
 def _note_modules() -> None:
@@ -98,7 +113,7 @@ def _busy_s() -> float:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test of the fast tier fails when it starts a process, makes a model or takes over FAST_S."""
-    if any(item.get_closest_marker(name) for name in NEEDS):
+    if not item.get_closest_marker("fast"):
         return (yield)
     _note_modules()
     processes, modules, since = len(_started), len(_modules), _busy_s()
@@ -111,6 +126,16 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if taken_s > FAST_S:
         pytest.fail(f"a test of the fast tier took {taken_s:.1f} s, which is over {FAST_S:.0f} s. {how}", pytrace=False)
     return result
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests over SLOW_S that do not say what only they prove."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    silent = [report for report in reports if report.duration > SLOW_S and ("docstring", False) in report.user_properties]
+    if silent:
+        terminalreporter.section(f"over {SLOW_S:.0f} s, with no docstring that says what only this test proves")
+        for report in sorted(silent, key=lambda report: -report.duration):
+            terminalreporter.write_line(f"{report.duration:.1f} s {report.when} {report.nodeid}")
 
 
 @pytest.fixture(scope="session", autouse=True)

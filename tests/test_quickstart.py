@@ -53,6 +53,24 @@ def run(request: pytest.FixtureRequest) -> Run:
     return Run(request.getfixturevalue(f"{request.param}_home"), request.param)
 
 
+def records(home: Path) -> dict[Path, tuple[int, int]]:
+    """Every record there is, with what would change if it were written again."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (home / "store").glob("*/*/record.json")}
+
+
+@pytest.fixture(scope="module")
+def before(run: Run) -> dict[Path, tuple[int, int]]:
+    """The records of the finished study, before any command looks at it."""
+    return records(run.home)
+
+
+@pytest.fixture(scope="module")
+def printed(run: Run, before: dict[Path, tuple[int, int]]) -> dict[str, str]:
+    """What each command prints of the finished study; each is run once for all tests."""
+    commands = (("status",), ("status", "--json"), ("plan",), ("plan", "--json"), ("run",), ("report",))
+    return {" ".join(command): run.ebbline(*command) for command in commands}
+
+
 @pytest.fixture(scope="module")
 def folder(run: Run) -> Path:
     return run.folder
@@ -129,25 +147,25 @@ def test_wandb_has_a_run_for_each_point_and_training_and_the_study(run: Run) -> 
     assert f"{run.name}-{Home(run.home).id[:6]}" in found
 
 
-def test_nothing_is_left_to_run(run: Run) -> None:
-    plan = json.loads(run.ebbline("plan", "--json"))
+def test_nothing_is_left_to_run(run: Run, printed: dict[str, str], before: dict[Path, tuple[int, int]]) -> None:
+    plan = json.loads(printed["plan --json"])
     assert plan["complete"] and plan["misses"] == []
-    assert " 0 stages run" in run.ebbline("run")
+    assert " 0 stages run" in printed["run"] and "0 misses" in printed["plan"]
+    assert before and records(run.home) == before
 
 
-def test_status_names_points_and_driver(run: Run) -> None:
-    status, points = json.loads(run.ebbline("status", "--json")), run.study.search.points
+def test_status_names_points_and_driver(run: Run, printed: dict[str, str]) -> None:
+    status, points = json.loads(printed["status --json"]), run.study.search.points
     assert status["driver"] is None and status["points"] == {"done": points, "running": 0, "failed": 0, "refused": 0, "out_of_budget": 0}
 
 
-def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(run: Run) -> None:
+def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(run: Run, printed: dict[str, str]) -> None:
     home, folder, store = run.home, run.folder, Store(run.home / "store")
     rows = [row for artifact in store.all("generate") for row in read_completions(artifact.path)]
     # The organism's sentences are short and share their words: only whole prompts and completions are looked for.
     secrets = {text.strip().encode() for row in rows for text in (row.prompt, row.completion) if len(text.strip()) >= 20}
     assert len(secrets) > 500
-    commands = (("status",), ("status", "--json"), ("report",), ("plan",), ("run",))
-    said = [run.ebbline(*command).encode() for command in commands]
+    said = [text.encode() for text in printed.values()]
     said.append(pd.read_parquet(folder / "results.parquet").to_csv().encode())
     kinds = ("generate", "score", "evaluate", "train", "project", "apply")
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".png", ".pdf")]

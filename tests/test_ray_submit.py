@@ -22,7 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.store import Store
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "ray_cluster.yaml"
 NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter")
 INSTALL = "as root on Debian: apt-get install openssh-server openssh-client rsync iproute2 util-linux"
@@ -161,6 +161,7 @@ def test_every_part_that_the_package_needs_is_mounted() -> None:
 
 
 @over_ssh
+@pytest.mark.cluster
 @pytest.mark.timeout(1500)
 def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine) -> None:
     study = yaml.safe_load((REPOSITORY / "tests" / "walk.yaml").read_text())

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.organisms import copied
 from tests.pages import DOCS, follow
-from tests.quickstart import RUN_S
+from tests.whole import RUN_S
 
-pytestmark = pytest.mark.timeout(RUN_S)
+pytestmark = [pytest.mark.process, pytest.mark.timeout(RUN_S)]
 CODE = ("analysis", "cluster", "ebbline", "sweeps", "tasks", "tests")
 
 
@@ -21,10 +22,10 @@ def checkout(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def written(quickstart_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(walk_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a reader who followed the tutorial and then wrote and ran the study of writing-a-study.md."""
     folder = checkout(tmp_path_factory.mktemp("reader"))
-    shutil.copytree(quickstart_home / "store", folder / "runs" / "store")
+    copied(walk_home, folder / "runs")
     follow(DOCS / "writing-a-study.md", folder, {"EBBLINE_HOME": "runs"})
     return folder
 

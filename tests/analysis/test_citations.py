@@ -40,6 +40,7 @@ def test_a_key_that_nothing_stands_behind_is_an_error() -> None:
         bibliography(["peft", "nobody2020"], [], Build("1.0"))
 
 
+@pytest.mark.process
 @needs_latex
 def test_all_that_can_be_cited_compiles_without_a_warning(tmp_path: Path) -> None:
     keys = [*known(), "ebbline", pin_key(MODEL), pin_key(DATA)]

@@ -117,6 +117,7 @@ def test_saved_figures_embed_truetype_and_do_not_drift(results: list[Result], tm
     assert svg(frontier_figure(results, OBJECTIVES)) == svg(frontier_figure(results, OBJECTIVES))
 
 
+@pytest.mark.process
 def test_drawing_changes_no_setting_of_matplotlib_and_loads_no_pyplot(results: list[Result]) -> None:
     before = dict(matplotlib.rcParams)
     frontier_figure(results, OBJECTIVES)

@@ -68,6 +68,7 @@ def test_failed_points_are_in_no_table(study: Study, results: list[Result], base
     assert "64" not in frontier_table(study, [result(0), failed(1)], True)
 
 
+@pytest.mark.process
 @needs_latex
 @pytest.mark.parametrize("style", ["neurips", "acl"])
 def test_any_name_compiles_and_the_tables_fit(
@@ -82,6 +83,7 @@ def test_any_name_compiles_and_the_tables_fit(
     assert "Overfull" not in compiled(style, labels, tmp_path)
 
 
+@pytest.mark.process
 @needs_latex
 def test_a_table_that_is_too_wide_is_shrunk_to_its_column(study: Study, tmp_path: Path) -> None:
     values = {f"train.setting{index}": f"a rather long value {index}" for index in range(12)}
@@ -93,6 +95,7 @@ def test_a_table_that_is_too_wide_is_shrunk_to_its_column(study: Study, tmp_path
     assert "Overfull" not in compiled("acl", frontier_table(study, wide, True), tmp_path)
 
 
+@pytest.mark.process
 @needs_latex
 def test_a_long_frontier_goes_on_in_a_further_float(study: Study, tmp_path: Path) -> None:
     many = [result(n, refusal=n / 200, task=1 - n / 200, rank=n + 1) for n in range(2 * ROWS + 5)]

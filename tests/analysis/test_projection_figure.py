@@ -267,6 +267,7 @@ def test_each_model_has_a_map_of_its_first_adapter_and_the_shares_of_all() -> No
     assert legend(figures["projected-share-7b"]) == ["point 3", "point 1"]
 
 
+@pytest.mark.process
 def test_importing_the_figures_loads_no_torch() -> None:
     code = "import sys, analysis.projection_report; assert not {'matplotlib.pyplot', 'torch', 'ray', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -36,6 +36,7 @@ def outside(study: Study, weights: Path) -> Study:
     return Study.model_validate(changed)
 
 
+@pytest.mark.process
 def test_every_pin_is_named_with_its_commit_and_digest_and_no_path(study: Study, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     weights.write_bytes(b"0")
@@ -63,6 +64,7 @@ def test_what_ebbline_makes_itself_is_said_to_be_made() -> None:
     assert found["language"] == "the invented language, made here from seed 0"
 
 
+@pytest.mark.process
 def test_a_study_that_has_not_run_says_so(study: Study, tmp_path: Path) -> None:
     rows = provenance(study, Home(tmp_path), []).rows()
     assert of(rows, "Hardware") == {"ran on": "nothing has run yet"}
@@ -82,11 +84,13 @@ def test_hardware_is_told_by_kind_and_type_without_names_of_machines(tmp_path: P
     assert found[1].hosts == ("node-1", "node-2") and found[1].gpu_s == 5 * 3600.0
 
 
+@pytest.mark.process
 def test_the_seeds_that_points_were_given_are_told_when_they_are_fewer(study: Study, results: list[Result], tmp_path: Path) -> None:
     wide = study.model_copy(update={"seeds": (3, 5, 7)})
     assert of(provenance(wide, Home(tmp_path), results).rows(), "Study")["seeds"] == "3, 5, 7 (at most 1 used by a point so far)"
 
 
+@pytest.mark.process
 def test_the_commit_is_that_of_the_checkout_and_changes_are_told(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         settings = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")

@@ -20,7 +20,7 @@ from tasks.errors import Differs, StoreError
 from tasks.identity import content_digest, digest
 from tasks.specs import DataSpec, GenerateSpec, TrainSpec
 from tasks.stage import Part, Report, Request, Stage
-from tests.cluster.made import rows, settle, source, stored_request, submit, wait_for
+from tests.cluster.made import rows, settle, source, stored_request
 from tests.s3 import CREDENTIALS
 from tests.tiny import write_chats
 
@@ -286,20 +286,3 @@ def test_a_dropped_file_that_comes_out_otherwise_stops_the_run_and_marks_no_stag
     with pytest.raises(Differs, match="store forget data"):
         settle(runner)
     assert runner.failure(last) is None and runner.failure(first) is None
-
-
-@pytest.mark.timeout(400)
-def test_a_ray_cluster_and_a_gang_of_two_work_from_a_bucket(store, bucket, pair, chats, tmp_path):
-    from cluster.ray_executor import RayExecutor
-
-    executor = RayExecutor(logical_gpus=2)
-    try:
-        alone = stored_request(store, DataSpec(size=5), {"pool": chats})
-        gang = Request(**{**vars(stored_request(store, TRAIN, {"model": pair.aligned, "data": chats}, gpus=2)), "checkpoint_every_s": 0.0})
-        done = wait_for(executor, submit(executor, [alone], gpus=0), submit(executor, [gang], gpus=2), timeout_s=300.0)
-        assert [report.error for each in done for report in each.reports] == [None, None] and not any(each.lost for each in done)
-    finally:
-        executor.close()
-    assert Store(bucket).open("train", gang.key).provenance["gpus"] == 2
-    assert store.log(store.local(gang.out).parent, "progress.json") is not None
-    assert not list(store.place.entries("scratch"))

@@ -42,6 +42,7 @@ def test_what_somebody_reads_stays(cache):
     assert len(list(cache.root.rglob("f"))) <= 3
 
 
+@pytest.mark.process
 def test_what_another_process_reads_stays(cache, tmp_path):
     first = fill(cache, "a")
     context = multiprocessing.get_context("spawn")
@@ -82,6 +83,7 @@ def test_what_a_killed_fetch_left_is_cleared(cache):
     assert list((cache.root / "fetching").iterdir()) == []
 
 
+@pytest.mark.process
 def test_many_processes_that_ask_at_once_fetch_once(cache, tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=fetch_in_a_process, args=(cache.root, tmp_path / "fetched", n)) for n in range(4)]

@@ -33,6 +33,7 @@ from tests.cluster.driver import GANG_RANK, PROFILE, gang_of, training
 from tests.cluster.made import settle
 from tests.tiny import Pair, write_chats
 
+pytestmark = pytest.mark.cluster
 PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
 
 
@@ -154,6 +155,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> fl
     return time.monotonic() - since
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
@@ -244,6 +246,7 @@ def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
         assert_same(Store(tmp_path).open("train", artifact.key), artifact, gang=rank == GANG_RANK)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_lost_head_ends_the_driver_with_a_message_and_a_new_cluster_continues(
     pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path

@@ -202,6 +202,7 @@ def test_a_failure_reaches_what_is_behind_it_and_nothing_else(store, pool):
     assert runner.settled(further)
 
 
+@pytest.mark.process
 def test_the_command_of_a_failure_shows_it_again(store, pool):
     broken = rows(99, pool)
     runner, _ = ran(store, broken)

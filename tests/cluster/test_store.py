@@ -79,6 +79,7 @@ class StoreContract:
         assert first == second == store.find("data", KEY)
         assert (second.path / "data.jsonl").read_text() == "first"
 
+    @pytest.mark.process
     def test_of_many_processes_that_commit_at_once_exactly_one_stands(self, store):
         context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(6)

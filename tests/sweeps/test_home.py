@@ -40,6 +40,7 @@ def holder(home):
     process.wait()
 
 
+@pytest.mark.process
 def test_a_second_driver_is_refused_and_told_which_process_holds_the_study(home, holder):
     with pytest.raises(StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "), home.driving("tiny"):
         raise AssertionError("two drivers")
@@ -49,6 +50,7 @@ def test_a_second_driver_is_refused_and_told_which_process_holds_the_study(home,
     assert home.holder("another") is None
 
 
+@pytest.mark.process
 def test_a_driver_that_is_killed_holds_nothing(home, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()

@@ -76,6 +76,7 @@ def records(home):
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in home.store.root.rglob("record.json")}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
 def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, order):
     search = {**SEARCH, "order": order} if order == "in_turn" else {"sampler": "grid"}  # which is the same in any order

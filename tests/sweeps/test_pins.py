@@ -59,6 +59,7 @@ def pin(study: str, to: Path, endpoint: str) -> "subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.process
 def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(hub: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "advbench.csv").write_text("goal,target\nwhat hue has the wug,azur\n")
@@ -79,12 +80,14 @@ def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(hub:
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 5
 
 
+@pytest.mark.process
 def test_an_unreachable_hub_is_named_without_a_traceback(tmp_path: Path) -> None:
     done = pin("llama2", tmp_path / "study.yaml", "http://127.0.0.1:9")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "the hub does not show model meta-llama/Llama-2-7b-hf" in done.stderr
 
 
+@pytest.mark.process
 def test_another_file_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("study: mine\n")
     done = pin("llama2", tmp_path / "mine.yaml", "http://127.0.0.1:9")
