@@ -44,6 +44,7 @@ BROUGHT = {  # fixture -> the mark of a test that asks for it
     "machines": "cluster",
     "browser": "browser",
 }
+HOW = f"Mark it with one of {', '.join(NEEDS)} (docs/contributing.md)."
 PROCESSES = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"}
 
 
@@ -64,41 +65,50 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: min((order[mark.name] for mark in item.iter_markers() if mark.name in order), default=5))
 
 
-_started: list[str] = []
-_modules: list[str] = []
+class _Guard:
+    """While a test of the fast tier runs, what it may not do raises where it is done."""
+
+    def __init__(self) -> None:
+        self.active, self.broken = False, ""
+
+    def forbid(self, what: str) -> None:
+        if self.active:
+            self.broken = self.broken or f"a test of the fast tier {what}. {HOW}"
+            pytest.fail(self.broken)
 
 
-def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
+_guard = _Guard()
+_start = BaseProcess.start
+
+
+def _on_event(event: str, arguments: tuple[Any, ...]) -> None:
     if event in PROCESSES:
-        _started.append(f"{event} {arguments[0] if arguments else ''}"[:120])
+        _guard.forbid(f"started a process: {event} {arguments[0] if arguments else ''}"[:160])
 
 
-sys.addaudithook(_note_process)
-
-
-def _note_start(process: BaseProcess) -> None:
+def _on_start(process: BaseProcess) -> None:
     """multiprocessing starts processes past the audit hook."""
-    _started.append(f"multiprocessing {process.name}")
+    _guard.forbid(f"started a process: multiprocessing {process.name}")
     _start(process)
 
 
-_start = BaseProcess.start
-BaseProcess.start = _note_start  # type: ignore[method-assign]
-
-
-def _note_modules() -> None:
-    """From here on, every torch module that is made is noted: a model is one."""
+def _watch_modules() -> None:
+    """From here on, every torch module that is made is seen: a model is one."""
     torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "nn") or hasattr(torch.nn.Module, "_noted"):
+    if torch is None or not hasattr(torch, "nn") or hasattr(torch.nn.Module, "_watched"):
         return
     begin = torch.nn.Module.__init__
 
-    def noted(self: Any, *arguments: Any, **named: Any) -> None:
-        _modules.append(type(self).__name__)
+    def watched(self: Any, *arguments: Any, **named: Any) -> None:
+        _guard.forbid(f"made a model: {type(self).__name__}")
         begin(self, *arguments, **named)
 
-    torch.nn.Module.__init__ = noted
-    torch.nn.Module._noted = True
+    torch.nn.Module.__init__ = watched
+    torch.nn.Module._watched = True
+
+
+sys.addaudithook(_on_event)
+BaseProcess.start = _on_start  # type: ignore[method-assign]
 
 
 def _busy_s() -> float:
@@ -115,16 +125,16 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test of the fast tier fails when it starts a process, makes a model or takes over FAST_S."""
     if not item.get_closest_marker("fast"):
         return (yield)
-    _note_modules()
-    processes, modules, since = len(_started), len(_modules), _busy_s()
-    result = yield
-    taken_s, how = _busy_s() - since, f"Mark it with one of {', '.join(NEEDS)} (docs/contributing.md)."
-    if len(_started) > processes:
-        pytest.fail(f"a test of the fast tier started a process: {_started[processes]}. {how}", pytrace=False)
-    if len(_modules) > modules:
-        pytest.fail(f"a test of the fast tier made a model: {_modules[modules]}. {how}", pytrace=False)
+    _watch_modules()
+    _guard.active, _guard.broken, since = True, "", _busy_s()
+    try:
+        result = yield
+    finally:
+        _guard.active, taken_s = False, _busy_s() - since
+    if _guard.broken:  # also where the test swallowed it, or a thread did it
+        pytest.fail(_guard.broken, pytrace=False)
     if taken_s > FAST_S:
-        pytest.fail(f"a test of the fast tier took {taken_s:.1f} s, which is over {FAST_S:.0f} s. {how}", pytrace=False)
+        pytest.fail(f"a test of the fast tier took {taken_s:.1f} s, which is over {FAST_S:.0f} s. {HOW}", pytrace=False)
     return result
 
 

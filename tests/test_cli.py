@@ -30,6 +30,7 @@ PARSING = {"pydantic", "pydantic_core", "typing_extensions", "typing_inspection"
 AS_TYPED = "import sys; sys.argv[0] = 'ebbline'; from ebbline.cli import main; main()"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", [[], ["run"], ["status"], ["store", "gc"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     """What takes time is imports: beside the standard library, only what draws the help. docs/terminal.md has the seconds."""
@@ -70,6 +71,7 @@ def test_every_command_prints_json_for_scripts() -> None:
     assert without <= PAGES
 
 
+@pytest.mark.process
 def test_an_error_is_json_too_where_it_is_asked_for(tmp_path: Path) -> None:
     done = ebbline("status", "quickstrat", "--home", str(tmp_path), "--json")
     said = json.loads(done.stdout)
@@ -77,6 +79,7 @@ def test_an_error_is_json_too_where_it_is_asked_for(tmp_path: Path) -> None:
     assert "error: " in done.stderr
 
 
+@pytest.mark.process
 def test_the_help_of_run_has_the_exit_codes_that_the_documentation_has() -> None:
     said, page = " ".join(ebbline("run", "--help").stdout.split()), (Path(__file__).parents[1] / "docs" / "terminal.md").read_text()
     for code, what in re.findall(r"(\d+) ([^;.]+)", EXIT_CODES):
@@ -94,6 +97,7 @@ def completed(words: str, shell: str = "bash", **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.process
 def test_a_shell_completes_commands_options_and_studies_that_ship_or_lie_in_the_home(tmp_path: Path) -> None:
     own = tmp_path / "studies" / "quick-mine"
     own.mkdir(parents=True)
@@ -107,6 +111,7 @@ def test_a_shell_completes_commands_options_and_studies_that_ship_or_lie_in_the_
     assert any("quick-mine" in line for line in completed("ebbline status q", "zsh", EBBLINE_HOME=str(tmp_path)))
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_the_installed_completion_works_in_a_real_bash(tmp_path: Path) -> None:
     program = tmp_path / "bin" / "ebbline"
@@ -121,11 +126,13 @@ def test_the_installed_completion_works_in_a_real_bash(tmp_path: Path) -> None:
     assert done.stdout.split() == ["quickstart"], done
 
 
+@pytest.mark.process
 def test_a_driver_process_imports_no_torch() -> None:
     modules = "sweeps.drive, ebbline.running, ebbline.show, cluster.ray_executor, analysis.mirror, analysis.report"
     assert python(f"import sys, {modules}\nprint('torch' in sys.modules)") == "False"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["validate", "plan", "run", "status", "report"])
 def test_a_misspelt_study_is_an_error_with_a_suggestion_and_no_traceback(command: str, tmp_path: Path) -> None:
     home = [] if command == "validate" else ["--home", str(tmp_path)]
@@ -135,6 +142,7 @@ def test_a_misspelt_study_is_an_error_with_a_suggestion_and_no_traceback(command
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_validate_says_how_to_pin_the_llama2_study() -> None:
     done = ebbline("validate", "llama2")
     assert done.returncode == 1 and "ebbline pin llama2 --to" in done.stderr and "models.70b.base.hub" in done.stderr

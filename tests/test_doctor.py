@@ -45,6 +45,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+@pytest.mark.process
 def test_on_a_healthy_home_nothing_is_a_problem_and_nothing_stays_behind(tmp_path: Path) -> None:
     home = tmp_path / "home"
     told = doctor(home)
@@ -53,6 +54,7 @@ def test_on_a_healthy_home_nothing_is_a_problem_and_nothing_stays_behind(tmp_pat
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
+@pytest.mark.process
 def test_every_finding_that_is_not_ok_has_a_remedy_of_one_line(tmp_path: Path) -> None:
     for finding in doctor(tmp_path, HF_HOME=str(tmp_path), WANDB_MODE="online").values():
         assert bool(finding["remedy"]) == (finding["verdict"] != "ok") and "\n" not in finding["remedy"]
@@ -64,6 +66,7 @@ def test_in_a_terminal_a_finding_is_a_line_and_its_remedy_the_next(tmp_path: Pat
     assert capsys.readouterr().out.splitlines() == ["ok       disk      fine", "problem  ray       gone", f"{'':18} -> start it"]
 
 
+@pytest.mark.cluster
 def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.5}}\n")
     told = doctor(tmp_path, "--address", cluster.address)
@@ -72,6 +75,7 @@ def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(cluster: Clu
     assert told["prices"] == {"check": "prices", "verdict": "ok", "seen": "the profile prices A100", "remedy": ""}
 
 
+@pytest.mark.cluster
 def test_logical_gpus_are_called_so_and_priced_as_other(tmp_path: Path) -> None:
     logical = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
     try:
@@ -82,12 +86,14 @@ def test_logical_gpus_are_called_so_and_priced_as_other(tmp_path: Path) -> None:
     assert "1 node, 2 logical GPUs" in told["ray"]["seen"] and "$4, the profile's `other`" in told["prices"]["seen"]
 
 
+@pytest.mark.cluster
 def test_a_gpu_type_without_a_price_is_named(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(f"address: {cluster.address}\ngpus: {{H100: {{usd_per_hour: 4}}}}\n")
     told = doctor(tmp_path)
     assert told["prices"]["verdict"] == "warning" and "A100" in told["prices"]["seen"] and "cluster.yaml" in told["prices"]["remedy"]
 
 
+@pytest.mark.cluster
 def test_a_cluster_of_another_version_is_a_problem_that_names_both(cluster: Cluster, tmp_path: Path) -> None:
     gcs = GcsClient(address=cluster.address)
     before = gcs.internal_kv_get(b"CLUSTER_METADATA", b"cluster")
@@ -99,6 +105,7 @@ def test_a_cluster_of_another_version_is_a_problem_that_names_both(cluster: Clus
     assert told.code == 1 and "Ray: 2.1.0" in told["ray"]["seen"] and "Ray and Python" in told["ray"]["remedy"]
 
 
+@pytest.mark.process
 def test_an_unreachable_cluster_is_a_problem_within_seconds(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -108,6 +115,7 @@ def test_an_unreachable_cluster_is_a_problem_within_seconds(tmp_path: Path) -> N
     assert address in told["ray"]["seen"] and "ray up" in told["ray"]["remedy"]
 
 
+@pytest.mark.process
 def test_what_answers_nothing_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_module, "LONGEST_S", 8.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -115,6 +123,7 @@ def test_what_answers_nothing_is_given_up_on(tmp_path: Path, monkeypatch: pytest
     assert found["ray"].verdict == "problem" and "--address" in found["ray"].remedy
 
 
+@pytest.mark.process
 def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
     told = doctor(UNWRITABLE)
     assert told.code == 1
@@ -122,6 +131,7 @@ def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
     assert "EBBLINE_HOME" in told["home"]["remedy"] and str(UNWRITABLE) in told["home"]["seen"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("storage", "says"),
     [
@@ -138,6 +148,7 @@ def test_a_bad_storage_url_is_a_problem_that_keeps_its_password(storage: str, sa
     assert "secret" not in json.dumps(told)
 
 
+@pytest.mark.process
 def test_an_object_store_that_does_not_answer_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("store: s3://ebbline-test/runs\n")
     keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "hidden-word", "AWS_REGION": "us-east-1"}
@@ -153,17 +164,20 @@ def test_an_object_store_is_tried_as_a_run_would_use_it(bucket: str, tmp_path: P
     assert not list(Home(tmp_path).store.place.entries())
 
 
+@pytest.mark.process
 def test_a_relative_store_is_tried_where_a_run_would_put_it(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("store: artifacts\n")
     assert doctor(tmp_path)["store"]["seen"].startswith(f"{tmp_path / 'artifacts'}: ")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_a_compiler_that_does_not_compile_is_warned_of(compiler: str, tmp_path: Path) -> None:
     found = doctor(tmp_path, CXX=compiler)["compiler"]
     assert found["verdict"] == "warning" and compiler in found["seen"] and "g++" in found["remedy"]
 
 
+@pytest.mark.process
 def test_online_without_a_login_is_a_problem(tmp_path: Path) -> None:
     nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
     told = doctor(tmp_path, WANDB_MODE="online", HF_HOME=str(tmp_path), HF_TOKEN="", **nobody)
@@ -171,6 +185,7 @@ def test_online_without_a_login_is_a_problem(tmp_path: Path) -> None:
     assert told["hub"]["verdict"] == "warning" and "HF_TOKEN" in told["hub"]["remedy"]
 
 
+@pytest.mark.process
 def test_a_broken_profile_is_one_error_that_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("storrage: x\n")
     done = subprocess.run([sys.executable, "-m", "ebbline", "doctor", "--home", str(tmp_path)], capture_output=True, text=True)

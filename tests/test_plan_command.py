@@ -17,6 +17,7 @@ def plan(*arguments: str) -> str:
     ).stdout
 
 
+@pytest.mark.process
 def test_a_plan_says_what_a_run_would_take_and_draws_it(tmp_path):
     path, home = written(tmp_path), tmp_path / "home"
     home.mkdir()

@@ -191,6 +191,7 @@ def test_batches_are_halved_when_memory_runs_out_and_nothing_changes(loaded, mon
         ours._loglikelihood_tokens(requests)
 
 
+@pytest.mark.model
 def test_a_model_with_a_sliding_window_is_computed_as_lm_eval_does_it():
     from transformers import MistralConfig, MistralForCausalLM
 

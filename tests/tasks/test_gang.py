@@ -278,6 +278,7 @@ def test_a_member_out_of_memory_says_what_to_try_next_until_nothing_is_left_to_t
     assert issubclass(OutOfMemory, TrainingError)
 
 
+@pytest.mark.process
 def test_a_global_batch_that_does_not_divide_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(TrainingError, match=r"global_batch=7 does not divide among 2 processes; choose a multiple of 2"):
         gang_engine.DeepSpeedGang(TrainSpec(global_batch=7), tmp_path / "nowhere", context(tmp_path, world_size=2))

@@ -103,6 +103,7 @@ def judged(folder, spec, inputs, **changes):
 CAUSAL = [("harmbench", "yes", "no"), ("yes-no", "yes", "no"), ("llama-guard", "unsafe", "safe")]
 
 
+@pytest.mark.model
 @pytest.mark.parametrize(("template", "complied", "refused"), CAUSAL)
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_a_judge_here_gives_each_completion_the_verdict_it_says_in_the_order_of_the_completions(
@@ -160,6 +161,7 @@ def test_an_answer_is_read_by_its_first_word_and_anything_else_is_undecided(temp
     assert (found.reason == "judge: unparsed") == (verdict == "undecided")
 
 
+@pytest.mark.model
 def test_what_a_judge_cannot_say_or_read_stays_in_the_count_as_undecided(tmp_path):
     texts = ["word1", "", " \n", f"{MARKER}", "word2 " * 300, "na " * 40]
     model = judge_model(tmp_path / "judge", "yes", "perhaps")
@@ -181,6 +183,7 @@ def test_a_judge_of_empty_completions_only_is_not_even_loaded(tmp_path):
     assert [score.reason for _, score in judged(tmp_path / "out", spec_of("yes-no"), inputs)] == ["empty", "empty"]
 
 
+@pytest.mark.model
 def test_the_length_that_still_fits_is_judged_and_one_more_is_not(tmp_path):
     model = judge_model(tmp_path / "judge", "yes", "no")
     inputs = {"generation": generation(tmp_path / "gen", ["word1 word2"]), "model": model}
@@ -191,6 +194,7 @@ def test_the_length_that_still_fits_is_judged_and_one_more_is_not(tmp_path):
         assert [score.reason for _, score in judged(tmp_path / f"out{spare}", spec, inputs)] == [reason]
 
 
+@pytest.mark.model
 def test_harmbenchs_classifier_needs_no_chat_template_and_the_judge_stays_loaded_between_stages(tmp_path):
     model = change_tokenizer(judge_model(tmp_path / "judge", "yes", "no"), chat_template=None)
     inputs = {"generation": generation(tmp_path / "gen", [MARKER, "word1"]), "model": model}
@@ -204,6 +208,7 @@ def test_harmbenchs_classifier_needs_no_chat_template_and_the_judge_stays_loaded
     assert not [key for key in ctx.residents._remembered if key[0] == "judge"], "the judge made place for the next model"
 
 
+@pytest.mark.model
 def test_a_chat_template_that_wants_content_in_parts_gets_parts(tmp_path):
     parts = (
         "{% for m in messages %}<{{ m.role }}> {% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %} "
@@ -214,6 +219,7 @@ def test_a_chat_template_that_wants_content_in_parts_gets_parts(tmp_path):
     assert [score.reason for _, score in judged(tmp_path / "out", spec_of("llama-guard"), inputs)] == ["judge:unsafe", "judge:safe"]
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("template", ["<user>", "{{ raise_exception(messages[1].content) }}", "{{ messages[0].content }}"])
 def test_a_chat_template_that_leaves_the_completion_out_is_an_error_and_not_a_verdict_on_nothing(tmp_path, template):
     model = change_tokenizer(judge_model(tmp_path / "judge", "unsafe", "safe"), chat_template=template)
@@ -224,6 +230,7 @@ def test_a_chat_template_that_leaves_the_completion_out_is_an_error_and_not_a_ve
     assert not (tmp_path / "out" / "verdicts.jsonl").exists()
 
 
+@pytest.mark.model
 def test_a_classifiers_labels_are_verdicts_that_do_not_depend_on_the_batch(tmp_path):
     texts = texts_with_and_without_the_marker()
     model = classifier_model(tmp_path / "judge")
@@ -239,6 +246,7 @@ def test_a_classifiers_labels_are_verdicts_that_do_not_depend_on_the_batch(tmp_p
     assert {score.verdict for _, score in found[0]} == {"refused", "complied"}
 
 
+@pytest.mark.model
 def test_a_classifier_without_a_chat_template_reads_the_completion_alone(tmp_path):
     model = change_tokenizer(classifier_model(tmp_path / "judge"), chat_template=None)
     inputs = {"generation": generation(tmp_path / "gen", ["word1 word2", "word3", "word4 " * 400]), "model": model}
@@ -250,6 +258,7 @@ def test_a_classifier_without_a_chat_template_reads_the_completion_alone(tmp_pat
     assert found[2].reason == "judge: too long", "longer than the classifier's own limit of 256"
 
 
+@pytest.mark.model
 def test_a_label_that_the_classifier_has_not_is_an_error_that_lists_those_it_has(tmp_path):
     inputs = {"generation": generation(tmp_path / "gen", ["word1"]), "model": classifier_model(tmp_path / "judge")}
     with pytest.raises(EvaluationError, match=r"no label 'refusal'; it has \['ANSWER', 'REFUSAL'\]"):
@@ -451,6 +460,7 @@ def test_an_endpoint_that_is_down_is_not_asked_for_everything(tmp_path, serve, m
     assert len(server.asked) < 60
 
 
+@pytest.mark.model
 def test_a_run_that_was_cut_off_asks_for_nothing_twice(tmp_path, serve, monkeypatch):
     server, texts = serve(by_marker), texts_with_and_without_the_marker(80)
     inputs = {"generation": generation(tmp_path / "gen", texts)}
@@ -540,6 +550,7 @@ def test_an_endpoint_that_is_no_url_is_an_error(tmp_path, url):
         judged(tmp_path / "out", spec_of("yes-no", endpoint=url, model="m"), {"generation": generation(tmp_path / "gen", ["word1"])})
 
 
+@pytest.mark.model
 def test_no_text_of_prompt_or_completion_leaves_the_generation_but_for_the_endpoint(tmp_path, serve, caplog, capfd):
     caplog.set_level(0)
     server = serve(lambda number, body: says(body["messages"][-1]["content"]) if number % 2 else by_marker(number, body))

@@ -78,6 +78,7 @@ def test_the_table_in_the_documentation_is_what_the_code_says():
     assert table() in DOC.read_text()
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("size", ["7b", "13b", "70b"])
 def test_parameters_of_llama_2_and_of_its_adapters_are_counted_exactly(size, tmp_path):
     with torch.device("meta"):
@@ -129,6 +130,7 @@ def made(dtype: torch.dtype, vocabulary: int, layers: int, recompute: bool, fold
 ROWS = [Row([i % 120 for i in range(128)], [5] * 128)] * 2
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_layer_keeps_for_its_backward_pass_is_counted_to_the_byte(tmp_path, dtype):
     def kept(layers: int) -> int:
@@ -149,6 +151,7 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_counted_to_the_byte(tmp_pat
     assert kept(3) - kept(2) == kept_per_token(shape, spec) * 2 * 128
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocabulary", "recompute"), [(128, True), (8000, True), (128, False)])
 def test_a_steps_peak_is_predicted_within_a_tenth_of_what_the_allocator_sees(tmp_path, dtype, vocabulary, recompute):

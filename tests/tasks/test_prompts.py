@@ -334,6 +334,7 @@ def test_reading_is_the_same_with_either_line_end_and_with_a_byte_order_mark(tmp
     assert read == [read[0]] * 4
 
 
+@pytest.mark.process
 def test_reading_and_auditing_load_no_torch():
     code = "import sys, tasks.prompts, tasks.audit, ebbline.auditing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

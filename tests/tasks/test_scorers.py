@@ -229,6 +229,7 @@ def test_agreement_on_nothing_or_on_other_completions_is_an_error():
         agreement(["refused", "refused"], ["refused"])
 
 
+@pytest.mark.process
 def test_scoring_and_reading_verdicts_bring_no_torch():
     code = "import sys, tasks.scorers, tasks.judge; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

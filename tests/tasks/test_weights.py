@@ -123,6 +123,7 @@ def test_a_folder_that_is_no_adapter_says_what_it_is_and_where_one_is(pair, tmp_
         read_adapter(tmp_path / "ia3")
 
 
+@pytest.mark.model
 def test_an_output_layer_that_is_not_stored_is_tied_where_the_config_leaves_that_out(tmp_path):
     # As in many a config on the hub, where true is the architecture's default.
     model = edited(tmp_path / "model", built(tmp_path, Gemma2Config(**SMALL, head_dim=16)).base, tie_word_embeddings=None)

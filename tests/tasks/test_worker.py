@@ -94,12 +94,14 @@ def rerun(folder: Path, item) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "tasks", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.process
 def test_the_printed_command_shows_a_failure_again_with_its_traceback(tmp_path, chats):
     done = rerun(tmp_path / "two", three(tmp_path, chats)[1])
     assert done.returncode == 1
     assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("data.size=500")
 
 
+@pytest.mark.process
 def test_the_printed_command_makes_what_the_stage_would_and_touches_nothing_else(tmp_path, chats):
     item = three(tmp_path, chats)[0]
     done = rerun(tmp_path / "one", item)
@@ -188,6 +190,7 @@ def test_progress_counts_from_where_this_attempt_began(tmp_path):
     assert (progress["done"], progress["own"]) == (51, 2) and 0.5 < progress["own_seconds"] < 5
 
 
+@pytest.mark.process
 def test_a_hub_that_does_not_answer_is_no_fault_of_the_stage(tmp_path):
     code = "from tasks.models import resolve; resolve('hub:model:nobody/nothing@' + 40 * 'a')"
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
