@@ -1,8 +1,9 @@
-"""What every folder's tests share: hypothesis settings, and one tiny random-weight model pair on disk."""
+"""What every folder's tests share: hypothesis settings, a guard over skips, and one tiny model pair on disk."""
 
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,28 @@ if TYPE_CHECKING:
 
 settings.register_profile("ebbline", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("ebbline")
+
+
+def fail_without_a_package(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """The `test` extra has every Python package: a skip for want of one is a failure."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if re.search(r"could not import|No module named|ImportError", reason):
+            report.outcome, report.longrepr = "failed", f"{reason}: add it to the extra `test`, and do not skip"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_without_a_package(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_without_a_package(report)
+    return report
 
 
 @pytest.fixture(scope="session")
