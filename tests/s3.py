@@ -43,7 +43,7 @@ def running(log: Path) -> Iterator[str]:
             [sys.executable, "-m", "tests.s3", str(port)], stdout=handle, stderr=handle, cwd=Path(__file__).parents[1]
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).read()
@@ -59,7 +59,7 @@ def running(log: Path) -> Iterator[str]:
 
 
 def make_bucket(endpoint: str, name: str) -> None:
-    with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT"), timeout=30) as answer:
+    with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT"), timeout=120) as answer:
         answer.read()
 
 
