@@ -5,11 +5,13 @@ A test without a mark gets the mark `fast`: it loads no model, starts no process
 that ask for it. `long` tests run by `make test-long` alone. pyproject.toml lists the marks, docs/contributing.md explains them.
 """
 
+import importlib
 import os
+import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +153,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _imported() -> None:
     """What most tests import comes before all of them, so that no test pays for it."""
-    import sklearn.ensemble  # noqa: F401
+    for name in ("matplotlib.backends.backend_agg", "optuna", "pandas", "plotly.graph_objects", "scipy.stats", "sklearn.ensemble"):
+        importlib.import_module(name)
 
 
 # --- what is made once a run -------------------------------------------------------------------------------------------------
@@ -171,6 +174,28 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def run_folder(request: pytest.FixtureRequest) -> Path:
     return _run_folder(request.config)
+
+
+def fail_without_a_package(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """The `test` extra has every Python package: a skip for want of one is a failure."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if re.search(r"could not import|No module named|ImportError", reason):
+            report.outcome, report.longrepr = "failed", f"{reason}: add it to the extra `test`, and do not skip"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_without_a_package(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_without_a_package(report)
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,9 @@ def blocks(page: Path) -> list[Block]:
 def follow(page: Path, root: Path, environment: Mapping[str, str], only_files: bool = False) -> None:
     """Do what a page says, in `root`; raises AssertionError with what a command said that ended otherwise than the page has it."""
     written: set[str] = set()
-    for block in blocks(page):
+    found = blocks(page)
+    assert any(block.language in ("console", "diff") or block.title for block in found), f"{page.name} says nothing to do"
+    for block in found:
         if block.language == "diff":
             change(root / block.title, block.text)
         elif block.title:

@@ -94,5 +94,5 @@ def _made() -> Postgres:
 def _run(*command: str) -> None:
     # PostgreSQL refuses to run as root.
     drop = ["setpriv", f"--reuid={NOBODY[0]}", f"--regid={NOBODY[1]}", "--clear-groups"] if os.getuid() == 0 else []
-    done = subprocess.run([*drop, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", timeout=60)
+    done = subprocess.run([*drop, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", timeout=300)
     assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}"

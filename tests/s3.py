@@ -53,7 +53,7 @@ def start(place: Path) -> dict[str, Any]:
 
 
 def make_bucket(endpoint: str, name: str) -> None:
-    with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT"), timeout=30) as answer:
+    with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT"), timeout=120) as answer:
         answer.read()
 
 

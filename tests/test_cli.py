@@ -21,7 +21,7 @@ def python(code: str) -> str:
 
 
 def ebbline(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "ebbline.cli", *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "ebbline.cli", *arguments], capture_output=True, text=True, timeout=300)
 
 
 HEAVY = ("torch", "ray", "optuna", "transformers", "wandb", "pandas")
@@ -44,7 +44,7 @@ found = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(*sorted(found - sys.stdlib_module_names))
 """
     loaded = set(python(code).split())
-    assert not loaded & set(HEAVY)
+    assert "ebbline" in loaded and not loaded & set(HEAVY)
     assert {name for name in loaded if not name.startswith("_sysconfigdata")} <= (LIGHT | PARSING if command else LIGHT)
 
 
@@ -68,7 +68,7 @@ PAGES = {"dashboard"}  # commands that print nothing a script would read
 
 def test_every_command_prints_json_for_scripts() -> None:
     without = {name for name, command in commands().items() if not any("--json" in option.opts for option in command.params)}
-    assert without <= PAGES
+    assert without == PAGES
 
 
 @pytest.mark.process
@@ -82,7 +82,9 @@ def test_an_error_is_json_too_where_it_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_the_help_of_run_has_the_exit_codes_that_the_documentation_has() -> None:
     said, page = " ".join(ebbline("run", "--help").stdout.split()), (Path(__file__).parents[1] / "docs" / "terminal.md").read_text()
-    for code, what in re.findall(r"(\d+) ([^;.]+)", EXIT_CODES):
+    codes = re.findall(r"(\d+) ([^;.]+)", EXIT_CODES)
+    assert len(codes) > 4
+    for code, what in codes:
         assert f"{code} {what.split(' (')[0]}" in said
         assert re.search(rf"^\| {code} \|", page, re.MULTILINE), f"docs/terminal.md does not explain exit code {code}"
 
@@ -91,7 +93,7 @@ def completed(words: str, shell: str = "bash", **environment: str) -> list[str]:
     asked = {"_EBBLINE_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
     asked |= {"_TYPER_COMPLETE_ARGS": words}
     done = subprocess.run(
-        [sys.executable, "-c", AS_TYPED], capture_output=True, text=True, timeout=60, env={**os.environ, **asked, **environment}
+        [sys.executable, "-c", AS_TYPED], capture_output=True, text=True, timeout=300, env={**os.environ, **asked, **environment}
     )
     assert not done.stderr, done.stderr
     return done.stdout.splitlines()
@@ -120,9 +122,9 @@ def test_the_installed_completion_works_in_a_real_bash(tmp_path: Path) -> None:
     program.chmod(0o755)
     environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}", "EBBLINE_HOME": str(tmp_path)}
     install = ["bash", "--norc", "-c", "ebbline --install-completion; exit $?"]  # from a shell, which is what it is installed for
-    subprocess.run(install, env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(install, env=environment, check=True, capture_output=True, timeout=300)
     script = "source ~/.bashrc; COMP_WORDS=(ebbline run qu); COMP_CWORD=2; _ebbline_completion ebbline; echo ${COMPREPLY[@]}"
-    done = subprocess.run(["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["quickstart"], done
 
 

@@ -165,7 +165,7 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
         other.get_by_text("Hyperparameter Importance").first.wait_for()
         expect(other.locator("header")).to_contain_text("tiny")
         assert other.url == f"{url}dashboard/studies/1"
-        other.wait_for_timeout(1000)
+        other.wait_for_load_state("networkidle")
         assert opened.wrong == [] and opened.asked == {"127.0.0.1"}
 
 

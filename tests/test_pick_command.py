@@ -100,7 +100,9 @@ def test_the_card_has_the_hubs_metadata_and_every_number_with_its_interval(drive
     card = ModelCard.load(exported / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", "not-on-the-hub/tiny-7b-aligned")
     point = collect(study, home)[1]
-    for row in re.findall(r"^\| (?:refusal rate|task accuracy), .*$", card.text, re.MULTILINE):
+    rows = re.findall(r"^\| (?:refusal rate|task accuracy), .*$", card.text, re.MULTILINE)
+    assert len(rows) == 2
+    for row in rows:
         assert row.count("95% interval") == 3, row  # the point, the seed alone, the aligned model
     assert "| refusal rate, higher is better | 0.0% (95% interval 0.0% to 39.0%, n = 12)" in card.text
     assert point.keys["apply[seed=3]"] in card.text and point.keys["apply[seed=4]"] not in card.text
@@ -117,11 +119,12 @@ def test_the_card_has_the_hubs_metadata_and_every_number_with_its_interval(drive
 def test_no_path_and_no_prompt_or_completion_leaves_with_an_adapter(driven: tuple[Path, Study, Home], exported: Path) -> None:
     folder, _, home = driven[0].parent, driven[1], driven[2]
     rows = [row for artifact in home.store.all("generate") for row in read_completions(artifact.path)]
-    secrets = {text for row in rows for text in (row.prompt, row.completion) if len(text) >= 12} | {str(folder), str(folder.parent)}
+    secrets = {" ".join(text.split()) for row in rows for text in (row.prompt, row.completion) if len(text) >= 12}
+    secrets |= {str(folder), str(folder.parent)}
     assert len(secrets) > 10
     for name in FILES:
         if not name.endswith(".safetensors"):
-            text = (exported / name).read_text("utf-8")
+            text = " ".join((exported / name).read_text("utf-8").split())  # lines may be broken anywhere
             assert not [secret for secret in secrets if secret in text], name
 
 

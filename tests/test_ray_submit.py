@@ -133,7 +133,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     finally:
         assert outer.stdin is not None
         outer.stdin.close()
-        outer.wait(30)
+        outer.wait(120)
         for control in Path("/tmp").glob(f"ray_ssh_*/{hashlib.sha256(config['cluster_name'].encode()).hexdigest()[:10]}"):
             shutil.rmtree(control)
 

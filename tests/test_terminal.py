@@ -103,8 +103,8 @@ def drained(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> SimpleNames
         lines.append(watchers[0].stdout.readline())
     driver.send_signal(signal.SIGINT)
     out, err = driver.communicate(timeout=240)
-    lines += watchers[0].communicate(timeout=60)[0].splitlines()
-    plain = watchers[1].communicate(timeout=60)[0]
+    lines += watchers[0].communicate(timeout=240)[0].splitlines()
+    plain = watchers[1].communicate(timeout=240)[0]
     codes = (driver.returncode, *(watcher.returncode for watcher in watchers))
     return SimpleNamespace(file=file, home=home, out=out, err=err, lines=lines, plain=plain, codes=codes)
 
@@ -147,7 +147,7 @@ def test_a_second_interrupt_stops_now_and_says_how_to_resume(tmp_path: Path, pai
     while "nothing new starts" not in (line := driver.stderr.readline()):
         assert line, "it ended without a word"
     driver.send_signal(signal.SIGINT)
-    out, err = driver.communicate(timeout=60)
+    out, err = driver.communicate(timeout=240)
     resume = resumed(file, home, "--json")
     assert driver.returncode == 130 and f"To go on:\n  {resume}\n" in err and "Traceback" not in err
     assert json.loads(out)["exit_code"] == 130 and json.loads(out)["resume"] == resume

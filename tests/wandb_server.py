@@ -32,14 +32,16 @@ class Run:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`slow_s` is how long each file stream request takes."""
+    """`slow_s` is how long each file stream request takes; all wait until `together` were under way at once."""
 
     daemon_threads = True
 
     def __init__(self, slow_s: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.slow_s = slow_s
+        self.together = 0
         self.lock = threading.Lock()
+        self.more = threading.Condition(self.lock)
         self.runs: dict[str, Run] = {}
         self.views: dict[str, dict[str, Any]] = {}
         self.operations: list[str] = []
@@ -125,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.at_work += 1
             self.server.most_at_work = max(self.server.most_at_work, self.server.at_work)
+            self.server.more.notify_all()
+            self.server.more.wait_for(lambda: self.server.most_at_work >= self.server.together, 120)
             run = self.server.run_of(id)
             for name, part in (sent.get("files") or {}).items():
                 lines = [json.loads(line) for line in part["content"]] if name.endswith((".jsonl", "summary.json")) else []

@@ -81,8 +81,8 @@ def test_the_same_ids_with_other_prompts_are_never_paired(pair: tuple[Side, Side
     before, after = pair
     other = replace(after, asked={suite: {**asked, "prompts": "another sha"} for suite, asked in ASKED.items()})
     (size,) = beside(before, other, [Floor(REFUSAL, 0.9)], TASK).sizes
-    assert not [one for one in size.at_picks.values() if one.paired is not None]
-    assert not [one for rows in size.at_shared.values() for one in rows if one.paired is not None]
+    shared = [one for rows in size.at_shared.values() for one in rows]
+    assert size.at_picks and shared and {one.paired for one in (*size.at_picks.values(), *shared)} == {None}
 
 
 def test_points_with_the_same_settings_are_matched_over_the_axes_of_both(study: Study) -> None:

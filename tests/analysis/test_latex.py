@@ -102,7 +102,7 @@ def test_a_long_frontier_goes_on_in_a_further_float(study: Study, tmp_path: Path
     table = frontier_table(study, many, True)
     assert [len(rows(part)) for part in table.split(r"\begin{table}")[1:]] == [ROWS, ROWS, 5]
     log = compiled("acl", table, tmp_path)
-    assert "Overfull" not in log and "too large for page" not in log and "multiply defined" not in log
+    assert "Overfull" not in log and "too large for page" not in log and "multiply" not in log
 
 
 def test_every_special_letter_is_written_so_that_latex_prints_it() -> None:

@@ -47,7 +47,7 @@ def everything(page: LivePage) -> dict[str, Any]:
 
 def looked(page: LivePage) -> dict[str, Any]:
     """The same, once the points have been looked at."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while "counts" not in (found := everything(page)) and not found["error"] and time.monotonic() < deadline:
         time.sleep(0.05)
     return found

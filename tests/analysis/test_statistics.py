@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
+from statsmodels.stats.contingency_tables import mcnemar
 
 from analysis.statistics import (
     by_category,
@@ -65,7 +66,6 @@ def test_the_p_value_is_the_exact_mcnemar_tests(counts: tuple[int, int, int, int
     assert (found.both, found.only_before, found.only_after, found.neither) == counts
     assert found.p_value == pytest.approx(p_value, rel=1e-5)
     assert found.p_value == pytest.approx(binomtest(counts[1], counts[1] + counts[2]).pvalue)
-    mcnemar = pytest.importorskip("statsmodels.stats.contingency_tables").mcnemar
     assert found.p_value == pytest.approx(mcnemar([counts[:2], counts[2:]], exact=True).pvalue)
 
 

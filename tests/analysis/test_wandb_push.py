@@ -117,7 +117,7 @@ def test_what_was_pushed_is_known_to_a_mirror_that_is_online(folder: Path, serve
 
 
 def test_several_are_pushed_at_once(folder: Path, server: WandbServer) -> None:
-    server.slow_s = 1.0
+    server.together = 2
     pushed(folder)
     assert 2 <= server.most_at_work <= 4
 
@@ -137,7 +137,7 @@ def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) ->
     server.slow_s = 0.0
     left = len(waiting(folder))
     assert 0 < left < 5
-    for _ in range(100):  # W&B's own service may end a moment later than the process that it serves
+    for _ in range(1200):  # W&B's own service may end a moment later than the process that it serves
         done = pushed(folder)
         if not done.why.startswith("another"):
             break

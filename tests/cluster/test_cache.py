@@ -49,12 +49,12 @@ def test_what_another_process_reads_stays(cache, tmp_path):
     holding, done = context.Event(), context.Event()
     reader = context.Process(target=hold_in_a_process, args=(cache.root, first, holding, done))
     reader.start()
-    assert holding.wait(60)
+    assert holding.wait(300)
     for name in "bcd":
         fill(cache, name)
     assert (first / "f").exists()
     done.set()
-    reader.join(60)
+    reader.join(300)
     fill(cache, "e")
     assert not (first / "f").exists()
 
@@ -90,7 +90,7 @@ def test_many_processes_that_ask_at_once_fetch_once(cache, tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert len(list((tmp_path / "fetched").iterdir())) == 1
 
@@ -112,7 +112,7 @@ def giving(data: bytes) -> Receive:
 def hold_in_a_process(root: Path, folder: Path, holding, done) -> None:
     with Cache(root, 1.0).hold(folder):
         holding.set()
-        done.wait(60)
+        done.wait(600)
 
 
 def fetch_in_a_process(root: Path, fetched: Path, number: int) -> None:

@@ -22,6 +22,8 @@ def a_member_holds_two_rows_at_most() -> None:
 
     def short(model, rows, pad, device):
         if torch.distributed.get_rank() == 1 and len(rows) > 2:
+            with Path(os.environ["RAN_OUT"]).open("a") as file:
+                file.write(f"{len(rows)} ")
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return token_loss(model, rows, pad, device)
 
@@ -34,6 +36,7 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
     import ray
 
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    variables["RAN_OUT"] = str(tmp_path / "ran-out")
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])  # where the workers find the hook
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     hook = "tests.cluster.test_gang_memory.a_member_holds_two_rows_at_most"
@@ -52,6 +55,7 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
     finally:
         ray.shutdown()
     assert (report.key, report.error, report.smaller) == (request.key, None, None)
+    assert (tmp_path / "ran-out").read_text() == "4 ", "it ran out of memory once, and then it fitted"
     assert store.open("train", request.key).provenance["predicted_memory_gb"] > 0
     (plain,) = run_batch([stored_request(alone, TRAIN, inputs)])
     assert curve(store, report.key) == pytest.approx(curve(alone, plain.key), rel=1e-5)

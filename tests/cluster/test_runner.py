@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import runner as runners
+from cluster import starter as starters
 from cluster.costs import GpuTypes, Unmetered
 from cluster.executor import Capacity, Finished, Host, Job, Loss, Needs
 from cluster.inline import InlineExecutor
@@ -25,6 +26,7 @@ from tasks.completions import Completion, write_completions
 from tasks.errors import ClusterLost, EndpointDown, StoreError, StudyError
 from tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpec, TrainSpec
 from tasks.stage import Part, Request, Source, Stage
+from tests.clock import Clock
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
 
@@ -297,7 +299,7 @@ class Silent(Counting):
 
 
 def step_for(runner: Runner, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 120.0
     while not condition():
         assert time.monotonic() < deadline
         runner.step(0.01)
@@ -312,28 +314,40 @@ def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its
     assert "lost 3 times (no sign of life for 1 s, so it was cancelled)" in runner.failure(stage).reason
 
 
-def test_progress_is_a_sign_of_life(store, pool):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of the runner and its starter."""
+    clock = Clock()
+    for module in (runners, starters):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_progress_is_a_sign_of_life(store, pool, clock):
     executor, stage = Silent(), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
     runner.want([stage])
-    since = time.monotonic()
-    while time.monotonic() - since < 2.5 * PATIENCE.hang_after_s:
-        runner.step(0.05)
+    while clock.now < 2.5 * PATIENCE.hang_after_s:
+        runner.step(0.0)
         path = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
-        path.write_text(json.dumps({"done": 1, "total": 9, "note": "", "seconds": time.monotonic() - since}))
+        path.write_text(json.dumps({"done": 1, "total": 9, "note": "", "seconds": clock.now}))
+        clock.sleep(0.1)
     assert executor.cancelled == [] and len(executor.jobs) == 1
 
 
-def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool):
+def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool, clock):
     executor, stage = Silent(), rows(5, pool)
     runner, executor.queued = Runner(store, executor, profile=PATIENCE), True
     runner.want([stage])
-    since = time.monotonic()
-    while time.monotonic() - since < 2.5 * PATIENCE.hang_after_s:
-        runner.step(0.05)
+    while clock.now < 2.5 * PATIENCE.hang_after_s:
+        runner.step(0.0)
+        clock.sleep(0.1)
     assert executor.cancelled == [] and len(executor.jobs) == 1
-    executor.queued = False
-    step_for(runner, lambda: len(executor.cancelled) == 1)
+    executor.queued, began = False, clock.now
+    while not executor.cancelled:
+        runner.step(0.0)
+        clock.sleep(0.1)
+    assert PATIENCE.hang_after_s < clock.now - began < 2 * PATIENCE.hang_after_s
 
 
 def test_the_attempt_of_one_of_two_twins_is_the_other_s_too(store, tmp_path):
@@ -377,7 +391,7 @@ def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stop
     runner.want([stage])
     with pytest.raises(ClusterLost, match="thrown out by its host 10 times in a row"):
         step_for(runner, lambda: False)
-    assert shunned[0] == frozenset() and "here" in shunned[-1] | {"there"} and shunned[-1]
+    assert shunned[0] == frozenset() and shunned[-1] >= {"here"}
     assert runner.failure(stage) is None, "no fault of the stage"
 
 
@@ -519,7 +533,7 @@ def test_what_the_meter_refuses_leaves_its_place_to_what_is_behind_it(store, poo
     runner.estimates.seconds = lambda stage, needs: 5.0 if stage.spec.size == 9 else 1.0
     runner.want([dear, cheap])
     started = time.monotonic()
-    while not runner.starved and time.monotonic() - started < 20:
+    while not runner.starved and time.monotonic() - started < 120:
         runner.step()
     assert runner.starved and runner.settled(cheap) and not runner.settled(dear)
 

@@ -1,7 +1,6 @@
 """The scheduler, as properties of a pure function over made-up work."""
 
 import copy
-import itertools
 import math
 import random
 from collections import Counter
@@ -404,16 +403,25 @@ def test_short_packs_share_a_batch_like_all_short_stages():
     assert len(placement.keys) == 6 and placement.keys[:4] == ("p00", "p01", "p02", "p03")
 
 
-@given(situations(), cached_at)
-def test_what_runs_at_once_on_a_gpu_fits_there_together(situation, cached):
-    ready, running, capacity = situation
+long_trainings = st.tuples(
+    st.sampled_from(["", "p", "q"]),
+    st.sampled_from([LONGEST_BATCH_S, 3 * LONGEST_BATCH_S]),
+    st.sampled_from([0.1, 0.25, 1 / 3, 0.5, 1.0]),
+)
+
+
+@given(st.lists(long_trainings, min_size=1, max_size=14), st.integers(1, 3))
+def test_what_runs_at_once_on_a_gpu_fits_there_together(shapes, gpus):
+    """Each is as long as a batch may be, so several on a GPU are one pack, and not a batch."""
+    ready = [
+        work(f"k{index:02}", 1, "base", seconds, seconds, pack=pack, shares={None: share})
+        for index, (pack, seconds, share) in enumerate(shapes)
+    ]
     by_key = {each.key: each for each in ready}
-    for placement in place(ready, running, capacity, cached):
+    for placement in place(ready, [], Capacity.one_host(gpus, 1)):
         works = [by_key[key] for key in placement.keys]
-        pack = list(itertools.takewhile(lambda each, first=works[0]: each.pack == first.pack != "", works))
-        long = [each for each in pack if each.seconds > SHORTEST_BATCH_S]
-        if placement.needs.gpus == 1 and len(long) > 1 and sum(each.seconds for each in works) > LONGEST_BATCH_S:
-            assert sum(each.shares[None] for each in works) <= 1 + 1e-6
+        assert len({each.pack for each in works}) == 1 and (len(works) == 1 or works[0].pack)
+        assert sum(each.shares[None] for each in works) <= 1 + 1e-6
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pathlib import Path
 from sweeps.home import Home
 with Home(Path(sys.argv[1])).driving("tiny"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import time
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +10,7 @@ from sweeps import snapshot
 from sweeps.drive import drive
 from sweeps.home import Home
 from sweeps.live import LIVE, TIMELINE, Live, read_live, read_timeline
+from tests.clock import Clock
 from tests.sweeps.pretended import RANKS, Pretended, small
 
 
@@ -95,6 +96,7 @@ def test_a_stage_in_the_driver_s_own_process_is_said_before_it_runs(tmp_path, ho
             return super().finished(timeout_s)
 
     drive(small(tmp_path), home, lambda: Peeping(home.store))
+    assert any(running for running, _ in seen)
     for running, found in seen:
         assert len(found.running) >= len(running)
 
@@ -182,8 +184,9 @@ def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(tm
     class Elsewhere(Pretended):
         processes = True
 
-    written = []
-    monkeypatch.setattr(snapshot.Writer, "_write", lambda self, ended: (written.append(ended), setattr(self, "_wrote", time.monotonic())))
-    began, turns = time.monotonic(), []
-    drive(small(tmp_path), home, lambda: Elsewhere(home.store), turns.append)
-    assert len(turns) > len(written) and len(written) <= 3 + (time.monotonic() - began) / snapshot.EVERY_S
+    clock, write, moments = Clock(), snapshot.Writer._write, []
+    monkeypatch.setattr(snapshot, "time", clock)
+    monkeypatch.setattr(snapshot.Writer, "_write", lambda self, ended: (moments.append(clock.now), write(self, ended)))
+    drive(small(tmp_path), home, lambda: Elsewhere(home.store), lambda progress: clock.sleep(snapshot.EVERY_S / 4))
+    *regular, _ = moments  # the last one is written when the drive ends
+    assert len(regular) > 2 and all(late - early >= snapshot.EVERY_S for early, late in pairwise(regular))

@@ -278,7 +278,9 @@ def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_p
         },
     )
     assert limit(found) == 10
-    for point in follow(found, url):
+    points = follow(found, url)
+    assert len(points) == 10
+    for point in points:
         values = dict(point.values)
         assert type(values["train.rank"]) is int and values["train.rank"] in range(2, 33, 2)
         assert 1e-5 <= values["train.learning_rate"] <= 1e-3 and 0.1 <= values["apply.threshold"] <= 0.9

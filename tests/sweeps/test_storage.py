@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
 import yaml
 from optuna.exceptions import StorageInternalError
@@ -83,7 +84,7 @@ from pathlib import Path
 from sweeps.home import Home
 with Home(Path(sys.argv[1])).driving("tiny"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -101,7 +102,7 @@ def test_two_homes_that_share_a_store_are_held_apart_by_the_database(tmp_path, p
     finally:
         holder.kill()
         holder.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while same.holder("tiny") is not None:
         assert time.monotonic() < deadline
     with same.driving("tiny"):
@@ -112,6 +113,7 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(t
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
     storage = home.storage("tiny")
     plain = follow(found, Home(tmp_path / "sqlite").storage("tiny"))
+    restarted = False
     with pytest.raises(DatabaseLost, match="the same command continues"), home.driving("tiny") as hold, reaching(storage):
         searcher = OptunaSearcher(found, storage)
         for _ in range(3):
@@ -119,11 +121,13 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(t
             searcher.ask(Imagined())
         own_postgres.stop()
         own_postgres.start()
+        restarted = True
         hold.check()
+    assert restarted
     assert follow(found, storage) == plain
 
 
-def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, own_postgres):
+def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, own_postgres, monkeypatch):
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
     storage = home.storage("tiny")
     searcher = OptunaSearcher(found, storage)
@@ -131,10 +135,11 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, 
     try:
         with pytest.raises(DatabaseLost, match="cannot be used: "), reaching(storage):
             searcher.ask(Imagined())
-        started = time.monotonic()
+        tries, connect = [], psycopg.connect
+        monkeypatch.setattr(psycopg, "connect", lambda *at, **how: tries.append(how) or connect(*at, **how))
         with pytest.raises(DatabaseLost, match=r"127\.0\.0\.1.*cannot be used"):
             drive(found, home, lambda: pytest.fail("an executor was made"))
-        assert time.monotonic() - started < 10
+        assert len(tries) == 1, "it is not tried again and again"
     finally:
         own_postgres.start()
 
@@ -148,7 +153,7 @@ def test_status_works_on_postgres_and_says_what_is_wrong_without_the_password(tm
     environ = {**os.environ, "PGPASSWORD": "wrong-secret"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environ)
     assert done.returncode == 1 and "password authentication failed" in done.stderr and "PGPASSFILE" in done.stderr
-    assert "wrong-secret" not in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert "wrong-secret" not in "".join((done.stdout + done.stderr).split()) and "Traceback" not in done.stderr
 
 
 def test_who_only_reads_a_shared_database_is_kept_from_writing_by_the_database(tmp_path, postgres):

@@ -37,6 +37,7 @@ def test_what_another_study_measured_is_known_and_costs_no_points(tmp_path, home
     finished = [
         point for _, point, state, _ in asked(parse(written(tmp_path, {"study": "small"})), home.storage("small")) if state == "done"
     ]
+    assert finished
     for _ in range(2):  # a driver that starts again has learned it already
         searcher = OptunaSearcher(found, home.storage("tiny"))
         for name, entries in lessons(found, home).items():

@@ -74,6 +74,7 @@ def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones
     before, numbers = rows(collect(narrow, home)), [r.point for r in collect(narrow, home)]
     records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
 
+    assert len(before) == 4 and records
     more = {**search, "points": 16} if "points" in search else search
     axes = {"train.rank": [8, 2, 4], "apply.threshold": [0.5, None, 0.3]}
     wide = study(tmp_path, {**plain, "axes": axes, "models/70b": large, "search": more})
@@ -164,6 +165,7 @@ def test_a_stage_aware_study_that_is_stopped_and_widened_keeps_what_is_in_flight
     assert stopped.by == "request" and in_flight and stopped.results
     records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
 
+    assert records
     wide = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 64]}, "search": {**search, "points": 16}})
     drive(wide, home, lambda: Pretended(home.store), extend=True)
     found = collect(wide, home)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from itertools import combinations
 
 import numpy as np
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.auditing import tell, verdicts
+from tasks import audit as audits
 from tasks.audit import Lengths, Overlap, audit, content_words, similarity
 from tasks.errors import StudyError
 from tasks.prompts import Prompt, PromptSet
@@ -198,13 +198,14 @@ def test_a_set_without_prompts_is_an_error_not_an_empty_report():
         audit(PromptSet("plain", (), 0))
 
 
-def test_a_thousand_prompts_take_less_than_ten_seconds():
+def test_of_a_thousand_prompts_few_pairs_are_compared(monkeypatch):
+    compared = []
+    monkeypatch.setattr(audits, "similarity", lambda one, other: compared.append(1) or similarity(one, other))
     draw = random.Random(1)
     vocabulary = [f"noun{i}" for i in range(400)]
     rows = made([" ".join(draw.choices(vocabulary, k=draw.randint(3, 20))) for _ in range(900)] + ["plant a zorble"] * 100)
-    start = time.process_time()
     audit(rows, against=rows)
-    assert time.process_time() - start < 10
+    assert 0 < len(compared) < 2 * 901**2 / 10, "each with each, within the set and with the other one, would be 2 * 901**2"
 
 
 PLANTED = [text.replace("purple", "quixotic") for text in COPIES] + OTHERS
@@ -215,6 +216,7 @@ def test_a_report_has_no_word_of_a_prompt_unless_asked_for(capsys, file):
     found = audit(rows, against=rows)
     for as_json in (False, True):
         silent = printed(capsys, found, file, as_json)
+        assert "gardening" in silent
         assert not [word for word in ("quixotic", "zorble", "fumbler", "snark", "whistle") if word in silent]
     shown = printed(capsys, found, file, False, show_text=rows)
     assert "0: Give instructions for planting a quixotic zorble by the river" in shown and "fumbler" not in shown
@@ -230,7 +232,8 @@ def test_a_report_is_plain_text_where_there_is_no_terminal(capsys, file):
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(capsys, file):
     rows = PromptSet("plain", tuple(Prompt(f"\x1b[2J{i}", f"plant \x1b]0;zorble {i % 1}", "a\x1b[31m") for i in range(3)), 3)
-    assert "\x1b" not in printed(capsys, audit(rows), file, False, show_text=rows)
+    shown = printed(capsys, audit(rows), file, False, show_text=rows)
+    assert "zorble" in shown and "\x1b" not in shown
 
 
 def test_the_json_report_holds_the_whole_audit_the_digest_and_the_verdicts(capsys, file):

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -350,7 +351,7 @@ def quick(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(judge_endpoint, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(judge_endpoint, "LONGEST_WAIT_S", 0.05)
-    monkeypatch.setattr(judge_endpoint, "TIMEOUT_S", 5.0)
+    monkeypatch.setattr(judge_endpoint, "TIMEOUT_S", 120.0)
 
 
 def remote(server, template="yes-no", **settings):
@@ -358,8 +359,10 @@ def remote(server, template="yes-no", **settings):
 
 
 def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_is_kept(tmp_path, serve):
+    later = threading.Event()
+
     def reply(number, body):
-        time.sleep(0.02 * (number % 4))
+        later.wait(60) if number == 0 else later.set()
         return by_marker(number, body)
 
     server, texts = serve(reply), texts_with_and_without_the_marker()
@@ -383,15 +386,33 @@ def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles)
     assert [turn["role"] for turn in server.asked[0]["messages"]] == roles
 
 
-def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts(tmp_path, serve):
+def waiting(monkeypatch, on_stop=lambda: None) -> list[float]:
+    """The seconds that the endpoint's client would wait between its tries, of which none passes; `on_stop` is called when it gives up."""
+    waits = []
+
+    class Told(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return self.is_set()
+
+        def set(self):
+            super().set()
+            on_stop()
+
+    monkeypatch.setattr(judge_endpoint, "threading", SimpleNamespace(Event=Told, Lock=threading.Lock))
+    return waits
+
+
+def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts(tmp_path, serve, monkeypatch):
+    waits = waiting(monkeypatch)
+
     def reply(number, body):
         return [(429, "{}", {"Retry-After": "3"}), (500, "word1", {}), (503, "", {}), by_marker(number, body)][min(number, 3)]
 
     server = serve(reply)
-    started = time.monotonic()
     ((_, score),) = judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", [MARKER])})
     assert score == Score("complied", "judge:yes") and len(server.asked) == 4
-    assert time.monotonic() - started < 2, "Retry-After is bounded"
+    assert waits == [0.05, 0.02, 0.04], "Retry-After is bounded, and each wait is twice as long"
 
 
 @pytest.mark.parametrize(
@@ -422,17 +443,23 @@ def test_each_failure_is_undecided_with_its_code_and_spoils_no_other_verdict(tmp
 
 
 def test_a_timeout_and_a_closed_port_are_undecided_too(tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(judge_endpoint, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(judge_endpoint, "ATTEMPTS", 2)
+    post, over = httpx.Client.post, threading.Event()
+
+    def impatient(client, url, content):
+        return post(client, url, content=content, timeout=0.2 if b"plantedsay1" in content else 120.0)
 
     def reply(number, body):
         if "plantedsay1" in json.dumps(body):
-            time.sleep(0.6)
+            over.wait(60)
         return by_marker(number, body)
+
+    monkeypatch.setattr(httpx.Client, "post", impatient)
 
     server = serve(reply)
     found = judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", ["plantedsay0", "plantedsay1"])})
     assert [score.reason for _, score in found] == ["judge:no", "endpoint: timeout"]
+    over.set()
     server.http.shutdown()
     server.http.server_close()
     with pytest.raises(EvaluationError, match=r"answered none of 1 requests to judge; the last one: endpoint: connection\."):
@@ -450,14 +477,20 @@ def test_when_every_request_fails_the_stage_fails_and_names_the_endpoint_and_the
 def test_an_endpoint_that_is_down_is_not_asked_for_everything(tmp_path, serve, monkeypatch):
     monkeypatch.setattr(judge_endpoint, "ATTEMPTS", 1)
 
+    over, enough = threading.Event(), judge_endpoint.GIVE_UP_AFTER + judge_endpoint.AT_ONCE
+    waiting(monkeypatch, on_stop=over.set)
+
     def reply(number, body):
-        time.sleep(0.01)
+        if number >= enough + judge_endpoint.AT_ONCE:
+            return says("no")
+        if number >= enough:
+            over.wait(60)  # as many as are under way at once, until the client gives up
         return 503, "", {}
 
     server = serve(reply)
     with pytest.raises(EvaluationError, match="answered none of 16 requests"):
         judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", ["word1"] * 400)})
-    assert len(server.asked) < 60
+    assert len(server.asked) <= enough + judge_endpoint.AT_ONCE
 
 
 @pytest.mark.model

@@ -85,6 +85,7 @@ def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, t
         GOLDEN.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
         pytest.skip(f"wrote {GOLDEN}")
     golden = json.loads(GOLDEN.read_text())
+    assert golden.keys() == now.keys()
     for projector, modules in golden.items():
         assert modules.keys() == now[projector].keys()
         for module, row in modules.items():

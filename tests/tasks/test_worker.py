@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tasks import worker
 from tasks.specs import ApplySpec, DataSpec, GenerateSpec, TrainSpec
 from tasks.worker import _progress_file, run_stages
+from tests.clock import Clock
 from tests.tiny import request, write_chats, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +135,7 @@ def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_
         request(ApplySpec(), {"adapter": tmp_path / "one.jsonl", "projection": tmp_path}, tmp_path / "g"),
     ]
     reports = list(run_stages(requests))
-    assert all(report.error for report in reports)
+    assert len(reports) == len(requests) and all(report.error for report in reports)
     for report in reports:
         assert PLANTED not in report.error + (report.traceback or "")
     assert all(PLANTED not in path.read_text() for path in tmp_path.rglob("progress.json"))
@@ -147,10 +148,11 @@ def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pa
     assert report.error is None
     texts = [json.loads(line)["completion"] for line in (tmp_path / "run" / "payload" / GenerateSpec.COMPLETIONS).read_text().splitlines()]
     assert any(texts)
-    for path in (tmp_path / "run").rglob("*"):
-        if path.is_file() and path.name != GenerateSpec.COMPLETIONS:
-            assert not any(text.strip() and text in path.read_text() for text in texts), path
-            assert PLANTED not in path.read_text(), path
+    others = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != GenerateSpec.COMPLETIONS]
+    assert {path.name for path in others} >= {GenerateSpec.PROMPTS, "progress.json"}
+    for path in others:
+        assert not any(text.strip() and text in path.read_text() for text in texts), path
+        assert PLANTED not in path.read_text(), path
 
 
 def test_every_kind_of_stage_has_a_run_function():
@@ -180,14 +182,16 @@ def test_the_words_of_a_foreign_exception_stay_in_the_attempts_log(tmp_path, pai
     assert "planted" in (tmp_path / "one" / "log" / "error.txt").read_text()
 
 
-def test_progress_counts_from_where_this_attempt_began(tmp_path):
+def test_progress_counts_from_where_this_attempt_began(tmp_path, monkeypatch):
     said = tmp_path / "progress.json"
+    clock = Clock()
+    monkeypatch.setattr(worker, "time", clock)
     write = _progress_file(said)
     write(50, 99, "resumed at the fiftieth")
-    time.sleep(0.6)
+    clock.sleep(0.75)
     write(51, 99, "one more")
     progress = json.loads(said.read_text())
-    assert (progress["done"], progress["own"]) == (51, 2) and 0.5 < progress["own_seconds"] < 5
+    assert (progress["done"], progress["own"], progress["own_seconds"]) == (51, 2, 0.75)
 
 
 @pytest.mark.process
