@@ -1,7 +1,8 @@
 """A study's outcome for a paper, in one folder: figures, tables, data, methods, references, and what reproduces it.
 
 Invariants: the folder is whole or absent, and of one run; it is replaced only where it is an export of the same study from the same home
-with nothing added or changed in it. The same results give the same bytes. It holds no prompt, completion or path of this machine.
+with nothing added or changed in it. On one machine the same results give the same bytes. It
+holds no prompt, completion or path of this machine.
 """
 
 import glob

@@ -1,6 +1,7 @@
 """What all figures share: colours that colour-blind readers can tell apart, intervals, and files that do not drift.
 
-Invariant: the same results give the same bytes. Nothing here goes through pyplot, so importing it sets nothing up.
+Invariant: on one machine the same results give the same bytes (FreeType and zlib differ between
+machines). Nothing here goes through pyplot, so importing it sets nothing up.
 """
 
 import io

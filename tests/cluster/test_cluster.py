@@ -1,7 +1,7 @@
 """A Ray cluster of several machines (raylets of this one, with logical GPUs), on which anything may be lost at any moment.
 
-What comes out is what one undisturbed process makes: the same keys, the same bytes of everything that one GPU made, and gangs
-to the tolerance below (measured on 2 cores, float32, 30 steps: see the assertions).
+What comes out is what one undisturbed process of this machine makes: the same keys, the same bytes of everything that one GPU
+made, and of gangs, which add in another order, what tests/tolerance.py allows.
 """
 
 import csv
@@ -32,6 +32,7 @@ from tasks.stage import Stage
 from tests.cluster.driver import GANG_RANK, PROFILE, gang_of, training
 from tests.cluster.made import settle
 from tests.tiny import Pair, write_chats
+from tests.tolerance import alike_under_adamw, apart, losses_alike_under_adamw
 
 pytestmark = pytest.mark.cluster
 PREEMPTION = 2  # Ray's DRAIN_NODE_REASON_PREEMPTION
@@ -129,10 +130,10 @@ def assert_same(artifact: Artifact, undisturbed: Artifact, gang: bool) -> None:
         return
     one, two = (curve(item) for item in (undisturbed, artifact))
     assert len(one) == len(two)
-    assert two == pytest.approx(one, rel=1e-4)
+    assert two == losses_alike_under_adamw(one)
     adapters = [load_file(item.path / "adapter" / "adapter_model.safetensors") for item in (undisturbed, artifact)]
     assert adapters[0].keys() == adapters[1].keys()
-    assert max(float((adapters[0][name] - adapters[1][name]).abs().max()) for name in adapters[0]) < 1e-3
+    assert apart(*adapters) < alike_under_adamw()
 
 
 def curve(artifact: Artifact) -> list[float]:

@@ -20,6 +20,7 @@ from tasks.subspace import run as run_subspace
 from tasks.weights import Checkpoint, read_adapter
 from tests.tasks.test_safelora import by_definition
 from tests.tiny import context, fresh
+from tests.tolerance import gamma
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "projections.json"
 TARGETS = TrainSpec().target_modules
@@ -89,7 +90,8 @@ def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, t
     for projector, modules in golden.items():
         assert modules.keys() == now[projector].keys()
         for module, row in modules.items():
-            assert now[projector][module] == pytest.approx(row, rel=1e-5), f"{projector}, {module}"
+            # Sums of at most 128 terms, and ||V||; random weights differ in last bits between processors, by 4 or so roundings.
+            assert now[projector][module] == pytest.approx(row, rel=gamma(2 * 128 + 64)), f"{projector}, {module}"
 
 
 def test_never_more_than_two_modules_of_the_models_are_in_memory(pair, adapter, monkeypatch):
