@@ -50,8 +50,8 @@ HOW = f"Mark it with one of {', '.join(NEEDS)} (docs/contributing.md)."
 PROCESSES = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist, which reads the groups, and before the marks are selected by -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Mark by fixtures; send what shares a cluster or a browser to one worker of xdist, and every other file to one; long work first."""
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
@@ -65,6 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.nodeid.partition("::")[0]))
     order = {"cluster": 0, "browser": 1, "process": 2, "model": 3, "slow": 4}
     items.sort(key=lambda item: min((order[mark.name] for mark in item.iter_markers() if mark.name in order), default=5))
+    return (yield)
 
 
 class _Guard:
