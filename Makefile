@@ -27,10 +27,10 @@ demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
 
 check: lint
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m fast
+	$(PYTEST) --numprocesses $(WORKERS) -m fast
 
 test: $(VENV)/installed-test
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup --durations 30 -m "not long"
+	$(PYTEST) --numprocesses $(WORKERS) --durations 30 -m "not long"
 
 test-long: $(VENV)/installed-test
 	$(PYTEST) --durations 30 -m long

@@ -6,12 +6,14 @@ that ask for it. `long` tests run by `make test-long` alone. pyproject.toml list
 """
 
 import importlib
+import json
 import os
 import re
 import sys
 import time
 import uuid
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ settings.load_profile("ebbline")
 
 FAST_S = 2.0
 SLOW_S = 20.0
+GROUPS = "groups.json"
 NEEDS = ("model", "process", "cluster", "browser", "slow", "long")
 BROUGHT = {  # fixture -> the mark of a test that asks for it
     "pair": "model",
@@ -50,9 +53,9 @@ HOW = f"Mark it with one of {', '.join(NEEDS)} (docs/contributing.md)."
 PROCESSES = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"}
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist, which reads the groups, and before the marks are selected by -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Mark by fixtures; send what shares a cluster or a browser to one worker of xdist, and every other file to one; long work first."""
+@pytest.hookimpl(wrapper=True)  # before the marks are selected by -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Mark by fixtures, and put long work first."""
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in BROUGHT:
@@ -61,11 +64,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
             item.add_marker("fast")
         if not getattr(getattr(item, "function", None), "__doc__", None):
             item.user_properties.append(("docstring", False))
-        shared = [name for name in ("cluster", "browser") if item.get_closest_marker(name)]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.nodeid.partition("::")[0]))
     order = {"cluster": 0, "browser": 1, "process": 2, "model": 3, "slow": 4}
     items.sort(key=lambda item: min((order[mark.name] for mark in item.iter_markers() if mark.name in order), default=5))
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw0":
+        groups = {item.nodeid: name for item in items for name in ("cluster", "browser") if item.get_closest_marker(name)}
+        (_run_folder(config) / GROUPS).write_text(json.dumps(groups))
     return (yield)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker of xdist for all tests with a cluster, one for all with a browser, and one for each other file.
+
+    `--dist loadgroup` does that by the mark `xdist_group`, but xdist 3.8 does not see it under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        @cached_property
+        def groups(self) -> dict[str, str]:
+            found: dict[str, str] = json.loads((_run_folder(config) / GROUPS).read_text())
+            return found
+
+        def _split_scope(self, nodeid: str) -> str:
+            return self.groups.get(nodeid, nodeid.partition("::")[0])
+
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return Groups(config, log)
 
 
 class _Guard:
