@@ -11,6 +11,7 @@ is a small change of a step, and a gradient scaled by a wrong factor shows, whic
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def gamma(terms: int, unit: float = UNIT) -> float:
 class SteadyAdamW(torch.optim.AdamW):
     """AdamW whose step is no more sensitive to a gradient's rounding than the gradient is."""
 
-    def __init__(self, params, **settings) -> None:
+    def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **{**settings, "eps": EPSILON})
 
 
@@ -86,11 +87,16 @@ def alike_under_adamw() -> float:
     return 2 * math.sqrt(6 * _GRADIENT["float32"]) + 2 / math.sqrt(64)
 
 
-def losses_alike_under_adamw(expected: list[float]):
-    """The elements that go astray are those on which the loss hardly depends: sqrt(6 errors) of what they are off by, over 6 steps."""
+def losses_alike_under_adamw(expected: list[float]) -> Any:
+    """The elements that go astray are those on which the loss hardly depends.
+
+    It is off by sqrt(6 errors) of what they are off by.
+    """
     return pytest.approx(expected, rel=alike_under_adamw() * math.sqrt(6 * _GRADIENT["float32"]))
 
 
-def losses_alike(expected: list[float], dtype: str = "float32", quantisation: str = "none"):
-    """A loss depends on rounding less than the gradients do: half the way lies before it, and it is a mean over tokens."""
+def losses_alike(expected: list[float], dtype: str = "float32", quantisation: str = "none") -> Any:
+    """A loss depends on rounding less than gradients do: half the way lies before it, and it is a
+    mean over tokens.
+    """
     return pytest.approx(expected, rel=alike(dtype, quantisation) / (10 if dtype == "bfloat16" else 1))

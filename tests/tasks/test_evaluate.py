@@ -1,6 +1,7 @@
 """Capability through lm-eval: its own numbers, from local folders and hub snapshots, with what requests share run once."""
 
 import json
+import math
 import random
 import socket
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from tasks.models import Residents, load_model, load_tokenizer, with_adapter
 from tasks.prefix_lm import PrefixLM, plan, shared_runs
 from tasks.specs import EvaluateSpec
 from tests.tiny import context, fresh, write_lines
+from tests.tolerance import UNIT
 
 # Requests: what the shared prefixes must not change.
 
@@ -89,8 +91,14 @@ def lm_evals_and_ours(model, tokenizer, requests, batch_size):
     return theirs._loglikelihood_tokens(requests, disable_tqdm=True), ours._loglikelihood_tokens(requests)
 
 
-def assert_equal(theirs, ours, tolerance=2e-4):
-    np.testing.assert_allclose([answer[0] for answer in ours], [answer[0] for answer in theirs], atol=tolerance, rtol=1e-5)
+# 15 products of at most 128 terms make a logit of at most some 5, whose errors are independent: 6 standard deviations of each token.
+# Up to 16 tokens their sum is off by 4 times that; a longer sum is larger itself, by more than its error.
+ROUNDING = 6 * UNIT * math.sqrt(15 * 128)
+CLOSE = {"atol": 4 * 5 * ROUNDING, "rtol": ROUNDING}
+
+
+def assert_equal(theirs, ours):
+    np.testing.assert_allclose([answer[0] for answer in ours], [answer[0] for answer in theirs], **CLOSE)
     assert [answer[1] for answer in ours] == [answer[1] for answer in theirs]
 
 
@@ -341,7 +349,7 @@ def test_a_group_has_lm_evals_own_weighted_mean(pair, loaded, subjects, tmp_path
         assert sum(own) / len(own) == pytest.approx(theirs["results"][subject]["acc,none"])
     likelihoods = [response[0][0] for name in names for row in theirs["samples"][name] for response in row["resps"]]
     ours = [value for line in (out / ANSWERS).read_text().splitlines() for value in json.loads(line)["logprobs"]]
-    np.testing.assert_allclose(ours, likelihoods, atol=2e-4)
+    np.testing.assert_allclose(ours, likelihoods, **CLOSE)
     assert ticks[-1] == (16, 16, "items") and len(ticks) > 2 and ticks == sorted(ticks)
     assert json.loads((out / PROMPTS).read_text())["items"] == {"tiny_birds": 5, "tiny_fish": 9, "tiny_trees": 2}
 
@@ -360,7 +368,7 @@ def test_requests_are_made_once_for_all_adapters_and_each_gets_its_own_answers(p
     for index, inputs in enumerate([{}, {"adapter": adapter}, {}, {"adapter": adapter}]):
         out, _ = evaluated(tmp_path / f"out{index}", pair, subjects, "tiny_all", ctx, inputs=inputs, shots=1)
         answers.append([json.loads(line)["logprobs"] for line in (out / ANSWERS).read_text().splitlines()])
-    np.testing.assert_allclose(answers[2:], answers[:2], atol=2e-4)
+    np.testing.assert_allclose(answers[2:], answers[:2], **CLOSE)
     assert np.abs(np.subtract(answers[0], answers[1])).max() > 1
     assert len(made) == 1 and ctx.residents.loads == 1
     write_lines(subjects / "tiny_fish" / "test.jsonl", items(4))
@@ -375,7 +383,7 @@ def test_a_model_that_cannot_share_prefixes_gets_the_same_answers(pair, choices,
         out, metrics = evaluated(tmp_path / f"out{index}", pair, choices, "tiny_choice", shots=2)
         assert metrics["acc"].n == 12
         likelihoods.append([json.loads(line)["logprobs"] for line in (out / ANSWERS).read_text().splitlines()])
-    np.testing.assert_allclose(*likelihoods, atol=2e-4)
+    np.testing.assert_allclose(*likelihoods, **CLOSE)
     assert json.loads((out / PROMPTS).read_text())["tokens"] is None
 
 
