@@ -20,6 +20,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from cluster import ray_hosts
 from cluster.executor import Needs
 from cluster.inline import InlineExecutor
 from cluster.ray_executor import RayExecutor, bundles
@@ -29,6 +30,7 @@ from cluster.store import Artifact, Store
 from tasks.errors import ClusterLost
 from tasks.specs import TrainSpec
 from tasks.stage import Stage
+from tests.clock import Clock
 from tests.cluster.driver import GANG_RANK, PROFILE, gang_of, training
 from tests.cluster.made import settle
 from tests.tiny import Pair, write_chats
@@ -147,13 +149,11 @@ def free_gpus() -> float:
     return float(ray.available_resources().get("GPU", 0))
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Seconds until the condition held."""
-    since = time.monotonic()
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 240.0) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() - since < timeout_s, f"no {what} in {timeout_s:.0f} s"
+        assert time.monotonic() < deadline, f"no {what} in {timeout_s:.0f} s"
         time.sleep(0.1)
-    return time.monotonic() - since
 
 
 @pytest.mark.long
@@ -186,7 +186,7 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     for stage in (gang, *single):
         assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is gang)  # type: ignore[attr-defined]
     machines.kill(second)  # as it said it would
-    wait_until(lambda: all(host.name != second for host in executor.capacity().hosts), 60, "end of the drained node")
+    wait_until(lambda: all(host.name != second for host in executor.capacity().hosts), "end of the drained node")
 
 
 @pytest.mark.timeout(600)
@@ -210,12 +210,12 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     runner.profile, runner.draining = PROFILE.model_copy(update={"hang_after_s": 5.0}), True
     step_until(runner, lambda: not running & set(runner.running))
     runner.profile, runner.draining = PROFILE, False
-    wait_until(lambda: not any(map(psutil.pid_exists, stopped)), 60, "end of the hung processes")
+    wait_until(lambda: not any(map(psutil.pid_exists, stopped)), "end of the hung processes")
     step_until(runner, lambda: all(node.state in ("done", "failed") for node in nodes))
     assert [runner._losses.lost(node.key) for node in nodes] == [1, 1]
     for stage in stages:
         assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is stages[0])  # type: ignore[attr-defined]
-    wait_until(lambda: free_gpus() == executor.capacity().gpus, 60, "free GPUs")
+    wait_until(lambda: free_gpus() == executor.capacity().gpus, "free GPUs")
 
 
 def driver(machines: Machines, store: Path, pair: Pair, rows: Path) -> "subprocess.Popen[str]":
@@ -233,12 +233,13 @@ def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
     machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
 ) -> None:
     first = driver(machines, tmp_path, pair, rows)
-    wait_until(lambda: training_said(tmp_path) >= 2 or first.poll() is not None, 200, "training")
+    wait_until(lambda: any(tmp_path.glob("train/*/record.json")) or first.poll() is not None, "finished training")
     first.send_signal(signal.SIGKILL)
     first.wait()
     total = executor.capacity().gpus
-    assert wait_until(lambda: free_gpus() == total, 30, "free GPUs") < 30
+    wait_until(lambda: free_gpus() == total, "free GPUs")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train/*/record.json")}
+    assert 0 < len(before) < 3, "some were finished when it was killed, and some were not"
     second = driver(machines, tmp_path, pair, rows)
     said, _ = second.communicate(timeout=240)
     assert second.returncode == 0, said
@@ -256,9 +257,9 @@ def test_a_lost_head_ends_the_driver_with_a_message_and_a_new_cluster_continues(
     lost.add(3)
     try:
         process = driver(lost, tmp_path, pair, rows)
-        wait_until(lambda: training_said(tmp_path) >= 1 or process.poll() is not None, 200, "training")
+        wait_until(lambda: training_said(tmp_path) >= 1 or process.poll() is not None, "training")
         lost.ray.head_node.kill_gcs_server()
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=240)
     finally:
         lost.ray.shutdown()
     assert process.returncode != 0 and "ClusterLost: the head of the Ray cluster" in said, said
@@ -300,14 +301,15 @@ def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(mac
         assert large() == 0
         executor._grows = True  # as on a cluster that `ray up` made
         executor.expect([(Needs(8), 60.0), (Needs(8), 700.0), (Needs(1), 700.0), (Needs(1), 700.0)])
-        wait_until(lambda: large() == 2 and requested().count({"CPU": 1, "GPU": 1}) >= 2, 60, "request")
+        wait_until(lambda: large() == 2 and requested().count({"CPU": 1, "GPU": 1}) >= 2, "request")
     with closing(RayExecutor(machines.ray.address)):
         assert large() == 0
 
 
 def test_a_head_that_answers_nothing_is_said_after_a_stated_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1.5")
-    since = time.monotonic()
+    clock = Clock()
+    monkeypatch.setattr(ray_hosts, "time", clock)
     with pytest.raises(ClusterLost, match=r"127\.0\.0\.1:9 has not answered for 1 s; start it again"):
         RayHosts("127.0.0.1:9").find()
-    assert time.monotonic() - since < 10
+    assert clock.now == 1.5, "it looks every half second"
