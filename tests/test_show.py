@@ -226,6 +226,7 @@ def lines(home: Home) -> list[str]:
     return [next(iter(json.loads(line))) for line in (home.folder("tiny") / NAME).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_prediction(tmp_path, home, capsys, monkeypatch):
     monkeypatch.setattr(running, "_executor", lambda *arguments: Pretended(home.store))
     monkeypatch.setattr(running, "write_outputs", lambda *arguments: {})

@@ -190,6 +190,7 @@ def test_a_run_ends_with_each_reason_for_a_missing_result_once_and_the_command_t
     assert code == 3 and len(lines) == 1 and " and 1 more: " in lines[0] and "(to see it again: python -m tasks " in lines[0]
 
 
+@pytest.mark.slow
 def test_exit_codes_and_outcomes_as_json_belong_together(ran: Any) -> None:
     code, said = ran(as_json=True, budget={"points": 2})
     assert (code, json.loads(said)["exit_code"], json.loads(said)["outcome"]) == (5, 5, "out of budget")

@@ -324,6 +324,7 @@ def test_no_name_or_note_can_bring_markup_in(tmp_path: Path) -> None:
     assert "&lt;b&gt;.0.&lt;script&gt;" in text
 
 
+@pytest.mark.slow
 def test_maps_of_the_first_adapters_are_drawn_and_the_others_counted(tmp_path: Path) -> None:
     adapters = {f"/runs/{number}/adapter": projected(seed=number) for number in range(MOST_MAPS + 2)}
     written = write_projection_report(tmp_path / "p.html", adapters, {}, [], [0.3])
@@ -335,6 +336,7 @@ def test_maps_of_the_first_adapters_are_drawn_and_the_others_counted(tmp_path: P
     assert text.count("<details>") == MOST_MAPS + 2
 
 
+@pytest.mark.slow
 def test_names_that_no_file_may_have_stay_apart(tmp_path: Path) -> None:
     adapters = {"a b": projected(), "a/b": projected(), "é": projected()}
     names = ["cosines-a-b", "cosines-a-b-2", "cosines-adapter", "share"]
@@ -342,6 +344,7 @@ def test_names_that_no_file_may_have_stay_apart(tmp_path: Path) -> None:
     assert list(written) == ["report", *(f"{name}.{kind}" for name in names for kind in ("png", "pdf"))]
 
 
+@pytest.mark.slow
 def test_the_same_projection_gives_the_same_report(tmp_path: Path) -> None:
     def files(folder: Path) -> list[bytes]:
         written = write_projection_report(folder / "p.html", {"a": projected(), "b": projected(seed=1)}, {"rule": "all"}, ["n"], [0.3])

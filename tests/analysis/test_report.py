@@ -37,6 +37,7 @@ def written(study: Study, results: list[Result], baselines: Baselines, folder: P
     return write_report(Findings(study, results, baselines, evidence, lines, attained, {}), folder, **given)
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_that_asks_for_nothing(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
     found = findings(study, results, baselines)
     path = write_report(found, tmp_path, COST, PROVENANCE)
@@ -143,6 +144,7 @@ def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
     assert "<td>&lt;b&gt;</td>" in text
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_report(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
     first, again = (written(study, results, baselines, tmp_path / name).read_bytes() for name in ("a", "b"))
     assert first == again

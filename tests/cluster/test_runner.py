@@ -152,6 +152,7 @@ def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compare
     assert len(behind) == 6 and len({id(node) for node in behind}) == 6
 
 
+@pytest.mark.slow
 def test_asking_for_more_does_not_look_again_at_what_waits_already(store, pool, monkeypatch):
     shared = rows(10, pool)
     runner, looked_at = Runner(store, Counting()), list[Stage]()
@@ -173,6 +174,7 @@ def counted(runner: Runner) -> dict[str, Counter[str]]:
     return counts
 
 
+@pytest.mark.slow
 def test_the_counts_are_those_of_the_nodes_whatever_happens(store, pool, tmp_path):
     ran(store, rows(10, pool))
     whole = store.open("data", next(artifact.key for artifact in store.all("data")))
@@ -305,6 +307,7 @@ def step_for(runner: Runner, condition: Callable[[], bool]) -> None:
         runner.step(0.01)
 
 
+@pytest.mark.slow
 def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its_tries_are_over(store, pool):
     executor, stage = Silent(), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
@@ -335,6 +338,7 @@ def test_progress_is_a_sign_of_life(store, pool, clock):
     assert executor.cancelled == [] and len(executor.jobs) == 1
 
 
+@pytest.mark.slow
 def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool, clock):
     executor, stage = Silent(), rows(5, pool)
     runner, executor.queued = Runner(store, executor, profile=PATIENCE), True
@@ -376,6 +380,7 @@ def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
     assert node.state == "running" and runner._losses.lost(node.key) == 1
 
 
+@pytest.mark.slow
 def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stops_the_run(store, pool, monkeypatch):
     from cluster import starter as module
 

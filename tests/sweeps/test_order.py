@@ -167,6 +167,7 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
     assert [r.status for r in collect(poor, home)] == ["done"] * 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [{"sampler": "gp"}, {"sampler": "stage_aware"}])
 def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_path, search):
     axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}

@@ -137,6 +137,7 @@ def near_frontier(tmp_path, order, axes=AXES, **others):
     return parse(written(tmp_path, {**given, "models": {"7b": given["models"]["7b"]}}))
 
 
+@pytest.mark.slow
 def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_order(tmp_path, monkeypatch):
     amended = []
     monkeypatch.setattr(OptunaSearcher, "amend", lambda self, number, result: amended.append((number, seeds_of(result))))
@@ -171,6 +172,7 @@ def first_mask_last(request):
     return 500.0 if isinstance(spec, ApplySpec) and spec.threshold in (None, 0.9) else 10.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
 def test_a_finished_study_with_points_that_are_the_same_trains_no_more_when_it_is_run_again(tmp_path, order):
     # No cosine lies below 0.05, so that it projects as little as none; a module is projected by 0.9 as by 1.0: all are.
@@ -187,6 +189,7 @@ def test_a_finished_study_with_points_that_are_the_same_trains_no_more_when_it_i
     assert {artifact.key for artifact in home.store.all("train")} == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
 def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_holds_up_no_other(tmp_path, order):
     free = Home(tmp_path / "free")
@@ -211,6 +214,7 @@ def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_hol
     assert (counted, ran) == (seeds, {}) and [each.reason for each in again] == [each.reason for each in results]
 
 
+@pytest.mark.slow
 def test_once_all_points_are_there_it_is_asked_level_by_level_who_needs_more(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(driving, "seeds_needed", lambda *given: calls.append(given) or seeds_needed(*given))
@@ -220,6 +224,7 @@ def test_once_all_points_are_there_it_is_asked_level_by_level_who_needs_more(tmp
     assert 1 <= len([given for given in calls if given[1]]) <= len(found.seeds)
 
 
+@pytest.mark.slow
 def test_in_turn_a_budget_of_points_ends_with_the_seeds_that_its_points_need(tmp_path):
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
     progress, results, seeds, _ = driven(near_frontier(tmp_path, "in_turn", budget={"points": 9}), home)

@@ -80,6 +80,7 @@ def follow(study, url):
 SAMPLERS = ["tpe", "nsga2", "random", "gp", "stage_aware"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_storage, sampler):
     found = searched(tmp_path, sampler, points=8)
@@ -90,6 +91,7 @@ def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_stora
     assert follow(other, fresh_url(tmp_path / "other.db", empty_storage)) != runs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
     found = searched(tmp_path, sampler, points=8)
@@ -140,6 +142,7 @@ def die_at(monkeypatch, number):
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "grid", "gp"])
 def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
     """Eight of the space's eight points, so that samplers propose known ones and the last are chosen from what is left."""

@@ -141,6 +141,7 @@ def test_a_cluster_falls_apart_above_the_similarity_that_joins_it():
     assert audit(rows, threshold=0.66).clusters == (cluster,)
 
 
+@pytest.mark.slow
 @given(texts=requests, categories=st.lists(st.sampled_from(["", "a", "b"]), min_size=25, max_size=25), seed=st.integers(0, 9))
 def test_the_order_of_the_rows_changes_nothing(texts, categories, seed):
     rows = [Prompt(f"id{i}", text, category) for i, (text, category) in enumerate(zip(texts, categories, strict=False))]
