@@ -65,7 +65,7 @@ def run_stages(
         for pack in in_packs(requests):
             yield from batch.together(pack) if len(pack) > 1 else [batch.alone(pack[0])]
     finally:
-        batch.residents.clear()
+        batch.free()
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,13 @@ class _Batch:
         self.residents = Residents()
         self._rank, self._world_size = rank, world_size
         self._prepare, self._saved, self._leaving = prepare, saved, leaving
+        self._held_model = False
+
+    def free(self) -> None:
+        """Let go of models. A batch of stages that take no GPU holds none, and is spared the garbage collection."""
+        if self._held_model or not self.residents.empty:
+            self.residents.clear()
+        self._held_model = False
 
     def alone(self, request: Request) -> Report:
         started = time.monotonic()
@@ -140,6 +147,7 @@ class _Batch:
         started = time.monotonic()
         if self._leaving():
             raise Leaving("the machine is about to go; this stage had not begun")
+        self._held_model |= request.gpus > 0
         request = self._prepare(request)
         spec = request.parsed_spec()
         progress = _progress_file(Path(request.log) / "progress.json", packed) if self._rank == 0 else _silent
@@ -161,7 +169,7 @@ class _Batch:
 
     def _failed(self, request: Request, error: Exception, seconds: float, clear: bool = True) -> Report:
         if clear:
-            self.residents.clear()  # a model that a failure left half changed must not be measured by the next request
+            self.free()  # a model that a failure left half changed must not be measured by the next request
         said = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # on a full disk the report below says so
             (Path(request.log) / ERROR).write_text(said)

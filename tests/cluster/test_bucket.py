@@ -252,6 +252,7 @@ def test_what_retention_dropped_is_made_again_when_somebody_has_to_read_it(store
     check_remaking(store, chats)
 
 
+@pytest.mark.slow
 def test_in_a_folder_too(tmp_path, chats):
     check_remaking(Store(tmp_path / "store"), chats)
 

@@ -152,7 +152,6 @@ def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compare
     assert len(behind) == 6 and len({id(node) for node in behind}) == 6
 
 
-@pytest.mark.slow
 def test_asking_for_more_does_not_look_again_at_what_waits_already(store, pool, monkeypatch):
     shared = rows(10, pool)
     runner, looked_at = Runner(store, Counting()), list[Stage]()
@@ -174,7 +173,6 @@ def counted(runner: Runner) -> dict[str, Counter[str]]:
     return counts
 
 
-@pytest.mark.slow
 def test_the_counts_are_those_of_the_nodes_whatever_happens(store, pool, tmp_path):
     ran(store, rows(10, pool))
     whole = store.open("data", next(artifact.key for artifact in store.all("data")))
@@ -338,7 +336,6 @@ def test_progress_is_a_sign_of_life(store, pool, clock):
     assert executor.cancelled == [] and len(executor.jobs) == 1
 
 
-@pytest.mark.slow
 def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool, clock):
     executor, stage = Silent(), rows(5, pool)
     runner, executor.queued = Runner(store, executor, profile=PATIENCE), True

@@ -46,6 +46,7 @@ def test_in_turn_a_point_lands_after_those_before_it(tmp_path):
     assert [result.number for result in progress.results] == list(range(12)) and max(most) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "least", "most"), [(None, 4, 16), (2, 2, 2)])
 def test_as_much_is_asked_for_as_the_cluster_is_wide(tmp_path, window, least, most):
     search = {"sampler": "grid", "window": window}
