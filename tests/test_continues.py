@@ -111,9 +111,10 @@ def kill_driver(study: Path, home: Path, moment: int) -> None:
     driver = start(study, home)
     wait_for(lambda: len(records(home)) >= moment, driver, f"{moment} records")
     workers = [*descendants(driver, "ray::_"), *descendants(driver, "ray::IDLE")]
+    assert workers, "nothing to outlive the driver"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=240)
     assert not alive, f"workers that outlived a killed driver: {[child.name() for child in alive]}"
 
 
@@ -162,11 +163,11 @@ def test_second_driver_says_who_holds_the_study_and_leaves(study: Path, tmp_path
     first = start(study, tmp_path)
     wait_for(lambda: any(True for _ in descendants(first, "ray")), first, "Ray")
     second = start(study, tmp_path)
-    said, _ = second.communicate(timeout=60)
+    said, _ = second.communicate(timeout=240)
     assert second.returncode == 4
     assert f"process {first.pid}" in said
     os.kill(first.pid, signal.SIGINT)
-    said, _ = first.communicate(timeout=120)
+    said, _ = first.communicate(timeout=240)
     assert first.returncode == 130, said
 
 
