@@ -113,9 +113,10 @@ def kill_driver(study: Path, home: Path, moment: int) -> None:
     driver = start(study, home)
     wait_for(lambda: len(records(home)) >= moment, driver, f"{moment} records")
     workers = [*descendants(driver, "ray::_"), *descendants(driver, "ray::IDLE")]
+    assert workers, "nothing to outlive the driver"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=240)
     assert not alive, f"workers that outlived a killed driver: {[child.name() for child in alive]}"
 
 
