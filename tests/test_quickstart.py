@@ -1,7 +1,6 @@
 """What `make demo` promises, by running it, small or whole: sizes on Ray, a gang under DeepSpeed, lm-eval, the W&B mirror, the report."""
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from tasks.completions import read_completions
 from tasks.metrics import read_metrics
 from tasks.stage import Part, Stage
 from tests.analysis.page import Page
+from tests.tolerance import four_deviations
 from tests.whole import RUN_S, ebbline
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(RUN_S)]  # whichever test comes first pays for the run
@@ -85,11 +85,6 @@ def test_the_frontier_is_a_trade_off_with_projected_points_on_it(run: Run) -> No
     assert len(objectives) >= 3 and front(objectives, ["maximise", "maximise"]).all()
     assert (chosen["projected_share"] > 0).any()
     assert frame[["mmlu.acc", "hellaswag.acc", "hellaswag.acc_norm", "over_refusal.over_refusal_rate"]].notna().all(axis=None)
-
-
-def four_deviations(n: int) -> float:
-    """What a rate of 95% of n prompts may miss by: other kernels train other models, which err on other prompts."""
-    return 4 * math.sqrt(0.95 * 0.05 / n)
 
 
 def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: Run) -> None:

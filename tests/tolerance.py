@@ -100,3 +100,8 @@ def losses_alike(expected: list[float], dtype: str = "float32", quantisation: st
     mean over tokens.
     """
     return pytest.approx(expected, rel=alike(dtype, quantisation) / (10 if dtype == "bfloat16" else 1))
+
+
+def four_deviations(n: int, rate: float = 0.95) -> float:
+    """What a rate over n prompts may miss by: other kernels train other models, which err on other prompts."""
+    return 4 * math.sqrt(rate * (1 - rate) / n)

@@ -35,7 +35,7 @@ def whole_study() -> dict[str, Any]:
     small = study["models"]["7b"]
     gang = {"gpus": 2, "train": {"steps": GANG_STEPS}, "axes": {"train.rank": [16]}}
     study["models"] = {"7b": small, "70b": small | gang}
-    study["axes"] = {"train.rank": [8], "apply.threshold": [None, 0.3, 0.35, 0.4, 0.45, 1.0]}
+    study["axes"] = {"train.rank": [8], "apply.threshold": [None, 0.3, 0.4, 0.5, 0.55, 1.0]}
     study["search"] |= {"points": 10, "window": 4}
     study["search"]["first"] = [
         {"model": "70b", "train.rank": 16, "apply.threshold": None},

@@ -31,6 +31,7 @@ def a_member_holds_two_rows_at_most() -> None:
     gang_engine.token_loss = short
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tmp_path, pair):
