@@ -89,6 +89,7 @@ with spending.spending(parse(Path(sys.argv[1])), Profile(), Path(sys.argv[2]), "
 """
 
 
+@pytest.mark.process
 def test_what_a_killed_driver_held_is_not_forgotten(tmp_path):
     study(tmp_path)
     command = [sys.executable, "-c", HELD, str(tmp_path / "study.yaml"), str(tmp_path)]
