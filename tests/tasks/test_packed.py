@@ -289,11 +289,11 @@ def pack_requests(folder: Path, pair, chats, specs, **changes) -> list[Request]:
 
 def test_a_worker_reports_each_member_of_a_pack_as_the_stage_that_it_is(tmp_path, pair, chats):
     requests = pack_requests(tmp_path / "pack", pair, chats, OTHERS)
-    apart = pack_requests(tmp_path / "apart", pair, chats, OTHERS, pack="")
+    separate = pack_requests(tmp_path / "apart", pair, chats, OTHERS, pack="")
     reports = {report.key: report for report in run_stages(requests)}
-    assert [report.error for report in run_stages(apart)] == [None] * 4
-    assert reports.keys() == {one.key for one in requests} == {one.key for one in apart}
-    for one, other in zip(requests, apart, strict=True):
+    assert [report.error for report in run_stages(separate)] == [None] * 4
+    assert reports.keys() == {one.key for one in requests} == {one.key for one in separate}
+    for one, other in zip(requests, separate, strict=True):
         report = reports[one.key]
         assert report.error is None and report.environment["packed"] == 4
         assert apart(adapter_of(Path(one.out)), adapter_of(Path(other.out))) < alike()
