@@ -62,9 +62,9 @@ def study(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home of a run that nobody disturbed."""
+    """The home of a run that nobody disturbed, in one process: what Ray, a bucket and kills must not change."""
     home = tmp_path_factory.mktemp("undisturbed")
-    finish(study, home)
+    finish(study, home, "--executor", "inline")
     return home
 
 
@@ -73,8 +73,8 @@ def start(study: Path, home: Path, *options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(study: Path, home: Path) -> str:
-    process = start(study, home)
+def finish(study: Path, home: Path, *options: str) -> str:
+    process = start(study, home, *options)
     said, _ = process.communicate(timeout=480)
     assert process.returncode == 0, said
     return said

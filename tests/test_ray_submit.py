@@ -21,6 +21,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.store import Store
+from tests.organisms import copied
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "ray_cluster.yaml"
@@ -163,7 +164,9 @@ def test_every_part_that_the_package_needs_is_mounted() -> None:
 @over_ssh
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
-def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine) -> None:
+def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine, walk_home: Path) -> None:
+    """Only here a study goes through `ray up`, `ray submit` and `ray down`, over sshd."""
+    copied(walk_home, machine.home / "runs")
     study = yaml.safe_load((REPOSITORY / "tests" / "walk.yaml").read_text())
     study |= {"study": "submitted", "axes": {"train.rank": [8, 4], "apply.threshold": [None, 0.35]}}
     study["models"]["70b"] = study["models"]["7b"] | {"gpus": 2, "axes": {"train.rank": [4]}}

@@ -74,6 +74,7 @@ def _job(number: int, end_s: float, gpus: int) -> list[dict[str, Any]]:
     return [started, {"end": f"j{number}", "s": end_s}]
 
 
+@pytest.mark.process
 def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training: Artifact, tmp_path: Path) -> None:
     results = [result(0, refusal=0.4), failed(1, "out of memory"), Result(2, result(2, rank=2).point, "running")]
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
@@ -98,6 +99,7 @@ def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training
     assert "40.0 [33.5, 46.9]" in runs[EBB]["notes"]
 
 
+@pytest.mark.process
 def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(study: Study, training: Artifact, tmp_path: Path) -> None:
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     mirror.update([result(0), failed(1, f"TrainingError: no such file {tmp_path}/store/x.json")], [training])
@@ -130,6 +132,7 @@ def test_two_homes_with_a_study_of_one_name_write_runs_of_their_own(study: Study
     assert run_id(study, HOME_ID) != run_id(study, "f" * 32)
 
 
+@pytest.mark.process
 def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_grew(study: Study, tmp_path: Path) -> None:
     ledger = (
         {"driver": "a", "s": 0.0},
@@ -162,6 +165,7 @@ def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_gre
     assert drawn == {"wandb/scatter/v0", "wandb/lineseries/v0"}
 
 
+@pytest.mark.process
 def test_points_beyond_the_limit_are_rows_of_their_trainings_run(study: Study, training: Artifact, tmp_path: Path) -> None:
     keys = {"train[seed=0]": training.key}
     results = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics, keys=keys) for n in range(4)]
@@ -178,6 +182,7 @@ def test_points_beyond_the_limit_are_rows_of_their_trainings_run(study: Study, t
     assert len(table(tmp_path, EBB, runs[EBB]["summary"]["points_table"])["data"]) == 4
 
 
+@pytest.mark.process
 def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(study: Study, training: Artifact, tmp_path: Path) -> None:
     first = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics) for n in range(2)]
     late = Result(2, result(2, rank=2).point, "done", result(2).metrics, keys={"train[seed=0]": training.key})
@@ -193,6 +198,7 @@ def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(
     assert training.key[:12] in "".join(page.id for page in pages(study, [earlier, late], [training], Profile(wandb_points=2), HOME_ID))
 
 
+@pytest.mark.process
 def test_a_restart_goes_on_and_shows_only_what_is_new(study: Study, training: Artifact, tmp_path: Path) -> None:
     first = Mirror(study, tmp_path, "offline", HOME_ID)
     assert first.update([result(0)], [training]).shown == 2
@@ -204,6 +210,7 @@ def test_a_restart_goes_on_and_shows_only_what_is_new(study: Study, training: Ar
     assert shown(tmp_path)[EBB]["step"] == 2
 
 
+@pytest.mark.process
 def test_a_mirror_that_died_shows_the_study_again(study: Study, tmp_path: Path) -> None:
     died = Mirror(study, tmp_path, "offline", HOME_ID)
     died.update([result(0)], [])
@@ -214,6 +221,7 @@ def test_a_mirror_that_died_shows_the_study_again(study: Study, tmp_path: Path) 
     assert len(list((tmp_path / "wandb").glob("offline-run-*-ebb*"))) == 3
 
 
+@pytest.mark.process
 def test_a_failed_point_that_is_finished_later_is_shown_again(study: Study, tmp_path: Path) -> None:
     broken = failed(0)
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
@@ -222,6 +230,7 @@ def test_a_failed_point_that_is_finished_later_is_shown_again(study: Study, tmp_
     mirror.close()
 
 
+@pytest.mark.process
 def test_what_was_shown_offline_is_still_new_to_a_server(study: Study, tmp_path: Path) -> None:
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     mirror.update([result(0)], [])
@@ -230,6 +239,7 @@ def test_what_was_shown_offline_is_still_new_to_a_server(study: Study, tmp_path:
     assert Memory(tmp_path, "online").rows(EBB) == 0
 
 
+@pytest.mark.process
 def test_a_training_whose_files_were_dropped_is_shown_without_its_curve(study: Study, training: Artifact, tmp_path: Path) -> None:
     (training.path / "curve.csv").unlink()
     assert Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error is None
@@ -271,6 +281,7 @@ def _online(study: Study, folder: Path, port: int, call_s: float = 4.0) -> tuple
     return int(count), int(left), error.strip()
 
 
+@pytest.mark.process
 def test_an_absent_server_is_reported_and_holds_nothing_up(study: Study, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -279,6 +290,7 @@ def test_an_absent_server_is_reported_and_holds_nothing_up(study: Study, tmp_pat
     assert (count, left) == (0, 2) and "deadline exceeded" in error
 
 
+@pytest.mark.process
 def test_a_silent_server_is_reported_and_holds_nothing_up(study: Study, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         count, left, error = _online(study, tmp_path, silent.getsockname()[1])
@@ -293,6 +305,7 @@ def test_every_call_of_wandb_has_the_mirrors_bound(study: Study, tmp_path: Path,
     assert [getattr(asked[0], name) for name in ("init_timeout", "finish_timeout", "x_service_wait")] == [7.0] * 3
 
 
+@pytest.mark.process
 def test_a_server_that_is_reached_holds_what_was_shown(study: Study, tmp_path: Path) -> None:
     with serving() as server:
         found = _online(study, tmp_path, server.server_address[1], call_s=120.0)
@@ -306,6 +319,7 @@ def test_a_server_that_is_reached_holds_what_was_shown(study: Study, tmp_path: P
     assert list(Memory(tmp_path, "online").waiting()) == []
 
 
+@pytest.mark.process
 def test_the_process_ends_when_its_input_closes(study: Study, tmp_path: Path) -> None:
     path = tmp_path / "ebb.yaml"
     path.write_text(yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True)))
@@ -336,6 +350,7 @@ def test_what_had_no_time_is_shown_before_the_mirror_ends(study: Study, tmp_path
     assert len(shown) == 3
 
 
+@pytest.mark.process
 def test_the_process_needs_neither_torch_nor_ray() -> None:
     code = "import sys, analysis.mirror, wandb; assert not {'torch', 'ray'} & set(sys.modules), 'torch or ray was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -57,6 +57,7 @@ def pushed(folder: Path, **more: Any) -> Any:
     return push(folder, waiting(folder), 4, lambda done: None, folder / "log" / "sync.log", **more)
 
 
+@pytest.mark.process
 def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -82,6 +83,7 @@ def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, tmp_p
         assert not [body for body in server.bodies if private.encode() in body], private
 
 
+@pytest.mark.process
 def test_what_was_pushed_is_not_pushed_again(folder: Path, server: WandbServer) -> None:
     pushed(folder)
     assert waiting(folder) == []
@@ -89,6 +91,7 @@ def test_what_was_pushed_is_not_pushed_again(folder: Path, server: WandbServer) 
     assert (pushed(folder).pushed, len(server.operations)) == (0, asked)
 
 
+@pytest.mark.process
 def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(folder: Path, server: WandbServer) -> None:
     pushed(folder)
     before = {id: (run.history, run.summary) for id, run in server.runs.items()}
@@ -98,6 +101,7 @@ def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(f
     assert {id: (run.history, run.summary) for id, run in server.runs.items()} == before
 
 
+@pytest.mark.process
 def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: WandbServer, study: Study) -> None:
     pushed(folder)
     results = [result(number, rank=number + 1, refusal=0.1 * number) for number in range(8)]
@@ -110,18 +114,21 @@ def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: Wandb
     assert len(json.loads(own.files[own.summary["points_table"]["path"]])["data"]) == 8
 
 
+@pytest.mark.process
 def test_what_was_pushed_is_known_to_a_mirror_that_is_online(folder: Path, server: WandbServer) -> None:
     assert not Memory(folder, "online").rows("ebb-012345")
     pushed(folder)
     assert Memory(folder, "online").rows("ebb-012345") == 6
 
 
+@pytest.mark.process
 def test_several_are_pushed_at_once(folder: Path, server: WandbServer) -> None:
     server.together = 2
     pushed(folder)
     assert 2 <= server.most_at_work <= 4
 
 
+@pytest.mark.process
 def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) -> None:
     code = (
         "import sys; from pathlib import Path; from analysis.wandb_memory import Memory; from analysis.wandb_push import push;"
@@ -147,6 +154,7 @@ def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) ->
     assert len(server.runs) == 5
 
 
+@pytest.mark.process
 def test_a_server_that_answers_nothing_is_given_up(folder: Path, server: WandbServer) -> None:
     server.slow_s = 60.0
     done = pushed(folder, stalled_s=4.0)

@@ -51,6 +51,7 @@ def test_what_was_measured_is_expected_again_and_other_work_in_proportion(store)
     assert estimates.measured(longer, Needs(1)) and not estimates.measured(one_of_each()[8], Needs(1))
 
 
+@pytest.mark.slow
 @given(st.integers(10, 1000), st.floats(0.2, 5.0), st.floats(0.2, 5.0))
 def test_between_two_sizes_the_factor_lies_between_theirs(tmp_path_factory, steps, small, large):
     store = Store(tmp_path_factory.mktemp("store"))

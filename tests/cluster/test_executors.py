@@ -25,6 +25,7 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
+@pytest.mark.process
 def test_a_cluster_without_gpus_is_an_error_not_an_endless_wait():
     from cluster.ray_executor import RayExecutor
 

@@ -125,6 +125,7 @@ def test_no_stage_starts_twice_and_a_batch_shares_its_needs_and_its_base(situati
         assert len({by_key[key].resident for key in placement.keys}) == 1
 
 
+@pytest.mark.slow
 @given(situations(), cached_at, st.randoms(use_true_random=False))
 def test_the_order_in_which_anything_is_named_does_not_matter(situation, cached, rng: random.Random):
     ready, running, capacity = situation
@@ -183,6 +184,7 @@ def test_every_stage_that_can_ever_be_placed_starts_in_the_end_whatever_the_esti
     assert started.keys() == {each.key for each in ready if impossible(each, staying) is None}
 
 
+@pytest.mark.slow
 @given(st.integers(2, 8), st.sampled_from([1, 2]))
 def test_a_gang_starts_although_one_gpu_work_keeps_arriving(gpus, hosts):
     capacity = Capacity(tuple(host(name, gpus) for name in names[:hosts]))

@@ -122,6 +122,7 @@ def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(tmp_pa
     assert part.wall_s == pytest.approx(whole.wall_s, rel=0.15)
 
 
+@pytest.mark.slow
 def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(tmp_path, home, monkeypatch):
     axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, *[n / 10 for n in range(1, 10)]]}
     plain = changes(tmp_path, axes=axes, search={"sampler": "grid"})

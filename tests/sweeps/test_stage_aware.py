@@ -224,6 +224,7 @@ LEARNERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "transfer", "taught"), LEARNERS)
 def test_in_turn_a_search_killed_again_and_again_asks_for_the_same_points(
     tmp_path, empty_storage, monkeypatch, sampler, transfer, taught  # noqa: F811

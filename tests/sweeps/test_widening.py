@@ -109,6 +109,7 @@ BOTH, ONE = ["refusal_rate", "task_accuracy"], ["task_accuracy"]
 FIRST = [{"model": "7b", "train.rank": rank, "apply.threshold": None} for rank in (16, 2)]  # below the floor, and above it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "objectives"), [("tpe", BOTH), ("stage_aware", ONE), ("nsga2", BOTH)])
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
 def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_path, monkeypatch, sampler, objectives, order):
@@ -152,6 +153,7 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_
     assert seen and all(entry.misses == () for entry in seen if entry.state == "done")
 
 
+@pytest.mark.slow
 def test_a_stage_aware_study_that_is_stopped_and_widened_keeps_what_is_in_flight_and_tries_new_values(tmp_path):
     axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
     search = {"sampler": "stage_aware", "points": 8, "window": 3}
