@@ -4,8 +4,8 @@ Each fault is put into a copy of the tree, never into the checkout itself, and t
 near it run until one fails:
 
     1. files named after the changed module (tests/**/test_store.py for cluster/store.py)
-    2. files that import the module
-    3. files that import a helper of tests/ that imports it, or a module of the fault's `also`
+    2. files that import the module, and files named after a module of the fault's `also`
+    3. files that import a helper of tests/ that imports it, or a module of `also`
 
 Only file names and import statements count, so one table judges any layout of the tests, and two
 trees are judged by the same rule: `--tree PATH` takes the code and the tests of another checkout.
@@ -26,6 +26,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,23 @@ EXPENSIVE = (  # names, as these hold in every layout
     "test_wandb_commands",
     "test_doctor",
 )
+# What takes most of a test's start is loaded once: each run of pytest is a fork of this process.
+SERVER = """
+import importlib, json, os, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import pytest
+for line in sys.stdin:
+    order, process = json.loads(line), os.fork()
+    if process == 0:
+        os.setsid()
+        output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(output, 1), os.dup2(output, 2)
+        sys.exit(pytest.main(order["arguments"]))
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+LIBRARIES = ("hypothesis", "optuna", "pandas", "peft", "scipy.stats", "transformers")
 TEST_TIMEOUT_S = 120  # a test that hangs because of the fault has found it
 PYTEST = [
     *("-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"),
@@ -114,11 +132,15 @@ def main() -> int:
         return 2
     found = read_verdicts(options.json) if options.resume and options.json else {}
     settled = {name for name, verdict in found.items() if verdict.settled}
-    todo = [fault for fault in faults if fault.name not in settled]
+    todo = sorted(  # what was tried before and not settled comes last
+        (fault for fault in faults if fault.name not in settled),
+        key=lambda fault: fault.name in found,
+    )
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        imports, copies = Imports(tree), SimpleQueue[Path]()
-        for number in range(options.jobs):
-            copies.put(copy_of(tree, Path(folder) / f"tree{number}"))
+        imports, copies = Imports(tree), SimpleQueue[Copy]()
+        trees = [Copy(tree, Path(folder) / f"tree{number}") for number in range(options.jobs)]
+        for copy in trees:
+            copies.put(copy)
 
         def judged(fault: Fault) -> Verdict:
             copy = copies.get()
@@ -132,8 +154,10 @@ def main() -> int:
                 print(f"{done}/{len(todo)}  {verdict}", flush=True)
                 found[verdict.name] = verdict
                 write_verdicts(found, options.json)
-        for verdict in unproven([found[fault.name] for fault in faults], copies.get()):
+        for verdict in unproven([found[fault.name] for fault in faults], trees[0]):
             found[verdict.name] = verdict
+        for copy in trees:
+            copy.close()
     write_verdicts(found, options.json)
     return report([found[fault.name] for fault in faults])
 
@@ -180,15 +204,45 @@ def problems_of(fault: Fault, tree: Path) -> Iterator[str]:
         yield f"{fault.name}: {fault.file} does not compile ({error})"
 
 
-def copy_of(tree: Path, to: Path) -> Path:
-    """What git would keep of a checkout, committed or not."""
-    listing = ["git", "ls-files", "-co", "--exclude-standard"]
-    listed = subprocess.run(listing, cwd=tree, capture_output=True, text=True, check=True)
-    for name in listed.stdout.splitlines():
-        if (tree / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(tree / name, to / name)
-    return to
+class Copy:
+    """A copy of the tree, with a process that runs its tests: see SERVER."""
+
+    def __init__(self, tree: Path, folder: Path) -> None:
+        self.folder, self._output = folder, folder.with_suffix(".out")
+        listing = ["git", "ls-files", "-co", "--exclude-standard"]  # committed or not
+        listed = subprocess.run(listing, cwd=tree, capture_output=True, text=True, check=True)
+        for name in listed.stdout.splitlines():
+            if (tree / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(tree / name, folder / name)
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, *LIBRARIES],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},  # before the checkout that is installed
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def pytest(self, what: Sequence[str], limit_s: float) -> tuple[int | None, str]:
+        """pytest's exit code (None: it ran out of time) and what it printed."""
+        # Examples that hypothesis kept from another fault are no part of the tests.
+        shutil.rmtree(self.folder / ".hypothesis", ignore_errors=True)
+        order = {"output": str(self._output), "arguments": [*PYTEST, *what]}
+        asked, said = self._server.stdin, self._server.stdout
+        assert asked is not None and said is not None
+        asked.write(json.dumps(order).encode() + b"\n")
+        asked.flush()
+        process = int(said.readline())
+        if not select.select([said], [], [], max(1.0, limit_s))[0]:
+            os.kill(process, signal.SIGINT)  # so that fixtures stop the servers that they started
+            if not select.select([said], [], [], 10.0)[0]:
+                os.killpg(process, signal.SIGKILL)
+            said.readline()
+            return None, self._output.read_text(errors="replace")
+        return int(said.readline()), self._output.read_text(errors="replace")
+
+    def close(self) -> None:
+        self._server.communicate()
 
 
 class Imports:
@@ -216,9 +270,8 @@ class Imports:
         through = own.union(*(self._helpers.get(name, set()) for name in own))
         if through.isdisjoint(modules):
             return None
-        if path.stem in {f"test_{module.rpartition('.')[2]}" for module in modules}:
-            return 0
-        return 1 if modules[0] in own else 2
+        named = [path.stem == f"test_{module.rpartition('.')[2]}" for module in modules]
+        return 0 if named[0] else 1 if any(named) or modules[0] in own else 2
 
 
 def _dotted(path: Path, tree: Path) -> str:
@@ -236,16 +289,16 @@ def _imported(path: Path) -> set[str]:
     return names
 
 
-def judge(fault: Fault, copy: Path, groups: Sequence[Sequence[str]], limit_s: float) -> Verdict:
+def judge(fault: Fault, copy: Copy, groups: Sequence[Sequence[str]], limit_s: float) -> Verdict:
     """Put a fault into a copy, run the tests near it until one fails, and take it out again."""
-    path, began = copy / fault.file, time.monotonic()
+    path, began = copy.folder / fault.file, time.monotonic()
     sound = path.read_text()
     outcome, by = ("survived", "") if groups else ("error", "no test file reaches it")
     try:
         _write(path, sound.replace(fault.before, fault.after))
         for group in groups:
             left_s = limit_s - (time.monotonic() - began)
-            code, output = run_pytest(copy, ["-x", *group], left_s)
+            code, output = copy.pytest(["-x", *group], left_s)
             killer = KILLER.search(output)
             if code is None:
                 by = f"within {limit_s:.0f} s"
@@ -267,46 +320,10 @@ def _write(path: Path, text: str) -> None:
     Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
 
-def run_pytest(copy: Path, what: Sequence[str], limit_s: float) -> tuple[int | None, str]:
-    """pytest's exit code (None: it ran out of time) and what it printed."""
-    # Examples that hypothesis kept from another fault are no part of the tests.
-    shutil.rmtree(copy / ".hypothesis", ignore_errors=True)
-    command = [sys.executable, "-m", "pytest", *PYTEST, *what]
-    environment = {**os.environ, "PYTHONPATH": str(copy)}  # before the checkout that is installed
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=copy,
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(max(1.0, limit_s))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process)
-        output.seek(0)
-        return code, output.read()
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupt, so that fixtures stop the servers that they started; then insist."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def unproven(verdicts: Sequence[Verdict], copy: Path) -> Iterator[Verdict]:
+def unproven(verdicts: Sequence[Verdict], copy: Copy) -> Iterator[Verdict]:
     """Those that were killed by a test that fails, or is not there, without any fault."""
     killers = sorted({verdict.by for verdict in verdicts if verdict.outcome == "killed"})
-    code, output = run_pytest(copy, killers, 3600.0) if killers else (PASSED, "")
+    code, output = copy.pytest(killers, 3600.0) if killers else (PASSED, "")
     failing = set(KILLER.findall(output))
     if code not in (PASSED, FAILED):
         failing, _ = set(killers), print(f"without faults, pytest exited with {code}:\n{output}")
