@@ -104,6 +104,11 @@ def test_when_nothing_holds_the_nearest_is_the_one_whose_worst_miss_is_smallest(
     assert slack(found.result, found.floors, found.among) == pytest.approx(-0.1)
 
 
+def test_of_points_that_are_equally_near_the_first_is_picked() -> None:
+    found = pick([result(number, refusal=0.5) for number in (3, 1, 2)], [AT_LEAST_90], TASK)
+    assert found is not None and (found.result.number, found.holds) == (1, False)
+
+
 def test_a_metric_that_a_point_lacks_is_an_error_and_not_a_miss() -> None:
     with pytest.raises(StudyError, match=r"point 0 is done but has no mmlu.acc_norm; it has"):
         pick([result(0)], [Floor("mmlu.acc_norm", 0.3)], TASK)

@@ -1,6 +1,7 @@
 """The frontier against a brute-force reading of its definition, and what must not change it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,11 @@ def test_no_results_and_only_failed_ones_give_an_empty_frontier() -> None:
 
 def test_one_finished_point_is_the_frontier() -> None:
     assert [found.number for found in frontier([failed(0), result(1)], [REFUSAL, TASK])] == [1]
+
+
+def test_a_point_that_is_the_same_as_an_earlier_one_is_not_on_the_frontier_again() -> None:
+    rows = [result(0), replace(result(1), same_as=0)]
+    assert [found.number for found in frontier(rows, [REFUSAL, TASK])] == [0]
 
 
 def test_a_lower_over_refusal_rate_is_better() -> None:

@@ -1,5 +1,6 @@
 """The cache of an object store's files on one machine: what it may remove, and what it never does."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import cache as module
 from cluster.cache import Cache, Receive
 from tasks.errors import StoreError
 
@@ -59,6 +61,15 @@ def test_what_another_process_reads_stays(cache, tmp_path):
     assert not (first / "f").exists()
 
 
+def test_an_entry_that_is_asked_for_again_is_kept_for_longer(cache, monkeypatch):
+    monkeypatch.setattr(module, "HELD_FOR_READERS", 2)
+    first, second, third = made = [fill(cache, name) for name in "abc"]
+    for folder in (first, second, first, third):
+        cache.keep(folder)
+    fill(cache, "d")
+    assert [folder.exists() for folder in made] == [True, False, True]
+
+
 def test_a_fetch_that_was_cut_off_is_never_taken_for_whole(cache):
     folder, data = cache.root / "store" / "data" / "k" / "attempt", b"whole"
 
@@ -93,6 +104,19 @@ def test_many_processes_that_ask_at_once_fetch_once(cache, tmp_path):
         worker.join(300)
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert len(list((tmp_path / "fetched").iterdir())) == 1
+
+
+def test_while_one_fetches_no_other_can_begin(cache):
+    folder, data = cache.root / "store" / "data" / "k" / "attempt", b"data"
+
+    def receive(file: str, path: Path) -> str:
+        # What another process would take: the lock must let nobody in beside its holder.
+        with cache._lock_path(folder / "fetch").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return giving(data)(file, path)
+
+    with cache.hold(folder):
+        cache.fetch(folder, {"f": digest_of(data)}, lambda: {"f": 4}, receive)
 
 
 def digest_of(data: bytes) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.estimates import Estimates, described
+from cluster.estimates import Estimates, _between, described
 from cluster.executor import ACCELERATOR_TYPE, Capacity, Host, Needs
 from cluster.starts import GUESS_GANG_S, GUESS_KEPT_S, GUESS_NEW_S, Lanes, Starts
 from cluster.store import Store
@@ -61,6 +61,11 @@ def test_between_two_sizes_the_factor_lies_between_theirs(tmp_path_factory, step
     assert min(small, large) * 0.999 <= factor <= max(small, large) * 1.001
 
 
+def test_the_factor_half_way_between_two_sizes_is_their_geometric_mean():
+    # Half way by the logarithm: 10 lies between 1 and 100 as 2 does between 1 and 4.
+    assert _between({1.0: [1.0], 100.0: [4.0]}, 10.0) == pytest.approx(2.0)
+
+
 def test_the_nearest_like_counts_and_the_next_only_without_it(store):
     record(store, train(steps=100, quantisation="nf4"), 3 * counted(train(steps=100, quantisation="nf4")))
     record(store, train(steps=100), 2 * counted(train(steps=100)))
@@ -82,6 +87,9 @@ def test_a_type_of_gpu_has_factors_of_its_own_and_lends_them_to_a_type_without(s
     assert estimates.seconds(stage, Needs(1, A100)) == pytest.approx(2 * counted(stage, "A100"))
     estimates.met(Capacity((Host("a", 8, 2, A100), Host("b", 1, 2))))  # the commonest type, for those without labels
     assert estimates.seconds(stage) == pytest.approx(2 * counted(stage, "A100"))
+    smaller = (Host(name, 1, 2) for name in "bcd")
+    estimates.met(Capacity((Host("a", 8, 2, A100), *smaller)))
+    assert estimates.gpu_type == "A100", "by GPUs, not by hosts"
     other = Needs(1, {ACCELERATOR_TYPE: "H100"})
     assert 2 * counted(stage, "H100") <= estimates.seconds(stage, other) <= 4 * counted(stage, "H100")
 

@@ -41,6 +41,15 @@ def test_a_stage_that_is_thrown_out_at_once_again_and_again_waits_and_then_stops
         losses.count("k", GONE, ["last"], lived_s=1.0, now=0.0)
 
 
+def test_a_stage_that_ran_for_long_is_thrown_out_for_the_first_time_again():
+    losses = Losses(tries=3, backoff_s=5.0)
+    for now, lived_s in ((0.0, 1.0), (10.0, 1.0), (700.0, 600.0), (800.0, 1.0)):
+        losses.count("k", GONE, ["a"], lived_s, now)
+    assert losses.may_start("k", 800.0)
+    losses.count("k", GONE, ["a"], 1.0, now=900.0)
+    assert not losses.may_start("k", 904.9) and losses.may_start("k", 905.0)
+
+
 def test_a_host_that_only_loses_gets_no_more_work_while_another_is_left():
     here, there = Host("here", 1, 1), Host("there", 1, 1)
     losses = Losses(tries=3, backoff_s=1.0)

@@ -84,6 +84,18 @@ def test_a_pack_is_a_choice_of_the_profile_and_of_known_memory(tmp_path):
         assert shares(Stage(other, stage.inputs), pack=4) == {}
 
 
+def test_a_larger_rank_takes_a_larger_share_of_the_same_gpu(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2["7b"]))
+    packing, shares = Packing(Profile(gpus=WIDE), lambda _: None), {}
+    for rank in (8, 256):
+        spec = TrainSpec(quantisation="nf4", global_batch=2, rank=rank)
+        inputs = {"model": Source("m" * 64, str(tmp_path)), "data": Source("d" * 64, "/data")}
+        shares[rank] = packing.of(Stage(spec, inputs), f"rank {rank}", frozenset({"A100"}))[1]["A100"]
+        memory_gb = WIDE["A100"].memory_gb
+        assert shares[rank] == 1 / most_packed(LLAMA_2["7b"], spec, memory_gb, MOST)
+    assert shares[8] < shares[256]
+
+
 def test_a_model_whose_memory_is_not_predicted_is_trained_alone_on_gpus_of_known_memory(tmp_path, caplog):
     data = Source("d" * 64, "/data")
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_2["7b"], "model_type": "gpt2"}))

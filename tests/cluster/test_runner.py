@@ -13,19 +13,20 @@ import pytest
 from cluster import runner as runners
 from cluster import starter as starters
 from cluster.costs import GpuTypes, Unmetered
-from cluster.executor import Capacity, Finished, Host, Job, Loss, Needs
+from cluster.executor import ACCELERATOR_TYPE, Capacity, Finished, Host, Job, Loss, Needs
 from cluster.inline import InlineExecutor
 from cluster.needs import default_needs, resident
 from cluster.nodes import Node
-from cluster.profile import Profile
+from cluster.profile import GpuType, Profile
 from cluster.resolver import Resolver, contents_of
 from cluster.runner import Runner
 from cluster.scheduler import place
 from cluster.store import Store
 from tasks.completions import Completion, write_completions
-from tasks.errors import ClusterLost, EndpointDown, StoreError, StudyError
+from tasks.errors import ClusterLost, DiskFull, EndpointDown, StoreError, StudyError
+from tasks.identity import digest
 from tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpec, TrainSpec
-from tasks.stage import Part, Request, Source, Stage
+from tasks.stage import Part, Request, Source, Stage, key_payload
 from tests.clock import Clock
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
@@ -484,6 +485,18 @@ def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_pa
     assert runner.failure(stage) is None and store.find("judge", runner.nodes[stage.lineage].key) is None
 
 
+def test_a_full_disk_stops_the_run_and_marks_no_stage(store, pool, monkeypatch):
+    def full(*_):
+        raise DiskFull("no space left on the disk")
+
+    monkeypatch.setattr(Store, "commit", full)
+    stage, runner = rows(5, pool), Runner(store, Counting())
+    runner.want([stage])
+    with pytest.raises(DiskFull, match="no space left"):
+        settle(runner)
+    assert runner.failure(stage) is None
+
+
 def test_the_resolver_sees_the_store_without_running_anything(store, pool):
     last = rows(3, rows(5, pool))
     before = Resolver(store)
@@ -500,6 +513,36 @@ def test_the_remaining_time_falls_to_zero(store, pool):
     assert runner.remaining_s() > 0.0
     settle(runner)
     assert runner.remaining_s() == 0.0
+
+
+def test_what_remains_is_the_longest_branch_and_not_all_of_them(store, pool):
+    runner, above = Runner(store, Counting()), rows(9, pool)
+    runner.estimates.seconds = lambda stage, needs: float(stage.spec.size)
+    runner.want([rows(3, above), rows(4, above)])
+    assert runner.remaining_s() == 9.0 + 4.0
+
+
+def test_what_remains_of_a_running_stage_goes_by_its_own_steps_but_the_first(store, pool):
+    runner, stage = Runner(store, Silent()), rows(5, pool)
+    runner.want([stage])
+    runner.step(0.0)
+    # 21 of 41 steps are done, 11 of them by this attempt: after its first one, 10 took 30 s.
+    said = {"done": 21, "total": 41, "note": "", "own": 11, "own_seconds": 30.0}
+    progress = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
+    progress.write_text(json.dumps(said))
+    assert runner.open_seconds(stage) == pytest.approx(60.0)
+
+
+def test_a_gang_on_unlike_gpus_has_the_memory_of_the_smallest(store, pool):
+    types = {name: GpuType(usd_per_hour=1.0, memory_gb=gb) for name, gb in (("A100", 80.0), ("L4", 24.0))}
+    executor, stage = Silent(), rows(5, pool)
+    executor.hosts = [Host(name, 1, 1, {ACCELERATOR_TYPE: name}) for name in types]
+    runner = Runner(store, executor, lambda stage: Needs(2, spread=True), Profile(gpus=types))
+    runner.want([stage])
+    runner.step(0.0)
+    attempt = runner.nodes[stage.lineage].attempt
+    assert executor.jobs[0].hosts == {"A100": 1, "L4": 1}
+    assert Request.from_json((attempt / "log" / "request.json").read_text()).memory_gb == 24.0
 
 
 def test_each_attempt_leaves_its_request_for_whoever_wants_to_see_it_again(store, pool):
@@ -538,6 +581,16 @@ def test_what_the_meter_refuses_leaves_its_place_to_what_is_behind_it(store, poo
     while not runner.starved and time.monotonic() - started < 120:
         runner.step()
     assert runner.starved and runner.settled(cheap) and not runner.settled(dear)
+
+
+def test_the_meter_is_asked_for_all_that_a_batch_takes(store):
+    model, executor = Source("m" * 64, "/nowhere"), Losing(1)
+    adapters = [Source(name * 64, "/a") for name in "abc"]
+    runner = Runner(store, executor, meter=Frugal(5.0))
+    runner.estimates.seconds = lambda stage, needs: 2.0
+    runner.want(Stage(ProjectSpec(), {"adapter": each, "base": model, "aligned": model}) for each in adapters)
+    runner.step(0.0)
+    assert [len(batch) for batch in executor.batches] == [2]
 
 
 def shut_out(monkeypatch, times):
@@ -580,3 +633,15 @@ def test_what_is_settled_is_looked_at_no_more_until_it_has_to_be_made_again(stor
     assert {node.stage.lineage for node in runner.unsettled()} == {whole.lineage, part.lineage}
     settle(runner)
     assert runner.unsettled() == [] and runner.artifact(part) is not None
+
+
+def test_what_was_dropped_beside_the_part_that_is_read_is_not_made_again(store, pool):
+    whole = rows(20, pool)
+    hashed = key_payload(whole.spec, {"pool": pool.content})
+    attempt = store.begin("data", digest(hashed))
+    (attempt / "payload" / DataSpec.ROWS).write_text(Path(pool.location).read_text())
+    (attempt / "payload" / "beside").write_text("large")
+    store.drop(store.commit(attempt, hashed, {}), frozenset({"beside"}))
+    last = rows(5, whole)
+    runner, executor = ran(store, last)
+    assert executor.keys == [runner.nodes[last.lineage].key]

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 
 from cluster import bucket as bucket_module
 from cluster.inline import InlineExecutor
+from cluster.retention import Needed, Survey
 from cluster.runner import Runner
 from cluster.store import RECORD, Store
 from tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
@@ -152,6 +154,25 @@ class StoreContract:
         assert found == made and store.dropped(found) == {"data.jsonl"}
         assert store.place.sha256(f"data/{KEY}/{made.folder.name}/payload/data.jsonl") is None
 
+    def test_a_second_drop_adds_to_what_the_first_one_dropped(self, store):
+        folder = attempt(store)
+        (folder / "payload" / "curve.csv").write_text("c")
+        made = store.commit(folder, HASHED, {"seconds": 1.0})
+        store.drop(made, frozenset({"data.jsonl"}))
+        store.drop(made, frozenset({"curve.csv"}))
+        assert store.dropped(made) == {"data.jsonl", "curve.csv"}
+
+    def test_there_is_no_record_before_all_files_are_there(self, store, monkeypatch):
+        send, records = store.place.send, []
+
+        def sending(path, name):
+            records.append(store.place.read(f"data/{KEY}/{RECORD}"))
+            send(path, name)
+
+        monkeypatch.setattr(store.place, "send", sending)
+        commit(store)
+        assert records == [None] and store.place.read(f"data/{KEY}/{RECORD}") is not None
+
     def test_the_same_content_made_again_gives_a_dropped_file_back(self, store):
         made = commit(store)
         store.drop(made, frozenset({"data.jsonl"}))
@@ -288,3 +309,13 @@ def test_a_record_names_the_attempt_and_its_files(tmp_path):
     record = json.loads((tmp_path / "data" / KEY / RECORD).read_text())
     assert set(record) == {"key", "kind", "attempt", "content", "files", "hashed", "provenance"}
     assert record["attempt"] == made.folder.name
+
+
+def test_what_nobody_needs_may_go_once_it_is_old_and_its_record_goes_first(tmp_path):
+    store = Store(tmp_path)
+    commit(store)
+    survey, later = Survey(store), time.time() + 60.0
+    (removal,) = survey.removable(Needed(), later)
+    assert (removal.what, removal.names[0], len(removal.names)) == ("artifact", f"data/{KEY}/{RECORD}", 2)
+    assert list(survey.removable(Needed(keys=frozenset({KEY})), later)) == []
+    assert list(survey.removable(Needed(), later - 3600.0)) == [], "somebody may be about to use it"

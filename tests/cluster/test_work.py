@@ -119,6 +119,7 @@ def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
 
     blocks = [rows(limit=120, block={"index": index, "size": 50}) for index in range(3)]
     assert sum(blocks) == rows(limit=120) and blocks[0] == 2.5 * blocks[2]
+    assert rows(limit=1_000_000) == rows(), "no more than there are"
 
 
 @pytest.mark.parametrize(

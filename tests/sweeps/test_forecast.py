@@ -175,6 +175,16 @@ def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
     assert len(known) == 3 * 4
 
 
+def test_two_adapters_with_the_same_modules_below_a_threshold_are_two(tmp_path, home):
+    planner = Planner(study(tmp_path, {"axes": {"train.rank": [2, 4], "apply.threshold": [0.2]}}), home)
+    points = list(space(planner.study))
+    fill(home.store, planner, [])
+    for point in points:
+        rows = {"a": ModuleRow(0.15, 1.0), "b": ModuleRow(0.5, 1.0)}
+        commit_projection(home, planner, planner.stages_for(point), rows)
+    assert twins(todo(planner, points), home.store, 0.0) == frozenset()
+
+
 def commit_projection(home, planner, made, rows):
     """The artifacts up to the projection, which has these cosines."""
     from cluster.resolver import Resolver
@@ -186,7 +196,7 @@ def commit_projection(home, planner, made, rows):
         attempt = home.store.begin(stage.kind, digest(hashed))
         for file in ("data.jsonl", "adapter/w"):
             (attempt / "payload" / file).parent.mkdir(exist_ok=True)
-            (attempt / "payload" / file).write_text(file)
+            (attempt / "payload" / file).write_text(stage.lineage)  # two adapters differ
         if name.startswith("project"):
             write_rows(rows, attempt / "payload" / ProjectSpec.COSINES)
         artifact = home.store.commit(attempt, hashed, {"seconds": 1.0})

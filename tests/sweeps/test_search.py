@@ -13,6 +13,7 @@ from sweeps.points import Point, Result
 from sweeps.samplers import Shadow
 from sweeps.search import NOT_A_POINT, WAIT, OptunaSearcher, asked, limit, space
 from sweeps.storage import Storage
+from sweeps.trials import Entry, read
 from tasks.errors import StudyError
 from tasks.metrics import Metric
 from tests.sweeps.made import Imagined, outcome, study
@@ -326,6 +327,24 @@ def test_a_sampler_goes_by_what_a_point_measured_over_more_seeds(tmp_path, url, 
     searcher.amend(0, Result(0, point, "done", {**metrics, "task.task_accuracy": Metric("task_accuracy", 100, 200)}))
     assert searcher.ask(KNOWN)[0] == 3
     assert [0.5, 0.2] in told and told[-1] == [0.5, 0.5]
+
+
+def test_what_misses_a_constraint_is_ranked_behind_all_that_hold(tmp_path):
+    point = Point.of("7b", {})
+    entries = [
+        Entry(0, point, "done", (0.9, 0.9), misses=(("refusal_floor", 0.1),)),
+        Entry(1, point, "done", (0.4, 0.4)),
+        Entry(2, point, "done", (0.5, 0.5), misses=(("refusal_floor", 0.0),)),
+    ]
+    assert [entry.feasible for entry in entries] == [False, True, True], "0 is just held"
+    assert samplers.ranks_of(searched(tmp_path), entries).argsort().tolist() == [2, 1, 0]
+
+
+def test_a_search_that_ran_out_of_points_has_not_once_an_axis_is_wider(tmp_path, url):
+    found = searched(tmp_path)
+    OptunaSearcher(found, url).trials.exhaust()
+    wider = searched(tmp_path, axes={**AXES["axes"], "train.rank": [2, 4, 8, 16]})
+    assert [read(each, url)[1] for each in (found, wider)] == [True, False]
 
 
 def test_choices_that_python_calls_equal_stay_apart(tmp_path, url):

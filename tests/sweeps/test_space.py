@@ -8,7 +8,7 @@ import pytest
 from sweeps.axes import Range
 from sweeps.masks import unmeasured
 from sweeps.points import Point
-from sweeps.space import check_written_points, drawn_point, limit, listed, space
+from sweeps.space import check_written_points, drawn_point, limit, listed, space, within
 from sweeps.study import lasting
 from tasks.errors import StudyError
 from tests.sweeps.made import WHOLE, study
@@ -144,3 +144,7 @@ def test_a_written_point_is_the_same_point_however_its_numbers_are_written(tmp_p
 )
 def test_the_last_value_of_a_range_with_steps_is_not_beyond_its_edge(axis, count, last):
     assert axis.count == count and axis.at(count - 1) == last == axis.nearest(axis.high)
+
+
+def test_1_and_true_are_two_values_of_an_axis():
+    assert within(1, (1, 2)) and not within(True, (1, 2)) and not within(1, (True, False))

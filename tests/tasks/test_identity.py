@@ -168,3 +168,9 @@ def test_a_part_has_the_content_that_it_would_have_by_itself(tmp_path):
     assert part_digest(files, "curve.csv") == content_digest(tmp_path / "made" / "curve.csv")
     with pytest.raises(DataError, match="no file or folder 'model'"):
         part_digest(files, "model")
+
+
+def test_a_folder_whose_name_begins_like_a_part_is_none_of_it():
+    alone = {"adapter/weights": "a" * 64}
+    beside = {**alone, "adapter-old/weights": "b" * 64, "adapter.json": "c" * 64}
+    assert part_digest(beside, "adapter") == part_digest(alone, "adapter")

@@ -64,6 +64,13 @@ def test_joined_means_are_the_mean_of_all_scores_together(parts: list[list[float
     assert pooled([Metric.of("rouge_l", each) for each in parts]).seeds == tuple(pytest.approx(np.mean(each)) for each in parts)
 
 
+def test_a_rate_that_is_joined_with_a_mean_keeps_its_squares() -> None:
+    parts = [[0.0, 1.0, 1.0], [0.5, 0.25]]
+    whole = Metric.of("task_accuracy", list(chain(*parts)))
+    found = joined([Metric.of("task_accuracy", each) for each in parts])
+    assert found.squares == whole.squares and found.stderr == pytest.approx(whole.stderr)
+
+
 @given(st.lists(verdicts, min_size=1, max_size=5))
 def test_joined_rates_add_their_counts(parts: list[list[float]]) -> None:
     whole, found = Metric.of(RATE, list(chain(*parts))), joined([Metric.of(RATE, each) for each in parts])

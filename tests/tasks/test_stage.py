@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tasks.errors import StudyError
 from tasks.identity import digest
-from tasks.specs import KINDS, ApplySpec, DataSpec, TrainSpec
+from tasks.specs import KINDS, ApplySpec, DataSpec, ProjectSpec, TrainSpec
 from tasks.stage import Context, Part, Request, Source, Stage, key_payload, spec_payload
 from tests.tasks.test_golden_keys import SPECS
 
@@ -133,6 +133,9 @@ def test_specs_are_strict_and_frozen():
         TrainSpec(method="full", quantisation="nf4")
     with pytest.raises(ValueError, match="not both"):
         ApplySpec(threshold=0.1, modules=2)
+    for wrong in ({"energy": 0.9}, {"projector": "exact"}):
+        with pytest.raises(ValueError, match="the approximate one has none"):
+            ProjectSpec(**wrong)
 
 
 def test_the_scorer_and_what_it_measures_are_part_of_what_is_hashed():
