@@ -121,6 +121,7 @@ def test_unknown_pages_points_and_keys_are_told_from_faults(url: str) -> None:
     assert get(url + "data.json?since=no.cursor").json()["fresh"] is True
 
 
+@pytest.mark.slow
 def test_before_a_study_was_run_there_are_no_points_to_look_at_in_optuna_dashboard(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     with served(small(tmp_path), home) as server:

@@ -77,6 +77,7 @@ def drawn(picture: Picture, width: int = 160) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 160])
 def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_failures(tmp_path, home, monkeypatch, width):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
@@ -112,6 +113,7 @@ def test_the_frontier_is_of_all_runs_and_keeps_what_no_other_point_of_its_size_d
     assert set(screen.picture.frontier.aligned) == {"7b"}
 
 
+@pytest.mark.slow
 def test_a_further_seed_replaces_what_its_point_was_while_the_run_goes_on(tmp_path, home, monkeypatch):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     close = {"seeds": [0, 1, 2, 3], "replicates": {"policy": "near_frontier", "confidence": 0.9}}

@@ -184,6 +184,7 @@ def ran(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     yield go
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_each_reason_for_a_missing_result_once_and_the_command_that_shows_it(ran: Any) -> None:
     code, said = ran()
     lines = [line for line in said.splitlines() if line.startswith("failed: ") and "to see it again" in line]
@@ -202,6 +203,7 @@ def test_exit_codes_and_outcomes_as_json_belong_together(ran: Any) -> None:
     assert len(found["live"]["failures"]) == 1 and all("metrics" in point for point in found["frontier"])
 
 
+@pytest.mark.slow
 def test_a_study_of_the_home_is_known_by_its_name_and_by_nothing_else(ran: Any, tmp_path: Path, home: Home) -> None:
     assert home.named("tiny") == "tiny"
     ran()
@@ -209,6 +211,7 @@ def test_a_study_of_the_home_is_known_by_its_name_and_by_nothing_else(ran: Any, 
     assert [home.named(name) for name in ("other", "some/where.yaml", "")] == ["other", "some/where.yaml", ""]
 
 
+@pytest.mark.slow
 def test_nobody_to_watch_is_said_at_once(ran: Any, tmp_path: Path, home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     ran()
     watch_status(small(tmp_path), home, as_json=False)

@@ -107,6 +107,7 @@ def test_results_without_thresholds_have_no_threshold_figure() -> None:
         assert threshold_figure(results, (REFUSAL,)) is None
 
 
+@pytest.mark.slow
 def test_saved_figures_embed_truetype_and_do_not_drift(results: list[Result], tmp_path: Path) -> None:
     first = save(frontier_figure(results, OBJECTIVES), tmp_path / "a", "frontier")
     again = save(frontier_figure(results, OBJECTIVES), tmp_path / "b", "frontier")

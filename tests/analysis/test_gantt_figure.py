@@ -37,6 +37,7 @@ def test_every_bar_has_as_many_lanes_as_gpus_and_shares_none_at_any_time(gpus, s
     assert all(number < gpus for _, gpu, number in held if gpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [2, 64])
 def test_a_plan_is_drawn_as_bars_or_on_many_gpus_as_areas_and_alike_each_time(tmp_path, gpus):
     found = trace(gpus, 200)

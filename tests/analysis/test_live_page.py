@@ -53,6 +53,7 @@ def looked(page: LivePage) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [{}, {"seeds": [0, 1, 2], "replicates": {"policy": "near_frontier"}}])
 def test_who_looks_again_and_again_sees_what_collect_gives(tmp_path: Path, home: Home, others: dict[str, Any]) -> None:
     found = small(tmp_path, **others)
@@ -74,6 +75,7 @@ def test_who_looks_again_and_again_sees_what_collect_gives(tmp_path: Path, home:
     assert {result.status for result in results} == {"done", "failed"}
 
 
+@pytest.mark.slow
 def test_a_look_at_a_finished_study_reads_no_point_again(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     found = small(tmp_path)
     drive(found, home, lambda: Pretended(home.store))

@@ -250,6 +250,7 @@ def test_a_projected_module_that_was_not_measured_is_an_error() -> None:
         cosine_map(llama(2), ["elsewhere"], "small")
 
 
+@pytest.mark.slow
 def test_the_same_rows_give_the_same_files(tmp_path: Path) -> None:
     def files(folder: Path) -> list[bytes]:
         rows = {**llama(3), "lm_head": NO_COSINE}

@@ -64,6 +64,7 @@ def test_each_section_is_there_with_a_heading_and_a_way_to_it(
     assert all(after <= before + 1 for before, after in pairwise(page.levels)), page.levels
 
 
+@pytest.mark.slow
 def test_whoever_cannot_see_the_figures_reads_their_numbers(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_the_same_results_give_the_same_report(study: Study, results: list[Resul
     assert first == again
 
 
+@pytest.mark.slow
 def test_projections_are_drawn_for_each_model(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
     rows = {f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.1 * layer, 0.5) for layer in range(4)}
     found = ProjectedRows(rows, frozenset(list(rows)[:2]))
@@ -166,6 +168,7 @@ def test_projections_are_drawn_for_each_model(study: Study, results: list[Result
     assert "small, 2 projected adapters: the share of" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [1, 3])
 def test_other_numbers_of_objectives_have_a_report(study: Study, results: list[Result], tmp_path: Path, objectives: int) -> None:
     names = ("refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate")[:objectives]
@@ -199,6 +202,7 @@ def test_categories_and_agreement_have_tables_when_there_is_evidence(study: Stud
     assert "(paired, difference +65.0 points" in "".join(summary(study, results, baselines, evidence)["answer"])
 
 
+@pytest.mark.slow
 def test_without_evidence_there_are_no_such_sections(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
     text = written(study, results, baselines, tmp_path).read_text("utf-8")
     assert "By category" not in text and "Agreement between scorers" not in text and "(paired" not in text

@@ -87,6 +87,7 @@ def fits(running: Sequence[Busy], placed: Sequence[Placement], capacity: Capacit
 cached_at = st.dictionaries(st.sampled_from(names), st.frozensets(st.sampled_from("abc")))
 
 
+@pytest.mark.slow
 @given(situations(), cached_at)
 def test_no_hosts_gpus_or_slots_are_exceeded(situation, cached):
     ready, running, capacity = situation
@@ -104,6 +105,7 @@ def test_a_gang_gets_all_its_gpus_or_none_and_on_one_host_unless_it_may_spread(s
         assert placement.needs.gpus == 0 or all(gpus > 0 for gpus in placement.hosts.values())
 
 
+@pytest.mark.slow
 @given(situations(), cached_at)
 def test_labels_are_respected_and_a_draining_host_gets_nothing(situation, cached):
     ready, running, capacity = situation
@@ -114,6 +116,7 @@ def test_labels_are_respected_and_a_draining_host_gets_nothing(situation, cached
             assert selected(placement.needs.labels, hosts[name].labels)
 
 
+@pytest.mark.slow
 @given(situations(), cached_at)
 def test_no_stage_starts_twice_and_a_batch_shares_its_needs_and_its_base(situation, cached):
     ready, running, capacity = situation
@@ -134,6 +137,7 @@ def test_the_order_in_which_anything_is_named_does_not_matter(situation, cached,
     assert place(rng.sample(ready, len(ready)), rng.sample(running, len(running)), hosts, cached) == expected
 
 
+@pytest.mark.slow
 @given(situations(), cached_at)
 def test_what_is_given_is_left_as_it_was(situation, cached):
     given_things = (*situation, cached)
@@ -176,6 +180,7 @@ class Machine:
         return self.started
 
 
+@pytest.mark.slow
 @given(situations(running=False), st.sampled_from([0.1, 1.0, 30.0]))
 def test_every_stage_that_can_ever_be_placed_starts_in_the_end_whatever_the_estimates_are_worth(situation, wrong):
     ready, _, capacity = situation
@@ -243,6 +248,7 @@ def test_what_slips_in_front_of_the_first_waiting_gang_never_delays_it(situation
     assert soonest_s(gangs[0], capacity, busy(placed)) <= soonest_s(gangs[0], capacity, busy(in_front))
 
 
+@pytest.mark.slow
 @given(situations(), cached_at)
 def test_no_gpu_idles_while_one_gpu_work_waits_and_no_gang_does(situation, cached):
     ready, running, capacity = situation
@@ -443,6 +449,7 @@ def test_what_no_host_could_ever_take_is_said_with_the_reason_and_the_remedy(wan
     assert all(word in said for word in words), said
 
 
+@pytest.mark.slow
 @given(situations(running=False))
 def test_what_is_not_impossible_starts_on_an_empty_cluster_and_what_is_does_not(situation):
     ready, _, capacity = situation

@@ -61,6 +61,7 @@ def test_in_one_process_one_stage_runs_after_another_and_nothing_starts(tmp_path
     assert found.starts.gpu_hours == 0.0
 
 
+@pytest.mark.slow
 def test_what_can_run_nowhere_is_said_and_has_no_wall_time(tmp_path, home):
     gang = study(tmp_path, {"models/7b/gpus": 4, "train": {"epochs": 1, "global_batch": 8}})
     found = forecast(gang, home, ONE)
@@ -144,6 +145,7 @@ def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(tmp_pat
     assert none.complete and none.looked_up == 16 and predict(none, Spent()) is None
 
 
+@pytest.mark.slow
 def test_a_search_that_ran_out_of_masks_has_nothing_to_come(tmp_path, home):
     axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
     plain = changes(tmp_path, axes=axes, search={"sampler": "stage_aware", "points": 30, "window": 4})

@@ -41,6 +41,7 @@ def sweep(points: int, sizes: tuple[str, ...] = ("7b",)) -> list[Result]:
     return found
 
 
+@pytest.mark.slow
 def test_the_axis_that_makes_the_difference_has_the_largest_share(tmp_path: Path) -> None:
     found = importances(study(tmp_path), sweep(FEW))[REFUSAL]
     assert list(found.shares) == ["apply.threshold", "train.rank"]
@@ -77,6 +78,7 @@ def test_too_few_points_have_no_numbers(tmp_path: Path, points: int) -> None:
     assert not found.shares and "too few" in found.reason
 
 
+@pytest.mark.slow
 def test_few_points_are_called_few_and_give_the_same_shares_again(tmp_path: Path) -> None:
     found, again = (importances(study(tmp_path), sweep(FEWEST + 2)) for _ in range(2))
     assert found == again and found[REFUSAL].few

@@ -72,6 +72,7 @@ def test_a_failure_is_told_once_with_its_command_and_without_those_that_it_cause
     assert sum(counts["failed"] for counts in last.stages.values()) > 1
 
 
+@pytest.mark.slow
 def test_of_many_failures_the_latest_are_kept(tmp_path, home):
     ranks = {"train.rank": list(range(2, 32)), "apply.threshold": [None]}
     fails = lambda request: ("the loss became nan", "TrainingError") if request.kind == "train" else None  # noqa: E731
@@ -142,6 +143,7 @@ def test_a_drive_that_is_cut_off_says_so_and_what_ran_is_lost(tmp_path, home, er
     assert "lost" in {line.outcome for line in read_timeline(home.folder("tiny"))}
 
 
+@pytest.mark.slow
 def test_a_request_and_a_budget_end_a_drive_by_their_names(tmp_path, home):
     drive(small(tmp_path, budget={"points": 2}), home, lambda: Pretended(home.store))
     assert read_live(home.folder("tiny")).ended == "budget"

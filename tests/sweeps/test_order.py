@@ -30,6 +30,7 @@ def rows(results):
     return [(r.number, r.point, r.status, r.reason, dict(r.metrics), dict(r.keys), r.same_as) for r in results]
 
 
+@pytest.mark.slow
 def test_a_slow_gang_keeps_nobody_waiting_when_points_land_as_they_end(tmp_path):
     found, home = study(tmp_path, changes(tmp_path, search=SEARCH)), Home(tmp_path / "home")
     progress = drive(found, home, lambda: Pretended(home.store, seconds=slow_gangs))
@@ -39,6 +40,7 @@ def test_a_slow_gang_keeps_nobody_waiting_when_points_land_as_they_end(tmp_path)
     assert [result.number for result in collect(found, home)] == list(range(12))
 
 
+@pytest.mark.slow
 def test_in_turn_a_point_lands_after_those_before_it(tmp_path):
     found, home = study(tmp_path, changes(tmp_path, search={**SEARCH, "order": "in_turn", "window": 3})), Home(tmp_path / "home")
     most = []
@@ -135,6 +137,7 @@ def test_settings_that_do_not_go_together_are_a_refused_row_and_no_end_of_the_st
     assert (good.status, bad.status) == ("done", "refused") and "data.mix names no second set" in bad.reason
 
 
+@pytest.mark.slow
 def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
     plain = changes(tmp_path, search={"sampler": "grid"})
     home = Home(tmp_path / "home")
@@ -146,6 +149,7 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
     assert (more.by, more.told, len(more.results)) == ("", 12, 7)
 
 
+@pytest.mark.slow
 def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
     plain = changes(tmp_path, search={"window": 2})
     home, told = Home(tmp_path / "home"), [0]
@@ -156,6 +160,7 @@ def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
     assert [point for _, point, _, _ in asked(later, home.storage("tiny"))] == list(space(later))
 
 
+@pytest.mark.slow
 def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_is_raised(tmp_path):
     plain = changes(tmp_path, search={"sampler": "grid", "window": 3})
     home = Home(tmp_path / "home")

@@ -188,6 +188,7 @@ def test_a_proposal_that_was_set_aside_but_not_yet_closed_is_closed(tmp_path, ur
     assert optuna.load_study(study_name="tiny", storage=url.url).trials[trial.number].state == optuna.trial.TrialState.FAIL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
 def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are_asked_for(tmp_path, url, sampler):
     found = searched(tmp_path, sampler, points=500)
@@ -229,6 +230,7 @@ def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url)
             OptunaSearcher(part, replace(url, name=part.study)).ask(KNOWN)
 
 
+@pytest.mark.slow
 def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
     found = searched(tmp_path)
     searcher = OptunaSearcher(found, url)
@@ -290,6 +292,7 @@ def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_p
         assert 1e-5 <= values["train.learning_rate"] <= 1e-3 and 0.1 <= values["apply.threshold"] <= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_of_ranges_with_steps_the_whole_space_is_proposed_without_a_duplicate(tmp_path, url, sampler):
     axes = {

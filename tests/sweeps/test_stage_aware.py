@@ -63,6 +63,7 @@ def driven(searcher, known, result, window=WINDOW, told_at_most=None):
             return points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_every_mask_is_proposed_once_and_then_there_is_nothing_left(tmp_path, empty_storage, seeds):  # noqa: F811
     searcher, known = searcher_of(tmp_path, empty_storage, known=Imagined(modules=6, seeds=seeds))
@@ -131,6 +132,7 @@ def test_a_cost_ceiling_is_never_crossed(tmp_path, empty_storage):  # noqa: F811
     assert all(dict(entry.misses)["gpu_hours"] <= 0 for entry in searcher.trials.entries)
 
 
+@pytest.mark.slow
 def test_a_refusal_floor_keeps_the_search_where_it_holds(tmp_path, empty_storage):  # noqa: F811
     axes = {"train.rank": [2, 4, 8], "apply.threshold": {"low": 0.0, "high": 1.0}}
     holding = {}

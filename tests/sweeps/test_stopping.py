@@ -72,6 +72,7 @@ def test_a_point_without_metrics_is_no_gain_and_a_missing_price_no_guess(tmp_pat
         study(tmp_path, {"search": {"sampler": "grid", "stop": {"gain": 0.1}}})
 
 
+@pytest.mark.slow
 def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     plain = changes(tmp_path, axes={"train.rank": [2, 4, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
     plain["models"] = {"7b": plain["models"]["7b"]}

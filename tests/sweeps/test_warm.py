@@ -32,6 +32,7 @@ def warmed(tmp_path, changes=None, **search):
     return study(tmp_path, {**(changes or {}), "search": {**SEARCH, "warm_start": ["small"], **search}})
 
 
+@pytest.mark.slow
 def test_what_another_study_measured_is_known_and_costs_no_points(tmp_path, home):
     found = warmed(tmp_path)
     finished = [

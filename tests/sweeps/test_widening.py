@@ -64,6 +64,7 @@ def rows(results):
     return {r.point: (r.status, dict(r.metrics), dict(r.keys)) for r in results}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", [{"sampler": "grid"}, {"sampler": "tpe", "points": 6}])
 def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones_only(tmp_path, search):
     plain = changes(tmp_path, axes=AXES, search=search)

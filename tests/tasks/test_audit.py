@@ -199,6 +199,7 @@ def test_a_set_without_prompts_is_an_error_not_an_empty_report():
         audit(PromptSet("plain", (), 0))
 
 
+@pytest.mark.slow
 def test_of_a_thousand_prompts_few_pairs_are_compared(monkeypatch):
     compared = []
     monkeypatch.setattr(audits, "similarity", lambda one, other: compared.append(1) or similarity(one, other))
