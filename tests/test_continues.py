@@ -140,6 +140,7 @@ def finish_with_a_killed_worker(study: Path, home: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_driver_ray_and_worker_killed_one_after_another_end_with_the_same_table(study: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Only here a whole study outlives kills of its driver, of Ray and of a worker."""
     # One home for all of them: each start of Ray takes longer than the stages do, and every kill finds the others' leavings.
     kill_driver(study, tmp_path, 2)
     kill_ray(study, tmp_path, 5)
@@ -153,6 +154,7 @@ def test_driver_ray_and_worker_killed_one_after_another_end_with_the_same_table(
 
 
 def test_second_driver_says_who_holds_the_study_and_leaves(study: Path, tmp_path: Path) -> None:
+    """Only here two drivers want one study."""
     first = start(study, tmp_path, "--executor", "inline")
     wait_for(lambda: bool(records(tmp_path)), first, "record")
     second = start(study, tmp_path)
@@ -167,6 +169,7 @@ def test_second_driver_says_who_holds_the_study_and_leaves(study: Path, tmp_path
 def test_a_killed_run_on_a_bucket_and_a_database_goes_on_to_the_table_of_one_on_a_disk(
     study: Path, undisturbed: Path, bucket: str, postgres: Postgres, tmp_path: Path
 ) -> None:
+    """Only here a study on Ray has its store in a bucket and its points in PostgreSQL, and is killed."""
     store = Store(bucket)
     (tmp_path / "cluster.yaml").write_text(f"store: {bucket}\nstorage: {postgres.url}\n")
     driver = start(study, tmp_path)

@@ -103,6 +103,7 @@ def finished(study: Path, home: Path) -> Path:
 
 
 def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path, browser: Browser) -> None:
+    """Only here the page is open while a study runs."""
     with served(study, home) as url, window(browser) as opened:
         page = opened.context.new_page()
         page.goto(url)
@@ -126,6 +127,7 @@ def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path, browser: B
 def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
     study: Path, finished: Path, home: Path, browser: Browser
 ) -> None:
+    """Only here a person's way through the finished page is gone."""
     with served(study, home) as url, window(browser) as opened:
         page = opened.context.new_page()
         page.goto(url)

@@ -78,6 +78,7 @@ def folder(run: Run) -> Path:
 
 
 def test_the_frontier_is_a_trade_off_with_projected_points_on_it(run: Run) -> None:
+    """Pays for the run: only here a study with a gang, lm-eval and the mirror runs by the real command."""
     frame = pd.read_parquet(run.folder / "results.parquet")
     assert set(frame["model"]) == set(run.study.models) and set(frame["status"]) == {"done"}
     chosen = frame[frame["on_frontier"]]
@@ -154,6 +155,7 @@ def test_wandb_has_a_run_for_each_point_and_training_and_the_study(run: Run) -> 
 
 
 def test_nothing_is_left_to_run(run: Run, printed: dict[str, str], before: dict[Path, tuple[int, int]]) -> None:
+    """Pays for six commands on the finished study, which later tests read."""
     plan = json.loads(printed["plan --json"])
     assert plan["complete"] and plan["misses"] == []
     assert " 0 stages run" in printed["run"] and "0 misses" in printed["plan"]

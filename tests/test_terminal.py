@@ -110,6 +110,7 @@ def drained(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> SimpleNames
 
 
 def test_an_interrupt_drains_and_says_how_to_resume_with_the_command_as_it_was_typed(drained: SimpleNamespace) -> None:
+    """Pays for a run with two watchers, which later tests read."""
     resume = resumed(drained.file, drained.home, "--json")
     assert f"nothing new starts; Ctrl-C again stops now. To go on later:\n  {resume}\n" in drained.err
     assert f"to go on:\n  {resume}\n" in drained.err

@@ -42,6 +42,7 @@ def study() -> Study:
 
 
 def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: Home) -> None:
+    """Pays for the walk's study, unless an earlier run has left it."""
     # A study gives points ...
     point = Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})
     # ... the planner turns a point into stages, each reading from others ...

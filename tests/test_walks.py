@@ -31,11 +31,13 @@ def written(walk_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_tutorial_says_what_ebbline_says(quickstart_home: Path, tmp_path: Path) -> None:
+    """Only here the tutorial's commands run."""
     follow(DOCS / "tutorial.md", checkout(tmp_path), {"EBBLINE_HOME": str(quickstart_home)})
 
 
 @pytest.mark.parametrize("page", ["bringing-data.md", "adding-a-suite.md", "adding-a-stage-kind.md", "adding-an-executor.md"])
 def test_a_page_does_what_it_says(page: str, written: Path, tmp_path: Path) -> None:
+    """Only here the commands of these pages run; the first pays for a training."""
     folder = checkout(tmp_path)
     shutil.copytree(written / "mine", folder / "mine")
     follow(DOCS / page, folder, {"EBBLINE_HOME": str(written / "runs")})

@@ -60,6 +60,7 @@ def test_a_workspace_of_a_project_without_runs_says_to_sync_first(home: Path, se
 
 
 def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(home: Path, server: WandbServer) -> None:
+    """Only here `sync` and `wandb-workspace` work on a finished study."""
     there = ("--home", str(home))
     code, text = said("sync", "whole", *there, "-n", "4", "--json")
     done = json.loads(text)

@@ -161,6 +161,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 240.
 def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
 ) -> None:
+    """Only here a gang loses a machine, moves, and is moved again by a drain."""
     runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(4, stage), PROFILE)
     gang = training(GANG_RANK, pair.aligned, rows)
     runner.want([gang])
@@ -193,6 +194,7 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
 def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
 ) -> None:
+    """Only here processes hang, and are killed and replaced."""
     runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(2, stage), PROFILE)
     stages = [training(rank, pair.aligned, rows) for rank in (GANG_RANK, 1)]
     stopped: list[int] = []
@@ -232,6 +234,7 @@ def training_said(store: Path) -> int:
 def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
     machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
 ) -> None:
+    """Only here a driver dies on a cluster that lives on."""
     first = driver(machines, tmp_path, pair, rows)
     wait_until(lambda: any(tmp_path.glob("train/*/record.json")) or first.poll() is not None, "finished training")
     first.send_signal(signal.SIGKILL)
@@ -253,6 +256,7 @@ def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
 def test_a_lost_head_ends_the_driver_with_a_message_and_a_new_cluster_continues(
     pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
 ) -> None:
+    """Only here the head of a cluster is lost under a driver."""
     lost = Machines()
     lost.add(3)
     try:

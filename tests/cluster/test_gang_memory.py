@@ -35,6 +35,7 @@ def a_member_holds_two_rows_at_most() -> None:
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
 def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tmp_path, pair):
+    """Only here a gang of Ray Train starts again because a member ran out of memory."""
     import ray
 
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}

@@ -196,6 +196,7 @@ def test_progress_counts_from_where_this_attempt_began(tmp_path, monkeypatch):
 
 @pytest.mark.process
 def test_a_hub_that_does_not_answer_is_no_fault_of_the_stage(tmp_path):
+    """Only here a model comes from a hub that is silent."""
     code = "from tasks.models import resolve; resolve('hub:model:nobody/nothing@' + 40 * 'a')"
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
