@@ -170,7 +170,7 @@ def _options() -> argparse.Namespace:
     add("--tree", type=Path, default=here, help="the checkout to judge (default: this one)")
     add("--tests", metavar="FOLDER", default="tests", help="only test files below, as tests/fast")
     add("--jobs", type=int, default=1, help="faults judged at once, each in its own copy")
-    add("--limit", type=float, default=150.0, help="seconds of testing for a fault (default: 150)")
+    add("--limit", type=float, default=180.0, help="seconds of testing for a fault (default: 180)")
     add("--json", type=Path, help="where the verdicts go, after each fault")
     add("--resume", action="store_true", help="go on with what the JSON file has")
     return parser.parse_args()

@@ -129,6 +129,14 @@ def test_a_stage_whose_inputs_came_out_as_before_is_not_run_again(store, tmp_pat
     assert runner.nodes[changed.lineage].reused
 
 
+def test_a_key_hashes_the_part_that_is_read_and_not_what_lies_beside_it(store, pool):
+    whole = rows(20, pool)
+    runner, _ = ran(store, whole)
+    made = runner.artifact(whole)
+    read = contents_of(rows(5, whole), runner.artifact)["pool"]
+    assert read == made.content_of(DataSpec.ROWS) != made.content
+
+
 def test_stages_that_share_something_upstream_share_it(store, pool):
     shared = rows(10, pool)
     _, executor = ran(store, *(rows(size, rows(10, pool)) for size in (1, 2, 3)), shared)
@@ -365,6 +373,20 @@ def test_the_attempt_of_one_of_two_twins_is_the_other_s_too(store, tmp_path):
     first, second = (runner.nodes[stage.lineage] for stage in below)
     assert len(executor.jobs) == 1 and first.key == second.key
     assert first.attempt is not None and first.attempt == second.attempt
+
+
+def test_a_stage_that_is_wanted_while_its_twin_runs_starts_no_second_job(store, tmp_path):
+    one_row = source(write_chats(tmp_path / "one.jsonl", 1))
+    above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
+    first, second = (rows(1, stage, seed=5) for stage in above)
+    for stage in above:
+        ran(store, stage)
+    executor = Silent()
+    runner = Runner(store, executor, profile=PATIENCE)
+    for stage in (first, second):
+        runner.want([stage])
+        runner.step(0.0)
+    assert len(executor.jobs) == 1 and runner.nodes[second.lineage].state == "running"
 
 
 def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
