@@ -166,7 +166,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         pytest.fail(_guard.broken, pytrace=False)
     taken_s, what = max((computed_s, "computed"), (own_s - computed_s, "waited"))
     if taken_s > FAST_S:
-        pytest.fail(f"a test of the fast tier {what} for {taken_s:.1f} s, which is over {FAST_S:.0f} s. {HOW}", pytrace=False)
+        pytest.fail(f"a test of the fast tier {what} for {taken_s:.1f} s, which is over {FAST_S:g} s. {HOW}", pytrace=False)
     return result
 
 
