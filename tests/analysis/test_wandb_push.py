@@ -102,6 +102,19 @@ def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(f
 
 
 @pytest.mark.process
+def test_a_run_that_was_cut_off_within_its_history_has_its_first_rows_twice(folder: Path, server: WandbServer) -> None:
+    """W&B's client appends to what a server has. docs/wandb.md says so; this fails once the client does better."""
+    pushed(folder)
+    cut = server.runs["ebb-012345"]
+    del cut.history[5]
+    cut.exit_code = None
+    for marker in folder.glob("wandb/offline-run-*/*.synced"):
+        marker.unlink()
+    assert pushed(folder).pushed == 5
+    assert [line["finished"] for _, line in sorted(cut.history.items())] == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.process
 def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: WandbServer, study: Study) -> None:
     pushed(folder)
     results = [result(number, rank=number + 1, refusal=0.1 * number) for number in range(8)]
@@ -150,7 +163,9 @@ def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) ->
             break
         time.sleep(0.1)
     assert (done.pushed, done.left) == (left, 0)
-    assert [line["finished"] for _, line in sorted(server.runs["ebb-012345"].history.items())] == [1, 2, 3, 4, 5, 6]
+    rows = [line["finished"] for _, line in sorted(server.runs["ebb-012345"].history.items())]
+    assert rows[-6:] == [1, 2, 3, 4, 5, 6], "sent again from the first row"
+    assert rows[:-6] == [1, 2, 3, 4, 5, 6][: len(rows) - 6], "W&B's client appends, when the kill came within the history"
     assert len(server.runs) == 5
 
 
