@@ -108,12 +108,16 @@ def descendants(process: "subprocess.Popen[str]", name: str) -> Iterator[psutil.
             continue
 
 
+def workers_of(driver: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return [*descendants(driver, "ray::_"), *descendants(driver, "ray::IDLE")]
+
+
 def kill_driver(study: Path, home: Path, moment: int) -> None:
     """Start a driver, and kill it once there are so many records; its workers must go with it."""
     driver = start(study, home)
-    wait_for(lambda: len(records(home)) >= moment, driver, f"{moment} records")
-    workers = [*descendants(driver, "ray::_"), *descendants(driver, "ray::IDLE")]
-    assert workers, "nothing to outlive the driver"
+    # Records of an earlier run may be enough: the driver has to have workers too, or there is nothing to outlive it.
+    wait_for(lambda: len(records(home)) >= moment and bool(workers_of(driver)), driver, f"{moment} records and a worker")
+    workers = workers_of(driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     _, alive = psutil.wait_procs(workers, timeout=240)
