@@ -77,7 +77,7 @@ PYTEST = [
     *("-k", "not ray_cluster", "-o", f"timeout={TEST_TIMEOUT_S}"),
 ]
 KILLER = re.compile(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - .*)?$", re.MULTILINE)
-PASSED, FAILED, INTERRUPTED = 0, 1, 2  # pytest's exit codes
+PASSED, FAILED, INTERRUPTED, LOST = 0, 1, 2, -1  # pytest's exit codes, and one of ours
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,14 @@ class Copy:
             if (tree / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(tree / name, folder / name)
-        self._server = subprocess.Popen(
+        self._server = self._started()
+
+    def _started(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
             [sys.executable, "-c", SERVER, *LIBRARIES],
-            cwd=folder,
+            cwd=self.folder,
             # The tree comes before the checkout that is installed. A slow test is no fault that was found.
-            env={**os.environ, "PYTHONPATH": str(folder), "EBBLINE_FAST_S": "inf"},
+            env={**os.environ, "PYTHONPATH": str(self.folder), "EBBLINE_FAST_S": "inf"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -231,16 +234,22 @@ class Copy:
         order = {"output": str(self._output), "arguments": [*PYTEST, *what]}
         asked, said = self._server.stdin, self._server.stdout
         assert asked is not None and said is not None
-        asked.write(json.dumps(order).encode() + b"\n")
-        asked.flush()
-        process = int(said.readline())
-        if not select.select([said], [], [], max(1.0, limit_s))[0]:
-            os.kill(process, signal.SIGINT)  # so that fixtures stop the servers that they started
-            if not select.select([said], [], [], 10.0)[0]:
-                os.killpg(process, signal.SIGKILL)
-            said.readline()
-            return None, self._output.read_text(errors="replace")
-        return int(said.readline()), self._output.read_text(errors="replace")
+        try:
+            asked.write(json.dumps(order).encode() + b"\n")
+            asked.flush()
+            process, code = int(said.readline()), None
+            if select.select([said], [], [], max(1.0, limit_s))[0]:
+                code = int(said.readline())
+            else:
+                os.kill(process, signal.SIGINT)  # so that fixtures stop the servers they started
+                if not select.select([said], [], [], 10.0)[0]:
+                    os.killpg(process, signal.SIGKILL)
+                said.readline()
+        except (ValueError, BrokenPipeError):  # it ended, or a test killed it
+            self._server.kill()
+            self._server = self._started()
+            return LOST, "the process that runs the tests is gone"
+        return code, self._output.read_text(errors="replace")
 
     def close(self) -> None:
         self._server.communicate()
