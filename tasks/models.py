@@ -127,8 +127,7 @@ class Residents:
         """The model and its tokenizer; read from disk only when the one in memory is another."""
         identity = (str(folder), quantisation, dtype, device)
         if self._loaded is None or self._loaded.identity != identity:
-            if not self.empty:
-                self.clear()
+            self.clear()  # also when nothing is resident: a stage before this one may have left a model of its own in cycles
             model = load_model(folder, quantisation, dtype, device)
             self._loaded = _Loaded(identity, model, load_tokenizer(folder))
             self.loads += 1
