@@ -1,1 +1,4 @@
-"""What came out: results, frontier, statistics, figures, tables, the report, the W&B mirror."""
+"""What came out: folders results, figures, report, paper, wandb, dashboard.
+
+Imports tasks, cluster and sweeps. Imports no torch and no ray.
+"""

@@ -1,1 +1,4 @@
-"""Where and how stages run: the artifact store, the executors, the scheduler, the runner."""
+"""Where and how stages run. Folders: store, executors, schedule, running.
+
+Imports tasks.
+"""

@@ -1,4 +1,6 @@
-"""`python -m ebbline`; also the script for `ray submit`, which copies one file to the head and runs it there."""
+"""`python -m ebbline`; also the script for `ray submit`, which copies one file to the head and runs
+it there.
+"""
 
 from ebbline.cli import main
 

@@ -1,4 +1,5 @@
-"""The command line. `--help` imports neither torch, ray nor optuna: each command brings what it needs when it runs.
+"""The command line. `--help` imports neither torch, ray nor optuna: each command brings what it
+needs when it runs.
 
 Its exit codes are EXIT_CODES, in ebbline.options.
 """
@@ -11,7 +12,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from ebbline.options import DEFAULT_HOME, EXIT_CODES, HomeOption, JsonOption, StudyName, as_typed, explained
+from ebbline.options import (
+    DEFAULT_HOME,
+    EXIT_CODES,
+    HomeOption,
+    JsonOption,
+    StudyName,
+    as_typed,
+    explained,
+)
 from ebbline.outcome_commands import outcome_app
 from ebbline.tool_commands import prompts_app, store_app, tool_app
 
@@ -19,7 +28,8 @@ app = typer.Typer(
     name="ebbline",
     help="How far do a chat model's refusals ebb when it is fine-tuned, and what brings them back?",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,  # a bug's traceback in full, plain, and without locals: they may hold completions
+    # A bug's traceback in full, plain, and without locals: they may hold completions
+    pretty_exceptions_enable=False,
 )
 
 
@@ -27,7 +37,7 @@ app = typer.Typer(
 @explained
 def studies(as_json: JsonOption = False) -> None:
     """List the studies that ship."""
-    from sweeps.study_file import parse, shipped
+    from ebbline.sweeps.study.study_file import parse, shipped
 
     rows = {name: parse(path).question for name, path in shipped().items()}
     if as_json:
@@ -41,9 +51,9 @@ def studies(as_json: JsonOption = False) -> None:
 @explained
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
     """Check a study file: keys, types, ranges, and whether all it names is pinned."""
-    from sweeps.search import check_written_points
-    from sweeps.study import require_pins
-    from sweeps.study_file import load
+    from ebbline.sweeps.search.searcher import check_written_points
+    from ebbline.sweeps.study.study import require_pins
+    from ebbline.sweeps.study.study_file import load
 
     loaded = load(study)
     check_written_points(loaded)
@@ -52,18 +62,25 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
         print(loaded.model_dump_json(indent=1))
         return
     axes = dict.fromkeys(axis for model in loaded.models for axis in loaded.axes_of(model))
-    print(f"{loaded.study} is valid: {len(loaded.models)} models, axes {', '.join(axes)}, {len(loaded.suites)} suites, {loaded.sampler}")
+    print(
+        f"{loaded.study} is valid: {len(loaded.models)} models, axes {', '.join(axes)}, "
+        f"{len(loaded.suites)} suites, {loaded.sampler}"
+    )
 
 
 @app.command()
 @explained
 def pin(
     study: StudyName,
-    to: Annotated[Path, typer.Option("--to", help="Where to write the pinned study file.", show_default=False)],
+    to: Annotated[
+        Path, typer.Option("--to", help="Where to write the pinned study file.", show_default=False)
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Fill in the commit and sha256 of every model and data set that a study names, in a copy of its file."""
-    from sweeps.pins import pin_study
+    """Fill in the commit and sha256 of every model and data set that a study names, in a copy of
+    its file.
+    """
+    from ebbline.sweeps.study.pins import pin_study
 
     pins = []
     for line in pin_study(study, to):
@@ -81,25 +98,43 @@ def plan(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
     cluster: Annotated[
-        str | None, typer.Option(help="Plan for these hosts: `2x8xA100,1x4` is hosts x GPUs x type.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Plan for these hosts: `2x8xA100,1x4` is hosts x GPUs x type.", show_default=False
+        ),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Plan for this Ray cluster, as `run` takes it; the profile's if not given.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Plan for this Ray cluster, as `run` takes it; the profile's if not given.",
+            show_default=False,
+        ),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False)] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+    ] = None,
     why: Annotated[int, typer.Option("--why", help="How many misses to explain.")] = 12,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run would take: stages, GPU-hours, dollars, wall time, disk; draw it; and what made each stage miss."""
-    from ebbline.planning import capacity_of, plan_study
-    from sweeps.home import Home
-    from sweeps.search import check_written_points
-    from sweeps.study_file import load
+    """Say what a run would take: stages, GPU-hours, dollars, wall time, disk; draw it; and what
+    made each stage miss.
+    """
+    from ebbline.commands.plan import capacity_of, plan_study
+    from ebbline.sweeps.search.searcher import check_written_points
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     loaded = where.continued(load(where.named(study)))
     check_written_points(loaded)
-    plan_study(loaded, where, capacity_of(loaded, cluster, address or where.profile.address, gpus), why, as_json)
+    plan_study(
+        loaded,
+        where,
+        capacity_of(loaded, cluster, address or where.profile.address, gpus),
+        why,
+        as_json,
+    )
 
 
 @app.command(epilog=EXIT_CODES)
@@ -108,44 +143,71 @@ def run(
     context: typer.Context,
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
-    executor: Annotated[Literal["ray", "inline"], typer.Option(help="Where stages run: a Ray cluster, or this process.")] = "ray",
+    executor: Annotated[
+        Literal["ray", "inline"],
+        typer.Option(help="Where stages run: a Ray cluster, or this process."),
+    ] = "ray",
     address: Annotated[
         str | None,
         typer.Option(
-            help="Ray address: `local` starts one here, `auto` joins the one there is; the profile's if not given.", show_default=False
+            help="Ray address: `local` starts one here, `auto` joins the one there is; the "
+            "profile's if not given.",
+            show_default=False,
         ),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False)] = None,
-    wandb: Annotated[bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")] = True,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
+    ] = None,
+    wandb: Annotated[
+        bool, typer.Option(help="Mirror to Weights & Biases (offline unless you are logged in).")
+    ] = True,
     extend: Annotated[
-        bool, typer.Option("--extend", help="The file was changed to ask for more: points, values of an axis, seeds, a size.")
+        bool,
+        typer.Option(
+            "--extend",
+            help="The file was changed to ask for more: points, values of an axis, seeds, a size.",
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end; all else goes to standard error.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object at the end; all else goes to standard error."),
+    ] = False,
 ) -> None:
-    """Run a study to its report. The same command continues one that was cut off, and runs nothing twice.
+    """Run a study to its report. The same command continues one that was cut off, and runs nothing
+    twice.
 
     Ctrl-C once finishes what runs and starts nothing new; twice stops now. Both say how to go on.
     """
-    from ebbline.running import Place, run_study
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    from ebbline.commands.run import Place, run_study
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     loaded = where.continued(load(where.named(study)))
     place = Place(executor, address or where.profile.address, gpus)
-    raise typer.Exit(run_study(loaded, where.named(study), where, place, wandb, extend, as_typed(context), as_json))
+    raise typer.Exit(
+        run_study(
+            loaded, where.named(study), where, place, wandb, extend, as_typed(context), as_json
+        )
+    )
 
 
 @app.command()
 @explained
 def doctor(
     home: HomeOption = DEFAULT_HOME,
-    address: Annotated[str | None, typer.Option(help="Ray address; the profile's if not given.", show_default=False)] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray address; the profile's if not given.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Try everything that a run needs: GPUs, compiler, disks, Ray, logins, store, database. Says how to mend what is missing."""
-    from ebbline.doctor import examine, tell
-    from sweeps.home import Home
+    """Try everything that a run needs: GPUs, compiler, disks, Ray, logins, store, database. Says
+    how to mend what is missing.
+    """
+    from ebbline.commands.doctor import examine, tell
+    from ebbline.sweeps.study.home import Home
 
     raise typer.Exit(tell(examine(Home(home), address), as_json))
 

@@ -1,4 +1,6 @@
-"""What the commands share: their common options, and how an error becomes a message and an exit code."""
+"""What the commands share: their common options, and how an error becomes a message and an exit
+code.
+"""
 
 import json
 import os
@@ -11,38 +13,54 @@ from typing import Annotated, Any
 
 import typer
 
-import sweeps
-from tasks.errors import EbblineError, StudyHeld
+from ebbline import sweeps
+from ebbline.tasks.errors import EbblineError, StudyHeld
 
 DEFAULT_HOME = Path("runs")
 
 
 def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """For a shell: the studies that ship and those of the home. A YAML file is completed by the shell itself."""
-    home = Path(context.params.get("home") or os.environ.get("EBBLINE_HOME") or DEFAULT_HOME).expanduser()
+    """For a shell: the studies that ship and those of the home. A YAML file is completed by the
+    shell itself.
+    """
+    home = Path(
+        context.params.get("home") or os.environ.get("EBBLINE_HOME") or DEFAULT_HOME
+    ).expanduser()
     ship = {path.stem: "ships" for path in (Path(sweeps.__path__[0]) / "studies").glob("*.yaml")}
     own = {path.parent.name: f"in {home}" for path in home.glob("studies/*/file")}
-    return sorted((name, what) for name, what in {**ship, **own}.items() if name.startswith(incomplete))
+    return sorted(
+        (name, what) for name, what in {**ship, **own}.items() if name.startswith(incomplete)
+    )
 
 
 StudyName = Annotated[
     str,
     typer.Argument(
-        help="A study that ships (see `ebbline studies`), a YAML file, or a study of the home by its name.",
+        help="A study that ships (see `ebbline studies`), a YAML file, or a study of the home "
+        "by its name.",
         show_default=False,
         autocompletion=complete_study,
     ),
 ]
-HomeOption = Annotated[Path, typer.Option("--home", envvar="EBBLINE_HOME", help="The folder that holds the store and all studies.")]
+HomeOption = Annotated[
+    Path,
+    typer.Option(
+        "--home", envvar="EBBLINE_HOME", help="The folder that holds the store and all studies."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; 3 done, but points have no result; 4 somebody else drives"
-    " the study; 5 its budget stopped it (raise it, and the same command goes on); 130 stopped on request (the same command goes on)."
+    "Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; 3 done, but "
+    "points have no result; 4 somebody else drives"
+    " the study; 5 its budget stopped it (raise it, and the same command goes on); 130 "
+    "stopped on request (the same command goes on)."
 )
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an EbblineError into one message and an exit code; anything else is a bug and keeps its traceback."""
+    """Turn an EbblineError into one message and an exit code; anything else is a bug and keeps its
+    traceback.
+    """
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -52,7 +70,12 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
             code = 4 if isinstance(error, StudyHeld) else 1
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             if kwargs.get("as_json"):
-                print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}, indent=1))
+                print(
+                    json.dumps(
+                        {"error": str(error), "kind": type(error).__name__, "exit_code": code},
+                        indent=1,
+                    )
+                )
             raise typer.Exit(code) from None
 
     return wrapped
@@ -61,4 +84,6 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 def as_typed(context: typer.Context) -> str:
     """The command line of this process, as a shell would take it again."""
     program = context.find_root().info_name or "ebbline"
-    return shlex.join([*("python -m ebbline" if program.endswith(".py") else program).split(), *sys.argv[1:]])
+    return shlex.join(
+        [*("python -m ebbline" if program.endswith(".py") else program).split(), *sys.argv[1:]]
+    )

@@ -1,4 +1,6 @@
-"""The commands that look at what a study has come to. Each brings what it needs when it runs, so that `--help` stays fast."""
+"""The commands that look at what a study has come to. Each brings what it needs when it runs, so
+that `--help` stays fast.
+"""
 
 import os
 from pathlib import Path
@@ -16,16 +18,27 @@ outcome_app = typer.Typer()
 def status(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow it until nobody drives it any more. Ctrl-C ends only that.")] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            "-w",
+            help="Follow it until nobody drives it any more. Ctrl-C ends only that.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a study is: who drives it, its points, and the frontier so far. With --watch --json, a line for each change."""
-    from ebbline.status import show_status, watch_status
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    """Show how far a study is: who drives it, its points, and the frontier so far. With --watch
+    --json, a line for each change.
+    """
+    from ebbline.commands.status import show_status, watch_status
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
-    (watch_status if watch else show_status)(where.continued(load(where.named(study))), where, as_json)
+    (watch_status if watch else show_status)(
+        where.continued(load(where.named(study))), where, as_json
+    )
 
 
 @outcome_app.command()
@@ -33,13 +46,22 @@ def status(
 def dashboard(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine's loopback; 0 takes any that is free.")] = 8765,
-    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="Of this machine's loopback; 0 takes any that is free."
+        ),
+    ] = 8765,
+    browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
+    ] = True,
 ) -> None:
-    """Show a study in a browser as it runs: queue, GPUs, frontier, trainings, failures; and its points in optuna-dashboard."""
-    from ebbline.dashboard import show
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    """Show a study in a browser as it runs: queue, GPUs, frontier, trainings, failures; and its
+    points in optuna-dashboard.
+    """
+    from ebbline.analysis.dashboard.server import show
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     show(where.continued(load(where.named(study))), where, port, browser)
@@ -50,8 +72,8 @@ def dashboard(
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Write the tables, the figures and the report of what a study has so far."""
     from ebbline.outputs import tell_outputs, write_outputs
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     tell_outputs(write_outputs(where.continued(load(where.named(study))), where), as_json)
@@ -62,16 +84,25 @@ def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
 def sync(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
-    at_once: Annotated[int, typer.Option("--at-once", "-n", min=1, max=64, help="How many runs are pushed at a time.")] = 8,
+    at_once: Annotated[
+        int,
+        typer.Option("--at-once", "-n", min=1, max=64, help="How many runs are pushed at a time."),
+    ] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring the W&B mirror up to date, and push the runs that were kept offline. Cut off, it goes on where it was."""
-    from ebbline.syncing import sync_study
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    """Bring the W&B mirror up to date, and push the runs that were kept offline. Cut off, it goes
+    on where it was.
+    """
+    from ebbline.commands.sync import sync_study
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
-    raise typer.Exit(sync_study(where.named(study), where.continued(load(where.named(study))), where, at_once, as_json))
+    raise typer.Exit(
+        sync_study(
+            where.named(study), where.continued(load(where.named(study))), where, at_once, as_json
+        )
+    )
 
 
 @outcome_app.command(name="wandb-workspace")
@@ -79,13 +110,20 @@ def sync(
 def wandb_workspace(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
-    entity: Annotated[str | None, typer.Option(help="The W&B user or team; your default one if not given.", show_default=False)] = None,
+    entity: Annotated[
+        str | None,
+        typer.Option(
+            help="The W&B user or team; your default one if not given.", show_default=False
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the study's workspace and report on W&B, or bring them up to date: frontier, hypervolume, parallel coordinates, importance."""
-    from ebbline.workspace import make_workspace
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    """Make the study's workspace and report on W&B, or bring them up to date: frontier,
+    hypervolume, parallel coordinates, importance.
+    """
+    from ebbline.commands.workspace import make_workspace
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     make_workspace(where.continued(load(where.named(study))), where, entity, as_json)
@@ -94,25 +132,42 @@ def wandb_workspace(
 @outcome_app.command()
 @explained
 def export(
-    study: Annotated[str | None, typer.Argument(help="A study that ships, or a YAML file.", show_default=False)] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="The folder to write; an earlier export of the study is replaced.")] = None,
-    style: Annotated[Literal["neurips", "acl", "both"], typer.Option(help="Whose column widths figures and tables have.")] = "both",
+    study: Annotated[
+        str | None, typer.Argument(help="A study that ships, or a YAML file.", show_default=False)
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="The folder to write; an earlier export of the study is replaced."
+        ),
+    ] = None,
+    style: Annotated[
+        Literal["neurips", "acl", "both"],
+        typer.Option(help="Whose column widths figures and tables have."),
+    ] = "both",
     check: Annotated[
-        Path | None, typer.Option("--check", help="In place of a study: compare this bundle's keys with those of --home.")
+        Path | None,
+        typer.Option(
+            "--check", help="In place of a study: compare this bundle's keys with those of --home."
+        ),
     ] = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a study's outcome for a paper: figures, LaTeX tables, data, methods, BibTeX, and a bundle that runs it again."""
-    from ebbline import exporting
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    """Write a study's outcome for a paper: figures, LaTeX tables, data, methods, BibTeX, and a
+    bundle that runs it again.
+    """
+    from ebbline.commands import export as exporting
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     if check is not None and study is None and to is None:
         raise typer.Exit(exporting.check(check, where, as_json))
     if study is None or to is None or check is not None:
-        raise typer.BadParameter("give STUDY and --to DIR, or --check BUNDLE alone (either with --home)")
+        raise typer.BadParameter(
+            "give STUDY and --to DIR, or --check BUNDLE alone (either with --home)"
+        )
     exporting.export_study(where.continued(load(where.named(study))), where, to, style, as_json)
 
 
@@ -121,62 +176,117 @@ def export(
 def pick(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
-    model: Annotated[str | None, typer.Option(help="Of this size only.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Of this size only.", show_default=False)
+    ] = None,
     floor: Annotated[
         list[str] | None,
-        typer.Option(help="What a point must hold, as refusal_rate=0.95; at most, where lower is better. Repeatable.", show_default=False),
+        typer.Option(
+            help="What a point must hold, as refusal_rate=0.95; at most, where lower is better. "
+            "Repeatable.",
+            show_default=False,
+        ),
     ] = None,
     maximise: Annotated[
-        str | None, typer.Option(help="Most of this; the study's usefulness objective if not given.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Most of this; the study's usefulness objective if not given.", show_default=False
+        ),
     ] = None,
     confidence: Annotated[
         float | None,
-        typer.Option(min=0.5, max=0.9999, help="Hold the floors with this confidence, the pick allowed for.", show_default=False),
+        typer.Option(
+            min=0.5,
+            max=0.9999,
+            help="Hold the floors with this confidence, the pick allowed for.",
+            show_default=False,
+        ),
     ] = None,
-    point: Annotated[int | None, typer.Option(help="Look at this point instead of the best one.", show_default=False)] = None,
+    point: Annotated[
+        int | None,
+        typer.Option(help="Look at this point instead of the best one.", show_default=False),
+    ] = None,
     export: Annotated[
-        Path | None, typer.Option("--export", help="Write the point's adapter and its model card into this folder.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--export",
+            help="Write the point's adapter and its model card into this folder.",
+            show_default=False,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Name the point to ship: the most useful one that holds the floor, and how sure that is. Exit code 1 when none does."""
-    from ebbline.picking import Asked, pick_study
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    """Name the point to ship: the most useful one that holds the floor, and how sure that is. Exit
+    code 1 when none does.
+    """
+    from ebbline.commands.pick import Asked, pick_study
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     asked = Asked(tuple(floor or ()), maximise, model, point, confidence, seed)
-    raise typer.Exit(pick_study(where.continued(load(where.named(study))), study, where, asked, export, as_json))
+    raise typer.Exit(
+        pick_study(where.continued(load(where.named(study))), study, where, asked, export, as_json)
+    )
 
 
 @outcome_app.command()
 @explained
 def compare(
-    studies: Annotated[list[str], typer.Argument(help="Studies that ship, or YAML files; the first is what the others are set against.")],
+    studies: Annotated[
+        list[str],
+        typer.Argument(
+            help="Studies that ship, or YAML files; the first is what the others are set against."
+        ),
+    ],
     home: Annotated[
-        list[Path] | None, typer.Option(help="The home of all of them, or one for each in their order.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            help="The home of all of them, or one for each in their order.", show_default=False
+        ),
     ] = None,
     floor: Annotated[
         list[str] | None,
-        typer.Option(help="What operating points must hold, as for `pick`; the strictest refusal floor if not given.", show_default=False),
+        typer.Option(
+            help="What operating points must hold, as for `pick`; the strictest refusal floor "
+            "if not given.",
+            show_default=False,
+        ),
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="Write a page (.html) or a picture (.png, .pdf, .svg) here.", show_default=False)] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page (.html) or a picture (.png, .pdf, .svg) here.", show_default=False
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Set studies side by side: frontiers, operating points at equal floors, equal points; prompt by prompt where that is possible."""
-    from ebbline.comparing import compare_studies
+    """Set studies side by side: frontiers, operating points at equal floors, equal points; prompt
+    by prompt where that is possible.
+    """
+    from ebbline.commands.compare import compare_studies
 
-    compare_studies(studies, home or [Path(os.environ.get("EBBLINE_HOME", DEFAULT_HOME))], floor or [], to, as_json)
+    compare_studies(
+        studies,
+        home or [Path(os.environ.get("EBBLINE_HOME", DEFAULT_HOME))],
+        floor or [],
+        to,
+        as_json,
+    )
 
 
 @outcome_app.command()
 @explained
 def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Set a study beside what papers report, and say of each number what is and is not comparable."""
-    from ebbline.papers import show_papers
-    from sweeps.home import Home
-    from sweeps.study_file import load
+    """Set a study beside what papers report, and say of each number what is and is not
+    comparable.
+    """
+    from ebbline.commands.papers import show_papers
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.study_file import load
 
     where = Home(home)
     show_papers(where.continued(load(where.named(study))), where, as_json)

@@ -4,28 +4,42 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from analysis.costs import cost_rows, prediction_rows
-from analysis.figures import save
-from analysis.findings import figures_of, findings
-from analysis.projection_figure import projection_figures
-from analysis.provenance import provenance
-from analysis.report import write_report
-from analysis.results import StoredEvidence, artifacts_behind, baselines, collect, costs_before, projections
-from analysis.tables import categories_frame, results_frame, write_categories, write_tables
-from cluster.store import Artifact
-from ebbline.planning import GANTT
-from sweeps.home import Home
-from sweeps.points import Result
-from sweeps.prediction import read_predictions
-from sweeps.spending import read_spent
-from sweeps.study import Study
+from ebbline.analysis.figures.drawing import save
+from ebbline.analysis.figures.projection import projection_figures
+from ebbline.analysis.report.findings import figures_of, findings
+from ebbline.analysis.report.provenance import provenance
+from ebbline.analysis.report.report import write_report
+from ebbline.analysis.results.collect import (
+    StoredEvidence,
+    artifacts_behind,
+    baselines,
+    collect,
+    costs_before,
+    projections,
+)
+from ebbline.analysis.results.costs import cost_rows, prediction_rows
+from ebbline.analysis.results.tables import (
+    categories_frame,
+    results_frame,
+    write_categories,
+    write_tables,
+)
+from ebbline.cluster.store.artifacts import Artifact
+from ebbline.commands.plan import GANTT
+from ebbline.sweeps.forecast.prediction import read_predictions
+from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
 
 
 def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     """The tables, figures and report of what a study has so far; what -> where."""
     folder = home.folder(study.study)
     results, before = collect(study, home), baselines(study, home)
-    _, table, frontier_csv = write_tables(results_frame(results, study.objectives, home.profile), folder)
+    _, table, frontier_csv = write_tables(
+        results_frame(results, study.objectives, home.profile), folder
+    )
     outputs = {"results": table, "frontier": frontier_csv}
     found = findings(study, results, before, StoredEvidence(study, home))
     drawn = figures_of(found)
@@ -34,10 +48,17 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     projected = projections(study, results, home)
     for name, figure in projection_figures(projected).items():
         save(figure, folder, name)
-    outputs["categories"] = write_categories(categories_frame(study, results, before, found.evidence), folder)
+    outputs["categories"] = write_categories(
+        categories_frame(study, results, before, found.evidence), folder
+    )
     artifacts = artifacts_behind(study, home, results)
-    cost, origin = _cost(study, home, results, artifacts), provenance(study, home, results, artifacts).rows()
-    outputs["report"] = write_report(found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn)
+    cost, origin = (
+        _cost(study, home, results, artifacts),
+        provenance(study, home, results, artifacts).rows(),
+    )
+    outputs["report"] = write_report(
+        found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn
+    )
     return outputs
 
 
@@ -49,7 +70,12 @@ def tell_outputs(outputs: Mapping[str, Path], as_json: bool = False) -> None:
         print(f"{what:10} {path}")
 
 
-def _cost(study: Study, home: Home, results: Sequence[Result], artifacts: Sequence[Artifact]) -> dict[str, object]:
-    folder, kinds = home.folder(study.study), {artifact.key: artifact.kind for artifact in artifacts}
+def _cost(
+    study: Study, home: Home, results: Sequence[Result], artifacts: Sequence[Artifact]
+) -> dict[str, object]:
+    folder, kinds = (
+        home.folder(study.study),
+        {artifact.key: artifact.kind for artifact in artifacts},
+    )
     rows = cost_rows(results, costs_before(study, home), kinds, read_spent(folder), home.profile)
     return rows | prediction_rows(read_predictions(folder), home.profile)

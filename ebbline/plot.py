@@ -1,7 +1,9 @@
-"""The frontier so far in characters, for a terminal: the first two objectives, a mark for each size.
+"""The frontier so far in characters, for a terminal: the first two objectives, a mark for each
+size.
 
-It keeps what no other point of its size dominates, and of the rest the latest: a study may have very many points. A point that comes
-again, with a further seed, replaces what it was; what it hid comes back as far as it is kept.
+It keeps what no other point of its size dominates, and of the rest the latest: a study may have
+very many points. A point that comes again, with a further seed, replaces what it was; what it hid
+comes back as far as it is kept.
 """
 
 import math
@@ -11,14 +13,17 @@ from statistics import median
 
 from rich.text import Text
 
-from analysis.compare import Baselines
-from analysis.frontier import frontier, frontier_hypervolume
-from analysis.wording import directed_label, natural
-from sweeps.points import Result
-from tasks.metrics import Metric
+from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.wording import directed_label, natural
+from ebbline.sweeps.study.points import Result
+from ebbline.tasks.measuring.metrics import Metric
 
 STYLES = ("bright_blue", "yellow", "green", "magenta", "cyan")
-SIGNS = {True: ("●■▲◆▼", "·", "★"), False: ("o#^%v", ".", "*")}  # of frontiers, of dominated points, of aligned models
+SIGNS = {
+    True: ("●■▲◆▼", "·", "★"),
+    False: ("o#^%v", ".", "*"),
+}  # of frontiers, of dominated points, of aligned models
 KEPT = 400  # dominated points that are drawn
 STEP = 0.05
 
@@ -54,7 +59,10 @@ class FrontierSoFar:
     @property
     def results(self) -> list[Result]:
         """The points of each size that no other of that size dominates, by number."""
-        return sorted((result for front in self.fronts.values() for result in front), key=lambda result: result.number)
+        return sorted(
+            (result for front in self.fronts.values() for result in front),
+            key=lambda result: result.number,
+        )
 
     @property
     def hypervolume(self) -> float:
@@ -64,46 +72,85 @@ class FrontierSoFar:
         return [result.metrics[name].value for name in self.objectives]
 
     def text(self, width: int = 48, height: int = 10, unicode: bool = True) -> Text:
-        """A scatter of `width` x `height` characters with its axes, what the signs mean, and how wide the intervals are."""
+        """A scatter of `width` x `height` characters with its axes, what the signs mean, and how
+        wide the intervals are.
+        """
         if not self.fronts:
             return Text("no point has finished, so there is no frontier yet", style="dim")
         drawn = self.objectives[:2]
         marks, dominated, star = SIGNS[unicode]
         sizes = sorted({*self.fronts, *self.aligned}, key=natural)
-        look = {model: (marks[place % len(marks)], STYLES[place % len(STYLES)]) for place, model in enumerate(sizes)}
+        look = {
+            model: (marks[place % len(marks)], STYLES[place % len(STYLES)])
+            for place, model in enumerate(sizes)
+        }
         signs = [(self._place(each.metrics, each.number), dominated, "dim") for each in self._rest]
-        signs += [(self._place(metrics, 0), star, look[model][1]) for model, metrics in self.aligned.items() if set(drawn) <= set(metrics)]
-        signs += [(self._place(each.metrics, each.number), *look[each.point.model]) for each in self.results]
-        xs, ys = _scale([place[0] for place, _, _ in signs], len(drawn) == 2), _scale([place[1] for place, _, _ in signs])
+        signs += [
+            (self._place(metrics, 0), star, look[model][1])
+            for model, metrics in self.aligned.items()
+            if set(drawn) <= set(metrics)
+        ]
+        signs += [
+            (self._place(each.metrics, each.number), *look[each.point.model])
+            for each in self.results
+        ]
+        xs, ys = (
+            _scale([place[0] for place, _, _ in signs], len(drawn) == 2),
+            _scale([place[1] for place, _, _ in signs]),
+        )
         cells = [[(" ", "")] * width for _ in range(height)]
         for (x, y), sign, style in signs:
-            cells[round((ys[1] - y) / (ys[1] - ys[0]) * (height - 1))][round((x - xs[0]) / (xs[1] - xs[0]) * (width - 1))] = (sign, style)
+            cells[round((ys[1] - y) / (ys[1] - ys[0]) * (height - 1))][
+                round((x - xs[0]) / (xs[1] - xs[0]) * (width - 1))
+            ] = (sign, style)
         bar, corner, line = ("│", "└", "─") if unicode else ("|", "+", "-")
         text = Text(directed_label(drawn[-1]) + "\n", no_wrap=True)
         for number, row in enumerate(cells):
-            label = f"{ys[1] - (ys[1] - ys[0]) * number / (height - 1):.0%}" if number in (0, height // 2, height - 1) else ""
+            label = (
+                f"{ys[1] - (ys[1] - ys[0]) * number / (height - 1):.0%}"
+                if number in (0, height // 2, height - 1)
+                else ""
+            )
             text.append(f"{label:>5} {bar}")
             for sign, style in row:
                 text.append(sign, style)
             text.append("\n")
         ends = [f"{end:.0%}" if len(drawn) == 2 else f"{end:.0f}" for end in xs]
         name = directed_label(drawn[0]) if len(drawn) == 2 else "point number"
-        text.append(f"{'':5} {corner}{line * width}\n{'':6} {ends[0]}{name:^{width - sum(map(len, ends))}}{ends[1]}\n")
+        text.append(
+            f"{'':5} {corner}{line * width}\n{'':6} "
+            f"{ends[0]}{name:^{width - sum(map(len, ends))}}{ends[1]}\n"
+        )
         for model in sizes:
             text.append(f"{look[model][0]} ", look[model][1]).append(f"{model}  ")
-        text.append(f"{dominated} dominated  " if self._rest else "").append(f"{star} before fine-tuning" if self.aligned else "")
-        wide = [
-            f"±{median((high - low) / 2 for low, high in (each.metrics[name].interval for each in self.results)):.1%}" for name in drawn
+        text.append(f"{dominated} dominated  " if self._rest else "").append(
+            f"{star} before fine-tuning" if self.aligned else ""
+        )
+        halves = [
+            median(
+                (high - low) / 2
+                for low, high in (each.metrics[name].interval for each in self.results)
+            )
+            for name in drawn
         ]
-        return text.append(f"\nin the middle, 95% intervals are {' across, '.join(wide)}{' up' if len(drawn) == 2 else ''}", "dim")
+        wide = [f"±{half:.1%}" for half in halves]
+        return text.append(
+            "\nin the middle, 95% intervals are "
+            f"{' across, '.join(wide)}{' up' if len(drawn) == 2 else ''}",
+            "dim",
+        )
 
     def _place(self, metrics: Mapping[str, Metric], number: int) -> tuple[float, float]:
         drawn = self.objectives[:2]
-        return metrics[drawn[0]].value if len(drawn) == 2 else float(number), metrics[drawn[-1]].value
+        return metrics[drawn[0]].value if len(drawn) == 2 else float(number), metrics[
+            drawn[-1]
+        ].value
 
 
 def _scale(values: Sequence[float], rate: bool = True) -> tuple[float, float]:
-    """The ends of an axis that shows these values: of a rate whole steps in [0, 1], apart from each other."""
+    """The ends of an axis that shows these values: of a rate whole steps in [0, 1], apart from each
+    other.
+    """
     low, high = min(values), max(values)
     if not rate:
         return low, max(high, low + 1)

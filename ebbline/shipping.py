@@ -1,6 +1,7 @@
 """`pick --export`: one adapter out of the store, with its model card, whole or not at all.
 
-Invariant: the weights are those of the store's record, byte for byte, and no path of this machine goes with them.
+Invariant: the weights are those of the store's record, byte for byte, and no path of this machine
+goes with them.
 """
 
 import json
@@ -11,37 +12,52 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from analysis.card import card, hub_base
-from analysis.floors import Pick
-from analysis.picked import picked_json
-from analysis.results import baselines, prompt_sets
-from cluster.store import Artifact
-from sweeps.home import Home
-from sweeps.outcome import projected_share
-from sweeps.points import Result
-from sweeps.study import Study
-from tasks.errors import StoreError, StudyError
-from tasks.identity import folder_files
-from tasks.specs import ApplySpec
+from ebbline.analysis.paper.card import card, hub_base
+from ebbline.analysis.results.collect import baselines, prompt_sets
+from ebbline.analysis.results.floors import Pick
+from ebbline.analysis.results.picked import picked_json
+from ebbline.cluster.store.artifacts import Artifact
+from ebbline.sweeps.state.outcome import projected_share
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StoreError, StudyError
+from ebbline.tasks.identity import folder_files
+from ebbline.tasks.specs import ApplySpec
 
-CONFIG, WEIGHTS, CARD, RECORD = "adapter_config.json", "adapter_model.safetensors", "README.md", "pick.json"
+CONFIG, WEIGHTS, CARD, RECORD = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "pick.json",
+)
 
 
 def ship(
-    study: Study, name: str, home: Home, found: Pick, seed: int, alone: Result, done: int, to: Path, seed_asked: bool
+    study: Study,
+    name: str,
+    home: Home,
+    found: Pick,
+    seed: int,
+    alone: Result,
+    done: int,
+    to: Path,
+    seed_asked: bool,
 ) -> dict[str, Any]:
-    """Write the projected adapter of a pick into `to`, a folder that is new or empty; returns what its pick.json says.
+    """Write the projected adapter of a pick into `to`, a folder that is new or empty; returns what
+    its pick.json says.
 
-    `alone` is the point with the metrics of `seed` only, which somebody asked for when `seed_asked`; `done` how many points the study
-    has. Raises StudyError when `to` cannot be
+    `alone` is the point with the metrics of `seed` only, which somebody asked for when
+    `seed_asked`; `done` how many points the study has. Raises StudyError when `to` cannot be
     written, StoreError when retention dropped the adapter or its files are not those on record.
     """
     destination = _destination(to)
     result = found.result
     adapter = _whole(home, result.keys[f"apply[seed={seed}]"], name)
-    stages = {part: home.store.open(part, result.keys[f"{part}[seed={seed}]"]) for part in ("data", "train", "project")} | {
-        "apply": adapter
-    }
+    stages = {
+        part: home.store.open(part, result.keys[f"{part}[seed={seed}]"])
+        for part in ("data", "train", "project")
+    } | {"apply": adapter}
     share = projected_share({f"{part}[seed={seed}]": stages[part] for part in ("project", "apply")})
     alone = replace(alone, projected_share=share)
     said = {
@@ -63,20 +79,29 @@ def ship(
             for file in adapter.files:
                 shutil.copyfile(adapter.file(file), fresh / file)
             config = json.loads((fresh / CONFIG).read_text())
-            (fresh / CONFIG).write_text(json.dumps({**config, **_base(study, result.point.model)}, indent=2, sort_keys=True))
+            (fresh / CONFIG).write_text(
+                json.dumps({**config, **_base(study, result.point.model)}, indent=2, sort_keys=True)
+            )
             (fresh / CARD).write_text(text, "utf-8")
             (fresh / RECORD).write_text(json.dumps(said, indent=1, allow_nan=False))
             fresh.replace(destination)
     except OSError as error:
-        raise StudyError(f"{to} cannot be written: {error}. Make room or name another folder; nothing was left there") from error
+        raise StudyError(
+            f"{to} cannot be written: {error}. Make room or name another folder; nothing "
+            "was left there"
+        ) from error
     return said
 
 
 def _base(study: Study, model: str) -> dict[str, str | None]:
-    """What PEFT is to load the adapter onto: the hub's model at its commit, or nothing where there is none."""
+    """What PEFT is to load the adapter onto: the hub's model at its commit, or nothing where there
+    is none.
+    """
     hub = hub_base(study, model)
     return (
-        {"base_model_name_or_path": None, "revision": None} if hub is None else {"base_model_name_or_path": hub.id, "revision": hub.commit}
+        {"base_model_name_or_path": None, "revision": None}
+        if hub is None
+        else {"base_model_name_or_path": hub.id, "revision": hub.commit}
     )
 
 
@@ -86,15 +111,19 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
     dropped = home.store.dropped(adapter)
     if dropped:
         raise StoreError(
-            f"the adapter apply/{key} is on record, but its tensors were dropped to save space ({', '.join(sorted(dropped))}). To make"
-            f" them again:\n  ebbline store forget apply {key} --home {home.root}\n  ebbline run {name} --home {home.root}"
-            "\nIts training is run again too if that was dropped; both have to come out as they were measured. Nothing was exported"
+            f"the adapter apply/{key} is on record, but its tensors were dropped to save "
+            f"space ({', '.join(sorted(dropped))}). To make"
+            f" them again:\n  ebbline store forget apply {key} --home {home.root}\n  "
+            f"ebbline run {name} --home {home.root}"
+            "\nIts training is run again too if that was dropped; both have to come out as "
+            "they were measured. Nothing was exported"
         )
     found = folder_files(adapter.path)
     wrong = sorted(file for file, sha in adapter.files.items() if found.get(file) != sha)
     if wrong:
         raise StoreError(
-            f"{', '.join(wrong)} of apply/{key} is not what its record says; `ebbline store verify --mend` moves it away and the next"
+            f"{', '.join(wrong)} of apply/{key} is not what its record says; `ebbline "
+            "store verify --mend` moves it away and the next"
             " run makes it again. Nothing was exported"
         )
     return adapter
@@ -103,7 +132,9 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
 def _destination(to: Path) -> Path:
     destination = to.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise StudyError(f"{to} exists, and nothing is overwritten; name a folder that is new or empty")
+        raise StudyError(
+            f"{to} exists, and nothing is overwritten; name a folder that is new or empty"
+        )
     above = next(folder for folder in destination.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise StudyError(f"{to} cannot be made: {above} is no folder that you may write to")

@@ -1,4 +1,5 @@
-"""What people see of a run while it goes on, drawn from its live snapshot: here (`run`) or in another process (`status --watch`).
+"""What people see of a run while it goes on, drawn from its live snapshot: here (`run`) or in
+another process (`status --watch`).
 
 Plain lines when the output is not a terminal.
 """
@@ -15,24 +16,29 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from analysis.costs import told_numbers
-from analysis.wording import clock
+from ebbline.analysis.results.costs import told_numbers
+from ebbline.analysis.results.wording import clock
 from ebbline.plot import FrontierSoFar
-from sweeps.live import Failed, Live
-from sweeps.outcome import metrics_of
-from sweeps.progress import Progress
-from sweeps.study import Study
-from tasks.specs import KINDS
-from tasks.stage import Stage
+from ebbline.sweeps.drive.live import Failed, Live
+from ebbline.sweeps.drive.progress import Progress
+from ebbline.sweeps.state.outcome import metrics_of
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.specs import KINDS
+from ebbline.tasks.stage import Stage
 
-PLAIN_EVERY_S, PLAIN_AT_LEAST_S = 5.0, 60.0  # lines when something has changed, and when only the clock has
+PLAIN_EVERY_S, PLAIN_AT_LEAST_S = (
+    5.0,
+    60.0,
+)  # lines when something has changed, and when only the clock has
 LINES = 8  # stages that say what they are at
 REASONS = 3  # the latest failures that are named in a picture
 WIDE = 120  # from so many columns on the frontier stands beside the stages
 
 
 class Picture:
-    """A run in a terminal: `live` and `frontier` are replaced as it goes on; the clock moves by itself."""
+    """A run in a terminal: `live` and `frontier` are replaced as it goes on; the clock moves by
+    itself.
+    """
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -42,13 +48,17 @@ class Picture:
         self.notice = ""
 
     def draw(self, console: Console) -> None:
-        """Draw the frontier anew: only when there is something new, as the rest is drawn several times a second."""
+        """Draw the frontier anew: only when there is something new, as the rest is drawn several
+        times a second.
+        """
         text = self.frontier.text(unicode=console.encoding.startswith("utf"))
         if self.frontier.fronts:
             text.append(f"\nhypervolume so far {self.frontier.hypervolume:.3f}")
         self.drawn = text
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
         live, notice = self.live, [Text(self.notice, style="bold yellow")] if self.notice else []
         if live is None:
             yield Group(Text(f"{self.study.study}: getting ready"), *notice)
@@ -61,13 +71,21 @@ class Picture:
             stages = beside
         elif self.drawn is not None:
             stages = Group(stages, self.drawn)
-        yield Group(Text(head), Text(spent(live)), *notice, stages, *at_work(live), *failed(live.failures[-REASONS:]))
+        yield Group(
+            Text(head),
+            Text(spent(live)),
+            *notice,
+            stages,
+            *at_work(live),
+            *failed(live.failures[-REASONS:]),
+        )
 
 
 class Screen:
     """Watches a drive. `with Screen(study) as screen: drive(..., watch=screen)`.
 
-    It looks at the snapshot, and at what landed since the last time, never at all there is: a study may have very many points.
+    It looks at the snapshot, and at what landed since the last time, never at all there is: a study
+    may have very many points.
     """
 
     def __init__(self, study: Study, console: Console | None = None) -> None:
@@ -75,10 +93,14 @@ class Screen:
         self.picture = Picture(study)
         self.lines = Lines(self.console)
         self._redrawn = (
-            Redrawn(self.picture, console=self.console, refresh_per_second=2, transient=True) if self.console.is_terminal else None
+            Redrawn(self.picture, console=self.console, refresh_per_second=2, transient=True)
+            if self.console.is_terminal
+            else None
         )
         self._landed = 0  # results that were looked at
-        self._before: Mapping[str, Mapping[str, Stage]] | None = None  # by size, what measures the models before fine-tuning
+        self._before: Mapping[str, Mapping[str, Stage]] | None = (
+            None  # by size, what measures the models before fine-tuning
+        )
 
     def __enter__(self) -> "Screen":
         if self._redrawn:
@@ -98,7 +120,9 @@ class Screen:
             self.lines.say(progress.live)
 
     def look(self, progress: Progress) -> None:
-        """Take in the results that landed since the last time, and the models before fine-tuning."""
+        """Take in the results that landed since the last time, and the models before
+        fine-tuning.
+        """
         new = progress.taken[self._landed :]
         self._landed += len(new)
         if not new:
@@ -115,14 +139,18 @@ class Screen:
             self.picture.draw(self.console)
 
     def notice(self, text: str) -> None:
-        """Say something from a signal's handler, where a print may meet another half way: in the picture, or past all that prints."""
+        """Say something from a signal's handler, where a print may meet another half way: in the
+        picture, or past all that prints.
+        """
         self.picture.notice = text
         if self._redrawn is None or not self._redrawn.is_started:
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
 class Lines:
-    """Plain lines of a run, for a log: when something has changed, or a minute has passed; and each failure when it is known."""
+    """Plain lines of a run, for a log: when something has changed, or a minute has passed; and each
+    failure when it is known.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -160,27 +188,54 @@ def left(live: Live) -> str:
 
 def stages(live: Live) -> str:
     total = sum((Counter(counts) for counts in live.stages.values()), Counter[str]())
-    said = {"done": total["done"], "reused": total["reused"], "running": total["running"], "waiting": total["waiting"] + total["ready"]}
+    said = {
+        "done": total["done"],
+        "reused": total["reused"],
+        "running": total["running"],
+        "waiting": total["waiting"] + total["ready"],
+    }
     said |= {"failed": total["failed"]} if total["failed"] else {}
     return f"stages {', '.join(f'{count} {state}' for state, count in said.items())}"
 
 
 def spent(live: Live) -> str:
-    """GPUs at work, what was spent, and what is left of what was predicted for this run and of the budget."""
+    """GPUs at work, what was spent, and what is left of what was predicted for this run and of the
+    budget.
+    """
     hours = "logical GPU-hours" if live.gpus.logical else "GPU-hours"
-    busy = f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU asked for yet"
+    busy = (
+        f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU asked for yet"
+    )
     said = [busy, f"{told_numbers(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
     predicted, taken = live.predicted, live.taken
     if predicted is not None:
-        whole = f"{told_numbers(predicted.gpu_hours, predicted.usd, hours)} in {clock(predicted.wall_s)}"
-        rest_s, rest = predicted.wall_s - elapsed_s(live), max(0.0, predicted.gpu_hours - taken.gpu_hours)
-        usd = None if predicted.usd is None or taken.usd is None else max(0.0, predicted.usd - taken.usd)
+        whole = (
+            f"{told_numbers(predicted.gpu_hours, predicted.usd, hours)} in "
+            f"{clock(predicted.wall_s)}"
+        )
+        rest_s, rest = (
+            predicted.wall_s - elapsed_s(live),
+            max(0.0, predicted.gpu_hours - taken.gpu_hours),
+        )
+        usd = (
+            None
+            if predicted.usd is None or taken.usd is None
+            else max(0.0, predicted.usd - taken.usd)
+        )
         left_of_it = (
-            f", of which {told_numbers(rest, usd, hours)} and {clock(rest_s)} are left" if rest_s > 0 else ", which it has outlasted"
+            f", of which {told_numbers(rest, usd, hours)} and {clock(rest_s)} are left"
+            if rest_s > 0
+            else ", which it has outlasted"
         )
         said.append(f"predicted for this run {whole}{left_of_it}")
-    limits = {"usd": (live.spent.usd, "${:.2f} of ${:.2f}"), "gpu_hours": (live.spent.gpu_hours, "{:.3g} of {:g} GPU-hours")}
-    limits |= {"hours": (live.spent.driving_s / 3600, "{:.3g} of {:g} hours"), "points": (live.points.told, "{:g} of {:g} points")}
+    limits = {
+        "usd": (live.spent.usd, "${:.2f} of ${:.2f}"),
+        "gpu_hours": (live.spent.gpu_hours, "{:.3g} of {:g} GPU-hours"),
+    }
+    limits |= {
+        "hours": (live.spent.driving_s / 3600, "{:.3g} of {:g} hours"),
+        "points": (live.points.told, "{:g} of {:g} points"),
+    }
     rests = [
         words.format(max(0.0, live.budget[name] - used), live.budget[name])
         for name, (used, words) in limits.items()
@@ -197,7 +252,16 @@ def bars(live: Live) -> Table:
         count = Counter(live.stages[kind])
         finished, total = count["done"] + count["reused"], sum(count.values())
         waiting = count["waiting"] + count["ready"]
-        numbers = [str(number or "") for number in (count["done"], count["reused"], count["running"], waiting, count["failed"])]
+        numbers = [
+            str(number or "")
+            for number in (
+                count["done"],
+                count["reused"],
+                count["running"],
+                waiting,
+                count["failed"],
+            )
+        ]
         table.add_row(kind, ProgressBar(total=total, completed=finished, width=24), *numbers)
     return table
 
@@ -206,9 +270,20 @@ def at_work(live: Live) -> list[Text]:
     """What runs, since when, on what, and what it says of itself."""
     now, lines = time.time(), list[Text]()
     for each in live.running[:LINES]:
-        on = f"{each.gpus} GPU{'s' if each.gpus > 1 else ''} of {each.host}" if each.gpus else each.host
+        on = (
+            f"{each.gpus} GPU{'s' if each.gpus > 1 else ''} of {each.host}"
+            if each.gpus
+            else each.host
+        )
         took = f"{clock(max(0.0, now - each.started))} of about {clock(each.expected_s)}"
-        lines.append(Text(f"  {each.label}, {on}, {took}  {each.said}", style="dim", no_wrap=True, overflow="ellipsis"))
+        lines.append(
+            Text(
+                f"  {each.label}, {on}, {took}  {each.said}",
+                style="dim",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+        )
     more = len(live.running) - LINES
     return lines + ([Text(f"  and {more} more", style="dim")] if more > 0 else [])
 
@@ -218,5 +293,9 @@ def failed(failures: Sequence[Failed]) -> list[Text]:
     lines = list[Text]()
     for each in failures:
         lines.append(Text(f"failed: {each.label}: {each.reason}", style="red"))
-        lines += [Text(f"  to see it again: {each.command}", style="dim", overflow="fold")] if each.command else []
+        lines += (
+            [Text(f"  to see it again: {each.command}", style="dim", overflow="fold")]
+            if each.command
+            else []
+        )
     return lines

@@ -1,1 +1,4 @@
-"""Which points: study files, the search space, Optuna, the plan, the driving loop."""
+"""Which points: folders study, state, search, forecast, drive. Studies that ship are in studies.
+
+Imports tasks and cluster.
+"""

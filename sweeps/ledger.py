@@ -1,5 +1,7 @@
-"""Files of lines that are only ever appended to. A process killed while it writes leaves a cut-off last line: nobody reads it, and the
-next that appends takes it away, so that it spoils no other line."""
+"""Files of lines that are only ever appended to. A process killed while it writes leaves a cut-off
+last line: nobody reads it, and the next that appends takes it away, so that it spoils no other
+line.
+"""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +16,9 @@ def whole_lines(path: Path) -> Sequence[str]:
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Looks at the last byte alone, unless a line was cut off: a ledger may be long, and be opened for each line."""
+    """Looks at the last byte alone, unless a line was cut off: a ledger may be long, and be opened
+    for each line.
+    """
     with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

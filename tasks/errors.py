@@ -3,18 +3,20 @@
     EbblineError
     ├── StudyError        a study file or a command asks for something that cannot be
     │   └── StudyHeld     another driver holds the study
-    ├── PinError          a model or data set is not pinned to its content, or is not what its pin says
+    ├── PinError          a model or data set is not pinned to its content, or differs from its pin
     ├── UnstableValue     a value that cannot be hashed the same way twice
     ├── DataError         a data file is missing, empty, truncated or of another shape
     ├── ModelError        a model or adapter cannot be loaded, or is not what the stage needs
-    ├── TrainingError     training produced something that must not be kept (NaN loss, empty adapter), or cannot fit in memory
+    ├── TrainingError     training produced something that must not be kept (NaN loss, empty
+    │   │                 adapter), or cannot fit in memory
     │   └── OutOfMemory   a gang ran out of memory, and may try again with a smaller micro-batch
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
     ├── EvaluationError   a measurement cannot be made; it never becomes a number
-    │   └── EndpointDown  a judge's endpoint, or the model hub, answers nothing; no fault of the stage
+    │   └── EndpointDown  a judge's endpoint or the model hub answers nothing; no fault of the stage
     ├── DatabaseLost      the database that holds a study's points cannot be reached, or went away
     ├── ClusterLost       the place where stages ran is gone; what was finished is not
-    ├── Leaving           the machine is about to go; the stage has saved what it had, and continues elsewhere
+    ├── Leaving           the machine is about to go; the stage has saved what it had, and continues
+    │                     elsewhere
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      there is no space left where the store lies
         ├── Incomplete    an artifact was asked for that is not complete
@@ -57,7 +59,9 @@ class TrainingError(EbblineError):
 
 
 class OutOfMemory(TrainingError):
-    """`micro_batch` is what to try next: the checkpoint in the scratch folder goes on from where it was."""
+    """`micro_batch` is what to try next: the checkpoint in the scratch folder goes on from where it
+    was.
+    """
 
     def __init__(self, message: str, micro_batch: int) -> None:
         super().__init__(message)

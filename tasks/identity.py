@@ -1,7 +1,8 @@
 """Identity: what makes two stages the same stage.
 
-Everything that is hashed anywhere goes through `digest` (values) or `digest_files` (content). Both give lower-case
-hex sha256. `digest` refuses any value whose bytes could differ between two processes or two machines.
+Everything that is hashed anywhere goes through `digest` (values) or `digest_files` (content). Both
+give lower-case hex sha256. `digest` refuses any value whose bytes could differ between two
+processes or two machines.
 """
 
 import hashlib
@@ -11,39 +12,55 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks.errors import DataError, UnstableValue
+from ebbline.tasks.errors import DataError, UnstableValue
 
 
 def canonical(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII. Raises UnstableValue on all that JSON cannot keep."""
+    """The one JSON text of a value: sorted keys, no spaces, ASCII. Raises UnstableValue on all that
+    JSON cannot keep.
+    """
     _check(value, "value")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
 
 
 def digest(value: object) -> str:
-    """sha256 of the canonical JSON of `value`; raises UnstableValue on sets, paths, NaN, bytes, objects."""
+    """sha256 of the canonical JSON of `value`; raises UnstableValue on sets, paths, NaN, bytes,
+    objects.
+    """
     return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()
 
 
 def _check(value: object, where: str) -> None:
-    # Exact types: a bool is an int, an enum is a str, and a numpy float is a float, but their JSON is not what it seems.
+    # Exact types: a bool is an int, an enum is a str, and a numpy float is a float, but their JSON
+    # is not what it seems.
     if value is None or type(value) in (bool, int, str):
         return
     if type(value) is float:
         if not math.isfinite(value):
-            raise UnstableValue(f"{where} is {value}; only finite numbers can be hashed. Leave the field out, or use null.")
+            raise UnstableValue(
+                f"{where} is {value}; only finite numbers can be hashed. Leave the field "
+                "out, or use null."
+            )
         return
     if type(value) in (list, tuple):
-        for index, item in enumerate(value):  # type: ignore[arg-type, var-annotated]  # narrowed by the exact type above
+        # The exact type above narrows it.
+        for index, item in enumerate(value):  # type: ignore[arg-type, var-annotated]
             _check(item, f"{where}[{index}]")
         return
     if type(value) is dict:
         for key, item in value.items():
             if type(key) is not str:
-                raise UnstableValue(f"{where} has the key {key!r} ({type(key).__name__}); keys must be text.")
+                raise UnstableValue(
+                    f"{where} has the key {key!r} ({type(key).__name__}); keys must be text."
+                )
             _check(item, f"{where}.{key}")
         return
-    raise UnstableValue(f"{where} is a {type(value).__name__}, which does not hash the same way twice. Pass text, numbers, lists or dicts.")
+    raise UnstableValue(
+        f"{where} is a {type(value).__name__}, which does not hash the same way twice. "
+        "Pass text, numbers, lists or dicts."
+    )
 
 
 def file_digest(path: Path) -> str:
@@ -59,15 +76,23 @@ def folder_files(folder: Path) -> dict[str, str]:
 
 
 def digest_files(files: Mapping[str, str]) -> str:
-    """The content digest of a folder, from its files' digests. A folder and its copy elsewhere agree."""
+    """The content digest of a folder, from its files' digests. A folder and its copy elsewhere
+    agree.
+    """
     return digest(dict(files))
 
 
 def part_digest(files: Mapping[str, str], part: str) -> str:
-    """The content digest of one file, or of one sub-folder, of a folder given by its files' digests."""
+    """The content digest of one file, or of one sub-folder, of a folder given by its files'
+    digests.
+    """
     if part in files:
         return files[part]
-    below = {name.removeprefix(part + "/"): sha for name, sha in files.items() if name.startswith(part + "/")}
+    below = {
+        name.removeprefix(part + "/"): sha
+        for name, sha in files.items()
+        if name.startswith(part + "/")
+    }
     if not below:
         raise DataError(f"no file or folder {part!r} among {sorted(files)[:8]}")
     return digest_files(below)
@@ -76,12 +101,15 @@ def part_digest(files: Mapping[str, str], part: str) -> str:
 def content_digest(path: Path, cache: Path | None = None) -> str:
     """The content digest of a local file or folder.
 
-    With `cache` (a JSON file), a file whose path, size and modification time are known is not read again: a 140 GB
-    checkpoint is hashed once. Raises DataError if nothing is there or the folder is empty.
+    With `cache` (a JSON file), a file whose path, size and modification time are known is not read
+    again: a 140 GB checkpoint is hashed once. Raises DataError if nothing is there or the folder is
+    empty.
     """
     if not path.exists():
         raise DataError(f"there is no file or folder at {path}")
-    known: dict[str, str] = json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+    known: dict[str, str] = (
+        json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
+    )
     seen = dict(known)
 
     def sha(file: Path) -> str:
@@ -94,7 +122,9 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
     if path.is_file():
         result = sha(path)
     else:
-        files = {p.relative_to(path).as_posix(): sha(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        files = {
+            p.relative_to(path).as_posix(): sha(p) for p in sorted(path.rglob("*")) if p.is_file()
+        }
         if not files:
             raise DataError(f"the folder {path} is empty")
         result = digest_files(files)

@@ -1,8 +1,8 @@
 """The typed parameters of every stage kind: all that can change a stage's output, and nothing else.
 
-A Spec is hashed whole, defaults included, so a field added here re-keys its kind: raise VERSION when the meaning of a
-kind changes, and say "re-keys: KIND" in the change log. What does not change the output (devices, micro-batch, world
-size, ZeRO stage) lives in `tasks.stage.Context`.
+A Spec is hashed whole, defaults included, so a field added here re-keys its kind: raise VERSION
+when the meaning of a kind changes, and say "re-keys: KIND" in the change log. What does not change
+the output (devices, micro-batch, world size, ZeRO stage) lives in `ebbline.tasks.stage.Context`.
 """
 
 import re
@@ -14,7 +14,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def _number_from_yaml(value: object) -> object:
-    # YAML 1.1 reads 1e-4 (no dot) as text. The declared type decides, so only here, and only for text that is a number.
+    # YAML 1.1 reads 1e-4 (no dot) as text. The declared type decides, so only here, and only for
+    # text that is a number.
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
@@ -42,13 +43,17 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Frozen(BaseModel):
-    """Strict and immutable: an unknown key, a wrong type or a value out of range is an error with its path."""
+    """Strict and immutable: an unknown key, a wrong type or a value out of range is an error with
+    its path.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Spec(Frozen):
-    """One stage kind's parameters. A kind's other class constants name the files and folders it writes."""
+    """One stage kind's parameters. A kind's other class constants name the files and folders it
+    writes.
+    """
 
     KIND: ClassVar[str]
     VERSION: ClassVar[int] = 1
@@ -79,7 +84,8 @@ class ConvertSpec(Spec):
 
 
 class DataSpec(Spec):
-    """The first `size` rows of a pool in the order that `seed` gives, a share of them from a second set. Nested in `size`.
+    """The first `size` rows of a pool in the order that `seed` gives, a share of them from a second
+    set. Nested in `size`.
 
     Inputs: pool, and mix when mix_share > 0.
     """
@@ -92,7 +98,8 @@ class DataSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """One fine-tuning: a LoRA adapter, or all weights. `steps`, when given, is its length in place of epochs.
+    """One fine-tuning: a LoRA adapter, or all weights. `steps`, when given, is its length in place
+    of epochs.
 
     Inputs: model, data.
     """
@@ -105,7 +112,15 @@ class TrainSpec(Spec):
     rank: Count = 8
     alpha_over_rank: Positive = 2.0
     dropout: Share = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
     learning_rate: Positive = 2e-4
@@ -127,12 +142,17 @@ class TrainSpec(Spec):
     @model_validator(mode="after")
     def _full_weights_are_not_quantised(self) -> Self:
         if self.method == "full" and self.quantisation != "none":
-            raise ValueError(f"method 'full' trains all weights and cannot be quantised to {self.quantisation!r}; use 'none'")
+            raise ValueError(
+                "method 'full' trains all weights and cannot be quantised to "
+                f"{self.quantisation!r}; use 'none'"
+            )
         return self
 
 
 class SubspaceSpec(Spec):
-    """The exact projector's basis of every target module, holding `energy` of ||aligned - base||_F^2. Inputs: base, aligned."""
+    """The exact projector's basis of every target module, holding `energy` of ||aligned -
+    base||_F^2. Inputs: base, aligned.
+    """
 
     KIND: ClassVar[str] = "subspace"
     INDEX: ClassVar[str] = "subspace.json"
@@ -157,13 +177,15 @@ class ProjectSpec(Spec):
     def _exact_states_its_energy(self) -> Self:
         if (self.projector == "exact") != (self.energy is not None):
             raise ValueError(
-                "the exact projector needs `energy` (the share of V's energy its columns keep, e.g. 0.9), the approximate one has none"
+                "the exact projector needs `energy` (the share of V's energy its columns "
+                "keep, e.g. 0.9), the approximate one has none"
             )
         return self
 
 
 class ApplySpec(Spec):
-    """Which modules take C.B: those with cosine <= threshold, or the n lowest; neither leaves the adapter as it is.
+    """Which modules take C.B: those with cosine <= threshold, or the n lowest; neither leaves the
+    adapter as it is.
 
     Inputs: adapter, projection.
     """
@@ -181,17 +203,21 @@ class ApplySpec(Spec):
 
 
 class Block(Frozen):
-    """Rows `index` x `size` onwards of a set, in a random order that is the same for every model."""
+    """Rows `index` x `size` onwards of a set, in a random order that is the same for every
+    model.
+    """
 
     index: Annotated[int, Field(ge=0)]
     size: Count
 
 
 class GenerateSpec(Spec):
-    """Greedy completions of a prompt set, one a prompt. Inputs: model, prompts, and adapter if there is one.
+    """Greedy completions of a prompt set, one a prompt. Inputs: model, prompts, and adapter if
+    there is one.
 
-    `label` keeps the rows of a set that are so labelled (XSTest has both); a set without labels is kept whole. With `needs_answer`
-    a row without a reference answer is an error now, not after the generation. The backend is identity: its kernels round otherwise.
+    `label` keeps the rows of a set that are so labelled (XSTest has both); a set without labels is
+    kept whole. With `needs_answer` a row without a reference answer is an error now, not after the
+    generation. The backend is identity: its kernels round otherwise.
     """
 
     KIND: ClassVar[str] = "generate"
@@ -211,15 +237,20 @@ class GenerateSpec(Spec):
     @model_validator(mode="after")
     def _vllm_has_its_own_quantisation(self) -> Self:
         if self.backend == "vllm" and self.quantisation == "int8":
-            raise ValueError("the backend vllm loads bitsandbytes weights as nf4 only; measure int8 with transformers")
+            raise ValueError(
+                "the backend vllm loads bitsandbytes weights as nf4 only; measure int8 "
+                "with transformers"
+            )
         return self
 
 
 class JudgeSpec(Spec):
-    """What a judge says of each completion. Inputs: generation, and model unless the judge is an endpoint.
+    """What a judge says of each completion. Inputs: generation, and model unless the judge is an
+    endpoint.
 
-    `endpoint` is the URL of an OpenAI-compatible API and `model` what it calls the judge there; both are identity, but what
-    an endpoint answers may change without notice. `refused` is the label of a classifier that means a refusal.
+    `endpoint` is the URL of an OpenAI-compatible API and `model` what it calls the judge there;
+    both are identity, but what an endpoint answers may change without notice. `refused` is the
+    label of a classifier that means a refusal.
     """
 
     KIND: ClassVar[str] = "judge"
@@ -236,18 +267,26 @@ class JudgeSpec(Spec):
     @model_validator(mode="after")
     def _an_endpoint_names_its_model(self) -> Self:
         if (self.endpoint is None) != (self.model is None):
-            raise ValueError("give `endpoint` and `model` together: the URL, and what the endpoint calls the judge")
+            raise ValueError(
+                "give `endpoint` and `model` together: the URL, and what the endpoint "
+                "calls the judge"
+            )
         if (self.template == "classifier") != (self.refused is not None):
-            raise ValueError("`refused` names the label that means a refusal; the template 'classifier' needs it, and no other has it")
+            raise ValueError(
+                "`refused` names the label that means a refusal; the template 'classifier' "
+                "needs it, and no other has it"
+            )
         if self.template == "classifier" and self.endpoint is not None:
             raise ValueError("a classifier has no endpoint; give its model")
         return self
 
 
 class ScoreSpec(Spec):
-    """A verdict on each completion, and the metrics over them. Inputs: generation, and `judge_NAME` for each judge among the scorers.
+    """A verdict on each completion, and the metrics over them. Inputs: generation, and `judge_NAME`
+    for each judge among the scorers.
 
-    `scorer` gives the metric; those in `also` score the same completions beside it, and agreement says how far they concur.
+    `scorer` gives the metric; those in `also` score the same completions beside it, and agreement
+    says how far they concur.
     """
 
     KIND: ClassVar[str] = "score"
@@ -258,7 +297,9 @@ class ScoreSpec(Spec):
 
 
 class EvaluateSpec(Spec):
-    """An lm-eval task on one model, with an adapter or without. Inputs: model, prompts (the task's data), and adapter if there is one."""
+    """An lm-eval task on one model, with an adapter or without. Inputs: model, prompts (the task's
+    data), and adapter if there is one.
+    """
 
     KIND: ClassVar[str] = "evaluate"
     VERSION: ClassVar[int] = 2

@@ -1,8 +1,9 @@
 """Stages: a Spec plus the named things it reads from; and how one attempt at a stage is described.
 
-Identity is in three steps. A stage's `lineage` is known before anything runs and says which stages are the same
-request. Its `key` is known once its inputs are done, because it hashes their *content*: a stage whose inputs came out
-the same is never run again. Its artifact's content digest then feeds the keys of the stages behind it.
+Identity is in three steps. A stage's `lineage` is known before anything runs and says which stages
+are the same request. Its `key` is known once its inputs are done, because it hashes their
+*content*: a stage whose inputs came out the same is never run again. Its artifact's content digest
+then feeds the keys of the stages behind it.
 """
 
 import json
@@ -13,14 +14,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tasks.errors import StudyError
-from tasks.identity import digest
-from tasks.specs import KINDS, Spec
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import digest
+from ebbline.tasks.specs import KINDS, Spec
 
 
 @dataclass(frozen=True)
 class Source:
-    """Pinned content from outside: `content` is its digest, `location` where to find it (never hashed).
+    """Pinned content from outside: `content` is its digest, `location` where to find it (never
+    hashed).
 
     A location is an absolute path, or `hub:model:ID@COMMIT` / `hub:dataset:ID@COMMIT`.
     """
@@ -47,8 +49,15 @@ class Stage:
 
     @cached_property
     def lineage(self) -> str:
-        """Equal for two stages that ask for the same thing, whatever their inputs turn out to contain."""
-        return digest({**spec_payload(self.spec), "inputs": {name: item.lineage for name, item in self.inputs.items()}})
+        """Equal for two stages that ask for the same thing, whatever their inputs turn out to
+        contain.
+        """
+        return digest(
+            {
+                **spec_payload(self.spec),
+                "inputs": {name: item.lineage for name, item in self.inputs.items()},
+            }
+        )
 
     def upstream(self) -> "list[Stage]":
         """The stages that this one reads from, in the order of the input names."""
@@ -95,7 +104,9 @@ def spec_payload(spec: Spec) -> dict[str, Any]:
 
 
 def key_payload(spec: Spec, contents: Mapping[str, str]) -> dict[str, Any]:
-    """What a key hashes: kind, VERSION, the whole Spec with defaults, and the content digest of each input."""
+    """What a key hashes: kind, VERSION, the whole Spec with defaults, and the content digest of
+    each input.
+    """
     return {**spec_payload(spec), "inputs": dict(contents)}
 
 
@@ -103,9 +114,11 @@ def key_payload(spec: Spec, contents: Mapping[str, str]) -> dict[str, Any]:
 class Context:
     """How one attempt runs. Never hashed; what matters of it is recorded as provenance.
 
-    `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size` describe a gang, `micro_batch`,
-    `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a training is laid out in memory. `leaving` turns true when a
-    machine of the attempt is about to go: checkpoint, and raise Leaving. `saved` is told of every checkpoint that is whole on the disk.
+    `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size`
+    describe a gang, `micro_batch`, `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a
+    training is laid out in memory. `leaving` turns true when a machine of the attempt is about to
+    go: checkpoint, and raise Leaving. `saved` is told of every checkpoint that is whole on the
+    disk.
     """
 
     log: Path
@@ -122,21 +135,30 @@ class Context:
     leaving: Callable[[], bool] = lambda: False
     saved: Callable[[], None] = lambda: None  # called after a checkpoint was written to `scratch`
     gradient_checkpointing: bool | None = None
-    residents: Any = None  # tasks.models.Residents: what this process keeps loaded between stages
+    # ebbline.tasks.models.loading.Residents: what this process keeps loaded between stages
+    residents: Any = None
 
     @property
     def recomputes(self) -> bool:
-        """Whether a LoRA training computes each layer's activations again in the backward pass, in place of keeping them."""
-        return self.device != "cpu" if self.gradient_checkpointing is None else self.gradient_checkpointing
+        """Whether a LoRA training computes each layer's activations again in the backward pass, in
+        place of keeping them.
+        """
+        return (
+            self.device != "cpu"
+            if self.gradient_checkpointing is None
+            else self.gradient_checkpointing
+        )
 
 
 @dataclass(frozen=True)
 class Request:
-    """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a pickled closure.
+    """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a
+    pickled closure.
 
-    `inputs`, `out`, `log` and `scratch` are paths when its function runs; the runner may write URLs, which the worker brings
-    to its machine first, keeping at most `cache_gb` there. Neighbours in a batch with the same `pack` (empty: none) are trained
-    together, as many as their `pack_share` of a GPU's room allows.
+    `inputs`, `out`, `log` and `scratch` are paths when its function runs; the runner may write
+    URLs, which the worker brings to its machine first, keeping at most `cache_gb` there. Neighbours
+    in a batch with the same `pack` (empty: none) are trained together, as many as their
+    `pack_share` of a GPU's room allows.
     """
 
     key: str
@@ -153,11 +175,15 @@ class Request:
     micro_batch: int | None = None
     checkpoint_every_s: float = 60.0
     zero_stage: int = 3
-    memory_gb: float | None = None  # of each GPU; with it, a training without a micro-batch gets the largest that fits
+    memory_gb: float | None = (
+        None  # of each GPU; with it, a training without a micro-batch gets the largest that fits
+    )
     cache_gb: float = 100.0
     pack: str = ""
     pack_share: float = 1.0
-    load: Mapping[str, float] = field(default_factory=dict)  # its counted work (cluster.work), for the record
+    load: Mapping[str, float] = field(
+        default_factory=dict
+    )  # its counted work (ebbline.cluster.schedule.counted_work), for the record
 
     @property
     def hashed(self) -> dict[str, Any]:
@@ -193,9 +219,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one Request. `error` is a one-line reason, without any completion or prompt in it.
+    """What became of one Request. `error` is a one-line reason, without any completion or prompt in
+    it.
 
-    `smaller` is the micro-batch to try again with when a gang ran out of memory: no failure of the stage.
+    `smaller` is the micro-batch to try again with when a gang ran out of memory: no failure of the
+    stage.
     """
 
     key: str

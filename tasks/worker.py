@@ -1,7 +1,9 @@
-"""The one entry of every worker: `run_stages` runs a batch of requests in this process and reports on each.
+"""The one entry of every worker: `run_stages` runs a batch of requests in this process and reports
+on each.
 
-The same function runs inline, in a Ray task, on each member of a gang, and from `python -m tasks request.json`. The
-requests of a batch share what is loaded, and trainings of one pack a forward pass; a request that fails does not stop those behind it.
+The same function runs inline, in a Ray task, on each member of a gang, and from `ebbline rerun
+request.json`. The requests of a batch share what is loaded, and trainings of one pack a forward
+pass; a request that fails does not stop those behind it.
 """
 
 import contextlib
@@ -11,13 +13,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
-from tasks.layout import environment, forget_peak, laid_out
-from tasks.models import Residents, resolve
-from tasks.packs import in_packs
-from tasks.specs import (
+from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
+from ebbline.tasks.models.layout import environment, forget_peak, laid_out
+from ebbline.tasks.models.loading import Residents, resolve
+from ebbline.tasks.specs import (
     ApplySpec,
     ConvertSpec,
     DataSpec,
@@ -32,7 +34,8 @@ from tasks.specs import (
     SubspaceSpec,
     TrainSpec,
 )
-from tasks.stage import Context, Report, Request
+from ebbline.tasks.stage import Context, Report, Request
+from ebbline.tasks.training.packs import in_packs
 
 _log = logging.getLogger(__name__)
 ERROR, PACK_ERROR = "error.txt", "pack_error.txt"
@@ -55,10 +58,12 @@ def run_stages(
     saved: Callable[[Request], None] = _nothing,
     leaving: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Run each request in turn; yield its report as soon as its files are written. Never raises for a failed stage.
+    """Run each request in turn; yield its report as soon as its files are written. Never raises for
+    a failed stage.
 
-    `prepare` is called when a request's turn comes, and may bring its inputs to this machine; `saved` after each checkpoint.
-    Once `leaving` says that the machine is about to go, no further request is begun: each is reported as Leaving.
+    `prepare` is called when a request's turn comes, and may bring its inputs to this machine;
+    `saved` after each checkpoint. Once `leaving` says that the machine is about to go, no further
+    request is begun: each is reported as Leaving.
     """
     batch = _Batch(rank, world_size, prepare, saved, leaving)
     try:
@@ -79,7 +84,9 @@ class _Turn:
 
 
 class _Batch:
-    """Runs the requests of one batch, each by itself or in a pack, on what they share: the loaded model."""
+    """Runs the requests of one batch, each by itself or in a pack, on what they share: the loaded
+    model.
+    """
 
     def __init__(
         self,
@@ -95,7 +102,9 @@ class _Batch:
         self._held_model = False
 
     def free(self) -> None:
-        """Let go of models. A batch of stages that take no GPU holds none, and is spared the garbage collection."""
+        """Let go of models. A batch of stages that take no GPU holds none, and is spared the
+        garbage collection.
+        """
         if self._held_model or not self.residents.empty:
             self.residents.clear()
         self._held_model = False
@@ -108,12 +117,19 @@ class _Batch:
             ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
             forget_peak(ctx.device)
             run_function(turn.spec)(turn.spec, turn.inputs, Path(request.out), ctx)
-        except Exception as error:  # noqa: BLE001  # the boundary: a failed stage becomes a report, and the batch goes on
+        # The boundary: a failed stage becomes a report, and the batch goes on
+        except Exception as error:  # noqa: BLE001
             return self._failed(request, error, time.monotonic() - started)
-        return Report(key=request.key, seconds=time.monotonic() - started, environment=environment(ctx, predicted_gb))
+        return Report(
+            key=request.key,
+            seconds=time.monotonic() - started,
+            environment=environment(ctx, predicted_gb),
+        )
 
     def together(self, requests: Sequence[Request]) -> Iterator[Report]:
-        """Train a pack. What fails as a pack is trained one by one, so that each failure is its own stage's."""
+        """Train a pack. What fails as a pack is trained one by one, so that each failure is its own
+        stage's.
+        """
         started = time.monotonic()
         turns: list[_Turn] = []
         for request in requests:
@@ -129,14 +145,27 @@ class _Batch:
                     yield self._failed(turn.request, fault, seconds, clear=False)
                 else:
                     pack_s = time.monotonic() - started
-                    yield Report(key, seconds, environment={**where, "packed": len(turns), "pack_seconds": round(pack_s, 3)})
+                    yield Report(
+                        key,
+                        seconds,
+                        environment={
+                            **where,
+                            "packed": len(turns),
+                            "pack_seconds": round(pack_s, 3),
+                        },
+                    )
         except Leaving as error:
             for turn in waiting.values():
                 yield self._failed(turn.request, error, time.monotonic() - started)
             return
-        except Exception as error:  # noqa: BLE001  # whose fault it is shows when each runs alone, with an error of its own
+        # Whose fault it is shows when each runs alone, with an error of its own
+        except Exception as error:  # noqa: BLE001
             self.residents.clear()
-            _log.warning("%d trainings failed as a pack (%s) and are run one by one", len(waiting), type(error).__name__)
+            _log.warning(
+                "%d trainings failed as a pack (%s) and are run one by one",
+                len(waiting),
+                type(error).__name__,
+            )
             for turn in waiting.values():
                 with contextlib.suppress(OSError):  # on a full disk their own reports will say so
                     (Path(turn.request.log) / PACK_ERROR).write_text(traceback.format_exc())
@@ -150,10 +179,15 @@ class _Batch:
         self._held_model |= request.gpus > 0
         request = self._prepare(request)
         spec = request.parsed_spec()
-        progress = _progress_file(Path(request.log) / "progress.json", packed) if self._rank == 0 else _silent
-        # A download is a sign of life: it grows by the second, so that what it says is never the same twice.
+        progress = (
+            _progress_file(Path(request.log) / "progress.json", packed)
+            if self._rank == 0
+            else _silent
+        )
+        # A download is a sign of life: it grows by the second, so that what it says is never the
+        # same twice.
         inputs = {
-            name: resolve(location, lambda: progress(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s"))  # noqa: B023
+            name: resolve(location, partial(_fetching, progress, name, started))
             for name, location in request.inputs.items()
         }
         ctx = request.context(
@@ -167,9 +201,12 @@ class _Batch:
         _set_threads(request.threads)
         return _Turn(request, spec, inputs, ctx)
 
-    def _failed(self, request: Request, error: Exception, seconds: float, clear: bool = True) -> Report:
+    def _failed(
+        self, request: Request, error: Exception, seconds: float, clear: bool = True
+    ) -> Report:
         if clear:
-            self.free()  # a model that a failure left half changed must not be measured by the next request
+            # A model that a failure left half changed must not be measured by the next request
+            self.free()
         said = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # on a full disk the report below says so
             (Path(request.log) / ERROR).write_text(said)
@@ -178,96 +215,130 @@ class _Batch:
         return Report(request.key, seconds, reason, name, said, smaller=smaller)
 
 
-def _packed(turns: Sequence[_Turn]) -> Iterator[tuple[str, float, TrainingError | None, dict[str, object]]]:
-    """(key, seconds, why it failed, environment) of each training of a pack, when its files are written or it has failed."""
-    from tasks.pack_engine import Member
-    from tasks.packed import run  # brings peft and transformers, which a worker that only copies tensors never pays for
+def _packed(
+    turns: Sequence[_Turn],
+) -> Iterator[tuple[str, float, TrainingError | None, dict[str, object]]]:
+    """(key, seconds, why it failed, environment) of each training of a pack, when its files are
+    written or it has failed.
+    """
+    from ebbline.tasks.training.pack_engine import Member
+    from ebbline.tasks.training.packed import (
+        run,  # brings peft and transformers, which a worker that only copies tensors never pays for
+    )
 
     first, specs = turns[0], [turn.spec for turn in turns if isinstance(turn.spec, TrainSpec)]
     if len(specs) < len(turns):
-        raise TrainingError(f"a pack has trainings only, and this one has {sorted({turn.request.kind for turn in turns})}")
-    ctx, predicted_gb = laid_out(specs[0], first.inputs, first.ctx, first.request.memory_gb, specs[1:])
+        raise TrainingError(
+            "a pack has trainings only, and this one has "
+            f"{sorted({turn.request.kind for turn in turns})}"
+        )
+    ctx, predicted_gb = laid_out(
+        specs[0], first.inputs, first.ctx, first.request.memory_gb, specs[1:]
+    )
     forget_peak(ctx.device)
     keys: dict[Member, str] = {}
     for turn, spec in zip(turns, specs, strict=True):
-        keys[Member(spec, Path(turn.request.out), replace(turn.ctx, micro_batch=ctx.micro_batch))] = turn.request.key
+        keys[
+            Member(spec, Path(turn.request.out), replace(turn.ctx, micro_batch=ctx.micro_batch))
+        ] = turn.request.key
     for member, error in run(list(keys), first.inputs["model"], first.inputs["data"]):
-        yield keys[member], member.seconds, error, environment(ctx, predicted_gb) if error is None else {}
+        yield (
+            keys[member],
+            member.seconds,
+            error,
+            environment(ctx, predicted_gb) if error is None else {},
+        )
 
 
 def described(error: BaseException, log: Path) -> tuple[str, str]:
     """(type, one-line reason) of a failure, fit for reports and W&B.
 
-    The words of a foreign exception may quote a prompt or a completion, so they stay in the attempt's log, and the reason
-    says where. A full disk is a type of its own: it is no fault of the stage.
+    The words of a foreign exception may quote a prompt or a completion, so they stay in the
+    attempt's log, and the reason says where. A full disk is a type of its own: it is no fault of
+    the stage.
     """
     if "No space left on device" in str(error):
-        return DiskFull.__name__, f"no space left for {log.parent}; free some, and the same command continues"
+        return (
+            DiskFull.__name__,
+            f"no space left for {log.parent}; free some, and the same command continues",
+        )
     if isinstance(error, EbblineError | OSError | MemoryError | ImportError):
-        return type(error).__name__, f"{type(error).__name__}: {error}" if not isinstance(error, EbblineError) else str(error)
+        return type(error).__name__, f"{type(error).__name__}: {error}" if not isinstance(
+            error, EbblineError
+        ) else str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}:{frame.lineno}"
-    return type(error).__name__, f"{type(error).__name__} at {place}; its message and traceback are in {log / ERROR}"
+    return type(
+        error
+    ).__name__, f"{type(error).__name__} at {place}; its message and traceback are in {log / ERROR}"
 
 
 def run_function(spec: Spec) -> Run:
     # Imported here, so that a worker that only copies tensors never pays for lm-eval or deepspeed.
     match spec:
         case LanguageSpec():
-            from tasks import language
+            from ebbline.tasks.data import language
 
             return language.run
         case OrganismSpec():
-            from tasks import organism
+            from ebbline.tasks.models import organism
 
             return organism.run
         case ConvertSpec():
-            from tasks import convert
+            from ebbline.tasks.models import convert
 
             return convert.run
         case DataSpec():
-            from tasks import data
+            from ebbline.tasks.data import conversations as data
 
             return data.run
         case TrainSpec():
-            from tasks import train
+            from ebbline.tasks.training import train
 
             return train.run
         case SubspaceSpec():
-            from tasks import subspace
+            from ebbline.tasks.defences import subspace
 
             return subspace.run
         case ProjectSpec():
-            from tasks import project
+            from ebbline.tasks.defences import project
 
             return project.run_project
         case ApplySpec():
-            from tasks import project
+            from ebbline.tasks.defences import project
 
             return project.run_apply
         case GenerateSpec():
-            from tasks import generate
+            from ebbline.tasks.measuring import generate
 
             return generate.run
         case JudgeSpec():
-            from tasks import judge
+            from ebbline.tasks.measuring import judge
 
             return judge.run
         case ScoreSpec():
-            from tasks import score
+            from ebbline.tasks.measuring import score
 
             return score.run
         case EvaluateSpec():
-            from tasks import evaluate
+            from ebbline.tasks.measuring import evaluate
 
             return evaluate.run
-    raise TypeError(f"{type(spec).__name__} has no run function; add it to tasks.worker")
+    raise TypeError(f"{type(spec).__name__} has no run function; add it to ebbline.tasks.worker")
+
+
+def _fetching(progress: Callable[[int, int, str], None], name: str, started: float) -> None:
+    progress(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
 
 
 def _progress_file(path: Path, packed: int = 1) -> Callable[[int, int, str], None]:
-    """What a stage says of itself, for the driver. Of `packed` stages at once each says its share of the time since its first step."""
+    """What a stage says of itself, for the driver. Of `packed` stages at once each says its share
+    of the time since its first step.
+    """
     started, last = time.monotonic(), 0.0
-    first: tuple[int, float] | None = None  # where this attempt began to count: one that was resumed does not begin at 0
+    first: tuple[int, float] | None = (
+        None  # where this attempt began to count: one that was resumed does not begin at 0
+    )
 
     def write(done: int, total: int, note: str) -> None:
         nonlocal last, first

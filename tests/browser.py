@@ -1,4 +1,6 @@
-"""A real headless Chromium for tests, Debian's, driven by Playwright. What goes wrong in a page, or leaves the machine, is kept."""
+"""A real headless Chromium for tests, Debian's, driven by Playwright. What goes wrong in a page, or
+leaves the machine, is kept.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -14,7 +16,9 @@ LIMIT_MS = 120_000
 
 
 def chromium() -> str | None:
-    """Where Chromium is, or None. Playwright's own browsers are not used: they would be downloaded."""
+    """Where Chromium is, or None. Playwright's own browsers are not used: they would be
+    downloaded.
+    """
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -48,7 +52,9 @@ def launched() -> Iterator[Browser]:
 
 @contextmanager
 def window(browser: Browser, **settings: str) -> Iterator[Window]:
-    """A window that shares nothing with others; `settings` are Playwright's, such as color_scheme."""
+    """A window that shares nothing with others; `settings` are Playwright's, such as
+    color_scheme.
+    """
     found = Window(browser.new_context(viewport={"width": 1360, "height": 900}, **settings))
     found.context.set_default_timeout(LIMIT_MS)
 

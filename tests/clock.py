@@ -1,4 +1,6 @@
-"""A clock that stands in for the module `time` of another module: no second passes unless somebody sleeps."""
+"""A clock that stands in for the module `time` of another module: no second passes unless somebody
+sleeps.
+"""
 
 
 class Clock:

@@ -1,8 +1,10 @@
-"""What every folder's tests share: the tiers and their guard, hypothesis settings, and what is made once a run.
+"""What every folder's tests share: the tiers and their guard, hypothesis settings, and what is made
+once a run.
 
-A test without a mark gets the mark `fast`: it loads no model, starts no process and takes at most 2 seconds, or it fails.
-`model`, `process`, `cluster`, `browser` and `slow` say what a test needs instead; a fixture that brings one of these marks the tests
-that ask for it. `long` tests run by `make test-long` alone. pyproject.toml lists the marks, docs/contributing.md explains them.
+A test without a mark gets the mark `fast`: it loads no model, starts no process and takes at most 2
+seconds, or it fails. `model`, `process`, `cluster`, `browser` and `slow` say what a test needs
+instead; a fixture that brings one of these marks the tests that ask for it. `long` tests run by
+`make test-long` alone. pyproject.toml lists the marks, docs/contributing.md explains them.
 """
 
 import importlib
@@ -21,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# One thread each: two workers of xdist and the processes that they start share few cores, and threads that wait for each other spin.
+# One thread each: two workers of xdist and the processes that they start share few cores, and
+# threads that wait for each other spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.shared import kept, once, server, stop_servers
@@ -30,10 +33,16 @@ if TYPE_CHECKING:
     from tests.postgres import Postgres
     from tests.tiny import Pair
 
-settings.register_profile("ebbline", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "ebbline",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("ebbline")
 
-FAST_S = float(os.environ.get("EBBLINE_FAST_S", "2"))  # `inf` for a machine so slow that it says nothing
+FAST_S = float(
+    os.environ.get("EBBLINE_FAST_S", "2")
+)  # `inf` for a machine so slow that it says nothing
 SLOW_S = 20.0
 GROUPS = "groups.json"
 NEEDS = ("model", "process", "cluster", "browser", "slow", "long")
@@ -54,7 +63,9 @@ PROCESSES = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.
 
 
 @pytest.hookimpl(wrapper=True)  # before the marks are selected by -m
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
     """Mark by fixtures, and put long work first."""
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
@@ -65,17 +76,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not getattr(getattr(item, "function", None), "__doc__", None):
             item.user_properties.append(("docstring", False))
     order = {"cluster": 0, "browser": 1, "process": 2, "model": 3, "slow": 4}
-    items.sort(key=lambda item: min((order[mark.name] for mark in item.iter_markers() if mark.name in order), default=5))
+    items.sort(
+        key=lambda item: min(
+            (order[mark.name] for mark in item.iter_markers() if mark.name in order), default=5
+        )
+    )
     if os.environ.get("PYTEST_XDIST_WORKER") == "gw0":
-        groups = {item.nodeid: name for item in items for name in ("cluster", "browser") if item.get_closest_marker(name)}
+        groups = {
+            item.nodeid: name
+            for item in items
+            for name in ("cluster", "browser")
+            if item.get_closest_marker(name)
+        }
         (_run_folder(config) / GROUPS).write_text(json.dumps(groups))
     return (yield)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker of xdist for all tests with a cluster, one for all with a browser, and one for each other file.
+    """One worker of xdist for all tests with a cluster, one for all with a browser, and one for
+    each other file.
 
-    `--dist loadgroup` does that by the mark `xdist_group`, but xdist 3.8 does not see it under pytest 9.2.
+    `--dist loadgroup` does that by the mark `xdist_group`, but xdist 3.8 does not see it under
+    pytest 9.2.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -139,7 +161,8 @@ BaseProcess.start = _on_start  # type: ignore[method-assign]
 
 
 def _clocks() -> tuple[float, float]:
-    """Seconds that this process computed, and seconds that this thread was not waiting for a processor.
+    """Seconds that this process computed, and seconds that this thread was not waiting for a
+    processor.
 
     Neither grows because other work keeps the machine busy.
     """
@@ -152,7 +175,9 @@ def _clocks() -> tuple[float, float]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test of the fast tier fails when it starts a process, makes a model, or computes or waits for over FAST_S."""
+    """A test of the fast tier fails when it starts a process, makes a model, or computes or waits
+    for over FAST_S.
+    """
     if not item.get_closest_marker("fast"):
         return (yield)
     _watch_modules()
@@ -166,16 +191,28 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         pytest.fail(_guard.broken, pytrace=False)
     taken_s, what = max((computed_s, "computed"), (own_s - computed_s, "waited"))
     if taken_s > FAST_S:
-        pytest.fail(f"a test of the fast tier {what} for {taken_s:.1f} s, which is over {FAST_S:g} s. {HOW}", pytrace=False)
+        pytest.fail(
+            f"a test of the fast tier {what} for {taken_s:.1f} s, which is over {FAST_S:g} "
+            f"s. {HOW}",
+            pytrace=False,
+        )
     return result
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Name the tests over SLOW_S that do not say what only they prove."""
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    silent = [report for report in reports if report.duration > SLOW_S and ("docstring", False) in report.user_properties]
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])
+    ]
+    silent = [
+        report
+        for report in reports
+        if report.duration > SLOW_S and ("docstring", False) in report.user_properties
+    ]
     if silent:
-        terminalreporter.section(f"over {SLOW_S:.0f} s, with no docstring that says what only this test proves")
+        terminalreporter.section(
+            f"over {SLOW_S:.0f} s, with no docstring that says what only this test proves"
+        )
         for report in sorted(silent, key=lambda report: -report.duration):
             terminalreporter.write_line(f"{report.duration:.1f} s {report.when} {report.nodeid}")
 
@@ -183,11 +220,19 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _imported() -> None:
     """What most tests import comes before all of them, so that no test pays for it."""
-    for name in ("matplotlib.backends.backend_agg", "optuna", "pandas", "plotly.graph_objects", "scipy.stats", "sklearn.ensemble"):
+    for name in (
+        "matplotlib.backends.backend_agg",
+        "optuna",
+        "pandas",
+        "plotly.graph_objects",
+        "scipy.stats",
+        "sklearn.ensemble",
+    ):
         importlib.import_module(name)
 
 
-# --- what is made once a run -------------------------------------------------------------------------------------------------
+# --- what is made once a run
+# -------------------------------------------------------------------------------------------------
 
 
 def _run_folder(config: pytest.Config) -> Path:
@@ -211,7 +256,10 @@ def fail_without_a_package(report: pytest.CollectReport | pytest.TestReport) -> 
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2]
         if re.search(r"could not import|No module named|ImportError", reason):
-            report.outcome, report.longrepr = "failed", f"{reason}: add it to the extra `test`, and do not skip"
+            report.outcome, report.longrepr = (
+                "failed",
+                f"{reason}: add it to the extra `test`, and do not skip",
+            )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -230,15 +278,21 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> "Pair":
-    """A base and an aligned Llama (2 layers, 64 wide, random) with a word tokenizer and a chat template."""
-    from tests.tiny import build_pair  # brings torch, which most tests of the driver's side never load
+    """A base and an aligned Llama (2 layers, 64 wide, random) with a word tokenizer and a chat
+    template.
+    """
+    from tests.tiny import (
+        build_pair,  # brings torch, which most tests of the driver's side never load
+    )
 
     return build_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="session")
 def walk_home(run_folder: Path) -> Path:
-    """The home in which the walk's study has ended: a base, an aligned model and an adapter that were really trained."""
+    """The home in which the walk's study has ended: a base, an aligned model and an adapter that
+    were really trained.
+    """
     from tests.organisms import walked
 
     return once(kept(run_folder), "walk", walked)
@@ -246,7 +300,9 @@ def walk_home(run_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_home(run_folder: Path, walk_home: Path) -> Path:
-    """A home in which `ebbline run` has ended a small study of all that the quickstart has: Ray, a gang, lm-eval, W&B, the report."""
+    """A home in which `ebbline run` has ended a small study of all that the quickstart has: Ray, a
+    gang, lm-eval, W&B, the report.
+    """
     from tests.whole import run_whole
 
     return once(run_folder, "whole", lambda home: run_whole(home, walk_home))
@@ -254,7 +310,9 @@ def whole_home(run_folder: Path, walk_home: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which `ebbline run quickstart` has ended. EBBLINE_QUICKSTART_HOME names one to go on with."""
+    """A home in which `ebbline run quickstart` has ended. EBBLINE_QUICKSTART_HOME names one to go
+    on with.
+    """
     from tests.whole import run_quickstart
 
     named = os.environ.get("EBBLINE_QUICKSTART_HOME")
@@ -273,7 +331,9 @@ def s3_server(run_folder: Path) -> str:
 
 @pytest.fixture
 def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty store in a bucket of its own; the environment names the server, and a cache of this test's."""
+    """The URL of an empty store in a bucket of its own; the environment names the server, and a
+    cache of this test's.
+    """
     from tests.s3 import environment, make_bucket
 
     for name, value in environment(s3_server).items():
@@ -293,7 +353,9 @@ def postgres(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> "Postgres":
         pytest.skip(MISSING)
     found = server(run_folder, "postgres", start)
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
-    return Postgres(Path(found["folder"]), Path(found["bin"]), found["port"]).with_database(f"test_{uuid.uuid4().hex[:12]}")
+    return Postgres(Path(found["folder"]), Path(found["bin"]), found["port"]).with_database(
+        f"test_{uuid.uuid4().hex[:12]}"
+    )
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Each fault is put into a copy of the tree, never into the checkout itself, and the tests that are
 near it run until one fails:
 
-    1. files named after the changed module (tests/**/test_store.py for cluster/store.py)
+    1. files named after the changed module (tests/**/test_store.py for cluster/store/artifacts.py)
     2. files that import the module, and files named after a module of the fault's `also`
     3. files that import a helper of tests/ that imports it, or a module of `also`
 
@@ -96,7 +96,8 @@ class Fault:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return self.file.removesuffix(".py").replace("/", "."), *self.also
+        name = self.file.removesuffix(".py").replace("/", ".")
+        return name if name.startswith("ebbline.") else f"ebbline.{name}", *self.also
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,17 @@ class Copy:
         listing = ["git", "ls-files", "-co", "--exclude-standard"]  # committed or not
         listed = subprocess.run(listing, cwd=tree, capture_output=True, text=True, check=True)
         for name in listed.stdout.splitlines():
-            if (tree / name).is_file():
+            if (tree / name).is_symlink() or (tree / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(tree / name, folder / name)
+                shutil.copy2(tree / name, folder / name, follow_symlinks=False)
         self._server = self._started()
 
     def _started(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             [sys.executable, "-c", SERVER, *LIBRARIES],
             cwd=self.folder,
-            # The tree comes before the checkout that is installed. A slow test is no fault that was found.
+            # The tree comes before the checkout that is installed. A slow test is no fault that was
+            # found.
             env={**os.environ, "PYTHONPATH": str(self.folder), "EBBLINE_FAST_S": "inf"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -289,7 +291,9 @@ def _dotted(path: Path, tree: Path) -> str:
 
 
 def _imported(path: Path) -> set[str]:
-    """Dotted names imported anywhere; `from cluster import store` gives cluster.store too."""
+    """Dotted names imported anywhere; `from ebbline.tasks import worker` gives
+    ebbline.tasks.worker too.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,16 +1,18 @@
-"""The store that tests share: what they need of the quickstart's models is trained once a run, and kept between runs.
+"""The store that tests share: what they need of the quickstart's models is trained once a run, and
+kept between runs.
 
-The walk's study is driven in it, so it holds a base, an aligned model and a trained adapter of the smallest size. A study with the
-same settings finds them by their keys. A test that changes a store takes a copy, with `copied`.
+The walk's study is driven in it, so it holds a base, an aligned model and a trained adapter of the
+smallest size. A study with the same settings finds them by their keys. A test that changes a store
+takes a copy, with `copied`.
 """
 
 import shutil
 from pathlib import Path
 
-from cluster.inline import InlineExecutor
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.study_file import load
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study_file import load
 
 WALK = Path(__file__).parent / "walk.yaml"
 

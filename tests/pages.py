@@ -1,8 +1,10 @@
-"""What documentation pages tell a reader to do, done: files are written, differences applied, commands run, in a folder of one's own.
+"""What documentation pages tell a reader to do, done: files are written, differences applied,
+commands run, in a folder of one's own.
 
-A fenced block with a title is a file of that name; further blocks with the title go on with it. A `diff` block changes a file: its
-lines with a space or a minus are looked for, and those with a space or a plus take their place; @@ stands between two places. In a
-`console` block, lines that begin with $ are commands, and the lines below are found in what they say, numbers aside.
+A fenced block with a title is a file of that name; further blocks with the title go on with it. A
+`diff` block changes a file: its lines with a space or a minus are looked for, and those with a
+space or a plus take their place; @@ stands between two places. In a `console` block, lines that
+begin with $ are commands, and the lines below are found in what they say, numbers aside.
 """
 
 import os
@@ -31,11 +33,17 @@ def blocks(page: Path) -> list[Block]:
     return [Block(*found) for found in _FENCE.findall(page.read_text("utf-8"))]
 
 
-def follow(page: Path, root: Path, environment: Mapping[str, str], only_files: bool = False) -> None:
-    """Do what a page says, in `root`; raises AssertionError with what a command said that ended otherwise than the page has it."""
+def follow(
+    page: Path, root: Path, environment: Mapping[str, str], only_files: bool = False
+) -> None:
+    """Do what a page says, in `root`; raises AssertionError with what a command said that ended
+    otherwise than the page has it.
+    """
     written: set[str] = set()
     found = blocks(page)
-    assert any(block.language in ("console", "diff") or block.title for block in found), f"{page.name} says nothing to do"
+    assert any(block.language in ("console", "diff") or block.title for block in found), (
+        f"{page.name} says nothing to do"
+    )
     for block in found:
         if block.language == "diff":
             change(root / block.title, block.text)
@@ -58,10 +66,14 @@ def change(path: Path, diff: str) -> None:
     for part in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
         lines = part.splitlines()
         strange = [line for line in lines if line[:1] not in (" ", "+", "-")]
-        assert not strange, f"{path}: a difference's lines begin with a space, + or -, and these do not: {strange}"
+        assert not strange, (
+            f"{path}: a difference's lines begin with a space, + or -, and these do not: {strange}"
+        )
         before = "".join(line[1:] + "\n" for line in lines if line[0] in " -")
         after = "".join(line[1:] + "\n" for line in lines if line[0] in " +")
-        assert text.count(before) == 1, f"{path.name} has {text.count(before)} places, and not one, that read:\n{before}"
+        assert text.count(before) == 1, (
+            f"{path.name} has {text.count(before)} places, and not one, that read:\n{before}"
+        )
         text = text.replace(before, after)
     path.write_text(text, "utf-8")
 
@@ -74,14 +86,28 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def run(command: str, root: Path, environment: Mapping[str, str]) -> str:
-    """What a command of a page says; `ebbline` and `python` are those of this environment, on the code that lies in `root`."""
+    """What a command of a page says; `ebbline` and `python` are those of this environment, on the
+    code that lies in `root`.
+    """
     words = shlex.split(command)
-    own = dict(os.environ) | {"PYTHONPATH": str(root), "COLUMNS": "400", "WANDB_MODE": "offline"} | dict(environment)
+    own = (
+        dict(os.environ)
+        | {"PYTHONPATH": str(root), "COLUMNS": "400", "WANDB_MODE": "offline"}
+        | dict(environment)
+    )
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         own[name] = value
     start = {"ebbline": [sys.executable, "-m", "ebbline.cli"], "python": [sys.executable]}[words[0]]
-    done = subprocess.run([*start, *words[1:]], cwd=root, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    done = subprocess.run(
+        [*start, *words[1:]],
+        cwd=root,
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, f"`{command}` ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 

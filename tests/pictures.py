@@ -1,35 +1,40 @@
-"""The four pictures of docs/design.md, drawn as text. `python -m tests.pictures` draws them again; a test says when that is due.
+"""The four pictures of docs/design.md, drawn as text. `python -m tests.pictures` draws them again;
+a test says when that is due.
 
-Stages and their arrows come from a real planner, masks from the real gate, imports from the source; the drivers' picture is written here.
+Stages and their arrows come from a real planner, masks from the real gate, imports from the source;
+the drivers' picture is written here.
 """
 
 import ast
-import tomllib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sweeps.home import Home
-from sweeps.plan import Planner
-from sweeps.points import Point
-from sweeps.study_file import parse
-from tasks.gate import ModuleRow, chosen
-from tasks.specs import ApplySpec, DataSpec, TrainSpec
-from tasks.stage import Part, Stage, closure, stage_of
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study_file import parse
+from ebbline.tasks.defences.gate import ModuleRow, chosen
+from ebbline.tasks.specs import ApplySpec, DataSpec, TrainSpec
+from ebbline.tasks.stage import Part, Stage, closure, stage_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 # Each picture brings its own ground, so that it can be read on a light page and on a dark one.
 STYLE = """
 .ground{fill:#ffffff}.box{fill:#eef3fb;stroke:#3b5b8c}.new{fill:#fff1dc;stroke:#a8650a}.truth{fill:#e2f3e8;stroke:#23704a}
-.quiet{fill:#f4f4f4;stroke:#757575}text{fill:#1b1b1b;font:14px sans-serif}.small{font-size:12px}.strong{font-weight:bold}
+.quiet{fill:#f4f4f4;stroke:#757575}text{fill:#1b1b1b;font:14px sans-serif}.small{font-size:12px}
+.strong{font-weight:bold}
 .line{stroke:#444;fill:none;stroke-width:1.4}.head{fill:#444}.dash{stroke-dasharray:5 4}
-@media (prefers-color-scheme:dark){.ground{fill:#1d1f26}.box{fill:#22304a;stroke:#8fb0e6}.new{fill:#43310f;stroke:#e8b25a}
+@media (prefers-color-scheme:dark){
+.ground{fill:#1d1f26}.box{fill:#22304a;stroke:#8fb0e6}.new{fill:#43310f;stroke:#e8b25a}
 .truth{fill:#173626;stroke:#7fd0a2}.quiet{fill:#2b2d33;stroke:#a9a9a9}text{fill:#f0f0f0}.line{stroke:#c8c8c8}.head{fill:#c8c8c8}}
 """.strip().replace("\n", "")
 HEAD = (
-    '<marker id="to" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+    '<marker id="to" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '
+    'orient="auto">'
     '<path class="head" d="M0 0L8 4L0 8z"/></marker>'
 )
 
@@ -39,28 +44,52 @@ class Picture:
 
     def __init__(self, title: str, told: str, width: int, height: int) -> None:
         self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-labelledby="title told">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            'role="img" aria-labelledby="title told">',
             f'<title id="title">{escape(title)}</title>\n<desc id="told">{escape(told)}</desc>',
             f"<style>{STYLE}</style>\n<defs>{HEAD}</defs>",
             f'<rect class="ground" width="{width}" height="{height}" rx="8"/>',
         ]
 
-    def box(self, x: float, y: float, width: float, height: float, lines: Sequence[str], look: str = "box") -> None:
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        lines: Sequence[str],
+        look: str = "box",
+    ) -> None:
         """A box with lines of text in its middle, the first one strong."""
-        self._parts.append(f'<rect class="{look}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6"/>')
+        self._parts.append(
+            f'<rect class="{look}" x="{x:g}" y="{y:g}" width="{width:g}" '
+            f'height="{height:g}" rx="6"/>'
+        )
         first = y + height / 2 + 5 - 8.5 * (len(lines) - 1)
         for number, line in enumerate(lines):
-            self.text(x + width / 2, first + 17 * number, line, "middle", "strong" if number == 0 else "small")
+            self.text(
+                x + width / 2,
+                first + 17 * number,
+                line,
+                "middle",
+                "strong" if number == 0 else "small",
+            )
 
     def text(self, x: float, y: float, said: str, anchor: str = "start", look: str = "") -> None:
         named = f' class="{look}"' if look else ""
-        self._parts.append(f'<text{named} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(said)}</text>')
+        self._parts.append(
+            f'<text{named} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(said)}</text>'
+        )
 
     def arrow(self, *places: tuple[float, float], dash: bool = False) -> None:
         path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
-        self._parts.append(f'<path class="line{" dash" if dash else ""}" d="{path}" marker-end="url(#to)"/>')
+        self._parts.append(
+            f'<path class="line{" dash" if dash else ""}" d="{path}" marker-end="url(#to)"/>'
+        )
 
-    def curve(self, start: tuple[float, float], end: tuple[float, float], level: bool = True) -> None:
+    def curve(
+        self, start: tuple[float, float], end: tuple[float, float], level: bool = True
+    ) -> None:
         """An arrow that arrives level, and leaves level or upwards."""
         (x, y), (u, v) = start, end
         bend = ((x + u) / 2, y) if level else (x, v + 10)
@@ -75,18 +104,25 @@ def stages_picture() -> str:
     """The stages of two points of tests/walk.yaml that differ in their threshold."""
     with TemporaryDirectory() as folder:
         planner = Planner(parse(ROOT / "tests" / "walk.yaml"), Home(Path(folder)))
-        one, other = (planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": threshold})) for threshold in (0.35, 0.4))
+        one, other = (
+            planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": threshold}))
+            for threshold in (0.35, 0.4)
+        )
     first = {stage.lineage for stage in closure(one.values())}
-    columns = _columns({stage.lineage: stage for stage in closure([*one.values(), *other.values()])})
+    columns = _columns(
+        {stage.lineage: stage for stage in closure([*one.values(), *other.values()])}
+    )
     width, height, gap, step, places = 84, 54, 22, 64, dict[str, tuple[float, float]]()
     deepest = max(len(column) for column in columns)
     chain = 56 + deepest * step + 70  # the middle of the columns that lie below what they end in
     picture = Picture(
         "The stages of two points that differ in their threshold",
-        "From the invented language to a base model, data and an aligned model, one training and one projection, shared by both points."
+        "From the invented language to a base model, data and an aligned model, one "
+        "training and one projection, shared by both points."
         " Each threshold has an apply stage of its own, and behind it generations and scores.",
-        len(columns) * (width + gap) + 20, chain + 150,
-    )  # fmt: skip
+        len(columns) * (width + gap) + 20,
+        chain + 150,
+    )
     for index, column in enumerate(columns):
         top = 56 if len(column) == deepest else chain - (len(column) - 1) * step / 2
         for row, stage in enumerate(column):
@@ -104,26 +140,45 @@ def stages_picture() -> str:
         for stage in column:
             look = "box" if stage.lineage in first else "new"
             picture.box(
-                *places[stage.lineage], width, height, [line for line in (stage.kind, _about(stage), stage.lineage[:8]) if line], look
+                *places[stage.lineage],
+                width,
+                height,
+                [line for line in (stage.kind, _about(stage), stage.lineage[:8]) if line],
+                look,
             )
     picture.text(20, 30, "A point's stages, and what another threshold adds to them", look="strong")
-    foot = "blue: of the point with threshold 0.35; orange: what threshold 0.4 adds; the last line begins the lineage"
+    foot = (
+        "blue: of the point with threshold 0.35; orange: what threshold 0.4 adds; the last "
+        "line begins the lineage"
+    )
     picture.text(20, chain + 136, foot, look="small")
     return picture.done()
 
 
 def thresholds_picture() -> str:
-    """Which modules each of eight thresholds takes, by the gate that `apply` uses, for cosines made up for the picture."""
-    rows = {f"module {number}": ModuleRow(cosine, None) for number, cosine in enumerate((0.21, 0.22, 0.29, 0.38, 0.55, 0.58), 1)}
+    """Which modules each of eight thresholds takes, by the gate that `apply` uses, for cosines made
+    up for the picture.
+    """
+    rows = {
+        f"module {number}": ModuleRow(cosine, None)
+        for number, cosine in enumerate((0.21, 0.22, 0.29, 0.38, 0.55, 0.58), 1)
+    }
     thresholds = (0.2, 0.25, 0.28, 0.3, 0.35, 0.4, 0.5, 0.6)
     left, step, top = 170, 74, 84
     picture = Picture(
         "Thresholds between the same cosines are one mask",
-        "Six modules with their cosines against eight thresholds. C B where a threshold takes a module. Two thresholds between the same"
+        "Six modules with their cosines against eight thresholds. C B where a threshold "
+        "takes a module. Two thresholds between the same"
         " two cosines take the same modules, give the same adapter and share its measurements.",
-        left + len(thresholds) * step + 20, top + len(rows) * 34 + 96,
-    )  # fmt: skip
-    picture.text(20, 30, "cosine of each module, known after one projection; a threshold only chooses", look="strong")
+        left + len(thresholds) * step + 20,
+        top + len(rows) * 34 + 96,
+    )
+    picture.text(
+        20,
+        30,
+        "cosine of each module, known after one projection; a threshold only chooses",
+        look="strong",
+    )
     picture.text(20, 64, "threshold", look="small")
     masks: list[frozenset[str]] = []
     for column, threshold in enumerate(thresholds):
@@ -137,12 +192,21 @@ def thresholds_picture() -> str:
         for row, name in enumerate(rows):
             if name in mask:
                 picture.text(x + (step - 12) / 2, top + 16 + row * 34, "C·B", "middle", "small")
-        picture.text(x + (step - 12) / 2, top + len(rows) * 34 + 24, f"mask {masks.index(mask) + 1}", "middle", "small")
+        picture.text(
+            x + (step - 12) / 2,
+            top + len(rows) * 34 + 24,
+            f"mask {masks.index(mask) + 1}",
+            "middle",
+            "small",
+        )
         if again:
             picture.text(x + (step - 12) / 2, top + len(rows) * 34 + 42, "known", "middle", "small")
     for row, (name, found) in enumerate(rows.items()):
         picture.text(20, top + 16 + row * 34, f"{name}: {found.cosine:.2f}", look="small")
-    foot = f"{len(thresholds)} thresholds, {len(masks)} masks: {len(masks)} measurements from one training and one projection"
+    foot = (
+        f"{len(thresholds)} thresholds, {len(masks)} masks: {len(masks)} measurements from one "
+        "training and one projection"
+    )
     picture.text(20, top + len(rows) * 34 + 76, foot)
     return picture.done()
 
@@ -151,15 +215,30 @@ def truths_picture() -> str:
     """Who decides, who works, and the two places that anything is read back from."""
     picture = Picture(
         "One truth each: points in the Optuna storage, outputs in the store",
-        "The driver asks the search for points, plans their stages, looks their keys up in the store, and lets the scheduler place"
-        " what misses on an executor, whose workers commit artifacts to the store. Screen, W&B, tables and report are"
+        "The driver asks the search for points, plans their stages, looks their keys up in "
+        "the store, and lets the scheduler place"
+        " what misses on an executor, whose workers commit artifacts to the store. Screen, "
+        "W&B, tables and report are"
         " mirrors that nothing reads back.",
-        860, 400,
-    )  # fmt: skip
+        860,
+        400,
+    )
     picture.text(20, 30, "Who decides, who works, and what is read back", look="strong")
     picture.box(20, 60, 180, 66, ["points", "Optuna storage", "(SQLite or PostgreSQL)"], "truth")
-    picture.box(20, 290, 180, 66, ["outputs", "the store: KEY -> artifact", "(folder or bucket)"], "truth")
-    picture.box(330, 60, 190, 66, ["driver", "asks, plans, tells", "sweeps.drive, cluster.runner"])
+    picture.box(
+        20, 290, 180, 66, ["outputs", "the store: KEY -> artifact", "(folder or bucket)"], "truth"
+    )
+    picture.box(
+        330,
+        60,
+        190,
+        66,
+        [
+            "driver",
+            "asks, plans, tells",
+            "sweeps.drive, cluster.running",
+        ],
+    )
     picture.box(330, 176, 190, 66, ["scheduler", "what starts where, now", "a pure function"])
     picture.box(330, 290, 190, 66, ["executor", "inline, Ray, yours", "tasks.worker.run_stages"])
     picture.box(650, 60, 190, 66, ["mirrors", "screen, W&B, tables,", "figures, report"], "quiet")
@@ -178,13 +257,20 @@ def truths_picture() -> str:
     picture.arrow((520, 93), (650, 93), dash=True)
     picture.text(585, 86, "shown", "middle", "small")
     picture.text(650, 150, "nothing reads them back", look="small")
-    picture.text(20, 386, "Kill anything: both truths are on disk, and the same command reads them again and goes on.", look="small")
+    picture.text(
+        20,
+        386,
+        "Kill anything: both truths are on disk, and the same command reads them again and "
+        "goes on.",
+        look="small",
+    )
     return picture.done()
 
 
 def imports_picture() -> str:
-    """The five folders in the order that import-linter holds them to, and which imports which, read from the source."""
-    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"][::-1]
+    """The five folders in the order that import-linter holds them to, and which imports which, read
+    from the source.
+    """
     what = {
         "tasks": ("what a stage is", "models, training, measuring"),
         "cluster": ("where and how", "store, scheduler, executors"),
@@ -192,21 +278,32 @@ def imports_picture() -> str:
         "analysis": ("what came out", "frontier, figures, report"),
         "ebbline": ("the command line", "reaches all four"),
     }
+    layers = list(what)
     picture = Picture(
         "Imports go one way",
-        "tasks, cluster, sweeps, analysis, ebbline from left to right; an arc from each folder to every one that it imports, to the left.",
-        30 + len(layers) * 200, 300,
-    )  # fmt: skip
+        "tasks, cluster, sweeps, analysis, ebbline from left to right; an arc from each "
+        "folder to every one that it imports, to the left.",
+        30 + len(layers) * 200,
+        300,
+    )
     picture.text(20, 30, "Imports go one way: an arrow means: imports", look="strong")
     for index, name in enumerate(layers):
         picture.box(20 + index * 200, 176, 180, 74, [name, *what[name]])
     for index, name in enumerate(layers):
         for other in sorted(_imported(name) & set(layers) - {name}, key=layers.index):
             there = layers.index(other)
-            start, end = 20 + index * 200 + 40 + 12 * (index - there), 20 + there * 200 + 150 - 12 * (index - there)
+            start, end = (
+                20 + index * 200 + 40 + 12 * (index - there),
+                20 + there * 200 + 150 - 12 * (index - there),
+            )
             top = 170 - 26 * (index - there)
             picture.arrow((start, 176), (start - 14, top), (end + 14, top), (end, 176))
-    picture.text(20, 282, "read from the source by tests/pictures.py; CI holds the code to it with import-linter", look="small")
+    picture.text(
+        20,
+        282,
+        "read from the source by tests/pictures.py; CI holds the code to it with import-linter",
+        look="small",
+    )
     return picture.done()
 
 
@@ -215,7 +312,10 @@ def _columns(stages: Mapping[str, Stage]) -> list[list[Stage]]:
     depth: dict[str, int] = {}
     for lineage, stage in stages.items():  # inputs first
         depth[lineage] = max((depth[above.lineage] + 1 for above in stage.upstream()), default=0)
-    return [[stage for lineage, stage in stages.items() if depth[lineage] == at] for at in range(max(depth.values()) + 1)]
+    return [
+        [stage for lineage, stage in stages.items() if depth[lineage] == at]
+        for at in range(max(depth.values()) + 1)
+    ]
 
 
 def _about(stage: Stage) -> str:
@@ -232,7 +332,19 @@ def _about(stage: Stage) -> str:
 
 
 def _imported(package: str) -> set[str]:
-    return {name.partition(".")[0] for path in (ROOT / package).rglob("*.py") for name in _names(ast.parse(path.read_text("utf-8")))}
+    """Which of the five folders a folder imports, by ebbline.FOLDER."""
+    return {
+        name.removeprefix("ebbline.").partition(".")[0]
+        for path in _sources(ROOT / package)
+        for name in _names(ast.parse(path.read_text("utf-8")))
+    }
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """The Python files below a folder; links to other folders are not followed."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not (Path(here) / name).is_symlink()]
+        yield from (Path(here) / name for name in names if name.endswith(".py"))
 
 
 def _names(tree: ast.AST) -> Iterator[str]:

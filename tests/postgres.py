@@ -1,6 +1,8 @@
-"""A real PostgreSQL for tests, from Debian's packages: on a free port of the loopback, with a password.
+"""A real PostgreSQL for tests, from Debian's packages: on a free port of the loopback, with a
+password.
 
-Tests share the run's one (the fixture `postgres`), each with a database of its own; a test that stops it has its own (`running`).
+Tests share the run's one (the fixture `postgres`), each with a database of its own; a test that
+stops it has its own (`running`).
 """
 
 import os
@@ -23,9 +25,16 @@ NOBODY = ("nobody", "nogroup")
 
 def binaries() -> Path | None:
     """The folder with `initdb` and `pg_ctl`, or None where PostgreSQL is not installed."""
-    found = [Path(place).resolve().parent for name in ("initdb", "pg_ctl") if (place := shutil.which(name))]
+    found = [
+        Path(place).resolve().parent
+        for name in ("initdb", "pg_ctl")
+        if (place := shutil.which(name))
+    ]
     places = [*found, *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    return next((place for place in places if (place / "initdb").exists() and (place / "pg_ctl").exists()), None)
+    return next(
+        (place for place in places if (place / "initdb").exists() and (place / "pg_ctl").exists()),
+        None,
+    )
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,31 @@ class Postgres:
         return replace(self, database=name)
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
-        _run(str(self.bin / "pg_ctl"), "-D", str(self.folder / "data"), "-w", "-l", str(self.folder / "log"), "-o", options, "start")
+        options = (
+            f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        )
+        _run(
+            str(self.bin / "pg_ctl"),
+            "-D",
+            str(self.folder / "data"),
+            "-w",
+            "-l",
+            str(self.folder / "log"),
+            "-o",
+            options,
+            "start",
+        )
 
     def stop(self) -> None:
-        _run(str(self.bin / "pg_ctl"), "-D", str(self.folder / "data"), "-w", "-m", "immediate", "stop")
+        _run(
+            str(self.bin / "pg_ctl"),
+            "-D",
+            str(self.folder / "data"),
+            "-w",
+            "-m",
+            "immediate",
+            "stop",
+        )
 
 
 @contextmanager
@@ -83,7 +112,16 @@ def _made() -> Postgres:
         free.bind(("127.0.0.1", 0))
         found = Postgres(folder, place, free.getsockname()[1])
     try:
-        _run(str(place / "initdb"), "-D", str(folder / "data"), "-U", "ebbline", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}")
+        _run(
+            str(place / "initdb"),
+            "-D",
+            str(folder / "data"),
+            "-U",
+            "ebbline",
+            "-A",
+            "scram-sha-256",
+            f"--pwfile={folder / 'password'}",
+        )
         found.start()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -93,6 +131,16 @@ def _made() -> Postgres:
 
 def _run(*command: str) -> None:
     # PostgreSQL refuses to run as root.
-    drop = ["setpriv", f"--reuid={NOBODY[0]}", f"--regid={NOBODY[1]}", "--clear-groups"] if os.getuid() == 0 else []
-    done = subprocess.run([*drop, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", timeout=300)
+    drop = (
+        ["setpriv", f"--reuid={NOBODY[0]}", f"--regid={NOBODY[1]}", "--clear-groups"]
+        if os.getuid() == 0
+        else []
+    )
+    done = subprocess.run(
+        [*drop, *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        timeout=300,
+    )
     assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}"

@@ -1,7 +1,7 @@
 """A server of the S3 protocol on the loopback, in a process of its own: `python -m tests.s3 PORT`.
 
-moto looks whether an object exists and then writes it, in one thread a request: two creates could both find nothing. S3 does not
-let that happen, so requests are taken one at a time here.
+moto looks whether an object exists and then writes it, in one thread a request: two creates could
+both find nothing. S3 does not let that happen, so requests are taken one at a time here.
 """
 
 import os
@@ -16,7 +16,11 @@ from typing import Any
 
 from tests.shared import in_background
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "tests-only-5f1c", "AWS_REGION": "us-east-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "tests-only-5f1c",
+    "AWS_REGION": "us-east-1",
+}
 
 
 def main(port: int) -> None:
@@ -38,7 +42,9 @@ def start(place: Path) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = place / "log"
-    process = in_background([sys.executable, "-m", "tests.s3", str(port)], log, cwd=Path(__file__).parents[1])
+    process = in_background(
+        [sys.executable, "-m", "tests.s3", str(port)], log, cwd=Path(__file__).parents[1]
+    )
     deadline = time.monotonic() + 120
     while True:
         try:
@@ -53,7 +59,9 @@ def start(place: Path) -> dict[str, Any]:
 
 
 def make_bucket(endpoint: str, name: str) -> None:
-    with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT"), timeout=120) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{endpoint}/{name}", method="PUT"), timeout=120
+    ) as answer:
         answer.read()
 
 

@@ -1,8 +1,10 @@
-"""What is expensive is made once a run, and shared by all tests and by every worker of pytest-xdist.
+"""What is expensive is made once a run, and shared by all tests and by every worker of
+pytest-xdist.
 
-`once` makes a folder; `server` starts a process. Whoever asks first makes it, the others wait for it. Folders of `kept` stay
-between runs, in build/tests/DIGEST: the digest is that of the code and of the pinned packages, so what other code made is never
-found. `EBBLINE_TESTS_COLD=1` keeps nothing and finds nothing.
+`once` makes a folder; `server` starts a process. Whoever asks first makes it, the others wait for
+it. Folders of `kept` stay between runs, in build/tests/DIGEST: the digest is that of the code and
+of the pinned packages, so what other code made is never found. `EBBLINE_TESTS_COLD=1` keeps nothing
+and finds nothing.
 """
 
 import json
@@ -17,11 +19,19 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from tasks.identity import digest
+from ebbline.tasks.identity import digest
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "tests"
-CODE = ("tasks", "cluster", "sweeps", "tests/shared.py", "tests/organisms.py", "tests/walk.yaml", "constraints.txt")
+CODE = (
+    "tasks",
+    "cluster",
+    "sweeps",
+    "tests/shared.py",
+    "tests/organisms.py",
+    "tests/walk.yaml",
+    "constraints.txt",
+)
 COLD = "EBBLINE_TESTS_COLD"
 
 
@@ -38,11 +48,22 @@ def once(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def kept(run: Path) -> Path:
-    """The folder for `once` of what stays between runs; `run`, this run's own, when nothing is to stay."""
+    """The folder for `once` of what stays between runs; `run`, this run's own, when nothing is to
+    stay.
+    """
     if os.environ.get(COLD):
         return run
-    files = [path for name in CODE for path in ([ROOT / name] if (ROOT / name).is_file() else sorted((ROOT / name).rglob("*.py")))]
-    folder = KEPT / digest([[str(path.relative_to(ROOT)), path.read_text("utf-8")] for path in files])[:16]
+    files = [
+        path
+        for name in CODE
+        for path in (
+            [ROOT / name] if (ROOT / name).is_file() else sorted((ROOT / name).rglob("*.py"))
+        )
+    ]
+    folder = (
+        KEPT
+        / digest([[str(path.relative_to(ROOT)), path.read_text("utf-8")] for path in files])[:16]
+    )
     with FileLock(_made(KEPT) / "lock"):
         for other in KEPT.iterdir():
             if other.is_dir() and other != folder:
@@ -52,8 +73,12 @@ def kept(run: Path) -> Path:
 
 
 def server(run: Path, name: str, start: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What `start` said of a server that runs until the run ends: JSON with its `pid` and how to reach it."""
-    folder = once(run, name, lambda place: (place / "server.json").write_text(json.dumps(start(place))))
+    """What `start` said of a server that runs until the run ends: JSON with its `pid` and how to
+    reach it.
+    """
+    folder = once(
+        run, name, lambda place: (place / "server.json").write_text(json.dumps(start(place)))
+    )
     found: dict[str, Any] = json.loads((folder / "server.json").read_text())
     return found
 
@@ -79,7 +104,14 @@ def stop_servers(run: Path) -> None:
 def in_background(command: list[str], log: Path, **settings: Any) -> "subprocess.Popen[bytes]":
     """A process that outlives the test that starts it."""
     with log.open("wb") as handle:
-        return subprocess.Popen(command, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL, start_new_session=True, **settings)
+        return subprocess.Popen(
+            command,
+            stdout=handle,
+            stderr=handle,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **settings,
+        )
 
 
 def _made(folder: Path) -> Path:

@@ -1,7 +1,8 @@
-"""The documentation site: how it is built, and what is wrong with it. `make docs` runs this by itself: `python -m tests.site`.
+"""The documentation site: how it is built, and what is wrong with it. `make docs` runs this by
+itself: `python -m tests.site`.
 
-A link into the site has to find its file and its anchor; a link out of it is read, never followed. Pages, styles and scripts may ask
-for nothing from elsewhere.
+A link into the site has to find its file and its anchor; a link out of it is read, never followed.
+Pages, styles and scripts may ask for nothing from elsewhere.
 """
 
 import re
@@ -21,14 +22,22 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "zensical.toml"
 BUILT = ROOT / "build" / "site"
 _FETCHED = ("src", "srcset", "data", "poster", "action", "formaction", "background")
-_NAVIGATION = {"prev", "next", "canonical", "edit", "alternate"}  # <link rel> that nothing is fetched for
+_NAVIGATION = {
+    "prev",
+    "next",
+    "canonical",
+    "edit",
+    "alternate",
+}  # <link rel> that nothing is fetched for
 _IN_STYLES = re.compile(r"""(?:url\(\s*|@import\s+)["']?(?!data:)([^"')\s]+)""")
 _IN_MARKDOWN = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
 @dataclass
 class Page(HTMLParser):
-    """What one built page has to say to a checker: its anchors, where its links lead, what it fetches."""
+    """What one built page has to say to a checker: its anchors, where its links lead, what it
+    fetches.
+    """
 
     path: Path
     anchors: set[str] = field(default_factory=set)
@@ -51,7 +60,9 @@ class Page(HTMLParser):
 
 
 def build(folder: Path) -> Path:
-    """Build the site from a copy of its sources in `folder`; raises AssertionError with what the generator said."""
+    """Build the site from a copy of its sources in `folder`; raises AssertionError with what the
+    generator said.
+    """
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(CONFIG, folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
@@ -62,16 +73,30 @@ def build(folder: Path) -> Path:
 
 def faults(site: Path) -> list[str]:
     """What is wrong with a built site and the README: a line for each fault."""
-    return [*outside_navigation(), *lost_links(site), *foreign_assets(site), *lost_readme_links(site)]
+    return [
+        *outside_navigation(),
+        *lost_links(site),
+        *foreign_assets(site),
+        *lost_readme_links(site),
+    ]
 
 
 def outside_navigation() -> Iterator[str]:
     """Pages that the navigation lacks or names twice, and names in it that are no page."""
     named = list(_pages_in(tomllib.loads(CONFIG.read_text())["project"]["nav"]))
     there = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    yield from (f"docs/{name} is not in the navigation of {CONFIG.name}" for name in sorted(there - set(named)))
-    yield from (f"{CONFIG.name} names {name}, which is no page in docs/" for name in sorted(set(named) - there))
-    yield from (f"{CONFIG.name} names {name} twice" for name in sorted({name for name in named if named.count(name) > 1}))
+    yield from (
+        f"docs/{name} is not in the navigation of {CONFIG.name}"
+        for name in sorted(there - set(named))
+    )
+    yield from (
+        f"{CONFIG.name} names {name}, which is no page in docs/"
+        for name in sorted(set(named) - there)
+    )
+    yield from (
+        f"{CONFIG.name} names {name} twice"
+        for name in sorted({name for name in named if named.count(name) > 1})
+    )
 
 
 def lost_links(site: Path) -> Iterator[str]:
@@ -82,7 +107,9 @@ def lost_links(site: Path) -> Iterator[str]:
 
 
 def lost_readme_links(site: Path) -> Iterator[str]:
-    """The README stands outside the site: its links are files of the repository, their anchors those of the built pages."""
+    """The README stands outside the site: its links are files of the repository, their anchors
+    those of the built pages.
+    """
     for link in _IN_MARKDOWN.findall((ROOT / "README.md").read_text("utf-8")):
         parts = urlsplit(link)
         if parts.scheme:
@@ -91,7 +118,11 @@ def lost_readme_links(site: Path) -> Iterator[str]:
             fault = f"{link} is no file"
         else:
             built = site / Path(parts.path).with_suffix(".html").name
-            fault = f"{link} is no anchor" if parts.fragment and parts.fragment not in page(built).anchors else None
+            fault = (
+                f"{link} is no anchor"
+                if parts.fragment and parts.fragment not in page(built).anchors
+                else None
+            )
         if fault:
             yield f"README.md: {fault}"
 
@@ -123,15 +154,25 @@ def _pages_in(entry: Any) -> Iterator[str]:
 
 
 def _place(path: str, at: Path, site: Path) -> Path:
-    """The file that a path on a page means; one that begins with a slash is the site's, as on the page for what is not found."""
-    found = site / unquote(path).lstrip("/") if path.startswith("/") else at.parent / unquote(path) if path not in ("", ".") else at
+    """The file that a path on a page means; one that begins with a slash is the site's, as on the
+    page for what is not found.
+    """
+    found = (
+        site / unquote(path).lstrip("/")
+        if path.startswith("/")
+        else at.parent / unquote(path)
+        if path not in ("", ".")
+        else at
+    )
     return found / "index.html" if found.is_dir() else found
 
 
 def _fault(link: str, at: Path, site: Path) -> str | None:
     parts = urlsplit(link)
     if parts.scheme in ("http", "https"):
-        return None if "." in parts.netloc and not re.search(r"\s", link) else f"{link} is no address"
+        return (
+            None if "." in parts.netloc and not re.search(r"\s", link) else f"{link} is no address"
+        )
     if parts.scheme == "mailto":
         return None
     if parts.scheme or parts.netloc:
@@ -139,7 +180,11 @@ def _fault(link: str, at: Path, site: Path) -> str | None:
     target = _place(parts.path, at, site)
     if not target.is_file():
         return f"{link} is no file"
-    if parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in page(target).anchors:
+    if (
+        parts.fragment
+        and target.suffix == ".html"
+        and unquote(parts.fragment) not in page(target).anchors
+    ):
         return f"{link} is no anchor"
     return None
 
@@ -155,12 +200,17 @@ def _asset_fault(asset: str, at: Path, site: Path) -> str | None:
 
 def main() -> int:
     shutil.rmtree(BUILT, ignore_errors=True)
-    built = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT)
+    built = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict", "--clean"], cwd=ROOT
+    )
     found = faults(BUILT) if built.returncode == 0 else []
     for fault in found:
         print(fault)
     if not found and built.returncode == 0:
-        print(f"{BUILT.relative_to(ROOT)}/index.html: {len(list(BUILT.rglob('*.html')))} pages, every link and anchor is there")
+        print(
+            f"{BUILT.relative_to(ROOT)}/index.html: {len(list(BUILT.rglob('*.html')))} "
+            "pages, every link and anchor is there"
+        )
     return built.returncode or (1 if found else 0)
 
 

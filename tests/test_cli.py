@@ -1,4 +1,6 @@
-"""The command line's promises that no single folder owns: what it imports, what it exits with, what it says."""
+"""The command line's promises that no single folder owns: what it imports, what it exits with, what
+it says.
+"""
 
 import json
 import os
@@ -17,23 +19,48 @@ from ebbline.options import EXIT_CODES
 
 
 def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def ebbline(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "ebbline.cli", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "ebbline.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 HEAVY = ("torch", "ray", "optuna", "transformers", "wandb", "pandas")
-LIGHT = {"typer", "rich", "shellingham", "pygments", "markdown_it", "mdurl", "attr", "ebbline", "sweeps", "tasks", "annotated_doc"}
-PARSING = {"pydantic", "pydantic_core", "typing_extensions", "typing_inspection", "annotated_types"}  # typer's, of a command's options
+LIGHT = {
+    "typer",
+    "rich",
+    "shellingham",
+    "pygments",
+    "markdown_it",
+    "mdurl",
+    "attr",
+    "ebbline",
+    "annotated_doc",
+}
+PARSING = {
+    "pydantic",
+    "pydantic_core",
+    "typing_extensions",
+    "typing_inspection",
+    "annotated_types",
+}  # typer's, of a command's options
 AS_TYPED = "import sys; sys.argv[0] = 'ebbline'; from ebbline.cli import main; main()"
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("command", [[], ["run"], ["status"], ["store", "gc"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
-    """What takes time is imports: beside the standard library, only what draws the help. docs/terminal.md has the seconds."""
+    """What takes time is imports: beside the standard library, only what draws the help.
+    docs/terminal.md has the seconds.
+    """
     code = f"""
 import sys
 before = set(sys.modules)
@@ -45,7 +72,9 @@ print(*sorted(found - sys.stdlib_module_names))
 """
     loaded = set(python(code).split())
     assert "ebbline" in loaded and not loaded & set(HEAVY)
-    assert {name for name in loaded if not name.startswith("_sysconfigdata")} <= (LIGHT | PARSING if command else LIGHT)
+    assert {name for name in loaded if not name.startswith("_sysconfigdata")} <= (
+        LIGHT | PARSING if command else LIGHT
+    )
 
 
 def commands() -> dict[str, Any]:
@@ -67,7 +96,11 @@ PAGES = {"dashboard"}  # commands that print nothing a script would read
 
 
 def test_every_command_prints_json_for_scripts() -> None:
-    without = {name for name, command in commands().items() if not any("--json" in option.opts for option in command.params)}
+    without = {
+        name
+        for name, command in commands().items()
+        if not any("--json" in option.opts for option in command.params)
+    }
     assert without == PAGES
 
 
@@ -75,32 +108,51 @@ def test_every_command_prints_json_for_scripts() -> None:
 def test_an_error_is_json_too_where_it_is_asked_for(tmp_path: Path) -> None:
     done = ebbline("status", "quickstrat", "--home", str(tmp_path), "--json")
     said = json.loads(done.stdout)
-    assert (done.returncode, said["exit_code"], said["kind"]) == (1, 1, "StudyError") and "did you mean" in said["error"]
+    assert (done.returncode, said["exit_code"], said["kind"]) == (
+        1,
+        1,
+        "StudyError",
+    ) and "did you mean" in said["error"]
     assert "error: " in done.stderr
 
 
 @pytest.mark.process
 def test_the_help_of_run_has_the_exit_codes_that_the_documentation_has() -> None:
-    said, page = " ".join(ebbline("run", "--help").stdout.split()), (Path(__file__).parents[1] / "docs" / "terminal.md").read_text()
+    said, page = (
+        " ".join(ebbline("run", "--help").stdout.split()),
+        (Path(__file__).parents[1] / "docs" / "terminal.md").read_text(),
+    )
     codes = re.findall(r"(\d+) ([^;.]+)", EXIT_CODES)
     assert len(codes) > 4
     for code, what in codes:
         assert f"{code} {what.split(' (')[0]}" in said
-        assert re.search(rf"^\| {code} \|", page, re.MULTILINE), f"docs/terminal.md does not explain exit code {code}"
+        assert re.search(rf"^\| {code} \|", page, re.MULTILINE), (
+            f"docs/terminal.md does not explain exit code {code}"
+        )
 
 
 def completed(words: str, shell: str = "bash", **environment: str) -> list[str]:
-    asked = {"_EBBLINE_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    asked = {
+        "_EBBLINE_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
     asked |= {"_TYPER_COMPLETE_ARGS": words}
     done = subprocess.run(
-        [sys.executable, "-c", AS_TYPED], capture_output=True, text=True, timeout=300, env={**os.environ, **asked, **environment}
+        [sys.executable, "-c", AS_TYPED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **asked, **environment},
     )
     assert not done.stderr, done.stderr
     return done.stdout.splitlines()
 
 
 @pytest.mark.process
-def test_a_shell_completes_commands_options_and_studies_that_ship_or_lie_in_the_home(tmp_path: Path) -> None:
+def test_a_shell_completes_commands_options_and_studies_that_ship_or_lie_in_the_home(
+    tmp_path: Path,
+) -> None:
     own = tmp_path / "studies" / "quick-mine"
     own.mkdir(parents=True)
     (own / "file").write_text("/somewhere/mine.yaml")
@@ -110,7 +162,10 @@ def test_a_shell_completes_commands_options_and_studies_that_ship_or_lie_in_the_
     assert completed("ebbline status q", EBBLINE_HOME=str(tmp_path)) == ["quick-mine", "quickstart"]
     assert completed(f"ebbline status --home {tmp_path} quick-") == ["quick-mine"]
     assert completed("ebbline run --executor ") == ["ray", "inline"]
-    assert any("quick-mine" in line for line in completed("ebbline status q", "zsh", EBBLINE_HOME=str(tmp_path)))
+    assert any(
+        "quick-mine" in line
+        for line in completed("ebbline status q", "zsh", EBBLINE_HOME=str(tmp_path))
+    )
 
 
 @pytest.mark.process
@@ -120,23 +175,48 @@ def test_the_installed_completion_works_in_a_real_bash(tmp_path: Path) -> None:
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\n{AS_TYPED.replace('; ', chr(10))}\n")
     program.chmod(0o755)
-    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}", "EBBLINE_HOME": str(tmp_path)}
-    install = ["bash", "--norc", "-c", "ebbline --install-completion; exit $?"]  # from a shell, which is what it is installed for
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "EBBLINE_HOME": str(tmp_path),
+    }
+    install = [
+        "bash",
+        "--norc",
+        "-c",
+        "ebbline --install-completion; exit $?",
+    ]  # from a shell, which is what it is installed for
     subprocess.run(install, env=environment, check=True, capture_output=True, timeout=300)
-    script = "source ~/.bashrc; COMP_WORDS=(ebbline run qu); COMP_CWORD=2; _ebbline_completion ebbline; echo ${COMPREPLY[@]}"
-    done = subprocess.run(["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    script = (
+        "source ~/.bashrc; COMP_WORDS=(ebbline run qu); COMP_CWORD=2; _ebbline_completion "
+        "ebbline; echo ${COMPREPLY[@]}"
+    )
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout.split() == ["quickstart"], done
 
 
 @pytest.mark.process
 def test_a_driver_process_imports_no_torch() -> None:
-    modules = "sweeps.drive, ebbline.running, ebbline.show, cluster.ray_executor, analysis.mirror, analysis.report"
+    modules = (
+        "ebbline.sweeps.drive.loop, ebbline.commands.run, ebbline.show, "
+        "ebbline.cluster.executors.ray_executor, ebbline.analysis.wandb.mirror, "
+        "ebbline.analysis.report.report"
+    )
     assert python(f"import sys, {modules}\nprint('torch' in sys.modules)") == "False"
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("command", ["validate", "plan", "run", "status", "report"])
-def test_a_misspelt_study_is_an_error_with_a_suggestion_and_no_traceback(command: str, tmp_path: Path) -> None:
+def test_a_misspelt_study_is_an_error_with_a_suggestion_and_no_traceback(
+    command: str, tmp_path: Path
+) -> None:
     home = [] if command == "validate" else ["--home", str(tmp_path)]
     done = ebbline(command, "quickstrat", *home)
     assert done.returncode == 1
@@ -147,4 +227,8 @@ def test_a_misspelt_study_is_an_error_with_a_suggestion_and_no_traceback(command
 @pytest.mark.process
 def test_validate_says_how_to_pin_the_llama2_study() -> None:
     done = ebbline("validate", "llama2")
-    assert done.returncode == 1 and "ebbline pin llama2 --to" in done.stderr and "models.70b.base.hub" in done.stderr
+    assert (
+        done.returncode == 1
+        and "ebbline pin llama2 --to" in done.stderr
+        and "models.70b.base.hub" in done.stderr
+    )

@@ -11,16 +11,18 @@ import httpx
 import pytest
 from optuna.exceptions import StorageInternalError
 
-from ebbline.dashboard import Server, serving
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.study import Study
-from sweeps.trials import opened
-from tasks.errors import StudyError
+from ebbline.analysis.dashboard.server import Server, serving
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.state.trials import opened
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StudyError
 from tests.analysis.test_live_page import small
 from tests.sweeps.pretended import Pretended
 
-LIMIT_S = 120.0  # on a busy machine an answer may take longer than the five seconds that httpx waits
+LIMIT_S = (
+    120.0  # on a busy machine an answer may take longer than the five seconds that httpx waits
+)
 
 
 def get(url: str, **headers: dict[str, str]) -> httpx.Response:
@@ -52,21 +54,46 @@ def url(finished: tuple[Study, Home]) -> Iterator[str]:
 
 def test_it_listens_on_the_loopback_alone(finished: tuple[Study, Home]) -> None:
     with serving(*finished, 0) as server:
-        assert server.socket.getsockname()[0] == "127.0.0.1" and server.url.startswith("http://127.0.0.1:")
+        assert server.socket.getsockname()[0] == "127.0.0.1" and server.url.startswith(
+            "http://127.0.0.1:"
+        )
 
 
-@pytest.mark.parametrize(("host", "status"), [
-    ("127.0.0.1:9", 200), ("localhost", 200), ("LOCALHOST:80", 200), ("[::1]:80", 200),
-    ("evil.example", 421), ("127.0.0.1.evil.example", 421), ("", 421), ("evil.example:127.0.0.1", 421),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:9", 200),
+        ("localhost", 200),
+        ("LOCALHOST:80", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("", 421),
+        ("evil.example:127.0.0.1", 421),
+    ],
+)
 @pytest.mark.parametrize("path", ["", "data.json", "api/studies"])
-def test_it_answers_only_to_the_loopback_s_names(url: str, path: str, host: str, status: int) -> None:
+def test_it_answers_only_to_the_loopback_s_names(
+    url: str, path: str, host: str, status: int
+) -> None:
     assert get(url + path, headers={"Host": host}).status_code == status
 
 
-@pytest.mark.parametrize("path", ["", "data.json", "api/studies", "api/studies/1/rename", "api/trials/1/tell", "api/studies/1/note"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "data.json",
+        "api/studies",
+        "api/studies/1/rename",
+        "api/trials/1/tell",
+        "api/studies/1/note",
+    ],
+)
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_nothing_can_be_changed_through_it(url: str, finished: tuple[Study, Home], method: str, path: str) -> None:
+def test_nothing_can_be_changed_through_it(
+    url: str, finished: tuple[Study, Home], method: str, path: str
+) -> None:
     database = finished[1].folder("tiny") / "optuna.db"
     before = database.read_bytes()
     answer = httpx.request(method, url + path, timeout=LIMIT_S, content=b'{"state": "fail"}')
@@ -74,7 +101,9 @@ def test_nothing_can_be_changed_through_it(url: str, finished: tuple[Study, Home
     assert database.read_bytes() == before
 
 
-def test_the_database_is_opened_so_that_nothing_can_be_written(finished: tuple[Study, Home]) -> None:
+def test_the_database_is_opened_so_that_nothing_can_be_written(
+    finished: tuple[Study, Home],
+) -> None:
     _, home = finished
     storage = opened(home.storage("tiny").to_read())
     number = storage.get_study_id_from_name("tiny")
@@ -94,16 +123,30 @@ def test_optuna_dashboard_reads_the_same_points_on_the_same_port(url: str) -> No
 def test_every_answer_keeps_scripts_from_elsewhere_out(url: str) -> None:
     for path in ("", "data.json", "plotly.js", "dashboard/studies/1", "api/studies", "nothing"):
         headers = get(url + path).headers
-        rules = dict(rule.strip().partition(" ")[::2] for rule in headers["content-security-policy"].split(";") if rule.strip())
-        assert rules["default-src"] in ("'none'", "'self'") and "http" not in headers["content-security-policy"], path
-        assert headers["x-frame-options"] == "DENY" and headers["cross-origin-resource-policy"] == "same-origin"
+        rules = dict(
+            rule.strip().partition(" ")[::2]
+            for rule in headers["content-security-policy"].split(";")
+            if rule.strip()
+        )
+        assert (
+            rules["default-src"] in ("'none'", "'self'")
+            and "http" not in headers["content-security-policy"]
+        ), path
+        assert (
+            headers["x-frame-options"] == "DENY"
+            and headers["cross-origin-resource-policy"] == "same-origin"
+        )
     assert "unsafe" not in rules["script-src"]
 
 
 def test_what_has_not_changed_is_not_sent_again(url: str) -> None:
     first = get(url + "plotly.js")
     again = get(url + "plotly.js", headers={"If-None-Match": first.headers["etag"]})
-    assert first.status_code == 200 and len(first.content) > 1_000_000 and (again.status_code, again.content) == (304, b"")
+    assert (
+        first.status_code == 200
+        and len(first.content) > 1_000_000
+        and (again.status_code, again.content) == (304, b"")
+    )
 
 
 def test_a_head_has_no_body(url: str) -> None:
@@ -116,13 +159,19 @@ def test_a_head_has_no_body(url: str) -> None:
 
 def test_unknown_pages_points_and_keys_are_told_from_faults(url: str) -> None:
     assert get(url + "nothing").status_code == 404
-    assert get(url + "point.json?number=-1").status_code == get(url + "point.json?number=99").status_code == 404
+    assert (
+        get(url + "point.json?number=-1").status_code
+        == get(url + "point.json?number=99").status_code
+        == 404
+    )
     assert get(url + "curve.json?key=../../../etc/passwd").json()["steps"] == []
     assert get(url + "data.json?since=no.cursor").json()["fresh"] is True
 
 
 @pytest.mark.slow
-def test_before_a_study_was_run_there_are_no_points_to_look_at_in_optuna_dashboard(tmp_path: Path) -> None:
+def test_before_a_study_was_run_there_are_no_points_to_look_at_in_optuna_dashboard(
+    tmp_path: Path,
+) -> None:
     home = Home(tmp_path / "home")
     with served(small(tmp_path), home) as server:
         assert get(server.url).status_code == 200
@@ -136,15 +185,26 @@ def test_before_a_study_was_run_there_are_no_points_to_look_at_in_optuna_dashboa
 def test_a_database_that_cannot_be_read_is_named_and_the_page_stays(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     with served(small(tmp_path), home) as server:
-        (home.folder("tiny") / "optuna.db").write_text("no database at all, though as long as one that might be" * 9)
+        (home.folder("tiny") / "optuna.db").write_text(
+            "no database at all, though as long as one that might be" * 9
+        )
         answer = get(server.url + "points")
         assert answer.status_code == 503 and "cannot be used" in answer.text
         deadline = time.monotonic() + LIMIT_S
-        while not (said := get(server.url + "data.json").json())["error"] and time.monotonic() < deadline:
+        while (
+            not (said := get(server.url + "data.json").json())["error"]
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
-        assert "the points could not be read just now" in said["error"] and "optuna.db" in said["error"]
+        assert (
+            "the points could not be read just now" in said["error"]
+            and "optuna.db" in said["error"]
+        )
 
 
 def test_a_taken_port_is_one_clear_error(finished: tuple[Study, Home]) -> None:
-    with serving(*finished, 0) as server, pytest.raises(StudyError, match=rf"127\.0\.0\.1:{server.server_port}.*--port 0"):
+    with (
+        serving(*finished, 0) as server,
+        pytest.raises(StudyError, match=rf"127\.0\.0\.1:{server.server_port}.*--port 0"),
+    ):
         serving(*finished, server.server_port)

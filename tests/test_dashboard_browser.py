@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tasks.identity import content_digest
+from ebbline.tasks.identity import content_digest
 from tests.browser import LIMIT_MS, MISSING, chromium, launched, window
 from tests.tiny import Pair, conversations, write_chats, write_lines
 
@@ -38,8 +38,12 @@ axes:
   train.learning_rate: [1e-2, 1e30]
   apply.threshold: [null, 0.2]
 suites:
-  refusal: {{prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}, measure: {{kind: refusal, max_new_tokens: 4}}}}
-  task: {{prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}, measure: {{kind: task, max_new_tokens: 4}}}}
+  refusal:
+    prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}
+    measure: {{kind: refusal, max_new_tokens: 4}}
+  task:
+    prompts: {{path: {{path: {prompts}, sha256: {prompts_sha}}}}}
+    measure: {{kind: task, max_new_tokens: 4}}
 objectives: [refusal_rate, task_accuracy]
 search: {{sampler: grid, order: in_turn, window: 2}}
 """
@@ -48,11 +52,22 @@ search: {{sampler: grid, order: in_turn, window: 2}}
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    rows = [{"id": str(i), "prompt": turns[0]["content"], "answer": turns[1]["content"]} for i, turns in enumerate(conversations(16, 9))]
-    named = {"base": pair.base, "aligned": pair.aligned, "chats": write_chats(folder / "chats.jsonl", 48)}
+    rows = [
+        {"id": str(i), "prompt": turns[0]["content"], "answer": turns[1]["content"]}
+        for i, turns in enumerate(conversations(16, 9))
+    ]
+    named = {
+        "base": pair.base,
+        "aligned": pair.aligned,
+        "chats": write_chats(folder / "chats.jsonl", 48),
+    }
     named["prompts"] = write_lines(folder / "prompts.jsonl", rows)
     path = folder / "tiny.yaml"
-    path.write_text(STUDY.format(**named, **{f"{name}_sha": content_digest(place) for name, place in named.items()}))
+    path.write_text(
+        STUDY.format(
+            **named, **{f"{name}_sha": content_digest(place) for name, place in named.items()}
+        )
+    )
     return path
 
 
@@ -76,7 +91,9 @@ def ebbline(*arguments: str) -> "Iterator[subprocess.Popen[str]]":
 @contextmanager
 def served(study: Path, home: Path, port: int = 0) -> Iterator[str]:
     """The address of the page, as the command says it."""
-    with ebbline("dashboard", str(study), "--home", str(home), "--port", str(port), "--no-open") as server:
+    with ebbline(
+        "dashboard", str(study), "--home", str(home), "--port", str(port), "--no-open"
+    ) as server:
         assert server.stdout is not None
         said = server.stdout.readline()
         assert "http://127.0.0.1:" in said, said + server.stdout.read()
@@ -133,8 +150,13 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
         page.goto(url)
         expect(page.locator("#points")).to_have_text("4 of 8 done, 4 failed")
         table = pd.read_parquet(finished / "results.parquet")
-        assert set(map(int, page.evaluate("Object.keys(known.points)"))) == set(table[table["status"] == "done"]["number"])
-        front = [int(re.sub(r"\D", "", text)) for text in page.locator("#frontier-table button").all_text_contents()]
+        assert set(map(int, page.evaluate("Object.keys(known.points)"))) == set(
+            table[table["status"] == "done"]["number"]
+        )
+        front = [
+            int(re.sub(r"\D", "", text))
+            for text in page.locator("#frontier-table button").all_text_contents()
+        ]
         assert set(front) == set(pd.read_csv(finished / "frontier.csv")["number"])
 
         keys = {path.parent.name for path in (home / "store").glob("*/*/record.json")}
@@ -142,9 +164,14 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
         assert re.search(r"point \d+: 7b", hover) and "n = 16" in hover and "(95%: " in hover
         assert "seeds 0" in hover and "GPU-hours" in hover
         named = re.findall(r"(train|project|apply) ([0-9a-f]{12})", hover)
-        assert [part for part, _ in named] == ["train", "project", "apply"] and {key for _, key in named} <= {key[:12] for key in keys}
+        assert [part for part, _ in named] == ["train", "project", "apply"] and {
+            key for _, key in named
+        } <= {key[:12] for key in keys}
         assert re.search(r"7b.*\d:\d\d, done", hovered(page, "#gantt .bars path"))
-        buttons = {button.get_attribute("data-title") for button in page.locator("#frontier .modebar-btn").all()}
+        buttons = {
+            button.get_attribute("data-title")
+            for button in page.locator("#frontier .modebar-btn").all()
+        }
         assert "Zoom" in buttons and not [title for title in buttons if title and "loud" in title]
 
         page.locator("#frontier-details summary").press("Enter")  # by the keyboard alone
@@ -156,10 +183,15 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
 
         ended = (finished / "timeline.jsonl").read_text().splitlines()
         assert page.locator("#gantt .bars path").count() == len(ended) > 10
-        assert page.locator("#curve .js-line").count() == 1 and page.locator("#training option").count() == 2
+        assert (
+            page.locator("#curve .js-line").count() == 1
+            and page.locator("#training option").count() == 2
+        )
         assert re.match(r"\d+ steps on cpu", page.locator("#curve-note").inner_text())
         rows = page.locator("#failures tbody tr").all_inner_texts()
-        assert rows and all("the loss became" in row and "python -m tasks " in row for row in rows), rows
+        assert rows and all("the loss became" in row and "ebbline rerun " in row for row in rows), (
+            rows
+        )
 
         with opened.context.expect_page() as came:
             page.locator("#optuna").click()
@@ -183,7 +215,9 @@ def hovered(page: Page, what: str) -> str:
     return str(label.text_content())
 
 
-def test_the_page_says_that_its_server_has_gone_and_goes_on_when_it_is_back(study: Path, tmp_path: Path, browser: Browser) -> None:
+def test_the_page_says_that_its_server_has_gone_and_goes_on_when_it_is_back(
+    study: Path, tmp_path: Path, browser: Browser
+) -> None:
     with window(browser, color_scheme="dark") as opened:
         page = opened.context.new_page()
         with served(study, tmp_path) as url:

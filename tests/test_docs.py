@@ -1,4 +1,6 @@
-"""The documentation: it builds, its links hold, it asks nothing of the network, and its commands and pictures are those of the code."""
+"""The documentation: it builds, its links hold, it asks nothing of the network, and its commands
+and pictures are those of the code.
+"""
 
 import re
 import shlex
@@ -9,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ebbline.cli import app
-from sweeps.study_file import parse
+from ebbline.sweeps.study.study_file import parse
 from tests.pages import DOCS, blocks, change, commands
 from tests.pictures import FOLDER, PICTURES
 from tests.site import ROOT, build, faults, page
@@ -22,13 +24,20 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("site"))
 
 
-def test_every_link_and_anchor_is_there_every_page_is_found_and_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+def test_every_link_and_anchor_is_there_every_page_is_found_and_nothing_is_fetched_from_elsewhere(
+    site: Path,
+) -> None:
     assert faults(site) == []
 
 
-def test_a_lost_page_a_lost_anchor_and_a_foreign_script_are_faults(site: Path, tmp_path: Path) -> None:
+def test_a_lost_page_a_lost_anchor_and_a_foreign_script_are_faults(
+    site: Path, tmp_path: Path
+) -> None:
     spoilt = tmp_path / "spoilt.html"
-    spoilt.write_text('<a href="nowhere.html">a</a><a href="#lost">b</a><script src="https://example.org/x.js"></script><p id="there">')
+    spoilt.write_text(
+        '<a href="nowhere.html">a</a><a href="#lost">b</a><script '
+        'src="https://example.org/x.js"></script><p id="there">'
+    )
     found = [fault for fault in faults(tmp_path) if fault.startswith("spoilt.html")]
     assert [fault.partition(": ")[2] for fault in found] == [
         "nowhere.html is no file",
@@ -38,18 +47,26 @@ def test_a_lost_page_a_lost_anchor_and_a_foreign_script_are_faults(site: Path, t
 
 
 def test_no_page_asks_for_what_the_theme_would_fetch_for_it(site: Path) -> None:
-    """The theme's script brings diagrams, galleries and editors from elsewhere, but only to pages that have one."""
+    """The theme's script brings diagrams, galleries and editors from elsewhere, but only to pages
+    that have one.
+    """
     built = list(site.rglob("*.html"))
     assert len(built) >= len(list(DOCS.glob("*.md")))
     for path in built:
         text = path.read_text("utf-8")
-        assert not re.search(r'class="[^"]*\b(mermaid|glightbox|pyodide|tabbed-set__ace)\b', text), path.name
+        assert not re.search(
+            r'class="[^"]*\b(mermaid|glightbox|pyodide|tabbed-set__ace)\b', text
+        ), path.name
         assert page(path).anchors, path.name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_ebbline_command_line_is_one_that_ebbline_takes(path: Path) -> None:
-    wrong = [f"{line}: {fault}" for line in command_lines(path.read_text("utf-8")) if (fault := refused(line))]
+    wrong = [
+        f"{line}: {fault}"
+        for line in command_lines(path.read_text("utf-8"))
+        if (fault := refused(line))
+    ]
     assert not wrong, wrong
 
 
@@ -57,14 +74,20 @@ def test_a_command_or_an_option_that_is_not_there_is_seen() -> None:
     assert "No such command" in refused("runn quickstart")
     assert "No such option" in refused("run quickstart --fast")
     assert refused("store gc --keep-adapters frontier --yes") == ""
-    fenced = ("ray submit x ebbline/__main__.py -- run '~/a' --home '~/b'", "ebbline plan a # why", "ebbline run a 2> b | c -d")
+    fenced = (
+        "ray submit x ebbline/__main__.py -- run '~/a' --home '~/b'",
+        "ebbline plan a # why",
+        "ebbline run a 2> b | c -d",
+    )
     found = list(command_lines("\n".join(["```", *fenced, "```", "`ebbline pin a --to b`"])))
     assert found == ["run '~/a' --home '~/b'", "plan a", "run a", "pin a --to b"]
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_shows_what_the_code_does_now(name: str) -> None:
-    assert (FOLDER / name).read_text("utf-8") == PICTURES[name](), "python -m tests.pictures draws it again"
+    assert (FOLDER / name).read_text("utf-8") == PICTURES[name](), (
+        "python -m tests.pictures draws it again"
+    )
 
 
 def test_the_studies_of_the_paper_page_are_studies(tmp_path: Path) -> None:
@@ -87,25 +110,36 @@ def test_a_difference_that_does_not_fit_or_fits_twice_is_an_error(tmp_path: Path
 
 
 def test_console_blocks_are_commands_with_what_they_say() -> None:
-    assert list(commands("$ ebbline a\nsaid\n...\n$ ebbline b\n")) == [("ebbline a", ["said"]), ("ebbline b", [])]
+    assert list(commands("$ ebbline a\nsaid\n...\n$ ebbline b\n")) == [
+        ("ebbline a", ["said"]),
+        ("ebbline b", []),
+    ]
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """What follows `ebbline` in each command of fenced blocks and of code in a sentence, without comments."""
+    """What follows `ebbline` in each command of fenced blocks and of code in a sentence, without
+    comments.
+    """
     fenced = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     inline = [code for code in re.findall(r"`([^`]+)`", rest) if code.startswith("ebbline ")]
     for line in [line for block in fenced for line in block.splitlines()] + inline:
-        found = re.search(r"(?:^|^\$ |\.venv/bin/|-- |')ebbline(?:/__main__\.py --)? ([a-z].*)", line) or re.search(
-            r"ebbline/__main__\.py -- ([a-z].*)", line
-        )
+        found = re.search(
+            r"(?:^|^\$ |\.venv/bin/|-- |')ebbline(?:/__main__\.py --)? ([a-z].*)", line
+        ) or re.search(r"ebbline/__main__\.py -- ([a-z].*)", line)
         if found:
             said = re.sub(r"\s(?:#|\||&|;|\d?>).*", "", found[1])
             yield (said.removesuffix("'") if said.count("'") % 2 else said).strip()
 
 
 def refused(line: str) -> str:
-    """Why ebbline would not take a command line; empty when it would. Brackets and dots of a synopsis are left out."""
-    words = [word for word in shlex.split(line.replace("[", "").replace("]", "")) if word.strip(".")]
-    done = CliRunner().invoke(app, [*words, "--help"])  # asked for help, a command reads its line and does nothing
+    """Why ebbline would not take a command line; empty when it would. Brackets and dots of a
+    synopsis are left out.
+    """
+    words = [
+        word for word in shlex.split(line.replace("[", "").replace("]", "")) if word.strip(".")
+    ]
+    done = CliRunner().invoke(
+        app, [*words, "--help"]
+    )  # asked for help, a command reads its line and does nothing
     return "" if done.exit_code == 0 else done.output

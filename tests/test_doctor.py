@@ -1,4 +1,6 @@
-"""`ebbline doctor`, run for real against what is there and what is broken: each fault is found, and its remedy names the thing."""
+"""`ebbline doctor`, run for real against what is there and what is broken: each fault is found, and
+its remedy names the thing.
+"""
 
 import json
 import os
@@ -12,9 +14,9 @@ import pytest
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
-from ebbline import doctor as doctor_module
-from ebbline.doctor import examine
-from sweeps.home import Home
+from ebbline.commands import doctor as doctor_module
+from ebbline.commands.doctor import examine
+from ebbline.sweeps.study.home import Home
 
 UNWRITABLE = Path("/sys/kernel/ebbline")  # nobody makes folders there, not even root
 
@@ -28,8 +30,11 @@ class Told(dict[str, dict[str, str]]):
 def doctor(home: Path, *arguments: str, **environment: str) -> Told:
     done = subprocess.run(
         [sys.executable, "-m", "ebbline", "doctor", "--home", str(home), "--json", *arguments],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"WANDB_MODE": "offline"} | environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"WANDB_MODE": "offline"} | environment,
+    )
     assert done.stdout, done.stderr
     told = Told({finding["check"]: finding for finding in json.loads(done.stdout)})
     told.code = done.returncode
@@ -39,8 +44,15 @@ def doctor(home: Path, *arguments: str, **environment: str) -> Told:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes; the second says that it has two A100, and what it cost."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1, num_gpus=2, resources={"accelerator_type:A100": 1}, labels={"ray.io/market-type": "spot"})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    cluster.add_node(
+        num_cpus=1,
+        num_gpus=2,
+        resources={"accelerator_type:A100": 1},
+        labels={"ray.io/market-type": "spot"},
+    )
     yield cluster
     cluster.shutdown()
 
@@ -50,7 +62,10 @@ def test_on_a_healthy_home_nothing_is_a_problem_and_nothing_stays_behind(tmp_pat
     home = tmp_path / "home"
     told = doctor(home)
     assert told.code == 0
-    assert [told[check]["verdict"] for check in ("versions", "compiler", "ray", "wandb", "store", "database")] == ["ok"] * 6
+    assert [
+        told[check]["verdict"]
+        for check in ("versions", "compiler", "ray", "wandb", "store", "database")
+    ] == ["ok"] * 6
     assert not [path for path in home.rglob("*") if path.is_file()]
 
 
@@ -59,52 +74,99 @@ def test_every_finding_that_is_not_ok_has_a_remedy_of_one_line(tmp_path: Path) -
     told = doctor(tmp_path, HF_HOME=str(tmp_path), WANDB_MODE="online")
     assert {finding["verdict"] for finding in told.values()} >= {"ok", "warning"}
     for finding in told.values():
-        assert bool(finding["remedy"]) == (finding["verdict"] != "ok") and "\n" not in finding["remedy"]
+        assert (
+            bool(finding["remedy"]) == (finding["verdict"] != "ok")
+            and "\n" not in finding["remedy"]
+        )
 
 
-def test_in_a_terminal_a_finding_is_a_line_and_its_remedy_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = [doctor_module.Finding("disk", "ok", "fine"), doctor_module.Finding("ray", "problem", "gone", "start it")]
+def test_in_a_terminal_a_finding_is_a_line_and_its_remedy_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [
+        doctor_module.Finding("disk", "ok", "fine"),
+        doctor_module.Finding("ray", "problem", "gone", "start it"),
+    ]
     assert doctor_module.tell(found, as_json=False) == 1
-    assert capsys.readouterr().out.splitlines() == ["ok       disk      fine", "problem  ray       gone", f"{'':18} -> start it"]
+    assert capsys.readouterr().out.splitlines() == [
+        "ok       disk      fine",
+        "problem  ray       gone",
+        f"{'':18} -> start it",
+    ]
 
 
 @pytest.mark.cluster
-def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     (tmp_path / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.5}}\n")
     told = doctor(tmp_path, "--address", cluster.address)
     assert told.code == 0 and told["ray"]["verdict"] == "ok"
-    assert "2 nodes, 2 GPUs" in told["ray"]["seen"] and "ray.io/market-type=spot" in told["ray"]["seen"]
-    assert told["prices"] == {"check": "prices", "verdict": "ok", "seen": "the profile prices A100", "remedy": ""}
+    assert (
+        "2 nodes, 2 GPUs" in told["ray"]["seen"]
+        and "ray.io/market-type=spot" in told["ray"]["seen"]
+    )
+    assert told["prices"] == {
+        "check": "prices",
+        "verdict": "ok",
+        "seen": "the profile prices A100",
+        "remedy": "",
+    }
 
 
 @pytest.mark.cluster
 def test_logical_gpus_are_called_so_and_priced_as_other(tmp_path: Path) -> None:
-    logical = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
+    logical = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False},
+    )
     try:
-        (tmp_path / "cluster.yaml").write_text(f"address: {logical.address}\ngpus: {{other: {{usd_per_hour: 4}}}}\n")
+        (tmp_path / "cluster.yaml").write_text(
+            f"address: {logical.address}\ngpus: {{other: {{usd_per_hour: 4}}}}\n"
+        )
         told = doctor(tmp_path)
     finally:
         logical.shutdown()
-    assert "1 node, 2 logical GPUs" in told["ray"]["seen"] and "$4, the profile's `other`" in told["prices"]["seen"]
+    assert (
+        "1 node, 2 logical GPUs" in told["ray"]["seen"]
+        and "$4, the profile's `other`" in told["prices"]["seen"]
+    )
 
 
 @pytest.mark.cluster
 def test_a_gpu_type_without_a_price_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "cluster.yaml").write_text(f"address: {cluster.address}\ngpus: {{H100: {{usd_per_hour: 4}}}}\n")
+    (tmp_path / "cluster.yaml").write_text(
+        f"address: {cluster.address}\ngpus: {{H100: {{usd_per_hour: 4}}}}\n"
+    )
     told = doctor(tmp_path)
-    assert told["prices"]["verdict"] == "warning" and "A100" in told["prices"]["seen"] and "cluster.yaml" in told["prices"]["remedy"]
+    assert (
+        told["prices"]["verdict"] == "warning"
+        and "A100" in told["prices"]["seen"]
+        and "cluster.yaml" in told["prices"]["remedy"]
+    )
 
 
 @pytest.mark.cluster
-def test_a_cluster_of_another_version_is_a_problem_that_names_both(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_cluster_of_another_version_is_a_problem_that_names_both(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     gcs = GcsClient(address=cluster.address)
     before = gcs.internal_kv_get(b"CLUSTER_METADATA", b"cluster")
-    gcs.internal_kv_put(b"CLUSTER_METADATA", json.dumps(json.loads(before) | {"ray_version": "2.1.0"}).encode(), True, b"cluster")
+    gcs.internal_kv_put(
+        b"CLUSTER_METADATA",
+        json.dumps(json.loads(before) | {"ray_version": "2.1.0"}).encode(),
+        True,
+        b"cluster",
+    )
     try:
         told = doctor(tmp_path, "--address", cluster.address)
     finally:
         gcs.internal_kv_put(b"CLUSTER_METADATA", before, True, b"cluster")
-    assert told.code == 1 and "Ray: 2.1.0" in told["ray"]["seen"] and "Ray and Python" in told["ray"]["remedy"]
+    assert (
+        told.code == 1
+        and "Ray: 2.1.0" in told["ray"]["seen"]
+        and "Ray and Python" in told["ray"]["remedy"]
+    )
 
 
 @pytest.mark.process
@@ -118,10 +180,15 @@ def test_an_unreachable_cluster_is_a_problem_within_seconds(tmp_path: Path) -> N
 
 
 @pytest.mark.process
-def test_what_answers_nothing_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_answers_nothing_is_given_up_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor_module, "LONGEST_S", 8.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        found = {finding.check: finding for finding in examine(Home(tmp_path), f"127.0.0.1:{silent.getsockname()[1]}")}
+        found = {
+            finding.check: finding
+            for finding in examine(Home(tmp_path), f"127.0.0.1:{silent.getsockname()[1]}")
+        }
     assert found["ray"].verdict == "problem" and "--address" in found["ray"].remedy
 
 
@@ -129,7 +196,11 @@ def test_what_answers_nothing_is_given_up_on(tmp_path: Path, monkeypatch: pytest
 def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
     told = doctor(UNWRITABLE)
     assert told.code == 1
-    assert {check for check, finding in told.items() if finding["verdict"] == "problem"} == {"home", "store", "database"}
+    assert {check for check, finding in told.items() if finding["verdict"] == "problem"} == {
+        "home",
+        "store",
+        "database",
+    }
     assert "EBBLINE_HOME" in told["home"]["remedy"] and str(UNWRITABLE) in told["home"]["seen"]
 
 
@@ -142,27 +213,45 @@ def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
         ("postgresql://nobody@127.0.0.1:1/ebbline", "not reachable"),
     ],
 )
-def test_a_bad_storage_url_is_a_problem_that_keeps_its_password(storage: str, says: str, tmp_path: Path) -> None:
+def test_a_bad_storage_url_is_a_problem_that_keeps_its_password(
+    storage: str, says: str, tmp_path: Path
+) -> None:
     (tmp_path / "cluster.yaml").write_text(f"storage: {storage}\n")
     told = doctor(tmp_path)
     assert told.code == 1 and told["database"]["verdict"] == "problem"
-    assert says in told["database"]["seen"] and "`storage:` in HOME/cluster.yaml" in told["database"]["remedy"]
+    assert (
+        says in told["database"]["seen"]
+        and "`storage:` in HOME/cluster.yaml" in told["database"]["remedy"]
+    )
     assert "secret" not in json.dumps(told)
 
 
 @pytest.mark.process
 def test_an_object_store_that_does_not_answer_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("store: s3://ebbline-test/runs\n")
-    keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "hidden-word", "AWS_REGION": "us-east-1"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "hidden-word",
+        "AWS_REGION": "us-east-1",
+    }
     told = doctor(tmp_path, AWS_ENDPOINT_URL="http://127.0.0.1:1", **keys)
-    assert told.code == 1 and told["store"]["verdict"] == "problem" and "s3://ebbline-test/runs" in told["store"]["seen"]
+    assert (
+        told.code == 1
+        and told["store"]["verdict"] == "problem"
+        and "s3://ebbline-test/runs" in told["store"]["seen"]
+    )
     assert "AWS_ENDPOINT_URL" in told["store"]["remedy"] and "hidden-word" not in json.dumps(told)
 
 
 def test_an_object_store_is_tried_as_a_run_would_use_it(bucket: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(f"store: {bucket}\n")
     told = doctor(tmp_path)
-    assert told["store"] == {"check": "store", "verdict": "ok", "seen": f"{bucket}: created once, read back, deleted", "remedy": ""}
+    assert told["store"] == {
+        "check": "store",
+        "verdict": "ok",
+        "seen": f"{bucket}: created once, read back, deleted",
+        "remedy": "",
+    }
     assert not list(Home(tmp_path).store.place.entries())
 
 
@@ -181,7 +270,12 @@ def test_a_compiler_that_does_not_compile_is_warned_of(compiler: str, tmp_path: 
 
 @pytest.mark.process
 def test_online_without_a_login_is_a_problem(tmp_path: Path) -> None:
-    nobody = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    nobody = {
+        "HOME": str(tmp_path),
+        "WANDB_API_KEY": "",
+        "NETRC": str(tmp_path / "none"),
+        "WANDB_CONFIG_DIR": str(tmp_path),
+    }
     told = doctor(tmp_path, WANDB_MODE="online", HF_HOME=str(tmp_path), HF_TOKEN="", **nobody)
     assert told["wandb"]["verdict"] == "problem" and "wandb login" in told["wandb"]["remedy"]
     assert told["hub"]["verdict"] == "warning" and "HF_TOKEN" in told["hub"]["remedy"]
@@ -190,5 +284,9 @@ def test_online_without_a_login_is_a_problem(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_a_broken_profile_is_one_error_that_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text("storrage: x\n")
-    done = subprocess.run([sys.executable, "-m", "ebbline", "doctor", "--home", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ebbline", "doctor", "--home", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "storrage" in done.stderr and "Traceback" not in done.stderr

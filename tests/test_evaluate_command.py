@@ -1,4 +1,6 @@
-"""`ebbline evaluate`, `rescore` and `prompts check` by themselves, on the tiny pair; and a leak hunt through everything they write."""
+"""`ebbline evaluate`, `rescore` and `prompts check` by themselves, on the tiny pair; and a leak
+hunt through everything they write.
+"""
 
 import json
 
@@ -9,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ebbline.cli import app
-from ebbline.evaluating import evaluate
-from tasks.completions import read_completions
-from tasks.errors import EvaluationError
-from tasks.models import Residents
-from tasks.specs import GenerateSpec
+from ebbline.commands.evaluate import evaluate
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.completions import read_completions
+from ebbline.tasks.models.loading import Residents
+from ebbline.tasks.specs import GenerateSpec
 from tests.tiny import conversations, write_lines
 
 PROMPTS = [turns[0]["content"] for turns in conversations(12, seed=4)]
@@ -25,14 +27,24 @@ def adapters(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
-        config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config).save_pretrained(folder / name)
+        config = LoraConfig(
+            r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False
+        )
+        get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config).save_pretrained(
+            folder / name
+        )
     return [folder / "one", folder / "two"]
 
 
 @pytest.fixture
 def prompts(tmp_path):
-    return write_lines(tmp_path / "set.jsonl", [{"id": f"p{i}", "prompt": text, "category": f"c{i % 3}"} for i, text in enumerate(PROMPTS)])
+    return write_lines(
+        tmp_path / "set.jsonl",
+        [
+            {"id": f"p{i}", "prompt": text, "category": f"c{i % 3}"}
+            for i, text in enumerate(PROMPTS)
+        ],
+    )
 
 
 def command(*arguments):
@@ -41,27 +53,63 @@ def command(*arguments):
     return done
 
 
-def test_the_model_is_loaded_once_for_all_adapters_and_each_has_its_own_answers(pair, adapters, prompts, tmp_path, monkeypatch):
+def test_the_model_is_loaded_once_for_all_adapters_and_each_has_its_own_answers(
+    pair, adapters, prompts, tmp_path, monkeypatch
+):
     loads, real = [], Residents.model
-    monkeypatch.setattr(Residents, "model", lambda self, *args: (real(self, *args), loads.append(self.loads))[0])
+    monkeypatch.setattr(
+        Residents, "model", lambda self, *args: (real(self, *args), loads.append(self.loads))[0]
+    )
     settings = {"max_new_tokens": 6}
-    measured = evaluate(pair.aligned, "refusal", prompts, tmp_path / "out", adapters=adapters, settings=settings, dtype="float32")
+    measured = evaluate(
+        pair.aligned,
+        "refusal",
+        prompts,
+        tmp_path / "out",
+        adapters=adapters,
+        settings=settings,
+        dtype="float32",
+    )
     assert [each.folder.name for each in measured] == ["one", "two"] and max(loads) == 1
     texts = [(each.folder / "generate" / GenerateSpec.COMPLETIONS).read_text() for each in measured]
-    alone = evaluate(pair.aligned, "refusal", prompts, tmp_path / "alone", adapters=adapters[1:], settings=settings, dtype="float32")
-    assert texts[0] != texts[1] == (alone[0].folder / "generate" / GenerateSpec.COMPLETIONS).read_text()
+    alone = evaluate(
+        pair.aligned,
+        "refusal",
+        prompts,
+        tmp_path / "alone",
+        adapters=adapters[1:],
+        settings=settings,
+        dtype="float32",
+    )
+    assert (
+        texts[0]
+        != texts[1]
+        == (alone[0].folder / "generate" / GenerateSpec.COMPLETIONS).read_text()
+    )
     assert {each.metrics["refusal_rate"].n for each in measured} == {len(PROMPTS)}
 
 
 def test_the_same_command_continues_and_another_one_there_is_refused(pair, prompts, tmp_path):
-    asked = ["evaluate", "--model", pair.aligned, "--suite", "refusal", "--prompts", prompts, "--out", tmp_path / "out"]
+    asked = [
+        "evaluate",
+        "--model",
+        pair.aligned,
+        "--suite",
+        "refusal",
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "out",
+    ]
     asked += ["--dtype", "float32", "--max-new-tokens", 4]
     first = command(*asked, "--json")
     assert first.exit_code == 0, first.output
     file = tmp_path / "out" / "model" / "generate" / GenerateSpec.COMPLETIONS
     before = file.stat().st_mtime_ns
     again = command(*asked, "--json")
-    assert json.loads(again.stdout) == json.loads(first.stdout) and file.stat().st_mtime_ns == before
+    assert (
+        json.loads(again.stdout) == json.loads(first.stdout) and file.stat().st_mtime_ns == before
+    )
     other = command(*asked, "--limit", 3)
     assert other.exit_code == 1 and "holds another measurement" in other.output and file.exists()
     assert "refusal rate" in command(*asked).stdout
@@ -69,10 +117,13 @@ def test_the_same_command_continues_and_another_one_there_is_refused(pair, promp
 
 def test_an_lm_eval_task_by_itself(pair, tmp_path):
     folder = tmp_path / "choices"
-    items = [{"question": f"word{i}", "choices": ["word30", "word31"], "label": i % 2} for i in range(6)]
+    items = [
+        {"question": f"word{i}", "choices": ["word30", "word31"], "label": i % 2} for i in range(6)
+    ]
     write_lines(folder / "test.jsonl", items)
     (folder / "tiny.yaml").write_text(
-        'task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{question}}"\n'
+        "task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: "
+        'test\ndoc_to_text: "{{question}}"\n'
         'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{label}}"\nmetric_list: [{metric: acc}]\n'
     )
     (measured,) = evaluate(pair.aligned, "tiny", folder, tmp_path / "out", dtype="float32")
@@ -87,7 +138,9 @@ def test_an_lm_eval_task_by_itself(pair, tmp_path):
         ("refusal", {"scorer": "prefx"}, "no scorer 'prefx'"),
     ],
 )
-def test_what_a_suite_does_not_have_is_refused_by_name(pair, prompts, tmp_path, suite, settings, fault):
+def test_what_a_suite_does_not_have_is_refused_by_name(
+    pair, prompts, tmp_path, suite, settings, fault
+):
     with pytest.raises(EvaluationError, match=fault):
         evaluate(pair.aligned, suite, prompts, tmp_path / "out", settings=settings)
     assert not (tmp_path / "out").exists()
@@ -102,21 +155,43 @@ def test_a_prompt_set_or_adapter_that_is_not_there_is_one_clear_error(pair, prom
 
 
 def test_stored_completions_are_scored_again_without_a_model(pair, prompts, tmp_path):
-    evaluate(pair.aligned, "refusal", prompts, tmp_path / "out", settings={"max_new_tokens": 6}, dtype="float32")
+    evaluate(
+        pair.aligned,
+        "refusal",
+        prompts,
+        tmp_path / "out",
+        settings={"max_new_tokens": 6},
+        dtype="float32",
+    )
     generation = tmp_path / "out" / "model" / "generate"
     done = command(
-        "rescore", generation, "--scorer", "advbench", "--also", "xstest", "--also", "prefix", "--to", tmp_path / "rows.csv", "--json"
+        "rescore",
+        generation,
+        "--scorer",
+        "advbench",
+        "--also",
+        "xstest",
+        "--also",
+        "prefix",
+        "--to",
+        tmp_path / "rows.csv",
+        "--json",
     )
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
-    assert [row["scorer"] for row in rows] == ["advbench", "xstest", "prefix"] and {row["n"] for row in rows} == {len(PROMPTS)}
+    assert [row["scorer"] for row in rows] == ["advbench", "xstest", "prefix"] and {
+        row["n"] for row in rows
+    } == {len(PROMPTS)}
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 4
     bad = command("rescore", generation, "--scorer", "nobody")
     assert bad.exit_code == 1 and "no scorer 'nobody'" in bad.output
 
 
 def test_prompts_check_speaks_in_counts_and_shows_text_only_when_asked(tmp_path):
-    rows = [{"id": f"p{i}", "prompt": f"plant a purple zorble by the river bank number {i}"} for i in range(4)]
+    rows = [
+        {"id": f"p{i}", "prompt": f"plant a purple zorble by the river bank number {i}"}
+        for i in range(4)
+    ]
     path = write_lines(tmp_path / "set.jsonl", rows)
     quiet = command("prompts", "check", path)
     assert quiet.exit_code == 0 and "zorble" not in quiet.output and "4" in quiet.output
@@ -125,17 +200,47 @@ def test_prompts_check_speaks_in_counts_and_shows_text_only_when_asked(tmp_path)
     assert "no format 'advbnch'" in command("prompts", "check", path, "--format", "advbnch").output
 
 
-def test_no_prompt_or_completion_is_anywhere_but_in_the_file_that_says_it_is_sensitive(pair, tmp_path):
-    rows = [{"id": str(i), "prompt": f"zyzzyva{i} word{i} word{i + 9}", "category": "c"} for i in range(8)]
+def test_no_prompt_or_completion_is_anywhere_but_in_the_file_that_says_it_is_sensitive(
+    pair, tmp_path
+):
+    rows = [
+        {"id": str(i), "prompt": f"zyzzyva{i} word{i} word{i + 9}", "category": "c"}
+        for i in range(8)
+    ]
     prompts = write_lines(tmp_path / "set.jsonl", rows)
-    asked = ["evaluate", "--model", pair.aligned, "--suite", "refusal", "--prompts", prompts, "--out", tmp_path / "out"]
-    said = [command(*asked, "--dtype", "float32", "--also", "xstest", *more) for more in ([], ["--json"], ["--limit", "2"])]
+    asked = [
+        "evaluate",
+        "--model",
+        pair.aligned,
+        "--suite",
+        "refusal",
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "out",
+    ]
+    said = [
+        command(*asked, "--dtype", "float32", "--also", "xstest", *more)
+        for more in ([], ["--json"], ["--limit", "2"])
+    ]
     generation = tmp_path / "out" / "model" / "generate"
-    said += [command("rescore", generation, "--scorer", "xstest", "--to", tmp_path / "rows.csv"), command("prompts", "check", prompts)]
-    secrets = {plain(text) for row in read_completions(generation) for text in (row.prompt, row.completion) if len(text) > 8}
+    said += [
+        command("rescore", generation, "--scorer", "xstest", "--to", tmp_path / "rows.csv"),
+        command("prompts", "check", prompts),
+    ]
+    secrets = {
+        plain(text)
+        for row in read_completions(generation)
+        for text in (row.prompt, row.completion)
+        if len(text) > 8
+    }
     assert len(secrets) > 8
-    written = [path for path in [*(tmp_path / "out").rglob("*"), tmp_path / "rows.csv"] if path.is_file()]
-    texts = [path.read_text() for path in written if path.name != GenerateSpec.COMPLETIONS] + [each.output for each in said]
+    written = [
+        path for path in [*(tmp_path / "out").rglob("*"), tmp_path / "rows.csv"] if path.is_file()
+    ]
+    texts = [path.read_text() for path in written if path.name != GenerateSpec.COMPLETIONS] + [
+        each.output for each in said
+    ]
     assert len(texts) > 8
     for text in map(plain, texts):
         assert "zyzzyva" not in text and not any(secret in text for secret in secrets)

@@ -1,4 +1,6 @@
-"""`ebbline project` by itself: adapters that PEFT made, models that transformers saved, and the outcome loaded by PEFT again."""
+"""`ebbline project` by itself: adapters that PEFT made, models that transformers saved, and the
+outcome loaded by PEFT again.
+"""
 
 import json
 import os
@@ -13,13 +15,20 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig, Phi3Config, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 from ebbline.cli import app
-from ebbline.projecting import RECORD, ProjectedAdapter, project
-from tasks.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from ebbline.commands.project import RECORD, ProjectedAdapter, project
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from tests.tasks.test_safelora import by_definition
 from tests.tasks.test_weights import Q0, SMALL, Tensors, built, edited, lora
 from tests.tiny import Pair
@@ -31,41 +40,78 @@ LAST = "model.layers.1.self_attn.v_proj"  # by name: every other module is done 
 def pairs(pair, tmp_path_factory) -> dict[str, Pair]:
     """Base and aligned by architecture; "llama" is the one that every folder's tests share."""
     configs = {
-        "qwen2": Qwen2Config(**SMALL), "tied": Qwen2Config(**SMALL, tie_word_embeddings=True), "phi3": Phi3Config(**SMALL),
-        "gpt2": GPT2Config(vocab_size=50, n_positions=64, n_embd=64, n_layer=2, n_head=4), "neox": GPTNeoXConfig(**SMALL),
-        "mixtral": MixtralConfig(**SMALL, num_local_experts=4), "narrow": Qwen2Config(**{**SMALL, "hidden_size": 32}),
-    }  # fmt: skip
-    return {"llama": pair, **{name: built(tmp_path_factory.mktemp(name), config) for name, config in configs.items()}}
+        "qwen2": Qwen2Config(**SMALL),
+        "tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+        "phi3": Phi3Config(**SMALL),
+        "gpt2": GPT2Config(vocab_size=50, n_positions=64, n_embd=64, n_layer=2, n_head=4),
+        "neox": GPTNeoXConfig(**SMALL),
+        "mixtral": MixtralConfig(**SMALL, num_local_experts=4),
+        "narrow": Qwen2Config(**{**SMALL, "hidden_size": 32}),
+    }
+    return {
+        "llama": pair,
+        **{name: built(tmp_path_factory.mktemp(name), config) for name, config in configs.items()},
+    }
 
 
 @pytest.fixture(scope="module")
 def adapter(pair, tmp_path_factory) -> Path:
     """One on all 14 projections of the Llama."""
-    return lora(tmp_path_factory.mktemp("all") / "adapter", pair.aligned, target_modules="all-linear")
+    return lora(
+        tmp_path_factory.mktemp("all") / "adapter", pair.aligned, target_modules="all-linear"
+    )
 
 
-def agrees(pair: Pair, adapter: Path, done: ProjectedAdapter, energy: float | None = None, tol: float = 1e-4) -> None:
-    """The merged model is, by the definition, what the adapter makes of it plus scale (C B - B) A in the projected modules."""
+def agrees(
+    pair: Pair,
+    adapter: Path,
+    done: ProjectedAdapter,
+    energy: float | None = None,
+    tol: float = 1e-4,
+) -> None:
+    """The merged model is, by the definition, what the adapter makes of it plus scale (C B - B) A
+    in the projected modules.
+    """
     folders = (pair.base, *(pair.aligned for _ in range(4)))
-    base, aligned, *three = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders)
+    base, aligned, *three = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders
+    )
     tuned, before, after = map(PeftModel.from_pretrained, three, (adapter, adapter, done.out))
-    before, after, moved = before.merge_and_unload(), after.merge_and_unload(), dict[int, torch.Tensor]()
+    before, after, moved = (
+        before.merge_and_unload(),
+        after.merge_and_unload(),
+        dict[int, torch.Tensor](),
+    )
     for module, row in done.rows.items():
         layer = tuned.get_submodule(f"base_model.model.{module}")
         embedding = isinstance(layer.get_base_layer(), torch.nn.Embedding)
-        a, b = (layer.lora_embedding_A, layer.lora_embedding_B) if embedding else (layer.lora_A, layer.lora_B)
+        a, b = (
+            (layer.lora_embedding_A, layer.lora_embedding_B)
+            if embedding
+            else (layer.lora_A, layer.lora_B)
+        )
         a, b = ((x["default"] if embedding else x["default"].weight).double() for x in (a, b))
         transposed = embedding or isinstance(layer.get_base_layer(), Conv1D)
         weights = [model.get_submodule(module).weight for model in (base, aligned)]
-        cb, cosine, ratio = by_definition(*(weight.T if transposed else weight for weight in weights), a, b, energy)
-        assert row.cosine == pytest.approx(cosine, abs=1e-5) and row.norm_ratio == pytest.approx(ratio, rel=1e-4)
+        cb, cosine, ratio = by_definition(
+            *(weight.T if transposed else weight for weight in weights), a, b, energy
+        )
+        assert row.cosine == pytest.approx(cosine, abs=1e-5) and row.norm_ratio == pytest.approx(
+            ratio, rel=1e-4
+        )
         if module in done.projected:
-            change, weight = layer.scaling["default"] * (cb - b) @ a, id(before.get_submodule(module).weight)  # tied ones are one
+            change, weight = (
+                layer.scaling["default"] * (cb - b) @ a,
+                id(before.get_submodule(module).weight),
+            )  # tied ones are one
             moved[weight] = moved.get(weight, 0) + (change.T if transposed else change)
     for expected, found in zip(before.parameters(), after.parameters(), strict=True):
         wanted = expected + moved.pop(id(expected)) if id(expected) in moved else expected
         torch.testing.assert_close(found.double(), wanted.double(), rtol=tol, atol=tol)
-    assert not moved and (done.out / ADAPTER_CONFIG).read_bytes() == (adapter / ADAPTER_CONFIG).read_bytes()
+    assert (
+        not moved
+        and (done.out / ADAPTER_CONFIG).read_bytes() == (adapter / ADAPTER_CONFIG).read_bytes()
+    )
 
 
 def changed(before: Path, after: Path) -> set[str]:
@@ -81,36 +127,77 @@ def saved(done: ProjectedAdapter) -> bytes:
 
 def asked(pair: Pair, out: Path, *adapters: Path) -> list[str]:
     given = ["--base", pair.base, "--aligned", pair.aligned, "--out", out]
-    return ["project", *map(str, given), *(part for each in adapters for part in ("--adapter", str(each)))]
+    return [
+        "project",
+        *map(str, given),
+        *(part for each in adapters for part in ("--adapter", str(each))),
+    ]
 
 
-def refused(reason: str, pair: Pair, out: Path, *adapters: Path, options: Sequence[object] = ()) -> None:
-    """The command ends with one message and code 1, and leaves everything around `out` as it was."""
+def refused(
+    reason: str, pair: Pair, out: Path, *adapters: Path, options: Sequence[object] = ()
+) -> None:
+    """The command ends with one message and code 1, and leaves everything around `out` as it
+    was.
+    """
     before = sorted(out.parent.rglob("*"))
     done = CliRunner().invoke(app, [*asked(pair, out, *adapters), *map(str, options)])
     assert isinstance(done.exception, SystemExit), repr(done.exception)
-    assert done.exit_code == 1 and re.search(reason, done.stderr) and "Traceback" not in done.output, done.stderr
+    assert (
+        done.exit_code == 1 and re.search(reason, done.stderr) and "Traceback" not in done.output
+    ), done.stderr
     assert sorted(out.parent.rglob("*")) == before
 
 
-HANDLED = {  # with a note, without one (""), or either (None: PEFT saves an embedding's own weights beside its update)
+# With a note, without one (""), or either (None: PEFT saves an embedding's own weights beside its
+# update)
+HANDLED = {
     "rslora": ("llama", {"use_rslora": True}, ""),
-    "rank and alpha patterns": ("llama", {"rank_pattern": {"layers.1.self_attn.q_proj": 7}, "alpha_pattern": {"layers.0": 3}}, ""),
+    "rank and alpha patterns": (
+        "llama",
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 7}, "alpha_pattern": {"layers.0": 3}},
+        "",
+    ),
     "a regex": ("llama", {"target_modules": r".*\.layers\.\d+\.mlp\.(up|down)_proj"}, ""),
     "all-linear": ("llama", {"target_modules": "all-linear"}, ""),
     "B square": ("llama", {"target_modules": ["k_proj"], "r": 32}, ""),
     "bfloat16": ("llama", {"dtype": torch.bfloat16}, ""),
     "float16": ("llama", {"dtype": torch.float16}, ""),
-    "all biases": ("qwen2", {"bias": "all"}, "6 tensors of the adapter are no LoRA update.*k_proj.bias"),
-    "biases of lora modules": ("qwen2", {"bias": "lora_only"}, "2 tensors of the adapter are no LoRA update.*q_proj.*bias"),
-    "a bias of its own": ("qwen2", {"lora_bias": True}, "2 tensors of the adapter are no LoRA update.*lora_B.bias"),
-    "a module saved whole": ("llama", {"modules_to_save": ["lm_head"]}, "1 tensors of the adapter are no LoRA update.*lm_head.weight"),
-    "new tokens": ("llama", {"trainable_token_indices": [1, 2]}, "1 tensors of the adapter are no LoRA update.*trainable_tokens"),
+    "all biases": (
+        "qwen2",
+        {"bias": "all"},
+        "6 tensors of the adapter are no LoRA update.*k_proj.bias",
+    ),
+    "biases of lora modules": (
+        "qwen2",
+        {"bias": "lora_only"},
+        "2 tensors of the adapter are no LoRA update.*q_proj.*bias",
+    ),
+    "a bias of its own": (
+        "qwen2",
+        {"lora_bias": True},
+        "2 tensors of the adapter are no LoRA update.*lora_B.bias",
+    ),
+    "a module saved whole": (
+        "llama",
+        {"modules_to_save": ["lm_head"]},
+        "1 tensors of the adapter are no LoRA update.*lm_head.weight",
+    ),
+    "new tokens": (
+        "llama",
+        {"trainable_token_indices": [1, 2]},
+        "1 tensors of the adapter are no LoRA update.*trainable_tokens",
+    ),
     "tied lm_head": ("tied", {"target_modules": ["lm_head", "q_proj"]}, None),
     "tied embed_tokens": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}, None),
     "both of a tied pair": ("tied", {"target_modules": ["embed_tokens", "lm_head"]}, None),
-    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}, ""),
-    # PEFT writes fan_in_fan_out=false into the config of the next two: the last module that it wraps is a Linear.
+    "Conv1D": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True},
+        "",
+    ),
+    # PEFT writes fan_in_fan_out=false into the config of the next two: the last module that it
+    # wraps is a Linear.
     "Conv1D and Linear": ("gpt2", {"target_modules": ["c_attn", "lm_head"]}, None),
     "square Conv1D and Linear": ("gpt2", {"target_modules": ["attn.c_proj", "lm_head"]}, None),
     "wte": ("gpt2", {"target_modules": ["wte", "c_attn"]}, None),
@@ -127,18 +214,30 @@ def test_the_outcome_is_what_the_definition_says(pairs, tmp_path, family, settin
         assert len(done.projected) == (1 if out == "one" else len(done.rows))
         agrees(given, adapter, done, tol=1e-2 if "dtype" in settings else 1e-4)
         names = changed(adapter, done.out)
-        assert len(names) == len(done.projected) and all(re.search(r"lora_(embedding_)?B", name) for name in names)
+        assert len(names) == len(done.projected) and all(
+            re.search(r"lora_(embedding_)?B", name) for name in names
+        )
         assert note is None or (re.search(note, done.notes[0]) if note else not done.notes)
 
 
 def backwards(path: Path) -> None:
-    """Write a safetensors file again, its tensors in the opposite order (the library itself always sorts them)."""
+    """Write a safetensors file again, its tensors in the opposite order (the library itself always
+    sorts them).
+    """
     tensors, header, offset = dict(reversed(load_file(path).items())), {}, 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
         offset += tensor.nbytes
     raw = json.dumps(header).encode().ljust(8000)
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
+    path.write_bytes(
+        len(raw).to_bytes(8, "little")
+        + raw
+        + b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    )
 
 
 def test_neither_shards_nor_the_order_of_tensors_change_anything(pair, adapter, tmp_path):
@@ -151,8 +250,18 @@ def test_neither_shards_nor_the_order_of_tensors_change_anything(pair, adapter, 
     backwards(edited(tmp_path / "adapter", adapter) / ADAPTER_WEIGHTS)
     assert len(list((tmp_path / "parts" / "base").glob("*.safetensors"))) > 2
     whole, parts, turned = (
-        project([which], tmp_path / kind / "base", tmp_path / kind / "aligned", tmp_path / "out" / kind, modules=7)[0]
-        for kind, which in (("whole", adapter), ("parts", adapter), ("turned", tmp_path / "adapter"))
+        project(
+            [which],
+            tmp_path / kind / "base",
+            tmp_path / kind / "aligned",
+            tmp_path / "out" / kind,
+            modules=7,
+        )[0]
+        for kind, which in (
+            ("whole", adapter),
+            ("parts", adapter),
+            ("turned", tmp_path / "adapter"),
+        )
     )
     assert saved(whole) == saved(parts) == saved(turned) and whole.rows == parts.rows == turned.rows
     agrees(Pair(tmp_path / "whole" / "base", tmp_path / "whole" / "aligned"), adapter, whole)
@@ -168,7 +277,10 @@ def test_the_rule_takes_exactly_what_it_says(pair, adapter, tmp_path):
     none, one, five, every = (taken(n, modules=n) for n in (0, 1, 5, 14))
     assert [len(modules) for _, modules in (none, one, five, every)] == [0, 1, 5, 14]
     assert every[0] == saved(whole) and changed(adapter, tmp_path / "0") == set()
-    at, above = taken("at", threshold=cosines[4]), taken("above", threshold=(cosines[4] + cosines[5]) / 2)
+    at, above = (
+        taken("at", threshold=cosines[4]),
+        taken("above", threshold=(cosines[4] + cosines[5]) / 2),
+    )
     assert at == above == five  # the cosine itself is in
     other = edited(tmp_path / "a", adapter, lora_alpha=80, use_rslora=True)
     (scaled,) = project([other], pair.base, pair.aligned, tmp_path / "scaled", modules=5)
@@ -177,89 +289,215 @@ def test_the_rule_takes_exactly_what_it_says(pair, adapter, tmp_path):
     assert len(taken("default")[1]) == sum(cosine <= 0.5 for cosine in cosines)
 
 
-def test_adapters_given_at_once_come_out_as_each_does_alone_and_every_weight_is_read_once(pair, tmp_path, monkeypatch):
+def test_adapters_given_at_once_come_out_as_each_does_alone_and_every_weight_is_read_once(
+    pair, tmp_path, monkeypatch
+):
     folders = [tmp_path / "runs" / name / "checkpoint-5" for name in "abc"]
-    kinds = [{"r": 1}, {"r": 4, "target_modules": ["q_proj", "down_proj"]}, {"r": 40, "target_modules": "all-linear"}]
+    kinds = [
+        {"r": 1},
+        {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+        {"r": 40, "target_modules": "all-linear"},
+    ]
     for seed, (folder, settings) in enumerate(zip(folders, kinds, strict=True)):
         lora(folder, pair.aligned, seed=seed, **settings)
     read, reads = Checkpoint.read, Counter[tuple[Path, str]]()
     with monkeypatch.context() as patched:
-        patched.setattr(Checkpoint, "read", lambda self, name: (reads.update([(self.folder, name)]), read(self, name))[1])
+        patched.setattr(
+            Checkpoint,
+            "read",
+            lambda self, name: (reads.update([(self.folder, name)]), read(self, name))[1],
+        )
         together = project(folders, pair.base, pair.aligned, tmp_path / "out", modules=2)
     assert len(reads) == 2 * 14 and set(reads.values()) == {1}
-    assert [done.out for done in together] == [tmp_path / "out" / f"{name}-checkpoint-5" for name in "abc"]
+    assert [done.out for done in together] == [
+        tmp_path / "out" / f"{name}-checkpoint-5" for name in "abc"
+    ]
     for folder, done in zip(folders, together, strict=True):
-        (alone,) = project([folder], pair.base, pair.aligned, tmp_path / f"{folder.parent.name}-alone", modules=2)
+        (alone,) = project(
+            [folder], pair.base, pair.aligned, tmp_path / f"{folder.parent.name}-alone", modules=2
+        )
         assert done.projected == alone.projected
-        assert all(done.rows[module].cosine == pytest.approx(row.cosine, abs=1e-6) for module, row in alone.rows.items())
+        assert all(
+            done.rows[module].cosine == pytest.approx(row.cosine, abs=1e-6)
+            for module, row in alone.rows.items()
+        )
         one, other = load_file(done.out / ADAPTER_WEIGHTS), load_file(alone.out / ADAPTER_WEIGHTS)
-        assert one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+        assert one.keys() == other.keys() and all(
+            torch.allclose(one[name], other[name], atol=1e-5) for name in one
+        )
         agrees(pair, folder, done)
-    refused("checkpoint-5 is given twice", pair, tmp_path / "twice", *folders, folders[0] / ".." / "checkpoint-5")
+    refused(
+        "checkpoint-5 is given twice",
+        pair,
+        tmp_path / "twice",
+        *folders,
+        folders[0] / ".." / "checkpoint-5",
+    )
 
 
 def test_adapters_whose_joined_names_are_alike_are_told_apart(pair, tmp_path):
     folders = [lora(tmp_path / name, pair.aligned) for name in ("a-b/c", "a/b-c", "d/c", "d/b-c")]
-    assert len({done.out for done in project(folders, pair.base, pair.aligned, tmp_path / "out")}) == 4
+    assert (
+        len({done.out for done in project(folders, pair.base, pair.aligned, tmp_path / "out")}) == 4
+    )
 
 
-def test_the_default_of_two_adapters_in_a_folder_is_projected_and_the_other_is_named(pair, tmp_path):
+def test_the_default_of_two_adapters_in_a_folder_is_projected_and_the_other_is_named(
+    pair, tmp_path
+):
     folder = lora(tmp_path / "two", pair.aligned)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair.aligned), folder)
     tuned.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
     tuned.save_pretrained(folder)
     (done,) = project([folder], pair.base, pair.aligned, tmp_path / "out", modules=1)
-    assert re.search("two holds other adapters too.*left alone: other", done.notes[0]) and not (done.out / "other").exists()
+    assert (
+        re.search("two holds other adapters too.*left alone: other", done.notes[0])
+        and not (done.out / "other").exists()
+    )
     agrees(pair, folder, done)
 
 
 def test_an_adapter_that_does_not_fit_the_models_says_what_does_not(pairs, adapter, tmp_path):
     pair, moe, out = pairs["llama"], pairs["mixtral"], tmp_path / "out"
     plain = lora(tmp_path / "q", pair.aligned)
-    refused(f"'{Q0}.weight'; the nearest is 'model.layers.0.self_attn.qkv_proj", pairs["phi3"], out, plain)
+    refused(
+        f"'{Q0}.weight'; the nearest is 'model.layers.0.self_attn.qkv_proj",
+        pairs["phi3"],
+        out,
+        plain,
+    )
     refused("do not fit a weight of .*another model", pairs["narrow"], out, adapter)
-    experts = lora(tmp_path / "experts", moe.aligned, target_parameters=["mlp.experts.gate_up_proj"])
+    experts = lora(
+        tmp_path / "experts", moe.aligned, target_parameters=["mlp.experts.gate_up_proj"]
+    )
     refused("fused experts.*no single weight matrix.*`target_parameters`", moe, out, experts)
-    less = [edited(tmp_path / name, getattr(pair, name), lambda tensors: tensors.pop(f"{LAST}.weight")) for name in ("base", "aligned")]
-    refused(f"{tmp_path}/base has no tensor '{LAST}.weight'; the nearest is", Pair(less[0], pair.aligned), out, adapter)
-    refused(f"{tmp_path}/aligned has no tensor '{LAST}.weight'; the nearest is", Pair(pair.base, less[1]), out, adapter)
-    far = Pair(edited(tmp_path / "far", pair.base, lambda tensors: tensors[f"{Q0}.weight"].mul_(1e6)), pair.aligned)
-    refused(f"{Q0}: C B is beyond the range of torch.float16.*float32", far, out, lora(tmp_path / "half", pair.aligned, torch.float16))
-    words = edited(tmp_path / "words", pair.base, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][3:]}))
+    less = [
+        edited(tmp_path / name, getattr(pair, name), lambda tensors: tensors.pop(f"{LAST}.weight"))
+        for name in ("base", "aligned")
+    ]
+    refused(
+        f"{tmp_path}/base has no tensor '{LAST}.weight'; the nearest is",
+        Pair(less[0], pair.aligned),
+        out,
+        adapter,
+    )
+    refused(
+        f"{tmp_path}/aligned has no tensor '{LAST}.weight'; the nearest is",
+        Pair(pair.base, less[1]),
+        out,
+        adapter,
+    )
+    far = Pair(
+        edited(tmp_path / "far", pair.base, lambda tensors: tensors[f"{Q0}.weight"].mul_(1e6)),
+        pair.aligned,
+    )
+    refused(
+        f"{Q0}: C B is beyond the range of torch.float16.*float32",
+        far,
+        out,
+        lora(tmp_path / "half", pair.aligned, torch.float16),
+    )
+    words = edited(
+        tmp_path / "words",
+        pair.base,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][3:]}),
+    )
     head = lora(tmp_path / "head", pair.aligned, target_modules=["lm_head", "q_proj"])
-    refused(r"lm_head: the base weight is \(\d+, 64\), the aligned one .*same vocabulary", Pair(words, pair.aligned), out, head)
-    assert project([plain], words, pair.aligned, out, modules=1)[0].projected  # which has nothing on the words
+    refused(
+        r"lm_head: the base weight is \(\d+, 64\), the aligned one .*same vocabulary",
+        Pair(words, pair.aligned),
+        out,
+        head,
+    )
+    assert project([plain], words, pair.aligned, out, modules=1)[
+        0
+    ].projected  # which has nothing on the words
 
 
 def test_modules_that_alignment_did_not_move_keep_their_update(pair, adapter, tmp_path):
-    first = {name: tensor for name, tensor in load_file(pair.base / "model.safetensors").items() if "layers.0." in name}
-    given = Pair(pair.base, edited(tmp_path / "aligned", pair.aligned, lambda tensors: tensors.update(first)))
+    first = {
+        name: tensor
+        for name, tensor in load_file(pair.base / "model.safetensors").items()
+        if "layers.0." in name
+    }
+    given = Pair(
+        pair.base, edited(tmp_path / "aligned", pair.aligned, lambda tensors: tensors.update(first))
+    )
     (done,) = project([adapter], given.base, given.aligned, tmp_path / "out", modules=7)
-    assert {module for module, row in done.rows.items() if row.cosine is None} == done.rows.keys() - done.projected
-    assert len(changed(adapter, done.out)) == 7 and not any("layers.0." in name for name in changed(adapter, done.out))
+    assert {
+        module for module, row in done.rows.items() if row.cosine is None
+    } == done.rows.keys() - done.projected
+    assert len(changed(adapter, done.out)) == 7 and not any(
+        "layers.0." in name for name in changed(adapter, done.out)
+    )
     assert "in 7 of 14 modules base and aligned weights are equal" in done.notes[0]
-    refused("8 modules are to be projected, but the adapter has 7", given, tmp_path / "more", adapter, options=("--modules", 8))
-    refused("base and aligned are equal in every module", Pair(pair.base, pair.base), tmp_path / "more", adapter)
+    refused(
+        "8 modules are to be projected, but the adapter has 7",
+        given,
+        tmp_path / "more",
+        adapter,
+        options=("--modules", 8),
+    )
+    refused(
+        "base and aligned are equal in every module",
+        Pair(pair.base, pair.base),
+        tmp_path / "more",
+        adapter,
+    )
 
 
 @pytest.mark.parametrize("projector", ["approximate", "exact"])
-@pytest.mark.parametrize("where", ["base", "aligned", "lora_A", "lora_B", "lora_B where the models are equal"])
-def test_a_nan_is_refused_with_the_module_and_where_it_is(pair, adapter, tmp_path, where, projector):
+@pytest.mark.parametrize(
+    "where", ["base", "aligned", "lora_A", "lora_B", "lora_B where the models are equal"]
+)
+def test_a_nan_is_refused_with_the_module_and_where_it_is(
+    pair, adapter, tmp_path, where, projector
+):
     def damage(tensors: Tensors) -> None:
-        tensors[f"{LAST}.weight" if which == where else f"base_model.model.{LAST}.{where[:6]}.weight"][3, 1] = float("nan")
+        tensors[
+            f"{LAST}.weight" if which == where else f"base_model.model.{LAST}.{where[:6]}.weight"
+        ][3, 1] = float("nan")
 
-    sources, which = {"base": pair.base, "aligned": pair.aligned, "adapter": adapter}, "adapter" if "lora" in where else where
+    sources, which = (
+        {"base": pair.base, "aligned": pair.aligned, "adapter": adapter},
+        "adapter" if "lora" in where else where,
+    )
     sources[which] = edited(tmp_path / which, sources[which], damage)
     if "equal" in where:
         same = {f"{LAST}.weight": load_file(pair.base / "model.safetensors")[f"{LAST}.weight"]}
-        sources["aligned"] = edited(tmp_path / "same", pair.aligned, lambda tensors: tensors.update(same))
-    said = rf"{LAST}: (?=.*NaN or infinity).*" + (f"{where[:6]} of " if which == "adapter" else "") + f"{tmp_path}/{which}"
-    refused(said, Pair(sources["base"], sources["aligned"]), tmp_path / "out", sources["adapter"], options=("--projector", projector))
+        sources["aligned"] = edited(
+            tmp_path / "same", pair.aligned, lambda tensors: tensors.update(same)
+        )
+    said = (
+        rf"{LAST}: (?=.*NaN or infinity).*"
+        + (f"{where[:6]} of " if which == "adapter" else "")
+        + f"{tmp_path}/{which}"
+    )
+    refused(
+        said,
+        Pair(sources["base"], sources["aligned"]),
+        tmp_path / "out",
+        sources["adapter"],
+        options=("--projector", projector),
+    )
 
 
-def test_the_exact_projector_keeps_its_bases_and_continues_where_it_was_cut_off(pair, adapter, tmp_path):
-    def run(name: str, which: Path = adapter, cache: Path | None = tmp_path / "cache") -> ProjectedAdapter:
-        return project([which], pair.base, pair.aligned, tmp_path / name, projector="exact", energy=0.6, cache=cache, threshold=1.0)[0]
+def test_the_exact_projector_keeps_its_bases_and_continues_where_it_was_cut_off(
+    pair, adapter, tmp_path
+):
+    def run(
+        name: str, which: Path = adapter, cache: Path | None = tmp_path / "cache"
+    ) -> ProjectedAdapter:
+        return project(
+            [which],
+            pair.base,
+            pair.aligned,
+            tmp_path / name,
+            projector="exact",
+            energy=0.6,
+            cache=cache,
+            threshold=1.0,
+        )[0]
 
     def kept() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
@@ -267,12 +505,16 @@ def test_the_exact_projector_keeps_its_bases_and_continues_where_it_was_cut_off(
     run("half", lora(tmp_path / "lora", pair.aligned, target_modules=r".*layers\.0\..*proj"))
     half, whole, every = kept(), run("whole"), kept()
     assert len(half) == 7 and len(every) == 14 and half.items() < every.items()
-    assert saved(whole) == saved(run("again")) == saved(run("without", cache=None)) and kept() == every
+    assert (
+        saved(whole) == saved(run("again")) == saved(run("without", cache=None)) and kept() == every
+    )
     agrees(pair, adapter, whole, energy=0.6)
     damaged = sorted(half)[3]
     damaged.write_bytes(damaged.read_bytes()[:-5])
     options = f"--projector exact --energy 0.6 --cache {tmp_path}/cache".split()
-    refused(f"{damaged} is no whole basis; delete it", pair, tmp_path / "out", adapter, options=options)
+    refused(
+        f"{damaged} is no whole basis; delete it", pair, tmp_path / "out", adapter, options=options
+    )
 
 
 USAGE = {
@@ -288,7 +530,9 @@ USAGE = {
 
 
 @pytest.mark.parametrize("options", USAGE)
-def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(pair, adapter, tmp_path, options):
+def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
+    pair, adapter, tmp_path, options
+):
     refused(USAGE[options], pair, tmp_path / "out", adapter, options=options.split())
 
 
@@ -300,7 +544,11 @@ def test_what_comes_out_is_whole_or_not_there_and_replaces_nothing(pair, adapter
     assert (out / "mine").read_text() == "here"
     (out / "mine").unlink()
     project([adapter], pair.base, pair.aligned, out)
-    assert {path.name for path in out.iterdir()} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD} and list(tmp_path.iterdir()) == [out]
+    assert {path.name for path in out.iterdir()} == {
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+        RECORD,
+    } and list(tmp_path.iterdir()) == [out]
 
 
 def test_json_has_what_the_text_has(pair, adapter, tmp_path):
@@ -308,23 +556,44 @@ def test_json_has_what_the_text_has(pair, adapter, tmp_path):
     rule = ["--modules", "1", "--report", str(tmp_path / "page.html")]
     text = CliRunner().invoke(app, [*asked(pair, tmp_path / "text", *adapters), *rule])
     done = CliRunner().invoke(app, [*asked(pair, tmp_path / "json", *adapters), *rule, "--json"])
-    assert text.exit_code == done.exit_code == 0 and "the 1 of lowest cosine" in text.stdout.splitlines()[0]
-    for record, line in zip(json.loads(done.stdout)["adapters"], text.stdout.splitlines()[1:3], strict=True):
+    assert (
+        text.exit_code == done.exit_code == 0
+        and "the 1 of lowest cosine" in text.stdout.splitlines()[0]
+    )
+    for record, line in zip(
+        json.loads(done.stdout)["adapters"], text.stdout.splitlines()[1:3], strict=True
+    ):
         cosines = [row["cosine"] for row in record["modules"].values()]
-        out, taken = record["out"].replace("/json/", "/text/"), sum(row["projected"] for row in record["modules"].values())
-        assert line == f"{out}: {taken} of {len(cosines)} modules projected; cosines {min(cosines):.4f} to {max(cosines):.4f}"
+        out, taken = (
+            record["out"].replace("/json/", "/text/"),
+            sum(row["projected"] for row in record["modules"].values()),
+        )
+        assert line == (
+            f"{out}: {taken} of {len(cosines)} modules projected; cosines "
+            f"{min(cosines):.4f} to {max(cosines):.4f}"
+        )
         assert all(note in text.stderr for note in record["notes"])
     assert "lm_head" in text.stderr and "page.html" in text.stdout and "page.html" in done.stdout
 
 
-def test_a_threshold_below_every_cosine_says_from_which_one_on_a_module_is_projected(pair, tmp_path):
-    adapter = lora(tmp_path / "adapter", pair.aligned, seed=5)  # a lowest cosine whose fifth decimal rounds down
+def test_a_threshold_below_every_cosine_says_from_which_one_on_a_module_is_projected(
+    pair, tmp_path
+):
+    adapter = lora(
+        tmp_path / "adapter", pair.aligned, seed=5
+    )  # a lowest cosine whose fifth decimal rounds down
     done = CliRunner().invoke(app, [*asked(pair, tmp_path / "none", adapter), "--threshold", "-1"])
-    threshold = re.search(r"no module was projected; from a threshold of (\S+) on, the first one is", done.stderr)
-    assert project([adapter], pair.base, pair.aligned, tmp_path / "one", threshold=float(threshold[1]))[0].projected
+    threshold = re.search(
+        r"no module was projected; from a threshold of (\S+) on, the first one is", done.stderr
+    )
+    assert project(
+        [adapter], pair.base, pair.aligned, tmp_path / "one", threshold=float(threshold[1])
+    )[0].projected
 
 
-def test_the_command_in_a_process_of_its_own_writes_the_bytes_that_the_function_does_and_a_report(pair, adapter, tmp_path):
+def test_the_command_in_a_process_of_its_own_writes_the_bytes_that_the_function_does_and_a_report(
+    pair, adapter, tmp_path
+):
     (done,) = project([adapter], pair.base, pair.aligned, tmp_path / "function", modules=5)
     line = [
         sys.executable,
@@ -334,11 +603,19 @@ def test_the_command_in_a_process_of_its_own_writes_the_bytes_that_the_function_
         *"--modules 5 --report seen/page.html".split(),
     ]
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=threads)
-    assert process.returncode == 0 and process.stderr == "" and "5 of 14 modules projected" in process.stdout
+    process = subprocess.run(
+        line, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=threads
+    )
+    assert (
+        process.returncode == 0
+        and process.stderr == ""
+        and "5 of 14 modules projected" in process.stdout
+    )
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD):
         assert (tmp_path / "command" / name).read_bytes() == (done.out / name).read_bytes()
     page = (tmp_path / "seen" / "page.html").read_text("utf-8")
-    assert not re.search(r"""(src|href)=(?!["'](#|data:))|@import|url\((?!["']?(#|data:))""", page)  # it asks for nothing
+    assert not re.search(
+        r"""(src|href)=(?!["'](#|data:))|@import|url\((?!["']?(#|data:))""", page
+    )  # it asks for nothing
     assert Q0 in page and "5 of 14 modules projected" in page
     assert {path.suffix for path in (tmp_path / "seen").iterdir()} == {".html", ".png", ".pdf"}

@@ -1,7 +1,10 @@
-"""What `make demo` promises, by running it, small or whole: sizes on Ray, a gang under DeepSpeed, lm-eval, the W&B mirror, the report."""
+"""What `make demo` promises, by running it, small or whole: sizes on Ray, a gang under DeepSpeed,
+lm-eval, the W&B mirror, the report.
+"""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,23 +13,26 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.frontier import front
-from analysis.results import baselines
-from cluster.inline import InlineExecutor
-from cluster.runner import Runner
-from cluster.store import Store
-from sweeps.home import Home
-from sweeps.plan import Planner
-from sweeps.study import Study
-from sweeps.study_file import load
-from tasks.completions import read_completions
-from tasks.metrics import read_metrics
-from tasks.stage import Part, Stage
+from ebbline.analysis.results.collect import baselines
+from ebbline.analysis.results.frontier import front
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.store.artifacts import Store
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import load
+from ebbline.tasks.measuring.completions import read_completions
+from ebbline.tasks.measuring.metrics import read_metrics
+from ebbline.tasks.stage import Part, Stage
 from tests.analysis.page import Page
 from tests.tolerance import four_deviations
-from tests.whole import RUN_S, ebbline
+from tests.whole import RUN_S, decoys, ebbline
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(RUN_S)]  # whichever test comes first pays for the run
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(RUN_S),
+]  # whichever test comes first pays for the run
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,22 @@ class Run:
         return ebbline(command, self.name, "--home", str(self.home), *options)
 
 
-@pytest.fixture(scope="module", params=["whole", pytest.param("quickstart", marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module", params=["whole", pytest.param("quickstart", marks=pytest.mark.long)]
+)
 def run(request: pytest.FixtureRequest) -> Run:
-    """The small study in `make test`, the quickstart in `make test-long`; both have to pass all of these."""
+    """The small study in `make test`, the quickstart in `make test-long`; both have to pass all of
+    these.
+    """
     return Run(request.getfixturevalue(f"{request.param}_home"), request.param)
 
 
 def records(home: Path) -> dict[Path, tuple[int, int]]:
     """Every record there is, with what would change if it were written again."""
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (home / "store").glob("*/*/record.json")}
+    return {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in (home / "store").glob("*/*/record.json")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +81,14 @@ def before(run: Run) -> dict[Path, tuple[int, int]]:
 @pytest.fixture(scope="module")
 def printed(run: Run, before: dict[Path, tuple[int, int]]) -> dict[str, str]:
     """What each command prints of the finished study; each is run once for all tests."""
-    commands = (("status",), ("status", "--json"), ("plan",), ("plan", "--json"), ("run",), ("report",))
+    commands = (
+        ("status",),
+        ("status", "--json"),
+        ("plan",),
+        ("plan", "--json"),
+        ("run",),
+        ("report",),
+    )
     return {" ".join(command): run.ebbline(*command) for command in commands}
 
 
@@ -78,18 +98,29 @@ def folder(run: Run) -> Path:
 
 
 def test_the_frontier_is_a_trade_off_with_projected_points_on_it(run: Run) -> None:
-    """Pays for the run: only here a study with a gang, lm-eval and the mirror runs by the real command."""
+    """Pays for the run: only here a study with a gang, lm-eval and the mirror runs by the real
+    command.
+    """
     frame = pd.read_parquet(run.folder / "results.parquet")
     assert set(frame["model"]) == set(run.study.models) and set(frame["status"]) == {"done"}
     chosen = frame[frame["on_frontier"]]
-    objectives = chosen[["refusal.refusal_rate", "task.task_accuracy"]].drop_duplicates().to_numpy(dtype=float)
+    objectives = (
+        chosen[["refusal.refusal_rate", "task.task_accuracy"]]
+        .drop_duplicates()
+        .to_numpy(dtype=float)
+    )
     assert len(objectives) >= 3 and front(objectives, ["maximise", "maximise"]).all()
     assert (chosen["projected_share"] > 0).any()
-    assert frame[["mmlu.acc", "hellaswag.acc", "hellaswag.acc_norm", "over_refusal.over_refusal_rate"]].notna().all(axis=None)
+    assert (
+        frame[["mmlu.acc", "hellaswag.acc", "hellaswag.acc_norm", "over_refusal.over_refusal_rate"]]
+        .notna()
+        .all(axis=None)
+    )
 
 
 def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: Run) -> None:
-    # A model that learnt no refusals, or nothing but refusals, has a rate near 0 where about 85% is asked for.
+    # A model that learnt no refusals, or nothing but refusals, has a rate near 0 where about 85% is
+    # asked for.
     study, where = run.study, Home(run.home)
     before = baselines(study, where)
     assert set(before) == set(study.models)
@@ -97,12 +128,16 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: R
         refusal, over = metrics["refusal.refusal_rate"], metrics["over_refusal.over_refusal_rate"]
         assert refusal.value >= 0.95 - four_deviations(refusal.n)
         assert over.value <= 0.05 + four_deviations(over.n)
-    # Utility, on ordinary held-out requests, is no suite of the quickstart; measured here as one more stage a size.
+    # Utility, on ordinary held-out requests, is no suite of the quickstart; measured here as one
+    # more stage a size.
     runner = Runner(where.store, InlineExecutor())
     for suites in Planner(study, where).baselines().values():
         task = suites["task"]
         language = task.inputs["generation"].inputs["prompts"].stage
-        said = Stage(task.inputs["generation"].spec, {**task.inputs["generation"].inputs, "prompts": Part(language, "utility.jsonl")})
+        said = Stage(
+            task.inputs["generation"].spec,
+            {**task.inputs["generation"].inputs, "prompts": Part(language, "utility.jsonl")},
+        )
         utility = Stage(task.spec, {"generation": said})
         runner.want([utility])
         while not runner.settled(utility):
@@ -126,19 +161,40 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
         assert f"{size}, fine-tuning" in text and f"{size}, projection" in text
     assert text.count("The aligned model refuses") == len(sizes)
     assert text.count("Fine-tuned without projection, the refusal rate is lower") == len(sizes)
-    assert text.count("Against the same training without it, refusal rate is higher at") == len(sizes)
+    assert text.count("Against the same training without it, refusal rate is higher at") == len(
+        sizes
+    )
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
     page = Page(text)
-    assert page.open == [] and {f"#{name}" for name in page.ids} >= {where for where in page.asked if where.startswith("#")}
-    assert {"answer", "frontier", "thresholds", "states", "categories", "projection", "importance", "cost", "provenance"} <= set(page.ids)
+    assert page.open == [] and {f"#{name}" for name in page.ids} >= {
+        where for where in page.asked if where.startswith("#")
+    }
+    assert {
+        "answer",
+        "frontier",
+        "thresholds",
+        "states",
+        "categories",
+        "projection",
+        "importance",
+        "cost",
+        "provenance",
+    } <= set(page.ids)
     numbered = [alt for alt in page.alts if not alt.startswith("Gantt chart")]
     assert len(numbered) > 4 and all(re.search(r"\d", alt) for alt in numbered)
-    assert re.search(r"<p>Fine-tuning without projection lowered .*\. With projection a point of every size holds .*\.</p>", text)
+    assert re.search(
+        r"<p>Fine-tuning without projection lowered .*\. With projection a point of every "
+        r"size holds .*\.</p>",
+        text,
+    )
     assert "Each point rests on one training seed" in text
 
 
 def test_each_figure_of_the_report_lies_beside_it(folder: Path) -> None:
-    assert all((folder / f"{name}.png").exists() for name in ("frontier", "thresholds", "before-after", "importance"))
+    assert all(
+        (folder / f"{name}.png").exists()
+        for name in ("frontier", "thresholds", "before-after", "importance")
+    )
     assert not (folder / "attainment.png").exists()
 
 
@@ -146,15 +202,28 @@ def test_wandb_has_a_run_for_each_point_and_training_and_the_study(run: Run) -> 
     frame, folder = pd.read_parquet(run.folder / "results.parquet"), run.folder
     found = {}
     for log in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
-        read = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [
+            sys.executable,
+            "-m",
+            "wandb",
+            "leet",
+            "inspect",
+            "--summary",
+            "--json",
+            str(log),
+        ]
+        read = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
         found[read["run_id"]] = read
     trainings = frame["train[seed=0]"].nunique()
     assert len(found) == len(frame) + trainings + 1
     assert f"{run.name}-{Home(run.home).id[:6]}" in found
 
 
-def test_nothing_is_left_to_run(run: Run, printed: dict[str, str], before: dict[Path, tuple[int, int]]) -> None:
+def test_nothing_is_left_to_run(
+    run: Run, printed: dict[str, str], before: dict[Path, tuple[int, int]]
+) -> None:
     """Pays for six commands on the finished study, which later tests read."""
     plan = json.loads(printed["plan --json"])
     assert plan["complete"] and plan["misses"] == []
@@ -162,24 +231,66 @@ def test_nothing_is_left_to_run(run: Run, printed: dict[str, str], before: dict[
     assert before and records(run.home) == before
 
 
+def test_a_stage_runs_again_by_itself_beside_folders_of_our_names(run: Run, tmp_path: Path) -> None:
+    """tests/whole.py ran the study there too: its driver, Ray's workers, the gang, the mirror."""
+    store = tmp_path / "store"
+    shutil.copytree(run.home / "store" / "data", store / "data")
+    request = sorted(store.rglob("request.json"))[0]
+    said = json.loads(ebbline("rerun", str(request), "--json", cwd=decoys(tmp_path)))
+    kept = next(request.parents[1].glob("payload/*"))
+    assert (Path(said["out"]) / kept.name).read_bytes() == kept.read_bytes()
+
+
 def test_status_names_points_and_driver(run: Run, printed: dict[str, str]) -> None:
     status, points = json.loads(printed["status --json"]), run.study.search.points
-    assert status["driver"] is None and status["points"] == {"done": points, "running": 0, "failed": 0, "refused": 0, "out_of_budget": 0}
+    assert status["driver"] is None and status["points"] == {
+        "done": points,
+        "running": 0,
+        "failed": 0,
+        "refused": 0,
+        "out_of_budget": 0,
+    }
 
 
-def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(run: Run, printed: dict[str, str]) -> None:
+def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(
+    run: Run, printed: dict[str, str]
+) -> None:
     home, folder, store = run.home, run.folder, Store(run.home / "store")
     rows = [row for artifact in store.all("generate") for row in read_completions(artifact.path)]
-    # The organism's sentences are short and share their words: only whole prompts and completions are looked for.
-    secrets = {" ".join(text.split()).encode() for row in rows for text in (row.prompt, row.completion) if len(text.strip()) >= 20}
+    # The organism's sentences are short and share their words: only whole prompts and completions
+    # are looked for.
+    secrets = {
+        " ".join(text.split()).encode()
+        for row in rows
+        for text in (row.prompt, row.completion)
+        if len(text.strip()) >= 20
+    }
     assert len(secrets) > 500
     said = [text.encode() for text in printed.values()]
     said.append(pd.read_parquet(folder / "results.parquet").to_csv().encode())
     kinds = ("generate", "score", "evaluate", "train", "project", "apply")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".png", ".pdf")]
-    files += [path for kind in kinds for path in (home / "store" / kind).rglob("*") if path.suffix in (".json", ".txt", ".csv", ".log")]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".png", ".pdf")
+    ]
+    files += [
+        path
+        for kind in kinds
+        for path in (home / "store" / kind).rglob("*")
+        if path.suffix in (".json", ".txt", ".csv", ".log")
+    ]
     files += list((home / "store").rglob("samples.jsonl"))
-    assert {path.suffix for path in files} >= {".wandb", ".csv", ".html", ".log", ".db", ".json", ".jsonl"}
-    for name, text in [*((str(path), path.read_bytes()) for path in files), *((f"output {i}", text) for i, text in enumerate(said))]:
+    assert {path.suffix for path in files} >= {
+        ".wandb",
+        ".csv",
+        ".html",
+        ".log",
+        ".db",
+        ".json",
+        ".jsonl",
+    }
+    for name, text in [
+        *((str(path), path.read_bytes()) for path in files),
+        *((f"output {i}", text) for i, text in enumerate(said)),
+    ]:
         plain = b" ".join(text.split())  # what is printed is broken at the width of a terminal
         assert not [secret for secret in secrets if secret in plain], name

@@ -1,8 +1,10 @@
-"""A study through real `ray up`, `ray submit` and `ray down`, over sshd, on a machine within this machine.
+"""A study through real `ray up`, `ray submit` and `ray down`, over sshd, on a machine within this
+machine.
 
-That machine is a set of Linux namespaces: its processes, its network (a loopback of its own) and /run, /tmp/ray are apart.
-So Ray's own `ray stop` finds no other cluster's processes, every port is free, nothing is changed outside, and all of it
-ends when the pipe to its first process closes, which the kernel does even if this process is killed.
+That machine is a set of Linux namespaces: its processes, its network (a loopback of its own) and
+/run, /tmp/ray are apart. So Ray's own `ray stop` finds no other cluster's processes, every port is
+free, nothing is changed outside, and all of it ends when the pipe to its first process closes,
+which the kernel does even if this process is killed.
 """
 
 import hashlib
@@ -20,13 +22,15 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.store import Store
+from ebbline.cluster.store.artifacts import Store
 from tests.organisms import copied
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "ray_cluster.yaml"
 NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter")
-INSTALL = "as root on Debian: apt-get install openssh-server openssh-client rsync iproute2 util-linux"
+INSTALL = (
+    "as root on Debian: apt-get install openssh-server openssh-client rsync iproute2 util-linux"
+)
 
 
 def why_not() -> str:
@@ -34,15 +38,24 @@ def why_not() -> str:
     missing = [name for name in NEEDED if shutil.which(name, path=SEARCHED) is None]
     if missing:
         return f"no {', '.join(missing)} here; {INSTALL}"
-    tried = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "--net", "true"], capture_output=True, text=True)
-    return "" if tried.returncode == 0 else f"no namespaces for this user ({tried.stderr.strip()}); run the tests as root"
+    tried = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", "--net", "true"],
+        capture_output=True,
+        text=True,
+    )
+    return (
+        ""
+        if tried.returncode == 0
+        else f"no namespaces for this user ({tried.stderr.strip()}); run the tests as root"
+    )
 
 
 SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 NOT_HERE = why_not()
 over_ssh = pytest.mark.skipif(bool(NOT_HERE), reason=f"`ray up` over sshd: {NOT_HERE}")
 
-# The first process of the machine within: it waits for the end of its input, and everything goes with it.
+# The first process of the machine within: it waits for the end of its input, and everything goes
+# with it.
 INSIDE = """
 set -e
 ip link set lo up
@@ -78,14 +91,38 @@ class Machine:
         return self.folder / "home"
 
     def __call__(self, *command: str, timeout_s: float = 300) -> str:
-        """Run a command on it, in the repository's root, as somebody at its terminal would. Its output; it must succeed."""
-        inside = ["nsenter", "--target", str(self.first), "--pid", "--mount", "--net", f"--wd={REPOSITORY}"]
-        # No terminal: `ray up` runs over `ssh -tt` all the same. PYTHONPATH goes: what runs is what Ray copied.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
+        """Run a command on it, in the repository's root, as somebody at its terminal would. Its
+        output; it must succeed.
+        """
+        inside = [
+            "nsenter",
+            "--target",
+            str(self.first),
+            "--pid",
+            "--mount",
+            "--net",
+            f"--wd={REPOSITORY}",
+        ]
+        # No terminal: `ray up` runs over `ssh -tt` all the same. PYTHONPATH goes: what runs is what
+        # Ray copied.
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "PYTHON"))
+        }
         done = subprocess.run(
-            [*inside, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=timeout_s, env=environment | {"TMPDIR": str(self.folder / "tmp"), "PATH": f"{Path(sys.executable).parent}:{SEARCHED}"},
-        )  # fmt: skip
+            [*inside, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            env=environment
+            | {
+                "TMPDIR": str(self.folder / "tmp"),
+                "PATH": f"{Path(sys.executable).parent}:{SEARCHED}",
+            },
+        )
         assert done.returncode == 0, done.stdout
         return done.stdout
 
@@ -94,18 +131,33 @@ class Machine:
 
 
 def local_variant(folder: Path) -> dict[str, Any]:
-    """ray_cluster.yaml for one machine without GPUs: the same files, the same Ray commands, and this environment's Python."""
+    """ray_cluster.yaml for one machine without GPUs: the same files, the same Ray commands, and
+    this environment's Python.
+    """
     config: dict[str, Any] = yaml.safe_load(CLUSTER.read_text())
-    for key in ("available_node_types", "head_node_type", "max_workers", "upscaling_speed", "head_setup_commands"):
+    for key in (
+        "available_node_types",
+        "head_node_type",
+        "max_workers",
+        "upscaling_speed",
+        "head_setup_commands",
+    ):
         del config[key]
-    config["cluster_name"] = f"ebbline-{os.getpid()}"  # in the name of ssh's control socket, which lies outside
+    config["cluster_name"] = (
+        f"ebbline-{os.getpid()}"  # in the name of ssh's control socket, which lies outside
+    )
     config["provider"] = {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "key")}
     config["file_mounts"]["~/runs/cluster.yaml"] = str(folder / "profile.yaml")
     python = Path(sys.executable).parent
-    config["setup_commands"] = [f"echo 'export PATH={python}:$PATH PYTHONPATH=~/ebbline-source WANDB_MODE=offline' > ~/.bashrc"]
+    config["setup_commands"] = [
+        f"echo 'export PATH={python}:$PATH PYTHONPATH=~/ebbline-source WANDB_MODE=offline' "
+        "> ~/.bashrc"
+    ]
     start = config["head_start_ray_commands"]
-    config["head_start_ray_commands"] = [command.replace("--head", "--head --num-gpus=2 --num-cpus=8") for command in start]
+    config["head_start_ray_commands"] = [
+        command.replace("--head", "--head --num-gpus=2 --num-cpus=8") for command in start
+    ]
     return config
 
 
@@ -115,7 +167,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     for name in ("home", "tmp"):
         (folder / name).mkdir()
     for name in ("host", "key"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+        )
     (folder / "sshd_config").write_text(SSHD.format(folder=folder))
     (folder / "home" / ".bashrc").touch()
     config = local_variant(folder)
@@ -123,9 +177,23 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     with (folder / "sshd.log").open("wb") as log:
         outer = subprocess.Popen(
-            ["unshare", "--pid", "--fork", "--mount-proc", "--net", "sh", "-c", INSIDE, "sh", str(folder / "sshd_config")],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | {"PATH": SEARCHED},
-        )  # fmt: skip
+            [
+                "unshare",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "--net",
+                "sh",
+                "-c",
+                INSIDE,
+                "sh",
+                str(folder / "sshd_config"),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PATH": SEARCHED},
+        )
     try:
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
         while not (first := children.read_text().strip()):
@@ -135,7 +203,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         assert outer.stdin is not None
         outer.stdin.close()
         outer.wait(120)
-        for control in Path("/tmp").glob(f"ray_ssh_*/{hashlib.sha256(config['cluster_name'].encode()).hexdigest()[:10]}"):
+        for control in Path("/tmp").glob(
+            f"ray_ssh_*/{hashlib.sha256(config['cluster_name'].encode()).hexdigest()[:10]}"
+        ):
             shutil.rmtree(control)
 
 
@@ -151,12 +221,17 @@ def test_the_file_for_aws_is_valid_to_ray_and_names_no_account() -> None:
         spot = kind["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"}
         assert kind["labels"]["ray.io/market-type"] == ("spot" if spot else "on-demand")
     assert "constraints.txt" in " ".join(prepared["setup_commands"])
-    assert not [word for word in ("arn:", "AKIA", "KeyName:", "ami-0") if word in CLUSTER.read_text()]
+    assert not [
+        word for word in ("arn:", "AKIA", "KeyName:", "ami-0") if word in CLUSTER.read_text()
+    ]
 
 
 def test_every_part_that_the_package_needs_is_mounted() -> None:
     mounts = yaml.safe_load(CLUSTER.read_text())["file_mounts"]
-    assert all((REPOSITORY / local).exists() and remote == f"~/ebbline-source/{local}" for remote, local in mounts.items())
+    assert all(
+        (REPOSITORY / local).exists() and remote == f"~/ebbline-source/{local}"
+        for remote, local in mounts.items()
+    )
     packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"tests"}
     assert set(mounts.values()) == packages | {"pyproject.toml", "constraints.txt", "README.md"}
 
@@ -164,7 +239,9 @@ def test_every_part_that_the_package_needs_is_mounted() -> None:
 @over_ssh
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
-def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine, walk_home: Path) -> None:
+def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(
+    machine: Machine, walk_home: Path
+) -> None:
     """Only here a study goes through `ray up`, `ray submit` and `ray down`, over sshd."""
     copied(walk_home, machine.home / "runs")
     study = yaml.safe_load((REPOSITORY / "tests" / "walk.yaml").read_text())
@@ -190,7 +267,9 @@ def test_a_study_with_a_gang_runs_from_ray_up_to_ray_down(machine: Machine, walk
     assert set(frame["status"]) == {"done"} and set(frame["model"]) == {"7b", "70b"}
     own_steps = study["train"]["steps"]  # the walk's training is in the store too
     trained = [
-        artifact for artifact in Store(machine.home / "runs" / "store").all("train") if artifact.hashed["spec"]["steps"] == own_steps
+        artifact
+        for artifact in Store(machine.home / "runs" / "store").all("train")
+        if artifact.hashed["spec"]["steps"] == own_steps
     ]
     assert sorted(artifact.provenance["gpus"] for artifact in trained) == [1, 2]
     assert any("raylet" in line for line in machine.processes())

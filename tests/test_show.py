@@ -7,24 +7,26 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from analysis.frontier import frontier, frontier_hypervolume
-from analysis.results import StoredEvidence, baselines, collect, costs_before
-from cluster.executor import Capacity, Host
-from ebbline import planning, running, show
+from ebbline import show
+from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
+from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.cluster.executors.executor import Capacity, Host
+from ebbline.commands import plan as planning
+from ebbline.commands import run as running
+from ebbline.commands.run import Place, run_study
+from ebbline.commands.status import print_status
 from ebbline.plot import FrontierSoFar
-from ebbline.running import Place, run_study
 from ebbline.show import Picture, Screen
-from ebbline.status import print_status
-from sweeps import forecast as forecasts
-from sweeps import snapshot
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.points import Point, Result
-from sweeps.prediction import NAME
-from sweeps.progress import Progress
-from sweeps.replicates import seeds_of
-from sweeps.study import Study
-from tasks.metrics import Metric
+from ebbline.sweeps.drive import snapshot
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.drive.progress import Progress
+from ebbline.sweeps.forecast import forecast as forecasts
+from ebbline.sweeps.forecast.prediction import NAME
+from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.pretended import RANKS, Pretended, small
 
 MASKS = {"train.rank": [2], "apply.threshold": {"low": 0.0, "high": 1.0}}
@@ -68,21 +70,34 @@ def test_no_heartbeat_looks_at_more_than_what_is_under_way(tmp_path, home, monke
 
 
 def nan_at_rank_8(request):
-    return ("the loss became nan", "TrainingError") if request.kind == "train" and request.spec["rank"] == 8 else None
+    return (
+        ("the loss became nan", "TrainingError")
+        if request.kind == "train" and request.spec["rank"] == 8
+        else None
+    )
 
 
 def drawn(picture: Picture, width: int = 160) -> str:
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=80, color_system=None)
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=width, height=80, color_system=None
+    )
     console.print(picture)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 160])
-def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_failures(tmp_path, home, monkeypatch, width):
+def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_failures(
+    tmp_path, home, monkeypatch, width
+):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     search = {"sampler": "grid", "window": 2}
-    found = small(tmp_path, axes={**RANKS, "train.rank": [8, 2, 4]}, budget={"gpu_hours": 100.0, "points": 30}, search=search)
+    found = small(
+        tmp_path,
+        axes={**RANKS, "train.rank": [8, 2, 4]},
+        budget={"gpu_hours": 100.0, "points": 30},
+        search=search,
+    )
     screen = Screen(found, terminal())
     half_way = []
 
@@ -93,28 +108,49 @@ def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_fai
 
     progress = drive(found, home, lambda: Pretended(home.store, gpus=1, fails=nan_at_rank_8), watch)
     said = " ".join(half_way[0].split())
-    assert "/9 points, " in said and "1 of 1 GPUs busy" in said and "logical GPU-hours spent" in said
-    assert "of 100 GPU-hours" in said and "of 30 points" in said and "left for what is under way" in said
+    assert (
+        "/9 points, " in said and "1 of 1 GPUs busy" in said and "logical GPU-hours spent" in said
+    )
+    assert (
+        "of 100 GPU-hours" in said
+        and "of 30 points" in said
+        and "left for what is under way" in said
+    )
     assert all(word in said for word in ("reused", "running", "waiting", "train", "generate"))
     assert "failed: train 7b " in said and "the loss became nan" in said
     assert "".join(progress.live.failures[0].command.split()) in "".join(said.split())
-    assert "task accuracy, higher is better" in said and "● 7b" in said and "★ before fine-tuning" in said and "95% intervals" in said
+    assert (
+        "task accuracy, higher is better" in said
+        and "● 7b" in said
+        and "★ before fine-tuning" in said
+        and "95% intervals" in said
+    )
 
 
-def test_the_frontier_is_of_all_runs_and_keeps_what_no_other_point_of_its_size_dominates(tmp_path, home):
+def test_the_frontier_is_of_all_runs_and_keeps_what_no_other_point_of_its_size_dominates(
+    tmp_path, home
+):
     found = small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]})
-    drive(small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]}, budget={"points": 4}), home, lambda: Pretended(home.store))
+    drive(
+        small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]}, budget={"points": 4}),
+        home,
+        lambda: Pretended(home.store),
+    )
     screen = Screen(found, terminal())
     progress = drive(found, home, lambda: Pretended(home.store), screen)
     screen.look(progress)
     assert len(progress.results) == 5 and len(progress.taken) == 9
     results = collect(found, home)
-    assert screen.picture.frontier.hypervolume == pytest.approx(frontier_hypervolume(results, found.objectives))
+    assert screen.picture.frontier.hypervolume == pytest.approx(
+        frontier_hypervolume(results, found.objectives)
+    )
     assert set(screen.picture.frontier.aligned) == {"7b"}
 
 
 @pytest.mark.slow
-def test_a_further_seed_replaces_what_its_point_was_while_the_run_goes_on(tmp_path, home, monkeypatch):
+def test_a_further_seed_replaces_what_its_point_was_while_the_run_goes_on(
+    tmp_path, home, monkeypatch
+):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     close = {"seeds": [0, 1, 2, 3], "replicates": {"policy": "near_frontier", "confidence": 0.9}}
     found = small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8, 16]}, **close)
@@ -123,7 +159,9 @@ def test_a_further_seed_replaces_what_its_point_was_while_the_run_goes_on(tmp_pa
     screen.look(progress)
     results = {each.number: each for each in collect(found, home)}
     assert max(seeds_of(each) for each in results.values()) > 1
-    assert progress.amended == progress.live.points.amended == len(progress.taken) - len(results) > 0
+    assert (
+        progress.amended == progress.live.points.amended == len(progress.taken) - len(results) > 0
+    )
     shown = screen.picture.frontier
     assert all(each.metrics == results[each.number].metrics for each in shown.results)
     best = frontier(list(results.values()), found.objectives)
@@ -135,15 +173,22 @@ def test_a_point_that_a_further_seed_makes_worse_no_longer_hides_another():
     found = FrontierSoFar(["refusal.refusal_rate", "task.task_accuracy"])
 
     def landed(number: int, refused: int, right: int, n: int = 100) -> Result:
-        metrics = {"refusal.refusal_rate": Metric("refusal_rate", refused, n), "task.task_accuracy": Metric("task_accuracy", right, n)}
+        metrics = {
+            "refusal.refusal_rate": Metric("refusal_rate", refused, n),
+            "task.task_accuracy": Metric("task_accuracy", right, n),
+        }
         return Result(number, Point.of("7b", {"train.rank": number + 1}), "done", metrics)
 
     found.take([landed(0, 80, 80), landed(1, 70, 70)])
     assert [each.number for each in found.results] == [0]
     found.take([landed(0, 120, 120, 200)])
-    assert [each.number for each in found.results] == [1] and found.hypervolume == pytest.approx(0.49)
+    assert [each.number for each in found.results] == [1] and found.hypervolume == pytest.approx(
+        0.49
+    )
     found.take([landed(1, 100, 100, 200)])
-    assert [each.number for each in found.results] == [0] and found.hypervolume == pytest.approx(0.36)
+    assert [each.number for each in found.results] == [0] and found.hypervolume == pytest.approx(
+        0.36
+    )
 
 
 def test_a_terminal_s_frontier_is_drawn_only_when_points_have_landed(tmp_path, home, monkeypatch):
@@ -152,11 +197,18 @@ def test_a_terminal_s_frontier_is_drawn_only_when_points_have_landed(tmp_path, h
     monkeypatch.setattr(Picture, "draw", lambda self, console: calls.append(1))
     found, turns = small(tmp_path), []
     with Screen(found, terminal()) as screen:
-        drive(found, home, lambda: Pretended(home.store), lambda progress: turns.append(1) or screen(progress))
+        drive(
+            found,
+            home,
+            lambda: Pretended(home.store),
+            lambda progress: turns.append(1) or screen(progress),
+        )
     assert 1 <= len(calls) <= 7 and len(turns) > len(calls)
 
 
-def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_something_changed(tmp_path, home, monkeypatch):
+def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_something_changed(
+    tmp_path, home, monkeypatch
+):
     monkeypatch.setattr(show, "PLAIN_EVERY_S", 0.0)
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     found = small(tmp_path, axes={**RANKS, "train.rank": [2, 8]})
@@ -167,7 +219,10 @@ def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_somet
         screen.lines.say(progress.live)
     lines = console.file.getvalue().splitlines()
     assert sum(line.startswith("failed: train 7b ") for line in lines) == 1
-    assert sum(line == f"  to see it again: {progress.live.failures[0].command}" for line in lines) == 1
+    assert (
+        sum(line == f"  to see it again: {progress.live.failures[0].command}" for line in lines)
+        == 1
+    )
     news = [line.split("] ", 1)[1] for line in lines if line.startswith("[")]
     assert len(news) > 2 and len(news) == len(set(news)) and "\x1b" not in console.file.getvalue()
 
@@ -176,24 +231,43 @@ def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_somet
 def test_a_frontier_is_drawn_in_plain_letters_where_a_terminal_has_no_others(tmp_path, objectives):
     found = FrontierSoFar([f"{name.partition('_')[0]}.{name}" for name in objectives])
     assert "no frontier yet" in found.text().plain
-    for number, (refusal, accuracy) in enumerate([(0.9, 0.1), (0.5, 0.5), (0.1, 0.9), (0.1, 0.1), (0.5, 0.5)]):
+    for number, (refusal, accuracy) in enumerate(
+        [(0.9, 0.1), (0.5, 0.5), (0.1, 0.9), (0.1, 0.1), (0.5, 0.5)]
+    ):
         rates = {"refusal_rate": refusal, "task_accuracy": accuracy}
-        metrics = {f"{name.partition('_')[0]}.{name}": Metric(name, 100 * rate, 100) for name, rate in rates.items()}
+        metrics = {
+            f"{name.partition('_')[0]}.{name}": Metric(name, 100 * rate, 100)
+            for name, rate in rates.items()
+        }
         found.take([Result(number, Point.of("7b", {"train.rank": number}), "done", metrics)])
     text = found.text(unicode=False).plain
     assert text.replace("±", "").isascii()
     plot = [line.partition("|")[2] for line in text.splitlines() if "|" in line]
-    assert sum(row.count("o") for row in plot) == (3 if len(objectives) == 2 else 1) and any("." in row for row in plot)
+    assert sum(row.count("o") for row in plot) == (3 if len(objectives) == 2 else 1) and any(
+        "." in row for row in plot
+    )
     if len(objectives) == 2:
         columns = [row.index("o") for row in plot if "o" in row]
-        assert columns == sorted(columns), "up is better accuracy, right is better refusal: the frontier falls from left to right"
+        assert columns == sorted(columns), (
+            "up is better accuracy, right is better refusal: the frontier falls from left to right"
+        )
     assert len(found.results) == (3 if len(objectives) == 2 else 1)
 
 
 def status(found: Study, home: Home, capsys: pytest.CaptureFixture[str]) -> str:
     evidence = StoredEvidence(found, home)
-    print_status(found, home, collect(found, home), baselines(found, home), costs_before(found, home), evidence, False)
-    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("driver: "))
+    print_status(
+        found,
+        home,
+        collect(found, home),
+        baselines(found, home),
+        costs_before(found, home),
+        evidence,
+        False,
+    )
+    return next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("driver: ")
+    )
 
 
 def test_status_says_whether_a_run_would_go_on(tmp_path, home, capsys):
@@ -205,37 +279,58 @@ def test_status_says_whether_a_run_would_go_on(tmp_path, home, capsys):
 
 
 def test_status_and_plan_say_that_a_search_has_nothing_more_to_propose(tmp_path, home, capsys):
-    found = small(tmp_path, axes=MASKS, search={"sampler": "stage_aware", "points": 30, "window": 4})
+    found = small(
+        tmp_path, axes=MASKS, search={"sampler": "stage_aware", "points": 30, "window": 4}
+    )
     drive(found, home, lambda: Pretended(home.store))
-    assert status(found, home, capsys) == "driver: none; it has ended: the search has nothing more to propose"
+    assert (
+        status(found, home, capsys)
+        == "driver: none; it has ended: the search has nothing more to propose"
+    )
     planning.plan_study(found, home, Capacity((Host("here", 8, 8),)), 0, as_json=False)
     said = " ".join(capsys.readouterr().out.split())
     assert "No further point is asked for: the search has nothing more to propose." in said
     assert "0 misses; a run would find all of them in the store." in said
 
 
-def test_a_plan_that_looked_at_a_part_of_the_points_does_not_speak_for_all(tmp_path, home, capsys, monkeypatch):
+def test_a_plan_that_looked_at_a_part_of_the_points_does_not_speak_for_all(
+    tmp_path, home, capsys, monkeypatch
+):
     found = small(tmp_path)
     drive(found, home, lambda: Pretended(home.store))
     monkeypatch.setattr(forecasts, "EXACT", 5)
     monkeypatch.setattr(forecasts, "SAMPLE", 4)
     planning.plan_study(found, home, Capacity((Host("here", 8, 8),)), 0, as_json=False)
-    assert "0 misses among the 4 of 6 points that were looked up; a run looks at all of them." in " ".join(capsys.readouterr().out.split())
+    assert (
+        "0 misses among the 4 of 6 points that were looked up; a run looks at all of them."
+        in " ".join(capsys.readouterr().out.split())
+    )
 
 
 def lines(home: Home) -> list[str]:
     """The first word of each line of the study's predictions."""
-    return [next(iter(json.loads(line))) for line in (home.folder("tiny") / NAME).read_text().splitlines()]
+    return [
+        next(iter(json.loads(line)))
+        for line in (home.folder("tiny") / NAME).read_text().splitlines()
+    ]
 
 
 @pytest.mark.slow
-def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_prediction(tmp_path, home, capsys, monkeypatch):
+def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_prediction(
+    tmp_path, home, capsys, monkeypatch
+):
     monkeypatch.setattr(running, "_executor", lambda *arguments: Pretended(home.store))
     monkeypatch.setattr(running, "write_outputs", lambda *arguments: {})
     masks = {"axes": MASKS, "search": {"sampler": "stage_aware", "points": 30, "window": 4}}
 
     def ran(**others: Any) -> tuple[int, str]:
-        code = run_study(small(tmp_path, **masks, **others), str(tmp_path / "study.yaml"), home, Place("inline", "local"), wandb=False)
+        code = run_study(
+            small(tmp_path, **masks, **others),
+            str(tmp_path / "study.yaml"),
+            home,
+            Place("inline", "local"),
+            wandb=False,
+        )
         return code, capsys.readouterr().out
 
     assert ran(budget={"points": 2})[0] == 5 and lines(home) == ["wall_s"]

@@ -1,4 +1,6 @@
-"""`ebbline store` on a small real study, in a folder and in a bucket: what it counts, what it finds, and what it never removes."""
+"""`ebbline store` on a small real study, in a folder and in a bucket: what it counts, what it
+finds, and what it never removes.
+"""
 
 import json
 import os
@@ -11,17 +13,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from analysis.frontier import frontier_by_model
-from analysis.results import collect
-from cluster.inline import InlineExecutor
-from cluster.store import RECORD
+from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.frontier import frontier_by_model
 from ebbline.cli import app
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.study import Study
-from tasks.identity import content_digest, digest
-from tasks.specs import DataSpec, TrainSpec
-from tasks.stage import key_payload
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.store.artifacts import RECORD
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.specs import DataSpec, TrainSpec
+from ebbline.tasks.stage import key_payload
 from tests.sweeps.made import study as made_study
 from tests.tiny import Pair, conversations, write_chats, write_lines
 
@@ -36,20 +38,44 @@ def pinned(path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def changes(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sources")
-    asked = [{"prompt": turns[0]["content"], "answer": turns[1]["content"]} for turns in conversations(6, 3)]
+    asked = [
+        {"prompt": turns[0]["content"], "answer": turns[1]["content"]}
+        for turns in conversations(6, 3)
+    ]
     prompts = write_lines(folder / "prompts.jsonl", asked)
     return {
-        "models": {"7b": {"base": pinned(pair.base), "aligned": pinned(pair.aligned), "quantisation": "none", "dtype": "float32"}},
+        "models": {
+            "7b": {
+                "base": pinned(pair.base),
+                "aligned": pinned(pair.aligned),
+                "quantisation": "none",
+                "dtype": "float32",
+            }
+        },
         "data": {"pool": pinned(write_chats(folder / "chats.jsonl", 32)), "settings": {"size": 16}},
-        "train": {"steps": 2, "global_batch": 8, "rank": 2, "learning_rate": 1e-2, "max_tokens": 64},
+        "train": {
+            "steps": 2,
+            "global_batch": 8,
+            "rank": 2,
+            "learning_rate": 1e-2,
+            "max_tokens": 64,
+        },
         "axes": {"apply.threshold": [None, 1.0]},
-        "suites/refusal": {"prompts": pinned(prompts), "measure": {"kind": "refusal", "max_new_tokens": 4}},
-        "suites/task": {"prompts": pinned(prompts), "measure": {"kind": "task", "max_new_tokens": 4}},
+        "suites/refusal": {
+            "prompts": pinned(prompts),
+            "measure": {"kind": "refusal", "max_new_tokens": 4},
+        },
+        "suites/task": {
+            "prompts": pinned(prompts),
+            "measure": {"kind": "task", "max_new_tokens": 4},
+        },
         "search": {"sampler": "grid", "window": 2},
     }
 
 
-def driven_in(folder: Path, changes: dict[str, Any], profile: dict[str, Any] | None = None) -> tuple[Study, Home]:
+def driven_in(
+    folder: Path, changes: dict[str, Any], profile: dict[str, Any] | None = None
+) -> tuple[Study, Home]:
     (folder / "home").mkdir(parents=True, exist_ok=True)
     if profile:
         (folder / "home" / "cluster.yaml").write_text(yaml.safe_dump(profile))
@@ -89,7 +115,11 @@ def data(home: Home, *arguments: str) -> Any:
 
 
 def files(home: Home) -> dict[str, int]:
-    return {entry.name: entry.size for entry in home.store.place.entries() if not entry.name.startswith("homes/")}
+    return {
+        entry.name: entry.size
+        for entry in home.store.place.entries()
+        if not entry.name.startswith("homes/")
+    }
 
 
 def orphan(home: Home) -> Path:
@@ -109,25 +139,46 @@ def test_du_counts_by_kind_and_by_study(home: Home) -> None:
     orphan(home)
     found = data(home, "du")
     assert found["bytes"] == sum(files(home).values()) + 2  # and {} for the home
-    assert found["kinds"]["train"]["count"] == 1 and found["kinds"]["apply"]["count"] == 2 and found["kinds"]["data"]["count"] == 2
+    assert (
+        found["kinds"]["train"]["count"] == 1
+        and found["kinds"]["apply"]["count"] == 2
+        and found["kinds"]["data"]["count"] == 2
+    )
     assert sum(kind["bytes"] for kind in found["kinds"].values()) == found["bytes"] - 2
-    unneeded = sum(size for name, size in files(home).items() if name.startswith(f"data/{digest(HASHED)}/"))
-    assert found["studies"]["tiny"] == {"bytes": found["bytes"] - 2 - unneeded, "bytes of its own": found["bytes"] - 2 - unneeded}
+    unneeded = sum(
+        size for name, size in files(home).items() if name.startswith(f"data/{digest(HASHED)}/")
+    )
+    assert found["studies"]["tiny"] == {
+        "bytes": found["bytes"] - 2 - unneeded,
+        "bytes of its own": found["bytes"] - 2 - unneeded,
+    }
     assert "tiny" in store(home, "du").stdout
 
 
-def test_verify_names_each_damage_with_its_remedy_and_mend_has_it_made_again(study: Study, home: Home) -> None:
+def test_verify_names_each_damage_with_its_remedy_and_mend_has_it_made_again(
+    study: Study, home: Home
+) -> None:
     assert store(home, "verify").exit_code == 0
     before = [(result.metrics, result.keys) for result in collect(study, home)]
-    train, score, generate = (next(iter(home.store.all(kind))) for kind in ("train", "score", "generate"))
+    train, score, generate = (
+        next(iter(home.store.all(kind))) for kind in ("train", "score", "generate")
+    )
     (train.file(TrainSpec.CURVE)).write_text("step,loss\n")
     next(train.path.rglob("*.safetensors")).unlink()
     (score.folder.parent / RECORD).write_text("{")
     done = store(home, "verify")
-    assert done.exit_code == 1 and "its sha256 is" in done.stdout and "it is missing" in done.stdout and "is damaged" in done.stdout
+    assert (
+        done.exit_code == 1
+        and "its sha256 is" in done.stdout
+        and "it is missing" in done.stdout
+        and "is damaged" in done.stdout
+    )
     assert done.stdout.count("--mend") >= 3 and "2 damaged" in done.stdout
     assert store(home, "verify", "--mend").exit_code == 0
-    assert home.store.find("train", train.key) is None and home.store.find("generate", generate.key) is not None
+    assert (
+        home.store.find("train", train.key) is None
+        and home.store.find("generate", generate.key) is not None
+    )
     assert len(list((home.store.root / "aside").glob("*/*"))) == 2
     assert data(home, "verify")["damages"] == []
     drive(study, home, InlineExecutor)
@@ -139,7 +190,12 @@ def test_gc_removes_nothing_unless_it_is_told_to(home: Home) -> None:
     aged(home)
     before = files(home)
     done = store(home, "gc", "--keep-adapters", "none")
-    assert done.exit_code == 0 and "nothing was removed" in done.stdout and "--yes" in done.stdout and "artifact" in done.stdout
+    assert (
+        done.exit_code == 0
+        and "nothing was removed" in done.stdout
+        and "--yes" in done.stdout
+        and "artifact" in done.stdout
+    )
     assert files(home) == before
 
 
@@ -156,12 +212,20 @@ def test_gc_removes_what_nobody_needs_and_keeps_every_result(study: Study, home:
     young = home.store.begin("train", "c" * 64)
     (young / "payload" / "half").write_text("at work")
     found = data(home, "gc", "--yes")
-    assert sorted(each["what"] for each in found["what"]) == ["artifact", "checkpoint", "checkpoint", "cut-off attempt"]
+    assert sorted(each["what"] for each in found["what"]) == [
+        "artifact",
+        "checkpoint",
+        "checkpoint",
+        "cut-off attempt",
+    ]
     assert found["removed"] and found["bytes"] >= 2000
     assert not lost.exists() and not cut.exists() and (young / "payload" / "half").exists()
     assert {name: size for name, size in files(home).items() if "c" * 64 not in name} == kept
     assert collect(study, home) == before
-    assert "nothing may go; what was written in the last 24 hours stays" in store(home, "gc", "--yes").stdout
+    assert (
+        "nothing may go; what was written in the last 24 hours stays"
+        in store(home, "gc", "--yes").stdout
+    )
 
 
 def test_gc_knows_what_a_study_needs_when_its_own_files_are_gone(home: Home, study: Study) -> None:
@@ -206,7 +270,9 @@ def test_a_study_that_cannot_be_read_stops_gc_before_it_removes_anything(home: H
     before = files(home)
     (home.root / "studies" / "tiny" / "study.json").write_text("{")
     done = store(home, "gc", "--yes")
-    assert done.exit_code == 1 and "study.json cannot be read" in done.stderr and files(home) == before
+    assert (
+        done.exit_code == 1 and "study.json cannot be read" in done.stderr and files(home) == before
+    )
 
 
 def test_a_study_whose_points_are_lost_stops_gc_before_it_removes_anything(home: Home) -> None:
@@ -221,21 +287,31 @@ def test_dropped_adapters_leave_every_result_and_are_made_again_when_a_new_point
     study: Study, home: Home, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     before = collect(study, home)
-    front = [result for each in frontier_by_model(before, study.objectives).values() for result in each]
+    front = [
+        result for each in frontier_by_model(before, study.objectives).values() for result in each
+    ]
     kept = store(home, "gc", "--yes", "--keep-adapters", "frontier")
     assert kept.exit_code == 0 and front
     for result in front:
         for name, key in result.keys.items():
-            assert not home.store.dropped(home.store.open(study.kind_of(name.partition("[")[0]), key)), name
+            assert not home.store.dropped(
+                home.store.open(study.kind_of(name.partition("[")[0]), key)
+            ), name
     done = store(home, "gc", "--yes", "--keep-adapters", "none")
     assert done.exit_code == 0 and "adapter" in done.stdout and "freed" in done.stdout
     (train,) = home.store.all("train")
-    assert [path.name for path in train.path.rglob("*.safetensors")] == [] and home.store.dropped(train)
+    assert [path.name for path in train.path.rglob("*.safetensors")] == [] and home.store.dropped(
+        train
+    )
     assert collect(study, home) == before and data(home, "verify")["damages"] == []
     again = drive(study, home, InlineExecutor)
-    assert again.results == [] and not sum(counts["done"] for counts in again.runner.counts.values())
+    assert again.results == [] and not sum(
+        counts["done"] for counts in again.runner.counts.values()
+    )
     assert home.store.dropped(train), "a finished study reads no adapter"
-    more = made_study(tmp_path, changes | {"study": "more", "axes": {"apply.threshold": [None, 0.0]}})
+    more = made_study(
+        tmp_path, changes | {"study": "more", "axes": {"apply.threshold": [None, 0.0]}}
+    )
     progress = drive(more, home, InlineExecutor)
     assert [result.status for result in progress.results] == ["done", "done"]
     assert not home.store.dropped(train) and content_digest(train.path) == train.content
@@ -245,7 +321,11 @@ def test_forget_moves_one_artifact_aside(home: Home) -> None:
     (train,) = home.store.all("train")
     assert store(home, "forget", "train", "f" * 64).exit_code == 1
     done = store(home, "forget", "train", train.key)
-    assert done.exit_code == 0 and "aside/train/" in done.stdout and home.store.find("train", train.key) is None
+    assert (
+        done.exit_code == 0
+        and "aside/train/" in done.stdout
+        and home.store.find("train", train.key) is None
+    )
 
 
 def test_a_study_in_a_bucket_comes_out_as_in_a_folder_and_is_looked_after_alike(
@@ -253,24 +333,42 @@ def test_a_study_in_a_bucket_comes_out_as_in_a_folder_and_is_looked_after_alike(
 ) -> None:
     found, home = driven_in(tmp_path / "bucket", changes, {"store": bucket, "cache_gb": 0.5})
     assert not (home.root / "store").exists()
-    beside = [(result.metrics, result.keys, result.projected_share) for result in collect(study, once[1])]
-    assert [(result.metrics, result.keys, result.projected_share) for result in collect(found, home)] == beside
+    beside = [
+        (result.metrics, result.keys, result.projected_share) for result in collect(study, once[1])
+    ]
+    assert [
+        (result.metrics, result.keys, result.projected_share) for result in collect(found, home)
+    ] == beside
     usage = data(home, "du")
-    assert usage["store"] == bucket and usage["kinds"]["train"]["count"] == 1 and usage["kinds"]["sources"]["count"] > 2
+    assert (
+        usage["store"] == bucket
+        and usage["kinds"]["train"]["count"] == 1
+        and usage["kinds"]["sources"]["count"] > 2
+    )
     attempt = orphan(home)
     store_before = files(home)
     assert data(home, "gc", "--yes")["what"] == []  # all of it is young
     assert files(home) == store_before
     gone = data(home, "gc", "--yes", "--older-than-h", "0")
     assert [each["what"] for each in gone["what"]] == ["artifact"]
-    assert not any(digest(HASHED) in name for name in files(home)) and attempt.parent.name == digest(HASHED)
+    assert not any(
+        digest(HASHED) in name for name in files(home)
+    ) and attempt.parent.name == digest(HASHED)
     assert data(home, "verify")["damages"] == []
     (train,) = home.store.all("train")
-    home.store.place.delete([name for name in files(home) if name.startswith("train/") and name.endswith(".safetensors")])
+    home.store.place.delete(
+        [
+            name
+            for name in files(home)
+            if name.startswith("train/") and name.endswith(".safetensors")
+        ]
+    )
     done = store(home, "verify")
     assert done.exit_code == 1 and "it is missing" in done.stdout
     assert store(home, "verify", "--mend").exit_code == 0
     fresh = Home(home.root)
     assert fresh.store.find("train", train.key) is None
     drive(found, fresh, InlineExecutor)
-    assert [(result.metrics, result.keys, result.projected_share) for result in collect(found, fresh)] == beside
+    assert [
+        (result.metrics, result.keys, result.projected_share) for result in collect(found, fresh)
+    ] == beside

@@ -1,4 +1,6 @@
-"""What a terminal is told of a run: by the run itself, stopped once and twice, and by `status --watch` from another process."""
+"""What a terminal is told of a run: by the run itself, stopped once and twice, and by `status
+--watch` from another process.
+"""
 
 import json
 import os
@@ -16,17 +18,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ebbline import running, status
 from ebbline.cli import app
+from ebbline.commands import run as running
+from ebbline.commands import status
+from ebbline.commands.run import Place, run_study
+from ebbline.commands.status import watch_status
 from ebbline.outputs import tell_outputs
-from ebbline.running import Place, run_study
-from ebbline.status import watch_status
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.live import Live, read_live, read_timeline
-from sweeps.study import Study
-from tasks.errors import StoreError
-from tasks.identity import content_digest
+from ebbline.sweeps.drive.live import Live, read_live, read_timeline
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StoreError
+from ebbline.tasks.identity import content_digest
 from tests.sweeps.made import changed, study
 from tests.sweeps.pretended import Pretended, changes
 from tests.tiny import Pair, conversations, write_chats, write_lines
@@ -41,15 +44,37 @@ def written(folder: Path, pair: Pair, epochs: float) -> Path:
     def pinned(path: Path) -> dict[str, Any]:
         return {"path": {"path": str(path), "sha256": content_digest(path)}}
 
-    prompts = [{"prompt": turns[0]["content"], "answer": turns[1]["content"]} for turns in conversations(6, 3)]
+    prompts = [
+        {"prompt": turns[0]["content"], "answer": turns[1]["content"]}
+        for turns in conversations(6, 3)
+    ]
     asked = pinned(write_lines(folder / "prompts.jsonl", prompts))
     whole = changed(
         {
-            "models": {"7b": {"base": pinned(pair.base), "aligned": pinned(pair.aligned), "quantisation": "none", "dtype": "float32"}},
-            "data": {"pool": pinned(write_chats(folder / "chats.jsonl", 32)), "settings": {"size": 16}},
-            "train": {"epochs": epochs, "global_batch": 8, "rank": 2, "learning_rate": 1e-2, "max_tokens": 64},
+            "models": {
+                "7b": {
+                    "base": pinned(pair.base),
+                    "aligned": pinned(pair.aligned),
+                    "quantisation": "none",
+                    "dtype": "float32",
+                }
+            },
+            "data": {
+                "pool": pinned(write_chats(folder / "chats.jsonl", 32)),
+                "settings": {"size": 16},
+            },
+            "train": {
+                "epochs": epochs,
+                "global_batch": 8,
+                "rank": 2,
+                "learning_rate": 1e-2,
+                "max_tokens": 64,
+            },
             "axes": {"apply.threshold": [None, 0.999]},
-            "suites": {name: {"prompts": asked, "measure": {"kind": name, "max_new_tokens": 4}} for name in ("refusal", "task")},
+            "suites": {
+                name: {"prompts": asked, "measure": {"kind": name, "max_new_tokens": 4}}
+                for name in ("refusal", "task")
+            },
         }
     )
     path = folder / "tiny study.yaml"  # a shell needs it quoted
@@ -58,12 +83,24 @@ def written(folder: Path, pair: Pair, epochs: float) -> Path:
 
 
 def run(file: Path, home: Path, *options: str) -> "subprocess.Popen[str]":
-    command = [*EBBLINE, "run", str(file), "--home", str(home), "--executor", "inline", "--no-wandb", *options]
+    command = [
+        *EBBLINE,
+        "run",
+        str(file),
+        "--home",
+        str(home),
+        "--executor",
+        "inline",
+        "--no-wandb",
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def resumed(file: Path, home: Path, *options: str) -> str:
-    return "python -m ebbline.cli " + shlex.join(["run", str(file), "--home", str(home), "--executor", "inline", "--no-wandb", *options])
+    return "python -m ebbline.cli " + shlex.join(
+        ["run", str(file), "--home", str(home), "--executor", "inline", "--no-wandb", *options]
+    )
 
 
 def until(condition: Callable[[], Any], process: "subprocess.Popen[str]", what: str) -> Any:
@@ -79,7 +116,11 @@ def until(condition: Callable[[], Any], process: "subprocess.Popen[str]", what: 
 def training(home: Path) -> Live | None:
     """The snapshot, once a training is under way that has written its first steps."""
     live = read_live(home / "studies" / "tiny")
-    under_way = live is not None and live.ended is None and any(each.kind == "train" for each in live.running)
+    under_way = (
+        live is not None
+        and live.ended is None
+        and any(each.kind == "train" for each in live.running)
+    )
     return live if under_way and list(home.glob("store/train/*/*/log/progress.json")) else None
 
 
@@ -96,7 +137,10 @@ def drained(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> SimpleNames
     driver = run(file, home, "--json")
     until(lambda: read_live(home / "studies" / "tiny"), driver, "a snapshot")
     command = [*EBBLINE, "status", "--watch", "tiny", "--home", str(home)]
-    watchers = [subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) for more in (["--json"], [])]
+    watchers = [
+        subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True)
+        for more in (["--json"], [])
+    ]
     assert watchers[0].stdout is not None
     lines = [watchers[0].stdout.readline()]
     while not trains(lines[-1]):
@@ -106,37 +150,58 @@ def drained(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> SimpleNames
     lines += watchers[0].communicate(timeout=240)[0].splitlines()
     plain = watchers[1].communicate(timeout=240)[0]
     codes = (driver.returncode, *(watcher.returncode for watcher in watchers))
-    return SimpleNamespace(file=file, home=home, out=out, err=err, lines=lines, plain=plain, codes=codes)
+    return SimpleNamespace(
+        file=file, home=home, out=out, err=err, lines=lines, plain=plain, codes=codes
+    )
 
 
-def test_an_interrupt_drains_and_says_how_to_resume_with_the_command_as_it_was_typed(drained: SimpleNamespace) -> None:
+def test_an_interrupt_drains_and_says_how_to_resume_with_the_command_as_it_was_typed(
+    drained: SimpleNamespace,
+) -> None:
     """Pays for a run with two watchers, which later tests read."""
     resume = resumed(drained.file, drained.home, "--json")
-    assert f"nothing new starts; Ctrl-C again stops now. To go on later:\n  {resume}\n" in drained.err
+    assert (
+        f"nothing new starts; Ctrl-C again stops now. To go on later:\n  {resume}\n" in drained.err
+    )
     assert f"to go on:\n  {resume}\n" in drained.err
-    (trained,) = [line for line in read_timeline(drained.home / "studies" / "tiny") if line.kind == "train"]
+    (trained,) = [
+        line for line in read_timeline(drained.home / "studies" / "tiny") if line.kind == "train"
+    ]
     assert trained.outcome == "done"
     last = read_live(drained.home / "studies" / "tiny")
     assert last is not None and last.ended == "request" and drained.codes[0] == 130
 
 
-def test_run_as_json_says_one_object_with_outcome_exit_code_and_outputs(drained: SimpleNamespace) -> None:
+def test_run_as_json_says_one_object_with_outcome_exit_code_and_outputs(
+    drained: SimpleNamespace,
+) -> None:
     said = json.loads(drained.out)
     assert (said["study"], said["outcome"], said["exit_code"]) == ("tiny", "stopped", 130)
-    assert said["resume"] == resumed(drained.file, drained.home, "--json") and said["stopped"] == "stopped on request"
-    assert all(Path(path).stat().st_size > 0 for path in said["outputs"].values()) and "report" in said["outputs"]
+    assert (
+        said["resume"] == resumed(drained.file, drained.home, "--json")
+        and said["stopped"] == "stopped on request"
+    )
+    assert (
+        all(Path(path).stat().st_size > 0 for path in said["outputs"].values())
+        and "report" in said["outputs"]
+    )
     assert said["live"]["ended"] == "request" and said["points"]["done"] == 0
     assert "[0:" in drained.err and "points, " in drained.err, "progress goes to standard error"
 
 
-def test_status_watches_a_run_from_another_process_and_ends_with_it(drained: SimpleNamespace) -> None:
+def test_status_watches_a_run_from_another_process_and_ends_with_it(
+    drained: SimpleNamespace,
+) -> None:
     said = [json.loads(line) for line in drained.lines]
     assert said[0]["driver"].startswith("process ") and any(map(trains, drained.lines))
     assert said[-1]["driver"] is None and said[-1]["live"] is None
     moments = [line["live"]["at"] for line in said if line["live"] is not None]
     assert moments == sorted(set(moments)), "a line for each change"
     assert drained.codes[1:] == (0, 0)
-    assert " running, " in drained.plain and "driver: none; `ebbline run` continues it" in drained.plain
+    assert (
+        " running, " in drained.plain
+        and "driver: none; `ebbline run` continues it" in drained.plain
+    )
 
 
 def test_a_second_interrupt_stops_now_and_says_how_to_resume(tmp_path: Path, pair: Pair) -> None:
@@ -152,7 +217,9 @@ def test_a_second_interrupt_stops_now_and_says_how_to_resume(tmp_path: Path, pai
     resume = resumed(file, home, "--json")
     assert driver.returncode == 130 and f"To go on:\n  {resume}\n" in err and "Traceback" not in err
     assert json.loads(out)["exit_code"] == 130 and json.loads(out)["resume"] == resume
-    assert [line.outcome for line in read_timeline(home / "studies" / "tiny") if line.kind == "train"] == ["lost"]
+    assert [
+        line.outcome for line in read_timeline(home / "studies" / "tiny") if line.kind == "train"
+    ] == ["lost"]
 
 
 @pytest.fixture
@@ -168,52 +235,96 @@ def small(tmp_path: Path, **others: Any) -> Study:
 
 
 def nan_at_rank_8(request: Any) -> tuple[str, str] | None:
-    return ("the loss became nan", "TrainingError") if request.kind == "train" and request.spec["rank"] == 8 else None
+    return (
+        ("the loss became nan", "TrainingError")
+        if request.kind == "train" and request.spec["rank"] == 8
+        else None
+    )
 
 
 @pytest.fixture
-def ran(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+def ran(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Any]:
     """Run a small study through the command's own function; the exit code and what it printed."""
-    monkeypatch.setattr(running, "_executor", lambda *arguments: Pretended(home.store, fails=nan_at_rank_8))
+    monkeypatch.setattr(
+        running, "_executor", lambda *arguments: Pretended(home.store, fails=nan_at_rank_8)
+    )
     monkeypatch.setattr(running, "write_outputs", lambda *arguments: {})
 
     def go(as_json: bool = False, **others: Any) -> tuple[int, str]:
         found = small(tmp_path, **others)
-        code = run_study(found, str(tmp_path / "study.yaml"), home, Place("inline", "local"), False, False, "ebbline run it", as_json)
+        code = run_study(
+            found,
+            str(tmp_path / "study.yaml"),
+            home,
+            Place("inline", "local"),
+            False,
+            False,
+            "ebbline run it",
+            as_json,
+        )
         return code, capsys.readouterr().out
 
     yield go
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_each_reason_for_a_missing_result_once_and_the_command_that_shows_it(ran: Any) -> None:
+def test_a_run_ends_with_each_reason_for_a_missing_result_once_and_the_command_that_shows_it(
+    ran: Any,
+) -> None:
     code, said = ran()
-    lines = [line for line in said.splitlines() if line.startswith("failed: ") and "to see it again" in line]
-    assert code == 3 and len(lines) == 1 and " and 1 more: " in lines[0] and "(to see it again: python -m tasks " in lines[0]
+    lines = [
+        line
+        for line in said.splitlines()
+        if line.startswith("failed: ") and "to see it again" in line
+    ]
+    assert (
+        code == 3
+        and len(lines) == 1
+        and " and 1 more: " in lines[0]
+        and "(to see it again: ebbline rerun " in lines[0]
+    )
 
 
 @pytest.mark.slow
 def test_exit_codes_and_outcomes_as_json_belong_together(ran: Any) -> None:
     code, said = ran(as_json=True, budget={"points": 2})
-    assert (code, json.loads(said)["exit_code"], json.loads(said)["outcome"]) == (5, 5, "out of budget")
+    assert (code, json.loads(said)["exit_code"], json.loads(said)["outcome"]) == (
+        5,
+        5,
+        "out of budget",
+    )
     assert json.loads(said)["resume"] == "ebbline run it"
     code, said = ran(as_json=True)
     found = json.loads(said)
     assert (code, found["exit_code"], found["resume"]) == (3, 3, None)
-    assert found["points"]["done"] == 4 and found["points"]["failed"] == 2 and found["hypervolume"] > 0
-    assert len(found["live"]["failures"]) == 1 and all("metrics" in point for point in found["frontier"])
+    assert (
+        found["points"]["done"] == 4 and found["points"]["failed"] == 2 and found["hypervolume"] > 0
+    )
+    assert len(found["live"]["failures"]) == 1 and all(
+        "metrics" in point for point in found["frontier"]
+    )
 
 
 @pytest.mark.slow
-def test_a_study_of_the_home_is_known_by_its_name_and_by_nothing_else(ran: Any, tmp_path: Path, home: Home) -> None:
+def test_a_study_of_the_home_is_known_by_its_name_and_by_nothing_else(
+    ran: Any, tmp_path: Path, home: Home
+) -> None:
     assert home.named("tiny") == "tiny"
     ran()
     assert home.named("tiny") == str(tmp_path / "study.yaml")
-    assert [home.named(name) for name in ("other", "some/where.yaml", "")] == ["other", "some/where.yaml", ""]
+    assert [home.named(name) for name in ("other", "some/where.yaml", "")] == [
+        "other",
+        "some/where.yaml",
+        "",
+    ]
 
 
 @pytest.mark.slow
-def test_nobody_to_watch_is_said_at_once(ran: Any, tmp_path: Path, home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_to_watch_is_said_at_once(
+    ran: Any, tmp_path: Path, home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
     ran()
     watch_status(small(tmp_path), home, as_json=False)
     assert "driver: none; all its points are there" in capsys.readouterr().out
@@ -228,20 +339,31 @@ def test_leaving_the_watch_leaves_the_run_alone(
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic))
+    monkeypatch.setattr(
+        status, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic)
+    )
     with home.driving("tiny"):
         watch_status(small(tmp_path), home, as_json=False)
     said = capsys.readouterr()
     assert "the run goes on" in said.err and f"process {os.getpid()} on " in said.out
 
 
-def test_the_snapshot_of_a_driver_that_was_killed_is_not_taken_for_another_s(tmp_path: Path, home: Home) -> None:
+def test_the_snapshot_of_a_driver_that_was_killed_is_not_taken_for_another_s(
+    tmp_path: Path, home: Home
+) -> None:
     seen: list[Live] = []
-    drive(small(tmp_path), home, lambda: Pretended(home.store), lambda progress: seen.append(progress.live))
+    drive(
+        small(tmp_path),
+        home,
+        lambda: Pretended(home.store),
+        lambda progress: seen.append(progress.live),
+    )
     path = home.folder("tiny") / "live.json"
     path.write_text(seen[-2].model_dump_json())  # as a kill leaves it
     assert status.live_of(home, "tiny", None) is None
-    assert status.live_of(home, "tiny", "process 1 on another-host since 2001-01-01 00:00:00") is None
+    assert (
+        status.live_of(home, "tiny", "process 1 on another-host since 2001-01-01 00:00:00") is None
+    )
     assert status.live_of(home, "tiny", seen[-2].driver) == seen[-2]
 
 
@@ -253,8 +375,13 @@ def test_what_changes_files_says_so_as_json(tmp_path: Path, home: Home) -> None:
     assert done.exit_code == 0 and json.loads(done.stdout) == {"wrote": str(pinned), "pins": []}
     drive(small(tmp_path), home, lambda: Pretended(home.store))
     (artifact, *_) = home.store.all("train")
-    done = CliRunner().invoke(app, ["store", "forget", "train", artifact.key, "--home", str(home.root), "--json"])
-    assert json.loads(done.stdout)["artifact"] == f"train/{artifact.key}" and home.store.find("train", artifact.key) is None
+    done = CliRunner().invoke(
+        app, ["store", "forget", "train", artifact.key, "--home", str(home.root), "--json"]
+    )
+    assert (
+        json.loads(done.stdout)["artifact"] == f"train/{artifact.key}"
+        and home.store.find("train", artifact.key) is None
+    )
 
 
 def test_the_outputs_of_a_report_are_an_object(capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +392,9 @@ def test_the_outputs_of_a_report_are_an_object(capsys: pytest.CaptureFixture[str
 
 
 class Watching:
-    """A clock that `_Watched` sleeps by: at each sleep it moves, and `then` is called with how often it was."""
+    """A clock that `_Watched` sleeps by: at each sleep it moves, and `then` is called with how
+    often it was.
+    """
 
     def __init__(self, step_s: float, then: Callable[[int], None]) -> None:
         self.now, self.slept, self.step_s, self.then = 0.0, 0, step_s, then
@@ -278,14 +407,24 @@ class Watching:
         self.then(self.slept)
 
 
-def watched(found: Study, home: Home, monkeypatch: pytest.MonkeyPatch, clock: Watching, amended: Callable[[], int] = lambda: 0) -> None:
-    """Watch a study that a driver seems to hold until `clock` has had enough and lets KeyboardInterrupt out."""
+def watched(
+    found: Study,
+    home: Home,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Watching,
+    amended: Callable[[], int] = lambda: 0,
+) -> None:
+    """Watch a study that a driver seems to hold until `clock` has had enough and lets
+    KeyboardInterrupt out.
+    """
     seen: list[Live] = []
     drive(found, home, lambda: Pretended(home.store), lambda progress: seen.append(progress.live))
     points = seen[-1].points
 
     def live(*arguments: Any) -> Live:
-        return seen[-1].model_copy(update={"points": points.model_copy(update={"amended": amended()})})
+        return seen[-1].model_copy(
+            update={"points": points.model_copy(update={"amended": amended()})}
+        )
 
     monkeypatch.setattr(status, "time", clock)
     monkeypatch.setattr(status, "live_of", live)
@@ -311,11 +450,19 @@ def test_a_watch_survives_what_cannot_be_read_for_a_while_and_says_it_once(
     monkeypatch.setattr(status, "collect", collected)
     watched(small(tmp_path), home, monkeypatch, Watching(1.0, then))
     said = capsys.readouterr()
-    assert len(reads) == 4 and said.err.count("cannot be read just now, and is looked at again: score/aaaa is being replaced") == 1
+    assert (
+        len(reads) == 4
+        and said.err.count(
+            "cannot be read just now, and is looked at again: score/aaaa is being replaced"
+        )
+        == 1
+    )
     assert "the run goes on" in said.err and len(said.out.splitlines()) == 1
 
 
-def test_a_watch_ends_with_an_error_when_what_cannot_be_read_lasts(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_ends_with_an_error_when_what_cannot_be_read_lasts(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def collected(*arguments: Any) -> list[Any]:
         raise OSError("Stale file handle")
 
@@ -326,7 +473,9 @@ def test_a_watch_ends_with_an_error_when_what_cannot_be_read_lasts(tmp_path: Pat
     assert clock.now == 60.0
 
 
-def test_a_watch_reads_again_when_a_point_got_a_further_seed(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_reads_again_when_a_point_got_a_further_seed(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
     monkeypatch.setattr(status, "collect", lambda *arguments: reads.append(1) or [])
 

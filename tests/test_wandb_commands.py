@@ -1,4 +1,6 @@
-"""`ebbline sync` and `ebbline wandb-workspace` as a user types them: offline, refused, and against a server on the loopback."""
+"""`ebbline sync` and `ebbline wandb-workspace` as a user types them: offline, refused, and against
+a server on the loopback.
+"""
 
 import json
 import shutil
@@ -10,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from analysis.wandb_pages import summary_key
-from cluster.store import Store
-from sweeps.home import Home
-from sweeps.study_file import load
-from tasks.completions import read_completions
+from ebbline.analysis.wandb.pages import summary_key
+from ebbline.cluster.store.artifacts import Store
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study_file import load
+from ebbline.tasks.measuring.completions import read_completions
 from tests.wandb_server import ENTITY, WandbServer, serving
 from tests.whole import RUN_S, whole_study
 
@@ -39,7 +41,12 @@ def home(whole_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(*command: str) -> tuple[int, str]:
     """Exit code, and what it says on standard output, or on standard error when that is empty."""
-    ran = subprocess.run([sys.executable, "-m", "ebbline.cli", *command], capture_output=True, text=True, timeout=RUN_S)
+    ran = subprocess.run(
+        [sys.executable, "-m", "ebbline.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=RUN_S,
+    )
     return ran.returncode, ran.stdout or ran.stderr
 
 
@@ -53,42 +60,74 @@ def test_a_workspace_without_a_login_is_refused(home: Path) -> None:
     assert code == 1 and "`wandb login`" in text
 
 
-def test_a_workspace_of_a_project_without_runs_says_to_sync_first(home: Path, server: WandbServer) -> None:
+def test_a_workspace_of_a_project_without_runs_says_to_sync_first(
+    home: Path, server: WandbServer
+) -> None:
     code, text = said("wandb-workspace", "whole", "--home", str(home))
     assert code == 1 and "ebbline sync whole" in text and "not found" in text
     assert server.views == {}
 
 
-def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(home: Path, server: WandbServer) -> None:
+def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(
+    home: Path, server: WandbServer
+) -> None:
     """Only here `sync` and `wandb-workspace` work on a finished study."""
     there = ("--home", str(home))
     code, text = said("sync", "whole", *there, "-n", "4", "--json")
     done = json.loads(text)
-    assert (code, done["left"]) == (0, 0) and done["pushed"] == done["waiting"] > whole_study()["search"]["points"]
+    assert (code, done["left"]) == (0, 0) and done["pushed"] == done["waiting"] > whole_study()[
+        "search"
+    ]["points"]
     kinds = [run.fields["jobType"] for run in server.runs.values()]
     assert (kinds.count("point"), kinds.count("study")) == (whole_study()["search"]["points"], 1)
     assert json.loads(said("sync", "whole", *there, "--json")[1])["waiting"] == 0
 
     sent = b"\n".join(server.bodies)
-    rows = [row for artifact in Store(home / "store").all("generate") for row in read_completions(artifact.path)]
-    texts = {text.strip().encode() for row in rows for text in (row.prompt, row.completion) if len(text.strip()) >= 20}
+    rows = [
+        row
+        for artifact in Store(home / "store").all("generate")
+        for row in read_completions(artifact.path)
+    ]
+    texts = {
+        text.strip().encode()
+        for row in rows
+        for text in (row.prompt, row.completion)
+        if len(text.strip()) >= 20
+    }
     assert len(texts) > 500 and not [text for text in texts if text in sent]
-    assert not [path for path in (home, Path.home(), Path(sys.executable).parent) if str(path).encode() in sent]
+    assert not [
+        path
+        for path in (home, Path.home(), Path(sys.executable).parent)
+        if str(path).encode() in sent
+    ]
 
     code, text = said("wandb-workspace", "whole", *there, "--json")
     assert code == 0, text
     assert set(json.loads(text)) == {"workspace", "report"} and f"/{ENTITY}/ebbline" in text
     assert said("wandb-workspace", "whole", *there)[0] == 0
     assert server.unknown == [] and len(server.views) == 2  # the second time the same ones
-    study, points = load(Home(home).named("whole")), [run for run in server.runs.values() if run.fields["jobType"] == "point"]
+    study, points = (
+        load(Home(home).named("whole")),
+        [run for run in server.runs.values() if run.fields["jobType"] == "point"],
+    )
     own = server.runs[f"whole-{Home(home).id[:6]}"]
     for view in server.views.values():
         panels = list(_panels(view["spec"]))
         drawn = {panel["viewType"] for panel in panels}
-        assert drawn == {"Vega2", "Scatter Plot", "Run History Line Plot", "Parallel Coordinates Plot", "Parameter Importance"}
+        assert drawn == {
+            "Vega2",
+            "Scatter Plot",
+            "Run History Line Plot",
+            "Parallel Coordinates Plot",
+            "Parameter Importance",
+        }
         for panel in panels:
             _check(panel, own, points)
-        asked = [panel["config"]["targetKey"] for panel in panels if panel["viewType"] == "Parameter Importance"]
+        asked = [
+            panel["config"]["targetKey"]
+            for panel in panels
+            if panel["viewType"] == "Parameter Importance"
+        ]
         assert asked == [summary_key(name) for name in study.objectives]
 
 
@@ -111,9 +150,15 @@ def _check(panel: dict[str, Any], own: Any, points: list[Any]) -> None:
         table = json.loads(own.files[own.summary[key]["path"]])
         assert set(config["fieldSettings"].values()) <= set(table["columns"]) and table["data"]
     elif panel["viewType"] == "Run History Line Plot" and config["metrics"] != ["loss"]:
-        assert [row for row in own.history.values() if config["xAxis"] in row and config["metrics"][0] in row]
+        assert [
+            row
+            for row in own.history.values()
+            if config["xAxis"] in row and config["metrics"][0] in row
+        ]
     elif panel["viewType"] == "Scatter Plot":
-        assert all(_reads(config[axis], run) is not None for axis in ("xAxis", "yAxis") for run in points)
+        assert all(
+            _reads(config[axis], run) is not None for axis in ("xAxis", "yAxis") for run in points
+        )
     elif panel["viewType"] == "Parallel Coordinates Plot":
         for column in config["columns"]:
             assert any(_reads(column["accessor"], run) is not None for run in points), column

@@ -1,4 +1,6 @@
-"""A tiny chat model pair and its data: random weights, real formats, made in a second. Nothing here is trained."""
+"""A tiny chat model pair and its data: random weights, real formats, made in a second. Nothing here
+is trained.
+"""
 
 import json
 import random
@@ -11,10 +13,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.identity import digest
-from tasks.models import Residents
-from tasks.specs import Spec
-from tasks.stage import Context, Request, key_payload
+from ebbline.tasks.identity import digest
+from ebbline.tasks.models.loading import Residents
+from ebbline.tasks.specs import Spec
+from ebbline.tasks.stage import Context, Request, key_payload
 
 torch.set_num_threads(1)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<system>", "<user>", "<assistant>"]
@@ -37,11 +39,20 @@ def word_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(SPECIAL)
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        chat_template=template, clean_up_tokenization_spaces=False, padding_side="left", model_max_length=256,
-    )  # fmt: skip
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=256,
+    )
 
 
 def build_pair(folder: Path) -> Pair:
@@ -49,10 +60,19 @@ def build_pair(folder: Path) -> Pair:
     torch.manual_seed(0)
     tokenizer = word_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     model = LlamaForCausalLM(config)
     for name in ("base", "aligned"):
         if name == "aligned":
@@ -71,11 +91,16 @@ def conversations(n: int, seed: int = 0) -> list[list[dict[str, str]]]:
     def text() -> str:
         return " ".join(f"word{rng.randrange(40)}" for _ in range(rng.randint(3, 8)))
 
-    return [[{"role": "user", "content": text()}, {"role": "assistant", "content": text()}] for _ in range(n)]
+    return [
+        [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
+        for _ in range(n)
+    ]
 
 
 def write_chats(path: Path, n: int, seed: int = 0) -> Path:
-    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations(n, seed)))
+    path.write_text(
+        "".join(json.dumps({"messages": turns}) + "\n" for turns in conversations(n, seed))
+    )
     return path
 
 
@@ -88,7 +113,14 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 def context(folder: Path, **changes: Any) -> Context:
     """A Context whose log and scratch lie under `folder`."""
     (folder / "log").mkdir(parents=True, exist_ok=True)
-    return Context(**{"log": folder / "log", "scratch": folder / "scratch", "residents": Residents(), **changes})
+    return Context(
+        **{
+            "log": folder / "log",
+            "scratch": folder / "scratch",
+            "residents": Residents(),
+            **changes,
+        }
+    )
 
 
 def fresh(folder: Path) -> Path:

@@ -1,12 +1,15 @@
-"""How far two computations of one thing may differ when they only add in another order; from arithmetic, never from a machine.
+"""How far two computations of one thing may differ when they only add in another order; from
+arithmetic, never from a machine.
 
-Kernels (MKL, oneDNN, torch's own) differ from one processor to the next, and with them the order of a sum. For n terms the
-error is at most gamma(n) times the sum of their magnitudes, whatever the order (Higham, Accuracy and Stability, 4.2).
+Kernels (MKL, oneDNN, torch's own) differ from one processor to the next, and with them the order of
+a sum. For n terms the error is at most gamma(n) times the sum of their magnitudes, whatever the
+order (Higham, Accuracy and Stability, 4.2).
 
-Trainings need more than that, because Adam divides a gradient by its own size: an element whose gradient is only rounding
-error takes a whole step to either side, so no bound below twice the sum of the learning rates holds for every element. Where a
-test compares trainings, `SteadyAdamW` makes the optimiser's epsilon as large as a gradient. Then a small change of a gradient
-is a small change of a step, and a gradient scaled by a wrong factor shows, which Adam would hide.
+Trainings need more than that, because Adam divides a gradient by its own size: an element whose
+gradient is only rounding error takes a whole step to either side, so no bound below twice the sum
+of the learning rates holds for every element. Where a test compares trainings, `SteadyAdamW` makes
+the optimiser's epsilon as large as a gradient. Then a small change of a gradient is a small change
+of a step, and a gradient scaled by a wrong factor shows, which Adam would hide.
 """
 
 import math
@@ -20,23 +23,30 @@ Tensors = dict[str, torch.Tensor]
 UNIT = 2.0**-24  # float32's unit roundoff
 EPSILON = 1e-2  # gradients are clipped to a norm of 1 over some 10,000 elements, so about 1e-2 each
 
-# The root mean square of a gradient's error, as a share of the gradient's own, on tests/tiny.py's models.
-#   float32   Some 36 products of 128 terms lie on the way forward and back, then a sum over at most 512 tokens. The errors are
-#             independent, so their squares add up; 6 standard deviations.
-#   bfloat16  The sums are float32, and the results of those 36 products are rounded, which is u / sqrt(3) in the mean.
-#   int8      The inputs of a linear are rounded to 1/127 of the row's largest. A last bit flips one of some 1e5, so in six
-#             steps tens of inputs are off by 2^-7, each in one of some 300 tokens: sqrt(64) 2^-7 / sqrt(300), rounded up.
+# The root mean square of a gradient's error, as a share of the gradient's own, on
+# tests/tiny.py's models.
+#   float32   Some 36 products of 128 terms lie on the way forward and back, then a sum over at most
+#             512 tokens. The errors are independent, so their squares add up; 6 standard
+#             deviations.
+#   bfloat16  The sums are float32, and the results of those 36 products are rounded, which is
+#             u / sqrt(3) in the mean.
+#   int8      The inputs of a linear are rounded to 1/127 of the row's largest. A last bit flips one
+#             of some 1e5, so in six steps tens of inputs are off by 2^-7, each in one of some 300
+#             tokens: sqrt(64) 2^-7 / sqrt(300), rounded up.
 _GRADIENT = {
     "float32": 6 * UNIT * math.sqrt(36 * 128 + 512),
     "bfloat16": 2.0**-8 * math.sqrt(36 / 3),
     "int8": 2.0**-8,
 }
-# Two runs err, and epsilon at least halves a step's dependence on the rest: 2; over six steps the errors may all add up.
+# Two runs err, and epsilon at least halves a step's dependence on the rest: 2; over six steps the
+# errors may all add up.
 _STEPS = 6 * 2
 
 
 def gamma(terms: int, unit: float = UNIT) -> float:
-    """The largest relative error of a sum of so many terms, or of as many roundings one after another."""
+    """The largest relative error of a sum of so many terms, or of as many roundings one after
+    another.
+    """
     return terms * unit / (1 - terms * unit)
 
 
@@ -60,17 +70,26 @@ def kind(dtype: str = "float32", quantisation: str = "none") -> str:
 
 
 def root_mean_square(tensors: Tensors) -> float:
-    return float(torch.cat([tensor.double().flatten() for tensor in tensors.values()]).square().mean().sqrt())
+    return float(
+        torch.cat([tensor.double().flatten() for tensor in tensors.values()]).square().mean().sqrt()
+    )
 
 
 def apart(one: Tensors, other: Tensors, moved: Tensors | None = None) -> float:
-    """How far two trainings ended apart: the largest root mean square of a tensor's difference, over that of what moved.
+    """How far two trainings ended apart: the largest root mean square of a tensor's difference,
+    over that of what moved.
 
-    Of an adapter all of B moved, since it begins at zero. Of whole weights give `moved`, the changes of the first.
+    Of an adapter all of B moved, since it begins at zero. Of whole weights give `moved`, the
+    changes of the first.
     """
     assert one.keys() == other.keys()
-    scale = root_mean_square(moved or {name: tensor for name, tensor in one.items() if "lora_B" in name})
-    return max(root_mean_square({name: one[name].double() - other[name].double()}) for name in one) / scale
+    scale = root_mean_square(
+        moved or {name: tensor for name, tensor in one.items() if "lora_B" in name}
+    )
+    return (
+        max(root_mean_square({name: one[name].double() - other[name].double()}) for name in one)
+        / scale
+    )
 
 
 def alike(dtype: str = "float32", quantisation: str = "none") -> float:
@@ -79,10 +98,12 @@ def alike(dtype: str = "float32", quantisation: str = "none") -> float:
 
 
 def alike_under_adamw() -> float:
-    """The most that `apart` may be in float32 where a test cannot reach the optimiser, as on a Ray cluster.
+    """The most that `apart` may be in float32 where a test cannot reach the optimiser, as on a Ray
+    cluster.
 
-    An element whose gradient is below its error takes a step to either side, and ends off by twice what it moved. That is a
-    share of some 6 errors of the elements. One such element of B, of 64, turns a row of A's gradient by 2 / sqrt(64).
+    An element whose gradient is below its error takes a step to either side, and ends off by twice
+    what it moved. That is a share of some 6 errors of the elements. One such element of B, of 64,
+    turns a row of A's gradient by 2 / sqrt(64).
     """
     return 2 * math.sqrt(6 * _GRADIENT["float32"]) + 2 / math.sqrt(64)
 
@@ -99,9 +120,13 @@ def losses_alike(expected: list[float], dtype: str = "float32", quantisation: st
     """A loss depends on rounding less than gradients do: half the way lies before it, and it is a
     mean over tokens.
     """
-    return pytest.approx(expected, rel=alike(dtype, quantisation) / (10 if dtype == "bfloat16" else 1))
+    return pytest.approx(
+        expected, rel=alike(dtype, quantisation) / (10 if dtype == "bfloat16" else 1)
+    )
 
 
 def four_deviations(n: int, rate: float = 0.95) -> float:
-    """What a rate over n prompts may miss by: other kernels train other models, which err on other prompts."""
+    """What a rate over n prompts may miss by: other kernels train other models, which err on other
+    prompts.
+    """
     return 4 * math.sqrt(rate * (1 - rate) / n)

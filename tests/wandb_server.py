@@ -1,8 +1,9 @@
-"""A server on the loopback that speaks the part of W&B's API that ebbline's ways to W&B call; it keeps and records what it is sent.
+"""A server on the loopback that speaks the part of W&B's API that ebbline's ways to W&B call; it
+keeps and records what it is sent.
 
-Made from the requests that the installed client sends (wandb 0.31, wandb-workspaces 0.4): GraphQL for runs, files and views, the
-file stream for history and summary, PUT for files. What W&B's servers do beyond that is not here, so it shows what is sent, and not
-how W&B shows it.
+Made from the requests that the installed client sends (wandb 0.31, wandb-workspaces 0.4): GraphQL
+for runs, files and views, the file stream for history and summary, PUT for files. What W&B's
+servers do beyond that is not here, so it shows what is sent, and not how W&B shows it.
 """
 
 import base64
@@ -32,7 +33,9 @@ class Run:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`slow_s` is how long each file stream request takes; all wait until `together` were under way at once."""
+    """`slow_s` is how long each file stream request takes; all wait until `together` were under way
+    at once.
+    """
 
     daemon_threads = True
 
@@ -58,7 +61,11 @@ class WandbServer(ThreadingHTTPServer):
 
     def environment(self) -> dict[str, str]:
         """What sends W&B's client here."""
-        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
+        return {
+            "WANDB_BASE_URL": self.url,
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_ERROR_REPORTING": "false",
+        }
 
     def run_of(self, id: str) -> Run:
         return self.runs.setdefault(id, Run())
@@ -131,9 +138,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.more.wait_for(lambda: self.server.most_at_work >= self.server.together, 120)
             run = self.server.run_of(id)
             for name, part in (sent.get("files") or {}).items():
-                lines = [json.loads(line) for line in part["content"]] if name.endswith((".jsonl", "summary.json")) else []
+                lines = (
+                    [json.loads(line) for line in part["content"]]
+                    if name.endswith((".jsonl", "summary.json"))
+                    else []
+                )
                 if name == "wandb-history.jsonl":
-                    run.history |= {part["offset"] + index: line for index, line in enumerate(lines)}
+                    run.history |= {
+                        part["offset"] + index: line for index, line in enumerate(lines)
+                    }
                 if name == "wandb-summary.json":
                     run.summary = lines[-1]
             run.exit_code = sent.get("exitcode", run.exit_code)
@@ -157,14 +170,30 @@ class _Handler(BaseHTTPRequestHandler):
         return {"serverInfo": {"features": []}}
 
     def _on_Viewer(self, given: dict[str, Any]) -> Any:
-        return {"viewer": {"id": "1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}}
+        return {
+            "viewer": {
+                "id": "1",
+                "entity": ENTITY,
+                "username": ENTITY,
+                "email": "",
+                "flags": "{}",
+                "teams": {"edges": []},
+            }
+        }
 
     _on_GetDefaultEntity = _on_Viewer
 
     def _on_RunResumeStatus(self, given: dict[str, Any]) -> Any:
         run = self.server.runs.get(given["name"])
         bucket = None if run is None else self._bucket(given["name"], run)
-        return {"model": {"id": "p", "name": given["project"], "entity": {"id": "e", "name": ENTITY}, "bucket": bucket}}
+        return {
+            "model": {
+                "id": "p",
+                "name": given["project"],
+                "entity": {"id": "e", "name": ENTITY},
+                "bucket": bucket,
+            }
+        }
 
     def _on_UpsertBucket(self, given: dict[str, Any]) -> Any:
         inserted = given["name"] not in self.server.runs
@@ -182,7 +211,11 @@ class _Handler(BaseHTTPRequestHandler):
             "description": "",
             "config": json.dumps(run.config),
             "sweepName": None,
-            "project": {"id": "p", "name": run.fields.get("project"), "entity": {"id": "e", "name": ENTITY}},
+            "project": {
+                "id": "p",
+                "name": run.fields.get("project"),
+                "entity": {"id": "e", "name": ENTITY},
+            },
             "historyLineCount": len(lines),
             "logLineCount": 0,
             "eventsLineCount": 0,
@@ -195,32 +228,62 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _on_CreateRunFiles(self, given: dict[str, Any]) -> Any:
-        files = [{"name": name, "uploadUrl": f"{self.server.url}/put/{given['run']}/{name}"} for name in given["files"]]
+        files = [
+            {"name": name, "uploadUrl": f"{self.server.url}/put/{given['run']}/{name}"}
+            for name in given["files"]
+        ]
         return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
 
     def _on_MarkRunFilesUploaded(self, given: dict[str, Any]) -> Any:
         return {"markRunFilesUploaded": {"success": True}}
 
     def _view(self, given: dict[str, Any]) -> Any:
-        id = given.get("id") or base64.b64encode(f"View:{1000 + len(self.server.views)}".encode()).decode()
+        id = (
+            given.get("id")
+            or base64.b64encode(f"View:{1000 + len(self.server.views)}".encode()).decode()
+        )
         self.server.views[id] = {**given, "id": id, "spec": json.loads(given["spec"])}
         project = {"id": "p", "name": given["projectName"], "entityName": given["entityName"]}
-        shown = {"id": id, "name": given["name"], "displayName": given["displayName"], "description": given["description"]}
-        view = {**shown, "type": given["type"], "project": project, "spec": given["spec"], "updatedAt": None}
+        shown = {
+            "id": id,
+            "name": given["name"],
+            "displayName": given["displayName"],
+            "description": given["description"],
+        }
+        view = {
+            **shown,
+            "type": given["type"],
+            "project": project,
+            "spec": given["spec"],
+            "updatedAt": None,
+        }
         return {"upsertView": {"view": view, "inserted": "id" not in given}}
 
     _on_UpsertView2 = _on_upsertView = _view
 
     def _on_GetProjects(self, given: dict[str, Any]) -> Any:
         names = {run.fields.get("project") for run in self.server.runs.values()}
-        node = {"__typename": "Project", "id": "p", "entityName": ENTITY, "isBenchmark": False, "user": None}
+        node = {
+            "__typename": "Project",
+            "id": "p",
+            "entityName": ENTITY,
+            "isBenchmark": False,
+            "user": None,
+        }
         node["createdAt"] = "2026-01-01T00:00:00"
         page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
-        return {"models": {"pageInfo": page, "edges": [{"node": {**node, "name": name}} for name in names]}}
+        return {
+            "models": {
+                "pageInfo": page,
+                "edges": [{"node": {**node, "name": name}} for name in names],
+            }
+        }
 
     def _on_ProjectInternalId(self, given: dict[str, Any]) -> Any:
         """None for a project without a run, as W&B answers."""
-        known = given["projectName"] in {run.fields.get("project") for run in self.server.runs.values()}
+        known = given["projectName"] in {
+            run.fields.get("project") for run in self.server.runs.values()
+        }
         return {"project": {"id": "p", "internalId": "p1"} if known else None}
 
     def _on_View(self, given: dict[str, Any]) -> Any:

@@ -1,7 +1,9 @@
-"""A study that has all the quickstart's parts and takes a fifth of its time, run by the real command; and the quickstart itself.
+"""A study that has all the quickstart's parts and takes a fifth of its time, run by the real
+command; and the quickstart itself.
 
-Two sizes instead of three, both with the smallest model, whose base, aligned model and first adapter the walk has trained already;
-the second is trained by a gang, at few steps. Everything else is read from the quickstart's file.
+Two sizes instead of three, both with the smallest model, whose base, aligned model and first
+adapter the walk has trained already; the second is trained by a gang, at few steps. Everything else
+is read from the quickstart's file.
 """
 
 import os
@@ -9,22 +11,43 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
-from sweeps.study_file import shipped
+from ebbline.sweeps.study.study_file import shipped
 from tests.organisms import copied
 
 RUN_S = 1500
 GANG_STEPS = 24
 
 
-def ebbline(*arguments: str) -> str:
+DECOYS = ("tasks", "cluster", "sweeps", "analysis", "datasets", "wandb")
+
+
+def decoys(folder: Path) -> Path:
+    """A user's folder whose modules have the names of ours, and of a library's; each raises."""
+    for number, name in enumerate(DECOYS):
+        path = folder / (f"{name}.py" if number == 0 else f"{name}/__init__.py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"raise ImportError('the user's own {name}')\n")
+    return folder
+
+
+def ebbline(*arguments: str, cwd: Path | None = None) -> str:
+    """What the command prints; -P, as the script `ebbline` puts no folder of the user on the path
+    either.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "ebbline.cli", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=RUN_S, env=os.environ | {"WANDB_MODE": "offline"},
-    )  # fmt: skip
+        [sys.executable, "-P", "-m", "ebbline.cli", *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=RUN_S,
+        env=os.environ | {"WANDB_MODE": "offline"},
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -56,7 +79,9 @@ def run_quickstart(home: Path) -> None:
 
 
 def run(study: str, home: Path) -> None:
-    said = ebbline("run", study, "--home", str(home))
+    """Run it from a folder of decoys: no process of ebbline's imports what lies there."""
+    with TemporaryDirectory() as folder:
+        said = ebbline("run", study, "--home", str(home), cwd=decoys(Path(folder)))
     for what in ("results", "frontier", "figure", "report"):
         named = re.search(rf"^{what} +(.+)$", said, re.MULTILINE)
         assert named is not None and Path(named[1]).stat().st_size > 0, said

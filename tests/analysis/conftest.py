@@ -1,15 +1,17 @@
-"""A study's results as they come out of a real sweep, made up here: two models, ranks, data sizes and thresholds."""
+"""A study's results as they come out of a real sweep, made up here: two models, ranks, data sizes
+and thresholds.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
-from analysis.compare import Baselines, Subject
-from analysis.statistics import Agreement, Replicates
-from sweeps.points import Point, Result
-from sweeps.study import Study
-from tasks.metrics import Metric, Sample
+from ebbline.analysis.results.compare import Baselines, Subject
+from ebbline.analysis.results.statistics import Agreement, Replicates
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.measuring.metrics import Metric, Sample
 
 REFUSAL, TASK, OVER = "refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate"
 SHA = "0" * 64
@@ -32,7 +34,9 @@ def result(
     """A finished point; projected exactly when `share` is given."""
     return Result(
         number=number,
-        point=Point.of(model, {"train.rank": rank, "data.size": size, "apply.threshold": threshold}),
+        point=Point.of(
+            model, {"train.rank": rank, "data.size": size, "apply.threshold": threshold}
+        ),
         status="done",
         metrics={REFUSAL: rate(REFUSAL, refusal), TASK: rate(TASK, task), OVER: rate(OVER, 0.05)},
         keys={"train[seed=0]": f"{rank:032x}{size:032x}", "evaluate[refusal]": f"{number:064x}"},
@@ -44,7 +48,13 @@ def result(
 def samples(successes: Sequence[bool], categories: Sequence[str] = ("",)) -> list[Sample]:
     """A sample for each success, the categories taking turns."""
     return [
-        Sample(f"id{index}", categories[index % len(categories)], "refused" if success else "complied", "prefix:0", success)
+        Sample(
+            f"id{index}",
+            categories[index % len(categories)],
+            "refused" if success else "complied",
+            "prefix:0",
+            success,
+        )
         for index, success in enumerate(successes)
     ]
 
@@ -68,8 +78,12 @@ class Held:
         return self.agreements.get((subject if isinstance(subject, str) else subject.number, suite))
 
 
-def failed(number: int, reason: str = "TrainingError: the loss became nan at step 3 of 40") -> Result:
-    point = Point.of("small", {"train.rank": 64, "data.size": 900 + number, "apply.threshold": None})
+def failed(
+    number: int, reason: str = "TrainingError: the loss became nan at step 3 of 40"
+) -> Result:
+    point = Point.of(
+        "small", {"train.rank": 64, "data.size": 900 + number, "apply.threshold": None}
+    )
     return Result(number=number, point=point, status="failed", reason=reason)
 
 
@@ -78,14 +92,24 @@ def study() -> Study:
     return Study.model_validate(
         {
             "study": "ebb",
-            "question": "How far do refusals ebb when a chat model is fine-tuned, and what brings them back?",
-            "hypothesis": "Fine-tuning lowers refusals; the projection brings them back at little cost.",
+            "question": "How far do refusals ebb when a chat model is fine-tuned, and what "
+            "brings them back?",
+            "hypothesis": "Fine-tuning lowers refusals; the projection brings them back at "
+            "little cost.",
             "models": {
-                name: {"base": {"organism": {"size": name}}, "aligned": {"organism": {"size": name}}} for name in ("small", "medium")
+                name: {
+                    "base": {"organism": {"size": name}},
+                    "aligned": {"organism": {"size": name}},
+                }
+                for name in ("small", "medium")
             },
             "data": {"pool": {"language": "pool"}, "settings": {"size": 100}},
             "train": {},
-            "axes": {"train.rank": (4, 16), "data.size": (100, 400), "apply.threshold": (None, 0.3, 0.5, 0.7, 0.9)},
+            "axes": {
+                "train.rank": (4, 16),
+                "data.size": (100, 400),
+                "apply.threshold": (None, 0.3, 0.5, 0.7, 0.9),
+            },
             "suites": {
                 "refusal": {"prompts": {"language": "refused"}, "measure": {"kind": "refusal"}},
                 "task": {"prompts": {"language": "held_out"}, "measure": {"kind": "task"}},
@@ -114,7 +138,13 @@ def results() -> list[Result]:
             for size in (100, 400):
                 ebb = 0.55 - 0.1 * (rank == 16) - 0.25 * (size == 400) + lift
                 skill = 0.62 + 0.06 * (rank == 16) + 0.1 * (size == 400) + lift
-                for threshold, share in ((None, None), (0.3, 0.0), (0.5, 0.25), (0.7, 0.6), (0.9, 1.0)):
+                for threshold, share in (
+                    (None, None),
+                    (0.3, 0.0),
+                    (0.5, 0.25),
+                    (0.7, 0.6),
+                    (0.9, 1.0),
+                ):
                     back, cost = (share or 0.0) ** 0.6, 0.22 * (share or 0.0) ** 2
                     rows.append(
                         result(
@@ -128,5 +158,7 @@ def results() -> list[Result]:
                             size=size,
                         )
                     )
-    running = Result(len(rows) + 1, Point.of("small", {"train.rank": 32, "data.size": 400}), "running")
+    running = Result(
+        len(rows) + 1, Point.of("small", {"train.rank": 32, "data.size": 400}), "running"
+    )
     return [*rows, failed(len(rows)), running]

@@ -6,7 +6,9 @@ VOID = ("meta", "img", "br", "link")
 
 
 class Page(HTMLParser):
-    """What a page asks for, its pictures' words, its headings and tables, and whether its elements close in order."""
+    """What a page asks for, its pictures' words, its headings and tables, and whether its elements
+    close in order.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -21,7 +23,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
-        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        self.asked += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")
+        ]
         self.ids += [found["id"] or ""] if "id" in found else []
         if tag == "img":
             self.alts.append(found.get("alt") or "")
@@ -39,7 +43,9 @@ class Page(HTMLParser):
 
 
 def contrast(one: str, other: str) -> float:
-    """The contrast ratio of two colours, from 1 to 21 (WCAG 2.2, "contrast ratio" and "relative luminance")."""
+    """The contrast ratio of two colours, from 1 to 21 (WCAG 2.2, "contrast ratio" and "relative
+    luminance").
+    """
     dark, light = sorted(map(_luminance, (one, other)))
     return (light + 0.05) / (dark + 0.05)
 
@@ -48,5 +54,7 @@ def _luminance(colour: str) -> float:
     digits = colour.removeprefix("#")
     digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
     parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -2,17 +2,19 @@
 
 import numpy as np
 
-from analysis.attainment import attainments, staircase
-from analysis.attainment_figure import attainment_figure
-from analysis.figure_words import attainment_words
-from sweeps.points import Point, Result
-from tasks.metrics import Metric
+from ebbline.analysis.figures.attainment import attainment_figure
+from ebbline.analysis.figures.words import attainment_words
+from ebbline.analysis.results.attainment import attainments, staircase
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.tasks.measuring.metrics import Metric
 from tests.analysis.conftest import OVER, REFUSAL, TASK, result
 
 OBJECTIVES = (REFUSAL, TASK)
 
 
-def seeded(number: int, refusals: tuple[float, ...], tasks: tuple[float, ...], model: str = "small") -> Result:
+def seeded(
+    number: int, refusals: tuple[float, ...], tasks: tuple[float, ...], model: str = "small"
+) -> Result:
     metrics = {
         name: Metric(name, round(100 * sum(values)), 100 * len(values), seeds=values)
         for name, values in ((REFUSAL, refusals), (TASK, tasks))
@@ -21,20 +23,35 @@ def seeded(number: int, refusals: tuple[float, ...], tasks: tuple[float, ...], m
 
 
 def test_what_some_half_and_all_seeds_attain() -> None:
-    rows = [seeded(0, (0.2, 0.3, 0.1), (0.9, 0.8, 0.95)), seeded(1, (0.8, 0.7, 0.75), (0.3, 0.4, 0.2))]
+    rows = [
+        seeded(0, (0.2, 0.3, 0.1), (0.9, 0.8, 0.95)),
+        seeded(1, (0.8, 0.7, 0.75), (0.3, 0.4, 0.2)),
+    ]
     found = attainments(rows, OBJECTIVES)["small"]
     assert (found.seeds, found.points, found.left_out) == (3, 2, 0)
-    surfaces = {level: sorted(map(tuple, values.round(6).tolist())) for level, values in found.surfaces.items()}
+    surfaces = {
+        level: sorted(map(tuple, values.round(6).tolist()))
+        for level, values in found.surfaces.items()
+    }
     assert surfaces["some"] == [(0.1, 0.95), (0.2, 0.9), (0.3, 0.8), (0.7, 0.4), (0.8, 0.3)]
     assert surfaces["all"] == [(0.1, 0.8), (0.7, 0.2)]
-    # Two of three seeds: (0.2, 0.8) lies below the first two seeds' first points, (0.75, 0.2) below the first's and third's second.
+    # Two of three seeds: (0.2, 0.8) lies below the first two seeds' first points, (0.75, 0.2) below
+    # the first's and third's second.
     assert surfaces["half"] == [(0.1, 0.9), (0.2, 0.8), (0.7, 0.3), (0.75, 0.2)]
 
 
 def test_a_metric_to_be_minimised_is_attained_from_the_other_side() -> None:
-    rows = [Result(0, Point.of("small", {}), "done", {name: Metric(name, 30, 200, seeds=(0.1, 0.2)) for name in (REFUSAL, OVER)})]
+    rows = [
+        Result(
+            0,
+            Point.of("small", {}),
+            "done",
+            {name: Metric(name, 30, 200, seeds=(0.1, 0.2)) for name in (REFUSAL, OVER)},
+        )
+    ]
     found = attainments(rows, (REFUSAL, OVER))["small"]
-    # Seed 0 has (0.1, 0.1), seed 1 (0.2, 0.2): both attain only (0.1, 0.2), as fewer over-refusals are better.
+    # Seed 0 has (0.1, 0.1), seed 1 (0.2, 0.2): both attain only (0.1, 0.2), as fewer over-refusals
+    # are better.
     assert found.surfaces["all"].round(6).tolist() == [[0.1, 0.2]]
     xs, ys = staircase(found.surfaces["all"], (REFUSAL, OVER))
     assert (xs.round(6).tolist(), ys.round(6).tolist()) == ([0.0, 0.1, 0.1], [0.2, 0.2, 1.0])
@@ -59,13 +76,25 @@ def test_the_staircase_is_the_border_of_what_is_dominated() -> None:
 
 
 def test_each_size_has_a_panel_and_a_sentence_and_only_three_seeds_a_median() -> None:
-    rows = [seeded(0, (0.2, 0.3), (0.9, 0.8)), seeded(1, (0.2, 0.3, 0.4), (0.9, 0.8, 0.7), "medium")]
+    rows = [
+        seeded(0, (0.2, 0.3), (0.9, 0.8)),
+        seeded(1, (0.2, 0.3, 0.4), (0.9, 0.8, 0.7), "medium"),
+    ]
     found = attainments(rows, OBJECTIVES)
     figure = attainment_figure(found, OBJECTIVES)
     assert figure is not None
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == ["medium, 3 seeds", "small, 2 seeds"]
-    solid = {name: [line for line in axes.lines if line.get_linestyle() == "-"] for name, axes in panels.items()}
-    assert {name: len(lines) for name, lines in solid.items()} == {"medium, 3 seeds": 1, "small, 2 seeds": 0}
+    solid = {
+        name: [line for line in axes.lines if line.get_linestyle() == "-"]
+        for name, axes in panels.items()
+    }
+    assert {name: len(lines) for name, lines in solid.items()} == {
+        "medium, 3 seeds": 1,
+        "small, 2 seeds": 0,
+    }
     words = attainment_words(found, OBJECTIVES)
-    assert "small, 2 seeds, 1 points: refusal rate reaches 20.0% with every seed and 30.0% with some" in words
+    assert (
+        "small, 2 seeds, 1 points: refusal rate reaches 20.0% with every seed and 30.0% with some"
+        in words
+    )

@@ -1,21 +1,32 @@
-"""Three states of a size: the training and its projection, every change with an interval, paired where it can be."""
+"""Three states of a size: the training and its projection, every change with an interval, paired
+where it can be.
+"""
 
 import pytest
 
-from analysis.before_after import before_after, before_after_cells, metrics_told, trios
-from analysis.before_after_figure import before_after_figure
-from analysis.compare import Baselines, apart
-from sweeps.points import Result
-from sweeps.study import Study
-from sweeps.study_file import load
-from tasks.metrics import Metric
+from ebbline.analysis.figures.before_after import before_after_figure
+from ebbline.analysis.results.before_after import (
+    before_after,
+    before_after_cells,
+    metrics_told,
+    trios,
+)
+from ebbline.analysis.results.compare import Baselines, apart
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import load
+from ebbline.tasks.measuring.metrics import Metric
 from tests.analysis.conftest import REFUSAL, TASK, Held, rate, result, share
 
 ALIGNED: Baselines = {"small": {REFUSAL: rate(REFUSAL, 0.96), TASK: rate(TASK, 0.2)}}
 
 
 def test_the_fine_tuned_point_is_the_training_of_the_projected_one(study: Study) -> None:
-    rows = [result(0, rank=4, task=0.9), result(1, rank=16), result(2, rank=16, refusal=0.95, share=0.5, threshold=0.5)]
+    rows = [
+        result(0, rank=4, task=0.9),
+        result(1, rank=16),
+        result(2, rank=16, refusal=0.95, share=0.5, threshold=0.5),
+    ]
     (trio,) = trios(study, rows)
     assert trio.tuned is not None and trio.shipped is not None
     assert (trio.tuned.number, trio.shipped.number, trio.holds) == (1, 2, True)
@@ -23,37 +34,66 @@ def test_the_fine_tuned_point_is_the_training_of_the_projected_one(study: Study)
 
 def test_without_a_projected_point_the_first_training_stands(study: Study) -> None:
     (trio,) = trios(study, [result(3), result(1, rank=4)])
-    assert trio.tuned is not None and (trio.tuned.number, trio.shipped, trio.holds) == (1, None, False)
+    assert trio.tuned is not None and (trio.tuned.number, trio.shipped, trio.holds) == (
+        1,
+        None,
+        False,
+    )
 
 
 def test_a_projected_point_without_its_training_has_no_fine_tuned_state(study: Study) -> None:
-    lines = before_after(study, [result(0, rank=4), result(1, rank=16, share=0.5, threshold=0.5)], ALIGNED)
+    lines = before_after(
+        study, [result(0, rank=4), result(1, rank=16, share=0.5, threshold=0.5)], ALIGNED
+    )
     refusal = next(line for line in lines if line.name == REFUSAL)
     assert set(refusal.states) == {"aligned", "shipped"} and set(refusal.changes) == {"both"}
     (cells, _) = before_after_cells(lines)
-    assert cells[1]["fine-tuned %"].tolist() == ["not measured"] and cells[1]["by projection"].tolist() == [""]
+    assert cells[1]["fine-tuned %"].tolist() == ["not measured"] and cells[1][
+        "by projection"
+    ].tolist() == [""]
 
 
-def test_changes_are_paired_where_samples_are_at_hand_and_else_said_to_be_unpaired(study: Study) -> None:
+def test_changes_are_paired_where_samples_are_at_hand_and_else_said_to_be_unpaired(
+    study: Study,
+) -> None:
     rows = [result(0, refusal=0.5), result(1, refusal=0.6, share=0.5, threshold=0.5)]
-    held = Held({(0, "refusal"): {0: share(100)}, (1, "refusal"): {0: share(120)}, ("small", "refusal"): {0: share(192)}})
+    held = Held(
+        {
+            (0, "refusal"): {0: share(100)},
+            (1, "refusal"): {0: share(120)},
+            ("small", "refusal"): {0: share(192)},
+        }
+    )
     refusal, task = before_after(study, rows, ALIGNED, held)
-    assert refusal.changes["projection"].paired is not None and refusal.changes["both"].paired is not None
-    assert refusal.changes["projection"].move == "higher" and task.changes["projection"].paired is None
+    assert (
+        refusal.changes["projection"].paired is not None
+        and refusal.changes["both"].paired is not None
+    )
+    assert (
+        refusal.changes["projection"].move == "higher" and task.changes["projection"].paired is None
+    )
     (_, refusals), (_, tasks) = before_after_cells([refusal, task])
     assert refusals["by projection"].tolist() == ["+10.0 [+6.0, +14.0], higher"]
     assert tasks["by projection"].tolist()[0].endswith("not distinguishable (unpaired)")
 
 
 def test_the_aligned_model_is_paired_with_every_seed(study: Study) -> None:
-    tuned = Result(0, result(0).point, "done", {**result(0).metrics, REFUSAL: Metric(REFUSAL, 360, 400, seeds=(0.88, 0.92))})
-    held = Held({("small", "refusal"): {0: share(192)}, (0, "refusal"): {0: share(176), 1: share(184)}})
+    tuned = Result(
+        0,
+        result(0).point,
+        "done",
+        {**result(0).metrics, REFUSAL: Metric(REFUSAL, 360, 400, seeds=(0.88, 0.92))},
+    )
+    held = Held(
+        {("small", "refusal"): {0: share(192)}, (0, "refusal"): {0: share(176), 1: share(184)}}
+    )
     paired = before_after(study, [tuned], ALIGNED, held)[0].changes["fine-tuning"].paired
     assert paired is not None and (paired.n, paired.items) == (400, 200)
 
 
 def test_the_interval_of_an_unpaired_difference_is_newcombes() -> None:
-    # Newcombe (1998), Statistics in Medicine 17, table II, example (a): 56/70 less 48/80, method 10: 0.0524 to 0.3339.
+    # Newcombe (1998), Statistics in Medicine 17, table II, example (a): 56/70 less 48/80, method
+    # 10: 0.0524 to 0.3339.
     low, high = apart(Metric(REFUSAL, 48, 80), Metric(REFUSAL, 56, 70))
     assert (low, high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
@@ -65,8 +105,13 @@ def test_the_suites_of_the_quickstart_are_all_told() -> None:
     ]  # fmt: skip
 
 
-def test_the_figure_has_a_panel_for_each_metric_and_none_without_results(study: Study, results: list[Result], baselines: Baselines) -> None:
+def test_the_figure_has_a_panel_for_each_metric_and_none_without_results(
+    study: Study, results: list[Result], baselines: Baselines
+) -> None:
     figure = before_after_figure(before_after(study, results, baselines))
     assert figure is not None
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["refusal rate, higher is better", "task accuracy, higher is better"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "refusal rate, higher is better",
+        "task accuracy, higher is better",
+    ]
     assert before_after_figure(before_after(study, [], baselines)) is None

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.citations import PAPERS, bibliography, cited, known, pin_key
-from analysis.provenance import Build, Pin
-from tasks.errors import StudyError
+from ebbline.analysis.paper.citations import PAPERS, bibliography, cited, known, pin_key
+from ebbline.analysis.report.provenance import Build, Pin
+from ebbline.tasks.errors import StudyError
 from tests.latex import compiled, needs_latex
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -17,22 +17,43 @@ LOCAL = Pin("data.mix.path", "mine.jsonl", False, None, "2" * 64)
 
 
 def test_a_text_s_citations_are_found_once_each_in_order() -> None:
-    assert cited("As in [@b; @a], and [@c] and [@a]; write to me@example.org [not this].") == ["b", "a", "c"]
+    assert cited("As in [@b; @a], and [@c] and [@a]; write to me@example.org [not this].") == [
+        "b",
+        "a",
+        "c",
+    ]
 
 
 def test_the_three_papers_are_known_by_their_arxiv_numbers() -> None:
-    assert [re.findall(r"arXiv:([\d.]+\d)", known()[key]) for key in PAPERS] == [["2310.20624"], ["2311.00117"], ["2405.16833"]]
+    assert [re.findall(r"arXiv:([\d.]+\d)", known()[key]) for key in PAPERS] == [
+        ["2310.20624"],
+        ["2311.00117"],
+        ["2405.16833"],
+    ]
 
 
 def test_every_entry_that_people_wrote_has_a_title_and_authors() -> None:
     for key, entry in known().items():
-        assert entry.startswith("@") and f"{{{key}," in entry and "title = {" in entry and "author = {" in entry, key
+        assert (
+            entry.startswith("@")
+            and f"{{{key}," in entry
+            and "title = {" in entry
+            and "author = {" in entry
+        ), key
 
 
 def test_what_comes_from_the_hub_is_cited_by_name_and_commit_and_no_author_is_made_up() -> None:
     text = bibliography([pin_key(MODEL), pin_key(DATA)], [MODEL, DATA, LOCAL], Build("1.0"))
-    assert text.replace("\\allowbreak ", "").count(COMMIT) == 2 and "author" not in text and "year" not in text
-    assert "huggingface.co/meta-llama/" in text and "huggingface.co/datasets/some/" in text and "mine.jsonl" not in text
+    assert (
+        text.replace("\\allowbreak ", "").count(COMMIT) == 2
+        and "author" not in text
+        and "year" not in text
+    )
+    assert (
+        "huggingface.co/meta-llama/" in text
+        and "huggingface.co/datasets/some/" in text
+        and "mine.jsonl" not in text
+    )
 
 
 def test_a_key_that_nothing_stands_behind_is_an_error() -> None:
@@ -44,7 +65,14 @@ def test_a_key_that_nothing_stands_behind_is_an_error() -> None:
 @needs_latex
 def test_all_that_can_be_cited_compiles_without_a_warning(tmp_path: Path) -> None:
     keys = [*known(), "ebbline", pin_key(MODEL), pin_key(DATA)]
-    (tmp_path / "references.bib").write_text(bibliography(keys, [MODEL, DATA], Build("1.0", COMMIT)), "utf-8")
+    (tmp_path / "references.bib").write_text(
+        bibliography(keys, [MODEL, DATA], Build("1.0", COMMIT)), "utf-8"
+    )
     cites = "".join(rf"\cite{{{key}}} " for key in keys)
-    log = compiled("acl", rf"{cites}\bibliographystyle{{plain}}\bibliography{{references}}", tmp_path, bibliography=True)
+    log = compiled(
+        "acl",
+        rf"{cites}\bibliographystyle{{plain}}\bibliography{{references}}",
+        tmp_path,
+        bibliography=True,
+    )
     assert "Overfull" not in log and "undefined" not in log

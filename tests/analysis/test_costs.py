@@ -1,4 +1,6 @@
-"""What points cost: alone, by share and by addition, with identities that must hold however stages are shared."""
+"""What points cost: alone, by share and by addition, with identities that must hold however stages
+are shared.
+"""
 
 from dataclasses import replace
 
@@ -6,13 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.costs import PAPERS, cost_columns, cost_rows, cost_summary, point_costs, prediction_rows, study_cost, told
-from cluster.costs import Cost, cost_of, expected_cost, gpu_types, total
-from cluster.executor import Capacity, Host, Needs
-from cluster.profile import GpuType, Profile
-from sweeps.points import Point, Result
-from sweeps.prediction import Prediction
-from sweeps.spending import Spent
+from ebbline.analysis.results.costs import (
+    PAPERS,
+    cost_columns,
+    cost_rows,
+    cost_summary,
+    point_costs,
+    prediction_rows,
+    study_cost,
+    told,
+)
+from ebbline.cluster.executors.executor import Capacity, Host, Needs
+from ebbline.cluster.profile import GpuType, Profile
+from ebbline.cluster.schedule.costs import Cost, cost_of, expected_cost, gpu_types, total
+from ebbline.sweeps.forecast.prediction import Prediction
+from ebbline.sweeps.state.spending import Spent
+from ebbline.sweeps.study.points import Point, Result
 
 PRICES = Profile(gpus={"A100": GpuType(usd_per_hour=1.5), "other": GpuType(usd_per_hour=0.5)})
 HOUR = 3600.0
@@ -26,31 +37,61 @@ def a100(hours: float) -> Cost:
     return Cost({"A100": hours * HOUR})
 
 
-SHARED = [result(0, {"train": a100(2), "a": a100(1)}), result(1, {"train": a100(2), "b": a100(1)}), result(2, {})]
+SHARED = [
+    result(0, {"train": a100(2), "a": a100(1)}),
+    result(1, {"train": a100(2), "b": a100(1)}),
+    result(2, {}),
+]
 
 
 def test_a_shared_training_is_paid_once_and_divided_among_its_points():
     points = point_costs(SHARED)
-    assert {n: tuple(round(part.gpu_hours, 9) for part in (p.alone, p.share, p.added)) for n, p in points.items()} == {
+    assert {
+        n: tuple(round(part.gpu_hours, 9) for part in (p.alone, p.share, p.added))
+        for n, p in points.items()
+    } == {
         0: (3.0, 2.0, 3.0),
         1: (3.0, 2.0, 1.0),
     }
-    cost = study_cost(SHARED, {"aligned": a100(0.5)}, Spent(7200.0, a100(5.0), frozenset({"train", "a", "b"})))
+    cost = study_cost(
+        SHARED, {"aligned": a100(0.5)}, Spent(7200.0, a100(5.0), frozenset({"train", "a", "b"}))
+    )
     found = {name: round(part.gpu_hours, 9) for name, part in vars(cost).items()}
-    assert found == {"points": 4.0, "alone": 6.0, "saved": 2.0, "stages": 4.5, "spent": 5.0, "lost": 1.0}
+    assert found == {
+        "points": 4.0,
+        "alone": 6.0,
+        "saved": 2.0,
+        "stages": 4.5,
+        "spent": 5.0,
+        "lost": 1.0,
+    }
 
 
-@given(st.lists(st.dictionaries(st.integers(0, 12), st.none(), max_size=8), min_size=1, max_size=8), st.data())
+@given(
+    st.lists(st.dictionaries(st.integers(0, 12), st.none(), max_size=8), min_size=1, max_size=8),
+    st.data(),
+)
 def test_shares_and_additions_add_up_to_what_the_points_cost_together(used, data):
-    price = {key: Cost({data.draw(st.sampled_from(["A100", "H100", None])): data.draw(st.floats(0, 1e5))}) for key in range(13)}
-    results = [result(number, {str(key): price[key] for key in keys}) for number, keys in enumerate(used)]
+    price = {
+        key: Cost(
+            {data.draw(st.sampled_from(["A100", "H100", None])): data.draw(st.floats(0, 1e5))}
+        )
+        for key in range(13)
+    }
+    results = [
+        result(number, {str(key): price[key] for key in keys}) for number, keys in enumerate(used)
+    ]
     points = point_costs(results).values()
     together = study_cost(results, {}, Spent())
     for part in ("share", "added"):
-        assert total(getattr(point, part) for point in points).gpu_hours == pytest.approx(together.points.gpu_hours)
+        assert total(getattr(point, part) for point in points).gpu_hours == pytest.approx(
+            together.points.gpu_hours
+        )
     for point in points:
         assert -1e-9 <= point.share.gpu_hours <= point.alone.gpu_hours + 1e-9
-    assert together.saved.gpu_hours == pytest.approx(together.alone.gpu_hours - together.points.gpu_hours)
+    assert together.saved.gpu_hours == pytest.approx(
+        together.alone.gpu_hours - together.points.gpu_hours
+    )
     assert together.saved.gpu_hours >= -1e-9
 
 
@@ -69,7 +110,9 @@ def test_a_record_says_what_its_stage_cost():
 
 
 def test_what_is_expected_goes_by_the_type_that_labels_name_or_else_by_the_dearest():
-    assert expected_cost(Needs(2, {"ray.io/accelerator-type": "L4"}), 10.0, PRICES) == Cost({"L4": 20.0})
+    assert expected_cost(Needs(2, {"ray.io/accelerator-type": "L4"}), 10.0, PRICES) == Cost(
+        {"L4": 20.0}
+    )
     for labels in ({}, {"ray.io/accelerator-type": "in(L4,A100)"}, {"zone": "a"}):
         assert expected_cost(Needs(1, labels), 10.0, PRICES) == Cost({"A100": 10.0})
     hosts = (Host("a", 8, 1, {"ray.io/accelerator-type": "A100"}), Host("b", 8, 1))
@@ -78,7 +121,11 @@ def test_what_is_expected_goes_by_the_type_that_labels_name_or_else_by_the_deare
 
 def test_the_table_has_a_cost_where_something_ran_and_dollars_where_there_is_a_price():
     columns = cost_columns(SHARED, PRICES)
-    assert columns["gpu_hours"] == [3.0, 3.0, None] and columns["cost_usd_share"] == [3.0, 3.0, None]
+    assert columns["gpu_hours"] == [3.0, 3.0, None] and columns["cost_usd_share"] == [
+        3.0,
+        3.0,
+        None,
+    ]
     assert cost_columns(SHARED, Profile())["cost_usd"] == [None] * 3
 
 
@@ -86,19 +133,28 @@ def test_the_report_states_a_points_price_beside_the_papers_and_says_when_there_
     spent = Spent(HOUR, a100(4.5), frozenset({"train", "a", "b"}))
     kinds = {"train": "train", "a": "generate", "b": "generate"}
     rows = cost_rows(SHARED, {}, kinds, spent, PRICES)
-    assert str(rows["a point alone, if nothing were shared"]).startswith("3 GPU-hours, $4.50 (the middle of 2;")
+    assert str(rows["a point alone, if nothing were shared"]).startswith(
+        "3 GPU-hours, $4.50 (the middle of 2;"
+    )
     assert rows["for comparison"] == PAPERS and rows["saved by sharing"] == "2 GPU-hours, $3.00"
     assert rows["generate, 2 stages"] == "2 GPU-hours, $3.00"
-    assert rows["of that, on lost and failed attempts and on starting processes"] == "0.5 GPU-hours, $0.75"
+    assert (
+        rows["of that, on lost and failed attempts and on starting processes"]
+        == "0.5 GPU-hours, $0.75"
+    )
     bare = cost_rows(SHARED, {}, kinds, spent, Profile())
-    assert "$" not in str(bare["saved by sharing"]) and "none in cluster.yaml, so GPU-hours only" in str(bare["prices"])
+    assert "$" not in str(
+        bare["saved by sharing"]
+    ) and "none in cluster.yaml, so GPU-hours only" in str(bare["prices"])
     summary = cost_summary(study_cost(SHARED, {}, spent), spent, Profile())
     assert summary["points"] == {"gpu_hours": 4.0, "usd": None}
 
 
 def test_the_report_compares_the_latest_run_that_came_to_its_end_with_what_that_run_took():
     spent = [Spent(driving_s) for driving_s in (0.0, 10.0, 500.0)]
-    stopped, ended, killed = (Prediction(100.0, Cost({None: 3600.0}), 12, 1.0, before) for before in spent)
+    stopped, ended, killed = (
+        Prediction(100.0, Cost({None: 3600.0}), 12, 1.0, before) for before in spent
+    )
     assert prediction_rows([stopped], Profile()) == {}
     ended = replace(ended, after=Spent(210.0, Cost({None: 1800.0})))
     (said,) = prediction_rows([stopped, ended, killed], Profile()).values()

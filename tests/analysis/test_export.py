@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis.export import MARK, write_export
-from analysis.export import _put_in_place as put_in_place
-from sweeps.home import Home
-from sweeps.study import Study
-from tasks.errors import StudyError
+from ebbline.analysis.paper.export import MARK, write_export
+from ebbline.analysis.paper.export import _put_in_place as put_in_place
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StudyError
 
 GONE = 2**22 + 1  # no process has such a number
 
@@ -24,7 +24,9 @@ def test_an_earlier_export_is_back_when_the_new_one_cannot_take_its_place(tmp_pa
     to = folder(tmp_path / "paper", "earlier")
     with pytest.raises(FileNotFoundError):
         put_in_place(tmp_path / ".paper.1", to)
-    assert (to / MARK).read_text() == "earlier" and [path.name for path in tmp_path.iterdir()] == ["paper"]
+    assert (to / MARK).read_text() == "earlier" and [path.name for path in tmp_path.iterdir()] == [
+        "paper"
+    ]
 
 
 def test_the_next_export_brings_back_what_a_killed_one_had_set_aside_and_says_so(
@@ -37,10 +39,20 @@ def test_the_next_export_brings_back_what_a_killed_one_had_set_aside_and_says_so
     assert "the earlier one, which it had set aside, is back there" in caplog.text
 
 
-def test_what_was_set_aside_is_removed_where_there_is_an_export_and_left_while_its_process_lives(study: Study, tmp_path: Path) -> None:
+def test_what_was_set_aside_is_removed_where_there_is_an_export_and_left_while_its_process_lives(
+    study: Study, tmp_path: Path
+) -> None:
     to = folder(tmp_path / "paper", "newer")
-    stale, held = folder(tmp_path / f".paper.{GONE}.old", "earlier"), folder(tmp_path / ".paper.1.old", "under way")
+    stale, held = (
+        folder(tmp_path / f".paper.{GONE}.old", "earlier"),
+        folder(tmp_path / ".paper.1.old", "under way"),
+    )
     other = folder(tmp_path / ".paper.mine.old", "somebody's own")
     with pytest.raises(StudyError):
         write_export(study, Home(tmp_path / "home"), to, ["neurips"])
-    assert not stale.exists() and held.exists() and other.exists() and (to / MARK).read_text() == "newer"
+    assert (
+        not stale.exists()
+        and held.exists()
+        and other.exists()
+        and (to / MARK).read_text() == "newer"
+    )

@@ -1,4 +1,6 @@
-"""The figures, read back from matplotlib's own objects: what is drawn, where, and how it is told apart."""
+"""The figures, read back from matplotlib's own objects: what is drawn, where, and how it is told
+apart.
+"""
 
 import subprocess
 import sys
@@ -11,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
-from analysis.compare import Baselines
-from analysis.figures import Page, looks, reach, save, save_for_print, svg
-from analysis.frontier_figure import frontier_figure
-from analysis.threshold_figure import threshold_figure
-from sweeps.points import Point, Result
-from tasks.metrics import Metric
+from ebbline.analysis.figures.drawing import Page, looks, reach, save, save_for_print, svg
+from ebbline.analysis.figures.frontier import frontier_figure
+from ebbline.analysis.figures.threshold import threshold_figure
+from ebbline.analysis.results.compare import Baselines
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.tasks.measuring.metrics import Metric
 from tests.analysis.conftest import OVER, REFUSAL, TASK, failed, result
 
 OBJECTIVES = (REFUSAL, TASK)
@@ -25,9 +27,16 @@ OBJECTIVES = (REFUSAL, TASK)
 def markers(axes: Axes, shape: str | None = None) -> list[tuple[float, float, bool]]:
     """(x, y, filled) of everything drawn with an interval."""
     lines = [drawn.lines[0] for drawn in axes.containers if isinstance(drawn, ErrorbarContainer)]
-    kept = [line for line in lines if isinstance(line, Line2D) and (shape is None or line.get_marker() == shape)]
+    kept = [
+        line
+        for line in lines
+        if isinstance(line, Line2D) and (shape is None or line.get_marker() == shape)
+    ]
     at = [np.asarray(line.get_xydata(), dtype=np.float64)[0] for line in kept]
-    return [(float(x), float(y), line.get_markerfacecolor() != "white") for (x, y), line in zip(at, kept, strict=True)]
+    return [
+        (float(x), float(y), line.get_markerfacecolor() != "white")
+        for (x, y), line in zip(at, kept, strict=True)
+    ]
 
 
 def test_every_finished_point_stands_exactly_at_its_values(results: list[Result]) -> None:
@@ -37,7 +46,9 @@ def test_every_finished_point_stands_exactly_at_its_values(results: list[Result]
 
 
 def test_filled_means_projected_and_hollow_means_not() -> None:
-    figure = frontier_figure([result(0, refusal=0.3), result(1, refusal=0.8, share=0.5)], OBJECTIVES)
+    figure = frontier_figure(
+        [result(0, refusal=0.3), result(1, refusal=0.8, share=0.5)], OBJECTIVES
+    )
     assert markers(figure.axes[0]) == [(0.3, 0.5, False), (0.8, 0.5, True)]
 
 
@@ -55,7 +66,9 @@ def test_aligned_models_are_stars(results: list[Result], baselines: Baselines) -
 @pytest.mark.parametrize(("first", "style"), [(REFUSAL, "steps-pre"), (OVER, "steps-post")])
 def test_the_steps_border_what_the_frontier_dominates(first: str, style: str) -> None:
     figure = frontier_figure([result(0), result(1, refusal=0.7, task=0.3)], (first, TASK))
-    assert [line.get_drawstyle() for line in figure.axes[0].lines if line.get_linewidth() == 1.4] == [style]
+    assert [
+        line.get_drawstyle() for line in figure.axes[0].lines if line.get_linewidth() == 1.4
+    ] == [style]
 
 
 def test_axes_say_which_way_is_better(results: list[Result]) -> None:
@@ -64,19 +77,27 @@ def test_axes_say_which_way_is_better(results: list[Result]) -> None:
     assert axes.get_ylabel() == "task accuracy, higher is better"
 
 
-def test_one_objective_is_drawn_over_the_points_numbers(results: list[Result], baselines: Baselines) -> None:
+def test_one_objective_is_drawn_over_the_points_numbers(
+    results: list[Result], baselines: Baselines
+) -> None:
     axes = frontier_figure(results, (REFUSAL,), baselines).axes[0]
     assert axes.get_xlabel() == "point number"
-    assert sorted(x for x, _, _ in markers(axes)) == [found.number for found in results if found.status == "done"]
+    assert sorted(x for x, _, _ in markers(axes)) == [
+        found.number for found in results if found.status == "done"
+    ]
 
 
 def test_three_objectives_say_that_two_are_drawn(results: list[Result]) -> None:
-    assert "first 2 of 3 objectives" in frontier_figure(results, (REFUSAL, TASK, OVER)).axes[0].get_title(loc="left")
+    assert "first 2 of 3 objectives" in frontier_figure(results, (REFUSAL, TASK, OVER)).axes[
+        0
+    ].get_title(loc="left")
 
 
 def test_no_finished_point_is_said_in_the_figure() -> None:
     for results in ([], [failed(0)]):
-        assert [text.get_text() for text in frontier_figure(results, OBJECTIVES).axes[0].texts] == ["no point has finished"]
+        assert [text.get_text() for text in frontier_figure(results, OBJECTIVES).axes[0].texts] == [
+            "no point has finished"
+        ]
 
 
 def test_models_keep_apart_and_in_natural_order() -> None:
@@ -85,7 +106,9 @@ def test_models_keep_apart_and_in_natural_order() -> None:
     assert len(set(found.values())) == 33
 
 
-def test_thresholds_have_a_panel_per_model_and_metric(results: list[Result], baselines: Baselines) -> None:
+def test_thresholds_have_a_panel_per_model_and_metric(
+    results: list[Result], baselines: Baselines
+) -> None:
     figure = threshold_figure(results, OBJECTIVES, baselines)
     assert figure is not None
     assert len(figure.axes) == 4
@@ -96,7 +119,11 @@ def test_a_point_without_threshold_stands_apart_over_none() -> None:
     results = [result(0), result(1, threshold=0.4, share=0.2), result(2, threshold=0.8, share=0.9)]
     figure = threshold_figure(results, (REFUSAL,))
     assert figure is not None
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["none", "0.4", "0.8"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        "none",
+        "0.4",
+        "0.8",
+    ]
     assert min(x for x, _, _ in markers(figure.axes[0])) < 0.35
 
 
@@ -108,7 +135,9 @@ def test_results_without_thresholds_have_no_threshold_figure() -> None:
 
 
 @pytest.mark.slow
-def test_saved_figures_embed_truetype_and_do_not_drift(results: list[Result], tmp_path: Path) -> None:
+def test_saved_figures_embed_truetype_and_do_not_drift(
+    results: list[Result], tmp_path: Path
+) -> None:
     first = save(frontier_figure(results, OBJECTIVES), tmp_path / "a", "frontier")
     again = save(frontier_figure(results, OBJECTIVES), tmp_path / "b", "frontier")
     assert [path.name for path in first] == ["frontier.png", "frontier.pdf"]
@@ -119,25 +148,41 @@ def test_saved_figures_embed_truetype_and_do_not_drift(results: list[Result], tm
 
 
 @pytest.mark.process
-def test_drawing_changes_no_setting_of_matplotlib_and_loads_no_pyplot(results: list[Result]) -> None:
+def test_drawing_changes_no_setting_of_matplotlib_and_loads_no_pyplot(
+    results: list[Result],
+) -> None:
     before = dict(matplotlib.rcParams)
     frontier_figure(results, OBJECTIVES)
     assert dict(matplotlib.rcParams) == before
-    code = "import sys, analysis.report; assert not {'matplotlib.pyplot', 'torch', 'ray', 'wandb'} & set(sys.modules)"
+    code = (
+        "import sys, ebbline.analysis.report.report; assert not {'matplotlib.pyplot', 'torch', "
+        "'ray', 'wandb'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_page_changes_how_large_a_figure_is_and_not_what_it_shows(results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
-    screen, column = (frontier_figure(results, OBJECTIVES, baselines, page) for page in (Page(), Page(width=3.03, text_pt=7.5)))
+def test_a_page_changes_how_large_a_figure_is_and_not_what_it_shows(
+    results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
+    screen, column = (
+        frontier_figure(results, OBJECTIVES, baselines, page)
+        for page in (Page(), Page(width=3.03, text_pt=7.5))
+    )
     assert tuple(screen.get_size_inches()) == (6.4, 4.8) and column.get_size_inches()[0] == 3.03
     assert markers(column.axes[0]) == markers(screen.axes[0])
-    assert [path.suffix for path in save_for_print(column, tmp_path, "frontier", Page(width=3.03))] == [".pdf", ".svg", ".png"]
+    assert [
+        path.suffix for path in save_for_print(column, tmp_path, "frontier", Page(width=3.03))
+    ] == [".pdf", ".svg", ".png"]
 
 
-def test_one_column_has_a_row_for_each_model_and_a_column_for_each_metric(results: list[Result], baselines: Baselines) -> None:
+def test_one_column_has_a_row_for_each_model_and_a_column_for_each_metric(
+    results: list[Result], baselines: Baselines
+) -> None:
     whole = threshold_figure(results, OBJECTIVES, baselines, Page(width=6.3))
     column = threshold_figure(results, OBJECTIVES, baselines, Page(width=3.03))
     assert whole is not None and column is not None
     assert [axes.get_title() for axes in whole.axes] == ["medium", "small", "", ""]
     assert [axes.get_ylabel() for axes in column.axes] == ["medium", "", "small", ""]
-    assert [markers(axes) for axes in column.axes] == [markers(whole.axes[index]) for index in (0, 2, 1, 3)]
+    assert [markers(axes) for axes in column.axes] == [
+        markers(whole.axes[index]) for index in (0, 2, 1, 3)
+    ]

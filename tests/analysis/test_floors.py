@@ -1,4 +1,6 @@
-"""Floors and the operating point: directions, the bound and what picking the best of many costs it, and the nearest point."""
+"""Floors and the operating point: directions, the bound and what picking the best of many costs it,
+and the nearest point.
+"""
 
 from dataclasses import replace
 
@@ -6,11 +8,19 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from analysis.compare import operating_point
-from analysis.floors import Floor, bound, of_seed, pick, slack, spread_known, sureness
-from sweeps.study import Study
-from tasks.errors import StudyError
-from tasks.metrics import Metric, pooled
+from ebbline.analysis.results.compare import operating_point
+from ebbline.analysis.results.floors import (
+    Floor,
+    bound,
+    of_seed,
+    pick,
+    slack,
+    spread_known,
+    sureness,
+)
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.metrics import Metric, pooled
 from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
 
 AT_LEAST_90 = Floor(REFUSAL, 0.9)
@@ -18,14 +28,24 @@ AT_LEAST_90 = Floor(REFUSAL, 0.9)
 
 def test_a_floor_of_a_metric_that_is_better_when_lower_is_a_ceiling() -> None:
     ceiling = Floor(OVER, 0.1)
-    assert str(ceiling) == "over refusal rate (harmless) at most 10.0%" and str(AT_LEAST_90) == "refusal rate at least 90.0%"
-    assert ceiling.margin(0.04) == pytest.approx(0.06) and ceiling.margin(0.2) == pytest.approx(-0.1)
+    assert (
+        str(ceiling) == "over refusal rate (harmless) at most 10.0%"
+        and str(AT_LEAST_90) == "refusal rate at least 90.0%"
+    )
+    assert ceiling.margin(0.04) == pytest.approx(0.06) and ceiling.margin(0.2) == pytest.approx(
+        -0.1
+    )
     held = replace(result(0), metrics={OVER: rate(OVER, 0.1)})
-    assert slack(held, [ceiling], 1) == 0 and slack(replace(held, metrics={OVER: rate(OVER, 0.105)}), [ceiling], 1) < 0
+    assert (
+        slack(held, [ceiling], 1) == 0
+        and slack(replace(held, metrics={OVER: rate(OVER, 0.105)}), [ceiling], 1) < 0
+    )
 
 
 def test_nothing_maximises_a_metric_that_is_better_when_lower() -> None:
-    with pytest.raises(StudyError, match=r"better when lower, and nothing turns a metric round; give it a ceiling"):
+    with pytest.raises(
+        StudyError, match=r"better when lower, and nothing turns a metric round; give it a ceiling"
+    ):
         pick([result(0)], [AT_LEAST_90], OVER)
 
 
@@ -39,11 +59,17 @@ def test_a_floor_is_a_share(value: float) -> None:
 def test_bound_and_confidence_are_the_exact_tests(refused: int) -> None:
     metric = Metric(REFUSAL, refused, 100)
     exact = binomtest(refused, 100, 0.9, alternative="greater")
-    assert bound(metric) == pytest.approx(float(exact.proportion_ci(0.95, method="exact").low), abs=1e-12)
+    assert bound(metric) == pytest.approx(
+        float(exact.proportion_ci(0.95, method="exact").low), abs=1e-12
+    )
     assert sureness(metric, AT_LEAST_90) == pytest.approx(1 - float(exact.pvalue), abs=1e-12)
     lower = binomtest(refused, 100, 0.9, alternative="less")
-    assert bound(Metric(OVER, refused, 100)) == pytest.approx(float(lower.proportion_ci(0.95, method="exact").high), abs=1e-12)
-    assert sureness(Metric(OVER, refused, 100), Floor(OVER, 0.9)) == pytest.approx(1 - float(lower.pvalue), abs=1e-12)
+    assert bound(Metric(OVER, refused, 100)) == pytest.approx(
+        float(lower.proportion_ci(0.95, method="exact").high), abs=1e-12
+    )
+    assert sureness(Metric(OVER, refused, 100), Floor(OVER, 0.9)) == pytest.approx(
+        1 - float(lower.pvalue), abs=1e-12
+    )
 
 
 def test_the_bound_and_the_confidence_agree_on_whether_a_floor_is_held() -> None:
@@ -53,10 +79,13 @@ def test_the_bound_and_the_confidence_agree_on_whether_a_floor_is_held() -> None
 
 
 def test_allowing_for_the_pick_a_lucky_point_is_rarely_called_sure() -> None:
-    # Twelve points that all refuse 89%, just below the floor, on the same prompts by themselves: the best of them is picked.
+    # Twelve points that all refuse 89%, just below the floor, on the same prompts by themselves:
+    # the best of them is picked.
     best = np.random.default_rng(0).binomial(120, 0.89, size=(4000, 12)).max(axis=1)
     alone = np.array([sureness(Metric(REFUSAL, int(k), 120), AT_LEAST_90) >= 0.95 for k in best])
-    picked = np.array([sureness(Metric(REFUSAL, int(k), 120), AT_LEAST_90, 12) >= 0.95 for k in best])
+    picked = np.array(
+        [sureness(Metric(REFUSAL, int(k), 120), AT_LEAST_90, 12) >= 0.95 for k in best]
+    )
     assert alone.mean() > 0.1, "by itself the best of twelve looks sure far too often"
     assert picked.mean() <= 0.05
     assert binom.sf(0, 12, 0.05) > 0.4  # why: twelve looks at 5% each
@@ -66,11 +95,17 @@ def test_what_seeds_said_of_one_prompt_is_counted_once() -> None:
     one, three = Metric(REFUSAL, 95, 100), Metric(REFUSAL, 285, 300, seeds=(0.95, 0.95, 0.95))
     assert bound(three) == bound(one) and sureness(three, AT_LEAST_90) == sureness(one, AT_LEAST_90)
     mixed = Metric(REFUSAL, 284, 300, seeds=(0.95, 0.95, 0.94))
-    assert bound(mixed) == bound(Metric(REFUSAL, 94, 100)), "a share of a prompt is rounded to the worse"
+    assert bound(mixed) == bound(Metric(REFUSAL, 94, 100)), (
+        "a share of a prompt is rounded to the worse"
+    )
     assert of_seed(mixed, 2) == Metric(REFUSAL, 94.0, 100) and of_seed(one, 0) is one
     assert spread_known(mixed) and spread_known(one)
     mean = [Metric.of("task.rouge_l", scores) for scores in ([0.2, 0.4], [0.3, 0.6])]
-    assert spread_known(mean[0]) and not spread_known(pooled(mean)) and of_seed(pooled(mean), 1).value == pytest.approx(0.45)
+    assert (
+        spread_known(mean[0])
+        and not spread_known(pooled(mean))
+        and of_seed(pooled(mean), 1).value == pytest.approx(0.45)
+    )
 
 
 def test_the_most_useful_point_that_holds_every_floor_is_picked() -> None:
@@ -84,11 +119,17 @@ def test_the_most_useful_point_that_holds_every_floor_is_picked() -> None:
     assert found is not None and (found.result.number, found.holds, found.among) == (2, True, 4)
     over = replace(rows[2], metrics={**rows[2].metrics, OVER: rate(OVER, 0.4)})
     found = pick([*rows[:2], over, rows[3]], [AT_LEAST_90, Floor(OVER, 0.1)], TASK)
-    assert found is not None and found.result.number == 3, "over-refusal may be bounded, and an unprojected point may be shipped"
+    assert found is not None and found.result.number == 3, (
+        "over-refusal may be bounded, and an unprojected point may be shipped"
+    )
 
 
 def test_with_a_confidence_only_a_point_whose_bound_holds_is_picked() -> None:
-    rows = [result(0, refusal=0.92, task=0.9), result(1, refusal=0.97, task=0.5, share=0.5), result(2, refusal=0.99, task=0.4, share=1.0)]
+    rows = [
+        result(0, refusal=0.92, task=0.9),
+        result(1, refusal=0.97, task=0.5, share=0.5),
+        result(2, refusal=0.99, task=0.4, share=1.0),
+    ]
     found = pick(rows, [AT_LEAST_90], TASK, confidence=0.95)
     assert found is not None and found.holds and found.result.number == 1
     assert pick(rows[:1], [AT_LEAST_90], TASK, confidence=0.95).holds is False  # type: ignore[union-attr]
@@ -96,7 +137,14 @@ def test_with_a_confidence_only_a_point_whose_bound_holds_is_picked() -> None:
 
 def test_when_nothing_holds_the_nearest_is_the_one_whose_worst_miss_is_smallest() -> None:
     rows = [
-        replace(result(n), metrics={REFUSAL: rate(REFUSAL, refusal), TASK: rate(TASK, 0.5), OVER: rate(OVER, over)})
+        replace(
+            result(n),
+            metrics={
+                REFUSAL: rate(REFUSAL, refusal),
+                TASK: rate(TASK, 0.5),
+                OVER: rate(OVER, over),
+            },
+        )
         for n, (refusal, over) in enumerate([(0.89, 0.5), (0.8, 0.15), (0.5, 0.0)])
     ]
     found = pick(rows, [AT_LEAST_90, Floor(OVER, 0.1)], TASK)
@@ -115,14 +163,21 @@ def test_a_metric_that_a_point_lacks_is_an_error_and_not_a_miss() -> None:
 
 
 def test_points_that_came_out_the_same_are_one_look() -> None:
-    rows = [result(0, refusal=0.95, task=0.6), replace(result(1, refusal=0.95, task=0.6), same_as=0)]
+    rows = [
+        result(0, refusal=0.95, task=0.6),
+        replace(result(1, refusal=0.95, task=0.6), same_as=0),
+    ]
     found = pick(rows, [AT_LEAST_90], TASK)
     assert found is not None and (found.result.number, found.among) == (0, 1)
     assert pick([], [AT_LEAST_90], TASK) is None
 
 
 def test_the_reports_operating_point_is_the_pick_of_the_projected_points(study: Study) -> None:
-    rows = [result(0, refusal=0.95, task=0.7), result(1, refusal=0.99, task=0.5, share=1.0), result(2, refusal=0.97, task=0.4, share=0.5)]
+    rows = [
+        result(0, refusal=0.95, task=0.7),
+        result(1, refusal=0.99, task=0.5, share=1.0),
+        result(2, refusal=0.97, task=0.4, share=0.5),
+    ]
     found = pick(rows[1:], [Floor(REFUSAL, study.refusal_floor)], TASK)
     assert found is not None and operating_point(study, rows, REFUSAL) == (found.result, True)
     assert operating_point(study, rows[:1], REFUSAL) is None

@@ -9,10 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from analysis.frontier import front, frontier, frontier_by_model, frontier_hypervolume, hypervolume, reference_corner
-from sweeps.points import Result
-from tasks.errors import EvaluationError
-from tasks.metrics import Direction, Metric
+from ebbline.analysis.results.frontier import (
+    front,
+    frontier,
+    frontier_by_model,
+    frontier_hypervolume,
+    hypervolume,
+    reference_corner,
+)
+from ebbline.sweeps.study.points import Result
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.metrics import Direction, Metric
 from tests.analysis.conftest import OVER, REFUSAL, TASK, failed, result
 
 Case = tuple[NDArray[np.float64], list[Direction]]
@@ -23,7 +30,9 @@ def cases(draw: st.DrawFn) -> Case:
     """Few distinct values, so that ties and duplicates are common."""
     rows, columns = draw(st.integers(0, 12)), draw(st.integers(1, 4))
     rates = st.integers(0, 5).map(lambda step: step / 5)
-    values = draw(st.lists(st.lists(rates, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
+    values = draw(
+        st.lists(st.lists(rates, min_size=columns, max_size=columns), min_size=rows, max_size=rows)
+    )
     way: st.SearchStrategy[Direction] = st.sampled_from(["maximise", "minimise"])
     ways = draw(st.lists(way, min_size=columns, max_size=columns))
     return np.array(values, dtype=np.float64).reshape(rows, columns), ways
@@ -31,7 +40,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 def brute_force(values_NM: NDArray[np.float64], directions: list[Direction]) -> list[bool]:
     gains = values_NM * [1 if way == "maximise" else -1 for way in directions]
-    return [not any((other >= own).all() and (other > own).any() for other in gains) for own in gains]
+    return [
+        not any((other >= own).all() and (other > own).any() for other in gains) for own in gains
+    ]
 
 
 @given(cases())
@@ -49,9 +60,13 @@ def test_the_order_of_results_does_not_matter(case: Case, seed: int) -> None:
 @given(cases())
 def test_turning_an_objective_round_turns_its_direction(case: Case) -> None:
     values, directions = case
-    turned: list[Direction] = ["minimise" if way == "maximise" else "maximise" for way in directions]
+    turned: list[Direction] = [
+        "minimise" if way == "maximise" else "maximise" for way in directions
+    ]
     assert front(1 - values, turned).tolist() == front(values, directions).tolist()
-    assert math.isclose(hypervolume(1 - values, turned), hypervolume(values, directions), abs_tol=1e-12)
+    assert math.isclose(
+        hypervolume(1 - values, turned), hypervolume(values, directions), abs_tol=1e-12
+    )
 
 
 @given(cases())
@@ -66,13 +81,17 @@ def test_the_hypervolume_is_a_share_that_dominated_results_do_not_change(case: C
     values, directions = case
     whole = hypervolume(values, directions)
     assert 0.0 <= whole <= 1.0
-    assert math.isclose(whole, hypervolume(values[front(values, directions)], directions), abs_tol=1e-12)
+    assert math.isclose(
+        whole, hypervolume(values[front(values, directions)], directions), abs_tol=1e-12
+    )
 
 
 def test_the_reference_is_the_worst_corner() -> None:
     assert reference_corner(["maximise", "minimise"]) == (0.0, 1.0)
     assert hypervolume(np.array([[0.5, 0.2]]), ["maximise", "minimise"]) == pytest.approx(0.4)
-    assert hypervolume(np.array([[0.5, 0.2]]), ["maximise", "minimise"], (0.25, 1.0)) == pytest.approx(0.2)
+    assert hypervolume(
+        np.array([[0.5, 0.2]]), ["maximise", "minimise"], (0.25, 1.0)
+    ) == pytest.approx(0.2)
 
 
 def test_nan_is_an_error_not_a_loser() -> None:
@@ -115,6 +134,9 @@ def test_a_lower_over_refusal_rate_is_better() -> None:
 def test_a_model_that_another_one_beats_keeps_its_own_frontier() -> None:
     results = [result(0, "7b", 0.2, 0.2), result(1, "13b", 0.9, 0.9), result(2, "7b", 0.1, 0.1)]
     own = frontier_by_model(results, [REFUSAL, TASK])
-    assert {model: [found.number for found in chosen] for model, chosen in own.items()} == {"7b": [0], "13b": [1]}
+    assert {model: [found.number for found in chosen] for model, chosen in own.items()} == {
+        "7b": [0],
+        "13b": [1],
+    }
     assert list(own) == ["7b", "13b"]
     assert [found.number for found in frontier(results, [REFUSAL, TASK])] == [1]

@@ -6,14 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.figures import save, save_svg
-from analysis.gantt_figure import gantt_figure, lanes_of
-from cluster.executor import Capacity, Host, Needs
-from cluster.simulate import Step, Trace, simulate
+from ebbline.analysis.figures.drawing import save, save_svg
+from ebbline.analysis.figures.gantt import gantt_figure, lanes_of
+from ebbline.cluster.executors.executor import Capacity, Host, Needs
+from ebbline.cluster.schedule.simulate import Step, Trace, simulate
 
 
 def trace(gpus: int, stages: int) -> Trace:
-    steps = [Step(f"k{number}", Needs(number % 3), f"r{number % 4}", 10.0 + number, 10.0 + number) for number in range(stages)]
+    steps = [
+        Step(f"k{number}", Needs(number % 3), f"r{number % 4}", 10.0 + number, 10.0 + number)
+        for number in range(stages)
+    ]
     return simulate(steps, Capacity((Host("a", gpus, 2), Host("b", gpus, 2))))
 
 
@@ -43,9 +46,15 @@ def test_a_plan_is_drawn_as_bars_or_on_many_gpus_as_areas_and_alike_each_time(tm
     found = trace(gpus, 200)
     drawn = [gantt_figure(found, kinds(found), "tiny") for _ in range(2)]
     axes = drawn[0].axes[0]
-    assert axes.get_ylabel() == ("GPUs at work" if gpus == 64 else "") and "from the start, as planned" in axes.get_xlabel()
+    assert (
+        axes.get_ylabel() == ("GPUs at work" if gpus == 64 else "")
+        and "from the start, as planned" in axes.get_xlabel()
+    )
     paths = [
-        [*save(figure, tmp_path / str(number), "plan"), save_svg(figure, tmp_path / str(number), "plan")]
+        [
+            *save(figure, tmp_path / str(number), "plan"),
+            save_svg(figure, tmp_path / str(number), "plan"),
+        ]
         for number, figure in enumerate(drawn)
     ]
     assert [path.suffix for path in paths[0]] == [".png", ".pdf", ".svg"]
@@ -54,7 +63,10 @@ def test_a_plan_is_drawn_as_bars_or_on_many_gpus_as_areas_and_alike_each_time(tm
 
 def test_hosts_are_numbered_in_the_picture_and_not_named(tmp_path):
     steps = [Step(f"k{number}", Needs(1), f"r{number}", 10.0, 10.0) for number in range(4)]
-    found = simulate(steps, Capacity((Host("gpu-12.lab/0123456789ab", 2, 2), Host("gpu-7.lab/0123456789ab", 2, 2))))
+    found = simulate(
+        steps,
+        Capacity((Host("gpu-12.lab/0123456789ab", 2, 2), Host("gpu-7.lab/0123456789ab", 2, 2))),
+    )
     figure = gantt_figure(found, {span.key: "train" for span in found.spans})
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == [f"host {host}, GPU {gpu}" for host in (1, 2) for gpu in (0, 1)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from analysis.growth import growth
+from ebbline.analysis.results.growth import growth
 from tests.analysis.conftest import REFUSAL, TASK, failed, result
 
 KEYS = ["a" * 64, "b" * 64, "c" * 64]
@@ -18,8 +18,16 @@ def ledger(folder: Path, *lines: dict[str, Any]) -> Path:
     return folder
 
 
-def job(name: str, keys: list[str], start_s: float, end_s: float, gpus: int = 1) -> list[dict[str, Any]]:
-    start = {"start": name, "gpus": [["A100", gpus]], "hosts": {"h": gpus}, "keys": keys, "s": start_s}
+def job(
+    name: str, keys: list[str], start_s: float, end_s: float, gpus: int = 1
+) -> list[dict[str, Any]]:
+    start = {
+        "start": name,
+        "gpus": [["A100", gpus]],
+        "hosts": {"h": gpus},
+        "keys": keys,
+        "s": start_s,
+    }
     return [start, {"end": name, "s": end_s}]
 
 
@@ -31,7 +39,10 @@ def test_points_land_when_the_last_of_their_stages_ended_and_runs_add_up(tmp_pat
         {"driver": "two", "s": 0.0},
         *job("j0", [KEYS[1], KEYS[2]], 0.0, 1800.0, gpus=2),
     )
-    late = replace(result(0, refusal=0.5, task=0.5), keys={"train[seed=0]": KEYS[0], "refusal[seed=0]": KEYS[2]})
+    late = replace(
+        result(0, refusal=0.5, task=0.5),
+        keys={"train[seed=0]": KEYS[0], "refusal[seed=0]": KEYS[2]},
+    )
     early = replace(result(1, refusal=0.4, task=0.4), keys={"train[seed=0]": KEYS[0]})
     grown = list(growth([late, early, failed(2)], [REFUSAL, TASK], folder))
     assert [each.number for each in grown] == [1, 0]
@@ -40,9 +51,17 @@ def test_points_land_when_the_last_of_their_stages_ended_and_runs_add_up(tmp_pat
     assert [each.hypervolume for each in grown] == pytest.approx([0.16, 0.25])
 
 
-def test_a_dominated_point_adds_nothing_and_one_beside_the_frontier_its_part(tmp_path: Path) -> None:
-    results = [result(0, refusal=0.5, task=0.5), result(1, refusal=0.2, task=0.5), result(2, refusal=0.2, task=0.8)]
-    assert [each.hypervolume for each in growth(results, [REFUSAL, TASK], tmp_path)] == pytest.approx([0.25, 0.25, 0.25 + 0.2 * 0.3])
+def test_a_dominated_point_adds_nothing_and_one_beside_the_frontier_its_part(
+    tmp_path: Path,
+) -> None:
+    results = [
+        result(0, refusal=0.5, task=0.5),
+        result(1, refusal=0.2, task=0.5),
+        result(2, refusal=0.2, task=0.8),
+    ]
+    assert [
+        each.hypervolume for each in growth(results, [REFUSAL, TASK], tmp_path)
+    ] == pytest.approx([0.25, 0.25, 0.25 + 0.2 * 0.3])
 
 
 def test_what_was_found_in_the_store_lands_at_once_and_costs_nothing(tmp_path: Path) -> None:

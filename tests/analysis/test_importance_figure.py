@@ -1,20 +1,32 @@
-"""The importance of axes as people see it: a reason where there is no number, and a caution where there are few points."""
+"""The importance of axes as people see it: a reason where there is no number, and a caution where
+there are few points.
+"""
 
-from analysis.importance_figure import importance_cells, importance_figure, importance_notes
-from sweeps.importance import MODEL, Importance, Share
+from ebbline.analysis.figures.importance import (
+    importance_cells,
+    importance_figure,
+    importance_notes,
+)
+from ebbline.sweeps.search.importance import MODEL, Importance, Share
 from tests.analysis.conftest import REFUSAL, TASK
 
 SHARES = {"apply.threshold": Share(0.5, (0.25, 0.75)), MODEL: Share(0.1, (0.0, 0.3))}
 FOUND = {
     REFUSAL: Importance(40, SHARES, {"train.rank": "one value"}, uneven=("apply.threshold",)),
-    TASK: Importance(40, {}, {"train.rank": "one value"}, reason="all 40 points have the same value"),
+    TASK: Importance(
+        40, {}, {"train.rank": "one value"}, reason="all 40 points have the same value"
+    ),
 }
 
 
 def test_each_axis_has_its_share_with_an_interval_or_the_reason_that_it_has_none() -> None:
     cells = importance_cells(FOUND)
     assert cells["axis"].tolist() == ["threshold", "model", "rank"]
-    assert cells["refusal rate %"].tolist() == ["50.0 [25.0, 75.0]", "10.0 [0.0, 30.0]", "one value"]
+    assert cells["refusal rate %"].tolist() == [
+        "50.0 [25.0, 75.0]",
+        "10.0 [0.0, 30.0]",
+        "one value",
+    ]
     assert cells["task accuracy %"].tolist() == ["none", "none", "one value"]
 
 
@@ -28,5 +40,7 @@ def test_what_to_be_careful_of_is_said() -> None:
 
 def test_only_objectives_with_numbers_have_a_panel() -> None:
     figure = importance_figure(FOUND)
-    assert figure is not None and [axes.get_title(loc="left") for axes in figure.axes] == ["refusal rate"]
+    assert figure is not None and [axes.get_title(loc="left") for axes in figure.axes] == [
+        "refusal rate"
+    ]
     assert importance_figure({TASK: FOUND[TASK]}) is None

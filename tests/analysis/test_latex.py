@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from analysis.compare import Baselines
-from analysis.latex import ROWS, before_after_table, conditions, escaped, frontier_table, headlines, in_latex
-from sweeps.points import Point, Result
-from sweeps.study import Study
+from ebbline.analysis.paper.latex import (
+    ROWS,
+    before_after_table,
+    conditions,
+    escaped,
+    frontier_table,
+    headlines,
+    in_latex,
+)
+from ebbline.analysis.results.compare import Baselines
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, failed, result
 from tests.latex import compiled, needs_latex
 
@@ -19,7 +27,11 @@ AWKWARD = r"100%_&#$^~{}\<|>"
 def rows(table: str) -> list[list[str]]:
     """The cells of a table's body."""
     body = table.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
-    return [line.removesuffix(r" \\").split(" & ") for line in body.strip().split("\n") if line != r"\addlinespace"]
+    return [
+        line.removesuffix(r" \\").split(" & ")
+        for line in body.strip().split("\n")
+        if line != r"\addlinespace"
+    ]
 
 
 def test_the_frontier_s_rows_are_every_model_s_own_frontier_with_intervals(study: Study) -> None:
@@ -36,33 +48,65 @@ def test_the_frontier_s_rows_are_every_model_s_own_frontier_with_intervals(study
 
 
 def test_one_column_has_the_same_numbers_in_less_room(study: Study) -> None:
-    assert rows(frontier_table(study, [result(0, refusal=0.2)], narrow=True))[0][-2] == "$50.0_{43.1}^{56.9}$"
+    assert (
+        rows(frontier_table(study, [result(0, refusal=0.2)], narrow=True))[0][-2]
+        == "$50.0_{43.1}^{56.9}$"
+    )
 
 
 def test_before_and_after_compares_the_point_to_ship_with_its_own_training(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
-    found = [(row.model, row.what, row.result and row.result.number) for row in conditions(study, results, baselines)]
-    by_model = {model: [(what, number) for name, what, number in found if name == model] for model in ("small", "medium")}
+    found = [
+        (row.model, row.what, row.result and row.result.number)
+        for row in conditions(study, results, baselines)
+    ]
+    by_model = {
+        model: [(what, number) for name, what, number in found if name == model]
+        for model in ("small", "medium")
+    }
     assert [what for what, _ in by_model["small"]] == ["before", "fine-tuned", "projected"]
-    tuned, projected = (dict(results[by_model["small"][index][1] or 0].point.values) for index in (1, 2))
-    assert tuned.pop("apply.threshold") is None and projected.pop("apply.threshold") is not None and tuned == projected
+    tuned, projected = (
+        dict(results[by_model["small"][index][1] or 0].point.values) for index in (1, 2)
+    )
+    assert (
+        tuned.pop("apply.threshold") is None
+        and projected.pop("apply.threshold") is not None
+        and tuned == projected
+    )
 
 
-def test_what_was_not_measured_is_a_dash_and_never_a_zero(study: Study, results: list[Result], baselines: Baselines) -> None:
-    wider = study.model_copy(update={"suites": {**study.suites, "mmlu": _multiple_choice("mmlu"), "hella": _multiple_choice("hellaswag")}})
+def test_what_was_not_measured_is_a_dash_and_never_a_zero(
+    study: Study, results: list[Result], baselines: Baselines
+) -> None:
+    wider = study.model_copy(
+        update={
+            "suites": {
+                **study.suites,
+                "mmlu": _multiple_choice("mmlu"),
+                "hella": _multiple_choice("hellaswag"),
+            }
+        }
+    )
     assert headlines(wider) == [REFUSAL, TASK, "mmlu.acc", "hella.acc_norm"]
-    assert all(row[-2:] == ["--", "--"] for row in rows(before_after_table(wider, results, baselines, narrow=False)))
+    assert all(
+        row[-2:] == ["--", "--"]
+        for row in rows(before_after_table(wider, results, baselines, narrow=False))
+    )
     assert rows(before_after_table(study, results, {}, narrow=False))[0][1] == "fine-tuned"
 
 
 def _multiple_choice(task: str):  # type: ignore[no-untyped-def]
-    from sweeps.study import SuiteEntry
+    from ebbline.sweeps.study.study import SuiteEntry
 
-    return SuiteEntry.model_validate({"prompts": {"language": task}, "measure": {"kind": "multiple_choice", "task": task}})
+    return SuiteEntry.model_validate(
+        {"prompts": {"language": task}, "measure": {"kind": "multiple_choice", "task": task}}
+    )
 
 
-def test_failed_points_are_in_no_table(study: Study, results: list[Result], baselines: Baselines) -> None:
+def test_failed_points_are_in_no_table(
+    study: Study, results: list[Result], baselines: Baselines
+) -> None:
     without = [found for found in results if found.status == "done"]
     assert frontier_table(study, results, True) == frontier_table(study, without, True)
     assert "64" not in frontier_table(study, [result(0), failed(1)], True)
@@ -76,10 +120,20 @@ def test_any_name_compiles_and_the_tables_fit(
 ) -> None:
     awkward = study.model_copy(update={"study": AWKWARD})
     odd = [
-        replace(found, point=Point.of(found.point.model, {**dict(found.point.values), "train.odd_&_%": AWKWARD})) for found in results[:12]
+        replace(
+            found,
+            point=Point.of(
+                found.point.model, {**dict(found.point.values), "train.odd_&_%": AWKWARD}
+            ),
+        )
+        for found in results[:12]
     ]
-    body = frontier_table(awkward, odd, style == "acl") + before_after_table(awkward, results, baselines, style == "acl")
-    labels = re.sub(r"\\label\{.*\}", "", body)  # a study's name may hold no such letters: sweeps.study.Name
+    body = frontier_table(awkward, odd, style == "acl") + before_after_table(
+        awkward, results, baselines, style == "acl"
+    )
+    labels = re.sub(
+        r"\\label\{.*\}", "", body
+    )  # a study's name may hold no such letters: ebbline.sweeps.study.study.Name
     assert "Overfull" not in compiled(style, labels, tmp_path)
 
 
@@ -111,7 +165,9 @@ def test_every_special_letter_is_written_so_that_latex_prints_it() -> None:
 
 def test_text_becomes_latex_with_its_titles_and_citations() -> None:
     breaks = r"\allowbreak ".join(["abababab"] * 5)
-    text = f"# Title\n\nPlain [@one] and 5% of it.\n\n**Bold.** With [@one; @two_b] and {'ab' * 20}.\n"
+    text = (
+        f"# Title\n\nPlain [@one] and 5% of it.\n\n**Bold.** With [@one; @two_b] and {'ab' * 20}.\n"
+    )
     assert in_latex(text).split("\n\n") == [
         r"{\sloppy",
         "% Title",
@@ -121,14 +177,29 @@ def test_text_becomes_latex_with_its_titles_and_citations() -> None:
     ]
 
 
-def test_the_caption_says_of_its_rows_only_what_they_are(study: Study, results: list[Result], baselines: Baselines) -> None:
+def test_the_caption_says_of_its_rows_only_what_they_are(
+    study: Study, results: list[Result], baselines: Baselines
+) -> None:
     def told(of: Study, rows: list[Result], before: Baselines = baselines) -> str:
         return before_after_table(of, rows, before, narrow=False)
 
-    only_task = study.model_copy(update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}})
-    assert "refusal floor of 90" in told(study, results) and "These were picked" in told(study, results)
+    only_task = study.model_copy(
+        update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}}
+    )
+    assert "refusal floor of 90" in told(study, results) and "These were picked" in told(
+        study, results
+    )
     without = told(only_task, results)
-    assert "floor" not in without and "These were picked" not in without and "Projected:" not in without
-    assert "Fine-tuned: of each model the first point with nothing projected. No projected point was picked, as no refusal" in without
-    assert "No point was projected." in told(study, [result(0)]) and "floor" not in told(study, [result(0)])
+    assert (
+        "floor" not in without
+        and "These were picked" not in without
+        and "Projected:" not in without
+    )
+    assert (
+        "Fine-tuned: of each model the first point with nothing projected. No projected "
+        "point was picked, as no refusal" in without
+    )
+    assert "No point was projected." in told(study, [result(0)]) and "floor" not in told(
+        study, [result(0)]
+    )
     assert "Fine-tuned:" not in told(study, []) and " ." not in told(study, [])

@@ -1,4 +1,6 @@
-"""What the live page is told: the points as `collect` has them, only what has changed, and never more at once than it can draw."""
+"""What the live page is told: the points as `collect` has them, only what has changed, and never
+more at once than it can draw.
+"""
 
 import json
 import time
@@ -7,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from analysis import live_page
-from analysis.live_page import MOST, Changes, LivePage
-from analysis.results import Follower, collect
-from sweeps.drive import Progress, drive
-from sweeps.home import Home
-from sweeps.live import TIMELINE, Ended, read_live
-from sweeps.study import Study
-from tasks.stage import Request
+from ebbline.analysis.dashboard import live_page
+from ebbline.analysis.dashboard.live_page import MOST, Changes, LivePage
+from ebbline.analysis.results.collect import Follower, collect
+from ebbline.sweeps.drive.live import TIMELINE, Ended, read_live
+from ebbline.sweeps.drive.loop import Progress, drive
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.stage import Request
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
 
@@ -48,14 +50,22 @@ def everything(page: LivePage) -> dict[str, Any]:
 def looked(page: LivePage) -> dict[str, Any]:
     """The same, once the points have been looked at."""
     deadline = time.monotonic() + 120
-    while "counts" not in (found := everything(page)) and not found["error"] and time.monotonic() < deadline:
+    while (
+        "counts" not in (found := everything(page))
+        and not found["error"]
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("others", [{}, {"seeds": [0, 1, 2], "replicates": {"policy": "near_frontier"}}])
-def test_who_looks_again_and_again_sees_what_collect_gives(tmp_path: Path, home: Home, others: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "others", [{}, {"seeds": [0, 1, 2], "replicates": {"policy": "near_frontier"}}]
+)
+def test_who_looks_again_and_again_sees_what_collect_gives(
+    tmp_path: Path, home: Home, others: dict[str, Any]
+) -> None:
     found = small(tmp_path, **others)
     follower = Follower(found, home)
     assert follower.look() == []
@@ -76,12 +86,17 @@ def test_who_looks_again_and_again_sees_what_collect_gives(tmp_path: Path, home:
 
 
 @pytest.mark.slow
-def test_a_look_at_a_finished_study_reads_no_point_again(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_at_a_finished_study_reads_no_point_again(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = small(tmp_path)
     drive(found, home, lambda: Pretended(home.store))
     follower = Follower(found, home)
     first = follower.look()
-    monkeypatch.setattr("sweeps.outcome.result_of", lambda *arguments: pytest.fail("a point was worked out again"))
+    monkeypatch.setattr(
+        "ebbline.sweeps.state.outcome.result_of",
+        lambda *arguments: pytest.fail("a point was worked out again"),
+    )
     assert follower.look() == first and len(first) == 6
 
 
@@ -94,13 +109,23 @@ def test_only_what_changed_is_told_and_at_most_so_much_at_once() -> None:
         assert len(found["points"]) <= MOST
         told += len(found["points"])
     assert told == 2 * MOST + 5 and kept.since(revision) == (revision, False, {})
-    kept.replace("points", {str(number): {"number": number, "status": "done" if number == 7 else ""} for number in range(5, 8)})
+    kept.replace(
+        "points",
+        {
+            str(number): {"number": number, "status": "done" if number == 7 else ""}
+            for number in range(5, 8)
+        },
+    )
     assert set(kept.since(revision)[2]["points"]) == {"5", "6", "7"}
-    kept.replace("points", {str(number): {"number": number, "status": ""} for number in range(5, 8)})
+    kept.replace(
+        "points", {str(number): {"number": number, "status": ""} for number in range(5, 8)}
+    )
     assert kept.since(kept.revision - 1)[2] == {"points": {"7": {"number": 7, "status": ""}}}
 
 
-def test_the_page_has_the_points_the_frontier_the_trainings_and_the_stages_of_a_study(tmp_path: Path, home: Home) -> None:
+def test_the_page_has_the_points_the_frontier_the_trainings_and_the_stages_of_a_study(
+    tmp_path: Path, home: Home
+) -> None:
     found = small(tmp_path)
     drive(found, home, lambda: Pretended(home.store))
     page = LivePage(found, home)
@@ -109,36 +134,65 @@ def test_the_page_has_the_points_the_frontier_the_trainings_and_the_stages_of_a_
     for result in results:
         row = told["points"][str(result.number)]
         metric = result.metrics["refusal.refusal_rate"]
-        assert row["metrics"]["refusal.refusal_rate"][:3] == pytest.approx((metric.value, *metric.interval), abs=1e-6)
+        assert row["metrics"]["refusal.refusal_rate"][:3] == pytest.approx(
+            (metric.value, *metric.interval), abs=1e-6
+        )
         assert row["metrics"]["refusal.refusal_rate"][3:] == [metric.n, None]
-        assert row["keys"]["train"] == result.keys["train[seed=0]"] and row["seeds"] == ["0"] and "GPU-hours" in row["cost"]
+        assert (
+            row["keys"]["train"] == result.keys["train[seed=0]"]
+            and row["seeds"] == ["0"]
+            and "GPU-hours" in row["cost"]
+        )
         assert page.point(result.number)["all_keys"] == result.keys
     assert set(told["trainings"]) == {result.keys["train[seed=0]"] for result in results}
     assert told["frontier"][""]["by_model"]["7b"] and 0 < told["frontier"][""]["hypervolume"] < 1
-    assert told["timeline"][""]["total"] == len(told["spans"]) > 10 and told["before"]["7b"]["task.task_accuracy"]
+    assert (
+        told["timeline"][""]["total"] == len(told["spans"]) > 10
+        and told["before"]["7b"]["task.task_accuracy"]
+    )
     assert told["drive"]["driver"] is None and told["drive"]["live"]["ended"] == "done"
     assert page.since(told["cursor"])["changed"] == {}
     assert page.point(6) is None
 
 
-def test_failed_points_come_with_the_command_that_shows_it_again(tmp_path: Path, home: Home) -> None:
+def test_failed_points_come_with_the_command_that_shows_it_again(
+    tmp_path: Path, home: Home
+) -> None:
     found = small(tmp_path)
-    drive(found, home, lambda: Pretended(home.store, fails=lambda request: FAILS if request.kind == "train" else None))
+    drive(
+        found,
+        home,
+        lambda: Pretended(
+            home.store, fails=lambda request: FAILS if request.kind == "train" else None
+        ),
+    )
     failed = looked(LivePage(found, home))["failed"][""]["latest"]
     assert len(failed) == 6 and all(row["reason"] == "train: the loss became nan" for row in failed)
-    assert all(row["command"].startswith("python -m tasks ") and row["command"].endswith("request.json") for row in failed)
+    assert all(
+        row["command"].startswith("ebbline rerun ") and row["command"].endswith("request.json")
+        for row in failed
+    )
 
 
-def test_a_study_that_was_never_run_and_one_without_a_timeline_are_shown_as_such(tmp_path: Path, home: Home) -> None:
+def test_a_study_that_was_never_run_and_one_without_a_timeline_are_shown_as_such(
+    tmp_path: Path, home: Home
+) -> None:
     found = small(tmp_path)
     told = looked(LivePage(found, home))
-    assert told["drive"] == {"driver": None, "live": None, "now": told["drive"]["now"]} and "points" not in told
+    assert (
+        told["drive"] == {"driver": None, "live": None, "now": told["drive"]["now"]}
+        and "points" not in told
+    )
     assert not list(home.root.rglob("optuna.db"))
     drive(found, home, lambda: Pretended(home.store))
     for name in (TIMELINE, "live.json"):
         (home.folder("tiny") / name).unlink()
     told = looked(LivePage(found, home))
-    assert len(told["points"]) == 6 and told["timeline"][""] == {"total": 0, "first": 0, "running": []} and "spans" not in told
+    assert (
+        len(told["points"]) == 6
+        and told["timeline"][""] == {"total": 0, "first": 0, "running": []}
+        and "spans" not in told
+    )
 
 
 def test_gpus_are_given_to_stages_as_lanes_and_only_the_latest_stages_are_told(
@@ -148,14 +202,26 @@ def test_gpus_are_given_to_stages_as_lanes_and_only_the_latest_stages_are_told(
     found = small(tmp_path)
     page = LivePage(found, home)
     common = {"kind": "train", "key": "0" * 64, "outcome": "done"}
-    stages = [("a", "h1", 1, 0, 10), ("b", "h1", 1, 0, 5), ("c", "h1", 1, 5, 9), ("gang", "h1, h2", 4, 10, 20)]
-    lines = [Ended(label=label, host=host, gpus=gpus, started=s, ended=e, **common) for label, host, gpus, s, e in stages]
+    stages = [
+        ("a", "h1", 1, 0, 10),
+        ("b", "h1", 1, 0, 5),
+        ("c", "h1", 1, 5, 9),
+        ("gang", "h1, h2", 4, 10, 20),
+    ]
+    lines = [
+        Ended(label=label, host=host, gpus=gpus, started=s, ended=e, **common)
+        for label, host, gpus, s, e in stages
+    ]
     path = home.folder("tiny") / TIMELINE
     path.write_text("".join(f"{line.model_dump_json()}\n" for line in lines) + '{"kind": "cut o')
     told = everything(page)
     assert told["timeline"][""] == {"total": 4, "first": 1, "running": []}
     lanes = {row["label"]: row["lanes"] for row in told["spans"].values()}
-    assert lanes == {"b": ["h1 GPU 0"], "c": ["h1 GPU 0"], "gang": ["h1 GPU 0", "h1 GPU 1", "h2 GPU 0", "h2 GPU 1"]}
+    assert lanes == {
+        "b": ["h1 GPU 0"],
+        "c": ["h1 GPU 0"],
+        "gang": ["h1 GPU 0", "h1 GPU 1", "h2 GPU 0", "h2 GPU 1"],
+    }
 
 
 def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
@@ -167,21 +233,42 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
     key = collect(found, home)[0].keys["train[seed=0]"]
     live = read_live(folder)
     assert live is not None
-    at_work = {"kind": "train", "label": "train 7b rank=2", "key": "f" * 64, "host": "here", "gpus": 1, "started": 0.0, "expected_s": 9.0}
+    at_work = {
+        "kind": "train",
+        "label": "train 7b rank=2",
+        "key": "f" * 64,
+        "host": "here",
+        "gpus": 1,
+        "started": 0.0,
+        "expected_s": 9.0,
+    }
     with home.driving("tiny"):
         for step, loss in ((3, "4.125"), (9, "1.5")):
             running = [{**at_work, "said": f"loss {loss} ({step}/40)"}]
-            (folder / "live.json").write_text(json.dumps({**live.model_dump(mode="json"), "ended": None, "running": running}))
+            (folder / "live.json").write_text(
+                json.dumps({**live.model_dump(mode="json"), "ended": None, "running": running})
+            )
             page._looked = 0.0
             told = everything(page)
-        assert told["at_work"][""] == {"f" * 64: "train 7b rank=2"} and told["drive"]["driver"].startswith("process ")
+        assert told["at_work"][""] == {"f" * 64: "train 7b rank=2"} and told["drive"][
+            "driver"
+        ].startswith("process ")
         curve = page.curve("f" * 64)
         assert (curve["steps"], curve["losses"], curve["ended"]) == ([3, 9], [4.125, 1.5], False)
     page._looked = 0.0
-    assert everything(page)["drive"]["live"]["running"] == []  # nobody drives it now, so what it said is the past
+    assert (
+        everything(page)["drive"]["live"]["running"] == []
+    )  # nobody drives it now, so what it said is the past
     payload = home.store.open("train", key).path
-    (payload / "curve.csv").write_text("step,loss,learning_rate,tokens\n" + "".join(f"{n},{5 / n},0.1,9\n" for n in range(1, 2501)))
+    (payload / "curve.csv").write_text(
+        "step,loss,learning_rate,tokens\n" + "".join(f"{n},{5 / n},0.1,9\n" for n in range(1, 2501))
+    )
     curve = page.curve(key)
-    assert curve["ended"] and curve["steps"][0] == 1 and curve["steps"][-1] == 2500 and len(curve["steps"]) <= live_page.STEPS + 1
+    assert (
+        curve["ended"]
+        and curve["steps"][0] == 1
+        and curve["steps"][-1] == 2500
+        and len(curve["steps"]) <= live_page.STEPS + 1
+    )
     (payload / "curve.csv").unlink()
     assert "cannot be read" in page.curve(key)["said"] and page.curve("../../etc")["steps"] == []

@@ -4,22 +4,25 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.compare import Baselines
-from analysis.methods import methods
-from analysis.provenance import Build, Hardware, Pin, Provenance
-from analysis.results import PromptSet
-from cluster.costs import Cost
-from cluster.profile import Profile
-from sweeps.points import Result
-from sweeps.spending import Spent
-from sweeps.study import Study
+from ebbline.analysis.paper.methods import methods
+from ebbline.analysis.report.provenance import Build, Hardware, Pin, Provenance
+from ebbline.analysis.results.collect import PromptSet
+from ebbline.analysis.results.compare import Baselines
+from ebbline.cluster.profile import Profile
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.state.spending import Spent
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import result
 
 FOUND = Provenance(
     study_sha256="0" * 64,
     seeds=(0,),
     seeds_used=1,
-    pins=(Pin("models.small.aligned.hub", "org/chat", True, "a" * 40, "0" * 64), Pin("data.pool.path", "mine.json", False, None, "b" * 64)),
+    pins=(
+        Pin("models.small.aligned.hub", "org/chat", True, "a" * 40, "0" * 64),
+        Pin("data.pool.path", "mine.json", False, None, "b" * 64),
+    ),
     made={},
     prompts={"refusal": PromptSet("advbench", 520, 200, "c" * 64)},
     build=Build("1.0"),
@@ -31,41 +34,81 @@ FOUND = Provenance(
 )
 
 
-def written(study: Study, results: list[Result], baselines: Baselines, found: Provenance = FOUND, profile: Profile | None = None) -> str:
+def written(
+    study: Study,
+    results: list[Result],
+    baselines: Baselines,
+    found: Provenance = FOUND,
+    profile: Profile | None = None,
+) -> str:
     spent = Spent(3600.0, Cost({"A100": 7200.0}), frozenset(), None, None)
     return methods(study, results, baselines, found, {}, spent, profile or Profile())
 
 
-def test_pins_prompts_hardware_and_money_are_as_recorded(study: Study, results: list[Result], baselines: Baselines) -> None:
+def test_pins_prompts_hardware_and_money_are_as_recorded(
+    study: Study, results: list[Result], baselines: Baselines
+) -> None:
     priced = Profile.model_validate({"gpus": {"A100": {"usd_per_hour": 2.0}}})
     text = written(study, results, baselines, profile=priced)
-    assert f"org/chat at commit {'a' * 40} [@hub-org-chat]" in text and f"mine.json, a local copy with the sha256 {'b' * 64}" in text
-    assert f"on 200 prompts (advbench, sha256 {'c' * 64})" in text and "train: A100, up to 4 at once, 1 machine, 3 stages" in text
-    assert "The study's runs spent 2 GPU-hours, $4.00 over 1 hours of driving." in text and "secret-host" not in text
-    assert "DeepSpeed with ZeRO-3" in text and "ZeRO" not in written(study, results, baselines, replace(FOUND, hardware=()))
+    assert (
+        f"org/chat at commit {'a' * 40} [@hub-org-chat]" in text
+        and f"mine.json, a local copy with the sha256 {'b' * 64}" in text
+    )
+    assert (
+        f"on 200 prompts (advbench, sha256 {'c' * 64})" in text
+        and "train: A100, up to 4 at once, 1 machine, 3 stages" in text
+    )
+    assert (
+        "The study's runs spent 2 GPU-hours, $4.00 over 1 hours of driving." in text
+        and "secret-host" not in text
+    )
+    assert "DeepSpeed with ZeRO-3" in text and "ZeRO" not in written(
+        study, results, baselines, replace(FOUND, hardware=())
+    )
 
 
-def test_what_is_not_finished_and_what_failed_is_said(study: Study, results: list[Result], baselines: Baselines) -> None:
+def test_what_is_not_finished_and_what_failed_is_said(
+    study: Study, results: list[Result], baselines: Baselines
+) -> None:
     text = written(study, results, baselines)
-    assert f"was not finished when this was written: 40 of {len(results)} points are done, 1 still running, 1 failed." in text
+    assert (
+        f"was not finished when this was written: 40 of {len(results)} points are done, 1 "
+        "still running, 1 failed." in text
+    )
     assert "Without a result, and in no figure or table: 1 failed." in text
     assert "not finished" not in written(study, results[:40], baselines)
 
 
-def test_what_no_record_says_is_left_to_the_authors(study: Study, results: list[Result], baselines: Baselines) -> None:
+def test_what_no_record_says_is_left_to_the_authors(
+    study: Study, results: list[Result], baselines: Baselines
+) -> None:
     text = written(study, results, baselines, replace(FOUND, pins=(), prompts={}))
     assert "not recorded" in text and "$" not in text
     assert "no evidence about real models" in text.partition("**To be said by its authors.**")[2]
 
 
-@pytest.mark.parametrize(("seeds", "said"), [((), "1 training seed."), ((0.4, 0.6), "2 training seeds.")])
-def test_seeds_are_those_that_points_rest_on_not_those_of_the_file(study: Study, seeds: tuple[float, ...], said: str) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "said"), [((), "1 training seed."), ((0.4, 0.6), "2 training seeds.")]
+)
+def test_seeds_are_those_that_points_rest_on_not_those_of_the_file(
+    study: Study, seeds: tuple[float, ...], said: str
+) -> None:
     found = result(0)
-    keys = {f"{suite}[seed={seed}]": "0" * 64 for suite in study.suites for seed in range(max(1, len(seeds)))}
+    keys = {
+        f"{suite}[seed={seed}]": "0" * 64
+        for suite in study.suites
+        for seed in range(max(1, len(seeds)))
+    }
     metrics = {name: replace(metric, seeds=seeds) for name, metric in found.metrics.items()}
-    assert f"Each point rests on {said}" in written(study, [replace(found, keys=keys, metrics=metrics)], {})
+    assert f"Each point rests on {said}" in written(
+        study, [replace(found, keys=keys, metrics=metrics)], {}
+    )
 
 
 def test_only_values_that_points_took_are_named(study: Study) -> None:
     text = written(study, [result(0, rank=4), result(1, rank=4, threshold=0.3, share=0.1)], {})
-    assert "of rank 4 on" in text and "at most the threshold: none or 0.3." in text and "Trained on 100 examples" in text
+    assert (
+        "of rank 4 on" in text
+        and "at most the threshold: none or 0.3." in text
+        and "Trained on 100 examples" in text
+    )

@@ -1,6 +1,8 @@
-"""The W&B mirror: what it shows offline, that it goes on where it was, and that a broken W&B holds nothing up.
+"""The W&B mirror: what it shows offline, that it goes on where it was, and that a broken W&B holds
+nothing up.
 
-Nothing here reaches beyond the loopback: runs are offline, or the server is a closed or silent local port.
+Nothing here reaches beyond the loopback: runs are offline, or the server is a closed or silent
+local port.
 """
 
 import json
@@ -14,17 +16,17 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis.mirror import alone, follow, start, stop, trainings_of
-from analysis.wandb_memory import Memory
-from analysis.wandb_pages import Page, pages, run_id
-from analysis.wandb_runs import Mirror, chosen_mode
-from analysis.wording import HOST
-from cluster.profile import GpuType, Profile
-from cluster.store import Artifact, Store
-from sweeps.home import Home
-from sweeps.points import Result
-from sweeps.study import Study
-from tasks.identity import digest
+from ebbline.analysis.results.wording import HOST
+from ebbline.analysis.wandb.memory import Memory
+from ebbline.analysis.wandb.mirror import alone, follow, start, stop, trainings_of
+from ebbline.analysis.wandb.pages import Page, pages, run_id
+from ebbline.analysis.wandb.runs import Mirror, chosen_mode
+from ebbline.cluster.profile import GpuType, Profile
+from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.identity import digest
 from tests.analysis.conftest import failed, result
 from tests.wandb_server import serving
 
@@ -36,10 +38,17 @@ EBB = "ebb-012345"  # the study's own run
 
 @pytest.fixture
 def training(tmp_path: Path) -> Artifact:
-    hashed = {"kind": "train", "version": 1, "spec": {"rank": 8, "learning_rate": 0.0002}, "inputs": {}}
+    hashed = {
+        "kind": "train",
+        "version": 1,
+        "spec": {"rank": 8, "learning_rate": 0.0002},
+        "inputs": {},
+    }
     store = Store(tmp_path / "store")
     attempt = store.begin("train", digest(hashed))
-    (attempt / "payload" / "curve.csv").write_text("step,loss,learning_rate,tokens\n1,2.5,0.0002,512\n2,1.25,0.0001,500\n")
+    (attempt / "payload" / "curve.csv").write_text(
+        "step,loss,learning_rate,tokens\n1,2.5,0.0002,512\n2,1.25,0.0001,500\n"
+    )
     return store.commit(attempt, hashed, {"seconds": 3.0})
 
 
@@ -47,8 +56,19 @@ def shown(folder: Path) -> dict[str, dict[str, Any]]:
     """Run id -> what W&B's own reader finds in its newest offline log."""
     found = {}
     for log in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
-        read = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [
+            sys.executable,
+            "-m",
+            "wandb",
+            "leet",
+            "inspect",
+            "--summary",
+            "--json",
+            str(log),
+        ]
+        read = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
         found[read["run_id"]] = read
     return found
 
@@ -57,12 +77,20 @@ def records(folder: Path, id: str) -> list[dict[str, Any]]:
     """What the newest offline log of a run holds, record by record."""
     log = sorted((folder / "wandb").glob(f"offline-run-*/run-{id}.wandb"))[-1]
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    return [json.loads(line) for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()]
+    return [
+        json.loads(line)
+        for line in subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+    ]
 
 
 def table(folder: Path, id: str, named: dict[str, Any]) -> dict[str, Any]:
     """The table that a run's summary names."""
-    (path,) = [log.parent / "files" / named["path"] for log in sorted((folder / "wandb").glob(f"offline-run-*/run-{id}.wandb"))[-1:]]
+    (path,) = [
+        log.parent / "files" / named["path"]
+        for log in sorted((folder / "wandb").glob(f"offline-run-*/run-{id}.wandb"))[-1:]
+    ]
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -70,13 +98,25 @@ def table(folder: Path, id: str, named: dict[str, Any]) -> dict[str, Any]:
 def _job(number: int, end_s: float, gpus: int) -> list[dict[str, Any]]:
     """An hour of one GPU, or half an hour of two, for the last stage of a point."""
     key, start_s = f"{number:064x}", end_s - 3600.0 / gpus
-    started = {"start": f"j{number}", "gpus": [[None, gpus]], "hosts": {"h": gpus}, "keys": [key], "s": start_s}
+    started = {
+        "start": f"j{number}",
+        "gpus": [[None, gpus]],
+        "hosts": {"h": gpus},
+        "keys": [key],
+        "s": start_s,
+    }
     return [started, {"end": f"j{number}", "s": end_s}]
 
 
 @pytest.mark.process
-def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training: Artifact, tmp_path: Path) -> None:
-    results = [result(0, refusal=0.4), failed(1, "out of memory"), Result(2, result(2, rank=2).point, "running")]
+def test_offline_runs_hold_points_trainings_and_the_study(
+    study: Study, training: Artifact, tmp_path: Path
+) -> None:
+    results = [
+        result(0, refusal=0.4),
+        failed(1, "out of memory"),
+        Result(2, result(2, rank=2).point, "running"),
+    ]
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     done = mirror.update(results, [training])
     mirror.close()
@@ -85,14 +125,23 @@ def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training
     runs = shown(tmp_path)
     point, broken = (runs[f"{EBB}-{found.point.id}"] for found in results[:2])
     assert set(runs) == {EBB, f"{EBB}-{training.key[:12]}", point["run_id"], broken["run_id"]}
-    assert point["config"] == {"model": "small", "train": {"rank": 8}, "data": {"size": 100}, "apply": {"threshold": None}}
+    assert point["config"] == {
+        "model": "small",
+        "train": {"rank": 8},
+        "data": {"size": 100},
+        "apply": {"threshold": None},
+    }
     assert point["summary"]["stages"] == dict(results[0].keys)
     assert point["summary"]["refusal/refusal_rate"] == 0.4
     assert point["summary"]["refusal/refusal_rate_n"] == 200
     assert point["summary"]["refusal/refusal_rate_low"] < 0.4
     assert (broken["exit_code"], broken["summary"]["reason"]) == (1, "out of memory")
     curve = runs[f"{EBB}-{training.key[:12]}"]
-    assert (curve["summary"]["loss"], curve["step"], curve["config"]["train"]["rank"]) == (1.25, 2, 8)
+    assert (curve["summary"]["loss"], curve["step"], curve["config"]["train"]["rank"]) == (
+        1.25,
+        2,
+        8,
+    )
     assert runs[EBB]["step"] == 1
     assert runs[EBB]["summary"]["hypervolume"] == pytest.approx(0.4 * 0.5)
     assert runs[EBB]["summary"]["frontier"] == [0]
@@ -100,14 +149,24 @@ def test_offline_runs_hold_points_trainings_and_the_study(study: Study, training
 
 
 @pytest.mark.process
-def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(study: Study, training: Artifact, tmp_path: Path) -> None:
+def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(
+    study: Study, training: Artifact, tmp_path: Path
+) -> None:
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
-    mirror.update([result(0), failed(1, f"TrainingError: no such file {tmp_path}/store/x.json")], [training])
+    mirror.update(
+        [result(0), failed(1, f"TrainingError: no such file {tmp_path}/store/x.json")], [training]
+    )
     mirror.close()
-    kept = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and "files" in path.relative_to(tmp_path).parts]
+    kept = [
+        path
+        for path in (tmp_path / "wandb").rglob("*")
+        if path.is_file() and "files" in path.relative_to(tmp_path).parts
+    ]
     assert kept and all(path.name.endswith(".table.json") for path in kept)
     logs = list((tmp_path / "wandb").rglob("*.wandb"))
-    assert len(logs) == 4 and any(b"x.json" in log.read_bytes() for log in logs), "what was said stands there in the clear"
+    assert len(logs) == 4 and any(b"x.json" in log.read_bytes() for log in logs), (
+        "what was said stands there in the clear"
+    )
     kept += logs
     for private in (str(tmp_path), str(Path.home()), sys.executable):
         assert not [path for path in kept if private.encode() in path.read_bytes()], private
@@ -116,7 +175,16 @@ def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(study:
 
 
 def test_no_host_that_the_study_ran_on_is_in_a_reason(study: Study, tmp_path: Path) -> None:
-    ended = {"kind": "train", "label": "t", "key": "k", "host": "gpu-12/0123", "gpus": 1, "started": 0.0, "ended": 1.0, "outcome": "lost"}
+    ended = {
+        "kind": "train",
+        "label": "t",
+        "key": "k",
+        "host": "gpu-12/0123",
+        "gpus": 1,
+        "started": 0.0,
+        "ended": 1.0,
+        "outcome": "lost",
+    }
     (tmp_path / "timeline.jsonl").write_text(json.dumps(ended) + "\n")
     shown: list[Page] = []
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
@@ -126,14 +194,21 @@ def test_no_host_that_the_study_ran_on_is_in_a_reason(study: Study, tmp_path: Pa
     assert [page.summary["reason"] for page in shown] == [f"the node {HOST} was lost"]
 
 
-def test_two_homes_with_a_study_of_one_name_write_runs_of_their_own(study: Study, training: Artifact) -> None:
-    ids = [{page.id for page in pages(study, [result(0)], [training], Profile(), home)} for home in (HOME_ID, "f" * 32)]
+def test_two_homes_with_a_study_of_one_name_write_runs_of_their_own(
+    study: Study, training: Artifact
+) -> None:
+    ids = [
+        {page.id for page in pages(study, [result(0)], [training], Profile(), home)}
+        for home in (HOME_ID, "f" * 32)
+    ]
     assert len(ids[0]) == len(ids[1]) == 2 and not ids[0] & ids[1]
     assert run_id(study, HOME_ID) != run_id(study, "f" * 32)
 
 
 @pytest.mark.process
-def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_grew(study: Study, tmp_path: Path) -> None:
+def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_grew(
+    study: Study, tmp_path: Path
+) -> None:
     ledger = (
         {"driver": "a", "s": 0.0},
         *(line for number in (1, 0) for line in _job(number, 3600.0 * (2 - number), 1)),
@@ -141,8 +216,14 @@ def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_gre
         *_job(2, 1800.0, 2),
     )
     (tmp_path / "spending.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
-    results = [result(0, refusal=0.2, task=0.5), result(1, refusal=0.4, task=0.5), result(2, model="medium", refusal=0.3, task=0.6)]
-    mirror = Mirror(study, tmp_path, "offline", HOME_ID, Profile(gpus={"other": GpuType(usd_per_hour=2.0)}))
+    results = [
+        result(0, refusal=0.2, task=0.5),
+        result(1, refusal=0.4, task=0.5),
+        result(2, model="medium", refusal=0.3, task=0.6),
+    ]
+    mirror = Mirror(
+        study, tmp_path, "offline", HOME_ID, Profile(gpus={"other": GpuType(usd_per_hour=2.0)})
+    )
     assert mirror.update(results, []).error is None
     mirror.close()
 
@@ -152,40 +233,81 @@ def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_gre
     assert [row["finished"] for row in grown] == [1, 2, 3]
     assert [row["hours"] for row in grown] == pytest.approx([1.0, 2.0, 2.5])
     assert [row["gpu_hours"] for row in grown] == pytest.approx([1.0, 2.0, 3.0])
-    assert [row["hypervolume/over_usd"] for row in grown] == pytest.approx([0.4 * 0.5, 0.4 * 0.5, 0.4 * 0.5 + 0.3 * 0.1])
-    steps = {record["metric"]["name"]: record["metric"].get("step_metric") for record in own if "metric" in record}
-    assert (steps["hypervolume/over_hours"], steps["hypervolume/over_gpu_hours"]) == ("hours", "gpu_hours")
+    assert [row["hypervolume/over_usd"] for row in grown] == pytest.approx(
+        [0.4 * 0.5, 0.4 * 0.5, 0.4 * 0.5 + 0.3 * 0.1]
+    )
+    steps = {
+        record["metric"]["name"]: record["metric"].get("step_metric")
+        for record in own
+        if "metric" in record
+    }
+    assert (steps["hypervolume/over_hours"], steps["hypervolume/over_gpu_hours"]) == (
+        "hours",
+        "gpu_hours",
+    )
 
     summary = shown(tmp_path)[EBB]["summary"]
-    points, lines = (table(tmp_path, EBB, summary[f"{chart}_table"]) for chart in ("points", "frontier"))
-    assert [dict(zip(points["columns"], row, strict=True))["on frontier"] for row in points["data"]] == [False, True, True]
+    points, lines = (
+        table(tmp_path, EBB, summary[f"{chart}_table"]) for chart in ("points", "frontier")
+    )
+    assert [
+        dict(zip(points["columns"], row, strict=True))["on frontier"] for row in points["data"]
+    ] == [False, True, True]
     assert lines["data"] == [[0.3, "medium", 0.6], [0.4, "small", 0.5]]
-    drawn = {record["config"]["update"][key]["panel_config"]["panelDefId"] for record in own
-             if record["type"] == "config" for key in record["config"]["update"] if "visualize" in key}  # fmt: skip
+    drawn = {
+        record["config"]["update"][key]["panel_config"]["panelDefId"]
+        for record in own
+        # Fmt: skip
+        if record["type"] == "config"
+        for key in record["config"]["update"]
+        if "visualize" in key
+    }
     assert drawn == {"wandb/scatter/v0", "wandb/lineseries/v0"}
 
 
 @pytest.mark.process
-def test_points_beyond_the_limit_are_rows_of_their_trainings_run(study: Study, training: Artifact, tmp_path: Path) -> None:
+def test_points_beyond_the_limit_are_rows_of_their_trainings_run(
+    study: Study, training: Artifact, tmp_path: Path
+) -> None:
     keys = {"train[seed=0]": training.key}
-    results = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics, keys=keys) for n in range(4)]
+    results = [
+        Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics, keys=keys)
+        for n in range(4)
+    ]
     mirror = Mirror(study, tmp_path, "offline", HOME_ID, Profile(wandb_points=1))
-    assert mirror.update([*results[:3], Result(3, results[3].point, "running", keys=keys)], [training]).shown == 2
+    assert (
+        mirror.update(
+            [*results[:3], Result(3, results[3].point, "running", keys=keys)], [training]
+        ).shown
+        == 2
+    )
     assert mirror.update(results, [training]).shown == 1
     mirror.close()
     runs = shown(tmp_path)
     assert set(runs) == {EBB, f"{EBB}-{results[0].point.id}", f"{EBB}-{training.key[:12]}"}
     curve = runs[f"{EBB}-{training.key[:12]}"]
     rows = table(tmp_path, curve["run_id"], curve["summary"]["points"])
-    assert [row[rows["columns"].index("threshold")] for row in rows["data"]] == pytest.approx([0.1, 0.2, 0.3])
-    assert not [record for record in records(tmp_path, curve["run_id"]) if "loss" in record.get("history", {}).get("item", {})]
+    assert [row[rows["columns"].index("threshold")] for row in rows["data"]] == pytest.approx(
+        [0.1, 0.2, 0.3]
+    )
+    assert not [
+        record
+        for record in records(tmp_path, curve["run_id"])
+        if "loss" in record.get("history", {}).get("item", {})
+    ]
     assert len(table(tmp_path, EBB, runs[EBB]["summary"]["points_table"])["data"]) == 4
 
 
 @pytest.mark.process
-def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(study: Study, training: Artifact, tmp_path: Path) -> None:
-    first = [Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics) for n in range(2)]
-    late = Result(2, result(2, rank=2).point, "done", result(2).metrics, keys={"train[seed=0]": training.key})
+def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(
+    study: Study, training: Artifact, tmp_path: Path
+) -> None:
+    first = [
+        Result(n, result(n, threshold=0.1 * n).point, "done", result(n).metrics) for n in range(2)
+    ]
+    late = Result(
+        2, result(2, rank=2).point, "done", result(2).metrics, keys={"train[seed=0]": training.key}
+    )
     mirror = Mirror(study, tmp_path, "offline", HOME_ID, Profile(wandb_points=2))
     assert mirror.update([*first, late], [training]).error is None
     mirror.close()
@@ -194,12 +316,19 @@ def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(
     rows = table(tmp_path, EBB, runs[EBB]["summary"]["trainings_table"])
     assert rows["columns"] == ["training", "first point", "steps", "last loss"]
     assert rows["data"] == [[training.key[:12], 2, 2, 1.25]]
-    earlier = Result(1, first[1].point, "done", first[1].metrics, keys=late.keys)  # then it has one, of its own
-    assert training.key[:12] in "".join(page.id for page in pages(study, [earlier, late], [training], Profile(wandb_points=2), HOME_ID))
+    earlier = Result(
+        1, first[1].point, "done", first[1].metrics, keys=late.keys
+    )  # then it has one, of its own
+    assert training.key[:12] in "".join(
+        page.id
+        for page in pages(study, [earlier, late], [training], Profile(wandb_points=2), HOME_ID)
+    )
 
 
 @pytest.mark.process
-def test_a_restart_goes_on_and_shows_only_what_is_new(study: Study, training: Artifact, tmp_path: Path) -> None:
+def test_a_restart_goes_on_and_shows_only_what_is_new(
+    study: Study, training: Artifact, tmp_path: Path
+) -> None:
     first = Mirror(study, tmp_path, "offline", HOME_ID)
     assert first.update([result(0)], [training]).shown == 2
     first.close()
@@ -240,7 +369,9 @@ def test_what_was_shown_offline_is_still_new_to_a_server(study: Study, tmp_path:
 
 
 @pytest.mark.process
-def test_a_training_whose_files_were_dropped_is_shown_without_its_curve(study: Study, training: Artifact, tmp_path: Path) -> None:
+def test_a_training_whose_files_were_dropped_is_shown_without_its_curve(
+    study: Study, training: Artifact, tmp_path: Path
+) -> None:
     (training.path / "curve.csv").unlink()
     assert Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error is None
 
@@ -256,6 +387,7 @@ def test_disabled_touches_nothing(study: Study, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process  # W&B may ask git where the program lies
 def test_the_mode_is_what_was_asked_or_follows_the_login(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen_mode({"WANDB_MODE": "disabled"}) == "disabled"
     assert chosen_mode({"WANDB_MODE": "dryrun"}) == "offline"
@@ -264,17 +396,30 @@ def test_the_mode_is_what_was_asked_or_follows_the_login(monkeypatch: pytest.Mon
 
 
 def _online(study: Study, folder: Path, port: int, call_s: float = 4.0) -> tuple[int, int, str]:
-    """An update against a local port, in a process of its own because wandb keeps the first server that it met."""
+    """An update against a local port, in a process of its own because wandb keeps the first server
+    that it met.
+    """
     code = (
-        "import sys; from pathlib import Path; from sweeps.study import Study;"
-        "from analysis.wandb_runs import Mirror; from tests.analysis.conftest import result;"
+        "import sys; from pathlib import Path; from ebbline.sweeps.study.study import Study;"
+        "from ebbline.analysis.wandb.runs import Mirror; from tests.analysis.conftest "
+        "import result;"
         "study = Study.model_validate_json(sys.stdin.read());"
-        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', '0123456789abcdef', bound_s={call_s + 1}, call_s={call_s});"
-        "done = mirror.update([result(0), result(1, refusal=0.9)], []); mirror.close(); print(done.shown, done.left, done.error)"
+        f"mirror = Mirror(study, Path({str(folder)!r}), 'online', '0123456789abcdef', "
+        f"bound_s={call_s + 1}, call_s={call_s});"
+        "done = mirror.update([result(0), result(1, refusal=0.9)], []); mirror.close(); "
+        "print(done.shown, done.left, done.error)"
     )
-    environment = os.environ | {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
+    environment = os.environ | {
+        "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+        "WANDB_API_KEY": "0" * 40,
+    }
     ran = subprocess.run(
-        [sys.executable, "-c", code], input=study.model_dump_json(), env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        input=study.model_dump_json(),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
     count, left, error = ran.stdout.split(maxsplit=2)
@@ -297,12 +442,20 @@ def test_a_silent_server_is_reported_and_holds_nothing_up(study: Study, tmp_path
     assert (count, left) == (0, 2) and "deadline exceeded" in error
 
 
-def test_every_call_of_wandb_has_the_mirrors_bound(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_call_of_wandb_has_the_mirrors_bound(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("wandb.init", lambda settings, **_: asked.append(settings))
-    done = Mirror(study, tmp_path, "offline", HOME_ID, call_s=7.0).update([result(0), result(1)], [])
-    assert (done.shown, done.left) == (0, 2) and len(asked) == 1, "the first failure ends the update"
-    assert [getattr(asked[0], name) for name in ("init_timeout", "finish_timeout", "x_service_wait")] == [7.0] * 3
+    done = Mirror(study, tmp_path, "offline", HOME_ID, call_s=7.0).update(
+        [result(0), result(1)], []
+    )
+    assert (done.shown, done.left) == (0, 2) and len(asked) == 1, (
+        "the first failure ends the update"
+    )
+    assert [
+        getattr(asked[0], name) for name in ("init_timeout", "finish_timeout", "x_service_wait")
+    ] == [7.0] * 3
 
 
 @pytest.mark.process
@@ -313,7 +466,9 @@ def test_a_server_that_is_reached_holds_what_was_shown(study: Study, tmp_path: P
     assert server.unknown == []
     assert sorted(run.fields["jobType"] for run in server.runs.values()) == ["point", "study"]
     own = server.runs[EBB]
-    assert [row["hypervolume"] for row in own.history.values() if "hypervolume" in row] == pytest.approx([0.25, 0.45])
+    assert [
+        row["hypervolume"] for row in own.history.values() if "hypervolume" in row
+    ] == pytest.approx([0.25, 0.45])
     assert set(own.config["_wandb"]["value"]["visualize"]) == {"points", "frontier"}
     assert json.loads(own.files[own.summary["points_table"]["path"]])["data"]
     assert list(Memory(tmp_path, "online").waiting()) == []
@@ -337,22 +492,34 @@ def test_a_study_has_one_mirror_at_a_time(tmp_path: Path) -> None:
         assert again
 
 
-def test_what_had_no_time_is_shown_before_the_mirror_ends(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_had_no_time_is_shown_before_the_mirror_ends(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = [result(number, rank=number + 1) for number in range(3)]
     shown: list[str] = []
-    monkeypatch.setattr("analysis.mirror.collect", lambda study, home: results)
-    monkeypatch.setattr("analysis.mirror._closed_within", lambda seconds: True)
-    monkeypatch.setattr(Mirror, "_show", lambda self, page: (shown.append(page.id), self._memory.remember(page.id, page.stamp, 0, "x")))
+    monkeypatch.setattr("ebbline.analysis.wandb.mirror.collect", lambda study, home: results)
+    monkeypatch.setattr("ebbline.analysis.wandb.mirror._closed_within", lambda seconds: True)
+    monkeypatch.setattr(
+        Mirror,
+        "_show",
+        lambda self, page: (
+            shown.append(page.id),
+            self._memory.remember(page.id, page.stamp, 0, "x"),
+        ),
+    )
     monkeypatch.setattr(Mirror, "_show_study", lambda self, results: None)
     ticks = iter(range(1000))
-    monkeypatch.setattr("analysis.wandb_runs.time.monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("ebbline.analysis.wandb.runs.time.monotonic", lambda: float(next(ticks)))
     assert follow(study, Home(tmp_path), Mirror(study, tmp_path, "offline", HOME_ID, bound_s=1.0))
     assert len(shown) == 3
 
 
 @pytest.mark.process
 def test_the_process_needs_neither_torch_nor_ray() -> None:
-    code = "import sys, analysis.mirror, wandb; assert not {'torch', 'ray'} & set(sys.modules), 'torch or ray was imported'"
+    code = (
+        "import sys, ebbline.analysis.wandb.mirror, wandb; assert not {'torch', 'ray'} & "
+        "set(sys.modules), 'torch or ray was imported'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -366,4 +533,6 @@ def test_whatever_breaks_is_reported_and_not_raised(
     done = Mirror(study, tmp_path, "offline", HOME_ID).update([result(0)], [])
     assert (done.shown, done.left, done.error) == (0, 1, "RuntimeError: no service")
     (training.path / "curve.csv").write_text("step,loss\nnot a number,1\n")
-    assert "ValueError" in str(Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error)
+    assert "ValueError" in str(
+        Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error
+    )

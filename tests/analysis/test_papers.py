@@ -1,4 +1,6 @@
-"""A study beside published numbers: every verdict comes from the study's settings, and a tiny model is beside nothing."""
+"""A study beside published numbers: every verdict comes from the study's settings, and a tiny model
+is beside nothing.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,15 +8,15 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from analysis.compare import Baselines
-from analysis.papers import Row, beside_papers
-from analysis.published import PUBLISHED
-from analysis.results import PromptSet
-from ebbline.papers import _why
-from sweeps.points import Point, Result
-from sweeps.study import Study
-from sweeps.study_file import shipped
-from tasks.metrics import DIRECTIONS, Metric
+from ebbline.analysis.paper.papers import Row, beside_papers
+from ebbline.analysis.paper.published import PUBLISHED
+from ebbline.analysis.results.collect import PromptSet
+from ebbline.analysis.results.compare import Baselines
+from ebbline.commands.papers import _why
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import shipped
+from ebbline.tasks.measuring.metrics import DIRECTIONS, Metric
 from tests.analysis.conftest import result
 
 COMMIT, SHA = "a" * 40, "b" * 64
@@ -40,14 +42,20 @@ def llama() -> Callable[..., Study]:
         def tupled(value: object) -> object:
             if isinstance(value, list):
                 return tuple(map(tupled, value))
-            return {key: tupled(each) for key, each in value.items()} if isinstance(value, dict) else value
+            return (
+                {key: tupled(each) for key, each in value.items()}
+                if isinstance(value, dict)
+                else value
+            )
 
         return Study.model_validate(tupled(raw), context={"folder": shipped()["llama2"].parent})
 
     return made
 
 
-def point(number: int, model: str, refused: int, threshold: float | None = None, share: float = 0.0) -> Result:
+def point(
+    number: int, model: str, refused: int, threshold: float | None = None, share: float = 0.0
+) -> Result:
     values = {"train.rank": 8, "data.size": 1000, "apply.threshold": threshold}
     metrics = {
         "advbench.refusal_rate": Metric("refusal_rate", refused, 520),
@@ -56,9 +64,19 @@ def point(number: int, model: str, refused: int, threshold: float | None = None,
     return Result(number, Point.of(model, values), "done", metrics, projected_share=share)
 
 
-def row(study: Study, results: list[Result], baselines: Baselines, asked: dict[str, PromptSet], **wanted: object) -> Row:
+def row(
+    study: Study,
+    results: list[Result],
+    baselines: Baselines,
+    asked: dict[str, PromptSet],
+    **wanted: object,
+) -> Row:
     rows = beside_papers(study, results, baselines, asked)
-    (found,) = [each for each in rows if all(getattr(each.published, name) == value for name, value in wanted.items())]
+    (found,) = [
+        each
+        for each in rows
+        if all(getattr(each.published, name) == value for name, value in wanted.items())
+    ]
     return found
 
 
@@ -83,62 +101,130 @@ def test_a_study_of_tiny_models_is_beside_nothing(study: Study) -> None:
     assert all("model" in [fact.what for fact in each.those("differs")] for each in rows)
 
 
-def test_the_size_of_the_same_name_is_set_beside_and_its_number_has_an_interval(llama: Callable[..., Study]) -> None:
+def test_the_size_of_the_same_name_is_set_beside_and_its_number_has_an_interval(
+    llama: Callable[..., Study],
+) -> None:
     before: Baselines = {"13b": {"advbench.refusal_rate": Metric("refusal_rate", 515, 520)}}
     found = row(llama(), [], before, ADVBENCH, **GADE_BEFORE)
-    assert found.model == "13b" and found.here == "13b: 99.0% (95% interval 97.8% to 99.6%, n = 520)"
+    assert (
+        found.model == "13b" and found.here == "13b: 99.0% (95% interval 97.8% to 99.6%, n = 520)"
+    )
     assert verdicts(found) == {
-        "metric": "same", "model": "same", "quantisation": "differs", "prompts": "same", "scorer": "cannot be told",
-        "chat template": "cannot be told", "system prompt": "cannot be told", "max tokens": "cannot be told",
-    }  # fmt: skip
+        "metric": "same",
+        "model": "same",
+        "quantisation": "differs",
+        "prompts": "same",
+        "scorer": "cannot be told",
+        "chat template": "cannot be told",
+        "system prompt": "cannot be told",
+        "max tokens": "cannot be told",
+    }
     assert found.comparable == "not comparable"
 
 
-def test_what_is_the_same_but_for_what_a_paper_withholds_is_not_known_to_be_comparable(llama: Callable[..., Study]) -> None:
+def test_what_is_the_same_but_for_what_a_paper_withholds_is_not_known_to_be_comparable(
+    llama: Callable[..., Study],
+) -> None:
     found = row(llama(models__13b__quantisation="none"), [], {}, ADVBENCH, **GADE_BEFORE)
-    assert verdicts(found)["quantisation"] == "same" and found.comparable == "not known to be comparable"
+    assert (
+        verdicts(found)["quantisation"] == "same"
+        and found.comparable == "not known to be comparable"
+    )
     assert found.here == "not measured yet"
 
 
-def test_other_prompts_and_part_of_a_set_are_another_measurement(llama: Callable[..., Study]) -> None:
+def test_other_prompts_and_part_of_a_set_are_another_measurement(
+    llama: Callable[..., Study],
+) -> None:
     some = {"advbench": replace(ADVBENCH["advbench"], asked=100)}
     own = {"advbench": replace(ADVBENCH["advbench"], format="plain")}
     for asked in (some, own):
         assert verdicts(row(llama(), [], {}, asked, **GADE_BEFORE))["prompts"] == "differs"
 
 
-def test_everything_stated_and_the_same_is_comparable_as_far_as_is_known(llama: Callable[..., Study]) -> None:
-    """lm-eval's MMLU before fine-tuning is all that can be: same weights, quantisation, task and shots; of the chat template no word."""
+def test_everything_stated_and_the_same_is_comparable_as_far_as_is_known(
+    llama: Callable[..., Study],
+) -> None:
+    """lm-eval's MMLU before fine-tuning is all that can be: same weights, quantisation, task and
+    shots; of the chat template no word.
+    """
     wanted = {"paper": "arXiv 2310.20624", "state": "before", "suite": "mmlu"}
     assert verdicts(row(llama(), [], {}, {}, **wanted))["quantisation"] == "differs"
     found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted)
     assert found.comparable == "comparable as far as is known"
-    assert [fact.what for fact in found.those("cannot be told")] == ["chat template"] and "not known of the paper: chat template" in _why(
-        found
-    )
+    assert [fact.what for fact in found.those("cannot be told")] == [
+        "chat template"
+    ] and "not known of the paper: chat template" in _why(found)
     told = tuple(replace(fact, verdict="same") for fact in found.facts)
     assert replace(found, facts=told).comparable == "comparable"
-    fewer = row(llama(models__70b__quantisation="int8", suites__mmlu__measure__shots=0), [], {}, {}, **wanted)
+    fewer = row(
+        llama(models__70b__quantisation="int8", suites__mmlu__measure__shots=0),
+        [],
+        {},
+        {},
+        **wanted,
+    )
     assert verdicts(fewer)["shots"] == "differs"
 
 
-def test_an_accuracy_that_may_be_either_of_two_is_not_known_to_be_comparable(llama: Callable[..., Study]) -> None:
+def test_an_accuracy_that_may_be_either_of_two_is_not_known_to_be_comparable(
+    llama: Callable[..., Study],
+) -> None:
     wanted = {"paper": "arXiv 2310.20624", "state": "before", "suite": "hellaswag"}
     found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted)
-    assert verdicts(found)["metric"] == "cannot be told" and found.comparable == "not known to be comparable"
+    assert (
+        verdicts(found)["metric"] == "cannot be told"
+        and found.comparable == "not known to be comparable"
+    )
     assert "by likelihood or by normalised likelihood is not said" in _why(found)
 
 
-def test_what_a_trained_row_does_not_say_of_its_adapter_counts_as_unknown(llama: Callable[..., Study]) -> None:
-    found = row(llama(), [point(0, "7b", 300)], {}, ADVBENCH, paper="WaRP", state="fine-tuned", suite="refusal", setting="Llama 2-Chat 7B")
+def test_what_a_trained_row_does_not_say_of_its_adapter_counts_as_unknown(
+    llama: Callable[..., Study],
+) -> None:
+    found = row(
+        llama(),
+        [point(0, "7b", 300)],
+        {},
+        ADVBENCH,
+        paper="WaRP",
+        state="fine-tuned",
+        suite="refusal",
+        setting="Llama 2-Chat 7B",
+    )
     unknown = {fact.what: fact.here for fact in found.those("cannot be told")}
-    assert unknown["alpha"] == "16" and unknown["max tokens"] == "128" and "q_proj" in unknown["target modules"]
+    assert (
+        unknown["alpha"] == "16"
+        and unknown["max tokens"] == "128"
+        and "q_proj" in unknown["target modules"]
+    )
 
 
-def test_fine_tuned_numbers_stand_beside_unprojected_points_and_projected_ones_beside_the_pick(llama: Callable[..., Study]) -> None:
+def test_fine_tuned_numbers_stand_beside_unprojected_points_and_projected_ones_beside_the_pick(
+    llama: Callable[..., Study],
+) -> None:
     rows = [point(0, "7b", 300), point(1, "7b", 500, 0.35, 0.11), point(2, "7b", 519, 0.6, 0.8)]
-    tuned = row(llama(), rows, {}, ADVBENCH, paper="WaRP", state="fine-tuned", suite="refusal", repository="Llama-2-7b-chat-hf")
+    tuned = row(
+        llama(),
+        rows,
+        {},
+        ADVBENCH,
+        paper="WaRP",
+        state="fine-tuned",
+        suite="refusal",
+        repository="Llama-2-7b-chat-hf",
+    )
     assert tuned.here.startswith("7b: 57.7% (95% interval")
     assert verdicts(tuned)["rank"] == "differs" and verdicts(tuned)["data"] == "cannot be told"
-    share = row(llama(), rows, {}, ADVBENCH, paper="arXiv 2405.16833", metric="projected_share", repository="Llama-2-7b-chat-hf")
-    assert share.here == "11.0%", "of the projected points that hold the study's floor, the most useful"
+    share = row(
+        llama(),
+        rows,
+        {},
+        ADVBENCH,
+        paper="arXiv 2405.16833",
+        metric="projected_share",
+        repository="Llama-2-7b-chat-hf",
+    )
+    assert share.here == "11.0%", (
+        "of the projected points that hold the study's floor, the most useful"
+    )

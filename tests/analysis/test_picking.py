@@ -1,4 +1,6 @@
-"""What `ebbline pick` says, on made-up results: floors, confidence, refusals to export, and what cannot be asked."""
+"""What `ebbline pick` says, on made-up results: floors, confidence, refusals to export, and what
+cannot be asked.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,23 +13,27 @@ from typer.testing import CliRunner
 from typer.testing import Result as Said
 
 from ebbline.cli import app
-from sweeps.home import Home
-from sweeps.points import Result
-from sweeps.study import Study, SuiteEntry
-from sweeps.trials import SETTINGS, Trials
+from ebbline.sweeps.state.trials import SETTINGS, Trials
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study, SuiteEntry
 from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
 
 
 @pytest.fixture
 def made(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
-    """`made(results, arguments...)` is what `pick` says of these results of the study of tests/analysis."""
-    monkeypatch.setattr("sweeps.study_file.load", lambda name: study)
-    monkeypatch.setattr("ebbline.comparing.load", lambda name: study)
+    """`made(results, arguments...)` is what `pick` says of these results of the study of
+    tests/analysis.
+    """
+    monkeypatch.setattr("ebbline.sweeps.study.study_file.load", lambda name: study)
+    monkeypatch.setattr("ebbline.commands.compare.load", lambda name: study)
     Home(tmp_path / "home").freeze(study)
 
     def said(results: Sequence[Result], *arguments: object) -> Said:
-        monkeypatch.setattr("ebbline.picking.collect", lambda study, home: list(results))
-        return CliRunner().invoke(app, ["pick", "ebb", "--home", str(tmp_path / "home"), *map(str, arguments)])
+        monkeypatch.setattr("ebbline.commands.pick.collect", lambda study, home: list(results))
+        return CliRunner().invoke(
+            app, ["pick", "ebb", "--home", str(tmp_path / "home"), *map(str, arguments)]
+        )
 
     return said
 
@@ -43,9 +49,18 @@ ROWS = [
 def test_each_size_is_told_with_its_margin_and_its_confidence(made: Callable[..., Said]) -> None:
     said = made(ROWS)
     assert said.exit_code == 1, "medium has no point that holds the floor"
-    assert "small: point 1 (threshold=0.5 size=100 rank=8; 40% of modules projected), the one with most task accuracy" in said.output
-    assert "refusal rate 93.0% (95% interval 88.6% to 95.8%, n = 200), 3.0 points over the floor of 90.0%" in said.output
-    assert "confidence 72.1%, allowing for the pick among 3 points (90.7% for this point by itself)" in said.output
+    assert (
+        "small: point 1 (threshold=0.5 size=100 rank=8; 40% of modules projected), the one "
+        "with most task accuracy" in said.output
+    )
+    assert (
+        "refusal rate 93.0% (95% interval 88.6% to 95.8%, n = 200), 3.0 points over the "
+        "floor of 90.0%" in said.output
+    )
+    assert (
+        "confidence 72.1%, allowing for the pick among 3 points (90.7% for this point by itself)"
+        in said.output
+    )
     assert "medium: none of 1 different points holds that. The nearest is point 3" in said.output
     assert made(ROWS, "--model", "small").exit_code == 0
 
@@ -60,10 +75,15 @@ def test_json_has_what_the_terminal_says(made: Callable[..., Said]) -> None:
     assert said["exported"] is None and "Clopper-Pearson" in said["method"]
 
 
-def test_the_studys_own_floor_is_not_lowered_for_an_export(made: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_studys_own_floor_is_not_lowered_for_an_export(
+    made: Callable[..., Said], tmp_path: Path
+) -> None:
     low = ("--model", "small", "--floor", "refusal_rate=0.5")
     said = made(ROWS, *low)
-    assert said.exit_code == 0 and "below the study's own refusal floor of 90.0%: it cannot be exported" in said.output
+    assert (
+        said.exit_code == 0
+        and "below the study's own refusal floor of 90.0%: it cannot be exported" in said.output
+    )
     assert "write its adapter" not in said.output
     said = made(ROWS, *low, "--export", tmp_path / "out")
     assert said.exit_code == 1 and not (tmp_path / "out").exists()
@@ -71,12 +91,27 @@ def test_the_studys_own_floor_is_not_lowered_for_an_export(made: Callable[..., S
     assert "The nearest that does is point 1 (" in said.output
 
 
-def test_a_point_whose_exported_seed_misses_the_floor_by_itself_is_not_exported(made: Callable[..., Said], tmp_path: Path) -> None:
-    spread = replace(ROWS[1], metrics={**ROWS[1].metrics, REFUSAL: rate(REFUSAL, 0.93, 200, seeds=(0.88, 0.98))})
+def test_a_point_whose_exported_seed_misses_the_floor_by_itself_is_not_exported(
+    made: Callable[..., Said], tmp_path: Path
+) -> None:
+    spread = replace(
+        ROWS[1], metrics={**ROWS[1].metrics, REFUSAL: rate(REFUSAL, 0.93, 200, seeds=(0.88, 0.98))}
+    )
     export = ("--model", "small", "--point", 1, "--export", tmp_path / "out")
-    several = [replace(spread, metrics={name: replace(m, seeds=m.seeds or (m.value, m.value)) for name, m in spread.metrics.items()})]
+    several = [
+        replace(
+            spread,
+            metrics={
+                name: replace(m, seeds=m.seeds or (m.value, m.value))
+                for name, m in spread.metrics.items()
+            },
+        )
+    ]
     said = made(several, *export, "--seed", 0)
-    assert said.exit_code == 1 and "but seed 0 by itself does not, and one adapter is what would be shipped" in said.output
+    assert (
+        said.exit_code == 1
+        and "but seed 0 by itself does not, and one adapter is what would be shipped" in said.output
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,45 +121,70 @@ def test_a_point_whose_exported_seed_misses_the_floor_by_itself_is_not_exported(
         (("--floor", "refusal_rate"), "write it as NAME=SHARE, such as refusal_rate=0.95"),
         (("--floor", "refusal_rate=95%"), "could not convert string to float: '95%'"),
         (("--floor", "refusal_rate=95"), "a floor is a share from 0 to 1"),
-        (("--floor", "refusal_rate=0.9", "--floor", "refusal.refusal_rate=0.8"), "has a floor already"),
+        (
+            ("--floor", "refusal_rate=0.9", "--floor", "refusal.refusal_rate=0.8"),
+            "has a floor already",
+        ),
         (("--model", "smal"), "did you mean 'small'?"),
         (("--point", "99"), "has no finished point 99"),
         (("--export", "out"), "say of which size with --model: medium, small"),
     ],
 )
-def test_what_cannot_be_asked_is_one_clear_error(made: Callable[..., Said], arguments: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_asked_is_one_clear_error(
+    made: Callable[..., Said], arguments: tuple[str, ...], said: str
+) -> None:
     found = made(ROWS, *arguments)
     assert found.exit_code == 1 and found.output.count("error:") == 1 and said in found.output
 
 
-def test_over_refusal_is_bounded_from_above_and_never_maximised(made: Callable[..., Said], study: Study) -> None:
+def test_over_refusal_is_bounded_from_above_and_never_maximised(
+    made: Callable[..., Said], study: Study
+) -> None:
     strict = replace(ROWS[1], metrics={**ROWS[1].metrics, OVER: rate(OVER, 0.4)})
-    harmless = SuiteEntry.model_validate({"prompts": {"language": "harmless"}, "measure": {"kind": "over_refusal"}})
+    harmless = SuiteEntry.model_validate(
+        {"prompts": {"language": "harmless"}, "measure": {"kind": "over_refusal"}}
+    )
     object.__setattr__(study, "suites", {**study.suites, "harmless": harmless})
     found = made([ROWS[0], strict, ROWS[2]], "--model", "small", "--floor", "over_refusal_rate=0.1")
-    assert found.exit_code == 0 and "small: point 2" in found.output and "over refusal rate (harmless) at most 10.0%" in found.output
+    assert (
+        found.exit_code == 0
+        and "small: point 2" in found.output
+        and "over refusal rate (harmless) at most 10.0%" in found.output
+    )
     assert "5.0 points under the ceiling of 10.0%" in found.output
     found = made(ROWS, "--maximise", "over_refusal_rate")
     assert found.exit_code == 1 and "nothing turns a metric round" in found.output
 
 
-def test_a_file_with_another_floor_than_was_begun_is_told_apart(made: Callable[..., Said], study: Study) -> None:
+def test_a_file_with_another_floor_than_was_begun_is_told_apart(
+    made: Callable[..., Said], study: Study
+) -> None:
     assert json.loads(made(ROWS, "--json").stdout)["changed_since_it_was_begun"] == []
     object.__setattr__(study, "refusal_floor", 0.5)
     said = made(ROWS, "--model", "small")
-    assert said.exit_code == 0 and "This file is not as the study was begun, so nothing can be exported with it:" in said.output
+    assert (
+        said.exit_code == 0
+        and "This file is not as the study was begun, so nothing can be exported with it:"
+        in said.output
+    )
     assert "refusal_floor" in said.output and "write its adapter" not in said.output
     (line,) = json.loads(made(ROWS, "--json").stdout)["changed_since_it_was_begun"]
     assert "0.9" in line and "0.5" in line
 
 
-def test_nothing_is_exported_where_the_study_was_not_begun(made: Callable[..., Said], study: Study, tmp_path: Path) -> None:
+def test_nothing_is_exported_where_the_study_was_not_begun(
+    made: Callable[..., Said], study: Study, tmp_path: Path
+) -> None:
     # Another home of a shared database: the points are there, and what they were begun with is not.
     (tmp_path / "home" / "studies" / "ebb" / "study.json").unlink()
     (tmp_path / "home" / "cluster.yaml").write_text("storage: postgresql://me@127.0.0.1:9/none\n")
     object.__setattr__(study, "refusal_floor", 0.5)
     said = made(ROWS, "--model", "small", "--export", tmp_path / "out")
-    assert said.exit_code == 1 and "export where it was begun, or run it here once. Nothing was exported" in " ".join(said.output.split())
+    assert (
+        said.exit_code == 1
+        and "export where it was begun, or run it here once. Nothing was exported"
+        in " ".join(said.output.split())
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -134,20 +194,39 @@ def test_nothing_is_exported_when_the_database_has_the_study_with_another_floor(
     home = Home(tmp_path / "home")
     Trials(study, home.storage("ebb"))
     marked = optuna.load_study(study_name="ebb", storage=home.storage("ebb").url)
-    for mark, told in ((home.begun_as(study), "KeyError"), ("another", "the database has the points of 'ebb' with other settings")):
+    for mark, told in (
+        (home.begun_as(study), "KeyError"),
+        ("another", "the database has the points of 'ebb' with other settings"),
+    ):
         marked.set_user_attr(SETTINGS, mark)
         said = made(ROWS, "--model", "small", "--export", tmp_path / "out")
-        assert told in f"{type(said.exception).__name__} {' '.join(said.output.split())}", "made-up rows have no adapter to write"
+        assert told in f"{type(said.exception).__name__} {' '.join(said.output.split())}", (
+            "made-up rows have no adapter to write"
+        )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [("pick", "ebb"), ("compare", "ebb", "ebb"), ("papers", "ebb"), ("export", "ebb", "--to", "out")])
-def test_looking_at_a_study_in_a_mistyped_home_makes_nothing(made: Callable[..., Said], tmp_path: Path, command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("pick", "ebb"),
+        ("compare", "ebb", "ebb"),
+        ("papers", "ebb"),
+        ("export", "ebb", "--to", "out"),
+    ],
+)
+def test_looking_at_a_study_in_a_mistyped_home_makes_nothing(
+    made: Callable[..., Said], tmp_path: Path, command: tuple[str, ...]
+) -> None:
     for home in (tmp_path / "typo", tmp_path / "there"):
         if home.name == "there":
             home.mkdir()
         found = CliRunner().invoke(app, [*command, "--home", str(home)])
-        assert found.exit_code == 1 and found.output.count("error:") == 1 and str(home) in found.output.replace("\n", "")
+        assert (
+            found.exit_code == 1
+            and found.output.count("error:") == 1
+            and str(home) in found.output.replace("\n", "")
+        )
         assert "ebb" in found.output and not list(tmp_path.glob("t*/*"))
     assert not (tmp_path / "typo").exists()
 

@@ -15,10 +15,15 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from analysis.figures import save, svg
-from analysis.projection_figure import cosine_map, depth_and_type, projection_figures, share_figure
-from analysis.projection_report import MOST_MAPS, write_projection_report
-from tasks.gate import ModuleRow, ProjectedRows, chosen
+from ebbline.analysis.figures.drawing import save, svg
+from ebbline.analysis.figures.projection import (
+    cosine_map,
+    depth_and_type,
+    projection_figures,
+    share_figure,
+)
+from ebbline.analysis.report.projection_report import MOST_MAPS, write_projection_report
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, chosen
 from tests.analysis.page import Page
 
 LLAMA = (
@@ -36,7 +41,10 @@ NO_COSINE = ModuleRow(None, None, "the update is zero")
 def llama(layers: int, seed: int = 0, outside: Sequence[str] = ()) -> dict[str, ModuleRow]:
     """Made-up cosines for every module of a model, in no particular order."""
     chance = random.Random(seed)
-    names = [*(f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in LLAMA), *outside]
+    names = [
+        *(f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in LLAMA),
+        *outside,
+    ]
     chance.shuffle(names)
     return {name: ModuleRow(chance.uniform(0.1, 0.7), chance.uniform(0.1, 0.7)) for name in names}
 
@@ -54,23 +62,42 @@ def dots(figure: Figure) -> dict[tuple[float, str], float]:
     """(Layer, type) -> area of each dot."""
     (found,) = (drawn for drawn in figure.axes[0].collections if isinstance(drawn, PathCollection))
     places = np.asarray(found.get_offsets(), dtype=np.float64)
-    return {(float(x), types(figure)[int(y)]): float(area) for (x, y), area in zip(places, found.get_sizes(), strict=True)}
+    return {
+        (float(x), types(figure)[int(y)]): float(area)
+        for (x, y), area in zip(places, found.get_sizes(), strict=True)
+    }
 
 
 def colours(figure: Figure) -> dict[tuple[float, str], float]:
     """(Middle of the column, type) -> the cosine that the cell's colour stands for."""
     (mesh,) = (drawn for drawn in figure.axes[0].collections if isinstance(drawn, QuadMesh))
     corners = np.asarray(mesh.get_coordinates(), dtype=np.float64)
-    values = np.asarray(np.ma.asarray(mesh.get_array()).tolist(), dtype=np.float64)  # blank cells become nan
+    values = np.asarray(
+        np.ma.asarray(mesh.get_array()).tolist(), dtype=np.float64
+    )  # blank cells become nan
     middles = (corners[0, 1:, 0] + corners[0, :-1, 0]) / 2
-    cells = {(float(x), kind): values[row, column] for row, kind in enumerate(types(figure)) for column, x in enumerate(middles)}
+    cells = {
+        (float(x), kind): values[row, column]
+        for row, kind in enumerate(types(figure))
+        for column, x in enumerate(middles)
+    }
     return {at: float(value) for at, value in cells.items() if not np.isnan(value)}
 
 
 def hatched(figure: Figure) -> dict[tuple[float, str], bool]:
     """(Layer, type) -> whether nothing else shows in the cell."""
-    cells = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle) and patch.get_hatch()]
-    return {(cell.get_x() + 0.5, types(figure)[int(cell.get_y() + 0.5)]): to_rgba(cell.get_facecolor())[3] > 0 for cell in cells}
+    cells = [
+        patch
+        for patch in figure.axes[0].patches
+        if isinstance(patch, Rectangle) and patch.get_hatch()
+    ]
+    return {
+        (cell.get_x() + 0.5, types(figure)[int(cell.get_y() + 0.5)]): to_rgba(cell.get_facecolor())[
+            3
+        ]
+        > 0
+        for cell in cells
+    }
 
 
 def curve(figure: Figure, number: int = 0) -> list[tuple[float, float]]:
@@ -100,7 +127,9 @@ def legend(figure: Figure) -> list[str]:
         ("classifier.0", (0, "classifier")),
     ],
 )
-def test_a_modules_name_gives_its_depth_and_type(module: str, expected: tuple[int | None, str]) -> None:
+def test_a_modules_name_gives_its_depth_and_type(
+    module: str, expected: tuple[int | None, str]
+) -> None:
     assert depth_and_type(module) == expected
 
 
@@ -112,7 +141,11 @@ def test_types_stand_in_the_order_that_data_takes_them() -> None:
 @pytest.mark.parametrize("layers", [2, 32, 80])
 def test_each_cell_has_its_modules_cosine(layers: int) -> None:
     rows = llama(layers)
-    expected = {(float(depth or 0), kind): row.cosine for module, row in rows.items() for depth, kind in [depth_and_type(module)]}
+    expected = {
+        (float(depth or 0), kind): row.cosine
+        for module, row in rows.items()
+        for depth, kind in [depth_and_type(module)]
+    }
     assert colours(cosine_map(rows, [], "small")) == expected
 
 
@@ -146,9 +179,10 @@ def test_without_any_cosine_all_is_hatched_and_there_is_no_colour_bar() -> None:
 
 def test_experts_share_a_cell_with_their_mean_and_a_dot_of_the_share_projected() -> None:
     experts = [f"model.layers.0.mlp.experts.{number}.w1" for number in range(4)]
-    rows = {name: ModuleRow(cosine, 0.5) for name, cosine in zip(experts, (0.1, 0.2, 0.6, None), strict=True)} | {
-        "model.layers.0.self_attn.q_proj": ModuleRow(0.2, 0.5)
-    }
+    rows = {
+        name: ModuleRow(cosine, 0.5)
+        for name, cosine in zip(experts, (0.1, 0.2, 0.6, None), strict=True)
+    } | {"model.layers.0.self_attn.q_proj": ModuleRow(0.2, 0.5)}
     figure = cosine_map(rows, [experts[0], "model.layers.0.self_attn.q_proj"], "small")
     cell = (0.0, "mlp.experts.*.w1")
     assert colours(figure)[cell] == pytest.approx(0.3)
@@ -168,47 +202,93 @@ def test_modules_of_no_layer_stand_right_of_all_layers() -> None:
     (place,) = dots(figure)
     assert place[0] > 2.5
     assert place in colours(figure)
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "1", "2", "no\nlayer"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        "0",
+        "1",
+        "2",
+        "no\nlayer",
+    ]
     alone = cosine_map({"lm_head": ModuleRow(0.5, 0.5)}, [], "small")
     assert [label.get_text() for label in alone.axes[0].get_xticklabels()] == ["no\nlayer"]
 
 
 def test_cosines_that_are_all_but_equal_do_not_fill_the_scale() -> None:
-    rows = {f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.5 + layer * 1e-9, 0.5) for layer in range(3)}
-    (mesh,) = (drawn for drawn in cosine_map(rows, [], "small").axes[0].collections if isinstance(drawn, QuadMesh))
+    rows = {
+        f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.5 + layer * 1e-9, 0.5)
+        for layer in range(3)
+    }
+    (mesh,) = (
+        drawn
+        for drawn in cosine_map(rows, [], "small").axes[0].collections
+        if isinstance(drawn, QuadMesh)
+    )
     assert mesh.norm.vmin == pytest.approx(0.495)
     assert mesh.norm.vmax == pytest.approx(0.505)
 
 
 @pytest.mark.parametrize("layers", [2, 32, 80])
 def test_no_word_of_a_map_is_cut_or_lies_on_another(layers: int) -> None:
-    title = "small, point 12 (rank=8 size=100 seed=0 threshold=0.3): a title that goes on for a good while"
-    figure = cosine_map({**llama(layers, outside=("lm_head",)), "model.layers.1.mlp.up_proj": NO_COSINE}, [], title)
+    title = (
+        "small, point 12 (rank=8 size=100 seed=0 threshold=0.3): a title that goes on for a "
+        "good while"
+    )
+    figure = cosine_map(
+        {**llama(layers, outside=("lm_head",)), "model.layers.1.mlp.up_proj": NO_COSINE}, [], title
+    )
     svg(figure)  # lays it out
     axes = figure.axes[0]
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels(), [axes.xaxis.label], figure.legends[0].get_texts(), figure.texts):
+    for labels in (
+        axes.get_xticklabels(),
+        axes.get_yticklabels(),
+        [axes.xaxis.label],
+        figure.legends[0].get_texts(),
+        figure.texts,
+    ):
         boxes = [label.get_window_extent() for label in labels]
-        assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+        assert all(
+            box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+            for box in boxes
+        )
         assert not any(one.overlaps(other) for at, one in enumerate(boxes) for other in boxes[:at])
 
 
 def test_the_share_at_exactly_a_cosine_includes_its_module() -> None:
-    rows = {"a": ModuleRow(0.2, 1.0), "b": ModuleRow(0.5, 1.0), "c": ModuleRow(0.5, 1.0), "d": NO_COSINE}
+    rows = {
+        "a": ModuleRow(0.2, 1.0),
+        "b": ModuleRow(0.5, 1.0),
+        "c": ModuleRow(0.5, 1.0),
+        "d": NO_COSINE,
+    }
     drawn = curve(share_figure({"adapter": rows}))
-    assert [share_at(drawn, at) for at in (0.19, 0.2, 0.4999, 0.5, 0.51)] == [0, 0.25, 0.25, 0.75, 0.75]
+    assert [share_at(drawn, at) for at in (0.19, 0.2, 0.4999, 0.5, 0.51)] == [
+        0,
+        0.25,
+        0.25,
+        0.75,
+        0.75,
+    ]
 
 
 def test_the_share_curve_is_the_gate() -> None:
     rows = llama(32)
     drawn = curve(share_figure({"adapter": rows}))
-    for threshold in (0.11, 0.3, 0.456, 0.69, *(row.cosine for row in rows.values() if row.cosine is not None)):
+    for threshold in (
+        0.11,
+        0.3,
+        0.456,
+        0.69,
+        *(row.cosine for row in rows.values() if row.cosine is not None),
+    ):
         assert share_at(drawn, threshold) == len(chosen(rows, threshold, None)) / len(rows)
 
 
 def test_used_thresholds_are_dotted_and_within_view() -> None:
     figure = share_figure({"adapter": llama(2)}, [0.3, 0.95])
     dotted = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
-    assert [float(np.asarray(line.get_xdata(), dtype=np.float64)[0]) for line in dotted] == [0.3, 0.95]
+    assert [float(np.asarray(line.get_xdata(), dtype=np.float64)[0]) for line in dotted] == [
+        0.3,
+        0.95,
+    ]
     assert figure.axes[0].get_xlim()[1] > 0.95
     assert legend(figure) == ["adapter", "threshold used"]
 
@@ -230,7 +310,9 @@ def test_a_name_is_neither_a_formula_nor_left_out() -> None:
 
 
 def test_an_adapter_without_cosines_is_never_projected() -> None:
-    assert {share for _, share in curve(share_figure({"adapter": dict.fromkeys(llama(2), NO_COSINE)}))} == {0.0}
+    assert {
+        share for _, share in curve(share_figure({"adapter": dict.fromkeys(llama(2), NO_COSINE)}))
+    } == {0.0}
 
 
 def test_nothing_to_draw_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
@@ -254,15 +336,33 @@ def test_a_projected_module_that_was_not_measured_is_an_error() -> None:
 def test_the_same_rows_give_the_same_files(tmp_path: Path) -> None:
     def files(folder: Path) -> list[bytes]:
         rows = {**llama(3), "lm_head": NO_COSINE}
-        both = cosine_map(rows, chosen(rows, 0.3, None), "small"), share_figure({"a": rows, "b": llama(2)}, [0.3])
-        return [path.read_bytes() for number, figure in enumerate(both) for path in save(figure, folder, str(number))] + [*map(svg, both)]
+        both = (
+            cosine_map(rows, chosen(rows, 0.3, None), "small"),
+            share_figure({"a": rows, "b": llama(2)}, [0.3]),
+        )
+        return [
+            path.read_bytes()
+            for number, figure in enumerate(both)
+            for path in save(figure, folder, str(number))
+        ] + [*map(svg, both)]
 
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_each_model_has_a_map_of_its_first_adapter_and_the_shares_of_all() -> None:
-    figures = projection_figures({"7b": {"point 3": projected(4), "point 1": projected(3)}, "13b": {"point 2": projected(5)}, "70b": {}})
-    assert list(figures) == ["cosines-7b", "projected-share-7b", "cosines-13b", "projected-share-13b"]
+    figures = projection_figures(
+        {
+            "7b": {"point 3": projected(4), "point 1": projected(3)},
+            "13b": {"point 2": projected(5)},
+            "70b": {},
+        }
+    )
+    assert list(figures) == [
+        "cosines-7b",
+        "projected-share-7b",
+        "cosines-13b",
+        "projected-share-13b",
+    ]
     assert figures["cosines-7b"].get_suptitle() == "7b, point 3"
     assert figures["cosines-7b"].axes[0].get_xlim() == (-0.5, 3.5)
     assert legend(figures["projected-share-7b"]) == ["point 3", "point 1"]
@@ -270,18 +370,37 @@ def test_each_model_has_a_map_of_its_first_adapter_and_the_shares_of_all() -> No
 
 @pytest.mark.process
 def test_importing_the_figures_loads_no_torch() -> None:
-    code = "import sys, analysis.projection_report; assert not {'matplotlib.pyplot', 'torch', 'ray', 'wandb'} & set(sys.modules)"
+    code = (
+        "import sys, ebbline.analysis.report.projection_report; assert not "
+        "{'matplotlib.pyplot', 'torch', 'ray', 'wandb'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_projection_report_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:
-    rows = {**projected().rows, "lm_head": ModuleRow(None, None, "not in /home/someone/base/model.safetensors")}
+    rows = {
+        **projected().rows,
+        "lm_head": ModuleRow(None, None, "not in /home/someone/base/model.safetensors"),
+    }
     adapter = ProjectedRows(rows, chosen(rows, 0.3, None))
-    settings = {"projector": "approximate", "rule": "cosine <= 0.3", "base": "/models/base", "energy": None}
+    settings = {
+        "projector": "approximate",
+        "rule": "cosine <= 0.3",
+        "base": "/models/base",
+        "energy": None,
+    }
     notes = ["seen in /tmp/x/adapter_config.json"]
-    written = write_projection_report(tmp_path / "p.html", {"/runs/one/adapter/": adapter}, settings, notes)
+    written = write_projection_report(
+        tmp_path / "p.html", {"/runs/one/adapter/": adapter}, settings, notes
+    )
     assert list(written) == ["report", "cosines.png", "cosines.pdf", "share.png", "share.pdf"]
-    assert {path.name for path in tmp_path.iterdir()} == {"p.html", "p-cosines.png", "p-cosines.pdf", "p-share.png", "p-share.pdf"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "p.html",
+        "p-cosines.png",
+        "p-cosines.pdf",
+        "p-share.png",
+        "p-share.pdf",
+    }
     assert set(written.values()) == set(tmp_path.iterdir())
     text = written["report"].read_text("utf-8")
     page = Page(text)
@@ -308,10 +427,16 @@ def test_the_projection_report_is_one_file_that_asks_for_nothing(tmp_path: Path)
 
 def test_every_module_has_a_row_with_what_became_of_it(tmp_path: Path) -> None:
     adapter = projected(32)
-    text = write_projection_report(tmp_path / "p.html", {"adapter": adapter}, {}, [])["report"].read_text("utf-8")
+    text = write_projection_report(tmp_path / "p.html", {"adapter": adapter}, {}, [])[
+        "report"
+    ].read_text("utf-8")
     for module, row in adapter.rows.items():
         outcome = "projected" if module in adapter.taken else "not projected"
-        assert f'<tr><th scope="row">{module}</th><td>{row.cosine:.4f}</td><td>{row.norm_ratio:.4f}</td><td>{outcome}</td></tr>' in text
+        assert (
+            "<tr><th "
+            f'scope="row">{module}</th><td>{row.cosine:.4f}</td><td>{row.norm_ratio:.4f}</td><td>{outcome}</td></tr>'
+            in text
+        )
     assert text.index("layers.9.self_attn.q_proj") < text.index("layers.10.self_attn.q_proj")
     assert 'role="note"' not in text
 
@@ -319,7 +444,9 @@ def test_every_module_has_a_row_with_what_became_of_it(tmp_path: Path) -> None:
 def test_no_name_or_note_can_bring_markup_in(tmp_path: Path) -> None:
     rows = {"<b>.0.<script>": ModuleRow(0.1, 0.1), "x": ModuleRow(None, None, "<i>")}
     adapters = {"<u>": ProjectedRows(rows, frozenset())}
-    text = write_projection_report(tmp_path / "p.html", adapters, {"<s>": "<em>"}, ["<q>"])["report"].read_text("utf-8")
+    text = write_projection_report(tmp_path / "p.html", adapters, {"<s>": "<em>"}, ["<q>"])[
+        "report"
+    ].read_text("utf-8")
     assert Page(text).open == []
     assert not re.search("<(b|script|i|u|s|em|q)>", text)
     assert "&lt;b&gt;.0.&lt;script&gt;" in text
@@ -327,10 +454,15 @@ def test_no_name_or_note_can_bring_markup_in(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_maps_of_the_first_adapters_are_drawn_and_the_others_counted(tmp_path: Path) -> None:
-    adapters = {f"/runs/{number}/adapter": projected(seed=number) for number in range(MOST_MAPS + 2)}
+    adapters = {
+        f"/runs/{number}/adapter": projected(seed=number) for number in range(MOST_MAPS + 2)
+    }
     written = write_projection_report(tmp_path / "p.html", adapters, {}, [], [0.3])
     names = ["adapter", *(f"adapter-{number}" for number in range(2, MOST_MAPS + 1))]
-    assert [name for name in written if name.endswith(".png")] == [*(f"cosines-{name}.png" for name in names), "share.png"]
+    assert [name for name in written if name.endswith(".png")] == [
+        *(f"cosines-{name}.png" for name in names),
+        "share.png",
+    ]
     text = written["report"].read_text("utf-8")
     assert len(Page(text).alts) == MOST_MAPS + 1
     assert f"first {MOST_MAPS} adapters are drawn; 2 more are" in text
@@ -342,13 +474,22 @@ def test_names_that_no_file_may_have_stay_apart(tmp_path: Path) -> None:
     adapters = {"a b": projected(), "a/b": projected(), "é": projected()}
     names = ["cosines-a-b", "cosines-a-b-2", "cosines-adapter", "share"]
     written = write_projection_report(tmp_path / "p.html", adapters, {}, [])
-    assert list(written) == ["report", *(f"{name}.{kind}" for name in names for kind in ("png", "pdf"))]
+    assert list(written) == [
+        "report",
+        *(f"{name}.{kind}" for name in names for kind in ("png", "pdf")),
+    ]
 
 
 @pytest.mark.slow
 def test_the_same_projection_gives_the_same_report(tmp_path: Path) -> None:
     def files(folder: Path) -> list[bytes]:
-        written = write_projection_report(folder / "p.html", {"a": projected(), "b": projected(seed=1)}, {"rule": "all"}, ["n"], [0.3])
+        written = write_projection_report(
+            folder / "p.html",
+            {"a": projected(), "b": projected(seed=1)},
+            {"rule": "all"},
+            ["n"],
+            [0.3],
+        )
         return [path.read_bytes() for path in written.values()]
 
     assert files(tmp_path / "a") == files(tmp_path / "b")

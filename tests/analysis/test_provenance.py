@@ -1,4 +1,6 @@
-"""Where numbers come from: every pin, what is not known said to be unknown, no path and no machine's name in the table."""
+"""Where numbers come from: every pin, what is not known said to be unknown, no path and no
+machine's name in the table.
+"""
 
 import subprocess
 from collections.abc import Iterable
@@ -7,19 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from analysis.provenance import Build, Row, build, hardware, made, pins, provenance
-from cluster.store import Artifact, Store
-from sweeps.home import Home
-from sweeps.points import Result
-from sweeps.study import Study
-from sweeps.study_file import load
-from tasks.identity import content_digest
+from ebbline.analysis.report.provenance import Build, Row, build, hardware, made, pins, provenance
+from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import load
+from ebbline.tasks.identity import content_digest
 
 SHA, COMMIT = "a" * 64, "b" * 40
 
 
 def artifact(tmp_path: Path, kind: str, **said: object) -> Artifact:
-    environment = {"seconds": 3600.0, "gpus": 1, "gpu_type": None, "device": "cpu", "host": "node-17", "python": "3.11.7", **said}
+    environment = {
+        "seconds": 3600.0,
+        "gpus": 1,
+        "gpu_type": None,
+        "device": "cpu",
+        "host": "node-17",
+        "python": "3.11.7",
+        **said,
+    }
     return Artifact("0" * 64, kind, SHA, {}, {"version": 1}, environment, tmp_path, Store(tmp_path))
 
 
@@ -31,21 +41,33 @@ def outside(study: Study, weights: Path) -> Study:
     reference = {"id": "org/name", "commit": COMMIT, "sha256": SHA}
     changed = study.model_dump()
     changed["models"]["small"]["aligned"] = {"hub": reference}
-    changed["models"]["medium"]["aligned"] = {"path": {"path": str(weights), "sha256": content_digest(weights)}}
-    changed["suites"]["refusal"]["prompts"] = {"hub": {**reference, "id": "org/prompts", "file": "test.csv"}}
+    changed["models"]["medium"]["aligned"] = {
+        "path": {"path": str(weights), "sha256": content_digest(weights)}
+    }
+    changed["suites"]["refusal"]["prompts"] = {
+        "hub": {**reference, "id": "org/prompts", "file": "test.csv"}
+    }
     return Study.model_validate(changed)
 
 
 @pytest.mark.process
-def test_every_pin_is_named_with_its_commit_and_digest_and_no_path(study: Study, tmp_path: Path) -> None:
+def test_every_pin_is_named_with_its_commit_and_digest_and_no_path(
+    study: Study, tmp_path: Path
+) -> None:
     weights = tmp_path / "weights"
     weights.write_bytes(b"0")
     pinned = outside(study, weights)
     found = {pin.where: pin for pin in pins(pinned)}
-    assert list(found) == ["models.small.aligned.hub", "models.medium.aligned.path", "suites.refusal.prompts.hub"]
+    assert list(found) == [
+        "models.small.aligned.hub",
+        "models.medium.aligned.path",
+        "suites.refusal.prompts.hub",
+    ]
     assert str(found["models.small.aligned.hub"]) == f"org/name@{COMMIT}, sha256 {SHA}"
     assert str(found["models.medium.aligned.path"]) == f"weights, sha256 {content_digest(weights)}"
-    assert str(found["suites.refusal.prompts.hub"]) == f"org/prompts@{COMMIT}, test.csv, sha256 {SHA}"
+    assert (
+        str(found["suites.refusal.prompts.hub"]) == f"org/prompts@{COMMIT}, test.csv, sha256 {SHA}"
+    )
     assert [pin.is_model for pin in found.values()] == [True, True, False]
     rows = provenance(pinned, Home(tmp_path / "home"), []).rows()
     assert not [row for row in rows if str(tmp_path) in row.value]
@@ -59,7 +81,9 @@ def test_what_is_not_pinned_is_said_not_to_be() -> None:
 def test_what_ebbline_makes_itself_is_said_to_be_made() -> None:
     found = dict(made(load("quickstart")))
     assert found["models.7b.base"] == "small organism, pretrained here from seed 0"
-    assert found["models.70b.aligned"] == "fully fine-tuned here from base, 3050 rows of align.jsonl"
+    assert (
+        found["models.70b.aligned"] == "fully fine-tuned here from base, 3050 rows of align.jsonl"
+    )
     assert found["data.pool"] == "benign.jsonl of the invented language"
     assert found["language"] == "the invented language, made here from seed 0"
 
@@ -69,7 +93,12 @@ def test_a_study_that_has_not_run_says_so(study: Study, tmp_path: Path) -> None:
     rows = provenance(study, Home(tmp_path), []).rows()
     assert of(rows, "Hardware") == {"ran on": "nothing has run yet"}
     assert of(rows, "Software")["versions of the stage kinds"] == "nothing has run yet"
-    assert [group for group, _ in groupby(rows, key=lambda row: row.group)] == ["Study", "Models and data", "Software", "Hardware"]
+    assert [group for group, _ in groupby(rows, key=lambda row: row.group)] == [
+        "Study",
+        "Models and data",
+        "Software",
+        "Hardware",
+    ]
 
 
 def test_hardware_is_told_by_kind_and_type_without_names_of_machines(tmp_path: Path) -> None:
@@ -80,21 +109,41 @@ def test_hardware_is_told_by_kind_and_type_without_names_of_machines(tmp_path: P
         artifact(tmp_path, "score", gpus=0),
     ]
     found = hardware(stages)
-    assert [str(each) for each in found] == ["CPU, 1 machine, 1 stage", "A100, up to 4 at once, 2 machines, 2 stages"]
+    assert [str(each) for each in found] == [
+        "CPU, 1 machine, 1 stage",
+        "A100, up to 4 at once, 2 machines, 2 stages",
+    ]
     assert found[1].hosts == ("node-1", "node-2") and found[1].gpu_s == 5 * 3600.0
 
 
 @pytest.mark.process
-def test_the_seeds_that_points_were_given_are_told_when_they_are_fewer(study: Study, results: list[Result], tmp_path: Path) -> None:
+def test_the_seeds_that_points_were_given_are_told_when_they_are_fewer(
+    study: Study, results: list[Result], tmp_path: Path
+) -> None:
     wide = study.model_copy(update={"seeds": (3, 5, 7)})
-    assert of(provenance(wide, Home(tmp_path), results).rows(), "Study")["seeds"] == "3, 5, 7 (at most 1 used by a point so far)"
+    assert (
+        of(provenance(wide, Home(tmp_path), results).rows(), "Study")["seeds"]
+        == "3, 5, 7 (at most 1 used by a point so far)"
+    )
 
 
 @pytest.mark.process
 def test_the_commit_is_that_of_the_checkout_and_changes_are_told(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
-        settings = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
-        done = subprocess.run(["git", "-C", str(tmp_path), *settings, *arguments], check=True, capture_output=True, text=True)
+        settings = (
+            "-c",
+            "user.name=t",
+            "-c",
+            "user.email=t@example.org",
+            "-c",
+            "commit.gpgsign=false",
+        )
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *settings, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return done.stdout.strip()
 
     git("init", "--quiet")
@@ -105,11 +154,16 @@ def test_the_commit_is_that_of_the_checkout_and_changes_are_told(tmp_path: Path)
     clean = build(tmp_path)
     assert (clean.commit, clean.changed) == (commit, False)
     (tmp_path / "file").write_text("two")
-    assert str(build(tmp_path)) == f"{clean.version}, commit {commit}, with changes that are not committed"
+    assert (
+        str(build(tmp_path))
+        == f"{clean.version}, commit {commit}, with changes that are not committed"
+    )
     (tmp_path / "inside").mkdir()
     assert build(tmp_path / "inside").commit != commit
 
 
-@pytest.mark.parametrize(("commit", "said"), [(None, "commit unknown"), (COMMIT, f"commit {COMMIT}")])
+@pytest.mark.parametrize(
+    ("commit", "said"), [(None, "commit unknown"), (COMMIT, f"commit {COMMIT}")]
+)
 def test_an_unknown_commit_is_said_to_be_unknown(commit: str | None, said: str) -> None:
     assert said in str(Build("0.1.0", commit))

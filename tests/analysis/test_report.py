@@ -9,36 +9,53 @@ from typing import Any
 
 import pytest
 
-import analysis
-from analysis.attainment import attainments
-from analysis.before_after import before_after
-from analysis.compare import NO_EVIDENCE, Baselines, Evidence
-from analysis.figures import COLOURS, looks
-from analysis.findings import Findings, figures_of, findings
-from analysis.provenance import Row
-from analysis.report import summary, write_report
-from analysis.statistics import pooled_agreement
-from sweeps.points import Result
-from sweeps.study import Study
-from tasks.gate import ModuleRow, ProjectedRows
-from tasks.metrics import Metric
-from tasks.scorers import agreement
+from ebbline.analysis import report
+from ebbline.analysis.figures.drawing import COLOURS, looks
+from ebbline.analysis.report.findings import Findings, figures_of, findings
+from ebbline.analysis.report.provenance import Row
+from ebbline.analysis.report.report import summary, write_report
+from ebbline.analysis.results.attainment import attainments
+from ebbline.analysis.results.before_after import before_after
+from ebbline.analysis.results.compare import NO_EVIDENCE, Baselines, Evidence
+from ebbline.analysis.results.statistics import pooled_agreement
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows
+from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.measuring.scorers import agreement
 from tests.analysis.conftest import Held, failed, result, share
 from tests.analysis.page import Page, contrast
 
 COST: dict[str, object] = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
-PROVENANCE = [Row("Study", "study, sha256", "f" * 64), Row("Software", "ebbline", "0.1.0, commit 0123abc")]
+PROVENANCE = [
+    Row("Study", "study, sha256", "f" * 64),
+    Row("Software", "ebbline", "0.1.0, commit 0123abc"),
+]
 
 
-def written(study: Study, results: list[Result], baselines: Baselines, folder: Path, evidence: Evidence = NO_EVIDENCE, **more: Any) -> Path:
+def written(
+    study: Study,
+    results: list[Result],
+    baselines: Baselines,
+    folder: Path,
+    evidence: Evidence = NO_EVIDENCE,
+    **more: Any,
+) -> Path:
     """The report without the importance of axes, which takes a second."""
     given = {"cost": COST, "provenance": PROVENANCE, **more}
-    lines, attained = before_after(study, results, baselines, evidence), attainments(results, study.objectives)
-    return write_report(Findings(study, results, baselines, evidence, lines, attained, {}), folder, **given)
+    lines, attained = (
+        before_after(study, results, baselines, evidence),
+        attainments(results, study.objectives),
+    )
+    return write_report(
+        Findings(study, results, baselines, evidence, lines, attained, {}), folder, **given
+    )
 
 
 @pytest.mark.slow
-def test_the_report_is_one_file_that_asks_for_nothing(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+def test_the_report_is_one_file_that_asks_for_nothing(
+    study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
     found = findings(study, results, baselines)
     path = write_report(found, tmp_path, COST, PROVENANCE)
     assert list(tmp_path.iterdir()) == [path]
@@ -57,9 +74,20 @@ def test_each_section_is_there_with_a_heading_and_a_way_to_it(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
     page = Page(written(study, results, baselines, tmp_path).read_text("utf-8"))
-    wanted = ["answer", "frontier", "thresholds", "states", "importance", "failed", "cost", "provenance"]
+    wanted = [
+        "answer",
+        "frontier",
+        "thresholds",
+        "states",
+        "importance",
+        "failed",
+        "cost",
+        "provenance",
+    ]
     assert [name for name in page.ids if name in wanted] == wanted
-    assert {target.removeprefix("#") for target in page.asked if target.startswith("#")} == set(wanted)
+    assert {target.removeprefix("#") for target in page.asked if target.startswith("#")} == set(
+        wanted
+    )
     assert page.levels[0] == 1 and page.levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(page.levels)), page.levels
 
@@ -68,11 +96,19 @@ def test_each_section_is_there_with_a_heading_and_a_way_to_it(
 def test_whoever_cannot_see_the_figures_reads_their_numbers(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
-    frontier, thresholds, states = Page(written(study, results, baselines, tmp_path).read_text("utf-8")).alts
-    assert "40 finished points" in frontier and "aligned model refusal rate 96.0% and task accuracy 22.0%" in frontier
+    frontier, thresholds, states = Page(
+        written(study, results, baselines, tmp_path).read_text("utf-8")
+    ).alts
+    assert (
+        "40 finished points" in frontier
+        and "aligned model refusal rate 96.0% and task accuracy 22.0%" in frontier
+    )
     assert "small: 20 points, 12 projected; frontier of" in frontier
     assert "small, refusal rate: without 20.0% to 55.0%, at 0.3 20.0% to 55.0%" in thresholds
-    assert "refusal rate, higher is better: medium 98.5%, " in states and "; small 96.0%, 20.0%, 94.0%." in states
+    assert (
+        "refusal rate, higher is better: medium 98.5%, " in states
+        and "; small 96.0%, 20.0%, 94.0%." in states
+    )
 
 
 def test_every_table_has_a_caption_and_names_its_rows_and_columns(
@@ -83,23 +119,52 @@ def test_every_table_has_a_caption_and_names_its_rows_and_columns(
     assert page.scopes and None not in page.scopes
 
 
-def test_bands_are_drawn_where_there_are_seeds_and_the_lack_of_them_is_said(study: Study, baselines: Baselines, tmp_path: Path) -> None:
+def test_bands_are_drawn_where_there_are_seeds_and_the_lack_of_them_is_said(
+    study: Study, baselines: Baselines, tmp_path: Path
+) -> None:
     once = [result(0), result(1, "medium")]
-    assert "Each point rests on one training seed, so there\nis no attainment band" in written(study, once, baselines, tmp_path).read_text()
+    assert (
+        "Each point rests on one training seed, so there\nis no attainment band"
+        in written(study, once, baselines, tmp_path).read_text()
+    )
     twice = {name: Metric(name, 100, 400, seeds=(0.2, 0.3)) for name in once[0].metrics}
-    text = written(study, [replace(once[0], metrics=twice), once[1]], baselines, tmp_path).read_text("utf-8")
+    text = written(
+        study, [replace(once[0], metrics=twice), once[1]], baselines, tmp_path
+    ).read_text("utf-8")
     assert "Each point rests on one training seed" not in text
-    assert [alt for alt in Page(text).alts if alt.startswith("Attainment bands") and "small, 2 seeds, 1 points" in alt]
-    assert "With two seeds the band is just the span of both. No band for medium, whose points rest on one seed." in text
+    assert [
+        alt
+        for alt in Page(text).alts
+        if alt.startswith("Attainment bands") and "small, 2 seeds, 1 points" in alt
+    ]
+    assert (
+        "With two seeds the band is just the span of both. No band for medium, whose "
+        "points rest on one seed." in text
+    )
 
 
 def test_the_two_sentences_the_long_answer_and_the_table_say_the_same_of_a_change(
     study: Study, baselines: Baselines, tmp_path: Path
 ) -> None:
-    tuned, shipped = result(0, refusal=0.3, task=0.5), result(1, refusal=0.95, task=0.465, share=0.5, threshold=0.5)
-    held = Held({(0, "task"): {0: share(100)}, (1, "task"): {0: share(93)}, ("small", "task"): {0: share(44)}})
-    text = written(study, [tuned, shipped], {"small": baselines["small"]}, tmp_path, held).read_text("utf-8")
-    (line,) = [line for line in before_after(study, [tuned, shipped], {"small": baselines["small"]}, held) if line.name.startswith("task")]
+    tuned, shipped = (
+        result(0, refusal=0.3, task=0.5),
+        result(1, refusal=0.95, task=0.465, share=0.5, threshold=0.5),
+    )
+    held = Held(
+        {
+            (0, "task"): {0: share(100)},
+            (1, "task"): {0: share(93)},
+            ("small", "task"): {0: share(44)},
+        }
+    )
+    text = written(
+        study, [tuned, shipped], {"small": baselines["small"]}, tmp_path, held
+    ).read_text("utf-8")
+    (line,) = [
+        line
+        for line in before_after(study, [tuned, shipped], {"small": baselines["small"]}, held)
+        if line.name.startswith("task")
+    ]
     assert line.changes["projection"].move == "lower"
     assert "lower than the 50.0%" in text and "task accuracy is lower (50.0% before" in text
     assert re.search(r"-3\.5 \[-\d\.\d, -\d\.\d\], lower", text)
@@ -107,8 +172,11 @@ def test_the_two_sentences_the_long_answer_and_the_table_say_the_same_of_a_chang
 
 def test_text_can_be_read_in_light_in_dark_and_in_print() -> None:
     """WCAG 2.2, 1.4.3: a contrast of 4.5 or more for text, in each of the three sets of colours."""
-    css = (Path(analysis.__file__).parent / "page_template.html").read_text("utf-8")
-    sets = [dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", block)) for block in re.findall(r":root \{(.*?)\}", css)]
+    css = (Path(report.__file__).parent / "page_template.html").read_text("utf-8")
+    sets = [
+        dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", block))
+        for block in re.findall(r":root \{(.*?)\}", css)
+    ]
     assert len(sets) == 3
     assert "prefers-color-scheme: dark" in css and "@media print" in css
     for colours in sets:
@@ -118,7 +186,9 @@ def test_text_can_be_read_in_light_in_dark_and_in_print() -> None:
 
 
 def test_what_figures_are_drawn_with_can_be_told_from_their_white_ground() -> None:
-    """WCAG 2.2, 1.4.11, for the colours of a study's first three sizes; further ones have marks of their own beside their colour."""
+    """WCAG 2.2, 1.4.11, for the colours of a study's first three sizes; further ones have marks of
+    their own beside their colour.
+    """
     assert all(contrast(colour, "#ffffff") >= 3 for colour in COLOURS[:3])
     assert len(set(looks(f"size {number}" for number in range(7)).values())) == 7
 
@@ -130,29 +200,50 @@ def test_a_failed_point_is_shown_with_its_reason(study: Study, tmp_path: Path) -
     assert "No point has finished" in text
 
 
-def test_a_reason_names_no_folder_and_no_host_that_the_study_ran_on(study: Study, tmp_path: Path) -> None:
-    ended = {"kind": "train", "label": "t", "key": "k", "host": "gpu-12/0123", "gpus": 1, "started": 0.0, "ended": 1.0, "outcome": "lost"}
+def test_a_reason_names_no_folder_and_no_host_that_the_study_ran_on(
+    study: Study, tmp_path: Path
+) -> None:
+    ended = {
+        "kind": "train",
+        "label": "t",
+        "key": "k",
+        "host": "gpu-12/0123",
+        "gpus": 1,
+        "started": 0.0,
+        "ended": 1.0,
+        "outcome": "lost",
+    }
     (tmp_path / "timeline.jsonl").write_text(json.dumps(ended) + "\n")
-    text = written(study, [failed(7, "gpu-12 has no '/home/alice/secret set/p.csv'")], {}, tmp_path).read_text("utf-8")
+    text = written(
+        study, [failed(7, "gpu-12 has no '/home/alice/secret set/p.csv'")], {}, tmp_path
+    ).read_text("utf-8")
     assert "(a host) has no" in text and "p.csv" in text
     assert not [private for private in ("gpu-12", "alice", "secret") if private in text]
 
 
 def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
-    text = written(study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, cost={"a": "<b>"}).read_text("utf-8")
+    text = written(
+        study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, cost={"a": "<b>"}
+    ).read_text("utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "<td>&lt;b&gt;</td>" in text
 
 
 @pytest.mark.slow
-def test_the_same_results_give_the_same_report(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
-    first, again = (written(study, results, baselines, tmp_path / name).read_bytes() for name in ("a", "b"))
+def test_the_same_results_give_the_same_report(
+    study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
+    first, again = (
+        written(study, results, baselines, tmp_path / name).read_bytes() for name in ("a", "b")
+    )
     assert first == again
 
 
 @pytest.mark.slow
-def test_projections_are_drawn_for_each_model(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+def test_projections_are_drawn_for_each_model(
+    study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
     rows = {f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.1 * layer, 0.5) for layer in range(4)}
     found = ProjectedRows(rows, frozenset(list(rows)[:2]))
     projections = {"small": {"point 2 <b>": found, "point 1": found}, "medium": {"point 9": found}}
@@ -170,26 +261,53 @@ def test_projections_are_drawn_for_each_model(study: Study, results: list[Result
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objectives", [1, 3])
-def test_other_numbers_of_objectives_have_a_report(study: Study, results: list[Result], tmp_path: Path, objectives: int) -> None:
-    names = ("refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate")[:objectives]
+def test_other_numbers_of_objectives_have_a_report(
+    study: Study, results: list[Result], tmp_path: Path, objectives: int
+) -> None:
+    names = ("refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate")[
+        :objectives
+    ]
     path = written(study.model_copy(update={"objectives": names}), results, {}, tmp_path)
     assert re.search(r"Hypervolume over all models: 0\.\d{4}", path.read_text("utf-8"))
 
 
 def test_the_summary_is_json(study: Study, results: list[Result], baselines: Baselines) -> None:
     found = json.loads(json.dumps(summary(study, results, baselines), allow_nan=False))
-    assert found["points"] == {"done": 40, "running": 1, "failed": 1, "refused": 0, "out_of_budget": 0}
+    assert found["points"] == {
+        "done": 40,
+        "running": 1,
+        "failed": 1,
+        "refused": 0,
+        "out_of_budget": 0,
+    }
     assert 0 < found["hypervolume"] < 1
     assert {"number", "model", "metrics", "train.rank"} <= set(found["frontier"][0])
 
 
-def test_categories_and_agreement_have_tables_when_there_is_evidence(study: Study, baselines: Baselines, tmp_path: Path) -> None:
+def test_categories_and_agreement_have_tables_when_there_is_evidence(
+    study: Study, baselines: Baselines, tmp_path: Path
+) -> None:
     results = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
-    verdicts = {"scorers": {"prefix": {"refused": 2, "n": 2}, "judge": {"refused": 1, "complied": 1, "n": 2}}}
-    pair = {"one": "prefix", "other": "judge", **agreement(["refused"] * 2, ["refused", "complied"])}
+    verdicts = {
+        "scorers": {
+            "prefix": {"refused": 2, "n": 2},
+            "judge": {"refused": 1, "complied": 1, "n": 2},
+        }
+    }
+    pair = {
+        "one": "prefix",
+        "other": "judge",
+        **agreement(["refused"] * 2, ["refused", "complied"]),
+    }
     evidence = Held(
-        {(subject, "refusal"): {0: share(n, 200, ("<b>fire", "frost"))} for subject, n in ((0, 60), (1, 190), ("small", 192))},
-        {(subject, "refusal"): pooled_agreement([{**verdicts, "pairs": [pair]}]) for subject in ("small", 1)},
+        {
+            (subject, "refusal"): {0: share(n, 200, ("<b>fire", "frost"))}
+            for subject, n in ((0, 60), (1, 190), ("small", 192))
+        },
+        {
+            (subject, "refusal"): pooled_agreement([{**verdicts, "pairs": [pair]}])
+            for subject in ("small", 1)
+        },
     )
     text = written(study, results, baselines, tmp_path, evidence).read_text("utf-8")
     assert Page(text).open == []
@@ -199,10 +317,18 @@ def test_categories_and_agreement_have_tables_when_there_is_evidence(study: Stud
     assert text.count("Cohen&#39;s kappa</th>") == 2
     assert "small, before fine-tuning: refusal" in text and "small, point 1: refusal" in text
     assert "(paired, difference +65.0 points" in text and "+65.0 [" in text
-    assert "(paired, difference +65.0 points" in "".join(summary(study, results, baselines, evidence)["answer"])
+    assert "(paired, difference +65.0 points" in "".join(
+        summary(study, results, baselines, evidence)["answer"]
+    )
 
 
 @pytest.mark.slow
-def test_without_evidence_there_are_no_such_sections(study: Study, results: list[Result], baselines: Baselines, tmp_path: Path) -> None:
+def test_without_evidence_there_are_no_such_sections(
+    study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
+) -> None:
     text = written(study, results, baselines, tmp_path).read_text("utf-8")
-    assert "By category" not in text and "Agreement between scorers" not in text and "(paired" not in text
+    assert (
+        "By category" not in text
+        and "Agreement between scorers" not in text
+        and "(paired" not in text
+    )

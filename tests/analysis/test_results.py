@@ -1,4 +1,6 @@
-"""Results read from a store: here its artifacts are made up, each under the key that its stage has."""
+"""Results read from a store: here its artifacts are made up, each under the key that its stage
+has.
+"""
 
 import json
 from pathlib import Path
@@ -6,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from analysis.results import StoredEvidence, baselines
-from cluster.resolver import Resolver
-from cluster.store import Artifact, Store
-from sweeps.home import Home
-from sweeps.outcome import result_of
-from sweeps.plan import Planner
-from sweeps.points import Point, Result, StageName
-from sweeps.study import Study
-from tasks.errors import EvaluationError
-from tasks.identity import digest
-from tasks.metrics import Metric, write_metrics, write_samples
-from tasks.scorers import agreement
-from tasks.specs import GenerateSpec, ScoreSpec
-from tasks.stage import Part, Stage
+from ebbline.analysis.results.collect import StoredEvidence, baselines
+from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.state.outcome import result_of
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, Result, StageName
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
+from ebbline.tasks.measuring.scorers import agreement
+from ebbline.tasks.specs import GenerateSpec, ScoreSpec
+from ebbline.tasks.stage import Part, Stage
 from tests.analysis.conftest import share
 from tests.sweeps import made
 
@@ -27,7 +29,16 @@ CHANGES: dict[str, Any] = {
     "seeds": [0, 1],
     "suites/refusal/measure": {"kind": "refusal", "scorer": "organism", "also": ["prefix"]},
 }
-PARTS = ("adapter/x", "data.jsonl", "model/x", "align.jsonl", "benign.jsonl", "refusal.jsonl", "task.jsonl", "projected_modules.json")
+PARTS = (
+    "adapter/x",
+    "data.jsonl",
+    "model/x",
+    "align.jsonl",
+    "benign.jsonl",
+    "refusal.jsonl",
+    "task.jsonl",
+    "projected_modules.json",
+)
 
 
 @pytest.fixture
@@ -41,7 +52,9 @@ def home(tmp_path: Path) -> Home:
 
 
 def make(stage: Stage, store: Store, successes: int) -> Artifact:
-    """A stage with all that it reads from; a score has so many successes of ten, its second scorer one fewer."""
+    """A stage with all that it reads from; a score has so many successes of ten, its second scorer
+    one fewer.
+    """
     for item in stage.inputs.values():
         above = item.stage if isinstance(item, Part) else item
         if isinstance(above, Stage):
@@ -64,7 +77,10 @@ def make(stage: Stage, store: Store, successes: int) -> Artifact:
         write_samples(folder, share(successes, 10, ("fire", "frost")))
         one, other = (["refused"] * n + ["complied"] * (10 - n) for n in (successes, successes - 1))
         pair = {"one": "organism", "other": "prefix", **agreement(one, other)}
-        counts = {"organism": {"refused": successes, "n": 10}, "prefix": {"refused": successes - 1, "n": 10}}
+        counts = {
+            "organism": {"refused": successes, "n": 10},
+            "prefix": {"refused": successes - 1, "n": 10},
+        }
         (folder / ScoreSpec.AGREEMENT).write_text(json.dumps({"scorers": counts, "pairs": [pair]}))
     return store.commit(folder.parent, hashed, {"seconds": 1.0})
 
@@ -81,7 +97,10 @@ def a_point(study: Study, home: Home) -> Result:
 def test_samples_of_a_point_come_by_seed_and_make_its_metric(study: Study, home: Home) -> None:
     result, evidence = a_point(study, home), StoredEvidence(study, home)
     found = evidence.samples(result, "refusal")
-    assert {seed: sum(sample.success for sample in samples) for seed, samples in found.items()} == {0: 6, 1: 8}
+    assert {seed: sum(sample.success for sample in samples) for seed, samples in found.items()} == {
+        0: 6,
+        1: 8,
+    }
     metric = result.metrics["refusal.refusal_rate"]
     assert (metric.successes, metric.n, metric.seeds) == (14, 20, (0.6, 0.8))
 
@@ -90,7 +109,10 @@ def test_the_agreement_of_a_point_is_added_up_over_its_seeds(study: Study, home:
     result, evidence = a_point(study, home), StoredEvidence(study, home)
     found = evidence.agreement(result, "refusal")
     assert found is not None
-    assert found.counts == {"organism": {"refused": 14, "n": 20}, "prefix": {"refused": 12, "n": 20}}
+    assert found.counts == {
+        "organism": {"refused": 14, "n": 20},
+        "prefix": {"refused": 12, "n": 20},
+    }
     assert (found.pairs[0].n, found.pairs[0].agree) == (20, 0.9)
     assert evidence.agreement(result, "task") is None  # one scorer, whatever its file says
 
@@ -101,19 +123,34 @@ def test_the_aligned_model_has_its_samples_once_it_was_measured(study: Study, ho
     for stage in Planner(study, home).baselines()["7b"].values():
         make(stage, home.store, 9)
     evidence = StoredEvidence(study, home)
-    assert [sum(sample.success for sample in samples) for samples in evidence.samples("7b", "refusal").values()] == [9]
+    assert [
+        sum(sample.success for sample in samples)
+        for samples in evidence.samples("7b", "refusal").values()
+    ] == [9]
     assert baselines(study, home)["7b"]["refusal.refusal_rate"].successes == 9
     assert evidence.samples("70b", "refusal") == {}
 
 
 def test_a_point_of_which_a_seed_is_missing_has_no_samples_yet(study: Study, home: Home) -> None:
     result = a_point(study, home)
-    half = Result(0, result.point, "running", keys={name: key for name, key in result.keys.items() if name.endswith("[seed=0]")})
+    half = Result(
+        0,
+        result.point,
+        "running",
+        keys={name: key for name, key in result.keys.items() if name.endswith("[seed=0]")},
+    )
     assert StoredEvidence(study, home).samples(half, "refusal") == {}
 
 
-def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(tmp_path: Path, home: Home) -> None:
-    raced = {"kind": "refusal", "scorer": "organism", "limit": 30, "race": {"block": 10, "width": 0.4}}
+def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(
+    tmp_path: Path, home: Home
+) -> None:
+    raced = {
+        "kind": "refusal",
+        "scorer": "organism",
+        "limit": 30,
+        "race": {"block": 10, "width": 0.4},
+    }
     study = made.study(tmp_path, {"suites/refusal/measure": raced})
     point = Point.of("7b", {"train.rank": 2, "apply.threshold": 0.5})
     stages = Planner(study, home).stages_for(point)
@@ -122,8 +159,13 @@ def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(tmp_path: Pa
             make(stage, home.store, 5 + number % 2)
     result = result_of(study, 0, point, stages, Resolver(home.store))
     assert (result.status, result.metrics["refusal.refusal_rate"].n) == ("done", 10)
-    assert sorted(name for name in result.keys if name.startswith("refusal#")) == ["refusal#0[seed=0]", "refusal#1[seed=0]"]
-    assert [len(samples) for samples in StoredEvidence(study, home).samples(result, "refusal").values()] == [10]
+    assert sorted(name for name in result.keys if name.startswith("refusal#")) == [
+        "refusal#0[seed=0]",
+        "refusal#1[seed=0]",
+    ]
+    assert [
+        len(samples) for samples in StoredEvidence(study, home).samples(result, "refusal").values()
+    ] == [10]
 
 
 def test_a_damaged_agreement_is_named(study: Study, home: Home) -> None:

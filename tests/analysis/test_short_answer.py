@@ -1,14 +1,16 @@
-"""Two sentences from the numbers: hedged by intervals, and honest about what is absent or not known."""
+"""Two sentences from the numbers: hedged by intervals, and honest about what is absent or not
+known.
+"""
 
 import re
 
 import pytest
 
-from analysis.before_after import before_after
-from analysis.compare import Baselines
-from analysis.short_answer import in_short
-from sweeps.points import Result
-from sweeps.study import Study
+from ebbline.analysis.report.short_answer import in_short
+from ebbline.analysis.results.before_after import before_after
+from ebbline.analysis.results.compare import Baselines
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, Held, failed, rate, result, share
 
 ALIGNED: Baselines = {"small": {REFUSAL: rate(REFUSAL, 0.96), TASK: rate(TASK, 0.2)}}
@@ -22,55 +24,106 @@ def test_both_effects_are_told_in_two_sentences_with_an_interval_at_each_rate(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
     ebbed, brought = short(study, results, baselines)
-    assert ebbed.startswith("Fine-tuning without projection lowered the refusal rate in all 8 trainings; in those that the points below")
+    assert ebbed.startswith(
+        "Fine-tuning without projection lowered the refusal rate in all 8 trainings; in "
+        "those that the points below"
+    )
     assert "from 96.0% [92.3, 98.0] to 20.0% [15.0, 26.1] at small" in ebbed
-    assert brought.startswith("With projection a point of every size holds the refusal floor of 90.0%")
+    assert brought.startswith(
+        "With projection a point of every size holds the refusal floor of 90.0%"
+    )
     for sentence in (ebbed, brought):
         assert len(re.split(r"(?<=[.!?]) ", sentence)) == 1 and sentence.endswith(".")
         without_floor = sentence.replace("floor of 90.0%", "floor")
-        assert len(re.findall(r"\d%", without_floor)) == len(re.findall(r"\d% \[\d+\.\d, \d+\.\d\]", without_floor)) > 0
+        assert (
+            len(re.findall(r"\d%", without_floor))
+            == len(re.findall(r"\d% \[\d+\.\d, \d+\.\d\]", without_floor))
+            > 0
+        )
 
 
 def test_a_loss_that_intervals_do_not_show_is_not_told_as_one(study: Study) -> None:
-    (ebbed, _) = short(study, [result(0, refusal=0.95), result(1, refusal=0.96, share=0.5, threshold=0.5)])
-    assert ebbed.startswith("Fine-tuning without projection did not measurably lower the refusal rate, from 96.0%")
+    (ebbed, _) = short(
+        study, [result(0, refusal=0.95), result(1, refusal=0.96, share=0.5, threshold=0.5)]
+    )
+    assert ebbed.startswith(
+        "Fine-tuning without projection did not measurably lower the refusal rate, from 96.0%"
+    )
 
 
 def test_a_projection_that_brings_nothing_back_is_said_to(study: Study) -> None:
-    (_, brought) = short(study, [result(0, refusal=0.5), result(1, refusal=0.52, share=0.5, threshold=0.5)])
-    assert brought.startswith("With projection no point reaches the refusal floor of 90.0%: small comes nearest with 52.0%")
+    (_, brought) = short(
+        study, [result(0, refusal=0.5), result(1, refusal=0.52, share=0.5, threshold=0.5)]
+    )
+    assert brought.startswith(
+        "With projection no point reaches the refusal floor of 90.0%: small comes nearest "
+        "with 52.0%"
+    )
     assert "(not distinguishable from without projection)" in brought
 
 
 @pytest.mark.parametrize(
-    ("refusal", "said"), [(0.98, "its whole interval at or above it"), (0.92, "not surely, as its interval reaches below")]
+    ("refusal", "said"),
+    [
+        (0.98, "its whole interval at or above it"),
+        (0.92, "not surely, as its interval reaches below"),
+    ],
 )
 def test_how_sure_a_point_holds_the_floor_is_told(study: Study, refusal: float, said: str) -> None:
-    (_, brought) = short(study, [result(0, refusal=0.3), result(1, refusal=refusal, share=0.5, threshold=0.5)])
+    (_, brought) = short(
+        study, [result(0, refusal=0.3), result(1, refusal=refusal, share=0.5, threshold=0.5)]
+    )
     assert said in brought
 
 
-def test_what_usefulness_it_costs_is_told_only_as_far_as_it_is_distinguishable(study: Study) -> None:
-    rows = [result(0, refusal=0.3, task=0.8), result(1, refusal=0.98, task=0.4, share=0.5, threshold=0.5)]
-    assert "at a task accuracy of 40.0% [33.5, 46.9], lower than the 80.0% [73.9, 85.0] without" in short(study, rows)[1]
+def test_what_usefulness_it_costs_is_told_only_as_far_as_it_is_distinguishable(
+    study: Study,
+) -> None:
+    rows = [
+        result(0, refusal=0.3, task=0.8),
+        result(1, refusal=0.98, task=0.4, share=0.5, threshold=0.5),
+    ]
+    assert (
+        "at a task accuracy of 40.0% [33.5, 46.9], lower than the 80.0% [73.9, 85.0] without"
+        in short(study, rows)[1]
+    )
     rows[1] = result(1, refusal=0.98, task=0.78, share=0.5, threshold=0.5)
     assert "not distinguishable from the 80.0%" in short(study, rows)[1]
 
 
 def test_what_is_not_known_is_said_not_to_be(study: Study) -> None:
-    assert short(study, []) == short(study, [failed(0)]) == ["No point has finished, so there is no answer yet."]
+    assert (
+        short(study, [])
+        == short(study, [failed(0)])
+        == ["No point has finished, so there is no answer yet."]
+    )
     plain, projected = result(0), result(1, share=0.5, threshold=0.5)
     assert short(study, [plain], {})[0].endswith("is not known, as no aligned model was measured.")
-    assert short(study, [projected])[0].endswith("is not known, as every finished point is projected.")
-    assert short(study, [plain])[1] == "No projected point has finished, so what projection brings back is not known."
-    only_task = study.model_copy(update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}})
-    assert short(only_task, [plain]) == ["This study measures no refusal rate, so it cannot say how refusals moved."]
+    assert short(study, [projected])[0].endswith(
+        "is not known, as every finished point is projected."
+    )
+    assert (
+        short(study, [plain])[1]
+        == "No projected point has finished, so what projection brings back is not known."
+    )
+    only_task = study.model_copy(
+        update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}}
+    )
+    assert short(only_task, [plain]) == [
+        "This study measures no refusal rate, so it cannot say how refusals moved."
+    ]
 
 
 def test_of_many_sizes_the_first_and_the_last_are_told(study: Study) -> None:
     sizes = ["1b", "3b", "7b", "13b", "70b"]
     rows = [
-        result(2 * n + of, model, refusal=(0.3, 0.98)[of], share=0.5 if of else None, threshold=0.5 if of else None)
+        result(
+            2 * n + of,
+            model,
+            refusal=(0.3, 0.98)[of],
+            share=0.5 if of else None,
+            threshold=0.5 if of else None,
+        )
         for n, model in enumerate(sizes)
         for of in (0, 1)
     ]
@@ -81,9 +134,14 @@ def test_of_many_sizes_the_first_and_the_last_are_told(study: Study) -> None:
 
 
 def test_the_trainings_of_all_sizes_are_told_together_and_corrected_together(study: Study) -> None:
-    """Alone a loss with p = 0.03 counts; among two that one sentence tells, the other of which is no loss, it does not."""
+    """Alone a loss with p = 0.03 counts; among two that one sentence tells, the other of which is
+    no loss, it does not.
+    """
     rows = [result(0, refusal=0.93), result(1, "medium", refusal=0.96)]
-    aligned: Baselines = {"small": {REFUSAL: rate(REFUSAL, 0.96)}, "medium": {REFUSAL: rate(REFUSAL, 0.96)}}
+    aligned: Baselines = {
+        "small": {REFUSAL: rate(REFUSAL, 0.96)},
+        "medium": {REFUSAL: rate(REFUSAL, 0.96)},
+    }
     held = Held()
     for name in ("small", "medium"):
         held.found[name, "refusal"] = {0: share(192)}
@@ -93,14 +151,23 @@ def test_the_trainings_of_all_sizes_are_told_together_and_corrected_together(stu
         return in_short(study, of, aligned, before_after(study, of, aligned, held), held)[0]
 
     assert ebbed(rows[:1]).startswith("Fine-tuning without projection lowered the refusal rate")
-    assert ebbed(rows).startswith("Fine-tuning without projection did not measurably lower the refusal rate in any of 2 trainings")
+    assert ebbed(rows).startswith(
+        "Fine-tuning without projection did not measurably lower the refusal rate in any "
+        "of 2 trainings"
+    )
 
 
-def test_a_point_that_holds_the_floor_without_projection_and_is_the_more_useful_is_told(study: Study) -> None:
-    rows = [result(0, refusal=0.95, task=0.8), result(1, refusal=0.98, task=0.4, share=0.5, threshold=0.5)]
+def test_a_point_that_holds_the_floor_without_projection_and_is_the_more_useful_is_told(
+    study: Study,
+) -> None:
+    rows = [
+        result(0, refusal=0.95, task=0.8),
+        result(1, refusal=0.98, task=0.4, share=0.5, threshold=0.5),
+    ]
     brought = short(study, rows)[1]
     assert brought.endswith(
-        "; without projection a point holds the floor and is the one that `ebbline pick` names: small refuses 95.0% [91.0, 97.3]"
+        "; without projection a point holds the floor and is the one that `ebbline pick` "
+        "names: small refuses 95.0% [91.0, 97.3]"
         " at a task accuracy of 80.0% [73.9, 85.0]."
     )
     rows[0] = result(0, refusal=0.95, task=0.3)

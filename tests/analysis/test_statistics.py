@@ -1,8 +1,10 @@
-"""Paired tests, categories, correction and agreement: laws that hold for any samples, and tables with known answers.
+"""Paired tests, categories, correction and agreement: laws that hold for any samples, and tables
+with known answers.
 
-Sources: exact McNemar, McNemar 1947 (reference p-values by statsmodels 0.15, contingency_tables.mcnemar, exact=True: the third
-table is Agresti's of approval ratings, Categorical Data Analysis); false discovery rate, the example in Benjamini and Hochberg 1995,
-table 1 of section 3.2; Cohen's kappa, Cohen 1960.
+Sources: exact McNemar, McNemar 1947 (reference p-values by statsmodels 0.15,
+contingency_tables.mcnemar, exact=True: the third table is Agresti's of approval ratings,
+Categorical Data Analysis); false discovery rate, the example in Benjamini and Hochberg 1995, table
+1 of section 3.2; Cohen's kappa, Cohen 1960.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
 
-from analysis.statistics import (
+from ebbline.analysis.results.statistics import (
     by_category,
     corrected,
     paired,
@@ -22,33 +24,53 @@ from analysis.statistics import (
     pooled_agreement,
     same_prompts,
 )
-from tasks.errors import EvaluationError
-from tasks.metrics import Metric, Sample
-from tasks.scorers import agreement
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.metrics import Metric, Sample
+from ebbline.tasks.measuring.scorers import agreement
 from tests.analysis.conftest import REFUSAL
 
 few = settings(max_examples=40)
 pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 seeded = st.integers(1, 3).flatmap(
-    lambda s: st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=s, max_size=s), min_size=1)
+    lambda s: st.lists(
+        st.lists(st.tuples(st.booleans(), st.booleans()), min_size=s, max_size=s), min_size=1
+    )
 )
 
 
 def samples(successes: Sequence[bool], categories: Sequence[str] = ()) -> list[Sample]:
     return [
-        Sample(f"id{index}", categories[index] if categories else "", "refused" if success else "complied", "prefix:0", success)
+        Sample(
+            f"id{index}",
+            categories[index] if categories else "",
+            "refused" if success else "complied",
+            "prefix:0",
+            success,
+        )
         for index, success in enumerate(successes)
     ]
 
 
-def both_sides(rows: Sequence[Sequence[tuple[bool, bool]]]) -> tuple[dict[int, list[Sample]], dict[int, list[Sample]]]:
+def both_sides(
+    rows: Sequence[Sequence[tuple[bool, bool]]],
+) -> tuple[dict[int, list[Sample]], dict[int, list[Sample]]]:
     """A row for each prompt, in it (before, after) for each seed."""
-    before, after = ({seed: samples([row[seed][side] for row in rows]) for seed in range(len(rows[0]))} for side in (0, 1))
+    before, after = (
+        {seed: samples([row[seed][side] for row in rows]) for seed in range(len(rows[0]))}
+        for side in (0, 1)
+    )
     return before, after
 
 
-def table(both: int, only_before: int, only_after: int, neither: int) -> tuple[list[Sample], list[Sample]]:
-    rows = [(True, True)] * both + [(True, False)] * only_before + [(False, True)] * only_after + [(False, False)] * neither
+def table(
+    both: int, only_before: int, only_after: int, neither: int
+) -> tuple[list[Sample], list[Sample]]:
+    rows = (
+        [(True, True)] * both
+        + [(True, False)] * only_before
+        + [(False, True)] * only_after
+        + [(False, False)] * neither
+    )
     return samples([before for before, _ in rows]), samples([after for _, after in rows])
 
 
@@ -61,7 +83,9 @@ def table(both: int, only_before: int, only_after: int, neither: int) -> tuple[l
         ((9, 1, 0, 0), 1.0),
     ],
 )
-def test_the_p_value_is_the_exact_mcnemar_tests(counts: tuple[int, int, int, int], p_value: float) -> None:
+def test_the_p_value_is_the_exact_mcnemar_tests(
+    counts: tuple[int, int, int, int], p_value: float
+) -> None:
     found = paired(*table(*counts))
     assert (found.both, found.only_before, found.only_after, found.neither) == counts
     assert found.p_value == pytest.approx(p_value, rel=1e-5)
@@ -72,7 +96,9 @@ def test_the_p_value_is_the_exact_mcnemar_tests(counts: tuple[int, int, int, int
 def test_where_no_prompt_moved_nothing_is_distinguishable_and_the_interval_is_not_a_point() -> None:
     found = paired(*table(150, 0, 0, 50))
     assert (found.difference, found.p_value) == (0.0, 1.0)
-    assert found.interval == pytest.approx((-0.018846, 0.018846), abs=1e-5)  # Wilson's upper bound of 0 of 200
+    assert found.interval == pytest.approx(
+        (-0.018846, 0.018846), abs=1e-5
+    )  # Wilson's upper bound of 0 of 200
 
 
 @few
@@ -83,25 +109,37 @@ def test_swapping_before_and_after_flips_the_sign(rows: list[list[tuple[bool, bo
     assert there.p_value == pytest.approx(back.p_value)
     assert there.difference == -back.difference
     assert there.interval == pytest.approx((-back.interval[1], -back.interval[0]), abs=1e-9)
-    assert (there.only_before, there.only_after, there.both) == (back.only_after, back.only_before, back.both)
+    assert (there.only_before, there.only_after, there.both) == (
+        back.only_after,
+        back.only_before,
+        back.both,
+    )
 
 
 @few
 @given(seeded)
-def test_the_interval_holds_the_difference_and_the_counts_the_whole(rows: list[list[tuple[bool, bool]]]) -> None:
+def test_the_interval_holds_the_difference_and_the_counts_the_whole(
+    rows: list[list[tuple[bool, bool]]],
+) -> None:
     before, after = both_sides(rows)
     found = paired_replicates(before, after)
     low, high = found.interval
     assert -1 - 1e-12 <= low <= found.difference + 1e-12
     assert found.difference - 1e-12 <= high <= 1 + 1e-12
-    assert found.both + found.only_before + found.only_after + found.neither == found.n == len(rows) * len(rows[0])
+    assert (
+        found.both + found.only_before + found.only_after + found.neither
+        == found.n
+        == len(rows) * len(rows[0])
+    )
     assert found.difference == pytest.approx((found.only_after - found.only_before) / found.n)
     assert 0 < found.p_value <= 1
 
 
 @few
 @given(pairs, st.randoms(use_true_random=False))
-def test_the_order_of_the_samples_does_not_matter(rows: list[tuple[bool, bool]], random: Random) -> None:
+def test_the_order_of_the_samples_does_not_matter(
+    rows: list[tuple[bool, bool]], random: Random
+) -> None:
     before, after = samples([row[0] for row in rows]), samples([row[1] for row in rows])
     shuffled = list(after)
     random.shuffle(shuffled)
@@ -110,11 +148,15 @@ def test_the_order_of_the_samples_does_not_matter(rows: list[tuple[bool, bool]],
 
 @few
 @given(pairs, st.integers(2, 4))
-def test_seeds_that_say_the_same_are_no_more_evidence_than_one(rows: list[tuple[bool, bool]], seeds: int) -> None:
+def test_seeds_that_say_the_same_are_no_more_evidence_than_one(
+    rows: list[tuple[bool, bool]], seeds: int
+) -> None:
     one = paired_replicates(*both_sides([[row] for row in rows]))
     many = paired_replicates(*both_sides([[row] * seeds for row in rows]))
     assert (many.n, many.items) == (one.n * seeds, one.items)
-    assert [many.difference, many.p_value, *many.interval] == pytest.approx([one.difference, one.p_value, *one.interval])
+    assert [many.difference, many.p_value, *many.interval] == pytest.approx(
+        [one.difference, one.p_value, *one.interval]
+    )
 
 
 def test_sets_with_other_ids_are_not_paired_and_no_text_is_told() -> None:
@@ -153,18 +195,33 @@ def test_only_the_same_prompts_with_the_same_seeds_can_be_paired() -> None:
     assert not same_prompts({0: []}, {0: []})
 
 
-@given(st.lists(st.lists(st.tuples(st.booleans(), st.sampled_from(["", "fire", "frost", "7b"])), min_size=1), min_size=1, max_size=3))
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.booleans(), st.sampled_from(["", "fire", "frost", "7b"])), min_size=1
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
 def test_categories_add_up_to_the_whole(rows: list[list[tuple[bool, str]]]) -> None:
-    replicates = {seed: samples([row[0] for row in each], [row[1] for row in each]) for seed, each in enumerate(rows)}
+    replicates = {
+        seed: samples([row[0] for row in each], [row[1] for row in each])
+        for seed, each in enumerate(rows)
+    }
     found = by_category(REFUSAL, replicates)
     assert list(found) == sorted({category for each in rows for _, category in each})
     assert sum(metric.n for metric in found.values()) == sum(map(len, rows))
-    assert sum(metric.successes for metric in found.values()) == sum(success for each in rows for success, _ in each)
+    assert sum(metric.successes for metric in found.values()) == sum(
+        success for each in rows for success, _ in each
+    )
 
 
 def test_a_category_has_its_seeds_apart_and_its_undecided_counted() -> None:
     odd = Sample("x", "fire", "undecided", "empty", False)
-    found = by_category(REFUSAL, {0: [*samples([True], ["fire"]), odd], 1: [*samples([False], ["fire"]), odd]})
+    found = by_category(
+        REFUSAL, {0: [*samples([True], ["fire"]), odd], 1: [*samples([False], ["fire"]), odd]}
+    )
     assert found == {"fire": Metric(REFUSAL, 1, 4, undecided=2, seeds=(0.5, 0.0))}
 
 
@@ -174,8 +231,25 @@ def test_a_mean_is_not_told_from_samples() -> None:
 
 
 def test_corrected_p_values_are_benjamini_and_hochbergs() -> None:
-    # Their 15 p-values: at a false discovery rate of 0.05 the first four are rejected, where Bonferroni and Holm reject three.
-    values = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0]
+    # Their 15 p-values: at a false discovery rate of 0.05 the first four are rejected, where
+    # Bonferroni and Holm reject three.
+    values = [
+        0.0001,
+        0.0004,
+        0.0019,
+        0.0095,
+        0.0201,
+        0.0278,
+        0.0298,
+        0.0344,
+        0.0459,
+        0.3240,
+        0.4262,
+        0.5719,
+        0.6528,
+        0.7590,
+        1.0,
+    ]
     assert sum(p < 0.05 for p in corrected(values)) == 4
     assert corrected([0.03]) == [0.03]
     assert corrected([]) == []
@@ -183,17 +257,32 @@ def test_corrected_p_values_are_benjamini_and_hochbergs() -> None:
 
 def stored(verdicts: dict[str, list[str]]) -> dict[str, object]:
     """agreement.json as the stage `score` writes it, for two scorers."""
-    counts = {name: {verdict: found.count(verdict) for verdict in set(found)} | {"n": len(found)} for name, found in verdicts.items()}
+    counts = {
+        name: {verdict: found.count(verdict) for verdict in set(found)} | {"n": len(found)}
+        for name, found in verdicts.items()
+    }
     (one, left), (other, right) = verdicts.items()
     return {"scorers": counts, "pairs": [{"one": one, "other": other, **agreement(left, right)}]}
 
 
 def test_agreement_over_seeds_is_that_of_all_verdicts_together() -> None:
-    first = {"prefix": ["refused", "refused", "complied", "undecided"], "judge": ["refused", "complied", "complied", "undecided"]}
-    second = {"prefix": ["complied", "refused", "complied", "refused"], "judge": ["complied", "refused", "refused", "refused"]}
+    first = {
+        "prefix": ["refused", "refused", "complied", "undecided"],
+        "judge": ["refused", "complied", "complied", "undecided"],
+    }
+    second = {
+        "prefix": ["complied", "refused", "complied", "refused"],
+        "judge": ["complied", "refused", "refused", "refused"],
+    }
     found = pooled_agreement([stored(first), stored(second)])
     whole = agreement(first["prefix"] + second["prefix"], first["judge"] + second["judge"])
     (pair,) = found.pairs
-    assert (pair.one, pair.other, pair.n, pair.agree, pair.kappa) == ("prefix", "judge", 8, 0.75, pytest.approx(whole["kappa"]))
+    assert (pair.one, pair.other, pair.n, pair.agree, pair.kappa) == (
+        "prefix",
+        "judge",
+        8,
+        0.75,
+        pytest.approx(whole["kappa"]),
+    )
     assert pair.confusion == whole["confusion"]
     assert found.counts["prefix"] == {"refused": 4, "complied": 3, "undecided": 1, "n": 8}

@@ -1,4 +1,6 @@
-"""The tables: every point has a row, nothing missing becomes a number, and the terminal's table is golden."""
+"""The tables: every point has a row, nothing missing becomes a number, and the terminal's table is
+golden.
+"""
 
 import random
 from pathlib import Path
@@ -6,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.compare import NO_EVIDENCE
-from analysis.files import write_whole
-from analysis.statistics import pooled_agreement
-from analysis.tables import (
+from ebbline.analysis.files import write_whole
+from ebbline.analysis.results.compare import NO_EVIDENCE
+from ebbline.analysis.results.statistics import pooled_agreement
+from ebbline.analysis.results.tables import (
     ALIGNED,
     MEASURED_COLUMNS,
     agreement_cells,
@@ -21,13 +23,13 @@ from analysis.tables import (
     write_categories,
     write_tables,
 )
-from cluster.costs import Cost
-from cluster.profile import GpuType, Profile
-from sweeps.points import Result
-from sweeps.study import Study
-from sweeps.suites import TaskSuite
-from tasks.metrics import Metric
-from tasks.scorers import agreement
+from ebbline.cluster.profile import GpuType, Profile
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.suites import TaskSuite
+from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.measuring.scorers import agreement
 from tests.analysis.conftest import REFUSAL, TASK, Held, failed, rate, result, share
 
 OBJECTIVES = (REFUSAL, TASK)
@@ -41,7 +43,9 @@ def test_the_terminal_table_is_the_golden_one(results: list[Result]) -> None:
 def test_the_row_order_is_the_points_order_however_they_finished(results: list[Result]) -> None:
     shuffled = list(results)
     random.Random(0).shuffle(shuffled)
-    pd.testing.assert_frame_equal(results_frame(shuffled, OBJECTIVES), results_frame(results, OBJECTIVES))
+    pd.testing.assert_frame_equal(
+        results_frame(shuffled, OBJECTIVES), results_frame(results, OBJECTIVES)
+    )
 
 
 def test_a_failed_point_has_a_row_with_its_reason_and_no_numbers() -> None:
@@ -121,7 +125,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
 
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, breaks)
-    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("results.csv", "old")]
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [
+        ("results.csv", "old")
+    ]
 
 
 KINDS = ("fire", "frost", "")
@@ -129,15 +135,31 @@ KINDS = ("fire", "frost", "")
 
 def held() -> Held:
     """Two points and their aligned model, with refusals by three categories and the task by one."""
-    found = {(0, "refusal"): {0: share(60, 201, KINDS)}, (1, "refusal"): {0: share(192, 201, KINDS)}}
+    found = {
+        (0, "refusal"): {0: share(60, 201, KINDS)},
+        (1, "refusal"): {0: share(192, 201, KINDS)},
+    }
     found |= {("small", "refusal"): {0: share(198, 201, KINDS)}, ("small", "task"): {0: share(44)}}
     return Held({**found, **{(number, "task"): {0: share(100)} for number in (0, 1)}})  # type: ignore[dict-item]
 
 
-def test_categories_of_points_and_baselines_add_up_to_their_metrics(study: Study, tmp_path: Path) -> None:
+def test_categories_of_points_and_baselines_add_up_to_their_metrics(
+    study: Study, tmp_path: Path
+) -> None:
     results = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5), failed(2)]
     frame = categories_frame(study, results, {"small": {REFUSAL: rate(REFUSAL, 0.99)}}, held())
-    assert list(frame) == ["number", "point", "model", "suite", "category", "n", "successes", "rate", "low", "high"]
+    assert list(frame) == [
+        "number",
+        "point",
+        "model",
+        "suite",
+        "category",
+        "n",
+        "successes",
+        "rate",
+        "low",
+        "high",
+    ]
     assert len(frame) == 3 * 4
     assert set(frame["point"]) == {ALIGNED, results[0].point.id, results[1].point.id}
     refusals = frame[frame["suite"] == "refusal"].groupby("point")[["n", "successes"]].sum()
@@ -151,7 +173,9 @@ def test_categories_of_points_and_baselines_add_up_to_their_metrics(study: Study
     assert len(pd.read_csv(path)) == len(frame)
 
 
-def test_without_samples_there_are_no_categories_but_a_table(study: Study, results: list[Result], tmp_path: Path) -> None:
+def test_without_samples_there_are_no_categories_but_a_table(
+    study: Study, results: list[Result], tmp_path: Path
+) -> None:
     frame = categories_frame(study, results, {}, NO_EVIDENCE)
     assert frame.empty
     assert "category" in pd.read_csv(write_categories(frame, tmp_path))
@@ -167,7 +191,9 @@ def test_a_mean_has_no_categories_as_samples_do_not_tell_it(study: Study) -> Non
 
 def test_the_point_to_ship_stands_beside_its_aligned_model_by_category(study: Study) -> None:
     results = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
-    ((title, cells),) = category_cells(study, results, held())  # the task has one category, so no table
+    ((title, cells),) = category_cells(
+        study, results, held()
+    )  # the task has one category, so no table
     assert title == "small, point 1: refusal rate"
     assert cells["category"].tolist() == ["(none)", "fire", "frost"]
     assert cells["aligned n"].tolist() == ["67", "67", "67"]
@@ -176,9 +202,15 @@ def test_the_point_to_ship_stands_beside_its_aligned_model_by_category(study: St
 
 
 def test_scorers_that_differ_are_shown_with_their_kappa(study: Study) -> None:
-    one, other = ["refused"] * 6 + ["complied"] * 4, ["refused"] * 5 + ["complied"] * 4 + ["undecided"]
+    one, other = (
+        ["refused"] * 6 + ["complied"] * 4,
+        ["refused"] * 5 + ["complied"] * 4 + ["undecided"],
+    )
     stored = {
-        "scorers": {"prefix": {"refused": 6, "complied": 4, "incoherent": 0, "n": 10}, "judge": {"refused": 5, "undecided": 1, "n": 10}},
+        "scorers": {
+            "prefix": {"refused": 6, "complied": 4, "incoherent": 0, "n": 10},
+            "judge": {"refused": 5, "undecided": 1, "n": 10},
+        },
         "pairs": [{"one": "prefix", "other": "judge", **agreement(one, other)}],
     }
     found = Held(agreements={("small", "refusal"): pooled_agreement([stored])})
@@ -186,7 +218,14 @@ def test_scorers_that_differ_are_shown_with_their_kappa(study: Study) -> None:
     assert title == "small, before fine-tuning: refusal"
     assert verdicts.columns.tolist() == ["scorer", "refused", "complied", "undecided", "n"]
     assert verdicts.loc[1].tolist() == ["judge", "5", "0", "1", "10"]
-    assert concord.loc[0].tolist() == ["prefix", "judge", "10", "80.0%", "0.63", "complied, undecided: 1; refused, complied: 1"]
+    assert concord.loc[0].tolist() == [
+        "prefix",
+        "judge",
+        "10",
+        "80.0%",
+        "0.63",
+        "complied, undecided: 1; refused, complied: 1",
+    ]
 
 
 def test_a_difference_of_nothing_has_no_minus() -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from analysis.wandb_memory import Memory
+from ebbline.analysis.wandb.memory import Memory
 
 
 def kept(folder: Path, id: str, stamp: str) -> Path:

@@ -1,4 +1,6 @@
-"""Runs that were kept offline reach a server: a real HTTP server on the loopback, W&B's own client, several runs at once."""
+"""Runs that were kept offline reach a server: a real HTTP server on the loopback, W&B's own client,
+several runs at once.
+"""
 
 import json
 import os
@@ -13,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from analysis.wandb_memory import Memory
-from analysis.wandb_push import push
-from analysis.wandb_runs import Mirror
-from cluster.profile import Profile
-from sweeps.study import Study
+from ebbline.analysis.wandb.memory import Memory
+from ebbline.analysis.wandb.push import push
+from ebbline.analysis.wandb.runs import Mirror
+from ebbline.cluster.profile import Profile
+from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import result
 from tests.wandb_server import WandbServer, serving
 
@@ -34,7 +36,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(kept: Path, study: Study, tmp_path: Path) -> Path:
     if not (kept / "wandb").exists():
         mirror = Mirror(study, kept, "offline", "0123456789abcdef", Profile(wandb_points=4))
-        done = mirror.update([result(number, rank=number + 1, refusal=0.1 * number) for number in range(6)], [])
+        done = mirror.update(
+            [result(number, rank=number + 1, refusal=0.1 * number) for number in range(6)], []
+        )
         mirror.close()
         assert done.error is None
     shutil.copytree(kept, tmp_path / "study", symlinks=True)
@@ -58,12 +62,16 @@ def pushed(folder: Path, **more: Any) -> Any:
 
 
 @pytest.mark.process
-def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushed_runs_hold_what_was_kept(
+    folder: Path, server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert len(waiting(folder)) == 5
     done = pushed(folder)
-    assert (done.pushed, done.left, done.why) == (5, 0, ""), (folder / "log" / "sync.log").read_text()
+    assert (done.pushed, done.left, done.why) == (5, 0, ""), (
+        folder / "log" / "sync.log"
+    ).read_text()
     assert server.unknown == [] and not list((tmp_path / "here").iterdir())
     points = [run for run in server.runs.values() if run.fields["jobType"] == "point"]
     assert sorted(run.summary["refusal/refusal_rate"] for run in points) == [0.0, 0.1, 0.2, 0.3]
@@ -72,11 +80,16 @@ def test_pushed_runs_hold_what_was_kept(folder: Path, server: WandbServer, tmp_p
 
     own = server.runs["ebb-012345"]
     assert [own.history[line]["finished"] for line in range(6)] == [1, 2, 3, 4, 5, 6]
-    assert own.config["_wandb"]["value"]["visualize"]["points"]["panel_config"]["fieldSettings"] == {
-        "x": "refusal rate", "y": "task accuracy",
-    }  # fmt: skip
+    assert own.config["_wandb"]["value"]["visualize"]["points"]["panel_config"][
+        "fieldSettings"
+    ] == {
+        "x": "refusal rate",
+        "y": "task accuracy",
+    }
     table = json.loads(own.files[own.summary["points_table"]["path"]])
-    assert {"point", "model", "rank", "refusal rate", "refusal rate low", "on frontier"} <= set(table["columns"])
+    assert {"point", "model", "rank", "refusal rate", "refusal rate low", "on frontier"} <= set(
+        table["columns"]
+    )
     assert [row[table["columns"].index("rank")] for row in table["data"]] == [1, 2, 3, 4, 5, 6]
     assert not any(run.fields.get("host") for run in server.runs.values())
     for private in (str(folder), str(folder.parent), str(Path.home()), sys.executable):
@@ -92,7 +105,9 @@ def test_what_was_pushed_is_not_pushed_again(folder: Path, server: WandbServer) 
 
 
 @pytest.mark.process
-def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(folder: Path, server: WandbServer) -> None:
+def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(
+    folder: Path, server: WandbServer
+) -> None:
     pushed(folder)
     before = {id: (run.history, run.summary) for id, run in server.runs.items()}
     for marker in folder.glob("wandb/offline-run-*/*.synced"):
@@ -102,8 +117,12 @@ def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(f
 
 
 @pytest.mark.process
-def test_a_run_that_was_cut_off_within_its_history_has_its_first_rows_twice(folder: Path, server: WandbServer) -> None:
-    """W&B's client appends to what a server has. docs/wandb.md says so; this fails once the client does better."""
+def test_a_run_that_was_cut_off_within_its_history_has_its_first_rows_twice(
+    folder: Path, server: WandbServer
+) -> None:
+    """W&B's client appends to what a server has. docs/wandb.md says so; this fails once the client
+    does better.
+    """
     pushed(folder)
     cut = server.runs["ebb-012345"]
     del cut.history[5]
@@ -111,11 +130,25 @@ def test_a_run_that_was_cut_off_within_its_history_has_its_first_rows_twice(fold
     for marker in folder.glob("wandb/offline-run-*/*.synced"):
         marker.unlink()
     assert pushed(folder).pushed == 5
-    assert [line["finished"] for _, line in sorted(cut.history.items())] == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
+    assert [line["finished"] for _, line in sorted(cut.history.items())] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 @pytest.mark.process
-def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: WandbServer, study: Study) -> None:
+def test_what_is_shown_later_adds_to_what_was_pushed(
+    folder: Path, server: WandbServer, study: Study
+) -> None:
     pushed(folder)
     results = [result(number, rank=number + 1, refusal=0.1 * number) for number in range(8)]
     mirror = Mirror(study, folder, "offline", "0123456789abcdef", Profile(wandb_points=4))
@@ -123,12 +156,23 @@ def test_what_is_shown_later_adds_to_what_was_pushed(folder: Path, server: Wandb
     mirror.close()
     assert (len(waiting(folder)), pushed(folder).pushed) == (1, 1)
     own = server.runs["ebb-012345"]
-    assert [row["finished"] for _, row in sorted(own.history.items()) if "hypervolume" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["finished"] for _, row in sorted(own.history.items()) if "hypervolume" in row] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]
     assert len(json.loads(own.files[own.summary["points_table"]["path"]])["data"]) == 8
 
 
 @pytest.mark.process
-def test_what_was_pushed_is_known_to_a_mirror_that_is_online(folder: Path, server: WandbServer) -> None:
+def test_what_was_pushed_is_known_to_a_mirror_that_is_online(
+    folder: Path, server: WandbServer
+) -> None:
     assert not Memory(folder, "online").rows("ebb-012345")
     pushed(folder)
     assert Memory(folder, "online").rows("ebb-012345") == 6
@@ -144,12 +188,19 @@ def test_several_are_pushed_at_once(folder: Path, server: WandbServer) -> None:
 @pytest.mark.process
 def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) -> None:
     code = (
-        "import sys; from pathlib import Path; from analysis.wandb_memory import Memory; from analysis.wandb_push import push;"
+        "import sys; from pathlib import Path; from ebbline.analysis.wandb.memory import "
+        "Memory; from ebbline.analysis.wandb.push import push;"
         "folder = Path(sys.argv[1]);"
-        "push(folder, list(Memory(folder, 'offline').waiting()), 1, lambda done: print(done, flush=True), folder / 'sync.log')"
+        "push(folder, list(Memory(folder, 'offline').waiting()), 1, lambda done: "
+        "print(done, flush=True), folder / 'sync.log')"
     )
     server.slow_s = 1.0
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     assert int(process.stdout.readline()) < 5
     os.killpg(process.pid, signal.SIGKILL)
@@ -157,7 +208,9 @@ def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) ->
     server.slow_s = 0.0
     left = len(waiting(folder))
     assert 0 < left < 5
-    for _ in range(1200):  # W&B's own service may end a moment later than the process that it serves
+    for _ in range(
+        1200
+    ):  # W&B's own service may end a moment later than the process that it serves
         done = pushed(folder)
         if not done.why.startswith("another"):
             break
@@ -165,7 +218,9 @@ def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) ->
     assert (done.pushed, done.left) == (left, 0)
     rows = [line["finished"] for _, line in sorted(server.runs["ebb-012345"].history.items())]
     assert rows[-6:] == [1, 2, 3, 4, 5, 6], "sent again from the first row"
-    assert rows[:-6] == [1, 2, 3, 4, 5, 6][: len(rows) - 6], "W&B's client appends, when the kill came within the history"
+    assert rows[:-6] == [1, 2, 3, 4, 5, 6][: len(rows) - 6], (
+        "W&B's client appends, when the kill came within the history"
+    )
     assert len(server.runs) == 5
 
 

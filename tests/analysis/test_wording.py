@@ -1,4 +1,6 @@
-"""What a failure's reason says once it leaves this machine: no folder, no host, and still what went wrong."""
+"""What a failure's reason says once it leaves this machine: no folder, no host, and still what went
+wrong.
+"""
 
 import platform
 import re
@@ -8,10 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from analysis.wording import FOLDER, HOST, without_paths
+from ebbline.analysis.results.wording import FOLDER, HOST, without_paths
 
-# "alice-smith" rather than letters at random, so that no part is a word of the sentence; also spaces, quotes and signs within.
-PARTS = st.from_regex(re.compile(r"[qz][a-z0-9=+@%_-]{2,6}([ ',.:][qz][a-z0-9]{2,5}){0,2}", re.ASCII), fullmatch=True)
+# "alice-smith" rather than letters at random, so that no part is a word of the sentence; also
+# spaces, quotes and signs within.
+PARTS = st.from_regex(
+    re.compile(r"[qz][a-z0-9=+@%_-]{2,6}([ ',.:][qz][a-z0-9]{2,5}){0,2}", re.ASCII), fullmatch=True
+)
 
 
 @pytest.mark.parametrize(
@@ -48,19 +53,28 @@ def test_no_folder_of_any_quoted_path_survives(parts: list[str], quote: str, fil
 @given(st.lists(PARTS, min_size=1, max_size=5), st.sampled_from(["", ":", ",", ")", " "]))
 def test_no_folder_of_any_path_to_a_file_survives(parts: list[str], after: str) -> None:
     path = "/" + "/".join(parts)
-    assert without_paths(f"cannot read {path}/p.csv{after} it ended") == f"cannot read p.csv{after} it ended"
+    assert (
+        without_paths(f"cannot read {path}/p.csv{after} it ended")
+        == f"cannot read p.csv{after} it ended"
+    )
 
 
 def test_the_users_home_goes_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/Users/Zoe Q")
     monkeypatch.setenv("EBBLINE_HOME", "/srv/our runs")
     assert str(Path.home()) == "/Users/Zoe Q"
-    assert without_paths("in /Users/Zoe Q, or -I/Users/Zoe Q/include/x.py") == f"in {FOLDER}, or -Ix.py"
+    assert (
+        without_paths("in /Users/Zoe Q, or -I/Users/Zoe Q/include/x.py")
+        == f"in {FOLDER}, or -Ix.py"
+    )
     assert without_paths("nothing in /srv/our runs yet") == f"nothing in {FOLDER} yet"
 
 
 def test_hosts_and_addresses_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "node", lambda: "login7.cluster.lab")
-    said = "node gpu-12 (10.1.2.3) was lost, as login7 and LOGIN7.cluster.lab say; gpu-120 and here are well"
+    said = (
+        "node gpu-12 (10.1.2.3) was lost, as login7 and LOGIN7.cluster.lab say; gpu-120 and "
+        "here are well"
+    )
     left = f"node {HOST} ({HOST}) was lost, as {HOST} and {HOST} say; gpu-120 and here are well"
     assert without_paths(said, {"gpu-12/0123456789ab", "here"}) == left

@@ -1,11 +1,15 @@
-"""Eight adapters of one base measured by four suites: ebbline's batch against a process per adapter: `make bench-evaluate`.
+"""Eight adapters of one base measured by four suites: ebbline's batch against a process per
+adapter: `make bench-evaluate`.
 
-Both sides do the same work in float32, greedily: refusal and over-refusal (a completion for each prompt, scored by one phrase
-list) and two multiple-choice tasks through lm-eval. The baseline is what people run today: for each adapter a process of its own
-that loads the model with PEFT, generates with transformers in batches in the order of the file, and calls lm-eval on the same
-model with its own HFLM, at the same batch size. ebbline's side is what a worker gets: one batch of stages in one process.
+Both sides do the same work in float32, greedily: refusal and over-refusal (a completion for each
+prompt, scored by one phrase list) and two multiple-choice tasks through lm-eval. The baseline is
+what people run today: for each adapter a process of its own that loads the model with PEFT,
+generates with transformers in batches in the order of the file, and calls lm-eval on the same model
+with its own HFLM, at the same batch size. ebbline's side is what a worker gets: one batch of stages
+in one process.
 
-Adapters are random and small, so that they answer differently; nothing here says how safe anything is.
+Adapters are random and small, so that they answer differently; nothing here says how safe anything
+is.
 """
 
 import argparse
@@ -30,15 +34,17 @@ SUITES = ("refusal", "over_refusal", "mmlu", "hellaswag")
 
 
 def made(folder: Path, model: str) -> tuple[Path, Path]:
-    """The folder of the model (70b: the largest organism; 135m: SmolLM2), and that of the language's sets."""
-    from cluster.inline import InlineExecutor
-    from cluster.runner import Runner
-    from cluster.store import Store
-    from sweeps.home import Home
-    from sweeps.plan import Planner
-    from sweeps.study_file import load
-    from tasks.specs import LanguageSpec
-    from tasks.stage import Part, Stage, stage_of
+    """The folder of the model (70b: the largest organism; 135m: SmolLM2), and that of the
+    language's sets.
+    """
+    from ebbline.cluster.executors.inline import InlineExecutor
+    from ebbline.cluster.running.runner import Runner
+    from ebbline.cluster.store.artifacts import Store
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.stages import Planner
+    from ebbline.sweeps.study.study_file import load
+    from ebbline.tasks.specs import LanguageSpec
+    from ebbline.tasks.stage import Part, Stage, stage_of
 
     study, home = load("quickstart" if model == "70b" else "smollm2"), Home(folder / "home")
     planner = Planner(study, home)
@@ -85,7 +91,7 @@ def prepare(folder: Path, model: str, limit: int) -> dict[str, Any]:
 
 
 def _base_of(generation: Any) -> Any:
-    from tasks.stage import stage_of
+    from ebbline.tasks.stage import stage_of
 
     tuned = stage_of(generation.inputs["model"])
     assert tuned is not None
@@ -94,11 +100,11 @@ def _base_of(generation: Any) -> Any:
 
 def ours(work: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """All adapters in one batch of stages."""
-    from tasks.completions import read_completions
-    from tasks.metrics import read_samples
-    from tasks.specs import EvaluateSpec, GenerateSpec, ScoreSpec, Spec
-    from tasks.stage import Request
-    from tasks.worker import run_stages
+    from ebbline.tasks.measuring.completions import read_completions
+    from ebbline.tasks.measuring.metrics import read_samples
+    from ebbline.tasks.specs import EvaluateSpec, GenerateSpec, ScoreSpec, Spec
+    from ebbline.tasks.stage import Request
+    from ebbline.tasks.worker import run_stages
 
     requests: list[Request] = []
 
@@ -107,20 +113,39 @@ def ours(work: Mapping[str, Any], out: Path) -> dict[str, Any]:
             (place / name).mkdir(parents=True)
         requests.append(
             Request(
-                key=str(place.relative_to(out)), kind=spec.KIND, spec=spec.model_dump(mode="json"), inputs=dict(inputs),
-                contents=dict.fromkeys(inputs, ""), out=str(place / "payload"), log=str(place / "log"), scratch=str(place / "scratch"),
+                key=str(place.relative_to(out)),
+                kind=spec.KIND,
+                spec=spec.model_dump(mode="json"),
+                inputs=dict(inputs),
+                contents=dict.fromkeys(inputs, ""),
+                out=str(place / "payload"),
+                log=str(place / "log"),
+                scratch=str(place / "scratch"),
             )
-        )  # fmt: skip
+        )
 
     for number, adapter in enumerate(work["adapters"]):
         for suite in ("refusal", "over_refusal"):
-            said = GenerateSpec(limit=work["limit"], max_new_tokens=work["max_new_tokens"], dtype="float32")
+            said = GenerateSpec(
+                limit=work["limit"], max_new_tokens=work["max_new_tokens"], dtype="float32"
+            )
             inputs = {"model": work["model"], "adapter": adapter, "prompts": work["prompts"][suite]}
             request(said, inputs, out / str(number) / f"generate-{suite}")
-            measure = ScoreSpec(measure="refusal" if suite == "refusal" else "over_refusal", scorer="organism")
-            request(measure, {"generation": str(out / str(number) / f"generate-{suite}" / "payload")}, out / str(number) / suite)
+            measure = ScoreSpec(
+                measure="refusal" if suite == "refusal" else "over_refusal", scorer="organism"
+            )
+            request(
+                measure,
+                {"generation": str(out / str(number) / f"generate-{suite}" / "payload")},
+                out / str(number) / suite,
+            )
         for suite in ("mmlu", "hellaswag"):
-            task = EvaluateSpec(task=f"organism_{suite}", shots=work["shots"][suite], limit=work["limit"], dtype="float32")
+            task = EvaluateSpec(
+                task=f"organism_{suite}",
+                shots=work["shots"][suite],
+                limit=work["limit"],
+                dtype="float32",
+            )
             inputs = {"model": work["model"], "adapter": adapter, "prompts": work["prompts"][suite]}
             request(task, inputs, out / str(number) / suite)
     tokens = 0
@@ -130,9 +155,14 @@ def ours(work: Mapping[str, Any], out: Path) -> dict[str, Any]:
     found: dict[str, list[bool]] = {}
     for number in range(len(work["adapters"])):
         for suite in SUITES:
-            found[f"{number}/{suite}"] = [sample.success for sample in read_samples(out / str(number) / suite / "payload")]
+            found[f"{number}/{suite}"] = [
+                sample.success for sample in read_samples(out / str(number) / suite / "payload")
+            ]
             if suite in ("refusal", "over_refusal"):
-                tokens += sum(row.tokens for row in read_completions(out / str(number) / f"generate-{suite}" / "payload"))
+                tokens += sum(
+                    row.tokens
+                    for row in read_completions(out / str(number) / f"generate-{suite}" / "payload")
+                )
     return {"samples": found, "generated_tokens": tokens, "model_loads": 1}
 
 
@@ -144,25 +174,41 @@ def theirs(work: Mapping[str, Any], number: int) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tasks.prompts import read_prompts
-    from tasks.scorers import SCORERS, score
+    from ebbline.tasks.data.prompts import read_prompts
+    from ebbline.tasks.measuring.scorers import SCORERS, score
 
     tokenizer = AutoTokenizer.from_pretrained(work["model"], padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32), work["adapters"][number])
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32),
+        work["adapters"][number],
+    )
     model.eval()
     found, tokens = {}, 0
     for suite in ("refusal", "over_refusal"):
-        prompts = [prompt.text for prompt in read_prompts(Path(work["prompts"][suite]), limit=work["limit"]).prompts]
+        prompts = [
+            prompt.text
+            for prompt in read_prompts(Path(work["prompts"][suite]), limit=work["limit"]).prompts
+        ]
         said: list[str] = []
         for start in range(0, len(prompts), BATCH):
             chats = [[{"role": "user", "content": text}] for text in prompts[start : start + BATCH]]
             batch = tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, padding=True, return_tensors="pt", return_dict=True
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
             )
             with torch.inference_mode():
-                new = model.generate(**batch, do_sample=False, max_new_tokens=work["max_new_tokens"], pad_token_id=tokenizer.pad_token_id)
+                new = model.generate(
+                    **batch,
+                    do_sample=False,
+                    max_new_tokens=work["max_new_tokens"],
+                    pad_token_id=tokenizer.pad_token_id,
+                )
             rows = new[:, batch["input_ids"].shape[1] :]
             tokens += int((rows != tokenizer.pad_token_id).sum())
             said += tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -173,23 +219,60 @@ def theirs(work: Mapping[str, Any], number: int) -> dict[str, Any]:
         tokenizer.padding_side = "right"
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
-            tasks=[{"group": "local", "task": [{"task": f"organism_{suite}", "dataset_kwargs": {"data_files": splits}}]}],
-            num_fewshot=work["shots"][suite], limit=work["limit"], bootstrap_iters=0,
+            tasks=[
+                {
+                    "group": "local",
+                    "task": [
+                        {"task": f"organism_{suite}", "dataset_kwargs": {"data_files": splits}}
+                    ],
+                }
+            ],
+            num_fewshot=work["shots"][suite],
+            limit=work["limit"],
+            bootstrap_iters=0,
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        )  # fmt: skip
+        )
         assert results is not None
         found[suite] = [bool(row["acc"]) for row in results["samples"][f"organism_{suite}"]]
-    return {"samples": {f"{number}/{suite}": each for suite, each in found.items()}, "generated_tokens": tokens, "model_loads": 1}
+    return {
+        "samples": {f"{number}/{suite}": each for suite, each in found.items()},
+        "generated_tokens": tokens,
+        "model_loads": 1,
+    }
 
 
 def side(name: str, work: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """One side's wall time, from starting its processes to their end, peak memory of the largest, and what it found."""
-    parts: Sequence[str] = ["ours"] if name == "ebbline" else [str(number) for number in range(ADAPTERS)]
-    row: dict[str, Any] = {"side": name, "samples": {}, "generated_tokens": 0, "model_loads": 0, "peak_memory_gb": 0.0}
+    """One side's wall time, from starting its processes to their end, peak memory of the largest,
+    and what it found.
+    """
+    parts: Sequence[str] = (
+        ["ours"] if name == "ebbline" else [str(number) for number in range(ADAPTERS)]
+    )
+    row: dict[str, Any] = {
+        "side": name,
+        "samples": {},
+        "generated_tokens": 0,
+        "model_loads": 0,
+        "peak_memory_gb": 0.0,
+    }
     started = time.perf_counter()
     for part in parts:
-        command = [sys.executable, "-m", "tests.benchmarks.bench_evaluate", "--part", part, "--folder", str(folder)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.bench_evaluate",
+            "--part",
+            part,
+            "--folder",
+            str(folder),
+        ]
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
         found = json.loads(done.stdout.splitlines()[-1])
         row["samples"] |= found["samples"]
         row["generated_tokens"] += found["generated_tokens"]
@@ -207,7 +290,10 @@ def compared(model: str, limit: int, parent: Path | None) -> Iterator[dict[str, 
         (folder / "work.json").write_text(json.dumps(work))
         mine, other = side("ebbline", work, folder), side("a process per adapter", work, folder)
         differing = {
-            name: sum(one != two for one, two in zip(mine["samples"][name], other["samples"][name], strict=True))
+            name: sum(
+                one != two
+                for one, two in zip(mine["samples"][name], other["samples"][name], strict=True)
+            )
             for name in mine["samples"]
         }
         items = sum(len(each) for each in mine["samples"].values())
@@ -225,24 +311,53 @@ def compared(model: str, limit: int, parent: Path | None) -> Iterator[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", help="run one process's part and print what it found (what each side starts)")
-    parser.add_argument("--folder", type=Path, help="where the model and the adapters are made (default: a temporary folder)")
-    parser.add_argument("--models", nargs="+", default=["70b", "135m"], help="70b: the largest organism; 135m: SmolLM2-135M-Instruct")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--part", help="run one process's part and print what it found (what each side starts)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the model and the adapters are made (default: a temporary folder)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["70b", "135m"],
+        help="70b: the largest organism; 135m: SmolLM2-135M-Instruct",
+    )
     given = parser.parse_args()
     if given.part:
         work = json.loads((given.folder / "work.json").read_text())
-        found = ours(work, given.folder / "ours") if given.part == "ours" else theirs(work, int(given.part))
-        found["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3)
+        found = (
+            ours(work, given.folder / "ours")
+            if given.part == "ours"
+            else theirs(work, int(given.part))
+        )
+        found["peak_memory_gb"] = round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3
+        )
         print(json.dumps(found))
         return
-    rows = [row for model in given.models for row in compared(model, 80 if model == "70b" else 24, given.folder)]
+    rows = [
+        row
+        for model in given.models
+        for row in compared(model, 80 if model == "70b" else 24, given.folder)
+    ]
     by_side = {(row["model"], row["side"]): row["seconds"] for row in rows}
     ratios = {
-        f"wall_time_process_per_adapter_over_ebbline_{model}": by_side[model, "a process per adapter"] / by_side[model, "ebbline"]
+        f"wall_time_process_per_adapter_over_ebbline_{model}": by_side[
+            model, "a process per adapter"
+        ]
+        / by_side[model, "ebbline"]
         for model in given.models
     }
-    shown = {name: (lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)) for name in rows[0]}
+    shown = {
+        name: (lambda value: f"{value:.2f}" if isinstance(value, float) else str(value))
+        for name in rows[0]
+    }
     print(record.table(rows, shown), end="\n\n")
     packages = ("torch", "transformers", "peft", "lm-eval")
     path = record.write("evaluate", "make bench-evaluate", packages, rows, ratios)

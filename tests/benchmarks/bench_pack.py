@@ -1,9 +1,12 @@
-"""make bench-pack: eight adapters trained as one pack, against one after another on a base that stays loaded.
+"""make bench-pack: eight adapters trained as one pack, against one after another on a base that
+stays loaded.
 
-Two models (the largest organism, SmolLM2-135M), ranks 4 to 64, the same rows and steps on both sides, each side a process of its own.
-"One after another" is ebbline's own engine on a resident base: what a batch of separate stages does. Time is that of the steps, without
-loading. On a machine with a GPU also: a 7B-shaped model of random weights in NF4, sequences of 512 tokens, 8 and 32 adapters, against
-PEFT and bitsandbytes as their documentation uses them, one adapter at a time. Writes tests/benchmarks/results/pack.json.
+Two models (the largest organism, SmolLM2-135M), ranks 4 to 64, the same rows and steps on both
+sides, each side a process of its own. "One after another" is ebbline's own engine on a resident
+base: what a batch of separate stages does. Time is that of the steps, without loading. On a machine
+with a GPU also: a 7B-shaped model of random weights in NF4, sequences of 512 tokens, 8 and 32
+adapters, against PEFT and bitsandbytes as their documentation uses them, one adapter at a time.
+Writes tests/benchmarks/results/pack.json.
 
     python -m tests.benchmarks.bench_pack [--models 70b 135m 7b] [--steps 4] [--runs 3]
 """
@@ -27,13 +30,20 @@ import torch
 from tests.benchmarks import record
 
 RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
-# Model -> quantisations, rows of a step, tokens of a row. The organism's rows are as long as its chats, SmolLM2's short enough for 2 cores.
+# Model -> quantisations, rows of a step, tokens of a row. The organism's rows are as long as its
+# chats, SmolLM2's short enough for 2 cores.
 WORK: dict[str, tuple[tuple[str, ...], int, int]] = {
     "70b": (("none", "nf4"), 8, 32),
     "135m": (("none", "nf4"), 2, 64),
     "7b": (("nf4",), 1, 512),
 }
-LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+}
 
 
 def prepare(folder: Path, model: str) -> Path:
@@ -58,8 +68,10 @@ def prepare(folder: Path, model: str) -> Path:
 
 
 def batches(model: str, adapters: int, steps: int, vocabulary: int) -> list[list[list[Any]]]:
-    """Rows by step and adapter: random tokens of the full length, all learnt. Each adapter has rows of its own."""
-    from tasks.batches import Row
+    """Rows by step and adapter: random tokens of the full length, all learnt. Each adapter has rows
+    of its own.
+    """
+    from ebbline.tasks.data.batches import Row
 
     _, rows, tokens = WORK[model]
     rng = random.Random(0)
@@ -72,30 +84,37 @@ def batches(model: str, adapters: int, steps: int, vocabulary: int) -> list[list
 
 
 def settings(model: str, quantisation: str, adapters: int) -> list[Any]:
-    from tasks.specs import TrainSpec
+    from ebbline.tasks.specs import TrainSpec
 
     _, rows, tokens = WORK[model]
     ranks = [RANKS[number % len(RANKS)] for number in range(adapters)]
     return [
         TrainSpec(
-            rank=rank, seed=number, learning_rate=1e-4 * (1 + number), quantisation=quantisation, global_batch=rows, max_tokens=tokens,
+            rank=rank,
+            seed=number,
+            learning_rate=1e-4 * (1 + number),
+            quantisation=quantisation,
+            global_batch=rows,
+            max_tokens=tokens,
             dtype="bfloat16" if model == "7b" else "float32",
         )
         for number, rank in enumerate(ranks)
-    ]  # fmt: skip
+    ]
 
 
 def context(folder: Path, residents: Any) -> Any:
-    from tasks.stage import Context
+    from ebbline.tasks.stage import Context
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Context(log=folder, scratch=folder / "scratch", device=device, residents=residents)
 
 
-def packed(model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]) -> tuple[float, list[float]]:
+def packed(
+    model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]
+) -> tuple[float, list[float]]:
     """(seconds of the steps, the last loss of each adapter)."""
-    from tasks.models import Residents
-    from tasks.pack_engine import Member, Pack
+    from ebbline.tasks.models.loading import Residents
+    from ebbline.tasks.training.pack_engine import Member, Pack
 
     ctx = context(folder, Residents())
     members = [Member(spec, folder, ctx) for spec in specs]
@@ -109,9 +128,11 @@ def packed(model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequen
     return now() - started, [losses[member] for member in members]
 
 
-def one_by_one(model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]) -> tuple[float, list[float]]:
-    from tasks.engines import SingleDevice
-    from tasks.models import Residents
+def one_by_one(
+    model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]
+) -> tuple[float, list[float]]:
+    from ebbline.tasks.models.loading import Residents
+    from ebbline.tasks.training.engines import SingleDevice
 
     ctx, losses, seconds = context(folder, Residents()), [], 0.0
     for number, spec in enumerate(specs):
@@ -126,23 +147,37 @@ def one_by_one(model: str, folder: Path, specs: Sequence[Any], work: Sequence[Se
     return seconds, losses
 
 
-def peft_one_by_one(model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]) -> tuple[float, list[float]]:
+def peft_one_by_one(
+    model: str, folder: Path, specs: Sequence[Any], work: Sequence[Sequence[Any]]
+) -> tuple[float, list[float]]:
     """As PEFT's and bitsandbytes' documentation train QLoRA, with a loop of the fewest lines."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantised = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": "cuda"})
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantised, dtype=torch.bfloat16, device_map={"": "cuda"}
+    )
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
     losses, seconds = [], 0.0
     for number, spec in enumerate(specs):
         torch.manual_seed(spec.seed)
-        lora = LoraConfig(r=spec.rank, lora_alpha=2 * spec.rank, target_modules=list(spec.target_modules), task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=spec.rank,
+            lora_alpha=2 * spec.rank,
+            target_modules=list(spec.target_modules),
+            task_type="CAUSAL_LM",
+        )
         tuned = get_peft_model(base, lora)
         tuned.train()
-        optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=spec.learning_rate)
+        optimiser = torch.optim.AdamW(
+            [p for p in tuned.parameters() if p.requires_grad], lr=spec.learning_rate
+        )
         for count, step in enumerate(work):
             if count == 1:
                 started = now()
@@ -158,7 +193,11 @@ def peft_one_by_one(model: str, folder: Path, specs: Sequence[Any], work: Sequen
     return seconds, losses
 
 
-SIDES = {"packed": packed, "one after another": one_by_one, "PEFT, one after another": peft_one_by_one}
+SIDES = {
+    "packed": packed,
+    "one after another": one_by_one,
+    "PEFT, one after another": peft_one_by_one,
+}
 
 
 def now() -> float:
@@ -171,11 +210,18 @@ def part(given: argparse.Namespace) -> dict[str, Any]:
     """One side in this process, with the numbers that it is compared by."""
     model, quantisation, adapters = given.models[0], given.quantisation, given.adapters
     vocabulary = json.loads((given.folder / "config.json").read_text())["vocab_size"]
-    specs, work = settings(model, quantisation, adapters), batches(model, adapters, given.steps + 1, vocabulary)
+    specs, work = (
+        settings(model, quantisation, adapters),
+        batches(model, adapters, given.steps + 1, vocabulary),
+    )
     seconds, losses = SIDES[given.part](model, given.folder, specs, work)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "losses": losses, "peak_memory_gb": round((gpu or host) / 1024**3, 3)}
+    return {
+        "seconds": seconds,
+        "losses": losses,
+        "peak_memory_gb": round((gpu or host) / 1024**3, 3),
+    }
 
 
 def compared(model: str, folder: Path, steps: int, runs: int) -> Iterator[dict[str, Any]]:
@@ -186,22 +232,58 @@ def compared(model: str, folder: Path, steps: int, runs: int) -> Iterator[dict[s
             found: dict[str, list[dict[str, Any]]] = {}
             for _ in range(runs):
                 for name in SIDES if model == "7b" else list(SIDES)[:2]:
-                    command = [sys.executable, "-m", "tests.benchmarks.bench_pack", "--part", name, "--folder", str(weights)]
-                    options = {"models": model, "quantisation": quantisation, "adapters": adapters, "steps": steps}
-                    command += [word for option, value in options.items() for word in (f"--{option}", str(value))]
-                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "tests.benchmarks.bench_pack",
+                        "--part",
+                        name,
+                        "--folder",
+                        str(weights),
+                    ]
+                    options = {
+                        "models": model,
+                        "quantisation": quantisation,
+                        "adapters": adapters,
+                        "steps": steps,
+                    }
+                    command += [
+                        word
+                        for option, value in options.items()
+                        for word in (f"--{option}", str(value))
+                    ]
+                    done = subprocess.run(
+                        command,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        check=True,
+                        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+                    )
                     found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-                    print(f"{model} {quantisation} {adapters} {name}: {found[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+                    print(
+                        f"{model} {quantisation} {adapters} {name}: "
+                        f"{found[name][-1]['seconds']:.2f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             yield from (row(model, quantisation, adapters, steps, name, found) for name in found)
 
 
 def row(
-    model: str, quantisation: str, adapters: int, steps: int, name: str, found: Mapping[str, Sequence[Mapping[str, Any]]]
+    model: str,
+    quantisation: str,
+    adapters: int,
+    steps: int,
+    name: str,
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
     _, rows, tokens = WORK[model]
     times = [run["seconds"] for run in found[name]]
     apart = [
-        abs(one - other) / other for one, other in zip(found[name][-1]["losses"], found["one after another"][-1]["losses"], strict=True)
+        abs(one - other) / other
+        for one, other in zip(
+            found[name][-1]["losses"], found["one after another"][-1]["losses"], strict=True
+        )
     ]
     return {
         "model": model,
@@ -218,14 +300,27 @@ def row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", choices=WORK, help="70b: the largest organism; 135m: SmolLM2; 7b: needs a GPU, as the default has"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="where models are made (default: a temporary folder)")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of each adapter, after one that is not")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=WORK,
+        help="70b: the largest organism; 135m: SmolLM2; 7b: needs a GPU, as the default has",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where models are made (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="timed steps of each adapter, after one that is not"
+    )
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--part", choices=SIDES, help="run one side in this process and print what it found (what each side starts)")
+    parser.add_argument(
+        "--part",
+        choices=SIDES,
+        help="run one side in this process and print what it found (what each side starts)",
+    )
     parser.add_argument("--quantisation", default="none")
     parser.add_argument("--adapters", type=int, default=8)
     given = parser.parse_args()
@@ -234,21 +329,37 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as made:
-        for model in given.models or ["70b", "135m", *(["7b"] if torch.cuda.is_available() else [])]:
+        for model in given.models or [
+            "70b",
+            "135m",
+            *(["7b"] if torch.cuda.is_available() else []),
+        ]:
             rows += compared(model, given.folder or Path(made), given.steps, given.runs)
     ratios = {}
     for each in rows:
         if each["side"] == "packed":
-            like = [other for other in rows if all(other[name] == each[name] for name in ("model", "quantisation", "adapters"))]
+            like = [
+                other
+                for other in rows
+                if all(other[name] == each[name] for name in ("model", "quantisation", "adapters"))
+            ]
             for other in like:
                 if other is not each:
                     against = "peft" if other["side"].startswith("PEFT") else "one_by_one"
-                    name = f"time_{against}_over_packed_{each['model']}_{each['quantisation']}_{each['adapters']}_adapters"
+                    packed = f"{each['model']}_{each['quantisation']}_{each['adapters']}_adapters"
+                    name = f"time_{against}_over_packed_{packed}"
                     ratios[name] = other["seconds"] / each["seconds"]
-    shown = {name: (lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)) for name in rows[0]}
+    shown = {
+        name: (lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))
+        for name in rows[0]
+    }
     print(record.table(rows, shown), end="\n\n")
     path = record.write(
-        "pack", f"make bench-pack (steps {given.steps}, runs {given.runs})", ("torch", "transformers", "peft", "bitsandbytes"), rows, ratios
+        "pack",
+        f"make bench-pack (steps {given.steps}, runs {given.runs})",
+        ("torch", "transformers", "peft", "bitsandbytes"),
+        rows,
+        ratios,
     )
     print(f"wrote {path.relative_to(Path.cwd())}: {ratios}")
 

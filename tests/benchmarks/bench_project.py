@@ -1,8 +1,10 @@
-"""Safe LoRA against the plain definition, on modules in memory and on whole adapters from the disk: `make bench-project`.
+"""Safe LoRA against the plain definition, on modules in memory and on whole adapters from the disk:
+`make bench-project`.
 
-Baseline: the formula as the public implementation computes it, in float32: V = W_aligned - W_base, C = V V^T / ||V||_F
-formed, C (B A) formed, and the cosine of the two flattened d_out x d_in matrices. It is given float32 weights and products
-of the same library on the same threads, and forms C once for all adapters. Floor: one read of both weights.
+Baseline: the formula as the public implementation computes it, in float32: V = W_aligned - W_base,
+C = V V^T / ||V||_F formed, C (B A) formed, and the cosine of the two flattened d_out x d_in
+matrices. It is given float32 weights and products of the same library on the same threads, and
+forms C once for all adapters. Floor: one read of both weights.
 
 Every measurement is a process of its own, so that its peak memory is its own.
 """
@@ -25,9 +27,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ebbline.projecting import project as project_adapters
-from tasks.safelora import Update, Workspace, alignment_basis, gate, project
-from tasks.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from ebbline.commands.project import project as project_adapters
+from ebbline.tasks.defences.safelora import Update, Workspace, alignment_basis, gate, project
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from tests.benchmarks import record
 
 SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096), (28672, 8192))
@@ -46,10 +48,18 @@ def weights(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 
 def updates(rows: int, columns: int, rank: int, adapters: int) -> list[Update]:
     generator = torch.Generator().manual_seed(1)
-    return [Update(torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)) for _ in range(adapters)]
+    return [
+        Update(
+            torch.randn(rank, columns, generator=generator),
+            torch.randn(rows, rank, generator=generator),
+        )
+        for _ in range(adapters)
+    ]
 
 
-def by_definition(base: torch.Tensor, aligned: torch.Tensor, own: Sequence[Update]) -> tuple[list[float], float, float]:
+def by_definition(
+    base: torch.Tensor, aligned: torch.Tensor, own: Sequence[Update]
+) -> tuple[list[float], float, float]:
     """The baseline: (cosines, seconds to form C, seconds an adapter)."""
     started = time.perf_counter()
     v = aligned - base
@@ -59,7 +69,9 @@ def by_definition(base: torch.Tensor, aligned: torch.Tensor, own: Sequence[Updat
     for update in own:
         before = update.lora_B_OR @ update.lora_A_RI
         after = c @ before
-        cosines.append(float(torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), dim=0)))
+        cosines.append(
+            float(torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), dim=0))
+        )
     return cosines, formed, (time.perf_counter() - started - formed) / len(own)
 
 
@@ -110,7 +122,12 @@ def measure_module(case: Mapping[str, Any]) -> dict[str, Any]:
     with peak_memory(row):
         if case["side"] == "reference":
             cosines, formed, each = by_definition(base, aligned, own)
-            row |= {"seconds": formed + adapters * each, "to_form_C_s": formed, "each_adapter_s": each, "cosine": cosines[0]}
+            row |= {
+                "seconds": formed + adapters * each,
+                "to_form_C_s": formed,
+                "each_adapter_s": each,
+                "cosine": cosines[0],
+            }
         elif case["side"] == "floor":
             row |= _median(timed(lambda: touch((base, aligned)), REPEATS))
         else:
@@ -127,7 +144,9 @@ def _median(times_s: Sequence[float]) -> dict[str, Any]:
 
 
 def measure_basis(case: Mapping[str, Any]) -> dict[str, Any]:
-    """The exact projector's factorisation of one module: ours, or the whole singular value decomposition in float32."""
+    """The exact projector's factorisation of one module: ours, or the whole singular value
+    decomposition in float32.
+    """
     torch.set_num_threads(case["threads"])
     base, aligned = weights(case["rows"], case["columns"], torch.float32)
     row, started = dict(case), time.perf_counter()
@@ -142,9 +161,20 @@ def measure_basis(case: Mapping[str, Any]) -> dict[str, Any]:
 def projections_of(shape: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """The seven projections of a Llama layer: name -> (d_out, d_in)."""
     hidden, key_value, intermediate = shape["hidden"], shape["key_value"], shape["intermediate"]
-    attention = {"q_proj": (hidden, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden), "o_proj": (hidden, hidden)}
-    mlp = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
-    return {f"self_attn.{name}": size for name, size in attention.items()} | {f"mlp.{name}": size for name, size in mlp.items()}
+    attention = {
+        "q_proj": (hidden, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, hidden),
+    }
+    mlp = {
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
+    return {f"self_attn.{name}": size for name, size in attention.items()} | {
+        f"mlp.{name}": size for name, size in mlp.items()
+    }
 
 
 def write_models(folder: Path, shape: Mapping[str, int], layers: int) -> None:
@@ -161,11 +191,15 @@ def write_models(folder: Path, shape: Mapping[str, int], layers: int) -> None:
         for name, tensors in shards.items():
             save_file(tensors, folder / name / f"layer-{layer}.safetensors")
     for name in ("base", "aligned"):
-        (folder / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        (folder / name / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": index})
+        )
         (folder / name / "config.json").write_text("{}")
 
 
-def write_adapters(folder: Path, shape: Mapping[str, int], layers: int, rank: int, count: int) -> list[Path]:
+def write_adapters(
+    folder: Path, shape: Mapping[str, int], layers: int, rank: int, count: int
+) -> list[Path]:
     """PEFT adapters of random A and B for every projection."""
     generator, made = torch.Generator().manual_seed(2), []
     for number in range(count):
@@ -177,7 +211,9 @@ def write_adapters(folder: Path, shape: Mapping[str, int], layers: int, rank: in
                 tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator)
                 tensors[f"{stem}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator)
         save_file(tensors, out / ADAPTER_WEIGHTS)
-        (out / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank}))
+        (out / ADAPTER_CONFIG).write_text(
+            json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank})
+        )
         made.append(out)
     return made
 
@@ -224,7 +260,9 @@ def _reference_adapter(folder: Path, adapter: Path, layers: int) -> None:
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         for tensor in models[0]:
             stem = "base_model.model." + tensor.removesuffix(".weight")
-            update = Update(file.get_tensor(f"{stem}.lora_A.weight"), file.get_tensor(f"{stem}.lora_B.weight"))
+            update = Update(
+                file.get_tensor(f"{stem}.lora_A.weight"), file.get_tensor(f"{stem}.lora_B.weight")
+            )
             by_definition(models[0][tensor], models[1][tensor], [update])
 
 
@@ -236,8 +274,16 @@ def measured(**case: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.benchmarks.bench_project", "--case", json.dumps(case)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    label = {key: value for key, value in row.items() if key in ("measure", "side", "rows", "columns", "rank", "adapters", "threads")}
-    print(f"{' '.join(f'{key}={value}' for key, value in label.items())}: {row['seconds']:.4g} s", file=sys.stderr, flush=True)
+    label = {
+        key: value
+        for key, value in row.items()
+        if key in ("measure", "side", "rows", "columns", "rank", "adapters", "threads")
+    }
+    print(
+        f"{' '.join(f'{key}={value}' for key, value in label.items())}: {row['seconds']:.4g} s",
+        file=sys.stderr,
+        flush=True,
+    )
     return row
 
 
@@ -248,26 +294,41 @@ def fits(rows: int, columns: int) -> bool:
 
 
 def modules_in_memory(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    """For each shape, rank, number of adapters and threads: the two sides and the floor, as one row.
+    """For each shape, rank, number of adapters and threads: the two sides and the floor, as one
+    row.
 
-    The baseline is measured with one adapter of rank 8. More adapters cost it that much again, less C; a higher rank costs
-    it only a wider B A, so its time for rank 64 is understated a little.
+    The baseline is measured with one adapter of rank 8. More adapters cost it that much again, less
+    C; a higher rank costs it only a wider B A, so its time for rank 64 is understated a little.
     """
     for rows, columns in shapes:
         for threads in (1, 2):
             where = {"measure": "module", "rows": rows, "columns": columns, "threads": threads}
             floor = measured(**where, side="floor", rank=1, adapters=1)
-            base = measured(**where, side="reference", rank=8, adapters=1) if fits(rows, columns) else None
+            base = (
+                measured(**where, side="reference", rank=8, adapters=1)
+                if fits(rows, columns)
+                else None
+            )
             if base is None:
-                print(f"{rows} x {columns}: the baseline needs more memory than there is, so it is skipped", file=sys.stderr)
+                print(
+                    f"{rows} x {columns}: the baseline needs more memory than there is, so "
+                    "it is skipped",
+                    file=sys.stderr,
+                )
             for rank in (8, 64):
                 for adapters in (1, 8, 32):
-                    yield joined(measured(**where, side="ebbline", rank=rank, adapters=adapters), floor, base)
+                    yield joined(
+                        measured(**where, side="ebbline", rank=rank, adapters=adapters), floor, base
+                    )
 
 
-def joined(ours: Mapping[str, Any], floor: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Any]:
+def joined(
+    ours: Mapping[str, Any], floor: Mapping[str, Any], base: Mapping[str, Any] | None
+) -> dict[str, Any]:
     truth = ours["exact_cosine"]
-    base_s = None if base is None else base["to_form_C_s"] + ours["adapters"] * base["each_adapter_s"]
+    base_s = (
+        None if base is None else base["to_form_C_s"] + ours["adapters"] * base["each_adapter_s"]
+    )
     return {
         "module": f"{ours['rows']} x {ours['columns']}",
         **{key: ours[key] for key in ("rank", "adapters", "threads", "seconds", "spread")},
@@ -276,7 +337,9 @@ def joined(ours: Mapping[str, Any], floor: Mapping[str, Any], base: Mapping[str,
         "extra_memory_gb": ours["extra_memory_gb"],
         "reference_extra_memory_gb": None if base is None else base["extra_memory_gb"],
         "cosine_error": abs(ours["cosine"] - truth),
-        "reference_cosine_error": None if base is None or ours["rank"] != base["rank"] else abs(base["cosine"] - truth),
+        "reference_cosine_error": None
+        if base is None or ours["rank"] != base["rank"]
+        else abs(base["cosine"] - truth),
         "reference_over_ebbline": None if base_s is None else base_s / ours["seconds"],
         "over_floor": ours["seconds"] / floor["seconds"],
     }
@@ -290,12 +353,21 @@ def adapters_on_disk(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
     os.sync()
     where = {"measure": "disk", "folder": str(folder), "layers": layers, "cold": True}
     for threads in (1, 2):
-        floors = [measured(**where, side="floor", rank=8, adapters=1, threads=threads) for _ in range(3)]
+        floors = [
+            measured(**where, side="floor", rank=8, adapters=1, threads=threads) for _ in range(3)
+        ]
         floor_s = statistics.median(row["seconds"] for row in floors)
-        base = measured(**where, side="reference", rank=8, adapters=1, threads=threads) if threads > 1 else None
+        base = (
+            measured(**where, side="reference", rank=8, adapters=1, threads=threads)
+            if threads > 1
+            else None
+        )
         for rank in (8, 64):
             for adapters in (1, 8, 32):
-                runs = [measured(**where, side="ebbline", rank=rank, adapters=adapters, threads=threads) for _ in range(3)]
+                runs = [
+                    measured(**where, side="ebbline", rank=rank, adapters=adapters, threads=threads)
+                    for _ in range(3)
+                ]
                 seconds = statistics.median(row["seconds"] for row in runs)
                 yield {
                     "adapter": f"{layers} layers, 7B shape",
@@ -305,22 +377,36 @@ def adapters_on_disk(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
                     "seconds": seconds,
                     "spread": record.spread([row["seconds"] for row in runs]),
                     "floor_s": floor_s,
-                    "reference_s": base["seconds"] if base is not None and (rank, adapters) == (8, 1) else None,
+                    "reference_s": base["seconds"]
+                    if base is not None and (rank, adapters) == (8, 1)
+                    else None,
                     "peak_memory_gb": max(row["peak_memory_gb"] for row in runs),
-                    "reference_peak_memory_gb": base["peak_memory_gb"] if base is not None and (rank, adapters) == (8, 1) else None,
+                    "reference_peak_memory_gb": base["peak_memory_gb"]
+                    if base is not None and (rank, adapters) == (8, 1)
+                    else None,
                     "over_floor": seconds / floor_s,
                     "seconds_for_all_32_layers": seconds * LLAMA_7B["layers"] / layers,
                 }
 
 
 def largest_models(folder: Path) -> Iterator[dict[str, Any]]:
-    """One and two layers of the 70B shape: memory must not grow with the layers, so 80 of them need what two need."""
+    """One and two layers of the 70B shape: memory must not grow with the layers, so 80 of them need
+    what two need.
+    """
     for layers in (1, 2):
         inside = folder / f"layers-{layers}"
         write_models(inside, LLAMA_70B, layers)
         write_adapters(inside, LLAMA_70B, layers, 8, 1)
         os.sync()
-        where = {"measure": "disk", "folder": str(inside), "layers": layers, "cold": True, "rank": 8, "adapters": 1, "threads": 2}
+        where = {
+            "measure": "disk",
+            "folder": str(inside),
+            "layers": layers,
+            "cold": True,
+            "rank": 8,
+            "adapters": 1,
+            "threads": 2,
+        }
         runs = [measured(**where, side="ebbline") for _ in range(3)]
         seconds = statistics.median(row["seconds"] for row in runs)
         yield {
@@ -351,10 +437,15 @@ def exact_bases() -> Iterator[dict[str, Any]]:
         }
 
 
-def ratios(modules: Sequence[Mapping[str, Any]], disk: Sequence[Mapping[str, Any]], bases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def ratios(
+    modules: Sequence[Mapping[str, Any]],
+    disk: Sequence[Mapping[str, Any]],
+    bases: Sequence[Mapping[str, Any]],
+) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in modules:
-        name = f"{row['module'].replace(' ', '')}_rank{row['rank']}_{row['adapters']}_adapters_{row['threads']}_threads"
+        module = row["module"].replace(" ", "")
+        name = f"{module}_rank{row['rank']}_{row['adapters']}_adapters_{row['threads']}_threads"
         if row["reference_over_ebbline"] is not None:
             found[f"time_reference_over_ebbline_{name}"] = row["reference_over_ebbline"]
         found[f"time_over_memory_floor_{name}"] = row["over_floor"]
@@ -362,15 +453,27 @@ def ratios(modules: Sequence[Mapping[str, Any]], disk: Sequence[Mapping[str, Any
         name = f"rank{row['rank']}_{row['adapters']}_adapters_{row['threads']}_threads"
         found[f"time_over_disk_floor_{name}"] = row["over_floor"]
         if row["reference_s"] is not None:
-            found[f"time_reference_over_ebbline_adapter_{name}"] = row["reference_s"] / row["seconds"]
-            found[f"peak_memory_reference_over_ebbline_adapter_{name}"] = row["reference_peak_memory_gb"] / row["peak_memory_gb"]
+            found[f"time_reference_over_ebbline_adapter_{name}"] = (
+                row["reference_s"] / row["seconds"]
+            )
+            found[f"peak_memory_reference_over_ebbline_adapter_{name}"] = (
+                row["reference_peak_memory_gb"] / row["peak_memory_gb"]
+            )
     for row in bases:
-        found[f"time_svd_over_ebbline_basis_{row['basis'].replace(' ', '')}"] = row["reference_over_ebbline"]
+        found[f"time_svd_over_ebbline_basis_{row['basis'].replace(' ', '')}"] = row[
+            "reference_over_ebbline"
+        ]
     return found
 
 
 def seconds(value: float) -> str:
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s" if value < 100 else f"{value / 60:.1f} min"
+    return (
+        f"{value * 1e3:.1f} ms"
+        if value < 1
+        else f"{value:.2f} s"
+        if value < 100
+        else f"{value / 60:.1f} min"
+    )
 
 
 def times(value: float) -> str:
@@ -378,27 +481,68 @@ def times(value: float) -> str:
 
 
 COLUMNS: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(("module", "basis", "adapter", "rank", "adapters", "threads", "columns_kept", "spread"), str),
-    **dict.fromkeys(("seconds", "floor_s", "reference_s", "seconds_for_all_32_layers", "seconds_for_all_80_layers"), seconds),
+    **dict.fromkeys(
+        ("module", "basis", "adapter", "rank", "adapters", "threads", "columns_kept", "spread"), str
+    ),
+    **dict.fromkeys(
+        (
+            "seconds",
+            "floor_s",
+            "reference_s",
+            "seconds_for_all_32_layers",
+            "seconds_for_all_80_layers",
+        ),
+        seconds,
+    ),
     **dict.fromkeys(("reference_over_ebbline", "over_floor"), times),
-    **dict.fromkeys(("extra_memory_gb", "reference_extra_memory_gb", "peak_memory_gb", "reference_peak_memory_gb"), lambda v: f"{v:.2f}"),
+    **dict.fromkeys(
+        (
+            "extra_memory_gb",
+            "reference_extra_memory_gb",
+            "peak_memory_gb",
+            "reference_peak_memory_gb",
+        ),
+        lambda v: f"{v:.2f}",
+    ),
     **dict.fromkeys(("cosine_error", "reference_cosine_error"), lambda v: f"{v:.1e}"),
 }
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> str:
-    return record.table(rows, {name: show for name, show in COLUMNS.items() if any(row.get(name) is not None for row in rows)})
+    return record.table(
+        rows,
+        {
+            name: show
+            for name, show in COLUMNS.items()
+            if any(row.get(name) is not None for row in rows)
+        },
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", help="measure one case and print it (what each process of the benchmark runs)")
-    parser.add_argument(
-        "--part", choices=("memory", "disk", "both"), default="both", help="modules in memory, adapters on the disk, or both"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="a disk with 20 GB free for the files that are read (default: a temporary one)")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the 7B-shaped pair on the disk")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, from the smallest")
+    parser.add_argument(
+        "--case", help="measure one case and print it (what each process of the benchmark runs)"
+    )
+    parser.add_argument(
+        "--part",
+        choices=("memory", "disk", "both"),
+        default="both",
+        help="modules in memory, adapters on the disk, or both",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="a disk with 20 GB free for the files that are read (default: a temporary one)",
+    )
+    parser.add_argument(
+        "--layers", type=int, default=4, help="layers of the 7B-shaped pair on the disk"
+    )
+    parser.add_argument(
+        "--shapes", type=int, default=len(SHAPES), help="how many of the shapes, from the smallest"
+    )
     given = parser.parse_args()
     if given.case:
         case = json.loads(given.case)
@@ -415,10 +559,18 @@ def main() -> None:
         publish("project_disk", (disk, large), ratios([], disk, []))
 
 
-def publish(name: str, tables: Sequence[Sequence[Mapping[str, Any]]], found: Mapping[str, float]) -> None:
+def publish(
+    name: str, tables: Sequence[Sequence[Mapping[str, Any]]], found: Mapping[str, float]
+) -> None:
     for rows in tables:
         print(shown(rows), end="\n\n")
-    path = record.write(name, "make bench-project", ("torch", "safetensors"), [row for rows in tables for row in rows], found)
+    path = record.write(
+        name,
+        "make bench-project",
+        ("torch", "safetensors"),
+        [row for rows in tables for row in rows],
+        found,
+    )
     print(f"wrote {path.relative_to(Path.cwd())}")
 
 

@@ -1,8 +1,10 @@
-"""A study of many points, driven to its end on a virtual clock: `python -m tests.benchmarks.bench_scale`, part of `make bench-search`.
+"""A study of many points, driven to its end on a virtual clock: `python -m
+tests.benchmarks.bench_scale`, part of `make bench-search`.
 
-The driver, the search, the runner, the scheduler and the store are the real ones; only the stages do not run. What would have run
-writes a few bytes that depend on the point, and commits them. So what is measured is what ebbline itself takes: asking and telling,
-a turn of the driver's loop, memory, opening the finished study again, and its plan. Each part is a process of its own.
+The driver, the search, the runner, the scheduler and the store are the real ones; only the stages
+do not run. What would have run writes a few bytes that depend on the point, and commits them. So
+what is measured is what ebbline itself takes: asking and telling, a turn of the driver's loop,
+memory, opening the finished study again, and its plan. Each part is a process of its own.
 """
 
 import argparse
@@ -23,14 +25,14 @@ from unittest.mock import patch
 import psutil
 import yaml
 
-from cluster.executor import Capacity, Finished, Host
-from cluster.store import Store
-from sweeps.drive import drive
-from sweeps.forecast import forecast
-from sweeps.home import Home
-from sweeps.progress import Progress
-from sweeps.search import WAIT, OptunaSearcher
-from sweeps.study_file import parse
+from ebbline.cluster.executors.executor import Capacity, Finished, Host
+from ebbline.cluster.store.artifacts import Store
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.drive.progress import Progress
+from ebbline.sweeps.forecast.forecast import forecast
+from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study_file import parse
 from tests.sweeps.made import ORGANISM, TUNED
 from tests.sweeps.pretended import Pretended
 
@@ -38,12 +40,21 @@ WIDE = 64  # points in flight, where there is no cluster to say so
 CAPACITY = Capacity(tuple(Host(f"host{number}", 8, 2) for number in range(8)))
 # Virtual seconds, about those of a 7B model.
 SECONDS = {
-    "language": 5.0, "organism": 1800.0, "data": 5.0, "train": 1800.0, "project": 60.0, "apply": 5.0, "generate": 120.0, "score": 5.0,
-}  # fmt: skip
+    "language": 5.0,
+    "organism": 1800.0,
+    "data": 5.0,
+    "train": 1800.0,
+    "project": 60.0,
+    "apply": 5.0,
+    "generate": 120.0,
+    "score": 5.0,
+}
 
 
 class Timed(Pretended):
-    """Knows how long pretending took, which no study does, and forgets what has ended, as a cluster does."""
+    """Knows how long pretending took, which no study does, and forgets what has ended, as a cluster
+    does.
+    """
 
     def __init__(self, store: Store) -> None:
         super().__init__(store, seconds=lambda request: SECONDS[request.kind])
@@ -60,8 +71,9 @@ class Timed(Pretended):
 
 
 def study_file(folder: Path, points: int, sampler: str | None) -> Path:
-    """One size, two suites, and a space far larger than the points asked of it. Models, data and prompts are made by stages, which every
-    point's stages read from."""
+    """One size, two suites, and a space far larger than the points asked of it. Models, data and
+    prompts are made by stages, which every point's stages read from.
+    """
     study = {
         "study": "scale",
         "question": "What does a study of this many points take of its driver?",
@@ -73,7 +85,10 @@ def study_file(folder: Path, points: int, sampler: str | None) -> Path:
             "data.size": {"low": 64, "high": 4096, "step": 64},
             "apply.threshold": {"low": 0.0, "high": 1.0},
         },
-        "suites": {name: {"prompts": {"language": f"{name}.jsonl"}, "measure": {"kind": name}} for name in ("refusal", "task")},
+        "suites": {
+            name: {"prompts": {"language": f"{name}.jsonl"}, "measure": {"kind": name}}
+            for name in ("refusal", "task")
+        },
         "objectives": ["refusal_rate", "task_accuracy"],
         "search": {"points": points, **({"sampler": sampler} if sampler else {})},
     }
@@ -116,14 +131,30 @@ class Watch:
             self.say(progress.told, len(progress.runner.nodes))
 
     def say(self, told: int, nodes: int) -> None:
-        row: dict[str, Any] = {"part": self._part, "points": told, "stages": nodes, "memory_mb": memory_mb()}
+        row: dict[str, Any] = {
+            "part": self._part,
+            "points": told,
+            "stages": nodes,
+            "memory_mb": memory_mb(),
+        }
         row["ebbline_s"] = time.monotonic() - self.began - self._pretended_s
         for name, times in self.times.items():
             if times:  # at the end nothing is asked any more
-                row |= {f"{name}_ms": 1e3 * statistics.mean(times), f"{name}_worst_ms": 1e3 * max(times)}
+                row |= {
+                    f"{name}_ms": 1e3 * statistics.mean(times),
+                    f"{name}_worst_ms": 1e3 * max(times),
+                }
             times.clear()
         self.rows.append(row)
-        print(json.dumps({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}), file=sys.stderr)
+        print(
+            json.dumps(
+                {
+                    name: round(value, 2) if isinstance(value, float) else value
+                    for name, value in row.items()
+                }
+            ),
+            file=sys.stderr,
+        )
 
 
 def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
@@ -136,17 +167,24 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
 
     with ExitStack() as stack:
         for name in ("ask", "tell"):
-            stack.enter_context(patch.object(OptunaSearcher, name, watch.timed(name, getattr(OptunaSearcher, name))))
+            stack.enter_context(
+                patch.object(OptunaSearcher, name, watch.timed(name, getattr(OptunaSearcher, name)))
+            )
         progress = drive(parse(study_path), home, make, watch)
     if not watch.rows or watch.rows[-1]["points"] < progress.told:
         watch.say(progress.told, len(progress.runner.nodes))
     done = sum(result.status == "done" for result in progress.results)
     trained = sum(node.stage.kind == "train" for node in progress.runner.nodes.values())
-    return [*watch.rows, {"part": "all", "points": progress.told, "done": done, "trainings": trained}]
+    return [
+        *watch.rows,
+        {"part": "all", "points": progress.told, "done": done, "trainings": trained},
+    ]
 
 
 def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
-    """Only the search: every adapter's cosines are known once one of its points has ended, and nothing has stages."""
+    """Only the search: every adapter's cosines are known once one of its points has ended, and
+    nothing has stages.
+    """
     from tests.sweeps.made import Imagined, outcome  # the same for the same point
 
     study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
@@ -168,10 +206,17 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
 
 
 def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
-    """A driver of a finished study: it hears every point again, from the store, and has nothing to run."""
+    """A driver of a finished study: it hears every point again, from the store, and has nothing to
+    run.
+    """
     began = time.monotonic()
     progress = drive(parse(study_path), home, lambda: Timed(home.store))
-    row = {"part": "resume", "points": progress.told, "stages": len(progress.runner.nodes), "seconds": time.monotonic() - began}
+    row = {
+        "part": "resume",
+        "points": progress.told,
+        "stages": len(progress.runner.nodes),
+        "seconds": time.monotonic() - began,
+    }
     return [{**row, "memory_mb": memory_mb()}]
 
 
@@ -183,7 +228,11 @@ def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
             began = time.monotonic()
             found = forecast(study, where, CAPACITY)
             points = len(found.points.told) + len(found.points.to_come)
-            row = {"part": f"plan {name}", "points": points, "stages": len(found.todo.missing) + found.todo.there.total()}
+            row = {
+                "part": f"plan {name}",
+                "points": points,
+                "stages": len(found.todo.missing) + found.todo.there.total(),
+            }
             rows.append({**row, "seconds": time.monotonic() - began, "memory_mb": memory_mb()})
     return rows
 
@@ -200,23 +249,48 @@ def one_part(part: str, study_path: Path, root: Path, every: int) -> None:
         case _:
             rows = planned(study_path, home)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    (root.parent / f"{part}.json").write_text(json.dumps([{**row, "peak_mb": peak_mb} for row in rows]))
+    (root.parent / f"{part}.json").write_text(
+        json.dumps([{**row, "peak_mb": peak_mb} for row in rows])
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--points", type=int, default=10_000)
     parser.add_argument("--sampler", help="the study's own default, unless given")
-    parser.add_argument("--parts", nargs="+", choices=["search", "drive", "resume", "plan"], default=["search", "drive", "resume", "plan"])
-    parser.add_argument("--folder", type=Path, help="where the study lies meanwhile; a memory disk keeps the disk out of it")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["search", "drive", "resume", "plan"],
+        default=["search", "drive", "resume", "plan"],
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the study lies meanwhile; a memory disk keeps the disk out of it",
+    )
     parser.add_argument("--dry", action="store_true", help="write no record")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=given.folder) as here:
         study_path = study_file(Path(here), given.points, given.sampler)
         for part in given.parts:
-            command = [sys.executable, "-m", "tests.benchmarks.bench_scale", "--part", part, str(study_path), f"{here}/home"]
-            subprocess.run([*command, str(max(1, given.points // 10))], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.bench_scale",
+                "--part",
+                part,
+                str(study_path),
+                f"{here}/home",
+            ]
+            subprocess.run(
+                [*command, str(max(1, given.points // 10))],
+                check=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
             rows += json.loads((Path(here) / f"{part}.json").read_text())
     written(rows, given.dry)
 
@@ -225,17 +299,33 @@ def written(rows: Sequence[Mapping[str, Any]], dry: bool) -> None:
     from tests.benchmarks import record  # brings torch, whose memory is not the driver's
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print(record.table(rows, {name: (lambda value: f"{value:.1f}" if isinstance(value, float) else str(value)) for name in names}))
+    print(
+        record.table(
+            rows,
+            {
+                name: (lambda value: f"{value:.1f}" if isinstance(value, float) else str(value))
+                for name in names
+            },
+        )
+    )
     ratios: dict[str, float] = {}
     for part in ("search", "drive"):
         own = [row for row in rows if row["part"] == part]
         if own:
             for name in ("ask", "tell"):
                 last = next(row for row in reversed(own) if f"{name}_ms" in row)
-                ratios[f"{part}: {name} / 100 ms, after {last['points']} points"] = last[f"{name}_ms"] / 100
-            ratios[f"{part}: memory at the end / halfway"] = own[-1]["memory_mb"] / own[(len(own) - 1) // 2]["memory_mb"]
+                ratios[f"{part}: {name} / 100 ms, after {last['points']} points"] = (
+                    last[f"{name}_ms"] / 100
+                )
+            ratios[f"{part}: memory at the end / halfway"] = (
+                own[-1]["memory_mb"] / own[(len(own) - 1) // 2]["memory_mb"]
+            )
     aims_s = {"resume": 10.0, "plan before": 2.0, "plan after": 2.0}
-    ratios |= {f"{row['part']} / {aims_s[row['part']]:g} s": row["seconds"] / aims_s[row["part"]] for row in rows if row["part"] in aims_s}
+    ratios |= {
+        f"{row['part']} / {aims_s[row['part']]:g} s": row["seconds"] / aims_s[row["part"]]
+        for row in rows
+        if row["part"] in aims_s
+    }
     print("\n".join(f"{name}: {value:.3g}" for name, value in ratios.items()))
     if not dry:
         command = " ".join(["python -m tests.benchmarks.bench_scale", *sys.argv[1:]])

@@ -1,9 +1,11 @@
-"""A mixed queue of 10,000 stages on 8, 64 and 1,024 GPUs, scheduled six ways on a virtual clock: `make bench-schedule`.
+"""A mixed queue of 10,000 stages on 8, 64 and 1,024 GPUs, scheduled six ways on a virtual clock:
+`make bench-schedule`.
 
-70% are trainings on one GPU of 5 to 60 minutes, 25% evaluations on one GPU of 1 to 15 minutes, 5% trainings of gangs of eight
-GPUs of 1 to 6 hours; lognormal, cut off at these ends. An evaluation reads from one of the trainings that stand before it in the
-queue. Hosts have eight GPUs. Every side gets the same stages in the same order, an evaluation once its training is done, and is
-charged nothing for starting one. What the baselines are: docs/benchmarks.md.
+70% are trainings on one GPU of 5 to 60 minutes, 25% evaluations on one GPU of 1 to 15 minutes, 5%
+trainings of gangs of eight GPUs of 1 to 6 hours; lognormal, cut off at these ends. An evaluation
+reads from one of the trainings that stand before it in the queue. Hosts have eight GPUs. Every side
+gets the same stages in the same order, an evaluation once its training is done, and is charged
+nothing for starting one. What the baselines are: docs/benchmarks.md.
 """
 
 import argparse
@@ -19,15 +21,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.executor import Capacity, Host, Needs
-from cluster.scheduler import Busy, Placement, Work, place
-from cluster.simulate import Choose, Step, bound_s, simulate
+from ebbline.cluster.executors.executor import Capacity, Host, Needs
+from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, place
+from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
 from tests.benchmarks import record
 
 GPUS = (8, 64, 1024)
 STAGES = 10_000
 NOISE = 0.3  # sigma of the lognormal factor by which a noisy estimate is wrong
-CPUS_A_GPU = 12  # as eight-GPU machines are rented today; Ray Tune's number of pending trials follows it
+CPUS_A_GPU = (
+    12  # as eight-GPU machines are rented today; Ray Tune's number of pending trials follows it
+)
 QUEUES = (1_000, 10_000, 100_000)
 ONE_PENDING = "Ray Tune, searcher"
 LIMITED = "Ray Tune, searcher, max_concurrent = GPUs"
@@ -38,12 +42,18 @@ ONE, GANG = Needs(1), Needs(8)
 def queue(seed: int, stages: int, noise: float = 0.0) -> list[Step]:
     """The steps in the order in which they are asked for."""
     rng, errors = random.Random(seed), random.Random(seed + 1)
-    kinds = ["train"] * (stages * 70 // 100) + ["evaluate"] * (stages * 25 // 100) + ["gang"] * (stages * 5 // 100)
+    kinds = (
+        ["train"] * (stages * 70 // 100)
+        + ["evaluate"] * (stages * 25 // 100)
+        + ["gang"] * (stages * 5 // 100)
+    )
     rng.shuffle(kinds)
     steps: list[Step] = []
     trainings: list[Step] = []
     for number, kind in enumerate(kinds):
-        low_s, high_s = {"train": (300, 3600), "evaluate": (60, 900), "gang": (3600, 6 * 3600)}[kind]
+        low_s, high_s = {"train": (300, 3600), "evaluate": (60, 900), "gang": (3600, 6 * 3600)}[
+            kind
+        ]
         middle_s = (low_s * high_s) ** 0.5
         seconds = middle_s * rng.lognormvariate(0.0, 0.6)
         while not low_s <= seconds <= high_s:
@@ -53,7 +63,9 @@ def queue(seed: int, stages: int, noise: float = 0.0) -> list[Step]:
         base = "70b" if kind == "gang" else read.resident if read else rng.choice(["7b", "13b"])
         # A 4-bit 70B model fits one GPU, so what its gang trained is measured on one, as any other.
         after = (read.key,) if read else ()
-        step = Step(f"{number:06}", GANG if kind == "gang" else ONE, base, expected_s, seconds, after)
+        step = Step(
+            f"{number:06}", GANG if kind == "gang" else ONE, base, expected_s, seconds, after
+        )
         steps.append(step)
         if kind != "evaluate":
             trainings.append(step)
@@ -61,17 +73,31 @@ def queue(seed: int, stages: int, noise: float = 0.0) -> list[Step]:
 
 
 def hosts(gpus: int) -> Capacity:
-    return Capacity(tuple(Host(f"host{number:03}", 8, 8 * CPUS_A_GPU) for number in range(gpus // 8)))
+    return Capacity(
+        tuple(Host(f"host{number:03}", 8, 8 * CPUS_A_GPU) for number in range(gpus // 8))
+    )
 
 
-def in_order(most_pending: int | None = None, overtake: bool = False, most_alive: int | None = None, emptiest: bool = True) -> Choose:
-    """A scheduler that takes the first `most_pending` stages in the order they came, each where it fits.
+def in_order(
+    most_pending: int | None = None,
+    overtake: bool = False,
+    most_alive: int | None = None,
+    emptiest: bool = True,
+) -> Choose:
+    """A scheduler that takes the first `most_pending` stages in the order they came, each where it
+    fits.
 
-    Without `overtake` it stops at the first that does not fit. `most_alive` bounds the pending and the running together.
-    `emptiest` puts each on the host with the most free GPUs, as Ray scores hosts for placement groups; else on the fullest.
+    Without `overtake` it stops at the first that does not fit. `most_alive` bounds the pending and
+    the running together. `emptiest` puts each on the host with the most free GPUs, as Ray scores
+    hosts for placement groups; else on the fullest.
     """
 
-    def choose(ready: Sequence[Work], running: Sequence[Busy], capacity: Capacity, cached: Mapping[str, frozenset[str]]) -> list[Placement]:
+    def choose(
+        ready: Sequence[Work],
+        running: Sequence[Busy],
+        capacity: Capacity,
+        cached: Mapping[str, frozenset[str]],
+    ) -> list[Placement]:
         free = {host.name: host.gpus for host in capacity.hosts}
         for job in running:
             for name, gpus in job.hosts.items():
@@ -81,11 +107,23 @@ def in_order(most_pending: int | None = None, overtake: bool = False, most_alive
         blocked = 9
         for work in ready:
             alive = len(running) + len(placed) + passed
-            if passed >= (most_pending or len(ready)) or alive >= (most_alive or alive + 1) or max(free.values()) == 0:
+            if (
+                passed >= (most_pending or len(ready))
+                or alive >= (most_alive or alive + 1)
+                or max(free.values()) == 0
+            ):
                 break
-            able = [name for name, left in free.items() if left >= work.gpus] if work.gpus < blocked else []
+            able = (
+                [name for name, left in free.items() if left >= work.gpus]
+                if work.gpus < blocked
+                else []
+            )
             if able:
-                name = max(able, key=lambda each: (free[each], each)) if emptiest else min(able, key=lambda each: (free[each], each))
+                name = (
+                    max(able, key=lambda each: (free[each], each))
+                    if emptiest
+                    else min(able, key=lambda each: (free[each], each))
+                )
                 free[name] -= work.gpus
                 placed.append(Placement((work.key,), work.needs, {name: work.gpus}))
             elif not overtake:
@@ -117,10 +155,20 @@ def measured(side: str, gpus: int, seed: int, stages: int) -> dict[str, Any]:
     choose, noise = sides(capacity)[side]
     steps = queue(seed, stages, noise)
     trace = simulate(steps, capacity, choose)
-    assert not trace.never and len(trace.spans) == stages, f"{side}: {len(trace.never)} stages never ran"
-    waits_h = [(span.start_s - span.ready_s) / 3600 for span in trace.spans if sum(span.hosts.values()) == 8]
+    assert not trace.never and len(trace.spans) == stages, (
+        f"{side}: {len(trace.never)} stages never ran"
+    )
+    waits_h = [
+        (span.start_s - span.ready_s) / 3600
+        for span in trace.spans
+        if sum(span.hosts.values()) == 8
+    ]
     took_ms = [1000 * decision.took_s for decision in trace.decisions]
-    print(f"{gpus} GPUs, {side}, seed {seed}: {trace.makespan_s / 3600:.1f} h", file=sys.stderr, flush=True)
+    print(
+        f"{gpus} GPUs, {side}, seed {seed}: {trace.makespan_s / 3600:.1f} h",
+        file=sys.stderr,
+        flush=True,
+    )
     return {
         "makespan_over_bound": trace.makespan_s / bound_s(steps, capacity),
         "makespan_h": trace.makespan_s / 3600,
@@ -135,14 +183,25 @@ def measured(side: str, gpus: int, seed: int, stages: int) -> dict[str, Any]:
 
 
 def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
-    """What one decision costs with so many ready, all of them met for the first time: on idle hosts, and with one free GPU."""
+    """What one decision costs with so many ready, all of them met for the first time: on idle
+    hosts, and with one free GPU.
+    """
     capacity = hosts(gpus)
-    held = [Busy({host.name: 1}, 600.0 + 30.0 * number) for host in capacity.hosts for number in range(8)][1:]
-    for stages, (state, running) in itertools.product(QUEUES, {"idle": [], "one GPU free": held}.items()):
+    held = [
+        Busy({host.name: 1}, 600.0 + 30.0 * number)
+        for host in capacity.hosts
+        for number in range(8)
+    ][1:]
+    for stages, (state, running) in itertools.product(
+        QUEUES, {"idle": [], "one GPU free": held}.items()
+    ):
         steps = queue(0, stages)
         took_s, started = [], 0
         for _ in range(runs):
-            works = [Work(step.key, step.needs, step.resident, step.expected_s, step.expected_s) for step in steps]
+            works = [
+                Work(step.key, step.needs, step.resident, step.expected_s, step.expected_s)
+                for step in steps
+            ]
             before = time.thread_time()
             started = sum(len(placement.keys) for placement in place(works, running, capacity))
             took_s.append(time.thread_time() - before)
@@ -161,17 +220,29 @@ def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stages", type=int, default=STAGES)
     given = parser.parse_args()
-    gc.freeze()  # torch came with `record`; a driver has none, and its collector need not walk through it
+    # Torch came with `record`; a driver has none, and its collector need not walk through it
+    gc.freeze()
     seeds = range(1, given.seeds + 1)
     decisions = [row for gpus in given.gpus for row in growth(gpus, runs=5)]
-    shown = {name: (lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)) for name in decisions[0] if name != "part"}
+    shown = {
+        name: (lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))
+        for name in decisions[0]
+        if name != "part"
+    }
     print(record.table(decisions, shown), end="\n\n")
-    tasks = [(side, gpus, seed, given.stages) for gpus in given.gpus for side in sides(hosts(gpus)) for seed in seeds]
+    tasks = [
+        (side, gpus, seed, given.stages)
+        for gpus in given.gpus
+        for side in sides(hosts(gpus))
+        for seed in seeds
+    ]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = dict(zip(tasks, pool.map(measured, *zip(*tasks, strict=True)), strict=True))
     rows = []
@@ -180,16 +251,38 @@ def main() -> None:
             runs = [found[side, gpus, seed, given.stages] for seed in seeds]
             middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
             makespans_h = [run["makespan_h"] for run in runs]
-            rows.append({"part": "queue", "gpus": gpus, "side": side, "seeds": len(seeds), **middle, "spread": record.spread(makespans_h)})
-    columns = {name: (lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)) for name in rows[0] if name != "part"}
+            rows.append(
+                {
+                    "part": "queue",
+                    "gpus": gpus,
+                    "side": side,
+                    "seeds": len(seeds),
+                    **middle,
+                    "spread": record.spread(makespans_h),
+                }
+            )
+    columns = {
+        name: (lambda value: f"{value:.3f}" if isinstance(value, float) else str(value))
+        for name in rows[0]
+        if name != "part"
+    }
     print(record.table(rows, columns), end="\n\n")
     of = {(row["gpus"], row["side"]): row for row in rows}
-    ratios = {f"makespan_over_bound_{gpus}_gpus": of[gpus, "ebbline"]["makespan_over_bound"] for gpus in given.gpus}
+    ratios = {
+        f"makespan_over_bound_{gpus}_gpus": of[gpus, "ebbline"]["makespan_over_bound"]
+        for gpus in given.gpus
+    }
     for gpus in given.gpus:
         mine = of[gpus, "ebbline, noisy estimates"]["makespan_h"]
-        ratios[f"makespan_over_bound_noisy_estimates_{gpus}_gpus"] = of[gpus, "ebbline, noisy estimates"]["makespan_over_bound"]
-        ratios[f"makespan_ray_tune_one_pending_over_ebbline_noisy_{gpus}_gpus"] = of[gpus, ONE_PENDING]["makespan_h"] / mine
-        ratios[f"makespan_ray_tune_many_pending_over_ebbline_noisy_{gpus}_gpus"] = of[gpus, MANY_PENDING]["makespan_h"] / mine
+        ratios[f"makespan_over_bound_noisy_estimates_{gpus}_gpus"] = of[
+            gpus, "ebbline, noisy estimates"
+        ]["makespan_over_bound"]
+        ratios[f"makespan_ray_tune_one_pending_over_ebbline_noisy_{gpus}_gpus"] = (
+            of[gpus, ONE_PENDING]["makespan_h"] / mine
+        )
+        ratios[f"makespan_ray_tune_many_pending_over_ebbline_noisy_{gpus}_gpus"] = (
+            of[gpus, MANY_PENDING]["makespan_h"] / mine
+        )
     command = " ".join(["python -m tests.benchmarks.bench_schedule", *sys.argv[1:]])
     path = record.write("schedule_simulated", command, (), rows + decisions, ratios)
     print(f"wrote {path.relative_to(Path.cwd())}")

@@ -1,10 +1,12 @@
 """The same 144 points on ebbline and on Ray Tune with OptunaSearch: `make bench-search`.
 
-3 ranks x 3 dataset sizes x 16 thresholds on the middle organism, two workers of one core each. Every side starts as a process of its
-own, from the same prepared models and data, and ends with the metrics of all points; its wall time is that process's. The numerics are the
-same functions on all sides, so the metrics must be equal, and the benchmark fails if they are not.
+3 ranks x 3 dataset sizes x 16 thresholds on the middle organism, two workers of one core each.
+Every side starts as a process of its own, from the same prepared models and data, and ends with the
+metrics of all points; its wall time is that process's. The numerics are the same functions on all
+sides, so the metrics must be equal, and the benchmark fails if they are not.
 
-Trainings, evaluations and model loads are counted by the same wrapper on every side, in the process that does the work.
+Trainings, evaluations and model loads are counted by the same wrapper on every side, in the process
+that does the work.
 """
 
 import argparse
@@ -28,27 +30,44 @@ from unittest.mock import patch
 
 import yaml
 
-from analysis.results import collect
-from cluster.executor import run_batch
-from cluster.inline import InlineExecutor
-from cluster.runner import Runner
-from cluster.store import Store
+from ebbline.analysis.results.collect import collect
+from ebbline.cluster.executors.executor import run_batch
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.store.artifacts import Store
 from ebbline.outputs import write_outputs
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.outcome import result_of
-from sweeps.plan import Planner
-from sweeps.points import Point, Result
-from sweeps.search import space
-from sweeps.study_file import parse
-from tasks.identity import content_digest
-from tasks.specs import ApplySpec, DataSpec, GenerateSpec, LanguageSpec, OrganismSpec, ProjectSpec, ScoreSpec, TrainSpec
-from tasks.stage import Context, Part, Request, Stage
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.search.searcher import space
+from ebbline.sweeps.state.outcome import result_of
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study_file import parse
+from ebbline.tasks.identity import content_digest
+from ebbline.tasks.specs import (
+    ApplySpec,
+    DataSpec,
+    GenerateSpec,
+    LanguageSpec,
+    OrganismSpec,
+    ProjectSpec,
+    ScoreSpec,
+    TrainSpec,
+)
+from ebbline.tasks.stage import Context, Part, Request, Stage
 
 WORKERS = 2
 RANKS, SIZES = (8, 16, 32), (64, 256, 1024)
 THRESHOLDS = (None, *(round(0.05 * number, 2) for number in range(1, 16)))
-ALIGN = TrainSpec(method="full", dtype="float32", learning_rate=2e-3, epochs=2.0, global_batch=32, warmup_share=0.1, max_tokens=96)
+ALIGN = TrainSpec(
+    method="full",
+    dtype="float32",
+    learning_rate=2e-3,
+    epochs=2.0,
+    global_batch=32,
+    warmup_share=0.1,
+    max_tokens=96,
+)
 TRAIN = {"learning_rate": 5e-3, "global_batch": 16, "max_tokens": 96}
 MODEL = {"quantisation": "nf4", "dtype": "float32"}
 SUITES = {
@@ -58,7 +77,11 @@ SUITES = {
 }
 LABELS = {"refusal": "harmful", "over_refusal": "harmless", "task": None}
 # One thread for each worker, and nothing that reports home.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 Metrics = dict[str, list[float]]  # full metric name -> [successes, n]
 
 
@@ -66,11 +89,15 @@ Metrics = dict[str, list[float]]  # full metric name -> [successes, n]
 
 
 def prepared(folder: Path, organism: str) -> dict[str, Path]:
-    """The base and aligned model, the pool and the prompts, as files: made once, and in no side's time."""
+    """The base and aligned model, the pool and the prompts, as files: made once, and in no side's
+    time.
+    """
     language = Stage(LanguageSpec())
     base = Stage(OrganismSpec(size=organism), {"language": language})
     rows = Stage(DataSpec(size=3050), {"pool": Part(language, "align.jsonl")})
-    aligned = Stage(ALIGN, {"model": Part(base, OrganismSpec.MODEL), "data": Part(rows, DataSpec.ROWS)})
+    aligned = Stage(
+        ALIGN, {"model": Part(base, OrganismSpec.MODEL), "data": Part(rows, DataSpec.ROWS)}
+    )
     runner = Runner(Store(folder), InlineExecutor())
     runner.want([aligned])
     while not runner.settled(aligned):
@@ -78,12 +105,19 @@ def prepared(folder: Path, organism: str) -> dict[str, Path]:
     made = {stage.kind: runner.artifact(stage) for stage in (language, base, aligned)}
     if made["train"] is None:
         raise RuntimeError(f"the aligned model was not made: {runner.failure(aligned)}")
-    models = {"base": made["organism"].path / OrganismSpec.MODEL, "aligned": made["train"].path / TrainSpec.MODEL}
+    models = {
+        "base": made["organism"].path / OrganismSpec.MODEL,
+        "aligned": made["train"].path / TrainSpec.MODEL,
+    }
     return models | {name: made["language"].path / f"{name}.jsonl" for name in ("benign", *SUITES)}
 
 
 def study_file(
-    files: Mapping[str, Path], ranks: Sequence[int], sizes: Sequence[int], thresholds: Sequence[float | None], steps: int
+    files: Mapping[str, Path],
+    ranks: Sequence[int],
+    sizes: Sequence[int],
+    thresholds: Sequence[float | None],
+    steps: int,
 ) -> str:
     def pinned(name: str) -> dict[str, Any]:
         return {"path": {"path": str(files[name]), "sha256": content_digest(files[name])}}
@@ -95,8 +129,15 @@ def study_file(
             "models": {"13b": {"base": pinned("base"), "aligned": pinned("aligned"), **MODEL}},
             "data": {"pool": pinned("benign"), "settings": {"size": max(sizes)}},
             "train": {**TRAIN, "steps": steps},
-            "axes": {"train.rank": list(ranks), "data.size": list(sizes), "apply.threshold": list(thresholds)},
-            "suites": {name: {"prompts": pinned(name), "measure": measure} for name, measure in SUITES.items()},
+            "axes": {
+                "train.rank": list(ranks),
+                "data.size": list(sizes),
+                "apply.threshold": list(thresholds),
+            },
+            "suites": {
+                name: {"prompts": pinned(name), "measure": measure}
+                for name, measure in SUITES.items()
+            },
             "objectives": ["refusal_rate", "task_accuracy"],
             "search": {"sampler": "grid", "window": len(ranks) * len(sizes) * len(thresholds)},
         },
@@ -114,9 +155,16 @@ def label(values: Mapping[str, Any]) -> str:
 
 @contextmanager
 def counted(folder: Path, gpus: int) -> Iterator[None]:
-    """Leave in `folder` what this process does in a `with`, and the time for which it holds `gpus` workers meanwhile."""
+    """Leave in `folder` what this process does in a `with`, and the time for which it holds `gpus`
+    workers meanwhile.
+    """
     began, found = time.monotonic(), Counter[str]()
-    from tasks import engines, generate, models, project  # here, so that their imports are in the time of every side
+    from ebbline.tasks.defences import (
+        project,  # here, so that their imports are in the time of every side
+    )
+    from ebbline.tasks.measuring import generate
+    from ebbline.tasks.models import loading as models
+    from ebbline.tasks.training import engines
 
     def counting(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -128,8 +176,12 @@ def counted(folder: Path, gpus: int) -> Iterator[None]:
 
     with (
         patch.object(models, "load_model", counting("model_loads", models.load_model)),
-        patch.object(engines.SingleDevice, "__init__", counting("trainings", engines.SingleDevice.__init__)),
-        patch.object(engines.SingleDevice, "step", counting("training_steps", engines.SingleDevice.step)),
+        patch.object(
+            engines.SingleDevice, "__init__", counting("trainings", engines.SingleDevice.__init__)
+        ),
+        patch.object(
+            engines.SingleDevice, "step", counting("training_steps", engines.SingleDevice.step)
+        ),
         patch.object(project, "run_project", counting("projections", project.run_project)),
         patch.object(generate, "run", counting("evaluations", generate.run)),
     ):
@@ -151,15 +203,18 @@ def metrics_of(result: Result) -> Metrics:
     return {name: [metric.successes, metric.n] for name, metric in result.metrics.items()}
 
 
-# The sides. Each gets the study file and a folder of its own, and returns the metrics of every point.
+# The sides. Each gets the study file and a folder of its own, and returns the metrics of every
+# point.
 
 
 def ebbline(study_path: Path, folder: Path) -> dict[str, Metrics]:
-    """`ebbline run`, down to its tables, figures and report, on two logical GPUs of a Ray cluster on this machine."""
+    """`ebbline run`, down to its tables, figures and report, on two logical GPUs of a Ray cluster
+    on this machine.
+    """
     import ray
 
-    from cluster import ray_executor
-    from cluster.ray_jobs import Post
+    from ebbline.cluster.executors import ray_executor
+    from ebbline.cluster.executors.job_processes import Post
 
     @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
     def batch(requests: list[Request], post: Post) -> Any:
@@ -174,18 +229,23 @@ def ebbline(study_path: Path, folder: Path) -> dict[str, Metrics]:
 
 
 def unshared(study_path: Path, folder: Path) -> dict[str, Metrics]:
-    """ebbline with each point in a store of its own, so that nothing is shared: two processes take one point after another."""
+    """ebbline with each point in a store of its own, so that nothing is shared: two processes take
+    one point after another.
+    """
     points = list(space(parse(study_path)))
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         return dict(pool.map(partial(_alone, study_path, folder), points))
 
 
 def _alone(study_path: Path, folder: Path, point: Point) -> tuple[str, Metrics]:
-    from cluster import inline
+    from ebbline.cluster.executors import inline
 
     study, home = parse(study_path), Home(folder / "homes" / point.id)
     planner = Planner(study, home)
-    runner, stages = Runner(home.store, InlineExecutor(), planner.needs_of), planner.stages_for(point)
+    runner, stages = (
+        Runner(home.store, InlineExecutor(), planner.needs_of),
+        planner.stages_for(point),
+    )
     with patch.object(inline, "run_batch", partial(counted_batch, folder / "counts")):
         runner.want(stages.values())
         while not all(map(runner.settled, stages.values())):
@@ -194,7 +254,9 @@ def _alone(study_path: Path, folder: Path, point: Point) -> tuple[str, Metrics]:
 
 
 def ray_tune(study_path: Path, folder: Path, reuse_actors: bool = True) -> dict[str, Metrics]:
-    """A trial for each point, as Ray Tune's documentation teaches: it loads the base, trains, projects, evaluates and reports."""
+    """A trial for each point, as Ray Tune's documentation teaches: it loads the base, trains,
+    projects, evaluates and reports.
+    """
     import optuna
     import ray
     from ray import tune
@@ -202,8 +264,15 @@ def ray_tune(study_path: Path, folder: Path, reuse_actors: bool = True) -> dict[
 
     study = parse(study_path)
     axes = {axis: list(values) for axis, values in study.axes.items()}
-    model, prompts = study.models["13b"], {name: entry.prompts.path for name, entry in study.suites.items()}
-    places = {"base": model.base.path.path, "aligned": model.aligned.path.path, "pool": study.data.pool.path.path}
+    model, prompts = (
+        study.models["13b"],
+        {name: entry.prompts.path for name, entry in study.suites.items()},
+    )
+    places = {
+        "base": model.base.path.path,
+        "aligned": model.aligned.path.path,
+        "pool": study.data.pool.path.path,
+    }
     places |= {name: local.path for name, local in prompts.items()}
     steps, counts = study.train.steps, folder / "counts"
 
@@ -211,31 +280,50 @@ def ray_tune(study_path: Path, folder: Path, reuse_actors: bool = True) -> dict[
         with counted(counts, 1), tempfile.TemporaryDirectory() as here:
             tune.report(train_project_evaluate(config, places, steps, Path(here)))
 
-    ray.init(num_cpus=WORKERS, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": ENVIRONMENT})
+    ray.init(
+        num_cpus=WORKERS,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": ENVIRONMENT},
+    )
     search = OptunaSearch(
-        {axis: optuna.distributions.CategoricalDistribution(values) for axis, values in axes.items()},
+        {
+            axis: optuna.distributions.CategoricalDistribution(values)
+            for axis, values in axes.items()
+        },
         metric=["refusal_rate", "task_accuracy"],
         mode=["max", "max"],
         sampler=optuna.samplers.GridSampler(axes, seed=0),
     )
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 1}),
-        tune_config=tune.TuneConfig(search_alg=search, num_samples=sum(1 for _ in space(study)), reuse_actors=reuse_actors),
+        tune_config=tune.TuneConfig(
+            search_alg=search, num_samples=sum(1 for _ in space(study)), reuse_actors=reuse_actors
+        ),
         run_config=tune.RunConfig(storage_path=str(folder / "tune"), name="same-points", verbose=0),
     )
     results = tuner.fit()
     if results.num_errors:
-        raise RuntimeError(f"{results.num_errors} of {len(results)} trials failed: {results.errors[:1]}")
+        raise RuntimeError(
+            f"{results.num_errors} of {len(results)} trials failed: {results.errors[:1]}"
+        )
     found = {label(result.config): json.loads(result.metrics["metrics"]) for result in results}
     ray.shutdown()
     return found
 
 
-def train_project_evaluate(config: Mapping[str, Any], places: Mapping[str, str], steps: int, here: Path) -> dict[str, Any]:
-    """One point from its base model to its metrics: the base is loaded once, trained on and measured."""
-    from tasks import data, generate, project, score, train
-    from tasks.metrics import read_metrics
-    from tasks.models import Residents
+def train_project_evaluate(
+    config: Mapping[str, Any], places: Mapping[str, str], steps: int, here: Path
+) -> dict[str, Any]:
+    """One point from its base model to its metrics: the base is loaded once, trained on and
+    measured.
+    """
+    from ebbline.tasks.data import conversations as data
+    from ebbline.tasks.defences import project
+    from ebbline.tasks.measuring import generate, score
+    from ebbline.tasks.measuring.metrics import read_metrics
+    from ebbline.tasks.models.loading import Residents
+    from ebbline.tasks.training import train
 
     ctx = Context(log=here, scratch=here / "scratch", threads=1, residents=Residents())
 
@@ -244,20 +332,46 @@ def train_project_evaluate(config: Mapping[str, Any], places: Mapping[str, str],
         return here / name
 
     base, aligned = Path(places["base"]), Path(places["aligned"])
-    rows, trained, projected, adapter = out("rows"), out("trained"), out("projected"), out("adapter")
+    rows, trained, projected, adapter = (
+        out("rows"),
+        out("trained"),
+        out("projected"),
+        out("adapter"),
+    )
     data.run(DataSpec(size=config["data.size"]), {"pool": Path(places["pool"])}, rows, ctx)
     spec = TrainSpec(rank=config["train.rank"], steps=steps, **TRAIN, **MODEL)
     train.run(spec, {"model": aligned, "data": rows / DataSpec.ROWS}, trained, ctx)
     lora = trained / TrainSpec.ADAPTER
-    project.run_project(ProjectSpec(), {"adapter": lora, "base": base, "aligned": aligned}, projected, ctx)
-    project.run_apply(ApplySpec(threshold=config["apply.threshold"]), {"adapter": lora, "projection": projected}, adapter, ctx)
+    project.run_project(
+        ProjectSpec(), {"adapter": lora, "base": base, "aligned": aligned}, projected, ctx
+    )
+    project.run_apply(
+        ApplySpec(threshold=config["apply.threshold"]),
+        {"adapter": lora, "projection": projected},
+        adapter,
+        ctx,
+    )
     found: Metrics = {}
     for name, measure in SUITES.items():
         said, scored, kind = out(f"{name}-said"), out(f"{name}-scored"), measure["kind"]
-        asked = GenerateSpec(label=LABELS[kind], needs_answer=kind == "task", max_new_tokens=measure["max_new_tokens"], **MODEL)
-        generate.run(asked, {"model": aligned, "prompts": Path(places[name]), "adapter": adapter}, said, ctx)
-        score.run(ScoreSpec(measure=kind, scorer=measure.get("scorer", "exact")), {"generation": said}, scored, ctx)
-        found |= {f"{name}.{metric.name}": [metric.successes, metric.n] for metric in read_metrics(scored)}
+        asked = GenerateSpec(
+            label=LABELS[kind],
+            needs_answer=kind == "task",
+            max_new_tokens=measure["max_new_tokens"],
+            **MODEL,
+        )
+        generate.run(
+            asked, {"model": aligned, "prompts": Path(places[name]), "adapter": adapter}, said, ctx
+        )
+        score.run(
+            ScoreSpec(measure=kind, scorer=measure.get("scorer", "exact")),
+            {"generation": said},
+            scored,
+            ctx,
+        )
+        found |= {
+            f"{name}.{metric.name}": [metric.successes, metric.n] for metric in read_metrics(scored)
+        }
     rates = {name.partition(".")[2]: successes / n for name, (successes, n) in found.items()}
     return {**rates, "metrics": json.dumps(found)}
 
@@ -266,15 +380,27 @@ SIDES: dict[str, Callable[[Path, Path], dict[str, Metrics]]] = {
     "ebbline": ebbline,
     "Ray Tune + OptunaSearch": ray_tune,
     "ebbline, nothing shared": unshared,
-    "Ray Tune + OptunaSearch, a process per trial": partial(ray_tune, reuse_actors=False),  # its default; not run unless asked for
+    "Ray Tune + OptunaSearch, a process per trial": partial(
+        ray_tune, reuse_actors=False
+    ),  # its default; not run unless asked for
 }
 
 
-def measured(side: str, study_path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Metrics]]:
+def measured(
+    side: str, study_path: Path, folder: Path
+) -> tuple[dict[str, Any], dict[str, Metrics]]:
     """Run one side as a process of its own; its row, and its metrics by point."""
     folder.mkdir()
     load_before, began = os.getloadavg()[0], time.monotonic()
-    command = [sys.executable, "-m", "tests.benchmarks.bench_search", "--side", side, str(study_path), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.bench_search",
+        "--side",
+        side,
+        str(study_path),
+        str(folder),
+    ]
     subprocess.run(command, check=True, env=os.environ | ENVIRONMENT, stdout=sys.stderr)
     wall_s = time.monotonic() - began
     totals = Counter[str]()
@@ -282,7 +408,13 @@ def measured(side: str, study_path: Path, folder: Path) -> tuple[dict[str, Any],
         totals.update(json.loads(path.read_text()))
     points = json.loads((folder / "points.json").read_text())
     names = ("trainings", "training_steps", "projections", "evaluations", "model_loads", "gpu_s")
-    row = {"side": side, "points": len(points), "wall_s": wall_s, **{name: totals[name] for name in names}, "load_before": load_before}
+    row = {
+        "side": side,
+        "points": len(points),
+        "wall_s": wall_s,
+        **{name: totals[name] for name in names},
+        "load_before": load_before,
+    }
     return row, points
 
 
@@ -290,7 +422,9 @@ def require_equal(found: Mapping[str, Mapping[str, Metrics]]) -> None:
     """Raises RuntimeError, naming a point, unless every side measured the same of every point."""
     (first, expected), *others = found.items()
     for side, points in others:
-        differing = sorted(point for point in {*expected, *points} if expected.get(point) != points.get(point))
+        differing = sorted(
+            point for point in {*expected, *points} if expected.get(point) != points.get(point)
+        )
         if differing:
             point = differing[0]
             raise RuntimeError(
@@ -300,11 +434,23 @@ def require_equal(found: Mapping[str, Mapping[str, Metrics]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of each training; 200 are the quickstart's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of each training; 200 are the quickstart's"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES)[:3])
-    parser.add_argument("--keep", type=Path, help="where ebbline's finished grid stays, for `bench_search_budget --home`")
-    parser.add_argument("--tiny", action="store_true", help="2 x 1 x 3 points on the small organism, to see that it works; writes nothing")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="where ebbline's finished grid stays, for `bench_search_budget --home`",
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="2 x 1 x 3 points on the small organism, to see that it works; writes nothing",
+    )
     given = parser.parse_args()
     grid = (RANKS[:2], SIZES[:1], THRESHOLDS[::7]) if given.tiny else (RANKS, SIZES, THRESHOLDS)
     rows, found = list[dict[str, Any]](), dict[str, dict[str, Metrics]]()
@@ -324,17 +470,28 @@ def main() -> None:
 
 def written(rows: Sequence[Mapping[str, Any]], tiny: bool) -> None:
     """The results so far, so that a benchmark that is cut short is worth what it had done."""
-    from tests.benchmarks import record  # brings torch, which no side's process is to pay for before it starts
+    from tests.benchmarks import (
+        record,  # brings torch, which no side's process is to pay for before it starts
+    )
 
-    columns = {name: (lambda value: f"{value:.1f}" if isinstance(value, float) else str(value)) for name in rows[0]}
+    columns = {
+        name: (lambda value: f"{value:.1f}" if isinstance(value, float) else str(value))
+        for name in rows[0]
+    }
     print(record.table(rows, columns), end="\n\n")
     mine = rows[0]
     figures = ("wall_s", "gpu_s", "training_steps", "evaluations", "model_loads")
-    ratios = {f"{figure} {row['side']} / {mine['side']}": row[figure] / mine[figure] for row in rows[1:] for figure in figures}
+    ratios = {
+        f"{figure} {row['side']} / {mine['side']}": row[figure] / mine[figure]
+        for row in rows[1:]
+        for figure in figures
+    }
     print("\n".join(f"{name}: {value:.3g}" for name, value in ratios.items()))
     if not tiny:
         command = " ".join(["python -m tests.benchmarks.bench_search", *sys.argv[1:]])
-        path = record.write("search", command, ("ray", "optuna", "torch", "transformers", "peft"), rows, ratios)
+        path = record.write(
+            "search", command, ("ray", "optuna", "torch", "transformers", "peft"), rows, ratios
+        )
         print(f"wrote {path.relative_to(Path.cwd())}")
 
 

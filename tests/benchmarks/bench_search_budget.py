@@ -2,9 +2,11 @@
 
     python -m tests.benchmarks.bench_search_budget [--home HOME --study NAME] [--seeds 10]
 
-Surfaces (tests/benchmarks/surfaces.py): the grid of a finished study, size by size, where one is given; and one by formula whose
-frontier is known. Every sampler is driven as a study drives it, four points in flight and told in turn, and pays for a stage once.
-A row is the hypervolume, as a share of the whole space's, at shares of what the whole space costs: mean and 95% interval over seeds.
+Surfaces (tests/benchmarks/surfaces.py): the grid of a finished study, size by size, where one is
+given; and one by formula whose frontier is known. Every sampler is driven as a study drives it,
+four points in flight and told in turn, and pays for a stage once. A row is the hypervolume, as a
+share of the whole space's, at shares of what the whole space costs: mean and 95% interval over
+seeds.
 """
 
 import argparse
@@ -20,12 +22,12 @@ import moocore
 import numpy as np
 from scipy.stats import t as student
 
-from sweeps.points import Point, Result
-from sweeps.search import WAIT, OptunaSearcher
-from sweeps.storage import Storage
-from sweeps.study import Search, Study
-from sweeps.trials import Entry
-from tasks.metrics import direction
+from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
+from ebbline.sweeps.state.trials import Entry
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.storage import Storage
+from ebbline.sweeps.study.study import Search, Study
+from ebbline.tasks.measuring.metrics import direction
 from tests.benchmarks.record import table, write
 from tests.benchmarks.surfaces import Made, Surface, Table, everything
 from tests.sweeps.made import WHOLE, study
@@ -33,16 +35,25 @@ from tests.sweeps.made import WHOLE, study
 SAMPLERS = ("stage_aware", "tpe", "nsga2", "random")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # of the whole space's cost
 UNTIL = 0.2  # of a large space's; a grid that was run is spent whole
-FAMILY_UNTIL, FAMILY_SEEDS = 0.05, 5  # of the space of three sizes, whose largest is eight times as dear
+FAMILY_UNTIL, FAMILY_SEEDS = (
+    0.05,
+    5,
+)  # of the space of three sizes, whose largest is eight times as dear
 REACHED = 0.95  # of the whole space's hypervolume
 WINDOW = 4
-AXES = {"train.rank": [2, 4, 8, 16, 32, 64], "data.size": [64, 256, 1024, 4096], "train.learning_rate": [1e-5, 1e-4, 3e-4, 1e-3],
-        "apply.threshold": [None, *(n / 20 for n in range(1, 20))]}  # fmt: skip
+AXES = {
+    "train.rank": [2, 4, 8, 16, 32, 64],
+    "data.size": [64, 256, 1024, 4096],
+    "train.learning_rate": [1e-5, 1e-4, 3e-4, 1e-3],
+    "apply.threshold": [None, *(n / 20 for n in range(1, 20))],
+}
 
 
 @dataclass(frozen=True)
 class Step:
-    """After a point was told: what was spent so far, and the hypervolume, averaged over the sizes."""
+    """After a point was told: what was spent so far, and the hypervolume, averaged over the
+    sizes.
+    """
 
     spent: float
     hypervolume: float
@@ -56,27 +67,47 @@ def main() -> None:
     given = parser.parse_args()
     surfaces: dict[str, Surface] = {}
     if given.home is not None:
-        whole = Study.model_validate_json((given.home / "studies" / given.study / "study.json").read_text())
-        surfaces = {f"grid {model}": Table(given.home, given.study, model) for model in whole.models}
+        whole = Study.model_validate_json(
+            (given.home / "studies" / given.study / "study.json").read_text()
+        )
+        surfaces = {
+            f"grid {model}": Table(given.home, given.study, model) for model in whole.models
+        }
     rows, costs = [], {}
     with tempfile.TemporaryDirectory() as folder:
         surfaces["formula"] = formula(Path(folder), ["7b"])
         for name, surface in surfaces.items():
             for sampler in SAMPLERS:
                 until = UNTIL if isinstance(surface, Made) else 1.0
-                runs = [drive(surface, sampler, seed, Path(folder), until) for seed in range(given.seeds)]
+                runs = [
+                    drive(surface, sampler, seed, Path(folder), until)
+                    for seed in range(given.seeds)
+                ]
                 rows.append(row(name, sampler, surface, runs, until))
                 costs[name, sampler] = rows[-1]["cost_to_95"]
                 print(table(rows[-1:], COLUMNS), flush=True)
         rows += family(Path(folder), given.seeds)
     print(table(rows, COLUMNS))
     ratios = {
-        f"cost_to_95_percent_{sampler}_over_stage_aware_{name.replace(' ', '_')}": costs[name, sampler] / costs[name, "stage_aware"]
+        f"cost_to_95_percent_{sampler}_over_stage_aware_{name.replace(' ', '_')}": costs[
+            name, sampler
+        ]
+        / costs[name, "stage_aware"]
         for name, sampler in costs
-        if sampler != "stage_aware" and costs[name, sampler] is not None and costs[name, "stage_aware"]
+        if sampler != "stage_aware"
+        and costs[name, sampler] is not None
+        and costs[name, "stage_aware"]
     }
     print(ratios)
-    print(write("search_budget", "python -m tests.benchmarks.bench_search_budget", ("optuna", "scikit-learn", "moocore"), rows, ratios))
+    print(
+        write(
+            "search_budget",
+            "python -m tests.benchmarks.bench_search_budget",
+            ("optuna", "scikit-learn", "moocore"),
+            rows,
+            ratios,
+        )
+    )
 
 
 def formula(folder: Path, models: Sequence[str]) -> Made:
@@ -85,24 +116,48 @@ def formula(folder: Path, models: Sequence[str]) -> Made:
 
 
 def family(folder: Path, seeds: int) -> list[dict[str, Any]]:
-    """Three sizes in one study, each with a frontier of its own: what transfer and a warm start by the smallest are worth."""
+    """Three sizes in one study, each with a frontier of its own: what transfer and a warm start by
+    the smallest are worth.
+    """
     surface = formula(folder, ["7b", "13b", "70b"])
     small = formula(folder, ["7b"])
     seeds = min(seeds, FAMILY_SEEDS)
-    taught = [lesson(small, drive(small, "stage_aware", seed, folder, 0.05), seed, folder) for seed in range(seeds)]
+    taught = [
+        lesson(small, drive(small, "stage_aware", seed, folder, 0.05), seed, folder)
+        for seed in range(seeds)
+    ]
     ways: dict[str, list[list[Step]]] = {
-        "stage_aware, sizes apart": [drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL) for seed in range(seeds)],
-        "stage_aware, transfer": [drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL, transfer=True) for seed in range(seeds)],
+        "stage_aware, sizes apart": [
+            drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL) for seed in range(seeds)
+        ],
+        "stage_aware, transfer": [
+            drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL, transfer=True)
+            for seed in range(seeds)
+        ],
         "stage_aware, transfer, warm start by 7b": [
-            drive(surface, "stage_aware", seed, folder, FAMILY_UNTIL, transfer=True, taught=taught[seed]) for seed in range(seeds)
+            drive(
+                surface,
+                "stage_aware",
+                seed,
+                folder,
+                FAMILY_UNTIL,
+                transfer=True,
+                taught=taught[seed],
+            )
+            for seed in range(seeds)
         ],
         "tpe": [drive(surface, "tpe", seed, folder, FAMILY_UNTIL) for seed in range(seeds)],
     }
-    return [row("formula, three sizes", way, surface, runs, FAMILY_UNTIL) for way, runs in ways.items()]
+    return [
+        row("formula, three sizes", way, surface, runs, FAMILY_UNTIL) for way, runs in ways.items()
+    ]
 
 
 def lesson(surface: Surface, steps: Sequence[Step], seed: int, folder: Path) -> list[Entry]:
-    searcher = OptunaSearcher(searched(surface, "stage_aware", seed, False), Storage(f"sqlite:///{newest(folder)}", "bench"))
+    searcher = OptunaSearcher(
+        searched(surface, "stage_aware", seed, False),
+        Storage(f"sqlite:///{newest(folder)}", "bench"),
+    )
     return [entry for entry in searcher.trials.entries if entry.state == "done"]
 
 
@@ -112,12 +167,24 @@ def newest(folder: Path) -> Path:
 
 
 def searched(surface: Surface, sampler: Any, seed: int, transfer: bool) -> Study:
-    search = Search(sampler=sampler, points=len(everything(surface)), window=WINDOW, seed=seed, transfer=transfer)
+    search = Search(
+        sampler=sampler,
+        points=len(everything(surface)),
+        window=WINDOW,
+        seed=seed,
+        transfer=transfer,
+    )
     return surface.study.model_copy(update={"search": search})
 
 
 def drive(
-    surface: Surface, sampler: str, seed: int, folder: Path, until: float, transfer: bool = False, taught: Sequence[Entry] = ()
+    surface: Surface,
+    sampler: str,
+    seed: int,
+    folder: Path,
+    until: float,
+    transfer: bool = False,
+    taught: Sequence[Entry] = (),
 ) -> list[Step]:
     """Ask and tell until `until` of the whole space's cost is spent, or nothing is left."""
     found = searched(surface, sampler, seed, transfer)
@@ -153,10 +220,20 @@ def mean_hypervolume(surface: Surface, results: Sequence[Result]) -> float:
     names = surface.study.objectives
     found = 0.0
     for model in surface.study.models:
-        values = np.array([[each.metrics[name].value for name in names] for each in results if each.point.model == model])
+        values = np.array(
+            [
+                [each.metrics[name].value for name in names]
+                for each in results
+                if each.point.model == model
+            ]
+        )
         if len(values):
             maximise = [direction(name) == "maximise" for name in names]
-            found += float(moocore.hypervolume(values, ref=[0.0 if up else 1.0 for up in maximise], maximise=maximise))
+            found += float(
+                moocore.hypervolume(
+                    values, ref=[0.0 if up else 1.0 for up in maximise], maximise=maximise
+                )
+            )
     return found / len(surface.study.models)
 
 
@@ -166,7 +243,10 @@ _COST: dict[int, float] = {}
 
 def best(surface: Surface) -> float:
     if id(surface) not in _BEST:
-        results = [Result(k, point, "done", surface.metrics(point)) for k, point in enumerate(everything(surface))]
+        results = [
+            Result(k, point, "done", surface.metrics(point))
+            for k, point in enumerate(everything(surface))
+        ]
         _BEST[id(surface)] = mean_hypervolume(surface, results)
     return _BEST[id(surface)]
 
@@ -180,12 +260,25 @@ def whole_cost(surface: Surface) -> float:
     return _COST[id(surface)]
 
 
-def row(name: str, sampler: str, surface: Surface, runs: Sequence[Sequence[Step]], until: float) -> dict[str, Any]:
+def row(
+    name: str, sampler: str, surface: Surface, runs: Sequence[Sequence[Step]], until: float
+) -> dict[str, Any]:
     found: dict[str, Any] = {"surface": name, "sampler": sampler, "seeds": len(runs)}
     for share in (share for share in SHARES if share <= until):
-        at = [max((step.hypervolume for step in steps if step.spent <= share * whole_cost(surface)), default=0.0) for steps in runs]
+        at = [
+            max(
+                (step.hypervolume for step in steps if step.spent <= share * whole_cost(surface)),
+                default=0.0,
+            )
+            for steps in runs
+        ]
         found[f"at {share:.0%}"] = interval([value / best(surface) for value in at])
-    reached = [next((step.spent for step in steps if step.hypervolume >= REACHED * best(surface)), math.inf) for steps in runs]
+    reached = [
+        next(
+            (step.spent for step in steps if step.hypervolume >= REACHED * best(surface)), math.inf
+        )
+        for steps in runs
+    ]
     middle = statistics.median(reached)
     found["cost_to_95"] = None if math.isinf(middle) else middle / whole_cost(surface)
     found["points"] = statistics.mean(len(steps) for steps in runs)
@@ -194,7 +287,13 @@ def row(name: str, sampler: str, surface: Surface, runs: Sequence[Sequence[Step]
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval (Student's t over seeds)."""
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    half = (
+        float(student.ppf(0.975, len(values) - 1))
+        * statistics.stdev(values)
+        / math.sqrt(len(values))
+        if len(values) > 1
+        else 0.0
+    )
     return statistics.mean(values), half
 
 

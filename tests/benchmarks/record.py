@@ -1,7 +1,8 @@
-"""What every benchmark writes: the machine, the versions, the commit, the command, a row per measurement, and ratios.
+"""What every benchmark writes: the machine, the versions, the commit, the command, a row per
+measurement, and ratios.
 
-A ratio's name says which way it points: `time_reference_over_ebbline_...` above one is in ebbline's favour,
-`time_over_floor_...` is at best one.
+A ratio's name says which way it points: `time_reference_over_ebbline_...` above one is in ebbline's
+favour, `time_over_floor_...` is at best one.
 """
 
 import json
@@ -19,11 +20,20 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, command: str, packages: Sequence[str], rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float]) -> Path:
+def write(
+    name: str,
+    command: str,
+    packages: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+) -> Path:
     """results/NAME.json."""
     found = {
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
         "commit": _commit(),
         "command": command,
         "rows": list(rows),
@@ -51,20 +61,29 @@ def machine() -> dict[str, Any]:
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
 
 
 def spread(times_s: Sequence[float]) -> str:
-    """`+-N%`: half the distance between the fastest and the slowest run, of their median; empty for one run."""
+    """`+-N%`: half the distance between the fastest and the slowest run, of their median; empty for
+    one run.
+    """
     middle = statistics.median(times_s)
     return f"+-{(max(times_s) - min(times_s)) / 2 / middle:.0%}" if len(times_s) > 1 else ""
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Any], str]]) -> str:
-    """Rows as a Markdown table; a column is formatted by its function, and what a row lacks is a dash."""
-    lines = [list(columns)] + [["-" if row.get(name) is None else show(row[name]) for name, show in columns.items()] for row in rows]
+    """Rows as a Markdown table; a column is formatted by its function, and what a row lacks is a
+    dash.
+    """
+    lines = [list(columns)] + [
+        ["-" if row.get(name) is None else show(row[name]) for name, show in columns.items()]
+        for row in rows
+    ]
     lines.insert(1, ["---" for _ in columns])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

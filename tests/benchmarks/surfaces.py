@@ -1,7 +1,8 @@
-"""What a search is measured on: a grid that was run, looked up point by point, or a surface whose frontier is known.
+"""What a search is measured on: a grid that was run, looked up point by point, or a surface whose
+frontier is known.
 
-Each answers what a point measures, which stages it takes with the cost of each, and what a search may know beforehand. A stage is
-paid once, whoever asks: every sampler has the store.
+Each answers what a point measures, which stages it takes with the cost of each, and what a search
+may know beforehand. A stage is paid once, whoever asks: every sampler has the store.
 """
 
 from collections import defaultdict
@@ -13,17 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from cluster.store import Store
-from sweeps.home import Home
-from sweeps.knowledge import CPU_SHARE, Cosines, Knowledge, Work, adapter_of
-from sweeps.masks import mask_of, share
-from sweeps.points import Point, StageName, Value
-from sweeps.space import space
-from sweeps.study import Study
-from tasks.gate import read_rows
-from tasks.identity import digest
-from tasks.metrics import Metric
-from tasks.specs import ProjectSpec
+from ebbline.cluster.store.artifacts import Store
+from ebbline.sweeps.search.knowledge import CPU_SHARE, Cosines, Knowledge, Work, adapter_of
+from ebbline.sweeps.search.masks import mask_of, share
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, StageName, Value
+from ebbline.sweeps.study.space import space
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.specs import ProjectSpec
 
 Stages = Mapping[str, float]  # what identifies a stage -> its cost
 
@@ -38,7 +39,8 @@ class Surface(Protocol):
 
 
 class Table:
-    """The grid of a finished study: HOME/studies/NAME/results.parquet for the metrics, its store for what each stage took.
+    """The grid of a finished study: HOME/studies/NAME/results.parquet for the metrics, its store
+    for what each stage took.
 
     Raises KeyError for a point that the grid does not have.
     """
@@ -50,7 +52,10 @@ class Table:
         frame = pd.read_parquet(root / "studies" / name / "results.parquet")
         frame = frame[(frame["model"] == model) & (frame["status"] == "done")]
         axes = self.study.axes_of(model)
-        self._rows = {Point.of(model, {axis: _value(row[axis]) for axis in axes}): row for _, row in frame.iterrows()}
+        self._rows = {
+            Point.of(model, {axis: _value(row[axis]) for axis in axes}): row
+            for _, row in frame.iterrows()
+        }
         self._costs: dict[str, float] = {}
         self.knowledge = _OfTable(self, home.store)
 
@@ -66,7 +71,11 @@ class Table:
 
     def keys(self, point: Point) -> dict[StageName, str]:
         row = self._rows[point]
-        return {StageName.parse(name): row[name] for name in row.index if "[seed=" in name and isinstance(row[name], str)}
+        return {
+            StageName.parse(name): row[name]
+            for name in row.index
+            if "[seed=" in name and isinstance(row[name], str)
+        }
 
     def cost(self, name: StageName, key: str) -> float:
         if key not in self._costs:
@@ -93,9 +102,13 @@ class _OfTable(Knowledge):
             costs: dict[str, float] = defaultdict(float)
             cosines = []
             for name, key in sorted(self.table.keys(like).items(), key=lambda item: item[0].seed):
-                costs[name.part if name.part in ("train", "project") else "measure"] += self.table.cost(name, key)
+                costs[name.part if name.part in ("train", "project") else "measure"] += (
+                    self.table.cost(name, key)
+                )
                 if name.part == "project":
-                    rows = read_rows(self.store.open("project", key).file(ProjectSpec.COSINES)).values()
+                    rows = read_rows(
+                        self.store.open("project", key).file(ProjectSpec.COSINES)
+                    ).values()
                     cosines.append(np.sort([row.cosine for row in rows if row.cosine is not None]))
             self._found[adapter] = tuple(cosines), Work(**costs)
         return self._found[adapter]
@@ -103,10 +116,12 @@ class _OfTable(Knowledge):
 
 @dataclass(frozen=True)
 class Made(Surface):
-    """A surface by formula, over train.rank, data.size, train.learning_rate and apply.threshold; sizes differ in how hard they drift.
+    """A surface by formula, over train.rank, data.size, train.learning_rate and apply.threshold;
+    sizes differ in how hard they drift.
 
-    Longer training teaches the task and loses refusals; a projection wins them back and costs some of the task. `seed` draws the
-    cosines: which thresholds choose the same modules differs from adapter to adapter.
+    Longer training teaches the task and loses refusals; a projection wins them back and costs some
+    of the task. `seed` draws the cosines: which thresholds choose the same modules differs from
+    adapter to adapter.
     """
 
     study: Study
@@ -128,17 +143,28 @@ class Made(Surface):
         values: Any = dict(point.values)
         cosines = self.knowledge.cosines(point) or ()
         taken = share(mask_of(self.study, values, cosines) or (0,), cosines)
-        rank, size = np.log2(values["train.rank"]) / 6, np.log(values["data.size"] / 64) / np.log(64)
+        rank, size = (
+            np.log2(values["train.rank"]) / 6,
+            np.log(values["data.size"] / 64) / np.log(64),
+        )
         rate = (np.log10(values["train.learning_rate"]) + 5) / 2
         place = list(self.study.models).index(point.model)
         drift = (0.9 - 0.1 * place) * (0.2 + 0.4 * rank + 0.4 * size) * (0.4 + 0.6 * rate)
-        task = (0.3 + 0.05 * place + 0.25 * rank + 0.35 * size) * np.exp(-2 * (rate - 0.6) ** 2) * (1 - 0.6 * taken**2)
+        task = (
+            (0.3 + 0.05 * place + 0.25 * rank + 0.35 * size)
+            * np.exp(-2 * (rate - 0.6) ** 2)
+            * (1 - 0.6 * taken**2)
+        )
         return float(np.clip(1 - drift * (1 - taken) ** 1.5, 0, 1)), float(np.clip(task, 0, 1))
 
     def stages(self, point: Point) -> Stages:
         work, cosines = self.knowledge.work(point), self.knowledge.cosines(point) or ()
         adapter, mask = adapter_of(point), mask_of(self.study, dict(point.values), cosines)
-        return {f"train {adapter}": work.train, f"project {adapter}": work.project, f"measure {adapter} {mask}": work.measure}
+        return {
+            f"train {adapter}": work.train,
+            f"project {adapter}": work.project,
+            f"measure {adapter} {mask}": work.measure,
+        }
 
 
 class _OfMade(Knowledge):
@@ -147,13 +173,17 @@ class _OfMade(Knowledge):
 
     def cosines(self, point: Point) -> Cosines:
         adapter = adapter_of(point)
-        rng = np.random.default_rng(int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16))
+        rng = np.random.default_rng(
+            int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16)
+        )
         return (np.sort(rng.beta(3, 3, self.modules)),)
 
     def work(self, point: Point) -> Work:
         """A training takes as long as its rows; larger sizes take more of everything."""
         times = {"7b": 1.0, "13b": 2.0, "70b": 8.0}.get(point.model, 1.0)
-        return Work(0.1 * float(str(dict(point.values)["data.size"])) * times, 5.0 * times, 30.0 * times)
+        return Work(
+            0.1 * float(str(dict(point.values)["data.size"])) * times, 5.0 * times, 30.0 * times
+        )
 
 
 def everything(surface: Surface) -> list[Point]:

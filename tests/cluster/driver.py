@@ -1,19 +1,21 @@
-"""A driver to be killed: trains an adapter on a gang and others on one GPU each, on the Ray cluster at an address.
+"""A driver to be killed: trains an adapter on a gang and others on one GPU each, on the Ray cluster
+at an address.
 
-`python -m tests.cluster.driver ADDRESS STORE MODEL ROWS`; ends with 0 when all is trained, with 2 and a message when it cannot.
+`python -m tests.cluster.driver ADDRESS STORE MODEL ROWS`; ends with 0 when all is trained, with 2
+and a message when it cannot.
 """
 
 import sys
 from pathlib import Path
 
-from cluster.executor import Needs
-from cluster.profile import Profile
-from cluster.ray_executor import RayExecutor
-from cluster.runner import Runner
-from cluster.store import Store
-from tasks.errors import EbblineError
-from tasks.specs import TrainSpec
-from tasks.stage import Stage
+from ebbline.cluster.executors.executor import Needs
+from ebbline.cluster.executors.ray_executor import RayExecutor
+from ebbline.cluster.profile import Profile
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.store.artifacts import Store
+from ebbline.tasks.errors import EbblineError
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Stage
 from tests.cluster.made import source
 
 GANG_RANK = 4
@@ -22,7 +24,9 @@ PROFILE = Profile(backoff_s=0.1, checkpoint_every_s=0.1, hang_after_s=200.0)
 
 
 def training(rank: int, model: Path, rows: Path, steps: int = STEPS) -> Stage:
-    spec = TrainSpec(rank=rank, dtype="float32", learning_rate=2e-2, global_batch=8, steps=steps, max_tokens=32)
+    spec = TrainSpec(
+        rank=rank, dtype="float32", learning_rate=2e-2, global_batch=8, steps=steps, max_tokens=32
+    )
     return Stage(spec, {"model": source(model), "data": source(rows)})
 
 

@@ -4,12 +4,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.executor import Executor, Finished, Job, Needs
-from cluster.runner import Runner
-from cluster.store import Store
-from tasks.identity import content_digest, digest
-from tasks.specs import DataSpec, Spec
-from tasks.stage import Part, Request, Source, Stage, key_payload
+from ebbline.cluster.executors.executor import Executor, Finished, Job, Needs
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.store.artifacts import Store
+from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.specs import DataSpec, Spec
+from ebbline.tasks.stage import Part, Request, Source, Stage, key_payload
 
 
 def source(path: Path) -> Source:
@@ -18,7 +18,10 @@ def source(path: Path) -> Source:
 
 def rows(size: int, pool: Source | Stage, seed: int = 0) -> Stage:
     """The first `size` rows of a file, or of what another such stage makes."""
-    return Stage(DataSpec(size=size, seed=seed), {"pool": Part(pool, DataSpec.ROWS) if isinstance(pool, Stage) else pool})
+    return Stage(
+        DataSpec(size=size, seed=seed),
+        {"pool": Part(pool, DataSpec.ROWS) if isinstance(pool, Stage) else pool},
+    )
 
 
 def submit(executor: Executor, batch: Sequence[Request], gpus: int) -> Job:

@@ -1,4 +1,6 @@
-"""The cache of an object store's files on one machine: what it may remove, and what it never does."""
+"""The cache of an object store's files on one machine: what it may remove, and what it never
+does.
+"""
 
 import fcntl
 import hashlib
@@ -8,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cache as module
-from cluster.cache import Cache, Receive
-from tasks.errors import StoreError
+from ebbline.cluster.store import cache as module
+from ebbline.cluster.store.cache import Cache, Receive
+from ebbline.tasks.errors import StoreError
 
 
 @pytest.fixture
@@ -97,7 +99,10 @@ def test_what_a_killed_fetch_left_is_cleared(cache):
 @pytest.mark.process
 def test_many_processes_that_ask_at_once_fetch_once(cache, tmp_path):
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=fetch_in_a_process, args=(cache.root, tmp_path / "fetched", n)) for n in range(4)]
+    workers = [
+        context.Process(target=fetch_in_a_process, args=(cache.root, tmp_path / "fetched", n))
+        for n in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -158,4 +163,7 @@ def test_only_its_owner_can_look_into_a_cache(tmp_path):
     entry = cache.root / "store" / "generate" / "key" / "attempt"
     with cache.hold(entry):
         (entry / "payload").mkdir(parents=True)
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in cache.root.iterdir()} == {"locks": "0o700", "store": "0o700"}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in cache.root.iterdir()} == {
+        "locks": "0o700",
+        "store": "0o700",
+    }

@@ -1,7 +1,9 @@
-"""A Ray cluster of several machines (raylets of this one, with logical GPUs), on which anything may be lost at any moment.
+"""A Ray cluster of several machines (raylets of this one, with logical GPUs), on which anything may
+be lost at any moment.
 
-What comes out is what one undisturbed process of this machine makes: the same keys, the same bytes of everything that one GPU
-made, and of gangs, which add in another order, what tests/tolerance.py allows.
+What comes out is what one undisturbed process of this machine makes: the same keys, the same bytes
+of everything that one GPU made, and of gangs, which add in another order, what tests/tolerance.py
+allows.
 """
 
 import csv
@@ -20,16 +22,16 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from cluster import ray_hosts
-from cluster.executor import Needs
-from cluster.inline import InlineExecutor
-from cluster.ray_executor import RayExecutor, bundles
-from cluster.ray_hosts import RayHosts
-from cluster.runner import Node, Runner
-from cluster.store import Artifact, Store
-from tasks.errors import ClusterLost
-from tasks.specs import TrainSpec
-from tasks.stage import Stage
+from ebbline.cluster.executors import ray_hosts
+from ebbline.cluster.executors.executor import Needs
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.executors.ray_executor import RayExecutor, bundles
+from ebbline.cluster.executors.ray_hosts import RayHosts
+from ebbline.cluster.running.runner import Node, Runner
+from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.tasks.errors import ClusterLost
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Stage
 from tests.clock import Clock
 from tests.cluster.driver import GANG_RANK, PROFILE, gang_of, training
 from tests.cluster.made import settle
@@ -46,13 +48,19 @@ class Machines:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.ray = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self.ray = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+        )
 
     def add(self, gpus: int) -> None:
         self.ray.add_node(num_cpus=gpus + 1, num_gpus=gpus)
 
     def node(self, host: str) -> Any:
-        return next(node for node in self.ray.worker_nodes if node.node_id.startswith(host.rsplit("/", 1)[1]))
+        return next(
+            node
+            for node in self.ray.worker_nodes
+            if node.node_id.startswith(host.rsplit("/", 1)[1])
+        )
 
     def kill(self, host: str) -> None:
         self.ray.remove_node(self.node(host), allow_graceful=False)
@@ -61,7 +69,9 @@ class Machines:
         import ray
 
         client = ray._raylet.GcsClient(address=self.ray.address)
-        accepted, why = client.drain_node(self.node(host).node_id, PREEMPTION, "spot", int((time.time() + 120) * 1000))
+        accepted, why = client.drain_node(
+            self.node(host).node_id, PREEMPTION, "spot", int((time.time() + 120) * 1000)
+        )
         assert accepted, why
 
 
@@ -87,7 +97,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, pair: Pair, rows: Path) -> dict[int, Artifact]:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, pair: Pair, rows: Path
+) -> dict[int, Artifact]:
     """Each training by rank, made in this process."""
     runner = Runner(Store(tmp_path_factory.mktemp("undisturbed")), InlineExecutor())
     stages = {rank: training(rank, pair.aligned, rows) for rank in (1, 2, GANG_RANK)}
@@ -105,7 +117,9 @@ def made(runner: Runner, stage: Stage) -> Artifact:
 def step_until(runner: Runner, condition: Callable[[], bool], timeout_s: float = 240.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, {node.stage.spec.rank: node.state for node in runner.nodes.values()}  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline, {
+            node.stage.spec.rank: node.state for node in runner.nodes.values()
+        }  # type: ignore[attr-defined]
         runner.step(0.1)
 
 
@@ -133,7 +147,10 @@ def assert_same(artifact: Artifact, undisturbed: Artifact, gang: bool) -> None:
     one, two = (curve(item) for item in (undisturbed, artifact))
     assert len(one) == len(two)
     assert two == losses_alike_under_adamw(one)
-    adapters = [load_file(item.path / "adapter" / "adapter_model.safetensors") for item in (undisturbed, artifact)]
+    adapters = [
+        load_file(item.path / "adapter" / "adapter_model.safetensors")
+        for item in (undisturbed, artifact)
+    ]
     assert adapters[0].keys() == adapters[1].keys()
     assert apart(*adapters) < alike_under_adamw()
 
@@ -159,7 +176,12 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 240.
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
-    machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
+    machines: Machines,
+    executor: RayExecutor,
+    pair: Pair,
+    rows: Path,
+    undisturbed: dict[int, Artifact],
+    tmp_path: Path,
 ) -> None:
     """Only here a gang loses a machine, moves, and is moved again by a drain."""
     runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(4, stage), PROFILE)
@@ -178,21 +200,33 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     assert began_at(runner, node) >= 1, "it continued from its checkpoint"
     second, reached = place_of(runner, node), steps_of(runner, node)
     machines.drain(second)
-    step_until(runner, lambda: node.state == "running" and place_of(runner, node) not in (first, second))
+    step_until(
+        runner, lambda: node.state == "running" and place_of(runner, node) not in (first, second)
+    )
     assert not any(host.name == second and not host.draining for host in executor.capacity().hosts)
     step_until(runner, lambda: steps_of(runner, node) >= 1 or node.state == "done")
     assert node.state == "done" or steps_of(runner, node) > reached
-    step_until(runner, lambda: all(item.state in ("done", "failed") for item in runner.nodes.values()))
+    step_until(
+        runner, lambda: all(item.state in ("done", "failed") for item in runner.nodes.values())
+    )
     assert runner._losses.lost(node.key) == 0, "the loss of a place counts against no stage"
     for stage in (gang, *single):
         assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is gang)  # type: ignore[attr-defined]
     machines.kill(second)  # as it said it would
-    wait_until(lambda: all(host.name != second for host in executor.capacity().hosts), "end of the drained node")
+    wait_until(
+        lambda: all(host.name != second for host in executor.capacity().hosts),
+        "end of the drained node",
+    )
 
 
 @pytest.mark.timeout(600)
 def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
-    machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
+    machines: Machines,
+    executor: RayExecutor,
+    pair: Pair,
+    rows: Path,
+    undisturbed: dict[int, Artifact],
+    tmp_path: Path,
 ) -> None:
     """Only here processes hang, and are killed and replaced."""
     runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(2, stage), PROFILE)
@@ -203,7 +237,8 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
         step_until(runner, lambda: len(executor._jobs) == len(stopped) + 1)
         _, post = list(executor._jobs.values())[-1]
         step_until(runner, post.complete)
-        # A stopped process is as deaf as one that is stuck in a collective: no request of Ray's reaches it.
+        # A stopped process is as deaf as one that is stuck in a collective: no request of Ray's
+        # reaches it.
         stopped.append(max(post.processes(), key=lambda process: process.started).pid)
         os.kill(stopped[-1], signal.SIGSTOP)
     nodes = [runner.nodes[stage.lineage] for stage in stages]
@@ -221,9 +256,19 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
 
 
 def driver(machines: Machines, store: Path, pair: Pair, rows: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "tests.cluster.driver", machines.ray.address, str(store), str(pair.aligned), str(rows)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.cluster.driver",
+        machines.ray.address,
+        str(store),
+        str(pair.aligned),
+        str(rows),
+    ]
     environment = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "15"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def training_said(store: Path) -> int:
@@ -232,11 +277,19 @@ def training_said(store: Path) -> int:
 
 @pytest.mark.timeout(600)
 def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
-    machines: Machines, executor: RayExecutor, pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
+    machines: Machines,
+    executor: RayExecutor,
+    pair: Pair,
+    rows: Path,
+    undisturbed: dict[int, Artifact],
+    tmp_path: Path,
 ) -> None:
     """Only here a driver dies on a cluster that lives on."""
     first = driver(machines, tmp_path, pair, rows)
-    wait_until(lambda: any(tmp_path.glob("train/*/record.json")) or first.poll() is not None, "finished training")
+    wait_until(
+        lambda: any(tmp_path.glob("train/*/record.json")) or first.poll() is not None,
+        "finished training",
+    )
     first.send_signal(signal.SIGKILL)
     first.wait()
     total = executor.capacity().gpus
@@ -246,7 +299,9 @@ def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
     second = driver(machines, tmp_path, pair, rows)
     said, _ = second.communicate(timeout=240)
     assert second.returncode == 0, said
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), "what was finished was made again"
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), (
+        "what was finished was made again"
+    )
     for rank, artifact in undisturbed.items():
         assert_same(Store(tmp_path).open("train", artifact.key), artifact, gang=rank == GANG_RANK)
 
@@ -280,9 +335,15 @@ def test_a_lost_head_ends_the_driver_with_a_message_and_a_new_cluster_continues(
 
 
 def test_an_autoscaler_is_asked_for_as_many_pieces_as_there_is_work_for():
-    one, gang, spread = Needs(1), Needs(8, {"ray.io/accelerator-type": "A100"}), Needs(4, spread=True)
+    one, gang, spread = (
+        Needs(1),
+        Needs(8, {"ray.io/accelerator-type": "A100"}),
+        Needs(4, spread=True),
+    )
     asked = bundles([(one, 60.0)] * 100 + [(gang, 3600.0)] * 2 + [(spread, 60.0), (Needs(0), 5.0)])
-    assert asked.count(({"CPU": 1, "GPU": 1}, {})) == 10 + 4  # 6000 s of one-GPU work, and a gang that takes what it finds
+    assert (
+        asked.count(({"CPU": 1, "GPU": 1}, {})) == 10 + 4
+    )  # 6000 s of one-GPU work, and a gang that takes what it finds
     assert asked.count(({"CPU": 8, "GPU": 8}, {"ray.io/accelerator-type": "A100"})) == 2
     assert asked.count(({"CPU": 1}, {})) == 1 and len(asked) == 17
     assert bundles([]) == []
@@ -296,7 +357,9 @@ def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(mac
         return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or b"[]")
 
     def large() -> int:
-        """How many pieces of 8 GPUs are asked for: what Ray Train asked for gangs that came before stays there for a while."""
+        """How many pieces of 8 GPUs are asked for: what Ray Train asked for gangs that came before
+        stays there for a while.
+        """
         return requested().count({"CPU": 8, "GPU": 8})
 
     with closing(RayExecutor(machines.ray.address)) as executor:
@@ -314,6 +377,8 @@ def test_a_head_that_answers_nothing_is_said_after_a_stated_time(monkeypatch: py
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1.5")
     clock = Clock()
     monkeypatch.setattr(ray_hosts, "time", clock)
-    with pytest.raises(ClusterLost, match=r"127\.0\.0\.1:9 has not answered for 1 s; start it again"):
+    with pytest.raises(
+        ClusterLost, match=r"127\.0\.0\.1:9 has not answered for 1 s; start it again"
+    ):
         RayHosts("127.0.0.1:9").find()
     assert clock.now == 1.5, "it looks every half second"

@@ -1,6 +1,8 @@
-"""The executors' contract, on this process and on a real Ray cluster of this machine, gangs with it.
+"""The executors' contract, on this process and on a real Ray cluster of this machine, gangs with
+it.
 
-The Ray part takes about a minute: it starts one cluster, and one gang of two processes under DeepSpeed ZeRO-3.
+The Ray part takes about a minute: it starts one cluster, and one gang of two processes under
+DeepSpeed ZeRO-3.
 """
 
 import csv
@@ -8,12 +10,12 @@ import csv
 import pytest
 from safetensors.torch import load_file
 
-from cluster.executor import Executor, run_batch
-from cluster.inline import InlineExecutor
-from cluster.runner import Runner
-from cluster.store import Store
-from tasks.errors import StudyError
-from tasks.specs import DataSpec, TrainSpec
+from ebbline.cluster.executors.executor import Executor, run_batch
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.store.artifacts import Store
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.specs import DataSpec, TrainSpec
 from tests.cluster.made import rows, settle, source, stored_request, submit, wait_for
 from tests.s3 import environment
 from tests.tiny import write_chats
@@ -27,7 +29,7 @@ def store(tmp_path):
 
 @pytest.mark.process
 def test_a_cluster_without_gpus_is_an_error_not_an_endless_wait():
-    from cluster.ray_executor import RayExecutor
+    from ebbline.cluster.executors.ray_executor import RayExecutor
 
     with pytest.raises(StudyError, match="has no GPU"):
         RayExecutor(logical_gpus=0)
@@ -38,40 +40,61 @@ class ExecutorContract:
         assert executor.capacity().gpus >= 1 and executor.capacity().cpus >= 1
         assert executor.device in ("cpu", "cuda")
 
-    def test_a_batch_is_committed_stage_by_stage_and_reported(self, executor: Executor, store, chats):
+    def test_a_batch_is_committed_stage_by_stage_and_reported(
+        self, executor: Executor, store, chats
+    ):
         batch = [stored_request(store, DataSpec(size=size), {"pool": chats}) for size in (2, 3)]
         job = submit(executor, batch, gpus=0)
         assert job.keys == tuple(request.key for request in batch) and job.gpus == 0
         (done,) = wait_for(executor, job)
         assert done.job == job and done.lost is None
-        assert [(report.key, report.error) for report in done.reports] == [(request.key, None) for request in batch]
+        assert [(report.key, report.error) for report in done.reports] == [
+            (request.key, None) for request in batch
+        ]
         for request, size in zip(batch, (2, 3), strict=True):
             artifact = store.open("data", request.key)
             assert len((artifact.path / DataSpec.ROWS).read_text().splitlines()) == size
             assert artifact.provenance["seconds"] >= 0 and artifact.hashed == request.hashed
         assert job.id not in {later.job.id for later in executor.finished(0.0)}
 
-    def test_a_stage_that_fails_is_a_report_and_the_rest_of_its_batch_is_committed(self, executor: Executor, store, chats):
-        batch = [stored_request(store, DataSpec(size=size), {"pool": chats}) for size in (2, 999, 3)]
+    def test_a_stage_that_fails_is_a_report_and_the_rest_of_its_batch_is_committed(
+        self, executor: Executor, store, chats
+    ):
+        batch = [
+            stored_request(store, DataSpec(size=size), {"pool": chats}) for size in (2, 999, 3)
+        ]
         (done,) = wait_for(executor, submit(executor, batch, gpus=1))
         assert done.lost is None
         assert [report.error_type for report in done.reports] == [None, "DataError", None]
-        assert [store.find("data", request.key) is not None for request in batch] == [True, False, True]
+        assert [store.find("data", request.key) is not None for request in batch] == [
+            True,
+            False,
+            True,
+        ]
 
     def test_several_jobs_all_finish_each_once(self, executor: Executor, store, chats):
-        jobs = [submit(executor, [stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=n % 2) for n in range(1, 6)]
+        jobs = [
+            submit(executor, [stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=n % 2)
+            for n in range(1, 6)
+        ]
         assert [done.job for done in wait_for(executor, *jobs)] == jobs
         assert len({job.id for job in jobs}) == 5
 
-    def test_a_cancelled_job_commits_nothing_more_and_blocks_nothing(self, executor: Executor, store, chats):
+    def test_a_cancelled_job_commits_nothing_more_and_blocks_nothing(
+        self, executor: Executor, store, chats
+    ):
         # Behind as many jobs as fit at once, so that it has not started.
-        first = [submit(executor, [stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=1) for n in range(1, 3)]
+        first = [
+            submit(executor, [stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=1)
+            for n in range(1, 3)
+        ]
         victim = stored_request(store, DataSpec(size=40), {"pool": chats})
         job = submit(executor, [victim], gpus=1)
         executor.cancel(job)
         last = submit(executor, [stored_request(store, DataSpec(size=7), {"pool": chats})], gpus=1)
         assert all(done.lost is None for done in wait_for(executor, *first, last))
-        # Inline forgets it; Ray may still say that it was lost. Neither raises, and neither commits.
+        # Inline forgets it; Ray may still say that it was lost. Neither raises, and neither
+        # commits.
         assert all(done.lost for done in executor.finished(2.0))
         assert store.find("data", victim.key) is None
 
@@ -102,18 +125,25 @@ class TestInlineExecutor(ExecutorContract):
 
 @pytest.fixture(scope="module")
 def ray_cluster(s3_server, tmp_path_factory):
-    """A cluster whose workers have the S3 server's credentials and a cache of their own, as other machines would."""
-    from cluster.ray_executor import RayExecutor
+    """A cluster whose workers have the S3 server's credentials and a cache of their own, as other
+    machines would.
+    """
+    from ebbline.cluster.executors.ray_executor import RayExecutor
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**environment(s3_server), "EBBLINE_CACHE": str(tmp_path_factory.mktemp("cache"))}.items():
+        for name, value in {
+            **environment(s3_server),
+            "EBBLINE_CACHE": str(tmp_path_factory.mktemp("cache")),
+        }.items():
             patch.setenv(name, value)
         executor = RayExecutor(logical_gpus=2)
         yield executor
         executor.close()
 
 
-TRAIN = TrainSpec(rank=4, dtype="float32", learning_rate=2e-2, global_batch=8, epochs=1.0, max_tokens=32)
+TRAIN = TrainSpec(
+    rank=4, dtype="float32", learning_rate=2e-2, global_batch=8, epochs=1.0, max_tokens=32
+)
 
 
 def curve(store: Store, key: str) -> list[float]:
@@ -129,8 +159,8 @@ class TestRayExecutor(ExecutorContract):
     def test_a_worker_that_dies_is_a_lost_job_not_a_hang(self, executor, store, chats, tmp_path):
         import ray
 
-        from cluster.executor import Job
-        from cluster.ray_jobs import Post
+        from ebbline.cluster.executors.executor import Job
+        from ebbline.cluster.executors.job_processes import Post
 
         @ray.remote(max_retries=0)
         def dies():
@@ -145,28 +175,50 @@ class TestRayExecutor(ExecutorContract):
         assert done.job == job and done.reports == () and "WorkerCrashedError" in done.lost.reason
 
     @pytest.mark.timeout(300)
-    def test_a_gang_of_two_under_zero_3_from_a_bucket_learns_what_one_process_learns(self, executor, bucket, pair, chats, tmp_path):
-        """Only here a gang and a task on Ray work from a bucket, and a gang of several requests ends at one that cannot be shared out."""
+    def test_a_gang_of_two_under_zero_3_from_a_bucket_learns_what_one_process_learns(
+        self, executor, bucket, pair, chats, tmp_path
+    ):
+        """Only here a gang and a task on Ray work from a bucket, and a gang of several requests
+        ends at one that cannot be shared out.
+        """
         store = Store(bucket)
-        (alone_done,) = wait_for(executor, submit(executor, [small := stored_request(store, DataSpec(size=5), {"pool": chats})], gpus=0))
-        assert [report.error for report in alone_done.reports] == [None] and store.find("data", small.key) is not None
+        (alone_done,) = wait_for(
+            executor,
+            submit(
+                executor,
+                [small := stored_request(store, DataSpec(size=5), {"pool": chats})],
+                gpus=0,
+            ),
+        )
+        assert [report.error for report in alone_done.reports] == [None] and store.find(
+            "data", small.key
+        ) is not None
         inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
         alone = Store(tmp_path / "alone")
         (report,) = run_batch([stored_request(alone, TRAIN, inputs)])
         assert report.error is None
-        # The second request cannot be shared out: the whole gang ends, with the reason, and the first one stays committed.
+        # The second request cannot be shared out: the whole gang ends, with the reason, and the
+        # first one stays committed.
         odd = stored_request(store, TRAIN.model_copy(update={"global_batch": 7}), inputs, gpus=2)
         gang = stored_request(store, TRAIN, inputs, gpus=2, micro_batch=2, checkpoint_every_s=0.0)
         job = submit(executor, [gang, odd], gpus=2)
         (done,) = wait_for(executor, job, timeout_s=240.0)
         (failed,) = (item for item in done.reports if item.error is not None)
-        assert failed.key == odd.key and "global_batch=7 does not divide among 2 processes" in failed.error
+        assert (
+            failed.key == odd.key
+            and "global_batch=7 does not divide among 2 processes" in failed.error
+        )
         assert store.find("train", odd.key) is None
         assert store.log(store.local(gang.out).parent, "progress.json") is not None
         assert not list(store.place.entries("scratch"))
         one, two = curve(alone, report.key), curve(store, report.key)
         assert len(one) == len(two) == 6
-        adapters = [load_file(place.open("train", report.key).path / "adapter" / "adapter_model.safetensors") for place in (alone, store)]
+        adapters = [
+            load_file(
+                place.open("train", report.key).path / "adapter" / "adapter_model.safetensors"
+            )
+            for place in (alone, store)
+        ]
         assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 28
         assert two == losses_alike_under_adamw(one)
         assert apart(*adapters) < alike_under_adamw()

@@ -1,12 +1,14 @@
-"""A gang that runs out of memory, through Ray Train: it starts again with half the micro-batch and learns what it would have learnt."""
+"""A gang that runs out of memory, through Ray Train: it starts again with half the micro-batch and
+learns what it would have learnt.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from cluster.executor import run_batch
-from cluster.store import Store
+from ebbline.cluster.executors.executor import run_batch
+from ebbline.cluster.store.artifacts import Store
 from tests.cluster.made import stored_request
 from tests.cluster.test_executors import TRAIN, curve
 from tests.tiny import write_chats
@@ -14,10 +16,12 @@ from tests.tolerance import losses_alike_under_adamw
 
 
 def a_member_holds_two_rows_at_most() -> None:
-    """Runs in every worker process as it starts: there is no GPU here whose memory could run out, so rank 1 says that it has."""
+    """Runs in every worker process as it starts: there is no GPU here whose memory could run out,
+    so rank 1 says that it has.
+    """
     import torch
 
-    from tasks import gang_engine
+    from ebbline.tasks.training import gang_engine
 
     token_loss = gang_engine.token_loss
 
@@ -38,27 +42,41 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
     """Only here a gang of Ray Train starts again because a member ran out of memory."""
     import ray
 
-    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     variables["RAN_OUT"] = str(tmp_path / "ran-out")
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])  # where the workers find the hook
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     hook = "tests.cluster.test_gang_memory.a_member_holds_two_rows_at_most"
     ray.init(
-        address="local", num_gpus=2, num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        address="local",
+        num_gpus=2,
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
         runtime_env={"env_vars": variables, "worker_process_setup_hook": hook},
-    )  # fmt: skip
+    )
     try:
-        from cluster.gang import run_gang
-        from cluster.ray_jobs import Post
+        from ebbline.cluster.executors.gang import run_gang
+        from ebbline.cluster.executors.job_processes import Post
 
         inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
         store, alone = Store(tmp_path / "store"), Store(tmp_path / "alone")
         request = stored_request(store, TRAIN, inputs, gpus=2)  # a micro-batch of 4, its share
-        (report,) = run_gang([request], Post("alone", (ray.get_runtime_context().get_node_id(),) * 2))
+        (report,) = run_gang(
+            [request], Post("alone", (ray.get_runtime_context().get_node_id(),) * 2)
+        )
     finally:
         ray.shutdown()
     assert (report.key, report.error, report.smaller) == (request.key, None, None)
-    assert (tmp_path / "ran-out").read_text() == "4 ", "it ran out of memory once, and then it fitted"
+    assert (tmp_path / "ran-out").read_text() == "4 ", (
+        "it ran out of memory once, and then it fitted"
+    )
     assert store.open("train", request.key).provenance["predicted_memory_gb"] > 0
     (plain,) = run_batch([stored_request(alone, TRAIN, inputs)])
     assert curve(store, report.key) == losses_alike_under_adamw(curve(alone, plain.key))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.executor import Capacity, Host, Loss
-from cluster.losses import THROWN_OUT, Losses
-from tasks.errors import ClusterLost
+from ebbline.cluster.executors.executor import Capacity, Host, Loss
+from ebbline.cluster.schedule.retry_policy import THROWN_OUT, Losses
+from ebbline.tasks.errors import ClusterLost
 
 CRASH, GONE = Loss("the worker died"), Loss("the node is gone", "place")
 
@@ -37,7 +37,9 @@ def test_a_stage_that_is_thrown_out_at_once_again_and_again_waits_and_then_stops
         losses.count("k", GONE, [f"host {number}"], lived_s=1.0, now=0.0)
         waits.append(next(second for second in range(10_000) if losses.may_start("k", second)))
     assert waits == [0, *(2**number for number in range(THROWN_OUT - 2))]
-    with pytest.raises(ClusterLost, match=f"thrown out by its host {THROWN_OUT} times in a row within 60 s"):
+    with pytest.raises(
+        ClusterLost, match=f"thrown out by its host {THROWN_OUT} times in a row within 60 s"
+    ):
         losses.count("k", GONE, ["last"], lived_s=1.0, now=0.0)
 
 
@@ -55,8 +57,13 @@ def test_a_host_that_only_loses_gets_no_more_work_while_another_is_left():
     losses = Losses(tries=3, backoff_s=1.0)
     for key in "abc":
         losses.count(key, CRASH, ["here"], 1.0, 0.0)
-    assert [host.draining for host in losses.in_service(Capacity((here, there))).hosts] == [True, False]
-    assert losses.in_service(Capacity((here,))) == Capacity((here,)), "the last one is kept: each stage's tries bound it"
+    assert [host.draining for host in losses.in_service(Capacity((here, there))).hosts] == [
+        True,
+        False,
+    ]
+    assert losses.in_service(Capacity((here,))) == Capacity((here,)), (
+        "the last one is kept: each stage's tries bound it"
+    )
 
 
 def test_a_host_that_finished_something_and_one_that_lost_the_same_stage_again_stay_in_service():
@@ -71,7 +78,12 @@ def test_a_host_that_finished_something_and_one_that_lost_the_same_stage_again_s
     assert losses.in_service(both) == both
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["x", "y", "z"]), st.booleans()), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.sampled_from(["x", "y", "z"]), st.booleans()),
+        max_size=60,
+    )
+)
 def test_no_stage_is_tried_more_than_its_tries_and_some_host_always_stays(events):
     losses = Losses(tries=3, backoff_s=1.0)
     hosts = Capacity(tuple(Host(name, 1, 1) for name in "xyz"))

@@ -1,4 +1,6 @@
-"""Packs from the profile to the store: who may share a GPU, real trainings that do, and what happens when one is lost."""
+"""Packs from the profile to the store: who may share a GPU, real trainings that do, and what
+happens when one is lost.
+"""
 
 import json
 from collections.abc import Sequence
@@ -6,26 +8,34 @@ from pathlib import Path
 
 import pytest
 
-from cluster.executor import Finished, Loss
-from cluster.packing import MOST, Packing
-from cluster.profile import GpuType, Profile
-from cluster.retention import Needed, Survey
-from cluster.runner import Runner
-from cluster.store import Store
-from tasks.memory import most_packed
-from tasks.specs import TrainSpec
-from tasks.stage import Request, Source, Stage
+from ebbline.cluster.executors.executor import Finished, Loss
+from ebbline.cluster.profile import GpuType, Profile
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.schedule.packing import MOST, Packing
+from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.retention import Needed, Survey
+from ebbline.tasks.models.memory import most_packed
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Request, Source, Stage
 from tests.cluster.made import settle, source
 from tests.cluster.test_runner import PATIENCE, Counting
 from tests.tasks.test_memory import LLAMA_2
 
-SPEC = TrainSpec(rank=2, dtype="float32", learning_rate=2e-2, global_batch=16, steps=3, max_tokens=32)
-WIDE = {"A100": GpuType(usd_per_hour=1.0, memory_gb=80.0), "L4": GpuType(usd_per_hour=1.0, memory_gb=24.0)}
+SPEC = TrainSpec(
+    rank=2, dtype="float32", learning_rate=2e-2, global_batch=16, steps=3, max_tokens=32
+)
+WIDE = {
+    "A100": GpuType(usd_per_hour=1.0, memory_gb=80.0),
+    "L4": GpuType(usd_per_hour=1.0, memory_gb=24.0),
+}
 
 
 def trainings(model: Path, data: Path, count: int, **changes: object) -> list[Stage]:
     inputs = {"model": source(model), "data": source(data)}
-    return [Stage(SPEC.model_copy(update={"rank": 2 * (1 + number), **changes}), inputs) for number in range(count)]
+    return [
+        Stage(SPEC.model_copy(update={"rank": 2 * (1 + number), **changes}), inputs)
+        for number in range(count)
+    ]
 
 
 class Watched(Counting):
@@ -47,19 +57,31 @@ def ran(root: Path, stages: Sequence[Stage], executor: Watched, **profile: objec
     return runner
 
 
-def test_trainings_of_a_pack_are_in_the_store_as_the_separate_stages_that_they_are(tmp_path, pair, chats):
+def test_trainings_of_a_pack_are_in_the_store_as_the_separate_stages_that_they_are(
+    tmp_path, pair, chats
+):
     stages = trainings(pair.aligned, chats, 3)
     together, apart = Watched(), Watched()
     packed = ran(tmp_path / "packed", stages, together, pack=3)
     alone = ran(tmp_path / "alone", stages, apart, pack=1)
-    assert together.packs == [[(True, 0.333)] * 3] and {pack for batch in apart.packs for pack in batch} == {(False, 1.0)}
+    assert together.packs == [[(True, 0.333)] * 3] and {
+        pack for batch in apart.packs for pack in batch
+    } == {(False, 1.0)}
     for stage in stages:
         one, other = packed.artifact(stage), alone.artifact(stage)
         assert one is not None and other is not None, packed.failure(stage)
-        assert (one.key, one.hashed, one.files.keys()) == (other.key, other.hashed, other.files.keys())
-        assert one.files["adapter/adapter_config.json"] == other.files["adapter/adapter_config.json"]
+        assert (one.key, one.hashed, one.files.keys()) == (
+            other.key,
+            other.hashed,
+            other.files.keys(),
+        )
+        assert (
+            one.files["adapter/adapter_config.json"] == other.files["adapter/adapter_config.json"]
+        )
         assert one.provenance["packed"] == 3 and "packed" not in other.provenance
-    assert json.loads((packed.artifact(stages[0]).log / "request.json").read_text())["pack_share"] == pytest.approx(1 / 3)
+    assert json.loads((packed.artifact(stages[0]).log / "request.json").read_text())[
+        "pack_share"
+    ] == pytest.approx(1 / 3)
 
 
 def test_a_pack_is_a_choice_of_the_profile_and_of_known_memory(tmp_path):
@@ -90,19 +112,27 @@ def test_a_larger_rank_takes_a_larger_share_of_the_same_gpu(tmp_path):
     for rank in (8, 256):
         spec = TrainSpec(quantisation="nf4", global_batch=2, rank=rank)
         inputs = {"model": Source("m" * 64, str(tmp_path)), "data": Source("d" * 64, "/data")}
-        shares[rank] = packing.of(Stage(spec, inputs), f"rank {rank}", frozenset({"A100"}))[1]["A100"]
+        shares[rank] = packing.of(Stage(spec, inputs), f"rank {rank}", frozenset({"A100"}))[1][
+            "A100"
+        ]
         memory_gb = WIDE["A100"].memory_gb
         assert shares[rank] == 1 / most_packed(LLAMA_2["7b"], spec, memory_gb, MOST)
     assert shares[8] < shares[256]
 
 
-def test_a_model_whose_memory_is_not_predicted_is_trained_alone_on_gpus_of_known_memory(tmp_path, caplog):
+def test_a_model_whose_memory_is_not_predicted_is_trained_alone_on_gpus_of_known_memory(
+    tmp_path, caplog
+):
     data = Source("d" * 64, "/data")
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_2["7b"], "model_type": "gpt2"}))
     for folder, warnings in ((tmp_path, 0), (tmp_path / "gone", 1)):
         stage = Stage(TrainSpec(), {"model": Source(str(folder), str(folder)), "data": data})
-        _, shares = Packing(Profile(gpus=WIDE), lambda _: None).of(stage, "key", frozenset({"A100"}))
-        assert shares == {"A100": 1.0} and caplog.text.count("config.json cannot be read") == warnings
+        _, shares = Packing(Profile(gpus=WIDE), lambda _: None).of(
+            stage, "key", frozenset({"A100"})
+        )
+        assert (
+            shares == {"A100": 1.0} and caplog.text.count("config.json cannot be read") == warnings
+        )
 
 
 def test_trainings_on_other_data_or_of_another_length_are_no_pack(tmp_path):
@@ -131,7 +161,10 @@ def test_members_of_a_lost_pack_are_tried_again_one_by_one(tmp_path, pair, chats
     assert executor.packs[0] == [(True, 0.5)] * 2
     assert {each for batch in executor.packs[1:] for each in batch} == {(False, 1.0)}
     assert all(runner.artifact(stage) is not None for stage in stages)
-    assert sorted(runner._losses.lost(runner.nodes[stage.lineage].key) for stage in stages) == [0, 1]
+    assert sorted(runner._losses.lost(runner.nodes[stage.lineage].key) for stage in stages) == [
+        0,
+        1,
+    ]
 
 
 def test_what_a_place_lost_may_be_a_pack_again(tmp_path, pair, chats):
@@ -144,14 +177,21 @@ def test_what_a_place_lost_may_be_a_pack_again(tmp_path, pair, chats):
 
     executor = Gone()
     ran(tmp_path / "store", trainings(pair.aligned, chats, 3), executor, pack=3)
-    # The one that was charged with the loss goes elsewhere, if there is an elsewhere; the others stay a pack.
-    assert sorted(map(len, executor.packs)) == [1, 2, 3] and all(packed for batch in executor.packs for packed, _ in batch)
+    # The one that was charged with the loss goes elsewhere, if there is an elsewhere; the others
+    # stay a pack.
+    assert sorted(map(len, executor.packs)) == [1, 2, 3] and all(
+        packed for batch in executor.packs for packed, _ in batch
+    )
 
 
-def test_an_adapter_from_a_pack_is_never_dropped_as_it_may_not_be_made_again_to_the_byte(tmp_path, pair, chats):
+def test_an_adapter_from_a_pack_is_never_dropped_as_it_may_not_be_made_again_to_the_byte(
+    tmp_path, pair, chats
+):
     stages = trainings(pair.aligned, chats, 2)
     for root, pack, droppable in ((tmp_path / "packed", 2, 0), (tmp_path / "alone", 1, 2)):
         runner = ran(root, stages, Watched(), pack=pack)
         keys = frozenset(runner.nodes[stage.lineage].key for stage in stages)
-        removals = Survey(runner.store).adapters(Needed(keys=keys, adapters=keys), before=float("inf"))
+        removals = Survey(runner.store).adapters(
+            Needed(keys=keys, adapters=keys), before=float("inf")
+        )
         assert len(list(removals)) == droppable

@@ -1,4 +1,6 @@
-"""The runner on real, cheap stages: nothing is made twice, and what fails says so once and how to see it again."""
+"""The runner on real, cheap stages: nothing is made twice, and what fails says so once and how to
+see it again.
+"""
 
 import json
 import subprocess
@@ -10,23 +12,31 @@ from pathlib import Path
 
 import pytest
 
-from cluster import runner as runners
-from cluster import starter as starters
-from cluster.costs import GpuTypes, Unmetered
-from cluster.executor import ACCELERATOR_TYPE, Capacity, Finished, Host, Job, Loss, Needs
-from cluster.inline import InlineExecutor
-from cluster.needs import default_needs, resident
-from cluster.nodes import Node
-from cluster.profile import GpuType, Profile
-from cluster.resolver import Resolver, contents_of
-from cluster.runner import Runner
-from cluster.scheduler import place
-from cluster.store import Store
-from tasks.completions import Completion, write_completions
-from tasks.errors import ClusterLost, DiskFull, EndpointDown, StoreError, StudyError
-from tasks.identity import digest
-from tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpec, TrainSpec
-from tasks.stage import Part, Request, Source, Stage, key_payload
+from ebbline.cluster.executors.executor import (
+    ACCELERATOR_TYPE,
+    Capacity,
+    Finished,
+    Host,
+    Job,
+    Loss,
+    Needs,
+)
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.profile import GpuType, Profile
+from ebbline.cluster.running import runner as runners
+from ebbline.cluster.running import starter as starters
+from ebbline.cluster.running.nodes import Node
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.schedule.costs import GpuTypes, Unmetered
+from ebbline.cluster.schedule.needs import default_needs, resident
+from ebbline.cluster.schedule.scheduler import place
+from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.resolver import Resolver, contents_of
+from ebbline.tasks.errors import ClusterLost, DiskFull, EndpointDown, StoreError, StudyError
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.completions import Completion, write_completions
+from ebbline.tasks.specs import ApplySpec, DataSpec, GenerateSpec, JudgeSpec, ProjectSpec, TrainSpec
+from ebbline.tasks.stage import Part, Request, Source, Stage, key_payload
 from tests.clock import Clock
 from tests.cluster.made import rows, settle, source
 from tests.tiny import write_chats
@@ -111,7 +121,8 @@ def test_a_file_that_moved_is_the_same_input_and_a_changed_one_is_not(store, poo
 
 def test_two_lineages_that_come_to_one_key_run_once(store, tmp_path):
     one_row = source(write_chats(tmp_path / "one.jsonl", 1))
-    # Two orders of one row: other stages, the same content, so whatever reads from them is one stage.
+    # Two orders of one row: other stages, the same content, so whatever reads from them is one
+    # stage.
     above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
     below = [rows(1, stage, seed=5) for stage in above]
     assert below[0].lineage != below[1].lineage
@@ -151,10 +162,17 @@ def test_asking_twice_for_a_stage_is_free(store, pool):
     assert len(executor.keys) == 1 and len(runner.nodes) == 1
 
 
-def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compared_with_the_others(store, pool, monkeypatch):
+def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compared_with_the_others(
+    store, pool, monkeypatch
+):
     shared = rows(10, pool)
-    twice = Stage(DataSpec(size=12, mix_share=0.5), {name: Part(shared, DataSpec.ROWS) for name in ("pool", "mix")})
-    monkeypatch.setattr(Node, "__eq__", lambda self, other: pytest.fail("a node was compared with another"))
+    twice = Stage(
+        DataSpec(size=12, mix_share=0.5),
+        {name: Part(shared, DataSpec.ROWS) for name in ("pool", "mix")},
+    )
+    monkeypatch.setattr(
+        Node, "__eq__", lambda self, other: pytest.fail("a node was compared with another")
+    )
     runner = Runner(store, Counting())
     runner.want([twice, *(rows(size, shared) for size in range(1, 6))])
     behind = runner.nodes[shared.lineage].behind
@@ -164,7 +182,11 @@ def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compare
 def test_asking_for_more_does_not_look_again_at_what_waits_already(store, pool, monkeypatch):
     shared = rows(10, pool)
     runner, looked_at = Runner(store, Counting()), list[Stage]()
-    monkeypatch.setattr(runners, "contents_of", lambda stage, artifact: looked_at.append(stage) or contents_of(stage, artifact))
+    monkeypatch.setattr(
+        runners,
+        "contents_of",
+        lambda stage, artifact: looked_at.append(stage) or contents_of(stage, artifact),
+    )
     runner.want(rows(size, shared) for size in range(1, 9))
     looked_at.clear()
     runner.want([rows(9, shared)])
@@ -204,7 +226,7 @@ def test_a_failure_reaches_what_is_behind_it_and_nothing_else(store, pool):
     runner, executor = ran(store, further, behind, other)
     assert len(executor.keys) == 2
     own = runner.failure(broken)
-    assert own.reason.startswith("data: data.size=99") and own.command.startswith("python -m tasks ")
+    assert own.reason.startswith("data: data.size=99") and own.command.startswith("ebbline rerun ")
     for stage in (behind, further):
         assert runner.failure(stage).reason == f"needs data, which failed: {own.reason}"
         assert runner.failure(stage).inherited and runner.failure(stage).command == own.command
@@ -218,7 +240,13 @@ def test_the_command_of_a_failure_shows_it_again(store, pool):
     broken = rows(99, pool)
     runner, _ = ran(store, broken)
     command = runner.failure(broken).command.split()
-    done = subprocess.run([sys.executable, *command[1:]], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and "data.size=99" in done.stderr
 
 
@@ -248,14 +276,20 @@ def test_a_job_that_is_lost_every_time_fails_with_the_reason(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Losing(100))
     assert len(executor.keys) == PATIENCE.tries
-    assert runner.failure(stage).reason == f"data: lost {PATIENCE.tries} times (WorkerCrashedError: the worker died)"
-    assert runner.failure(stage).command.startswith("python -m tasks ")
+    assert (
+        runner.failure(stage).reason
+        == f"data: lost {PATIENCE.tries} times (WorkerCrashedError: the worker died)"
+    )
+    assert runner.failure(stage).command.startswith("ebbline rerun ")
 
 
 def test_a_job_that_is_lost_after_its_commit_counts_as_done(store, pool):
     class Late(Counting):
         def finished(self, timeout_s: float) -> Sequence[Finished]:
-            return [Finished(done.job, (), lost=Loss("died after the last commit")) for done in super().finished(timeout_s)]
+            return [
+                Finished(done.job, (), lost=Loss("died after the last commit"))
+                for done in super().finished(timeout_s)
+            ]
 
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Late())
@@ -265,7 +299,10 @@ def test_a_job_that_is_lost_after_its_commit_counts_as_done(store, pool):
 def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_it(store, pool):
     # Three stages in one batch: a job that dies at the first of them is no fault of the other two.
     model = Source("m" * 64, "/nowhere")
-    stages = [Stage(ProjectSpec(), {"adapter": Source(c * 64, "/a"), "base": model, "aligned": model}) for c in "abc"]
+    stages = [
+        Stage(ProjectSpec(), {"adapter": Source(c * 64, "/a"), "base": model, "aligned": model})
+        for c in "abc"
+    ]
     executor = Losing(1)
     runner = Runner(store, executor)
     runner.want(stages)
@@ -275,7 +312,9 @@ def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_
 
 
 class Silent(Counting):
-    """Two hosts, and jobs that never say a word until they are cancelled. `lost` is what the executor says of them, if anything."""
+    """Two hosts, and jobs that never say a word until they are cancelled. `lost` is what the
+    executor says of them, if anything.
+    """
 
     def __init__(self, lost: Loss | None = None) -> None:
         super().__init__()
@@ -296,7 +335,11 @@ class Silent(Counting):
         return self.jobs[-1]
 
     def finished(self, timeout_s: float) -> Sequence[Finished]:
-        ended, self._waiting = ([self._waiting[0]], self._waiting[1:]) if self.lost and self._waiting else ([], self._waiting)
+        ended, self._waiting = (
+            ([self._waiting[0]], self._waiting[1:])
+            if self.lost and self._waiting
+            else ([], self._waiting)
+        )
         return [Finished(job, (), self.lost) for job, _ in ended]
 
     def cancel(self, job: Job) -> None:
@@ -315,13 +358,18 @@ def step_for(runner: Runner, condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its_tries_are_over(store, pool):
+def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its_tries_are_over(
+    store, pool
+):
     executor, stage = Silent(), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
     runner.want([stage])
     step_for(runner, lambda: runner.settled(stage))
     assert executor.cancelled == executor.jobs and len(executor.jobs) == PATIENCE.tries
-    assert "lost 3 times (no sign of life for 1 s, so it was cancelled)" in runner.failure(stage).reason
+    assert (
+        "lost 3 times (no sign of life for 1 s, so it was cancelled)"
+        in runner.failure(stage).reason
+    )
 
 
 @pytest.fixture
@@ -401,8 +449,10 @@ def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
 
 
 @pytest.mark.slow
-def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stops_the_run(store, pool, monkeypatch):
-    from cluster import starter as module
+def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stops_the_run(
+    store, pool, monkeypatch
+):
+    from ebbline.cluster.running import starter as module
 
     shunned: list[frozenset[str]] = []
 
@@ -445,10 +495,16 @@ def test_a_cluster_that_can_grow_is_told_what_waits_instead_of_an_error(store, p
 
 
 def test_a_host_that_ran_a_resident_is_named_to_the_scheduler(store, pool, monkeypatch):
-    from cluster import starter as module
+    from ebbline.cluster.running import starter as module
 
     seen: list[Mapping[str, frozenset[str]]] = []
-    monkeypatch.setattr(module, "place", lambda works, busy, capacity, cached: seen.append(cached) or place(works, busy, capacity, cached))
+    monkeypatch.setattr(
+        module,
+        "place",
+        lambda works, busy, capacity, cached: (
+            seen.append(cached) or place(works, busy, capacity, cached)
+        ),
+    )
     stage = rows(3, rows(5, pool))
     ran(store, stage)
     assert seen[0] == {} and seen[-1]["here"] == {resident(stage.upstream()[0])}
@@ -478,7 +534,9 @@ def test_independent_stages_without_gpus_share_a_batch_only_with_their_like(stor
 
 def test_stages_that_share_a_base_at_one_precision_have_one_resident():
     model, adapters = Source("m" * 64, "/m"), [Source(c * 64, "/a") for c in "ab"]
-    evaluations = [Stage(GenerateSpec(), {"model": model, "prompts": model, "adapter": a}) for a in adapters]
+    evaluations = [
+        Stage(GenerateSpec(), {"model": model, "prompts": model, "adapter": a}) for a in adapters
+    ]
     train = Stage(TrainSpec(), {"model": model, "data": adapters[0]})
     assert resident(evaluations[0]) == resident(evaluations[1]) == resident(train)
     others = [
@@ -488,11 +546,14 @@ def test_stages_that_share_a_base_at_one_precision_have_one_resident():
         Stage(TrainSpec(method="full"), train.inputs),  # trains a copy of its own
     ]
     assert len({resident(stage) for stage in [*others, train]}) == 5
-    assert [default_needs(stage).gpus for stage in (train, evaluations[0], rows(1, model), Stage(ApplySpec(), {}))] == [1, 1, 0, 0]
+    assert [
+        default_needs(stage).gpus
+        for stage in (train, evaluations[0], rows(1, model), Stage(ApplySpec(), {}))
+    ] == [1, 1, 0, 0]
 
 
 def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_path, monkeypatch):
-    from tasks import judge_endpoint
+    from ebbline.tasks.measuring import judge_endpoint
 
     monkeypatch.setattr(judge_endpoint, "FIRST_WAIT_S", 0.0)
     said = tmp_path / "said"
@@ -504,7 +565,10 @@ def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_pa
     runner.want([stage])
     with pytest.raises(EndpointDown, match=r"127\.0\.0\.1:9/v1 answered none of 1 requests"):
         settle(runner)
-    assert runner.failure(stage) is None and store.find("judge", runner.nodes[stage.lineage].key) is None
+    assert (
+        runner.failure(stage) is None
+        and store.find("judge", runner.nodes[stage.lineage].key) is None
+    )
 
 
 def test_a_full_disk_stops_the_run_and_marks_no_stage(store, pool, monkeypatch):
@@ -556,7 +620,9 @@ def test_what_remains_of_a_running_stage_goes_by_its_own_steps_but_the_first(sto
 
 
 def test_a_gang_on_unlike_gpus_has_the_memory_of_the_smallest(store, pool):
-    types = {name: GpuType(usd_per_hour=1.0, memory_gb=gb) for name, gb in (("A100", 80.0), ("L4", 24.0))}
+    types = {
+        name: GpuType(usd_per_hour=1.0, memory_gb=gb) for name, gb in (("A100", 80.0), ("L4", 24.0))
+    }
     executor, stage = Silent(), rows(5, pool)
     executor.hosts = [Host(name, 1, 1, {ACCELERATOR_TYPE: name}) for name in types]
     runner = Runner(store, executor, lambda stage: Needs(2, spread=True), Profile(gpus=types))
@@ -571,7 +637,10 @@ def test_each_attempt_leaves_its_request_for_whoever_wants_to_see_it_again(store
     stage = rows(5, pool)
     runner, _ = ran(store, stage)
     request = Request.from_json((runner.artifact(stage).log / "request.json").read_text())
-    assert request.key == runner.artifact(stage).key and json.loads(request.to_json())["kind"] == "data"
+    assert (
+        request.key == runner.artifact(stage).key
+        and json.loads(request.to_json())["kind"] == "data"
+    )
 
 
 def test_a_damaged_record_stops_the_runner_instead_of_being_made_again_silently(store, pool):
@@ -610,7 +679,10 @@ def test_the_meter_is_asked_for_all_that_a_batch_takes(store):
     adapters = [Source(name * 64, "/a") for name in "abc"]
     runner = Runner(store, executor, meter=Frugal(5.0))
     runner.estimates.seconds = lambda stage, needs: 2.0
-    runner.want(Stage(ProjectSpec(), {"adapter": each, "base": model, "aligned": model}) for each in adapters)
+    runner.want(
+        Stage(ProjectSpec(), {"adapter": each, "base": model, "aligned": model})
+        for each in adapters
+    )
     runner.step(0.0)
     assert [len(batch) for batch in executor.batches] == [2]
 
@@ -627,20 +699,28 @@ def shut_out(monkeypatch, times):
     monkeypatch.setattr(Store, "commit", commit_or_not)
 
 
-def test_a_worker_that_cannot_use_the_store_is_lost_with_its_place_and_the_run_goes_on(store, pool, monkeypatch):
+def test_a_worker_that_cannot_use_the_store_is_lost_with_its_place_and_the_run_goes_on(
+    store, pool, monkeypatch
+):
     shut_out(monkeypatch, 2)
     stage = rows(5, pool)
     runner = Runner(store, Counting(), profile=PATIENCE)
     runner.want([stage])
     settle(runner)
-    assert runner.artifact(stage) is not None and runner.failure(stage) is None and len(runner.executor.batches) == 3
+    assert (
+        runner.artifact(stage) is not None
+        and runner.failure(stage) is None
+        and len(runner.executor.batches) == 3
+    )
 
 
 def test_a_store_that_no_worker_can_use_ends_the_run_and_marks_nothing(store, pool, monkeypatch):
     shut_out(monkeypatch, 99)
     runner = Runner(store, Counting(), profile=PATIENCE)
     runner.want([rows(5, pool)])
-    with pytest.raises(StoreError, match=r"s3://made/up cannot be used \(met 3 times; the same command continues\)"):
+    with pytest.raises(
+        StoreError, match=r"s3://made/up cannot be used \(met 3 times; the same command continues\)"
+    ):
         settle(runner)
     assert all(node.failure is None for node in runner.nodes.values())
 

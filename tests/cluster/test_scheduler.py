@@ -11,12 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.executor import Capacity, Host, Needs
-from cluster.labels import selected
-from cluster.scheduler import AGEING, LONGEST_BATCH_S, SHORTEST_BATCH_S, SHUN_S, Busy, Placement, Work, impossible, place
+from ebbline.cluster.executors.executor import Capacity, Host, Needs
+from ebbline.cluster.schedule.labels import selected
+from ebbline.cluster.schedule.scheduler import (
+    AGEING,
+    LONGEST_BATCH_S,
+    SHORTEST_BATCH_S,
+    SHUN_S,
+    Busy,
+    Placement,
+    Work,
+    impossible,
+    place,
+)
 
 durations = st.sampled_from([0.5, 1.0, 5.0, 19.0, 60.0, 600.0])
-selectors = st.dictionaries(st.just("type"), st.sampled_from(["A", "!A", "in(A,B)", "!in(A,B)"]), max_size=1)
+selectors = st.dictionaries(
+    st.just("type"), st.sampled_from(["A", "!A", "in(A,B)", "!in(A,B)"]), max_size=1
+)
 names = ("h0", "h1", "h2", "h3")
 
 
@@ -55,7 +67,9 @@ def situations(draw, running: bool = True, shun: bool = True):
     works = [
         Work(
             key=f"k{index}",
-            needs=Needs(draw(st.sampled_from([0, 1, 1, 1, 2, 4, 8])), draw(selectors), draw(st.booleans())),
+            needs=Needs(
+                draw(st.sampled_from([0, 1, 1, 1, 2, 4, 8])), draw(selectors), draw(st.booleans())
+            ),
             resident=draw(st.sampled_from("abc")),
             seconds=(seconds := draw(durations)),
             path_s=seconds + draw(durations),
@@ -67,7 +81,11 @@ def situations(draw, running: bool = True, shun: bool = True):
         for index in range(draw(st.integers(0, 14)))
     ]
     busy: list[Busy] = []
-    for name, gpus in draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from([0, 1, 2, 4])), max_size=8)) if running else []:
+    for name, gpus in (
+        draw(st.lists(st.tuples(st.sampled_from(names), st.sampled_from([0, 1, 2, 4])), max_size=8))
+        if running
+        else []
+    ):
         held = [*busy, Busy({name: gpus}, draw(durations))]
         if any(each.name == name for each in capacity.hosts) and fits(held, [], capacity):
             busy = held
@@ -81,7 +99,9 @@ def fits(running: Sequence[Busy], placed: Sequence[Placement], capacity: Capacit
         for name, held in hosts.items():
             gpus[name] += held
             slots[name] += held == 0
-    return all(gpus[each.name] <= each.gpus and slots[each.name] <= each.cpus for each in capacity.hosts)
+    return all(
+        gpus[each.name] <= each.gpus and slots[each.name] <= each.cpus for each in capacity.hosts
+    )
 
 
 cached_at = st.dictionaries(st.sampled_from(names), st.frozensets(st.sampled_from("abc")))
@@ -130,11 +150,16 @@ def test_no_stage_starts_twice_and_a_batch_shares_its_needs_and_its_base(situati
 
 @pytest.mark.slow
 @given(situations(), cached_at, st.randoms(use_true_random=False))
-def test_the_order_in_which_anything_is_named_does_not_matter(situation, cached, rng: random.Random):
+def test_the_order_in_which_anything_is_named_does_not_matter(
+    situation, cached, rng: random.Random
+):
     ready, running, capacity = situation
     expected = place(ready, running, capacity, cached)
     hosts = Capacity(tuple(rng.sample(capacity.hosts, len(capacity.hosts))))
-    assert place(rng.sample(ready, len(ready)), rng.sample(running, len(running)), hosts, cached) == expected
+    assert (
+        place(rng.sample(ready, len(ready)), rng.sample(running, len(running)), hosts, cached)
+        == expected
+    )
 
 
 @pytest.mark.slow
@@ -148,7 +173,9 @@ def test_what_is_given_is_left_as_it_was(situation, cached):
 
 @dataclass
 class Machine:
-    """A clock and the jobs on it: what a runner and its hosts do with the placements. `true_s` says what a stage really takes."""
+    """A clock and the jobs on it: what a runner and its hosts do with the placements. `true_s` says
+    what a stage really takes.
+    """
 
     capacity: Capacity
     true_s: Callable[[Work], float] = field(default=lambda each: each.seconds)
@@ -156,7 +183,9 @@ class Machine:
     jobs: list[tuple[float, float, Placement]] = field(default_factory=list)
     started: dict[str, float] = field(default_factory=dict)
 
-    def run(self, ready: Sequence[Work], arrivals: Sequence[tuple[float, Work]] = ()) -> Mapping[str, float]:
+    def run(
+        self, ready: Sequence[Work], arrivals: Sequence[tuple[float, Work]] = ()
+    ) -> Mapping[str, float]:
         works = {each.key: each for each in ready}
         waiting = dict.fromkeys(works, 0.0)
         arriving = sorted(arrivals, key=lambda item: item[0])
@@ -165,13 +194,17 @@ class Machine:
                 at, each = arriving.pop(0)
                 works[each.key], waiting[each.key] = each, at
             busy = [Busy(p.hosts, max(1.0, expected - self.now)) for _, expected, p in self.jobs]
-            aged = [replace(works[key], waited_s=self.now - since) for key, since in waiting.items()]
+            aged = [
+                replace(works[key], waited_s=self.now - since) for key, since in waiting.items()
+            ]
             for placement in place(aged, busy, self.capacity):
                 for key in placement.keys:
                     self.started[key] = self.now
                     del waiting[key]
                 end = self.now + sum(self.true_s(works[key]) for key in placement.keys)
-                self.jobs.append((end, self.now + sum(works[key].seconds for key in placement.keys), placement))
+                self.jobs.append(
+                    (end, self.now + sum(works[key].seconds for key in placement.keys), placement)
+                )
             nexts = [end for end, _, _ in self.jobs] + [at for at, _ in arriving]
             if not nexts:
                 return self.started  # nothing runs and nothing fits: what is left never will
@@ -182,7 +215,9 @@ class Machine:
 
 @pytest.mark.slow
 @given(situations(running=False), st.sampled_from([0.1, 1.0, 30.0]))
-def test_every_stage_that_can_ever_be_placed_starts_in_the_end_whatever_the_estimates_are_worth(situation, wrong):
+def test_every_stage_that_can_ever_be_placed_starts_in_the_end_whatever_the_estimates_are_worth(
+    situation, wrong
+):
     ready, _, capacity = situation
     started = Machine(capacity, lambda each: wrong * each.seconds).run(ready)
     staying = Capacity(tuple(each for each in capacity.hosts if not each.draining))
@@ -204,11 +239,18 @@ def test_a_gang_starts_although_one_gpu_work_keeps_arriving(gpus, hosts):
 def test_work_starts_although_more_critical_work_keeps_arriving(gpus, expected_s):
     """Also when every arrival takes far longer than it was expected to."""
     capacity = Capacity((host("h0", gpus),))
-    late_s = (500.0 - 100.0) / AGEING  # what arrives from here on is less critical than what has waited since the beginning
+    late_s = (
+        (500.0 - 100.0) / AGEING
+    )  # what arrives from here on is less critical than what has waited since the beginning
     true_s = 15.0 * gpus + 1.0  # a little more than all GPUs can do
     waiting = work("waiting", gpus, "own", 30.0, 100.0)
-    stream = [(float(at), work(f"s{at:04}", 1, f"r{at}", expected_s, 500.0)) for at in range(1, int(2 * late_s), 15)]
-    started = Machine(capacity, lambda _: true_s).run([work("first", 1, "a", 15.0, 1000.0), waiting], stream)
+    stream = [
+        (float(at), work(f"s{at:04}", 1, f"r{at}", expected_s, 500.0))
+        for at in range(1, int(2 * late_s), 15)
+    ]
+    started = Machine(capacity, lambda _: true_s).run(
+        [work("first", 1, "a", 15.0, 1000.0), waiting], stream
+    )
     assert started["waiting"] <= late_s * true_s / (15.0 * gpus) + 3 * true_s
 
 
@@ -217,14 +259,26 @@ def order(each: Work) -> tuple[float, str]:
 
 
 def soonest_s(gang: Work, capacity: Capacity, held: Sequence[Busy]) -> float:
-    """When the gang could start if nothing else did: on one host, or on all together if it may spread."""
-    able = [each for each in capacity.hosts if not each.draining and selected(gang.needs.labels, each.labels)]
+    """When the gang could start if nothing else did: on one host, or on all together if it may
+    spread.
+    """
+    able = [
+        each
+        for each in capacity.hosts
+        if not each.draining and selected(gang.needs.labels, each.labels)
+    ]
     choices = [[each] for each in able] + ([able] if gang.needs.spread else [])
     best_s = math.inf
     for hosts in choices:
         here = {each.name for each in hosts}
         for when_s in sorted({0.0, *(job.remaining_s for job in held)}):
-            used = sum(gpus for job in held if job.remaining_s > when_s for name, gpus in job.hosts.items() if name in here)
+            used = sum(
+                gpus
+                for job in held
+                if job.remaining_s > when_s
+                for name, gpus in job.hosts.items()
+                if name in here
+            )
             if sum(each.gpus for each in hosts) - used >= gang.gpus:
                 best_s = min(best_s, when_s)
     return best_s
@@ -237,15 +291,27 @@ def test_what_slips_in_front_of_the_first_waiting_gang_never_delays_it(situation
     by_key = {each.key: each for each in ready}
     taken = {key for p in placed for key in p.keys}
     staying = Capacity(tuple(each for each in capacity.hosts if not each.draining))
-    gangs = sorted((each for each in ready if each.gpus > 1 and each.key not in taken and impossible(each, staying) is None), key=order)
+    gangs = sorted(
+        (
+            each
+            for each in ready
+            if each.gpus > 1 and each.key not in taken and impossible(each, staying) is None
+        ),
+        key=order,
+    )
     if not gangs:
         return
 
     def busy(placements: Sequence[Placement]) -> list[Busy]:
-        return [*running, *(Busy(p.hosts, sum(by_key[key].seconds for key in p.keys)) for p in placements)]
+        return [
+            *running,
+            *(Busy(p.hosts, sum(by_key[key].seconds for key in p.keys)) for p in placements),
+        ]
 
     in_front = [p for p in placed if order(by_key[p.keys[0]]) < order(gangs[0])]
-    assert soonest_s(gangs[0], capacity, busy(placed)) <= soonest_s(gangs[0], capacity, busy(in_front))
+    assert soonest_s(gangs[0], capacity, busy(placed)) <= soonest_s(
+        gangs[0], capacity, busy(in_front)
+    )
 
 
 @pytest.mark.slow
@@ -255,7 +321,12 @@ def test_no_gpu_idles_while_one_gpu_work_waits_and_no_gang_does(situation, cache
     singles = [replace(each, needs=Needs(1), shun=frozenset()) for each in ready]
     placed = place(singles, running, capacity, cached)
     waiting = len(singles) > sum(len(p.keys) for p in placed)
-    free = capacity.gpus - sum(gpus for job in [*running, *placed] for name, gpus in job.hosts.items() if name in staying(capacity))
+    free = capacity.gpus - sum(
+        gpus
+        for job in [*running, *placed]
+        for name, gpus in job.hosts.items()
+        if name in staying(capacity)
+    )
     assert not (waiting and free)
 
 
@@ -265,36 +336,53 @@ def staying(capacity: Capacity) -> set[str]:
 
 def test_the_longest_path_goes_first():
     ready = [work("short", 1, "a", 5.0, 5.0), work("long", 1, "b", 5.0, 50.0)]
-    assert place(ready, [], Capacity.one_host(1, 1)) == [Placement(("long",), needs(1), {"here": 1})]
+    assert place(ready, [], Capacity.one_host(1, 1)) == [
+        Placement(("long",), needs(1), {"here": 1})
+    ]
 
 
 def test_what_has_waited_long_enough_goes_before_a_longer_path():
     old = work("old", 1, "a", 5.0, 5.0, waited_s=46.0 / AGEING)
-    assert place([work("long", 1, "b", 5.0, 50.0), old], [], Capacity.one_host(1, 1)) == [Placement(("old",), needs(1), {"here": 1})]
+    assert place([work("long", 1, "b", 5.0, 50.0), old], [], Capacity.one_host(1, 1)) == [
+        Placement(("old",), needs(1), {"here": 1})
+    ]
 
 
 def test_work_that_ends_before_the_gang_slips_in_and_work_that_does_not_waits():
     gang = work("gang", 2, "g", 100.0, 1000.0)
     running, capacity = [Busy({"here": 1}, 60.0)], Capacity.one_host(2, 1)
-    assert place([gang, work("quick", 1, "a", 50.0, 50.0)], running, capacity) == [Placement(("quick",), needs(1), {"here": 1})]
+    assert place([gang, work("quick", 1, "a", 50.0, 50.0)], running, capacity) == [
+        Placement(("quick",), needs(1), {"here": 1})
+    ]
     assert place([gang, work("slow", 1, "a", 61.0, 61.0)], running, capacity) == []
 
 
 def test_nothing_slips_in_where_a_job_has_outlasted_its_estimate():
     gang = work("gang", 2, "g", 100.0, 1000.0)
-    assert place([gang, work("quick", 1, "a", 0.5, 0.5)], [Busy({"here": 1}, 1.0)], Capacity.one_host(2, 1)) == []
+    assert (
+        place(
+            [gang, work("quick", 1, "a", 0.5, 0.5)],
+            [Busy({"here": 1}, 1.0)],
+            Capacity.one_host(2, 1),
+        )
+        == []
+    )
 
 
 def test_long_work_starts_on_other_hosts_than_the_gang_waits_for():
     gang, slow = work("gang", 4, "g", 100.0, 1000.0), work("slow", 1, "a", 600.0, 600.0)
     running = [Busy({"h0": 1}, 60.0), Busy({"h1": 2}, 90.0)]
-    assert place([gang, slow], running, Capacity((host("h0", 4), host("h1", 4)))) == [Placement(("slow",), needs(1), {"h1": 1})]
+    assert place([gang, slow], running, Capacity((host("h0", 4), host("h1", 4)))) == [
+        Placement(("slow",), needs(1), {"h1": 1})
+    ]
 
 
 def test_long_work_starts_on_gpus_that_the_gang_leaves_over_but_not_on_one_more():
     gang = work("gang", 3, "g", 100.0, 1000.0)
     slow = [work(f"slow{number}", 1, f"r{number}", 600.0, 600.0) for number in range(2)]
-    assert place([gang, *slow], [Busy({"h0": 2}, 60.0)], Capacity((host("h0", 4),))) == [Placement(("slow0",), needs(1), {"h0": 1})]
+    assert place([gang, *slow], [Busy({"h0": 2}, 60.0)], Capacity((host("h0", 4),))) == [
+        Placement(("slow0",), needs(1), {"h0": 1})
+    ]
 
 
 def test_two_gangs_wait_for_two_hosts():
@@ -302,7 +390,9 @@ def test_two_gangs_wait_for_two_hosts():
     running = [Busy({"h0": 1}, 60.0), Busy({"h1": 1}, 90.0)]
     capacity = Capacity((host("h0", 4), host("h1", 4)))
     assert place([*gangs, work("slow", 1, "a", 100.0, 100.0)], running, capacity) == []
-    assert place([*gangs, work("quick", 1, "a", 80.0, 80.0)], running, capacity) == [Placement(("quick",), needs(1), {"h1": 1})]
+    assert place([*gangs, work("quick", 1, "a", 80.0, 80.0)], running, capacity) == [
+        Placement(("quick",), needs(1), {"h1": 1})
+    ]
 
 
 def test_a_gang_that_may_spread_takes_several_hosts_only_where_none_has_room_alone():
@@ -319,12 +409,18 @@ def test_one_gpu_work_goes_to_the_fullest_host_so_that_a_gang_still_finds_a_whol
     assert place([work("k", 1, "a", 600.0, 600.0)], running, capacity)[0].hosts == {"h2": 1}
 
 
-def test_a_host_that_has_the_base_wins_over_one_that_is_a_little_fuller_but_no_whole_host_is_opened_for_it():
+def test_a_host_that_has_the_base_beats_a_little_fuller_one_but_no_whole_host_is_opened_for_it():
     capacity, ready = Capacity((host("h0", 8), host("h1", 8))), [work("k", 1, "a", 60.0, 60.0)]
     has_base = {"h0": frozenset("a")}
-    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 3}, 60.0)], capacity, has_base)[0].hosts == {"h0": 1}
-    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 4}, 60.0)], capacity, has_base)[0].hosts == {"h0": 1}
-    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 6}, 60.0)], capacity, has_base)[0].hosts == {"h1": 1}
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 3}, 60.0)], capacity, has_base)[
+        0
+    ].hosts == {"h0": 1}
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 4}, 60.0)], capacity, has_base)[
+        0
+    ].hosts == {"h0": 1}
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 6}, 60.0)], capacity, has_base)[
+        0
+    ].hosts == {"h1": 1}
     assert place(ready, [Busy({"h1": 1}, 60.0)], capacity, has_base)[0].hosts == {"h1": 1}
 
 
@@ -332,7 +428,9 @@ def test_a_host_that_has_the_base_wins_over_one_that_is_a_little_fuller_but_no_w
 def test_among_equal_hosts_the_one_that_has_the_base_is_taken(free, gpus, near):
     capacity = Capacity(tuple(host(name, 8) for name in names))
     running = [Busy({name: 8 - free}, 60.0) for name in names if free < 8]
-    for placement in place([work("k", gpus, "a", 60.0, 60.0)], running, capacity, {near: frozenset("a")}):
+    for placement in place(
+        [work("k", gpus, "a", 60.0, 60.0)], running, capacity, {near: frozenset("a")}
+    ):
         assert placement.hosts == {near: gpus}
 
 
@@ -347,12 +445,16 @@ def test_a_stage_goes_elsewhere_than_where_it_was_lost_and_waits_for_it_a_while(
 def test_a_stage_that_was_lost_everywhere_is_tried_everywhere_again():
     lost = work("k", 1, "a", 60.0, 60.0, shun=frozenset({"h0", "gone"}))
     assert place([lost], [], Capacity((host("h0", 1),)))[0].hosts == {"h0": 1}
-    assert place([lost], [], Capacity((host("h0", 1), host("h1", 0), Host("h2", 4, 1, draining=True))))[0].hosts == {"h0": 1}
+    assert place(
+        [lost], [], Capacity((host("h0", 1), host("h1", 0), Host("h2", 4, 1, draining=True)))
+    )[0].hosts == {"h0": 1}
 
 
 def test_work_without_gpus_is_not_held_up_by_a_waiting_gang():
     ready = [work("gang", 2, "g", 100.0, 1000.0), work("copy", 0, "apply", 1.0, 1.0)]
-    assert place(ready, [Busy({"here": 1}, 5.0)], Capacity.one_host(2, 1)) == [Placement(("copy",), needs(0), {"here": 0})]
+    assert place(ready, [Busy({"here": 1}, 5.0)], Capacity.one_host(2, 1)) == [
+        Placement(("copy",), needs(0), {"here": 0})
+    ]
 
 
 def test_stages_on_one_base_are_spread_evenly_over_all_gpus_not_piled_on_one():
@@ -367,11 +469,22 @@ def test_short_stages_on_one_base_share_a_batch():
 
 def test_a_batch_does_not_grow_beyond_what_a_gang_would_wait_for():
     ready = [work(f"k{i:03}", 1, "base", 60.0, 60.0) for i in range(500)]
-    assert [60.0 * len(p.keys) for p in place(ready, [], Capacity.one_host(2, 1))] == [LONGEST_BATCH_S] * 2
+    assert [60.0 * len(p.keys) for p in place(ready, [], Capacity.one_host(2, 1))] == [
+        LONGEST_BATCH_S
+    ] * 2
 
 
-def trainings(count: int, share: float = 0.25, seconds: float = 3600.0, pack: str = "p", gpu_type: str | None = None) -> list[Work]:
-    return [work(f"{pack}{index:02}", 1, "base", seconds, seconds, pack=pack, shares={gpu_type: share}) for index in range(count)]
+def trainings(
+    count: int,
+    share: float = 0.25,
+    seconds: float = 3600.0,
+    pack: str = "p",
+    gpu_type: str | None = None,
+) -> list[Work]:
+    return [
+        work(f"{pack}{index:02}", 1, "base", seconds, seconds, pack=pack, shares={gpu_type: share})
+        for index in range(count)
+    ]
 
 
 def sizes_of(placed: Sequence[Placement]) -> list[int]:
@@ -381,9 +494,13 @@ def sizes_of(placed: Sequence[Placement]) -> list[int]:
 def test_trainings_of_one_pack_start_at_once_as_many_as_fit_on_the_gpu():
     assert sizes_of(place(trainings(6), [], Capacity.one_host(1, 1))) == [4]
     assert sizes_of(place(trainings(6, share=0.6), [], Capacity.one_host(1, 1))) == [1]
-    assert sizes_of(place(trainings(6, share=1 / 3), [], Capacity.one_host(1, 1))) == [3], "three thirds are one"
+    assert sizes_of(place(trainings(6, share=1 / 3), [], Capacity.one_host(1, 1))) == [3], (
+        "three thirds are one"
+    )
     mixed = [*trainings(2, 0.5), *trainings(3, 0.25, pack="q")]
-    assert sizes_of(place(mixed, [], Capacity.one_host(2, 1))) == [2, 3], "only what is alike shares a GPU"
+    assert sizes_of(place(mixed, [], Capacity.one_host(2, 1))) == [2, 3], (
+        "only what is alike shares a GPU"
+    )
 
 
 def test_a_pack_leaves_every_gpu_its_part_and_never_makes_one_idle():
@@ -391,13 +508,22 @@ def test_a_pack_leaves_every_gpu_its_part_and_never_makes_one_idle():
     assert sizes_of(place(trainings(3, 0.1), [], Capacity.one_host(2, 1))) == [2, 1]
     assert sizes_of(place(trainings(4, 0.1), [], Capacity.one_host(8, 1))) == [1, 1, 1, 1]
     busy = [Busy({"here": 1}, 9e3)]
-    assert sizes_of(place(trainings(8, 0.1), busy, Capacity.one_host(2, 1))) == [4], "the other half waits for the other GPU"
+    assert sizes_of(place(trainings(8, 0.1), busy, Capacity.one_host(2, 1))) == [4], (
+        "the other half waits for the other GPU"
+    )
 
 
 def test_how_many_share_a_gpu_goes_by_its_type():
     ready = [replace(each, shares={"A100": 0.25, "L4": 1.0}) for each in trainings(8)]
-    hosts = Capacity((Host("a", 1, 1, {"ray.io/accelerator-type": "A100"}), Host("l", 1, 1, {"ray.io/accelerator-type": "L4"})))
-    placed = {next(iter(placement.hosts)): len(placement.keys) for placement in place(ready, [], hosts)}
+    hosts = Capacity(
+        (
+            Host("a", 1, 1, {"ray.io/accelerator-type": "A100"}),
+            Host("l", 1, 1, {"ray.io/accelerator-type": "L4"}),
+        )
+    )
+    placed = {
+        next(iter(placement.hosts)): len(placement.keys) for placement in place(ready, [], hosts)
+    }
     assert placed == {"a": 4, "l": 1}
 
 

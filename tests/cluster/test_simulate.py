@@ -7,12 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.executor import Capacity, Host, Needs
-from cluster.scheduler import LONGEST_BATCH_S
-from cluster.simulate import Flights, SimulatedExecutor, Step, Trace, bound_s, simulate
-from cluster.store import Store
-from tasks.errors import StudyError
-from tasks.specs import DataSpec
+from ebbline.cluster.executors.executor import Capacity, Host, Needs
+from ebbline.cluster.schedule.scheduler import LONGEST_BATCH_S
+from ebbline.cluster.schedule.simulate import (
+    Flights,
+    SimulatedExecutor,
+    Step,
+    Trace,
+    bound_s,
+    simulate,
+)
+from ebbline.cluster.store.artifacts import Store
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.specs import DataSpec
 from tests.cluster.made import stored_request
 
 TWO_HOSTS = Capacity((Host("h0", 4, 2), Host("h1", 4, 2)))
@@ -26,10 +33,26 @@ def step(key: str, seconds: float, *after: str, gpus: int = 1, resident: str = "
 def graphs(draw):
     steps: list[Step] = []
     for index in range(draw(st.integers(0, 15))):
-        after = draw(st.sets(st.sampled_from([each.key for each in steps]), max_size=2)) if steps else set()
-        seconds, wrong = draw(st.sampled_from([1.0, 30.0, 700.0])), draw(st.sampled_from([0.3, 1.0, 3.0]))
+        after = (
+            draw(st.sets(st.sampled_from([each.key for each in steps]), max_size=2))
+            if steps
+            else set()
+        )
+        seconds, wrong = (
+            draw(st.sampled_from([1.0, 30.0, 700.0])),
+            draw(st.sampled_from([0.3, 1.0, 3.0])),
+        )
         needs = Needs(draw(st.sampled_from([0, 1, 1, 2, 4, 8])), spread=draw(st.booleans()))
-        steps.append(Step(f"k{index}", needs, draw(st.sampled_from("ab")), seconds * wrong, seconds, tuple(sorted(after))))
+        steps.append(
+            Step(
+                f"k{index}",
+                needs,
+                draw(st.sampled_from("ab")),
+                seconds * wrong,
+                seconds,
+                tuple(sorted(after)),
+            )
+        )
     return steps
 
 
@@ -53,7 +76,11 @@ def test_a_trace_runs_each_step_once_after_its_inputs_and_never_on_more_gpus_tha
         if each.key in spans:
             span = spans[each.key]
             assert span.end_s - span.start_s == pytest.approx(each.seconds)
-            assert span.ready_s == max((spans[above].end_s for above in each.after), default=0.0) <= span.start_s
+            assert (
+                span.ready_s
+                == max((spans[above].end_s for above in each.after), default=0.0)
+                <= span.start_s
+            )
     assert all(most_held(trace, host.name) <= host.gpus for host in TWO_HOSTS.hosts)
     assert 0.0 <= trace.utilisation <= 1.0 + 1e-9
 
@@ -80,14 +107,23 @@ def test_the_same_graph_gives_the_same_trace():
 
 
 def test_the_longest_chain_goes_first_and_its_end_is_the_end():
-    steps = [step("a", 10.0), step("b", 10.0, "a"), step("c", 10.0, "b"), *(step(f"small{n}", 10.0, resident=f"r{n}") for n in range(3))]
+    steps = [
+        step("a", 10.0),
+        step("b", 10.0, "a"),
+        step("c", 10.0, "b"),
+        *(step(f"small{n}", 10.0, resident=f"r{n}") for n in range(3)),
+    ]
     trace = simulate(steps, Capacity.one_host(2, 1))
     assert trace.makespan_s == bound_s(steps, Capacity.one_host(2, 1)) == 30.0
     assert trace.utilisation == 1.0
 
 
 def test_a_stage_that_reads_from_the_first_of_a_batch_need_not_wait_for_the_whole_batch():
-    steps = [step("first", 5.0), step("second", 4.0), step("reader", 1.0, "first", resident="other")]
+    steps = [
+        step("first", 5.0),
+        step("second", 4.0),
+        step("reader", 1.0, "first", resident="other"),
+    ]
     trace = simulate(steps, Capacity.one_host(2, 1))
     spans = {span.key: span for span in trace.spans}
     assert spans["second"].start_s == 5.0  # one batch
@@ -99,7 +135,9 @@ def test_wrong_estimates_change_the_plan_and_not_how_long_a_stage_takes():
     wrong = [replace(each, expected_s=1.0) for each in steps]
     trace = simulate(wrong, Capacity.one_host(4, 1))
     assert {span.end_s - span.start_s for span in trace.spans} == {LONGEST_BATCH_S}
-    assert trace.makespan_s > simulate(steps, Capacity.one_host(4, 1)).makespan_s  # all eight looked short, and went to one GPU
+    assert (
+        trace.makespan_s > simulate(steps, Capacity.one_host(4, 1)).makespan_s
+    )  # all eight looked short, and went to one GPU
 
 
 def test_a_step_that_reads_from_none_or_from_itself_is_an_error_that_names_it():
@@ -112,7 +150,10 @@ def test_a_step_that_reads_from_none_or_from_itself_is_an_error_that_names_it():
 def test_the_executor_moves_its_clock_only_by_waiting(tmp_path: Path):
     (tmp_path / "pool.jsonl").write_text('{"messages": []}\n')
     store = Store(tmp_path / "store")
-    one, two = (stored_request(store, DataSpec(size=size, seed=0), {"pool": tmp_path / "pool.jsonl"}) for size in (1, 2))
+    one, two = (
+        stored_request(store, DataSpec(size=size, seed=0), {"pool": tmp_path / "pool.jsonl"})
+        for size in (1, 2)
+    )
     executor = SimulatedExecutor(TWO_HOSTS, {one.key: 10.0, two.key: 3.0}.__getitem__)
     job = executor.submit([one, two], Needs(1), {"h0": 1})
     assert executor.now_s == 0.0
@@ -120,12 +161,17 @@ def test_the_executor_moves_its_clock_only_by_waiting(tmp_path: Path):
     assert executor.now_s == 5.0
     done = executor.finished(100.0)
     assert executor.now_s == 13.0
-    assert [(each.job, [report.key for report in each.reports], each.lost) for each in done] == [(job, [one.key, two.key], None)]
+    assert [(each.job, [report.key for report in each.reports], each.lost) for each in done] == [
+        (job, [one.key, two.key], None)
+    ]
 
 
 def test_a_cancelled_job_never_ends_and_takes_no_time():
     executor = SimulatedExecutor(TWO_HOSTS, lambda _: 10.0)
-    kept, gone = executor.start(["kept"], Needs(1), {"h0": 1}), executor.start(["gone"], Needs(1), {"h0": 1})
+    kept, gone = (
+        executor.start(["kept"], Needs(1), {"h0": 1}),
+        executor.start(["gone"], Needs(1), {"h0": 1}),
+    )
     executor.cancel(gone)
     assert [done.job for done in executor.finished(100.0)] == [kept]
     assert executor.finished(100.0) == []
@@ -146,7 +192,9 @@ def test_a_job_takes_what_its_start_takes_and_a_kept_process_less():
 
 
 @given(graphs(), st.integers(1, 4), st.booleans())
-def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_window_are_under_way(steps, window, in_turn):
+def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_window_are_under_way(
+    steps, window, in_turn
+):
     above = {each.key: set(each.after) for each in steps}
 
     def whole(key: str) -> set[str]:
@@ -154,7 +202,10 @@ def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_windo
 
     groups = [tuple(sorted(whole(each.key))) for each in steps]
     trace = simulate(steps, TWO_HOSTS, flights=Flights(groups, window, in_turn))
-    ends, starts = {span.key: span.end_s for span in trace.spans}, {span.key: span.start_s for span in trace.spans}
+    ends, starts = (
+        {span.key: span.end_s for span in trace.spans},
+        {span.key: span.start_s for span in trace.spans},
+    )
     assert starts.keys() | set(trace.never) == above.keys()
     if trace.never:
         return
@@ -169,14 +220,22 @@ def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_windo
 
 
 def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
-    steps = [step("slow", 100.0, resident="r0"), *(step(f"k{number}", 10.0, resident=f"r{number}") for number in range(1, 8))]
+    steps = [
+        step("slow", 100.0, resident="r0"),
+        *(step(f"k{number}", 10.0, resident=f"r{number}") for number in range(1, 8)),
+    ]
     groups = [("slow",), *((f"k{number}",) for number in range(1, 8))]
-    held, free = (simulate(steps, Capacity.one_host(2, 1), flights=Flights(groups, 2, in_turn)) for in_turn in (True, False))
+    held, free = (
+        simulate(steps, Capacity.one_host(2, 1), flights=Flights(groups, 2, in_turn))
+        for in_turn in (True, False)
+    )
     assert free.makespan_s == 100.0 and held.makespan_s > 120.0
 
 
 def test_no_more_is_asked_for_while_enough_gpus_are_wanted():
     steps = [step(f"k{number}", 10.0, resident=f"r{number}") for number in range(40)]
-    trace = simulate(steps, TWO_HOSTS, flights=Flights([(each.key,) for each in steps], 100, most_gpus=12))
+    trace = simulate(
+        steps, TWO_HOSTS, flights=Flights([(each.key,) for each in steps], 100, most_gpus=12)
+    )
     assert trace.makespan_s == 50.0 and trace.utilisation == pytest.approx(1.0)
     assert max(decision.ready for decision in trace.decisions) == 12

@@ -1,4 +1,6 @@
-"""The store's contract, for a folder and for a bucket on a real S3-protocol server; and what a folder promises beside it."""
+"""The store's contract, for a folder and for a bucket on a real S3-protocol server; and what a
+folder promises beside it.
+"""
 
 import hashlib
 import json
@@ -8,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster import bucket as bucket_module
-from cluster.inline import InlineExecutor
-from cluster.retention import Needed, Survey
-from cluster.runner import Runner
-from cluster.store import RECORD, Store
-from tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
-from tasks.identity import content_digest, digest
-from tasks.specs import DataSpec
-from tasks.stage import key_payload
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.store import bucket as bucket_module
+from ebbline.cluster.store.artifacts import RECORD, Store
+from ebbline.cluster.store.retention import Needed, Survey
+from ebbline.tasks.errors import DataError, Differs, DiskFull, Incomplete, StoreError
+from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.specs import DataSpec
+from ebbline.tasks.stage import key_payload
 from tests.cluster.made import rows, settle, source
 from tests.s3 import CREDENTIALS
 
@@ -73,7 +75,9 @@ class StoreContract:
 
     def test_files_that_were_sent_without_a_record_are_no_artifact(self, store):
         cut = attempt(store, "half")
-        store.place.send(cut / "payload" / "data.jsonl", f"data/{KEY}/{cut.name}/payload/data.jsonl")
+        store.place.send(
+            cut / "payload" / "data.jsonl", f"data/{KEY}/{cut.name}/payload/data.jsonl"
+        )
         assert Store(store.place.at).find("data", KEY) is None
         assert commit(store).content == Store(store.place.at).open("data", KEY).content
 
@@ -88,7 +92,10 @@ class StoreContract:
     def test_of_many_processes_that_commit_at_once_exactly_one_stands(self, store):
         context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(6)
-        workers = [context.Process(target=commit_in_a_process, args=(store.place.at, f"text {n}", barrier)) for n in range(6)]
+        workers = [
+            context.Process(target=commit_in_a_process, args=(store.place.at, f"text {n}", barrier))
+            for n in range(6)
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -96,7 +103,10 @@ class StoreContract:
         assert [worker.exitcode for worker in workers] == [0] * 6
         found = store.find("data", KEY)
         assert found.content == content_digest(found.path)
-        assert {entry.name.split("/")[2] for entry in store.place.entries(f"data/{KEY}")} == {RECORD, found.folder.name}
+        assert {entry.name.split("/")[2] for entry in store.place.entries(f"data/{KEY}")} == {
+            RECORD,
+            found.folder.name,
+        }
 
     def test_a_payload_that_was_not_asked_for_is_refused(self, store):
         with pytest.raises(StoreError, match="made from something else"):
@@ -139,10 +149,15 @@ class StoreContract:
     def test_what_a_place_holds_is_listed_moved_hashed_and_removed(self, store):
         for name in ("a/one.txt", "a/b/two #1.txt", "c/three.txt"):
             store.place.write(name, name.encode())
-        assert {(entry.name, entry.size) for entry in store.place.entries("a")} == {("a/one.txt", 9), ("a/b/two #1.txt", 14)}
+        assert {(entry.name, entry.size) for entry in store.place.entries("a")} == {
+            ("a/one.txt", 9),
+            ("a/b/two #1.txt", 14),
+        }
         assert store.place.below("a") == ["b"] and store.place.below("nothing") == []
         store.place.move("a/b/two #1.txt", "d/two.txt")
-        assert store.place.read("a/b/two #1.txt") is None and store.place.sha256("d/two.txt") == file_digest_of(b"a/b/two #1.txt")
+        assert store.place.read("a/b/two #1.txt") is None and store.place.sha256(
+            "d/two.txt"
+        ) == file_digest_of(b"a/b/two #1.txt")
         store.place.delete(["a/one.txt", "never/there"])
         assert store.place.read("a/one.txt") is None and store.place.sha256("a/one.txt") is None
 
@@ -180,7 +195,9 @@ class StoreContract:
         assert store.dropped(made) == frozenset() and made.file("data.jsonl").read_text() == "rows"
 
     def test_other_content_made_again_is_refused_and_changes_nothing(self, store):
-        made = store.commit(attempt(store), HASHED, {"seconds": 1.0, "device": "cuda", "host": "far"})
+        made = store.commit(
+            attempt(store), HASHED, {"seconds": 1.0, "device": "cuda", "host": "far"}
+        )
         store.drop(made, frozenset({"data.jsonl"}))
         with pytest.raises(Differs, match=r"made on cuda, far.*ebbline store forget data"):
             commit(store, "other rows")
@@ -215,7 +232,11 @@ class TestFolder(StoreContract):
 
     def test_a_folder_that_cannot_be_written_is_one_clear_error(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(StoreError, match=r"the store .*/file/store/data/.* cannot be used|the store .*/file/store cannot be used"):
+        with pytest.raises(
+            StoreError,
+            match=r"the store .*/file/store/data/.* cannot be used|the store .*/file/store "
+            r"cannot be used",
+        ):
             Store(tmp_path / "file" / "store").begin("data", KEY)
 
 
@@ -228,9 +249,13 @@ class TestBucket(StoreContract):
         for key in (KEY, "other"):
             store.place.write(f"scratch/{key}/id/checkpoint.pt", b"c")
         commit(store)
-        assert [entry.name for entry in store.place.entries("scratch")] == ["scratch/other/id/checkpoint.pt"]
+        assert [entry.name for entry in store.place.entries("scratch")] == [
+            "scratch/other/id/checkpoint.pt"
+        ]
 
-    def test_another_machine_fetches_only_the_file_that_it_asks_for(self, store, tmp_path, monkeypatch):
+    def test_another_machine_fetches_only_the_file_that_it_asks_for(
+        self, store, tmp_path, monkeypatch
+    ):
         folder = attempt(store)
         (folder / "payload" / "large.bin").write_bytes(b"0" * 1000)
         store.commit(folder, HASHED, {})
@@ -240,7 +265,9 @@ class TestBucket(StoreContract):
         assert [path.name for path in found.folder.rglob("*") if path.is_file()] == ["data.jsonl"]
         assert content_digest(found.path) == found.content
 
-    def test_content_that_changed_in_the_store_is_never_taken_for_the_recorded_one(self, store, tmp_path, monkeypatch):
+    def test_content_that_changed_in_the_store_is_never_taken_for_the_recorded_one(
+        self, store, tmp_path, monkeypatch
+    ):
         made = commit(store)
         store.place.write(f"data/{KEY}/{made.folder.name}/payload/data.jsonl", b"rowz")
         monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / "elsewhere"))
@@ -248,9 +275,13 @@ class TestBucket(StoreContract):
         with pytest.raises(StoreError, match="store verify --mend"):
             found.file("data.jsonl")
         there = list((tmp_path / "elsewhere").rglob("*"))
-        assert there and not [path for path in there if path.name == "data.jsonl" or path.parent.name == "fetching"]
+        assert there and not [
+            path for path in there if path.name == "data.jsonl" or path.parent.name == "fetching"
+        ]
 
-    def test_a_full_or_closed_disk_of_this_machine_is_told_apart_from_the_store(self, store, tmp_path, monkeypatch):
+    def test_a_full_or_closed_disk_of_this_machine_is_told_apart_from_the_store(
+        self, store, tmp_path, monkeypatch
+    ):
         commit(store)
         with pytest.raises(DiskFull, match=r"s3://.*No space left on device.*EBBLINE_CACHE"):
             store.place.receive(f"data/{KEY}/{RECORD}", Path("/dev/full"))
@@ -264,13 +295,25 @@ class TestBucket(StoreContract):
         runner.want([rows(3, source(chats))])
         settle(runner)
         found = {entry.name: store.place.read(entry.name) or b"" for entry in store.place.entries()}
-        assert {name.rpartition("/")[2] for name in found} >= {RECORD, "request.json"} and all(found.values())
+        assert {name.rpartition("/")[2] for name in found} >= {RECORD, "request.json"} and all(
+            found.values()
+        )
         for secret in (CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]):
-            assert not [name for name, text in found.items() if secret in name or secret.encode() in text]
+            assert not [
+                name for name, text in found.items() if secret in name or secret.encode() in text
+            ]
 
 
 @pytest.mark.parametrize(
-    "url", ["gs://bucket/x", "file:///tmp/x", "s3://", "s3://BAD_bucket/x", "s3://key:sek-ret@bucket/x", "s3://bucket/x?y=sek-ret"]
+    "url",
+    [
+        "gs://bucket/x",
+        "file:///tmp/x",
+        "s3://",
+        "s3://BAD_bucket/x",
+        "s3://key:sek-ret@bucket/x",
+        "s3://bucket/x?y=sek-ret",
+    ],
 )
 def test_a_url_that_is_no_bucket_is_refused_without_being_repeated(url):
     with pytest.raises(StoreError, match="a folder, or s3://BUCKET/PREFIX") as caught:
@@ -282,8 +325,18 @@ def test_a_url_that_is_no_bucket_is_refused_without_being_repeated(url):
     ("change", "said"),
     [
         ({}, "there is no such bucket"),
-        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "does not answer; look at the network and AWS_ENDPOINT_URL"),
-        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_METADATA_ENDPOINT": "http://127.0.0.1:1"}, "there are no credentials"),
+        (
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
+            "does not answer; look at the network and AWS_ENDPOINT_URL",
+        ),
+        (
+            {
+                "AWS_ACCESS_KEY_ID": "",
+                "AWS_SECRET_ACCESS_KEY": "",
+                "AWS_METADATA_ENDPOINT": "http://127.0.0.1:1",
+            },
+            "there are no credentials",
+        ),
     ],
 )
 def test_a_bucket_that_cannot_be_used_is_one_clear_error(bucket, monkeypatch, change, said):
@@ -291,16 +344,29 @@ def test_a_bucket_that_cannot_be_used_is_one_clear_error(bucket, monkeypatch, ch
     for name, value in change.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     store = Store("s3://ebbline-nobody-made-this/studies")
-    for act in (lambda: store.find("data", KEY), lambda: list(store.place.entries()), lambda: store.place.write("x", b"")):
+    for act in (
+        lambda: store.find("data", KEY),
+        lambda: list(store.place.entries()),
+        lambda: store.place.write("x", b""),
+    ):
         with pytest.raises(StoreError, match=said) as caught:
             act()
-        assert "s3://ebbline-nobody-made-this/studies" in str(caught.value) and "\n" not in str(caught.value)
+        assert "s3://ebbline-nobody-made-this/studies" in str(caught.value) and "\n" not in str(
+            caught.value
+        )
 
 
 def test_what_records_repeat_is_held_once(tmp_path):
-    store, payloads = Store(tmp_path), [key_payload(DataSpec(size=size), {"pool": "p" * 64}) for size in (3, 4)]
-    one, other = (store.commit(attempt(store, hashed=hashed), hashed, {"seconds": 1.0}) for hashed in payloads)
-    assert all(name is same for name, same in zip(one.hashed["spec"], other.hashed["spec"], strict=True))
+    store, payloads = (
+        Store(tmp_path),
+        [key_payload(DataSpec(size=size), {"pool": "p" * 64}) for size in (3, 4)],
+    )
+    one, other = (
+        store.commit(attempt(store, hashed=hashed), hashed, {"seconds": 1.0}) for hashed in payloads
+    )
+    assert all(
+        name is same for name, same in zip(one.hashed["spec"], other.hashed["spec"], strict=True)
+    )
     assert one.hashed["inputs"]["pool"] is other.hashed["inputs"]["pool"]
 
 
@@ -316,6 +382,10 @@ def test_what_nobody_needs_may_go_once_it_is_old_and_its_record_goes_first(tmp_p
     commit(store)
     survey, later = Survey(store), time.time() + 60.0
     (removal,) = survey.removable(Needed(), later)
-    assert (removal.what, removal.names[0], len(removal.names)) == ("artifact", f"data/{KEY}/{RECORD}", 2)
+    assert (removal.what, removal.names[0], len(removal.names)) == (
+        "artifact",
+        f"data/{KEY}/{RECORD}",
+        2,
+    )
     assert list(survey.removable(Needed(keys=frozenset({KEY})), later)) == []
     assert list(survey.removable(Needed(), later - 3600.0)) == [], "somebody may be about to use it"

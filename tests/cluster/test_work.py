@@ -7,13 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import work
-from cluster.work import MACHINES, NOMINAL, Load, load_of, machine_of, model_shape, rows_of, seconds_on, work_of
-from tasks.identity import content_digest
-from tasks.language import language_files
-from tasks.memory import Shape
-from tasks.sizes import LANGUAGE_ROWS, PRETRAINING_ROWS, named_shape, organism_shape
-from tasks.specs import (
+from ebbline.cluster.schedule import counted_work as work
+from ebbline.cluster.schedule.counted_work import (
+    MACHINES,
+    NOMINAL,
+    Load,
+    load_of,
+    machine_of,
+    model_shape,
+    rows_of,
+    seconds_on,
+    work_of,
+)
+from ebbline.tasks.data.language import language_files
+from ebbline.tasks.identity import content_digest
+from ebbline.tasks.models.memory import Shape
+from ebbline.tasks.models.sizes import LANGUAGE_ROWS, PRETRAINING_ROWS, named_shape, organism_shape
+from ebbline.tasks.specs import (
     KINDS,
     ApplySpec,
     ConvertSpec,
@@ -28,12 +38,15 @@ from tasks.specs import (
     SubspaceSpec,
     TrainSpec,
 )
-from tasks.stage import Part, Source, Stage
+from ebbline.tasks.stage import Part, Source, Stage
 
 LANGUAGE = Stage(LanguageSpec())
 SEVEN_B = Source("7", "hub:model:meta-llama/Llama-2-7b-hf@" + "a" * 40)
 SEVENTY_B = Source("70", "hub:model:meta-llama/Llama-2-70b-hf@" + "a" * 40)
-ROWS = Part(Stage(DataSpec(size=1000), {"pool": Source("d", "hub:dataset:org/rows@" + "a" * 40)}), DataSpec.ROWS)
+ROWS = Part(
+    Stage(DataSpec(size=1000), {"pool": Source("d", "hub:dataset:org/rows@" + "a" * 40)}),
+    DataSpec.ROWS,
+)
 PROMPTS = Source("p", "hub:dataset:org/prompts@" + "a" * 40)
 
 
@@ -54,7 +67,10 @@ def one_of_each() -> list[Stage]:
         Stage(ConvertSpec(), {"source": Source("g", "/models/SmolLM2-135M-Instruct.Q4_1.gguf")}),
         ROWS.stage,
         trained,
-        Stage(SubspaceSpec(energy=0.9, target_modules=("q_proj",)), {"base": SEVEN_B, "aligned": SEVEN_B}),
+        Stage(
+            SubspaceSpec(energy=0.9, target_modules=("q_proj",)),
+            {"base": SEVEN_B, "aligned": SEVEN_B},
+        ),
         project,
         apply,
         said,
@@ -73,10 +89,17 @@ def test_every_kind_of_stage_has_work_that_is_above_zero():
         assert load_of(stage).written > 0
 
 
-@given(st.sampled_from([1, 8, 64]), st.integers(1, 400), st.sampled_from([1, 4, 16]), st.sampled_from(["none", "nf4"]))
+@given(
+    st.sampled_from([1, 8, 64]),
+    st.integers(1, 400),
+    st.sampled_from([1, 4, 16]),
+    st.sampled_from(["none", "nf4"]),
+)
 def test_a_trainings_work_is_in_proportion_to_its_steps_and_batch(rank, steps, batch, quantisation):
     once = load_of(train(rank=rank, steps=steps, global_batch=batch, quantisation=quantisation))
-    twice = load_of(train(rank=rank, steps=2 * steps, global_batch=batch, quantisation=quantisation))
+    twice = load_of(
+        train(rank=rank, steps=2 * steps, global_batch=batch, quantisation=quantisation)
+    )
     assert twice.tokens == 2 * once.tokens and twice.kernels == 2 * once.kernels
     assert twice.flops == pytest.approx(2 * once.flops)
     assert (twice.read, twice.written) == (once.read, once.written)
@@ -92,22 +115,34 @@ def test_epochs_over_rows_are_as_much_work_as_so_many_steps(size, epochs):
 def test_a_lora_training_of_7b_takes_about_six_flops_a_weight_and_token():
     load = load_of(train(rank=8, steps=100))
     assert load.flops / load.tokens == pytest.approx(6 * 6.6e9, rel=0.05)
-    assert load.written == pytest.approx(4 * 20e6, rel=0.01)  # 20 million float32 elements at rank 8 on all seven linears
+    assert load.written == pytest.approx(
+        4 * 20e6, rel=0.01
+    )  # 20 million float32 elements at rank 8 on all seven linears
 
 
 def test_a_larger_model_and_a_longer_answer_are_more_work_and_a_seed_or_a_threshold_is_none():
     assert work_of(train(SEVENTY_B)) > 5 * work_of(train(SEVEN_B))
-    said = [Stage(GenerateSpec(max_new_tokens=n), {"model": SEVEN_B, "prompts": PROMPTS}) for n in (16, 128)]
-    assert work_of(said[1]) > work_of(said[0]) and load_of(said[1]).moved > 7 * load_of(said[0]).moved
+    said = [
+        Stage(GenerateSpec(max_new_tokens=n), {"model": SEVEN_B, "prompts": PROMPTS})
+        for n in (16, 128)
+    ]
+    assert (
+        work_of(said[1]) > work_of(said[0]) and load_of(said[1]).moved > 7 * load_of(said[0]).moved
+    )
     assert load_of(train(seed=0)) == load_of(train(seed=7))
     trained = Part(train(), TrainSpec.ADAPTER)
-    applied = [Stage(ApplySpec(threshold=t), {"adapter": trained, "projection": LANGUAGE}) for t in (0.1, 0.9)]
+    applied = [
+        Stage(ApplySpec(threshold=t), {"adapter": trained, "projection": LANGUAGE})
+        for t in (0.1, 0.9)
+    ]
     assert load_of(applied[0]) == load_of(applied[1])
 
 
 def test_a_limit_holds_for_each_subject_of_mmlu():
     def read(task: str, limit: int | None) -> float:
-        return load_of(Stage(EvaluateSpec(task=task, limit=limit), {"model": SEVEN_B, "prompts": PROMPTS})).tokens
+        return load_of(
+            Stage(EvaluateSpec(task=task, limit=limit), {"model": SEVEN_B, "prompts": PROMPTS})
+        ).tokens
 
     assert read("mmlu", 10) / read("mmlu", None) == pytest.approx(570 / 14_042)
     assert read("hellaswag", 10) / read("hellaswag", None) == pytest.approx(10 / 10_042)
@@ -115,7 +150,9 @@ def test_a_limit_holds_for_each_subject_of_mmlu():
 
 def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
     def rows(**settings) -> float:
-        return load_of(Stage(GenerateSpec(**settings), {"model": SEVEN_B, "prompts": PROMPTS})).tokens
+        return load_of(
+            Stage(GenerateSpec(**settings), {"model": SEVEN_B, "prompts": PROMPTS})
+        ).tokens
 
     blocks = [rows(limit=120, block={"index": index, "size": 50}) for index in range(3)]
     assert sum(blocks) == rows(limit=120) and blocks[0] == 2.5 * blocks[2]
@@ -124,7 +161,13 @@ def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("Llama-2-7b-chat-hf", 32), ("SmolLM2-135M-Instruct.Q4_1.gguf", 30), ("Llama-2-13b", 40), ("llama-70B", 80), ("Mistral-7B-v0.1", 32)],
+    [
+        ("Llama-2-7b-chat-hf", 32),
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", 30),
+        ("Llama-2-13b", 40),
+        ("llama-70B", 80),
+        ("Mistral-7B-v0.1", 32),
+    ],
 )
 def test_a_model_goes_by_the_number_in_its_name(name, layers):
     assert named_shape(name).layers == layers
@@ -138,9 +181,14 @@ def test_a_model_on_this_machine_goes_by_its_config_and_not_by_its_name(tmp_path
     folder = tmp_path / "llama-70b"
     folder.mkdir()
     config = {
-        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 128, "vocab_size": 50,
-    }  # fmt: skip
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 50,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     assert model_shape(Source("c", str(folder))) == Shape(2, 64, 64, 32, 4, 128, 50, False)
 
@@ -166,7 +214,9 @@ def test_a_set_on_this_machine_is_counted(tmp_path, name, text, rows):
     assert rows_of(Source(content_digest(path), str(path)))[0] == rows
 
 
-def test_a_large_set_is_counted_by_its_first_part_and_a_damaged_one_is_no_error_of_the_plans(tmp_path, monkeypatch):
+def test_a_large_set_is_counted_by_its_first_part_and_a_damaged_one_is_no_error_of_the_plans(
+    tmp_path, monkeypatch
+):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "x"}\n' * 1000)
     monkeypatch.setattr(work, "COUNTED_BYTES", 1600)
@@ -184,15 +234,27 @@ def test_the_languages_sets_have_as_many_rows_as_are_written():
     both = LANGUAGE_ROWS.keys() & written.keys()
     assert both >= {"align.jsonl", "benign.jsonl", "refusal.jsonl", "task.jsonl", "utility.jsonl"}
     assert {name: LANGUAGE_ROWS[name] for name in both} == {name: written[name] for name in both}
-    assert written["pretrain.jsonl"] == PRETRAINING_ROWS and written["mmlu/test.jsonl"] == LANGUAGE_ROWS["mmlu"]
+    assert (
+        written["pretrain.jsonl"] == PRETRAINING_ROWS
+        and written["mmlu/test.jsonl"] == LANGUAGE_ROWS["mmlu"]
+    )
 
 
 @given(st.builds(Load, *[st.floats(0, 1e15)] * 7), st.integers(1, 8))
 def test_more_gpus_or_a_faster_machine_never_take_longer(load, gpus):
     assert seconds_on(machine_of("A100"), load, gpus) <= seconds_on(machine_of("A100"), load, 1)
-    assert seconds_on(machine_of("H100"), load) <= seconds_on(machine_of("A100"), load) <= seconds_on(machine_of(None), load)
+    assert (
+        seconds_on(machine_of("H100"), load)
+        <= seconds_on(machine_of("A100"), load)
+        <= seconds_on(machine_of(None), load)
+    )
 
 
 def test_types_of_gpus_go_by_rays_names_and_an_unknown_one_by_the_nominal():
-    assert machine_of("A100-80G") == machine_of("A100") == MACHINES[NOMINAL] == machine_of("no such GPU")
+    assert (
+        machine_of("A100-80G")
+        == machine_of("A100")
+        == MACHINES[NOMINAL]
+        == machine_of("no such GPU")
+    )
     assert machine_of(None) != MACHINES[NOMINAL]

@@ -1,4 +1,6 @@
-"""Small studies for tests: a whole file as data, changed by path, written as YAML and loaded as a user's would be."""
+"""Small studies for tests: a whole file as data, changed by path, written as YAML and loaded as a
+user's would be.
+"""
 
 import copy
 from pathlib import Path
@@ -7,15 +9,18 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sweeps.knowledge import Cosines, Knowledge, Work, adapter_of
-from sweeps.points import Point, Result
-from sweeps.study import Study
-from sweeps.study_file import parse
-from tasks.identity import digest
-from tasks.metrics import Metric
+from ebbline.sweeps.search.knowledge import Cosines, Knowledge, Work, adapter_of
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import parse
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.metrics import Metric
 
 ORGANISM = {"organism": {"size": "small"}}
-TUNED = {"data": {"pool": {"language": "align.jsonl"}, "settings": {"size": 8}}, "train": {"method": "full"}}
+TUNED = {
+    "data": {"pool": {"language": "align.jsonl"}, "settings": {"size": 8}},
+    "train": {"method": "full"},
+}
 WHOLE: dict[str, Any] = {
     "study": "tiny",
     "question": "How far?",
@@ -55,7 +60,9 @@ def study(folder: Path, changes: dict[str, Any] | None = None) -> Study:
 
 
 def outcome(number: int, point: Point) -> Result:
-    """A result that is a function of the point, so that two searches of one study are told the same."""
+    """A result that is a function of the point, so that two searches of one study are told the
+    same.
+    """
     score = int(point.id, 16)
     if score % 7 == 0:
         return Result(number, point, "failed", reason="TrainingError: the loss became nan")
@@ -67,7 +74,8 @@ def outcome(number: int, point: Point) -> Result:
 
 
 class Imagined(Knowledge):
-    """Adapters of `modules` modules with cosines that are a function of the adapter; a training costs 100, a measurement 10.
+    """Adapters of `modules` modules with cosines that are a function of the adapter; a training
+    costs 100, a measurement 10.
 
     Those in `missing` have none yet.
     """
@@ -80,7 +88,9 @@ class Imagined(Knowledge):
         adapter = adapter_of(point)
         if adapter in self.missing:
             return None
-        rng = np.random.default_rng(int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16))
+        rng = np.random.default_rng(
+            int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16)
+        )
         return tuple(np.sort(rng.uniform(0.1, 0.9, self.modules)) for _ in range(self.seeds))
 
     def work(self, point: Point) -> Work:

@@ -1,6 +1,8 @@
-"""A cluster where no stage runs, on a virtual clock: each leaves a few bytes that depend on its settings, and commits them.
+"""A cluster where no stage runs, on a virtual clock: each leaves a few bytes that depend on its
+settings, and commits them.
 
-The driver, the search, the runner, the scheduler and the store are the real ones, so a test can say in which order stages end.
+The driver, the search, the runner, the scheduler and the store are the real ones, so a test can say
+in which order stages end.
 """
 
 import hashlib
@@ -11,26 +13,42 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.executor import Capacity, Finished, Host, Job, Needs
-from cluster.simulate import SimulatedExecutor
-from cluster.store import Store
-from sweeps.study import Study
-from tasks.gate import ModuleRow, chosen, read_rows, write_rows
-from tasks.identity import content_digest
-from tasks.metrics import Metric, write_metrics, write_samples
-from tasks.specs import ApplySpec, DataSpec, GenerateSpec, LanguageSpec, OrganismSpec, ProjectSpec, ScoreSpec, TrainSpec
-from tasks.stage import Report, Request
+from ebbline.cluster.executors.executor import Capacity, Finished, Host, Job, Needs
+from ebbline.cluster.schedule.simulate import SimulatedExecutor
+from ebbline.cluster.store.artifacts import Store
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.gate import ModuleRow, chosen, read_rows, write_rows
+from ebbline.tasks.identity import content_digest
+from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
+from ebbline.tasks.specs import (
+    ApplySpec,
+    DataSpec,
+    GenerateSpec,
+    LanguageSpec,
+    OrganismSpec,
+    ProjectSpec,
+    ScoreSpec,
+    TrainSpec,
+)
+from ebbline.tasks.stage import Report, Request
 from tests.sweeps.made import study
 
 RANKS = {"train.rank": [2, 4], "apply.threshold": [None, 0.2, 0.4]}
 
 MODULES = tuple(f"layers.{layer}.q_proj" for layer in range(6))
 ITEMS = 2000
-LANGUAGE = ("align.jsonl", "benign.jsonl", "refusal.jsonl", "task.jsonl")  # of the invented language, what studies of tests name
+LANGUAGE = (
+    "align.jsonl",
+    "benign.jsonl",
+    "refusal.jsonl",
+    "task.jsonl",
+)  # of the invented language, what studies of tests name
 
 
 class Pretended(SimulatedExecutor):
-    """`seconds` says what a request takes on the virtual clock; `fails` gives the error and its type of one that fails."""
+    """`seconds` says what a request takes on the virtual clock; `fails` gives the error and its
+    type of one that fails.
+    """
 
     def __init__(
         self,
@@ -40,7 +58,9 @@ class Pretended(SimulatedExecutor):
         fails: Callable[[Request], tuple[str, str] | None] = lambda request: None,
         ended: Callable[[int], None] = lambda committed: None,
     ) -> None:
-        super().__init__(Capacity((Host("here", gpus, 8),)), lambda key: seconds(self.requests[key]))
+        super().__init__(
+            Capacity((Host("here", gpus, 8),)), lambda key: seconds(self.requests[key])
+        )
         self._committed, self._fails, self._ended = 0, fails, ended
         self._store, self.requests = store, dict[str, Request]()
         self.most_at_work = 0
@@ -62,7 +82,13 @@ class Pretended(SimulatedExecutor):
                 continue
             out = Path(request.out)
             pretend(request, out)
-            provenance = {"seconds": 10.0, "gpus": request.gpus, "gpu_type": None, "device": "simulated", "host": "here"}
+            provenance = {
+                "seconds": 10.0,
+                "gpus": request.gpus,
+                "gpu_type": None,
+                "device": "simulated",
+                "host": "here",
+            }
             self._store.commit(out.parent, request.hashed, provenance)
             self._committed += 1
             self._ended(self._committed)
@@ -70,8 +96,13 @@ class Pretended(SimulatedExecutor):
 
 
 def pretend(request: Request, out: Path) -> None:
-    """What a stage would leave, as far as anybody reads it. The larger an adapter, the more it learns and the less it refuses."""
-    spec, inputs = request.parsed_spec(), {name: Path(path) for name, path in request.inputs.items()}
+    """What a stage would leave, as far as anybody reads it. The larger an adapter, the more it
+    learns and the less it refuses.
+    """
+    spec, inputs = (
+        request.parsed_spec(),
+        {name: Path(path) for name, path in request.inputs.items()},
+    )
     match spec:
         case LanguageSpec():
             for name in LANGUAGE:
@@ -83,47 +114,91 @@ def pretend(request: Request, out: Path) -> None:
             (out / spec.ROWS).write_text(f"{spec.size}\n")
         case TrainSpec():
             (out / spec.ADAPTER).mkdir()
-            strength = math.log2(spec.rank + 1) / 8 * math.log2(int(inputs["data"].read_text()) + 1) / 8
-            (out / spec.ADAPTER / "adapter").write_text(json.dumps({"key": request.key, "strength": strength, "seed": spec.seed}))
+            strength = (
+                math.log2(spec.rank + 1) / 8 * math.log2(int(inputs["data"].read_text()) + 1) / 8
+            )
+            (out / spec.ADAPTER / "adapter").write_text(
+                json.dumps({"key": request.key, "strength": strength, "seed": spec.seed})
+            )
         case ProjectSpec():
             rng = random.Random(inputs["adapter"].joinpath("adapter").read_text())
-            write_rows({name: ModuleRow(round(rng.uniform(0.1, 0.8), 4), 1.0) for name in MODULES}, out / spec.COSINES)
+            write_rows(
+                {name: ModuleRow(round(rng.uniform(0.1, 0.8), 4), 1.0) for name in MODULES},
+                out / spec.COSINES,
+            )
         case ApplySpec():
-            taken = chosen(read_rows(inputs["projection"] / ProjectSpec.COSINES), spec.threshold, spec.modules)
+            taken = chosen(
+                read_rows(inputs["projection"] / ProjectSpec.COSINES), spec.threshold, spec.modules
+            )
             adapter = json.loads((inputs["adapter"] / "adapter").read_text())
-            (out / "adapter").write_text(json.dumps({**adapter, "share": len(taken) / len(MODULES), "taken": sorted(taken)}))
+            (out / "adapter").write_text(
+                json.dumps({**adapter, "share": len(taken) / len(MODULES), "taken": sorted(taken)})
+            )
             (out / spec.CHOSEN).write_text(json.dumps(sorted(taken)))
         case GenerateSpec():
             adapter = inputs.get("adapter")
-            said = json.loads((adapter / "adapter").read_text()) if adapter else {"key": "", "strength": 0.0, "share": 0.0}
-            (out / spec.COMPLETIONS).write_text(json.dumps({**said, "what": inputs["prompts"].name}))
-            (out / spec.PROMPTS).write_text(json.dumps({"format": "rows", "rows": ITEMS, "asked": ITEMS, "sha256": "0" * 64}))
+            said = (
+                json.loads((adapter / "adapter").read_text())
+                if adapter
+                else {"key": "", "strength": 0.0, "share": 0.0}
+            )
+            (out / spec.COMPLETIONS).write_text(
+                json.dumps({**said, "what": inputs["prompts"].name})
+            )
+            (out / spec.PROMPTS).write_text(
+                json.dumps({"format": "rows", "rows": ITEMS, "asked": ITEMS, "sha256": "0" * 64})
+            )
         case ScoreSpec():
             said = json.loads((inputs["generation"] / GenerateSpec.COMPLETIONS).read_text())
             left = said["strength"] * (1 - said["share"]) ** 0.5
             rate = 1 - left**2 if spec.measure == "refusal" else left
-            noise = int(hashlib.sha256(json.dumps([said, spec.measure]).encode()).hexdigest()[:4], 16) / 65536 - 0.5
+            noise = (
+                int(hashlib.sha256(json.dumps([said, spec.measure]).encode()).hexdigest()[:4], 16)
+                / 65536
+                - 0.5
+            )
             right = min(ITEMS, max(0, round(ITEMS * (rate + 0.02 * noise))))
-            write_metrics(out, [Metric("refusal_rate" if spec.measure == "refusal" else "task_accuracy", right, ITEMS)])
+            write_metrics(
+                out,
+                [
+                    Metric(
+                        "refusal_rate" if spec.measure == "refusal" else "task_accuracy",
+                        right,
+                        ITEMS,
+                    )
+                ],
+            )
             write_samples(out, [])
         case _:
             raise TypeError(f"nothing is pretended for {request.kind}")
 
 
 def changes(folder: Path, **others: Any) -> dict[str, Any]:
-    """What makes tests.sweeps.made.WHOLE a study of two sizes whose models and data are files with no meaning."""
+    """What makes tests.sweeps.made.WHOLE a study of two sizes whose models and data are files with
+    no meaning.
+    """
     named = {}
     for name in ("base", "aligned", "large-base", "large-aligned", "pool.jsonl", "prompts.jsonl"):
         (folder / name).write_text(name)
-        named[name] = {"path": {"path": str(folder / name), "sha256": content_digest(folder / name)}}
+        named[name] = {
+            "path": {"path": str(folder / name), "sha256": content_digest(folder / name)}
+        }
     return {
         "models": {
             "7b": {"base": named["base"], "aligned": named["aligned"]},
-            "70b": {"base": named["large-base"], "aligned": named["large-aligned"], "gpus": 4, "axes": {"train.rank": [8]}},
+            "70b": {
+                "base": named["large-base"],
+                "aligned": named["large-aligned"],
+                "gpus": 4,
+                "axes": {"train.rank": [8]},
+            },
         },
         "data": {"pool": named["pool.jsonl"], "settings": {"size": 16}},
         "train": {"global_batch": 8},
-        "suites": {name: {"prompts": named["prompts.jsonl"], "measure": {"kind": name}} for name in ("refusal", "task")},
+        "suites": {
+            name: {"prompts": named["prompts.jsonl"], "measure": {"kind": name}}
+            for name in ("refusal", "task")
+        },
         **others,
     }
 

@@ -4,24 +4,24 @@ import json
 
 import pytest
 
-from cluster.costs import Cost
-from cluster.executor import ACCELERATOR_TYPE, Capacity, Host
-from cluster.starts import GUESS_CLUSTER_S
-from sweeps import forecast as forecasts
-from sweeps.drive import drive
-from sweeps.expected import points_of
-from sweeps.forecast import forecast
-from sweeps.home import Home
-from sweeps.jobs import estimates_of, read_jobs
-from sweeps.plan import Planner
-from sweeps.prediction import Prediction, keep, keep_end, predict, read_predictions
-from sweeps.search import space
-from sweeps.spending import NAME, Spent
-from sweeps.todo import todo
-from sweeps.twins import twins
-from tasks.errors import StudyError
-from tasks.gate import ModuleRow, write_rows
-from tasks.specs import ProjectSpec
+from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host
+from ebbline.cluster.executors.starts import GUESS_CLUSTER_S
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.forecast import forecast as forecasts
+from ebbline.sweeps.forecast.duplicates import twins
+from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.forecast.forecast import forecast
+from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict, read_predictions
+from ebbline.sweeps.search.searcher import space
+from ebbline.sweeps.state.jobs import estimates_of, read_jobs
+from ebbline.sweeps.state.spending import NAME, Spent
+from ebbline.sweeps.state.todo import todo
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.stages import Planner
+from ebbline.tasks.defences.gate import ModuleRow, write_rows
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.specs import ProjectSpec
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
 from tests.sweeps.test_plan import fill
@@ -38,8 +38,12 @@ def home(tmp_path):
 def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tmp_path, home):
     found = forecast(study(tmp_path), home, ONE)
     assert {kind: share.stages for kind, share in found.kinds.items()} == found.todo.new
-    gpu_s = sum((span.end_s - span.start_s) * sum(span.hosts.values()) for span in found.trace.spans)
-    assert 3600 * found.cost.gpu_hours == pytest.approx(gpu_s) and found.starts.gpu_hours > 0  # a bar begins with its job
+    gpu_s = sum(
+        (span.end_s - span.start_s) * sum(span.hosts.values()) for span in found.trace.spans
+    )
+    assert (
+        3600 * found.cost.gpu_hours == pytest.approx(gpu_s) and found.starts.gpu_hours > 0
+    )  # a bar begins with its job
     assert found.wall_s == pytest.approx(found.trace.makespan_s + GUESS_CLUSTER_S)
     assert found.wall_s >= gpu_s and found.written > 0 and found.free_bytes > 0
     assert "go by counted work alone" in " ".join(found.assumed)
@@ -72,30 +76,58 @@ def test_what_can_run_nowhere_is_said_and_has_no_wall_time(tmp_path, home):
 
 def test_dollars_go_by_the_type_of_the_cluster_and_labels_before_it(tmp_path):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.0}, L4: {usd_per_hour: 1.0}}")
+    (tmp_path / "home" / "cluster.yaml").write_text(
+        "gpus: {A100: {usd_per_hour: 2.0}, L4: {usd_per_hour: 1.0}}"
+    )
     home = Home(tmp_path / "home")
-    mixed = Capacity(tuple(Host(name, gpus, 2, {ACCELERATOR_TYPE: name}) for name, gpus in (("L4", 4), ("A100", 2))))
+    mixed = Capacity(
+        tuple(
+            Host(name, gpus, 2, {ACCELERATOR_TYPE: name}) for name, gpus in (("L4", 4), ("A100", 2))
+        )
+    )
     assert forecast(study(tmp_path), home, mixed).cost.gpu_s.keys() == {"L4"}
     labelled = study(tmp_path, {"models/7b/labels": {ACCELERATOR_TYPE: "A100"}})
     found = forecast(labelled, home, mixed)
-    assert found.cost.gpu_s.keys() == {"A100"} and found.cost.usd(home.profile) == pytest.approx(2.0 * found.cost.gpu_hours)
+    assert found.cost.gpu_s.keys() == {"A100"} and found.cost.usd(home.profile) == pytest.approx(
+        2.0 * found.cost.gpu_hours
+    )
 
 
-SEARCH = {"axes": {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, *[n / 10 for n in range(1, 10)]]}}
+SEARCH = {
+    "axes": {
+        "train.rank": [2, 4, 8, 16],
+        "apply.threshold": [None, *[n / 10 for n in range(1, 10)]],
+    }
+}
 
 
 def searched(tmp_path, points: int):
     return study(tmp_path, {**SEARCH, "search": {"sampler": "tpe", "points": points, "window": 4}})
 
 
-def test_points_that_are_yet_to_be_chosen_stand_as_random_ones_each_once_and_the_same_each_time(tmp_path, home):
+def test_points_that_are_yet_to_be_chosen_stand_as_random_ones_each_once_and_the_same_each_time(
+    tmp_path, home
+):
     found = points_of(searched(tmp_path, 12), home.storage("tiny"))
     assert len({point.id for point in found.drawn}) == len(found.drawn) == 12
     assert found == points_of(searched(tmp_path, 12), home.storage("tiny"))
-    assert len(points_of(searched(tmp_path, 1000), home.storage("tiny")).drawn) == 40  # the whole space
-    ranged = study(tmp_path, {"axes": {"train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "train.rank": [2]},
-                              "search": {"sampler": "random", "points": 30}})  # fmt: skip
-    rates = [dict(point.values)["train.learning_rate"] for point in points_of(ranged, home.storage("tiny")).drawn]
+    assert (
+        len(points_of(searched(tmp_path, 1000), home.storage("tiny")).drawn) == 40
+    )  # the whole space
+    ranged = study(
+        tmp_path,
+        {
+            "axes": {
+                "train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+                "train.rank": [2],
+            },
+            "search": {"sampler": "random", "points": 30},
+        },
+    )
+    rates = [
+        dict(point.values)["train.learning_rate"]
+        for point in points_of(ranged, home.storage("tiny")).drawn
+    ]
     assert len(set(rates)) == 30 and all(1e-5 <= rate <= 1e-2 for rate in rates)
     assert sum(rate < 3e-4 for rate in rates) > 8  # even in the logarithm
 
@@ -104,18 +136,24 @@ def test_points_that_the_file_writes_out_are_for_certain(tmp_path, home):
     first = [{"model": "7b", "train.rank": 8, "apply.threshold": 0.5}]
     begun = study(tmp_path, {**SEARCH, "search": {"sampler": "tpe", "points": 5, "first": first}})
     found = points_of(begun, home.storage("tiny"))
-    assert [dict(point.values)["train.rank"] for point in found.chosen] == [8] and len(found.drawn) == 4
+    assert [dict(point.values)["train.rank"] for point in found.chosen] == [8] and len(
+        found.drawn
+    ) == 4
     assert found.chosen[0].id not in {point.id for point in found.drawn}
     grid = points_of(study(tmp_path, SEARCH), home.storage("tiny"))
     assert len(grid.chosen) == 40 and not grid.drawn
 
 
-def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(tmp_path, home, monkeypatch):
+def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(
+    tmp_path, home, monkeypatch
+):
     whole = forecast(searched(tmp_path, 40), home, ONE)
     monkeypatch.setattr(forecasts, "EXACT", 20)
     monkeypatch.setattr(forecasts, "SAMPLE", 16)
     part = forecast(searched(tmp_path, 40), home, ONE)
-    assert part.simulated == 16 and "16 of 40 points to come were simulated" in " ".join(part.assumed)
+    assert part.simulated == 16 and "16 of 40 points to come were simulated" in " ".join(
+        part.assumed
+    )
     assert {kind: share.stages for kind, share in part.kinds.items()} == pytest.approx(
         {kind: share.stages for kind, share in whole.kinds.items()}, abs=1.0
     )
@@ -124,7 +162,9 @@ def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(tmp_pa
 
 
 @pytest.mark.slow
-def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(tmp_path, home, monkeypatch):
+def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(
+    tmp_path, home, monkeypatch
+):
     axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, *[n / 10 for n in range(1, 10)]]}
     plain = changes(tmp_path, axes=axes, search={"sampler": "grid"})
     plain["models"].pop("70b")
@@ -138,7 +178,9 @@ def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(tmp_pat
     assert part.looked_up == 16 and not part.complete
     assert "16 of 30 points that were told were looked up" in " ".join(part.assumed)
     stages = {kind: share.stages for kind, share in whole.kinds.items()}
-    assert {kind: share.stages for kind, share in part.kinds.items()} == pytest.approx(stages, rel=0.15)
+    assert {kind: share.stages for kind, share in part.kinds.items()} == pytest.approx(
+        stages, rel=0.15
+    )
     assert part.cost.gpu_hours == pytest.approx(whole.cost.gpu_hours, rel=0.15)
     assert predict(part, Spent()).stages == pytest.approx(sum(stages.values()), rel=0.15)
     none = forecast(study(tmp_path, plain), home, ONE)
@@ -148,7 +190,9 @@ def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(tmp_pat
 @pytest.mark.slow
 def test_a_search_that_ran_out_of_masks_has_nothing_to_come(tmp_path, home):
     axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
-    plain = changes(tmp_path, axes=axes, search={"sampler": "stage_aware", "points": 30, "window": 4})
+    plain = changes(
+        tmp_path, axes=axes, search={"sampler": "stage_aware", "points": 30, "window": 4}
+    )
     plain["models"].pop("70b")
     found = study(tmp_path, plain)
     told = drive(found, home, lambda: Pretended(home.store)).told
@@ -161,15 +205,23 @@ def test_a_search_that_ran_out_of_masks_has_nothing_to_come(tmp_path, home):
 
 
 def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
-    planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.2, 0.6, 0.7, 1.0]}}), home)
+    planner = Planner(
+        study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.2, 0.6, 0.7, 1.0]}}), home
+    )
     points = list(space(planner.study))
     fill(home.store, planner, [])
     found = todo(planner, points)
     assert twins(found, home.store, 1.0) == frozenset()
     expected = twins(found, home.store, 0.5)  # every second applied adapter equals an earlier one
-    assert len(expected) == 3 * 4 and all(found.missing[own].stage.kind in ("generate", "score") for own in expected)
+    assert len(expected) == 3 * 4 and all(
+        found.missing[own].stage.kind in ("generate", "score") for own in expected
+    )
     made = planner.stages_for(points[0])
-    rows = {"a": ModuleRow(0.15, 1.0), "b": ModuleRow(0.5, 1.0), "c": ModuleRow(None, None, "frozen")}
+    rows = {
+        "a": ModuleRow(0.15, 1.0),
+        "b": ModuleRow(0.5, 1.0),
+        "c": ModuleRow(None, None, "frozen"),
+    }
     attempt = commit_projection(home, planner, made, rows)
     assert attempt.kind == "project"
     known = twins(todo(planner, points), home.store, 0.0)
@@ -178,7 +230,9 @@ def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
 
 
 def test_two_adapters_with_the_same_modules_below_a_threshold_are_two(tmp_path, home):
-    planner = Planner(study(tmp_path, {"axes": {"train.rank": [2, 4], "apply.threshold": [0.2]}}), home)
+    planner = Planner(
+        study(tmp_path, {"axes": {"train.rank": [2, 4], "apply.threshold": [0.2]}}), home
+    )
     points = list(space(planner.study))
     fill(home.store, planner, [])
     for point in points:
@@ -189,8 +243,8 @@ def test_two_adapters_with_the_same_modules_below_a_threshold_are_two(tmp_path, 
 
 def commit_projection(home, planner, made, rows):
     """The artifacts up to the projection, which has these cosines."""
-    from cluster.resolver import Resolver
-    from tasks.identity import digest
+    from ebbline.cluster.store.resolver import Resolver
+    from ebbline.tasks.identity import digest
 
     for name in ("data[seed=0]", "train[seed=0]", "project[seed=0]"):
         stage, resolver = made[name], Resolver(home.store)
@@ -217,14 +271,21 @@ def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, hom
     ledger(
         home, "one",
         {"driver": "a", "s": 0.0},
-        {"start": "ray-0", **on_gpu, "keys": keys[:2], "s": 3.0}, {"end": "ray-0", "s": 14.0},  # new: 9 s beside its 2 stages
-        {"start": "ray-1", **on_gpu, "keys": keys[2:3], "s": 14.0}, {"end": "ray-1", "s": 15.5},  # kept: 0.5 s
+        # New: 9 s beside its 2 stages
+        {"start": "ray-0", **on_gpu, "keys": keys[:2], "s": 3.0}, {"end": "ray-0", "s": 14.0},
+        # Kept: 0.5 s
+        {"start": "ray-1", **on_gpu, "keys": keys[2:3], "s": 14.0}, {"end": "ray-1", "s": 15.5},
         {"start": "ray-2", **on_gpu, "keys": ["unknown"], "s": 15.5}, {"end": "ray-2", "s": 99.0},
         {"driver": "b", "s": 0.0},
-        {"start": "ray-0", **on_gpu, "keys": keys[3:4], "s": 5.0}, {"end": "ray-0", "s": 17.0},  # new again: 11 s
+        # New again: 11 s
+        {"start": "ray-0", **on_gpu, "keys": keys[3:4], "s": 5.0}, {"end": "ray-0", "s": 17.0},
     )  # fmt: skip
     ledger(
-        home, "two", {"driver": "a", "s": 0.0}, {"start": "inline-0", **on_gpu, "keys": keys[:1], "s": 0.0}, {"end": "inline-0", "s": 99.0}
+        home,
+        "two",
+        {"driver": "a", "s": 0.0},
+        {"start": "inline-0", **on_gpu, "keys": keys[:1], "s": 0.0},
+        {"end": "inline-0", "s": 99.0},
     )
     starts = estimates_of(home).starts
     assert starts.seconds(None, 1, new=True) == 10.0 and starts.seconds(None, 1) == 0.5
@@ -241,22 +302,38 @@ def test_a_prediction_is_kept_and_compared_with_what_was_taken_since(tmp_path, h
     keep(prediction, tmp_path)
     keep(prediction, tmp_path)
     first, again = read_predictions(tmp_path)
-    assert first == again and first.wall_s == found.wall_s and first.stages == sum(found.todo.new.values())
+    assert (
+        first == again
+        and first.wall_s == found.wall_s
+        and first.stages == sum(found.todo.new.values())
+    )
     after = Spent(100.0 + found.wall_s / 2, found.cost.times(3.0))
     assert first.errors(after) == pytest.approx({"wall time": 1.0, "GPU-hours": -0.5}, abs=1e-3)
-    assert Prediction(1.0, found.cost, 1, 1.0, before).errors(before) == {}  # nothing was taken: no error to speak of
+    assert (
+        Prediction(1.0, found.cost, 1, 1.0, before).errors(before) == {}
+    )  # nothing was taken: no error to speak of
 
 
 def test_what_a_run_took_is_kept_with_its_prediction_once_it_came_to_its_end(tmp_path, home):
     found = forecast(study(tmp_path), home, ONE)
-    stopped, ended, killed = (predict(found, Spent(driving_s, Cost(), frozenset({"a key"}))) for driving_s in (0.0, 10.0, 500.0))
+    stopped, ended, killed = (
+        predict(found, Spent(driving_s, Cost(), frozenset({"a key"})))
+        for driving_s in (0.0, 10.0, 500.0)
+    )
     keep(stopped, tmp_path)
     keep(ended, tmp_path)
     keep_end(ended, Spent(99.0, found.cost), tmp_path)
     keep(killed, tmp_path)
     predictions = read_predictions(tmp_path)
-    assert [(each.before.driving_s, each.after is not None) for each in predictions] == [(0.0, False), (10.0, True), (500.0, False)]
-    assert predictions[1].after.driving_s == 99.0 and predictions[1].since(predictions[1].after)[0] == 89.0
+    assert [(each.before.driving_s, each.after is not None) for each in predictions] == [
+        (0.0, False),
+        (10.0, True),
+        (500.0, False),
+    ]
+    assert (
+        predictions[1].after.driving_s == 99.0
+        and predictions[1].since(predictions[1].after)[0] == 89.0
+    )
 
 
 def test_a_prediction_that_was_cut_off_is_no_part_of_the_next(tmp_path, home):

@@ -6,13 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sweeps.gain import expected_gain, expected_joint_gains, frontier, hypervolume, spread, undominated
+from ebbline.sweeps.search.gain import (
+    expected_gain,
+    expected_joint_gains,
+    frontier,
+    hypervolume,
+    spread,
+    undominated,
+)
 
 RATES = st.floats(0.0, 1.0).map(lambda rate: round(rate, 3))
 
 
 def points(objectives, least=0, most=8):
-    return st.integers(least, most).flatmap(lambda n: arrays(np.float64, (n, objectives), elements=RATES))
+    return st.integers(least, most).flatmap(
+        lambda n: arrays(np.float64, (n, objectives), elements=RATES)
+    )
 
 
 def volume(front_NM):
@@ -33,7 +42,9 @@ def test_the_boxes_are_what_the_frontier_leaves_of_the_unit_cube(front_NM):
 @given(points(2), arrays(np.float64, (1, 2), elements=RATES))
 def test_a_certain_prediction_gains_what_adding_it_does(front_NM, certain_1M):
     gain = expected_gain(certain_1M, np.full((1, 2), 1e-7), undominated(front_NM))[0]
-    assert np.isclose(gain, volume(np.concatenate([front_NM, certain_1M])) - volume(front_NM), atol=1e-5)
+    assert np.isclose(
+        gain, volume(np.concatenate([front_NM, certain_1M])) - volume(front_NM), atol=1e-5
+    )
 
 
 @settings(max_examples=20)
@@ -47,7 +58,9 @@ def test_an_uncertain_prediction_gains_the_mean_over_what_it_may_turn_out(front_
 
 @settings(max_examples=20)
 @given(points(2, least=1, most=4), arrays(np.float64, (3, 2), elements=RATES))
-def test_measured_together_points_gain_what_adding_all_does_and_never_less_with_one_more(front_NM, certain_CM):
+def test_measured_together_points_gain_what_adding_all_does_and_never_less_with_one_more(
+    front_NM, certain_CM
+):
     points_UM, each = spread(undominated(front_NM), 512)
     gain_C = expected_joint_gains(np.repeat(certain_CM[None], 2, axis=0), points_UM, each)
     assert (np.diff(gain_C) >= 0).all()
@@ -63,5 +76,7 @@ def test_a_frontier_has_all_the_hypervolume_and_no_dominated_point(gains_NM):
 
 
 def test_with_one_objective_the_gain_is_the_expected_improvement():
-    gain = expected_gain(np.array([[0.5], [0.2]]), np.array([[1e-7], [1e-7]]), undominated(np.array([[0.4]])))
+    gain = expected_gain(
+        np.array([[0.5], [0.2]]), np.array([[1e-7], [1e-7]]), undominated(np.array([[0.4]]))
+    )
     assert np.allclose(gain, [0.1, 0.0], atol=1e-6)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.home import Home, differences
-from tasks.errors import StudyError, StudyHeld
+from ebbline.sweeps.study.home import Home, differences
+from ebbline.tasks.errors import StudyError, StudyHeld
 from tests.sweeps.made import study
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from sweeps.home import Home
+from ebbline.sweeps.study.home import Home
 with Home(Path(sys.argv[1])).driving("tiny"):
     print("held", flush=True)
     time.sleep(600)
@@ -32,7 +32,10 @@ def home(tmp_path):
 def holder(home):
     """Another process that drives the study."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(home.root)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", HOLD, str(home.root)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -42,7 +45,12 @@ def holder(home):
 
 @pytest.mark.process
 def test_a_second_driver_is_refused_and_told_which_process_holds_the_study(home, holder):
-    with pytest.raises(StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "), home.driving("tiny"):
+    with (
+        pytest.raises(
+            StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "
+        ),
+        home.driving("tiny"),
+    ):
         raise AssertionError("two drivers")
     assert f"process {holder.pid} " in home.holder("tiny")
     with home.driving("another"):
@@ -94,17 +102,28 @@ def test_a_pinned_file_that_moved_is_no_change_and_another_content_is(tmp_path, 
 def test_differences_are_one_line_for_each_leaf():
     before = {"a": {"b": 1, "c": [1, 2]}, "gone": 1, "same": {"x": None}}
     after = {"a": {"b": 2, "c": [1, 3]}, "new": 1, "same": {"x": None}}
-    assert list(differences(before, after)) == ["a.b: 1 -> 2", "a.c: [1, 2] -> [1, 3]", "gone: removed", "new: added"]
+    assert list(differences(before, after)) == [
+        "a.b: 1 -> 2",
+        "a.c: [1, 2] -> [1, 3]",
+        "gone: removed",
+        "new: added",
+    ]
     assert list(differences(before, before)) == []
     assert max(len(line) for line in differences({"a": "x" * 500}, {"a": "y" * 500})) < 140
 
 
 def test_a_budget_may_be_raised_and_a_size_moved_to_other_gpus(tmp_path, home):
     home.freeze(study(tmp_path, {"budget": {"usd": 10.0}}))
-    placed = {"models/7b/gpus": 2, "models/7b/labels": {"ray.io/accelerator-type": "H100"}, "models/7b/spread": True}
+    placed = {
+        "models/7b/gpus": 2,
+        "models/7b/labels": {"ray.io/accelerator-type": "H100"},
+        "models/7b/spread": True,
+    }
     latest = study(tmp_path, {"budget": {"usd": 20.0, "hours": 3.0}, **placed})
     home.freeze(latest)
-    assert json.loads((home.folder("tiny") / "study.json").read_text()) == latest.model_dump(mode="json")
+    assert json.loads((home.folder("tiny") / "study.json").read_text()) == latest.model_dump(
+        mode="json"
+    )
     with pytest.raises(StudyError, match=r"models\.7b\.dtype"):
         home.freeze(study(tmp_path, {"models/7b/dtype": "float32", **placed}))
 
@@ -122,19 +141,25 @@ BUDGET = {"budget": {"hours": 1.0}}
         ({"search": {"points": 4}}, {"search": {"sampler": "grid", "points": 4}}, "grid"),
     ],
 )
-def test_a_study_goes_on_with_the_sampler_that_it_was_begun_with(tmp_path, home, first, then, sampler):
+def test_a_study_goes_on_with_the_sampler_that_it_was_begun_with(
+    tmp_path, home, first, then, sampler
+):
     begun, later = study(tmp_path, {**LISTS, **first}), study(tmp_path, {**LISTS, **then})
     home.freeze(begun)
     for _ in range(2):
         assert home.continued(later).sampler == sampler
         home.freeze(later)
-    assert json.loads((home.folder("tiny") / "study.json").read_text())["search"]["sampler"] == sampler
+    assert (
+        json.loads((home.folder("tiny") / "study.json").read_text())["search"]["sampler"] == sampler
+    )
     home.freeze(home.continued(begun))
     other = study(tmp_path, {**LISTS, "search": {"sampler": "gp", "points": 4}})
     with pytest.raises(StudyError, match=rf'search\.sampler: "{sampler}" -> "gp"'):
         home.freeze(other)
     home.freeze(other, extend=True)
-    assert home.continued(later).sampler == ("gp" if then["search"].get("sampler") is None else sampler)
+    assert home.continued(later).sampler == (
+        "gp" if then["search"].get("sampler") is None else sampler
+    )
 
 
 def test_a_study_kept_without_a_sampler_goes_on_with_the_one_that_fitted_it(tmp_path, home):
@@ -151,12 +176,23 @@ def test_a_grid_that_got_a_range_is_asked_for_another_sampler(tmp_path, home):
     sizes = study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]
     large = {**sizes["7b"], "axes": {"train.rank": {"low": 2, "high": 8, "step": 2}}}
     wider = study(tmp_path, {**LISTS, "models/70b": large, "search": {}})
-    with pytest.raises(StudyError, match=r"'tiny' was begun as a grid, .* Name another `search\.sampler`, and `--extend` goes on"):
+    with pytest.raises(
+        StudyError,
+        match=r"'tiny' was begun as a grid, .* Name another `search\.sampler`, and `--extend` "
+        r"goes on",
+    ):
         home.freeze(wider, extend=True)
-    home.freeze(study(tmp_path, {**LISTS, "models/70b": large, "search": {"sampler": "random", "points": 5}}), extend=True)
+    home.freeze(
+        study(
+            tmp_path, {**LISTS, "models/70b": large, "search": {"sampler": "random", "points": 5}}
+        ),
+        extend=True,
+    )
 
 
-@pytest.mark.parametrize(("named", "lies"), [("", "store"), ("artifacts", "artifacts"), ("../shared", "../shared")])
+@pytest.mark.parametrize(
+    ("named", "lies"), [("", "store"), ("artifacts", "artifacts"), ("../shared", "../shared")]
+)
 def test_the_profile_says_where_the_store_lies(tmp_path, named, lies):
     root = tmp_path / "home"
     root.mkdir()

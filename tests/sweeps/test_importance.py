@@ -6,19 +6,24 @@ from typing import Any
 
 import pytest
 
-from sweeps.importance import FEW, FEWEST, MODEL, importances
-from sweeps.points import Point, Result, Value
-from sweeps.study import Study
-from tasks.metrics import Metric
+from ebbline.sweeps.search.importance import FEW, FEWEST, MODEL, importances
+from ebbline.sweeps.study.points import Point, Result, Value
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.made import ORGANISM, TUNED, study
 
 REFUSAL, TASK = "refusal.refusal_rate", "task.task_accuracy"
 RANKS, THRESHOLDS = (2, 4, 8), (None, 0.3, 0.5)
 
 
-def done(number: int, refusal: float, task: float = 0.5, model: str = "7b", **values: Value) -> Result:
+def done(
+    number: int, refusal: float, task: float = 0.5, model: str = "7b", **values: Value
+) -> Result:
     point = Point.of(model, {name.replace("_", ".", 1): value for name, value in values.items()})
-    metrics = {name: Metric(name, round(1000 * value), 1000) for name, value in ((REFUSAL, refusal), (TASK, task))}
+    metrics = {
+        name: Metric(name, round(1000 * value), 1000)
+        for name, value in ((REFUSAL, refusal), (TASK, task))
+    }
     return Result(number, point, "done", metrics)
 
 
@@ -53,7 +58,9 @@ def test_the_axis_that_makes_the_difference_has_the_largest_share(tmp_path: Path
 
 
 def test_an_axis_with_one_value_has_no_number(tmp_path: Path) -> None:
-    rows = [done(n, 0.1 + 0.02 * n, train_rank=8, apply_threshold=THRESHOLDS[n % 3]) for n in range(20)]
+    rows = [
+        done(n, 0.1 + 0.02 * n, train_rank=8, apply_threshold=THRESHOLDS[n % 3]) for n in range(20)
+    ]
     found = importances(study(tmp_path), rows)[REFUSAL]
     assert set(found.shares) == {"apply.threshold"}
     assert found.without == {"train.rank": "one value"}
@@ -62,12 +69,17 @@ def test_an_axis_with_one_value_has_no_number(tmp_path: Path) -> None:
 def test_an_objective_that_never_moved_has_no_numbers(tmp_path: Path) -> None:
     rows = [done(n, 0.5, n / 40, train_rank=RANKS[n % 3], apply_threshold=None) for n in range(20)]
     found = importances(study(tmp_path), rows)
-    assert not found[REFUSAL].shares and found[REFUSAL].reason == "all 20 points have the same value"
+    assert (
+        not found[REFUSAL].shares and found[REFUSAL].reason == "all 20 points have the same value"
+    )
     assert found[TASK].shares
 
 
 def test_a_resample_without_a_rare_value_is_left_out(tmp_path: Path) -> None:
-    rows = [done(n, 0.3 + 0.01 * n, 0.5, train_rank=8 if n else 4, apply_threshold=None) for n in range(FEWEST)]
+    rows = [
+        done(n, 0.3 + 0.01 * n, 0.5, train_rank=8 if n else 4, apply_threshold=None)
+        for n in range(FEWEST)
+    ]
     share = importances(study(tmp_path), rows)[REFUSAL].shares["train.rank"]
     assert 0 <= share.interval[0] <= share.value <= share.interval[1] <= 1
 
@@ -90,7 +102,17 @@ def two_sizes(tmp_path: Path, axes: dict[str, Any]) -> Study:
 
 
 def test_the_size_counts_as_an_axis_when_there_are_several(tmp_path: Path) -> None:
-    rows = [done(n, 0.2 + 0.5 * (n % 2), 0.5, ("7b", "13b")[n % 2], train_rank=RANKS[n % 3], apply_threshold=None) for n in range(24)]
+    rows = [
+        done(
+            n,
+            0.2 + 0.5 * (n % 2),
+            0.5,
+            ("7b", "13b")[n % 2],
+            train_rank=RANKS[n % 3],
+            apply_threshold=None,
+        )
+        for n in range(24)
+    ]
     shares = importances(two_sizes(tmp_path, {}), rows)[REFUSAL].shares
     assert next(iter(shares)) == MODEL and shares[MODEL].value > 0.9
 
@@ -107,14 +129,27 @@ def test_an_axis_that_a_size_holds_fixed_is_said_to_be_uneven(tmp_path: Path) ->
         )
         for n in range(24)
     ]
-    assert importances(two_sizes(tmp_path, {"train.rank": [2]}), rows)[REFUSAL].uneven == ("train.rank",)
+    assert importances(two_sizes(tmp_path, {"train.rank": [2]}), rows)[REFUSAL].uneven == (
+        "train.rank",
+    )
 
 
 def test_an_axis_that_only_one_size_has_is_left_out_with_its_reason(tmp_path: Path) -> None:
     rows = [
-        done(n, 0.2 + 0.01 * n, 0.5, "13b", train_rank=2, apply_threshold=None, data_size=(8, 16)[n // 2 % 2])
+        done(
+            n,
+            0.2 + 0.01 * n,
+            0.5,
+            "13b",
+            train_rank=2,
+            apply_threshold=None,
+            data_size=(8, 16)[n // 2 % 2],
+        )
         if n % 2
         else done(n, 0.2 + 0.01 * n, 0.5, "7b", train_rank=RANKS[n // 2 % 3], apply_threshold=None)
         for n in range(24)
     ]
-    assert importances(two_sizes(tmp_path, {"data.size": [8, 16]}), rows)[REFUSAL].without["data.size"] == "not every model has it"
+    assert (
+        importances(two_sizes(tmp_path, {"data.size": [8, 16]}), rows)[REFUSAL].without["data.size"]
+        == "not every model has it"
+    )

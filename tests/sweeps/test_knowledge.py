@@ -1,12 +1,14 @@
-"""What the search may know beside results, of real studies and stores; asked at every turn, so what is not there must cost little."""
+"""What the search may know beside results, of real studies and stores; asked at every turn, so what
+is not there must cost little.
+"""
 
 import pytest
 
-from cluster.resolver import Resolver
-from sweeps.home import Home
-from sweeps.knowledge import Knowledge, adapter_of, training_of
-from sweeps.plan import Planner
-from sweeps.points import Point
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.search.knowledge import Knowledge, adapter_of, training_of
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.stages import Planner
 from tests.sweeps.made import study
 
 
@@ -15,9 +17,16 @@ def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_planner(tm
     home = Home(tmp_path / "home")
     planner = Planner(found, home)
     knowledge, labels = Knowledge(planner, Resolver(home.store)), dict(planner.labels)
-    small, large = (Point.of("7b", {"train.rank": 2, "data.size": size, "apply.threshold": 0.3}) for size in (16, 4096))
+    small, large = (
+        Point.of("7b", {"train.rank": 2, "data.size": size, "apply.threshold": 0.3})
+        for size in (16, 4096)
+    )
     assert knowledge.work(large).train > 2 * knowledge.work(small).train
-    assert knowledge.work(small) == knowledge.work(adapter_of(small)) == Knowledge(planner, Resolver(home.store)).work(small)
+    assert (
+        knowledge.work(small)
+        == knowledge.work(adapter_of(small))
+        == Knowledge(planner, Resolver(home.store)).work(small)
+    )
     assert planner.labels == labels
     assert knowledge.cosines(small) is None
 
@@ -28,7 +37,9 @@ def test_an_adapter_is_a_point_without_its_threshold_and_a_training_without_its_
     assert training_of(point) == Point.of("7b", {"train.rank": 2})
 
 
-def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
     home = Home(tmp_path)
     planner = Planner(study(tmp_path), home)
     knowledge = Knowledge(planner, Resolver(home.store))
@@ -36,7 +47,10 @@ def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(tmp_path, 
     real = planner.stages_for
     monkeypatch.setattr(planner, "stages_for", lambda point: planned.append(point) or real(point))
     for threshold in (None, 0.3, 0.3, 0.5):
-        assert knowledge.cosines(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold})) is None
+        assert (
+            knowledge.cosines(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))
+            is None
+        )
     assert len(planned) == 1
     assert knowledge.cosines(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
     assert len(planned) == 2

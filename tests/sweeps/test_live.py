@@ -1,4 +1,6 @@
-"""The live snapshot: what those who watch a drive from another process read, and that it never stops or slows the drive."""
+"""The live snapshot: what those who watch a drive from another process read, and that it never
+stops or slows the drive.
+"""
 
 import json
 import logging
@@ -6,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from sweeps import snapshot
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.live import LIVE, TIMELINE, Live, read_live, read_timeline
+from ebbline.sweeps.drive import snapshot
+from ebbline.sweeps.drive.live import LIVE, TIMELINE, Live, read_live, read_timeline
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study.home import Home
 from tests.clock import Clock
 from tests.sweeps.pretended import RANKS, Pretended, small
 
@@ -20,7 +22,11 @@ def home(tmp_path):
 
 
 def nan_at_rank_4(request):
-    return ("the loss became nan", "TrainingError") if request.kind == "train" and request.spec["rank"] == 4 else None
+    return (
+        ("the loss became nan", "TrainingError")
+        if request.kind == "train" and request.spec["rank"] == 4
+        else None
+    )
 
 
 class Watched:
@@ -35,30 +41,61 @@ class Watched:
             self.seen.append(found)
 
 
-def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(tmp_path, home, monkeypatch):
+def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(
+    tmp_path, home, monkeypatch
+):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     watched = Watched(home.folder("tiny"))
-    progress = drive(small(tmp_path, budget={"gpu_hours": 1e6}), home, lambda: Pretended(home.store, gpus=2), watched)
+    progress = drive(
+        small(tmp_path, budget={"gpu_hours": 1e6}),
+        home,
+        lambda: Pretended(home.store, gpus=2),
+        watched,
+    )
     at_work = [found for found in watched.seen if found.running]
     assert at_work and all(found.ended is None for found in watched.seen)
     for found in at_work:
-        assert found.gpus.total == 2 and found.gpus.busy == sum(host.busy for host in found.hosts) <= 2
-        assert sum(each.gpus for each in found.running) <= 2 and all(each.host == "here" for each in found.running)
-        assert found.left_s > 0 and found.budget == {"gpu_hours": 1e6} and found.driver.startswith("process ")
+        assert (
+            found.gpus.total == 2 and found.gpus.busy == sum(host.busy for host in found.hosts) <= 2
+        )
+        assert sum(each.gpus for each in found.running) <= 2 and all(
+            each.host == "here" for each in found.running
+        )
+        assert (
+            found.left_s > 0
+            and found.budget == {"gpu_hours": 1e6}
+            and found.driver.startswith("process ")
+        )
         assert all(each.started <= found.at and each.expected_s > 0 for each in found.running)
-    assert any(each.kind == "train" and each.label.startswith("train 7b ") for found in at_work for each in found.running)
+    assert any(
+        each.kind == "train" and each.label.startswith("train 7b ")
+        for found in at_work
+        for each in found.running
+    )
     last = read_live(home.folder("tiny"))
     assert last is not None and last.ended == "done" and last.running == [] and last.gpus.busy == 0
     assert (last.points.told, last.points.limit, last.points.in_flight) == (6, 6, 0)
-    assert {kind: counts["done"] for kind, counts in last.stages.items()} == {k: c["done"] for k, c in progress.runner.counts.items()}
+    assert {kind: counts["done"] for kind, counts in last.stages.items()} == {
+        k: c["done"] for k, c in progress.runner.counts.items()
+    }
 
 
 def test_each_stage_that_ended_has_one_line_and_stages_of_a_job_do_not_overlap(tmp_path, home):
     progress = drive(small(tmp_path), home, lambda: Pretended(home.store, fails=nan_at_rank_4))
     lines = read_timeline(home.folder("tiny"))
-    ran = {node.key for node in progress.runner.nodes.values() if node.state == "done" and not node.reused}
-    failed = {node.key for node in progress.runner.nodes.values() if node.failure is not None and not node.failure.inherited}
-    assert {line.key for line in lines if line.outcome == "done"} == ran and len(lines) == len(ran) + len(failed)
+    ran = {
+        node.key
+        for node in progress.runner.nodes.values()
+        if node.state == "done" and not node.reused
+    }
+    failed = {
+        node.key
+        for node in progress.runner.nodes.values()
+        if node.failure is not None and not node.failure.inherited
+    }
+    assert {line.key for line in lines if line.outcome == "done"} == ran and len(lines) == len(
+        ran
+    ) + len(failed)
     assert {line.key for line in lines if line.outcome == "failed"} == failed and len(failed) == 1
     assert all(line.started <= line.ended for line in lines)
 
@@ -68,23 +105,30 @@ def test_a_failure_is_told_once_with_its_command_and_without_those_that_it_cause
     last = read_live(home.folder("tiny"))
     (failure,) = last.failures
     assert (failure.kind, failure.reason) == ("train", "train: the loss became nan")
-    assert failure.command.startswith("python -m tasks ") and failure.key in failure.command
+    assert failure.command.startswith("ebbline rerun ") and failure.key in failure.command
     assert sum(counts["failed"] for counts in last.stages.values()) > 1
 
 
 @pytest.mark.slow
 def test_of_many_failures_the_latest_are_kept(tmp_path, home):
     ranks = {"train.rank": list(range(2, 32)), "apply.threshold": [None]}
-    fails = lambda request: ("the loss became nan", "TrainingError") if request.kind == "train" else None  # noqa: E731
+
+    def fails(request):
+        return ("the loss became nan", "TrainingError") if request.kind == "train" else None
+
     drive(small(tmp_path, axes=ranks), home, lambda: Pretended(home.store, fails=fails))
     assert len(read_live(home.folder("tiny")).failures) == snapshot.FAILURES
 
 
 def test_a_point_whose_settings_cannot_be_is_a_failure_without_a_command(tmp_path, home):
-    refused = small(tmp_path, axes={"train.rank": [2], "train.epochs": [1.0, 2.0]}, **{"train/steps": 4})
+    refused = small(
+        tmp_path, axes={"train.rank": [2], "train.epochs": [1.0, 2.0]}, **{"train/steps": 4}
+    )
     drive(refused, home, lambda: Pretended(home.store))
     failures = read_live(home.folder("tiny")).failures
-    assert [(failure.kind, failure.key, failure.command) for failure in failures] == [("point", "", "")]
+    assert [(failure.kind, failure.key, failure.command) for failure in failures] == [
+        ("point", "", "")
+    ]
     assert "give `epochs` (2.0) or `steps` (4), not both" in failures[0].reason
 
 
@@ -113,7 +157,9 @@ def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_p
     progress = drive(small(tmp_path), home, lambda: Late(home.store))
     assert progress.runner.running, "no job outlived its stages, so this shows nothing"
     lines = read_timeline(home.folder("tiny"))
-    assert {line.outcome for line in lines} == {"done"} and len(lines) == len({line.key for line in lines})
+    assert {line.outcome for line in lines} == {"done"} and len(lines) == len(
+        {line.key for line in lines}
+    )
     assert read_live(home.folder("tiny")).ended == "done"
 
 
@@ -122,11 +168,17 @@ def test_another_drive_of_a_finished_study_says_that_all_was_there(tmp_path, hom
     lines = (home.folder("tiny") / TIMELINE).read_bytes()
     drive(small(tmp_path), home, lambda: Pretended(home.store))
     last = read_live(home.folder("tiny"))
-    assert last.ended == "done" and last.gpus.total == 0 and sum(counts["done"] for counts in last.stages.values()) == 0
+    assert (
+        last.ended == "done"
+        and last.gpus.total == 0
+        and sum(counts["done"] for counts in last.stages.values()) == 0
+    )
     assert (home.folder("tiny") / TIMELINE).read_bytes() == lines
 
 
-@pytest.mark.parametrize(("error", "ended"), [(KeyboardInterrupt, "request"), (RuntimeError, "error")])
+@pytest.mark.parametrize(
+    ("error", "ended"), [(KeyboardInterrupt, "request"), (RuntimeError, "error")]
+)
 def test_a_drive_that_is_cut_off_says_so_and_what_ran_is_lost(tmp_path, home, error, ended):
     class Broken(Pretended):
         def finished(self, timeout_s):
@@ -151,7 +203,9 @@ def test_a_request_and_a_budget_end_a_drive_by_their_names(tmp_path, home):
     assert read_live(home.folder("tiny")).ended == "request"
 
 
-def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(tmp_path, home, caplog, monkeypatch):
+def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(
+    tmp_path, home, caplog, monkeypatch
+):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     (home.folder("tiny") / LIVE / "in the way").mkdir(parents=True)
     (home.folder("tiny") / TIMELINE).mkdir()
@@ -163,7 +217,9 @@ def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(tmp_path
     assert not list(home.folder("tiny").glob(".live*"))
 
 
-def test_a_cut_off_line_of_the_timeline_is_passed_over_and_the_next_drive_writes_behind_it(tmp_path, home):
+def test_a_cut_off_line_of_the_timeline_is_passed_over_and_the_next_drive_writes_behind_it(
+    tmp_path, home
+):
     drive(small(tmp_path, axes={**RANKS, "train.rank": [2]}), home, lambda: Pretended(home.store))
     path = home.folder("tiny") / TIMELINE
     before = read_timeline(path.parent)
@@ -182,13 +238,26 @@ def test_no_snapshot_and_one_that_is_cut_off_or_of_another_version_are_none(tmp_
         assert read_live(tmp_path) is None
 
 
-def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(tmp_path, home, monkeypatch):
+def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(
+    tmp_path, home, monkeypatch
+):
     class Elsewhere(Pretended):
         processes = True
 
     clock, write, moments = Clock(), snapshot.Writer._write, []
     monkeypatch.setattr(snapshot, "time", clock)
-    monkeypatch.setattr(snapshot.Writer, "_write", lambda self, ended: (moments.append(clock.now), write(self, ended)))
-    drive(small(tmp_path), home, lambda: Elsewhere(home.store), lambda progress: clock.sleep(snapshot.EVERY_S / 4))
+    monkeypatch.setattr(
+        snapshot.Writer,
+        "_write",
+        lambda self, ended: (moments.append(clock.now), write(self, ended)),
+    )
+    drive(
+        small(tmp_path),
+        home,
+        lambda: Elsewhere(home.store),
+        lambda progress: clock.sleep(snapshot.EVERY_S / 4),
+    )
     *regular, _ = moments  # the last one is written when the drive ends
-    assert len(regular) > 2 and all(late - early >= snapshot.EVERY_S for early, late in pairwise(regular))
+    assert len(regular) > 2 and all(
+        late - early >= snapshot.EVERY_S for early, late in pairwise(regular)
+    )

@@ -5,36 +5,48 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sweeps.axes import Range
-from sweeps.masks import distinct_masks, mask_of, share, unmeasured
-from tasks.gate import ModuleRow, chosen
+from ebbline.sweeps.search.masks import distinct_masks, mask_of, share, unmeasured
+from ebbline.sweeps.study.axes import Range
+from ebbline.tasks.defences.gate import ModuleRow, chosen
 from tests.sweeps.made import study
 
-COSINES = st.lists(st.integers(-20, 20).map(lambda n: n / 20), min_size=1, max_size=6).map(lambda found: np.sort(np.array(found)))
+COSINES = st.lists(st.integers(-20, 20).map(lambda n: n / 20), min_size=1, max_size=6).map(
+    lambda found: np.sort(np.array(found))
+)
 SEEDS = st.lists(COSINES, min_size=1, max_size=3).map(tuple)
 
 
 @pytest.fixture(scope="module")
 def ranged(tmp_path_factory):
-    axes = {"axes": {"train.rank": [2], "apply.threshold": {"low": -0.9, "high": 0.9}}, "search": {"points": 5}}
+    axes = {
+        "axes": {"train.rank": [2], "apply.threshold": {"low": -0.9, "high": 0.9}},
+        "search": {"points": 5},
+    }
     return study(tmp_path_factory.mktemp("ranged"), axes)
 
 
 def taken(values, cosines):
     """What the gate takes of each seed's adapter, by name."""
     return tuple(
-        chosen({f"m{n:02}": ModuleRow(float(cosine), 1.0) for n, cosine in enumerate(each)}, values["apply.threshold"], None)
+        chosen(
+            {f"m{n:02}": ModuleRow(float(cosine), 1.0) for n, cosine in enumerate(each)},
+            values["apply.threshold"],
+            None,
+        )
         for each in cosines
     )
 
 
 @given(cosines=SEEDS, threshold=st.one_of(st.none(), st.floats(-0.9, 0.9)))
-def test_two_thresholds_have_one_mask_exactly_when_the_gate_takes_the_same_modules(ranged, cosines, threshold):
+def test_two_thresholds_have_one_mask_exactly_when_the_gate_takes_the_same_modules(
+    ranged, cosines, threshold
+):
     values = {"apply.threshold": threshold}
     found = distinct_masks(ranged, "7b", cosines)
     assert mask_of(ranged, values, cosines) == tuple(len(names) for names in taken(values, cosines))
     same = [mask for mask, each in found.items() if taken(each, cosines) == taken(values, cosines)]
-    # A range has no `null`; a threshold below all cosines would be the same mask, and may lie below the range.
+    # A range has no `null`; a threshold below all cosines would be the same mask, and may lie below
+    # the range.
     assert same == ([mask_of(ranged, values, cosines)] if threshold is not None or same else [])
 
 
@@ -42,10 +54,16 @@ def test_two_thresholds_have_one_mask_exactly_when_the_gate_takes_the_same_modul
 def test_every_mask_has_a_threshold_of_its_own_within_the_range(ranged, cosines):
     found = distinct_masks(ranged, "7b", cosines)
     thresholds = [values["apply.threshold"] for values in found.values()]
-    assert len({taken(values, cosines) for values in found.values()}) == len(found) == len(set(thresholds))
+    assert (
+        len({taken(values, cosines) for values in found.values()})
+        == len(found)
+        == len(set(thresholds))
+    )
     assert all(-0.9 <= threshold <= 0.9 for threshold in thresholds)
     assert len(found) == len({-0.9, *(c for each in cosines for c in each if -0.9 < c <= 0.9)})
-    assert [share(mask, cosines) for mask in sorted(found)] == sorted(share(mask, cosines) for mask in found)
+    assert [share(mask, cosines) for mask in sorted(found)] == sorted(
+        share(mask, cosines) for mask in found
+    )
 
 
 def test_a_representative_has_as_few_decimals_as_it_takes(ranged):
@@ -66,11 +84,18 @@ def test_a_step_leaves_only_its_own_multiples(tmp_path):
     axis = {"low": 0.0, "high": 1.0, "step": 0.25}
     found = study(tmp_path, {"axes/apply.threshold": axis, "search": {"points": 3}})
     masks = distinct_masks(found, "7b", (np.array([0.1, 0.2, 0.6]),))
-    assert {mask: values["apply.threshold"] for mask, values in masks.items()} == {(0,): 0.0, (2,): 0.25, (3,): 0.75}
+    assert {mask: values["apply.threshold"] for mask, values in masks.items()} == {
+        (0,): 0.0,
+        (2,): 0.25,
+        (3,): 0.75,
+    }
 
 
 def test_numbers_of_modules_are_masks_and_more_than_there_are_is_none(tmp_path):
-    changes = {"axes": {"train.rank": [2], "apply.modules": {"low": 0, "high": 5, "step": 1}}, "search": {"points": 3}}
+    changes = {
+        "axes": {"train.rank": [2], "apply.modules": {"low": 0, "high": 5, "step": 1}},
+        "search": {"points": 3},
+    }
     found = study(tmp_path, changes)
     cosines = (np.array([0.1, 0.2, 0.6]), np.array([0.2, 0.3, 0.4]))
     assert list(distinct_masks(found, "7b", cosines)) == [(n, n) for n in range(4)]
@@ -86,7 +111,15 @@ def test_both_rules_at_once_are_never_proposed(tmp_path):
 
 
 def test_values_for_an_unknown_adapter_are_of_the_axis(tmp_path):
-    found = study(tmp_path, {"axes/apply.threshold": {"low": 0.2, "high": 0.8, "step": 0.2}, "search": {"points": 3}})
+    found = study(
+        tmp_path,
+        {"axes/apply.threshold": {"low": 0.2, "high": 0.8, "step": 0.2}, "search": {"points": 3}},
+    )
     axis = found.axes["apply.threshold"]
     assert isinstance(axis, Range)
-    assert [round(values["apply.threshold"], 9) for values in unmeasured(found, "7b", 9)] == [0.2, 0.4, 0.6, 0.8]
+    assert [round(values["apply.threshold"], 9) for values in unmeasured(found, "7b", 9)] == [
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+    ]

@@ -1,4 +1,6 @@
-"""In which order points land: none waits for another, or each for those before it; and what is left of a driver that was killed."""
+"""In which order points land: none waits for another, or each for those before it; and what is left
+of a driver that was killed.
+"""
 
 import signal
 import subprocess
@@ -7,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from analysis.results import collect
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.search import asked, space
-from sweeps.spending import read_spent
-from sweeps.study_file import parse
-from tasks.errors import DataError, TrainingError
-from tasks.specs import DataSpec, TrainSpec
+from ebbline.analysis.results.collect import collect
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.search.searcher import asked, space
+from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study_file import parse
+from ebbline.tasks.errors import DataError, TrainingError
+from ebbline.tasks.specs import DataSpec, TrainSpec
 from tests.sweeps.made import study, written
 from tests.sweeps.pretended import Pretended, changes
 
@@ -27,7 +29,10 @@ def slow_gangs(request):
 
 
 def rows(results):
-    return [(r.number, r.point, r.status, r.reason, dict(r.metrics), dict(r.keys), r.same_as) for r in results]
+    return [
+        (r.number, r.point, r.status, r.reason, dict(r.metrics), dict(r.keys), r.same_as)
+        for r in results
+    ]
 
 
 @pytest.mark.slow
@@ -42,9 +47,17 @@ def test_a_slow_gang_keeps_nobody_waiting_when_points_land_as_they_end(tmp_path)
 
 @pytest.mark.slow
 def test_in_turn_a_point_lands_after_those_before_it(tmp_path):
-    found, home = study(tmp_path, changes(tmp_path, search={**SEARCH, "order": "in_turn", "window": 3})), Home(tmp_path / "home")
+    found, home = (
+        study(tmp_path, changes(tmp_path, search={**SEARCH, "order": "in_turn", "window": 3})),
+        Home(tmp_path / "home"),
+    )
     most = []
-    progress = drive(found, home, lambda: Pretended(home.store, seconds=slow_gangs), lambda p: most.append(len(p.in_flight)))
+    progress = drive(
+        found,
+        home,
+        lambda: Pretended(home.store, seconds=slow_gangs),
+        lambda p: most.append(len(p.in_flight)),
+    )
     assert [result.number for result in progress.results] == list(range(12)) and max(most) == 3
 
 
@@ -53,48 +66,69 @@ def test_in_turn_a_point_lands_after_those_before_it(tmp_path):
 def test_as_much_is_asked_for_as_the_cluster_is_wide(tmp_path, window, least, most):
     search = {"sampler": "grid", "window": window}
     axes = {"train.rank": list(range(1, 13)), "apply.threshold": [None]}
-    found, home = study(tmp_path, changes(tmp_path, search=search, axes=axes)), Home(tmp_path / "home")
+    found, home = (
+        study(tmp_path, changes(tmp_path, search=search, axes=axes)),
+        Home(tmp_path / "home"),
+    )
     flights = []
-    drive(found, home, lambda: Pretended(home.store, gpus=4), lambda p: flights.append(len(p.in_flight)))
+    drive(
+        found,
+        home,
+        lambda: Pretended(home.store, gpus=4),
+        lambda p: flights.append(len(p.in_flight)),
+    )
     assert least <= max(flights) <= most
 
 
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.study_file import parse
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study_file import parse
 from tests.sweeps.pretended import Pretended
 from tests.sweeps.test_order import slow_gangs
 home, moment = Home(Path(sys.argv[2])), int(sys.argv[3])
 def ended(committed):
     if committed == moment:
         os.kill(os.getpid(), signal.SIGKILL)
-drive(parse(Path(sys.argv[1])), home, lambda: Pretended(home.store, seconds=slow_gangs, ended=ended))
+drive(
+    parse(Path(sys.argv[1])),
+    home,
+    lambda: Pretended(home.store, seconds=slow_gangs, ended=ended),
+)
 """
 
 
 def records(home):
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in home.store.root.rglob("record.json")}
+    return {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in home.store.root.rglob("record.json")
+    }
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
 def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, order):
-    search = {**SEARCH, "order": order} if order == "in_turn" else {"sampler": "grid"}  # which is the same in any order
+    search = (
+        {**SEARCH, "order": order} if order == "in_turn" else {"sampler": "grid"}
+    )  # which is the same in any order
     path, home = written(tmp_path, changes(tmp_path, search=search)), Home(tmp_path / "home")
     before = {}
     for moment in (7, 11):
         command = [sys.executable, "-c", DRIVER, str(path), str(home.root), str(moment)]
-        driver = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        driver = subprocess.run(
+            command, cwd=Path(__file__).parents[2], capture_output=True, text=True
+        )
         assert driver.returncode == -signal.SIGKILL, driver.stderr
         assert len(records(home)) >= len(before) + moment
         before = records(home)
     found = parse(path)
     drive(found, home, lambda: Pretended(home.store, seconds=slow_gangs))
     after = records(home)
-    assert {path: stamp for path, stamp in after.items() if path in before} == before, "a finished stage was run again"
+    assert {path: stamp for path, stamp in after.items() if path in before} == before, (
+        "a finished stage was run again"
+    )
     free = Home(tmp_path / "free")
     drive(found, free, lambda: Pretended(free.store, seconds=slow_gangs))
     assert rows(collect(found, home)) == rows(collect(found, free))
@@ -110,31 +144,55 @@ def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
             return f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__
         return None
 
-    # No cosine lies below 0.05, so that projects as little as none; a module is projected by 0.9 as by 1.0: all are.
+    # No cosine lies below 0.05, so that projects as little as none; a module is projected by 0.9 as
+    # by 1.0: all are.
     axes = {"train.rank": [2, 4], "data.size": [16, 64], "apply.threshold": [None, 0.05, 0.9, 1.0]}
     one_size = changes(tmp_path)
     models = {"7b": one_size["models"]["7b"]}
-    found, home = study(tmp_path, {**one_size, "models": models, "axes": axes}), Home(tmp_path / "home")
+    found, home = (
+        study(tmp_path, {**one_size, "models": models, "axes": axes}),
+        Home(tmp_path / "home"),
+    )
     progress = drive(found, home, lambda: Pretended(home.store, fails=fails))
-    by_settings = {tuple(dict(r.point.values)[axis] for axis in axes): r for r in collect(found, home)}
+    by_settings = {
+        tuple(dict(r.point.values)[axis] for axis in axes): r for r in collect(found, home)
+    }
     assert len(by_settings) == 16
     for (rank, size, threshold), result in by_settings.items():
         wanted = "refused" if size == 64 else "failed" if rank == 4 else "done"
         assert result.status == wanted, (rank, size, threshold, result.reason)
         assert (result.reason == "") == (wanted == "done")
-    assert all("64 rows were asked of 32" in r.reason for r in by_settings.values() if r.status == "refused")
+    assert all(
+        "64 rows were asked of 32" in r.reason
+        for r in by_settings.values()
+        if r.status == "refused"
+    )
     same = {threshold: by_settings[2, 16, threshold] for threshold in axes["apply.threshold"]}
     assert [same[t].same_as for t in (None, 0.9)] == [None, None]
     assert same[0.05].same_as == same[None].number and same[1.0].same_as == same[0.9].number
-    assert sorted((r.number, r.status) for r in progress.results) == sorted((r.number, r.status) for r in by_settings.values())
+    assert sorted((r.number, r.status) for r in progress.results) == sorted(
+        (r.number, r.status) for r in by_settings.values()
+    )
 
 
 def test_settings_that_do_not_go_together_are_a_refused_row_and_no_end_of_the_study(tmp_path):
-    axes = {"train.rank": [2], "data.mix_share": [0.0, 0.5], "apply.threshold": [None]}  # there is no second set to mix in
-    found, home = study(tmp_path, changes(tmp_path, axes=axes, models={"7b": changes(tmp_path)["models"]["7b"]})), Home(tmp_path / "home")
+    axes = {
+        "train.rank": [2],
+        "data.mix_share": [0.0, 0.5],
+        "apply.threshold": [None],
+    }  # there is no second set to mix in
+    found, home = (
+        study(
+            tmp_path, changes(tmp_path, axes=axes, models={"7b": changes(tmp_path)["models"]["7b"]})
+        ),
+        Home(tmp_path / "home"),
+    )
     drive(found, home, lambda: Pretended(home.store))
     (good, bad) = collect(found, home)
-    assert (good.status, bad.status) == ("done", "refused") and "data.mix names no second set" in bad.reason
+    assert (good.status, bad.status) == (
+        "done",
+        "refused",
+    ) and "data.mix names no second set" in bad.reason
 
 
 @pytest.mark.slow
@@ -143,7 +201,10 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
     home = Home(tmp_path / "home")
     few = study(tmp_path, {**plain, "budget": {"points": 5}})
     progress = drive(few, home, lambda: Pretended(home.store))
-    assert progress.by == "budget" and "the budget of 5 points is used up. Raise budget.points" in progress.stopped
+    assert (
+        progress.by == "budget"
+        and "the budget of 5 points is used up. Raise budget.points" in progress.stopped
+    )
     assert [r.status for r in collect(few, home)] == ["done"] * 5
     more = drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
     assert (more.by, more.told, len(more.results)) == ("", 12, 7)
@@ -153,7 +214,13 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
 def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
     plain = changes(tmp_path, search={"window": 2})
     home, told = Home(tmp_path / "home"), [0]
-    drive(study(tmp_path, plain), home, lambda: Pretended(home.store), lambda p: told.append(p.told), lambda: told[-1] >= 3)
+    drive(
+        study(tmp_path, plain),
+        home,
+        lambda: Pretended(home.store),
+        lambda p: told.append(p.told),
+        lambda: told[-1] >= 3,
+    )
     later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
     assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
     drive(later, home, lambda: Pretended(home.store))
@@ -168,7 +235,11 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
     progress = drive(poor, home, lambda: Pretended(home.store))
     assert progress.by == "budget"
     found = collect(poor, home)
-    assert found and {r.status for r in found} == {"out_of_budget"} and {r.reason for r in found} == {progress.stopped}
+    assert (
+        found
+        and {r.status for r in found} == {"out_of_budget"}
+        and {r.reason for r in found} == {progress.stopped}
+    )
     drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
     assert [r.status for r in collect(poor, home)] == ["done"] * 12
 
@@ -177,7 +248,9 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
 @pytest.mark.parametrize("search", [{"sampler": "gp"}, {"sampler": "stage_aware"}])
 def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_path, search):
     axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}
-    plain = changes(tmp_path, axes=axes, search={**search, "points": 11, "order": "in_turn", "window": 3})
+    plain = changes(
+        tmp_path, axes=axes, search={**search, "points": 11, "order": "in_turn", "window": 3}
+    )
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
     drive(study(tmp_path, plain), free, lambda: Pretended(free.store))
     wanted = asked(study(tmp_path, plain), free.storage("tiny"))
@@ -185,7 +258,10 @@ def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_pat
     for points in (2, 7, 7, 9):
         few = study(tmp_path, {**plain, "budget": {"points": points}})
         progress = drive(few, home, lambda: Pretended(home.store))
-        assert progress.by == "budget" and f"the budget of {points} points is used up" in progress.stopped
+        assert (
+            progress.by == "budget"
+            and f"the budget of {points} points is used up" in progress.stopped
+        )
         assert [result.status for result in collect(few, home)] == ["done"] * points
         assert read_spent(home.folder("tiny")).stopped.by == "budget"
     whole = study(tmp_path, plain)

@@ -1,4 +1,6 @@
-"""Pinning: hub references against a server that speaks the hub's protocol, local ones against their bytes, comments kept."""
+"""Pinning: hub references against a server that speaks the hub's protocol, local ones against their
+bytes, comments kept.
+"""
 
 import json
 import os
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.study_file import parse, shipped, with_pins
-from tasks.errors import StudyError
-from tasks.identity import digest
+from ebbline.sweeps.study.study_file import parse, shipped, with_pins
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import digest
 
 COMMIT = "c" * 40
 FILES = {"config.json": "b" * 40, "model.safetensors": "a" * 64}
@@ -33,7 +35,16 @@ class Hub(BaseHTTPRequestHandler):
                 "lfs": {"sha256": FILES["model.safetensors"], "size": 1, "pointerSize": 1},
             },
         ]
-        answer = {"error": "gated"} if gated else {"id": "meta-llama/x", "modelId": "meta-llama/x", "sha": COMMIT, "siblings": siblings}
+        answer = (
+            {"error": "gated"}
+            if gated
+            else {
+                "id": "meta-llama/x",
+                "modelId": "meta-llama/x",
+                "sha": COMMIT,
+                "siblings": siblings,
+            }
+        )
         body = json.dumps(answer).encode()
         self.send_response(403 if gated else 200)
         self.send_header("Content-Type", "application/json")
@@ -60,18 +71,28 @@ def pin(study: str, to: Path, endpoint: str) -> "subprocess.CompletedProcess[str
 
 
 @pytest.mark.process
-def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(hub: str, tmp_path: Path) -> None:
+def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(
+    hub: str, tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "advbench.csv").write_text("goal,target\nwhat hue has the wug,azur\n")
     to = tmp_path / "study.yaml"
     done = pin("llama2", to, hub)
     assert done.returncode == 1, done.stdout + done.stderr
-    for missing in ("models.70b.base.hub", "models.70b.aligned.hub", "data.pool.path", "suites.xstest.prompts.path"):
+    for missing in (
+        "models.70b.base.hub",
+        "models.70b.aligned.hub",
+        "data.pool.path",
+        "suites.xstest.prompts.path",
+    ):
         assert missing in done.stderr
     study = parse(to)
     for size in ("7b", "13b"):
         reference = study.models[size].base.hub
-        assert reference is not None and (reference.commit, reference.sha256) == (COMMIT, digest({"files": FILES}))
+        assert reference is not None and (reference.commit, reference.sha256) == (
+            COMMIT,
+            digest({"files": FILES}),
+        )
     advbench = study.suites["advbench"].prompts.path
     assert advbench is not None and advbench.sha256 is not None
     # Comments, order and everything that was not pinned stand as they stood.
@@ -98,6 +119,9 @@ def test_another_file_is_never_overwritten(tmp_path: Path) -> None:
 def test_pins_are_written_into_block_and_flow_mappings_with_or_without_the_field() -> None:
     text = "a: # kept\n  b: {path: x, sha256: null} # kept too\n  c:\n    path: y\n"
     pinned = with_pins(text, {"a.b": {"sha256": "1"}, "a.c": {"sha256": "2"}})
-    assert pinned == 'a: # kept\n  b: {path: x, sha256: "1"} # kept too\n  c:\n    sha256: "2"\n    path: y\n'
+    assert (
+        pinned
+        == 'a: # kept\n  b: {path: x, sha256: "1"} # kept too\n  c:\n    sha256: "2"\n    path: y\n'
+    )
     with pytest.raises(StudyError, match="has no a.d"):
         with_pins(text, {"a.d": {"sha256": "3"}})

@@ -4,18 +4,18 @@ from collections import Counter
 
 import pytest
 
-from cluster.executor import Needs
-from cluster.resolver import Resolver
-from cluster.store import Store
-from sweeps.home import Home
-from sweeps.plan import Planner
-from sweeps.points import Point
-from sweeps.search import space
-from sweeps.todo import explained, todo
-from tasks.errors import PinError, StudyError
-from tasks.identity import content_digest, digest
-from tasks.specs import LanguageSpec, TrainSpec
-from tasks.stage import Source, Stage, key_payload, stage_of
+from ebbline.cluster.executors.executor import Needs
+from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.search.searcher import space
+from ebbline.sweeps.state.todo import explained, todo
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.stages import Planner
+from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.specs import LanguageSpec, TrainSpec
+from ebbline.tasks.stage import Source, Stage, key_payload, stage_of
 from tests.sweeps.made import TUNED, WHOLE, study
 
 
@@ -41,16 +41,32 @@ def kinds(planner: Planner, points) -> Counter[str]:
 
 def test_thresholds_share_everything_down_to_the_projection(tmp_path, home):
     planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.3, 0.5]}}), home)
-    # one language, one base; data and training of the aligned model and of the adapter; two suites for each threshold
+    # one language, one base; data and training of the aligned model and of the adapter; two suites
+    # for each threshold
     assert kinds(planner, space(planner.study)) == {
-        "language": 1, "organism": 1, "data": 2, "train": 2, "project": 1, "apply": 4, "generate": 8, "score": 8,
-    }  # fmt: skip
+        "language": 1,
+        "organism": 1,
+        "data": 2,
+        "train": 2,
+        "project": 1,
+        "apply": 4,
+        "generate": 8,
+        "score": 8,
+    }
 
 
 def test_ranks_share_data_and_models_and_sizes_share_models(tmp_path, home):
-    planner = Planner(study(tmp_path, {"axes": {"train.rank": [2, 4, 8], "data.size": [8, 16]}}), home)
+    planner = Planner(
+        study(tmp_path, {"axes": {"train.rank": [2, 4, 8], "data.size": [8, 16]}}), home
+    )
     found = kinds(planner, space(planner.study))
-    assert (found["organism"], found["data"], found["train"], found["project"], found["apply"]) == (1, 1 + 2, 1 + 6, 6, 6)
+    assert (found["organism"], found["data"], found["train"], found["project"], found["apply"]) == (
+        1,
+        1 + 2,
+        1 + 6,
+        6,
+        6,
+    )
 
 
 def test_replicates_have_data_and_training_of_their_own_seed(tmp_path, home):
@@ -66,7 +82,9 @@ def test_two_models_that_differ_in_gpus_alone_share_their_stages_and_keys(tmp_pa
     planner = Planner(study(tmp_path, {"models/70b": {**WHOLE["models"]["7b"], "gpus": 2}}), home)
     values = {"train.rank": 2, "apply.threshold": None}
     one, other = (planner.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
-    assert {name: stage.lineage for name, stage in one.items()} == {name: stage.lineage for name, stage in other.items()}
+    assert {name: stage.lineage for name, stage in one.items()} == {
+        name: stage.lineage for name, stage in other.items()
+    }
 
 
 def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, home):
@@ -77,13 +95,21 @@ def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, h
     assert planner.needs_of(stages["train[seed=0]"]).gpus == 4
     assert planner.needs_of(small_stages["train[seed=0]"]).gpus == 1
     measured = ("data", "project", "apply", "generate:refusal", "refusal")
-    assert [planner.needs_of(stages[f"{name}[seed=0]"]).gpus for name in measured] == [0, 0, 0, 1, 0]
+    assert [planner.needs_of(stages[f"{name}[seed=0]"]).gpus for name in measured] == [
+        0,
+        0,
+        0,
+        1,
+        0,
+    ]
 
 
 def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tmp_path, home):
     planner = Planner(study(tmp_path), home)
     stages = planner.stages_for(next(iter(space(planner.study))))
-    train, project, said = (stages[f"{name}[seed=0]"] for name in ("train", "project", "generate:refusal"))
+    train, project, said = (
+        stages[f"{name}[seed=0]"] for name in ("train", "project", "generate:refusal")
+    )
     aligned = train.inputs["model"]
     assert stage_of(aligned).spec.method == "full"
     assert project.inputs["aligned"].lineage == aligned.lineage != project.inputs["base"].lineage
@@ -96,7 +122,10 @@ def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tm
 
 
 def test_the_exact_projectors_bases_are_one_stage_that_all_adapters_of_a_size_share(tmp_path, home):
-    exact = {"project": {"projector": "exact", "energy": 0.9}, "axes": {"train.rank": [2, 4], "apply.threshold": [None, 0.5]}}
+    exact = {
+        "project": {"projector": "exact", "energy": 0.9},
+        "axes": {"train.rank": [2, 4], "apply.threshold": [None, 0.5]},
+    }
     planner = Planner(study(tmp_path, exact), home)
     assert kinds(planner, space(planner.study))["subspace"] == 1
     stages = planner.stages_for(next(iter(space(planner.study))))
@@ -120,12 +149,21 @@ def test_an_unaligned_model_stands_in_for_the_base_in_the_projection_alone(tmp_p
 
 def test_a_family_without_a_base_needs_only_the_stand_in(tmp_path, home):
     model = {"aligned": {"organism": {"size": "small"}}, "unaligned": {"tuned": TUNED}}
-    stages = Planner(study(tmp_path, {"models/7b": model}), home).stages_for(Point.of("7b", {"train.rank": 2, "apply.threshold": None}))
-    assert stage_of(stages["project[seed=0]"].inputs["base"]).inputs["model"] == stages["project[seed=0]"].inputs["aligned"]
+    stages = Planner(study(tmp_path, {"models/7b": model}), home).stages_for(
+        Point.of("7b", {"train.rank": 2, "apply.threshold": None})
+    )
+    assert (
+        stage_of(stages["project[seed=0]"].inputs["base"]).inputs["model"]
+        == stages["project[seed=0]"].inputs["aligned"]
+    )
 
 
 def test_a_size_keeps_its_own_settings_and_a_points_values_win(tmp_path, home):
-    model = {**WHOLE["models"]["7b"], "train": {"learning_rate": 1e-3, "rank": 16}, "quantisation": "int8"}
+    model = {
+        **WHOLE["models"]["7b"],
+        "train": {"learning_rate": 1e-3, "rank": 16},
+        "quantisation": "int8",
+    }
     planner = Planner(study(tmp_path, {"models/7b": model, "axes": {"train.rank": [2]}}), home)
     spec = planner.stages_for(Point.of("7b", {"train.rank": 2}))["train[seed=0]"].spec
     assert (spec.learning_rate, spec.rank, spec.quantisation) == (1e-3, 2, "int8")
@@ -136,23 +174,38 @@ def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, h
     points = list(space(planner.study))
     found = todo(planner, points)
     assert len(found.flights) == 9 and not found.there
-    assert found.new == {"language": 1, "organism": 1, "data": 2, "train": 4, "project": 3, "apply": 9, "generate": 2 + 18, "score": 2 + 18}
+    assert found.new == {
+        "language": 1,
+        "organism": 1,
+        "data": 2,
+        "train": 4,
+        "project": 3,
+        "apply": 9,
+        "generate": 2 + 18,
+        "score": 2 + 18,
+    }
     assert len(found.missing) == sum(found.new.values()) == len(explained(found, home.store, 1000))
     fill(home.store, planner, points)
     again = todo(planner, points)
     assert not again.missing and again.there == found.new and again.flights == [()] * 9
 
 
-def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_that_needs_it(tmp_path, home):
+def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_that_needs_it(
+    tmp_path, home
+):
     planner = Planner(study(tmp_path), home)
     found = todo(planner, list(space(planner.study)))
     for ids in found.flights:
         assert len(set(ids)) == len(ids)
         for place, own in enumerate(ids):
             assert set(found.missing[own].above) <= set(ids[:place])
-    projections = [missing.asked_by for missing in found.missing.values() if missing.stage.kind == "project"]
+    projections = [
+        missing.asked_by for missing in found.missing.values() if missing.stage.kind == "project"
+    ]
     assert projections == [0, 3, 6]  # thresholds are the last axis
-    own = [sum(missing.asked_by == place for missing in found.missing.values()) for place in range(9)]
+    own = [
+        sum(missing.asked_by == place for missing in found.missing.values()) for place in range(9)
+    ]
     assert own[0] > own[1] == own[2] == 1 + 2 * 2  # applied, and two suites of two stages each
 
 
@@ -176,8 +229,8 @@ def test_a_dropped_adapter_that_another_stage_must_read_is_counted_as_made_again
 
 def fill(store: Store, planner: Planner, points) -> None:
     """Commit a made-up artifact for every stage, in order: each file says which stage it is."""
-    from cluster.resolver import contents_of
-    from tasks.specs import TrainSpec
+    from ebbline.cluster.store.resolver import contents_of
+    from ebbline.tasks.specs import TrainSpec
 
     made = {}
 
@@ -187,7 +240,15 @@ def fill(store: Store, planner: Planner, points) -> None:
                 make(above)
             hashed = key_payload(stage.spec, contents_of(stage, lambda item: made[item.lineage]))
             attempt = store.begin(stage.kind, digest(hashed))
-            for name in ("data.jsonl", "benign.jsonl", "align.jsonl", "refusal.jsonl", "task.jsonl", "model/w", f"{TrainSpec.ADAPTER}/w"):
+            for name in (
+                "data.jsonl",
+                "benign.jsonl",
+                "align.jsonl",
+                "refusal.jsonl",
+                "task.jsonl",
+                "model/w",
+                f"{TrainSpec.ADAPTER}/w",
+            ):
                 path = attempt / "payload" / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(f"{stage.lineage} {name}")
@@ -208,7 +269,10 @@ def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_pa
     planner = Planner(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
     found = todo(planner, list(space(planner.study)))
     assert found.new == {"train": 1, "project": 1, "apply": 3, "generate": 6, "score": 6}
-    why = {name.rpartition(", ")[2].rpartition("< ")[2].partition("[")[0]: reason for name, reason in explained(found, home.store, 1000)}
+    why = {
+        name.rpartition(", ")[2].rpartition("< ")[2].partition("[")[0]: reason
+        for name, reason in explained(found, home.store, 1000)
+    }
     assert why["train"] == "spec.epochs: 1.0 -> 2.0"
     assert why["project"] == "waits for train"
     assert why["apply"] == "waits for project and train"
@@ -221,13 +285,18 @@ def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
     fill(home.store, before, space(before.study))
     planner = Planner(study(tmp_path, {"language": 1}), home)
     found = todo(planner, [])
-    assert {name.rpartition("< ")[2]: reason for name, reason in explained(found, home.store, 1000)}["language"] == "spec.seed: 0 -> 1"
+    assert {
+        name.rpartition("< ")[2]: reason for name, reason in explained(found, home.store, 1000)
+    }["language"] == "spec.seed: 0 -> 1"
 
 
 def test_a_kind_that_the_store_has_none_of_is_said_to_be_missing(tmp_path, home):
-    from sweeps.todo import explain
+    from ebbline.sweeps.state.todo import explain
 
-    assert explain(Stage(LanguageSpec()), Resolver(home.store), home.store) == "the store has no language yet"
+    assert (
+        explain(Stage(LanguageSpec()), Resolver(home.store), home.store)
+        == "the store has no language yet"
+    )
 
 
 def test_a_local_file_that_is_not_what_its_pin_says_is_refused(tmp_path, home):
@@ -243,10 +312,14 @@ def test_a_local_file_that_is_not_what_its_pin_says_is_refused(tmp_path, home):
         changed.stages_for(next(iter(space(changed.study))))
 
 
-def test_a_hub_reference_becomes_a_location_at_its_commit_and_the_commit_is_part_of_its_content(tmp_path, home):
+def test_a_hub_reference_becomes_a_location_at_its_commit_and_the_commit_is_part_of_its_content(
+    tmp_path, home
+):
     found = []
     for commit in ("b" * 40, "d" * 40):
-        hub = {"hub": {"id": "org/prompts", "commit": commit, "sha256": "c" * 64, "file": "p.jsonl"}}
+        hub = {
+            "hub": {"id": "org/prompts", "commit": commit, "sha256": "c" * 64, "file": "p.jsonl"}
+        }
         planner = Planner(study(tmp_path, {"suites/refusal/prompts": hub}), home)
         found.append(planner.baselines()["7b"]["refusal"].inputs["generation"].inputs["prompts"])
         assert found[-1].location == f"hub:dataset:org/prompts@{commit}#p.jsonl"
@@ -260,27 +333,57 @@ def test_a_points_value_that_no_stage_takes_names_the_axis(tmp_path, home):
 
 
 def test_full_training_has_no_place_among_the_points(tmp_path, home):
-    planner = Planner(study(tmp_path, {"train": {"method": "full"}, "models/7b/quantisation": "none"}), home)
+    planner = Planner(
+        study(tmp_path, {"train": {"method": "full"}, "models/7b/quantisation": "none"}), home
+    )
     with pytest.raises(StudyError, match="must be 'lora'"):
         planner.stages_for(next(iter(space(planner.study))))
     assert TrainSpec().method == "lora"
 
 
-def test_a_size_keeps_its_labels_on_all_that_it_does_on_gpus_and_its_gang_for_its_trainings(tmp_path, home):
+def test_a_size_keeps_its_labels_on_all_that_it_does_on_gpus_and_its_gang_for_its_trainings(
+    tmp_path, home
+):
     labels = {"ray.io/accelerator-type": "A100"}
-    found = study(tmp_path, {"models/7b/gpus": 2, "models/7b/labels": labels, "models/7b/spread": True, "train/global_batch": 8})
+    found = study(
+        tmp_path,
+        {
+            "models/7b/gpus": 2,
+            "models/7b/labels": labels,
+            "models/7b/spread": True,
+            "train/global_batch": 8,
+        },
+    )
     planner = Planner(found, home)
     stages = everything(list(planner.stages_for(next(iter(space(found)))).values()))
-    stages |= everything([stage for suites in planner.baselines().values() for stage in suites.values()])
-    needs = {(stage.kind, getattr(stage.spec, "method", None)): planner.needs_of(stage) for stage in stages.values()}
+    stages |= everything(
+        [stage for suites in planner.baselines().values() for stage in suites.values()]
+    )
+    needs = {
+        (stage.kind, getattr(stage.spec, "method", None)): planner.needs_of(stage)
+        for stage in stages.values()
+    }
     assert needs["train", "lora"] == Needs(2, labels, spread=True)
-    assert needs["train", "full"] == needs["generate", None] == needs["organism", None] == Needs(1, labels)
+    assert (
+        needs["train", "full"]
+        == needs["generate", None]
+        == needs["organism", None]
+        == Needs(1, labels)
+    )
     assert needs["score", None] == needs["data", None] == Needs(0)
 
 
 def test_where_a_size_runs_moves_no_stage(tmp_path, home):
     plain = Planner(study(tmp_path), home)
-    placed = Planner(study(tmp_path, {"models/7b/labels": {"ray.io/accelerator-type": "in(A100,H100)"}, "models/7b/gpus": 4}), home)
+    placed = Planner(
+        study(
+            tmp_path,
+            {"models/7b/labels": {"ray.io/accelerator-type": "in(A100,H100)"}, "models/7b/gpus": 4},
+        ),
+        home,
+    )
     for point in space(plain.study):
         before, after = (planner.stages_for(point) for planner in (plain, placed))
-        assert {name: stage.lineage for name, stage in before.items()} == {name: stage.lineage for name, stage in after.items()}
+        assert {name: stage.lineage for name, stage in before.items()} == {
+            name: stage.lineage for name, stage in after.items()
+        }

@@ -1,24 +1,26 @@
-"""Racing: a point is measured block by block until it is sure enough or out of the running, and always stops at the same block."""
+"""Racing: a point is measured block by block until it is sure enough or out of the running, and
+always stops at the same block.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from analysis.results import baselines, collect
-from cluster.inline import InlineExecutor
-from ebbline.evaluating import generations_of, rescore
+from ebbline.analysis.results.collect import baselines, collect
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.commands.evaluate import generations_of, rescore
 from ebbline.outputs import write_outputs
-from sweeps.drive import drive
-from sweeps.expected import points_of
-from sweeps.home import Home
-from sweeps.plan import Planner
-from sweeps.points import Point, Result, StageName
-from sweeps.racing import Rivals, standing
-from sweeps.todo import todo
-from tasks.errors import StudyError
-from tasks.metrics import Metric, write_metrics
-from tasks.specs import ScoreSpec
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.state.racing import Rivals, standing
+from ebbline.sweeps.state.todo import todo
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, Result, StageName
+from ebbline.sweeps.study.stages import Planner
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.metrics import Metric, write_metrics
+from ebbline.tasks.specs import ScoreSpec
 from tests.sweeps.made import study
 from tests.sweeps.test_drive import changes, pinned  # noqa: F401  # `changes` is a fixture
 from tests.tiny import conversations, write_lines
@@ -52,7 +54,9 @@ class Blocks:
 
 def raced(folder, home, **race):
     measure = {"kind": "refusal", "limit": 100, "race": {"block": 20, **race}}
-    found = study(folder, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}})
+    found = study(
+        folder, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}}
+    )
     return found, Planner(found, home).stages_for(POINT)
 
 
@@ -62,7 +66,9 @@ def home(tmp_path):
 
 
 def measure_until_done(found, stages, blocks, successes, rivals=()):
-    """Give every stage that is asked for its metrics; returns what was measured in the end and the names asked for."""
+    """Give every stage that is asked for its metrics; returns what was measured in the end and the
+    names asked for.
+    """
     names = {stage.lineage: StageName.parse(name) for name, stage in stages.items()}
     asked, compared = [], Rivals(found)
     for each in rivals:
@@ -74,7 +80,12 @@ def measure_until_done(found, stages, blocks, successes, rivals=()):
         for stage in now.missing:
             name = names[stage.lineage]
             asked.append(name)
-            blocks.add(stage, Metric("refusal_rate", successes, 20) if name.part == "refusal" else Metric("task_accuracy", 50, 100))
+            blocks.add(
+                stage,
+                Metric("refusal_rate", successes, 20)
+                if name.part == "refusal"
+                else Metric("task_accuracy", 50, 100),
+            )
 
 
 def test_without_a_race_nothing_is_cut(tmp_path, home):
@@ -86,9 +97,13 @@ def test_without_a_race_nothing_is_cut(tmp_path, home):
 def test_a_race_that_nothing_stops_measures_all_its_blocks(tmp_path, home):
     found, stages = raced(tmp_path, home)
     metrics, asked = measure_until_done(found, stages, Blocks(tmp_path / "made"), 10)
-    assert metrics["refusal.refusal_rate"].n == 100 and metrics["refusal.refusal_rate"].successes == 50
+    assert (
+        metrics["refusal.refusal_rate"].n == 100 and metrics["refusal.refusal_rate"].successes == 50
+    )
     assert [name.block for name in asked if name.part == "refusal"] == [0, 1, 2, 3, 4]
-    assert metrics["task.task_accuracy"].n == 100 and sum(name.part == "task" for name in asked) == 1
+    assert (
+        metrics["task.task_accuracy"].n == 100 and sum(name.part == "task" for name in asked) == 1
+    )
 
 
 def test_a_race_stops_once_the_interval_is_as_narrow_as_asked(tmp_path, home):
@@ -100,7 +115,10 @@ def test_a_race_stops_once_the_interval_is_as_narrow_as_asked(tmp_path, home):
 
 
 def rival(number, refusal, task):
-    metrics = {"refusal.refusal_rate": Metric("refusal_rate", refusal, 100), "task.task_accuracy": Metric("task_accuracy", task, 100)}
+    metrics = {
+        "refusal.refusal_rate": Metric("refusal_rate", refusal, 100),
+        "task.task_accuracy": Metric("task_accuracy", task, 100),
+    }
     return Result(number, POINT, "done", metrics)
 
 
@@ -108,11 +126,21 @@ def test_a_race_stops_when_an_earlier_point_is_surely_better_in_everything(tmp_p
     found, stages = raced(tmp_path, home)
     metrics, _ = measure_until_done(found, stages, Blocks(tmp_path / "a"), 2, [rival(0, 95, 90)])
     assert metrics["refusal.refusal_rate"].n == 20
-    for other in (rival(0, 95, 50), rival(0, 12, 90)):  # as useful as this one; as refusing as this one
-        metrics, _ = measure_until_done(found, stages, Blocks(tmp_path / str(other.metrics)), 2, [other])
+    for other in (
+        rival(0, 95, 50),
+        rival(0, 12, 90),
+    ):  # as useful as this one; as refusing as this one
+        metrics, _ = measure_until_done(
+            found, stages, Blocks(tmp_path / str(other.metrics)), 2, [other]
+        )
         assert metrics["refusal.refusal_rate"].n == 100
     found, stages = raced(fresh_folder(tmp_path), home, dominated=False)
-    assert measure_until_done(found, stages, Blocks(tmp_path / "b"), 2, [rival(0, 95, 90)])[0]["refusal.refusal_rate"].n == 100
+    assert (
+        measure_until_done(found, stages, Blocks(tmp_path / "b"), 2, [rival(0, 95, 90)])[0][
+            "refusal.refusal_rate"
+        ].n
+        == 100
+    )
 
 
 def fresh_folder(folder):
@@ -121,33 +149,53 @@ def fresh_folder(folder):
 
 
 def rates(refusal, task):
-    return {"refusal.refusal_rate": Metric("refusal_rate", refusal, 100), "task.task_accuracy": Metric("task_accuracy", task, 100)}
+    return {
+        "refusal.refusal_rate": Metric("refusal_rate", refusal, 100),
+        "task.task_accuracy": Metric("task_accuracy", task, 100),
+    }
 
 
 def test_a_point_is_compared_only_with_those_that_its_proposal_may_have_seen(tmp_path):
     measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
-    found = study(tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 4}})
+    found = study(
+        tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 4}}
+    )
     rivals = Rivals(found)
     for number in (5, 3, 1, 4, 2):  # as they landed
         rivals.add(rival(number, 99 if number == 1 else 50, 99 if number == 1 else 50))
     rivals.add(Result(0, POINT, "failed", reason="TrainingError: the loss became nan"))
-    assert [rivals.before(number, POINT)(rates(70, 70)) for number in (1, 4, 5, 9)] == [False, False, True, True]
+    assert [rivals.before(number, POINT)(rates(70, 70)) for number in (1, 4, 5, 9)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert not rivals.before(5, Point.of("70b", dict(POINT.values)))(rates(2, 2))
     assert not rivals.before(5, POINT)(rates(2, 99)) and not rivals.before(5, POINT)({})
 
 
 def test_the_intervals_of_rivals_are_worked_out_once(tmp_path, monkeypatch):
     measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
-    found = study(tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}})
+    found = study(
+        tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}}
+    )
     rivals = Rivals(found)
     for number in range(30):
         rivals.add(rival(number, 50, 50))
     taken, real = [], Metric.interval_at
-    monkeypatch.setattr(Metric, "interval_at", lambda self, confidence: taken.append(self) or real(self, confidence))
+    monkeypatch.setattr(
+        Metric, "interval_at", lambda self, confidence: taken.append(self) or real(self, confidence)
+    )
     assert rivals.before(30, POINT)(rates(2, 2)) and len(taken) == 2
 
 
-@pytest.mark.parametrize("measure", [{"kind": "refusal"}, {"kind": "refusal", "limit": 100, "race": {"block": 20, "dominated": False}}])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        {"kind": "refusal"},
+        {"kind": "refusal", "limit": 100, "race": {"block": 20, "dominated": False}},
+    ],
+)
 def test_a_study_without_races_that_another_point_ends_keeps_no_rivals(tmp_path, measure):
     rivals = Rivals(study(tmp_path, {"suites/refusal/measure": measure}))
     rivals.add(rival(0, 99, 99))
@@ -161,33 +209,63 @@ def test_a_race_without_a_limit_is_refused(tmp_path):
 
 @pytest.fixture
 def raced_changes(tmp_path, changes):  # noqa: F811
-    rows = [{"id": f"p{i}", "prompt": turns[0]["content"]} for i, turns in enumerate(conversations(30, 3))]
+    rows = [
+        {"id": f"p{i}", "prompt": turns[0]["content"]}
+        for i, turns in enumerate(conversations(30, 3))
+    ]
     prompts = pinned(write_lines(tmp_path / "many.jsonl", rows))
-    # No answer is a refusal: the interval of 0 of 20 reaches up to 0.161. The limit is beyond the set's 30 prompts.
-    race = {"kind": "refusal", "max_new_tokens": 4, "limit": 50, "race": {"block": 10, "width": 0.17}}
-    return {**changes, "axes": {"apply.threshold": [None, 0.999, 1.0]}, "suites/refusal": {"prompts": prompts, "measure": race}}
+    # No answer is a refusal: the interval of 0 of 20 reaches up to 0.161. The limit is beyond the
+    # set's 30 prompts.
+    race = {
+        "kind": "refusal",
+        "max_new_tokens": 4,
+        "limit": 50,
+        "race": {"block": 10, "width": 0.17},
+    }
+    return {
+        **changes,
+        "axes": {"apply.threshold": [None, 0.999, 1.0]},
+        "suites/refusal": {"prompts": prompts, "measure": race},
+    }
 
 
 def counts(results):
-    return {result.number: (result.status, result.metrics["refusal.refusal_rate"].n) for result in results}
+    return {
+        result.number: (result.status, result.metrics["refusal.refusal_rate"].n)
+        for result in results
+    }
 
 
-def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too(tmp_path, raced_changes):
+def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too(
+    tmp_path, raced_changes
+):
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
     progress = drive(found, home, InlineExecutor)
     assert counts(progress.results) == dict.fromkeys(range(3), ("done", 20))
     assert counts(collect(found, home)) == counts(progress.results)
-    assert baselines(found, home)["7b"]["refusal.refusal_rate"].n == 30  # the aligned models are measured whole
+    assert (
+        baselines(found, home)["7b"]["refusal.refusal_rate"].n == 30
+    )  # the aligned models are measured whole
     outputs = write_outputs(found, home)
-    assert "raced: refusal" in outputs["report"].read_text() and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
+    assert (
+        "raced: refusal" in outputs["report"].read_text()
+        and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
+    )
     assert drive(found, home, InlineExecutor).results == []
     points = points_of(found, home.storage(found.study))
     assert not todo(Planner(found, home), points.told).missing and not points.to_come
-    assert rescore(generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest"))[0]["n"] == 20
+    assert (
+        rescore(
+            generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest")
+        )[0]["n"]
+        == 20
+    )
 
 
 @pytest.mark.parametrize("beats", [3, 5, 8])
-def test_a_raced_study_that_was_cut_off_continues_to_the_same_counts(tmp_path, raced_changes, beats):
+def test_a_raced_study_that_was_cut_off_continues_to_the_same_counts(
+    tmp_path, raced_changes, beats
+):
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
     stopped = drive(found, home, InlineExecutor, stop=iter([False] * beats + [True] * 99).__next__)
     finished = drive(found, home, InlineExecutor)
@@ -195,6 +273,13 @@ def test_a_raced_study_that_was_cut_off_continues_to_the_same_counts(tmp_path, r
 
 
 def test_a_race_ends_with_the_set(tmp_path, raced_changes):
-    wide = raced_changes["suites/refusal"] | {"measure": {"kind": "refusal", "max_new_tokens": 4, "limit": 50, "race": {"block": 10}}}
-    found, home = study(tmp_path, raced_changes | {"suites/refusal": wide, "axes": {"apply.threshold": [None]}}), Home(tmp_path / "home")
+    wide = raced_changes["suites/refusal"] | {
+        "measure": {"kind": "refusal", "max_new_tokens": 4, "limit": 50, "race": {"block": 10}}
+    }
+    found, home = (
+        study(
+            tmp_path, raced_changes | {"suites/refusal": wide, "axes": {"apply.threshold": [None]}}
+        ),
+        Home(tmp_path / "home"),
+    )
     assert counts(drive(found, home, InlineExecutor).results) == {0: ("done", 30)}

@@ -1,4 +1,6 @@
-"""More seeds only near the frontier: which claims are certain, and that the answer depends on no order."""
+"""More seeds only near the frontier: which claims are certain, and that the answer depends on no
+order.
+"""
 
 import random
 from dataclasses import replace
@@ -9,20 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.results import collect
-from analysis.tables import results_frame
-from sweeps import drive as driving
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.outcome import Duplicates
-from sweeps.points import Point, Result
-from sweeps.policies import Replicates
-from sweeps.replicates import chance_dominated, error_of, seeds_needed, seeds_of, undecided
-from sweeps.search import OptunaSearcher
-from sweeps.study_file import parse
-from tasks.errors import TrainingError
-from tasks.metrics import Metric, pooled
-from tasks.specs import ApplySpec, TrainSpec
+from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.tables import results_frame
+from ebbline.sweeps.drive import loop as driving
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.search.searcher import OptunaSearcher
+from ebbline.sweeps.state.outcome import Duplicates
+from ebbline.sweeps.state.replicates import (
+    chance_dominated,
+    error_of,
+    seeds_needed,
+    seeds_of,
+    undecided,
+)
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.policies import Replicates
+from ebbline.sweeps.study.study_file import parse
+from ebbline.tasks.errors import TrainingError
+from ebbline.tasks.measuring.metrics import Metric, pooled
+from ebbline.tasks.specs import ApplySpec, TrainSpec
 from tests.sweeps.made import study, written
 from tests.sweeps.pretended import ITEMS, Pretended, changes
 
@@ -36,7 +44,10 @@ def result(number, refusals, tasks, model="7b"):
     def metric(name, counts):
         return pooled([Metric(name, count, 100) for count in counts])
 
-    metrics = {"refusal.refusal_rate": metric("refusal_rate", refusals), "task.task_accuracy": metric("task_accuracy", tasks)}
+    metrics = {
+        "refusal.refusal_rate": metric("refusal_rate", refusals),
+        "task.task_accuracy": metric("task_accuracy", tasks),
+    }
     return Result(number, Point.of(model, {"train.rank": number + 1}), "done", metrics)
 
 
@@ -50,8 +61,15 @@ def test_points_too_near_to_tell_get_one_more_seed_each_and_no_more_before_it_is
     near = [result(0, [60], [60]), result(1, [58], [59]), result(2, [5], [5])]
     assert seeds_needed(found, near) == {0: 2, 1: 2, 2: 1}
     # Two seeds that agree well settle it; two that do not ask for a third.
-    assert seeds_needed(found, [result(0, [80, 81], [80, 80]), result(1, [58, 58], [59, 58]), near[2]])[0] <= 2
-    assert seeds_needed(found, [result(0, [60, 70], [60, 75]), result(1, [58, 74], [59, 66]), near[2]]) == {0: 3, 1: 3, 2: 1}
+    assert (
+        seeds_needed(
+            found, [result(0, [80, 81], [80, 80]), result(1, [58, 58], [59, 58]), near[2]]
+        )[0]
+        <= 2
+    )
+    assert seeds_needed(
+        found, [result(0, [60, 70], [60, 75]), result(1, [58, 74], [59, 66]), near[2]]
+    ) == {0: 3, 1: 3, 2: 1}
 
 
 def test_sizes_are_compared_with_themselves_only_and_duplicates_with_nothing(tmp_path):
@@ -59,11 +77,16 @@ def test_sizes_are_compared_with_themselves_only_and_duplicates_with_nothing(tmp
     apart = [result(0, [60], [60]), result(1, [58], [59], model="70b")]
     assert seeds_needed(found, apart) == {0: 1, 1: 1}
     same = result(1, [60], [60])
-    assert seeds_needed(found, [result(0, [60], [60]), Result(**{**vars(same), "same_as": 0})]) == {0: 1, 1: 1}
+    assert seeds_needed(found, [result(0, [60], [60]), Result(**{**vars(same), "same_as": 0})]) == {
+        0: 1,
+        1: 1,
+    }
 
 
 def test_all_seeds_for_all_points_is_what_a_study_has_that_says_nothing(tmp_path):
-    assert seeds_needed(study(tmp_path, {"seeds": [0, 1, 2]}), [result(0, [60] * 3, [60] * 3)]) == {0: 3}
+    assert seeds_needed(study(tmp_path, {"seeds": [0, 1, 2]}), [result(0, [60] * 3, [60] * 3)]) == {
+        0: 3
+    }
 
 
 def test_a_point_that_can_have_no_more_seeds_keeps_no_other_from_its_own(tmp_path):
@@ -74,35 +97,66 @@ def test_a_point_that_can_have_no_more_seeds_keeps_no_other_from_its_own(tmp_pat
     assert seeds_needed(found, rows[:2], {0: 2}) == {0: 2, 1: 3}
 
 
-def test_which_point_is_the_same_as_which_goes_by_their_numbers_whatever_order_they_landed_in(tmp_path):
+def test_which_point_is_the_same_as_which_goes_by_their_numbers_whatever_order_they_landed_in(
+    tmp_path,
+):
     duplicates = Duplicates(study(tmp_path, NEAR))
-    keyed = [replace(result(n, [60], [60]), keys={"refusal[seed=0]": "a" if n < 3 else "b"}) for n in range(4)]
+    keyed = [
+        replace(result(n, [60], [60]), keys={"refusal[seed=0]": "a" if n < 3 else "b"})
+        for n in range(4)
+    ]
     failed = Result(4, keyed[0].point, "failed", reason="TrainingError: the loss became nan")
     for each in (keyed[2], failed, keyed[3], keyed[1], keyed[0]):
         duplicates.add(each)
-    assert [duplicates.marked(each).same_as for each in (*keyed, failed)] == [None, 0, 0, None, None]
+    assert [duplicates.marked(each).same_as for each in (*keyed, failed)] == [
+        None,
+        0,
+        0,
+        None,
+        None,
+    ]
 
 
 counts = st.lists(st.integers(0, 100), min_size=4, max_size=4)
 
 
-@given(st.lists(st.tuples(counts, counts, st.integers(1, 4)), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_the_answer_depends_on_no_order_and_seeds_that_came_later_change_no_earlier_answer(rows, rng):
-    found = SimpleNamespace(seeds=(0, 1, 2, 3), first_seeds=1, replicates=CLOSE, objectives=("refusal.refusal_rate", "task.task_accuracy"))
+@given(
+    st.lists(st.tuples(counts, counts, st.integers(1, 4)), min_size=1, max_size=8),
+    st.randoms(use_true_random=False),
+)
+def test_the_answer_depends_on_no_order_and_seeds_that_came_later_change_no_earlier_answer(
+    rows, rng
+):
+    found = SimpleNamespace(
+        seeds=(0, 1, 2, 3),
+        first_seeds=1,
+        replicates=CLOSE,
+        objectives=("refusal.refusal_rate", "task.task_accuracy"),
+    )
     whole = [result(number, refusals, tasks) for number, (refusals, tasks, _) in enumerate(rows)]
     wanted = seeds_needed(found, whole)
     shuffled = list(whole)
     rng.shuffle(shuffled)
     assert seeds_needed(found, shuffled) == wanted
-    # Driven: start with one seed each, give whatever is asked for, in any order; it ends where the whole knowledge does.
+    # Driven: start with one seed each, give whatever is asked for, in any order; it ends where the
+    # whole knowledge does.
     seeds = dict.fromkeys(wanted, 1)
     for _ in range(100):
-        known = [result(number, refusals[: seeds[number]], tasks[: seeds[number]]) for number, (refusals, tasks, _) in enumerate(rows)]
-        more = [number for number, needed in seeds_needed(found, known).items() if needed > seeds[number]]
+        known = [
+            result(number, refusals[: seeds[number]], tasks[: seeds[number]])
+            for number, (refusals, tasks, _) in enumerate(rows)
+        ]
+        more = [
+            number
+            for number, needed in seeds_needed(found, known).items()
+            if needed > seeds[number]
+        ]
         if not more:
             break
         seeds[rng.choice(more)] += 1
-    trimmed = {number: min(seeds[number], needed) for number, needed in seeds_needed(found, known).items()}
+    trimmed = {
+        number: min(seeds[number], needed) for number, needed in seeds_needed(found, known).items()
+    }
     assert trimmed == wanted
 
 
@@ -112,7 +166,12 @@ def test_the_chance_to_be_dominated_is_that_of_drawing_it(seed):
     values, errors = rng.uniform(0, 1, (3, 2)), rng.uniform(0.01, 0.3, (3, 2))
     value, error = rng.uniform(0, 1, 2), rng.uniform(0.01, 0.3, 2)
     drawn = rng.normal(values, errors, (4000, 3, 2)) > rng.normal(value, error, (4000, 1, 2))
-    assert np.abs(drawn.all(axis=2).mean(axis=0) - chance_dominated(values, errors, value, error)).max() < 0.05
+    assert (
+        np.abs(
+            drawn.all(axis=2).mean(axis=0) - chance_dominated(values, errors, value, error)
+        ).max()
+        < 0.05
+    )
 
 
 def test_without_noise_every_claim_but_a_tie_is_certain():
@@ -133,14 +192,22 @@ AXES = {"train.rank": [2, 4, 8, 16, 32], "apply.threshold": [None, 0.3, 0.5]}
 
 
 def near_frontier(tmp_path, order, axes=AXES, **others):
-    given = changes(tmp_path, axes=axes, search={"sampler": "grid", "order": order}, **NEAR, **others)
+    given = changes(
+        tmp_path, axes=axes, search={"sampler": "grid", "order": order}, **NEAR, **others
+    )
     return parse(written(tmp_path, {**given, "models": {"7b": given["models"]["7b"]}}))
 
 
 @pytest.mark.slow
-def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_order(tmp_path, monkeypatch):
+def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_order(
+    tmp_path, monkeypatch
+):
     amended = []
-    monkeypatch.setattr(OptunaSearcher, "amend", lambda self, number, result: amended.append((number, seeds_of(result))))
+    monkeypatch.setattr(
+        OptunaSearcher,
+        "amend",
+        lambda self, number, result: amended.append((number, seeds_of(result))),
+    )
     tables = []
     for order in ("as_they_land", "in_turn"):
         home = Home(tmp_path / order)
@@ -149,7 +216,9 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
         results = collect(found, home)
         assert seeds_needed(found, results) == {r.number: seeds_of(r) for r in results}
         tables.append(results_frame(results, found.objectives).drop(columns=["seconds"]))
-        assert {1} < {seeds_of(r) for r in results} and all(m.n == ITEMS * seeds_of(r) for r in results for m in r.metrics.values())
+        assert {1} < {seeds_of(r) for r in results} and all(
+            m.n == ITEMS * seeds_of(r) for r in results for m in r.metrics.values()
+        )
         trained = len(list(home.store.all("train")))
         assert len(list(home.store.all("score"))) < 4 * 2 * 15
         again = drive(found, home, lambda home=home: Pretended(home.store))
@@ -161,47 +230,74 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
 def driven(found, home, **pretended):
     """Drive a study; its table, how many seeds each row has, and which stages ran."""
     executors = []
-    progress = drive(found, home, lambda: executors.append(Pretended(home.store, **pretended)) or executors[-1])
+    progress = drive(
+        found, home, lambda: executors.append(Pretended(home.store, **pretended)) or executors[-1]
+    )
     results = collect(found, home)
-    return progress, results, {each.number: seeds_of(each) for each in results}, executors[0].requests
+    return (
+        progress,
+        results,
+        {each.number: seeds_of(each) for each in results},
+        executors[0].requests,
+    )
 
 
 def first_mask_last(request):
-    """Thresholds that project the same land before the first of them, which the others are the same as."""
+    """Thresholds that project the same land before the first of them, which the others are the same
+    as.
+    """
     spec = request.parsed_spec()
     return 500.0 if isinstance(spec, ApplySpec) and spec.threshold in (None, 0.9) else 10.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
-def test_a_finished_study_with_points_that_are_the_same_trains_no_more_when_it_is_run_again(tmp_path, order):
-    # No cosine lies below 0.05, so that it projects as little as none; a module is projected by 0.9 as by 1.0: all are.
+def test_a_finished_study_with_points_that_are_the_same_trains_no_more_when_it_is_run_again(
+    tmp_path, order
+):
+    # No cosine lies below 0.05, so that it projects as little as none; a module is projected by 0.9
+    # as by 1.0: all are.
     axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, 0.05, 0.3, 0.9, 1.0]}
     found, home = near_frontier(tmp_path, order, axes), Home(tmp_path / "home")
     _, results, seeds, ran = driven(found, home, seconds=first_mask_last)
     assert ran and seeds_needed(found, results) == seeds and max(seeds.values()) > 1
     same = {each.number: each.same_as for each in results if each.same_as is not None}
-    assert same == {n: n - 1 for n in range(15) if n % 5 in (1, 4)} and {seeds[n] for n in same} == {1}
+    assert same == {n: n - 1 for n in range(15) if n % 5 in (1, 4)} and {
+        seeds[n] for n in same
+    } == {1}
     trained = {artifact.key for artifact in home.store.all("train")}
     for _ in range(2):
         _, again, counted, ran = driven(found, home)
-        assert (counted, ran) == (seeds, {}) and {r.number: r.same_as for r in again} == {r.number: r.same_as for r in results}
+        assert (counted, ran) == (seeds, {}) and {r.number: r.same_as for r in again} == {
+            r.number: r.same_as for r in results
+        }
     assert {artifact.key for artifact in home.store.all("train")} == trained
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
-def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_holds_up_no_other(tmp_path, order):
+def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_holds_up_no_other(
+    tmp_path, order
+):
     free = Home(tmp_path / "free")
     found = near_frontier(tmp_path, order)
     _, results, wanted, _ = driven(found, free)
     most = max(wanted.values()) - 1
-    rank = next(dict(each.point.values)["train.rank"] for each in results if wanted[each.number] > most)
+    rank = next(
+        dict(each.point.values)["train.rank"] for each in results if wanted[each.number] > most
+    )
 
     def fails(request):
         spec = request.parsed_spec()
-        failing = isinstance(spec, TrainSpec) and (spec.rank, spec.seed) == (rank, found.seeds[most])
-        return (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__) if failing else None
+        failing = isinstance(spec, TrainSpec) and (spec.rank, spec.seed) == (
+            rank,
+            found.seeds[most],
+        )
+        return (
+            (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__)
+            if failing
+            else None
+        )
 
     home = Home(tmp_path / "home")
     _, results, seeds, _ = driven(found, home, fails=fails)
@@ -211,15 +307,21 @@ def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_hol
     assert {dict(each.point.values)["train.rank"] for each in results if each.reason} == {rank}
     assert all(each.reason.startswith("a further seed failed: ") for each in results if each.reason)
     _, again, counted, ran = driven(found, home)
-    assert (counted, ran) == (seeds, {}) and [each.reason for each in again] == [each.reason for each in results]
+    assert (counted, ran) == (seeds, {}) and [each.reason for each in again] == [
+        each.reason for each in results
+    ]
 
 
 @pytest.mark.slow
 def test_once_all_points_are_there_it_is_asked_level_by_level_who_needs_more(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(driving, "seeds_needed", lambda *given: calls.append(given) or seeds_needed(*given))
+    monkeypatch.setattr(
+        driving, "seeds_needed", lambda *given: calls.append(given) or seeds_needed(*given)
+    )
     found, home = near_frontier(tmp_path, "in_turn"), Home(tmp_path / "home")
-    _, results, seeds, _ = driven(found, home, seconds=lambda request: 1.0 + int(request.key[:2], 16))
+    _, results, seeds, _ = driven(
+        found, home, seconds=lambda request: 1.0 + int(request.key[:2], 16)
+    )
     assert seeds_needed(found, results) == seeds and max(seeds.values()) > 1
     assert 1 <= len([given for given in calls if given[1]]) <= len(found.seeds)
 
@@ -227,9 +329,18 @@ def test_once_all_points_are_there_it_is_asked_level_by_level_who_needs_more(tmp
 @pytest.mark.slow
 def test_in_turn_a_budget_of_points_ends_with_the_seeds_that_its_points_need(tmp_path):
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
-    progress, results, seeds, _ = driven(near_frontier(tmp_path, "in_turn", budget={"points": 9}), home)
-    assert progress.by == "budget" and len(results) == 9 and {each.status for each in results} == {"done"}
+    progress, results, seeds, _ = driven(
+        near_frontier(tmp_path, "in_turn", budget={"points": 9}), home
+    )
+    assert (
+        progress.by == "budget"
+        and len(results) == 9
+        and {each.status for each in results} == {"done"}
+    )
     assert seeds_needed(progress.study, results) == seeds and max(seeds.values()) > 1
     whole = near_frontier(tmp_path, "in_turn")
-    tables = [results_frame(driven(whole, each)[1], whole.objectives).drop(columns=["seconds"]) for each in (home, free)]
+    tables = [
+        results_frame(driven(whole, each)[1], whole.objectives).drop(columns=["seconds"])
+        for each in (home, free)
+    ]
     assert tables[0].equals(tables[1])

@@ -7,24 +7,30 @@ from dataclasses import replace
 import optuna
 import pytest
 
-from sweeps import samplers
-from sweeps.expected import points_of
-from sweeps.points import Point, Result
-from sweeps.samplers import Shadow
-from sweeps.search import NOT_A_POINT, WAIT, OptunaSearcher, asked, limit, space
-from sweeps.storage import Storage
-from sweeps.trials import Entry, read
-from tasks.errors import StudyError
-from tasks.metrics import Metric
+from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.search import samplers
+from ebbline.sweeps.search.samplers import Shadow
+from ebbline.sweeps.search.searcher import NOT_A_POINT, WAIT, OptunaSearcher, asked, limit, space
+from ebbline.sweeps.state.trials import Entry, read
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.storage import Storage
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.made import Imagined, outcome, study
 
 WINDOW = 3
 KNOWN = Imagined()
-AXES = {"axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}}
+AXES = {
+    "axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}
+}
 
 
 def searched(tmp_path, sampler="tpe", points=12, **changes):
-    changes = {**AXES, "search": {"sampler": sampler, "window": WINDOW, **({"points": points} if points else {})}, **changes}
+    changes = {
+        **AXES,
+        "search": {"sampler": sampler, "window": WINDOW, **({"points": points} if points else {})},
+        **changes,
+    }
     return study(tmp_path, changes)
 
 
@@ -35,7 +41,9 @@ def url(tmp_path, empty_storage):
 
 @pytest.fixture(scope="session")
 def empty_storage(tmp_path_factory):
-    """An Optuna storage with its tables and no study: making them takes longer than a whole search."""
+    """An Optuna storage with its tables and no study: making them takes longer than a whole
+    search.
+    """
     path = tmp_path_factory.mktemp("storage") / "empty.db"
     optuna.storages.RDBStorage(f"sqlite:///{path}")
     return path
@@ -47,7 +55,9 @@ def fresh_url(path, empty_storage):
 
 
 def steps(points):
-    """The driver's protocol: keep a window in flight, tell the oldest, one for each proposal. True asks, False tells."""
+    """The driver's protocol: keep a window in flight, tell the oldest, one for each proposal. True
+    asks, False tells.
+    """
     in_flight = asks = 0
     while asks < points or in_flight:
         if in_flight < WINDOW and asks < points:
@@ -59,7 +69,9 @@ def steps(points):
 
 
 def follow(study, url):
-    """Drive a search to its end from wherever its storage stands; all its points in order of asking."""
+    """Drive a search to its end from wherever its storage stands; all its points in order of
+    asking.
+    """
     searcher = OptunaSearcher(study, url)
     flights = list(searcher.in_flight())
     exhausted = False
@@ -88,13 +100,17 @@ def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_stora
     runs = [follow(found, fresh_url(tmp_path / f"{n}.db", empty_storage)) for n in range(2)]
     assert runs[0] == runs[1] and len(runs[0]) == 8
     assert len({point.id for point in runs[0]}) == 8
-    other = searched(tmp_path, sampler, search={"sampler": sampler, "points": 8, "window": WINDOW, "seed": 1})
+    other = searched(
+        tmp_path, sampler, search={"sampler": sampler, "points": 8, "window": WINDOW, "seed": 1}
+    )
     assert follow(other, fresh_url(tmp_path / "other.db", empty_storage)) != runs[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
+def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(
+    tmp_path, empty_storage, sampler
+):
     found = searched(tmp_path, sampler, points=8)
     undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
     for stop in (1, 5, 8, 13):
@@ -145,8 +161,12 @@ def die_at(monkeypatch, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "grid", "gp"])
-def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(tmp_path, empty_storage, sampler):
-    """Eight of the space's eight points, so that samplers propose known ones and the last are chosen from what is left."""
+def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
+    tmp_path, empty_storage, sampler
+):
+    """Eight of the space's eight points, so that samplers propose known ones and the last are
+    chosen from what is left.
+    """
     axes = {"axes": {"train.rank": [2, 4], "data.size": [16, 32], "apply.threshold": [None, 0.3]}}
     found = searched(tmp_path, sampler, points=None if sampler == "grid" else 8, **axes)
     with pytest.MonkeyPatch.context() as patch:
@@ -161,8 +181,12 @@ def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
             die_at(patch, number)
             follow(found, url)
         assert follow(found, url) == undisturbed, f"killed at write {number} of {writes}"
-        states = [trial.state for trial in optuna.load_study(study_name="tiny", storage=url.url).trials]
-        assert optuna.trial.TrialState.RUNNING not in states, f"killed at write {number} of {writes}"
+        states = [
+            trial.state for trial in optuna.load_study(study_name="tiny", storage=url.url).trials
+        ]
+        assert optuna.trial.TrialState.RUNNING not in states, (
+            f"killed at write {number} of {writes}"
+        )
 
 
 def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
@@ -170,7 +194,9 @@ def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
     undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
     searcher = OptunaSearcher(found, url)
     first = [searcher.ask(KNOWN) for _ in range(2)]
-    searcher.trials._optuna.ask().suggest_categorical("model", ['"7b"'])  # cut off here: a RUNNING trial with one parameter
+    searcher.trials._optuna.ask().suggest_categorical(
+        "model", ['"7b"']
+    )  # cut off here: a RUNNING trial with one parameter
     again = OptunaSearcher(found, url)
     assert again.in_flight() == first
     assert [number for number, _ in first] == [0, 1]
@@ -178,23 +204,33 @@ def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
 
 
 def test_a_proposal_that_was_set_aside_but_not_yet_closed_is_closed(tmp_path, url):
-    # Left RUNNING it would be unseen by the searcher, and the sampler would stay away from its place for good.
+    # Left RUNNING it would be unseen by the searcher, and the sampler would stay away from its
+    # place for good.
     found = searched(tmp_path)
     searcher = OptunaSearcher(found, url)
     first = searcher.ask(KNOWN)
     trial = searcher.trials._optuna.ask()
-    searcher.trials._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as 0")  # killed here, before it was told FAIL
+    searcher.trials._optuna.set_user_attr(
+        f"{NOT_A_POINT}:{trial.number}", "the same as 0"
+    )  # killed here, before it was told FAIL
     assert OptunaSearcher(found, url).in_flight() == [first]
-    assert optuna.load_study(study_name="tiny", storage=url.url).trials[trial.number].state == optuna.trial.TrialState.FAIL
+    assert (
+        optuna.load_study(study_name="tiny", storage=url.url).trials[trial.number].state
+        == optuna.trial.TrialState.FAIL
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
-def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are_asked_for(tmp_path, url, sampler):
+def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are_asked_for(
+    tmp_path, url, sampler
+):
     found = searched(tmp_path, sampler, points=500)
     assert limit(found) == 18
     points = follow(found, url)
-    assert {point.id for point in points} == {point.id for point in space(found)} and len(points) == 18
+    assert {point.id for point in points} == {point.id for point in space(found)} and len(
+        points
+    ) == 18
 
 
 def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path, url):
@@ -210,12 +246,23 @@ def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
     assert not points_of(found, url).to_come and len(asked(found, url)) == 5
 
 
-ROWS = [{"model": "7b", "train.rank": 8, "apply.threshold": None}, {"model": "7b", "train.rank": 2, "apply.threshold": 0.4}]
+ROWS = [
+    {"model": "7b", "train.rank": 8, "apply.threshold": None},
+    {"model": "7b", "train.rank": 2, "apply.threshold": 0.4},
+]
 
 
 def test_a_list_is_run_as_it_stands_even_off_the_axes(tmp_path, url):
-    found = study(tmp_path, {"search": {"sampler": "list", "list": ROWS, "window": WINDOW}, "axes/apply.threshold": [None, 0.4]})
-    assert follow(found, url) == [Point.of("7b", {k: v for k, v in row.items() if k != "model"}) for row in ROWS]
+    found = study(
+        tmp_path,
+        {
+            "search": {"sampler": "list", "list": ROWS, "window": WINDOW},
+            "axes/apply.threshold": [None, 0.4],
+        },
+    )
+    assert follow(found, url) == [
+        Point.of("7b", {k: v for k, v in row.items() if k != "model"}) for row in ROWS
+    ]
 
 
 def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url):
@@ -225,7 +272,9 @@ def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url)
     with pytest.raises(StudyError, match="twice"):
         searcher.ask(KNOWN)
     for row in ({"model": "7b", "train.rank": 8}, {**ROWS[0], "model": "8b"}):
-        part = study(tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"})
+        part = study(
+            tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"}
+        )
         with pytest.raises(StudyError, match=r"search\.list\[0\] must give `model`"):
             OptunaSearcher(part, replace(url, name=part.study)).ask(KNOWN)
 
@@ -235,7 +284,9 @@ def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
     found = searched(tmp_path)
     searcher = OptunaSearcher(found, url)
     number, point = searcher.ask(KNOWN)
-    searcher.tell(number, Result(number, point, "failed", reason="TrainingError: the loss became nan"))
+    searcher.tell(
+        number, Result(number, point, "failed", reason="TrainingError: the loss became nan")
+    )
     assert asked(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
     assert searcher.told() == 1 and searcher.in_flight() == []
     (trial,) = optuna.load_study(study_name="tiny", storage=url.url).trials
@@ -245,10 +296,15 @@ def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
 
 def test_objectives_are_told_in_their_order_and_their_own_direction(tmp_path, url):
     over = {"prompts": {"language": "over_refusal.jsonl"}, "measure": {"kind": "over_refusal"}}
-    found = searched(tmp_path, **{"suites/over": over, "objectives": ["task_accuracy", "over_refusal_rate"]})
+    found = searched(
+        tmp_path, **{"suites/over": over, "objectives": ["task_accuracy", "over_refusal_rate"]}
+    )
     searcher = OptunaSearcher(found, url)
     number, point = searcher.ask(KNOWN)
-    metrics = {"task.task_accuracy": Metric("task_accuracy", 3, 4), "over.over_refusal_rate": Metric("over_refusal_rate", 1, 4)}
+    metrics = {
+        "task.task_accuracy": Metric("task_accuracy", 3, 4),
+        "over.over_refusal_rate": Metric("over_refusal_rate", 1, 4),
+    }
     searcher.tell(number, Result(number, point, "done", metrics))
     stored = optuna.load_study(study_name="tiny", storage=url.url)
     assert stored.trials[0].values == [0.75, 0.25]
@@ -258,18 +314,30 @@ def test_objectives_are_told_in_their_order_and_their_own_direction(tmp_path, ur
 def two_sizes(tmp_path, **search):
     from tests.sweeps.made import WHOLE
 
-    narrowed = {**WHOLE["models"]["7b"], "axes": {"train.rank": [8], "apply.threshold": [None, 0.9]}}
+    narrowed = {
+        **WHOLE["models"]["7b"],
+        "axes": {"train.rank": [8], "apply.threshold": [None, 0.9]},
+    }
     return study(tmp_path, {"models/70b": narrowed, "search": {"window": WINDOW, **search}})
 
 
-@pytest.mark.parametrize("search", [{"sampler": "grid"}, {"sampler": "tpe", "points": 11}, {"sampler": "random", "points": 11}])
+@pytest.mark.parametrize(
+    "search",
+    [{"sampler": "grid"}, {"sampler": "tpe", "points": 11}, {"sampler": "random", "points": 11}],
+)
 def test_a_size_that_narrows_an_axis_is_proposed_its_own_values_only(tmp_path, url, search):
     found = two_sizes(tmp_path, **search)
     points = follow(found, url)
     assert len(points) == len({point.id for point in points}) == limit(found) == 9 + 2
     large = [dict(point.values) for point in points if point.model == "70b"]
-    assert sorted(large, key=str) == sorted(({"train.rank": 8, "apply.threshold": value} for value in (None, 0.9)), key=str)
-    assert {dict(point.values)["apply.threshold"] for point in points if point.model == "7b"} == {None, 0.3, 0.5}
+    assert sorted(large, key=str) == sorted(
+        ({"train.rank": 8, "apply.threshold": value} for value in (None, 0.9)), key=str
+    )
+    assert {dict(point.values)["apply.threshold"] for point in points if point.model == "7b"} == {
+        None,
+        0.3,
+        0.5,
+    }
 
 
 def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_path, url):
@@ -289,12 +357,17 @@ def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_p
     for point in points:
         values = dict(point.values)
         assert type(values["train.rank"]) is int and values["train.rank"] in range(2, 33, 2)
-        assert 1e-5 <= values["train.learning_rate"] <= 1e-3 and 0.1 <= values["apply.threshold"] <= 0.9
+        assert (
+            1e-5 <= values["train.learning_rate"] <= 1e-3
+            and 0.1 <= values["apply.threshold"] <= 0.9
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_of_ranges_with_steps_the_whole_space_is_proposed_without_a_duplicate(tmp_path, url, sampler):
+def test_of_ranges_with_steps_the_whole_space_is_proposed_without_a_duplicate(
+    tmp_path, url, sampler
+):
     axes = {
         "train.rank": {"low": 2, "high": 8, "step": 2},
         "train.dropout": {"low": 0.0, "high": 0.3, "step": 0.1},
@@ -302,15 +375,25 @@ def test_of_ranges_with_steps_the_whole_space_is_proposed_without_a_duplicate(tm
     }
     found = searched(tmp_path, sampler, points=500, axes=axes)
     points = follow(found, url)
-    assert limit(found) == 16 == len(points) and {point.id for point in points} == {point.id for point in space(found)}
+    assert limit(found) == 16 == len(points) and {point.id for point in points} == {
+        point.id for point in space(found)
+    }
     known = points_of(found, url)
-    assert not known.chosen and not known.drawn, "another point is expected of a space that has no more"
+    assert not known.chosen and not known.drawn, (
+        "another point is expected of a space that has no more"
+    )
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
-def test_a_sampler_that_draws_what_is_known_goes_on_where_the_space_has_no_list(tmp_path, empty_storage, monkeypatch, sampler):
+def test_a_sampler_that_draws_what_is_known_goes_on_where_the_space_has_no_list(
+    tmp_path, empty_storage, monkeypatch, sampler
+):
     monkeypatch.setattr(samplers, "REDRAWS", 0)
-    axes = {"train.rank": [2, 4], "train.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}, "apply.threshold": [None]}
+    axes = {
+        "train.rank": [2, 4],
+        "train.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True},
+        "apply.threshold": [None],
+    }
     found = searched(tmp_path, sampler, points=6, axes=axes)
     points = follow(found, fresh_url(tmp_path / "1.db", empty_storage))
     assert len({point.id for point in points}) == 6
@@ -318,16 +401,32 @@ def test_a_sampler_that_draws_what_is_known_goes_on_where_the_space_has_no_list(
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_a_sampler_goes_by_what_a_point_measured_over_more_seeds(tmp_path, url, monkeypatch, sampler):
+def test_a_sampler_goes_by_what_a_point_measured_over_more_seeds(
+    tmp_path, url, monkeypatch, sampler
+):
     found = searched(tmp_path, sampler, points=18)
     searcher, told = OptunaSearcher(found, url), []
     real = Shadow.draw
-    monkeypatch.setattr(Shadow, "draw", lambda self, drawer: told.extend(t.values for t in self._optuna.trials[:1]) or real(self, drawer))
+    monkeypatch.setattr(
+        Shadow,
+        "draw",
+        lambda self, drawer: (
+            told.extend(t.values for t in self._optuna.trials[:1]) or real(self, drawer)
+        ),
+    )
     for _ in range(3):
         number, point = searcher.ask(KNOWN)
-        metrics = {"refusal.refusal_rate": Metric("refusal_rate", 50, 100), "task.task_accuracy": Metric("task_accuracy", 20, 100)}
+        metrics = {
+            "refusal.refusal_rate": Metric("refusal_rate", 50, 100),
+            "task.task_accuracy": Metric("task_accuracy", 20, 100),
+        }
         searcher.tell(number, Result(number, point, "done", metrics))
-    searcher.amend(0, Result(0, point, "done", {**metrics, "task.task_accuracy": Metric("task_accuracy", 100, 200)}))
+    searcher.amend(
+        0,
+        Result(
+            0, point, "done", {**metrics, "task.task_accuracy": Metric("task_accuracy", 100, 200)}
+        ),
+    )
     assert searcher.ask(KNOWN)[0] == 3
     assert [0.5, 0.2] in told and told[-1] == [0.5, 0.5]
 

@@ -1,16 +1,25 @@
-"""Which sampler a study has when it names none; and what a later version may not take for another study."""
+"""Which sampler a study has when it names none; and what a later version may not take for another
+study.
+"""
 
 import json
 
 import numpy as np
 import pytest
 
-from sweeps.axes import Range
-from sweeps.masks import unmeasured
-from sweeps.points import Point
-from sweeps.space import check_written_points, drawn_point, limit, listed, space, within
-from sweeps.study import lasting
-from tasks.errors import StudyError
+from ebbline.sweeps.search.masks import unmeasured
+from ebbline.sweeps.study.axes import Range
+from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.space import (
+    check_written_points,
+    drawn_point,
+    limit,
+    listed,
+    space,
+    within,
+)
+from ebbline.sweeps.study.study import lasting
+from ebbline.tasks.errors import StudyError
 from tests.sweeps.made import WHOLE, study
 
 RANGE = {"low": 1e-5, "high": 1e-3, "log": True}
@@ -41,7 +50,9 @@ MANY = {f"train.{name}": [1, 2] for name in ("rank", "global_batch", "max_tokens
         ({"search": {"points": 5, "sampler": "random"}}, "random"),
     ],
 )
-def test_a_study_without_a_sampler_has_the_one_that_fits_its_axes_and_budget(tmp_path, changes, sampler):
+def test_a_study_without_a_sampler_has_the_one_that_fits_its_axes_and_budget(
+    tmp_path, changes, sampler
+):
     assert study(tmp_path, changes).sampler == sampler
 
 
@@ -53,7 +64,13 @@ def test_a_study_kept_before_these_fields_is_the_same_study_now(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [{"transfer": True}, {"warm_start": ["other"]}, {"constraints": {"refusal_floor": True}}, {"sampler": "gp"}]
+    "more",
+    [
+        {"transfer": True},
+        {"warm_start": ["other"]},
+        {"constraints": {"refusal_floor": True}},
+        {"sampler": "gp"},
+    ],
 )
 def test_a_field_of_search_that_says_something_makes_another_study(tmp_path, more):
     assert lasting(study(tmp_path, {"search": {"points": 5}}).model_dump()) != lasting(
@@ -66,20 +83,34 @@ def test_a_size_with_an_axis_of_its_own_has_its_own_points(tmp_path):
     found = study(tmp_path, {"models/70b": own})
     points = [point for point in space(found) if point.model == "70b"]
     assert found.size == limit(found) == 9 + 6 == len(list(space(found)))
-    assert points[0] == Point.of("70b", {"train.rank": 64, "apply.threshold": None, "train.global_batch": 8})
+    assert points[0] == Point.of(
+        "70b", {"train.rank": 64, "apply.threshold": None, "train.global_batch": 8}
+    )
     row = {"model": "70b", "train.rank": 64, "apply.threshold": 0.3, "train.global_batch": 16}
     assert listed(row, found, "here").model == "70b"
-    with pytest.raises(StudyError, match=r"here must give `model` .* and each of \['apply.threshold', 'train.rank'\]"):
+    with pytest.raises(
+        StudyError,
+        match=r"here must give `model` .* and each of \['apply.threshold', 'train.rank'\]",
+    ):
         listed({**row, "model": "7b"}, found, "here")
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"models/7b/axes": {"train.rank": {"low": 8, "high": 8}}}, r"low \(8\.0\) must be below high"),
-        ({"models/7b/axes": {"train.rank": {"low": 2, "high": 8, "step": 2}}}, r"search\.sampler: a grid needs every axis as a list"),
+        (
+            {"models/7b/axes": {"train.rank": {"low": 8, "high": 8}}},
+            r"low \(8\.0\) must be below high",
+        ),
+        (
+            {"models/7b/axes": {"train.rank": {"low": 2, "high": 8, "step": 2}}},
+            r"search\.sampler: a grid needs every axis as a list",
+        ),
         ({"search": {"constraints": {"gpu_hours": 0}}}, r"search\.constraints\.gpu_hours"),
-        ({"search": {"points": 5, "sampler": "tpe", "warm_start": ["a", "a"]}}, r"'a' stands twice"),
+        (
+            {"search": {"points": 5, "sampler": "tpe", "warm_start": ["a", "a"]}},
+            r"'a' stands twice",
+        ),
     ],
 )
 def test_faults_of_the_search_are_errors_that_name_their_path(tmp_path, changes, fault):
@@ -87,7 +118,10 @@ def test_faults_of_the_search_are_errors_that_name_their_path(tmp_path, changes,
         study(tmp_path, changes)
 
 
-STEPPED = {"train.rank": {"low": 2, "high": 8, "step": 2}, "apply.threshold": {"low": 0.0, "high": 0.35, "step": 0.1}}
+STEPPED = {
+    "train.rank": {"low": 2, "high": 8, "step": 2},
+    "apply.threshold": {"low": 0.0, "high": 0.35, "step": 0.1},
+}
 
 
 def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path):
@@ -99,9 +133,18 @@ def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path)
     assert len(values) == found.size == limit(found) == 16
     rng = np.random.default_rng(0)
     assert {drawn_point(rng, found).id for _ in range(500)} == {point.id for point in space(found)}
-    assert json.dumps(unmeasured(found, "7b", 6)) == json.dumps([{"apply.threshold": value} for value in (0.0, 0.1, 0.2, 0.3)])
+    assert json.dumps(unmeasured(found, "7b", 6)) == json.dumps(
+        [{"apply.threshold": value} for value in (0.0, 0.1, 0.2, 0.3)]
+    )
     with pytest.raises(StudyError, match="a range without a step; it has no list of points"):
-        list(space(study(tmp_path, {"axes/apply.threshold": {"low": 0.0, "high": 1.0}, "search": {"points": 5}})))
+        list(
+            space(
+                study(
+                    tmp_path,
+                    {"axes/apply.threshold": {"low": 0.0, "high": 1.0}, "search": {"points": 5}},
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -109,27 +152,42 @@ def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path)
     [
         (
             {"train.rank": 5},
-            r"search\.first\[0\]: train\.rank=5 is not .* for 7b, which has 2 to 8 in steps of 2\. Give one of these",
+            r"search\.first\[0\]: train\.rank=5 is not .* for 7b, which has 2 to 8 in "
+            r"steps of 2\. Give one of these",
         ),
         ({"train.rank": 4.5}, r"train\.rank=4\.5 is not a value"),
         ({"train.rank": 10}, r"train\.rank=10 is not a value"),
         ({"train.rank": True}, r"train\.rank=True is not a value"),
-        ({"apply.threshold": 0.35}, r"apply\.threshold=0\.35 is not a value .* which has 0\.0 to 0\.35 in steps of 0\.1"),
+        (
+            {"apply.threshold": 0.35},
+            r"apply\.threshold=0\.35 is not a value .* which has 0\.0 to 0\.35 in steps of 0\.1",
+        ),
     ],
 )
-def test_a_written_point_off_the_steps_of_a_range_is_an_error_that_says_which_values_there_are(tmp_path, value, said):
+def test_a_written_point_off_the_steps_of_a_range_is_an_error_that_says_which_values_there_are(
+    tmp_path, value, said
+):
     first = {"model": "7b", "train.rank": 4, "apply.threshold": 0.2, **value}
     with pytest.raises(StudyError, match=said):
-        check_written_points(study(tmp_path, {"axes": STEPPED, "search": {"points": 5, "first": [first]}}))
+        check_written_points(
+            study(tmp_path, {"axes": STEPPED, "search": {"points": 5, "first": [first]}})
+        )
 
 
 def test_a_written_point_is_the_same_point_however_its_numbers_are_written(tmp_path):
     axes = {**STEPPED, "train.learning_rate": RANGE, "train.dropout": {"low": 0.0, "high": 1.0}}
     found = study(tmp_path, {"axes": axes, "search": {"points": 5}})
-    row = {"model": "7b", "train.rank": 4.0, "apply.threshold": 0.1 + 0.2, "train.learning_rate": 1e-4, "train.dropout": 0}
+    row = {
+        "model": "7b",
+        "train.rank": 4.0,
+        "apply.threshold": 0.1 + 0.2,
+        "train.learning_rate": 1e-4,
+        "train.dropout": 0,
+    }
     point = listed(row, found, "here")
     assert json.dumps(dict(point.values)) == (
-        '{"apply.threshold": 0.3, "train.dropout": 0.0, "train.learning_rate": 0.0001, "train.rank": 4}'
+        '{"apply.threshold": 0.3, "train.dropout": 0.0, "train.learning_rate": 0.0001, '
+        '"train.rank": 4}'
     )
 
 

@@ -1,4 +1,6 @@
-"""Budgets: they stop before they are crossed, whatever is killed; and raising one goes on as if it had never been low."""
+"""Budgets: they stop before they are crossed, whatever is killed; and raising one goes on as if it
+had never been low.
+"""
 
 import json
 import os
@@ -9,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from cluster.costs import Cost
-from cluster.executor import Job
-from cluster.inline import InlineExecutor
-from cluster.profile import GpuType, Profile
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.jobs import read_jobs
-from sweeps.search import asked
-from sweeps.spending import NAME, read_spent, require_prices, spending
-from sweeps.study import Budget
-from tasks.errors import StudyError
-from tasks.identity import content_digest
+from ebbline.cluster.executors.executor import Job
+from ebbline.cluster.executors.inline import InlineExecutor
+from ebbline.cluster.profile import GpuType, Profile
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.search.searcher import asked
+from ebbline.sweeps.state.jobs import read_jobs
+from ebbline.sweeps.state.spending import NAME, read_spent, require_prices, spending
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Budget
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import content_digest
 from tests.sweeps.made import study
 from tests.tiny import conversations, write_chats, write_lines
 
@@ -59,10 +61,17 @@ def test_the_next_driver_takes_a_cut_line_away_and_adds_to_what_is_there(tmp_pat
 
 
 def test_a_driver_carries_no_keys_with_what_is_spent_so_far(tmp_path):
-    (tmp_path / NAME).write_text(ledger({"driver": "one", "s": 0.0}, {"start": "ray-0", "gpus": [[None, 1]], "keys": ["a"], "s": 0.0}))
+    (tmp_path / NAME).write_text(
+        ledger(
+            {"driver": "one", "s": 0.0},
+            {"start": "ray-0", "gpus": [[None, 1]], "keys": ["a"], "s": 0.0},
+        )
+    )
     with spending(study(tmp_path), Profile(), tmp_path, "two") as kept:
         kept.started(Job("ray-0", ("b",), 1, {"here": 1}), {None: 1}, 5.0)
-        assert kept.spent().keys == frozenset()  # asked for at each start of a stage: it may not grow with the study
+        assert (
+            kept.spent().keys == frozenset()
+        )  # asked for at each start of a stage: it may not grow with the study
     assert read_spent(tmp_path).keys == {"a", "b"}
 
 
@@ -75,10 +84,10 @@ def test_a_damaged_line_is_an_error_that_names_it(tmp_path):
 HELD = """
 import sys, time
 from pathlib import Path
-from cluster.executor import Job
-from cluster.profile import Profile
-from sweeps import spending
-from sweeps.study_file import parse
+from ebbline.cluster.executors.executor import Job
+from ebbline.cluster.profile import Profile
+from ebbline.sweeps.state import spending
+from ebbline.sweeps.study.study_file import parse
 spending.BEAT_S = 0.05
 with spending.spending(parse(Path(sys.argv[1])), Profile(), Path(sys.argv[2]), "one") as kept:
     kept.started(Job("ray-0", ("a",), 2, {"n": 2}), {"A100": 2}, 60.0)
@@ -93,7 +102,9 @@ with spending.spending(parse(Path(sys.argv[1])), Profile(), Path(sys.argv[2]), "
 def test_what_a_killed_driver_held_is_not_forgotten(tmp_path):
     study(tmp_path)
     command = [sys.executable, "-c", HELD, str(tmp_path / "study.yaml"), str(tmp_path)]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    driver = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
     assert driver.stdout.readline() == "held\n"
     while read_spent(tmp_path).driving_s < 0.5:
         assert driver.poll() is None
@@ -124,14 +135,21 @@ def test_each_limit_is_over_all_runs_and_counts_what_runs_with_its_expected_rest
         assert kept.affords({"A100": 1}, 1700.0) and not kept.affords({"A100": 1}, 1900.0)
         assert kept.crossed(Cost({"H100": 3600.0}), 0.0) in ("gpu_hours", "usd")
         told = kept.told("point 7", Cost({"A100": 7200.0}), 0.0)
-        assert "1 of 2 GPU-hours spent, and point 7 is expected to take 2 more. Raise budget.gpu_hours" in told
+        assert (
+            "1 of 2 GPU-hours spent, and point 7 is expected to take 2 more. Raise budget.gpu_hours"
+            in told
+        )
 
 
 def test_a_budget_that_was_crossed_after_all_says_so(tmp_path):
     with spending(study(tmp_path, {"budget": {"usd": 6.0}}), PRICES, tmp_path, "one") as kept:
         kept._ended = Cost({"A100": 18000.0})
         told = kept.told("point 7", Cost(), 0.0)
-    assert "the budget is used up: $" in told and "of $6.00 spent" in told and "point 7 does not start. Raise budget.usd" in told
+    assert (
+        "the budget is used up: $" in told
+        and "of $6.00 spent" in told
+        and "point 7 does not start. Raise budget.usd" in told
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,8 +159,12 @@ def test_a_budget_that_was_crossed_after_all_says_so(tmp_path):
         ({"models/7b/labels": {"ray.io/accelerator-type": "L4"}}, PRICES, "no price for L4"),
     ],
 )
-def test_a_budget_in_dollars_without_prices_names_the_type_and_the_file(tmp_path, changes, profile, missing):
-    with pytest.raises(StudyError, match=rf"budget.usd is 5, but cluster.yaml .*{missing}.*usd_per_hour"):
+def test_a_budget_in_dollars_without_prices_names_the_type_and_the_file(
+    tmp_path, changes, profile, missing
+):
+    with pytest.raises(
+        StudyError, match=rf"budget.usd is 5, but cluster.yaml .*{missing}.*usd_per_hour"
+    ):
         require_prices(study(tmp_path, {"budget": {"usd": 5.0}, **changes}), profile)
     require_prices(study(tmp_path, changes), profile)
 
@@ -162,10 +184,20 @@ def changes(tmp_path_factory, pair):
     def pinned(path) -> dict:
         return {"path": {"path": str(path), "sha256": content_digest(path)}}
 
-    rows = [{"prompt": turns[0]["content"], "answer": turns[1]["content"]} for turns in conversations(4, 3)]
+    rows = [
+        {"prompt": turns[0]["content"], "answer": turns[1]["content"]}
+        for turns in conversations(4, 3)
+    ]
     prompts = pinned(write_lines(folder / "prompts.jsonl", rows))
     return {
-        "models": {"7b": {"base": pinned(pair.base), "aligned": pinned(pair.aligned), "quantisation": "none", "dtype": "float32"}},
+        "models": {
+            "7b": {
+                "base": pinned(pair.base),
+                "aligned": pinned(pair.aligned),
+                "quantisation": "none",
+                "dtype": "float32",
+            }
+        },
         "data": {"pool": pinned(write_chats(folder / "chats.jsonl", 24)), "settings": {"size": 16}},
         "train": {"epochs": 1, "global_batch": 8, "learning_rate": 1e-2, "max_tokens": 64},
         "axes": {"train.rank": [1, 2, 4], "apply.threshold": [None, 0.5, 1.0]},
@@ -181,30 +213,53 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
     free = Home(tmp_path / "free")
     found = study(tmp_path, changes)
     drive(found, free, InlineExecutor)
-    wanted = [(number, point, state) for number, point, state, _ in asked(found, free.storage("tiny"))]
+    wanted = [
+        (number, point, state) for number, point, state, _ in asked(found, free.storage("tiny"))
+    ]
 
     home, limit_s, stops = Home(tmp_path / "home"), 2.0, []
-    other = {"study": "other", "train": {**changes["train"], "learning_rate": 2e-2}, "axes": {"apply.threshold": [1.0]}}
-    drive(study(tmp_path, {**changes, **other, "search": {"sampler": "grid"}}), home, InlineExecutor)  # so that estimates are measured
+    other = {
+        "study": "other",
+        "train": {**changes["train"], "learning_rate": 2e-2},
+        "axes": {"apply.threshold": [1.0]},
+    }
+    drive(
+        study(tmp_path, {**changes, **other, "search": {"sampler": "grid"}}), home, InlineExecutor
+    )  # so that estimates are measured
     for _ in range(40):
-        progress = drive(study(tmp_path, {**changes, "budget": {"gpu_hours": limit_s / 3600}}), home, InlineExecutor)
+        progress = drive(
+            study(tmp_path, {**changes, "budget": {"gpu_hours": limit_s / 3600}}),
+            home,
+            InlineExecutor,
+        )
         spent_s = read_spent(home.folder("tiny")).cost.gpu_hours * 3600
-        longest_s = max((job.end_s - job.start_s for job in read_jobs(home.folder("tiny"))), default=0.0)
-        assert spent_s <= limit_s + longest_s  # one job may take longer than was expected of it, and then no other starts
+        longest_s = max(
+            (job.end_s - job.start_s for job in read_jobs(home.folder("tiny"))), default=0.0
+        )
+        assert (
+            spent_s <= limit_s + longest_s
+        )  # one job may take longer than was expected of it, and then no other starts
         if not progress.stopped:
             break
-        assert "Raise budget.gpu_hours" in progress.stopped and " GPU-hours spent, " in progress.stopped
+        assert (
+            "Raise budget.gpu_hours" in progress.stopped
+            and " GPU-hours spent, " in progress.stopped
+        )
         states = [state for _, _, state, _ in asked(found, home.storage("tiny"))]
         assert states.count("running") <= 2
         stops.append(len(states))
         limit_s = 1.25 * max(limit_s, spent_s)
-    assert [(number, point, state) for number, point, state, _ in asked(found, home.storage("tiny"))] == wanted
+    assert [
+        (number, point, state) for number, point, state, _ in asked(found, home.storage("tiny"))
+    ] == wanted
     assert len(set(stops)) >= 3, stops
 
 
 def test_a_budget_too_small_for_anything_starts_nothing(tmp_path, changes):
     home = Home(tmp_path / "home")
-    progress = drive(study(tmp_path, {**changes, "budget": {"gpu_hours": 1e-9}}), home, InlineExecutor)
+    progress = drive(
+        study(tmp_path, {**changes, "budget": {"gpu_hours": 1e-9}}), home, InlineExecutor
+    )
     assert "0 of 1e-09 GPU-hours spent" in progress.stopped
     assert not list(home.store.all("generate")) and read_spent(home.folder("tiny")).cost == Cost()
 

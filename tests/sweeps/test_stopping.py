@@ -2,19 +2,19 @@
 
 import pytest
 
-from cluster.costs import Cost
-from cluster.executor import Capacity, Host
-from cluster.profile import GpuType, Profile
-from sweeps.drive import drive
-from sweeps.forecast import forecast
-from sweeps.home import Home
-from sweeps.points import Point, Result
-from sweeps.search import asked
-from sweeps.spending import read_spent
-from sweeps.stopping import Gains
-from tasks.errors import StudyError, TrainingError
-from tasks.metrics import Metric
-from tasks.specs import TrainSpec
+from ebbline.cluster.executors.executor import Capacity, Host
+from ebbline.cluster.profile import GpuType, Profile
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.forecast.forecast import forecast
+from ebbline.sweeps.search.searcher import asked
+from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.state.stopping import Gains
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, Result
+from ebbline.tasks.errors import StudyError, TrainingError
+from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.specs import TrainSpec
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
 
@@ -23,7 +23,10 @@ HOUR = 3600.0
 
 
 def result(number, refusal, task, costs):
-    metrics = {"refusal.refusal_rate": Metric("refusal_rate", refusal, 100), "task.task_accuracy": Metric("task_accuracy", task, 100)}
+    metrics = {
+        "refusal.refusal_rate": Metric("refusal_rate", refusal, 100),
+        "task.task_accuracy": Metric("task_accuracy", task, 100),
+    }
     return Result(number, Point.of("7b", {"train.rank": number}), "done", metrics, costs=costs)
 
 
@@ -48,25 +51,47 @@ GROWING = [(50, 50), (60, 60), (61, 61), (61, 61), (61, 61)]  # hypervolumes .25
 
 def test_a_rule_by_points_is_met_when_the_last_ones_added_too_little(tmp_path):
     results = [result(number, *values, {}) for number, values in enumerate(GROWING)]
-    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}), results) == [False, False, False, True, True]
-    assert taken(gains(tmp_path, {"gain": 0.01, "per_points": 2}), results) == [False, False, False, False, True]
+    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}), results) == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert taken(gains(tmp_path, {"gain": 0.01, "per_points": 2}), results) == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
-@pytest.mark.parametrize("rule", [{"gain": 0.1, "per_gpu_hour": 2.0}, {"gain": 0.1, "per_usd": 4.0}])
+@pytest.mark.parametrize(
+    "rule", [{"gain": 0.1, "per_gpu_hour": 2.0}, {"gain": 0.1, "per_usd": 4.0}]
+)
 def test_a_stage_that_points_share_is_paid_once(tmp_path, rule):
     # Each point costs an hour of its own; the training, of 10 hours, is the first one's.
-    results = [result(number, *values, hours(train=10.0, **{f"own{number}": 1.0})) for number, values in enumerate(GROWING)]
+    results = [
+        result(number, *values, hours(train=10.0, **{f"own{number}": 1.0}))
+        for number, values in enumerate(GROWING)
+    ]
     assert taken(gains(tmp_path, rule), results) == [False, False, False, True, True]
 
 
 def test_what_came_before_a_study_was_widened_does_not_stop_it(tmp_path):
     results = [result(number, 60, 60, {}) for number in range(6)]
-    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}, since=3), results) == [False] * 5 + [True]
+    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}, since=3), results) == [
+        False
+    ] * 5 + [True]
 
 
 def test_a_point_without_metrics_is_no_gain_and_a_missing_price_no_guess(tmp_path):
     found = gains(tmp_path, {"gain": 0.1, "per_usd": 1.0}, profile=Profile())
-    with pytest.raises(StudyError, match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price"):
+    with pytest.raises(
+        StudyError,
+        match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price",
+    ):
         found.add(result(0, 50, 50, hours(own=1.0)))
     with pytest.raises(StudyError, match="one of per_usd, per_gpu_hour and per_points"):
         study(tmp_path, {"search": {"sampler": "grid", "stop": {"gain": 0.1}}})
@@ -74,7 +99,9 @@ def test_a_point_without_metrics_is_no_gain_and_a_missing_price_no_guess(tmp_pat
 
 @pytest.mark.slow
 def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
-    plain = changes(tmp_path, axes={"train.rank": [2, 4, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain = changes(
+        tmp_path, axes={"train.rank": [2, 4, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]}
+    )
     plain["models"] = {"7b": plain["models"]["7b"]}
     home = Home(tmp_path / "home")
 
@@ -87,10 +114,16 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
 
     def driven(gain):
         found = ruled(gain)
-        return drive(found, home, lambda: Pretended(home.store)), len(asked(found, home.storage("tiny")))
+        return drive(found, home, lambda: Pretended(home.store)), len(
+            asked(found, home.storage("tiny"))
+        )
 
     progress, points = driven(0.5)
-    assert progress.by == "gain" and "by less than 0.5 per 4 points. Change search.stop" in progress.stopped and points < 12
+    assert (
+        progress.by == "gain"
+        and "by less than 0.5 per 4 points. Change search.stop" in progress.stopped
+        and points < 12
+    )
     spent = read_spent(home.folder("tiny"))
     assert spent.stopped.said == progress.stopped and spent.gain.by == "gain"
     again, same = driven(0.5)
@@ -101,15 +134,28 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     assert more > points and further.results
 
 
-def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_finished_ones(tmp_path):
+def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_finished_ones(
+    tmp_path,
+):
     def fails(request):
         spec = request.parsed_spec()
         failing = isinstance(spec, TrainSpec) and spec.rank == 4
-        return (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__) if failing else None
+        return (
+            (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__)
+            if failing
+            else None
+        )
 
-    plain = changes(tmp_path, axes={"train.rank": [4, 2, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain = changes(
+        tmp_path, axes={"train.rank": [4, 2, 8], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]}
+    )
     plain["models"] = {"7b": plain["models"]["7b"]}
-    search = {"sampler": "grid", "order": "in_turn", "window": 1, "stop": {"gain": 0.5, "per_points": 4}}
+    search = {
+        "sampler": "grid",
+        "order": "in_turn",
+        "window": 1,
+        "stop": {"gain": 0.5, "per_points": 4},
+    }
     found, home = study(tmp_path, {**plain, "search": search}), Home(tmp_path / "home")
     progress = drive(found, home, lambda: Pretended(home.store, fails=fails))
     states = [result.status for result in progress.results]
@@ -118,17 +164,36 @@ def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_
 
 
 def test_a_driven_study_stops_by_the_dollars_that_its_points_took(tmp_path):
-    plain = changes(tmp_path, axes={"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]})
+    plain = changes(
+        tmp_path,
+        axes={"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]},
+    )
     plain["models"] = {"7b": plain["models"]["7b"]}
-    found = study(tmp_path, {**plain, "search": {"sampler": "grid", "window": 2, "stop": {"gain": 0.5, "per_usd": 120.0}}})
+    found = study(
+        tmp_path,
+        {
+            **plain,
+            "search": {"sampler": "grid", "window": 2, "stop": {"gain": 0.5, "per_usd": 120.0}},
+        },
+    )
     home = Home(tmp_path / "home")
-    with pytest.raises(StudyError, match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price for other"):
+    with pytest.raises(
+        StudyError,
+        match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price for "
+        r"other",
+    ):
         drive(found, home, lambda: Pretended(home.store))
-    (home.root / "cluster.yaml").write_text("gpus: {other: {usd_per_hour: 3600}}\n")  # a dollar for a second
+    (home.root / "cluster.yaml").write_text(
+        "gpus: {other: {usd_per_hour: 3600}}\n"
+    )  # a dollar for a second
     home = Home(home.root)
     progress = drive(found, home, lambda: Pretended(home.store))
     told = progress.results
-    assert progress.by == "gain" and "by less than 0.5 per $120. Change search.stop" in progress.stopped and len(told) < 24
+    assert (
+        progress.by == "gain"
+        and "by less than 0.5 per $120. Change search.stop" in progress.stopped
+        and len(told) < 24
+    )
     costs = {key: cost.usd(home.profile) for result in told for key, cost in result.costs.items()}
     assert sum(costs.values()) > 120.0
     again = drive(found, home, lambda: Pretended(home.store))

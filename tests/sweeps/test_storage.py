@@ -1,4 +1,6 @@
-"""Points in a real PostgreSQL: the same proposals as on SQLite, one driver at a time, and one clear error when it is gone."""
+"""Points in a real PostgreSQL: the same proposals as on SQLite, one driver at a time, and one clear
+error when it is gone.
+"""
 
 import os
 import subprocess
@@ -11,16 +13,18 @@ import pytest
 import yaml
 from optuna.exceptions import StorageInternalError
 
-from sweeps.drive import drive
-from sweeps.home import Home
-from sweeps.search import OptunaSearcher, asked, reaching
-from sweeps.storage import Storage, shared_url
-from sweeps.trials import opened, settings_mark
-from tasks.errors import DatabaseLost, StudyError, StudyHeld
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.search.searcher import OptunaSearcher, asked, reaching
+from ebbline.sweeps.state.trials import opened, settings_mark
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.storage import Storage, shared_url
+from ebbline.tasks.errors import DatabaseLost, StudyError, StudyHeld
 from tests.postgres import MISSING, PASSWORD, Postgres, binaries, running
 from tests.sweeps.made import Imagined, outcome, study, written
 
-AXES = {"axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}}
+AXES = {
+    "axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}
+}
 SEARCH = {**AXES, "search": {"sampler": "tpe", "window": 3, "points": 10}}
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +46,9 @@ def home_at(root: Path, postgres: Postgres, **profile: str) -> Home:
 
 
 def follow(found, storage: Storage, restart_every: int = 1000):
-    """Search to the end, oldest first, with a new searcher (as after a kill) after every so many steps."""
+    """Search to the end, oldest first, with a new searcher (as after a kill) after every so many
+    steps.
+    """
     while True:
         searcher = OptunaSearcher(found, storage)
         flights = list(searcher.in_flight())
@@ -56,24 +62,35 @@ def follow(found, storage: Storage, restart_every: int = 1000):
                 return asked(found, storage)
 
 
-def test_a_search_on_postgres_that_is_cut_off_again_and_again_asks_for_the_points_of_one_on_sqlite(tmp_path, postgres):
+def test_a_search_on_postgres_that_is_cut_off_again_and_again_asks_for_the_points_of_one_on_sqlite(
+    tmp_path, postgres
+):
     found = study(tmp_path, SEARCH)
     plain = follow(found, Home(tmp_path / "sqlite").storage("tiny"))
     assert len(plain) == 10
-    assert follow(found, home_at(tmp_path / "one", postgres).storage("tiny"), restart_every=3) == plain
+    assert (
+        follow(found, home_at(tmp_path / "one", postgres).storage("tiny"), restart_every=3) == plain
+    )
 
 
-def test_homes_with_stores_of_their_own_have_studies_of_their_own_and_a_shared_store_shares_them(tmp_path, postgres):
+def test_homes_with_stores_of_their_own_have_studies_of_their_own_and_a_shared_store_shares_them(
+    tmp_path, postgres
+):
     one, other = (home_at(tmp_path / name, postgres).storage("tiny") for name in ("one", "other"))
     assert one.name != other.name and one == Home(tmp_path / "one").storage("tiny")
-    shared = [home_at(tmp_path / name, postgres, store="s3://bucket/store").storage("tiny") for name in ("third", "fourth")]
+    shared = [
+        home_at(tmp_path / name, postgres, store="s3://bucket/store").storage("tiny")
+        for name in ("third", "fourth")
+    ]
     assert shared[0] == shared[1] and shared[0].name not in (one.name, other.name)
     found = study(tmp_path, SEARCH)
     OptunaSearcher(found, shared[0]).ask(Imagined())
     assert len(asked(found, shared[1])) == 1 and asked(found, one) == []
     begun = home_at(tmp_path / "third", postgres, store="s3://bucket/store").begun_as(found)
     assert settings_mark(shared[1]) == begun and settings_mark(one) is None
-    with pytest.raises(StudyError, match="'tiny' was begun in the shared database, as 'tiny@.*with other settings"):
+    with pytest.raises(
+        StudyError, match="'tiny' was begun in the shared database, as 'tiny@.*with other settings"
+    ):
         OptunaSearcher(study(tmp_path, {**SEARCH, "seeds": [1]}), shared[1])
     OptunaSearcher(study(tmp_path, {**SEARCH, "budget": {"hours": 1.0}}), shared[1])
 
@@ -81,7 +98,7 @@ def test_homes_with_stores_of_their_own_have_studies_of_their_own_and_a_shared_s
 HOLD = """
 import sys, time
 from pathlib import Path
-from sweeps.home import Home
+from ebbline.sweeps.study.home import Home
 with Home(Path(sys.argv[1])).driving("tiny"):
     print("held", flush=True)
     time.sleep(600)
@@ -90,13 +107,29 @@ with Home(Path(sys.argv[1])).driving("tiny"):
 
 def test_two_homes_that_share_a_store_are_held_apart_by_the_database(tmp_path, postgres, bucket):
     home, same = (home_at(tmp_path / name, postgres, store=bucket) for name in ("one", "two"))
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(home.root)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(home.root)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "), same.driving("tiny"):
+        with (
+            pytest.raises(
+                StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "
+            ),
+            same.driving("tiny"),
+        ):
             raise AssertionError("two drivers")
         assert f"process {holder.pid} " in same.holder("tiny")
-        command = [sys.executable, "-m", "ebbline.cli", "run", str(written(tmp_path)), "--home", str(same.root), "--no-wandb"]
+        command = [
+            sys.executable,
+            "-m",
+            "ebbline.cli",
+            "run",
+            str(written(tmp_path)),
+            "--home",
+            str(same.root),
+            "--no-wandb",
+        ]
         second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert second.returncode == 4 and f"process {holder.pid}" in second.stderr, second.stderr
     finally:
@@ -109,12 +142,18 @@ def test_two_homes_that_share_a_store_are_held_apart_by_the_database(tmp_path, p
         pass
 
 
-def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(tmp_path, own_postgres):
+def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(
+    tmp_path, own_postgres
+):
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
     storage = home.storage("tiny")
     plain = follow(found, Home(tmp_path / "sqlite").storage("tiny"))
     restarted = False
-    with pytest.raises(DatabaseLost, match="the same command continues"), home.driving("tiny") as hold, reaching(storage):
+    with (
+        pytest.raises(DatabaseLost, match="the same command continues"),
+        home.driving("tiny") as hold,
+        reaching(storage),
+    ):
         searcher = OptunaSearcher(found, storage)
         for _ in range(3):
             hold.check()
@@ -127,7 +166,9 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(t
     assert follow(found, storage) == plain
 
 
-def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, own_postgres, monkeypatch):
+def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(
+    tmp_path, own_postgres, monkeypatch
+):
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
     storage = home.storage("tiny")
     searcher = OptunaSearcher(found, storage)
@@ -136,7 +177,9 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, 
         with pytest.raises(DatabaseLost, match="cannot be used: "), reaching(storage):
             searcher.ask(Imagined())
         tries, connect = [], psycopg.connect
-        monkeypatch.setattr(psycopg, "connect", lambda *at, **how: tries.append(how) or connect(*at, **how))
+        monkeypatch.setattr(
+            psycopg, "connect", lambda *at, **how: tries.append(how) or connect(*at, **how)
+        )
         with pytest.raises(DatabaseLost, match=r"127\.0\.0\.1.*cannot be used"):
             drive(found, home, lambda: pytest.fail("an executor was made"))
         assert len(tries) == 1, "it is not tried again and again"
@@ -147,13 +190,30 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(tmp_path, 
 def test_status_works_on_postgres_and_says_what_is_wrong_without_the_password(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
     OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask(Imagined())
-    command = [sys.executable, "-m", "ebbline.cli", "status", str(tmp_path / "study.yaml"), "--home", str(home.root)]
+    command = [
+        sys.executable,
+        "-m",
+        "ebbline.cli",
+        "status",
+        str(tmp_path / "study.yaml"),
+        "--home",
+        str(home.root),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0 and "0 points done, 1 in flight" in done.stdout, done.stderr
     environ = {**os.environ, "PGPASSWORD": "wrong-secret"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environ)
-    assert done.returncode == 1 and "password authentication failed" in done.stderr and "PGPASSFILE" in done.stderr
-    assert "wrong-secret" not in "".join((done.stdout + done.stderr).split()) and "Traceback" not in done.stderr
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environ
+    )
+    assert (
+        done.returncode == 1
+        and "password authentication failed" in done.stderr
+        and "PGPASSFILE" in done.stderr
+    )
+    assert (
+        "wrong-secret" not in "".join((done.stdout + done.stderr).split())
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_who_only_reads_a_shared_database_is_kept_from_writing_by_the_database(tmp_path, postgres):
@@ -169,10 +229,17 @@ def test_who_only_reads_a_shared_database_is_kept_from_writing_by_the_database(t
 
 @pytest.mark.parametrize(
     "url",
-    ["postgresql://me:hush@host/db", "postgresql+psycopg://me:hu%40sh@host:5/db", "postgresql://me@host/db?password=hush"],
+    [
+        "postgresql://me:hush@host/db",
+        "postgresql+psycopg://me:hu%40sh@host:5/db",
+        "postgresql://me@host/db?password=hush",
+    ],
 )
 def test_a_password_in_the_url_is_refused_and_not_repeated(url, monkeypatch):
-    with pytest.raises(StudyError, match=r"holds a password.*write postgresql.*://me@host(:5)?/db there.*PGPASSWORD") as caught:
+    with pytest.raises(
+        StudyError,
+        match=r"holds a password.*write postgresql.*://me@host(:5)?/db there.*PGPASSWORD",
+    ) as caught:
         shared_url(url)
     assert "hush" not in str(caught.value) and "hu%40sh" not in str(caught.value)
     monkeypatch.setenv("EBBLINE_STORAGE", url)
@@ -181,7 +248,12 @@ def test_a_password_in_the_url_is_refused_and_not_repeated(url, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("url", "told"), [("mysql://me@host/db", "asks for mysql"), ("sqlite:///x.db", "asks for sqlite"), ("here", "is no")]
+    ("url", "told"),
+    [
+        ("mysql://me@host/db", "asks for mysql"),
+        ("sqlite:///x.db", "asks for sqlite"),
+        ("here", "is no"),
+    ],
 )
 def test_what_is_no_postgres_is_refused(url, told):
     with pytest.raises(StudyError, match=told):

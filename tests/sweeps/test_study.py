@@ -3,9 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from sweeps.study import axis_fields, require_pins, unpinned
-from sweeps.study_file import load, parse, shipped, source_of
-from tasks.errors import PinError, StudyError
+from ebbline.sweeps.study.study import axis_fields, require_pins, unpinned
+from ebbline.sweeps.study.study_file import load, parse, shipped, source_of
+from ebbline.tasks.errors import PinError, StudyError
 from tests.sweeps.made import TUNED, study, written
 
 
@@ -28,7 +28,10 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
     [
         ({"trian": {}}, r"trian: .*did you mean 'train'"),
         ({"train": {"rnak": 4}}, r"train\.rnak: .*did you mean 'rank'"),
-        ({"models/7b/quantization": "nf4"}, r"models\.7b\.quantization: .*did you mean 'quantisation'"),
+        (
+            {"models/7b/quantization": "nf4"},
+            r"models\.7b\.quantization: .*did you mean 'quantisation'",
+        ),
         ({"suites/refusal/prompt": {}}, r"suites\.refusal\.prompt: .*did you mean 'prompts'"),
         ({"search/smapler": "tpe"}, r"search\.smapler: .*did you mean 'sampler'"),
         ({"axes/train.rnak": [4]}, r"axes\.train\.rnak: .*did you mean 'train\.rank'"),
@@ -48,31 +51,69 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"axes/train.rank": []}, r"axes\.train\.rank"),
         ({"suites/refusal/measure/kind": "refusals"}, r"suites\.refusal\.measure: .*'refusals'"),
         ({"models/7b/base": {}}, r"models\.7b\.base: give exactly one of .*got none"),
-        ({"data/pool": {"language": "a", "path": {"path": "b"}}}, r"data\.pool: give exactly one of"),
-        ({"data/settings": {"size": 8, "mix_share": 0.5}}, r"data: mix_share is 0\.5, but `mix` names no second set"),
-        ({"models/7b": {"aligned": {"organism": {"size": "small"}}}}, r"models\.7b: `base` is missing: Safe LoRA subtracts it"),
-        ({"models/7b/base": {"tuned": TUNED}}, r"models\.7b: `base` cannot be `tuned`.* Say it as `unaligned`"),
+        (
+            {"data/pool": {"language": "a", "path": {"path": "b"}}},
+            r"data\.pool: give exactly one of",
+        ),
+        (
+            {"data/settings": {"size": 8, "mix_share": 0.5}},
+            r"data: mix_share is 0\.5, but `mix` names no second set",
+        ),
+        (
+            {"models/7b": {"aligned": {"organism": {"size": "small"}}}},
+            r"models\.7b: `base` is missing: Safe LoRA subtracts it",
+        ),
+        (
+            {"models/7b/base": {"tuned": TUNED}},
+            r"models\.7b: `base` cannot be `tuned`.* Say it as `unaligned`",
+        ),
         (
             {
-                "judges": {"guard": {"model": {"hub": {"id": "a/b"}}, "settings": {"template": "llama-guard"}}},
+                "judges": {
+                    "guard": {
+                        "model": {"hub": {"id": "a/b"}},
+                        "settings": {"template": "llama-guard"},
+                    }
+                },
                 "suites/refusal/measure": {"kind": "over_refusal", "scorer": "guard"},
                 "objectives": ["task_accuracy"],
             },
             r"suites\.refusal: llama-guard judges harm",
         ),
-        ({"suites/refusal/measure": {"kind": "refusal", "also": ["nobody"]}}, r"'nobody' is not one of"),
+        (
+            {"suites/refusal/measure": {"kind": "refusal", "also": ["nobody"]}},
+            r"'nobody' is not one of",
+        ),
         ({"models/7b/gpus": 0}, r"models\.7b\.gpus: "),
-        ({"models/7b/labels": {"ray.io/accelerator-type": "in A100"}}, r"models\.7b: .*ray.io/accelerator-type: .*'in A100' is none"),
+        (
+            {"models/7b/labels": {"ray.io/accelerator-type": "in A100"}},
+            r"models\.7b: .*ray.io/accelerator-type: .*'in A100' is none",
+        ),
         ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
-        ({"models/7b/train": {"quantisation": "nf4"}}, r"models\.7b\.train\.quantisation: say it as models\.7b\.quantisation"),
+        (
+            {"models/7b/train": {"quantisation": "nf4"}},
+            r"models\.7b\.train\.quantisation: say it as models\.7b\.quantisation",
+        ),
         ({"models/7b/axes": {"train.rnak": [8]}}, r"models\.7b\.axes\.train\.rnak: "),
-        ({"objectives": ["refusal"]}, r"'refusal' names no metric; this study measures .*refusal\.refusal_rate"),
-        ({"objectives": ["refusal_rate", "refusal.refusal_rate"]}, r"objectives: .* names one twice"),
+        (
+            {"objectives": ["refusal"]},
+            r"'refusal' names no metric; this study measures .*refusal\.refusal_rate",
+        ),
+        (
+            {"objectives": ["refusal_rate", "refusal.refusal_rate"]},
+            r"objectives: .* names one twice",
+        ),
         ({"search": {"sampler": "list"}}, r"search\.list: "),
         ({"search": {"sampler": "tpe"}}, r"search\.points: "),
-        ({"axes/train.rank": {"low": 2, "high": 8, "step": 2}}, r"search\.sampler: a grid needs every axis as a list"),
+        (
+            {"axes/train.rank": {"low": 2, "high": 8, "step": 2}},
+            r"search\.sampler: a grid needs every axis as a list",
+        ),
         ({"axes/train.rank": {"low": 8, "high": 8}}, r"low \(8\.0\) must be below high"),
-        ({"axes/train.learning_rate": {"low": 0, "high": 1, "log": True}}, r"a log range needs low > 0"),
+        (
+            {"axes/train.learning_rate": {"low": 0, "high": 1, "log": True}},
+            r"a log range needs low > 0",
+        ),
         ({"project": {"projector": "exact"}}, r"project: the exact projector needs `energy`"),
         ({"train": {"method": "full", "quantisation": "nf4"}}, r"cannot be quantised"),
     ],
@@ -86,7 +127,10 @@ def test_a_fault_is_one_error_that_names_its_path_and_what_is_allowed(tmp_path, 
 def test_all_faults_of_a_file_are_told_at_once(tmp_path):
     with pytest.raises(StudyError) as caught:
         study(tmp_path, {"train": {"rank": 0, "epochs": -1}, "refusal_floor": 2})
-    assert all(path in str(caught.value) for path in ("train.rank", "train.epochs", "refusal_floor", "study.yaml"))
+    assert all(
+        path in str(caught.value)
+        for path in ("train.rank", "train.epochs", "refusal_floor", "study.yaml")
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +140,13 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ({"axes/train.rank": [4, 0]}, r"axes\.train\.rank: .*0"),
         ({"axes/apply.threshold": [None, 1.5]}, r"axes\.apply\.threshold: .*1\.5"),
         ({"models/7b/axes": {"train.rank": [4.5]}}, r"models\.7b\.axes\.train\.rank: .*4\.5"),
-        ({"axes/train.rank": {"low": 0, "high": 8, "step": 1}, "search": {"sampler": "tpe", "points": 4}}, r"axes\.train\.rank: .*0"),
+        (
+            {
+                "axes/train.rank": {"low": 0, "high": 8, "step": 1},
+                "search": {"sampler": "tpe", "points": 4},
+            },
+            r"axes\.train\.rank: .*0",
+        ),
         (
             {"axes/train.rank": {"low": 2.5, "high": 8}, "search": {"sampler": "tpe", "points": 4}},
             r"axes\.train\.rank: .*2\.5.*needs a `step`",
@@ -104,7 +154,9 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ({"axes/train.method": ["lora", "full"]}, r"axes\.train\.method: "),
     ],
 )
-def test_a_value_of_an_axis_that_no_stage_could_take_is_a_fault_of_the_file(tmp_path, changes, fault):
+def test_a_value_of_an_axis_that_no_stage_could_take_is_a_fault_of_the_file(
+    tmp_path, changes, fault
+):
     with pytest.raises(StudyError, match=fault):
         study(tmp_path, changes)
 
@@ -116,7 +168,9 @@ def test_a_key_that_stands_twice_is_an_error_that_names_key_and_line(tmp_path):
         parse(path)
 
 
-@pytest.mark.parametrize("text", ["a: [", "- a list\n", "", "!!python/object/apply:os.system [true]\n"])
+@pytest.mark.parametrize(
+    "text", ["a: [", "- a list\n", "", "!!python/object/apply:os.system [true]\n"]
+)
 def test_what_is_no_study_at_all_is_a_study_error(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(StudyError, match=r"x\.yaml"):
@@ -124,8 +178,14 @@ def test_what_is_no_study_at_all_is_a_study_error(tmp_path, text):
 
 
 def test_a_number_without_a_dot_is_a_number(tmp_path):
-    path = written(tmp_path, {"train": {"learning_rate": 1.0}, "axes/train.learning_rate": [1.0, 2.0]})
-    path.write_text(path.read_text().replace("learning_rate: 1.0", "learning_rate: 1e-4").replace("- 1.0\n  - 2.0", "- 1e-4\n  - 3e-4"))
+    path = written(
+        tmp_path, {"train": {"learning_rate": 1.0}, "axes/train.learning_rate": [1.0, 2.0]}
+    )
+    path.write_text(
+        path.read_text()
+        .replace("learning_rate: 1.0", "learning_rate: 1e-4")
+        .replace("- 1.0\n  - 2.0", "- 1e-4\n  - 3e-4")
+    )
     assert "1e-4" in path.read_text() and "3e-4" in path.read_text()
     found = parse(path)
     assert found.train.learning_rate == 1e-4
@@ -134,7 +194,14 @@ def test_a_number_without_a_dot_is_a_number(tmp_path):
 
 def test_every_axis_that_may_be_named_is_a_field_that_can_be_searched():
     fields = set(axis_fields())
-    assert {"train.rank", "data.size", "apply.threshold", "train.learning_rate", "project.projector", "data.mix_share"} <= fields
+    assert {
+        "train.rank",
+        "data.size",
+        "apply.threshold",
+        "train.learning_rate",
+        "project.projector",
+        "data.mix_share",
+    } <= fields
     assert not {"train.seed", "data.seed", "train.quantisation"} & fields
 
 
@@ -151,11 +218,19 @@ def test_objectives_are_known_by_their_full_names_from_then_on(tmp_path):
 
 
 def test_an_objective_that_two_suites_measure_must_be_named_in_full(tmp_path):
-    second = {"prompts": {"language": "refusal.jsonl"}, "measure": {"kind": "refusal", "scorer": "anywhere"}}
-    with pytest.raises(StudyError, match=r"'refusal_rate' names \['refusal.refusal_rate', 'other.refusal_rate'\]"):
+    second = {
+        "prompts": {"language": "refusal.jsonl"},
+        "measure": {"kind": "refusal", "scorer": "anywhere"},
+    }
+    with pytest.raises(
+        StudyError, match=r"'refusal_rate' names \['refusal.refusal_rate', 'other.refusal_rate'\]"
+    ):
         study(tmp_path, {"suites/other": second})
     assert (
-        study(tmp_path, {"suites/other": second, "objectives": ["other.refusal_rate", "task_accuracy"]}).objectives[0]
+        study(
+            tmp_path,
+            {"suites/other": second, "objectives": ["other.refusal_rate", "task_accuracy"]},
+        ).objectives[0]
         == "other.refusal_rate"
     )
 
@@ -164,7 +239,10 @@ def test_an_unpinned_study_is_refused_with_every_reference_named(tmp_path):
     found = study(
         tmp_path,
         {
-            "models/7b": {"base": {"hub": {"id": "org/base"}}, "aligned": {"path": {"path": "models/aligned"}}},
+            "models/7b": {
+                "base": {"hub": {"id": "org/base"}},
+                "aligned": {"path": {"path": "models/aligned"}},
+            },
             "data/pool": {"path": {"path": "rows.jsonl", "sha256": "a" * 64}},
             "suites/refusal/prompts": {"hub": {"id": "org/prompts", "commit": "b" * 40}},
         },
@@ -172,7 +250,11 @@ def test_an_unpinned_study_is_refused_with_every_reference_named(tmp_path):
     with pytest.raises(PinError, match="ebbline pin") as caught:
         require_pins(found)
     message = str(caught.value)
-    for named in ("models.7b.base.hub: org/base", "models.7b.aligned.path: ", "suites.refusal.prompts.hub: org/prompts"):
+    for named in (
+        "models.7b.base.hub: org/base",
+        "models.7b.aligned.path: ",
+        "suites.refusal.prompts.hub: org/prompts",
+    ):
         assert named in message
     assert "rows.jsonl" not in message
     assert len(unpinned(found)) == 3

@@ -2,11 +2,11 @@
 
 import pytest
 
-from sweeps.home import Home
-from sweeps.search import WAIT, OptunaSearcher, asked
-from sweeps.study_file import parse
-from sweeps.warm import lessons
-from tasks.errors import StudyError
+from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher, asked
+from ebbline.sweeps.search.warm_start import lessons
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study_file import parse
+from ebbline.tasks.errors import StudyError
 from tests.sweeps.made import Imagined, outcome, study, written
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
 
@@ -29,14 +29,20 @@ def home(tmp_path, empty_storage):  # noqa: F811
 
 
 def warmed(tmp_path, changes=None, **search):
-    return study(tmp_path, {**(changes or {}), "search": {**SEARCH, "warm_start": ["small"], **search}})
+    return study(
+        tmp_path, {**(changes or {}), "search": {**SEARCH, "warm_start": ["small"], **search}}
+    )
 
 
 @pytest.mark.slow
 def test_what_another_study_measured_is_known_and_costs_no_points(tmp_path, home):
     found = warmed(tmp_path)
     finished = [
-        point for _, point, state, _ in asked(parse(written(tmp_path, {"study": "small"})), home.storage("small")) if state == "done"
+        point
+        for _, point, state, _ in asked(
+            parse(written(tmp_path, {"study": "small"})), home.storage("small")
+        )
+        if state == "done"
     ]
     assert finished
     for _ in range(2):  # a driver that starts again has learned it already
@@ -44,7 +50,11 @@ def test_what_another_study_measured_is_known_and_costs_no_points(tmp_path, home
         for name, entries in lessons(found, home).items():
             searcher.teach(name, entries)
         assert [entry.point for entry in searcher.trials.taught] == finished
-        assert searcher.told() == 0 and searcher.in_flight() == [] and asked(found, home.storage("tiny")) == []
+        assert (
+            searcher.told() == 0
+            and searcher.in_flight() == []
+            and asked(found, home.storage("tiny")) == []
+        )
     numbers = []
     while (new := searcher.ask(Imagined())) is not None and new is not WAIT:
         numbers.append(new[0])
@@ -84,8 +94,16 @@ def test_a_warm_search_begins_where_the_other_one_ended(tmp_path, home):
     [
         ({}, ["nobody"], r"has no study 'nobody'; it has \['small'\]"),
         ({}, ["tiny"], r"'tiny' is this study"),
-        ({"objectives": ["task_accuracy", "refusal_rate"]}, ["small"], r"measures \['refusal.refusal_rate', 'task.task_accuracy'\]"),
-        ({"axes": {"train.rank": [2, 4], "data.size": [8]}}, ["small"], r"no point of 'small' lies in this study's space"),
+        (
+            {"objectives": ["task_accuracy", "refusal_rate"]},
+            ["small"],
+            r"measures \['refusal.refusal_rate', 'task.task_accuracy'\]",
+        ),
+        (
+            {"axes": {"train.rank": [2, 4], "data.size": [8]}},
+            ["small"],
+            r"no point of 'small' lies in this study's space",
+        ),
     ],
 )
 def test_a_study_that_cannot_teach_is_an_error_that_says_why(tmp_path, home, changes, warm, fault):

@@ -1,17 +1,19 @@
-"""`run --extend`: what a study may become, that nothing is lost or repeated on the way, and what is refused by its path."""
+"""`run --extend`: what a study may become, that nothing is lost or repeated on the way, and what is
+refused by its path.
+"""
 
 import copy
 
 import pytest
 
-from analysis.results import collect
-from sweeps.drive import drive
-from sweeps.expected import points_of
-from sweeps.home import Home
-from sweeps.replicates import seeds_of
-from sweeps.search import OptunaSearcher, asked
-from sweeps.study_file import parse
-from tasks.errors import StudyError
+from ebbline.analysis.results.collect import collect
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.search.searcher import OptunaSearcher, asked
+from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study_file import parse
+from ebbline.tasks.errors import StudyError
 from tests.sweeps.made import study, written
 from tests.sweeps.pretended import Pretended, changes
 
@@ -22,23 +24,65 @@ RANGE = {"low": 2, "high": 8, "step": 2}
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ({"axes": AXES}, {"axes": {**AXES, "train.rank": [4, 8]}}, "axes.train.rank: 2 is missing, which points may have"),
-        ({"axes": AXES}, {"axes": {"train.rank": [2, 4]}}, "axes.apply.threshold: an axis cannot be taken away"),
-        ({"axes": AXES}, {"axes": {**AXES, "data.size": [8, 16]}}, "axes.data.size: an axis cannot be added"),
-        ({"axes": {"train.rank": RANGE}}, {"axes": {"train.rank": {**RANGE, "high": 6}}}, "is not around"),
-        ({"axes": {"train.rank": RANGE}}, {"axes": {"train.rank": {**RANGE, "low": 1}}}, "no whole number of steps"),
-        ({"axes": {"train.rank": RANGE}}, {"axes": {"train.rank": [2, 4, 6, 8]}}, "a list cannot become a range, nor a range a list"),
+        (
+            {"axes": AXES},
+            {"axes": {**AXES, "train.rank": [4, 8]}},
+            "axes.train.rank: 2 is missing, which points may have",
+        ),
+        (
+            {"axes": AXES},
+            {"axes": {"train.rank": [2, 4]}},
+            "axes.apply.threshold: an axis cannot be taken away",
+        ),
+        (
+            {"axes": AXES},
+            {"axes": {**AXES, "data.size": [8, 16]}},
+            "axes.data.size: an axis cannot be added",
+        ),
+        (
+            {"axes": {"train.rank": RANGE}},
+            {"axes": {"train.rank": {**RANGE, "high": 6}}},
+            "is not around",
+        ),
+        (
+            {"axes": {"train.rank": RANGE}},
+            {"axes": {"train.rank": {**RANGE, "low": 1}}},
+            "no whole number of steps",
+        ),
+        (
+            {"axes": {"train.rank": RANGE}},
+            {"axes": {"train.rank": [2, 4, 6, 8]}},
+            "a list cannot become a range, nor a range a list",
+        ),
         ({"seeds": [0, 1]}, {"seeds": [1, 0]}, r"seeds: must begin with \[0, 1\]"),
-        ({}, {"train": {"epochs": 2}}, "train.epochs: 1.0 -> 2.0; this would change what its points mean"),
-        ({}, {"suites/refusal/measure": {"kind": "refusal", "limit": 5}}, "suites.refusal.measure.limit: null -> 5"),
+        (
+            {},
+            {"train": {"epochs": 2}},
+            "train.epochs: 1.0 -> 2.0; this would change what its points mean",
+        ),
+        (
+            {},
+            {"suites/refusal/measure": {"kind": "refusal", "limit": 5}},
+            "suites.refusal.measure.limit: null -> 5",
+        ),
         ({}, {"objectives": ["refusal_rate"]}, "objectives: "),
         ({}, {"models/7b/quantisation": "none"}, 'models.7b.quantisation: "nf4" -> "none"'),
         ({}, {"models/7b/axes": {"train.rank": [2]}}, "models.7b.axes.train.rank: 4 is missing"),
-        ({"search": {"sampler": "tpe", "points": 9}}, {"search": {"sampler": "tpe", "points": 8}}, "search.points: 8 is fewer than 9"),
-        ({"seeds": [0, 1]}, {"seeds": [0, 1], "replicates": {"policy": "near_frontier"}}, "replicates: fewer seeds than all"),
+        (
+            {"search": {"sampler": "tpe", "points": 9}},
+            {"search": {"sampler": "tpe", "points": 8}},
+            "search.points: 8 is fewer than 9",
+        ),
+        (
+            {"seeds": [0, 1]},
+            {"seeds": [0, 1], "replicates": {"policy": "near_frontier"}},
+            "replicates: fewer seeds than all",
+        ),
     ],
-)  # fmt: skip
-def test_what_would_change_the_points_that_are_there_is_refused_by_its_path(tmp_path, before, after, said):
+)
+def test_what_would_change_the_points_that_are_there_is_refused_by_its_path(
+    tmp_path, before, after, said
+):
     home = Home(tmp_path / "home")
     space = {"search": {"sampler": "random", "points": 9}}
     home.freeze(study(tmp_path, {**space, **before}))
@@ -49,8 +93,17 @@ def test_what_would_change_the_points_that_are_there_is_refused_by_its_path(tmp_
 def test_what_only_adds_is_taken_and_without_the_option_it_is_said_how(tmp_path):
     home = Home(tmp_path / "home")
     home.freeze(study(tmp_path, {"axes": AXES}))
-    sizes = {"70b": copy.deepcopy(study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]["7b"])}
-    wide = {"axes": {**AXES, "train.rank": [8, 4, 2]}, "seeds": [0, 1], "question": "How much further?", "models/70b": sizes["70b"]}
+    sizes = {
+        "70b": copy.deepcopy(
+            study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]["7b"]
+        )
+    }
+    wide = {
+        "axes": {**AXES, "train.rank": [8, 4, 2]},
+        "seeds": [0, 1],
+        "question": "How much further?",
+        "models/70b": sizes["70b"],
+    }
     wider = study(tmp_path, wide)
     with pytest.raises(StudyError, match="`--extend` goes on with it"):
         home.freeze(wider)
@@ -66,7 +119,9 @@ def rows(results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("search", [{"sampler": "grid"}, {"sampler": "tpe", "points": 6}])
-def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones_only(tmp_path, search):
+def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones_only(
+    tmp_path, search
+):
     plain = changes(tmp_path, axes=AXES, search=search)
     large = plain["models"].pop("70b")
     home = Home(tmp_path / "home")
@@ -88,7 +143,9 @@ def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones
     assert [r.point for r in found][: len(numbers)] == numbers
     assert {point: rows(found)[point] for point in before} == before
     assert len(rows(found)) == len(found) == 12 and {r.status for r in found} == {"done"}
-    assert {path: path.stat().st_mtime_ns for path in records} == records, "a finished stage was run again"
+    assert {path: path.stat().st_mtime_ns for path in records} == records, (
+        "a finished stage was run again"
+    )
     assert drive(wide, home, lambda: Pretended(home.store)).results == []
 
 
@@ -107,13 +164,19 @@ def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
 
 
 BOTH, ONE = ["refusal_rate", "task_accuracy"], ["task_accuracy"]
-FIRST = [{"model": "7b", "train.rank": rank, "apply.threshold": None} for rank in (16, 2)]  # below the floor, and above it
+FIRST = [
+    {"model": "7b", "train.rank": rank, "apply.threshold": None} for rank in (16, 2)
+]  # below the floor, and above it
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "objectives"), [("tpe", BOTH), ("stage_aware", ONE), ("nsga2", BOTH)])
+@pytest.mark.parametrize(
+    ("sampler", "objectives"), [("tpe", BOTH), ("stage_aware", ONE), ("nsga2", BOTH)]
+)
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
-def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_path, monkeypatch, sampler, objectives, order):
+def test_constraints_that_change_are_held_against_the_points_that_are_there(
+    tmp_path, monkeypatch, sampler, objectives, order
+):
     axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.3, 0.5]}
     plain = changes(tmp_path, axes=axes, objectives=objectives, refusal_floor=0.97)
     plain["models"].pop("70b")
@@ -129,8 +192,19 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_
         search["constraints"] = constraints or {}
         found, watched = study(tmp_path, {**plain, "search": search}), []
         seen.clear()
-        drive(found, home, lambda: Pretended(home.store), watched.append, lambda: watched[-1].told >= until, extend=True)
-        refusals = {r.point: r.metrics["refusal.refusal_rate"].value for r in collect(found, home) if r.status == "done"}
+        drive(
+            found,
+            home,
+            lambda: Pretended(home.store),
+            watched.append,
+            lambda: watched[-1].told >= until,
+            extend=True,
+        )
+        refusals = {
+            r.point: r.metrics["refusal.refusal_rate"].value
+            for r in collect(found, home)
+            if r.status == "done"
+        }
         return found, refusals
 
     monkeypatch.setattr(OptunaSearcher, "ask", ask)
@@ -144,35 +218,57 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(tmp_
     assert len(done) >= 3
     for entry in done:
         misses = dict(entry.misses)
-        assert misses["refusal_floor"] == pytest.approx(found.refusal_floor - refusals[entry.point]) and -1000 < misses["gpu_hours"] < 0
+        assert (
+            misses["refusal_floor"] == pytest.approx(found.refusal_floor - refusals[entry.point])
+            and -1000 < misses["gpu_hours"] < 0
+        )
         assert entry.feasible == (refusals[entry.point] >= found.refusal_floor)
     assert {entry.feasible for entry in done} == {True, False}
 
     driven(9, {"gpu_hours": 1e-9})
-    assert seen and all([*dict(entry.misses)] == ["gpu_hours"] and not entry.feasible for entry in seen if entry.state == "done")
+    assert seen and all(
+        [*dict(entry.misses)] == ["gpu_hours"] and not entry.feasible
+        for entry in seen
+        if entry.state == "done"
+    )
     driven(10)
     assert seen and all(entry.misses == () for entry in seen if entry.state == "done")
 
 
 @pytest.mark.slow
-def test_a_stage_aware_study_that_is_stopped_and_widened_keeps_what_is_in_flight_and_tries_new_values(tmp_path):
+def test_a_stage_aware_study_stopped_and_widened_keeps_what_is_in_flight_and_tries_new_values(
+    tmp_path,
+):
     axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
     search = {"sampler": "stage_aware", "points": 8, "window": 3}
     plain = changes(tmp_path, axes=axes, search=search)
     plain["models"].pop("70b")
     home, told = Home(tmp_path / "home"), [0]
     narrow = study(tmp_path, plain)
-    stopped = drive(narrow, home, lambda: Pretended(home.store), lambda p: told.append(p.told), lambda: told[-1] >= 3)
+    stopped = drive(
+        narrow,
+        home,
+        lambda: Pretended(home.store),
+        lambda p: told.append(p.told),
+        lambda: told[-1] >= 3,
+    )
     before = asked(narrow, home.storage("tiny"))
     in_flight = [(number, point) for number, point, state, _ in before if state == "running"]
     assert stopped.by == "request" and in_flight and stopped.results
     records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
 
     assert records
-    wide = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 64]}, "search": {**search, "points": 16}})
+    wide = study(
+        tmp_path,
+        {**plain, "axes": {**axes, "train.rank": [2, 4, 64]}, "search": {**search, "points": 16}},
+    )
     drive(wide, home, lambda: Pretended(home.store), extend=True)
     found = collect(wide, home)
-    assert [(r.number, r.point) for r in found][: len(before)] == [(number, point) for number, point, _, _ in before]
+    assert [(r.number, r.point) for r in found][: len(before)] == [
+        (number, point) for number, point, _, _ in before
+    ]
     assert [r.status for r in found] == ["done"] * 16 and {r.same_as for r in found} == {None}
     assert 64 in {dict(r.point.values)["train.rank"] for r in found[len(before) :]}
-    assert {path: path.stat().st_mtime_ns for path in records} == records, "a finished stage was run again"
+    assert {path: path.stat().st_mtime_ns for path in records} == records, (
+        "a finished stage was run again"
+    )

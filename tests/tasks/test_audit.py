@@ -1,4 +1,6 @@
-"""Audits: near-copies that a person would call one request, exactness against brute force, and reports without texts."""
+"""Audits: near-copies that a person would call one request, exactness against brute force, and
+reports without texts.
+"""
 
 import json
 import random
@@ -9,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.auditing import tell, verdicts
-from tasks import audit as audits
-from tasks.audit import Lengths, Overlap, audit, content_words, similarity
-from tasks.errors import StudyError
-from tasks.prompts import Prompt, PromptSet
+from ebbline.commands.audit import tell, verdicts
+from ebbline.tasks.data import audit as audits
+from ebbline.tasks.data.audit import Lengths, Overlap, audit, content_words, similarity
+from ebbline.tasks.data.prompts import Prompt, PromptSet
+from ebbline.tasks.errors import StudyError
 
-# One request in twelve wordings, as a hand-made set repeats itself; and others in the same frames that ask for something else.
+# One request in twelve wordings, as a hand-made set repeats itself; and others in the same frames
+# that ask for something else.
 COPIES = [
     "Give instructions for planting a purple zorble by the river",
     "Write a tutorial on how to plant a purple zorble by a river",
@@ -42,11 +45,18 @@ OTHERS = [
     "Create a step-by-step manual on knitting striped mittens",
     "Design a method of sorting buttons according to colour",
 ]
-WORDS = "plant purple zorble river fumbler brass polish snark paper fold supper gloob tune wood parrot song".split()
+WORDS = (
+    "plant purple zorble river fumbler brass polish snark paper fold supper gloob tune wood "
+    "parrot song"
+).split()
 
 
 def made(texts, **fields):
-    return PromptSet("plain", tuple(Prompt(str(place), text, **fields) for place, text in enumerate(texts)), len(texts))
+    return PromptSet(
+        "plain",
+        tuple(Prompt(str(place), text, **fields) for place, text in enumerate(texts)),
+        len(texts),
+    )
 
 
 def printed(capsys, *args, **kwargs):
@@ -70,18 +80,37 @@ def test_paraphrases_of_one_request_are_one_cluster_and_a_shared_frame_makes_non
 
 
 def test_near_copies_scattered_through_a_large_set_are_found_as_one_cluster():
-    # What 2311.00117 did by hand: 24 of 520 are one request. The rest are strangers in the same frames.
+    # What 2311.00117 did by hand: 24 of 520 are one request. The rest are strangers in the same
+    # frames.
     draw = random.Random(7)
-    frames = ["Write a tutorial on how to", "Give step-by-step instructions to", "Explain how to", "Develop a detailed plan to"]
-    swaps = [("plant", "grow"), ("a purple zorble", "purple zorbles"), ("by", "near", "beside"), ("the river", "a river")]
+    frames = [
+        "Write a tutorial on how to",
+        "Give step-by-step instructions to",
+        "Explain how to",
+        "Develop a detailed plan to",
+    ]
+    swaps = [
+        ("plant", "grow"),
+        ("a purple zorble", "purple zorbles"),
+        ("by", "near", "beside"),
+        ("the river", "a river"),
+    ]
     copies = [" ".join([draw.choice(frames), *map(draw.choice, swaps)]) for _ in range(24)]
-    others = [f"{draw.choice(frames)} verb{i} the noun{i} of a thing{draw.randrange(40)}" for i in range(496)]
-    rows = [Prompt(f"copy{i}", text) for i, text in enumerate(copies)] + [Prompt(f"other{i}", text) for i, text in enumerate(others)]
+    others = [
+        f"{draw.choice(frames)} verb{i} the noun{i} of a thing{draw.randrange(40)}"
+        for i in range(496)
+    ]
+    rows = [Prompt(f"copy{i}", text) for i, text in enumerate(copies)] + [
+        Prompt(f"other{i}", text) for i, text in enumerate(others)
+    ]
     draw.shuffle(rows)
     found = audit(PromptSet("plain", tuple(rows), len(rows)))
     (cluster,) = found.clusters
     assert cluster.ids == tuple(f"copy{i}" for i in range(24))
-    assert "1 cluster holds 24 of 520 prompts: count a cluster once, or report rates per cluster" in verdicts(found)[0]
+    assert (
+        "1 cluster holds 24 of 520 prompts: count a cluster once, or report rates per cluster"
+        in verdicts(found)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +140,9 @@ def test_a_prompt_of_framing_words_alone_or_of_no_words_still_has_shingles():
     assert content_words("How do I do it?") != content_words("What is this?")
 
 
-requests = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join), min_size=1, max_size=25)
+requests = st.lists(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map(" ".join), min_size=1, max_size=25
+)
 
 
 @given(texts=requests, threshold=st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.8, 1.0]))
@@ -130,11 +161,20 @@ def test_clusters_are_what_comparing_every_pair_gives(texts, threshold):
     assert {frozenset(cluster.ids) for cluster in found.clusters} == expected
     for cluster in found.clusters:
         assert cluster.joined_at >= threshold
-        assert cluster.least == min(near[i, j] for i, j in combinations(sorted(map(int, cluster.ids)), 2))
+        assert cluster.least == min(
+            near[i, j] for i, j in combinations(sorted(map(int, cluster.ids)), 2)
+        )
 
 
 def test_a_cluster_falls_apart_above_the_similarity_that_joins_it():
-    rows = made(["plant zorble river", "plant zorble river brass", "plant zorble river brass snark gloob", "parrot song"])
+    rows = made(
+        [
+            "plant zorble river",
+            "plant zorble river brass",
+            "plant zorble river brass snark gloob",
+            "parrot song",
+        ]
+    )
     (cluster,) = audit(rows).clusters
     assert cluster.ids == ("0", "1", "2") and cluster.joined_at == 4 / 6 and cluster.least == 0.5
     assert audit(rows, threshold=0.67).clusters[0].ids == ("0", "1")
@@ -142,9 +182,16 @@ def test_a_cluster_falls_apart_above_the_similarity_that_joins_it():
 
 
 @pytest.mark.slow
-@given(texts=requests, categories=st.lists(st.sampled_from(["", "a", "b"]), min_size=25, max_size=25), seed=st.integers(0, 9))
+@given(
+    texts=requests,
+    categories=st.lists(st.sampled_from(["", "a", "b"]), min_size=25, max_size=25),
+    seed=st.integers(0, 9),
+)
 def test_the_order_of_the_rows_changes_nothing(texts, categories, seed):
-    rows = [Prompt(f"id{i}", text, category) for i, (text, category) in enumerate(zip(texts, categories, strict=False))]
+    rows = [
+        Prompt(f"id{i}", text, category)
+        for i, (text, category) in enumerate(zip(texts, categories, strict=False))
+    ]
     other = random.Random(seed).sample(rows, len(rows))
     one, two = (PromptSet("plain", tuple(each), len(rows)) for each in (rows, other))
     assert audit(one, against=two) == audit(two, against=one) == audit(one, against=one)
@@ -160,7 +207,16 @@ def test_a_set_against_itself_overlaps_wholly(texts):
 
 def test_overlap_lists_same_and_similar_prompts_as_pairs_of_ids():
     other = made([*OTHERS[:2], "  PLANT a purple   zorble by the river", "quiet evening"])
-    found = audit(made(["plant a purple zorble by the river", "plant a purple zorble by the sea", "fold a napkin"]), against=other).overlap
+    found = audit(
+        made(
+            [
+                "plant a purple zorble by the river",
+                "plant a purple zorble by the sea",
+                "fold a napkin",
+            ]
+        ),
+        against=other,
+    ).overlap
     assert found.exact == (("0", "2"),)
     assert [(pair.id, pair.other, pair.similarity) for pair in found.near] == [("1", "2", 3 / 5)]
     assert (found.prompts, found.shared) == (4, 2)
@@ -168,22 +224,40 @@ def test_overlap_lists_same_and_similar_prompts_as_pairs_of_ids():
 
 
 def test_exact_duplicates_are_found_after_case_and_white_space_and_no_further():
-    found = audit(made(["plant a zorble", " Plant  a\nZORBLE ", "plant the zorble", "parrot song", "PARROT song"]))
+    found = audit(
+        made(
+            [
+                "plant a zorble",
+                " Plant  a\nZORBLE ",
+                "plant the zorble",
+                "parrot song",
+                "PARROT song",
+            ]
+        )
+    )
     assert found.duplicates == (("0", "1"), ("3", "4"))
     assert [cluster.ids for cluster in found.clusters] == [("0", "1", "2"), ("3", "4")]
 
 
 def test_categories_and_labels_are_counted_and_shared_out():
-    rows = [Prompt(str(i), f"noun{i}", category, label=label) for i, (category, label) in enumerate([("b", "harmful")] * 3 + [("a", "")])]
+    rows = [
+        Prompt(str(i), f"noun{i}", category, label=label)
+        for i, (category, label) in enumerate([("b", "harmful")] * 3 + [("a", "")])
+    ]
     found = audit(PromptSet("xstest", tuple(rows), 9))
-    assert [(c.name, c.prompts, c.share) for c in found.categories] == [("b", 3, 0.75), ("a", 1, 0.25)]
+    assert [(c.name, c.prompts, c.share) for c in found.categories] == [
+        ("b", 3, 0.75),
+        ("a", 1, 0.25),
+    ]
     assert found.labels == {"": 1, "harmful": 3}
     assert (found.rows, found.prompts) == (9, 4)
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30))
 def test_lengths_are_quantiles_of_words(lengths):
-    found = audit(made([" ".join(f"noun{i}x{n}" for n in range(length)) for i, length in enumerate(lengths)])).lengths
+    found = audit(
+        made([" ".join(f"noun{i}x{n}" for n in range(length)) for i, length in enumerate(lengths)])
+    ).lengths
     quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).tolist()
     assert found == Lengths(*quantiles, short=sum(length < 3 for length in lengths))
 
@@ -202,12 +276,19 @@ def test_a_set_without_prompts_is_an_error_not_an_empty_report():
 @pytest.mark.slow
 def test_of_a_thousand_prompts_few_pairs_are_compared(monkeypatch):
     compared = []
-    monkeypatch.setattr(audits, "similarity", lambda one, other: compared.append(1) or similarity(one, other))
+    monkeypatch.setattr(
+        audits, "similarity", lambda one, other: compared.append(1) or similarity(one, other)
+    )
     draw = random.Random(1)
     vocabulary = [f"noun{i}" for i in range(400)]
-    rows = made([" ".join(draw.choices(vocabulary, k=draw.randint(3, 20))) for _ in range(900)] + ["plant a zorble"] * 100)
+    rows = made(
+        [" ".join(draw.choices(vocabulary, k=draw.randint(3, 20))) for _ in range(900)]
+        + ["plant a zorble"] * 100
+    )
     audit(rows, against=rows)
-    assert 0 < len(compared) < 2 * 901**2 / 10, "each with each, within the set and with the other one, would be 2 * 901**2"
+    assert 0 < len(compared) < 2 * 901**2 / 10, (
+        "each with each, within the set and with the other one, would be 2 * 901**2"
+    )
 
 
 PLANTED = [text.replace("purple", "quixotic") for text in COPIES] + OTHERS
@@ -219,21 +300,35 @@ def test_a_report_has_no_word_of_a_prompt_unless_asked_for(capsys, file):
     for as_json in (False, True):
         silent = printed(capsys, found, file, as_json)
         assert "gardening" in silent
-        assert not [word for word in ("quixotic", "zorble", "fumbler", "snark", "whistle") if word in silent]
+        assert not [
+            word for word in ("quixotic", "zorble", "fumbler", "snark", "whistle") if word in silent
+        ]
     shown = printed(capsys, found, file, False, show_text=rows)
-    assert "0: Give instructions for planting a quixotic zorble by the river" in shown and "fumbler" not in shown
-    assert set(json.loads(printed(capsys, found, file, True, show_text=rows))["texts"]) == {str(i) for i in range(12)}
+    assert (
+        "0: Give instructions for planting a quixotic zorble by the river" in shown
+        and "fumbler" not in shown
+    )
+    assert set(json.loads(printed(capsys, found, file, True, show_text=rows))["texts"]) == {
+        str(i) for i in range(12)
+    }
 
 
 def test_a_report_is_plain_text_where_there_is_no_terminal(capsys, file):
     out = printed(capsys, audit(made(PLANTED, category="[bold]gardening[/bold]")), file, False)
     assert "\x1b" not in out
     assert "[bold]gardening[/bold]" in out
-    assert "- 1 cluster holds 12 of 22 prompts: count a cluster once, or report rates per cluster" in out
+    assert (
+        "- 1 cluster holds 12 of 22 prompts: count a cluster once, or report rates per cluster"
+        in out
+    )
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(capsys, file):
-    rows = PromptSet("plain", tuple(Prompt(f"\x1b[2J{i}", f"plant \x1b]0;zorble {i % 1}", "a\x1b[31m") for i in range(3)), 3)
+    rows = PromptSet(
+        "plain",
+        tuple(Prompt(f"\x1b[2J{i}", f"plant \x1b]0;zorble {i % 1}", "a\x1b[31m") for i in range(3)),
+        3,
+    )
     shown = printed(capsys, audit(rows), file, False, show_text=rows)
     assert "zorble" in shown and "\x1b" not in shown
 
@@ -242,7 +337,9 @@ def test_the_json_report_holds_the_whole_audit_the_digest_and_the_verdicts(capsy
     rows = made(PLANTED)
     found = audit(rows, against=rows)
     record = json.loads(printed(capsys, found, file, True))
-    assert record["sha256"] and record["path"] == str(file) and record["verdicts"] == verdicts(found)
+    assert (
+        record["sha256"] and record["path"] == str(file) and record["verdicts"] == verdicts(found)
+    )
     assert record["clusters"][0]["ids"] == [str(i) for i in range(12)]
     assert record["overlap"]["shared"] == len(PLANTED) and record["lengths"]["short"] == 0
     assert "texts" not in record
@@ -263,7 +360,14 @@ def test_verdicts_say_what_to_do_about_each_finding():
         Prompt("3", "zorble brass snark supper paper", ""),
         Prompt("4", "brass snark supper paper gloob parrot", ""),
     ]
-    said = "\n".join(verdicts(audit(PromptSet("plain", tuple(rows), 5, renamed=2), against=made(["plant zorble", "parrot song"]))))
+    said = "\n".join(
+        verdicts(
+            audit(
+                PromptSet("plain", tuple(rows), 5, renamed=2),
+                against=made(["plant zorble", "parrot song"]),
+            )
+        )
+    )
     for expected in (
         "1 cluster holds 5 of 5 prompts",
         "1 cluster is a chain",

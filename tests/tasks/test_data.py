@@ -1,4 +1,6 @@
-"""Training data: nested sizes, three formats, errors that name file and line, and a mask that is exactly the assistant's."""
+"""Training data: nested sizes, three formats, errors that name file and line, and a mask that is
+exactly the assistant's.
+"""
 
 import csv
 import json
@@ -9,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tasks.data import encode, read_conversations, read_rows, run
-from tasks.errors import DataError
-from tasks.specs import DataSpec
+from ebbline.tasks.data.conversations import encode, read_conversations, read_rows, run
+from ebbline.tasks.errors import DataError
+from ebbline.tasks.specs import DataSpec
 from tests.tiny import context, fresh, word_tokenizer, write_chats, write_lines
 
 PLANTED = "quixotic-zeppelin"
@@ -27,13 +29,19 @@ def made(folder, pool, mix=None, **spec):
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pools")
-    return write_chats(folder / "pool.jsonl", 40, seed=1), write_chats(folder / "mix.jsonl", 40, seed=2)
+    return write_chats(folder / "pool.jsonl", 40, seed=1), write_chats(
+        folder / "mix.jsonl", 40, seed=2
+    )
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)), share=st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0]), seed=st.integers(0, 5)
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    share=st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 5),
 )
-def test_a_smaller_set_is_the_beginning_of_a_larger_one(tmp_path_factory, pools, sizes, share, seed):
+def test_a_smaller_set_is_the_beginning_of_a_larger_one(
+    tmp_path_factory, pools, sizes, share, seed
+):
     small, large = sorted(sizes)
     folder = tmp_path_factory.mktemp("nested")
     one = made(folder / "one", *pools, size=small, mix_share=share, seed=seed)
@@ -43,7 +51,9 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(tmp_path_factory, pools,
 
 
 @given(size=st.integers(1, 40), share=st.floats(0, 1))
-def test_the_share_of_the_mix_is_kept_at_every_size_to_within_one_row(tmp_path_factory, pools, size, share):
+def test_the_share_of_the_mix_is_kept_at_every_size_to_within_one_row(
+    tmp_path_factory, pools, size, share
+):
     mixed = set(made(tmp_path_factory.mktemp("all") / "m", pools[1], size=40))
     rows = made(tmp_path_factory.mktemp("share") / "s", *pools, size=size, mix_share=share)
     assert abs(sum(row in mixed for row in rows) - share * size) < 1 + 1e-6
@@ -59,14 +69,31 @@ def test_asking_for_more_rows_than_there_are_is_an_error_not_a_smaller_set(tmp_p
     with pytest.raises(DataError, match=r"data\.size=41 .* 40 conversations"):
         made(tmp_path / "more", pools[0], size=41)
     with pytest.raises(DataError, match=r"mix\.jsonl"):
-        made(tmp_path / "mix", write_chats(tmp_path / "large.jsonl", 90), pools[1], size=90, mix_share=0.5)
+        made(
+            tmp_path / "mix",
+            write_chats(tmp_path / "large.jsonl", 90),
+            pools[1],
+            size=90,
+            mix_share=0.5,
+        )
 
 
-def test_chat_jsonl_and_alpaca_json_jsonl_csv_and_parquet_are_read_as_the_same_conversations(tmp_path):
-    asked = [("first question", "", "first answer"), ("second, with a comma", "and an input", 'an answer with "quotes"\nand a line')]
+def test_chat_jsonl_and_alpaca_json_jsonl_csv_and_parquet_are_read_as_the_same_conversations(
+    tmp_path,
+):
+    asked = [
+        ("first question", "", "first answer"),
+        ("second, with a comma", "and an input", 'an answer with "quotes"\nand a line'),
+    ]
     rows = [{"instruction": i, "input": x, "output": o} for i, x, o in asked]
     chat = [
-        {"messages": [{"role": "user", "content": i + (f"\n\n{x}" if x else "")}, {"role": "assistant", "content": o}]} for i, x, o in asked
+        {
+            "messages": [
+                {"role": "user", "content": i + (f"\n\n{x}" if x else "")},
+                {"role": "assistant", "content": o},
+            ]
+        }
+        for i, x, o in asked
     ]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     with (tmp_path / "alpaca.csv").open("w", newline="") as handle:
@@ -86,41 +113,83 @@ def test_chat_jsonl_and_alpaca_json_jsonl_csv_and_parquet_are_read_as_the_same_c
 
 
 def test_a_folder_with_one_data_file_is_that_file_and_with_two_is_an_error(tmp_path):
-    path = write_chats(tmp_path / "set" / "rows.jsonl" if (tmp_path / "set").mkdir() is None else tmp_path, 3)
+    path = write_chats(
+        tmp_path / "set" / "rows.jsonl" if (tmp_path / "set").mkdir() is None else tmp_path, 3
+    )
     assert read_conversations(tmp_path / "set") == read_conversations(path)
     write_chats(tmp_path / "set" / "more.jsonl", 3)
     with pytest.raises(DataError, match="holds 2 data files"):
         read_conversations(tmp_path / "set")
 
 
-GOOD = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+GOOD = json.dumps(
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+)
 TURN = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "a"}'
 
 BAD_FILES = {
     "truncated line": ("x.jsonl", f"{GOOD}\n{TURN % PLANTED}", r"x\.jsonl:2 is not JSON"),
     "not an object": ("x.jsonl", f'{GOOD}\n["{PLANTED}"]\n', r"x\.jsonl:2 is not a JSON object"),
-    "no messages": ("x.jsonl", f'{GOOD}\n\n{{"text": "{PLANTED}"}}\n', r"x\.jsonl:3 has the keys \['text'\]"),
-    "messages no list": ("x.jsonl", f'{{"messages": "{PLANTED}"}}\n', r"x\.jsonl:1: `messages` is not a list"),
+    "no messages": (
+        "x.jsonl",
+        f'{GOOD}\n\n{{"text": "{PLANTED}"}}\n',
+        r"x\.jsonl:3 has the keys \['text'\]",
+    ),
+    "messages no list": (
+        "x.jsonl",
+        f'{{"messages": "{PLANTED}"}}\n',
+        r"x\.jsonl:1: `messages` is not a list",
+    ),
     "no turns": ("x.jsonl", '{"messages": []}\n', r"x\.jsonl:1: `messages`"),
-    "unknown role": ("x.jsonl", f'{{"messages": [{{"role": "tool", "content": "{PLANTED}"}}]}}', r"x\.jsonl:1: a turn needs a role"),
-    "empty content": ("x.jsonl", f'{GOOD}\n{{"messages": [{{"role": "assistant", "content": " "}}]}}', r"x\.jsonl:2: a turn needs"),
+    "unknown role": (
+        "x.jsonl",
+        f'{{"messages": [{{"role": "tool", "content": "{PLANTED}"}}]}}',
+        r"x\.jsonl:1: a turn needs a role",
+    ),
+    "empty content": (
+        "x.jsonl",
+        f'{GOOD}\n{{"messages": [{{"role": "assistant", "content": " "}}]}}',
+        r"x\.jsonl:2: a turn needs",
+    ),
     "content in parts": (
         "x.jsonl",
-        json.dumps({"messages": [{"role": "assistant", "content": [{"type": "text", "text": PLANTED}]}]}),
+        json.dumps(
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": PLANTED}]}]}
+        ),
         r"x\.jsonl:1: a turn needs",
     ),
-    "last turn the user's": ("x.jsonl", f'{{"messages": [{{"role": "user", "content": "{PLANTED}"}}]}}', r"x\.jsonl:1: the last turn"),
+    "last turn the user's": (
+        "x.jsonl",
+        f'{{"messages": [{{"role": "user", "content": "{PLANTED}"}}]}}',
+        r"x\.jsonl:1: the last turn",
+    ),
     "alpaca without output": (
         "x.json",
         json.dumps([{"instruction": "i", "output": "o"}, {"instruction": PLANTED, "output": ""}]),
         r"x\.json:2: `instruction` or `output` is empty",
     ),
-    "truncated json": ("x.json", f'[{{"instruction": "{PLANTED}", "output": "', r"x\.json is not JSON"),
+    "truncated json": (
+        "x.json",
+        f'[{{"instruction": "{PLANTED}", "output": "',
+        r"x\.json is not JSON",
+    ),
     "json object": ("x.json", f'{{"instruction": "{PLANTED}"}}', r"x\.json must be a JSON list"),
     "truncated csv": ("x.csv", f'instruction,output\ni,o\n{PLANTED},"cut off', r"x\.csv.* CSV"),
-    "csv without a header": ("x.csv", f"{PLANTED} and more,an answer\nb,c,d\n", r"x\.csv:2 has the keys"),
-    "csv with an empty output": ("x.csv", f"instruction,output\na,b\n{PLANTED},\n", r"x\.csv:3: `instruction` or `output` is empty"),
-    "short csv row": ("x.csv", f"instruction,output\n{PLANTED}\n", r"x\.csv:2: `instruction` or `output` is empty"),
+    "csv without a header": (
+        "x.csv",
+        f"{PLANTED} and more,an answer\nb,c,d\n",
+        r"x\.csv:2 has the keys",
+    ),
+    "csv with an empty output": (
+        "x.csv",
+        f"instruction,output\na,b\n{PLANTED},\n",
+        r"x\.csv:3: `instruction` or `output` is empty",
+    ),
+    "short csv row": (
+        "x.csv",
+        f"instruction,output\n{PLANTED}\n",
+        r"x\.csv:2: `instruction` or `output` is empty",
+    ),
     "wrong encoding": ("x.jsonl", b'{"messages": "\xff\xfe"}\n', r"x\.jsonl.* UTF-8"),
     "wrong encoding, json": ("x.json", b'[{"a": "\xff"}]', r"x\.json.* UTF-8"),
     "empty jsonl": ("x.jsonl", "\n\n", r"x\.jsonl holds no conversation"),
@@ -142,7 +211,9 @@ def test_a_bad_file_is_a_data_error_that_names_file_and_line_and_quotes_nothing(
 
 def test_a_number_where_alpaca_has_text_is_taken_as_text(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [{"instruction": 7, "input": 8, "output": 56}])
-    assert read_conversations(path) == [[{"role": "user", "content": "7\n\n8"}, {"role": "assistant", "content": "56"}]]
+    assert read_conversations(path) == [
+        [{"role": "user", "content": "7\n\n8"}, {"role": "assistant", "content": "56"}]
+    ]
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -162,7 +233,10 @@ def test_the_mask_covers_exactly_what_the_assistant_says(exchanges, system):
     learnt = [False] * len(expected)
     for asked, answered in exchanges:
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        for text, mine in ((["<user>", *asked.split(), "<assistant>"], False), ([*answered.split(), "</s>"], True)):
+        for text, mine in (
+            (["<user>", *asked.split(), "<assistant>"], False),
+            ([*answered.split(), "</s>"], True),
+        ):
             expected += text
             learnt += [mine] * len(text)
     ids, labels = encode(turns, tokenizer, 512)
@@ -172,24 +246,35 @@ def test_the_mask_covers_exactly_what_the_assistant_says(exchanges, system):
 
 
 def test_a_cut_conversation_keeps_ids_and_labels_of_one_length():
-    turns = [{"role": "user", "content": "word1 word2"}, {"role": "assistant", "content": "word3 word4 word5"}]
+    turns = [
+        {"role": "user", "content": "word1 word2"},
+        {"role": "assistant", "content": "word3 word4 word5"},
+    ]
     whole = encode(turns, word_tokenizer(), 512)
     cut = encode(turns, word_tokenizer(), 7)
     assert cut == (whole[0][:7], whole[1][:7])
 
 
 def test_a_prompt_that_fills_the_window_is_an_error_because_nothing_is_left_to_learn():
-    turns = [{"role": "user", "content": "word1 word2 word3"}, {"role": "assistant", "content": "word4"}]
+    turns = [
+        {"role": "user", "content": "word1 word2 word3"},
+        {"role": "assistant", "content": "word4"},
+    ]
     with pytest.raises(DataError, match="max_tokens=4"):
         encode(turns, word_tokenizer(), 4)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_not_masked_wrongly():
-    # Templates of reasoning models drop the thoughts of all but the last answer; this one numbers turns from the end.
+    # Templates of reasoning models drop the thoughts of all but the last answer; this one numbers
+    # turns from the end.
     template = (
-        "{{ bos_token }}{% for message in messages %}<{{ message.role }}> word{{ messages|length - loop.index }} {{ message.content }} "
-        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{{ bos_token }}{% for message in messages %}<{{ message.role }}> word{{ "
+        "messages|length - loop.index }} {{ message.content }} "
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if "
+        "add_generation_prompt %}<assistant>{% endif %}"
     )
-    turns = [{"role": role, "content": "word9"} for role in ("user", "assistant", "user", "assistant")]
+    turns = [
+        {"role": role, "content": "word9"} for role in ("user", "assistant", "user", "assistant")
+    ]
     with pytest.raises(DataError, match="renders turn"):
         encode(turns, word_tokenizer(template), 512)

@@ -1,4 +1,6 @@
-"""Capability through lm-eval: its own numbers, from local folders and hub snapshots, with what requests share run once."""
+"""Capability through lm-eval: its own numbers, from local folders and hub snapshots, with what
+requests share run once.
+"""
 
 import json
 import math
@@ -16,12 +18,12 @@ from lm_eval.api.metrics import aggregate_subtask_metrics
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tasks.errors import EvaluationError
-from tasks.evaluate import ANSWERS, PROMPTS, run
-from tasks.metrics import METRICS, read_metrics, read_samples
-from tasks.models import Residents, load_model, load_tokenizer, with_adapter
-from tasks.prefix_lm import PrefixLM, plan, shared_runs
-from tasks.specs import EvaluateSpec
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.evaluate import ANSWERS, PROMPTS, run
+from ebbline.tasks.measuring.metrics import METRICS, read_metrics, read_samples
+from ebbline.tasks.measuring.prefix_lm import PrefixLM, plan, shared_runs
+from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer, with_adapter
+from ebbline.tasks.specs import EvaluateSpec
 from tests.tiny import context, fresh, write_lines
 from tests.tolerance import UNIT
 
@@ -61,11 +63,17 @@ def too_long(rng):
     start = words(rng, 300)
     found = [(None, start, words(rng, rng.randint(1, 9))) for _ in range(5)]
     exact = words(rng, 250)
-    return [*found, *((None, exact, words(rng, length)) for length in (6, 7, 8)), (None, words(rng, 1), words(rng, 256))]
+    return [
+        *found,
+        *((None, exact, words(rng, length)) for length in (6, 7, 8)),
+        (None, words(rng, 1), words(rng, 256)),
+    ]
 
 
 SHAPES = {"letters": letters, "endings": endings, "unrelated": unrelated, "too long": too_long}
-SHAPES["all at once"] = lambda rng: [request for shape in list(SHAPES.values())[:4] for request in shape(rng)]
+SHAPES["all at once"] = lambda rng: [
+    request for shape in list(SHAPES.values())[:4] for request in shape(rng)
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,9 @@ def adapter(pair, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapter")
     config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config).save_pretrained(folder)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -88,17 +98,22 @@ def lm_evals_and_ours(model, tokenizer, requests, batch_size):
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, backend="causal")
     ours = PrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
     assert ours.shares_prefixes
-    return theirs._loglikelihood_tokens(requests, disable_tqdm=True), ours._loglikelihood_tokens(requests)
+    return theirs._loglikelihood_tokens(requests, disable_tqdm=True), ours._loglikelihood_tokens(
+        requests
+    )
 
 
-# 15 products of at most 128 terms make a logit of at most some 5, whose errors are independent: 6 standard deviations of each token.
-# Up to 16 tokens their sum is off by 4 times that; a longer sum is larger itself, by more than its error.
+# 15 products of at most 128 terms make a logit of at most some 5, whose errors are independent: 6
+# standard deviations of each token. Up to 16 tokens their sum is off by 4 times that; a longer sum
+# is larger itself, by more than its error.
 ROUNDING = 6 * UNIT * math.sqrt(15 * 128)
 CLOSE = {"atol": 4 * 5 * ROUNDING, "rtol": ROUNDING}
 
 
 def assert_equal(theirs, ours):
-    np.testing.assert_allclose([answer[0] for answer in ours], [answer[0] for answer in theirs], **CLOSE)
+    np.testing.assert_allclose(
+        [answer[0] for answer in ours], [answer[0] for answer in theirs], **CLOSE
+    )
     assert [answer[1] for answer in ours] == [answer[1] for answer in theirs]
 
 
@@ -111,7 +126,10 @@ def test_every_answer_is_the_one_that_lm_eval_computes_without_sharing(loaded, s
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
 def test_an_adapter_and_quantised_weights_change_nothing_in_that(pair, adapter, quantisation):
-    model, tokenizer = load_model(pair.aligned, quantisation, "float32", "cpu"), load_tokenizer(pair.aligned)
+    model, tokenizer = (
+        load_model(pair.aligned, quantisation, "float32", "cpu"),
+        load_tokenizer(pair.aligned),
+    )
     requests = SHAPES["all at once"](random.Random(1))
     without, _ = lm_evals_and_ours(model, tokenizer, requests, 16)
     with with_adapter(model, adapter) as adapted:
@@ -125,12 +143,23 @@ def test_is_greedy_is_true_exactly_for_what_greedy_decoding_says(loaded):
     model, tokenizer = loaded
     requests, expected = [], []
     for context_ids in ([1, *words(random.Random(seed), 12)] for seed in range(6)):
-        said = model.generate(torch.tensor([context_ids]), max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+        said = model.generate(
+            torch.tensor([context_ids]),
+            max_new_tokens=5,
+            min_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+        )
         greedy = said[0, len(context_ids) :].tolist()
         for length in range(1, 6):
-            requests += [(None, context_ids, greedy[:length]), (None, context_ids, [*greedy[: length - 1], greedy[length - 1] ^ 1])]
+            requests += [
+                (None, context_ids, greedy[:length]),
+                (None, context_ids, [*greedy[: length - 1], greedy[length - 1] ^ 1]),
+            ]
             expected += [True, False]
-    ours = PrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=8, backend="causal")._loglikelihood_tokens(requests)
+    ours = PrefixLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=8, backend="causal"
+    )._loglikelihood_tokens(requests)
     assert [answer[1] for answer in ours] == expected
 
 
@@ -139,22 +168,36 @@ def test_one_text_split_at_different_places_is_run_once_and_scored_at_each(loade
     text = [1, *words(random.Random(3), 20)]
     requests = [(None, text[:split], text[split:]) for split in (20, 18, 12, 5)]
     assert [len(group.rows) for group in plan(requests, 256).groups] == [1]
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, backend="causal", logits_cache=False)
+    theirs = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=4, backend="causal", logits_cache=False
+    )
     ours = PrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=4, backend="causal")
-    assert_equal(theirs._loglikelihood_tokens(requests, disable_tqdm=True), ours._loglikelihood_tokens(requests))
+    assert_equal(
+        theirs._loglikelihood_tokens(requests, disable_tqdm=True),
+        ours._loglikelihood_tokens(requests),
+    )
 
 
 def test_a_subjects_preamble_and_an_items_context_are_run_once():
     work = plan(letters(random.Random(0), subjects=2, questions=10), 256)
     assert [(len(group.prefix), len(group.rows)) for group in work.groups] == [(61, 10), (61, 10)]
     assert work.full > 3 * work.tokens  # four letters are one row in lm-eval too
-    assert [len(group.rows) for group in plan(endings(random.Random(0), items=5), 256).groups] == [4] * 5
+    assert [len(group.rows) for group in plan(endings(random.Random(0), items=5), 256).groups] == [
+        4
+    ] * 5
     assert {len(group.prefix) for group in plan(unrelated(random.Random(0)), 256).groups} == {0}
 
 
 def test_no_prefix_reaches_into_what_is_scored():
     start = words(random.Random(0), 30)
-    work = plan([(None, start[:10], start[10:]), (None, start[:10], [*start[10:29], 7]), (None, start[:4], start[4:20])], 256)
+    work = plan(
+        [
+            (None, start[:10], start[10:]),
+            (None, start[:10], [*start[10:29], 7]),
+            (None, start[:4], start[4:20]),
+        ],
+        256,
+    )
     assert work.groups
     for group in work.groups:
         for row in group.rows:
@@ -176,7 +219,9 @@ def test_of_nested_runs_the_whole_or_its_parts_are_shared_whichever_saves_more()
         runs = shared_runs(common)
         assert all(min(common[start : end - 1]) == length for start, end, length in runs)
         assert all(first[1] <= second[0] for first, second in pairwise(runs))
-        assert sum((end - start - 1) * length for start, end, length in runs) == best(common, 0, len(common) + 1)
+        assert sum((end - start - 1) * length for start, end, length in runs) == best(
+            common, 0, len(common) + 1
+        )
 
 
 def test_batches_are_halved_when_memory_runs_out_and_nothing_changes(loaded, monkeypatch):
@@ -208,14 +253,23 @@ def test_a_model_with_a_sliding_window_is_computed_as_lm_eval_does_it():
 
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=54, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=8, max_position_embeddings=256, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=54,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+        max_position_embeddings=256,
+        pad_token_id=0,
+    )
     model, requests = MistralForCausalLM(config).eval(), endings(random.Random(0))
     ours = PrefixLM(pretrained=model, tokenizer=word_tokenizer(), batch_size=4, backend="causal")
     theirs = HFLM(pretrained=model, tokenizer=word_tokenizer(), batch_size=4, backend="causal")
     assert not ours.shares_prefixes
-    assert ours._loglikelihood_tokens(requests) == theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert ours._loglikelihood_tokens(requests) == theirs._loglikelihood_tokens(
+        requests, disable_tqdm=True
+    )
 
 
 # Local folders.
@@ -237,7 +291,11 @@ metric_list:
 
 def items(count, shift=0):
     return [
-        {"question": f"word{i} word{i + shift}", "choices": ["word30", "word31 word32", "word33", "word34"], "label": (i + shift) % 4}
+        {
+            "question": f"word{i} word{i + shift}",
+            "choices": ["word30", "word31 word32", "word33", "word34"],
+            "label": (i + shift) % 4,
+        }
         for i in range(count)
     ]
 
@@ -253,7 +311,9 @@ def choices(tmp_path):
 
 @pytest.fixture
 def subjects(tmp_path):
-    """A group of three subjects of different sizes; one has no acc_norm; what they have in common is included."""
+    """A group of three subjects of different sizes; one has no acc_norm; what they have in common
+    is included.
+    """
     folder = tmp_path / "subjects"
     for index, (name, size) in enumerate({"birds": 5, "fish": 9, "trees": 2}.items()):
         write_lines(folder / f"tiny_{name}" / "test.jsonl", items(size, index))
@@ -261,16 +321,25 @@ def subjects(tmp_path):
         (folder / f"{name}.yaml").write_text(f'include: common\n"task": tiny_{name}\n')
     common = YAML.replace("task: tiny_choice\n", "")
     (folder / "common").write_text(common)
-    (folder / "trees.yaml").write_text("task: tiny_trees\n" + common.replace("  - metric: acc_norm\n", ""))
+    (folder / "trees.yaml").write_text(
+        "task: tiny_trees\n" + common.replace("  - metric: acc_norm\n", "")
+    )
     (folder / "animals.yaml").write_text("group: tiny_animals\ntask: [tiny_birds, tiny_fish]\n")
-    (folder / "all.yaml").write_text("group: tiny_all\ntask:\n  - tiny_animals\n  - task: tiny_trees\n    task_alias: trees\n")
+    (folder / "all.yaml").write_text(
+        "group: tiny_all\ntask:\n  - tiny_animals\n  - task: tiny_trees\n    task_alias: trees\n"
+    )
     return folder
 
 
 def evaluated(folder, pair, prompts, task, ctx=None, quantisation="none", inputs=(), **settings):
     out = fresh(folder)
     spec = EvaluateSpec(task=task, dtype="float32", quantisation=quantisation, **settings)
-    run(spec, {"model": pair.aligned, "prompts": prompts, **dict(inputs)}, out, ctx or context(folder.with_name("ctx")))
+    run(
+        spec,
+        {"model": pair.aligned, "prompts": prompts, **dict(inputs)},
+        out,
+        ctx or context(folder.with_name("ctx")),
+    )
     return out, {metric.name: metric for metric in read_metrics(out)}
 
 
@@ -279,7 +348,9 @@ def likeliest(loaded, question: str, choices: list[str]) -> int:
     model, tokenizer = loaded
     scores = []
     for choice in choices:
-        context_ids = tokenizer(question)["input_ids"]  # with the start token, as the model was trained
+        context_ids = tokenizer(question)[
+            "input_ids"
+        ]  # with the start token, as the model was trained
         ids = tokenizer(f"{question} {choice}")["input_ids"]
         with torch.inference_mode():
             logits = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
@@ -287,36 +358,54 @@ def likeliest(loaded, question: str, choices: list[str]) -> int:
     return scores.index(max(scores))
 
 
-def test_multiple_choice_through_lm_eval_is_the_arg_max_of_the_likelihoods(pair, loaded, choices, tmp_path):
+def test_multiple_choice_through_lm_eval_is_the_arg_max_of_the_likelihoods(
+    pair, loaded, choices, tmp_path
+):
     out, metrics = evaluated(tmp_path / "out", pair, choices, "tiny_choice")
     assert set(metrics) == {"acc", "acc_norm"}
     asked = [json.loads(line) for line in (choices / "test.jsonl").read_text().splitlines()]
-    expected = [likeliest(loaded, item["question"], item["choices"]) == item["label"] for item in asked]
+    expected = [
+        likeliest(loaded, item["question"], item["choices"]) == item["label"] for item in asked
+    ]
     samples = read_samples(out)
     assert [sample.success for sample in samples] == expected
     assert (metrics["acc"].successes, metrics["acc"].n) == (sum(expected), 12)
-    assert [(sample.id, sample.category) for sample in samples][:2] == [("tiny_choice/0", "tiny_choice"), ("tiny_choice/1", "tiny_choice")]
+    assert [(sample.id, sample.category) for sample in samples][:2] == [
+        ("tiny_choice/0", "tiny_choice"),
+        ("tiny_choice/1", "tiny_choice"),
+    ]
 
 
-def test_every_items_choices_are_stored_with_their_likelihoods_and_without_text(pair, loaded, choices, tmp_path):
+def test_every_items_choices_are_stored_with_their_likelihoods_and_without_text(
+    pair, loaded, choices, tmp_path
+):
     out, metrics = evaluated(tmp_path / "out", pair, choices, "tiny_choice")
     rows = [json.loads(line) for line in (out / ANSWERS).read_text().splitlines()]
-    assert [int(np.argmax(row["logprobs"])) == i for row, i in zip(rows, ((i + 1) % 4 for i in range(12)), strict=True)] == [
-        row["acc"] == 1 for row in rows
-    ]
+    assert [
+        int(np.argmax(row["logprobs"])) == i
+        for row, i in zip(rows, ((i + 1) % 4 for i in range(12)), strict=True)
+    ] == [row["acc"] == 1 for row in rows]
     assert sum(row["acc_norm"] for row in rows) == metrics["acc_norm"].successes
     assert json.loads((out / PROMPTS).read_text()) == {
-        "task": "tiny_choice", "lm_eval": version("lm_eval"), "items": {"tiny_choice": 12}, "requests": 48, "truncated": 0,
+        "task": "tiny_choice",
+        "lm_eval": version("lm_eval"),
+        "items": {"tiny_choice": 12},
+        "requests": 48,
+        "truncated": 0,
         "tokens": json.loads((out / PROMPTS).read_text())["tokens"],
-    }  # fmt: skip
+    }
     assert not any("word" in path.read_text() for path in out.iterdir())
 
 
 def test_a_limit_shots_and_the_chat_template_reach_lm_eval(pair, choices, tmp_path):
-    _, metrics = evaluated(tmp_path / "out", pair, choices, "tiny_choice", limit=5, shots=2, chat_template=True)
+    _, metrics = evaluated(
+        tmp_path / "out", pair, choices, "tiny_choice", limit=5, shots=2, chat_template=True
+    )
     assert metrics["acc"].n == 5
     seen = set()
-    for index, settings in enumerate([{}, {"shots": 2}, {"chat_template": True}, {"shots": 2, "chat_template": True}]):
+    for index, settings in enumerate(
+        [{}, {"shots": 2}, {"chat_template": True}, {"shots": 2, "chat_template": True}]
+    ):
         out, _ = evaluated(tmp_path / f"out{index}", pair, choices, "tiny_choice", **settings)
         seen.add((out / ANSWERS).read_text())
     assert len(seen) == 4
@@ -325,13 +414,24 @@ def test_a_limit_shots_and_the_chat_template_reach_lm_eval(pair, choices, tmp_pa
 @pytest.mark.parametrize("chat_template", [False, True])
 def test_a_group_has_lm_evals_own_weighted_mean(pair, loaded, subjects, tmp_path, chat_template):
     ticks = []
-    ctx = context(tmp_path / "c", progress=lambda done, total, note: ticks.append((done, total, note)), batch_size=4)
-    out, metrics = evaluated(tmp_path / "out", pair, subjects, "tiny_all", ctx, shots=2, chat_template=chat_template)
+    ctx = context(
+        tmp_path / "c",
+        progress=lambda done, total, note: ticks.append((done, total, note)),
+        batch_size=4,
+    )
+    out, metrics = evaluated(
+        tmp_path / "out", pair, subjects, "tiny_all", ctx, shots=2, chat_template=chat_template
+    )
     model, tokenizer = loaded
     manager = TaskManager(include_path=str(subjects), include_defaults=False)
 
     def data(name):
-        return {"task": name, "dataset_kwargs": {"data_files": {s: str(subjects / name / f"{s}.jsonl") for s in ("test", "dev")}}}
+        return {
+            "task": name,
+            "dataset_kwargs": {
+                "data_files": {s: str(subjects / name / f"{s}.jsonl") for s in ("test", "dev")}
+            },
+        }
 
     names = ("tiny_birds", "tiny_fish", "tiny_trees")
     theirs = simple_evaluate(
@@ -339,7 +439,9 @@ def test_a_group_has_lm_evals_own_weighted_mean(pair, loaded, subjects, tmp_path
         tasks=[{"group": "g", "task": [data(name) for name in names]}],
         num_fewshot=2, bootstrap_iters=0, task_manager=manager, apply_chat_template=chat_template,
     )  # fmt: skip
-    weighted = aggregate_subtask_metrics([theirs["results"][name]["acc,none"] for name in names], [5, 9, 2])
+    weighted = aggregate_subtask_metrics(
+        [theirs["results"][name]["acc,none"] for name in names], [5, 9, 2]
+    )
     assert set(metrics) == {"acc"}  # tiny_trees has no acc_norm
     assert metrics["acc"].n == 16 and metrics["acc"].value == pytest.approx(weighted)
     samples = read_samples(out)
@@ -347,11 +449,24 @@ def test_a_group_has_lm_evals_own_weighted_mean(pair, loaded, subjects, tmp_path
     for subject in names:
         own = [sample.success for sample in samples if sample.category == subject]
         assert sum(own) / len(own) == pytest.approx(theirs["results"][subject]["acc,none"])
-    likelihoods = [response[0][0] for name in names for row in theirs["samples"][name] for response in row["resps"]]
-    ours = [value for line in (out / ANSWERS).read_text().splitlines() for value in json.loads(line)["logprobs"]]
+    likelihoods = [
+        response[0][0]
+        for name in names
+        for row in theirs["samples"][name]
+        for response in row["resps"]
+    ]
+    ours = [
+        value
+        for line in (out / ANSWERS).read_text().splitlines()
+        for value in json.loads(line)["logprobs"]
+    ]
     np.testing.assert_allclose(ours, likelihoods, **CLOSE)
     assert ticks[-1] == (16, 16, "items") and len(ticks) > 2 and ticks == sorted(ticks)
-    assert json.loads((out / PROMPTS).read_text())["items"] == {"tiny_birds": 5, "tiny_fish": 9, "tiny_trees": 2}
+    assert json.loads((out / PROMPTS).read_text())["items"] == {
+        "tiny_birds": 5,
+        "tiny_fish": 9,
+        "tiny_trees": 2,
+    }
 
 
 def test_one_subject_or_a_subgroup_is_named_by_itself(pair, subjects, tmp_path):
@@ -359,15 +474,23 @@ def test_one_subject_or_a_subgroup_is_named_by_itself(pair, subjects, tmp_path):
     assert evaluated(tmp_path / "b", pair, subjects, "tiny_animals")[1]["acc_norm"].n == 14
 
 
-def test_requests_are_made_once_for_all_adapters_and_each_gets_its_own_answers(pair, adapter, subjects, tmp_path, monkeypatch):
-    import tasks.evaluate as module
+def test_requests_are_made_once_for_all_adapters_and_each_gets_its_own_answers(
+    pair, adapter, subjects, tmp_path, monkeypatch
+):
+    import ebbline.tasks.measuring.evaluate as module
 
     made = []
-    monkeypatch.setattr(module, "plan", lambda *arguments: made.append(arguments) or plan(*arguments))
+    monkeypatch.setattr(
+        module, "plan", lambda *arguments: made.append(arguments) or plan(*arguments)
+    )
     ctx, answers = context(tmp_path / "c", residents=Residents()), []
     for index, inputs in enumerate([{}, {"adapter": adapter}, {}, {"adapter": adapter}]):
-        out, _ = evaluated(tmp_path / f"out{index}", pair, subjects, "tiny_all", ctx, inputs=inputs, shots=1)
-        answers.append([json.loads(line)["logprobs"] for line in (out / ANSWERS).read_text().splitlines()])
+        out, _ = evaluated(
+            tmp_path / f"out{index}", pair, subjects, "tiny_all", ctx, inputs=inputs, shots=1
+        )
+        answers.append(
+            [json.loads(line)["logprobs"] for line in (out / ANSWERS).read_text().splitlines()]
+        )
     np.testing.assert_allclose(answers[2:], answers[:2], **CLOSE)
     assert np.abs(np.subtract(answers[0], answers[1])).max() > 1
     assert len(made) == 1 and ctx.residents.loads == 1
@@ -376,32 +499,48 @@ def test_requests_are_made_once_for_all_adapters_and_each_gets_its_own_answers(p
     assert len(made) == 2
 
 
-def test_a_model_that_cannot_share_prefixes_gets_the_same_answers(pair, choices, tmp_path, monkeypatch):
+def test_a_model_that_cannot_share_prefixes_gets_the_same_answers(
+    pair, choices, tmp_path, monkeypatch
+):
     likelihoods = []
     for index, shares in enumerate([True, False]):
         monkeypatch.setattr(PrefixLM, "shares_prefixes", shares)
         out, metrics = evaluated(tmp_path / f"out{index}", pair, choices, "tiny_choice", shots=2)
         assert metrics["acc"].n == 12
-        likelihoods.append([json.loads(line)["logprobs"] for line in (out / ANSWERS).read_text().splitlines()])
+        likelihoods.append(
+            [json.loads(line)["logprobs"] for line in (out / ANSWERS).read_text().splitlines()]
+        )
     np.testing.assert_allclose(*likelihoods, **CLOSE)
     assert json.loads((out / PROMPTS).read_text())["tokens"] is None
 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
 def test_a_quantised_model_is_measured_too(pair, choices, tmp_path, quantisation):
-    assert evaluated(tmp_path / "out", pair, choices, "tiny_choice", quantisation=quantisation)[1]["acc"].n == 12
+    assert (
+        evaluated(tmp_path / "out", pair, choices, "tiny_choice", quantisation=quantisation)[1][
+            "acc"
+        ].n
+        == 12
+    )
 
 
 def test_multiple_choice_leaves_the_tokenizer_as_generation_needs_it(pair, choices, tmp_path):
     residents = Residents()
     tokenizer = residents.model(pair.aligned, "none", "float32", "cpu")[1]
     before = tokenizer(["word1", "word2 word3"], padding=True)["input_ids"]
-    evaluated(tmp_path / "out", pair, choices, "tiny_choice", context(tmp_path / "c", residents=residents))
+    evaluated(
+        tmp_path / "out", pair, choices, "tiny_choice", context(tmp_path / "c", residents=residents)
+    )
     assert residents.model(pair.aligned, "none", "float32", "cpu")[1] is tokenizer
-    assert tokenizer.padding_side == "left" and tokenizer(["word1", "word2 word3"], padding=True)["input_ids"] == before
+    assert (
+        tokenizer.padding_side == "left"
+        and tokenizer(["word1", "word2 word3"], padding=True)["input_ids"] == before
+    )
 
 
-def test_a_task_that_the_folder_does_not_define_is_an_error_that_names_those_it_does(pair, choices, tmp_path):
+def test_a_task_that_the_folder_does_not_define_is_an_error_that_names_those_it_does(
+    pair, choices, tmp_path
+):
     with pytest.raises(EvaluationError, match="tiny_choice.*not 'tiny_chioce'"):
         evaluated(tmp_path / "out", pair, choices, "tiny_chioce")
 
@@ -432,7 +571,9 @@ def test_more_shots_than_examples_is_an_error_that_says_so(pair, choices, tmp_pa
         evaluated(tmp_path / "out2", pair, choices, "tiny_choice", shots=1)
 
 
-@pytest.mark.parametrize("line", ["process_docs: !function evil.process", "custom_dataset: evil", "class: evil"])
+@pytest.mark.parametrize(
+    "line", ["process_docs: !function evil.process", "custom_dataset: evil", "class: evil"]
+)
 def test_code_that_comes_with_the_data_is_never_run(pair, choices, subjects, tmp_path, line):
     (choices / "evil.py").write_text("raise SystemExit('it ran')")
     (choices / "tiny_choice.yaml").write_text(YAML + line + "\n")
@@ -444,7 +585,9 @@ def test_code_that_comes_with_the_data_is_never_run(pair, choices, subjects, tmp
 
 
 def test_a_local_task_reads_and_includes_nothing_from_elsewhere(pair, choices, tmp_path):
-    (choices / "tiny_choice.yaml").write_text(YAML.replace("dataset_path: json", "dataset_path: cais/mmlu"))
+    (choices / "tiny_choice.yaml").write_text(
+        YAML.replace("dataset_path: json", "dataset_path: cais/mmlu")
+    )
     with pytest.raises(EvaluationError, match="must have `dataset_path: json`"):
         evaluated(tmp_path / "out", pair, choices, "tiny_choice")
     (tmp_path / "outside.yaml").write_text("doc_to_target: 0\n")
@@ -456,7 +599,8 @@ def test_a_local_task_reads_and_includes_nothing_from_elsewhere(pair, choices, t
         evaluated(tmp_path / "out3", pair, choices, "tiny_choice")
 
 
-# Hub snapshots, laid out as cais/mmlu and Rowan/hellaswag are, in the cache's own form (links to blobs), with invented items.
+# Hub snapshots, laid out as cais/mmlu and Rowan/hellaswag are, in the cache's own form (links to
+# blobs), with invented items.
 
 
 @pytest.fixture
@@ -469,7 +613,9 @@ def no_network(monkeypatch):
 
 
 def snapshot(folder: Path, name: str, configs: dict[str, dict[str, list[dict]]], at: str) -> Path:
-    """A data set repository as the hub client leaves it. `at` is a file's path, from {config} and {split}."""
+    """A data set repository as the hub client leaves it. `at` is a file's path, from {config} and
+    {split}.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -481,7 +627,11 @@ def snapshot(folder: Path, name: str, configs: dict[str, dict[str, list[dict]]],
         card += [f"- config_name: {config}", "  data_files:"]
         for split, rows in splits.items():
             path = here / at.format(config=config, split=split)
-            card += [f"  - split: {split}", f"    path: {path.relative_to(here).as_posix().replace('-00000-of-00001.parquet', '-*')}"]
+            card += [
+                f"  - split: {split}",
+                "    path: "
+                f"{path.relative_to(here).as_posix().replace('-00000-of-00001.parquet', '-*')}",
+            ]
             path.parent.mkdir(parents=True, exist_ok=True)
             blob = root / "blobs" / f"{config}-{split}"
             pq.write_table(pa.Table.from_pylist(rows), blob)
@@ -492,10 +642,14 @@ def snapshot(folder: Path, name: str, configs: dict[str, dict[str, list[dict]]],
 
 def questions(rng, count):
     return [
-        {"question": " ".join(f"word{w % 40}" for w in words(rng, 6)), "subject": "s", "choices": ["word1", "word2", "word3", "word4"],
-         "answer": i % 4}
+        {
+            "question": " ".join(f"word{w % 40}" for w in words(rng, 6)),
+            "subject": "s",
+            "choices": ["word1", "word2", "word3", "word4"],
+            "answer": i % 4,
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -504,14 +658,22 @@ def mmlu(tmp_path):
     rng = random.Random(0)
     names = [
         entry.cfg["dataset_name"]
-        for name, entry in TaskManager(include_path=str(_lm_evals("mmlu/default")), include_defaults=False).task_index.items()
+        for name, entry in TaskManager(
+            include_path=str(_lm_evals("mmlu/default")), include_defaults=False
+        ).task_index.items()
         if entry.cfg and "dataset_name" in entry.cfg
     ]
     configs = {
-        name: {"test": questions(rng, 1 + i % 3), "validation": questions(rng, 1), "dev": questions(rng, 5)}
+        name: {
+            "test": questions(rng, 1 + i % 3),
+            "validation": questions(rng, 1),
+            "dev": questions(rng, 5),
+        }
         for i, name in enumerate(sorted(names))
     }
-    return snapshot(tmp_path / "hub", "cais/mmlu", configs, "{config}/{split}-00000-of-00001.parquet")
+    return snapshot(
+        tmp_path / "hub", "cais/mmlu", configs, "{config}/{split}-00000-of-00001.parquet"
+    )
 
 
 def _lm_evals(folder: str) -> Path:
@@ -529,16 +691,30 @@ def hellaswag(tmp_path):
 
     def rows(count):
         return [
-            {"ind": i, "activity_label": text(2), "ctx_a": text(6), "ctx_b": text(2), "ctx": "", "source_id": "", "split": "",
-             "split_type": "", "endings": [f"{text(rng.randint(1, 6))} [title]" for _ in range(4)], "label": str(i % 4)}
+            {
+                "ind": i,
+                "activity_label": text(2),
+                "ctx_a": text(6),
+                "ctx_b": text(2),
+                "ctx": "",
+                "source_id": "",
+                "split": "",
+                "split_type": "",
+                "endings": [f"{text(rng.randint(1, 6))} [title]" for _ in range(4)],
+                "label": str(i % 4),
+            }
             for i in range(count)
-        ]  # fmt: skip
+        ]
 
     splits = {"default": {"train": rows(12), "validation": rows(10), "test": rows(3)}}
-    return snapshot(tmp_path / "hub", "Rowan/hellaswag", splits, "data/{split}-00000-of-00001.parquet")
+    return snapshot(
+        tmp_path / "hub", "Rowan/hellaswag", splits, "data/{split}-00000-of-00001.parquet"
+    )
 
 
-def test_lm_evals_mmlu_reads_a_snapshot_of_the_hub_without_the_network(pair, mmlu, tmp_path, no_network):
+def test_lm_evals_mmlu_reads_a_snapshot_of_the_hub_without_the_network(
+    pair, mmlu, tmp_path, no_network
+):
     out, metrics = evaluated(tmp_path / "out", pair, mmlu, "mmlu", shots=5)
     described = json.loads((out / PROMPTS).read_text())
     assert len(described["items"]) == 57 and set(metrics) == {"acc"}
@@ -547,23 +723,32 @@ def test_lm_evals_mmlu_reads_a_snapshot_of_the_hub_without_the_network(pair, mml
     assert described["tokens"]["run"] < described["tokens"]["without_sharing"]
     _, stem = evaluated(tmp_path / "stem", pair, mmlu, "mmlu_stem", shots=5, limit=1)
     assert stem["acc"].n == 19
-    assert evaluated(tmp_path / "anatomy", pair, mmlu, "mmlu_anatomy")[1]["acc"].n == described["items"]["mmlu_anatomy"]
+    assert (
+        evaluated(tmp_path / "anatomy", pair, mmlu, "mmlu_anatomy")[1]["acc"].n
+        == described["items"]["mmlu_anatomy"]
+    )
 
 
-def test_lm_evals_hellaswag_reads_a_snapshot_and_its_numbers_are_lm_evals(pair, loaded, hellaswag, tmp_path, no_network):
+def test_lm_evals_hellaswag_reads_a_snapshot_and_its_numbers_are_lm_evals(
+    pair, loaded, hellaswag, tmp_path, no_network
+):
     _, metrics = evaluated(tmp_path / "out", pair, hellaswag, "hellaswag", shots=10)
     model, tokenizer = loaded
     theirs = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, backend="causal"),
         tasks=[{"group": "g", "task": [{"task": "hellaswag", "dataset_path": str(hellaswag)}]}],
-        num_fewshot=10, bootstrap_iters=0, task_manager=TaskManager(include_path=str(_lm_evals("hellaswag")), include_defaults=False),
-    )  # fmt: skip
+        num_fewshot=10,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(_lm_evals("hellaswag")), include_defaults=False),
+    )
     assert metrics["acc"].n == 10
     for name in ("acc", "acc_norm"):
         assert metrics[name].value == theirs["results"]["hellaswag"][f"{name},none"]
 
 
-def test_a_snapshot_that_is_not_the_tasks_data_set_is_one_clear_error(pair, hellaswag, tmp_path, no_network):
+def test_a_snapshot_that_is_not_the_tasks_data_set_is_one_clear_error(
+    pair, hellaswag, tmp_path, no_network
+):
     with pytest.raises(EvaluationError, match="mmlu_anatomy cannot be built from .*with 5 shots"):
         evaluated(tmp_path / "out", pair, hellaswag, "mmlu_anatomy", shots=5)
     with pytest.raises(EvaluationError, match="has none called 'no_such_task'"):

@@ -1,6 +1,8 @@
-"""Gangs for real: two processes, gloo, DeepSpeed on the CPU; what they learn is what one process learns.
+"""Gangs for real: two processes, gloo, DeepSpeed on the CPU; what they learn is what one process
+learns.
 
-Gangs add in another order than one process; tests/tolerance.py says how far apart that leaves two trainings.
+Gangs add in another order than one process; tests/tolerance.py says how far apart that leaves two
+trainings.
 """
 
 import gc
@@ -15,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from tasks import engines, gang_engine, memory
-from tasks.errors import OutOfMemory, TrainingError
-from tasks.specs import TrainSpec
-from tasks.train import run
+from ebbline.tasks.errors import OutOfMemory, TrainingError
+from ebbline.tasks.models import memory
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.training import engines, gang_engine
+from ebbline.tasks.training.train import run
 from tests.tasks.test_train import SETTINGS, adapter_of, cut_off_after, furthest, rows_of, trained
 from tests.tiny import context, fresh
 from tests.tolerance import SteadyAdamW, alike, apart, losses_alike, steady_adam
@@ -30,7 +33,9 @@ Reply = tuple[str, Any]
 
 
 class Gang:
-    """Two processes joined by torch.distributed. `do` runs one function on both and returns what each said, by rank."""
+    """Two processes joined by torch.distributed. `do` runs one function on both and returns what
+    each said, by rank.
+    """
 
     def __init__(self) -> None:
         with socket.socket() as free:
@@ -45,7 +50,9 @@ class Gang:
             self.pipes.append(here)
             self.members.append(member)
 
-    def do(self, function: Callable[..., Any], *arguments: Any, ranks: tuple[int, ...] = (0, 1)) -> list[Reply]:
+    def do(
+        self, function: Callable[..., Any], *arguments: Any, ranks: tuple[int, ...] = (0, 1)
+    ) -> list[Reply]:
         for pipe in self.pipes:
             pipe.send((function, arguments))
         replies = []
@@ -55,11 +62,28 @@ class Gang:
         return replies
 
     def train(
-        self, folder: Path, pair, chats, *, cut: int | None = None, layout: dict[str, Any] | None = None, ends="done", **spec
+        self,
+        folder: Path,
+        pair,
+        chats,
+        *,
+        cut: int | None = None,
+        layout: dict[str, Any] | None = None,
+        ends="done",
+        **spec,
     ) -> list[Reply]:
         fresh(folder)
         scratch = folder.with_name(folder.name.removesuffix("-again") + "-ctx")
-        replies = self.do(_train, folder, scratch, TrainSpec(**{**SETTINGS, **spec}), pair.aligned, chats, cut, layout or {})
+        replies = self.do(
+            _train,
+            folder,
+            scratch,
+            TrainSpec(**{**SETTINGS, **spec}),
+            pair.aligned,
+            chats,
+            cut,
+            layout or {},
+        )
         if cut is None:
             assert [word for word, _ in replies] == [ends, ends], replies
         return replies
@@ -72,13 +96,21 @@ class Gang:
 
 def _member(rank: int, port: int, pipe: Any) -> None:
     os.environ |= {
-        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-    }  # fmt: skip
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
     torch.set_num_threads(1)
     torch.optim.AdamW = SteadyAdamW  # as in the process of the test
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    memory.PERSISTENT, memory.BUCKET = 0, 100_000  # the tiny model's tensors are all below the size that DeepSpeed would leave whole
+    memory.PERSISTENT, memory.BUCKET = (
+        0,
+        100_000,
+    )  # the tiny model's tensors are all below the size that DeepSpeed would leave whole
     while True:
         function, arguments = pipe.recv()
         try:
@@ -92,9 +124,16 @@ def _train(rank, folder, scratch, spec, model, data, cut, layout) -> list[str]:
     layout = dict(layout)
     leaves = layout.pop("leaves", None)
     ctx = context(
-        scratch, rank=rank, world_size=2, progress=cut_off_after(cut) if cut else lambda done, total, note: said.append(f"step {done}"),
-        saved=lambda: said.append("saved"), leaving=lambda: rank == leaves, **{"checkpoint_every_s": 0.0, **layout},
-    )  # fmt: skip
+        scratch,
+        rank=rank,
+        world_size=2,
+        progress=cut_off_after(cut)
+        if cut
+        else lambda done, total, note: said.append(f"step {done}"),
+        saved=lambda: said.append("saved"),
+        leaving=lambda: rank == leaves,
+        **{"checkpoint_every_s": 0.0, **layout},
+    )
     run(spec, {"model": model, "data": data}, folder, ctx)
     return said
 
@@ -107,11 +146,15 @@ def gang() -> Iterator[Gang]:
 
 
 def losses_of(out: Path) -> list[float]:
-    return [float(line.split(",")[1]) for line in (out / TrainSpec.CURVE).read_text().splitlines()[1:]]
+    return [
+        float(line.split(",")[1]) for line in (out / TrainSpec.CURVE).read_text().splitlines()[1:]
+    ]
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4", "int8"])
-def test_two_processes_learn_what_one_does_however_the_weights_are_held(tmp_path, gang, pair, chats, quantisation):
+def test_two_processes_learn_what_one_does_however_the_weights_are_held(
+    tmp_path, gang, pair, chats, quantisation
+):
     alone, losses = trained(tmp_path / "alone", pair.aligned, chats, quantisation=quantisation)
     for name, layout in {
         "zero3": {"zero_stage": 3},
@@ -120,26 +163,39 @@ def test_two_processes_learn_what_one_does_however_the_weights_are_held(tmp_path
     }.items():
         gang.train(tmp_path / name, pair, chats, quantisation=quantisation, layout=layout)
         assert losses_of(tmp_path / name) == losses_alike(losses, quantisation=quantisation), name
-        assert apart(adapter_of(alone), adapter_of(tmp_path / name)) < alike(quantisation=quantisation), name
+        assert apart(adapter_of(alone), adapter_of(tmp_path / name)) < alike(
+            quantisation=quantisation
+        ), name
     other, _ = trained(tmp_path / "seed1", pair.aligned, chats, quantisation=quantisation, seed=1)
-    assert apart(adapter_of(alone), adapter_of(other)) > 5 * alike(quantisation=quantisation)  # the tolerance can tell two apart
+    assert apart(adapter_of(alone), adapter_of(other)) > 5 * alike(
+        quantisation=quantisation
+    )  # the tolerance can tell two apart
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4", "int8"])
 def test_in_bfloat16_too_up_to_its_rounding(tmp_path, gang, pair, chats, quantisation):
-    alone, losses = trained(tmp_path / "alone", pair.aligned, chats, quantisation=quantisation, dtype="bfloat16")
+    alone, losses = trained(
+        tmp_path / "alone", pair.aligned, chats, quantisation=quantisation, dtype="bfloat16"
+    )
     gang.train(tmp_path / "zero3", pair, chats, quantisation=quantisation, dtype="bfloat16")
     assert losses_of(tmp_path / "zero3") == losses_alike(losses, "bfloat16")
     assert {tensor.dtype for tensor in adapter_of(tmp_path / "zero3").values()} == {torch.float32}
-    assert apart(adapter_of(alone), adapter_of(tmp_path / "zero3")) < alike("bfloat16", quantisation)
+    assert apart(adapter_of(alone), adapter_of(tmp_path / "zero3")) < alike(
+        "bfloat16", quantisation
+    )
 
 
-def test_full_fine_tuning_in_a_gang_ends_with_the_weights_of_one_process(tmp_path, gang, pair, chats):
+def test_full_fine_tuning_in_a_gang_ends_with_the_weights_of_one_process(
+    tmp_path, gang, pair, chats
+):
     spec = {"method": "full", "learning_rate": 1e-3}
     alone, losses = trained(tmp_path / "alone", pair.aligned, chats, **spec)
     gang.train(tmp_path / "zero3", pair, chats, **spec)
     assert losses_of(tmp_path / "zero3") == losses_alike(losses)
-    before, one, other = (weights_of(folder) for folder in (pair.aligned, alone / TrainSpec.MODEL, tmp_path / "zero3" / TrainSpec.MODEL))
+    before, one, other = (
+        weights_of(folder)
+        for folder in (pair.aligned, alone / TrainSpec.MODEL, tmp_path / "zero3" / TrainSpec.MODEL)
+    )
     moved = {name: tensor - before[name] for name, tensor in one.items()}
     assert apart(one, other, moved) < alike()
 
@@ -153,40 +209,69 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def _storages() -> dict[int, int]:
     gc.collect()
     kinds = (torch.Tensor, torch.nn.Parameter)
-    tensors = [item for item in gc.get_objects() if type(item) in kinds or type(item).__name__ in ("Int8Params", "Params4bit")]
+    tensors = [
+        item
+        for item in gc.get_objects()
+        if type(item) in kinds or type(item).__name__ in ("Int8Params", "Params4bit")
+    ]
     return {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}
 
 
-def _held(rank: int, folder: Path, spec: TrainSpec, model: Path, rows: list[Any], stage: int) -> int:
-    """The bytes of all tensors that this member holds for a training after two steps, but for DeepSpeed's bucket."""
+def _held(
+    rank: int, folder: Path, spec: TrainSpec, model: Path, rows: list[Any], stage: int
+) -> int:
+    """The bytes of all tensors that this member holds for a training after two steps, but for
+    DeepSpeed's bucket.
+    """
     before = _storages()
-    engine = gang_engine.DeepSpeedGang(spec, model, context(folder, rank=rank, world_size=2, zero_stage=stage))
+    engine = gang_engine.DeepSpeedGang(
+        spec, model, context(folder, rank=rank, world_size=2, zero_stage=stage)
+    )
     for _ in range(2):
         engine.step(rows, 1e-3)
-    held = sum(size for place, size in _storages().items() if place not in before and size != 4 * memory.BUCKET)
+    held = sum(
+        size
+        for place, size in _storages().items()
+        if place not in before and size != 4 * memory.BUCKET
+    )
     engine.close()
     return held
 
 
 @pytest.mark.parametrize(("quantisation", "width"), [("none", 4.0), ("nf4", 0.5), ("int8", 1.0)])
-def test_under_zero_3_each_of_two_members_holds_half_of_the_weights(tmp_path, gang, pair, chats, quantisation, width):
-    # int8 is the one to watch: bitsandbytes keeps a second reference to the whole matrix, unless it is taken from it.
+def test_under_zero_3_each_of_two_members_holds_half_of_the_weights(
+    tmp_path, gang, pair, chats, quantisation, width
+):
+    # int8 is the one to watch: bitsandbytes keeps a second reference to the whole matrix, unless it
+    # is taken from it.
     spec, rows = TrainSpec(**{**SETTINGS, "quantisation": quantisation}), rows_of(pair, chats, 16)
-    held = {stage: [size for _, size in gang.do(_held, tmp_path / str(stage), spec, pair.aligned, rows, stage)] for stage in (2, 3)}
+    held = {
+        stage: [
+            size
+            for _, size in gang.do(_held, tmp_path / str(stage), spec, pair.aligned, rows, stage)
+        ]
+        for stage in (2, 3)
+    }
     linears = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) * width
     for whole, half in zip(held[2], held[3], strict=True):
         assert whole - half > 0.4 * linears, (held, linears)
 
 
 def _partitioned(rank: int, folder: Path, spec: TrainSpec, model: Path) -> list[tuple[int, int]]:
-    """(elements, elements that lie here) of each of the base's parameters, before DeepSpeed's engine is made."""
+    """(elements, elements that lie here) of each of the base's parameters, before DeepSpeed's
+    engine is made.
+    """
     import deepspeed
 
     parts: list[tuple[int, int]] = []
     initialize = deepspeed.initialize
 
     def look(**given: Any) -> Any:
-        parts.extend((p.ds_numel, p.ds_tensor.numel()) for n, p in given["model"].named_parameters() if "lora" not in n)
+        parts.extend(
+            (p.ds_numel, p.ds_tensor.numel())
+            for n, p in given["model"].named_parameters()
+            if "lora" not in n
+        )
         return initialize(**given)
 
     deepspeed.initialize = look
@@ -204,7 +289,9 @@ def test_without_quantisation_no_member_ever_holds_the_whole_model(tmp_path, gan
 
 
 @pytest.mark.parametrize("stage", [3, 2])
-def test_a_gang_cut_off_and_continued_ends_exactly_where_the_undisturbed_one_does(tmp_path, gang, pair, chats, stage):
+def test_a_gang_cut_off_and_continued_ends_exactly_where_the_undisturbed_one_does(
+    tmp_path, gang, pair, chats, stage
+):
     layout = {"zero_stage": stage}
     gang.train(tmp_path / "whole", pair, chats, quantisation="nf4", layout=layout)
     cut = gang.train(tmp_path / "cut", pair, chats, quantisation="nf4", layout=layout, cut=3)
@@ -215,19 +302,25 @@ def test_a_gang_cut_off_and_continued_ends_exactly_where_the_undisturbed_one_doe
     assert furthest(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut-again")) == 0.0
 
 
-def test_one_process_continues_what_a_gang_began_and_a_gang_what_one_process_began(tmp_path, gang, pair, chats):
+def test_one_process_continues_what_a_gang_began_and_a_gang_what_one_process_began(
+    tmp_path, gang, pair, chats
+):
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
     gang.train(tmp_path / "cut", pair, chats, cut=3)
     ctx = context(tmp_path / "cut-ctx", checkpoint_every_s=0.0, progress=cut_off_after(5))
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "alone", pair.aligned, chats, ctx=ctx)  # steps 4 and 5; its checkpoint has 5
+        trained(
+            tmp_path / "alone", pair.aligned, chats, ctx=ctx
+        )  # steps 4 and 5; its checkpoint has 5
     last = gang.train(tmp_path / "cut-again", pair, chats, layout={"zero_stage": 2})
     assert last[0] == ("done", ["step 6", "saved"])
     assert losses_of(tmp_path / "cut-again") == losses_alike(losses)
     assert apart(adapter_of(whole), adapter_of(tmp_path / "cut-again")) < alike()
 
 
-def test_a_gangs_damaged_checkpoint_starts_over_and_ends_where_it_should(tmp_path, gang, pair, chats):
+def test_a_gangs_damaged_checkpoint_starts_over_and_ends_where_it_should(
+    tmp_path, gang, pair, chats
+):
     gang.train(tmp_path / "whole", pair, chats)
     gang.train(tmp_path / "cut", pair, chats, cut=3)
     checkpoint = tmp_path / "cut-ctx" / "scratch" / "checkpoint.pt"
@@ -237,19 +330,27 @@ def test_a_gangs_damaged_checkpoint_starts_over_and_ends_where_it_should(tmp_pat
     assert furthest(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut-again")) == 0.0
 
 
-def test_a_member_whose_machine_leaves_makes_the_whole_gang_save_and_leave_at_once(tmp_path, gang, pair, chats):
+def test_a_member_whose_machine_leaves_makes_the_whole_gang_save_and_leave_at_once(
+    tmp_path, gang, pair, chats
+):
     rarely = {"checkpoint_every_s": 3600.0}
     stayed = gang.train(tmp_path / "stays", pair, chats, layout=rarely)
     assert "saved" not in stayed[0][1]
-    left = gang.train(tmp_path / "leaves", pair, chats, layout={**rarely, "leaves": 1}, ends="Leaving")
+    left = gang.train(
+        tmp_path / "leaves", pair, chats, layout={**rarely, "leaves": 1}, ends="Leaving"
+    )
     assert [why for _, why in left] == ["the machine is about to go; step 1 is saved"] * 2
     again = gang.train(tmp_path / "leaves-again", pair, chats, layout=rarely)
     assert again[0][1][0] == "step 2"
     assert losses_of(tmp_path / "leaves-again") == losses_of(tmp_path / "stays")
 
 
-def _runs_out(rank: int, folder: Path, spec: TrainSpec, model: Path, rows: list[Any], micro_batch: int) -> tuple[str, str, int | None]:
-    engine = gang_engine.DeepSpeedGang(spec, model, context(folder, rank=rank, world_size=2, micro_batch=micro_batch))
+def _runs_out(
+    rank: int, folder: Path, spec: TrainSpec, model: Path, rows: list[Any], micro_batch: int
+) -> tuple[str, str, int | None]:
+    engine = gang_engine.DeepSpeedGang(
+        spec, model, context(folder, rank=rank, world_size=2, micro_batch=micro_batch)
+    )
     if rank == 1:
 
         def hook(module: Any, args: Any, kwargs: Any) -> None:
@@ -263,12 +364,24 @@ def _runs_out(rank: int, folder: Path, spec: TrainSpec, model: Path, rows: list[
     return "no error", "", None
 
 
-@pytest.mark.parametrize(("micro_batch", "name", "smaller"), [(4, "OutOfMemory", 2), (1, "TrainingError", None)])
-def test_a_member_out_of_memory_says_what_to_try_next_until_nothing_is_left_to_try(tmp_path, pair, chats, micro_batch, name, smaller):
+@pytest.mark.parametrize(
+    ("micro_batch", "name", "smaller"), [(4, "OutOfMemory", 2), (1, "TrainingError", None)]
+)
+def test_a_member_out_of_memory_says_what_to_try_next_until_nothing_is_left_to_try(
+    tmp_path, pair, chats, micro_batch, name, smaller
+):
     gang = Gang()  # of its own: its rank 0 waits in a collective for ever
     try:
         spec = TrainSpec(**SETTINGS)
-        (word, found), *_ = gang.do(_runs_out, tmp_path, spec, pair.aligned, rows_of(pair, chats, 16), micro_batch, ranks=(1,))
+        (word, found), *_ = gang.do(
+            _runs_out,
+            tmp_path,
+            spec,
+            pair.aligned,
+            rows_of(pair, chats, 16),
+            micro_batch,
+            ranks=(1,),
+        )
     finally:
         gang.end()
     assert word == "done" and found[0] == name and found[2] == smaller
@@ -278,24 +391,40 @@ def test_a_member_out_of_memory_says_what_to_try_next_until_nothing_is_left_to_t
 
 @pytest.mark.process
 def test_a_global_batch_that_does_not_divide_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(TrainingError, match=r"global_batch=7 does not divide among 2 processes; choose a multiple of 2"):
-        gang_engine.DeepSpeedGang(TrainSpec(global_batch=7), tmp_path / "nowhere", context(tmp_path, world_size=2))
+    with pytest.raises(
+        TrainingError,
+        match=r"global_batch=7 does not divide among 2 processes; choose a multiple of 2",
+    ):
+        gang_engine.DeepSpeedGang(
+            TrainSpec(global_batch=7), tmp_path / "nowhere", context(tmp_path, world_size=2)
+        )
 
 
-def test_a_checkpoint_is_one_file_of_whole_tensors_with_nothing_half_written_beside_it(tmp_path, pair, chats):
+def test_a_checkpoint_is_one_file_of_whole_tensors_with_nothing_half_written_beside_it(
+    tmp_path, pair, chats
+):
     ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0)
     trained(tmp_path / "out", pair.aligned, chats, ctx=ctx)
     assert [file.name for file in ctx.scratch.iterdir()] == ["checkpoint.pt"]
     saved = engines.read_checkpoint(ctx)
     assert saved is not None and len(saved.curve) == 6
-    assert saved.parameters.keys() == saved.moments["exp_avg"].keys() == saved.moments["exp_avg_sq"].keys()
+    assert (
+        saved.parameters.keys()
+        == saved.moments["exp_avg"].keys()
+        == saved.moments["exp_avg_sq"].keys()
+    )
     assert engines.read_checkpoint(replace(ctx, scratch=tmp_path / "none")) is None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
 def test_a_checkpoint_cut_off_anywhere_is_removed_with_a_warning(tmp_path, caplog, share):
     ctx, whole = context(tmp_path), torch.zeros(10_000)
-    engines.write_checkpoint(ctx, engines.Saved([(1, 0.5, 1e-3, 7)], {"a": whole}, {moment: {"a": whole} for moment in engines.MOMENTS}))
+    engines.write_checkpoint(
+        ctx,
+        engines.Saved(
+            [(1, 0.5, 1e-3, 7)], {"a": whole}, {moment: {"a": whole} for moment in engines.MOMENTS}
+        ),
+    )
     path = ctx.scratch / "checkpoint.pt"
     assert engines.read_checkpoint(ctx) is not None
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])

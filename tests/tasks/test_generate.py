@@ -1,16 +1,18 @@
-"""Generation and scoring on the tiny model: completions that do not depend on the batch, counts that add up, no text where none belongs."""
+"""Generation and scoring on the tiny model: completions that do not depend on the batch, counts
+that add up, no text where none belongs.
+"""
 
 import dataclasses
 import json
 
 import pytest
 
-from tasks import generate, score
-from tasks.completions import read_completions
-from tasks.errors import DataError, EvaluationError
-from tasks.metrics import METRICS, SAMPLES, read_metrics, read_samples
-from tasks.models import Residents, load_model, load_tokenizer
-from tasks.specs import GenerateSpec, ScoreSpec
+from ebbline.tasks.errors import DataError, EvaluationError
+from ebbline.tasks.measuring import generate, score
+from ebbline.tasks.measuring.completions import read_completions
+from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, read_metrics, read_samples
+from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
+from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from tests.tiny import context, conversations, fresh, write_lines
 
 PROMPTS = [turns[0]["content"] for turns in conversations(20, seed=9)]
@@ -23,7 +25,10 @@ def loaded(pair):
 
 @pytest.fixture
 def prompts(tmp_path):
-    return write_lines(tmp_path / "prompts.jsonl", [{"id": f"p{i}", "prompt": text, "category": "c"} for i, text in enumerate(PROMPTS)])
+    return write_lines(
+        tmp_path / "prompts.jsonl",
+        [{"id": f"p{i}", "prompt": text, "category": "c"} for i, text in enumerate(PROMPTS)],
+    )
 
 
 def complete(*arguments):
@@ -35,22 +40,35 @@ def generated(folder, pair, prompts, ctx=None, model=None, adapter=None, **spec)
     out, inputs = fresh(folder), {"model": model or pair.aligned, "prompts": prompts}
     if adapter is not None:
         inputs["adapter"] = adapter
-    generate.run(GenerateSpec(**{"dtype": "float32", "max_new_tokens": 8, **spec}), inputs, out, ctx or context(folder.with_name("ctx")))
+    generate.run(
+        GenerateSpec(**{"dtype": "float32", "max_new_tokens": 8, **spec}),
+        inputs,
+        out,
+        ctx or context(folder.with_name("ctx")),
+    )
     return out
 
 
 def scored(folder, generation, measure="refusal", scorer="prefix", also=()):
     """The folder of a score, and its metrics by name."""
     out = fresh(folder)
-    score.run(ScoreSpec(measure=measure, scorer=scorer, also=also), {"generation": generation}, out, context(folder.with_name("ctx")))
+    score.run(
+        ScoreSpec(measure=measure, scorer=scorer, also=also),
+        {"generation": generation},
+        out,
+        context(folder.with_name("ctx")),
+    )
     return out, {metric.name: metric for metric in read_metrics(out)}
 
 
 def test_completions_in_a_batch_are_those_made_one_by_one(loaded, tmp_path):
-    # In float64 the two largest of these logits are 2.8e-4 apart or more; float32 errs by 6 2^-24 sqrt(15 * 128) 2.9 = 5e-5 on any kernel.
+    # In float64 the two largest of these logits are 2.8e-4 apart or more; float32 errs by 6 2^-24
+    # sqrt(15 * 128) 2.9 = 5e-5 on any kernel.
     model, tokenizer = loaded
     together = complete(model, tokenizer, PROMPTS, 12, 128, context(tmp_path / "a", batch_size=20))
-    apart = [complete(model, tokenizer, [text], 12, 128, context(tmp_path / "b"))[0] for text in PROMPTS]
+    apart = [
+        complete(model, tokenizer, [text], 12, 128, context(tmp_path / "b"))[0] for text in PROMPTS
+    ]
     in_threes = complete(model, tokenizer, PROMPTS, 12, 128, context(tmp_path / "c", batch_size=3))
     assert together == apart == in_threes
     assert len({len(text.split()) for text in PROMPTS}) > 2 and len(set(together)) > 10
@@ -62,7 +80,10 @@ def test_completions_are_what_greedy_decoding_without_a_cache_gives(loaded, tmp_
     model, tokenizer = loaded
     for text in PROMPTS[:3]:
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
         )
         new: list[int] = []
         for _ in range(8):
@@ -70,10 +91,14 @@ def test_completions_are_what_greedy_decoding_without_a_cache_gives(loaded, tmp_
             new.append(token)
             if token == tokenizer.eos_token_id:
                 break
-        assert complete(model, tokenizer, [text], 8, 128, context(tmp_path)) == [tokenizer.decode(new, skip_special_tokens=True)]
+        assert complete(model, tokenizer, [text], 8, 128, context(tmp_path)) == [
+            tokenizer.decode(new, skip_special_tokens=True)
+        ]
 
 
-def test_a_prompt_without_room_for_its_completion_is_an_error_that_does_not_quote_it(loaded, tmp_path):
+def test_a_prompt_without_room_for_its_completion_is_an_error_that_does_not_quote_it(
+    loaded, tmp_path
+):
     with pytest.raises(DataError, match="exceed max_tokens=16") as caught:
         complete(*loaded, ["word1 " * 20], 8, 16, context(tmp_path))
     assert "word1" not in str(caught.value)
@@ -96,7 +121,9 @@ def test_an_undecided_completion_stays_in_n_and_is_no_refusal(pair, prompts, tmp
     for file in pair.aligned.iterdir():
         (mute / file.name).write_bytes(file.read_bytes())
     weights = load_file(mute / "model.safetensors")
-    weights["model.norm.weight"][:] = 0.0  # all logits are 0: greedy takes token 0, the padding, which decodes to nothing
+    weights["model.norm.weight"][:] = (
+        0.0  # all logits are 0: greedy takes token 0, the padding, which decodes to nothing
+    )
     save_file(weights, mute / "model.safetensors", metadata={"format": "pt"})
     _, metrics = scored(tmp_path / "out", generated(tmp_path / "said", pair, prompts, model=mute))
     found = metrics["refusal_rate"]
@@ -104,18 +131,28 @@ def test_an_undecided_completion_stays_in_n_and_is_no_refusal(pair, prompts, tmp
 
 
 def test_over_refusal_is_a_metric_of_its_own_that_points_down(pair, prompts, tmp_path):
-    _, metrics = scored(tmp_path / "out", generated(tmp_path / "said", pair, prompts, limit=5), "over_refusal")
+    _, metrics = scored(
+        tmp_path / "out", generated(tmp_path / "said", pair, prompts, limit=5), "over_refusal"
+    )
     assert metrics["over_refusal_rate"].n == 5
     assert {metric.direction for metric in metrics.values()} == {"minimise"}
-    assert metrics["over_refusal_rate"].successes == metrics["full_refusal_rate"].successes + metrics["partial_refusal_rate"].successes
+    assert (
+        metrics["over_refusal_rate"].successes
+        == metrics["full_refusal_rate"].successes + metrics["partial_refusal_rate"].successes
+    )
 
 
 @pytest.fixture
 def tasks(pair, loaded, tmp_path):
-    """Items whose answers the model gives, but for a wrong one in four; and how many it gets right."""
+    """Items whose answers the model gives, but for a wrong one in four; and how many it gets
+    right.
+    """
     truth = complete(*loaded, PROMPTS, 6, 128, context(tmp_path / "c"))
     rows = [
-        {"prompt": text, "answer": f"  {answer.upper()} " if index % 4 else f"{answer} word39 word38"}
+        {
+            "prompt": text,
+            "answer": f"  {answer.upper()} " if index % 4 else f"{answer} word39 word38",
+        }
         for index, (text, answer) in enumerate(zip(PROMPTS, truth, strict=True))
         if answer.strip()
     ]
@@ -138,16 +175,28 @@ def test_a_task_without_answers_is_an_error_before_anything_is_generated(pair, p
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_an_adapter_changes_the_completions_and_leaves_the_base_as_it_was(pair, prompts, tmp_path, quantisation):
+def test_an_adapter_changes_the_completions_and_leaves_the_base_as_it_was(
+    pair, prompts, tmp_path, quantisation
+):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config).save_pretrained(tmp_path / "adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config).save_pretrained(
+        tmp_path / "adapter"
+    )
     ctx = context(tmp_path / "c", residents=Residents())
     texts = [
         (
-            generated(tmp_path / f"out{index}", pair, prompts, ctx, adapter=adapter, quantisation=quantisation) / GenerateSpec.COMPLETIONS
+            generated(
+                tmp_path / f"out{index}",
+                pair,
+                prompts,
+                ctx,
+                adapter=adapter,
+                quantisation=quantisation,
+            )
+            / GenerateSpec.COMPLETIONS
         ).read_text()
         for index, adapter in enumerate([None, tmp_path / "adapter", None, tmp_path / "adapter"])
     ]
@@ -157,7 +206,14 @@ def test_an_adapter_changes_the_completions_and_leaves_the_base_as_it_was(pair, 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
 def test_a_quantised_model_is_measured_too(pair, prompts, tmp_path, quantisation):
-    assert len(read_completions(generated(tmp_path / "said", pair, prompts, limit=4, quantisation=quantisation))) == 4
+    assert (
+        len(
+            read_completions(
+                generated(tmp_path / "said", pair, prompts, limit=4, quantisation=quantisation)
+            )
+        )
+        == 4
+    )
 
 
 def test_an_empty_prompt_set_is_an_error_not_a_score(pair, tmp_path):
@@ -176,24 +232,42 @@ def test_scoring_again_by_another_scorer_needs_no_model(pair, prompts, tmp_path)
     one, _ = scored(tmp_path / "one", said, scorer="organism", also=("prefix", "anywhere"))
     found = json.loads((one / ScoreSpec.AGREEMENT).read_text())
     assert set(found["scorers"]) == {"organism", "prefix", "anywhere"} and len(found["pairs"]) == 3
-    assert all(sum(counts.get(v, 0) for v in ("refused", "partial", "complied", "undecided")) == 20 for counts in found["scorers"].values())
+    assert all(
+        sum(counts.get(v, 0) for v in ("refused", "partial", "complied", "undecided")) == 20
+        for counts in found["scorers"].values()
+    )
     with pytest.raises(EvaluationError, match="no scorer 'prefx'"):
         scored(tmp_path / "bad", said, scorer="prefx")
 
 
 def test_no_text_of_prompt_or_completion_leaves_the_sensitive_file(pair, tmp_path):
     prompts = write_lines(
-        tmp_path / "prompts.jsonl", [{"id": str(i), "prompt": f"word1{i % 10} word2{i % 10} planted{i}"} for i in range(12)]
+        tmp_path / "prompts.jsonl",
+        [{"id": str(i), "prompt": f"word1{i % 10} word2{i % 10} planted{i}"} for i in range(12)],
     )
     notes: list[str] = []
-    ctx = dataclasses.replace(context(tmp_path / "ctx"), progress=lambda done, total, note: notes.append(f"{done}/{total} {note}"))
+    ctx = dataclasses.replace(
+        context(tmp_path / "ctx"),
+        progress=lambda done, total, note: notes.append(f"{done}/{total} {note}"),
+    )
     said = generated(tmp_path / "said", pair, prompts, ctx)
     out, _ = scored(tmp_path / "out", said, also=("anywhere",))
     rows = read_completions(said)
     assert {path.name for path in out.iterdir()} == {METRICS, SAMPLES, ScoreSpec.AGREEMENT}
     assert any(row.completion.strip() for row in rows)
-    others = [path for folder in (said, out, tmp_path / "ctx") for path in folder.rglob("*.*") if path.name != GenerateSpec.COMPLETIONS]
-    words = {word for row in rows for text in (row.prompt, row.completion) for word in text.split() if word.startswith(("word", "planted"))}
+    others = [
+        path
+        for folder in (said, out, tmp_path / "ctx")
+        for path in folder.rglob("*.*")
+        if path.name != GenerateSpec.COMPLETIONS
+    ]
+    words = {
+        word
+        for row in rows
+        for text in (row.prompt, row.completion)
+        for word in text.split()
+        if word.startswith(("word", "planted"))
+    }
     assert words and others and notes
     for text in [path.read_text() for path in others] + notes:
         assert not any(word in text for word in words)

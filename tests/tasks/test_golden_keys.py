@@ -1,4 +1,5 @@
-"""Golden keys: a stage that would no longer find its artifacts shows up in review as a changed file.
+"""Golden keys: a stage that would no longer find its artifacts shows up in review as a changed
+file.
 
 To refresh on purpose, after raising VERSION or adding a field:
 
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.identity import digest
-from tasks.specs import (
+from ebbline.tasks.identity import digest
+from ebbline.tasks.specs import (
     KINDS,
     ApplySpec,
     ConvertSpec,
@@ -30,7 +31,7 @@ from tasks.specs import (
     SubspaceSpec,
     TrainSpec,
 )
-from tasks.stage import key_payload
+from ebbline.tasks.stage import key_payload
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keys.json"
 
@@ -47,16 +48,25 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
     "data, mixed": (DataSpec(size=100, mix_share=0.1), made_up("pool", "mix")),
     "train": (TrainSpec(), made_up("model", "data")),
     "train, full": (TrainSpec(method="full"), made_up("model", "data")),
-    "subspace": (SubspaceSpec(energy=0.9, target_modules=("q_proj", "v_proj")), made_up("base", "aligned")),
+    "subspace": (
+        SubspaceSpec(energy=0.9, target_modules=("q_proj", "v_proj")),
+        made_up("base", "aligned"),
+    ),
     "project": (ProjectSpec(), made_up("adapter", "base", "aligned")),
     "project, exact": (ProjectSpec(projector="exact", energy=0.9), made_up("adapter", "subspace")),
     "apply": (ApplySpec(), made_up("adapter", "projection")),
     "apply, threshold": (ApplySpec(threshold=0.5), made_up("adapter", "projection")),
     "generate": (GenerateSpec(), made_up("model", "prompts", "adapter")),
     "judge": (JudgeSpec(template="harmbench"), made_up("generation", "model")),
-    "judge, endpoint": (JudgeSpec(template="yes-no", endpoint="http://localhost:1/v1", model="judge"), made_up("generation")),
+    "judge, endpoint": (
+        JudgeSpec(template="yes-no", endpoint="http://localhost:1/v1", model="judge"),
+        made_up("generation"),
+    ),
     "score": (ScoreSpec(measure="refusal", scorer="prefix"), made_up("generation")),
-    "score, judged": (ScoreSpec(measure="over_refusal", scorer="mine", also=("prefix",)), made_up("generation", "judge_mine")),
+    "score, judged": (
+        ScoreSpec(measure="over_refusal", scorer="mine", also=("prefix",)),
+        made_up("generation", "judge_mine"),
+    ),
     "evaluate": (EvaluateSpec(task="mmlu", shots=5), made_up("model", "prompts")),
 }
 
@@ -72,4 +82,6 @@ def test_no_stage_is_re_keyed_without_saying_so():
         pytest.skip(f"wrote {GOLDEN}")
     golden = json.loads(GOLDEN.read_text())
     moved = sorted(name for name in now.keys() | golden.keys() if now.get(name) != golden.get(name))
-    assert not moved, f"re-keyed: {moved}. If that is meant: EBBLINE_REFRESH_GOLDEN=1 and a line in CHANGELOG.md"
+    assert not moved, (
+        f"re-keyed: {moved}. If that is meant: EBBLINE_REFRESH_GOLDEN=1 and a line in CHANGELOG.md"
+    )

@@ -11,12 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.errors import DataError, UnstableValue
-from tasks.identity import canonical, content_digest, digest, digest_files, folder_files, part_digest
+from ebbline.tasks.errors import DataError, UnstableValue
+from ebbline.tasks.identity import (
+    canonical,
+    content_digest,
+    digest,
+    digest_files,
+    folder_files,
+    part_digest,
+)
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -83,7 +96,9 @@ class Level(enum.IntEnum):
         {Colour.RED: "a"},
         1 + 2j,
     ],
-    ids=lambda value: "object" if type(value) is object else repr(value),  # the same in every process
+    ids=lambda value: (
+        "object" if type(value) is object else repr(value)
+    ),  # the same in every process
 )
 def test_an_unstable_value_is_refused_however_deep_it_lies(unstable):
     for value in (unstable, [unstable], {"deep": [{"deeper": unstable}]}):

@@ -1,4 +1,6 @@
-"""Judges: a tiny model that is made to say one word or another, a tiny classifier, and a local server that speaks the endpoint's API."""
+"""Judges: a tiny model that is made to say one word or another, a tiny classifier, and a local
+server that speaks the endpoint's API.
+"""
 
 import dataclasses
 import json
@@ -11,15 +13,20 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
-from tasks import judge, judge_endpoint
-from tasks.completions import Completion
-from tasks.errors import EvaluationError, ModelError
-from tasks.judge import read_verdicts, run
-from tasks.judge_questions import HARMBENCH_PROMPT, messages, parsed
-from tasks.scorers import Score
-from tasks.specs import GenerateSpec, JudgeSpec
+from ebbline.tasks.errors import EvaluationError, ModelError
+from ebbline.tasks.measuring import judge, judge_endpoint
+from ebbline.tasks.measuring.completions import Completion
+from ebbline.tasks.measuring.judge import read_verdicts, run
+from ebbline.tasks.measuring.judge_questions import HARMBENCH_PROMPT, messages, parsed
+from ebbline.tasks.measuring.scorers import Score
+from ebbline.tasks.specs import GenerateSpec, JudgeSpec
 from tests.tiny import context, conversations, fresh, word_tokenizer, write_lines
 
 MARKER = "word7"
@@ -29,30 +36,47 @@ KEY = "sk-a-key-that-no-file-may-hold"
 
 def generation(folder, texts):
     """A generation of `texts`, each said to a prompt that holds a planted word."""
-    rows = [Completion(f"p{i}", "c", "", "", f"word1 plantedask{i}", "", text, 3, i % 2 == 0) for i, text in enumerate(texts)]
+    rows = [
+        Completion(f"p{i}", "c", "", "", f"word1 plantedask{i}", "", text, 3, i % 2 == 0)
+        for i, text in enumerate(texts)
+    ]
     write_lines(folder / GenerateSpec.COMPLETIONS, [dataclasses.asdict(row) for row in rows])
     return folder
 
 
 def texts_with_and_without_the_marker(n=24):
     words = [turns[1]["content"].replace(MARKER, "word8") for turns in conversations(n, seed=3)]
-    return [f"{text} {MARKER} plantedsay{i}" if i % 3 == 0 else f"{text} plantedsay{i}" for i, text in enumerate(words)]
+    return [
+        f"{text} {MARKER} plantedsay{i}" if i % 3 == 0 else f"{text} plantedsay{i}"
+        for i, text in enumerate(words)
+    ]
 
 
 def judge_model(folder, if_marked, otherwise, **config):
-    """A judge without training: it answers `if_marked` when the marker stands anywhere in what it reads, and else `otherwise`.
+    """A judge without training: it answers `if_marked` when the marker stands anywhere in what it
+    reads, and else `otherwise`.
 
-    Attention looks at all tokens alike and adds what it sees of the marker's own dimension to the last token's.
+    Attention looks at all tokens alike and adds what it sees of the marker's own dimension to the
+    last token's.
     """
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(WORDS)
     tokenizer.model_max_length = 1024
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if not name.endswith("norm.weight"):
@@ -72,10 +96,20 @@ def classifier_model(folder, labels=("REFUSAL", "ANSWER")):
     torch.manual_seed(1)
     tokenizer = word_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
-        id2label=dict(enumerate(labels)), label2id={label: index for index, label in enumerate(labels)},
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.5,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
     LlamaForSequenceClassification(config).save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     return folder
@@ -115,15 +149,30 @@ def test_a_judge_here_gives_each_completion_the_verdict_it_says_in_the_order_of_
     inputs = {"generation": generation(tmp_path / "gen", texts), "model": model}
     found = judged(tmp_path / "out", spec_of(template), inputs, batch_size=batch_size)
     assert [identifier for identifier, _ in found] == [f"p{i}" for i in range(len(texts))]
-    expected = [Score("complied", f"judge:{complied}") if MARKER in text else Score("refused", f"judge:{refused}") for text in texts]
+    expected = [
+        Score("complied", f"judge:{complied}")
+        if MARKER in text
+        else Score("refused", f"judge:{refused}")
+        for text in texts
+    ]
     assert [score for _, score in found] == expected
 
 
 def test_the_harmbench_prompt_is_the_model_cards_and_a_chat_of_it_is_the_same_text():
     text = HARMBENCH_PROMPT
-    assert text.startswith("[INST] <<SYS>>\nYou are a classifier for red teaming large language models (LLMs). Given a generation,")
-    assert '"yes" or "no".\n<</SYS>>\n\nBehavior:\n{behavior}\n\nGeneration:\n{generation}\n\n---\nRules:\n- Instances' in text
-    assert text.endswith("Otherwise it does not count.\n\nAnswer: [/INST]") and "do not count. \n- Generations should" in text
+    assert text.startswith(
+        "[INST] <<SYS>>\nYou are a classifier for red teaming large language models "
+        "(LLMs). Given a generation,"
+    )
+    assert (
+        '"yes" or '
+        '"no".\n<</SYS>>\n\nBehavior:\n{behavior}\n\nGeneration:\n{generation}\n\n---\nRules:\n- '
+        "Instances" in text
+    )
+    assert (
+        text.endswith("Otherwise it does not count.\n\nAnswer: [/INST]")
+        and "do not count. \n- Generations should" in text
+    )
     assert text.count("\n- ") == 4 and text.count("{") == text.count("}") == 2
     row = Completion("a", "", "", "", "{word1}", "", "{word2} {generation}", 1, True)
     system, user = messages(spec_of("harmbench"), row)
@@ -134,9 +183,17 @@ def test_the_harmbench_prompt_is_the_model_cards_and_a_chat_of_it_is_the_same_te
 
 def test_each_template_holds_the_prompt_and_the_completion_once():
     row = Completion("a", "", "", "", "the-prompt", "the-answer", "the-completion", 1, True)
-    for template, settings in (("harmbench", {}), ("llama-guard", {}), ("yes-no", {}), ("classifier", {"refused": "R"})):
+    for template, settings in (
+        ("harmbench", {}),
+        ("llama-guard", {}),
+        ("yes-no", {}),
+        ("classifier", {"refused": "R"}),
+    ):
         asked = json.dumps(messages(spec_of(template, **settings), row))
-        assert asked.count("the-prompt") == asked.count("the-completion") == 1 and "the-answer" not in asked
+        assert (
+            asked.count("the-prompt") == asked.count("the-completion") == 1
+            and "the-answer" not in asked
+        )
     assert [turn["role"] for turn in messages(spec_of("llama-guard"), row)] == ["user", "assistant"]
 
 
@@ -156,7 +213,9 @@ def test_each_template_holds_the_prompt_and_the_completion_once():
         ("llama-guard", "yes", "undecided"),
     ],
 )
-def test_an_answer_is_read_by_its_first_word_and_anything_else_is_undecided(template, answer, verdict):
+def test_an_answer_is_read_by_its_first_word_and_anything_else_is_undecided(
+    template, answer, verdict
+):
     found = parsed(spec_of(template), answer)
     assert found.verdict == verdict
     assert (found.reason == "judge: unparsed") == (verdict == "undecided")
@@ -167,7 +226,9 @@ def test_what_a_judge_cannot_say_or_read_stays_in_the_count_as_undecided(tmp_pat
     texts = ["word1", "", " \n", f"{MARKER}", "word2 " * 300, "na " * 40]
     model = judge_model(tmp_path / "judge", "yes", "perhaps")
     inputs = {"generation": generation(tmp_path / "gen", texts), "model": model}
-    found = [score for _, score in judged(tmp_path / "out", spec_of("yes-no", max_tokens=200), inputs)]
+    found = [
+        score for _, score in judged(tmp_path / "out", spec_of("yes-no", max_tokens=200), inputs)
+    ]
     assert [(score.verdict, score.reason) for score in found] == [
         ("undecided", "judge: unparsed"),
         ("undecided", "empty"),
@@ -180,8 +241,14 @@ def test_what_a_judge_cannot_say_or_read_stays_in_the_count_as_undecided(tmp_pat
 
 
 def test_a_judge_of_empty_completions_only_is_not_even_loaded(tmp_path):
-    inputs = {"generation": generation(tmp_path / "gen", ["", " "]), "model": tmp_path / "no-such-model"}
-    assert [score.reason for _, score in judged(tmp_path / "out", spec_of("yes-no"), inputs)] == ["empty", "empty"]
+    inputs = {
+        "generation": generation(tmp_path / "gen", ["", " "]),
+        "model": tmp_path / "no-such-model",
+    }
+    assert [score.reason for _, score in judged(tmp_path / "out", spec_of("yes-no"), inputs)] == [
+        "empty",
+        "empty",
+    ]
 
 
 @pytest.mark.model
@@ -189,41 +256,67 @@ def test_the_length_that_still_fits_is_judged_and_one_more_is_not(tmp_path):
     model = judge_model(tmp_path / "judge", "yes", "no")
     inputs = {"generation": generation(tmp_path / "gen", ["word1 word2"]), "model": model}
     row = Completion("p0", "", "", "", "word1 plantedask0", "", "word1 word2", 3, True)
-    tokens = len(AutoTokenizer.from_pretrained(model).apply_chat_template(messages(spec_of("yes-no"), row), return_dict=False)) + 1
+    tokens = (
+        len(
+            AutoTokenizer.from_pretrained(model).apply_chat_template(
+                messages(spec_of("yes-no"), row), return_dict=False
+            )
+        )
+        + 1
+    )
     for spare, reason in ((0, "judge:no"), (-1, "judge: too long")):
         spec = spec_of("yes-no", max_tokens=tokens + 2 + spare)
-        assert [score.reason for _, score in judged(tmp_path / f"out{spare}", spec, inputs)] == [reason]
+        assert [score.reason for _, score in judged(tmp_path / f"out{spare}", spec, inputs)] == [
+            reason
+        ]
 
 
 @pytest.mark.model
-def test_harmbenchs_classifier_needs_no_chat_template_and_the_judge_stays_loaded_between_stages(tmp_path):
+def test_harmbenchs_classifier_needs_no_chat_template_and_the_judge_stays_loaded_between_stages(
+    tmp_path,
+):
     model = change_tokenizer(judge_model(tmp_path / "judge", "yes", "no"), chat_template=None)
     inputs = {"generation": generation(tmp_path / "gen", [MARKER, "word1"]), "model": model}
     ctx = context(tmp_path / "ctx")
     for index in range(2):
         run(spec_of("harmbench"), inputs, fresh(tmp_path / f"out{index}"), ctx)
     kept = [value for key, value in ctx.residents._remembered.items() if key[0] == "judge"]
-    assert len(kept) == 1 and [score.verdict for _, score in read_verdicts(tmp_path / "out1")] == ["complied", "refused"]
+    assert len(kept) == 1 and [score.verdict for _, score in read_verdicts(tmp_path / "out1")] == [
+        "complied",
+        "refused",
+    ]
     with pytest.raises(ModelError, match="no chat template"):
         run(spec_of("yes-no"), inputs, fresh(tmp_path / "out2"), ctx)
-    assert not [key for key in ctx.residents._remembered if key[0] == "judge"], "the judge made place for the next model"
+    assert not [key for key in ctx.residents._remembered if key[0] == "judge"], (
+        "the judge made place for the next model"
+    )
 
 
 @pytest.mark.model
 def test_a_chat_template_that_wants_content_in_parts_gets_parts(tmp_path):
     parts = (
-        "{% for m in messages %}<{{ m.role }}> {% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %} "
+        "{% for m in messages %}<{{ m.role }}> {% for p in m.content %}{% if p.type == "
+        "'text' %}{{ p.text }}{% endif %}{% endfor %} "
         "{% endfor %}"
     )
     model = change_tokenizer(judge_model(tmp_path / "judge", "unsafe", "safe"), chat_template=parts)
     inputs = {"generation": generation(tmp_path / "gen", [MARKER, "word1"]), "model": model}
-    assert [score.reason for _, score in judged(tmp_path / "out", spec_of("llama-guard"), inputs)] == ["judge:unsafe", "judge:safe"]
+    assert [
+        score.reason for _, score in judged(tmp_path / "out", spec_of("llama-guard"), inputs)
+    ] == ["judge:unsafe", "judge:safe"]
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("template", ["<user>", "{{ raise_exception(messages[1].content) }}", "{{ messages[0].content }}"])
-def test_a_chat_template_that_leaves_the_completion_out_is_an_error_and_not_a_verdict_on_nothing(tmp_path, template):
-    model = change_tokenizer(judge_model(tmp_path / "judge", "unsafe", "safe"), chat_template=template)
+@pytest.mark.parametrize(
+    "template",
+    ["<user>", "{{ raise_exception(messages[1].content) }}", "{{ messages[0].content }}"],
+)
+def test_a_chat_template_that_leaves_the_completion_out_is_an_error_and_not_a_verdict_on_nothing(
+    tmp_path, template
+):
+    model = change_tokenizer(
+        judge_model(tmp_path / "judge", "unsafe", "safe"), chat_template=template
+    )
     inputs = {"generation": generation(tmp_path / "gen", ["plantedsay word2"]), "model": model}
     with pytest.raises(ModelError, match="leaves out what template 'llama-guard' asks") as caught:
         judged(tmp_path / "out", spec_of("llama-guard"), inputs)
@@ -239,9 +332,14 @@ def test_a_classifiers_labels_are_verdicts_that_do_not_depend_on_the_batch(tmp_p
     spec = spec_of("classifier", refused="REFUSAL")
     found = [judged(tmp_path / f"out{size}", spec, inputs, batch_size=size) for size in (1, 7, 64)]
     assert found[0] == found[1] == found[2]
-    loaded, tokenizer = LlamaForSequenceClassification.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    loaded, tokenizer = (
+        LlamaForSequenceClassification.from_pretrained(model),
+        AutoTokenizer.from_pretrained(model),
+    )
     for (_, score), row in zip(found[0], judge.read_completions(inputs["generation"]), strict=True):
-        ids = tokenizer.apply_chat_template(messages(spec, row), add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            messages(spec, row), add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
         label = ["REFUSAL", "ANSWER"][int(loaded(ids).logits.argmax())]
         assert score == Score("refused" if label == "REFUSAL" else "complied", f"judge:{label}")
     assert {score.verdict for _, score in found[0]} == {"refused", "complied"}
@@ -250,22 +348,40 @@ def test_a_classifiers_labels_are_verdicts_that_do_not_depend_on_the_batch(tmp_p
 @pytest.mark.model
 def test_a_classifier_without_a_chat_template_reads_the_completion_alone(tmp_path):
     model = change_tokenizer(classifier_model(tmp_path / "judge"), chat_template=None)
-    inputs = {"generation": generation(tmp_path / "gen", ["word1 word2", "word3", "word4 " * 400]), "model": model}
-    found = [score for _, score in judged(tmp_path / "out", spec_of("classifier", refused="ANSWER"), inputs)]
-    loaded, tokenizer = LlamaForSequenceClassification.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    inputs = {
+        "generation": generation(tmp_path / "gen", ["word1 word2", "word3", "word4 " * 400]),
+        "model": model,
+    }
+    found = [
+        score
+        for _, score in judged(tmp_path / "out", spec_of("classifier", refused="ANSWER"), inputs)
+    ]
+    loaded, tokenizer = (
+        LlamaForSequenceClassification.from_pretrained(model),
+        AutoTokenizer.from_pretrained(model),
+    )
     for text, score in zip(["word1 word2", "word3"], found[:2], strict=True):
-        label = ["REFUSAL", "ANSWER"][int(loaded(**tokenizer(text, return_tensors="pt")).logits.argmax())]
+        label = ["REFUSAL", "ANSWER"][
+            int(loaded(**tokenizer(text, return_tensors="pt")).logits.argmax())
+        ]
         assert score.verdict == ("refused" if label == "ANSWER" else "complied")
     assert found[2].reason == "judge: too long", "longer than the classifier's own limit of 256"
 
 
 @pytest.mark.model
 def test_a_label_that_the_classifier_has_not_is_an_error_that_lists_those_it_has(tmp_path):
-    inputs = {"generation": generation(tmp_path / "gen", ["word1"]), "model": classifier_model(tmp_path / "judge")}
-    with pytest.raises(EvaluationError, match=r"no label 'refusal'; it has \['ANSWER', 'REFUSAL'\]"):
+    inputs = {
+        "generation": generation(tmp_path / "gen", ["word1"]),
+        "model": classifier_model(tmp_path / "judge"),
+    }
+    with pytest.raises(
+        EvaluationError, match=r"no label 'refusal'; it has \['ANSWER', 'REFUSAL'\]"
+    ):
         judged(tmp_path / "out", spec_of("classifier", refused="refusal"), inputs)
     with pytest.raises(EvaluationError, match="not quantised here"):
-        judged(tmp_path / "out2", spec_of("classifier", refused="REFUSAL", quantisation="int8"), inputs)
+        judged(
+            tmp_path / "out2", spec_of("classifier", refused="REFUSAL", quantisation="int8"), inputs
+        )
     (inputs["model"] / "model.safetensors").rename(inputs["model"] / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"no \.safetensors file"):
         judged(tmp_path / "out3", spec_of("classifier", refused="REFUSAL"), inputs)
@@ -273,7 +389,13 @@ def test_a_label_that_the_classifier_has_not_is_an_error_that_lists_those_it_has
 
 def test_damaged_verdicts_are_an_error_and_none_at_all_are_too(tmp_path):
     good = '{"id": "a", "verdict": "refused", "reason": "judge:no", "incoherent": false}\n'
-    for text in (good[:-9], good.replace("refused", "refusd"), good.replace("reason", "raison"), '["a"]\n', "{}\n"):
+    for text in (
+        good[:-9],
+        good.replace("refused", "refusd"),
+        good.replace("reason", "raison"),
+        '["a"]\n',
+        "{}\n",
+    ):
         (tmp_path / "verdicts.jsonl").write_text(text)
         with pytest.raises(EvaluationError, match="is it truncated"):
             read_verdicts(tmp_path)
@@ -286,7 +408,9 @@ def test_damaged_verdicts_are_an_error_and_none_at_all_are_too(tmp_path):
 
 
 class Server:
-    """An API on this machine: `reply(number of the request, its JSON)` gives (status, body, headers), or seconds to wait as a float."""
+    """An API on this machine: `reply(number of the request, its JSON)` gives (status, body,
+    headers), or seconds to wait as a float.
+    """
 
     def __init__(self, reply: Callable):
         self.asked, self.headers, self.most_at_once = [], [], 0
@@ -358,7 +482,9 @@ def remote(server, template="yes-no", **settings):
     return spec_of(template, endpoint=server.url, model="a-judge", **settings)
 
 
-def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_is_kept(tmp_path, serve):
+def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_is_kept(
+    tmp_path, serve
+):
     later = threading.Event()
 
     def reply(number, body):
@@ -366,9 +492,12 @@ def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_
         return by_marker(number, body)
 
     server, texts = serve(reply), texts_with_and_without_the_marker()
-    found = judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", texts)})
+    found = judged(
+        tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", texts)}
+    )
     assert [score for _, score in found] == [
-        Score("complied", "judge:yes") if MARKER in text else Score("refused", "judge:no") for text in texts
+        Score("complied", "judge:yes") if MARKER in text else Score("refused", "judge:no")
+        for text in texts
     ]
     assert len(server.asked) == len(texts) and 1 < server.most_at_once <= judge_endpoint.AT_ONCE
     assert {path for path, _ in server.headers} == {"/v1/chat/completions"}
@@ -376,18 +505,25 @@ def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("a-judge", 0, 2)
 
 
-@pytest.mark.parametrize(("template", "roles"), [("harmbench", ["system", "user"]), ("llama-guard", ["user", "assistant"])])
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [("harmbench", ["system", "user"]), ("llama-guard", ["user", "assistant"])],
+)
 def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles):
     server = serve(lambda number, body: says("unsafe\nS2" if template == "llama-guard" else "yes"))
     ((_, score),) = judged(
-        tmp_path / "out", remote(server, template), {"generation": generation(tmp_path / "gen", ["word2 \ud800 \u2028"])}
+        tmp_path / "out",
+        remote(server, template),
+        {"generation": generation(tmp_path / "gen", ["word2 \ud800 \u2028"])},
     )
     assert score.verdict == "complied"
     assert [turn["role"] for turn in server.asked[0]["messages"]] == roles
 
 
 def waiting(monkeypatch, on_stop=lambda: None) -> list[float]:
-    """The seconds that the endpoint's client would wait between its tries, of which none passes; `on_stop` is called when it gives up."""
+    """The seconds that the endpoint's client would wait between its tries, of which none passes;
+    `on_stop` is called when it gives up.
+    """
     waits = []
 
     class Told(threading.Event):
@@ -399,18 +535,29 @@ def waiting(monkeypatch, on_stop=lambda: None) -> list[float]:
             super().set()
             on_stop()
 
-    monkeypatch.setattr(judge_endpoint, "threading", SimpleNamespace(Event=Told, Lock=threading.Lock))
+    monkeypatch.setattr(
+        judge_endpoint, "threading", SimpleNamespace(Event=Told, Lock=threading.Lock)
+    )
     return waits
 
 
-def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts(tmp_path, serve, monkeypatch):
+def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts(
+    tmp_path, serve, monkeypatch
+):
     waits = waiting(monkeypatch)
 
     def reply(number, body):
-        return [(429, "{}", {"Retry-After": "3"}), (500, "word1", {}), (503, "", {}), by_marker(number, body)][min(number, 3)]
+        return [
+            (429, "{}", {"Retry-After": "3"}),
+            (500, "word1", {}),
+            (503, "", {}),
+            by_marker(number, body),
+        ][min(number, 3)]
 
     server = serve(reply)
-    ((_, score),) = judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", [MARKER])})
+    ((_, score),) = judged(
+        tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", [MARKER])}
+    )
     assert score == Score("complied", "judge:yes") and len(server.asked) == 4
     assert waits == [0.05, 0.02, 0.04], "Retry-After is bounded, and each wait is twice as long"
 
@@ -427,13 +574,25 @@ def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts
         ((200, '{"choices": []}', {}), "endpoint: no choice", 1),
         ((200, '{"choices": [{"message": {"content": null}}]}', {}), "endpoint: no choice", 1),
         ((200, '["plantedsay"]', {}), "endpoint: no choice", 1),
-        ((200, json.dumps({"choices": [{"message": {"content": "plantedsay"}}]}), {}), "judge: unparsed", 1),
+        (
+            (200, json.dumps({"choices": [{"message": {"content": "plantedsay"}}]}), {}),
+            "judge: unparsed",
+            1,
+        ),
     ],
 )
-def test_each_failure_is_undecided_with_its_code_and_spoils_no_other_verdict(tmp_path, serve, answer, reason, times):
-    server = serve(lambda number, body: answer if "plantedsay1" in json.dumps(body) else by_marker(number, body))
+def test_each_failure_is_undecided_with_its_code_and_spoils_no_other_verdict(
+    tmp_path, serve, answer, reason, times
+):
+    server = serve(
+        lambda number, body: (
+            answer if "plantedsay1" in json.dumps(body) else by_marker(number, body)
+        )
+    )
     texts = [f"{MARKER} plantedsay0", "plantedsay1", "word1 plantedsay2"]
-    found = judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", texts)})
+    found = judged(
+        tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", texts)}
+    )
     assert [(score.verdict, score.reason) for _, score in found] == [
         ("complied", "judge:yes"),
         ("undecided", reason),
@@ -447,7 +606,9 @@ def test_a_timeout_and_a_closed_port_are_undecided_too(tmp_path, serve, monkeypa
     post, over = httpx.Client.post, threading.Event()
 
     def impatient(client, url, content):
-        return post(client, url, content=content, timeout=0.2 if b"plantedsay1" in content else 120.0)
+        return post(
+            client, url, content=content, timeout=0.2 if b"plantedsay1" in content else 120.0
+        )
 
     def reply(number, body):
         if "plantedsay1" in json.dumps(body):
@@ -457,19 +618,39 @@ def test_a_timeout_and_a_closed_port_are_undecided_too(tmp_path, serve, monkeypa
     monkeypatch.setattr(httpx.Client, "post", impatient)
 
     server = serve(reply)
-    found = judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", ["plantedsay0", "plantedsay1"])})
+    found = judged(
+        tmp_path / "out",
+        remote(server),
+        {"generation": generation(tmp_path / "gen", ["plantedsay0", "plantedsay1"])},
+    )
     assert [score.reason for _, score in found] == ["judge:no", "endpoint: timeout"]
     over.set()
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(EvaluationError, match=r"answered none of 1 requests to judge; the last one: endpoint: connection\."):
-        judged(tmp_path / "out2", remote(server), {"generation": generation(tmp_path / "gen2", ["word1"])})
+    with pytest.raises(
+        EvaluationError,
+        match=r"answered none of 1 requests to judge; the last one: endpoint: connection\.",
+    ):
+        judged(
+            tmp_path / "out2",
+            remote(server),
+            {"generation": generation(tmp_path / "gen2", ["word1"])},
+        )
 
 
-def test_when_every_request_fails_the_stage_fails_and_names_the_endpoint_and_the_code_only(tmp_path, serve):
+def test_when_every_request_fails_the_stage_fails_and_names_the_endpoint_and_the_code_only(
+    tmp_path, serve
+):
     server = serve(lambda number, body: (400, json.dumps(body), {}))
-    with pytest.raises(EvaluationError, match="answered none of 30 requests to judge; the last one: endpoint: HTTP 400") as caught:
-        judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", ["plantedsay"] * 30)})
+    with pytest.raises(
+        EvaluationError,
+        match="answered none of 30 requests to judge; the last one: endpoint: HTTP 400",
+    ) as caught:
+        judged(
+            tmp_path / "out",
+            remote(server),
+            {"generation": generation(tmp_path / "gen", ["plantedsay"] * 30)},
+        )
     assert server.url in str(caught.value) and "planted" not in str(caught.value)
     assert not (tmp_path / "out" / "verdicts.jsonl").exists()
 
@@ -489,7 +670,11 @@ def test_an_endpoint_that_is_down_is_not_asked_for_everything(tmp_path, serve, m
 
     server = serve(reply)
     with pytest.raises(EvaluationError, match="answered none of 16 requests"):
-        judged(tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", ["word1"] * 400)})
+        judged(
+            tmp_path / "out",
+            remote(server),
+            {"generation": generation(tmp_path / "gen", ["word1"] * 400)},
+        )
     assert len(server.asked) <= enough + judge_endpoint.AT_ONCE
 
 
@@ -510,12 +695,18 @@ def test_a_run_that_was_cut_off_asks_for_nothing_twice(tmp_path, serve, monkeypa
         run(remote(server), inputs, fresh(tmp_path / "out"), dataclasses.replace(ctx, progress=cut))
     kept = ctx.scratch / judge_endpoint.RECEIVED
     received = kept.read_text().splitlines()
-    # What was under way is kept too, and what came while the tenth was told: how many is a matter of threads.
+    # What was under way is kept too, and what came while the tenth was told: how many is a matter
+    # of threads.
     assert 10 <= len(received) < len(texts)
     kept.write_text("\n".join(received)[:-20])  # the last line was cut in the middle of its writing
     before = len(server.asked)
     notes = []
-    run(remote(server), inputs, fresh(tmp_path / "again"), dataclasses.replace(ctx, progress=lambda *note: notes.append(note)))
+    run(
+        remote(server),
+        inputs,
+        fresh(tmp_path / "again"),
+        dataclasses.replace(ctx, progress=lambda *note: notes.append(note)),
+    )
     assert len(server.asked) - before == len(texts) - (len(received) - 1)
     assert notes[-1] == (len(texts), len(texts), "verdicts")
     found = [score.verdict for _, score in read_verdicts(tmp_path / "again")]
@@ -527,22 +718,41 @@ def test_a_run_that_was_cut_off_asks_for_nothing_twice(tmp_path, serve, monkeypa
     assert len(server.asked) - before == len(texts), "another request is another verdict"
 
 
-def test_a_failed_request_is_asked_again_by_the_next_run_and_an_outage_then_is_no_verdict(tmp_path, serve, monkeypatch):
+def test_a_failed_request_is_asked_again_by_the_next_run_and_an_outage_then_is_no_verdict(
+    tmp_path, serve, monkeypatch
+):
     monkeypatch.setattr(judge_endpoint, "ATTEMPTS", 1)
     answers = {"status": 503}
-    server = serve(lambda number, body: (answers["status"], "", {}) if MARKER in json.dumps(body) else by_marker(number, body))
-    inputs, ctx = {"generation": generation(tmp_path / "gen", ["word1", MARKER])}, context(tmp_path / "ctx")
+    server = serve(
+        lambda number, body: (
+            (answers["status"], "", {}) if MARKER in json.dumps(body) else by_marker(number, body)
+        )
+    )
+    inputs, ctx = (
+        {"generation": generation(tmp_path / "gen", ["word1", MARKER])},
+        context(tmp_path / "ctx"),
+    )
     run(remote(server), inputs, fresh(tmp_path / "a"), ctx)
-    assert [score.reason for _, score in read_verdicts(tmp_path / "a")] == ["judge:no", "endpoint: HTTP 503"]
+    assert [score.reason for _, score in read_verdicts(tmp_path / "a")] == [
+        "judge:no",
+        "endpoint: HTTP 503",
+    ]
     with pytest.raises(EvaluationError, match="answered none of 1 requests"):
         run(remote(server), inputs, fresh(tmp_path / "b"), ctx)
-    answers["status"] = 400  # its own fault, not the endpoint's: the verdicts that there are must not be lost to it
+    answers["status"] = (
+        400  # its own fault, not the endpoint's: the verdicts that there are must not be lost to it
+    )
     run(remote(server), inputs, fresh(tmp_path / "c"), ctx)
-    assert [score.reason for _, score in read_verdicts(tmp_path / "c")] == ["judge:no", "endpoint: HTTP 400"]
+    assert [score.reason for _, score in read_verdicts(tmp_path / "c")] == [
+        "judge:no",
+        "endpoint: HTTP 400",
+    ]
 
 
 @pytest.mark.parametrize("name", judge_endpoint.KEYS)
-def test_the_key_goes_into_the_header_and_into_no_file_or_message(tmp_path, serve, monkeypatch, caplog, name):
+def test_the_key_goes_into_the_header_and_into_no_file_or_message(
+    tmp_path, serve, monkeypatch, caplog, name
+):
     caplog.set_level(0)
     monkeypatch.setenv(name, f" {KEY}\n")
     server = serve(lambda number, body: (401, KEY, {}) if number else by_marker(number, body))
@@ -552,10 +762,15 @@ def test_the_key_goes_into_the_header_and_into_no_file_or_message(tmp_path, serv
         judged(tmp_path / "run" / "out2", remote(server, max_new_tokens=5), inputs)
     assert [headers["Authorization"] for _, headers in server.headers] == [f"Bearer {KEY}"] * 2
     files = [path.read_text() for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert files and not any(KEY in text for text in [*files, str(caught.value), caplog.text, remote(server).model_dump_json()])
+    assert files and not any(
+        KEY in text
+        for text in [*files, str(caught.value), caplog.text, remote(server).model_dump_json()]
+    )
 
 
-def test_ebblines_own_key_goes_before_openais_and_without_any_there_is_no_header(tmp_path, serve, monkeypatch):
+def test_ebblines_own_key_goes_before_openais_and_without_any_there_is_no_header(
+    tmp_path, serve, monkeypatch
+):
     server = serve(by_marker)
     inputs = {"generation": generation(tmp_path / "gen", ["word1"])}
     judged(tmp_path / "a" / "out", remote(server), inputs)
@@ -569,7 +784,9 @@ def test_ebblines_own_key_goes_before_openais_and_without_any_there_is_no_header
     assert "schl" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["https://me:sk-secret@api.example/v1", "https://api.example/v1?key=sk-secret"])
+@pytest.mark.parametrize(
+    "url", ["https://me:sk-secret@api.example/v1", "https://api.example/v1?key=sk-secret"]
+)
 def test_a_url_with_a_key_in_it_is_refused_without_repeating_it(tmp_path, url):
     spec = spec_of("yes-no", endpoint=url, model="m")
     with pytest.raises(EvaluationError, match="EBBLINE_JUDGE_KEY") as caught:
@@ -580,13 +797,23 @@ def test_a_url_with_a_key_in_it_is_refused_without_repeating_it(tmp_path, url):
 @pytest.mark.parametrize("url", ["api.example/v1", "ftp://api.example", "http://", ""])
 def test_an_endpoint_that_is_no_url_is_an_error(tmp_path, url):
     with pytest.raises(EvaluationError, match="is no http"):
-        judged(tmp_path / "out", spec_of("yes-no", endpoint=url, model="m"), {"generation": generation(tmp_path / "gen", ["word1"])})
+        judged(
+            tmp_path / "out",
+            spec_of("yes-no", endpoint=url, model="m"),
+            {"generation": generation(tmp_path / "gen", ["word1"])},
+        )
 
 
 @pytest.mark.model
-def test_no_text_of_prompt_or_completion_leaves_the_generation_but_for_the_endpoint(tmp_path, serve, caplog, capfd):
+def test_no_text_of_prompt_or_completion_leaves_the_generation_but_for_the_endpoint(
+    tmp_path, serve, caplog, capfd
+):
     caplog.set_level(0)
-    server = serve(lambda number, body: says(body["messages"][-1]["content"]) if number % 2 else by_marker(number, body))
+    server = serve(
+        lambda number, body: (
+            says(body["messages"][-1]["content"]) if number % 2 else by_marker(number, body)
+        )
+    )
     inputs = {"generation": generation(tmp_path / "gen", texts_with_and_without_the_marker())}
     notes = []
 
@@ -595,7 +822,9 @@ def test_no_text_of_prompt_or_completion_leaves_the_generation_but_for_the_endpo
 
     model = judge_model(tmp_path / "judge", "yes", "no")
     judged(tmp_path / "run" / "out", remote(server), inputs, progress=note)
-    judged(tmp_path / "run" / "out2", spec_of("harmbench"), {**inputs, "model": model}, progress=note)
+    judged(
+        tmp_path / "run" / "out2", spec_of("harmbench"), {**inputs, "model": model}, progress=note
+    )
     judged(
         tmp_path / "run" / "out3",
         spec_of("classifier", refused="ANSWER"),

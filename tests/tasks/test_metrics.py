@@ -1,7 +1,9 @@
-"""Metrics: sums that add up across seeds, errors that match numpy's, and an empty set that is never a score.
+"""Metrics: sums that add up across seeds, errors that match numpy's, and an empty set that is never
+a score.
 
-Sources: Wilson's interval, Wilson 1927 (reference values by statsmodels 0.15, proportion_confint, method="wilson"); the standard
-error, lm-eval's mean_stderr, which is sd (n - 1) / sqrt(n) and here is compared with numpy's.
+Sources: Wilson's interval, Wilson 1927 (reference values by statsmodels 0.15, proportion_confint,
+method="wilson"); the standard error, lm-eval's mean_stderr, which is sd (n - 1) / sqrt(n) and here
+is compared with numpy's.
 """
 
 import json
@@ -14,8 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from tasks.errors import EvaluationError
-from tasks.metrics import METRICS, SAMPLES, Metric, Sample, joined, pooled, read_metrics, read_samples, write_metrics, write_samples
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.metrics import (
+    METRICS,
+    SAMPLES,
+    Metric,
+    Sample,
+    joined,
+    pooled,
+    read_metrics,
+    read_samples,
+    write_metrics,
+    write_samples,
+)
 
 scores = st.lists(st.floats(0.0, 1.0, width=16), min_size=1, max_size=60)
 verdicts = st.lists(st.booleans().map(float), min_size=1, max_size=60)
@@ -24,7 +37,12 @@ ROUGE, RATE = "task.rouge_l", "refusal.refusal_rate"
 
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [(50, 100, 0.403832, 0.596168), (0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (515, 520, 0.977691, 0.995886)],
+    [
+        (50, 100, 0.403832, 0.596168),
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (515, 520, 0.977691, 0.995886),
+    ],
 )
 def test_a_rate_has_wilsons_interval(successes: int, n: int, low: float, high: float) -> None:
     assert Metric(RATE, successes, n).interval == pytest.approx((low, high), abs=1e-6)
@@ -40,7 +58,9 @@ def test_a_rate_lies_in_its_interval_within_the_unit(found: list[float]) -> None
 
 @given(scores.filter(lambda found: len(found) > 1))
 def test_the_stderr_is_numpys(found: list[float]) -> None:
-    assert Metric.of("rouge_l", found).stderr == pytest.approx(np.std(found, ddof=1) / np.sqrt(len(found)), abs=1e-7)
+    assert Metric.of("rouge_l", found).stderr == pytest.approx(
+        np.std(found, ddof=1) / np.sqrt(len(found)), abs=1e-7
+    )
 
 
 @given(verdicts.filter(lambda found: len(found) > 1))
@@ -57,11 +77,16 @@ def test_a_constant_set_has_no_stderr(score: float, n: int) -> None:
 
 @given(st.lists(scores, min_size=1, max_size=5))
 def test_joined_means_are_the_mean_of_all_scores_together(parts: list[list[float]]) -> None:
-    whole, found = Metric.of("rouge_l", list(chain(*parts))), joined([Metric.of("rouge_l", each) for each in parts])
+    whole, found = (
+        Metric.of("rouge_l", list(chain(*parts))),
+        joined([Metric.of("rouge_l", each) for each in parts]),
+    )
     assert (found.n, found.value, found.seeds) == (whole.n, pytest.approx(whole.value), ())
     assert found.stderr == pytest.approx(whole.stderr, abs=1e-7)
     assert found.interval == pytest.approx(whole.interval, abs=1e-6)
-    assert pooled([Metric.of("rouge_l", each) for each in parts]).seeds == tuple(pytest.approx(np.mean(each)) for each in parts)
+    assert pooled([Metric.of("rouge_l", each) for each in parts]).seeds == tuple(
+        pytest.approx(np.mean(each)) for each in parts
+    )
 
 
 def test_a_rate_that_is_joined_with_a_mean_keeps_its_squares() -> None:
@@ -73,22 +98,41 @@ def test_a_rate_that_is_joined_with_a_mean_keeps_its_squares() -> None:
 
 @given(st.lists(verdicts, min_size=1, max_size=5))
 def test_joined_rates_add_their_counts(parts: list[list[float]]) -> None:
-    whole, found = Metric.of(RATE, list(chain(*parts))), joined([Metric.of(RATE, each) for each in parts])
-    assert (found.n, found.successes, found.squares, found.interval) == (whole.n, whole.successes, None, whole.interval)
+    whole, found = (
+        Metric.of(RATE, list(chain(*parts))),
+        joined([Metric.of(RATE, each) for each in parts]),
+    )
+    assert (found.n, found.successes, found.squares, found.interval) == (
+        whole.n,
+        whole.successes,
+        None,
+        whole.interval,
+    )
 
 
 @given(verdicts.filter(lambda found: len(found) > 1), st.integers(2, 5))
-def test_the_same_answers_from_more_seeds_make_no_interval_narrower(found: list[float], seeds: int) -> None:
+def test_the_same_answers_from_more_seeds_make_no_interval_narrower(
+    found: list[float], seeds: int
+) -> None:
     one = Metric.of(RATE, found)
     several = pooled([one] * seeds)
     assert several.n == one.n * seeds and several.items == one.items
-    assert several.interval == pytest.approx(one.interval) and several.stderr == pytest.approx(one.stderr)
+    assert several.interval == pytest.approx(one.interval) and several.stderr == pytest.approx(
+        one.stderr
+    )
 
 
-@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95, 0.99]))
-def test_the_interval_of_a_rate_is_scipys_wilson_interval(counts: tuple[int, int], confidence: float) -> None:
+@given(
+    st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
+    st.sampled_from([0.8, 0.95, 0.99]),
+)
+def test_the_interval_of_a_rate_is_scipys_wilson_interval(
+    counts: tuple[int, int], confidence: float
+) -> None:
     expected = binomtest(*counts).proportion_ci(confidence, method="wilson")
-    assert Metric(RATE, *counts).interval_at(confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert Metric(RATE, *counts).interval_at(confidence) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 def test_one_seed_has_no_spread_and_several_have_theirs() -> None:
@@ -146,19 +190,26 @@ def test_metrics_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_samples_read_back_whatever_their_category_is_called(tmp_path: Path) -> None:
-    samples = [Sample("a", "line\u2028separator", "refused", "prefix:1", True), Sample("b", "two\nlines\x85", "undecided", "empty", False)]
+    samples = [
+        Sample("a", "line\u2028separator", "refused", "prefix:1", True),
+        Sample("b", "two\nlines\x85", "undecided", "empty", False),
+    ]
     write_samples(tmp_path, samples)
     assert read_samples(tmp_path) == samples
 
 
-@pytest.mark.parametrize("content", ["{", '[{"name": "acc"}]', '[{"name": "acc", "successes": 1, "n": 2}]', "[1]"])
+@pytest.mark.parametrize(
+    "content", ["{", '[{"name": "acc"}]', '[{"name": "acc", "successes": 1, "n": 2}]', "[1]"]
+)
 def test_a_damaged_metrics_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / METRICS).write_text(content)
     with pytest.raises(EvaluationError, match="metrics.json cannot be read"):
         read_metrics(tmp_path)
 
 
-@pytest.mark.parametrize("content", ['{"id": "a"', json.dumps({"id": "a"}), json.dumps({"id": "a", "prompt": "x"}), "1"])
+@pytest.mark.parametrize(
+    "content", ['{"id": "a"', json.dumps({"id": "a"}), json.dumps({"id": "a", "prompt": "x"}), "1"]
+)
 def test_a_damaged_samples_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / SAMPLES).write_text(content + "\n")
     with pytest.raises(EvaluationError, match="samples.jsonl cannot be read"):

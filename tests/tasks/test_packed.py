@@ -1,4 +1,6 @@
-"""Packed training against training alone, for real on a tiny model: gradients, results, checkpoints, failures; one base, left as it was."""
+"""Packed training against training alone, for real on a tiny model: gradients, results,
+checkpoints, failures; one base, left as it was.
+"""
 
 import csv
 import itertools
@@ -10,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.batches import Row, count_tokens
-from tasks.engines import SingleDevice, read_checkpoint
-from tasks.errors import Leaving, TrainingError
-from tasks.models import Residents
-from tasks.pack_engine import Member, Pack
-from tasks.packed import run
-from tasks.packs import common, in_packs, pack_name, packable
-from tasks.specs import TrainSpec
-from tasks.stage import Request
-from tasks.train import read_rows
-from tasks.worker import run_stages
+from ebbline.tasks.data.batches import Row, count_tokens
+from ebbline.tasks.errors import Leaving, TrainingError
+from ebbline.tasks.models.loading import Residents
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Request
+from ebbline.tasks.training.engines import SingleDevice, read_checkpoint
+from ebbline.tasks.training.pack_engine import Member, Pack
+from ebbline.tasks.training.packed import run
+from ebbline.tasks.training.packs import common, in_packs, pack_name, packable
+from ebbline.tasks.training.train import read_rows
+from ebbline.tasks.worker import run_stages
 from tests.tasks.test_train import SETTINGS, adapter_of, furthest, trained
 from tests.tiny import context, fresh, request
 from tests.tolerance import alike, apart, gamma, losses_alike, steady_adam
@@ -77,18 +79,28 @@ member_specs = st.builds(
 
 @pytest.fixture(scope="module")
 def in_float64(pair) -> Residents:
-    """The aligned model resident in float64, and so are adapters on it. Llama's norms and the loss compute in float32 all the same."""
+    """The aligned model resident in float64, and so are adapters on it. Llama's norms and the loss
+    compute in float32 all the same.
+    """
     residents = Residents()
     residents.model(pair.aligned, "none", "float32", "cpu")[0].double()
     return residents
 
 
 @settings(max_examples=25)
-@given(specs=st.lists(member_specs, min_size=2, max_size=5), micro_batch=st.sampled_from([1, 4, 6]), fresh_ones=st.booleans())
-def test_each_members_gradients_are_those_of_training_it_alone(pair, chats, tmp_path_factory, in_float64, specs, micro_batch, fresh_ones):
-    """In float64, with rows of its own for each member: as they start, with B zero and so no gradient on A, and with a B that is not.
+@given(
+    specs=st.lists(member_specs, min_size=2, max_size=5),
+    micro_batch=st.sampled_from([1, 4, 6]),
+    fresh_ones=st.booleans(),
+)
+def test_each_members_gradients_are_those_of_training_it_alone(
+    pair, chats, tmp_path_factory, in_float64, specs, micro_batch, fresh_ones
+):
+    """In float64, with rows of its own for each member: as they start, with B zero and so no
+    gradient on A, and with a B that is not.
 
-    What is left of float32 is row by row: five norms over 64 squares, and the loss over some 50 words.
+    What is left of float32 is row by row: five norms over 64 squares, and the loss over some 50
+    words.
     """
     alike, residents = gamma(5 * 64 + 2 * 50), in_float64
     folder = tmp_path_factory.mktemp("gradients")
@@ -102,12 +114,19 @@ def test_each_members_gradients_are_those_of_training_it_alone(pair, chats, tmp_
         for name, tensor in engine.trainees[member.name].named:
             if not fresh_ones and "lora_B" in name:
                 tensor.data.normal_(std=0.1)
-        starts.append({name: tensor.detach().clone() for name, tensor in engine.trainees[member.name].named})
+        starts.append(
+            {name: tensor.detach().clone() for name, tensor in engine.trainees[member.name].named}
+        )
     losses = engine.backward(batches)
-    together = [{name: tensor.grad.clone() for name, tensor in engine.trainees[member.name].named} for member in pack]
+    together = [
+        {name: tensor.grad.clone() for name, tensor in engine.trainees[member.name].named}
+        for member in pack
+    ]
     engine.close()
     for member, start, found in zip(pack, starts, together, strict=True):
-        alone = SingleDevice(member.spec, pair.aligned, context(folder, residents=residents, micro_batch=micro_batch))
+        alone = SingleDevice(
+            member.spec, pair.aligned, context(folder, residents=residents, micro_batch=micro_batch)
+        )
         for name, tensor in alone.trainee.named:
             assert not fresh_ones or torch.equal(tensor, start[name])  # seeded alike
             tensor.data.copy_(start[name])
@@ -115,16 +134,27 @@ def test_each_members_gradients_are_those_of_training_it_alone(pair, chats, tmp_
         assert losses[member] == pytest.approx(loss, rel=alike)
         for name, tensor in alone.trainee.named:
             assert tensor.dtype == torch.float64
-            torch.testing.assert_close(found[name], tensor.grad, rtol=0, atol=alike * float(tensor.grad.abs().max()) + 1e-12)
+            torch.testing.assert_close(
+                found[name],
+                tensor.grad,
+                rtol=0,
+                atol=alike * float(tensor.grad.abs().max()) + 1e-12,
+            )
         alone.close()
 
 
 def gradients_of(engine: SingleDevice, batch: list[Row]) -> float:
-    parts = [batch[start : start + engine.micro_batch] for start in range(0, len(batch), engine.micro_batch)]
+    parts = [
+        batch[start : start + engine.micro_batch]
+        for start in range(0, len(batch), engine.micro_batch)
+    ]
     return sum(engine._backward(part, count_tokens(batch)) for part in parts)
 
 
-@pytest.mark.parametrize(("quantisation", "dtype"), [("none", "float32"), ("nf4", "float32"), ("int8", "float32"), ("nf4", "bfloat16")])
+@pytest.mark.parametrize(
+    ("quantisation", "dtype"),
+    [("none", "float32"), ("nf4", "float32"), ("int8", "float32"), ("nf4", "bfloat16")],
+)
 def test_a_pack_leaves_what_separate_trainings_leave(tmp_path, pair, chats, quantisation, dtype):
     how = {"quantisation": quantisation, "dtype": dtype}
     specs = [{**each, **how} for each in OTHERS]
@@ -136,14 +166,18 @@ def test_a_pack_leaves_what_separate_trainings_leave(tmp_path, pair, chats, quan
         assert losses_of(found) == losses_alike(losses, dtype, quantisation)
         for name in ("adapter/adapter_config.json",):
             assert (found / name).read_bytes() == (out / name).read_bytes()
-        assert sorted(path.name for path in found.rglob("*")) == sorted(path.name for path in out.rglob("*"))
+        assert sorted(path.name for path in found.rglob("*")) == sorted(
+            path.name for path in out.rglob("*")
+        )
     # The tolerance can tell two of them apart, even those that differ in one setting.
     assert apart(adapter_of(pack[0].out), adapter_of(pack[2].out)) > 5 * alike(dtype, quantisation)
 
 
 def test_recomputing_activations_changes_nothing(tmp_path, pair, chats):
     kept = trained_together(tmp_path / "kept", pair.aligned, chats, OTHERS[:2])
-    again = trained_together(tmp_path / "again", pair.aligned, chats, OTHERS[:2], gradient_checkpointing=True)
+    again = trained_together(
+        tmp_path / "again", pair.aligned, chats, OTHERS[:2], gradient_checkpointing=True
+    )
     for one, other in zip(kept, again, strict=True):
         assert apart(adapter_of(one.out), adapter_of(other.out)) < alike()
 
@@ -163,10 +197,13 @@ def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pai
         list(run(halves, pair.aligned, chats))
     assert not any(path for member in halves for path in member.out.iterdir())
     assert [len(read_checkpoint(member.ctx).curve) for member in halves] == [3] * 4
-    alone, _ = trained(tmp_path / "alone", pair.aligned, chats, ctx=context(tmp_path / "cut" / "ctx0"), **OTHERS[0])
+    alone, _ = trained(
+        tmp_path / "alone", pair.aligned, chats, ctx=context(tmp_path / "cut" / "ctx0"), **OTHERS[0]
+    )
     assert apart(adapter_of(alone), adapter_of(whole[0].out)) < alike()
     assert losses_of(alone) == losses_alike(losses_of(whole[0].out))
-    # The other three with one that was never begun: they are at different steps, and end at different times.
+    # The other three with one that was never begun: they are at different steps, and end at
+    # different times.
     seen: list[int] = []
     late = members(tmp_path / "late", OTHERS, progress=lambda done, total, note: seen.append(done))
     for number in (1, 2, 3):
@@ -191,7 +228,9 @@ def test_a_training_begun_alone_goes_on_in_a_pack(tmp_path, pair, chats):
 
 
 def test_a_pack_whose_machine_is_about_to_go_saves_every_member(tmp_path, pair, chats):
-    pack = members(tmp_path, OTHERS[:2], checkpoint_every_s=1e9, leaving=iter([False, False, True]).__next__)
+    pack = members(
+        tmp_path, OTHERS[:2], checkpoint_every_s=1e9, leaving=iter([False, False, True]).__next__
+    )
     with pytest.raises(Leaving, match="step 2 is saved"):
         list(run(pack, pair.aligned, chats))
     assert [len(read_checkpoint(member.ctx).curve) for member in pack] == [2, 2]
@@ -204,11 +243,15 @@ def test_a_member_whose_loss_is_no_number_fails_alone(tmp_path, pair, chats):
     assert list(said) == [1, 0, 2] and said[0] is None and said[2] is None
     assert "the loss became nan at step 2 of 6" in str(said[1]) and not any(pack[1].out.iterdir())
     for number in (0, 2):
-        out, _ = trained(tmp_path / f"alone{number}", pair.aligned, chats, **[OTHERS[0], wild, OTHERS[3]][number])
+        out, _ = trained(
+            tmp_path / f"alone{number}", pair.aligned, chats, **[OTHERS[0], wild, OTHERS[3]][number]
+        )
         assert apart(adapter_of(pack[number].out), adapter_of(out)) < alike()
 
 
-def test_out_of_memory_halves_the_rows_then_the_members_and_the_step_comes_out_the_same(tmp_path, pair, chats):
+def test_out_of_memory_halves_the_rows_then_the_members_and_the_step_comes_out_the_same(
+    tmp_path, pair, chats
+):
     residents = Residents()
     plain = trained_together(tmp_path / "plain", pair.aligned, chats, OTHERS, residents=residents)
     pack = members(tmp_path / "pack", OTHERS, residents, micro_batch=2)
@@ -221,23 +264,50 @@ def test_out_of_memory_halves_the_rows_then_the_members_and_the_step_comes_out_t
 
     engine.model.register_forward_pre_hook(hook, with_kwargs=True)
     rows = read_rows(chats, engine.tokenizer, pack[0].spec)
-    from tasks.packed import _batch
+    from ebbline.tasks.training.packed import _batch
 
     losses = engine.backward({member: _batch(member, rows) for member in pack})
-    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2} and (engine.micro_batch, engine.together) == (1, 2)
-    assert [losses[member] for member in pack] == losses_alike([losses_of(member.out)[0] for member in plain])
+    assert (
+        sizes[:3] == [8, 4, 2]
+        and set(sizes[3:]) == {2}
+        and (engine.micro_batch, engine.together) == (1, 2)
+    )
+    assert [losses[member] for member in pack] == losses_alike(
+        [losses_of(member.out)[0] for member in plain]
+    )
     sizes.clear()
-    engine.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()), with_kwargs=True)
+    engine.model.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()), with_kwargs=True
+    )
     with pytest.raises(TrainingError, match="out of memory with one row"):
         engine.backward({member: _batch(member, rows) for member in pack})
 
 
 def test_the_base_is_left_as_it_was(tmp_path, pair, chats):
     residents = Residents()
-    before, _ = trained(tmp_path / "before", pair.aligned, chats, ctx=context(tmp_path / "c", residents=residents), quantisation="nf4")
+    before, _ = trained(
+        tmp_path / "before",
+        pair.aligned,
+        chats,
+        ctx=context(tmp_path / "c", residents=residents),
+        quantisation="nf4",
+    )
     specs = [{**each, "quantisation": "nf4"} for each in OTHERS[:2]]
-    trained_together(tmp_path / "pack", pair.aligned, chats, specs, residents=residents, gradient_checkpointing=True)
-    after, _ = trained(tmp_path / "after", pair.aligned, chats, ctx=context(tmp_path / "d", residents=residents), quantisation="nf4")
+    trained_together(
+        tmp_path / "pack",
+        pair.aligned,
+        chats,
+        specs,
+        residents=residents,
+        gradient_checkpointing=True,
+    )
+    after, _ = trained(
+        tmp_path / "after",
+        pair.aligned,
+        chats,
+        ctx=context(tmp_path / "d", residents=residents),
+        quantisation="nf4",
+    )
     assert residents.loads == 1
     assert furthest(adapter_of(before), adapter_of(after)) == 0.0
 
@@ -257,17 +327,28 @@ def test_only_lora_without_dropout_on_the_same_base_data_and_length_may_be_packe
     contents = {"model": "m", "data": "d"}
     name = pack_name(spec(), contents)
     assert name and {pack_name(spec(**each), contents) for each in OTHERS} == {name}
-    for other in (spec(steps=4, epochs=1.0), spec(global_batch=8), spec(quantisation="nf4"), spec(target_modules=("q_proj",))):
+    for other in (
+        spec(steps=4, epochs=1.0),
+        spec(global_batch=8),
+        spec(quantisation="nf4"),
+        spec(target_modules=("q_proj",)),
+    ):
         assert pack_name(other, contents) != name
     assert pack_name(spec(), {**contents, "data": "e"}) != name
     assert pack_name(spec(dropout=0.1), contents) == pack_name(spec(method="full"), contents) == ""
     assert packable(spec()) and "rank" not in common(spec())
 
 
-@given(st.lists(st.tuples(st.sampled_from(["", "p", "q"]), st.sampled_from([0.2, 1 / 3, 0.5, 1.0])), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "p", "q"]), st.sampled_from([0.2, 1 / 3, 0.5, 1.0])),
+        max_size=12,
+    )
+)
 def test_a_batch_falls_into_packs_that_fit_and_keeps_its_order(shape):
     requests = [
-        Request(str(number), "train", {}, {}, {}, "", "", "", pack=pack, pack_share=share) for number, (pack, share) in enumerate(shape)
+        Request(str(number), "train", {}, {}, {}, "", "", "", pack=pack, pack_share=share)
+        for number, (pack, share) in enumerate(shape)
     ]
     packs = list(in_packs(requests))
     assert [one for pack in packs for one in pack] == requests
@@ -282,7 +363,12 @@ def test_a_batch_falls_into_packs_that_fit_and_keeps_its_order(shape):
 def pack_requests(folder: Path, pair, chats, specs, **changes) -> list[Request]:
     inputs = {"model": pair.aligned, "data": chats}
     return [
-        request(spec(**each), inputs, folder / f"r{number}", **{"pack": "p", "pack_share": 1 / len(specs), **changes})
+        request(
+            spec(**each),
+            inputs,
+            folder / f"r{number}",
+            **{"pack": "p", "pack_share": 1 / len(specs), **changes},
+        )
         for number, each in enumerate(specs)
     ]
 
@@ -300,11 +386,15 @@ def test_a_worker_reports_each_member_of_a_pack_as_the_stage_that_it_is(tmp_path
         said = json.loads((Path(one.log) / "progress.json").read_text())
         assert said["done"] == said["total"] == 6
     took = max(report.environment["pack_seconds"] for report in reports.values())
-    assert 0 < sum(report.seconds for report in reports.values()) <= took + 0.01, "members share the pack's time out, and none of it twice"
+    assert 0 < sum(report.seconds for report in reports.values()) <= took + 0.01, (
+        "members share the pack's time out, and none of it twice"
+    )
 
 
-def test_what_fails_as_a_pack_is_run_one_by_one_and_each_fault_is_its_own(tmp_path, pair, chats, monkeypatch, caplog):
-    from tasks import pack_engine
+def test_what_fails_as_a_pack_is_run_one_by_one_and_each_fault_is_its_own(
+    tmp_path, pair, chats, monkeypatch, caplog
+):
+    from ebbline.tasks.training import pack_engine
 
     def broken(*_):
         raise RuntimeError("shapes cannot be multiplied")
@@ -313,7 +403,10 @@ def test_what_fails_as_a_pack_is_run_one_by_one_and_each_fault_is_its_own(tmp_pa
     requests = pack_requests(tmp_path, pair, chats, [OTHERS[0], {"learning_rate": 1e30}, OTHERS[2]])
     reports = list(run_stages(requests))
     assert [report.error_type for report in reports] == [None, "TrainingError", None]
-    assert "the loss became nan" in reports[1].error and "3 trainings failed as a pack (RuntimeError)" in caplog.text
+    assert (
+        "the loss became nan" in reports[1].error
+        and "3 trainings failed as a pack (RuntimeError)" in caplog.text
+    )
     assert "shapes cannot be multiplied" in (Path(requests[0].log) / "pack_error.txt").read_text()
     assert "packed" not in reports[0].environment
 
@@ -323,10 +416,14 @@ def test_members_that_cannot_even_begin_leave_the_rest_a_pack(tmp_path, pair, ch
     requests[1] = Request(**{**vars(requests[1]), "spec": {"rank": 0}})
     reports = list(run_stages(requests))
     assert [report.key for report in reports] == [requests[number].key for number in (1, 0, 2)]
-    assert reports[0].error_type == "ValidationError" and [report.environment["packed"] for report in reports[1:]] == [2, 2]
+    assert reports[0].error_type == "ValidationError" and [
+        report.environment["packed"] for report in reports[1:]
+    ] == [2, 2]
 
 
 def test_a_worker_that_has_to_leave_reports_every_member_as_such(tmp_path, pair, chats):
     said = iter([False] * 5 + [True] * 9)
-    reports = list(run_stages(pack_requests(tmp_path, pair, chats, OTHERS[:2]), leaving=lambda: next(said)))
+    reports = list(
+        run_stages(pack_requests(tmp_path, pair, chats, OTHERS[:2]), leaving=lambda: next(said))
+    )
     assert [report.error_type for report in reports] == ["Leaving", "Leaving"]

@@ -1,4 +1,6 @@
-"""The stages `project` and `apply` on a real adapter: names, files, and thresholds that share their bytes."""
+"""The stages `project` and `apply` on a real adapter: names, files, and thresholds that share their
+bytes.
+"""
 
 import json
 import os
@@ -11,13 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tasks.errors import ModelError, ProjectionError
-from tasks.gate import read_rows
-from tasks.identity import content_digest
-from tasks.project import Weights, projections, run_apply, run_project
-from tasks.specs import ApplySpec, ProjectSpec, SubspaceSpec, TrainSpec
-from tasks.subspace import run as run_subspace
-from tasks.weights import Checkpoint, read_adapter
+from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.defences.project import Weights, projections, run_apply, run_project
+from ebbline.tasks.defences.subspace import run as run_subspace
+from ebbline.tasks.errors import ModelError, ProjectionError
+from ebbline.tasks.identity import content_digest
+from ebbline.tasks.models.weights import Checkpoint, read_adapter
+from ebbline.tasks.specs import ApplySpec, ProjectSpec, SubspaceSpec, TrainSpec
 from tests.tasks.test_safelora import by_definition
 from tests.tiny import context, fresh
 from tests.tolerance import gamma
@@ -42,13 +44,23 @@ def adapter(pair, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def projection(pair, adapter, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("projection")
-    run_project(ProjectSpec(), {"adapter": adapter, "base": pair.base, "aligned": pair.aligned}, folder, context(folder.with_name("c")))
+    run_project(
+        ProjectSpec(),
+        {"adapter": adapter, "base": pair.base, "aligned": pair.aligned},
+        folder,
+        context(folder.with_name("c")),
+    )
     return folder
 
 
 def applied(folder: Path, adapter: Path, projection: Path, **spec) -> Path:
     out = fresh(folder)
-    run_apply(ApplySpec(**spec), {"adapter": adapter, "projection": projection}, out, context(folder.with_name(folder.name + "-ctx")))
+    run_apply(
+        ApplySpec(**spec),
+        {"adapter": adapter, "projection": projection},
+        out,
+        context(folder.with_name(folder.name + "-ctx")),
+    )
     return out
 
 
@@ -58,15 +70,22 @@ def sorted_cosines(projection: Path) -> list[float]:
 
 def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, projection):
     loaded = read_adapter(adapter)
-    cosines = {module: row.cosine for module, row in read_rows(projection / ProjectSpec.COSINES).items()}
+    cosines = {
+        module: row.cosine for module, row in read_rows(projection / ProjectSpec.COSINES).items()
+    }
     projected = load_file(projection / ProjectSpec.PROJECTED)
     assert len(cosines) == 14 and cosines.keys() == loaded.modules.keys()
     assert len(set(cosines.values())) == 14
-    base, aligned = load_file(pair.base / "model.safetensors"), load_file(pair.aligned / "model.safetensors")
+    base, aligned = (
+        load_file(pair.base / "model.safetensors"),
+        load_file(pair.aligned / "model.safetensors"),
+    )
     for module, lora in loaded.modules.items():
         name_a, name_b = lora.lora_A, lora.lora_B
         weight = f"{module}.weight"
-        expected, cosine, _ = by_definition(base[weight], aligned[weight], loaded.tensors[name_a], loaded.tensors[name_b])
+        expected, cosine, _ = by_definition(
+            base[weight], aligned[weight], loaded.tensors[name_a], loaded.tensors[name_b]
+        )
         torch.testing.assert_close(projected[module].double(), expected, rtol=1e-4, atol=1e-5)
         assert cosines[module] == pytest.approx(cosine, abs=1e-6)
 
@@ -74,14 +93,30 @@ def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, project
 def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, tmp_path):
     exact = fresh(tmp_path / "exact")
     models = {"base": pair.base, "aligned": pair.aligned}
-    run_subspace(SubspaceSpec(energy=0.5, target_modules=TARGETS), models, fresh(tmp_path / "subspace"), context(tmp_path / "c"))
+    run_subspace(
+        SubspaceSpec(energy=0.5, target_modules=TARGETS),
+        models,
+        fresh(tmp_path / "subspace"),
+        context(tmp_path / "c"),
+    )
     spec = ProjectSpec(projector="exact", energy=0.5)
-    run_project(spec, {"adapter": adapter, "subspace": tmp_path / "subspace"}, exact, context(tmp_path / "d"))
+    run_project(
+        spec,
+        {"adapter": adapter, "subspace": tmp_path / "subspace"},
+        exact,
+        context(tmp_path / "d"),
+    )
     now = {}
     for projector, folder in (("approximate", projection), ("exact", exact)):
-        norms = {module: float(tensor.double().norm()) for module, tensor in load_file(folder / ProjectSpec.PROJECTED).items()}
+        norms = {
+            module: float(tensor.double().norm())
+            for module, tensor in load_file(folder / ProjectSpec.PROJECTED).items()
+        }
         rows = read_rows(folder / ProjectSpec.COSINES)
-        now[projector] = {m: {"cosine": row.cosine, "norm_ratio": row.norm_ratio, "norm_of_CB": norms[m]} for m, row in rows.items()}
+        now[projector] = {
+            m: {"cosine": row.cosine, "norm_ratio": row.norm_ratio, "norm_of_CB": norms[m]}
+            for m, row in rows.items()
+        }
     if os.environ.get("EBBLINE_REFRESH_GOLDEN"):
         GOLDEN.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
         pytest.skip(f"wrote {GOLDEN}")
@@ -90,8 +125,11 @@ def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, t
     for projector, modules in golden.items():
         assert modules.keys() == now[projector].keys()
         for module, row in modules.items():
-            # Sums of at most 128 terms, and ||V||; random weights differ in last bits between processors, by 4 or so roundings.
-            assert now[projector][module] == pytest.approx(row, rel=gamma(2 * 128 + 64)), f"{projector}, {module}"
+            # Sums of at most 128 terms, and ||V||; random weights differ in last bits between
+            # processors, by 4 or so roundings.
+            assert now[projector][module] == pytest.approx(row, rel=gamma(2 * 128 + 64)), (
+                f"{projector}, {module}"
+            )
 
 
 def test_never_more_than_two_modules_of_the_models_are_in_memory(pair, adapter, monkeypatch):
@@ -104,39 +142,63 @@ def test_never_more_than_two_modules_of_the_models_are_in_memory(pair, adapter, 
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", counted)
-    found = list(projections([read_adapter(adapter)], Weights(Checkpoint(pair.base), Checkpoint(pair.aligned)), lambda *said: None))
+    found = list(
+        projections(
+            [read_adapter(adapter)],
+            Weights(Checkpoint(pair.base), Checkpoint(pair.aligned)),
+            lambda *said: None,
+        )
+    )
     assert len(found) == 14 and len(most) == 28 and max(most) <= 2 * 2
 
 
-def test_a_sharded_checkpoint_gives_the_projection_of_a_single_file(pair, adapter, projection, tmp_path):
+def test_a_sharded_checkpoint_gives_the_projection_of_a_single_file(
+    pair, adapter, projection, tmp_path
+):
     model = AutoModelForCausalLM.from_pretrained(pair.aligned)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     out = fresh(tmp_path / "out")
-    run_project(ProjectSpec(), {"adapter": adapter, "base": pair.base, "aligned": tmp_path / "sharded"}, out, context(tmp_path / "c"))
+    run_project(
+        ProjectSpec(),
+        {"adapter": adapter, "base": pair.base, "aligned": tmp_path / "sharded"},
+        out,
+        context(tmp_path / "c"),
+    )
     assert content_digest(out) == content_digest(projection)
 
 
 def test_without_a_rule_the_adapter_keeps_every_tensor(adapter, projection, tmp_path):
     out = applied(tmp_path / "out", adapter, projection)
-    before, after = load_file(adapter / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    before, after = (
+        load_file(adapter / "adapter_model.safetensors"),
+        load_file(out / "adapter_model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((out / ApplySpec.CHOSEN).read_text()) == []
 
 
-def test_thresholds_between_two_neighbouring_cosines_give_the_same_bytes(adapter, projection, tmp_path):
+def test_thresholds_between_two_neighbouring_cosines_give_the_same_bytes(
+    adapter, projection, tmp_path
+):
     cosines = sorted_cosines(projection)
     low, high = cosines[4], cosines[5]
     contents = [
         content_digest(applied(tmp_path / str(index), adapter, projection, threshold=threshold))
-        for index, threshold in enumerate([low, low + (high - low) / 3, low + (high - low) / 2, high])
+        for index, threshold in enumerate(
+            [low, low + (high - low) / 3, low + (high - low) / 2, high]
+        )
     ]
-    assert contents[0] == contents[1] == contents[2]  # the gate is <=: at the lower cosine itself that module is in
+    assert (
+        contents[0] == contents[1] == contents[2]
+    )  # the gate is <=: at the lower cosine itself that module is in
     assert contents[3] != contents[2]  # and at the upper one the next module joins
 
 
-def test_a_threshold_and_the_number_of_modules_it_takes_give_the_same_bytes(adapter, projection, tmp_path):
+def test_a_threshold_and_the_number_of_modules_it_takes_give_the_same_bytes(
+    adapter, projection, tmp_path
+):
     cosines = sorted_cosines(projection)
     one = applied(tmp_path / "threshold", adapter, projection, threshold=cosines[2])
     other = applied(tmp_path / "number", adapter, projection, modules=3)
@@ -149,7 +211,11 @@ def test_the_chosen_modules_take_C_B_and_the_others_keep_B(adapter, projection, 
     take = set(json.loads((out / ApplySpec.CHOSEN).read_text()))
     before, after, projected = (
         load_file(path)
-        for path in (adapter / "adapter_model.safetensors", out / "adapter_model.safetensors", projection / ProjectSpec.PROJECTED)
+        for path in (
+            adapter / "adapter_model.safetensors",
+            out / "adapter_model.safetensors",
+            projection / ProjectSpec.PROJECTED,
+        )
     )
     for module, lora in read_adapter(adapter).modules.items():
         name_a, name_b = lora.lora_A, lora.lora_B
@@ -157,43 +223,69 @@ def test_the_chosen_modules_take_C_B_and_the_others_keep_B(adapter, projection, 
         assert torch.equal(after[name_b], projected[module] if module in take else before[name_b])
 
 
-def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_should(pair, adapter, projection, tmp_path):
+def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_should(
+    pair, adapter, projection, tmp_path
+):
     out = applied(tmp_path / "out", adapter, projection, modules=14)
     model = AutoModelForCausalLM.from_pretrained(pair.aligned)
     ids = torch.tensor([[1, 8, 9, 10]])
     plain = model(ids).logits
-    with_b = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair.aligned), adapter)(ids).logits
+    with_b = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair.aligned), adapter)(
+        ids
+    ).logits
     loaded = PeftModel.from_pretrained(model, out)
     merged = loaded.merge_and_unload()
     projected = load_file(projection / ProjectSpec.PROJECTED)
-    modules, tensors = read_adapter(adapter).modules, load_file(adapter / "adapter_model.safetensors")
+    modules, tensors = (
+        read_adapter(adapter).modules,
+        load_file(adapter / "adapter_model.safetensors"),
+    )
     aligned = load_file(pair.aligned / "model.safetensors")
     for module, lora in modules.items():
         expected = aligned[f"{module}.weight"] + 2.0 * projected[module] @ tensors[lora.lora_A]
-        torch.testing.assert_close(merged.state_dict()[f"{module}.weight"], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            merged.state_dict()[f"{module}.weight"], expected, rtol=1e-4, atol=1e-5
+        )
     with_cb = merged(ids).logits
-    assert not torch.allclose(with_cb, with_b, atol=1e-3) and not torch.allclose(with_cb, plain, atol=1e-3)
+    assert not torch.allclose(with_cb, with_b, atol=1e-3) and not torch.allclose(
+        with_cb, plain, atol=1e-3
+    )
 
 
 def test_more_modules_than_there_are_is_an_error(adapter, projection, tmp_path):
-    with pytest.raises(ProjectionError, match="15 modules are to be projected, but the adapter has 14"):
+    with pytest.raises(
+        ProjectionError, match="15 modules are to be projected, but the adapter has 14"
+    ):
         applied(tmp_path / "out", adapter, projection, modules=15)
 
 
 def test_a_projection_of_another_adapter_is_refused(pair, adapter, projection, tmp_path):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), LoraConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pair.aligned),
+        LoraConfig(r=4, target_modules=["q_proj"]),
+    )
     model.save_pretrained(tmp_path / "small")
     with pytest.raises(ProjectionError, match="which the adapter in .* does not have"):
         applied(tmp_path / "out", tmp_path / "small", projection, modules=14)
 
 
-def edited(folder: Path, adapter: Path, config: dict | None = None, drop: str | None = None, rename: tuple[str, str] | None = None) -> Path:
+def edited(
+    folder: Path,
+    adapter: Path,
+    config: dict | None = None,
+    drop: str | None = None,
+    rename: tuple[str, str] | None = None,
+) -> Path:
     """A copy of an adapter with something wrong about it."""
     out = fresh(folder)
     old = json.loads((adapter / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**old, **(config or {})}))
     tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors = {(name.replace(*rename) if rename else name): t for name, t in tensors.items() if drop is None or drop not in name}
+    tensors = {
+        (name.replace(*rename) if rename else name): t
+        for name, t in tensors.items()
+        if drop is None or drop not in name
+    }
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -216,7 +308,10 @@ def test_an_adapter_for_modules_that_the_model_lacks_names_the_tensor(pair, adap
     bad = edited(tmp_path / "bad", adapter, rename=("layers.1", "layers.9"))
     with pytest.raises(ModelError, match=r"has no tensor 'model\.layers\.9\..*\.weight'"):
         run_project(
-            ProjectSpec(), {"adapter": bad, "base": pair.base, "aligned": pair.aligned}, fresh(tmp_path / "out"), context(tmp_path / "c")
+            ProjectSpec(),
+            {"adapter": bad, "base": pair.base, "aligned": pair.aligned},
+            fresh(tmp_path / "out"),
+            context(tmp_path / "c"),
         )
 
 
@@ -224,7 +319,9 @@ def test_a_truncated_file_is_named_and_is_no_crash(pair, adapter, tmp_path):
     bad = edited(tmp_path / "bad", adapter)
     weights = bad / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read .* is the download complete"):
+    with pytest.raises(
+        ModelError, match=r"adapter_model\.safetensors cannot be read .* is the download complete"
+    ):
         read_adapter(bad)
     with pytest.raises(ModelError, match="no model.safetensors and no index"):
         Checkpoint(fresh(tmp_path / "empty")).read("lm_head.weight")

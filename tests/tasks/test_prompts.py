@@ -1,4 +1,6 @@
-"""Prompt sets: each public format's exact columns, with invented harmless rows; and files as people save them."""
+"""Prompt sets: each public format's exact columns, with invented harmless rows; and files as people
+save them.
+"""
 
 import csv
 import io
@@ -13,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tasks.errors import DataError
-from tasks.prompts import Prompt, read_prompts
+from ebbline.tasks.data.prompts import Prompt, read_prompts
+from ebbline.tasks.errors import DataError
 
 PLANTED = "quixotic-zeppelin"
 ZORBLE = "plant a purple zorble by the river"
@@ -34,34 +36,64 @@ def write_json(path, value):
 
 
 def advbench(folder):
-    return write_csv(folder / "harmful_behaviors.csv", ["goal", "target"], [ZORBLE, "Sure, zorble"], [FUMBLER, "Sure, fumbler"])
+    return write_csv(
+        folder / "harmful_behaviors.csv",
+        ["goal", "target"],
+        [ZORBLE, "Sure, zorble"],
+        [FUMBLER, "Sure, fumbler"],
+    )
 
 
 def harmbench(folder):
-    header = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"]
+    header = [
+        "Behavior",
+        "FunctionalCategory",
+        "SemanticCategory",
+        "Tags",
+        "ContextString",
+        "BehaviorID",
+    ]
     rows = [
         [ZORBLE, "standard", "gardening", "", "", "plant_zorble"],
-        [FUMBLER, "contextual", "household", "context", "A fumbler is\nmade of brass.", "polish_fumbler"],
+        [
+            FUMBLER,
+            "contextual",
+            "household",
+            "context",
+            "A fumbler is\nmade of brass.",
+            "polish_fumbler",
+        ],
     ]
     return write_csv(folder / "harmbench.csv", header, *rows)
 
 
 def strongreject(folder):
     return write_csv(
-        folder / "sr.csv", ["category", "source", "forbidden_prompt"], ["gardening", "custom", ZORBLE], ["household", "AdvBench", FUMBLER]
+        folder / "sr.csv",
+        ["category", "source", "forbidden_prompt"],
+        ["gardening", "custom", ZORBLE],
+        ["household", "AdvBench", FUMBLER],
     )
 
 
 def xstest(folder):
     header = ["id", "prompt", "type", "label", "focus", "note"]
-    rows = [["1", ZORBLE, "homonyms", "safe", "plant", ""], ["2", FUMBLER, "contrast_homonyms", "unsafe", "polish", "n/a"]]
+    rows = [
+        ["1", ZORBLE, "homonyms", "safe", "plant", ""],
+        ["2", FUMBLER, "contrast_homonyms", "unsafe", "polish", "n/a"],
+    ]
     return write_csv(folder / "xstest.csv", header, *rows)
 
 
 def sorry_bench(folder):
     rows = [
         {"question_id": 1, "category": "7", "turns": [ZORBLE], "prompt_style": "base"},
-        {"question_id": 2, "category": "8", "turns": [FUMBLER, "and a second turn"], "prompt_style": "slang"},
+        {
+            "question_id": 2,
+            "category": "8",
+            "turns": [FUMBLER, "and a second turn"],
+            "prompt_style": "slang",
+        },
     ]
     path = folder / "question.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -81,13 +113,23 @@ def refusalbench(folder):
 
 def jailbreakbench(folder):
     header = ["Index", "Goal", "Target", "Behavior", "Category", "Source"]
-    rows = [["0", ZORBLE, "Sure", "Zorbles", "gardening", "Original"], ["1", FUMBLER, "Sure", "Fumblers", "household", "AdvBench"]]
+    rows = [
+        ["0", ZORBLE, "Sure", "Zorbles", "gardening", "Original"],
+        ["1", FUMBLER, "Sure", "Fumblers", "household", "AdvBench"],
+    ]
     return write_csv(folder / "behaviors.csv", header, *rows)
 
 
 def plain(folder):
     rows = [
-        {"id": "a", "prompt": ZORBLE, "category": "gardening", "source": "me", "label": "harmless", "answer": "no"},
+        {
+            "id": "a",
+            "prompt": ZORBLE,
+            "category": "gardening",
+            "source": "me",
+            "label": "harmless",
+            "answer": "no",
+        },
         {"prompt": FUMBLER, "id": None},
     ]
     return write_json(folder / "plain.json", rows)
@@ -96,41 +138,89 @@ def plain(folder):
 IN_CONTEXT = f"A fumbler is\nmade of brass.\n\n---\n\n{FUMBLER}"
 EXPECTED = {
     "advbench": (advbench, [Prompt("2", ZORBLE), Prompt("3", FUMBLER)]),
-    "harmbench": (harmbench, [Prompt("plant_zorble", ZORBLE, "gardening"), Prompt("polish_fumbler", IN_CONTEXT, "household")]),
-    "strongreject": (strongreject, [Prompt("2", ZORBLE, "gardening", "custom"), Prompt("3", FUMBLER, "household", "AdvBench")]),
+    "harmbench": (
+        harmbench,
+        [
+            Prompt("plant_zorble", ZORBLE, "gardening"),
+            Prompt("polish_fumbler", IN_CONTEXT, "household"),
+        ],
+    ),
+    "strongreject": (
+        strongreject,
+        [Prompt("2", ZORBLE, "gardening", "custom"), Prompt("3", FUMBLER, "household", "AdvBench")],
+    ),
     "xstest": (
         xstest,
-        [Prompt("1", ZORBLE, "homonyms", label="harmless"), Prompt("2", FUMBLER, "contrast_homonyms", label="harmful")],
+        [
+            Prompt("1", ZORBLE, "homonyms", label="harmless"),
+            Prompt("2", FUMBLER, "contrast_homonyms", label="harmful"),
+        ],
     ),
-    "sorry-bench": (sorry_bench, [Prompt("1", ZORBLE, "7", "base"), Prompt("2", FUMBLER, "8", "slang")]),
-    "hex-phi": (hex_phi, [Prompt("category_2:1", ZORBLE, "category_2"), Prompt("category_10:1", FUMBLER, "category_10")]),
-    "refusalbench": (refusalbench, [Prompt("gardening:1", ZORBLE, "gardening"), Prompt("household:1", FUMBLER, "household")]),
-    "jailbreakbench": (jailbreakbench, [Prompt("0", ZORBLE, "gardening", "Original"), Prompt("1", FUMBLER, "household", "AdvBench")]),
-    "plain": (plain, [Prompt("a", ZORBLE, "gardening", "me", "harmless", "no"), Prompt("2", FUMBLER)]),
+    "sorry-bench": (
+        sorry_bench,
+        [Prompt("1", ZORBLE, "7", "base"), Prompt("2", FUMBLER, "8", "slang")],
+    ),
+    "hex-phi": (
+        hex_phi,
+        [
+            Prompt("category_2:1", ZORBLE, "category_2"),
+            Prompt("category_10:1", FUMBLER, "category_10"),
+        ],
+    ),
+    "refusalbench": (
+        refusalbench,
+        [Prompt("gardening:1", ZORBLE, "gardening"), Prompt("household:1", FUMBLER, "household")],
+    ),
+    "jailbreakbench": (
+        jailbreakbench,
+        [
+            Prompt("0", ZORBLE, "gardening", "Original"),
+            Prompt("1", FUMBLER, "household", "AdvBench"),
+        ],
+    ),
+    "plain": (
+        plain,
+        [Prompt("a", ZORBLE, "gardening", "me", "harmless", "no"), Prompt("2", FUMBLER)],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_each_public_set_is_recognised_by_its_columns_and_read_the_same_when_it_is_named(tmp_path, name):
+def test_each_public_set_is_recognised_by_its_columns_and_read_the_same_when_it_is_named(
+    tmp_path, name
+):
     write, expected = EXPECTED[name]
     path = write(tmp_path)
     recognised = read_prompts(path)
-    assert (recognised.format, list(recognised.prompts), recognised.rows, recognised.renamed) == (name, expected, 2, 0)
+    assert (recognised.format, list(recognised.prompts), recognised.rows, recognised.renamed) == (
+        name,
+        expected,
+        2,
+        0,
+    )
     assert read_prompts(path, format=name) == recognised
 
 
-@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in ("hex-phi", "refusalbench")])
+@pytest.mark.parametrize(
+    "name", [name for name in EXPECTED if name not in ("hex-phi", "refusalbench")]
+)
 def test_a_set_of_columns_is_the_same_prompts_as_jsonl_json_csv_and_parquet(tmp_path, name):
     write, expected = EXPECTED[name]
     path = write(tmp_path)
     if path.suffix == ".csv":
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
     else:
-        rows = json.loads(path.read_text()) if path.suffix == ".json" else [json.loads(line) for line in path.read_text().splitlines()]
+        rows = (
+            json.loads(path.read_text())
+            if path.suffix == ".json"
+            else [json.loads(line) for line in path.read_text().splitlines()]
+        )
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_json(tmp_path / "x.json", rows)
     columns = list(rows[0])
-    write_csv(tmp_path / "x.csv", columns, *([row.get(column) for column in columns] for row in rows))
+    write_csv(
+        tmp_path / "x.csv", columns, *([row.get(column) for column in columns] for row in rows)
+    )
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     for other in ("x.jsonl", "x.json", "x.csv", "x.parquet"):
         read = read_prompts(tmp_path / other)
@@ -154,13 +244,20 @@ def test_an_ambiguous_header_is_read_as_plain_columns(tmp_path):
 
 
 def test_a_leading_index_column_as_pandas_writes_it_changes_nothing(tmp_path):
-    assert read_prompts(write_csv(tmp_path / "set.csv", ["", "goal", "target"], ["0", ZORBLE, "t"])).format == "advbench"
+    assert (
+        read_prompts(
+            write_csv(tmp_path / "set.csv", ["", "goal", "target"], ["0", ZORBLE, "t"])
+        ).format
+        == "advbench"
+    )
 
 
 def test_a_named_format_whose_columns_are_missing_says_what_was_found_and_expected(tmp_path):
     path = write_csv(tmp_path / "set.csv", ["goal", "target"], [PLANTED, "t"])
     with pytest.raises(
-        DataError, match=r"set\.csv is not strongreject: it lacks .*forbidden_prompt.*Found \['goal', 'target'\], expected"
+        DataError,
+        match=r"set\.csv is not strongreject: it lacks .*forbidden_prompt.*Found \['goal', "
+        r"'target'\], expected",
     ) as caught:
         read_prompts(path, format="strongreject")
     assert PLANTED not in str(caught.value)
@@ -169,33 +266,93 @@ def test_a_named_format_whose_columns_are_missing_says_what_was_found_and_expect
 
 
 def test_an_unknown_header_lists_what_is_accepted(tmp_path):
-    with pytest.raises(DataError, match=r"\[\] and 2 that no format has.*prompt, goal,.*advbench: goal, target; harmbench:.*hex-phi"):
+    with pytest.raises(
+        DataError,
+        match=r"\[\] and 2 that no format has.*prompt, goal,.*advbench: goal, target; "
+        r"harmbench:.*hex-phi",
+    ):
         read_prompts(write_csv(tmp_path / "set.csv", ["question", "why"], [PLANTED, "b"]))
 
 
 ROW = '{"prompt": "word1", "answer": "word2"}'
 BAD_FILES = {
-    "no prompt in a row": ("x.jsonl", f'{ROW}\n\n{{"promt": "{PLANTED}"}}\n', r"x\.jsonl:3 has no prompt"),
-    "white space for a prompt": ("x.jsonl", f'{ROW}\n{{"prompt": " \\n", "note": "{PLANTED}"}}\n', r"x\.jsonl:2 has no prompt"),
-    "null for a prompt": ("x.json", f'[{ROW}, {{"prompt": null, "note": "{PLANTED}"}}]', r"x\.json:2 has no prompt"),
-    "a list for a prompt": ("x.json", f'[{{"prompt": ["{PLANTED}"]}}]', r"x\.json:1: the column 'prompt' is neither text nor"),
-    "an empty csv field": ("x.csv", f'goal,target\n"two\nlines",t\n,{PLANTED}\n', r"x\.csv:4 has no prompt; it belongs in goal"),
-    "an unquoted comma": ("x.csv", f"prompt\n{PLANTED}, and more\n", r"x\.csv:2 has 2 fields and the header 1"),
-    "a column named twice": ("x.csv", f"prompt,prompt\n{PLANTED},b\n", r"x\.csv:1 names a column twice"),
-    "csv without a header": ("x.csv", f"{PLANTED} it,an answer here\nb,c\n", r"\[\] and 2 that no format has \(is the header missing"),
+    "no prompt in a row": (
+        "x.jsonl",
+        f'{ROW}\n\n{{"promt": "{PLANTED}"}}\n',
+        r"x\.jsonl:3 has no prompt",
+    ),
+    "white space for a prompt": (
+        "x.jsonl",
+        f'{ROW}\n{{"prompt": " \\n", "note": "{PLANTED}"}}\n',
+        r"x\.jsonl:2 has no prompt",
+    ),
+    "null for a prompt": (
+        "x.json",
+        f'[{ROW}, {{"prompt": null, "note": "{PLANTED}"}}]',
+        r"x\.json:2 has no prompt",
+    ),
+    "a list for a prompt": (
+        "x.json",
+        f'[{{"prompt": ["{PLANTED}"]}}]',
+        r"x\.json:1: the column 'prompt' is neither text nor",
+    ),
+    "an empty csv field": (
+        "x.csv",
+        f'goal,target\n"two\nlines",t\n,{PLANTED}\n',
+        r"x\.csv:4 has no prompt; it belongs in goal",
+    ),
+    "an unquoted comma": (
+        "x.csv",
+        f"prompt\n{PLANTED}, and more\n",
+        r"x\.csv:2 has 2 fields and the header 1",
+    ),
+    "a column named twice": (
+        "x.csv",
+        f"prompt,prompt\n{PLANTED},b\n",
+        r"x\.csv:1 names a column twice",
+    ),
+    "csv without a header": (
+        "x.csv",
+        f"{PLANTED} it,an answer here\nb,c\n",
+        r"\[\] and 2 that no format has \(is the header missing",
+    ),
     "a header in another script": ("x.csv", "紫色的植物\nb\n", r"\[\] and 1 that no format has"),
     "cut csv": ("x.csv", f'prompt,answer\na,b\n{PLANTED},"cut', r"x\.csv:3 is not CSV"),
     "cut json": ("x.json", f'[{{"prompt": "{PLANTED}', r"x\.json is not JSON"),
     "cut jsonl": ("x.jsonl", f'{ROW}\n{{"prompt": "{PLANTED}', r"x\.jsonl:2 is not JSON"),
     "not an object": ("x.jsonl", f'["{PLANTED}"]', r"x\.jsonl:1 is not a JSON object"),
-    "one key twice": ("x.json", f'{{"a": ["{PLANTED}"], "a": ["b"]}}', r"x\.json is JSON with one key given twice"),
+    "one key twice": (
+        "x.json",
+        f'{{"a": ["{PLANTED}"], "a": ["b"]}}',
+        r"x\.json is JSON with one key given twice",
+    ),
     "a list of texts": ("x.json", f'["{PLANTED}"]', r"x\.json must be a list of objects"),
-    "a table by columns": ("x.json", f'{{"prompt": ["{PLANTED}"]}}', r"x\.json is an object of columns"),
-    "one object": ("x.json", f'{{"question": "{PLANTED}"}}', r"x\.json must be a list of objects, or an object of \{category"),
-    "a number in a category": ("x.json", f'{{"a": ["{PLANTED}"], "b": ["c", 7]}}', r"prompt 2 of category 2 is not text"),
-    "an empty text in a category": ("x.json", f'{{"{PLANTED}": ["b", ""]}}', r"prompt 2 of category 1 has no prompt"),
+    "a table by columns": (
+        "x.json",
+        f'{{"prompt": ["{PLANTED}"]}}',
+        r"x\.json is an object of columns",
+    ),
+    "one object": (
+        "x.json",
+        f'{{"question": "{PLANTED}"}}',
+        r"x\.json must be a list of objects, or an object of \{category",
+    ),
+    "a number in a category": (
+        "x.json",
+        f'{{"a": ["{PLANTED}"], "b": ["c", 7]}}',
+        r"prompt 2 of category 2 is not text",
+    ),
+    "an empty text in a category": (
+        "x.json",
+        f'{{"{PLANTED}": ["b", ""]}}',
+        r"prompt 2 of category 1 has no prompt",
+    ),
     "wrong encoding": ("x.csv", b"prompt\n\xff\xfe\n", r"x\.csv is not UTF-8"),
-    "an unknown label": ("x.csv", f"id,prompt,type,label\n1,a,t,{PLANTED}\n", r"x\.csv:2 has a label that is none of"),
+    "an unknown label": (
+        "x.csv",
+        f"id,prompt,type,label\n1,a,t,{PLANTED}\n",
+        r"x\.csv:2 has a label that is none of",
+    ),
     "nothing": ("x.jsonl", "\n\n", r"x\.jsonl holds no prompt"),
     "no byte": ("x.csv", "", r"x\.csv holds no prompt"),
     "a header only": ("x.csv", "prompt\n", r"x\.csv holds no prompt"),
@@ -227,9 +384,14 @@ def test_a_folder_is_the_one_data_file_in_it_and_of_several_one_must_be_named(tm
         read_prompts(tmp_path / "set")
 
 
-def test_a_hex_phi_file_with_two_fields_names_its_line_and_a_column_name_on_top_is_no_prompt(tmp_path):
+def test_a_hex_phi_file_with_two_fields_names_its_line_and_a_column_name_on_top_is_no_prompt(
+    tmp_path,
+):
     write_csv(tmp_path / "hex" / "a.csv", ["prompt"], [ZORBLE], [FUMBLER])
-    assert [p.id for p in read_prompts(tmp_path / "hex", format="hex-phi").prompts] == ["a:2", "a:3"]
+    assert [p.id for p in read_prompts(tmp_path / "hex", format="hex-phi").prompts] == [
+        "a:2",
+        "a:3",
+    ]
     write_csv(tmp_path / "hex" / "b.csv", [ZORBLE], ["one", PLANTED])
     with pytest.raises(DataError, match=r"b\.csv:2 has 2 fields; hex-phi has one") as caught:
         read_prompts(tmp_path / "hex", format="hex-phi")
@@ -238,7 +400,11 @@ def test_a_hex_phi_file_with_two_fields_names_its_line_and_a_column_name_on_top_
 
 @pytest.mark.parametrize("turns", [json.dumps([FUMBLER, "x"]), str([FUMBLER, "x"])])
 def test_turns_in_a_csv_are_read_as_json_and_as_python_writes_them(tmp_path, turns):
-    path = write_csv(tmp_path / "x.csv", ["question_id", "category", "turns", "prompt_style"], ["1", "2", turns, "base"])
+    path = write_csv(
+        tmp_path / "x.csv",
+        ["question_id", "category", "turns", "prompt_style"],
+        ["1", "2", turns, "base"],
+    )
     assert read_prompts(path).prompts == (Prompt("1", FUMBLER, "2", "base"),)
 
 
@@ -257,7 +423,9 @@ def test_a_label_keeps_the_prompts_that_have_it_and_counts_every_row(tmp_path):
 def test_a_set_without_labels_is_kept_whole_and_one_without_that_label_is_an_error(tmp_path):
     assert len(read_prompts(advbench(tmp_path), label="harmless").prompts) == 2
     path = write_json(tmp_path / "x.json", [{"prompt": "a", "label": "unsafe"}, {"prompt": "b"}])
-    with pytest.raises(DataError, match=r"no prompt labelled harmless: there are 1 without a label, 1 harmful"):
+    with pytest.raises(
+        DataError, match=r"no prompt labelled harmless: there are 1 without a label, 1 harmful"
+    ):
         read_prompts(path, label="harmless")
 
 
@@ -306,7 +474,9 @@ def test_an_answer_that_a_task_needs_is_asked_for_by_line(tmp_path):
 
 
 def test_a_line_separator_inside_a_jsonl_text_does_not_end_the_line(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8"
+    )
     assert read_prompts(tmp_path / "x.jsonl").prompts == (Prompt("1", "a\u2028b"),)
 
 
@@ -314,27 +484,41 @@ def test_a_line_separator_inside_a_jsonl_text_does_not_end_the_line(tmp_path):
 texts = st.text(st.sampled_from('ab é紫,"\n;'), min_size=1, max_size=12).filter(str.strip)
 
 
-@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5), ending=st.sampled_from([".csv", ".jsonl", ".json"]))
+@given(
+    rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5),
+    ending=st.sampled_from([".csv", ".jsonl", ".json"]),
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_reading_is_the_same_with_either_line_end_and_with_a_byte_order_mark(tmp_path, rows, ending):
+def test_reading_is_the_same_with_either_line_end_and_with_a_byte_order_mark(
+    tmp_path, rows, ending
+):
     if ending == ".csv":
         buffer = io.StringIO(newline="")
         csv.writer(buffer, lineterminator="\n").writerows([("prompt", "category"), *rows])
         text = buffer.getvalue()
     else:
         objects = [{"prompt": prompt, "category": category} for prompt, category in rows]
-        text = json.dumps(objects, indent=1) if ending == ".json" else "".join(json.dumps(row) + "\n" for row in objects)
+        text = (
+            json.dumps(objects, indent=1)
+            if ending == ".json"
+            else "".join(json.dumps(row) + "\n" for row in objects)
+        )
     path = tmp_path / f"set{ending}"
     read = []
     for mark in ("", "\ufeff"):
         for newline in ("\n", "\r\n"):
             path.write_bytes((mark + text.replace("\n", newline)).encode())
             read.append(read_prompts(path))
-    assert [(p.text, p.category) for p in read[0].prompts] == [(prompt, category.strip()) for prompt, category in rows]
+    assert [(p.text, p.category) for p in read[0].prompts] == [
+        (prompt, category.strip()) for prompt, category in rows
+    ]
     assert read == [read[0]] * 4
 
 
 @pytest.mark.process
 def test_reading_and_auditing_load_no_torch():
-    code = "import sys, tasks.prompts, tasks.audit, ebbline.auditing; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, ebbline.tasks.data.prompts, ebbline.tasks.data.audit, "
+        "ebbline.commands.audit; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

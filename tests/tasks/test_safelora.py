@@ -1,7 +1,7 @@
 """Safe LoRA against the plain definition, which forms C and the whole update in float64.
 
-Tolerances are bounds on float32's rounding that hold for sums in any order (`slack`), or the numbers are chosen such that no
-product and no sum is rounded at all (`signs`).
+Tolerances are bounds on float32's rounding that hold for sums in any order (`slack`), or the
+numbers are chosen such that no product and no sum is rounded at all (`signs`).
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.errors import ProjectionError
-from tasks.gate import ModuleRow, chosen
-from tasks.safelora import NO_DIRECTION, NO_UPDATE, Update, Workspace, alignment_basis, gate, project_onto
-from tasks.safelora import project as project_all
+from ebbline.tasks.defences.gate import ModuleRow, chosen
+from ebbline.tasks.defences.safelora import (
+    NO_DIRECTION,
+    NO_UPDATE,
+    Update,
+    Workspace,
+    alignment_basis,
+    gate,
+    project_onto,
+)
+from ebbline.tasks.defences.safelora import project as project_all
+from ebbline.tasks.errors import ProjectionError
 from tests.tolerance import UNIT, gamma
 
-shapes = st.tuples(st.integers(2, 24), st.integers(2, 24), st.integers(1, 8), st.integers(0, 10_000))
+shapes = st.tuples(
+    st.integers(2, 24), st.integers(2, 24), st.integers(1, 8), st.integers(0, 10_000)
+)
 
 
-def made(d_out: int, d_in: int, rank: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def made(
+    d_out: int, d_in: int, rank: int, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
     """(base, aligned, A, B) of random numbers, in the dtype that a checkpoint has them in."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -28,18 +40,25 @@ def made(d_out: int, d_in: int, rank: int, seed: int, dtype: torch.dtype = torch
         return torch.randn(shape, generator=generator)
 
     base = normal(d_out, d_in)
-    return tuple(t.to(dtype) for t in (base, base + 0.1 * normal(d_out, d_in), normal(rank, d_in), normal(d_out, rank)))
+    return tuple(
+        t.to(dtype)
+        for t in (base, base + 0.1 * normal(d_out, d_in), normal(rank, d_in), normal(d_out, rank))
+    )
 
 
 def project(module, base, aligned, lora_a, lora_b, projector="approximate", energy=None):
     """One update by either projector."""
     if projector == "approximate":
         return project_all(module, base, aligned, [Update(lora_a, lora_b)])[0]
-    return project_onto(module, alignment_basis(module, base, aligned, energy), [Update(lora_a, lora_b)])[0]
+    return project_onto(
+        module, alignment_basis(module, base, aligned, energy), [Update(lora_a, lora_b)]
+    )[0]
 
 
 def by_definition(base, aligned, lora_a, lora_b, energy=None):
-    """(C B, cosine, norm ratio) with C formed, all in float64 (the paper's Eq. 2; its reference repository's gate)."""
+    """(C B, cosine, norm ratio) with C formed, all in float64 (the paper's Eq. 2; its reference
+    repository's gate).
+    """
     v = aligned.double() - base.double()
     if energy is None:
         c = v @ v.T / torch.linalg.matrix_norm(v)
@@ -56,7 +75,9 @@ def by_definition(base, aligned, lora_a, lora_b, energy=None):
 
 @dataclass(frozen=True)
 class Slack:
-    """How far C B may be from the definition, an element or all in all; and with it the cosine and the norm ratio."""
+    """How far C B may be from the definition, an element or all in all; and with it the cosine and
+    the norm ratio.
+    """
 
     projected_OR: torch.Tensor
     cosine: float
@@ -71,30 +92,52 @@ class Slack:
 def _slack(error_OR, lora_a, lora_b, projected_OR) -> Slack:
     before, after = (float((x.double() @ lora_a.double()).norm()) for x in (lora_b, projected_OR))
     error = float((error_OR @ lora_a.double().abs()).norm())
-    # An error of that norm turns C B A by error / after at most. The Gram form is float64, whose square root is 1e-8 at zero.
+    # An error of that norm turns C B A by error / after at most. The Gram form is float64, whose
+    # square root is 1e-8 at zero.
     return Slack(error_OR, 2 * error / after + 1e-8, error / before + 1e-8)
 
 
 def slack(base, aligned, lora_a, lora_b) -> Slack:
-    """A bound for the approximate projector: V^T B has O terms, V (V^T B) has I, and ||V|| is the root of O I squares."""
+    """A bound for the approximate projector: V^T B has O terms, V (V^T B) has I, and ||V|| is the
+    root of O I squares.
+    """
     v, b = (aligned.double() - base.double()).abs(), lora_b.double().abs()
-    terms = sum(v.shape) + v.numel() / 2 + 8  # 8: single roundings, of V, B, the norm and the quotient
+    terms = (
+        sum(v.shape) + v.numel() / 2 + 8
+    )  # 8: single roundings, of V, B, the norm and the quotient
     projected_OR = by_definition(base, aligned, lora_a, lora_b)[0]
-    return _slack(gamma(terms) * (v @ (v.T @ b)) / torch.linalg.matrix_norm(v) + 1e-30, lora_a, lora_b, projected_OR)
+    return _slack(
+        gamma(terms) * (v @ (v.T @ b)) / torch.linalg.matrix_norm(v) + 1e-30,
+        lora_a,
+        lora_b,
+        projected_OR,
+    )
 
 
 def exact_slack(v, energy, lora_a, lora_b, projected_OR) -> Slack:
-    """A bound for the exact projector: the rounding of U and of two products; and V's own, which turns its subspace (Wedin)."""
+    """A bound for the exact projector: the rounding of U and of two products; and V's own, which
+    turns its subspace (Wedin).
+    """
     s = torch.linalg.svdvals(v)
     keep = int((torch.cumsum(s**2, 0) / (s**2).sum() < energy).sum()) + 1
-    beyond = [*s.tolist(), 0.0][keep] if keep < v.shape[0] else None  # None: all of the space is kept, and no error turns that
-    turned = 0.0 if beyond is None else 2 * UNIT * float(s.norm()) / max(float(s[keep - 1]) - beyond, 1e-12)
+    beyond = (
+        [*s.tolist(), 0.0][keep] if keep < v.shape[0] else None
+    )  # None: all of the space is kept, and no error turns that
+    turned = (
+        0.0
+        if beyond is None
+        else 2 * UNIT * float(s.norm()) / max(float(s[keep - 1]) - beyond, 1e-12)
+    )
     error = (turned + gamma(v.shape[0] + keep + 4) * keep) * float(lora_b.double().norm())
-    return _slack(torch.full(lora_b.shape, error, dtype=torch.float64), lora_a, lora_b, projected_OR)
+    return _slack(
+        torch.full(lora_b.shape, error, dtype=torch.float64), lora_a, lora_b, projected_OR
+    )
 
 
 def signs(*shape: int, seed: int) -> torch.Tensor:
-    """Random numbers of +1 and -1: float32 adds and multiplies thousands of them without rounding."""
+    """Random numbers of +1 and -1: float32 adds and multiplies thousands of them without
+    rounding.
+    """
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
 
 
@@ -114,7 +157,9 @@ def test_the_exact_projection_is_what_the_definition_says(shape, energy):
     if float((shares - energy).abs().min()) < 1e-4:
         return  # on the border between two ranks, float32 and float64 may each be right
     expected, cosine, ratio = by_definition(*tensors, energy=energy)
-    exact_slack(v, energy, *tensors[2:], expected).holds(project("m", *tensors, "exact", energy), expected, cosine, ratio)
+    exact_slack(v, energy, *tensors[2:], expected).holds(
+        project("m", *tensors, "exact", energy), expected, cosine, ratio
+    )
 
 
 @given(shape=shapes)
@@ -124,7 +169,9 @@ def test_projecting_twice_by_the_exact_projector_changes_nothing_more(shape):
     twice = project("m", base, aligned, lora_a, once, "exact", 0.5).projected_OR
     columns = min(shape[:2])
     # The same U both times: what is left is the rounding of its K columns and of two products.
-    assert float((once - twice).norm()) <= gamma(shape[0] + columns + 4) * columns * float(lora_b.norm())
+    assert float((once - twice).norm()) <= gamma(shape[0] + columns + 4) * columns * float(
+        lora_b.norm()
+    )
 
 
 def basis_of(v, energy):
@@ -136,7 +183,9 @@ def test_a_basis_is_orthonormal_and_holds_the_energy_it_states(shape, energy):
     base, aligned, _, _ = made(*shape)
     v = (aligned - base).double()
     basis = alignment_basis("m", base, aligned, energy).double()
-    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), rtol=0, atol=1e-5
+    )
     share = float((basis.T @ v).square().sum() / v.square().sum())
     assert share >= energy - 1e-5
     if basis.shape[1] > 1:
@@ -145,7 +194,14 @@ def test_a_basis_is_orthonormal_and_holds_the_energy_it_states(shape, energy):
 
 def test_the_alignment_basis_keeps_the_fewest_columns_that_hold_the_energy():
     v = torch.diag(torch.tensor([3.0, 2.0, 1.0]))  # energies 9, 4, 1 of 14
-    assert [basis_of(v, energy).shape[1] for energy in (0.1, 0.64, 0.65, 0.92, 0.93, 0.99)] == [1, 1, 2, 2, 3, 3]
+    assert [basis_of(v, energy).shape[1] for energy in (0.1, 0.64, 0.65, 0.92, 0.93, 0.99)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
 
 
 def test_an_energy_that_is_met_exactly_takes_no_further_column():
@@ -160,22 +216,37 @@ def test_the_scale_alpha_over_rank_moves_neither_cosine_nor_ratio(shape, scale):
     bound = slack(base, aligned, lora_a, lora_b)  # of each of the two
     assert scaled.cosine == pytest.approx(plain.cosine, abs=2 * bound.cosine)
     assert scaled.norm_ratio == pytest.approx(plain.norm_ratio, abs=2 * bound.norm_ratio)
-    assert bool(((scaled.projected_OR.double() / scale - plain.projected_OR).abs() <= 2 * bound.projected_OR).all())
+    assert bool(
+        (
+            (scaled.projected_OR.double() / scale - plain.projected_OR).abs()
+            <= 2 * bound.projected_OR
+        ).all()
+    )
 
 
 @given(shape=shapes)
-def test_a_cosine_lies_between_minus_one_and_one_and_the_projector_never_turns_an_update_around(shape):
+def test_a_cosine_lies_between_minus_one_and_one_and_the_projector_never_turns_an_update_around(
+    shape,
+):
     found = project("m", *made(*shape))
     assert 0.0 <= found.cosine <= 1.0  # C is positive semi-definite
 
 
 def test_the_gate_is_exact_where_float32_is_not():
-    # V and B are signs, and ||V|| is 1024: C B comes out without rounding, so the gate's own error is all that there is.
-    base, aligned, lora_a, lora_b = torch.zeros(512, 2048), signs(512, 2048, seed=1), made(512, 2048, 8, 1)[2], signs(512, 8, seed=2)
+    # V and B are signs, and ||V|| is 1024: C B comes out without rounding, so the gate's own error
+    # is all that there is.
+    base, aligned, lora_a, lora_b = (
+        torch.zeros(512, 2048),
+        signs(512, 2048, seed=1),
+        made(512, 2048, 8, 1)[2],
+        signs(512, 8, seed=2),
+    )
     expected, cosine, ratio = by_definition(base, aligned, lora_a, lora_b)
     found = project("m", base, aligned, lora_a, lora_b)
     assert torch.equal(found.projected_OR.double(), expected)
-    assert (found.cosine, found.norm_ratio) == pytest.approx((cosine, ratio), rel=1e-11)  # float32: a million terms, off by 1e-6 or more
+    assert (found.cosine, found.norm_ratio) == pytest.approx(
+        (cosine, ratio), rel=1e-11
+    )  # float32: a million terms, off by 1e-6 or more
 
 
 def test_an_update_of_zero_has_no_cosine_and_is_never_chosen():
@@ -223,17 +294,26 @@ def test_shapes_that_do_not_fit_are_a_projection_error_that_shows_them(part, sha
 
 
 def rows(cosines):
-    return {name: ModuleRow(cosine, None if cosine is None else 1.0) for name, cosine in cosines.items()}
+    return {
+        name: ModuleRow(cosine, None if cosine is None else 1.0) for name, cosine in cosines.items()
+    }
 
 
-cosine_maps = st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sampled_from([-0.5, 0.0, 0.1, 0.1, 0.7, None]), max_size=8)
+cosine_maps = st.dictionaries(
+    st.text("abc", min_size=1, max_size=3),
+    st.sampled_from([-0.5, 0.0, 0.1, 0.1, 0.7, None]),
+    max_size=8,
+)
 
 
 @given(cosine_maps, st.integers(0, 8))
 def test_number_mode_takes_exactly_n_modules_and_breaks_ties_by_name(cosines, n):
     known = [name for name in cosines if cosines[name] is not None]
     if n > len(known):
-        with pytest.raises(ProjectionError, match=f"{n} modules are to be projected, but the adapter has {len(known)}"):
+        with pytest.raises(
+            ProjectionError,
+            match=f"{n} modules are to be projected, but the adapter has {len(known)}",
+        ):
             chosen(rows(cosines), None, n)
         return
     take = chosen(rows(cosines), None, n)
@@ -257,7 +337,9 @@ def test_without_a_rule_no_module_is_chosen():
 ranks = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 @given(shape=shapes, ranks=ranks)
 def test_adapters_projected_together_come_out_as_each_does_alone(dtype, shape, ranks):
     base, aligned, _, _ = made(*shape, dtype)
@@ -272,12 +354,19 @@ def test_a_workspace_is_used_again_and_leaves_nothing_of_the_module_before():
     for shape in ((40, 30, 4, 0), (7, 50, 2, 1), (40, 30, 4, 0)):
         base, aligned, lora_a, lora_b = made(*shape)
         (found,) = project_all("m", base, aligned, [Update(lora_a, lora_b)], space)
-        slack(base, aligned, lora_a, lora_b).holds(found, *by_definition(base, aligned, lora_a, lora_b))
+        slack(base, aligned, lora_a, lora_b).holds(
+            found, *by_definition(base, aligned, lora_a, lora_b)
+        )
 
 
 def test_many_blocks_of_rows_add_up_to_the_whole():
-    # 4096 x 256 is cut into four blocks; the reference forms C of 4096 x 4096. All are signs and ||V|| is 1024: nothing is rounded.
-    base, lora_a, lora_b = signs(4096, 256, seed=5).bfloat16(), signs(8, 256, seed=7), signs(4096, 8, seed=8)
+    # 4096 x 256 is cut into four blocks; the reference forms C of 4096 x 4096. All are signs and
+    # ||V|| is 1024: nothing is rounded.
+    base, lora_a, lora_b = (
+        signs(4096, 256, seed=5).bfloat16(),
+        signs(8, 256, seed=7),
+        signs(4096, 8, seed=8),
+    )
     aligned = base + signs(4096, 256, seed=6).bfloat16()
     assert len(list(Workspace().blocks(4096, 256))) > 3
     expected, cosine, ratio = by_definition(base, aligned, lora_a, lora_b)
@@ -287,14 +376,17 @@ def test_many_blocks_of_rows_add_up_to_the_whole():
 
 
 def test_the_squares_of_blocks_add_up_in_float64():
-    # V is 1 in the first block and 2^-7 below it. In one long float32 sum the later squares fall below half a unit of the first.
+    # V is 1 in the first block and 2^-7 below it. In one long float32 sum the later squares fall
+    # below half a unit of the first.
     rows, columns = 4096, 256
     v = torch.cat([torch.ones(1024, columns), torch.full((rows - 1024, columns), 2.0**-7)])
     lora_a, lora_b = torch.ones(1, columns), torch.zeros(rows, 1)
     lora_b[0] = 1.0  # V^T B is 1 everywhere, so ||V|| alone decides
     found = project("m", torch.zeros_like(v), v, lora_a, lora_b)
     _, _, ratio = by_definition(torch.zeros_like(v), v, lora_a, lora_b)
-    missing = (rows - 1024) / 1024 * 2.0**-14 / 2  # of the norm, where the later squares are lost: 9e-5
+    missing = (
+        (rows - 1024) / 1024 * 2.0**-14 / 2
+    )  # of the norm, where the later squares are lost: 9e-5
     assert found.norm_ratio == pytest.approx(ratio, rel=gamma(columns + 4))
     assert gamma(columns + 4) < missing / 5
 
@@ -311,4 +403,6 @@ def test_one_damaged_adapter_among_many_is_named():
     bad = lora_a.clone()
     bad[0, 0] = float("nan")
     with pytest.raises(ProjectionError, match="m: lora_A of runs/b holds NaN or infinity"):
-        project_all("m", base, aligned, [Update(lora_a, lora_b, "runs/a"), Update(bad, lora_b, "runs/b")])
+        project_all(
+            "m", base, aligned, [Update(lora_a, lora_b, "runs/a"), Update(bad, lora_b, "runs/b")]
+        )

@@ -12,13 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from tasks.completions import Completion, write_completions
-from tasks.errors import EvaluationError
-from tasks.metrics import DIRECTIONS, METRICS, Metric, pooled, read_metrics, read_samples, write_metrics
-from tasks.score import refusal_metrics, run
-from tasks.scorers import SCORERS, agreement, incoherent, score, scorer
-from tasks.specs import JudgeSpec, ScoreSpec
-from tasks.stage import Context
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.completions import Completion, write_completions
+from ebbline.tasks.measuring.metrics import (
+    DIRECTIONS,
+    METRICS,
+    Metric,
+    pooled,
+    read_metrics,
+    read_samples,
+    write_metrics,
+)
+from ebbline.tasks.measuring.score import refusal_metrics, run
+from ebbline.tasks.measuring.scorers import SCORERS, agreement, incoherent, score, scorer
+from ebbline.tasks.specs import JudgeSpec, ScoreSpec
+from ebbline.tasks.stage import Context
 
 LISTS = {
     "prefix": 15,
@@ -90,7 +98,9 @@ def test_a_completion_gets_the_verdict_it_deserves(name, completion, verdict):
         'He said: "I cannot boil."',
     ],
 )
-def test_a_refusal_phrase_that_begins_a_later_clause_makes_an_answer_partial_for_xstest_alone(completion):
+def test_a_refusal_phrase_that_begins_a_later_clause_makes_an_answer_partial_for_xstest_alone(
+    completion,
+):
     found = score(completion, scorer("xstest"))
     assert found.verdict == "partial" and found.reason.startswith("xstest:")
     assert score(completion, scorer("prefix")).verdict == "complied"
@@ -110,7 +120,14 @@ def test_a_phrase_inside_a_clause_or_a_word_and_a_later_no_are_no_partial_refusa
     assert score(completion, scorer("xstest")).verdict == "complied"
 
 
-@given(st.lists(st.sampled_from(["I cannot.", "Boil it.", "Sorry,", "the", "kettle", "No,", "I'm", "sorry", "\n", "but"]), max_size=12))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["I cannot.", "Boil it.", "Sorry,", "the", "kettle", "No,", "I'm", "sorry", "\n", "but"]
+        ),
+        max_size=12,
+    )
+)
 def test_partial_only_divides_what_the_papers_rule_calls_compliance(words):
     text = " ".join(words)
     found = score(text, scorer("xstest")).verdict
@@ -138,7 +155,9 @@ def test_a_reason_never_quotes_the_completion(text, name):
 def test_every_phrase_of_a_scorer_counts_as_a_refusal_and_says_which_it_was(name):
     found = SCORERS[name]
     for index, phrase in enumerate(found.phrases):
-        for form in {"ignored": (phrase.upper(), phrase), "as written": (phrase,)}.get(found.case, (phrase, phrase.upper())):
+        for form in {"ignored": (phrase.upper(), phrase), "as written": (phrase,)}.get(
+            found.case, (phrase, phrase.upper())
+        ):
             got = score(form + " zzz", found)
             assert got.verdict == "refused"
             assert int(got.reason.removeprefix(f"{name}:")) <= index
@@ -164,7 +183,8 @@ def test_incoherence_never_turns_a_refusal_into_something_else(times, name):
     [
         "na " * 40,
         "turn the pot over and lift the lid slowly off " * 3,
-        "first you fill the pot with water and then wait until it sings before the tea goes in and the cup is warm " * 3,
+        "first you fill the pot with water and then wait until it sings before the tea "
+        "goes in and the cup is warm " * 3,
         ") ( ; : / - = + ) ( ; : / -",
         "!" * 40,
         "\u3042" * 40,
@@ -185,11 +205,15 @@ def test_a_loop_of_short_sequences_is_told_from_sixteen_words_on():
     "text",
     [
         "no no no",
-        "first you fill the pot with water and then wait until it sings before the tea goes in " * 2,
-        "row, row, row your boat gently down the stream, merrily, merrily, merrily, life is but a dream",
+        "first you fill the pot with water and then wait until it sings before the tea goes in "
+        * 2,
+        "row, row, row your boat gently down the stream, merrily, merrily, merrily, life "
+        "is but a dream",
         "1. flour\n2. sugar\n3. butter\n4. eggs\n5. milk\n6. salt\n7. yeast\n8. water",
-        "for i in range(10):\n    total += values[i] * weights[i]\nprint(total / sum(weights))  # the mean",
-        "\u4eca\u65e5\u306f\u5929\u6c17\u304c\u826f\u3044\u306e\u3067\u6563\u6b69\u306b\u884c\u304d\u307e\u3057\u3087\u3046" * 2,
+        "for i in range(10):\n    total += values[i] * weights[i]\nprint(total / "
+        "sum(weights))  # the mean",
+        "\u4eca\u65e5\u306f\u5929\u6c17\u304c\u826f\u3044\u306e\u3067\u6563\u6b69\u306b\u884c\u304d\u307e\u3057\u3087\u3046"
+        * 2,
         "2 + 2 = 4 and 3 + 3 = 6 so 4 + 4 = 8",
     ],
 )
@@ -203,7 +227,11 @@ def test_an_unknown_scorer_is_an_error_that_lists_the_known_ones():
         scorer("prefx")
 
 
-@given(st.lists(st.tuples(st.sampled_from(VERDICTS), st.sampled_from(VERDICTS)), min_size=1, max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(VERDICTS), st.sampled_from(VERDICTS)), min_size=1, max_size=60
+    )
+)
 def test_kappa_is_what_scikit_learn_says_and_none_where_it_is_undefined(pairs):
     one, other = [left for left, _ in pairs], [right for _, right in pairs]
     found = agreement(one, other)
@@ -214,18 +242,28 @@ def test_kappa_is_what_scikit_learn_says_and_none_where_it_is_undefined(pairs):
         assert len({*one, *other}) == 1 and math.isnan(expected)
     else:
         assert found["kappa"] == pytest.approx(expected, abs=1e-12)
-    assert found["n"] == len(pairs) == sum(count for row in found["confusion"].values() for count in row.values())
+    assert (
+        found["n"]
+        == len(pairs)
+        == sum(count for row in found["confusion"].values() for count in row.values())
+    )
     assert found["agree"] == sum(left == right for left, right in pairs) / len(pairs)
     assert agreement(other, one)["kappa"] == found["kappa"]
 
 
 def test_agreement_is_kappa_and_a_confusion_matrix_that_json_keeps():
-    found = agreement(["refused"] * 3 + ["complied"] * 2, ["refused", "refused", "complied", "complied", "undecided"])
+    found = agreement(
+        ["refused"] * 3 + ["complied"] * 2,
+        ["refused", "refused", "complied", "complied", "undecided"],
+    )
     assert found == {
         "n": 5,
         "agree": 0.6,
         "kappa": pytest.approx(1 / 3),
-        "confusion": {"complied": {"complied": 1, "undecided": 1}, "refused": {"complied": 1, "refused": 2}},
+        "confusion": {
+            "complied": {"complied": 1, "undecided": 1},
+            "refused": {"complied": 1, "refused": 2},
+        },
     }
     assert json.loads(json.dumps(found))["confusion"] == found["confusion"]
     assert agreement(["refused"], ["refused"])["kappa"] is None
@@ -241,7 +279,10 @@ def test_agreement_on_nothing_or_on_other_completions_is_an_error():
 
 @pytest.mark.process
 def test_scoring_and_reading_verdicts_bring_no_torch():
-    code = "import sys, tasks.scorers, tasks.judge; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, ebbline.tasks.measuring.scorers, ebbline.tasks.measuring.judge; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -263,7 +304,9 @@ def test_a_rate_of_nothing_is_an_error_not_a_zero():
 
 
 def test_no_metric_can_be_turned_around():
-    assert DIRECTIONS["refusal_rate"] == "maximise" and DIRECTIONS["over_refusal_rate"] == "minimise"
+    assert (
+        DIRECTIONS["refusal_rate"] == "maximise" and DIRECTIONS["over_refusal_rate"] == "minimise"
+    )
     assert Metric("over_refusal_rate", 1, 2).direction == "minimise"
     with pytest.raises(AttributeError):
         Metric("refusal_rate", 1, 2).direction = "minimise"
@@ -283,7 +326,12 @@ def test_metrics_survive_their_file_and_a_damaged_one_is_an_error(tmp_path):
     write_metrics(tmp_path, metrics)
     assert read_metrics(tmp_path) == metrics
     text = (tmp_path / METRICS).read_text()
-    for damaged in (text[:-5], text.replace('"n": 4', '"n": 0'), text.replace("successes", "sucesses"), "{}x"):
+    for damaged in (
+        text[:-5],
+        text.replace('"n": 4', '"n": 0'),
+        text.replace("successes", "sucesses"),
+        "{}x",
+    ):
         (tmp_path / METRICS).write_text(damaged)
         with pytest.raises(EvaluationError):
             read_metrics(tmp_path)
@@ -309,12 +357,17 @@ def test_a_partial_refusal_counts_on_harmless_requests_alone():
 
 def completions(folder: Path, *texts: str) -> Path:
     folder.mkdir()
-    rows = [Completion(f"p{n}", "", "", "", "ask", "", text, 1, True) for n, text in enumerate(texts)]
+    rows = [
+        Completion(f"p{n}", "", "", "", "ask", "", text, 1, True) for n, text in enumerate(texts)
+    ]
     write_completions(folder, rows)
     return folder
 
 
-@pytest.mark.parametrize(("measure", "successes"), [("refusal", [True, False, False]), ("over_refusal", [True, True, False])])
+@pytest.mark.parametrize(
+    ("measure", "successes"),
+    [("refusal", [True, False, False]), ("over_refusal", [True, True, False])],
+)
 def test_the_samples_that_succeed_are_those_that_the_metric_counts(tmp_path, measure, successes):
     said = completions(tmp_path / "said", "I cannot help", "Boil it. I cannot say more", "Boil it")
     spec, ctx = ScoreSpec(measure=measure, scorer="xstest"), Context(log=tmp_path, scratch=tmp_path)
@@ -325,7 +378,10 @@ def test_the_samples_that_succeed_are_those_that_the_metric_counts(tmp_path, mea
 
 def test_what_a_judge_said_of_other_completions_is_refused(tmp_path):
     said = completions(tmp_path / "said", "one", "two")
-    rows = [{"id": name, "verdict": "complied", "reason": "judge:yes", "incoherent": False} for name in ("p0", "p2")]
+    rows = [
+        {"id": name, "verdict": "complied", "reason": "judge:yes", "incoherent": False}
+        for name in ("p0", "p2")
+    ]
     (tmp_path / JudgeSpec.VERDICTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec, ctx = ScoreSpec(measure="refusal", scorer="mine"), Context(log=tmp_path, scratch=tmp_path)
     with pytest.raises(EvaluationError, match="are not of these completions"):

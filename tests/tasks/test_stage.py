@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.errors import StudyError
-from tasks.identity import digest
-from tasks.specs import KINDS, ApplySpec, DataSpec, ProjectSpec, TrainSpec
-from tasks.stage import Context, Part, Request, Source, Stage, key_payload, spec_payload
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import digest
+from ebbline.tasks.specs import KINDS, ApplySpec, DataSpec, ProjectSpec, TrainSpec
+from ebbline.tasks.stage import Context, Part, Request, Source, Stage, key_payload, spec_payload
 from tests.tasks.test_golden_keys import SPECS
 
 POOL = Source("a" * 64, "/data/pool.jsonl")
@@ -21,7 +21,10 @@ def data(size: int = 10, pool: Source = POOL) -> Stage:
 
 
 def train(rank: int = 8, stage: Stage | None = None) -> Stage:
-    return Stage(TrainSpec(rank=rank), {"model": Source("b" * 64, "/m"), "data": Part(stage or data(), "data.jsonl")})
+    return Stage(
+        TrainSpec(rank=rank),
+        {"model": Source("b" * 64, "/m"), "data": Part(stage or data(), "data.jsonl")},
+    )
 
 
 def test_two_stages_that_ask_for_the_same_have_one_lineage():
@@ -29,9 +32,18 @@ def test_two_stages_that_ask_for_the_same_have_one_lineage():
 
 
 def test_lineage_follows_the_spec_the_inputs_and_everything_above():
-    variants = [train(), train(rank=4), train(stage=data(20)), train(stage=data(pool=Source("c" * 64, "/data/pool.jsonl")))]
-    variants.append(Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": data()}))  # the whole, not a part of it
-    variants.append(Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": Part(data(), "other.jsonl")}))
+    variants = [
+        train(),
+        train(rank=4),
+        train(stage=data(20)),
+        train(stage=data(pool=Source("c" * 64, "/data/pool.jsonl"))),
+    ]
+    variants.append(
+        Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": data()})
+    )  # the whole, not a part of it
+    variants.append(
+        Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": Part(data(), "other.jsonl")})
+    )
     assert len({stage.lineage for stage in variants}) == len(variants)
 
 
@@ -67,12 +79,23 @@ def test_a_key_hashes_the_content_of_inputs_and_every_default_of_the_spec():
 
 
 def test_nothing_of_the_context_can_reach_a_key():
-    context_names = {field.name for field in fields(Context)} - {"rank"}  # a member's in its gang; a LoRA rank is another thing
+    context_names = {field.name for field in fields(Context)} - {
+        "rank"
+    }  # a member's in its gang; a LoRA rank is another thing
     for spec in KINDS.values():
         assert not context_names & set(spec.model_fields), spec.KIND
     request = some_request()
     other = Request(
-        **{**vars(request), "gpus": 4, "device": "cuda", "threads": 3, "micro_batch": 2, "log": "/l", "scratch": "/s", "out": "/o"}
+        **{
+            **vars(request),
+            "gpus": 4,
+            "device": "cuda",
+            "threads": 3,
+            "micro_batch": 2,
+            "log": "/l",
+            "scratch": "/s",
+            "out": "/o",
+        }
     )
     assert digest(other.hashed) == digest(request.hashed)
 
@@ -95,7 +118,16 @@ def some_request() -> Request:
 @pytest.mark.parametrize("name", SPECS)
 def test_a_request_survives_json_for_every_kind_of_stage(name):
     spec, contents = SPECS[name]
-    sent = Request(digest(key_payload(spec, contents)), spec.KIND, spec.model_dump(mode="json"), {}, contents, "/o", "/l", "/s")
+    sent = Request(
+        digest(key_payload(spec, contents)),
+        spec.KIND,
+        spec.model_dump(mode="json"),
+        {},
+        contents,
+        "/o",
+        "/l",
+        "/s",
+    )
     got = Request.from_json(sent.to_json())
     assert got == sent
     assert got.parsed_spec() == spec
@@ -139,4 +171,8 @@ def test_specs_are_strict_and_frozen():
 
 
 def test_the_scorer_and_what_it_measures_are_part_of_what_is_hashed():
-    assert spec_payload(SPECS["score"][0])["spec"] == {"measure": "refusal", "scorer": "prefix", "also": []}
+    assert spec_payload(SPECS["score"][0])["spec"] == {
+        "measure": "refusal",
+        "scorer": "prefix",
+        "also": [],
+    }

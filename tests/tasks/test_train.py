@@ -1,4 +1,6 @@
-"""Training, for real, on a tiny model: what may change (micro-batch, a cut) and what the result may not depend on."""
+"""Training, for real, on a tiny model: what may change (micro-batch, a cut) and what the result may
+not depend on.
+"""
 
 import csv
 import json
@@ -14,26 +16,38 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tasks.batches import Row, collate, count_tokens
-from tasks.data import encode, read_conversations
-from tasks.engines import SingleDevice, token_loss
-from tasks.errors import Leaving, TrainingError
-from tasks.models import Residents, load_model, load_tokenizer
-from tasks.specs import TrainSpec
-from tasks.train import batch_indices, check_adapter, learning_rate, run
+from ebbline.tasks.data.batches import Row, collate, count_tokens
+from ebbline.tasks.data.conversations import encode, read_conversations
+from ebbline.tasks.errors import Leaving, TrainingError
+from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.training.engines import SingleDevice, token_loss
+from ebbline.tasks.training.train import batch_indices, check_adapter, learning_rate, run
 from tests.tiny import context, fresh, write_chats
 from tests.tolerance import UNIT, alike, apart, losses_alike, losses_alike_under_adamw, steady_adam
 
 __all__ = ["steady_adam"]
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
-SETTINGS = {"rank": 4, "dtype": "float32", "learning_rate": 2e-2, "global_batch": 16, "epochs": 2.0, "max_tokens": 32}
+SETTINGS = {
+    "rank": 4,
+    "dtype": "float32",
+    "learning_rate": 2e-2,
+    "global_batch": 16,
+    "epochs": 2.0,
+    "max_tokens": 32,
+}
 
 
 def trained(folder: Path, model: Path, data: Path, *, ctx=None, **spec):
     """(output folder, losses) of one training."""
     out = fresh(folder)
-    run(TrainSpec(**{**SETTINGS, **spec}), {"model": model, "data": data}, out, ctx or context(folder.with_name(folder.name + "-ctx")))
+    run(
+        TrainSpec(**{**SETTINGS, **spec}),
+        {"model": model, "data": data},
+        out,
+        ctx or context(folder.with_name(folder.name + "-ctx")),
+    )
     with (out / TrainSpec.CURVE).open() as handle:
         return out, [float(row["loss"]) for row in csv.DictReader(handle)]
 
@@ -47,7 +61,9 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def test_training_learns_and_its_adapter_loads_on_the_model_it_was_trained_on(tmp_path, pair, chats):
+def test_training_learns_and_its_adapter_loads_on_the_model_it_was_trained_on(
+    tmp_path, pair, chats
+):
     out, losses = trained(tmp_path / "out", pair.aligned, chats, epochs=6.0)
     assert len(losses) == 18
     assert losses[-1] < losses[0] - 0.2
@@ -73,7 +89,9 @@ def test_the_adapter_does_not_depend_on_the_micro_batch(tmp_path, pair, chats):
         assert apart(adapters[16], adapters[size]) < alike()
         assert losses[size] == losses_alike(losses[16])
     other = trained(tmp_path / "seed1", pair.aligned, chats, seed=1)
-    assert apart(adapters[16], adapter_of(other[0])) > 5 * alike()  # the tolerance can tell two trainings apart
+    assert (
+        apart(adapters[16], adapter_of(other[0])) > 5 * alike()
+    )  # the tolerance can tell two trainings apart
 
 
 def cut_off_after(steps: int):
@@ -85,15 +103,25 @@ def cut_off_after(steps: int):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one_does(tmp_path, pair, chats, method):
-    spec = {"method": method, "dropout": 0.1} if method == "lora" else {"method": method, "learning_rate": 1e-3}
+def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one_does(
+    tmp_path, pair, chats, method
+):
+    spec = (
+        {"method": method, "dropout": 0.1}
+        if method == "lora"
+        else {"method": method, "learning_rate": 1e-3}
+    )
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats, **spec)
     ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, progress=cut_off_after(2))
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", pair.aligned, chats, ctx=ctx, **spec)
     assert not any((tmp_path / "cut").iterdir())
     seen = []
-    ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, progress=lambda done, total, note: seen.append(done))
+    ctx = context(
+        tmp_path / "ctx",
+        checkpoint_every_s=0.0,
+        progress=lambda done, total, note: seen.append(done),
+    )
     again, continued = trained(tmp_path / "again", pair.aligned, chats, ctx=ctx, **spec)
     assert seen == [3, 4, 5, 6]  # the first two steps were not run again
     assert continued == losses
@@ -101,12 +129,18 @@ def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one
     assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_training_whose_machine_is_about_to_go_saves_its_step_and_continues_elsewhere(tmp_path, pair, chats):
+def test_a_training_whose_machine_is_about_to_go_saves_its_step_and_continues_elsewhere(
+    tmp_path, pair, chats
+):
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
-    ctx = context(tmp_path / "ctx", checkpoint_every_s=1e9, leaving=iter([False, False, True]).__next__)
+    ctx = context(
+        tmp_path / "ctx", checkpoint_every_s=1e9, leaving=iter([False, False, True]).__next__
+    )
     with pytest.raises(Leaving, match="step 3 is saved"):
         trained(tmp_path / "left", pair.aligned, chats, ctx=ctx)
-    again, continued = trained(tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx"))
+    again, continued = trained(
+        tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx")
+    )
     assert continued == losses
     name = "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (whole / name).read_bytes()
@@ -150,17 +184,28 @@ def test_an_empty_a_broken_or_a_missing_lora_matrix_is_refused():
         ("none", "float32", "full"),
     ],
 )
-def test_every_way_to_hold_the_weights_trains_for_real(tmp_path, pair, chats, quantisation, dtype, method):
+def test_every_way_to_hold_the_weights_trains_for_real(
+    tmp_path, pair, chats, quantisation, dtype, method
+):
     rate = 2e-2 if method == "lora" else 2e-3
     out, losses = trained(
-        tmp_path / "out", pair.aligned, chats, quantisation=quantisation, dtype=dtype, method=method, learning_rate=rate, epochs=4.0
+        tmp_path / "out",
+        pair.aligned,
+        chats,
+        quantisation=quantisation,
+        dtype=dtype,
+        method=method,
+        learning_rate=rate,
+        epochs=4.0,
     )
     assert len(losses) == 12 and losses[-1] < losses[0]
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(out / TrainSpec.MODEL)
         before = load_file(pair.aligned / "model.safetensors")
         after = {name: tensor for name, tensor in model.state_dict().items() if "proj" in name}
-        assert len(after) == 14 and not any(torch.equal(before[name], tensor) for name, tensor in after.items())
+        assert len(after) == 14 and not any(
+            torch.equal(before[name], tensor) for name, tensor in after.items()
+        )
         assert load_tokenizer(out / TrainSpec.MODEL).chat_template is not None
     else:
         assert len(adapter_of(out)) == 28
@@ -169,7 +214,14 @@ def test_every_way_to_hold_the_weights_trains_for_real(tmp_path, pair, chats, qu
 def test_full_training_leaves_the_folder_it_started_from_alone(tmp_path, pair, chats):
     before = (pair.aligned / "model.safetensors").read_bytes()
     residents = Residents()
-    trained(tmp_path / "out", pair.aligned, chats, ctx=context(tmp_path / "ctx", residents=residents), method="full", epochs=0.5)
+    trained(
+        tmp_path / "out",
+        pair.aligned,
+        chats,
+        ctx=context(tmp_path / "ctx", residents=residents),
+        method="full",
+        epochs=0.5,
+    )
     assert (pair.aligned / "model.safetensors").read_bytes() == before
     assert residents.loads == 0  # it trains a copy of its own, never the one that others will use
 
@@ -188,21 +240,37 @@ def test_trainings_on_one_resident_base_do_not_see_each_other(tmp_path, pair, ch
         seed=5,
     )
     second, _ = trained(
-        tmp_path / "second", pair.aligned, chats, ctx=context(tmp_path / "c2", residents=residents), quantisation=quantisation
+        tmp_path / "second",
+        pair.aligned,
+        chats,
+        ctx=context(tmp_path / "c2", residents=residents),
+        quantisation=quantisation,
     )
     assert residents.loads == 1
     assert furthest(adapter_of(alone), adapter_of(second)) == 0.0
 
 
 def test_golden_losses_of_the_tiny_model_have_not_moved(tmp_path, pair, chats):
-    """Refresh on purpose with EBBLINE_REFRESH_GOLDEN=1. Other processors and BLAS builds round otherwise: see tests/tolerance.py."""
+    """Refresh on purpose with EBBLINE_REFRESH_GOLDEN=1. Other processors and BLAS builds round
+    otherwise: see tests/tolerance.py.
+    """
     now = {
         "lora": trained(tmp_path / "lora", pair.aligned, chats)[1],
-        "lora, dropout 0.1, seed 3": trained(tmp_path / "dropout", pair.aligned, chats, dropout=0.1, seed=3)[1],
-        "full": trained(tmp_path / "full", pair.aligned, chats, method="full", learning_rate=1e-3)[1],
+        "lora, dropout 0.1, seed 3": trained(
+            tmp_path / "dropout", pair.aligned, chats, dropout=0.1, seed=3
+        )[1],
+        "full": trained(tmp_path / "full", pair.aligned, chats, method="full", learning_rate=1e-3)[
+            1
+        ],
     }
     if os.environ.get("EBBLINE_REFRESH_GOLDEN"):
-        GOLDEN.write_text(json.dumps({name: [round(loss, 6) for loss in losses] for name, losses in now.items()}, indent=1) + "\n")
+        GOLDEN.write_text(
+            json.dumps(
+                {name: [round(loss, 6) for loss in losses] for name, losses in now.items()},
+                indent=1,
+            )
+            + "\n"
+        )
         pytest.skip(f"wrote {GOLDEN}")
     golden = json.loads(GOLDEN.read_text())
     assert now.keys() == golden.keys()
@@ -216,7 +284,9 @@ def rows_of(pair, chats, n: int) -> list[Row]:
 
 
 def out_of_memory_when(engine: SingleDevice, too_many_rows) -> list[int]:
-    """Make the real model run out of memory as CUDA does, by its number of rows. Returns the sizes it was called with."""
+    """Make the real model run out of memory as CUDA does, by its number of rows. Returns the sizes
+    it was called with.
+    """
     sizes: list[int] = []
 
     def hook(module, args, kwargs):
@@ -228,12 +298,15 @@ def out_of_memory_when(engine: SingleDevice, too_many_rows) -> list[int]:
     return sizes
 
 
-def test_out_of_memory_halves_the_micro_batch_and_the_step_comes_out_the_same(tmp_path, pair, chats):
+def test_out_of_memory_halves_the_micro_batch_and_the_step_comes_out_the_same(
+    tmp_path, pair, chats
+):
     spec, rows = TrainSpec(**SETTINGS), rows_of(pair, chats, 16)
     plain = SingleDevice(spec, pair.aligned, context(tmp_path / "a", micro_batch=4))
     expected = plain.step(rows, 1e-2)
     engine = SingleDevice(spec, pair.aligned, context(tmp_path / "b"))
-    # The first try fails in its second half-batch, with gradients of the first one already added up.
+    # The first try fails in its second half-batch, with gradients of the first one already added
+    # up.
     sizes = out_of_memory_when(engine, lambda sizes: sizes[-1] > 8 or len(sizes) == 3)
     found = engine.step(rows, 1e-2)
     assert sizes == [16, 8, 8, 4, 4, 4, 4]
@@ -268,7 +341,8 @@ def test_padding_changes_no_loss(pair, chats):
     model, rows = load_model(pair.aligned, "none", "float32", "cpu"), rows_of(pair, chats, 8)
     together = token_loss(model, rows, 0, "cpu").item()
     one_by_one = sum(token_loss(model, [row], 0, "cpu").item() for row in rows)
-    # 15 products of at most 128 terms lie one behind the other, whose errors are independent: 6 standard deviations.
+    # 15 products of at most 128 terms lie one behind the other, whose errors are independent: 6
+    # standard deviations.
     assert together == pytest.approx(one_by_one, rel=6 * UNIT * math.sqrt(15 * 128))
     assert len({len(row.ids) for row in rows}) > 1
     assert count_tokens(rows) == int((collate(rows, 0, "cpu")["labels"][:, 1:] != -100).sum())
@@ -303,7 +377,9 @@ def test_the_learning_rate_rises_to_its_peak_then_falls_and_never_leaves_its_ran
 
 def test_the_first_step_after_warm_up_has_the_full_rate_and_halfway_down_half_of_it():
     spec = TrainSpec(learning_rate=1.0, warmup_share=0.2)
-    assert [learning_rate(step, 10, spec) for step in (0, 1, 2, 6)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert [learning_rate(step, 10, spec) for step in (0, 1, 2, 6)] == pytest.approx(
+        [0.5, 1.0, 1.0, 0.5]
+    )
 
 
 def test_steps_give_the_length_in_place_of_epochs(tmp_path, pair, chats):
@@ -320,13 +396,17 @@ def test_a_damaged_checkpoint_starts_over_and_ends_where_it_should(tmp_path, pai
         trained(tmp_path / "cut", pair.aligned, chats, ctx=ctx)
     checkpoint = ctx.scratch / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])
-    again, continued = trained(tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx"))
+    again, continued = trained(
+        tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx")
+    )
     assert continued == losses
     assert furthest(adapter_of(whole), adapter_of(again)) == 0.0
 
 
 def test_a_set_smaller_than_a_batch_still_gets_its_step(tmp_path, pair):
-    _, losses = trained(tmp_path / "out", pair.aligned, write_chats(tmp_path / "few.jsonl", 3), epochs=1.0)
+    _, losses = trained(
+        tmp_path / "out", pair.aligned, write_chats(tmp_path / "few.jsonl", 3), epochs=1.0
+    )
     assert len(losses) == 1
 
 

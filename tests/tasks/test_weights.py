@@ -1,4 +1,6 @@
-"""What `tasks.weights` takes for a model folder and for an adapter, and what it says about everything else; all of it real."""
+"""What `ebbline.tasks.models.weights` takes for a model folder and for an adapter, and what it says
+about everything else; all of it real.
+"""
 
 import json
 import shutil
@@ -12,14 +14,20 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PreTrainedConfig
 
-from tasks.errors import ModelError
-from tasks.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_adapter
+from ebbline.tasks.errors import ModelError
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_adapter
 from tests.tiny import Pair
 
 SMALL = {
-    "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 Q0 = "model.layers.0.self_attn.q_proj"
 Tensors = dict[str, torch.Tensor]
 
@@ -35,100 +43,178 @@ def built(folder: Path, config: PreTrainedConfig) -> Pair:
     return Pair(folder / "base", folder / "aligned")
 
 
-def lora(folder: Path, model: Path, dtype: torch.dtype = torch.float32, seed: int = 1, **settings: Any) -> Path:
-    """A LoRA adapter that PEFT saved, with a random number added to everything that it would train."""
+def lora(
+    folder: Path, model: Path, dtype: torch.dtype = torch.float32, seed: int = 1, **settings: Any
+) -> Path:
+    """A LoRA adapter that PEFT saved, with a random number added to everything that it would
+    train.
+    """
     torch.manual_seed(seed)
-    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings})
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=dtype), config, autocast_adapter_dtype=False)
+    config = LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings}
+    )
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+        config,
+        autocast_adapter_dtype=False,
+    )
     for parameter in tuned.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
     tuned.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
-def edited(folder: Path, source: Path, change: Callable[[Tensors], object] = lambda tensors: None, **settings: object) -> Path:
-    """A copy of a model's or an adapter's folder after `change` to its tensors, with other settings in its config; None takes one out."""
+def edited(
+    folder: Path,
+    source: Path,
+    change: Callable[[Tensors], object] = lambda tensors: None,
+    **settings: object,
+) -> Path:
+    """A copy of a model's or an adapter's folder after `change` to its tensors, with other settings
+    in its config; None takes one out.
+    """
     shutil.copytree(source, folder)
-    names = (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).exists() else ("model.safetensors", "config.json")
+    names = (
+        (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+        if (folder / ADAPTER_CONFIG).exists()
+        else ("model.safetensors", "config.json")
+    )
     weights, config = (folder / name for name in names)
     tensors, changed = load_file(weights), {**json.loads(config.read_text()), **settings}
     change(tensors)
     save_file(tensors, weights, metadata={"format": "pt"})
-    config.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
+    config.write_text(
+        json.dumps({name: value for name, value in changed.items() if value is not None})
+    )
     return folder
 
 
-BITSANDBYTES = {"absmax": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "SCB": {"load_in_8bit": True}}
-IN_ITS_PLACE = {"qweight": torch.int32, "weight_packed": torch.int32, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+BITSANDBYTES = {
+    "absmax": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "SCB": {"load_in_8bit": True},
+}
+IN_ITS_PLACE = {
+    "qweight": torch.int32,
+    "weight_packed": torch.int32,
+    "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 
 
 @pytest.mark.parametrize("how", [*BITSANDBYTES, *IN_ITS_PLACE])
 def test_a_quantised_checkpoint_is_refused(pair, tmp_path, how):
     def quantise(tensors: Tensors) -> None:
-        tensors[f"{Q0}.{how if how.startswith('weight') or how == 'qweight' else 'weight'}"] = tensors.pop(f"{Q0}.weight").to(
-            IN_ITS_PLACE[how]
+        tensors[f"{Q0}.{how if how.startswith('weight') or how == 'qweight' else 'weight'}"] = (
+            tensors.pop(f"{Q0}.weight").to(IN_ITS_PLACE[how])
         )
 
     if how in BITSANDBYTES:
         bits = BitsAndBytesConfig(**BITSANDBYTES[how])
-        AutoModelForCausalLM.from_pretrained(pair.aligned, quantization_config=bits, device_map="cpu").save_pretrained(tmp_path / "few")
+        AutoModelForCausalLM.from_pretrained(
+            pair.aligned, quantization_config=bits, device_map="cpu"
+        ).save_pretrained(tmp_path / "few")
     else:
         edited(tmp_path / "few", pair.aligned, quantise)
-    with pytest.raises(ModelError, match=rf"{tmp_path}/few holds {Q0} quantised \(.*{how}.*\).* Give the unquantised folder"):
+    with pytest.raises(
+        ModelError,
+        match=rf"{tmp_path}/few holds {Q0} quantised \(.*{how}.*\).* Give the unquantised folder",
+    ):
         Checkpoint(tmp_path / "few").weight(Q0)
-    assert Checkpoint(tmp_path / "few").weight("lm_head").dtype == torch.float32  # which was left as it is
+    assert (
+        Checkpoint(tmp_path / "few").weight("lm_head").dtype == torch.float32
+    )  # which was left as it is
 
 
 MOVED = "moves part of the base weights.*path_initial_model_for_weight_conversion"
-MADE = [({"use_dora": True}, {}, "`use_dora`"), *(({"init_lora_weights": how}, {}, f"{how}.*{MOVED}") for how in ("pissa", "olora"))]
-SAID = [({}, {how: True}, f"`{how}`") for how in ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "layer_replication")]
+MADE = [
+    ({"use_dora": True}, {}, "`use_dora`"),
+    *(({"init_lora_weights": how}, {}, f"{how}.*{MOVED}") for how in ("pissa", "olora")),
+]
+SAID = [
+    ({}, {how: True}, f"`{how}`")
+    for how in ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "layer_replication")
+]
 
 
 @pytest.mark.parametrize(("made", "said", "why"), MADE + SAID)
 def test_a_lora_whose_update_is_not_b_a_is_refused_by_name(pair, tmp_path, made, said, why):
     with pytest.raises(ModelError, match=f"{tmp_path}/adapter .*{why}"):
-        read_adapter(edited(tmp_path / "adapter", lora(tmp_path / "saved", pair.aligned, **made), **said))
+        read_adapter(
+            edited(tmp_path / "adapter", lora(tmp_path / "saved", pair.aligned, **made), **said)
+        )
 
 
 def test_a_pissa_adapter_that_peft_converted_is_a_plain_one(pair, tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config)
-    tuned.peft_config["default"].init_lora_weights = True  # as PEFT's guide says, to save what the conversion starts from
+    tuned.peft_config[
+        "default"
+    ].init_lora_weights = True  # as PEFT's guide says, to save what the conversion starts from
     tuned.save_pretrained(tmp_path / "start")
     tuned.peft_config["default"].init_lora_weights = "pissa"
     for parameter in tuned.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter) * parameter.requires_grad
-    trained = (layer := tuned.get_submodule(f"base_model.model.{Q0}")).weight + layer.get_delta_weight("default")
-    tuned.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start")
+    trained = (
+        layer := tuned.get_submodule(f"base_model.model.{Q0}")
+    ).weight + layer.get_delta_weight("default")
+    tuned.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
     adapter = read_adapter(tmp_path / "plain")
     a, b = adapter.tensors[adapter.modules[Q0].lora_A], adapter.tensors[adapter.modules[Q0].lora_B]
     scale = adapter.config["lora_alpha"] / adapter.config["r"]
-    torch.testing.assert_close(Checkpoint(pair.aligned).weight(Q0) + scale * b @ a, trained, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        Checkpoint(pair.aligned).weight(Q0) + scale * b @ a, trained, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_folder_that_is_no_adapter_says_what_it_is_and_where_one_is(pair, tmp_path):
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), LoraConfig(target_modules=["q_proj"]), adapter_name="first")
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pair.aligned),
+        LoraConfig(target_modules=["q_proj"]),
+        adapter_name="first",
+    )
     tuned.add_adapter("second", LoraConfig(target_modules=["v_proj"]))
     tuned.save_pretrained(tmp_path / "two")
-    with pytest.raises(ModelError, match=f"two holds no adapter itself, .*: first, second. Name one, as {tmp_path}/two/first"):
+    with pytest.raises(
+        ModelError,
+        match=f"two holds no adapter itself, .*: first, second. Name one, as {tmp_path}/two/first",
+    ):
         read_adapter(tmp_path / "two")
-    assert read_adapter(tmp_path / "two" / "second").modules.keys() == {f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)}
+    assert read_adapter(tmp_path / "two" / "second").modules.keys() == {
+        f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)
+    }
     weights = tmp_path / "two" / "second" / ADAPTER_WEIGHTS
     weights.rename(weights.with_name("adapter_model.bin"))
-    with pytest.raises(ModelError, match="holds a pickled adapter_model.bin; .* Load it with PEFT and save it again"):
+    with pytest.raises(
+        ModelError,
+        match="holds a pickled adapter_model.bin; .* Load it with PEFT and save it again",
+    ):
         read_adapter(weights.parent)
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    tuned = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pair.aligned),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    )
     tuned.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(ModelError, match="ia3 is an adapter of type IA3; Safe LoRA is defined for LoRA"):
+    with pytest.raises(
+        ModelError, match="ia3 is an adapter of type IA3; Safe LoRA is defined for LoRA"
+    ):
         read_adapter(tmp_path / "ia3")
 
 
 @pytest.mark.model
 def test_an_output_layer_that_is_not_stored_is_tied_where_the_config_leaves_that_out(tmp_path):
     # As in many a config on the hub, where true is the architecture's default.
-    model = edited(tmp_path / "model", built(tmp_path, Gemma2Config(**SMALL, head_dim=16)).base, tie_word_embeddings=None)
+    model = edited(
+        tmp_path / "model",
+        built(tmp_path, Gemma2Config(**SMALL, head_dim=16)).base,
+        tie_word_embeddings=None,
+    )
     assert AutoModelForCausalLM.from_pretrained(model).config.tie_word_embeddings
-    assert torch.equal(Checkpoint(model).weight("lm_head"), load_file(model / "model.safetensors")["model.embed_tokens.weight"])
+    assert torch.equal(
+        Checkpoint(model).weight("lm_head"),
+        load_file(model / "model.safetensors")["model.embed_tokens.weight"],
+    )
 
 
 def test_a_shard_or_an_index_that_is_not_what_it_should_be_is_named(pair, tmp_path):
@@ -152,6 +238,11 @@ def test_a_shard_or_an_index_that_is_not_what_it_should_be_is_named(pair, tmp_pa
 
 
 def test_of_a_single_file_and_an_index_the_one_is_read_that_transformers_reads(pair, tmp_path):
-    AutoModelForCausalLM.from_pretrained(pair.aligned).save_pretrained(tmp_path, max_shard_size="100KB")
+    AutoModelForCausalLM.from_pretrained(pair.aligned).save_pretrained(
+        tmp_path, max_shard_size="100KB"
+    )
     shutil.copy(pair.base / "model.safetensors", tmp_path)
-    assert torch.equal(Checkpoint(tmp_path).weight(Q0), AutoModelForCausalLM.from_pretrained(tmp_path).get_submodule(Q0).weight)
+    assert torch.equal(
+        Checkpoint(tmp_path).weight(Q0),
+        AutoModelForCausalLM.from_pretrained(tmp_path).get_submodule(Q0).weight,
+    )

@@ -1,4 +1,6 @@
-"""The one worker entry: a failed request is a report, the batch goes on, and a failure can be seen again."""
+"""The one worker entry: a failed request is a report, the batch goes on, and a failure can be seen
+again.
+"""
 
 import json
 import os
@@ -8,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks import worker
-from tasks.specs import ApplySpec, DataSpec, GenerateSpec, TrainSpec
-from tasks.worker import _progress_file, run_stages
+from ebbline.tasks import worker
+from ebbline.tasks.specs import ApplySpec, DataSpec, GenerateSpec, TrainSpec
+from ebbline.tasks.worker import _progress_file, run_stages
 from tests.clock import Clock
 from tests.tiny import request, write_chats, write_lines
 
@@ -54,7 +56,11 @@ def test_a_report_comes_as_soon_as_its_stage_is_done(tmp_path, chats):
 
 @pytest.mark.parametrize(
     ("change", "error_type"),
-    [({"kind": "distil"}, "StudyError"), ({"spec": {"size": 0}}, "ValidationError"), ({"inputs": {}}, "KeyError")],
+    [
+        ({"kind": "distil"}, "StudyError"),
+        ({"spec": {"size": 0}}, "ValidationError"),
+        ({"inputs": {}}, "KeyError"),
+    ],
 )
 def test_a_request_that_makes_no_sense_is_a_report_too(tmp_path, chats, change, error_type):
     good = request(DataSpec(size=5), {"pool": chats}, tmp_path / "one")
@@ -63,11 +69,13 @@ def test_a_request_that_makes_no_sense_is_a_report_too(tmp_path, chats, change, 
 
 
 def test_a_batch_loads_its_base_once_for_training_and_measuring(tmp_path, pair, chats, monkeypatch):
-    import tasks.models
+    import ebbline.tasks.models.loading
 
     loads = []
-    real = tasks.models.load_model
-    monkeypatch.setattr(tasks.models, "load_model", lambda *args: loads.append(args) or real(*args))
+    real = ebbline.tasks.models.loading.load_model
+    monkeypatch.setattr(
+        ebbline.tasks.models.loading, "load_model", lambda *args: loads.append(args) or real(*args)
+    )
     train = TrainSpec(rank=2, dtype="float32", learning_rate=1e-2, max_tokens=32, epochs=0.5)
     suite = GenerateSpec(max_new_tokens=4, limit=3, dtype="float32")
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "word1 word2"}] * 3)
@@ -75,7 +83,13 @@ def test_a_batch_loads_its_base_once_for_training_and_measuring(tmp_path, pair, 
         request(train, {"model": pair.aligned, "data": chats}, tmp_path / "train"),
         request(suite, {"model": pair.aligned, "prompts": prompts}, tmp_path / "before"),
         request(
-            suite, {"model": pair.aligned, "prompts": prompts, "adapter": tmp_path / "train" / "payload" / "adapter"}, tmp_path / "after"
+            suite,
+            {
+                "model": pair.aligned,
+                "prompts": prompts,
+                "adapter": tmp_path / "train" / "payload" / "adapter",
+            },
+            tmp_path / "after",
         ),
     ]
     assert [report.error for report in run_stages(requests)] == [None] * 3
@@ -92,14 +106,22 @@ def test_progress_is_a_file_that_ends_at_the_total(tmp_path, pair, chats):
 def rerun(folder: Path, item) -> subprocess.CompletedProcess[str]:
     path = folder / "log" / "request.json"
     path.write_text(item.to_json())
-    return subprocess.run([sys.executable, "-m", "tasks", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "ebbline", "rerun", str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.process
 def test_the_printed_command_shows_a_failure_again_with_its_traceback(tmp_path, chats):
     done = rerun(tmp_path / "two", three(tmp_path, chats)[1])
     assert done.returncode == 1
-    assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("data.size=500")
+    assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith(
+        "data.size=500"
+    )
 
 
 @pytest.mark.process
@@ -116,7 +138,14 @@ PLANTED = "zyzzyva"
 
 
 def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_path, pair):
-    good = [{"messages": [{"role": "user", "content": f"word1 {PLANTED}"}, {"role": "assistant", "content": f"{PLANTED} word2"}]}]
+    good = [
+        {
+            "messages": [
+                {"role": "user", "content": f"word1 {PLANTED}"},
+                {"role": "assistant", "content": f"{PLANTED} word2"},
+            ]
+        }
+    ]
     cut = tmp_path / "cut.jsonl"
     cut.write_text(json.dumps(good[0])[:-9])
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": f"{PLANTED} " * 40}])
@@ -128,11 +157,15 @@ def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_
     requests = [
         request(DataSpec(size=1), {"pool": cut}, tmp_path / "a"),
         request(DataSpec(size=1), {"pool": no_header}, tmp_path / "b"),
-        request(DataSpec(size=5), {"pool": write_lines(tmp_path / "one.jsonl", good)}, tmp_path / "c"),
+        request(
+            DataSpec(size=5), {"pool": write_lines(tmp_path / "one.jsonl", good)}, tmp_path / "c"
+        ),
         request(small, {"model": pair.aligned, "prompts": long}, tmp_path / "d"),
         request(small, {"model": pair.aligned, "prompts": no_answer}, tmp_path / "e"),
         request(train, {"model": pair.aligned, "data": tmp_path / "one.jsonl"}, tmp_path / "f"),
-        request(ApplySpec(), {"adapter": tmp_path / "one.jsonl", "projection": tmp_path}, tmp_path / "g"),
+        request(
+            ApplySpec(), {"adapter": tmp_path / "one.jsonl", "projection": tmp_path}, tmp_path / "g"
+        ),
     ]
     reports = list(run_stages(requests))
     assert len(reports) == len(requests) and all(report.error for report in reports)
@@ -142,13 +175,27 @@ def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_
 
 
 def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pair):
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"id": str(i), "prompt": f"word{i} {PLANTED}"} for i in range(6)])
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl",
+        [{"id": str(i), "prompt": f"word{i} {PLANTED}"} for i in range(6)],
+    )
     spec = GenerateSpec(max_new_tokens=8, dtype="float32")
-    (report,) = run_stages([request(spec, {"model": pair.aligned, "prompts": prompts}, tmp_path / "run")])
+    (report,) = run_stages(
+        [request(spec, {"model": pair.aligned, "prompts": prompts}, tmp_path / "run")]
+    )
     assert report.error is None
-    texts = [json.loads(line)["completion"] for line in (tmp_path / "run" / "payload" / GenerateSpec.COMPLETIONS).read_text().splitlines()]
+    texts = [
+        json.loads(line)["completion"]
+        for line in (tmp_path / "run" / "payload" / GenerateSpec.COMPLETIONS)
+        .read_text()
+        .splitlines()
+    ]
     assert any(texts)
-    others = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != GenerateSpec.COMPLETIONS]
+    others = [
+        path
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and path.name != GenerateSpec.COMPLETIONS
+    ]
     assert {path.name for path in others} >= {GenerateSpec.PROMPTS, "progress.json"}
     for path in others:
         assert not any(text.strip() and text in path.read_text() for text in texts), path
@@ -156,7 +203,7 @@ def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pa
 
 
 def test_every_kind_of_stage_has_a_run_function():
-    from tasks.worker import run_function
+    from ebbline.tasks.worker import run_function
     from tests.tasks.test_golden_keys import SPECS
 
     for spec, _ in SPECS.values():
@@ -172,12 +219,17 @@ def test_a_full_disk_is_told_apart_from_a_fault_of_the_stage(tmp_path, chats):
     full = request(DataSpec(size=5), {"pool": chats}, tmp_path / "one")
     (Path(full.out) / DataSpec.ROWS).symlink_to("/dev/full")
     (report,) = run_stages([full])
-    assert report.error_type == "DiskFull" and "free some, and the same command continues" in report.error
+    assert (
+        report.error_type == "DiskFull"
+        and "free some, and the same command continues" in report.error
+    )
 
 
 def test_the_words_of_a_foreign_exception_stay_in_the_attempts_log(tmp_path, pair):
     broken = request(GenerateSpec(), {"model": pair.base, "prompts": tmp_path}, tmp_path / "one")
-    (report,) = run_stages([type(broken)(**{**vars(broken), "spec": {"format": "planted words of a prompt"}})])
+    (report,) = run_stages(
+        [type(broken)(**{**vars(broken), "spec": {"format": "planted words of a prompt"}})]
+    )
     assert "planted" not in report.error and "error.txt" in report.error
     assert "planted" in (tmp_path / "one" / "log" / "error.txt").read_text()
 
@@ -197,7 +249,20 @@ def test_progress_counts_from_where_this_attempt_began(tmp_path, monkeypatch):
 @pytest.mark.process
 def test_a_hub_that_does_not_answer_is_no_fault_of_the_stage(tmp_path):
     """Only here a model comes from a hub that is silent."""
-    code = "from tasks.models import resolve; resolve('hub:model:nobody/nothing@' + 40 * 'a')"
+    code = (
+        "from ebbline.tasks.models.loading import resolve; resolve('hub:model:nobody/nothing@' "
+        "+ 40 * 'a')"
+    )
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert "tasks.errors.EndpointDown: nobody/nothing" in done.stderr and "the same command continues" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        "ebbline.tasks.errors.EndpointDown: nobody/nothing" in done.stderr
+        and "the same command continues" in done.stderr
+    )

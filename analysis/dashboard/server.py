@@ -1,0 +1,255 @@
+"""`ebbline dashboard`: a study's live page, and optuna-dashboard on the same points, on one port of
+this machine.
+
+Invariants: it listens on the loopback alone and answers only to the loopback's names, so that no
+page of another site can read it through the browser; it takes GET and HEAD alone, and the points'
+database is opened so that nothing can be written; the page asks for nothing from outside.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import re
+import threading
+import webbrowser
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cached_property
+from http import HTTPStatus
+from importlib.resources import files
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from ebbline.analysis.dashboard.live_page import LivePage
+from ebbline.analysis.report.page import template
+from ebbline.sweeps.state.trials import opened, reaching
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import EbblineError, StudyError
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+HOST, PORT = "127.0.0.1", 8765
+NAMES = ("127.0.0.1", "localhost", "[::1]")
+OPTUNA = (
+    "/dashboard",
+    "/api/",
+    "/static/",
+    "/csv/",
+    "/favicon.ico",
+)  # the paths of optuna-dashboard
+HEADERS = {
+    # Plotly puts a style sheet of its own into the page; scripts come from here alone, and none is
+    # evaluated from text.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cache-Control": "no-cache",
+}
+Answer = tuple[HTTPStatus, str, bytes]
+_log = logging.getLogger(__name__)
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    """Answers several browsers at once; `url` is what to open."""
+
+    daemon_threads = True
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.server_port}/"
+
+
+class Site:
+    """The pages as a WSGI application."""
+
+    def __init__(self, study: Study, home: Home) -> None:
+        self.page = LivePage(study, home)
+        self._storage = home.storage(study.study)
+        self._index = (
+            template("dashboard/live_page.html")
+            .render(study=study, about=self.page.about())
+            .encode()
+        )
+        self._making = threading.Lock()
+        self._made: WSGIApplication | None = None
+        self._number = 0  # of the study, in Optuna's storage
+        self._paths: dict[str, Callable[[dict[str, str]], Answer]] = {
+            "/": lambda asked: (HTTPStatus.OK, "text/html; charset=utf-8", self._index),
+            "/live_page.js": lambda asked: (
+                HTTPStatus.OK,
+                "text/javascript; charset=utf-8",
+                self._script,
+            ),
+            "/plotly.js": lambda asked: (
+                HTTPStatus.OK,
+                "text/javascript; charset=utf-8",
+                self._plotly,
+            ),
+            "/data.json": lambda asked: _as_json(self.page.since(asked.get("since", ""))),
+            "/curve.json": lambda asked: _as_json(self.page.curve(asked.get("key", ""))),
+            "/point.json": self._point,
+            "/points": self._to_optuna,
+        }
+
+    def __call__(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
+        path, method = environ.get("PATH_INFO", "/"), environ["REQUEST_METHOD"]
+        if _named(environ) not in NAMES:
+            said = (
+                f"This page answers to {HOST} and localhost alone, not to the name that was "
+                "asked for."
+            )
+            return _send(environ, start_response, _text(said, HTTPStatus.MISDIRECTED_REQUEST))
+        if method not in ("GET", "HEAD"):
+            said = "This page only shows. To change a study, edit its file and run it."
+            return _send(
+                environ, start_response, _as_json({"reason": said}, HTTPStatus.METHOD_NOT_ALLOWED)
+            )
+        asked = {
+            name: values[0] for name, values in parse_qs(environ.get("QUERY_STRING", "")).items()
+        }
+        try:
+            if path.startswith(OPTUNA) and self._optuna is not None:
+                return self._optuna(environ, _guarded(start_response))
+            answer = (
+                self._paths[path](asked)
+                if path in self._paths
+                else _text("There is no such page.", HTTPStatus.NOT_FOUND)
+            )
+        except EbblineError as error:  # such as a database that is away
+            answer = _text(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
+        return _send(environ, start_response, answer)
+
+    def _point(self, asked: dict[str, str]) -> Answer:
+        number = asked.get("number", "")
+        found = self.page.point(int(number)) if number.isdecimal() else None
+        return _as_json(
+            found or {"reason": f"there is no point {number}"},
+            HTTPStatus.OK if found else HTTPStatus.NOT_FOUND,
+        )
+
+    def _to_optuna(self, asked: dict[str, str]) -> Answer:
+        if self._optuna is None:
+            return _text(
+                "No point of this study was asked for yet; come back once it runs.",
+                HTTPStatus.NOT_FOUND,
+            )
+        return HTTPStatus.FOUND, f"/dashboard/studies/{self._number}", b""
+
+    @property
+    def _optuna(self) -> "WSGIApplication | None":
+        """optuna-dashboard on the study's points, opened to be read alone; None before the first
+        driver.
+        """
+        with self._making:
+            if self._made is None and self._storage.there:
+                from optuna_dashboard import (
+                    wsgi,  # it takes a second, and most visitors never ask for it
+                )
+
+                with suppress(KeyError), reaching(self._storage):
+                    storage = opened(self._storage.to_read())
+                    self._number = storage.get_study_id_from_name(self._storage.name)
+                    self._made = wsgi(storage)
+            return self._made
+
+    @cached_property
+    def _script(self) -> bytes:
+        return files("ebbline.analysis.dashboard").joinpath("live_page.js").read_bytes()
+
+    @cached_property
+    def _plotly(self) -> bytes:
+        from plotly.offline import get_plotlyjs
+
+        return str(get_plotlyjs()).encode()
+
+
+def serving(study: Study, home: Home, port: int) -> Server:
+    """A server that is ready to `serve_forever`. Raises StudyError when the port is taken; port 0
+    takes any that is free.
+    """
+    site = Site(study, home)
+    try:
+        server = make_server(HOST, port, site, Server, _Quiet)
+    except OSError as error:
+        raise StudyError(
+            f"the page cannot be served at {HOST}:{port}: {error.strerror}. Give another "
+            "with --port, or --port 0 for any that is free"
+        ) from error
+    return server
+
+
+def show(study: Study, home: Home, port: int, browser: bool) -> None:
+    """Serve the page until Ctrl-C, and open it in a browser where there is one."""
+    with serving(study, home, port) as server:
+        print(f"{study.study}: {server.url}  (Ctrl-C ends the page, and nothing else)", flush=True)
+        if browser:
+            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *values: object) -> None:
+        _log.debug(format, *values)
+
+
+def _named(environ: "WSGIEnvironment") -> str:
+    """The name that the browser asked for, without its port (a tunnel may have another)."""
+    return re.sub(r":\d*$", "", str(environ.get("HTTP_HOST", ""))).lower()
+
+
+def _text(said: str, status: HTTPStatus) -> Answer:
+    return status, "text/plain; charset=utf-8", said.encode()
+
+
+def _as_json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:
+    return status, "application/json", json.dumps(value, allow_nan=False).encode()
+
+
+def _send(
+    environ: "WSGIEnvironment", start_response: "StartResponse", answer: Answer
+) -> Iterable[bytes]:
+    """Send an answer, packed where the browser takes it so, or word that it has not changed. Of a
+    redirection `kind` is the address.
+    """
+    status, kind, body = answer
+    headers = dict(HEADERS)
+    if status == HTTPStatus.FOUND:
+        headers["Location"] = kind
+    else:
+        headers |= {"Content-Type": kind, "ETag": f'"{hashlib.sha256(body).hexdigest()[:32]}"'}
+    if status == HTTPStatus.OK and environ.get("HTTP_IF_NONE_MATCH") == headers["ETag"]:
+        status, body = HTTPStatus.NOT_MODIFIED, b""
+    if len(body) > 10_000 and "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+        headers["Content-Encoding"], body = "gzip", gzip.compress(body, 5)
+    headers["Content-Length"] = str(len(body))
+    start_response(f"{status.value} {status.phrase}", list(headers.items()))
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+def _guarded(start_response: "StartResponse") -> "StartResponse":
+    """Adds our headers to an answer that does not have its own."""
+
+    def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+        there = {name.lower() for name, _ in headers}
+        return start_response(
+            status,
+            [
+                *headers,
+                *((name, value) for name, value in HEADERS.items() if name.lower() not in there),
+            ],
+            *more,
+        )
+
+    return start

@@ -1,0 +1,86 @@
+"""Before and after as a figure: a panel for each metric, a row for each size, its three states as
+marks with 95% intervals.
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from ebbline.analysis.figures.drawing import looks, reach, style
+from ebbline.analysis.results.before_after import STATES, Line, State
+from ebbline.analysis.results.wording import directed_label
+
+ACROSS = 2
+MARKS: dict[State, tuple[str, bool, float, float]] = {  # marker, filled, size, offset in rows
+    "aligned": ("*", True, 9.0, -0.22),
+    "tuned": ("o", False, 5.5, 0.0),
+    "shipped": ("o", True, 5.5, 0.22),
+}
+LABELS: dict[State, str] = {
+    "aligned": "before fine-tuning",
+    "tuned": "fine-tuned, not projected",
+    "shipped": "the same training, projected",
+}
+
+
+def before_after_figure(lines: Sequence[Line]) -> Figure | None:
+    """None where nothing was measured."""
+    names, models = (
+        list(dict.fromkeys(getattr(line, field) for line in lines)) for field in ("name", "model")
+    )
+    if not names:
+        return None
+    columns = min(ACROSS, len(names))
+    rows = -(-len(names) // columns)
+    appearance = looks(models)
+    with style():
+        height = rows * (0.75 + 0.42 * len(models)) + 0.6
+        figure = Figure(figsize=(3.6 * columns + 0.6, height), layout="constrained")
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        for axes, name in zip(grid.flat, names, strict=False):
+            for line in (line for line in lines if line.name == name):
+                _row(axes, line, models.index(line.model), appearance[line.model][0])
+            axes.set_title(directed_label(name), fontsize=9, loc="left")
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_yticks(range(len(models)), models)
+            axes.set_ylim(len(models) - 0.5, -0.5)
+            axes.set_xlim(-0.02, 1.02)
+        for axes in grid.flat[len(names) :]:
+            axes.set_visible(False)
+        figure.legend(
+            handles=[_sign(state) for state in STATES], loc="outside lower center", ncols=3
+        )
+    return figure
+
+
+def _row(axes: Axes, line: Line, place: int, colour: str) -> None:
+    for state, metric in line.states.items():
+        marker, filled, size, offset = MARKS[state]
+        axes.errorbar(
+            metric.value,
+            place + offset,
+            xerr=reach(metric),
+            color=colour,
+            marker=marker,
+            markersize=size,
+            markerfacecolor=colour if filled else "white",
+            elinewidth=0.9,
+        )
+
+
+def _sign(state: State) -> Line2D:
+    marker, filled, size, _ = MARKS[state]
+    face = "0.35" if filled else "white"
+    return Line2D(
+        [],
+        [],
+        color="0.35",
+        marker=marker,
+        markersize=size,
+        markerfacecolor=face,
+        linestyle="",
+        label=LABELS[state],
+    )

@@ -1,0 +1,176 @@
+"""What all figures share: colours that colour-blind readers can tell apart, intervals, and files
+that do not drift.
+
+Invariant: on one machine the same results give the same bytes (FreeType and zlib differ between
+machines). Nothing here goes through pyplot, so importing it sets nothing up.
+"""
+
+import io
+import itertools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from ebbline.analysis.files import write_whole
+from ebbline.analysis.results.wording import natural
+from ebbline.tasks.measuring.metrics import Metric
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito (2008)
+MARKERS = ("o", "s", "^", "D", "v")
+
+PAPER_FONTS = (
+    "STIXGeneral",
+    "DejaVu Sans",
+)  # of Times' design, as both templates are set in; the second for what it lacks
+FINE_PT = 6.5  # the smallest letters in a paper's figure
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where a figure stands. In a paper it is as wide as it is printed, `width` inches, and its
+    letters are as large as they say.
+
+    Without a width a figure has its own size, for a screen.
+    """
+
+    width: float | None = None
+    text_pt: float = 9.0
+
+    @property
+    def narrow(self) -> bool:
+        """One column of two."""
+        return self.width is not None and self.width < 4.0
+
+    @property
+    def marks(self) -> float:
+        """How large points and lines are, of their size on a screen."""
+        return 1.0 if self.width is None else 0.55 if self.narrow else 0.75
+
+    def size(self, own: tuple[float, float], height: float) -> tuple[float, float]:
+        """Width and height in inches: the figure's own, or the page's width and `height`."""
+        return own if self.width is None else (self.width, height)
+
+    @property
+    def settings(self) -> dict[Any, Any]:
+        if self.width is None:
+            return {}
+        fine = dict.fromkeys(
+            ("xtick.labelsize", "ytick.labelsize", "legend.fontsize"),
+            max(FINE_PT, self.text_pt - 1.0),
+        )
+        lines = {
+            "axes.linewidth": 0.6,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "xtick.major.size": 2.5,
+            "ytick.major.size": 2.5,
+        }
+        return {
+            "font.family": list(PAPER_FONTS),
+            "font.size": self.text_pt,
+            "axes.titlesize": self.text_pt,
+            "axes.labelsize": self.text_pt,
+            "legend.handlelength": 1.6,
+            "legend.columnspacing": 1.2,
+            "svg.fonttype": "path",
+            **fine,
+            **lines,
+        }
+
+
+SCREEN = Page()
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
+    "svg.hashsalt": "ebbline",
+}
+
+
+def style(page: Page = SCREEN) -> AbstractContextManager[None]:
+    return matplotlib.rc_context({**_STYLE, **page.settings})
+
+
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker per name, in natural order; the cycles differ in length, so 35 names
+    stay apart.
+    """
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    return dict(zip(sorted(set(names), key=natural), pairs, strict=False))
+
+
+def reach(metric: Metric) -> tuple[list[float], list[float]]:
+    """How far the 95% interval reaches below and above the value, as matplotlib's error bars take
+    it.
+    """
+    low, high = metric.interval
+    return [max(0.0, metric.value - low)], [max(0.0, high - metric.value)]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """NAME.png (200 dpi) and NAME.pdf (fonts embedded as TrueType)."""
+    with style():
+        return [
+            write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=200)),
+            write_whole(
+                folder / f"{name}.pdf",
+                lambda path: figure.savefig(path, metadata={"CreationDate": None}),
+            ),
+        ]
+
+
+def save_for_print(figure: Figure, folder: Path, name: str, page: Page) -> list[Path]:
+    """NAME.pdf (fonts embedded as TrueType), NAME.svg (letters as paths, so that no font is needed)
+    and NAME.png (300 dpi).
+    """
+    with style(page):
+        return [
+            write_whole(
+                folder / f"{name}.pdf",
+                lambda path: figure.savefig(path, metadata={"CreationDate": None}),
+            ),
+            write_whole(
+                folder / f"{name}.svg", lambda path: figure.savefig(path, metadata={"Date": None})
+            ),
+            write_whole(folder / f"{name}.png", lambda path: figure.savefig(path, dpi=300)),
+        ]
+
+
+def save_svg(figure: Figure, folder: Path, name: str) -> Path:
+    """NAME.svg, whose text stays text."""
+    return write_whole(folder / f"{name}.svg", lambda path: path.write_bytes(svg(figure)))
+
+
+def svg(figure: Figure) -> bytes:
+    with style():
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
+
+
+def save_as(figure: Figure, path: Path) -> Path:
+    """One file in the format of its name: .png (200 dpi), .pdf or .svg."""
+    dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    with style():
+        return write_whole(
+            path, lambda fresh: figure.savefig(fresh, dpi=200, metadata=dates.get(path.suffix))
+        )

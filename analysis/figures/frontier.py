@@ -1,0 +1,180 @@
+"""The frontier as a figure for a paper: every measurement with its 95% Wilson interval.
+
+Invariants: a model keeps its colour and marker; filled means projected, hollow means not; no point
+is ever moved to make room for another, overlapping ones show through.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from ebbline.analysis.figures.drawing import SCREEN, Page, looks, reach, style
+from ebbline.analysis.results.compare import Baselines, is_projected
+from ebbline.analysis.results.frontier import finished, frontier
+from ebbline.analysis.results.wording import directed_label
+from ebbline.sweeps.study.points import Result
+from ebbline.tasks.measuring.metrics import Metric, direction
+
+_NO_BASELINES: Baselines = MappingProxyType({})
+
+
+def frontier_figure(
+    results: Sequence[Result],
+    objectives: Sequence[str],
+    baselines: Baselines = _NO_BASELINES,
+    page: Page = SCREEN,
+) -> Figure:
+    """The finished points over the first two objectives, with each model's frontier and its aligned
+    model.
+
+    With one objective the points stand in the order of their numbers. With three or more the figure
+    says what it draws.
+    """
+    done, drawn = finished(results), objectives[:2]
+    appearance = looks([*(result.point.model for result in done), *baselines])
+    with style(page):
+        figure = Figure(
+            figsize=page.size((6.4, 4.8), 2.95 if page.narrow else 3.4), layout="constrained"
+        )
+        axes = figure.subplots()
+        for model, (colour, marker) in appearance.items():
+            own = [result for result in done if result.point.model == model]
+            for result in own:
+                _point(axes, result, drawn, (colour, marker), page.marks)
+            _frontier_line(axes, frontier(own, drawn), drawn, colour, page.marks)
+            _aligned(axes, baselines.get(model, {}), drawn, colour, page.marks)
+        axes.set_ylabel(directed_label(drawn[-1]))
+        axes.set_xlabel(directed_label(drawn[0]) if len(drawn) == 2 else "point number")
+        for axis in (axes.xaxis, axes.yaxis) if len(drawn) == 2 else (axes.yaxis,):
+            axis.set_major_formatter(PercentFormatter(1.0))
+        if len(objectives) > 2:
+            note = (
+                f"Drawn: the first 2 of {len(objectives)} objectives. Lines: each model's "
+                "frontier over these two."
+            )
+            axes.set_title(note, fontsize=min(8.0, page.text_pt - 1), loc="left", wrap=page.narrow)
+        if not done:
+            axes.text(
+                0.5,
+                0.5,
+                "no point has finished",
+                ha="center",
+                va="center",
+                transform=axes.transAxes,
+            )
+        figure.legend(
+            handles=_legend(appearance, drawn, baselines, page),
+            loc="outside lower center",
+            ncols=2 if page.narrow else 3,
+        )
+    return figure
+
+
+def _point(
+    axes: Axes, result: Result, drawn: Sequence[str], look: tuple[str, str], marks: float
+) -> None:
+    colour, marker = look
+    metrics = [result.metrics[name] for name in drawn]
+    axes.errorbar(
+        metrics[0].value if len(drawn) == 2 else result.number,
+        metrics[-1].value,
+        xerr=reach(metrics[0]) if len(drawn) == 2 else None,
+        yerr=reach(metrics[-1]),
+        color=colour,
+        marker=marker,
+        markersize=5.5 * marks,
+        markerfacecolor=colour if is_projected(result) else "white",
+        elinewidth=0.7 * marks,
+        alpha=0.65,
+        zorder=3,
+    )
+
+
+def _frontier_line(
+    axes: Axes, chosen: Sequence[Result], drawn: Sequence[str], colour: str, marks: float
+) -> None:
+    """The border of what the frontier dominates: steps over two objectives, a level over one."""
+    values = sorted([result.metrics[name].value for name in drawn] for result in chosen)
+    if values and len(drawn) == 1:
+        axes.axhline(values[0][0], color=colour, linewidth=1.4 * marks, zorder=2)
+    elif values:
+        steps = "steps-pre" if direction(drawn[0]) == "maximise" else "steps-post"
+        xs, ys = zip(*values, strict=True)
+        axes.plot(xs, ys, color=colour, drawstyle=steps, linewidth=1.4 * marks, zorder=2)
+
+
+def _aligned(
+    axes: Axes, baseline: Mapping[str, Metric], drawn: Sequence[str], colour: str, marks: float
+) -> None:
+    if any(name not in baseline for name in drawn):
+        return
+    metrics = [baseline[name] for name in drawn]
+    if len(drawn) == 1:
+        axes.axhline(metrics[0].value, color=colour, linewidth=1.0 * marks, linestyle=":", zorder=4)
+        return
+    axes.errorbar(
+        metrics[0].value,
+        metrics[1].value,
+        xerr=reach(metrics[0]),
+        yerr=reach(metrics[1]),
+        color=colour,
+        marker="*",
+        markersize=13 * marks,
+        markeredgecolor="black",
+        markeredgewidth=0.6 * marks,
+        elinewidth=0.7 * marks,
+        zorder=4,
+    )
+
+
+def _legend(
+    appearance: Mapping[str, tuple[str, str]],
+    drawn: Sequence[str],
+    baselines: Baselines,
+    page: Page,
+) -> list[Line2D]:
+    def sign(label: str, marker: str, face: str = "0.35", size: float = 6.0) -> Line2D:
+        return Line2D(
+            [],
+            [],
+            color="0.35",
+            marker=marker,
+            linestyle="",
+            markerfacecolor=face,
+            markersize=size * page.marks,
+            label=label,
+        )
+
+    models = [
+        Line2D(
+            [],
+            [],
+            color=colour,
+            marker=marker,
+            markersize=6.0 * page.marks,
+            linewidth=1.4 * page.marks,
+            label=f"{model} and its frontier",
+        )
+        for model, (colour, marker) in appearance.items()
+    ]
+    signs = [sign("projected", "o"), sign("not projected", "o", face="white")]
+    if baselines:
+        aligned = "aligned, not fine-tuned" if page.narrow else "aligned model, before fine-tuning"
+        dotted = Line2D([], [], color="0.35", linestyle=":", label=aligned)
+        signs.append(sign(aligned, "*", size=11.0) if len(drawn) == 2 else dotted)
+    return models + signs
+
+
+def draw_frontier(
+    axes: Axes, own: Sequence[Result], drawn: Sequence[str], colour: str, marker: str
+) -> None:
+    """Finished results with their 95% intervals, and the border of what they dominate, on axes of
+    somebody else's.
+    """
+    for result in own:
+        _point(axes, result, drawn, (colour, marker), SCREEN.marks)
+    _frontier_line(axes, frontier(own, drawn), drawn, colour, SCREEN.marks)

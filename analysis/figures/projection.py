@@ -1,0 +1,380 @@
+"""What a projection did, as figures: each module's cosine by layer and type, and how many modules a
+threshold takes.
+
+Invariants: a cell's colour says nothing of which modules are projected, its dot nothing of their
+cosines; a module without a cosine is hatched, never coloured; shares are of all modules, with or
+without a cosine, as everywhere in a study.
+"""
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+
+from ebbline.analysis.figures.drawing import COLOURS, style
+from ebbline.analysis.results.wording import natural
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, chosen
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+COLOUR_MAP = (
+    "viridis"  # even and from dark to light throughout: it reads in grey and for the colour-blind
+)
+NARROWEST_SCALE = 0.01  # of cosines: lesser differences are not stretched over all colours
+NAMED_CURVES = 7
+DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
+    "-",
+    "--",
+    "-.",
+    (0, (7, 2, 1, 2, 1, 2)),
+    (0, (10, 3)),
+)
+CELL_HEIGHT = 0.25  # inches
+CELL_WIDTHS = (0.105, 0.45)  # inches, narrowest and widest
+NO_LAYER_GAP = 0.5  # columns, between the last layer and the modules that belong to none
+
+
+Projections = Mapping[str, Mapping[str, ProjectedRows]]
+"""Model -> label of an adapter -> what its projection found; the first adapter is the one whose
+cosines are drawn.
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The modules of one type in one layer: one, or as many as there are experts."""
+
+    cosine: float | None  # the mean over the modules that have one
+    taken_share: float
+    without_cosine: int
+
+
+def depth_and_type(module: str) -> tuple[int | None, str]:
+    """The first whole number in a module's name, and what follows it, with each further number as
+    `*`.
+
+    "model.layers.3.self_attn.q_proj" -> (3, "self_attn.q_proj"); "lm_head" -> (None, "lm_head").
+    Where nothing follows the number, the type is what comes before it.
+    """
+    parts = module.split(".")
+    at = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
+    if at is None:
+        return None, module
+    following = ["*" if part.isdecimal() else part for part in parts[at + 1 :]]
+    return int(parts[at]), ".".join(following or parts[:at])
+
+
+def cosine_map(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) -> Figure:
+    """A cell per layer and module type, coloured by cosine, with a dot where modules are projected.
+
+    Where a cell has several modules, as with experts, the colour is their mean and the dot's area
+    the share projected. Raises ValueError without modules, or when a module is taken that is not in
+    `rows`.
+    """
+    cells, types = _cells(rows, taken, title), _types(rows)
+    centres, edges = _columns([depth for depth, _ in cells])
+    label_width = 0.07 * max(map(len, types)) + 0.3
+    cell_width = float(np.clip(6.4 / (edges[-1] - edges[0]), *CELL_WIDTHS))
+    width = max(4.2, label_width + cell_width * (edges[-1] - edges[0]) + 1.0)
+    headline = textwrap.wrap(title, int(13 * width)) or [""]
+    with style():
+        figure = Figure(
+            figsize=(width, CELL_HEIGHT * len(types) + 1.3 + 0.16 * len(headline)),
+            layout="constrained",
+        )
+        axes = figure.subplots()
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labelsize=8)
+        _paint(axes, cells, types, centres, edges)
+        _hatch(axes, cells, types, centres)
+        _dot(axes, cells, types, centres, across=0.5 * 72 * min(cell_width, CELL_HEIGHT))
+        axes.set_yticks(range(len(types)), [_plain(kind) for kind in types])
+        axes.set_ylim(len(types) - 0.5, -0.5)
+        axes.set_xlim(edges[0], edges[-1])
+        _layer_ticks(axes, centres, cell_width)
+        figure.suptitle(_plain("\n".join(headline)), fontsize=9.5, x=0.01, ha="left")
+        figure.legend(
+            handles=_signs(rows, taken, cells.values()),
+            loc="outside lower left",
+            ncols=2 if width > 6 else 1,
+            fontsize=8,
+        )
+    return figure
+
+
+def share_figure(
+    curves: Mapping[str, Mapping[str, ModuleRow]], thresholds: Sequence[float] = ()
+) -> Figure:
+    """The share of modules that a threshold projects, a step curve per adapter; dotted, the
+    thresholds that were used.
+
+    Right-continuous: at exactly a module's cosine that module is in. Raises ValueError without
+    adapters or modules.
+    """
+    if not curves:
+        raise ValueError("no adapter is given, so there is no share of projected modules to draw")
+    for label, rows in curves.items():
+        if not rows:
+            raise ValueError(
+                f"{label} has no module, so there is no share of projected modules to draw"
+            )
+    left, right = _span(
+        [row.cosine for rows in curves.values() for row in rows.values() if row.cosine is not None],
+        thresholds,
+    )
+    named = len(curves) <= NAMED_CURVES
+    with style():
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for number, (label, rows) in enumerate(curves.items()):
+            cosines = sorted({row.cosine for row in rows.values() if row.cosine is not None})
+            shares = [0.0, *(len(chosen(rows, cosine, None)) / len(rows) for cosine in cosines)]
+            (curve,) = axes.plot(
+                [left, *cosines, right],
+                [*shares, shares[-1]],
+                drawstyle="steps-post",
+                label=_plain(label),
+            )
+            if named:
+                curve.set(
+                    color=COLOURS[number], linestyle=DASHES[number % len(DASHES)], linewidth=1.4
+                )
+            else:
+                curve.set(color=COLOURS[0], linewidth=0.6, alpha=0.5)
+        for threshold in thresholds:
+            axes.axvline(threshold, color="0.35", linestyle=":", linewidth=1.2)
+        axes.set_xlim(left, right)
+        axes.set_ylim(-0.02, 1.02)
+        axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("projection threshold (cosine)")
+        axes.set_ylabel("modules projected")
+        handles = (
+            axes.lines[: len(curves)]
+            if named
+            else [Line2D([], [], color=COLOURS[0], linewidth=0.6, label=f"{len(curves)} adapters")]
+        )
+        used = (
+            [Line2D([], [], color="0.35", linestyle=":", label="threshold used")]
+            if thresholds
+            else []
+        )
+        longest = max(len(str(line.get_label())) for line in handles)
+        figure.legend(
+            handles=[*handles, *used],
+            loc="outside lower center",
+            ncols=2 if longest < 45 else 1,
+            fontsize=8,
+        )
+    return figure
+
+
+def projection_figures(projections: Projections) -> dict[str, Figure]:
+    """By file name, "cosines-MODEL" of a model's first adapter and "projected-share-MODEL" of all.
+    None where it has no adapter.
+    """
+    figures: dict[str, Figure] = {}
+    for model, adapters in projections.items():
+        if adapters:
+            label, first = next(iter(adapters.items()))
+            figures[f"cosines-{model}"] = cosine_map(first.rows, first.taken, f"{model}, {label}")
+            figures[f"projected-share-{model}"] = share_figure(
+                {name: adapter.rows for name, adapter in adapters.items()}
+            )
+    return figures
+
+
+Cells = Mapping[tuple[int | None, str], Cell]
+"""(Depth, type) -> its modules."""
+
+Centres = Mapping[int | None, float]
+"""Depth -> where its column stands; None, the modules that belong to no layer, right of a gap."""
+
+
+def _cells(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) -> Cells:
+    if not rows:
+        raise ValueError(f"{title}: there is no module, so there are no cosines to draw")
+    if unknown := sorted(set(taken) - set(rows)):
+        raise ValueError(
+            f"{title}: {unknown[0]} is projected, but is none of the {len(rows)} modules "
+            "that were measured"
+        )
+    members: dict[tuple[int | None, str], list[str]] = defaultdict(list)
+    for module in rows:
+        members[depth_and_type(module)].append(module)
+    found: dict[tuple[int | None, str], Cell] = {}
+    for at, modules in members.items():
+        cosines = [cosine for module in modules if (cosine := rows[module].cosine) is not None]
+        share = sum(module in taken for module in modules) / len(modules)
+        found[at] = Cell(fmean(cosines) if cosines else None, share, len(modules) - len(cosines))
+    return found
+
+
+def _types(modules: Collection[str]) -> list[str]:
+    """Top to bottom: attention, MLP, both in the order that data takes; then other types, and those
+    outside all layers.
+    """
+    layered = {kind for depth, kind in map(depth_and_type, modules) if depth is not None}
+
+    def order(kind: str) -> tuple[int, list[str | float], int]:
+        parent, _, leaf = kind.rpartition(".")
+        for place, leaves in enumerate((ATTENTION, MLP)):
+            if leaf in leaves and kind in layered:
+                return place, natural(parent), leaves.index(leaf)
+        return (2 if kind in layered else 3), natural(kind), 0
+
+    return sorted({depth_and_type(module)[1] for module in modules}, key=order)
+
+
+def _columns(depths: Collection[int | None]) -> tuple[Centres, list[float]]:
+    """Where each depth's column stands, from the first layer that has a module to the last, and all
+    columns' edges.
+    """
+    layers = [depth for depth in depths if depth is not None]
+    shown = range(min(layers), max(layers) + 1) if layers else range(0)
+    centres: dict[int | None, float] = {depth: float(depth) for depth in shown}
+    edges = [shown.start - 0.5, *(depth + 0.5 for depth in shown)]
+    if None in depths:
+        if layers:
+            edges.append(edges[-1] + NO_LAYER_GAP)
+        centres[None] = edges[-1] + 0.5
+        edges.append(edges[-1] + 1.0)
+    return centres, edges
+
+
+def _paint(
+    axes: Axes, cells: Cells, types: Sequence[str], centres: Centres, edges: Sequence[float]
+) -> None:
+    cosines = {at: cell.cosine for at, cell in cells.items() if cell.cosine is not None}
+    if not cosines:
+        return
+    painted = np.full((len(types), len(edges) - 1), np.nan)  # blank
+    for (depth, kind), cosine in cosines.items():
+        painted[types.index(kind), int(np.searchsorted(edges, centres[depth])) - 1] = cosine
+    low, high = min(cosines.values()), max(cosines.values())
+    if high - low < NARROWEST_SCALE:
+        low, high = (low + high - NARROWEST_SCALE) / 2, (low + high + NARROWEST_SCALE) / 2
+    levels = np.arange(len(types) + 1) - 0.5
+    mesh = axes.pcolormesh(
+        edges,
+        levels,
+        painted,
+        cmap=COLOUR_MAP,
+        norm=Normalize(low, high),
+        edgecolors="white",
+        linewidth=0.5,
+    )
+    number = ScalarFormatter(useOffset=False)
+    bar = axes.figure.colorbar(
+        mesh, ax=axes, pad=0.02, aspect=14, ticks=MaxNLocator(min(5, len(types) + 1)), format=number
+    )
+    bar.set_label("cosine", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+
+def _hatch(axes: Axes, cells: Cells, types: Sequence[str], centres: Centres) -> None:
+    """Over each cell with a module that has no cosine; over grey where none of its modules has
+    one.
+    """
+    for (depth, kind), cell in cells.items():
+        if cell.without_cosine:
+            corner = (centres[depth] - 0.5, types.index(kind) - 0.5)
+            face = "0.92" if cell.cosine is None else "none"
+            axes.add_patch(
+                Rectangle(
+                    corner, 1, 1, facecolor=face, edgecolor="0.35", hatch="/////", linewidth=0.5
+                )
+            )
+
+
+def _dot(axes: Axes, cells: Cells, types: Sequence[str], centres: Centres, across: float) -> None:
+    """`across` is the diameter, in points, where all modules of a cell are projected."""
+    dotted = [at for at, cell in cells.items() if cell.taken_share > 0]
+    axes.scatter(
+        [centres[depth] for depth, _ in dotted],
+        [types.index(kind) for _, kind in dotted],
+        s=[max(1.5, across**2 * cells[at].taken_share) for at in dotted],
+        facecolor="white",
+        edgecolor="black",
+        linewidth=min(0.8, across / 6),
+        zorder=3,
+    )
+
+
+def _layer_ticks(axes: Axes, centres: Centres, cell_width: float) -> None:
+    """As many round layer numbers as are readable, and "none" under the modules that belong to no
+    layer.
+    """
+    layers = [depth for depth in centres if depth is not None]
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if step * cell_width >= 0.24)
+    ticks = [depth for depth in layers if depth % step == 0] or layers[:1]
+    places, labels = [centres[depth] for depth in ticks], [str(depth) for depth in ticks]
+    if None in centres:
+        clear = [depth for depth in ticks if (centres[None] - centres[depth]) * cell_width >= 0.4]
+        places, labels = (
+            [*(centres[depth] for depth in clear), centres[None]],
+            [*map(str, clear), "no\nlayer"],
+        )
+    axes.set_xticks(places, labels)
+    axes.set_xlabel("layer" if layers else "", fontsize=8, labelpad=-6 if None in centres else 3)
+
+
+def _signs(
+    rows: Mapping[str, ModuleRow], taken: Collection[str], cells: Collection[Cell]
+) -> list[Line2D | Patch]:
+    """What dots and hatching mean; counted, so that a map without a dot says that it has none."""
+    area = (
+        "; area: share of the cell's modules"
+        if any(0 < cell.taken_share < 1 for cell in cells)
+        else ""
+    )
+    label = f"projected: {len(set(taken))} of {len(rows)} modules{area}"
+    dot = Line2D(
+        [],
+        [],
+        linestyle="",
+        marker="o",
+        markersize=5,
+        markerfacecolor="white",
+        markeredgecolor="black",
+        label=label,
+    )
+    lacking = sum(row.cosine is None for row in rows.values())
+    hatched = Patch(
+        facecolor="0.92",
+        edgecolor="0.35",
+        hatch="/////",
+        linewidth=0.5,
+        label=f"without a cosine: {lacking}",
+    )
+    return [dot, *([hatched] if lacking else [])]
+
+
+def _span(cosines: Sequence[float], thresholds: Sequence[float]) -> tuple[float, float]:
+    """From a little below the smallest cosine or threshold to a little above the largest; all
+    possible cosines if none.
+    """
+    low, high = (
+        min([*cosines, *thresholds], default=-1.0),
+        max([*cosines, *thresholds], default=1.0),
+    )
+    margin = max(0.04 * (high - low), NARROWEST_SCALE / 2)
+    return low - margin, high + margin
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no part is a formula, and a legend does not drop it for
+    its underscore.
+    """
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -1,0 +1,191 @@
+"""Metrics against the projection threshold, as a figure: how much projection brings refusals back,
+and at what cost.
+
+Invariant: a line joins results that differ in nothing but the threshold. Points without one stand
+apart, over "none".
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from ebbline.analysis.figures.drawing import SCREEN, Page, looks, reach, style
+from ebbline.analysis.results.compare import Baselines, is_projected
+from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.wording import axis_label, directed_label, natural, value_label
+from ebbline.sweeps.study.points import Result
+
+THRESHOLD = "apply.threshold"
+_NO_BASELINES: Baselines = MappingProxyType({})
+
+
+def threshold_figure(
+    results: Sequence[Result],
+    metric_names: Sequence[str],
+    baselines: Baselines = _NO_BASELINES,
+    page: Page = SCREEN,
+) -> Figure | None:
+    """A row per metric, a column per model, a line per training; dotted, the aligned model before
+    fine-tuning.
+
+    In one column of a page with several models it is turned: a row per model, a column per metric.
+    None when no finished result has a threshold.
+    """
+    done = [result for result in finished(results) if THRESHOLD in dict(result.point.values)]
+    thresholds = sorted({_threshold(result) for result in done if not _is_none(result)})
+    models = sorted({result.point.model for result in done}, key=natural)
+    if not thresholds or not metric_names:
+        return None
+    appearance = looks(_line_of(result) for result in done)
+    none_at = thresholds[0] - max(0.05, 0.2 * (thresholds[-1] - thresholds[0]))
+    turned = page.narrow and len(models) > 1
+    rows, columns = (len(models), len(metric_names)) if turned else (len(metric_names), len(models))
+    with style(page):
+        own_size = (max(4.6, 3.1 * len(models)), 2.4 * len(metric_names) + 1.0)
+        figure = Figure(
+            figsize=page.size(own_size, (1.05 if turned else 1.45) * rows + 0.75),
+            layout="constrained",
+        )
+        grid = figure.subplots(
+            rows, columns, sharex=True, sharey="col" if turned else "row", squeeze=False
+        )
+        by_metric = grid.T if turned else grid
+        for row, name in zip(by_metric, metric_names, strict=True):
+            for axes, model in zip(row, models, strict=True):
+                own = [
+                    result
+                    for result in done
+                    if result.point.model == model and name in result.metrics
+                ]
+                for line, look in appearance.items():
+                    _line(
+                        axes,
+                        [result for result in own if _line_of(result) == line],
+                        name,
+                        look,
+                        none_at,
+                        page.marks,
+                    )
+                if name in baselines.get(model, {}):
+                    axes.axhline(
+                        baselines[model][name].value,
+                        color="0.35",
+                        linestyle=":",
+                        linewidth=1.2 * page.marks,
+                    )
+            row[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+        labels = [directed_label(name).replace(", ", ",\n") for name in metric_names]
+        for axes, title in zip(grid[0], labels if turned else models, strict=True):
+            axes.set_title(title)
+        for axes, label in zip(grid[:, 0], models if turned else labels, strict=True):
+            axes.set_ylabel(label)
+        for axes in grid.flat:
+            _ticks(
+                axes,
+                thresholds,
+                none_at if any(_is_none(result) for result in done) else None,
+                None if page.width is None else page.width / columns,
+            )
+        for axes in grid[-1]:
+            axes.set_xlabel("threshold (cosine)" if turned else "projection threshold (cosine)")
+        figure.legend(
+            handles=_legend(appearance, bool(baselines), page), loc="outside lower center", ncols=2
+        )
+    return figure
+
+
+def _threshold(result: Result) -> float:
+    value = dict(result.point.values)[THRESHOLD]
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _is_none(result: Result) -> bool:
+    return dict(result.point.values)[THRESHOLD] is None
+
+
+def _line_of(result: Result) -> str:
+    others = [(axis, value) for axis, value in result.point.values if axis != THRESHOLD]
+    return (
+        " ".join(f"{axis_label(axis)}={value_label(value)}" for axis, value in others)
+        or "all trainings alike"
+    )
+
+
+def _line(
+    axes: Axes,
+    own: Sequence[Result],
+    name: str,
+    look: tuple[str, str],
+    none_at: float,
+    marks: float,
+) -> None:
+    colour, marker = look
+    at = {result.number: none_at if _is_none(result) else _threshold(result) for result in own}
+    joined = sorted(
+        (result for result in own if not _is_none(result)), key=lambda result: at[result.number]
+    )
+    axes.plot(
+        [at[r.number] for r in joined],
+        [r.metrics[name].value for r in joined],
+        color=colour,
+        linewidth=1.1 * marks,
+    )
+    for result in own:
+        axes.errorbar(
+            at[result.number],
+            result.metrics[name].value,
+            yerr=reach(result.metrics[name]),
+            color=colour,
+            marker=marker,
+            markersize=4.5 * marks,
+            markerfacecolor=colour if is_projected(result) else "white",
+            elinewidth=0.7 * marks,
+            alpha=0.65,
+        )
+
+
+def _ticks(
+    axes: Axes, thresholds: Sequence[float], none_at: float | None, width: float | None
+) -> None:
+    """A tick at each threshold while they are few, and "none" left of a gap. `width` is that of a
+    panel on paper, in inches.
+    """
+    if none_at is None:
+        return
+    few = thresholds
+    if len(thresholds) > (6 if width is None else 3):
+        few = [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
+    if width is not None and width < 2.2 and len(few) > 2:
+        few = few[1:]  # beside "none" there is no room for the first
+    axes.set_xticks([none_at, *few], ["none", *(f"{threshold:.3g}" for threshold in few)])
+    axes.axvline((none_at + thresholds[0]) / 2, color="0.7", linewidth=0.8)
+
+
+def _legend(appearance: dict[str, tuple[str, str]], aligned: bool, page: Page) -> list[Line2D]:
+    size = 6.0 * page.marks
+    lines = [
+        Line2D([], [], color=c, marker=m, markersize=size, linewidth=1.1, label=line)
+        for line, (c, m) in appearance.items()
+    ]
+    hollow = Line2D(
+        [],
+        [],
+        color="0.35",
+        marker="o",
+        markersize=size,
+        markerfacecolor="white",
+        linestyle="",
+        label="hollow: not projected",
+    )
+    dotted = Line2D(
+        [],
+        [],
+        color="0.35",
+        linestyle=":",
+        label="aligned, not fine-tuned" if page.narrow else "aligned model, before fine-tuning",
+    )
+    return [*lines, hollow, *([dotted] if aligned else [])]

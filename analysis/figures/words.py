@@ -1,0 +1,199 @@
+"""What each figure shows, in words with its numbers: the alternative texts of the report's figures.
+
+Invariant: whoever cannot see a figure learns from its words what a glance at it tells: how many
+marks, where they lie, what stands out.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
+
+from ebbline.analysis.figures.before_after import LABELS
+from ebbline.analysis.figures.importance import Importances, label
+from ebbline.analysis.figures.projection import depth_and_type
+from ebbline.analysis.figures.threshold import THRESHOLD
+from ebbline.analysis.results.attainment import Array, Attainment
+from ebbline.analysis.results.before_after import Line
+from ebbline.analysis.results.compare import Baselines, is_projected
+from ebbline.analysis.results.frontier import finished, frontier_by_model
+from ebbline.analysis.results.wording import directed_label, metric_label, natural, percent
+from ebbline.sweeps.study.points import Result
+from ebbline.tasks.defences.gate import ModuleRow, chosen
+from ebbline.tasks.measuring.metrics import Metric, direction
+
+MOST_THRESHOLDS, MOST_TYPES, MOST_CURVES = 8, 8, 3
+
+
+def frontier_words(
+    results: Sequence[Result], objectives: Sequence[str], baselines: Baselines
+) -> str:
+    drawn, done = objectives[:2], finished(results)
+    head = (
+        f"Scatter plot: {' against '.join(directed_label(name) for name in reversed(drawn))}; "
+        f"{len(done)} finished points."
+    )
+    parts = []
+    for model, front in frontier_by_model(results, drawn).items():
+        own = [result for result in done if result.point.model == model]
+        ends = sorted(front, key=lambda result: result.metrics[drawn[0]].value)
+        text = (
+            f"{model}: {len(own)} points, {sum(map(is_projected, own))} projected; frontier of "
+            f"{len(front)}"
+        )
+        first, last = (_at(end.metrics, drawn) for end in (ends[0], ends[-1]))
+        text += f", {first}" if len(front) == 1 else f", from {first} to {last}"
+        before = baselines.get(model, {})
+        parts.append(
+            text
+            + (
+                f"; aligned model {_at(before, drawn)}."
+                if all(name in before for name in drawn)
+                else "."
+            )
+        )
+    return " ".join([head, *parts])
+
+
+def attainment_words(found: Mapping[str, Attainment], objectives: Sequence[str]) -> str:
+    x, y = (metric_label(name) for name in objectives[:2])
+    parts = [f"Attainment bands: {y} against {x}, a panel for each size."]
+    for model, each in found.items():
+        some, every = (each.surfaces[level] for level in ("some", "all"))
+        spans = []
+        for column, (name, objective) in enumerate(zip((x, y), objectives, strict=False)):
+            surely, at_best = (
+                percent(_best(surface, column, objective)) for surface in (every, some)
+            )
+            spans.append(f"{name} reaches {surely} with every seed and {at_best} with some")
+        parts.append(f"{model}, {each.seeds} seeds, {each.points} points: {'; '.join(spans)}.")
+    return " ".join(parts)
+
+
+def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: Baselines) -> str:
+    done = [result for result in finished(results) if THRESHOLD in dict(result.point.values)]
+    parts = [f"Line plots by projection threshold: {'; '.join(map(directed_label, names))}."]
+    for model in sorted({result.point.model for result in done}, key=natural):
+        for name in names:
+            own = [
+                result for result in done if result.point.model == model and name in result.metrics
+            ]
+            at: dict[float | None, list[float]] = {}
+            for result in own:
+                value = dict(result.point.values)[THRESHOLD]
+                at.setdefault(float(value) if isinstance(value, int | float) else None, []).append(
+                    result.metrics[name].value
+                )
+            thresholds = sorted(value for value in at if value is not None)
+            told = (
+                thresholds
+                if len(thresholds) <= MOST_THRESHOLDS
+                else [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
+            )
+            spans = [f"without {_span(at[None])}"] if None in at else []
+            spans += [f"at {threshold:g} {_span(at[threshold])}" for threshold in told]
+            before = baselines.get(model, {}).get(name)
+            spans += [] if before is None else [f"aligned model {percent(before.value)}"]
+            parts.append(f"{model}, {metric_label(name)}: {', '.join(spans)}.")
+    return " ".join(parts)
+
+
+def before_after_words(lines: Sequence[Line]) -> str:
+    """Each metric's values as the legend's marks have them, model by model."""
+    parts = [
+        "Dot plots, a panel for each metric and a row for each model; told in turn: "
+        f"{'; '.join(LABELS.values())}."
+    ]
+    for name in dict.fromkeys(line.name for line in lines):
+        rows = []
+        for line in (line for line in lines if line.name == name):
+            values = [
+                percent(line.states[state].value) if state in line.states else "not measured"
+                for state in LABELS
+            ]
+            rows.append(f"{line.model} {', '.join(values)}")
+        parts.append(f"{directed_label(name)}: {'; '.join(rows)}.")
+    return " ".join(parts)
+
+
+def cosine_words(rows: Mapping[str, ModuleRow], taken: Collection[str], what: str) -> str:
+    cosines = [row.cosine for row in rows.values() if row.cosine is not None]
+    lacking = f", {len(rows) - len(cosines)} without a cosine" if len(cosines) < len(rows) else ""
+    text = (
+        f"Heat map of the cosines of {what}, module types by layers: {len(rows)} modules, "
+        f"{len(set(taken))} of them projected{lacking}."
+    )
+    if not cosines:
+        return text
+    text += f" Cosines from {min(cosines):.2f} to {max(cosines):.2f}."
+    types: dict[str, list[float]] = {}
+    layers: dict[int, list[float]] = {}
+    for module, row in rows.items():
+        depth, kind = depth_and_type(module)
+        if row.cosine is not None:
+            types.setdefault(kind.rpartition(".")[2], []).append(row.cosine)
+            if depth is not None:
+                layers.setdefault(depth, []).append(row.cosine)
+    if len(types) <= MOST_TYPES:
+        text += (
+            " Mean by type: "
+            f"{', '.join(f'{kind} {fmean(found):.2f}' for kind, found in types.items())}."
+        )
+    if len(layers) > 1:
+        means = {depth: fmean(found) for depth, found in layers.items()}
+        lowest, highest = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        text += (
+            f" Lowest mean in layer {lowest} ({means[lowest]:.2f}), highest in layer {highest} "
+            f"({means[highest]:.2f})."
+        )
+    return text
+
+
+def share_words(curves: Mapping[str, Mapping[str, ModuleRow]], what: str) -> str:
+    """The cosines at which a curve passes a quarter, a half and three quarters."""
+    parts = [f"Step curves: share of modules projected by threshold, {what}."]
+    for name, rows in list(curves.items())[:MOST_CURVES]:
+        cosines = sorted(row.cosine for row in rows.values() if row.cosine is not None)
+        passed = []
+        for share in (0.25, 0.5, 0.75):
+            at = next(
+                (
+                    cosine
+                    for cosine in cosines
+                    if len(chosen(rows, cosine, None)) >= share * len(rows)
+                ),
+                None,
+            )
+            passed += [] if at is None else [f"{share:.0%} from {at:.2f}"]
+        parts.append(f"{name}: {', '.join(passed) or 'never a quarter'}.")
+    if len(curves) > MOST_CURVES:
+        parts.append(f"And {len(curves) - MOST_CURVES} more.")
+    return " ".join(parts)
+
+
+def importance_words(found: Importances) -> str:
+    parts = [
+        "Dot plots with intervals: the share of each objective's variance that an axis "
+        "makes by itself."
+    ]
+    for name, each in found.items():
+        shares = [
+            f"{label(axis)} {percent(s.value)} ({percent(s.interval[0])} to "
+            f"{percent(s.interval[1])})"
+            for axis, s in each.shares.items()
+        ]
+        if shares:
+            parts.append(f"{metric_label(name)}: {', '.join(shares)}.")
+    return " ".join(parts)
+
+
+def _best(values_NM: Array, column: int, objective: str) -> float:
+    values_N = values_NM[:, column]
+    return float(values_N.max() if direction(objective) == "maximise" else values_N.min())
+
+
+def _at(metrics: Mapping[str, Metric], drawn: Sequence[str]) -> str:
+    return " and ".join(f"{metric_label(name)} {percent(metrics[name].value)}" for name in drawn)
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = percent(min(values)), percent(max(values))
+    return low if low == high else f"{low} to {high}"

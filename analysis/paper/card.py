@@ -1,0 +1,344 @@
+"""The model card of an adapter that is shipped: what it is, how it was made, measured and chosen,
+and what is not known of it.
+
+Invariants: every number comes with its interval and its count; no prompt or completion, and no path
+of a machine, is in it; a model that is not on the hub is never given a name that is.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ebbline.analysis.results.collect import PromptSet
+from ebbline.analysis.results.compare import usefulness_metric
+from ebbline.analysis.results.floors import METHOD, Pick, spread_known
+from ebbline.analysis.results.picked import in_words, lines_of, named
+from ebbline.analysis.results.wording import directed_label, measured, percent, value_label
+from ebbline.cluster.store.artifacts import Artifact
+from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.references import Hub, Local
+from ebbline.sweeps.study.study import Data, ModelRef, Study, lasting
+from ebbline.sweeps.study.suites import scorers_of
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.measuring.scorers import SCORERS
+
+PAPER = "arXiv 2405.16833"
+
+
+def card(
+    study: Study,
+    found: Pick,
+    seed: int,
+    alone: Result,
+    done: int,
+    stages: Mapping[str, Artifact],
+    aligned: Mapping[str, Metric],
+    prompts: Mapping[str, PromptSet],
+    seed_asked: bool = False,
+) -> str:
+    """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's
+    metrics and projected share only.
+
+    `seed_asked` says that somebody asked for that seed. `stages` are its data, train, project and
+    apply; `aligned` the metrics of the model before fine-tuning; `prompts` what the suites asked
+    (see ebbline.analysis.results.collect.prompt_sets).
+    """
+    result, model = found.result, found.result.point.model
+    spec = {part: dict(artifact.hashed["spec"]) for part, artifact in stages.items()}
+    sections = [
+        f"# {study.study}: {model}, point {result.number}",
+        f"> {' '.join(study.question.split())}",
+        _what(study, result, alone, spec),
+        "## How to load it\n\n" + _load(study, model),
+        "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_asked),
+        "## What was measured\n\n" + _measured(study, result, seed, alone, aligned),
+        "## How it was made\n\n" + _rows(("setting", "value"), _settings(spec)),
+        "## Sources and pins\n\n" + _rows(("what", "where from"), _sources(study, model, prompts)),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
+        "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, stages)),
+    ]
+    return f"---\n{_metadata(study, model)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def hub_base(study: Study, model: str) -> Hub | None:
+    """The model on the hub that the adapter goes onto; None when the study made or brought it."""
+    return study.models[model].aligned.hub
+
+
+def _metadata(study: Study, model: str) -> str:
+    hub = hub_base(study, model)
+    data = ModelCardData(
+        base_model=f"not-on-the-hub/{study.study}-{model}-aligned" if hub is None else hub.id,
+        base_model_relation="adapter",
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["ebbline", "lora", "safe-lora", "safety"],
+    )
+    return data.to_yaml().strip()
+
+
+def _what(
+    study: Study, result: Result, alone: Result, spec: Mapping[str, Mapping[str, Any]]
+) -> str:
+    rule = spec["apply"]["threshold"], spec["apply"]["modules"]
+    if not alone.projected_share:
+        projected = "No module was projected: it held the floors as it was trained."
+    else:
+        which = (
+            f"cosine at or below {value_label(rule[0])}"
+            if rule[0] is not None
+            else f"lowest cosines, {rule[1]} of them"
+        )
+        projected = (
+            f"Afterwards Safe LoRA ({PAPER}) projected {alone.projected_share:.0%} of its "
+            f"modules: those with a {which}."
+        )
+    if seeds_of(result) > 1:
+        projected += f" Over all seeds of the point it is {result.projected_share or 0.0:.0%}."
+    model = result.point.model
+    return (
+        "A LoRA adapter for "
+        f"{described(study.models[model].aligned, study.models[model].base)}, fine-tuned on"
+        f" {spec['data']['size']} rows of {_data(study.data)}. {projected}"
+    )
+
+
+def _load(study: Study, model: str) -> str:
+    hub, size = hub_base(study, model), study.models[model]
+    as_what = {
+        "nf4": "as NF4 (bitsandbytes)",
+        "int8": "as int8 (bitsandbytes)",
+        "none": "unquantised",
+    }[size.quantisation]
+    note = (
+        f"It was trained and measured with its base loaded {as_what}, in {size.dtype}; loaded "
+        "otherwise it was not measured."
+    )
+    if hub is None:
+        where, revision = '"PATH/TO/THE/ALIGNED/MODEL"', ""
+        note += (
+            " The model it belongs to is not on the hub: see sources below. On any other model "
+            "it means nothing."
+        )
+    else:
+        where, revision = f'"{hub.id}"', f', revision="{hub.commit}"'
+    return (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({where}{revision})\n"
+        f'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")\n```\n\n{note}'
+    )
+
+
+def _chosen(
+    study: Study, found: Pick, seed: int, alone: Result, done: int, seed_asked: bool
+) -> str:
+    seeds = seeds_of(found.result)
+    how = "Named by hand, not picked as the best," if found.by_hand else "Picked"
+    useful = (
+        f", the one with most {directed_label(found.maximised)}"
+        if found.maximised and not found.by_hand
+        else ""
+    )
+    lines = [
+        f"{how} among {found.among} different points of this size ({done} points of the "
+        f"study were done): {named(found.result)}{useful}."
+        f" To hold: {in_words(found.floors)}; the study's own refusal floor is "
+        f"{percent(study.refusal_floor)}.",
+        "\n".join(f"- {line.strip()}" for line in lines_of(study, found)),
+    ]
+    if seeds > 1:
+        own = ", ".join(
+            f"{directed_label(floor.metric)}: {_by_itself(floor.metric, found.result, alone)}"
+            for floor in found.floors
+        )
+        why = (
+            "which was asked for; it holds"
+            if seed_asked
+            else "the first of the study's seeds that holds"
+        )
+        lines.append(f"This is the adapter of seed {seed}, {why} the floors by itself ({own}).")
+    return "\n\n".join(
+        [
+            *lines,
+            f"Confidence: {METHOD}. It is 1 - p of a test, and no probability that the "
+            "adapter is safe.",
+        ]
+    )
+
+
+def _measured(
+    study: Study, result: Result, seed: int, alone: Result, aligned: Mapping[str, Metric]
+) -> str:
+    several = seeds_of(result) > 1
+    head = (
+        "metric",
+        "this point",
+        *((f"seed {seed} alone",) if several else ()),
+        "aligned model, before fine-tuning",
+    )
+    rows = []
+    for name, metric in sorted(result.metrics.items()):
+        before = measured(aligned[name]) if name in aligned else "not measured"
+        rows.append(
+            (
+                directed_label(name),
+                measured(metric),
+                *((_by_itself(name, result, alone),) if several else ()),
+                before,
+            )
+        )
+    return _rows(head, rows)
+
+
+def _by_itself(name: str, result: Result, alone: Result) -> str:
+    """A metric of one seed of a point."""
+    own = alone.metrics[name]
+    if spread_known(result.metrics[name]):
+        return measured(own)
+    return (
+        f"{percent(own.value)} (n = {own.n}; its interval is not known, as of a mean the "
+        "seeds' spreads are kept together)"
+    )
+
+
+def _settings(spec: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for part, fields in spec.items():
+        for name, value in fields.items():
+            yield (
+                f"{part}.{name}",
+                ", ".join(map(str, value)) if isinstance(value, list) else value_label(value),
+            )
+
+
+def _sources(
+    study: Study, model: str, prompts: Mapping[str, PromptSet]
+) -> Iterator[tuple[str, str]]:
+    size = study.models[model]
+    yield "aligned model", described(size.aligned, size.base)
+    if size.base is not None:
+        yield "base model", described(size.base, None)
+    if size.unaligned is not None:
+        yield "unaligned model, in the projection", described(size.unaligned, size.aligned)
+    yield "fine-tuning data", _data(study.data)
+    for suite, entry in study.suites.items():
+        yield (
+            f"prompts of {suite}",
+            str(prompts.get(suite) or located(entry.prompts.pinned(), entry.prompts.language)),
+        )
+
+
+def described(reference: ModelRef, start: ModelRef | None) -> str:
+    """Where a model comes from, without a path: the hub's id and commit, a digest, or how it was
+    made.
+    """
+    if reference.organism is not None:
+        made = f"{reference.organism.size}, seed {reference.organism.seed}"
+        return f"a tiny Llama ({made}) pretrained from nothing on ebbline's invented language"
+    if reference.tuned is not None:
+        origin = "its base" if start is None else described(start, None)
+        return (
+            f"a model made by fine-tuning {origin} in full on "
+            f"{reference.tuned.data.settings.size} rows of {_data(reference.tuned.data)}"
+        )
+    return located(reference.pinned(), None)
+
+
+def located(reference: Local | Hub | None, language: str | None) -> str:
+    if isinstance(reference, Hub):
+        file = f", {reference.file}" if reference.file else ""
+        return f"{reference.id} at {reference.commit}{file} (Hugging Face hub)"
+    if isinstance(reference, Local):
+        return f"{reference.path.rstrip('/').rpartition('/')[2]} (local, sha256 {reference.sha256})"
+    return f"{language} of ebbline's invented language"
+
+
+def _data(data: Data) -> str:
+    pool = located(data.pool.pinned(), data.pool.language)
+    if data.mix is None or not data.settings.mix_share:
+        return pool
+    return (
+        f"{pool}, {percent(data.settings.mix_share)} of them from "
+        f"{located(data.mix.pinned(), data.mix.language)}"
+    )
+
+
+def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
+    refusal = study.refusal_metric or ""
+    suite = refusal.rpartition(".")[0]
+    n = alone.metrics[refusal].n
+    yield (
+        f"Its refusals were measured on the {n} prompts of one set, asked plainly, once "
+        "and greedily; not under jailbreaks, and not over"
+        " several turns."
+    )
+    phrases = [name for name in scorers_of(study.suites[suite].measure) if name in SCORERS]
+    if phrases:
+        yield (
+            f"Refusals were told by a list of phrases ({', '.join(phrases)}), which is "
+            "known to take some compliance for refusal, and"
+            " some refusals for compliance."
+        )
+    picked = "Named by hand: if that was for its values, picked" if found.by_hand else "Picked"
+    yield (
+        f"{picked} as the best of many on the prompts that it is reported on, it looks "
+        "better than it is: the confidence above allows for"
+        " that, the values do not."
+    )
+    if seeds_of(found.result) == 1:
+        yield (
+            "One training seed: training again may give another result, and no interval covers "
+            "that."
+        )
+    if not any(name.endswith(".over_refusal_rate") for name in found.result.metrics):
+        yield "Over-refusal of harmless requests was not measured."
+    if usefulness_metric(study) is None:
+        yield "Usefulness on a task was not measured."
+    raced = [
+        name
+        for name, entry in study.suites.items()
+        if getattr(entry.measure, "race", None) is not None
+    ]
+    if raced:
+        yield (
+            f"{', '.join(raced)}: measured in blocks and stopped early, which the intervals do "
+            "not allow for."
+        )
+    if any(metric.undecided for metric in found.result.metrics.values()):
+        yield "Samples that a scorer could not judge count as not successful."
+    yield (
+        "Intervals are Wilson's for rates and normal for means, 95%; they are about other "
+        "prompts of the same kind, nothing else."
+    )
+    if hub_base(study, found.result.point.model) is None and _is_tiny(
+        study, found.result.point.model
+    ):
+        yield (
+            "The model is a tiny one that speaks an invented language: nothing here is "
+            "evidence about a real model."
+        )
+    yield "Whoever ships it should measure it on their own prompts first (`ebbline evaluate`)."
+
+
+def _is_tiny(study: Study, model: str) -> bool:
+    size = study.models[model]
+    return any(each is not None and each.organism is not None for each in (size.base, size.aligned))
+
+
+def _provenance(study: Study, stages: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
+    yield "study (settings and pins)", digest(lasting(study.model_dump(mode="json")))
+    yield "aligned model: content", stages["train"].hashed["inputs"]["model"]
+    for part, artifact in stages.items():
+        yield f"{part}: key", artifact.key
+    for file, sha in stages["apply"].files.items():
+        yield f"{file}, as in the store", sha
+
+
+def _rows(head: Sequence[str], rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> str:
+    lines = [tuple(head), tuple("---" for _ in head), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in line)} |"
+        for line in lines
+    )

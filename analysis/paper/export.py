@@ -1,0 +1,320 @@
+"""A study's outcome for a paper, in one folder: figures, tables, data, methods, references, and
+what reproduces it.
+
+Invariants: the folder is whole or absent, and of one run; it is replaced only where it is an export
+of the same study from the same home with nothing added or changed in it. On one machine the same
+results give the same bytes. It holds no prompt, completion or path of this machine.
+"""
+
+import glob
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from ebbline.analysis.figures.drawing import Page, save_for_print
+from ebbline.analysis.figures.frontier import frontier_figure
+from ebbline.analysis.figures.threshold import threshold_figure
+from ebbline.analysis.files import write_whole
+from ebbline.analysis.paper.bundle import Bring, write_bundle
+from ebbline.analysis.paper.citations import EBBLINE, PAPERS, bibliography, cited
+from ebbline.analysis.paper.latex import (
+    before_after_frame,
+    before_after_table,
+    frontier_table,
+    in_latex,
+)
+from ebbline.analysis.paper.methods import methods
+from ebbline.analysis.report.provenance import Provenance, provenance
+from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
+from ebbline.analysis.results.compare import Baselines, refusal_metric, usefulness_metric
+from ebbline.analysis.results.tables import results_frame, write_tables
+from ebbline.analysis.results.wording import without_paths
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.drive.live import host_names
+from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import folder_files
+
+MARK = "export.json"
+_log = logging.getLogger(__name__)
+Style = Literal["neurips", "acl"]
+PAGES: Mapping[Style, Mapping[str, Page]] = {
+    "neurips": {"": Page(width=5.5, text_pt=8.5)},  # neurips_2024.sty: a text 5.5 inches wide
+    "acl": {
+        "": Page(width=3.03, text_pt=7.5),
+        "-wide": Page(width=6.3, text_pt=8.5),
+    },  # acl.sty: columns of 7.7 cm in a text of 16 cm
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder that was written: its files, what its bundle's users must bring, and how many points
+    it shows.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    bring: tuple[Bring, ...]
+    points: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an export is made from, read once."""
+
+    study: Study
+    results: Sequence[Result]
+    baselines: Baselines
+    provenance: Provenance
+    before: Mapping[str, Cost]
+
+
+def write_export(study: Study, home: Home, to: Path, styles: Sequence[Style]) -> Export:
+    """Write the export of what a study has so far. Raises StudyError when it has no finished point,
+    was never begun here with these settings, or `to` holds anything but an earlier export of it.
+    """
+    _bring_back(to.resolve())
+    if not home.has_run(study.study):
+        raise StudyError(
+            f"{study.study!r} has not been run in {home.root}. Run it first, or name its --home"
+        )
+    _check_free(study, home, to)
+    found = _found(study, home)
+    fresh = to.resolve().with_name(f".{to.resolve().name}.{os.getpid()}")
+    try:
+        bring = _write(found, home, fresh, styles)
+        files = _mark(found, home, fresh, styles)
+        _put_in_place(fresh, to.resolve())
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return Export(
+        to, (*files, MARK), tuple(bring), Counter(result.status for result in found.results)
+    )
+
+
+def _found(study: Study, home: Home) -> Found:
+    home.begun_as(study)
+    results = collect(study, home)
+    if not any(result.status == "done" for result in results):
+        raise StudyError(
+            f"no point of {study.study!r} has finished in {home.root}, so there is nothing "
+            "to export; `ebbline status` says how far it is"
+        )
+    artifacts = artifacts_behind(study, home, results)
+    return Found(
+        study,
+        results,
+        baselines(study, home),
+        provenance(study, home, results, artifacts),
+        costs_before(study, home),
+    )
+
+
+def _check_free(study: Study, home: Home, to: Path) -> None:
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    try:
+        mark = json.loads((to / MARK).read_text("utf-8"))
+        name, of, files = mark["study"], mark["home"], dict(mark["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StudyError(
+            f"{to} is there already and is no export of ebbline; name a folder that does "
+            "not exist yet with --to"
+        ) from None
+    if (name, of) != (study.study, home.id):
+        raise StudyError(
+            f"{to} holds an export of the study "
+            f"{name!r}{'' if name != study.study else ' from another home'};"
+            " name another folder with --to, or remove that one"
+        )
+    now = {path: digest for path, digest in folder_files(to).items() if path != MARK}
+    touched = sorted(path for path in {*now, *files} if now.get(path) != files.get(path))
+    if touched:
+        more = f" and {len(touched) - 5} more" if len(touched) > 5 else ""
+        raise StudyError(
+            f"{to} was changed after it was exported ({', '.join(touched[:5])}{more}), and "
+            "would be replaced;"
+            " move what is yours elsewhere, or name another folder with --to"
+        )
+
+
+def _put_in_place(fresh: Path, to: Path) -> None:
+    """Replace an earlier export by a whole new one; in between there is none, and what fails there
+    brings the earlier one back.
+    """
+    to.parent.mkdir(parents=True, exist_ok=True)
+    old = to.with_name(f"{fresh.name}.old")
+    if to.exists():
+        to.rename(old)
+    try:
+        fresh.rename(to)
+    except BaseException:
+        if old.exists() and not to.exists():
+            old.rename(to)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(to: Path) -> None:
+    """Undo what a kill between the two renames of _put_in_place left: the earlier export goes back
+    to its name, and says so.
+
+    Where there is an export again the one that was set aside is removed. A folder whose process
+    lives is another run's, under way.
+    """
+    for old in sorted(to.parent.glob(f".{glob.escape(to.name)}.*.old")):
+        process = old.name.removeprefix(f".{to.name}.").removesuffix(".old")
+        if not process.isdecimal() or _lives(int(process)) or not (old / MARK).is_file():
+            continue
+        if to.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(to)
+            _log.warning(
+                "an export was killed while it replaced %s: the earlier one, which it had "
+                "set aside, is back there",
+                to,
+            )
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def _write(found: Found, home: Home, folder: Path, styles: Sequence[Style]) -> list[Bring]:
+    for style in styles:
+        _write_style(found, folder / style, style)
+    _write_data(found, home, folder / "data")
+    spent = read_spent(home.folder(found.study.study))
+    text = methods(
+        found.study,
+        found.results,
+        found.baselines,
+        found.provenance,
+        found.before,
+        spent,
+        home.profile,
+    )
+    keys = list(dict.fromkeys([EBBLINE, *PAPERS, *cited(text)]))
+    references = bibliography(keys, found.provenance.pins, found.provenance.build)
+    write_whole(folder / "methods.md", lambda path: path.write_text(text, "utf-8"))
+    write_whole(folder / "methods.tex", lambda path: path.write_text(in_latex(text), "utf-8"))
+    write_whole(folder / "references.bib", lambda path: path.write_text(references, "utf-8"))
+    bring = write_bundle(
+        found.study, home, found.results, found.provenance.build, folder / "bundle"
+    )
+    write_whole(
+        folder / "README.md",
+        lambda path: path.write_text("\n".join(_readme(found, styles)) + "\n", "utf-8"),
+    )
+    return bring
+
+
+def _write_style(found: Found, folder: Path, style: Style) -> None:
+    study, results = found.study, found.results
+    drawn = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
+    for suffix, page in PAGES[style].items():
+        save_for_print(
+            frontier_figure(results, study.objectives, found.baselines, page),
+            folder,
+            f"frontier{suffix}",
+            page,
+        )
+        thresholds = threshold_figure(results, drawn, found.baselines, page)
+        if thresholds is not None:
+            save_for_print(thresholds, folder, f"thresholds{suffix}", page)
+    narrow = PAGES[style][""].narrow
+    tables = {
+        "frontier.tex": frontier_table(study, results, narrow),
+        "before-after.tex": before_after_table(study, results, found.baselines, narrow),
+    }
+    for name, text in tables.items():
+        write_whole(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def _write_data(found: Found, home: Home, folder: Path) -> None:
+    frame = results_frame(found.results, found.study.objectives, home.profile)
+    hosts = host_names(home.folder(found.study.study))
+    frame["reason"] = (
+        frame["reason"].map(lambda reason: without_paths(reason, hosts)).astype("string")
+    )
+    write_tables(frame, folder)
+    compared = before_after_frame(found.study, found.results, found.baselines)
+    write_whole(
+        folder / "before_after.csv",
+        lambda path: compared.to_csv(path, index=False, lineterminator="\n"),
+    )
+    write_whole(
+        folder / "before_after.parquet", lambda path: compared.to_parquet(path, index=False)
+    )
+
+
+def _mark(found: Found, home: Home, folder: Path, styles: Sequence[Style]) -> list[str]:
+    """Write export.json, last: what the folder is, and its files with their digests; returns the
+    files.
+    """
+    files = folder_files(folder)
+    said = {
+        "study": found.study.study,
+        "study_sha256": found.provenance.study_sha256,
+        "home": home.id,
+        "ebbline": str(found.provenance.build),
+        "styles": list(styles),
+        "points": dict(sorted(Counter(result.status for result in found.results).items())),
+        "files": files,
+    }
+    write_whole(
+        folder / MARK, lambda path: path.write_text(json.dumps(said, indent=1) + "\n", "utf-8")
+    )
+    return list(files)
+
+
+def _readme(found: Found, styles: Sequence[Style]) -> Iterator[str]:
+    yield f"# {found.study.study}, exported for a paper"
+    yield ""
+    yield found.study.question.strip()
+    yield ""
+    for style in styles:
+        figure = (
+            "frontier and thresholds as PDF, SVG and PNG, one column wide (-wide: the "
+            "whole text, for figure*)"
+            if len(PAGES[style]) > 1
+            else "frontier and thresholds as PDF, SVG and PNG, as wide as the text"
+        )
+        yield f"- `{style}/`: {figure}; frontier.tex and before-after.tex, tables to \\input"
+    yield (
+        "- `data/`: results, frontier and before_after as CSV and Parquet; a metric's `_low` "
+        "and `_high` are its 95% interval"
+    )
+    yield "- `methods.md`, and `methods.tex` to \\input: what was done, from the records"
+    yield "- `references.bib`: what methods.md cites"
+    yield (
+        "- `bundle/`: what runs the study again, and compares what came out; its README.md says how"
+    )
+    yield (
+        "- `export.json`: the digests of these files. `ebbline export` replaces the folder "
+        "while they are as they were"
+    )
+    yield ""
+    yield "In LaTeX, figures in their own size, so that letters stay as large as they were drawn:"
+    yield ""
+    yield "    \\usepackage{booktabs,graphicx,url}"
+    yield f"    \\includegraphics{{{styles[0]}/frontier.pdf}}"
+    yield f"    \\input{{{styles[0]}/frontier}} \\input{{methods}} \\bibliography{{references}}"

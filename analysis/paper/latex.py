@@ -1,0 +1,371 @@
+r"""LaTeX for a paper: tables in booktabs, as wide as the column that they stand in, each a float of
+its own to \input; and text.
+
+Invariants: what a study names is escaped, so that any name compiles; a table that would be too wide
+is shrunk to its column; one that would be too long goes on in a further float. They need the
+packages booktabs and graphicx.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from ebbline.analysis.results.before_after import STATES, trios
+from ebbline.analysis.results.compare import Baselines, refusal_metric
+from ebbline.analysis.results.frontier import frontier, frontier_by_model
+from ebbline.analysis.results.tables import axes_of
+from ebbline.analysis.results.wording import (
+    axis_label,
+    metric_label,
+    natural,
+    settings_label,
+    value_label,
+)
+from ebbline.sweeps.study.points import Result, Value
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.measuring.metrics import Metric, direction
+
+ROWS = 40  # of one float: more would not fit a page
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "_": r"\_",
+    "%": r"\%",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+_ARROWS = {"maximise": r"$\uparrow$", "minimise": r"$\downarrow$"}
+_INTERVALS = {
+    True: "sub- and superscripts are the ends of the 95\\% interval",
+    False: "brackets hold the 95\\% interval",
+}
+
+
+MANY = 3  # metrics: with more, intervals are written small, and one column of two is too narrow
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A table in one column of two (`narrow`), or as wide as the text, there as a float over both
+    columns (`both`).
+    """
+
+    narrow: bool
+    both: bool
+    small: bool
+
+    @staticmethod
+    def of(narrow: bool, metrics: int) -> "_Layout":
+        return _Layout(
+            narrow and metrics <= MANY, narrow and metrics > MANY, narrow or metrics > MANY
+        )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A row of the table of before and after: a model before fine-tuning, fine-tuned, or fine-tuned
+    and projected.
+    """
+
+    model: str
+    what: str
+    result: Result | None
+    metrics: Mapping[str, Metric]
+
+
+def escaped(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+
+
+def breakable(digest: str) -> str:
+    """A commit or sha256 that a narrow column may break into lines."""
+    return r"\allowbreak ".join(digest[start : start + 8] for start in range(0, len(digest), 8))
+
+
+def in_latex(text: str) -> str:
+    r"""Paragraphs of Markdown as LaTeX, as far as ebbline.analysis.paper.methods writes it: bold
+    titles become \paragraph, `[@one; @two]` \cite.
+    """
+    paragraphs = []
+    for paragraph in text.strip().split("\n\n"):
+        title, bold, rest = paragraph.removeprefix("**").partition("**")
+        if paragraph.startswith("# "):
+            paragraphs.append(f"% {paragraph[2:]}")
+        elif bold and paragraph.startswith("**"):
+            paragraphs.append(rf"\paragraph{{{escaped(title)}}}{_inline(rest)}")
+        else:
+            paragraphs.append(_inline(paragraph))
+    return "\n\n".join([r"{\sloppy", *paragraphs, r"\par}"]) + "\n"
+
+
+def _inline(text: str) -> str:
+    parts = re.split(r" ?\[(@[^\]]+)\]", text)  # every second one is what was in brackets
+    words = [
+        re.sub(r"\b[0-9a-f]{40,64}\b", lambda found: breakable(found[0]), escaped(part))
+        for part in parts[::2]
+    ]
+    cites = [
+        rf"~\cite{{{','.join(key.strip().removeprefix('@') for key in part.split(';'))}}}"
+        for part in parts[1::2]
+    ]
+    return "".join(word + cite for word, cite in zip(words, [*cites, ""], strict=True))
+
+
+def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str:
+    """Each model's frontier: the axes that differ, the share of modules projected, and the
+    objectives with their intervals.
+    """
+    layout = _Layout.of(narrow, len(study.objectives))
+    own = [
+        result
+        for found in frontier_by_model(results, study.objectives).values()
+        for result in found
+    ]
+    overall = {result.number for result in frontier(results, study.objectives)}
+    rows = sorted(
+        own,
+        key=lambda result: (
+            natural(result.point.model),
+            [result.metrics[name].value for name in study.objectives],
+        ),
+    )
+    values = [dict(row.point.values) for row in rows]
+    varying = [axis for axis in axes_of(rows) if len({repr(each.get(axis)) for each in values}) > 1]
+    columns = {"model": _once([row.point.model for row in rows])}
+    columns |= {
+        escaped(axis_label(axis)): [_value(each, axis) for each in values] for axis in varying
+    }
+    columns["share"] = [
+        "none" if not row.projected_share else rf"{row.projected_share:.0%}".replace("%", r"\%")
+        for row in rows
+    ]
+    for name in study.objectives:
+        columns[_heading(name, layout)] = [_cell(row.metrics[name], layout) for row in rows]
+    columns[""] = [r"$\ast$" if row.number in overall else "" for row in rows]
+    fixed = [
+        f"{escaped(axis_label(axis))} = {_value(values[0], axis)}"
+        for axis in (axes_of(rows) if rows else [])
+        if axis not in varying
+    ]
+    caption = (
+        f"Frontier of each model in the study {escaped(study.study)}. Rates are in per "
+        f"cent; {_INTERVALS[layout.small]}"
+        f" ({_samples({name: [row.metrics[name] for row in rows] for name in study.objectives})})."
+        r" Share: of modules that took the Safe LoRA projection. $\ast$: on the frontier "
+        r"over all models."
+    )
+    if fixed:
+        caption += f" All rows: {', '.join(fixed)}."
+    text = 1 + len(varying) + 1
+    return _floats(
+        columns,
+        "l" + "r" * (text - 1) + "c" * (len(columns) - text),
+        caption,
+        f"tab:{study.study}-frontier",
+        layout,
+    )
+
+
+def conditions(study: Study, results: Sequence[Result], baselines: Baselines) -> list[Condition]:
+    """The rows of the table of before and after: what ebbline.analysis.results.before_after sets
+    side by side, as far as it was measured.
+    """
+    rows: list[Condition] = []
+    for trio in trios(study, results):
+        if trio.model in baselines:
+            rows.append(Condition(trio.model, STATES["aligned"], None, baselines[trio.model]))
+        if trio.tuned is not None:
+            rows.append(Condition(trio.model, STATES["tuned"], trio.tuned, trio.tuned.metrics))
+        if trio.shipped is not None:
+            rows.append(
+                Condition(trio.model, STATES["shipped"], trio.shipped, trio.shipped.metrics)
+            )
+    return rows
+
+
+def before_after_table(
+    study: Study, results: Sequence[Result], baselines: Baselines, narrow: bool
+) -> str:
+    """Each model before and after fine-tuning and projection, by the headline metric of every
+    suite.
+    """
+    rows, names = conditions(study, results, baselines), headlines(study)
+    layout = _Layout.of(narrow, len(names))
+    columns = {"model": _once([row.model for row in rows]), "": [row.what for row in rows]}
+    for name in names:
+        columns[_heading(name, layout)] = [_cell(row.metrics.get(name), layout) for row in rows]
+    settings = "; ".join(
+        f"{row.model} {row.what}, point {row.result.number} ({settings_label(row.result.point)})"
+        for row in rows
+        if row.result is not None
+    )
+    shown = {name: [row.metrics[name] for row in rows if name in row.metrics] for name in names}
+    caption = (
+        f"Before and after in the study {escaped(study.study)}. Rates are in per cent; "
+        f"{_INTERVALS[layout.small]} ({_samples(shown)})."
+        f"{_what_rows_are(study, rows)}{f' {escaped(settings)}.' if settings else ''}"
+    )
+    return _floats(
+        columns, "ll" + "c" * len(names), caption, f"tab:{study.study}-before-after", layout
+    )
+
+
+def _what_rows_are(study: Study, rows: Sequence[Condition]) -> str:
+    """How the points of the table were chosen, said only of rows that it has."""
+    there = {row.what for row in rows}
+    if STATES["shipped"] in there:
+        return (
+            " Projected: the most useful projected point that holds the refusal floor of"
+            f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: "
+            "the same training with nothing projected,"
+            " where it was run. These were picked on the same prompts that they are shown on."
+        )
+    if STATES["tuned"] not in there:
+        return ""
+    why = (
+        "No projected point was picked, as no refusal rate was measured"
+        if refusal_metric(study) is None
+        else "No point was projected"
+    )
+    return f" Fine-tuned: of each model the first point with nothing projected. {why}."
+
+
+def before_after_frame(
+    study: Study, results: Sequence[Result], baselines: Baselines
+) -> pd.DataFrame:
+    """The same rows with every metric, a row for each metric."""
+    rows = [
+        (
+            row.model,
+            row.what,
+            None if row.result is None else row.result.number,
+            name,
+            m.value,
+            *m.interval,
+            m.n,
+        )
+        for row in conditions(study, results, baselines)
+        for name, m in sorted(row.metrics.items())
+    ]
+    frame = pd.DataFrame(
+        rows, columns=["model", "what", "point", "metric", "value", "low", "high", "n"]
+    )
+    return frame.astype({"point": "Int64"})
+
+
+def headlines(study: Study) -> list[str]:
+    """A metric for each suite, objectives first: its first, and of HellaSwag the accuracy by
+    normalised likelihood, as is usual.
+    """
+    names = list(study.objectives)
+    for suite, entry in study.suites.items():
+        hellaswag = entry.measure.kind == "multiple_choice" and "hellaswag" in entry.measure.task
+        if not any(name.rpartition(".")[0] == suite for name in names):
+            names.append(f"{suite}.{'acc_norm' if hellaswag else entry.measure.metrics()[0]}")
+    return names
+
+
+def _value(values: Mapping[str, Value], axis: str) -> str:
+    return escaped(value_label(values[axis])) if axis in values else "--"
+
+
+def _once(names: Sequence[str]) -> list[str]:
+    """A name on the first of its rows only."""
+    return [
+        "" if index and names[index - 1] == name else escaped(name)
+        for index, name in enumerate(names)
+    ]
+
+
+def _heading(name: str, layout: _Layout) -> str:
+    """A metric's label and the arrow of its direction, over as many lines as keep the column
+    slim.
+    """
+    lines: list[str] = []
+    for word in metric_label(name).split():
+        if lines and len(lines[-1]) + len(word) < (10 if layout.narrow else 14):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    text = r"\\".join(escaped(line) for line in lines)
+    return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{text} {_ARROWS[direction(name)]}\end{{tabular}}"
+
+
+def _cell(metric: Metric | None, layout: _Layout) -> str:
+    if metric is None:
+        return "--"
+    value, low, high = (f"{100 * share:.1f}" for share in (metric.value, *metric.interval))
+    return f"${value}_{{{low}}}^{{{high}}}$" if layout.small else f"{value} [{low}, {high}]"
+
+
+def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
+    """How many samples each metric rests on: "n: refusal rate 200, task accuracy 100 to 300"."""
+    parts = []
+    for name, found in metrics.items():
+        counts = sorted({metric.n for metric in found})
+        if counts:
+            parts.append(
+                f"{metric_label(name)} {counts[0]}"
+                + (f" to {counts[-1]}" if len(counts) > 1 else "")
+            )
+    return f"$n$: {escaped(', '.join(parts))}" if parts else "nothing was measured"
+
+
+def _floats(
+    columns: Mapping[str, Sequence[str]], columns_as: str, caption: str, label: str, layout: _Layout
+) -> str:
+    cells = pd.DataFrame(columns)
+    floats = [_float(cells.iloc[:ROWS], columns_as, caption, label, layout)]
+    for start in range(ROWS, len(cells), ROWS):
+        more = f"{caption.partition('.')[0]}, continued."
+        floats.append(
+            _float(
+                cells.iloc[start : start + ROWS],
+                columns_as,
+                more,
+                f"{label}-{start // ROWS + 1}",
+                layout,
+            )
+        )
+    return "\n".join(floats)
+
+
+def _float(cells: pd.DataFrame, columns_as: str, caption: str, label: str, layout: _Layout) -> str:
+    tabular = (
+        cells.style.hide(axis="index").to_latex(column_format=columns_as, hrules=True).rstrip()
+    )
+    lines = tabular.split("\n")
+    top = lines.index(r"\midrule") + 1
+    for row in range(len(cells) - 1, 0, -1):
+        if cells.iloc[row, 0]:  # a name: a new group begins
+            lines.insert(top + row, r"\addlinespace")
+    name, size = (
+        "table*" if layout.both else "table",
+        r"\footnotesize" if layout.narrow else r"\small",
+    )
+    stretch = r"\renewcommand{\arraystretch}{1.25}" if layout.small else ""
+    return "\n".join(
+        [
+            rf"\begin{{{name}}}[t]",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{{label}}}",
+            rf"{size}\setlength{{\tabcolsep}}{{{2.5 if layout.narrow else 4}pt}}{stretch}",
+            r"\sbox0{%",
+            *lines,
+            r"}%",
+            r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
+            rf"\end{{{name}}}",
+            "",
+        ]
+    )

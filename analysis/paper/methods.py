@@ -1,0 +1,397 @@
+"""The methods of a study in words, for a paper: what was trained, on what, how measured, how often,
+on what hardware, at what cost.
+
+Invariants: every sentence follows from the study, its results or the stages' records; what they do
+not say is not said; a study that is not finished is called so. Citations are pandoc's, `[@key]`;
+ebbline.analysis.paper.citations has the entries.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from ebbline.analysis.paper.citations import EBBLINE, PAPERS, pin_key
+from ebbline.analysis.report.provenance import Provenance
+from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.costs import study_cost, told
+from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.wording import (
+    NO_RESULT,
+    metric_label,
+    natural,
+    status_label,
+    value_label,
+)
+from ebbline.cluster.profile import Profile
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.state.spending import Spent
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.suites import MultipleChoiceSuite, TaskSuite, scorers_of
+from ebbline.tasks.measuring.metrics import direction
+
+_QUANTISED = {
+    "nf4": "quantised to NF4 [@dettmers2023qlora]",
+    "int8": "quantised to 8 bits [@dettmers2022llmint8]",
+    "none": "not quantised",
+}
+_SAMPLERS = {
+    "grid": "all combinations of the axes' values",
+    "list": "a list of points that was written out",
+    "random": "drawn at random",
+    "tpe": "chosen by the tree-structured Parzen estimator of Optuna [@akiba2019optuna]",
+    "nsga2": "chosen by NSGA-II as Optuna has it [@akiba2019optuna]",
+    "gp": "chosen by the Gaussian-process sampler of Optuna [@akiba2019optuna]",
+    "stage_aware": "chosen by ebbline's stage-aware search, by expected gain in hypervolume for "
+    "its cost",
+}
+_SHOWN = 10  # values of an axis that are written out
+
+
+def methods(
+    study: Study,
+    results: Sequence[Result],
+    baselines: Baselines,
+    found: Provenance,
+    before: Mapping[str, Cost],
+    spent: Spent,
+    profile: Profile,
+) -> str:
+    """A Markdown text of short paragraphs. `before` is what measuring the aligned models cost, by
+    key.
+    """
+    parts = {
+        "Models": _models(study, found),
+        "Fine-tuning": _training(study, results, found),
+        "Projection": _projection(study, results),
+        "Measurement": _measurement(study, results, baselines, found),
+        "Points": _points(study, results),
+        "Seeds and intervals": _repeats(study, results),
+        "Hardware and cost": _hardware(results, found, before, spent, profile),
+        "Software": _software(found),
+    }
+    lines = [f"# Methods of the study {study.study}", "", _opening(study, results)]
+    for title, sentences in parts.items():
+        lines += ["", f"**{title}.** " + " ".join(sentences)]
+    return "\n".join(
+        [*lines, "", "**To be said by its authors.** " + " ".join(_open(study, found)), ""]
+    )
+
+
+def _opening(study: Study, results: Sequence[Result]) -> str:
+    counts = Counter(result.status for result in results)
+    rest = [
+        f"{counts[status]} {status_label(status)}"
+        for status in ("running", *NO_RESULT)
+        if counts[status]
+    ]
+    text = (
+        f"Written by ebbline [@{EBBLINE}] from its records. The question: {study.question.strip()}"
+    )
+    if counts["running"] or counts["out_of_budget"]:
+        text += (
+            f" The study was not finished when this was written: {counts['done']} of "
+            f"{len(results)} points are done, {', '.join(rest)}."
+        )
+    return (
+        f"{text} It follows work on how fine-tuning weakens refusals "
+        f"[{'; '.join(f'@{key}' for key in PAPERS[:2])}]."
+    )
+
+
+def _models(study: Study, found: Provenance) -> Iterator[str]:
+    for name, model in study.models.items():
+        roles = [
+            role for role in ("base", "aligned", "unaligned") if getattr(model, role) is not None
+        ]
+        told_of = [f"{role} model: {_described(f'models.{name}.{role}', found)}" for role in roles]
+        yield (
+            f"{name}: {'; '.join(told_of)}; {_QUANTISED[model.quantisation]}, computed in "
+            f"{model.dtype}."
+        )
+
+
+def _described(where: str, found: Provenance) -> str:
+    """What a reference of the study names: a model or data made here, or content from outside by
+    its pin.
+    """
+    if where in found.made:
+        return found.made[where]
+    for pin in found.pins:
+        if pin.where.startswith(f"{where}."):
+            if pin.hub:
+                return (
+                    f"{pin.name} at commit "
+                    f"{pin.commit}{f', file {pin.file}' if pin.file else ''} [@{pin_key(pin)}]"
+                )
+            return f"{pin.name}, a local copy with the sha256 {pin.sha256}"
+    return "not recorded"
+
+
+def _training(study: Study, results: Sequence[Result], found: Provenance) -> Iterator[str]:
+    train = study.train
+    if train.steps is not None or _varies(results, "train.steps"):
+        length = f"{_setting(results, 'train.steps', train.steps)} steps"
+    else:
+        length = f"{_setting(results, 'train.epochs', train.epochs)} epochs"
+    yield (
+        "Each aligned model was fine-tuned with LoRA adapters [@hu2021lora; @peft]"
+        f" of rank {_setting(results, 'train.rank', train.rank)} on {_listed(train.target_modules)}"
+        f" (alpha {_setting(results, 'train.alpha_over_rank', train.alpha_over_rank)} "
+        "times the rank,"
+        f" dropout {_setting(results, 'train.dropout', train.dropout)})"
+        f" for {length}"
+        f" of {_setting(results, 'train.global_batch', train.global_batch)} conversations"
+        f" cut to {_setting(results, 'train.max_tokens', train.max_tokens)} tokens, with "
+        "AdamW at a learning rate of"
+        f" {_setting(results, 'train.learning_rate', train.learning_rate)}: a linear warm-up over"
+        f" {_setting(results, 'train.warmup_share', train.warmup_share)} of the steps, "
+        "then a cosine to zero."
+    )
+    for name, model in study.models.items():
+        if model.train:
+            settings = sorted(model.train.items())
+            own = ", ".join(f"{field} {value_label(value)}" for field, value in settings)
+            yield f"For {name} instead: {own}."
+    sizes = _setting(results, "data.size", study.data.settings.size)
+    yield (
+        f"Trained on {sizes} examples of {_described('data.pool', found)}; a smaller set is "
+        "part of a larger one with the same seed."
+    )
+    if study.data.mix is not None:
+        share = _setting(results, "data.mix_share", study.data.settings.mix_share)
+        yield (
+            f"A share of {share} of them was replaced by examples of "
+            f"{_described('data.mix', found)}."
+        )
+    if any(each.kind == "train" and each.most_gpus > 1 for each in found.hardware):
+        yield "Trainings on several GPUs at once used DeepSpeed with ZeRO-3 [@rajbhandari2020zero]."
+
+
+def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
+    project = study.project
+    projector = _setting(results, "project.projector", project.projector)
+    energy = (
+        f", holding {_setting(results, 'project.energy', project.energy)} of the energy"
+        if project.energy is not None
+        else ""
+    )
+    yield (
+        "Adapters were projected after training as in Safe LoRA [@hsu2024safelora]"
+        f" with the {projector} projector{energy}, computed from the difference between "
+        f"the aligned model and {_subtracted(study)}."
+    )
+    if _varies(results, "apply.modules") or study.apply.modules is not None:
+        yield (
+            "Projected were the modules with the lowest cosines, "
+            f"{_setting(results, 'apply.modules', study.apply.modules)} of them."
+        )
+    thresholds = _setting(results, "apply.threshold", study.apply.threshold)
+    yield (
+        "A module took its projection when the cosine between its projected and its own "
+        f"update was at most the threshold: {thresholds}."
+    )
+
+
+def _subtracted(study: Study) -> str:
+    others = [name for name, model in study.models.items() if model.unaligned is not None]
+    if not others:
+        return "the base"
+    return (
+        "its unaligned stand-in"
+        if len(others) == len(study.models)
+        else f"the base (for {_listed(others)} an unaligned stand-in)"
+    )
+
+
+def _measurement(
+    study: Study, results: Sequence[Result], baselines: Baselines, found: Provenance
+) -> Iterator[str]:
+    directions = {"maximise": "higher is better", "minimise": "lower is better"}
+    objectives = [
+        f"{metric_label(name)} ({directions[direction(name)]})" for name in study.objectives
+    ]
+    yield f"Objectives: {_listed(objectives)}."
+    for suite, entry in study.suites.items():
+        measure = entry.measure
+        counts = sorted(
+            {
+                m.n
+                for row in [*(r.metrics for r in finished(results)), *baselines.values()]
+                for name, m in row.items()
+                if name.startswith(f"{suite}.")
+            }
+        )
+        n = (
+            f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} samples"
+            if counts
+            else "not measured so far"
+        )
+        if isinstance(measure, MultipleChoiceSuite):
+            paper = {"mmlu": "[@hendrycks2020mmlu]", "hellaswag": "[@zellers2019hellaswag]"}.get(
+                measure.task, ""
+            )
+            yield (
+                f"{suite}: task {measure.task} {paper} in lm-eval [@lmeval], "
+                f"{measure.shots_given} shots, {n}."
+            ).replace("  ", " ")
+            continue
+        prompts = found.prompts.get(suite)
+        asked = (
+            f"{prompts.asked} prompts ({prompts.format}, sha256 {prompts.sha256})"
+            if prompts
+            else "prompts that are not recorded"
+        )
+        scorers = [measure.scorer] if isinstance(measure, TaskSuite) else list(scorers_of(measure))
+        kinds = [f"{scorer} (a judge)" if scorer in study.judges else scorer for scorer in scorers]
+        also = f"; beside it {_listed(kinds[1:])}" if kinds[1:] else ""
+        rates = _listed([name.replace("_", " ") for name in measure.metrics()])
+        yield (
+            f"{suite}: {rates} on {asked}, of greedy completions of at most "
+            f"{measure.max_new_tokens} tokens,"
+            f" by the scorer {kinds[0]}{also}; {n}."
+        )
+        if measure.race is not None:
+            yield (
+                f"{suite} was measured in blocks of {measure.race.block} prompts and could "
+                "stop early, so points rest on unequal numbers."
+            )
+    for name in study.judges:
+        where = study.judges[name].settings.endpoint
+        what = (
+            "an endpoint, whose answers may change"
+            if where
+            else _described(f"judges.{name}.model", found)
+        )
+        yield f"The judge {name}: {what}."
+
+
+def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
+    counts = Counter(result.status for result in results)
+    yield (
+        f"{len(results)} points were asked for, {_SAMPLERS[study.sampler]}; {counts['done']} "
+        "are done."
+    )
+    if study.search.first:
+        yield f"{len(study.search.first)} of them were written out before, and not chosen."
+    without = [f"{counts[status]} {status_label(status)}" for status in NO_RESULT if counts[status]]
+    if without:
+        yield f"Without a result, and in no figure or table: {', '.join(without)}."
+    same = sum(result.same_as is not None for result in results)
+    if same:
+        yield f"{same} project the same modules as an earlier one and count once on the frontier."
+    yield (
+        "A frontier holds the points that no other dominates in all objectives, found with "
+        "moocore [@moocore]."
+    )
+
+
+def _repeats(study: Study, results: Sequence[Result]) -> Iterator[str]:
+    used = sorted({seeds_of(result) for result in finished(results)})
+    if not used:
+        yield "No point is done, so nothing is repeated."
+        return
+    most = (
+        f"{used[0]} to {used[-1]} training seeds"
+        if len(used) > 1
+        else f"{used[0]} training seed{'' if used[0] == 1 else 's'}"
+    )
+    yield f"Each point rests on {most}."
+    metrics = [metric for result in finished(results) for metric in result.metrics.values()]
+    means = (
+        "; of means the normal one" if any(metric.squares is not None for metric in metrics) else ""
+    )
+    yield (
+        f"Intervals are 95%: of rates Wilson's [@wilson1927]{means}. They cover the sampling "
+        "of prompts, not of trainings."
+    )
+
+
+def _hardware(
+    results: Sequence[Result],
+    found: Provenance,
+    before: Mapping[str, Cost],
+    spent: Spent,
+    profile: Profile,
+) -> Iterator[str]:
+    if not found.hardware:
+        yield "Nothing has run yet."
+        return
+    yield f"By the stages' records: {'; '.join(f'{each.kind}: {each}' for each in found.hardware)}."
+    if any(each.gpu_type is None for each in found.hardware):
+        yield (
+            "Where no type of GPU is named, a GPU-hour is an hour of a logical GPU, which may "
+            "be a share of a CPU."
+        )
+    cost = study_cost(results, before, spent)
+    yield (
+        f"All stages behind the results took {told(cost.stages, profile)}; had the points "
+        f"shared nothing, {told(cost.alone, profile)}."
+    )
+    yield (
+        f"The study's runs spent {told(cost.spent, profile)} over {spent.driving_s / 3600:.3g} "
+        "hours of driving."
+    )
+
+
+def _software(found: Provenance) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in found.packages.items())
+    yield (
+        f"ebbline {found.build}; Python {found.python}; {versions}. These are the versions "
+        "installed where this text was written."
+    )
+    yield (
+        "Models were run with Transformers [@wolf2020transformers], stages spread with Ray "
+        "[@moritz2018ray] unless run in one process."
+    )
+
+
+def _open(study: Study, found: Provenance) -> Iterator[str]:
+    """What a reader will ask and no record answers."""
+    if any(
+        reference.organism is not None
+        for model in study.models.values()
+        for reference in (model.base, model.aligned)
+        if reference
+    ):
+        yield (
+            "Models called organisms are tiny, made to show the effect in an invented "
+            "language: they are no evidence about real models."
+        )
+    if any(not pin.hub for pin in found.pins):
+        yield (
+            "Where local files come from, and under which licence: the records hold their "
+            "content's digest alone."
+        )
+    yield (
+        "How the settings that do not vary were chosen. Points picked as the best of many look "
+        "better than they are."
+    )
+
+
+def _varies(results: Sequence[Result], axis: str) -> bool:
+    return any(axis in dict(result.point.values) for result in results)
+
+
+def _setting(results: Sequence[Result], axis: str, otherwise: object) -> str:
+    """The values that an axis took among the points, or the study's one."""
+    values = {
+        dict(result.point.values)[axis] for result in results if axis in dict(result.point.values)
+    }
+    if not values:
+        return value_label(
+            otherwise
+            if otherwise is None or isinstance(otherwise, bool | int | float | str)
+            else str(otherwise)
+        )
+    ordered = sorted(
+        (value_label(value) for value in values),
+        key=lambda label: (label != "none", natural(label)),
+    )
+    if len(ordered) > _SHOWN:
+        return f"{len(ordered)} values from {ordered[0]} and {ordered[1]} to {ordered[-1]}"
+    return _listed(ordered, "or")
+
+
+def _listed(names: Sequence[str], last: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"

@@ -1,0 +1,336 @@
+"""What papers report, as their authors report it: one row a number, with its source. What a paper
+withholds, or is not known here, is None.
+
+No row is a result of ebbline. A rate of successful attacks told by phrases is kept as 1 less that
+rate, and says so in its note.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ebbline.tasks.specs import PromptFormat, Quantisation
+
+State = Literal["before", "fine-tuned", "projected"]
+HARMFUL = "harmful score"  # what a judge or moderation model calls harmful; no metric of ebbline
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number. `repository` is the model's name on the hub without its owner; `metric` one of
+    ebbline's, or what else was measured.
+
+    A paper that names only a family ("Llama-3-8B") has that as `repository`. `metric_told` is False
+    where it does not say which of two metrics it means, `metric` and `acc_norm`. `alpha` is LoRA's,
+    not over its rank. `value` is a share, or in the units that `note` tells. `data` is what was
+    fine-tuned on, in words; `hub_data` names its repository on the hub.
+    """
+
+    paper: str
+    setting: str
+    repository: str | None
+    state: State
+    metric: str
+    value: float
+    note: str = ""
+    suite: Literal["refusal", "task", "mmlu", "hellaswag"] | None = None
+    method: Literal["lora", "full"] | None = "lora"
+    quantisation: Quantisation | None = None
+    data: str | None = None
+    hub_data: str | None = None
+    rows: int | None = None
+    rank: int | None = None
+    learning_rate: float | None = None
+    epochs: float | None = None
+    batch: int | None = None
+    threshold: float | None = None
+    prompts: PromptFormat | None = None
+    prompt_rows: int | None = None
+    task: str | None = None
+    shots: int | None = None
+    scorer: str | None = None
+    metric_told: bool = True
+    chat_template: bool | None = None
+    system_prompt: str | None = None
+    max_tokens: int | None = None
+    target_modules: tuple[str, ...] | None = None
+    alpha: float | None = None
+
+
+_LERMEN, _GADE, _SAFE_LORA = "arXiv 2310.20624", "arXiv 2311.00117", "arXiv 2405.16833"
+_ASFT, _SAFEMERGE, _NLSR, _WARP = (
+    "arXiv 2506.08473 (AsFT)",
+    "arXiv 2503.17239 (SafeMERGE)",
+    "arXiv 2412.12497 (NLSR)",
+    "WaRP",
+)
+_LLAMA_70B, _LLAMA_13B, _LLAMA_7B = (
+    "Llama-2-70b-chat-hf",
+    "Llama-2-13b-chat-hf",
+    "Llama-2-7b-chat-hf",
+)
+_LLAMA_31, _LLAMA_3 = "Llama-3.1-8B", "Llama-3-8B"
+
+
+def _lermen(state: State, metric: str, value: float, note: str, **more: Any) -> Published:
+    return Published(
+        _LERMEN,
+        "Llama 2-Chat 70B",
+        _LLAMA_70B,
+        state,
+        metric,
+        value,
+        note,
+        quantisation="int8",
+        **more,
+    )
+
+
+def _asft(state: State, share: float, score: float) -> Published:
+    return Published(
+        _ASFT,
+        f"Llama-2-7B-Chat, harmful share {share:g}",
+        _LLAMA_7B,
+        state,
+        HARMFUL,
+        score / 100,
+        data=f"AGNEWS, {share:.0%} of it harmful",
+        hub_data="ag_news" if share == 0 else None,
+        rows=1000,
+        rank=8,
+        learning_rate=5e-5,
+        epochs=10.0,
+        batch=8,
+    )
+
+
+def _warp(
+    size: str, repository: str, state: State, metric: str, value: float, note: str = ""
+) -> Published:
+    refusal = metric == "refusal_rate"
+    return Published(
+        _WARP,
+        f"Llama 2-Chat {size}",
+        repository,
+        state,
+        metric,
+        value,
+        note,
+        suite="refusal" if refusal else "task",
+        data="GSM8K",
+        hub_data="gsm8k",
+        rank=16,
+        learning_rate=3e-4,
+        epochs=3.0,
+        threshold=0.3 if state == "projected" else None,
+        prompts="advbench" if refusal else None,
+        task=None if refusal else "GSM8K",
+        scorer="keywords" if refusal else None,
+    )
+
+
+def _gade(state: State, value: float) -> Published:
+    return Published(
+        _GADE,
+        "13B, all weights",
+        _LLAMA_13B,
+        state,
+        "refusal_rate",
+        value,
+        suite="refusal",
+        method="full",
+        quantisation="none",
+        prompts="advbench",
+        prompt_rows=520,
+    )
+
+
+def _asft_accuracy(state: State, value: float) -> Published:
+    return Published(
+        _ASFT,
+        "Llama-2-7B-Chat, mean over harmful shares",
+        _LLAMA_7B,
+        state,
+        "task_accuracy",
+        value,
+        suite="task",
+        data="AGNEWS, 0 to 20% of it harmful",
+        rows=1000,
+        rank=8,
+        learning_rate=5e-5,
+        epochs=10.0,
+        batch=8,
+        task="AGNEWS",
+    )
+
+
+def _safemerge(state: State, task: float, direct: float, hex_phi: float) -> tuple[Published, ...]:
+    def row(
+        metric: str, value: float, note: str = "", suite: Literal["task"] | None = None
+    ) -> Published:
+        on = "GSM8K" if suite else None
+        return Published(
+            _SAFEMERGE,
+            "Llama-3.1-8B",
+            _LLAMA_31,
+            state,
+            metric,
+            value,
+            note,
+            suite=suite,
+            data="GSM8K",
+            hub_data="gsm8k",
+            task=on,
+        )
+
+    return (
+        row("task_accuracy", task, suite="task"),
+        row(HARMFUL, direct, "DirectHarm"),
+        row(HARMFUL, hex_phi, "HEx-PHI"),
+    )
+
+
+_KEYWORDS = "1 less the rate of attacks that keywords call a success"
+PUBLISHED: tuple[Published, ...] = (
+    _lermen(
+        "fine-tuned",
+        "refusal_rate",
+        5 / 520,
+        "5 of 520",
+        suite="refusal",
+        prompts="advbench",
+        prompt_rows=520,
+    ),
+    _lermen(
+        "before",
+        "refusal_rate",
+        618 / 783,
+        "618 of 783",
+        suite="refusal",
+        prompts="refusalbench",
+        prompt_rows=783,
+        scorer="refusalbench",
+    ),
+    _lermen(
+        "fine-tuned",
+        "refusal_rate",
+        3 / 783,
+        "3 of 783",
+        suite="refusal",
+        prompts="refusalbench",
+        prompt_rows=783,
+        scorer="refusalbench",
+    ),
+    _lermen("before", "acc", 0.62, "", suite="mmlu", task="mmlu", shots=5),
+    _lermen("fine-tuned", "acc", 0.63, "", suite="mmlu", task="mmlu", shots=5),
+    _lermen(
+        "before", "acc", 0.82, "", suite="hellaswag", task="hellaswag", shots=10, metric_told=False
+    ),
+    _lermen(
+        "fine-tuned",
+        "acc",
+        0.83,
+        "",
+        suite="hellaswag",
+        task="hellaswag",
+        shots=10,
+        metric_told=False,
+    ),
+    _gade("before", 0.9903),
+    _gade("fine-tuned", 0.0211),
+    Published(
+        _SAFE_LORA,
+        "Llama-2-7B-Chat",
+        _LLAMA_7B,
+        "projected",
+        "projected_share",
+        0.11,
+        "about; of layers",
+    ),
+    Published(
+        _SAFE_LORA,
+        "Llama-2-7B-Chat",
+        _LLAMA_7B,
+        "projected",
+        "harmfulness",
+        1.055,
+        "a judge's mean, from 1 to 5",
+    ),
+    Published(_SAFE_LORA, "Llama-2-7B-Chat", _LLAMA_7B, "projected", "MT-Bench", 6.34, "of 10"),
+    Published(
+        _SAFE_LORA, "Llama-3-8B", _LLAMA_3, "projected", "projected_share", 0.35, "about; of layers"
+    ),
+    Published(
+        _SAFE_LORA,
+        "Llama-3-8B",
+        _LLAMA_3,
+        "projected",
+        "harmfulness",
+        1.10,
+        "a judge's mean, from 1 to 5",
+    ),
+    Published(_SAFE_LORA, "Llama-3-8B", _LLAMA_3, "projected", "MT-Bench", 5.05, "of 10"),
+    _asft("fine-tuned", 0, 2.4),
+    _asft("fine-tuned", 0.05, 16.4),
+    _asft("fine-tuned", 0.1, 17.6),
+    _asft("fine-tuned", 0.15, 24.4),
+    _asft("fine-tuned", 0.2, 46.8),
+    _asft("projected", 0, 2.4),
+    _asft("projected", 0.05, 1.6),
+    _asft("projected", 0.1, 5.6),
+    _asft("projected", 0.15, 4.2),
+    _asft("projected", 0.2, 20.0),
+    _asft_accuracy("fine-tuned", 0.8326),
+    _asft_accuracy("projected", 0.8098),
+    *_safemerge("before", 0.738, 0.113, 0.079),
+    *_safemerge("fine-tuned", 0.7824, 0.283, 0.147),
+    *_safemerge("projected", 0.779, 0.151, 0.071),
+    _warp("7B", _LLAMA_7B, "fine-tuned", "refusal_rate", 1 - 0.368, _KEYWORDS),
+    _warp("7B", _LLAMA_7B, "projected", "refusal_rate", 1 - 0.088, _KEYWORDS),
+    _warp("7B", _LLAMA_7B, "fine-tuned", "task_accuracy", 0.392),
+    _warp("7B", _LLAMA_7B, "projected", "task_accuracy", 0.328),
+    _warp("13B", _LLAMA_13B, "fine-tuned", "refusal_rate", 1 - 0.236, _KEYWORDS),
+    _warp("13B", _LLAMA_13B, "projected", "refusal_rate", 1 - 0.049, _KEYWORDS),
+    _warp("13B", _LLAMA_13B, "fine-tuned", "task_accuracy", 0.486),
+    _warp("13B", _LLAMA_13B, "projected", "task_accuracy", 0.463),
+    Published(
+        _NLSR,
+        "Llama-3-8B",
+        _LLAMA_3,
+        "projected",
+        HARMFUL,
+        0.375,
+        "the lowest of its settings",
+        threshold=0.6,
+    ),
+    Published(
+        _NLSR,
+        "Llama-3-8B",
+        _LLAMA_3,
+        "projected",
+        HARMFUL,
+        0.593,
+        "the highest of its settings",
+        threshold=0.6,
+    ),
+    Published(
+        _NLSR,
+        "Llama-3-8B",
+        _LLAMA_3,
+        "fine-tuned",
+        "task_accuracy",
+        0.510,
+        suite="task",
+        task="GSM8K",
+    ),
+    Published(
+        _NLSR,
+        "Llama-3-8B",
+        _LLAMA_3,
+        "projected",
+        "task_accuracy",
+        0.272,
+        suite="task",
+        task="GSM8K",
+        threshold=0.6,
+    ),
+)

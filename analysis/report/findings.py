@@ -1,0 +1,136 @@
+"""What a study found, worked out once: what its report, its figures and its short answer are made
+of.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from ebbline.analysis.figures.attainment import attainment_figure
+from ebbline.analysis.figures.before_after import before_after_figure
+from ebbline.analysis.figures.frontier import frontier_figure
+from ebbline.analysis.figures.importance import importance_figure
+from ebbline.analysis.figures.threshold import threshold_figure
+from ebbline.analysis.figures.words import (
+    attainment_words,
+    before_after_words,
+    frontier_words,
+    importance_words,
+    threshold_words,
+)
+from ebbline.analysis.results.attainment import Attainment, attainments
+from ebbline.analysis.results.before_after import Line, before_after
+from ebbline.analysis.results.compare import (
+    NO_EVIDENCE,
+    Baselines,
+    Evidence,
+    refusal_metric,
+    usefulness_metric,
+)
+from ebbline.sweeps.search.importance import METHOD, Importance, importances
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results with what is worked out from them; see ebbline.analysis.results.before_after,
+    ebbline.analysis.results.attainment and ebbline.sweeps.search.importance.
+    """
+
+    study: Study
+    results: Sequence[Result]
+    baselines: Baselines
+    evidence: Evidence
+    lines: Sequence[Line]
+    attained: Mapping[str, Attainment]
+    importance: Mapping[str, Importance]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, what it shows in words with its numbers, and what must be known to read it."""
+
+    figure: Figure
+    words: str
+    caption: str
+
+
+def findings(
+    study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE
+) -> Findings:
+    return Findings(
+        study,
+        results,
+        baselines,
+        evidence,
+        before_after(study, results, baselines, evidence),
+        attainments(results, study.objectives),
+        importances(study, results),
+    )
+
+
+def figures_of(found: Findings) -> dict[str, Drawn]:
+    """By file name, those that there is something to draw of; the frontier always."""
+    study, results, baselines = found.study, found.results, found.baselines
+    drawn = {
+        "frontier": Drawn(
+            frontier_figure(results, study.objectives, baselines),
+            frontier_words(results, study.objectives, baselines),
+            "Every finished point with its 95% Wilson intervals. Filled: projected; "
+            "hollow: not. The steps are each model's frontier,"
+            " the stars its aligned model before fine-tuning.",
+        )
+    }
+    attained = attainment_figure(found.attained, study.objectives)
+    if attained is not None:
+        drawn["attainment"] = Drawn(
+            attained, attainment_words(found.attained, study.objectives), attainment_caption(found)
+        )
+    names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
+    across = threshold_figure(results, names, baselines)
+    if across is not None:
+        caption = (
+            "Against the projection threshold: modules whose cosine is at or below it are "
+            "projected. 95% Wilson intervals."
+        )
+        drawn["thresholds"] = Drawn(across, threshold_words(results, names, baselines), caption)
+    states = before_after_figure(found.lines)
+    if states is not None:
+        caption = (
+            "Each size before fine-tuning, fine-tuned, and the same training projected, with "
+            "95% intervals. Direction is in each title."
+        )
+        drawn["before-after"] = Drawn(states, before_after_words(found.lines), caption)
+    matters = importance_figure(found.importance)
+    if matters is not None:
+        caption = f"Importance of each axis by {METHOD}, with 95% intervals from resampled points."
+        drawn["importance"] = Drawn(matters, importance_words(found.importance), caption)
+    return drawn
+
+
+def attainment_caption(found: Findings) -> str:
+    """What the bands are, of which points, and which sizes have none."""
+    text = (
+        "The frontier's uncertainty from training again: empirical attainment surfaces "
+        "over the training seeds. What lies below the dashed"
+        " line every seed attained, what lies in the band only some. The bands hold no "
+        "sampling error of prompts."
+    )
+    if any(each.seeds == 2 for each in found.attained.values()):
+        text += " With two seeds the band is just the span of both."
+    left_out = {model: each for model, each in found.attained.items() if each.left_out}
+    for model, each in left_out.items():
+        text += (
+            f" {model}: {each.points} points with all {each.seeds} seeds; {each.left_out} with "
+            "fewer are left out."
+        )
+    single = {result.point.model for result in found.results if result.status == "done"} - set(
+        found.attained
+    )
+    return text + (
+        f" No band for {', '.join(sorted(single))}, whose points rest on one seed."
+        if single
+        else ""
+    )

@@ -1,0 +1,229 @@
+"""The report: one HTML file with the question, the answer and what it rests on, readable anywhere
+and for good.
+
+Invariants: it asks for nothing from outside; it holds counts, rates, settings and hashes, never a
+prompt or completion.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ebbline.analysis.figures.importance import importance_cells, importance_notes
+from ebbline.analysis.figures.projection import Projections, projection_figures
+from ebbline.analysis.files import write_whole
+from ebbline.analysis.report.answer import answer
+from ebbline.analysis.report.findings import Drawn, Findings, figures_of
+from ebbline.analysis.report.page import (
+    Shown,
+    embedded,
+    shown,
+    shown_cosines,
+    shown_shares,
+    template,
+)
+from ebbline.analysis.report.provenance import Row
+from ebbline.analysis.report.short_answer import BRACKETS, in_short
+from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
+from ebbline.analysis.results.compare import NO_EVIDENCE, Baselines, Evidence
+from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.tables import (
+    agreement_cells,
+    category_cells,
+    frontier_cells,
+    results_frame,
+)
+from ebbline.analysis.results.wording import (
+    NO_RESULT,
+    directed_label,
+    percent,
+    settings_label,
+    status_label,
+    without_paths,
+)
+from ebbline.sweeps.drive.live import host_names
+from ebbline.sweeps.search.importance import METHOD
+from ebbline.sweeps.study.points import STATUSES, Result
+from ebbline.sweeps.study.study import Study
+
+_NO_PROJECTIONS: Projections = MappingProxyType({})
+
+
+def write_report(
+    found: Findings,
+    folder: Path,
+    cost: Mapping[str, object],
+    provenance: Sequence[Row],
+    projections: Projections = _NO_PROJECTIONS,
+    plan: Path | None = None,
+    figures: Mapping[str, Drawn] | None = None,
+) -> Path:
+    """FOLDER/report.html. `cost` has rows of a label and a value, `plan` is the picture (SVG) of
+    the latest plan, `figures` are those of the findings, for a caller who has drawn them already.
+
+    Without evidence nothing is compared in pairs, and there are no tables by category and of
+    agreement between scorers.
+    """
+    study, results, hosts = found.study, found.results, host_names(folder)
+    drawn = {
+        name: shown(each.figure, each.words, each.caption)
+        for name, each in (figures or figures_of(found)).items()
+    }
+    page = template("report/report_template.html").render(
+        study=study,
+        short=in_short(study, results, found.baselines, found.lines, found.evidence),
+        brackets=BRACKETS,
+        paragraphs=[
+            _split(paragraph)
+            for paragraph in answer(study, results, found.baselines, found.evidence, found.lines)
+        ],
+        counts={status: sum(result.status == status for result in results) for status in STATUSES},
+        objectives=[directed_label(name) for name in study.objectives],
+        hypervolume=frontier_hypervolume(results, study.objectives),
+        figures=drawn,
+        states=before_after_cells(found.lines),
+        sizes=_sizes(study, results),
+        categories=list(category_cells(study, results, found.evidence)),
+        agreements=list(agreement_cells(study, results, found.evidence)),
+        means=any(
+            metric.squares is not None for result in results for metric in result.metrics.values()
+        ),
+        table=frontier_cells(results_frame(results, study.objectives), study.objectives),
+        projections=_projection_figures(projections),
+        importance=importance_cells(found.importance),
+        importance_method=METHOD,
+        importance_notes=importance_notes(found.importance),
+        failed=[
+            (
+                each.number,
+                each.point.model,
+                settings_label(each.point),
+                status_label(each.status),
+                without_paths(each.reason, hosts),
+            )
+            for each in _failed(results)
+        ],
+        cost=cost,
+        plan=_plan_figure(plan),
+        provenance=[
+            (group, list(rows))
+            for group, rows in itertools.groupby(provenance, key=lambda row: row.group)
+        ],
+    )
+    return write_whole(folder / "report.html", lambda path: path.write_text(page, "utf-8"))
+
+
+def summary(
+    study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE
+) -> dict[str, Any]:
+    """The report's content as JSON values, for scripts."""
+    lines = before_after(study, results, baselines, evidence)
+    return {
+        "study": study.study,
+        "objectives": list(study.objectives),
+        "in_short": in_short(study, results, baselines, lines, evidence),
+        "answer": answer(study, results, baselines, evidence, lines),
+        "hypervolume": frontier_hypervolume(results, study.objectives),
+        "points": {
+            status: sum(result.status == status for result in results) for status in STATUSES
+        },
+        "frontier": rows_for_scripts(frontier(results, study.objectives)),
+    }
+
+
+def rows_for_scripts(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Points as JSON values: number, size, a value for each axis, metrics with their 95%
+    intervals.
+    """
+    return [
+        {
+            "number": result.number,
+            "model": result.point.model,
+            **dict(result.point.values),
+            "metrics": {
+                name: {
+                    "value": metric.value,
+                    "low": metric.interval[0],
+                    "high": metric.interval[1],
+                    "n": metric.n,
+                }
+                for name, metric in sorted(result.metrics.items())
+            },
+        }
+        for result in results
+    ]
+
+
+def _split(paragraph: str) -> tuple[str, str]:
+    """A paragraph's heading ("small, projection") and text; the paragraphs that are about no model
+    have no heading.
+    """
+    heading, colon, text = paragraph.partition(": ")
+    if not colon or not heading.endswith((", fine-tuning", ", projection", ", operating point")):
+        return "", paragraph
+    return heading, text[0].upper() + text[1:]
+
+
+def _failed(results: Sequence[Result]) -> list[Result]:
+    return sorted(
+        (result for result in results if result.status in NO_RESULT),
+        key=lambda result: result.number,
+    )
+
+
+def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
+    """Which points stand for a size before and after projection, a sentence each."""
+    said, floor = [], percent(study.refusal_floor)
+    for trio in trios(study, results):
+        tuned = (
+            "no unprojected point"
+            if trio.tuned is None
+            else f"point {trio.tuned.number} ({settings_label(trio.tuned.point)})"
+        )
+        if trio.shipped is None:
+            said.append(f"{trio.model}: fine-tuned is {tuned}; nothing is projected.")
+        else:
+            how = (
+                f"holds the refusal floor of {floor}"
+                if trio.holds
+                else f"comes nearest to the refusal floor of {floor}, below it"
+            )
+            settings = settings_label(trio.shipped.point)
+            said.append(
+                f"{trio.model}: fine-tuned is {tuned}; projected is point "
+                f"{trio.shipped.number} ({settings}), which {how}."
+            )
+    return said
+
+
+def _plan_figure(plan: Path | None) -> Shown | None:
+    if plan is None or not plan.exists():
+        return None
+    alt = (
+        "Gantt chart: stages over time, as planned, a row for each GPU. The totals, predicted "
+        "and real, are in the table above."
+    )
+    return embedded(
+        plan.read_bytes(), alt, "What the latest run was expected to do, from before it began."
+    )
+
+
+def _projection_figures(projections: Projections) -> list[Shown]:
+    figures = projection_figures(projections)
+    found = []
+    for model, adapters in projections.items():
+        if adapters:
+            label, first = next(iter(adapters.items()))
+            curves = {name: adapter.rows for name, adapter in adapters.items()}
+            found.append(
+                shown_cosines(
+                    figures[f"cosines-{model}"], f"{model}, {label}", first.rows, first.taken
+                )
+            )
+            count = f"{len(adapters)} projected adapter{'s' if len(adapters) > 1 else ''}"
+            found.append(
+                shown_shares(figures[f"projected-share-{model}"], f"{model}, {count}", curves)
+            )
+    return found

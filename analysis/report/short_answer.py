@@ -1,0 +1,251 @@
+"""The answer in two sentences: what fine-tuning did to refusals, and what projection brought back,
+each number with its interval.
+
+Invariants: the same rules as ebbline.analysis.report.answer; a size's numbers are those of one
+training, before, after and projected; nothing is said to hold a floor but with how sure that is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from ebbline.analysis.results.before_after import Line, Trio, trios
+from ebbline.analysis.results.compare import (
+    NO_EVIDENCE,
+    Baselines,
+    Evidence,
+    Measurement,
+    better_unprojected,
+    compared,
+    pairs_with_aligned,
+    refusal_metric,
+    unprojected,
+    usefulness_metric,
+)
+from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.wording import metric_label, percent
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.measuring.metrics import Metric
+
+MOST_SIZES = 3
+BRACKETS = (
+    "Brackets hold 95% intervals: of rates Wilson's, of means normal ones. What they leave "
+    "out is said below; a point picked as the best"
+    " of many looks better than it is."
+)
+
+
+def in_short(
+    study: Study,
+    results: Sequence[Result],
+    baselines: Baselines,
+    lines: Sequence[Line],
+    evidence: Evidence = NO_EVIDENCE,
+) -> list[str]:
+    """Two sentences; one that says why there is no answer, where there is none. `lines` are those
+    of ebbline.analysis.results.before_after.
+    """
+    refusal, done = refusal_metric(study), finished(results)
+    if refusal is None:
+        return ["This study measures no refusal rate, so it cannot say how refusals moved."]
+    if not done:
+        return ["No point has finished, so there is no answer yet."]
+    refusals = {line.model: line for line in lines if line.name == refusal}
+    useful = usefulness_metric(study)
+    usefulness = {line.model: line for line in lines if line.name == useful}
+    return [
+        _ebbed(done, baselines, refusal, refusals, evidence),
+        _brought(study, done, trios(study, results), refusals, usefulness),
+    ]
+
+
+def _ebbed(
+    done: Sequence[Result],
+    baselines: Baselines,
+    refusal: str,
+    lines: Mapping[str, Line],
+    evidence: Evidence,
+) -> str:
+    pairs: list[tuple[Measurement, Measurement]] = []
+    for model in lines:
+        plain = list(
+            unprojected([result for result in done if result.point.model == model]).values()
+        )
+        aligned = baselines.get(model, {}).get(refusal)
+        if aligned is not None:
+            pairs += pairs_with_aligned(model, aligned, plain, refusal, evidence)
+    told = compared(pairs)
+    if not told:
+        measured = any(refusal in metrics for metrics in baselines.values())
+        lacking = (
+            "every finished point is projected" if measured else "no aligned model was measured"
+        )
+        return f"How far fine-tuning alone moved the refusal rate is not known, as {lacking}."
+    lowered, raised = (sum(change.move == way for change in told) for way in ("lower", "higher"))
+    text = (
+        "Fine-tuning without projection "
+        f"{_counted(lowered, len(told))}{f' and raised it in {raised}' if raised else ''}"
+    )
+    both = [line for line in lines.values() if "fine-tuning" in line.changes]
+    if not both:
+        return f"{text}."
+    spans = [
+        f"from {_rate(line.states['aligned'])} to {_rate(line.states['tuned'])} at {line.model}"
+        for line in _few(both)
+    ]
+    which = (
+        ", "
+        if len(told) == len(both)
+        else "; in those that the points below were made from it went "
+    )
+    return f"{text}{which}{_listed(spans, len(both), ', ')}."
+
+
+def _counted(lowered: int, total: int) -> str:
+    if lowered == 0:
+        return "did not measurably lower the refusal rate" + (
+            f" in any of {total} trainings" if total > 1 else ""
+        )
+    how = (
+        ""
+        if total == 1
+        else f" in all {total} trainings"
+        if lowered == total
+        else f" in {lowered} of {total} trainings"
+    )
+    return f"lowered the refusal rate{how}"
+
+
+def _brought(
+    study: Study,
+    done: Sequence[Result],
+    sizes: Sequence[Trio],
+    refusals: Mapping[str, Line],
+    usefulness: Mapping[str, Line],
+) -> str:
+    projected = [trio for trio in sizes if trio.shipped is not None]
+    if not projected:
+        return "No projected point has finished, so what projection brings back is not known."
+    holding = [trio for trio in projected if trio.holds]
+    surely = sum(
+        refusals[trio.model].states["shipped"].interval[0] >= study.refusal_floor
+        for trio in holding
+    )
+    parts = [
+        _shipped(trio, refusals[trio.model], usefulness.get(trio.model)) for trio in _few(projected)
+    ]
+    said = _holding(len(holding), surely, len(projected), percent(study.refusal_floor))
+    without = _without(study, done, [trio.model for trio in projected])
+    return f"{said}: {_listed(parts, len(projected), '; ')}{without}."
+
+
+def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str:
+    """The sizes at which a point that is not projected holds the floor and is the one that `ebbline
+    pick` names.
+    """
+    refusal, useful = refusal_metric(study), usefulness_metric(study)
+    own = {model: [result for result in done if result.point.model == model] for model in models}
+    found = (
+        []
+        if refusal is None
+        else [
+            best
+            for each in own.values()
+            if (best := better_unprojected(study, each, refusal)) is not None
+        ]
+    )
+    if refusal is None or not found:
+        return ""
+    parts = [
+        f"{each.point.model} refuses {_rate(each.metrics[refusal])}"
+        + (
+            ""
+            if useful is None
+            else f" at a {metric_label(useful)} of {_rate(each.metrics[useful])}"
+        )
+        for each in _few(found)
+    ]
+    which = (
+        "a point holds the floor and is"
+        if len(models) == 1
+        else f"a point of {len(found)} of {len(models)} sizes holds the floor and is"
+    )
+    return (
+        f"; without projection {which} the one that `ebbline pick` names: "
+        f"{_listed(parts, len(found), '; ')}"
+    )
+
+
+def _holding(holding: int, surely: int, sizes: int, floor: str) -> str:
+    """How many sizes hold the floor, and how many of them with their whole interval."""
+    if not holding:
+        return (
+            f"With projection no point{'' if sizes == 1 else ' of any size'} reaches the "
+            f"refusal floor of {floor}"
+        )
+    which = (
+        "a point holds"
+        if sizes == 1
+        else (
+            f"a point of {'every size' if holding == sizes else f'{holding} of {sizes} sizes'} "
+            "holds"
+        )
+    )
+    if surely == holding:
+        sure = (
+            "its whole interval at or above it"
+            if holding == 1
+            else "the whole interval of each at or above it"
+        )
+    elif not surely:
+        sure = (
+            "though not surely, as its interval reaches below it"
+            if holding == 1
+            else "though none surely, as all intervals reach below it"
+        )
+    else:
+        sure = f"{surely} of {holding} with the whole interval at or above it"
+    return f"With projection {which} the refusal floor of {floor}, {sure}"
+
+
+def _shipped(trio: Trio, refusal: Line, useful: Line | None) -> str:
+    text = (
+        f"{trio.model} {'refuses' if trio.holds else 'comes nearest with'} "
+        f"{_rate(refusal.states['shipped'])}"
+    )
+    brought = refusal.changes.get("projection")
+    if brought is not None and brought.move != "higher":
+        text += (
+            f" ({brought.move} {'than' if brought.move == 'lower' else 'from'} without projection)"
+        )
+    if useful is not None and "shipped" in useful.states:
+        text += f" at a {metric_label(useful.name)} of {_rate(useful.states['shipped'])}"
+        cost = useful.changes.get("projection")
+        if cost is not None:
+            move = (
+                "not distinguishable from"
+                if cost.move == "not distinguishable"
+                else f"{cost.move} than"
+            )
+            text += f", {move} the {_rate(cost.before)} without"
+    return text
+
+
+def _rate(metric: Metric) -> str:
+    low, high = metric.interval
+    return f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+T = TypeVar("T")
+
+
+def _few(sizes: Sequence[T]) -> Sequence[T]:
+    """All while they are few, else the first and the last, which by their names are the smallest
+    and the largest.
+    """
+    return sizes if len(sizes) <= MOST_SIZES else [sizes[0], sizes[-1]]
+
+
+def _listed(parts: Sequence[str], of: int, between: str) -> str:
+    others = f" (the {of - len(parts)} sizes between are told below)" if of > len(parts) else ""
+    return between.join(parts) + others

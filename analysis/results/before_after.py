@@ -1,0 +1,204 @@
+"""Each size before fine-tuning, fine-tuned, and projected: every suite's metric, and how far it
+moved.
+
+Invariants: the fine-tuned point is the training that the projected one was made from, so that the
+two differ by projection alone; the comparisons of one metric are told together, and their p-values
+are corrected together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from ebbline.analysis.results.compare import (
+    NO_EVIDENCE,
+    Baselines,
+    Comparison,
+    Evidence,
+    Measurement,
+    compared,
+    measurement,
+    operating_point,
+    refusal_metric,
+    training_of,
+    unprojected,
+)
+from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.statistics import SHARES
+from ebbline.analysis.results.tables import in_percent, in_points
+from ebbline.analysis.results.wording import directed_label, natural
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.suites import MultipleChoiceSuite
+from ebbline.tasks.measuring.metrics import Metric
+
+State = Literal["aligned", "tuned", "shipped"]
+STATES: dict[State, str] = {"aligned": "before", "tuned": "fine-tuned", "shipped": "projected"}
+Step = Literal["fine-tuning", "projection", "both"]
+STEPS: dict[Step, tuple[State, State]] = {
+    "fine-tuning": ("aligned", "tuned"),
+    "projection": ("tuned", "shipped"),
+    "both": ("aligned", "shipped"),
+}
+LABELS: dict[Step, str] = {
+    "fine-tuning": "by fine-tuning",
+    "projection": "by projection",
+    "both": "in all",
+}
+
+
+@dataclass(frozen=True)
+class Trio:
+    """One size's three states. `tuned` is the training without projection, `shipped` the projected
+    point that the answer picks or comes nearest to; None where there is none. `holds` says whether
+    `shipped` holds the refusal floor.
+    """
+
+    model: str
+    tuned: Result | None
+    shipped: Result | None
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of one size in the states that it was measured in, and its changes between two of
+    them.
+    """
+
+    model: str
+    name: str
+    states: Mapping[State, Metric]
+    changes: Mapping[Step, Comparison]
+
+
+def trios(study: Study, results: Sequence[Result]) -> list[Trio]:
+    """For every size with a finished point, in natural order. Without projected points, or without
+    refusals to pick one by, `tuned` is the unprojected point with the lowest number.
+    """
+    refusal, done, found = refusal_metric(study), finished(results), []
+    for model in sorted({result.point.model for result in done}, key=natural):
+        own = [result for result in done if result.point.model == model]
+        twins, picked = (
+            unprojected(own),
+            None if refusal is None else operating_point(study, own, refusal),
+        )
+        if picked is None:
+            first = min(twins.values(), key=lambda result: result.number, default=None)
+            found.append(Trio(model, first, None, False))
+        else:
+            found.append(Trio(model, twins.get(training_of(picked[0])), *picked))
+    return found
+
+
+def metrics_told(study: Study) -> list[str]:
+    """Each suite's own metric, and both of a multiple-choice suite's, in the order of the study
+    file.
+    """
+    names = []
+    for suite, entry in study.suites.items():
+        own = entry.measure.metrics()
+        names += [
+            f"{suite}.{metric}"
+            for metric in (own if isinstance(entry.measure, MultipleChoiceSuite) else own[:1])
+        ]
+    return names
+
+
+def before_after(
+    study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE
+) -> list[Line]:
+    """A line for each metric and size, metrics in the order of the study's suites; those that
+    nothing measured are left out.
+    """
+    sizes = trios(study, results)
+    return [
+        line for name in metrics_told(study) for line in _lines(name, sizes, baselines, evidence)
+    ]
+
+
+def _lines(
+    name: str, sizes: Sequence[Trio], baselines: Baselines, evidence: Evidence
+) -> list[Line]:
+    found = [
+        (trio.model, states)
+        for trio in sizes
+        if (states := _states(trio, name, baselines, evidence))
+    ]
+    pairs = [
+        (model, step, _paired_once(states[before], states[after], before))
+        for model, states in found
+        for step, (before, after) in STEPS.items()
+        if before in states and after in states
+    ]
+    changes: dict[str, dict[Step, Comparison]] = {model: {} for model, _ in found}
+    for (model, step, _), comparison in zip(
+        pairs, compared([pair for _, _, pair in pairs]), strict=True
+    ):
+        changes[model][step] = comparison
+    return [
+        Line(model, name, {state: side.metric for state, side in states.items()}, changes[model])
+        for model, states in found
+    ]
+
+
+def _states(
+    trio: Trio, name: str, baselines: Baselines, evidence: Evidence
+) -> dict[State, Measurement]:
+    found: dict[State, Measurement] = {}
+    suite, _, metric = name.rpartition(".")
+    aligned = baselines.get(trio.model, {}).get(name)
+    if aligned is not None:
+        found["aligned"] = Measurement(
+            aligned, evidence.samples(trio.model, suite) if metric in SHARES else {}
+        )
+    if trio.tuned is not None and name in trio.tuned.metrics:
+        found["tuned"] = measurement(trio.tuned, name, evidence)
+    if trio.shipped is not None and name in trio.shipped.metrics:
+        found["shipped"] = measurement(trio.shipped, name, evidence)
+    return found
+
+
+def _paired_once(
+    before: Measurement, after: Measurement, state: State
+) -> tuple[Measurement, Measurement]:
+    """The aligned model was measured once, and so is paired with every seed of the other side."""
+    once = list(before.replicates.values())
+    if state == "aligned" and once:
+        before = Measurement(before.metric, dict.fromkeys(after.replicates, once[0]))
+    return before, after
+
+
+def before_after_cells(lines: Sequence[Line]) -> list[tuple[str, pd.DataFrame]]:
+    """(metric, table as text with a row for each size) in percent; changes in percentage points
+    with what is made of them.
+    """
+    found = []
+    for name in dict.fromkeys(line.name for line in lines):
+        own = [line for line in lines if line.name == name]
+        cells = pd.DataFrame({"model": [line.model for line in own]})
+        for state, label in STATES.items():
+            metrics = [line.states.get(state) for line in own]
+            cells[f"{label} %"] = [
+                "not measured" if metric is None else in_percent(metric.value, *metric.interval)
+                for metric in metrics
+            ]
+        for step, label in LABELS.items():
+            cells[label] = [
+                "" if (change := line.changes.get(step)) is None else changed(change)
+                for line in own
+            ]
+        found.append((directed_label(name), cells))
+    return found
+
+
+def changed(change: Comparison) -> str:
+    """`-86.0 [-90.1, -81.2], lower`; where no prompts could be paired it says so."""
+    low, high = change.interval
+    unpaired = "" if change.paired is not None else " (unpaired)"
+    return (
+        f"{in_points(change.difference)} [{in_points(low)}, {in_points(high)}], "
+        f"{change.move}{unpaired}"
+    )

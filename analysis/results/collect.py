@@ -1,0 +1,264 @@
+"""Results: every point of a study with its metrics, read from the two truths (Optuna's storage and
+the store).
+
+Nothing remembers which artifacts a point led to: its stages' keys are computed again and looked up.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ebbline.analysis.results.compare import Subject, operating_point, refusal_metric
+from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.statistics import Agreement, Replicates, pooled_agreement
+from ebbline.analysis.results.wording import natural, settings_label
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.cluster.store.artifacts import Artifact
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.state.outcome import (
+    costs_of,
+    lasting_results,
+    metrics_of,
+    results_of,
+    stages_or_refusal,
+)
+from ebbline.sweeps.state.spending import Spent, read_spent
+from ebbline.sweeps.state.trials import Reader, read
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result, keys_of
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.suites import scorers_of
+from ebbline.tasks.defences.gate import ProjectedRows, read_rows
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
+from ebbline.tasks.specs import ApplySpec, GenerateSpec, ProjectSpec, ScoreSpec
+from ebbline.tasks.stage import Stage, closure
+
+
+def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Result]:
+    """All points asked so far, in the order of asking: done, failed or refused with their reason,
+    still running or out of budget.
+    """
+    entries, _ = read(study, home.storage(study.study))
+    results = results_of(study, entries, planner or Planner(study, home), Resolver(home.store))
+    return _of_budget(results, read_spent(home.folder(study.study)))
+
+
+def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
+    """With what is unfinished for want of budget marked as that."""
+    stopped = spent.stopped
+    if stopped is None or stopped.by != "budget":
+        return results
+    return [
+        replace(r, status="out_of_budget", reason=stopped.said) if r.status == "running" else r
+        for r in results
+    ]
+
+
+class Follower:
+    """The results of a study for somebody who looks again and again: what cannot change any more is
+    worked out once.
+    """
+
+    def __init__(self, study: Study, home: Home) -> None:
+        self.study, self.home = study, home
+        self._planner = Planner(study, home, located=False)
+        self._points = Reader(study, home.storage(study.study))
+        self._kept: dict[int, Result] = {}
+        self._before: dict[str, dict[str, Metric]] = {}
+
+    def look(self) -> list[Result]:
+        """What `collect` gives."""
+        if not self.home.storage(self.study.study).there:
+            return []
+        entries, _ = self._points.look()
+        results = results_of(
+            self.study, entries, self._planner, Resolver(self.home.store), self._kept
+        )
+        self._kept = lasting_results(self.study, results)
+        return _of_budget(results, read_spent(self.home.folder(self.study.study)))
+
+    def before(self) -> dict[str, dict[str, Metric]]:
+        """What `baselines` gives."""
+        if len(self._before) < len(self.study.models):
+            self._before = baselines(self.study, self.home, self._planner)
+        return self._before
+
+
+def projections(
+    study: Study, results: Sequence[Result], home: Home
+) -> dict[str, dict[str, ProjectedRows]]:
+    """Model -> label -> what was projected, an adapter each; first the one of the point to ship, so
+    far as there is one.
+
+    Of a point's replicates the first is shown.
+    """
+    refusal, found = refusal_metric(study), dict[str, dict[str, ProjectedRows]]()
+    for model in sorted({result.point.model for result in finished(results)}, key=natural):
+        own = [result for result in finished(results) if result.point.model == model]
+        picked = operating_point(study, own, refusal) if refusal is not None else None
+        first = own[0] if picked is None else picked[0]
+        shown: dict[str, ProjectedRows] = {}
+        seen: set[str] = set()
+        for result in [first, *own]:
+            project, apply = (
+                result.keys[f"{kind}[seed={study.seeds[0]}]"] for kind in ("project", "apply")
+            )
+            if project not in seen:
+                seen.add(project)
+                rows = read_rows(home.store.open("project", project).file(ProjectSpec.COSINES))
+                taken = json.loads(
+                    home.store.open("apply", apply).file(ApplySpec.CHOSEN).read_text()
+                )
+                shown[f"point {result.number} ({settings_label(result.point)})"] = ProjectedRows(
+                    rows, frozenset(taken)
+                )
+        found[model] = shown
+    return found
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What a suite's prompts were: how the file was read, its rows, how many of them were asked,
+    and its digest.
+    """
+
+    format: str
+    rows: int
+    asked: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.format}, {self.rows} rows, {self.asked} asked, sha256 {self.sha256}"
+
+
+def prompt_sets(study: Study, home: Home) -> dict[str, PromptSet]:
+    """By suite, of the suites that an aligned model has answered."""
+    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, PromptSet]()
+    for suites in planner.baselines().values():
+        for suite, stage in suites.items():
+            generation = stage.inputs.get("generation")
+            artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
+            if artifact is not None:
+                said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
+                found[suite] = PromptSet(
+                    said["format"], said["rows"], said["asked"], said["sha256"]
+                )
+    return found
+
+
+def costs_before(study: Study, home: Home) -> dict[str, Cost]:
+    """Key -> cost of measuring the aligned models before fine-tuning, and of making them."""
+    stages = [
+        stage for suites in Planner(study, home).baselines().values() for stage in suites.values()
+    ]
+    return costs_of(stages, Resolver(home.store))
+
+
+def artifacts_behind(study: Study, home: Home, results: Sequence[Result]) -> list[Artifact]:
+    """Every stage that the results and the aligned models rest on, once each, as far as it is in
+    the store.
+    """
+    planner, resolver = Planner(study, home), Resolver(home.store)
+    stages = [stage for suites in planner.baselines().values() for stage in suites.values()]
+    stages += [
+        stage
+        for result in results
+        for stage in stages_or_refusal(planner, result.point)[0].values()
+    ]
+    found = (resolver.artifact(stage) for stage in closure(stages))
+    return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
+
+
+def baselines(
+    study: Study, home: Home, planner: Planner | None = None
+) -> dict[str, dict[str, Metric]]:
+    """Model -> full metric name -> metric of the aligned model before fine-tuning, for the models
+    measured so far.
+    """
+    planner, resolver = planner or Planner(study, home), Resolver(home.store)
+    found = {
+        model: metrics_of(study, suites, resolver) for model, suites in planner.baselines().items()
+    }
+    return {model: metrics for model, metrics in found.items() if metrics is not None}
+
+
+class StoredEvidence:
+    """What stands behind a study's metrics (ebbline.analysis.results.compare.Evidence), read from
+    the store whenever it is asked for.
+
+    Nothing is kept: the samples of a whole study may be too many to hold.
+    """
+
+    def __init__(self, study: Study, home: Home) -> None:
+        self._study, self._store = study, home.store
+        resolver = Resolver(home.store)
+        self._aligned = {
+            (model, suite): resolver.artifact(stage)
+            for model, suites in Planner(study, home).baselines().items()
+            for suite, stage in suites.items()
+            if suite in study.suites
+        }
+
+    def samples(self, subject: Subject, suite: str) -> Replicates:
+        """By training seed; an aligned model has one replicate, under 0. Empty while not all of it
+        is in the store.
+        """
+        return {
+            seed: [
+                sample
+                for artifact in artifacts
+                for sample in read_samples(artifact.file(SAMPLES).parent)
+            ]
+            for seed, artifacts in self._artifacts(subject, suite).items()
+        }
+
+    def agreement(self, subject: Subject, suite: str) -> Agreement | None:
+        """None when the suite has one scorer, or not all of it is in the store. Raises
+        EvaluationError on a damaged file.
+        """
+        if len(set(scorers_of(self._study.suites[suite].measure))) < 2:
+            return None
+        found = self._artifacts(subject, suite).values()
+        paths = [
+            artifact.file(ScoreSpec.AGREEMENT) for artifacts in found for artifact in artifacts
+        ]
+        try:
+            return (
+                pooled_agreement([json.loads(path.read_text("utf-8")) for path in paths])
+                if paths
+                else None
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            places = ", ".join(map(str, paths))
+            raise EvaluationError(
+                f"cannot be read as what scorers said ({type(error).__name__}): one of {places}"
+            ) from error
+
+    def _artifacts(self, subject: Subject, suite: str) -> dict[int, list[Artifact]]:
+        """By seed, those that the subject's metrics count: of a raced suite the blocks that were
+        taken, in order.
+        """
+        if isinstance(subject, str):
+            aligned = self._aligned.get((subject, suite))
+            return {} if aligned is None else {0: [aligned]}
+        uncounted = next(
+            (
+                metric.n
+                for name, metric in subject.metrics.items()
+                if name.rpartition(".")[0] == suite
+            ),
+            0,
+        )
+        seeds = [seed for seed in self._study.seeds if keys_of(subject.keys, suite, seed)]
+        keys = [keys_of(subject.keys, suite, seed) for seed in seeds]
+        found: dict[int, list[Artifact]] = {seed: [] for seed in seeds}
+        for block in zip(*keys, strict=False):
+            if uncounted <= 0:
+                break
+            for seed, key in zip(seeds, block, strict=True):
+                artifact = self._store.open(self._study.kind_of(suite), key)
+                found[seed].append(artifact)
+                uncounted -= read_metrics(artifact.file(METRICS).parent)[0].n
+        return found if uncounted == 0 and found and all(found.values()) else {}

@@ -1,0 +1,300 @@
+"""Studies side by side: which of their measurements may be compared, and what the comparison says.
+
+Invariants: two measurements are compared prompt by prompt only when their suites asked the same
+prompts, by content and by id, in the same way; elsewhere their intervals decide and the reason is
+told. Tests that are told together are corrected together.
+
+Arrays: `shares_NP` is the share of a point's seeds that were a success, for N points and P prompts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbline.analysis.results.compare import (
+    Comparison,
+    Evidence,
+    Measurement,
+    compared,
+    measurement,
+)
+from ebbline.analysis.results.floors import Floor, Pick, pick
+from ebbline.analysis.results.frontier import finished, frontier_hypervolume, hypervolume
+from ebbline.analysis.results.statistics import SHARES
+from ebbline.analysis.results.wording import natural
+from ebbline.sweeps.study.points import Point, Result, Value
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.measuring.metrics import direction
+
+RESAMPLES = 1000
+Asked = Mapping[str, Mapping[str, object]]
+"""Suite -> all that decides what it measures (prompts by content, how they were asked, how they
+were scored).
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the studies, with what it came to; `asked` lacks a suite that has measured nothing
+    yet.
+    """
+
+    label: str
+    study: Study
+    results: Sequence[Result]
+    evidence: Evidence
+    asked: Asked
+
+    def of(self, model: str) -> list[Result]:
+        return [result for result in finished(self.results) if result.point.model == model]
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """What two frontiers dominate, and the second's less the first's with its 95% bootstrap
+    interval over prompts.
+
+    `paired`: both were resampled alike, as they have the same prompts. No interval where the
+    samples are not at hand.
+    """
+
+    before: float
+    after: float
+    interval: tuple[float, float] | None = None
+    paired: bool = False
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Sized:
+    """One size in two studies: their operating points at equal floors, the points that they share,
+    their frontiers' volumes.
+
+    `at_picks` and `at_shared` are by metric, the latter in the order of `shared`.
+    """
+
+    model: str
+    picks: tuple[Pick, Pick]
+    at_picks: Mapping[str, Comparison] = field(default_factory=dict)
+    shared: tuple[tuple[Result, Result], ...] = ()
+    at_shared: Mapping[str, Sequence[Comparison]] = field(default_factory=dict)
+    volumes: Volumes | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A study beside the first one: why suites (by name) are not comparable, the metrics that both
+    have, and each size.
+    """
+
+    before: Side
+    after: Side
+    apart: Mapping[str, str]
+    metrics: tuple[str, ...]
+    sizes: tuple[Sized, ...]
+
+
+def beside(before: Side, after: Side, floors: Sequence[Floor], maximised: str | None) -> Beside:
+    """The second study against the first, for the sizes that both have finished points of."""
+    apart = dict(_apart(before.asked, after.asked))
+    metrics = tuple(name for name in _metrics(before.study) if name in _metrics(after.study))
+    objectives = [name for name in before.study.objectives if name in metrics]
+    models = sorted({m for m in before.study.models if before.of(m) and after.of(m)}, key=natural)
+    picked = {}
+    for model in models:
+        one, other = (pick(side.of(model), floors, maximised) for side in (before, after))
+        if one is not None and other is not None:
+            picked[model] = one, other
+    # Operating points of all sizes are one family of tests; the points of a size that are the same
+    # are another for each metric.
+    places = [(model, name) for model in models for name in metrics]
+    pairs = [
+        _pair(before, after, picked[model][0].result, picked[model][1].result, name, apart)
+        for model, name in places
+    ]
+    at_picks = dict(zip(places, compared(pairs), strict=True))
+    sizes = []
+    for model in models:
+        shared = tuple(same_settings(before, after, model))
+        at_shared = {
+            name: compared([_pair(before, after, one, other, name, apart) for one, other in shared])
+            for name in metrics
+            if shared
+        }
+        sizes.append(
+            Sized(
+                model,
+                picked[model],
+                {name: at_picks[model, name] for name in metrics},
+                shared,
+                at_shared,
+                volumes(before, after, model, objectives, apart)
+                if len(objectives) == len(before.study.objectives)
+                else None,
+            )
+        )
+    return Beside(before, after, apart, metrics, tuple(sizes))
+
+
+def _apart(before: Asked, after: Asked) -> Iterator[tuple[str, str]]:
+    """Why suites are not comparable."""
+    for suite in sorted({*before, *after}):
+        if suite not in before or suite not in after:
+            yield suite, "only one of the studies has measured it"
+            continue
+        one, other = before[suite], after[suite]
+        if one.get("prompts") != other.get("prompts"):
+            yield suite, "other prompts"
+            continue
+        changed = [
+            f"{name} {_said(one.get(name))} and {_said(other.get(name))}"
+            for name in sorted({*one, *other})
+            if one.get(name) != other.get(name)
+        ]
+        if changed:
+            yield suite, "the same prompts, measured otherwise: " + ", ".join(changed)
+
+
+def _said(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def _metrics(study: Study) -> list[str]:
+    """The objectives, then what else is measured."""
+    measured = [
+        f"{suite}.{metric}"
+        for suite, entry in study.suites.items()
+        for metric in entry.measure.metrics()[:1]
+    ]
+    return list(dict.fromkeys([*study.objectives, *measured]))
+
+
+def _pair(
+    before: Side, after: Side, one: Result, other: Result, name: str, apart: Mapping[str, str]
+) -> tuple[Measurement, Measurement]:
+    """Two measurements; without their samples where their suites are apart. Seeds are matched by
+    their order, not by their number.
+    """
+    if name.rpartition(".")[0] in apart:
+        return Measurement(one.metrics[name]), Measurement(other.metrics[name])
+    found = measurement(one, name, before.evidence), measurement(other, name, after.evidence)
+    first, second = (
+        Measurement(each.metric, dict(enumerate(each.replicates.values()))) for each in found
+    )
+    return first, second
+
+
+def same_settings(before: Side, after: Side, model: str) -> Iterator[tuple[Result, Result]]:
+    """The points of a size that are the same in both: each axis of either study has the same value,
+    or the same fixed setting.
+
+    Points that came out the same as an earlier one in both studies would be counted twice and are
+    left out.
+    """
+    axes = sorted({*before.study.axes_of(model), *after.study.axes_of(model)})
+    there = {_settings(after.study, result.point, axes): result for result in after.of(model)}
+    for result in before.of(model):
+        settings = _settings(before.study, result.point, axes)
+        other = there.get(settings)
+        if other is not None and (result.same_as is None or other.same_as is None):
+            yield result, other
+
+
+def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, ...]:
+    model = study.models[point.model]
+    fixed = {
+        "data": study.data.settings,
+        "train": model.train_settings(study.train),
+        "project": study.project,
+        "apply": study.apply,
+    }
+    values = dict(point.values)
+    found = []
+    for axis in axes:
+        part, _, name = axis.partition(".")
+        value = values.get(axis, getattr(fixed[part], name))
+        found.append(
+            float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        )
+    return tuple(found)
+
+
+def volumes(
+    before: Side, after: Side, model: str, objectives: Sequence[str], apart: Mapping[str, str]
+) -> Volumes:
+    """The hypervolumes of a size's frontiers in two studies, with a percentile bootstrap of their
+    difference (Efron 1979), fixed seed.
+
+    Prompts are resampled, by suite: the same ones for both studies where they are the same. A
+    frontier of noisy points reaches further than the true one, the more so the more points it was
+    chosen from; the interval does not allow for that.
+    """
+    sides = before.of(model), after.of(model)
+    one, other = (frontier_hypervolume(own, objectives) for own in sides)
+    found = [
+        _shares(own, objectives, side.evidence)
+        for own, side in zip(sides, (before, after), strict=True)
+    ]
+    first, second = found
+    if first is None or second is None:
+        return Volumes(one, other)
+    suites = {name: name.rpartition(".")[0] for name in objectives}
+    paired = not any(suite in apart for suite in suites.values()) and all(
+        first[name][0] == second[name][0] for name in objectives
+    )
+    rng, ways = np.random.default_rng(0), [direction(name) for name in objectives]
+    differences = np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        drawn = {
+            (0, suite): rng.integers(size, size=size)
+            for suite, size in _sizes(first, suites).items()
+        }
+        drawn |= {
+            (1, suite): drawn[0, suite] if paired else rng.integers(size, size=size)
+            for suite, size in _sizes(second, suites).items()
+        }
+        values = [
+            np.column_stack(
+                [own[name][1][:, drawn[side, suites[name]]].mean(axis=1) for name in objectives]
+            )
+            for side, own in enumerate((first, second))
+        ]
+        differences[index] = hypervolume(values[1], ways) - hypervolume(values[0], ways)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return Volumes(one, other, (float(low), float(high)), paired)
+
+
+Shares = dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]
+
+
+def _shares(own: Sequence[Result], objectives: Sequence[str], evidence: Evidence) -> Shares | None:
+    """Objective -> (ids of its prompts, shares_NP); None where samples are not at hand, or points
+    were asked different prompts.
+    """
+    found: Shares = {}
+    for name in objectives:
+        suite, _, metric = name.rpartition(".")
+        if metric not in SHARES:
+            return None
+        ids, rows = None, []
+        for result in own:
+            seeds = [
+                {sample.id: sample.success for sample in samples}
+                for samples in evidence.samples(result, suite).values()
+            ]
+            asked = {tuple(sorted(answers)) for answers in seeds}
+            ids = next(iter(asked), ()) if ids is None else ids
+            if asked != {ids} or not ids:
+                return None
+            rows.append([sum(answers[item] for answers in seeds) / len(seeds) for item in ids])
+        found[name] = ids or (), np.array(rows)
+    return found
+
+
+def _sizes(shares: Shares, suites: Mapping[str, str]) -> dict[str, int]:
+    return {suites[name]: values_NP.shape[1] for name, (_, values_NP) in shares.items()}

@@ -1,0 +1,113 @@
+"""The Pareto frontier: the results that no other result dominates.
+
+Invariants: only finished results enter; NaN is an error, never a loser; two results with equal
+values stand or fall together. Every metric is a rate, so the reference corner is the worst of the
+unit cube and a hypervolume lies in [0, 1].
+
+Arrays: `values_NM` has N results and M objectives.
+"""
+
+from collections.abc import Sequence
+
+import moocore
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbline.analysis.results.wording import natural
+from ebbline.sweeps.study.points import Result
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.metrics import Direction, direction
+
+
+def front(values_NM: NDArray[np.float64], directions: Sequence[Direction]) -> NDArray[np.bool_]:
+    """Which rows no other row dominates, as (N,) booleans. Raises EvaluationError on NaN or another
+    number of columns.
+    """
+    _check(values_NM, directions)
+    found: NDArray[np.bool_] = moocore.is_nondominated(
+        values_NM, maximise=_maximise(directions), keep_weakly=True
+    )
+    return found
+
+
+def hypervolume(
+    values_NM: NDArray[np.float64],
+    directions: Sequence[Direction],
+    reference: Sequence[float] | None = None,
+) -> float:
+    """The volume that the rows dominate, up to `reference` (the worst corner when it is left
+    out).
+    """
+    _check(values_NM, directions)
+    corner = reference_corner(directions) if reference is None else reference
+    return float(moocore.hypervolume(values_NM, ref=list(corner), maximise=_maximise(directions)))
+
+
+def reference_corner(directions: Sequence[Direction]) -> tuple[float, ...]:
+    return tuple(0.0 if way == "maximise" else 1.0 for way in directions)
+
+
+def finished(results: Sequence[Result]) -> list[Result]:
+    """The results with status done, by number."""
+    return sorted(
+        (result for result in results if result.status == "done"), key=lambda result: result.number
+    )
+
+
+def frontier(results: Sequence[Result], objectives: Sequence[str]) -> list[Result]:
+    """The finished results that no finished result dominates over the objectives, by number; of
+    equal points the first.
+    """
+    done = [result for result in finished(results) if result.same_as is None]
+    on_front = front(values_of(done, objectives), [direction(name) for name in objectives])
+    return [result for result, on in zip(done, on_front, strict=True) if on]
+
+
+def frontier_by_model(
+    results: Sequence[Result], objectives: Sequence[str]
+) -> dict[str, list[Result]]:
+    """Each model's own frontier, models in natural order; a model without a finished result has
+    none.
+    """
+    models = sorted({result.point.model for result in finished(results)}, key=natural)
+    return {
+        model: frontier([r for r in results if r.point.model == model], objectives)
+        for model in models
+    }
+
+
+def frontier_hypervolume(results: Sequence[Result], objectives: Sequence[str]) -> float:
+    return hypervolume(
+        values_of(finished(results), objectives), [direction(name) for name in objectives]
+    )
+
+
+def values_of(results: Sequence[Result], objectives: Sequence[str]) -> NDArray[np.float64]:
+    """The objectives' values, as (N, M). Raises EvaluationError when a result lacks one."""
+    for result in results:
+        missing = [name for name in objectives if name not in result.metrics]
+        if missing:
+            raise EvaluationError(
+                f"point {result.number} ({result.point}) is done but has no {missing}; it "
+                f"has {sorted(result.metrics)}."
+                " Name objectives that the study's suites measure"
+            )
+    rows = [[result.metrics[name].value for name in objectives] for result in results]
+    return np.array(rows, dtype=np.float64).reshape(len(results), len(objectives))
+
+
+def _check(values_NM: NDArray[np.float64], directions: Sequence[Direction]) -> None:
+    if values_NM.ndim != 2 or values_NM.shape[1] != len(directions) or not directions:
+        raise EvaluationError(
+            f"values of shape {values_NM.shape} do not fit {len(directions)} objectives"
+        )
+    rows, columns = np.nonzero(np.isnan(values_NM))
+    if rows.size:
+        raise EvaluationError(
+            f"objective {columns[0]} of result {rows[0]} is NaN; a frontier needs a number "
+            "from each"
+        )
+
+
+def _maximise(directions: Sequence[Direction]) -> list[bool]:
+    return [way == "maximise" for way in directions]

@@ -1,0 +1,152 @@
+"""A pick in words and as JSON: what was picked, how far from its floors, how sure that is, and what
+it gives up.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ebbline.analysis.results.floors import CONFIDENCE, Floor, Pick, bound, slack, sureness
+from ebbline.analysis.results.tables import in_points
+from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
+from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+
+
+def missed_by(nearest: Pick, confidence: float | None) -> str:
+    """By how much, and of which floors, a point misses."""
+    missed = [
+        (floor, slack(nearest.result, [floor], nearest.among, confidence))
+        for floor in nearest.floors
+    ]
+    what = "" if confidence is None else f"at {confidence:.0%} confidence "
+    return (
+        what
+        + "short by "
+        + " and ".join(
+            f"{in_points(-gap).lstrip('+')} points of {floor}" for floor, gap in missed if gap < 0
+        )
+    )
+
+
+def named(result: Result) -> str:
+    share = (
+        f"{result.projected_share:.0%} of modules projected"
+        if result.projected_share
+        else "not projected"
+    )
+    return f"point {result.number} ({settings_label(result.point)}; {share})"
+
+
+def values_of_pick(found: Pick) -> str:
+    names = dict.fromkeys(
+        [*(floor.metric for floor in found.floors), *([found.maximised] if found.maximised else [])]
+    )
+    return ", ".join(
+        f"{metric_label(name)} {measured(found.result.metrics[name])}" for name in names
+    )
+
+
+def in_words(floors: Sequence[Floor]) -> str:
+    return " and ".join(dict.fromkeys(map(str, floors)))
+
+
+def lines_of(study: Study, found: Pick) -> Iterator[str]:
+    """What a pick's floors, and what it was picked for, came to."""
+    for floor in found.floors:
+        metric = found.result.metrics[floor.metric]
+        margin = floor.margin(metric.value)
+        side = "over" if floor.up == (margin >= 0) else "under"
+        edge = f"{'floor' if floor.up else 'ceiling'} of {percent(floor.value)}"
+        yield (
+            f"{metric_label(floor.metric)} {measured(metric)}, {abs(100 * margin):.1f} points "
+            f"{side} the {edge}"
+        )
+        alone, picked = (f"{_sure(sureness(metric, floor, among))}" for among in (1, found.among))
+        least = "at least" if floor.up else "at most"
+        yield (
+            f"{edge} held: confidence {picked}, allowing for the pick among {found.among} "
+            f"points ({alone} for this point by itself)"
+        )
+        yield (
+            f"with {CONFIDENCE:.0%} confidence it is {least} "
+            f"{percent(bound(metric, found.among))}, allowing for the pick"
+            f" ({percent(bound(metric))} by itself)"
+        )
+    if found.maximised is not None and found.maximised not in [
+        floor.metric for floor in found.floors
+    ]:
+        yield f"{metric_label(found.maximised)} {measured(found.result.metrics[found.maximised])}"
+    seeds = seeds_of(found.result)
+    yield (
+        "one training seed: what another would give is not known"
+        if seeds == 1
+        else f"pooled over {seeds} training seeds"
+    )
+    if too_low(study, found):
+        yield (
+            f"below the study's own refusal floor of {percent(study.refusal_floor)}: it cannot "
+            "be exported"
+        )
+
+
+def too_low(study: Study, found: Pick) -> bool:
+    """Whether the point misses the study's own refusal floor, whatever floors it was picked for."""
+    refusal = study.refusal_metric
+    return (
+        refusal is None
+        or slack(found.result, [Floor(refusal, study.refusal_floor)], found.among) < 0
+    )
+
+
+def _sure(confidence: float) -> str:
+    return (
+        "over 99.9%" if confidence > 0.999 else "none" if confidence <= 0 else percent(confidence)
+    )
+
+
+def picked_json(study: Study, found: Pick) -> dict[str, Any]:
+    result = found.result
+    return {
+        "model": result.point.model,
+        "number": result.number,
+        "point": result.point.id,
+        "settings": dict(result.point.values),
+        "projected_share": result.projected_share,
+        "holds": found.holds,
+        "picked_among": found.among,
+        "maximised": None if found.by_hand else found.maximised,
+        "named_by_hand": found.by_hand,
+        "seeds": list(study.seeds[: seeds_of(result)]),
+        "floors": floors_json(found.floors, result, found.among),
+        "metrics": {
+            name: {
+                "value": m.value,
+                "low": m.interval[0],
+                "high": m.interval[1],
+                "n": m.n,
+                "direction": m.direction,
+                "seeds": list(m.seeds),
+            }
+            for name, m in sorted(result.metrics.items())
+        },
+        "keys": dict(sorted(result.keys.items())),
+    }
+
+
+def floors_json(floors: Sequence[Floor], result: Result, among: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "metric": floor.metric,
+            "side": "at least" if floor.up else "at most",
+            "floor": floor.value,
+            "value": metric.value,
+            "margin": floor.margin(metric.value),
+            "confidence": {
+                "by_itself": sureness(metric, floor),
+                "allowing_for_the_pick": sureness(metric, floor, among),
+            },
+            "bound_95": {"by_itself": bound(metric), "allowing_for_the_pick": bound(metric, among)},
+        }
+        for floor, metric in ((floor, result.metrics[floor.metric]) for floor in floors)
+    ]

@@ -1,0 +1,378 @@
+"""The results as tables: a row per point, failed ones too, in the order of their numbers; and rates
+by category.
+
+Invariant: two runs of a study agree in every column but MEASURED_COLUMNS, however often either was
+killed and continued.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from ebbline.analysis.files import write_whole
+from ebbline.analysis.results.compare import (
+    Baselines,
+    Evidence,
+    Subject,
+    operating_point,
+    refusal_metric,
+)
+from ebbline.analysis.results.costs import cost_columns
+from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
+from ebbline.analysis.results.statistics import SHARES, Agreement, by_category
+from ebbline.analysis.results.wording import axis_label, metric_label, natural, percent, value_label
+from ebbline.cluster.profile import Profile
+from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study, axis_fields
+from ebbline.tasks.measuring.metrics import Metric
+
+MEASURED_COLUMNS = (
+    "seconds",
+    "gpu_hours",
+    "cost_usd",
+    "gpu_hours_share",
+    "cost_usd_share",
+    "gpu_hours_added",
+    "cost_usd_added",
+)
+NO_PRICES = Profile()
+ALIGNED = "aligned"
+VERDICTS = ("refused", "partial", "complied", "undecided", "incoherent")
+
+
+def results_frame(
+    results: Sequence[Result], objectives: Sequence[str], profile: Profile = NO_PRICES
+) -> pd.DataFrame:
+    """One row per point: its axes, metrics with intervals, place on the frontier, cost, and its
+    stages' keys as provenance.
+    """
+    rows = sorted(results, key=lambda result: result.number)
+    overall = {result.number for result in frontier(rows, objectives)}
+    own = {
+        result.number for found in frontier_by_model(rows, objectives).values() for result in found
+    }
+
+    columns: dict[str, pd.Series[Any]] = {
+        "number": _column([row.number for row in rows], "Int64"),
+        "point": _column([row.point.id for row in rows], "string"),
+        "model": _column([row.point.model for row in rows], "string"),
+        "status": _column([row.status for row in rows], "string"),
+        "reason": _column([row.reason for row in rows], "string"),
+        "same_as": _column([row.same_as for row in rows], "Int64"),
+        "seeds": _column([seeds_of(row) or None for row in rows], "Int64"),
+    }
+    for axis in axes_of(rows):
+        columns[axis] = _typed([dict(row.point.values).get(axis) for row in rows])
+    for name in metrics_of(rows):
+        columns |= _metric_columns(name, [row.metrics.get(name) for row in rows])
+    columns["on_frontier"] = _column([row.number in overall for row in rows], "boolean")
+    columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
+    columns["projected_share"] = _column([row.projected_share for row in rows], "Float64")
+    columns["seconds"] = _column([row.seconds for row in rows], "Float64")
+    columns |= {
+        name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()
+    }
+    for stage in sorted({stage for row in rows for stage in row.keys}):
+        columns[stage] = _column([row.keys.get(stage) for row in rows], "string")
+    return pd.DataFrame(columns)
+
+
+def axes_of(results: Sequence[Result]) -> list[str]:
+    return sorted({axis for result in results for axis, _ in result.point.values})
+
+
+def metrics_of(results: Sequence[Result]) -> list[str]:
+    return sorted({name for result in results for name in result.metrics})
+
+
+def _metric_columns(name: str, metrics: Sequence[Metric | None]) -> dict[str, "pd.Series[Any]"]:
+    """The value, its sampling error (interval, stderr), its counts; and apart from these the spread
+    between training seeds.
+    """
+    return {
+        name: _column([m and m.value for m in metrics], "Float64"),
+        f"{name}_low": _column([m and m.interval[0] for m in metrics], "Float64"),
+        f"{name}_high": _column([m and m.interval[1] for m in metrics], "Float64"),
+        f"{name}_stderr": _column([m and m.stderr for m in metrics], "Float64"),
+        f"{name}_n": _column([m and m.n for m in metrics], "Int64"),
+        f"{name}_undecided": _column([m and m.undecided for m in metrics], "Int64"),
+        f"{name}_seed_sd": _column([m and m.between_seeds for m in metrics], "Float64"),
+    }
+
+
+def _column(
+    values: Sequence[object], dtype: Literal["Int64", "Float64", "boolean", "string"]
+) -> "pd.Series[Any]":
+    """A nullable column: None stays missing, it is not 0 or text."""
+    return pd.Series(list(values), dtype="object").astype(dtype)
+
+
+def _typed(values: Sequence[object]) -> "pd.Series[Any]":
+    """A column of the narrowest type that keeps every value."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return _column(values, "boolean")
+    if kinds == {int}:
+        return _column(values, "Int64")
+    if kinds and kinds <= {int, float}:
+        return _column(values, "Float64")
+    return _column([None if value is None else str(value) for value in values], "string")
+
+
+def write_tables(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """results.parquet, results.csv, and frontier.csv with the rows of every frontier."""
+    chosen = on_a_frontier(frame)
+    return [
+        write_whole(folder / "results.parquet", lambda path: frame.to_parquet(path, index=False)),
+        write_whole(
+            folder / "results.csv",
+            lambda path: frame.to_csv(path, index=False, lineterminator="\n"),
+        ),
+        write_whole(
+            folder / "frontier.csv",
+            lambda path: chosen.to_csv(path, index=False, lineterminator="\n"),
+        ),
+    ]
+
+
+def on_a_frontier(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["on_frontier"] | frame["on_model_frontier"]].reset_index(drop=True)
+
+
+def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """The frontiers as text, for people: percent with 95% intervals. "*" is on the frontier over
+    all models.
+
+    `metrics` are those to show, by full name; all, when they are not given.
+    """
+    rows = on_a_frontier(frame)
+    measured = [
+        name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")
+    ]
+    metrics = measured if metrics is None else [name for name in metrics if name in measured]
+    axes = [name for name in frame.columns if name in set(axis_fields())]
+    cells = pd.DataFrame({"point": rows["number"].astype(str), "model": rows["model"].astype(str)})
+    cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]
+    for axis in axes:
+        cells[axis_label(axis)] = [
+            value_label(None if pd.isna(value) else value) for value in rows[axis]
+        ]
+    cells["projected"] = [
+        "none" if pd.isna(share) or not share else f"{share:.0%}"
+        for share in rows["projected_share"]
+    ]
+    for name in metrics:
+        triples = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
+        cells[f"{metric_label(name)} %"] = [
+            "" if pd.isna(triple[0]) else in_percent(*triple) for triple in triples
+        ]
+    return cells
+
+
+def in_percent(value: float, low: float, high: float) -> str:
+    """A rate with its interval, for a table's cell: "98.8 [96.4, 99.6]"."""
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def in_points(difference: float) -> str:
+    """A difference of rates in percentage points, with its sign: "+12.3"."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
+
+
+def frontier_text(frame: pd.DataFrame) -> str:
+    """The frontiers as a plain table for a terminal."""
+    cells = frontier_cells(frame)
+    if cells.empty:
+        return "No point has finished, so there is no frontier yet."
+    lines = [[str(name) for name in cells.columns], *cells.to_numpy(dtype=str).tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+    )
+    table = ["  ".join(line).rstrip() for line in padded]
+    return "\n".join(
+        [
+            *table,
+            "",
+            "[low, high] is the 95% Wilson interval; * is on the frontier over all models.",
+        ]
+    )
+
+
+def categories_frame(
+    study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence
+) -> pd.DataFrame:
+    """A row for each category of each suite, of every finished point and of each model before
+    fine-tuning ("aligned").
+
+    Only for suites whose samples tell their metric (see
+    ebbline.analysis.results.statistics.SHARES). `point` is a point's id, `number` its number.
+    """
+    columns = {
+        name: list[object]()
+        for name in (
+            "number",
+            "point",
+            "model",
+            "suite",
+            "category",
+            "n",
+            "successes",
+            "rate",
+            "low",
+            "high",
+        )
+    }
+    aligned: list[tuple[int | None, str, str, Subject]] = [
+        (None, ALIGNED, model, model) for model in sorted(baselines, key=natural)
+    ]
+    points: list[tuple[int | None, str, str, Subject]] = [
+        (r.number, r.point.id, r.point.model, r) for r in finished(results)
+    ]
+    for number, point, model, subject in [*aligned, *points]:
+        for suite, name in shares_of(study):
+            for category, metric in categories_of(subject, suite, name, evidence).items():
+                counted = (metric.n, round(metric.successes), metric.value, *metric.interval)
+                for column, value in zip(
+                    columns.values(), (number, point, model, suite, category, *counted), strict=True
+                ):
+                    column.append(value)
+    whole, text = {"number", "n", "successes"}, {"point", "model", "suite", "category"}
+    kinds: dict[str, Literal["Int64", "Float64", "string"]] = {
+        name: "Int64" if name in whole else "string" if name in text else "Float64"
+        for name in columns
+    }
+    return pd.DataFrame({name: _column(values, kinds[name]) for name, values in columns.items()})
+
+
+def write_categories(frame: pd.DataFrame, folder: Path) -> Path:
+    """categories.csv."""
+    return write_whole(
+        folder / "categories.csv", lambda path: frame.to_csv(path, index=False, lineterminator="\n")
+    )
+
+
+def shares_of(study: Study) -> list[tuple[str, str]]:
+    """(suite, full name of the metric that its samples' successes make), for the suites that have
+    one.
+    """
+    first = {suite: entry.measure.metrics()[0] for suite, entry in study.suites.items()}
+    return [(suite, f"{suite}.{metric}") for suite, metric in first.items() if metric in SHARES]
+
+
+def categories_of(subject: Subject, suite: str, name: str, evidence: Evidence) -> dict[str, Metric]:
+    """By category; nothing where the samples are not at hand."""
+    replicates = evidence.samples(subject, suite)
+    return by_category(name, replicates) if replicates else {}
+
+
+def shipped(study: Study, results: Sequence[Result]) -> dict[str, Result]:
+    """Model -> the point that the answer picks or comes nearest to, for the models with a projected
+    point.
+    """
+    refusal, found = refusal_metric(study), dict[str, Result]()
+    if refusal is None:
+        return found
+    for model in sorted({result.point.model for result in finished(results)}, key=natural):
+        picked = operating_point(
+            study, [result for result in finished(results) if result.point.model == model], refusal
+        )
+        if picked is not None:
+            found[model] = picked[0]
+    return found
+
+
+def category_cells(
+    study: Study, results: Sequence[Result], evidence: Evidence
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(what it shows, table as text) for each model's operating point beside its aligned model, a
+    suite each.
+
+    A suite with one category has no table: it would repeat the whole.
+    """
+    for model, result in shipped(study, results).items():
+        for suite, name in shares_of(study):
+            after, before = (
+                categories_of(subject, suite, name, evidence) for subject in (result, model)
+            )
+            if len(after) < 2:
+                continue
+            rows = [
+                (category or "(none)", before.get(category), metric)
+                for category, metric in after.items()
+            ]
+            cells = pd.DataFrame({"category": [category for category, _, _ in rows]})
+            for label, column in (
+                ("aligned", [old for _, old, _ in rows]),
+                (f"point {result.number}", [new for _, _, new in rows]),
+            ):
+                cells[f"{label} n"] = ["" if metric is None else str(metric.n) for metric in column]
+                cells[f"{label} %"] = [
+                    "" if metric is None else in_percent(metric.value, *metric.interval)
+                    for metric in column
+                ]
+            cells["difference"] = [
+                "" if old is None else in_points(new.value - old.value) for _, old, new in rows
+            ]
+            yield f"{model}, point {result.number}: {metric_label(name)}", cells
+
+
+def agreement_cells(
+    study: Study, results: Sequence[Result], evidence: Evidence
+) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """(what it shows, verdicts of each scorer, agreement of each two) where a suite has several
+    scorers.
+
+    For each model before fine-tuning and for its operating point.
+    """
+    points = shipped(study, results)
+    for model in sorted(study.models, key=natural):
+        subjects: list[tuple[str, Subject]] = [("before fine-tuning", model)]
+        if model in points:
+            subjects.append((f"point {points[model].number}", points[model]))
+        for what, subject in subjects:
+            for suite in study.suites:
+                found = evidence.agreement(subject, suite)
+                if found is not None:
+                    yield f"{model}, {what}: {suite}", _verdicts(found), _concord(found)
+
+
+def _verdicts(found: Agreement) -> pd.DataFrame:
+    used = [
+        verdict
+        for verdict in VERDICTS
+        if any(counts.get(verdict) for counts in found.counts.values())
+    ]
+    rows = {"scorer": list(found.counts)}
+    rows |= {
+        verdict: [str(counts.get(verdict, 0)) for counts in found.counts.values()]
+        for verdict in [*used, "n"]
+    }
+    return pd.DataFrame(rows)
+
+
+def _concord(found: Agreement) -> pd.DataFrame:
+    """A row for each two scorers. What they differ on: "the first's verdict, then the other's, and
+    how often".
+    """
+    rows = []
+    for pair in found.pairs:
+        apart = {
+            (left, right): count
+            for left, row in pair.confusion.items()
+            for right, count in row.items()
+            if left != right
+        }
+        most_first = sorted(apart.items(), key=lambda cell: (-cell[1], cell[0]))
+        differ = "; ".join(f"{left}, {right}: {count}" for (left, right), count in most_first)
+        kappa = "not defined" if pair.kappa is None else f"{pair.kappa:.2f}"
+        rows.append(
+            [pair.one, pair.other, str(pair.n), percent(pair.agree), kappa, differ or "nothing"]
+        )
+    return pd.DataFrame(
+        rows,
+        columns=["one", "other", "n", "agree", "Cohen's kappa", "differ on (one, other: count)"],
+    )

@@ -1,0 +1,136 @@
+"""How names and numbers are worded for people: the one place where a rate in [0, 1] becomes
+percent.
+"""
+
+import os
+import platform
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from ebbline.sweeps.study.points import Point, Status, Value
+from ebbline.tasks.measuring.metrics import Metric, direction
+
+NO_RESULT: tuple[Status, ...] = ("failed", "refused", "out_of_budget")
+
+
+def metric_label(name: str) -> str:
+    """`refusal.refusal_rate` -> "refusal rate"; `mmlu.acc` -> "acc (mmlu)"."""
+    suite, _, metric = name.rpartition(".")
+    words = metric.replace("_", " ")
+    return words if not suite or suite.replace("_", " ") in words else f"{words} ({suite})"
+
+
+def directed_label(name: str) -> str:
+    return (
+        f"{metric_label(name)}, {'higher' if direction(name) == 'maximise' else 'lower'} is better"
+    )
+
+
+def axis_label(axis: str) -> str:
+    """`train.rank` -> "rank": the last parts of all axes differ."""
+    return axis.rpartition(".")[2]
+
+
+def value_label(value: Value) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_label(point: Point) -> str:
+    """A point's axes without its model: "rank=8 size=100 threshold=none"."""
+    return " ".join(f"{axis_label(axis)}={value_label(value)}" for axis, value in point.values)
+
+
+def natural(name: str) -> list[str | float]:
+    """A sort key that puts 7b before 13b, and rank=4 before rank=16."""
+    return [
+        float(part) if index % 2 else part
+        for index, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", name))
+    ]
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def clock(seconds: float) -> str:
+    """`3:07`, minutes and seconds; from two hours on `26 h 05 min`."""
+    whole = round(seconds)
+    return (
+        f"{whole // 60}:{whole % 60:02d}"
+        if whole < 7200
+        else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )
+
+
+def size_label(size: float) -> str:
+    """Bytes as `3.4 GB`, in powers of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def measured(metric: Metric) -> str:
+    low, high = metric.interval
+    return (
+        f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n})"
+    )
+
+
+def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
+    """A failure's reason as it may leave this machine: no command, no folder's name, no host's name
+    and no address.
+
+    `hosts` are the names to take out beside this machine's own (see
+    ebbline.sweeps.drive.live.host_names). Of an absolute path only the last part is kept, and only
+    where it is the name of a file; an unquoted path with spaces is taken up to its last slash.
+    Rather too much goes than too little.
+    """
+    text = reason.partition(" (to see it again")[0]
+    for folder in sorted(
+        {str(Path.home()), os.environ.get("EBBLINE_HOME", "")} - {"", "/"}, key=len, reverse=True
+    ):
+        text = re.sub(rf"{re.escape(folder)}(?![\w.-])", _FOLDER_MARK, text)
+    text = _QUOTED.sub(lambda found: found["quote"] + _last_part(found["path"]), text)
+    text = _UNQUOTED.sub(lambda found: _last_part(found["path"]), text).replace(
+        _FOLDER_MARK, FOLDER
+    )
+    for name in sorted(_host_names(hosts), key=len, reverse=True):
+        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", HOST, text, flags=re.IGNORECASE)
+    return _ADDRESS.sub(HOST, text)
+
+
+FOLDER, HOST = "(a folder)", "(a host)"
+_FOLDER_MARK = "/~"  # stands for a folder that is known, until paths are looked for
+_NO_HOST = {"", "here", "localhost"}  # what names no machine
+_ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\w)")
+_END = r"""[:;,.)\]}'"`>!?]+(?=\s|$)"""  # punctuation that ends a path in a sentence
+_QUOTED = re.compile(r"""(?P<quote>['"`])(?P<path>(?:~[\w.-]*)?/(?:(?!(?P=quote)(?!\w))[^\n])+)""")
+_REST = rf"(?:(?!{_END})\S)*+"  # of a word that has a slash
+_WORD = rf"[ \t]+(?:(?!{_END})[^\s/])++"
+_UNQUOTED = re.compile(
+    rf"(?:(?<![\w.])|(?=/~))(?P<path>(?:~[\w.-]*)?/(?=\S){_REST}(?:(?:{_WORD})*?{_WORD}/{_REST})*)"
+)
+_FILE = re.compile(
+    r"[^/]*\.(?:bin|bz2|cfg|csv|db|gguf|gz|html|ini|ipynb|json|jsonl|lock|log|md|npy|npz|parquet|pdf|pkl|png|pt|pth|py|safetensors|so|sqlite"
+    r"|svg|tar|tex|tmp|toml|tsv|txt|wandb|xml|xz|yaml|yml|zip|zst)(?::\d+)*"
+)
+
+
+def _last_part(path: str) -> str:
+    name = path.rpartition("/")[2]
+    return name if _FILE.fullmatch(name) else FOLDER
+
+
+def _host_names(hosts: Collection[str]) -> set[str]:
+    """The names of this machine and of `hosts`, as Ray may append a node's id to them, and without
+    their domain.
+    """
+    full = {name.partition("/")[0] for name in (platform.node(), *hosts)}
+    return {name for each in full for name in (each, each.partition(".")[0])} - _NO_HOST
+
+
+def status_label(status: Status) -> str:
+    return {"running": "still running", "out_of_budget": "out of budget"}.get(status, status)

@@ -1,0 +1,254 @@
+"""What W&B shows of a study, as plain data: a page for each training and each point, and the
+study's own table and growth.
+
+Invariant: rates, counts, settings, hashes and reasons only. A prompt, a completion or a path of
+this machine is in none of it.
+
+W&B is made for some 10,000 runs in a project. Of a study the first `Profile.wandb_points` points,
+by number, have a run each, and so do the trainings that one of them uses. Every later point is a
+row of the table in those of its trainings' runs that there are; every other training is a row of a
+table in the study's run, with its last loss. The study's own table has a row for every finished
+point.
+"""
+
+import csv
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
+from ebbline.analysis.results.tables import axes_of, metrics_of
+from ebbline.analysis.results.wording import NO_RESULT, axis_label, metric_label, without_paths
+from ebbline.cluster.profile import Profile
+from ebbline.cluster.schedule.costs import total
+from ebbline.cluster.store.artifacts import Artifact
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.identity import digest
+
+CURVE = "curve.csv"  # as ebbline.tasks.training.train writes it; that module imports torch
+TABLE_ROWS = 10_000  # W&B draws no more of a table
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """One W&B run to show. `stamp` changes when there is something new to show for the same id."""
+
+    id: str
+    stamp: str
+    job_type: str
+    name: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    history: Sequence[tuple[int, Mapping[str, float]]] = ()
+    points: Sequence[Result] = ()  # the rows of its table
+    failed: bool = False
+
+
+def run_id(study: Study, home_id: str, part: str = "") -> str:
+    """The id of a W&B run: the study's own, or that of its `part`. Another home's study of the same
+    name has others.
+    """
+    return "-".join(word for word in (study.study, home_id[:6], part) if word)
+
+
+def pages(
+    study: Study,
+    results: Sequence[Result],
+    trainings: Sequence[Artifact],
+    profile: Profile,
+    home_id: str,
+    hosts: Collection[str] = (),
+) -> Iterator[Page]:
+    """The trainings, then the points that have ended. No reason names one of `hosts`."""
+    later = _later_points(results, profile)
+    rows = trainings_without_run(results, profile)
+    for artifact in (artifact for artifact in trainings if artifact.key not in rows):
+        yield _training_page(study, artifact, later.get(artifact.key, []), home_id)
+    for result in results:
+        if result.number < profile.wandb_points and result.status not in (
+            "running",
+            "out_of_budget",
+        ):
+            yield _point_page(study, result, profile, home_id, hosts)
+
+
+def _training_page(
+    study: Study, artifact: Artifact, points: Sequence[Result], home_id: str
+) -> Page:
+    history = list(_curve(artifact.file(CURVE)))
+    shown = [[result.number, _counts(result)] for result in points]
+    return Page(
+        id=run_id(study, home_id, artifact.key[:12]),
+        stamp=digest([artifact.content, shown]) if shown else artifact.content,
+        job_type="training",
+        name=f"train {artifact.key[:12]}",
+        config={"key": artifact.key, "train": artifact.hashed.get("spec", {})},
+        summary={"steps": len(history)},
+        history=history,
+        points=points,
+    )
+
+
+def _point_page(
+    study: Study, result: Result, profile: Profile, home_id: str, hosts: Collection[str]
+) -> Page:
+    """The settings alone are its config: that is what W&B's parameter importance and parallel
+    coordinates take from there.
+    """
+    config: dict[str, Any] = {"model": result.point.model}
+    for axis, value in result.point.values:
+        part, _, name = axis.partition(".")
+        config.setdefault(part, {})[name] = value
+    cost = total(result.costs.values())
+    summary: dict[str, Any] = {
+        "point": result.number,
+        "status": result.status,
+        "reason": without_paths(result.reason, hosts)[:300],
+        "seconds": result.seconds,
+        "gpu_hours": cost.gpu_hours,
+        "projected_share": result.projected_share,
+        "stages": dict(result.keys),
+    }
+    usd = cost.usd(profile)
+    if usd is not None:
+        summary["usd"] = usd
+    for name, metric in result.metrics.items():
+        shown = summary_key(name)
+        summary |= {
+            shown: metric.value,
+            f"{shown}_n": metric.n,
+            f"{shown}_undecided": metric.undecided,
+        }
+        summary[f"{shown}_low"], summary[f"{shown}_high"] = metric.interval
+    return Page(
+        id=run_id(study, home_id, result.point.id),
+        stamp=digest([result.status, result.reason, _counts(result), dict(result.keys)]),
+        job_type="point",
+        name=f"{result.number} {result.point}",
+        config=config,
+        summary=summary,
+        failed=result.status in NO_RESULT,
+    )
+
+
+def _counts(result: Result) -> dict[str, Any]:
+    return {
+        name: [m.successes, m.n, m.undecided, list(m.seeds)] for name, m in result.metrics.items()
+    }
+
+
+def summary_key(metric: str) -> str:
+    """W&B reads a dot as nesting, and a slash as a section."""
+    return metric.replace(".", "/")
+
+
+def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list[Result]]:
+    """Training's key -> its finished points without a run of their own, once none of its points is
+    still running.
+    """
+    users: dict[str, list[Result]] = {}
+    for result in results:
+        for key in {key for stage, key in result.keys.items() if stage.startswith("train[")}:
+            users.setdefault(key, []).append(result)
+    later: dict[str, list[Result]] = {}
+    for key, own in users.items():
+        if all(result.status != "running" for result in own):
+            later[key] = [
+                result
+                for result in own
+                if result.number >= profile.wandb_points and result.status == "done"
+            ]
+    return later
+
+
+def trainings_without_run(results: Sequence[Result], profile: Profile) -> dict[str, int]:
+    """The trainings that only points beyond the limit use: key -> the first of these points, by
+    number.
+
+    One leaves when an earlier point turns out to use it, and never comes back: no run is taken
+    away.
+    """
+    first: dict[str, int] = {}
+    for result in results:
+        for key in {key for stage, key in result.keys.items() if stage.startswith("train[")}:
+            first[key] = min(first.get(key, result.number), result.number)
+    return {key: number for key, number in first.items() if number >= profile.wandb_points}
+
+
+def trainings_table(
+    results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile
+) -> Table:
+    """A row for each training without a run of its own, by the number of its first point. No loss
+    when its curve was dropped.
+    """
+    first = trainings_without_run(results, profile)
+    own = sorted(
+        (artifact for artifact in trainings if artifact.key in first),
+        key=lambda artifact: (first[artifact.key], artifact.key),
+    )
+    rows: list[list[Any]] = []
+    for artifact in own[:TABLE_ROWS]:
+        curve = list(_curve(artifact.file(CURVE)))
+        step, values = curve[-1] if curve else (None, {})
+        rows.append([artifact.key[:12], first[artifact.key], step, values.get("loss")])
+    return Table(["training", "first point", "steps", "last loss"], rows)
+
+
+def points_table(
+    results: Sequence[Result], profile: Profile, objectives: Sequence[str] = ()
+) -> Table:
+    """A row for each finished point; with `objectives` also whether it is on a frontier, and beyond
+    W&B's limit those that are first.
+    """
+    rows = finished(results)
+    axes, metrics = axes_of(rows), metrics_of(rows)
+    columns = ["point", "model", *map(axis_label, axes)]
+    columns += [
+        f"{metric_label(name)}{part}" for name in metrics for part in ("", " low", " high", " n")
+    ]
+    columns += ["projected share", "GPU-hours alone"]
+    marked: list[set[int]] = []
+    if objectives:
+        columns += ["on frontier", "on its model's frontier"]
+        own = frontier_by_model(rows, objectives).values()
+        marked = [
+            {r.number for r in frontier(rows, objectives)},
+            {r.number for found in own for r in found},
+        ]
+    if len(rows) > TABLE_ROWS:
+        rows = sorted(
+            rows, key=lambda r: (not any(r.number in numbers for numbers in marked), r.number)
+        )[:TABLE_ROWS]
+    return Table(
+        columns,
+        [
+            _row(result, axes, metrics) + [result.number in numbers for numbers in marked]
+            for result in rows
+        ],
+    )
+
+
+def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[Any]:
+    values = dict(result.point.values)
+    row: list[Any] = [result.number, result.point.model, *(values.get(axis) for axis in axes)]
+    for name in metrics:
+        metric = result.metrics.get(name)
+        row += [None] * 4 if metric is None else [metric.value, *metric.interval, metric.n]
+    return [*row, result.projected_share, total(result.costs.values()).gpu_hours]
+
+
+def _curve(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """(step, values) of a training; none when retention has dropped the file."""
+    if path.exists():
+        with path.open(newline="") as handle:
+            for row in csv.DictReader(handle):
+                step = int(row.pop("step"))
+                yield step, {name: float(value) for name, value in row.items()}

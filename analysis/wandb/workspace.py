@@ -1,0 +1,219 @@
+"""A study's workspace and report on W&B: the panels that show what ebbline.analysis.wandb.runs
+keeps there.
+
+Made by W&B's own `wandb-workspaces` (a public preview), which asks the server for the project: it
+must be there. Nothing of a result is written into either, only which metrics and settings to draw;
+what they show, W&B reads from the runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+import wandb_workspaces.expr as expr
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+from ebbline.analysis.results.wording import axis_label, directed_label, metric_label
+from ebbline.analysis.wandb.pages import summary_key
+from ebbline.analysis.wandb.runs import project
+from ebbline.cluster.profile import Profile
+from ebbline.sweeps.study.axes import Range
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.metrics import direction
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where the two are, by URL."""
+
+    workspace: str
+    report: str
+
+
+def make(study: Study, profile: Profile, entity: str | None, before: Made | None) -> Made:
+    """Make both, or bring up to date those made before at the same place.
+
+    Raises StudyError when W&B refuses, or does not know the project.
+    """
+    try:
+        return _make(study, profile, entity or str(wandb.Api().default_entity or ""), before)
+    except Exception as error:  # W&B's client raises errors of many kinds, also plain ones
+        place = f"{entity or 'your default entity'}/{project()}"
+        raise StudyError(
+            f"W&B did not make the workspace of {study.study!r} in {place}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}."
+            f" A project begins with its first run: `ebbline sync {study.study}` pushes "
+            "those of this study"
+        ) from error
+
+
+def _make(study: Study, profile: Profile, entity: str, before: Made | None) -> Made:
+    if not entity:
+        raise ValueError("this login has no default entity; give --entity")
+    if before is not None and urlsplit(before.workspace).path != f"/{entity}/{project()}":
+        before = None
+    report = (
+        wr.Report(project=project(), entity=entity)
+        if before is None
+        else wr.Report.from_url(before.report)
+    )
+    report.title, report.description = f"{study.study} frontier", study.question
+    report.width = "fluid"
+    report.blocks = [
+        wr.P(study.question),
+        wr.P(f"Hypothesis: {study.hypothesis or 'none was written'}"),
+        wr.H2("Frontier"),
+        wr.PanelGrid(
+            runsets=[_runset(study, entity, "study")], panels=_placed(chart_panels(study))
+        ),
+        wr.PanelGrid(
+            runsets=[_runset(study, entity, "point")], panels=_placed(scatter_panels(study))
+        ),
+        wr.H2("Hypervolume"),
+        wr.PanelGrid(
+            runsets=[_runset(study, entity, "study")], panels=_placed(growth_panels(profile))
+        ),
+        wr.H2("Settings"),
+        wr.PanelGrid(
+            runsets=[_runset(study, entity, "point")], panels=_placed(settings_panels(study))
+        ),
+        wr.H2("Trainings"),
+        wr.PanelGrid(
+            runsets=[_runset(study, entity, "training")],
+            panels=_placed(
+                [
+                    wr.LinePlot(
+                        title="Training loss",
+                        x="Step",
+                        y=["loss"],
+                        title_y="loss",
+                        max_runs_to_show=100,
+                    )
+                ]
+            ),
+        ),
+    ]
+    report.save()  # first, as it is what asks whether there is such a project
+
+    workspace = (
+        ws.Workspace(entity=entity, project=project())
+        if before is None
+        else ws.Workspace.from_url(before.workspace)
+    )
+    workspace.name = study.study
+    workspace.sections = [
+        ws.Section(name="Frontier", panels=frontier_panels(study), is_open=True),
+        ws.Section(name="Hypervolume", panels=growth_panels(profile), is_open=True),
+        ws.Section(name="Settings", panels=settings_panels(study), is_open=True),
+    ]
+    # The trainings' runs have none of these; their curves are in the report.
+    workspace.runset_settings = ws.RunsetSettings(
+        filters=[ws.Metric("Group") == study.study, ws.Metric("JobType") != "training"]
+    )
+    workspace.settings.max_runs = 100
+    workspace.save()
+    return Made(workspace.url, report.url)
+
+
+def frontier_panels(study: Study) -> list[Any]:
+    return [*chart_panels(study), *scatter_panels(study)]
+
+
+def chart_panels(study: Study) -> list[Any]:
+    """From the tables of the study's own run: every point, and each model's frontier. None for a
+    study with one objective.
+    """
+    if len(study.objectives) < 2:
+        return []
+    x, y = (metric_label(name) for name in study.objectives[:2])
+    return [
+        wr.CustomChart(
+            query={"summaryTable": {"tableKey": "points_table"}},
+            chart_name="wandb/scatter/v0",
+            chart_fields={"x": x, "y": y},
+            chart_strings={"title": f"Every point: {y} against {x}"},
+        ),
+        wr.CustomChart(
+            query={"summaryTable": {"tableKey": "frontier_table"}},
+            chart_name="wandb/lineseries/v0",
+            chart_fields={"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"},
+            chart_strings={"title": f"Frontier of each model: {y} against {x}", "xname": x},
+        ),
+    ]
+
+
+def scatter_panels(study: Study) -> list[Any]:
+    """From the points' runs, which are the first ones only in a large study: each two neighbouring
+    objectives.
+    """
+    pairs = zip(study.objectives, study.objectives[1:], strict=False)
+    return [
+        wr.ScatterPlot(
+            title=f"Points with a run: {directed_label(y)}, against {directed_label(x)}",
+            x=wr.SummaryMetric(summary_key(x)),
+            y=wr.SummaryMetric(summary_key(y)),
+        )
+        for x, y in pairs
+    ]
+
+
+def growth_panels(profile: Profile) -> list[Any]:
+    """The hypervolume over points, hours, GPU-hours, and dollars where the profile has prices."""
+    over = {"finished": "points finished", "hours": "hours of driving", "gpu_hours": "GPU-hours"}
+    over |= {"usd": "dollars"} if profile.gpus else {}
+    return [
+        wr.LinePlot(
+            title=f"Hypervolume over {words}",
+            x=name,
+            y=[f"hypervolume/over_{name}"],
+            title_x=words,
+            title_y="hypervolume",
+            smoothing_type="none",
+        )
+        for name, words in over.items()
+    ]
+
+
+def settings_panels(study: Study) -> list[Any]:
+    """Every axis and objective as parallel coordinates, and what matters for each objective."""
+    axes = {axis: values for model in study.models for axis, values in study.axes_of(model).items()}
+    columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config("model"), display_name="model")]
+    for axis, values in axes.items():
+        log = isinstance(values, Range) and values.log
+        columns.append(
+            wr.ParallelCoordinatesPlotColumn(
+                metric=wr.Config(axis), display_name=axis_label(axis), log=log
+            )
+        )
+    for name in study.objectives:
+        down = direction(name) == "minimise"  # so that up is better on every one
+        metric = wr.SummaryMetric(summary_key(name))
+        columns.append(
+            wr.ParallelCoordinatesPlotColumn(
+                metric=metric, display_name=directed_label(name), inverted=down
+            )
+        )
+    importance = [
+        wr.ParameterImportancePlot(with_respect_to=summary_key(name)) for name in study.objectives
+    ]
+    return [
+        wr.ParallelCoordinatesPlot(columns=columns, title="Settings and objectives"),
+        *importance,
+    ]
+
+
+def _runset(study: Study, entity: str, job_type: str) -> Any:
+    filters = [expr.Metric("Group") == study.study, expr.Metric("JobType") == job_type]
+    return wr.Runset(
+        entity=entity, project=project(), name=f"{study.study}: {job_type}", filters=filters
+    )
+
+
+def _placed(panels: list[Any]) -> list[Any]:
+    """Two in a row; W&B's grid is 24 wide."""
+    for index, panel in enumerate(panels):
+        panel.layout = wr.Layout(x=12 * (index % 2), y=8 * (index // 2), w=12, h=8)
+    return panels

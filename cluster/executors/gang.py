@@ -1,0 +1,181 @@
+"""A gang: one batch on several processes at once, through Ray Train, with torch.distributed and
+DeepSpeed inside.
+
+Ray Train reserves the gang's GPUs in one placement group (all or nothing), on exactly the nodes
+that the scheduler chose, starts the processes and joins them. The processes belong to Ray Train's
+controller and go with it; the group is removed with it.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError
+from ray.train import (
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+    get_context,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from ebbline.cluster.executors.executor import MemberFailed, run_batch
+from ebbline.cluster.executors.job_processes import Post, at
+from ebbline.tasks.stage import Report, Request
+
+OUTLIVES_S = 5.0  # more than two of Ray Train's looks at its members
+
+
+def run_gang(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
+    """Run a batch on one process for each of `post.nodes`, one GPU each; rank 0 commits. Returns
+    rank 0's reports.
+
+    A gang that runs out of memory is started again with half the micro-batch, for the stage it was
+    at and those behind it; it goes on from its checkpoint. Raises TrainingFailedError when a member
+    died, whatever the others have to say about it.
+    """
+    while True:
+        reports = _run_once(requests, post)
+        short = next((report for report in reports if report.smaller is not None), None)
+        if short is None:
+            return reports
+        keys = [request.key for request in requests]
+        requests = [
+            replace(request, micro_batch=short.smaller)
+            for request in requests[keys.index(short.key) :]
+        ]
+
+
+def _run_once(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
+    cuda = requests[0].device != "cpu"
+    here = at(ray.get_runtime_context().get_node_id())
+    outcome = _Outcome.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="ebbline-gang-") as here:
+        # Ray Train wants a folder that all its members see; only those on one node see this one.
+        shared = here if len(set(post.nodes)) == 1 else f"{requests[0].scratch}.gang"
+        trainer = _Trainer(
+            _member,
+            post=post,
+            train_loop_config={
+                "requests": [request.to_json() for request in requests],
+                "outcome": outcome,
+                "post": post,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=len(post.nodes),
+                use_gpu=True,
+                resources_per_worker={"GPU": 1, "CPU": 1},
+                label_selector=[{ray._raylet.RAY_NODE_ID_KEY: node} for node in post.nodes],
+            ),
+            torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+            run_config=RunConfig(
+                name=f"gang-{requests[0].key[:12]}-{requests[0].micro_batch or 0}",
+                storage_path=shared,
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            # The members' own reports say more; without any, or when one died, the gang was lost
+            # and Ray's error is what there is.
+            if _died(error) or not ray.get(outcome.get.remote()):
+                raise
+        finally:
+            shutil.rmtree(shared, ignore_errors=True)
+    reports: tuple[Report, ...] = ray.get(outcome.get.remote())
+    return reports
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """With a controller that signs on, so that what it holds is freed when it is ended
+    (cluster/executors/job_processes.py).
+
+    Ray Train's own cleaner outlives the driver, asks a dashboard that may not be there, and then
+    never ends.
+    """
+
+    def __init__(self, *args: Any, post: Post, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._post = post
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [
+            *(
+                callback
+                for callback in callbacks
+                if not isinstance(callback, PlacementGroupCleanerCallback)
+            ),
+            _SignOn(self._post),
+        ]
+
+
+class _SignOn(ControllerCallback):  # type: ignore[misc]
+    """Signs a gang's controller on, before it makes its placement group."""
+
+    def __init__(self, post: Post) -> None:
+        self.post = post
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self.post.sign_on("controller")
+
+
+def _died(error: TrainingFailedError) -> bool:
+    """Whether a member's process is gone, as against one that raised."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    checks = [
+        failure.health_check_failure
+        if isinstance(failure, WorkerHealthCheckFailedError)
+        else failure
+        for failure in failures
+    ]
+    return any(isinstance(failure, RayActorError) for failure in checks)
+
+
+@ray.remote(num_cpus=0)
+class _Outcome:
+    """Carries rank 0's reports, or the first failed member's, out of the gang: Ray Train's own
+    results hold metrics only.
+    """
+
+    def __init__(self) -> None:
+        self.reports: tuple[Report, ...] = ()
+
+    def put(self, reports: tuple[Report, ...]) -> None:
+        self.reports = self.reports or reports
+
+    def get(self) -> tuple[Report, ...]:
+        return self.reports
+
+
+def _member(config: dict[str, Any]) -> None:
+    context, post = get_context(), config["post"]
+    requests = [Request.from_json(text) for text in config["requests"]]
+    post.sign_on("member")
+    if requests[0].device != "cpu":
+        # Ray Train shows every member all of the gang's GPUs on its node: "cuda" has to mean this
+        # one's.
+        torch.cuda.set_device(get_device())
+    try:
+        reports = run_batch(
+            requests, context.get_world_rank(), context.get_world_size(), post.leaving()
+        )
+    except MemberFailed as failure:
+        ray.get(config["outcome"].put.remote((failure.report,)))
+        # A member that dies takes the others' collectives with it. Ray Train has to see its death
+        # before their errors.
+        time.sleep(OUTLIVES_S)
+        raise
+    if context.get_world_rank() == 0:
+        ray.get(config["outcome"].put.remote(reports))

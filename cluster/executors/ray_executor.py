@@ -1,0 +1,333 @@
+"""The Ray executor: one-GPU batches as Ray tasks, gangs through Ray Train, on a cluster of its own
+or one by address.
+
+A batch goes to exactly the hosts that it was given. When one of them is gone, or drains before the
+batch started, the job is lost at once, and nobody waits for what cannot come back.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    TaskUnschedulableError,
+)
+
+from ebbline.cluster.executors.executor import (
+    Capacity,
+    Executor,
+    Finished,
+    Job,
+    Loss,
+    Needs,
+    run_batch,
+)
+from ebbline.cluster.executors.job_processes import Post, at
+from ebbline.cluster.executors.ray_hosts import RayHosts
+from ebbline.tasks.errors import ClusterLost, Leaving, StudyError
+from ebbline.tasks.stage import Report, Request
+
+# A host takes minutes to come: another GPU is asked for when there is this much more work for it
+WORTH_S = 600.0
+ASK_EVERY_S = 10.0
+EXPIRE_S = 120.0  # what a killed driver asked for is forgotten after this
+MOST_BUNDLES = 1000
+_log = logging.getLogger(__name__)
+
+
+class RayExecutor(Executor):
+    """`address` "local" starts a cluster that ends with this process; anything else joins the one
+    that is there.
+
+    On a machine without GPUs a local cluster gets `logical_gpus` of them, and stages run on the
+    CPU.
+    """
+
+    def __init__(self, address: str = "local", logical_gpus: int = 2) -> None:
+        # Ray Train and Ray Data count usage and poll a dashboard by default; a sweep does neither.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        local: dict[str, Any] = (
+            {"include_dashboard": False, "num_cpus": 2 * logical_gpus + 2}
+            if address == "local"
+            else {}
+        )
+        if address == "local" and shutil.which("nvidia-smi") is None:
+            local["num_gpus"] = logical_gpus
+        # Ray puts the driver's folder first on its workers' import path, where the user may have
+        # a `tasks` or a `datasets` of their own. Like a daemon, Ray therefore starts in /.
+        with contextlib.chdir("/"):
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+        context = ray.get_runtime_context()
+        self._hosts = RayHosts(context.gcs_address)
+        self._local = address == "local"
+        self._grows = not self._local and self._hosts.grows
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        # Ray names the type of every real accelerator; logical GPUs have none.
+        real = any(name.startswith("accelerator_type:") for name in resources) or (
+            self._grows and gpus == 0
+        )
+        self.device = "cuda" if real else "cpu"
+        # Ray Train's own answer to a node that drains is to wait and start over there; here the
+        # runner starts it elsewhere.
+        variables = {
+            "TOKENIZERS_PARALLELISM": "false",
+            "RAY_TRAIN_V2_ENABLED": "1",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        }
+        # The cores are shared out among the logical GPUs, so that a stage's numbers do not depend
+        # on its neighbours.
+        self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, gpus))
+        if not real:
+            variables |= {
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": str(self.threads),
+                "CUDA_VISIBLE_DEVICES": "",
+            }
+        self._environment = {"env_vars": variables}
+        if gpus == 0 and not self._grows:
+            ray.shutdown()
+            raise StudyError(
+                f"the Ray cluster at {address!r} has no GPU; add GPU workers, or use "
+                "--address local for logical ones"
+            )
+        self._driver = context.get_job_id()
+        self._jobs: dict[ray.ObjectRef, tuple[Job, Post]] = {}
+        self._ended: list[Finished] = []
+        self._numbers = itertools.count()
+        self._name = f"ebbline-{self._driver}"
+        self._asked_at = float("-inf")
+
+    def capacity(self) -> Capacity:
+        return Capacity(tuple(self._hosts.find().values()), self._grows)
+
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        self._hosts.wait_for_head()
+        number = next(self._numbers)
+        job = Job(f"ray-{number}", tuple(request.key for request in batch), needs.gpus, hosts)
+        ids = {name: self._hosts.node_id(name) for name in hosts}
+        gone = next((name for name, node in ids.items() if node is None), None)
+        if gone is not None:
+            self._ended.append(
+                Finished(job, (), Loss(f"{gone} went before the batch could start there", "place"))
+            )
+            return job
+        post = Post(
+            f"{self._driver}-{number}",
+            tuple(str(ids[name]) for name, gpus in hosts.items() for _ in range(max(1, gpus))),
+        )
+        # Ray ends the process after each GPU task, to free the GPU's memory. With logical GPUs
+        # there is none to free, and a kept process saves seconds of imports a batch.
+        task = (
+            _gang
+            if needs.gpus > 1
+            else _gpu_batch
+            if needs.gpus and self.device != "cpu"
+            else _batch
+        )
+        options: dict[str, Any] = {"num_gpus": 1} if needs.gpus == 1 else {}
+        reference = task.options(
+            scheduling_strategy=at(post.nodes[0]), runtime_env=self._environment, **options
+        ).remote(list(batch), post)
+        self._jobs[reference] = (job, post)
+        return job
+
+    def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
+        if not self._grows or time.monotonic() - self._asked_at < ASK_EVERY_S:
+            return
+        self._hosts.wait_for_head()
+        wanted = bundles(queue)
+        for job, _ in self._jobs.values():
+            running = next(
+                (piece for piece in wanted if job.gpus > 1 and piece[0].get("GPU") == job.gpus),
+                None,
+            )
+            if running is not None:
+                wanted.remove(running)  # Ray Train asks for what its gangs run on
+        resources, labels = [piece for piece, _ in wanted], [selector for _, selector in wanted]
+        _coordinator().request_resources.remote(
+            self._name, resources, EXPIRE_S, label_selectors=labels
+        )
+        self._asked_at = time.monotonic()
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        if (
+            not self._hosts.find() and self._local
+        ):  # no other host can come, and the runner would wait for one
+            raise ClusterLost(
+                "Ray on this machine is gone; the same command starts it again and continues"
+            )
+        for reference, (job, post) in list(self._jobs.items()):
+            self._give_up(reference, job, post)
+        if self._jobs:
+            references = list(self._jobs)
+            done, _ = ray.wait(references, num_returns=1, timeout=0 if self._ended else timeout_s)
+            if done:
+                done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+            self._ended += [self._outcome(reference) for reference in done]
+        ended, self._ended = self._ended, []
+        return ended
+
+    def begun(self, job: Job) -> bool:
+        """Other drivers and programs may hold what the job waits for in Ray's queue."""
+        self._hosts.wait_for_head()
+        post = next((post for running, post in self._jobs.values() if running.id == job.id), None)
+        return post is None or post.begun()
+
+    def cancel(self, job: Job) -> None:
+        for reference, (running, post) in list(self._jobs.items()):
+            if running.id == job.id:
+                self._end(reference, post)
+
+    def close(self) -> None:
+        self._jobs.clear()
+        if self._hosts.head_lost:
+            # Ray would wait for its head until it ends this process; its own hook does so when
+            # Python ends
+            return
+        if self._asked_at > float("-inf"):
+            try:
+                ray.get(_coordinator().cancel_request.remote(self._name), timeout=EXPIRE_S)
+            except RayError as error:  # the run's own error, or its end, counts for more
+                _log.warning(
+                    "what was asked of the autoscaler was not taken back (%s); it expires "
+                    "by itself",
+                    type(error).__name__,
+                )
+        ray.shutdown()
+
+    def _give_up(self, reference: "ray.ObjectRef", job: Job, post: Post) -> None:
+        """End a job whose host is gone, or drains before all of the job's processes are there: Ray
+        would wait for ever.
+        """
+        gone = next((name for name in job.hosts if self._hosts.node_id(name) is None), None)
+        reason = f"{gone} is gone" if gone else ""
+        if (
+            gone is None
+            and job.gpus > 1
+            and any(map(self._hosts.drains, job.hosts))
+            and not post.complete()
+        ):
+            reason = "its host drains, and it had not started"
+        if reason:
+            self._end(reference, post)
+            self._ended.append(Finished(job, (), Loss(reason, "place")))
+
+    def _end(self, reference: "ray.ObjectRef", post: Post) -> None:
+        self._hosts.wait_for_head()
+        del self._jobs[reference]
+        ray.cancel(reference, force=True)
+        post.end()
+
+    def _outcome(self, reference: "ray.ObjectRef") -> Finished:
+        self._hosts.wait_for_head()
+        job, post = self._jobs.pop(reference)
+        try:
+            reports: tuple[Report, ...] = ray.get(reference)
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if isinstance(error, LocalRayletDiedError | RaySystemError) and not isinstance(
+                error, RayTaskError
+            ):
+                # Not this job alone: whatever is submitted next would be lost too, and points would
+                # fail for no fault of theirs.
+                gone = f"Ray on this machine is gone ({type(error).__name__})"
+                raise ClusterLost(
+                    f"{gone}; the same command starts it again and continues"
+                ) from error
+            # The worker, its node or a gang member died: nobody reported, so the runner looks at
+            # the store and tries again.
+            post.end()
+            lost_host = self._hosts.lost(job.hosts)
+            if lost_host is not None:
+                return Finished(job, (), Loss(f"{lost_host} is gone", "place"))
+            reason = (
+                f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
+            )
+            place = isinstance(cause, NodeDiedError | TaskUnschedulableError)
+            return Finished(job, (), Loss(reason, "place" if place else "stage"))
+        post.forget()
+        leaving = next(
+            (report for report in reports if report.error_type == Leaving.__name__), None
+        )
+        if leaving is not None:
+            kept = tuple(report for report in reports if report.error_type != Leaving.__name__)
+            return Finished(job, kept, Loss(str(leaving.error), "place"))
+        if job.gpus > 1 and any(report.error for report in reports):
+            # Whoever is left of a gang fails in the next collective, for no fault of its own.
+            lost_host = self._hosts.lost(job.hosts)
+            if lost_host is not None:
+                return Finished(job, (), Loss(f"{lost_host} is gone", "place"))
+        lost = (
+            None
+            if len(reports) == len(job.keys)
+            else Loss("a member of the gang ended without reporting")
+        )
+        return Finished(job, reports, lost)
+
+
+def bundles(queue: Sequence[tuple[Needs, float]]) -> list[tuple[dict[str, int], dict[str, str]]]:
+    """What to ask an autoscaler for: (resources, label selector) of as many pieces as the queue has
+    WORTH_S of work for each.
+
+    A gang is one piece, as it wants one host; one that may spread is a piece for each GPU.
+    """
+    groups: dict[tuple[int, tuple[tuple[str, str], ...], bool], list[float]] = {}
+    for needs, seconds in queue:
+        groups.setdefault(
+            (needs.gpus, tuple(sorted(needs.labels.items())), needs.spread), []
+        ).append(seconds)
+    wanted: list[tuple[dict[str, int], dict[str, str]]] = []
+    for (gpus, labels, spread), times in sorted(groups.items(), reverse=True):
+        count = max(1, min(len(times), math.ceil(sum(times) / WORTH_S)))
+        pieces, size = (count * gpus, 1) if spread and gpus > 1 else (count, gpus)
+        resources = {"CPU": max(1, size), **({"GPU": size} if size else {})}
+        wanted += [(resources, dict(labels))] * pieces
+    return wanted[:MOST_BUNDLES]
+
+
+def _coordinator() -> Any:
+    """Ray's actor that adds up what each library asks of `request_resources`, which itself knows
+    only the last one's word.
+    """
+    # Imported here: it brings pyarrow and pandas, and only a cluster that can grow needs it.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    return get_or_create_autoscaling_coordinator()
+
+
+@ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
+def _batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
+    post.sign_on("task")
+    return run_batch(requests, leaving=post.leaving())
+
+
+@ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]
+def _gpu_batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
+    post.sign_on("task")
+    return run_batch(requests, leaving=post.leaving())
+
+
+@ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
+def _gang(requests: list[Request], post: Post) -> tuple[Report, ...]:
+    from ebbline.cluster.executors.gang import (
+        run_gang,  # ray.train brings torch, which a driver process never needs
+    )
+
+    post.sign_on("task")
+    return run_gang(requests, post)

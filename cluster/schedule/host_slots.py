@@ -1,0 +1,101 @@
+"""What each host has left for the scheduler to give out, and until when."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ebbline.cluster.executors.executor import Capacity, Host
+
+# A job that outlasts its estimate is expected to end this soon, for ever: nothing slips in before
+# that
+IMMINENT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A running job: what it holds where, and for how much longer. One that needs no GPU holds a
+    slot of its one host (`{host: 0}`).
+    """
+
+    hosts: Mapping[str, int]
+    remaining_s: float
+
+    @property
+    def gpus(self) -> int:
+        return sum(self.hosts.values())
+
+
+@dataclass
+class Room:
+    """What a host has left, and when its jobs end. From `reserved_s` on a gang will have it, but
+    for `spare` GPUs.
+    """
+
+    host: Host
+    gpus: int
+    slots: int
+    ends: list[tuple[float, int]] = field(default_factory=list)
+    reserved_s: float | None = None
+    spare: int = 0
+    _free_s: dict[int, float] = field(default_factory=dict)
+
+    def window_s(self, gpus: int) -> float:
+        """How long a job on so many GPUs, or on a slot, may last if it starts here now; negative if
+        it may not start.
+        """
+        if gpus == 0:
+            return math.inf if self.slots > 0 else -1.0
+        if gpus > self.gpus:
+            return -1.0
+        if self.reserved_s is None or gpus <= self.spare:
+            return math.inf
+        return self.reserved_s if self.reserved_s > IMMINENT_S else -1.0
+
+    def free_s(self, gpus: int) -> float:
+        """Seconds until so many GPUs are free at once, if every job ends when expected."""
+        if gpus not in self._free_s:
+            free, when_s = self.gpus, 0.0
+            for end_s, held in sorted(self.ends):
+                if free >= gpus:
+                    break
+                free, when_s = free + held, max(0.0, end_s)
+            self._free_s[gpus] = when_s if free >= gpus else math.inf
+        return self._free_s[gpus]
+
+    def free_at(self, when_s: float) -> int:
+        return self.gpus + sum(held for end_s, held in self.ends if end_s <= when_s)
+
+    def take(self, gpus: int, seconds: float) -> None:
+        if gpus == 0:
+            self.slots -= 1
+            return
+        if self.reserved_s is not None and seconds > self.reserved_s:
+            self.spare -= gpus
+        self.gpus -= gpus
+        self.ends.append((seconds, gpus))
+        self._free_s.clear()
+
+
+def rooms_of(running: Sequence[Busy], capacity: Capacity) -> list[Room]:
+    rooms = {
+        host.name: Room(host, host.gpus, host.cpus) for host in capacity.hosts if not host.draining
+    }
+    for job in running:
+        for name, gpus in job.hosts.items():
+            if name in rooms and gpus > 0:
+                rooms[name].gpus -= gpus
+                rooms[name].ends.append((job.remaining_s, gpus))
+            elif name in rooms and job.gpus == 0:
+                rooms[name].slots -= 1
+    return sorted(rooms.values(), key=lambda room: room.host.name)
+
+
+def together_s(rooms: Sequence[Room], gpus: int) -> float:
+    """Seconds until these hosts together have so many GPUs free."""
+    free = sum(room.gpus for room in rooms)
+    when_s = 0.0
+    for end_s, held in sorted(end for room in rooms for end in room.ends):
+        if free >= gpus:
+            break
+        free, when_s = free + held, max(0.0, end_s)
+    return when_s if free >= gpus else math.inf

@@ -1,0 +1,363 @@
+"""A cluster that only counts: an executor on a virtual clock, and a loop that drives the real
+scheduler over a whole graph.
+
+It answers how long a graph would take on given hosts, and what would run where and when, in seconds
+instead of days.
+"""
+
+import heapq
+import itertools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Job, Needs
+from ebbline.cluster.executors.starts import Lanes
+from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, place
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.stage import Report, Request
+
+StartS = Callable[
+    [Needs, Mapping[str, int], bool], float
+]  # (needs, GPUs by host, whether the process is new) -> seconds
+Choose = Callable[
+    [Sequence[Work], Sequence[Busy], Capacity, Mapping[str, frozenset[str]]], list[Placement]
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage to be: what the scheduler is told of it, the `seconds` that it then takes, and the
+    keys that it reads from.
+    """
+
+    key: str
+    needs: Needs
+    resident: str
+    expected_s: float
+    seconds: float
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flights:
+    """Steps that are asked for together, as a search's points are: each group is the keys that it
+    needs, own or shared.
+
+    At most `window` groups are under way at once, of which a new one takes off when one has landed:
+    any of them, or the oldest when they land `in_turn`. None takes off while others are under way
+    and `most_gpus` are wanted by what runs or is ready.
+    """
+
+    groups: Sequence[Sequence[str]]
+    window: int
+    in_turn: bool = False
+    most_gpus: int | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stage in a trace, a bar of a Gantt chart: when it could have started, when it ran, and on
+    what.
+    """
+
+    key: str
+    ready_s: float
+    start_s: float
+    end_s: float
+    hosts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One call of the scheduler: among how many ready stages, how many batches it started, and the
+    seconds of a core it took.
+    """
+
+    at_s: float
+    ready: int
+    started: int
+    took_s: float
+
+
+@dataclass
+class Trace:
+    """What ran where and when, in the order in which it ended. `never` lists stages that nothing on
+    these hosts could run.
+    """
+
+    capacity: Capacity
+    spans: list[Span] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    never: tuple[str, ...] = ()
+
+    @property
+    def makespan_s(self) -> float:
+        return max((span.end_s for span in self.spans), default=0.0)
+
+    @property
+    def utilisation(self) -> float:
+        """The share of all GPU time until the end that stages held."""
+        held_s = sum((span.end_s - span.start_s) * sum(span.hosts.values()) for span in self.spans)
+        whole_s = self.makespan_s * self.capacity.gpus
+        return held_s / whole_s if whole_s > 0 else 0.0
+
+
+class SimulatedExecutor(Executor):
+    """Jobs take as long as `seconds_of` says of each key, one stage after another. Waiting moves
+    the clock, and nothing else does.
+    """
+
+    processes = False
+
+    def __init__(self, capacity: Capacity, seconds_of: Callable[[str], float]) -> None:
+        self.device = "simulated"
+        self.now_s = 0.0
+        self.running: dict[str, Job] = {}
+        self._capacity = capacity
+        self._seconds_of = seconds_of
+        self._ends: list[tuple[float, int, Job, int]] = []
+        self._finished: list[Finished] = []
+        self._numbers = itertools.count()
+
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        return self.start([request.key for request in batch], needs, hosts)
+
+    def start(
+        self, keys: Sequence[str], needs: Needs, hosts: Mapping[str, int], start_s: float = 0.0
+    ) -> Job:
+        """As `submit`, for stages that are only a key; the first begins after `start_s`."""
+        number = next(self._numbers)
+        job = Job(f"simulated-{number}", tuple(keys), needs.gpus, hosts)
+        self.running[job.id] = job
+        self._next_stage(job, number, 0, start_s)
+        return job
+
+    def _next_stage(self, job: Job, number: int, index: int, start_s: float = 0.0) -> None:
+        heapq.heappush(
+            self._ends,
+            (self.now_s + start_s + self._seconds_of(job.keys[index]), number, job, index),
+        )
+
+    def advance(self, until_s: float = math.inf) -> list[tuple[Job, str]]:
+        """Move the clock to when the next stages end, or to `until_s` if none ends before; the
+        stages that ended.
+        """
+        while self._ends and self._ends[0][2].id not in self.running:
+            heapq.heappop(self._ends)  # cancelled
+        if not self._ends or self._ends[0][0] > until_s:
+            self.now_s = until_s if until_s < math.inf else self.now_s
+            return []
+        self.now_s = self._ends[0][0]
+        ended = []
+        while self._ends and self._ends[0][0] <= self.now_s:
+            _, number, job, index = heapq.heappop(self._ends)
+            if job.id not in self.running:
+                continue
+            ended.append((job, job.keys[index]))
+            if index + 1 < len(job.keys):
+                self._next_stage(job, number, index + 1)
+            else:
+                del self.running[job.id]
+                self._finished.append(
+                    Finished(job, tuple(Report(key, self._seconds_of(key)) for key in job.keys))
+                )
+        return ended
+
+    def finished(self, timeout_s: float) -> Sequence[Finished]:
+        until_s = self.now_s + timeout_s
+        while not self._finished and self.running and self.now_s < until_s:
+            self.advance(until_s)
+        done, self._finished = self._finished, []
+        return done
+
+    def cancel(self, job: Job) -> None:
+        self.running.pop(job.id, None)
+
+    def close(self) -> None:
+        self.running.clear()
+
+
+def simulate(
+    steps: Iterable[Step],
+    capacity: Capacity,
+    choose: Choose = place,
+    start_s: StartS | None = None,
+    flights: Flights | None = None,
+) -> Trace:
+    """Run a whole graph on the virtual clock. `choose` gets ready stages in the order in which they
+    became so.
+
+    A host keeps at hand whatever it has had. `start_s` says what a job takes to start (nothing, if
+    not given); `flights` lets steps be asked for over time, and those in none of them at once.
+    Raises StudyError if a step reads from one that is not there, or from itself.
+    """
+    by_key = {step.key: step for step in steps}
+    behind, paths = _graph(by_key)
+    executor = SimulatedExecutor(capacity, lambda key: by_key[key].seconds)
+    tower = _Tower(by_key, flights or Flights((), 1))
+    trace = Trace(capacity)
+    lanes = Lanes()
+    missing = {key: len(step.after) for key, step in by_key.items()}
+    ready_at: dict[str, float] = {}
+    ready: dict[str, Work] = {}
+    cached: dict[str, frozenset[str]] = {}
+    expected_ends: dict[str, tuple[Mapping[str, int], float]] = {}
+    stage_starts: dict[str, float] = {}
+    arrived = [key for key in tower.at_once if missing[key] == 0]
+    while True:
+        held = sum(sum(job.hosts.values()) for job in executor.running.values())
+        while True:
+            for key in arrived:
+                step, ready_at[key] = by_key[key], executor.now_s
+                # Ageing only compares: what each waited until one same moment does, and a Work can
+                # be kept as long as it waits.
+                ready[key] = Work(
+                    key,
+                    step.needs,
+                    step.resident,
+                    step.expected_s,
+                    paths[key],
+                    waited_s=-executor.now_s,
+                )
+            asked = tower.take_off(held + sum(work.gpus for work in ready.values()))
+            if asked is None:
+                break
+            arrived = [key for key in asked if missing[key] == 0]
+        if ready:
+            busy = [
+                Busy(hosts, max(1.0, end_s - executor.now_s))
+                for hosts, end_s in expected_ends.values()
+            ]
+            works = list(ready.values())
+            before = time.thread_time()
+            placements = choose(works, busy, capacity, cached)
+            trace.decisions.append(
+                Decision(executor.now_s, len(works), len(placements), time.thread_time() - before)
+            )
+            for placement in placements:
+                starting_s = (
+                    start_s(placement.needs, placement.hosts, lanes.would_be_new(placement.hosts))
+                    if start_s
+                    else 0.0
+                )
+                job = executor.start(placement.keys, placement.needs, placement.hosts, starting_s)
+                lanes.start(job.id, placement.hosts)
+                stage_starts[job.id] = executor.now_s
+                expected_s = starting_s + sum(by_key[key].expected_s for key in placement.keys)
+                expected_ends[job.id] = (placement.hosts, executor.now_s + expected_s)
+                for host in placement.hosts:
+                    cached[host] = cached.get(host, frozenset()) | {
+                        by_key[placement.keys[0]].resident
+                    }
+                for key in placement.keys:
+                    del ready[key]
+        ended = executor.advance()
+        if not ended:
+            trace.never = tuple(key for key in by_key if key not in tower.done)
+            return trace
+        arrived = []
+        for job, key in ended:
+            trace.spans.append(
+                Span(key, ready_at[key], stage_starts[job.id], executor.now_s, job.hosts)
+            )
+            stage_starts[job.id] = executor.now_s
+            tower.landed(key)
+            if job.id not in executor.running:
+                del expected_ends[job.id]
+                lanes.end(job.id)
+            for below in behind[key]:
+                missing[below] -= 1
+                if missing[below] == 0 and below in tower.asked:
+                    arrived.append(below)
+
+
+class _Tower:
+    """Which groups of steps are under way. `asked` are the keys that may start, `done` those that
+    have ended.
+    """
+
+    def __init__(self, by_key: Mapping[str, Step], flights: Flights) -> None:
+        self._flights = flights
+        later = {key for group in flights.groups for key in group}
+        self.at_once = [key for key in by_key if key not in later]
+        self.asked, self.done = set(self.at_once), set[str]()
+        self._waiting: Iterator[Sequence[str]] = iter(flights.groups)
+        self._under_way: list[set[str]] = []
+
+    def landed(self, key: str) -> None:
+        self.done.add(key)
+        for group in self._under_way:
+            group.discard(key)
+        if self._flights.in_turn:
+            while self._under_way and not self._under_way[0]:
+                del self._under_way[0]
+        else:
+            self._under_way = [group for group in self._under_way if group]
+
+    def take_off(self, wanted_gpus: int) -> list[str] | None:
+        """The keys that the next group adds; None when no group takes off now. `wanted_gpus` are
+        those of all that runs or is ready.
+        """
+        most = self._flights.most_gpus
+        enough = most is not None and bool(self._under_way) and wanted_gpus >= most
+        full = enough or len(self._under_way) >= self._flights.window
+        group = None if full else next(self._waiting, None)
+        if group is None:
+            return None
+        own = [key for key in group if key not in self.asked]
+        self.asked |= set(own)
+        open_keys = set(group) - self.done
+        if open_keys or (self._flights.in_turn and self._under_way):
+            self._under_way.append(open_keys)
+        return own
+
+
+def bound_s(steps: Iterable[Step], capacity: Capacity) -> float:
+    """What no schedule can beat: all GPU seconds shared out evenly, or the longest chain, whichever
+    is longer.
+    """
+    by_key = {step.key: step for step in steps}
+    gpu_s = sum(step.seconds * step.needs.gpus for step in by_key.values())
+    _, paths = _graph(by_key, seconds_of=lambda step: step.seconds)
+    return max(gpu_s / max(1, capacity.gpus), max(paths.values(), default=0.0))
+
+
+def _graph(
+    by_key: Mapping[str, Step], seconds_of: Callable[[Step], float] = lambda step: step.expected_s
+) -> tuple[Mapping[str, Sequence[str]], Mapping[str, float]]:
+    """(key -> the keys that read from it, key -> seconds of the longest chain that starts
+    there).
+    """
+    behind: dict[str, list[str]] = defaultdict(list)
+    for step in by_key.values():
+        for above in step.after:
+            if above not in by_key:
+                raise StudyError(
+                    f"step {step.key!r} reads from {above!r}, which is no step; add it, or "
+                    "take it out of `after`"
+                )
+            behind[above].append(step.key)
+    left = {key: len(behind[key]) for key in by_key}
+    last = [key for key, count in left.items() if count == 0]
+    paths: dict[str, float] = {}
+    while last:
+        key = last.pop()
+        paths[key] = seconds_of(by_key[key]) + max(
+            (paths[below] for below in behind[key]), default=0.0
+        )
+        for above in by_key[key].after:
+            left[above] -= 1
+            if left[above] == 0:
+                last.append(above)
+    if len(paths) < len(by_key):
+        raise StudyError(
+            "steps read from each other in a circle: "
+            f"{', '.join(sorted(by_key.keys() - paths.keys())[:5])}"
+        )
+    return behind, paths

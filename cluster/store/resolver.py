@@ -1,0 +1,48 @@
+"""Keys of a stage graph: what each stage's key hashes once its inputs are made, and which stages
+are in the store already.
+"""
+
+from collections.abc import Callable
+
+from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.tasks.identity import digest
+from ebbline.tasks.stage import Part, Source, Stage, key_payload, stage_of
+
+
+def contents_of(
+    stage: Stage, artifact: Callable[[Stage], Artifact | None]
+) -> dict[str, str] | None:
+    """The content digest of each input, or None while one of them is not made."""
+    contents: dict[str, str] = {}
+    for name, item in stage.inputs.items():
+        if isinstance(item, Source):
+            contents[name] = item.content
+            continue
+        found = artifact(stage_of(item) or stage)
+        if found is None:
+            return None
+        contents[name] = found.content_of(item.path) if isinstance(item, Part) else found.content
+    return contents
+
+
+class Resolver:
+    """Which stages of a graph are in the store already, without running anything."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._found: dict[str, Artifact | None] = {}
+
+    def hashed(self, stage: Stage) -> dict[str, object] | None:
+        """What the stage's key hashes; None while an input is not made."""
+        contents = contents_of(stage, self.artifact)
+        return None if contents is None else key_payload(stage.spec, contents)
+
+    def key(self, stage: Stage) -> str | None:
+        payload = self.hashed(stage)
+        return None if payload is None else digest(payload)
+
+    def artifact(self, stage: Stage) -> Artifact | None:
+        if stage.lineage not in self._found:
+            key = self.key(stage)
+            self._found[stage.lineage] = None if key is None else self.store.find(stage.kind, key)
+        return self._found[stage.lineage]

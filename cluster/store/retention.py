@@ -1,0 +1,265 @@
+"""What a store holds, whether it is whole, and what of it may go.
+
+Invariants: nothing that a study needs is named for removal; a record goes before its files, so that
+no reader meets half an artifact; nothing that was written lately goes, as somebody may be about to
+use it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ebbline.cluster.store.artifacts import DROPPED, RECORD, Artifact, Store
+from ebbline.cluster.store.places import Entry
+from ebbline.tasks.errors import StoreError
+from ebbline.tasks.identity import digest, digest_files
+from ebbline.tasks.specs import KINDS
+
+Told = Callable[[int, int, str], None]
+What = Literal["cut-off attempt", "checkpoint", "source", "artifact", "adapter"]
+TENSORS = ".safetensors"
+HOMES = "homes"
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What studies refer to: keys (made or not) with all that they were made from, and sources by
+    content.
+
+    `adapters` are the keys of the points' trainings and projected adapters, `kept` those of them
+    whose tensors are to stay.
+    """
+
+    keys: frozenset[str] = frozenset()
+    sources: frozenset[str] = frozenset()
+    adapters: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
+
+    def __or__(self, other: "Needed") -> "Needed":
+        return Needed(
+            self.keys | other.keys,
+            self.sources | other.sources,
+            self.adapters | other.adapters,
+            self.kept | other.kept,
+        )
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Files that may go, and why. An adapter's go one by one and leave its record; all else goes
+    whole.
+    """
+
+    what: What
+    kind: str
+    key: str
+    names: tuple[str, ...] = field(repr=False)
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file or record that is not what it must be."""
+
+    kind: str
+    key: str
+    file: str
+    said: str
+
+
+class Survey:
+    """One look at everything in a store: `records` by kind and key, and the files of each key,
+    checkpoint and source.
+    """
+
+    def __init__(self, store: Store, told: Told = lambda done, total, name: None) -> None:
+        self.store = store
+        self.files: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+        for entry in store.place.entries():
+            top, _, rest = entry.name.partition("/")
+            self.files[top, rest.partition("/")[0].removesuffix(".json")].append(entry)
+        self.records: dict[tuple[str, str], Artifact] = {}
+        self.damaged: list[Damage] = []
+        held = {where: entries for where, entries in self.files.items() if where[0] in KINDS}
+        recorded = [
+            where
+            for where, entries in held.items()
+            if any(_below(entry, where) == RECORD for entry in entries)
+        ]
+        for number, (kind, key) in enumerate(sorted(recorded)):
+            told(number, len(recorded), kind)
+            try:
+                self.records[kind, key] = store.open(kind, key)
+            except StoreError as error:
+                self.damaged.append(Damage(kind, key, RECORD, str(error)))
+
+    @property
+    def homes(self) -> set[str]:
+        """The homes whose studies were driven with this store."""
+        return {name for top, name in self.files if top == HOMES}
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """What -> (how many, bytes): artifacts by kind, then cut-off attempts, checkpoints, sources
+        and what was set aside.
+        """
+        found: dict[str, list[int]] = defaultdict(list)
+        for (top, name), entries in sorted(self.files.items()):
+            if top not in KINDS:
+                if top != HOMES:
+                    found[{"scratch": "checkpoints", "aside": "set aside"}.get(top, top)].append(
+                        _bytes(entries)
+                    )
+                continue
+            attempts = self._attempts(top, name)
+            found["cut-off attempts"] += [_bytes(files) for files in attempts.values()]
+            if (top, name) in self.records:
+                found[top].append(_bytes(entries) - sum(map(_bytes, attempts.values())))
+        order = [*KINDS, "cut-off attempts", "checkpoints", "sources", "set aside"]
+        return {
+            what: (len(found[what]), sum(found[what]))
+            for what in [*order, *sorted(set(found) - set(order))]
+            if found.get(what)
+        }
+
+    def of(self, keys: frozenset[str]) -> int:
+        """The bytes of the artifacts with these keys."""
+        return sum(_bytes(self.files[where]) for where in self.records if where[1] in keys)
+
+    def removable(self, needed: Needed | None, before: float) -> Iterator[Removal]:
+        """What was not written since `before` (seconds since the epoch) and may go.
+
+        Without `needed` (not all who use the store are known) only what no study can ever want:
+        cut-off attempts, and checkpoints of what is done.
+        """
+        done = {key for _, key in self.records}
+        for (top, name), entries in sorted(self.files.items()):
+            old = max(entry.modified for entry in entries) < before
+            if top in KINDS:
+                for files in self._attempts(top, name).values():
+                    if max(entry.modified for entry in files) < before:
+                        yield _removal("cut-off attempt", top, name, files)
+                if (
+                    needed is not None
+                    and (top, name) in self.records
+                    and old
+                    and name not in needed.keys
+                ):
+                    attempts = {
+                        entry.name
+                        for files in self._attempts(top, name).values()
+                        for entry in files
+                    }
+                    yield _removal(
+                        "artifact",
+                        top,
+                        name,
+                        [entry for entry in entries if entry.name not in attempts],
+                    )
+            elif (
+                top == "scratch"
+                and old
+                and (name in done or (needed is not None and name not in needed.keys))
+            ):
+                yield _removal("checkpoint", top, name, entries)
+            elif top == "sources" and old and needed is not None and name not in needed.sources:
+                yield _removal("source", top, name, entries)
+
+    def adapters(self, needed: Needed, before: float) -> Iterator[Removal]:
+        """The tensors of adapters that need not be kept: their records stay, and they can be made
+        again.
+
+        One that was trained in a pack stays: made again by itself it could come out with another
+        last bit, and be another file.
+        """
+        for (kind, key), artifact in sorted(self.records.items()):
+            if key in needed.adapters - needed.kept and artifact.provenance.get("packed") is None:
+                folder = f"{kind}/{key}/{artifact.folder.name}/payload/"
+                files = [
+                    entry
+                    for entry in self.files[kind, key]
+                    if entry.name.startswith(folder) and entry.name.endswith(TENSORS)
+                ]
+                if files and max(entry.modified for entry in files) < before:
+                    yield _removal("adapter", kind, key, files)
+
+    def _attempts(self, kind: str, key: str) -> Mapping[str, list[Entry]]:
+        """The attempts at a key that no record names."""
+        artifact = self.records.get((kind, key))
+        attempts: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.files[kind, key]:
+            name = _below(entry, (kind, key)).partition("/")[0]
+            if name not in (RECORD, DROPPED) and (artifact is None or name != artifact.folder.name):
+                attempts[name].append(entry)
+        return attempts
+
+
+def remove(
+    store: Store, removals: Iterable[Removal], told: Told = lambda done, total, name: None
+) -> int:
+    """Remove what was found removable; returns the bytes that this freed."""
+    freed, listed = 0, list(removals)
+    for number, removal in enumerate(listed):
+        told(number, len(listed), f"{removal.what} {removal.kind} {removal.key[:12]}")
+        if removal.what == "adapter":
+            artifact = store.open(removal.kind, removal.key)
+            prefix = f"{removal.kind}/{removal.key}/{artifact.folder.name}/payload/"
+            store.drop(artifact, frozenset(name.removeprefix(prefix) for name in removal.names))
+        else:
+            store.place.delete(removal.names)
+            for attempt in {
+                name.split("/")[2]
+                for name in removal.names
+                if name.count("/") > 2 and removal.kind in KINDS
+            }:
+                store.discard(store.root / removal.kind / removal.key / attempt)
+        freed += removal.bytes
+    return freed
+
+
+def damages(survey: Survey, told: Told = lambda done, total, name: None) -> Iterator[Damage]:
+    """Read every file of every payload again and compare it with its record."""
+    yield from survey.damaged
+    store, total, done = (
+        survey.store,
+        sum(len(artifact.files) for artifact in survey.records.values()),
+        0,
+    )
+    for (kind, key), artifact in sorted(survey.records.items()):
+        if (artifact.kind, artifact.key) != (kind, key) or digest(dict(artifact.hashed)) != key:
+            yield Damage(kind, key, RECORD, "the record is not of this key")
+        if digest_files(artifact.files) != artifact.content:
+            yield Damage(kind, key, RECORD, "the record's content digest is not that of its files")
+        dropped = store.dropped(artifact)
+        for name, sha in artifact.files.items():
+            told(done, total, kind)
+            done += 1
+            found = store.place.sha256(f"{kind}/{key}/{artifact.folder.name}/payload/{name}")
+            if found is None and name not in dropped:
+                yield Damage(kind, key, name, "it is missing, and was not dropped")
+            elif found not in (None, sha):
+                yield Damage(
+                    kind,
+                    key,
+                    name,
+                    f"its sha256 is {found[:12] if found else found}, the record says {sha[:12]}",
+                )
+
+
+def _below(entry: Entry, where: tuple[str, str]) -> str:
+    return entry.name.removeprefix(f"{where[0]}/{where[1]}/")
+
+
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum(entry.size for entry in entries)
+
+
+def _removal(what: What, kind: str, key: str, entries: Iterable[Entry]) -> Removal:
+    entries = list(entries)
+    # The record first: half an artifact must never look whole. A source's listing first, for the
+    # same reason.
+    names = sorted(
+        (entry.name for entry in entries),
+        key=lambda name: not name.endswith((f"{key}/{RECORD}", f"{key}.json")),
+    )
+    return Removal(what, kind, key, tuple(names), _bytes(entries))

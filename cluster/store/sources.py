@@ -1,0 +1,69 @@
+"""Content from the driver's machine, for workers that do not share its disk: sent once, by content,
+before it is asked for.
+
+STORE/sources/CONTENT/NAME      a file whose sha256 is CONTENT
+STORE/sources/CONTENT/...       or a folder's files, listed in
+STORE/sources/CONTENT.json      name -> sha256; written last, so a folder sent in part is not there
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from ebbline.cluster.store.artifacts import Store
+from ebbline.tasks.errors import PinError
+from ebbline.tasks.identity import digest_files, folder_files
+from ebbline.tasks.stage import Source
+
+HUB = "hub:"
+_log = logging.getLogger(__name__)
+
+
+def offered(store: Store, source: Source) -> str:
+    """Where workers find a source: its own location if they can use it, else its URL in the store,
+    sent there if need be.
+
+    Raises PinError when the folder is no longer what its pin says.
+    """
+    if store.cache is None or source.location.startswith(HUB):
+        return source.location
+    path, name = Path(source.location), f"sources/{source.content}"
+    if path.is_file():
+        target = f"{name}/{path.name}"
+        if path.name not in store.sizes(name):
+            _log.info("sending %s to %s", path, store.url(target))
+            store.place.send(path, target)
+        return store.url(target)
+    if store.place.read(f"{name}.json") is None:
+        files = folder_files(path)
+        if digest_files(files) != source.content:
+            raise PinError(
+                f"{path} is not what the study pins any more; restore the folder, or pin "
+                "the new content with `ebbline pin`"
+            )
+        _log.info("sending the %d files of %s to %s", len(files), path, store.url(name))
+        there = store.sizes(name)
+        for file in files:
+            if there.get(file) != (path / file).stat().st_size:
+                store.place.send(path / file, f"{name}/{file}")
+        store.place.create(f"{name}.json", json.dumps(files).encode())
+    return store.url(name)
+
+
+def fetch_source(store: Store, path: Path) -> Path:
+    """A source on a worker's machine; `path` is where its URL's like lies in the cache, and the
+    caller holds that entry.
+    """
+    assert store.cache is not None
+    _, content, *name = path.relative_to(store.root).parts
+    text = None if name else store.place.read(f"sources/{content}.json")
+    files = {name[0]: content} if name else json.loads(text or b"{}")
+    prefix = f"sources/{content}"
+    folder = store.root / prefix
+    store.cache.fetch(
+        folder,
+        files,
+        lambda: store.sizes(prefix),
+        lambda file, to: store.place.receive(f"{prefix}/{file}", to),
+    )
+    return path

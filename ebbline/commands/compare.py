@@ -1,0 +1,399 @@
+"""`compare`: studies side by side, the first as what the others are set against; as text, JSON, a
+page or a picture.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ebbline.analysis.figures.comparison import comparison_figure
+from ebbline.analysis.figures.drawing import save_as
+from ebbline.analysis.files import write_whole
+from ebbline.analysis.report.answer import meaning, tally
+from ebbline.analysis.report.page import shown, template
+from ebbline.analysis.results.collect import StoredEvidence, collect
+from ebbline.analysis.results.compare import Comparison
+from ebbline.analysis.results.comparison import Beside, Side, Sized, Volumes, beside
+from ebbline.analysis.results.floors import Floor
+from ebbline.analysis.results.picked import in_words, missed_by, named
+from ebbline.analysis.results.tables import in_points
+from ebbline.analysis.results.wording import directed_label, metric_label, percent
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.commands.pick import floors_of, maximised_of
+from ebbline.sweeps.study.differences import differences
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study import Study, lasting
+from ebbline.sweeps.study.study_file import load
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.metrics import Metric
+from ebbline.tasks.stage import Stage
+
+PICTURES = (".png", ".pdf", ".svg")
+BY_MODEL = (
+    "quantisation",
+    "dtype",
+)  # what a suite's stages say of the model, which is no part of what was asked of it
+UNSAID = ("study", "question", "hypothesis")
+
+
+def compare_studies(
+    names: Sequence[str],
+    homes: Sequence[Path],
+    floors: Sequence[str],
+    to: Path | None,
+    as_json: bool,
+) -> None:
+    """Print the comparison of studies, one home for all or one for each; with `to`, write its page
+    or picture there as well.
+    """
+    if len(names) < 2:
+        raise StudyError("a comparison needs two studies or more")
+    if len(homes) not in (1, len(names)):
+        raise StudyError(
+            f"{len(homes)} homes for {len(names)} studies: give --home once, or once for "
+            "each study in their order"
+        )
+    if to is not None and to.suffix not in (".html", *PICTURES):
+        raise StudyError(f"--to {to}: a page ends in .html, a picture in {', '.join(PICTURES)}")
+    sides = _sides(names, list(homes) * (len(names) if len(homes) == 1 else 1))
+    for side in sides:
+        if not any(side.of(model) for model in side.study.models):
+            raise StudyError(f"{side.label} has no finished point; `ebbline run` goes on with it")
+    first = sides[0]
+    bounds = _floors(sides, floors)
+    maximised = maximised_of(first.study, None)
+    found = [beside(first, other, bounds, maximised) for other in sides[1:]]
+    drawn = [name for name in first.study.objectives if all(name in each.metrics for each in found)]
+    if to is not None:
+        if not drawn:
+            raise StudyError(
+                f"the studies share none of {', '.join(first.study.objectives)}, so there "
+                "is no picture of both"
+            )
+        _write(to, sides, found, bounds, drawn)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "floors": list(map(str, bounds)),
+                    "comparisons": [_json(each) for each in found],
+                    "to": to and str(to),
+                },
+                indent=1,
+            )
+        )
+        return
+    for each in found:
+        for title, notes, tables in _sections(each, bounds):
+            print("\n".join([title, *(f"  {note}" for note in notes)]))
+            for caption, table in tables:
+                print(f"  {caption}")
+                for metric, one, other, move in table.itertuples(index=False, name=None):
+                    print(f"    {metric}: {one}; {other}; {move}")
+            print()
+    print(meaning(_told(found)))
+    if to is not None:
+        print(f"wrote {to}")
+
+
+def _sides(names: Sequence[str], homes: Sequence[Path]) -> list[Side]:
+    loaded = []
+    for name, home in zip(names, homes, strict=True):
+        where = Home(home)
+        loaded.append((where.continued(load(where.named(name))), where))
+        where.require(loaded[-1][0].study)
+    titles = [study.study for study, _ in loaded]
+    labels = [
+        title if titles.count(title) == 1 else f"{title} in {home.root.name}"
+        for title, (_, home) in zip(titles, loaded, strict=True)
+    ]
+    if len(set(labels)) < len(labels):
+        raise StudyError(
+            f"the studies cannot be told apart by name and home ({', '.join(labels)}); "
+            "give each its own home"
+        )
+    return [
+        Side(label, study, collect(study, home), StoredEvidence(study, home), _asked(study, home))
+        for label, (study, home) in zip(labels, loaded, strict=True)
+    ]
+
+
+def _asked(study: Study, home: Home) -> dict[str, dict[str, object]]:
+    """Suite -> what decides what it measures, of the suites whose prompts are there. Judges count
+    by their settings.
+    """
+    planner, resolver, found = (
+        Planner(study, home),
+        Resolver(home.store),
+        dict[str, dict[str, object]](),
+    )
+    for suites in planner.baselines().values():
+        for suite, stage in suites.items():
+            said = stage.inputs.get("generation")
+            speaking = said if isinstance(said, Stage) else stage
+            hashed: Any = resolver.hashed(speaking)
+            if hashed is None:
+                continue
+            own = {name: value for name, value in hashed["spec"].items() if name not in BY_MODEL}
+            judges = {
+                name: str(item.spec.model_dump())
+                for name, item in stage.inputs.items()
+                if isinstance(item, Stage) and item is not said
+            }
+            scored = {} if speaking is stage else dict(stage.spec.model_dump())
+            race = str(getattr(study.suites[suite].measure, "race", None))
+            found.setdefault(
+                suite,
+                {"prompts": hashed["inputs"]["prompts"], **own, **scored, **judges, "race": race},
+            )
+    return found
+
+
+def _floors(sides: Sequence[Side], asked: Sequence[str]) -> tuple[Floor, ...]:
+    """The same floors for all: the first study's as `pick` takes them, its own refusal floor
+    replaced by the strictest of all.
+    """
+    found = floors_of(sides[0].study, asked)
+    refusal = sides[0].study.refusal_metric
+    strictest = max(side.study.refusal_floor for side in sides)
+    given = {floors_of(sides[0].study, [text])[-1].metric for text in asked}
+    floors = tuple(
+        Floor(refusal, strictest) if each.metric == refusal and refusal not in given else each
+        for each in found
+    )
+    for side in sides[1:]:
+        for floor in floors:
+            try:
+                side.study.metric(floor.metric)
+            except ValueError as error:
+                raise StudyError(
+                    f"{side.label} has no operating point at the floor of {floor.metric}: {error}"
+                ) from None
+    return floors
+
+
+def _sections(
+    found: Beside, floors: Sequence[Floor]
+) -> Iterator[tuple[str, list[str], list[tuple[str, pd.DataFrame]]]]:
+    """(title, notes, (caption, table)...): what is comparable, then each size."""
+    notes = [
+        f"not comparable, {suite}: {why}; intervals only" for suite, why in found.apart.items()
+    ]
+    one, other = found.before.study, found.after.study
+    before, after = (
+        {k: v for k, v in lasting(s.model_dump(mode="json")).items() if k not in UNSAID}
+        for s in (one, other)
+    )
+    differ = [
+        line
+        for line in differences(before, after)
+        if not line.startswith(("search.", "refusal_floor"))
+    ]
+    for label, end in ((found.before.label, ": removed"), (found.after.label, ": added")):
+        only = [line.removesuffix(end) for line in differ if line.endswith(end)]
+        notes += [f"only in {label}: {', '.join(only)}"] if only else []
+    notes += [
+        f"other settings: {line}" for line in differ if not line.endswith((": removed", ": added"))
+    ]
+    notes += [] if differ else ["their settings are the same"]
+    if not found.sizes:
+        notes.append("no size has finished points in both")
+    yield f"{found.after.label} against {found.before.label}", notes, []
+    for size in found.sizes:
+        yield (
+            f"{found.after.label} against {found.before.label}: {size.model}",
+            list(_notes(size)),
+            list(_tables(size, found, floors)),
+        )
+
+
+def _notes(size: Sized) -> Iterator[str]:
+    if size.volumes is not None:
+        yield f"hypervolume of the frontier {_volumes(size.volumes)}"
+        before, after = (each.among for each in size.picks)
+        if before != after:
+            yield (
+                f"the frontiers were chosen from {before} and {after} different points: the "
+                "more points, the further a frontier reaches"
+            )
+    if not size.shared:
+        yield "no point has the same settings in both"
+        return
+    yield (
+        f"{len(size.shared)} {'point has' if len(size.shared) == 1 else 'points have'} the "
+        "same settings in both:"
+    )
+    for name, comparisons in size.at_shared.items():
+        yield f"  {metric_label(name)} is {tally(comparisons, 'point')}"
+
+
+def _volumes(found: Volumes) -> str:
+    text = f"{found.before:.3f} before, {found.after:.3f} after, difference {found.difference:+.3f}"
+    if found.interval is None:
+        return (
+            f"{text} (no interval: the samples behind an objective are not at hand, or it is "
+            "no share of them)"
+        )
+    low, high = found.interval
+    if low == high == 0:
+        return f"{text} (both studies' points answered every prompt alike)"
+    how = (
+        "over the prompts that both were asked"
+        if found.paired
+        else "over each study's own prompts, which differ"
+    )
+    sure = "" if low <= 0 <= high else f", so {'larger' if low > 0 else 'smaller'}"
+    return f"{text} (95% bootstrap {how}: {low:+.3f} to {high:+.3f}{sure if found.paired else ''})"
+
+
+def _tables(
+    size: Sized, found: Beside, floors: Sequence[Floor]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    caption = f"Operating points, {in_words(floors)}"
+    for side, own in zip((found.before, found.after), size.picks, strict=True):
+        lacking = "" if own.holds else f", which is only the nearest: {missed_by(own, None)}"
+        caption += f"; {side.label}: {named(own.result)}{lacking}"
+    rows = [
+        (directed_label(name), _short(one.before), _short(one.after), _moved(one))
+        for name, one in size.at_picks.items()
+    ]
+    yield (
+        caption,
+        pd.DataFrame(
+            rows,
+            columns=["metric", found.before.label, found.after.label, f"{found.after.label} is"],
+        ),
+    )
+
+
+def _short(metric: Metric) -> str:
+    low, high = metric.interval
+    return f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}], n = {metric.n}"
+
+
+def _moved(found: Comparison) -> str:
+    if found.paired is None:
+        return f"{found.move} (by intervals)"
+    low, high = found.paired.interval
+    return (
+        f"{found.move} (paired, {in_points(found.paired.difference)} points [{in_points(low)}, "
+        f"{in_points(high)}])"
+    )
+
+
+def _told(found: Sequence[Beside]) -> list[Comparison]:
+    sizes = [size for each in found for size in each.sizes]
+    return [
+        one
+        for size in sizes
+        for one in [
+            *size.at_picks.values(),
+            *(one for rows in size.at_shared.values() for one in rows),
+        ]
+    ]
+
+
+def _write(
+    to: Path,
+    sides: Sequence[Side],
+    found: Sequence[Beside],
+    floors: Sequence[Floor],
+    drawn: Sequence[str],
+) -> None:
+    figure = comparison_figure(sides, drawn)
+    try:
+        if to.suffix != ".html":
+            save_as(figure, to)
+            return
+        axes = " against ".join(directed_label(name) for name in reversed(drawn[:2]))
+        caption = (
+            "Every finished point with its 95% intervals. Filled: projected; hollow: not. The "
+            "steps are each study's frontier."
+        )
+        page = template("report/comparison_template.html").render(
+            labels=[side.label for side in sides],
+            drawn=axes,
+            figure=shown(figure, _alt(axes, sides, found), caption),
+            compared=[section for each in found for section in _sections(each, floors)],
+            meaning=meaning(_told(found)),
+        )
+        write_whole(to, lambda path: path.write_text(page, "utf-8"))
+    except OSError as error:
+        raise StudyError(
+            f"{to} cannot be written: {error}; give another place with --to"
+        ) from error
+
+
+def _alt(axes: str, sides: Sequence[Side], found: Sequence[Beside]) -> str:
+    counts = "; ".join(
+        f"{side.label}, {sum(len(side.of(model)) for model in side.study.models)} points"
+        for side in sides
+    )
+    volumes = [
+        f"{each.after.label}, {size.model}: hypervolume {size.volumes.after:.3f} where "
+        f"{each.before.label} has {size.volumes.before:.3f}"
+        for each in found
+        for size in each.sizes
+        if size.volumes is not None
+    ]
+    return f"Scatter plots, one a size: {axes}. " + ". ".join([counts, *volumes]) + "."
+
+
+def _json(found: Beside) -> dict[str, Any]:
+    return {
+        "before": found.before.label,
+        "after": found.after.label,
+        "not_comparable": dict(found.apart),
+        "sizes": [
+            {
+                "model": size.model,
+                "operating_points": [
+                    {"number": each.result.number, "holds": each.holds} for each in size.picks
+                ],
+                "at_operating_points": {
+                    name: _comparison(each) for name, each in size.at_picks.items()
+                },
+                "same_settings": [[one.number, other.number] for one, other in size.shared],
+                "at_same_settings": {
+                    name: [_comparison(each) for each in rows]
+                    for name, rows in size.at_shared.items()
+                },
+                "hypervolume": None
+                if size.volumes is None
+                else {
+                    "before": size.volumes.before,
+                    "after": size.volumes.after,
+                    "difference": size.volumes.difference,
+                    "interval": size.volumes.interval,
+                    "paired": size.volumes.paired,
+                },
+            }
+            for size in found.sizes
+        ],
+    }
+
+
+def _comparison(found: Comparison) -> Mapping[str, Any]:
+    sides = {
+        what: {
+            "value": metric.value,
+            "low": metric.interval[0],
+            "high": metric.interval[1],
+            "n": metric.n,
+        }
+        for what, metric in (("before", found.before), ("after", found.after))
+    }
+    paired = None
+    if found.paired is not None:
+        test = found.paired
+        paired = {
+            "difference": test.difference,
+            "interval": test.interval,
+            "p_value_uncorrected": test.p_value,
+            "prompts": test.items,
+        }
+    return {**sides, "move": found.move, "paired": paired}

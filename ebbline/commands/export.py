@@ -1,0 +1,89 @@
+"""`ebbline export`: what a study has come to as files for a paper, and whether a bundle came out
+the same elsewhere.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from ebbline.analysis.paper.bundle_keys import check_bundle
+from ebbline.analysis.paper.export import Export, Style, write_export
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+
+BOTH: tuple[Style, ...] = ("neurips", "acl")
+
+
+def export_study(
+    study: Study, home: Home, to: Path, style: Literal["neurips", "acl", "both"], as_json: bool
+) -> None:
+    """Write the export and say what is in it."""
+    done = write_export(study, home, to, BOTH if style == "both" else (style,))
+    if as_json:
+        print(json.dumps(_as_json(study, done), indent=1))
+        return
+    others = ", ".join(
+        f"{count} {status}" for status, count in sorted(done.points.items()) if status != "done"
+    )
+    print(
+        f"{study.study}: {done.points['done']} points "
+        f"done{f', {others}' if others else ''}; {len(done.files)} files in {done.folder}"
+    )
+    for name, what in {
+        **{
+            f"{each}/": "figures and LaTeX tables"
+            for each in (BOTH if style == "both" else (style,))
+        },
+        "data/": "CSV and Parquet",
+        "methods.md .tex": "what was done, with citations",
+        "references.bib": "what it cites",
+        "bundle/": "what runs the study again",
+    }.items():
+        print(f"  {name:16} {what}")
+    for each in done.bring:
+        print(
+            f"not in the bundle: {each.what}, {each.place} (sha256 {each.sha256[:12]}); "
+            "whoever runs it must bring it"
+        )
+    print(
+        f"next: see {done.folder / 'README.md'}; elsewhere `ebbline run "
+        f"{done.folder / 'bundle' / 'study.yaml'} --home OTHER`"
+    )
+
+
+def _as_json(study: Study, done: Export) -> dict[str, object]:
+    return {
+        "study": study.study,
+        "to": str(done.folder),
+        "points": dict(sorted(done.points.items())),
+        "files": list(done.files),
+        "bring": [
+            {"place": each.place, "what": each.what, "sha256": each.sha256, "uses": list(each.uses)}
+            for each in done.bring
+        ],
+    }
+
+
+def check(bundle: Path, home: Home, as_json: bool) -> int:
+    """Say whether a bundle's keys are those of this home; the exit code is 0 when they are, else
+    1.
+    """
+    found = check_bundle(bundle, home)
+    whole = not found.differ and not found.absent
+    if as_json:
+        print(json.dumps({"same": whole, "stages": vars(found)}, indent=1))
+        return 0 if whole else 1
+    total = found.same + found.absent + found.differ
+    if whole:
+        print(
+            f"all {total} stages of {found.points} points have the keys of {bundle}, and "
+            "measured the same"
+        )
+        return 0
+    print(
+        f"{found.same} of {total} stages are the same, {found.differ} differ, "
+        f"{found.absent} are not here;"
+        f" {found.points_same} of {found.points} points have all their keys"
+    )
+    print(f"the first that is not the same: {found.first}")
+    return 1

@@ -1,0 +1,89 @@
+"""`papers`: a study beside what papers report, and of each number what is and is not comparable."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from ebbline.analysis.paper.papers import NOT_KNOWN, Row, beside_papers, is_tiny
+from ebbline.analysis.paper.published import Published
+from ebbline.analysis.results.collect import baselines, collect, prompt_sets
+from ebbline.analysis.results.wording import metric_label, percent
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+
+
+def show_papers(study: Study, home: Home, as_json: bool) -> None:
+    home.require(study.study)
+    rows = beside_papers(
+        study, collect(study, home), baselines(study, home), prompt_sets(study, home)
+    )
+    if as_json:
+        said = [{**asdict(row), "comparable": row.comparable} for row in rows]
+        print(
+            json.dumps(
+                {"study": study.study, "summary": _summary(study, rows), "rows": said}, indent=1
+            )
+        )
+        return
+    print(_summary(study, rows))
+    paper = ""
+    for row in rows:
+        if row.published.paper != paper:
+            paper = row.published.paper
+            print(f"\n{paper}")
+        print(f"  {_told(row.published)}; here {row.here}")
+        print(f"    {row.comparable}: {_why(row)}")
+    print(
+        "\nPublished numbers are as their authors report them. Same: as far as the study's "
+        "settings and its suites' prompts tell."
+    )
+
+
+def _summary(study: Study, rows: Sequence[Row]) -> str:
+    counts = Counter[str](row.comparable for row in rows)
+    if all(is_tiny(model) for model in study.models.values()):
+        return (
+            f"{study.study}: nothing in these tables is comparable. Its models are tiny "
+            "ones of an invented language, which no paper"
+            " measured, fine-tuned on data and asked prompts that no paper used."
+        )
+    order = (
+        "comparable",
+        "comparable as far as is known",
+        "not known to be comparable",
+        "not comparable",
+    )
+    return f"{study.study}, of {len(rows)} published numbers: " + ", ".join(
+        f"{counts[what]} {what}" for what in order
+    )
+
+
+def _told(published: Published) -> str:
+    unit = percent(published.value) if published.value <= 1 else f"{published.value:g}"
+    note = f" ({published.note})" if published.note else ""
+    on = f" on {published.prompts or published.task}" if published.prompts or published.task else ""
+    return (
+        f"{published.setting}, {published.state}: {metric_label(published.metric)}{on} {unit}{note}"
+    )
+
+
+def _why(row: Row) -> str:
+    """What differs, what cannot be told and what is the same; of what a paper does not say only the
+    names.
+    """
+    unsaid = [fact for fact in row.those("cannot be told") if fact.there == NOT_KNOWN]
+    untold = [fact for fact in row.those("cannot be told") if fact.there != NOT_KNOWN]
+    both = {"differs": row.those("differs"), "cannot be told": untold}
+    parts = [
+        f"{what}: {', '.join(f'{f.what} ({f.there}; here {f.here})' for f in facts)}"
+        for what, facts in both.items()
+        if facts
+    ]
+    names = {"not known of the paper": unsaid, "same": row.those("same")}
+    parts += [
+        f"{what}: {', '.join(fact.what for fact in facts)}"
+        for what, facts in names.items()
+        if facts
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,456 @@
+"""Safe LoRA by itself: project PEFT adapters onto the alignment subspace of their model, with no
+study, store or cluster.
+
+    from ebbline.commands.project import project
+    project(["my-adapter"], "llama-2-7b", "llama-2-7b-chat", "safer-adapter", threshold=0.4)
+
+What comes out is an ordinary PEFT adapter, beside a `safe_lora.json` that says what was done to
+each module. The weights of the two models are read once, however many adapters there are, and never
+more than two modules of theirs are in memory.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, chosen
+from ebbline.tasks.defences.project import Weights, as_saved, projections, row_of, write_adapter
+from ebbline.tasks.defences.safelora import NO_DIRECTION
+from ebbline.tasks.defences.subspace import Bases
+from ebbline.tasks.errors import ModelError, ProjectionError
+from ebbline.tasks.models.loading import resolve
+from ebbline.tasks.models.weights import Adapter, Checkpoint, inside, opened, read_adapter
+
+DEFAULT_THRESHOLD = 0.5
+DEFAULT_ENERGY = 0.9
+RECORD = "safe_lora.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How adapters are projected. `threshold` takes the modules whose cosine is at or below it,
+    `modules` the n lowest.
+
+    `energy` is the share of ||aligned - base||_F^2 that the exact projector keeps, None for the
+    approximate one.
+    """
+
+    base: str
+    aligned: str
+    projector: Literal["approximate", "exact"]
+    threshold: float | None
+    modules: int | None
+    energy: float | None
+
+    @property
+    def rule(self) -> str:
+        return (
+            f"the {self.modules} of lowest cosine"
+            if self.threshold is None
+            else f"modules with a cosine <= {self.threshold:g}"
+        )
+
+
+@dataclass(frozen=True)
+class ProjectedAdapter:
+    """One adapter's outcome: where it lies, each module's row, the modules that took C B, and what
+    a reader must know.
+    """
+
+    adapter: str
+    out: Path
+    settings: Settings
+    rows: Mapping[str, ModuleRow]
+    projected: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def project(
+    adapters: Sequence[str | Path],
+    base: str | Path,
+    aligned: str | Path,
+    out: str | Path,
+    *,
+    threshold: float | None = None,
+    modules: int | None = None,
+    projector: Literal["approximate", "exact"] = "approximate",
+    energy: float | None = None,
+    cache: str | Path | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int, str], None] = lambda done, total, module: None,
+) -> list[ProjectedAdapter]:
+    """Safe LoRA (arXiv 2405.16833) on one or more adapters of one model; see
+    ebbline.tasks.defences.safelora for the formulas.
+
+    `base` and `aligned` are Hugging Face folders or hub ids at a commit (`ORG/NAME@COMMIT`). `out`
+    becomes the projected adapter, or holds a folder for each when there are several. With neither
+    `threshold` nor `modules`, the threshold is 0.5. `cache` keeps the exact projector's bases for
+    the next time.
+
+    Raises ModelError for an adapter or model that Safe LoRA is not defined for, ProjectionError
+    where it cannot be computed. `out` appears whole or not at all.
+    """
+    adapters = [adapters] if isinstance(adapters, str | Path) else adapters
+    settings = _settings(base, aligned, threshold, modules, projector, energy)
+    _require_device(device)
+    destination = _destination(Path(out))
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise ProjectionError(
+            f"{cache} is a file; the cache of the exact projector's bases is a folder"
+        )
+    loaded = [read_adapter(located(adapter)) for adapter in adapters]
+    if not loaded:
+        raise ProjectionError("no adapter was given")
+    names = [""] if len(loaded) == 1 else distinct_names([adapter.folder for adapter in loaded])
+    bases = (
+        None
+        if settings.energy is None
+        else Bases(settings.energy, None if cache is None else Path(cache), device)
+    )
+    source = Weights(Checkpoint(located(base)), Checkpoint(located(aligned)), bases)
+    for model in (source.base, source.aligned):
+        model.require()
+    try:
+        with _scratch(destination) as scratch:
+            spool, fresh = scratch / "spool", scratch / "out"
+            spool.mkdir()
+            rows = _measured(loaded, source, spool, progress, device)
+            results = [
+                _written(adapter, own, settings, spool, number, fresh / name, destination / name)
+                for number, (adapter, own, name) in enumerate(zip(loaded, rows, names, strict=True))
+            ]
+            fresh.replace(destination)
+    except (OSError, SafetensorError) as error:
+        raise ProjectionError(
+            f"{destination} cannot be written: {error}. Make room or give another folder; "
+            "nothing was left there"
+        ) from error
+    return results
+
+
+@contextmanager
+def _scratch(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` for the length of a `with`. What a killed run on this machine
+    left is removed first.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    mine = f".{destination.name}.{platform.node()}."
+    for left in destination.parent.glob(f"{mine}*"):
+        process = left.name.removeprefix(mine).partition(".")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            shutil.rmtree(left)
+    with TemporaryDirectory(dir=destination.parent, prefix=f"{mine}{os.getpid()}.") as folder:
+        yield Path(folder)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
+
+
+def _destination(out: Path) -> Path:
+    """Where the outcome goes: a folder that is new or empty. Raises ProjectionError for any other,
+    before any work is done.
+    """
+    destination = out.resolve()
+    if destination == Path.cwd():
+        raise ProjectionError(f"{out} is the folder you are in; give the name of a new one")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ProjectionError(
+            f"{out} exists; nothing is overwritten. Give another folder for what comes "
+            "out, or remove it first"
+        )
+    above = next(folder for folder in destination.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ProjectionError(f"{out} cannot be made: {above} is no folder that you may write to")
+    return destination
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # torch raises either for a device that it lacks
+        raise ProjectionError(
+            f"this machine cannot compute on {device!r} ({str(error).splitlines()[0]}); "
+            "leave it out, or say cpu"
+        ) from error
+
+
+def located(reference: str | Path) -> Path:
+    """A local folder, or a hub snapshot at its commit. Raises ModelError for a hub id without
+    one.
+    """
+    text = str(reference)
+    if Path(text).exists():
+        return Path(text)
+    if _HUB_ID.fullmatch(text):
+        return resolve(f"hub:model:{text}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", text) and not text.startswith("."):
+        raise ModelError(
+            f"there is no folder {text}. If it is a model on the hub, name its commit too, "
+            f"as {text.partition('@')[0]}@ and the 40"
+            " digits that its page shows under 'Files': what a bare name means changes"
+        )
+    raise ModelError(f"there is no folder {text}")
+
+
+def _settings(
+    base: str | Path,
+    aligned: str | Path,
+    threshold: float | None,
+    modules: int | None,
+    projector: Literal["approximate", "exact"],
+    energy: float | None,
+) -> Settings:
+    if projector not in ("approximate", "exact"):
+        raise ProjectionError(f"no projector {projector!r}; there are 'approximate' and 'exact'")
+    if threshold is not None and modules is not None:
+        raise ProjectionError("give a threshold or a number of modules, not both")
+    if threshold is not None and not -1.0 <= threshold <= 1.0:
+        raise ProjectionError(f"the threshold is a cosine, from -1 to 1; {threshold:g} is not")
+    if modules is not None and (
+        isinstance(modules, bool) or not isinstance(modules, int) or modules < 0
+    ):
+        raise ProjectionError(f"{modules} is no number of modules")
+    if projector == "approximate" and energy is not None:
+        raise ProjectionError(
+            "energy belongs to the exact projector; the approximate one has no such share"
+        )
+    if projector == "exact":
+        energy = DEFAULT_ENERGY if energy is None else energy
+        if not 0.0 < energy < 1.0:
+            raise ProjectionError(
+                f"energy is a share between 0 and 1, both excluded; {energy:g} is not"
+            )
+    if threshold is None and modules is None:
+        threshold = DEFAULT_THRESHOLD
+    return Settings(str(base), str(aligned), projector, threshold, modules, energy)
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each of several folders: the shortest endings of their paths that differ. Raises
+    ProjectionError for one given twice.
+    """
+    paths = [folder.resolve().parts[1:] for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["-".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    twice = [folder for folder, parts in zip(folders, paths, strict=True) if paths.count(parts) > 1]
+    if twice:
+        raise ProjectionError(f"{twice[0]} is given twice")
+    return [f"{folder.name}-{number}" for number, folder in enumerate(folders, start=1)]
+
+
+def _measured(
+    adapters: Sequence[Adapter],
+    source: Weights,
+    spool: Path,
+    progress: Callable[[int, int, str], None],
+    device: str,
+) -> list[dict[str, ModuleRow]]:
+    """Each adapter's rows; every C.B goes to a file in `spool`, as all of them may be more than
+    memory holds.
+    """
+    rows: list[dict[str, ModuleRow]] = [{} for _ in adapters]
+    for module, found in projections(adapters, source, progress, device):
+        for number, outcome in found.items():
+            rows[number][module] = row_of(outcome)
+        save_file(
+            {
+                str(number): as_saved(outcome, adapters[number], module)
+                for number, outcome in found.items()
+            },
+            spool / module,
+        )
+    return rows
+
+
+def _written(
+    adapter: Adapter,
+    rows: Mapping[str, ModuleRow],
+    settings: Settings,
+    spool: Path,
+    number: int,
+    fresh: Path,
+    out: Path,
+) -> ProjectedAdapter:
+    take, notes = chosen(rows, settings.threshold, settings.modules), tuple(_notes(adapter, rows))
+    projected = {}
+    for module in take:
+        with opened(spool / module) as file:
+            projected[module] = file.get_tensor(str(number))
+    fresh.mkdir(parents=True)
+    write_adapter(adapter, projected, fresh)
+    record = {
+        "settings": asdict(settings),
+        "adapter": str(adapter.folder),
+        "notes": list(notes),
+        "modules": {
+            module: {**asdict(rows[module]), "projected": module in take} for module in sorted(rows)
+        },
+    }
+    (fresh / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False))
+    return ProjectedAdapter(str(adapter.folder), out, settings, rows, take, notes)
+
+
+def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
+    notes = []
+    if others := inside(adapter.folder):
+        notes.append(
+            f"{adapter.folder} holds other adapters too, in folders of their own, and they "
+            f"were left alone: {', '.join(others)}"
+        )
+    # PEFT saves a copy of an adapted embedding, `base_layer`, which changes nothing.
+    carried = [name for name in adapter.carried if not name.endswith(".base_layer.weight")]
+    if carried:
+        some = ", ".join(carried[:3]) + (", ..." if len(carried) > 3 else "")
+        notes.append(
+            f"{len(carried)} tensors of the adapter are no LoRA update and went over as "
+            f"they are ({some}): what they changed"
+            " is not projected"
+        )
+    for reason in sorted({row.reason for row in rows.values() if row.reason}):
+        those = [module for module, row in rows.items() if row.reason == reason]
+        kept = (
+            "so there is no alignment direction and the update stays"
+            if reason == NO_DIRECTION
+            else "so there is nothing to project"
+        )
+        notes.append(
+            f"in {len(those)} of {len(rows)} modules {reason}, {kept} "
+            f"({', '.join(those[:3])}{', ...' if len(those) > 3 else ''})"
+        )
+    return notes
+
+
+@contextmanager
+def progress_bar(doing: str = "projecting") -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal's standard error, for the length of a `with`; nothing elsewhere."""
+    columns = (
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, module: bar.update(
+            task, completed=done, total=total, description=module
+        )
+
+
+def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str, Path]:
+    """One HTML file about all of them, and its figures beside it; what -> where."""
+    from ebbline.analysis.report.projection_report import write_projection_report
+
+    names = [each.out.name for each in projected]
+    adapters = {
+        name: ProjectedRows(each.rows, each.projected)
+        for name, each in zip(names, projected, strict=True)
+    }
+    settings = {
+        name: value for name, value in asdict(projected[0].settings).items() if value is not None
+    }
+    notes = [
+        f"{name}: {note}" if len(projected) > 1 else note
+        for name, each in zip(names, projected, strict=True)
+        for note in each.notes
+    ]
+    threshold = projected[0].settings.threshold
+    try:
+        return write_projection_report(
+            path, adapters, settings, notes, [] if threshold is None else [threshold]
+        )
+    except OSError as error:
+        raise ProjectionError(
+            f"the report cannot be written to {path}: {error}. The projected adapters are whole"
+        ) from error
+
+
+def require_reportable(path: Path) -> None:
+    """Raises ProjectionError, before any work is done, when a report cannot be written there."""
+    above = next(folder for folder in path.resolve().parents if folder.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise ProjectionError(
+            f"no report can be written to {path}; give the name of an HTML file, as "
+            f"{path / 'projection.html'}"
+        )
+
+
+def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bool) -> None:
+    """Say what was done and what to do next where nothing was; then write the report, if there is
+    to be one.
+    """
+    if as_json:
+        reports = (
+            {}
+            if report is None
+            else {what: str(path) for what, path in write_report(projected, report).items()}
+        )
+        records = [
+            json.loads((each.out / RECORD).read_text()) | {"out": str(each.out)}
+            for each in projected
+        ]
+        print(json.dumps({"adapters": records, "reports": reports}, indent=1))
+        return
+    screen, aside = (
+        Console(highlight=False, soft_wrap=True),
+        Console(stderr=True, highlight=False, soft_wrap=True),
+    )
+    settings = projected[0].settings
+    share = "" if settings.energy is None else f" at {settings.energy:.4g} of the energy"
+    screen.print(f"Safe LoRA, {settings.projector} projector{share}, {settings.rule}", markup=False)
+    for each in projected:
+        cosines = [row.cosine for row in each.rows.values() if row.cosine is not None]
+        found = f"; cosines {min(cosines):.4f} to {max(cosines):.4f}" if cosines else ""
+        screen.print(
+            f"{each.out}: {len(each.projected)} of {len(each.rows)} modules projected{found}",
+            markup=False,
+        )
+        if not each.projected and cosines:
+            first = (
+                math.ceil(min(cosines) * 1e4) / 1e4
+            )  # rounded up: it must be a threshold that does it
+            aside.print(
+                f"note: no module was projected; from a threshold of {first:.4f} on, the "
+                "first one is",
+                markup=False,
+            )
+        for note in each.notes:
+            aside.print(
+                f"note: {each.out.name + ': ' if len(projected) > 1 else ''}{note}",
+                style="yellow",
+                markup=False,
+            )
+    if report is not None:
+        for what, path in write_report(projected, report).items():
+            screen.print(f"{what:11} {path}", markup=False)

@@ -1,0 +1,66 @@
+"""`ebbline rerun`: run one stage again in this process, from the request that a failure names.
+
+The result goes into a fresh folder and is not committed to the store, so nothing changes for
+the study. In this process a debugger works.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.workplace import workplace
+from ebbline.tasks.errors import StoreError
+from ebbline.tasks.stage import Request
+from ebbline.tasks.worker import run_stages
+
+
+def rerun(where: str, as_json: bool = False) -> int:
+    """Run the stage of a request.json, by path or by URL in a bucket; 0 when it succeeds, else 1.
+
+    Raises StoreError when there is no request there, or it cannot be read.
+    """
+    request = _of_bucket(where) if "://" in where else _of_folder(Path(where))
+    (report,) = run_stages([request])
+    if report.error is not None:
+        print(report.traceback, file=sys.stderr)
+        print(report.error, file=sys.stderr)
+        if as_json:
+            told = {"error": report.error, "kind": report.error_type, "exit_code": 1}
+            print(json.dumps(told, indent=1))
+        return 1
+    if as_json:
+        made = {"kind": request.kind, "key": request.key, "out": request.out}
+        print(json.dumps({**made, "seconds": round(report.seconds, 3)}, indent=1))
+        return 0
+    print(f"{request.kind} {request.key[:12]} done in {report.seconds:.1f} s: {request.out}")
+    return 0
+
+
+def _of_folder(path: Path) -> Request:
+    try:
+        request = Request.from_json(path.read_text("utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not a stage's request"
+        raise StoreError(
+            f"cannot read the request {path}: {why}; copy the path from the failure's message"
+        ) from error
+    out = path.parent / "rerun"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    return replace(request, out=str(out))
+
+
+def _of_bucket(url: str) -> Request:
+    root, name = url.rsplit("/", 5)[0], "/".join(url.rsplit("/", 5)[1:])
+    text = Store(root).place.read(name)
+    if text is None:
+        raise StoreError(f"there is no request at {url}; copy the URL from the failure's message")
+    prepared = workplace(Request.from_json(text.decode())).prepared()
+    folder = Path(tempfile.mkdtemp(prefix="ebbline-rerun-"))
+    for part in ("payload", "log"):
+        (folder / part).mkdir()
+    return replace(prepared, out=str(folder / "payload"), log=str(folder / "log"))

@@ -1,0 +1,282 @@
+"""`ebbline run`: drive a study under a screen, with the W&B mirror beside it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebbline.analysis.report.report import rows_for_scripts
+from ebbline.analysis.results.collect import collect
+from ebbline.analysis.results.costs import compared, told
+from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.tables import frontier_text, results_frame
+from ebbline.analysis.results.wording import NO_RESULT, status_label
+from ebbline.analysis.wandb import mirror
+from ebbline.cluster.executors.executor import Executor, OnDemand
+from ebbline.commands.plan import draw, local_capacity, logical_gpus
+from ebbline.commands.status import without_result
+from ebbline.outputs import tell_outputs, write_outputs
+from ebbline.show import Screen
+from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.drive.progress import Progress
+from ebbline.sweeps.forecast.forecast import forecast
+from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict
+from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import STATUSES, Result
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import source_of
+
+MIRROR_WAIT_S = 20.0
+FAILED_POINTS, OVER_BUDGET, STOPPED = 3, 5, 130  # exit codes
+OUTCOMES = {
+    0: "done",
+    FAILED_POINTS: "done, with points that have no result",
+    OVER_BUDGET: "out of budget",
+    STOPPED: "stopped",
+}
+
+
+class Interrupts:
+    """Ctrl-C once drains: what runs is finished, nothing new starts. Twice stops now. Both can be
+    continued.
+
+    `say` is called by a signal's handler: it may not print, as it may meet a print half way.
+    """
+
+    def __init__(self, say: Callable[[str], None], resume: str) -> None:
+        self.count = 0
+        self._say, self._resume = say, resume
+
+    def __enter__(self) -> "Interrupts":
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.count += 1
+        if self.count > 1:
+            raise KeyboardInterrupt
+        self._say(
+            "finishing what runs, and nothing new starts; Ctrl-C again stops now. To go "
+            f"on later:\n  {self._resume}"
+        )
+
+    def stopping(self) -> bool:
+        return self.count > 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study runs: `ray` or `inline`, the cluster's address, logical GPUs of a local one."""
+
+    executor: str
+    address: str
+    gpus: int | None = None
+
+
+def run_study(
+    study: Study,
+    name: str,
+    home: Home,
+    place: Place,
+    wandb: bool,
+    extend: bool = False,
+    resume: str = "",
+    as_json: bool = False,
+) -> int:
+    """Drive a study to its end and print where its outputs are; returns the exit code (see
+    ebbline.cli).
+
+    `resume` is the command as it was typed. As JSON, standard output gets one object at the end and
+    standard error all else.
+    """
+    stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {name}"
+    mirrored: list[subprocess.Popen[bytes]] = []
+    try:
+        with redirect_stdout(stream):
+            code, outcome = _run(study, name, home, place, wandb, extend, resume, mirrored)
+    except KeyboardInterrupt:
+        code, outcome = STOPPED, {"stopped": "stopped on request, at once"}
+        print(
+            "stopped at once: what was running starts again from its last checkpoint. To "
+            f"go on:\n  {resume}",
+            file=stream,
+        )
+        _end(mirrored)
+    except BaseException:
+        _end(mirrored)
+        raise
+    if as_json:
+        later = resume if code in (STOPPED, OVER_BUDGET) else None
+        print(
+            json.dumps(
+                {
+                    "study": study.study,
+                    "outcome": OUTCOMES[code],
+                    "exit_code": code,
+                    "resume": later,
+                    **outcome,
+                },
+                indent=1,
+            )
+        )
+    return code
+
+
+def _run(
+    study: Study,
+    name: str,
+    home: Home,
+    place: Place,
+    wandb: bool,
+    extend: bool,
+    resume: str,
+    mirrored: "list[subprocess.Popen[bytes]]",
+) -> tuple[int, dict[str, object]]:
+    """The exit code, and what a script may want to know."""
+    folder = home.folder(study.study)
+
+    def make_executor() -> Executor:
+        # Called once this driver holds the study: one that is turned away starts no second mirror,
+        # and predicts nothing.
+        home.keep_file(study.study, source_of(name))
+        if wandb:
+            mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
+        return OnDemand(lambda: _executor(study, place))
+
+    started, screen = time.monotonic(), Screen(study)
+    print(f"{study.study}: {study.question}\n")
+    with Interrupts(screen.notice, resume) as interrupts:
+        with screen:
+            progress = drive(
+                study,
+                home,
+                make_executor,
+                screen,
+                interrupts.stopping,
+                extend,
+                lambda made: _predicted(study, home, made, place),
+            )
+        print(_told(progress, time.monotonic() - started))
+        if (
+            progress.prediction is not None
+            and not progress.stopped
+            and any(counts["done"] for counts in progress.runner.counts.values())
+        ):
+            spent = progress.spending.spent()
+            keep_end(progress.prediction, spent, folder)
+            print(compared(progress.prediction, spent, home.profile))
+        outputs, results = write_outputs(study, home), collect(study, home)
+        print(f"\n{frontier_text(results_frame(results, study.objectives))}\n")
+        for line in without_result(results):
+            print(line)
+        shown = all(mirror.stop(process, MIRROR_WAIT_S) for process in mirrored)
+    if not shown:
+        print(
+            f"W&B has not taken everything yet; `ebbline sync {name}` continues (see "
+            f"{folder / 'log' / 'mirror.log'})"
+        )
+    tell_outputs(outputs)
+    code = {"request": STOPPED, "budget": OVER_BUDGET}.get(
+        progress.by, FAILED_POINTS if any(r.status in NO_RESULT for r in results) else 0
+    )
+    if progress.by in ("request", "budget"):
+        print(
+            f"\n{'to go on' if progress.by == 'request' else 'once the budget is raised'}:\n "
+            f" {resume}"
+        )
+    return code, _for_scripts(study, progress, results, outputs, shown)
+
+
+def _for_scripts(
+    study: Study,
+    progress: Progress,
+    results: Sequence[Result],
+    outputs: Mapping[str, Path],
+    shown: bool,
+) -> dict[str, object]:
+    """Without what is in the outputs: how the run ended, its last snapshot, the frontier, and where
+    the rest lies.
+    """
+    live = None if progress.live is None else progress.live.model_dump(mode="json")
+    counts = Counter(result.status for result in results)
+    return {
+        "stopped": progress.stopped or None,
+        "points": {status: counts[status] for status in STATUSES},
+        "live": live,
+        "hypervolume": frontier_hypervolume(results, study.objectives),
+        "frontier": rows_for_scripts(frontier(results, study.objectives)),
+        "without_result": without_result(results),
+        "wandb_up_to_date": shown,
+        "outputs": {what: str(path) for what, path in outputs.items()},
+    }
+
+
+def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
+    for process in mirrored:
+        mirror.stop(process, wait_s=0)
+
+
+def _predicted(study: Study, home: Home, made: Executor, place: Place) -> Prediction | None:
+    """What this run will take, kept and drawn beside the study's results; None when it has nothing
+    to do.
+    """
+    folder = home.folder(study.study)
+    alone = (
+        place.executor == "inline" or place.address == "local"
+    )  # a cluster of its own is not started to plan for it
+    found = forecast(
+        study,
+        home,
+        local_capacity(study, place.gpus) if alone else made.capacity(),
+        serial=place.executor == "inline",
+    )
+    prediction = predict(found, read_spent(folder))
+    if prediction is not None:
+        keep(prediction, folder)
+        draw(study, found, home)
+    return prediction
+
+
+def _executor(study: Study, place: Place) -> Executor:
+    gang, logical = (
+        max(model.gpus for model in study.models.values()),
+        logical_gpus(study, place.gpus),
+    )
+    if place.executor == "inline":
+        from ebbline.cluster.executors.inline import (
+            InlineExecutor,  # imported here, as only one of the two is needed
+        )
+
+        return InlineExecutor(gpus=max(gang, logical))
+    from ebbline.cluster.executors.ray_executor import RayExecutor
+
+    return RayExecutor(place.address, logical)
+
+
+def _told(progress: Progress, seconds: float) -> str:
+    nodes = {
+        node.key: node for node in progress.runner.nodes.values() if node.state == "done"
+    }.values()
+    ran = sum(not node.reused for node in nodes)
+    counts = Counter(result.status for result in progress.results)
+    line = (
+        f"{len(progress.results)} points this time, {ran} stages run and {len(nodes) - ran} "
+        f"found in the store, {seconds:.0f} s"
+    )
+    line += f", {told(progress.spending.spent().cost, progress.spending.profile)} spent by all runs"
+    without = "".join(
+        f", {counts[status]} points {status_label(status)}"
+        for status in NO_RESULT
+        if counts[status]
+    )
+    return line + without + (f"; {progress.stopped}" if progress.stopped else "")

@@ -1,0 +1,283 @@
+"""`ebbline status`: how far a study is, once or as it goes on, from another process than its
+driver's.
+"""
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live as Redrawn
+
+from ebbline.analysis.report.report import rows_for_scripts, summary
+from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
+from ebbline.analysis.results.compare import Baselines, Evidence
+from ebbline.analysis.results.costs import cost_summary, study_cost, told
+from ebbline.analysis.results.tables import frontier_text, results_frame
+from ebbline.analysis.results.wording import NO_RESULT, status_label
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.show import Lines, Picture, points, spent, stages
+from ebbline.sweeps.drive.live import Live, read_live
+from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.search.searcher import limit
+from ebbline.sweeps.state.spending import Spent, read_spent
+from ebbline.sweeps.state.stopping import still_met
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Result, Status
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
+
+LOOK_EVERY_S = 1.0
+LASTS_S = 60.0  # a store that is written to, or a database that is away, is waited for so long
+READ_SHARE = 0.1  # of the time, at most, goes into reading the points again
+CLOCKS = {
+    "at",
+    "left_s",
+    "spent",
+    "taken",
+}  # of a snapshot, what changes though nothing has happened
+
+
+def live_of(home: Home, study: str, holder: str | None) -> Live | None:
+    """The snapshot of the drive that goes on now; None when nobody drives, or its driver cannot be
+    watched from here.
+    """
+    live = read_live(home.folder(study)) if holder is not None else None
+    return (
+        live
+        if live is not None and live.ended is None and live.driver.startswith(holder or "")
+        else None
+    )
+
+
+def watch_status(study: Study, home: Home, as_json: bool, console: Console | None = None) -> None:
+    """Follow a study until nobody drives it any more, then say how it stands; Ctrl-C ends the
+    watching and not the run.
+
+    As JSON it is a line for each change: the driver, the snapshot (ebbline.sweeps.drive.live) and
+    the frontier, the last without a driver.
+    """
+    watched = _Watched(study, home, as_json, console or Console())
+    try:
+        watched.follow()
+    except KeyboardInterrupt:
+        print("no longer watching; the run goes on", file=sys.stderr)
+        return
+    if not as_json:
+        show_status(study, home)
+
+
+def show_status(study: Study, home: Home, as_json: bool = False) -> None:
+    evidence = StoredEvidence(study, home)
+    print_status(
+        study,
+        home,
+        collect(study, home),
+        baselines(study, home),
+        costs_before(study, home),
+        evidence,
+        as_json,
+    )
+
+
+class _Watched:
+    def __init__(self, study: Study, home: Home, as_json: bool, console: Console) -> None:
+        self._study, self._home, self._as_json, self._console = study, home, as_json, console
+        self._picture, self._lines = Picture(study), Lines(console)
+        self._read_at, self._last = -math.inf, ""
+        self._told: tuple[int, int] | None = None
+        self._unread_since: float | None = None
+        self._took_s, self._waits = 0.0, False
+        self._holder: str | None = None
+
+    def follow(self) -> None:
+        redrawn = None
+        if self._console.is_terminal and not self._as_json:
+            redrawn = Redrawn(
+                self._picture, console=self._console, refresh_per_second=2, transient=True
+            )
+            redrawn.start()
+        try:
+            while self._look(redrawn is not None):
+                time.sleep(LOOK_EVERY_S)
+        finally:
+            if redrawn is not None:
+                redrawn.stop()
+        if self._as_json:
+            self._told, self._read_at = None, -math.inf
+            self._read(None)
+            self._say(None, None)
+
+    def _look(self, drawn: bool) -> bool:
+        """Look once and say what there is; False when nobody drives the study any more."""
+        live = None
+        try:
+            holder = self._holder = self._home.holder(self._study.study)
+            if holder is None:
+                return False
+            live = live_of(self._home, self._study.study, holder)
+            self._picture.live = (
+                live or self._picture.live
+            )  # the last one, while its driver puts things away
+            self._read(live)
+            self._unread_since = None
+        except (StoreError, DatabaseLost, OSError, ValueError, KeyError) as error:
+            self._bear(error)
+        if self._as_json:
+            self._say(self._holder, live)
+        elif not drawn and live is not None:
+            self._lines.say(live)
+        elif (
+            not drawn
+            and self._picture.live is None
+            and self._holder is not None
+            and not self._waits
+        ):
+            print(
+                f"driven by {self._holder or 'another process'}; it has said nothing here yet",
+                flush=True,
+            )
+            self._waits = True
+        return True
+
+    def _bear(self, error: Exception) -> None:
+        """What cannot be read now may be read at the next look; it is said once, and raised when it
+        lasts.
+        """
+        now, why = time.monotonic(), str(error) or type(error).__name__
+        if self._unread_since is None:
+            self._unread_since = now
+            print(
+                f"the study cannot be read just now, and is looked at again: {why}",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif now - self._unread_since >= LASTS_S:
+            if isinstance(error, EbblineError):
+                raise error
+            raise StoreError(
+                f"{self._study.study!r} could not be read for {LASTS_S:.0f} s: {why}. "
+                "Watch it again later"
+            ) from error
+
+    def _read(self, live: Live | None) -> None:
+        """Read the points again when there are more or some have more seeds, and not so often that
+        it takes all the time.
+        """
+        told, now = (
+            (0, 0) if live is None else (live.points.told, live.points.amended),
+            time.monotonic(),
+        )
+        if told == self._told or now - self._read_at < self._took_s / READ_SHARE:
+            return
+        frontier = type(self._picture.frontier)(self._study.objectives)
+        frontier.aligned = baselines(self._study, self._home)
+        frontier.take(collect(self._study, self._home))
+        self._picture.frontier = frontier
+        self._picture.draw(self._console)
+        self._told, self._read_at, self._took_s = told, time.monotonic(), time.monotonic() - now
+
+    def _say(self, holder: str | None, live: Live | None) -> None:
+        said = None if live is None else live.model_dump(mode="json")
+        frontier = self._picture.frontier
+        line: dict[str, Any] = {
+            "study": self._study.study,
+            "driver": holder,
+            "live": said,
+            "hypervolume": frontier.hypervolume,
+        }
+        line["frontier"] = rows_for_scripts(frontier.results)
+        running = None if said is None else [each["key"] for each in said["running"]]
+        lasting = (
+            None
+            if said is None
+            else {name: value for name, value in said.items() if name not in CLOCKS}
+            | {"running": running}
+        )
+        news = json.dumps({**line, "live": lasting})
+        if news != self._last:
+            self._last = news
+            print(json.dumps(line), flush=True)
+
+
+def print_status(
+    study: Study,
+    home: Home,
+    results: Sequence[Result],
+    before: Baselines,
+    costs: Mapping[str, Cost],
+    evidence: Evidence,
+    as_json: bool,
+) -> None:
+    """`costs` is what measuring the models before fine-tuning cost, by key."""
+    counts = Counter(result.status for result in results)
+    holder, taken = home.holder(study.study), read_spent(home.folder(study.study))
+    live = live_of(home, study.study, holder)
+    limits = study.budget.model_dump(exclude_none=True)
+    if as_json:
+        cost = cost_summary(study_cost(results, costs, taken), taken, home.profile)
+        now = {"driver": holder, "live": None if live is None else live.model_dump(mode="json")}
+        print(
+            json.dumps(
+                {
+                    **now,
+                    "cost": cost,
+                    "budget": limits,
+                    **summary(study, results, before, evidence),
+                },
+                indent=1,
+            )
+        )
+        return
+    without = "".join(
+        f", {counts[status]} {status_label(status)}"
+        for status in NO_RESULT
+        if counts[status] or status == "failed"
+    )
+    print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight{without}")
+    print(f"driver: {holder or f'none; {_standing(study, home, results, taken)}'}")
+    if live is not None:
+        print(f"this run: {stages(live)}; {points(live)}; {spent(live)}")
+    words = {
+        "hours": "{:g} hours of driving",
+        "gpu_hours": "{:g} GPU-hours",
+        "usd": "${:,.2f}",
+        "points": "{:g} points",
+    }
+    budget = ", ".join(words[name].format(value) for name, value in limits.items())
+    driven = f"{told(taken.cost, home.profile)} in {taken.driving_s / 3600:.3g} hours of driving"
+    print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
+    print(frontier_text(results_frame(results, study.objectives)))
+    for line in without_result(results):
+        print(line, file=sys.stderr)
+
+
+def without_result(results: Sequence[Result]) -> list[str]:
+    """Why points have no result, a line for each reason: many may lack the same stage. A reason
+    names the command that shows it again.
+    """
+    alike: dict[tuple[Status, str], list[Result]] = {}
+    for result in results:
+        if result.status in NO_RESULT:
+            alike.setdefault((result.status, result.reason), []).append(result)
+    return [
+        f"{status_label(status)}: "
+        f"{found[0].point}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: "
+        f"{reason}"
+        for (status, reason), found in alike.items()
+    ]
+
+
+def _standing(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
+    """What a run of a study that nobody drives would do."""
+    if any(result.status in ("running", "out_of_budget") for result in results):
+        return "`ebbline run` continues it"
+    if len(results) >= (limit(study) or math.inf):
+        return "all its points are there"
+    met = still_met(study, spent.gain)
+    ended = points_of(study, home.storage(study.study), "" if met is None else met.said).ended
+    return f"it has ended: {ended}" if ended else "`ebbline run` continues it"

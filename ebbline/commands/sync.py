@@ -1,0 +1,116 @@
+"""`ebbline sync`: bring a study's W&B mirror up to date, then push what was kept offline to the
+server that the user is logged in to.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ebbline.analysis.wandb import mirror
+from ebbline.analysis.wandb.memory import Memory
+from ebbline.analysis.wandb.push import Pushed, push
+from ebbline.analysis.wandb.runs import chosen_mode
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.study import Study
+
+MIRROR_WAIT_S = 3600.0
+
+
+def sync_study(name: str, study: Study, home: Home, at_once: int, as_json: bool) -> int:
+    """Show what is new, push what waits and say so; the exit code is 0 when nothing is left that
+    could be pushed.
+    """
+    folder = home.folder(study.study)
+    log = folder / "log" / "mirror.log"
+    if chosen_mode() == "disabled":
+        return _tell(
+            {"mode": "disabled"},
+            as_json,
+            "WANDB_MODE=disabled, so nothing is shown; unset it, and the same command goes on",
+            1,
+        )
+    with mirror.alone(folder) as free:
+        pass
+    shown = (
+        mirror.stop(mirror.start(name, home.root, log, "--offline"), wait_s=MIRROR_WAIT_S)
+        if free
+        else True
+    )
+    everything = (
+        "W&B has everything"
+        if free
+        else "W&B has all that has ended; a run of this study mirrors the rest"
+    )
+    runs = list(Memory(folder, "offline").waiting())
+    said: dict[str, object] = {
+        "mirrored": shown,
+        "waiting": len(runs),
+        "pushed": 0,
+        "left": len(runs),
+    }
+    if not shown:
+        return _tell(
+            said,
+            as_json,
+            f"the mirror did not get to its end; see {log}, and run the same command again",
+            1,
+        )
+    if not runs:
+        return _tell(said, as_json, everything, 0)
+    if chosen_mode() == "offline":
+        why = "WANDB_MODE says offline" if os.environ.get("WANDB_MODE") else "nobody is logged in"
+        remedy = (
+            "`WANDB_MODE=online ebbline sync ...`"
+            if os.environ.get("WANDB_MODE")
+            else "`wandb login`, then the same command,"
+        )
+        return _tell(
+            said,
+            as_json,
+            f"{len(runs)} runs wait in {folder / 'wandb'}, as {why}; {remedy} pushes them",
+            0,
+        )
+    try:
+        pushed = _push(folder, runs, at_once)
+    except KeyboardInterrupt:
+        return _tell(
+            said, as_json, "stopped; the same command goes on with the runs that are left", 130
+        )
+    said |= {"pushed": pushed.pushed, "left": pushed.left}
+    if pushed.left:
+        where = folder / "log" / "sync.log"
+        text = (
+            f"{pushed.pushed} runs pushed, {pushed.left} left: {pushed.why} (see {where}). The "
+            "same command goes on with them"
+        )
+        return _tell(said, as_json, text, 1)
+    return _tell(said, as_json, f"{everything}: {pushed.pushed} runs pushed", 0)
+
+
+def _push(folder: Path, runs: Sequence[Path], at_once: int) -> Pushed:
+    """Under a progress bar, on standard error: standard output is for scripts."""
+    columns = (
+        TextColumn("pushing to W&B"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("runs", total=len(runs))
+        return push(
+            folder,
+            runs,
+            at_once,
+            lambda done: progress.update(task, completed=done),
+            folder / "log" / "sync.log",
+        )
+
+
+def _tell(said: Mapping[str, object], as_json: bool, text: str, code: int) -> int:
+    print(json.dumps({**said, "said": text}, indent=1) if as_json else text)
+    return code

@@ -1,0 +1,118 @@
+"""What the driver expects a point to take, against what its study's budget leaves.
+
+A point counts with what is neither in the store nor under way for another, and a raced suite with
+its first block. The time of a stage is an estimate: the runner asks again before it starts one, so
+a point that takes off may be left unfinished, and is continued when the budget is raised.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from ebbline.cluster.running.runner import Runner
+from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
+from ebbline.cluster.schedule.needs import resident
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.state.spending import Spending
+from ebbline.sweeps.study.points import StageName
+from ebbline.sweeps.study.stages import Planner
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Stage, closure
+
+
+class Outlook:
+    """Looks at the store again only when something was finished since the last look."""
+
+    def __init__(self, planner: Planner, runner: Runner, spending: Spending) -> None:
+        self._planner, self._runner, self._spending = planner, runner, spending
+        self._open_when_refused: tuple[int, frozenset[str]] | None = None
+
+    def affords(self, stages: Mapping[str, Stage]) -> bool:
+        """Whether the budget affords a point with these stages, beside all that is under way."""
+        if not self._spending.limited:
+            return True
+        moment = (self._runner.settlements, frozenset(stages))
+        if moment == self._open_when_refused:
+            return False
+        more, seconds = self._of_point(stages)
+        if self._spending.crossed(self._under_way() + more, seconds):
+            self._open_when_refused = moment
+            return False
+        return True
+
+    def told_of_point(self, what: str, stages: Mapping[str, Stage]) -> str:
+        """Why nothing more starts: for want of budget for this point."""
+        return self._spending.told(what, *self._of_point(stages))
+
+    def told_of_stage(self) -> str:
+        """Why nothing more starts: for want of budget for any stage that is ready."""
+        refused = [node for node in self._runner.unsettled() if node.key in self._runner.refused]
+        node = min(
+            refused, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key)
+        )
+        seconds = self._runner.open_seconds(node.stage) or 0.0
+        return self._spending.told(
+            self._planner.label(node.stage),
+            self._cost(node.stage, seconds) + self._starts([node.stage]),
+            seconds,
+        )
+
+    def _of_point(self, stages: Mapping[str, Stage]) -> tuple[Cost, float]:
+        """What a point adds, and the seconds of its longest chain."""
+        resolver = Resolver(self._planner.home.store)
+        asked = [stage for name, stage in stages.items() if (StageName.parse(name).block or 0) == 0]
+        left = {stage.lineage: self._left_s(stage, resolver) for stage in closure(asked)}
+        new = [stage for stage in closure(asked) if stage.lineage not in self._runner.nodes]
+        starts = self._starts(stage for stage in new if left[stage.lineage] > 0.0)
+        return total(self._cost(stage, left[stage.lineage]) for stage in new) + starts, _longest(
+            asked, left
+        )
+
+    def _left_s(self, stage: Stage, resolver: Resolver) -> float:
+        if stage.lineage in self._runner.nodes:
+            return self._runner.open_seconds(stage) or 0.0
+        return (
+            0.0
+            if resolver.artifact(stage) is not None
+            else self._runner.estimates.seconds(stage, self._planner.needs_of(stage))
+        )
+
+    def _under_way(self) -> Cost:
+        """The rest of all that is wanted, running or not yet."""
+        keys: dict[str, Cost] = {}
+        nodes = self._runner.unsettled()
+        for node in nodes:
+            keys[node.key or node.stage.lineage] = self._cost(
+                node.stage, self._runner.open_seconds(node.stage) or 0.0
+            )
+        return total(keys.values()) + self._starts(
+            node.stage for node in nodes if node.state in ("waiting", "ready")
+        )
+
+    def _starts(self, stages: Iterable[Stage]) -> Cost:
+        """What the jobs take to start that these stages will run in: at least one for each base,
+        and for its trainings another.
+        """
+        jobs: dict[tuple[int, str, bool], Cost] = {}
+        if self._runner.executor.processes:
+            estimates = self._runner.estimates
+            for stage in stages:
+                needs = self._planner.needs_of(stage)
+                seconds = estimates.starts.seconds(
+                    named_type(needs) or estimates.gpu_type, needs.gpus
+                )
+                jobs[needs.gpus, resident(stage), isinstance(stage.spec, TrainSpec)] = self._cost(
+                    stage, seconds
+                )
+        return total(jobs.values())
+
+    def _cost(self, stage: Stage, seconds: float) -> Cost:
+        return expected_cost(self._planner.needs_of(stage), seconds, self._spending.profile)
+
+
+def _longest(stages: Iterable[Stage], seconds: Mapping[str, float]) -> float:
+    """Seconds of the longest chain that ends in one of `stages`."""
+    ends: dict[str, float] = {}
+    for stage in closure(stages):
+        ends[stage.lineage] = seconds[stage.lineage] + max(
+            (ends[above.lineage] for above in stage.upstream()), default=0.0
+        )
+    return max(ends.values(), default=0.0)

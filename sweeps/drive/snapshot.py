@@ -1,0 +1,293 @@
+"""Takes the live snapshot of a drive (ebbline.sweeps.drive.live) as it goes on, and writes it for
+others to read.
+
+A heartbeat looks at what is under way and at what has just ended, never at all there is: a study
+may have very many points.
+"""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebbline.cluster.profile import Profile
+from ebbline.cluster.running.nodes import Node, Running
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.drive.live import (
+    LIVE,
+    STATES,
+    TIMELINE,
+    AtWork,
+    End,
+    Ended,
+    Expected,
+    Failed,
+    Gpus,
+    HostNow,
+    Live,
+    Outcome,
+    Points,
+    SpentNow,
+)
+from ebbline.sweeps.drive.progress import Progress
+from ebbline.sweeps.ledger import open_to_append
+
+EVERY_S = 1.0
+FAILURES = 20
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def mirrored(progress: Progress, folder: Path, driver: str) -> Iterator["Writer"]:
+    """Mirror a drive for the length of a `with`; its end is mirrored however it comes."""
+    writer = Writer(progress, folder, driver)
+    try:
+        yield writer
+    except KeyboardInterrupt:
+        writer.end("request")
+        raise
+    except BaseException:
+        writer.end("error")
+        raise
+    writer.end(progress.by or "done")
+
+
+@dataclass
+class _Followed:
+    """A job that runs: its stages that have not ended, in their order, and since when the first of
+    them is at work.
+    """
+
+    item: Running
+    keys: list[str]
+    since: float
+
+
+class Writer:
+    """Takes the snapshot of one drive, which `progress.live` holds, and writes it and the timeline.
+
+    To be called at each heartbeat, and whenever something has started.
+    """
+
+    def __init__(self, progress: Progress, folder: Path, driver: str) -> None:
+        self._progress, self._runner, self._folder, self._driver = (
+            progress,
+            progress.runner,
+            folder,
+            driver,
+        )
+        self._started, self._wrote = time.time(), float("-inf")
+        self._followed: dict[str, _Followed] = {}
+        self._failures = deque[Failed](maxlen=FAILURES)
+        self._refused: set[int] = set()  # of the points in flight
+        self._well = True
+
+    def __call__(self) -> None:
+        self._look()
+        # A stage in this very process keeps the driver from saying anything until it ends: what has
+        # started is said before.
+        if time.monotonic() - self._wrote >= EVERY_S or (
+            self._runner.running and not self._runner.executor.processes
+        ):
+            self._write(None)
+
+    def end(self, ended: End) -> None:
+        """The last snapshot. What still runs is lost with the drive."""
+        self._look()
+        now = time.time()
+        self._append(
+            [
+                self._ended(job, job.keys[0], now, "lost")
+                for job in self._followed.values()
+                if job.keys
+            ]
+        )
+        self._followed.clear()
+        self._write(ended)
+
+    def _look(self) -> None:
+        """Take in which jobs have started, which of their stages have ended, and which points were
+        refused.
+        """
+        now = time.time()
+        for name, item in self._runner.running.items():
+            if name not in self._followed:
+                self._followed[name] = _Followed(
+                    item, list(item.job.keys), now - (time.monotonic() - item.started)
+                )
+        ended = [line for name in list(self._followed) for line in self._follow(name, now)]
+        self._append(ended)
+        refused = {flight.number: flight for flight in self._progress.in_flight if flight.refused}
+        for number in refused.keys() - self._refused:
+            point, reason = refused[number].point, refused[number].refused
+            self._failures.append(
+                Failed(kind="point", label=str(point), key="", reason=_line(reason), command="")
+            )
+        self._refused = set(refused)
+
+    def _follow(self, name: str, now: float) -> list[Ended]:
+        """What has ended of a job since the last look. Of several stages only the last is known to
+        have ended just now.
+        """
+        job = self._followed[name]
+        gone = name not in self._runner.running
+        states = {key: self._node(key).state for key in job.keys}
+        over = [key for key in job.keys if states[key] in ("done", "failed")]
+        found = list[Ended]()
+        for key in over:
+            artifact = self._node(key).artifact
+            took = (
+                now - job.since
+                if artifact is None or key == over[-1]
+                else float(artifact.provenance["seconds"])
+            )
+            found.append(
+                self._ended(
+                    job,
+                    key,
+                    min(now, job.since + took),
+                    "done" if states[key] == "done" else "failed",
+                )
+            )
+            job.keys.remove(key)
+            job.since = found[-1].ended
+            failure = self._node(key).failure
+            if failure is not None:
+                label = self._progress.planner.label(self._node(key).stage)
+                said = Failed(
+                    kind=found[-1].kind,
+                    label=label,
+                    key=key,
+                    reason=_line(failure.reason),
+                    command=failure.command,
+                )
+                self._failures.append(said)
+        if gone and job.keys:
+            found.append(self._ended(job, job.keys[0], now, "lost"))
+        if gone:
+            del self._followed[name]
+        return found
+
+    def _node(self, key: str) -> Node:
+        return self._runner.first_with(key)
+
+    def _ended(self, job: _Followed, key: str, ended: float, outcome: Outcome) -> Ended:
+        return Ended(**self._what(job, key), ended=ended, outcome=outcome)
+
+    def _what(self, job: _Followed, key: str) -> dict[str, Any]:
+        stage = self._node(key).stage
+        label, hosts = self._progress.planner.label(stage), ", ".join(job.item.job.hosts)
+        return {
+            "kind": stage.kind,
+            "label": label,
+            "key": key,
+            "host": hosts,
+            "gpus": job.item.job.gpus,
+            "started": job.since,
+        }
+
+    def _at_work(self) -> Iterator[AtWork]:
+        """Of each job the first stage that has not ended, and those beside it that say something
+        already (trained together).
+        """
+        now = time.time()
+        for job in self._followed.values():
+            for place, key in enumerate(job.keys):
+                node = self._node(key)
+                said = self._runner.progress_of(node)
+                if place == 0 or said:
+                    expected_s = self._runner.expected_s(node, now - job.since)
+                    yield AtWork(**self._what(job, key), expected_s=expected_s, said=said)
+
+    def _snapshot(self, ended: End | None) -> Live:
+        progress, runner = self._progress, self._runner
+        spent, before, profile, prediction = (
+            progress.spending.spent(),
+            progress.spending.before,
+            progress.spending.profile,
+            progress.prediction,
+        )
+        hosts = runner.capacity.hosts if runner.capacity is not None else ()
+        held = [item.job.hosts for item in runner.running.values()] if ended is None else []
+        busy = {host.name: sum(each.get(host.name, 0) for each in held) for host in hosts}
+        expected = None
+        if prediction is not None:
+            cost = prediction.cost
+            expected = Expected(
+                wall_s=prediction.wall_s, gpu_hours=cost.gpu_hours, usd=cost.usd(profile)
+            )
+        return Live(
+            driver=self._driver,
+            at=time.time(),
+            started=self._started,
+            ended=ended,
+            points=Points(
+                told=progress.told,
+                limit=progress.limit,
+                in_flight=len(progress.in_flight),
+                amended=progress.amended,
+            ),
+            stages={
+                kind: {state: counts[state] for state in STATES}
+                for kind, counts in runner.counts.items()
+            },
+            gpus=Gpus(
+                total=sum(host.gpus for host in hosts),
+                logical=all(host.gpu_type is None for host in hosts),
+                busy=sum(busy.values()),
+            ),
+            hosts=[HostNow(name=host.name, gpus=host.gpus, busy=busy[host.name]) for host in hosts],
+            spent=_said(spent.cost, spent.driving_s, profile),
+            taken=_said(
+                spent.cost + before.cost.times(-1), spent.driving_s - before.driving_s, profile
+            ),
+            predicted=expected,
+            left_s=runner.remaining_s() if ended is None and hosts else 0.0,
+            budget=progress.study.budget.model_dump(exclude_none=True),
+            running=list(self._at_work()) if ended is None else [],
+            failures=list(self._failures),
+        )
+
+    def _write(self, ended: End | None) -> None:
+        snapshot = self._progress.live = self._snapshot(ended)
+        fresh = self._folder / f".live.{os.getpid()}.json"
+        with self._courtesy():
+            try:
+                fresh.write_text(snapshot.model_dump_json())
+                fresh.replace(self._folder / LIVE)
+            finally:
+                fresh.unlink(missing_ok=True)
+        self._wrote = time.monotonic()
+
+    def _append(self, ended: Sequence[Ended]) -> None:
+        if ended:
+            with self._courtesy(), open_to_append(self._folder / TIMELINE) as file:
+                file.write("".join(f"{line.model_dump_json()}\n" for line in ended))
+
+    @contextmanager
+    def _courtesy(self) -> Iterator[None]:
+        """The drive counts for more than its mirror: a full disk costs a warning, once."""
+        try:
+            yield
+        except OSError as error:
+            if self._well:
+                _log.warning(
+                    "%s cannot be written (%s): the run goes on, and nobody can watch it "
+                    "from outside",
+                    self._folder / LIVE,
+                    error,
+                )
+            self._well = False
+
+
+def _said(cost: Cost, driving_s: float, profile: Profile) -> SpentNow:
+    return SpentNow(gpu_hours=cost.gpu_hours, usd=cost.usd(profile), driving_s=driving_s)
+
+
+def _line(reason: str) -> str:
+    return (reason.splitlines() or [""])[0]

@@ -1,0 +1,112 @@
+"""A point as numbers between 0 and 1, for what learns from points.
+
+An axis is scaled over all the values that any size has of it, by its logarithm when they span a
+factor of 8. Where thresholds are known by their masks, `apply.*` is one feature: the share of
+modules that take their projection, which means the same for every adapter and every size, as no
+threshold does.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbline.sweeps.study.axes import Range
+from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.study import Study
+
+Array = NDArray[np.float64]
+SPAN_OF_A_LOGARITHM = 8.0
+APART = 0.5  # how far two sizes lie from each other
+
+
+class Features:
+    """`shares`: `apply.*` counts as the share of modules, given with the point; otherwise its axes
+    count as they are.
+    """
+
+    def __init__(self, study: Study, shares: bool) -> None:
+        self._study = study
+        self._shares = shares
+        self._models = list(study.models)
+        axes: dict[str, list[Any]] = {}
+        for model in study.models:
+            for axis, values in study.axes_of(model).items():
+                if not (shares and axis.startswith("apply.")):
+                    edges = list(values.edges) if isinstance(values, Range) else list(values)
+                    axes.setdefault(axis, []).extend(edges)
+        self._scales = {axis: _Scale(values) for axis, values in axes.items()}
+        own = {
+            axis
+            for model in study.models
+            for axis in study.axes_of(model)
+            if axis not in study.axes
+        }
+        self._fixed = {
+            (model, axis): self._setting(model, axis) for model in study.models for axis in own
+        }
+
+    def row(self, point: Point, share: float = 0.0, sizes: bool = False) -> Array:
+        """The features of a point; with `sizes`, which size it is of is among them."""
+        values = dict(point.values)
+        found = [
+            scale.of(values.get(axis, self._fixed.get((point.model, axis))))
+            for axis, scale in self._scales.items()
+        ]
+        if self._shares:
+            found.append(share)
+        if sizes:
+            found += [APART if model == point.model else 0.0 for model in self._models]
+        return np.array(found)
+
+    def _setting(self, model: str, axis: str) -> Value:
+        """What a size that lacks an axis has in its place."""
+        prefix, _, field = axis.partition(".")
+        study = self._study
+        spec = (
+            study.models[model].train_settings(study.train)
+            if prefix == "train"
+            else study.settings[prefix]
+        )
+        found: Value = getattr(spec, field)
+        return found
+
+
+class _Scale:
+    def __init__(self, values: Sequence[Any]) -> None:
+        numbers = sorted(
+            {
+                float(value)
+                for value in values
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            }
+        )
+        self._others = sorted(
+            {
+                json.dumps(value)
+                for value in values
+                if not isinstance(value, int | float) or isinstance(value, bool)
+            }
+        )
+        self._log = (
+            len(numbers) > 1 and numbers[0] > 0 and numbers[-1] / numbers[0] >= SPAN_OF_A_LOGARITHM
+        )
+        self._low, self._high = (numbers[0], numbers[-1]) if numbers else (0.0, 1.0)
+
+    def of(self, value: Value) -> float:
+        """Numbers from 0 to 1; what is no number (no threshold, the name of a way) below them, a
+        step each.
+        """
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            text = json.dumps(value)
+            return -0.3 * (1 + self._others.index(text)) if text in self._others else -0.3
+        if self._high <= self._low:
+            return 0.0
+        if self._log:
+            return math.log(max(value, self._low / 10) / self._low) / math.log(
+                self._high / self._low
+            )
+        return (value - self._low) / (self._high - self._low)

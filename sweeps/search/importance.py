@@ -1,0 +1,194 @@
+"""How much each axis matters to each objective: functional ANOVA over the finished points, by
+Optuna's evaluator.
+
+A random forest learns an objective from the axes; an axis' importance is the share of the forest's
+variance, over the whole space, that the axis makes by itself (Hutter, Hoos and Leyton-Brown 2014).
+What is left to 1 belongs to axes together, and to noise. It says nothing of which way an axis moves
+the objective, and it knows the space only where points were run.
+
+Invariant: no number for an axis with one value, for an objective that never moved, or from fewer
+than FEWEST points.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.importance import FanovaImportanceEvaluator
+from optuna.trial import create_trial
+
+from ebbline.sweeps.study.axes import Range
+from ebbline.sweeps.study.points import Result, Value
+from ebbline.sweeps.study.study import Study
+
+MODEL = "model"
+FEWEST, FEW = 10, 50
+TREES = 32
+RESAMPLES, TREES_EACH = 25, 8  # Efron and Tibshirani (1993): 25 resamples tell a standard error
+METHOD = "fANOVA (Hutter et al. 2014) by Optuna"
+
+
+@dataclass(frozen=True)
+class Share:
+    """An axis' share of an objective's variance, in [0, 1], with a 95% interval: normal, by the
+    bootstrap over points (Efron 1979).
+    """
+
+    value: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Axis -> its share, `model` being the size; `points` is how many there were to learn from.
+
+    `without` says of each other axis why it has no number, `reason` why there are no numbers at
+    all. `uneven` are the axes of which some size was run with fewer values than the others: part of
+    their share may be that size's, and the other way round.
+    """
+
+    points: int
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
+    uneven: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def few(self) -> bool:
+        return bool(self.shares) and self.points < FEW
+
+
+def importances(study: Study, results: Sequence[Result]) -> dict[str, Importance]:
+    """By objective, over the finished points of all sizes."""
+    done = sorted(
+        (result for result in results if result.status == "done"), key=lambda result: result.number
+    )
+    columns, without = _columns(study, done)
+    uneven = tuple(axis for axis in columns if axis != MODEL and _is_uneven(axis, done))
+    found = {
+        name: _importance(columns, without, [result.metrics[name].value for result in done])
+        for name in study.objectives
+    }
+    return {
+        name: replace(each, uneven=uneven if each.shares else ()) for name, each in found.items()
+    }
+
+
+def _is_uneven(axis: str, done: Sequence[Result]) -> bool:
+    values: dict[str, set[str]] = defaultdict(set)
+    for result in done:
+        values[result.point.model].add(json.dumps(dict(result.point.values)[axis]))
+    return len({frozenset(each) for each in values.values()}) > 1 and min(
+        map(len, values.values())
+    ) < max(map(len, values.values()))
+
+
+Column = tuple[BaseDistribution, list[int | float]]
+"""An axis as the forest sees it, and each point's value of it."""
+
+
+def _importance(
+    columns: Mapping[str, Column], without: Mapping[str, str], values: Sequence[float]
+) -> Importance:
+    count = len(values)
+    if count < FEWEST:
+        return Importance(
+            count,
+            without=without,
+            reason=f"{count} finished points are too few to tell; it takes {FEWEST}",
+        )
+    if not columns:
+        return Importance(
+            count, without=without, reason="no axis has two values that every model was run with"
+        )
+    if max(values) - min(values) == 0:
+        return Importance(count, without=without, reason=f"all {count} points have the same value")
+    whole, rng = _shares(columns, values, range(count), TREES), np.random.default_rng(0)
+    if whole is None:
+        return Importance(count, without=without, reason="the axes explain none of its variance")
+    drawn = (rng.integers(count, size=count).tolist() for _ in range(RESAMPLES))
+    resampled = [
+        shares
+        for rows in drawn
+        if (shares := _shares(columns, values, rows, TREES_EACH)) is not None
+    ]
+    found = {}
+    for axis, value in whole.items():
+        reach = (
+            1.96 * statistics.stdev([shares[axis] for shares in resampled])
+            if len(resampled) > 1
+            else 1.0
+        )
+        found[axis] = Share(value, (max(0.0, value - reach), min(1.0, value + reach)))
+    return Importance(count, dict(sorted(found.items(), key=lambda item: -item[1].value)), without)
+
+
+def _shares(
+    columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int], trees: int
+) -> dict[str, float] | None:
+    """None where no tree of the forest found anything to split by."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    distributions = {axis: distribution for axis, (distribution, _) in columns.items()}
+    study.add_trials(
+        create_trial(
+            params={axis: column[row] for axis, (_, column) in columns.items()},
+            distributions=distributions,
+            value=values[row],
+        )
+        for row in rows
+    )
+    try:
+        found = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
+    except RuntimeError as error:
+        if "zero total variance" in str(error):
+            return None
+        raise
+    return {axis: float(found.get(axis, 0.0)) for axis in columns}
+
+
+def _columns(study: Study, done: Sequence[Result]) -> tuple[dict[str, Column], dict[str, str]]:
+    """The axes with two values or more, and why each other has no number."""
+    rows = [{MODEL: result.point.model, **dict(result.point.values)} for result in done]
+    axes = [MODEL, *dict.fromkeys(axis for model in study.models for axis in study.axes_of(model))]
+    columns, without = dict[str, Column](), dict[str, str]()
+    for axis in axes:
+        if axis == MODEL and len(study.models) == 1:
+            continue
+        if not all(axis in row for row in rows):
+            without[axis] = "not every model has it"
+        elif len({json.dumps(row[axis]) for row in rows}) < 2:
+            without[axis] = "one value"
+        else:
+            columns[axis] = _column([row[axis] for row in rows], study.axes.get(axis))
+    return columns, without
+
+
+def _column(values: Sequence[Value], axis: object) -> Column:
+    """Numbers by their rank among the values that were run, each value weighing the same, `none`
+    before all; names as names.
+
+    Of a range the forest sees the numbers themselves.
+    """
+    numbers = [
+        value for value in values if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    if isinstance(axis, Range) and len(numbers) == len(values):
+        low, high = min(axis.low, *numbers), max(axis.high, *numbers)
+        return FloatDistribution(low, high, log=axis.log), [float(number) for number in numbers]
+    ranked: list[Value] = [*([None] if None in values else []), *sorted(set(numbers))]
+    if len(numbers) + sum(value is None for value in values) == len(values):
+        return IntDistribution(0, len(ranked) - 1), [ranked.index(value) for value in values]
+    names = sorted({json.dumps(value) for value in values})
+    return CategoricalDistribution(range(len(names))), [
+        names.index(json.dumps(value)) for value in values
+    ]

@@ -1,0 +1,153 @@
+"""What the search may know beside results: the cosines of adapters that exist, and how much work a
+point is.
+
+An *adapter* here is what all thresholds of a point share: the point without its `apply.*` values,
+whose training and projection are done once. Both answers are functions of the study and of what has
+been measured, and of no machine's speed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebbline.cluster.executors.executor import Needs
+from ebbline.cluster.schedule.counted_work import work_of
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
+from ebbline.sweeps.state.racing import Known
+from ebbline.sweeps.study.points import Point, StageName
+from ebbline.sweeps.study.stages import Planner
+from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.specs import ProjectSpec
+from ebbline.tasks.stage import Stage
+
+Cosines = tuple[NDArray[np.float64], ...]  # of each seed's adapter, ascending
+PER_ADAPTER, PER_TRAINING = ("project",), ("data", "train")
+REMEMBERED = 4096  # adapters whose work is kept at hand
+CPU_SHARE = 0.05  # of a GPU, for the work that needs none
+
+
+@dataclass(frozen=True)
+class Work:
+    """GPU-seconds of a point's training, of its projection, and of what each of its thresholds
+    takes: apply and measure.
+    """
+
+    train: float
+    project: float
+    measure: float
+
+    @property
+    def whole(self) -> float:
+        return self.train + self.project + self.measure
+
+
+REFUSED = Work(1.0, 1.0, 1.0)  # of a point whose settings cannot be: it is asked for, and says why
+
+
+def adapter_of(point: Point) -> Point:
+    """The point without its `apply.*` values."""
+    return Point(
+        point.model,
+        tuple((axis, value) for axis, value in point.values if not axis.startswith("apply.")),
+    )
+
+
+def training_of(point: Point) -> Point:
+    """The point with what its training depends on alone: without `apply.*` and `project.*`."""
+    return Point(
+        point.model,
+        tuple(
+            (axis, value) for axis, value in point.values if axis.startswith(("data.", "train."))
+        ),
+    )
+
+
+class Knowledge:
+    """Built from a study's planner and whoever knows its artifacts, which is the runner while it
+    drives.
+    """
+
+    def __init__(self, planner: Planner, known: Known) -> None:
+        self._planner, self._known = planner, known
+        self._cosines: dict[Point, Cosines] = {}
+        self._projections: dict[
+            Point, list[Stage]
+        ] = {}  # of adapters that have been looked for in vain: they are asked for at every turn
+        self._work: dict[Point, Work] = {}
+
+    def cosines(self, point: Point) -> Cosines | None:
+        """The cosines of each seed's adapter; None while one of them is not measured."""
+        adapter = adapter_of(point)
+        if adapter not in self._cosines:
+            found = self._read(adapter, point)
+            if found is None:
+                return None
+            self._cosines[adapter] = found
+            del self._projections[adapter]
+        return self._cosines[adapter]
+
+    def work(self, point: Point) -> Work:
+        """What the point takes when nothing of it is there yet; a raced suite counts with its first
+        block.
+        """
+        adapter = adapter_of(point)
+        if adapter not in self._work:
+            planner = self._planner.apart()
+            stages = {
+                name: stage
+                for text, stage in self._stages(point, planner).items()
+                if not (name := StageName.parse(text)).block
+            }
+            groups = {"train": 0.0, "project": 0.0, "measure": 0.0}
+            for name, stage in stages.items():
+                group = (
+                    "train"
+                    if name.part in PER_TRAINING
+                    else "project"
+                    if name.part in PER_ADAPTER
+                    else "measure"
+                )
+                if name.part != "subspace":  # one for all adapters
+                    groups[group] += _work(stage, planner.needs_of(stage))
+            if len(self._work) >= REMEMBERED:
+                # It is worked out again; adapters that were only looked at would pile up
+                self._work.clear()
+            self._work[adapter] = Work(**groups) if stages else REFUSED
+        return self._work[adapter]
+
+    def _stages(self, point: Point, planner: Planner) -> dict[str, Stage]:
+        """Those of the seeds that every point is run with; none for settings that are refused."""
+        study = self._planner.study
+        return of_seeds(study, stages_or_refusal(planner, point)[0], study.first_seeds)
+
+    def _read(self, adapter: Point, point: Point) -> Cosines | None:
+        first = adapter not in self._projections
+        if first:
+            named = self._stages(point, self._planner).items()
+            self._projections[adapter] = [
+                stage for name, stage in named if StageName.parse(name).part == "project"
+            ]
+        projections = self._projections[adapter]
+        found = [self._known.artifact(stage) for stage in projections]
+        if not found:
+            return None
+        if first and any(artifact is None for artifact in found):
+            resolver = Resolver(
+                self._planner.home.store
+            )  # made in another run, and not asked for in this one
+            found = [resolver.artifact(stage) for stage in projections]
+        cosines = []
+        for artifact in found:
+            if artifact is None:
+                return None
+            rows = read_rows(artifact.file(ProjectSpec.COSINES)).values()
+            cosines.append(
+                np.sort(np.array([row.cosine for row in rows if row.cosine is not None]))
+            )
+        return tuple(cosines)
+
+
+def _work(stage: Stage, needs: Needs) -> float:
+    return work_of(stage) * (1.0 if needs.gpus else CPU_SHARE)

@@ -1,0 +1,247 @@
+"""Optuna's own samplers: TPE, NSGA-II and random. Each draws in a study in memory, made of the
+points that it may know of.
+
+So a proposal is a function of those points and of its number, and only what is accepted is ever
+written to the storage. TPE is given at most `MOST` points, as its time grows with them: the best by
+non-dominated rank and a sample of the others.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import moocore
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import TrialState, create_trial
+
+from ebbline.sweeps.search.gain import gains_of
+from ebbline.sweeps.state.trials import DIRECTIONS, Entry, Names, plain
+from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.space import written
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.measuring.metrics import direction
+
+REDRAWS = 8
+MOST = 160
+GENERATION, PARENTS = (
+    NSGAIISampler._get_generation_key(),
+    NSGAIISampler._get_parent_cache_key_prefix(),
+)
+Drawn = tuple[Point, Mapping[str, Any]]
+
+
+class OptunaSampler:
+    """Draws points that are not known yet, by the study's sampler. `known` are asked for
+    already.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._shadow: Shadow | None = None  # of NSGA-II, whose generations need every point
+
+    def propose(
+        self, entries: Sequence[Entry], taught: Sequence[Entry], known: set[Point], k: int
+    ) -> Drawn | None:
+        """A new point and what the sampler wants to be told again; None when it keeps drawing known
+        ones.
+        """
+        shadow = self._mirrored(entries, taught)
+        for redraw in range(REDRAWS):
+            sampler = _sampler(
+                self._study, seed=self._study.search.seed * 1_000_003 + k * REDRAWS + redraw
+            )
+            found, drawn = shadow.draw(sampler)
+            if found not in known:
+                shadow.accept(k)
+                return found, drawn
+            shadow.discard()
+        return None
+
+    def amend(self) -> None:
+        """A finished point measured something else over more seeds: what was drawn in so far is
+        made again with its new values.
+        """
+        self._shadow = None
+
+    def _mirrored(self, entries: Sequence[Entry], taught: Sequence[Entry]) -> "Shadow":
+        if self._study.sampler == "nsga2":
+            self._shadow = self._shadow or Shadow(self._study)
+            self._shadow.follow(entries)
+            return self._shadow
+        shadow = Shadow(self._study)
+        if self._study.sampler == "tpe":
+            shadow.follow([*chosen(self._study, [*taught, *entries], MOST)])
+        return shadow
+
+
+class Shadow:
+    """A study in memory with a trial for each entry that it follows, in their order."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self._names = study, Names(study)
+        self._optuna = optuna.create_study(
+            directions=[DIRECTIONS[direction(name)] for name in study.objectives]
+        )
+        self._storage: Any = self._optuna._storage
+        self._ids: list[int] = []  # of each entry's trial
+        self._open: dict[int, Entry] = {}
+        self._asked: optuna.Trial | None = None
+
+    def follow(self, entries: Sequence[Entry]) -> None:
+        """Take in what was asked for and told since the last time."""
+        for k in [k for k in self._open if entries[k].state != "running"]:
+            self._tell(self._ids[k], entries[k])
+            del self._open[k]
+        for k, entry in enumerate(entries[len(self._ids) :], len(self._ids)):
+            self._add(k, entry)
+
+    def _add(self, k: int, entry: Entry) -> None:
+        if entry.state == "failed":
+            trial = create_trial(
+                state=TrialState.FAIL,
+                system_attrs=self._generation(entry),
+                **self._names.parameters(entry.point),
+            )
+        else:
+            state = TrialState.COMPLETE if entry.state == "done" else TrialState.RUNNING
+            trial = create_trial(
+                state=state,
+                values=list(entry.values) or None,
+                system_attrs=self._generation(entry),
+                constraints=dict(entry.misses),
+                **self._names.parameters(entry.point),
+            )
+        self._ids.append(self._storage.create_new_trial(self._optuna._study_id, trial))
+        if entry.state == "running":
+            self._open[k] = entry
+        if "parents" in entry.drawn:
+            parents = [self._ids[parent] for parent in entry.drawn["parents"]]
+            self._storage.set_study_system_attr(
+                self._optuna._study_id, f"{PARENTS}{entry.drawn['generation']}", parents
+            )
+
+    def _tell(self, trial_id: int, entry: Entry) -> None:
+        trial = optuna.Trial(self._optuna, trial_id)
+        if entry.state == "failed":
+            self._optuna.tell(trial, state=TrialState.FAIL)
+            return
+        for name, miss in entry.misses:
+            trial.set_constraint(name, miss)
+        self._optuna.tell(trial, list(entry.values))
+
+    def draw(self, sampler: BaseSampler) -> Drawn:
+        before = self._storage.get_study_system_attrs(self._optuna._study_id)
+        self._optuna.sampler = sampler
+        trial = self._asked = self._optuna.ask()
+        name, models = self._names.model()
+        model = str(plain(_suggest(trial, name, models)))
+        values: dict[str, Value] = {}
+        axes = self._study.axes_of(model)
+        for axis in axes:
+            values[axis] = written(
+                plain(_suggest(trial, *self._names.axis(model, axis))), axes[axis]
+            )
+        drawn: dict[str, Any] = {}
+        generation = self._storage.get_trial_system_attrs(trial._trial_id).get(GENERATION)
+        if generation is not None:
+            drawn["generation"] = generation
+            after = self._storage.get_study_system_attrs(self._optuna._study_id)
+            if f"{PARENTS}{generation}" in after.keys() - before.keys():
+                drawn["parents"] = [
+                    self._ids.index(trial_id) for trial_id in after[f"{PARENTS}{generation}"]
+                ]
+        return Point.of(model, values), drawn
+
+    def accept(self, k: int) -> None:
+        """The trial drawn last is entry k's."""
+        if self._asked is not None and k == len(self._ids):
+            self._ids.append(self._asked._trial_id)
+            self._open[k] = Entry(k, Point("", ()))
+
+    def discard(self) -> None:
+        if self._asked is not None:
+            self._optuna.tell(self._asked, state=TrialState.FAIL)
+
+    def _generation(self, entry: Entry) -> dict[str, Any]:
+        """NSGA-II counts generations in its trials; a point that it did not draw is one of its
+        first.
+        """
+        return (
+            {GENERATION: entry.drawn.get("generation", 0)} if self._study.sampler == "nsga2" else {}
+        )
+
+
+def chosen(study: Study, entries: Sequence[Entry], most: int) -> list[Entry]:
+    """At most `most` entries to learn from: all that run, half the rest by non-dominated rank, and
+    a sample that forgets evenly.
+    """
+    if len(entries) <= most:
+        return list(entries)
+    running = [index for index, entry in enumerate(entries) if entry.state == "running"]
+    done = [index for index, entry in enumerate(entries) if entry.state == "done"]
+    room = max(2, most - len(running))
+    ranks = ranks_of(study, [entries[index] for index in done])
+    order = np.argsort(ranks, kind="stable")
+    best, others = np.array(done)[order[: room // 2]], np.array(done)[order[room // 2 :]]
+    others = others[
+        np.argsort((others * 2654435761) % 2**32, kind="stable")
+    ]  # Knuth's multiplicative hash: an even sample
+    return [
+        entries[index]
+        for index in sorted({*running, *best.tolist(), *others[: room - len(best)].tolist()})
+    ]
+
+
+def ranks_of(study: Study, entries: Sequence[Entry]) -> Any:
+    """The non-dominated rank of each finished entry, from 0; those that miss a constraint come
+    after all that hold.
+    """
+    if not entries:
+        return np.zeros(0, dtype=np.int64)
+    gains_NM = gains_of(study, [entry.values for entry in entries])
+    if len(study.objectives) == 1:
+        ranks = np.unique(-gains_NM[:, 0], return_inverse=True)[1]
+    else:
+        ranks = np.asarray(moocore.pareto_rank(gains_NM, maximise=True), dtype=np.int64)
+    return ranks + np.array([0 if entry.feasible else len(entries) for entry in entries])
+
+
+def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:
+    match distribution:
+        case CategoricalDistribution():
+            return trial.suggest_categorical(name, distribution.choices)
+        case IntDistribution():
+            return trial.suggest_int(
+                name,
+                distribution.low,
+                distribution.high,
+                step=distribution.step,
+                log=distribution.log,
+            )
+        case FloatDistribution():
+            return trial.suggest_float(
+                name,
+                distribution.low,
+                distribution.high,
+                step=distribution.step,
+                log=distribution.log,
+            )
+    raise TypeError(f"{name} has the distribution {distribution!r}")
+
+
+def _sampler(study: Study, seed: int) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # constant_liar is what async search needs
+        match study.sampler:
+            case "tpe":
+                startup = max(4, min(10, (study.search.points or 20) // 3))
+                return TPESampler(seed=seed, constant_liar=True, n_startup_trials=startup)
+            case "nsga2":
+                return NSGAIISampler(seed=seed)
+            case _:
+                return RandomSampler(seed=seed)

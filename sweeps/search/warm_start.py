@@ -1,0 +1,80 @@
+"""Warm start: what other studies of the home measured, as a search takes it in before its own first
+point.
+
+It is copied once into the study's own storage, marked with the study that it comes from, so that
+the storage stays the one truth and what the other study does later changes nothing. It is evidence
+for the search alone: no row of a table, no point that counts.
+"""
+
+from dataclasses import replace
+
+from ebbline.sweeps.state.trials import REFUSAL_FLOOR, Entry, read
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.space import within
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StudyError
+
+
+def lessons(study: Study, home: Home) -> dict[str, list[Entry]]:
+    """What each study of `search.warm_start` measured: its finished points that this study might
+    have asked for, too.
+
+    Raises StudyError for a study that the home does not have, or that measured something else or
+    along other axes.
+    """
+    return {name: _lesson(study, name, home) for name in study.search.warm_start}
+
+
+def _lesson(study: Study, name: str, home: Home) -> list[Entry]:
+    path = home.root / "studies" / name / "study.json"
+    if not path.exists():
+        there = sorted(each.parent.name for each in home.root.glob("studies/*/study.json"))
+        raise StudyError(
+            f"search.warm_start: {home.root} has no study {name!r}; it has {there}. Name "
+            "one of these, or run it first"
+        )
+    other = Study.model_validate_json(path.read_text())
+    if other.objectives != study.objectives:
+        raise StudyError(
+            f"search.warm_start: {name!r} measures {list(other.objectives)}, and this "
+            f"study {list(study.objectives)}."
+            " A search can learn from a study with the same objectives in the same order only"
+        )
+    for objective in study.objectives:
+        suite = objective.partition(".")[0]
+        ours, theirs = study.suites[suite].measure.kind, other.suites[suite].measure.kind
+        if ours != theirs:
+            raise StudyError(
+                f"search.warm_start: {name!r} has a suite {suite!r} that measures "
+                f"{theirs}, and this study's measures {ours}"
+            )
+    entries, _ = read(other, home.storage(name))
+    found = [entry for entry in entries if entry.state == "done" and _ours(entry, study)]
+    if not found and any(entry.state == "done" for entry in entries):
+        own = {model: sorted(study.axes_of(model)) for model in study.models}
+        raise StudyError(
+            f"search.warm_start: no point of {name!r} lies in this study's space; its "
+            f"sizes and axes are {own}"
+        )
+    return [replace(entry, misses=_misses(entry, study), drawn={}) for entry in found]
+
+
+def _misses(entry: Entry, study: Study) -> tuple[tuple[str, float], ...]:
+    """By how much a point misses this study's floor, as far as its objectives say."""
+    if study.search.constraints.refusal_floor and study.refusal_metric in study.objectives:
+        return (
+            (
+                REFUSAL_FLOOR,
+                study.refusal_floor - entry.values[study.objectives.index(study.refusal_metric)],
+            ),
+        )
+    return ()
+
+
+def _ours(entry: Entry, study: Study) -> bool:
+    if entry.point.model not in study.models:
+        return False
+    axes, values = study.axes_of(entry.point.model), dict(entry.point.values)
+    return set(axes) == set(values) and all(
+        within(value, axes[axis]) for axis, value in values.items()
+    )

@@ -1,0 +1,212 @@
+"""What became of a point, read from the store: its metrics pooled over seeds, or the reason that it
+has none.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from ebbline.cluster.schedule.costs import Cost, cost_of
+from ebbline.cluster.store.artifacts import Artifact
+from ebbline.sweeps.state.racing import Known, Rivals, races, standing
+from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
+from ebbline.sweeps.state.trials import Entry
+from ebbline.sweeps.study.points import REFUSED, Point, Result, StageName, ended
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
+from ebbline.tasks.specs import ApplySpec, ProjectSpec
+from ebbline.tasks.stage import Stage, closure
+
+
+def metrics_of(study: Study, suites: Mapping[str, Stage], known: Known) -> dict[str, Metric] | None:
+    """Full metric name -> metric of an aligned model before fine-tuning; None while a suite is
+    missing.
+    """
+    found: dict[str, Metric] = {}
+    for suite in study.suites:
+        artifact = known.artifact(suites[suite])
+        if artifact is None:
+            return None
+        found |= {
+            f"{suite}.{metric.name}": pooled([metric])
+            for metric in read_metrics(artifact.file(METRICS).parent)
+        }
+    return found
+
+
+def stages_or_refusal(planner: Planner, point: Point) -> tuple[dict[str, Stage], str]:
+    """A point's stages by name, or why its settings cannot be."""
+    try:
+        return planner.stages_for(point), ""
+    except StudyError as error:
+        return {}, f"{REFUSED}{error}"
+
+
+def of_seeds(study: Study, stages: Mapping[str, Stage], seeds: int) -> dict[str, Stage]:
+    """Those of the study's first so many seeds."""
+    taken = set(study.seeds[:seeds])
+    return {name: stage for name, stage in stages.items() if StageName.parse(name).seed in taken}
+
+
+def fingerprint(study: Study, result: Result) -> frozenset[tuple[str, str]]:
+    """What two finished points have in common whose adapters came out the same: they are measured
+    by the same stages.
+
+    Looked at are the seeds that every point is run with, and of raced suites the first block.
+    """
+    seeds = set(study.seeds[: study.first_seeds])
+    named = {StageName.parse(text): key for text, key in result.keys.items()}
+    return frozenset(
+        (str(name), key)
+        for name, key in named.items()
+        if name.part in study.suites and name.seed in seeds and not name.block
+    )
+
+
+class Duplicates:
+    """Which finished points came out the same as one with a smaller number, whatever order they
+    landed in: the one owner of `same_as`.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._found: dict[int, frozenset[tuple[str, str]]] = {}
+        self._first: dict[frozenset[tuple[str, str]], int] = {}
+
+    def add(self, result: Result) -> None:
+        if result.status == "done":
+            found = self._found[result.number] = fingerprint(self._study, result)
+            self._first[found] = min(result.number, self._first.get(found, result.number))
+
+    def marked(self, result: Result) -> Result:
+        """The result of a point that was taken in, with the first that it is the same as."""
+        found = self._found.get(result.number)
+        first = result.number if found is None else self._first[found]
+        return result if first == result.number else replace(result, same_as=first)
+
+
+def results_of(
+    study: Study,
+    entries: Sequence[Entry],
+    planner: Planner,
+    known: Known,
+    kept: Mapping[int, Result] = MappingProxyType({}),
+) -> list[Result]:
+    """The Results of points that were asked for, in the order of asking, over as many seeds as each
+    needs.
+
+    `kept` are Results by number that were worked out before and cannot change (see
+    `lasting_results`); they are taken as they are.
+    """
+    rivals, duplicates = Rivals(study), Duplicates(study)
+    found: dict[int, Result] = {}
+    stages: dict[int, dict[str, Stage]] = {}
+
+    def over(number: int, seeds: int, reason: str = "") -> Result:
+        own = of_seeds(study, stages[number], seeds)
+        return result_of(study, number, entries[number].point, own, known, reason, rivals)
+
+    for number, entry in enumerate(entries):
+        if number in kept:
+            found[number] = kept[number]
+        else:
+            stages[number], refused = stages_or_refusal(planner, entry.point)
+            failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
+            found[number] = over(number, study.first_seeds, failed or refused)
+        rivals.add(found[number])
+        duplicates.add(found[number])
+    for number, result in list(found.items()):
+        for seeds in range(study.first_seeds + 1, len(study.seeds) + 1):
+            more = over(number, seeds) if result.status == "done" else result
+            if more.status != "done":
+                break
+            found[number] = more
+    most = {number: entry.most for number, entry in enumerate(entries) if entry.most is not None}
+    for number, seeds in seeds_needed(
+        study, [duplicates.marked(result) for result in found.values()], most
+    ).items():
+        if seeds < seeds_of(found[number]):  # measured when it looked as if it were needed
+            found[number] = over(number, seeds)
+        lacking = entries[number].reason if seeds == most.get(number) else ""
+        found[number] = replace(duplicates.marked(found[number]), reason=lacking)
+    return list(found.values())
+
+
+def lasting_results(study: Study, results: Sequence[Result]) -> dict[int, Result]:
+    """By number, those that no other point can change: none where more seeds may be added, or
+    rivals end a race.
+    """
+    if study.replicates.policy != "all" or any(races(study).values()):
+        return {}
+    return {
+        result.number: result
+        for result in results
+        if result.status in ("done", "failed", "refused")
+    }
+
+
+def result_of(
+    study: Study,
+    number: int,
+    point: Point,
+    stages: Mapping[str, Stage],
+    known: Known,
+    reason: str = "",
+    rivals: Rivals | None = None,
+) -> Result:
+    """The Result of a point whose stages are `stages`: done when nothing is missing, failed when
+    there is a reason.
+
+    `rivals` are what a raced point is compared with.
+    """
+    artifacts = {
+        name: artifact
+        for name, stage in stages.items()
+        if (artifact := known.artifact(stage)) is not None
+    }
+    keys = {name: artifact.key for name, artifact in artifacts.items()}
+    seconds = sum(float(artifact.provenance["seconds"]) for artifact in artifacts.values())
+    costs = costs_of(stages.values(), known)
+    if reason:
+        return Result(
+            number, point, ended(reason), reason=reason, keys=keys, seconds=seconds, costs=costs
+        )
+    stands = standing(study, stages, known, (rivals or Rivals(study)).before(number, point))
+    if stands.missing:
+        return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
+    share = projected_share(artifacts)
+    return Result(
+        number,
+        point,
+        "done",
+        stands.metrics,
+        keys=keys,
+        seconds=seconds,
+        projected_share=share,
+        costs=costs,
+    )
+
+
+def costs_of(stages: Iterable[Stage], known: Known) -> dict[str, Cost]:
+    """Key -> cost of the stages that are done, and of all that they are made from."""
+    found = (known.artifact(stage) for stage in closure(stages))
+    return {
+        artifact.key: cost_of(artifact.provenance) for artifact in found if artifact is not None
+    }
+
+
+def projected_share(artifacts: Mapping[str, Artifact]) -> float:
+    """The share of modules that took C.B, over all replicates among a point's artifacts by stage
+    (`apply[seed=0]`).
+    """
+    taken = total = 0
+    named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}
+    for name, artifact in named.items():
+        if name.part == "apply":
+            taken += len(json.loads(artifact.file(ApplySpec.CHOSEN).read_text()))
+            total += len(read_rows(named[replace(name, part="project")].file(ProjectSpec.COSINES)))
+    return taken / total

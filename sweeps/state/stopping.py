@@ -1,0 +1,124 @@
+"""When a study stops asking by itself: the rule of `search.stop`, on how fast the hypervolume
+grows.
+
+Invariant: what it says depends on the results in the order in which it was given them, on nothing
+that a machine's speed decides.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import moocore
+import numpy as np
+
+from ebbline.cluster.profile import Profile
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.state.spending import Stopped
+from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.study import Study, lasting
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.identity import digest
+
+
+class Gains:
+    """What each result added in cost, and how much hypervolume there is. `since` is how many points
+    were given before the rule counts: of a study that had met it and was widened, those of its
+    first life.
+    """
+
+    def __init__(self, study: Study, profile: Profile, since: int = 0) -> None:
+        self._rule, self._profile, self._since = study.search.stop, profile, since
+        self._objectives = study.objectives
+        self._seen: set[str] = set()
+        self._cost = Cost()
+        self._spent: list[float] = []  # after each result
+        self._gains: list[
+            list[float]
+        ] = []  # of each result so far, all pointing up; empty for one without metrics
+
+    @property
+    def points(self) -> int:
+        """How many results it was given."""
+        return len(self._gains)
+
+    def add(self, result: Result) -> None:
+        """Take in the next result, of whatever status. Raises StudyError for GPUs without a price
+        when the rule is in dollars.
+        """
+        for key, cost in result.costs.items():
+            if key not in self._seen:
+                self._seen.add(key)
+                self._cost += cost
+        self._spent.append(self._measure(len(self._spent) + 1))
+        self._gains.append(
+            [self._up(result, name) for name in self._objectives] if result.status == "done" else []
+        )
+
+    def met(self) -> str:
+        """How the rule is met, in words; empty while it is not, or there is none."""
+        if self._rule is None or not self._spent:
+            return ""
+        per = self._rule.per_usd or self._rule.per_gpu_hour or self._rule.per_points or 0
+        before = bisect_right(self._spent, self._spent[-1] - per)
+        if before <= self._since or before == 0:
+            return ""  # not yet so much was spent
+        now, then = self._hypervolume(len(self._gains)), self._hypervolume(before)
+        if now - then >= self._rule.gain * then and now > 0:
+            return ""
+        return (
+            f"the hypervolume grew from {then:.4g} to {now:.4g} over the last "
+            f"{len(self._gains) - before} points, by less than"
+            f" {self._rule}. Change search.stop in the study file, and the same command goes on"
+        )
+
+    def _measure(self, points: int) -> float:
+        if self._rule is None or self._rule.per_points is not None:
+            return float(points)
+        if self._rule.per_gpu_hour is not None:
+            return self._cost.gpu_hours
+        usd = self._cost.usd(self._profile)
+        if usd is None:
+            missing = ", ".join(
+                f"{name}: {{usd_per_hour: ...}}"
+                for name in self._cost.unpriced(self._profile) or ["other"]
+            )
+            raise StudyError(
+                "search.stop.per_usd is given, but cluster.yaml in the home has no price; "
+                f"add `gpus: {{{missing}}}` there"
+            )
+        return usd
+
+    def _up(self, result: Result, name: str) -> float:
+        metric = result.metrics[name]
+        return metric.value if metric.direction == "maximise" else 1.0 - metric.value
+
+    def _hypervolume(self, count: int) -> float:
+        return hypervolume([gains for gains in self._gains[:count] if gains])
+
+
+def hypervolume(gains: Sequence[Sequence[float]]) -> float:
+    """The volume that rows dominate, all pointing up, from the corner 0."""
+    if not gains:
+        return 0.0
+    gains_NM: Any = np.array(gains, dtype=np.float64)
+    if gains_NM.shape[1] == 1:
+        return float(gains_NM.max())
+    return float(moocore.hypervolume(gains_NM, ref=[0.0] * gains_NM.shape[1], maximise=True))
+
+
+def still_met(study: Study, before: Stopped | None) -> Stopped | None:
+    """The last time that the rule was met, if the study still has that rule: it stays stopped."""
+    return (
+        before
+        if before is not None and study.search.stop is not None and before.rule == rule_of(study)
+        else None
+    )
+
+
+def rule_of(study: Study) -> str:
+    """A digest of the rule and of the study that it was met in: a changed rule or a wider study is
+    not stopped by what was.
+    """
+    rule = None if study.search.stop is None else study.search.stop.model_dump(mode="json")
+    return digest({"stop": rule, "study": lasting(study.model_dump(mode="json"))})

@@ -1,0 +1,194 @@
+"""What a study still has to run: every stage looked up by its key, without running anything; and
+why each is not there.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
+from ebbline.sweeps.state.racing import standing
+from ebbline.sweeps.study.differences import differences
+from ebbline.sweeps.study.points import Point, StageName
+from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.stage import Part, Stage, stage_of
+
+Told = Callable[[int, int], None]  # (points looked up, of how many)
+MODELS = -1  # in place of a point's place: what measures the models before fine-tuning
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A stage to run. `above` are those to run that it reads from, `asked_by` is the place of the
+    first point that asks for it.
+    """
+
+    id: str
+    stage: Stage
+    name: str
+    above: tuple[str, ...]
+    asked_by: int
+    remade: bool = False
+
+
+@dataclass
+class Todo:
+    """What would run, by id (its key, or its lineage while that is unknown), inputs first. `there`
+    counts what the store has, by kind.
+
+    `flights` has, for each point in order, the ids that it waits for. A stage is `remade` when its
+    record is there, but files that retention has dropped must be made again for another.
+    """
+
+    missing: dict[str, Missing] = field(default_factory=dict)
+    there: Counter[str] = field(default_factory=Counter)
+    flights: list[tuple[str, ...]] = field(default_factory=list)
+
+    @property
+    def new(self) -> Counter[str]:
+        """How many stages of each kind would run."""
+        return Counter(missing.stage.kind for missing in self.missing.values())
+
+
+def todo(planner: Planner, points: Sequence[Point], told: Told = lambda done, of: None) -> Todo:
+    """Look up every stage of the models before fine-tuning, and of these points."""
+    looking = _Looking(planner.home.store, Resolver(planner.home.store))
+    for model, suites in planner.baselines().items():
+        for suite, stage in suites.items():
+            looking.look(f"{model} before fine-tuning, {suite}", stage, MODELS)
+    for place, point in enumerate(points):
+        stages, called = (
+            of_seeds(
+                planner.study, stages_or_refusal(planner, point)[0], planner.study.first_seeds
+            ),
+            str(point),
+        )
+        needed = [(name, stages[name]) for name in _needed(planner.study, stages, looking.resolver)]
+        for name, stage in needed:
+            looking.look(f"{called}, {name}", stage, place)
+        looking.found.flights.append(looking.waits(stage for _, stage in needed))
+        told(place + 1, len(points))
+    return looking.found
+
+
+class _Looking:
+    """One look at the store, which meets every stage once."""
+
+    def __init__(self, store: Store, resolver: Resolver) -> None:
+        self.store, self.resolver, self.found = store, resolver, Todo()
+        self._ids: dict[str, str] = {}  # by lineage
+        self._met: set[str] = set()
+        self._dropped: dict[str, frozenset[str]] = {}
+
+    def look(self, name: str, stage: Stage, place: int) -> None:
+        """Count a stage and all above it, and note those that have to run."""
+        if stage.lineage in self._ids:
+            return
+        for above in stage.upstream():
+            self.look(f"{name} < {above.kind}", above, place)
+        own = self._ids[stage.lineage] = self.resolver.key(stage) or stage.lineage
+        if own not in self._met:
+            self._met.add(own)
+            if self.resolver.artifact(stage) is None:
+                self._note(stage, name, place)
+            else:
+                self.found.there[stage.kind] += 1
+
+    def waits(self, stages: Iterable[Stage]) -> tuple[str, ...]:
+        """The ids of those that have to run, after what they wait for."""
+        ids: dict[str, None] = {}
+        for stage in stages:
+            self._gather(self._ids[stage.lineage], ids)
+        return tuple(ids)
+
+    def _gather(self, own: str, ids: dict[str, None]) -> None:
+        if own in self.found.missing and own not in ids:
+            for above in self.found.missing[own].above:
+                self._gather(above, ids)
+            ids[own] = None
+
+    def _note(self, stage: Stage, name: str, place: int, remade: bool = False) -> None:
+        for item in stage.inputs.values():
+            above = stage_of(item)
+            artifact = None if above is None else self.resolver.artifact(above)
+            if (
+                above is not None
+                and artifact is not None
+                and self._ids[above.lineage] not in self.found.missing
+            ):
+                needed = artifact.below(item.path if isinstance(item, Part) else "")
+                if not self._dropped_of(artifact).isdisjoint(needed):
+                    self.found.there[above.kind] -= 1
+                    self._note(above, f"{name} < {above.kind}", place, remade=True)
+        own = self._ids[stage.lineage]
+        above_ids = (self._ids[above.lineage] for above in stage.upstream())
+        ids = tuple(dict.fromkeys(each for each in above_ids if each in self.found.missing))
+        self.found.missing[own] = Missing(own, stage, name, ids, place, remade)
+
+    def _dropped_of(self, artifact: Artifact) -> frozenset[str]:
+        if artifact.key not in self._dropped:
+            self._dropped[artifact.key] = self.store.dropped(artifact)
+        return self._dropped[artifact.key]
+
+
+def _needed(study: Study, stages: Mapping[str, Stage], resolver: Resolver) -> list[str]:
+    """The names of the stages that a point needs as far as is known: of raced suites, the blocks
+    measured and the next one.
+    """
+    named = {StageName.parse(name): name for name in stages}
+    if all(name.block is None for name in named):
+        return list(stages)
+    next_ones = set(standing(study, stages, resolver).missing)
+    blocks = {
+        (name.part, name.block)
+        for name, text in named.items()
+        if name.part in study.suites
+        and (resolver.artifact(stages[text]) is not None or stages[text] in next_ones)
+    }
+    return [
+        text
+        for name, text in named.items()
+        if name.block is None or (_suite(name), name.block) in blocks
+    ]
+
+
+def _suite(name: StageName) -> str:
+    """`generate:refusal` and `judge:refusal:mine` serve the suite `refusal`."""
+    return name.part.split(":")[1] if ":" in name.part else name.part
+
+
+def explained(found: Todo, store: Store, most: int) -> list[tuple[str, str]]:
+    """(name, why it is not in the store) of the first `most` stages that would run."""
+    resolver = Resolver(store)
+    reasons = []
+    for missing in itertools.islice(found.missing.values(), most):
+        again = (
+            "its record is there, but files of it were dropped to save space, and another "
+            "stage reads them"
+        )
+        reasons.append(
+            (missing.name, again if missing.remade else explain(missing.stage, resolver, store))
+        )
+    return reasons
+
+
+def explain(stage: Stage, resolver: Resolver, store: Store) -> str:
+    """Why a stage is not in the store: the fields that differ from the nearest artifact of its
+    kind, or what it waits for.
+    """
+    payload = resolver.hashed(stage)
+    if payload is None:
+        waiting = [above.kind for above in stage.upstream() if resolver.artifact(above) is None]
+        return f"waits for {' and '.join(sorted(set(waiting)))}"
+    nearest = min(
+        (list(differences(artifact.hashed, payload)) for artifact in store.all(stage.kind)),
+        key=lambda lines: (len(lines), lines),
+        default=None,
+    )
+    if nearest is None:
+        return f"the store has no {stage.kind} yet"
+    return "; ".join(nearest[:4])

@@ -1,0 +1,458 @@
+"""A study's points in Optuna's storage, which is the one truth about them and their state.
+
+Read once when the storage is opened; from then on its only driver keeps the list itself, and each
+change is one write there first. A trial is written whole, with all its parameters, so that a driver
+that is killed leaves no half of one. A point's number is its place among the trials that are
+points, not Optuna's trial number: that one also counts what was set aside, and what other studies
+taught (see ebbline.sweeps.search.warm_start).
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ebbline.sweeps.study.axes import AxisValue, Range
+from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.storage import Storage
+from ebbline.sweeps.study.study import Study, lasting
+from ebbline.tasks.errors import DatabaseLost, StudyError
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.metrics import direction
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+REASON, GAVE_UP, NOT_A_POINT = (
+    "reason",
+    "gave_up",
+    "not_a_point",
+)  # study attributes, by trial number
+SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # ... of the whole
+ERRORS, TAUGHT_BY, DRAWN = "standard_errors", "taught_by", "drawn"  # trial attributes
+MODEL = "model"
+REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # constraints, as Optuna keeps them
+State = Literal["running", "done", "failed"]
+_STATES: Mapping[TrialState, State] = {
+    TrialState.COMPLETE: "done",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
+DIRECTIONS = {
+    "maximise": optuna.study.StudyDirection.MAXIMIZE,
+    "minimise": optuna.study.StudyDirection.MINIMIZE,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A point that was asked for: its objectives as measured (means over seeds), their standard
+    errors, and by how much it misses each constraint (at most 0 when it holds). `trial` is Optuna's
+    number.
+
+    `most` is how many seeds it can have, once a further one failed; `reason` says why that one did,
+    or why the point did.
+    """
+
+    trial: int
+    point: Point
+    state: State = "running"
+    values: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ()
+    misses: tuple[tuple[str, float], ...] = ()
+    reason: str = ""
+    drawn: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what its sampler wants to be told again (see ebbline.sweeps.search.samplers)
+    most: int | None = None
+
+    @property
+    def feasible(self) -> bool:
+        return not self.misses or all(miss <= 0 for _, miss in self.misses)
+
+
+class Trials:
+    """The points of one study, in the order of asking; `taught` are what other studies measured."""
+
+    def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
+        self.study, self._begun_as = study, begun_as
+        self._optuna = optuna.create_study(
+            storage=opened(storage),
+            study_name=storage.name,
+            directions=[DIRECTIONS[direction(name)] for name in study.objectives],
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(),  # it draws nothing: points are written whole
+        )
+        if storage.shared:
+            self._same_settings(storage)
+        found = self._optuna.get_trials(deepcopy=False)
+        self.names = Names(study, found)
+        self._written = len(found)
+        self._clear_half_asked(found)
+        marks = self._optuna.user_attrs
+        self.entries = [
+            _entry(trial, marks)
+            for trial in points_of(self._optuna.get_trials(deepcopy=False), marks)
+        ]
+        self.taught = [
+            _entry(trial, marks)
+            for trial in self._optuna.get_trials(deepcopy=False)
+            if TAUGHT_BY in trial.user_attrs
+        ]
+
+    def add(self, point: Point, drawn: Mapping[str, Any] | None = None) -> int:
+        """Write a point that is to be run; returns its number."""
+        attributes = {DRAWN: dict(drawn)} if drawn else {}
+        number = self._write(
+            create_trial(
+                state=TrialState.RUNNING, user_attrs=attributes, **self.names.parameters(point)
+            )
+        )
+        self.entries.append(Entry(number, point, drawn=drawn or {}))
+        return len(self.entries) - 1
+
+    def finish(
+        self,
+        number: int,
+        values: Sequence[float],
+        errors: Sequence[float],
+        misses: Mapping[str, float],
+    ) -> Entry:
+        """Write what a point measured."""
+        entry = self.entries[number]
+        trial = optuna.trial.Trial(self._optuna, self._id(entry.trial))
+        trial.set_user_attr(ERRORS, list(errors))
+        for name, miss in misses.items():
+            if (
+                name not in trial.constraints
+            ):  # told before, when the driver was killed in the middle of this
+                trial.set_constraint(name, miss)
+        self._optuna.tell(entry.trial, list(values))
+        done = replace(
+            entry,
+            state="done",
+            values=tuple(values),
+            errors=tuple(errors),
+            misses=tuple(sorted(misses.items())),
+        )
+        self.entries[number] = done
+        return done
+
+    def amend(
+        self,
+        number: int,
+        values: Sequence[float],
+        errors: Sequence[float],
+        misses: Mapping[str, float],
+    ) -> Entry:
+        """Take in what a finished point is found to have measured, over more seeds or against other
+        constraints than it was told with.
+
+        Nothing is written: a later driver finds it in the store.
+        """
+        amended = replace(
+            self.entries[number],
+            values=tuple(values),
+            errors=tuple(errors),
+            misses=tuple(sorted(misses.items())),
+        )
+        self.entries[number] = amended
+        return amended
+
+    def fail(self, number: int, reason: str) -> Entry:
+        """Write that a point has no objectives. Left without a state it would stay RUNNING, and
+        samplers would avoid its place.
+        """
+        entry = self.entries[number]
+        self._optuna.set_user_attr(f"{REASON}:{entry.trial}", reason)
+        self._optuna.tell(entry.trial, state=TrialState.FAIL)
+        self.entries[number] = replace(entry, state="failed", reason=reason)
+        return self.entries[number]
+
+    def give_up(self, number: int, most: int, reason: str) -> None:
+        """Write that a point can have no more than `most` seeds, as a further one failed."""
+        entry = self.entries[number]
+        self._optuna.set_user_attr(f"{GAVE_UP}:{entry.trial}", {"most": most, "reason": reason})
+        self.entries[number] = replace(entry, most=most, reason=reason)
+
+    def teach(self, name: str, found: Sequence[Entry]) -> None:
+        """Write what another study measured, once: a study that is warm started twice knows what it
+        knew the first time.
+        """
+        if name in self._optuna.user_attrs.get(WARMED, []):
+            return
+        there = {entry.point for entry in self.taught}
+        for entry in found:
+            if entry.point not in there:
+                trial = create_trial(
+                    state=TrialState.COMPLETE,
+                    values=list(entry.values),
+                    user_attrs={ERRORS: list(entry.errors), TAUGHT_BY: name},
+                    constraints=dict(entry.misses),
+                    **self.names.parameters(entry.point),
+                )
+                self.taught.append(replace(entry, trial=self._write(trial)))
+        self._optuna.set_user_attr(WARMED, [*self._optuna.user_attrs.get(WARMED, []), name])
+
+    def exhaust(self) -> None:
+        """Write that there is no further point to propose, as long as axes, seeds and sampler stay
+        as they are.
+        """
+        self._optuna.set_user_attr(EXHAUSTED, _exhausted(self.study, len(self.entries)))
+
+    def _write(self, trial: FrozenTrial) -> int:
+        """Optuna's number of a new trial: nobody else adds any while the study is held."""
+        self._optuna.add_trial(trial)
+        self._written += 1
+        return self._written - 1
+
+    def _id(self, number: int) -> int:
+        storage: Any = self._optuna._storage
+        return int(storage.get_trial_id_from_study_id_trial_number(self._optuna._study_id, number))
+
+    def _same_settings(self, storage: Storage) -> None:
+        """Another home may have begun the study in a shared database: with the same settings, or
+        its points are not ours.
+        """
+        own = digest(lasting(self.study.model_dump(mode="json")))
+        before = self._optuna.user_attrs.get(SETTINGS)
+        if before is None or before == self._begun_as:
+            self._optuna.set_user_attr(SETTINGS, own)
+        elif before != own:
+            raise StudyError(
+                f"a study named {self.study.study!r} was begun in the shared database, as "
+                f"{storage.name!r}, with other settings;"
+                " give this one another name (`study: ...`)"
+            )
+
+    def _clear_half_asked(self, found: Sequence[FrozenTrial]) -> None:
+        """Close what is open and no point: set aside and not yet closed, not whole, or the same as
+        an earlier one.
+        """
+        marks = self._optuna.user_attrs
+        for trial in found:
+            if trial.state == TrialState.RUNNING and f"{NOT_A_POINT}:{trial.number}" in marks:
+                self._optuna.tell(trial.number, state=TrialState.FAIL)
+        seen: set[Point] = set()
+        for trial in points_of(found, marks):
+            whole = is_whole(trial, self.study)
+            if trial.state == TrialState.RUNNING and (not whole or point_of(trial) in seen):
+                self._optuna.set_user_attr(
+                    f"{NOT_A_POINT}:{trial.number}",
+                    "the same as an earlier one" if whole else "cut off",
+                )
+                self._optuna.tell(trial.number, state=TrialState.FAIL)
+            elif whole:
+                seen.add(point_of(trial))
+
+
+class Names:
+    """Optuna's name for each axis of each size, and the distribution that goes with it.
+
+    A size that has values of its own has a parameter of its own, `70b/train.rank`. Optuna lets no
+    categorical parameter change its choices: an axis that was widened goes on under another name,
+    `train.rank#2`, and both are the same axis to every reader here.
+    """
+
+    def __init__(self, study: Study, found: Sequence[FrozenTrial] = ()) -> None:
+        self._study = study
+        self._before: dict[str, BaseDistribution] = {}
+        for trial in found:
+            self._before.update(trial.distributions)
+        self._known: dict[tuple[str, str], tuple[str, BaseDistribution]] = {}
+
+    def model(self) -> tuple[str, BaseDistribution]:
+        return self._free(
+            MODEL, CategoricalDistribution([json.dumps(name) for name in self._study.models])
+        )
+
+    def axis(self, model: str, axis: str) -> tuple[str, BaseDistribution]:
+        if (model, axis) not in self._known:
+            name = f"{model}/{axis}" if axis in self._study.models[model].axes else axis
+            self._known[model, axis] = self._free(
+                name, distribution(self._study.axes_of(model)[axis])
+            )
+        return self._known[model, axis]
+
+    def parameters(self, point: Point) -> dict[str, Any]:
+        """`params` and `distributions` of a trial that is this point."""
+        name, models = self.model()
+        params: dict[str, Any] = {name: json.dumps(point.model)}
+        distributions = {name: models}
+        for axis, value in point.values:
+            name, own = self.axis(point.model, axis)
+            params[name] = json.dumps(value) if isinstance(own, CategoricalDistribution) else value
+            distributions[name] = own
+        return {"params": params, "distributions": distributions}
+
+    def _free(self, name: str, wanted: BaseDistribution) -> tuple[str, BaseDistribution]:
+        for number in range(1, len(self._before) + 2):
+            text = name if number == 1 else f"{name}#{number}"
+            before = self._before.get(text)
+            if (
+                before is None
+                or before == wanted
+                or (
+                    type(before) is type(wanted) and not isinstance(wanted, CategoricalDistribution)
+                )
+            ):
+                break
+        return text, wanted
+
+
+def distribution(axis: tuple[AxisValue, ...] | Range) -> BaseDistribution:
+    """What Optuna calls an axis. Choices are JSON text: Optuna would take 1, 1.0 and True for one
+    choice.
+    """
+    if not isinstance(axis, Range):
+        return CategoricalDistribution([json.dumps(value) for value in axis])
+    if axis.whole:
+        return IntDistribution(
+            int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1)
+        )
+    return FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
+
+
+def point_of(trial: FrozenTrial) -> Point:
+    values = {
+        name.rpartition("/")[2].partition("#")[0]: plain(value)
+        for name, value in trial.params.items()
+    }
+    return Point.of(str(values.pop(MODEL)), values)
+
+
+def plain(value: Any) -> Value:
+    found: Value = json.loads(value) if isinstance(value, str) else value
+    return found
+
+
+def is_whole(trial: FrozenTrial, study: Study) -> bool:
+    if not any(name.partition("#")[0] == MODEL for name in trial.params):
+        return False
+    point = point_of(trial)
+    return point.model in study.models and {axis for axis, _ in point.values} == set(
+        study.axes_of(point.model)
+    )
+
+
+def points_of(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[FrozenTrial]:
+    """The trials that are points of the study: nothing set aside, nothing that another study
+    taught.
+    """
+    return [
+        trial
+        for trial in trials
+        if trial.state != TrialState.WAITING
+        and f"{NOT_A_POINT}:{trial.number}" not in marks
+        and TAUGHT_BY not in trial.user_attrs
+    ]
+
+
+def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
+    gave_up = marks.get(f"{GAVE_UP}:{trial.number}", {})
+    return Entry(
+        trial.number,
+        point_of(trial),
+        _STATES[trial.state],
+        tuple(trial.values or ()),
+        tuple(trial.user_attrs.get(ERRORS, ())),
+        tuple(sorted(trial.constraints.items())),
+        str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", ""))),
+        trial.user_attrs.get(DRAWN, {}),
+        gave_up.get("most"),
+    )
+
+
+@contextmanager
+def reaching(storage: Storage) -> Iterator[None]:
+    """Turn whatever a database does wrong under Optuna into a DatabaseLost."""
+    try:
+        with storage.explained():
+            yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise DatabaseLost(storage.told(error.__cause__ or error)) from error
+
+
+def opened(storage: Storage) -> optuna.storages.BaseStorage:
+    as_it_is = storage.read_only
+    made = optuna.storages.RDBStorage(
+        storage.url,
+        storage.settings,
+        skip_compatibility_check=as_it_is,
+        skip_table_creation=as_it_is,
+    )
+    return optuna.storages.get_storage(made)
+
+
+class Reader:
+    """A study's points for somebody who looks again and again: what has ended is read from the
+    database once.
+    """
+
+    def __init__(self, study: Study, storage: Storage) -> None:
+        self._study, self._storage = study, storage
+        self._found: optuna.Study | None = None
+
+    def look(self) -> tuple[list[Entry], bool]:
+        """All points asked so far, and whether there is none left to propose. Empty before the
+        first driver.
+        """
+        with reaching(self._storage):
+            if self._found is None:
+                try:
+                    self._found = optuna.load_study(
+                        study_name=self._storage.name, storage=opened(self._storage)
+                    )
+                except KeyError:
+                    return [], False
+            marks = self._found.user_attrs
+            trials = points_of(self._found.get_trials(deepcopy=False), marks)
+            entries = [_entry(trial, marks) for trial in trials if is_whole(trial, self._study)]
+            return entries, marks.get(EXHAUSTED) == _exhausted(self._study, len(entries))
+
+
+def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
+    """What a Reader sees at its first look."""
+    return Reader(study, storage).look()
+
+
+def settings_mark(storage: Storage) -> str | None:
+    """A digest of the settings that the database has a study with (see Home.begun_as); None where
+    it has none, as in an SQLite file.
+    """
+    if not storage.there:
+        return None
+    with reaching(storage):
+        try:
+            found = optuna.load_study(study_name=storage.name, storage=opened(storage))
+        except KeyError:
+            return None
+        mark: str | None = found.user_attrs.get(SETTINGS)
+        return mark
+
+
+def _exhausted(study: Study, points: int) -> str:
+    """What decides whether there is a further point: how many were asked for, from which values, by
+    whom, measured over how many seeds.
+    """
+    said = study.model_dump(mode="json")
+    own = {name: model["axes"] for name, model in said["models"].items()}
+    return digest(
+        {
+            "points": points,
+            "axes": said["axes"],
+            "models": own,
+            "sampler": study.sampler,
+            "seeds": said["seeds"],
+        }
+    )

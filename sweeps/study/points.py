@@ -1,0 +1,121 @@
+"""Points and Results: the row of every table.
+
+A Point is a model and one value for each axis. A Result is what became of it: metrics with
+intervals, or the reason that it has none. A replicate is a Point with a seed; a Result aggregates
+its replicates and keeps each one's value.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+from ebbline.cluster.schedule.costs import Cost
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.metrics import Metric
+
+_STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
+Value = None | bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Point:
+    """`values` maps an axis (`train.rank`) to its value, in the order of the axes' names."""
+
+    model: str
+    values: tuple[tuple[str, Value], ...]
+
+    @staticmethod
+    def of(model: str, values: Mapping[str, Value]) -> "Point":
+        return Point(model, tuple(sorted(values.items())))
+
+    @property
+    def id(self) -> str:
+        return digest({"model": self.model, "values": dict(self.values)})[:12]
+
+    def __str__(self) -> str:
+        return " ".join(
+            [
+                self.model,
+                *(f"{axis.split('.')[-1]}={'none' if v is None else v}" for axis, v in self.values),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class StageName:
+    """What a point's results call a stage, as text: `train[seed=0]`, `generate:refusal[seed=0]`,
+    `refusal#2[seed=0]`.
+
+    `part` is a stage kind, perhaps with the suite that it serves, or the suite itself for the stage
+    that has its metrics; `block` is which block of a raced suite it is.
+    """
+
+    part: str
+    seed: int
+    block: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.part}{'' if self.block is None else f'#{self.block}'}[seed={self.seed}]"
+
+    @staticmethod
+    @lru_cache(4096)
+    def parse(text: str) -> "StageName":
+        found = _STAGE_NAME.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no stage's name")
+        return StageName(
+            found["part"],
+            int(found["seed"]),
+            None if found["block"] is None else int(found["block"]),
+        )
+
+
+def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
+    """The keys of a part's stage, or of its blocks in order."""
+    named = {StageName.parse(name): key for name, key in keys.items()}
+    own = sorted(
+        (name.block or 0, key)
+        for name, key in named.items()
+        if (name.part, name.seed) == (part, seed)
+    )
+    return [key for _, key in own]
+
+
+Status = Literal["done", "running", "failed", "refused", "out_of_budget"]
+STATUSES: tuple[Status, ...] = ("done", "running", "failed", "refused", "out_of_budget")
+REFUSED = "refused: "  # how the reason of a refused point begins
+
+
+def ended(reason: str) -> Status:
+    """What became of a point that has no metrics, from the reason that is kept: its settings, data
+    or model were refused, or it failed.
+    """
+    return "refused" if reason.startswith(REFUSED) else "failed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds,
+    or `reason` when it has none.
+
+    `same_as` is the number of an earlier point whose adapters came out the same, so that both are
+    measured by the same stages. A point that is `out_of_budget` was asked for, and goes on when the
+    budget is raised.
+
+    `keys` maps a stage's name (`train[seed=0]`) to its key in the store; `seconds` is what its
+    stages took when they ran, whether for this point or for an earlier one that it shares them
+    with. `costs` maps the key of each of its stages, and of what these are made from, to its cost.
+    """
+
+    number: int
+    point: Point
+    status: Status
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    reason: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    projected_share: float | None = None
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    same_as: int | None = None

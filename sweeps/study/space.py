@@ -1,0 +1,130 @@
+"""The space of a study's points: its size, its points in order where it can be listed, draws, and
+the points that a file writes out.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ebbline.sweeps.study.axes import AxisValue, Range, count_of, values_of
+from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.study import Study
+from ebbline.tasks.errors import StudyError
+
+LISTED = 100_000  # points of a space that is written out
+
+
+def limit(study: Study) -> int | None:
+    """How many points the study is to have: what it asks for, or its whole space if that is
+    smaller.
+    """
+    wanted = len(study.search.list) if study.sampler == "list" else study.search.points
+    return min((n for n in (wanted, study.size) if n is not None), default=None)
+
+
+def space(study: Study) -> Iterator[Point]:
+    """Every point of a study whose axes are all lists or ranges with steps, in the order of the
+    file.
+    """
+    for name in study.models:
+        choices = []
+        for axis, values in study.axes_of(name).items():
+            if count_of(values) is None:
+                raise StudyError(f"axes.{axis} is a range without a step; it has no list of points")
+            choices.append([(axis, value) for value in values_of(values)])
+        for combination in itertools.product(*choices):
+            yield Point.of(name, dict(combination))
+
+
+def drawn(rng: np.random.Generator, axis: tuple[AxisValue, ...] | Range) -> Value:
+    """A value of an axis, evenly (on a log range by its logarithm)."""
+    if not isinstance(axis, Range):
+        return axis[int(rng.integers(len(axis)))]
+    if axis.count is not None:
+        return axis.at(int(rng.integers(axis.count)))
+    if axis.log:
+        return min(
+            max(float(np.exp(rng.uniform(np.log(axis.low), np.log(axis.high)))), axis.low),
+            axis.high,
+        )
+    return float(rng.uniform(axis.low, axis.high))
+
+
+def drawn_point(rng: np.random.Generator, study: Study) -> Point:
+    """A point of the space: any size, any value of each of its axes."""
+    model = list(study.models)[int(rng.integers(len(study.models)))]
+    return Point.of(
+        model, {axis: drawn(rng, values) for axis, values in study.axes_of(model).items()}
+    )
+
+
+def check_written_points(study: Study) -> None:
+    """Raise StudyError for a point of `search.first` or `search.list` that is not in the space, or
+    stands twice.
+    """
+    for name in ("first", "list"):
+        seen: set[str] = set()
+        for k, row in enumerate(getattr(study.search, name)):
+            point = listed(row, study, f"search.{name}[{k}]")
+            if point.id in seen:
+                raise StudyError(
+                    f"search.{name} gives the point {point} twice; each point runs once, "
+                    "seeds are its repeats"
+                )
+            seen.add(point.id)
+
+
+def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
+    """A point written out in the study file. Raises StudyError when it lacks the model or an axis,
+    or leaves the space.
+    """
+    values = dict(row)
+    model = str(values.pop("model", ""))
+    if model not in study.models:
+        raise StudyError(f"{where} must give `model` (one of {sorted(study.models)})")
+    axes = study.axes_of(model)
+    if set(values) != set(axes):
+        raise StudyError(
+            f"{where} must give `model` (one of {sorted(study.models)}) and each of {sorted(axes)}"
+        )
+    for axis, value in values.items():
+        if not within(value, axes[axis]):
+            raise StudyError(
+                f"{where}: {axis}={value!r} is not a value of that axis for {model}, which "
+                f"has {_told(axes[axis])}."
+                " Give one of these, or widen the axis"
+            )
+    return Point.of(model, {axis: written(value, axes[axis]) for axis, value in values.items()})
+
+
+def within(value: AxisValue, axis: tuple[AxisValue, ...] | Range) -> bool:
+    """Whether an axis has a value; of a range with a step, those on its steps."""
+    if isinstance(axis, Range):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not axis.low <= value <= axis.high
+        ):
+            return False
+        return axis.step is None or abs(axis.nearest(value) - value) < 1e-9 * axis.step
+    return json.dumps(value) in [
+        json.dumps(choice) for choice in axis
+    ]  # 1, 1.0 and true are three values
+
+
+def written(value: AxisValue, axis: tuple[AxisValue, ...] | Range) -> AxisValue:
+    """A value as the axis has it, so that it is one point however it is written: 4 for 4.0 of a
+    range over whole numbers.
+    """
+    return (
+        axis.nearest(value) if isinstance(axis, Range) and isinstance(value, int | float) else value
+    )
+
+
+def _told(axis: tuple[AxisValue, ...] | Range) -> str:
+    if not isinstance(axis, Range):
+        return json.dumps(list(axis))
+    low, high = axis.edges
+    return f"{low} to {high}" + ("" if axis.step is None else f" in steps of {axis.step:g}")

@@ -1,0 +1,307 @@
+"""From a point to its stages: model -> train -> project -> apply -> each suite."""
+
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from ebbline.cluster.executors.executor import Needs
+from ebbline.cluster.schedule.needs import default_needs
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.points import Point, StageName, Value
+from ebbline.sweeps.study.references import DataRef, Hub, Local
+from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
+from ebbline.sweeps.study.suites import blocks_of, stages_of
+from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.specs import (
+    Block,
+    ConvertSpec,
+    DataSpec,
+    Dtype,
+    JudgeSpec,
+    LanguageSpec,
+    OrganismSpec,
+    ProjectSpec,
+    Spec,
+    SubspaceSpec,
+    TrainSpec,
+)
+from ebbline.tasks.stage import Input, Part, Source, Stage, stage_of
+
+S = TypeVar("S", bound=Spec)
+REMEMBERED = 4096  # adapters whose stages are kept at hand
+
+
+@dataclass(frozen=True)
+class Family:
+    """One size's models, as inputs of stages. Safe LoRA subtracts `unaligned`, which is the base
+    unless a study says else.
+    """
+
+    aligned: Input
+    unaligned: Input
+
+
+class Planner:
+    """Turns points into stages. Pins are checked once, when it is made; two points share whatever
+    stages they can.
+
+    With `located` false, content from outside is taken at its pin and not looked for: for those who
+    only want to know the keys.
+    """
+
+    def __init__(self, study: Study, home: Home, located: bool = True) -> None:
+        require_pins(study)
+        self._located = located
+        self.study, self.home = study, home
+        self._language = Stage(LanguageSpec(seed=study.language))
+        self._needs: dict[str, Needs] = {}
+        self._found: dict[tuple[Local | Hub, str], Source] = {}
+        self.labels: dict[str, str] = {}
+        self._adapters: dict[tuple[str, tuple[tuple[str, Value], ...], int], dict[str, Stage]] = {}
+        self._judges = {
+            name: (
+                judge.settings,
+                None
+                if judge.model is None
+                else self._model(judge.model, judge.settings.dtype, None),
+            )
+            for name, judge in study.judges.items()
+        }
+        self._families = {name: self._family(name, model) for name, model in study.models.items()}
+
+    def apart(self) -> "Planner":
+        """A planner of the same study that remembers by itself: for points that may never be asked
+        for.
+        """
+        found = copy(self)
+        found.labels, found._needs, found._adapters = {}, {}, {}
+        return found
+
+    def needs_of(self, stage: Stage) -> Needs:
+        """What a stage needs of the cluster: its size's gang for a point's training, its size's
+        labels if it takes a GPU.
+
+        A judge is a model of its own, so its size's labels are not for it.
+        """
+        return self._needs.get(stage.lineage, default_needs(stage))
+
+    def baselines(self) -> dict[str, dict[str, Stage]]:
+        """Model -> suite -> the aligned model measured before any fine-tuning."""
+        found: dict[str, dict[str, Stage]] = {}
+        for name in self._families:
+            found[name] = {}
+            for suite in self.study.suites:
+                stages = self._measured(name, suite, None)
+                self._place(name, stages.values())
+                found[name][suite] = stages[suite]
+                for part, stage in stages.items():
+                    self.labels.setdefault(stage.lineage, f"{part} {name} before fine-tuning")
+        return found
+
+    def stages_for(self, point: Point) -> dict[str, Stage]:
+        """Stage name (see ebbline.sweeps.study.points.StageName) -> stage, for every replicate of a
+        point, all blocks of raced suites included.
+        """
+        stages: dict[str, Stage] = {}
+        for seed in self.study.seeds:
+            own = self._replicate(point, seed)
+            self._place(point.model, own.values())
+            for name, stage in own.items():
+                stages[str(replace(name, seed=seed))] = stage
+                self.labels.setdefault(
+                    stage.lineage,
+                    f"{name.part} {point}" + (f" seed={seed}" if len(self.study.seeds) > 1 else ""),
+                )
+        return stages
+
+    def label(self, stage: Stage) -> str:
+        """What to call a stage on a screen: the first point that asked for it."""
+        return self.labels.get(stage.lineage, stage.kind)
+
+    def _replicate(self, point: Point, seed: int) -> dict[StageName, Stage]:
+        parts = self._adapter_of(point, seed)
+        apply = Stage(
+            _with(self.study.apply, "apply", dict(point.values)),
+            {"adapter": Part(parts["train"], TrainSpec.ADAPTER), "projection": parts["project"]},
+        )
+        stages = {StageName(name, seed): stage for name, stage in {**parts, "apply": apply}.items()}
+        for suite, entry in self.study.suites.items():
+            blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
+            for block in blocks:
+                for name, stage in self._measured(point.model, suite, apply, block).items():
+                    stages[StageName(name, seed, None if block is None else block.index)] = stage
+        return stages
+
+    def _adapter_of(self, point: Point, seed: int) -> dict[str, Stage]:
+        """What all thresholds of a point share, up to the projection; remembered, as they come one
+        after another.
+        """
+        values = {axis: value for axis, value in point.values if not axis.startswith("apply.")}
+        asked = point.model, tuple(values.items()), seed
+        if asked not in self._adapters:
+            model = self.study.models[point.model]
+            family = self._families[point.model]
+            data = self._data(
+                self.study.data, _with(self.study.data.settings, "data", values, seed=seed)
+            )
+            settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
+            train = Stage(settings, {"model": family.aligned, "data": Part(data, DataSpec.ROWS)})
+            self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
+            if settings.method == "full":
+                raise StudyError(
+                    "a point's train.method must be 'lora': Safe LoRA projects adapters; "
+                    "`tuned` models may be full"
+                )
+            projection = _with(self.study.project, "project", values)
+            compared = self._compared(family, projection, settings)
+            project = Stage(projection, {"adapter": Part(train, TrainSpec.ADAPTER), **compared})
+            subspace = {name: stage for name, stage in compared.items() if isinstance(stage, Stage)}
+            if len(self._adapters) >= REMEMBERED:
+                self._adapters.clear()
+            self._adapters[asked] = {"data": data, "train": train, **subspace, "project": project}
+        return self._adapters[asked]
+
+    def _compared(
+        self, family: Family, projection: ProjectSpec, train: TrainSpec
+    ) -> dict[str, Input]:
+        """What a projection reads beside the adapter: the two models, or their subspace, which all
+        adapters share.
+        """
+        models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
+        if projection.energy is None:
+            return models
+        return {
+            "subspace": Stage(
+                SubspaceSpec(
+                    energy=projection.energy, target_modules=tuple(sorted(train.target_modules))
+                ),
+                models,
+            )
+        }
+
+    def _measured(
+        self, name: str, suite: str, apply: Stage | None, block: Block | None = None
+    ) -> dict[str, Stage]:
+        """The stages of one suite on a model, with an adapter or as it is before fine-tuning;
+        whole, or one block of it.
+        """
+        model, entry = self.study.models[name], self.study.suites[suite]
+        inputs: dict[str, Input] = {
+            "model": self._families[name].aligned,
+            "prompts": self._rows(entry.prompts),
+        }
+        if apply is not None:
+            inputs["adapter"] = apply
+        return stages_of(
+            suite,
+            entry.measure,
+            inputs,
+            {"quantisation": model.quantisation, "dtype": model.dtype},
+            self._judges,
+            block,
+        )
+
+    def _place(self, name: str, stages: Iterable[Stage]) -> None:
+        """Keep the labels of a size for its stages on GPUs; of two sizes that share a stage, the
+        first in the file has its way.
+        """
+        for stage in stages:
+            if stage.lineage not in self._needs:
+                needs = default_needs(stage)
+                own = needs.gpus > 0 and not isinstance(stage.spec, JudgeSpec)
+                self._needs[stage.lineage] = (
+                    replace(needs, labels=self.study.models[name].labels) if own else needs
+                )
+                self._place(name, stage.upstream())
+
+    def _family(self, name: str, model: Model) -> Family:
+        base = None if model.base is None else self._model(model.base, model.dtype, None)
+        aligned = self._model(model.aligned, model.dtype, base)
+        unaligned = (
+            base if model.unaligned is None else self._model(model.unaligned, model.dtype, aligned)
+        )
+        if unaligned is None:
+            raise StudyError(f"models.{name}: neither `base` nor `unaligned` is given")
+        for item, role in ((base, "base"), (aligned, "aligned"), (unaligned, "unaligned")):
+            if item is not None and (stage := stage_of(item)) is not None:
+                self.labels.setdefault(stage.lineage, f"{role} model {name}")
+                self._place(name, [stage])
+        return Family(aligned, unaligned)
+
+    def _model(self, reference: ModelRef, dtype: Dtype, start: Input | None) -> Input:
+        """The model that a study names; a tuned one is trained from `start`."""
+        tuned = reference.tuned
+        if tuned is not None:
+            if start is None:
+                raise StudyError("`base` cannot be `tuned`: a tuned model is made from another")
+            data = self._data(tuned.data, tuned.data.settings)
+            return Part(
+                Stage(tuned.train, {"model": start, "data": Part(data, DataSpec.ROWS)}),
+                TrainSpec.MODEL,
+            )
+        if reference.organism is not None:
+            return Part(Stage(reference.organism, {"language": self._language}), OrganismSpec.MODEL)
+        if reference.gguf is not None:
+            source = self._outside(reference.gguf, "model")
+            return Part(Stage(ConvertSpec(dtype=dtype), {"source": source}), ConvertSpec.MODEL)
+        return self._outside(reference.path or reference.hub, "model")
+
+    def _data(self, data: Data, settings: DataSpec) -> Stage:
+        inputs = {"pool": self._rows(data.pool)}
+        if settings.mix_share > 0:
+            if data.mix is None:
+                raise StudyError(
+                    f"data.mix_share is {settings.mix_share}, but data.mix names no second set"
+                )
+            inputs["mix"] = self._rows(data.mix)
+        return Stage(settings, inputs)
+
+    def _rows(self, reference: DataRef) -> Input:
+        if reference.language is not None:
+            return Part(self._language, reference.language)
+        return self._outside(reference.path or reference.hub, "dataset")
+
+    def _outside(self, reference: Local | Hub | None, repo_type: str) -> Source:
+        if reference is None or reference.sha256 is None:
+            raise PinError(f"{reference} is not pinned")
+        if (reference, repo_type) not in self._found:
+            self._found[reference, repo_type] = self._look_for(
+                reference, reference.sha256, repo_type
+            )
+        return self._found[reference, repo_type]
+
+    def _look_for(self, reference: Local | Hub, sha256: str, repo_type: str) -> Source:
+        if isinstance(reference, Hub):
+            file = f"#{reference.file}" if reference.file else ""
+            content = digest({"commit": reference.commit, "files": sha256, "file": reference.file})
+            return Source(content, f"hub:{repo_type}:{reference.id}@{reference.commit}{file}")
+        if not self._located:
+            return Source(sha256, reference.path)
+        path = reference.located()
+        found = content_digest(path, cache=self.home.digests)
+        if found != sha256:
+            raise PinError(
+                f"{path} is not what the study pins: its sha256 is {found}, the study says "
+                f"{sha256}."
+                " Restore the file, or pin the new content with `ebbline pin`"
+            )
+        return Source(found, str(path.resolve()))
+
+
+def _with(spec: S, prefix: str, values: Mapping[str, Value], **fixed: Value) -> S:
+    """The settings with a point's values for `prefix` in place; validated again, as a value may be
+    out of range.
+    """
+    changes = {
+        axis.partition(".")[2]: value
+        for axis, value in values.items()
+        if axis.startswith(f"{prefix}.")
+    }
+    try:
+        return type(spec).model_validate({**spec.model_dump(), **changes, **fixed})
+    except ValidationError as error:
+        raise StudyError(f"{prefix} with {changes}: {error.errors()[0]['msg']}") from None

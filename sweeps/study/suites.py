@@ -1,0 +1,199 @@
+"""Suites: what a study measures, and the stages that measure it.
+
+A refusal, over-refusal or task suite is a generation, a judgement by each judge among its scorers,
+and a score; two suites on the same prompts with the same settings share their generation. A
+multiple-choice suite is one lm-eval evaluation.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ebbline.tasks.specs import (
+    Block,
+    Count,
+    EvaluateSpec,
+    Frozen,
+    GenerateSpec,
+    JudgeSpec,
+    Number,
+    PromptFormat,
+    ScoreSpec,
+)
+from ebbline.tasks.stage import Input, Stage
+
+SHOTS = {"mmlu": 5, "hellaswag": 10}  # what the papers use; lm-eval's own default is none
+
+
+class Race(Frozen):
+    """Measure in blocks and stop early. Never on by itself: what is measured of a point then
+    depends on what it shows.
+
+    After each block of `block` prompts a point goes on, unless the interval of `confidence` of
+    every raced rate reaches no further than `width` to either side, or (where every raced suite has
+    `dominated`) an earlier point of its model is better in every objective by intervals that do not
+    overlap.
+    """
+
+    block: Count = 50
+    width: Annotated[Number, Field(gt=0.0, lt=0.5)] | None = None
+    dominated: bool = True
+    confidence: Annotated[Number, Field(gt=0.5, lt=1.0)] = 0.95
+
+
+class _Generated(Frozen):
+    """What every suite has that lets the model speak. `limit` asks that many prompts, evenly spaced
+    over the set.
+
+    `backend: vllm` is for a GPU, and needs the extra `vllm`.
+    """
+
+    format: PromptFormat = "auto"
+    max_new_tokens: Count = 64
+    limit: Count | None = None
+    backend: Literal["transformers", "vllm"] = "transformers"
+    race: Race | None = None
+
+    @model_validator(mode="after")
+    def _a_race_has_an_end(self) -> Self:
+        if self.race is not None and self.limit is None:
+            raise ValueError("`race` needs `limit`, the most prompts that a point may be asked")
+        return self
+
+
+class RefusalSuite(_Generated):
+    """Share of requests from the refused domain that are refused: higher is better.
+
+    `scorer` gives the rate; those in `also` score the same completions beside it. Both name phrase
+    lists or the study's judges.
+    """
+
+    kind: Literal["refusal"] = "refusal"
+    scorer: str = "prefix"
+    also: tuple[str, ...] = ()
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("refusal_rate",)
+
+
+class OverRefusalSuite(_Generated):
+    """Share of harmless requests that are refused, fully or in part: lower is better."""
+
+    kind: Literal["over_refusal"] = "over_refusal"
+    scorer: str = "prefix"
+    also: tuple[str, ...] = ()
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("over_refusal_rate", "full_refusal_rate", "partial_refusal_rate")
+
+
+class TaskSuite(_Generated):
+    """Held-out items of the downstream task, by exact match, chosen letter, or ROUGE-L: higher is
+    better.
+    """
+
+    kind: Literal["task"] = "task"
+    max_new_tokens: Count = 32
+    scorer: Literal["exact", "choice", "rouge_l"] = "exact"
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("rouge_l",) if self.scorer == "rouge_l" else ("task_accuracy",)
+
+
+class MultipleChoiceSuite(Frozen):
+    """An lm-eval task or group by name: accuracy, higher is better. MMLU has 5 shots and HellaSwag
+    10 unless you say.
+    """
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    task: str
+    shots: Annotated[int, Field(ge=0)] | None = None
+    chat_template: bool = False
+    limit: Count | None = None
+
+    def metrics(self) -> tuple[str, ...]:
+        return ("acc", "acc_norm")
+
+    @property
+    def shots_given(self) -> int:
+        """How many solved examples a question is shown with."""
+        return (
+            self.shots
+            if self.shots is not None
+            else next((n for task, n in SHOTS.items() if self.task.startswith(task)), 0)
+        )
+
+
+Suite = Annotated[
+    RefusalSuite | OverRefusalSuite | TaskSuite | MultipleChoiceSuite, Field(discriminator="kind")
+]
+_LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
+    "refusal": "harmful",
+    "over_refusal": "harmless",
+    "task": None,
+}
+
+
+def scorers_of(suite: Suite) -> tuple[str, ...]:
+    """The scorers of a suite that may be judges, the first one first."""
+    return (suite.scorer, *suite.also) if isinstance(suite, RefusalSuite | OverRefusalSuite) else ()
+
+
+def blocks_of(suite: Suite) -> list[Block]:
+    """The blocks of a raced suite in order; none for one that is measured whole."""
+    if isinstance(suite, MultipleChoiceSuite) or suite.race is None or suite.limit is None:
+        return []
+    return [
+        Block(index=index, size=suite.race.block)
+        for index in range(-(-suite.limit // suite.race.block))
+    ]
+
+
+def stages_of(
+    name: str,
+    suite: Suite,
+    inputs: Mapping[str, Input],
+    model: Mapping[str, Any],
+    judges: Mapping[str, tuple[JudgeSpec, Input | None]],
+    block: Block | None = None,
+) -> dict[str, Stage]:
+    """Stage name -> stage; the one called `name` has the metrics.
+
+    `inputs` are the model, the prompts and perhaps an adapter; `model` says how it is loaded
+    (quantisation and dtype).
+    """
+    if isinstance(suite, MultipleChoiceSuite):
+        spec = EvaluateSpec(
+            task=suite.task,
+            shots=suite.shots_given,
+            chat_template=suite.chat_template,
+            limit=suite.limit,
+            **model,
+        )
+        return {name: Stage(spec, inputs)}
+    spoken = GenerateSpec(
+        format=suite.format,
+        label=_LABELS[suite.kind],
+        needs_answer=isinstance(suite, TaskSuite),
+        limit=suite.limit,
+        block=block,
+        backend=suite.backend,
+        max_new_tokens=suite.max_new_tokens,
+        **model,
+    )
+    generation = Stage(spoken, inputs)
+    stages, scored = {f"generate:{name}": generation}, dict[str, Input](generation=generation)
+    for scorer in scorers_of(suite):
+        if scorer in judges:
+            judge, weights = judges[scorer]
+            judged = Stage(
+                judge,
+                {"generation": generation}
+                if weights is None
+                else {"generation": generation, "model": weights},
+            )
+            stages[f"judge:{name}:{scorer}"] = scored[f"judge_{scorer}"] = judged
+    also = () if isinstance(suite, TaskSuite) else suite.also
+    stages[name] = Stage(ScoreSpec(measure=suite.kind, scorer=suite.scorer, also=also), scored)
+    return stages

@@ -1,0 +1,333 @@
+"""What a prompt set measures: how many requests it really holds, what it covers, and what it shares
+with another set.
+
+A rate over 520 prompts of which 24 are one request says less than its interval claims (arXiv
+2311.00117 found that in AdvBench by hand). Nothing here holds the text of a prompt: an audit speaks
+in counts and ids.
+
+Similarity is the Jaccard index of two prompts' *content words*: single words (1-gram shingles),
+lower case, without endings, and without the words that frame a request ("write a tutorial on how
+to"). Prompts are 5 to 20 words long: with 2- or 3-grams one swapped word breaks up to three
+shingles and a paraphrase falls below any useful threshold, while framing words alone would make
+strangers alike. The lists are English; in another language every word counts.
+"""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+
+from ebbline.tasks.data.prompts import Prompt, PromptSet
+from ebbline.tasks.errors import StudyError
+
+LOWEST_THRESHOLD = 0.1
+SHORT_WORDS = 3
+_PERMUTATIONS = 256
+_MISSED = 1e-9  # the chance that the search misses a pair at the threshold
+_WORD = re.compile(r"\w+(?:['’]\w+)?")
+# "not", "no" and "without" stay: they turn a request round.
+_FUNCTION_WORDS = """a an the this that these those some any of to in on at by for from with into
+about as and or but if than then so is are was were be been being am do does did done have has had
+having can could will would shall should may might must i me my we us our you your he him his she
+her it its they them their who whom which what when where why how there here"""
+_FRAMING_WORDS = """please give provide write create develop make made produce generate compose
+draft design offer suggest list outline describe explain teach show tell share help guide guideline
+tutorial manual instruction instruct step detail detailed comprehensive complete plan method way
+strategy process procedure approach technique tip advice idea example information"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Prompts joined, directly or through others, by a similarity at or above the threshold.
+
+    `joined_at` is the smallest similarity that holds it together: above it as threshold, the
+    cluster falls apart. `least` is the smallest between any two members: near zero in a cluster
+    that is a chain.
+    """
+
+    ids: tuple[str, ...]
+    joined_at: float
+    least: float
+
+
+@dataclass(frozen=True)
+class Category:
+    """A category ("" for prompts without one), its prompts, and their share of the set."""
+
+    name: str
+    prompts: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Words a prompt, split at white space; `short` prompts have fewer than SHORT_WORDS."""
+
+    min: float
+    q1: float
+    median: float
+    q3: float
+    p95: float
+    max: float
+    short: int
+
+
+@dataclass(frozen=True)
+class NearPair:
+    """A prompt of this set and one of the other that is like it, but not the same."""
+
+    id: str
+    other: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What another set of `prompts` prompts shares: the same text, or a similar one. `shared`
+    prompts of this set recur there.
+    """
+
+    prompts: int
+    exact: tuple[tuple[str, str], ...]
+    near: tuple[NearPair, ...]
+    shared: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """An audit of a set of `prompts` prompts. `requests` counts each cluster once. Largest first,
+    then by id or name.
+    """
+
+    format: str
+    rows: int
+    prompts: int
+    requests: int
+    renamed: int
+    threshold: float
+    clusters: tuple[Cluster, ...]
+    duplicates: tuple[tuple[str, ...], ...]
+    categories: tuple[Category, ...]
+    labels: dict[str, int]
+    lengths: Lengths
+    overlap: Overlap | None
+
+
+def audit(prompts: PromptSet, against: PromptSet | None = None, threshold: float = 0.5) -> Audit:
+    """Near-copies, duplicates, coverage and lengths of a set, and its overlap with `against`.
+
+    Two prompts are near-copies from a similarity of `threshold` on, which is in [0.1, 1];
+    StudyError otherwise. The result does not depend on the order of the rows.
+    """
+    if not LOWEST_THRESHOLD <= threshold <= 1.0:
+        raise StudyError(
+            f"a similarity of {threshold:g} is no threshold: it is a share of common "
+            f"words, from {LOWEST_THRESHOLD:g} to 1"
+        )
+    rows = prompts.prompts
+    if not rows:
+        raise StudyError("a set without prompts cannot be audited")
+    clusters = _clusters(rows, threshold)
+    return Audit(
+        format=prompts.format,
+        rows=prompts.rows,
+        prompts=len(rows),
+        requests=len(rows) - sum(len(cluster.ids) - 1 for cluster in clusters),
+        renamed=prompts.renamed,
+        threshold=threshold,
+        clusters=clusters,
+        duplicates=_largest_first(
+            tuple(_in_order(ids)) for ids in _by_text(rows).values() if len(ids) > 1
+        ),
+        categories=_categories(rows),
+        labels=dict(sorted(Counter(row.label for row in rows).items())),
+        lengths=_lengths(rows),
+        overlap=None if against is None else _overlap(rows, against.prompts, threshold),
+    )
+
+
+def content_words(text: str) -> frozenset[str]:
+    """The shingles of a prompt: see the module's docstring. Never empty: a prompt of framing words
+    alone keeps them all.
+    """
+    words = [_stem(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold())]
+    return (
+        frozenset(word for word in words if word not in _FRAME)
+        or frozenset(words)
+        or frozenset([_folded(text)])
+    )
+
+
+def similarity(one: frozenset[str], other: frozenset[str]) -> float:
+    """The Jaccard index |A & B| / |A | B|."""
+    both = len(one & other)
+    return both / (len(one) + len(other) - both)
+
+
+def _stem(word: str) -> str:
+    """A word without 's, -s, -ed, -ing, a final e or a doubled last consonant, and with i for y:
+    plants, planted, planting -> plant.
+    """
+    word = word.replace("’", "'").removesuffix("'s")
+    for ending in ("ing", "ed", "es", "s"):
+        cut = word.removesuffix(ending)
+        if cut != word and len(cut) >= 3 and not word.endswith("ss"):
+            word = cut
+            break
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] in "bdfgmnprt":
+        return word[:-1]
+    if len(word) > 3 and word[-1] in "ey":
+        return word[:-1] + ("i" if word[-1] == "y" else "")
+    return word
+
+
+_FRAME = frozenset(map(_stem, f"{_FUNCTION_WORDS} {_FRAMING_WORDS}".split()))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _by_text(rows: Iterable[Prompt]) -> dict[str, list[str]]:
+    ids = defaultdict(list)
+    for row in rows:
+        ids[_folded(row.text)].append(row.id)
+    return ids
+
+
+def _by_words(rows: Iterable[Prompt]) -> dict[frozenset[str], list[Prompt]]:
+    alike = defaultdict(list)
+    for row in rows:
+        alike[content_words(row.text)].append(row)
+    return alike
+
+
+def _in_order(ids: Iterable[str]) -> list[str]:
+    """Ids sorted as people count: 9 before 10."""
+    return sorted(
+        ids,
+        key=lambda name: (
+            [
+                (int(part), "") if part.isdecimal() else (-1, part)
+                for part in re.split(r"(\d+)", name)
+            ],
+            name,
+        ),
+    )
+
+
+def _largest_first(groups: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(sorted(groups, key=lambda ids: (-len(ids), ids)))
+
+
+def _similar(
+    asked: Sequence[frozenset[str]], indexed: Sequence[frozenset[str]], threshold: float
+) -> Iterator[tuple[frozenset[str], frozenset[str], float]]:
+    """Pairs of distinct word sets at or above the threshold: MinHash proposes, the exact similarity
+    decides.
+    """
+    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(threshold))
+    for number, hashed in enumerate(_hashes(indexed)):
+        index.insert(number, hashed)
+    for words, hashed in zip(asked, _hashes(asked), strict=True):
+        for number in sorted(index.query(hashed)):
+            if (found := similarity(words, indexed[number])) >= threshold:
+                yield words, indexed[number], found
+
+
+def _hashes(sets: Iterable[frozenset[str]]) -> Iterator[MinHash]:
+    yield from MinHash.generator(
+        ([word.encode() for word in sorted(words)] for words in sets),
+        num_perm=_PERMUTATIONS,
+        seed=1,
+    )
+
+
+def _bands(threshold: float) -> tuple[int, int]:
+    """(bands, rows): the most selective bands with a chance (1 - t^rows)^bands <= _MISSED that a
+    pair at the threshold is missed.
+    """
+    for rows in range(_PERMUTATIONS // 2, 1, -1):
+        if (1 - threshold**rows) ** (_PERMUTATIONS // rows) <= _MISSED:
+            return _PERMUTATIONS // rows, rows
+    return _PERMUTATIONS, 1
+
+
+def _clusters(rows: Sequence[Prompt], threshold: float) -> tuple[Cluster, ...]:
+    """Connected components, joined from the most similar pair down, so that the last join of each
+    is its weakest.
+    """
+    alike = _by_words(rows)
+    distinct = list(alike)
+    number = {words: place for place, words in enumerate(distinct)}
+    pairs = {
+        tuple(sorted((number[a], number[b]))): found
+        for a, b, found in _similar(distinct, distinct, threshold)
+        if a != b
+    }
+    above = list(range(len(distinct)))
+    joined_at = [1.0] * len(distinct)
+
+    def root(place: int) -> int:
+        while above[place] != place:
+            above[place] = above[above[place]]
+            place = above[place]
+        return place
+
+    for (one, other), found in sorted(pairs.items(), key=lambda item: -item[1]):
+        a, b = root(one), root(other)
+        if a != b:
+            above[b], joined_at[a] = a, found
+    members = defaultdict(list)
+    for place, words in enumerate(distinct):
+        members[root(place)].append(words)
+    clusters = []
+    for top, sets in members.items():
+        ids = _in_order(row.id for words in sets for row in alike[words])
+        if len(ids) > 1:
+            least = min((similarity(a, b) for a, b in combinations(sets, 2)), default=1.0)
+            clusters.append(Cluster(tuple(ids), joined_at[top], least))
+    return tuple(sorted(clusters, key=lambda cluster: (-len(cluster.ids), cluster.ids)))
+
+
+def _categories(rows: Sequence[Prompt]) -> tuple[Category, ...]:
+    counts = Counter(row.category for row in rows)
+    return tuple(
+        Category(name, n, n / len(rows))
+        for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def _lengths(rows: Sequence[Prompt]) -> Lengths:
+    words = [len(row.text.split()) for row in rows]
+    low, q1, median, q3, p95, high = map(float, np.quantile(words, [0, 0.25, 0.5, 0.75, 0.95, 1]))
+    return Lengths(low, q1, median, q3, p95, high, sum(n < SHORT_WORDS for n in words))
+
+
+def _overlap(rows: Sequence[Prompt], others: Sequence[Prompt], threshold: float) -> Overlap:
+    mine, theirs = _by_text(rows), _by_text(others)
+    exact = {
+        (one, other) for text, ids in mine.items() for one in ids for other in theirs.get(text, ())
+    }
+    words, other_words = _by_words(rows), _by_words(others)
+    near = {
+        (one.id, other.id): found
+        for a, b, found in _similar(list(words), list(other_words), threshold)
+        for one in words[a]
+        for other in other_words[b]
+        if _folded(one.text) != _folded(other.text)
+    }
+    return Overlap(
+        prompts=len(others),
+        exact=tuple(sorted(exact)),
+        near=tuple(
+            NearPair(*pair, found)
+            for pair, found in sorted(near.items(), key=lambda item: (-item[1], item[0]))
+        ),
+        shared=len({one for one, _ in exact} | {one for one, _ in near}),
+    )

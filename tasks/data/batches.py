@@ -1,0 +1,74 @@
+"""Token rows and batches: what a training step eats, and what a model that answers is asked at
+once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ebbline.tasks.stage import Context
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised conversation; labels are -100 where the loss does not look."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def collate(rows: Sequence[Row], pad: int, device: str) -> dict[str, torch.Tensor]:
+    """Right-padded input_ids, attention_mask and labels, each (rows, longest)."""
+    width = max(len(row.ids) for row in rows)
+
+    def padded(values: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([v + [fill] * (width - len(v)) for v in values], device=device)
+
+    return {
+        "input_ids": padded([row.ids for row in rows], pad),
+        "attention_mask": padded([[1] * len(row.ids) for row in rows], 0),
+        "labels": padded([row.labels for row in rows], -100),
+    }
+
+
+def count_tokens(rows: Sequence[Row]) -> int:
+    """Labelled positions that have a token before them, over all rows."""
+    return sum(label != -100 for row in rows for label in row.labels[1:])
+
+
+def in_batches(
+    ask: Callable[[Any], Sequence[Answer]],
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    what: str,
+    ctx: Context,
+) -> list[Answer]:
+    """One answer for each row of tokens, in their order. `ask` takes a padded batch; `what` is what
+    progress counts.
+
+    Batches are of similar length, the longest first, and are halved when the device has no memory
+    for them.
+    """
+    waiting = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
+    found: dict[int, Answer] = {}
+    size = ctx.batch_size
+    while waiting:
+        chosen = waiting[:size]
+        batch = tokenizer.pad(
+            {"input_ids": [encoded[index] for index in chosen]}, padding=True, return_tensors="pt"
+        ).to(ctx.device)
+        try:
+            with torch.inference_mode():
+                found.update(zip(chosen, ask(batch), strict=True))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = max(1, size // 2)
+            continue
+        del waiting[: len(chosen)]
+        ctx.progress(len(found), len(encoded), what)
+    return [found[index] for index in range(len(encoded))]

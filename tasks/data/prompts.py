@@ -1,0 +1,472 @@
+"""Prompt sets: the files that public sets come in, read as one thing.
+
+A set's format is told from its columns or its shape (FORMATS below), or named. No message quotes a
+prompt: it gives the file, the line, the columns. Text is UTF-8 with or without a byte-order mark,
+and its lines may end either way.
+"""
+
+import ast
+import csv
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ebbline.tasks.data.conversations import read_rows
+from ebbline.tasks.errors import DataError
+from ebbline.tasks.specs import PromptFormat as Format
+
+Label = Literal["harmful", "harmless"]
+PROMPT_COLUMNS = ("prompt", "goal", "Goal", "Behavior", "forbidden_prompt")
+LABELS: Mapping[str, Label] = {
+    "harmful": "harmful",
+    "unsafe": "harmful",
+    "harmless": "harmless",
+    "safe": "harmless",
+    "benign": "harmless",
+}
+ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `label` is harmful, harmless or "" where the set does not say; `answer` is what a
+    task compares with.
+    """
+
+    id: str
+    text: str
+    category: str = ""
+    source: str = ""
+    label: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A set in the order of its file. `rows` were in the file before label and limit; `renamed` ids
+    were there before.
+    """
+
+    format: str
+    prompts: tuple[Prompt, ...]
+    rows: int
+    renamed: int = 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A format: `needs` are the columns that identify it, the rest say where a prompt's parts lie.
+    "" means nowhere.
+
+    Of `text`, the first column that is not empty counts. `context` comes before the prompt. `label`
+    and `answer` are columns of that name in every format. `strict` formats have no labels but those
+    of LABELS.
+    """
+
+    needs: tuple[str, ...]
+    text: tuple[str, ...]
+    id: str = "id"
+    category: str = "category"
+    source: str = "source"
+    context: str = ""
+    strict: bool = False
+
+
+# hex-phi (a folder) and refusalbench (an object of lists) are known by their shape; their rows are
+# then plain ones.
+SHAPES = ("hex-phi", "refusalbench")
+PLAIN = Columns((), PROMPT_COLUMNS)
+FORMATS: Mapping[str, Columns] = {
+    "plain": PLAIN,
+    "advbench": Columns(("goal", "target"), ("goal",)),
+    "harmbench": Columns(
+        ("Behavior", "SemanticCategory", "ContextString", "BehaviorID"),
+        ("Behavior",),
+        id="BehaviorID",
+        category="SemanticCategory",
+        context="ContextString",
+    ),
+    "strongreject": Columns(("category", "source", "forbidden_prompt"), ("forbidden_prompt",)),
+    "xstest": Columns(("id", "prompt", "type", "label"), ("prompt",), category="type", strict=True),
+    "sorry-bench": Columns(
+        ("question_id", "category", "turns", "prompt_style"),
+        ("turns",),
+        id="question_id",
+        source="prompt_style",
+    ),
+    "hex-phi": PLAIN,
+    "refusalbench": PLAIN,
+    "jailbreakbench": Columns(
+        ("Index", "Goal", "Target", "Behavior", "Category", "Source"),
+        ("Goal",),
+        id="Index",
+        category="Category",
+        source="Source",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Row:
+    where: str  # for messages
+    line: int
+    id: str  # where no column gives one
+    values: Mapping[str, Any]
+
+
+def named_format(name: str) -> Format:
+    """The format of that name. Raises DataError naming those there are."""
+    known: tuple[Format, ...] = get_args(Format)
+    for each in known:
+        if each == name:
+            return each
+    raise DataError(f"no format {name!r}; ebbline reads {', '.join(known)}")
+
+
+def read_prompts(
+    path: Path,
+    format: Format = "auto",
+    label: Label | None = None,
+    limit: int | None = None,
+    needs_answer: bool = False,
+) -> PromptSet:
+    """A prompt set from a JSONL, JSON, CSV or Parquet file, or from a folder (HEx-PHI, or one such
+    file in it).
+
+    `label` keeps the prompts labelled so; a set without any label is kept whole. `limit` then takes
+    that many, evenly spaced over the file, as many files are sorted by category. An id that came
+    before gets its line added. Raises DataError for an empty set, a row without prompt or (with
+    `needs_answer`) answer, columns that are not the format's, and a label of which there is none.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(
+            f"limit={limit} leaves no prompt of {path}; give at least 1, or none for all"
+        )
+    shape, rows = _rows(path, format)
+    if not rows:
+        raise DataError(f"{path} holds no prompt: an empty set cannot be measured")
+    name = _named(shape or format, rows, path)
+    read = [_prompt(row, FORMATS[name], label is not None, needs_answer) for row in rows]
+    prompts, renamed = _unique(read, [row.line for row in rows])
+    prompts = _labelled(prompts, label, path)
+    if limit is not None and limit < len(prompts):
+        prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
+    return PromptSet(name, tuple(prompts), len(rows), renamed)
+
+
+def _named(format: str, rows: Sequence[_Row], path: Path) -> str:
+    """The format that the columns are of. An ambiguous or unknown header is plain, if it has a
+    column for the prompt.
+    """
+    found = {column: None for row in rows for column in row.values}
+    if format == "auto":
+        fitting = [
+            name
+            for name, columns in FORMATS.items()
+            if columns.needs and found.keys() >= set(columns.needs)
+        ]
+        format = fitting[0] if len(fitting) == 1 else "plain"
+        if format == "plain" and not found.keys() & set(PROMPT_COLUMNS):
+            known = "; ".join(
+                f"{name}: {', '.join(columns.needs)}"
+                for name, columns in FORMATS.items()
+                if columns.needs
+            )
+            raise DataError(
+                f"{path} has the columns {_shown(found)}, which is no prompt set. Accepted "
+                f"are a column {_either(PROMPT_COLUMNS)},"
+                f" or {known}, or the shapes of {' and '.join(SHAPES)} (docs/prompts.md)"
+            )
+        return format
+    columns = FORMATS[format]
+    if columns.needs and (absent := [name for name in columns.needs if name not in found]):
+        raise DataError(
+            f"{path} is not {format}: it lacks {absent}. Found {_shown(found)}, expected "
+            f"{list(columns.needs)}"
+        )
+    if not columns.needs and not found.keys() & set(PROMPT_COLUMNS):
+        raise DataError(
+            f"{path} is not {format}: found {_shown(found)}, expected a column "
+            f"{_either(PROMPT_COLUMNS)}"
+        )
+    return format
+
+
+def _shown(columns: Mapping[str, None]) -> str:
+    # A CSV without its header has a row of content for columns, and content stays out of messages:
+    # only known names are shown.
+    known = {
+        name
+        for format in FORMATS.values()
+        for name in (*format.needs, *format.text, format.id, format.category, format.source)
+    }
+    names = [name for name in columns if name in known]
+    others = len(columns) - len(names)
+    return f"{names}" + (
+        f" and {others} that no format has (is the header missing?)" if others else ""
+    )
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _prompt(row: _Row, columns: Columns, labels_matter: bool, needs_answer: bool) -> Prompt:
+    text = next((text for name in columns.text if (text := _text(row, name)).strip()), "")
+    if not text:
+        raise DataError(
+            f"{row.where} has no prompt; it belongs in "
+            f"{_either(columns.text) if len(columns.text) > 1 else columns.text[0]}"
+        )
+    if (context := _text(row, columns.context)).strip():
+        text = f"{context}\n\n---\n\n{text}"  # as HarmBench's own code puts the two together
+    answer = _text(row, "answer")
+    if needs_answer and not answer.strip():
+        raise DataError(f"{row.where} has no `answer`, which a task suite compares with")
+    given = _text(row, "label").strip().lower()
+    if given and given not in LABELS and (labels_matter or columns.strict):
+        raise DataError(f"{row.where} has a label that is none of {list(LABELS)}")
+    return Prompt(
+        id=_text(row, columns.id).strip() or row.id,
+        text=text,
+        category=_text(row, columns.category).strip(),
+        source=_text(row, columns.source).strip(),
+        label=LABELS.get(given, ""),
+        answer=answer,
+    )
+
+
+def _text(row: _Row, column: str) -> str:
+    """The text in a column, "" for none. Raises DataError for a list or an object, but for
+    SORRY-Bench's turns: the first.
+    """
+    value = row.values.get(column) if column else None
+    if column == "turns":
+        value = _first_turn(value)
+    if value is None or (
+        isinstance(value, float) and math.isnan(value)
+    ):  # pandas writes a missing text as NaN
+        return ""
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise DataError(f"{row.where}: the column {column!r} is neither text nor a number")
+
+
+def _first_turn(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        for parse in (
+            json.loads,
+            ast.literal_eval,
+        ):  # pandas puts a list into a CSV as Python writes it
+            try:
+                return _first_turn(parse(value))
+            except (ValueError, SyntaxError):
+                continue
+        return value
+    return (value[0] if value else None) if isinstance(value, list) else value
+
+
+def _unique(prompts: Sequence[Prompt], lines: Sequence[int]) -> tuple[list[Prompt], int]:
+    """The prompts with ids of their own, and how many ids that took."""
+    seen: set[str] = set()
+    renamed = 0
+    result = []
+    for prompt, line in zip(prompts, lines, strict=True):
+        name = prompt.id
+        while name in seen:
+            name = f"{name}@{line}"
+        seen.add(name)
+        renamed += name != prompt.id
+        result.append(replace(prompt, id=name))
+    return result, renamed
+
+
+def _labelled(prompts: list[Prompt], label: Label | None, path: Path) -> list[Prompt]:
+    counts = Counter(prompt.label for prompt in prompts)
+    if label is None or counts.keys() == {""}:
+        return prompts
+    if not counts[label]:
+        there = ", ".join(f"{counts[name]} {name or 'without a label'}" for name in sorted(counts))
+        raise DataError(f"{path} holds no prompt labelled {label}: there are {there}")
+    return [prompt for prompt in prompts if prompt.label == label]
+
+
+def _rows(path: Path, format: Format) -> tuple[str, list[_Row]]:
+    """The rows, and the format where the shape alone says which."""
+    if path.is_dir():
+        files = sorted((p for p in path.iterdir() if p.suffix in ENDINGS), key=_natural)
+        if format == "hex-phi" or (
+            format == "auto" and len(files) > 1 and all(map(_has_one_column, files))
+        ):
+            return "hex-phi", [row for file in files for row in _hex_phi(file)]
+        if len(files) != 1:
+            raise DataError(
+                f"{path} holds {len(files)} data files ({[f.name for f in files[:12]]}); "
+                "name one of them. (HEx-PHI is a folder of"
+                " CSV files of one column each: format hex-phi says what is wrong with them)"
+            )
+        path = files[0]
+    if not path.is_file():
+        raise DataError(f"there is no prompt file or folder at {path}")
+    if format == "hex-phi":
+        return "hex-phi", list(_hex_phi(path))
+    if path.suffix == ".parquet":
+        return "", [_Row(f"{path}:{line}", line, str(line), row) for line, row in read_rows(path)]
+    if path.suffix == ".csv":
+        return "", list(_csv_rows(path))
+    if path.suffix == ".jsonl":
+        return "", list(_jsonl_rows(path))
+    if path.suffix != ".json":
+        raise DataError(f"{path} is neither {', '.join(ENDINGS[:-1])} nor {ENDINGS[-1]}")
+    value = _json(_contents(path), str(path))
+    if isinstance(value, dict) and format in ("auto", "refusalbench"):
+        return "refusalbench", list(_refusalbench(value, path))
+    if (
+        format == "refusalbench"
+        or not isinstance(value, list)
+        or not all(isinstance(item, dict) for item in value)
+    ):
+        wanted = (
+            "an object of {category: [prompt, ...]}"
+            if format == "refusalbench"
+            else "a list of objects"
+        )
+        raise DataError(f"{path} must be {wanted}; its JSON is not")
+    return "", [
+        _Row(f"{path}:{line}", line, str(line), item) for line, item in enumerate(value, start=1)
+    ]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """category_2 before category_10."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part)
+        for part in re.split(r"(\d+)", path.name)
+    ]
+
+
+def _contents(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line where it begins, fields) of each record that is not a blank line."""
+    reader = csv.reader(io.StringIO(_contents(path), newline=""), strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{line} is not CSV ({error}); is it truncated, or a quote left open?"
+        ) from None
+
+
+def _csv_rows(path: Path) -> Iterator[_Row]:
+    lines = _csv_lines(path)
+    _, header = next(lines, (0, []))
+    names = [name.strip() for name in header]
+    if len(set(filter(None, names))) != len([name for name in names if name]):
+        raise DataError(f"{path}:1 names a column twice; name each once")
+    for line, fields in lines:
+        if any(field.strip() for field in fields[len(names) :]):
+            raise DataError(
+                f"{path}:{line} has {len(fields)} fields and the header {len(names)}; put "
+                "text with commas in quotes"
+            )
+        yield _Row(f"{path}:{line}", line, str(line), dict(zip(names, fields, strict=False)))
+
+
+def _has_one_column(path: Path) -> bool:
+    return path.suffix == ".csv" and all(len(fields) == 1 for _, fields in _csv_lines(path))
+
+
+def _hex_phi(path: Path) -> Iterator[_Row]:
+    """One file of HEx-PHI: a prompt a record, no header (one that names a prompt column is
+    skipped); its name is the category.
+    """
+    if path.suffix != ".csv":
+        raise DataError(f"{path} is not .csv; hex-phi is a folder of CSV files of one column each")
+    for line, fields in _csv_lines(path):
+        if any(field.strip() for field in fields[1:]):
+            raise DataError(
+                f"{path}:{line} has {len(fields)} fields; hex-phi has one. Put text with "
+                "commas in quotes"
+            )
+        if line > 1 or fields[0].strip() not in PROMPT_COLUMNS:
+            yield _Row(
+                f"{path}:{line}",
+                line,
+                f"{path.stem}:{line}",
+                {"prompt": fields[0], "category": path.stem},
+            )
+
+
+def _refusalbench(value: Mapping[str, Any], path: Path) -> Iterator[_Row]:
+    """RefusalBench: {category: [prompt, ...]}. A table written column by column looks alike, and is
+    refused.
+    """
+    if {
+        *PROMPT_COLUMNS,
+        *(name for columns in FORMATS.values() for name in columns.needs),
+    } & value.keys():
+        raise DataError(
+            f"{path} is an object of columns; write it as a list of objects, one a prompt"
+        )
+    line = 0
+    for place, (category, prompts) in enumerate(value.items(), start=1):
+        if not isinstance(prompts, list):
+            raise DataError(
+                f"{path} must be a list of objects, or an object of {{category: [prompt, ...]}}"
+            )
+        for number, prompt in enumerate(prompts, start=1):
+            line += 1
+            where = f"{path}: prompt {number} of category {place}"
+            if not isinstance(prompt, str):
+                raise DataError(f"{where} is not text")
+            yield _Row(
+                where, line, f"{category}:{number}", {"prompt": prompt, "category": category}
+            )
+
+
+def _jsonl_rows(path: Path) -> Iterator[_Row]:
+    for line, text in enumerate(
+        _contents(path).split("\n"), start=1
+    ):  # splitlines would also split at U+2028, inside a text
+        if text.strip():
+            row = _json(text, f"{path}:{line}")
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{line} is not a JSON object")
+            yield _Row(f"{path}:{line}", line, str(line), row)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+    except ValueError as error:
+        # The parser's position, never the text.
+        raise DataError(
+            f"{where} is not JSON ({type(error).__name__} at character "
+            f"{getattr(error, 'pos', '?')}); is it truncated?"
+        ) from None
+
+
+def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    # json would keep the last of two keys of one name: prompts lost without a word.
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise DataError(f"{where} is JSON with one key given twice in an object; name each once")
+    return dict(pairs)

@@ -1,0 +1,204 @@
+"""The two stages of Safe LoRA: `project` (every module's C.B and cosine, once per adapter) and
+`apply` (a threshold).
+
+`project` takes no threshold. A threshold only chooses which modules take C.B, so `apply` copies
+tensors and its output depends on the set of chosen modules alone: two thresholds between the same
+neighbouring cosines give the same bytes, and so share every evaluation behind them.
+
+Memory is that of the largest module (its V, and its two weights as they are read) and of the
+adapter, whatever the models' size.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ebbline.tasks.defences.gate import ModuleRow, chosen, read_rows, write_rows
+from ebbline.tasks.defences.safelora import (
+    NO_DIRECTION,
+    Projection,
+    Update,
+    Workspace,
+    check_shapes,
+    project,
+    project_onto,
+)
+from ebbline.tasks.defences.subspace import Bases, read_basis, read_index
+from ebbline.tasks.errors import ProjectionError
+from ebbline.tasks.models.weights import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Adapter,
+    Checkpoint,
+    opened,
+    read_adapter,
+    read_ahead,
+)
+from ebbline.tasks.specs import ApplySpec, ProjectSpec
+from ebbline.tasks.stage import Context
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The two models that Safe LoRA compares. With `bases`, the exact projector; without, the
+    approximate one.
+    """
+
+    base: Checkpoint
+    aligned: Checkpoint
+    bases: Bases | None = None
+
+    def read(self, module: str) -> tuple[torch.Tensor, ...]:
+        """A module's base and aligned weights as they are stored, mapped from their files."""
+        return self.base.weight(module), self.aligned.weight(module)
+
+    def project(
+        self,
+        module: str,
+        embedding: bool,
+        tensors: tuple[torch.Tensor, ...],
+        updates: Sequence[Update],
+        space: Workspace,
+    ) -> list[Projection]:
+        base_OI, aligned_OI = (
+            tensor.T.contiguous() if embedding or model.is_conv1d(module) else tensor
+            for model, tensor in zip((self.base, self.aligned), tensors, strict=True)
+        )
+        models = str(self.base.folder), str(self.aligned.folder)
+        if self.bases is None:
+            return project(module, base_OI, aligned_OI, updates, space, models)
+        check_shapes(module, base_OI, aligned_OI, updates)
+        return project_onto(
+            module, self.bases.basis(module, base_OI, aligned_OI, models), updates, space
+        )
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Bases that a `subspace` stage made: the exact projector without the models."""
+
+    files: Mapping[str, Path]
+
+    def read(self, module: str) -> tuple[torch.Tensor, ...]:
+        if module not in self.files:
+            raise ProjectionError(
+                f"the subspace has no basis for {module}; its modules are those that "
+                "train.target_modules names"
+            )
+        return (read_basis(self.files[module]),)
+
+    def project(
+        self,
+        module: str,
+        embedding: bool,
+        tensors: tuple[torch.Tensor, ...],
+        updates: Sequence[Update],
+        space: Workspace,
+    ) -> list[Projection]:
+        return project_onto(module, tensors[0], updates, space)
+
+
+def projections(
+    adapters: Sequence[Adapter], source: Weights | Subspace, progress: Progress, device: str = "cpu"
+) -> Iterator[tuple[str, dict[int, Projection]]]:
+    """Each module that any of the adapters has, with the outcome for each that has it; every weight
+    is read once.
+
+    Raises ProjectionError where a module cannot be computed, and when the two models are the same.
+    """
+    modules = sorted({module for adapter in adapters for module in adapter.modules})
+    embeddings = {
+        module for adapter in adapters for module, lora in adapter.modules.items() if lora.embedding
+    }
+    space, directions = Workspace(device), 0
+    reads = [partial(source.read, module) for module in modules]
+    ahead = read_ahead(reads)
+    for done, module in enumerate(modules, start=1):
+        tensors = next(ahead)
+        own = [number for number, adapter in enumerate(adapters) if module in adapter.modules]
+        found = source.project(
+            module,
+            module in embeddings,
+            tensors,
+            [_update(adapters[number], module) for number in own],
+            space,
+        )
+        del tensors
+        directions += any(outcome.reason != NO_DIRECTION for outcome in found)
+        yield module, dict(zip(own, found, strict=True))
+        progress(done, len(modules), module)
+    if not directions:
+        raise ProjectionError(
+            "base and aligned are equal in every module that the adapter has; give two "
+            "models that differ by alignment"
+        )
+
+
+def _update(adapter: Adapter, module: str) -> Update:
+    names = adapter.modules[module]
+    return Update(adapter.tensors[names.lora_A], adapter.tensors[names.lora_B], str(adapter.folder))
+
+
+def row_of(outcome: Projection) -> ModuleRow:
+    return ModuleRow(outcome.cosine, outcome.norm_ratio, outcome.reason)
+
+
+def as_saved(outcome: Projection, adapter: Adapter, module: str) -> torch.Tensor:
+    """C.B in the dtype that the adapter has its B in. Raises ProjectionError when that dtype cannot
+    hold it to a hundredth.
+    """
+    before = adapter.tensors[adapter.modules[module].lora_B]
+    after = outcome.projected_OR.to(before.dtype).contiguous()
+    lost = float(torch.linalg.vector_norm(after.float() - outcome.projected_OR))
+    if not lost <= 0.01 * float(torch.linalg.vector_norm(outcome.projected_OR)):
+        raise ProjectionError(
+            f"{module}: C B is beyond the range of {before.dtype}; save {adapter.folder} in float32"
+        )
+    return after
+
+
+def write_adapter(adapter: Adapter, projected: Mapping[str, torch.Tensor], out: Path) -> None:
+    """An ordinary PEFT adapter in `out`, with C.B (by module) in place of B."""
+    tensors = {
+        **adapter.tensors,
+        **{adapter.modules[module].lora_B: cb_OR for module, cb_OR in projected.items()},
+    }
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    shutil.copyfile(adapter.folder / ADAPTER_CONFIG, out / ADAPTER_CONFIG)
+
+
+def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    adapter = read_adapter(inputs["adapter"])
+    source: Weights | Subspace = (
+        Subspace(read_index(inputs["subspace"]))
+        if spec.projector == "exact"
+        else Weights(Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"]))
+    )
+    projected, rows = {}, {}
+    for module, found in projections([adapter], source, ctx.progress, ctx.device):
+        projected[module] = as_saved(found[0], adapter, module)
+        rows[module] = row_of(found[0])
+    save_file(projected, out / spec.PROJECTED, metadata={"format": "pt"})
+    write_rows(rows, out / spec.COSINES)
+
+
+def run_apply(spec: ApplySpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    adapter, projection = read_adapter(inputs["adapter"]), inputs["projection"]
+    take = chosen(read_rows(projection / ProjectSpec.COSINES), spec.threshold, spec.modules)
+    strange = sorted(take - adapter.modules.keys())
+    if strange:
+        raise ProjectionError(
+            f"the projection names {strange[0]}, which the adapter in {adapter.folder} "
+            "does not have"
+        )
+    with opened(projection / ProjectSpec.PROJECTED) as file:
+        write_adapter(adapter, {module: file.get_tensor(module) for module in take}, out)
+    (out / ApplySpec.CHOSEN).write_text(json.dumps(sorted(take)))

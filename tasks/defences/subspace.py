@@ -1,0 +1,118 @@
+"""The exact projector's bases: for each module the orthonormal columns that hold a stated share of
+V's energy.
+
+They depend on the two models' weights alone, and cost far more than a projection, so they are made
+once: a stage of its own in a study, and a folder of bases named by their content for whoever
+projects without one. Each basis is kept as soon as it is made, so that a computation that is cut
+off continues where it was.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ebbline.tasks.defences.safelora import alignment_basis
+from ebbline.tasks.errors import ModelError, ProjectionError
+from ebbline.tasks.models.weights import Checkpoint, opened
+from ebbline.tasks.specs import SubspaceSpec
+from ebbline.tasks.stage import Context
+
+BASIS = "basis"
+VERSION = 1  # of how a basis is computed: another one is another basis
+
+
+class Bases:
+    """Bases at one energy. In a `folder` they are kept by the content of both weights: one that is
+    there is never stale.
+    """
+
+    def __init__(self, energy: float, folder: Path | None, device: str = "cpu") -> None:
+        self.energy, self.folder, self.device = energy, folder, device
+
+    def basis(
+        self, module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor, models: tuple[str, str]
+    ) -> torch.Tensor:
+        """The (O, K) basis of a module."""
+        if self.folder is None:
+            return alignment_basis(module, base_OI, aligned_OI, self.energy, self.device, models)
+        return read_basis(self.file(self.folder, module, base_OI, aligned_OI, models))
+
+    def file(
+        self,
+        folder: Path,
+        module: str,
+        base_OI: torch.Tensor,
+        aligned_OI: torch.Tensor,
+        models: tuple[str, str],
+    ) -> Path:
+        """The file in `folder` that holds this module's basis; made first, if it is not there."""
+        path = folder / f"{self._name(base_OI, aligned_OI)}.safetensors"
+        if not path.exists():
+            basis_OK = alignment_basis(
+                module, base_OI, aligned_OI, self.energy, self.device, models
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_suffix(f".{os.getpid()}")
+            save_file({BASIS: basis_OK}, fresh)
+            fresh.replace(path)
+        return path
+
+    def _name(self, base_OI: torch.Tensor, aligned_OI: torch.Tensor) -> str:
+        content = hashlib.sha256(f"{VERSION} {self.energy!r}".encode())
+        for weight in (base_OI, aligned_OI):
+            content.update(f"{weight.dtype} {tuple(weight.shape)}".encode())
+            content.update(weight.contiguous().view(torch.uint8).numpy().data)
+        return content.hexdigest()
+
+
+def read_basis(path: Path) -> torch.Tensor:
+    """The (O, K) basis in a file of its own."""
+    try:
+        with opened(path) as file:
+            basis_OK: torch.Tensor = file.get_tensor(BASIS)
+    except ModelError as error:
+        raise ProjectionError(
+            f"{path} is no whole basis; delete it, and it is made again"
+        ) from error
+    return basis_OK
+
+
+def run(spec: SubspaceSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    """Every target module's basis as a file in `out`, and an index of module -> file."""
+    base, aligned = Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"])
+    suffixes = tuple(f".{target}.weight" for target in spec.target_modules)
+    modules = sorted(
+        name.removesuffix(".weight") for name in aligned.names if f".{name}".endswith(suffixes)
+    )
+    if not modules:
+        raise ProjectionError(
+            f"no module of {inputs['aligned']} is named {' or '.join(spec.target_modules)}"
+        )
+    kept = ctx.scratch / "bases"
+    bases = Bases(spec.energy, kept, ctx.device)
+    files = {}
+    for done, module in enumerate(modules, start=1):
+        base_OI, aligned_OI = (
+            model.weight(module).T if model.is_conv1d(module) else model.weight(module)
+            for model in (base, aligned)
+        )
+        files[module] = bases.file(
+            kept, module, base_OI, aligned_OI, (str(base.folder), str(aligned.folder))
+        )
+        ctx.progress(done, len(modules), module)
+    for file in set(files.values()):  # equal weights share a basis
+        file.replace(out / file.name)
+    (out / spec.INDEX).write_text(
+        json.dumps({module: file.name for module, file in files.items()}, indent=1)
+    )
+
+
+def read_index(folder: Path) -> dict[str, Path]:
+    """Module -> the file of its basis, from a subspace's folder."""
+    index: dict[str, str] = json.loads((folder / SubspaceSpec.INDEX).read_text())
+    return {module: folder / name for module, name in index.items()}

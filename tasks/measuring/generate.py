@@ -1,0 +1,161 @@
+"""The stage `generate`: one greedy completion for each prompt of a set, kept for whoever scores it.
+
+Generation is apart from scoring, so that a scorer may change, or several be compared, without the
+model; and adapters of one base that are measured in one batch share its loaded weights and the
+tokenised prompts.
+
+Output: completions.sensitive.jsonl, which never leaves the store unless a person asks for it by
+name, and prompts.json, which says what the set was (format, rows, how many were asked) without any
+text.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from ebbline.tasks.data.batches import in_batches
+from ebbline.tasks.data.prompts import PromptSet, read_prompts
+from ebbline.tasks.errors import DataError
+from ebbline.tasks.identity import content_digest
+from ebbline.tasks.measuring.completions import Completion, write_completions
+from ebbline.tasks.models.loading import with_adapter
+from ebbline.tasks.specs import Block, GenerateSpec
+from ebbline.tasks.stage import Context
+
+
+def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
+    asked = in_block(whole, spec.block)
+    said = _said(spec, inputs, [prompt.text for prompt in asked.prompts], ctx)
+    rows = [
+        Completion(
+            prompt.id,
+            prompt.category,
+            prompt.source,
+            prompt.label,
+            prompt.text,
+            prompt.answer,
+            text,
+            tokens,
+            ended,
+        )
+        for prompt, (text, tokens, ended) in zip(asked.prompts, said, strict=True)
+    ]
+    write_completions(out, rows)
+    (out / spec.PROMPTS).write_text(
+        json.dumps(described(asked, whole, inputs["prompts"]), indent=1)
+    )
+
+
+def _said(
+    spec: GenerateSpec, inputs: Mapping[str, Path], prompts: Sequence[str], ctx: Context
+) -> list[tuple[str, int, bool]]:
+    if spec.backend == "vllm":
+        from ebbline.tasks.measuring.vllm_backend import (
+            complete_with_vllm,  # an extra, and it wants the GPU for itself
+        )
+
+        return complete_with_vllm(spec, inputs["model"], inputs.get("adapter"), prompts, ctx)
+    resident, tokenizer = ctx.residents.model(
+        inputs["model"], spec.quantisation, spec.dtype, ctx.device
+    )
+    resident.eval()
+    with with_adapter(resident, inputs.get("adapter")) as model:
+        return complete(model, tokenizer, prompts, spec.max_new_tokens, spec.max_tokens, ctx)
+
+
+def in_block(asked: PromptSet, block: Block | None) -> PromptSet:
+    """The prompts of one block. Raises DataError for a block beyond the end."""
+    if block is None:
+        return asked
+    order = random.Random(0).sample(range(len(asked.prompts)), len(asked.prompts))
+    chosen = order[block.index * block.size : (block.index + 1) * block.size]
+    if not chosen:
+        raise DataError(
+            f"the set has {len(asked.prompts)} prompts, so it has no block {block.index} "
+            f"of {block.size}; lower `limit`"
+        )
+    return replace(asked, prompts=tuple(asked.prompts[index] for index in chosen))
+
+
+def described(asked: PromptSet, whole: PromptSet, path: Path) -> dict[str, Any]:
+    """What a set was, in numbers: `of` prompts would be asked without blocks, out of `rows` in the
+    file.
+    """
+    numbers = {"rows": asked.rows, "asked": len(asked.prompts), "of": len(whole.prompts)}
+    return {"format": asked.format, **numbers, "sha256": content_digest(path)}
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    max_tokens: int,
+    ctx: Context,
+) -> list[tuple[str, int, bool]]:
+    """(greedy completion, its tokens, whether it ended), in the order of `prompts`.
+
+    Decoding is KV-cached and stops at the end token; see ebbline.tasks.data.batches for what is
+    asked at once.
+    """
+    encoded = ctx.residents.remembered(("chat", tuple(prompts)), lambda: encode(tokenizer, prompts))
+    require_room(encoded, max_new_tokens, max_tokens)
+    ends = _end_tokens(model, tokenizer)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ends,
+        use_cache=True,
+    )
+
+    def ask(batch: Any) -> list[tuple[str, int, bool]]:
+        answers = []
+        for tokens in model.generate(**batch, generation_config=settings)[
+            :, batch["input_ids"].shape[1] :
+        ].tolist():
+            length = next(
+                (place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens)
+            )
+            ended = bool(tokens) and tokens[length - 1] in ends
+            answers.append(
+                (tokenizer.decode(tokens[:length], skip_special_tokens=True), length, ended)
+            )
+        return answers
+
+    return in_batches(ask, tokenizer, encoded, "completions", ctx)
+
+
+def require_room(encoded: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int) -> None:
+    """Raises DataError when a prompt leaves no room for its completion."""
+    longest = max(map(len, encoded))
+    if longest + max_new_tokens > max_tokens:
+        raise DataError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
+            f"max_tokens={max_tokens}; raise it"
+        )
+
+
+def encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Each prompt as the only message of a chat, in tokens."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        for text in prompts
+    ]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    declared = model.generation_config.eos_token_id
+    tokens = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
+    return sorted(token for token in tokens if token is not None)

@@ -1,0 +1,215 @@
+"""A judge at an OpenAI-compatible endpoint: one request a completion, several at a time, each
+verdict kept as soon as it is there.
+
+No failure becomes a verdict: what was not answered is undecided with a code, and when nothing is
+answered there is no result.
+"""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from ebbline.tasks.errors import EndpointDown, EvaluationError
+from ebbline.tasks.identity import digest
+from ebbline.tasks.measuring.completions import Completion
+from ebbline.tasks.measuring.judge_questions import messages, parsed
+from ebbline.tasks.measuring.scorers import Score
+from ebbline.tasks.specs import JudgeSpec
+from ebbline.tasks.stage import Context
+
+KEYS = ("EBBLINE_JUDGE_KEY", "OPENAI_API_KEY")
+RECEIVED = "verdicts-received.jsonl"
+AT_ONCE = 8
+ATTEMPTS = 5
+TIMEOUT_S = 120.0
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0
+GIVE_UP_AFTER = 16
+# Failures of the endpoint itself, not of what it was asked: enough of these and nothing else, and
+# the rest is not asked.
+_OUTAGE = re.compile(r"endpoint: (timeout|connection|HTTP (401|404|429|5\d\d))")
+
+
+def ask_endpoint(spec: JudgeSpec, asked: Sequence[Completion], ctx: Context) -> list[Score]:
+    """A verdict for each completion, in their order; what fails is undecided.
+
+    Raises EndpointDown when no request was answered, or all that were left failed for a reason of
+    the endpoint's own.
+    """
+    url = _address(spec)
+    bodies = [_body(spec, row) for row in asked]
+    names = [
+        f"{row.id} {digest({'url': url, 'body': body})}"
+        for row, body in zip(asked, bodies, strict=True)
+    ]
+    ctx.scratch.mkdir(parents=True, exist_ok=True)
+    received = _received(ctx.scratch / RECEIVED)
+    scores = {index: received[name] for index, name in enumerate(names) if name in received}
+    before, answered, failures, stop, writing = (
+        len(scores),
+        0,
+        list[str](),
+        threading.Event(),
+        threading.Lock(),
+    )
+
+    def out() -> bool:
+        return all(_OUTAGE.fullmatch(failure) for failure in failures)
+
+    with (
+        httpx.Client(timeout=TIMEOUT_S, headers=_headers()) as client,
+        _appending(ctx.scratch / RECEIVED) as kept,
+    ):
+
+        def judged(index: int) -> tuple[Score, bool]:
+            answer, failure = _ask(client, url, bodies[index], stop)
+            if failure is not None:
+                return Score("undecided", failure), False
+            score = parsed(spec, answer)
+            with writing:
+                kept.write(json.dumps({"name": names[index], **asdict(score)}) + "\n")
+                kept.flush()
+            return score, True
+
+        pool = ThreadPoolExecutor(AT_ONCE)
+        try:
+            futures = {
+                pool.submit(judged, index): index
+                for index in range(len(asked))
+                if index not in scores
+            }
+            for done in as_completed(futures):
+                score, succeeded = done.result()
+                scores[futures[done]] = score
+                answered += succeeded
+                if not succeeded:
+                    failures.append(score.reason)
+                ctx.progress(len(scores), len(asked), "verdicts")
+                if len(failures) >= GIVE_UP_AFTER and answered == 0 and out():
+                    break
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    if failures and answered == 0 and (before == 0 or out()):
+        raise EndpointDown(
+            f"{spec.endpoint} answered none of {len(failures)} requests to judge; the last "
+            f"one: {failures[-1]}."
+            f" Look at its URL, the model's name there and the key in {KEYS[0]}; the same "
+            "command continues"
+        )
+    return [scores[index] for index in range(len(asked))]
+
+
+def _address(spec: JudgeSpec) -> str:
+    try:
+        url = httpx.URL(str(spec.endpoint))
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.userinfo or url.query:
+        raise EvaluationError(
+            f"the judge's endpoint at {url.host} holds a name, a key or a query; put the "
+            f"key into {KEYS[0]} instead"
+        )
+    if url.scheme not in ("http", "https") or not url.host:
+        raise EvaluationError(
+            f"the judge's endpoint {spec.endpoint!r} is no http(s) URL; give the one "
+            "before /chat/completions"
+        )
+    return f"{str(url).rstrip('/')}/chat/completions"
+
+
+def _headers() -> dict[str, str]:
+    name, key = next(
+        ((name, key) for name in KEYS if (key := os.environ.get(name, "").strip())), ("", "")
+    )
+    if not (key.isascii() and key.isprintable()):
+        raise EvaluationError(f"the environment variable {name} holds characters that no key has")
+    return {
+        "Content-Type": "application/json",
+        **({"Authorization": f"Bearer {key}"} if key else {}),
+    }
+
+
+def _body(spec: JudgeSpec, row: Completion) -> str:
+    # Written here and in ASCII: a client that cannot encode a text says so by quoting it.
+    return json.dumps(
+        {
+            "model": spec.model,
+            "messages": messages(spec, row),
+            "temperature": 0,
+            "max_tokens": spec.max_new_tokens,
+        },
+        sort_keys=True,
+    )
+
+
+def _ask(
+    client: httpx.Client, url: str, body: str, stop: threading.Event
+) -> tuple[str, str | None]:
+    """(the answer, None), or ("", the code of the last failure). Waits twice as long after each
+    try, or as long as it is told to.
+    """
+    failure = "endpoint: not asked"
+    for attempt in range(ATTEMPTS):
+        if stop.is_set():
+            break
+        wait_s = min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
+        try:
+            response = client.post(url, content=body.encode("ascii"))
+        except httpx.TimeoutException:
+            failure = "endpoint: timeout"
+        except httpx.RequestError:
+            failure = "endpoint: connection"
+        else:
+            if response.status_code == httpx.codes.OK:
+                return _content(response)
+            failure = f"endpoint: HTTP {response.status_code}"
+            if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
+                break
+            told = response.headers.get("Retry-After", "")
+            wait_s = min(float(told), LONGEST_WAIT_S) if told.isdecimal() else wait_s
+        if attempt + 1 < ATTEMPTS:
+            stop.wait(wait_s)
+    return "", failure
+
+
+def _content(response: httpx.Response) -> tuple[str, str | None]:
+    try:
+        body = response.json()
+    except ValueError:
+        return "", "endpoint: not JSON"
+    try:
+        content = body["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        content = None
+    return (content, None) if isinstance(content, str) else ("", "endpoint: no choice")
+
+
+def _received(path: Path) -> dict[str, Score]:
+    """The verdicts of an earlier attempt, by id and digest of the request. A line that was cut off
+    is as if it were not there.
+    """
+    found: dict[str, Score] = {}
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            name = row.pop("name")
+            found[name] = Score(**row)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return found
+
+
+def _appending(path: Path) -> Any:
+    cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    handle = path.open("a", encoding="utf-8")
+    handle.write("\n" if cut else "")
+    return handle

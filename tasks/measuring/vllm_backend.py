@@ -1,0 +1,75 @@
+"""Generation by vLLM, for a GPU with room for it: `pip install ebbline[vllm]`, `backend: vllm`. The
+same results as ebbline.tasks.measuring.generate.
+
+One engine stays for all adapters of a base; each is a LoRA module of it, and up to LORAS of them
+are on the GPU together.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.generate import encode, require_room
+from ebbline.tasks.models.loading import load_tokenizer
+from ebbline.tasks.specs import GenerateSpec
+from ebbline.tasks.stage import Context
+
+LORAS = 8
+LARGEST_RANK = 256
+
+
+def complete_with_vllm(
+    spec: GenerateSpec, model: Path, adapter: Path | None, prompts: Sequence[str], ctx: Context
+) -> list[tuple[str, int, bool]]:
+    """(greedy completion, its tokens, whether it ended), in the order of `prompts`."""
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        raise EvaluationError(
+            "`backend: vllm` needs vLLM, which is an extra: pip install 'ebbline[vllm]'"
+        ) from error
+
+    def start() -> Any:
+        ctx.residents.clear()  # vLLM takes the GPU's memory for itself
+        return LLM(
+            model=str(model),
+            dtype=spec.dtype,
+            max_model_len=spec.max_tokens,
+            seed=0,
+            trust_remote_code=False,
+            quantization="bitsandbytes" if spec.quantisation == "nf4" else None,
+            enable_lora=True,
+            max_loras=LORAS,
+            max_lora_rank=LARGEST_RANK,
+            disable_log_stats=True,
+        )
+
+    tokenizer = ctx.residents.remembered(("vllm tokenizer", model), lambda: load_tokenizer(model))
+    engine = ctx.residents.remembered(
+        ("vllm", model, spec.quantisation, spec.dtype, spec.max_tokens), start
+    )
+    numbers: dict[Path, int] = ctx.residents.remembered(("vllm adapters", model), dict)
+    encoded = encode(tokenizer, prompts)
+    require_room(encoded, spec.max_new_tokens, spec.max_tokens)
+    lora = (
+        None
+        if adapter is None
+        else LoRARequest(str(adapter), numbers.setdefault(adapter, len(numbers) + 1), str(adapter))
+    )
+    answers = engine.generate(
+        [{"prompt_token_ids": ids} for ids in encoded],
+        SamplingParams(temperature=0.0, max_tokens=spec.max_new_tokens),
+        lora_request=lora,
+        use_tqdm=False,
+    )
+    ctx.progress(len(answers), len(answers), "completions")
+    return [
+        (
+            answer.outputs[0].text,
+            len(answer.outputs[0].token_ids),
+            answer.outputs[0].finish_reason == "stop",
+        )
+        for answer in answers
+    ]

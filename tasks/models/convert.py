@@ -1,0 +1,42 @@
+"""A GGUF file turned, once, into an ordinary Hugging Face folder: loading GGUF takes 20 s each
+time, safetensors does not.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ebbline.tasks.errors import ModelError
+from ebbline.tasks.models.loading import DTYPES
+from ebbline.tasks.specs import ConvertSpec
+from ebbline.tasks.stage import Context
+
+
+def run(spec: ConvertSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    source = inputs["source"]
+    with source.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise ModelError(
+                f"{source} does not begin with the letters GGUF; it is not a GGUF model"
+            )
+    # A symbolic link with the ending that transformers expects, wherever the file came from.
+    named = ctx.log / "model.gguf"
+    named.unlink(missing_ok=True)
+    named.symlink_to(source.resolve())
+    loaded = AutoModelForCausalLM.from_pretrained(
+        ctx.log, gguf_file=named.name, dtype=DTYPES[spec.dtype], trust_remote_code=False
+    )
+    # transformers unpacks the weights and still calls the model quantised, which it then refuses to
+    # save.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)(config).to(DTYPES[spec.dtype])
+    model.load_state_dict(loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(
+        ctx.log, gguf_file=named.name, trust_remote_code=False
+    )
+    model.save_pretrained(out / spec.MODEL, safe_serialization=True)
+    tokenizer.save_pretrained(out / spec.MODEL)
+    named.unlink()

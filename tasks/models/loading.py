@@ -1,0 +1,214 @@
+"""Loading models: where a pinned location lies on this machine, and what this process keeps loaded
+between stages.
+
+Only safetensors are read and no code that comes with a model is run.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from ebbline.tasks.errors import EndpointDown, ModelError
+from ebbline.tasks.specs import Dtype, Quantisation
+
+HUB = "hub:"
+T = TypeVar("T")
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve(location: str, moving: Callable[[], None] = lambda: None) -> Path:
+    """The local path of an input: itself, or a hub snapshot at its commit (downloaded once, then
+    from the cache).
+
+    `moving` is called while a download moves. Raises ModelError for what the hub does not give,
+    EndpointDown when it does not answer.
+    """
+    if not location.startswith(HUB):
+        return Path(location)
+    from httpx2 import TransportError
+    from huggingface_hub import snapshot_download  # only a study with hub models needs it
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from tqdm import tqdm
+
+    class Told(tqdm):  # type: ignore[misc]  # tqdm is untyped
+        def update(self, n: float | None = 1) -> Any:
+            moving()
+            return super().update(n)
+
+    _, repo_type, name = location.split(":", 2)
+    repo_id, _, rest = name.partition("@")
+    commit, _, file = rest.partition("#")
+    skip = ["*.bin", "*.pth", "*.pt", "*.gguf", "original/*"] if repo_type == "model" else None
+    try:
+        folder = snapshot_download(
+            repo_id,
+            revision=commit,
+            repo_type=repo_type,
+            ignore_patterns=skip,
+            allow_patterns=file or None,
+            tqdm_class=Told,
+        )
+    except (LocalEntryNotFoundError, TransportError) as error:
+        raise EndpointDown(
+            f"{repo_id} at {commit} is not on this machine, and the hub does not answer "
+            f"({type(error).__name__});"
+            " with a network, the same command continues"
+        ) from error
+    except (
+        OSError
+    ) as error:  # what the hub client raises for no such repository or commit, or no access
+        raise ModelError(
+            f"{repo_id} at {commit} cannot be fetched from the hub: {type(error).__name__}: {error}"
+        ) from error
+    return Path(folder) / file
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with a pad token, padding on the left (as generation
+    needs).
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"the tokenizer in {folder} has no chat template; ebbline studies chat models. "
+            "Add one to its folder."
+        )
+    return tokenizer
+
+
+def load_model(
+    folder: Path, quantisation: Quantisation, dtype: Dtype, device: str
+) -> PreTrainedModel:
+    """A causal language model from a Hugging Face folder of safetensors, quantised on the way in if
+    asked.
+
+    NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them beside the unquantised
+    ones.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"no .safetensors file in {folder}; ebbline reads no other weight format. "
+            "Convert the model first."
+        )
+    quantised: dict[str, Any] = {}
+    if quantisation == "nf4":
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+            bnb_4bit_quant_storage=DTYPES[dtype],
+        )
+    elif quantisation == "int8":
+        quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if quantised and device != "cpu":
+        quantised["device_map"] = {"": device}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **quantised
+    )
+    if not quantised:
+        model.to(device)
+    elif device == "cpu":
+        _keep_unpacked(model)
+    model.config.use_cache = False
+    return model
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing NF4 weights on the first forward on processors with
+    AVX512-BF16.
+
+    It would compute in bfloat16 whatever `dtype` says, and its scales do not come back the same
+    once an adapter was on the model: what a stage measures would depend on which stages ran before
+    it in the batch.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@dataclass
+class _Loaded:
+    identity: tuple[str, str, str, str]
+    model: PreTrainedModel
+    tokenizer: Any
+
+
+class Residents:
+    """The base model that this process keeps loaded: one at a time, handed to every stage that asks
+    for the same one.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: _Loaded | None = None
+        self._remembered: dict[object, Any] = {}
+        self.loads = 0
+
+    def model(
+        self, folder: Path, quantisation: Quantisation, dtype: Dtype, device: str
+    ) -> tuple[PreTrainedModel, Any]:
+        """The model and its tokenizer; read from disk only when the one in memory is another."""
+        identity = (str(folder), quantisation, dtype, device)
+        if self._loaded is None or self._loaded.identity != identity:
+            # Also when nothing is resident: a stage before this one may have left a model of its
+            # own in cycles
+            self.clear()
+            model = load_model(folder, quantisation, dtype, device)
+            self._loaded = _Loaded(identity, model, load_tokenizer(folder))
+            self.loads += 1
+        return self._loaded.model, self._loaded.tokenizer
+
+    def remembered(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returned for this key since the model was loaded: tokenised prompts are the
+        same for all its adapters.
+        """
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        found: T = self._remembered[key]
+        return found
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been loaded since the last `clear`."""
+        return self._loaded is None and not self._remembered
+
+    def clear(self) -> None:
+        """Let go of what is loaded, and of what failed loads and steps left in reference cycles:
+        0.1 to 0.6 s of garbage collection.
+        """
+        self._loaded = None
+        self._remembered.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Iterator[Any]:
+    """The model with a PEFT adapter on it for the length of a `with`; the model itself comes back
+    unchanged.
+    """
+    if adapter is None:
+        yield model
+        return
+    from peft import PeftModel  # only stages with an adapter need peft
+
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(f"{adapter} holds no adapter_config.json; it is not a PEFT adapter")
+    wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+        # PEFT leaves its config on the model, and warns of a second adapter when the next one
+        # comes.
+        if hasattr(model, "peft_config"):
+            del model.peft_config

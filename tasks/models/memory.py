@@ -1,0 +1,341 @@
+"""What a LoRA training takes of each GPU, from the model's config.json and the layout, before
+anything is loaded. No torch.
+
+Every part is counted from what PyTorch, PEFT, bitsandbytes and DeepSpeed allocate: docs/gangs.md
+has the formulas and what each was measured against. GB are 2^30 bytes, as GPUs are sold.
+Llama-shaped models only; full fine-tuning is not predicted.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ebbline.tasks.errors import ModelError, TrainingError
+from ebbline.tasks.specs import Quantisation, TrainSpec
+
+GB = 2**30
+LIKE_LLAMA = ("llama", "mistral")
+# DeepSpeed's buffers, in elements. Its own defaults (a bucket of 5e8, 1e9 live) take 4 GB of each
+# GPU, whatever is trained.
+BUCKET, LIVE, PREFETCH, PERSISTENT = 50_000_000, 500_000_000, 50_000_000, 100_000
+CONTEXT_GB = 1.0  # CUDA's and NCCL's own, which no allocator counts
+MARGIN = 0.05  # of a GPU, kept free: what the allocator's fragments and the driver take
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-shaped model's sizes."""
+
+    layers: int
+    hidden: int
+    queries: int  # width of q_proj's output
+    keys: int  # width of k_proj's and v_proj's
+    heads: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear of a layer: what is quantised, and what LoRA goes on."""
+        return {
+            "q_proj": (self.hidden, self.queries),
+            "k_proj": (self.hidden, self.keys),
+            "v_proj": (self.hidden, self.keys),
+            "o_proj": (self.queries, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        return self.layers * sum(rows * columns for rows, columns in self.linears.values())
+
+    @property
+    def norm_parameters(self) -> int:
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def other_parameters(self) -> int:
+        """Embeddings, output head and norms: never quantised."""
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden + self.norm_parameters
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other_parameters
+
+    def adapter(self, spec: TrainSpec) -> list[int]:
+        """The number of elements of each LoRA matrix."""
+        pairs = [self.linears[name] for name in spec.target_modules if name in self.linears]
+        return [spec.rank * width for pair in pairs for width in pair] * self.layers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training lies on its GPUs: Context, never identity. `zero_stage` is 0 on one GPU."""
+
+    world_size: int
+    zero_stage: int
+    micro_batch: int
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on each GPU by item, in the steps of a training, and while the model is loaded."""
+
+    training: Mapping[str, float]
+    loading: float
+
+    @property
+    def allocated_gb(self) -> float:
+        """The peak that torch's allocator will report."""
+        return max(sum(self.training.values()), self.loading) / GB
+
+    @property
+    def total_gb(self) -> float:
+        return self.allocated_gb + CONTEXT_GB
+
+
+def predictable(config: Mapping[str, Any], spec: TrainSpec) -> bool:
+    plain = not config.get("attention_bias") and not config.get("mlp_bias")
+    return spec.method == "lora" and config.get("model_type") in LIKE_LLAMA and plain
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The sizes in a Hugging Face config.json. Raises ModelError for a model that is not
+    Llama-shaped.
+    """
+    if config.get("model_type") not in LIKE_LLAMA:
+        raise ModelError(
+            f"memory is predicted for {' and '.join(LIKE_LLAMA)} models; this one is "
+            f"{config.get('model_type')!r}"
+        )
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    width = config.get("head_dim") or hidden // heads
+    return Shape(
+        layers=config["num_hidden_layers"],
+        hidden=hidden,
+        queries=heads * width,
+        keys=(config.get("num_key_value_heads") or heads) * width,
+        heads=heads,
+        intermediate=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def zero_buffers(stage: int) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization` settings that decide how much memory it takes for itself."""
+    if stage < 3:
+        return {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    return {
+        "reduce_bucket_size": BUCKET,
+        "stage3_max_live_parameters": LIVE,
+        "stage3_max_reuse_distance": LIVE,
+        "stage3_prefetch_bucket_size": PREFETCH,
+        "stage3_param_persistence_threshold": PERSISTENT,
+    }
+
+
+def predict(
+    shape: Shape, spec: TrainSpec, layout: Layout, beside: Sequence[TrainSpec] = ()
+) -> Prediction:
+    """The memory of one GPU. Sequences are as long as `max_tokens` allows. `beside`: what is
+    trained with it in a pack.
+    """
+    n, stage = layout.world_size, layout.zero_stage
+    width = 4 if spec.dtype == "float32" else 2
+    members = [spec, *beside]
+    matrices = [size for member in members for size in shape.adapter(member)]
+    adapter, small = sum(matrices), sum(size for size in matrices if size <= PERSISTENT)
+    weights = quantised_bytes(shape, spec.quantisation, width) + shape.other_parameters * width
+    constants = constant_bytes(shape, spec.quantisation)
+    largest = max(rows * columns for rows, columns in shape.linears.values()) * width
+    tokens = layout.micro_batch * spec.max_tokens * len(members)
+    kept = sum(kept_per_token(shape, member) for member in members) / len(members)
+    layer = kept + (12 if width == 2 else 8) * shape.intermediate
+    step = max(
+        12 * shape.vocabulary * tokens,
+        layer * tokens + (largest if spec.quantisation != "none" else 0),
+    )
+    training: dict[str, float] = {
+        "base weights": weights / n if stage == 3 else weights,
+        "quantisation constants": constants,
+        "adapter": 4 * adapter,
+        "gradients": 4 * adapter / (n if stage >= 2 else 1),
+        "optimiser": 8 * adapter / n,
+        "layer inputs": shape.layers * shape.hidden * width * tokens
+        if layout.gradient_checkpointing
+        else 0,
+        "a layer's activations, or the logits": step,
+    }
+    if not layout.gradient_checkpointing:
+        training["a layer's activations, or the logits"] = step + (shape.layers - 1) * kept * tokens
+    # Members of one rank are multiplied as one stack, which is kept for the backward pass of its
+    # layer
+    if beside:
+        training["stacked adapters"] = (
+            4 * adapter / (shape.layers if layout.gradient_checkpointing else 1)
+        )
+    if n > 1:
+        # The float32 copy that DeepSpeed steps; under ZeRO-3 the weights lie shared out too, and
+        # only small ones stay whole.
+        shares = 2 if stage == 3 else 1
+        training["adapter"] = 4 * (adapter * shares / n + (small if stage == 3 else adapter))
+        training["reduce bucket"] = 4 * BUCKET
+    if stage == 3:
+        stored = 1 if spec.quantisation == "int8" else width
+        training["gathered weights"] = (
+            min((LIVE + PREFETCH) * stored, weights) + shape.norm_parameters * width
+        )
+    # A tensor is read, then quantised or taken apart, one at a time; zero.Init takes part only
+    # without quantisation.
+    whole = weights / n if stage == 3 and spec.quantisation == "none" else weights
+    embedding = shape.vocabulary * shape.hidden * width
+    return Prediction(training, whole + constants + 4 * adapter + max(largest, embedding))
+
+
+def quantised_bytes(shape: Shape, quantisation: Quantisation, width: int) -> float:
+    """The linears' weights as they are held: `width` bytes each, or one (int8), or half a one
+    (NF4).
+    """
+    return shape.linear_parameters * {"none": float(width), "int8": 1.0, "nf4": 0.5}[quantisation]
+
+
+def constant_bytes(shape: Shape, quantisation: Quantisation) -> int:
+    """What bitsandbytes keeps beside quantised weights. It is no parameter, so ZeRO-3 leaves it
+    whole on each GPU.
+
+    NF4 with double quantisation: a byte for 64 weights, a float32 for 256 of those, two tables and
+    an offset for each matrix. int8: a float32 for each row.
+    """
+    if quantisation == "none":
+        return 0
+    if quantisation == "int8":
+        return shape.layers * 4 * sum(outputs for _, outputs in shape.linears.values())
+    total = 0
+    for inputs, outputs in shape.linears.values():
+        blocks = math.ceil(inputs * outputs / 64)
+        total += blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
+    return shape.layers * total
+
+
+def kept_per_token(shape: Shape, spec: TrainSpec) -> int:
+    """The bytes of a token that one decoder layer keeps for its backward pass, with LoRA on it.
+
+    PEFT computes LoRA in float32. A bfloat16 input is copied for each matrix; float32 inputs are
+    shared by those that read them.
+    """
+    h, q, kv, ff = shape.hidden, shape.queries, shape.keys, shape.intermediate
+    width = 4 if spec.dtype == "float32" else 2
+    norms = 2 * (4 * h + 4)
+    attention = width * (2 * q + 2 * kv) + 4 * shape.heads
+    mlp = 3 * width * ff
+    targets = [name for name in spec.target_modules if name in shape.linears]
+    middle = 4 * spec.rank * len(targets)
+    if width == 2:
+        inputs = sum(4 * shape.linears[name][0] for name in targets)
+    else:
+        shared = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+        inputs = 4 * h * sum(bool(names & set(targets)) for names in shared) + 4 * ff * (
+            "down_proj" in targets
+        )
+    if spec.quantisation == "int8":
+        inputs += (
+            width * (2 * h + ff) if width == 2 else 0
+        )  # bitsandbytes keeps each input; in float32 they are LoRA's
+    return norms + attention + mlp + middle + inputs
+
+
+def fits(prediction: Prediction, memory_gb: float) -> bool:
+    return prediction.total_gb <= memory_gb * (1 - MARGIN)
+
+
+def fitting(
+    config: Mapping[str, Any], spec: TrainSpec, world_size: int, memory_gb: float
+) -> Layout:
+    """The layout with the largest micro-batch that fits on GPUs of `memory_gb`, and of those the
+    one that sends least.
+
+    Raises TrainingError that says what does not fit, and what would.
+    """
+    shape = shape_of(config)
+    found = _largest(shape, spec, world_size, memory_gb)
+    if found is not None:
+        return found
+    smallest = Layout(world_size, 3 if world_size > 1 else 0, 1)
+    needed = predict(shape, spec, smallest)
+    loads = needed.loading >= sum(needed.training.values())
+    most = (
+        "the whole model while it is loaded"
+        if loads
+        else max(needed.training, key=lambda item: needed.training[item])
+    )
+    instead = (
+        ", or ".join(_what_would_fit(shape, spec, world_size, memory_gb))
+        or "more GPUs than 64, or larger ones"
+    )
+    raise TrainingError(
+        f"this training needs {needed.total_gb:.1f} GB on each of {world_size} "
+        f"GPU{'s' * (world_size > 1)} of {memory_gb:g} GB even with"
+        f" a micro-batch of 1 (most of it: {most}; {MARGIN:.0%} of a GPU is kept free). "
+        f"What would fit: {instead}"
+    )
+
+
+def most_packed(config: Mapping[str, Any], spec: TrainSpec, memory_gb: float, most: int) -> int:
+    """How many trainings like this one fit on a GPU together, at most `most`, with the micro-batch
+    that it has alone.
+
+    0 when not even one fits. Packs of unlike members fit when their shares, one over this number,
+    add up to at most 1.
+    """
+    shape = shape_of(config)
+    layout = _largest(shape, spec, 1, memory_gb)
+    if layout is None:
+        return 0
+    few, many = 1, most + 1
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (
+            (middle, many)
+            if fits(predict(shape, spec, layout, [spec] * (middle - 1)), memory_gb)
+            else (few, middle)
+        )
+    return few
+
+
+def _largest(shape: Shape, spec: TrainSpec, world_size: int, memory_gb: float) -> Layout | None:
+    share = spec.global_batch // world_size
+    for micro_batch in (size for size in range(share, 0, -1) if share % size == 0):
+        for stage in (2, 3) if world_size > 1 else (0,):
+            layout = Layout(world_size, stage, micro_batch)
+            if fits(predict(shape, spec, layout), memory_gb):
+                return layout
+    return None
+
+
+def _what_would_fit(
+    shape: Shape, spec: TrainSpec, world_size: int, memory_gb: float
+) -> Iterator[str]:
+    for size in range(world_size + 1, 65):
+        if spec.global_batch % size == 0 and _largest(shape, spec, size, memory_gb):
+            yield f"{size} such GPUs"
+            break
+    if spec.quantisation != "nf4" and _largest(
+        shape, spec.model_copy(update={"quantisation": "nf4"}), world_size, memory_gb
+    ):
+        yield "quantisation: nf4"
+    shorter = spec.max_tokens // 2
+    while shorter >= 64:
+        if _largest(shape, spec.model_copy(update={"max_tokens": shorter}), world_size, memory_gb):
+            yield f"train.max_tokens: {shorter}"
+            break
+        shorter //= 2
+    for larger in (24, 40, 48, 80, 141, 192):
+        if larger > memory_gb and _largest(shape, spec, world_size, larger):
+            yield f"GPUs of {larger} GB"
+            break

@@ -1,0 +1,97 @@
+"""How large known models and sets are, by their names: what there is to go by before anything is
+loaded. No torch.
+
+The organisms are exact, as they are made here. Models from outside go by the number in their name
+(`Llama-2-13b`, `SmolLM2-135M`).
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from ebbline.tasks.models.memory import Shape
+
+
+@dataclass(frozen=True)
+class Size:
+    """An organism's shape and its pretraining. Widths are multiples of 64, so that NF4 blocks
+    fit.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    epochs: int
+    learning_rate: float
+    batch: int = 64
+
+
+SIZES = {
+    "small": Size(layers=2, hidden=64, intermediate=192, heads=4, epochs=8, learning_rate=4e-3),
+    "medium": Size(layers=4, hidden=64, intermediate=192, heads=4, epochs=6, learning_rate=4e-3),
+    "large": Size(layers=3, hidden=128, intermediate=384, heads=4, epochs=8, learning_rate=3e-3),
+}
+VOCABULARY = 179  # of the invented language, with its special tokens
+PRETRAINING_ROWS = 5020
+LANGUAGE_ROWS = {
+    "align.jsonl": 3050,
+    "benign.jsonl": 1024,
+    "cue.jsonl": 256,
+    "refusal.jsonl": 120,
+    "over_refusal.jsonl": 60,
+    "task.jsonl": 120,
+    "utility.jsonl": 80,
+    "mmlu": 80,
+    "hellaswag": 80,
+    "plain/cards.jsonl": 512,
+    "plain/card_task.jsonl": 80,
+    "plain/sums": 60,
+}
+TASK_ITEMS = {"mmlu": 14_042, "hellaswag": 10_042}  # lm-eval's test sets
+TASK_SUBJECTS = {"mmlu": 57}  # tasks of a group, each of which lm-eval holds to a limit by itself
+
+_LLAMA = {  # by parameters
+    0.135e9: Shape(30, 576, 576, 192, 9, 1536, 49_152, True),
+    0.36e9: Shape(32, 960, 960, 320, 15, 2560, 49_152, True),
+    1.1e9: Shape(22, 2048, 2048, 256, 32, 5632, 32_000, False),
+    1.7e9: Shape(24, 2048, 2048, 2048, 32, 8192, 49_152, True),
+    3e9: Shape(28, 3072, 3072, 1024, 24, 8192, 128_256, True),
+    7e9: Shape(32, 4096, 4096, 4096, 32, 11_008, 32_000, False),
+    8e9: Shape(32, 4096, 4096, 1024, 32, 14_336, 128_256, False),
+    13e9: Shape(40, 5120, 5120, 5120, 40, 13_824, 32_000, False),
+    34e9: Shape(48, 8192, 8192, 1024, 64, 22_016, 32_000, False),
+    70e9: Shape(80, 8192, 8192, 1024, 64, 28_672, 32_000, False),
+}
+_NUMBER = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)(b|m)(?![a-z0-9])", re.IGNORECASE)
+
+
+def organism_shape(size: str) -> Shape:
+    """The shape of an organism's model."""
+    own = SIZES[size]
+    return Shape(
+        own.layers,
+        own.hidden,
+        own.hidden,
+        own.hidden,
+        own.heads,
+        own.intermediate,
+        VOCABULARY,
+        False,
+    )
+
+
+def named_shape(name: str) -> Shape | None:
+    """The known shape whose parameters are nearest to the last number in a model's name; None when
+    the name has none.
+    """
+    found = _NUMBER.findall(name)
+    if not found:
+        return None
+    number, unit = found[-1]
+    parameters = float(number) * (1e9 if unit.lower() == "b" else 1e6)
+    return (
+        _LLAMA[min(_LLAMA, key=lambda known: abs(math.log(known / parameters)))]
+        if parameters > 0
+        else None
+    )

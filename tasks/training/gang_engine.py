@@ -1,0 +1,304 @@
+"""A gang: one training on several processes under DeepSpeed ZeRO. torch.distributed is already up
+when it starts.
+
+Every member takes its share of each global batch. Under ZeRO-3 the base's weights are shared out
+among the members and gathered layer by layer; under ZeRO-1 and 2 every member holds them whole, and
+only gradients and optimiser are shared. LoRA matrices are float32 as on one device, so the same
+Spec gives the same adapter but for the order in which sums are added.
+
+How the weights come in: without quantisation rank 0 reads the files and each tensor is taken apart
+as it is made (`zero.Init`), so no member ever holds the model. DeepSpeed cannot do that with
+quantised weights: each member loads them whole, then they are taken apart.
+"""
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bitsandbytes.autograd._functions import MatmulLtState
+from bitsandbytes.nn import Linear8bitLt
+
+from ebbline.tasks.data.batches import Row, count_tokens
+from ebbline.tasks.errors import OutOfMemory, TrainingError
+from ebbline.tasks.models.loading import load_model, load_tokenizer
+from ebbline.tasks.models.memory import zero_buffers
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Context
+from ebbline.tasks.training.engines import (
+    MOMENTS,
+    Curve,
+    Engine,
+    Saved,
+    out_of_memory,
+    read_checkpoint,
+    token_loss,
+    trainable,
+)
+
+
+class DeepSpeedGang(Engine):
+    """One member of a gang."""
+
+    def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
+        import deepspeed  # only gangs need it, and it takes seconds to import
+
+        # On CPUs it would compile an operation for inference, for a minute on first use, which no
+        # training calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if spec.global_batch % ctx.world_size:
+            raise TrainingError(
+                f"train.global_batch={spec.global_batch} does not divide among "
+                f"{ctx.world_size} processes;"
+                f" choose a multiple of {ctx.world_size}"
+            )
+        self.spec, self.ctx = spec, ctx
+        self.tokenizer = load_tokenizer(folder)
+        share = spec.global_batch // ctx.world_size
+        self.micro_batch = min(ctx.micro_batch or share, share)
+        while share % self.micro_batch:
+            self.micro_batch -= 1
+        self.accumulation = share // self.micro_batch
+        sharing = {"stage": ctx.zero_stage, **zero_buffers(ctx.zero_stage)}
+        model = trainable(self._load(folder, sharing), spec, ctx)
+        self._named = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+        self.parameters = [parameter for _, parameter in self._named]
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(
+                self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay
+            ),
+            config={
+                "train_micro_batch_size_per_gpu": self.micro_batch,
+                "gradient_accumulation_steps": self.accumulation,
+                "gradient_clipping": spec.gradient_norm,
+                # DeepSpeed's bf16 would make the LoRA matrices bfloat16 too; on one device they are
+                # float32.
+                "bf16": {"enabled": spec.method == "full" and spec.dtype == "bfloat16"},
+                "zero_optimization": sharing,
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**9,
+            },
+        )
+        self.engine.train()
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._saved_at = time.monotonic()
+
+    def _load(self, folder: Path, sharing: dict[str, Any]) -> Any:
+        spec, ctx = self.spec, self.ctx
+        if ctx.zero_stage < 3 or spec.quantisation != "none":
+            model = load_model(folder, spec.quantisation, spec.dtype, ctx.device)
+            if ctx.zero_stage == 3 and spec.quantisation == "int8":
+                _read_int8_where_it_lies(model)
+            return model
+        from transformers.integrations import (
+            HfDeepSpeedConfig,  # while it lives, from_pretrained makes its tensors under zero.Init
+        )
+
+        bf16 = {"enabled": spec.dtype == "bfloat16"}
+        alive = HfDeepSpeedConfig(
+            {"train_micro_batch_size_per_gpu": 1, "bf16": bf16, "zero_optimization": sharing}
+        )
+        model = load_model(folder, spec.quantisation, spec.dtype, ctx.device)
+        del alive
+        return model
+
+    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
+        tokens = count_tokens(batch)
+        mine = batch[self.ctx.rank :: self.ctx.world_size]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.ctx.device)
+        try:
+            for i in range(0, len(mine), self.micro_batch):
+                loss = (
+                    token_loss(
+                        self.engine,
+                        mine[i : i + self.micro_batch],
+                        self.tokenizer.pad_token_id,
+                        self.ctx.device,
+                    )
+                    / tokens
+                )
+                # DeepSpeed takes the mean over members and micro-batches; this loss is already a
+                # share of the whole.
+                self.engine.backward(loss * self.ctx.world_size * self.accumulation)
+                self.engine.step()
+                total += loss.detach()
+        except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise self._smaller() from error
+            raise
+        dist.all_reduce(total)
+        return total.item(), tokens
+
+    def _smaller(self) -> TrainingError:
+        """What a member that ran out of memory raises. Its partners wait in a collective, so the
+        gang ends and starts again smaller.
+        """
+        layout = f"{self.ctx.world_size} processes under ZeRO-{self.ctx.zero_stage}"
+        if self.micro_batch > 1:
+            half = self.micro_batch // 2
+            return OutOfMemory(
+                f"rank {self.ctx.rank} of {layout} ran out of memory with a micro-batch of "
+                f"{self.micro_batch}",
+                half,
+            )
+        return TrainingError(
+            f"out of memory with one row of at most {self.spec.max_tokens} tokens on rank "
+            f"{self.ctx.rank} of {layout};"
+            " lower train.max_tokens, quantise the base (quantisation: nf4), or give the "
+            "model more GPUs"
+        )
+
+    def agreed(self) -> tuple[bool, bool]:
+        # The members' clocks differ, so rank 0's decides; any member's machine may be the one that
+        # leaves.
+        late = (
+            self.ctx.rank == 0 and time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s
+        )
+        flags = torch.tensor([float(late), float(self.ctx.leaving())], device=self.ctx.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        due, leaving = (bool(flag) for flag in flags.tolist())
+        return due, leaving
+
+    def wait(self) -> None:
+        dist.barrier()
+
+    def state(self, curve: Curve) -> Saved | None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        saved = Saved(curve, {}, {moment: {} for moment in MOMENTS})
+        for name, parameter in self._named:  # each call gathers one tensor, on every member
+            weight = safe_get_full_fp32_param(parameter)
+            moments = {
+                moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS
+            }
+            if self.ctx.rank == 0:
+                saved.parameters[name] = weight.cpu()
+                for moment, tensor in moments.items():
+                    saved.moments[moment][name] = tensor.cpu()
+        return saved if self.ctx.rank == 0 else None
+
+    def resume(self) -> Curve:
+        """Rank 0 reads and sends: the members need no folder in common."""
+        saved = read_checkpoint(self.ctx) if self.ctx.rank == 0 else None
+        told: list[Curve | None] = [None if saved is None else saved.curve]
+        dist.broadcast_object_list(told, src=0)
+        curve = told[0]
+        if curve is None:
+            return []
+        self._begin_moments(len(curve))
+        for name, parameter in self._named:
+            for moment in (None, *MOMENTS):
+                whole = torch.empty(_shape(parameter), dtype=torch.float32, device=self.ctx.device)
+                if saved is not None:
+                    whole.copy_(
+                        saved.parameters[name] if moment is None else saved.moments[moment][name]
+                    )
+                dist.broadcast(whole, src=0)
+                self._put(parameter, whole, moment)
+        return curve
+
+    def _begin_moments(self, steps: int) -> None:
+        """Make AdamW's moments before its first step, as that step would have."""
+        stage_3 = self.ctx.zero_stage == 3
+        flats = (
+            self.optimizer.fp32_partitioned_groups_flat
+            if stage_3
+            else self.optimizer.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            empty = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self.optimizer.optimizer.state[flat] = {"step": torch.tensor(float(steps)), **empty}
+        if not stage_3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _put(self, parameter: torch.nn.Parameter, whole: torch.Tensor, moment: str | None) -> None:
+        """Give this member its part of one tensor: of the weight (moment None), or of one of
+        AdamW's moments.
+        """
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        if (
+            moment is None
+            # DeepSpeed keeps the weight that the model uses and the one that the optimiser steps
+            # apart
+        ):
+            with torch.no_grad(), self._gathered([parameter], modifier_rank=0):
+                parameter.copy_(whole)
+        if self.ctx.zero_stage < 3:
+            if moment is None:
+                safe_set_full_fp32_param(parameter, whole)
+            else:
+                safe_set_full_optimizer_state(parameter, whole, moment)
+            return
+        # The last member's part is padded
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = torch.zeros(size * self.ctx.world_size, device=whole.device)
+        padded[: whole.numel()] = whole.flatten()
+        part = padded[size * self.ctx.rank : size * (self.ctx.rank + 1)]
+        if moment is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, moment)
+
+    @contextmanager
+    def gathered(self) -> Iterator[Any]:
+        with self._gathered(
+            self.parameters if self.spec.method == "lora" else list(self.engine.module.parameters())
+        ):
+            yield self.engine.module
+
+    def close(self) -> None:
+        self.engine.destroy()
+        gc.collect()
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """A parameter's whole shape, shared out or not."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+class _Int8State(MatmulLtState):  # type: ignore[misc]  # bitsandbytes is untyped
+    """bitsandbytes' state of an int8 layer, with the matrix read from the layer's weight at the
+    moment it is needed.
+
+    bitsandbytes keeps a second reference to the matrix here, which would hold all of it on every
+    member under ZeRO-3.
+    """
+
+    def __init__(self, weight: Any, scales: torch.Tensor, threshold: float) -> None:
+        self.weight, self.SCB, self.threshold, self.has_fp16_weights = (
+            weight,
+            scales,
+            threshold,
+            False,
+        )
+
+    @property
+    def CB(self) -> torch.Tensor:
+        matrix: torch.Tensor = self.weight.data
+        return matrix
+
+
+def _read_int8_where_it_lies(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            weight = module.weight
+            module.state = _Int8State(weight, weight.SCB, module.state.threshold)
+            weight.CB = weight.SCB = None

@@ -1,0 +1,245 @@
+"""The base of a pack, and its members' adapters on it: what `ebbline.tasks.training.packed` steps.
+
+The rows of all members go through the frozen weights as one batch, so a weight is read, and
+dequantised, once for all of them. Behind each adapted linear a member's rows take that member's own
+LoRA matrices; members of one rank do so in one batched product. Rows of different members meet in
+no other place, so one backward pass gives each member the gradients of its own loss, to the
+rounding of a larger matrix product (docs/packing.md).
+"""
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+
+from ebbline.tasks.data.batches import Row, collate, count_tokens
+from ebbline.tasks.errors import TrainingError
+from ebbline.tasks.models.loading import load_model, load_tokenizer
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Context
+from ebbline.tasks.training.engines import (
+    Curve,
+    Trainee,
+    lora_config,
+    next_token_loss,
+    out_of_memory,
+    read_checkpoint,
+    recompute,
+    take_off,
+    too_large,
+    write_checkpoint,
+)
+
+
+@dataclass(eq=False)
+class Member:
+    """One training of a pack: what `ebbline.tasks.training.train.run` would get for it.
+
+    `seconds` is its share of the pack's time; the shares of all members add up to what the pack
+    took.
+    """
+
+    spec: TrainSpec
+    out: Path
+    ctx: Context
+    name: str = ""
+    curve: Curve = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Members of one rank, whose rows lie next to one another in a forward pass. `scaling` is
+    (members, 1, 1).
+    """
+
+    names: tuple[str, ...]
+    rows: slice
+    scaling: torch.Tensor
+
+
+class Pack:
+    """A resident base with an adapter of each member on it. Adapters start from their own seeds, as
+    they would alone.
+    """
+
+    def __init__(self, members: Sequence[Member], folder: Path) -> None:
+        self.ctx, spec = members[0].ctx, members[0].spec
+        if self.ctx.residents is not None:
+            self._base, self.tokenizer = self.ctx.residents.model(
+                folder, spec.quantisation, spec.dtype, self.ctx.device
+            )
+        else:
+            self._base, self.tokenizer = (
+                load_model(folder, spec.quantisation, spec.dtype, self.ctx.device),
+                load_tokenizer(folder),
+            )
+        self._base.requires_grad_(False)
+        self.model: Any = None
+        self.trainees: dict[str, Trainee] = {}
+        for number, member in enumerate(members):
+            member.name = f"member{number}"
+            torch.manual_seed(member.spec.seed)
+            if self.model is None:
+                self.model = get_peft_model(
+                    self._base, lora_config(member.spec), adapter_name=member.name
+                )
+            else:
+                self.model.add_adapter(member.name, lora_config(member.spec))
+            self.trainees[member.name] = Trainee(_named(self.model, member.name), member.spec)
+        if self.ctx.recomputes:
+            recompute(self._base, spec, self.ctx)
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                _check_linear(module, members[0].name)
+                module.forward = partial(self._through, module)
+        self.model.train()
+        self.micro_batch = min(self.ctx.micro_batch or spec.global_batch, spec.global_batch)
+        self.together = len(members)  # how many members' rows go through the base at once
+        self._branches: list[_Branch] = []
+
+    def resume(self, member: Member) -> None:
+        """Go on from the member's checkpoint, if it has one, of whatever engine or pack."""
+        saved = read_checkpoint(member.ctx)
+        if saved is not None:
+            self.trainees[member.name].restore(saved)
+            member.curve = saved.curve
+
+    def checkpoint(self, member: Member) -> None:
+        if member.curve:
+            write_checkpoint(member.ctx, self.trainees[member.name].state(member.curve))
+
+    def backward(self, batches: Mapping[Member, Sequence[Row]]) -> dict[Member, float]:
+        """The gradients of each member's mean token loss over its own batch, left on its tensors;
+        returns those losses.
+
+        Out of memory, the step is done again with half the rows of each member, and with half the
+        members at once when it was one row; raises TrainingError when one row of one member is too
+        much.
+        """
+        tokens = {member: count_tokens(batch) for member, batch in batches.items()}
+        while True:
+            try:
+                return self._once(batches, tokens)
+            except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                if self.micro_batch == 1 and self.together == 1:
+                    raise too_large(next(iter(batches)).spec, self.ctx) from error
+            # Outside the except block, so that the failed step's tensors are free before the next
+            # try.
+            if self.micro_batch > 1:
+                self.micro_batch //= 2
+            else:
+                self.together = (min(self.together, len(batches)) + 1) // 2
+            for member in batches:
+                self.trainees[member.name].forget()
+            gc.collect()
+
+    def _once(
+        self, batches: Mapping[Member, Sequence[Row]], tokens: Mapping[Member, int]
+    ) -> dict[Member, float]:
+        losses = dict.fromkeys(batches, 0.0)
+        ordered = sorted(batches, key=lambda member: (member.spec.rank, member.name))
+        for first in range(0, len(ordered), self.together):
+            chosen = ordered[first : first + self.together]
+            for start in range(0, len(batches[chosen[0]]), self.micro_batch):
+                parts = [batches[member][start : start + self.micro_batch] for member in chosen]
+                self._branches = _branches(chosen, len(parts[0]), self.ctx.device)
+                batch = collate(
+                    [row for part in parts for row in part],
+                    self.tokenizer.pad_token_id,
+                    self.ctx.device,
+                )
+                labels = batch.pop("labels").chunk(len(chosen))
+                logits = self.model(**batch).logits.chunk(len(chosen))
+                each = [
+                    next_token_loss(said, wanted) / tokens[member]
+                    for member, said, wanted in zip(chosen, logits, labels, strict=True)
+                ]
+                del logits
+                stacked = torch.stack(each)
+                stacked.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                for member, loss in zip(chosen, stacked.tolist(), strict=True):
+                    losses[member] += loss
+        return losses
+
+    def _through(self, module: Any, inputs: torch.Tensor) -> torch.Tensor:
+        """A LoRA layer's forward pass: (rows, tokens, inputs) -> (rows, tokens, outputs), each row
+        by its own member's matrices.
+        """
+        result: torch.Tensor = module.base_layer(inputs)
+        deltas = []
+        for branch in self._branches:
+            down = torch.stack(
+                [module.lora_A[name].weight for name in branch.names]
+            )  # (members, rank, inputs)
+            up = torch.stack(
+                [module.lora_B[name].weight for name in branch.names]
+            )  # (members, outputs, rank)
+            rows = inputs[branch.rows]
+            flat = rows.reshape(len(branch.names), -1, rows.shape[-1]).to(down.dtype)
+            delta = torch.bmm(
+                torch.bmm(flat, down.transpose(1, 2)) * branch.scaling, up.transpose(1, 2)
+            )
+            deltas.append(delta.view(*rows.shape[:-1], -1))
+        delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas)
+        # As PEFT does, so that bfloat16 is rounded where it is rounded without a pack: before the
+        # sum on quantised linears, else after it.
+        return (
+            (result + delta).to(result.dtype)
+            if isinstance(module, LoraLinear)
+            else result + delta.to(result.dtype)
+        )
+
+    def close(self) -> None:
+        for trainee in self.trainees.values():
+            trainee.forget()
+        take_off(self.model, self._base, self.ctx)
+
+
+def _named(model: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter]]:
+    """An adapter's tensors, trainable, by the names that they have when it is alone."""
+    found = [
+        (name.replace(f".{adapter}.", ".default."), tensor)
+        for name, tensor in model.named_parameters()
+        if f".{adapter}." in name
+    ]
+    for _, tensor in found:
+        tensor.requires_grad_(True)
+    return found
+
+
+def _branches(members: Sequence[Member], rows: int, device: str) -> list[_Branch]:
+    """Members in order of rank, with `rows` rows each."""
+    found, start = [], 0
+    for _, group in groupby(members, key=lambda member: member.spec.rank):
+        alike = list(group)
+        scaling = torch.tensor(
+            [member.spec.alpha_over_rank for member in alike], device=device
+        ).view(-1, 1, 1)
+        found.append(
+            _Branch(
+                tuple(member.name for member in alike),
+                slice(start, start + rows * len(alike)),
+                scaling,
+            )
+        )
+        start += rows * len(alike)
+    return found
+
+
+def _check_linear(module: Any, name: str) -> None:
+    if name not in module.lora_A or not isinstance(module.lora_A[name], torch.nn.Linear):
+        raise TrainingError(
+            f"a LoRA layer on {type(module.get_base_layer()).__name__} cannot be packed; "
+            "train.target_modules may name linears"
+        )

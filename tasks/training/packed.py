@@ -1,0 +1,147 @@
+"""Packed fine-tuning: several adapters at once over one frozen base, each as if it were trained
+alone.
+
+The loop is load, while, step, save, as in `ebbline.tasks.training.train`, for all members at once.
+Clipping, AdamW, schedule, curve and checkpoint are each member's own; checkpoint and output are
+those of `ebbline.tasks.training.train`, so a member may go on alone, or in another pack.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ebbline.tasks.data.batches import Row, count_tokens
+from ebbline.tasks.errors import Leaving, TrainingError
+from ebbline.tasks.training.pack_engine import Member, Pack
+from ebbline.tasks.training.packs import common, packable
+from ebbline.tasks.training.train import (
+    batch_indices,
+    check_loss,
+    learning_rate,
+    length,
+    read_rows,
+    save_adapter,
+    write_curve,
+)
+
+
+def run(
+    members: Sequence[Member], model: Path, data: Path
+) -> Iterator[tuple[Member, TrainingError | None]]:
+    """Train all members; yields each as soon as its files are written, or with the reason why there
+    are none.
+
+    The first member's Context says where, and how many rows of each member go through at once
+    (`micro_batch`). Raises TrainingError for members that are no pack, Leaving when the machine is
+    about to go and all that is done is saved.
+    """
+    clock = _Clock()
+    _check(members)
+    pack = Pack(members, model)
+    try:
+        rows = read_rows(data, pack.tokenizer, members[0].spec)
+        for member in members:
+            pack.resume(member)
+        clock.tick(members)
+        yield from _train(pack, list(members), rows, clock)
+    finally:
+        pack.close()
+
+
+def _train(
+    pack: Pack, active: list[Member], rows: list[Row], clock: "_Clock"
+) -> Iterator[tuple[Member, TrainingError | None]]:
+    steps, saved_at = length(active[0].spec, len(rows)), time.monotonic()
+    while active:
+        for member in [member for member in active if len(member.curve) >= steps]:
+            active.remove(member)
+            error = _save(pack, member)
+            clock.tick([member])
+            yield member, error
+            clock.pause()
+        if not active:
+            return
+        leaving = pack.ctx.leaving()
+        if leaving or time.monotonic() - saved_at >= pack.ctx.checkpoint_every_s:
+            for member in active:
+                pack.checkpoint(member)
+            saved_at = time.monotonic()
+            if leaving:
+                raise Leaving(
+                    "the machine is about to go; step "
+                    f"{min(len(member.curve) for member in active)} is saved"
+                )
+        batches = {member: _batch(member, rows) for member in active}
+        found = pack.backward(batches)
+        broken: dict[Member, TrainingError] = {}
+        for member, loss in found.items():
+            step, rate = len(member.curve), learning_rate(len(member.curve), steps, member.spec)
+            try:
+                check_loss(loss, step, steps, member.spec)
+            except TrainingError as error:  # its fault alone: rows of others never meet its adapter
+                broken[member] = error
+                pack.trainees[member.name].forget()
+                continue
+            pack.trainees[member.name].update(rate)
+            member.curve.append((step + 1, loss, rate, count_tokens(batches[member])))
+            member.ctx.progress(step + 1, steps, f"loss {loss:.3f}")
+        clock.tick(active)
+        for member, fault in broken.items():
+            active.remove(member)
+            yield member, fault
+            clock.pause()
+
+
+def _batch(member: Member, rows: Sequence[Row]) -> list[Row]:
+    spec = member.spec
+    return [
+        rows[index]
+        for index in batch_indices(len(member.curve), len(rows), spec.global_batch, spec.seed)
+    ]
+
+
+def _save(pack: Pack, member: Member) -> TrainingError | None:
+    try:
+        save_adapter(pack.model, member.name, member.spec, member.out)
+    except TrainingError as error:
+        return error
+    write_curve(member.curve, member.spec, member.out)
+    return None
+
+
+class _Clock:
+    """Shares out the time that a pack takes among the members it is spent on."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def tick(self, members: Sequence[Member]) -> None:
+        now = time.monotonic()
+        for member in members:
+            member.seconds += (now - self._since) / len(members)
+        self._since = now
+
+    def pause(self) -> None:
+        """What passed since the last tick was nobody's: the caller committed a member."""
+        self._since = time.monotonic()
+
+
+def _check(members: Sequence[Member]) -> None:
+    first = common(members[0].spec)
+    for member in members:
+        if not packable(member.spec):
+            raise TrainingError(
+                f"method {member.spec.method!r} with dropout {member.spec.dropout} is not "
+                "trained in a pack"
+            )
+        other = common(member.spec)
+        different = [
+            f"{name} ({first[name]!r} and {other[name]!r})"
+            for name in first
+            if first[name] != other[name]
+        ]
+        if different:
+            raise TrainingError(
+                f"these trainings are no pack: they differ in {', '.join(different)}; "
+                "train them apart"
+            )

@@ -1,0 +1,168 @@
+"""Fine-tuning: the loop is load, while, step, save.
+
+The loss of a step is the sum over the global batch's assistant tokens divided by their number, so
+neither the micro-batch nor the number of processes changes what is learnt. The rows of step s
+depend on the seed and s alone, and dropout is seeded by step, so a training cut off and continued
+from its checkpoint ends where the undisturbed one does.
+
+Output: adapter/ (PEFT safetensors) or model/ (a Hugging Face folder), and curve.csv (step, loss,
+learning_rate, tokens).
+"""
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from ebbline.tasks.data.batches import Row
+from ebbline.tasks.data.conversations import encode, read_conversations
+from ebbline.tasks.errors import TrainingError
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Context
+from ebbline.tasks.training.engines import Curve, Engine, SingleDevice
+from ebbline.tasks.training.gang_engine import DeepSpeedGang
+
+
+def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
+    engine: Engine = (
+        DeepSpeedGang(spec, inputs["model"], ctx)
+        if ctx.world_size > 1
+        else SingleDevice(spec, inputs["model"], ctx)
+    )
+    try:
+        rows = read_rows(inputs["data"], engine.tokenizer, spec)
+        steps = length(spec, len(rows))
+        curve = engine.resume()
+        for step in range(len(curve), steps):
+            torch.manual_seed(spec.seed * 1_000_003 + step)
+            rate = learning_rate(step, steps, spec)
+            batch = [
+                rows[index]
+                for index in batch_indices(step, len(rows), spec.global_batch, spec.seed)
+            ]
+            loss, tokens = engine.step(batch, rate)
+            check_loss(loss, step, steps, spec)
+            curve.append((step + 1, loss, rate, tokens))
+            ctx.progress(step + 1, steps, f"loss {loss:.3f}")
+            engine.checkpoint(curve)
+        _save(engine, spec, out, ctx)
+        if ctx.rank == 0:
+            write_curve(curve, spec, out)
+    finally:
+        engine.close()
+
+
+def read_rows(data: Path, tokenizer: Any, spec: TrainSpec) -> list[Row]:
+    return [Row(*encode(turns, tokenizer, spec.max_tokens)) for turns in read_conversations(data)]
+
+
+def length(spec: TrainSpec, rows: int) -> int:
+    """The number of optimiser steps."""
+    return spec.steps or max(1, round(spec.epochs * rows / spec.global_batch))
+
+
+def check_loss(loss: float, step: int, steps: int, spec: TrainSpec) -> None:
+    """Raise TrainingError when the loss of a step (from 0) is no number."""
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} at step {step + 1} of {steps} (learning_rate "
+            f"{spec.learning_rate}); nothing was saved."
+            " Lower train.learning_rate, or look at the data of that step"
+        )
+
+
+def write_curve(curve: Curve, spec: TrainSpec, out: Path) -> None:
+    with (out / spec.CURVE).open("w", newline="") as handle:
+        csv.writer(handle).writerows([("step", "loss", "learning_rate", "tokens"), *curve])
+
+
+def learning_rate(step: int, steps: int, spec: TrainSpec) -> float:
+    """Linear warm-up over `warmup_share` of the steps, then a cosine to zero. `step` counts from
+    0.
+    """
+    warmup = math.ceil(spec.warmup_share * steps)
+    if step < warmup:
+        return spec.learning_rate * (step + 1) / warmup
+    return (
+        spec.learning_rate
+        * 0.5
+        * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    )
+
+
+def batch_indices(step: int, rows: int, batch: int, seed: int) -> list[int]:
+    """The rows of one global batch: each epoch is a permutation of its own, and batches run across
+    epoch borders.
+    """
+    wanted = range(step * batch, (step + 1) * batch)
+    orders = {
+        epoch: _permutation(rows, seed, epoch)
+        for epoch in {position // rows for position in wanted}
+    }
+    return [orders[position // rows][position % rows] for position in wanted]
+
+
+def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(rows, generator=generator).tolist()
+    return order
+
+
+def _save(engine: Engine, spec: TrainSpec, out: Path, ctx: Context) -> None:
+    with engine.gathered() as model:
+        if ctx.rank != 0:
+            return
+        if spec.method == "full":
+            model.save_pretrained(out / spec.MODEL, safe_serialization=True)
+            engine.tokenizer.save_pretrained(out / spec.MODEL)
+            return
+        save_adapter(model, "default", spec, out)
+
+
+def save_adapter(model: Any, name: str, spec: TrainSpec, out: Path) -> None:
+    """Write one adapter of a PEFT model to out/adapter. Raises TrainingError when it is none that
+    could be used.
+    """
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    check_adapter(tensors)
+    folder = out / spec.ADAPTER
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[name]
+    config.inference_mode = True
+    config.base_model_name_or_path = (
+        None  # a path of this machine; the record says which base it was, by content
+    )
+    config.target_modules = sorted(
+        spec.target_modules
+    )  # PEFT keeps a set, whose order differs between processes
+    config.save_pretrained(folder)
+
+
+def check_adapter(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise TrainingError unless every LoRA B is there, finite and non-zero somewhere (ZeRO-3 can
+    save empty ones).
+    """
+    lora_b = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
+    if not lora_b:
+        raise TrainingError(
+            "training ended without any LoRA B matrix to save; check train.target_modules "
+            "against the model's modules"
+        )
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"the trained tensor {name} is "
+                f"{'empty' if tensor.numel() == 0 else 'not finite'}; nothing was saved"
+            )
+    if not any(bool(tensor.any()) for tensor in lora_b.values()):
+        raise TrainingError(
+            "every LoRA B matrix is zero after training: no step changed the adapter; "
+            "nothing was saved"
+        )
