@@ -1,1 +1,22 @@
-"""The command line and the small public Python face. Nothing imports it."""
+"""How far do a chat model's refusals ebb when it is fine-tuned, and what brings them back?
+
+Two commands work from Python too, with no study, store or cluster:
+
+    from ebbline import evaluate, project
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ebbline.commands.evaluate import evaluate
+    from ebbline.commands.project import project
+
+__all__ = ["evaluate", "project"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a command when it is asked for: both bring torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ebbline' has no attribute {name!r}")
+    return getattr(import_module(f"ebbline.commands.{name}"), name)

@@ -233,7 +233,12 @@ def test_every_part_that_the_package_needs_is_mounted() -> None:
         for remote, local in mounts.items()
     )
     packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"tests"}
-    assert set(mounts.values()) == packages | {"pyproject.toml", "constraints.txt", "README.md"}
+    assert set(mounts.values()) == packages | {
+        "pyproject.toml",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+    }
 
 
 @over_ssh
