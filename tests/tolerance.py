@@ -50,6 +50,41 @@ def gamma(terms: int, unit: float = UNIT) -> float:
     return terms * unit / (1 - terms * unit)
 
 
+def rounding(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far each element of `tensor` may move when it is stored in that dtype.
+
+    It is the dtype's unit roundoff (2^-24, bfloat16 2^-8, float16 2^-11) times the element, which
+    below the smallest normal number grows no finer.
+    """
+    numbers = torch.finfo(dtype)
+    return numbers.eps / 2 * tensor.double().abs().clamp(min=numbers.tiny)
+
+
+def merged(
+    weight_OI: torch.Tensor,
+    lora_a_RI: torch.Tensor,
+    lora_b_OR: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """How far each element of W + scale B A may be off, computed in float32.
+
+    In a sum of R + 1 terms each goes through R additions at most. There are four roundings more:
+    the product's, the scale's own and the product with it, and the sum with a second update where
+    two layers share W.
+    """
+    b, a = lora_b_OR.double().abs(), lora_a_RI.double().abs()
+    return gamma(a.shape[0] + 4) * (weight_OI.double().abs() + abs(scale) * (b @ a))
+
+
+def within(found: Any, expected: Any, bound: Any) -> None:
+    """Asserts of numbers or of tensors that each element is no further off than its bound."""
+    tensors = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected, bound))
+    one, other, most = (tensor.detach() for tensor in tensors)
+    assert one.shape == other.shape
+    share = float(((one - other).abs() / most.clamp(min=1e-300)).max())
+    assert share <= 1, f"off by {share:.3g} times its bound"
+
+
 class SteadyAdamW(torch.optim.AdamW):
     """AdamW whose step is no more sensitive to a gradient's rounding than the gradient is."""
 
@@ -126,7 +161,7 @@ def losses_alike(expected: list[float], dtype: str = "float32", quantisation: st
 
 
 def four_deviations(n: int, rate: float = 0.95) -> float:
-    """What a rate over n prompts may miss by: other kernels train other models, which err on other
-    prompts.
+    """What a rate over n prompts may miss by: other kernels train other models, which err on
+    other prompts.
     """
     return 4 * math.sqrt(rate * (1 - rate) / n)

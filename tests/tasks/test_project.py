@@ -1,5 +1,5 @@
-"""The stages `project` and `apply` on a real adapter: names, files, and thresholds that share their
-bytes.
+"""The stages `project` and `apply` on a real adapter: names, files, and thresholds that share
+their bytes.
 """
 
 import json
@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.defences.project import Weights, projections, run_apply, run_project
+from ebbline.tasks.defences.safelora import Projection
 from ebbline.tasks.defences.subspace import run as run_subspace
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.models.weights import Checkpoint, read_adapter
 from ebbline.tasks.specs import ApplySpec, ProjectSpec, SubspaceSpec, TrainSpec
-from tests.tasks.test_safelora import by_definition
+from tests.tasks.test_safelora import GRAM, by_definition, measured, slack
 from tests.tiny import context, fresh
-from tests.tolerance import gamma
+from tests.tolerance import gamma, merged, within
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "projections.json"
 TARGETS = TrainSpec().target_modules
@@ -70,24 +71,20 @@ def sorted_cosines(projection: Path) -> list[float]:
 
 def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, projection):
     loaded = read_adapter(adapter)
-    cosines = {
-        module: row.cosine for module, row in read_rows(projection / ProjectSpec.COSINES).items()
-    }
+    rows = read_rows(projection / ProjectSpec.COSINES)
     projected = load_file(projection / ProjectSpec.PROJECTED)
-    assert len(cosines) == 14 and cosines.keys() == loaded.modules.keys()
-    assert len(set(cosines.values())) == 14
+    assert len(rows) == 14 and rows.keys() == loaded.modules.keys()
+    assert len({row.cosine for row in rows.values()}) == 14
     base, aligned = (
         load_file(pair.base / "model.safetensors"),
         load_file(pair.aligned / "model.safetensors"),
     )
     for module, lora in loaded.modules.items():
-        name_a, name_b = lora.lora_A, lora.lora_B
-        weight = f"{module}.weight"
-        expected, cosine, _ = by_definition(
-            base[weight], aligned[weight], loaded.tensors[name_a], loaded.tensors[name_b]
-        )
-        torch.testing.assert_close(projected[module].double(), expected, rtol=1e-4, atol=1e-5)
-        assert cosines[module] == pytest.approx(cosine, abs=1e-6)
+        weights = base[f"{module}.weight"], aligned[f"{module}.weight"]
+        tensors = *weights, loaded.tensors[lora.lora_A], loaded.tensors[lora.lora_B]
+        row = (rows[module].cosine, rows[module].norm_ratio)
+        slack(*tensors).holds(Projection(projected[module], *row), *by_definition(*tensors))
+        within(row, measured(projected[module], *tensors[2:]), GRAM)  # it is that of what is saved
 
 
 def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, tmp_path):
@@ -234,7 +231,7 @@ def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_shoul
         ids
     ).logits
     loaded = PeftModel.from_pretrained(model, out)
-    merged = loaded.merge_and_unload()
+    whole = loaded.merge_and_unload()
     projected = load_file(projection / ProjectSpec.PROJECTED)
     modules, tensors = (
         read_adapter(adapter).modules,
@@ -242,11 +239,10 @@ def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_shoul
     )
     aligned = load_file(pair.aligned / "model.safetensors")
     for module, lora in modules.items():
-        expected = aligned[f"{module}.weight"] + 2.0 * projected[module] @ tensors[lora.lora_A]
-        torch.testing.assert_close(
-            merged.state_dict()[f"{module}.weight"], expected, rtol=1e-4, atol=1e-5
-        )
-    with_cb = merged(ids).logits
+        weight, a, cb = aligned[f"{module}.weight"], tensors[lora.lora_A], projected[module]
+        expected = weight.double() + 2.0 * cb.double() @ a.double()
+        within(whole.state_dict()[f"{module}.weight"], expected, merged(weight, a, cb, 2.0))
+    with_cb = whole(ids).logits
     assert not torch.allclose(with_cb, with_b, atol=1e-3) and not torch.allclose(
         with_cb, plain, atol=1e-3
     )
