@@ -161,9 +161,10 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
         assert f"{size}, fine-tuning" in text and f"{size}, projection" in text
     assert text.count("The aligned model refuses") == len(sizes)
     assert text.count("Fine-tuned without projection, the refusal rate is lower") == len(sizes)
-    assert text.count("Against the same training without it, refusal rate is higher at") == len(
-        sizes
-    )
+    # The gang's few steps may lower refusals by too little for the projection to show: what they
+    # lower depends on the processor's kernels. The first size is trained to the end.
+    against = "Against the same training without it, refusal rate is"
+    assert text.count(against) == len(sizes) and f"{against} higher at" in text
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
     page = Page(text)
     assert page.open == [] and {f"#{name}" for name in page.ids} >= {
@@ -183,8 +184,8 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
     numbered = [alt for alt in page.alts if not alt.startswith("Gantt chart")]
     assert len(numbered) > 4 and all(re.search(r"\d", alt) for alt in numbered)
     assert re.search(
-        r"<p>Fine-tuning without projection lowered .*\. With projection a point of every "
-        r"size holds .*\.</p>",
+        r"<p>Fine-tuning without projection lowered .*\. With projection a point of .* sizes? "
+        r"holds the refusal floor .*\.</p>",
         text,
     )
     assert "Each point rests on one training seed" in text
