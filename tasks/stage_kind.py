@@ -63,12 +63,13 @@ def model_in_memory(stage: Stage, quantisation: Quantisation, dtype: Dtype) -> s
 
 @dataclass(frozen=True)
 class StageKind(Generic[S]):
-    """One kind of stage. Only the first four fields have no default.
+    """One kind of stage. The fields without a default are needed.
 
-    `function` is "MODULE:NAME" of `run(spec, inputs, out, ctx)`. `counted_work` is a function of
-    the stage alone. Stages with equal `resident` need the same thing in memory and belong in one
-    batch. Estimates compare a stage with measured ones that are equal in the settings `alike`, and
-    first with those that are equal in `nearer` too.
+    `function` is "MODULE:NAME" of `run(spec, inputs, out, ctx)`, which writes files into `out`.
+    `counted_work` is a function of the stage alone. Plans scale up their sample, and the search
+    splits a point's work, by `belongs_to`. Stages with equal `resident` need the same thing in
+    memory and belong in one batch. Estimates compare a stage with measured ones that are equal in
+    the settings `alike`, and first with those that are equal in `nearer` too.
     """
 
     spec: type[S]
