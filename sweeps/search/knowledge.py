@@ -109,7 +109,9 @@ class Knowledge:
             if len(self._work) >= REMEMBERED:
                 # It is worked out again; adapters that were only looked at would pile up
                 self._work.clear()
-            self._work[adapter] = Work(*owners.values()) if stages else REFUSED
+            self._work[adapter] = (
+                Work(owners["training"], owners["adapter"], owners["point"]) if stages else REFUSED
+            )
         return self._work[adapter]
 
     def _stages(self, point: Point, planner: Planner) -> dict[str, Stage]:
