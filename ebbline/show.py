@@ -23,7 +23,7 @@ from ebbline.sweeps.drive.live import Failed, Live
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.state.outcome import metrics_of
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Stage
 
 PLAIN_EVERY_S, PLAIN_AT_LEAST_S = (
@@ -248,7 +248,7 @@ def bars(live: Live) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "", "done", "reused", "running", "waiting", "failed"):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
-    for kind in sorted(live.stages, key=list(KINDS).index):
+    for kind in sorted(live.stages, key=list(STAGE_KINDS).index):
         count = Counter(live.stages[kind])
         finished, total = count["done"] + count["reused"], sum(count.values())
         waiting = count["waiting"] + count["ready"]

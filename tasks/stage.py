@@ -14,9 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
-from ebbline.tasks.specs import KINDS, Spec
+from ebbline.tasks.specs import Spec
 
 
 @dataclass(frozen=True)
@@ -185,22 +184,12 @@ class Request:
         default_factory=dict
     )  # its counted work (ebbline.cluster.schedule.counted_work), for the record
 
-    @property
-    def hashed(self) -> dict[str, Any]:
-        """What the key was made from."""
-        return key_payload(self.parsed_spec(), self.contents)
-
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Request":
         return Request(**json.loads(text))
-
-    def parsed_spec(self) -> Spec:
-        if self.kind not in KINDS:
-            raise StudyError(f"no stage kind {self.kind!r}; this version knows {sorted(KINDS)}")
-        return KINDS[self.kind].model_validate_json(json.dumps(dict(self.spec)))
 
     def context(self, **changes: Any) -> Context:
         return replace(

@@ -20,7 +20,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ebbline.analysis.figures.drawing import looks
-from ebbline.analysis.figures.gantt import KIND_COLOURS, lanes_of
+from ebbline.analysis.figures.gantt import colours, lanes_of
 from ebbline.analysis.results.collect import Follower
 from ebbline.analysis.results.compare import is_projected
 from ebbline.analysis.results.costs import point_costs, told
@@ -47,8 +47,9 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Point, Result, StageName
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.metrics import Metric
-from ebbline.tasks.specs import KINDS, TrainSpec
+from ebbline.tasks.specs import TrainSpec
 
 MOST = 1000  # rows in one answer
 SPANS = 2000  # stages that the Gantt chart has, the latest
@@ -56,7 +57,6 @@ FAILURES = 200
 STEPS = 1000  # of a training's curve
 WATCHED_S = 15.0  # how long somebody who asked still watches
 LOOK_S, IDLE_S, SHARE = 1.0, 5.0, 5
-SHOWN_KEYS = ("train", "project", "apply")
 _LOSS = re.compile(r"loss ([-+.e\d]+) \((\d+)/\d+\)")
 Row = dict[str, Any]
 
@@ -130,8 +130,8 @@ class LivePage:
             ],
             "of": len(self.study.objectives),
             "looks": looks(self.study.models),
-            "kinds": list(KINDS),
-            "colours": KIND_COLOURS,
+            "kinds": list(STAGE_KINDS),
+            "colours": colours(),
             "limit": limit(self.study),
         }
 
@@ -313,9 +313,10 @@ class LivePage:
             },
             "cost": "nothing has run" if cost is None else told(cost.alone, self.home.profile),
             "keys": {
-                part: result.keys[name]
-                for part in SHOWN_KEYS
-                if (name := f"{part}[seed={self.study.seeds[0]}]") in result.keys
+                kind.name: result.keys[name]
+                for kind in STAGE_KINDS.values()
+                if kind.shows_key
+                and (name := f"{kind.name}[seed={self.study.seeds[0]}]") in result.keys
             },
         }
         self._rows[result.number] = result, row

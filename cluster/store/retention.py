@@ -14,7 +14,7 @@ from ebbline.cluster.store.artifacts import DROPPED, RECORD, Artifact, Store
 from ebbline.cluster.store.places import Entry
 from ebbline.tasks.errors import StoreError
 from ebbline.tasks.identity import digest, digest_files
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 
 Told = Callable[[int, int, str], None]
 What = Literal["cut-off attempt", "checkpoint", "source", "artifact", "adapter"]
@@ -81,7 +81,7 @@ class Survey:
             self.files[top, rest.partition("/")[0].removesuffix(".json")].append(entry)
         self.records: dict[tuple[str, str], Artifact] = {}
         self.damaged: list[Damage] = []
-        held = {where: entries for where, entries in self.files.items() if where[0] in KINDS}
+        held = {where: entries for where, entries in self.files.items() if where[0] in STAGE_KINDS}
         recorded = [
             where
             for where, entries in held.items()
@@ -105,7 +105,7 @@ class Survey:
         """
         found: dict[str, list[int]] = defaultdict(list)
         for (top, name), entries in sorted(self.files.items()):
-            if top not in KINDS:
+            if top not in STAGE_KINDS:
                 if top != HOMES:
                     found[{"scratch": "checkpoints", "aside": "set aside"}.get(top, top)].append(
                         _bytes(entries)
@@ -115,7 +115,7 @@ class Survey:
             found["cut-off attempts"] += [_bytes(files) for files in attempts.values()]
             if (top, name) in self.records:
                 found[top].append(_bytes(entries) - sum(map(_bytes, attempts.values())))
-        order = [*KINDS, "cut-off attempts", "checkpoints", "sources", "set aside"]
+        order = [*STAGE_KINDS, "cut-off attempts", "checkpoints", "sources", "set aside"]
         return {
             what: (len(found[what]), sum(found[what]))
             for what in [*order, *sorted(set(found) - set(order))]
@@ -135,7 +135,7 @@ class Survey:
         done = {key for _, key in self.records}
         for (top, name), entries in sorted(self.files.items()):
             old = max(entry.modified for entry in entries) < before
-            if top in KINDS:
+            if top in STAGE_KINDS:
                 for files in self._attempts(top, name).values():
                     if max(entry.modified for entry in files) < before:
                         yield _removal("cut-off attempt", top, name, files)
@@ -210,7 +210,7 @@ def remove(
             for attempt in {
                 name.split("/")[2]
                 for name in removal.names
-                if name.count("/") > 2 and removal.kind in KINDS
+                if name.count("/") > 2 and removal.kind in STAGE_KINDS
             }:
                 store.discard(store.root / removal.kind / removal.key / attempt)
         freed += removal.bytes

@@ -42,6 +42,7 @@ from ebbline.sweeps.study.suites import (
 )
 from ebbline.tasks.errors import EbblineError, EvaluationError, ModelError
 from ebbline.tasks.identity import content_digest
+from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
@@ -49,7 +50,7 @@ from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.models.loading import Residents
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
-from ebbline.tasks.worker import ERROR, described, run_function
+from ebbline.tasks.worker import ERROR, described
 
 DONE = "done.json"
 NO_ADAPTER = "model"
@@ -186,7 +187,7 @@ def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Pat
     for folder in (fresh, ctx.log):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        run_function(stage.spec)(stage.spec, inputs, fresh, ctx)
+        kind_named(stage.kind).load_function()(stage.spec, inputs, fresh, ctx)
     except EbblineError:
         raise
     # A foreign exception may quote an item: its words go to the log, as in a study

@@ -29,7 +29,7 @@ from ebbline.sweeps.state.todo import Told, explained
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 
 MOST_LOGICAL_GPUS = 4
 SLOTS = 2  # of a host for stages without a GPU, as ebbline.cluster.executors.ray_hosts gives
@@ -195,7 +195,7 @@ def _table(found: Forecast, profile: Profile) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "to run", "there", "each", "GPU-hours", "dollars", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for kind in sorted({*found.kinds, *found.todo.there}, key=list(KINDS).index):
+    for kind in sorted({*found.kinds, *found.todo.there}, key=list(STAGE_KINDS).index):
         there = str(found.todo.there[kind])
         share = found.kinds.get(kind)
         if share is None:

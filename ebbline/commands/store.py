@@ -27,11 +27,10 @@ from ebbline.sweeps.study.points import StageName
 from ebbline.sweeps.study.stages import Planner
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StoreError, StudyError
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Source, Stage
 
 Keep = Literal["all", "frontier", "none"]
-ADAPTERS = ("train", "apply")
 
 
 def studies_of(home: Home) -> dict[str, Study]:
@@ -110,11 +109,12 @@ def _adapters(
         *on_front,
         *(result for result in results if result.status in ("running", "out_of_budget")),
     ]
+    adapters = {kind.name for kind in STAGE_KINDS.values() if kind.writes_adapter}
     own = {
         key
         for result in results
         for name, key in result.keys.items()
-        if StageName.parse(name).part in ADAPTERS
+        if StageName.parse(name).part in adapters
     }
     return frozenset(own), frozenset(own & {key for result in kept for key in result.keys.values()})
 
@@ -268,13 +268,13 @@ def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
     """
     found = (
         [each for each in home.store.place.below(kind) if each.startswith(key)]
-        if kind in KINDS
+        if kind in STAGE_KINDS
         else []
     )
     if len(found) != 1:
         raise StoreError(
             f"{home.store.place.at} has {len(found)} artifacts {kind}/{key}; give a kind "
-            f"of {sorted(KINDS)} and one whole key"
+            f"of {sorted(STAGE_KINDS)} and one whole key"
         )
     with ExitStack() as held:
         _hold(home, held)

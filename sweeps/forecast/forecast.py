@@ -14,7 +14,6 @@ from pathlib import Path
 
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
-from ebbline.cluster.schedule.counted_work import ASSUMED, known_size
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import Work, impossible
@@ -31,19 +30,13 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
 from ebbline.sweeps.study.stages import Planner
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, ScoreSpec
+from ebbline.tasks.kinds import kind_named
+from ebbline.tasks.models.counted_work import ASSUMED, known_size
 from ebbline.tasks.stage import Source
 
 # Points that were told, and points to come; beyond, SAMPLE of them are looked up and simulated
 EXACT = 500
 SAMPLE = 200
-OF_A_POINT = (
-    ApplySpec,
-    GenerateSpec,
-    JudgeSpec,
-    ScoreSpec,
-    EvaluateSpec,
-)  # what a threshold has of its own; the rest is its adapter's
 
 
 @dataclass(frozen=True)
@@ -155,7 +148,8 @@ def forecast(
         step, factor = steps[missing.id], 1.0
         if missing.asked_by != MODELS:
             point, scale = looked_up[missing.asked_by]
-            factor = scale[point.model, isinstance(missing.stage.spec, OF_A_POINT)]
+            own = kind_named(missing.stage.kind).belongs_to == "point"
+            factor = scale[point.model, own]
         share = Share(
             factor,
             factor * step.seconds,

@@ -19,11 +19,12 @@ from ebbline.sweeps.state.racing import Known
 from ebbline.sweeps.study.points import Point, StageName
 from ebbline.sweeps.study.stages import Planner
 from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.specs import ProjectSpec
 from ebbline.tasks.stage import Stage
+from ebbline.tasks.stage_kind import Owner
 
 Cosines = tuple[NDArray[np.float64], ...]  # of each seed's adapter, ascending
-PER_ADAPTER, PER_TRAINING = ("project",), ("data", "train")
 REMEMBERED = 4096  # adapters whose work is kept at hand
 CPU_SHARE = 0.05  # of a GPU, for the work that needs none
 
@@ -95,26 +96,22 @@ class Knowledge:
         adapter = adapter_of(point)
         if adapter not in self._work:
             planner = self._planner.apart()
-            stages = {
-                name: stage
-                for text, stage in self._stages(point, planner).items()
-                if not (name := StageName.parse(text)).block
-            }
-            groups = {"train": 0.0, "project": 0.0, "measure": 0.0}
-            for name, stage in stages.items():
-                group = (
-                    "train"
-                    if name.part in PER_TRAINING
-                    else "project"
-                    if name.part in PER_ADAPTER
-                    else "measure"
-                )
-                if name.part != "subspace":  # one for all adapters
-                    groups[group] += _work(stage, planner.needs_of(stage))
+            stages = [
+                stage
+                for name, stage in self._stages(point, planner).items()
+                if not StageName.parse(name).block
+            ]
+            owners: dict[Owner, float] = {"training": 0.0, "adapter": 0.0, "point": 0.0}
+            for stage in stages:
+                owner = kind_named(stage.kind).belongs_to
+                if owner in owners:  # a study's own stages run once for all points
+                    owners[owner] += _work(stage, planner.needs_of(stage))
             if len(self._work) >= REMEMBERED:
                 # It is worked out again; adapters that were only looked at would pile up
                 self._work.clear()
-            self._work[adapter] = Work(**groups) if stages else REFUSED
+            self._work[adapter] = (
+                Work(owners["training"], owners["adapter"], owners["point"]) if stages else REFUSED
+            )
         return self._work[adapter]
 
     def _stages(self, point: Point, planner: Planner) -> dict[str, Stage]:

@@ -18,9 +18,9 @@ from ebbline.sweeps.study.policies import REACH, Order, Replicates, Stop
 from ebbline.sweeps.study.references import DataRef, Hub, Local, OneOf
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.specs import (
-    KINDS,
     ApplySpec,
     Count,
     DataSpec,
@@ -315,7 +315,7 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _suites_are_not_called_like_stages(self) -> Self:
         for name in self.suites:
-            if name in KINDS:
+            if name in STAGE_KINDS:
                 raise ValueError(
                     f"suites.{name}: this is the name of a stage; call the suite by what "
                     "it measures"

@@ -16,6 +16,7 @@ from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
 from ebbline.tasks.errors import DataError, TrainingError
+from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.specs import DataSpec, TrainSpec
 from tests.sweeps.made import study, written
 from tests.sweeps.pretended import Pretended, changes
@@ -137,7 +138,7 @@ def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, 
 
 def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
     def fails(request):
-        spec = request.parsed_spec()
+        spec = parsed_spec(request)
         if isinstance(spec, DataSpec) and spec.size == 64:
             return f"{DataError.__name__}: 64 rows were asked of 32", DataError.__name__
         if isinstance(spec, TrainSpec) and spec.rank == 4:

@@ -29,6 +29,7 @@ from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.policies import Replicates
 from ebbline.sweeps.study.study_file import parse
 from ebbline.tasks.errors import TrainingError
+from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.measuring.metrics import Metric, pooled
 from ebbline.tasks.specs import ApplySpec, TrainSpec
 from tests.sweeps.made import study, written
@@ -246,7 +247,7 @@ def first_mask_last(request):
     """Thresholds that project the same land before the first of them, which the others are the same
     as.
     """
-    spec = request.parsed_spec()
+    spec = parsed_spec(request)
     return 500.0 if isinstance(spec, ApplySpec) and spec.threshold in (None, 0.9) else 10.0
 
 
@@ -288,7 +289,7 @@ def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_hol
     )
 
     def fails(request):
-        spec = request.parsed_spec()
+        spec = parsed_spec(request)
         failing = isinstance(spec, TrainSpec) and (spec.rank, spec.seed) == (
             rank,
             found.seeds[most],

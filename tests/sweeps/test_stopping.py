@@ -13,6 +13,7 @@ from ebbline.sweeps.state.stopping import Gains
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.tasks.errors import StudyError, TrainingError
+from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import TrainSpec
 from tests.sweeps.made import study
@@ -138,7 +139,7 @@ def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_
     tmp_path,
 ):
     def fails(request):
-        spec = request.parsed_spec()
+        spec = parsed_spec(request)
         failing = isinstance(spec, TrainSpec) and spec.rank == 4
         return (
             (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__)

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 from ebbline.tasks import worker
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.specs import ApplySpec, DataSpec, GenerateSpec, TrainSpec
 from ebbline.tasks.worker import _progress_file, run_stages
 from tests.clock import Clock
@@ -203,11 +205,10 @@ def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pa
 
 
 def test_every_kind_of_stage_has_a_run_function():
-    from ebbline.tasks.worker import run_function
-    from tests.tasks.test_golden_keys import SPECS
-
-    for spec, _ in SPECS.values():
-        assert callable(run_function(spec))
+    for kind in STAGE_KINDS.values():
+        settings, *rest = signature(kind.load_function()).parameters.values()
+        assert settings.annotation is kind.spec, kind.name
+        assert [each.name for each in rest] == ["inputs", "out", "ctx"], kind.name
 
 
 def test_the_size_of_a_batch_of_chats_is_what_was_asked_for(tmp_path):
