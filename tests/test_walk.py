@@ -26,6 +26,7 @@ from ebbline.sweeps.study.points import Point
 from ebbline.sweeps.study.stages import Planner
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.measuring.metrics import direction
 from tests.organisms import WALK
 from tests.tolerance import four_deviations
@@ -69,7 +70,7 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
     result = result_of(study, 0, point, stages, resolver)
     assert result.status == "done" and 0 < result.projected_share < 1
     # ... and the frontier is the results that no other dominates.
-    results = collect(study, home)
+    results = collect(StudyView(study, home))
     chosen = frontier(results, study.objectives)
     distinct = [
         each for each in results if each.same_as is None
@@ -84,9 +85,10 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
 def test_refusals_ebb_under_fine_tuning_and_projection_brings_some_back(
     study: Study, home: Home
 ) -> None:
-    before = baselines(study, home)["7b"]
+    before = baselines(StudyView(study, home))["7b"]
     by_threshold = {
-        dict(result.point.values)["apply.threshold"]: result for result in collect(study, home)
+        dict(result.point.values)["apply.threshold"]: result
+        for result in collect(StudyView(study, home))
     }
     refusal = {
         threshold: result.metrics["refusal.refusal_rate"].value
@@ -110,7 +112,8 @@ def test_refusals_ebb_under_fine_tuning_and_projection_brings_some_back(
 
 def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, home: Home) -> None:
     results = {
-        dict(result.point.values)["apply.threshold"]: result for result in collect(study, home)
+        dict(result.point.values)["apply.threshold"]: result
+        for result in collect(StudyView(study, home))
     }
     # 0.05 lies below every cosine, so it projects nothing, and its evaluations are those of the
     # adapter as it is.
@@ -152,7 +155,7 @@ def test_a_changed_field_is_named_as_the_reason_for_the_miss(study: Study, home:
 def test_no_completion_leaves_the_store(study: Study, home: Home) -> None:
     from ebbline.outputs import write_outputs
 
-    write_outputs(study, home)
+    write_outputs(StudyView(study, home), collect(StudyView(study, home)))
     store = Store(home.root / "store")
     kept = [
         path

@@ -21,10 +21,10 @@ from ebbline.analysis.results.wording import natural
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.racing import races
 from ebbline.sweeps.state.replicates import seeds_of
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Study, lasting, references
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import digest
 
 PACKAGES = (
@@ -182,21 +182,22 @@ class Provenance:
 
 
 def provenance(
-    study: Study, home: Home, results: Sequence[Result], artifacts: Sequence[Artifact] | None = None
+    view: StudyView, results: Sequence[Result], artifacts: Sequence[Artifact] | None = None
 ) -> Provenance:
     """What is known of where the results come from, now: software is that of this process, hardware
     that of the stages' records.
 
     `artifacts` are those behind the results, for a caller who has them already.
     """
-    artifacts = artifacts_behind(study, home, results) if artifacts is None else artifacts
+    study = view.study
+    artifacts = artifacts_behind(view, results) if artifacts is None else artifacts
     return Provenance(
         study_sha256=digest(lasting(study.model_dump(mode="json"))),
         seeds=study.seeds,
         seeds_used=max(map(seeds_of, results), default=0),
         pins=tuple(pins(study)),
         made=dict(made(study)),
-        prompts=prompt_sets(study, home),
+        prompts=prompt_sets(view),
         build=build(),
         python=platform.python_version(),
         packages=packages(),
@@ -365,7 +366,7 @@ def _driving(study: Study) -> dict[str, str]:
     themselves.
     """
     search, policy = study.search, study.replicates
-    if search.order == "in_turn":
+    if search.in_turn:
         order = f"told in turn, {search.reach} points in flight"
     else:
         order = "told as points land" + (

@@ -26,9 +26,9 @@ from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Reader, read
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, keys_of
-from ebbline.sweeps.study.stages import Planner
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import ProjectedRows, read_rows
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
@@ -36,13 +36,13 @@ from ebbline.tasks.specs import ApplySpec, GenerateSpec, ProjectSpec, ScoreSpec
 from ebbline.tasks.stage import Stage, closure
 
 
-def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Result]:
+def collect(view: StudyView) -> list[Result]:
     """All points asked so far, in the order of asking: done, failed or refused with their reason,
     still running or out of budget.
     """
-    entries, _ = read(study, home.storage(study.study))
-    results = results_of(study, entries, planner or Planner(study, home), Resolver(home.store))
-    return _of_budget(results, read_spent(home.folder(study.study)))
+    entries, _ = read(view.study, view.storage)
+    results = results_of(view.study, entries, view.planner, Resolver(view.home.store))
+    return _of_budget(results, read_spent(view.folder))
 
 
 def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
@@ -61,28 +61,28 @@ class Follower:
     worked out once.
     """
 
-    def __init__(self, study: Study, home: Home) -> None:
-        self.study, self.home = study, home
-        self._planner = Planner(study, home, located=False)
-        self._points = Reader(study, home.storage(study.study))
+    def __init__(self, view: StudyView) -> None:
+        self._view = view.unlocated()
+        self._points = Reader(view.study, view.storage)
         self._kept: dict[int, Result] = {}
         self._before: dict[str, dict[str, Metric]] = {}
 
     def look(self) -> list[Result]:
         """What `collect` gives."""
-        if not self.home.storage(self.study.study).there:
+        view = self._view
+        if not view.storage.there:
             return []
         entries, _ = self._points.look()
         results = results_of(
-            self.study, entries, self._planner, Resolver(self.home.store), self._kept
+            view.study, entries, view.planner, Resolver(view.home.store), self._kept
         )
-        self._kept = lasting_results(self.study, results)
-        return _of_budget(results, read_spent(self.home.folder(self.study.study)))
+        self._kept = lasting_results(view.study, results)
+        return _of_budget(results, read_spent(view.folder))
 
     def before(self) -> dict[str, dict[str, Metric]]:
         """What `baselines` gives."""
-        if len(self._before) < len(self.study.models):
-            self._before = baselines(self.study, self.home, self._planner)
+        if len(self._before) < len(self._view.study.models):
+            self._before = baselines(self._view)
         return self._before
 
 
@@ -133,10 +133,10 @@ class PromptSet:
         return f"{self.format}, {self.rows} rows, {self.asked} asked, sha256 {self.sha256}"
 
 
-def prompt_sets(study: Study, home: Home) -> dict[str, PromptSet]:
+def prompt_sets(view: StudyView) -> dict[str, PromptSet]:
     """By suite, of the suites that an aligned model has answered."""
-    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, PromptSet]()
-    for suites in planner.baselines().values():
+    resolver, found = Resolver(view.home.store), dict[str, PromptSet]()
+    for suites in view.planner.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
@@ -148,19 +148,17 @@ def prompt_sets(study: Study, home: Home) -> dict[str, PromptSet]:
     return found
 
 
-def costs_before(study: Study, home: Home) -> dict[str, Cost]:
+def costs_before(view: StudyView) -> dict[str, Cost]:
     """Key -> cost of measuring the aligned models before fine-tuning, and of making them."""
-    stages = [
-        stage for suites in Planner(study, home).baselines().values() for stage in suites.values()
-    ]
-    return costs_of(stages, Resolver(home.store))
+    stages = [stage for suites in view.planner.baselines().values() for stage in suites.values()]
+    return costs_of(stages, Resolver(view.home.store))
 
 
-def artifacts_behind(study: Study, home: Home, results: Sequence[Result]) -> list[Artifact]:
+def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifact]:
     """Every stage that the results and the aligned models rest on, once each, as far as it is in
     the store.
     """
-    planner, resolver = Planner(study, home), Resolver(home.store)
+    planner, resolver = view.planner, Resolver(view.home.store)
     stages = [stage for suites in planner.baselines().values() for stage in suites.values()]
     stages += [
         stage
@@ -171,15 +169,14 @@ def artifacts_behind(study: Study, home: Home, results: Sequence[Result]) -> lis
     return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
 
 
-def baselines(
-    study: Study, home: Home, planner: Planner | None = None
-) -> dict[str, dict[str, Metric]]:
+def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:
     """Model -> full metric name -> metric of the aligned model before fine-tuning, for the models
     measured so far.
     """
-    planner, resolver = planner or Planner(study, home), Resolver(home.store)
+    resolver = Resolver(view.home.store)
     found = {
-        model: metrics_of(study, suites, resolver) for model, suites in planner.baselines().items()
+        model: metrics_of(view.study, suites, resolver)
+        for model, suites in view.planner.baselines().items()
     }
     return {model: metrics for model, metrics in found.items() if metrics is not None}
 
@@ -191,14 +188,14 @@ class StoredEvidence:
     Nothing is kept: the samples of a whole study may be too many to hold.
     """
 
-    def __init__(self, study: Study, home: Home) -> None:
-        self._study, self._store = study, home.store
-        resolver = Resolver(home.store)
+    def __init__(self, view: StudyView) -> None:
+        self._study, self._store = view.study, view.home.store
+        resolver = Resolver(self._store)
         self._aligned = {
             (model, suite): resolver.artifact(stage)
-            for model, suites in Planner(study, home).baselines().items()
+            for model, suites in view.planner.baselines().items()
             for suite, stage in suites.items()
-            if suite in study.suites
+            if suite in self._study.suites
         }
 
     def samples(self, subject: Subject, suite: str) -> Replicates:

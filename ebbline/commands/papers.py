@@ -9,15 +9,14 @@ from ebbline.analysis.paper.papers import NOT_KNOWN, Row, beside_papers, is_tiny
 from ebbline.analysis.paper.published import Published
 from ebbline.analysis.results.collect import baselines, collect, prompt_sets
 from ebbline.analysis.results.wording import metric_label, percent
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 
 
-def show_papers(study: Study, home: Home, as_json: bool) -> None:
-    home.require(study.study)
-    rows = beside_papers(
-        study, collect(study, home), baselines(study, home), prompt_sets(study, home)
-    )
+def show_papers(view: StudyView, as_json: bool) -> None:
+    study = view.study
+    view.home.require(study.study)
+    rows = beside_papers(study, collect(view), baselines(view), prompt_sets(view))
     if as_json:
         said = [{**asdict(row), "comparable": row.comparable} for row in rows]
         print(

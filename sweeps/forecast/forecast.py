@@ -27,10 +27,10 @@ from ebbline.sweeps.state.racing import races
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.state.todo import MODELS, Missing, Todo, Told, todo
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
 from ebbline.sweeps.study.stages import Planner
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, ScoreSpec
 from ebbline.tasks.stage import Source
 
@@ -108,8 +108,7 @@ class Forecast:
 
 
 def forecast(
-    study: Study,
-    home: Home,
+    view: StudyView,
     capacity: Capacity,
     told: Told = lambda done, of: None,
     serial: bool = False,
@@ -117,11 +116,10 @@ def forecast(
     """Simulate what `ebbline run` would do on such a cluster; `serial` when all runs in one
     process, one stage after another.
     """
-    met = still_met(study, read_spent(home.folder(study.study)).gain)
-    planner, points = (
-        Planner(study, home),
-        points_of(study, home.storage(study.study), "" if met is None else met.said),
-    )
+    study, home = view.study, view.home
+    met = still_met(study, read_spent(view.folder).gain)
+    points = points_of(study, view.storage, "" if met is None else met.said)
+    planner = view.planner.apart()  # a drawn point gives no stage its label or its needs
     estimates = estimates_of(home)
     estimates.met(capacity)
     here = points.told if len(points.told) <= EXACT else _evenly(points.told)
@@ -205,7 +203,7 @@ def _flights(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> Flig
     land while little enough is queued.
     """
     own = [group for group in groups if group]
-    if study.search.order == "in_turn":
+    if study.search.in_turn:
         return Flights(own, study.search.reach, in_turn=True)
     return Flights(
         own,

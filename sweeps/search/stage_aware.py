@@ -71,11 +71,11 @@ class StageAware:
     A group is the sizes that share a surrogate: all with `transfer`, else each by itself.
     """
 
-    def __init__(self, study: Study, in_turn: bool) -> None:
+    def __init__(self, study: Study) -> None:
         self.study = study
         self._by_stage = study.sampler == "stage_aware"
         self._features = Features(study, shares=self._by_stage)
-        self._adapters = Adapters(study, in_turn)
+        self._adapters = Adapters(study)
         self._metrics = len(study.objectives)
         self._floor = study.search.constraints.refusal_floor
         self._seen = 0

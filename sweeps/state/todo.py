@@ -11,7 +11,7 @@ from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import standing
-from ebbline.sweeps.study.differences import differences
+from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.points import Point, StageName
 from ebbline.sweeps.study.stages import Planner
 from ebbline.sweeps.study.study import Study

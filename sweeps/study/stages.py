@@ -72,13 +72,15 @@ class Planner:
             for name, judge in study.judges.items()
         }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
+        self._at_first = dict(self.labels), dict(self._needs)
 
     def apart(self) -> "Planner":
-        """A planner of the same study that remembers by itself: for points that may never be asked
-        for.
+        """A planner of the same study that remembers by itself, as a new one does: for points that
+        may never be asked for.
         """
         found = copy(self)
-        found.labels, found._needs, found._adapters = {}, {}, {}
+        labels, needs = self._at_first
+        found.labels, found._needs, found._adapters = dict(labels), dict(needs), {}
         return found
 
     def needs_of(self, stage: Stage) -> Needs:
