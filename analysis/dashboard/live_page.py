@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from ebbline.analysis.figures.drawing import looks
 from ebbline.analysis.figures.gantt import KIND_COLOURS, lanes_of
 from ebbline.analysis.results.collect import Follower
-from ebbline.analysis.results.compare import is_projected
 from ebbline.analysis.results.costs import point_costs, told
 from ebbline.analysis.results.frontier import (
     finished,
@@ -30,6 +29,7 @@ from ebbline.analysis.results.frontier import (
     frontier_by_model,
     frontier_hypervolume,
 )
+from ebbline.analysis.results.measurements import is_projected
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     directed_label,

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import usefulness_metric
 from ebbline.analysis.results.floors import METHOD, Pick, spread_known
+from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picked import in_words, lines_of, named
 from ebbline.analysis.results.wording import directed_label, measured, percent, value_label
 from ebbline.cluster.store.artifacts import Artifact

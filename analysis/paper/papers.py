@@ -13,9 +13,14 @@ from typing import Any, Literal, TypeVar
 from ebbline.analysis.paper.card import described
 from ebbline.analysis.paper.published import PUBLISHED, Published
 from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import Baselines, is_projected, unprojected, usefulness_metric
 from ebbline.analysis.results.floors import Floor, pick
 from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import (
+    Baselines,
+    is_projected,
+    unprojected,
+    usefulness_metric,
+)
 from ebbline.analysis.results.wording import measured, metric_label, natural, percent, value_label
 from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Model, Study

@@ -27,8 +27,8 @@ from ebbline.analysis.report.page import (
 from ebbline.analysis.report.provenance import Row
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
-from ebbline.analysis.results.compare import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.tables import (
     agreement_cells,
     category_cells,

@@ -8,24 +8,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ebbline.analysis.results.compare import Subject, operating_point, refusal_metric
 from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import Subject, operating_point, refusal_metric
 from ebbline.analysis.results.statistics import Agreement, Replicates, pooled_agreement
 from ebbline.analysis.results.wording import natural, settings_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.outcome import (
-    costs_of,
-    lasting_results,
-    metrics_of,
-    results_of,
-    stages_or_refusal,
-)
+from ebbline.sweeps.state.outcome import costs_of, lasting_results, metrics_of, results_of
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Reader, read
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, keys_of
+from ebbline.sweeps.study.stages import stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
@@ -182,8 +177,8 @@ def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:
 
 
 class StoredEvidence:
-    """What stands behind a study's metrics (ebbline.analysis.results.compare.Evidence), read from
-    the store whenever it is asked for.
+    """What stands behind a study's metrics (ebbline.analysis.results.measurements.Evidence), read
+    from the store whenever it is asked for.
 
     Nothing is kept: the samples of a whole study may be too many to hold.
     """

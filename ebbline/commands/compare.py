@@ -15,9 +15,9 @@ from ebbline.analysis.files import write_whole
 from ebbline.analysis.report.answer import meaning, tally
 from ebbline.analysis.report.page import shown, template
 from ebbline.analysis.results.collect import StoredEvidence, collect
-from ebbline.analysis.results.compare import Comparison
 from ebbline.analysis.results.comparison import Beside, Side, Sized, Volumes, beside
 from ebbline.analysis.results.floors import Floor
+from ebbline.analysis.results.measurements import Comparison
 from ebbline.analysis.results.picked import in_words, missed_by, named
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import directed_label, metric_label, percent

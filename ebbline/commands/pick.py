@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.analysis.results.collect import collect
-from ebbline.analysis.results.compare import usefulness_metric
 from ebbline.analysis.results.floors import METHOD, Floor, Pick, of_seed, pick, slack
 from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picked import (
     in_words,
     lines_of,

@@ -15,8 +15,8 @@ from rich.live import Live as Redrawn
 
 from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
-from ebbline.analysis.results.compare import Baselines, Evidence
 from ebbline.analysis.results.costs import cost_summary, study_cost, told
+from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.cluster.schedule.costs import Cost

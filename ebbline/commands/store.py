@@ -21,9 +21,9 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.cluster.store.retention import Damage, Needed, Removal, Survey, damages, remove
 from ebbline.commands.project import progress_bar
 from ebbline.sweeps.search.searcher import asked
-from ebbline.sweeps.state.outcome import stages_or_refusal
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
+from ebbline.sweeps.study.stages import stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError, StudyError

@@ -26,12 +26,13 @@ from ebbline.sweeps.search.searcher import (
 from ebbline.sweeps.search.warm_start import lessons
 from ebbline.sweeps.state.in_flight import Flight, first_grounded, has_room, queued_gpus
 from ebbline.sweeps.state.jobs import estimates_of
-from ebbline.sweeps.state.outcome import Duplicates, of_seeds, result_of, stages_or_refusal
+from ebbline.sweeps.state.outcome import Duplicates, result_of
 from ebbline.sweeps.state.racing import Rivals
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
 from ebbline.sweeps.study.points import REFUSED, Point, Result
+from ebbline.sweeps.study.stages import of_seeds, stages_or_refusal
 from ebbline.sweeps.study.storage import Hold
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError

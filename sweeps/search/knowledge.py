@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import Known
 from ebbline.sweeps.study.points import Point, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import Planner, of_seeds, stages_or_refusal
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.specs import ProjectSpec
 from ebbline.tasks.stage import Stage

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import standing
 from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.points import Point, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import Planner, of_seeds, stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.stage import Part, Stage, stage_of
 

@@ -1,4 +1,6 @@
-"""From a point to its stages: model -> train -> project -> apply -> each suite."""
+"""From a point to its stages: model -> train -> project -> apply -> each suite. What those stages
+measured is read back by ebbline.sweeps.state.outcome.
+"""
 
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Point, StageName, Value
+from ebbline.sweeps.study.points import REFUSED, Point, StageName, Value
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
 from ebbline.sweeps.study.suites import blocks_of, stages_of
@@ -292,6 +294,20 @@ class Planner:
                 " Restore the file, or pin the new content with `ebbline pin`"
             )
         return Source(found, str(path.resolve()))
+
+
+def stages_or_refusal(planner: Planner, point: Point) -> tuple[dict[str, Stage], str]:
+    """A point's stages by name, or why its settings cannot be."""
+    try:
+        return planner.stages_for(point), ""
+    except StudyError as error:
+        return {}, f"{REFUSED}{error}"
+
+
+def of_seeds(study: Study, stages: Mapping[str, Stage], seeds: int) -> dict[str, Stage]:
+    """Those of the study's first so many seeds."""
+    taken = set(study.seeds[:seeds])
+    return {name: stage for name, stage in stages.items() if StageName.parse(name).seed in taken}
 
 
 def _with(spec: S, prefix: str, values: Mapping[str, Value], **fixed: Value) -> S:

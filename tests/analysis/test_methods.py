@@ -7,7 +7,7 @@ import pytest
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Build, Hardware, Pin, Provenance
 from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.spending import Spent

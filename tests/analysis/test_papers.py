@@ -11,7 +11,7 @@ import yaml
 from ebbline.analysis.paper.papers import Row, beside_papers
 from ebbline.analysis.paper.published import PUBLISHED
 from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.commands.papers import _why
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study

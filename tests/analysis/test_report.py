@@ -16,7 +16,7 @@ from ebbline.analysis.report.provenance import Row
 from ebbline.analysis.report.report import summary, write_report
 from ebbline.analysis.results.attainment import attainments
 from ebbline.analysis.results.before_after import before_after
-from ebbline.analysis.results.compare import NO_EVIDENCE, Baselines, Evidence
+from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.statistics import pooled_agreement
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
