@@ -114,7 +114,7 @@ def projections(
 
 
 @dataclass(frozen=True)
-class PromptSet:
+class SuitePrompts:
     """What a suite's prompts were: how the file was read, its rows, how many of them were asked,
     and its digest.
     """
@@ -128,16 +128,16 @@ class PromptSet:
         return f"{self.format}, {self.rows} rows, {self.asked} asked, sha256 {self.sha256}"
 
 
-def prompt_sets(view: StudyView) -> dict[str, PromptSet]:
+def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
     """By suite, of the suites that an aligned model has answered."""
-    resolver, found = Resolver(view.home.store), dict[str, PromptSet]()
+    resolver, found = Resolver(view.home.store), dict[str, SuitePrompts]()
     for suites in view.planner.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
             if artifact is not None:
                 said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
-                found[suite] = PromptSet(
+                found[suite] = SuitePrompts(
                     said["format"], said["rows"], said["asked"], said["sha256"]
                 )
     return found

@@ -31,7 +31,7 @@ from ebbline.sweeps.drive.live import (
     HostNow,
     Live,
     Outcome,
-    Points,
+    PointCounts,
     SpentNow,
 )
 from ebbline.sweeps.drive.progress import Progress
@@ -226,7 +226,7 @@ class Writer:
             at=time.time(),
             started=self._started,
             ended=ended,
-            points=Points(
+            points=PointCounts(
                 told=progress.told,
                 limit=progress.limit,
                 in_flight=len(progress.in_flight),

@@ -47,7 +47,7 @@ OF_A_POINT = (
 
 
 @dataclass(frozen=True)
-class Share:
+class KindTotal:
     """What the stages of one kind are expected to come to. `measured` is false where nothing of the
     kind was ever measured.
     """
@@ -58,9 +58,9 @@ class Share:
     written: float = 0.0
     measured: bool = True
 
-    def plus(self, other: "Share") -> "Share":
+    def plus(self, other: "KindTotal") -> "KindTotal":
         cost, measured = self.cost + other.cost, self.measured and other.measured
-        return Share(
+        return KindTotal(
             self.stages + other.stages,
             self.seconds + other.seconds,
             cost,
@@ -71,7 +71,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is to come. `kinds` has each kind's share, `starts` what starting processes adds.
+    """What is to come. `kinds` has each kind's total, `starts` what starting processes adds.
 
     `trace` is the simulated part, `simulated` the number of its points to come; `looked_up` is how
     many of the points that were told it looks at. `wall_s` is None when something can run nowhere
@@ -80,7 +80,7 @@ class Forecast:
 
     points: Points
     todo: Todo
-    kinds: Mapping[str, Share]
+    kinds: Mapping[str, KindTotal]
     starts: Cost
     wall_s: float | None
     trace: Trace
@@ -148,13 +148,13 @@ def forecast(
         *((point, scale_told) for point in here),
         *((point, scale_to_come) for point in to_come),
     ]
-    kinds: dict[str, Share] = {}
+    kinds: dict[str, KindTotal] = {}
     for missing in running:
         step, factor = steps[missing.id], 1.0
         if missing.asked_by != MODELS:
             point, scale = looked_up[missing.asked_by]
             factor = scale[point.model, isinstance(missing.stage.spec, OF_A_POINT)]
-        share = Share(
+        share = KindTotal(
             factor,
             factor * step.seconds,
             expected_cost(step.needs, factor * step.seconds, home.profile, estimates.gpu_type),
@@ -273,7 +273,7 @@ def _assumed(
     simulated: int,
     looked_at: int,
     running: Sequence[Missing],
-    kinds: Mapping[str, Share],
+    kinds: Mapping[str, KindTotal],
 ) -> Iterator[str]:
     """What the numbers rest on beside measurements."""
     if points.drawn:

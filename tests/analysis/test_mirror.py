@@ -19,7 +19,7 @@ import yaml
 from ebbline.analysis.results.wording import HOST
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.mirror import alone, follow, start, stop, trainings_of
-from ebbline.analysis.wandb.pages import Page, pages, run_id
+from ebbline.analysis.wandb.pages import RunPage, pages, run_id
 from ebbline.analysis.wandb.runs import Mirror, chosen_mode
 from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.store.artifacts import Artifact, Store
@@ -187,7 +187,7 @@ def test_no_host_that_the_study_ran_on_is_in_a_reason(study: Study, tmp_path: Pa
         "outcome": "lost",
     }
     (tmp_path / "timeline.jsonl").write_text(json.dumps(ended) + "\n")
-    shown: list[Page] = []
+    shown: list[RunPage] = []
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirror, "_show", shown.append)

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ebbline.analysis.report.provenance import Build, Row, build, hardware, made, pins, provenance
+from ebbline.analysis.report.provenance import (
+    Build,
+    ProvenanceRow,
+    build,
+    hardware,
+    made,
+    pins,
+    provenance,
+)
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
@@ -34,7 +42,7 @@ def artifact(tmp_path: Path, kind: str, **said: object) -> Artifact:
     return Artifact("0" * 64, kind, SHA, {}, {"version": 1}, environment, tmp_path, Store(tmp_path))
 
 
-def of(rows: Iterable[Row], group: str) -> dict[str, str]:
+def of(rows: Iterable[ProvenanceRow], group: str) -> dict[str, str]:
     return {row.label: row.value for row in rows if row.group == group}
 
 

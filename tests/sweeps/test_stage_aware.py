@@ -387,6 +387,6 @@ def test_the_share_that_another_study_measured_is_guessed_anew_as_cosines_come_i
     shares = []
     for _ in range(2):
         number, point = searcher.ask(known)
-        shares.append(searcher._stage_aware._evidence("7b").x_NF[0, -1])
+        shares.append(searcher._stage_aware._observations("7b").x_NF[0, -1])
         searcher.tell(number, smooth(known)(number, point))
     assert shares == [pytest.approx(0.1), 0.0]

@@ -86,7 +86,7 @@ def test_a_warm_search_begins_where_the_other_one_ended(tmp_path, home):
             if taught:
                 searcher.teach(name, entries)
         assert searcher.ask(Imagined())[0] == 0
-        learned[taught] = searcher._stage_aware._evidence("7b").x_NF
+        learned[taught] = searcher._stage_aware._observations("7b").x_NF
     assert len(learned[True]) > len(learned[False]) == 0
 
 
