@@ -19,7 +19,7 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.store.artifacts import Store
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
 from ebbline.sweeps.study.view import StudyView
@@ -132,7 +132,7 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: R
     # Utility, on ordinary held-out requests, is no suite of the quickstart; measured here as one
     # more stage a size.
     runner = Runner(where.store, InlineExecutor())
-    for suites in Planner(study, where).baselines().values():
+    for suites in StageGraph(study, where).baselines().values():
         task = suites["task"]
         language = task.inputs["generation"].inputs["prompts"].stage
         said = Stage(

@@ -29,7 +29,7 @@ from ebbline.sweeps.drive.live import Live, read_live, read_timeline
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study import view as viewing
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError
@@ -437,12 +437,12 @@ def watched(
 
 
 @pytest.mark.slow
-def test_a_run_makes_one_planner_and_collects_once(
+def test_a_run_makes_one_stage_graph_and_collects_once(
     ran: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, collected = [], []
     monkeypatch.setattr(
-        viewing, "Planner", lambda *arguments: made.append(Planner(*arguments)) or made[-1]
+        viewing, "StageGraph", lambda *arguments: made.append(StageGraph(*arguments)) or made[-1]
     )
     monkeypatch.setattr(
         running, "collect", lambda study: collected.append(collect(study)) or collected[-1]

@@ -36,7 +36,7 @@ def collect(view: StudyView) -> list[Result]:
     still running or out of budget.
     """
     entries, _ = read(view.study, view.storage)
-    results = results_of(view.study, entries, view.planner, Resolver(view.home.store))
+    results = results_of(view.study, entries, view.graph, Resolver(view.home.store))
     return _of_budget(results, read_spent(view.folder))
 
 
@@ -68,9 +68,7 @@ class Follower:
         if not view.storage.there:
             return []
         entries, _ = self._points.look()
-        results = results_of(
-            view.study, entries, view.planner, Resolver(view.home.store), self._kept
-        )
+        results = results_of(view.study, entries, view.graph, Resolver(view.home.store), self._kept)
         self._kept = lasting_results(view.study, results)
         return _of_budget(results, read_spent(view.folder))
 
@@ -131,7 +129,7 @@ class SuitePrompts:
 def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
     """By suite, of the suites that an aligned model has answered."""
     resolver, found = Resolver(view.home.store), dict[str, SuitePrompts]()
-    for suites in view.planner.baselines().values():
+    for suites in view.graph.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
@@ -145,7 +143,7 @@ def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
 
 def costs_before(view: StudyView) -> dict[str, Cost]:
     """Key -> cost of measuring the aligned models before fine-tuning, and of making them."""
-    stages = [stage for suites in view.planner.baselines().values() for stage in suites.values()]
+    stages = [stage for suites in view.graph.baselines().values() for stage in suites.values()]
     return costs_of(stages, Resolver(view.home.store))
 
 
@@ -153,12 +151,10 @@ def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifac
     """Every stage that the results and the aligned models rest on, once each, as far as it is in
     the store.
     """
-    planner, resolver = view.planner, Resolver(view.home.store)
-    stages = [stage for suites in planner.baselines().values() for stage in suites.values()]
+    graph, resolver = view.graph, Resolver(view.home.store)
+    stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
     stages += [
-        stage
-        for result in results
-        for stage in stages_or_refusal(planner, result.point)[0].values()
+        stage for result in results for stage in stages_or_refusal(graph, result.point)[0].values()
     ]
     found = (resolver.artifact(stage) for stage in closure(stages))
     return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
@@ -171,7 +167,7 @@ def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:
     resolver = Resolver(view.home.store)
     found = {
         model: metrics_of(view.study, suites, resolver)
-        for model, suites in view.planner.baselines().items()
+        for model, suites in view.graph.baselines().items()
     }
     return {model: metrics for model, metrics in found.items() if metrics is not None}
 
@@ -188,7 +184,7 @@ class StoredEvidence:
         resolver = Resolver(self._store)
         self._aligned = {
             (model, suite): resolver.artifact(stage)
-            for model, suites in view.planner.baselines().items()
+            for model, suites in view.graph.baselines().items()
             for suite, stage in suites.items()
             if suite in self._study.suites
         }

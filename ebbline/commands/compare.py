@@ -125,7 +125,7 @@ def _asked(view: StudyView) -> dict[str, dict[str, object]]:
     by their settings.
     """
     resolver, found = Resolver(view.home.store), dict[str, dict[str, object]]()
-    for suites in view.planner.baselines().values():
+    for suites in view.graph.baselines().values():
         for suite, stage in suites.items():
             said = stage.inputs.get("generation")
             speaking = said if isinstance(said, Stage) else stage

@@ -54,8 +54,8 @@ def studies_of(home: Home) -> dict[str, Study]:
 def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     """What a study refers to; `keep` says whose adapters are to keep their tensors."""
     view = StudyView(study, home, located=False)
-    planner, resolver = view.planner, Resolver(home.store)
-    targets = [stage for suites in planner.baselines().values() for stage in suites.values()]
+    graph, resolver = view.graph, Resolver(home.store)
+    targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
     points = asked(study, view.storage)
     table = view.folder / "results.parquet"
     if not points and table.exists():
@@ -65,7 +65,7 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
             " that study's folder away if nobody needs its results; nothing was removed"
         )
     for _, point, _, _ in points:
-        targets += stages_or_refusal(planner, point)[0].values()
+        targets += stages_or_refusal(graph, point)[0].values()
     keys, sources, seen = set(), set(), set()
 
     def visit(stage: Stage) -> None:

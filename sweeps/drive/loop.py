@@ -57,7 +57,7 @@ def drive(
     """
     study, home, storage = view.study, view.home, view.storage
     with home.driving(study.study) as hold, reaching(storage):
-        planner = view.planner
+        graph = view.graph
         check_written_points(study)
         require_prices(study, home.profile)
         # The database learns of a wider study first: a driver that is killed in between finds the
@@ -70,10 +70,10 @@ def drive(
             executor = make_executor()
             try:
                 runner = Runner(
-                    home.store, executor, planner.needs_of, home.profile, spent, estimates_of(home)
+                    home.store, executor, graph.needs_of, home.profile, spent, estimates_of(home)
                 )
                 progress = Progress(
-                    study, planner, runner, spent, limit=limit(study), prediction=predict(executor)
+                    study, graph, runner, spent, limit=limit(study), prediction=predict(executor)
                 )
                 with mirrored(progress, view.folder, hold.driver) as live:
                     return _Drive(progress, searcher, hold, watch, stop, live).run()
@@ -103,13 +103,13 @@ class _Drive:
             stop,
             live,
         )
-        self.study, self.planner, self.runner = progress.study, progress.planner, progress.runner
+        self.study, self.graph, self.runner = progress.study, progress.graph, progress.runner
         self.in_turn = self.study.search.in_turn
-        self.outlook = Outlook(self.planner, self.runner, progress.spending)
+        self.outlook = Outlook(self.graph, self.runner, progress.spending)
         self.baselines = [
-            stage for suites in self.planner.baselines().values() for stage in suites.values()
+            stage for suites in self.graph.baselines().values() for stage in suites.values()
         ]
-        self.knowledge = Knowledge(self.planner, self.runner)
+        self.knowledge = Knowledge(self.graph, self.runner)
         self.flights: list[Flight] = []
         self.again: list[Flight] = []
         self.more: list[Flight] = []
@@ -187,7 +187,7 @@ class _Drive:
         self.watch(self.progress)
 
     def _flight(self, number: int, point: Point) -> Flight:
-        stages, refused = stages_or_refusal(self.planner, point)
+        stages, refused = stages_or_refusal(self.graph, point)
         return Flight(number, point, of_seeds(self.study, stages, self.study.first_seeds), refused)
 
     def _ask(self) -> None:
@@ -232,7 +232,7 @@ class _Drive:
         if self.in_turn:
             return len(self.flights) < self.study.search.reach
         queued = queued_gpus(
-            self._open(), self.runner, lambda stage: self.planner.needs_of(stage).gpus
+            self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
         )
         return has_room(
             len(self.flights), self.study.search.window, queued, self.runner.executor.capacity
@@ -389,7 +389,7 @@ class _Drive:
         for number, seeds in seeds_needed(self.study, known, self.most).items():
             result = self.results[number]
             if seeds > seeds_of(result) and number not in under_way:
-                stages, _ = stages_or_refusal(self.planner, result.point)
+                stages, _ = stages_or_refusal(self.graph, result.point)
                 self.more.append(Flight(number, result.point, of_seeds(self.study, stages, seeds)))
 
     def _take_further(self, flight: Flight) -> None:

@@ -28,7 +28,7 @@ from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.state.todo import MODELS, Missing, Todo, Told, todo
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, ScoreSpec
@@ -119,15 +119,15 @@ def forecast(
     study, home = view.study, view.home
     met = still_met(study, read_spent(view.folder).gain)
     points = points_of(study, view.storage, "" if met is None else met.said)
-    planner = view.planner.apart()  # a drawn point gives no stage its label or its needs
+    graph = view.graph.apart()  # a drawn point gives no stage its label or its needs
     estimates = estimates_of(home)
     estimates.met(capacity)
     here = points.told if len(points.told) <= EXACT else _evenly(points.told)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
-    found = todo(planner, [*here, *to_come], told)
+    found = todo(graph, [*here, *to_come], told)
     same = twins(found, home.store, estimates.distinct_adapters)
     running = [missing for missing in found.missing.values() if missing.id not in same]
-    steps = _steps(running, planner, estimates)
+    steps = _steps(running, graph, estimates)
     starts: list[Cost] = []
 
     def start_s(needs: Needs, hosts: Mapping[str, int], new: bool) -> float:
@@ -179,17 +179,17 @@ def forecast(
         simulated=len(to_come),
         looked_up=len(here),
         capacity=capacity,
-        labels={missing.id: planner.label(missing.stage) for missing in running},
+        labels={missing.id: graph.label(missing.stage) for missing in running},
         never=tuple(dict.fromkeys(_never(steps[key], capacity) for key in trace.never)),
         assumed=tuple(_assumed(study, points, len(to_come), len(here), running, kinds)),
         free_bytes=home.store.free_bytes(),
     )
 
 
-def _steps(running: Iterable[Missing], planner: Planner, estimates: Estimates) -> dict[str, Step]:
+def _steps(running: Iterable[Missing], graph: StageGraph, estimates: Estimates) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     for missing in running:
-        needs = planner.needs_of(missing.stage)
+        needs = graph.needs_of(missing.stage)
         seconds = estimates.seconds(missing.stage, needs)
         above = tuple(own for own in missing.above if own in steps)
         steps[missing.id] = Step(

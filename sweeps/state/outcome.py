@@ -15,7 +15,7 @@ from ebbline.sweeps.state.racing import Known, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import Point, Result, StageName, ended
-from ebbline.sweeps.study.stages import Planner, of_seeds, stages_or_refusal
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
@@ -79,7 +79,7 @@ class Duplicates:
 def results_of(
     study: Study,
     entries: Sequence[Entry],
-    planner: Planner,
+    graph: StageGraph,
     known: Known,
     kept: Mapping[int, Result] = MappingProxyType({}),
 ) -> list[Result]:
@@ -101,7 +101,7 @@ def results_of(
         if number in kept:
             found[number] = kept[number]
         else:
-            stages[number], refused = stages_or_refusal(planner, entry.point)
+            stages[number], refused = stages_or_refusal(graph, entry.point)
             failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
             found[number] = over(number, study.first_seeds, failed or refused)
         rivals.add(found[number])

@@ -47,9 +47,9 @@ class Family:
     unaligned: Input
 
 
-class Planner:
-    """Turns points into stages. Pins are checked once, when it is made; two points share whatever
-    stages they can.
+class StageGraph:
+    """The stages of each point of a study. Pins are checked once, when it is made; two points share
+    whatever stages they can.
 
     With `located` false, content from outside is taken at its pin and not looked for: for those who
     only want to know the keys.
@@ -76,8 +76,8 @@ class Planner:
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
         self._at_first = dict(self.labels), dict(self._needs)
 
-    def apart(self) -> "Planner":
-        """A planner of the same study that remembers by itself, as a new one does: for points that
+    def apart(self) -> "StageGraph":
+        """A graph of the same study that remembers by itself, as a new one does: for points that
         may never be asked for.
         """
         found = copy(self)
@@ -296,10 +296,10 @@ class Planner:
         return Source(found, str(path.resolve()))
 
 
-def stages_or_refusal(planner: Planner, point: Point) -> tuple[dict[str, Stage], str]:
+def stages_or_refusal(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:
     """A point's stages by name, or why its settings cannot be."""
     try:
-        return planner.stages_for(point), ""
+        return graph.stages_for(point), ""
     except StudyError as error:
         return {}, f"{REFUSED}{error}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ebbline.sweeps.study.changes import differences, refusals
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.space import limit
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Sampler, Study, lasting
 from ebbline.sweeps.study.study_file import load
@@ -64,11 +64,11 @@ class StudyView:
         return self.home.storage(self.study.study)
 
     @cached_property
-    def planner(self) -> Planner:
+    def graph(self) -> StageGraph:
         """The one that all readers of the study share. Raises PinError for content without a pin,
         or that is not what its pin says.
         """
-        return Planner(self.study, self.home, self.located)
+        return StageGraph(self.study, self.home, self.located)
 
     def begun_as(self) -> str:
         """A digest of the settings that the study was begun with here; its own when it is new.

@@ -14,7 +14,7 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.outcome import result_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EvaluationError
@@ -89,7 +89,7 @@ def make(stage: Stage, store: Store, successes: int) -> Artifact:
 def a_point(study: Study, home: Home) -> Result:
     """Seed 0 refuses 6 of 10, seed 1 refuses 8."""
     point = Point.of("7b", {"train.rank": 2, "apply.threshold": 0.5})
-    stages = Planner(study, home).stages_for(point)
+    stages = StageGraph(study, home).stages_for(point)
     for name, stage in stages.items():
         make(stage, home.store, 6 if name.endswith("[seed=0]") else 8)
     return result_of(study, 0, point, stages, Resolver(home.store))
@@ -121,7 +121,7 @@ def test_the_agreement_of_a_point_is_added_up_over_its_seeds(study: Study, home:
 def test_the_aligned_model_has_its_samples_once_it_was_measured(study: Study, home: Home) -> None:
     assert StoredEvidence(StudyView(study, home)).samples("7b", "refusal") == {}
     assert StoredEvidence(StudyView(study, home)).agreement("7b", "refusal") is None
-    for stage in Planner(study, home).baselines()["7b"].values():
+    for stage in StageGraph(study, home).baselines()["7b"].values():
         make(stage, home.store, 9)
     evidence = StoredEvidence(StudyView(study, home))
     assert [
@@ -154,7 +154,7 @@ def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(
     }
     study = made.study(tmp_path, {"suites/refusal/measure": raced})
     point = Point.of("7b", {"train.rank": 2, "apply.threshold": 0.5})
-    stages = Planner(study, home).stages_for(point)
+    stages = StageGraph(study, home).stages_for(point)
     for number, (name, stage) in enumerate(stages.items()):
         if StageName.parse(name).block != 2:
             make(stage, home.store, 5 + number % 2)

@@ -41,7 +41,7 @@ from ebbline.sweeps.search.searcher import space
 from ebbline.sweeps.state.outcome import result_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study_file import parse
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import content_digest
@@ -243,10 +243,10 @@ def _alone(study_path: Path, folder: Path, point: Point) -> tuple[str, Metrics]:
     from ebbline.cluster.executors import inline
 
     study, home = parse(study_path), Home(folder / "homes" / point.id)
-    planner = Planner(study, home)
+    graph = StageGraph(study, home)
     runner, stages = (
-        Runner(home.store, InlineExecutor(), planner.needs_of),
-        planner.stages_for(point),
+        Runner(home.store, InlineExecutor(), graph.needs_of),
+        graph.stages_for(point),
     )
     with patch.object(inline, "run_batch", partial(counted_batch, folder / "counts")):
         runner.want(stages.values())

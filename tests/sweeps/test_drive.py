@@ -12,7 +12,7 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.searcher import asked
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.errors import StudyError
@@ -140,9 +140,9 @@ def test_driving_again_runs_nothing_and_asks_for_nothing(driven):
     again = drive(StudyView(found, home), InlineExecutor)
     assert again.results == [] and sorted(home.store.root.rglob("record.json")) == before
     assert sorted(home.store.root.glob("*/*/*/payload")) == attempts
-    planner = Planner(found, home)
+    graph = StageGraph(found, home)
     for result in progress.results[:3]:
-        stage = planner.stages_for(result.point)["refusal[seed=0]"]
+        stage = graph.stages_for(result.point)["refusal[seed=0]"]
         assert Resolver(home.store).artifact(stage).key == result.keys["refusal[seed=0]"]
 
 

@@ -18,14 +18,14 @@ from ebbline.sweeps.state.jobs import estimates_of, read_jobs
 from ebbline.sweeps.state.spending import NAME, Spent
 from ebbline.sweeps.state.todo import todo
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import ModuleRow, write_rows
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.specs import ProjectSpec
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
-from tests.sweeps.test_plan import fill
+from tests.sweeps.test_stages import fill
 
 ONE = Capacity((Host("here", 1, 2),))
 FOUR = Capacity((Host("here", 4, 2),))
@@ -56,9 +56,9 @@ def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tm
 
 
 def test_a_study_that_is_there_is_expected_to_take_nothing(tmp_path, home):
-    planner = Planner(study(tmp_path), home)
-    fill(home.store, planner, space(planner.study))
-    found = forecast(StudyView(planner.study, home), ONE)
+    graph = StageGraph(study(tmp_path), home)
+    fill(home.store, graph, space(graph.study))
+    found = forecast(StudyView(graph.study, home), ONE)
     assert not found.kinds and found.wall_s == 0.0 and found.written == 0
     assert predict(found, Spent()) is None
 
@@ -209,43 +209,43 @@ def test_a_search_that_ran_out_of_masks_has_nothing_to_come(tmp_path, home):
 
 
 def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
-    planner = Planner(
+    graph = StageGraph(
         study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.2, 0.6, 0.7, 1.0]}}), home
     )
-    points = list(space(planner.study))
-    fill(home.store, planner, [])
-    found = todo(planner, points)
+    points = list(space(graph.study))
+    fill(home.store, graph, [])
+    found = todo(graph, points)
     assert twins(found, home.store, 1.0) == frozenset()
     expected = twins(found, home.store, 0.5)  # every second applied adapter equals an earlier one
     assert len(expected) == 3 * 4 and all(
         found.missing[own].stage.kind in ("generate", "score") for own in expected
     )
-    made = planner.stages_for(points[0])
+    made = graph.stages_for(points[0])
     rows = {
         "a": ModuleRow(0.15, 1.0),
         "b": ModuleRow(0.5, 1.0),
         "c": ModuleRow(None, None, "frozen"),
     }
-    attempt = commit_projection(home, planner, made, rows)
+    attempt = commit_projection(home, graph, made, rows)
     assert attempt.kind == "project"
-    known = twins(todo(planner, points), home.store, 0.0)
+    known = twins(todo(graph, points), home.store, 0.0)
     # none and 0.1 project nothing, 0.2 the one, 0.6, 0.7 and 1.0 both
     assert len(known) == 3 * 4
 
 
 def test_two_adapters_with_the_same_modules_below_a_threshold_are_two(tmp_path, home):
-    planner = Planner(
+    graph = StageGraph(
         study(tmp_path, {"axes": {"train.rank": [2, 4], "apply.threshold": [0.2]}}), home
     )
-    points = list(space(planner.study))
-    fill(home.store, planner, [])
+    points = list(space(graph.study))
+    fill(home.store, graph, [])
     for point in points:
         rows = {"a": ModuleRow(0.15, 1.0), "b": ModuleRow(0.5, 1.0)}
-        commit_projection(home, planner, planner.stages_for(point), rows)
-    assert twins(todo(planner, points), home.store, 0.0) == frozenset()
+        commit_projection(home, graph, graph.stages_for(point), rows)
+    assert twins(todo(graph, points), home.store, 0.0) == frozenset()
 
 
-def commit_projection(home, planner, made, rows):
+def commit_projection(home, graph, made, rows):
     """The artifacts up to the projection, which has these cosines."""
     from ebbline.cluster.store.resolver import Resolver
     from ebbline.tasks.identity import digest
@@ -268,8 +268,8 @@ def ledger(home, name: str, *lines: dict) -> None:
 
 
 def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, home):
-    planner = Planner(study(tmp_path), home)
-    fill(home.store, planner, space(planner.study))  # each took a second
+    graph = StageGraph(study(tmp_path), home)
+    fill(home.store, graph, space(graph.study))  # each took a second
     keys = sorted(artifact.key for artifact in home.store.all("generate"))
     on_gpu = {"gpus": [[None, 1]], "hosts": {"h": 1}}
     ledger(

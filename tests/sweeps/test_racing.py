@@ -17,7 +17,7 @@ from ebbline.sweeps.state.racing import Rivals, standing
 from ebbline.sweeps.state.todo import todo
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, write_metrics
@@ -58,7 +58,7 @@ def raced(folder, home, **race):
     found = study(
         folder, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}}
     )
-    return found, Planner(found, home).stages_for(POINT)
+    return found, StageGraph(found, home).stages_for(POINT)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def measure_until_done(found, stages, blocks, successes, rivals=()):
 
 def test_without_a_race_nothing_is_cut(tmp_path, home):
     found = study(tmp_path)
-    stages = Planner(found, home).stages_for(POINT)
+    stages = StageGraph(found, home).stages_for(POINT)
     assert not any(StageName.parse(name).block is not None for name in stages)
 
 
@@ -245,8 +245,8 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
     progress = drive(view, InlineExecutor)
     assert counts(progress.results) == dict.fromkeys(range(3), ("done", 20))
     with monkeypatch.context() as patched:
-        # All that a run reads and writes after its drive goes by the planner that drove
-        patched.setattr("ebbline.sweeps.study.view.Planner", pytest.fail)
+        # All that a run reads and writes after its drive uses the graph that drove
+        patched.setattr("ebbline.sweeps.study.view.StageGraph", pytest.fail)
         results = collect(view)
         assert counts(results) == counts(progress.results)
         assert (
@@ -259,7 +259,7 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
     )
     assert drive(StudyView(found, home), InlineExecutor).results == []
     points = points_of(found, home.storage(found.study))
-    assert not todo(Planner(found, home), points.told).missing and not points.to_come
+    assert not todo(StageGraph(found, home), points.told).missing and not points.to_come
     assert (
         rescore(
             generations_of(StudyView(found, home), "refusal"),
