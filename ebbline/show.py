@@ -129,7 +129,7 @@ class Screen:
             return
         frontier = self.picture.frontier
         if self._before is None:
-            self._before = progress.planner.baselines()
+            self._before = progress.graph.baselines()
         for model in self._before.keys() - frontier.aligned.keys():
             metrics = metrics_of(progress.study, self._before[model], progress.runner)
             if metrics is not None:

@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from ebbline.analysis.figures.drawing import looks
 from ebbline.analysis.figures.gantt import colours, lanes_of
 from ebbline.analysis.results.collect import Follower
-from ebbline.analysis.results.compare import is_projected
 from ebbline.analysis.results.costs import point_costs, told
 from ebbline.analysis.results.frontier import (
     finished,
@@ -30,6 +29,7 @@ from ebbline.analysis.results.frontier import (
     frontier_by_model,
     frontier_hypervolume,
 )
+from ebbline.analysis.results.measurements import is_projected
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     directed_label,
@@ -45,7 +45,7 @@ from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Point, Result, StageName
-from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.metrics import Metric
@@ -105,16 +105,16 @@ class LivePage:
     threads.
     """
 
-    def __init__(self, study: Study, home: Home) -> None:
-        self.study, self.home, self.folder = study, home, home.folder(study.study)
+    def __init__(self, view: StudyView) -> None:
+        self.study, self.home, self.folder = view.study, view.home, view.folder
         self._boot = uuid.uuid4().hex[:8]
-        self._follower = Follower(study, home)
+        self._follower = Follower(view)
         self._changes, self._lock = Changes(), threading.Lock()
         self._results: list[Result] = []
         self._rows: dict[int, tuple[Result, Row]] = {}
         self._error = ""
         self._asked, self._wanted = 0.0, threading.Event()
-        self._timeline, self._looked = Timeline(home, study.study), 0.0
+        self._timeline, self._looked = Timeline(view.home, view.study.study), 0.0
         self._drive: Row = {}
         self._seen: dict[str, dict[int, float]] = defaultdict(
             dict

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import usefulness_metric
+from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.floors import METHOD, Pick, spread_known
+from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picked import in_words, lines_of, named
 from ebbline.analysis.results.wording import directed_label, measured, percent, value_label
 from ebbline.cluster.store.artifacts import Artifact
@@ -36,7 +36,7 @@ def card(
     done: int,
     stages: Mapping[str, Artifact],
     aligned: Mapping[str, Metric],
-    prompts: Mapping[str, PromptSet],
+    prompts: Mapping[str, SuitePrompts],
     seed_asked: bool = False,
 ) -> str:
     """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's
@@ -214,7 +214,7 @@ def _settings(spec: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]
 
 
 def _sources(
-    study: Study, model: str, prompts: Mapping[str, PromptSet]
+    study: Study, model: str, prompts: Mapping[str, SuitePrompts]
 ) -> Iterator[tuple[str, str]]:
     size = study.models[model]
     yield "aligned model", described(size.aligned, size.base)

@@ -24,11 +24,11 @@ from ebbline.analysis.report.page import (
     shown_shares,
     template,
 )
-from ebbline.analysis.report.provenance import Row
+from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
-from ebbline.analysis.results.compare import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.tables import (
     agreement_cells,
     category_cells,
@@ -55,7 +55,7 @@ def write_report(
     found: Findings,
     folder: Path,
     cost: Mapping[str, object],
-    provenance: Sequence[Row],
+    provenance: Sequence[ProvenanceRow],
     projections: Projections = _NO_PROJECTIONS,
     plan: Path | None = None,
     figures: Mapping[str, Drawn] | None = None,

@@ -24,7 +24,7 @@ from ebbline.tasks.identity import file_digest
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredFile:
     """One file or object: its size in bytes, and when it was written in seconds since the epoch."""
 
     name: str
@@ -32,7 +32,7 @@ class Entry:
     modified: float
 
 
-class Place(ABC):
+class StorePlace(ABC):
     """`at` is how people write it: a folder's path, or a URL. All verbs raise StoreError, or
     DiskFull, and name it.
     """
@@ -68,7 +68,7 @@ class Place(ABC):
         """The digest of a name's bytes, read now; None when it is not there."""
 
     @abstractmethod
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "") -> Iterator[StoredFile]:
         """All that lies below a folder's name."""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Place(ABC):
         """Give a file another name."""
 
 
-class Folder(Place):
+class Folder(StorePlace):
     """A local or shared folder."""
 
     def __init__(self, root: Path) -> None:
@@ -146,7 +146,7 @@ class Folder(Place):
         except OSError as error:
             raise self.explained(error) from error
 
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "") -> Iterator[StoredFile]:
         for folder, _, names in os.walk(self.root / prefix):
             for name in names:
                 path = Path(folder, name)
@@ -154,7 +154,9 @@ class Folder(Place):
                     stat = path.lstat()
                 except FileNotFoundError:
                     continue  # removed by whoever works there
-                yield Entry(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime)
+                yield StoredFile(
+                    path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
+                )
 
     def below(self, prefix: str) -> list[str]:
         folder = self.root / prefix

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ebbline.cluster.store.artifacts import DROPPED, RECORD, Artifact, Store
-from ebbline.cluster.store.places import Entry
+from ebbline.cluster.store.places import StoredFile
 from ebbline.tasks.errors import StoreError
 from ebbline.tasks.identity import digest, digest_files
 from ebbline.tasks.kinds import STAGE_KINDS
@@ -75,7 +75,7 @@ class Survey:
 
     def __init__(self, store: Store, told: Told = lambda done, total, name: None) -> None:
         self.store = store
-        self.files: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+        self.files: dict[tuple[str, str], list[StoredFile]] = defaultdict(list)
         for entry in store.place.entries():
             top, _, rest = entry.name.partition("/")
             self.files[top, rest.partition("/")[0].removesuffix(".json")].append(entry)
@@ -183,10 +183,10 @@ class Survey:
                 if files and max(entry.modified for entry in files) < before:
                     yield _removal("adapter", kind, key, files)
 
-    def _attempts(self, kind: str, key: str) -> Mapping[str, list[Entry]]:
+    def _attempts(self, kind: str, key: str) -> Mapping[str, list[StoredFile]]:
         """The attempts at a key that no record names."""
         artifact = self.records.get((kind, key))
-        attempts: dict[str, list[Entry]] = defaultdict(list)
+        attempts: dict[str, list[StoredFile]] = defaultdict(list)
         for entry in self.files[kind, key]:
             name = _below(entry, (kind, key)).partition("/")[0]
             if name not in (RECORD, DROPPED) and (artifact is None or name != artifact.folder.name):
@@ -246,15 +246,15 @@ def damages(survey: Survey, told: Told = lambda done, total, name: None) -> Iter
                 )
 
 
-def _below(entry: Entry, where: tuple[str, str]) -> str:
+def _below(entry: StoredFile, where: tuple[str, str]) -> str:
     return entry.name.removeprefix(f"{where[0]}/{where[1]}/")
 
 
-def _bytes(entries: Iterable[Entry]) -> int:
+def _bytes(entries: Iterable[StoredFile]) -> int:
     return sum(entry.size for entry in entries)
 
 
-def _removal(what: What, kind: str, key: str, entries: Iterable[Entry]) -> Removal:
+def _removal(what: What, kind: str, key: str, entries: Iterable[StoredFile]) -> Removal:
     entries = list(entries)
     # The record first: half an artifact must never look whole. A source's listing first, for the
     # same reason.

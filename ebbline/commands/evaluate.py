@@ -28,7 +28,6 @@ from rich.table import Table
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.wording import metric_label, percent, settings_label
 from ebbline.commands.project import distinct_names, located
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import keys_of
 from ebbline.sweeps.study.study import Study, faults
 from ebbline.sweeps.study.suites import (
@@ -40,6 +39,7 @@ from ebbline.sweeps.study.suites import (
     scorers_of,
     stages_of,
 )
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EbblineError, EvaluationError, ModelError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.kinds import kind_named
@@ -256,18 +256,18 @@ def measure_of(study: Study, suite: str) -> Literal["refusal", "over_refusal"]:
     return measure.kind
 
 
-def generations_of(study: Study, home: Home, suite: str) -> dict[str, list[Path]]:
+def generations_of(view: StudyView, suite: str) -> dict[str, list[Path]]:
     """What to call it -> the folders, of every generation of a suite that a study's points have
     finished.
     """
-    found: dict[str, list[Path]] = {}
-    for result in collect(study, home):
+    study, found = view.study, dict[str, list[Path]]()
+    for result in collect(view):
         for seed in study.seeds:
             keys = keys_of(result.keys, f"generate:{suite}", seed)
             if keys:
                 name = f"point {result.number} ({settings_label(result.point)} seed={seed})"
                 found[name] = [
-                    home.store.open("generate", key).file(GenerateSpec.COMPLETIONS).parent
+                    view.home.store.open("generate", key).file(GenerateSpec.COMPLETIONS).parent
                     for key in keys
                 ]
     if not found:

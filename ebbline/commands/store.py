@@ -21,11 +21,11 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.cluster.store.retention import Damage, Needed, Removal, Survey, damages, remove
 from ebbline.commands.project import progress_bar
 from ebbline.sweeps.search.searcher import asked
-from ebbline.sweeps.state.outcome import stages_or_refusal
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import stages_or_refusal
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError, StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Source, Stage
@@ -52,10 +52,11 @@ def studies_of(home: Home) -> dict[str, Study]:
 
 def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     """What a study refers to; `keep` says whose adapters are to keep their tensors."""
-    planner, resolver = Planner(study, home, located=False), Resolver(home.store)
-    targets = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    points = asked(study, home.storage(study.study))
-    table = home.folder(study.study) / "results.parquet"
+    view = StudyView(study, home, located=False)
+    graph, resolver = view.graph, Resolver(home.store)
+    targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
+    points = asked(study, view.storage)
+    table = view.folder / "results.parquet"
     if not points and table.exists():
         raise StudyError(
             f"{table} has results, but the study's storage has no points, so what they "
@@ -63,7 +64,7 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
             " that study's folder away if nobody needs its results; nothing was removed"
         )
     for _, point, _, _ in points:
-        targets += stages_or_refusal(planner, point)[0].values()
+        targets += stages_or_refusal(graph, point)[0].values()
     keys, sources, seen = set(), set(), set()
 
     def visit(stage: Stage) -> None:
@@ -81,25 +82,19 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
 
     for target in targets:
         visit(target)
-    adapters = (
-        (frozenset[str](), frozenset[str]())
-        if keep == "all"
-        else _adapters(study, home, planner, keep)
-    )
+    adapters = (frozenset[str](), frozenset[str]()) if keep == "all" else _adapters(view, keep)
     return Needed(frozenset(keys), frozenset(sources), *adapters)
 
 
-def _adapters(
-    study: Study, home: Home, planner: Planner, keep: Keep
-) -> tuple[frozenset[str], frozenset[str]]:
+def _adapters(view: StudyView, keep: Keep) -> tuple[frozenset[str], frozenset[str]]:
     """The keys of all trainings and projected adapters of a study's points, and of those that
     points on a frontier or in flight use.
     """
-    results = collect(study, home, planner)
+    results = collect(view)
     on_front = (
         [
             result
-            for front in frontier_by_model(results, study.objectives).values()
+            for front in frontier_by_model(results, view.study.objectives).values()
             for result in front
         ]
         if keep == "frontier"

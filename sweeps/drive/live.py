@@ -33,7 +33,7 @@ class _Said(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Points(_Said):
+class PointCounts(_Said):
     """How many points the search was told of, over all drives, how many there will be at most, and
     how many are under way.
 
@@ -132,7 +132,7 @@ class Live(_Said):
     at: float
     started: float
     ended: End | None
-    points: Points
+    points: PointCounts
     stages: Mapping[str, Mapping[str, int]]
     gpus: Gpus
     hosts: Sequence[HostNow]

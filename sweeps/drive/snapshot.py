@@ -31,7 +31,7 @@ from ebbline.sweeps.drive.live import (
     HostNow,
     Live,
     Outcome,
-    Points,
+    PointCounts,
     SpentNow,
 )
 from ebbline.sweeps.drive.progress import Progress
@@ -158,7 +158,7 @@ class Writer:
             job.since = found[-1].ended
             failure = self._node(key).failure
             if failure is not None:
-                label = self._progress.planner.label(self._node(key).stage)
+                label = self._progress.graph.label(self._node(key).stage)
                 said = Failed(
                     kind=found[-1].kind,
                     label=label,
@@ -181,7 +181,7 @@ class Writer:
 
     def _what(self, job: _Followed, key: str) -> dict[str, Any]:
         stage = self._node(key).stage
-        label, hosts = self._progress.planner.label(stage), ", ".join(job.item.job.hosts)
+        label, hosts = self._progress.graph.label(stage), ", ".join(job.item.job.hosts)
         return {
             "kind": stage.kind,
             "label": label,
@@ -226,7 +226,7 @@ class Writer:
             at=time.time(),
             started=self._started,
             ended=ended,
-            points=Points(
+            points=PointCounts(
                 told=progress.told,
                 limit=progress.limit,
                 in_flight=len(progress.in_flight),

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import Known
 from ebbline.sweeps.study.points import Point, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.specs import ProjectSpec
@@ -66,12 +65,12 @@ def training_of(point: Point) -> Point:
 
 
 class Knowledge:
-    """Built from a study's planner and whoever knows its artifacts, which is the runner while it
-    drives.
+    """Built from a study's stage graph and whoever knows its artifacts, which is the runner while
+    it drives.
     """
 
-    def __init__(self, planner: Planner, known: Known) -> None:
-        self._planner, self._known = planner, known
+    def __init__(self, graph: StageGraph, known: Known) -> None:
+        self._graph, self._known = graph, known
         self._cosines: dict[Point, Cosines] = {}
         self._projections: dict[
             Point, list[Stage]
@@ -95,17 +94,17 @@ class Knowledge:
         """
         adapter = adapter_of(point)
         if adapter not in self._work:
-            planner = self._planner.apart()
+            graph = self._graph.apart()
             stages = [
                 stage
-                for name, stage in self._stages(point, planner).items()
+                for name, stage in self._stages(point, graph).items()
                 if not StageName.parse(name).block
             ]
             owners: dict[Owner, float] = {"training": 0.0, "adapter": 0.0, "point": 0.0}
             for stage in stages:
                 owner = kind_named(stage.kind).belongs_to
                 if owner in owners:  # a study's own stages run once for all points
-                    owners[owner] += _work(stage, planner.needs_of(stage))
+                    owners[owner] += _work(stage, graph.needs_of(stage))
             if len(self._work) >= REMEMBERED:
                 # It is worked out again; adapters that were only looked at would pile up
                 self._work.clear()
@@ -114,15 +113,15 @@ class Knowledge:
             )
         return self._work[adapter]
 
-    def _stages(self, point: Point, planner: Planner) -> dict[str, Stage]:
+    def _stages(self, point: Point, graph: StageGraph) -> dict[str, Stage]:
         """Those of the seeds that every point is run with; none for settings that are refused."""
-        study = self._planner.study
-        return of_seeds(study, stages_or_refusal(planner, point)[0], study.first_seeds)
+        study = self._graph.study
+        return of_seeds(study, stages_or_refusal(graph, point)[0], study.first_seeds)
 
     def _read(self, adapter: Point, point: Point) -> Cosines | None:
         first = adapter not in self._projections
         if first:
-            named = self._stages(point, self._planner).items()
+            named = self._stages(point, self._graph).items()
             self._projections[adapter] = [
                 stage for name, stage in named if StageName.parse(name).part == "project"
             ]
@@ -132,7 +131,7 @@ class Knowledge:
             return None
         if first and any(artifact is None for artifact in found):
             resolver = Resolver(
-                self._planner.home.store
+                self._graph.home.store
             )  # made in another run, and not asked for in this one
             found = [resolver.artifact(stage) for stage in projections]
         cosines = []

@@ -202,6 +202,10 @@ class Search(Frozen):
     stop: Stop | None = None
 
     @property
+    def in_turn(self) -> bool:
+        return self.order == "in_turn"
+
+    @property
     def reach(self) -> int:
         """How far back a point's predecessors end that it may know of: in turn, and as rivals in a
         race, in either order.
@@ -445,7 +449,7 @@ class Study(Frozen):
         A grid, when there is no budget and the whole space is asked for. Else stage_aware, up to 12
         axes. Beyond, where its surrogate has too little to go by, tpe up to 1,000 points and nsga2
         for more. Asked once: a study that was begun goes on with what it was then (see
-        ebbline.sweeps.study.home.Home.continued).
+        ebbline.sweeps.study.view.StudyView).
         """
         if self.search.sampler is not None:
             return self.search.sampler

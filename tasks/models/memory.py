@@ -83,7 +83,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictedMemory:
     """Bytes on each GPU by item, in the steps of a training, and while the model is loaded."""
 
     training: Mapping[str, float]
@@ -142,7 +142,7 @@ def zero_buffers(stage: int) -> dict[str, Any]:
 
 def predict(
     shape: Shape, spec: TrainSpec, layout: Layout, beside: Sequence[TrainSpec] = ()
-) -> Prediction:
+) -> PredictedMemory:
     """The memory of one GPU. Sequences are as long as `max_tokens` allows. `beside`: what is
     trained with it in a pack.
     """
@@ -195,7 +195,7 @@ def predict(
     # without quantisation.
     whole = weights / n if stage == 3 and spec.quantisation == "none" else weights
     embedding = shape.vocabulary * shape.hidden * width
-    return Prediction(training, whole + constants + 4 * adapter + max(largest, embedding))
+    return PredictedMemory(training, whole + constants + 4 * adapter + max(largest, embedding))
 
 
 def quantised_bytes(shape: Shape, quantisation: Quantisation, width: int) -> float:
@@ -250,7 +250,7 @@ def kept_per_token(shape: Shape, spec: TrainSpec) -> int:
     return norms + attention + mlp + middle + inputs
 
 
-def fits(prediction: Prediction, memory_gb: float) -> bool:
+def fits(prediction: PredictedMemory, memory_gb: float) -> bool:
     return prediction.total_gb <= memory_gb * (1 - MARGIN)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from ebbline.analysis.results.compare import operating_point
 from ebbline.analysis.results.floors import (
     Floor,
     bound,
@@ -18,6 +17,7 @@ from ebbline.analysis.results.floors import (
     spread_known,
     sureness,
 )
+from ebbline.analysis.results.measurements import operating_point
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, pooled

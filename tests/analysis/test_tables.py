@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from ebbline.analysis.files import write_whole
-from ebbline.analysis.results.compare import NO_EVIDENCE
+from ebbline.analysis.results.measurements import NO_EVIDENCE
 from ebbline.analysis.results.statistics import pooled_agreement
 from ebbline.analysis.results.tables import (
     ALIGNED,

@@ -28,6 +28,7 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.policies import Replicates
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import TrainingError
 from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.measuring.metrics import Metric, pooled
@@ -213,8 +214,8 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
     for order in ("as_they_land", "in_turn"):
         home = Home(tmp_path / order)
         found = near_frontier(tmp_path, order)
-        drive(found, home, lambda home=home: Pretended(home.store))
-        results = collect(found, home)
+        drive(StudyView(found, home), lambda home=home: Pretended(home.store))
+        results = collect(StudyView(found, home))
         assert seeds_needed(found, results) == {r.number: seeds_of(r) for r in results}
         tables.append(results_frame(results, found.objectives).drop(columns=["seconds"]))
         assert {1} < {seeds_of(r) for r in results} and all(
@@ -222,7 +223,7 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
         )
         trained = len(list(home.store.all("train")))
         assert len(list(home.store.all("score"))) < 4 * 2 * 15
-        again = drive(found, home, lambda home=home: Pretended(home.store))
+        again = drive(StudyView(found, home), lambda home=home: Pretended(home.store))
         assert again.results == [] and len(list(home.store.all("train"))) == trained
     assert tables[0].equals(tables[1])
     assert amended and all(seeds > 1 for _, seeds in amended)
@@ -232,9 +233,10 @@ def driven(found, home, **pretended):
     """Drive a study; its table, how many seeds each row has, and which stages ran."""
     executors = []
     progress = drive(
-        found, home, lambda: executors.append(Pretended(home.store, **pretended)) or executors[-1]
+        StudyView(found, home),
+        lambda: executors.append(Pretended(home.store, **pretended)) or executors[-1],
     )
-    results = collect(found, home)
+    results = collect(StudyView(found, home))
     return (
         progress,
         results,
