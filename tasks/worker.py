@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
-from ebbline.tasks.models.layout import environment, forget_peak, laid_out
 from ebbline.tasks.models.loading import Residents, resolve
+from ebbline.tasks.models.memory import environment, forget_peak, laid_out
 from ebbline.tasks.specs import (
     ApplySpec,
     ConvertSpec,

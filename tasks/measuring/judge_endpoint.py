@@ -9,7 +9,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +19,11 @@ import httpx
 
 from ebbline.tasks.errors import EndpointDown, EvaluationError
 from ebbline.tasks.identity import digest
-from ebbline.tasks.measuring.completions import Completion
-from ebbline.tasks.measuring.judge_questions import messages, parsed
 from ebbline.tasks.measuring.scorers import Score
 from ebbline.tasks.specs import JudgeSpec
 from ebbline.tasks.stage import Context
+
+Chat = Sequence[Mapping[str, Any]]  # messages, each with a role and a content
 
 KEYS = ("EBBLINE_JUDGE_KEY", "OPENAI_API_KEY")
 RECEIVED = "verdicts-received.jsonl"
@@ -38,17 +38,23 @@ GIVE_UP_AFTER = 16
 _OUTAGE = re.compile(r"endpoint: (timeout|connection|HTTP (401|404|429|5\d\d))")
 
 
-def ask_endpoint(spec: JudgeSpec, asked: Sequence[Completion], ctx: Context) -> list[Score]:
-    """A verdict for each completion, in their order; what fails is undecided.
+def ask_endpoint(
+    spec: JudgeSpec,
+    asked: Sequence[tuple[str, Chat]],
+    parsed: Callable[[str], Score],
+    ctx: Context,
+) -> list[Score]:
+    """A verdict for each question, an id and a chat, in their order; what fails is undecided.
+    `parsed` reads the verdict in an answer.
 
     Raises EndpointDown when no request was answered, or all that were left failed for a reason of
     the endpoint's own.
     """
     url = _address(spec)
-    bodies = [_body(spec, row) for row in asked]
+    bodies = [_body(spec, messages) for _, messages in asked]
     names = [
-        f"{row.id} {digest({'url': url, 'body': body})}"
-        for row, body in zip(asked, bodies, strict=True)
+        f"{identifier} {digest({'url': url, 'body': body})}"
+        for (identifier, _), body in zip(asked, bodies, strict=True)
     ]
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     received = _received(ctx.scratch / RECEIVED)
@@ -73,7 +79,7 @@ def ask_endpoint(spec: JudgeSpec, asked: Sequence[Completion], ctx: Context) -> 
             answer, failure = _ask(client, url, bodies[index], stop)
             if failure is not None:
                 return Score("undecided", failure), False
-            score = parsed(spec, answer)
+            score = parsed(answer)
             with writing:
                 kept.write(json.dumps({"name": names[index], **asdict(score)}) + "\n")
                 kept.flush()
@@ -138,12 +144,12 @@ def _headers() -> dict[str, str]:
     }
 
 
-def _body(spec: JudgeSpec, row: Completion) -> str:
+def _body(spec: JudgeSpec, messages: Chat) -> str:
     # Written here and in ASCII: a client that cannot encode a text says so by quoting it.
     return json.dumps(
         {
             "model": spec.model,
-            "messages": messages(spec, row),
+            "messages": messages,
             "temperature": 0,
             "max_tokens": spec.max_new_tokens,
         },
