@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.models.loading import Residents, resolve
 from ebbline.tasks.models.memory import environment, forget_peak, laid_out
 from ebbline.tasks.specs import (
@@ -347,7 +348,6 @@ def _progress_file(path: Path, packed: int = 1) -> Callable[[int, int, str], Non
         if time.monotonic() - last < 0.5 and done != total:
             return
         last = time.monotonic()
-        fresh = path.with_suffix(".tmp")
         # Progress is a courtesy: a full disk shows up where results are written, not here.
         with contextlib.suppress(OSError):
             own, since = (done - first[0], first[1]) if first else (0, started)
@@ -359,8 +359,8 @@ def _progress_file(path: Path, packed: int = 1) -> Callable[[int, int, str], Non
                 "own": own,
                 "own_seconds": (last - since) / packed,
             }
-            fresh.write_text(json.dumps(said))
-            fresh.replace(path)
+            if path.parent.exists():  # an attempt that was discarded meanwhile stays away
+                write_whole(path, lambda fresh: fresh.write_text(json.dumps(said)))
 
     return write
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.sources import fetch_source
 from ebbline.tasks.errors import StoreError
+from ebbline.tasks.files import is_unfinished
 from ebbline.tasks.identity import file_digest, folder_files
 from ebbline.tasks.stage import Report, Request
 
@@ -136,7 +137,7 @@ class BucketWorkplace(Workplace):
         )
         fresh = uuid.uuid4().hex[:12]
         files = {
-            name: sha for name, sha in folder_files(scratch).items() if not name.endswith(".tmp")
+            name: sha for name, sha in folder_files(scratch).items() if not is_unfinished(name)
         }
         old = [
             entry.name

@@ -30,6 +30,7 @@ from ebbline.sweeps.study.study import Sampler, Study, lasting
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.sweeps.study.widening import refusals
 from ebbline.tasks.errors import StudyError, StudyHeld
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
 
 FILE = "file"
@@ -163,10 +164,8 @@ class Home:
         Raises StudyError as `begun_as` does.
         """
         self.begun_as(study, extend)
-        path = self.folder(study.study) / "study.json"
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(self.continued(study).model_dump(mode="json"), indent=1))
-        fresh.replace(path)
+        text = json.dumps(self.continued(study).model_dump(mode="json"), indent=1)
+        write_whole(self.folder(study.study) / "study.json", lambda fresh: fresh.write_text(text))
 
     @property
     def id(self) -> str:
