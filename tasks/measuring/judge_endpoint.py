@@ -11,11 +11,20 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_result,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_exponential,
+)
 
 from ebbline.tasks.errors import EndpointDown, EvaluationError
 from ebbline.tasks.identity import digest
@@ -76,10 +85,10 @@ def ask_endpoint(
     ):
 
         def judged(index: int) -> tuple[Score, bool]:
-            answer, failure = _ask(client, url, bodies[index], stop)
-            if failure is not None:
-                return Score("undecided", failure), False
-            score = parsed(answer)
+            answer = _ask(client, url, bodies[index], stop)
+            if answer.failure is not None:
+                return Score("undecided", answer.failure), False
+            score = parsed(answer.content)
             with writing:
                 kept.write(json.dumps({"name": names[index], **asdict(score)}) + "\n")
                 kept.flush()
@@ -157,46 +166,75 @@ def _body(spec: JudgeSpec, messages: Chat) -> str:
     )
 
 
-def _ask(
-    client: httpx.Client, url: str, body: str, stop: threading.Event
-) -> tuple[str, str | None]:
-    """(the answer, None), or ("", the code of the last failure). Waits twice as long after each
-    try, or as long as it is told to.
+@dataclass(frozen=True)
+class _Answer:
+    """What one request gave: its content, or the code of its failure. `again` when another try may
+    succeed, after `retry_after_s` if the endpoint says so.
     """
-    failure = "endpoint: not asked"
-    for attempt in range(ATTEMPTS):
-        if stop.is_set():
-            break
-        wait_s = min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
-        try:
-            response = client.post(url, content=body.encode("ascii"))
-        except httpx.TimeoutException:
-            failure = "endpoint: timeout"
-        except httpx.RequestError:
-            failure = "endpoint: connection"
-        else:
-            if response.status_code == httpx.codes.OK:
-                return _content(response)
-            failure = f"endpoint: HTTP {response.status_code}"
-            if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                break
-            told = response.headers.get("Retry-After", "")
-            wait_s = min(float(told), LONGEST_WAIT_S) if told.isdecimal() else wait_s
-        if attempt + 1 < ATTEMPTS:
-            stop.wait(wait_s)
-    return "", failure
+
+    content: str = ""
+    failure: str | None = None
+    again: bool = False
+    retry_after_s: float | None = None
 
 
-def _content(response: httpx.Response) -> tuple[str, str | None]:
+def _ask(client: httpx.Client, url: str, body: str, stop: threading.Event) -> _Answer:
+    """The first answer that is final, or the last one."""
+    latest = _Answer(failure="endpoint: not asked")
+
+    def ask() -> _Answer:
+        nonlocal latest
+        if not stop.is_set():
+            latest = _post(client, url, body)
+        return latest
+
+    tries = Retrying(
+        retry=retry_if_result(lambda answer: answer.again),
+        stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(stop),
+        wait=_wait_s,
+        sleep=sleep_using_event(stop),
+        retry_error_callback=lambda state: latest,
+    )
+    return tries(ask)
+
+
+def _wait_s(state: RetryCallState) -> float:
+    """As long as the endpoint says, else twice as long after each try; bounded."""
+    assert state.outcome is not None
+    told: float | None = state.outcome.result().retry_after_s
+    if told is not None:
+        return min(told, LONGEST_WAIT_S)
+    return wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
+
+
+def _post(client: httpx.Client, url: str, body: str) -> _Answer:
+    try:
+        response = client.post(url, content=body.encode("ascii"))
+    except httpx.TimeoutException:
+        return _Answer(failure="endpoint: timeout", again=True)
+    except httpx.RequestError:
+        return _Answer(failure="endpoint: connection", again=True)
+    if response.status_code == httpx.codes.OK:
+        return _content(response)
+    again = response.status_code in (408, 409, 425, 429) or response.status_code >= 500
+    told = response.headers.get("Retry-After", "")
+    return _Answer(
+        failure=f"endpoint: HTTP {response.status_code}",
+        again=again,
+        retry_after_s=float(told) if told.isdecimal() else None,
+    )
+
+
+def _content(response: httpx.Response) -> _Answer:
     try:
         body = response.json()
     except ValueError:
-        return "", "endpoint: not JSON"
+        return _Answer(failure="endpoint: not JSON")
     try:
         content = body["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         content = None
-    return (content, None) if isinstance(content, str) else ("", "endpoint: no choice")
+    return _Answer(content) if isinstance(content, str) else _Answer(failure="endpoint: no choice")
 
 
 def _received(path: Path) -> dict[str, Score]:
