@@ -7,7 +7,6 @@ pass; a request that fails does not stop those behind it.
 """
 
 import contextlib
-import json
 import logging
 import time
 import traceback
@@ -17,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
-from ebbline.tasks.files import write_whole
 from ebbline.tasks.models.loading import Residents, resolve
 from ebbline.tasks.models.memory import environment, forget_peak, laid_out
+from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import (
     ApplySpec,
     ConvertSpec,
@@ -180,22 +179,19 @@ class _Batch:
         self._held_model |= request.gpus > 0
         request = self._prepare(request)
         spec = request.parsed_spec()
-        progress = (
-            _progress_file(Path(request.log) / "progress.json", packed)
-            if self._rank == 0
-            else _silent
-        )
+        file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
         # A download is a sign of life: it grows by the second, so that what it says is never the
         # same twice.
         inputs = {
-            name: resolve(location, partial(_fetching, progress, name, started))
+            name: resolve(location, partial(_fetching, file, name, started))
             for name, location in request.inputs.items()
         }
         ctx = request.context(
             residents=self.residents,
             rank=self._rank,
             world_size=self._world_size,
-            progress=progress,
+            progress=file.count,
+            step_done=file.step_done,
             leaving=self._leaving,
             saved=lambda: self._saved(request),
         )
@@ -328,45 +324,8 @@ def run_function(spec: Spec) -> Run:
     raise TypeError(f"{type(spec).__name__} has no run function; add it to ebbline.tasks.worker")
 
 
-def _fetching(progress: Callable[[int, int, str], None], name: str, started: float) -> None:
-    progress(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
-
-
-def _progress_file(path: Path, packed: int = 1) -> Callable[[int, int, str], None]:
-    """What a stage says of itself, for the driver. Of `packed` stages at once each says its share
-    of the time since its first step.
-    """
-    started, last = time.monotonic(), 0.0
-    first: tuple[int, float] | None = (
-        None  # where this attempt began to count: one that was resumed does not begin at 0
-    )
-
-    def write(done: int, total: int, note: str) -> None:
-        nonlocal last, first
-        if done > 0 and first is None:
-            first = done - 1, time.monotonic()
-        if time.monotonic() - last < 0.5 and done != total:
-            return
-        last = time.monotonic()
-        # Progress is a courtesy: a full disk shows up where results are written, not here.
-        with contextlib.suppress(OSError):
-            own, since = (done - first[0], first[1]) if first else (0, started)
-            said = {
-                "done": done,
-                "total": total,
-                "note": note,
-                "seconds": last - started,
-                "own": own,
-                "own_seconds": (last - since) / packed,
-            }
-            if path.parent.exists():  # an attempt that was discarded meanwhile stays away
-                write_whole(path, lambda fresh: fresh.write_text(json.dumps(said)))
-
-    return write
-
-
-def _silent(done: int, total: int, note: str) -> None:
-    return None
+def _fetching(file: ProgressFile, name: str, started: float) -> None:
+    file.count(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
 
 
 def _set_threads(threads: int | None) -> None:

@@ -199,10 +199,10 @@ class Writer:
         for job in self._followed.values():
             for place, key in enumerate(job.keys):
                 node = self._node(key)
-                said = self._runner.progress_of(node)
-                if place == 0 or said:
+                progress = self._runner.progress_of(node)
+                if place == 0 or progress:
                     expected_s = self._runner.expected_s(node, now - job.since)
-                    yield AtWork(**self._what(job, key), expected_s=expected_s, said=said)
+                    yield AtWork(**self._what(job, key), expected_s=expected_s, progress=progress)
 
     def _snapshot(self, ended: End | None) -> Live:
         progress, runner = self._progress, self._runner
