@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ebbline.analysis.results.costs import told_numbers
-from ebbline.analysis.results.wording import clock
+from ebbline.analysis.results.wording import clock, progress_label
 from ebbline.plot import FrontierSoFar
 from ebbline.sweeps.drive.live import Failed, Live
 from ebbline.sweeps.drive.progress import Progress
@@ -278,7 +278,7 @@ def at_work(live: Live) -> list[Text]:
         took = f"{clock(max(0.0, now - each.started))} of about {clock(each.expected_s)}"
         lines.append(
             Text(
-                f"  {each.label}, {on}, {took}  {each.said}",
+                f"  {each.label}, {on}, {took}  {progress_label(each)}",
                 style="dim",
                 no_wrap=True,
                 overflow="ellipsis",

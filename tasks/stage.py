@@ -116,8 +116,9 @@ class Context:
     `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size`
     describe a gang, `micro_batch`, `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a
     training is laid out in memory. `leaving` turns true when a machine of the attempt is about to
-    go: checkpoint, and raise Leaving. `saved` is told of every checkpoint that is whole on the
-    disk.
+    go: checkpoint, and raise Leaving. `step_done` is told of each step of a training: its number,
+    how many there are, its loss and its learning rate. `saved` is told of every checkpoint that is
+    whole on the disk.
     """
 
     log: Path
@@ -131,6 +132,7 @@ class Context:
     rank: int = 0
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
+    step_done: Callable[[int, int, float, float], None] = lambda step, steps, loss, rate: None
     leaving: Callable[[], bool] = lambda: False
     saved: Callable[[], None] = lambda: None  # called after a checkpoint was written to `scratch`
     gradient_checkpointing: bool | None = None

@@ -7,7 +7,6 @@ pass; a request that fails does not stop those behind it.
 """
 
 import contextlib
-import json
 import logging
 import time
 import traceback
@@ -18,8 +17,9 @@ from pathlib import Path
 
 from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
 from ebbline.tasks.kinds import kind_named, parsed_spec
-from ebbline.tasks.models.layout import environment, forget_peak, laid_out
 from ebbline.tasks.models.loading import Residents, resolve
+from ebbline.tasks.models.memory import environment, forget_peak, laid_out
+from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
 from ebbline.tasks.training.packs import in_packs
@@ -166,22 +166,19 @@ class _Batch:
         self._held_model |= request.gpus > 0
         request = self._prepare(request)
         spec = parsed_spec(request)
-        progress = (
-            _progress_file(Path(request.log) / "progress.json", packed)
-            if self._rank == 0
-            else _silent
-        )
+        file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
         # A download is a sign of life: it grows by the second, so that what it says is never the
         # same twice.
         inputs = {
-            name: resolve(location, partial(_fetching, progress, name, started))
+            name: resolve(location, partial(_fetching, file, name, started))
             for name, location in request.inputs.items()
         }
         ctx = request.context(
             residents=self.residents,
             rank=self._rank,
             world_size=self._world_size,
-            progress=progress,
+            progress=file.count,
+            step_done=file.step_done,
             leaving=self._leaving,
             saved=lambda: self._saved(request),
         )
@@ -260,46 +257,8 @@ def described(error: BaseException, log: Path) -> tuple[str, str]:
     ).__name__, f"{type(error).__name__} at {place}; its message and traceback are in {log / ERROR}"
 
 
-def _fetching(progress: Callable[[int, int, str], None], name: str, started: float) -> None:
-    progress(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
-
-
-def _progress_file(path: Path, packed: int = 1) -> Callable[[int, int, str], None]:
-    """What a stage says of itself, for the driver. Of `packed` stages at once each says its share
-    of the time since its first step.
-    """
-    started, last = time.monotonic(), 0.0
-    first: tuple[int, float] | None = (
-        None  # where this attempt began to count: one that was resumed does not begin at 0
-    )
-
-    def write(done: int, total: int, note: str) -> None:
-        nonlocal last, first
-        if done > 0 and first is None:
-            first = done - 1, time.monotonic()
-        if time.monotonic() - last < 0.5 and done != total:
-            return
-        last = time.monotonic()
-        fresh = path.with_suffix(".tmp")
-        # Progress is a courtesy: a full disk shows up where results are written, not here.
-        with contextlib.suppress(OSError):
-            own, since = (done - first[0], first[1]) if first else (0, started)
-            said = {
-                "done": done,
-                "total": total,
-                "note": note,
-                "seconds": last - started,
-                "own": own,
-                "own_seconds": (last - since) / packed,
-            }
-            fresh.write_text(json.dumps(said))
-            fresh.replace(path)
-
-    return write
-
-
-def _silent(done: int, total: int, note: str) -> None:
-    return None
+def _fetching(file: ProgressFile, name: str, started: float) -> None:
+    file.count(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
 
 
 def _set_threads(threads: int | None) -> None:

@@ -7,7 +7,6 @@ MOST rows at a time. The points are looked at only while somebody watches, and f
 of the time: of a study with very many points less often than of a small one.
 """
 
-import re
 import threading
 import time
 import uuid
@@ -34,6 +33,7 @@ from ebbline.analysis.results.wording import (
     NO_RESULT,
     directed_label,
     metric_label,
+    progress_label,
     settings_label,
     status_label,
 )
@@ -57,7 +57,6 @@ FAILURES = 200
 STEPS = 1000  # of a training's curve
 WATCHED_S = 15.0  # how long somebody who asked still watches
 LOOK_S, IDLE_S, SHARE = 1.0, 5.0, 5
-_LOSS = re.compile(r"loss ([-+.e\d]+) \((\d+)/\d+\)")
 Row = dict[str, Any]
 
 
@@ -217,8 +216,8 @@ class LivePage:
         for key in self._seen.keys() - at_work.keys():
             del self._seen[key]
         for key, each in at_work.items():
-            if found := _LOSS.search(each.said):
-                self._seen[key][int(found[2])] = float(found[1])
+            if each.progress is not None and each.progress.loss is not None:
+                self._seen[key][each.progress.done] = each.progress.loss
 
     def _keep_looking(self) -> None:
         while True:
@@ -406,6 +405,9 @@ def _bar(stage: Ended | AtWork, lanes: Iterable[tuple[str, bool, int]]) -> Row:
 def _drive(live: Live | None, holder: str | None) -> Row:
     """How the drive stands; `live` is the past when nobody drives the study now."""
     snapshot = None if live is None else live.model_dump(mode="json")
+    if live is not None and snapshot is not None:
+        for row, stage in zip(snapshot["running"], live.running, strict=True):
+            row["said"] = progress_label(stage)
     if snapshot is not None and not holder:
         snapshot |= {"running": [], "left_s": 0.0}
     return {"driver": holder, "now": time.time(), "live": snapshot}

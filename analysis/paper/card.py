@@ -8,7 +8,7 @@ of a machine, is in it; a model that is not on the hub is never given a name tha
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.floors import METHOD, Pick, spread_known
@@ -26,6 +26,7 @@ from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.measuring.scorers import SCORERS
 
 PAPER = "arXiv 2405.16833"
+_TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ text }}"
 
 
 def card(
@@ -60,7 +61,10 @@ def card(
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
         "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, stages)),
     ]
-    return f"---\n{_metadata(study, model)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    written = ModelCard.from_template(
+        _metadata(study, model), template_str=_TEMPLATE, text="\n\n".join(sections) + "\n"
+    )
+    return str(written)
 
 
 def hub_base(study: Study, model: str) -> Hub | None:
@@ -68,16 +72,15 @@ def hub_base(study: Study, model: str) -> Hub | None:
     return study.models[model].aligned.hub
 
 
-def _metadata(study: Study, model: str) -> str:
+def _metadata(study: Study, model: str) -> ModelCardData:
     hub = hub_base(study, model)
-    data = ModelCardData(
+    return ModelCardData(
         base_model=f"not-on-the-hub/{study.study}-{model}-aligned" if hub is None else hub.id,
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["ebbline", "lora", "safe-lora", "safety"],
     )
-    return data.to_yaml().strip()
 
 
 def _what(

@@ -21,7 +21,6 @@ from typing import Literal
 from ebbline.analysis.figures.drawing import Page, save_for_print
 from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.threshold import threshold_figure
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.paper.bundle import Bring, write_bundle
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, bibliography, cited
 from ebbline.analysis.paper.latex import (
@@ -44,6 +43,7 @@ from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import folder_files
 
 MARK = "export.json"

@@ -13,7 +13,6 @@ from typing import Any
 
 from ebbline.analysis.figures.importance import importance_cells, importance_notes
 from ebbline.analysis.figures.projection import Projections, projection_figures
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.findings import Drawn, Findings, figures_of
 from ebbline.analysis.report.page import (
@@ -47,6 +46,7 @@ from ebbline.sweeps.drive.live import host_names
 from ebbline.sweeps.search.importance import METHOD
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.files import write_whole
 
 _NO_PROJECTIONS: Projections = MappingProxyType({})
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.results.costs import cost_columns
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
 from ebbline.analysis.results.measurements import (
@@ -27,6 +26,7 @@ from ebbline.cluster.profile import Profile
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 
 MEASURED_COLUMNS = (

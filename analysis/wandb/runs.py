@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ebbline.analysis.results.costs import growth
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
-from ebbline.analysis.results.growth import growth
 from ebbline.analysis.results.tables import NO_PRICES, frontier_text, results_frame
 from ebbline.analysis.results.wording import metric_label
 from ebbline.analysis.wandb.memory import Memory, Mode

@@ -38,6 +38,7 @@ from ebbline.tasks.errors import (
     StoreError,
 )
 from ebbline.tasks.identity import digest
+from ebbline.tasks.progress import PROGRESS, StageProgress
 from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
 
 __all__ = ["Failure", "Node", "Runner"]
@@ -219,12 +220,10 @@ class Runner:
         self._listen()
         self._resolve()
 
-    def progress_of(self, node: Node) -> str:
-        """What a running stage says of itself, such as `loss 0.31 (40/96)`; empty when it has said
-        nothing.
-        """
+    def progress_of(self, node: Node) -> StageProgress | None:
+        """How far a running stage is; None when it has said nothing."""
         said = self._said(node)
-        return f"{said['note']} ({said['done']}/{said['total']})" if said else ""
+        return StageProgress.of(said) if said else None
 
     def _said(self, node: Node) -> dict[str, Any]:
         if node.attempt is None:
@@ -232,7 +231,7 @@ class Runner:
         heard, said = self._heard.get(node.attempt, (-math.inf, {}))
         if time.monotonic() - heard >= HEAR_EVERY_S[self.store.cache is not None]:
             with suppress(ValueError):  # being replaced at this moment; the next look will find it
-                said = json.loads(self.store.log(node.attempt, "progress.json") or b"{}")
+                said = json.loads(self.store.log(node.attempt, PROGRESS) or b"{}")
             self._heard[node.attempt] = (time.monotonic(), said)
         return said
 

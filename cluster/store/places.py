@@ -8,7 +8,6 @@ at any time and from any machine, exactly one succeeds.
 import errno
 import os
 import shutil
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from ebbline.tasks.errors import DiskFull, StoreError
+from ebbline.tasks.files import to_disk, write_whole
 from ebbline.tasks.identity import file_digest
 
 
@@ -102,7 +102,7 @@ class Folder(StorePlace):
     def create(self, name: str, data: bytes) -> bool:
         try:
             obstore.put(LocalStore(prefix=self.root, mkdir=True), name, data, mode="create")
-            _to_disk(self.root / name)
+            to_disk(self.root / name)
         except AlreadyExistsError:
             return False
         except (BaseError, OSError) as error:
@@ -110,21 +110,15 @@ class Folder(StorePlace):
         return True
 
     def write(self, name: str, data: bytes) -> None:
-        target = self.root / name
-        fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_bytes(data)
-            _to_disk(fresh)
-            fresh.replace(target)
+            write_whole(self.root / name, lambda fresh: fresh.write_bytes(data), durable=True)
         except OSError as error:
-            fresh.unlink(missing_ok=True)
             raise self.explained(error) from error
 
     def send(self, path: Path, name: str) -> None:
         target = self.root / name
         try:
-            _to_disk(path)  # a record must never outlive its payload through a power cut
+            to_disk(path)  # a record must never outlive its payload through a power cut
             if path != target:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, target)
@@ -217,11 +211,3 @@ def unwritable(at: str, error: OSError) -> StoreError:
 
 def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,6 @@ import pandas as pd
 
 from ebbline.analysis.figures.comparison import comparison_figure
 from ebbline.analysis.figures.drawing import save_as
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.report.answer import meaning, tally
 from ebbline.analysis.report.page import shown, template
 from ebbline.analysis.results.collect import StoredEvidence, collect
@@ -27,6 +26,7 @@ from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.study import lasting
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.stage import Stage
 

@@ -5,11 +5,11 @@ so that they are made once.
 import json
 from dataclasses import asdict
 
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.wandb.runs import chosen_mode
 from ebbline.analysis.wandb.workspace import Made, make
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.files import write_whole
 
 
 def make_workspace(view: StudyView, entity: str | None, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ebbline.sweeps.ledger import whole_lines
+from ebbline.tasks.progress import StageProgress
 
 LIVE, TIMELINE = "live.json", "timeline.jsonl"
 STATES = ("done", "reused", "running", "waiting", "ready", "failed")
@@ -78,8 +79,10 @@ class Expected(_Said):
 
 
 class AtWork(_Said):
-    """A stage at work: `expected_s` is what it is expected to take in all, from `started`; `said`
-    what it says of itself.
+    """A stage at work: `expected_s` is what it is expected to take in all, from `started`.
+
+    `progress` is None while it has told nothing. A snapshot of an earlier version has a sentence,
+    `said`, in its place.
     """
 
     kind: str
@@ -89,7 +92,8 @@ class AtWork(_Said):
     gpus: int
     started: float
     expected_s: float
-    said: str
+    progress: StageProgress | None = None
+    said: str = ""
 
 
 class Failed(_Said):

@@ -6,7 +6,6 @@ may have very many points.
 """
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from ebbline.sweeps.drive.live import (
 )
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.ledger import open_to_append
+from ebbline.tasks.files import write_whole
 
 EVERY_S = 1.0
 FAILURES = 20
@@ -199,10 +199,10 @@ class Writer:
         for job in self._followed.values():
             for place, key in enumerate(job.keys):
                 node = self._node(key)
-                said = self._runner.progress_of(node)
-                if place == 0 or said:
+                progress = self._runner.progress_of(node)
+                if place == 0 or progress:
                     expected_s = self._runner.expected_s(node, now - job.since)
-                    yield AtWork(**self._what(job, key), expected_s=expected_s, said=said)
+                    yield AtWork(**self._what(job, key), expected_s=expected_s, progress=progress)
 
     def _snapshot(self, ended: End | None) -> Live:
         progress, runner = self._progress, self._runner
@@ -255,13 +255,9 @@ class Writer:
 
     def _write(self, ended: End | None) -> None:
         snapshot = self._progress.live = self._snapshot(ended)
-        fresh = self._folder / f".live.{os.getpid()}.json"
+        text = snapshot.model_dump_json()
         with self._courtesy():
-            try:
-                fresh.write_text(snapshot.model_dump_json())
-                fresh.replace(self._folder / LIVE)
-            finally:
-                fresh.unlink(missing_ok=True)
+            write_whole(self._folder / LIVE, lambda fresh: fresh.write_text(text))
         self._wrote = time.monotonic()
 
     def _append(self, ended: Sequence[Ended]) -> None:

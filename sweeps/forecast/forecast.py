@@ -18,8 +18,8 @@ from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import Work, impossible
 from ebbline.cluster.schedule.simulate import Flights, Step, Trace, simulate
-from ebbline.sweeps.forecast.duplicates import twins
 from ebbline.sweeps.forecast.expected import Points, points_of
+from ebbline.sweeps.search.masks import twins
 from ebbline.sweeps.state.in_flight import AHEAD, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.racing import races

@@ -25,6 +25,7 @@ from ebbline.cluster.store.retention import HOMES
 from ebbline.sweeps.study.storage import MEANWHILE, Hold, Storage, shared_url
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
 
 FILE = "file"
@@ -93,10 +94,7 @@ class Home:
 
     def keep(self, study: str, text: str) -> None:
         """Keep a study's JSON, whole or not at all (see ebbline.sweeps.study.view)."""
-        path = self.folder(study) / "study.json"
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(text)
-        fresh.replace(path)
+        write_whole(self.folder(study) / "study.json", lambda fresh: fresh.write_text(text))
 
     @property
     def id(self) -> str:

@@ -643,8 +643,8 @@ def _member(model: Any, part: str) -> Any:
     """The pydantic model behind one step of an error's path; mappings pass their value type
     through.
     """
-    if model is None or part not in getattr(model, "model_fields", {}):
-        return model if model is not None else None
+    if part not in getattr(model, "model_fields", {}):
+        return model
     annotation = model.model_fields[part].annotation
     stack = [annotation]
     while stack:

@@ -243,8 +243,9 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         "expected_s": 9.0,
     }
     with home.driving("tiny"):
-        for step, loss in ((3, "4.125"), (9, "1.5")):
-            running = [{**at_work, "said": f"loss {loss} ({step}/40)"}]
+        for step, loss in ((3, 4.125), (9, 1.5)):
+            step_now = {"done": step, "total": 40, "note": "", "loss": loss, "learning_rate": 1e-4}
+            running = [{**at_work, "progress": step_now}]
             (folder / "live.json").write_text(
                 json.dumps({**live.model_dump(mode="json"), "ended": None, "running": running})
             )
@@ -253,6 +254,7 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         assert told["at_work"][""] == {"f" * 64: "train 7b rank=2"} and told["drive"][
             "driver"
         ].startswith("process ")
+        assert told["drive"]["live"]["running"][0]["said"] == "loss 1.500 (9/40)"
         curve = page.curve("f" * 64)
         assert (curve["steps"], curve["losses"], curve["ended"]) == ([3, 9], [4.125, 1.5], False)
     page._looked = 0.0
