@@ -31,7 +31,7 @@ from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.kinds import kind_named
-from ebbline.tasks.models.counted_work import ASSUMED, known_size
+from ebbline.tasks.models.model_work import ASSUMED, known_size
 from ebbline.tasks.stage import Source
 
 # Points that were told, and points to come; beyond, SAMPLE of them are looked up and simulated

@@ -1,6 +1,6 @@
 """The stage kind `apply`."""
 
-from ebbline.tasks.models.counted_work import model_shape
+from ebbline.tasks.models.model_work import model_shape
 from ebbline.tasks.specs import ApplySpec, TrainSpec
 from ebbline.tasks.stage import Stage, stage_of
 from ebbline.tasks.stage_kind import Load, StageKind, same_kind

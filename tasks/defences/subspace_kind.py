@@ -1,6 +1,6 @@
 """The stage kind `subspace`."""
 
-from ebbline.tasks.models.counted_work import model_shape
+from ebbline.tasks.models.model_work import model_shape
 from ebbline.tasks.specs import SubspaceSpec
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load, StageKind, one_gpu

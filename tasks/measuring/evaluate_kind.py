@@ -3,7 +3,7 @@
 import math
 
 from ebbline.tasks.data.rows import rows_of
-from ebbline.tasks.models.counted_work import (
+from ebbline.tasks.models.model_work import (
     BATCH,
     forward_flops,
     layer_kernels,

@@ -1,7 +1,7 @@
 """The stage kind `generate`."""
 
 from ebbline.tasks.data.rows import ROW_TOKENS, ROWS, rows_of
-from ebbline.tasks.models.counted_work import generation, model_shape
+from ebbline.tasks.models.model_work import generation, model_shape
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Input, Stage, stage_of
 from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory, one_gpu

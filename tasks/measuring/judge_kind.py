@@ -2,7 +2,7 @@
 
 from ebbline.tasks.data.rows import ROW_TOKENS
 from ebbline.tasks.measuring.generate_kind import completions_of
-from ebbline.tasks.models.counted_work import generation, model_shape
+from ebbline.tasks.models.model_work import generation, model_shape
 from ebbline.tasks.specs import JudgeSpec
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory

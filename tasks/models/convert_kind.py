@@ -1,6 +1,6 @@
 """The stage kind `convert`."""
 
-from ebbline.tasks.models.counted_work import model_shape, width
+from ebbline.tasks.models.model_work import model_shape, width
 from ebbline.tasks.specs import ConvertSpec
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load, StageKind

@@ -3,7 +3,7 @@
 import math
 
 from ebbline.tasks.data.rows import LANGUAGE_TOKENS
-from ebbline.tasks.models.counted_work import KERNELS, training_passes
+from ebbline.tasks.models.model_work import KERNELS, training_passes
 from ebbline.tasks.models.sizes import PRETRAINING_ROWS, SIZES, organism_shape
 from ebbline.tasks.specs import OrganismSpec
 from ebbline.tasks.stage import Stage

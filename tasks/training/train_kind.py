@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ebbline.tasks.data.rows import rows_of
-from ebbline.tasks.models.counted_work import (
+from ebbline.tasks.models.model_work import (
     KERNELS,
     KERNELS_A_LINEAR,
     model_shape,

@@ -20,8 +20,8 @@ from ebbline.tasks.data.language import language_files
 from ebbline.tasks.data.rows import LANGUAGE_ROWS, rows_of
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.kinds import STAGE_KINDS
-from ebbline.tasks.models.counted_work import model_shape
 from ebbline.tasks.models.memory import Shape
+from ebbline.tasks.models.model_work import model_shape
 from ebbline.tasks.models.sizes import PRETRAINING_ROWS, named_shape, organism_shape
 from ebbline.tasks.specs import (
     ApplySpec,
