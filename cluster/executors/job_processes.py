@@ -40,9 +40,9 @@ class Process(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Post:
-    """A job's place: its name among the jobs of all drivers, and the Ray id of the node of each of
-    its processes.
+class JobProcesses:
+    """The processes of a job: its name among the jobs of all drivers, and the Ray id of the node
+    of each process.
     """
 
     job: str
@@ -57,7 +57,7 @@ class Post:
     def complete(self) -> bool:
         """Whether every process that works is there."""
         role = "task" if len(self.nodes) == 1 else "member"
-        return sum(process.role == role for process in self.processes()) >= len(self.nodes)
+        return sum(process.role == role for process in self.signed_on()) >= len(self.nodes)
 
     def begun(self) -> bool:
         """Whether it holds what it runs on. A gang does before its processes are there, and may
@@ -65,7 +65,7 @@ class Post:
         """
         if len(self.nodes) == 1:
             return self.complete()
-        groups = [group for process in self.processes() for group in groups_of(process.actor)]
+        groups = [group for process in self.signed_on() for group in groups_of(process.actor)]
         return any(group.state == PlacementGroupTableData.CREATED for group in groups)
 
     def leaving(self) -> Callable[[], bool]:
@@ -85,7 +85,7 @@ class Post:
 
         return leaving
 
-    def processes(self) -> list[Process]:
+    def signed_on(self) -> list[Process]:
         signed = [
             bytes(key).decode().split("/")
             for key in _internal_kv_list(f"{self.job}/", namespace=NAMESPACE)
@@ -102,7 +102,7 @@ class Post:
         """Kill what signed on, on the machines where it runs, and free what it held; does not
         wait.
         """
-        for process in self.processes():
+        for process in self.signed_on():
             kill.options(scheduling_strategy=at(process.node)).remote(process)
             remove_groups_of(
                 process.actor

@@ -18,8 +18,8 @@ REMEMBERED = 200  # the latest jobs of a sort
 
 
 @dataclass
-class Lanes:
-    """Which jobs find a process at hand: a host keeps as many as it ever ran at once, apart for
+class WarmProcesses:
+    """Which jobs find a warm process: a host keeps as many as it ever ran at once, apart for
     GPUs and for slots. A gang never does.
     """
 

@@ -24,7 +24,7 @@ from ebbline.cluster.running.starter import Starter
 from ebbline.cluster.schedule.costs import Meter, Unmetered
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import default_needs
-from ebbline.cluster.schedule.retry_policy import Losses
+from ebbline.cluster.schedule.retry_policy import RetryPolicy
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import contents_of
 from ebbline.tasks.errors import (
@@ -80,7 +80,7 @@ class Runner:
         self._by_key: dict[str, list[Node]] = {}
         self._again: set[str] = set()  # keys with a record whose dropped files are being made again
         self._heard: dict[Path, tuple[float, dict[str, Any]]] = {}
-        self._losses = Losses(self.profile.tries, self.profile.backoff_s)
+        self._retry_policy = RetryPolicy(self.profile.tries, self.profile.backoff_s)
         self._shut_out = Counter[
             str
         ]()  # how often the store could not be used from the place of a stage, by its key
@@ -91,7 +91,7 @@ class Runner:
             executor,
             self.profile,
             meter or Unmetered(),
-            self._losses,
+            self._retry_policy,
             self._needs_of,
             self._seconds,
             self.artifact,
@@ -420,7 +420,7 @@ class Runner:
             if artifact is not None:
                 self.estimates.learn([artifact])
                 self._done(nodes, artifact, reused=False)
-                self._losses.succeeded(finished.job.hosts)
+                self._retry_policy.succeeded(finished.job.hosts)
             elif (
                 report is not None
                 and report.error_type is not None
@@ -441,7 +441,7 @@ class Runner:
                 gave_up = None
                 if not charged:
                     lasted = now - item.started
-                    gave_up = self._losses.count(key, loss, finished.job.hosts, lasted, now)
+                    gave_up = self._retry_policy.count(key, loss, finished.job.hosts, lasted, now)
                 charged = True
                 if gave_up is not None:
                     self._fail(nodes, f"{nodes[0].stage.kind}: {gave_up}")

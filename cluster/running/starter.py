@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Host, Needs
-from ebbline.cluster.executors.starts import Lanes
+from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.running.nodes import Node, Running
 from ebbline.cluster.schedule.costs import GpuTypes, Meter, gpu_types
 from ebbline.cluster.schedule.estimates import Estimates, described
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.packing import Packing, Shares
-from ebbline.cluster.schedule.retry_policy import Losses
+from ebbline.cluster.schedule.retry_policy import RetryPolicy
 from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, impossible, place
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import contents_of
@@ -37,18 +37,18 @@ class Starter:
         executor: Executor,
         profile: Profile,
         meter: Meter,
-        losses: Losses,
+        retry_policy: RetryPolicy,
         needs_of: Callable[[Stage], Needs],
         seconds: Callable[[Node], float],
         artifact: Callable[[Stage], Artifact | None],
         estimates: Estimates,
     ) -> None:
-        self._store, self._executor, self._profile, self._meter, self._losses = (
+        self._store, self._executor, self._profile, self._meter, self._retry_policy = (
             store,
             executor,
             profile,
             meter,
-            losses,
+            retry_policy,
         )
         self._needs_of, self._seconds, self._artifact = needs_of, seconds, artifact
         self.refused: set[str] = set()  # keys that the meter would not let start just now
@@ -62,7 +62,7 @@ class Starter:
         self._packing = Packing(profile, artifact)
         self._cached: dict[str, set[str]] = {}
         self._ready_since: dict[str, float] = {}
-        self._estimates, self._lanes = estimates, Lanes()
+        self._estimates, self._warm = estimates, WarmProcesses()
         self._starting: dict[
             str, tuple[str | None, int, bool]
         ] = {}  # job -> how it starts (ebbline.cluster.executors.starts)
@@ -92,7 +92,7 @@ class Starter:
                 resident(node.stage),
                 self._seconds(node),
                 paths[node.stage.lineage],
-                self._losses.shun(key),
+                self._retry_policy.shun(key),
                 now - self._ready_since.setdefault(key, now),
                 *self._pack(node, types),
             )
@@ -100,7 +100,9 @@ class Starter:
         ]
         self._executor.expect([(work.needs, work.seconds) for work in works] + list(also))
         self._check_possible(works, ready, capacity, now)
-        startable = {work.key: work for work in works if self._losses.may_start(work.key, now)}
+        startable = {
+            work.key: work for work in works if self._retry_policy.may_start(work.key, now)
+        }
         attempts: dict[str, Path] = {}
         self.refused = set()
         refused = -1
@@ -136,7 +138,7 @@ class Starter:
             for item in self._running.values()
         ]
         cached = {host: frozenset(names) for host, names in self._cached.items()}
-        return place(list(works), busy, self._losses.in_service(capacity), cached)
+        return place(list(works), busy, self._retry_policy.in_service(capacity), cached)
 
     def _start_batch(
         self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float
@@ -148,7 +150,7 @@ class Starter:
         starting = (
             next(iter(gpus), None),
             placement.needs.gpus,
-            self._lanes.would_be_new(placement.hosts),
+            self._warm.would_be_new(placement.hosts),
         )
         start_s = self._estimates.starts.seconds(*starting) if self._executor.processes else 0.0
         keys = self._affordable([ready[key] for key in placement.keys], gpus, start_s)
@@ -172,7 +174,7 @@ class Starter:
             )
         job = self._executor.submit(batch, placement.needs, placement.hosts)
         seconds = start_s + sum(self._seconds(ready[key]) for key in keys)
-        self._lanes.start(job.id, placement.hosts)
+        self._warm.start(job.id, placement.hosts)
         self._starting[job.id] = starting
         self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
         self._meter.started(job, gpus, seconds)
@@ -192,7 +194,7 @@ class Starter:
         """A job has ended that was started `held_s` ago: learn what it took beside its stages, if
         it got to all of them.
         """
-        self._lanes.end(finished.job.id)
+        self._warm.end(finished.job.id)
         starting = self._starting.pop(finished.job.id, None)
         done = [report for report in finished.reports if report.error is None]
         if (

@@ -122,7 +122,7 @@ class Writer:
                 )
         ended = [line for name in list(self._followed) for line in self._follow(name, now)]
         self._append(ended)
-        refused = {flight.number: flight for flight in self._progress.in_flight if flight.refused}
+        refused = {entry.number: entry for entry in self._progress.in_flight if entry.refused}
         for number in refused.keys() - self._refused:
             point, reason = refused[number].point, refused[number].refused
             self._failures.append(

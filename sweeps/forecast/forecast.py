@@ -18,7 +18,7 @@ from ebbline.cluster.schedule.counted_work import ASSUMED, known_size
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import Work, impossible
-from ebbline.cluster.schedule.simulate import Flights, Step, Trace, simulate
+from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
 from ebbline.sweeps.forecast.duplicates import twins
 from ebbline.sweeps.forecast.expected import Points, points_of
 from ebbline.sweeps.state.in_flight import AHEAD, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
@@ -141,9 +141,9 @@ def forecast(
         starts.append(expected_cost(needs, seconds, home.profile, estimates.gpu_type))
         return seconds
 
-    flights = [tuple(own for own in ids if own in steps) for ids in found.flights]
+    groups = [tuple(own for own in ids if own in steps) for ids in found.by_point]
     trace = simulate(
-        steps.values(), capacity, start_s=start_s, flights=_flights(study, flights, capacity.gpus)
+        steps.values(), capacity, start_s=start_s, groups=_step_groups(study, groups, capacity.gpus)
     )
     scale_told, scale_to_come = _scale(points.told, here), _scale(points.to_come, to_come)
     looked_up = [
@@ -200,14 +200,14 @@ def _steps(running: Iterable[Missing], planner: Planner, estimates: Estimates) -
     return steps
 
 
-def _flights(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> Flights:
-    """As ebbline.sweeps.state.in_flight lets points take off: a fixed number in turn, or as they
-    land while little enough is queued.
+def _step_groups(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> StepGroups:
+    """As ebbline.sweeps.state.in_flight starts points: a fixed number in turn, or as others
+    end while little enough is queued.
     """
     own = [group for group in groups if group]
     if study.search.order == "in_turn":
-        return Flights(own, study.search.reach, in_turn=True)
-    return Flights(
+        return StepGroups(own, study.search.reach, in_turn=True)
+    return StepGroups(
         own,
         study.search.window or max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * gpus),
         most_gpus=AHEAD * max(1, gpus),

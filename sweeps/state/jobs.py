@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebbline.cluster.executors.starts import Lanes
+from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.schedule.costs import GpuTypes
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.sweeps.ledger import whole_lines
@@ -34,15 +34,15 @@ class HeldJob:
 def read_jobs(folder: Path) -> Iterator[HeldJob]:
     """The jobs of a study that ended, in that order. Raises StudyError when a line is damaged."""
     read_spent(folder)  # names a damaged line
-    drive, lanes, held = -1, Lanes(), dict[str, HeldJob]()
+    drive, warm, held = -1, WarmProcesses(), dict[str, HeldJob]()
     for line in whole_lines(folder / NAME):
         said = json.loads(line)
         if "driver" in said:
-            drive, lanes, held = drive + 1, Lanes(), {}
+            drive, warm, held = drive + 1, WarmProcesses(), {}
         elif "start" in said and "hosts" in said:
             gpus, new = (
                 {name: int(count) for name, count in said["gpus"]},
-                lanes.start(said["start"], said["hosts"]),
+                warm.start(said["start"], said["hosts"]),
             )
             held[said["start"]] = HeldJob(
                 drive,
@@ -56,7 +56,7 @@ def read_jobs(folder: Path) -> Iterator[HeldJob]:
             )
         elif "end" in said and said["end"] in held:
             job = held.pop(said["end"])
-            lanes.end(job.id)
+            warm.end(job.id)
             yield HeldJob(
                 job.drive,
                 job.id,

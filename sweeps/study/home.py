@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
-from ebbline.cluster.store.retention import HOMES
+from ebbline.cluster.store.retention import OWNERS
 from ebbline.sweeps.study.differences import differences
 from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.storage import MEANWHILE, Hold, Storage, shared_url
@@ -210,7 +210,7 @@ class Home:
             handle.flush()
             with self.storage(study).driving(study, driver) as hold:
                 # Whoever removes what nobody needs must know of all who may need it.
-                self.store.place.create(f"{HOMES}/{self.id}.json", b"{}")
+                self.store.place.create(f"{OWNERS}/{self.id}.json", b"{}")
                 yield hold
             handle.truncate(0)
 

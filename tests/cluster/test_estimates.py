@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host, Needs
-from ebbline.cluster.executors.starts import GUESS_GANG_S, GUESS_KEPT_S, GUESS_NEW_S, Lanes, Starts
+from ebbline.cluster.executors.starts import (
+    GUESS_GANG_S,
+    GUESS_KEPT_S,
+    GUESS_NEW_S,
+    Starts,
+    WarmProcesses,
+)
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.estimates import Estimates, _between, described
 from ebbline.cluster.store.artifacts import Store
@@ -176,8 +182,8 @@ def test_the_share_of_distinct_adapters_is_one_until_there_are_enough_to_tell(st
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40))
 def test_a_host_keeps_as_many_processes_as_it_ever_ran_at_once(moves):
-    lanes, running, most, opened = (
-        Lanes(),
+    warm, running, most, opened = (
+        WarmProcesses(),
         dict[str, list[str]](),
         dict[str, int](),
         dict[str, int](),
@@ -185,22 +191,22 @@ def test_a_host_keeps_as_many_processes_as_it_ever_ran_at_once(moves):
     for number, (host, ends) in enumerate(moves):
         own = running.setdefault(host, [])
         if ends and own:
-            lanes.end(own.pop())
+            warm.end(own.pop())
         else:
-            opened[host] = opened.get(host, 0) + lanes.start(str(number), {host: 1})
+            opened[host] = opened.get(host, 0) + warm.start(str(number), {host: 1})
             own.append(str(number))
         most[host] = max(most.get(host, 0), len(own))
     assert all(opened.get(host, 0) == count for host, count in most.items())
 
 
 def test_slots_and_gpus_have_processes_of_their_own_and_a_gang_never_finds_one():
-    lanes = Lanes()
-    assert lanes.start("a", {"h": 1}) and lanes.start("b", {"h": 0})
-    lanes.end("a")
-    assert lanes.would_be_new({"h": 0}) and not lanes.would_be_new({"h": 1})
-    assert lanes.would_be_new({"h": 2}) and lanes.start("gang", {"h": 1, "i": 1})
-    lanes.end("gang")
-    assert lanes.would_be_new({"i": 1})
+    warm = WarmProcesses()
+    assert warm.start("a", {"h": 1}) and warm.start("b", {"h": 0})
+    warm.end("a")
+    assert warm.would_be_new({"h": 0}) and not warm.would_be_new({"h": 1})
+    assert warm.would_be_new({"h": 2}) and warm.start("gang", {"h": 1, "i": 1})
+    warm.end("gang")
+    assert warm.would_be_new({"i": 1})
 
 
 def test_a_start_is_guessed_until_it_was_measured_and_then_the_median():

@@ -160,7 +160,7 @@ class TestRayExecutor(ExecutorContract):
         import ray
 
         from ebbline.cluster.executors.executor import Job
-        from ebbline.cluster.executors.job_processes import Post
+        from ebbline.cluster.executors.job_processes import JobProcesses
 
         @ray.remote(max_retries=0)
         def dies():
@@ -170,7 +170,7 @@ class TestRayExecutor(ExecutorContract):
 
         # Submitted as the executor submits, so that its own bookkeeping is what is tested.
         job = Job("dies", ("k",), 0)
-        executor._jobs[dies.remote()] = (job, Post("dies", ()))
+        executor._jobs[dies.remote()] = (job, JobProcesses("dies", ()))
         (done,) = wait_for(executor, job)
         assert done.job == job and done.reports == () and "WorkerCrashedError" in done.lost.reason
 

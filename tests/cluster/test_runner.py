@@ -308,7 +308,7 @@ def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_
     runner.want(stages)
     runner.step(0.0)
     assert len(executor.batches) == 1 and len(executor.batches[0]) == 3
-    assert sorted(runner._losses.lost(key) for key in executor.batches[0]) == [0, 0, 1]
+    assert sorted(runner._retry_policy.lost(key) for key in executor.batches[0]) == [0, 0, 1]
 
 
 class Silent(Counting):
@@ -445,7 +445,7 @@ def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
     node = runner.nodes[stage.lineage]
     assert node.state == "running"
     runner._take_in(Finished(executor.jobs[0], (), Loss("late")))
-    assert node.state == "running" and runner._losses.lost(node.key) == 1
+    assert node.state == "running" and runner._retry_policy.lost(node.key) == 1
 
 
 @pytest.mark.slow
