@@ -199,9 +199,9 @@ class Writer:
         for job in self._followed.values():
             for place, key in enumerate(job.keys):
                 node = self._node(key)
-                said = self._runner.progress_of(node)
+                said = self._runner.timing.progress_of(node)
                 if place == 0 or said:
-                    expected_s = self._runner.expected_s(node, now - job.since)
+                    expected_s = self._runner.timing.expected_s(node, now - job.since)
                     yield AtWork(**self._what(job, key), expected_s=expected_s, said=said)
 
     def _snapshot(self, ended: End | None) -> Live:
