@@ -30,7 +30,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ebbline.cluster.executors.executor import MemberFailed, run_batch
-from ebbline.cluster.executors.job_processes import JobProcesses, at
+from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.tasks.stage import Report, Request
 
 OUTLIVES_S = 5.0  # more than two of Ray Train's looks at its members
@@ -169,7 +169,11 @@ def _member(config: dict[str, Any]) -> None:
         torch.cuda.set_device(get_device())
     try:
         reports = run_batch(
-            requests, context.get_world_rank(), context.get_world_size(), processes.leaving()
+            requests,
+            context.get_world_rank(),
+            context.get_world_size(),
+            processes.leaving(),
+            own_gpu_type(),
         )
     except MemberFailed as failure:
         ray.get(config["outcome"].put.remote((failure.report,)))

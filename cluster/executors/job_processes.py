@@ -11,7 +11,7 @@ Ray Train removes it only when its controller ends in peace.
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ebbline.cluster.executors.executor import ACCELERATOR_TYPE
 
 NAMESPACE = b"ebbline"
 LOOK_EVERY_S = 2.0
@@ -108,6 +110,12 @@ class JobProcesses:
                 process.actor
             )  # here too: that machine may be gone, and other machines' GPUs in the group
         self.forget()
+
+
+def own_gpu_type() -> str | None:
+    """The type of this worker's GPUs, as Ray labels its host; None without real GPUs."""
+    labels: Mapping[str, str] = ray.get_runtime_context().get_node_labels()
+    return labels.get(ACCELERATOR_TYPE)
 
 
 def at(node: str) -> NodeAffinitySchedulingStrategy:

@@ -34,7 +34,7 @@ from ebbline.cluster.executors.executor import (
     Needs,
     run_batch,
 )
-from ebbline.cluster.executors.job_processes import JobProcesses, at
+from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
 from ebbline.tasks.errors import ClusterLost, Leaving, StudyError
 from ebbline.tasks.stage import Report, Request
@@ -316,13 +316,13 @@ def _coordinator() -> Any:
 @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
 def _batch(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
     processes.sign_on("task")
-    return run_batch(requests, leaving=processes.leaving())
+    return run_batch(requests, leaving=processes.leaving(), gpu_type=own_gpu_type())
 
 
 @ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]
 def _gpu_batch(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
     processes.sign_on("task")
-    return run_batch(requests, leaving=processes.leaving())
+    return run_batch(requests, leaving=processes.leaving(), gpu_type=own_gpu_type())
 
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]

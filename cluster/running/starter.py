@@ -135,7 +135,7 @@ class Starter:
         )
         start_s = (
             self._setup.estimates.starts.seconds(*starting)
-            if self._setup.executor.processes
+            if self._setup.executor.own_processes
             else 0.0
         )
         keys = self._affordable([ready[key] for key in placement.keys], gpus, start_s)
@@ -184,7 +184,7 @@ class Starter:
         done = [report for report in finished.reports if report.error is None]
         if (
             starting is not None
-            and self._setup.executor.processes
+            and self._setup.executor.own_processes
             and len(done) == len(finished.job.keys)
         ):
             self._setup.estimates.starts.learn(

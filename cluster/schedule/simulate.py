@@ -110,7 +110,7 @@ class SimulatedExecutor(Executor):
     the clock, and nothing else does.
     """
 
-    processes = False
+    own_processes = False
 
     def __init__(self, capacity: Capacity, seconds_of: Callable[[str], float]) -> None:
         self.device = "simulated"

@@ -92,7 +92,7 @@ class BudgetGate:
         and for its trainings another.
         """
         jobs: dict[tuple[int, str, bool], Cost] = {}
-        if self._runner.executor.processes:
+        if self._runner.executor.own_processes:
             estimates = self._runner.estimates
             for stage in stages:
                 needs = self._planner.needs_of(stage)

@@ -8,6 +8,7 @@ store, and what is there is not made again. Only one driver holds a study at a t
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from ebbline.cluster.executors.choice import DEFAULT, ExecutorKind
 from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.running.nodes import Failure
 from ebbline.cluster.running.runner import Runner
@@ -50,14 +51,16 @@ def drive(
     stop: Callable[[], bool] = lambda: False,
     extend: bool = False,
     predict: Callable[[Executor], Prediction | None] = lambda executor: None,
+    kind: ExecutorKind = DEFAULT,
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
-    The executor is made once the study is held, and closed at the end; `predict` says what the run
-    will take there. `stop` turning true drains and returns. With `extend` the study may be wider
-    than it was begun (see ebbline.sweeps.study.widening). Others can watch through
-    ebbline.sweeps.drive.live. Raises StudyHeld when another driver has the study, StudyError when
-    it is another study than was begun, or a model cannot be measured before fine-tuning.
+    The executor, of this `kind`, is made once the study is held, and closed at the end; `predict`
+    says what the run will take there. `stop` turning true drains and returns. With `extend` the
+    study may be wider than it was begun (see ebbline.sweeps.study.widening). Others can watch
+    through ebbline.sweeps.drive.live. Raises StudyHeld when another driver has the study,
+    StudyError when it is another study than was begun, or a model cannot be measured before
+    fine-tuning.
     """
     study, storage = home.continued(study), home.storage(study.study)
     with home.driving(study.study) as hold, reaching(storage):
@@ -75,8 +78,9 @@ def drive(
         with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
             executor = make_executor()
             try:
+                estimates = estimates_of(home, kind)
                 runner = Runner(
-                    home.store, executor, planner.needs_of, home.profile, spent, estimates_of(home)
+                    home.store, executor, planner.needs_of, home.profile, spent, estimates
                 )
                 progress = Progress(
                     study, planner, runner, spent, limit=limit(study), prediction=predict(executor)

@@ -92,7 +92,7 @@ class Writer:
         # A stage in this very process keeps the driver from saying anything until it ends: what has
         # started is said before.
         if time.monotonic() - self._wrote >= EVERY_S or (
-            self._runner.running and not self._runner.executor.processes
+            self._runner.running and not self._runner.executor.own_processes
         ):
             self._write(None)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ebbline.cluster.executors.choice import DEFAULT, ExecutorKind
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
 from ebbline.cluster.schedule.counted_work import ASSUMED, known_size
@@ -112,17 +113,15 @@ def forecast(
     home: Home,
     capacity: Capacity,
     told: Told = lambda done, of: None,
-    serial: bool = False,
+    kind: ExecutorKind = DEFAULT,
 ) -> Forecast:
-    """Simulate what `ebbline run` would do on such a cluster; `serial` when all runs in one
-    process, one stage after another.
-    """
+    """Simulate what `ebbline run` would do on such a cluster of this executor."""
     met = still_met(study, read_spent(home.folder(study.study)).gain)
     planner, points = (
         Planner(study, home),
         points_of(study, home.storage(study.study), "" if met is None else met.said),
     )
-    estimates = estimates_of(home)
+    estimates = estimates_of(home, kind)
     estimates.met(capacity)
     here = points.told if len(points.told) <= EXACT else _evenly(points.told)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
@@ -134,9 +133,9 @@ def forecast(
 
     def start_s(needs: Needs, hosts: Mapping[str, int], new: bool) -> float:
         seconds = (
-            0.0
-            if serial
-            else estimates.starts.seconds(named_type(needs) or estimates.gpu_type, needs.gpus, new)
+            estimates.starts.seconds(named_type(needs) or estimates.gpu_type, needs.gpus, new)
+            if kind.own_processes
+            else 0.0
         )
         starts.append(expected_cost(needs, seconds, home.profile, estimates.gpu_type))
         return seconds
@@ -175,7 +174,7 @@ def forecast(
         kinds=kinds,
         starts=total(starts).times(more),
         wall_s=sum(share.seconds for share in kinds.values())
-        if serial
+        if kind.serial
         else _wall_s(trace, estimates, whole - part),
         trace=trace,
         simulated=len(to_come),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebbline.cluster.executors.choice import DEFAULT, ExecutorKind
 from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.schedule.costs import GpuTypes
 from ebbline.cluster.schedule.estimates import Estimates
@@ -69,19 +70,22 @@ def read_jobs(folder: Path) -> Iterator[HeldJob]:
             )
 
 
-def estimates_of(home: Home) -> Estimates:
-    """What the home's store has measured of stages, and its ledgers of starting jobs."""
+def estimates_of(home: Home, kind: ExecutorKind = DEFAULT) -> Estimates:
+    """What the home's store has measured of stages, and its ledgers of starting this executor's
+    jobs.
+    """
     dearest = max(
         home.profile.gpus, key=lambda name: home.profile.gpus[name].usd_per_hour, default=None
     )
-    estimates = Estimates(home.store, None if dearest == "other" else dearest)
+    gpu_type = None if dearest == "other" else dearest
+    estimates = Estimates(home.store, gpu_type, kind.start_costs)
     for ledger in sorted((home.root / "studies").glob(f"*/{NAME}")):
-        jobs = list(read_jobs(ledger.parent))
-        for drive in sorted({job.drive for job in jobs if not job.id.startswith("inline")}):
+        jobs = [job for job in read_jobs(ledger.parent) if kind.ran(job.id)]
+        for drive in sorted({job.drive for job in jobs}):
             estimates.starts.learn_cluster(min(job.start_s for job in jobs if job.drive == drive))
         for job in jobs:
-            if job.id.startswith("inline") or not all(key in estimates.took for key in job.keys):
-                continue  # without a process of its own, or with stages that came to nothing
+            if not all(key in estimates.took for key in job.keys):
+                continue  # with stages that came to nothing
             seconds = job.end_s - job.start_s - sum(estimates.took[key] for key in job.keys)
             estimates.starts.learn(
                 next(iter(job.gpus), None), sum(job.hosts.values()), job.new, seconds

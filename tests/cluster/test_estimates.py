@@ -7,13 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host, Needs
-from ebbline.cluster.executors.starts import (
-    GUESS_GANG_S,
-    GUESS_KEPT_S,
-    GUESS_NEW_S,
-    Starts,
-    WarmProcesses,
-)
+from ebbline.cluster.executors.starts import StartCosts, Starts, WarmProcesses
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.estimates import Estimates, _between, described
 from ebbline.cluster.store.artifacts import Store
@@ -210,15 +204,14 @@ def test_slots_and_gpus_have_processes_of_their_own_and_a_gang_never_finds_one()
 
 
 def test_a_start_is_guessed_until_it_was_measured_and_then_the_median():
-    starts = Starts()
-    assert (
-        starts.seconds(None, 1, new=True) == GUESS_NEW_S and starts.seconds(None, 1) == GUESS_KEPT_S
-    )
-    assert starts.seconds("A100", 1) == GUESS_NEW_S  # Ray ends what had a real GPU
-    assert starts.seconds("A100", 4) == GUESS_GANG_S
+    guesses = StartCosts(new_s=7.0, kept_s=0.25, gang_s=21.0, new_after_real_gpu=True)
+    starts = Starts(guesses)
+    assert starts.seconds(None, 1, new=True) == 7.0 and starts.seconds(None, 1) == 0.25
+    assert starts.seconds("A100", 1) == 7.0 and starts.seconds("A100", 4) == 21.0
+    assert Starts(StartCosts(kept_s=0.25)).seconds("A100", 1) == 0.25
     for seconds in (3.0, 9.0, 4.0, -1.0):
         starts.learn(None, 1, True, seconds)
-    assert starts.seconds(None, 1, new=True) == 4.0 and starts.seconds(None, 1) == GUESS_KEPT_S
+    assert starts.seconds(None, 1, new=True) == 4.0 and starts.seconds(None, 1) == 0.25
     assert starts.seconds("L4", 1, new=True) == 4.0  # the same on another type, rather than a guess
     starts.learn(None, 2, True, 30.0)
     assert starts.seconds(None, 8) == 30.0
