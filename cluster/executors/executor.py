@@ -78,8 +78,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Job:
-    """One batch at work. `hosts` says how many GPUs it has on which host; a job that needs none has
-    its one host with 0.
+    """One batch at work. `id` is the executor's name in the table of executors, and a number.
+    `hosts` says how many GPUs it has on which host; a job that needs none has its one host with 0.
     """
 
     id: str
