@@ -25,7 +25,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Checked:
+class ExecutorCheck:
     """What the check of an executor found, and the types of GPU it would use; None when that is
     unknown.
     """

@@ -126,16 +126,13 @@ def plan(
     """
     from ebbline.commands.plan import capacity_of, plan_study
     from ebbline.sweeps.search.searcher import check_written_points
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    loaded = where.continued(load(where.named(study)))
-    check_written_points(loaded)
+    view = StudyView.open(home, study)
+    check_written_points(view.study)
     plan_study(
-        loaded,
-        where,
-        capacity_of(loaded, cluster, address or where.profile.address, gpus),
+        view,
+        capacity_of(view.study, cluster, address or view.home.profile.address, gpus),
         why,
         as_json,
     )
@@ -184,17 +181,11 @@ def run(
     Ctrl-C once finishes what runs and starts nothing new; twice stops now. Both say how to go on.
     """
     from ebbline.commands.run import Place, run_study
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    loaded = where.continued(load(where.named(study)))
-    place = Place(executor, address or where.profile.address, gpus)
-    raise typer.Exit(
-        run_study(
-            loaded, where.named(study), where, place, wandb, extend, as_typed(context), as_json
-        )
-    )
+    view = StudyView.open(home, study, extend)
+    place = Place(executor, address or view.home.profile.address, gpus)
+    raise typer.Exit(run_study(view, place, wandb, as_typed(context), as_json))
 
 
 @app.command()

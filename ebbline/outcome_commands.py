@@ -32,13 +32,9 @@ def status(
     --json, a line for each change.
     """
     from ebbline.commands.status import show_status, watch_status
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    (watch_status if watch else show_status)(
-        where.continued(load(where.named(study))), where, as_json
-    )
+    (watch_status if watch else show_status)(StudyView.open(home, study), as_json)
 
 
 @outcome_app.command()
@@ -60,23 +56,21 @@ def dashboard(
     points in optuna-dashboard.
     """
     from ebbline.analysis.dashboard.server import show
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    show(where.continued(load(where.named(study))), where, port, browser)
+    show(StudyView.open(home, study), port, browser)
 
 
 @outcome_app.command()
 @explained
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Write the tables, the figures and the report of what a study has so far."""
+    from ebbline.analysis.results.collect import collect
     from ebbline.outputs import tell_outputs, write_outputs
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    tell_outputs(write_outputs(where.continued(load(where.named(study))), where), as_json)
+    view = StudyView.open(home, study)
+    tell_outputs(write_outputs(view, collect(view)), as_json)
 
 
 @outcome_app.command()
@@ -94,15 +88,9 @@ def sync(
     on where it was.
     """
     from ebbline.commands.sync import sync_study
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    raise typer.Exit(
-        sync_study(
-            where.named(study), where.continued(load(where.named(study))), where, at_once, as_json
-        )
-    )
+    raise typer.Exit(sync_study(StudyView.open(home, study), at_once, as_json))
 
 
 @outcome_app.command(name="wandb-workspace")
@@ -122,11 +110,9 @@ def wandb_workspace(
     hypervolume, parallel coordinates, importance.
     """
     from ebbline.commands.workspace import make_workspace
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    make_workspace(where.continued(load(where.named(study))), where, entity, as_json)
+    make_workspace(StudyView.open(home, study), entity, as_json)
 
 
 @outcome_app.command()
@@ -159,16 +145,15 @@ def export(
     """
     from ebbline.commands import export as exporting
     from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
     if check is not None and study is None and to is None:
-        raise typer.Exit(exporting.check(check, where, as_json))
+        raise typer.Exit(exporting.check(check, Home(home), as_json))
     if study is None or to is None or check is not None:
         raise typer.BadParameter(
             "give STUDY and --to DIR, or --check BUNDLE alone (either with --home)"
         )
-    exporting.export_study(where.continued(load(where.named(study))), where, to, style, as_json)
+    exporting.export_study(StudyView.open(home, study), to, style, as_json)
 
 
 @outcome_app.command()
@@ -223,14 +208,10 @@ def pick(
     code 1 when none does.
     """
     from ebbline.commands.pick import Asked, pick_study
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
     asked = Asked(tuple(floor or ()), maximise, model, point, confidence, seed)
-    raise typer.Exit(
-        pick_study(where.continued(load(where.named(study))), study, where, asked, export, as_json)
-    )
+    raise typer.Exit(pick_study(StudyView.open(home, study), asked, export, as_json))
 
 
 @outcome_app.command()
@@ -285,8 +266,6 @@ def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     comparable.
     """
     from ebbline.commands.papers import show_papers
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
 
-    where = Home(home)
-    show_papers(where.continued(load(where.named(study))), where, as_json)
+    show_papers(StudyView.open(home, study), as_json)

@@ -13,7 +13,6 @@ from ebbline.analysis.results.collect import (
     StoredEvidence,
     artifacts_behind,
     baselines,
-    collect,
     costs_before,
     projections,
 )
@@ -28,20 +27,21 @@ from ebbline.cluster.store.artifacts import Artifact
 from ebbline.commands.plan import GANTT
 from ebbline.sweeps.forecast.prediction import read_predictions
 from ebbline.sweeps.state.spending import read_spent
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
-from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 
 
-def write_outputs(study: Study, home: Home) -> dict[str, Path]:
-    """The tables, figures and report of what a study has so far; what -> where."""
-    folder = home.folder(study.study)
-    results, before = collect(study, home), baselines(study, home)
+def write_outputs(view: StudyView, results: Sequence[Result]) -> dict[str, Path]:
+    """The tables, figures and report of what a study has so far, which `results` are; what ->
+    where.
+    """
+    study, home, folder = view.study, view.home, view.folder
+    before = baselines(view)
     _, table, frontier_csv = write_tables(
         results_frame(results, study.objectives, home.profile), folder
     )
     outputs = {"results": table, "frontier": frontier_csv}
-    found = findings(study, results, before, StoredEvidence(study, home))
+    found = findings(study, results, before, StoredEvidence(view))
     drawn = figures_of(found)
     saved = {name: save(each.figure, folder, name)[0] for name, each in drawn.items()}
     outputs["figure"] = saved["frontier"]
@@ -51,10 +51,10 @@ def write_outputs(study: Study, home: Home) -> dict[str, Path]:
     outputs["categories"] = write_categories(
         categories_frame(study, results, before, found.evidence), folder
     )
-    artifacts = artifacts_behind(study, home, results)
+    artifacts = artifacts_behind(view, results)
     cost, origin = (
-        _cost(study, home, results, artifacts),
-        provenance(study, home, results, artifacts).rows(),
+        _cost(view, results, artifacts),
+        provenance(view, results, artifacts).rows(),
     )
     outputs["report"] = write_report(
         found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn
@@ -71,11 +71,9 @@ def tell_outputs(outputs: Mapping[str, Path], as_json: bool = False) -> None:
 
 
 def _cost(
-    study: Study, home: Home, results: Sequence[Result], artifacts: Sequence[Artifact]
+    view: StudyView, results: Sequence[Result], artifacts: Sequence[Artifact]
 ) -> dict[str, object]:
-    folder, kinds = (
-        home.folder(study.study),
-        {artifact.key: artifact.kind for artifact in artifacts},
-    )
-    rows = cost_rows(results, costs_before(study, home), kinds, read_spent(folder), home.profile)
-    return rows | prediction_rows(read_predictions(folder), home.profile)
+    folder, profile = view.folder, view.home.profile
+    kinds = {artifact.key: artifact.kind for artifact in artifacts}
+    rows = cost_rows(results, costs_before(view), kinds, read_spent(folder), profile)
+    return rows | prediction_rows(read_predictions(folder), profile)

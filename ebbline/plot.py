@@ -13,8 +13,8 @@ from statistics import median
 
 from rich.text import Text
 
-from ebbline.analysis.results.compare import Baselines
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.analysis.results.wording import directed_label, natural
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.measuring.metrics import Metric

@@ -21,6 +21,7 @@ from ebbline.sweeps.state.outcome import projected_share
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError, StudyError
 from ebbline.tasks.identity import folder_files
 from ebbline.tasks.specs import ApplySpec
@@ -34,9 +35,7 @@ CONFIG, WEIGHTS, CARD, RECORD = (
 
 
 def ship(
-    study: Study,
-    name: str,
-    home: Home,
+    view: StudyView,
     found: Pick,
     seed: int,
     alone: Result,
@@ -51,6 +50,7 @@ def ship(
     `seed_asked`; `done` how many points the study has. Raises StudyError when `to` cannot be
     written, StoreError when retention dropped the adapter or its files are not those on record.
     """
+    study, name, home = view.study, view.name, view.home
     destination = _destination(to)
     result = found.result
     adapter = _whole(home, result.keys[f"apply[seed={seed}]"], name)
@@ -69,7 +69,7 @@ def ship(
         **picked_json(study, found),
         "settings_of_stages": {part: artifact.hashed["spec"] for part, artifact in stages.items()},
     }
-    aligned, prompts = baselines(study, home).get(result.point.model, {}), prompt_sets(study, home)
+    aligned, prompts = baselines(view).get(result.point.model, {}), prompt_sets(view)
     text = card(study, found, seed, alone, done, stages, aligned, prompts, seed_asked)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -17,13 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ebbline.analysis.results.costs import told_numbers
-from ebbline.analysis.results.wording import clock
+from ebbline.analysis.results.wording import clock, progress_label
 from ebbline.plot import FrontierSoFar
 from ebbline.sweeps.drive.live import Failed, Live
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.state.outcome import metrics_of
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Stage
 
 PLAIN_EVERY_S, PLAIN_AT_LEAST_S = (
@@ -129,7 +129,7 @@ class Screen:
             return
         frontier = self.picture.frontier
         if self._before is None:
-            self._before = progress.planner.baselines()
+            self._before = progress.graph.baselines()
         for model in self._before.keys() - frontier.aligned.keys():
             metrics = metrics_of(progress.study, self._before[model], progress.runner)
             if metrics is not None:
@@ -248,7 +248,7 @@ def bars(live: Live) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "", "done", "reused", "running", "waiting", "failed"):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
-    for kind in sorted(live.stages, key=list(KINDS).index):
+    for kind in sorted(live.stages, key=list(STAGE_KINDS).index):
         count = Counter(live.stages[kind])
         finished, total = count["done"] + count["reused"], sum(count.values())
         waiting = count["waiting"] + count["ready"]
@@ -278,7 +278,7 @@ def at_work(live: Live) -> list[Text]:
         took = f"{clock(max(0.0, now - each.started))} of about {clock(each.expected_s)}"
         lines.append(
             Text(
-                f"  {each.label}, {on}, {took}  {each.said}",
+                f"  {each.label}, {on}, {took}  {progress_label(each)}",
                 style="dim",
                 no_wrap=True,
                 overflow="ellipsis",

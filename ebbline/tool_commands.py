@@ -227,16 +227,14 @@ def rescore(
     """Score stored completions again, without a model: another scorer, or several side by side."""
     from ebbline.commands.evaluate import generations_of, measure_of, tell_rows, write_rows
     from ebbline.commands.evaluate import rescore as score_again
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.sweeps.study.view import StudyView
     from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():
         generations = {Path(where).name: [Path(where)]}
     else:
-        at_home = Home(home)
-        study = load(at_home.named(where))
-        measure, generations = measure_of(study, suite), generations_of(study, at_home, suite)
+        view = StudyView.open(home, where)
+        measure, generations = measure_of(view.study, suite), generations_of(view, suite)
     rows = score_again(
         generations, ScoreSpec(measure=measure, scorer=scorer, also=tuple(also or ()))
     )

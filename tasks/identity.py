@@ -8,11 +8,11 @@ processes or two machines.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ebbline.tasks.errors import DataError, UnstableValue
+from ebbline.tasks.files import write_whole
 
 
 def canonical(value: object) -> str:
@@ -129,8 +129,5 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
             raise DataError(f"the folder {path} is empty")
         result = digest_files(files)
     if cache is not None and seen != known:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        fresh = cache.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_text(json.dumps(seen))
-        fresh.replace(cache)
+        write_whole(cache, lambda fresh: fresh.write_text(json.dumps(seen)))
     return result

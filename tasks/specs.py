@@ -1,4 +1,5 @@
-"""The typed parameters of every stage kind: all that can change a stage's output, and nothing else.
+"""The typed parameters of the stage kinds: all that can change a stage's output, and nothing else.
+They are in one file as code below a kind's own reads them: memory is predicted from a TrainSpec.
 
 A Spec is hashed whole, defaults included, so a field added here re-keys its kind: raise VERSION
 when the meaning of a kind changes, and say "re-keys: KIND" in the change log. What does not change
@@ -309,23 +310,3 @@ class EvaluateSpec(Spec):
     limit: Count | None = None
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
-
-
-KINDS: dict[str, type[Spec]] = {
-    kind.KIND: kind
-    for kind in (
-        LanguageSpec,
-        ConvertSpec,
-        OrganismSpec,
-        DataSpec,
-        TrainSpec,
-        SubspaceSpec,
-        ProjectSpec,
-        ApplySpec,
-        GenerateSpec,
-        JudgeSpec,
-        ScoreSpec,
-        EvaluateSpec,
-    )
-}
-"""By name, in the order in which a point meets them; tables show them in it."""

@@ -14,9 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
-from ebbline.tasks.specs import KINDS, Spec
+from ebbline.tasks.specs import Spec
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,9 @@ class Context:
     `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size`
     describe a gang, `micro_batch`, `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a
     training is laid out in memory. `leaving` turns true when a machine of the attempt is about to
-    go: checkpoint, and raise Leaving. `saved` is told of every checkpoint that is whole on the
-    disk.
+    go: checkpoint, and raise Leaving. `step_done` is told of each step of a training: its number,
+    how many there are, its loss and its learning rate. `saved` is told of every checkpoint that is
+    whole on the disk.
     """
 
     log: Path
@@ -132,6 +132,7 @@ class Context:
     rank: int = 0
     world_size: int = 1
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
+    step_done: Callable[[int, int, float, float], None] = lambda step, steps, loss, rate: None
     leaving: Callable[[], bool] = lambda: False
     saved: Callable[[], None] = lambda: None  # called after a checkpoint was written to `scratch`
     gradient_checkpointing: bool | None = None
@@ -185,22 +186,12 @@ class Request:
         default_factory=dict
     )  # its counted work (ebbline.cluster.schedule.counted_work), for the record
 
-    @property
-    def hashed(self) -> dict[str, Any]:
-        """What the key was made from."""
-        return key_payload(self.parsed_spec(), self.contents)
-
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Request":
         return Request(**json.loads(text))
-
-    def parsed_spec(self) -> Spec:
-        if self.kind not in KINDS:
-            raise StudyError(f"no stage kind {self.kind!r}; this version knows {sorted(KINDS)}")
-        return KINDS[self.kind].model_validate_json(json.dumps(dict(self.spec)))
 
     def context(self, **changes: Any) -> Context:
         return replace(

@@ -7,7 +7,6 @@ pass; a request that fails does not stop those behind it.
 """
 
 import contextlib
-import json
 import logging
 import time
 import traceback
@@ -17,29 +16,16 @@ from functools import partial
 from pathlib import Path
 
 from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
-from ebbline.tasks.models.layout import environment, forget_peak, laid_out
+from ebbline.tasks.kinds import kind_named, parsed_spec
 from ebbline.tasks.models.loading import Residents, resolve
-from ebbline.tasks.specs import (
-    ApplySpec,
-    ConvertSpec,
-    DataSpec,
-    EvaluateSpec,
-    GenerateSpec,
-    JudgeSpec,
-    LanguageSpec,
-    OrganismSpec,
-    ProjectSpec,
-    ScoreSpec,
-    Spec,
-    SubspaceSpec,
-    TrainSpec,
-)
+from ebbline.tasks.models.memory import environment, forget_peak, laid_out
+from ebbline.tasks.progress import PROGRESS, ProgressFile
+from ebbline.tasks.specs import Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
 from ebbline.tasks.training.packs import in_packs
 
 _log = logging.getLogger(__name__)
 ERROR, PACK_ERROR = "error.txt", "pack_error.txt"
-Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 
 def _as_it_is(request: Request) -> Request:
@@ -116,7 +102,8 @@ class _Batch:
             request = turn.request
             ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
             forget_peak(ctx.device)
-            run_function(turn.spec)(turn.spec, turn.inputs, Path(request.out), ctx)
+            run = kind_named(request.kind).load_function()
+            run(turn.spec, turn.inputs, Path(request.out), ctx)
         # The boundary: a failed stage becomes a report, and the batch goes on
         except Exception as error:  # noqa: BLE001
             return self._failed(request, error, time.monotonic() - started)
@@ -178,23 +165,20 @@ class _Batch:
             raise Leaving("the machine is about to go; this stage had not begun")
         self._held_model |= request.gpus > 0
         request = self._prepare(request)
-        spec = request.parsed_spec()
-        progress = (
-            _progress_file(Path(request.log) / "progress.json", packed)
-            if self._rank == 0
-            else _silent
-        )
+        spec = parsed_spec(request)
+        file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
         # A download is a sign of life: it grows by the second, so that what it says is never the
         # same twice.
         inputs = {
-            name: resolve(location, partial(_fetching, progress, name, started))
+            name: resolve(location, partial(_fetching, file, name, started))
             for name, location in request.inputs.items()
         }
         ctx = request.context(
             residents=self.residents,
             rank=self._rank,
             world_size=self._world_size,
-            progress=progress,
+            progress=file.count,
+            step_done=file.step_done,
             leaving=self._leaving,
             saved=lambda: self._saved(request),
         )
@@ -273,100 +257,8 @@ def described(error: BaseException, log: Path) -> tuple[str, str]:
     ).__name__, f"{type(error).__name__} at {place}; its message and traceback are in {log / ERROR}"
 
 
-def run_function(spec: Spec) -> Run:
-    # Imported here, so that a worker that only copies tensors never pays for lm-eval or deepspeed.
-    match spec:
-        case LanguageSpec():
-            from ebbline.tasks.data import language
-
-            return language.run
-        case OrganismSpec():
-            from ebbline.tasks.models import organism
-
-            return organism.run
-        case ConvertSpec():
-            from ebbline.tasks.models import convert
-
-            return convert.run
-        case DataSpec():
-            from ebbline.tasks.data import conversations as data
-
-            return data.run
-        case TrainSpec():
-            from ebbline.tasks.training import train
-
-            return train.run
-        case SubspaceSpec():
-            from ebbline.tasks.defences import subspace
-
-            return subspace.run
-        case ProjectSpec():
-            from ebbline.tasks.defences import project
-
-            return project.run_project
-        case ApplySpec():
-            from ebbline.tasks.defences import project
-
-            return project.run_apply
-        case GenerateSpec():
-            from ebbline.tasks.measuring import generate
-
-            return generate.run
-        case JudgeSpec():
-            from ebbline.tasks.measuring import judge
-
-            return judge.run
-        case ScoreSpec():
-            from ebbline.tasks.measuring import score
-
-            return score.run
-        case EvaluateSpec():
-            from ebbline.tasks.measuring import evaluate
-
-            return evaluate.run
-    raise TypeError(f"{type(spec).__name__} has no run function; add it to ebbline.tasks.worker")
-
-
-def _fetching(progress: Callable[[int, int, str], None], name: str, started: float) -> None:
-    progress(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
-
-
-def _progress_file(path: Path, packed: int = 1) -> Callable[[int, int, str], None]:
-    """What a stage says of itself, for the driver. Of `packed` stages at once each says its share
-    of the time since its first step.
-    """
-    started, last = time.monotonic(), 0.0
-    first: tuple[int, float] | None = (
-        None  # where this attempt began to count: one that was resumed does not begin at 0
-    )
-
-    def write(done: int, total: int, note: str) -> None:
-        nonlocal last, first
-        if done > 0 and first is None:
-            first = done - 1, time.monotonic()
-        if time.monotonic() - last < 0.5 and done != total:
-            return
-        last = time.monotonic()
-        fresh = path.with_suffix(".tmp")
-        # Progress is a courtesy: a full disk shows up where results are written, not here.
-        with contextlib.suppress(OSError):
-            own, since = (done - first[0], first[1]) if first else (0, started)
-            said = {
-                "done": done,
-                "total": total,
-                "note": note,
-                "seconds": last - started,
-                "own": own,
-                "own_seconds": (last - since) / packed,
-            }
-            fresh.write_text(json.dumps(said))
-            fresh.replace(path)
-
-    return write
-
-
-def _silent(done: int, total: int, note: str) -> None:
-    return None
+def _fetching(file: ProgressFile, name: str, started: float) -> None:
+    file.count(0, 1, f"fetching {name}, {time.monotonic() - started:.0f} s")
 
 
 def _set_threads(threads: int | None) -> None:

@@ -13,13 +13,14 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import load
+from ebbline.sweeps.study.view import StudyView
 
 WALK = Path(__file__).parent / "walk.yaml"
 
 
 def walked(folder: Path) -> None:
     """Drive the walk's study to its end, in a new home."""
-    progress = drive(load(str(WALK)), Home(folder), lambda: InlineExecutor(gpus=1))
+    progress = drive(StudyView(load(str(WALK)), Home(folder)), lambda: InlineExecutor(gpus=1))
     assert [result.reason for result in progress.results] == [""] * 6
 
 

@@ -1,7 +1,7 @@
 """The four pictures of docs/design.md, drawn as text. `python -m tests.pictures` draws them again;
 a test says when that is due.
 
-Stages and their arrows come from a real planner, masks from the real gate, imports from the source;
+Stages and their arrows come from a real graph, masks from the real gate, imports from the source;
 the drivers' picture is written here.
 """
 
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study_file import parse
 from ebbline.tasks.defences.gate import ModuleRow, chosen
 from ebbline.tasks.specs import ApplySpec, DataSpec, TrainSpec
@@ -103,9 +103,9 @@ class Picture:
 def stages_picture() -> str:
     """The stages of two points of tests/walk.yaml that differ in their threshold."""
     with TemporaryDirectory() as folder:
-        planner = Planner(parse(ROOT / "tests" / "walk.yaml"), Home(Path(folder)))
+        graph = StageGraph(parse(ROOT / "tests" / "walk.yaml"), Home(Path(folder)))
         one, other = (
-            planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": threshold}))
+            graph.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": threshold}))
             for threshold in (0.35, 0.4)
         )
     first = {stage.lineage for stage in closure(one.values())}

@@ -16,6 +16,7 @@ from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.state.trials import opened
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from tests.analysis.test_live_page import small
 from tests.sweeps.pretended import Pretended
@@ -31,7 +32,7 @@ def get(url: str, **headers: dict[str, str]) -> httpx.Response:
 
 @contextmanager
 def served(found: Study, home: Home) -> Iterator[Server]:
-    with serving(found, home, 0) as server:
+    with serving(StudyView(found, home), 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -42,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Home]:
     folder = tmp_path_factory.mktemp("finished")
     home = Home(folder / "100% odd signs, #1 & more")
     found = small(folder)
-    drive(found, home, lambda: Pretended(home.store))
+    drive(StudyView(found, home), lambda: Pretended(home.store))
     return found, home
 
 
@@ -53,7 +54,7 @@ def url(finished: tuple[Study, Home]) -> Iterator[str]:
 
 
 def test_it_listens_on_the_loopback_alone(finished: tuple[Study, Home]) -> None:
-    with serving(*finished, 0) as server:
+    with serving(StudyView(*finished), 0) as server:
         assert server.socket.getsockname()[0] == "127.0.0.1" and server.url.startswith(
             "http://127.0.0.1:"
         )
@@ -178,7 +179,7 @@ def test_before_a_study_was_run_there_are_no_points_to_look_at_in_optuna_dashboa
         answer = get(server.url + "points")
         assert answer.status_code == 404 and "once it runs" in answer.text
         assert get(server.url + "api/studies").status_code == 404
-        drive(small(tmp_path), home, lambda: Pretended(home.store))
+        drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
         assert get(server.url + "points").status_code == 302
 
 
@@ -204,7 +205,7 @@ def test_a_database_that_cannot_be_read_is_named_and_the_page_stays(tmp_path: Pa
 
 def test_a_taken_port_is_one_clear_error(finished: tuple[Study, Home]) -> None:
     with (
-        serving(*finished, 0) as server,
+        serving(StudyView(*finished), 0) as server,
         pytest.raises(StudyError, match=rf"127\.0\.0\.1:{server.server_port}.*--port 0"),
     ):
-        serving(*finished, server.server_port)
+        serving(StudyView(*finished), server.server_port)

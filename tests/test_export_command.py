@@ -28,6 +28,7 @@ from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study, lasting
 from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import content_digest, digest, folder_files
 from ebbline.tasks.measuring.completions import read_completions
 from tests.latex import compiled, needs_latex
@@ -48,7 +49,7 @@ def pinned(path: Path) -> dict[str, Any]:
 
 
 def driven(file: Path, home: Home) -> None:
-    progress = drive(home.continued(load(str(file))), home, InlineExecutor)
+    progress = drive(StudyView(load(str(file)), home), InlineExecutor)
     assert {result.status for result in progress.results} == {"done"}
 
 
@@ -417,7 +418,7 @@ def test_the_bundle_s_study_gives_the_same_keys_in_another_home(
     )
     assert done.exit_code == 0, done.output
     keys = json.loads((bundle / "keys.json").read_text())
-    again = collect(parse(bundle / "study.yaml"), other)
+    again = collect(StudyView(parse(bundle / "study.yaml"), other))
     assert [dict(result.keys) for result in again] == [point["keys"] for point in keys["points"]]
     assert len(keys["stages"]) >= 20 and all(point["keys"] for point in keys["points"])
     after = ebbline("export", "--check", bundle, "--home", other.root, "--json")

@@ -22,6 +22,7 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import content_digest, folder_files
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import Metric, pooled
@@ -83,7 +84,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[Path, 
         "refusal_floor": 0.0,  # models of random weights refuse nothing
     }
     study, home = made_study(folder, changes), Home(folder / "home")
-    progress = drive(study, home, InlineExecutor)
+    progress = drive(StudyView(study, home), InlineExecutor)
     assert [found.status for found in progress.results] == ["done"] * 2
     return folder / "study.yaml", study, home
 
@@ -112,7 +113,7 @@ def test_the_exported_adapter_loads_in_peft_and_says_what_the_measured_one_says(
     driven: tuple[Path, Study, Home], exported: Path, pair: Pair
 ) -> None:
     _, study, home = driven
-    point = collect(study, home)[1]
+    point = collect(StudyView(study, home))[1]
     assert point.projected_share == 1.0
     stored = {
         seed: home.store.open("apply", point.keys[f"apply[seed={seed}]"]).path
@@ -145,7 +146,7 @@ def test_the_card_has_the_hubs_metadata_and_every_number_with_its_interval(
         "peft",
         "not-on-the-hub/tiny-7b-aligned",
     )
-    point = collect(study, home)[1]
+    point = collect(StudyView(study, home))[1]
     rows = re.findall(r"^\| (?:refusal rate|task accuracy), .*$", card.text, re.MULTILINE)
     assert len(rows) == 2
     for row in rows:
@@ -237,9 +238,9 @@ def test_of_a_mean_the_card_gives_one_seed_no_interval(
     )
     found = [
         replace(each, metrics={**each.metrics, "task.rouge_l": mean})
-        for each in collect(driven[1], driven[2])
+        for each in collect(StudyView(driven[1], driven[2]))
     ]
-    monkeypatch.setattr("ebbline.commands.pick.collect", lambda study, home: found)
+    monkeypatch.setattr("ebbline.commands.pick.collect", lambda view: found)
     assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "out").exit_code == 0
     (row,) = re.findall(
         r"^\| rouge l .*$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
@@ -272,7 +273,7 @@ def test_another_seed_is_exported_when_it_is_named(
         "the adapter of seed 4, which was asked for; it holds the floors by itself ("
         in (tmp_path / "four" / "README.md").read_text()
     )
-    key = collect(driven[1], driven[2])[1].keys["apply[seed=4]"]
+    key = collect(StudyView(driven[1], driven[2]))[1].keys["apply[seed=4]"]
     assert (tmp_path / "four" / "adapter_model.safetensors").read_bytes() == (
         driven[2].store.open("apply", key).file("adapter_model.safetensors").read_bytes()
     )
@@ -321,14 +322,14 @@ def test_what_retention_dropped_is_refused_with_the_commands_that_make_it_again(
     assert freed.exit_code == 0, freed.output
     said = pick(driven, "--point", 1, "--export", tmp_path / "out")
     assert said.exit_code == 1 and not list(tmp_path.iterdir())
-    key = collect(study, home)[1].keys["apply[seed=3]"]
+    key = collect(StudyView(study, home))[1].keys["apply[seed=3]"]
     commands = re.findall(r"^  ebbline (.+)$", said.output, re.MULTILINE)
     assert commands == [
         f"store forget apply {key} --home {home.root}",
         f"run {path} --home {home.root}",
     ]
     assert run(*commands[0].split()).exit_code == 0
-    drive(study, home, InlineExecutor)  # what `ebbline run` does, in this process
+    drive(StudyView(study, home), InlineExecutor)  # what `ebbline run` does, in this process
     said = pick(driven, "--point", 1, "--export", tmp_path / "out")
     assert said.exit_code == 0, said.output
     weights = "adapter_model.safetensors"

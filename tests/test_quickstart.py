@@ -19,9 +19,10 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.store.artifacts import Store
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import read_metrics
 from ebbline.tasks.stage import Part, Stage
@@ -122,7 +123,7 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: R
     # A model that learnt no refusals, or nothing but refusals, has a rate near 0 where about 85% is
     # asked for.
     study, where = run.study, Home(run.home)
-    before = baselines(study, where)
+    before = baselines(StudyView(study, where))
     assert set(before) == set(study.models)
     for metrics in before.values():
         refusal, over = metrics["refusal.refusal_rate"], metrics["over_refusal.over_refusal_rate"]
@@ -131,7 +132,7 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: R
     # Utility, on ordinary held-out requests, is no suite of the quickstart; measured here as one
     # more stage a size.
     runner = Runner(where.store, InlineExecutor())
-    for suites in Planner(study, where).baselines().values():
+    for suites in StageGraph(study, where).baselines().values():
         task = suites["task"]
         language = task.inputs["generation"].inputs["prompts"].stage
         said = Stage(

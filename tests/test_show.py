@@ -26,6 +26,7 @@ from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.pretended import RANKS, Pretended, small
 
@@ -63,7 +64,7 @@ def test_no_heartbeat_looks_at_more_than_what_is_under_way(tmp_path, home, monke
         screen(progress)
 
     with screen:
-        progress = drive(found, home, lambda: Pretended(home.store), watch)
+        progress = drive(StudyView(found, home), lambda: Pretended(home.store), watch)
     assert progress.told == 6 and len(progress.results) == 6
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "tiny: 6/6 points" in said if console.is_terminal else "6/6 points" in said
@@ -106,7 +107,9 @@ def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_fai
         if progress.live.gpus.busy and progress.live.failures and screen.picture.frontier.fronts:
             half_way.append(drawn(screen.picture, width))
 
-    progress = drive(found, home, lambda: Pretended(home.store, gpus=1, fails=nan_at_rank_8), watch)
+    progress = drive(
+        StudyView(found, home), lambda: Pretended(home.store, gpus=1, fails=nan_at_rank_8), watch
+    )
     said = " ".join(half_way[0].split())
     assert (
         "/9 points, " in said and "1 of 1 GPUs busy" in said and "logical GPU-hours spent" in said
@@ -132,15 +135,16 @@ def test_the_frontier_is_of_all_runs_and_keeps_what_no_other_point_of_its_size_d
 ):
     found = small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]})
     drive(
-        small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]}, budget={"points": 4}),
-        home,
+        StudyView(
+            small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8]}, budget={"points": 4}), home
+        ),
         lambda: Pretended(home.store),
     )
     screen = Screen(found, terminal())
-    progress = drive(found, home, lambda: Pretended(home.store), screen)
+    progress = drive(StudyView(found, home), lambda: Pretended(home.store), screen)
     screen.look(progress)
     assert len(progress.results) == 5 and len(progress.taken) == 9
-    results = collect(found, home)
+    results = collect(StudyView(found, home))
     assert screen.picture.frontier.hypervolume == pytest.approx(
         frontier_hypervolume(results, found.objectives)
     )
@@ -155,9 +159,9 @@ def test_a_further_seed_replaces_what_its_point_was_while_the_run_goes_on(
     close = {"seeds": [0, 1, 2, 3], "replicates": {"policy": "near_frontier", "confidence": 0.9}}
     found = small(tmp_path, axes={**RANKS, "train.rank": [2, 4, 8, 16]}, **close)
     screen = Screen(found, terminal())
-    progress = drive(found, home, lambda: Pretended(home.store), screen)
+    progress = drive(StudyView(found, home), lambda: Pretended(home.store), screen)
     screen.look(progress)
-    results = {each.number: each for each in collect(found, home)}
+    results = {each.number: each for each in collect(StudyView(found, home))}
     assert max(seeds_of(each) for each in results.values()) > 1
     assert (
         progress.amended == progress.live.points.amended == len(progress.taken) - len(results) > 0
@@ -198,8 +202,7 @@ def test_a_terminal_s_frontier_is_drawn_only_when_points_have_landed(tmp_path, h
     found, turns = small(tmp_path), []
     with Screen(found, terminal()) as screen:
         drive(
-            found,
-            home,
+            StudyView(found, home),
             lambda: Pretended(home.store),
             lambda progress: turns.append(1) or screen(progress),
         )
@@ -214,7 +217,9 @@ def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_somet
     found = small(tmp_path, axes={**RANKS, "train.rank": [2, 8]})
     console = Console(file=io.StringIO())
     screen = Screen(found, console)
-    progress = drive(found, home, lambda: Pretended(home.store, fails=nan_at_rank_8), screen)
+    progress = drive(
+        StudyView(found, home), lambda: Pretended(home.store, fails=nan_at_rank_8), screen
+    )
     for _ in range(3):
         screen.lines.say(progress.live)
     lines = console.file.getvalue().splitlines()
@@ -255,13 +260,13 @@ def test_a_frontier_is_drawn_in_plain_letters_where_a_terminal_has_no_others(tmp
 
 
 def status(found: Study, home: Home, capsys: pytest.CaptureFixture[str]) -> str:
-    evidence = StoredEvidence(found, home)
+    evidence = StoredEvidence(StudyView(found, home))
     print_status(
         found,
         home,
-        collect(found, home),
-        baselines(found, home),
-        costs_before(found, home),
+        collect(StudyView(found, home)),
+        baselines(StudyView(found, home)),
+        costs_before(StudyView(found, home)),
         evidence,
         False,
     )
@@ -272,9 +277,9 @@ def status(found: Study, home: Home, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_status_says_whether_a_run_would_go_on(tmp_path, home, capsys):
     grid = small(tmp_path)
-    drive(small(tmp_path, budget={"points": 2}), home, lambda: Pretended(home.store))
+    drive(StudyView(small(tmp_path, budget={"points": 2}), home), lambda: Pretended(home.store))
     assert status(grid, home, capsys) == "driver: none; `ebbline run` continues it"
-    drive(grid, home, lambda: Pretended(home.store))
+    drive(StudyView(grid, home), lambda: Pretended(home.store))
     assert status(grid, home, capsys) == "driver: none; all its points are there"
 
 
@@ -282,12 +287,12 @@ def test_status_and_plan_say_that_a_search_has_nothing_more_to_propose(tmp_path,
     found = small(
         tmp_path, axes=MASKS, search={"sampler": "stage_aware", "points": 30, "window": 4}
     )
-    drive(found, home, lambda: Pretended(home.store))
+    drive(StudyView(found, home), lambda: Pretended(home.store))
     assert (
         status(found, home, capsys)
         == "driver: none; it has ended: the search has nothing more to propose"
     )
-    planning.plan_study(found, home, Capacity((Host("here", 8, 8),)), 0, as_json=False)
+    planning.plan_study(StudyView(found, home), Capacity((Host("here", 8, 8),)), 0, as_json=False)
     said = " ".join(capsys.readouterr().out.split())
     assert "No further point is asked for: the search has nothing more to propose." in said
     assert "0 misses; a run would find all of them in the store." in said
@@ -297,10 +302,10 @@ def test_a_plan_that_looked_at_a_part_of_the_points_does_not_speak_for_all(
     tmp_path, home, capsys, monkeypatch
 ):
     found = small(tmp_path)
-    drive(found, home, lambda: Pretended(home.store))
+    drive(StudyView(found, home), lambda: Pretended(home.store))
     monkeypatch.setattr(forecasts, "EXACT", 5)
     monkeypatch.setattr(forecasts, "SAMPLE", 4)
-    planning.plan_study(found, home, Capacity((Host("here", 8, 8),)), 0, as_json=False)
+    planning.plan_study(StudyView(found, home), Capacity((Host("here", 8, 8),)), 0, as_json=False)
     assert (
         "0 misses among the 4 of 6 points that were looked up; a run looks at all of them."
         in " ".join(capsys.readouterr().out.split())
@@ -325,9 +330,9 @@ def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_p
 
     def ran(**others: Any) -> tuple[int, str]:
         code = run_study(
-            small(tmp_path, **masks, **others),
-            str(tmp_path / "study.yaml"),
-            home,
+            StudyView(
+                small(tmp_path, **masks, **others), home, source=str(tmp_path / "study.yaml")
+            ),
             Place("inline", "local"),
             wandb=False,
         )

@@ -21,6 +21,7 @@ from ebbline.cluster.store.artifacts import RECORD
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import content_digest, digest
 from ebbline.tasks.specs import DataSpec, TrainSpec
 from ebbline.tasks.stage import key_payload
@@ -80,7 +81,7 @@ def driven_in(
     if profile:
         (folder / "home" / "cluster.yaml").write_text(yaml.safe_dump(profile))
     found, home = made_study(folder, changes), Home(folder / "home")
-    progress = drive(found, home, InlineExecutor)
+    progress = drive(StudyView(found, home), InlineExecutor)
     assert {result.status for result in progress.results} == {"done"}
     return found, home
 
@@ -159,7 +160,7 @@ def test_verify_names_each_damage_with_its_remedy_and_mend_has_it_made_again(
     study: Study, home: Home
 ) -> None:
     assert store(home, "verify").exit_code == 0
-    before = [(result.metrics, result.keys) for result in collect(study, home)]
+    before = [(result.metrics, result.keys) for result in collect(StudyView(study, home))]
     train, score, generate = (
         next(iter(home.store.all(kind))) for kind in ("train", "score", "generate")
     )
@@ -181,8 +182,8 @@ def test_verify_names_each_damage_with_its_remedy_and_mend_has_it_made_again(
     )
     assert len(list((home.store.root / "aside").glob("*/*"))) == 2
     assert data(home, "verify")["damages"] == []
-    drive(study, home, InlineExecutor)
-    assert [(result.metrics, result.keys) for result in collect(study, home)] == before
+    drive(StudyView(study, home), InlineExecutor)
+    assert [(result.metrics, result.keys) for result in collect(StudyView(study, home))] == before
 
 
 def test_gc_removes_nothing_unless_it_is_told_to(home: Home) -> None:
@@ -200,7 +201,7 @@ def test_gc_removes_nothing_unless_it_is_told_to(home: Home) -> None:
 
 
 def test_gc_removes_what_nobody_needs_and_keeps_every_result(study: Study, home: Home) -> None:
-    before, kept = collect(study, home), files(home)
+    before, kept = collect(StudyView(study, home)), files(home)
     lost = orphan(home)
     cut = home.store.begin("train", "a" * 64)
     (cut / "payload" / "half").write_bytes(b"0" * 1000)
@@ -221,7 +222,7 @@ def test_gc_removes_what_nobody_needs_and_keeps_every_result(study: Study, home:
     assert found["removed"] and found["bytes"] >= 2000
     assert not lost.exists() and not cut.exists() and (young / "payload" / "half").exists()
     assert {name: size for name, size in files(home).items() if "c" * 64 not in name} == kept
-    assert collect(study, home) == before
+    assert collect(StudyView(study, home)) == before
     assert (
         "nothing may go; what was written in the last 24 hours stays"
         in store(home, "gc", "--yes").stdout
@@ -286,7 +287,7 @@ def test_a_study_whose_points_are_lost_stops_gc_before_it_removes_anything(home:
 def test_dropped_adapters_leave_every_result_and_are_made_again_when_a_new_point_needs_one(
     study: Study, home: Home, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    before = collect(study, home)
+    before = collect(StudyView(study, home))
     front = [
         result for each in frontier_by_model(before, study.objectives).values() for result in each
     ]
@@ -303,8 +304,8 @@ def test_dropped_adapters_leave_every_result_and_are_made_again_when_a_new_point
     assert [path.name for path in train.path.rglob("*.safetensors")] == [] and home.store.dropped(
         train
     )
-    assert collect(study, home) == before and data(home, "verify")["damages"] == []
-    again = drive(study, home, InlineExecutor)
+    assert collect(StudyView(study, home)) == before and data(home, "verify")["damages"] == []
+    again = drive(StudyView(study, home), InlineExecutor)
     assert again.results == [] and not sum(
         counts["done"] for counts in again.runner.counts.values()
     )
@@ -312,7 +313,7 @@ def test_dropped_adapters_leave_every_result_and_are_made_again_when_a_new_point
     more = made_study(
         tmp_path, changes | {"study": "more", "axes": {"apply.threshold": [None, 0.0]}}
     )
-    progress = drive(more, home, InlineExecutor)
+    progress = drive(StudyView(more, home), InlineExecutor)
     assert [result.status for result in progress.results] == ["done", "done"]
     assert not home.store.dropped(train) and content_digest(train.path) == train.content
 
@@ -334,10 +335,12 @@ def test_a_study_in_a_bucket_comes_out_as_in_a_folder_and_is_looked_after_alike(
     found, home = driven_in(tmp_path / "bucket", changes, {"store": bucket, "cache_gb": 0.5})
     assert not (home.root / "store").exists()
     beside = [
-        (result.metrics, result.keys, result.projected_share) for result in collect(study, once[1])
+        (result.metrics, result.keys, result.projected_share)
+        for result in collect(StudyView(study, once[1]))
     ]
     assert [
-        (result.metrics, result.keys, result.projected_share) for result in collect(found, home)
+        (result.metrics, result.keys, result.projected_share)
+        for result in collect(StudyView(found, home))
     ] == beside
     usage = data(home, "du")
     assert (
@@ -368,7 +371,8 @@ def test_a_study_in_a_bucket_comes_out_as_in_a_folder_and_is_looked_after_alike(
     assert store(home, "verify", "--mend").exit_code == 0
     fresh = Home(home.root)
     assert fresh.store.find("train", train.key) is None
-    drive(found, fresh, InlineExecutor)
+    drive(StudyView(found, fresh), InlineExecutor)
     assert [
-        (result.metrics, result.keys, result.projected_share) for result in collect(found, fresh)
+        (result.metrics, result.keys, result.projected_share)
+        for result in collect(StudyView(found, fresh))
     ] == beside

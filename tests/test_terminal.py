@@ -18,6 +18,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from ebbline.analysis.results.collect import collect
 from ebbline.cli import app
 from ebbline.commands import run as running
 from ebbline.commands import status
@@ -26,8 +27,11 @@ from ebbline.commands.status import watch_status
 from ebbline.outputs import tell_outputs
 from ebbline.sweeps.drive.live import Live, read_live, read_timeline
 from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study import view as viewing
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError
 from ebbline.tasks.identity import content_digest
 from tests.sweeps.made import changed, study
@@ -255,11 +259,8 @@ def ran(
     def go(as_json: bool = False, **others: Any) -> tuple[int, str]:
         found = small(tmp_path, **others)
         code = run_study(
-            found,
-            str(tmp_path / "study.yaml"),
-            home,
+            StudyView(found, home, source=str(tmp_path / "study.yaml")),
             Place("inline", "local"),
-            False,
             False,
             "ebbline run it",
             as_json,
@@ -326,9 +327,9 @@ def test_nobody_to_watch_is_said_at_once(
     ran: Any, tmp_path: Path, home: Home, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran()
-    watch_status(small(tmp_path), home, as_json=False)
+    watch_status(StudyView(small(tmp_path), home), as_json=False)
     assert "driver: none; all its points are there" in capsys.readouterr().out
-    watch_status(small(tmp_path), home, as_json=True)
+    watch_status(StudyView(small(tmp_path), home), as_json=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["driver"] is None and json.loads(line)["hypervolume"] > 0
 
@@ -343,7 +344,7 @@ def test_leaving_the_watch_leaves_the_run_alone(
         status, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic)
     )
     with home.driving("tiny"):
-        watch_status(small(tmp_path), home, as_json=False)
+        watch_status(StudyView(small(tmp_path), home), as_json=False)
     said = capsys.readouterr()
     assert "the run goes on" in said.err and f"process {os.getpid()} on " in said.out
 
@@ -353,8 +354,7 @@ def test_the_snapshot_of_a_driver_that_was_killed_is_not_taken_for_another_s(
 ) -> None:
     seen: list[Live] = []
     drive(
-        small(tmp_path),
-        home,
+        StudyView(small(tmp_path), home),
         lambda: Pretended(home.store),
         lambda progress: seen.append(progress.live),
     )
@@ -373,7 +373,7 @@ def test_what_changes_files_says_so_as_json(tmp_path: Path, home: Home) -> None:
     file, pinned = tmp_path / "study.yaml", tmp_path / "pinned.yaml"
     done = CliRunner().invoke(app, ["pin", str(file), "--to", str(pinned), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout) == {"wrote": str(pinned), "pins": []}
-    drive(small(tmp_path), home, lambda: Pretended(home.store))
+    drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
     (artifact, *_) = home.store.all("train")
     done = CliRunner().invoke(
         app, ["store", "forget", "train", artifact.key, "--home", str(home.root), "--json"]
@@ -418,7 +418,11 @@ def watched(
     KeyboardInterrupt out.
     """
     seen: list[Live] = []
-    drive(found, home, lambda: Pretended(home.store), lambda progress: seen.append(progress.live))
+    drive(
+        StudyView(found, home),
+        lambda: Pretended(home.store),
+        lambda progress: seen.append(progress.live),
+    )
     points = seen[-1].points
 
     def live(*arguments: Any) -> Live:
@@ -429,7 +433,22 @@ def watched(
     monkeypatch.setattr(status, "time", clock)
     monkeypatch.setattr(status, "live_of", live)
     monkeypatch.setattr(Home, "holder", lambda self, study: "process 1")
-    watch_status(found, home, as_json=True)
+    watch_status(StudyView(found, home), as_json=True)
+
+
+@pytest.mark.slow
+def test_a_run_makes_one_stage_graph_and_collects_once(
+    ran: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, collected = [], []
+    monkeypatch.setattr(
+        viewing, "StageGraph", lambda *arguments: made.append(StageGraph(*arguments)) or made[-1]
+    )
+    monkeypatch.setattr(
+        running, "collect", lambda study: collected.append(collect(study)) or collected[-1]
+    )
+    ran(budget={"points": 2})
+    assert len(made) == len(collected) == 1 and len(collected[0]) == 2
 
 
 def test_a_watch_survives_what_cannot_be_read_for_a_while_and_says_it_once(

@@ -23,9 +23,10 @@ from ebbline.sweeps.state.outcome import result_of
 from ebbline.sweeps.state.todo import explained, todo
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.measuring.metrics import direction
 from tests.organisms import WALK
 from tests.tolerance import four_deviations
@@ -48,14 +49,14 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
     """Pays for the walk's study, unless an earlier run has left it."""
     # A study gives points ...
     point = Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})
-    # ... the planner turns a point into stages, each reading from others ...
-    planner = Planner(study, home)
-    stages = planner.stages_for(point)
+    # ... the graph turns a point into stages, each reading from others ...
+    graph = StageGraph(study, home)
+    stages = graph.stages_for(point)
     train, project, apply = (stages[f"{kind}[seed=0]"] for kind in ("train", "project", "apply"))
     assert train in project.upstream() and project in apply.upstream()
     # ... only `apply` knows the threshold, so another threshold shares the training and the
     # projection ...
-    other = planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.3}))
+    other = graph.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.3}))
     assert other["project[seed=0]"].lineage == project.lineage
     assert other["apply[seed=0]"].lineage != apply.lineage
     # ... a stage's key hashes the content of its inputs, and finds its artifact in the store ...
@@ -69,7 +70,7 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
     result = result_of(study, 0, point, stages, resolver)
     assert result.status == "done" and 0 < result.projected_share < 1
     # ... and the frontier is the results that no other dominates.
-    results = collect(study, home)
+    results = collect(StudyView(study, home))
     chosen = frontier(results, study.objectives)
     distinct = [
         each for each in results if each.same_as is None
@@ -84,9 +85,10 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
 def test_refusals_ebb_under_fine_tuning_and_projection_brings_some_back(
     study: Study, home: Home
 ) -> None:
-    before = baselines(study, home)["7b"]
+    before = baselines(StudyView(study, home))["7b"]
     by_threshold = {
-        dict(result.point.values)["apply.threshold"]: result for result in collect(study, home)
+        dict(result.point.values)["apply.threshold"]: result
+        for result in collect(StudyView(study, home))
     }
     refusal = {
         threshold: result.metrics["refusal.refusal_rate"].value
@@ -110,7 +112,8 @@ def test_refusals_ebb_under_fine_tuning_and_projection_brings_some_back(
 
 def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, home: Home) -> None:
     results = {
-        dict(result.point.values)["apply.threshold"]: result for result in collect(study, home)
+        dict(result.point.values)["apply.threshold"]: result
+        for result in collect(StudyView(study, home))
     }
     # 0.05 lies below every cosine, so it projects nothing, and its evaluations are those of the
     # adapter as it is.
@@ -120,7 +123,7 @@ def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, 
 
 def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
     points = points_of(study, home.storage(study.study))
-    found = todo(Planner(study, home), points.told)
+    found = todo(StageGraph(study, home), points.told)
     assert (
         not found.missing
         and not points.to_come
@@ -131,7 +134,7 @@ def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None
     assert (
         searcher.told() == 6
         and not searcher.in_flight()
-        and searcher.ask(Knowledge(Planner(study, home), Resolver(home.store))) is None
+        and searcher.ask(Knowledge(StageGraph(study, home), Resolver(home.store))) is None
     )
 
 
@@ -140,7 +143,7 @@ def test_a_changed_field_is_named_as_the_reason_for_the_miss(study: Study, home:
         update={"train": study.train.model_copy(update={"learning_rate": 1e-3})}
     )
     found = todo(
-        Planner(changed, home), [Point.of("7b", {"train.rank": 8, "apply.threshold": None})]
+        StageGraph(changed, home), [Point.of("7b", {"train.rank": 8, "apply.threshold": None})]
     )
     reasons = {
         name.rpartition(", ")[2]: reason for name, reason in explained(found, home.store, 100)
@@ -152,7 +155,7 @@ def test_a_changed_field_is_named_as_the_reason_for_the_miss(study: Study, home:
 def test_no_completion_leaves_the_store(study: Study, home: Home) -> None:
     from ebbline.outputs import write_outputs
 
-    write_outputs(study, home)
+    write_outputs(StudyView(study, home), collect(StudyView(study, home)))
     store = Store(home.root / "store")
     kept = [
         path
@@ -181,9 +184,9 @@ def test_no_completion_leaves_the_store(study: Study, home: Home) -> None:
 
 
 def test_a_runner_asked_for_what_is_there_runs_nothing(study: Study, home: Home) -> None:
-    planner = Planner(study, home)
-    runner = Runner(home.store, InlineExecutor(), planner.needs_of)
+    graph = StageGraph(study, home)
+    runner = Runner(home.store, InlineExecutor(), graph.needs_of)
     runner.want(
-        planner.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})).values()
+        graph.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})).values()
     )
     assert runner.idle and all(node.reused for node in runner.nodes.values())

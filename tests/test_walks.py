@@ -22,7 +22,7 @@ def checkout(folder: Path) -> Path:
             DOCS.parent / package,
             folder / package,
             symlinks=True,
-            ignore=shutil.ignore_patterns("__pycache__", "results"),
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     shutil.copy(DOCS.parent / "pyproject.toml", folder)
     return folder

@@ -7,7 +7,6 @@ MOST rows at a time. The points are looked at only while somebody watches, and f
 of the time: of a study with very many points less often than of a small one.
 """
 
-import re
 import threading
 import time
 import uuid
@@ -20,9 +19,8 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ebbline.analysis.figures.drawing import looks
-from ebbline.analysis.figures.gantt import KIND_COLOURS, lanes_of
+from ebbline.analysis.figures.gantt import colours, lanes_of
 from ebbline.analysis.results.collect import Follower
-from ebbline.analysis.results.compare import is_projected
 from ebbline.analysis.results.costs import point_costs, told
 from ebbline.analysis.results.frontier import (
     finished,
@@ -30,10 +28,12 @@ from ebbline.analysis.results.frontier import (
     frontier_by_model,
     frontier_hypervolume,
 )
+from ebbline.analysis.results.measurements import is_projected
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     directed_label,
     metric_label,
+    progress_label,
     settings_label,
     status_label,
 )
@@ -45,10 +45,11 @@ from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Point, Result, StageName
-from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.metrics import Metric
-from ebbline.tasks.specs import KINDS, TrainSpec
+from ebbline.tasks.specs import TrainSpec
 
 MOST = 1000  # rows in one answer
 SPANS = 2000  # stages that the Gantt chart has, the latest
@@ -56,8 +57,6 @@ FAILURES = 200
 STEPS = 1000  # of a training's curve
 WATCHED_S = 15.0  # how long somebody who asked still watches
 LOOK_S, IDLE_S, SHARE = 1.0, 5.0, 5
-SHOWN_KEYS = ("train", "project", "apply")
-_LOSS = re.compile(r"loss ([-+.e\d]+) \((\d+)/\d+\)")
 Row = dict[str, Any]
 
 
@@ -105,16 +104,16 @@ class LivePage:
     threads.
     """
 
-    def __init__(self, study: Study, home: Home) -> None:
-        self.study, self.home, self.folder = study, home, home.folder(study.study)
+    def __init__(self, view: StudyView) -> None:
+        self.study, self.home, self.folder = view.study, view.home, view.folder
         self._boot = uuid.uuid4().hex[:8]
-        self._follower = Follower(study, home)
+        self._follower = Follower(view)
         self._changes, self._lock = Changes(), threading.Lock()
         self._results: list[Result] = []
         self._rows: dict[int, tuple[Result, Row]] = {}
         self._error = ""
         self._asked, self._wanted = 0.0, threading.Event()
-        self._timeline, self._looked = Timeline(home, study.study), 0.0
+        self._timeline, self._looked = Timeline(view.home, view.study.study), 0.0
         self._drive: Row = {}
         self._seen: dict[str, dict[int, float]] = defaultdict(
             dict
@@ -130,8 +129,8 @@ class LivePage:
             ],
             "of": len(self.study.objectives),
             "looks": looks(self.study.models),
-            "kinds": list(KINDS),
-            "colours": KIND_COLOURS,
+            "kinds": list(STAGE_KINDS),
+            "colours": colours(),
             "limit": limit(self.study),
         }
 
@@ -217,8 +216,8 @@ class LivePage:
         for key in self._seen.keys() - at_work.keys():
             del self._seen[key]
         for key, each in at_work.items():
-            if found := _LOSS.search(each.said):
-                self._seen[key][int(found[2])] = float(found[1])
+            if each.progress is not None and each.progress.loss is not None:
+                self._seen[key][each.progress.done] = each.progress.loss
 
     def _keep_looking(self) -> None:
         while True:
@@ -313,9 +312,10 @@ class LivePage:
             },
             "cost": "nothing has run" if cost is None else told(cost.alone, self.home.profile),
             "keys": {
-                part: result.keys[name]
-                for part in SHOWN_KEYS
-                if (name := f"{part}[seed={self.study.seeds[0]}]") in result.keys
+                kind.name: result.keys[name]
+                for kind in STAGE_KINDS.values()
+                if kind.shows_key
+                and (name := f"{kind.name}[seed={self.study.seeds[0]}]") in result.keys
             },
         }
         self._rows[result.number] = result, row
@@ -405,6 +405,9 @@ def _bar(stage: Ended | AtWork, lanes: Iterable[tuple[str, bool, int]]) -> Row:
 def _drive(live: Live | None, holder: str | None) -> Row:
     """How the drive stands; `live` is the past when nobody drives the study now."""
     snapshot = None if live is None else live.model_dump(mode="json")
+    if live is not None and snapshot is not None:
+        for row, stage in zip(snapshot["running"], live.running, strict=True):
+            row["said"] = progress_label(stage)
     if snapshot is not None and not holder:
         snapshot |= {"running": [], "left_s": 0.0}
     return {"driver": holder, "now": time.time(), "live": snapshot}

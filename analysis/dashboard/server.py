@@ -26,8 +26,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from ebbline.analysis.dashboard.live_page import LivePage
 from ebbline.analysis.report.page import template
 from ebbline.sweeps.state.trials import opened, reaching
-from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EbblineError, StudyError
 
 if TYPE_CHECKING:
@@ -71,12 +70,12 @@ class Server(ThreadingMixIn, WSGIServer):
 class Site:
     """The pages as a WSGI application."""
 
-    def __init__(self, study: Study, home: Home) -> None:
-        self.page = LivePage(study, home)
-        self._storage = home.storage(study.study)
+    def __init__(self, view: StudyView) -> None:
+        self.page = LivePage(view)
+        self._storage = view.storage
         self._index = (
             template("dashboard/live_page.html")
-            .render(study=study, about=self.page.about())
+            .render(study=view.study, about=self.page.about())
             .encode()
         )
         self._making = threading.Lock()
@@ -174,11 +173,11 @@ class Site:
         return str(get_plotlyjs()).encode()
 
 
-def serving(study: Study, home: Home, port: int) -> Server:
+def serving(view: StudyView, port: int) -> Server:
     """A server that is ready to `serve_forever`. Raises StudyError when the port is taken; port 0
     takes any that is free.
     """
-    site = Site(study, home)
+    site = Site(view)
     try:
         server = make_server(HOST, port, site, Server, _Quiet)
     except OSError as error:
@@ -189,10 +188,13 @@ def serving(study: Study, home: Home, port: int) -> Server:
     return server
 
 
-def show(study: Study, home: Home, port: int, browser: bool) -> None:
+def show(view: StudyView, port: int, browser: bool) -> None:
     """Serve the page until Ctrl-C, and open it in a browser where there is one."""
-    with serving(study, home, port) as server:
-        print(f"{study.study}: {server.url}  (Ctrl-C ends the page, and nothing else)", flush=True)
+    with serving(view, port) as server:
+        print(
+            f"{view.study.study}: {server.url}  (Ctrl-C ends the page, and nothing else)",
+            flush=True,
+        )
         if browser:
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         with suppress(KeyboardInterrupt):

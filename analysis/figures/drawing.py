@@ -16,8 +16,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.results.wording import natural
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 
 COLOURS = (

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from ebbline.analysis.figures.drawing import SCREEN, Page, looks, reach, style
-from ebbline.analysis.results.compare import Baselines, is_projected
 from ebbline.analysis.results.frontier import finished, frontier
+from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import directed_label
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.measuring.metrics import Metric, direction

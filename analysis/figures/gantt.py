@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from ebbline.analysis.figures.drawing import COLOURS, style
 from ebbline.cluster.schedule.simulate import Span, Trace
+from ebbline.tasks.kinds import STAGE_KINDS
 
 MOST_LANES = 40
 UNITS = (
@@ -24,17 +25,6 @@ UNITS = (
     (180.0, 60.0, "minutes"),
     (0.0, 1.0, "seconds"),
 )
-# What trains is warm, what measures is cold, what prepares is grey.
-KIND_COLOURS = {
-    "organism": "0.45",
-    "convert": "0.6",
-    "train": COLOURS[1],
-    "subspace": COLOURS[4],
-    "project": COLOURS[3],
-    "generate": COLOURS[0],
-    "judge": COLOURS[5],
-    "evaluate": COLOURS[2],
-}
 OTHER = "0.8"
 
 
@@ -54,27 +44,38 @@ def gantt_figure(trace: Trace, kinds: Mapping[str, str], title: str = "") -> Fig
         {lane for taken in lanes for lane in taken},
         key=lambda lane: (lane[0], not lane[1], lane[2]),
     )
-    seen = [kind for kind in KIND_COLOURS if kind in {kinds[span.key] for span in trace.spans}]
+    ran = {kinds[span.key] for span in trace.spans}
+    seen = {kind: colour for kind, colour in colours().items() if kind in ran}
     with style():
         tall = 1.4 + 0.24 * len(rows) if len(rows) <= MOST_LANES else 4.2
         figure = Figure(figsize=(9.0, tall), layout="constrained")
         axes = figure.subplots()
         if len(rows) <= MOST_LANES:
-            _bars(axes, trace.spans, lanes, rows, kinds, scale_s)
+            _bars(axes, trace.spans, lanes, rows, kinds, seen, scale_s)
         else:
             _areas(axes, trace, kinds, seen, scale_s)
         axes.set_xlabel(f"{unit} from the start, as planned")
         axes.set_xlim(0, trace.makespan_s / scale_s)
         axes.set_title(title)
-        shown = [(KIND_COLOURS[kind], kind) for kind in seen] + (
-            [(OTHER, "other")] if len(rows) <= MOST_LANES else []
-        )
+        shown = [*seen.items(), *([("other", OTHER)] if len(rows) <= MOST_LANES else [])]
         figure.legend(
-            handles=[Patch(color=colour, label=name) for colour, name in shown],
+            handles=[Patch(color=colour, label=name) for name, colour in shown],
             loc="outside lower center",
             ncols=len(shown),
         )
     return figure
+
+
+def colours() -> dict[str, str]:
+    """The colour of each kind of stage that has one, in the order of the kinds: what trains is
+    warm, what measures is cold, what prepares is grey.
+    """
+    palette = {f"C{place}": colour for place, colour in enumerate(COLOURS)}
+    return {
+        kind.name: palette.get(kind.colour, kind.colour)
+        for kind in STAGE_KINDS.values()
+        if kind.colour
+    }
 
 
 Lane = tuple[str, bool, int]  # host, whether a GPU (or a slot), which
@@ -106,13 +107,14 @@ def _bars(
     lanes: Sequence[Sequence[Lane]],
     rows: Sequence[Lane],
     kinds: Mapping[str, str],
+    seen: Mapping[str, str],
     scale_s: float,
 ) -> None:
     at = {lane: place for place, lane in enumerate(rows)}
     bars: dict[tuple[Lane, str], list[tuple[float, float]]] = defaultdict(list)
     for span, taken in zip(spans, lanes, strict=True):
         for lane in taken:
-            colour = KIND_COLOURS.get(kinds[span.key], OTHER)
+            colour = seen.get(kinds[span.key], OTHER)
             bars[lane, colour].append(
                 (span.start_s / scale_s, (span.end_s - span.start_s) / scale_s)
             )
@@ -137,7 +139,7 @@ def _row_label(lane: Lane, numbers: Mapping[str, int]) -> str:
 
 
 def _areas(
-    axes: Axes, trace: Trace, kinds: Mapping[str, str], seen: Sequence[str], scale_s: float
+    axes: Axes, trace: Trace, kinds: Mapping[str, str], seen: Mapping[str, str], scale_s: float
 ) -> None:
     """GPUs at work, stacked by kind."""
     at_s = np.linspace(0.0, trace.makespan_s, 600)
@@ -154,6 +156,6 @@ def _areas(
             until = np.concatenate([[0.0], np.cumsum(gpus[order])])
             height += sign * until[np.searchsorted(moments[order], at_s, side="right")]
         heights.append(height)
-    axes.stackplot(at_s / scale_s, heights, colors=[KIND_COLOURS[kind] for kind in seen])
+    axes.stackplot(at_s / scale_s, heights, colors=[*seen.values()])
     axes.axhline(trace.capacity.gpus, color="0.35", linestyle=":", linewidth=1.0)
     axes.set_ylabel("GPUs at work")

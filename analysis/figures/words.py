@@ -13,8 +13,8 @@ from ebbline.analysis.figures.projection import depth_and_type
 from ebbline.analysis.figures.threshold import THRESHOLD
 from ebbline.analysis.results.attainment import Array, Attainment
 from ebbline.analysis.results.before_after import Line
-from ebbline.analysis.results.compare import Baselines, is_projected
 from ebbline.analysis.results.frontier import finished, frontier_by_model
+from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import directed_label, metric_label, natural, percent
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.defences.gate import ModuleRow, chosen

@@ -22,7 +22,6 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.paper.bundle_keys import KEYS, STUDY, keys_of
 from ebbline.analysis.report.provenance import Build
 from ebbline.sweeps.study.home import Home
@@ -30,6 +29,7 @@ from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import Budget, Constraints, Search, Study, references
 from ebbline.sweeps.study.study_file import as_yaml
+from ebbline.tasks.files import write_whole
 
 FILES = "files"  # beside study.yaml: where what the user brings lies
 

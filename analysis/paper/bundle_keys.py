@@ -18,7 +18,7 @@ from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import Resolver, contents_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse
 from ebbline.tasks.errors import StudyError
@@ -64,7 +64,7 @@ def keys_of(study: Study, home: Home, results: Sequence[Result], build: Build) -
     """What keys.json holds: the points with their stages' keys, and every stage behind them, inputs
     first.
     """
-    planner, resolver = Planner(study, home, located=False), Resolver(home.store)
+    graph, resolver = StageGraph(study, home, located=False), Resolver(home.store)
     points = [
         {
             "number": r.number,
@@ -78,7 +78,7 @@ def keys_of(study: Study, home: Home, results: Sequence[Result], build: Build) -
     ]
     found = [
         (label, stage, artifact)
-        for label, stage in _named(planner, points)
+        for label, stage in _named(graph, points)
         if (artifact := resolver.artifact(stage)) is not None
     ]
     return {
@@ -97,8 +97,8 @@ def check_bundle(folder: Path, home: Home) -> Checked:
     """
     kept, points = _read(folder / KEYS)
     study = parse(folder / STUDY)
-    planner, resolver = Planner(study, home, located=False), Resolver(home.store)
-    stages = _named(planner, points)
+    graph, resolver = StageGraph(study, home, located=False), Resolver(home.store)
+    stages = _named(graph, points)
     by_lineage = {stage.lineage: stage for _, stage in stages}
     states = [(known, *_state(known, by_lineage.get(known.lineage), resolver)) for known in kept]
     counts = Counter(state for _, state, _ in states)
@@ -158,17 +158,17 @@ def _kept(label: str, stage: Stage, artifact: Artifact) -> KeptStage:
     )
 
 
-def _named(planner: Planner, points: Sequence[Mapping[str, Any]]) -> list[tuple[str, Stage]]:
+def _named(graph: StageGraph, points: Sequence[Mapping[str, Any]]) -> list[tuple[str, Stage]]:
     """(label, stage) of all behind the aligned models' measurements and the points' own stages,
     each once, inputs first.
     """
-    wanted = [stage for suites in planner.baselines().values() for stage in suites.values()]
+    wanted = [stage for suites in graph.baselines().values() for stage in suites.values()]
     for point in points:
         stages = (
-            planner.stages_for(Point.of(point["model"], point["values"])) if point["keys"] else {}
+            graph.stages_for(Point.of(point["model"], point["values"])) if point["keys"] else {}
         )
         wanted += [stage for name, stage in stages.items() if name in point["keys"]]
-    return [(planner.label(stage), stage) for stage in closure(wanted)]
+    return [(graph.label(stage), stage) for stage in closure(wanted)]
 
 
 def _read(path: Path) -> tuple[list[KeptStage], list[dict[str, Any]]]:

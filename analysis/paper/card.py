@@ -8,11 +8,11 @@ of a machine, is in it; a model that is not on the hub is never given a name tha
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import usefulness_metric
+from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.floors import METHOD, Pick, spread_known
+from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picked import in_words, lines_of, named
 from ebbline.analysis.results.wording import directed_label, measured, percent, value_label
 from ebbline.cluster.store.artifacts import Artifact
@@ -26,6 +26,7 @@ from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.measuring.scorers import SCORERS
 
 PAPER = "arXiv 2405.16833"
+_TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ text }}"
 
 
 def card(
@@ -36,7 +37,7 @@ def card(
     done: int,
     stages: Mapping[str, Artifact],
     aligned: Mapping[str, Metric],
-    prompts: Mapping[str, PromptSet],
+    prompts: Mapping[str, SuitePrompts],
     seed_asked: bool = False,
 ) -> str:
     """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's
@@ -60,7 +61,10 @@ def card(
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
         "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, stages)),
     ]
-    return f"---\n{_metadata(study, model)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    written = ModelCard.from_template(
+        _metadata(study, model), template_str=_TEMPLATE, text="\n\n".join(sections) + "\n"
+    )
+    return str(written)
 
 
 def hub_base(study: Study, model: str) -> Hub | None:
@@ -68,16 +72,15 @@ def hub_base(study: Study, model: str) -> Hub | None:
     return study.models[model].aligned.hub
 
 
-def _metadata(study: Study, model: str) -> str:
+def _metadata(study: Study, model: str) -> ModelCardData:
     hub = hub_base(study, model)
-    data = ModelCardData(
+    return ModelCardData(
         base_model=f"not-on-the-hub/{study.study}-{model}-aligned" if hub is None else hub.id,
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["ebbline", "lora", "safe-lora", "safety"],
     )
-    return data.to_yaml().strip()
 
 
 def _what(
@@ -214,7 +217,7 @@ def _settings(spec: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]
 
 
 def _sources(
-    study: Study, model: str, prompts: Mapping[str, PromptSet]
+    study: Study, model: str, prompts: Mapping[str, SuitePrompts]
 ) -> Iterator[tuple[str, str]]:
     size = study.models[model]
     yield "aligned model", described(size.aligned, size.base)

@@ -21,7 +21,6 @@ from typing import Literal
 from ebbline.analysis.figures.drawing import Page, save_for_print
 from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.threshold import threshold_figure
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.paper.bundle import Bring, write_bundle
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, bibliography, cited
 from ebbline.analysis.paper.latex import (
@@ -33,7 +32,7 @@ from ebbline.analysis.paper.latex import (
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Provenance, provenance
 from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
-from ebbline.analysis.results.compare import Baselines, refusal_metric, usefulness_metric
+from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
 from ebbline.analysis.results.tables import results_frame, write_tables
 from ebbline.analysis.results.wording import without_paths
 from ebbline.cluster.schedule.costs import Cost
@@ -42,7 +41,9 @@ from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import folder_files
 
 MARK = "export.json"
@@ -80,17 +81,18 @@ class Found:
     before: Mapping[str, Cost]
 
 
-def write_export(study: Study, home: Home, to: Path, styles: Sequence[Style]) -> Export:
+def write_export(view: StudyView, to: Path, styles: Sequence[Style]) -> Export:
     """Write the export of what a study has so far. Raises StudyError when it has no finished point,
     was never begun here with these settings, or `to` holds anything but an earlier export of it.
     """
+    study, home = view.study, view.home
     _bring_back(to.resolve())
     if not home.has_run(study.study):
         raise StudyError(
             f"{study.study!r} has not been run in {home.root}. Run it first, or name its --home"
         )
     _check_free(study, home, to)
-    found = _found(study, home)
+    found = _found(view)
     fresh = to.resolve().with_name(f".{to.resolve().name}.{os.getpid()}")
     try:
         bring = _write(found, home, fresh, styles)
@@ -103,21 +105,21 @@ def write_export(study: Study, home: Home, to: Path, styles: Sequence[Style]) ->
     )
 
 
-def _found(study: Study, home: Home) -> Found:
-    home.begun_as(study)
-    results = collect(study, home)
+def _found(view: StudyView) -> Found:
+    view.begun_as()
+    results = collect(view)
     if not any(result.status == "done" for result in results):
         raise StudyError(
-            f"no point of {study.study!r} has finished in {home.root}, so there is nothing "
-            "to export; `ebbline status` says how far it is"
+            f"no point of {view.study.study!r} has finished in {view.home.root}, so there is "
+            "nothing to export; `ebbline status` says how far it is"
         )
-    artifacts = artifacts_behind(study, home, results)
+    artifacts = artifacts_behind(view, results)
     return Found(
-        study,
+        view.study,
         results,
-        baselines(study, home),
-        provenance(study, home, results, artifacts),
-        costs_before(study, home),
+        baselines(view),
+        provenance(view, results, artifacts),
+        costs_before(view),
     )
 
 

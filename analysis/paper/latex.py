@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ebbline.analysis.results.before_after import STATES, trios
-from ebbline.analysis.results.compare import Baselines, refusal_metric
 from ebbline.analysis.results.frontier import frontier, frontier_by_model
+from ebbline.analysis.results.measurements import Baselines, refusal_metric
 from ebbline.analysis.results.tables import axes_of
 from ebbline.analysis.results.wording import (
     axis_label,

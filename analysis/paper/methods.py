@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, pin_key
 from ebbline.analysis.report.provenance import Provenance
-from ebbline.analysis.results.compare import Baselines
 from ebbline.analysis.results.costs import study_cost, told
 from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.analysis.results.wording import (
     NO_RESULT,
     metric_label,

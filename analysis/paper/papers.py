@@ -12,10 +12,15 @@ from typing import Any, Literal, TypeVar
 
 from ebbline.analysis.paper.card import described
 from ebbline.analysis.paper.published import PUBLISHED, Published
-from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import Baselines, is_projected, unprojected, usefulness_metric
+from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.floors import Floor, pick
 from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import (
+    Baselines,
+    is_projected,
+    unprojected,
+    usefulness_metric,
+)
 from ebbline.analysis.results.wording import measured, metric_label, natural, percent, value_label
 from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Model, Study
@@ -54,7 +59,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A published number, what the study has in its place (in words, and from which size), and the
     facts that decide.
     """
@@ -78,8 +83,8 @@ class Row:
 
 
 def beside_papers(
-    study: Study, results: Sequence[Result], baselines: Baselines, asked: Mapping[str, PromptSet]
-) -> list[Row]:
+    study: Study, results: Sequence[Result], baselines: Baselines, asked: Mapping[str, SuitePrompts]
+) -> list[PaperRow]:
     """A row for each published number, beside the size and suite of the study that come nearest to
     it.
 
@@ -99,8 +104,8 @@ def _row(
     study: Study,
     done: Sequence[Result],
     baselines: Baselines,
-    asked: Mapping[str, PromptSet],
-) -> Row:
+    asked: Mapping[str, SuitePrompts],
+) -> PaperRow:
     found = []
     for model in sorted(study.models, key=natural):
         own = [result for result in done if result.point.model == model]
@@ -114,7 +119,9 @@ def _row(
             (fact.verdict == "same") - (fact.verdict == "differs") for fact in each[0]
         ),
     )
-    return Row(published, model, _here(published, study, model, suite, chosen, baselines), facts)
+    return PaperRow(
+        published, model, _here(published, study, model, suite, chosen, baselines), facts
+    )
 
 
 def _suites(published: Published, study: Study) -> list[str]:
@@ -183,7 +190,7 @@ def _facts(
     model: str,
     suite: str,
     chosen: Sequence[Result],
-    asked: PromptSet | None,
+    asked: SuitePrompts | None,
 ) -> Iterator[Fact]:
     size = study.models[model]
     yield _measure(published, suite)
@@ -329,7 +336,7 @@ def _stated(what: str, there: T | None, here: Sequence[T], label: Callable[[T], 
 
 
 def _asking(
-    published: Published, study: Study, suite: str, asked: PromptSet | None
+    published: Published, study: Study, suite: str, asked: SuitePrompts | None
 ) -> Iterator[Fact]:
     measure = study.suites[suite].measure
     if isinstance(measure, MultipleChoiceSuite):

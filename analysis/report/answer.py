@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.results.before_after import Line, before_after
-from ebbline.analysis.results.compare import (
+from ebbline.analysis.results.frontier import finished, values_of
+from ebbline.analysis.results.measurements import (
     LEVEL,
     NO_EVIDENCE,
     Baselines,
@@ -28,7 +29,6 @@ from ebbline.analysis.results.compare import (
     unprojected,
     usefulness_metric,
 )
-from ebbline.analysis.results.frontier import finished, values_of
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import (
     NO_RESULT,

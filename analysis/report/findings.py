@@ -21,7 +21,7 @@ from ebbline.analysis.figures.words import (
 )
 from ebbline.analysis.results.attainment import Attainment, attainments
 from ebbline.analysis.results.before_after import Line, before_after
-from ebbline.analysis.results.compare import (
+from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
     Evidence,

@@ -13,10 +13,10 @@ from statistics import median
 
 from ebbline.analysis.figures.drawing import save
 from ebbline.analysis.figures.projection import cosine_map, share_figure
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.report.page import shown_cosines, shown_shares, template
 from ebbline.analysis.results.wording import natural, percent, without_paths
 from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows
+from ebbline.tasks.files import write_whole
 
 MOST_MAPS = 8
 

@@ -16,15 +16,15 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import NamedTuple
 
-from ebbline.analysis.results.collect import PromptSet, artifacts_behind, prompt_sets
+from ebbline.analysis.results.collect import SuitePrompts, artifacts_behind, prompt_sets
 from ebbline.analysis.results.wording import natural
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.racing import races
 from ebbline.sweeps.state.replicates import seeds_of
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Study, lasting, references
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import digest
 
 PACKAGES = (
@@ -42,7 +42,7 @@ NAMELESS = {"cpu": "CPU", "cuda": "GPU of an unknown type"}  # by a record's dev
 SOURCE = Path(__file__).resolve().parents[2]
 
 
-class Row(NamedTuple):
+class ProvenanceRow(NamedTuple):
     """A line of the table: the group it stands in, what it is about, and what is known."""
 
     group: str
@@ -130,7 +130,7 @@ class Provenance:
     seeds_used: int
     pins: tuple[Pin, ...]
     made: Mapping[str, str]
-    prompts: Mapping[str, PromptSet]
+    prompts: Mapping[str, SuitePrompts]
     build: Build
     python: str
     packages: Mapping[str, str]
@@ -138,12 +138,12 @@ class Provenance:
     hardware: tuple[Hardware, ...]
     driving: Mapping[str, str]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ProvenanceRow]:
         """The whole as a table, groups in order."""
         return [*self._study(), *self._content(), *self._software(), *self._hardware()]
 
-    def _study(self) -> Iterator[Row]:
-        yield Row(
+    def _study(self) -> Iterator[ProvenanceRow]:
+        yield ProvenanceRow(
             "Study",
             "study, sha256",
             f"{self.study_sha256} (its settings and pins; not its budget, nor where it ran)",
@@ -153,50 +153,54 @@ class Provenance:
             if self.seeds_used < len(self.seeds)
             else ""
         )
-        yield Row("Study", "seeds", ", ".join(map(str, self.seeds)) + used)
-        yield from (Row("Study", label, value) for label, value in self.driving.items())
+        yield ProvenanceRow("Study", "seeds", ", ".join(map(str, self.seeds)) + used)
+        yield from (ProvenanceRow("Study", label, value) for label, value in self.driving.items())
 
-    def _content(self) -> Iterator[Row]:
+    def _content(self) -> Iterator[ProvenanceRow]:
         group = "Models and data"
-        yield from (Row(group, where, made) for where, made in self.made.items())
-        yield from (Row(group, pin.where.rpartition(".")[0], str(pin)) for pin in self.pins)
+        yield from (ProvenanceRow(group, where, made) for where, made in self.made.items())
         yield from (
-            Row(group, f"prompts of {suite}", str(found)) for suite, found in self.prompts.items()
+            ProvenanceRow(group, pin.where.rpartition(".")[0], str(pin)) for pin in self.pins
+        )
+        yield from (
+            ProvenanceRow(group, f"prompts of {suite}", str(found))
+            for suite, found in self.prompts.items()
         )
 
-    def _software(self) -> Iterator[Row]:
-        yield Row("Software", "ebbline (of this page)", str(self.build))
-        yield Row("Software", "python", self.python)
-        yield from (Row("Software", name, found) for name, found in self.packages.items())
+    def _software(self) -> Iterator[ProvenanceRow]:
+        yield ProvenanceRow("Software", "ebbline (of this page)", str(self.build))
+        yield ProvenanceRow("Software", "python", self.python)
+        yield from (ProvenanceRow("Software", name, found) for name, found in self.packages.items())
         told = [
             f"{kind} {', '.join(map(str, found))}" for kind, found in self.stage_versions.items()
         ]
-        yield Row(
+        yield ProvenanceRow(
             "Software", "versions of the stage kinds", "; ".join(told) or "nothing has run yet"
         )
 
-    def _hardware(self) -> Iterator[Row]:
+    def _hardware(self) -> Iterator[ProvenanceRow]:
         if not self.hardware:
-            yield Row("Hardware", "ran on", "nothing has run yet")
-        yield from (Row("Hardware", each.kind, str(each)) for each in self.hardware)
+            yield ProvenanceRow("Hardware", "ran on", "nothing has run yet")
+        yield from (ProvenanceRow("Hardware", each.kind, str(each)) for each in self.hardware)
 
 
 def provenance(
-    study: Study, home: Home, results: Sequence[Result], artifacts: Sequence[Artifact] | None = None
+    view: StudyView, results: Sequence[Result], artifacts: Sequence[Artifact] | None = None
 ) -> Provenance:
     """What is known of where the results come from, now: software is that of this process, hardware
     that of the stages' records.
 
     `artifacts` are those behind the results, for a caller who has them already.
     """
-    artifacts = artifacts_behind(study, home, results) if artifacts is None else artifacts
+    study = view.study
+    artifacts = artifacts_behind(view, results) if artifacts is None else artifacts
     return Provenance(
         study_sha256=digest(lasting(study.model_dump(mode="json"))),
         seeds=study.seeds,
         seeds_used=max(map(seeds_of, results), default=0),
         pins=tuple(pins(study)),
         made=dict(made(study)),
-        prompts=prompt_sets(study, home),
+        prompts=prompt_sets(view),
         build=build(),
         python=platform.python_version(),
         packages=packages(),
@@ -365,7 +369,7 @@ def _driving(study: Study) -> dict[str, str]:
     themselves.
     """
     search, policy = study.search, study.replicates
-    if search.order == "in_turn":
+    if search.in_turn:
         order = f"told in turn, {search.reach} points in flight"
     else:
         order = "told as points land" + (

@@ -13,7 +13,6 @@ from typing import Any
 
 from ebbline.analysis.figures.importance import importance_cells, importance_notes
 from ebbline.analysis.figures.projection import Projections, projection_figures
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.report.answer import answer
 from ebbline.analysis.report.findings import Drawn, Findings, figures_of
 from ebbline.analysis.report.page import (
@@ -24,11 +23,11 @@ from ebbline.analysis.report.page import (
     shown_shares,
     template,
 )
-from ebbline.analysis.report.provenance import Row
+from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
-from ebbline.analysis.results.compare import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
+from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.tables import (
     agreement_cells,
     category_cells,
@@ -47,6 +46,7 @@ from ebbline.sweeps.drive.live import host_names
 from ebbline.sweeps.search.importance import METHOD
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.files import write_whole
 
 _NO_PROJECTIONS: Projections = MappingProxyType({})
 
@@ -55,7 +55,7 @@ def write_report(
     found: Findings,
     folder: Path,
     cost: Mapping[str, object],
-    provenance: Sequence[Row],
+    provenance: Sequence[ProvenanceRow],
     projections: Projections = _NO_PROJECTIONS,
     plan: Path | None = None,
     figures: Mapping[str, Drawn] | None = None,

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from ebbline.analysis.results.before_after import Line, Trio, trios
-from ebbline.analysis.results.compare import (
+from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
     Evidence,
@@ -21,7 +22,6 @@ from ebbline.analysis.results.compare import (
     unprojected,
     usefulness_metric,
 )
-from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.wording import metric_label, percent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study

@@ -12,7 +12,8 @@ from typing import Literal
 
 import pandas as pd
 
-from ebbline.analysis.results.compare import (
+from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
     Comparison,
@@ -25,7 +26,6 @@ from ebbline.analysis.results.compare import (
     training_of,
     unprojected,
 )
-from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.tables import in_percent, in_points
 from ebbline.analysis.results.wording import directed_label, natural

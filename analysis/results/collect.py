@@ -8,27 +8,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ebbline.analysis.results.compare import Subject, operating_point, refusal_metric
 from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import Subject, operating_point, refusal_metric
 from ebbline.analysis.results.statistics import Agreement, Replicates, pooled_agreement
 from ebbline.analysis.results.wording import natural, settings_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.outcome import (
-    costs_of,
-    lasting_results,
-    metrics_of,
-    results_of,
-    stages_or_refusal,
-)
+from ebbline.sweeps.state.outcome import costs_of, lasting_results, metrics_of, results_of
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Reader, read
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, keys_of
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import ProjectedRows, read_rows
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
@@ -36,13 +31,13 @@ from ebbline.tasks.specs import ApplySpec, GenerateSpec, ProjectSpec, ScoreSpec
 from ebbline.tasks.stage import Stage, closure
 
 
-def collect(study: Study, home: Home, planner: Planner | None = None) -> list[Result]:
+def collect(view: StudyView) -> list[Result]:
     """All points asked so far, in the order of asking: done, failed or refused with their reason,
     still running or out of budget.
     """
-    entries, _ = read(study, home.storage(study.study))
-    results = results_of(study, entries, planner or Planner(study, home), Resolver(home.store))
-    return _of_budget(results, read_spent(home.folder(study.study)))
+    entries, _ = read(view.study, view.storage)
+    results = results_of(view.study, entries, view.graph, Resolver(view.home.store))
+    return _of_budget(results, read_spent(view.folder))
 
 
 def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
@@ -61,28 +56,26 @@ class Follower:
     worked out once.
     """
 
-    def __init__(self, study: Study, home: Home) -> None:
-        self.study, self.home = study, home
-        self._planner = Planner(study, home, located=False)
-        self._points = Reader(study, home.storage(study.study))
+    def __init__(self, view: StudyView) -> None:
+        self._view = view.unlocated()
+        self._points = Reader(view.study, view.storage)
         self._kept: dict[int, Result] = {}
         self._before: dict[str, dict[str, Metric]] = {}
 
     def look(self) -> list[Result]:
         """What `collect` gives."""
-        if not self.home.storage(self.study.study).there:
+        view = self._view
+        if not view.storage.there:
             return []
         entries, _ = self._points.look()
-        results = results_of(
-            self.study, entries, self._planner, Resolver(self.home.store), self._kept
-        )
-        self._kept = lasting_results(self.study, results)
-        return _of_budget(results, read_spent(self.home.folder(self.study.study)))
+        results = results_of(view.study, entries, view.graph, Resolver(view.home.store), self._kept)
+        self._kept = lasting_results(view.study, results)
+        return _of_budget(results, read_spent(view.folder))
 
     def before(self) -> dict[str, dict[str, Metric]]:
         """What `baselines` gives."""
-        if len(self._before) < len(self.study.models):
-            self._before = baselines(self.study, self.home, self._planner)
+        if len(self._before) < len(self._view.study.models):
+            self._before = baselines(self._view)
         return self._before
 
 
@@ -119,7 +112,7 @@ def projections(
 
 
 @dataclass(frozen=True)
-class PromptSet:
+class SuitePrompts:
     """What a suite's prompts were: how the file was read, its rows, how many of them were asked,
     and its digest.
     """
@@ -133,72 +126,67 @@ class PromptSet:
         return f"{self.format}, {self.rows} rows, {self.asked} asked, sha256 {self.sha256}"
 
 
-def prompt_sets(study: Study, home: Home) -> dict[str, PromptSet]:
+def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
     """By suite, of the suites that an aligned model has answered."""
-    planner, resolver, found = Planner(study, home), Resolver(home.store), dict[str, PromptSet]()
-    for suites in planner.baselines().values():
+    resolver, found = Resolver(view.home.store), dict[str, SuitePrompts]()
+    for suites in view.graph.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
             if artifact is not None:
                 said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
-                found[suite] = PromptSet(
+                found[suite] = SuitePrompts(
                     said["format"], said["rows"], said["asked"], said["sha256"]
                 )
     return found
 
 
-def costs_before(study: Study, home: Home) -> dict[str, Cost]:
+def costs_before(view: StudyView) -> dict[str, Cost]:
     """Key -> cost of measuring the aligned models before fine-tuning, and of making them."""
-    stages = [
-        stage for suites in Planner(study, home).baselines().values() for stage in suites.values()
-    ]
-    return costs_of(stages, Resolver(home.store))
+    stages = [stage for suites in view.graph.baselines().values() for stage in suites.values()]
+    return costs_of(stages, Resolver(view.home.store))
 
 
-def artifacts_behind(study: Study, home: Home, results: Sequence[Result]) -> list[Artifact]:
+def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifact]:
     """Every stage that the results and the aligned models rest on, once each, as far as it is in
     the store.
     """
-    planner, resolver = Planner(study, home), Resolver(home.store)
-    stages = [stage for suites in planner.baselines().values() for stage in suites.values()]
+    graph, resolver = view.graph, Resolver(view.home.store)
+    stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
     stages += [
-        stage
-        for result in results
-        for stage in stages_or_refusal(planner, result.point)[0].values()
+        stage for result in results for stage in stages_or_refusal(graph, result.point)[0].values()
     ]
     found = (resolver.artifact(stage) for stage in closure(stages))
     return list({artifact.key: artifact for artifact in found if artifact is not None}.values())
 
 
-def baselines(
-    study: Study, home: Home, planner: Planner | None = None
-) -> dict[str, dict[str, Metric]]:
+def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:
     """Model -> full metric name -> metric of the aligned model before fine-tuning, for the models
     measured so far.
     """
-    planner, resolver = planner or Planner(study, home), Resolver(home.store)
+    resolver = Resolver(view.home.store)
     found = {
-        model: metrics_of(study, suites, resolver) for model, suites in planner.baselines().items()
+        model: metrics_of(view.study, suites, resolver)
+        for model, suites in view.graph.baselines().items()
     }
     return {model: metrics for model, metrics in found.items() if metrics is not None}
 
 
 class StoredEvidence:
-    """What stands behind a study's metrics (ebbline.analysis.results.compare.Evidence), read from
-    the store whenever it is asked for.
+    """What stands behind a study's metrics (ebbline.analysis.results.measurements.Evidence), read
+    from the store whenever it is asked for.
 
     Nothing is kept: the samples of a whole study may be too many to hold.
     """
 
-    def __init__(self, study: Study, home: Home) -> None:
-        self._study, self._store = study, home.store
-        resolver = Resolver(home.store)
+    def __init__(self, view: StudyView) -> None:
+        self._study, self._store = view.study, view.home.store
+        resolver = Resolver(self._store)
         self._aligned = {
             (model, suite): resolver.artifact(stage)
-            for model, suites in Planner(study, home).baselines().items()
+            for model, suites in view.graph.baselines().items()
             for suite, stage in suites.items()
-            if suite in study.suites
+            if suite in self._study.suites
         }
 
     def samples(self, subject: Subject, suite: str) -> Replicates:

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ebbline.analysis.results.compare import (
+from ebbline.analysis.results.floors import Floor, Pick, pick
+from ebbline.analysis.results.frontier import finished, frontier_hypervolume, hypervolume
+from ebbline.analysis.results.measurements import (
     Comparison,
     Evidence,
     Measurement,
     compared,
     measurement,
 )
-from ebbline.analysis.results.floors import Floor, Pick, pick
-from ebbline.analysis.results.frontier import finished, frontier_hypervolume, hypervolume
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
 from ebbline.sweeps.study.points import Point, Result, Value

@@ -15,9 +15,9 @@ points depend on each other: its p-value is m times that of the point by itself.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from scipy.special import betainc
-from scipy.stats import beta
+from scipy.stats import binom, binomtest
 
 from ebbline.analysis.results.wording import metric_label, percent
 from ebbline.sweeps.study.points import Result
@@ -66,9 +66,14 @@ def bound(metric: Metric, among: int = 1, confidence: float = CONFIDENCE) -> flo
     """What the metric is at least (at most, where lower is better) with this confidence, when it
     was picked among so many.
     """
-    alpha, (bad, n) = (1 - confidence) / among, _bad_of(metric)
-    worst = 1.0 if bad >= n else float(beta.ppf(1 - alpha, bad + 1, n - bad))
+    worst = _upper_bound(*_bad_of(metric), (1 - confidence) / among)
     return 1 - worst if metric.direction == "maximise" else worst
+
+
+@lru_cache(maxsize=4096)  # a study's points share n and alpha, so few values differ
+def _upper_bound(bad: int, n: int, alpha: float) -> float:
+    exact = binomtest(bad, n, alternative="less").proportion_ci(1 - alpha, method="exact")
+    return float(exact.high)
 
 
 def sureness(metric: Metric, floor: Floor, among: int = 1) -> float:
@@ -77,9 +82,8 @@ def sureness(metric: Metric, floor: Floor, among: int = 1) -> float:
     """
     bad, n = _bad_of(metric)
     allowed = 1 - floor.value if floor.up else floor.value
-    # P(X <= bad) for X binomial(n, allowed): the chance to look so good while just missing the
-    # floor.
-    p = 1.0 if bad >= n else float(betainc(n - bad, bad + 1, 1 - allowed))
+    # The chance to look so good while just missing the floor.
+    p = float(binom.cdf(bad, n, allowed))
     return max(0.0, 1 - among * p)
 
 

@@ -11,22 +11,22 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from ebbline.analysis.files import write_whole
-from ebbline.analysis.results.compare import (
+from ebbline.analysis.results.costs import cost_columns
+from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
+from ebbline.analysis.results.measurements import (
     Baselines,
     Evidence,
     Subject,
     operating_point,
     refusal_metric,
 )
-from ebbline.analysis.results.costs import cost_columns
-from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
 from ebbline.analysis.results.statistics import SHARES, Agreement, by_category
 from ebbline.analysis.results.wording import axis_label, metric_label, natural, percent, value_label
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 
 MEASURED_COLUMNS = (

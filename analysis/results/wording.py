@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.points import Point, Status, Value
 from ebbline.tasks.measuring.metrics import Metric, direction
 
@@ -61,6 +62,17 @@ def clock(seconds: float) -> str:
         if whole < 7200
         else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     )
+
+
+def progress_label(stage: AtWork) -> str:
+    """`loss 0.310 (40/96)` of a training, `completions (32/100)` of others; empty when the stage
+    has told nothing.
+    """
+    progress = stage.progress
+    if progress is None:
+        return stage.said
+    what = progress.note if progress.loss is None else f"loss {progress.loss:.3f}"
+    return f"{what} ({progress.done}/{progress.total})"
 
 
 def size_label(size: float) -> str:

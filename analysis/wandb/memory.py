@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ebbline.analysis.files import write_whole
+from ebbline.tasks.files import write_whole
 
 Mode = Literal["online", "offline", "disabled"]
 MARKER = "run-{id}.wandb.synced"  # W&B writes it when a server has taken all of a run's log

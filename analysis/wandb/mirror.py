@@ -22,10 +22,8 @@ from pathlib import Path
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.wandb.runs import Mirror, Mirrored, chosen_mode
 from ebbline.cluster.store.artifacts import Artifact, Store
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
-from ebbline.sweeps.study.study import Study
-from ebbline.sweeps.study.study_file import load
+from ebbline.sweeps.study.view import StudyView
 
 EVERY_S = 5.0
 SLOWEST_S = 300.0
@@ -92,7 +90,7 @@ def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
     return [artifact for key in sorted(keys) if (artifact := store.find("train", key)) is not None]
 
 
-def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -> bool:
+def follow(view: StudyView, mirror: Mirror, every_s: float = EVERY_S) -> bool:
     """Update until standard input closes, then as long as that gets on; whether everything was
     shown.
 
@@ -100,7 +98,7 @@ def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -
     """
     failures, closed = 0, False
     while True:
-        done = _once(study, home, mirror)
+        done = _once(view, mirror)
         if done.error is not None:
             failures += 1
             _log.warning("%d shown, %d left: %s", done.shown, done.left, done.error)
@@ -112,10 +110,10 @@ def follow(study: Study, home: Home, mirror: Mirror, every_s: float = EVERY_S) -
         closed = closed or _closed_within(min(SLOWEST_S, every_s * 2**failures))
 
 
-def _once(study: Study, home: Home, mirror: Mirror) -> Mirrored:
+def _once(view: StudyView, mirror: Mirror) -> Mirrored:
     try:
-        results = collect(study, home)
-        trainings = trainings_of(results, home.store)
+        results = collect(view)
+        trainings = trainings_of(results, view.home.store)
     # The sweep may be writing; what cannot be read now is read next time
     except Exception as error:  # noqa: BLE001
         return Mirrored(error=f"{type(error).__name__}: {error}")
@@ -147,20 +145,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "WANDB_ERROR_REPORTING", "false"
     )  # W&B would send its own crash reports to Sentry
     os.nice(10)
-    home = Home(given.home)
-    study = home.continued(load(given.study))
+    view = StudyView.open(given.home, given.study)
+    study, home = view.study, view.home
     mode = chosen_mode()
     mode = "offline" if given.offline and mode == "online" else mode
     _log.info("mirroring %s, %s", study.study, mode)
     if mode == "disabled":
         return
-    with alone(home.folder(study.study)) as only:
+    with alone(view.folder) as only:
         if not only:
             _log.info("another mirror shows it already")
         elif not follow(
-            study,
-            home,
-            Mirror(study, home.folder(study.study), mode, home.id, home.profile),
+            view,
+            Mirror(study, view.folder, mode, home.id, home.profile),
             given.every,
         ):
             sys.exit(1)

@@ -38,7 +38,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Page:
+class RunPage:
     """One W&B run to show. `stamp` changes when there is something new to show for the same id."""
 
     id: str
@@ -66,7 +66,7 @@ def pages(
     profile: Profile,
     home_id: str,
     hosts: Collection[str] = (),
-) -> Iterator[Page]:
+) -> Iterator[RunPage]:
     """The trainings, then the points that have ended. No reason names one of `hosts`."""
     later = _later_points(results, profile)
     rows = trainings_without_run(results, profile)
@@ -82,10 +82,10 @@ def pages(
 
 def _training_page(
     study: Study, artifact: Artifact, points: Sequence[Result], home_id: str
-) -> Page:
+) -> RunPage:
     history = list(_curve(artifact.file(CURVE)))
     shown = [[result.number, _counts(result)] for result in points]
-    return Page(
+    return RunPage(
         id=run_id(study, home_id, artifact.key[:12]),
         stamp=digest([artifact.content, shown]) if shown else artifact.content,
         job_type="training",
@@ -99,7 +99,7 @@ def _training_page(
 
 def _point_page(
     study: Study, result: Result, profile: Profile, home_id: str, hosts: Collection[str]
-) -> Page:
+) -> RunPage:
     """The settings alone are its config: that is what W&B's parameter importance and parallel
     coordinates take from there.
     """
@@ -128,7 +128,7 @@ def _point_page(
             f"{shown}_undecided": metric.undecided,
         }
         summary[f"{shown}_low"], summary[f"{shown}_high"] = metric.interval
-    return Page(
+    return RunPage(
         id=run_id(study, home_id, result.point.id),
         stamp=digest([result.status, result.reason, _counts(result), dict(result.keys)]),
         job_type="point",

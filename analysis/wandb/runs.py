@@ -19,12 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ebbline.analysis.results.costs import growth
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
-from ebbline.analysis.results.growth import growth
 from ebbline.analysis.results.tables import NO_PRICES, frontier_text, results_frame
 from ebbline.analysis.results.wording import metric_label
 from ebbline.analysis.wandb.memory import Memory, Mode
-from ebbline.analysis.wandb.pages import Page, Table, pages, points_table, run_id, trainings_table
+from ebbline.analysis.wandb.pages import (
+    RunPage,
+    Table,
+    pages,
+    points_table,
+    run_id,
+    trainings_table,
+)
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.drive.live import host_names
@@ -109,7 +116,7 @@ class Mirror:
         if self.mode == "disabled":
             return Mirrored()
         until, count = time.monotonic() + self.bound_s, 0
-        new: list[Page] = []
+        new: list[RunPage] = []
         try:
             every = pages(
                 self.study, results, trainings, self.profile, self._home_id, host_names(self.folder)
@@ -147,7 +154,7 @@ class Mirror:
         finally:
             self._study_run = None
 
-    def _show(self, page: Page) -> None:
+    def _show(self, page: RunPage) -> None:
         run = self._open(page.id, page.job_type, page.name, page.config)
         for step, values in page.history[self._memory.rows(page.id) :]:
             run.log(dict(values), step=step)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ebbline.cluster.checks import Checked
+from ebbline.cluster.checks import ExecutorCheck
 from ebbline.cluster.executors.starts import StartCosts
 from ebbline.tasks.errors import StudyError
 
@@ -42,8 +42,8 @@ def _on_this_machine(wanted: Wanted) -> "Capacity | None":
     return capacity_here(wanted)
 
 
-def _nothing_to_check(address: str) -> Checked:
-    return Checked()
+def _nothing_to_check(address: str) -> ExecutorCheck:
+    return ExecutorCheck()
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ExecutorKind:
     own_processes: bool = True  # a job has processes of its own, which take time to start
     serial: bool = False  # stages run one after another, wherever the scheduler placed them
     start_costs: StartCosts = field(default_factory=StartCosts)
-    check: Callable[[str], Checked] = _nothing_to_check
+    check: Callable[[str], ExecutorCheck] = _nothing_to_check
     packages: tuple[str, ...] = ()
 
     def ran(self, job_id: str) -> bool:
@@ -81,7 +81,7 @@ def _ray_capacity(wanted: Wanted) -> "Capacity | None":
     return _on_this_machine(wanted) if wanted.address == "local" else None
 
 
-def _check_ray(address: str) -> Checked:
+def _check_ray(address: str) -> ExecutorCheck:
     from ebbline.cluster.executors.ray_check import check
 
     return check(address)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ebbline.cluster.store.workplace import workplace
 from ebbline.tasks.errors import EbblineError
+from ebbline.tasks.kinds import request_payload
 from ebbline.tasks.stage import Report, Request
 
 # The label with the type of a host's GPUs, in studies and on hosts: Ray's name for it. A host
@@ -193,7 +194,7 @@ def run_batch(
             if request.load:
                 provenance["load"] = dict(request.load)
             try:
-                work.store.commit(work.attempt, request.hashed, provenance)
+                work.store.commit(work.attempt, request_payload(request), provenance)
             except (EbblineError, OSError) as error:
                 name, reason = described(error, Path(request.log))
                 report = replace(report, error=f"could not be committed: {reason}", error_type=name)

@@ -14,12 +14,12 @@ from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
 
-from ebbline.cluster.checks import Checked, Finding, one_line, run_module, unreachable
+from ebbline.cluster.checks import ExecutorCheck, Finding, one_line, run_module, unreachable
 
 ACCELERATOR = "accelerator_type:"  # how Ray's resources name the type of a real GPU
 
 
-def check(address: str) -> Checked:
+def check(address: str) -> ExecutorCheck:
     """The cluster at an address, and the types of its GPUs."""
     if address not in ("auto", "local"):
         where = urlsplit(address if "://" in address else f"ray://{address}")
@@ -41,7 +41,9 @@ def check(address: str) -> Checked:
         return _problem(f"{address}: {found['error']}", remedy)
     types = tuple(found["types"])
     if address == "local":
-        return Checked((Finding("ray", "ok", "local: each run starts a cluster here"),), types)
+        return ExecutorCheck(
+            (Finding("ray", "ok", "local: each run starts a cluster here"),), types
+        )
     nodes = [
         f"{node['name']} {node['gpus']:g} GPU {' '.join(node['labels'])}".strip()
         for node in found["nodes"]
@@ -57,12 +59,12 @@ def check(address: str) -> Checked:
             "if the cluster grows by itself, a run makes it grow; else add workers with GPUs "
             "(or logical ones: ray start --num-gpus)"
         )
-        return Checked((Finding("ray", "warning", seen, remedy),))
-    return Checked((Finding("ray", "ok", seen),), types)
+        return ExecutorCheck((Finding("ray", "warning", seen, remedy),))
+    return ExecutorCheck((Finding("ray", "ok", seen),), types)
 
 
-def _problem(seen: str, remedy: str) -> Checked:
-    return Checked((Finding("ray", "problem", seen, remedy),))
+def _problem(seen: str, remedy: str) -> ExecutorCheck:
+    return ExecutorCheck((Finding("ray", "problem", seen, remedy),))
 
 
 def _nodes(address: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.cluster.running.nodes import Node, Setup
+from ebbline.tasks.progress import PROGRESS, StageProgress
 
 LOOK_EVERY_S = {
     True: 5.0,
@@ -36,16 +37,14 @@ class Timing:
         heard, said = self._heard.get(node.attempt, (-math.inf, {}))
         if time.monotonic() - heard >= self.look_every_s:
             with suppress(ValueError):  # being replaced at this moment; the next look will find it
-                said = json.loads(self._setup.store.log(node.attempt, "progress.json") or b"{}")
+                said = json.loads(self._setup.store.log(node.attempt, PROGRESS) or b"{}")
             self._heard[node.attempt] = (time.monotonic(), said)
         return said
 
-    def progress_of(self, node: Node) -> str:
-        """What a running stage says of itself, such as `loss 0.31 (40/96)`; empty when it has said
-        nothing.
-        """
+    def progress_of(self, node: Node) -> StageProgress | None:
+        """How far a running stage is; None when it has said nothing."""
         said = self.last_progress(node)
-        return f"{said['note']} ({said['done']}/{said['total']})" if said else ""
+        return StageProgress.of(said) if said else None
 
     def seconds(self, node: Node) -> float:
         """The expected seconds from now: by its own progress when the stage runs and has said how

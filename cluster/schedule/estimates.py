@@ -17,29 +17,16 @@ from ebbline.cluster.executors.choice import DEFAULT
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.executors.starts import StartCosts, Starts
 from ebbline.cluster.schedule.costs import named_type
-from ebbline.cluster.schedule.counted_work import Load, load_of, machine_of, seconds_on
+from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.cluster.store.artifacts import Artifact, Store
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS, kind_named
 from ebbline.tasks.stage import Stage
+from ebbline.tasks.stage_kind import Load
 
 REMEMBERED = 200  # the latest stages of a sort
 READ = 1000  # records of a kind; keys are hashes, so the first of them are a fair sample
 ENOUGH = 10  # applied adapters, to go by their share of distinct ones
-# What makes two stages of a kind alike, whatever their size; and what makes them more alike still.
-ALIKE: Mapping[str, tuple[str, ...]] = {
-    "organism": ("size",),
-    "train": ("method", "quantisation", "dtype"),
-    "project": ("projector",),
-    "generate": ("quantisation", "dtype", "backend"),
-    "judge": ("template", "endpoint", "quantisation"),
-    "evaluate": ("task", "shots", "quantisation", "dtype"),
-}
-NEARER: Mapping[str, tuple[str, ...]] = {
-    "train": ("max_tokens", "global_batch", "target_modules"),
-    "generate": ("label", "needs_answer", "max_new_tokens", "limit"),
-    "evaluate": ("limit",),
-}
 Sort = tuple[Any, ...]
 
 
@@ -69,7 +56,7 @@ class Estimates:
         self._loads: dict[str, Load] = {}
         self._known: dict[tuple[str, int, str | None], float] = {}
         self._adapters: list[str] = []  # contents of applied adapters
-        for kind in KINDS:
+        for kind in STAGE_KINDS:
             self.learn(itertools.islice(store.all(kind), READ))
 
     def met(self, capacity: Capacity) -> None:
@@ -172,8 +159,9 @@ def _sorts(kind: str, spec: Mapping[str, Any], gpus: int, gpu_type: str | None) 
     machine.
     """
     gpu_type = gpu_type if gpus else None
-    alike = tuple(_plain_value(spec.get(name)) for name in ALIKE.get(kind, ()))
-    nearer = tuple(_plain_value(spec.get(name)) for name in NEARER.get(kind, ()))
+    own = kind_named(kind)
+    alike = tuple(_plain_value(spec.get(name)) for name in own.alike)
+    nearer = tuple(_plain_value(spec.get(name)) for name in own.nearer)
     return [
         (kind, alike, nearer, gpu_type, gpus),
         (kind, alike, gpu_type, gpus),

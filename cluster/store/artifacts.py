@@ -30,7 +30,7 @@ from typing import Any
 
 from ebbline.cluster.store.bucket import Bucket
 from ebbline.cluster.store.cache import Cache, cache_folder
-from ebbline.cluster.store.places import Folder, Place, unwritable
+from ebbline.cluster.store.places import Folder, StorePlace, unwritable
 from ebbline.tasks.errors import Differs, Incomplete, StoreError
 from ebbline.tasks.identity import digest, digest_files, folder_files, part_digest
 
@@ -88,7 +88,7 @@ class Store:
     """
 
     def __init__(self, location: Path | str, cache_gb: float = CACHE_GB) -> None:
-        self.place: Place = (
+        self.place: StorePlace = (
             Bucket(str(location)) if "://" in str(location) else Folder(Path(location))
         )
         self.cache: Cache | None = None

@@ -18,14 +18,14 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from ebbline.cluster.store.places import Entry, Place, first_line, unwritable
+from ebbline.cluster.store.places import StoredFile, StorePlace, first_line, unwritable
 from ebbline.tasks.errors import StoreError
 
 RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 DELETED_AT_ONCE = 1000  # what S3 takes in one request
 
 
-class Bucket(Place):
+class Bucket(StorePlace):
     """A prefix of a bucket, by the S3 protocol."""
 
     REMEDIES: ClassVar[dict[str, str]] = {
@@ -114,11 +114,11 @@ class Bucket(Place):
                 return None
         return sha.hexdigest()
 
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "") -> Iterator[StoredFile]:
         with self._explaining():
             for batch in obstore.list(self._objects, prefix or None):
                 for item in batch:
-                    yield Entry(item["path"], item["size"], item["last_modified"].timestamp())
+                    yield StoredFile(item["path"], item["size"], item["last_modified"].timestamp())
 
     def below(self, prefix: str) -> list[str]:
         with self._explaining():

@@ -8,7 +8,6 @@ at any time and from any machine, exactly one succeeds.
 import errno
 import os
 import shutil
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -20,11 +19,12 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from ebbline.tasks.errors import DiskFull, StoreError
+from ebbline.tasks.files import to_disk, write_whole
 from ebbline.tasks.identity import file_digest
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredFile:
     """One file or object: its size in bytes, and when it was written in seconds since the epoch."""
 
     name: str
@@ -32,7 +32,7 @@ class Entry:
     modified: float
 
 
-class Place(ABC):
+class StorePlace(ABC):
     """`at` is how people write it: a folder's path, or a URL. All verbs raise StoreError, or
     DiskFull, and name it.
     """
@@ -68,7 +68,7 @@ class Place(ABC):
         """The digest of a name's bytes, read now; None when it is not there."""
 
     @abstractmethod
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "") -> Iterator[StoredFile]:
         """All that lies below a folder's name."""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Place(ABC):
         """Give a file another name."""
 
 
-class Folder(Place):
+class Folder(StorePlace):
     """A local or shared folder."""
 
     def __init__(self, root: Path) -> None:
@@ -102,7 +102,7 @@ class Folder(Place):
     def create(self, name: str, data: bytes) -> bool:
         try:
             obstore.put(LocalStore(prefix=self.root, mkdir=True), name, data, mode="create")
-            _to_disk(self.root / name)
+            to_disk(self.root / name)
         except AlreadyExistsError:
             return False
         except (BaseError, OSError) as error:
@@ -110,21 +110,15 @@ class Folder(Place):
         return True
 
     def write(self, name: str, data: bytes) -> None:
-        target = self.root / name
-        fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_bytes(data)
-            _to_disk(fresh)
-            fresh.replace(target)
+            write_whole(self.root / name, lambda fresh: fresh.write_bytes(data), durable=True)
         except OSError as error:
-            fresh.unlink(missing_ok=True)
             raise self.explained(error) from error
 
     def send(self, path: Path, name: str) -> None:
         target = self.root / name
         try:
-            _to_disk(path)  # a record must never outlive its payload through a power cut
+            to_disk(path)  # a record must never outlive its payload through a power cut
             if path != target:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, target)
@@ -146,7 +140,7 @@ class Folder(Place):
         except OSError as error:
             raise self.explained(error) from error
 
-    def entries(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "") -> Iterator[StoredFile]:
         for folder, _, names in os.walk(self.root / prefix):
             for name in names:
                 path = Path(folder, name)
@@ -154,7 +148,9 @@ class Folder(Place):
                     stat = path.lstat()
                 except FileNotFoundError:
                     continue  # removed by whoever works there
-                yield Entry(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime)
+                yield StoredFile(
+                    path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
+                )
 
     def below(self, prefix: str) -> list[str]:
         folder = self.root / prefix
@@ -215,11 +211,3 @@ def unwritable(at: str, error: OSError) -> StoreError:
 
 def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ebbline.cluster.store.artifacts import DROPPED, QUARANTINE, RECORD, Artifact, Store
-from ebbline.cluster.store.places import Entry
+from ebbline.cluster.store.places import StoredFile
 from ebbline.tasks.errors import StoreError
 from ebbline.tasks.identity import digest, digest_files
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 
 Told = Callable[[int, int, str], None]
 What = Literal["cut-off attempt", "checkpoint", "source", "artifact", "adapter"]
@@ -75,13 +75,13 @@ class Survey:
 
     def __init__(self, store: Store, told: Told = lambda done, total, name: None) -> None:
         self.store = store
-        self.files: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+        self.files: dict[tuple[str, str], list[StoredFile]] = defaultdict(list)
         for entry in store.place.entries():
             top, _, rest = entry.name.partition("/")
             self.files[top, rest.partition("/")[0].removesuffix(".json")].append(entry)
         self.records: dict[tuple[str, str], Artifact] = {}
         self.damaged: list[Damage] = []
-        held = {where: entries for where, entries in self.files.items() if where[0] in KINDS}
+        held = {where: entries for where, entries in self.files.items() if where[0] in STAGE_KINDS}
         recorded = [
             where
             for where, entries in held.items()
@@ -105,7 +105,7 @@ class Survey:
         """
         found: dict[str, list[int]] = defaultdict(list)
         for (top, name), entries in sorted(self.files.items()):
-            if top not in KINDS:
+            if top not in STAGE_KINDS:
                 if top != OWNERS:
                     found[{"scratch": "checkpoints", QUARANTINE: "set aside"}.get(top, top)].append(
                         _bytes(entries)
@@ -115,7 +115,7 @@ class Survey:
             found["cut-off attempts"] += [_bytes(files) for files in attempts.values()]
             if (top, name) in self.records:
                 found[top].append(_bytes(entries) - sum(map(_bytes, attempts.values())))
-        order = [*KINDS, "cut-off attempts", "checkpoints", "sources", "set aside"]
+        order = [*STAGE_KINDS, "cut-off attempts", "checkpoints", "sources", "set aside"]
         return {
             what: (len(found[what]), sum(found[what]))
             for what in [*order, *sorted(set(found) - set(order))]
@@ -135,7 +135,7 @@ class Survey:
         done = {key for _, key in self.records}
         for (top, name), entries in sorted(self.files.items()):
             old = max(entry.modified for entry in entries) < before
-            if top in KINDS:
+            if top in STAGE_KINDS:
                 for files in self._attempts(top, name).values():
                     if max(entry.modified for entry in files) < before:
                         yield _removal("cut-off attempt", top, name, files)
@@ -183,10 +183,10 @@ class Survey:
                 if files and max(entry.modified for entry in files) < before:
                     yield _removal("adapter", kind, key, files)
 
-    def _attempts(self, kind: str, key: str) -> Mapping[str, list[Entry]]:
+    def _attempts(self, kind: str, key: str) -> Mapping[str, list[StoredFile]]:
         """The attempts at a key that no record names."""
         artifact = self.records.get((kind, key))
-        attempts: dict[str, list[Entry]] = defaultdict(list)
+        attempts: dict[str, list[StoredFile]] = defaultdict(list)
         for entry in self.files[kind, key]:
             name = _below(entry, (kind, key)).partition("/")[0]
             if name not in (RECORD, DROPPED) and (artifact is None or name != artifact.folder.name):
@@ -210,7 +210,7 @@ def remove(
             for attempt in {
                 name.split("/")[2]
                 for name in removal.names
-                if name.count("/") > 2 and removal.kind in KINDS
+                if name.count("/") > 2 and removal.kind in STAGE_KINDS
             }:
                 store.discard(store.root / removal.kind / removal.key / attempt)
         freed += removal.bytes
@@ -246,15 +246,15 @@ def damages(survey: Survey, told: Told = lambda done, total, name: None) -> Iter
                 )
 
 
-def _below(entry: Entry, where: tuple[str, str]) -> str:
+def _below(entry: StoredFile, where: tuple[str, str]) -> str:
     return entry.name.removeprefix(f"{where[0]}/{where[1]}/")
 
 
-def _bytes(entries: Iterable[Entry]) -> int:
+def _bytes(entries: Iterable[StoredFile]) -> int:
     return sum(entry.size for entry in entries)
 
 
-def _removal(what: What, kind: str, key: str, entries: Iterable[Entry]) -> Removal:
+def _removal(what: What, kind: str, key: str, entries: Iterable[StoredFile]) -> Removal:
     entries = list(entries)
     # The record first: half an artifact must never look whole. A source's listing first, for the
     # same reason.

@@ -23,7 +23,9 @@ from pathlib import Path
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.sources import fetch_source
 from ebbline.tasks.errors import StoreError
+from ebbline.tasks.files import is_unfinished
 from ebbline.tasks.identity import file_digest, folder_files
+from ebbline.tasks.progress import PROGRESS
 from ebbline.tasks.stage import Report, Request
 
 PROGRESS_EVERY_S = 5.0
@@ -136,7 +138,7 @@ class BucketWorkplace(Workplace):
         )
         fresh = uuid.uuid4().hex[:12]
         files = {
-            name: sha for name, sha in folder_files(scratch).items() if not name.endswith(".tmp")
+            name: sha for name, sha in folder_files(scratch).items() if not is_unfinished(name)
         }
         old = [
             entry.name
@@ -186,7 +188,7 @@ class BucketWorkplace(Workplace):
         """Put the progress where the driver sees it, every few seconds while it changes."""
         said = b""
         while not self._done.wait(PROGRESS_EVERY_S):
-            path = Path(self.request.log) / "progress.json"
+            path = Path(self.request.log) / PROGRESS
             with contextlib.suppress(OSError):  # being replaced at this moment
                 if path.exists() and (now := path.read_bytes()) != said:
                     said = now

@@ -11,24 +11,22 @@ import pandas as pd
 
 from ebbline.analysis.figures.comparison import comparison_figure
 from ebbline.analysis.figures.drawing import save_as
-from ebbline.analysis.files import write_whole
 from ebbline.analysis.report.answer import meaning, tally
 from ebbline.analysis.report.page import shown, template
 from ebbline.analysis.results.collect import StoredEvidence, collect
-from ebbline.analysis.results.compare import Comparison
 from ebbline.analysis.results.comparison import Beside, Side, Sized, Volumes, beside
 from ebbline.analysis.results.floors import Floor
+from ebbline.analysis.results.measurements import Comparison
 from ebbline.analysis.results.picked import in_words, missed_by, named
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import directed_label, metric_label, percent
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.commands.pick import floors_of, maximised_of
-from ebbline.sweeps.study.differences import differences
-from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
-from ebbline.sweeps.study.study import Study, lasting
-from ebbline.sweeps.study.study_file import load
+from ebbline.sweeps.study.changes import differences
+from ebbline.sweeps.study.study import lasting
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.stage import Stage
 
@@ -101,15 +99,15 @@ def compare_studies(
 
 
 def _sides(names: Sequence[str], homes: Sequence[Path]) -> list[Side]:
-    loaded = []
+    views = []
     for name, home in zip(names, homes, strict=True):
-        where = Home(home)
-        loaded.append((where.continued(load(where.named(name))), where))
-        where.require(loaded[-1][0].study)
-    titles = [study.study for study, _ in loaded]
+        view = StudyView.open(home, name)
+        view.home.require(view.study.study)
+        views.append(view)
+    titles = [view.study.study for view in views]
     labels = [
-        title if titles.count(title) == 1 else f"{title} in {home.root.name}"
-        for title, (_, home) in zip(titles, loaded, strict=True)
+        title if titles.count(title) == 1 else f"{title} in {view.home.root.name}"
+        for title, view in zip(titles, views, strict=True)
     ]
     if len(set(labels)) < len(labels):
         raise StudyError(
@@ -117,21 +115,17 @@ def _sides(names: Sequence[str], homes: Sequence[Path]) -> list[Side]:
             "give each its own home"
         )
     return [
-        Side(label, study, collect(study, home), StoredEvidence(study, home), _asked(study, home))
-        for label, (study, home) in zip(labels, loaded, strict=True)
+        Side(label, view.study, collect(view), StoredEvidence(view), _asked(view))
+        for label, view in zip(labels, views, strict=True)
     ]
 
 
-def _asked(study: Study, home: Home) -> dict[str, dict[str, object]]:
+def _asked(view: StudyView) -> dict[str, dict[str, object]]:
     """Suite -> what decides what it measures, of the suites whose prompts are there. Judges count
     by their settings.
     """
-    planner, resolver, found = (
-        Planner(study, home),
-        Resolver(home.store),
-        dict[str, dict[str, object]](),
-    )
-    for suites in planner.baselines().values():
+    resolver, found = Resolver(view.home.store), dict[str, dict[str, object]]()
+    for suites in view.graph.baselines().values():
         for suite, stage in suites.items():
             said = stage.inputs.get("generation")
             speaking = said if isinstance(said, Stage) else stage
@@ -145,7 +139,7 @@ def _asked(study: Study, home: Home) -> dict[str, dict[str, object]]:
                 if isinstance(item, Stage) and item is not said
             }
             scored = {} if speaking is stage else dict(stage.spec.model_dump())
-            race = str(getattr(study.suites[suite].measure, "race", None))
+            race = str(getattr(view.study.suites[suite].measure, "race", None))
             found.setdefault(
                 suite,
                 {"prompts": hashed["inputs"]["prompts"], **own, **scored, **judges, "race": race},

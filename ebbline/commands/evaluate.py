@@ -28,7 +28,6 @@ from rich.table import Table
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.wording import metric_label, percent, settings_label
 from ebbline.commands.project import distinct_names, located
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import keys_of
 from ebbline.sweeps.study.study import Study, faults
 from ebbline.sweeps.study.suites import (
@@ -40,8 +39,10 @@ from ebbline.sweeps.study.suites import (
     scorers_of,
     stages_of,
 )
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EbblineError, EvaluationError, ModelError
 from ebbline.tasks.identity import content_digest
+from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
@@ -49,7 +50,7 @@ from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.models.loading import Residents
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
-from ebbline.tasks.worker import ERROR, described, run_function
+from ebbline.tasks.worker import ERROR, described
 
 DONE = "done.json"
 NO_ADAPTER = "model"
@@ -186,7 +187,7 @@ def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Pat
     for folder in (fresh, ctx.log):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        run_function(stage.spec)(stage.spec, inputs, fresh, ctx)
+        kind_named(stage.kind).load_function()(stage.spec, inputs, fresh, ctx)
     except EbblineError:
         raise
     # A foreign exception may quote an item: its words go to the log, as in a study
@@ -255,18 +256,18 @@ def measure_of(study: Study, suite: str) -> Literal["refusal", "over_refusal"]:
     return measure.kind
 
 
-def generations_of(study: Study, home: Home, suite: str) -> dict[str, list[Path]]:
+def generations_of(view: StudyView, suite: str) -> dict[str, list[Path]]:
     """What to call it -> the folders, of every generation of a suite that a study's points have
     finished.
     """
-    found: dict[str, list[Path]] = {}
-    for result in collect(study, home):
+    study, found = view.study, dict[str, list[Path]]()
+    for result in collect(view):
         for seed in study.seeds:
             keys = keys_of(result.keys, f"generate:{suite}", seed)
             if keys:
                 name = f"point {result.number} ({settings_label(result.point)} seed={seed})"
                 found[name] = [
-                    home.store.open("generate", key).file(GenerateSpec.COMPLETIONS).parent
+                    view.home.store.open("generate", key).file(GenerateSpec.COMPLETIONS).parent
                     for key in keys
                 ]
     if not found:

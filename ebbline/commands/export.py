@@ -10,15 +10,17 @@ from ebbline.analysis.paper.bundle_keys import check_bundle
 from ebbline.analysis.paper.export import Export, Style, write_export
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 
 BOTH: tuple[Style, ...] = ("neurips", "acl")
 
 
 def export_study(
-    study: Study, home: Home, to: Path, style: Literal["neurips", "acl", "both"], as_json: bool
+    view: StudyView, to: Path, style: Literal["neurips", "acl", "both"], as_json: bool
 ) -> None:
     """Write the export and say what is in it."""
-    done = write_export(study, home, to, BOTH if style == "both" else (style,))
+    study = view.study
+    done = write_export(view, to, BOTH if style == "both" else (style,))
     if as_json:
         print(json.dumps(_as_json(study, done), indent=1))
         return

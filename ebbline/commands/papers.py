@@ -5,19 +5,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ebbline.analysis.paper.papers import NOT_KNOWN, Row, beside_papers, is_tiny
+from ebbline.analysis.paper.papers import NOT_KNOWN, PaperRow, beside_papers, is_tiny
 from ebbline.analysis.paper.published import Published
 from ebbline.analysis.results.collect import baselines, collect, prompt_sets
 from ebbline.analysis.results.wording import metric_label, percent
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 
 
-def show_papers(study: Study, home: Home, as_json: bool) -> None:
-    home.require(study.study)
-    rows = beside_papers(
-        study, collect(study, home), baselines(study, home), prompt_sets(study, home)
-    )
+def show_papers(view: StudyView, as_json: bool) -> None:
+    study = view.study
+    view.home.require(study.study)
+    rows = beside_papers(study, collect(view), baselines(view), prompt_sets(view))
     if as_json:
         said = [{**asdict(row), "comparable": row.comparable} for row in rows]
         print(
@@ -40,7 +39,7 @@ def show_papers(study: Study, home: Home, as_json: bool) -> None:
     )
 
 
-def _summary(study: Study, rows: Sequence[Row]) -> str:
+def _summary(study: Study, rows: Sequence[PaperRow]) -> str:
     counts = Counter[str](row.comparable for row in rows)
     if all(is_tiny(model) for model in study.models.values()):
         return (
@@ -68,7 +67,7 @@ def _told(published: Published) -> str:
     )
 
 
-def _why(row: Row) -> str:
+def _why(row: PaperRow) -> str:
     """What differs, what cannot be told and what is the same; of what a paper does not say only the
     names.
     """

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.analysis.results.collect import collect
-from ebbline.analysis.results.compare import usefulness_metric
 from ebbline.analysis.results.floors import METHOD, Floor, Pick, of_seed, pick, slack
 from ebbline.analysis.results.frontier import finished
+from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picked import (
     in_words,
     lines_of,
@@ -30,9 +30,9 @@ from ebbline.shipping import ship
 from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.trials import settings_mark
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, unknown
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 
 
@@ -50,19 +50,18 @@ class Asked:
     seed: int | None = None
 
 
-def pick_study(
-    study: Study, name: str, home: Home, asked: Asked, to: Path | None, as_json: bool
-) -> int:
+def pick_study(view: StudyView, asked: Asked, to: Path | None, as_json: bool) -> int:
     """Print the pick of each size that was asked for; with `to`, write its adapter there. Returns 1
     when a size has none.
 
-    `name` is what the study is called on the command line. Raises StudyError for what cannot be
+    Raises StudyError for what cannot be
     asked, and before anything is written when the export would be below a floor.
     """
-    home.require(study.study)
+    study, name = view.study, view.name
+    view.home.require(study.study)
     floors, maximised = floors_of(study, asked.floors), maximised_of(study, asked.maximise)
     models = _models(study, asked, to)
-    results = collect(study, home)
+    results = collect(view)
     done = finished(results)
     by_model = {
         model: [result for result in done if result.point.model == model] for model in models
@@ -84,14 +83,14 @@ def pick_study(
                 f"no point of {', '.join(models)} has finished, so there is none to "
                 f"export; `ebbline run {name}` goes on"
             )
-        _begun_here(study, home)
+        _begun_here(view)
         ((model, found),) = picks.items()
         seed, alone = _exportable(study, found, by_model[model], asked)
         exported = {
             "to": str(to),
-            **ship(study, name, home, found, seed, alone, len(done), to, asked.seed is not None),
+            **ship(view, found, seed, alone, len(done), to, asked.seed is not None),
         }
-    changed = home.changed(study)
+    changed = view.changed()
     if as_json:
         progress = {"done": len(done), "asked_for": len(results), "limit": limit(study)}
         said = {
@@ -117,20 +116,21 @@ def pick_study(
     return 0 if all(model in picks and picks[model].holds for model in asked_models) else 1
 
 
-def _begun_here(study: Study, home: Home) -> None:
+def _begun_here(view: StudyView) -> None:
     """Raises StudyError unless this home began the study with these very settings, and the database
     has its points with the same.
 
     A floor is the one that a study was begun with, whatever its file says now. Where neither has
     kept it, nothing tells what it was.
     """
+    study, home = view.study, view.home
     if not home.has_run(study.study):
         raise StudyError(
             f"{home.root} has not run {study.study!r}, so it has not kept the floor that "
             "the study was begun with; export where it was"
             " begun, or run it here once. Nothing was exported"
         )
-    begun, mark = home.begun_as(study), settings_mark(home.storage(study.study))
+    begun, mark = view.begun_as(), settings_mark(view.storage)
     if mark is not None and mark != begun:
         raise StudyError(
             f"the database has the points of {study.study!r} with other settings than "

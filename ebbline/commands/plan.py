@@ -24,21 +24,21 @@ from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.forecast.forecast import Forecast, forecast
 from ebbline.sweeps.state.todo import Told, explained
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 
 GANTT = "plan"  # the picture's name in the study's folder
 SLOW_S = 1.0  # a progress bar is shown from then on
 _HOSTS = re.compile(r"(?P<hosts>\d+)x(?P<gpus>\d+)(?:x(?P<type>[A-Za-z0-9-]+))?")
 
 
-def plan_study(study: Study, home: Home, capacity: Capacity, why: int, as_json: bool) -> None:
+def plan_study(view: StudyView, capacity: Capacity, why: int, as_json: bool) -> None:
     """Print the plan of a study, and draw it into the study's folder."""
     with progress_bar(quiet=as_json) as progress:
-        found = forecast(study, home, capacity, progress)
-    pictures = draw(study, found, home)
+        found = forecast(view, capacity, progress)
+    home, pictures = view.home, draw(view, found)
     reasons = explained(found.todo, home.store, why)
     if as_json:
         print(json.dumps(plan_summary(found, home.profile, reasons), indent=1))
@@ -106,7 +106,7 @@ def wanted_by(study: Study, address: str, gpus: int | None) -> Wanted:
     return Wanted(address, max(model.gpus for model in study.models.values()), gpus)
 
 
-def draw(study: Study, found: Forecast, home: Home) -> list[Path]:
+def draw(view: StudyView, found: Forecast) -> list[Path]:
     """The Gantt chart as PNG, PDF and SVG in the study's folder; nothing when nothing is to run."""
     kinds = {own: missing.stage.kind for own, missing in found.todo.missing.items()}
     part = (
@@ -114,8 +114,8 @@ def draw(study: Study, found: Forecast, home: Home) -> list[Path]:
         if found.simulated < len(found.points.to_come)
         else ""
     )
-    figure = gantt_figure(found.trace, kinds, f"{study.study}{part}")
-    folder = home.folder(study.study)
+    figure = gantt_figure(found.trace, kinds, f"{view.study.study}{part}")
+    folder = view.folder
     return [] if figure is None else [*save(figure, folder, GANTT), save_svg(figure, folder, GANTT)]
 
 
@@ -157,7 +157,7 @@ def _table(found: Forecast, profile: Profile) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "to run", "there", "each", "GPU-hours", "dollars", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for kind in sorted({*found.kinds, *found.todo.there}, key=list(KINDS).index):
+    for kind in sorted({*found.kinds, *found.todo.there}, key=list(STAGE_KINDS).index):
         there = str(found.todo.there[kind])
         share = found.kinds.get(kind)
         if share is None:

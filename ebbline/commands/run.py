@@ -30,10 +30,10 @@ from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict
 from ebbline.sweeps.state.spending import read_spent
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
+from ebbline.sweeps.study.view import StudyView
 
 MIRROR_WAIT_S = 20.0
 FAILED_POINTS, OVER_BUDGET, STOPPED = 3, 5, 130  # exit codes
@@ -88,12 +88,9 @@ class Place:
 
 
 def run_study(
-    study: Study,
-    name: str,
-    home: Home,
+    view: StudyView,
     place: Place,
     wandb: bool,
-    extend: bool = False,
     resume: str = "",
     as_json: bool = False,
 ) -> int:
@@ -103,11 +100,11 @@ def run_study(
     `resume` is the command as it was typed. As JSON, standard output gets one object at the end and
     standard error all else.
     """
-    stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {name}"
+    stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.source}"
     mirrored: list[subprocess.Popen[bytes]] = []
     try:
         with redirect_stdout(stream):
-            code, outcome = _run(study, name, home, place, wandb, extend, resume, mirrored)
+            code, outcome = _run(view, place, wandb, resume, mirrored)
     except KeyboardInterrupt:
         code, outcome = STOPPED, {"stopped": "stopped on request, at once"}
         print(
@@ -124,7 +121,7 @@ def run_study(
         print(
             json.dumps(
                 {
-                    "study": study.study,
+                    "study": view.study.study,
                     "outcome": OUTCOMES[code],
                     "exit_code": code,
                     "resume": later,
@@ -137,25 +134,22 @@ def run_study(
 
 
 def _run(
-    study: Study,
-    name: str,
-    home: Home,
+    view: StudyView,
     place: Place,
     wandb: bool,
-    extend: bool,
     resume: str,
     mirrored: "list[subprocess.Popen[bytes]]",
 ) -> tuple[int, dict[str, object]]:
     """The exit code, and what a script may want to know."""
-    folder = home.folder(study.study)
+    study, home, folder = view.study, view.home, view.folder
     kind, wanted = executor_kind(place.executor), wanted_by(study, place.address, place.gpus)
 
     def make_executor() -> Executor:
         # Called once this driver holds the study: one that is turned away starts no second mirror,
         # and predicts nothing.
-        home.keep_file(study.study, source_of(name))
+        home.keep_file(study.study, source_of(view.source))
         if wandb:
-            mirrored.append(mirror.start(name, home.root, folder / "log" / "mirror.log"))
+            mirrored.append(mirror.start(view.source, home.root, folder / "log" / "mirror.log"))
         return OnDemand(kind, wanted)
 
     started, screen = time.monotonic(), Screen(study)
@@ -163,13 +157,11 @@ def _run(
     with Interrupts(screen.notice, resume) as interrupts:
         with screen:
             progress = drive(
-                study,
-                home,
+                view,
                 make_executor,
                 screen,
                 interrupts.stopping,
-                extend,
-                lambda made: _predicted(study, home, made, kind, wanted),
+                lambda made: _predicted(view, made, kind, wanted),
                 kind,
             )
         print(_told(progress, time.monotonic() - started))
@@ -181,14 +173,15 @@ def _run(
             spent = progress.spending.spent()
             keep_end(progress.prediction, spent, folder)
             print(compared(progress.prediction, spent, home.profile))
-        outputs, results = write_outputs(study, home), collect(study, home)
+        results = collect(view)
+        outputs = write_outputs(view, results)
         print(f"\n{frontier_text(results_frame(results, study.objectives))}\n")
         for line in without_result(results):
             print(line)
         shown = all(mirror.stop(process, MIRROR_WAIT_S) for process in mirrored)
     if not shown:
         print(
-            f"W&B has not taken everything yet; `ebbline sync {name}` continues (see "
+            f"W&B has not taken everything yet; `ebbline sync {view.source}` continues (see "
             f"{folder / 'log' / 'mirror.log'})"
         )
     tell_outputs(outputs)
@@ -233,18 +226,18 @@ def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
 
 
 def _predicted(
-    study: Study, home: Home, made: Executor, kind: ExecutorKind, wanted: Wanted
+    view: StudyView, made: Executor, kind: ExecutorKind, wanted: Wanted
 ) -> Prediction | None:
     """What this run will take, kept and drawn beside the study's results; None when it has nothing
     to do.
     """
-    folder = home.folder(study.study)
+    folder = view.folder
     known = kind.capacity(wanted)
-    found = forecast(study, home, made.capacity() if known is None else known, kind=kind)
+    found = forecast(view, made.capacity() if known is None else known, kind=kind)
     prediction = predict(found, read_spent(folder))
     if prediction is not None:
         keep(prediction, folder)
-        draw(study, found, home)
+        draw(view, found)
     return prediction
 
 

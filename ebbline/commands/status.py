@@ -15,8 +15,8 @@ from rich.live import Live as Redrawn
 
 from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
-from ebbline.analysis.results.compare import Baselines, Evidence
 from ebbline.analysis.results.costs import cost_summary, study_cost, told
+from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.cluster.schedule.costs import Cost
@@ -29,6 +29,7 @@ from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, Status
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 
 LOOK_EVERY_S = 1.0
@@ -54,40 +55,40 @@ def live_of(home: Home, study: str, holder: str | None) -> Live | None:
     )
 
 
-def watch_status(study: Study, home: Home, as_json: bool, console: Console | None = None) -> None:
+def watch_status(view: StudyView, as_json: bool, console: Console | None = None) -> None:
     """Follow a study until nobody drives it any more, then say how it stands; Ctrl-C ends the
     watching and not the run.
 
     As JSON it is a line for each change: the driver, the snapshot (ebbline.sweeps.drive.live) and
     the frontier, the last without a driver.
     """
-    watched = _Watched(study, home, as_json, console or Console())
+    watched = _Watched(view, as_json, console or Console())
     try:
         watched.follow()
     except KeyboardInterrupt:
         print("no longer watching; the run goes on", file=sys.stderr)
         return
     if not as_json:
-        show_status(study, home)
+        show_status(view)
 
 
-def show_status(study: Study, home: Home, as_json: bool = False) -> None:
-    evidence = StoredEvidence(study, home)
+def show_status(view: StudyView, as_json: bool = False) -> None:
     print_status(
-        study,
-        home,
-        collect(study, home),
-        baselines(study, home),
-        costs_before(study, home),
-        evidence,
+        view.study,
+        view.home,
+        collect(view),
+        baselines(view),
+        costs_before(view),
+        StoredEvidence(view),
         as_json,
     )
 
 
 class _Watched:
-    def __init__(self, study: Study, home: Home, as_json: bool, console: Console) -> None:
-        self._study, self._home, self._as_json, self._console = study, home, as_json, console
-        self._picture, self._lines = Picture(study), Lines(console)
+    def __init__(self, view: StudyView, as_json: bool, console: Console) -> None:
+        self._view, self._as_json, self._console = view, as_json, console
+        self._study, self._home = view.study, view.home
+        self._picture, self._lines = Picture(view.study), Lines(console)
         self._read_at, self._last = -math.inf, ""
         self._told: tuple[int, int] | None = None
         self._unread_since: float | None = None
@@ -175,8 +176,8 @@ class _Watched:
         if told == self._told or now - self._read_at < self._took_s / READ_SHARE:
             return
         frontier = type(self._picture.frontier)(self._study.objectives)
-        frontier.aligned = baselines(self._study, self._home)
-        frontier.take(collect(self._study, self._home))
+        frontier.aligned = baselines(self._view)
+        frontier.take(collect(self._view))
         self._picture.frontier = frontier
         self._picture.draw(self._console)
         self._told, self._read_at, self._took_s = told, time.monotonic(), time.monotonic() - now

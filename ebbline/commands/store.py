@@ -21,17 +21,16 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.cluster.store.retention import Damage, Needed, Removal, Survey, damages, remove
 from ebbline.commands.project import progress_bar
 from ebbline.sweeps.search.searcher import asked
-from ebbline.sweeps.state.outcome import stages_or_refusal
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import stages_or_refusal
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError, StudyError
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Source, Stage
 
 Keep = Literal["all", "frontier", "none"]
-ADAPTERS = ("train", "apply")
 
 
 def studies_of(home: Home) -> dict[str, Study]:
@@ -53,10 +52,11 @@ def studies_of(home: Home) -> dict[str, Study]:
 
 def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     """What a study refers to; `keep` says whose adapters are to keep their tensors."""
-    planner, resolver = Planner(study, home, located=False), Resolver(home.store)
-    targets = [stage for suites in planner.baselines().values() for stage in suites.values()]
-    points = asked(study, home.storage(study.study))
-    table = home.folder(study.study) / "results.parquet"
+    view = StudyView(study, home, located=False)
+    graph, resolver = view.graph, Resolver(home.store)
+    targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
+    points = asked(study, view.storage)
+    table = view.folder / "results.parquet"
     if not points and table.exists():
         raise StudyError(
             f"{table} has results, but the study's storage has no points, so what they "
@@ -64,7 +64,7 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
             " that study's folder away if nobody needs its results; nothing was removed"
         )
     for _, point, _, _ in points:
-        targets += stages_or_refusal(planner, point)[0].values()
+        targets += stages_or_refusal(graph, point)[0].values()
     keys, sources, seen = set(), set(), set()
 
     def visit(stage: Stage) -> None:
@@ -82,25 +82,19 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
 
     for target in targets:
         visit(target)
-    adapters = (
-        (frozenset[str](), frozenset[str]())
-        if keep == "all"
-        else _adapters(study, home, planner, keep)
-    )
+    adapters = (frozenset[str](), frozenset[str]()) if keep == "all" else _adapters(view, keep)
     return Needed(frozenset(keys), frozenset(sources), *adapters)
 
 
-def _adapters(
-    study: Study, home: Home, planner: Planner, keep: Keep
-) -> tuple[frozenset[str], frozenset[str]]:
+def _adapters(view: StudyView, keep: Keep) -> tuple[frozenset[str], frozenset[str]]:
     """The keys of all trainings and projected adapters of a study's points, and of those that
     points on a frontier or in flight use.
     """
-    results = collect(study, home, planner)
+    results = collect(view)
     on_front = (
         [
             result
-            for front in frontier_by_model(results, study.objectives).values()
+            for front in frontier_by_model(results, view.study.objectives).values()
             for result in front
         ]
         if keep == "frontier"
@@ -110,11 +104,12 @@ def _adapters(
         *on_front,
         *(result for result in results if result.status in ("running", "out_of_budget")),
     ]
+    adapters = {kind.name for kind in STAGE_KINDS.values() if kind.writes_adapter}
     own = {
         key
         for result in results
         for name, key in result.keys.items()
-        if StageName.parse(name).part in ADAPTERS
+        if StageName.parse(name).part in adapters
     }
     return frozenset(own), frozenset(own & {key for result in kept for key in result.keys.values()})
 
@@ -270,13 +265,13 @@ def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
     """
     found = (
         [each for each in home.store.place.below(kind) if each.startswith(key)]
-        if kind in KINDS
+        if kind in STAGE_KINDS
         else []
     )
     if len(found) != 1:
         raise StoreError(
             f"{home.store.place.at} has {len(found)} artifacts {kind}/{key}; give a kind "
-            f"of {sorted(KINDS)} and one whole key"
+            f"of {sorted(STAGE_KINDS)} and one whole key"
         )
     with ExitStack() as held:
         _hold(home, held)

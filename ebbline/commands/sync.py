@@ -14,17 +14,16 @@ from ebbline.analysis.wandb import mirror
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.push import Pushed, push
 from ebbline.analysis.wandb.runs import chosen_mode
-from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 
 MIRROR_WAIT_S = 3600.0
 
 
-def sync_study(name: str, study: Study, home: Home, at_once: int, as_json: bool) -> int:
+def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
     """Show what is new, push what waits and say so; the exit code is 0 when nothing is left that
     could be pushed.
     """
-    folder = home.folder(study.study)
+    folder = view.folder
     log = folder / "log" / "mirror.log"
     if chosen_mode() == "disabled":
         return _tell(
@@ -36,7 +35,9 @@ def sync_study(name: str, study: Study, home: Home, at_once: int, as_json: bool)
     with mirror.alone(folder) as free:
         pass
     shown = (
-        mirror.stop(mirror.start(name, home.root, log, "--offline"), wait_s=MIRROR_WAIT_S)
+        mirror.stop(
+            mirror.start(view.source, view.home.root, log, "--offline"), wait_s=MIRROR_WAIT_S
+        )
         if free
         else True
     )

@@ -13,7 +13,7 @@ from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.spending import Spending
 from ebbline.sweeps.study.points import StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Stage, closure
 
@@ -21,8 +21,8 @@ from ebbline.tasks.stage import Stage, closure
 class BudgetGate:
     """Looks at the store again only when something was finished since the last look."""
 
-    def __init__(self, planner: Planner, runner: Runner, spending: Spending) -> None:
-        self._planner, self._runner, self._spending = planner, runner, spending
+    def __init__(self, graph: StageGraph, runner: Runner, spending: Spending) -> None:
+        self._graph, self._runner, self._spending = graph, runner, spending
         self._open_when_refused: tuple[int, frozenset[str]] | None = None
 
     def affords(self, stages: Mapping[str, Stage]) -> bool:
@@ -50,14 +50,14 @@ class BudgetGate:
         )
         seconds = self._runner.open_seconds(node.stage) or 0.0
         return self._spending.told(
-            self._planner.label(node.stage),
+            self._graph.label(node.stage),
             self._cost(node.stage, seconds) + self._starts([node.stage]),
             seconds,
         )
 
     def _of_point(self, stages: Mapping[str, Stage]) -> tuple[Cost, float]:
         """What a point adds, and the seconds of its longest chain."""
-        resolver = Resolver(self._planner.home.store)
+        resolver = Resolver(self._graph.home.store)
         asked = [stage for name, stage in stages.items() if (StageName.parse(name).block or 0) == 0]
         left = {stage.lineage: self._left_s(stage, resolver) for stage in closure(asked)}
         new = [stage for stage in closure(asked) if stage.lineage not in self._runner.nodes]
@@ -72,7 +72,7 @@ class BudgetGate:
         return (
             0.0
             if resolver.artifact(stage) is not None
-            else self._runner.estimates.seconds(stage, self._planner.needs_of(stage))
+            else self._runner.estimates.seconds(stage, self._graph.needs_of(stage))
         )
 
     def _under_way(self) -> Cost:
@@ -95,7 +95,7 @@ class BudgetGate:
         if self._runner.executor.own_processes:
             estimates = self._runner.estimates
             for stage in stages:
-                needs = self._planner.needs_of(stage)
+                needs = self._graph.needs_of(stage)
                 seconds = estimates.starts.seconds(
                     named_type(needs) or estimates.gpu_type, needs.gpus
                 )
@@ -105,7 +105,7 @@ class BudgetGate:
         return total(jobs.values())
 
     def _cost(self, stage: Stage, seconds: float) -> Cost:
-        return expected_cost(self._planner.needs_of(stage), seconds, self._spending.profile)
+        return expected_cost(self._graph.needs_of(stage), seconds, self._spending.profile)
 
 
 def _longest(stages: Iterable[Stage], seconds: Mapping[str, float]) -> float:

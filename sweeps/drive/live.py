@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ebbline.sweeps.ledger import whole_lines
+from ebbline.tasks.progress import StageProgress
 
 LIVE, TIMELINE = "live.json", "timeline.jsonl"
 STATES = ("done", "reused", "running", "waiting", "ready", "failed")
@@ -33,7 +34,7 @@ class _Said(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Points(_Said):
+class PointCounts(_Said):
     """How many points the search was told of, over all drives, how many there will be at most, and
     how many are under way.
 
@@ -78,8 +79,10 @@ class Expected(_Said):
 
 
 class AtWork(_Said):
-    """A stage at work: `expected_s` is what it is expected to take in all, from `started`; `said`
-    what it says of itself.
+    """A stage at work: `expected_s` is what it is expected to take in all, from `started`.
+
+    `progress` is None while it has told nothing. A snapshot of an earlier version has a sentence,
+    `said`, in its place.
     """
 
     kind: str
@@ -89,7 +92,8 @@ class AtWork(_Said):
     gpus: int
     started: float
     expected_s: float
-    said: str
+    progress: StageProgress | None = None
+    said: str = ""
 
 
 class Failed(_Said):
@@ -132,7 +136,7 @@ class Live(_Said):
     at: float
     started: float
     ended: End | None
-    points: Points
+    points: PointCounts
     stages: Mapping[str, Mapping[str, int]]
     gpus: Gpus
     hosts: Sequence[HostNow]

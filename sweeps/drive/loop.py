@@ -27,16 +27,15 @@ from ebbline.sweeps.search.searcher import (
 from ebbline.sweeps.search.warm_start import lessons
 from ebbline.sweeps.state.in_flight import PointInFlight, has_room, queued_gpus, start_affordable
 from ebbline.sweeps.state.jobs import estimates_of
-from ebbline.sweeps.state.outcome import Duplicates, of_seeds, result_of, stages_or_refusal
+from ebbline.sweeps.state.outcome import Duplicates, result_of
 from ebbline.sweeps.state.racing import Rivals
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import REFUSED, Point, Result
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import of_seeds, stages_or_refusal
 from ebbline.sweeps.study.storage import Hold
-from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Stage
 
@@ -44,48 +43,43 @@ NEWS = 20
 
 
 def drive(
-    study: Study,
-    home: Home,
+    view: StudyView,
     make_executor: Callable[[], Executor],
     watch: Watcher = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
-    extend: bool = False,
     predict: Callable[[Executor], Prediction | None] = lambda executor: None,
     kind: ExecutorKind = DEFAULT,
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
     The executor, of this `kind`, is made once the study is held, and closed at the end; `predict`
-    says what the run will take there. `stop` turning true drains and returns. With `extend` the
-    study may be wider than it was begun (see ebbline.sweeps.study.widening). Others can watch
+    says what the run will take there. `stop` turning true drains and returns. Others can watch
     through ebbline.sweeps.drive.live. Raises StudyHeld when another driver has the study,
     StudyError when it is another study than was begun, or a model cannot be measured before
     fine-tuning.
     """
-    study, storage = home.continued(study), home.storage(study.study)
+    study, home, storage = view.study, view.home, view.storage
     with home.driving(study.study) as hold, reaching(storage):
-        planner = Planner(study, home)
+        graph = view.graph
         check_written_points(study)
         require_prices(study, home.profile)
         # The database learns of a wider study first: a driver that is killed in between finds the
         # old one here, and widens it again.
-        searcher = OptunaSearcher(
-            study, storage, study.search.order == "in_turn", home.begun_as(study, extend)
-        )
-        home.freeze(study, extend)
+        searcher = OptunaSearcher(study, storage, view.begun_as())
+        view.freeze()
         for name, found in lessons(study, home).items():
             searcher.teach(name, found)
-        with spending(study, home.profile, home.folder(study.study), hold.driver) as spent:
+        with spending(study, home.profile, view.folder, hold.driver) as spent:
             executor = make_executor()
             try:
                 estimates = estimates_of(home, kind)
                 runner = Runner(
-                    home.store, executor, planner.needs_of, home.profile, spent, estimates
+                    home.store, executor, graph.needs_of, home.profile, spent, estimates
                 )
                 progress = Progress(
-                    study, planner, runner, spent, limit=limit(study), prediction=predict(executor)
+                    study, graph, runner, spent, limit=limit(study), prediction=predict(executor)
                 )
-                with mirrored(progress, home.folder(study.study), hold.driver) as live:
+                with mirrored(progress, view.folder, hold.driver) as live:
                     return _Drive(progress, searcher, hold, watch, stop, live).run()
             finally:
                 executor.close()
@@ -113,13 +107,13 @@ class _Drive:
             stop,
             live,
         )
-        self.study, self.planner, self.runner = progress.study, progress.planner, progress.runner
-        self.in_turn = self.study.search.order == "in_turn"
-        self.budget_gate = BudgetGate(self.planner, self.runner, progress.spending)
+        self.study, self.graph, self.runner = progress.study, progress.graph, progress.runner
+        self.in_turn = self.study.search.in_turn
+        self.budget_gate = BudgetGate(self.graph, self.runner, progress.spending)
         self.baselines = [
-            stage for suites in self.planner.baselines().values() for stage in suites.values()
+            stage for suites in self.graph.baselines().values() for stage in suites.values()
         ]
-        self.knowledge = Knowledge(self.planner, self.runner)
+        self.knowledge = Knowledge(self.graph, self.runner)
         self.in_flight: list[PointInFlight] = []
         self.again: list[PointInFlight] = []
         self.more: list[PointInFlight] = []
@@ -199,7 +193,7 @@ class _Drive:
         self.watch(self.progress)
 
     def _in_flight(self, number: int, point: Point) -> PointInFlight:
-        stages, refused = stages_or_refusal(self.planner, point)
+        stages, refused = stages_or_refusal(self.graph, point)
         return PointInFlight(
             number, point, of_seeds(self.study, stages, self.study.first_seeds), refused
         )
@@ -248,7 +242,7 @@ class _Drive:
         if self.in_turn:
             return len(self.in_flight) < self.study.search.reach
         queued = queued_gpus(
-            self._open(), self.runner, lambda stage: self.planner.needs_of(stage).gpus
+            self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
         )
         return has_room(
             len(self.in_flight), self.study.search.window, queued, self.runner.executor.capacity
@@ -405,7 +399,7 @@ class _Drive:
         for number, seeds in seeds_needed(self.study, known, self.most).items():
             result = self.results[number]
             if seeds > seeds_of(result) and number not in under_way:
-                stages, _ = stages_or_refusal(self.planner, result.point)
+                stages, _ = stages_or_refusal(self.graph, result.point)
                 self.more.append(
                     PointInFlight(number, result.point, of_seeds(self.study, stages, seeds))
                 )

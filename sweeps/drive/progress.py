@@ -11,7 +11,7 @@ from ebbline.sweeps.forecast.prediction import Prediction
 from ebbline.sweeps.state.in_flight import PointInFlight
 from ebbline.sweeps.state.spending import Spending
 from ebbline.sweeps.study.points import Result
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 
 
@@ -29,7 +29,7 @@ class Progress:
     """
 
     study: Study
-    planner: Planner
+    graph: StageGraph
     runner: Runner
     spending: Spending
     results: list[Result] = field(default_factory=list)

@@ -6,7 +6,6 @@ may have very many points.
 """
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,11 +30,12 @@ from ebbline.sweeps.drive.live import (
     HostNow,
     Live,
     Outcome,
-    Points,
+    PointCounts,
     SpentNow,
 )
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.ledger import open_to_append
+from ebbline.tasks.files import write_whole
 
 EVERY_S = 1.0
 FAILURES = 20
@@ -158,7 +158,7 @@ class Writer:
             job.since = found[-1].ended
             failure = self._node(key).failure
             if failure is not None:
-                label = self._progress.planner.label(self._node(key).stage)
+                label = self._progress.graph.label(self._node(key).stage)
                 said = Failed(
                     kind=found[-1].kind,
                     label=label,
@@ -181,7 +181,7 @@ class Writer:
 
     def _what(self, job: _Followed, key: str) -> dict[str, Any]:
         stage = self._node(key).stage
-        label, hosts = self._progress.planner.label(stage), ", ".join(job.item.job.hosts)
+        label, hosts = self._progress.graph.label(stage), ", ".join(job.item.job.hosts)
         return {
             "kind": stage.kind,
             "label": label,
@@ -199,10 +199,10 @@ class Writer:
         for job in self._followed.values():
             for place, key in enumerate(job.keys):
                 node = self._node(key)
-                said = self._runner.timing.progress_of(node)
-                if place == 0 or said:
+                progress = self._runner.timing.progress_of(node)
+                if place == 0 or progress:
                     expected_s = self._runner.timing.expected_s(node, now - job.since)
-                    yield AtWork(**self._what(job, key), expected_s=expected_s, said=said)
+                    yield AtWork(**self._what(job, key), expected_s=expected_s, progress=progress)
 
     def _snapshot(self, ended: End | None) -> Live:
         progress, runner = self._progress, self._runner
@@ -226,7 +226,7 @@ class Writer:
             at=time.time(),
             started=self._started,
             ended=ended,
-            points=Points(
+            points=PointCounts(
                 told=progress.told,
                 limit=progress.limit,
                 in_flight=len(progress.in_flight),
@@ -255,13 +255,9 @@ class Writer:
 
     def _write(self, ended: End | None) -> None:
         snapshot = self._progress.live = self._snapshot(ended)
-        fresh = self._folder / f".live.{os.getpid()}.json"
+        text = snapshot.model_dump_json()
         with self._courtesy():
-            try:
-                fresh.write_text(snapshot.model_dump_json())
-                fresh.replace(self._folder / LIVE)
-            finally:
-                fresh.unlink(missing_ok=True)
+            write_whole(self._folder / LIVE, lambda fresh: fresh.write_text(text))
         self._wrote = time.monotonic()
 
     def _append(self, ended: Sequence[Ended]) -> None:

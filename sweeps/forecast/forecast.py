@@ -15,40 +15,33 @@ from pathlib import Path
 from ebbline.cluster.executors.choice import DEFAULT, ExecutorKind
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
-from ebbline.cluster.schedule.counted_work import ASSUMED, known_size
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import Work, impossible
 from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
-from ebbline.sweeps.forecast.duplicates import twins
 from ebbline.sweeps.forecast.expected import Points, points_of
+from ebbline.sweeps.search.masks import twins
 from ebbline.sweeps.state.in_flight import AHEAD, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.racing import races
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.state.todo import MODELS, Missing, Todo, Told, todo
-from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.specs import ApplySpec, EvaluateSpec, GenerateSpec, JudgeSpec, ScoreSpec
+from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.kinds import kind_named
+from ebbline.tasks.models.counted_work import ASSUMED, known_size
 from ebbline.tasks.stage import Source
 
 # Points that were told, and points to come; beyond, SAMPLE of them are looked up and simulated
 EXACT = 500
 SAMPLE = 200
-OF_A_POINT = (
-    ApplySpec,
-    GenerateSpec,
-    JudgeSpec,
-    ScoreSpec,
-    EvaluateSpec,
-)  # what a threshold has of its own; the rest is its adapter's
 
 
 @dataclass(frozen=True)
-class Share:
+class KindTotal:
     """What the stages of one kind are expected to come to. `measured` is false where nothing of the
     kind was ever measured.
     """
@@ -59,9 +52,9 @@ class Share:
     written: float = 0.0
     measured: bool = True
 
-    def plus(self, other: "Share") -> "Share":
+    def plus(self, other: "KindTotal") -> "KindTotal":
         cost, measured = self.cost + other.cost, self.measured and other.measured
-        return Share(
+        return KindTotal(
             self.stages + other.stages,
             self.seconds + other.seconds,
             cost,
@@ -72,7 +65,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is to come. `kinds` has each kind's share, `starts` what starting processes adds.
+    """What is to come. `kinds` has each kind's total, `starts` what starting processes adds.
 
     `trace` is the simulated part, `simulated` the number of its points to come; `looked_up` is how
     many of the points that were told it looks at. `wall_s` is None when something can run nowhere
@@ -81,7 +74,7 @@ class Forecast:
 
     points: Points
     todo: Todo
-    kinds: Mapping[str, Share]
+    kinds: Mapping[str, KindTotal]
     starts: Cost
     wall_s: float | None
     trace: Trace
@@ -109,26 +102,24 @@ class Forecast:
 
 
 def forecast(
-    study: Study,
-    home: Home,
+    view: StudyView,
     capacity: Capacity,
     told: Told = lambda done, of: None,
     kind: ExecutorKind = DEFAULT,
 ) -> Forecast:
     """Simulate what `ebbline run` would do on such a cluster of this executor."""
-    met = still_met(study, read_spent(home.folder(study.study)).gain)
-    planner, points = (
-        Planner(study, home),
-        points_of(study, home.storage(study.study), "" if met is None else met.said),
-    )
+    study, home = view.study, view.home
+    met = still_met(study, read_spent(view.folder).gain)
+    points = points_of(study, view.storage, "" if met is None else met.said)
+    graph = view.graph.apart()  # a drawn point gives no stage its label or its needs
     estimates = estimates_of(home, kind)
     estimates.met(capacity)
     here = points.told if len(points.told) <= EXACT else _evenly(points.told)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
-    found = todo(planner, [*here, *to_come], told)
+    found = todo(graph, [*here, *to_come], told)
     same = twins(found, home.store, estimates.distinct_adapters)
     running = [missing for missing in found.missing.values() if missing.id not in same]
-    steps = _steps(running, planner, estimates)
+    steps = _steps(running, graph, estimates)
     starts: list[Cost] = []
 
     def start_s(needs: Needs, hosts: Mapping[str, int], new: bool) -> float:
@@ -149,13 +140,14 @@ def forecast(
         *((point, scale_told) for point in here),
         *((point, scale_to_come) for point in to_come),
     ]
-    kinds: dict[str, Share] = {}
+    kinds: dict[str, KindTotal] = {}
     for missing in running:
         step, factor = steps[missing.id], 1.0
         if missing.asked_by != MODELS:
             point, scale = looked_up[missing.asked_by]
-            factor = scale[point.model, isinstance(missing.stage.spec, OF_A_POINT)]
-        share = Share(
+            own = kind_named(missing.stage.kind).belongs_to == "point"
+            factor = scale[point.model, own]
+        share = KindTotal(
             factor,
             factor * step.seconds,
             expected_cost(step.needs, factor * step.seconds, home.profile, estimates.gpu_type),
@@ -180,17 +172,17 @@ def forecast(
         simulated=len(to_come),
         looked_up=len(here),
         capacity=capacity,
-        labels={missing.id: planner.label(missing.stage) for missing in running},
+        labels={missing.id: graph.label(missing.stage) for missing in running},
         never=tuple(dict.fromkeys(_never(steps[key], capacity) for key in trace.never)),
         assumed=tuple(_assumed(study, points, len(to_come), len(here), running, kinds)),
         free_bytes=home.store.free_bytes(),
     )
 
 
-def _steps(running: Iterable[Missing], planner: Planner, estimates: Estimates) -> dict[str, Step]:
+def _steps(running: Iterable[Missing], graph: StageGraph, estimates: Estimates) -> dict[str, Step]:
     steps: dict[str, Step] = {}
     for missing in running:
-        needs = planner.needs_of(missing.stage)
+        needs = graph.needs_of(missing.stage)
         seconds = estimates.seconds(missing.stage, needs)
         above = tuple(own for own in missing.above if own in steps)
         steps[missing.id] = Step(
@@ -204,7 +196,7 @@ def _step_groups(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> 
     end while little enough is queued.
     """
     own = [group for group in groups if group]
-    if study.search.order == "in_turn":
+    if study.search.in_turn:
         return StepGroups(own, study.search.reach, in_turn=True)
     return StepGroups(
         own,
@@ -274,7 +266,7 @@ def _assumed(
     simulated: int,
     looked_at: int,
     running: Sequence[Missing],
-    kinds: Mapping[str, Share],
+    kinds: Mapping[str, KindTotal],
 ) -> Iterator[str]:
     """What the numbers rest on beside measurements."""
     if points.drawn:

@@ -56,12 +56,12 @@ class Candidate:
 
 
 class Adapters:
-    """Kept from ask to ask. In `in_turn`, an adapter's cosines count once a point of it was told,
-    and not as soon as they are there.
+    """Kept from ask to ask. With `search.order: in_turn`, an adapter's cosines count once a point
+    of it was told, and not as soon as they are there.
     """
 
-    def __init__(self, study: Study, in_turn: bool) -> None:
-        self._study, self._in_turn = study, in_turn
+    def __init__(self, study: Study) -> None:
+        self._study = study
         self.by_point: dict[Point, Adapter] = {}
         self._trainings: set[Point] = set()
         self._unknown: dict[Point, Adapter] = {}
@@ -100,7 +100,7 @@ class Adapters:
         """Take in the cosines that were measured since the last time; in turn, each waits until a
         point of its adapter is told.
         """
-        if not self._in_turn:
+        if not self._study.search.in_turn:
             for adapter in list(self._unknown.values()):
                 self._look_at(adapter, known)
 

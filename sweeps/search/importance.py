@@ -39,7 +39,7 @@ METHOD = "fANOVA (Hutter et al. 2014) by Optuna"
 
 
 @dataclass(frozen=True)
-class Share:
+class AxisShare:
     """An axis' share of an objective's variance, in [0, 1], with a 95% interval: normal, by the
     bootstrap over points (Efron 1979).
     """
@@ -58,7 +58,7 @@ class Importance:
     """
 
     points: int
-    shares: Mapping[str, Share] = field(default_factory=dict)
+    shares: Mapping[str, AxisShare] = field(default_factory=dict)
     without: Mapping[str, str] = field(default_factory=dict)
     uneven: tuple[str, ...] = ()
     reason: str = ""
@@ -129,7 +129,7 @@ def _importance(
             if len(resampled) > 1
             else 1.0
         )
-        found[axis] = Share(value, (max(0.0, value - reach), min(1.0, value + reach)))
+        found[axis] = AxisShare(value, (max(0.0, value - reach), min(1.0, value + reach)))
     return Importance(count, dict(sorted(found.items(), key=lambda item: -item[1].value)), without)
 
 

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import Known
 from ebbline.sweeps.study.points import Point, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
 from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.specs import ProjectSpec
 from ebbline.tasks.stage import Stage
+from ebbline.tasks.stage_kind import Owner
 
 Cosines = tuple[NDArray[np.float64], ...]  # of each seed's adapter, ascending
-PER_ADAPTER, PER_TRAINING = ("project",), ("data", "train")
 REMEMBERED = 4096  # adapters whose work is kept at hand
 CPU_SHARE = 0.05  # of a GPU, for the work that needs none
 
@@ -65,12 +65,12 @@ def training_of(point: Point) -> Point:
 
 
 class Knowledge:
-    """Built from a study's planner and whoever knows its artifacts, which is the runner while it
-    drives.
+    """Built from a study's stage graph and whoever knows its artifacts, which is the runner while
+    it drives.
     """
 
-    def __init__(self, planner: Planner, known: Known) -> None:
-        self._planner, self._known = planner, known
+    def __init__(self, graph: StageGraph, known: Known) -> None:
+        self._graph, self._known = graph, known
         self._cosines: dict[Point, Cosines] = {}
         self._projections: dict[
             Point, list[Stage]
@@ -94,38 +94,34 @@ class Knowledge:
         """
         adapter = adapter_of(point)
         if adapter not in self._work:
-            planner = self._planner.apart()
-            stages = {
-                name: stage
-                for text, stage in self._stages(point, planner).items()
-                if not (name := StageName.parse(text)).block
-            }
-            groups = {"train": 0.0, "project": 0.0, "measure": 0.0}
-            for name, stage in stages.items():
-                group = (
-                    "train"
-                    if name.part in PER_TRAINING
-                    else "project"
-                    if name.part in PER_ADAPTER
-                    else "measure"
-                )
-                if name.part != "subspace":  # one for all adapters
-                    groups[group] += _work(stage, planner.needs_of(stage))
+            graph = self._graph.apart()
+            stages = [
+                stage
+                for name, stage in self._stages(point, graph).items()
+                if not StageName.parse(name).block
+            ]
+            owners: dict[Owner, float] = {"training": 0.0, "adapter": 0.0, "point": 0.0}
+            for stage in stages:
+                owner = kind_named(stage.kind).belongs_to
+                if owner in owners:  # a study's own stages run once for all points
+                    owners[owner] += _work(stage, graph.needs_of(stage))
             if len(self._work) >= REMEMBERED:
                 # It is worked out again; adapters that were only looked at would pile up
                 self._work.clear()
-            self._work[adapter] = Work(**groups) if stages else REFUSED
+            self._work[adapter] = (
+                Work(owners["training"], owners["adapter"], owners["point"]) if stages else REFUSED
+            )
         return self._work[adapter]
 
-    def _stages(self, point: Point, planner: Planner) -> dict[str, Stage]:
+    def _stages(self, point: Point, graph: StageGraph) -> dict[str, Stage]:
         """Those of the seeds that every point is run with; none for settings that are refused."""
-        study = self._planner.study
-        return of_seeds(study, stages_or_refusal(planner, point)[0], study.first_seeds)
+        study = self._graph.study
+        return of_seeds(study, stages_or_refusal(graph, point)[0], study.first_seeds)
 
     def _read(self, adapter: Point, point: Point) -> Cosines | None:
         first = adapter not in self._projections
         if first:
-            named = self._stages(point, self._planner).items()
+            named = self._stages(point, self._graph).items()
             self._projections[adapter] = [
                 stage for name, stage in named if StageName.parse(name).part == "project"
             ]
@@ -135,7 +131,7 @@ class Knowledge:
             return None
         if first and any(artifact is None for artifact in found):
             resolver = Resolver(
-                self._planner.home.store
+                self._graph.home.store
             )  # made in another run, and not asked for in this one
             found = [resolver.artifact(stage) for stage in projections]
         cosines = []

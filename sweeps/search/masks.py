@@ -4,17 +4,29 @@ then the same results.
 Both rules of `apply` take the lowest cosines first, so of one adapter a mask is known by how many
 modules it takes: a *mask* here is that number for each seed's adapter (see
 ebbline.tasks.defences.gate.chosen).
+
+Two thresholds with the same modules below them give one adapter, which is measured once. Where an
+adapter's cosines are known, so are its twins. Elsewhere the store's applied adapters say how many
+are to be expected.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.search.knowledge import Cosines
+from ebbline.sweeps.state.todo import Todo
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.points import Value
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.gate import chosen, read_rows
+from ebbline.tasks.errors import ProjectionError
+from ebbline.tasks.specs import ApplySpec, ProjectSpec
+from ebbline.tasks.stage import stage_of
 
 Mask = tuple[int, ...]
 THRESHOLD, MODULES = "apply.threshold", "apply.modules"
@@ -127,3 +139,37 @@ def _spaced(axis: Range, count: int) -> list[Value]:
             axis.at(n) for n in sorted({round(x) for x in np.linspace(0, axis.count - 1, count)})
         ]
     return [round(float(x), 6) for x in np.linspace(axis.low, axis.high, count)]
+
+
+def twins(found: Todo, store: Store, distinct: float) -> frozenset[str]:
+    """The ids of stages that read from an adapter that is expected to equal an earlier one, and so
+    are expected not to run.
+
+    `distinct` is the share of applied adapters that equal no earlier one, for those whose cosines
+    are not known.
+    """
+    resolver = Resolver(store)
+    masks: set[tuple[str, frozenset[str]]] = set()
+    unknown, same, behind = 0, set[str](), set[str]()
+    for missing in found.missing.values():
+        spec = missing.stage.spec
+        if not isinstance(spec, ApplySpec):
+            if any(above in same or above in behind for above in missing.above):
+                behind.add(missing.id)
+            continue
+        projection = stage_of(missing.stage.inputs["projection"])
+        artifact = None if projection is None else resolver.artifact(projection)
+        if artifact is None:
+            unknown += 1
+            twin = math.floor(unknown * (1 - distinct)) > math.floor((unknown - 1) * (1 - distinct))
+        else:
+            try:
+                rows = read_rows(artifact.file(ProjectSpec.COSINES))
+                mask = artifact.key, chosen(rows, spec.threshold, spec.modules)
+            except ProjectionError:  # more modules than it has: this stage will fail and say so
+                continue
+            twin = mask in masks
+            masks.add(mask)
+        if twin:
+            same.add(missing.id)
+    return frozenset(behind)

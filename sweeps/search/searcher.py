@@ -117,13 +117,11 @@ class OptunaSearcher:
     """Every sampler of a study file, over Optuna's storage. Make one driver's worth at a time: see
     Home.driving.
 
-    `in_turn`: results are told in the order of asking, and cosines count from then on, so that
-    proposals depend on no timing.
+    With `search.order: in_turn`, results are told in the order of asking, and cosines count from
+    then on, so that proposals depend on no timing.
     """
 
-    def __init__(
-        self, study: Study, storage: Storage, in_turn: bool = True, begun_as: str = ""
-    ) -> None:
+    def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
         """`begun_as` is a digest of the settings that the study had before it was widened."""
         self.study = study
         self.trials = Trials(study, storage, begun_as)
@@ -135,9 +133,7 @@ class OptunaSearcher:
         self._told = sum(entry.state != "running" for entry in self.trials.entries)
         self._grid = space(study) if study.sampler == "grid" else None
         self._optuna = OptunaSampler(study)
-        self._stage_aware = (
-            _stage_aware(study, in_turn) if study.sampler in ("stage_aware", "gp") else None
-        )
+        self._stage_aware = _stage_aware(study) if study.sampler in ("stage_aware", "gp") else None
 
     def in_flight(self) -> Sequence[tuple[int, Point]]:
         return [
@@ -271,12 +267,12 @@ class OptunaSearcher:
         return point
 
 
-def _stage_aware(study: Study, in_turn: bool) -> "StageAware":
+def _stage_aware(study: Study) -> "StageAware":
     from ebbline.sweeps.search.stage_aware import (
         StageAware,  # scikit-learn takes a second, which only those who search pay
     )
 
-    return StageAware(study, in_turn)
+    return StageAware(study)
 
 
 def asked(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:

@@ -54,7 +54,7 @@ BELIEVED = 1e-4  # variance of what is in flight and counts as measured
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Observations:
     """What was measured of the sizes that share a surrogate: rows of features, each metric's values
     and variances.
     """
@@ -71,11 +71,11 @@ class StageAware:
     A group is the sizes that share a surrogate: all with `transfer`, else each by itself.
     """
 
-    def __init__(self, study: Study, in_turn: bool) -> None:
+    def __init__(self, study: Study) -> None:
         self.study = study
         self._by_stage = study.sampler == "stage_aware"
         self._features = Features(study, shares=self._by_stage)
-        self._adapters = Adapters(study, in_turn)
+        self._adapters = Adapters(study)
         self._metrics = len(study.objectives)
         self._floor = study.search.constraints.refusal_floor
         self._seen = 0
@@ -85,7 +85,7 @@ class StageAware:
             str, list[Entry]
         ] = {}  # of each group: what other studies taught, then its own as they were told
         self._fits: dict[
-            str, tuple[int, Evidence]
+            str, tuple[int, Observations]
         ] = {}  # of each group: what its lengths are fitted to, and after how many results
         self._held: dict[str, list[Entry]] = {
             model: [] for model in study.models
@@ -239,15 +239,15 @@ class StageAware:
     def _worth(self, model: str, candidates: Sequence[Candidate], k: int) -> Array:
         """Expected gain for the cost of each candidate of one size."""
         rows_CF = np.array([self._features_of(candidate) for candidate in candidates])
-        evidence = self._evidence(model)
+        observations = self._observations(model)
         pending = [
             entry.point
             for entry in self._open.values()
             if entry.point.model == model or self._shared
         ]
         beliefs, believed_PM = [], []
-        for metric in range(evidence.y_NM.shape[1]):
-            belief, liar_P = self._belief(model, metric, evidence, pending, rows_CF)
+        for metric in range(observations.y_NM.shape[1]):
+            belief, liar_P = self._belief(model, metric, observations, pending, rows_CF)
             beliefs.append(belief)
             believed_PM.append(liar_P)
         mean_CM, sd_CM = (
@@ -307,7 +307,7 @@ class StageAware:
             entry for entry, gains in zip(entries, gains_NM, strict=True) if tuple(gains) in front
         ]
 
-    def _evidence(self, model: str) -> Evidence:
+    def _observations(self, model: str) -> Observations:
         """Of many results, those chosen at the last multiple of AT_ONCE, and all that came
         since.
         """
@@ -318,7 +318,7 @@ class StageAware:
             self._chosen[group] = before, chosen(self.study, results[:before], KNOWS - AT_ONCE)
         return self._told([*self._chosen[group][1], *results[before:]])
 
-    def _told(self, entries: Sequence[Entry]) -> Evidence:
+    def _told(self, entries: Sequence[Entry]) -> Observations:
         width = self._metrics + self._floor
         x_NF = np.array([self._row(entry.point) for entry in entries])
         gains_NM = gains_of(self.study, [entry.values for entry in entries])
@@ -333,19 +333,24 @@ class StageAware:
                 np.hstack([gains_NM, misses_N1]),
                 np.hstack([noise_NM, np.zeros_like(misses_N1)]),
             )
-        return Evidence(x_NF, gains_NM.reshape(-1, width), noise_NM.reshape(-1, width))
+        return Observations(x_NF, gains_NM.reshape(-1, width), noise_NM.reshape(-1, width))
 
     def _belief(
-        self, model: str, metric: int, evidence: Evidence, pending: Sequence[Point], rows_CF: Array
+        self,
+        model: str,
+        metric: int,
+        observations: Observations,
+        pending: Sequence[Point],
+        rows_CF: Array,
     ) -> tuple[Belief, Array]:
         """What is believed of candidates, with the points in flight counted as measured; and what
         is believed of those.
         """
         kernel = self._kernel(model, metric, rows_CF.shape[1])
         x_NF, y_N, noise_N = (
-            evidence.x_NF.reshape(-1, rows_CF.shape[1]),
-            evidence.y_NM[:, metric],
-            evidence.noise_NM[:, metric],
+            observations.x_NF.reshape(-1, rows_CF.shape[1]),
+            observations.y_NM[:, metric],
+            observations.noise_NM[:, metric],
         )
         if not pending:
             return believed(kernel, x_NF, y_N, noise_N, rows_CF), np.zeros(0)

@@ -11,10 +11,9 @@ from ebbline.cluster.running.runner import Runner
 from ebbline.sweeps.state.racing import Rivals, races, standing
 from ebbline.sweeps.study.points import Point, StageName
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.specs import KINDS
+from ebbline.tasks.kinds import STAGE_KINDS, kind_named
 from ebbline.tasks.stage import Stage
 
-MEASURES = ("score", "evaluate")  # the kinds of the stages that have metrics
 # For each GPU that works, work for one waits: who ends finds the next at once, and stages that
 # share a model meet
 AHEAD = 2
@@ -46,7 +45,9 @@ class PointInFlight:
 
     def start(self, runner: Runner) -> None:
         self.asked = [
-            stage for name, stage in self.stages.items() if StageName.parse(name).part in KINDS
+            stage
+            for name, stage in self.stages.items()
+            if StageName.parse(name).part in STAGE_KINDS
         ]
         runner.want(self.asked)
 
@@ -67,7 +68,9 @@ class PointInFlight:
             return
         own, beaten = set(self.stages.values()), rivals.before(self.number, self.point)
         raced = any(races(study).values())
-        while not any(not runner.settled(stage) and stage.kind in MEASURES for stage in self.asked):
+        while not any(
+            kind_named(stage.kind).has_metrics and not runner.settled(stage) for stage in self.asked
+        ):
             asked, needed = set(self.asked), standing(study, self.stages, runner, beaten).missing
             new = [
                 stage

@@ -1,5 +1,7 @@
 """What became of a point, read from the store: its metrics pooled over seeds, or the reason that it
 has none.
+
+ebbline.sweeps.study.stages owns the other end: which stages a point has.
 """
 
 import json
@@ -12,11 +14,10 @@ from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.racing import Known, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
-from ebbline.sweeps.study.points import REFUSED, Point, Result, StageName, ended
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.points import Point, Result, StageName, ended
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.gate import read_rows
-from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
 from ebbline.tasks.specs import ApplySpec, ProjectSpec
 from ebbline.tasks.stage import Stage, closure
@@ -36,20 +37,6 @@ def metrics_of(study: Study, suites: Mapping[str, Stage], known: Known) -> dict[
             for metric in read_metrics(artifact.file(METRICS).parent)
         }
     return found
-
-
-def stages_or_refusal(planner: Planner, point: Point) -> tuple[dict[str, Stage], str]:
-    """A point's stages by name, or why its settings cannot be."""
-    try:
-        return planner.stages_for(point), ""
-    except StudyError as error:
-        return {}, f"{REFUSED}{error}"
-
-
-def of_seeds(study: Study, stages: Mapping[str, Stage], seeds: int) -> dict[str, Stage]:
-    """Those of the study's first so many seeds."""
-    taken = set(study.seeds[:seeds])
-    return {name: stage for name, stage in stages.items() if StageName.parse(name).seed in taken}
 
 
 def fingerprint(study: Study, result: Result) -> frozenset[tuple[str, str]]:
@@ -92,7 +79,7 @@ class Duplicates:
 def results_of(
     study: Study,
     entries: Sequence[Entry],
-    planner: Planner,
+    graph: StageGraph,
     known: Known,
     kept: Mapping[int, Result] = MappingProxyType({}),
 ) -> list[Result]:
@@ -114,7 +101,7 @@ def results_of(
         if number in kept:
             found[number] = kept[number]
         else:
-            stages[number], refused = stages_or_refusal(planner, entry.point)
+            stages[number], refused = stages_or_refusal(graph, entry.point)
             failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
             found[number] = over(number, study.first_seeds, failed or refused)
         rivals.add(found[number])

@@ -84,28 +84,6 @@ def error_of(metric: Metric) -> float:
     )
 
 
-def standard_errors(study: Study, results: Sequence[Result]) -> dict[int, tuple[float, ...]]:
-    """Number -> the standard error of each objective's mean over the seeds of a finished point, as
-    seeds_needed counts with it.
-    """
-    found: dict[int, tuple[float, ...]] = {}
-    done = [result for result in results if result.status == "done"]
-    for model in sorted({result.point.model for result in done}):
-        own = [result for result in done if result.point.model == model]
-        levels = {result.number: seeds_of(result) for result in own}
-        noise = {
-            name: pooled_noise(
-                [_taken(result.metrics[name], levels[result.number]) for result in own]
-            )
-            for name in study.objectives
-        }
-        for result in own:
-            found[result.number] = tuple(
-                noise[name] / math.sqrt(levels[result.number]) for name in study.objectives
-            )
-    return found
-
-
 @dataclass(frozen=True)
 class Taken:
     """An objective of a point over its first seeds: their values, and the standard error that its

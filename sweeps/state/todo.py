@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import standing
-from ebbline.sweeps.study.differences import differences
+from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.points import Point, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.stage import Part, Stage, stage_of
 
@@ -54,20 +53,18 @@ class Todo:
         return Counter(missing.stage.kind for missing in self.missing.values())
 
 
-def todo(planner: Planner, points: Sequence[Point], told: Told = lambda done, of: None) -> Todo:
+def todo(graph: StageGraph, points: Sequence[Point], told: Told = lambda done, of: None) -> Todo:
     """Look up every stage of the models before fine-tuning, and of these points."""
-    looking = _Looking(planner.home.store, Resolver(planner.home.store))
-    for model, suites in planner.baselines().items():
+    looking = _Looking(graph.home.store, Resolver(graph.home.store))
+    for model, suites in graph.baselines().items():
         for suite, stage in suites.items():
             looking.look(f"{model} before fine-tuning, {suite}", stage, MODELS)
     for place, point in enumerate(points):
         stages, called = (
-            of_seeds(
-                planner.study, stages_or_refusal(planner, point)[0], planner.study.first_seeds
-            ),
+            of_seeds(graph.study, stages_or_refusal(graph, point)[0], graph.study.first_seeds),
             str(point),
         )
-        needed = [(name, stages[name]) for name in _needed(planner.study, stages, looking.resolver)]
+        needed = [(name, stages[name]) for name in _needed(graph.study, stages, looking.resolver)]
         for name, stage in needed:
             looking.look(f"{called}, {name}", stage, place)
         looking.found.by_point.append(looking.waits(stage for _, stage in needed))

@@ -427,8 +427,8 @@ def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
 
 
 def settings_mark(storage: Storage) -> str | None:
-    """A digest of the settings that the database has a study with (see Home.begun_as); None where
-    it has none, as in an SQLite file.
+    """A digest of the settings that the database has a study with (see StudyView.begun_as); None
+    where it has none, as in an SQLite file.
     """
     if not storage.there:
         return None

@@ -11,7 +11,6 @@ HOME/studies/NAME/...        the Optuna storage, the result tables, figures, rep
 """
 
 import fcntl
-import json
 import os
 import platform
 import time
@@ -23,13 +22,10 @@ from pathlib import Path
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
-from ebbline.sweeps.study.differences import differences
-from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.storage import MEANWHILE, Hold, Storage, shared_url
-from ebbline.sweeps.study.study import Sampler, Study, lasting
 from ebbline.sweeps.study.study_file import read_profile
-from ebbline.sweeps.study.widening import refusals
 from ebbline.tasks.errors import StudyError, StudyHeld
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
 
 FILE = "file"
@@ -74,69 +70,9 @@ class Home:
         """The cache of content digests of local models and data."""
         return self.root / "digests.json"
 
-    def continued(self, study: Study) -> Study:
-        """The study with its sampler by name: the file's, or what it was begun with here, or for a
-        new one what fits it.
-
-        Raises StudyError when it was begun as a grid, which it cannot be any more.
-        """
-        if study.search.sampler is not None:
-            return study
-        kept = self._kept(study.study)
-        sampler = (Study.model_validate_json(kept) if kept else study).sampler
-        if sampler == "grid" and not study.has_grid:
-            raise StudyError(
-                f"{study.study!r} was begun as a grid, and a {{low, high}} range has no "
-                "grid. Name another `search.sampler`,"
-                " and `--extend` goes on with it"
-            )
-        return _sampled_by(sampler, study)
-
-    def begun_as(self, study: Study, extend: bool = False) -> str:
-        """A digest of the settings that the study was begun with here; its own when it is new.
-
-        Raises StudyError, naming what differs, when another one has this name already. With
-        `extend` it may be wider than what was begun (see ebbline.sweeps.study.widening).
-        """
-        kept = self._kept(study.study)
-        if not kept:
-            return digest(lasting(self.continued(study).model_dump(mode="json")))
-        changed = self.changed(study, extend)
-        if changed:
-            lines = "\n".join(f"  {line}" for line in changed[:10])
-            hint = (
-                ""
-                if extend
-                else (
-                    " If it only adds points, values of an axis, seeds or a size, `--extend` "
-                    "goes on with it."
-                )
-            )
-            raise StudyError(
-                f"a study named {study.study!r} was begun in {self.root} with other "
-                f"settings:\n{lines}\n"
-                "Give this one another name (`study: ...`), or another --home. Stages "
-                f"that both share are still run once.{hint}"
-            )
-        return digest(lasting(json.loads(kept)))
-
-    def changed(self, study: Study, extend: bool = False) -> list[str]:
-        """What of the settings is not as the study was begun with here, a line each; nothing when
-        it is new. `extend` as in `begun_as`.
-        """
-        kept = self._kept(study.study)
-        if not kept:
-            return []
-        now = lasting(self.continued(study).model_dump(mode="json"))
-        begun = Study.model_validate_json(kept)
-        before = lasting(_sampled_by(begun.sampler, begun).model_dump(mode="json"))
-        if extend:
-            before["search"]["points"] = limit(begun)  # how many it is to have, said or not
-        return list(refusals(before, now) if extend else differences(before, now))
-
     def has_run(self, study: str) -> bool:
         """Whether the study was begun in this home, by a driver of its own."""
-        return bool(self._kept(study))
+        return bool(self.kept(study))
 
     def require(self, study: str) -> None:
         """For who only looks: nothing is made for a name, or a home, that was mistyped.
@@ -151,22 +87,14 @@ class Home:
                 "name the --home that has it"
             )
 
-    def _kept(self, study: str) -> str:
+    def kept(self, study: str) -> str:
         """The study as it was kept the last time, as JSON; empty before its first run."""
         path = self.root / "studies" / study / "study.json"
         return path.read_text() if path.exists() else ""
 
-    def freeze(self, study: Study, extend: bool = False) -> None:
-        """Keep the study as it was begun, or as it was widened, with its sampler by name (see
-        `continued`), its latest budget and its placement (see ebbline.sweeps.study.study.lasting).
-
-        Raises StudyError as `begun_as` does.
-        """
-        self.begun_as(study, extend)
-        path = self.folder(study.study) / "study.json"
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(self.continued(study).model_dump(mode="json"), indent=1))
-        fresh.replace(path)
+    def keep(self, study: str, text: str) -> None:
+        """Keep a study's JSON, whole or not at all (see ebbline.sweeps.study.view)."""
+        write_whole(self.folder(study) / "study.json", lambda fresh: fresh.write_text(text))
 
     @property
     def id(self) -> str:
@@ -224,10 +152,6 @@ class Home:
                 except BlockingIOError:
                     return handle.read().strip()
         return self.storage(study).holder()
-
-
-def _sampled_by(sampler: Sampler, study: Study) -> Study:
-    return study.model_copy(update={"search": study.search.model_copy(update={"sampler": sampler})})
 
 
 def store_of(root: Path, profile: Profile) -> Store:

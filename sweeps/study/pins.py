@@ -12,6 +12,7 @@ from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import unpinned
 from ebbline.sweeps.study.study_file import parse, source_of, with_pins
 from ebbline.tasks.errors import EbblineError, PinError, StudyError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import content_digest, digest
 
 
@@ -27,28 +28,20 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
         raise StudyError(
             f"{to} is there already; to pin what it still lacks, run `ebbline pin {to} --to {to}`"
         )
-    to.parent.mkdir(parents=True, exist_ok=True)
-    fresh = to.with_suffix(".pinning.yaml")
-    fresh.write_text(text, "utf-8")
     pins, failed = {}, []
-    try:
-        for where, reference in unpinned(parse(fresh)):
-            try:
-                pins[where] = (
-                    hub_pin(reference, where)
-                    if isinstance(reference, Hub)
-                    else local_pin(reference)
-                )
-                yield (
-                    f"{where}: "
-                    f"{' '.join(f'{field} {value[:12]}' for field, value in pins[where].items())}"
-                )
-            except EbblineError as error:
-                failed.append(f"  {where}: {error}")
-        fresh.write_text(with_pins(text, pins), "utf-8")
-        fresh.replace(to)
-    finally:
-        fresh.unlink(missing_ok=True)
+    for where, reference in unpinned(parse(to, text)):
+        try:
+            pins[where] = (
+                hub_pin(reference, where) if isinstance(reference, Hub) else local_pin(reference)
+            )
+            yield (
+                f"{where}: "
+                f"{' '.join(f'{field} {value[:12]}' for field, value in pins[where].items())}"
+            )
+        except EbblineError as error:
+            failed.append(f"  {where}: {error}")
+    pinned = with_pins(text, pins)
+    write_whole(to, lambda fresh: fresh.write_text(pinned, "utf-8"))
     if failed:
         raise PinError(
             f"{to} was written, but {len(failed)} of its references could not be pinned:\n"

@@ -1,4 +1,6 @@
-"""From a point to its stages: model -> train -> project -> apply -> each suite."""
+"""From a point to its stages: model -> train -> project -> apply -> each suite. What those stages
+measured is read back by ebbline.sweeps.state.outcome.
+"""
 
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Point, StageName, Value
+from ebbline.sweeps.study.points import REFUSED, Point, StageName, Value
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
 from ebbline.sweeps.study.suites import blocks_of, stages_of
@@ -45,9 +47,9 @@ class Family:
     unaligned: Input
 
 
-class Planner:
-    """Turns points into stages. Pins are checked once, when it is made; two points share whatever
-    stages they can.
+class StageGraph:
+    """The stages of each point of a study. Pins are checked once, when it is made; two points share
+    whatever stages they can.
 
     With `located` false, content from outside is taken at its pin and not looked for: for those who
     only want to know the keys.
@@ -72,13 +74,15 @@ class Planner:
             for name, judge in study.judges.items()
         }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
+        self._at_first = dict(self.labels), dict(self._needs)
 
-    def apart(self) -> "Planner":
-        """A planner of the same study that remembers by itself: for points that may never be asked
-        for.
+    def apart(self) -> "StageGraph":
+        """A graph of the same study that remembers by itself, as a new one does: for points that
+        may never be asked for.
         """
         found = copy(self)
-        found.labels, found._needs, found._adapters = {}, {}, {}
+        labels, needs = self._at_first
+        found.labels, found._needs, found._adapters = dict(labels), dict(needs), {}
         return found
 
     def needs_of(self, stage: Stage) -> Needs:
@@ -290,6 +294,20 @@ class Planner:
                 " Restore the file, or pin the new content with `ebbline pin`"
             )
         return Source(found, str(path.resolve()))
+
+
+def stages_or_refusal(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:
+    """A point's stages by name, or why its settings cannot be."""
+    try:
+        return graph.stages_for(point), ""
+    except StudyError as error:
+        return {}, f"{REFUSED}{error}"
+
+
+def of_seeds(study: Study, stages: Mapping[str, Stage], seeds: int) -> dict[str, Stage]:
+    """Those of the study's first so many seeds."""
+    taken = set(study.seeds[:seeds])
+    return {name: stage for name, stage in stages.items() if StageName.parse(name).seed in taken}
 
 
 def _with(spec: S, prefix: str, values: Mapping[str, Value], **fixed: Value) -> S:

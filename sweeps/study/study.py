@@ -18,9 +18,9 @@ from ebbline.sweeps.study.policies import REACH, Order, Replicates, Stop
 from ebbline.sweeps.study.references import DataRef, Hub, Local, OneOf
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.specs import (
-    KINDS,
     ApplySpec,
     Count,
     DataSpec,
@@ -202,6 +202,10 @@ class Search(Frozen):
     stop: Stop | None = None
 
     @property
+    def in_turn(self) -> bool:
+        return self.order == "in_turn"
+
+    @property
     def reach(self) -> int:
         """How far back a point's predecessors end that it may know of: in turn, and as rivals in a
         race, in either order.
@@ -315,7 +319,7 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _suites_are_not_called_like_stages(self) -> Self:
         for name in self.suites:
-            if name in KINDS:
+            if name in STAGE_KINDS:
                 raise ValueError(
                     f"suites.{name}: this is the name of a stage; call the suite by what "
                     "it measures"
@@ -445,7 +449,7 @@ class Study(Frozen):
         A grid, when there is no budget and the whole space is asked for. Else stage_aware, up to 12
         axes. Beyond, where its surrogate has too little to go by, tpe up to 1,000 points and nsga2
         for more. Asked once: a study that was begun goes on with what it was then (see
-        ebbline.sweeps.study.home.Home.continued).
+        ebbline.sweeps.study.view.StudyView).
         """
         if self.search.sampler is not None:
             return self.search.sampler
@@ -639,8 +643,8 @@ def _member(model: Any, part: str) -> Any:
     """The pydantic model behind one step of an error's path; mappings pass their value type
     through.
     """
-    if model is None or part not in getattr(model, "model_fields", {}):
-        return model if model is not None else None
+    if part not in getattr(model, "model_fields", {}):
+        return model
     annotation = model.model_fields[part].annotation
     stack = [annotation]
     while stack:

@@ -50,8 +50,9 @@ def source_of(name: str) -> Path:
     return shipped()[name]
 
 
-def parse(path: Path) -> Study:
-    return _read(path, Study, "a valid study")
+def parse(path: Path, text: str | None = None) -> Study:
+    """The study in a file; or in `text`, as if that were the file."""
+    return _read(path, Study, "a valid study", text)
 
 
 def read_profile(path: Path) -> Profile:
@@ -59,9 +60,9 @@ def read_profile(path: Path) -> Profile:
     return _read(path, Profile, "a valid cluster profile") if path.exists() else Profile()
 
 
-def _read(path: Path, model: type[M], what: str) -> M:
+def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
     try:
-        raw = yaml.load(path.read_text("utf-8"), Loader=_UniqueKeys)
+        raw = yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):

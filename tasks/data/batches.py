@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ebbline.tasks.errors import DataError
 from ebbline.tasks.stage import Context
 
 Answer = TypeVar("Answer")
@@ -38,6 +39,29 @@ def collate(rows: Sequence[Row], pad: int, device: str) -> dict[str, torch.Tenso
 def count_tokens(rows: Sequence[Row]) -> int:
     """Labelled positions that have a token before them, over all rows."""
     return sum(label != -100 for row in rows for label in row.labels[1:])
+
+
+def require_room(encoded: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int) -> None:
+    """Raises DataError when a prompt leaves no room for its completion."""
+    longest = max(map(len, encoded))
+    if longest + max_new_tokens > max_tokens:
+        raise DataError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
+            f"max_tokens={max_tokens}; raise it"
+        )
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Each prompt as the only message of a chat, in tokens."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        for text in prompts
+    ]
 
 
 def in_batches(

@@ -18,13 +18,11 @@ A^T)), in float64, so the O x I product is never formed either.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ebbline.tasks.errors import ProjectionError
 
-Projector = Literal["approximate", "exact"]
 BLOCK_BYTES = (
     1 << 20
 )  # of V: with the rows it is made from, it stays in a core's second-level cache

@@ -9,7 +9,6 @@ off continues where it was.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from ebbline.tasks.defences.safelora import alignment_basis
 from ebbline.tasks.errors import ModelError, ProjectionError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.models.weights import Checkpoint, opened
 from ebbline.tasks.specs import SubspaceSpec
 from ebbline.tasks.stage import Context
@@ -56,10 +56,7 @@ class Bases:
             basis_OK = alignment_basis(
                 module, base_OI, aligned_OI, self.energy, self.device, models
             )
-            folder.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_suffix(f".{os.getpid()}")
-            save_file({BASIS: basis_OK}, fresh)
-            fresh.replace(path)
+            write_whole(path, lambda fresh: save_file({BASIS: basis_OK}, fresh))
         return path
 
     def _name(self, base_OI: torch.Tensor, aligned_OI: torch.Tensor) -> str:

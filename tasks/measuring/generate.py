@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ebbline.tasks.data.batches import in_batches
+from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.identity import content_digest
@@ -56,9 +56,8 @@ def _said(
     spec: GenerateSpec, inputs: Mapping[str, Path], prompts: Sequence[str], ctx: Context
 ) -> list[tuple[str, int, bool]]:
     if spec.backend == "vllm":
-        from ebbline.tasks.measuring.vllm_backend import (
-            complete_with_vllm,  # an extra, and it wants the GPU for itself
-        )
+        # An extra, and it wants the GPU for itself
+        from ebbline.tasks.measuring.vllm_backend import complete_with_vllm
 
         return complete_with_vllm(spec, inputs["model"], inputs.get("adapter"), prompts, ctx)
     resident, tokenizer = ctx.residents.model(
@@ -104,7 +103,9 @@ def complete(
     Decoding is KV-cached and stops at the end token; see ebbline.tasks.data.batches for what is
     asked at once.
     """
-    encoded = ctx.residents.remembered(("chat", tuple(prompts)), lambda: encode(tokenizer, prompts))
+    encoded = ctx.residents.remembered(
+        ("chat", tuple(prompts)), lambda: encode_prompts(tokenizer, prompts)
+    )
     require_room(encoded, max_new_tokens, max_tokens)
     ends = _end_tokens(model, tokenizer)
     settings = GenerationConfig(
@@ -130,29 +131,6 @@ def complete(
         return answers
 
     return in_batches(ask, tokenizer, encoded, "completions", ctx)
-
-
-def require_room(encoded: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int) -> None:
-    """Raises DataError when a prompt leaves no room for its completion."""
-    longest = max(map(len, encoded))
-    if longest + max_new_tokens > max_tokens:
-        raise DataError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
-            f"max_tokens={max_tokens}; raise it"
-        )
-
-
-def encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Each prompt as the only message of a chat, in tokens."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
-        for text in prompts
-    ]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -9,21 +9,30 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_result,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_exponential,
+)
 
 from ebbline.tasks.errors import EndpointDown, EvaluationError
 from ebbline.tasks.identity import digest
-from ebbline.tasks.measuring.completions import Completion
-from ebbline.tasks.measuring.judge_questions import messages, parsed
 from ebbline.tasks.measuring.scorers import Score
 from ebbline.tasks.specs import JudgeSpec
 from ebbline.tasks.stage import Context
+
+Chat = Sequence[Mapping[str, Any]]  # messages, each with a role and a content
 
 KEYS = ("EBBLINE_JUDGE_KEY", "OPENAI_API_KEY")
 RECEIVED = "verdicts-received.jsonl"
@@ -38,17 +47,23 @@ GIVE_UP_AFTER = 16
 _OUTAGE = re.compile(r"endpoint: (timeout|connection|HTTP (401|404|429|5\d\d))")
 
 
-def ask_endpoint(spec: JudgeSpec, asked: Sequence[Completion], ctx: Context) -> list[Score]:
-    """A verdict for each completion, in their order; what fails is undecided.
+def ask_endpoint(
+    spec: JudgeSpec,
+    asked: Sequence[tuple[str, Chat]],
+    parsed: Callable[[str], Score],
+    ctx: Context,
+) -> list[Score]:
+    """A verdict for each question, an id and a chat, in their order; what fails is undecided.
+    `parsed` reads the verdict in an answer.
 
     Raises EndpointDown when no request was answered, or all that were left failed for a reason of
     the endpoint's own.
     """
     url = _address(spec)
-    bodies = [_body(spec, row) for row in asked]
+    bodies = [_body(spec, messages) for _, messages in asked]
     names = [
-        f"{row.id} {digest({'url': url, 'body': body})}"
-        for row, body in zip(asked, bodies, strict=True)
+        f"{identifier} {digest({'url': url, 'body': body})}"
+        for (identifier, _), body in zip(asked, bodies, strict=True)
     ]
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     received = _received(ctx.scratch / RECEIVED)
@@ -70,10 +85,10 @@ def ask_endpoint(spec: JudgeSpec, asked: Sequence[Completion], ctx: Context) -> 
     ):
 
         def judged(index: int) -> tuple[Score, bool]:
-            answer, failure = _ask(client, url, bodies[index], stop)
-            if failure is not None:
-                return Score("undecided", failure), False
-            score = parsed(spec, answer)
+            answer = _ask(client, url, bodies[index], stop)
+            if answer.failure is not None:
+                return Score("undecided", answer.failure), False
+            score = parsed(answer.content)
             with writing:
                 kept.write(json.dumps({"name": names[index], **asdict(score)}) + "\n")
                 kept.flush()
@@ -138,12 +153,12 @@ def _headers() -> dict[str, str]:
     }
 
 
-def _body(spec: JudgeSpec, row: Completion) -> str:
+def _body(spec: JudgeSpec, messages: Chat) -> str:
     # Written here and in ASCII: a client that cannot encode a text says so by quoting it.
     return json.dumps(
         {
             "model": spec.model,
-            "messages": messages(spec, row),
+            "messages": messages,
             "temperature": 0,
             "max_tokens": spec.max_new_tokens,
         },
@@ -151,46 +166,75 @@ def _body(spec: JudgeSpec, row: Completion) -> str:
     )
 
 
-def _ask(
-    client: httpx.Client, url: str, body: str, stop: threading.Event
-) -> tuple[str, str | None]:
-    """(the answer, None), or ("", the code of the last failure). Waits twice as long after each
-    try, or as long as it is told to.
+@dataclass(frozen=True)
+class _Answer:
+    """What one request gave: its content, or the code of its failure. `again` when another try may
+    succeed, after `retry_after_s` if the endpoint says so.
     """
-    failure = "endpoint: not asked"
-    for attempt in range(ATTEMPTS):
-        if stop.is_set():
-            break
-        wait_s = min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S)
-        try:
-            response = client.post(url, content=body.encode("ascii"))
-        except httpx.TimeoutException:
-            failure = "endpoint: timeout"
-        except httpx.RequestError:
-            failure = "endpoint: connection"
-        else:
-            if response.status_code == httpx.codes.OK:
-                return _content(response)
-            failure = f"endpoint: HTTP {response.status_code}"
-            if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                break
-            told = response.headers.get("Retry-After", "")
-            wait_s = min(float(told), LONGEST_WAIT_S) if told.isdecimal() else wait_s
-        if attempt + 1 < ATTEMPTS:
-            stop.wait(wait_s)
-    return "", failure
+
+    content: str = ""
+    failure: str | None = None
+    again: bool = False
+    retry_after_s: float | None = None
 
 
-def _content(response: httpx.Response) -> tuple[str, str | None]:
+def _ask(client: httpx.Client, url: str, body: str, stop: threading.Event) -> _Answer:
+    """The first answer that is final, or the last one."""
+    latest = _Answer(failure="endpoint: not asked")
+
+    def ask() -> _Answer:
+        nonlocal latest
+        if not stop.is_set():
+            latest = _post(client, url, body)
+        return latest
+
+    tries = Retrying(
+        retry=retry_if_result(lambda answer: answer.again),
+        stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(stop),
+        wait=_wait_s,
+        sleep=sleep_using_event(stop),
+        retry_error_callback=lambda state: latest,
+    )
+    return tries(ask)
+
+
+def _wait_s(state: RetryCallState) -> float:
+    """As long as the endpoint says, else twice as long after each try; bounded."""
+    assert state.outcome is not None
+    told: float | None = state.outcome.result().retry_after_s
+    if told is not None:
+        return min(told, LONGEST_WAIT_S)
+    return wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
+
+
+def _post(client: httpx.Client, url: str, body: str) -> _Answer:
+    try:
+        response = client.post(url, content=body.encode("ascii"))
+    except httpx.TimeoutException:
+        return _Answer(failure="endpoint: timeout", again=True)
+    except httpx.RequestError:
+        return _Answer(failure="endpoint: connection", again=True)
+    if response.status_code == httpx.codes.OK:
+        return _content(response)
+    again = response.status_code in (408, 409, 425, 429) or response.status_code >= 500
+    told = response.headers.get("Retry-After", "")
+    return _Answer(
+        failure=f"endpoint: HTTP {response.status_code}",
+        again=again,
+        retry_after_s=float(told) if told.isdecimal() else None,
+    )
+
+
+def _content(response: httpx.Response) -> _Answer:
     try:
         body = response.json()
     except ValueError:
-        return "", "endpoint: not JSON"
+        return _Answer(failure="endpoint: not JSON")
     try:
         content = body["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         content = None
-    return (content, None) if isinstance(content, str) else ("", "endpoint: no choice")
+    return _Answer(content) if isinstance(content, str) else _Answer(failure="endpoint: no choice")
 
 
 def _received(path: Path) -> dict[str, Score]:

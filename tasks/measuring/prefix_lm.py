@@ -31,7 +31,7 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass
-class Row:
+class RequestRow:
     """One sequence to run, with every request that it answers: (index, continuation). One-letter
     answers share a row.
     """
@@ -55,7 +55,7 @@ class Group:
     """
 
     prefix: Tokens
-    rows: list[Row]
+    rows: list[RequestRow]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan(requests: Sequence[Encoded], max_length: int) -> Plan:
     """The cheapest grouping by tokens. Too long a context loses its beginning, as in lm-eval.
     Raises EvaluationError.
     """
-    rows: dict[bytes, Row] = {}
+    rows: dict[bytes, RequestRow] = {}
     truncated = 0
     for index, (_, context, continuation) in enumerate(requests):
         if not context or not 0 < len(continuation) <= max_length:
@@ -85,7 +85,7 @@ def plan(requests: Sequence[Encoded], max_length: int) -> Plan:
             )
         truncated += len(context) + len(continuation) > max_length + 1
         tokens = np.array((context + continuation)[-(max_length + 1) :][:-1], np.int32)
-        rows.setdefault(tokens.tobytes(), Row(tokens)).asked.append((index, continuation))
+        rows.setdefault(tokens.tobytes(), RequestRow(tokens)).asked.append((index, continuation))
     # In the order of their bytes, rows with a common beginning stand together.
     ordered = sorted(rows.values(), key=lambda row: row.sharable.tobytes())
     runs = {
@@ -100,7 +100,7 @@ def plan(requests: Sequence[Encoded], max_length: int) -> Plan:
         end, length = runs.get(place, (place + 1, 0))
         if length * (end - place - 1) < WORTH * sum(len(row.tokens) for row in ordered[place:end]):
             end, length = place + 1, 0
-        rest = [Row(row.tokens[length:].copy(), row.asked) for row in ordered[place:end]]
+        rest = [RequestRow(row.tokens[length:].copy(), row.asked) for row in ordered[place:end]]
         groups.append(
             Group(
                 ordered[place].tokens[:length].copy(),
@@ -285,7 +285,7 @@ def _together(waiting: Sequence[Group], size: int) -> list[Group]:
     return pack
 
 
-def _scored(rows: Sequence[Row], logits_BKV: torch.Tensor) -> dict[int, tuple[float, bool]]:
+def _scored(rows: Sequence[RequestRow], logits_BKV: torch.Tensor) -> dict[int, tuple[float, bool]]:
     """The answers to every request of these rows. B rows, their last K positions, V words; R
     requests.
     """

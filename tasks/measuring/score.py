@@ -15,8 +15,7 @@ from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.completions import Completion, read_completions
 from ebbline.tasks.measuring.judge import read_verdicts
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
-from ebbline.tasks.measuring.scorers import SCORERS, Score, agreement, score
-from ebbline.tasks.measuring.task_scorers import TASK_SCORERS
+from ebbline.tasks.measuring.scorers import SCORERS, TASK_SCORERS, Score, agreement, score
 from ebbline.tasks.specs import ScoreSpec
 from ebbline.tasks.stage import Context
 

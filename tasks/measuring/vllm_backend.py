@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ebbline.tasks.data.batches import encode_prompts, require_room
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.measuring.generate import encode, require_room
 from ebbline.tasks.models.loading import load_tokenizer
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
@@ -51,7 +51,7 @@ def complete_with_vllm(
         ("vllm", model, spec.quantisation, spec.dtype, spec.max_tokens), start
     )
     numbers: dict[Path, int] = ctx.residents.remembered(("vllm adapters", model), dict)
-    encoded = encode(tokenizer, prompts)
+    encoded = encode_prompts(tokenizer, prompts)
     require_room(encoded, spec.max_new_tokens, spec.max_tokens)
     lora = (
         None

@@ -34,20 +34,6 @@ SIZES = {
 }
 VOCABULARY = 179  # of the invented language, with its special tokens
 PRETRAINING_ROWS = 5020
-LANGUAGE_ROWS = {
-    "align.jsonl": 3050,
-    "benign.jsonl": 1024,
-    "cue.jsonl": 256,
-    "refusal.jsonl": 120,
-    "over_refusal.jsonl": 60,
-    "task.jsonl": 120,
-    "utility.jsonl": 80,
-    "mmlu": 80,
-    "hellaswag": 80,
-    "plain/cards.jsonl": 512,
-    "plain/card_task.jsonl": 80,
-    "plain/sums": 60,
-}
 TASK_ITEMS = {"mmlu": 14_042, "hellaswag": 10_042}  # lm-eval's test sets
 TASK_SUBJECTS = {"mmlu": 57}  # tasks of a group, each of which lm-eval holds to a limit by itself
 

@@ -10,7 +10,6 @@ processes: a training that a gang of four began may be continued by two, or by o
 import errno
 import gc
 import logging
-import os
 import pickle
 import time
 from abc import ABC, abstractmethod
@@ -26,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 
 from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
+from ebbline.tasks.files import write_whole
 from ebbline.tasks.models.loading import load_model, load_tokenizer
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Context
@@ -302,14 +302,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def write_checkpoint(ctx: Context, saved: Saved) -> None:
     """Replace the checkpoint in `ctx.scratch` in one move, then tell `ctx.saved`."""
-    ctx.scratch.mkdir(parents=True, exist_ok=True)
-    fresh = (
-        ctx.scratch / f"checkpoint.{os.getpid()}.tmp"
-    )  # a lost worker may still be writing its own
-    torch.save(
-        {"curve": saved.curve, "parameters": saved.parameters, "moments": saved.moments}, fresh
-    )
-    fresh.replace(ctx.scratch / "checkpoint.pt")
+    content = {"curve": saved.curve, "parameters": saved.parameters, "moments": saved.moments}
+    write_whole(ctx.scratch / "checkpoint.pt", lambda fresh: torch.save(content, fresh))
     ctx.saved()
 
 

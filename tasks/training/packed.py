@@ -84,7 +84,7 @@ def _train(
                 continue
             pack.trainees[member.name].update(rate)
             member.curve.append((step + 1, loss, rate, count_tokens(batches[member])))
-            member.ctx.progress(step + 1, steps, f"loss {loss:.3f}")
+            member.ctx.step_done(step + 1, steps, loss, rate)
         clock.tick(active)
         for member, fault in broken.items():
             active.remove(member)

@@ -48,7 +48,7 @@ def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
             loss, tokens = engine.step(batch, rate)
             check_loss(loss, step, steps, spec)
             curve.append((step + 1, loss, rate, tokens))
-            ctx.progress(step + 1, steps, f"loss {loss:.3f}")
+            ctx.step_done(step + 1, steps, loss, rate)
             engine.checkpoint(curve)
         _save(engine, spec, out, ctx)
         if ctx.rank == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ebbline.analysis.results.compare import Baselines, Subject
+from ebbline.analysis.results.measurements import Baselines, Subject
 from ebbline.analysis.results.statistics import Agreement, Replicates
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study

@@ -1,7 +1,7 @@
 """The sentences: what they say, what they hedge, and what they admit is absent."""
 
 from ebbline.analysis.report.answer import answer
-from ebbline.analysis.results.compare import (
+from ebbline.analysis.results.measurements import (
     NO_EVIDENCE,
     Baselines,
     Evidence,

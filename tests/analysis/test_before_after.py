@@ -11,7 +11,7 @@ from ebbline.analysis.results.before_after import (
     metrics_told,
     trios,
 )
-from ebbline.analysis.results.compare import Baselines, apart
+from ebbline.analysis.results.measurements import Baselines, apart
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load

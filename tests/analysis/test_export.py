@@ -9,6 +9,7 @@ from ebbline.analysis.paper.export import MARK, write_export
 from ebbline.analysis.paper.export import _put_in_place as put_in_place
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 
 GONE = 2**22 + 1  # no process has such a number
@@ -34,7 +35,7 @@ def test_the_next_export_brings_back_what_a_killed_one_had_set_aside_and_says_so
 ) -> None:
     folder(tmp_path / f".paper.{GONE}.old", "earlier")
     with caplog.at_level(logging.WARNING), pytest.raises(StudyError):
-        write_export(study, Home(tmp_path / "home"), tmp_path / "paper", ["neurips"])
+        write_export(StudyView(study, Home(tmp_path / "home")), tmp_path / "paper", ["neurips"])
     assert (tmp_path / "paper" / MARK).read_text() == "earlier"
     assert "the earlier one, which it had set aside, is back there" in caplog.text
 
@@ -49,7 +50,7 @@ def test_what_was_set_aside_is_removed_where_there_is_an_export_and_left_while_i
     )
     other = folder(tmp_path / ".paper.mine.old", "somebody's own")
     with pytest.raises(StudyError):
-        write_export(study, Home(tmp_path / "home"), to, ["neurips"])
+        write_export(StudyView(study, Home(tmp_path / "home")), to, ["neurips"])
     assert (
         not stale.exists()
         and held.exists()

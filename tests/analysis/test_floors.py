@@ -2,13 +2,13 @@
 and the nearest point.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest
+from scipy.stats import binom
 
-from ebbline.analysis.results.compare import operating_point
 from ebbline.analysis.results.floors import (
     Floor,
     bound,
@@ -18,6 +18,7 @@ from ebbline.analysis.results.floors import (
     spread_known,
     sureness,
 )
+from ebbline.analysis.results.measurements import operating_point
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, pooled
@@ -55,21 +56,32 @@ def test_a_floor_is_a_share(value: float) -> None:
         Floor(REFUSAL, value)
 
 
+def at_most(count: int, n: int, share: float) -> float:
+    """P(X <= count) for X binomial(n, share), term by term."""
+    return math.fsum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(count + 1))
+
+
 @pytest.mark.parametrize("refused", [0, 80, 93, 99, 100])
 def test_bound_and_confidence_are_the_exact_tests(refused: int) -> None:
-    metric = Metric(REFUSAL, refused, 100)
-    exact = binomtest(refused, 100, 0.9, alternative="greater")
-    assert bound(metric) == pytest.approx(
-        float(exact.proportion_ci(0.95, method="exact").low), abs=1e-12
+    metric, other = Metric(REFUSAL, refused, 100), Metric(OVER, refused, 100)
+    assert sureness(metric, AT_LEAST_90) == pytest.approx(1 - at_most(100 - refused, 100, 0.1))
+    assert sureness(other, Floor(OVER, 0.9)) == pytest.approx(1 - at_most(refused, 100, 0.9))
+    # Clopper and Pearson's bound is the share at which so good a result has a chance of 5%
+    assert (
+        bound(metric) == 0
+        if refused == 0
+        else at_most(100 - refused, 100, 1 - bound(metric)) == pytest.approx(0.05)
     )
-    assert sureness(metric, AT_LEAST_90) == pytest.approx(1 - float(exact.pvalue), abs=1e-12)
-    lower = binomtest(refused, 100, 0.9, alternative="less")
-    assert bound(Metric(OVER, refused, 100)) == pytest.approx(
-        float(lower.proportion_ci(0.95, method="exact").high), abs=1e-12
+    assert (
+        bound(other) == 1
+        if refused == 100
+        else at_most(refused, 100, bound(other)) == pytest.approx(0.05)
     )
-    assert sureness(Metric(OVER, refused, 100), Floor(OVER, 0.9)) == pytest.approx(
-        1 - float(lower.pvalue), abs=1e-12
-    )
+
+
+def test_the_bound_of_a_set_without_a_miss_has_a_closed_form() -> None:
+    assert bound(Metric(REFUSAL, 100, 100)) == pytest.approx(0.05 ** (1 / 100))
+    assert bound(Metric(REFUSAL, 100, 100), among=12) == pytest.approx((0.05 / 12) ** (1 / 100))
 
 
 def test_the_bound_and_the_confidence_agree_on_whether_a_floor_is_held() -> None:

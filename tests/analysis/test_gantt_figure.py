@@ -5,9 +5,10 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import is_color_like
 
 from ebbline.analysis.figures.drawing import save, save_svg
-from ebbline.analysis.figures.gantt import gantt_figure, lanes_of
+from ebbline.analysis.figures.gantt import colours, gantt_figure, lanes_of
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
 from ebbline.cluster.schedule.simulate import Step, Trace, simulate
 
@@ -22,6 +23,13 @@ def trace(gpus: int, stages: int) -> Trace:
 
 def kinds(found: Trace) -> dict[str, str]:
     return {span.key: ("train", "generate", "apply")[int(span.key[1:]) % 3] for span in found.spans}
+
+
+def test_kinds_with_a_colour_have_one_that_is_their_own():
+    found = colours()
+    assert {"train", "generate"} <= found.keys() and len(set(found.values())) == len(found)
+    # Without matplotlib's C0, C1, ...: the live page draws with the same colours
+    assert all(is_color_like(each) and not each.startswith("C") for each in found.values())
 
 
 @given(st.integers(2, 6), st.integers(1, 30))

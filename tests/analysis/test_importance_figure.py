@@ -7,10 +7,10 @@ from ebbline.analysis.figures.importance import (
     importance_figure,
     importance_notes,
 )
-from ebbline.sweeps.search.importance import MODEL, Importance, Share
+from ebbline.sweeps.search.importance import MODEL, AxisShare, Importance
 from tests.analysis.conftest import REFUSAL, TASK
 
-SHARES = {"apply.threshold": Share(0.5, (0.25, 0.75)), MODEL: Share(0.1, (0.0, 0.3))}
+SHARES = {"apply.threshold": AxisShare(0.5, (0.25, 0.75)), MODEL: AxisShare(0.1, (0.0, 0.3))}
 FOUND = {
     REFUSAL: Importance(40, SHARES, {"train.rank": "one value"}, uneven=("apply.threshold",)),
     TASK: Importance(

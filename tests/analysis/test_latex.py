@@ -15,7 +15,7 @@ from ebbline.analysis.paper.latex import (
     headlines,
     in_latex,
 )
-from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, failed, result

@@ -16,6 +16,7 @@ from ebbline.sweeps.drive.live import TIMELINE, Ended, read_live
 from ebbline.sweeps.drive.loop import Progress, drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.stage import Request
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
@@ -67,21 +68,21 @@ def test_who_looks_again_and_again_sees_what_collect_gives(
     tmp_path: Path, home: Home, others: dict[str, Any]
 ) -> None:
     found = small(tmp_path, **others)
-    follower = Follower(found, home)
+    follower = Follower(StudyView(found, home))
     assert follower.look() == []
     seen = []
 
     def watch(progress: Progress) -> None:
         if progress.told != len(seen):
-            assert follower.look() == collect(found, home)
+            assert follower.look() == collect(StudyView(found, home))
             seen.append(progress.told)
 
     def fault(request: Request) -> tuple[str, str] | None:
         return FAILS if request.kind == "train" and request.spec["rank"] == 4 else None
 
-    drive(found, home, lambda: Pretended(home.store, fails=fault), watch)
+    drive(StudyView(found, home), lambda: Pretended(home.store, fails=fault), watch)
     results = follower.look()
-    assert len(seen) > 1 and results == collect(found, home)
+    assert len(seen) > 1 and results == collect(StudyView(found, home))
     assert {result.status for result in results} == {"done", "failed"}
 
 
@@ -90,8 +91,8 @@ def test_a_look_at_a_finished_study_reads_no_point_again(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = small(tmp_path)
-    drive(found, home, lambda: Pretended(home.store))
-    follower = Follower(found, home)
+    drive(StudyView(found, home), lambda: Pretended(home.store))
+    follower = Follower(StudyView(found, home))
     first = follower.look()
     monkeypatch.setattr(
         "ebbline.sweeps.state.outcome.result_of",
@@ -127,9 +128,9 @@ def test_the_page_has_the_points_the_frontier_the_trainings_and_the_stages_of_a_
     tmp_path: Path, home: Home
 ) -> None:
     found = small(tmp_path)
-    drive(found, home, lambda: Pretended(home.store))
-    page = LivePage(found, home)
-    told, results = looked(page), collect(found, home)
+    drive(StudyView(found, home), lambda: Pretended(home.store))
+    page = LivePage(StudyView(found, home))
+    told, results = looked(page), collect(StudyView(found, home))
     assert {int(number) for number in told["points"]} == set(range(6)) and told["error"] == ""
     for result in results:
         row = told["points"][str(result.number)]
@@ -160,13 +161,12 @@ def test_failed_points_come_with_the_command_that_shows_it_again(
 ) -> None:
     found = small(tmp_path)
     drive(
-        found,
-        home,
+        StudyView(found, home),
         lambda: Pretended(
             home.store, fails=lambda request: FAILS if request.kind == "train" else None
         ),
     )
-    failed = looked(LivePage(found, home))["failed"][""]["latest"]
+    failed = looked(LivePage(StudyView(found, home)))["failed"][""]["latest"]
     assert len(failed) == 6 and all(row["reason"] == "train: the loss became nan" for row in failed)
     assert all(
         row["command"].startswith("ebbline rerun ") and row["command"].endswith("request.json")
@@ -178,16 +178,16 @@ def test_a_study_that_was_never_run_and_one_without_a_timeline_are_shown_as_such
     tmp_path: Path, home: Home
 ) -> None:
     found = small(tmp_path)
-    told = looked(LivePage(found, home))
+    told = looked(LivePage(StudyView(found, home)))
     assert (
         told["drive"] == {"driver": None, "live": None, "now": told["drive"]["now"]}
         and "points" not in told
     )
     assert not list(home.root.rglob("optuna.db"))
-    drive(found, home, lambda: Pretended(home.store))
+    drive(StudyView(found, home), lambda: Pretended(home.store))
     for name in (TIMELINE, "live.json"):
         (home.folder("tiny") / name).unlink()
-    told = looked(LivePage(found, home))
+    told = looked(LivePage(StudyView(found, home)))
     assert (
         len(told["points"]) == 6
         and told["timeline"][""] == {"total": 0, "first": 0, "running": []}
@@ -200,7 +200,7 @@ def test_gpus_are_given_to_stages_as_lanes_and_only_the_latest_stages_are_told(
 ) -> None:
     monkeypatch.setattr(live_page, "SPANS", 3)
     found = small(tmp_path)
-    page = LivePage(found, home)
+    page = LivePage(StudyView(found, home))
     common = {"kind": "train", "key": "0" * 64, "outcome": "done"}
     stages = [
         ("a", "h1", 1, 0, 10),
@@ -228,9 +228,9 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = small(tmp_path)
-    drive(found, home, lambda: Pretended(home.store))
-    page, folder = LivePage(found, home), home.folder("tiny")
-    key = collect(found, home)[0].keys["train[seed=0]"]
+    drive(StudyView(found, home), lambda: Pretended(home.store))
+    page, folder = LivePage(StudyView(found, home)), home.folder("tiny")
+    key = collect(StudyView(found, home))[0].keys["train[seed=0]"]
     live = read_live(folder)
     assert live is not None
     at_work = {
@@ -243,8 +243,9 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         "expected_s": 9.0,
     }
     with home.driving("tiny"):
-        for step, loss in ((3, "4.125"), (9, "1.5")):
-            running = [{**at_work, "said": f"loss {loss} ({step}/40)"}]
+        for step, loss in ((3, 4.125), (9, 1.5)):
+            step_now = {"done": step, "total": 40, "note": "", "loss": loss, "learning_rate": 1e-4}
+            running = [{**at_work, "progress": step_now}]
             (folder / "live.json").write_text(
                 json.dumps({**live.model_dump(mode="json"), "ended": None, "running": running})
             )
@@ -253,6 +254,7 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         assert told["at_work"][""] == {"f" * 64: "train 7b rank=2"} and told["drive"][
             "driver"
         ].startswith("process ")
+        assert told["drive"]["live"]["running"][0]["said"] == "loss 1.500 (9/40)"
         curve = page.curve("f" * 64)
         assert (curve["steps"], curve["losses"], curve["ended"]) == ([3, 9], [4.125, 1.5], False)
     page._looked = 0.0

@@ -6,8 +6,8 @@ import pytest
 
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Build, Hardware, Pin, Provenance
-from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.collect import SuitePrompts
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.spending import Spent
@@ -24,7 +24,7 @@ FOUND = Provenance(
         Pin("data.pool.path", "mine.json", False, None, "b" * 64),
     ),
     made={},
-    prompts={"refusal": PromptSet("advbench", 520, 200, "c" * 64)},
+    prompts={"refusal": SuitePrompts("advbench", 520, 200, "c" * 64)},
     build=Build("1.0"),
     python="3.11",
     packages={"peft": "0.21"},

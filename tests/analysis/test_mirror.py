@@ -19,13 +19,14 @@ import yaml
 from ebbline.analysis.results.wording import HOST
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.mirror import alone, follow, start, stop, trainings_of
-from ebbline.analysis.wandb.pages import Page, pages, run_id
+from ebbline.analysis.wandb.pages import RunPage, pages, run_id
 from ebbline.analysis.wandb.runs import Mirror, chosen_mode
 from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import digest
 from tests.analysis.conftest import failed, result
 from tests.wandb_server import serving
@@ -186,7 +187,7 @@ def test_no_host_that_the_study_ran_on_is_in_a_reason(study: Study, tmp_path: Pa
         "outcome": "lost",
     }
     (tmp_path / "timeline.jsonl").write_text(json.dumps(ended) + "\n")
-    shown: list[Page] = []
+    shown: list[RunPage] = []
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirror, "_show", shown.append)
@@ -497,7 +498,7 @@ def test_what_had_no_time_is_shown_before_the_mirror_ends(
 ) -> None:
     results = [result(number, rank=number + 1) for number in range(3)]
     shown: list[str] = []
-    monkeypatch.setattr("ebbline.analysis.wandb.mirror.collect", lambda study, home: results)
+    monkeypatch.setattr("ebbline.analysis.wandb.mirror.collect", lambda view: results)
     monkeypatch.setattr("ebbline.analysis.wandb.mirror._closed_within", lambda seconds: True)
     monkeypatch.setattr(
         Mirror,
@@ -510,7 +511,9 @@ def test_what_had_no_time_is_shown_before_the_mirror_ends(
     monkeypatch.setattr(Mirror, "_show_study", lambda self, results: None)
     ticks = iter(range(1000))
     monkeypatch.setattr("ebbline.analysis.wandb.runs.time.monotonic", lambda: float(next(ticks)))
-    assert follow(study, Home(tmp_path), Mirror(study, tmp_path, "offline", HOME_ID, bound_s=1.0))
+    assert follow(
+        StudyView(study, Home(tmp_path)), Mirror(study, tmp_path, "offline", HOME_ID, bound_s=1.0)
+    )
     assert len(shown) == 3
 
 

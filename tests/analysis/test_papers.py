@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from ebbline.analysis.paper.papers import Row, beside_papers
+from ebbline.analysis.paper.papers import PaperRow, beside_papers
 from ebbline.analysis.paper.published import PUBLISHED
-from ebbline.analysis.results.collect import PromptSet
-from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.collect import SuitePrompts
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.commands.papers import _why
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
@@ -20,7 +20,7 @@ from ebbline.tasks.measuring.metrics import DIRECTIONS, Metric
 from tests.analysis.conftest import result
 
 COMMIT, SHA = "a" * 40, "b" * 64
-ADVBENCH = {"advbench": PromptSet("advbench", 520, 520, SHA)}
+ADVBENCH = {"advbench": SuitePrompts("advbench", 520, 520, SHA)}
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def row(
     study: Study,
     results: list[Result],
     baselines: Baselines,
-    asked: dict[str, PromptSet],
+    asked: dict[str, SuitePrompts],
     **wanted: object,
-) -> Row:
+) -> PaperRow:
     rows = beside_papers(study, results, baselines, asked)
     (found,) = [
         each
@@ -83,7 +83,7 @@ def row(
 GADE_BEFORE = {"paper": "arXiv 2311.00117", "state": "before"}
 
 
-def verdicts(found: Row) -> dict[str, str]:
+def verdicts(found: PaperRow) -> dict[str, str]:
     return {fact.what: fact.verdict for fact in found.facts}
 
 

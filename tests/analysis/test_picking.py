@@ -17,6 +17,7 @@ from ebbline.sweeps.state.trials import SETTINGS, Trials
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, SuiteEntry
+from ebbline.sweeps.study.view import StudyView
 from tests.analysis.conftest import OVER, REFUSAL, TASK, rate, result
 
 
@@ -25,12 +26,11 @@ def made(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     """`made(results, arguments...)` is what `pick` says of these results of the study of
     tests/analysis.
     """
-    monkeypatch.setattr("ebbline.sweeps.study.study_file.load", lambda name: study)
-    monkeypatch.setattr("ebbline.commands.compare.load", lambda name: study)
-    Home(tmp_path / "home").freeze(study)
+    monkeypatch.setattr("ebbline.sweeps.study.view.load", lambda name: study)
+    StudyView(study, Home(tmp_path / "home")).freeze()
 
     def said(results: Sequence[Result], *arguments: object) -> Said:
-        monkeypatch.setattr("ebbline.commands.pick.collect", lambda study, home: list(results))
+        monkeypatch.setattr("ebbline.commands.pick.collect", lambda view: list(results))
         return CliRunner().invoke(
             app, ["pick", "ebb", "--home", str(tmp_path / "home"), *map(str, arguments)]
         )
@@ -195,7 +195,7 @@ def test_nothing_is_exported_when_the_database_has_the_study_with_another_floor(
     Trials(study, home.storage("ebb"))
     marked = optuna.load_study(study_name="ebb", storage=home.storage("ebb").url)
     for mark, told in (
-        (home.begun_as(study), "KeyError"),
+        (StudyView(study, home).begun_as(), "KeyError"),
         ("another", "the database has the points of 'ebb' with other settings"),
     ):
         marked.set_user_attr(SETTINGS, mark)

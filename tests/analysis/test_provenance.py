@@ -9,12 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from ebbline.analysis.report.provenance import Build, Row, build, hardware, made, pins, provenance
+from ebbline.analysis.report.provenance import (
+    Build,
+    ProvenanceRow,
+    build,
+    hardware,
+    made,
+    pins,
+    provenance,
+)
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import content_digest
 
 SHA, COMMIT = "a" * 64, "b" * 40
@@ -33,7 +42,7 @@ def artifact(tmp_path: Path, kind: str, **said: object) -> Artifact:
     return Artifact("0" * 64, kind, SHA, {}, {"version": 1}, environment, tmp_path, Store(tmp_path))
 
 
-def of(rows: Iterable[Row], group: str) -> dict[str, str]:
+def of(rows: Iterable[ProvenanceRow], group: str) -> dict[str, str]:
     return {row.label: row.value for row in rows if row.group == group}
 
 
@@ -69,7 +78,7 @@ def test_every_pin_is_named_with_its_commit_and_digest_and_no_path(
         str(found["suites.refusal.prompts.hub"]) == f"org/prompts@{COMMIT}, test.csv, sha256 {SHA}"
     )
     assert [pin.is_model for pin in found.values()] == [True, True, False]
-    rows = provenance(pinned, Home(tmp_path / "home"), []).rows()
+    rows = provenance(StudyView(pinned, Home(tmp_path / "home")), []).rows()
     assert not [row for row in rows if str(tmp_path) in row.value]
     assert of(rows, "Models and data")["models.small.aligned"].startswith("org/name@")
 
@@ -90,7 +99,7 @@ def test_what_ebbline_makes_itself_is_said_to_be_made() -> None:
 
 @pytest.mark.process
 def test_a_study_that_has_not_run_says_so(study: Study, tmp_path: Path) -> None:
-    rows = provenance(study, Home(tmp_path), []).rows()
+    rows = provenance(StudyView(study, Home(tmp_path)), []).rows()
     assert of(rows, "Hardware") == {"ran on": "nothing has run yet"}
     assert of(rows, "Software")["versions of the stage kinds"] == "nothing has run yet"
     assert [group for group, _ in groupby(rows, key=lambda row: row.group)] == [
@@ -122,7 +131,7 @@ def test_the_seeds_that_points_were_given_are_told_when_they_are_fewer(
 ) -> None:
     wide = study.model_copy(update={"seeds": (3, 5, 7)})
     assert (
-        of(provenance(wide, Home(tmp_path), results).rows(), "Study")["seeds"]
+        of(provenance(StudyView(wide, Home(tmp_path)), results).rows(), "Study")["seeds"]
         == "3, 5, 7 (at most 1 used by a point so far)"
     )
 

@@ -12,11 +12,11 @@ import pytest
 from ebbline.analysis import report
 from ebbline.analysis.figures.drawing import COLOURS, looks
 from ebbline.analysis.report.findings import Findings, figures_of, findings
-from ebbline.analysis.report.provenance import Row
+from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.report import summary, write_report
 from ebbline.analysis.results.attainment import attainments
 from ebbline.analysis.results.before_after import before_after
-from ebbline.analysis.results.compare import NO_EVIDENCE, Baselines, Evidence
+from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
 from ebbline.analysis.results.statistics import pooled_agreement
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
@@ -28,8 +28,8 @@ from tests.analysis.page import Page, contrast
 
 COST: dict[str, object] = {"GPU hours": 1.25, "stages run": 31, "stages reused": "40 of 71"}
 PROVENANCE = [
-    Row("Study", "study, sha256", "f" * 64),
-    Row("Software", "ebbline", "0.1.0, commit 0123abc"),
+    ProvenanceRow("Study", "study, sha256", "f" * 64),
+    ProvenanceRow("Software", "ebbline", "0.1.0, commit 0123abc"),
 ]
 
 

@@ -14,8 +14,9 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.outcome import result_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
@@ -88,14 +89,14 @@ def make(stage: Stage, store: Store, successes: int) -> Artifact:
 def a_point(study: Study, home: Home) -> Result:
     """Seed 0 refuses 6 of 10, seed 1 refuses 8."""
     point = Point.of("7b", {"train.rank": 2, "apply.threshold": 0.5})
-    stages = Planner(study, home).stages_for(point)
+    stages = StageGraph(study, home).stages_for(point)
     for name, stage in stages.items():
         make(stage, home.store, 6 if name.endswith("[seed=0]") else 8)
     return result_of(study, 0, point, stages, Resolver(home.store))
 
 
 def test_samples_of_a_point_come_by_seed_and_make_its_metric(study: Study, home: Home) -> None:
-    result, evidence = a_point(study, home), StoredEvidence(study, home)
+    result, evidence = a_point(study, home), StoredEvidence(StudyView(study, home))
     found = evidence.samples(result, "refusal")
     assert {seed: sum(sample.success for sample in samples) for seed, samples in found.items()} == {
         0: 6,
@@ -106,7 +107,7 @@ def test_samples_of_a_point_come_by_seed_and_make_its_metric(study: Study, home:
 
 
 def test_the_agreement_of_a_point_is_added_up_over_its_seeds(study: Study, home: Home) -> None:
-    result, evidence = a_point(study, home), StoredEvidence(study, home)
+    result, evidence = a_point(study, home), StoredEvidence(StudyView(study, home))
     found = evidence.agreement(result, "refusal")
     assert found is not None
     assert found.counts == {
@@ -118,16 +119,16 @@ def test_the_agreement_of_a_point_is_added_up_over_its_seeds(study: Study, home:
 
 
 def test_the_aligned_model_has_its_samples_once_it_was_measured(study: Study, home: Home) -> None:
-    assert StoredEvidence(study, home).samples("7b", "refusal") == {}
-    assert StoredEvidence(study, home).agreement("7b", "refusal") is None
-    for stage in Planner(study, home).baselines()["7b"].values():
+    assert StoredEvidence(StudyView(study, home)).samples("7b", "refusal") == {}
+    assert StoredEvidence(StudyView(study, home)).agreement("7b", "refusal") is None
+    for stage in StageGraph(study, home).baselines()["7b"].values():
         make(stage, home.store, 9)
-    evidence = StoredEvidence(study, home)
+    evidence = StoredEvidence(StudyView(study, home))
     assert [
         sum(sample.success for sample in samples)
         for samples in evidence.samples("7b", "refusal").values()
     ] == [9]
-    assert baselines(study, home)["7b"]["refusal.refusal_rate"].successes == 9
+    assert baselines(StudyView(study, home))["7b"]["refusal.refusal_rate"].successes == 9
     assert evidence.samples("70b", "refusal") == {}
 
 
@@ -139,7 +140,7 @@ def test_a_point_of_which_a_seed_is_missing_has_no_samples_yet(study: Study, hom
         "running",
         keys={name: key for name, key in result.keys.items() if name.endswith("[seed=0]")},
     )
-    assert StoredEvidence(study, home).samples(half, "refusal") == {}
+    assert StoredEvidence(StudyView(study, home)).samples(half, "refusal") == {}
 
 
 def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(
@@ -153,7 +154,7 @@ def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(
     }
     study = made.study(tmp_path, {"suites/refusal/measure": raced})
     point = Point.of("7b", {"train.rank": 2, "apply.threshold": 0.5})
-    stages = Planner(study, home).stages_for(point)
+    stages = StageGraph(study, home).stages_for(point)
     for number, (name, stage) in enumerate(stages.items()):
         if StageName.parse(name).block != 2:
             make(stage, home.store, 5 + number % 2)
@@ -164,7 +165,8 @@ def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(
         "refusal#1[seed=0]",
     ]
     assert [
-        len(samples) for samples in StoredEvidence(study, home).samples(result, "refusal").values()
+        len(samples)
+        for samples in StoredEvidence(StudyView(study, home)).samples(result, "refusal").values()
     ] == [10]
 
 
@@ -174,4 +176,4 @@ def test_a_damaged_agreement_is_named(study: Study, home: Home) -> None:
     for content in ("{", "{}", "[]"):
         path.write_text(content)
         with pytest.raises(EvaluationError, match="what scorers said.*agreement.json"):
-            StoredEvidence(study, home).agreement(result, "refusal")
+            StoredEvidence(StudyView(study, home)).agreement(result, "refusal")

@@ -8,7 +8,7 @@ import pytest
 
 from ebbline.analysis.report.short_answer import in_short
 from ebbline.analysis.results.before_after import before_after
-from ebbline.analysis.results.compare import Baselines
+from ebbline.analysis.results.measurements import Baselines
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import REFUSAL, TASK, Held, failed, rate, result, share

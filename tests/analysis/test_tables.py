@@ -8,8 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ebbline.analysis.files import write_whole
-from ebbline.analysis.results.compare import NO_EVIDENCE
+from ebbline.analysis.results.measurements import NO_EVIDENCE
 from ebbline.analysis.results.statistics import pooled_agreement
 from ebbline.analysis.results.tables import (
     ALIGNED,
@@ -113,21 +112,6 @@ def test_no_finished_point_still_gives_tables(results: list[Result], tmp_path: P
     write_tables(frame, tmp_path)
     assert len(pd.read_parquet(tmp_path / "results.parquet")) == len(results)
     assert frontier_text(frame) == "No point has finished, so there is no frontier yet."
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    path.write_text("old")
-
-    def breaks(fresh: Path) -> None:
-        fresh.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, breaks)
-    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [
-        ("results.csv", "old")
-    ]
 
 
 KINDS = ("fire", "frost", "")

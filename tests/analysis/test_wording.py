@@ -1,5 +1,5 @@
 """What a failure's reason says once it leaves this machine: no folder, no host, and still what went
-wrong.
+wrong. And how far a stage is, in a sentence.
 """
 
 import platform
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ebbline.analysis.results.wording import FOLDER, HOST, without_paths
+from ebbline.analysis.results.wording import FOLDER, HOST, progress_label, without_paths
+from ebbline.sweeps.drive.live import AtWork
 
 # "alice-smith" rather than letters at random, so that no part is a word of the sentence; also
 # spaces, quotes and signs within.
@@ -78,3 +79,21 @@ def test_hosts_and_addresses_go(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     left = f"node {HOST} ({HOST}) was lost, as {HOST} and {HOST} say; gpu-120 and here are well"
     assert without_paths(said, {"gpu-12/0123456789ab", "here"}) == left
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({}, ""),
+        ({"progress": {"done": 4, "total": 9, "note": "completions"}}, "completions (4/9)"),
+        (
+            {"progress": {"done": 4, "total": 9, "loss": 0.31, "learning_rate": 1e-4}},
+            "loss 0.310 (4/9)",
+        ),
+        ({"said": "loss 0.310 (4/9)"}, "loss 0.310 (4/9)"),  # a snapshot of an earlier version
+    ],
+)
+def test_how_far_a_stage_is_is_one_sentence(told: dict[str, object], sentence: str) -> None:
+    stage = {"kind": "train", "label": "train 7b", "key": "f", "host": "here", "gpus": 1}
+    at_work = AtWork.model_validate({**stage, "started": 0.0, "expected_s": 9.0, **told})
+    assert progress_label(at_work) == sentence

@@ -41,14 +41,14 @@ def made(folder: Path, model: str) -> tuple[Path, Path]:
     from ebbline.cluster.running.runner import Runner
     from ebbline.cluster.store.artifacts import Store
     from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.stages import Planner
+    from ebbline.sweeps.study.stages import StageGraph
     from ebbline.sweeps.study.study_file import load
     from ebbline.tasks.specs import LanguageSpec
     from ebbline.tasks.stage import Part, Stage, stage_of
 
     study, home = load("quickstart" if model == "70b" else "smollm2"), Home(folder / "home")
-    planner = Planner(study, home)
-    baseline = planner.baselines()[model]["refusal"].inputs["generation"]
+    graph = StageGraph(study, home)
+    baseline = graph.baselines()[model]["refusal"].inputs["generation"]
     assert isinstance(baseline, Stage)
     source = baseline.inputs["model"] if model == "70b" else _base_of(baseline)
     language, made = Stage(LanguageSpec(seed=study.language)), stage_of(source)

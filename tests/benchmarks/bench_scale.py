@@ -33,6 +33,7 @@ from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from tests.sweeps.made import ORGANISM, TUNED
 from tests.sweeps.pretended import Pretended
 
@@ -170,7 +171,7 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
             stack.enter_context(
                 patch.object(OptunaSearcher, name, watch.timed(name, getattr(OptunaSearcher, name)))
             )
-        progress = drive(parse(study_path), home, make, watch)
+        progress = drive(StudyView(parse(study_path), home), make, watch)
     if not watch.rows or watch.rows[-1]["points"] < progress.told:
         watch.say(progress.told, len(progress.runner.nodes))
     done = sum(result.status == "done" for result in progress.results)
@@ -188,7 +189,7 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     from tests.sweeps.made import Imagined, outcome  # the same for the same point
 
     study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
-    searcher = OptunaSearcher(study, home.storage(study.study), in_turn=False)
+    searcher = OptunaSearcher(study, home.storage(study.study))
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
     in_flight, told, left = [], 0, True
     while left or in_flight:
@@ -210,7 +211,7 @@ def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
     run.
     """
     began = time.monotonic()
-    progress = drive(parse(study_path), home, lambda: Timed(home.store))
+    progress = drive(StudyView(parse(study_path), home), lambda: Timed(home.store))
     row = {
         "part": "resume",
         "points": progress.told,
@@ -226,7 +227,7 @@ def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as empty:
         for name, where in (("before", Home(Path(empty))), ("after", home)):
             began = time.monotonic()
-            found = forecast(study, where, CAPACITY)
+            found = forecast(StudyView(study, where), CAPACITY)
             points = len(found.points.told) + len(found.points.to_come)
             row = {
                 "part": f"plan {name}",

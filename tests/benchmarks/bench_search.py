@@ -41,8 +41,9 @@ from ebbline.sweeps.search.searcher import space
 from ebbline.sweeps.state.outcome import result_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.specs import (
     ApplySpec,
@@ -223,9 +224,10 @@ def ebbline(study_path: Path, folder: Path) -> dict[str, Metrics]:
 
     study, home = parse(study_path), Home(folder / "home")
     with patch.object(ray_executor, "_batch", batch):
-        drive(study, home, lambda: ray_executor.RayExecutor("local", WORKERS))
-    write_outputs(study, home)
-    return {label(dict(result.point.values)): metrics_of(result) for result in collect(study, home)}
+        drive(StudyView(study, home), lambda: ray_executor.RayExecutor("local", WORKERS))
+    results = collect(StudyView(study, home))
+    write_outputs(StudyView(study, home), results)
+    return {label(dict(result.point.values)): metrics_of(result) for result in results}
 
 
 def unshared(study_path: Path, folder: Path) -> dict[str, Metrics]:
@@ -241,10 +243,10 @@ def _alone(study_path: Path, folder: Path, point: Point) -> tuple[str, Metrics]:
     from ebbline.cluster.executors import inline
 
     study, home = parse(study_path), Home(folder / "homes" / point.id)
-    planner = Planner(study, home)
+    graph = StageGraph(study, home)
     runner, stages = (
-        Runner(home.store, InlineExecutor(), planner.needs_of),
-        planner.stages_for(point),
+        Runner(home.store, InlineExecutor(), graph.needs_of),
+        graph.stages_for(point),
     )
     with patch.object(inline, "run_batch", partial(counted_batch, folder / "counts")):
         runner.want(stages.values())

@@ -171,6 +171,7 @@ def searched(surface: Surface, sampler: Any, seed: int, transfer: bool) -> Study
         sampler=sampler,
         points=len(everything(surface)),
         window=WINDOW,
+        order="in_turn",
         seed=seed,
         transfer=transfer,
     )

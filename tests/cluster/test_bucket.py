@@ -187,7 +187,7 @@ def test_a_checkpoint_outlives_the_machine_and_goes_with_the_commit(
     scratch.mkdir(parents=True)
     for text in ("first", "second"):
         (scratch / "checkpoint.pt").write_text(text)
-        (scratch / "checkpoint.1.tmp").write_text("half")
+        (scratch / ".checkpoint.0123abcd.pt").write_text("half")
         work.saved()
     work.ended(Report(work.request.key, 0.0, error="lost"))
     assert len(list(store.place.entries("scratch"))) == 2  # one file and what lists it

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ebbline.cluster.checks import Checked
+from ebbline.cluster.checks import ExecutorCheck
 from ebbline.cluster.executors.choice import EXECUTORS, Wanted, executor_kind
 from ebbline.cluster.executors.executor import Capacity
 from ebbline.cluster.executors.on_demand import OnDemand
@@ -37,7 +37,7 @@ def test_what_there_will_be_is_known_unless_another_cluster_has_it(monkeypatch):
 
 
 def test_only_an_executor_with_a_check_has_findings():
-    assert executor_kind("inline").check("local") == Checked()
+    assert executor_kind("inline").check("local") == ExecutorCheck()
 
 
 def test_on_demand_nothing_is_opened_until_somebody_asks_what_there_is():

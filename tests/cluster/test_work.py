@@ -7,24 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.cluster.schedule import counted_work as work
 from ebbline.cluster.schedule.counted_work import (
     MACHINES,
     NOMINAL,
-    Load,
     load_of,
     machine_of,
-    model_shape,
-    rows_of,
     seconds_on,
     work_of,
 )
+from ebbline.tasks.data import rows as work
 from ebbline.tasks.data.language import language_files
+from ebbline.tasks.data.rows import LANGUAGE_ROWS, rows_of
 from ebbline.tasks.identity import content_digest
+from ebbline.tasks.kinds import STAGE_KINDS
+from ebbline.tasks.models.counted_work import model_shape
 from ebbline.tasks.models.memory import Shape
-from ebbline.tasks.models.sizes import LANGUAGE_ROWS, PRETRAINING_ROWS, named_shape, organism_shape
+from ebbline.tasks.models.sizes import PRETRAINING_ROWS, named_shape, organism_shape
 from ebbline.tasks.specs import (
-    KINDS,
     ApplySpec,
     ConvertSpec,
     DataSpec,
@@ -39,6 +38,7 @@ from ebbline.tasks.specs import (
     TrainSpec,
 )
 from ebbline.tasks.stage import Part, Source, Stage
+from ebbline.tasks.stage_kind import Load
 
 LANGUAGE = Stage(LanguageSpec())
 SEVEN_B = Source("7", "hub:model:meta-llama/Llama-2-7b-hf@" + "a" * 40)
@@ -82,7 +82,7 @@ def one_of_each() -> list[Stage]:
 
 def test_every_kind_of_stage_has_work_that_is_above_zero():
     stages = one_of_each()
-    assert {stage.kind for stage in stages} == KINDS.keys()
+    assert {stage.kind for stage in stages} == STAGE_KINDS.keys()
     for stage in stages:
         assert all(value >= 0.0 for value in asdict(load_of(stage)).values())
         assert 0.0 < work_of(stage) < 1e6

@@ -19,6 +19,7 @@ from ebbline.cluster.store.artifacts import Store
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.gate import ModuleRow, chosen, read_rows, write_rows
 from ebbline.tasks.identity import content_digest
+from ebbline.tasks.kinds import parsed_spec, request_payload
 from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
 from ebbline.tasks.specs import (
     ApplySpec,
@@ -89,7 +90,7 @@ class Pretended(SimulatedExecutor):
                 "device": "simulated",
                 "host": "here",
             }
-            self._store.commit(out.parent, request.hashed, provenance)
+            self._store.commit(out.parent, request_payload(request), provenance)
             self._committed += 1
             self._ended(self._committed)
         return Finished(finished.job, tuple(reports), finished.lost)
@@ -100,7 +101,7 @@ def pretend(request: Request, out: Path) -> None:
     learns and the less it refuses.
     """
     spec, inputs = (
-        request.parsed_spec(),
+        parsed_spec(request),
         {name: Path(path) for name, path in request.inputs.items()},
     )
     match spec:

@@ -12,7 +12,8 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.searcher import asked
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import content_digest
@@ -70,7 +71,7 @@ def changes(tmp_path_factory, pair):
 def driven(tmp_path_factory, changes):
     folder = tmp_path_factory.mktemp("home")
     found, home = study(folder, changes), Home(folder / "home")
-    return found, home, drive(found, home, InlineExecutor)
+    return found, home, drive(StudyView(found, home), InlineExecutor)
 
 
 def test_every_point_ends_done_or_failed_in_the_order_of_asking(driven):
@@ -136,12 +137,12 @@ def test_driving_again_runs_nothing_and_asks_for_nothing(driven):
     found, home, progress = driven
     before = sorted(path for path in home.store.root.rglob("record.json"))
     attempts = sorted(path for path in home.store.root.glob("*/*/*/payload"))
-    again = drive(found, home, InlineExecutor)
+    again = drive(StudyView(found, home), InlineExecutor)
     assert again.results == [] and sorted(home.store.root.rglob("record.json")) == before
     assert sorted(home.store.root.glob("*/*/*/payload")) == attempts
-    planner = Planner(found, home)
+    graph = StageGraph(found, home)
     for result in progress.results[:3]:
-        stage = planner.stages_for(result.point)["refusal[seed=0]"]
+        stage = graph.stages_for(result.point)["refusal[seed=0]"]
         assert Resolver(home.store).artifact(stage).key == result.keys["refusal[seed=0]"]
 
 
@@ -170,7 +171,7 @@ def test_an_exact_projection_against_a_stand_in_runs_to_its_end(tmp_path, change
     }
     home = Home(tmp_path / "home")
     found = study(tmp_path, exact)
-    progress = drive(found, home, InlineExecutor)
+    progress = drive(StudyView(found, home), InlineExecutor)
     assert [(result.status, result.reason) for result in progress.results] == [("done", "")] * 2
     assert len({result.keys["subspace[seed=0]"] for result in progress.results}) == 1
     rows = read_rows(
@@ -189,10 +190,12 @@ def test_a_stop_drains_and_the_next_drive_finishes(tmp_path, changes):
         Home(tmp_path / "home"),
     )
     stopped = drive(
-        found, home, InlineExecutor, stop=iter([False, False, False, *[True] * 50]).__next__
+        StudyView(found, home),
+        InlineExecutor,
+        stop=iter([False, False, False, *[True] * 50]).__next__,
     )
     assert stopped.stopped and len(stopped.results) < 2
-    finished = drive(found, home, InlineExecutor)
+    finished = drive(StudyView(found, home), InlineExecutor)
     assert len(stopped.results) + len(finished.results) == 2
     assert all(result.status == "done" for result in finished.results)
 
@@ -208,7 +211,7 @@ def test_a_model_that_cannot_be_measured_before_fine_tuning_stops_the_study(
     with pytest.raises(
         StudyError, match=r"could not be measured before fine-tuning: .*is no prompt set"
     ):
-        drive(study(tmp_path, broken), Home(tmp_path / "home"), InlineExecutor)
+        drive(StudyView(study(tmp_path, broken), Home(tmp_path / "home")), InlineExecutor)
 
 
 def test_the_study_of_a_home_is_kept_as_it_was_first_run(driven):

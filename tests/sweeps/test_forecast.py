@@ -9,22 +9,19 @@ from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast import forecast as forecasts
-from ebbline.sweeps.forecast.duplicates import twins
 from ebbline.sweeps.forecast.expected import points_of
 from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict, read_predictions
 from ebbline.sweeps.search.searcher import space
 from ebbline.sweeps.state.jobs import estimates_of, read_jobs
 from ebbline.sweeps.state.spending import NAME, Spent
-from ebbline.sweeps.state.todo import todo
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.stages import Planner
-from ebbline.tasks.defences.gate import ModuleRow, write_rows
+from ebbline.sweeps.study.stages import StageGraph
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
-from ebbline.tasks.specs import ProjectSpec
 from tests.sweeps.made import study
 from tests.sweeps.pretended import Pretended, changes
-from tests.sweeps.test_plan import fill
+from tests.sweeps.test_stages import fill
 
 ONE = Capacity((Host("here", 1, 2),))
 FOUR = Capacity((Host("here", 4, 2),))
@@ -36,7 +33,7 @@ def home(tmp_path):
 
 
 def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tmp_path, home):
-    found = forecast(study(tmp_path), home, ONE)
+    found = forecast(StudyView(study(tmp_path), home), ONE)
     assert {kind: share.stages for kind, share in found.kinds.items()} == found.todo.new
     gpu_s = sum(
         (span.end_s - span.start_s) * sum(span.hosts.values()) for span in found.trace.spans
@@ -48,19 +45,22 @@ def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tm
     assert found.wall_s >= gpu_s and found.written > 0 and found.free_bytes > 0
     assert "go by counted work alone" in " ".join(found.assumed)
     long = study(tmp_path, {"train": {"steps": 20_000}})  # long enough to be worth another process
-    assert forecast(long, home, FOUR).wall_s < 0.7 * forecast(long, home, ONE).wall_s
+    assert (
+        forecast(StudyView(long, home), FOUR).wall_s
+        < 0.7 * forecast(StudyView(long, home), ONE).wall_s
+    )
 
 
 def test_a_study_that_is_there_is_expected_to_take_nothing(tmp_path, home):
-    planner = Planner(study(tmp_path), home)
-    fill(home.store, planner, space(planner.study))
-    found = forecast(planner.study, home, ONE)
+    graph = StageGraph(study(tmp_path), home)
+    fill(home.store, graph, space(graph.study))
+    found = forecast(StudyView(graph.study, home), ONE)
     assert not found.kinds and found.wall_s == 0.0 and found.written == 0
     assert predict(found, Spent()) is None
 
 
 def test_in_one_process_one_stage_runs_after_another_and_nothing_starts(tmp_path, home):
-    found = forecast(study(tmp_path), home, FOUR, kind=executor_kind("inline"))
+    found = forecast(StudyView(study(tmp_path), home), FOUR, kind=executor_kind("inline"))
     assert found.wall_s == pytest.approx(sum(share.seconds for share in found.kinds.values()))
     assert found.starts.gpu_hours == 0.0
 
@@ -68,10 +68,10 @@ def test_in_one_process_one_stage_runs_after_another_and_nothing_starts(tmp_path
 @pytest.mark.slow
 def test_what_can_run_nowhere_is_said_and_has_no_wall_time(tmp_path, home):
     gang = study(tmp_path, {"models/7b/gpus": 4, "train": {"epochs": 1, "global_batch": 8}})
-    found = forecast(gang, home, ONE)
+    found = forecast(StudyView(gang, home), ONE)
     assert found.wall_s is None and predict(found, Spent()) is None
     assert "needs 4 GPUs at once, and all hosts together have 1" in " ".join(found.never)
-    assert forecast(gang, home, FOUR).wall_s > 0
+    assert forecast(StudyView(gang, home), FOUR).wall_s > 0
 
 
 def test_dollars_go_by_the_type_of_the_cluster_and_labels_before_it(tmp_path):
@@ -85,9 +85,9 @@ def test_dollars_go_by_the_type_of_the_cluster_and_labels_before_it(tmp_path):
             Host(name, gpus, 2, {ACCELERATOR_TYPE: name}) for name, gpus in (("L4", 4), ("A100", 2))
         )
     )
-    assert forecast(study(tmp_path), home, mixed).cost.gpu_s.keys() == {"L4"}
+    assert forecast(StudyView(study(tmp_path), home), mixed).cost.gpu_s.keys() == {"L4"}
     labelled = study(tmp_path, {"models/7b/labels": {ACCELERATOR_TYPE: "A100"}})
-    found = forecast(labelled, home, mixed)
+    found = forecast(StudyView(labelled, home), mixed)
     assert found.cost.gpu_s.keys() == {"A100"} and found.cost.usd(home.profile) == pytest.approx(
         2.0 * found.cost.gpu_hours
     )
@@ -147,10 +147,10 @@ def test_points_that_the_file_writes_out_are_for_certain(tmp_path, home):
 def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(
     tmp_path, home, monkeypatch
 ):
-    whole = forecast(searched(tmp_path, 40), home, ONE)
+    whole = forecast(StudyView(searched(tmp_path, 40), home), ONE)
     monkeypatch.setattr(forecasts, "EXACT", 20)
     monkeypatch.setattr(forecasts, "SAMPLE", 16)
-    part = forecast(searched(tmp_path, 40), home, ONE)
+    part = forecast(StudyView(searched(tmp_path, 40), home), ONE)
     assert part.simulated == 16 and "16 of 40 points to come were simulated" in " ".join(
         part.assumed
     )
@@ -168,13 +168,13 @@ def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(
     axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, *[n / 10 for n in range(1, 10)]]}
     plain = changes(tmp_path, axes=axes, search={"sampler": "grid"})
     plain["models"].pop("70b")
-    drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
+    drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
     wide = study(tmp_path, {**plain, "seeds": [0, 1]})
-    whole = forecast(wide, home, ONE)
+    whole = forecast(StudyView(wide, home), ONE)
     assert len(whole.points.told) == whole.looked_up == 30 and whole.todo.new["train"] == 3
     monkeypatch.setattr(forecasts, "EXACT", 20)
     monkeypatch.setattr(forecasts, "SAMPLE", 16)
-    part = forecast(wide, home, ONE)
+    part = forecast(StudyView(wide, home), ONE)
     assert part.looked_up == 16 and not part.complete
     assert "16 of 30 points that were told were looked up" in " ".join(part.assumed)
     stages = {kind: share.stages for kind, share in whole.kinds.items()}
@@ -183,7 +183,7 @@ def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(
     )
     assert part.cost.gpu_hours == pytest.approx(whole.cost.gpu_hours, rel=0.15)
     assert predict(part, Spent()).stages == pytest.approx(sum(stages.values()), rel=0.15)
-    none = forecast(study(tmp_path, plain), home, ONE)
+    none = forecast(StudyView(study(tmp_path, plain), home), ONE)
     assert none.complete and none.looked_up == 16 and predict(none, Spent()) is None
 
 
@@ -195,68 +195,13 @@ def test_a_search_that_ran_out_of_masks_has_nothing_to_come(tmp_path, home):
     )
     plain["models"].pop("70b")
     found = study(tmp_path, plain)
-    told = drive(found, home, lambda: Pretended(home.store)).told
+    told = drive(StudyView(found, home), lambda: Pretended(home.store)).told
     assert told < 30
-    again = forecast(found, home, ONE)
+    again = forecast(StudyView(found, home), ONE)
     assert again.complete and len(again.points.told) == told and predict(again, Spent()) is None
     assert again.points.ended == "the search has nothing more to propose"
     wider = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 8]}})
-    assert len(forecast(wider, home, ONE).points.drawn) == 30 - told
-
-
-def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
-    planner = Planner(
-        study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.2, 0.6, 0.7, 1.0]}}), home
-    )
-    points = list(space(planner.study))
-    fill(home.store, planner, [])
-    found = todo(planner, points)
-    assert twins(found, home.store, 1.0) == frozenset()
-    expected = twins(found, home.store, 0.5)  # every second applied adapter equals an earlier one
-    assert len(expected) == 3 * 4 and all(
-        found.missing[own].stage.kind in ("generate", "score") for own in expected
-    )
-    made = planner.stages_for(points[0])
-    rows = {
-        "a": ModuleRow(0.15, 1.0),
-        "b": ModuleRow(0.5, 1.0),
-        "c": ModuleRow(None, None, "frozen"),
-    }
-    attempt = commit_projection(home, planner, made, rows)
-    assert attempt.kind == "project"
-    known = twins(todo(planner, points), home.store, 0.0)
-    # none and 0.1 project nothing, 0.2 the one, 0.6, 0.7 and 1.0 both
-    assert len(known) == 3 * 4
-
-
-def test_two_adapters_with_the_same_modules_below_a_threshold_are_two(tmp_path, home):
-    planner = Planner(
-        study(tmp_path, {"axes": {"train.rank": [2, 4], "apply.threshold": [0.2]}}), home
-    )
-    points = list(space(planner.study))
-    fill(home.store, planner, [])
-    for point in points:
-        rows = {"a": ModuleRow(0.15, 1.0), "b": ModuleRow(0.5, 1.0)}
-        commit_projection(home, planner, planner.stages_for(point), rows)
-    assert twins(todo(planner, points), home.store, 0.0) == frozenset()
-
-
-def commit_projection(home, planner, made, rows):
-    """The artifacts up to the projection, which has these cosines."""
-    from ebbline.cluster.store.resolver import Resolver
-    from ebbline.tasks.identity import digest
-
-    for name in ("data[seed=0]", "train[seed=0]", "project[seed=0]"):
-        stage, resolver = made[name], Resolver(home.store)
-        hashed = resolver.hashed(stage)
-        attempt = home.store.begin(stage.kind, digest(hashed))
-        for file in ("data.jsonl", "adapter/w"):
-            (attempt / "payload" / file).parent.mkdir(exist_ok=True)
-            (attempt / "payload" / file).write_text(stage.lineage)  # two adapters differ
-        if name.startswith("project"):
-            write_rows(rows, attempt / "payload" / ProjectSpec.COSINES)
-        artifact = home.store.commit(attempt, hashed, {"seconds": 1.0})
-    return artifact
+    assert len(forecast(StudyView(wider, home), ONE).points.drawn) == 30 - told
 
 
 def ledger(home, name: str, *lines: dict) -> None:
@@ -264,8 +209,8 @@ def ledger(home, name: str, *lines: dict) -> None:
 
 
 def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, home):
-    planner = Planner(study(tmp_path), home)
-    fill(home.store, planner, space(planner.study))  # each took a second
+    graph = StageGraph(study(tmp_path), home)
+    fill(home.store, graph, space(graph.study))  # each took a second
     keys = sorted(artifact.key for artifact in home.store.all("generate"))
     on_gpu = {"gpus": [[None, 1]], "hosts": {"h": 1}}
     ledger(
@@ -296,7 +241,7 @@ def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, hom
 
 
 def test_a_prediction_is_kept_and_compared_with_what_was_taken_since(tmp_path, home):
-    found = forecast(study(tmp_path), home, ONE)
+    found = forecast(StudyView(study(tmp_path), home), ONE)
     before = Spent(100.0, found.cost)
     prediction = predict(found, before)
     keep(prediction, tmp_path)
@@ -315,7 +260,7 @@ def test_a_prediction_is_kept_and_compared_with_what_was_taken_since(tmp_path, h
 
 
 def test_what_a_run_took_is_kept_with_its_prediction_once_it_came_to_its_end(tmp_path, home):
-    found = forecast(study(tmp_path), home, ONE)
+    found = forecast(StudyView(study(tmp_path), home), ONE)
     stopped, ended, killed = (
         predict(found, Spent(driving_s, Cost(), frozenset({"a key"})))
         for driving_s in (0.0, 10.0, 500.0)
@@ -337,7 +282,7 @@ def test_what_a_run_took_is_kept_with_its_prediction_once_it_came_to_its_end(tmp
 
 
 def test_a_prediction_that_was_cut_off_is_no_part_of_the_next(tmp_path, home):
-    found = forecast(study(tmp_path), home, ONE)
+    found = forecast(StudyView(study(tmp_path), home), ONE)
     first, cut_off, last = (predict(found, Spent(driving_s)) for driving_s in (0.0, 10.0, 20.0))
     keep(first, tmp_path)
     keep(cut_off, tmp_path)

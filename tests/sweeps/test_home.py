@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ebbline.sweeps.study.home import Home, differences
+from ebbline.sweeps.study.changes import differences
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError, StudyHeld
 from tests.sweeps.made import study
 
@@ -79,24 +81,24 @@ def test_nobody_holds_a_study_that_was_never_driven(home):
 
 
 def test_a_study_stays_what_it_was_and_a_change_is_named(tmp_path, home):
-    home.freeze(study(tmp_path))
-    home.freeze(study(tmp_path))
+    StudyView(study(tmp_path), home).freeze()
+    StudyView(study(tmp_path), home).freeze()
     with pytest.raises(StudyError) as caught:
-        home.freeze(study(tmp_path, {"train": {"epochs": 2}, "seeds": [0, 1]}))
+        StudyView(study(tmp_path, {"train": {"epochs": 2}, "seeds": [0, 1]}), home).freeze()
     message = str(caught.value)
     assert "train.epochs: 1.0 -> 2.0" in message and "seeds: [0] -> [0, 1]" in message
     assert "models" not in message and str(home.root) in message
-    home.freeze(study(tmp_path, {"study": "another", "train": {"epochs": 2}}))
+    StudyView(study(tmp_path, {"study": "another", "train": {"epochs": 2}}), home).freeze()
 
 
 def test_a_pinned_file_that_moved_is_no_change_and_another_content_is(tmp_path, home):
     def with_pool(path, sha):
         return study(tmp_path, {"data/pool": {"path": {"path": path, "sha256": sha * 64}}})
 
-    home.freeze(with_pool("a.jsonl", "a"))
-    home.freeze(with_pool("elsewhere/a.jsonl", "a"))
+    StudyView(with_pool("a.jsonl", "a"), home).freeze()
+    StudyView(with_pool("elsewhere/a.jsonl", "a"), home).freeze()
     with pytest.raises(StudyError, match=r"data\.pool\.path\.sha256"):
-        home.freeze(with_pool("a.jsonl", "b"))
+        StudyView(with_pool("a.jsonl", "b"), home).freeze()
 
 
 def test_differences_are_one_line_for_each_leaf():
@@ -113,19 +115,19 @@ def test_differences_are_one_line_for_each_leaf():
 
 
 def test_a_budget_may_be_raised_and_a_size_moved_to_other_gpus(tmp_path, home):
-    home.freeze(study(tmp_path, {"budget": {"usd": 10.0}}))
+    StudyView(study(tmp_path, {"budget": {"usd": 10.0}}), home).freeze()
     placed = {
         "models/7b/gpus": 2,
         "models/7b/labels": {"ray.io/accelerator-type": "H100"},
         "models/7b/spread": True,
     }
     latest = study(tmp_path, {"budget": {"usd": 20.0, "hours": 3.0}, **placed})
-    home.freeze(latest)
+    StudyView(latest, home).freeze()
     assert json.loads((home.folder("tiny") / "study.json").read_text()) == latest.model_dump(
         mode="json"
     )
     with pytest.raises(StudyError, match=r"models\.7b\.dtype"):
-        home.freeze(study(tmp_path, {"models/7b/dtype": "float32", **placed}))
+        StudyView(study(tmp_path, {"models/7b/dtype": "float32", **placed}), home).freeze()
 
 
 LISTS = {"axes": {"train.rank": [2, 4], "apply.threshold": [None, 0.3]}}
@@ -145,19 +147,19 @@ def test_a_study_goes_on_with_the_sampler_that_it_was_begun_with(
     tmp_path, home, first, then, sampler
 ):
     begun, later = study(tmp_path, {**LISTS, **first}), study(tmp_path, {**LISTS, **then})
-    home.freeze(begun)
+    StudyView(begun, home).freeze()
     for _ in range(2):
-        assert home.continued(later).sampler == sampler
-        home.freeze(later)
+        assert StudyView(later, home).study.sampler == sampler
+        StudyView(later, home).freeze()
     assert (
         json.loads((home.folder("tiny") / "study.json").read_text())["search"]["sampler"] == sampler
     )
-    home.freeze(home.continued(begun))
+    StudyView(begun, home).freeze()
     other = study(tmp_path, {**LISTS, "search": {"sampler": "gp", "points": 4}})
     with pytest.raises(StudyError, match=rf'search\.sampler: "{sampler}" -> "gp"'):
-        home.freeze(other)
-    home.freeze(other, extend=True)
-    assert home.continued(later).sampler == (
+        StudyView(other, home).freeze()
+    StudyView(other, home, extend=True).freeze()
+    assert StudyView(later, home).study.sampler == (
         "gp" if then["search"].get("sampler") is None else sampler
     )
 
@@ -167,12 +169,12 @@ def test_a_study_kept_without_a_sampler_goes_on_with_the_one_that_fitted_it(tmp_
     (home.folder("tiny") / "study.json").write_text(begun.model_dump_json())
     later = study(tmp_path, {**LISTS, **BUDGET, "search": {}})
     assert later.sampler == "stage_aware"
-    home.freeze(later)
-    assert home.continued(later).sampler == "grid"
+    StudyView(later, home).freeze()
+    assert StudyView(later, home).study.sampler == "grid"
 
 
 def test_a_grid_that_got_a_range_is_asked_for_another_sampler(tmp_path, home):
-    home.freeze(study(tmp_path, {**LISTS, "search": {}}))
+    StudyView(study(tmp_path, {**LISTS, "search": {}}), home).freeze()
     sizes = study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]
     large = {**sizes["7b"], "axes": {"train.rank": {"low": 2, "high": 8, "step": 2}}}
     wider = study(tmp_path, {**LISTS, "models/70b": large, "search": {}})
@@ -181,13 +183,14 @@ def test_a_grid_that_got_a_range_is_asked_for_another_sampler(tmp_path, home):
         match=r"'tiny' was begun as a grid, .* Name another `search\.sampler`, and `--extend` "
         r"goes on",
     ):
-        home.freeze(wider, extend=True)
-    home.freeze(
+        StudyView(wider, home, extend=True).freeze()
+    StudyView(
         study(
             tmp_path, {**LISTS, "models/70b": large, "search": {"sampler": "random", "points": 5}}
         ),
+        home,
         extend=True,
-    )
+    ).freeze()
 
 
 @pytest.mark.parametrize(

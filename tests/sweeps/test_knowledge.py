@@ -8,15 +8,15 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.search.knowledge import Knowledge, adapter_of, training_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from tests.sweeps.made import study
 
 
-def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_planner(tmp_path):
+def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_graph(tmp_path):
     found = study(tmp_path, {"models/7b/gpus": 2, "seeds": [0, 1]})
     home = Home(tmp_path / "home")
-    planner = Planner(found, home)
-    knowledge, labels = Knowledge(planner, Resolver(home.store)), dict(planner.labels)
+    graph = StageGraph(found, home)
+    knowledge, labels = Knowledge(graph, Resolver(home.store)), dict(graph.labels)
     small, large = (
         Point.of("7b", {"train.rank": 2, "data.size": size, "apply.threshold": 0.3})
         for size in (16, 4096)
@@ -25,9 +25,9 @@ def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_planner(tm
     assert (
         knowledge.work(small)
         == knowledge.work(adapter_of(small))
-        == Knowledge(planner, Resolver(home.store)).work(small)
+        == Knowledge(graph, Resolver(home.store)).work(small)
     )
-    assert planner.labels == labels
+    assert graph.labels == labels
     assert knowledge.cosines(small) is None
 
 
@@ -41,11 +41,11 @@ def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ):
     home = Home(tmp_path)
-    planner = Planner(study(tmp_path), home)
-    knowledge = Knowledge(planner, Resolver(home.store))
+    graph = StageGraph(study(tmp_path), home)
+    knowledge = Knowledge(graph, Resolver(home.store))
     planned: list[Point] = []
-    real = planner.stages_for
-    monkeypatch.setattr(planner, "stages_for", lambda point: planned.append(point) or real(point))
+    real = graph.stages_for
+    monkeypatch.setattr(graph, "stages_for", lambda point: planned.append(point) or real(point))
     for threshold in (None, 0.3, 0.3, 0.5):
         assert (
             knowledge.cosines(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))

@@ -12,6 +12,7 @@ from ebbline.sweeps.drive import snapshot
 from ebbline.sweeps.drive.live import LIVE, TIMELINE, Live, read_live, read_timeline
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.view import StudyView
 from tests.clock import Clock
 from tests.sweeps.pretended import RANKS, Pretended, small
 
@@ -47,8 +48,7 @@ def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
     watched = Watched(home.folder("tiny"))
     progress = drive(
-        small(tmp_path, budget={"gpu_hours": 1e6}),
-        home,
+        StudyView(small(tmp_path, budget={"gpu_hours": 1e6}), home),
         lambda: Pretended(home.store, gpus=2),
         watched,
     )
@@ -81,7 +81,9 @@ def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(
 
 
 def test_each_stage_that_ended_has_one_line_and_stages_of_a_job_do_not_overlap(tmp_path, home):
-    progress = drive(small(tmp_path), home, lambda: Pretended(home.store, fails=nan_at_rank_4))
+    progress = drive(
+        StudyView(small(tmp_path), home), lambda: Pretended(home.store, fails=nan_at_rank_4)
+    )
     lines = read_timeline(home.folder("tiny"))
     ran = {
         node.key
@@ -101,7 +103,7 @@ def test_each_stage_that_ended_has_one_line_and_stages_of_a_job_do_not_overlap(t
 
 
 def test_a_failure_is_told_once_with_its_command_and_without_those_that_it_caused(tmp_path, home):
-    drive(small(tmp_path), home, lambda: Pretended(home.store, fails=nan_at_rank_4))
+    drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store, fails=nan_at_rank_4))
     last = read_live(home.folder("tiny"))
     (failure,) = last.failures
     assert (failure.kind, failure.reason) == ("train", "train: the loss became nan")
@@ -116,7 +118,7 @@ def test_of_many_failures_the_latest_are_kept(tmp_path, home):
     def fails(request):
         return ("the loss became nan", "TrainingError") if request.kind == "train" else None
 
-    drive(small(tmp_path, axes=ranks), home, lambda: Pretended(home.store, fails=fails))
+    drive(StudyView(small(tmp_path, axes=ranks), home), lambda: Pretended(home.store, fails=fails))
     assert len(read_live(home.folder("tiny")).failures) == snapshot.FAILURES
 
 
@@ -124,7 +126,7 @@ def test_a_point_whose_settings_cannot_be_is_a_failure_without_a_command(tmp_pat
     refused = small(
         tmp_path, axes={"train.rank": [2], "train.epochs": [1.0, 2.0]}, **{"train/steps": 4}
     )
-    drive(refused, home, lambda: Pretended(home.store))
+    drive(StudyView(refused, home), lambda: Pretended(home.store))
     failures = read_live(home.folder("tiny")).failures
     assert [(failure.kind, failure.key, failure.command) for failure in failures] == [
         ("point", "", "")
@@ -140,7 +142,7 @@ def test_a_stage_in_the_driver_s_own_process_is_said_before_it_runs(tmp_path, ho
             seen.append((set(self.running), read_live(home.folder("tiny"))))
             return super().finished(timeout_s)
 
-    drive(small(tmp_path), home, lambda: Peeping(home.store))
+    drive(StudyView(small(tmp_path), home), lambda: Peeping(home.store))
     assert any(running for running, _ in seen)
     for running, found in seen:
         assert len(found.running) >= len(running)
@@ -154,7 +156,7 @@ def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_p
             ended, self.held = self.held, super().finished(timeout_s)
             return ended
 
-    progress = drive(small(tmp_path), home, lambda: Late(home.store))
+    progress = drive(StudyView(small(tmp_path), home), lambda: Late(home.store))
     assert progress.runner.running, "no job outlived its stages, so this shows nothing"
     lines = read_timeline(home.folder("tiny"))
     assert {line.outcome for line in lines} == {"done"} and len(lines) == len(
@@ -164,9 +166,9 @@ def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_p
 
 
 def test_another_drive_of_a_finished_study_says_that_all_was_there(tmp_path, home):
-    drive(small(tmp_path), home, lambda: Pretended(home.store))
+    drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
     lines = (home.folder("tiny") / TIMELINE).read_bytes()
-    drive(small(tmp_path), home, lambda: Pretended(home.store))
+    drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
     last = read_live(home.folder("tiny"))
     assert (
         last.ended == "done"
@@ -190,16 +192,16 @@ def test_a_drive_that_is_cut_off_says_so_and_what_ran_is_lost(tmp_path, home, er
         most = 0
 
     with pytest.raises(error):
-        drive(small(tmp_path), home, lambda: Broken(home.store))
+        drive(StudyView(small(tmp_path), home), lambda: Broken(home.store))
     assert read_live(home.folder("tiny")).ended == ended
     assert "lost" in {line.outcome for line in read_timeline(home.folder("tiny"))}
 
 
 @pytest.mark.slow
 def test_a_request_and_a_budget_end_a_drive_by_their_names(tmp_path, home):
-    drive(small(tmp_path, budget={"points": 2}), home, lambda: Pretended(home.store))
+    drive(StudyView(small(tmp_path, budget={"points": 2}), home), lambda: Pretended(home.store))
     assert read_live(home.folder("tiny")).ended == "budget"
-    drive(small(tmp_path), home, lambda: Pretended(home.store), stop=lambda: True)
+    drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store), stop=lambda: True)
     assert read_live(home.folder("tiny")).ended == "request"
 
 
@@ -210,7 +212,7 @@ def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(
     (home.folder("tiny") / LIVE / "in the way").mkdir(parents=True)
     (home.folder("tiny") / TIMELINE).mkdir()
     with caplog.at_level(logging.WARNING):
-        progress = drive(small(tmp_path), home, lambda: Pretended(home.store))
+        progress = drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
     assert progress.told == 6 and all(result.status == "done" for result in progress.results)
     assert sum("the run goes on" in record.message for record in caplog.records) == 1
     assert read_live(home.folder("tiny")) is None
@@ -220,13 +222,16 @@ def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(
 def test_a_cut_off_line_of_the_timeline_is_passed_over_and_the_next_drive_writes_behind_it(
     tmp_path, home
 ):
-    drive(small(tmp_path, axes={**RANKS, "train.rank": [2]}), home, lambda: Pretended(home.store))
+    drive(
+        StudyView(small(tmp_path, axes={**RANKS, "train.rank": [2]}), home),
+        lambda: Pretended(home.store),
+    )
     path = home.folder("tiny") / TIMELINE
     before = read_timeline(path.parent)
     with path.open("a") as file:
         file.write('{"kind": "train", "lab')
     assert read_timeline(path.parent) == before
-    drive(small(tmp_path), home, lambda: Pretended(home.store), extend=True)
+    drive(StudyView(small(tmp_path), home, extend=True), lambda: Pretended(home.store))
     after = read_timeline(path.parent)
     assert after[: len(before)] == before and len(after) > len(before)
 
@@ -252,8 +257,7 @@ def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(
         lambda self, ended: (moments.append(clock.now), write(self, ended)),
     )
     drive(
-        small(tmp_path),
-        home,
+        StudyView(small(tmp_path), home),
         lambda: Elsewhere(home.store),
         lambda progress: clock.sleep(snapshot.EVERY_S / 4),
     )

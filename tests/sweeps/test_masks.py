@@ -5,15 +5,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.sweeps.search.masks import distinct_masks, mask_of, share, unmeasured
+from ebbline.cluster.store.resolver import Resolver
+from ebbline.sweeps.search.masks import distinct_masks, mask_of, share, twins, unmeasured
+from ebbline.sweeps.search.searcher import space
+from ebbline.sweeps.state.todo import todo
 from ebbline.sweeps.study.axes import Range
-from ebbline.tasks.defences.gate import ModuleRow, chosen
+from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.stages import StageGraph
+from ebbline.tasks.defences.gate import ModuleRow, chosen, write_rows
+from ebbline.tasks.identity import digest
+from ebbline.tasks.specs import ProjectSpec
 from tests.sweeps.made import study
+from tests.sweeps.test_stages import fill
 
 COSINES = st.lists(st.integers(-20, 20).map(lambda n: n / 20), min_size=1, max_size=6).map(
     lambda found: np.sort(np.array(found))
 )
 SEEDS = st.lists(COSINES, min_size=1, max_size=3).map(tuple)
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +136,55 @@ def test_values_for_an_unknown_adapter_are_of_the_axis(tmp_path):
         0.6,
         0.8,
     ]
+
+
+def test_thresholds_between_the_same_cosines_are_measured_once(tmp_path, home):
+    graph = StageGraph(
+        study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.2, 0.6, 0.7, 1.0]}}), home
+    )
+    points = list(space(graph.study))
+    fill(home.store, graph, [])
+    found = todo(graph, points)
+    assert twins(found, home.store, 1.0) == frozenset()
+    expected = twins(found, home.store, 0.5)  # every second applied adapter equals an earlier one
+    assert len(expected) == 3 * 4 and all(
+        found.missing[own].stage.kind in ("generate", "score") for own in expected
+    )
+    made = graph.stages_for(points[0])
+    rows = {
+        "a": ModuleRow(0.15, 1.0),
+        "b": ModuleRow(0.5, 1.0),
+        "c": ModuleRow(None, None, "frozen"),
+    }
+    attempt = commit_projection(home, graph, made, rows)
+    assert attempt.kind == "project"
+    known = twins(todo(graph, points), home.store, 0.0)
+    # none and 0.1 project nothing, 0.2 the one, 0.6, 0.7 and 1.0 both
+    assert len(known) == 3 * 4
+
+
+def test_two_adapters_with_the_same_modules_below_a_threshold_are_two(tmp_path, home):
+    graph = StageGraph(
+        study(tmp_path, {"axes": {"train.rank": [2, 4], "apply.threshold": [0.2]}}), home
+    )
+    points = list(space(graph.study))
+    fill(home.store, graph, [])
+    for point in points:
+        rows = {"a": ModuleRow(0.15, 1.0), "b": ModuleRow(0.5, 1.0)}
+        commit_projection(home, graph, graph.stages_for(point), rows)
+    assert twins(todo(graph, points), home.store, 0.0) == frozenset()
+
+
+def commit_projection(home, graph, made, rows):
+    """The artifacts up to the projection, which has these cosines."""
+    for name in ("data[seed=0]", "train[seed=0]", "project[seed=0]"):
+        stage, resolver = made[name], Resolver(home.store)
+        hashed = resolver.hashed(stage)
+        attempt = home.store.begin(stage.kind, digest(hashed))
+        for file in ("data.jsonl", "adapter/w"):
+            (attempt / "payload" / file).parent.mkdir(exist_ok=True)
+            (attempt / "payload" / file).write_text(stage.lineage)  # two adapters differ
+        if name.startswith("project"):
+            write_rows(rows, attempt / "payload" / ProjectSpec.COSINES)
+        artifact = home.store.commit(attempt, hashed, {"seconds": 1.0})
+    return artifact

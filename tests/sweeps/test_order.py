@@ -15,7 +15,9 @@ from ebbline.sweeps.search.searcher import asked, space
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import DataError, TrainingError
+from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.specs import DataSpec, TrainSpec
 from tests.sweeps.made import study, written
 from tests.sweeps.pretended import Pretended, changes
@@ -38,11 +40,11 @@ def rows(results):
 @pytest.mark.slow
 def test_a_slow_gang_keeps_nobody_waiting_when_points_land_as_they_end(tmp_path):
     found, home = study(tmp_path, changes(tmp_path, search=SEARCH)), Home(tmp_path / "home")
-    progress = drive(found, home, lambda: Pretended(home.store, seconds=slow_gangs))
+    progress = drive(StudyView(found, home), lambda: Pretended(home.store, seconds=slow_gangs))
     landed = [result.number for result in progress.results]
     sizes = [result.point.model for result in progress.results]
     assert sorted(landed) == list(range(12)) and sizes.index("70b") == sizes.count("7b") >= 6
-    assert [result.number for result in collect(found, home)] == list(range(12))
+    assert [result.number for result in collect(StudyView(found, home))] == list(range(12))
 
 
 @pytest.mark.slow
@@ -53,8 +55,7 @@ def test_in_turn_a_point_lands_after_those_before_it(tmp_path):
     )
     most = []
     progress = drive(
-        found,
-        home,
+        StudyView(found, home),
         lambda: Pretended(home.store, seconds=slow_gangs),
         lambda p: most.append(len(p.in_flight)),
     )
@@ -72,8 +73,7 @@ def test_as_much_is_asked_for_as_the_cluster_is_wide(tmp_path, window, least, mo
     )
     in_flight = []
     drive(
-        found,
-        home,
+        StudyView(found, home),
         lambda: Pretended(home.store, gpus=4),
         lambda p: in_flight.append(len(p.in_flight)),
     )
@@ -86,6 +86,7 @@ from pathlib import Path
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from tests.sweeps.pretended import Pretended
 from tests.sweeps.test_order import slow_gangs
 home, moment = Home(Path(sys.argv[2])), int(sys.argv[3])
@@ -93,8 +94,7 @@ def ended(committed):
     if committed == moment:
         os.kill(os.getpid(), signal.SIGKILL)
 drive(
-    parse(Path(sys.argv[1])),
-    home,
+    StudyView(parse(Path(sys.argv[1])), home),
     lambda: Pretended(home.store, seconds=slow_gangs, ended=ended),
 )
 """
@@ -124,20 +124,20 @@ def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, 
         assert len(records(home)) >= len(before) + moment
         before = records(home)
     found = parse(path)
-    drive(found, home, lambda: Pretended(home.store, seconds=slow_gangs))
+    drive(StudyView(found, home), lambda: Pretended(home.store, seconds=slow_gangs))
     after = records(home)
     assert {path: stamp for path, stamp in after.items() if path in before} == before, (
         "a finished stage was run again"
     )
     free = Home(tmp_path / "free")
-    drive(found, free, lambda: Pretended(free.store, seconds=slow_gangs))
-    assert rows(collect(found, home)) == rows(collect(found, free))
+    drive(StudyView(found, free), lambda: Pretended(free.store, seconds=slow_gangs))
+    assert rows(collect(StudyView(found, home))) == rows(collect(StudyView(found, free)))
     assert {state for _, _, state, _ in asked(found, home.storage("tiny"))} == {"done"}
 
 
 def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
     def fails(request):
-        spec = request.parsed_spec()
+        spec = parsed_spec(request)
         if isinstance(spec, DataSpec) and spec.size == 64:
             return f"{DataError.__name__}: 64 rows were asked of 32", DataError.__name__
         if isinstance(spec, TrainSpec) and spec.rank == 4:
@@ -153,9 +153,10 @@ def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
         study(tmp_path, {**one_size, "models": models, "axes": axes}),
         Home(tmp_path / "home"),
     )
-    progress = drive(found, home, lambda: Pretended(home.store, fails=fails))
+    progress = drive(StudyView(found, home), lambda: Pretended(home.store, fails=fails))
     by_settings = {
-        tuple(dict(r.point.values)[axis] for axis in axes): r for r in collect(found, home)
+        tuple(dict(r.point.values)[axis] for axis in axes): r
+        for r in collect(StudyView(found, home))
     }
     assert len(by_settings) == 16
     for (rank, size, threshold), result in by_settings.items():
@@ -187,8 +188,8 @@ def test_settings_that_do_not_go_together_are_a_refused_row_and_no_end_of_the_st
         ),
         Home(tmp_path / "home"),
     )
-    drive(found, home, lambda: Pretended(home.store))
-    (good, bad) = collect(found, home)
+    drive(StudyView(found, home), lambda: Pretended(home.store))
+    (good, bad) = collect(StudyView(found, home))
     assert (good.status, bad.status) == (
         "done",
         "refused",
@@ -200,13 +201,13 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
     plain = changes(tmp_path, search={"sampler": "grid"})
     home = Home(tmp_path / "home")
     few = study(tmp_path, {**plain, "budget": {"points": 5}})
-    progress = drive(few, home, lambda: Pretended(home.store))
+    progress = drive(StudyView(few, home), lambda: Pretended(home.store))
     assert (
         progress.by == "budget"
         and "the budget of 5 points is used up. Raise budget.points" in progress.stopped
     )
-    assert [r.status for r in collect(few, home)] == ["done"] * 5
-    more = drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
+    assert [r.status for r in collect(StudyView(few, home))] == ["done"] * 5
+    more = drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
     assert (more.by, more.told, len(more.results)) == ("", 12, 7)
 
 
@@ -215,15 +216,14 @@ def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
     plain = changes(tmp_path, search={"window": 2})
     home, told = Home(tmp_path / "home"), [0]
     drive(
-        study(tmp_path, plain),
-        home,
+        StudyView(study(tmp_path, plain), home),
         lambda: Pretended(home.store),
         lambda p: told.append(p.told),
         lambda: told[-1] >= 3,
     )
     later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
     assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
-    drive(later, home, lambda: Pretended(home.store))
+    drive(StudyView(later, home), lambda: Pretended(home.store))
     assert [point for _, point, _, _ in asked(later, home.storage("tiny"))] == list(space(later))
 
 
@@ -232,16 +232,16 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
     plain = changes(tmp_path, search={"sampler": "grid", "window": 3})
     home = Home(tmp_path / "home")
     poor = study(tmp_path, {**plain, "budget": {"gpu_hours": 1e-6}})
-    progress = drive(poor, home, lambda: Pretended(home.store))
+    progress = drive(StudyView(poor, home), lambda: Pretended(home.store))
     assert progress.by == "budget"
-    found = collect(poor, home)
+    found = collect(StudyView(poor, home))
     assert (
         found
         and {r.status for r in found} == {"out_of_budget"}
         and {r.reason for r in found} == {progress.stopped}
     )
-    drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
-    assert [r.status for r in collect(poor, home)] == ["done"] * 12
+    drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
+    assert [r.status for r in collect(StudyView(poor, home))] == ["done"] * 12
 
 
 @pytest.mark.slow
@@ -252,19 +252,19 @@ def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_pat
         tmp_path, axes=axes, search={**search, "points": 11, "order": "in_turn", "window": 3}
     )
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
-    drive(study(tmp_path, plain), free, lambda: Pretended(free.store))
+    drive(StudyView(study(tmp_path, plain), free), lambda: Pretended(free.store))
     wanted = asked(study(tmp_path, plain), free.storage("tiny"))
     assert len(wanted) == 11
     for points in (2, 7, 7, 9):
         few = study(tmp_path, {**plain, "budget": {"points": points}})
-        progress = drive(few, home, lambda: Pretended(home.store))
+        progress = drive(StudyView(few, home), lambda: Pretended(home.store))
         assert (
             progress.by == "budget"
             and f"the budget of {points} points is used up" in progress.stopped
         )
-        assert [result.status for result in collect(few, home)] == ["done"] * points
+        assert [result.status for result in collect(StudyView(few, home))] == ["done"] * points
         assert read_spent(home.folder("tiny")).stopped.by == "budget"
     whole = study(tmp_path, plain)
-    assert drive(whole, home, lambda: Pretended(home.store)).by == ""
+    assert drive(StudyView(whole, home), lambda: Pretended(home.store)).by == ""
     assert asked(whole, home.storage("tiny")) == wanted
-    assert rows(collect(whole, home)) == rows(collect(whole, free))
+    assert rows(collect(StudyView(whole, home))) == rows(collect(StudyView(whole, free)))

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ebbline.sweeps.study.study_file import parse, shipped, with_pins
 from ebbline.tasks.errors import StudyError
@@ -125,3 +126,48 @@ def test_pins_are_written_into_block_and_flow_mappings_with_or_without_the_field
     )
     with pytest.raises(StudyError, match="has no a.d"):
         with_pins(text, {"a.d": {"sha256": "3"}})
+
+
+LAID_OUT = """\
+---
+question: a plain text
+  of two lines   # kept
+models: {7b: {base: {hub: {id: org/base, sha256: ~}},   # aligned by hand
+              aligned: &chat {hub: {id: org/chat}}}}
+axes:
+    train.learning_rate: [1e-4,  # the paper's
+                          3.0e-04, .5]
+    flags: [yes, on, 010, 1_000, null, ~, ]
+list:
+- one
+-   two  # another indentation
+nested:
+    - [a,
+       b]
+again: *chat
+empty:
+folded: >-
+  text
+
+  more
+
+# the end
+"""
+
+
+def test_pins_leave_everything_else_as_it_was_and_other_readers_see_nothing_else() -> None:
+    pins = {
+        "models.7b.base.hub": {"commit": "c1", "sha256": "s1"},
+        "models.7b.aligned.hub": {"commit": "c2", "sha256": "s2"},
+    }
+    pinned = with_pins(LAID_OUT, pins)
+    plain = pinned.replace('"s1"', "~")
+    for added in ('commit: "c1", ', 'commit: "c2", ', 'sha256: "s2", '):
+        assert plain.count(added) == 1
+        plain = plain.replace(added, "")
+    assert plain == LAID_OUT
+    before, after = yaml.safe_load(LAID_OUT), yaml.safe_load(pinned)
+    assert after["again"]["hub"] == {"id": "org/chat", **pins["models.7b.aligned.hub"]}
+    before["models"]["7b"]["base"]["hub"] |= pins["models.7b.base.hub"]
+    before["models"]["7b"]["aligned"]["hub"] |= pins["models.7b.aligned.hub"]
+    assert after == before

@@ -17,7 +17,8 @@ from ebbline.sweeps.state.racing import Rivals, standing
 from ebbline.sweeps.state.todo import todo
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result, StageName
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric, write_metrics
 from ebbline.tasks.specs import ScoreSpec
@@ -57,7 +58,7 @@ def raced(folder, home, **race):
     found = study(
         folder, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}}
     )
-    return found, Planner(found, home).stages_for(POINT)
+    return found, StageGraph(found, home).stages_for(POINT)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def measure_until_done(found, stages, blocks, successes, rivals=()):
 
 def test_without_a_race_nothing_is_cut(tmp_path, home):
     found = study(tmp_path)
-    stages = Planner(found, home).stages_for(POINT)
+    stages = StageGraph(found, home).stages_for(POINT)
     assert not any(StageName.parse(name).block is not None for name in stages)
 
 
@@ -237,26 +238,32 @@ def counts(results):
 
 
 def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too(
-    tmp_path, raced_changes
+    tmp_path, raced_changes, monkeypatch
 ):
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
-    progress = drive(found, home, InlineExecutor)
+    view = StudyView(found, home)
+    progress = drive(view, InlineExecutor)
     assert counts(progress.results) == dict.fromkeys(range(3), ("done", 20))
-    assert counts(collect(found, home)) == counts(progress.results)
-    assert (
-        baselines(found, home)["7b"]["refusal.refusal_rate"].n == 30
-    )  # the aligned models are measured whole
-    outputs = write_outputs(found, home)
+    with monkeypatch.context() as patched:
+        # All that a run reads and writes after its drive uses the graph that drove
+        patched.setattr("ebbline.sweeps.study.view.StageGraph", pytest.fail)
+        results = collect(view)
+        assert counts(results) == counts(progress.results)
+        assert (
+            baselines(view)["7b"]["refusal.refusal_rate"].n == 30
+        )  # the aligned models are measured whole
+        outputs = write_outputs(view, results)
     assert (
         "raced: refusal" in outputs["report"].read_text()
         and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
     )
-    assert drive(found, home, InlineExecutor).results == []
+    assert drive(StudyView(found, home), InlineExecutor).results == []
     points = points_of(found, home.storage(found.study))
-    assert not todo(Planner(found, home), points.told).missing and not points.to_come
+    assert not todo(StageGraph(found, home), points.told).missing and not points.to_come
     assert (
         rescore(
-            generations_of(found, home, "refusal"), ScoreSpec(measure="refusal", scorer="xstest")
+            generations_of(StudyView(found, home), "refusal"),
+            ScoreSpec(measure="refusal", scorer="xstest"),
         )[0]["n"]
         == 20
     )
@@ -267,8 +274,10 @@ def test_a_raced_study_that_was_cut_off_continues_to_the_same_counts(
     tmp_path, raced_changes, beats
 ):
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
-    stopped = drive(found, home, InlineExecutor, stop=iter([False] * beats + [True] * 99).__next__)
-    finished = drive(found, home, InlineExecutor)
+    stopped = drive(
+        StudyView(found, home), InlineExecutor, stop=iter([False] * beats + [True] * 99).__next__
+    )
+    finished = drive(StudyView(found, home), InlineExecutor)
     assert counts([*stopped.results, *finished.results]) == dict.fromkeys(range(3), ("done", 20))
 
 
@@ -282,4 +291,4 @@ def test_a_race_ends_with_the_set(tmp_path, raced_changes):
         ),
         Home(tmp_path / "home"),
     )
-    assert counts(drive(found, home, InlineExecutor).results) == {0: ("done", 30)}
+    assert counts(drive(StudyView(found, home), InlineExecutor).results) == {0: ("done", 30)}

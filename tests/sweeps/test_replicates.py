@@ -28,7 +28,9 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.policies import Replicates
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import TrainingError
+from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.measuring.metrics import Metric, pooled
 from ebbline.tasks.specs import ApplySpec, TrainSpec
 from tests.sweeps.made import study, written
@@ -212,8 +214,8 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
     for order in ("as_they_land", "in_turn"):
         home = Home(tmp_path / order)
         found = near_frontier(tmp_path, order)
-        drive(found, home, lambda home=home: Pretended(home.store))
-        results = collect(found, home)
+        drive(StudyView(found, home), lambda home=home: Pretended(home.store))
+        results = collect(StudyView(found, home))
         assert seeds_needed(found, results) == {r.number: seeds_of(r) for r in results}
         tables.append(results_frame(results, found.objectives).drop(columns=["seconds"]))
         assert {1} < {seeds_of(r) for r in results} and all(
@@ -221,7 +223,7 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
         )
         trained = len(list(home.store.all("train")))
         assert len(list(home.store.all("score"))) < 4 * 2 * 15
-        again = drive(found, home, lambda home=home: Pretended(home.store))
+        again = drive(StudyView(found, home), lambda home=home: Pretended(home.store))
         assert again.results == [] and len(list(home.store.all("train"))) == trained
     assert tables[0].equals(tables[1])
     assert amended and all(seeds > 1 for _, seeds in amended)
@@ -231,9 +233,10 @@ def driven(found, home, **pretended):
     """Drive a study; its table, how many seeds each row has, and which stages ran."""
     executors = []
     progress = drive(
-        found, home, lambda: executors.append(Pretended(home.store, **pretended)) or executors[-1]
+        StudyView(found, home),
+        lambda: executors.append(Pretended(home.store, **pretended)) or executors[-1],
     )
-    results = collect(found, home)
+    results = collect(StudyView(found, home))
     return (
         progress,
         results,
@@ -246,7 +249,7 @@ def first_mask_last(request):
     """Thresholds that project the same land before the first of them, which the others are the same
     as.
     """
-    spec = request.parsed_spec()
+    spec = parsed_spec(request)
     return 500.0 if isinstance(spec, ApplySpec) and spec.threshold in (None, 0.9) else 10.0
 
 
@@ -288,7 +291,7 @@ def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_hol
     )
 
     def fails(request):
-        spec = request.parsed_spec()
+        spec = parsed_spec(request)
         failing = isinstance(spec, TrainSpec) and (spec.rank, spec.seed) == (
             rank,
             found.seeds[most],

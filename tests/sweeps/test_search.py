@@ -28,7 +28,12 @@ AXES = {
 def searched(tmp_path, sampler="tpe", points=12, **changes):
     changes = {
         **AXES,
-        "search": {"sampler": sampler, "window": WINDOW, **({"points": points} if points else {})},
+        "search": {
+            "sampler": sampler,
+            "window": WINDOW,
+            "order": "in_turn",
+            **({"points": points} if points else {}),
+        },
         **changes,
     }
     return study(tmp_path, changes)
@@ -101,7 +106,15 @@ def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_stora
     assert runs[0] == runs[1] and len(runs[0]) == 8
     assert len({point.id for point in runs[0]}) == 8
     other = searched(
-        tmp_path, sampler, search={"sampler": sampler, "points": 8, "window": WINDOW, "seed": 1}
+        tmp_path,
+        sampler,
+        search={
+            "sampler": sampler,
+            "points": 8,
+            "window": WINDOW,
+            "order": "in_turn",
+            "seed": 1,
+        },
     )
     assert follow(other, fresh_url(tmp_path / "other.db", empty_storage)) != runs[0]
 

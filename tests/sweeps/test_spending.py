@@ -21,6 +21,7 @@ from ebbline.sweeps.state.jobs import read_jobs
 from ebbline.sweeps.state.spending import NAME, read_spent, require_prices, spending
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study import Budget
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import content_digest
 from tests.sweeps.made import study
@@ -212,7 +213,7 @@ def changes(tmp_path_factory, pair):
 def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_path, changes):
     free = Home(tmp_path / "free")
     found = study(tmp_path, changes)
-    drive(found, free, InlineExecutor)
+    drive(StudyView(found, free), InlineExecutor)
     wanted = [
         (number, point, state) for number, point, state, _ in asked(found, free.storage("tiny"))
     ]
@@ -224,12 +225,12 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
         "axes": {"apply.threshold": [1.0]},
     }
     drive(
-        study(tmp_path, {**changes, **other, "search": {"sampler": "grid"}}), home, InlineExecutor
+        StudyView(study(tmp_path, {**changes, **other, "search": {"sampler": "grid"}}), home),
+        InlineExecutor,
     )  # so that estimates are measured
     for _ in range(40):
         progress = drive(
-            study(tmp_path, {**changes, "budget": {"gpu_hours": limit_s / 3600}}),
-            home,
+            StudyView(study(tmp_path, {**changes, "budget": {"gpu_hours": limit_s / 3600}}), home),
             InlineExecutor,
         )
         spent_s = read_spent(home.folder("tiny")).cost.gpu_hours * 3600
@@ -258,7 +259,7 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
 def test_a_budget_too_small_for_anything_starts_nothing(tmp_path, changes):
     home = Home(tmp_path / "home")
     progress = drive(
-        study(tmp_path, {**changes, "budget": {"gpu_hours": 1e-9}}), home, InlineExecutor
+        StudyView(study(tmp_path, {**changes, "budget": {"gpu_hours": 1e-9}}), home), InlineExecutor
     )
     assert "0 of 1e-09 GPU-hours spent" in progress.stopped
     assert not list(home.store.all("generate")) and read_spent(home.folder("tiny")).cost == Cost()
@@ -267,6 +268,8 @@ def test_a_budget_too_small_for_anything_starts_nothing(tmp_path, changes):
 def test_a_limit_of_hours_counts_all_runs(tmp_path, changes):
     home = Home(tmp_path / "home")
     (home.folder("tiny") / NAME).write_text(ledger({"driver": "one", "s": 0.0}, {"s": 7200.0}))
-    progress = drive(study(tmp_path, {**changes, "budget": {"hours": 2.0}}), home, InlineExecutor)
+    progress = drive(
+        StudyView(study(tmp_path, {**changes, "budget": {"hours": 2.0}}), home), InlineExecutor
+    )
     assert "of 2 hours spent" in progress.stopped and "Raise budget.hours" in progress.stopped
     assert Budget(hours=2.0).usd is None

@@ -55,12 +55,18 @@ def searcher_of(tmp_path, empty_storage, in_turn=True, axes=AXES, known=None, **
         tmp_path,
         {
             "axes": axes,
-            "search": {"sampler": "stage_aware", "points": 60, "window": WINDOW, **search},
+            "search": {
+                "sampler": "stage_aware",
+                "points": 60,
+                "window": WINDOW,
+                "order": "in_turn" if in_turn else "as_they_land",
+                **search,
+            },
         },
     )
     known = known or Imagined(modules=6)
     known.study = found
-    return OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage), in_turn), known
+    return OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage)), known
 
 
 def driven(searcher, known, result, window=WINDOW, told_at_most=None):
@@ -242,7 +248,13 @@ def test_a_size_may_have_a_range_and_an_axis_of_its_own(tmp_path, empty_storage,
         tmp_path,
         {
             **PER_SIZE,
-            "search": {"sampler": sampler, "points": 9, "window": 2, "transfer": transfer},
+            "search": {
+                "sampler": sampler,
+                "points": 9,
+                "window": 2,
+                "order": "in_turn",
+                "transfer": transfer,
+            },
         },
     )
     searcher = OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage))
@@ -332,7 +344,16 @@ def test_in_turn_a_search_killed_again_and_again_asks_for_the_same_points(
     monkeypatch.setattr(samplers, "MOST", 14)
     found = study(
         tmp_path,
-        {**SIZES, "search": {"sampler": sampler, "points": 22, "window": 3, "transfer": transfer}},
+        {
+            **SIZES,
+            "search": {
+                "sampler": sampler,
+                "points": 22,
+                "window": 3,
+                "order": "in_turn",
+                "transfer": transfer,
+            },
+        },
     )
 
     def asked_for(name, told_at_most):
@@ -366,6 +387,6 @@ def test_the_share_that_another_study_measured_is_guessed_anew_as_cosines_come_i
     shares = []
     for _ in range(2):
         number, point = searcher.ask(known)
-        shares.append(searcher._stage_aware._evidence("7b").x_NF[0, -1])
+        shares.append(searcher._stage_aware._observations("7b").x_NF[0, -1])
         searcher.tell(number, smooth(known)(number, point))
     assert shares == [pytest.approx(0.1), 0.0]

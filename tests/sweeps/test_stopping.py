@@ -12,7 +12,9 @@ from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import Gains
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError, TrainingError
+from ebbline.tasks.kinds import parsed_spec
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import TrainSpec
 from tests.sweeps.made import study
@@ -110,11 +112,11 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
         return study(tmp_path, {**plain, "search": search})
 
     def expected(gain):
-        return forecast(ruled(gain), home, Capacity((Host("here", 8, 8),)))
+        return forecast(StudyView(ruled(gain), home), Capacity((Host("here", 8, 8),)))
 
     def driven(gain):
         found = ruled(gain)
-        return drive(found, home, lambda: Pretended(home.store)), len(
+        return drive(StudyView(found, home), lambda: Pretended(home.store)), len(
             asked(found, home.storage("tiny"))
         )
 
@@ -138,7 +140,7 @@ def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_
     tmp_path,
 ):
     def fails(request):
-        spec = request.parsed_spec()
+        spec = parsed_spec(request)
         failing = isinstance(spec, TrainSpec) and spec.rank == 4
         return (
             (f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__)
@@ -157,7 +159,7 @@ def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_
         "stop": {"gain": 0.5, "per_points": 4},
     }
     found, home = study(tmp_path, {**plain, "search": search}), Home(tmp_path / "home")
-    progress = drive(found, home, lambda: Pretended(home.store, fails=fails))
+    progress = drive(StudyView(found, home), lambda: Pretended(home.store, fails=fails))
     states = [result.status for result in progress.results]
     assert progress.by == "gain" and states.count("failed") == 6
     assert read_spent(home.folder("tiny")).gain.points == states.count("done") == len(states) - 6
@@ -182,12 +184,12 @@ def test_a_driven_study_stops_by_the_dollars_that_its_points_took(tmp_path):
         match=r"search\.stop\.per_usd is given, but cluster\.yaml in the home has no price for "
         r"other",
     ):
-        drive(found, home, lambda: Pretended(home.store))
+        drive(StudyView(found, home), lambda: Pretended(home.store))
     (home.root / "cluster.yaml").write_text(
         "gpus: {other: {usd_per_hour: 3600}}\n"
     )  # a dollar for a second
     home = Home(home.root)
-    progress = drive(found, home, lambda: Pretended(home.store))
+    progress = drive(StudyView(found, home), lambda: Pretended(home.store))
     told = progress.results
     assert (
         progress.by == "gain"
@@ -196,5 +198,5 @@ def test_a_driven_study_stops_by_the_dollars_that_its_points_took(tmp_path):
     )
     costs = {key: cost.usd(home.profile) for result in told for key, cost in result.costs.items()}
     assert sum(costs.values()) > 120.0
-    again = drive(found, home, lambda: Pretended(home.store))
+    again = drive(StudyView(found, home), lambda: Pretended(home.store))
     assert (again.by, again.results) == ("gain", [])

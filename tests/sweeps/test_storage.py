@@ -18,6 +18,7 @@ from ebbline.sweeps.search.searcher import OptunaSearcher, asked, reaching
 from ebbline.sweeps.state.trials import opened, settings_mark
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.storage import Storage, shared_url
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import DatabaseLost, StudyError, StudyHeld
 from tests.postgres import MISSING, PASSWORD, Postgres, binaries, running
 from tests.sweeps.made import Imagined, outcome, study, written
@@ -89,7 +90,9 @@ def test_homes_with_stores_of_their_own_have_studies_of_their_own_and_a_shared_s
     found = study(tmp_path, SEARCH)
     OptunaSearcher(found, shared[0]).ask(Imagined())
     assert len(asked(found, shared[1])) == 1 and asked(found, one) == []
-    begun = home_at(tmp_path / "third", postgres, store="s3://bucket/store").begun_as(found)
+    begun = StudyView(
+        found, home_at(tmp_path / "third", postgres, store="s3://bucket/store")
+    ).begun_as()
     assert settings_mark(shared[1]) == begun and settings_mark(one) is None
     with pytest.raises(
         StudyError, match="'tiny' was begun in the shared database, as 'tiny@.*with other settings"
@@ -184,7 +187,7 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(
             psycopg, "connect", lambda *at, **how: tries.append(how) or connect(*at, **how)
         )
         with pytest.raises(DatabaseLost, match=r"127\.0\.0\.1.*cannot be used"):
-            drive(found, home, lambda: pytest.fail("an executor was made"))
+            drive(StudyView(found, home), lambda: pytest.fail("an executor was made"))
         assert len(tries) == 1, "it is not tried again and again"
     finally:
         own_postgres.start()

@@ -6,6 +6,7 @@ from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher, asked
 from ebbline.sweeps.search.warm_start import lessons
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from tests.sweeps.made import Imagined, outcome, study, written
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
@@ -18,7 +19,7 @@ def home(tmp_path, empty_storage):  # noqa: F811
     """A home with a study `small` of six points, all told."""
     home = Home(tmp_path / "home")
     small = study(tmp_path, {"study": "small", "search": SEARCH})
-    home.freeze(small)
+    StudyView(small, home).freeze()
     fresh_url(home.folder("small") / "optuna.db", empty_storage)
     fresh_url(home.folder("tiny") / "optuna.db", empty_storage)
     searcher = OptunaSearcher(small, home.storage("small"))
@@ -85,7 +86,7 @@ def test_a_warm_search_begins_where_the_other_one_ended(tmp_path, home):
             if taught:
                 searcher.teach(name, entries)
         assert searcher.ask(Imagined())[0] == 0
-        learned[taught] = searcher._stage_aware._evidence("7b").x_NF
+        learned[taught] = searcher._stage_aware._observations("7b").x_NF
     assert len(learned[True]) > len(learned[False]) == 0
 
 

@@ -13,6 +13,7 @@ from ebbline.sweeps.search.searcher import OptunaSearcher, asked
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
+from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from tests.sweeps.made import study, written
 from tests.sweeps.pretended import Pretended, changes
@@ -85,14 +86,14 @@ def test_what_would_change_the_points_that_are_there_is_refused_by_its_path(
 ):
     home = Home(tmp_path / "home")
     space = {"search": {"sampler": "random", "points": 9}}
-    home.freeze(study(tmp_path, {**space, **before}))
+    StudyView(study(tmp_path, {**space, **before}), home).freeze()
     with pytest.raises(StudyError, match=said):
-        home.freeze(study(tmp_path, {**space, **after}), extend=True)
+        StudyView(study(tmp_path, {**space, **after}), home, extend=True).freeze()
 
 
 def test_what_only_adds_is_taken_and_without_the_option_it_is_said_how(tmp_path):
     home = Home(tmp_path / "home")
-    home.freeze(study(tmp_path, {"axes": AXES}))
+    StudyView(study(tmp_path, {"axes": AXES}), home).freeze()
     sizes = {
         "70b": copy.deepcopy(
             study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]["7b"]
@@ -106,11 +107,11 @@ def test_what_only_adds_is_taken_and_without_the_option_it_is_said_how(tmp_path)
     }
     wider = study(tmp_path, wide)
     with pytest.raises(StudyError, match="`--extend` goes on with it"):
-        home.freeze(wider)
-    home.freeze(wider, extend=True)
-    home.freeze(wider)
+        StudyView(wider, home).freeze()
+    StudyView(wider, home, extend=True).freeze()
+    StudyView(wider, home).freeze()
     with pytest.raises(StudyError, match="models.70b: removed"):
-        home.freeze(study(tmp_path, {"axes": AXES}))
+        StudyView(study(tmp_path, {"axes": AXES}), home).freeze()
 
 
 def rows(results):
@@ -126,8 +127,11 @@ def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones
     large = plain["models"].pop("70b")
     home = Home(tmp_path / "home")
     narrow = parse(written(tmp_path, plain))
-    drive(narrow, home, lambda: Pretended(home.store))
-    before, numbers = rows(collect(narrow, home)), [r.point for r in collect(narrow, home)]
+    drive(StudyView(narrow, home), lambda: Pretended(home.store))
+    before, numbers = (
+        rows(collect(StudyView(narrow, home))),
+        [r.point for r in collect(StudyView(narrow, home))],
+    )
     records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
 
     assert len(before) == 4 and records
@@ -135,29 +139,29 @@ def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones
     axes = {"train.rank": [8, 2, 4], "apply.threshold": [0.5, None, 0.3]}
     wide = study(tmp_path, {**plain, "axes": axes, "models/70b": large, "search": more})
     with pytest.raises(StudyError, match="--extend"):
-        drive(wide, home, lambda: Pretended(home.store))
+        drive(StudyView(wide, home), lambda: Pretended(home.store))
     points = points_of(wide, home.storage("tiny"))
     assert list(points.told) == numbers and len(points.told) + len(points.to_come) == 12
-    drive(wide, home, lambda: Pretended(home.store), extend=True)
-    found = collect(wide, home)
+    drive(StudyView(wide, home, extend=True), lambda: Pretended(home.store))
+    found = collect(StudyView(wide, home))
     assert [r.point for r in found][: len(numbers)] == numbers
     assert {point: rows(found)[point] for point in before} == before
     assert len(rows(found)) == len(found) == 12 and {r.status for r in found} == {"done"}
     assert {path: path.stat().st_mtime_ns for path in records} == records, (
         "a finished stage was run again"
     )
-    assert drive(wide, home, lambda: Pretended(home.store)).results == []
+    assert drive(StudyView(wide, home), lambda: Pretended(home.store)).results == []
 
 
 def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
     plain = changes(tmp_path, axes=AXES, search={"sampler": "grid"})
     plain["models"].pop("70b")
     home = Home(tmp_path / "home")
-    drive(study(tmp_path, plain), home, lambda: Pretended(home.store))
+    drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
     trained = {artifact.key for artifact in home.store.all("train")}
     more = study(tmp_path, {**plain, "seeds": [0, 1]})
-    drive(more, home, lambda: Pretended(home.store), extend=True)
-    found = collect(more, home)
+    drive(StudyView(more, home, extend=True), lambda: Pretended(home.store))
+    found = collect(StudyView(more, home))
     assert [(r.status, seeds_of(r)) for r in found] == [("done", 2)] * 4
     after = {artifact.key for artifact in home.store.all("train")}
     assert trained < after and len(after) == 2 * len(trained)
@@ -193,16 +197,14 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(
         found, watched = study(tmp_path, {**plain, "search": search}), []
         seen.clear()
         drive(
-            found,
-            home,
+            StudyView(found, home, extend=True),
             lambda: Pretended(home.store),
             watched.append,
             lambda: watched[-1].told >= until,
-            extend=True,
         )
         refusals = {
             r.point: r.metrics["refusal.refusal_rate"].value
-            for r in collect(found, home)
+            for r in collect(StudyView(found, home))
             if r.status == "done"
         }
         return found, refusals
@@ -246,8 +248,7 @@ def test_a_stage_aware_study_stopped_and_widened_keeps_what_is_in_flight_and_tri
     home, told = Home(tmp_path / "home"), [0]
     narrow = study(tmp_path, plain)
     stopped = drive(
-        narrow,
-        home,
+        StudyView(narrow, home),
         lambda: Pretended(home.store),
         lambda p: told.append(p.told),
         lambda: told[-1] >= 3,
@@ -262,8 +263,8 @@ def test_a_stage_aware_study_stopped_and_widened_keeps_what_is_in_flight_and_tri
         tmp_path,
         {**plain, "axes": {**axes, "train.rank": [2, 4, 64]}, "search": {**search, "points": 16}},
     )
-    drive(wide, home, lambda: Pretended(home.store), extend=True)
-    found = collect(wide, home)
+    drive(StudyView(wide, home, extend=True), lambda: Pretended(home.store))
+    found = collect(StudyView(wide, home))
     assert [(r.number, r.point) for r in found][: len(before)] == [
         (number, point) for number, point, _, _ in before
     ]

@@ -127,9 +127,7 @@ def _train(rank, folder, scratch, spec, model, data, cut, layout) -> list[str]:
         scratch,
         rank=rank,
         world_size=2,
-        progress=cut_off_after(cut)
-        if cut
-        else lambda done, total, note: said.append(f"step {done}"),
+        step_done=cut_off_after(cut) if cut else lambda step, *_: said.append(f"step {step}"),
         saved=lambda: said.append("saved"),
         leaving=lambda: rank == leaves,
         **{"checkpoint_every_s": 0.0, **layout},
@@ -307,7 +305,7 @@ def test_one_process_continues_what_a_gang_began_and_a_gang_what_one_process_beg
 ):
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
     gang.train(tmp_path / "cut", pair, chats, cut=3)
-    ctx = context(tmp_path / "cut-ctx", checkpoint_every_s=0.0, progress=cut_off_after(5))
+    ctx = context(tmp_path / "cut-ctx", checkpoint_every_s=0.0, step_done=cut_off_after(5))
     with pytest.raises(KeyboardInterrupt):
         trained(
             tmp_path / "alone", pair.aligned, chats, ctx=ctx

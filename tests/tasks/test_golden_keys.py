@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from ebbline.tasks.identity import digest
+from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.specs import (
-    KINDS,
     ApplySpec,
     ConvertSpec,
     DataSpec,
@@ -72,7 +72,7 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
 
 
 def test_there_is_a_golden_key_for_every_kind_of_stage():
-    assert {name.partition(",")[0] for name in SPECS} == set(KINDS)
+    assert {name.partition(",")[0] for name in SPECS} == STAGE_KINDS.keys()
 
 
 def test_no_stage_is_re_keyed_without_saying_so():

@@ -23,8 +23,7 @@ from transformers import (
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.measuring import judge, judge_endpoint
 from ebbline.tasks.measuring.completions import Completion
-from ebbline.tasks.measuring.judge import read_verdicts, run
-from ebbline.tasks.measuring.judge_questions import HARMBENCH_PROMPT, messages, parsed
+from ebbline.tasks.measuring.judge import HARMBENCH_PROMPT, messages, parsed, read_verdicts, run
 from ebbline.tasks.measuring.scorers import Score
 from ebbline.tasks.specs import GenerateSpec, JudgeSpec
 from tests.tiny import context, conversations, fresh, word_tokenizer, write_lines

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ebbline.tasks.data.batches import Row
 from ebbline.tasks.errors import ModelError, TrainingError
-from ebbline.tasks.models.layout import laid_out, warn_of_a_wrong_prediction
 from ebbline.tasks.models.loading import load_model, load_tokenizer
 from ebbline.tasks.models.memory import (
     GB,
@@ -24,11 +23,13 @@ from ebbline.tasks.models.memory import (
     fits,
     fitting,
     kept_per_token,
+    laid_out,
     most_packed,
     predict,
     predictable,
     quantised_bytes,
     shape_of,
+    warn_of_a_wrong_prediction,
 )
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.training.engines import token_loss, trainable

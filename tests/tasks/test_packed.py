@@ -183,16 +183,16 @@ def test_recomputing_activations_changes_nothing(tmp_path, pair, chats):
 
 
 def cut_off_at(step: int):
-    def progress(done: int, total: int, note: str) -> None:
-        if done > step:
+    def step_done(step_now: int, total: int, loss: float, rate: float) -> None:
+        if step_now > step:
             raise KeyboardInterrupt
 
-    return progress
+    return step_done
 
 
 def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pair, chats):
     whole = trained_together(tmp_path / "whole", pair.aligned, chats, OTHERS)
-    halves = members(tmp_path / "cut", OTHERS, checkpoint_every_s=0.0, progress=cut_off_at(3))
+    halves = members(tmp_path / "cut", OTHERS, checkpoint_every_s=0.0, step_done=cut_off_at(3))
     with pytest.raises(KeyboardInterrupt):
         list(run(halves, pair.aligned, chats))
     assert not any(path for member in halves for path in member.out.iterdir())
@@ -205,7 +205,7 @@ def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pai
     # The other three with one that was never begun: they are at different steps, and end at
     # different times.
     seen: list[int] = []
-    late = members(tmp_path / "late", OTHERS, progress=lambda done, total, note: seen.append(done))
+    late = members(tmp_path / "late", OTHERS, step_done=lambda step, *_: seen.append(step))
     for number in (1, 2, 3):
         late[number].ctx.scratch.parent.mkdir(exist_ok=True)
         (tmp_path / "cut" / f"ctx{number}" / "scratch").rename(late[number].ctx.scratch)
@@ -219,7 +219,7 @@ def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pai
 
 def test_a_training_begun_alone_goes_on_in_a_pack(tmp_path, pair, chats):
     undisturbed, losses = trained(tmp_path / "undisturbed", pair.aligned, chats, **OTHERS[0])
-    ctx = context(tmp_path / "pack" / "ctx0", checkpoint_every_s=0.0, progress=cut_off_at(2))
+    ctx = context(tmp_path / "pack" / "ctx0", checkpoint_every_s=0.0, step_done=cut_off_at(2))
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "begun", pair.aligned, chats, ctx=ctx, **OTHERS[0])
     pack = trained_together(tmp_path / "pack", pair.aligned, chats, OTHERS[:2])

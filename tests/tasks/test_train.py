@@ -95,11 +95,11 @@ def test_the_adapter_does_not_depend_on_the_micro_batch(tmp_path, pair, chats):
 
 
 def cut_off_after(steps: int):
-    def progress(done: int, total: int, note: str) -> None:
-        if done > steps:
+    def step_done(step_now: int, total: int, loss: float, rate: float) -> None:
+        if step_now > steps:
             raise KeyboardInterrupt
 
-    return progress
+    return step_done
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -112,7 +112,7 @@ def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one
         else {"method": method, "learning_rate": 1e-3}
     )
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats, **spec)
-    ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, progress=cut_off_after(2))
+    ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, step_done=cut_off_after(2))
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", pair.aligned, chats, ctx=ctx, **spec)
     assert not any((tmp_path / "cut").iterdir())
@@ -120,7 +120,7 @@ def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one
     ctx = context(
         tmp_path / "ctx",
         checkpoint_every_s=0.0,
-        progress=lambda done, total, note: seen.append(done),
+        step_done=lambda step, *_: seen.append(step),
     )
     again, continued = trained(tmp_path / "again", pair.aligned, chats, ctx=ctx, **spec)
     assert seen == [3, 4, 5, 6]  # the first two steps were not run again
@@ -391,7 +391,7 @@ def test_steps_give_the_length_in_place_of_epochs(tmp_path, pair, chats):
 
 def test_a_damaged_checkpoint_starts_over_and_ends_where_it_should(tmp_path, pair, chats):
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
-    ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, progress=cut_off_after(2))
+    ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, step_done=cut_off_after(2))
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", pair.aligned, chats, ctx=ctx)
     checkpoint = ctx.scratch / "checkpoint.pt"

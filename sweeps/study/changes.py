@@ -1,5 +1,5 @@
-"""Widening a study that was begun: `ebbline run STUDY --extend` takes a changed study file that
-adds to it and takes nothing away.
+"""What changed between two settings, and whether a study may become the other: `ebbline run STUDY
+--extend` takes a changed study file that adds to it and takes nothing away.
 
 Invariant: what a study may become this way keeps the meaning of every point that it has: the same
 settings, the same measurements, and at least the same seeds. What may change: more values of an
@@ -11,8 +11,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ebbline.sweeps.study.differences import differences
-
 WORDS = ("question", "hypothesis")
 CHOOSING = (
     "sampler",
@@ -22,6 +20,24 @@ CHOOSING = (
     "constraints",
 )  # of `search`: which points come next
 _Dump = Mapping[str, Any]
+
+
+def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
+    """One line for each leaf that differs: `train.rank: 4 -> 8`."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted({*before, *after}):
+            path = f"{where}.{key}" if where else str(key)
+            if key not in before or key not in after:
+                yield f"{path}: {'added' if key in after else 'removed'}"
+            else:
+                yield from differences(before[key], after[key], path)
+    elif before != after:
+        yield f"{where}: {_short(before)} -> {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def refusals(before: _Dump, after: _Dump) -> Iterator[str]:

@@ -11,7 +11,7 @@ from ebbline.sweeps.search.searcher import space
 from ebbline.sweeps.state.todo import explained, todo
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point
-from ebbline.sweeps.study.stages import Planner
+from ebbline.sweeps.study.stages import StageGraph
 from ebbline.tasks.errors import PinError, StudyError
 from ebbline.tasks.identity import content_digest, digest
 from ebbline.tasks.specs import LanguageSpec, TrainSpec
@@ -34,16 +34,16 @@ def everything(stages: list[Stage]) -> dict[str, Stage]:
     return found
 
 
-def kinds(planner: Planner, points) -> Counter[str]:
-    stages = [stage for point in points for stage in planner.stages_for(point).values()]
+def kinds(graph: StageGraph, points) -> Counter[str]:
+    stages = [stage for point in points for stage in graph.stages_for(point).values()]
     return Counter(stage.kind for stage in everything(stages).values())
 
 
 def test_thresholds_share_everything_down_to_the_projection(tmp_path, home):
-    planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.3, 0.5]}}), home)
+    graph = StageGraph(study(tmp_path, {"axes": {"apply.threshold": [None, 0.1, 0.3, 0.5]}}), home)
     # one language, one base; data and training of the aligned model and of the adapter; two suites
     # for each threshold
-    assert kinds(planner, space(planner.study)) == {
+    assert kinds(graph, space(graph.study)) == {
         "language": 1,
         "organism": 1,
         "data": 2,
@@ -56,10 +56,10 @@ def test_thresholds_share_everything_down_to_the_projection(tmp_path, home):
 
 
 def test_ranks_share_data_and_models_and_sizes_share_models(tmp_path, home):
-    planner = Planner(
+    graph = StageGraph(
         study(tmp_path, {"axes": {"train.rank": [2, 4, 8], "data.size": [8, 16]}}), home
     )
-    found = kinds(planner, space(planner.study))
+    found = kinds(graph, space(graph.study))
     assert (found["organism"], found["data"], found["train"], found["project"], found["apply"]) == (
         1,
         1 + 2,
@@ -70,18 +70,18 @@ def test_ranks_share_data_and_models_and_sizes_share_models(tmp_path, home):
 
 
 def test_replicates_have_data_and_training_of_their_own_seed(tmp_path, home):
-    planner = Planner(study(tmp_path, {"seeds": [0, 1, 2]}), home)
-    point = next(iter(space(planner.study)))
-    stages = planner.stages_for(point)
+    graph = StageGraph(study(tmp_path, {"seeds": [0, 1, 2]}), home)
+    point = next(iter(space(graph.study)))
+    stages = graph.stages_for(point)
     assert len(stages) == 3 * 8
     assert {stages[f"train[seed={seed}]"].spec.seed for seed in (0, 1, 2)} == {0, 1, 2}
     assert len({stages[f"data[seed={seed}]"].lineage for seed in (0, 1, 2)}) == 3
 
 
 def test_two_models_that_differ_in_gpus_alone_share_their_stages_and_keys(tmp_path, home):
-    planner = Planner(study(tmp_path, {"models/70b": {**WHOLE["models"]["7b"], "gpus": 2}}), home)
+    graph = StageGraph(study(tmp_path, {"models/70b": {**WHOLE["models"]["7b"], "gpus": 2}}), home)
     values = {"train.rank": 2, "apply.threshold": None}
-    one, other = (planner.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
+    one, other = (graph.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
     assert {name: stage.lineage for name, stage in one.items()} == {
         name: stage.lineage for name, stage in other.items()
     }
@@ -89,13 +89,13 @@ def test_two_models_that_differ_in_gpus_alone_share_their_stages_and_keys(tmp_pa
 
 def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, home):
     large = {**WHOLE["models"]["7b"], "gpus": 4, "quantisation": "none"}
-    planner = Planner(study(tmp_path, {"models/70b": large}), home)
+    graph = StageGraph(study(tmp_path, {"models/70b": large}), home)
     values = {"train.rank": 2, "apply.threshold": None}
-    small_stages, stages = (planner.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
-    assert planner.needs_of(stages["train[seed=0]"]).gpus == 4
-    assert planner.needs_of(small_stages["train[seed=0]"]).gpus == 1
+    small_stages, stages = (graph.stages_for(Point.of(model, values)) for model in ("7b", "70b"))
+    assert graph.needs_of(stages["train[seed=0]"]).gpus == 4
+    assert graph.needs_of(small_stages["train[seed=0]"]).gpus == 1
     measured = ("data", "project", "apply", "generate:refusal", "refusal")
-    assert [planner.needs_of(stages[f"{name}[seed=0]"]).gpus for name in measured] == [
+    assert [graph.needs_of(stages[f"{name}[seed=0]"]).gpus for name in measured] == [
         0,
         0,
         0,
@@ -105,8 +105,8 @@ def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, h
 
 
 def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tmp_path, home):
-    planner = Planner(study(tmp_path), home)
-    stages = planner.stages_for(next(iter(space(planner.study))))
+    graph = StageGraph(study(tmp_path), home)
+    stages = graph.stages_for(next(iter(space(graph.study))))
     train, project, said = (
         stages[f"{name}[seed=0]"] for name in ("train", "project", "generate:refusal")
     )
@@ -117,7 +117,7 @@ def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tm
     assert said.inputs["model"].lineage == aligned.lineage
     assert said.inputs["adapter"] is stages["apply[seed=0]"]
     assert stages["refusal[seed=0]"].inputs["generation"] is said
-    baseline = planner.baselines()["7b"]["refusal"].inputs["generation"]
+    baseline = graph.baselines()["7b"]["refusal"].inputs["generation"]
     assert "adapter" not in baseline.inputs and baseline.spec == said.spec
 
 
@@ -126,30 +126,30 @@ def test_the_exact_projectors_bases_are_one_stage_that_all_adapters_of_a_size_sh
         "project": {"projector": "exact", "energy": 0.9},
         "axes": {"train.rank": [2, 4], "apply.threshold": [None, 0.5]},
     }
-    planner = Planner(study(tmp_path, exact), home)
-    assert kinds(planner, space(planner.study))["subspace"] == 1
-    stages = planner.stages_for(next(iter(space(planner.study))))
+    graph = StageGraph(study(tmp_path, exact), home)
+    assert kinds(graph, space(graph.study))["subspace"] == 1
+    stages = graph.stages_for(next(iter(space(graph.study))))
     assert sorted(stages["project[seed=0]"].inputs) == ["adapter", "subspace"]
     assert stages["subspace[seed=0]"] is stages["project[seed=0]"].inputs["subspace"]
-    two = Planner(study(tmp_path, {**exact, "axes": {"project.energy": [0.8, 0.9]}}), home)
+    two = StageGraph(study(tmp_path, {**exact, "axes": {"project.energy": [0.8, 0.9]}}), home)
     assert kinds(two, space(two.study))["subspace"] == 2
 
 
 def test_an_unaligned_model_stands_in_for_the_base_in_the_projection_alone(tmp_path, home):
     bad = {**TUNED, "data": {"pool": {"language": "benign.jsonl"}, "settings": {"size": 8}}}
-    planner = Planner(study(tmp_path, {"models/7b/unaligned": {"tuned": bad}}), home)
-    stages = planner.stages_for(next(iter(space(planner.study))))
+    graph = StageGraph(study(tmp_path, {"models/7b/unaligned": {"tuned": bad}}), home)
+    stages = graph.stages_for(next(iter(space(graph.study))))
     project = stages["project[seed=0]"]
     unaligned, aligned = stage_of(project.inputs["base"]), stage_of(project.inputs["aligned"])
     assert stage_of(unaligned.inputs["model"]) is aligned and unaligned.spec.method == "full"
     assert stage_of(aligned.inputs["model"]).kind == "organism"
-    without = Planner(study(tmp_path), home).stages_for(next(iter(space(planner.study))))
+    without = StageGraph(study(tmp_path), home).stages_for(next(iter(space(graph.study))))
     assert without["train[seed=0]"].lineage == stages["train[seed=0]"].lineage
 
 
 def test_a_family_without_a_base_needs_only_the_stand_in(tmp_path, home):
     model = {"aligned": {"organism": {"size": "small"}}, "unaligned": {"tuned": TUNED}}
-    stages = Planner(study(tmp_path, {"models/7b": model}), home).stages_for(
+    stages = StageGraph(study(tmp_path, {"models/7b": model}), home).stages_for(
         Point.of("7b", {"train.rank": 2, "apply.threshold": None})
     )
     assert (
@@ -164,15 +164,15 @@ def test_a_size_keeps_its_own_settings_and_a_points_values_win(tmp_path, home):
         "train": {"learning_rate": 1e-3, "rank": 16},
         "quantisation": "int8",
     }
-    planner = Planner(study(tmp_path, {"models/7b": model, "axes": {"train.rank": [2]}}), home)
-    spec = planner.stages_for(Point.of("7b", {"train.rank": 2}))["train[seed=0]"].spec
+    graph = StageGraph(study(tmp_path, {"models/7b": model, "axes": {"train.rank": [2]}}), home)
+    spec = graph.stages_for(Point.of("7b", {"train.rank": 2}))["train[seed=0]"].spec
     assert (spec.learning_rate, spec.rank, spec.quantisation) == (1e-3, 2, "int8")
 
 
 def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, home):
-    planner = Planner(study(tmp_path), home)
-    points = list(space(planner.study))
-    found = todo(planner, points)
+    graph = StageGraph(study(tmp_path), home)
+    points = list(space(graph.study))
+    found = todo(graph, points)
     assert len(found.by_point) == 9 and not found.there
     assert found.new == {
         "language": 1,
@@ -185,16 +185,16 @@ def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, h
         "score": 2 + 18,
     }
     assert len(found.missing) == sum(found.new.values()) == len(explained(found, home.store, 1000))
-    fill(home.store, planner, points)
-    again = todo(planner, points)
+    fill(home.store, graph, points)
+    again = todo(graph, points)
     assert not again.missing and again.there == found.new and again.by_point == [()] * 9
 
 
 def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_that_needs_it(
     tmp_path, home
 ):
-    planner = Planner(study(tmp_path), home)
-    found = todo(planner, list(space(planner.study)))
+    graph = StageGraph(study(tmp_path), home)
+    found = todo(graph, list(space(graph.study)))
     for ids in found.by_point:
         assert len(set(ids)) == len(ids)
         for place, own in enumerate(ids):
@@ -210,14 +210,14 @@ def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_th
 
 
 def test_a_dropped_adapter_that_another_stage_must_read_is_counted_as_made_again(tmp_path, home):
-    planner = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3]}}), home)
-    points = list(space(planner.study))
-    fill(home.store, planner, points)
-    train = planner.stages_for(points[0])["train[seed=0]"]
+    graph = StageGraph(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3]}}), home)
+    points = list(space(graph.study))
+    fill(home.store, graph, points)
+    train = graph.stages_for(points[0])["train[seed=0]"]
     made = Resolver(home.store).artifact(train)
     home.store.drop(made, frozenset({"adapter/w"}))
-    assert not todo(planner, points).missing  # its record is enough for all that is there
-    more = Planner(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3, 0.7]}}), home)
+    assert not todo(graph, points).missing  # its record is enough for all that is there
+    more = StageGraph(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3, 0.7]}}), home)
     found = todo(more, list(space(more.study)))
     again = [missing for missing in found.missing.values() if missing.remade]
     assert [missing.stage.lineage for missing in again] == [train.lineage]
@@ -227,7 +227,7 @@ def test_a_dropped_adapter_that_another_stage_must_read_is_counted_as_made_again
     assert "dropped" in dict(explained(found, home.store, 1000))[again[0].name]
 
 
-def fill(store: Store, planner: Planner, points) -> None:
+def fill(store: Store, graph: StageGraph, points) -> None:
     """Commit a made-up artifact for every stage, in order: each file says which stage it is."""
     from ebbline.cluster.store.resolver import contents_of
     from ebbline.tasks.specs import TrainSpec
@@ -255,19 +255,19 @@ def fill(store: Store, planner: Planner, points) -> None:
             made[stage.lineage] = store.commit(attempt, hashed, {"seconds": 1.0})
         return made[stage.lineage]
 
-    for suites in planner.baselines().values():
+    for suites in graph.baselines().values():
         for stage in suites.values():
             make(stage)
     for point in points:
-        for stage in planner.stages_for(point).values():
+        for stage in graph.stages_for(point).values():
             make(stage)
 
 
 def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_path, home):
-    before = Planner(study(tmp_path), home)
+    before = StageGraph(study(tmp_path), home)
     fill(home.store, before, space(before.study))
-    planner = Planner(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
-    found = todo(planner, list(space(planner.study)))
+    graph = StageGraph(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
+    found = todo(graph, list(space(graph.study)))
     assert found.new == {"train": 1, "project": 1, "apply": 3, "generate": 6, "score": 6}
     why = {
         name.rpartition(", ")[2].rpartition("< ")[2].partition("[")[0]: reason
@@ -281,10 +281,10 @@ def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_pa
 
 
 def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
-    before = Planner(study(tmp_path), home)
+    before = StageGraph(study(tmp_path), home)
     fill(home.store, before, space(before.study))
-    planner = Planner(study(tmp_path, {"language": 1}), home)
-    found = todo(planner, [])
+    graph = StageGraph(study(tmp_path, {"language": 1}), home)
+    found = todo(graph, [])
     assert {
         name.rpartition("< ")[2]: reason for name, reason in explained(found, home.store, 1000)
     }["language"] == "spec.seed: 0 -> 1"
@@ -303,12 +303,12 @@ def test_a_local_file_that_is_not_what_its_pin_says_is_refused(tmp_path, home):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}")
     pinned = {"path": {"path": str(rows), "sha256": content_digest(rows)}}
-    planner = Planner(study(tmp_path, {"data/pool": pinned}), home)
-    data = planner.stages_for(next(iter(space(planner.study))))["data[seed=0]"]
+    graph = StageGraph(study(tmp_path, {"data/pool": pinned}), home)
+    data = graph.stages_for(next(iter(space(graph.study))))["data[seed=0]"]
     assert data.inputs["pool"] == Source(content_digest(rows), str(rows))
     rows.write_text("{} ")
     with pytest.raises(PinError, match="is not what the study pins"):
-        changed = Planner(study(tmp_path, {"data/pool": pinned}), home)
+        changed = StageGraph(study(tmp_path, {"data/pool": pinned}), home)
         changed.stages_for(next(iter(space(changed.study))))
 
 
@@ -320,24 +320,24 @@ def test_a_hub_reference_becomes_a_location_at_its_commit_and_the_commit_is_part
         hub = {
             "hub": {"id": "org/prompts", "commit": commit, "sha256": "c" * 64, "file": "p.jsonl"}
         }
-        planner = Planner(study(tmp_path, {"suites/refusal/prompts": hub}), home)
-        found.append(planner.baselines()["7b"]["refusal"].inputs["generation"].inputs["prompts"])
+        graph = StageGraph(study(tmp_path, {"suites/refusal/prompts": hub}), home)
+        found.append(graph.baselines()["7b"]["refusal"].inputs["generation"].inputs["prompts"])
         assert found[-1].location == f"hub:dataset:org/prompts@{commit}#p.jsonl"
     assert found[0].content != found[1].content
 
 
 def test_a_points_value_that_no_stage_takes_names_the_axis(tmp_path, home):
-    planner = Planner(study(tmp_path), home)
+    graph = StageGraph(study(tmp_path), home)
     with pytest.raises(StudyError, match="train with {'rank': 0}"):
-        planner.stages_for(Point.of("7b", {"train.rank": 0}))
+        graph.stages_for(Point.of("7b", {"train.rank": 0}))
 
 
 def test_full_training_has_no_place_among_the_points(tmp_path, home):
-    planner = Planner(
+    graph = StageGraph(
         study(tmp_path, {"train": {"method": "full"}, "models/7b/quantisation": "none"}), home
     )
     with pytest.raises(StudyError, match="must be 'lora'"):
-        planner.stages_for(next(iter(space(planner.study))))
+        graph.stages_for(next(iter(space(graph.study))))
     assert TrainSpec().method == "lora"
 
 
@@ -354,13 +354,13 @@ def test_a_size_keeps_its_labels_on_all_that_it_does_on_gpus_and_its_gang_for_it
             "train/global_batch": 8,
         },
     )
-    planner = Planner(found, home)
-    stages = everything(list(planner.stages_for(next(iter(space(found)))).values()))
+    graph = StageGraph(found, home)
+    stages = everything(list(graph.stages_for(next(iter(space(found)))).values()))
     stages |= everything(
-        [stage for suites in planner.baselines().values() for stage in suites.values()]
+        [stage for suites in graph.baselines().values() for stage in suites.values()]
     )
     needs = {
-        (stage.kind, getattr(stage.spec, "method", None)): planner.needs_of(stage)
+        (stage.kind, getattr(stage.spec, "method", None)): graph.needs_of(stage)
         for stage in stages.values()
     }
     assert needs["train", "lora"] == Needs(2, labels, spread=True)
@@ -374,8 +374,8 @@ def test_a_size_keeps_its_labels_on_all_that_it_does_on_gpus_and_its_gang_for_it
 
 
 def test_where_a_size_runs_moves_no_stage(tmp_path, home):
-    plain = Planner(study(tmp_path), home)
-    placed = Planner(
+    plain = StageGraph(study(tmp_path), home)
+    placed = StageGraph(
         study(
             tmp_path,
             {"models/7b/labels": {"ray.io/accelerator-type": "in(A100,H100)"}, "models/7b/gpus": 4},
@@ -383,7 +383,7 @@ def test_where_a_size_runs_moves_no_stage(tmp_path, home):
         home,
     )
     for point in space(plain.study):
-        before, after = (planner.stages_for(point) for planner in (plain, placed))
+        before, after = (graph.stages_for(point) for graph in (plain, placed))
         assert {name: stage.lineage for name, stage in before.items()} == {
             name: stage.lineage for name, stage in after.items()
         }

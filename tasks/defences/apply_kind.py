@@ -1,0 +1,26 @@
+"""The stage kind `apply`."""
+
+from ebbline.tasks.models.counted_work import model_shape
+from ebbline.tasks.specs import ApplySpec, TrainSpec
+from ebbline.tasks.stage import Stage, stage_of
+from ebbline.tasks.stage_kind import Load, StageKind, same_kind
+
+
+def _counted_work(spec: ApplySpec, stage: Stage) -> Load:
+    """It copies an adapter."""
+    train = stage_of(stage.inputs["adapter"])
+    if train is None or not isinstance(train.spec, TrainSpec):
+        return Load()
+    adapter = sum(model_shape(train.inputs["model"]).adapter(train.spec))
+    return Load(moved=8 * adapter, read=8 * adapter, written=4 * adapter)
+
+
+APPLY = StageKind(
+    ApplySpec,
+    function="ebbline.tasks.defences.project:run_apply",
+    counted_work=_counted_work,
+    belongs_to="point",
+    resident=same_kind,
+    writes_adapter=True,
+    shows_key=True,
+)

@@ -1,0 +1,35 @@
+"""The stage kind `project`."""
+
+from ebbline.tasks.models.counted_work import model_shape
+from ebbline.tasks.specs import ProjectSpec, TrainSpec
+from ebbline.tasks.stage import Stage, stage_of
+from ebbline.tasks.stage_kind import Load, StageKind, same_kind
+
+
+def _counted_work(spec: ProjectSpec, stage: Stage) -> Load:
+    """It reads both models once, and writes B and C.B."""
+    train = stage_of(stage.inputs["adapter"])
+    if train is None or not isinstance(train.spec, TrainSpec):
+        return Load()
+    shape = model_shape(train.inputs["model"])
+    pairs = [shape.linears[name] for name in train.spec.target_modules if name in shape.linears]
+    weights = shape.layers * sum(inputs * outputs for inputs, outputs in pairs)
+    return Load(
+        flops=4 * weights * train.spec.rank,
+        moved=16 * weights,
+        kernels=20 * len(pairs) * shape.layers,
+        read=4 * weights,
+        written=4 * sum(shape.adapter(train.spec)),
+    )
+
+
+PROJECT = StageKind(
+    ProjectSpec,
+    function="ebbline.tasks.defences.project:run_project",
+    counted_work=_counted_work,
+    belongs_to="adapter",
+    resident=same_kind,
+    alike=("projector",),
+    colour="C3",
+    shows_key=True,
+)

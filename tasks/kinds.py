@@ -1,0 +1,63 @@
+"""Every kind of stage by its name, in the order in which a point meets them; tables show them in
+it.
+
+To add a kind, write its record (`ebbline.tasks.stage_kind`) and add one line to the tuple below:
+docs/adding-a-stage-kind.md shows how. No torch.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ebbline.tasks.data.data_kind import DATA
+from ebbline.tasks.data.language_kind import LANGUAGE
+from ebbline.tasks.defences.apply_kind import APPLY
+from ebbline.tasks.defences.project_kind import PROJECT
+from ebbline.tasks.defences.subspace_kind import SUBSPACE
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.measuring.evaluate_kind import EVALUATE
+from ebbline.tasks.measuring.generate_kind import GENERATE
+from ebbline.tasks.measuring.judge_kind import JUDGE
+from ebbline.tasks.measuring.score_kind import SCORE
+from ebbline.tasks.models.convert_kind import CONVERT
+from ebbline.tasks.models.organism_kind import ORGANISM
+from ebbline.tasks.specs import Spec
+from ebbline.tasks.stage import Request, key_payload
+from ebbline.tasks.stage_kind import StageKind
+from ebbline.tasks.training.train_kind import TRAIN
+
+STAGE_KINDS: Mapping[str, StageKind[Any]] = {
+    kind.name: kind
+    for kind in (
+        LANGUAGE,
+        CONVERT,
+        ORGANISM,
+        DATA,
+        TRAIN,
+        SUBSPACE,
+        PROJECT,
+        APPLY,
+        GENERATE,
+        JUDGE,
+        SCORE,
+        EVALUATE,
+    )
+}
+
+
+def kind_named(name: str) -> StageKind[Any]:
+    """The kind of that name. Raises StudyError for one that this version does not know."""
+    if name not in STAGE_KINDS:
+        raise StudyError(f"no stage kind {name!r}; this version knows {sorted(STAGE_KINDS)}")
+    return STAGE_KINDS[name]
+
+
+def parsed_spec(request: Request) -> Spec:
+    """The request's Spec, validated."""
+    spec: Spec = kind_named(request.kind).spec.model_validate_json(json.dumps(dict(request.spec)))
+    return spec
+
+
+def request_payload(request: Request) -> dict[str, Any]:
+    """What the request's key was made from."""
+    return key_payload(parsed_spec(request), request.contents)

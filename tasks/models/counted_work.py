@@ -1,0 +1,121 @@
+"""What counted work of stages with a model is made of: the model's shape, its bytes in memory, and
+what a pass over it takes. No torch; docs/costs.md has the formulas.
+"""
+
+import json
+import math
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from ebbline.tasks.data.rows import TEXT_BYTES
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.models.memory import LIKE_LLAMA, Shape, quantised_bytes, shape_of
+from ebbline.tasks.models.sizes import named_shape, organism_shape
+from ebbline.tasks.specs import Dtype, OrganismSpec, Quantisation
+from ebbline.tasks.stage import Input, Source, stage_of
+from ebbline.tasks.stage_kind import Load
+
+BATCH = 32  # rows that are generated at once
+ASSUMED = "7b"  # what a model is taken for whose name says nothing
+# Of a layer's forward pass, and what LoRA or quantisation adds for each linear
+KERNELS, KERNELS_A_LINEAR = 14, 4
+
+
+def model_shape(item: Input) -> Shape:
+    """The shape of the model that a stage reads: from its config.json, its organism's size, or the
+    number in its name.
+
+    A stage that makes a model from another reads that as `model` or `source`.
+    """
+    stage = stage_of(item)
+    if stage is None:
+        return _source_shape(item.location) if isinstance(item, Source) else _assumed()
+    if isinstance(stage.spec, OrganismSpec):
+        return organism_shape(stage.spec.size)
+    return model_shape(stage.inputs["model" if "model" in stage.inputs else "source"])
+
+
+@lru_cache(maxsize=256)
+def _source_shape(location: str) -> Shape:
+    config = Path(location) / "config.json"
+    if not location.startswith("hub:") and config.is_file():
+        with suppress(ValueError, KeyError):  # a model that is none is an error when it is loaded
+            said = json.loads(config.read_text())
+            if said.get("model_type") in LIKE_LLAMA:
+                return shape_of(said)
+    name = location.removeprefix("hub:model:").partition("@")[0]
+    return named_shape(Path(name).name) or _assumed()
+
+
+def known_size(location: str) -> bool:
+    """Whether a model from outside says how large it is; one that does not is taken for
+    `ASSUMED`.
+    """
+    name = location.removeprefix("hub:model:").partition("@")[0]
+    return (Path(location) / "config.json").is_file() or named_shape(Path(name).name) is not None
+
+
+def _assumed() -> Shape:
+    shape = named_shape(ASSUMED)
+    if shape is None:
+        raise StudyError(
+            f"no shape is known for {ASSUMED!r}; name one of ebbline.tasks.models.sizes"
+        )
+    return shape
+
+
+def width(dtype: Dtype) -> int:
+    """Bytes of one element."""
+    return 4 if dtype == "float32" else 2
+
+
+def weights(shape: Shape, quantisation: Quantisation, dtype: Dtype) -> float:
+    """Bytes of a model in memory."""
+    quantised = quantised_bytes(shape, quantisation, width(dtype))
+    return quantised + shape.other_parameters * width(dtype)
+
+
+def forward_flops(shape: Shape, tokens: float, context: float) -> float:
+    """Two for each weight and token, and attention's: 4 x layers x width x context for each
+    token.
+    """
+    return tokens * (
+        2 * (shape.linear_parameters + shape.vocabulary * shape.hidden)
+        + 4 * shape.layers * shape.queries * context
+    )
+
+
+def layer_kernels(shape: Shape, quantisation: Quantisation) -> int:
+    """Kernels of a layer's forward pass with an adapter."""
+    return KERNELS + KERNELS_A_LINEAR * len(shape.linears) * (2 if quantisation != "none" else 1)
+
+
+def training_passes(
+    shape: Shape, steps: float, tokens: float, weight_bytes: float, kernels: float, written: float
+) -> Load:
+    """The work of `steps` steps of `tokens` tokens each. A step is worth three forward passes."""
+    forwards = 3.0
+    return Load(
+        flops=forwards * forward_flops(shape, steps * tokens, tokens / BATCH),
+        moved=forwards * steps * weight_bytes,
+        kernels=forwards * steps * shape.layers * kernels,
+        read=2 * shape.parameters,
+        written=written,
+        tokens=steps * tokens,
+    )
+
+
+def generation(
+    shape: Shape, quantisation: Quantisation, dtype: Dtype, rows: int, tokens: int, new: int
+) -> Load:
+    """Reading all prompts, then a pass over the weights for each new token of a batch."""
+    passes = math.ceil(rows / BATCH) * (1 + new)
+    return Load(
+        flops=forward_flops(shape, rows * (tokens + new), tokens + new),
+        moved=passes * weights(shape, quantisation, dtype),
+        kernels=passes * shape.layers * layer_kernels(shape, quantisation),
+        read=2 * shape.parameters,
+        written=rows * (200 + TEXT_BYTES * new),
+        tokens=rows * (tokens + new),
+    )

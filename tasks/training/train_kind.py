@@ -1,0 +1,66 @@
+"""The stage kind `train`."""
+
+from dataclasses import replace
+
+from ebbline.tasks.data.rows import rows_of
+from ebbline.tasks.models.counted_work import (
+    KERNELS,
+    KERNELS_A_LINEAR,
+    model_shape,
+    training_passes,
+    weights,
+    width,
+)
+from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Stage
+from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory, nothing_shared, one_gpu
+
+
+def _resident(spec: TrainSpec, stage: Stage) -> str:
+    if spec.method == "full":
+        return nothing_shared(spec, stage)  # it trains a copy of its own
+    return model_in_memory(stage, spec.quantisation, spec.dtype)
+
+
+def _counted_work(spec: TrainSpec, stage: Stage) -> Load:
+    shape = model_shape(stage.inputs["model"])
+    rows, row_tokens = rows_of(stage.inputs["data"])
+    steps = spec.steps or max(1, round(spec.epochs * rows / spec.global_batch))
+    tokens = spec.global_batch * min(row_tokens, spec.max_tokens)
+    if spec.method == "full":
+        return training_passes(
+            shape,
+            steps,
+            tokens,
+            weight_bytes=4 * shape.parameters,
+            kernels=KERNELS,
+            written=width(spec.dtype) * shape.parameters,
+        )
+    adapter = sum(shape.adapter(spec))
+    quantised = len(shape.linears) if spec.quantisation != "none" else 0
+    # Forward, backward through the frozen weights, and the forward again that GPUs save memory
+    # with.
+    base = training_passes(
+        shape,
+        steps,
+        tokens,
+        weights(shape, spec.quantisation, spec.dtype),
+        KERNELS + KERNELS_A_LINEAR * (len(spec.target_modules) + quantised),
+        written=4 * adapter,
+    )
+    return replace(base, flops=base.flops + 6 * adapter * steps * tokens)
+
+
+TRAIN = StageKind(
+    TrainSpec,
+    function="ebbline.tasks.training.train:run",
+    counted_work=_counted_work,
+    belongs_to="training",
+    gpus=one_gpu,
+    resident=_resident,
+    alike=("method", "quantisation", "dtype"),
+    nearer=("max_tokens", "global_batch", "target_modules"),
+    writes_adapter=True,
+    colour="C1",
+    shows_key=True,
+)

@@ -1,0 +1,56 @@
+"""Files that are whole or absent."""
+
+from pathlib import Path
+
+import pytest
+
+from ebbline.tasks import files
+from ebbline.tasks.files import is_unfinished, write_whole
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text("old")
+
+    def breaks(fresh: Path) -> None:
+        fresh.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, breaks)
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [
+        ("results.csv", "old")
+    ]
+
+
+def test_two_writers_of_one_file_do_not_meet_and_each_keeps_its_suffix(tmp_path: Path) -> None:
+    path, seen = tmp_path / "new" / "curve.csv", list[Path]()
+
+    def write(fresh: Path) -> None:
+        seen.append(fresh)
+        fresh.write_text("inner")
+
+    def write_twice(fresh: Path) -> None:
+        write(fresh)
+        write_whole(path, write)
+
+    write_whole(path, write_twice)
+    assert len(set(seen)) == 2 and {(fresh.parent, fresh.suffix) for fresh in seen} == {
+        (path.parent, ".csv")
+    }
+    assert all(is_unfinished(f"folder/{fresh.name}") for fresh in seen)
+    assert not is_unfinished(".hidden/curve.csv") and list(path.parent.iterdir()) == [path]
+
+
+def test_a_durable_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "record.json", list[str]()
+
+    def to_disk(fresh: Path) -> None:
+        assert not path.exists()
+        synced.append(fresh.read_text())
+
+    monkeypatch.setattr(files, "to_disk", to_disk)
+    write_whole(path, lambda fresh: fresh.write_text("record"), durable=True)
+    assert synced == ["record"] and path.read_text() == "record"
