@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ebbline.cluster.executors.choice import DEFAULT, EXECUTORS
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, EXECUTORS
 from ebbline.options import (
     DEFAULT_HOME,
     EXIT_CODES,
@@ -147,7 +147,7 @@ def run(
     executor: Annotated[
         Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
         typer.Option(help=f"Where stages run: {EXECUTOR_LABELS}."),
-    ] = DEFAULT.name,
+    ] = DEFAULT_EXECUTOR.name,
     address: Annotated[
         str | None,
         typer.Option(

@@ -105,7 +105,7 @@ EXECUTORS = (
     ),
     ExecutorKind("inline", "this process", _open_inline, own_processes=False, serial=True),
 )
-DEFAULT = EXECUTORS[0]
+DEFAULT_EXECUTOR = EXECUTORS[0]
 
 
 def executor_kind(name: str) -> ExecutorKind:

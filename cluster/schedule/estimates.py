@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ebbline.cluster.executors.choice import DEFAULT
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.executors.starts import StartCosts, Starts
 from ebbline.cluster.schedule.costs import named_type
@@ -42,7 +42,7 @@ class Estimates:
         self,
         store: Store,
         gpu_type: str | None = None,
-        start_costs: StartCosts = DEFAULT.start_costs,
+        start_costs: StartCosts = DEFAULT_EXECUTOR.start_costs,
     ) -> None:
         self.gpu_type = gpu_type
         self.starts = Starts(start_costs)

@@ -19,7 +19,7 @@ from ebbline.analysis.figures.gantt import gantt_figure
 from ebbline.analysis.results.costs import as_json as cost_json
 from ebbline.analysis.results.costs import told
 from ebbline.analysis.results.wording import clock, size_label
-from ebbline.cluster.executors.choice import DEFAULT, Wanted
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, Wanted
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity, Host
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.forecast.forecast import Forecast, forecast
@@ -76,10 +76,10 @@ def capacity_of(study: Study, cluster: str | None, address: str, gpus: int | Non
     if cluster is not None:
         return described_cluster(cluster)
     wanted = wanted_by(study, address, gpus)
-    known = DEFAULT.capacity(wanted)
+    known = DEFAULT_EXECUTOR.capacity(wanted)
     if known is not None:
         return known
-    with closing(DEFAULT.open(wanted)) as executor:
+    with closing(DEFAULT_EXECUTOR.open(wanted)) as executor:
         return executor.capacity()
 
 

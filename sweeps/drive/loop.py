@@ -8,7 +8,7 @@ store, and what is there is not made again. Only one driver holds a study at a t
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from ebbline.cluster.executors.choice import DEFAULT, ExecutorKind
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.running.nodes import Failure
 from ebbline.cluster.running.runner import Runner
@@ -48,7 +48,7 @@ def drive(
     watch: Watcher = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     predict: Callable[[Executor], Prediction | None] = lambda executor: None,
-    kind: ExecutorKind = DEFAULT,
+    kind: ExecutorKind = DEFAULT_EXECUTOR,
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 

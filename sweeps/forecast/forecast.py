@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ebbline.cluster.executors.choice import DEFAULT, ExecutorKind
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
 from ebbline.cluster.schedule.estimates import Estimates
@@ -105,7 +105,7 @@ def forecast(
     view: StudyView,
     capacity: Capacity,
     told: Told = lambda done, of: None,
-    kind: ExecutorKind = DEFAULT,
+    kind: ExecutorKind = DEFAULT_EXECUTOR,
 ) -> Forecast:
     """Simulate what `ebbline run` would do on such a cluster of this executor."""
     study, home = view.study, view.home

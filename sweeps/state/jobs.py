@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebbline.cluster.executors.choice import DEFAULT, ExecutorKind
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.schedule.costs import GpuTypes
 from ebbline.cluster.schedule.estimates import Estimates
@@ -70,7 +70,7 @@ def read_jobs(folder: Path) -> Iterator[HeldJob]:
             )
 
 
-def estimates_of(home: Home, kind: ExecutorKind = DEFAULT) -> Estimates:
+def estimates_of(home: Home, kind: ExecutorKind = DEFAULT_EXECUTOR) -> Estimates:
     """What the home's store has measured of stages, and its ledgers of starting this executor's
     jobs.
     """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ebbline.cluster.executors.choice import DEFAULT, executor_kind
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, executor_kind
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.drive.loop import drive
@@ -41,7 +41,9 @@ def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tm
     assert (
         3600 * found.cost.gpu_hours == pytest.approx(gpu_s) and found.starts.gpu_hours > 0
     )  # a bar begins with its job
-    assert found.wall_s == pytest.approx(found.trace.makespan_s + DEFAULT.start_costs.cluster_s)
+    assert found.wall_s == pytest.approx(
+        found.trace.makespan_s + DEFAULT_EXECUTOR.start_costs.cluster_s
+    )
     assert found.wall_s >= gpu_s and found.written > 0 and found.free_bytes > 0
     assert "go by counted work alone" in " ".join(found.assumed)
     long = study(tmp_path, {"train": {"steps": 20_000}})  # long enough to be worth another process
