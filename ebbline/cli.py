@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, EXECUTORS
 from ebbline.options import (
     DEFAULT_HOME,
     EXIT_CODES,
@@ -23,6 +24,9 @@ from ebbline.options import (
 )
 from ebbline.outcome_commands import outcome_app
 from ebbline.tool_commands import prompts_app, store_app, tool_app
+
+EXECUTOR_NAMES = tuple(kind.name for kind in EXECUTORS)
+EXECUTOR_LABELS = ", or ".join(kind.label for kind in EXECUTORS)
 
 app = typer.Typer(
     name="ebbline",
@@ -141,9 +145,9 @@ def run(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
     executor: Annotated[
-        Literal["ray", "inline"],
-        typer.Option(help="Where stages run: a Ray cluster, or this process."),
-    ] = "ray",
+        Literal[EXECUTOR_NAMES],  # type: ignore[valid-type]  # as the table has them
+        typer.Option(help=f"Where stages run: {EXECUTOR_LABELS}."),
+    ] = DEFAULT_EXECUTOR.name,
     address: Annotated[
         str | None,
         typer.Option(

@@ -14,6 +14,7 @@ import pytest
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
+from ebbline.cluster import checks
 from ebbline.commands import doctor as doctor_module
 from ebbline.commands.doctor import examine
 from ebbline.sweeps.study.home import Home
@@ -183,7 +184,7 @@ def test_an_unreachable_cluster_is_a_problem_within_seconds(tmp_path: Path) -> N
 def test_what_answers_nothing_is_given_up_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_module, "LONGEST_S", 8.0)
+    monkeypatch.setattr(checks, "LONGEST_S", 8.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         found = {
             finding.check: finding

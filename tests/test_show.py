@@ -324,7 +324,7 @@ def lines(home: Home) -> list[str]:
 def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_prediction(
     tmp_path, home, capsys, monkeypatch
 ):
-    monkeypatch.setattr(running, "_executor", lambda *arguments: Pretended(home.store))
+    monkeypatch.setattr(running, "OnDemand", lambda kind, wanted: Pretended(home.store))
     monkeypatch.setattr(running, "write_outputs", lambda *arguments: {})
     masks = {"axes": MASKS, "search": {"sampler": "stage_aware", "points": 30, "window": 4}}
 

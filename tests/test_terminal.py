@@ -252,7 +252,7 @@ def ran(
 ) -> Iterator[Any]:
     """Run a small study through the command's own function; the exit code and what it printed."""
     monkeypatch.setattr(
-        running, "_executor", lambda *arguments: Pretended(home.store, fails=nan_at_rank_8)
+        running, "OnDemand", lambda kind, wanted: Pretended(home.store, fails=nan_at_rank_8)
     )
     monkeypatch.setattr(running, "write_outputs", lambda *arguments: {})
 

@@ -6,7 +6,6 @@ exist, which may be long before. So whoever waits looks at the store, and asks t
 what failed or was lost.
 """
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,10 @@ from ebbline.tasks.errors import EbblineError
 from ebbline.tasks.kinds import request_payload
 from ebbline.tasks.stage import Report, Request
 
-ACCELERATOR_TYPE = "ray.io/accelerator-type"  # Ray's label; a host without real GPUs has none
+# The label with the type of a host's GPUs, in studies and on hosts: Ray's name for it. A host
+# without real GPUs has none.
+ACCELERATOR_TYPE = "ray.io/accelerator-type"
+SLOTS = 2  # of a host, for stages without a GPU; each may use all of a machine's disk
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Job:
-    """One batch at work. `hosts` says how many GPUs it has on which host; a job that needs none has
-    its one host with 0.
+    """One batch at work. `id` is the executor's name in the table of executors, and a number.
+    `hosts` says how many GPUs it has on which host; a job that needs none has its one host with 0.
     """
 
     id: str
@@ -112,12 +114,12 @@ class Executor(ABC):
     """Runs batches of requests. `device` is what stages on GPUs run on: cpu or cuda; `threads` what
     each may use.
 
-    `processes` says whether a job has processes of its own, which take time to start.
+    `own_processes` says whether a job has processes of its own, which take time to start.
     """
 
     device: str
     threads: int | None = None
-    processes: bool = True
+    own_processes: bool = True
 
     @abstractmethod
     def capacity(self) -> Capacity: ...
@@ -153,59 +155,15 @@ class Executor(ABC):
         """Stop all jobs and give everything back."""
 
 
-class OnDemand(Executor):
-    """An executor that is made when the first stage asks what there is: a study with nothing to run
-    starts no cluster.
-    """
-
-    def __init__(self, make: Callable[[], Executor]) -> None:
-        self.device = "not made yet"
-        self._make = make
-        self._made: Executor | None = None
-
-    def capacity(self) -> Capacity:
-        if self._made is None:
-            self._made = self._make()
-            self.device, self.threads, self.processes = (
-                self._made.device,
-                self._made.threads,
-                self._made.processes,
-            )
-        return self._made.capacity()
-
-    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
-        self.capacity()
-        if self._made is None:
-            raise RuntimeError("the executor was closed")
-        return self._made.submit(batch, needs, hosts)
-
-    def finished(self, timeout_s: float) -> Sequence[Finished]:
-        return self._made.finished(timeout_s) if self._made is not None else []
-
-    def cancel(self, job: Job) -> None:
-        if self._made is not None:
-            self._made.cancel(job)
-
-    def begun(self, job: Job) -> bool:
-        return self._made is not None and self._made.begun(job)
-
-    def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
-        if self._made is not None:
-            self._made.expect(queue)
-
-    def close(self) -> None:
-        if self._made is not None:
-            self._made.close()
-
-
 def run_batch(
     requests: Sequence[Request],
     rank: int = 0,
     world_size: int = 1,
     leaving: Callable[[], bool] = lambda: False,
+    gpu_type: str | None = None,
 ) -> tuple[Report, ...]:
-    """Run a batch in this process and commit each stage as it is done: what inline, Ray tasks and
-    gangs all call.
+    """Run a batch in this process and commit each stage as it is done: what every executor's
+    workers call. `gpu_type` is the type of this process's GPUs, None without real ones.
     """
     from ebbline.tasks.worker import (  # brings torch, which a driver process never needs
         described,
@@ -230,7 +188,7 @@ def run_batch(
             provenance = {
                 "seconds": report.seconds,
                 "gpus": gpus,
-                "gpu_type": own_gpu_type() if gpus else None,
+                "gpu_type": gpu_type if gpus else None,
                 **report.environment,
             }
             if request.load:
@@ -245,20 +203,6 @@ def run_batch(
         if world_size > 1 and report.error is not None:
             raise MemberFailed(report)
     return tuple(reports)
-
-
-def own_gpu_type() -> str | None:
-    """The type of this process's GPUs, as Ray labels its host; None outside Ray and on hosts
-    without real GPUs.
-    """
-    if "ray" not in sys.modules:
-        return None
-    import ray  # only where an executor has brought it already
-
-    if not ray.is_initialized():
-        return None
-    labels: Mapping[str, str] = ray.get_runtime_context().get_node_labels()
-    return labels.get(ACCELERATOR_TYPE)
 
 
 class MemberFailed(Exception):

@@ -30,22 +30,22 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ebbline.cluster.executors.executor import MemberFailed, run_batch
-from ebbline.cluster.executors.job_processes import Post, at
+from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.tasks.stage import Report, Request
 
 OUTLIVES_S = 5.0  # more than two of Ray Train's looks at its members
 
 
-def run_gang(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
-    """Run a batch on one process for each of `post.nodes`, one GPU each; rank 0 commits. Returns
-    rank 0's reports.
+def run_gang(requests: Sequence[Request], processes: JobProcesses) -> tuple[Report, ...]:
+    """Run a batch on one process for each of `processes.nodes`, one GPU each; rank 0 commits.
+    Returns rank 0's reports.
 
     A gang that runs out of memory is started again with half the micro-batch, for the stage it was
     at and those behind it; it goes on from its checkpoint. Raises TrainingFailedError when a member
     died, whatever the others have to say about it.
     """
     while True:
-        reports = _run_once(requests, post)
+        reports = _run_once(requests, processes)
         short = next((report for report in reports if report.smaller is not None), None)
         if short is None:
             return reports
@@ -56,26 +56,26 @@ def run_gang(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
         ]
 
 
-def _run_once(requests: Sequence[Request], post: Post) -> tuple[Report, ...]:
+def _run_once(requests: Sequence[Request], processes: JobProcesses) -> tuple[Report, ...]:
     cuda = requests[0].device != "cpu"
     here = at(ray.get_runtime_context().get_node_id())
     outcome = _Outcome.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="ebbline-gang-") as here:
         # Ray Train wants a folder that all its members see; only those on one node see this one.
-        shared = here if len(set(post.nodes)) == 1 else f"{requests[0].scratch}.gang"
+        shared = here if len(set(processes.nodes)) == 1 else f"{requests[0].scratch}.gang"
         trainer = _Trainer(
             _member,
-            post=post,
+            processes=processes,
             train_loop_config={
                 "requests": [request.to_json() for request in requests],
                 "outcome": outcome,
-                "post": post,
+                "processes": processes,
             },
             scaling_config=ScalingConfig(
-                num_workers=len(post.nodes),
+                num_workers=len(processes.nodes),
                 use_gpu=True,
                 resources_per_worker={"GPU": 1, "CPU": 1},
-                label_selector=[{ray._raylet.RAY_NODE_ID_KEY: node} for node in post.nodes],
+                label_selector=[{ray._raylet.RAY_NODE_ID_KEY: node} for node in processes.nodes],
             ),
             torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
             run_config=RunConfig(
@@ -105,9 +105,9 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     never ends.
     """
 
-    def __init__(self, *args: Any, post: Post, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, processes: JobProcesses, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._post = post
+        self._processes = processes
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
@@ -117,18 +117,18 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
                 for callback in callbacks
                 if not isinstance(callback, PlacementGroupCleanerCallback)
             ),
-            _SignOn(self._post),
+            _SignOn(self._processes),
         ]
 
 
 class _SignOn(ControllerCallback):  # type: ignore[misc]
     """Signs a gang's controller on, before it makes its placement group."""
 
-    def __init__(self, post: Post) -> None:
-        self.post = post
+    def __init__(self, processes: JobProcesses) -> None:
+        self.processes = processes
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        self.post.sign_on("controller")
+        self.processes.sign_on("controller")
 
 
 def _died(error: TrainingFailedError) -> bool:
@@ -160,16 +160,20 @@ class _Outcome:
 
 
 def _member(config: dict[str, Any]) -> None:
-    context, post = get_context(), config["post"]
+    context, processes = get_context(), config["processes"]
     requests = [Request.from_json(text) for text in config["requests"]]
-    post.sign_on("member")
+    processes.sign_on("member")
     if requests[0].device != "cpu":
         # Ray Train shows every member all of the gang's GPUs on its node: "cuda" has to mean this
         # one's.
         torch.cuda.set_device(get_device())
     try:
         reports = run_batch(
-            requests, context.get_world_rank(), context.get_world_size(), post.leaving()
+            requests,
+            context.get_world_rank(),
+            context.get_world_size(),
+            processes.leaving(),
+            own_gpu_type(),
         )
     except MemberFailed as failure:
         ray.get(config["outcome"].put.remote((failure.report,)))

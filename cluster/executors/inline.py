@@ -14,7 +14,7 @@ class InlineExecutor(Executor):
     result to tolerance.
     """
 
-    processes = False
+    own_processes = False
 
     def __init__(self, gpus: int = 1, device: str = "cpu") -> None:
         self.device = device

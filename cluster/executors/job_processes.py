@@ -11,7 +11,7 @@ Ray Train removes it only when its controller ends in peace.
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ebbline.cluster.executors.executor import ACCELERATOR_TYPE
 
 NAMESPACE = b"ebbline"
 LOOK_EVERY_S = 2.0
@@ -40,9 +42,9 @@ class Process(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Post:
-    """A job's place: its name among the jobs of all drivers, and the Ray id of the node of each of
-    its processes.
+class JobProcesses:
+    """The processes of a job: its name among the jobs of all drivers, and the Ray id of the node
+    of each process.
     """
 
     job: str
@@ -57,7 +59,7 @@ class Post:
     def complete(self) -> bool:
         """Whether every process that works is there."""
         role = "task" if len(self.nodes) == 1 else "member"
-        return sum(process.role == role for process in self.processes()) >= len(self.nodes)
+        return sum(process.role == role for process in self.signed_on()) >= len(self.nodes)
 
     def begun(self) -> bool:
         """Whether it holds what it runs on. A gang does before its processes are there, and may
@@ -65,7 +67,7 @@ class Post:
         """
         if len(self.nodes) == 1:
             return self.complete()
-        groups = [group for process in self.processes() for group in groups_of(process.actor)]
+        groups = [group for process in self.signed_on() for group in groups_of(process.actor)]
         return any(group.state == PlacementGroupTableData.CREATED for group in groups)
 
     def leaving(self) -> Callable[[], bool]:
@@ -85,7 +87,7 @@ class Post:
 
         return leaving
 
-    def processes(self) -> list[Process]:
+    def signed_on(self) -> list[Process]:
         signed = [
             bytes(key).decode().split("/")
             for key in _internal_kv_list(f"{self.job}/", namespace=NAMESPACE)
@@ -102,12 +104,18 @@ class Post:
         """Kill what signed on, on the machines where it runs, and free what it held; does not
         wait.
         """
-        for process in self.processes():
+        for process in self.signed_on():
             kill.options(scheduling_strategy=at(process.node)).remote(process)
             remove_groups_of(
                 process.actor
             )  # here too: that machine may be gone, and other machines' GPUs in the group
         self.forget()
+
+
+def own_gpu_type() -> str | None:
+    """The type of this worker's GPUs, as Ray labels its host; None without real GPUs."""
+    labels: Mapping[str, str] = ray.get_runtime_context().get_node_labels()
+    return labels.get(ACCELERATOR_TYPE)
 
 
 def at(node: str) -> NodeAffinitySchedulingStrategy:

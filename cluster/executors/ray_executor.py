@@ -34,7 +34,7 @@ from ebbline.cluster.executors.executor import (
     Needs,
     run_batch,
 )
-from ebbline.cluster.executors.job_processes import Post, at
+from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
 from ebbline.tasks.errors import ClusterLost, Leaving, StudyError
 from ebbline.tasks.stage import Report, Request
@@ -105,7 +105,7 @@ class RayExecutor(Executor):
                 "--address local for logical ones"
             )
         self._driver = context.get_job_id()
-        self._jobs: dict[ray.ObjectRef, tuple[Job, Post]] = {}
+        self._jobs: dict[ray.ObjectRef, tuple[Job, JobProcesses]] = {}
         self._ended: list[Finished] = []
         self._numbers = itertools.count()
         self._name = f"ebbline-{self._driver}"
@@ -125,7 +125,7 @@ class RayExecutor(Executor):
                 Finished(job, (), Loss(f"{gone} went before the batch could start there", "place"))
             )
             return job
-        post = Post(
+        processes = JobProcesses(
             f"{self._driver}-{number}",
             tuple(str(ids[name]) for name, gpus in hosts.items() for _ in range(max(1, gpus))),
         )
@@ -140,9 +140,9 @@ class RayExecutor(Executor):
         )
         options: dict[str, Any] = {"num_gpus": 1} if needs.gpus == 1 else {}
         reference = task.options(
-            scheduling_strategy=at(post.nodes[0]), runtime_env=self._environment, **options
-        ).remote(list(batch), post)
-        self._jobs[reference] = (job, post)
+            scheduling_strategy=at(processes.nodes[0]), runtime_env=self._environment, **options
+        ).remote(list(batch), processes)
+        self._jobs[reference] = (job, processes)
         return job
 
     def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
@@ -170,8 +170,8 @@ class RayExecutor(Executor):
             raise ClusterLost(
                 "Ray on this machine is gone; the same command starts it again and continues"
             )
-        for reference, (job, post) in list(self._jobs.items()):
-            self._give_up(reference, job, post)
+        for reference, (job, processes) in list(self._jobs.items()):
+            self._give_up(reference, job, processes)
         if self._jobs:
             references = list(self._jobs)
             done, _ = ray.wait(references, num_returns=1, timeout=0 if self._ended else timeout_s)
@@ -184,13 +184,15 @@ class RayExecutor(Executor):
     def begun(self, job: Job) -> bool:
         """Other drivers and programs may hold what the job waits for in Ray's queue."""
         self._hosts.wait_for_head()
-        post = next((post for running, post in self._jobs.values() if running.id == job.id), None)
-        return post is None or post.begun()
+        processes = next(
+            (processes for running, processes in self._jobs.values() if running.id == job.id), None
+        )
+        return processes is None or processes.begun()
 
     def cancel(self, job: Job) -> None:
-        for reference, (running, post) in list(self._jobs.items()):
+        for reference, (running, processes) in list(self._jobs.items()):
             if running.id == job.id:
-                self._end(reference, post)
+                self._end(reference, processes)
 
     def close(self) -> None:
         self._jobs.clear()
@@ -209,7 +211,7 @@ class RayExecutor(Executor):
                 )
         ray.shutdown()
 
-    def _give_up(self, reference: "ray.ObjectRef", job: Job, post: Post) -> None:
+    def _give_up(self, reference: "ray.ObjectRef", job: Job, processes: JobProcesses) -> None:
         """End a job whose host is gone, or drains before all of the job's processes are there: Ray
         would wait for ever.
         """
@@ -219,22 +221,22 @@ class RayExecutor(Executor):
             gone is None
             and job.gpus > 1
             and any(map(self._hosts.drains, job.hosts))
-            and not post.complete()
+            and not processes.complete()
         ):
             reason = "its host drains, and it had not started"
         if reason:
-            self._end(reference, post)
+            self._end(reference, processes)
             self._ended.append(Finished(job, (), Loss(reason, "place")))
 
-    def _end(self, reference: "ray.ObjectRef", post: Post) -> None:
+    def _end(self, reference: "ray.ObjectRef", processes: JobProcesses) -> None:
         self._hosts.wait_for_head()
         del self._jobs[reference]
         ray.cancel(reference, force=True)
-        post.end()
+        processes.end()
 
     def _outcome(self, reference: "ray.ObjectRef") -> Finished:
         self._hosts.wait_for_head()
-        job, post = self._jobs.pop(reference)
+        job, processes = self._jobs.pop(reference)
         try:
             reports: tuple[Report, ...] = ray.get(reference)
         except RayError as error:
@@ -250,7 +252,7 @@ class RayExecutor(Executor):
                 ) from error
             # The worker, its node or a gang member died: nobody reported, so the runner looks at
             # the store and tries again.
-            post.end()
+            processes.end()
             lost_host = self._hosts.lost(job.hosts)
             if lost_host is not None:
                 return Finished(job, (), Loss(f"{lost_host} is gone", "place"))
@@ -259,7 +261,7 @@ class RayExecutor(Executor):
             )
             place = isinstance(cause, NodeDiedError | TaskUnschedulableError)
             return Finished(job, (), Loss(reason, "place" if place else "stage"))
-        post.forget()
+        processes.forget()
         leaving = next(
             (report for report in reports if report.error_type == Leaving.__name__), None
         )
@@ -312,22 +314,22 @@ def _coordinator() -> Any:
 
 
 @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
-def _batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
-    post.sign_on("task")
-    return run_batch(requests, leaving=post.leaving())
+def _batch(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
+    processes.sign_on("task")
+    return run_batch(requests, leaving=processes.leaving(), gpu_type=own_gpu_type())
 
 
 @ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]
-def _gpu_batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
-    post.sign_on("task")
-    return run_batch(requests, leaving=post.leaving())
+def _gpu_batch(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
+    processes.sign_on("task")
+    return run_batch(requests, leaving=processes.leaving(), gpu_type=own_gpu_type())
 
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
-def _gang(requests: list[Request], post: Post) -> tuple[Report, ...]:
+def _gang(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
     from ebbline.cluster.executors.gang import (
         run_gang,  # ray.train brings torch, which a driver process never needs
     )
 
-    post.sign_on("task")
-    return run_gang(requests, post)
+    processes.sign_on("task")
+    return run_gang(requests, processes)

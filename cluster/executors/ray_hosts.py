@@ -16,12 +16,11 @@ import ray
 # The only place where Ray tells a driver which nodes drain; Ray Train reads it there too
 import ray._private.state
 
-from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Host
+from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Host
 from ebbline.tasks.errors import ClusterLost
 
 LOOK_EVERY_S = 1.0
 PROBE_S = 2.0
-SLOTS = 2  # for stages that move rows and tensors; each may use all of a machine's disk
 GROUP = "ray.io/node-group"  # on nodes that an autoscaler started, and its head
 
 

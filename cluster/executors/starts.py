@@ -10,16 +10,25 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Until the like has been measured: seconds on a new process, on a kept one, and of a gang. Measured
-# on 2 cores: docs/costs.md.
-GUESS_NEW_S, GUESS_KEPT_S, GUESS_GANG_S = 8.0, 0.5, 23.0
-GUESS_CLUSTER_S = 4.0  # from the begin of a drive to its first job
 REMEMBERED = 200  # the latest jobs of a sort
 
 
+@dataclass(frozen=True)
+class StartCosts:
+    """Guesses of an executor's seconds, until the like has been measured. The defaults were
+    measured with Ray on 2 cores: docs/costs.md.
+    """
+
+    new_s: float = 8.0  # a job on a new process
+    kept_s: float = 0.5  # ... on one that has run before
+    gang_s: float = 23.0
+    cluster_s: float = 4.0  # from the begin of a drive to its first job
+    new_after_real_gpu: bool = False  # a process that had a real GPU is ended with its job
+
+
 @dataclass
-class Lanes:
-    """Which jobs find a process at hand: a host keeps as many as it ever ran at once, apart for
+class WarmProcesses:
+    """Which jobs find a warm process: a host keeps as many as it ever ran at once, apart for
     GPUs and for slots. A gang never does.
     """
 
@@ -50,11 +59,12 @@ class Lanes:
 
 
 class Starts:
-    """Seconds that jobs take beside their stages, by type of GPU: the median of the latest, a
-    stated guess until there is one.
+    """Seconds that jobs take beside their stages, by type of GPU: the median of the latest, the
+    executor's guess until there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guesses: StartCosts) -> None:
+        self._guesses = guesses
         self._seen: dict[tuple[str | None, int, bool], deque[float]] = defaultdict(
             lambda: deque(maxlen=REMEMBERED)
         )
@@ -68,7 +78,7 @@ class Starts:
     @property
     def cluster_s(self) -> float:
         """From the begin of a drive to its first job: joining a cluster, or starting one."""
-        return statistics.median(self._clusters) if self._clusters else GUESS_CLUSTER_S
+        return statistics.median(self._clusters) if self._clusters else self._guesses.cluster_s
 
     def learn(self, gpu_type: str | None, gpus: int, new: bool, seconds: float) -> None:
         """A job took so many seconds beside its stages. Less than none is a stage that ran
@@ -87,13 +97,16 @@ class Starts:
         if like not in self._seen:
             like = next((other for other in self._seen if other[1:] == like[1:]), like)
         if like not in self._seen:
-            each_new = new or (
-                gpu_type is not None and gpus > 0
-            )  # Ray ends a process that had a real GPU
-            return GUESS_GANG_S if gpus > 1 else GUESS_NEW_S if each_new else GUESS_KEPT_S
+            return self._guess(gpu_type, gpus, new)
         if like not in self._medians:
             self._medians[like] = statistics.median(self._seen[like])
         return self._medians[like]
+
+    def _guess(self, gpu_type: str | None, gpus: int, new: bool) -> float:
+        if gpus > 1:
+            return self._guesses.gang_s
+        new = new or (self._guesses.new_after_real_gpu and gpu_type is not None and gpus > 0)
+        return self._guesses.new_s if new else self._guesses.kept_s
 
 
 def _like(gpu_type: str | None, gpus: int, new: bool) -> tuple[str | None, int, bool]:

@@ -1,15 +1,34 @@
-"""A stage on its way through a run, and the job that it runs in."""
+"""What a run works with, a stage on its way through it, and the job that a stage runs in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ebbline.cluster.executors.executor import Job
-from ebbline.cluster.store.artifacts import Artifact
+from ebbline.cluster.executors.executor import Executor, Job, Needs
+from ebbline.cluster.profile import Profile
+from ebbline.cluster.schedule.costs import Meter
+from ebbline.cluster.schedule.estimates import Estimates
+from ebbline.cluster.schedule.retry_policy import RetryPolicy
+from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.tasks.stage import Stage
 
 State = Literal["waiting", "ready", "running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the parts of a run share: where artifacts lie, where stages run, what they need and
+    cost, and what follows when one is lost.
+    """
+
+    store: Store
+    executor: Executor
+    profile: Profile
+    needs_of: Callable[[Stage], Needs]
+    meter: Meter
+    estimates: Estimates
+    retry_policy: RetryPolicy
 
 
 @dataclass(frozen=True)

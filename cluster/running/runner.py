@@ -7,24 +7,20 @@ The store is the only memory; a runner that is killed leaves nothing that anothe
 clean up before continuing.
 """
 
-import json
-import math
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Loss, Needs
 from ebbline.cluster.profile import Profile
-from ebbline.cluster.running.nodes import Failure, Node, Running, State
+from ebbline.cluster.running.nodes import Failure, Node, Running, Setup, State
 from ebbline.cluster.running.starter import Starter
+from ebbline.cluster.running.timing import Timing
 from ebbline.cluster.schedule.costs import Meter, Unmetered
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import default_needs
-from ebbline.cluster.schedule.retry_policy import Losses
+from ebbline.cluster.schedule.retry_policy import RetryPolicy
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import contents_of
 from ebbline.tasks.errors import (
@@ -38,14 +34,9 @@ from ebbline.tasks.errors import (
     StoreError,
 )
 from ebbline.tasks.identity import digest
-from ebbline.tasks.progress import PROGRESS, StageProgress
 from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
 
 __all__ = ["Failure", "Node", "Runner"]
-HEAR_EVERY_S = {
-    True: 5.0,
-    False: 0.0,
-}  # how often a running stage's progress and record are looked up: in a bucket, in a folder
 REFUSALS = (DataError.__name__, ModelError.__name__)
 NO_FAULT: Mapping[str, type[EbblineError]] = {
     error.__name__: error for error in (DiskFull, EndpointDown, Incomplete, Differs)
@@ -80,24 +71,21 @@ class Runner:
         self.draining = False
         self._by_key: dict[str, list[Node]] = {}
         self._again: set[str] = set()  # keys with a record whose dropped files are being made again
-        self._heard: dict[Path, tuple[float, dict[str, Any]]] = {}
-        self._losses = Losses(self.profile.tries, self.profile.backoff_s)
         self._shut_out = Counter[
             str
         ]()  # how often the store could not be used from the place of a stage, by its key
         self._listened = self._looked = float("-inf")
-        self._needs_of = needs_of or default_needs
-        self._starter = Starter(
+        self._setup = Setup(
             store,
             executor,
             self.profile,
+            needs_of or default_needs,
             meter or Unmetered(),
-            self._losses,
-            self._needs_of,
-            self._seconds,
-            self.artifact,
             self.estimates,
+            RetryPolicy(self.profile.tries, self.profile.backoff_s),
         )
+        self.timing = Timing(self._setup)
+        self._starter = Starter(self._setup, self.timing, self.artifact)
 
     def want(self, targets: Iterable[Stage]) -> None:
         """Add stages and all that they read from. Asking again for the same stage is free."""
@@ -164,14 +152,9 @@ class Runner:
         is settled or not wanted.
         """
         node = self.nodes.get(stage.lineage)
-        return None if node is None or node.state in ("done", "failed") else self._seconds(node)
-
-    def expected_s(self, node: Node, elapsed_s: float) -> float:
-        """The expected seconds in all of a stage that has run for `elapsed_s`: by its own progress,
-        once it has said how far it is.
-        """
-        left_s = self._own_seconds(node)
-        return self._seconds(node) if left_s is None else elapsed_s + left_s
+        return (
+            None if node is None or node.state in ("done", "failed") else self.timing.seconds(node)
+        )
 
     @property
     def refused(self) -> set[str]:
@@ -207,7 +190,7 @@ class Runner:
             time.sleep(min(timeout_s, 0.05))  # nothing to wait for: do not spin
         for finished in self.executor.finished(timeout_s):
             self._take_in(finished)
-        look = time.monotonic() - self._looked >= HEAR_EVERY_S[self.store.cache is not None]
+        look = time.monotonic() - self._looked >= self.timing.look_every_s
         self._looked = time.monotonic() if look else self._looked
         for key in dict.fromkeys(
             node.key for node in self.unsettled() if look and node.state == "running"
@@ -220,37 +203,11 @@ class Runner:
         self._listen()
         self._resolve()
 
-    def progress_of(self, node: Node) -> StageProgress | None:
-        """How far a running stage is; None when it has said nothing."""
-        said = self._said(node)
-        return StageProgress.of(said) if said else None
-
-    def _said(self, node: Node) -> dict[str, Any]:
-        if node.attempt is None:
-            return {}
-        heard, said = self._heard.get(node.attempt, (-math.inf, {}))
-        if time.monotonic() - heard >= HEAR_EVERY_S[self.store.cache is not None]:
-            with suppress(ValueError):  # being replaced at this moment; the next look will find it
-                said = json.loads(self.store.log(node.attempt, PROGRESS) or b"{}")
-            self._heard[node.attempt] = (time.monotonic(), said)
-        return said
-
     def remaining_s(self) -> float:
         """The expected seconds until all wanted stages are done: the longest chain, or the work
         over the GPUs.
         """
-        open_nodes = self.unsettled()
-        if not open_nodes:
-            return 0.0
-        chains = self._paths()
-        work = sum(self._seconds(node) * self._needs_of(node.stage).gpus for node in open_nodes)
-        return max(
-            [
-                work / max(1, self.executor.capacity().gpus),
-                *(chains[node.stage.lineage] for node in open_nodes),
-            ],
-            default=0.0,
-        )
+        return self.timing.remaining_s(self.unsettled())
 
     def _resolve(self, nodes: Iterable[Node] | None = None) -> None:
         """Move waiting stages on: to ready, to done if the store has them, to failed if something
@@ -357,11 +314,13 @@ class Runner:
         if not ready:
             return False
         also = [
-            (self._needs_of(node.stage), self._seconds(node))
+            (self._setup.needs_of(node.stage), self.timing.seconds(node))
             for node in self.unsettled()
             if node.state == "running"
         ]
-        attempts = self._starter.start(ready, self.running, self._paths(), also)
+        attempts = self._starter.start(
+            ready, self.running, self.timing.paths(self.unsettled()), also
+        )
         for key, attempt in attempts.items():
             for node in self._by_key[key]:
                 node.attempt = attempt
@@ -378,7 +337,7 @@ class Runner:
         self._listened = now
         for item in list(self.running.values()):
             at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
-            said = (at, self._said(self._by_key[at][0]) if at else {})
+            said = (at, self.timing.last_progress(self._by_key[at][0]) if at else {})
             if said != item.said or not self.executor.begun(item.job):
                 item.said, item.heard = said, now
             elif now - item.heard > self.profile.hang_after_s:
@@ -419,7 +378,7 @@ class Runner:
             if artifact is not None:
                 self.estimates.learn([artifact])
                 self._done(nodes, artifact, reused=False)
-                self._losses.succeeded(finished.job.hosts)
+                self._setup.retry_policy.succeeded(finished.job.hosts)
             elif (
                 report is not None
                 and report.error_type is not None
@@ -440,7 +399,9 @@ class Runner:
                 gave_up = None
                 if not charged:
                     lasted = now - item.started
-                    gave_up = self._losses.count(key, loss, finished.job.hosts, lasted, now)
+                    gave_up = self._setup.retry_policy.count(
+                        key, loss, finished.job.hosts, lasted, now
+                    )
                 charged = True
                 if gave_up is not None:
                     self._fail(nodes, f"{nodes[0].stage.kind}: {gave_up}")
@@ -468,35 +429,3 @@ class Runner:
         for node in nodes:
             node.failure = Failure(reason, command, refused=refused)
             self._move(node, "failed")
-
-    def _seconds(self, node: Node) -> float:
-        """The expected seconds from now: by its own progress when the stage runs and has said how
-        far it is.
-        """
-        left_s = self._own_seconds(node)
-        return (
-            self.estimates.seconds(node.stage, self._needs_of(node.stage))
-            if left_s is None
-            else left_s
-        )
-
-    def _own_seconds(self, node: Node) -> float | None:
-        said = self._said(node) if node.state == "running" else {}
-        if said.get("own", 0) > 1:  # the first took what comes before it, too
-            return float(said["own_seconds"] * (said["total"] - said["done"]) / (said["own"] - 1))
-        return None
-
-    def _paths(self) -> Mapping[str, float]:
-        """Lineage -> seconds of the longest chain of open stages that starts there."""
-        paths: dict[str, float] = {}
-
-        def path(node: Node) -> float:
-            lineage = node.stage.lineage
-            if lineage not in paths:
-                own = 0.0 if node.state in ("done", "failed") else self._seconds(node)
-                paths[lineage] = own + max((path(below) for below in node.behind), default=0.0)
-            return paths[lineage]
-
-        for node in self.unsettled():
-            path(node)
-        return paths

@@ -9,17 +9,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Host, Needs
-from ebbline.cluster.executors.starts import Lanes
-from ebbline.cluster.profile import Profile
-from ebbline.cluster.running.nodes import Node, Running
-from ebbline.cluster.schedule.costs import GpuTypes, Meter, gpu_types
-from ebbline.cluster.schedule.estimates import Estimates, described
+from ebbline.cluster.executors.executor import Capacity, Finished, Host, Needs
+from ebbline.cluster.executors.starts import WarmProcesses
+from ebbline.cluster.running.nodes import Node, Running, Setup
+from ebbline.cluster.running.timing import Timing
+from ebbline.cluster.schedule.costs import GpuTypes, gpu_types
+from ebbline.cluster.schedule.estimates import described
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.packing import Packing, Shares
-from ebbline.cluster.schedule.retry_policy import Losses
 from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, impossible, place
-from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import contents_of
 from ebbline.cluster.store.sources import offered
 from ebbline.tasks.errors import ClusterLost, StudyError
@@ -27,30 +26,12 @@ from ebbline.tasks.stage import Input, Part, Request, Source, Stage, stage_of
 
 
 class Starter:
-    """Starts the stages of one run. `seconds` says how long a stage is expected to take, `artifact`
-    what an input's stage has made.
-    """
+    """Starts the stages of one run. `artifact` says what an input's stage has made."""
 
     def __init__(
-        self,
-        store: Store,
-        executor: Executor,
-        profile: Profile,
-        meter: Meter,
-        losses: Losses,
-        needs_of: Callable[[Stage], Needs],
-        seconds: Callable[[Node], float],
-        artifact: Callable[[Stage], Artifact | None],
-        estimates: Estimates,
+        self, setup: Setup, timing: Timing, artifact: Callable[[Stage], Artifact | None]
     ) -> None:
-        self._store, self._executor, self._profile, self._meter, self._losses = (
-            store,
-            executor,
-            profile,
-            meter,
-            losses,
-        )
-        self._needs_of, self._seconds, self._artifact = needs_of, seconds, artifact
+        self._setup, self._timing, self._artifact = setup, timing, artifact
         self.refused: set[str] = set()  # keys that the meter would not let start just now
         self.hosts: dict[str, Host] = {}  # every one that was ever there
         self.capacity: Capacity | None = None  # at the last look, None before there was one
@@ -59,10 +40,10 @@ class Starter:
             set()
         )  # keys that are not packed: lost with others before, or made again
         self._running: dict[str, Running] = {}
-        self._packing = Packing(profile, artifact)
+        self._packing = Packing(setup.profile, artifact)
         self._cached: dict[str, set[str]] = {}
         self._ready_since: dict[str, float] = {}
-        self._estimates, self._lanes = estimates, Lanes()
+        self._warm = WarmProcesses()
         self._starting: dict[
             str, tuple[str | None, int, bool]
         ] = {}  # job -> how it starts (ebbline.cluster.executors.starts)
@@ -82,25 +63,27 @@ class Starter:
         that could have stayed away for long.
         """
         self._running, now = running, time.monotonic()
-        capacity = self.capacity = self._executor.capacity()
-        self._estimates.met(capacity)
+        capacity = self.capacity = self._setup.executor.capacity()
+        self._setup.estimates.met(capacity)
         types = frozenset(host.gpu_type for host in capacity.hosts)
         works = [
             Work(
                 key,
-                self._needs_of(node.stage),
+                self._setup.needs_of(node.stage),
                 resident(node.stage),
-                self._seconds(node),
+                self._timing.seconds(node),
                 paths[node.stage.lineage],
-                self._losses.shun(key),
+                self._setup.retry_policy.shun(key),
                 now - self._ready_since.setdefault(key, now),
                 *self._pack(node, types),
             )
             for key, node in ready.items()
         ]
-        self._executor.expect([(work.needs, work.seconds) for work in works] + list(also))
+        self._setup.executor.expect([(work.needs, work.seconds) for work in works] + list(also))
         self._check_possible(works, ready, capacity, now)
-        startable = {work.key: work for work in works if self._losses.may_start(work.key, now)}
+        startable = {
+            work.key: work for work in works if self._setup.retry_policy.may_start(work.key, now)
+        }
         attempts: dict[str, Path] = {}
         self.refused = set()
         refused = -1
@@ -136,7 +119,7 @@ class Starter:
             for item in self._running.values()
         ]
         cached = {host: frozenset(names) for host, names in self._cached.items()}
-        return place(list(works), busy, self._losses.in_service(capacity), cached)
+        return place(list(works), busy, self._setup.retry_policy.in_service(capacity), cached)
 
     def _start_batch(
         self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float
@@ -148,13 +131,17 @@ class Starter:
         starting = (
             next(iter(gpus), None),
             placement.needs.gpus,
-            self._lanes.would_be_new(placement.hosts),
+            self._warm.would_be_new(placement.hosts),
         )
-        start_s = self._estimates.starts.seconds(*starting) if self._executor.processes else 0.0
+        start_s = (
+            self._setup.estimates.starts.seconds(*starting)
+            if self._setup.executor.own_processes
+            else 0.0
+        )
         keys = self._affordable([ready[key] for key in placement.keys], gpus, start_s)
         if not keys:
             return {}
-        attempts = {key: self._store.begin(ready[key].stage.kind, key) for key in keys}
+        attempts = {key: self._setup.store.begin(ready[key].stage.kind, key) for key in keys}
         memory_gb = self._memory_gb(gpus)
         batch = []
         for key in keys:
@@ -170,12 +157,12 @@ class Starter:
                     share,
                 )
             )
-        job = self._executor.submit(batch, placement.needs, placement.hosts)
-        seconds = start_s + sum(self._seconds(ready[key]) for key in keys)
-        self._lanes.start(job.id, placement.hosts)
+        job = self._setup.executor.submit(batch, placement.needs, placement.hosts)
+        seconds = start_s + sum(self._timing.seconds(ready[key]) for key in keys)
+        self._warm.start(job.id, placement.hosts)
         self._starting[job.id] = starting
         self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
-        self._meter.started(job, gpus, seconds)
+        self._setup.meter.started(job, gpus, seconds)
         for host in placement.hosts:
             self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
         for key in keys:
@@ -184,7 +171,7 @@ class Starter:
 
     def _pack(self, node: Node, types: frozenset[str | None]) -> tuple[str, Shares]:
         """The name of those that it may be packed with, and its share of a GPU by type."""
-        if node.key in self.apart or self._needs_of(node.stage).gpus != 1:
+        if node.key in self.apart or self._setup.needs_of(node.stage).gpus != 1:
             return "", {}
         return self._packing.of(node.stage, node.key, types)
 
@@ -192,23 +179,25 @@ class Starter:
         """A job has ended that was started `held_s` ago: learn what it took beside its stages, if
         it got to all of them.
         """
-        self._lanes.end(finished.job.id)
+        self._warm.end(finished.job.id)
         starting = self._starting.pop(finished.job.id, None)
         done = [report for report in finished.reports if report.error is None]
         if (
             starting is not None
-            and self._executor.processes
+            and self._setup.executor.own_processes
             and len(done) == len(finished.job.keys)
         ):
-            self._estimates.starts.learn(*starting, held_s - sum(report.seconds for report in done))
+            self._setup.estimates.starts.learn(
+                *starting, held_s - sum(report.seconds for report in done)
+            )
 
     def _affordable(self, batch: Sequence[Node], gpus: GpuTypes, start_s: float) -> list[str]:
         """As much of a batch, from its start, as the meter lets start."""
         keys: list[str] = []
         seconds = start_s
         for node in batch:
-            seconds += self._seconds(node)
-            if not self._meter.affords(gpus, seconds):
+            seconds += self._timing.seconds(node)
+            if not self._setup.meter.affords(gpus, seconds):
                 break
             keys.append(node.key)
         return keys
@@ -232,20 +221,20 @@ class Starter:
             if self._running:
                 continue
             self.stuck_since = self.stuck_since or now
-            if now - self.stuck_since > self._profile.hang_after_s:
+            if now - self.stuck_since > self._setup.profile.hang_after_s:
                 raise ClusterLost(
                     f"no host for {ready[work.key].stage.kind} {work.key[:12]} "
                     f"({work.gpus} GPUs) came within"
-                    f" {self._profile.hang_after_s:.0f} s; bring one up, and the same "
+                    f" {self._setup.profile.hang_after_s:.0f} s; bring one up, and the same "
                     "command continues"
                 )
 
     def _memory_gb(self, gpus: GpuTypes) -> float | None:
         """What the smallest of these GPUs holds, as far as the profile says."""
         known = [
-            self._profile.gpus[name].memory_gb
+            self._setup.profile.gpus[name].memory_gb
             for name in gpus
-            if name is not None and name in self._profile.gpus
+            if name is not None and name in self._setup.profile.gpus
         ]
         return min((memory_gb for memory_gb in known if memory_gb is not None), default=None)
 
@@ -263,29 +252,29 @@ class Starter:
             spec=node.stage.spec.model_dump(mode="json"),
             inputs={name: self._location(item) for name, item in node.stage.inputs.items()},
             contents=contents,
-            out=self._store.url(attempt / "payload"),
-            log=self._store.url(attempt / "log"),
-            scratch=self._store.url(self._store.scratch(node.key)),
+            out=self._setup.store.url(attempt / "payload"),
+            log=self._setup.store.url(attempt / "log"),
+            scratch=self._setup.store.url(self._setup.store.scratch(node.key)),
             gpus=gpus,
-            device=self._executor.device if gpus else "cpu",
-            threads=self._executor.threads,
-            cache_gb=self._store.cache_gb,
+            device=self._setup.executor.device if gpus else "cpu",
+            threads=self._setup.executor.threads,
+            cache_gb=self._setup.store.cache_gb,
             memory_gb=memory_gb,
-            checkpoint_every_s=self._profile.checkpoint_every_s,
+            checkpoint_every_s=self._setup.profile.checkpoint_every_s,
             pack=pack,
             pack_share=share,
-            load=described(self._estimates.load(node.stage)),
+            load=described(self._setup.estimates.load(node.stage)),
         )
-        self._store.note(attempt, "request.json", request.to_json().encode())
+        self._setup.store.note(attempt, "request.json", request.to_json().encode())
         return request
 
     def _location(self, item: Input) -> str:
         if isinstance(item, Source):
-            return offered(self._store, item)
+            return offered(self._setup.store, item)
         stage = stage_of(item)
         artifact = None if stage is None else self._artifact(stage)
         if artifact is None:
             raise RuntimeError("an input is not done")
-        return self._store.url(
+        return self._setup.store.url(
             artifact.folder, "payload", *([item.path] if isinstance(item, Part) else [])
         )

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR
 from ebbline.cluster.executors.executor import Capacity, Needs
-from ebbline.cluster.executors.starts import Starts
+from ebbline.cluster.executors.starts import StartCosts, Starts
 from ebbline.cluster.schedule.costs import named_type
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.needs import default_needs
@@ -33,12 +34,18 @@ class Estimates:
     """Seconds that stages are expected to run, and jobs to start. `learn` takes in what has just
     been measured.
 
-    `gpu_type` is what a stage is expected to run on whose labels name no type.
+    `gpu_type` is what a stage is expected to run on whose labels name no type; `start_costs` are
+    the executor's.
     """
 
-    def __init__(self, store: Store, gpu_type: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        gpu_type: str | None = None,
+        start_costs: StartCosts = DEFAULT_EXECUTOR.start_costs,
+    ) -> None:
         self.gpu_type = gpu_type
-        self.starts = Starts()
+        self.starts = Starts(start_costs)
         self.took: dict[str, float] = {}  # by key, of what has been read
         self._factors: dict[Sort, dict[float, deque[float]]] = defaultdict(
             dict

@@ -26,7 +26,7 @@ class Busy:
 
 
 @dataclass
-class Room:
+class HostSlots:
     """What a host has left, and when its jobs end. From `reserved_s` on a gang will have it, but
     for `spare` GPUs.
     """
@@ -76,25 +76,27 @@ class Room:
         self._free_s.clear()
 
 
-def rooms_of(running: Sequence[Busy], capacity: Capacity) -> list[Room]:
-    rooms = {
-        host.name: Room(host, host.gpus, host.cpus) for host in capacity.hosts if not host.draining
+def host_slots_of(running: Sequence[Busy], capacity: Capacity) -> list[HostSlots]:
+    host_slots = {
+        host.name: HostSlots(host, host.gpus, host.cpus)
+        for host in capacity.hosts
+        if not host.draining
     }
     for job in running:
         for name, gpus in job.hosts.items():
-            if name in rooms and gpus > 0:
-                rooms[name].gpus -= gpus
-                rooms[name].ends.append((job.remaining_s, gpus))
-            elif name in rooms and job.gpus == 0:
-                rooms[name].slots -= 1
-    return sorted(rooms.values(), key=lambda room: room.host.name)
+            if name in host_slots and gpus > 0:
+                host_slots[name].gpus -= gpus
+                host_slots[name].ends.append((job.remaining_s, gpus))
+            elif name in host_slots and job.gpus == 0:
+                host_slots[name].slots -= 1
+    return sorted(host_slots.values(), key=lambda on_host: on_host.host.name)
 
 
-def together_s(rooms: Sequence[Room], gpus: int) -> float:
+def together_s(host_slots: Sequence[HostSlots], gpus: int) -> float:
     """Seconds until these hosts together have so many GPUs free."""
-    free = sum(room.gpus for room in rooms)
+    free = sum(on_host.gpus for on_host in host_slots)
     when_s = 0.0
-    for end_s, held in sorted(end for room in rooms for end in room.ends):
+    for end_s, held in sorted(end for on_host in host_slots for end in on_host.ends):
         if free >= gpus:
             break
         free, when_s = free + held, max(0.0, end_s)

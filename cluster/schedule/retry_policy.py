@@ -28,8 +28,8 @@ class _Stage:
     hosts: set[str] = field(default_factory=set)
 
 
-class Losses:
-    """One run's losses. Times are of one monotonic clock, in seconds."""
+class RetryPolicy:
+    """What one run has lost, and what follows. Times are of one monotonic clock, in seconds."""
 
     def __init__(self, tries: int, backoff_s: float) -> None:
         self._tries, self._backoff_s = tries, backoff_s

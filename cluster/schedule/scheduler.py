@@ -24,7 +24,7 @@ from operator import attrgetter
 from types import MappingProxyType
 
 from ebbline.cluster.executors.executor import Capacity, Needs
-from ebbline.cluster.schedule.host_slots import Busy, Room, rooms_of, together_s
+from ebbline.cluster.schedule.host_slots import Busy, HostSlots, host_slots_of, together_s
 from ebbline.cluster.schedule.labels import selected
 from ebbline.tasks.training.packs import fit
 
@@ -96,8 +96,8 @@ def place(
     before; so that moment only comes nearer, until the hosts are given to nobody else (IMMINENT_S),
     whatever the estimates were worth, and their jobs end.
     """
-    rooms = rooms_of(running, capacity)
-    queues = _queues(ready, rooms)
+    host_slots = host_slots_of(running, capacity)
+    queues = _queues(ready, host_slots)
     heads = [(queue.line[0], number) for number, queue in enumerate(queues)]
     heapq.heapify(heads)
     placed: list[Placement] = []
@@ -175,8 +175,8 @@ class _Queue:
     changed.
     """
 
-    def __init__(self, rooms: list[Room], works: Sequence[Work]) -> None:
-        self.needs, self.rooms = works[0].needs, rooms
+    def __init__(self, host_slots: list[HostSlots], works: Sequence[Work]) -> None:
+        self.needs, self.host_slots = works[0].needs, host_slots
         self.works = {work.key: work for work in works}
         self.line = [work.order for work in works]
         heapq.heapify(self.line)
@@ -201,7 +201,7 @@ class _Queue:
     def _widest_s(self) -> float:
         if self.widest_s is None:
             gpus = min(1, self.needs.gpus) if self.needs.spread else self.needs.gpus
-            self.widest_s = max(room.window_s(gpus) for room in self.rooms)
+            self.widest_s = max(on_host.window_s(gpus) for on_host in self.host_slots)
         return self.widest_s
 
     def open(self) -> bool:
@@ -213,8 +213,8 @@ class _Queue:
         gang = self.needs.gpus > 1
         return (
             gang
-            and any(room.gpus > 0 for room in self.rooms)
-            and any(room.reserved_s is None for room in self.rooms)
+            and any(on_host.gpus > 0 for on_host in self.host_slots)
+            and any(on_host.reserved_s is None for on_host in self.host_slots)
         )
 
     def fit(self, work: Work, cached: Mapping[str, frozenset[str]]) -> dict[str, int]:
@@ -225,55 +225,70 @@ class _Queue:
         if work.seconds > self._widest_s():
             return {}
 
-        def preference(room: Room) -> tuple[bool, bool, bool, int, str]:
-            name, near = room.host.name, work.resident in cached.get(room.host.name, ())
+        def preference(on_host: HostSlots) -> tuple[bool, bool, bool, int, str]:
+            name, near = on_host.host.name, work.resident in cached.get(on_host.host.name, ())
             if gpus == 0:
-                return name in work.shun, False, not near, -room.slots, name
-            opened = room.gpus == room.host.gpus > gpus
-            kept = room.reserved_s is not None  # what outlasts its estimate there delays a gang
-            return name in work.shun, kept, opened, room.gpus - CACHED_GPUS * near, name
+                return name in work.shun, False, not near, -on_host.slots, name
+            opened = on_host.gpus == on_host.host.gpus > gpus
+            kept = on_host.reserved_s is not None  # what outlasts its estimate there delays a gang
+            return name in work.shun, kept, opened, on_host.gpus - CACHED_GPUS * near, name
 
-        able = [room for room in self.rooms if room.window_s(gpus) >= work.seconds]
+        able = [on_host for on_host in self.host_slots if on_host.window_s(gpus) >= work.seconds]
         if able:
             return {min(able, key=preference).host.name: gpus}
         hosts: dict[str, int] = {}
         if self.needs.spread:
-            for room in sorted(
-                self.rooms,
-                key=lambda room: (room.host.name in work.shun, -room.gpus, room.host.name),
+            for on_host in sorted(
+                self.host_slots,
+                key=lambda on_host: (
+                    on_host.host.name in work.shun,
+                    -on_host.gpus,
+                    on_host.host.name,
+                ),
             ):
                 most = (
-                    room.gpus
-                    if room.window_s(room.gpus) >= work.seconds
-                    else min(room.gpus, room.spare)
+                    on_host.gpus
+                    if on_host.window_s(on_host.gpus) >= work.seconds
+                    else min(on_host.gpus, on_host.spare)
                 )
                 if most > 0 and gpus > 0:
-                    hosts[room.host.name] = min(most, gpus)
-                    gpus -= hosts[room.host.name]
+                    hosts[on_host.host.name] = min(most, gpus)
+                    gpus -= hosts[on_host.host.name]
         return hosts if gpus == 0 else {}
 
     def reserve(self, work: Work) -> bool:
         """Keep the hosts that can have this gang soonest for it, if any is not kept for another."""
         gpus = self.needs.gpus
-        rooms = [room for room in self.rooms if room.reserved_s is None] if gpus > 1 else []
-        if not rooms:
+        host_slots = (
+            [on_host for on_host in self.host_slots if on_host.reserved_s is None]
+            if gpus > 1
+            else []
+        )
+        if not host_slots:
             return False
         soonest = min(
-            rooms, key=lambda room: (room.free_s(gpus), room.host.name in work.shun, room.host.name)
+            host_slots,
+            key=lambda on_host: (
+                on_host.free_s(gpus),
+                on_host.host.name in work.shun,
+                on_host.host.name,
+            ),
         )
         when_s = soonest.free_s(gpus)
         chosen = [soonest]
-        if self.needs.spread and (joint_s := together_s(rooms, gpus)) < when_s:
+        if self.needs.spread and (joint_s := together_s(host_slots, gpus)) < when_s:
             when_s, chosen = (
                 joint_s,
-                sorted(rooms, key=lambda room: (-room.free_at(joint_s), room.host.name)),
+                sorted(
+                    host_slots, key=lambda on_host: (-on_host.free_at(joint_s), on_host.host.name)
+                ),
             )
         if when_s == math.inf:
             return False
-        for room in chosen:
-            free = room.free_at(when_s)
+        for on_host in chosen:
+            free = on_host.free_at(when_s)
             if gpus > 0 and free > 0:
-                room.reserved_s, room.spare = when_s, max(0, free - gpus)
+                on_host.reserved_s, on_host.spare = when_s, max(0, free - gpus)
                 gpus -= free
         return True
 
@@ -306,21 +321,24 @@ class _Queue:
                 yield work
 
     def start(self, first: Work, hosts: Mapping[str, int]) -> Placement:
-        """Take the room for `first`, its pack, and those of its group that come next in line and
-        fit behind it.
+        """Take the GPUs or slots for `first`, its pack, and those of its group that come next in
+        line and fit behind it.
         """
-        rooms = [room for room in self.rooms if room.host.name in hosts]
-        window_s = min(room.window_s(hosts[room.host.name]) for room in rooms)
+        host_slots = [on_host for on_host in self.host_slots if on_host.host.name in hosts]
+        window_s = min(on_host.window_s(hosts[on_host.host.name]) for on_host in host_slots)
         most_s = min(LONGEST_BATCH_S, window_s)
         gpus = self.needs.gpus
         at_once = (
-            sum(room.host.gpus for room in self.rooms) // gpus
+            sum(on_host.host.gpus for on_host in self.host_slots) // gpus
             if gpus
-            else sum(room.host.cpus for room in self.rooms)
+            else sum(on_host.host.cpus for on_host in self.host_slots)
         )
         batch = [
             first.key,
-            *(work.key for work in self._mates(first, rooms[0].host.gpu_type, at_once, window_s)),
+            *(
+                work.key
+                for work in self._mates(first, host_slots[0].host.gpu_type, at_once, window_s)
+            ),
         ]
         total_s = sum(self.works[key].seconds for key in batch)
         self.taken.update(batch)
@@ -334,17 +352,20 @@ class _Queue:
                     batch.append(work.key)
                     total_s += work.seconds
                 group.next += 1
-        for room in rooms:
-            room.take(hosts[room.host.name], total_s)
+        for on_host in host_slots:
+            on_host.take(hosts[on_host.host.name], total_s)
         self.taken.update(batch)
         return Placement(tuple(batch), first.needs, hosts)
 
 
-def _queues(ready: Sequence[Work], rooms: Sequence[Room]) -> list[_Queue]:
+def _queues(ready: Sequence[Work], host_slots: Sequence[HostSlots]) -> list[_Queue]:
     """The ready stages by the hosts that can take them, without those for which nothing is free
     anywhere.
     """
-    slots, gpus = any(room.slots > 0 for room in rooms), any(room.gpus > 0 for room in rooms)
+    slots, gpus = (
+        any(on_host.slots > 0 for on_host in host_slots),
+        any(on_host.gpus > 0 for on_host in host_slots),
+    )
     if not (slots and gpus):
         ready = [work for work in ready if (gpus if work.needs.gpus else slots)]
     lines: dict[tuple[int, bool, tuple[tuple[str, str], ...], frozenset[str]], list[Work]] = (
@@ -366,24 +387,24 @@ def _queues(ready: Sequence[Work], rooms: Sequence[Room]) -> list[_Queue]:
                 known[id(needs)] = line
         line.append(work)
     able = [
-        (_able(works[0].needs, shunned, rooms), works)
+        (_able(works[0].needs, shunned, host_slots), works)
         for (_, _, _, shunned), works in lines.items()
     ]
     return [_Queue(among, works) for among, works in able if among]
 
 
-def _able(needs: Needs, shun: frozenset[str], rooms: Sequence[Room]) -> list[Room]:
+def _able(needs: Needs, shun: frozenset[str], host_slots: Sequence[HostSlots]) -> list[HostSlots]:
     """The hosts that could ever have a part in such work; without those to be shunned, if the
     others could run it.
     """
-    able = [room for room in rooms if selected(needs.labels, room.host.labels)]
-    for among in ([room for room in able if room.host.name not in shun], able):
+    able = [on_host for on_host in host_slots if selected(needs.labels, on_host.host.labels)]
+    for among in ([on_host for on_host in able if on_host.host.name not in shun], able):
         if needs.gpus == 0:
-            large = [room for room in among if room.host.cpus > 0]
+            large = [on_host for on_host in among if on_host.host.cpus > 0]
         elif needs.spread:
-            large = among if sum(room.host.gpus for room in among) >= needs.gpus else []
+            large = among if sum(on_host.host.gpus for on_host in among) >= needs.gpus else []
         else:
-            large = [room for room in among if room.host.gpus >= needs.gpus]
+            large = [on_host for on_host in among if on_host.host.gpus >= needs.gpus]
         if large:
             return large
     return []

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Job, Needs
-from ebbline.cluster.executors.starts import Lanes
+from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, place
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Report, Request
@@ -42,13 +42,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Flights:
+class StepGroups:
     """Steps that are asked for together, as a search's points are: each group is the keys that it
     needs, own or shared.
 
-    At most `window` groups are under way at once, of which a new one takes off when one has landed:
-    any of them, or the oldest when they land `in_turn`. None takes off while others are under way
-    and `most_gpus` are wanted by what runs or is ready.
+    At most `window` groups are under way at once, and a new one starts when one has ended: any of
+    them, or the oldest when they end `in_turn`. None starts while others are under way and
+    `most_gpus` are wanted by what runs or is ready.
     """
 
     groups: Sequence[Sequence[str]]
@@ -110,7 +110,7 @@ class SimulatedExecutor(Executor):
     the clock, and nothing else does.
     """
 
-    processes = False
+    own_processes = False
 
     def __init__(self, capacity: Capacity, seconds_of: Callable[[str], float]) -> None:
         self.device = "simulated"
@@ -188,28 +188,28 @@ def simulate(
     capacity: Capacity,
     choose: Choose = place,
     start_s: StartS | None = None,
-    flights: Flights | None = None,
+    groups: StepGroups | None = None,
 ) -> Trace:
     """Run a whole graph on the virtual clock. `choose` gets ready stages in the order in which they
     became so.
 
     A host keeps at hand whatever it has had. `start_s` says what a job takes to start (nothing, if
-    not given); `flights` lets steps be asked for over time, and those in none of them at once.
+    not given); `groups` lets steps be asked for over time, and those in none of them at once.
     Raises StudyError if a step reads from one that is not there, or from itself.
     """
     by_key = {step.key: step for step in steps}
     behind, paths = _graph(by_key)
     executor = SimulatedExecutor(capacity, lambda key: by_key[key].seconds)
-    tower = _Tower(by_key, flights or Flights((), 1))
+    admission = _Admission(by_key, groups or StepGroups((), 1))
     trace = Trace(capacity)
-    lanes = Lanes()
+    warm = WarmProcesses()
     missing = {key: len(step.after) for key, step in by_key.items()}
     ready_at: dict[str, float] = {}
     ready: dict[str, Work] = {}
     cached: dict[str, frozenset[str]] = {}
     expected_ends: dict[str, tuple[Mapping[str, int], float]] = {}
     stage_starts: dict[str, float] = {}
-    arrived = [key for key in tower.at_once if missing[key] == 0]
+    arrived = [key for key in admission.at_once if missing[key] == 0]
     while True:
         held = sum(sum(job.hosts.values()) for job in executor.running.values())
         while True:
@@ -225,7 +225,7 @@ def simulate(
                     paths[key],
                     waited_s=-executor.now_s,
                 )
-            asked = tower.take_off(held + sum(work.gpus for work in ready.values()))
+            asked = admission.admit(held + sum(work.gpus for work in ready.values()))
             if asked is None:
                 break
             arrived = [key for key in asked if missing[key] == 0]
@@ -242,12 +242,12 @@ def simulate(
             )
             for placement in placements:
                 starting_s = (
-                    start_s(placement.needs, placement.hosts, lanes.would_be_new(placement.hosts))
+                    start_s(placement.needs, placement.hosts, warm.would_be_new(placement.hosts))
                     if start_s
                     else 0.0
                 )
                 job = executor.start(placement.keys, placement.needs, placement.hosts, starting_s)
-                lanes.start(job.id, placement.hosts)
+                warm.start(job.id, placement.hosts)
                 stage_starts[job.id] = executor.now_s
                 expected_s = starting_s + sum(by_key[key].expected_s for key in placement.keys)
                 expected_ends[job.id] = (placement.hosts, executor.now_s + expected_s)
@@ -259,7 +259,7 @@ def simulate(
                     del ready[key]
         ended = executor.advance()
         if not ended:
-            trace.never = tuple(key for key in by_key if key not in tower.done)
+            trace.never = tuple(key for key in by_key if key not in admission.done)
             return trace
         arrived = []
         for job, key in ended:
@@ -267,53 +267,53 @@ def simulate(
                 Span(key, ready_at[key], stage_starts[job.id], executor.now_s, job.hosts)
             )
             stage_starts[job.id] = executor.now_s
-            tower.landed(key)
+            admission.ended(key)
             if job.id not in executor.running:
                 del expected_ends[job.id]
-                lanes.end(job.id)
+                warm.end(job.id)
             for below in behind[key]:
                 missing[below] -= 1
-                if missing[below] == 0 and below in tower.asked:
+                if missing[below] == 0 and below in admission.asked:
                     arrived.append(below)
 
 
-class _Tower:
+class _Admission:
     """Which groups of steps are under way. `asked` are the keys that may start, `done` those that
     have ended.
     """
 
-    def __init__(self, by_key: Mapping[str, Step], flights: Flights) -> None:
-        self._flights = flights
-        later = {key for group in flights.groups for key in group}
+    def __init__(self, by_key: Mapping[str, Step], groups: StepGroups) -> None:
+        self._groups = groups
+        later = {key for group in groups.groups for key in group}
         self.at_once = [key for key in by_key if key not in later]
         self.asked, self.done = set(self.at_once), set[str]()
-        self._waiting: Iterator[Sequence[str]] = iter(flights.groups)
+        self._waiting: Iterator[Sequence[str]] = iter(groups.groups)
         self._under_way: list[set[str]] = []
 
-    def landed(self, key: str) -> None:
+    def ended(self, key: str) -> None:
         self.done.add(key)
         for group in self._under_way:
             group.discard(key)
-        if self._flights.in_turn:
+        if self._groups.in_turn:
             while self._under_way and not self._under_way[0]:
                 del self._under_way[0]
         else:
             self._under_way = [group for group in self._under_way if group]
 
-    def take_off(self, wanted_gpus: int) -> list[str] | None:
-        """The keys that the next group adds; None when no group takes off now. `wanted_gpus` are
+    def admit(self, wanted_gpus: int) -> list[str] | None:
+        """The keys that the next group adds; None when no group starts now. `wanted_gpus` are
         those of all that runs or is ready.
         """
-        most = self._flights.most_gpus
+        most = self._groups.most_gpus
         enough = most is not None and bool(self._under_way) and wanted_gpus >= most
-        full = enough or len(self._under_way) >= self._flights.window
+        full = enough or len(self._under_way) >= self._groups.window
         group = None if full else next(self._waiting, None)
         if group is None:
             return None
         own = [key for key in group if key not in self.asked]
         self.asked |= set(own)
         open_keys = set(group) - self.done
-        if open_keys or (self._flights.in_turn and self._under_way):
+        if open_keys or (self._groups.in_turn and self._under_way):
             self._under_way.append(open_keys)
         return own
 

@@ -36,6 +36,7 @@ from ebbline.tasks.identity import digest, digest_files, folder_files, part_dige
 
 RECORD = "record.json"
 DROPPED = "dropped.json"
+QUARANTINE = "aside"  # the folder of what was moved away, as stores have it that were made before
 CACHE_GB = 100.0
 READERS = 16
 
@@ -277,11 +278,11 @@ class Store:
             for name in names:
                 (artifact.folder / "payload" / name).unlink(missing_ok=True)
 
-    def set_aside(self, kind: str, key: str) -> str:
+    def quarantine(self, kind: str, key: str) -> str:
         """Move all that a key has to `aside/`, its record first, so that its stage is made again;
         says where it went.
         """
-        to = f"aside/{kind}/{key}-{uuid.uuid4().hex[:6]}"
+        to = f"{QUARANTINE}/{kind}/{key}-{uuid.uuid4().hex[:6]}"
         names = sorted(
             (entry.name for entry in self.place.entries(f"{kind}/{key}")),
             key=lambda name: not name.endswith(f"/{RECORD}"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ebbline.cluster.store.artifacts import DROPPED, RECORD, Artifact, Store
+from ebbline.cluster.store.artifacts import DROPPED, QUARANTINE, RECORD, Artifact, Store
 from ebbline.cluster.store.places import StoredFile
 from ebbline.tasks.errors import StoreError
 from ebbline.tasks.identity import digest, digest_files
@@ -19,7 +19,7 @@ from ebbline.tasks.kinds import STAGE_KINDS
 Told = Callable[[int, int, str], None]
 What = Literal["cut-off attempt", "checkpoint", "source", "artifact", "adapter"]
 TENSORS = ".safetensors"
-HOMES = "homes"
+OWNERS = "homes"  # the folder that names the homes which use the store
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Survey:
                 self.damaged.append(Damage(kind, key, RECORD, str(error)))
 
     @property
-    def homes(self) -> set[str]:
+    def owners(self) -> set[str]:
         """The homes whose studies were driven with this store."""
-        return {name for top, name in self.files if top == HOMES}
+        return {name for top, name in self.files if top == OWNERS}
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """What -> (how many, bytes): artifacts by kind, then cut-off attempts, checkpoints, sources
@@ -106,8 +106,8 @@ class Survey:
         found: dict[str, list[int]] = defaultdict(list)
         for (top, name), entries in sorted(self.files.items()):
             if top not in STAGE_KINDS:
-                if top != HOMES:
-                    found[{"scratch": "checkpoints", "aside": "set aside"}.get(top, top)].append(
+                if top != OWNERS:
+                    found[{"scratch": "checkpoints", QUARANTINE: "set aside"}.get(top, top)].append(
                         _bytes(entries)
                     )
                 continue

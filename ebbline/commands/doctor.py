@@ -2,49 +2,36 @@
 that is not there.
 
 Nothing here waits without a limit, and nothing stays behind. What imports torch, ray or wandb runs
-in a process of its own: `python -m ebbline.commands.doctor cuda|wandb|ray ADDRESS` prints its
-finding as JSON.
+in a process of its own: `python -m ebbline.commands.doctor cuda|wandb` prints its finding as
+JSON.
 """
 
 import json
 import os
 import platform
 import shutil
-import socket
-import subprocess
 import sys
 import sysconfig
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
+from ebbline.cluster.checks import Finding, one_line, run, run_module, unreachable
+from ebbline.cluster.executors.choice import EXECUTORS, ExecutorKind
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.bucket import Bucket
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.storage import shared_url
 from ebbline.tasks.errors import StoreError, StudyError
 
-CONNECT_S = 5.0
-LONGEST_S = 60.0
 LOW_DISK_GB, LOW_MEMORY_GB = 20.0, 8.0
 IMPATIENT = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
-ACCELERATOR = "accelerator_type:"  # how Ray's resources name the type of a real GPU
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check saw. `remedy` is one line, and empty when all is well."""
-
-    check: str
-    verdict: Literal["ok", "warning", "problem"]
-    seen: str
-    remedy: str = ""
 
 
 def examine(home: Home, address: str | None) -> list[Finding]:
@@ -56,7 +43,7 @@ def examine(home: Home, address: str | None) -> list[Finding]:
         lambda: [_compiler()],
         lambda: [_memory()],
         lambda: _disks(home),
-        lambda: _cluster(address or profile.address, profile),
+        *(partial(_executor, kind, address or profile.address, profile) for kind in EXECUTORS),
         lambda: [_wandb()],
         lambda: [_hub()],
         lambda: [_store(home)],
@@ -79,14 +66,16 @@ def tell(findings: Sequence[Finding], as_json: bool) -> int:
 
 
 def _versions() -> Finding:
-    named = ", ".join(f"{name} {version(name)}" for name in ("ebbline", "ray", "torch"))
+    needed = [name for kind in EXECUTORS for name in kind.packages]
+    packages = ["ebbline", *needed, "torch"]
+    named = ", ".join(f"{name} {version(name)}" for name in packages)
     return Finding("versions", "ok", f"Python {platform.python_version()}, {named}")
 
 
 def _gpus() -> Finding:
     if shutil.which("nvidia-smi") is None:
         return Finding("gpu", "ok", "no GPU: stages run on the CPU")
-    asked = _run(
+    asked = run(
         ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     )
     if isinstance(asked, str):
@@ -97,7 +86,7 @@ def _gpus() -> Finding:
             "install NVIDIA's driver again, or restart the machine",
         )
     seen = "; ".join(asked.stdout.strip().splitlines()) or "nvidia-smi lists no GPU"
-    torch = _alone("cuda")
+    torch = run_module(__name__, "cuda")
     if torch.get("devices", 0) == 0:
         why = torch.get("error") or (
             f"torch {torch['torch']}, built for CUDA {torch['built_for'] or 'none'}, can "
@@ -125,7 +114,7 @@ def _compiler() -> Finding:
             "on Debian: apt-get install g++",
         )
     command = [compiler, "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
-    tried = _run(command, "#include <Python.h>\n#include <vector>\n")
+    tried = run(command, "#include <Python.h>\n#include <vector>\n")
     if isinstance(tried, str):
         remedy = (
             "on Debian: apt-get install g++ python3-dev; the headers belong in "
@@ -178,48 +167,11 @@ def _disk(check: str, folder: Path, remedy: str) -> Finding:
     )
 
 
-def _cluster(address: str, profile: Profile) -> list[Finding]:
-    """Ray's nodes, by a real connection, and whether the profile prices their GPUs."""
-    if address not in ("auto", "local"):
-        where = urlsplit(address if "://" in address else f"ray://{address}")
-        unreachable = _unreachable(where.hostname or "", where.port or 6379)
-        if unreachable:
-            remedy = (
-                "start the cluster (ray up ray_cluster.yaml), or give its head's HOST:6379 to "
-                "--address; on the head itself: auto"
-            )
-            return [Finding("ray", "problem", f"{address} is not reachable: {unreachable}", remedy)]
-    found = _alone("ray", address)
-    if "error" in found:
-        remedy = "on the cluster's head, --address auto; without a cluster, --address local"
-        if "Version mismatch" in found["error"]:
-            remedy = (
-                f"put the cluster's Ray and Python here, or ray {version('ray')} and Python "
-                f"{platform.python_version()} there"
-            )
-        return [Finding("ray", "problem", f"{address}: {found['error']}", remedy)]
-    if address == "local":
-        return [
-            Finding("ray", "ok", "local: each run starts a cluster here"),
-            *_prices(found["types"], profile),
-        ]
-    nodes = [
-        f"{node['name']} {node['gpus']:g} GPU {' '.join(node['labels'])}".strip()
-        for node in found["nodes"]
-    ]
-    gpus = sum(node["gpus"] for node in found["nodes"])
-    kind = "GPUs" if found["types"] or not gpus else "logical GPUs"
-    seen = (
-        f"{address}: ray {version('ray')} as here, {len(nodes)} node{'s' * (len(nodes) != 1)}, "
-        f"{gpus:g} {kind} ({'; '.join(nodes)})"
-    )
-    if gpus == 0:
-        remedy = (
-            "if the cluster grows by itself, a run makes it grow; else add workers with GPUs "
-            "(or logical ones: ray start --num-gpus)"
-        )
-        return [Finding("ray", "warning", seen, remedy)]
-    return [Finding("ray", "ok", seen), *_prices(found["types"], profile)]
+def _executor(kind: ExecutorKind, address: str, profile: Profile) -> list[Finding]:
+    """What an executor needs, and whether the profile prices its GPUs."""
+    checked = kind.check(address)
+    prices = [] if checked.gpu_types is None else _prices(checked.gpu_types, profile)
+    return [*checked.findings, *prices]
 
 
 def _prices(types: Sequence[str], profile: Profile) -> list[Finding]:
@@ -250,7 +202,7 @@ def _prices(types: Sequence[str], profile: Profile) -> list[Finding]:
 
 def _wandb() -> Finding:
     asked = os.environ.get("WANDB_MODE", "")
-    found = _alone("wandb")
+    found = run_module(__name__, "wandb")
     if "error" in found:
         return Finding(
             "wandb",
@@ -340,7 +292,7 @@ def _database(home: Home) -> Finding:
     try:
         given = shared_url(home.profile.storage)
     except StudyError as error:
-        return Finding("database", "problem", _line(error), remedy)
+        return Finding("database", "problem", one_line(error), remedy)
     if given is None:
         remedy = (
             "SQLite needs a HOME that can be written and locked; on network storage without "
@@ -349,12 +301,12 @@ def _database(home: Home) -> Finding:
     url = make_url(given or f"sqlite:///{scratch}")
     seen = url.render_as_string(hide_password=True) if given else f"SQLite in {home.root}"
     if url.host:
-        unreachable = _unreachable(url.host, url.port or 5432)
-        if unreachable:
+        silent = unreachable(url.host, url.port or 5432)
+        if silent:
             return Finding(
                 "database",
                 "problem",
-                f"{seen} is not reachable: {unreachable}",
+                f"{seen} is not reachable: {silent}",
                 f"start the server; or {remedy}",
             )
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
@@ -370,48 +322,10 @@ def _database(home: Home) -> Finding:
             connection.execute(text(f"DROP TABLE {table}"))
         engine.dispose()
     except (SQLAlchemyError, ImportError, OSError) as error:
-        return Finding("database", "problem", f"{seen}: {_line(error)}", remedy)
+        return Finding("database", "problem", f"{seen}: {one_line(error)}", remedy)
     finally:
         scratch.unlink(missing_ok=True)
     return Finding("database", "ok", f"{seen}: written and read back")
-
-
-def _unreachable(host: str, port: int) -> str:
-    """Why nothing listens there; empty when something does."""
-    try:
-        socket.create_connection((host, port), CONNECT_S).close()
-    except OSError as error:
-        return f"{host}:{port} {_line(error)}"
-    return ""
-
-
-def _run(command: Sequence[str], given: str = "") -> "subprocess.CompletedProcess[str] | str":
-    """A command that ended well, or one line that says why not."""
-    try:
-        done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=LONGEST_S
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return _line(error)
-    if done.returncode == 0:
-        return done
-    return ((done.stderr or done.stdout).strip() or f"exit code {done.returncode}").splitlines()[-1]
-
-
-def _alone(what: str, *arguments: str) -> dict[str, Any]:
-    """What one of the functions below found, in a process of its own; `error` says why it found
-    nothing.
-    """
-    done = _run([sys.executable, "-P", "-m", "ebbline.commands.doctor", what, *arguments])
-    if isinstance(done, str):
-        return {"error": done}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def _line(error: BaseException) -> str:
-    """An error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _cuda() -> dict[str, Any]:
@@ -431,50 +345,9 @@ def _logged_in() -> dict[str, Any]:
     return {"logged_in": chosen_mode() == "online"}
 
 
-def _nodes(address: str) -> dict[str, Any]:
-    """The cluster's nodes and GPU types; of this machine, without any cluster, when the address is
-    `local`.
-    """
-    import ray
-
-    if address == "local":
-        from ray._private.accelerators import NvidiaGPUAcceleratorManager as Nvidia
-
-        found = Nvidia.get_current_node_accelerator_type() if shutil.which("nvidia-smi") else None
-        return {"types": [found] if found else []}
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        return {"error": _line(error)}
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    types = sorted(
-        {
-            name.removeprefix(ACCELERATOR)
-            for node in alive
-            for name in node["Resources"]
-            if name.startswith(ACCELERATOR)
-        }
-    )
-    nodes = [
-        {
-            "name": node["NodeManagerHostname"],
-            "gpus": node["Resources"].get("GPU", 0.0),
-            "labels": [
-                f"{name}={value}"
-                for name, value in sorted(node["Labels"].items())
-                if name != "ray.io/node-id"
-            ],
-        }
-        for node in alive
-    ]
-    return {"nodes": nodes, "types": types}
-
-
 if __name__ == "__main__":
-    probes: dict[str, Callable[..., dict[str, Any]]] = {
+    probes: dict[str, Callable[[], dict[str, Any]]] = {
         "cuda": _cuda,
         "wandb": _logged_in,
-        "ray": _nodes,
     }
-    print(json.dumps(probes[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps(probes[sys.argv[1]]()))

@@ -3,12 +3,9 @@ anything.
 """
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -22,7 +19,8 @@ from ebbline.analysis.figures.gantt import gantt_figure
 from ebbline.analysis.results.costs import as_json as cost_json
 from ebbline.analysis.results.costs import told
 from ebbline.analysis.results.wording import clock, size_label
-from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, Wanted
+from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity, Host
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.forecast.forecast import Forecast, forecast
 from ebbline.sweeps.state.todo import Told, explained
@@ -31,8 +29,6 @@ from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 
-MOST_LOGICAL_GPUS = 4
-SLOTS = 2  # of a host for stages without a GPU, as ebbline.cluster.executors.ray_hosts gives
 GANTT = "plan"  # the picture's name in the study's folder
 SLOW_S = 1.0  # a progress bar is shown from then on
 _HOSTS = re.compile(r"(?P<hosts>\d+)x(?P<gpus>\d+)(?:x(?P<type>[A-Za-z0-9-]+))?")
@@ -79,17 +75,12 @@ def capacity_of(study: Study, cluster: str | None, address: str, gpus: int | Non
     """
     if cluster is not None:
         return described_cluster(cluster)
-    if address == "local":
-        return local_capacity(study, gpus)
-    from ebbline.cluster.executors.ray_executor import (
-        RayExecutor,  # only who plans for a cluster that is there needs Ray
-    )
-
-    executor = RayExecutor(address)
-    try:
+    wanted = wanted_by(study, address, gpus)
+    known = DEFAULT_EXECUTOR.capacity(wanted)
+    if known is not None:
+        return known
+    with closing(DEFAULT_EXECUTOR.open(wanted)) as executor:
         return executor.capacity()
-    finally:
-        executor.close()
 
 
 def described_cluster(text: str) -> Capacity:
@@ -110,38 +101,9 @@ def described_cluster(text: str) -> Capacity:
     return Capacity(tuple(hosts))
 
 
-def logical_gpus(study: Study, gpus: int | None) -> int:
-    """How many logical GPUs a local cluster gets on a machine without real ones."""
-    gang = max(model.gpus for model in study.models.values())
-    return gpus or max(gang, min(MOST_LOGICAL_GPUS, len(os.sched_getaffinity(0))))
-
-
-def local_capacity(study: Study, gpus: int | None) -> Capacity:
-    """What a local Ray cluster would have on this machine: its GPUs, or logical ones."""
-    names = _own_gpus()
-    if names is None:
-        return Capacity((Host("here", logical_gpus(study, gpus), SLOTS),))
-    known = (
-        re.search(r"(?:NVIDIA |Tesla )+([A-Z]+\d+[A-Za-z]*)", names[0]) if names else None
-    )  # as Ray names types
-    return Capacity(
-        (Host("here", len(names), SLOTS, {ACCELERATOR_TYPE: known[1]} if known else {}),)
-    )
-
-
-def _own_gpus() -> list[str] | None:
-    """The names of this machine's GPUs; None where there is no driver for any, which is where Ray
-    gets logical ones.
-    """
-    if shutil.which("nvidia-smi") is None:
-        return None
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
+def wanted_by(study: Study, address: str, gpus: int | None) -> Wanted:
+    """What a run of this study asks of its executor."""
+    return Wanted(address, max(model.gpus for model in study.models.values()), gpus)
 
 
 def draw(view: StudyView, found: Forecast) -> list[Path]:

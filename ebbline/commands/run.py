@@ -18,8 +18,10 @@ from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.analysis.wandb import mirror
-from ebbline.cluster.executors.executor import Executor, OnDemand
-from ebbline.commands.plan import draw, local_capacity, logical_gpus
+from ebbline.cluster.executors.choice import ExecutorKind, Wanted, executor_kind
+from ebbline.cluster.executors.executor import Executor
+from ebbline.cluster.executors.on_demand import OnDemand
+from ebbline.commands.plan import draw, wanted_by
 from ebbline.commands.status import without_result
 from ebbline.outputs import tell_outputs, write_outputs
 from ebbline.show import Screen
@@ -76,7 +78,9 @@ class Interrupts:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study runs: `ray` or `inline`, the cluster's address, logical GPUs of a local one."""
+    """Where a study runs: the executor's name, its cluster's address, logical GPUs of a local
+    one.
+    """
 
     executor: str
     address: str
@@ -138,6 +142,7 @@ def _run(
 ) -> tuple[int, dict[str, object]]:
     """The exit code, and what a script may want to know."""
     study, home, folder = view.study, view.home, view.folder
+    kind, wanted = executor_kind(place.executor), wanted_by(study, place.address, place.gpus)
 
     def make_executor() -> Executor:
         # Called once this driver holds the study: one that is turned away starts no second mirror,
@@ -145,7 +150,7 @@ def _run(
         home.keep_file(study.study, source_of(view.source))
         if wandb:
             mirrored.append(mirror.start(view.source, home.root, folder / "log" / "mirror.log"))
-        return OnDemand(lambda: _executor(study, place))
+        return OnDemand(kind, wanted)
 
     started, screen = time.monotonic(), Screen(study)
     print(f"{study.study}: {study.question}\n")
@@ -156,7 +161,8 @@ def _run(
                 make_executor,
                 screen,
                 interrupts.stopping,
-                lambda made: _predicted(view, made, place),
+                lambda made: _predicted(view, made, kind, wanted),
+                kind,
             )
         print(_told(progress, time.monotonic() - started))
         if (
@@ -219,40 +225,20 @@ def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
         mirror.stop(process, wait_s=0)
 
 
-def _predicted(view: StudyView, made: Executor, place: Place) -> Prediction | None:
+def _predicted(
+    view: StudyView, made: Executor, kind: ExecutorKind, wanted: Wanted
+) -> Prediction | None:
     """What this run will take, kept and drawn beside the study's results; None when it has nothing
     to do.
     """
-    study, folder = view.study, view.folder
-    alone = (
-        place.executor == "inline" or place.address == "local"
-    )  # a cluster of its own is not started to plan for it
-    found = forecast(
-        view,
-        local_capacity(study, place.gpus) if alone else made.capacity(),
-        serial=place.executor == "inline",
-    )
+    folder = view.folder
+    known = kind.capacity(wanted)
+    found = forecast(view, made.capacity() if known is None else known, kind=kind)
     prediction = predict(found, read_spent(folder))
     if prediction is not None:
         keep(prediction, folder)
         draw(view, found)
     return prediction
-
-
-def _executor(study: Study, place: Place) -> Executor:
-    gang, logical = (
-        max(model.gpus for model in study.models.values()),
-        logical_gpus(study, place.gpus),
-    )
-    if place.executor == "inline":
-        from ebbline.cluster.executors.inline import (
-            InlineExecutor,  # imported here, as only one of the two is needed
-        )
-
-        return InlineExecutor(gpus=max(gang, logical))
-    from ebbline.cluster.executors.ray_executor import RayExecutor
-
-    return RayExecutor(place.address, logical)
 
 
 def _told(progress: Progress, seconds: float) -> str:

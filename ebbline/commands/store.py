@@ -160,20 +160,22 @@ def verify(home: Home, mend: bool, as_json: bool) -> int:
         with progress_bar("reading") as told:
             survey = Survey(home.store)
             found = list(damages(survey, told))
-        aside = (
+        quarantined = (
             {
-                where: home.store.set_aside(*where)
+                where: home.store.quarantine(*where)
                 for where in sorted({(each.kind, each.key) for each in found})
             }
             if mend
             else {}
         )
     if as_json:
-        rows = [asdict(each) | {"moved to": aside.get((each.kind, each.key))} for each in found]
+        rows = [
+            asdict(each) | {"moved to": quarantined.get((each.kind, each.key))} for each in found
+        ]
         print(json.dumps({"artifacts": len(survey.records), "damages": rows}, indent=1))
     else:
         for each in found:
-            print(_told(each, aside))
+            print(_told(each, quarantined))
         print(
             f"{len(survey.records)} artifacts read, "
             f"{len({(each.kind, each.key) for each in found})} damaged"
@@ -181,8 +183,8 @@ def verify(home: Home, mend: bool, as_json: bool) -> int:
     return 1 if found and not mend else 0
 
 
-def _told(damage: Damage, aside: Mapping[tuple[str, str], str]) -> str:
-    moved = aside.get((damage.kind, damage.key))
+def _told(damage: Damage, quarantined: Mapping[tuple[str, str], str]) -> str:
+    moved = quarantined.get((damage.kind, damage.key))
     remedy = (
         f"moved to {moved}, and made again by the next run"
         if moved
@@ -203,7 +205,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
         with progress_bar("looking") as told:
             survey = Survey(home.store, told)
             needed = _all(needed_by(study, home, keep) for study in studies_of(home).values())
-        others = sorted(survey.homes - {home.id})
+        others = sorted(survey.owners - {home.id})
         before = time.time() - older_than_h * 3600
         found = list(survey.removable(None if others else needed, before))
         found += [] if others else survey.adapters(needed, before)
@@ -273,11 +275,11 @@ def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
         )
     with ExitStack() as held:
         _hold(home, held)
-        aside = home.store.set_aside(kind, found[0])
+        quarantined = home.store.quarantine(kind, found[0])
         print(
-            json.dumps({"artifact": f"{kind}/{found[0]}", "moved_to": str(aside)})
+            json.dumps({"artifact": f"{kind}/{found[0]}", "moved_to": str(quarantined)})
             if as_json
-            else f"{kind}/{found[0]} was moved to {aside}"
+            else f"{kind}/{found[0]} was moved to {quarantined}"
         )
 
 

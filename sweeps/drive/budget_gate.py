@@ -2,7 +2,7 @@
 
 A point counts with what is neither in the store nor under way for another, and a raced suite with
 its first block. The time of a stage is an estimate: the runner asks again before it starts one, so
-a point that takes off may be left unfinished, and is continued when the budget is raised.
+a point that is started may be left unfinished, and is continued when the budget is raised.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Stage, closure
 
 
-class Outlook:
+class BudgetGate:
     """Looks at the store again only when something was finished since the last look."""
 
     def __init__(self, graph: StageGraph, runner: Runner, spending: Spending) -> None:
@@ -92,7 +92,7 @@ class Outlook:
         and for its trainings another.
         """
         jobs: dict[tuple[int, str, bool], Cost] = {}
-        if self._runner.executor.processes:
+        if self._runner.executor.own_processes:
             estimates = self._runner.estimates
             for stage in stages:
                 needs = self._graph.needs_of(stage)

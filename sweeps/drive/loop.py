@@ -8,10 +8,11 @@ store, and what is there is not made again. Only one driver holds a study at a t
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.running.nodes import Failure
 from ebbline.cluster.running.runner import Runner
-from ebbline.sweeps.drive.budget_gate import Outlook
+from ebbline.sweeps.drive.budget_gate import BudgetGate
 from ebbline.sweeps.drive.progress import Progress, Watcher
 from ebbline.sweeps.drive.snapshot import Writer, mirrored
 from ebbline.sweeps.forecast.prediction import Prediction
@@ -24,7 +25,7 @@ from ebbline.sweeps.search.searcher import (
     reaching,
 )
 from ebbline.sweeps.search.warm_start import lessons
-from ebbline.sweeps.state.in_flight import Flight, first_grounded, has_room, queued_gpus
+from ebbline.sweeps.state.in_flight import PointInFlight, has_room, queued_gpus, start_affordable
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.outcome import Duplicates, result_of
 from ebbline.sweeps.state.racing import Rivals
@@ -47,13 +48,15 @@ def drive(
     watch: Watcher = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     predict: Callable[[Executor], Prediction | None] = lambda executor: None,
+    kind: ExecutorKind = DEFAULT_EXECUTOR,
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
-    The executor is made once the study is held, and closed at the end; `predict` says what the run
-    will take there. `stop` turning true drains and returns. Others can watch through
-    ebbline.sweeps.drive.live. Raises StudyHeld when another driver has the study, StudyError when
-    it is another study than was begun, or a model cannot be measured before fine-tuning.
+    The executor, of this `kind`, is made once the study is held, and closed at the end; `predict`
+    says what the run will take there. `stop` turning true drains and returns. Others can watch
+    through ebbline.sweeps.drive.live. Raises StudyHeld when another driver has the study,
+    StudyError when it is another study than was begun, or a model cannot be measured before
+    fine-tuning.
     """
     study, home, storage = view.study, view.home, view.storage
     with home.driving(study.study) as hold, reaching(storage):
@@ -69,8 +72,9 @@ def drive(
         with spending(study, home.profile, view.folder, hold.driver) as spent:
             executor = make_executor()
             try:
+                estimates = estimates_of(home, kind)
                 runner = Runner(
-                    home.store, executor, graph.needs_of, home.profile, spent, estimates_of(home)
+                    home.store, executor, graph.needs_of, home.profile, spent, estimates
                 )
                 progress = Progress(
                     study, graph, runner, spent, limit=limit(study), prediction=predict(executor)
@@ -105,20 +109,20 @@ class _Drive:
         )
         self.study, self.graph, self.runner = progress.study, progress.graph, progress.runner
         self.in_turn = self.study.search.in_turn
-        self.outlook = Outlook(self.graph, self.runner, progress.spending)
+        self.budget_gate = BudgetGate(self.graph, self.runner, progress.spending)
         self.baselines = [
             stage for suites in self.graph.baselines().values() for stage in suites.values()
         ]
         self.knowledge = Knowledge(self.graph, self.runner)
-        self.flights: list[Flight] = []
-        self.again: list[Flight] = []
-        self.more: list[Flight] = []
+        self.in_flight: list[PointInFlight] = []
+        self.again: list[PointInFlight] = []
+        self.more: list[PointInFlight] = []
         self.rivals, self.duplicates = Rivals(self.study), Duplicates(self.study)
         self.results: dict[int, Result] = {}  # over all seeds that there are
         self.most = dict(
             searcher.gave_up()
         )  # seeds that a point can have, of points whose further seed failed
-        self.grounded: Flight | None = None
+        self.unaffordable: PointInFlight | None = None
         self.exhausted = self.waiting = False
         self.news = Counter[
             str
@@ -136,19 +140,21 @@ class _Drive:
         progress, runner = self.progress, self.runner
         runner.want(self.baselines)
         self.searcher.estimate(self.knowledge)
-        self.again = [self._flight(number, point) for number, point in self.searcher.measured()]
-        for flight in self.again:
-            flight.take_off(runner)
+        self.again = [self._in_flight(number, point) for number, point in self.searcher.measured()]
+        for entry in self.again:
+            entry.start(runner)
         progress.told = self.searcher.told()
-        self.flights = [self._flight(number, point) for number, point in self.searcher.in_flight()]
+        self.in_flight = [
+            self._in_flight(number, point) for number, point in self.searcher.in_flight()
+        ]
         while True:
             self._ask()
-            progress.in_flight = list(self.flights)
+            progress.in_flight = list(self.in_flight)
             self._show()
             self._check_baselines()
             if not runner.draining:
                 self._hear()
-                if self._land():
+                if self._tell_ended():
                     continue
                 self._replicate()
             if self._finished():
@@ -165,11 +171,11 @@ class _Drive:
                 break
             if (
                 self.waiting
-                and not (self.flights or self.again or self.more)
+                and not (self.in_flight or self.again or self.more)
                 and all(map(runner.settled, self.baselines))
             ):
                 raise RuntimeError("the search waits for a point, and none is under way")
-            if runner.starved or (self.grounded is not None and runner.idle):
+            if runner.starved or (self.unaffordable is not None and runner.idle):
                 said = self._told_of_budget()
                 self.ended = Stopped(said, "budget", points=progress.told)
                 progress.spending.stopped(self.ended)
@@ -178,7 +184,7 @@ class _Drive:
             progress.spending.settle(runner.running)
         if self.ended is not None and not progress.stopped:
             progress.stopped, progress.by = self.ended.said, self.ended.by
-        progress.in_flight = list(self.flights)
+        progress.in_flight = list(self.in_flight)
         self._show()
         return progress
 
@@ -186,19 +192,23 @@ class _Drive:
         self.live()
         self.watch(self.progress)
 
-    def _flight(self, number: int, point: Point) -> Flight:
+    def _in_flight(self, number: int, point: Point) -> PointInFlight:
         stages, refused = stages_or_refusal(self.graph, point)
-        return Flight(number, point, of_seeds(self.study, stages, self.study.first_seeds), refused)
+        return PointInFlight(
+            number, point, of_seeds(self.study, stages, self.study.first_seeds), refused
+        )
 
     def _ask(self) -> None:
-        """Let take off what the budget affords, and ask for points as long as there is room for
+        """Start what the budget affords, and ask for points as long as there is room for
         them.
         """
         self.waiting = False
-        self.grounded = (
+        self.unaffordable = (
             None
             if self.runner.draining
-            else first_grounded([*self.more, *self.flights], self.runner, self.outlook.affords)
+            else start_affordable(
+                [*self.more, *self.in_flight], self.runner, self.budget_gate.affords
+            )
         )
         while self._may_ask():
             self.hold.check()
@@ -206,20 +216,20 @@ class _Drive:
             if asked is None or isinstance(asked, Wait):
                 self.exhausted, self.waiting = asked is None, asked is not None
                 return
-            flight = self._flight(*asked)
-            self.flights.append(flight)
-            self.grounded = first_grounded([flight], self.runner, self.outlook.affords)
-            self._ask_more(flight)
+            entry = self._in_flight(*asked)
+            self.in_flight.append(entry)
+            self.unaffordable = start_affordable([entry], self.runner, self.budget_gate.affords)
+            self._ask_more(entry)
 
     def _may_ask(self) -> bool:
         progress = self.progress
-        there = progress.told + len(self.flights)
+        there = progress.told + len(self.in_flight)
         self.exhausted = self.exhausted or (progress.limit is not None and there >= progress.limit)
         if (
             self.exhausted
             or self.ended is not None
             or self.runner.draining
-            or self.grounded is not None
+            or self.unaffordable is not None
         ):
             return False
         if self._out_of_points():
@@ -230,17 +240,17 @@ class _Drive:
             # Whether there is to be another point, or what holds the constraints, is not known yet
             return False
         if self.in_turn:
-            return len(self.flights) < self.study.search.reach
+            return len(self.in_flight) < self.study.search.reach
         queued = queued_gpus(
             self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
         )
         return has_room(
-            len(self.flights), self.study.search.window, queued, self.runner.executor.capacity
+            len(self.in_flight), self.study.search.window, queued, self.runner.executor.capacity
         )
 
     def _out_of_points(self) -> bool:
         budget = self.study.budget.points
-        return budget is not None and self.progress.told + len(self.flights) >= budget
+        return budget is not None and self.progress.told + len(self.in_flight) >= budget
 
     def _end_with_points(self) -> None:
         budget = self.study.budget.points
@@ -248,13 +258,13 @@ class _Drive:
             f"the budget of {budget} points is used up. Raise budget.points in the study file, "
             "and the same command goes on"
         )
-        self.ended = Stopped(said, "budget", points=self.progress.told + len(self.flights))
+        self.ended = Stopped(said, "budget", points=self.progress.told + len(self.in_flight))
         self.progress.spending.stopped(self.ended)
 
     def _open(self) -> Iterator[Stage]:
         yield from self.baselines
-        for flight in (*self.flights, *self.more, *self.again):
-            yield from flight.asked
+        for entry in (*self.in_flight, *self.more, *self.again):
+            yield from entry.asked
 
     def _check_baselines(self) -> None:
         """What every point of a size needs has failed: stop, and tell no point that it failed for a
@@ -275,71 +285,71 @@ class _Drive:
         """Ask for what points need next; take in what was told before, in order, as far as its
         artifacts are there (or made) again.
         """
-        for flight in list(self.again):
-            self._ask_more(flight)
-            if flight.settled(self.runner):
-                self.again.remove(flight)
-                result = self._result(flight)
+        for entry in list(self.again):
+            self._ask_more(entry)
+            if entry.settled(self.runner):
+                self.again.remove(entry)
+                result = self._result(entry)
                 if result.status == "done" and self.searcher.constrained:
-                    self.searcher.amend(flight.number, result)
+                    self.searcher.amend(entry.number, result)
                 self._take(result)
             elif self.in_turn:
                 return  # what follows is compared with those before it, which must be known first
-        for flight in (*self.flights, *self.more):
-            self._ask_more(flight)
+        for entry in (*self.in_flight, *self.more):
+            self._ask_more(entry)
 
-    def _ask_more(self, flight: Flight) -> None:
-        if self.rivals.compares and flight.asks:
-            model = flight.point.model
+    def _ask_more(self, entry: PointInFlight) -> None:
+        if self.rivals.compares and entry.asks:
+            model = entry.point.model
             first = [
                 next((each.number for each in those if each.point.model == model), None)
-                for those in (self.again, self.flights)
+                for those in (self.again, self.in_flight)
             ]
             if any(
-                number is not None and number <= flight.number - self.study.search.reach
+                number is not None and number <= entry.number - self.study.search.reach
                 for number in first
             ):
                 return  # what it is compared with is not known yet
-        flight.ask_more(self.study, self.runner, self.rivals)
+        entry.ask_more(self.study, self.runner, self.rivals)
 
-    def _land(self) -> bool:
+    def _tell_ended(self) -> bool:
         """Tell the search of points that ended; True when there were any.
 
         In turn it is one at a time: the next proposal is to see exactly this result more than the
         one before it did. None while nothing is asked for want of budget, of points or of what they
-        take: the next run lands them from the store.
+        take: the next run tells them from the store.
         """
         if self.in_turn:
             full = (
                 self.exhausted
                 or self.ended is not None
                 or self.waiting
-                or len(self.flights) == self.study.search.reach
+                or len(self.in_flight) == self.study.search.reach
             )
-            landing = self.flights[:1] if full and not self.again else []
+            ended = self.in_flight[:1] if full and not self.again else []
         else:
-            landing = self.flights
-        landing = [flight for flight in landing if flight.settled(self.runner)]
-        for flight in landing:
+            ended = self.in_flight
+        ended = [entry for entry in ended if entry.settled(self.runner)]
+        for entry in ended:
             self.hold.check()
-            self.flights.remove(flight)
-            result = self._ended(flight)
-            self.searcher.tell(flight.number, result)
+            self.in_flight.remove(entry)
+            result = self._ended(entry)
+            self.searcher.tell(entry.number, result)
             self._take(result)
             self.progress.results.append(result)
             self.progress.told += 1
-        return bool(landing)
+        return bool(ended)
 
-    def _ended(self, flight: Flight) -> Result:
-        failure = flight.failure(self.runner)
-        result = self._result(flight, flight.refused or (_told(failure) if failure else ""))
+    def _ended(self, entry: PointInFlight) -> Result:
+        failure = entry.failure(self.runner)
+        result = self._result(entry, entry.refused or (_told(failure) if failure else ""))
         if result.status == "running":
-            raise RuntimeError(f"point {flight.number} was to be told before it was measured")
+            raise RuntimeError(f"point {entry.number} was to be told before it was measured")
         return result
 
-    def _result(self, flight: Flight, reason: str = "") -> Result:
+    def _result(self, entry: PointInFlight, reason: str = "") -> Result:
         return result_of(
-            self.study, flight.number, flight.point, flight.stages, self.runner, reason, self.rivals
+            self.study, entry.number, entry.point, entry.stages, self.runner, reason, self.rivals
         )
 
     def _take(self, result: Result) -> None:
@@ -363,21 +373,21 @@ class _Drive:
         """Further seeds for points of which it is not certain whether another dominates them; in
         turn, once all points have ended.
         """
-        for flight in [flight for flight in self.more if flight.settled(self.runner)]:
-            self.more.remove(flight)
-            self.news[flight.point.model] += 1
-            self._take_further(flight)
+        for entry in [entry for entry in self.more if entry.settled(self.runner)]:
+            self.more.remove(entry)
+            self.news[entry.point.model] += 1
+            self._take_further(entry)
         over = self._over()
         if self.study.replicates.policy == "all" or self.again or (self.in_turn and not over):
             return
         if not over and self.news.total() < len(self.results) / NEWS:
             return  # of many points few change what is certain
-        for flight in self.flights if over else ():  # ended, and held back from the search
-            if flight.number not in self.results:
-                self._keep(self._ended(flight))
+        for entry in self.in_flight if over else ():  # ended, and held back from the search
+            if entry.number not in self.results:
+                self._keep(self._ended(entry))
         # Who needs one more is decided by what all points of a size had before: when no more come,
         # not as long as some are under way.
-        sizes = set(self.news) - {flight.point.model for flight in self.more if over}
+        sizes = set(self.news) - {entry.point.model for entry in self.more if over}
         for model in sizes:
             del self.news[model]
         known = [
@@ -385,18 +395,20 @@ class _Drive:
             for result in self.results.values()
             if result.point.model in sizes
         ]
-        under_way = {flight.number for flight in self.more}
+        under_way = {entry.number for entry in self.more}
         for number, seeds in seeds_needed(self.study, known, self.most).items():
             result = self.results[number]
             if seeds > seeds_of(result) and number not in under_way:
                 stages, _ = stages_or_refusal(self.graph, result.point)
-                self.more.append(Flight(number, result.point, of_seeds(self.study, stages, seeds)))
+                self.more.append(
+                    PointInFlight(number, result.point, of_seeds(self.study, stages, seeds))
+                )
 
-    def _take_further(self, flight: Flight) -> None:
+    def _take_further(self, entry: PointInFlight) -> None:
         """Take in a further seed of a point: what the point measured with it, or that it can have
         no more.
         """
-        number, failure = flight.number, flight.failure(self.runner)
+        number, failure = entry.number, entry.failure(self.runner)
         if failure is not None:
             self.most[number] = seeds_of(self.results[number])
             self.hold.check()
@@ -404,9 +416,9 @@ class _Drive:
                 number, self.most[number], f"a further seed failed: {_told(failure)}"
             )
             return
-        result = self.results[number] = self._result(flight)
+        result = self.results[number] = self._result(entry)
         if all(
-            each.number != number for each in self.flights
+            each.number != number for each in self.in_flight
         ):  # else the search has not been told of it
             self.searcher.amend(number, result)
             self.progress.taken.append(self.duplicates.marked(result))
@@ -414,14 +426,14 @@ class _Drive:
 
     def _over(self) -> bool:
         """Whether this run asks for no further point, and all that there are have ended; in turn,
-        some may be held back (see _land).
+        some may be held back (see _tell_ended).
         """
         if self.exhausted or self.ended is not None:
-            return not self.flights
+            return not self.in_flight
         return (
             self.in_turn
             and self._out_of_points()
-            and all(flight.settled(self.runner) for flight in self.flights)
+            and all(entry.settled(self.runner) for entry in self.in_flight)
         )
 
     def _finished(self) -> bool:
@@ -432,9 +444,9 @@ class _Drive:
         )
 
     def _told_of_budget(self) -> str:
-        if self.grounded is None:
-            return self.outlook.told_of_stage()
-        return self.outlook.told_of_point(str(self.grounded), self.grounded.stages)
+        if self.unaffordable is None:
+            return self.budget_gate.told_of_stage()
+        return self.budget_gate.told_of_point(str(self.unaffordable), self.unaffordable.stages)
 
 
 def _told(failure: Failure) -> str:

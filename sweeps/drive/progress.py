@@ -8,7 +8,7 @@ from typing import Literal
 from ebbline.cluster.running.runner import Runner
 from ebbline.sweeps.drive.live import Live
 from ebbline.sweeps.forecast.prediction import Prediction
-from ebbline.sweeps.state.in_flight import Flight
+from ebbline.sweeps.state.in_flight import PointInFlight
 from ebbline.sweeps.state.spending import Spending
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.stages import StageGraph
@@ -34,7 +34,7 @@ class Progress:
     spending: Spending
     results: list[Result] = field(default_factory=list)
     taken: list[Result] = field(default_factory=list)
-    in_flight: list[Flight] = field(default_factory=list)
+    in_flight: list[PointInFlight] = field(default_factory=list)
     limit: int | None = None
     told: int = 0
     amended: int = 0

@@ -92,7 +92,7 @@ class Writer:
         # A stage in this very process keeps the driver from saying anything until it ends: what has
         # started is said before.
         if time.monotonic() - self._wrote >= EVERY_S or (
-            self._runner.running and not self._runner.executor.processes
+            self._runner.running and not self._runner.executor.own_processes
         ):
             self._write(None)
 
@@ -122,7 +122,7 @@ class Writer:
                 )
         ended = [line for name in list(self._followed) for line in self._follow(name, now)]
         self._append(ended)
-        refused = {flight.number: flight for flight in self._progress.in_flight if flight.refused}
+        refused = {entry.number: entry for entry in self._progress.in_flight if entry.refused}
         for number in refused.keys() - self._refused:
             point, reason = refused[number].point, refused[number].refused
             self._failures.append(
@@ -199,9 +199,9 @@ class Writer:
         for job in self._followed.values():
             for place, key in enumerate(job.keys):
                 node = self._node(key)
-                progress = self._runner.progress_of(node)
+                progress = self._runner.timing.progress_of(node)
                 if place == 0 or progress:
-                    expected_s = self._runner.expected_s(node, now - job.since)
+                    expected_s = self._runner.timing.expected_s(node, now - job.since)
                     yield AtWork(**self._what(job, key), expected_s=expected_s, progress=progress)
 
     def _snapshot(self, ended: End | None) -> Live:

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
 from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import Work, impossible
-from ebbline.cluster.schedule.simulate import Flights, Step, Trace, simulate
+from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
 from ebbline.sweeps.forecast.expected import Points, points_of
 from ebbline.sweeps.search.masks import twins
 from ebbline.sweeps.state.in_flight import AHEAD, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
@@ -104,16 +105,14 @@ def forecast(
     view: StudyView,
     capacity: Capacity,
     told: Told = lambda done, of: None,
-    serial: bool = False,
+    kind: ExecutorKind = DEFAULT_EXECUTOR,
 ) -> Forecast:
-    """Simulate what `ebbline run` would do on such a cluster; `serial` when all runs in one
-    process, one stage after another.
-    """
+    """Simulate what `ebbline run` would do on such a cluster of this executor."""
     study, home = view.study, view.home
     met = still_met(study, read_spent(view.folder).gain)
     points = points_of(study, view.storage, "" if met is None else met.said)
     graph = view.graph.apart()  # a drawn point gives no stage its label or its needs
-    estimates = estimates_of(home)
+    estimates = estimates_of(home, kind)
     estimates.met(capacity)
     here = points.told if len(points.told) <= EXACT else _evenly(points.told)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
@@ -125,16 +124,16 @@ def forecast(
 
     def start_s(needs: Needs, hosts: Mapping[str, int], new: bool) -> float:
         seconds = (
-            0.0
-            if serial
-            else estimates.starts.seconds(named_type(needs) or estimates.gpu_type, needs.gpus, new)
+            estimates.starts.seconds(named_type(needs) or estimates.gpu_type, needs.gpus, new)
+            if kind.own_processes
+            else 0.0
         )
         starts.append(expected_cost(needs, seconds, home.profile, estimates.gpu_type))
         return seconds
 
-    flights = [tuple(own for own in ids if own in steps) for ids in found.flights]
+    groups = [tuple(own for own in ids if own in steps) for ids in found.by_point]
     trace = simulate(
-        steps.values(), capacity, start_s=start_s, flights=_flights(study, flights, capacity.gpus)
+        steps.values(), capacity, start_s=start_s, groups=_step_groups(study, groups, capacity.gpus)
     )
     scale_told, scale_to_come = _scale(points.told, here), _scale(points.to_come, to_come)
     looked_up = [
@@ -167,7 +166,7 @@ def forecast(
         kinds=kinds,
         starts=total(starts).times(more),
         wall_s=sum(share.seconds for share in kinds.values())
-        if serial
+        if kind.serial
         else _wall_s(trace, estimates, whole - part),
         trace=trace,
         simulated=len(to_come),
@@ -192,14 +191,14 @@ def _steps(running: Iterable[Missing], graph: StageGraph, estimates: Estimates) 
     return steps
 
 
-def _flights(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> Flights:
-    """As ebbline.sweeps.state.in_flight lets points take off: a fixed number in turn, or as they
-    land while little enough is queued.
+def _step_groups(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> StepGroups:
+    """As ebbline.sweeps.state.in_flight starts points: a fixed number in turn, or as others
+    end while little enough is queued.
     """
     own = [group for group in groups if group]
     if study.search.in_turn:
-        return Flights(own, study.search.reach, in_turn=True)
-    return Flights(
+        return StepGroups(own, study.search.reach, in_turn=True)
+    return StepGroups(
         own,
         study.search.window or max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * gpus),
         most_gpus=AHEAD * max(1, gpus),

@@ -21,11 +21,11 @@ LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU = 16, 4  # when no window is given
 
 
 @dataclass
-class Flight:
+class PointInFlight:
     """A point on its way: all that it may need, and of that what it has asked for so far (a raced
     suite asks block by block).
 
-    One that has asked for nothing is on the ground: the budget does not afford it; or its settings
+    One that has asked for nothing is held back, as the budget does not afford it; or its settings
     were `refused`. It is `complete` when it needs nothing more than what it has asked for.
     """
 
@@ -40,10 +40,10 @@ class Flight:
         return f"point {self.number} ({self.point})"
 
     @property
-    def grounded(self) -> bool:
+    def held_back(self) -> bool:
         return not self.asked and not self.refused
 
-    def take_off(self, runner: Runner) -> None:
+    def start(self, runner: Runner) -> None:
         self.asked = [
             stage
             for name, stage in self.stages.items()
@@ -95,17 +95,19 @@ class Flight:
         )
 
 
-def first_grounded(
-    flights: Iterable[Flight], runner: Runner, affords: Callable[[Mapping[str, Stage]], bool]
-) -> Flight | None:
-    """Let the points that are on the ground take off, in order; returns the first that the budget
-    does not afford.
+def start_affordable(
+    in_flight: Iterable[PointInFlight],
+    runner: Runner,
+    affords: Callable[[Mapping[str, Stage]], bool],
+) -> PointInFlight | None:
+    """Start the points that are held back, in order; returns the first that the budget does not
+    afford.
     """
-    for flight in flights:
-        if flight.grounded:
-            if not affords(flight.stages):
-                return flight
-            flight.take_off(runner)
+    for entry in in_flight:
+        if entry.held_back:
+            if not affords(entry.stages):
+                return entry
+            entry.start(runner)
     return None
 
 
@@ -136,19 +138,17 @@ def queued_gpus(stages: Iterable[Stage], runner: Runner, gpus_of: Callable[[Stag
     return sum(heads.values())
 
 
-def has_room(
-    flights: int, window: int | None, queued: int, capacity: Callable[[], Capacity]
-) -> bool:
-    """Whether another point may be asked for, given how many are in flight and the GPUs that they
-    queue for.
+def has_room(count: int, window: int | None, queued: int, capacity: Callable[[], Capacity]) -> bool:
+    """Whether another point may be asked for, given the `count` of those in flight and the GPUs
+    that they queue for.
 
     `capacity` is not asked while nothing is queued: looking at a cluster may start one.
     """
-    if window is not None and flights >= window:
+    if window is not None and count >= window:
         return False
     if not queued:
-        return window is not None or flights < LEAST_IN_FLIGHT
+        return window is not None or count < LEAST_IN_FLIGHT
     there = capacity()
-    if window is None and flights >= max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * there.gpus):
+    if window is None and count >= max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * there.gpus):
         return False
     return there.grows or queued < AHEAD * max(1, there.gpus)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebbline.cluster.executors.starts import Lanes
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
+from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.schedule.costs import GpuTypes
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.sweeps.ledger import whole_lines
@@ -34,15 +35,15 @@ class HeldJob:
 def read_jobs(folder: Path) -> Iterator[HeldJob]:
     """The jobs of a study that ended, in that order. Raises StudyError when a line is damaged."""
     read_spent(folder)  # names a damaged line
-    drive, lanes, held = -1, Lanes(), dict[str, HeldJob]()
+    drive, warm, held = -1, WarmProcesses(), dict[str, HeldJob]()
     for line in whole_lines(folder / NAME):
         said = json.loads(line)
         if "driver" in said:
-            drive, lanes, held = drive + 1, Lanes(), {}
+            drive, warm, held = drive + 1, WarmProcesses(), {}
         elif "start" in said and "hosts" in said:
             gpus, new = (
                 {name: int(count) for name, count in said["gpus"]},
-                lanes.start(said["start"], said["hosts"]),
+                warm.start(said["start"], said["hosts"]),
             )
             held[said["start"]] = HeldJob(
                 drive,
@@ -56,7 +57,7 @@ def read_jobs(folder: Path) -> Iterator[HeldJob]:
             )
         elif "end" in said and said["end"] in held:
             job = held.pop(said["end"])
-            lanes.end(job.id)
+            warm.end(job.id)
             yield HeldJob(
                 job.drive,
                 job.id,
@@ -69,19 +70,22 @@ def read_jobs(folder: Path) -> Iterator[HeldJob]:
             )
 
 
-def estimates_of(home: Home) -> Estimates:
-    """What the home's store has measured of stages, and its ledgers of starting jobs."""
+def estimates_of(home: Home, kind: ExecutorKind = DEFAULT_EXECUTOR) -> Estimates:
+    """What the home's store has measured of stages, and its ledgers of starting this executor's
+    jobs.
+    """
     dearest = max(
         home.profile.gpus, key=lambda name: home.profile.gpus[name].usd_per_hour, default=None
     )
-    estimates = Estimates(home.store, None if dearest == "other" else dearest)
+    gpu_type = None if dearest == "other" else dearest
+    estimates = Estimates(home.store, gpu_type, kind.start_costs)
     for ledger in sorted((home.root / "studies").glob(f"*/{NAME}")):
-        jobs = list(read_jobs(ledger.parent))
-        for drive in sorted({job.drive for job in jobs if not job.id.startswith("inline")}):
+        jobs = [job for job in read_jobs(ledger.parent) if kind.ran(job.id)]
+        for drive in sorted({job.drive for job in jobs}):
             estimates.starts.learn_cluster(min(job.start_s for job in jobs if job.drive == drive))
         for job in jobs:
-            if job.id.startswith("inline") or not all(key in estimates.took for key in job.keys):
-                continue  # without a process of its own, or with stages that came to nothing
+            if not all(key in estimates.took for key in job.keys):
+                continue  # with stages that came to nothing
             seconds = job.end_s - job.start_s - sum(estimates.took[key] for key in job.keys)
             estimates.starts.learn(
                 next(iter(job.gpus), None), sum(job.hosts.values()), job.new, seconds

@@ -4,7 +4,8 @@
                                          ever append
         {"driver": "process 7 on h ...", "s": 0.0}  a driver began; `s` counts its seconds from here
         {"start": "ray-3", "gpus": [["A100", 1]], "hosts": {"h/1f": 1}, "keys": [...], "s": 12.1}
-                                                    a job got its GPUs, if any
+                                                    a job got its GPUs, if any; its id begins
+                                                    with the name of its executor
         {"end": "ray-3", "s": 73.0}                 ... and gave them back
         {"s": 80.0}                                 the driver lives
         {"stopped": "the budget ...", "by": "budget", "rule": "", "points": 7, "s": 81.0}

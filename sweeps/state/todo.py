@@ -39,13 +39,13 @@ class Todo:
     """What would run, by id (its key, or its lineage while that is unknown), inputs first. `there`
     counts what the store has, by kind.
 
-    `flights` has, for each point in order, the ids that it waits for. A stage is `remade` when its
+    `by_point` has, for each point in order, the ids that it waits for. A stage is `remade` when its
     record is there, but files that retention has dropped must be made again for another.
     """
 
     missing: dict[str, Missing] = field(default_factory=dict)
     there: Counter[str] = field(default_factory=Counter)
-    flights: list[tuple[str, ...]] = field(default_factory=list)
+    by_point: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def new(self) -> Counter[str]:
@@ -67,7 +67,7 @@ def todo(graph: StageGraph, points: Sequence[Point], told: Told = lambda done, o
         needed = [(name, stages[name]) for name in _needed(graph.study, stages, looking.resolver)]
         for name, stage in needed:
             looking.look(f"{called}, {name}", stage, place)
-        looking.found.flights.append(looking.waits(stage for _, stage in needed))
+        looking.found.by_point.append(looking.waits(stage for _, stage in needed))
         told(place + 1, len(points))
     return looking.found
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
-from ebbline.cluster.store.retention import HOMES
+from ebbline.cluster.store.retention import OWNERS
 from ebbline.sweeps.study.storage import MEANWHILE, Hold, Storage, shared_url
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
@@ -138,7 +138,7 @@ class Home:
             handle.flush()
             with self.storage(study).driving(study, driver) as hold:
                 # Whoever removes what nobody needs must know of all who may need it.
-                self.store.place.create(f"{HOMES}/{self.id}.json", b"{}")
+                self.store.place.create(f"{OWNERS}/{self.id}.json", b"{}")
                 yield hold
             handle.truncate(0)
 

@@ -191,14 +191,14 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
     searcher = OptunaSearcher(study, home.storage(study.study))
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
-    flights, told, left = [], 0, True
-    while left or flights:
-        asked = ask(known) if left and len(flights) < WIDE else WAIT
+    in_flight, told, left = [], 0, True
+    while left or in_flight:
+        asked = ask(known) if left and len(in_flight) < WIDE else WAIT
         left = asked is not None
         if isinstance(asked, tuple):
-            flights.append(asked)
-        elif flights:
-            number, point = flights.pop(0)
+            in_flight.append(asked)
+        elif in_flight:
+            number, point = in_flight.pop(0)
             tell(number, outcome(number, point))
             told += 1
             if told % every == 0:

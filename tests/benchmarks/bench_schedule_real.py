@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ebbline.cluster.executors import ray_executor
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
-from ebbline.cluster.executors.job_processes import Post
+from ebbline.cluster.executors.job_processes import JobProcesses
 from ebbline.cluster.executors.ray_executor import RayExecutor
 from ebbline.cluster.schedule.scheduler import Busy, Work, place
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
@@ -98,18 +98,18 @@ def worked(
 # With a GPU of its own in the declaration, Ray ends the process after the task, as it does on real
 # GPUs.
 @ray.remote(max_retries=0, num_cpus=1, num_gpus=1)  # type: ignore[untyped-decorator]
-def _sleeping_batch(requests: list[Request], post: Post) -> tuple[Report, ...]:
-    post.sign_on("task")
+def _sleeping_batch(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
+    processes.sign_on("task")
     return worked(requests)
 
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
-def _sleeping_gang(requests: list[Request], post: Post) -> tuple[Report, ...]:
+def _sleeping_gang(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
     from ebbline.cluster.executors import gang
 
-    post.sign_on("task")
+    processes.sign_on("task")
     with patch.object(gang, "_member", _sleeping_member):
-        return gang.run_gang(requests, post)
+        return gang.run_gang(requests, processes)
 
 
 def _sleeping_member(config: dict[str, Any]) -> None:

@@ -215,12 +215,12 @@ def ebbline(study_path: Path, folder: Path) -> dict[str, Metrics]:
     import ray
 
     from ebbline.cluster.executors import ray_executor
-    from ebbline.cluster.executors.job_processes import Post
+    from ebbline.cluster.executors.job_processes import JobProcesses
 
     @ray.remote(max_retries=0, num_cpus=1)  # type: ignore[untyped-decorator]
-    def batch(requests: list[Request], post: Post) -> Any:
-        post.sign_on("task")
-        return counted_batch(folder / "counts", requests, leaving=post.leaving())
+    def batch(requests: list[Request], processes: JobProcesses) -> Any:
+        processes.sign_on("task")
+        return counted_batch(folder / "counts", requests, leaving=processes.leaving())
 
     study, home = parse(study_path), Home(folder / "home")
     with patch.object(ray_executor, "_batch", batch):

@@ -197,17 +197,17 @@ def drive(
     paid: dict[str, float] = {}
     results: list[Result] = []
     steps: list[Step] = []
-    flights: list[tuple[int, Point]] = []
+    in_flight: list[tuple[int, Point]] = []
     knowledge = surface.knowledge
     while sum(paid.values()) < most:
         asked = searcher.ask(knowledge)
         if asked is not None and asked is not WAIT:
-            flights.append(asked)
-            if len(flights) < WINDOW:
+            in_flight.append(asked)
+            if len(in_flight) < WINDOW:
                 continue
-        if not flights:
+        if not in_flight:
             break
-        number, point = flights.pop(0)
+        number, point = in_flight.pop(0)
         paid |= surface.stages(point)
         results.append(Result(number, point, "done", surface.metrics(point)))
         searcher.tell(number, results[-1])

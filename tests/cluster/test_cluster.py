@@ -124,12 +124,12 @@ def step_until(runner: Runner, condition: Callable[[], bool], timeout_s: float =
 
 
 def steps_of(runner: Runner, node: Node) -> int:
-    return int(runner._said(node).get("done", 0)) if node.state == "running" else 0
+    return int(runner.timing.last_progress(node).get("done", 0)) if node.state == "running" else 0
 
 
 def began_at(runner: Runner, node: Node) -> int:
     """The step of the checkpoint that an attempt continued from; 0 when it started over."""
-    said = runner._said(node)
+    said = runner.timing.last_progress(node)
     return int(said["done"] - said["own"])
 
 
@@ -209,7 +209,9 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     step_until(
         runner, lambda: all(item.state in ("done", "failed") for item in runner.nodes.values())
     )
-    assert runner._losses.lost(node.key) == 0, "the loss of a place counts against no stage"
+    assert runner._setup.retry_policy.lost(node.key) == 0, (
+        "the loss of a place counts against no stage"
+    )
     for stage in (gang, *single):
         assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is gang)  # type: ignore[attr-defined]
     machines.kill(second)  # as it said it would
@@ -235,11 +237,11 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     for stage in stages:  # the second starts while the first hangs
         runner.want([stage])
         step_until(runner, lambda: len(executor._jobs) == len(stopped) + 1)
-        _, post = list(executor._jobs.values())[-1]
-        step_until(runner, post.complete)
+        _, processes = list(executor._jobs.values())[-1]
+        step_until(runner, processes.complete)
         # A stopped process is as deaf as one that is stuck in a collective: no request of Ray's
         # reaches it.
-        stopped.append(max(post.processes(), key=lambda process: process.started).pid)
+        stopped.append(max(processes.signed_on(), key=lambda process: process.started).pid)
         os.kill(stopped[-1], signal.SIGSTOP)
     nodes = [runner.nodes[stage.lineage] for stage in stages]
     running = set(runner.running)
@@ -249,7 +251,7 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     runner.profile, runner.draining = PROFILE, False
     wait_until(lambda: not any(map(psutil.pid_exists, stopped)), "end of the hung processes")
     step_until(runner, lambda: all(node.state in ("done", "failed") for node in nodes))
-    assert [runner._losses.lost(node.key) for node in nodes] == [1, 1]
+    assert [runner._setup.retry_policy.lost(node.key) for node in nodes] == [1, 1]
     for stage in stages:
         assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is stages[0])  # type: ignore[attr-defined]
     wait_until(lambda: free_gpus() == executor.capacity().gpus, "free GPUs")

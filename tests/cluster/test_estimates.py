@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host, Needs
-from ebbline.cluster.executors.starts import GUESS_GANG_S, GUESS_KEPT_S, GUESS_NEW_S, Lanes, Starts
+from ebbline.cluster.executors.starts import StartCosts, Starts, WarmProcesses
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.estimates import Estimates, _between, described
 from ebbline.cluster.store.artifacts import Store
@@ -176,8 +176,8 @@ def test_the_share_of_distinct_adapters_is_one_until_there_are_enough_to_tell(st
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40))
 def test_a_host_keeps_as_many_processes_as_it_ever_ran_at_once(moves):
-    lanes, running, most, opened = (
-        Lanes(),
+    warm, running, most, opened = (
+        WarmProcesses(),
         dict[str, list[str]](),
         dict[str, int](),
         dict[str, int](),
@@ -185,34 +185,33 @@ def test_a_host_keeps_as_many_processes_as_it_ever_ran_at_once(moves):
     for number, (host, ends) in enumerate(moves):
         own = running.setdefault(host, [])
         if ends and own:
-            lanes.end(own.pop())
+            warm.end(own.pop())
         else:
-            opened[host] = opened.get(host, 0) + lanes.start(str(number), {host: 1})
+            opened[host] = opened.get(host, 0) + warm.start(str(number), {host: 1})
             own.append(str(number))
         most[host] = max(most.get(host, 0), len(own))
     assert all(opened.get(host, 0) == count for host, count in most.items())
 
 
 def test_slots_and_gpus_have_processes_of_their_own_and_a_gang_never_finds_one():
-    lanes = Lanes()
-    assert lanes.start("a", {"h": 1}) and lanes.start("b", {"h": 0})
-    lanes.end("a")
-    assert lanes.would_be_new({"h": 0}) and not lanes.would_be_new({"h": 1})
-    assert lanes.would_be_new({"h": 2}) and lanes.start("gang", {"h": 1, "i": 1})
-    lanes.end("gang")
-    assert lanes.would_be_new({"i": 1})
+    warm = WarmProcesses()
+    assert warm.start("a", {"h": 1}) and warm.start("b", {"h": 0})
+    warm.end("a")
+    assert warm.would_be_new({"h": 0}) and not warm.would_be_new({"h": 1})
+    assert warm.would_be_new({"h": 2}) and warm.start("gang", {"h": 1, "i": 1})
+    warm.end("gang")
+    assert warm.would_be_new({"i": 1})
 
 
 def test_a_start_is_guessed_until_it_was_measured_and_then_the_median():
-    starts = Starts()
-    assert (
-        starts.seconds(None, 1, new=True) == GUESS_NEW_S and starts.seconds(None, 1) == GUESS_KEPT_S
-    )
-    assert starts.seconds("A100", 1) == GUESS_NEW_S  # Ray ends what had a real GPU
-    assert starts.seconds("A100", 4) == GUESS_GANG_S
+    guesses = StartCosts(new_s=7.0, kept_s=0.25, gang_s=21.0, new_after_real_gpu=True)
+    starts = Starts(guesses)
+    assert starts.seconds(None, 1, new=True) == 7.0 and starts.seconds(None, 1) == 0.25
+    assert starts.seconds("A100", 1) == 7.0 and starts.seconds("A100", 4) == 21.0
+    assert Starts(StartCosts(kept_s=0.25)).seconds("A100", 1) == 0.25
     for seconds in (3.0, 9.0, 4.0, -1.0):
         starts.learn(None, 1, True, seconds)
-    assert starts.seconds(None, 1, new=True) == 4.0 and starts.seconds(None, 1) == GUESS_KEPT_S
+    assert starts.seconds(None, 1, new=True) == 4.0 and starts.seconds(None, 1) == 0.25
     assert starts.seconds("L4", 1, new=True) == 4.0  # the same on another type, rather than a guess
     starts.learn(None, 2, True, 30.0)
     assert starts.seconds(None, 8) == 30.0

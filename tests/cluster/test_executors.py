@@ -10,6 +10,7 @@ import csv
 import pytest
 from safetensors.torch import load_file
 
+from ebbline.cluster.executors.choice import executor_kind
 from ebbline.cluster.executors.executor import Executor, run_batch
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.running.runner import Runner
@@ -37,6 +38,16 @@ def test_a_cluster_without_gpus_is_an_error_not_an_endless_wait():
 
 
 class ExecutorContract:
+    name: str  # in the table
+
+    def test_the_table_names_its_jobs_and_says_whether_they_have_processes(
+        self, executor: Executor, store, chats
+    ):
+        kind = executor_kind(self.name)
+        job = submit(executor, [stored_request(store, DataSpec(size=2), {"pool": chats})], gpus=0)
+        wait_for(executor, job)
+        assert kind.ran(job.id) and executor.own_processes == kind.own_processes
+
     def test_it_has_at_least_one_gpu_and_one_slot_without(self, executor: Executor):
         assert executor.capacity().gpus >= 1 and executor.capacity().cpus >= 1
         assert executor.device in ("cpu", "cuda")
@@ -110,6 +121,8 @@ class ExecutorContract:
 
 
 class TestInlineExecutor(ExecutorContract):
+    name = "inline"
+
     @pytest.fixture
     def executor(self):
         return InlineExecutor()
@@ -118,6 +131,13 @@ class TestInlineExecutor(ExecutorContract):
         request = stored_request(store, DataSpec(size=2), {"pool": chats})
         executor.cancel(submit(executor, [request], gpus=1))
         assert executor.finished(0.0) == [] and store.find("data", request.key) is None
+
+    def test_the_type_of_a_gpu_is_recorded_where_a_stage_has_one(self, store, chats):
+        for size, gpus in ((2, 1), (3, 0)):
+            request = stored_request(store, DataSpec(size=size), {"pool": chats}, gpus=gpus)
+            run_batch([request], gpu_type="A100")
+            said = store.open("data", request.key).provenance
+            assert said["gpu_type"] == ("A100" if gpus else None)
 
     def test_closing_forgets_what_waits(self, executor, store, chats):
         submit(executor, [stored_request(store, DataSpec(size=2), {"pool": chats})], gpus=1)
@@ -154,6 +174,8 @@ def curve(store: Store, key: str) -> list[float]:
 
 
 class TestRayExecutor(ExecutorContract):
+    name = "ray"
+
     @pytest.fixture
     def executor(self, ray_cluster):
         return ray_cluster
@@ -162,7 +184,7 @@ class TestRayExecutor(ExecutorContract):
         import ray
 
         from ebbline.cluster.executors.executor import Job
-        from ebbline.cluster.executors.job_processes import Post
+        from ebbline.cluster.executors.job_processes import JobProcesses
 
         @ray.remote(max_retries=0)
         def dies():
@@ -172,7 +194,7 @@ class TestRayExecutor(ExecutorContract):
 
         # Submitted as the executor submits, so that its own bookkeeping is what is tested.
         job = Job("dies", ("k",), 0)
-        executor._jobs[dies.remote()] = (job, Post("dies", ()))
+        executor._jobs[dies.remote()] = (job, JobProcesses("dies", ()))
         (done,) = wait_for(executor, job)
         assert done.job == job and done.reports == () and "WorkerCrashedError" in done.lost.reason
 

@@ -63,13 +63,13 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
     )
     try:
         from ebbline.cluster.executors.gang import run_gang
-        from ebbline.cluster.executors.job_processes import Post
+        from ebbline.cluster.executors.job_processes import JobProcesses
 
         inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 48)}
         store, alone = Store(tmp_path / "store"), Store(tmp_path / "alone")
         request = stored_request(store, TRAIN, inputs, gpus=2)  # a micro-batch of 4, its share
         (report,) = run_gang(
-            [request], Post("alone", (ray.get_runtime_context().get_node_id(),) * 2)
+            [request], JobProcesses("alone", (ray.get_runtime_context().get_node_id(),) * 2)
         )
     finally:
         ray.shutdown()

@@ -161,7 +161,9 @@ def test_members_of_a_lost_pack_are_tried_again_one_by_one(tmp_path, pair, chats
     assert executor.packs[0] == [(True, 0.5)] * 2
     assert {each for batch in executor.packs[1:] for each in batch} == {(False, 1.0)}
     assert all(runner.artifact(stage) is not None for stage in stages)
-    assert sorted(runner._losses.lost(runner.nodes[stage.lineage].key) for stage in stages) == [
+    assert sorted(
+        runner._setup.retry_policy.lost(runner.nodes[stage.lineage].key) for stage in stages
+    ) == [
         0,
         1,
     ]

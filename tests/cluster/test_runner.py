@@ -25,6 +25,7 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.running import runner as runners
 from ebbline.cluster.running import starter as starters
+from ebbline.cluster.running import timing as timings
 from ebbline.cluster.running.nodes import Node
 from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.schedule.costs import GpuTypes, Unmetered
@@ -308,7 +309,7 @@ def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_
     runner.want(stages)
     runner.step(0.0)
     assert len(executor.batches) == 1 and len(executor.batches[0]) == 3
-    assert sorted(runner._losses.lost(key) for key in executor.batches[0]) == [0, 0, 1]
+    assert sorted(runner._setup.retry_policy.lost(key) for key in executor.batches[0]) == [0, 0, 1]
 
 
 class Silent(Counting):
@@ -374,9 +375,9 @@ def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time of the runner and its starter."""
+    """The time of the runner and its parts."""
     clock = Clock()
-    for module in (runners, starters):
+    for module in (runners, starters, timings):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -445,7 +446,7 @@ def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
     node = runner.nodes[stage.lineage]
     assert node.state == "running"
     runner._take_in(Finished(executor.jobs[0], (), Loss("late")))
-    assert node.state == "running" and runner._losses.lost(node.key) == 1
+    assert node.state == "running" and runner._setup.retry_policy.lost(node.key) == 1
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
 from ebbline.cluster.schedule.scheduler import LONGEST_BATCH_S
 from ebbline.cluster.schedule.simulate import (
-    Flights,
     SimulatedExecutor,
     Step,
+    StepGroups,
     Trace,
     bound_s,
     simulate,
@@ -192,7 +192,7 @@ def test_a_job_takes_what_its_start_takes_and_a_kept_process_less():
 
 
 @given(graphs(), st.integers(1, 4), st.booleans())
-def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_window_are_under_way(
+def test_groups_that_are_asked_for_over_time_all_end_and_no_more_than_the_window_are_under_way(
     steps, window, in_turn
 ):
     above = {each.key: set(each.after) for each in steps}
@@ -201,7 +201,7 @@ def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_windo
         return {key}.union(*(whole(other) for other in above[key]))
 
     groups = [tuple(sorted(whole(each.key))) for each in steps]
-    trace = simulate(steps, TWO_HOSTS, flights=Flights(groups, window, in_turn))
+    trace = simulate(steps, TWO_HOSTS, groups=StepGroups(groups, window, in_turn))
     ends, starts = (
         {span.key: span.end_s for span in trace.spans},
         {span.key: span.start_s for span in trace.spans},
@@ -209,14 +209,14 @@ def test_groups_that_are_asked_for_over_time_all_land_and_no_more_than_the_windo
     assert starts.keys() | set(trace.never) == above.keys()
     if trace.never:
         return
-    landed: list[float] = []
+    ended: list[float] = []
     for number, group in enumerate(groups):
         end_s = max(ends[key] for key in group)
-        landed.append(max([end_s, *landed[-1:]]) if in_turn else end_s)
+        ended.append(max([end_s, *ended[-1:]]) if in_turn else end_s)
         own = set(group) - {key for earlier in groups[:number] for key in earlier}
         if own:
-            took_off_s = min(starts[key] for key in own)
-            assert sum(end > took_off_s + 1e-9 for end in landed[:number]) < window
+            started_s = min(starts[key] for key in own)
+            assert sum(end > started_s + 1e-9 for end in ended[:number]) < window
 
 
 def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
@@ -226,7 +226,7 @@ def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
     ]
     groups = [("slow",), *((f"k{number}",) for number in range(1, 8))]
     held, free = (
-        simulate(steps, Capacity.one_host(2, 1), flights=Flights(groups, 2, in_turn))
+        simulate(steps, Capacity.one_host(2, 1), groups=StepGroups(groups, 2, in_turn))
         for in_turn in (True, False)
     )
     assert free.makespan_s == 100.0 and held.makespan_s > 120.0
@@ -235,7 +235,7 @@ def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
 def test_no_more_is_asked_for_while_enough_gpus_are_wanted():
     steps = [step(f"k{number}", 10.0, resident=f"r{number}") for number in range(40)]
     trace = simulate(
-        steps, TWO_HOSTS, flights=Flights([(each.key,) for each in steps], 100, most_gpus=12)
+        steps, TWO_HOSTS, groups=StepGroups([(each.key,) for each in steps], 100, most_gpus=12)
     )
     assert trace.makespan_s == 50.0 and trace.utilisation == pytest.approx(1.0)
     assert max(decision.ready for decision in trace.decisions) == 12

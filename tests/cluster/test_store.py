@@ -205,7 +205,7 @@ class StoreContract:
 
     def test_what_is_set_aside_can_be_made_again(self, store):
         made = commit(store)
-        to = store.set_aside("data", KEY)
+        to = store.quarantine("data", KEY)
         assert store.find("data", KEY) is None
         assert store.place.read(f"{to}/{RECORD}") is not None
         assert commit(store, "anew").content != made.content

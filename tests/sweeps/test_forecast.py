@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, executor_kind
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host
-from ebbline.cluster.executors.starts import GUESS_CLUSTER_S
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast import forecast as forecasts
@@ -41,7 +41,9 @@ def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tm
     assert (
         3600 * found.cost.gpu_hours == pytest.approx(gpu_s) and found.starts.gpu_hours > 0
     )  # a bar begins with its job
-    assert found.wall_s == pytest.approx(found.trace.makespan_s + GUESS_CLUSTER_S)
+    assert found.wall_s == pytest.approx(
+        found.trace.makespan_s + DEFAULT_EXECUTOR.start_costs.cluster_s
+    )
     assert found.wall_s >= gpu_s and found.written > 0 and found.free_bytes > 0
     assert "go by counted work alone" in " ".join(found.assumed)
     long = study(tmp_path, {"train": {"steps": 20_000}})  # long enough to be worth another process
@@ -60,7 +62,7 @@ def test_a_study_that_is_there_is_expected_to_take_nothing(tmp_path, home):
 
 
 def test_in_one_process_one_stage_runs_after_another_and_nothing_starts(tmp_path, home):
-    found = forecast(StudyView(study(tmp_path), home), FOUR, serial=True)
+    found = forecast(StudyView(study(tmp_path), home), FOUR, kind=executor_kind("inline"))
     assert found.wall_s == pytest.approx(sum(share.seconds for share in found.kinds.values()))
     assert found.starts.gpu_hours == 0.0
 

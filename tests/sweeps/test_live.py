@@ -247,7 +247,7 @@ def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(
     tmp_path, home, monkeypatch
 ):
     class Elsewhere(Pretended):
-        processes = True
+        own_processes = True
 
     clock, write, moments = Clock(), snapshot.Writer._write, []
     monkeypatch.setattr(snapshot, "time", clock)

@@ -71,13 +71,13 @@ def test_as_much_is_asked_for_as_the_cluster_is_wide(tmp_path, window, least, mo
         study(tmp_path, changes(tmp_path, search=search, axes=axes)),
         Home(tmp_path / "home"),
     )
-    flights = []
+    in_flight = []
     drive(
         StudyView(found, home),
         lambda: Pretended(home.store, gpus=4),
-        lambda p: flights.append(len(p.in_flight)),
+        lambda p: in_flight.append(len(p.in_flight)),
     )
-    assert least <= max(flights) <= most
+    assert least <= max(in_flight) <= most
 
 
 DRIVER = """

@@ -78,19 +78,19 @@ def follow(study, url):
     asking.
     """
     searcher = OptunaSearcher(study, url)
-    flights = list(searcher.in_flight())
+    in_flight = list(searcher.in_flight())
     exhausted = False
     while True:
-        while not exhausted and len(flights) < WINDOW:
+        while not exhausted and len(in_flight) < WINDOW:
             found = searcher.ask(KNOWN)
             exhausted = found is None
             if found is WAIT:
                 break
             if found is not None:
-                flights.append(found)
-        if not flights:
+                in_flight.append(found)
+        if not in_flight:
             break
-        number, point = flights.pop(0)
+        number, point = in_flight.pop(0)
         searcher.tell(number, outcome(number, point))
     return [point for _, point, _, _ in asked(study, url)]
 
@@ -128,15 +128,15 @@ def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(
     undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
     for stop in (1, 5, 8, 13):
         url = fresh_url(tmp_path / f"{stop}.db", empty_storage)
-        searcher, flights = OptunaSearcher(found, url), []
+        searcher, in_flight = OptunaSearcher(found, url), []
         for asks in itertools.islice(steps(8), stop):
             if asks:
-                flights.append(searcher.ask(KNOWN))
+                in_flight.append(searcher.ask(KNOWN))
             else:
-                number, point = flights.pop(0)
+                number, point = in_flight.pop(0)
                 searcher.tell(number, outcome(number, point))
         del searcher
-        assert OptunaSearcher(found, url).in_flight() == flights
+        assert OptunaSearcher(found, url).in_flight() == in_flight
         assert follow(found, url) == undisturbed, stop
 
 
@@ -473,8 +473,8 @@ def test_readers_see_points_and_states_and_nothing_before_the_first_driver(tmp_p
     found = searched(tmp_path)
     assert asked(found, url) == []
     searcher = OptunaSearcher(found, url)
-    flights = [searcher.ask(KNOWN) for _ in range(2)]
-    searcher.tell(0, outcome(0, flights[0][1]))
+    in_flight = [searcher.ask(KNOWN) for _ in range(2)]
+    searcher.tell(0, outcome(0, in_flight[0][1]))
     states = [(number, point, state) for number, point, state, _ in asked(found, url)]
-    assert states[1] == (1, flights[1][1], "running") and states[0][2] in ("done", "failed")
+    assert states[1] == (1, in_flight[1][1], "running") and states[0][2] in ("done", "failed")
     assert len(points_of(found, url).drawn) == 10

@@ -73,16 +73,16 @@ def driven(searcher, known, result, window=WINDOW, told_at_most=None):
     """All points in order of asking, until the search has none left; None when it is cut off after
     so many were told.
     """
-    flights, points, told = list(searcher.in_flight()), [], 0
+    in_flight, points, told = list(searcher.in_flight()), [], 0
     while True:
-        asked = searcher.ask(known) if len(flights) < window else WAIT
+        asked = searcher.ask(known) if len(in_flight) < window else WAIT
         if asked is not None and asked is not WAIT:
-            flights.append(asked)
+            in_flight.append(asked)
             points.append(asked[1])
-        elif flights:
+        elif in_flight:
             if told == told_at_most:
                 return None
-            number, point = flights.pop(0)
+            number, point = in_flight.pop(0)
             searcher.tell(number, result(number, point))
             told += 1
         else:
@@ -112,17 +112,17 @@ def test_while_cosines_are_unknown_one_threshold_is_in_flight_and_null(tmp_path,
         empty_storage,
         axes={"train.rank": [2, 4], "apply.threshold": [None, 0.2, 0.5, 0.8]},
     )
-    flights = []
+    in_flight = []
     while (asked := searcher.ask(known)) is not WAIT:
-        flights.append(asked[1])
+        in_flight.append(asked[1])
     thresholds = [
         (dict(point.values)["train.rank"], dict(point.values)["apply.threshold"] is None)
-        for point in flights
+        for point in in_flight
     ]
     assert sorted(thresholds) == [(2, False), (2, True), (4, False), (4, True)]
-    searcher.tell(0, smooth(known)(0, flights[0]))
+    searcher.tell(0, smooth(known)(0, in_flight[0]))
     _, after = searcher.ask(known)
-    assert adapter_of(after) == adapter_of(flights[0])
+    assert adapter_of(after) == adapter_of(in_flight[0])
 
 
 def test_cosines_count_as_soon_as_they_are_there_only_when_not_in_turn(tmp_path, empty_storage):  # noqa: F811

@@ -173,7 +173,7 @@ def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, h
     graph = StageGraph(study(tmp_path), home)
     points = list(space(graph.study))
     found = todo(graph, points)
-    assert len(found.flights) == 9 and not found.there
+    assert len(found.by_point) == 9 and not found.there
     assert found.new == {
         "language": 1,
         "organism": 1,
@@ -187,7 +187,7 @@ def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, h
     assert len(found.missing) == sum(found.new.values()) == len(explained(found, home.store, 1000))
     fill(home.store, graph, points)
     again = todo(graph, points)
-    assert not again.missing and again.there == found.new and again.flights == [()] * 9
+    assert not again.missing and again.there == found.new and again.by_point == [()] * 9
 
 
 def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_that_needs_it(
@@ -195,7 +195,7 @@ def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_th
 ):
     graph = StageGraph(study(tmp_path), home)
     found = todo(graph, list(space(graph.study)))
-    for ids in found.flights:
+    for ids in found.by_point:
         assert len(set(ids)) == len(ids)
         for place, own in enumerate(ids):
             assert set(found.missing[own].above) <= set(ids[:place])

@@ -52,12 +52,15 @@ def follow(found, storage: Storage, restart_every: int = 1000):
     """
     while True:
         searcher = OptunaSearcher(found, storage)
-        flights = list(searcher.in_flight())
+        in_flight = list(searcher.in_flight())
         for _ in range(restart_every):
-            if len(flights) < found.search.window and (new := searcher.ask(Imagined())) is not None:
-                flights.append(new)
-            elif flights:
-                number, point = flights.pop(0)
+            if (
+                len(in_flight) < found.search.window
+                and (new := searcher.ask(Imagined())) is not None
+            ):
+                in_flight.append(new)
+            elif in_flight:
+                number, point = in_flight.pop(0)
                 searcher.tell(number, outcome(number, point))
             else:
                 return asked(found, storage)
