@@ -87,7 +87,7 @@ def sync(
     """Bring the W&B mirror up to date, and push the runs that were kept offline. Cut off, it goes
     on where it was.
     """
-    from ebbline.commands.sync import sync_study
+    from ebbline.commands.wandb import sync_study
     from ebbline.sweeps.study.view import StudyView
 
     raise typer.Exit(sync_study(StudyView.open(home, study), at_once, as_json))
@@ -109,7 +109,7 @@ def wandb_workspace(
     """Make the study's workspace and report on W&B, or bring them up to date: frontier,
     hypervolume, parallel coordinates, importance.
     """
-    from ebbline.commands.workspace import make_workspace
+    from ebbline.commands.wandb import make_workspace
     from ebbline.sweeps.study.view import StudyView
 
     make_workspace(StudyView.open(home, study), entity, as_json)

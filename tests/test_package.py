@@ -60,3 +60,21 @@ def test_an_installed_wheel_lists_its_studies_from_a_folder_of_its_own(
         text=True,
     )
     assert done.returncode == 0 and "quickstart" in done.stdout, done.stderr
+
+
+LINKS = ("tasks", "cluster", "sweeps", "analysis")
+
+
+def test_a_folder_holds_at_most_15_files_and_says_what_lives_there() -> None:
+    """What it may import is held by import-linter."""
+    folders = {
+        path.parent
+        for top in ("ebbline", *LINKS)
+        for path in (ROOT / top).rglob("*.py")
+        if path.parent.name not in LINKS or path.parent.parent == ROOT
+    }
+    assert len(folders) > 20
+    for folder in sorted(folders):
+        files = list(folder.glob("*.py"))
+        about = (folder / "__init__.py").read_text("utf-8")
+        assert len(files) <= 15 and about.startswith('"""'), folder

@@ -1,10 +1,14 @@
-"""`ebbline sync`: bring a study's W&B mirror up to date, then push what was kept offline to the
-server that the user is logged in to.
+"""`ebbline sync` and `ebbline wandb-workspace`: a study on W&B.
+
+`sync` brings the mirror up to date and pushes the offline runs to the server that the user is
+logged in to. `wandb-workspace` makes the workspace and the report once, and remembers where they
+are.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +18,10 @@ from ebbline.analysis.wandb import mirror
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.push import Pushed, push
 from ebbline.analysis.wandb.runs import chosen_mode
+from ebbline.analysis.wandb.workspace import Made, make
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.errors import StudyError
+from ebbline.tasks.files import write_whole
 
 MIRROR_WAIT_S = 3600.0
 
@@ -90,6 +97,32 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
         )
         return _tell(said, as_json, text, 1)
     return _tell(said, as_json, f"{everything}: {pushed.pushed} runs pushed", 0)
+
+
+def make_workspace(view: StudyView, entity: str | None, as_json: bool) -> None:
+    """Raises StudyError when nobody is logged in, or W&B refuses."""
+    study, home = view.study, view.home
+    if chosen_mode() != "online":
+        raise StudyError(
+            f"a workspace of {study.study!r} is made on W&B's server, and WANDB_MODE says "
+            "otherwise or nobody is logged in;"
+            f" `wandb login` (or WANDB_API_KEY), then `ebbline sync {study.study}` and this command"
+        )
+    path = view.folder / "wandb" / "workspace.json"
+    before = Made(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        made = make(study, home.profile, entity, before)
+    except StudyError as error:
+        raise StudyError(
+            f"{error}. If those made before were deleted on W&B, delete {path}"
+            if before
+            else str(error)
+        ) from error
+    write_whole(path, lambda fresh: fresh.write_text(json.dumps(asdict(made), indent=1)))
+    if as_json:
+        print(json.dumps(asdict(made), indent=1))
+        return
+    print(f"workspace  {made.workspace}\nreport     {made.report}")
 
 
 def _push(folder: Path, runs: Sequence[Path], at_once: int) -> Pushed:
