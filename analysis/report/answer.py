@@ -23,8 +23,8 @@ from ebbline.analysis.results.compare import (
     is_projected,
     measurement,
     operating_point,
+    partners,
     refusal_metric,
-    training_of,
     unprojected,
     usefulness_metric,
 )
@@ -39,7 +39,7 @@ from ebbline.analysis.results.wording import (
     settings_label,
     status_label,
 )
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, without_defence
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -102,11 +102,11 @@ def answer(
 
 def _against_twins(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
     """Every projected result against the unprojected one of its training."""
-    twins = unprojected(own)
+    twins = partners(own)
     pairs = [
-        (twins[training_of(result)], result)
+        (twins[without_defence(result.point)], result)
         for result in own
-        if is_projected(result) and training_of(result) in twins
+        if is_projected(result) and without_defence(result.point) in twins
     ]
     return compared(
         [

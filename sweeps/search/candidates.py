@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ebbline.sweeps.search.knowledge import Cosines, Knowledge, adapter_of, training_of
+from ebbline.sweeps.search.knowledge import Cosines, Knowledge
 from ebbline.sweeps.search.masks import Mask, distinct_masks, mask_of, share, unmeasured
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.axes import AxisValue, Range, count_of, values_of
-from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.points import Point, Value, adapter_of, training_of
 from ebbline.sweeps.study.space import drawn
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.identity import digest

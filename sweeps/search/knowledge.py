@@ -16,14 +16,14 @@ from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import Known
-from ebbline.sweeps.study.points import Point, StageName
+from ebbline.sweeps.study.points import OF_TRAINING, Point, StageName, adapter_of
 from ebbline.sweeps.study.stages import Planner
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.specs import ProjectSpec
 from ebbline.tasks.stage import Stage
 
 Cosines = tuple[NDArray[np.float64], ...]  # of each seed's adapter, ascending
-PER_ADAPTER, PER_TRAINING = ("project",), ("data", "train")
+PER_ADAPTER = ("project",)
 REMEMBERED = 4096  # adapters whose work is kept at hand
 CPU_SHARE = 0.05  # of a GPU, for the work that needs none
 
@@ -44,24 +44,6 @@ class Work:
 
 
 REFUSED = Work(1.0, 1.0, 1.0)  # of a point whose settings cannot be: it is asked for, and says why
-
-
-def adapter_of(point: Point) -> Point:
-    """The point without its `apply.*` values."""
-    return Point(
-        point.model,
-        tuple((axis, value) for axis, value in point.values if not axis.startswith("apply.")),
-    )
-
-
-def training_of(point: Point) -> Point:
-    """The point with what its training depends on alone: without `apply.*` and `project.*`."""
-    return Point(
-        point.model,
-        tuple(
-            (axis, value) for axis, value in point.values if axis.startswith(("data.", "train."))
-        ),
-    )
 
 
 class Knowledge:
@@ -104,7 +86,7 @@ class Knowledge:
             for name, stage in stages.items():
                 group = (
                     "train"
-                    if name.part in PER_TRAINING
+                    if name.part in OF_TRAINING
                     else "project"
                     if name.part in PER_ADAPTER
                     else "measure"

@@ -30,11 +30,11 @@ from ebbline.sweeps.search.gain import (
     spread,
     undominated,
 )
-from ebbline.sweeps.search.knowledge import Knowledge, adapter_of
+from ebbline.sweeps.search.knowledge import Knowledge
 from ebbline.sweeps.search.samplers import chosen
 from ebbline.sweeps.search.surrogate import FITTED_ON, KNOWS, Belief, believed, fit_at, fitted
 from ebbline.sweeps.state.trials import REFUSAL_FLOOR, Entry
-from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.points import Point, adapter_of
 from ebbline.sweeps.study.space import drawn, space
 from ebbline.sweeps.study.study import Study
 

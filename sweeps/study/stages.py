@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Point, StageName, Value
+from ebbline.sweeps.study.points import Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
 from ebbline.sweeps.study.suites import blocks_of, stages_of
@@ -140,7 +140,7 @@ class Planner:
         """What all thresholds of a point share, up to the projection; remembered, as they come one
         after another.
         """
-        values = {axis: value for axis, value in point.values if not axis.startswith("apply.")}
+        values = dict(adapter_of(point).values)
         asked = point.model, tuple(values.items()), seed
         if asked not in self._adapters:
             model = self.study.models[point.model]

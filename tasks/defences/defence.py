@@ -49,24 +49,22 @@ class Words:
 
 
 class Defence(ABC):
-    """See the module. `main_knob` is the axis that results are drawn along."""
+    """See the module. `kinds` are those of all its stages, `main_knob` is the axis that results are
+    drawn along.
+    """
 
     measures: type[Spec]
     makes: type[Spec]
+    kinds: tuple[str, ...]
     main_knob: str
     words: Words
-
-    @property
-    def stages(self) -> tuple[str, str]:
-        """The kinds of its two stages."""
-        return self.measures.KIND, self.makes.KIND
 
     def is_knob(self, axis: str) -> bool:
         return axis.partition(".")[0] == self.makes.KIND
 
     def owns(self, axis: str) -> bool:
         """Whether an axis is a knob or another setting of this defence."""
-        return axis.partition(".")[0] in self.stages
+        return axis.partition(".")[0] in (self.measures.KIND, self.makes.KIND)
 
     def knobs(self, fixed: Spec, values: Mapping[str, Setting]) -> dict[str, Setting]:
         """Axis -> value of every knob: those of a point, else what the study has fixed."""
@@ -108,4 +106,6 @@ class Defence(ABC):
 
     @abstractmethod
     def changed(self, measured: File, made: File) -> tuple[int, int]:
-        """How many modules of an adapter changed and how many it has, from what its stages wrote."""
+        """How many modules of an adapter changed, and how many it has: from what both stages
+        wrote.
+        """

@@ -98,6 +98,7 @@ class SafeLora(Defence):
 
     measures = ProjectSpec
     makes = ApplySpec
+    kinds = (SubspaceSpec.KIND, ProjectSpec.KIND, ApplySpec.KIND)
     main_knob = "apply.threshold"
     words = Words(
         name="Safe LoRA",

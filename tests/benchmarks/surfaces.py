@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 
 from ebbline.cluster.store.artifacts import Store
-from ebbline.sweeps.search.knowledge import CPU_SHARE, Cosines, Knowledge, Work, adapter_of
+from ebbline.sweeps.search.knowledge import CPU_SHARE, Cosines, Knowledge, Work
 from ebbline.sweeps.search.masks import mask_of, share
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Point, StageName, Value
+from ebbline.sweeps.study.points import Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.space import space
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.gate import read_rows
