@@ -19,6 +19,7 @@ from ebbline.cluster.schedule.costs import named_type
 from ebbline.cluster.schedule.counted_work import Load, load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.specs import KINDS
 from ebbline.tasks.stage import Stage
 
@@ -89,7 +90,7 @@ class Estimates:
                 said.get("gpu_type"),
             )
             self.took[artifact.key] = seconds
-            if artifact.kind == "apply":
+            if artifact.kind == DEFENCE.makes.KIND:
                 self._adapters.append(artifact.content)
             sorts = _sorts(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
             if "load" not in said:
@@ -105,8 +106,8 @@ class Estimates:
 
     @property
     def distinct_adapters(self) -> float:
-        """The share of applied adapters that equal no earlier one: what a threshold gives anew. 1
-        where there are too few to tell.
+        """The share of defended adapters that equal no earlier one: what a setting of the knobs
+        gives anew. 1 where there are too few to tell.
         """
         return (
             len(set(self._adapters)) / len(self._adapters) if len(self._adapters) >= ENOUGH else 1.0

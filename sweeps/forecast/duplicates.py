@@ -1,7 +1,7 @@
-"""Adapters that will come out the same: two thresholds with the same modules below them give one
+"""Adapters that will come out the same: two settings of a defence's knobs with one outcome give one
 adapter, which is measured once.
 
-Where an adapter's cosines are known, so are its twins. Elsewhere the store's applied adapters say
+Where an adapter is measured, so are its twins known. Elsewhere the store's defended adapters say
 how many are to be expected.
 """
 
@@ -10,9 +10,8 @@ import math
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.todo import Todo
-from ebbline.tasks.defences.gate import chosen, read_rows
-from ebbline.tasks.errors import ProjectionError
-from ebbline.tasks.specs import ApplySpec, ProjectSpec
+from ebbline.tasks.defences.defence import Outcome
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.stage import stage_of
 
 
@@ -20,15 +19,15 @@ def twins(found: Todo, store: Store, distinct: float) -> frozenset[str]:
     """The ids of stages that read from an adapter that is expected to equal an earlier one, and so
     are expected not to run.
 
-    `distinct` is the share of applied adapters that equal no earlier one, for those whose cosines
-    are not known.
+    `distinct` is the share of defended adapters that equal no earlier one, for those that are not
+    measured.
     """
     resolver = Resolver(store)
-    masks: set[tuple[str, frozenset[str]]] = set()
+    masks: set[tuple[str, Outcome]] = set()
     unknown, same, behind = 0, set[str](), set[str]()
     for missing in found.missing.values():
         spec = missing.stage.spec
-        if not isinstance(spec, ApplySpec):
+        if spec.KIND != DEFENCE.makes.KIND:
             if any(above in same or above in behind for above in missing.above):
                 behind.add(missing.id)
             continue
@@ -38,11 +37,10 @@ def twins(found: Todo, store: Store, distinct: float) -> frozenset[str]:
             unknown += 1
             twin = math.floor(unknown * (1 - distinct)) > math.floor((unknown - 1) * (1 - distinct))
         else:
-            try:
-                rows = read_rows(artifact.file(ProjectSpec.COSINES))
-                mask = artifact.key, chosen(rows, spec.threshold, spec.modules)
-            except ProjectionError:  # more modules than it has: this stage will fail and say so
+            outcome = DEFENCE.outcome(DEFENCE.knobs(spec, {}), [DEFENCE.measured(artifact.file)])
+            if outcome is None:  # more modules than it has: this stage will fail and say so
                 continue
+            mask = artifact.key, outcome
             twin = mask in masks
             masks.add(mask)
         if twin:

@@ -43,7 +43,7 @@ OF_A_POINT = (
     JudgeSpec,
     ScoreSpec,
     EvaluateSpec,
-)  # what a threshold has of its own; the rest is its adapter's
+)  # what a setting of the knobs has of its own; the rest is its adapter's
 
 
 @dataclass(frozen=True)

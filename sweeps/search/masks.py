@@ -1,9 +1,8 @@
-"""Masks: which modules of an adapter take their projection. Many thresholds give the same one, and
-then the same results.
+"""Masks: what a defence's knobs come to for the adapters of a point, one for each seed. Many
+settings give the same one, and then the same results.
 
-Both rules of `apply` take the lowest cosines first, so of one adapter a mask is known by how many
-modules it takes: a *mask* here is that number for each seed's adapter (see
-ebbline.tasks.defences.gate.chosen).
+Which settings do is the defence's to say (see ebbline.tasks.defences.defence.Defence.outcome); for
+Safe LoRA a mask is how many modules of each adapter take their projection.
 """
 
 import itertools
@@ -11,96 +10,91 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ebbline.sweeps.search.knowledge import Cosines
+from ebbline.sweeps.search.knowledge import Measurements
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.points import Value
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.defence import Outcome as Mask
+from ebbline.tasks.defences.in_use import DEFENCE
 
-Mask = tuple[int, ...]
-THRESHOLD, MODULES = "apply.threshold", "apply.modules"
-
-
-def mask_of(study: Study, values: Mapping[str, Value], cosines: Cosines) -> Mask | None:
-    """The mask that a point's `apply.*` values choose; None when they ask for what cannot be."""
-    threshold = values.get(THRESHOLD, study.apply.threshold)
-    modules = values.get(MODULES, study.apply.modules)
-    if threshold is not None and modules is not None:
-        return None
-    if threshold is not None:
-        return tuple(int(np.searchsorted(each, float(threshold), side="right")) for each in cosines)
-    if modules is not None:
-        return (
-            None
-            if any(int(modules) > len(each) for each in cosines)
-            else tuple(int(modules) for _ in cosines)
-        )
-    return tuple(0 for _ in cosines)
+__all__ = ["Mask", "distinct_masks", "is_off", "mask_of", "share", "unmeasured"]
 
 
-def share(mask: Mask, cosines: Cosines) -> float:
+def mask_of(study: Study, values: Mapping[str, Value], adapters: Measurements) -> Mask | None:
+    """The mask that a point's knobs choose; None when they ask for what cannot be."""
+    return DEFENCE.outcome(_knobs(study, values), adapters)
+
+
+def is_off(study: Study, values: Mapping[str, Value]) -> bool:
+    """Whether a point's knobs leave every adapter as it was trained."""
+    return DEFENCE.is_off(_knobs(study, values))
+
+
+def share(mask: Mask, adapters: Measurements) -> float:
     """The share of modules that a mask takes, over all seeds."""
-    return sum(mask) / max(1, sum(len(each) for each in cosines))
+    return DEFENCE.share(mask, adapters)
 
 
-def distinct_masks(study: Study, model: str, cosines: Cosines) -> dict[Mask, dict[str, Value]]:
-    """Every mask that a size's axes allow for an adapter, with `apply.*` values that choose it: the
-    first in the file's order.
+def distinct_masks(
+    study: Study, model: str, adapters: Measurements
+) -> dict[Mask, dict[str, Value]]:
+    """Every mask that a size's axes allow for its adapters, with knobs that choose it: the first in
+    the file's order.
 
-    A range has one representative between each two neighbouring cosines, with as few decimals as
+    A range has one representative between each two neighbouring edges, with as few decimals as
     that takes.
     """
-    axes = {
-        axis: values for axis, values in study.axes_of(model).items() if axis.startswith("apply.")
-    }
     found: dict[Mask, dict[str, Value]] = {}
     listed = [
-        [(axis, value) for value in _representatives(axis, values, cosines)]
-        for axis, values in axes.items()
+        [(axis, value) for value in _representatives(axis, values, adapters)]
+        for axis, values in _axes(study, model).items()
     ]
     for combination in itertools.product(*listed):
         values = dict(combination)
-        mask = mask_of(study, values, cosines)
+        mask = mask_of(study, values, adapters)
         if mask is not None:
             found.setdefault(mask, values)
     return found
 
 
 def unmeasured(study: Study, model: str, count: int) -> list[dict[str, Value]]:
-    """`apply.*` values for an adapter whose cosines are unknown: all of a list, `count` evenly
-    spaced ones of a range.
+    """Knobs for an adapter that is not measured: all values of a list, `count` evenly spaced ones
+    of a range.
     """
-    axes = {
-        axis: values for axis, values in study.axes_of(model).items() if axis.startswith("apply.")
-    }
     listed = [
         [
             (axis, value)
             for value in (_spaced(values, count) if isinstance(values, Range) else values)
         ]
-        for axis, values in axes.items()
+        for axis, values in _axes(study, model).items()
     ]
-    either = {THRESHOLD: study.apply.threshold, MODULES: study.apply.modules}
-    return [
-        values
-        for each in itertools.product(*listed)
-        if None in {**either, **(values := dict(each))}.values()
-    ]
+    every = (dict(each) for each in itertools.product(*listed))
+    return [values for values in every if DEFENCE.is_possible(_knobs(study, values))]
+
+
+def _knobs(study: Study, values: Mapping[str, Value]) -> dict[str, Value]:
+    return DEFENCE.knobs(study.settings[DEFENCE.makes.KIND], values)
+
+
+def _axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | Range]:
+    return {axis: v for axis, v in study.axes_of(model).items() if DEFENCE.is_knob(axis)}
 
 
 def _representatives(
-    axis: str, values: tuple[AxisValue, ...] | Range, cosines: Cosines
+    axis: str, values: tuple[AxisValue, ...] | Range, adapters: Measurements
 ) -> Iterator[Value]:
     if not isinstance(values, Range):
         yield from values
-    elif axis == THRESHOLD:
-        edges = np.unique(np.concatenate(cosines)) if cosines else np.array([])
-        inside = [float(edge) for edge in edges if values.low < edge <= values.high]
-        for low, high in itertools.pairwise([values.low, *inside, np.nextafter(values.high, 2.0)]):
-            found = _between(float(low), float(high), values)
-            if found is not None:
-                yield found
-    else:
+        return
+    edges = DEFENCE.edges(axis, adapters)
+    if edges is None:
         yield from range(int(values.low), int(values.high) + 1, int(values.step or 1))
+        return
+    inside = [edge for edge in edges if values.low < edge <= values.high]
+    for low, high in itertools.pairwise([values.low, *inside, np.nextafter(values.high, 2.0)]):
+        found = _between(float(low), float(high), values)
+        if found is not None:
+            yield found
 
 
 def _between(low: float, high: float, axis: Range) -> float | None:

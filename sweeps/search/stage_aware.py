@@ -7,8 +7,7 @@ the work that it adds. An adapter that exists costs a measurement; a new one cos
 and is worth what several of its thresholds promise together, for the cost of training once and
 measuring each.
 
-`gp` is the same without the stages: every point costs the same, a threshold is a number like any
-other.
+`gp` is the same without the stages: every point costs the same, a knob is a number like any other.
 """
 
 from collections.abc import Mapping, Sequence

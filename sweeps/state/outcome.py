@@ -2,7 +2,6 @@
 has none.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -15,10 +14,9 @@ from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import REFUSED, Point, Result, StageName, ended
 from ebbline.sweeps.study.stages import Planner
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
-from ebbline.tasks.specs import ApplySpec, ProjectSpec
 from ebbline.tasks.stage import Stage, closure
 
 
@@ -200,13 +198,14 @@ def costs_of(stages: Iterable[Stage], known: Known) -> dict[str, Cost]:
 
 
 def projected_share(artifacts: Mapping[str, Artifact]) -> float:
-    """The share of modules that took C.B, over all replicates among a point's artifacts by stage
-    (`apply[seed=0]`).
+    """The share of modules that the defence changed, over all replicates among a point's artifacts
+    by stage.
     """
-    taken = total = 0
+    changed = total = 0
     named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}
     for name, artifact in named.items():
-        if name.part == "apply":
-            taken += len(json.loads(artifact.file(ApplySpec.CHOSEN).read_text()))
-            total += len(read_rows(named[replace(name, part="project")].file(ProjectSpec.COSINES)))
-    return taken / total
+        if name.part == DEFENCE.makes.KIND:
+            measured = named[replace(name, part=DEFENCE.measures.KIND)]
+            some, every = DEFENCE.changed(measured.file, artifact.file)
+            changed, total = changed + some, total + every
+    return changed / total

@@ -28,7 +28,7 @@ def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_planner(tm
         == Knowledge(planner, Resolver(home.store)).work(small)
     )
     assert planner.labels == labels
-    assert knowledge.cosines(small) is None
+    assert knowledge.measured(small) is None
 
 
 def test_an_adapter_is_a_point_without_its_threshold_and_a_training_without_its_projection():
@@ -54,9 +54,9 @@ def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(
     monkeypatch.setattr(planner, "stages_for", lambda point: planned.append(point) or real(point))
     for threshold in (None, 0.3, 0.3, 0.5):
         assert (
-            knowledge.cosines(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))
+            knowledge.measured(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))
             is None
         )
     assert len(planned) == 1
-    assert knowledge.cosines(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
+    assert knowledge.measured(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
     assert len(planned) == 2

@@ -46,7 +46,9 @@ def smooth(known):
 
 def mask_of_point(known, point):
     return mask_of(
-        known.study, {k: v for k, v in point.values if k.startswith("apply.")}, known.cosines(point)
+        known.study,
+        {k: v for k, v in point.values if k.startswith("apply.")},
+        known.measured(point),
     )
 
 
