@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
+from ebbline.sweeps.dominance import distinct_front
 from ebbline.sweeps.search.candidates import Adapters, Candidate
 from ebbline.sweeps.search.features import Features
 from ebbline.sweeps.search.gain import (
     Array,
     expected_gain,
     expected_joint_gains,
-    frontier,
     gains_of,
     spread,
     undominated,
@@ -301,7 +301,7 @@ class StageAware:
 
     def _undominated(self, entries: Sequence[Entry]) -> list[Entry]:
         gains_NM = gains_of(self.study, [entry.values for entry in entries])
-        front = {tuple(row) for row in frontier(gains_NM)}
+        front = {tuple(row) for row in distinct_front(gains_NM)}
         return [
             entry for entry, gains in zip(entries, gains_NM, strict=True) if tuple(gains) in front
         ]
@@ -370,7 +370,7 @@ class StageAware:
         return self._kernels[key]
 
     def _front(self, model: str) -> Array:
-        return frontier(gains_of(self.study, [entry.values for entry in self._held[model]]))
+        return distinct_front(gains_of(self.study, [entry.values for entry in self._held[model]]))
 
 
 def _groups(candidates: Sequence[Candidate]) -> Mapping[Point, list[int]]:
