@@ -46,6 +46,7 @@ from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import STATUSES, Result, StageName, adapter_of
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import KINDS, TrainSpec
@@ -165,7 +166,7 @@ class LivePage:
         return {
             **self._row(result),
             "reason": result.reason,
-            "projected_share": result.projected_share,
+            DEFENCE.words.share: result.changed_share,
             "all_metrics": {
                 metric_label(name): _metric(metric)
                 for name, metric in sorted(result.metrics.items())

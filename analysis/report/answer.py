@@ -273,7 +273,7 @@ def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> st
 
 
 def _named(result: Result) -> str:
-    share = f"{result.projected_share or 0.0:.0%} of modules projected"
+    share = f"{result.changed_share or 0.0:.0%} of modules projected"
     return f"point {result.number} ({settings_label(result.point)}; {share})"
 
 

@@ -197,10 +197,10 @@ def apart(before: Metric, after: Metric) -> tuple[float, float]:
 
 
 def is_projected(result: Result) -> bool:
-    """Whether any module took its projection: a threshold below every cosine leaves the adapter as
-    it was trained.
+    """Whether the defence changed any module: a setting of its knobs may leave all as they were
+    trained.
     """
-    return bool(result.projected_share)
+    return bool(result.changed_share)
 
 
 def unprojected(done: Sequence[Result]) -> dict[Point, Result]:

@@ -64,14 +64,7 @@ class Features:
 
     def _setting(self, model: str, axis: str) -> Value:
         """What a size that lacks an axis has in its place."""
-        prefix, _, field = axis.partition(".")
-        study = self._study
-        spec = (
-            study.models[model].train_settings(study.train)
-            if prefix == "train"
-            else study.settings[prefix]
-        )
-        found: Value = getattr(spec, field)
+        found: Value = self._study.fixed(model, axis)
         return found
 
 

@@ -176,7 +176,7 @@ def result_of(
     stands = standing(study, stages, known, (rivals or Rivals(study)).before(number, point))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
-    share = projected_share(artifacts)
+    share = changed_share(artifacts)
     return Result(
         number,
         point,
@@ -184,7 +184,7 @@ def result_of(
         stands.metrics,
         keys=keys,
         seconds=seconds,
-        projected_share=share,
+        changed_share=share,
         costs=costs,
     )
 
@@ -197,7 +197,7 @@ def costs_of(stages: Iterable[Stage], known: Known) -> dict[str, Cost]:
     }
 
 
-def projected_share(artifacts: Mapping[str, Artifact]) -> float:
+def changed_share(artifacts: Mapping[str, Artifact]) -> float:
     """The share of modules that the defence changed, over all replicates among a point's artifacts
     by stage.
     """

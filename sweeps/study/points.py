@@ -131,6 +131,8 @@ class Result:
     measured by the same stages. A point that is `out_of_budget` was asked for, and goes on when the
     budget is raised.
 
+    `changed_share` is the share of modules that the defence changed.
+
     `keys` maps a stage's name (`train[seed=0]`) to its key in the store; `seconds` is what its
     stages took when they ran, whether for this point or for an earlier one that it shares them
     with. `costs` maps the key of each of its stages, and of what these are made from, to its cost.
@@ -143,7 +145,7 @@ class Result:
     reason: str = ""
     keys: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    projected_share: float | None = None
+    changed_share: float | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     same_as: int | None = None
 
@@ -156,4 +158,4 @@ def is_as_trained(result: Result) -> bool:
     known = {*OF_TRAINING, *DEFENCE.kinds, *suites}
     parts = {StageName.parse(name).part for name in result.keys}
     # `generate:refusal` serves a suite; a stage that changes adapters is called by its kind alone.
-    return not result.projected_share and all(part in known or ":" in part for part in parts)
+    return not result.changed_share and all(part in known or ":" in part for part in parts)

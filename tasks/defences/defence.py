@@ -35,17 +35,17 @@ File = Callable[[str], Path]
 class Words:
     """How a defence is called in figures and tables.
 
-    `share` is the column that holds the share of modules it changed, `changed` what it did to them.
-    `knob` is the label of the axis that its main knob is drawn along, `quantity` what the knob is
-    compared with, `short_knob` the knob where there is little room.
+    `share` is the column that holds the share of modules it changed. `knob` and `short_knob` label
+    the axis that results are drawn along, `along` is its name in a sentence, and `against` says
+    what such a figure shows.
     """
 
     name: str
     share: str
-    changed: str
-    quantity: str
-    short_knob: str
     knob: str
+    short_knob: str
+    along: str
+    against: str
 
 
 class Defence(ABC):
@@ -103,6 +103,14 @@ class Defence(ABC):
         """The values of a knob, ascending, at which the outcome changes; None for a knob of which
         each whole number is an outcome.
         """
+
+    @abstractmethod
+    def rules(self, used: Mapping[str, str]) -> Sequence[str]:
+        """Sentences for a paper: which modules it changes, by the values that each knob took."""
+
+    @abstractmethod
+    def which(self, knobs: Mapping[str, Setting]) -> str:
+        """The modules that one setting of the knobs changes: "cosine at or below 0.4"."""
 
     @abstractmethod
     def changed(self, measured: File, made: File) -> tuple[int, int]:

@@ -18,6 +18,10 @@ from ebbline.tasks.defences.defence import Defence, File, Measured, Outcome, Set
 from ebbline.tasks.errors import ProjectionError
 from ebbline.tasks.specs import ApplySpec, ProjectSpec, Spec, SubspaceSpec, TrainSpec
 
+NO_DIRECTION = "base and aligned weights are equal"
+NO_UPDATE = "the update is zero"
+"""Why a module has no cosine."""
+
 
 @dataclass(frozen=True)
 class ModuleRow:
@@ -89,6 +93,15 @@ def chosen(
     return frozenset(lowest[:count])
 
 
+def share_steps(rows: Mapping[str, ModuleRow]) -> list[tuple[float, float]]:
+    """(cosine, share of all modules that a threshold there takes), at each distinct cosine,
+    ascending.
+    """
+    ascending = sorted(known_cosines(rows).values())
+    steps = {value: taken_count(ascending, value, None) or 0 for value in ascending}
+    return [(value, count / len(rows)) for value, count in steps.items()]
+
+
 def chosen_by(rows: Mapping[str, ModuleRow], spec: ApplySpec) -> frozenset[str]:
     return chosen(rows, spec.threshold, spec.modules)
 
@@ -103,10 +116,11 @@ class SafeLora(Defence):
     words = Words(
         name="Safe LoRA",
         share="projected_share",
-        changed="projected",
-        quantity="cosine",
-        short_knob="threshold (cosine)",
         knob="projection threshold (cosine)",
+        short_knob="threshold (cosine)",
+        along="projection threshold",
+        against="Against the projection threshold: modules whose cosine is at or below it are "
+        "projected.",
     )
 
     def shared(self, settings: Spec, train: TrainSpec) -> Spec | None:
@@ -141,9 +155,34 @@ class SafeLora(Defence):
             return None
         return [float(edge) for edge in np.unique(np.concatenate(adapters))] if adapters else []
 
+    def rules(self, used: Mapping[str, str]) -> Sequence[str]:
+        counted = (
+            f"Projected were the modules with the lowest cosines, {used['apply.modules']} of them."
+            if "apply.modules" in used
+            else ""
+        )
+        compared = (
+            "A module took its projection when the cosine between its projected and its own "
+            f"update was at most the threshold: {used[self.main_knob]}."
+        )
+        return [counted, compared] if counted else [compared]
+
+    def which(self, knobs: Mapping[str, Setting]) -> str:
+        threshold, modules = _rules(knobs)
+        return (
+            f"lowest cosines, {modules} of them"
+            if threshold is None
+            else f"cosine at or below {threshold:g}"
+        )
+
     def changed(self, measured: File, made: File) -> tuple[int, int]:
-        taken = json.loads(made(ApplySpec.CHOSEN).read_text())
-        return len(taken), len(read_rows(measured(ProjectSpec.COSINES)))
+        found = self.projected_rows(measured, made)
+        return len(found.taken), len(found.rows)
+
+    def projected_rows(self, measured: File, made: File) -> ProjectedRows:
+        """What both stages found of one adapter, module by module."""
+        taken: list[str] = json.loads(made(ApplySpec.CHOSEN).read_text())
+        return ProjectedRows(read_rows(measured(ProjectSpec.COSINES)), frozenset(taken))
 
 
 def _rules(knobs: Mapping[str, Setting]) -> tuple[float | None, int | None]:

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ebbline.tasks.defences.gate import ModuleRow, chosen_by, read_rows, write_rows
+from ebbline.tasks.defences.gate import NO_DIRECTION, ModuleRow, chosen_by, read_rows, write_rows
 from ebbline.tasks.defences.safelora import (
-    NO_DIRECTION,
     Projection,
     Update,
     Workspace,

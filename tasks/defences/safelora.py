@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from ebbline.tasks.defences.gate import NO_DIRECTION, NO_UPDATE
 from ebbline.tasks.errors import ProjectionError
 
 Projector = Literal["approximate", "exact"]
@@ -29,8 +30,6 @@ BLOCK_BYTES = (
     1 << 20
 )  # of V: with the rows it is made from, it stays in a core's second-level cache
 NARROW = 32  # columns: below it, (T V^T) is faster than (V T^T)
-NO_DIRECTION = "base and aligned weights are equal"
-NO_UPDATE = "the update is zero"
 
 
 @dataclass(frozen=True)
