@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ebbline.sweeps.search.knowledge import Knowledge, Measurements
+from ebbline.sweeps.search.knowledge import Knowledge, Readings
 from ebbline.sweeps.search.masks import Mask, distinct_masks, is_off, mask_of, share, unmeasured
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.axes import AxisValue, Range, count_of, values_of
@@ -38,7 +38,7 @@ class Adapter:
     told: bool = False
     failed: bool = False
     promise: float = 0.0
-    measured: Measurements | None = None
+    measured: Readings | None = None
     left: dict[Mask, dict[str, Value]] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ class Adapters:
         self._trainings: set[Point] = set()
         self._unknown: dict[Point, Adapter] = {}
         self._open: dict[Point, Adapter] = {}
-        self._like: dict[str, list[Measurements]] = {}
+        self._like: dict[str, list[Readings]] = {}
         self._guesses = {
             model: _even(unmeasured(study, model, GUESSES), GUESSES) for model in study.models
         }

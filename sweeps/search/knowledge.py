@@ -15,11 +15,11 @@ from ebbline.sweeps.state.outcome import of_seeds, stages_or_refusal
 from ebbline.sweeps.state.racing import Known
 from ebbline.sweeps.study.points import OF_TRAINING, Point, StageName, adapter_of
 from ebbline.sweeps.study.stages import Planner
-from ebbline.tasks.defences.defence import Measured
+from ebbline.tasks.defences.defence import Reading
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.stage import Stage
 
-Measurements = tuple[Measured, ...]
+Readings = tuple[Reading, ...]
 """What was measured of each seed's adapter."""
 PER_ADAPTER = ("project",)
 REMEMBERED = 4096  # adapters whose work is kept at hand
@@ -51,13 +51,13 @@ class Knowledge:
 
     def __init__(self, planner: Planner, known: Known) -> None:
         self._planner, self._known = planner, known
-        self._measured: dict[Point, Measurements] = {}
+        self._measured: dict[Point, Readings] = {}
         self._projections: dict[
             Point, list[Stage]
         ] = {}  # of adapters that have been looked for in vain: they are asked for at every turn
         self._work: dict[Point, Work] = {}
 
-    def measured(self, point: Point) -> Measurements | None:
+    def measured(self, point: Point) -> Readings | None:
         """What the defence measured of each seed's adapter; None while one is not measured."""
         adapter = adapter_of(point)
         if adapter not in self._measured:
@@ -102,7 +102,7 @@ class Knowledge:
         study = self._planner.study
         return of_seeds(study, stages_or_refusal(planner, point)[0], study.first_seeds)
 
-    def _read(self, adapter: Point, point: Point) -> Measurements | None:
+    def _read(self, adapter: Point, point: Point) -> Readings | None:
         first = adapter not in self._projections
         if first:
             named = self._stages(point, self._planner).items()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ebbline.sweeps.search.knowledge import Measurements
+from ebbline.sweeps.search.knowledge import Readings
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.points import Value
 from ebbline.sweeps.study.study import Study
@@ -20,7 +20,7 @@ from ebbline.tasks.defences.in_use import DEFENCE
 __all__ = ["Mask", "distinct_masks", "is_off", "mask_of", "share", "unmeasured"]
 
 
-def mask_of(study: Study, values: Mapping[str, Value], adapters: Measurements) -> Mask | None:
+def mask_of(study: Study, values: Mapping[str, Value], adapters: Readings) -> Mask | None:
     """The mask that a point's knobs choose; None when they ask for what cannot be."""
     return DEFENCE.outcome(_knobs(study, values), adapters)
 
@@ -30,14 +30,12 @@ def is_off(study: Study, values: Mapping[str, Value]) -> bool:
     return DEFENCE.is_off(_knobs(study, values))
 
 
-def share(mask: Mask, adapters: Measurements) -> float:
+def share(mask: Mask, adapters: Readings) -> float:
     """The share of modules that a mask takes, over all seeds."""
     return DEFENCE.share(mask, adapters)
 
 
-def distinct_masks(
-    study: Study, model: str, adapters: Measurements
-) -> dict[Mask, dict[str, Value]]:
+def distinct_masks(study: Study, model: str, adapters: Readings) -> dict[Mask, dict[str, Value]]:
     """Every mask that a size's axes allow for its adapters, with knobs that choose it: the first in
     the file's order.
 
@@ -81,7 +79,7 @@ def _axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | Range]:
 
 
 def _representatives(
-    axis: str, values: tuple[AxisValue, ...] | Range, adapters: Measurements
+    axis: str, values: tuple[AxisValue, ...] | Range, adapters: Readings
 ) -> Iterator[Value]:
     if not isinstance(values, Range):
         yield from values

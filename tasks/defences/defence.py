@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ebbline.tasks.specs import Spec, TrainSpec
 
 Setting = None | bool | int | float | str
-Measured = NDArray[np.float64]
+Reading = NDArray[np.float64]
 """What the first stage found of one adapter, as far as the knobs depend on it; ascending."""
 Outcome = tuple[float, ...]
 """What knobs come to for each of several adapters: equal outcomes are equal adapters."""
@@ -79,7 +79,7 @@ class Defence(ABC):
         """
 
     @abstractmethod
-    def measured(self, file: File) -> Measured:
+    def measured(self, file: File) -> Reading:
         """What a first stage wrote."""
 
     @abstractmethod
@@ -91,15 +91,15 @@ class Defence(ABC):
         """Whether knobs leave every adapter as it was trained."""
 
     @abstractmethod
-    def outcome(self, knobs: Mapping[str, Setting], adapters: Sequence[Measured]) -> Outcome | None:
+    def outcome(self, knobs: Mapping[str, Setting], adapters: Sequence[Reading]) -> Outcome | None:
         """Which settings give the same adapters; None for knobs that one of them cannot have."""
 
     @abstractmethod
-    def share(self, outcome: Outcome, adapters: Sequence[Measured]) -> float:
+    def share(self, outcome: Outcome, adapters: Sequence[Reading]) -> float:
         """The share of modules that an outcome changes, over all adapters."""
 
     @abstractmethod
-    def edges(self, axis: str, adapters: Sequence[Measured]) -> Sequence[float] | None:
+    def edges(self, axis: str, adapters: Sequence[Reading]) -> Sequence[float] | None:
         """The values of a knob, ascending, at which the outcome changes; None for a knob of which
         each whole number is an outcome.
         """

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebbline.tasks.defences.defence import Defence, File, Measured, Outcome, Setting, Words
+from ebbline.tasks.defences.defence import Defence, File, Outcome, Reading, Setting, Words
 from ebbline.tasks.errors import ProjectionError
 from ebbline.tasks.specs import ApplySpec, ProjectSpec, Spec, SubspaceSpec, TrainSpec
 
@@ -63,7 +63,7 @@ def known_cosines(rows: Mapping[str, ModuleRow]) -> dict[str, float]:
 
 
 def taken_count(
-    ascending: Sequence[float] | Measured, threshold: float | None, modules: int | None
+    ascending: Sequence[float] | Reading, threshold: float | None, modules: int | None
 ) -> int | None:
     """How many modules take C B, those of lowest cosine: cosine <= threshold (as the reference
     does), or exactly n; with neither, none.
@@ -129,7 +129,7 @@ class SafeLora(Defence):
             return None
         return SubspaceSpec(energy=energy, target_modules=tuple(sorted(train.target_modules)))
 
-    def measured(self, file: File) -> Measured:
+    def measured(self, file: File) -> Reading:
         cosines = known_cosines(read_rows(file(ProjectSpec.COSINES)))
         return np.sort(np.array(list(cosines.values()), dtype=np.float64))
 
@@ -139,7 +139,7 @@ class SafeLora(Defence):
     def is_off(self, knobs: Mapping[str, Setting]) -> bool:
         return _rules(knobs) == (None, None)
 
-    def outcome(self, knobs: Mapping[str, Setting], adapters: Sequence[Measured]) -> Outcome | None:
+    def outcome(self, knobs: Mapping[str, Setting], adapters: Sequence[Reading]) -> Outcome | None:
         threshold, modules = _rules(knobs)
         if not self.is_possible(knobs):
             return None
@@ -147,10 +147,10 @@ class SafeLora(Defence):
         known = tuple(count for count in counts if count is not None)
         return known if len(known) == len(counts) else None
 
-    def share(self, outcome: Outcome, adapters: Sequence[Measured]) -> float:
+    def share(self, outcome: Outcome, adapters: Sequence[Reading]) -> float:
         return sum(outcome) / max(1, sum(len(each) for each in adapters))
 
-    def edges(self, axis: str, adapters: Sequence[Measured]) -> Sequence[float] | None:
+    def edges(self, axis: str, adapters: Sequence[Reading]) -> Sequence[float] | None:
         if axis != self.main_knob:
             return None
         return [float(edge) for edge in np.unique(np.concatenate(adapters))] if adapters else []

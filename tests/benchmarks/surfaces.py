@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ebbline.cluster.store.artifacts import Store
-from ebbline.sweeps.search.knowledge import CPU_SHARE, Knowledge, Measurements, Work
+from ebbline.sweeps.search.knowledge import CPU_SHARE, Knowledge, Readings, Work
 from ebbline.sweeps.search.masks import mask_of, share
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, StageName, Value, adapter_of
@@ -87,15 +87,15 @@ class Table:
 class _OfTable(Knowledge):
     def __init__(self, table: Table, store: Store) -> None:
         self.table, self.store = table, store
-        self._found: dict[Point, tuple[Measurements, Work]] = {}
+        self._found: dict[Point, tuple[Readings, Work]] = {}
 
-    def measured(self, point: Point) -> Measurements:
+    def measured(self, point: Point) -> Readings:
         return self._of(point)[0]
 
     def work(self, point: Point) -> Work:
         return self._of(point)[1]
 
-    def _of(self, point: Point) -> tuple[Measurements, Work]:
+    def _of(self, point: Point) -> tuple[Readings, Work]:
         adapter = adapter_of(point)
         if adapter not in self._found:
             like = next(each for each in self.table._rows if adapter_of(each) == adapter)
@@ -171,7 +171,7 @@ class _OfMade(Knowledge):
     def __init__(self, modules: int) -> None:
         self.modules = modules
 
-    def measured(self, point: Point) -> Measurements:
+    def measured(self, point: Point) -> Readings:
         adapter = adapter_of(point)
         rng = np.random.default_rng(
             int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ebbline.sweeps.search.knowledge import Knowledge, Measurements, Work
+from ebbline.sweeps.search.knowledge import Knowledge, Readings, Work
 from ebbline.sweeps.study.points import Point, Result, adapter_of
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse
@@ -84,7 +84,7 @@ class Imagined(Knowledge):
         self.modules, self.seeds = modules, seeds
         self.missing: set[Point] = set()
 
-    def measured(self, point: Point) -> Measurements | None:
+    def measured(self, point: Point) -> Readings | None:
         adapter = adapter_of(point)
         if adapter in self.missing:
             return None
