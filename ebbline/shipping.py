@@ -17,14 +17,14 @@ from ebbline.analysis.results.collect import baselines, prompt_sets
 from ebbline.analysis.results.floors import Pick
 from ebbline.analysis.results.picked import picked_json
 from ebbline.cluster.store.artifacts import Artifact
-from ebbline.sweeps.state.outcome import projected_share
+from ebbline.sweeps.state.outcome import changed_share
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import OF_TRAINING, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import StoreError, StudyError
 from ebbline.tasks.identity import folder_files
-from ebbline.tasks.specs import ApplySpec
 
 CONFIG, WEIGHTS, CARD, RECORD = (
     "adapter_config.json",
@@ -53,18 +53,19 @@ def ship(
     study, name, home = view.study, view.name, view.home
     destination = _destination(to)
     result = found.result
-    adapter = _whole(home, result.keys[f"apply[seed={seed}]"], name)
+    measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
+    adapter = _whole(home, result.keys[f"{makes}[seed={seed}]"], name)
     stages = {
         part: home.store.open(part, result.keys[f"{part}[seed={seed}]"])
-        for part in ("data", "train", "project")
-    } | {"apply": adapter}
-    share = projected_share({f"{part}[seed={seed}]": stages[part] for part in ("project", "apply")})
-    alone = replace(alone, projected_share=share)
+        for part in (*OF_TRAINING, measures)
+    } | {makes: adapter}
+    share = changed_share({f"{part}[seed={seed}]": stages[part] for part in (measures, makes)})
+    alone = replace(alone, changed_share=share)
     said = {
         "study": study.study,
         "seed": seed,
         "seed_asked_for": seed_asked,
-        "projected_share_of_seed": share,
+        f"{DEFENCE.words.share}_of_seed": share,
         "weights_sha256": adapter.files[WEIGHTS],
         **picked_json(study, found),
         "settings_of_stages": {part: artifact.hashed["spec"] for part, artifact in stages.items()},
@@ -107,13 +108,14 @@ def _base(study: Study, model: str) -> dict[str, str | None]:
 
 def _whole(home: Home, key: str, name: str) -> Artifact:
     """The projected adapter, with every file that its record names."""
-    adapter = home.store.open(ApplySpec.KIND, key)
+    kind = DEFENCE.makes.KIND
+    adapter = home.store.open(kind, key)
     dropped = home.store.dropped(adapter)
     if dropped:
         raise StoreError(
-            f"the adapter apply/{key} is on record, but its tensors were dropped to save "
+            f"the adapter {kind}/{key} is on record, but its tensors were dropped to save "
             f"space ({', '.join(sorted(dropped))}). To make"
-            f" them again:\n  ebbline store forget apply {key} --home {home.root}\n  "
+            f" them again:\n  ebbline store forget {kind} {key} --home {home.root}\n  "
             f"ebbline run {name} --home {home.root}"
             "\nIts training is run again too if that was dropped; both have to come out as "
             "they were measured. Nothing was exported"
@@ -122,7 +124,7 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
     wrong = sorted(file for file, sha in adapter.files.items() if found.get(file) != sha)
     if wrong:
         raise StoreError(
-            f"{', '.join(wrong)} of apply/{key} is not what its record says; `ebbline "
+            f"{', '.join(wrong)} of {kind}/{key} is not what its record says; `ebbline "
             "store verify --mend` moves it away and the next"
             " run makes it again. Nothing was exported"
         )

@@ -114,7 +114,7 @@ def test_the_exported_adapter_loads_in_peft_and_says_what_the_measured_one_says(
 ) -> None:
     _, study, home = driven
     point = collect(StudyView(study, home))[1]
-    assert point.projected_share == 1.0
+    assert point.changed_share == 1.0
     stored = {
         seed: home.store.open("apply", point.keys[f"apply[seed={seed}]"]).path
         for seed in study.seeds
@@ -217,7 +217,7 @@ def test_the_card_states_the_projected_share_of_its_own_seed(
 ) -> None:
     # As if the seeds had other modules projected: what is counted must be of the seed's own stages.
     monkeypatch.setattr(
-        "ebbline.shipping.projected_share",
+        "ebbline.shipping.changed_share",
         lambda artifacts: 0.25 if set(artifacts) == {"project[seed=4]", "apply[seed=4]"} else 1.0,
     )
     assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four").exit_code == 0

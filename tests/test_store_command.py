@@ -335,11 +335,11 @@ def test_a_study_in_a_bucket_comes_out_as_in_a_folder_and_is_looked_after_alike(
     found, home = driven_in(tmp_path / "bucket", changes, {"store": bucket, "cache_gb": 0.5})
     assert not (home.root / "store").exists()
     beside = [
-        (result.metrics, result.keys, result.projected_share)
+        (result.metrics, result.keys, result.changed_share)
         for result in collect(StudyView(study, once[1]))
     ]
     assert [
-        (result.metrics, result.keys, result.projected_share)
+        (result.metrics, result.keys, result.changed_share)
         for result in collect(StudyView(found, home))
     ] == beside
     usage = data(home, "du")
@@ -373,6 +373,6 @@ def test_a_study_in_a_bucket_comes_out_as_in_a_folder_and_is_looked_after_alike(
     assert fresh.store.find("train", train.key) is None
     drive(StudyView(found, fresh), InlineExecutor)
     assert [
-        (result.metrics, result.keys, result.projected_share)
+        (result.metrics, result.keys, result.changed_share)
         for result in collect(StudyView(found, fresh))
     ] == beside

@@ -68,7 +68,7 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
     assert taken == sorted(name for name, row in cosines.items() if row["cosine"] <= 0.4)
     # ... its evaluations hold metrics, which are the point's result ...
     result = result_of(study, 0, point, stages, resolver)
-    assert result.status == "done" and 0 < result.projected_share < 1
+    assert result.status == "done" and 0 < result.changed_share < 1
     # ... and the frontier is the results that no other dominates.
     results = collect(StudyView(study, home))
     chosen = frontier(results, study.objectives)
@@ -106,7 +106,7 @@ def test_refusals_ebb_under_fine_tuning_and_projection_brings_some_back(
     assert refusal[1.0] > 0.9, "projecting every module gives the aligned model's refusals back"
     assert len(frontier(list(by_threshold.values()), study.objectives)) >= 3
     assert any(
-        result.projected_share for result in frontier(list(by_threshold.values()), study.objectives)
+        result.changed_share for result in frontier(list(by_threshold.values()), study.objectives)
     )
 
 

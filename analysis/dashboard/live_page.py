@@ -44,8 +44,9 @@ from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import STATUSES, Point, Result, StageName
+from ebbline.sweeps.study.points import STATUSES, Result, StageName, adapter_of
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.metrics import Metric
@@ -164,7 +165,7 @@ class LivePage:
         return {
             **self._row(result),
             "reason": result.reason,
-            "projected_share": result.projected_share,
+            DEFENCE.words.share: result.changed_share,
             "all_metrics": {
                 metric_label(name): _metric(metric)
                 for name, metric in sorted(result.metrics.items())
@@ -446,13 +447,7 @@ def _trainings(results: Iterable[Result]) -> Iterator[tuple[str, str]]:
             parsed = StageName.parse(name)
             if parsed.part == "train" and key not in seen:
                 seen.add(key)
-                before = {
-                    axis: value
-                    for axis, value in result.point.values
-                    if not axis.startswith("apply.")
-                }
-                trained = Point.of(result.point.model, before)
-                yield key, f"{trained} seed={parsed.seed} (point {result.number})"
+                yield key, f"{adapter_of(result.point)} seed={parsed.seed} (point {result.number})"
 
 
 def _curve(artifact: Artifact) -> Row:

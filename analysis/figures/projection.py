@@ -1,9 +1,10 @@
-"""What a projection did, as figures: each module's cosine by layer and type, and how many modules a
-threshold takes.
+"""What a projection did, as figures: what was measured of each module by layer and type, and how
+many modules a knob takes. What it measured is a value between -1 and 1, named by
+ebbline.tasks.defences.words.
 
 Invariants: a cell's colour says nothing of which modules are projected, its dot nothing of their
-cosines; a module without a cosine is hatched, never coloured; shares are of all modules, with or
-without a cosine, as everywhere in a study.
+values; a module without a value is hatched, never coloured; shares are of all modules, with or
+without a value, as everywhere in a study.
 """
 
 import textwrap
@@ -22,14 +23,21 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 from ebbline.analysis.figures.drawing import COLOURS, style
 from ebbline.analysis.results.wording import natural
-from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, chosen
+from ebbline.tasks.defences import words
+from ebbline.tasks.defences.gate import (
+    SAFE_LORA,
+    ModuleRow,
+    ProjectedRows,
+    known_cosines,
+    share_steps,
+)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 COLOUR_MAP = (
     "viridis"  # even and from dark to light throughout: it reads in grey and for the colour-blind
 )
-NARROWEST_SCALE = 0.01  # of cosines: lesser differences are not stretched over all colours
+NARROWEST_SCALE = 0.01  # of values: lesser differences are not stretched over all colours
 NAMED_CURVES = 7
 DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
     "-",
@@ -45,7 +53,7 @@ NO_LAYER_GAP = 0.5  # columns, between the last layer and the modules that belon
 
 Projections = Mapping[str, Mapping[str, ProjectedRows]]
 """Model -> label of an adapter -> what its projection found; the first adapter is the one whose
-cosines are drawn.
+modules are drawn.
 """
 
 
@@ -53,9 +61,9 @@ cosines are drawn.
 class Cell:
     """The modules of one type in one layer: one, or as many as there are experts."""
 
-    cosine: float | None  # the mean over the modules that have one
+    value: float | None  # the mean over the modules that have one
     taken_share: float
-    without_cosine: int
+    without_value: int
 
 
 def depth_and_type(module: str) -> tuple[int | None, str]:
@@ -74,7 +82,7 @@ def depth_and_type(module: str) -> tuple[int | None, str]:
 
 
 def cosine_map(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) -> Figure:
-    """A cell per layer and module type, coloured by cosine, with a dot where modules are projected.
+    """A cell per layer and module type, coloured by value, with a dot where modules are projected.
 
     Where a cell has several modules, as with experts, the colour is their mean and the dot's area
     the share projected. Raises ValueError without modules, or when a module is taken that is not in
@@ -115,10 +123,10 @@ def cosine_map(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str
 def share_figure(
     curves: Mapping[str, Mapping[str, ModuleRow]], thresholds: Sequence[float] = ()
 ) -> Figure:
-    """The share of modules that a threshold projects, a step curve per adapter; dotted, the
-    thresholds that were used.
+    """The share of modules that a value of the knob projects, a step curve per adapter; dotted, the
+    values that were used.
 
-    Right-continuous: at exactly a module's cosine that module is in. Raises ValueError without
+    Right-continuous: at exactly a module's value that module is in. Raises ValueError without
     adapters or modules.
     """
     if not curves:
@@ -129,18 +137,17 @@ def share_figure(
                 f"{label} has no module, so there is no share of projected modules to draw"
             )
     left, right = _span(
-        [row.cosine for rows in curves.values() for row in rows.values() if row.cosine is not None],
-        thresholds,
+        [value for rows in curves.values() for value in known_cosines(rows).values()], thresholds
     )
     named = len(curves) <= NAMED_CURVES
     with style():
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         for number, (label, rows) in enumerate(curves.items()):
-            cosines = sorted({row.cosine for row in rows.values() if row.cosine is not None})
-            shares = [0.0, *(len(chosen(rows, cosine, None)) / len(rows) for cosine in cosines)]
+            steps = share_steps(rows)
+            shares = [0.0, *(share for _, share in steps)]
             (curve,) = axes.plot(
-                [left, *cosines, right],
+                [left, *(value for value, _ in steps), right],
                 [*shares, shares[-1]],
                 drawstyle="steps-post",
                 label=_plain(label),
@@ -151,21 +158,21 @@ def share_figure(
                 )
             else:
                 curve.set(color=COLOURS[0], linewidth=0.6, alpha=0.5)
-        for threshold in thresholds:
-            axes.axvline(threshold, color="0.35", linestyle=":", linewidth=1.2)
+        for used_value in thresholds:
+            axes.axvline(used_value, color="0.35", linestyle=":", linewidth=1.2)
         axes.set_xlim(left, right)
         axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel("projection threshold (cosine)")
-        axes.set_ylabel("modules projected")
+        axes.set_xlabel(SAFE_LORA.words.knob)
+        axes.set_ylabel(words.SHARE_AXIS)
         handles = (
             axes.lines[: len(curves)]
             if named
             else [Line2D([], [], color=COLOURS[0], linewidth=0.6, label=f"{len(curves)} adapters")]
         )
         used = (
-            [Line2D([], [], color="0.35", linestyle=":", label="threshold used")]
+            [Line2D([], [], color="0.35", linestyle=":", label=words.KNOB_USED)]
             if thresholds
             else []
         )
@@ -180,15 +187,17 @@ def share_figure(
 
 
 def projection_figures(projections: Projections) -> dict[str, Figure]:
-    """By file name, "cosines-MODEL" of a model's first adapter and "projected-share-MODEL" of all.
+    """By file name: `words.MAPS`-MODEL of a model's first adapter, `words.SHARES`-MODEL of all.
     None where it has no adapter.
     """
     figures: dict[str, Figure] = {}
     for model, adapters in projections.items():
         if adapters:
             label, first = next(iter(adapters.items()))
-            figures[f"cosines-{model}"] = cosine_map(first.rows, first.taken, f"{model}, {label}")
-            figures[f"projected-share-{model}"] = share_figure(
+            figures[f"{words.MAPS}-{model}"] = cosine_map(
+                first.rows, first.taken, f"{model}, {label}"
+            )
+            figures[f"{words.SHARES}-{model}"] = share_figure(
                 {name: adapter.rows for name, adapter in adapters.items()}
             )
     return figures
@@ -203,7 +212,7 @@ Centres = Mapping[int | None, float]
 
 def _cells(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) -> Cells:
     if not rows:
-        raise ValueError(f"{title}: there is no module, so there are no cosines to draw")
+        raise ValueError(words.nothing_to_draw(title))
     if unknown := sorted(set(taken) - set(rows)):
         raise ValueError(
             f"{title}: {unknown[0]} is projected, but is none of the {len(rows)} modules "
@@ -213,10 +222,11 @@ def _cells(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) ->
     for module in rows:
         members[depth_and_type(module)].append(module)
     found: dict[tuple[int | None, str], Cell] = {}
+    known = known_cosines(rows)
     for at, modules in members.items():
-        cosines = [cosine for module in modules if (cosine := rows[module].cosine) is not None]
+        values = [known[module] for module in modules if module in known]
         share = sum(module in taken for module in modules) / len(modules)
-        found[at] = Cell(fmean(cosines) if cosines else None, share, len(modules) - len(cosines))
+        found[at] = Cell(fmean(values) if values else None, share, len(modules) - len(values))
     return found
 
 
@@ -255,13 +265,13 @@ def _columns(depths: Collection[int | None]) -> tuple[Centres, list[float]]:
 def _paint(
     axes: Axes, cells: Cells, types: Sequence[str], centres: Centres, edges: Sequence[float]
 ) -> None:
-    cosines = {at: cell.cosine for at, cell in cells.items() if cell.cosine is not None}
-    if not cosines:
+    values = {at: cell.value for at, cell in cells.items() if cell.value is not None}
+    if not values:
         return
     painted = np.full((len(types), len(edges) - 1), np.nan)  # blank
-    for (depth, kind), cosine in cosines.items():
-        painted[types.index(kind), int(np.searchsorted(edges, centres[depth])) - 1] = cosine
-    low, high = min(cosines.values()), max(cosines.values())
+    for (depth, kind), value in values.items():
+        painted[types.index(kind), int(np.searchsorted(edges, centres[depth])) - 1] = value
+    low, high = min(values.values()), max(values.values())
     if high - low < NARROWEST_SCALE:
         low, high = (low + high - NARROWEST_SCALE) / 2, (low + high + NARROWEST_SCALE) / 2
     levels = np.arange(len(types) + 1) - 0.5
@@ -278,19 +288,19 @@ def _paint(
     bar = axes.figure.colorbar(
         mesh, ax=axes, pad=0.02, aspect=14, ticks=MaxNLocator(min(5, len(types) + 1)), format=number
     )
-    bar.set_label("cosine", fontsize=8)
+    bar.set_label(words.QUANTITY, fontsize=8)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
 
 
 def _hatch(axes: Axes, cells: Cells, types: Sequence[str], centres: Centres) -> None:
-    """Over each cell with a module that has no cosine; over grey where none of its modules has
+    """Over each cell with a module that has no value; over grey where none of its modules has
     one.
     """
     for (depth, kind), cell in cells.items():
-        if cell.without_cosine:
+        if cell.without_value:
             corner = (centres[depth] - 0.5, types.index(kind) - 0.5)
-            face = "0.92" if cell.cosine is None else "none"
+            face = "0.92" if cell.value is None else "none"
             axes.add_patch(
                 Rectangle(
                     corner, 1, 1, facecolor=face, edgecolor="0.35", hatch="/////", linewidth=0.5
@@ -350,24 +360,24 @@ def _signs(
         markeredgecolor="black",
         label=label,
     )
-    lacking = sum(row.cosine is None for row in rows.values())
+    lacking = len(rows) - len(known_cosines(rows))
     hatched = Patch(
         facecolor="0.92",
         edgecolor="0.35",
         hatch="/////",
         linewidth=0.5,
-        label=f"without a cosine: {lacking}",
+        label=words.lacking_label(lacking),
     )
     return [dot, *([hatched] if lacking else [])]
 
 
-def _span(cosines: Sequence[float], thresholds: Sequence[float]) -> tuple[float, float]:
-    """From a little below the smallest cosine or threshold to a little above the largest; all
-    possible cosines if none.
+def _span(values: Sequence[float], thresholds: Sequence[float]) -> tuple[float, float]:
+    """From a little below the smallest value, measured or used, to a little above the largest; all
+    possible ones if none.
     """
     low, high = (
-        min([*cosines, *thresholds], default=-1.0),
-        max([*cosines, *thresholds], default=1.0),
+        min([*values, *thresholds], default=-1.0),
+        max([*values, *thresholds], default=1.0),
     )
     margin = max(0.04 * (high - low), NARROWEST_SCALE / 2)
     return low - margin, high + margin

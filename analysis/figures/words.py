@@ -10,14 +10,15 @@ from statistics import fmean
 from ebbline.analysis.figures.before_after import LABELS
 from ebbline.analysis.figures.importance import Importances, label
 from ebbline.analysis.figures.projection import depth_and_type
-from ebbline.analysis.figures.threshold import THRESHOLD
 from ebbline.analysis.results.attainment import Array, Attainment
 from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.frontier import finished, frontier_by_model
 from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import directed_label, metric_label, natural, percent
 from ebbline.sweeps.study.points import Result
-from ebbline.tasks.defences.gate import ModuleRow, chosen
+from ebbline.tasks.defences import words
+from ebbline.tasks.defences.gate import ModuleRow, known_cosines, share_steps
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 MOST_THRESHOLDS, MOST_TYPES, MOST_CURVES = 8, 8, 3
@@ -69,8 +70,9 @@ def attainment_words(found: Mapping[str, Attainment], objectives: Sequence[str])
 
 
 def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: Baselines) -> str:
-    done = [result for result in finished(results) if THRESHOLD in dict(result.point.values)]
-    parts = [f"Line plots by projection threshold: {'; '.join(map(directed_label, names))}."]
+    knob = DEFENCE.main_knob
+    done = [result for result in finished(results) if knob in dict(result.point.values)]
+    parts = [f"Line plots by {DEFENCE.words.along}: {'; '.join(map(directed_label, names))}."]
     for model in sorted({result.point.model for result in done}, key=natural):
         for name in names:
             own = [
@@ -78,7 +80,7 @@ def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: 
             ]
             at: dict[float | None, list[float]] = {}
             for result in own:
-                value = dict(result.point.values)[THRESHOLD]
+                value = dict(result.point.values)[knob]
                 at.setdefault(float(value) if isinstance(value, int | float) else None, []).append(
                     result.metrics[name].value
                 )
@@ -89,7 +91,7 @@ def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: 
                 else [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
             )
             spans = [f"without {_span(at[None])}"] if None in at else []
-            spans += [f"at {threshold:g} {_span(at[threshold])}" for threshold in told]
+            spans += [f"at {value:g} {_span(at[value])}" for value in told]
             before = baselines.get(model, {}).get(name)
             spans += [] if before is None else [f"aligned model {percent(before.value)}"]
             parts.append(f"{model}, {metric_label(name)}: {', '.join(spans)}.")
@@ -114,25 +116,17 @@ def before_after_words(lines: Sequence[Line]) -> str:
     return " ".join(parts)
 
 
-def cosine_words(rows: Mapping[str, ModuleRow], taken: Collection[str], what: str) -> str:
-    cosines = [row.cosine for row in rows.values() if row.cosine is not None]
-    lacking = f", {len(rows) - len(cosines)} without a cosine" if len(cosines) < len(rows) else ""
-    text = (
-        f"Heat map of the cosines of {what}, module types by layers: {len(rows)} modules, "
-        f"{len(set(taken))} of them projected{lacking}."
-    )
-    if not cosines:
-        return text
-    text += f" Cosines from {min(cosines):.2f} to {max(cosines):.2f}."
+def map_words(rows: Mapping[str, ModuleRow], taken: Collection[str], what: str) -> str:
+    text = words.map_sentence(rows, taken, what)
     types: dict[str, list[float]] = {}
     layers: dict[int, list[float]] = {}
-    for module, row in rows.items():
+    known = known_cosines(rows)
+    for module in (module for module in rows if module in known):
         depth, kind = depth_and_type(module)
-        if row.cosine is not None:
-            types.setdefault(kind.rpartition(".")[2], []).append(row.cosine)
-            if depth is not None:
-                layers.setdefault(depth, []).append(row.cosine)
-    if len(types) <= MOST_TYPES:
+        types.setdefault(kind.rpartition(".")[2], []).append(known[module])
+        if depth is not None:
+            layers.setdefault(depth, []).append(known[module])
+    if types and len(types) <= MOST_TYPES:
         text += (
             " Mean by type: "
             f"{', '.join(f'{kind} {fmean(found):.2f}' for kind, found in types.items())}."
@@ -148,20 +142,13 @@ def cosine_words(rows: Mapping[str, ModuleRow], taken: Collection[str], what: st
 
 
 def share_words(curves: Mapping[str, Mapping[str, ModuleRow]], what: str) -> str:
-    """The cosines at which a curve passes a quarter, a half and three quarters."""
-    parts = [f"Step curves: share of modules projected by threshold, {what}."]
+    """The values at which a curve passes a quarter, a half and three quarters."""
+    parts = [words.share_sentence(what)]
     for name, rows in list(curves.items())[:MOST_CURVES]:
-        cosines = sorted(row.cosine for row in rows.values() if row.cosine is not None)
+        steps = share_steps(rows)
         passed = []
         for share in (0.25, 0.5, 0.75):
-            at = next(
-                (
-                    cosine
-                    for cosine in cosines
-                    if len(chosen(rows, cosine, None)) >= share * len(rows)
-                ),
-                None,
-            )
+            at = next((value for value, reached in steps if reached >= share), None)
             passed += [] if at is None else [f"{share:.0%} from {at:.2f}"]
         parts.append(f"{name}: {', '.join(passed) or 'never a quarter'}.")
     if len(curves) > MOST_CURVES:

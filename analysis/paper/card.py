@@ -21,6 +21,7 @@ from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import Data, ModelRef, Study, lasting
 from ebbline.sweeps.study.suites import scorers_of
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.measuring.scorers import SCORERS
@@ -43,9 +44,9 @@ def card(
     """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's
     metrics and projected share only.
 
-    `seed_asked` says that somebody asked for that seed. `stages` are its data, train, project and
-    apply; `aligned` the metrics of the model before fine-tuning; `prompts` what the suites asked
-    (see ebbline.analysis.results.collect.prompt_sets).
+    `seed_asked` says that somebody asked for that seed. `stages` are its training's and the
+    defence's; `aligned` the metrics of the model before fine-tuning; `prompts` what the suites
+    asked (see ebbline.analysis.results.collect.prompt_sets).
     """
     result, model = found.result, found.result.point.model
     spec = {part: dict(artifact.hashed["spec"]) for part, artifact in stages.items()}
@@ -86,21 +87,17 @@ def _metadata(study: Study, model: str) -> ModelCardData:
 def _what(
     study: Study, result: Result, alone: Result, spec: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    rule = spec["apply"]["threshold"], spec["apply"]["modules"]
-    if not alone.projected_share:
+    makes = DEFENCE.makes.KIND
+    if not alone.changed_share:
         projected = "No module was projected: it held the floors as it was trained."
     else:
-        which = (
-            f"cosine at or below {value_label(rule[0])}"
-            if rule[0] is not None
-            else f"lowest cosines, {rule[1]} of them"
-        )
+        which = DEFENCE.which({f"{makes}.{name}": each for name, each in spec[makes].items()})
         projected = (
-            f"Afterwards Safe LoRA ({PAPER}) projected {alone.projected_share:.0%} of its "
+            f"Afterwards {DEFENCE.words.name} ({PAPER}) projected {alone.changed_share:.0%} of its "
             f"modules: those with a {which}."
         )
     if seeds_of(result) > 1:
-        projected += f" Over all seeds of the point it is {result.projected_share or 0.0:.0%}."
+        projected += f" Over all seeds of the point it is {result.changed_share or 0.0:.0%}."
     model = result.point.model
     return (
         "A LoRA adapter for "
@@ -335,7 +332,7 @@ def _provenance(study: Study, stages: Mapping[str, Artifact]) -> Iterator[tuple[
     yield "aligned model: content", stages["train"].hashed["inputs"]["model"]
     for part, artifact in stages.items():
         yield f"{part}: key", artifact.key
-    for file, sha in stages["apply"].files.items():
+    for file, sha in stages[DEFENCE.makes.KIND].files.items():
         yield f"{file}, as in the store", sha
 
 

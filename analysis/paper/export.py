@@ -20,7 +20,7 @@ from typing import Literal
 
 from ebbline.analysis.figures.drawing import Page, save_for_print
 from ebbline.analysis.figures.frontier import frontier_figure
-from ebbline.analysis.figures.threshold import threshold_figure
+from ebbline.analysis.figures.knob import threshold_figure
 from ebbline.analysis.paper.bundle import Bring, write_bundle
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, bibliography, cited
 from ebbline.analysis.paper.latex import (

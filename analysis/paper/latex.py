@@ -146,7 +146,7 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
         escaped(axis_label(axis)): [_value(each, axis) for each in values] for axis in varying
     }
     columns["share"] = [
-        "none" if not row.projected_share else rf"{row.projected_share:.0%}".replace("%", r"\%")
+        "none" if not row.changed_share else rf"{row.changed_share:.0%}".replace("%", r"\%")
         for row in rows
     ]
     for name in study.objectives:

@@ -28,6 +28,7 @@ from ebbline.sweeps.state.spending import Spent
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, TaskSuite, scorers_of
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import direction
 
 _QUANTISED = {
@@ -181,16 +182,13 @@ def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
         f" with the {projector} projector{energy}, computed from the difference between "
         f"the aligned model and {_subtracted(study)}."
     )
-    if _varies(results, "apply.modules") or study.apply.modules is not None:
-        yield (
-            "Projected were the modules with the lowest cosines, "
-            f"{_setting(results, 'apply.modules', study.apply.modules)} of them."
-        )
-    thresholds = _setting(results, "apply.threshold", study.apply.threshold)
-    yield (
-        "A module took its projection when the cosine between its projected and its own "
-        f"update was at most the threshold: {thresholds}."
-    )
+    knobs = DEFENCE.knobs(study.settings[DEFENCE.makes.KIND], {})
+    used = {
+        axis: _setting(results, axis, value)
+        for axis, value in knobs.items()
+        if axis == DEFENCE.main_knob or value is not None or _varies(results, axis)
+    }
+    yield from DEFENCE.rules(used)
 
 
 def _subtracted(study: Study) -> str:

@@ -21,10 +21,18 @@ from ebbline.analysis.results.measurements import (
     unprojected,
     usefulness_metric,
 )
-from ebbline.analysis.results.wording import measured, metric_label, natural, percent, value_label
+from ebbline.analysis.results.wording import (
+    axis_label,
+    measured,
+    metric_label,
+    natural,
+    percent,
+    value_label,
+)
 from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, scorers_of
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import DIRECTIONS
 
 T = TypeVar("T")
@@ -146,7 +154,7 @@ def _metric(study: Study, suite: str, published: Published) -> bool:
 
 
 def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[Result]:
-    """The points that stand where the number stands: unprojected ones, or at its threshold; else
+    """The points that stand where the number stands: unprojected ones, or at its knob; else
     the one that the study would ship.
 
     Of these the ones that were trained as the paper says, so far as there are such.
@@ -162,8 +170,7 @@ def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[R
     at = [
         result
         for result in projected
-        if published.threshold is not None
-        and _value(study, result, "apply.threshold") == published.threshold
+        if published.knob is not None and _value(study, result, DEFENCE.main_knob) == published.knob
     ]
     if at or study.refusal_metric is None:
         return at or projected
@@ -174,13 +181,8 @@ def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[R
 
 
 def _value(study: Study, result: Result, axis: str) -> Value:
-    part, _, name = axis.partition(".")
-    fixed = {
-        "data": study.data.settings,
-        "train": study.models[result.point.model].train_settings(study.train),
-        "apply": study.apply,
-    }[part]
-    value: Value = dict(result.point.values).get(axis, getattr(fixed, name))
+    values = dict(result.point.values)
+    value: Value = values[axis] if axis in values else study.fixed(result.point.model, axis)
     return value
 
 
@@ -211,7 +213,8 @@ def _facts(
         ]
         yield _stated("alpha", published.alpha, alphas, value_label)
     if published.state == "projected":
-        yield _setting("threshold", published.threshold, chosen, study, "apply.threshold")
+        knob = DEFENCE.main_knob
+        yield _setting(axis_label(knob), published.knob, chosen, study, knob)
     here = size.quantisation
     if published.quantisation is None:
         yield Fact("quantisation", "cannot be told", NOT_KNOWN, here)
@@ -228,7 +231,7 @@ def _facts(
 
 def _measure(published: Published, suite: str) -> Fact:
     there = f"{metric_label(published.metric)}{f' on {published.task}' if published.task else ''}"
-    if published.metric == "projected_share":
+    if published.metric == DEFENCE.words.share:
         return Fact("metric", "cannot be told", f"{there}, of layers", f"{there}, of modules")
     if published.metric not in DIRECTIONS or not suite:
         return Fact("metric", "differs", there, "not measured")
@@ -408,8 +411,8 @@ def _here(
     """
     if is_tiny(study.models[model]):
         return "not set beside it: a tiny model"
-    if published.metric == "projected_share":
-        shares = sorted(result.projected_share or 0.0 for result in chosen)
+    if published.metric == DEFENCE.words.share:
+        shares = sorted(result.changed_share or 0.0 for result in chosen)
         return _span([percent(share) for share in shares]) if shares else "no such point"
     if published.metric not in DIRECTIONS or not suite:
         return "not measured"

@@ -8,6 +8,7 @@ rate, and says so in its note.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.specs import PromptFormat, Quantisation
 
 State = Literal["before", "fine-tuned", "projected"]
@@ -42,7 +43,7 @@ class Published:
     learning_rate: float | None = None
     epochs: float | None = None
     batch: int | None = None
-    threshold: float | None = None
+    knob: float | None = None
     prompts: PromptFormat | None = None
     prompt_rows: int | None = None
     task: str | None = None
@@ -121,7 +122,7 @@ def _warp(
         rank=16,
         learning_rate=3e-4,
         epochs=3.0,
-        threshold=0.3 if state == "projected" else None,
+        knob=0.3 if state == "projected" else None,
         prompts="advbench" if refusal else None,
         task=None if refusal else "GSM8K",
         scorer="keywords" if refusal else None,
@@ -242,7 +243,7 @@ PUBLISHED: tuple[Published, ...] = (
         "Llama-2-7B-Chat",
         _LLAMA_7B,
         "projected",
-        "projected_share",
+        DEFENCE.words.share,
         0.11,
         "about; of layers",
     ),
@@ -257,7 +258,13 @@ PUBLISHED: tuple[Published, ...] = (
     ),
     Published(_SAFE_LORA, "Llama-2-7B-Chat", _LLAMA_7B, "projected", "MT-Bench", 6.34, "of 10"),
     Published(
-        _SAFE_LORA, "Llama-3-8B", _LLAMA_3, "projected", "projected_share", 0.35, "about; of layers"
+        _SAFE_LORA,
+        "Llama-3-8B",
+        _LLAMA_3,
+        "projected",
+        DEFENCE.words.share,
+        0.35,
+        "about; of layers",
     ),
     Published(
         _SAFE_LORA,
@@ -300,7 +307,7 @@ PUBLISHED: tuple[Published, ...] = (
         HARMFUL,
         0.375,
         "the lowest of its settings",
-        threshold=0.6,
+        knob=0.6,
     ),
     Published(
         _NLSR,
@@ -310,7 +317,7 @@ PUBLISHED: tuple[Published, ...] = (
         HARMFUL,
         0.593,
         "the highest of its settings",
-        threshold=0.6,
+        knob=0.6,
     ),
     Published(
         _NLSR,
@@ -331,6 +338,6 @@ PUBLISHED: tuple[Published, ...] = (
         0.272,
         suite="task",
         task="GSM8K",
-        threshold=0.6,
+        knob=0.6,
     ),
 )

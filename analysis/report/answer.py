@@ -24,8 +24,8 @@ from ebbline.analysis.results.measurements import (
     is_projected,
     measurement,
     operating_point,
+    partners,
     refusal_metric,
-    training_of,
     unprojected,
     usefulness_metric,
 )
@@ -39,7 +39,7 @@ from ebbline.analysis.results.wording import (
     settings_label,
     status_label,
 )
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, without_defence
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -102,11 +102,11 @@ def answer(
 
 def _against_twins(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
     """Every projected result against the unprojected one of its training."""
-    twins = unprojected(own)
+    twins = partners(own)
     pairs = [
-        (twins[training_of(result)], result)
+        (twins[without_defence(result.point)], result)
         for result in own
-        if is_projected(result) and training_of(result) in twins
+        if is_projected(result) and without_defence(result.point) in twins
     ]
     return compared(
         [
@@ -273,7 +273,7 @@ def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> st
 
 
 def _named(result: Result) -> str:
-    share = f"{result.projected_share or 0.0:.0%} of modules projected"
+    share = f"{result.changed_share or 0.0:.0%} of modules projected"
     return f"point {result.number} ({settings_label(result.point)}; {share})"
 
 

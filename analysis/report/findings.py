@@ -11,7 +11,7 @@ from ebbline.analysis.figures.attainment import attainment_figure
 from ebbline.analysis.figures.before_after import before_after_figure
 from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.importance import importance_figure
-from ebbline.analysis.figures.threshold import threshold_figure
+from ebbline.analysis.figures.knob import threshold_figure
 from ebbline.analysis.figures.words import (
     attainment_words,
     before_after_words,
@@ -31,6 +31,7 @@ from ebbline.analysis.results.measurements import (
 from ebbline.sweeps.search.importance import METHOD, Importance, importances
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,7 @@ def figures_of(found: Findings) -> dict[str, Drawn]:
     names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
     across = threshold_figure(results, names, baselines)
     if across is not None:
-        caption = (
-            "Against the projection threshold: modules whose cosine is at or below it are "
-            "projected. 95% Wilson intervals."
-        )
+        caption = f"{DEFENCE.words.against} 95% Wilson intervals."
         drawn["thresholds"] = Drawn(across, threshold_words(results, names, baselines), caption)
     states = before_after_figure(found.lines)
     if states is not None:

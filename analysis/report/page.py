@@ -10,7 +10,8 @@ import jinja2
 from matplotlib.figure import Figure
 
 from ebbline.analysis.figures.drawing import svg
-from ebbline.analysis.figures.words import cosine_words, share_words
+from ebbline.analysis.figures.words import map_words, share_words
+from ebbline.tasks.defences import words
 from ebbline.tasks.defences.gate import ModuleRow
 
 Shown = Mapping[str, str]
@@ -46,19 +47,10 @@ def embedded(drawn: bytes, alt: str, caption: str) -> Shown:
 def shown_cosines(
     figure: Figure, what: str, rows: Mapping[str, ModuleRow], taken: Collection[str]
 ) -> Shown:
-    """A cosine map, with the words that explain it."""
-    caption = (
-        f"{what}: the cosine of each module's projected with its unprojected update, by "
-        "layer and module type. White dots:"
-        " projected. Hatched: no cosine, so never projected. Blank: not adapted."
-    )
-    return shown(figure, cosine_words(rows, taken, what), caption)
+    """A map of one adapter's modules, with the words that explain it."""
+    return shown(figure, map_words(rows, taken, what), words.map_caption(what))
 
 
 def shown_shares(figure: Figure, what: str, curves: Mapping[str, Mapping[str, ModuleRow]]) -> Shown:
     """The step curves of projected shares, with the words that explain them."""
-    caption = (
-        f"{what}: the share of all modules that a threshold projects, which are those with a "
-        "cosine at or below it."
-    )
-    return shown(figure, share_words(curves, what), caption)
+    return shown(figure, share_words(curves, what), words.share_caption(what))

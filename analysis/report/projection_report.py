@@ -1,5 +1,5 @@
-"""The report of a projection: one HTML file with what was projected, why, and every module's
-cosine; figures beside it.
+"""The report of a projection: one HTML file with what was projected, why, and what was
+measured of every module; figures beside it.
 
 Invariants: it asks for nothing from outside; it shows no absolute path but one in `settings`; the
 same input gives the same bytes.
@@ -9,13 +9,13 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 
 from ebbline.analysis.figures.drawing import save
 from ebbline.analysis.figures.projection import cosine_map, share_figure
 from ebbline.analysis.report.page import shown_cosines, shown_shares, template
 from ebbline.analysis.results.wording import natural, percent, without_paths
-from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows
+from ebbline.tasks.defences import words
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, known_cosines
 from ebbline.tasks.files import write_whole
 
 MOST_MAPS = 8
@@ -28,11 +28,11 @@ def write_projection_report(
     notes: Sequence[str],
     thresholds: Sequence[float] = (),
 ) -> dict[str, Path]:
-    """The report at `path` and, as STEM-cosines and STEM-share beside it, its figures; what ->
-    where, the report first.
+    """The report at `path` and, as STEM-MAPS and STEM-share beside it, its figures, with MAPS of
+    ebbline.tasks.defences.words; what -> where, the report first.
 
     `settings` are rows of a label and a value, `notes` warnings, `thresholds` those that were used:
-    dotted lines. Cosines are drawn for the first MOST_MAPS adapters. Raises ValueError without
+    dotted lines. Modules are drawn for the first MOST_MAPS adapters. Raises ValueError without
     adapters, or when one has no module.
     """
     named = dict(
@@ -76,36 +76,29 @@ def write_projection_report(
 
 def projection_sentence(label: str, adapter: ProjectedRows) -> str:
     """One adapter's projection in words."""
-    cosines = sorted(row.cosine for row in adapter.rows.values() if row.cosine is not None)
-    total, taken, lacking = len(adapter.rows), len(adapter.taken), len(adapter.rows) - len(cosines)
+    total, taken = len(adapter.rows), len(adapter.taken)
     text = f"{label}: {taken} of {total} modules projected ({percent(taken / total)})."
-    if cosines:
-        text += (
-            f" Cosines from {cosines[0]:.4f} to {cosines[-1]:.4f}, median {median(cosines):.4f}."
-        )
-    if lacking:
-        some = f"{lacking} have no" if lacking > 1 else "One has no"
-        text += f" {some if cosines else 'No module has'} cosine."
-    return text
+    return text + words.spread_sentence(adapter.rows)
 
 
 def _module_rows(adapter: ProjectedRows) -> list[tuple[str, str, str, str]]:
-    """Name, cosine, norm ratio and what became of each module, in natural order."""
+    """Name, value, norm ratio and what became of each module, in natural order."""
+    known = known_cosines(adapter.rows)
     return [
         (
             module,
-            _decimals(row.cosine),
+            _decimals(known.get(module)),
             _decimals(row.norm_ratio),
-            _outcome(row, module in adapter.taken),
+            _outcome(row, module in adapter.taken, module in known),
         )
         for module, row in sorted(adapter.rows.items(), key=lambda item: natural(item[0]))
     ]
 
 
-def _outcome(row: ModuleRow, taken: bool) -> str:
+def _outcome(row: ModuleRow, taken: bool, known: bool) -> str:
     if taken:
         return "projected"
-    return "not projected" if row.cosine is not None else f"no cosine: {without_paths(row.reason)}"
+    return "not projected" if known else f"{words.NO_QUANTITY}: {without_paths(row.reason)}"
 
 
 def _decimals(value: float | None) -> str:
@@ -129,14 +122,14 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _file_names(labels: Sequence[str]) -> list[str]:
-    """ "cosines", or with several adapters "cosines-NAME", where NAME holds nothing that a file
-    name may not.
+    """`words.MAPS`, or with several adapters that and a name, which holds nothing that a file name
+    may not.
     """
     if len(labels) == 1:
-        return ["cosines"]
+        return [words.MAPS]
     return _distinct(
         [
-            f"cosines-{re.sub(r'[^A-Za-z0-9._=-]+', '-', label).strip('-.') or 'adapter'}"
+            f"{words.MAPS}-{re.sub(r'[^A-Za-z0-9._=-]+', '-', label).strip('-.') or 'adapter'}"
             for label in labels
         ]
     )

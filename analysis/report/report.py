@@ -46,6 +46,7 @@ from ebbline.sweeps.drive.live import host_names
 from ebbline.sweeps.search.importance import METHOD
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences import words
 from ebbline.tasks.files import write_whole
 
 _NO_PROJECTIONS: Projections = MappingProxyType({})
@@ -219,11 +220,11 @@ def _projection_figures(projections: Projections) -> list[Shown]:
             curves = {name: adapter.rows for name, adapter in adapters.items()}
             found.append(
                 shown_cosines(
-                    figures[f"cosines-{model}"], f"{model}, {label}", first.rows, first.taken
+                    figures[f"{words.MAPS}-{model}"], f"{model}, {label}", first.rows, first.taken
                 )
             )
             count = f"{len(adapters)} projected adapter{'s' if len(adapters) > 1 else ''}"
             found.append(
-                shown_shares(figures[f"projected-share-{model}"], f"{model}, {count}", curves)
+                shown_shares(figures[f"{words.SHARES}-{model}"], f"{model}, {count}", curves)
             )
     return found

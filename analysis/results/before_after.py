@@ -22,14 +22,14 @@ from ebbline.analysis.results.measurements import (
     compared,
     measurement,
     operating_point,
+    partners,
     refusal_metric,
-    training_of,
     unprojected,
 )
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.tables import in_percent, in_points
 from ebbline.analysis.results.wording import directed_label, natural
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, without_defence
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite
 from ebbline.tasks.measuring.metrics import Metric
@@ -81,15 +81,13 @@ def trios(study: Study, results: Sequence[Result]) -> list[Trio]:
     refusal, done, found = refusal_metric(study), finished(results), []
     for model in sorted({result.point.model for result in done}, key=natural):
         own = [result for result in done if result.point.model == model]
-        twins, picked = (
-            unprojected(own),
-            None if refusal is None else operating_point(study, own, refusal),
-        )
+        picked = None if refusal is None else operating_point(study, own, refusal)
         if picked is None:
-            first = min(twins.values(), key=lambda result: result.number, default=None)
+            plain = unprojected(own).values()
+            first = min(plain, key=lambda result: result.number, default=None)
             found.append(Trio(model, first, None, False))
         else:
-            found.append(Trio(model, twins.get(training_of(picked[0])), *picked))
+            found.append(Trio(model, partners(own).get(without_defence(picked[0].point)), *picked))
     return found
 
 

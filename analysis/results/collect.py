@@ -24,10 +24,10 @@ from ebbline.sweeps.study.stages import stages_or_refusal
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.defences.gate import ProjectedRows, read_rows
+from ebbline.tasks.defences.gate import SAFE_LORA, ProjectedRows
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
-from ebbline.tasks.specs import ApplySpec, GenerateSpec, ProjectSpec, ScoreSpec
+from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Stage, closure
 
 
@@ -95,18 +95,14 @@ def projections(
         shown: dict[str, ProjectedRows] = {}
         seen: set[str] = set()
         for result in [first, *own]:
-            project, apply = (
-                result.keys[f"{kind}[seed={study.seeds[0]}]"] for kind in ("project", "apply")
+            measured, made = (
+                home.store.open(kind, result.keys[f"{kind}[seed={study.seeds[0]}]"])
+                for kind in (SAFE_LORA.measures.KIND, SAFE_LORA.makes.KIND)
             )
-            if project not in seen:
-                seen.add(project)
-                rows = read_rows(home.store.open("project", project).file(ProjectSpec.COSINES))
-                taken = json.loads(
-                    home.store.open("apply", apply).file(ApplySpec.CHOSEN).read_text()
-                )
-                shown[f"point {result.number} ({settings_label(result.point)})"] = ProjectedRows(
-                    rows, frozenset(taken)
-                )
+            if measured.key not in seen:
+                seen.add(measured.key)
+                label = f"point {result.number} ({settings_label(result.point)})"
+                shown[label] = SAFE_LORA.projected_rows(measured.file, made.file)
         found[model] = shown
     return found
 

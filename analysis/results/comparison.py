@@ -206,18 +206,10 @@ def same_settings(before: Side, after: Side, model: str) -> Iterator[tuple[Resul
 
 
 def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, ...]:
-    model = study.models[point.model]
-    fixed = {
-        "data": study.data.settings,
-        "train": model.train_settings(study.train),
-        "project": study.project,
-        "apply": study.apply,
-    }
     values = dict(point.values)
     found = []
     for axis in axes:
-        part, _, name = axis.partition(".")
-        value = values.get(axis, getattr(fixed[part], name))
+        value = values[axis] if axis in values else study.fixed(point.model, axis)
         found.append(
             float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         )

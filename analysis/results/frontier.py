@@ -1,19 +1,18 @@
 """The Pareto frontier: the results that no other result dominates.
 
 Invariants: only finished results enter; NaN is an error, never a loser; two results with equal
-values stand or fall together. Every metric is a rate, so the reference corner is the worst of the
-unit cube and a hypervolume lies in [0, 1].
+values stand or fall together; a hypervolume lies in [0, 1] (see ebbline.sweeps.dominance).
 
 Arrays: `values_NM` has N results and M objectives.
 """
 
 from collections.abc import Sequence
 
-import moocore
 import numpy as np
 from numpy.typing import NDArray
 
 from ebbline.analysis.results.wording import natural
+from ebbline.sweeps import dominance
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import Direction, direction
@@ -24,10 +23,7 @@ def front(values_NM: NDArray[np.float64], directions: Sequence[Direction]) -> ND
     number of columns.
     """
     _check(values_NM, directions)
-    found: NDArray[np.bool_] = moocore.is_nondominated(
-        values_NM, maximise=_maximise(directions), keep_weakly=True
-    )
-    return found
+    return dominance.non_dominated(values_NM, _maximise(directions))
 
 
 def hypervolume(
@@ -39,12 +35,7 @@ def hypervolume(
     out).
     """
     _check(values_NM, directions)
-    corner = reference_corner(directions) if reference is None else reference
-    return float(moocore.hypervolume(values_NM, ref=list(corner), maximise=_maximise(directions)))
-
-
-def reference_corner(directions: Sequence[Direction]) -> tuple[float, ...]:
-    return tuple(0.0 if way == "maximise" else 1.0 for way in directions)
+    return dominance.hypervolume(values_NM, _maximise(directions), reference)
 
 
 def finished(results: Sequence[Result]) -> list[Result]:

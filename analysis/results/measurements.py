@@ -19,7 +19,13 @@ from ebbline.analysis.results.statistics import (
     paired_replicates,
     same_prompts,
 )
-from ebbline.sweeps.study.points import Result, Value
+from ebbline.sweeps.study.points import (
+    Point,
+    Result,
+    is_as_trained,
+    training_of,
+    without_defence,
+)
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -191,30 +197,26 @@ def apart(before: Metric, after: Metric) -> tuple[float, float]:
 
 
 def is_projected(result: Result) -> bool:
-    """Whether any module took its projection: a threshold below every cosine leaves the adapter as
-    it was trained.
+    """Whether the defence changed any module: a setting of its knobs may leave all as they were
+    trained.
     """
-    return bool(result.projected_share)
+    return bool(result.changed_share)
 
 
-def training_of(result: Result) -> tuple[str, tuple[tuple[str, Value], ...]]:
-    """What decides the adapter before projection; results that share it differ by projection
-    alone.
+def unprojected(done: Sequence[Result]) -> dict[Point, Result]:
+    """One result for each training, with its adapters as they were trained: the lowest number."""
+    plain = sorted(filter(is_as_trained, done), key=lambda result: -result.number)
+    return {training_of(result.point): result for result in plain}
+
+
+def partners(done: Sequence[Result]) -> dict[Point, Result]:
+    """What a projected result may be paired with, by its point without the defence: the two differ
+    by projection alone. Of several the lowest number.
     """
-    values = tuple(
-        (axis, value)
-        for axis, value in result.point.values
-        if not axis.startswith(("apply.", "project."))
-    )
-    return result.point.model, values
-
-
-def unprojected(done: Sequence[Result]) -> dict[tuple[str, tuple[tuple[str, Value], ...]], Result]:
-    """One unprojected result for each training: the lowest number."""
     plain = sorted(
         (result for result in done if not is_projected(result)), key=lambda result: -result.number
     )
-    return {training_of(result): result for result in plain}
+    return {without_defence(result.point): result for result in plain}
 
 
 def refusal_metric(study: Study) -> str | None:

@@ -11,6 +11,7 @@ from ebbline.analysis.results.wording import measured, metric_label, percent, se
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 
 
 def missed_by(nearest: Pick, confidence: float | None) -> str:
@@ -31,8 +32,8 @@ def missed_by(nearest: Pick, confidence: float | None) -> str:
 
 def named(result: Result) -> str:
     share = (
-        f"{result.projected_share:.0%} of modules projected"
-        if result.projected_share
+        f"{result.changed_share:.0%} of modules projected"
+        if result.changed_share
         else "not projected"
     )
     return f"point {result.number} ({settings_label(result.point)}; {share})"
@@ -112,7 +113,7 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
         "number": result.number,
         "point": result.point.id,
         "settings": dict(result.point.values),
-        "projected_share": result.projected_share,
+        DEFENCE.words.share: result.changed_share,
         "holds": found.holds,
         "picked_among": found.among,
         "maximised": None if found.by_hand else found.maximised,

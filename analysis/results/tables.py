@@ -26,6 +26,7 @@ from ebbline.cluster.profile import Profile
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -70,7 +71,7 @@ def results_frame(
         columns |= _metric_columns(name, [row.metrics.get(name) for row in rows])
     columns["on_frontier"] = _column([row.number in overall for row in rows], "boolean")
     columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
-    columns["projected_share"] = _column([row.projected_share for row in rows], "Float64")
+    columns[DEFENCE.words.share] = _column([row.changed_share for row in rows], "Float64")
     columns["seconds"] = _column([row.seconds for row in rows], "Float64")
     columns |= {
         name: _column(values, "Float64") for name, values in cost_columns(rows, profile).items()
@@ -162,7 +163,7 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
         ]
     cells["projected"] = [
         "none" if pd.isna(share) or not share else f"{share:.0%}"
-        for share in rows["projected_share"]
+        for share in rows[DEFENCE.words.share]
     ]
     for name in metrics:
         triples = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)

@@ -25,6 +25,7 @@ from ebbline.cluster.schedule.costs import total
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 
 CURVE = "curve.csv"  # as ebbline.tasks.training.train writes it; that module imports torch
@@ -114,7 +115,7 @@ def _point_page(
         "reason": without_paths(result.reason, hosts)[:300],
         "seconds": result.seconds,
         "gpu_hours": cost.gpu_hours,
-        "projected_share": result.projected_share,
+        DEFENCE.words.share: result.changed_share,
         "stages": dict(result.keys),
     }
     usd = cost.usd(profile)
@@ -242,7 +243,7 @@ def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[An
     for name in metrics:
         metric = result.metrics.get(name)
         row += [None] * 4 if metric is None else [metric.value, *metric.interval, metric.n]
-    return [*row, result.projected_share, total(result.costs.values()).gpu_hours]
+    return [*row, result.changed_share, total(result.costs.values()).gpu_hours]
 
 
 def _curve(path: Path) -> Iterator[tuple[int, dict[str, float]]]:

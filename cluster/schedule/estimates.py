@@ -20,6 +20,7 @@ from ebbline.cluster.schedule.costs import named_type
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load
@@ -83,7 +84,7 @@ class Estimates:
                 said.get("gpu_type"),
             )
             self.took[artifact.key] = seconds
-            if artifact.kind == "apply":
+            if artifact.kind == DEFENCE.makes.KIND:
                 self._adapters.append(artifact.content)
             sorts = _sorts(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
             if "load" not in said:
@@ -99,8 +100,8 @@ class Estimates:
 
     @property
     def distinct_adapters(self) -> float:
-        """The share of applied adapters that equal no earlier one: what a threshold gives anew. 1
-        where there are too few to tell.
+        """The share of defended adapters that equal no earlier one: what a setting of the knobs
+        gives anew. 1 where there are too few to tell.
         """
         return (
             len(set(self._adapters)) / len(self._adapters) if len(self._adapters) >= ENOUGH else 1.0

@@ -21,6 +21,8 @@ from ebbline.tasks.identity import content_digest
 SHOWN = {"clusters": 20, "ids": 12, "categories": 60, "pairs": 20, "texts": 5}
 FEW_PROMPTS = 10  # below it, a rate's 95% interval can be wider than +-0.25
 
+_KEYS = {"least_similarity": "threshold"}  # what --json calls a field of an Audit
+
 
 def tell(audit: Audit, path: Path, as_json: bool, show_text: PromptSet | None = None) -> None:
     """Print an audit of the set at `path`. `show_text`, the set itself, adds the texts of
@@ -34,7 +36,7 @@ def tell(audit: Audit, path: Path, as_json: bool, show_text: PromptSet | None = 
         record = {
             "path": str(path),
             "sha256": content_digest(path),
-            **asdict(audit),
+            **{_KEYS.get(name, name): value for name, value in asdict(audit).items()},
             "verdicts": verdicts(audit),
         }
         print(
@@ -60,7 +62,7 @@ def tell(audit: Audit, path: Path, as_json: bool, show_text: PromptSet | None = 
         screen.print(
             _clusters(
                 audit.clusters,
-                f"near-copies: {audit.threshold:g} or more of their content words in common",
+                f"near-copies: {audit.least_similarity:g} or more of their content words in common",
             )
         )
     if texts:
@@ -79,7 +81,7 @@ def verdicts(audit: Audit) -> list[str]:
 def _copies(audit: Audit) -> list[str]:
     if not audit.clusters:
         return [
-            f"no near-copies at a similarity of {audit.threshold:g}: each prompt is a "
+            f"no near-copies at a similarity of {audit.least_similarity:g}: each prompt is a "
             "request of its own"
         ]
     inside = sum(len(cluster.ids) for cluster in audit.clusters)
@@ -92,7 +94,7 @@ def _copies(audit: Audit) -> list[str]:
     chains = [
         str(place)
         for place, cluster in enumerate(audit.clusters, start=1)
-        if cluster.least < audit.threshold / 2
+        if cluster.least < audit.least_similarity / 2
     ]
     if chains:
         said.append(

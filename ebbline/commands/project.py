@@ -10,7 +10,6 @@ more than two modules of theirs are in memory.
 """
 
 import json
-import math
 import os
 import platform
 import re
@@ -28,43 +27,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, chosen
+from ebbline.tasks.defences.gate import NO_DIRECTION, ModuleRow, ProjectedRows
 from ebbline.tasks.defences.project import Weights, as_saved, projections, row_of, write_adapter
-from ebbline.tasks.defences.safelora import NO_DIRECTION
+from ebbline.tasks.defences.settings import Settings, checked, first_taken
 from ebbline.tasks.defences.subspace import Bases
+from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.models.loading import resolve
 from ebbline.tasks.models.weights import Adapter, Checkpoint, inside, opened, read_adapter
 
-DEFAULT_THRESHOLD = 0.5
-DEFAULT_ENERGY = 0.9
 RECORD = "safe_lora.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How adapters are projected. `threshold` takes the modules whose cosine is at or below it,
-    `modules` the n lowest.
-
-    `energy` is the share of ||aligned - base||_F^2 that the exact projector keeps, None for the
-    approximate one.
-    """
-
-    base: str
-    aligned: str
-    projector: Literal["approximate", "exact"]
-    threshold: float | None
-    modules: int | None
-    energy: float | None
-
-    @property
-    def rule(self) -> str:
-        return (
-            f"the {self.modules} of lowest cosine"
-            if self.threshold is None
-            else f"modules with a cosine <= {self.threshold:g}"
-        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +69,7 @@ def project(
     progress: Callable[[int, int, str], None] = lambda done, total, module: None,
 ) -> list[ProjectedAdapter]:
     """Safe LoRA (arXiv 2405.16833) on one or more adapters of one model; see
-    ebbline.tasks.defences.safelora for the formulas.
+    ebbline.tasks.defences for the formulas.
 
     `base` and `aligned` are Hugging Face folders or hub ids at a commit (`ORG/NAME@COMMIT`). `out`
     becomes the projected adapter, or holds a folder for each when there are several. With neither
@@ -107,7 +80,7 @@ def project(
     where it cannot be computed. `out` appears whole or not at all.
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else adapters
-    settings = _settings(base, aligned, threshold, modules, projector, energy)
+    settings = checked(str(base), str(aligned), threshold, modules, projector, energy)
     _require_device(device)
     destination = _destination(Path(out))
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
@@ -218,39 +191,6 @@ def located(reference: str | Path) -> Path:
     raise ModelError(f"there is no folder {text}")
 
 
-def _settings(
-    base: str | Path,
-    aligned: str | Path,
-    threshold: float | None,
-    modules: int | None,
-    projector: Literal["approximate", "exact"],
-    energy: float | None,
-) -> Settings:
-    if projector not in ("approximate", "exact"):
-        raise ProjectionError(f"no projector {projector!r}; there are 'approximate' and 'exact'")
-    if threshold is not None and modules is not None:
-        raise ProjectionError("give a threshold or a number of modules, not both")
-    if threshold is not None and not -1.0 <= threshold <= 1.0:
-        raise ProjectionError(f"the threshold is a cosine, from -1 to 1; {threshold:g} is not")
-    if modules is not None and (
-        isinstance(modules, bool) or not isinstance(modules, int) or modules < 0
-    ):
-        raise ProjectionError(f"{modules} is no number of modules")
-    if projector == "approximate" and energy is not None:
-        raise ProjectionError(
-            "energy belongs to the exact projector; the approximate one has no such share"
-        )
-    if projector == "exact":
-        energy = DEFAULT_ENERGY if energy is None else energy
-        if not 0.0 < energy < 1.0:
-            raise ProjectionError(
-                f"energy is a share between 0 and 1, both excluded; {energy:g} is not"
-            )
-    if threshold is None and modules is None:
-        threshold = DEFAULT_THRESHOLD
-    return Settings(str(base), str(aligned), projector, threshold, modules, energy)
-
-
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """A name for each of several folders: the shortest endings of their paths that differ. Raises
     ProjectionError for one given twice.
@@ -299,7 +239,7 @@ def _written(
     fresh: Path,
     out: Path,
 ) -> ProjectedAdapter:
-    take, notes = chosen(rows, settings.threshold, settings.modules), tuple(_notes(adapter, rows))
+    take, notes = settings.chosen(rows), tuple(_notes(adapter, rows))
     projected = {}
     for module in take:
         with opened(spool / module) as file:
@@ -385,11 +325,8 @@ def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str,
         for name, each in zip(names, projected, strict=True)
         for note in each.notes
     ]
-    threshold = projected[0].settings.threshold
     try:
-        return write_projection_report(
-            path, adapters, settings, notes, [] if threshold is None else [threshold]
-        )
+        return write_projection_report(path, adapters, settings, notes, projected[0].settings.drawn)
     except OSError as error:
         raise ProjectionError(
             f"the report cannot be written to {path}: {error}. The projected adapters are whole"
@@ -430,21 +367,13 @@ def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bo
     share = "" if settings.energy is None else f" at {settings.energy:.4g} of the energy"
     screen.print(f"Safe LoRA, {settings.projector} projector{share}, {settings.rule}", markup=False)
     for each in projected:
-        cosines = [row.cosine for row in each.rows.values() if row.cosine is not None]
-        found = f"; cosines {min(cosines):.4f} to {max(cosines):.4f}" if cosines else ""
         screen.print(
-            f"{each.out}: {len(each.projected)} of {len(each.rows)} modules projected{found}",
+            f"{each.out}: {len(each.projected)} of {len(each.rows)} modules projected"
+            f"{range_phrase(each.rows)}",
             markup=False,
         )
-        if not each.projected and cosines:
-            first = (
-                math.ceil(min(cosines) * 1e4) / 1e4
-            )  # rounded up: it must be a threshold that does it
-            aside.print(
-                f"note: no module was projected; from a threshold of {first:.4f} on, the "
-                "first one is",
-                markup=False,
-            )
+        if not each.projected and (hint := first_taken(each.rows)):
+            aside.print(f"note: {hint}", markup=False)
         for note in each.notes:
             aside.print(
                 f"note: {each.out.name + ': ' if len(projected) > 1 else ''}{note}",

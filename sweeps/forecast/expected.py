@@ -3,7 +3,7 @@ choose, points that it might.
 
 What a search will choose depends on what it measures. In place of its choices stand random points
 of the space, seeded by the study, each once, after those that the file writes out. A search that
-returns to an adapter for another threshold trains less than they say.
+returns to an adapter for another setting of its defence trains less than they say.
 """
 
 import itertools

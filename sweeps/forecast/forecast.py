@@ -27,7 +27,7 @@ from ebbline.sweeps.state.racing import races
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import still_met
 from ebbline.sweeps.state.todo import MODELS, Missing, Todo, Told, todo
-from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.points import Point, adapter_of
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
@@ -221,16 +221,12 @@ def _scale(every: Sequence[Point], part: Sequence[Point]) -> dict[tuple[str, boo
         counts = []
         for points in (every, part):
             own = [point for point in points if point.model == model]
-            counts.append((len({_adapter(point) for point in own}), len(own)))
+            counts.append((len({adapter_of(point) for point in own}), len(own)))
         found[model, False], found[model, True] = (
             counts[0][0] / counts[1][0],
             counts[0][1] / counts[1][1],
         )
     return found
-
-
-def _adapter(point: Point) -> tuple[tuple[str, object], ...]:
-    return tuple(item for item in point.values if not item[0].startswith("apply."))
 
 
 def _wall_s(trace: Trace, estimates: Estimates, more_gpu_s: float) -> float | None:

@@ -9,26 +9,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ebbline.sweeps.search.knowledge import Cosines, Knowledge, adapter_of, training_of
-from ebbline.sweeps.search.masks import Mask, distinct_masks, mask_of, share, unmeasured
+from ebbline.sweeps.search.knowledge import Knowledge, Readings
+from ebbline.sweeps.search.masks import Mask, distinct_masks, is_off, mask_of, share, unmeasured
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.axes import AxisValue, Range, count_of, values_of
-from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.points import Point, Value, adapter_of, training_of
 from ebbline.sweeps.study.space import drawn
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 
 LISTED = 4096  # adapters of a space that is written out; of a larger one, some are drawn
 OPEN, OPTIONS = 16, 10  # adapters considered for further masks, and masks of each
 FRESH = 24  # new adapters considered
-GUESSES = 6  # thresholds considered for an adapter whose cosines are unknown
-LIKE = 16  # adapters whose cosines stand in for those of one that is not made
+GUESSES = 6  # settings of the knobs considered for an adapter that is not measured
+LIKE = 16  # measured adapters that stand in for one that is not made
 
 
 @dataclass
 class Adapter:
-    """`left` are the masks that were not asked for, once the cosines are known; `asked` all
-    `apply.*` values that were.
+    """`left` are the masks that were not asked for, once it is `measured`; `asked` are all knobs
+    that were.
     """
 
     point: Point
@@ -37,7 +38,7 @@ class Adapter:
     told: bool = False
     failed: bool = False
     promise: float = 0.0
-    cosines: Cosines | None = None
+    measured: Readings | None = None
     left: dict[Mask, dict[str, Value]] = field(default_factory=dict)
 
 
@@ -56,8 +57,8 @@ class Candidate:
 
 
 class Adapters:
-    """Kept from ask to ask. With `search.order: in_turn`, an adapter's cosines count once a point
-    of it was told, and not as soon as they are there.
+    """Kept from ask to ask. With `search.order: in_turn`, what was measured of an adapter counts
+    once a point of it was told, and not as soon as it is there.
     """
 
     def __init__(self, study: Study) -> None:
@@ -66,7 +67,7 @@ class Adapters:
         self._trainings: set[Point] = set()
         self._unknown: dict[Point, Adapter] = {}
         self._open: dict[Point, Adapter] = {}
-        self._like: dict[str, list[Cosines]] = {}
+        self._like: dict[str, list[Readings]] = {}
         self._guesses = {
             model: _even(unmeasured(study, model, GUESSES), GUESSES) for model in study.models
         }
@@ -83,11 +84,11 @@ class Adapters:
         values = _applied(entry.point)
         adapter.asked.append(values)
         adapter.running += 1
-        if adapter.cosines is not None:
+        if adapter.measured is not None:
             self._take(adapter, values)
 
     def told(self, entry: Entry, promise: float, known: Knowledge) -> None:
-        """Take in what became of a point, and the cosines of its adapter."""
+        """Take in what became of a point, and what was measured of its adapter."""
         adapter = self.by_point[adapter_of(entry.point)]
         adapter.running -= 1
         adapter.told = True
@@ -97,80 +98,78 @@ class Adapters:
             self._look_at(adapter, known)
 
     def look(self, known: Knowledge) -> None:
-        """Take in the cosines that were measured since the last time; in turn, each waits until a
-        point of its adapter is told.
+        """Take in the adapters that were measured since the last time; in turn, each waits until a
+        point of it is told.
         """
         if not self._study.search.in_turn:
             for adapter in list(self._unknown.values()):
                 self._look_at(adapter, known)
 
     def _look_at(self, adapter: Adapter, known: Knowledge) -> None:
-        adapter.cosines = known.cosines(adapter.point)
-        if adapter.cosines is not None:
+        adapter.measured = known.measured(adapter.point)
+        if adapter.measured is not None:
             del self._unknown[adapter.point]
-            adapter.left = distinct_masks(self._study, adapter.point.model, adapter.cosines)
+            adapter.left = distinct_masks(self._study, adapter.point.model, adapter.measured)
             for values in adapter.asked:
                 self._take(adapter, values)
             if adapter.left:
                 self._open[adapter.point] = adapter
-            self._like.setdefault(adapter.point.model, []).append(adapter.cosines)
+            self._like.setdefault(adapter.point.model, []).append(adapter.measured)
         elif adapter.told and not adapter.running:
             del self._unknown[adapter.point]  # it failed before it had any
 
     def knows(self, point: Point) -> bool:
-        """Whether the cosines of a point's adapter count, so that its share is no guess."""
+        """Whether a point's adapter is measured, so that its share is no guess."""
         adapter = self.by_point.get(adapter_of(point))
-        return adapter is not None and adapter.cosines is not None
+        return adapter is not None and adapter.measured is not None
 
     def share_of(self, point: Point) -> float:
         """The share of modules that a point projects: of its adapter, or of adapters like it while
         that one is not known.
         """
         adapter, values = self.by_point.get(adapter_of(point)), _applied(point)
-        if adapter is not None and adapter.cosines is not None:
-            mask = mask_of(self._study, values, adapter.cosines)
-            return 1.0 if mask is None else share(mask, adapter.cosines)
+        if adapter is not None and adapter.measured is not None:
+            mask = mask_of(self._study, values, adapter.measured)
+            return 1.0 if mask is None else share(mask, adapter.measured)
         return self._guessed(point.model, values)
 
     def _guessed(self, model: str, values: dict[str, Value]) -> float:
         like = self._like.get(model) or [
-            cosines for each in self._like.values() for cosines in each
+            measured for each in self._like.values() for measured in each
         ]
         masks = [
-            (mask, cosines)
-            for cosines in like[-LIKE:]
-            if (mask := mask_of(self._study, values, cosines)) is not None
+            (mask, measured)
+            for measured in like[-LIKE:]
+            if (mask := mask_of(self._study, values, measured)) is not None
         ]
         if masks:
-            return float(np.mean([share(mask, cosines) for mask, cosines in masks]))
+            return float(np.mean([share(mask, measured) for mask, measured in masks]))
         return _share_of_nothing(self._study, model, values)
 
     def further(self, known: Knowledge, k: int) -> list[Candidate]:
         """Masks that were not asked for, of adapters that exist."""
         found = []
         for adapter in self._considered(k):
-            cosines = adapter.cosines or ()
+            measured = adapter.measured or ()
             work = known.work(adapter.point)
             left = sorted(adapter.left.items(), key=lambda item: item[0])
             for mask, values in _spread(left, OPTIONS, k):
                 found.append(
                     Candidate(
                         _with(adapter.point, values),
-                        share(mask, cosines),
+                        share(mask, measured),
                         work.measure,
                         adapter.point,
                     )
                 )
         for adapter in self._unknown.values():
-            # One threshold of an adapter whose cosines are unknown, and none beside: two might
-            # choose the same mask.
+            # One setting of an adapter that is not measured, and none beside: two might choose the
+            # same mask.
             if adapter.failed:
                 continue
-            projects = any(_projects(self._study, values) for values in adapter.asked)
+            on = any(not is_off(self._study, values) for values in adapter.asked)
             for values in self._guesses[adapter.point.model]:
-                if values not in adapter.asked and not (
-                    projects and _projects(self._study, values)
-                ):
+                if values not in adapter.asked and not (on and not is_off(self._study, values)):
                     point = _with(adapter.point, values)
                     found.append(
                         Candidate(
@@ -180,7 +179,7 @@ class Adapters:
         return found
 
     def fresh(self, known: Knowledge, k: int, near: Sequence[Point]) -> list[Candidate]:
-        """New adapters at some thresholds each; `near` are adapters whose neighbours are worth a
+        """New adapters at some settings each; `near` are adapters whose neighbours are worth a
         look where a space cannot be listed.
         """
         found = []
@@ -245,7 +244,7 @@ class Adapters:
         return list(found)[:count]
 
     def _take(self, adapter: Adapter, values: Mapping[str, Value]) -> None:
-        mask = mask_of(self._study, values, adapter.cosines or ())
+        mask = mask_of(self._study, values, adapter.measured or ())
         if mask is not None:
             adapter.left.pop(mask, None)
         if not adapter.left:
@@ -254,9 +253,7 @@ class Adapters:
 
 def adapter_axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | Range]:
     return {
-        axis: values
-        for axis, values in study.axes_of(model).items()
-        if not axis.startswith("apply.")
+        axis: values for axis, values in study.axes_of(model).items() if not DEFENCE.is_knob(axis)
     }
 
 
@@ -271,24 +268,15 @@ def _listed(study: Study, model: str) -> list[Point] | None:
 
 
 def _applied(point: Point) -> dict[str, Value]:
-    return {axis: value for axis, value in point.values if axis.startswith("apply.")}
+    return {axis: value for axis, value in point.values if DEFENCE.is_knob(axis)}
 
 
 def _with(adapter: Point, values: Mapping[str, Value]) -> Point:
     return Point.of(adapter.model, {**dict(adapter.values), **values})
 
 
-def _projects(study: Study, values: Mapping[str, Value]) -> bool:
-    either = {
-        "apply.threshold": study.apply.threshold,
-        "apply.modules": study.apply.modules,
-        **values,
-    }
-    return any(value is not None for value in either.values())
-
-
 def _share_of_nothing(study: Study, model: str, values: Mapping[str, Value]) -> float:
-    """Before any cosine is measured: how far along its axis a value lies."""
+    """Before any adapter is measured: how far along its axis a value lies."""
     for axis, value in values.items():
         if isinstance(value, int | float):
             own = study.axes_of(model)[axis]

@@ -1,9 +1,8 @@
 """A point as numbers between 0 and 1, for what learns from points.
 
 An axis is scaled over all the values that any size has of it, by its logarithm when they span a
-factor of 8. Where thresholds are known by their masks, `apply.*` is one feature: the share of
-modules that take their projection, which means the same for every adapter and every size, as no
-threshold does.
+factor of 8. Where knobs are known by their masks, they are one feature: the share of modules that
+the defence changes, which means the same for every adapter and every size, as no knob does.
 """
 
 import json
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from ebbline.sweeps.study.axes import Range
 from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 
 Array = NDArray[np.float64]
 SPAN_OF_A_LOGARITHM = 8.0
@@ -24,8 +24,8 @@ APART = 0.5  # how far two sizes lie from each other
 
 
 class Features:
-    """`shares`: `apply.*` counts as the share of modules, given with the point; otherwise its axes
-    count as they are.
+    """`shares`: the defence's knobs count as the share of modules, given with the point; otherwise
+    as they are.
     """
 
     def __init__(self, study: Study, shares: bool) -> None:
@@ -35,7 +35,7 @@ class Features:
         axes: dict[str, list[Any]] = {}
         for model in study.models:
             for axis, values in study.axes_of(model).items():
-                if not (shares and axis.startswith("apply.")):
+                if not (shares and DEFENCE.is_knob(axis)):
                     edges = list(values.edges) if isinstance(values, Range) else list(values)
                     axes.setdefault(axis, []).extend(edges)
         self._scales = {axis: _Scale(values) for axis, values in axes.items()}
@@ -64,14 +64,7 @@ class Features:
 
     def _setting(self, model: str, axis: str) -> Value:
         """What a size that lacks an axis has in its place."""
-        prefix, _, field = axis.partition(".")
-        study = self._study
-        spec = (
-            study.models[model].train_settings(study.train)
-            if prefix == "train"
-            else study.settings[prefix]
-        )
-        found: Value = getattr(spec, field)
+        found: Value = self._study.fixed(model, axis)
         return found
 
 
@@ -97,7 +90,7 @@ class _Scale:
         self._low, self._high = (numbers[0], numbers[-1]) if numbers else (0.0, 1.0)
 
     def of(self, value: Value) -> float:
-        """Numbers from 0 to 1; what is no number (no threshold, the name of a way) below them, a
+        """Numbers from 0 to 1; what is no number (no value, the name of a way) below them, a
         step each.
         """
         if not isinstance(value, int | float) or isinstance(value, bool):

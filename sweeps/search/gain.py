@@ -13,12 +13,12 @@ Arrays: `front_NM` has N points and M objectives, `mean_CM` and `sd_CM` C candid
 import itertools
 from collections.abc import Sequence
 
-import moocore
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats.qmc import Sobol
 
+from ebbline.sweeps.dominance import distinct_front
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import direction
 
@@ -34,32 +34,12 @@ def gains_of(study: Study, values: Sequence[Sequence[float]]) -> Array:
     return np.where(down, 1.0 - found, found)
 
 
-def frontier(gains_NM: Array) -> Array:
-    """The rows that no other row dominates, each once."""
-    if len(gains_NM) == 0:
-        return gains_NM
-    unique_NM = np.unique(gains_NM, axis=0)
-    if gains_NM.shape[1] == 1:
-        return unique_NM[-1:]
-    kept: Array = unique_NM[moocore.is_nondominated(unique_NM, maximise=True)]
-    return kept
-
-
-def hypervolume(gains_NM: Array) -> float:
-    """The volume that rows dominate, from the corner 0."""
-    if len(gains_NM) == 0:
-        return 0.0
-    if gains_NM.shape[1] == 1:
-        return float(gains_NM.max())
-    return float(moocore.hypervolume(gains_NM, ref=[0.0] * gains_NM.shape[1], maximise=True))
-
-
 def undominated(front_NM: Array) -> tuple[Array, Array]:
     """Disjoint boxes, as (lower_BM, upper_BM), that make up what a frontier leaves of the unit
     cube.
     """
     objectives = front_NM.shape[1]
-    front_NM = frontier(np.clip(front_NM, 0.0, 1.0))
+    front_NM = distinct_front(np.clip(front_NM, 0.0, 1.0))
     if objectives > EXACT_UP_TO and len(front_NM) > THINNED:
         front_NM = front_NM[
             np.unique(np.linspace(0, len(front_NM) - 1, THINNED).round().astype(int))

@@ -1,37 +1,35 @@
-"""What the search may know beside results: the cosines of adapters that exist, and how much work a
-point is.
+"""What the search may know beside results: what the defence measured of adapters that exist, and
+how much work a point is.
 
-An *adapter* here is what all thresholds of a point share: the point without its `apply.*` values,
-whose training and projection are done once. Both answers are functions of the study and of what has
+An *adapter* here is what all knobs of a point share: the point without them, whose training and
+first stage of the defence are done once. Both answers are functions of the study and of what has
 been measured, and of no machine's speed.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.racing import Known
-from ebbline.sweeps.study.points import Point, StageName
+from ebbline.sweeps.study.points import Point, StageName, adapter_of
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
-from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.defences.defence import Reading
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.kinds import kind_named
-from ebbline.tasks.specs import ProjectSpec
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Owner
 
-Cosines = tuple[NDArray[np.float64], ...]  # of each seed's adapter, ascending
+Readings = tuple[Reading, ...]
+"""What was measured of each seed's adapter."""
 REMEMBERED = 4096  # adapters whose work is kept at hand
 CPU_SHARE = 0.05  # of a GPU, for the work that needs none
 
 
 @dataclass(frozen=True)
 class Work:
-    """GPU-seconds of a point's training, of its projection, and of what each of its thresholds
-    takes: apply and measure.
+    """GPU-seconds of a point's training, of measuring its adapter, and of what each setting of its
+    knobs takes: making the defended adapter and measuring that.
     """
 
     train: float
@@ -46,24 +44,6 @@ class Work:
 REFUSED = Work(1.0, 1.0, 1.0)  # of a point whose settings cannot be: it is asked for, and says why
 
 
-def adapter_of(point: Point) -> Point:
-    """The point without its `apply.*` values."""
-    return Point(
-        point.model,
-        tuple((axis, value) for axis, value in point.values if not axis.startswith("apply.")),
-    )
-
-
-def training_of(point: Point) -> Point:
-    """The point with what its training depends on alone: without `apply.*` and `project.*`."""
-    return Point(
-        point.model,
-        tuple(
-            (axis, value) for axis, value in point.values if axis.startswith(("data.", "train."))
-        ),
-    )
-
-
 class Knowledge:
     """Built from a study's stage graph and whoever knows its artifacts, which is the runner while
     it drives.
@@ -71,22 +51,22 @@ class Knowledge:
 
     def __init__(self, graph: StageGraph, known: Known) -> None:
         self._graph, self._known = graph, known
-        self._cosines: dict[Point, Cosines] = {}
+        self._measured: dict[Point, Readings] = {}
         self._projections: dict[
             Point, list[Stage]
         ] = {}  # of adapters that have been looked for in vain: they are asked for at every turn
         self._work: dict[Point, Work] = {}
 
-    def cosines(self, point: Point) -> Cosines | None:
-        """The cosines of each seed's adapter; None while one of them is not measured."""
+    def measured(self, point: Point) -> Readings | None:
+        """What the defence measured of each seed's adapter; None while one is not measured."""
         adapter = adapter_of(point)
-        if adapter not in self._cosines:
+        if adapter not in self._measured:
             found = self._read(adapter, point)
             if found is None:
                 return None
-            self._cosines[adapter] = found
+            self._measured[adapter] = found
             del self._projections[adapter]
-        return self._cosines[adapter]
+        return self._measured[adapter]
 
     def work(self, point: Point) -> Work:
         """What the point takes when nothing of it is there yet; a raced suite counts with its first
@@ -118,12 +98,13 @@ class Knowledge:
         study = self._graph.study
         return of_seeds(study, stages_or_refusal(graph, point)[0], study.first_seeds)
 
-    def _read(self, adapter: Point, point: Point) -> Cosines | None:
+    def _read(self, adapter: Point, point: Point) -> Readings | None:
         first = adapter not in self._projections
         if first:
             named = self._stages(point, self._graph).items()
+            kind = DEFENCE.measures.KIND
             self._projections[adapter] = [
-                stage for name, stage in named if StageName.parse(name).part == "project"
+                stage for name, stage in named if StageName.parse(name).part == kind
             ]
         projections = self._projections[adapter]
         found = [self._known.artifact(stage) for stage in projections]
@@ -134,15 +115,10 @@ class Knowledge:
                 self._graph.home.store
             )  # made in another run, and not asked for in this one
             found = [resolver.artifact(stage) for stage in projections]
-        cosines = []
-        for artifact in found:
-            if artifact is None:
-                return None
-            rows = read_rows(artifact.file(ProjectSpec.COSINES)).values()
-            cosines.append(
-                np.sort(np.array([row.cosine for row in rows if row.cosine is not None]))
-            )
-        return tuple(cosines)
+        known = [artifact for artifact in found if artifact is not None]
+        if len(known) < len(found):
+            return None
+        return tuple(DEFENCE.measured(artifact.file) for artifact in known)
 
 
 def _work(stage: Stage, needs: Needs) -> float:

@@ -1,13 +1,12 @@
-"""Masks: which modules of an adapter take their projection. Many thresholds give the same one, and
-then the same results.
+"""Masks: what a defence's knobs come to for the adapters of a point, one for each seed. Many
+settings give the same one, and then the same results.
 
-Both rules of `apply` take the lowest cosines first, so of one adapter a mask is known by how many
-modules it takes: a *mask* here is that number for each seed's adapter (see
-ebbline.tasks.defences.gate.chosen).
+Which settings do is the defence's to say (see ebbline.tasks.defences.defence.Defence.outcome); for
+Safe LoRA a mask is how many modules of each adapter take their projection.
 
-Two thresholds with the same modules below them give one adapter, which is measured once. Where an
-adapter's cosines are known, so are its twins. Elsewhere the store's applied adapters say how many
-are to be expected.
+Two settings with one outcome give one adapter, which is measured once. Where an adapter is
+measured, its duplicates are known. Elsewhere the store's defended adapters say how many are to be
+expected.
 """
 
 import itertools
@@ -18,101 +17,93 @@ import numpy as np
 
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.search.knowledge import Cosines
+from ebbline.sweeps.search.knowledge import Readings
 from ebbline.sweeps.state.todo import Todo
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.points import Value
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.gate import chosen, read_rows
-from ebbline.tasks.errors import ProjectionError
-from ebbline.tasks.specs import ApplySpec, ProjectSpec
+from ebbline.tasks.defences.defence import Outcome as Mask
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.stage import stage_of
 
-Mask = tuple[int, ...]
-THRESHOLD, MODULES = "apply.threshold", "apply.modules"
+__all__ = ["Mask", "distinct_masks", "is_off", "mask_of", "share", "twins", "unmeasured"]
+
+__all__ = ["Mask", "distinct_masks", "is_off", "mask_of", "share", "unmeasured"]
 
 
-def mask_of(study: Study, values: Mapping[str, Value], cosines: Cosines) -> Mask | None:
-    """The mask that a point's `apply.*` values choose; None when they ask for what cannot be."""
-    threshold = values.get(THRESHOLD, study.apply.threshold)
-    modules = values.get(MODULES, study.apply.modules)
-    if threshold is not None and modules is not None:
-        return None
-    if threshold is not None:
-        return tuple(int(np.searchsorted(each, float(threshold), side="right")) for each in cosines)
-    if modules is not None:
-        return (
-            None
-            if any(int(modules) > len(each) for each in cosines)
-            else tuple(int(modules) for _ in cosines)
-        )
-    return tuple(0 for _ in cosines)
+def mask_of(study: Study, values: Mapping[str, Value], adapters: Readings) -> Mask | None:
+    """The mask that a point's knobs choose; None when they ask for what cannot be."""
+    return DEFENCE.outcome(_knobs(study, values), adapters)
 
 
-def share(mask: Mask, cosines: Cosines) -> float:
+def is_off(study: Study, values: Mapping[str, Value]) -> bool:
+    """Whether a point's knobs leave every adapter as it was trained."""
+    return DEFENCE.is_off(_knobs(study, values))
+
+
+def share(mask: Mask, adapters: Readings) -> float:
     """The share of modules that a mask takes, over all seeds."""
-    return sum(mask) / max(1, sum(len(each) for each in cosines))
+    return DEFENCE.share(mask, adapters)
 
 
-def distinct_masks(study: Study, model: str, cosines: Cosines) -> dict[Mask, dict[str, Value]]:
-    """Every mask that a size's axes allow for an adapter, with `apply.*` values that choose it: the
-    first in the file's order.
+def distinct_masks(study: Study, model: str, adapters: Readings) -> dict[Mask, dict[str, Value]]:
+    """Every mask that a size's axes allow for its adapters, with knobs that choose it: the first in
+    the file's order.
 
-    A range has one representative between each two neighbouring cosines, with as few decimals as
+    A range has one representative between each two neighbouring edges, with as few decimals as
     that takes.
     """
-    axes = {
-        axis: values for axis, values in study.axes_of(model).items() if axis.startswith("apply.")
-    }
     found: dict[Mask, dict[str, Value]] = {}
     listed = [
-        [(axis, value) for value in _representatives(axis, values, cosines)]
-        for axis, values in axes.items()
+        [(axis, value) for value in _representatives(axis, values, adapters)]
+        for axis, values in _axes(study, model).items()
     ]
     for combination in itertools.product(*listed):
         values = dict(combination)
-        mask = mask_of(study, values, cosines)
+        mask = mask_of(study, values, adapters)
         if mask is not None:
             found.setdefault(mask, values)
     return found
 
 
 def unmeasured(study: Study, model: str, count: int) -> list[dict[str, Value]]:
-    """`apply.*` values for an adapter whose cosines are unknown: all of a list, `count` evenly
-    spaced ones of a range.
+    """Knobs for an adapter that is not measured: all values of a list, `count` evenly spaced ones
+    of a range.
     """
-    axes = {
-        axis: values for axis, values in study.axes_of(model).items() if axis.startswith("apply.")
-    }
     listed = [
         [
             (axis, value)
             for value in (_spaced(values, count) if isinstance(values, Range) else values)
         ]
-        for axis, values in axes.items()
+        for axis, values in _axes(study, model).items()
     ]
-    either = {THRESHOLD: study.apply.threshold, MODULES: study.apply.modules}
-    return [
-        values
-        for each in itertools.product(*listed)
-        if None in {**either, **(values := dict(each))}.values()
-    ]
+    every = (dict(each) for each in itertools.product(*listed))
+    return [values for values in every if DEFENCE.is_possible(_knobs(study, values))]
+
+
+def _knobs(study: Study, values: Mapping[str, Value]) -> dict[str, Value]:
+    return DEFENCE.knobs(study.settings[DEFENCE.makes.KIND], values)
+
+
+def _axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | Range]:
+    return {axis: v for axis, v in study.axes_of(model).items() if DEFENCE.is_knob(axis)}
 
 
 def _representatives(
-    axis: str, values: tuple[AxisValue, ...] | Range, cosines: Cosines
+    axis: str, values: tuple[AxisValue, ...] | Range, adapters: Readings
 ) -> Iterator[Value]:
     if not isinstance(values, Range):
         yield from values
-    elif axis == THRESHOLD:
-        edges = np.unique(np.concatenate(cosines)) if cosines else np.array([])
-        inside = [float(edge) for edge in edges if values.low < edge <= values.high]
-        for low, high in itertools.pairwise([values.low, *inside, np.nextafter(values.high, 2.0)]):
-            found = _between(float(low), float(high), values)
-            if found is not None:
-                yield found
-    else:
+        return
+    edges = DEFENCE.edges(axis, adapters)
+    if edges is None:
         yield from range(int(values.low), int(values.high) + 1, int(values.step or 1))
+        return
+    inside = [edge for edge in edges if values.low < edge <= values.high]
+    for low, high in itertools.pairwise([values.low, *inside, np.nextafter(values.high, 2.0)]):
+        found = _between(float(low), float(high), values)
+        if found is not None:
+            yield found
 
 
 def _between(low: float, high: float, axis: Range) -> float | None:
@@ -145,15 +136,15 @@ def twins(found: Todo, store: Store, distinct: float) -> frozenset[str]:
     """The ids of stages that read from an adapter that is expected to equal an earlier one, and so
     are expected not to run.
 
-    `distinct` is the share of applied adapters that equal no earlier one, for those whose cosines
-    are not known.
+    `distinct` is the share of defended adapters that equal no earlier one, for those that are not
+    measured.
     """
     resolver = Resolver(store)
-    masks: set[tuple[str, frozenset[str]]] = set()
+    masks: set[tuple[str, Mask]] = set()
     unknown, same, behind = 0, set[str](), set[str]()
     for missing in found.missing.values():
         spec = missing.stage.spec
-        if not isinstance(spec, ApplySpec):
+        if spec.KIND != DEFENCE.makes.KIND:
             if any(above in same or above in behind for above in missing.above):
                 behind.add(missing.id)
             continue
@@ -163,11 +154,10 @@ def twins(found: Todo, store: Store, distinct: float) -> frozenset[str]:
             unknown += 1
             twin = math.floor(unknown * (1 - distinct)) > math.floor((unknown - 1) * (1 - distinct))
         else:
-            try:
-                rows = read_rows(artifact.file(ProjectSpec.COSINES))
-                mask = artifact.key, chosen(rows, spec.threshold, spec.modules)
-            except ProjectionError:  # more modules than it has: this stage will fail and say so
+            outcome = DEFENCE.outcome(DEFENCE.knobs(spec, {}), [DEFENCE.measured(artifact.file)])
+            if outcome is None:  # more modules than it has: this stage will fail and say so
                 continue
+            mask = artifact.key, outcome
             twin = mask in masks
             masks.add(mask)
         if twin:

@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import moocore
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 
+from ebbline.sweeps.dominance import ranks
 from ebbline.sweeps.search.gain import gains_of
 from ebbline.sweeps.state.trials import DIRECTIONS, Entry, Names, plain
 from ebbline.sweeps.study.points import Point, Value
@@ -202,11 +202,7 @@ def ranks_of(study: Study, entries: Sequence[Entry]) -> Any:
     if not entries:
         return np.zeros(0, dtype=np.int64)
     gains_NM = gains_of(study, [entry.values for entry in entries])
-    if len(study.objectives) == 1:
-        ranks = np.unique(-gains_NM[:, 0], return_inverse=True)[1]
-    else:
-        ranks = np.asarray(moocore.pareto_rank(gains_NM, maximise=True), dtype=np.int64)
-    return ranks + np.array([0 if entry.feasible else len(entries) for entry in entries])
+    return ranks(gains_NM) + np.array([0 if entry.feasible else len(entries) for entry in entries])
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:

@@ -117,8 +117,8 @@ class OptunaSearcher:
     """Every sampler of a study file, over Optuna's storage. Make one driver's worth at a time: see
     Home.driving.
 
-    With `search.order: in_turn`, results are told in the order of asking, and cosines count from
-    then on, so that proposals depend on no timing.
+    With `search.order: in_turn`, results are told in the order of asking, and what was measured
+    counts from then on, so that proposals depend on no timing.
     """
 
     def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:

@@ -7,8 +7,7 @@ the work that it adds. An adapter that exists costs a measurement; a new one cos
 and is worth what several of its thresholds promise together, for the cost of training once and
 measuring each.
 
-`gp` is the same without the stages: every point costs the same, a threshold is a number like any
-other.
+`gp` is the same without the stages: every point costs the same, a knob is a number like any other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,22 +18,22 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
+from ebbline.sweeps.dominance import distinct_front
 from ebbline.sweeps.search.candidates import Adapters, Candidate
 from ebbline.sweeps.search.features import Features
 from ebbline.sweeps.search.gain import (
     Array,
     expected_gain,
     expected_joint_gains,
-    frontier,
     gains_of,
     spread,
     undominated,
 )
-from ebbline.sweeps.search.knowledge import Knowledge, adapter_of
+from ebbline.sweeps.search.knowledge import Knowledge
 from ebbline.sweeps.search.samplers import chosen
 from ebbline.sweeps.search.surrogate import FITTED_ON, KNOWS, Belief, believed, fit_at, fitted
 from ebbline.sweeps.state.trials import REFUSAL_FLOOR, Entry
-from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.points import Point, adapter_of
 from ebbline.sweeps.study.space import drawn, space
 from ebbline.sweeps.study.study import Study
 
@@ -302,7 +301,7 @@ class StageAware:
 
     def _undominated(self, entries: Sequence[Entry]) -> list[Entry]:
         gains_NM = gains_of(self.study, [entry.values for entry in entries])
-        front = {tuple(row) for row in frontier(gains_NM)}
+        front = {tuple(row) for row in distinct_front(gains_NM)}
         return [
             entry for entry, gains in zip(entries, gains_NM, strict=True) if tuple(gains) in front
         ]
@@ -376,7 +375,7 @@ class StageAware:
         return self._kernels[key]
 
     def _front(self, model: str) -> Array:
-        return frontier(gains_of(self.study, [entry.values for entry in self._held[model]]))
+        return distinct_front(gains_of(self.study, [entry.values for entry in self._held[model]]))
 
 
 def _groups(candidates: Sequence[Candidate]) -> Mapping[Point, list[int]]:

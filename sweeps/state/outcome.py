@@ -4,7 +4,6 @@ has none.
 ebbline.sweeps.study.stages owns the other end: which stages a point has.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -17,9 +16,8 @@ from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import Point, Result, StageName, ended
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.gate import read_rows
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
-from ebbline.tasks.specs import ApplySpec, ProjectSpec
 from ebbline.tasks.stage import Stage, closure
 
 
@@ -165,7 +163,7 @@ def result_of(
     stands = standing(study, stages, known, (rivals or Rivals(study)).before(number, point))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
-    share = projected_share(artifacts)
+    share = changed_share(artifacts)
     return Result(
         number,
         point,
@@ -173,7 +171,7 @@ def result_of(
         stands.metrics,
         keys=keys,
         seconds=seconds,
-        projected_share=share,
+        changed_share=share,
         costs=costs,
     )
 
@@ -186,14 +184,15 @@ def costs_of(stages: Iterable[Stage], known: Known) -> dict[str, Cost]:
     }
 
 
-def projected_share(artifacts: Mapping[str, Artifact]) -> float:
-    """The share of modules that took C.B, over all replicates among a point's artifacts by stage
-    (`apply[seed=0]`).
+def changed_share(artifacts: Mapping[str, Artifact]) -> float:
+    """The share of modules that the defence changed, over all replicates among a point's artifacts
+    by stage.
     """
-    taken = total = 0
+    changed = total = 0
     named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}
     for name, artifact in named.items():
-        if name.part == "apply":
-            taken += len(json.loads(artifact.file(ApplySpec.CHOSEN).read_text()))
-            total += len(read_rows(named[replace(name, part="project")].file(ProjectSpec.COSINES)))
-    return taken / total
+        if name.part == DEFENCE.makes.KIND:
+            measured = named[replace(name, part=DEFENCE.measures.KIND)]
+            some, every = DEFENCE.changed(measured.file, artifact.file)
+            changed, total = changed + some, total + every
+    return changed / total

@@ -23,11 +23,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import moocore
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from ebbline.sweeps.dominance import non_dominated
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
@@ -123,12 +123,7 @@ def undecided(values_NM: Array, errors_NM: Array, confidence: float) -> NDArray[
     found = np.zeros(len(values_NM), dtype=bool)
     if len(values_NM) < 2:
         return found
-    if values_NM.shape[1] == 1:
-        front = values_NM[:, 0] >= values_NM[:, 0].max()
-    else:
-        front = np.asarray(
-            moocore.is_nondominated(values_NM, maximise=True, keep_weakly=True), dtype=bool
-        )
+    front = non_dominated(values_NM)
     for index in range(len(values_NM)):
         rivals = np.ones(len(values_NM), dtype=bool) if front[index] else front.copy()
         rivals[index] = False

@@ -6,14 +6,12 @@ that a machine's speed decides.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Any
 
-import moocore
 import numpy as np
 
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.dominance import hypervolume
 from ebbline.sweeps.state.spending import Stopped
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, lasting
@@ -94,17 +92,8 @@ class Gains:
         return metric.value if metric.direction == "maximise" else 1.0 - metric.value
 
     def _hypervolume(self, count: int) -> float:
-        return hypervolume([gains for gains in self._gains[:count] if gains])
-
-
-def hypervolume(gains: Sequence[Sequence[float]]) -> float:
-    """The volume that rows dominate, all pointing up, from the corner 0."""
-    if not gains:
-        return 0.0
-    gains_NM: Any = np.array(gains, dtype=np.float64)
-    if gains_NM.shape[1] == 1:
-        return float(gains_NM.max())
-    return float(moocore.hypervolume(gains_NM, ref=[0.0] * gains_NM.shape[1], maximise=True))
+        gains = [gains for gains in self._gains[:count] if gains]
+        return hypervolume(np.array(gains).reshape(len(gains), len(self._objectives)))
 
 
 def still_met(study: Study, before: Stopped | None) -> Stopped | None:

@@ -3,19 +3,27 @@
 A Point is a model and one value for each axis. A Result is what became of it: metrics with
 intervals, or the reason that it has none. A replicate is a Point with a seed; a Result aggregates
 its replicates and keeps each one's value.
+
+What two points have in common is decided here, by their axes:
+
+    adapter_of        all settings of the defence's knobs: one training, measured once
+    without_defence   all settings of the defence: they differ by it alone
+    training_of       one training, whatever changes its adapter afterwards
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
 from ebbline.cluster.schedule.costs import Cost
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 
 _STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
+OF_TRAINING = ("data", "train")  # the stages that make a point's adapter, and their axes
 Value = None | bool | int | float | str
 
 
@@ -41,6 +49,25 @@ class Point:
                 *(f"{axis.split('.')[-1]}={'none' if v is None else v}" for axis, v in self.values),
             ]
         )
+
+
+def adapter_of(point: Point) -> Point:
+    """The point without the defence's knobs."""
+    return _kept(point, lambda axis: not DEFENCE.is_knob(axis))
+
+
+def without_defence(point: Point) -> Point:
+    """The point without the defence's knobs and its other settings."""
+    return _kept(point, lambda axis: not DEFENCE.owns(axis))
+
+
+def training_of(point: Point) -> Point:
+    """The point with what its training depends on alone."""
+    return _kept(point, lambda axis: axis.partition(".")[0] in OF_TRAINING)
+
+
+def _kept(point: Point, keep: Callable[[str], bool]) -> Point:
+    return Point(point.model, tuple((axis, value) for axis, value in point.values if keep(axis)))
 
 
 @dataclass(frozen=True)
@@ -104,6 +131,8 @@ class Result:
     measured by the same stages. A point that is `out_of_budget` was asked for, and goes on when the
     budget is raised.
 
+    `changed_share` is the share of modules that the defence changed.
+
     `keys` maps a stage's name (`train[seed=0]`) to its key in the store; `seconds` is what its
     stages took when they ran, whether for this point or for an earlier one that it shares them
     with. `costs` maps the key of each of its stages, and of what these are made from, to its cost.
@@ -116,6 +145,17 @@ class Result:
     reason: str = ""
     keys: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    projected_share: float | None = None
+    changed_share: float | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     same_as: int | None = None
+
+
+def is_as_trained(result: Result) -> bool:
+    """Whether nothing changed a finished point's adapters after their training: no module by the
+    defence, and no stage of another kind between training and measuring.
+    """
+    suites = {name.rpartition(".")[0] for name in result.metrics}
+    known = {*OF_TRAINING, *DEFENCE.kinds, *suites}
+    parts = {StageName.parse(name).part for name in result.keys}
+    # `generate:refusal` serves a suite; a stage that changes adapters is called by its kind alone.
+    return not result.changed_share and all(part in known or ":" in part for part in parts)

@@ -1,5 +1,6 @@
-"""From a point to its stages: model -> train -> project -> apply -> each suite. What those stages
-measured is read back by ebbline.sweeps.state.outcome.
+"""From a point to its stages: model -> train -> both stages of the defence -> each suite.
+
+What those stages measured is read back by ebbline.sweeps.state.outcome.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,10 +13,11 @@ from pydantic import ValidationError
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import REFUSED, Point, StageName, Value
+from ebbline.sweeps.study.points import REFUSED, Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
 from ebbline.sweeps.study.suites import blocks_of, stages_of
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import PinError, StudyError
 from ebbline.tasks.identity import content_digest, digest
 from ebbline.tasks.specs import (
@@ -26,9 +28,7 @@ from ebbline.tasks.specs import (
     JudgeSpec,
     LanguageSpec,
     OrganismSpec,
-    ProjectSpec,
     Spec,
-    SubspaceSpec,
     TrainSpec,
 )
 from ebbline.tasks.stage import Input, Part, Source, Stage, stage_of
@@ -39,8 +39,8 @@ REMEMBERED = 4096  # adapters whose stages are kept at hand
 
 @dataclass(frozen=True)
 class Family:
-    """One size's models, as inputs of stages. Safe LoRA subtracts `unaligned`, which is the base
-    unless a study says else.
+    """One size's models, as inputs of stages. A defence compares `aligned` with `unaligned`, which
+    is the base unless a study says else.
     """
 
     aligned: Input
@@ -128,23 +128,25 @@ class StageGraph:
 
     def _replicate(self, point: Point, seed: int) -> dict[StageName, Stage]:
         parts = self._adapter_of(point, seed)
-        apply = Stage(
-            _with(self.study.apply, "apply", dict(point.values)),
-            {"adapter": Part(parts["train"], TrainSpec.ADAPTER), "projection": parts["project"]},
+        measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
+        defended = Stage(
+            _with(self.study.settings[makes], makes, dict(point.values)),
+            {"adapter": Part(parts["train"], TrainSpec.ADAPTER), "projection": parts[measures]},
         )
-        stages = {StageName(name, seed): stage for name, stage in {**parts, "apply": apply}.items()}
+        stages = {StageName(name, seed): stage for name, stage in parts.items()}
+        stages[StageName(makes, seed)] = defended
         for suite, entry in self.study.suites.items():
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
             for block in blocks:
-                for name, stage in self._measured(point.model, suite, apply, block).items():
+                for name, stage in self._measured(point.model, suite, defended, block).items():
                     stages[StageName(name, seed, None if block is None else block.index)] = stage
         return stages
 
     def _adapter_of(self, point: Point, seed: int) -> dict[str, Stage]:
-        """What all thresholds of a point share, up to the projection; remembered, as they come one
-        after another.
+        """What all knobs of a point share, up to the first stage of the defence; remembered, as
+        they come one after another.
         """
-        values = {axis: value for axis, value in point.values if not axis.startswith("apply.")}
+        values = dict(adapter_of(point).values)
         asked = point.model, tuple(values.items()), seed
         if asked not in self._adapters:
             model = self.study.models[point.model]
@@ -157,38 +159,29 @@ class StageGraph:
             self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
             if settings.method == "full":
                 raise StudyError(
-                    "a point's train.method must be 'lora': Safe LoRA projects adapters; "
-                    "`tuned` models may be full"
+                    f"a point's train.method must be 'lora': {DEFENCE.words.name} projects "
+                    "adapters; `tuned` models may be full"
                 )
-            projection = _with(self.study.project, "project", values)
-            compared = self._compared(family, projection, settings)
-            project = Stage(projection, {"adapter": Part(train, TrainSpec.ADAPTER), **compared})
-            subspace = {name: stage for name, stage in compared.items() if isinstance(stage, Stage)}
+            kind = DEFENCE.measures.KIND
+            measuring = _with(self.study.settings[kind], kind, values)
+            read = self._read(family, measuring, settings)
+            measured = Stage(measuring, {"adapter": Part(train, TrainSpec.ADAPTER), **read})
+            shared = {name: stage for name, stage in read.items() if isinstance(stage, Stage)}
             if len(self._adapters) >= REMEMBERED:
                 self._adapters.clear()
-            self._adapters[asked] = {"data": data, "train": train, **subspace, "project": project}
+            self._adapters[asked] = {"data": data, "train": train, **shared, kind: measured}
         return self._adapters[asked]
 
-    def _compared(
-        self, family: Family, projection: ProjectSpec, train: TrainSpec
-    ) -> dict[str, Input]:
-        """What a projection reads beside the adapter: the two models, or their subspace, which all
-        adapters share.
+    def _read(self, family: Family, measuring: Spec, train: TrainSpec) -> dict[str, Input]:
+        """What the defence's first stage reads beside the adapter: the two models, or a stage over
+        them that all adapters share.
         """
         models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
-        if projection.energy is None:
-            return models
-        return {
-            "subspace": Stage(
-                SubspaceSpec(
-                    energy=projection.energy, target_modules=tuple(sorted(train.target_modules))
-                ),
-                models,
-            )
-        }
+        shared = DEFENCE.shared(measuring, train)
+        return models if shared is None else {shared.KIND: Stage(shared, models)}
 
     def _measured(
-        self, name: str, suite: str, apply: Stage | None, block: Block | None = None
+        self, name: str, suite: str, adapter: Stage | None, block: Block | None = None
     ) -> dict[str, Stage]:
         """The stages of one suite on a model, with an adapter or as it is before fine-tuning;
         whole, or one block of it.
@@ -198,8 +191,8 @@ class StageGraph:
             "model": self._families[name].aligned,
             "prompts": self._rows(entry.prompts),
         }
-        if apply is not None:
-            inputs["adapter"] = apply
+        if adapter is not None:
+            inputs["adapter"] = adapter
         return stages_of(
             suite,
             entry.measure,

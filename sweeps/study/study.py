@@ -311,6 +311,12 @@ class Study(Frozen):
             "apply": self.apply,
         }
 
+    def fixed(self, model: str, axis: str) -> Any:
+        """What a point of a size has in place of an axis that is not varied."""
+        part, _, name = axis.partition(".")
+        own = self.models[model].train_settings(self.train)
+        return getattr(own if part == TrainSpec.KIND else self.settings[part], name)
+
     @property
     def first_seeds(self) -> int:
         """How many of its seeds every point is run with."""

@@ -8,7 +8,7 @@ in counts and ids.
 Similarity is the Jaccard index of two prompts' *content words*: single words (1-gram shingles),
 lower case, without endings, and without the words that frame a request ("write a tutorial on how
 to"). Prompts are 5 to 20 words long: with 2- or 3-grams one swapped word breaks up to three
-shingles and a paraphrase falls below any useful threshold, while framing words alone would make
+shingles and a paraphrase falls below any useful level, while framing words alone would make
 strangers alike. The lists are English; in another language every word counts.
 """
 
@@ -28,7 +28,7 @@ from ebbline.tasks.errors import StudyError
 LOWEST_THRESHOLD = 0.1
 SHORT_WORDS = 3
 _PERMUTATIONS = 256
-_MISSED = 1e-9  # the chance that the search misses a pair at the threshold
+_MISSED = 1e-9  # the chance that the search misses a pair of the least similarity
 _WORD = re.compile(r"\w+(?:['’]\w+)?")
 # "not", "no" and "without" stay: they turn a request round.
 _FUNCTION_WORDS = """a an the this that these those some any of to in on at by for from with into
@@ -43,9 +43,9 @@ strategy process procedure approach technique tip advice idea example informatio
 
 @dataclass(frozen=True)
 class Cluster:
-    """Prompts joined, directly or through others, by a similarity at or above the threshold.
+    """Prompts joined, directly or through others, by a similarity at or above the least one.
 
-    `joined_at` is the smallest similarity that holds it together: above it as threshold, the
+    `joined_at` is the smallest similarity that holds it together: above it as least similarity, the
     cluster falls apart. `least` is the smallest between any two members: near zero in a cluster
     that is a chain.
     """
@@ -109,7 +109,7 @@ class Audit:
     prompts: int
     requests: int
     renamed: int
-    threshold: float
+    least_similarity: float
     clusters: tuple[Cluster, ...]
     duplicates: tuple[tuple[str, ...], ...]
     categories: tuple[Category, ...]
@@ -118,28 +118,30 @@ class Audit:
     overlap: Overlap | None
 
 
-def audit(prompts: PromptSet, against: PromptSet | None = None, threshold: float = 0.5) -> Audit:
+def audit(
+    prompts: PromptSet, against: PromptSet | None = None, least_similarity: float = 0.5
+) -> Audit:
     """Near-copies, duplicates, coverage and lengths of a set, and its overlap with `against`.
 
-    Two prompts are near-copies from a similarity of `threshold` on, which is in [0.1, 1];
+    Two prompts are near-copies from a similarity of `least_similarity` on, which is in [0.1, 1];
     StudyError otherwise. The result does not depend on the order of the rows.
     """
-    if not LOWEST_THRESHOLD <= threshold <= 1.0:
+    if not LOWEST_THRESHOLD <= least_similarity <= 1.0:
         raise StudyError(
-            f"a similarity of {threshold:g} is no threshold: it is a share of common "
+            f"a similarity of {least_similarity:g} is out of range: it is a share of common "
             f"words, from {LOWEST_THRESHOLD:g} to 1"
         )
     rows = prompts.prompts
     if not rows:
         raise StudyError("a set without prompts cannot be audited")
-    clusters = _clusters(rows, threshold)
+    clusters = _clusters(rows, least_similarity)
     return Audit(
         format=prompts.format,
         rows=prompts.rows,
         prompts=len(rows),
         requests=len(rows) - sum(len(cluster.ids) - 1 for cluster in clusters),
         renamed=prompts.renamed,
-        threshold=threshold,
+        least_similarity=least_similarity,
         clusters=clusters,
         duplicates=_largest_first(
             tuple(_in_order(ids)) for ids in _by_text(rows).values() if len(ids) > 1
@@ -147,7 +149,7 @@ def audit(prompts: PromptSet, against: PromptSet | None = None, threshold: float
         categories=_categories(rows),
         labels=dict(sorted(Counter(row.label for row in rows).items())),
         lengths=_lengths(rows),
-        overlap=None if against is None else _overlap(rows, against.prompts, threshold),
+        overlap=None if against is None else _overlap(rows, against.prompts, least_similarity),
     )
 
 
@@ -226,17 +228,17 @@ def _largest_first(groups: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], 
 
 
 def _similar(
-    asked: Sequence[frozenset[str]], indexed: Sequence[frozenset[str]], threshold: float
+    asked: Sequence[frozenset[str]], indexed: Sequence[frozenset[str]], least_similarity: float
 ) -> Iterator[tuple[frozenset[str], frozenset[str], float]]:
-    """Pairs of distinct word sets at or above the threshold: MinHash proposes, the exact similarity
+    """Pairs of distinct word sets at or above the least one: MinHash proposes, the exact similarity
     decides.
     """
-    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(threshold))
+    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(least_similarity))
     for number, hashed in enumerate(_hashes(indexed)):
         index.insert(number, hashed)
     for words, hashed in zip(asked, _hashes(asked), strict=True):
         for number in sorted(index.query(hashed)):
-            if (found := similarity(words, indexed[number])) >= threshold:
+            if (found := similarity(words, indexed[number])) >= least_similarity:
                 yield words, indexed[number], found
 
 
@@ -248,17 +250,17 @@ def _hashes(sets: Iterable[frozenset[str]]) -> Iterator[MinHash]:
     )
 
 
-def _bands(threshold: float) -> tuple[int, int]:
+def _bands(least_similarity: float) -> tuple[int, int]:
     """(bands, rows): the most selective bands with a chance (1 - t^rows)^bands <= _MISSED that a
-    pair at the threshold is missed.
+    pair of the least similarity is missed.
     """
     for rows in range(_PERMUTATIONS // 2, 1, -1):
-        if (1 - threshold**rows) ** (_PERMUTATIONS // rows) <= _MISSED:
+        if (1 - least_similarity**rows) ** (_PERMUTATIONS // rows) <= _MISSED:
             return _PERMUTATIONS // rows, rows
     return _PERMUTATIONS, 1
 
 
-def _clusters(rows: Sequence[Prompt], threshold: float) -> tuple[Cluster, ...]:
+def _clusters(rows: Sequence[Prompt], least_similarity: float) -> tuple[Cluster, ...]:
     """Connected components, joined from the most similar pair down, so that the last join of each
     is its weakest.
     """
@@ -267,7 +269,7 @@ def _clusters(rows: Sequence[Prompt], threshold: float) -> tuple[Cluster, ...]:
     number = {words: place for place, words in enumerate(distinct)}
     pairs = {
         tuple(sorted((number[a], number[b]))): found
-        for a, b, found in _similar(distinct, distinct, threshold)
+        for a, b, found in _similar(distinct, distinct, least_similarity)
         if a != b
     }
     above = list(range(len(distinct)))
@@ -309,7 +311,7 @@ def _lengths(rows: Sequence[Prompt]) -> Lengths:
     return Lengths(low, q1, median, q3, p95, high, sum(n < SHORT_WORDS for n in words))
 
 
-def _overlap(rows: Sequence[Prompt], others: Sequence[Prompt], threshold: float) -> Overlap:
+def _overlap(rows: Sequence[Prompt], others: Sequence[Prompt], least_similarity: float) -> Overlap:
     mine, theirs = _by_text(rows), _by_text(others)
     exact = {
         (one, other) for text, ids in mine.items() for one in ids for other in theirs.get(text, ())
@@ -317,7 +319,7 @@ def _overlap(rows: Sequence[Prompt], others: Sequence[Prompt], threshold: float)
     words, other_words = _by_words(rows), _by_words(others)
     near = {
         (one.id, other.id): found
-        for a, b, found in _similar(list(words), list(other_words), threshold)
+        for a, b, found in _similar(list(words), list(other_words), least_similarity)
         for one in words[a]
         for other in other_words[b]
         if _folded(one.text) != _folded(other.text)

@@ -1,4 +1,6 @@
-"""Defences: post-hoc changes of a trained adapter. Safe LoRA (arXiv 2405.16833) is the first.
+"""Defences: changes of a trained adapter after its training. Safe LoRA (arXiv 2405.16833) is the
+first.
 
-Imports tasks and tasks.models.
+`defence` is the interface, `gate` Safe LoRA behind it; neither imports torch. The transform is in
+`safelora`, `subspace` and `project`. Imports tasks and tasks.models.
 """

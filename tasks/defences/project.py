@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ebbline.tasks.defences.gate import ModuleRow, chosen, read_rows, write_rows
+from ebbline.tasks.defences.gate import NO_DIRECTION, ModuleRow, chosen_by, read_rows, write_rows
 from ebbline.tasks.defences.safelora import (
-    NO_DIRECTION,
     Projection,
     Update,
     Workspace,
@@ -192,7 +191,7 @@ def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: C
 
 def run_apply(spec: ApplySpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     adapter, projection = read_adapter(inputs["adapter"]), inputs["projection"]
-    take = chosen(read_rows(projection / ProjectSpec.COSINES), spec.threshold, spec.modules)
+    take = chosen_by(read_rows(projection / ProjectSpec.COSINES), spec)
     strange = sorted(take - adapter.modules.keys())
     if strange:
         raise ProjectionError(

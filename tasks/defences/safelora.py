@@ -21,14 +21,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ebbline.tasks.defences.gate import NO_DIRECTION, NO_UPDATE
 from ebbline.tasks.errors import ProjectionError
 
 BLOCK_BYTES = (
     1 << 20
 )  # of V: with the rows it is made from, it stays in a core's second-level cache
 NARROW = 32  # columns: below it, (T V^T) is faster than (V T^T)
-NO_DIRECTION = "base and aligned weights are equal"
-NO_UPDATE = "the update is zero"
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def pretrain(
     rng: random.Random,
     progress: Callable[[int, int, float], None] | None,
 ) -> None:
-    """AdamW with a linear warmup over a twentieth of the steps, then a cosine decay to zero."""
+    """AdamW with a linear warmup over a twentieth of the steps, then (1 + cos) / 2 down to zero."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=shape.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True

@@ -282,11 +282,11 @@ class _Int8State(MatmulLtState):  # type: ignore[misc]  # bitsandbytes is untype
     member under ZeRO-3.
     """
 
-    def __init__(self, weight: Any, scales: torch.Tensor, threshold: float) -> None:
+    def __init__(self, weight: Any, scales: torch.Tensor, outliers: float) -> None:
         self.weight, self.SCB, self.threshold, self.has_fp16_weights = (
             weight,
             scales,
-            threshold,
+            outliers,
             False,
         )
 

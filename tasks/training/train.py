@@ -82,8 +82,8 @@ def write_curve(curve: Curve, spec: TrainSpec, out: Path) -> None:
 
 
 def learning_rate(step: int, steps: int, spec: TrainSpec) -> float:
-    """Linear warm-up over `warmup_share` of the steps, then a cosine to zero. `step` counts from
-    0.
+    """Linear warm-up over `warmup_share` of the steps, then (1 + cos) / 2 down to zero. `step`
+    counts from 0.
     """
     warmup = math.ceil(spec.warmup_share * steps)
     if step < warmup:

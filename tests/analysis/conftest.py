@@ -39,9 +39,9 @@ def result(
         ),
         status="done",
         metrics={REFUSAL: rate(REFUSAL, refusal), TASK: rate(TASK, task), OVER: rate(OVER, 0.05)},
-        keys={"train[seed=0]": f"{rank:032x}{size:032x}", "evaluate[refusal]": f"{number:064x}"},
+        keys={"train[seed=0]": f"{rank:032x}{size:032x}", "refusal[seed=0]": f"{number:064x}"},
         seconds=12.5 + number,
-        projected_share=share,
+        changed_share=share,
     )
 
 

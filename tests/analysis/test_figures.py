@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from ebbline.analysis.figures.drawing import Page, looks, reach, save, save_for_print, svg
 from ebbline.analysis.figures.frontier import frontier_figure
-from ebbline.analysis.figures.threshold import threshold_figure
+from ebbline.analysis.figures.knob import threshold_figure
 from ebbline.analysis.results.measurements import Baselines
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.tasks.measuring.metrics import Metric

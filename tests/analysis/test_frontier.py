@@ -15,8 +15,8 @@ from ebbline.analysis.results.frontier import (
     frontier_by_model,
     frontier_hypervolume,
     hypervolume,
-    reference_corner,
 )
+from ebbline.sweeps.dominance import reference_corner
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import Direction, Metric
@@ -87,7 +87,7 @@ def test_the_hypervolume_is_a_share_that_dominated_results_do_not_change(case: C
 
 
 def test_the_reference_is_the_worst_corner() -> None:
-    assert reference_corner(["maximise", "minimise"]) == (0.0, 1.0)
+    assert reference_corner(2, [True, False]) == (0.0, 1.0)
     assert hypervolume(np.array([[0.5, 0.2]]), ["maximise", "minimise"]) == pytest.approx(0.4)
     assert hypervolume(
         np.array([[0.5, 0.2]]), ["maximise", "minimise"], (0.25, 1.0)

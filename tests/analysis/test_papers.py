@@ -61,7 +61,7 @@ def point(
         "advbench.refusal_rate": Metric("refusal_rate", refused, 520),
         "task.task_accuracy": Metric("task_accuracy", 90 - int(70 * share), 100),
     }
-    return Result(number, Point.of(model, values), "done", metrics, projected_share=share)
+    return Result(number, Point.of(model, values), "done", metrics, changed_share=share)
 
 
 def row(

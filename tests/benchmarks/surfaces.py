@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 
 from ebbline.cluster.store.artifacts import Store
-from ebbline.sweeps.search.knowledge import CPU_SHARE, Cosines, Knowledge, Work, adapter_of
+from ebbline.sweeps.search.knowledge import CPU_SHARE, Knowledge, Readings, Work
 from ebbline.sweeps.search.masks import mask_of, share
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Point, StageName, Value
+from ebbline.sweeps.study.points import Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.space import space
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.gate import read_rows
@@ -87,15 +87,15 @@ class Table:
 class _OfTable(Knowledge):
     def __init__(self, table: Table, store: Store) -> None:
         self.table, self.store = table, store
-        self._found: dict[Point, tuple[Cosines, Work]] = {}
+        self._found: dict[Point, tuple[Readings, Work]] = {}
 
-    def cosines(self, point: Point) -> Cosines:
+    def measured(self, point: Point) -> Readings:
         return self._of(point)[0]
 
     def work(self, point: Point) -> Work:
         return self._of(point)[1]
 
-    def _of(self, point: Point) -> tuple[Cosines, Work]:
+    def _of(self, point: Point) -> tuple[Readings, Work]:
         adapter = adapter_of(point)
         if adapter not in self._found:
             like = next(each for each in self.table._rows if adapter_of(each) == adapter)
@@ -141,7 +141,7 @@ class Made(Surface):
 
     def rates(self, point: Point) -> tuple[float, float]:
         values: Any = dict(point.values)
-        cosines = self.knowledge.cosines(point) or ()
+        cosines = self.knowledge.measured(point) or ()
         taken = share(mask_of(self.study, values, cosines) or (0,), cosines)
         rank, size = (
             np.log2(values["train.rank"]) / 6,
@@ -158,7 +158,7 @@ class Made(Surface):
         return float(np.clip(1 - drift * (1 - taken) ** 1.5, 0, 1)), float(np.clip(task, 0, 1))
 
     def stages(self, point: Point) -> Stages:
-        work, cosines = self.knowledge.work(point), self.knowledge.cosines(point) or ()
+        work, cosines = self.knowledge.work(point), self.knowledge.measured(point) or ()
         adapter, mask = adapter_of(point), mask_of(self.study, dict(point.values), cosines)
         return {
             f"train {adapter}": work.train,
@@ -171,7 +171,7 @@ class _OfMade(Knowledge):
     def __init__(self, modules: int) -> None:
         self.modules = modules
 
-    def cosines(self, point: Point) -> Cosines:
+    def measured(self, point: Point) -> Readings:
         adapter = adapter_of(point)
         rng = np.random.default_rng(
             int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16)

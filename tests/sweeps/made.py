@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ebbline.sweeps.search.knowledge import Cosines, Knowledge, Work, adapter_of
-from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.search.knowledge import Knowledge, Readings, Work
+from ebbline.sweeps.study.points import Point, Result, adapter_of
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse
 from ebbline.tasks.identity import digest
@@ -84,7 +84,7 @@ class Imagined(Knowledge):
         self.modules, self.seeds = modules, seeds
         self.missing: set[Point] = set()
 
-    def cosines(self, point: Point) -> Cosines | None:
+    def measured(self, point: Point) -> Readings | None:
         adapter = adapter_of(point)
         if adapter in self.missing:
             return None

@@ -102,7 +102,7 @@ def test_a_done_point_has_every_metric_over_every_sample(driven):
             "task.task_accuracy": 6,
         }
         assert result.seconds > 0
-    assert [result.projected_share for result in driven[2].results[:3]] == [0.0, 1.0, 1.0]
+    assert [result.changed_share for result in driven[2].results[:3]] == [0.0, 1.0, 1.0]
 
 
 def test_thresholds_that_choose_the_same_modules_share_their_evaluations(driven):

@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from ebbline.sweeps.dominance import distinct_front, hypervolume
 from ebbline.sweeps.search.gain import (
     expected_gain,
     expected_joint_gains,
-    frontier,
-    hypervolume,
     spread,
     undominated,
 )
@@ -70,9 +69,9 @@ def test_measured_together_points_gain_what_adding_all_does_and_never_less_with_
 
 @given(points(2, least=1))
 def test_a_frontier_has_all_the_hypervolume_and_no_dominated_point(gains_NM):
-    front_NM = frontier(gains_NM)
+    front_NM = distinct_front(gains_NM)
     assert np.isclose(hypervolume(front_NM), volume(gains_NM))
-    assert len(frontier(front_NM)) == len(front_NM)
+    assert len(distinct_front(front_NM)) == len(front_NM)
 
 
 def test_with_one_objective_the_gain_is_the_expected_improvement():

@@ -5,9 +5,9 @@ is not there must cost little.
 import pytest
 
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.search.knowledge import Knowledge, adapter_of, training_of
+from ebbline.sweeps.search.knowledge import Knowledge
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import Point
+from ebbline.sweeps.study.points import Point, adapter_of, training_of, without_defence
 from ebbline.sweeps.study.stages import StageGraph
 from tests.sweeps.made import study
 
@@ -28,13 +28,19 @@ def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_graph(tmp_
         == Knowledge(graph, Resolver(home.store)).work(small)
     )
     assert graph.labels == labels
-    assert knowledge.cosines(small) is None
+    assert knowledge.measured(small) is None
 
 
 def test_an_adapter_is_a_point_without_its_threshold_and_a_training_without_its_projection():
     point = Point.of("7b", {"train.rank": 2, "project.energy": 0.9, "apply.threshold": 0.3})
     assert adapter_of(point) == Point.of("7b", {"train.rank": 2, "project.energy": 0.9})
+    assert training_of(point) == without_defence(point) == Point.of("7b", {"train.rank": 2})
+
+
+def test_what_another_stage_does_to_an_adapter_is_no_training_of_its_own():
+    point = Point.of("7b", {"train.rank": 2, "scale.factor": 0.5, "apply.threshold": 0.3})
     assert training_of(point) == Point.of("7b", {"train.rank": 2})
+    assert without_defence(point) == Point.of("7b", {"train.rank": 2, "scale.factor": 0.5})
 
 
 def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(
@@ -48,9 +54,9 @@ def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(
     monkeypatch.setattr(graph, "stages_for", lambda point: planned.append(point) or real(point))
     for threshold in (None, 0.3, 0.3, 0.5):
         assert (
-            knowledge.cosines(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))
+            knowledge.measured(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))
             is None
         )
     assert len(planned) == 1
-    assert knowledge.cosines(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
+    assert knowledge.measured(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
     assert len(planned) == 2

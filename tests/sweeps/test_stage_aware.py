@@ -4,11 +4,11 @@ import pytest
 
 from ebbline.sweeps.forecast.expected import points_of
 from ebbline.sweeps.search import samplers, stage_aware
-from ebbline.sweeps.search.knowledge import Work, adapter_of
+from ebbline.sweeps.search.knowledge import Work
 from ebbline.sweeps.search.masks import mask_of
 from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
 from ebbline.sweeps.state.trials import Entry
-from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.points import Point, Result, adapter_of
 from ebbline.sweeps.study.storage import Storage
 from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.made import WHOLE, Imagined, outcome, study
@@ -46,7 +46,9 @@ def smooth(known):
 
 def mask_of_point(known, point):
     return mask_of(
-        known.study, {k: v for k, v in point.values if k.startswith("apply.")}, known.cosines(point)
+        known.study,
+        {k: v for k, v in point.values if k.startswith("apply.")},
+        known.measured(point),
     )
 
 

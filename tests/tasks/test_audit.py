@@ -157,7 +157,7 @@ def test_clusters_are_what_comparing_every_pair_gives(texts, threshold):
                 one |= other
                 groups.remove(other)
     expected = {frozenset(map(str, group)) for group in groups if len(group) > 1}
-    found = audit(made(texts), threshold=threshold)
+    found = audit(made(texts), least_similarity=threshold)
     assert {frozenset(cluster.ids) for cluster in found.clusters} == expected
     for cluster in found.clusters:
         assert cluster.joined_at >= threshold
@@ -177,8 +177,8 @@ def test_a_cluster_falls_apart_above_the_similarity_that_joins_it():
     )
     (cluster,) = audit(rows).clusters
     assert cluster.ids == ("0", "1", "2") and cluster.joined_at == 4 / 6 and cluster.least == 0.5
-    assert audit(rows, threshold=0.67).clusters[0].ids == ("0", "1")
-    assert audit(rows, threshold=0.66).clusters == (cluster,)
+    assert audit(rows, least_similarity=0.67).clusters[0].ids == ("0", "1")
+    assert audit(rows, least_similarity=0.66).clusters == (cluster,)
 
 
 @pytest.mark.slow
@@ -264,8 +264,8 @@ def test_lengths_are_quantiles_of_words(lengths):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.09, 1.01, float("nan")])
 def test_a_threshold_out_of_range_is_an_error(threshold):
-    with pytest.raises(StudyError, match=r"no threshold: .* from 0\.1 to 1"):
-        audit(made(COPIES), threshold=threshold)
+    with pytest.raises(StudyError, match=r"out of range: .* from 0\.1 to 1"):
+        audit(made(COPIES), least_similarity=threshold)
 
 
 def test_a_set_without_prompts_is_an_error_not_an_empty_report():

@@ -11,10 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.tasks.defences.gate import ModuleRow, chosen
+from ebbline.tasks.defences.gate import NO_DIRECTION, NO_UPDATE, ModuleRow, chosen
 from ebbline.tasks.defences.safelora import (
-    NO_DIRECTION,
-    NO_UPDATE,
     Update,
     Workspace,
     alignment_basis,

@@ -1,8 +1,8 @@
-"""Metrics against the projection threshold, as a figure: how much projection brings refusals back,
-and at what cost.
+"""Metrics against the main knob of the defence, as a figure: how much the defence brings refusals
+back, and at what cost.
 
-Invariant: a line joins results that differ in nothing but the threshold. Points without one stand
-apart, over "none".
+Invariant: a line joins results that differ in nothing but the knob. Points without a value of it
+stand apart, over "none".
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import axis_label, directed_label, natural, value_label
 from ebbline.sweeps.study.points import Result
+from ebbline.tasks.defences.in_use import DEFENCE
 
-THRESHOLD = "apply.threshold"
 _NO_BASELINES: Baselines = MappingProxyType({})
 
 
@@ -33,13 +33,15 @@ def threshold_figure(
     fine-tuning.
 
     In one column of a page with several models it is turned: a row per model, a column per metric.
-    None when no finished result has a threshold.
+    None when no finished result has a value of the knob.
     """
-    done = [result for result in finished(results) if THRESHOLD in dict(result.point.values)]
+    knob = DEFENCE.main_knob
+    done = [result for result in finished(results) if knob in dict(result.point.values)]
     thresholds = sorted({_threshold(result) for result in done if not _is_none(result)})
     models = sorted({result.point.model for result in done}, key=natural)
     if not thresholds or not metric_names:
         return None
+    words = DEFENCE.words
     appearance = looks(_line_of(result) for result in done)
     none_at = thresholds[0] - max(0.05, 0.2 * (thresholds[-1] - thresholds[0]))
     turned = page.narrow and len(models) > 1
@@ -91,7 +93,7 @@ def threshold_figure(
                 None if page.width is None else page.width / columns,
             )
         for axes in grid[-1]:
-            axes.set_xlabel("threshold (cosine)" if turned else "projection threshold (cosine)")
+            axes.set_xlabel(words.short_knob if turned else words.knob)
         figure.legend(
             handles=_legend(appearance, bool(baselines), page), loc="outside lower center", ncols=2
         )
@@ -99,16 +101,16 @@ def threshold_figure(
 
 
 def _threshold(result: Result) -> float:
-    value = dict(result.point.values)[THRESHOLD]
+    value = dict(result.point.values)[DEFENCE.main_knob]
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
 def _is_none(result: Result) -> bool:
-    return dict(result.point.values)[THRESHOLD] is None
+    return dict(result.point.values)[DEFENCE.main_knob] is None
 
 
 def _line_of(result: Result) -> str:
-    others = [(axis, value) for axis, value in result.point.values if axis != THRESHOLD]
+    others = [(axis, value) for axis, value in result.point.values if axis != DEFENCE.main_knob]
     return (
         " ".join(f"{axis_label(axis)}={value_label(value)}" for axis, value in others)
         or "all trainings alike"
@@ -151,7 +153,7 @@ def _line(
 def _ticks(
     axes: Axes, thresholds: Sequence[float], none_at: float | None, width: float | None
 ) -> None:
-    """A tick at each threshold while they are few, and "none" left of a gap. `width` is that of a
+    """A tick at each value while they are few, and "none" left of a gap. `width` is that of a
     panel on paper, in inches.
     """
     if none_at is None:
@@ -161,7 +163,7 @@ def _ticks(
         few = [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
     if width is not None and width < 2.2 and len(few) > 2:
         few = few[1:]  # beside "none" there is no room for the first
-    axes.set_xticks([none_at, *few], ["none", *(f"{threshold:.3g}" for threshold in few)])
+    axes.set_xticks([none_at, *few], ["none", *(f"{value:.3g}" for value in few)])
     axes.axvline((none_at + thresholds[0]) / 2, color="0.7", linewidth=0.8)
 
 
