@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ebbline.cluster.checks import ExecutorCheck
+from ebbline.cluster.executors import this_machine
 from ebbline.cluster.executors.choice import EXECUTORS, Wanted, executor_kind
 from ebbline.cluster.executors.executor import Capacity
 from ebbline.cluster.executors.on_demand import OnDemand
@@ -29,7 +30,7 @@ def test_jobs_of_this_process_have_no_processes_of_their_own_and_run_one_after_a
 
 
 def test_what_there_will_be_is_known_unless_another_cluster_has_it(monkeypatch):
-    monkeypatch.setenv("PATH", "")  # no nvidia-smi: logical GPUs
+    monkeypatch.setattr(this_machine, "_own_gpus", lambda: None)  # logical ones stand for them
     for kind in map(executor_kind, ("ray", "inline")):
         assert kind.capacity(Wanted("local", gang=2, gpus=3)).gpus == 3
         assert kind.capacity(Wanted("local", gang=64)).gpus == 64
