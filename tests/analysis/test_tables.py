@@ -1,4 +1,4 @@
-"""The tables: every point has a row, nothing missing becomes a number, and the terminal's table is
+"""The tables: every point has a row, a missing value stays missing, and the terminal's table is
 golden.
 """
 
@@ -167,7 +167,7 @@ def test_without_samples_there_are_no_categories_but_a_table(
     assert list(agreement_cells(study, results, NO_EVIDENCE)) == []
 
 
-def test_a_mean_has_no_categories_as_samples_do_not_tell_it(study: Study) -> None:
+def test_a_suite_whose_metric_is_a_mean_has_no_categories(study: Study) -> None:
     task = study.suites["task"].model_copy(update={"measure": TaskSuite(scorer="rouge_l")})
     changed = study.model_copy(update={"suites": {**study.suites, "task": task}})
     assert set(categories_frame(changed, [result(0)], {}, held())["suite"]) == {"refusal"}
