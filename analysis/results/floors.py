@@ -28,7 +28,7 @@ from ebbline.tasks.measuring.metrics import Metric, direction
 CONFIDENCE = 0.95
 METHOD = (
     "one-sided exact binomial (Clopper-Pearson); the pick allowed for by Bonferroni over the "
-    "points it was made among"
+    "points that it chose from"
 )
 _ROUNDING = 1e-9
 

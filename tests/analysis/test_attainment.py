@@ -40,7 +40,7 @@ def test_surfaces_of_some_half_and_all_seeds() -> None:
     assert surfaces["half"] == [(0.1, 0.9), (0.2, 0.8), (0.7, 0.3), (0.75, 0.2)]
 
 
-def test_a_metric_to_be_minimised_is_attained_from_the_other_side() -> None:
+def test_a_minimised_metric_is_attained_by_lower_values() -> None:
     rows = [
         Result(
             0,

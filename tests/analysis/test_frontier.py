@@ -58,7 +58,7 @@ def test_the_order_of_results_does_not_matter(case: Case, seed: int) -> None:
 
 
 @given(cases())
-def test_negating_an_objective_reverses_its_direction(case: Case) -> None:
+def test_reflecting_an_objective_reverses_its_direction(case: Case) -> None:
     values, directions = case
     turned: list[Direction] = [
         "minimise" if way == "maximise" else "maximise" for way in directions

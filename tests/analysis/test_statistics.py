@@ -118,7 +118,7 @@ def test_swapping_before_and_after_flips_the_sign(rows: list[list[tuple[bool, bo
 
 @few
 @given(seeded)
-def test_the_interval_holds_the_difference_and_the_counts_the_whole(
+def test_the_interval_contains_the_difference_and_the_counts_add_up(
     rows: list[list[tuple[bool, bool]]],
 ) -> None:
     before, after = both_sides(rows)
@@ -217,7 +217,7 @@ def test_categories_add_up_to_the_whole(rows: list[list[tuple[bool, str]]]) -> N
     )
 
 
-def test_a_category_has_its_seeds_apart_and_its_undecided_counted() -> None:
+def test_a_category_keeps_each_seeds_rate_and_counts_undecided_samples() -> None:
     odd = Sample("x", "fire", "undecided", "empty", False)
     found = by_category(
         REFUSAL, {0: [*samples([True], ["fire"]), odd], 1: [*samples([False], ["fire"]), odd]}
