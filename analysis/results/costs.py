@@ -1,5 +1,6 @@
-"""The costs of a study by stage kind, by point and in all, what sharing saved, and how the
-hypervolume grew with time and cost. docs/costs.md defines each number.
+"""The costs of a study: by stage kind, by point, in total, and the saving by sharing.
+
+`growth` is the hypervolume over time and cost. docs/costs.md defines each number:
 
 alone    the cost of all stages of a point: its price if nothing were shared
 share    each stage's cost divided among the points that use it; the shares of all points add up to

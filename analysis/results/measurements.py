@@ -194,7 +194,7 @@ def difference_interval(before: Metric, after: Metric) -> tuple[float, float]:
     """The 95% interval of the difference of two independent measurements, from their own intervals.
 
     Square-and-add, Newcombe (1998), method 10. With the difference d and the intervals (l, u), the
-    lower end is d - sqrt((after - l_after)^2 + (u_before - before)^2); the upper end likewise.
+    lower end is d - sqrt((after - l_after)^2 + (u_before - before)^2). The upper end is its mirror.
     """
     (before_low, before_high), (after_low, after_high) = before.interval, after.interval
     difference = after.value - before.value

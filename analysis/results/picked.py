@@ -18,9 +18,9 @@ def missed_by(nearest: Pick, confidence: float | None) -> str:
         (floor, slack(nearest.result, [floor], nearest.among, confidence))
         for floor in nearest.floors
     ]
-    what = "" if confidence is None else f"at {confidence:.0%} confidence "
+    prefix = "" if confidence is None else f"at {confidence:.0%} confidence "
     return (
-        what
+        prefix
         + "short by "
         + " and ".join(
             f"{in_points(-gap).lstrip('+')} points of {floor}" for floor, gap in missed if gap < 0

@@ -64,7 +64,7 @@ def paired_replicates(before: Replicates, after: Replicates) -> Paired:
     """Match samples by seed and id and compare; a prompt is one draw, however many seeds it has.
 
     The interval is a percentile bootstrap over prompts (Efron 1979) with a fixed seed. The p-value
-    is that of the exact sign test on the prompts whose seeds together gained or lost; with one seed
+    is that of the exact sign test on the prompts whose seeds together gained or lost. With one seed
     this is the exact McNemar test.
 
     Raises EvaluationError without seeds or samples, on a duplicate id, and where the two sides

@@ -326,11 +326,11 @@ def agreement_cells(
         subjects: list[tuple[str, Subject]] = [("before fine-tuning", model)]
         if model in points:
             subjects.append((f"point {points[model].number}", points[model]))
-        for what, subject in subjects:
+        for state, subject in subjects:
             for suite in study.suites:
                 found = evidence.agreement(subject, suite)
                 if found is not None:
-                    yield f"{model}, {what}: {suite}", _verdicts(found), _pair_rows(found)
+                    yield f"{model}, {state}: {suite}", _verdicts(found), _pair_rows(found)
 
 
 def _verdicts(found: Agreement) -> pd.DataFrame:

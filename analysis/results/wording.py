@@ -70,8 +70,8 @@ def progress_label(stage: AtWork) -> str:
     progress = stage.progress
     if progress is None:
         return stage.said
-    what = progress.note if progress.loss is None else f"loss {progress.loss:.3f}"
-    return f"{what} ({progress.done}/{progress.total})"
+    quantity = progress.note if progress.loss is None else f"loss {progress.loss:.3f}"
+    return f"{quantity} ({progress.done}/{progress.total})"
 
 
 def size_label(size: float) -> str:
