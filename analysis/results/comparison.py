@@ -140,11 +140,6 @@ def study_comparison(
     return StudyComparison(before, after, apart, metrics, tuple(sizes))
 
 
-Beside = StudyComparison
-Sized = ModelComparison
-beside = study_comparison
-
-
 def _apart(before: SuiteSettings, after: SuiteSettings) -> Iterator[tuple[str, str]]:
     """(suite, reason) for each suite that is not comparable."""
     for suite in sorted({*before, *after}):

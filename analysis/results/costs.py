@@ -118,10 +118,6 @@ def gpu_hours_label(gpu_hours: float, usd: float | None, hours: str = "GPU-hours
     return f"{text}, ${usd:.2f}" if usd == 0 or usd >= 0.01 else f"{text}, ${usd:.2g}"
 
 
-told = cost_label
-told_numbers = gpu_hours_label
-
-
 def cost_rows(
     results: Sequence[Result],
     before: Mapping[str, Cost],
@@ -189,9 +185,6 @@ def prediction_label(prediction: Prediction, spent: Spent, profile: Profile) -> 
         f"{clock(driven_s)} and {cost_label(cost, profile)}"
     )
     return f"{text} (the prediction was off: {', '.join(off)})" if off else text
-
-
-compared = prediction_label
 
 
 def _spread(costs: Sequence[Cost], profile: Profile) -> str:
