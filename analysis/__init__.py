@@ -1,4 +1,4 @@
-"""What came out: folders results, figures, report, paper, wandb, dashboard.
+"""Outputs of a study: folders results, figures, report, paper, wandb, dashboard.
 
 Imports tasks, cluster and sweeps. Imports no torch and no ray.
 """

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ebbline.analysis.results.costs import told_numbers
+from ebbline.analysis.results.costs import gpu_hours_label
 from ebbline.analysis.results.wording import clock, progress_label
 from ebbline.plot import FrontierSoFar
 from ebbline.sweeps.drive.live import Failed, Live
@@ -206,11 +206,11 @@ def spent(live: Live) -> str:
     busy = (
         f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU asked for yet"
     )
-    said = [busy, f"{told_numbers(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
+    said = [busy, f"{gpu_hours_label(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
     predicted, taken = live.predicted, live.taken
     if predicted is not None:
         whole = (
-            f"{told_numbers(predicted.gpu_hours, predicted.usd, hours)} in "
+            f"{gpu_hours_label(predicted.gpu_hours, predicted.usd, hours)} in "
             f"{clock(predicted.wall_s)}"
         )
         rest_s, rest = (
@@ -223,7 +223,7 @@ def spent(live: Live) -> str:
             else max(0.0, predicted.usd - taken.usd)
         )
         left_of_it = (
-            f", of which {told_numbers(rest, usd, hours)} and {clock(rest_s)} are left"
+            f", of which {gpu_hours_label(rest, usd, hours)} and {clock(rest_s)} are left"
             if rest_s > 0
             else ", which it has outlasted"
         )

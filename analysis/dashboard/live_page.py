@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from ebbline.analysis.figures.drawing import looks
 from ebbline.analysis.figures.gantt import colours, lanes_of
 from ebbline.analysis.results.collect import Follower
-from ebbline.analysis.results.costs import point_costs, told
+from ebbline.analysis.results.costs import cost_label, point_costs
 from ebbline.analysis.results.frontier import (
     finished,
     frontier,
@@ -283,7 +283,7 @@ class LivePage:
             "counts": {
                 "": {
                     "points": {status_label(status): counts[status] for status in STATUSES},
-                    "spent": told(spent.cost, self.home.profile),
+                    "spent": cost_label(spent.cost, self.home.profile),
                     "stopped": spent.stopped.said if spent.stopped else "",
                 }
             },
@@ -311,7 +311,9 @@ class LivePage:
                 for name in self.study.objectives
                 if name in result.metrics
             },
-            "cost": "nothing has run" if cost is None else told(cost.alone, self.home.profile),
+            "cost": "nothing has run"
+            if cost is None
+            else cost_label(cost.alone, self.home.profile),
             "keys": {
                 kind.name: result.keys[name]
                 for kind in STAGE_KINDS.values()

@@ -1,4 +1,4 @@
-"""Figures: each draws one kind of result with matplotlib, and says in words what it shows.
+"""Figures: each module draws one kind of result with matplotlib; `words` describes them in text.
 
 Imports analysis.results.
 """

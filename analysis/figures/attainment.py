@@ -1,5 +1,6 @@
-"""Attainment surfaces as a figure: a panel for each size that has several seeds, with the band
-between what some and what all attain.
+"""Attainment surfaces as a figure: a panel for each model with several seeds.
+
+The band lies between the surface that some seeds attain and the one that all attain.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,7 @@ BAND = 0.28  # opacity
 
 
 def attainment_figure(found: Mapping[str, Attainment], objectives: Sequence[str]) -> Figure | None:
-    """None where no size has a second seed. The dots are each seed's own values, a mark for each
-    seed.
-    """
+    """The bands of all models; each dot is a point with one seed. None without attainments."""
     if not found:
         return None
     columns = min(ACROSS, len(found))
@@ -90,7 +89,7 @@ def _limits(axes: Axes, found: Mapping[str, Attainment]) -> None:
 
 
 def _legend(seeds: int) -> list[Line2D | Patch]:
-    band = Patch(facecolor="0.35", alpha=BAND, label="attained by some seed, and not by all")
+    band = Patch(facecolor="0.35", alpha=BAND, label="attained by some seeds, but not by all")
     worst = Line2D(
         [], [], color="0.35", linestyle="--", linewidth=1.0, label="attained by every seed"
     )

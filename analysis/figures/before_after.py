@@ -1,5 +1,6 @@
-"""Before and after as a figure: a panel for each metric, a row for each size, its three states as
-marks with 95% intervals.
+"""Before and after as a figure: a panel for each metric, a row for each model.
+
+The marks of a row are the three states with their 95% intervals.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from ebbline.analysis.figures.drawing import looks, reach, style
+from ebbline.analysis.figures.drawing import error_bar, looks, style
 from ebbline.analysis.results.before_after import STATES, Line, State
 from ebbline.analysis.results.wording import directed_label
 
@@ -27,7 +28,7 @@ LABELS: dict[State, str] = {
 
 
 def before_after_figure(lines: Sequence[Line]) -> Figure | None:
-    """None where nothing was measured."""
+    """A panel for each metric; None without lines."""
     names, models = (
         list(dict.fromkeys(getattr(line, field) for line in lines)) for field in ("name", "model")
     )
@@ -51,7 +52,7 @@ def before_after_figure(lines: Sequence[Line]) -> Figure | None:
         for axes in grid.flat[len(names) :]:
             axes.set_visible(False)
         figure.legend(
-            handles=[_sign(state) for state in STATES], loc="outside lower center", ncols=3
+            handles=[_handle(state) for state in STATES], loc="outside lower center", ncols=3
         )
     return figure
 
@@ -62,7 +63,7 @@ def _row(axes: Axes, line: Line, place: int, colour: str) -> None:
         axes.errorbar(
             metric.value,
             place + offset,
-            xerr=reach(metric),
+            xerr=error_bar(metric),
             color=colour,
             marker=marker,
             markersize=size,
@@ -71,7 +72,7 @@ def _row(axes: Axes, line: Line, place: int, colour: str) -> None:
         )
 
 
-def _sign(state: State) -> Line2D:
+def _handle(state: State) -> Line2D:
     marker, filled, size, _ = MARKS[state]
     face = "0.35" if filled else "white"
     return Line2D(

@@ -1,4 +1,4 @@
-"""Frontiers of several studies laid over each other, a panel for each size.
+"""The frontiers of several studies in one figure, a panel for each model.
 
 Invariants: those of ebbline.analysis.figures.frontier; a study keeps its colour and marker in every
 panel.
@@ -20,8 +20,9 @@ ACROSS = 3
 
 
 def comparison_figure(sides: Sequence[Side], objectives: Sequence[str]) -> Figure:
-    """The finished points of each study over one or two objectives that all measure, with each
-    study's frontier.
+    """The finished points and the frontier of each study over the first two objectives.
+
+    Every study must measure them.
     """
     drawn = objectives[:2]
     models = sorted(

@@ -1,8 +1,7 @@
-"""What all figures share: colours that colour-blind readers can tell apart, intervals, and files
-that do not drift.
+"""Shared by all figures: a palette for colour-blind readers, page sizes, error bars, saving.
 
-Invariant: on one machine the same results give the same bytes (FreeType and zlib differ between
-machines). Nothing here goes through pyplot, so importing it sets nothing up.
+Invariants: on one machine the same results give the same bytes (FreeType and zlib differ between
+machines). No module of this folder imports pyplot, which would change global settings.
 """
 
 import io
@@ -34,16 +33,16 @@ MARKERS = ("o", "s", "^", "D", "v")
 PAPER_FONTS = (
     "STIXGeneral",
     "DejaVu Sans",
-)  # of Times' design, as both templates are set in; the second for what it lacks
-FINE_PT = 6.5  # the smallest letters in a paper's figure
+)  # both paper templates use Times; DejaVu has the characters that STIX lacks
+FINE_PT = 6.5  # the smallest font size in a paper's figure
 
 
 @dataclass(frozen=True)
 class Page:
-    """Where a figure stands. In a paper it is as wide as it is printed, `width` inches, and its
-    letters are as large as they say.
+    """The page that shows a figure.
 
-    Without a width a figure has its own size, for a screen.
+    On paper the figure is `width` inches wide, and its font sizes are the printed ones. Without a
+    width it has its own size, for a screen.
     """
 
     width: float | None = None
@@ -51,12 +50,12 @@ class Page:
 
     @property
     def narrow(self) -> bool:
-        """One column of two."""
+        """Whether the figure is as wide as one column of two."""
         return self.width is not None and self.width < 4.0
 
     @property
     def marks(self) -> float:
-        """How large points and lines are, of their size on a screen."""
+        """The size of points and lines, relative to their size on a screen."""
         return 1.0 if self.width is None else 0.55 if self.narrow else 0.75
 
     def size(self, own: tuple[float, float], height: float) -> tuple[float, float]:
@@ -101,7 +100,7 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3
+    "pdf.fonttype": 42,  # TrueType: journals do not accept Type 3
     "svg.hashsalt": "ebbline",
 }
 
@@ -111,17 +110,15 @@ def style(page: Page = SCREEN) -> AbstractContextManager[None]:
 
 
 def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker per name, in natural order; the cycles differ in length, so 35 names
-    stay apart.
+    """Name -> (colour, marker), in natural order; 35 names differ, since the cycles have lengths 7
+    and 5.
     """
     pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     return dict(zip(sorted(set(names), key=natural), pairs, strict=False))
 
 
-def reach(metric: Metric) -> tuple[list[float], list[float]]:
-    """How far the 95% interval reaches below and above the value, as matplotlib's error bars take
-    it.
-    """
+def error_bar(metric: Metric) -> tuple[list[float], list[float]]:
+    """The lengths of the 95% interval below and above the value, for matplotlib's `errorbar`."""
     low, high = metric.interval
     return [max(0.0, metric.value - low)], [max(0.0, high - metric.value)]
 
@@ -139,9 +136,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def save_for_print(figure: Figure, folder: Path, name: str, page: Page) -> list[Path]:
-    """NAME.pdf (fonts embedded as TrueType), NAME.svg (letters as paths, so that no font is needed)
-    and NAME.png (300 dpi).
-    """
+    """NAME.pdf (fonts embedded as TrueType), NAME.svg (text as paths) and NAME.png (300 dpi)."""
     with style(page):
         return [
             write_whole(
@@ -156,7 +151,7 @@ def save_for_print(figure: Figure, folder: Path, name: str, page: Page) -> list[
 
 
 def save_svg(figure: Figure, folder: Path, name: str) -> Path:
-    """NAME.svg, whose text stays text."""
+    """NAME.svg with text as text."""
     return write_whole(folder / f"{name}.svg", lambda path: path.write_bytes(svg(figure)))
 
 
@@ -168,7 +163,7 @@ def svg(figure: Figure) -> bytes:
 
 
 def save_as(figure: Figure, path: Path) -> Path:
-    """One file in the format of its name: .png (200 dpi), .pdf or .svg."""
+    """One file, in the format of its suffix: .png (200 dpi), .pdf or .svg."""
     dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
     with style():
         return write_whole(

@@ -1,7 +1,7 @@
-"""The frontier as a figure for a paper: every measurement with its 95% Wilson interval.
+"""The frontier as a figure: every measurement with its 95% Wilson interval.
 
-Invariants: a model keeps its colour and marker; filled means projected, hollow means not; no point
-is ever moved to make room for another, overlapping ones show through.
+Invariants: a model has one colour and one marker. A filled mark is projected, a hollow one is not.
+No point is moved; points that overlap are transparent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from ebbline.analysis.figures.drawing import SCREEN, Page, looks, reach, style
+from ebbline.analysis.figures.drawing import SCREEN, Page, error_bar, looks, style
 from ebbline.analysis.results.frontier import finished, frontier
 from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import directed_label
@@ -28,11 +28,10 @@ def frontier_figure(
     baselines: Baselines = _NO_BASELINES,
     page: Page = SCREEN,
 ) -> Figure:
-    """The finished points over the first two objectives, with each model's frontier and its aligned
-    model.
+    """The finished points over the first two objectives, each model's frontier and aligned model.
 
-    With one objective the points stand in the order of their numbers. With three or more the figure
-    says what it draws.
+    With one objective the points are drawn over their numbers. With three or more, a title says
+    which two are drawn.
     """
     done, drawn = finished(results), objectives[:2]
     appearance = looks([*(result.point.model for result in done), *baselines])
@@ -82,8 +81,8 @@ def _point(
     axes.errorbar(
         metrics[0].value if len(drawn) == 2 else result.number,
         metrics[-1].value,
-        xerr=reach(metrics[0]) if len(drawn) == 2 else None,
-        yerr=reach(metrics[-1]),
+        xerr=error_bar(metrics[0]) if len(drawn) == 2 else None,
+        yerr=error_bar(metrics[-1]),
         color=colour,
         marker=marker,
         markersize=5.5 * marks,
@@ -97,7 +96,7 @@ def _point(
 def _frontier_line(
     axes: Axes, chosen: Sequence[Result], drawn: Sequence[str], colour: str, marks: float
 ) -> None:
-    """The border of what the frontier dominates: steps over two objectives, a level over one."""
+    """The border of the dominated area: steps over two objectives, a horizontal line over one."""
     values = sorted([result.metrics[name].value for name in drawn] for result in chosen)
     if values and len(drawn) == 1:
         axes.axhline(values[0][0], color=colour, linewidth=1.4 * marks, zorder=2)
@@ -119,8 +118,8 @@ def _aligned(
     axes.errorbar(
         metrics[0].value,
         metrics[1].value,
-        xerr=reach(metrics[0]),
-        yerr=reach(metrics[1]),
+        xerr=error_bar(metrics[0]),
+        yerr=error_bar(metrics[1]),
         color=colour,
         marker="*",
         markersize=13 * marks,
@@ -172,9 +171,7 @@ def _legend(
 def draw_frontier(
     axes: Axes, own: Sequence[Result], drawn: Sequence[str], colour: str, marker: str
 ) -> None:
-    """Finished results with their 95% intervals, and the border of what they dominate, on axes of
-    somebody else's.
-    """
+    """Draw finished results with their 95% intervals and their frontier on the given axes."""
     for result in own:
         _point(axes, result, drawn, (colour, marker), SCREEN.marks)
     _frontier_line(axes, frontier(own, drawn), drawn, colour, SCREEN.marks)

@@ -1,9 +1,9 @@
-"""A plan as a Gantt chart: what is expected to run where and when; or, on many GPUs, how many of
-them each kind of stage holds.
+"""A plan as a Gantt chart: which stage runs where and when. On many GPUs it shows the number of
+busy GPUs by stage kind.
 
-Invariant: a bar is a stage of the simulated trace, from when it starts to when it ends, on a GPU
-(or slot) that nothing else then has. Hosts are numbered and not named: the picture is in the
-report, which is passed on.
+Invariants: a bar is a stage of the simulated trace, from its start to its end. It is on a GPU or
+slot that no other stage holds at that time. Hosts are numbered, not named, since the report with
+this figure is published.
 """
 
 from collections import defaultdict
@@ -29,10 +29,9 @@ OTHER = "0.8"
 
 
 def gantt_figure(trace: Trace, kinds: Mapping[str, str], title: str = "") -> Figure | None:
-    """A row for each GPU and slot that is used; beyond 40, the number of GPUs at work by kind.
-    `kinds` maps a key to its stage's kind.
+    """A row for each used GPU and slot; above MOST_LANES rows, the number of busy GPUs by kind.
 
-    None when nothing is to run.
+    `kinds` maps a key to its stage's kind. None without stages.
     """
     if not trace.spans:
         return None
@@ -41,7 +40,7 @@ def gantt_figure(trace: Trace, kinds: Mapping[str, str], title: str = "") -> Fig
     )
     lanes = lanes_of(trace.spans)
     rows = sorted(
-        {lane for taken in lanes for lane in taken},
+        {lane for held in lanes for lane in held},
         key=lambda lane: (lane[0], not lane[1], lane[2]),
     )
     ran = {kinds[span.key] for span in trace.spans}
@@ -67,8 +66,9 @@ def gantt_figure(trace: Trace, kinds: Mapping[str, str], title: str = "") -> Fig
 
 
 def colours() -> dict[str, str]:
-    """The colour of each kind of stage that has one, in the order of the kinds: what trains is
-    warm, what measures is cold, what prepares is grey.
+    """Stage kind -> its colour, in the order of the kinds, for kinds that have one.
+
+    Training kinds are warm, measuring kinds cold, preparing kinds grey.
     """
     palette = {f"C{place}": colour for place, colour in enumerate(COLOURS)}
     return {
@@ -78,25 +78,26 @@ def colours() -> dict[str, str]:
     }
 
 
-Lane = tuple[str, bool, int]  # host, whether a GPU (or a slot), which
+Lane = tuple[str, bool, int]  # host, whether it is a GPU (else a slot), its number
 
 
 def lanes_of(spans: Sequence[Span]) -> list[list[Lane]]:
-    """For each span the lanes that it holds: of each of its hosts the first that are free. A span
-    without a GPU holds one slot.
+    """The lanes of each span: the first free ones of each of its hosts.
+
+    A span without a GPU holds one slot.
     """
     free_at: dict[Lane, float] = {}
     held: list[list[Lane]] = [[] for _ in spans]
     for place, span in sorted(enumerate(spans), key=lambda item: (item[1].start_s, item[0])):
         for host, gpus in span.hosts.items():
             number = 0
-            wanted = max(1, gpus)
-            while wanted:
+            missing = max(1, gpus)
+            while missing:
                 lane = (host, gpus > 0, number)
                 if free_at.get(lane, 0.0) <= span.start_s + 1e-9:
                     free_at[lane] = span.end_s
                     held[place].append(lane)
-                    wanted -= 1
+                    missing -= 1
                 number += 1
     return held
 
@@ -112,8 +113,8 @@ def _bars(
 ) -> None:
     at = {lane: place for place, lane in enumerate(rows)}
     bars: dict[tuple[Lane, str], list[tuple[float, float]]] = defaultdict(list)
-    for span, taken in zip(spans, lanes, strict=True):
-        for lane in taken:
+    for span, held in zip(spans, lanes, strict=True):
+        for lane in held:
             colour = seen.get(kinds[span.key], OTHER)
             bars[lane, colour].append(
                 (span.start_s / scale_s, (span.end_s - span.start_s) / scale_s)
@@ -141,7 +142,7 @@ def _row_label(lane: Lane, numbers: Mapping[str, int]) -> str:
 def _areas(
     axes: Axes, trace: Trace, kinds: Mapping[str, str], seen: Mapping[str, str], scale_s: float
 ) -> None:
-    """GPUs at work, stacked by kind."""
+    """The number of busy GPUs over time, stacked by kind."""
     at_s = np.linspace(0.0, trace.makespan_s, 600)
     heights = []
     for kind in seen:

@@ -1,5 +1,6 @@
-"""The importance of each axis, as a table and as a figure: a panel for each objective, a row for
-each axis that has a number.
+"""The importance of each axis, as a table and as a figure.
+
+The figure has a panel for each objective and a row for each axis with a number.
 """
 
 from collections.abc import Mapping
@@ -14,28 +15,28 @@ from ebbline.analysis.results.wording import axis_label, metric_label
 from ebbline.sweeps.search.importance import MODEL, Importance
 
 Importances = Mapping[str, Importance]
-"""Objective -> what its axes matter."""
+"""Objective -> the importance of each axis."""
 
 
 def importance_figure(found: Importances) -> Figure | None:
-    """None where no objective has a number."""
-    told = {name: each for name, each in found.items() if each.shares}
-    if not told:
+    """A panel for each objective with numbers; None where no objective has one."""
+    shown = {name: each for name, each in found.items() if each.shares}
+    if not shown:
         return None
     axes_names = _axes(found)
     with style():
         figure = Figure(
-            figsize=(max(4.6, 3.2 * len(told)), 0.34 * len(axes_names) + 1.2), layout="constrained"
+            figsize=(max(4.6, 3.2 * len(shown)), 0.34 * len(axes_names) + 1.2), layout="constrained"
         )
-        grid = figure.subplots(1, len(told), sharey=True, squeeze=False)[0]
-        for axes, (name, each) in zip(grid, told.items(), strict=True):
+        grid = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, (name, each) in zip(grid, shown.items(), strict=True):
             for axis, share in each.shares.items():
                 low, high = share.interval
-                reach = [[share.value - low], [high - share.value]]
+                error_bar = [[share.value - low], [high - share.value]]
                 axes.errorbar(
                     share.value,
                     axes_names.index(axis),
-                    xerr=reach,
+                    xerr=error_bar,
                     color=COLOURS[0],
                     marker="o",
                     markersize=5,
@@ -51,8 +52,9 @@ def importance_figure(found: Importances) -> Figure | None:
 
 
 def importance_cells(found: Importances) -> pd.DataFrame:
-    """A row for each axis, a column for each objective: the share in percent with its interval, or
-    why there is none.
+    """A row for each axis, a column for each objective.
+
+    A cell is the share in percent with its interval, or the reason that there is none.
     """
     names = [
         *_axes(found),
@@ -65,7 +67,7 @@ def importance_cells(found: Importances) -> pd.DataFrame:
 
 
 def importance_notes(found: Importances) -> list[str]:
-    """What to be careful of, in sentences."""
+    """Cautions on reading the numbers, a sentence each."""
     notes = [
         f"No numbers for {metric_label(name)}: {each.reason}."
         for name, each in found.items()
@@ -74,15 +76,15 @@ def importance_notes(found: Importances) -> list[str]:
     few = next((each for each in found.values() if each.few), None)
     if few is not None:
         notes.append(
-            f"{few.points} points are few for this: read the order of the axes with the "
-            "intervals, and not the numbers alone."
+            f"{few.points} points are few for this: read the order and the intervals of the "
+            "axes, not the numbers alone."
         )
     uneven = next((each.uneven for each in found.values() if each.uneven), ())
     if uneven:
         names = ", ".join(label(axis) for axis in uneven)
         notes.append(
-            f"Some model was run with fewer values than others of: {names}. Their shares "
-            "and the model's cannot be told apart well."
+            f"Some models ran with fewer values than others of: {names}. The shares of these "
+            "axes and of the model cannot be separated well."
         )
     return notes
 
@@ -92,7 +94,7 @@ def label(axis: str) -> str:
 
 
 def _axes(found: Importances) -> list[str]:
-    """Those with a number anywhere, the most important of the first objective first."""
+    """The axes with a number, in the order of importance for the first objective."""
     return list(dict.fromkeys(axis for each in found.values() for axis in each.shares))
 
 

@@ -1,8 +1,8 @@
-"""Metrics against the main knob of the defence, as a figure: how much the defence brings refusals
-back, and at what cost.
+"""Metrics against the main knob of the defence, as a figure: the refusals that the defence
+restores, and their cost.
 
-Invariant: a line joins results that differ in nothing but the knob. Points without a value of it
-stand apart, over "none".
+Invariant: a line joins results that differ only in the knob. Points without a value of it are drawn
+apart, over "none".
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from ebbline.analysis.figures.drawing import SCREEN, Page, looks, reach, style
+from ebbline.analysis.figures.drawing import SCREEN, Page, error_bar, looks, style
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import axis_label, directed_label, natural, value_label
@@ -29,11 +29,10 @@ def threshold_figure(
     baselines: Baselines = _NO_BASELINES,
     page: Page = SCREEN,
 ) -> Figure | None:
-    """A row per metric, a column per model, a line per training; dotted, the aligned model before
-    fine-tuning.
+    """A row for each metric, a column for each model, a line for each training.
 
-    In one column of a page with several models it is turned: a row per model, a column per metric.
-    None when no finished result has a value of the knob.
+    A dotted line is the aligned model before fine-tuning. On a narrow page with several models,
+    rows are models and columns are metrics. None when no finished result has a value of the knob.
     """
     knob = DEFENCE.main_knob
     done = [result for result in finished(results) if knob in dict(result.point.values)]
@@ -140,7 +139,7 @@ def _line(
         axes.errorbar(
             at[result.number],
             result.metrics[name].value,
-            yerr=reach(result.metrics[name]),
+            yerr=error_bar(result.metrics[name]),
             color=colour,
             marker=marker,
             markersize=4.5 * marks,
@@ -153,8 +152,9 @@ def _line(
 def _ticks(
     axes: Axes, thresholds: Sequence[float], none_at: float | None, width: float | None
 ) -> None:
-    """A tick at each value while they are few, and "none" left of a gap. `width` is that of a
-    panel on paper, in inches.
+    """A tick at each value, or at three of many, and "none" left of a gap.
+
+    `width` is the width of a panel on paper, in inches.
     """
     if none_at is None:
         return
@@ -162,7 +162,7 @@ def _ticks(
     if len(thresholds) > (6 if width is None else 3):
         few = [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
     if width is not None and width < 2.2 and len(few) > 2:
-        few = few[1:]  # beside "none" there is no room for the first
+        few = few[1:]  # the first label would overlap "none"
     axes.set_xticks([none_at, *few], ["none", *(f"{value:.3g}" for value in few)])
     axes.axvline((none_at + thresholds[0]) / 2, color="0.7", linewidth=0.8)
 

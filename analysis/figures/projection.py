@@ -1,9 +1,9 @@
-"""What a projection did, as figures: what was measured of each module by layer and type, and how
-many modules a knob takes. What it measured is a value between -1 and 1, named by
-ebbline.tasks.defences.words.
+"""A projection as figures: the value of each module by layer and type, and the share of modules
+that each value of the knob projects. A module's value is between -1 and 1;
+ebbline.tasks.defences.words names it.
 
-Invariants: a cell's colour says nothing of which modules are projected, its dot nothing of their
-values; a module without a value is hatched, never coloured; shares are of all modules, with or
+Invariants: the colour of a cell depends only on the values, its dot only on which modules are
+projected. A module without a value is hatched, never coloured. Shares are of all modules, with or
 without a value, as everywhere in a study.
 """
 
@@ -34,10 +34,8 @@ from ebbline.tasks.defences.gate import (
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-COLOUR_MAP = (
-    "viridis"  # even and from dark to light throughout: it reads in grey and for the colour-blind
-)
-NARROWEST_SCALE = 0.01  # of values: lesser differences are not stretched over all colours
+COLOUR_MAP = "viridis"  # perceptually uniform: readable in grey and by colour-blind readers
+NARROWEST_SCALE = 0.01  # the least range of values that the colours span
 NAMED_CURVES = 7
 DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
     "-",
@@ -48,30 +46,28 @@ DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
 )
 CELL_HEIGHT = 0.25  # inches
 CELL_WIDTHS = (0.105, 0.45)  # inches, narrowest and widest
-NO_LAYER_GAP = 0.5  # columns, between the last layer and the modules that belong to none
+NO_LAYER_GAP = 0.5  # columns between the last layer and the modules outside all layers
 
 
 Projections = Mapping[str, Mapping[str, ProjectedRows]]
-"""Model -> label of an adapter -> what its projection found; the first adapter is the one whose
-modules are drawn.
-"""
+"""Model -> label of an adapter -> its projection; the map shows the first adapter."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The modules of one type in one layer: one, or as many as there are experts."""
+    """The modules of one type in one layer: one module, or one for each expert."""
 
-    value: float | None  # the mean over the modules that have one
-    taken_share: float
+    value: float | None  # the mean over the modules with a value
+    projected_part: float
     without_value: int
 
 
 def depth_and_type(module: str) -> tuple[int | None, str]:
-    """The first whole number in a module's name, and what follows it, with each further number as
-    `*`.
+    """The first whole number in a module's name, and the rest of the name after it.
 
+    In the rest each number is `*`.
     "model.layers.3.self_attn.q_proj" -> (3, "self_attn.q_proj"); "lm_head" -> (None, "lm_head").
-    Where nothing follows the number, the type is what comes before it.
+    Where nothing follows the number, the type is the name before it.
     """
     parts = module.split(".")
     at = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
@@ -81,14 +77,14 @@ def depth_and_type(module: str) -> tuple[int | None, str]:
     return int(parts[at]), ".".join(following or parts[:at])
 
 
-def cosine_map(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) -> Figure:
-    """A cell per layer and module type, coloured by value, with a dot where modules are projected.
+def cosine_map(rows: Mapping[str, ModuleRow], projected: Collection[str], title: str) -> Figure:
+    """A cell for each layer and module type, coloured by value, with a dot if it is projected.
 
-    Where a cell has several modules, as with experts, the colour is their mean and the dot's area
-    the share projected. Raises ValueError without modules, or when a module is taken that is not in
+    For a cell of several modules, such as experts, the colour is their mean and the dot's area
+    their projected share. Raises ValueError without modules, or when a projected module is not in
     `rows`.
     """
-    cells, types = _cells(rows, taken, title), _types(rows)
+    cells, types = _cells(rows, projected, title), _types(rows)
     centres, edges = _columns([depth for depth, _ in cells])
     label_width = 0.07 * max(map(len, types)) + 0.3
     cell_width = float(np.clip(6.4 / (edges[-1] - edges[0]), *CELL_WIDTHS))
@@ -112,7 +108,7 @@ def cosine_map(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str
         _layer_ticks(axes, centres, cell_width)
         figure.suptitle(_plain("\n".join(headline)), fontsize=9.5, x=0.01, ha="left")
         figure.legend(
-            handles=_signs(rows, taken, cells.values()),
+            handles=_handles(rows, projected, cells.values()),
             loc="outside lower left",
             ncols=2 if width > 6 else 1,
             fontsize=8,
@@ -123,11 +119,10 @@ def cosine_map(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str
 def share_figure(
     curves: Mapping[str, Mapping[str, ModuleRow]], thresholds: Sequence[float] = ()
 ) -> Figure:
-    """The share of modules that a value of the knob projects, a step curve per adapter; dotted, the
-    values that were used.
+    """The share of modules that a value of the knob projects, as a step curve for each adapter.
 
-    Right-continuous: at exactly a module's value that module is in. Raises ValueError without
-    adapters or modules.
+    Dotted lines are the values used. The curve is right-continuous: it includes a module at exactly
+    its value. Raises ValueError without adapters or modules.
     """
     if not curves:
         raise ValueError("no adapter is given, so there is no share of projected modules to draw")
@@ -187,8 +182,9 @@ def share_figure(
 
 
 def projection_figures(projections: Projections) -> dict[str, Figure]:
-    """By file name: `words.MAPS`-MODEL of a model's first adapter, `words.SHARES`-MODEL of all.
-    None where it has no adapter.
+    """File name -> figure: `words.MAPS`-MODEL of the first adapter, `words.SHARES`-MODEL of all.
+
+    A model without adapters has no figure.
     """
     figures: dict[str, Figure] = {}
     for model, adapters in projections.items():
@@ -207,16 +203,16 @@ Cells = Mapping[tuple[int | None, str], Cell]
 """(Depth, type) -> its modules."""
 
 Centres = Mapping[int | None, float]
-"""Depth -> where its column stands; None, the modules that belong to no layer, right of a gap."""
+"""Depth -> centre of its column; None is for modules outside all layers, right of a gap."""
 
 
-def _cells(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) -> Cells:
+def _cells(rows: Mapping[str, ModuleRow], projected: Collection[str], title: str) -> Cells:
     if not rows:
         raise ValueError(words.nothing_to_draw(title))
-    if unknown := sorted(set(taken) - set(rows)):
+    if unknown := sorted(set(projected) - set(rows)):
         raise ValueError(
-            f"{title}: {unknown[0]} is projected, but is none of the {len(rows)} modules "
-            "that were measured"
+            f"{title}: {unknown[0]} is projected, but is not one of the {len(rows)} "
+            "measured modules"
         )
     members: dict[tuple[int | None, str], list[str]] = defaultdict(list)
     for module in rows:
@@ -225,14 +221,15 @@ def _cells(rows: Mapping[str, ModuleRow], taken: Collection[str], title: str) ->
     known = known_cosines(rows)
     for at, modules in members.items():
         values = [known[module] for module in modules if module in known]
-        share = sum(module in taken for module in modules) / len(modules)
+        share = sum(module in projected for module in modules) / len(modules)
         found[at] = Cell(fmean(values) if values else None, share, len(modules) - len(values))
     return found
 
 
 def _types(modules: Collection[str]) -> list[str]:
-    """Top to bottom: attention, MLP, both in the order that data takes; then other types, and those
-    outside all layers.
+    """The types from top to bottom: attention, MLP, other types, then types outside all layers.
+
+    Attention and MLP are in the order of the data flow.
     """
     layered = {kind for depth, kind in map(depth_and_type, modules) if depth is not None}
 
@@ -247,8 +244,8 @@ def _types(modules: Collection[str]) -> list[str]:
 
 
 def _columns(depths: Collection[int | None]) -> tuple[Centres, list[float]]:
-    """Where each depth's column stands, from the first layer that has a module to the last, and all
-    columns' edges.
+    """The centre of each depth's column, from the first layer with a module to the last, and the
+    edges of all columns.
     """
     layers = [depth for depth in depths if depth is not None]
     shown = range(min(layers), max(layers) + 1) if layers else range(0)
@@ -294,9 +291,7 @@ def _paint(
 
 
 def _hatch(axes: Axes, cells: Cells, types: Sequence[str], centres: Centres) -> None:
-    """Over each cell with a module that has no value; over grey where none of its modules has
-    one.
-    """
+    """Hatch each cell with a module that has no value; on grey if none of its modules has one."""
     for (depth, kind), cell in cells.items():
         if cell.without_value:
             corner = (centres[depth] - 0.5, types.index(kind) - 0.5)
@@ -309,12 +304,12 @@ def _hatch(axes: Axes, cells: Cells, types: Sequence[str], centres: Centres) -> 
 
 
 def _dot(axes: Axes, cells: Cells, types: Sequence[str], centres: Centres, across: float) -> None:
-    """`across` is the diameter, in points, where all modules of a cell are projected."""
-    dotted = [at for at, cell in cells.items() if cell.taken_share > 0]
+    """Draw the dots; `across` is the diameter in points where all modules are projected."""
+    dotted = [at for at, cell in cells.items() if cell.projected_part > 0]
     axes.scatter(
         [centres[depth] for depth, _ in dotted],
         [types.index(kind) for _, kind in dotted],
-        s=[max(1.5, across**2 * cells[at].taken_share) for at in dotted],
+        s=[max(1.5, across**2 * cells[at].projected_part) for at in dotted],
         facecolor="white",
         edgecolor="black",
         linewidth=min(0.8, across / 6),
@@ -323,9 +318,7 @@ def _dot(axes: Axes, cells: Cells, types: Sequence[str], centres: Centres, acros
 
 
 def _layer_ticks(axes: Axes, centres: Centres, cell_width: float) -> None:
-    """As many round layer numbers as are readable, and "none" under the modules that belong to no
-    layer.
-    """
+    """Ticks at as many round layer numbers as are readable, and "no layer" for other modules."""
     layers = [depth for depth in centres if depth is not None]
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if step * cell_width >= 0.24)
     ticks = [depth for depth in layers if depth % step == 0] or layers[:1]
@@ -340,16 +333,16 @@ def _layer_ticks(axes: Axes, centres: Centres, cell_width: float) -> None:
     axes.set_xlabel("layer" if layers else "", fontsize=8, labelpad=-6 if None in centres else 3)
 
 
-def _signs(
-    rows: Mapping[str, ModuleRow], taken: Collection[str], cells: Collection[Cell]
+def _handles(
+    rows: Mapping[str, ModuleRow], projected: Collection[str], cells: Collection[Cell]
 ) -> list[Line2D | Patch]:
-    """What dots and hatching mean; counted, so that a map without a dot says that it has none."""
+    """The legend for dots and hatching, with counts: a map without dots shows a count of 0."""
     area = (
         "; area: share of the cell's modules"
-        if any(0 < cell.taken_share < 1 for cell in cells)
+        if any(0 < cell.projected_part < 1 for cell in cells)
         else ""
     )
-    label = f"projected: {len(set(taken))} of {len(rows)} modules{area}"
+    label = f"projected: {len(set(projected))} of {len(rows)} modules{area}"
     dot = Line2D(
         [],
         [],
@@ -372,9 +365,7 @@ def _signs(
 
 
 def _span(values: Sequence[float], thresholds: Sequence[float]) -> tuple[float, float]:
-    """From a little below the smallest value, measured or used, to a little above the largest; all
-    possible ones if none.
-    """
+    """The range of the measured and used values, with a margin; -1 to 1 without values."""
     low, high = (
         min([*values, *thresholds], default=-1.0),
         max([*values, *thresholds], default=1.0),
@@ -384,7 +375,8 @@ def _span(values: Sequence[float], thresholds: Sequence[float]) -> tuple[float, 
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib shows as it is: no part is a formula, and a legend does not drop it for
-    its underscore.
+    """Text that matplotlib shows literally.
+
+    A `$` would begin a formula, and a legend omits labels that begin with an underscore.
     """
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -1,7 +1,7 @@
-"""What each figure shows, in words with its numbers: the alternative texts of the report's figures.
+"""The alternative texts of the report's figures: each describes a figure with its numbers.
 
-Invariant: whoever cannot see a figure learns from its words what a glance at it tells: how many
-marks, where they lie, what stands out.
+Invariant: a text gives the main content of its figure: the number of marks, their range, and the
+extremes.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -85,13 +85,13 @@ def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: 
                     result.metrics[name].value
                 )
             thresholds = sorted(value for value in at if value is not None)
-            told = (
+            shown = (
                 thresholds
                 if len(thresholds) <= MOST_THRESHOLDS
                 else [thresholds[0], thresholds[len(thresholds) // 2], thresholds[-1]]
             )
             spans = [f"without {_span(at[None])}"] if None in at else []
-            spans += [f"at {value:g} {_span(at[value])}" for value in told]
+            spans += [f"at {value:g} {_span(at[value])}" for value in shown]
             before = baselines.get(model, {}).get(name)
             spans += [] if before is None else [f"aligned model {percent(before.value)}"]
             parts.append(f"{model}, {metric_label(name)}: {', '.join(spans)}.")
@@ -99,9 +99,9 @@ def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: 
 
 
 def before_after_words(lines: Sequence[Line]) -> str:
-    """Each metric's values as the legend's marks have them, model by model."""
+    """Each metric's values for each model, in the order of the legend."""
     parts = [
-        "Dot plots, a panel for each metric and a row for each model; told in turn: "
+        "Dot plots, a panel for each metric and a row for each model; values in this order: "
         f"{'; '.join(LABELS.values())}."
     ]
     for name in dict.fromkeys(line.name for line in lines):
@@ -116,8 +116,8 @@ def before_after_words(lines: Sequence[Line]) -> str:
     return " ".join(parts)
 
 
-def map_words(rows: Mapping[str, ModuleRow], taken: Collection[str], what: str) -> str:
-    text = words.map_sentence(rows, taken, what)
+def map_words(rows: Mapping[str, ModuleRow], projected: Collection[str], what: str) -> str:
+    text = words.map_sentence(rows, projected, what)
     types: dict[str, list[float]] = {}
     layers: dict[int, list[float]] = {}
     known = known_cosines(rows)
@@ -142,7 +142,7 @@ def map_words(rows: Mapping[str, ModuleRow], taken: Collection[str], what: str) 
 
 
 def share_words(curves: Mapping[str, Mapping[str, ModuleRow]], what: str) -> str:
-    """The values at which a curve passes a quarter, a half and three quarters."""
+    """The values of the knob at which each curve reaches a quarter, a half and three quarters."""
     parts = [words.share_sentence(what)]
     for name, rows in list(curves.items())[:MOST_CURVES]:
         steps = share_steps(rows)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, pin_key
 from ebbline.analysis.report.provenance import Provenance
-from ebbline.analysis.results.costs import study_cost, told
+from ebbline.analysis.results.costs import cost_label, study_cost
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Baselines
 from ebbline.analysis.results.wording import (
@@ -323,11 +323,12 @@ def _hardware(
         )
     cost = study_cost(results, before, spent)
     yield (
-        f"All stages behind the results took {told(cost.stages, profile)}; had the points "
-        f"shared nothing, {told(cost.alone, profile)}."
+        f"All stages behind the results took {cost_label(cost.stages, profile)}; had the points "
+        f"shared nothing, {cost_label(cost.alone, profile)}."
     )
     yield (
-        f"The study's runs spent {told(cost.spent, profile)} over {spent.driving_s / 3600:.3g} "
+        f"The study's runs spent {cost_label(cost.spent, profile)} "
+        f"over {spent.driving_s / 3600:.3g} "
         "hours of driving."
     )
 

@@ -1,4 +1,4 @@
-"""Results of a study: collected from the store, compared with statistics, their frontier and costs.
+"""Results of a study: read from the store, compared by statistics; their frontier and costs.
 
-Imports tasks, cluster and sweeps; not the other folders of analysis.
+Imports tasks, cluster and sweeps; no other folder of analysis.
 """

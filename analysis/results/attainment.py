@@ -1,13 +1,13 @@
-"""How much of a frontier is luck of the seed: the surfaces that some, half and all of the training
-seeds attain.
+"""How a frontier depends on the training seed: the surfaces that some, half and all seeds attain.
 
-Each seed has a frontier of its own. A seed attains what its frontier dominates; the empirical
-attainment function says of every place how many seeds attain it (Fonseca, Guerreiro, Lopez-Ibanez
-and Paquete 2011; computed by moocore).
+Each seed has its own frontier and attains what that frontier dominates. The empirical attainment
+function counts the seeds that attain a place (Fonseca, Guerreiro, Lopez-Ibanez and Paquete 2011;
+computed by moocore).
 
-Invariants: only points measured with every one of the most seeds enter, as a seed with fewer points
-would attain less; one seed has no band. Arrays: `values_NM` has the N points of a surface and the M
-= 2 objectives, as measured.
+Invariants: only points measured with the largest number of seeds count, since a seed with fewer
+points would attain less. One seed has no band.
+
+Arrays: `values_NM` has the N points of a surface and the M = 2 objectives, as measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Attainment:
-    """One size's surfaces by level: what at least one seed attains, what half of them do, what all
-    do.
+    """One model's surfaces: attained by at least one seed, by half of the seeds, and by all seeds.
 
-    `points` were measured with all `seeds` and make the surfaces; `left_out` others were not.
-    `by_seed` has each seed's values.
+    The surfaces come from the `points` points that all `seeds` seeds measured; `left_out` is the
+    number of other points. `by_seed` has the values of each seed.
     """
 
     seeds: int
@@ -46,8 +45,9 @@ class Attainment:
 
 
 def attainments(results: Sequence[Result], objectives: Sequence[str]) -> dict[str, Attainment]:
-    """By size, over the first two objectives; sizes without a second seed are left out, and so is
-    all with one objective.
+    """Model -> its surfaces over the first two objectives.
+
+    Models with one seed are omitted. The result is empty for a study with one objective.
     """
     drawn, found = objectives[:2], dict[str, Attainment]()
     if len(drawn) < 2:
@@ -74,7 +74,7 @@ def attainments(results: Sequence[Result], objectives: Sequence[str]) -> dict[st
 def _surfaces(by_seed: Sequence[Array], drawn: Sequence[str]) -> dict[Level, Array]:
     signs_M = np.array(
         [-1.0 if direction(name) == "maximise" else 1.0 for name in drawn]
-    )  # moocore's least is best
+    )  # moocore minimises
     sets = np.repeat(np.arange(len(by_seed)), [len(values) for values in by_seed])
     levels = moocore.eaf(
         np.concatenate(by_seed) * signs_M, sets, percentiles=list(PERCENTILES.values())
@@ -86,8 +86,10 @@ def _surfaces(by_seed: Sequence[Array], drawn: Sequence[str]) -> dict[Level, Arr
 
 
 def staircase(values_NM: Array, objectives: Sequence[str]) -> tuple[Array, Array]:
-    """The border of what a surface's points dominate, as x and y of its corners, from the first
-    objective's worst end (0 or 1) to where the surface ends and down to the second's worst end.
+    """The border of the area that a surface's points dominate, as x and y of its corners.
+
+    It starts at the worst value of the first objective (0 or 1) and ends at the worst value of the
+    second.
     """
     ways = [direction(name) for name in objectives[:2]]
     worst_x, worst_y = (0.0 if way == "maximise" else 1.0 for way in ways)

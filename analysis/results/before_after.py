@@ -1,9 +1,9 @@
-"""Each size before fine-tuning, fine-tuned, and projected: every suite's metric, and how far it
-moved.
+"""Each model before fine-tuning, fine-tuned and projected: the metrics of every suite and their
+changes.
 
-Invariants: the fine-tuned point is the training that the projected one was made from, so that the
-two differ by projection alone; the comparisons of one metric are told together, and their p-values
-are corrected together.
+Invariants: the projected point comes from the training of the fine-tuned point, so the two differ
+by projection alone. The comparisons of one metric are reported together, so their p-values are
+corrected together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,9 +51,10 @@ LABELS: dict[Step, str] = {
 
 @dataclass(frozen=True)
 class Trio:
-    """One size's three states. `tuned` is the training without projection, `shipped` the projected
-    point that the answer picks or comes nearest to; None where there is none. `holds` says whether
-    `shipped` holds the refusal floor.
+    """The three states of one model; a state is None where no point has it.
+
+    `tuned` is the training without projection. `shipped` is the projected point that the answer
+    picks, or the one nearest to the refusal floor; `holds` tells whether it holds that floor.
     """
 
     model: str
@@ -64,9 +65,7 @@ class Trio:
 
 @dataclass(frozen=True)
 class Line:
-    """One metric of one size in the states that it was measured in, and its changes between two of
-    them.
-    """
+    """One metric of one model: its value in each measured state, and the changes between states."""
 
     model: str
     name: str
@@ -75,8 +74,10 @@ class Line:
 
 
 def trios(study: Study, results: Sequence[Result]) -> list[Trio]:
-    """For every size with a finished point, in natural order. Without projected points, or without
-    refusals to pick one by, `tuned` is the unprojected point with the lowest number.
+    """One for each model with a finished point, in natural order.
+
+    Where no point is projected, or the study measures no refusals, `tuned` is the unprojected point
+    with the lowest number.
     """
     refusal, done, found = refusal_metric(study), finished(results), []
     for model in sorted({result.point.model for result in done}, key=natural):
@@ -91,9 +92,10 @@ def trios(study: Study, results: Sequence[Result]) -> list[Trio]:
     return found
 
 
-def metrics_told(study: Study) -> list[str]:
-    """Each suite's own metric, and both of a multiple-choice suite's, in the order of the study
-    file.
+def reported_metrics(study: Study) -> list[str]:
+    """The main metric of each suite, and both metrics of a multiple-choice suite.
+
+    They are in the order of the study file.
     """
     names = []
     for suite, entry in study.suites.items():
@@ -108,12 +110,15 @@ def metrics_told(study: Study) -> list[str]:
 def before_after(
     study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE
 ) -> list[Line]:
-    """A line for each metric and size, metrics in the order of the study's suites; those that
-    nothing measured are left out.
+    """A line for each metric and model, in the order of the study's suites.
+
+    A metric without a measurement is omitted.
     """
     sizes = trios(study, results)
     return [
-        line for name in metrics_told(study) for line in _lines(name, sizes, baselines, evidence)
+        line
+        for name in reported_metrics(study)
+        for line in _lines(name, sizes, baselines, evidence)
     ]
 
 
@@ -162,7 +167,7 @@ def _states(
 def _paired_once(
     before: Measurement, after: Measurement, state: State
 ) -> tuple[Measurement, Measurement]:
-    """The aligned model was measured once, and so is paired with every seed of the other side."""
+    """The pair, with the single measurement of an aligned model repeated for each seed."""
     once = list(before.replicates.values())
     if state == "aligned" and once:
         before = Measurement(before.metric, dict.fromkeys(after.replicates, once[0]))
@@ -170,8 +175,9 @@ def _paired_once(
 
 
 def before_after_cells(lines: Sequence[Line]) -> list[tuple[str, pd.DataFrame]]:
-    """(metric, table as text with a row for each size) in percent; changes in percentage points
-    with what is made of them.
+    """(metric, table as text) with a row for each model.
+
+    Values are in percent. Changes are in percentage points, with the verdict of the comparison.
     """
     found = []
     for name in dict.fromkeys(line.name for line in lines):
@@ -185,15 +191,15 @@ def before_after_cells(lines: Sequence[Line]) -> list[tuple[str, pd.DataFrame]]:
             ]
         for step, label in LABELS.items():
             cells[label] = [
-                "" if (change := line.changes.get(step)) is None else changed(change)
+                "" if (change := line.changes.get(step)) is None else change_label(change)
                 for line in own
             ]
         found.append((directed_label(name), cells))
     return found
 
 
-def changed(change: Comparison) -> str:
-    """`-86.0 [-90.1, -81.2], lower`; where no prompts could be paired it says so."""
+def change_label(change: Comparison) -> str:
+    """`-86.0 [-90.1, -81.2], lower`; ends in "(unpaired)" where no prompts could be paired."""
     low, high = change.interval
     unpaired = "" if change.paired is not None else " (unpaired)"
     return (

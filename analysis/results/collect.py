@@ -1,7 +1,7 @@
-"""Results: every point of a study with its metrics, read from the two truths (Optuna's storage and
-the store).
+"""Results: every point of a study with its metrics, read from Optuna's storage and the store.
 
-Nothing remembers which artifacts a point led to: its stages' keys are computed again and looked up.
+Invariant: no file lists the artifacts of a point. The keys of its stages are recomputed and looked
+up in the store.
 """
 
 import json
@@ -32,8 +32,9 @@ from ebbline.tasks.stage import Stage, closure
 
 
 def collect(view: StudyView) -> list[Result]:
-    """All points asked so far, in the order of asking: done, failed or refused with their reason,
-    still running or out of budget.
+    """All points proposed so far, in that order: done, failed, invalid, running or out of budget.
+
+    A failed point and an invalid one (status `refused`) have a reason.
     """
     entries, _ = read(view.study, view.storage)
     results = results_of(view.study, entries, view.graph, Resolver(view.home.store))
@@ -41,7 +42,7 @@ def collect(view: StudyView) -> list[Result]:
 
 
 def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
-    """With what is unfinished for want of budget marked as that."""
+    """The results, with unfinished points marked `out_of_budget` if the budget stopped the run."""
     stopped = spent.stopped
     if stopped is None or stopped.by != "budget":
         return results
@@ -52,8 +53,9 @@ def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
 
 
 class Follower:
-    """The results of a study for somebody who looks again and again: what cannot change any more is
-    worked out once.
+    """The results of a study for a caller that reads them repeatedly.
+
+    A result that can no longer change is computed once.
     """
 
     def __init__(self, view: StudyView) -> None:
@@ -63,7 +65,7 @@ class Follower:
         self._before: dict[str, dict[str, Metric]] = {}
 
     def look(self) -> list[Result]:
-        """What `collect` gives."""
+        """The current results, as by `collect`."""
         view = self._view
         if not view.storage.there:
             return []
@@ -73,7 +75,7 @@ class Follower:
         return _of_budget(results, read_spent(view.folder))
 
     def before(self) -> dict[str, dict[str, Metric]]:
-        """What `baselines` gives."""
+        """The aligned models' metrics, as by `baselines`."""
         if len(self._before) < len(self._view.study.models):
             self._before = baselines(self._view)
         return self._before
@@ -82,10 +84,9 @@ class Follower:
 def projections(
     study: Study, results: Sequence[Result], home: Home
 ) -> dict[str, dict[str, ProjectedRows]]:
-    """Model -> label -> what was projected, an adapter each; first the one of the point to ship, so
-    far as there is one.
+    """Model -> label -> the projected modules of one adapter.
 
-    Of a point's replicates the first is shown.
+    The operating point comes first, if there is one. A point with several seeds shows its first.
     """
     refusal, found = refusal_metric(study), dict[str, dict[str, ProjectedRows]]()
     for model in sorted({result.point.model for result in finished(results)}, key=natural):
@@ -95,23 +96,21 @@ def projections(
         shown: dict[str, ProjectedRows] = {}
         seen: set[str] = set()
         for result in [first, *own]:
-            measured, made = (
+            measured, projected = (
                 home.store.open(kind, result.keys[f"{kind}[seed={study.seeds[0]}]"])
                 for kind in (SAFE_LORA.measures.KIND, SAFE_LORA.makes.KIND)
             )
             if measured.key not in seen:
                 seen.add(measured.key)
                 label = f"point {result.number} ({settings_label(result.point)})"
-                shown[label] = SAFE_LORA.projected_rows(measured.file, made.file)
+                shown[label] = SAFE_LORA.projected_rows(measured.file, projected.file)
         found[model] = shown
     return found
 
 
 @dataclass(frozen=True)
 class SuitePrompts:
-    """What a suite's prompts were: how the file was read, its rows, how many of them were asked,
-    and its digest.
-    """
+    """A suite's prompts: the file's format, its rows, how many were asked, and its digest."""
 
     format: str
     rows: int
@@ -123,30 +122,28 @@ class SuitePrompts:
 
 
 def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
-    """By suite, of the suites that an aligned model has answered."""
+    """Suite -> its prompts, for the suites that an aligned model has answered."""
     resolver, found = Resolver(view.home.store), dict[str, SuitePrompts]()
     for suites in view.graph.baselines().values():
         for suite, stage in suites.items():
             generation = stage.inputs.get("generation")
             artifact = resolver.artifact(generation) if isinstance(generation, Stage) else None
             if artifact is not None:
-                said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
+                record = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
                 found[suite] = SuitePrompts(
-                    said["format"], said["rows"], said["asked"], said["sha256"]
+                    record["format"], record["rows"], record["asked"], record["sha256"]
                 )
     return found
 
 
 def costs_before(view: StudyView) -> dict[str, Cost]:
-    """Key -> cost of measuring the aligned models before fine-tuning, and of making them."""
+    """Key -> cost of each stage that makes or measures an aligned model before fine-tuning."""
     stages = [stage for suites in view.graph.baselines().values() for stage in suites.values()]
     return costs_of(stages, Resolver(view.home.store))
 
 
 def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifact]:
-    """Every stage that the results and the aligned models rest on, once each, as far as it is in
-    the store.
-    """
+    """The artifacts in the store that the results and the aligned models depend on, once each."""
     graph, resolver = view.graph, Resolver(view.home.store)
     stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
     stages += [
@@ -157,8 +154,9 @@ def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifac
 
 
 def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:
-    """Model -> full metric name -> metric of the aligned model before fine-tuning, for the models
-    measured so far.
+    """Model -> full metric name -> metric of the aligned model before fine-tuning.
+
+    Only models measured so far.
     """
     resolver = Resolver(view.home.store)
     found = {
@@ -169,10 +167,9 @@ def baselines(view: StudyView) -> dict[str, dict[str, Metric]]:
 
 
 class StoredEvidence:
-    """What stands behind a study's metrics (ebbline.analysis.results.measurements.Evidence), read
-    from the store whenever it is asked for.
+    """The samples and verdicts of a study, as ebbline.analysis.results.measurements.Evidence.
 
-    Nothing is kept: the samples of a whole study may be too many to hold.
+    Each call reads the store: the samples of a whole study may not fit in memory.
     """
 
     def __init__(self, view: StudyView) -> None:
@@ -186,8 +183,9 @@ class StoredEvidence:
         }
 
     def samples(self, subject: Subject, suite: str) -> Replicates:
-        """By training seed; an aligned model has one replicate, under 0. Empty while not all of it
-        is in the store.
+        """Training seed -> samples; an aligned model has one replicate, under 0.
+
+        Empty while a part is missing in the store.
         """
         return {
             seed: [
@@ -199,7 +197,9 @@ class StoredEvidence:
         }
 
     def agreement(self, subject: Subject, suite: str) -> Agreement | None:
-        """None when the suite has one scorer, or not all of it is in the store. Raises
+        """The agreement of the suite's scorers.
+
+        None when the suite has one scorer, or while a part is missing in the store. Raises
         EvaluationError on a damaged file.
         """
         if len(set(scorers_of(self._study.suites[suite].measure))) < 2:
@@ -217,12 +217,14 @@ class StoredEvidence:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             places = ", ".join(map(str, paths))
             raise EvaluationError(
-                f"cannot be read as what scorers said ({type(error).__name__}): one of {places}"
+                f"a file of scorer verdicts is damaged ({type(error).__name__}); it is one of "
+                f"{places}"
             ) from error
 
     def _artifacts(self, subject: Subject, suite: str) -> dict[int, list[Artifact]]:
-        """By seed, those that the subject's metrics count: of a raced suite the blocks that were
-        taken, in order.
+        """Seed -> the artifacts that the subject's metrics count.
+
+        Of a raced suite these are the first blocks, up to the number of samples in the metric.
         """
         if isinstance(subject, str):
             aligned = self._aligned.get((subject, suite))

@@ -1,8 +1,8 @@
-"""Studies side by side: which of their measurements may be compared, and what the comparison says.
+"""Two studies compared: their operating points, the points with equal settings, their frontiers.
 
-Invariants: two measurements are compared prompt by prompt only when their suites asked the same
-prompts, by content and by id, in the same way; elsewhere their intervals decide and the reason is
-told. Tests that are told together are corrected together.
+Invariants: two measurements are paired by prompt only when both suites asked the same prompts, by
+content and by id, with the same settings. Otherwise their intervals decide, and the reason is
+reported. Tests that are reported together are corrected together.
 
 Arrays: `shares_NP` is the share of a point's seeds that were a success, for N points and P prompts.
 """
@@ -29,23 +29,19 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import direction
 
 RESAMPLES = 1000
-Asked = Mapping[str, Mapping[str, object]]
-"""Suite -> all that decides what it measures (prompts by content, how they were asked, how they
-were scored).
-"""
+SuiteSettings = Mapping[str, Mapping[str, object]]
+"""Suite -> all settings of its measurement: the prompts' digest, the generation, the scoring."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the studies, with what it came to; `asked` lacks a suite that has measured nothing
-    yet.
-    """
+    """One of the studies and its results; `suite_settings` has only suites with a measurement."""
 
     label: str
     study: Study
     results: Sequence[Result]
     evidence: Evidence
-    asked: Asked
+    suite_settings: SuiteSettings
 
     def of(self, model: str) -> list[Result]:
         return [result for result in finished(self.results) if result.point.model == model]
@@ -53,11 +49,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Volumes:
-    """What two frontiers dominate, and the second's less the first's with its 95% bootstrap
-    interval over prompts.
+    """The hypervolumes of two frontiers, and a 95% bootstrap interval of their difference.
 
-    `paired`: both were resampled alike, as they have the same prompts. No interval where the
-    samples are not at hand.
+    The bootstrap is over prompts. `paired` tells that both studies have the same prompts and were
+    resampled together. The interval is None where samples are missing.
     """
 
     before: float
@@ -71,11 +66,11 @@ class Volumes:
 
 
 @dataclass(frozen=True)
-class Sized:
-    """One size in two studies: their operating points at equal floors, the points that they share,
-    their frontiers' volumes.
+class ModelComparison:
+    """One model in two studies.
 
-    `at_picks` and `at_shared` are by metric, the latter in the order of `shared`.
+    `picks` are the operating points at equal floors, compared by metric in `at_picks`. `shared` are
+    the pairs of points with equal settings, compared by metric in `at_shared`, in the same order.
     """
 
     model: str
@@ -87,21 +82,25 @@ class Sized:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A study beside the first one: why suites (by name) are not comparable, the metrics that both
-    have, and each size.
+class StudyComparison:
+    """A study compared with the first one.
+
+    `apart` maps each suite that is not comparable to the reason. `metrics` are measured by both.
+    `sizes` has one comparison for each model.
     """
 
     before: Side
     after: Side
     apart: Mapping[str, str]
     metrics: tuple[str, ...]
-    sizes: tuple[Sized, ...]
+    sizes: tuple[ModelComparison, ...]
 
 
-def beside(before: Side, after: Side, floors: Sequence[Floor], maximised: str | None) -> Beside:
-    """The second study against the first, for the sizes that both have finished points of."""
-    apart = dict(_apart(before.asked, after.asked))
+def study_comparison(
+    before: Side, after: Side, floors: Sequence[Floor], maximised: str | None
+) -> StudyComparison:
+    """The second study against the first, for the models with finished points in both."""
+    apart = dict(_apart(before.suite_settings, after.suite_settings))
     metrics = tuple(name for name in _metrics(before.study) if name in _metrics(after.study))
     objectives = [name for name in before.study.objectives if name in metrics]
     models = sorted({m for m in before.study.models if before.of(m) and after.of(m)}, key=natural)
@@ -110,8 +109,8 @@ def beside(before: Side, after: Side, floors: Sequence[Floor], maximised: str | 
         one, other = (pick(side.of(model), floors, maximised) for side in (before, after))
         if one is not None and other is not None:
             picked[model] = one, other
-    # Operating points of all sizes are one family of tests; the points of a size that are the same
-    # are another for each metric.
+    # The operating points of all models are one family of tests. The points with equal settings
+    # are another family for each model and metric.
     places = [(model, name) for model in models for name in metrics]
     pairs = [
         _pair(before, after, picked[model][0].result, picked[model][1].result, name, apart)
@@ -127,7 +126,7 @@ def beside(before: Side, after: Side, floors: Sequence[Floor], maximised: str | 
             if shared
         }
         sizes.append(
-            Sized(
+            ModelComparison(
                 model,
                 picked[model],
                 {name: at_picks[model, name] for name in metrics},
@@ -138,34 +137,34 @@ def beside(before: Side, after: Side, floors: Sequence[Floor], maximised: str | 
                 else None,
             )
         )
-    return Beside(before, after, apart, metrics, tuple(sizes))
+    return StudyComparison(before, after, apart, metrics, tuple(sizes))
 
 
-def _apart(before: Asked, after: Asked) -> Iterator[tuple[str, str]]:
-    """Why suites are not comparable."""
+def _apart(before: SuiteSettings, after: SuiteSettings) -> Iterator[tuple[str, str]]:
+    """(suite, reason) for each suite that is not comparable."""
     for suite in sorted({*before, *after}):
         if suite not in before or suite not in after:
             yield suite, "only one of the studies has measured it"
             continue
         one, other = before[suite], after[suite]
         if one.get("prompts") != other.get("prompts"):
-            yield suite, "other prompts"
+            yield suite, "different prompts"
             continue
         changed = [
-            f"{name} {_said(one.get(name))} and {_said(other.get(name))}"
+            f"{name} {_setting_label(one.get(name))} and {_setting_label(other.get(name))}"
             for name in sorted({*one, *other})
             if one.get(name) != other.get(name)
         ]
         if changed:
-            yield suite, "the same prompts, measured otherwise: " + ", ".join(changed)
+            yield suite, "the same prompts, measured with other settings: " + ", ".join(changed)
 
 
-def _said(value: object) -> str:
+def _setting_label(value: object) -> str:
     return "none" if value is None else str(value)
 
 
 def _metrics(study: Study) -> list[str]:
-    """The objectives, then what else is measured."""
+    """The objectives, then the other suites' main metrics."""
     measured = [
         f"{suite}.{metric}"
         for suite, entry in study.suites.items()
@@ -177,8 +176,9 @@ def _metrics(study: Study) -> list[str]:
 def _pair(
     before: Side, after: Side, one: Result, other: Result, name: str, apart: Mapping[str, str]
 ) -> tuple[Measurement, Measurement]:
-    """Two measurements; without their samples where their suites are apart. Seeds are matched by
-    their order, not by their number.
+    """Two measurements, without samples where the suite is in `apart`.
+
+    Seeds are matched by their order, since the studies may number them differently.
     """
     if name.rpartition(".")[0] in apart:
         return Measurement(one.metrics[name]), Measurement(other.metrics[name])
@@ -190,11 +190,10 @@ def _pair(
 
 
 def same_settings(before: Side, after: Side, model: str) -> Iterator[tuple[Result, Result]]:
-    """The points of a size that are the same in both: each axis of either study has the same value,
-    or the same fixed setting.
+    """The pairs of points with equal settings: every axis of either study has the same value or
+    fixed setting.
 
-    Points that came out the same as an earlier one in both studies would be counted twice and are
-    left out.
+    A pair of points that are duplicates in both studies is omitted: it would be counted twice.
     """
     axes = sorted({*before.study.axes_of(model), *after.study.axes_of(model)})
     there = {_settings(after.study, result.point, axes): result for result in after.of(model)}
@@ -219,12 +218,12 @@ def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, .
 def volumes(
     before: Side, after: Side, model: str, objectives: Sequence[str], apart: Mapping[str, str]
 ) -> Volumes:
-    """The hypervolumes of a size's frontiers in two studies, with a percentile bootstrap of their
-    difference (Efron 1979), fixed seed.
+    """The hypervolumes of a model's frontiers in two studies, and an interval of their difference.
 
-    Prompts are resampled, by suite: the same ones for both studies where they are the same. A
-    frontier of noisy points reaches further than the true one, the more so the more points it was
-    chosen from; the interval does not allow for that.
+    The interval is a percentile bootstrap (Efron 1979) with a fixed seed. It resamples prompts
+    within each suite, the same draw for both studies where the prompts are the same. A frontier of
+    noisy points reaches further than the true one, and more points increase this bias. The interval
+    does not correct it.
     """
     sides = before.of(model), after.of(model)
     one, other = (frontier_hypervolume(own, objectives) for own in sides)
@@ -265,8 +264,9 @@ Shares = dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]
 
 
 def _shares(own: Sequence[Result], objectives: Sequence[str], evidence: Evidence) -> Shares | None:
-    """Objective -> (ids of its prompts, shares_NP); None where samples are not at hand, or points
-    were asked different prompts.
+    """Objective -> (ids of its prompts, shares_NP).
+
+    None where samples are missing, or where points were measured on different prompts.
     """
     found: Shares = {}
     for name in objectives:

@@ -1,10 +1,11 @@
-"""What a study cost: by stage kind, by point, in all; what sharing saved; and how the hypervolume
-grew with the time and the cost of driving it. docs/costs.md defines each number.
+"""The costs of a study: by stage kind, by point, in total, and the saving by sharing.
 
-alone    what a point's stages cost together: its price if nothing were shared
-share    each stage's cost divided among the points that use it; the shares add up to what the
-         points cost together
-added    the stages that no point before it uses
+`growth` is the hypervolume over time and cost. docs/costs.md defines each number:
+
+alone    the cost of all stages of a point: its price if nothing were shared
+share    each stage's cost divided among the points that use it; the shares of all points add up to
+         their common cost
+added    the cost of the stages that no earlier point uses
 """
 
 from collections import Counter
@@ -38,10 +39,11 @@ class PointCost:
 
 @dataclass(frozen=True)
 class StudyCost:
-    """`points` counts each stage of the points once, `alone` once for every point that uses it;
-    `stages` adds the aligned models'.
+    """The costs of a study.
 
-    `spent` is what the study's own runs took, `lost` the part of it that is in no finished stage.
+    `points` counts each stage of the points once; `alone` counts it for every point that uses it.
+    `saved` is their difference. `stages` is `points` plus the stages of the aligned models. `spent`
+    is the cost of this study's own runs; `lost` is its part that is in no finished stage.
     """
 
     points: Cost
@@ -53,7 +55,7 @@ class StudyCost:
 
 
 def point_costs(results: Sequence[Result]) -> dict[int, PointCost]:
-    """By number, for the points of which something has run."""
+    """Number of a point -> its costs, for the points with a stage that ran."""
     users = Counter(key for result in results for key in result.costs)
     seen: set[str] = set()
     found: dict[int, PointCost] = {}
@@ -66,15 +68,15 @@ def point_costs(results: Sequence[Result]) -> dict[int, PointCost]:
     return found
 
 
-def once(results: Sequence[Result], before: Mapping[str, Cost]) -> dict[str, Cost]:
-    """Key -> cost of every stage of the points, and of those before fine-tuning."""
+def stage_costs(results: Sequence[Result], before: Mapping[str, Cost]) -> dict[str, Cost]:
+    """Key -> cost of every stage of the points, and of the stages in `before`."""
     return {**before, **{key: cost for result in results for key, cost in result.costs.items()}}
 
 
 def study_cost(results: Sequence[Result], before: Mapping[str, Cost], spent: Spent) -> StudyCost:
-    """`before` is what measuring the models before fine-tuning cost, by key."""
-    everything = once(results, before)
-    points = total(once(results, {}).values())
+    """The costs of the whole study; `before` has the stages before fine-tuning, by key."""
+    everything = stage_costs(results, before)
+    points = total(stage_costs(results, {}).values())
     alone = total(total(result.costs.values()) for result in results)
     kept = total(cost for key, cost in everything.items() if key in spent.keys)
     lost = {
@@ -97,18 +99,19 @@ def as_json(cost: Cost, profile: Profile) -> dict[str, float | None]:
     return {"gpu_hours": round(cost.gpu_hours, 6), "usd": None if usd is None else round(usd, 6)}
 
 
-def told(cost: Cost, profile: Profile) -> str:
-    """`1.25 GPU-hours, $1.88`; without a price the hours alone. Says so when all were on logical
-    GPUs.
+def cost_label(cost: Cost, profile: Profile) -> str:
+    """`1.25 GPU-hours, $1.88`; without a price, the hours alone.
+
+    Where every stage ran on logical GPUs, the unit is "logical GPU-hours".
     """
-    return told_numbers(
+    return gpu_hours_label(
         cost.gpu_hours,
         cost.usd(profile),
         "logical GPU-hours" if set(cost.gpu_s) == {None} else "GPU-hours",
     )
 
 
-def told_numbers(gpu_hours: float, usd: float | None, hours: str = "GPU-hours") -> str:
+def gpu_hours_label(gpu_hours: float, usd: float | None, hours: str = "GPU-hours") -> str:
     text = f"{'under 0.001' if 0 < gpu_hours < 0.001 else f'{gpu_hours:.3g}'} {hours}"
     if usd is None:
         return text
@@ -126,7 +129,7 @@ def cost_rows(
     points, cost, everything = (
         point_costs(results).values(),
         study_cost(results, before, spent),
-        once(results, before),
+        stage_costs(results, before),
     )
     rows: dict[str, object] = {}
     if points:
@@ -135,16 +138,16 @@ def cost_rows(
         )
         rows["for comparison"] = PAPERS
         rows["a point's share"] = _spread([point.share for point in points], profile)
-        rows["all points, each alone"] = told(cost.alone, profile)
-        rows["all points, each stage once"] = told(cost.points, profile)
-        rows["saved by sharing"] = told(cost.saved, profile)
-    rows["all stages, with those before fine-tuning"] = told(cost.stages, profile)
+        rows["all points, each alone"] = cost_label(cost.alone, profile)
+        rows["all points, each stage once"] = cost_label(cost.points, profile)
+        rows["saved by sharing"] = cost_label(cost.saved, profile)
+    rows["all stages, with those before fine-tuning"] = cost_label(cost.stages, profile)
     for kind in sorted({kinds[key] for key in everything}):
         own = [each for key, each in everything.items() if kinds[key] == kind]
         if total(own).gpu_hours > 0:
-            rows[f"{kind}, {len(own)} stages"] = told(total(own), profile)
-    rows["spent by this study's runs"] = told(cost.spent, profile)
-    rows["of that, on lost and failed attempts and on starting processes"] = told(
+            rows[f"{kind}, {len(own)} stages"] = cost_label(total(own), profile)
+    rows["spent by this study's runs"] = cost_label(cost.spent, profile)
+    rows["of that, on lost and failed attempts and on starting processes"] = cost_label(
         cost.lost, profile
     )
     rows["hours of driving"] = f"{spent.driving_s / 3600:.3g}"
@@ -153,40 +156,41 @@ def cost_rows(
 
 
 def prediction_rows(predictions: Sequence[Prediction], profile: Profile) -> dict[str, object]:
-    """The report's rows on the latest run that had something to do and came to the study's end:
-    what it was predicted to take, what it took, and by how much the prediction was off. None where
-    there was no such run.
+    """The report's row on the latest run that completed the study: its predicted and actual costs.
+
+    Runs without work do not count. Empty where there was no such run.
     """
     done = [(each, each.after) for each in predictions if each.after is not None]
     if not done:
         return {}
     return {
-        "the latest run to the study's end, as predicted and as it was": compared(
+        "the latest run that completed the study, predicted and actual": prediction_label(
             *done[-1], profile
         )
     }
 
 
-def compared(prediction: Prediction, spent: Spent, profile: Profile) -> str:
-    """`predicted 4:10 and 0.12 GPU-hours; took 4:31 and 0.13 GPU-hours (wall time 8% too short,
-    GPU-hours 8% too short)`.
+def prediction_label(prediction: Prediction, spent: Spent, profile: Profile) -> str:
+    """`predicted 4:10 and 0.12 GPU-hours; took 4:31 and 0.13 GPU-hours`.
+
+    Where the prediction was off, the errors of wall time and GPU-hours follow in parentheses.
     """
     driven_s, cost = prediction.since(spent)
     off = [
         f"{name} {abs(error):.0%} too {'long' if error > 0 else 'short'}"
         for name, error in prediction.errors(spent).items()
     ]
-    took = (
-        f"predicted {clock(prediction.wall_s)} and {told(prediction.cost, profile)}; took "
-        f"{clock(driven_s)} and {told(cost, profile)}"
+    text = (
+        f"predicted {clock(prediction.wall_s)} and {cost_label(prediction.cost, profile)}; took "
+        f"{clock(driven_s)} and {cost_label(cost, profile)}"
     )
-    return f"{took} (the prediction was off: {', '.join(off)})" if off else took
+    return f"{text} (the prediction was off: {', '.join(off)})" if off else text
 
 
 def _spread(costs: Sequence[Cost], profile: Profile) -> str:
     ranked = sorted(costs, key=lambda cost: cost.gpu_hours)
     least, middle, most = (
-        told(ranked[place], profile) for place in (0, (len(ranked) - 1) // 2, -1)
+        cost_label(ranked[place], profile) for place in (0, (len(ranked) - 1) // 2, -1)
     )
     return f"{middle} (the middle of {len(ranked)}; {least} to {most})"
 
@@ -205,8 +209,9 @@ def _prices(used: Cost, profile: Profile) -> str:
 
 
 def cost_columns(results: Sequence[Result], profile: Profile) -> dict[str, list[float | None]]:
-    """Columns for the table of results, in its order of rows; None where nothing has run, or has no
-    price.
+    """Cost columns of the results table, a value for each of `results`.
+
+    A value is None where no stage ran, or where a price is missing.
     """
     points = point_costs(results)
     columns: dict[str, list[float | None]] = {}
@@ -222,9 +227,10 @@ def cost_columns(results: Sequence[Result], profile: Profile) -> dict[str, list[
 
 
 @dataclass(frozen=True)
-class Grown:
-    """What there was once `finished` points had landed, the last of them point `number`. `hours`
-    are hours in which jobs ran.
+class GrowthStep:
+    """The state of a study after `finished` points, the last of which is point `number`.
+
+    `hours` are the hours in which jobs ran, summed over the runs.
     """
 
     finished: int
@@ -234,43 +240,42 @@ class Grown:
     hypervolume: float
 
 
-def growth(results: Sequence[Result], objectives: Sequence[str], folder: Path) -> Iterator[Grown]:
-    """How the hypervolume grew: one for each finished point, in the order of landing; of points
-    that landed together, by number.
+def growth(
+    results: Sequence[Result], objectives: Sequence[str], folder: Path
+) -> Iterator[GrowthStep]:
+    """The growth of the hypervolume: a step for each finished point, in the order of completion.
 
-    A point lands when the last job ended that was started for one of its stages
-    (ebbline.sweeps.state.jobs reads the ledger). One that was found whole in the store lands at
-    once. Hours and costs are of this study's own runs: what the store already held took none.
+    A point completes when the last job of its stages ends (ebbline.sweeps.state.jobs reads the
+    ledger). A point whose stages were all in the store completes at 0 hours. Points that complete
+    at the same time are ordered by number. Hours and costs are those of this study's own runs.
 
     Raises StudyError when the ledger in `folder` is damaged, EvaluationError when a result lacks an
     objective.
     """
     ended = _ended(folder)
     start = (0.0, Cost())
-    landed = [
-        (max((ended.get(key, start) for key in r.keys.values()), key=_when, default=start), r)
+    completed = [
+        (max((ended.get(key, start) for key in r.keys.values()), key=_hours, default=start), r)
         for r in finished(results)
     ]
     ways = [direction(name) for name in objectives]
     best_NM, volume = np.empty((0, len(ways))), 0.0
     for count, ((hours, cost), result) in enumerate(
-        sorted(landed, key=lambda each: (each[0][0], each[1].number)), 1
+        sorted(completed, key=lambda each: (each[0][0], each[1].number)), 1
     ):
         rows_NM = np.vstack([best_NM, values_of([result], objectives)])
         on_front = front(rows_NM, ways)
         best_NM = rows_NM[on_front]
         volume = hypervolume(best_NM, ways) if on_front[-1] else volume
-        yield Grown(count, result.number, hours, cost, volume)
+        yield GrowthStep(count, result.number, hours, cost, volume)
 
 
-def _when(moment: tuple[float, Cost]) -> float:
-    return moment[0]
+def _hours(end: tuple[float, Cost]) -> float:
+    return end[0]
 
 
 def _ended(folder: Path) -> dict[str, tuple[float, Cost]]:
-    """Key of a stage -> when the last job for it ended, in hours, and what all jobs had cost by
-    then.
-    """
+    """Key of a stage -> the end of its last job in hours, and the cost of all jobs up to then."""
     found: dict[str, tuple[float, Cost]] = {}
     drive, before_s, last_s, spent = 0, 0.0, 0.0, Cost()
     for job in read_jobs(folder):

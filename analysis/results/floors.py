@@ -1,15 +1,16 @@
-"""Floors, and the operating point: the most useful point that holds them, and how sure it is that
-it does.
+"""Floors and the operating point: the most useful point that holds all floors, and the confidence
+that it holds them.
 
-Invariants: a floor keeps to its metric's own direction, so that of a metric that is better when
-lower it is a ceiling; a point that was picked as the best of many is never called sure without
-allowing for that.
+Invariants: a floor follows its metric's direction; for a metric that is better when lower it is a
+ceiling. The confidence in a picked point is always corrected for the number of points.
 
-How sure: the exact one-sided binomial test and its bound (Clopper and Pearson 1934), over the
-different prompts of one seed. Prompts that seeds answered differently count by their share, rounded
-to the worse whole number; so do the scores of a metric that is a mean, whose spread is at most that
-of a rate. A pick among m points is allowed for by Bonferroni's inequality, which holds however the
-points depend on each other: its p-value is m times that of the point by itself.
+The confidence comes from the exact one-sided binomial test and its bound (Clopper and Pearson
+1934), over the prompts of one seed. A prompt that seeds answered differently counts by its share of
+successes. The total is rounded to the worse whole number. The scores of a metric that is a mean are
+treated likewise, since their spread is at most that of a rate.
+
+A pick among m points is corrected by Bonferroni's inequality: the p-value is m times that of the
+point alone. The inequality holds for any dependence between the points.
 """
 
 import math
@@ -27,16 +28,14 @@ from ebbline.tasks.measuring.metrics import Metric, direction
 CONFIDENCE = 0.95
 METHOD = (
     "one-sided exact binomial (Clopper-Pearson); the pick allowed for by Bonferroni over the "
-    "points it was made among"
+    "points that it chose from"
 )
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The worst that a metric may be: at least `value` where higher is better, at most `value`
-    where lower is.
-    """
+    """The limit of a metric: at least `value` where higher is better, at most where lower is."""
 
     metric: str
     value: float
@@ -52,7 +51,7 @@ class Floor:
         return direction(self.metric) == "maximise"
 
     def margin(self, value: float) -> float:
-        """How far a value is on the good side of the floor; negative where it misses."""
+        """The distance of `value` to the floor; negative where the floor is missed."""
         return value - self.value if self.up else self.value - value
 
     def __str__(self) -> str:
@@ -63,34 +62,33 @@ class Floor:
 
 
 def bound(metric: Metric, among: int = 1, confidence: float = CONFIDENCE) -> float:
-    """What the metric is at least (at most, where lower is better) with this confidence, when it
-    was picked among so many.
+    """The one-sided bound of the metric at this confidence, for a pick among `among` points.
+
+    It is a lower bound where higher is better, an upper bound where lower is.
     """
     worst = _upper_bound(*_bad_of(metric), (1 - confidence) / among)
     return 1 - worst if metric.direction == "maximise" else worst
 
 
-@lru_cache(maxsize=4096)  # a study's points share n and alpha, so few values differ
+@lru_cache(maxsize=4096)  # points share n and alpha, so few arguments differ
 def _upper_bound(bad: int, n: int, alpha: float) -> float:
     exact = binomtest(bad, n, alternative="less").proportion_ci(1 - alpha, method="exact")
     return float(exact.high)
 
 
-def sureness(metric: Metric, floor: Floor, among: int = 1) -> float:
-    """1 - p of the test that the metric misses the floor, when it was picked among so many. It is
-    no probability of being safe.
+def floor_confidence(metric: Metric, floor: Floor, among: int = 1) -> float:
+    """1 - p, where p tests the hypothesis that the metric misses the floor, for a pick among
+    `among` points. It is not the probability that the model is safe.
     """
     bad, n = _bad_of(metric)
     allowed = 1 - floor.value if floor.up else floor.value
-    # The chance to look so good while just missing the floor.
+    # The probability of so good a result for a metric exactly at the floor.
     p = float(binom.cdf(bad, n, allowed))
     return max(0.0, 1 - among * p)
 
 
 def _bad_of(metric: Metric) -> tuple[int, int]:
-    """How many of a seed's prompts went the wrong way, rounded to the worse, and how many prompts
-    there are.
-    """
+    """The number of a seed's failed prompts, rounded up, and the number of its prompts."""
     n = max(1, math.floor(metric.items + _ROUNDING))
     share = 1 - metric.value if metric.direction == "maximise" else metric.value
     return min(n, math.ceil(share * n - _ROUNDING)), n
@@ -98,10 +96,10 @@ def _bad_of(metric: Metric) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Pick:
-    """A point picked among `among` different ones: it `holds` all floors, or else is the nearest to
-    holding them.
+    """A point picked among `among` different points.
 
-    With `by_hand` it was asked for by its number, and is neither the best nor the nearest.
+    It `holds` all floors, or is the nearest to holding them. With `by_hand` the user named it by
+    its number, whether or not it is the best or the nearest.
     """
 
     result: Result
@@ -119,17 +117,19 @@ def pick(
     confidence: float | None = None,
     number: int | None = None,
 ) -> Pick | None:
-    """Of the finished results that hold every floor the one with most of `maximised`; or the
-    nearest to it. None without any.
+    """The finished result with the highest `maximised` among those that hold every floor.
 
-    Whether a point is projected plays no part: one that holds the floors without is as good. The
-    nearest is the one whose worst miss is the smallest. With `confidence` a floor is held when the
-    bound is on its good side, the pick allowed for. With `number` that point is taken, whatever it
-    is worth. Raises StudyError for a `maximised` that is better when lower.
+    If no result holds them, it is the nearest: the one whose worst miss is the smallest. None
+    without a finished result. Projected and unprojected points count alike. With `confidence` the
+    bound must hold the floor, corrected for the pick. With `number` that point is picked, whatever
+    its metrics are.
+
+    Raises StudyError for a `maximised` that is better when lower, and for a result that lacks a
+    metric.
     """
     if maximised is not None and direction(maximised) != "maximise":
         raise StudyError(
-            f"{maximised} is better when lower, and nothing turns a metric round; give it "
+            f"{maximised} is better when lower, so it cannot be maximised; give it "
             f"a ceiling (`--floor {maximised}=SHARE`)"
             " and maximise another metric"
         )
@@ -168,8 +168,9 @@ def pick(
 def slack(
     result: Result, floors: Sequence[Floor], among: int, confidence: float | None = None
 ) -> float:
-    """How far the worst-held of its floors is held; negative where one is missed. Over bounds when
-    `confidence` is given.
+    """The smallest margin of a result over its floors; negative where one is missed.
+
+    With `confidence` the margins are those of the bounds.
     """
     metrics = [result.metrics[floor.metric] for floor in floors]
     values = [
@@ -183,10 +184,10 @@ def slack(
 
 
 def of_seed(metric: Metric, index: int) -> Metric:
-    """What one of a metric's seeds measured, as if it were alone.
+    """The metric of one seed alone: its value, count and `bound`.
 
-    Its value, count and `bound` are that seed's. How its scores spread is not kept, so the interval
-    of a mean is not (`spread_known`).
+    The spread of scores within a seed is not stored, so a mean has no valid interval
+    (`spread_known`).
     """
     items = round(metric.items)
     return (
@@ -195,7 +196,8 @@ def of_seed(metric: Metric, index: int) -> Metric:
 
 
 def spread_known(metric: Metric) -> bool:
-    """Whether `of_seed` has an interval: of a rate, whose spread follows from its value, or of what
-    has one seed only.
+    """Whether the result of `of_seed` has a valid interval.
+
+    A rate has one, as its spread follows from its value; so has any metric with one seed.
     """
     return metric.squares is None or len(metric.seeds) < 2

@@ -1,7 +1,8 @@
 """The Pareto frontier: the results that no other result dominates.
 
-Invariants: only finished results enter; NaN is an error, never a loser; two results with equal
-values stand or fall together; a hypervolume lies in [0, 1] (see ebbline.sweeps.dominance).
+Invariants: only finished results count. NaN is an error, never the worst value. Two results with
+equal values are both on the front or both off it. A hypervolume lies in [0, 1] (see
+ebbline.sweeps.dominance).
 
 Arrays: `values_NM` has N results and M objectives.
 """
@@ -19,8 +20,9 @@ from ebbline.tasks.measuring.metrics import Direction, direction
 
 
 def front(values_NM: NDArray[np.float64], directions: Sequence[Direction]) -> NDArray[np.bool_]:
-    """Which rows no other row dominates, as (N,) booleans. Raises EvaluationError on NaN or another
-    number of columns.
+    """Whether each row is dominated by no other row, as (N,) booleans.
+
+    Raises EvaluationError on NaN or on a wrong number of columns.
     """
     _check(values_NM, directions)
     return dominance.non_dominated(values_NM, _maximise(directions))
@@ -31,8 +33,9 @@ def hypervolume(
     directions: Sequence[Direction],
     reference: Sequence[float] | None = None,
 ) -> float:
-    """The volume that the rows dominate, up to `reference` (the worst corner when it is left
-    out).
+    """The volume that the rows dominate, up to `reference` (default: the worst corner).
+
+    Raises EvaluationError as `front` does.
     """
     _check(values_NM, directions)
     return dominance.hypervolume(values_NM, _maximise(directions), reference)
@@ -46,8 +49,9 @@ def finished(results: Sequence[Result]) -> list[Result]:
 
 
 def frontier(results: Sequence[Result], objectives: Sequence[str]) -> list[Result]:
-    """The finished results that no finished result dominates over the objectives, by number; of
-    equal points the first.
+    """The finished results that no other dominates over the objectives, by number.
+
+    Duplicates of an earlier point (`same_as`) are omitted.
     """
     done = [result for result in finished(results) if result.same_as is None]
     on_front = front(values_of(done, objectives), [direction(name) for name in objectives])
@@ -57,9 +61,7 @@ def frontier(results: Sequence[Result], objectives: Sequence[str]) -> list[Resul
 def frontier_by_model(
     results: Sequence[Result], objectives: Sequence[str]
 ) -> dict[str, list[Result]]:
-    """Each model's own frontier, models in natural order; a model without a finished result has
-    none.
-    """
+    """Model -> its own frontier, in natural order, for models with a finished result."""
     models = sorted({result.point.model for result in finished(results)}, key=natural)
     return {
         model: frontier([r for r in results if r.point.model == model], objectives)

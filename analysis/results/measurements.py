@@ -1,7 +1,7 @@
-"""What may be said about two measurements, and which results may be compared.
+"""Comparisons of two measurements, and the choice of the results that are compared.
 
-Invariant: "higher" and "lower" need a paired test on the same prompts, or, where the samples are
-not at hand, 95% intervals that do not overlap; anything less is "not distinguishable".
+Invariant: "higher" and "lower" need a paired test on the same prompts. Where samples are missing,
+they need 95% intervals that do not overlap. Every other pair is "not distinguishable".
 """
 
 import math
@@ -30,7 +30,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
 
 Baselines = Mapping[str, Mapping[str, Metric]]
-"""Model -> metric name -> what the aligned model measured before it was fine-tuned."""
+"""Model -> metric name -> metric of the aligned model, before fine-tuning."""
 
 Move = Literal["higher", "lower", "not distinguishable"]
 
@@ -38,25 +38,24 @@ USEFULNESS = ("task_accuracy", "rouge_l", "acc_norm", "acc")
 LEVEL = 0.05
 
 Subject = Result | str
-"""What was measured: a point, or by its name a model as it was before fine-tuning."""
+"""What was measured: a point's result, or the name of an aligned model before fine-tuning."""
 
 
 class Evidence(Protocol):
-    """What stands behind the metrics: each sample by suite, and what the scorers of a suite said of
-    the same completions.
-    """
+    """The data behind the metrics: the samples of a suite, and the agreement of its scorers."""
 
     def samples(self, subject: Subject, suite: str) -> Replicates:
-        """By training seed; an aligned model has one replicate, under 0. Empty when nothing is at
-        hand.
+        """Training seed -> samples; an aligned model has one replicate, under 0.
+
+        Empty where samples are missing.
         """
 
     def agreement(self, subject: Subject, suite: str) -> Agreement | None:
-        """None when the suite has one scorer or nothing is at hand."""
+        """None when the suite has one scorer or its verdicts are missing."""
 
 
 class NoEvidence:
-    """Where there are metrics alone."""
+    """Evidence of a study that has metrics and no samples."""
 
     def samples(self, subject: Subject, suite: str) -> Replicates:
         return {}
@@ -70,7 +69,10 @@ NO_EVIDENCE = NoEvidence()
 
 @dataclass(frozen=True)
 class Measurement:
-    """A metric, with the samples behind it when it is a share of them and they are at hand."""
+    """A metric and its samples.
+
+    `replicates` is empty where samples are missing, or where the metric is not a share of them.
+    """
 
     metric: Metric
     replicates: Replicates = field(default_factory=dict)
@@ -78,9 +80,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two measurements and where the second lies; `paired` is None where intervals had to
-    decide.
-    """
+    """Two metrics and the verdict on the second; `paired` is None where the intervals decided."""
 
     before: Metric
     after: Metric
@@ -89,17 +89,23 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """The second less the first."""
+        """The second metric minus the first."""
         return (
             self.after.value - self.before.value if self.paired is None else self.paired.difference
         )
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%, of the difference: the bootstrap's over prompts where paired, else from both
-        intervals as for independent samples.
+        """The 95% interval of the difference.
+
+        It is a bootstrap over prompts where paired, else derived from the two intervals as for
+        independent samples.
         """
-        return apart(self.before, self.after) if self.paired is None else self.paired.interval
+        return (
+            difference_interval(self.before, self.after)
+            if self.paired is None
+            else self.paired.interval
+        )
 
 
 def measurement(result: Result, name: str, evidence: Evidence) -> Measurement:
@@ -116,7 +122,7 @@ def compared_with_aligned(
     name: str,
     evidence: Evidence = NO_EVIDENCE,
 ) -> list[Comparison]:
-    """Each result against the aligned model of its size."""
+    """Each result compared with the aligned model that it was trained from."""
     return compared(pairs_with_aligned(model, aligned, results, name, evidence))
 
 
@@ -127,8 +133,9 @@ def pairs_with_aligned(
     name: str,
     evidence: Evidence = NO_EVIDENCE,
 ) -> list[tuple[Measurement, Measurement]]:
-    """The pairs for `compared`: the aligned model, which was measured once and so is paired with
-    every seed, and each result.
+    """(aligned model, result) for each result, as `compared` reads them.
+
+    The aligned model was measured once; its samples are repeated for every seed.
     """
     suite, _, metric = name.rpartition(".")
     once = list(evidence.samples(model, suite).values()) if metric in SHARES else []
@@ -140,11 +147,11 @@ def pairs_with_aligned(
 
 
 def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Comparison]:
-    """Each pair's second measurement against its first. The pairs are those that one sentence tells
-    together.
+    """Each pair's second measurement compared with its first.
 
-    A paired difference counts when its 95% interval leaves out 0 and its p-value, corrected for the
-    number of such pairs, is below 0.05.
+    The pairs must be all that one sentence reports, since their p-values are corrected together. A
+    paired difference counts when its 95% interval excludes 0 and its corrected p-value is below
+    0.05.
     """
     tests = [
         paired_replicates(before.replicates, after.replicates)
@@ -169,8 +176,9 @@ def _moved_in_pairs(test: Paired, p_value: float) -> Move:
 
 
 def moved(before: Metric, after: Metric) -> Move:
-    """Where `after` lies from `before` by their intervals. For shared prompts this is stricter than
-    a paired test.
+    """The verdict on `after` from the two intervals alone.
+
+    For shared prompts this is stricter than a paired test.
     """
     (before_low, before_high), (after_low, after_high) = before.interval, after.interval
     return (
@@ -182,12 +190,11 @@ def moved(before: Metric, after: Metric) -> Move:
     )
 
 
-def apart(before: Metric, after: Metric) -> tuple[float, float]:
-    """The 95% interval of a difference of two independent measurements, from theirs:
-    square-and-add, Newcombe (1998), method 10.
+def difference_interval(before: Metric, after: Metric) -> tuple[float, float]:
+    """The 95% interval of the difference of two independent measurements, from their own intervals.
 
-    With the difference d and the intervals (l, u): d - sqrt((after - l_after)^2 + (u_before -
-    before)^2), and above likewise.
+    Square-and-add, Newcombe (1998), method 10. With the difference d and the intervals (l, u), the
+    lower end is d - sqrt((after - l_after)^2 + (u_before - before)^2). The upper end is its mirror.
     """
     (before_low, before_high), (after_low, after_high) = before.interval, after.interval
     difference = after.value - before.value
@@ -197,21 +204,20 @@ def apart(before: Metric, after: Metric) -> tuple[float, float]:
 
 
 def is_projected(result: Result) -> bool:
-    """Whether the defence changed any module: a setting of its knobs may leave all as they were
-    trained.
-    """
+    """Whether the defence changed any module; some settings of its knobs change none."""
     return bool(result.changed_share)
 
 
 def unprojected(done: Sequence[Result]) -> dict[Point, Result]:
-    """One result for each training, with its adapters as they were trained: the lowest number."""
+    """Training -> its result with unchanged adapters; of several, the lowest number."""
     plain = sorted(filter(is_as_trained, done), key=lambda result: -result.number)
     return {training_of(result.point): result for result in plain}
 
 
 def partners(done: Sequence[Result]) -> dict[Point, Result]:
-    """What a projected result may be paired with, by its point without the defence: the two differ
-    by projection alone. Of several the lowest number.
+    """Point without the defence -> the unprojected result that a projected one is compared with.
+
+    The two differ by projection alone. Of several results, the one with the lowest number.
     """
     plain = sorted(
         (result for result in done if not is_projected(result)), key=lambda result: -result.number
@@ -226,11 +232,10 @@ def refusal_metric(study: Study) -> str | None:
 def operating_point(
     study: Study, results: Sequence[Result], refusal: str
 ) -> tuple[Result, bool] | None:
-    """The projected result to ship, and whether it holds the refusal floor: the most useful of
-    those that do, or the nearest to it.
+    """The projected result to ship, and whether it holds the refusal floor.
 
-    None when nothing is projected. What `ebbline pick` names may need no projection: see
-    ebbline.analysis.results.floors.pick, whose rule this is.
+    It follows ebbline.analysis.results.floors.pick, restricted to projected results: `ebbline pick`
+    itself may name an unprojected one. None where nothing is projected.
     """
     found = pick(
         [r for r in results if is_projected(r)],
@@ -241,13 +246,11 @@ def operating_point(
 
 
 def better_unprojected(study: Study, results: Sequence[Result], refusal: str) -> Result | None:
-    """What `ebbline pick` names among these where it needs no projection and holds the refusal
-    floor.
-    """
+    """The pick among `results`, if it is unprojected and holds the refusal floor; else None."""
     found = pick(results, [Floor(refusal, study.refusal_floor)], usefulness_metric(study))
     return None if found is None or not found.holds or is_projected(found.result) else found.result
 
 
 def usefulness_metric(study: Study) -> str | None:
-    """The first objective that says how useful a model is."""
+    """The first objective that measures usefulness; None if no objective does."""
     return next((name for name in study.objectives if name.rpartition(".")[2] in USEFULNESS), None)

@@ -1,11 +1,9 @@
-"""A pick in words and as JSON: what was picked, how far from its floors, how sure that is, and what
-it gives up.
-"""
+"""A pick as text and as JSON: the point, its margins over the floors, confidence and bounds."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ebbline.analysis.results.floors import CONFIDENCE, Floor, Pick, bound, slack, sureness
+from ebbline.analysis.results.floors import CONFIDENCE, Floor, Pick, bound, floor_confidence, slack
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
 from ebbline.sweeps.state.replicates import seeds_of
@@ -15,14 +13,14 @@ from ebbline.tasks.defences.in_use import DEFENCE
 
 
 def missed_by(nearest: Pick, confidence: float | None) -> str:
-    """By how much, and of which floors, a point misses."""
+    """`short by 1.0 points of refusal rate at least 99.0%`, with each floor that it misses."""
     missed = [
         (floor, slack(nearest.result, [floor], nearest.among, confidence))
         for floor in nearest.floors
     ]
-    what = "" if confidence is None else f"at {confidence:.0%} confidence "
+    prefix = "" if confidence is None else f"at {confidence:.0%} confidence "
     return (
-        what
+        prefix
         + "short by "
         + " and ".join(
             f"{in_points(-gap).lstrip('+')} points of {floor}" for floor, gap in missed if gap < 0
@@ -31,6 +29,7 @@ def missed_by(nearest: Pick, confidence: float | None) -> str:
 
 
 def named(result: Result) -> str:
+    """`point 1 (threshold=0.5 rank=8; 40% of modules projected)`."""
     share = (
         f"{result.changed_share:.0%} of modules projected"
         if result.changed_share
@@ -53,7 +52,7 @@ def in_words(floors: Sequence[Floor]) -> str:
 
 
 def lines_of(study: Study, found: Pick) -> Iterator[str]:
-    """What a pick's floors, and what it was picked for, came to."""
+    """The picked point's values, with the margin, confidence and bound at each floor."""
     for floor in found.floors:
         metric = found.result.metrics[floor.metric]
         margin = floor.margin(metric.value)
@@ -63,7 +62,9 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
             f"{metric_label(floor.metric)} {measured(metric)}, {abs(100 * margin):.1f} points "
             f"{side} the {edge}"
         )
-        alone, picked = (f"{_sure(sureness(metric, floor, among))}" for among in (1, found.among))
+        alone, picked = (
+            _confidence_label(floor_confidence(metric, floor, among)) for among in (1, found.among)
+        )
         least = "at least" if floor.up else "at most"
         yield (
             f"{edge} held: confidence {picked}, allowing for the pick among {found.among} "
@@ -80,7 +81,7 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
         yield f"{metric_label(found.maximised)} {measured(found.result.metrics[found.maximised])}"
     seeds = seeds_of(found.result)
     yield (
-        "one training seed: what another would give is not known"
+        "one training seed: the result with another seed is unknown"
         if seeds == 1
         else f"pooled over {seeds} training seeds"
     )
@@ -92,7 +93,7 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
 
 
 def too_low(study: Study, found: Pick) -> bool:
-    """Whether the point misses the study's own refusal floor, whatever floors it was picked for."""
+    """Whether the point misses the study's own refusal floor, whatever floors the pick used."""
     refusal = study.refusal_metric
     return (
         refusal is None
@@ -100,7 +101,7 @@ def too_low(study: Study, found: Pick) -> bool:
     )
 
 
-def _sure(confidence: float) -> str:
+def _confidence_label(confidence: float) -> str:
     return (
         "over 99.9%" if confidence > 0.999 else "none" if confidence <= 0 else percent(confidence)
     )
@@ -144,8 +145,8 @@ def floors_json(floors: Sequence[Floor], result: Result, among: int) -> list[dic
             "value": metric.value,
             "margin": floor.margin(metric.value),
             "confidence": {
-                "by_itself": sureness(metric, floor),
-                "allowing_for_the_pick": sureness(metric, floor, among),
+                "by_itself": floor_confidence(metric, floor),
+                "allowing_for_the_pick": floor_confidence(metric, floor, among),
             },
             "bound_95": {"by_itself": bound(metric), "allowing_for_the_pick": bound(metric, among)},
         }

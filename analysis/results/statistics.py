@@ -1,10 +1,11 @@
 """Statistics over samples: paired tests on the same prompts, rates by category, correction for many
-tests, agreement.
+tests, agreement of scorers.
 
-Invariants: a prompt is the unit. What several training seeds said to one prompt is never counted as
-independent. An empty set is an error. Nothing here knows the store, and no sample holds text.
+Invariants: the unit is a prompt; the answers of several training seeds to one prompt never count as
+independent. An empty set is an error. This module does not read the store, and samples hold no
+text.
 
-Arrays: `before_NS`, `after_NS` are whether each of N prompts was a success with each of S seeds;
+Arrays: `before_NS`, `after_NS` tell whether each of N prompts was a success with each of S seeds;
 `net_N` is each prompt's gain, summed over its seeds.
 """
 
@@ -25,9 +26,7 @@ Replicates = Mapping[int, Sequence[Sample]]
 """Training seed -> the samples measured with it."""
 
 SHARES = ("refusal_rate", "over_refusal_rate", "task_accuracy", "acc")
-"""The metrics that are the share of a suite's samples that are a success; the others cannot be told
-from samples.
-"""
+"""The metrics that are a share of successful samples; samples do not determine the others."""
 
 RESAMPLES = 9999
 _BATCH = 4_000_000  # resampled values held at once
@@ -35,11 +34,11 @@ _BATCH = 4_000_000  # resampled values held at once
 
 @dataclass(frozen=True)
 class Paired:
-    """One set of prompts before and after. `n` pairs are counted, one a prompt and seed; `items` is
-    the number of prompts.
+    """One set of prompts before and after.
 
-    `difference` is the share of success after less the one before, with its 95% `interval`.
-    `p_value` is two-sided and uncorrected.
+    `n` is the number of pairs, one for each prompt and seed; `items` is the number of prompts.
+    `difference` is the success rate after minus the one before, with its 95% `interval`. `p_value`
+    is two-sided and uncorrected.
     """
 
     n: int
@@ -54,19 +53,22 @@ class Paired:
 
 
 def paired(before: Sequence[Sample], after: Sequence[Sample]) -> Paired:
-    """Match by id and compare; the p-value is the exact McNemar test's (McNemar 1947). Raises
-    EvaluationError as below.
+    """Match samples by id and compare them by the exact McNemar test (McNemar 1947).
+
+    Raises EvaluationError as `paired_replicates` does.
     """
     return paired_replicates({0: before}, {0: after})
 
 
 def paired_replicates(before: Replicates, after: Replicates) -> Paired:
-    """Match by seed and id and compare, each prompt one draw however many seeds it has.
+    """Match samples by seed and id and compare; a prompt is one draw, however many seeds it has.
 
-    The interval is the percentile bootstrap's over prompts (Efron 1979), with a fixed seed. The
-    p-value is the exact sign test on the prompts whose seeds together gained or lost: with one seed
-    this is the exact McNemar test. Raises EvaluationError on no seeds, no samples, an id given
-    twice, other seeds, or other ids.
+    The interval is a percentile bootstrap over prompts (Efron 1979) with a fixed seed. The p-value
+    is that of the exact sign test on the prompts whose seeds together gained or lost. With one seed
+    this is the exact McNemar test.
+
+    Raises EvaluationError without seeds or samples, on a duplicate id, and where the two sides
+    differ in their seeds or ids.
     """
     if before.keys() != after.keys():
         raise EvaluationError(f"seeds {sorted(before)} cannot be paired with seeds {sorted(after)}")
@@ -92,9 +94,7 @@ def paired_replicates(before: Replicates, after: Replicates) -> Paired:
 
 
 def same_prompts(before: Replicates, after: Replicates) -> bool:
-    """Whether the two were measured with the same seeds on the same prompts, told apart by their
-    ids, and so can be paired.
-    """
+    """Whether both sides have the same seeds and the same prompt ids, without duplicates."""
     if not before or before.keys() != after.keys():
         return False
     sets = [
@@ -131,11 +131,11 @@ def _shared_ids(sets: Sequence[Mapping[str, bool]]) -> list[str]:
 
 
 def _interval(net_N: NDArray[Any], seeds: int) -> tuple[float, float]:
-    """95%, of the mean gain a pair. Resampling prompts that all moved alike says nothing, so there
-    the bound is Wilson's.
+    """The 95% interval of the mean gain of a pair.
 
-    With N prompts that all gained c, the share of those that do not is 0 of N; whoever they are,
-    they gain from -1 to 1.
+    The bootstrap of prompts that all gained the same, c, has no spread, so that case uses Wilson's
+    bound. The share of prompts that gain another amount was 0 of N; such a prompt gains between -1
+    and 1.
     """
     if (net_N == net_N[0]).all():
         other = float(binomtest(0, len(net_N)).proportion_ci(0.95, method="wilson").high)
@@ -149,26 +149,25 @@ def _interval(net_N: NDArray[Any], seeds: int) -> tuple[float, float]:
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
-    """Benjamini and Hochberg's (1995) adjusted p-values, over comparisons that are told together.
+    """Adjusted p-values over comparisons that are reported together (Benjamini and Hochberg 1995).
 
-    The false discovery rate rather than Holm's, because a sentence such as "higher at 9 of 12
-    points" counts discoveries: of those it calls higher or lower, 5% or fewer are expected to be
+    They control the false discovery rate, because a sentence such as "higher at 9 of 12 points"
+    counts discoveries. At most 5% of the points that it calls higher or lower are expected to be
     neither.
     """
     return [float(p) for p in false_discovery_control(p_values, method="bh")] if p_values else []
 
 
 def by_category(name: str, replicates: Replicates) -> dict[str, Metric]:
-    """Category -> the share of success in it, with its interval; categories sorted, items without
-    one under "".
+    """Category -> its success rate with interval, categories sorted.
 
-    `name` must be one of SHARES, or end with it. Raises EvaluationError for another and when there
-    are no samples.
+    Samples without a category are under "". `name` is one of SHARES, or a full name that ends in
+    one. Raises EvaluationError for another metric, and without samples.
     """
     if name.rpartition(".")[2] not in SHARES:
         raise EvaluationError(
-            f"{name} is no share of successes, so samples do not tell it; those that are: "
-            f"{list(SHARES)}"
+            f"{name} is not a share of successful samples, so it has no rate by category; "
+            f"metrics that are: {list(SHARES)}"
         )
     found: dict[str, list[Metric]] = defaultdict(list)
     for seed in sorted(replicates):
@@ -186,11 +185,11 @@ def by_category(name: str, replicates: Replicates) -> dict[str, Metric]:
 
 
 @dataclass(frozen=True)
-class Concord:
-    """How two scorers concur on n completions: the share that they agree on, Cohen's kappa (None
-    where chance alone agrees always).
+class PairAgreement:
+    """The agreement of two scorers on n completions.
 
-    `confusion[a][b]` counts what `one` calls a and `other` calls b.
+    `agree` is the share with equal verdicts. `kappa` is Cohen's; None where the agreement expected
+    by chance is 1. `confusion[a][b]` counts the completions that `one` calls a and `other` calls b.
     """
 
     one: str
@@ -203,17 +202,21 @@ class Concord:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What each scorer said of the same completions (`counts[scorer][verdict]`, with `n`), and how
-    each two concur.
+    """The verdicts of several scorers on the same completions.
+
+    `counts[scorer][verdict]` also has the number of completions, under `n`. `pairs` has the
+    agreement of each two scorers.
     """
 
     counts: Mapping[str, Mapping[str, int]]
-    pairs: tuple[Concord, ...]
+    pairs: tuple[PairAgreement, ...]
 
 
 def pooled_agreement(stored: Sequence[Mapping[str, Any]]) -> Agreement:
-    """What the stage `score` wrote, over the seeds of a point: counts and confusions added up,
-    kappa of their sums.
+    """The agreement over the seeds of a point, from the files that the stage `score` wrote.
+
+    Counts and confusions are summed; kappa is that of the sums. Raises EvaluationError without
+    files.
     """
     if not stored:
         raise EvaluationError("no agreement was stored, so there is none to add up")
@@ -233,7 +236,7 @@ def pooled_agreement(stored: Sequence[Mapping[str, Any]]) -> Agreement:
     for (one, other), cells in confusions.items():
         verdicts = list(Counter(cells).elements())
         pairs.append(
-            Concord(
+            PairAgreement(
                 one,
                 other,
                 **agreement([left for left, _ in verdicts], [right for _, right in verdicts]),

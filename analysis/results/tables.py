@@ -1,5 +1,5 @@
-"""The results as tables: a row per point, failed ones too, in the order of their numbers; and rates
-by category.
+"""The results as tables: a row for each point, including failed ones, by number; and rates by
+category.
 
 Invariant: two runs of a study agree in every column but MEASURED_COLUMNS, however often either was
 killed and continued.
@@ -47,8 +47,9 @@ VERDICTS = ("refused", "partial", "complied", "undecided", "incoherent")
 def results_frame(
     results: Sequence[Result], objectives: Sequence[str], profile: Profile = NO_PRICES
 ) -> pd.DataFrame:
-    """One row per point: its axes, metrics with intervals, place on the frontier, cost, and its
-    stages' keys as provenance.
+    """One row for each point: axes, metrics with intervals, whether it is on a frontier, costs.
+
+    The last columns are the keys of its stages.
     """
     rows = sorted(results, key=lambda result: result.number)
     overall = {result.number for result in frontier(rows, objectives)}
@@ -90,9 +91,7 @@ def metrics_of(results: Sequence[Result]) -> list[str]:
 
 
 def _metric_columns(name: str, metrics: Sequence[Metric | None]) -> dict[str, "pd.Series[Any]"]:
-    """The value, its sampling error (interval, stderr), its counts; and apart from these the spread
-    between training seeds.
-    """
+    """The value, its sampling error (interval, stderr), counts, and the spread between seeds."""
     return {
         name: _column([m and m.value for m in metrics], "Float64"),
         f"{name}_low": _column([m and m.interval[0] for m in metrics], "Float64"),
@@ -107,7 +106,7 @@ def _metric_columns(name: str, metrics: Sequence[Metric | None]) -> dict[str, "p
 def _column(
     values: Sequence[object], dtype: Literal["Int64", "Float64", "boolean", "string"]
 ) -> "pd.Series[Any]":
-    """A nullable column: None stays missing, it is not 0 or text."""
+    """A nullable column; None becomes a missing value, never 0 or text."""
     return pd.Series(list(values), dtype="object").astype(dtype)
 
 
@@ -144,10 +143,10 @@ def on_a_frontier(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """The frontiers as text, for people: percent with 95% intervals. "*" is on the frontier over
-    all models.
+    """The frontiers as cells of text: percent with 95% intervals.
 
-    `metrics` are those to show, by full name; all, when they are not given.
+    "*" marks a point on the frontier over all models. `metrics` are the full names of the metrics
+    to show (default: all).
     """
     rows = on_a_frontier(frame)
     measured = [
@@ -206,10 +205,9 @@ def frontier_text(frame: pd.DataFrame) -> str:
 def categories_frame(
     study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence
 ) -> pd.DataFrame:
-    """A row for each category of each suite, of every finished point and of each model before
-    fine-tuning ("aligned").
+    """A row for each category, suite and finished point, and for each aligned model ("aligned").
 
-    Only for suites whose samples tell their metric (see
+    Only suites whose metric is a share of samples count (see
     ebbline.analysis.results.statistics.SHARES). `point` is a point's id, `number` its number.
     """
     columns = {
@@ -257,23 +255,19 @@ def write_categories(frame: pd.DataFrame, folder: Path) -> Path:
 
 
 def shares_of(study: Study) -> list[tuple[str, str]]:
-    """(suite, full name of the metric that its samples' successes make), for the suites that have
-    one.
-    """
+    """(suite, full name of its metric), for the suites whose metric is a share of samples."""
     first = {suite: entry.measure.metrics()[0] for suite, entry in study.suites.items()}
     return [(suite, f"{suite}.{metric}") for suite, metric in first.items() if metric in SHARES]
 
 
 def categories_of(subject: Subject, suite: str, name: str, evidence: Evidence) -> dict[str, Metric]:
-    """By category; nothing where the samples are not at hand."""
+    """Category -> its rate; empty where samples are missing."""
     replicates = evidence.samples(subject, suite)
     return by_category(name, replicates) if replicates else {}
 
 
 def shipped(study: Study, results: Sequence[Result]) -> dict[str, Result]:
-    """Model -> the point that the answer picks or comes nearest to, for the models with a projected
-    point.
-    """
+    """Model -> its operating point, for the models with a projected point."""
     refusal, found = refusal_metric(study), dict[str, Result]()
     if refusal is None:
         return found
@@ -289,10 +283,9 @@ def shipped(study: Study, results: Sequence[Result]) -> dict[str, Result]:
 def category_cells(
     study: Study, results: Sequence[Result], evidence: Evidence
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(what it shows, table as text) for each model's operating point beside its aligned model, a
-    suite each.
+    """(caption, table as text) for each model and suite: the operating point and the aligned model.
 
-    A suite with one category has no table: it would repeat the whole.
+    A suite with one category has no table, as it would repeat the metric of the suite.
     """
     for model, result in shipped(study, results).items():
         for suite, name in shares_of(study):
@@ -324,21 +317,20 @@ def category_cells(
 def agreement_cells(
     study: Study, results: Sequence[Result], evidence: Evidence
 ) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """(what it shows, verdicts of each scorer, agreement of each two) where a suite has several
-    scorers.
+    """(caption, verdicts of each scorer, agreement of each two) for suites with several scorers.
 
-    For each model before fine-tuning and for its operating point.
+    There is one for each aligned model and one for its operating point.
     """
     points = shipped(study, results)
     for model in sorted(study.models, key=natural):
         subjects: list[tuple[str, Subject]] = [("before fine-tuning", model)]
         if model in points:
             subjects.append((f"point {points[model].number}", points[model]))
-        for what, subject in subjects:
+        for state, subject in subjects:
             for suite in study.suites:
                 found = evidence.agreement(subject, suite)
                 if found is not None:
-                    yield f"{model}, {what}: {suite}", _verdicts(found), _concord(found)
+                    yield f"{model}, {state}: {suite}", _verdicts(found), _pair_rows(found)
 
 
 def _verdicts(found: Agreement) -> pd.DataFrame:
@@ -355,10 +347,8 @@ def _verdicts(found: Agreement) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _concord(found: Agreement) -> pd.DataFrame:
-    """A row for each two scorers. What they differ on: "the first's verdict, then the other's, and
-    how often".
-    """
+def _pair_rows(found: Agreement) -> pd.DataFrame:
+    """A row for each two scorers; `differ on` lists both verdicts and their count."""
     rows = []
     for pair in found.pairs:
         apart = {

@@ -1,6 +1,4 @@
-"""How names and numbers are worded for people: the one place where a rate in [0, 1] becomes
-percent.
-"""
+"""Labels for names and numbers that people read. Rates stay in [0, 1] until they are printed."""
 
 import os
 import platform
@@ -29,7 +27,7 @@ def directed_label(name: str) -> str:
 
 
 def axis_label(axis: str) -> str:
-    """`train.rank` -> "rank": the last parts of all axes differ."""
+    """`train.rank` -> "rank"; the last parts of a study's axes are unique."""
     return axis.rpartition(".")[2]
 
 
@@ -65,14 +63,15 @@ def clock(seconds: float) -> str:
 
 
 def progress_label(stage: AtWork) -> str:
-    """`loss 0.310 (40/96)` of a training, `completions (32/100)` of others; empty when the stage
-    has told nothing.
+    """`loss 0.310 (40/96)` of a training, `completions (32/100)` of another stage.
+
+    Empty while the stage has reported no progress.
     """
     progress = stage.progress
     if progress is None:
         return stage.said
-    what = progress.note if progress.loss is None else f"loss {progress.loss:.3f}"
-    return f"{what} ({progress.done}/{progress.total})"
+    quantity = progress.note if progress.loss is None else f"loss {progress.loss:.3f}"
+    return f"{quantity} ({progress.done}/{progress.total})"
 
 
 def size_label(size: float) -> str:
@@ -92,13 +91,12 @@ def measured(metric: Metric) -> str:
 
 
 def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
-    """A failure's reason as it may leave this machine: no command, no folder's name, no host's name
-    and no address.
+    """A failure's reason without commands, folder names, host names and addresses, for publication.
 
-    `hosts` are the names to take out beside this machine's own (see
-    ebbline.sweeps.drive.live.host_names). Of an absolute path only the last part is kept, and only
-    where it is the name of a file; an unquoted path with spaces is taken up to its last slash.
-    Rather too much goes than too little.
+    `hosts` are host names to remove besides this machine's own (see
+    ebbline.sweeps.drive.live.host_names). An absolute path keeps its last part, if that is the name
+    of a file. An unquoted path with spaces is removed up to its last slash. In doubt,
+    text is removed.
     """
     text = reason.partition(" (to see it again")[0]
     for folder in sorted(
@@ -115,12 +113,12 @@ def without_paths(reason: str, hosts: Collection[str] = ()) -> str:
 
 
 FOLDER, HOST = "(a folder)", "(a host)"
-_FOLDER_MARK = "/~"  # stands for a folder that is known, until paths are looked for
-_NO_HOST = {"", "here", "localhost"}  # what names no machine
+_FOLDER_MARK = "/~"  # replaces the user's folders before paths are searched
+_NO_HOST = {"", "here", "localhost"}  # names that identify no machine
 _ADDRESS = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\w)")
 _END = r"""[:;,.)\]}'"`>!?]+(?=\s|$)"""  # punctuation that ends a path in a sentence
 _QUOTED = re.compile(r"""(?P<quote>['"`])(?P<path>(?:~[\w.-]*)?/(?:(?!(?P=quote)(?!\w))[^\n])+)""")
-_REST = rf"(?:(?!{_END})\S)*+"  # of a word that has a slash
+_REST = rf"(?:(?!{_END})\S)*+"  # the rest of a word after a slash
 _WORD = rf"[ \t]+(?:(?!{_END})[^\s/])++"
 _UNQUOTED = re.compile(
     rf"(?:(?<![\w.])|(?=/~))(?P<path>(?:~[\w.-]*)?/(?=\S){_REST}(?:(?:{_WORD})*?{_WORD}/{_REST})*)"
@@ -137,8 +135,9 @@ def _last_part(path: str) -> str:
 
 
 def _host_names(hosts: Collection[str]) -> set[str]:
-    """The names of this machine and of `hosts`, as Ray may append a node's id to them, and without
-    their domain.
+    """The names of this machine and of `hosts`, with and without domain.
+
+    Ray may append "/" and a node's id to a name; this part is removed.
     """
     full = {name.partition("/")[0] for name in (platform.node(), *hosts)}
     return {name for each in full for name in (each, each.partition(".")[0])} - _NO_HOST

@@ -14,7 +14,13 @@ from ebbline.analysis.figures.drawing import save_as
 from ebbline.analysis.report.answer import meaning, tally
 from ebbline.analysis.report.page import shown, template
 from ebbline.analysis.results.collect import StoredEvidence, collect
-from ebbline.analysis.results.comparison import Beside, Side, Sized, Volumes, beside
+from ebbline.analysis.results.comparison import (
+    ModelComparison,
+    Side,
+    StudyComparison,
+    Volumes,
+    study_comparison,
+)
 from ebbline.analysis.results.floors import Floor
 from ebbline.analysis.results.measurements import Comparison
 from ebbline.analysis.results.picked import in_words, missed_by, named
@@ -64,7 +70,7 @@ def compare_studies(
     first = sides[0]
     bounds = _floors(sides, floors)
     maximised = maximised_of(first.study, None)
-    found = [beside(first, other, bounds, maximised) for other in sides[1:]]
+    found = [study_comparison(first, other, bounds, maximised) for other in sides[1:]]
     drawn = [name for name in first.study.objectives if all(name in each.metrics for each in found)]
     if to is not None:
         if not drawn:
@@ -171,7 +177,7 @@ def _floors(sides: Sequence[Side], asked: Sequence[str]) -> tuple[Floor, ...]:
 
 
 def _sections(
-    found: Beside, floors: Sequence[Floor]
+    found: StudyComparison, floors: Sequence[Floor]
 ) -> Iterator[tuple[str, list[str], list[tuple[str, pd.DataFrame]]]]:
     """(title, notes, (caption, table)...): what is comparable, then each size."""
     notes = [
@@ -205,7 +211,7 @@ def _sections(
         )
 
 
-def _notes(size: Sized) -> Iterator[str]:
+def _notes(size: ModelComparison) -> Iterator[str]:
     if size.volumes is not None:
         yield f"hypervolume of the frontier {_volumes(size.volumes)}"
         before, after = (each.among for each in size.picks)
@@ -245,7 +251,7 @@ def _volumes(found: Volumes) -> str:
 
 
 def _tables(
-    size: Sized, found: Beside, floors: Sequence[Floor]
+    size: ModelComparison, found: StudyComparison, floors: Sequence[Floor]
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     caption = f"Operating points, {in_words(floors)}"
     for side, own in zip((found.before, found.after), size.picks, strict=True):
@@ -279,7 +285,7 @@ def _moved(found: Comparison) -> str:
     )
 
 
-def _told(found: Sequence[Beside]) -> list[Comparison]:
+def _told(found: Sequence[StudyComparison]) -> list[Comparison]:
     sizes = [size for each in found for size in each.sizes]
     return [
         one
@@ -294,7 +300,7 @@ def _told(found: Sequence[Beside]) -> list[Comparison]:
 def _write(
     to: Path,
     sides: Sequence[Side],
-    found: Sequence[Beside],
+    found: Sequence[StudyComparison],
     floors: Sequence[Floor],
     drawn: Sequence[str],
 ) -> None:
@@ -322,7 +328,7 @@ def _write(
         ) from error
 
 
-def _alt(axes: str, sides: Sequence[Side], found: Sequence[Beside]) -> str:
+def _alt(axes: str, sides: Sequence[Side], found: Sequence[StudyComparison]) -> str:
     counts = "; ".join(
         f"{side.label}, {sum(len(side.of(model)) for model in side.study.models)} points"
         for side in sides
@@ -337,7 +343,7 @@ def _alt(axes: str, sides: Sequence[Side], found: Sequence[Beside]) -> str:
     return f"Scatter plots, one a size: {axes}. " + ". ".join([counts, *volumes]) + "."
 
 
-def _json(found: Beside) -> dict[str, Any]:
+def _json(found: StudyComparison) -> dict[str, Any]:
     return {
         "before": found.before.label,
         "after": found.after.label,

@@ -17,7 +17,7 @@ from rich.table import Table
 from ebbline.analysis.figures.drawing import save, save_svg
 from ebbline.analysis.figures.gantt import gantt_figure
 from ebbline.analysis.results.costs import as_json as cost_json
-from ebbline.analysis.results.costs import told
+from ebbline.analysis.results.costs import cost_label
 from ebbline.analysis.results.wording import clock, size_label
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, Wanted
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity, Host
@@ -193,11 +193,13 @@ def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
             else f", {clock(found.wall_s)} on {gpus} GPU{'s' * (gpus != 1)} ({', '.join(types)})"
         )
         starting = (
-            f", of it {told(found.starts, profile)} to start processes"
+            f", of it {cost_label(found.starts, profile)} to start processes"
             if found.starts.gpu_hours
             else ""
         )
-        yield f"What is to run is expected to take {told(found.cost, profile)}{wall}{starting}."
+        yield (
+            f"What is to run is expected to take {cost_label(found.cost, profile)}{wall}{starting}."
+        )
         room = (
             "" if found.free_bytes is None else f" of {size_label(found.free_bytes)} that are free"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ebbline.analysis.report.report import rows_for_scripts
 from ebbline.analysis.results.collect import collect
-from ebbline.analysis.results.costs import compared, told
+from ebbline.analysis.results.costs import cost_label, prediction_label
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
@@ -172,7 +172,7 @@ def _run(
         ):
             spent = progress.spending.spent()
             keep_end(progress.prediction, spent, folder)
-            print(compared(progress.prediction, spent, home.profile))
+            print(prediction_label(progress.prediction, spent, home.profile))
         results = collect(view)
         outputs = write_outputs(view, results)
         print(f"\n{frontier_text(results_frame(results, study.objectives))}\n")
@@ -251,7 +251,8 @@ def _told(progress: Progress, seconds: float) -> str:
         f"{len(progress.results)} points this time, {ran} stages run and {len(nodes) - ran} "
         f"found in the store, {seconds:.0f} s"
     )
-    line += f", {told(progress.spending.spent().cost, progress.spending.profile)} spent by all runs"
+    spent = cost_label(progress.spending.spent().cost, progress.spending.profile)
+    line += f", {spent} spent by all runs"
     without = "".join(
         f", {counts[status]} points {status_label(status)}"
         for status in NO_RESULT

@@ -15,7 +15,7 @@ from rich.live import Live as Redrawn
 
 from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
-from ebbline.analysis.results.costs import cost_summary, study_cost, told
+from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
@@ -250,7 +250,9 @@ def print_status(
         "points": "{:g} points",
     }
     budget = ", ".join(words[name].format(value) for name, value in limits.items())
-    driven = f"{told(taken.cost, home.profile)} in {taken.driving_s / 3600:.3g} hours of driving"
+    driven = (
+        f"{cost_label(taken.cost, home.profile)} in {taken.driving_s / 3600:.3g} hours of driving"
+    )
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     print(frontier_text(results_frame(results, study.objectives)))
     for line in without_result(results):

@@ -1,6 +1,4 @@
-"""A study's results as they come out of a real sweep, made up here: two models, ranks, data sizes
-and thresholds.
-"""
+"""Synthetic results of a study: two models, ranks, data sizes and thresholds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +29,7 @@ def result(
     rank: int = 8,
     size: int = 100,
 ) -> Result:
-    """A finished point; projected exactly when `share` is given."""
+    """A finished point; it is projected if `share` is given."""
     return Result(
         number=number,
         point=Point.of(
@@ -46,7 +44,7 @@ def result(
 
 
 def samples(successes: Sequence[bool], categories: Sequence[str] = ("",)) -> list[Sample]:
-    """A sample for each success, the categories taking turns."""
+    """A sample for each success, with the categories in turn."""
     return [
         Sample(
             f"id{index}",
@@ -60,7 +58,7 @@ def samples(successes: Sequence[bool], categories: Sequence[str] = ("",)) -> lis
 
 
 def share(successes: int, n: int = 200, categories: Sequence[str] = ("",)) -> list[Sample]:
-    """n samples of which the first are successes."""
+    """`n` samples, of which the first `successes` are successes."""
     return samples([index < successes for index in range(n)], categories)
 
 
@@ -131,7 +129,7 @@ def baselines() -> Baselines:
 
 @pytest.fixture
 def results() -> list[Result]:
-    """A sweep that shows the expected effect, with one failed point and one still running."""
+    """A sweep that shows the expected effect, with one failed point and one running point."""
     rows: list[Result] = []
     for model, lift in (("small", 0.0), ("medium", 0.08)):
         for rank in (4, 16):

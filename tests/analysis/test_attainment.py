@@ -1,4 +1,4 @@
-"""Bands over seeds: what is attained, by how many, and no band where there is one seed."""
+"""Bands over seeds: the surfaces, the number of seeds, and no band for one seed."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def seeded(
     return Result(number, Point.of(model, {"train.rank": number}), "done", metrics)
 
 
-def test_what_some_half_and_all_seeds_attain() -> None:
+def test_surfaces_of_some_half_and_all_seeds() -> None:
     rows = [
         seeded(0, (0.2, 0.3, 0.1), (0.9, 0.8, 0.95)),
         seeded(1, (0.8, 0.7, 0.75), (0.3, 0.4, 0.2)),
@@ -40,7 +40,7 @@ def test_what_some_half_and_all_seeds_attain() -> None:
     assert surfaces["half"] == [(0.1, 0.9), (0.2, 0.8), (0.7, 0.3), (0.75, 0.2)]
 
 
-def test_a_metric_to_be_minimised_is_attained_from_the_other_side() -> None:
+def test_a_minimised_metric_is_attained_by_lower_values() -> None:
     rows = [
         Result(
             0,
@@ -50,8 +50,8 @@ def test_a_metric_to_be_minimised_is_attained_from_the_other_side() -> None:
         )
     ]
     found = attainments(rows, (REFUSAL, OVER))["small"]
-    # Seed 0 has (0.1, 0.1), seed 1 (0.2, 0.2): both attain only (0.1, 0.2), as fewer over-refusals
-    # are better.
+    # Seed 0 has (0.1, 0.1), seed 1 has (0.2, 0.2). Both attain only (0.1, 0.2), as fewer
+    # over-refusals are better.
     assert found.surfaces["all"].round(6).tolist() == [[0.1, 0.2]]
     xs, ys = staircase(found.surfaces["all"], (REFUSAL, OVER))
     assert (xs.round(6).tolist(), ys.round(6).tolist()) == ([0.0, 0.1, 0.1], [0.2, 0.2, 1.0])
@@ -70,7 +70,7 @@ def test_one_seed_or_one_objective_has_no_band() -> None:
     assert attainment_figure({}, OBJECTIVES) is None
 
 
-def test_the_staircase_is_the_border_of_what_is_dominated() -> None:
+def test_the_staircase_is_the_border_of_the_dominated_area() -> None:
     xs, ys = staircase(np.array([[0.8, 0.3], [0.2, 0.9]]), OBJECTIVES)
     assert (xs.tolist(), ys.tolist()) == ([0.0, 0.2, 0.2, 0.8, 0.8], [0.9, 0.9, 0.3, 0.3, 0.0])
 

@@ -1,5 +1,5 @@
-"""Three states of a size: the training and its projection, every change with an interval, paired
-where it can be.
+"""The three states of a model: the training and its projection, and changes with intervals, paired
+where samples exist.
 """
 
 import pytest
@@ -8,10 +8,10 @@ from ebbline.analysis.figures.before_after import before_after_figure
 from ebbline.analysis.results.before_after import (
     before_after,
     before_after_cells,
-    metrics_told,
+    reported_metrics,
     trios,
 )
-from ebbline.analysis.results.measurements import Baselines, apart
+from ebbline.analysis.results.measurements import Baselines, difference_interval
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
@@ -32,7 +32,7 @@ def test_the_fine_tuned_point_is_the_training_of_the_projected_one(study: Study)
     assert (trio.tuned.number, trio.shipped.number, trio.holds) == (1, 2, True)
 
 
-def test_without_a_projected_point_the_first_training_stands(study: Study) -> None:
+def test_without_a_projected_point_the_first_training_is_shown(study: Study) -> None:
     (trio,) = trios(study, [result(3), result(1, rank=4)])
     assert trio.tuned is not None and (trio.tuned.number, trio.shipped, trio.holds) == (
         1,
@@ -53,7 +53,7 @@ def test_a_projected_point_without_its_training_has_no_fine_tuned_state(study: S
     ].tolist() == [""]
 
 
-def test_changes_are_paired_where_samples_are_at_hand_and_else_said_to_be_unpaired(
+def test_changes_are_paired_where_samples_exist_and_else_marked_as_unpaired(
     study: Study,
 ) -> None:
     rows = [result(0, refusal=0.5), result(1, refusal=0.6, share=0.5, threshold=0.5)]
@@ -92,14 +92,14 @@ def test_the_aligned_model_is_paired_with_every_seed(study: Study) -> None:
 
 
 def test_the_interval_of_an_unpaired_difference_is_newcombes() -> None:
-    # Newcombe (1998), Statistics in Medicine 17, table II, example (a): 56/70 less 48/80, method
-    # 10: 0.0524 to 0.3339.
-    low, high = apart(Metric(REFUSAL, 48, 80), Metric(REFUSAL, 56, 70))
+    # Newcombe (1998), Statistics in Medicine 17, table II, example (a): 56/70 minus 48/80,
+    # method 10: 0.0524 to 0.3339.
+    low, high = difference_interval(Metric(REFUSAL, 48, 80), Metric(REFUSAL, 56, 70))
     assert (low, high) == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
-def test_the_suites_of_the_quickstart_are_all_told() -> None:
-    assert metrics_told(load("quickstart")) == [
+def test_all_suites_of_the_quickstart_are_reported() -> None:
+    assert reported_metrics(load("quickstart")) == [
         "refusal.refusal_rate", "over_refusal.over_refusal_rate", "task.task_accuracy",
         "mmlu.acc", "mmlu.acc_norm", "hellaswag.acc", "hellaswag.acc_norm",
     ]  # fmt: skip

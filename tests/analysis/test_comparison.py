@@ -1,6 +1,4 @@
-"""Two studies side by side: which points are the same, what is paired, what is only set beside, and
-whose frontier reaches further.
-"""
+"""Two studies compared: points with equal settings, paired and unpaired tests, and hypervolumes."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +11,13 @@ from typer.testing import CliRunner
 
 from ebbline.analysis.figures.comparison import comparison_figure
 from ebbline.analysis.figures.drawing import save_as
-from ebbline.analysis.results.comparison import Asked, Side, beside, same_settings, volumes
+from ebbline.analysis.results.comparison import (
+    Side,
+    SuiteSettings,
+    same_settings,
+    study_comparison,
+    volumes,
+)
 from ebbline.analysis.results.floors import Floor
 from ebbline.cli import app
 from ebbline.sweeps.study.points import Point, Result
@@ -21,7 +25,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
 from tests.analysis.conftest import REFUSAL, TASK, Held, rate, result, samples
 
-ASKED: Asked = {
+SETTINGS: SuiteSettings = {
     suite: {"prompts": f"sha of {suite}", "max_new_tokens": 16} for suite in ("refusal", "task")
 }
 N = 200
@@ -30,9 +34,7 @@ N = 200
 def measured(
     number: int, refusal: int, task: int, **more: object
 ) -> tuple[Result, dict[tuple[int | str, str], object]]:
-    """A point with so many of N prompts refused and so many tasks right, and its samples: the first
-    ones.
-    """
+    """A point with `refusal` of N refusals and `task` of N correct tasks, and its samples."""
     found = result(number, refusal=refusal / N, task=task / N, **more)  # type: ignore[arg-type]
     kept = {
         (number, suite): {0: samples([index < count for index in range(N)])}
@@ -45,17 +47,17 @@ def side(
     label: str,
     study: Study,
     rows: list[tuple[Result, dict[tuple[int | str, str], object]]],
-    asked: Asked = ASKED,
+    suite_settings: SuiteSettings = SETTINGS,
 ) -> Side:
     held = Held()
     for _, kept in rows:
         held.found.update(kept)  # type: ignore[arg-type]
-    return Side(label, study, [found for found, _ in rows], held, asked)
+    return Side(label, study, [found for found, _ in rows], held, suite_settings)
 
 
 @pytest.fixture
 def pair(study: Study) -> tuple[Side, Side]:
-    """Twice the same three points; in the second study the projected ones lose less of the task."""
+    """Three points in two studies; the projected ones of the second keep more task accuracy."""
     first = [
         measured(0, 60, 160),
         measured(1, 186, 100, share=0.5, threshold=0.5),
@@ -70,7 +72,7 @@ def pair(study: Study) -> tuple[Side, Side]:
 
 
 def test_operating_points_on_the_same_prompts_are_tested_in_pairs(pair: tuple[Side, Side]) -> None:
-    found = beside(*pair, [Floor(REFUSAL, 0.9)], TASK)
+    found = study_comparison(*pair, [Floor(REFUSAL, 0.9)], TASK)
     (size,) = found.sizes
     assert [each.result.number for each in size.picks] == [1, 8]
     task, refusal = size.at_picks[TASK], size.at_picks[REFUSAL]
@@ -86,19 +88,21 @@ def test_operating_points_on_the_same_prompts_are_tested_in_pairs(pair: tuple[Si
 def test_other_prompts_are_flagged_and_their_intervals_decide(pair: tuple[Side, Side]) -> None:
     before, after = pair
     other = replace(
-        after, asked={**ASKED, "task": {"prompts": "another sha", "max_new_tokens": 16}}
+        after, suite_settings={**SETTINGS, "task": {"prompts": "another sha", "max_new_tokens": 16}}
     )
-    found = beside(before, other, [Floor(REFUSAL, 0.9)], TASK)
-    assert found.apart == {"task": "other prompts"}
+    found = study_comparison(before, other, [Floor(REFUSAL, 0.9)], TASK)
+    assert found.apart == {"task": "different prompts"}
     (size,) = found.sizes
     assert size.at_picks[TASK].paired is None and size.at_picks[REFUSAL].paired is not None
     assert size.volumes is not None and not size.volumes.paired
-    otherwise = replace(after, asked={**ASKED, "task": {**ASKED["task"], "max_new_tokens": 64}})
-    assert beside(before, otherwise, [], TASK).apart == {
-        "task": "the same prompts, measured otherwise: max_new_tokens 16 and 64"
+    otherwise = replace(
+        after, suite_settings={**SETTINGS, "task": {**SETTINGS["task"], "max_new_tokens": 64}}
+    )
+    assert study_comparison(before, otherwise, [], TASK).apart == {
+        "task": "the same prompts, measured with other settings: max_new_tokens 16 and 64"
     }
-    missing = replace(after, asked={"refusal": ASKED["refusal"]})
-    assert beside(before, missing, [], TASK).apart == {
+    missing = replace(after, suite_settings={"refusal": SETTINGS["refusal"]})
+    assert study_comparison(before, missing, [], TASK).apart == {
         "task": "only one of the studies has measured it"
     }
 
@@ -106,9 +110,12 @@ def test_other_prompts_are_flagged_and_their_intervals_decide(pair: tuple[Side, 
 def test_the_same_ids_with_other_prompts_are_never_paired(pair: tuple[Side, Side]) -> None:
     before, after = pair
     other = replace(
-        after, asked={suite: {**asked, "prompts": "another sha"} for suite, asked in ASKED.items()}
+        after,
+        suite_settings={
+            suite: {**settings, "prompts": "another sha"} for suite, settings in SETTINGS.items()
+        },
     )
-    (size,) = beside(before, other, [Floor(REFUSAL, 0.9)], TASK).sizes
+    (size,) = study_comparison(before, other, [Floor(REFUSAL, 0.9)], TASK).sizes
     shared = [one for rows in size.at_shared.values() for one in rows]
     assert (
         size.at_picks
@@ -118,7 +125,7 @@ def test_the_same_ids_with_other_prompts_are_never_paired(pair: tuple[Side, Side
 
 
 def test_points_with_the_same_settings_are_matched_over_the_axes_of_both(study: Study) -> None:
-    # The second study has no axis for the rank: it is fixed, at 4.
+    # The second study has no axis for the rank; its rank is fixed at 4.
     narrow = study.model_copy(
         update={
             "axes": {"apply.threshold": (None, 0.5)},
@@ -147,27 +154,31 @@ def test_seeds_are_matched_by_their_order(study: Study) -> None:
                 study,
                 [found],
                 Held({(0, "refusal"): dict(zip(seeds, kept, strict=True))}),
-                ASKED,
+                SETTINGS,
             )
         )
-    (size,) = beside(*sides, [Floor(REFUSAL, 0.5)], TASK).sizes
+    (size,) = study_comparison(*sides, [Floor(REFUSAL, 0.5)], TASK).sizes
     assert size.at_picks[REFUSAL].paired is not None
 
 
-def test_a_frontier_that_dominates_is_told_larger_with_an_interval(pair: tuple[Side, Side]) -> None:
+def test_a_frontier_that_dominates_has_an_interval_above_zero(pair: tuple[Side, Side]) -> None:
     found = volumes(*pair, "small", (REFUSAL, TASK), {})
     assert found.paired and found.interval is not None
     low, high = found.interval
     assert 0 < low < found.difference < high
-    alone = volumes(*pair, "small", (REFUSAL, TASK), {"task": "other prompts"})
+    alone = volumes(*pair, "small", (REFUSAL, TASK), {"task": "different prompts"})
     assert not alone.paired and alone.interval is not None
-    assert np.ptp(alone.interval) > np.ptp(found.interval), "the same prompts tell apart more"
-    assert volumes(*pair, "small", (REFUSAL, TASK), {}) == found, "the same bytes twice"
+    assert np.ptp(alone.interval) > np.ptp(found.interval), (
+        "paired prompts give a narrower interval"
+    )
+    assert volumes(*pair, "small", (REFUSAL, TASK), {}) == found, "the bootstrap has a fixed seed"
 
 
 def test_a_study_against_itself_is_not_distinguishable(pair: tuple[Side, Side]) -> None:
     before, _ = pair
-    (size,) = beside(before, replace(before, label="again"), [Floor(REFUSAL, 0.9)], TASK).sizes
+    (size,) = study_comparison(
+        before, replace(before, label="copy"), [Floor(REFUSAL, 0.9)], TASK
+    ).sizes
     assert size.volumes is not None and size.volumes.interval == (0.0, 0.0)
     assert {one.move for one in size.at_picks.values()} == {"not distinguishable"} and len(
         size.shared
@@ -183,7 +194,7 @@ def test_without_samples_there_is_no_interval_of_the_volume(study: Study) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
-def test_the_picture_is_the_same_to_the_byte(
+def test_the_figure_is_reproducible_to_the_byte(
     pair: tuple[Side, Side], tmp_path: Path, suffix: str
 ) -> None:
     drawn = [
@@ -197,25 +208,25 @@ def test_the_picture_is_the_same_to_the_byte(
 def compare(pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     monkeypatch.setattr("ebbline.commands.compare._sides", lambda names, homes: list(pair))
 
-    def said(*arguments: object, code: int = 0) -> str:
+    def invoke(*arguments: object, code: int = 0) -> str:
         found = CliRunner().invoke(app, ["compare", "one", "two", *map(str, arguments)])
         assert found.exit_code == code, found.output
         return found.output
 
-    return said
+    return invoke
 
 
-def test_the_command_says_what_is_comparable_and_what_came_out(
+def test_the_command_prints_what_is_comparable_and_the_comparisons(
     compare: Callable[..., str], tmp_path: Path
 ) -> None:
-    said = compare("--to", tmp_path / "page.html")
-    assert "two against one" in said and "their settings are the same" in said
-    assert "3 points have the same settings in both" in said and "so larger)" in said
+    printed = compare("--to", tmp_path / "page.html")
+    assert "two against one" in printed and "their settings are the same" in printed
+    assert "3 points have the same settings in both" in printed and "so larger)" in printed
     assert (
         "task accuracy is higher at 2, not distinguishable at 1 of 3 points (paired, "
-        "differences +0.0 to +15.0 points)" in said
+        "differences +0.0 to +15.0 points)" in printed
     )
-    assert "Operating points, refusal rate at least 90.0%" in said
+    assert "Operating points, refusal rate at least 90.0%" in printed
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "data:image/svg+xml;base64" in page and "higher (paired, +15.0 points [" in page
     assert "http://" not in page and "https://" not in page
@@ -225,16 +236,16 @@ def test_the_command_says_what_is_comparable_and_what_came_out(
     assert size["same_settings"] == [[0, 7], [1, 8], [2, 9]]
 
 
-def test_a_floor_that_nothing_holds_compares_the_nearest_and_says_so(
+def test_a_floor_that_no_point_holds_compares_the_nearest_points_and_reports_it(
     compare: Callable[..., str],
 ) -> None:
-    said = compare("--floor", "refusal_rate=0.99")
-    assert "which is only the nearest: short by 1.0 points of refusal rate at least 99.0%" in said
+    printed = compare("--floor", "refusal_rate=0.99")
+    assert (
+        "which is only the nearest: short by 1.0 points of refusal rate at least 99.0%" in printed
+    )
 
 
-def test_what_cannot_be_compared_is_one_clear_error(
-    compare: Callable[..., str], tmp_path: Path
-) -> None:
+def test_invalid_arguments_are_one_clear_error(compare: Callable[..., str], tmp_path: Path) -> None:
     assert "a page ends in .html, a picture in .png, .pdf, .svg" in compare(
         "--to", tmp_path / "page.docx", code=1
     )

@@ -1,6 +1,5 @@
-"""What points cost: alone, by share and by addition, with identities that must hold however stages
-are shared. And how the hypervolume grew: in the order in which points landed, at what time and
-cost.
+"""Costs of points: alone, by share and by addition, and identities that hold for any sharing. The
+growth of the hypervolume: in the order in which points completed, with their time and cost.
 """
 
 import json
@@ -15,13 +14,13 @@ from hypothesis import strategies as st
 from ebbline.analysis.results.costs import (
     PAPERS,
     cost_columns,
+    cost_label,
     cost_rows,
     cost_summary,
     growth,
     point_costs,
     prediction_rows,
     study_cost,
-    told,
 )
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
 from ebbline.cluster.profile import GpuType, Profile
@@ -107,16 +106,19 @@ def test_dollars_are_none_without_a_price_and_never_a_part_of_the_sum():
     assert mixed.usd(Profile()) is None and mixed.usd(PRICES) == pytest.approx(2.0)
     partial = Profile(gpus={"A100": GpuType(usd_per_hour=1.5)})
     assert mixed.usd(partial) is None and mixed.unpriced(partial) == ["H100"]
-    assert told(mixed, partial) == "2 GPU-hours" and told(mixed, PRICES) == "2 GPU-hours, $2.00"
-    assert told(Cost({None: HOUR}), Profile()) == "1 logical GPU-hours"
+    assert (
+        cost_label(mixed, partial) == "2 GPU-hours"
+        and cost_label(mixed, PRICES) == "2 GPU-hours, $2.00"
+    )
+    assert cost_label(Cost({None: HOUR}), Profile()) == "1 logical GPU-hours"
 
 
-def test_a_record_says_what_its_stage_cost():
+def test_a_record_has_the_cost_of_its_stage():
     assert cost_of({"seconds": 30.0, "gpus": 4, "gpu_type": "A100"}) == Cost({"A100": 120.0})
     assert cost_of({"seconds": 30.0, "gpus": 0, "gpu_type": None}) == Cost()
 
 
-def test_what_is_expected_goes_by_the_type_that_labels_name_or_else_by_the_dearest():
+def test_an_expected_cost_is_of_the_gpu_type_in_the_labels_or_else_of_the_dearest():
     assert expected_cost(Needs(2, {"ray.io/accelerator-type": "L4"}), 10.0, PRICES) == Cost(
         {"L4": 20.0}
     )
@@ -136,7 +138,7 @@ def test_the_table_has_a_cost_where_something_ran_and_dollars_where_there_is_a_p
     assert cost_columns(SHARED, Profile())["cost_usd"] == [None] * 3
 
 
-def test_the_report_states_a_points_price_beside_the_papers_and_says_when_there_is_no_price():
+def test_the_report_has_a_points_price_beside_the_papers_and_reports_missing_prices():
     spent = Spent(HOUR, a100(4.5), frozenset({"train", "a", "b"}))
     kinds = {"train": "train", "a": "generate", "b": "generate"}
     rows = cost_rows(SHARED, {}, kinds, spent, PRICES)
@@ -157,15 +159,15 @@ def test_the_report_states_a_points_price_beside_the_papers_and_says_when_there_
     assert summary["points"] == {"gpu_hours": 4.0, "usd": None}
 
 
-def test_the_report_compares_the_latest_run_that_came_to_its_end_with_what_that_run_took():
+def test_the_report_compares_the_latest_completed_run_with_its_prediction():
     spent = [Spent(driving_s) for driving_s in (0.0, 10.0, 500.0)]
     stopped, ended, killed = (
         Prediction(100.0, Cost({None: 3600.0}), 12, 1.0, before) for before in spent
     )
     assert prediction_rows([stopped], Profile()) == {}
     ended = replace(ended, after=Spent(210.0, Cost({None: 1800.0})))
-    (said,) = prediction_rows([stopped, ended, killed], Profile()).values()
-    assert "wall time 50% too short, GPU-hours 100% too long" in str(said)
+    (text,) = prediction_rows([stopped, ended, killed], Profile()).values()
+    assert "wall time 50% too short, GPU-hours 100% too long" in str(text)
 
 
 KEYS = ["a" * 64, "b" * 64, "c" * 64]
@@ -189,7 +191,7 @@ def job(
     return [start, {"end": name, "s": end_s}]
 
 
-def test_points_land_when_the_last_of_their_stages_ended_and_runs_add_up(tmp_path: Path) -> None:
+def test_points_complete_when_their_last_stage_ends_and_runs_add_up(tmp_path: Path) -> None:
     folder = ledger(
         tmp_path,
         {"driver": "one", "s": 0.0},
@@ -209,7 +211,7 @@ def test_points_land_when_the_last_of_their_stages_ended_and_runs_add_up(tmp_pat
     assert [each.hypervolume for each in grown] == pytest.approx([0.16, 0.25])
 
 
-def test_a_dominated_point_adds_nothing_and_one_beside_the_frontier_its_part(
+def test_a_dominated_point_adds_no_volume_and_a_new_frontier_point_adds_its_part(
     tmp_path: Path,
 ) -> None:
     results = [
@@ -222,6 +224,6 @@ def test_a_dominated_point_adds_nothing_and_one_beside_the_frontier_its_part(
     ] == pytest.approx([0.25, 0.25, 0.25 + 0.2 * 0.3])
 
 
-def test_what_was_found_in_the_store_lands_at_once_and_costs_nothing(tmp_path: Path) -> None:
+def test_a_point_from_the_store_completes_at_zero_hours_and_costs_nothing(tmp_path: Path) -> None:
     (found,) = growth([measured(0)], [REFUSAL, TASK], tmp_path)
     assert (found.hours, found.cost.gpu_hours) == (0.0, 0.0)

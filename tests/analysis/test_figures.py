@@ -1,6 +1,4 @@
-"""The figures, read back from matplotlib's own objects: what is drawn, where, and how it is told
-apart.
-"""
+"""The figures, read back from matplotlib's objects: the marks, their places and their looks."""
 
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
-from ebbline.analysis.figures.drawing import Page, looks, reach, save, save_for_print, svg
+from ebbline.analysis.figures.drawing import Page, error_bar, looks, save, save_for_print, svg
 from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.knob import threshold_figure
 from ebbline.analysis.results.measurements import Baselines
@@ -39,7 +37,7 @@ def markers(axes: Axes, shape: str | None = None) -> list[tuple[float, float, bo
     ]
 
 
-def test_every_finished_point_stands_exactly_at_its_values(results: list[Result]) -> None:
+def test_every_finished_point_is_drawn_exactly_at_its_values(results: list[Result]) -> None:
     done = [found for found in results if found.status == "done"]
     drawn = {(x, y) for x, y, _ in markers(frontier_figure(results, OBJECTIVES).axes[0])}
     assert drawn == {(found.metrics[REFUSAL].value, found.metrics[TASK].value) for found in done}
@@ -53,7 +51,7 @@ def test_filled_means_projected_and_hollow_means_not() -> None:
 
 
 def test_a_metric_of_exactly_one_has_no_negative_error_bar() -> None:
-    below, above = reach(Metric(REFUSAL, 200, 200))
+    below, above = error_bar(Metric(REFUSAL, 200, 200))
     assert above == [0.0]
     assert below[0] > 0
 
@@ -71,7 +69,7 @@ def test_the_steps_border_what_the_frontier_dominates(first: str, style: str) ->
     ] == [style]
 
 
-def test_axes_say_which_way_is_better(results: list[Result]) -> None:
+def test_axis_labels_state_which_direction_is_better(results: list[Result]) -> None:
     axes = frontier_figure(results, (OVER, TASK)).axes[0]
     assert axes.get_xlabel() == "over refusal rate (harmless), lower is better"
     assert axes.get_ylabel() == "task accuracy, higher is better"
@@ -87,20 +85,20 @@ def test_one_objective_is_drawn_over_the_points_numbers(
     ]
 
 
-def test_three_objectives_say_that_two_are_drawn(results: list[Result]) -> None:
+def test_the_title_states_that_two_of_three_objectives_are_drawn(results: list[Result]) -> None:
     assert "first 2 of 3 objectives" in frontier_figure(results, (REFUSAL, TASK, OVER)).axes[
         0
     ].get_title(loc="left")
 
 
-def test_no_finished_point_is_said_in_the_figure() -> None:
+def test_a_figure_without_a_finished_point_states_that() -> None:
     for results in ([], [failed(0)]):
         assert [text.get_text() for text in frontier_figure(results, OBJECTIVES).axes[0].texts] == [
             "no point has finished"
         ]
 
 
-def test_models_keep_apart_and_in_natural_order() -> None:
+def test_models_have_different_looks_in_natural_order() -> None:
     found = looks(["70b", "7b", "13b", *(f"other {number}" for number in range(30))])
     assert list(found)[:3] == ["7b", "13b", "70b"]
     assert len(set(found.values())) == 33
@@ -115,7 +113,7 @@ def test_thresholds_have_a_panel_per_model_and_metric(
     assert [axes.get_title() for axes in figure.axes[:2]] == ["medium", "small"]
 
 
-def test_a_point_without_threshold_stands_apart_over_none() -> None:
+def test_a_point_without_threshold_is_drawn_apart_over_none() -> None:
     results = [result(0), result(1, threshold=0.4, share=0.2), result(2, threshold=0.8, share=0.9)]
     figure = threshold_figure(results, (REFUSAL,))
     assert figure is not None
@@ -135,13 +133,13 @@ def test_results_without_thresholds_have_no_threshold_figure() -> None:
 
 
 @pytest.mark.slow
-def test_saved_figures_embed_truetype_and_do_not_drift(
+def test_saved_figures_embed_truetype_and_are_reproducible(
     results: list[Result], tmp_path: Path
 ) -> None:
     first = save(frontier_figure(results, OBJECTIVES), tmp_path / "a", "frontier")
-    again = save(frontier_figure(results, OBJECTIVES), tmp_path / "b", "frontier")
+    second = save(frontier_figure(results, OBJECTIVES), tmp_path / "b", "frontier")
     assert [path.name for path in first] == ["frontier.png", "frontier.pdf"]
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert b"/FontFile2" in first[1].read_bytes()
     assert b"/Type3" not in first[1].read_bytes()
     assert svg(frontier_figure(results, OBJECTIVES)) == svg(frontier_figure(results, OBJECTIVES))
@@ -161,7 +159,7 @@ def test_drawing_changes_no_setting_of_matplotlib_and_loads_no_pyplot(
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_page_changes_how_large_a_figure_is_and_not_what_it_shows(
+def test_a_page_changes_the_size_of_a_figure_but_not_its_content(
     results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
     screen, column = (

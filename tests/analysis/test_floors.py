@@ -1,4 +1,4 @@
-"""Floors and the operating point: directions, the bound and what picking the best of many costs it,
+"""Floors and the operating point: directions, the bound and its correction for a pick among many,
 and the nearest point.
 """
 
@@ -12,11 +12,11 @@ from scipy.stats import binom
 from ebbline.analysis.results.floors import (
     Floor,
     bound,
+    floor_confidence,
     of_seed,
     pick,
     slack,
     spread_known,
-    sureness,
 )
 from ebbline.analysis.results.measurements import operating_point
 from ebbline.sweeps.study.study import Study
@@ -43,9 +43,9 @@ def test_a_floor_of_a_metric_that_is_better_when_lower_is_a_ceiling() -> None:
     )
 
 
-def test_nothing_maximises_a_metric_that_is_better_when_lower() -> None:
+def test_a_metric_that_is_better_when_lower_cannot_be_maximised() -> None:
     with pytest.raises(
-        StudyError, match=r"better when lower, and nothing turns a metric round; give it a ceiling"
+        StudyError, match=r"better when lower, so it cannot be maximised; give it a ceiling"
     ):
         pick([result(0)], [AT_LEAST_90], OVER)
 
@@ -64,9 +64,13 @@ def at_most(count: int, n: int, share: float) -> float:
 @pytest.mark.parametrize("refused", [0, 80, 93, 99, 100])
 def test_bound_and_confidence_are_the_exact_tests(refused: int) -> None:
     metric, other = Metric(REFUSAL, refused, 100), Metric(OVER, refused, 100)
-    assert sureness(metric, AT_LEAST_90) == pytest.approx(1 - at_most(100 - refused, 100, 0.1))
-    assert sureness(other, Floor(OVER, 0.9)) == pytest.approx(1 - at_most(refused, 100, 0.9))
-    # Clopper and Pearson's bound is the share at which so good a result has a chance of 5%
+    assert floor_confidence(metric, AT_LEAST_90) == pytest.approx(
+        1 - at_most(100 - refused, 100, 0.1)
+    )
+    assert floor_confidence(other, Floor(OVER, 0.9)) == pytest.approx(
+        1 - at_most(refused, 100, 0.9)
+    )
+    # At the bound of Clopper and Pearson a result at least as good has a probability of 5%.
     assert (
         bound(metric) == 0
         if refused == 0
@@ -87,25 +91,30 @@ def test_the_bound_of_a_set_without_a_miss_has_a_closed_form() -> None:
 def test_the_bound_and_the_confidence_agree_on_whether_a_floor_is_held() -> None:
     for refused in range(80, 101):
         metric = Metric(REFUSAL, refused, 100)
-        assert (bound(metric, 12) >= 0.9) == (sureness(metric, AT_LEAST_90, 12) >= 0.95)
+        assert (bound(metric, 12) >= 0.9) == (floor_confidence(metric, AT_LEAST_90, 12) >= 0.95)
 
 
-def test_allowing_for_the_pick_a_lucky_point_is_rarely_called_sure() -> None:
-    # Twelve points that all refuse 89%, just below the floor, on the same prompts by themselves:
-    # the best of them is picked.
+def test_with_the_correction_a_lucky_point_rarely_has_a_high_confidence() -> None:
+    # Twelve independent points that all refuse 89%, just below the floor; the best one is picked.
     best = np.random.default_rng(0).binomial(120, 0.89, size=(4000, 12)).max(axis=1)
-    alone = np.array([sureness(Metric(REFUSAL, int(k), 120), AT_LEAST_90) >= 0.95 for k in best])
-    picked = np.array(
-        [sureness(Metric(REFUSAL, int(k), 120), AT_LEAST_90, 12) >= 0.95 for k in best]
+    alone = np.array(
+        [floor_confidence(Metric(REFUSAL, int(k), 120), AT_LEAST_90) >= 0.95 for k in best]
     )
-    assert alone.mean() > 0.1, "by itself the best of twelve looks sure far too often"
+    picked = np.array(
+        [floor_confidence(Metric(REFUSAL, int(k), 120), AT_LEAST_90, 12) >= 0.95 for k in best]
+    )
+    assert alone.mean() > 0.1, (
+        "without the correction the best of twelve has a high confidence too often"
+    )
     assert picked.mean() <= 0.05
-    assert binom.sf(0, 12, 0.05) > 0.4  # why: twelve looks at 5% each
+    assert binom.sf(0, 12, 0.05) > 0.4  # the reason: twelve tests at 5% each
 
 
-def test_what_seeds_said_of_one_prompt_is_counted_once() -> None:
+def test_the_answers_of_all_seeds_to_one_prompt_count_once() -> None:
     one, three = Metric(REFUSAL, 95, 100), Metric(REFUSAL, 285, 300, seeds=(0.95, 0.95, 0.95))
-    assert bound(three) == bound(one) and sureness(three, AT_LEAST_90) == sureness(one, AT_LEAST_90)
+    assert bound(three) == bound(one) and floor_confidence(three, AT_LEAST_90) == floor_confidence(
+        one, AT_LEAST_90
+    )
     mixed = Metric(REFUSAL, 284, 300, seeds=(0.95, 0.95, 0.94))
     assert bound(mixed) == bound(Metric(REFUSAL, 94, 100)), (
         "a share of a prompt is rounded to the worse"
@@ -174,7 +183,7 @@ def test_a_metric_that_a_point_lacks_is_an_error_and_not_a_miss() -> None:
         pick([result(0)], [Floor("mmlu.acc_norm", 0.3)], TASK)
 
 
-def test_points_that_came_out_the_same_are_one_look() -> None:
+def test_duplicate_points_count_once_in_the_correction() -> None:
     rows = [
         result(0, refusal=0.95, task=0.6),
         replace(result(1, refusal=0.95, task=0.6), same_as=0),

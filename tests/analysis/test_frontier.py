@@ -1,4 +1,4 @@
-"""The frontier against a brute-force reading of its definition, and what must not change it."""
+"""The frontier against a brute-force implementation of its definition, and its invariances."""
 
 import math
 from dataclasses import replace
@@ -46,7 +46,7 @@ def brute_force(values_NM: NDArray[np.float64], directions: list[Direction]) -> 
 
 
 @given(cases())
-def test_the_front_is_what_nothing_dominates(case: Case) -> None:
+def test_the_front_is_the_rows_that_no_row_dominates(case: Case) -> None:
     assert front(*case).tolist() == brute_force(*case)
 
 
@@ -58,7 +58,7 @@ def test_the_order_of_results_does_not_matter(case: Case, seed: int) -> None:
 
 
 @given(cases())
-def test_turning_an_objective_round_turns_its_direction(case: Case) -> None:
+def test_reflecting_an_objective_reverses_its_direction(case: Case) -> None:
     values, directions = case
     turned: list[Direction] = [
         "minimise" if way == "maximise" else "maximise" for way in directions
@@ -70,7 +70,7 @@ def test_turning_an_objective_round_turns_its_direction(case: Case) -> None:
 
 
 @given(cases())
-def test_a_duplicate_stands_with_its_twin(case: Case) -> None:
+def test_duplicate_rows_are_both_on_the_front_or_both_off_it(case: Case) -> None:
     values, directions = case
     once = front(values, directions).tolist()
     assert front(np.vstack([values, values]), directions).tolist() == once + once
@@ -94,7 +94,7 @@ def test_the_reference_is_the_worst_corner() -> None:
     ) == pytest.approx(0.2)
 
 
-def test_nan_is_an_error_not_a_loser() -> None:
+def test_nan_is_an_error_and_not_the_worst_value() -> None:
     with pytest.raises(EvaluationError, match="objective 1 of result 0 is NaN"):
         front(np.array([[0.5, math.nan], [0.1, 0.1]]), ["maximise", "maximise"])
 
@@ -120,7 +120,7 @@ def test_one_finished_point_is_the_frontier() -> None:
     assert [found.number for found in frontier([failed(0), result(1)], [REFUSAL, TASK])] == [1]
 
 
-def test_a_point_that_is_the_same_as_an_earlier_one_is_not_on_the_frontier_again() -> None:
+def test_a_duplicate_point_is_not_on_the_frontier() -> None:
     rows = [result(0), replace(result(1), same_as=0)]
     assert [found.number for found in frontier(rows, [REFUSAL, TASK])] == [0]
 
@@ -131,7 +131,7 @@ def test_a_lower_over_refusal_rate_is_better() -> None:
     assert [found.number for found in frontier([worse, better], [REFUSAL, OVER])] == [1]
 
 
-def test_a_model_that_another_one_beats_keeps_its_own_frontier() -> None:
+def test_a_model_that_another_model_dominates_keeps_its_own_frontier() -> None:
     results = [result(0, "7b", 0.2, 0.2), result(1, "13b", 0.9, 0.9), result(2, "7b", 0.1, 0.1)]
     own = frontier_by_model(results, [REFUSAL, TASK])
     assert {model: [found.number for found in chosen] for model, chosen in own.items()} == {

@@ -1,4 +1,4 @@
-"""The Gantt chart: each bar on a GPU that nothing else has, and a picture for any plan."""
+"""The Gantt chart: each bar is on a GPU that no other stage holds, and any plan has a figure."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def test_kinds_with_a_colour_have_one_that_is_their_own():
 
 
 @given(st.integers(2, 6), st.integers(1, 30))
-def test_every_bar_has_as_many_lanes_as_gpus_and_shares_none_at_any_time(gpus, stages):
+def test_every_bar_has_as_many_lanes_as_gpus_and_shares_none_with_another(gpus, stages):
     spans = trace(gpus, stages).spans
     lanes = lanes_of(spans)
     held: dict[object, list[tuple[float, float]]] = {}
@@ -50,7 +50,7 @@ def test_every_bar_has_as_many_lanes_as_gpus_and_shares_none_at_any_time(gpus, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [2, 64])
-def test_a_plan_is_drawn_as_bars_or_on_many_gpus_as_areas_and_alike_each_time(tmp_path, gpus):
+def test_a_plan_is_bars_or_on_many_gpus_areas_and_reproducible(tmp_path, gpus):
     found = trace(gpus, 200)
     drawn = [gantt_figure(found, kinds(found), "tiny") for _ in range(2)]
     axes = drawn[0].axes[0]
@@ -69,7 +69,7 @@ def test_a_plan_is_drawn_as_bars_or_on_many_gpus_as_areas_and_alike_each_time(tm
     assert [path.read_bytes() for path in paths[0]] == [path.read_bytes() for path in paths[1]]
 
 
-def test_hosts_are_numbered_in_the_picture_and_not_named(tmp_path):
+def test_hosts_are_numbered_in_the_figure_and_not_named(tmp_path):
     steps = [Step(f"k{number}", Needs(1), f"r{number}", 10.0, 10.0) for number in range(4)]
     found = simulate(
         steps,
@@ -82,5 +82,5 @@ def test_hosts_are_numbered_in_the_picture_and_not_named(tmp_path):
     assert "host 1, GPU 0" in text and "lab" not in text
 
 
-def test_nothing_to_run_is_no_picture():
+def test_a_plan_without_stages_has_no_figure():
     assert gantt_figure(Trace(Capacity.one_host(2, 1)), {}) is None

@@ -1,5 +1,5 @@
-"""The importance of axes as people see it: a reason where there is no number, and a caution where
-there are few points.
+"""The importance of axes as a table and a figure: a reason where there is no number, and cautions
+where there are few points.
 """
 
 from ebbline.analysis.figures.importance import (
@@ -30,7 +30,7 @@ def test_each_axis_has_its_share_with_an_interval_or_the_reason_that_it_has_none
     assert cells["task accuracy %"].tolist() == ["none", "none", "one value"]
 
 
-def test_what_to_be_careful_of_is_said() -> None:
+def test_cautions_name_the_objective_and_the_axes() -> None:
     objective, few, uneven = importance_notes(FOUND)
     assert objective == "No numbers for task accuracy: all 40 points have the same value."
     assert few.startswith("40 points are few for this")

@@ -1,4 +1,4 @@
-"""Figures and report of a projection, read back from matplotlib's own objects and from the page."""
+"""Figures and report of a projection, read back from matplotlib's objects and from the page."""
 
 import base64
 import random
@@ -39,7 +39,7 @@ NO_COSINE = ModuleRow(None, None, "the update is zero")
 
 
 def llama(layers: int, seed: int = 0, outside: Sequence[str] = ()) -> dict[str, ModuleRow]:
-    """Made-up cosines for every module of a model, in no particular order."""
+    """Synthetic cosines for every module of a model, in random order."""
     chance = random.Random(seed)
     names = [
         *(f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in LLAMA),
@@ -69,7 +69,7 @@ def dots(figure: Figure) -> dict[tuple[float, str], float]:
 
 
 def colours(figure: Figure) -> dict[tuple[float, str], float]:
-    """(Middle of the column, type) -> the cosine that the cell's colour stands for."""
+    """(Middle of the column, type) -> the cosine of the cell's colour."""
     (mesh,) = (drawn for drawn in figure.axes[0].collections if isinstance(drawn, QuadMesh))
     corners = np.asarray(mesh.get_coordinates(), dtype=np.float64)
     values = np.asarray(
@@ -85,7 +85,7 @@ def colours(figure: Figure) -> dict[tuple[float, str], float]:
 
 
 def hatched(figure: Figure) -> dict[tuple[float, str], bool]:
-    """(Layer, type) -> whether nothing else shows in the cell."""
+    """(Layer, type) of each hatched cell -> whether it is grey, without a colour."""
     cells = [
         patch
         for patch in figure.axes[0].patches
@@ -107,7 +107,7 @@ def curve(figure: Figure, number: int = 0) -> list[tuple[float, float]]:
 
 
 def share_at(drawn: Sequence[tuple[float, float]], threshold: float) -> float:
-    """What a right-continuous step curve says at a threshold."""
+    """The value of a right-continuous step curve at a threshold."""
     return [y for x, y in drawn if x <= threshold][-1]
 
 
@@ -133,7 +133,7 @@ def test_a_modules_name_gives_its_depth_and_type(
     assert depth_and_type(module) == expected
 
 
-def test_types_stand_in_the_order_that_data_takes_them() -> None:
+def test_types_are_in_the_order_of_the_data_flow() -> None:
     rows = llama(2, outside=("lm_head", "model.layers.0.adapter10", "model.layers.0.adapter9"))
     assert types(cosine_map(rows, [], "small")) == [*LLAMA, "adapter9", "adapter10", "lm_head"]
 
@@ -151,13 +151,13 @@ def test_each_cell_has_its_modules_cosine(layers: int) -> None:
 
 def test_projected_modules_have_a_dot_and_no_others() -> None:
     rows = llama(4, outside=("lm_head",))
-    taken = [*chosen(rows, 0.3, None) - {"lm_head"}]
-    figure = cosine_map(rows, taken, "small")
-    assert set(dots(figure)) == {depth_and_type(module) for module in taken}
-    assert f"projected: {len(taken)} of 29 modules" in legend(figure)
+    projected_modules = [*chosen(rows, 0.3, None) - {"lm_head"}]
+    figure = cosine_map(rows, projected_modules, "small")
+    assert set(dots(figure)) == {depth_and_type(module) for module in projected_modules}
+    assert f"projected: {len(projected_modules)} of 29 modules" in legend(figure)
 
 
-def test_a_map_without_a_dot_says_so() -> None:
+def test_the_legend_of_a_map_without_dots_has_a_count_of_zero() -> None:
     figure = cosine_map(llama(2), [], "small")
     assert dots(figure) == {}
     assert legend(figure) == ["projected: 0 of 14 modules"]
@@ -197,7 +197,7 @@ def test_layers_between_without_a_module_stay_blank() -> None:
     assert set(colours(figure)) == {(8.0, "mlp.up_proj"), (11.0, "mlp.up_proj")}
 
 
-def test_modules_of_no_layer_stand_right_of_all_layers() -> None:
+def test_modules_outside_all_layers_are_right_of_all_layers() -> None:
     figure = cosine_map(llama(3, outside=("lm_head",)), ["lm_head"], "small")
     (place,) = dots(figure)
     assert place[0] > 2.5
@@ -212,7 +212,7 @@ def test_modules_of_no_layer_stand_right_of_all_layers() -> None:
     assert [label.get_text() for label in alone.axes[0].get_xticklabels()] == ["no\nlayer"]
 
 
-def test_cosines_that_are_all_but_equal_do_not_fill_the_scale() -> None:
+def test_almost_equal_cosines_do_not_fill_the_colour_scale() -> None:
     rows = {
         f"model.layers.{layer}.mlp.up_proj": ModuleRow(0.5 + layer * 1e-9, 0.5)
         for layer in range(3)
@@ -227,7 +227,7 @@ def test_cosines_that_are_all_but_equal_do_not_fill_the_scale() -> None:
 
 
 @pytest.mark.parametrize("layers", [2, 32, 80])
-def test_no_word_of_a_map_is_cut_or_lies_on_another(layers: int) -> None:
+def test_no_text_of_a_map_is_cut_or_overlaps_another(layers: int) -> None:
     title = (
         "small, point 12 (rank=8 size=100 seed=0 threshold=0.3): a title that goes on for a "
         "good while"
@@ -269,7 +269,7 @@ def test_the_share_at_exactly_a_cosine_includes_its_module() -> None:
     ]
 
 
-def test_the_share_curve_is_the_gate() -> None:
+def test_the_share_curve_equals_the_gate() -> None:
     rows = llama(32)
     drawn = curve(share_figure({"adapter": rows}))
     for threshold in (
@@ -315,7 +315,7 @@ def test_an_adapter_without_cosines_is_never_projected() -> None:
     } == {0.0}
 
 
-def test_nothing_to_draw_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
+def test_nothing_to_draw_is_an_error_that_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank=8: there is no module"):
         cosine_map({}, [], "rank=8")
     with pytest.raises(ValueError, match="no adapter is given"):
@@ -328,7 +328,9 @@ def test_nothing_to_draw_is_an_error_that_says_what_is_missing(tmp_path: Path) -
 
 
 def test_a_projected_module_that_was_not_measured_is_an_error() -> None:
-    with pytest.raises(ValueError, match="elsewhere is projected, but is none of the 14 modules"):
+    with pytest.raises(
+        ValueError, match="elsewhere is projected, but is not one of the 14 measured"
+    ):
         cosine_map(llama(2), ["elsewhere"], "small")
 
 
@@ -377,7 +379,7 @@ def test_importing_the_figures_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_projection_report_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_projection_report_is_one_file_that_loads_nothing_else(tmp_path: Path) -> None:
     rows = {
         **projected().rows,
         "lm_head": ModuleRow(None, None, "not in /home/someone/base/model.safetensors"),
@@ -425,7 +427,7 @@ def test_the_projection_report_is_one_file_that_asks_for_nothing(tmp_path: Path)
         assert expected in text
 
 
-def test_every_module_has_a_row_with_what_became_of_it(tmp_path: Path) -> None:
+def test_every_module_has_a_row_with_its_outcome(tmp_path: Path) -> None:
     adapter = projected(32)
     text = write_projection_report(tmp_path / "p.html", {"adapter": adapter}, {}, [])[
         "report"
@@ -441,7 +443,7 @@ def test_every_module_has_a_row_with_what_became_of_it(tmp_path: Path) -> None:
     assert 'role="note"' not in text
 
 
-def test_no_name_or_note_can_bring_markup_in(tmp_path: Path) -> None:
+def test_names_and_notes_are_escaped(tmp_path: Path) -> None:
     rows = {"<b>.0.<script>": ModuleRow(0.1, 0.1), "x": ModuleRow(None, None, "<i>")}
     adapters = {"<u>": ProjectedRows(rows, frozenset())}
     text = write_projection_report(tmp_path / "p.html", adapters, {"<s>": "<em>"}, ["<q>"])[
@@ -470,7 +472,7 @@ def test_maps_of_the_first_adapters_are_drawn_and_the_others_counted(tmp_path: P
 
 
 @pytest.mark.slow
-def test_names_that_no_file_may_have_stay_apart(tmp_path: Path) -> None:
+def test_names_that_are_invalid_for_files_get_unique_file_names(tmp_path: Path) -> None:
     adapters = {"a b": projected(), "a/b": projected(), "é": projected()}
     names = ["cosines-a-b", "cosines-a-b-2", "cosines-adapter", "share"]
     written = write_projection_report(tmp_path / "p.html", adapters, {}, [])

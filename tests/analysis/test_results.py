@@ -1,6 +1,4 @@
-"""Results read from a store: here its artifacts are made up, each under the key that its stage
-has.
-"""
+"""Results read from a store with synthetic artifacts, each under the key of its stage."""
 
 import json
 from pathlib import Path
@@ -53,8 +51,9 @@ def home(tmp_path: Path) -> Home:
 
 
 def make(stage: Stage, store: Store, successes: int) -> Artifact:
-    """A stage with all that it reads from; a score has so many successes of ten, its second scorer
-    one fewer.
+    """Write the artifacts of a stage and its inputs.
+
+    A score has `successes` of ten; its second scorer has one fewer.
     """
     for item in stage.inputs.values():
         above = item.stage if isinstance(item, Part) else item
@@ -86,7 +85,7 @@ def make(stage: Stage, store: Store, successes: int) -> Artifact:
     return store.commit(folder.parent, hashed, {"seconds": 1.0})
 
 
-def a_point(study: Study, home: Home) -> Result:
+def measured_point(study: Study, home: Home) -> Result:
     """Seed 0 refuses 6 of 10, seed 1 refuses 8."""
     point = Point.of("7b", {"train.rank": 2, "apply.threshold": 0.5})
     stages = StageGraph(study, home).stages_for(point)
@@ -95,8 +94,8 @@ def a_point(study: Study, home: Home) -> Result:
     return result_of(study, 0, point, stages, Resolver(home.store))
 
 
-def test_samples_of_a_point_come_by_seed_and_make_its_metric(study: Study, home: Home) -> None:
-    result, evidence = a_point(study, home), StoredEvidence(StudyView(study, home))
+def test_samples_of_a_point_are_by_seed_and_add_up_to_its_metric(study: Study, home: Home) -> None:
+    result, evidence = measured_point(study, home), StoredEvidence(StudyView(study, home))
     found = evidence.samples(result, "refusal")
     assert {seed: sum(sample.success for sample in samples) for seed, samples in found.items()} == {
         0: 6,
@@ -107,7 +106,7 @@ def test_samples_of_a_point_come_by_seed_and_make_its_metric(study: Study, home:
 
 
 def test_the_agreement_of_a_point_is_added_up_over_its_seeds(study: Study, home: Home) -> None:
-    result, evidence = a_point(study, home), StoredEvidence(StudyView(study, home))
+    result, evidence = measured_point(study, home), StoredEvidence(StudyView(study, home))
     found = evidence.agreement(result, "refusal")
     assert found is not None
     assert found.counts == {
@@ -115,10 +114,10 @@ def test_the_agreement_of_a_point_is_added_up_over_its_seeds(study: Study, home:
         "prefix": {"refused": 12, "n": 20},
     }
     assert (found.pairs[0].n, found.pairs[0].agree) == (20, 0.9)
-    assert evidence.agreement(result, "task") is None  # one scorer, whatever its file says
+    assert evidence.agreement(result, "task") is None  # one scorer has no agreement
 
 
-def test_the_aligned_model_has_its_samples_once_it_was_measured(study: Study, home: Home) -> None:
+def test_the_aligned_model_has_samples_after_its_measurement(study: Study, home: Home) -> None:
     assert StoredEvidence(StudyView(study, home)).samples("7b", "refusal") == {}
     assert StoredEvidence(StudyView(study, home)).agreement("7b", "refusal") is None
     for stage in StageGraph(study, home).baselines()["7b"].values():
@@ -133,7 +132,7 @@ def test_the_aligned_model_has_its_samples_once_it_was_measured(study: Study, ho
 
 
 def test_a_point_of_which_a_seed_is_missing_has_no_samples_yet(study: Study, home: Home) -> None:
-    result = a_point(study, home)
+    result = measured_point(study, home)
     half = Result(
         0,
         result.point,
@@ -171,9 +170,9 @@ def test_only_the_blocks_that_a_raced_points_metrics_count_are_read(
 
 
 def test_a_damaged_agreement_is_named(study: Study, home: Home) -> None:
-    result = a_point(study, home)
+    result = measured_point(study, home)
     path = home.store.open("score", result.keys["refusal[seed=1]"]).path / ScoreSpec.AGREEMENT
     for content in ("{", "{}", "[]"):
         path.write_text(content)
-        with pytest.raises(EvaluationError, match="what scorers said.*agreement.json"):
+        with pytest.raises(EvaluationError, match="scorer verdicts is damaged.*agreement.json"):
             StoredEvidence(StudyView(study, home)).agreement(result, "refusal")

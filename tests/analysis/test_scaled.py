@@ -1,22 +1,22 @@
-"""A study with a stage of its own behind the training, as docs/adding-a-stage-kind.md adds one:
+"""A study with an added stage after the training, as in docs/adding-a-stage-kind.md:
 `scale.factor` multiplies every update.
 """
 
 from dataclasses import replace
 
 import pytest
-from ebbline.analysis.results.measurements import partners, unprojected
 
 from ebbline.analysis.results.before_after import trios
+from ebbline.analysis.results.measurements import partners, unprojected
 from ebbline.sweeps.study.points import Point, Result, training_of, without_defence
 from ebbline.sweeps.study.study import Study
 from tests.analysis.conftest import result
 
-FACTORS = (0.25, 1.0, 0.5)  # the one that changes nothing is not the first
+FACTORS = (0.25, 1.0, 0.5)  # 1.0, which changes nothing, is not the first
 
 
 def scaled(number: int, factor: float, threshold: float | None) -> Result:
-    """One of the page's points. A factor of 1 is no stage at all."""
+    """One of the page's points; a factor of 1 has no scaling stage."""
     plain = result(number, threshold=threshold, share=None if threshold is None else 0.4)
     point = Point.of(plain.point.model, {**dict(plain.point.values), "scale.factor": factor})
     own = {} if factor == 1.0 else {"scale[seed=0]": f"{number:x}"}
@@ -50,7 +50,7 @@ def test_three_factors_of_one_training_are_one_unprojected_point_the_unscaled_on
     assert dict(plain.point.values)["scale.factor"] == 1.0
 
 
-def test_a_training_that_was_only_ever_scaled_has_no_unprojected_point(
+def test_a_training_with_scaled_points_only_has_no_unprojected_point(
     points: list[Result],
 ) -> None:
     assert unprojected([each for each in points if "scale[seed=0]" in each.keys]) == {}

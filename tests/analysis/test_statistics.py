@@ -54,7 +54,7 @@ def samples(successes: Sequence[bool], categories: Sequence[str] = ()) -> list[S
 def both_sides(
     rows: Sequence[Sequence[tuple[bool, bool]]],
 ) -> tuple[dict[int, list[Sample]], dict[int, list[Sample]]]:
-    """A row for each prompt, in it (before, after) for each seed."""
+    """The two sides of `rows`: a row for each prompt, with (before, after) for each seed."""
     before, after = (
         {seed: samples([row[seed][side] for row in rows]) for seed in range(len(rows[0]))}
         for side in (0, 1)
@@ -118,7 +118,7 @@ def test_swapping_before_and_after_flips_the_sign(rows: list[list[tuple[bool, bo
 
 @few
 @given(seeded)
-def test_the_interval_holds_the_difference_and_the_counts_the_whole(
+def test_the_interval_contains_the_difference_and_the_counts_add_up(
     rows: list[list[tuple[bool, bool]]],
 ) -> None:
     before, after = both_sides(rows)
@@ -148,7 +148,7 @@ def test_the_order_of_the_samples_does_not_matter(
 
 @few
 @given(pairs, st.integers(2, 4))
-def test_seeds_that_say_the_same_are_no_more_evidence_than_one(
+def test_seeds_with_equal_answers_count_as_one_seed(
     rows: list[tuple[bool, bool]], seeds: int
 ) -> None:
     one = paired_replicates(*both_sides([[row] for row in rows]))
@@ -159,14 +159,14 @@ def test_seeds_that_say_the_same_are_no_more_evidence_than_one(
     )
 
 
-def test_sets_with_other_ids_are_not_paired_and_no_text_is_told() -> None:
+def test_sets_with_other_ids_are_not_paired_and_the_error_has_no_text() -> None:
     before = samples([True, False, True])
     with pytest.raises(EvaluationError, match=r"^2 of 4 ids are not in every set") as caught:
         paired(before, [*before[:2], Sample("secret", "", "refused", "", True)])
     assert "secret" not in str(caught.value)
 
 
-def test_an_id_given_twice_and_other_seeds_are_errors() -> None:
+def test_duplicate_ids_and_other_seeds_are_errors() -> None:
     before = samples([True, False])
     with pytest.raises(EvaluationError, match="1 of 3 samples repeat the id"):
         paired(before, [*before, before[0]])
@@ -217,7 +217,7 @@ def test_categories_add_up_to_the_whole(rows: list[list[tuple[bool, str]]]) -> N
     )
 
 
-def test_a_category_has_its_seeds_apart_and_its_undecided_counted() -> None:
+def test_a_category_keeps_each_seeds_rate_and_counts_undecided_samples() -> None:
     odd = Sample("x", "fire", "undecided", "empty", False)
     found = by_category(
         REFUSAL, {0: [*samples([True], ["fire"]), odd], 1: [*samples([False], ["fire"]), odd]}
@@ -225,13 +225,13 @@ def test_a_category_has_its_seeds_apart_and_its_undecided_counted() -> None:
     assert found == {"fire": Metric(REFUSAL, 1, 4, undecided=2, seeds=(0.5, 0.0))}
 
 
-def test_a_mean_is_not_told_from_samples() -> None:
-    with pytest.raises(EvaluationError, match="no share of successes"):
+def test_a_mean_has_no_rate_by_category() -> None:
+    with pytest.raises(EvaluationError, match="not a share of successful samples"):
         by_category("task.rouge_l", {0: samples([True])})
 
 
 def test_corrected_p_values_are_benjamini_and_hochbergs() -> None:
-    # Their 15 p-values: at a false discovery rate of 0.05 the first four are rejected, where
+    # Their 15 p-values: at a false discovery rate of 0.05 the first four hypotheses are rejected;
     # Bonferroni and Holm reject three.
     values = [
         0.0001,

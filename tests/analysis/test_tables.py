@@ -1,4 +1,4 @@
-"""The tables: every point has a row, nothing missing becomes a number, and the terminal's table is
+"""The tables: every point has a row, a missing value stays missing, and the terminal's table is
 golden.
 """
 
@@ -55,7 +55,7 @@ def test_a_failed_point_has_a_row_with_its_reason_and_no_numbers() -> None:
     assert not row["on_frontier"]
 
 
-def test_intervals_counts_and_seed_spread_stand_beside_the_value() -> None:
+def test_intervals_counts_and_seed_spread_are_columns_beside_the_value() -> None:
     metric = Metric(REFUSAL, 90, 100, undecided=3, seeds=(0.88, 0.92))
     row = results_frame([Result(0, result(0).point, "done", {REFUSAL: metric})], [REFUSAL]).iloc[0]
     assert (row[REFUSAL], row[f"{REFUSAL}_n"], row[f"{REFUSAL}_undecided"]) == (0.9, 100, 3)
@@ -167,13 +167,13 @@ def test_without_samples_there_are_no_categories_but_a_table(
     assert list(agreement_cells(study, results, NO_EVIDENCE)) == []
 
 
-def test_a_mean_has_no_categories_as_samples_do_not_tell_it(study: Study) -> None:
+def test_a_suite_whose_metric_is_a_mean_has_no_categories(study: Study) -> None:
     task = study.suites["task"].model_copy(update={"measure": TaskSuite(scorer="rouge_l")})
     changed = study.model_copy(update={"suites": {**study.suites, "task": task}})
     assert set(categories_frame(changed, [result(0)], {}, held())["suite"]) == {"refusal"}
 
 
-def test_the_point_to_ship_stands_beside_its_aligned_model_by_category(study: Study) -> None:
+def test_the_operating_point_is_compared_with_its_aligned_model_by_category(study: Study) -> None:
     results = [result(0, refusal=0.3), result(1, refusal=0.95, share=0.5, threshold=0.5)]
     ((title, cells),) = category_cells(
         study, results, held()
@@ -212,5 +212,5 @@ def test_scorers_that_differ_are_shown_with_their_kappa(study: Study) -> None:
     ]
 
 
-def test_a_difference_of_nothing_has_no_minus() -> None:
+def test_a_difference_that_rounds_to_zero_has_no_minus() -> None:
     assert (in_points(-0.0001), in_points(0.123), in_points(-0.5)) == ("+0.0", "+12.3", "-50.0")

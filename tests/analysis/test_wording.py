@@ -1,5 +1,5 @@
-"""What a failure's reason says once it leaves this machine: no folder, no host, and still what went
-wrong. And how far a stage is, in a sentence.
+"""A failure's reason for publication: no folder, no host, and still the cause. The progress of a
+stage as a label.
 """
 
 import platform
@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from ebbline.analysis.results.wording import FOLDER, HOST, progress_label, without_paths
 from ebbline.sweeps.drive.live import AtWork
 
-# "alice-smith" rather than letters at random, so that no part is a word of the sentence; also
-# spaces, quotes and signs within.
+# Parts begin with q or z, so that none is a word of the sentence; they also have spaces, quotes and
+# signs.
 PARTS = st.from_regex(
     re.compile(r"[qz][a-z0-9=+@%_-]{2,6}([ ',.:][qz][a-z0-9]{2,5}){0,2}", re.ASCII), fullmatch=True
 )
 
 
 @pytest.mark.parametrize(
-    ("said", "left"),
+    ("reason", "left"),
     [
         ("no such folder /home/alice", f"no such folder {FOLDER}"),
         ("/root is full", f"{FOLDER} is full"),
@@ -39,8 +39,8 @@ PARTS = st.from_regex(
         ("out of memory (to see it again: ebbline stage x)", "out of memory"),
     ],
 )
-def test_a_path_leaves_the_name_of_its_file_at_most(said: str, left: str) -> None:
-    assert without_paths(said) == left
+def test_a_path_leaves_the_name_of_its_file_at_most(reason: str, left: str) -> None:
+    assert without_paths(reason) == left
 
 
 @given(st.lists(PARTS, min_size=1, max_size=5), st.sampled_from(["'", '"', "`"]), st.booleans())
@@ -60,7 +60,7 @@ def test_no_folder_of_any_path_to_a_file_survives(parts: list[str], after: str) 
     )
 
 
-def test_the_users_home_goes_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_home_is_removed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/Users/Zoe Q")
     monkeypatch.setenv("EBBLINE_HOME", "/srv/our runs")
     assert str(Path.home()) == "/Users/Zoe Q"
@@ -71,18 +71,18 @@ def test_the_users_home_goes_wherever_it_stands(monkeypatch: pytest.MonkeyPatch)
     assert without_paths("nothing in /srv/our runs yet") == f"nothing in {FOLDER} yet"
 
 
-def test_hosts_and_addresses_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_and_addresses_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "node", lambda: "login7.cluster.lab")
-    said = (
+    reason = (
         "node gpu-12 (10.1.2.3) was lost, as login7 and LOGIN7.cluster.lab say; gpu-120 and "
         "here are well"
     )
     left = f"node {HOST} ({HOST}) was lost, as {HOST} and {HOST} say; gpu-120 and here are well"
-    assert without_paths(said, {"gpu-12/0123456789ab", "here"}) == left
+    assert without_paths(reason, {"gpu-12/0123456789ab", "here"}) == left
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence"),
+    ("fields", "sentence"),
     [
         ({}, ""),
         ({"progress": {"done": 4, "total": 9, "note": "completions"}}, "completions (4/9)"),
@@ -93,7 +93,7 @@ def test_hosts_and_addresses_go(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"said": "loss 0.310 (4/9)"}, "loss 0.310 (4/9)"),  # a snapshot of an earlier version
     ],
 )
-def test_how_far_a_stage_is_is_one_sentence(told: dict[str, object], sentence: str) -> None:
+def test_the_progress_of_a_stage_is_one_label(fields: dict[str, object], sentence: str) -> None:
     stage = {"kind": "train", "label": "train 7b", "key": "f", "host": "here", "gpus": 1}
-    at_work = AtWork.model_validate({**stage, "started": 0.0, "expected_s": 9.0, **told})
+    at_work = AtWork.model_validate({**stage, "started": 0.0, "expected_s": 9.0, **fields})
     assert progress_label(at_work) == sentence
