@@ -168,8 +168,8 @@ class Request:
 
     `inputs`, `out`, `log` and `scratch` are local paths when the stage's function runs. The runner
     may write URLs; the worker then copies the content to its machine, into a cache of at most
-    `cache_gb`. Neighbours in a batch with an equal, non-empty `pack` are trained together, as long
-    as their `pack_share` of a GPU's memory add up to at most 1.
+    `cache_gb`. Neighbours in a batch with an equal, non-empty `pack` are trained together, while
+    the sum of their `pack_share` is at most 1. A share is of a GPU's memory.
     """
 
     key: str

@@ -141,9 +141,8 @@ def read_prompts(
 
     `label` keeps the prompts with that label; a set without labels is kept whole. `limit` then
     keeps that many prompts, evenly spaced, because many files are sorted by category. A duplicate
-    id gets its line appended. Raises DataError for an empty set, a row without a prompt (or, with
-    `needs_answer`, without an answer), columns that the format does not have, and a label that no
-    prompt has.
+    id gets its line appended. Raises DataError for an empty set, the wrong columns, a row without
+    a prompt, and a label that no prompt has; with `needs_answer`, for a row without an answer too.
     """
     if limit is not None and limit < 1:
         raise DataError(
