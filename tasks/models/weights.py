@@ -320,7 +320,7 @@ def _model_types(config: Mapping[str, Any]) -> set[str]:
     return own.union(*(_model_types(part) for part in config.values() if isinstance(part, dict)))
 
 
-def inside(folder: Path) -> list[str]:
+def adapters_in(folder: Path) -> list[str]:
     """The names of the folders in `folder` that hold adapters. PEFT saves every adapter there whose
     name is not `default`.
     """
@@ -334,7 +334,7 @@ def _no_adapter(folder: Path) -> str:
             if folder.exists()
             else f"there is no folder {folder}"
         )
-    if names := inside(folder):
+    if names := adapters_in(folder):
         return (
             f"{folder} holds no adapter itself, but its folders do: "
             f"{', '.join(names)}. Name one, as {folder / names[0]}"
