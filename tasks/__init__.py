@@ -1,5 +1,5 @@
 """What a stage is: its Spec, how it runs, and what identifies it.
 
-Folders: models, data, training, defences, measuring. Imports nothing of ebbline from outside this
-folder. Only what runs in a worker imports torch.
+Folders: models, data, training, defences, measuring. This folder imports nothing else of ebbline.
+Only code that runs in a worker imports torch.
 """

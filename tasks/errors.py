@@ -1,33 +1,34 @@
 """Every error that ebbline raises on purpose.
 
     EbblineError
-    ├── StudyError        a study file or a command asks for something that cannot be
+    ├── StudyError        a study file or a command has an invalid setting
     │   └── StudyHeld     another driver holds the study
-    ├── PinError          a model or data set is not pinned to its content, or differs from its pin
-    ├── UnstableValue     a value that cannot be hashed the same way twice
-    ├── DataError         a data file is missing, empty, truncated or of another shape
-    ├── ModelError        a model or adapter cannot be loaded, or is not what the stage needs
-    ├── TrainingError     training produced something that must not be kept (NaN loss, empty
-    │   │                 adapter), or cannot fit in memory
-    │   └── OutOfMemory   a gang ran out of memory, and may try again with a smaller micro-batch
+    ├── PinError          a model or data set has no pin, or its content differs from its pin
+    ├── UnstableValue     a value has no stable hash
+    ├── DataError         a data file is missing, empty, truncated or of another format
+    ├── ModelError        a model or adapter cannot be loaded, or is of the wrong kind for the stage
+    ├── TrainingError     a training does not fit in memory, or its result is invalid (NaN loss,
+    │   │                 empty adapter)
+    │   └── OutOfMemory   a gang ran out of memory; a smaller micro-batch may fit
     ├── ProjectionError   Safe LoRA cannot be computed for these weights
-    ├── EvaluationError   a measurement cannot be made; it never becomes a number
-    │   └── EndpointDown  a judge's endpoint or the model hub answers nothing; no fault of the stage
-    ├── DatabaseLost      the database that holds a study's points cannot be reached, or went away
-    ├── ClusterLost       the place where stages ran is gone; what was finished is not
-    ├── Leaving           the machine is about to go; the stage has saved what it had, and continues
+    ├── EvaluationError   a measurement failed; it has no number
+    │   └── EndpointDown  a judge's endpoint or the model hub does not answer; the stage is
+    │                     not at fault
+    ├── DatabaseLost      the database of a study's points cannot be reached
+    ├── ClusterLost       the cluster is gone; the store keeps the finished stages
+    ├── Leaving           the machine is about to go; the stage saved a checkpoint and continues
     │                     elsewhere
     └── StoreError        the artifact store is damaged or cannot be written
-        ├── DiskFull      there is no space left where the store lies
-        ├── Incomplete    an artifact was asked for that is not complete
-        └── Differs       what retention had dropped was made again and came out otherwise
+        ├── DiskFull      the store's disk is full
+        ├── Incomplete    a requested artifact is not complete
+        └── Differs       an artifact that retention had dropped has other content when recomputed
 
 A message says what failed, the offending value, where (path, key, line) and what to do next.
 """
 
 
 class EbblineError(Exception):
-    """Anything ebbline refuses to do, with a message meant for the person at the terminal."""
+    """An error that ebbline raises on purpose, with a message for the person at the terminal."""
 
 
 class StudyError(EbblineError):
@@ -59,9 +60,7 @@ class TrainingError(EbblineError):
 
 
 class OutOfMemory(TrainingError):
-    """`micro_batch` is what to try next: the checkpoint in the scratch folder goes on from where it
-    was.
-    """
+    """Retry with `micro_batch`: the training resumes from its checkpoint in the scratch folder."""
 
     def __init__(self, message: str, micro_batch: int) -> None:
         super().__init__(message)

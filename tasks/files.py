@@ -1,4 +1,4 @@
-"""Output files that are whole or absent: a reader never meets half of one."""
+"""Output files that are whole or absent: no reader sees half of one."""
 
 import os
 import uuid
@@ -7,8 +7,9 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object], durable: bool = False) -> Path:
-    """Let `write` fill a file of a random name beside `path`, then rename it there. The suffix
-    stays, so that a writer can go by it. A `durable` file is on the disk before it gets its name.
+    """Call `write` with a temporary file beside `path`, then rename that file to `path`. The
+    temporary name keeps the suffix, because some writers choose the format by it. With `durable`,
+    the bytes are on the disk before the rename.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
@@ -23,7 +24,7 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Fal
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a file is one that `write_whole` still fills, or that a killed process left."""
+    """Whether `write_whole` is still writing this file, or a killed process left it."""
     return Path(name).name.startswith(".")
 
 

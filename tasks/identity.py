@@ -1,8 +1,8 @@
 """Identity: what makes two stages the same stage.
 
-Everything that is hashed anywhere goes through `digest` (values) or `digest_files` (content). Both
-give lower-case hex sha256. `digest` refuses any value whose bytes could differ between two
-processes or two machines.
+Everything that is hashed goes through `digest` (values) or `digest_files` (content). Both return
+lower-case hex sha256. `digest` rejects any value whose bytes could differ between two processes or
+two machines.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from ebbline.tasks.files import write_whole
 
 
 def canonical(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII. Raises UnstableValue on all that
-    JSON cannot keep.
+    """The one JSON text of a value: sorted keys, no spaces, ASCII. Raises UnstableValue for a value
+    that JSON does not preserve.
     """
     _check(value, "value")
     return json.dumps(
@@ -26,15 +26,15 @@ def canonical(value: object) -> str:
 
 
 def digest(value: object) -> str:
-    """sha256 of the canonical JSON of `value`; raises UnstableValue on sets, paths, NaN, bytes,
+    """sha256 of the canonical JSON of `value`. Raises UnstableValue for sets, paths, NaN, bytes and
     objects.
     """
     return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()
 
 
 def _check(value: object, where: str) -> None:
-    # Exact types: a bool is an int, an enum is a str, and a numpy float is a float, but their JSON
-    # is not what it seems.
+    # Exact types: an enum is also a str, a bool is also an int and a numpy float is also a float,
+    # but their JSON differs.
     if value is None or type(value) in (bool, int, str):
         return
     if type(value) is float:
@@ -45,7 +45,7 @@ def _check(value: object, where: str) -> None:
             )
         return
     if type(value) in (list, tuple):
-        # The exact type above narrows it.
+        # mypy does not narrow by the exact type above.
         for index, item in enumerate(value):  # type: ignore[arg-type, var-annotated]
             _check(item, f"{where}[{index}]")
         return
@@ -58,7 +58,7 @@ def _check(value: object, where: str) -> None:
             _check(item, f"{where}.{key}")
         return
     raise UnstableValue(
-        f"{where} is a {type(value).__name__}, which does not hash the same way twice. "
+        f"{where} is a {type(value).__name__}, which has no stable hash.  "
         "Pass text, numbers, lists or dicts."
     )
 
@@ -76,15 +76,15 @@ def folder_files(folder: Path) -> dict[str, str]:
 
 
 def digest_files(files: Mapping[str, str]) -> str:
-    """The content digest of a folder, from its files' digests. A folder and its copy elsewhere
-    agree.
+    """The content digest of a folder, from its files' digests. A folder and its copy elsewhere have
+    the same digest.
     """
     return digest(dict(files))
 
 
 def part_digest(files: Mapping[str, str], part: str) -> str:
-    """The content digest of one file, or of one sub-folder, of a folder given by its files'
-    digests.
+    """The content digest of one file or sub-folder of a folder that is given by its files' digests.
+    Raises DataError if the folder has no such part.
     """
     if part in files:
         return files[part]
@@ -101,23 +101,22 @@ def part_digest(files: Mapping[str, str], part: str) -> str:
 def content_digest(path: Path, cache: Path | None = None) -> str:
     """The content digest of a local file or folder.
 
-    With `cache` (a JSON file), a file whose path, size and modification time are known is not read
-    again: a 140 GB checkpoint is hashed once. Raises DataError if nothing is there or the folder is
-    empty.
+    `cache` (a JSON file) keeps the digest of each file by its path, size and modification time, so
+    a 140 GB checkpoint is hashed once. Raises DataError if nothing is there or the folder is empty.
     """
     if not path.exists():
         raise DataError(f"there is no file or folder at {path}")
-    known: dict[str, str] = (
+    cached: dict[str, str] = (
         json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
     )
-    seen = dict(known)
+    digests = dict(cached)
 
     def sha(file: Path) -> str:
         stat = file.stat()
         stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if stamp not in seen:
-            seen[stamp] = file_digest(file)
-        return seen[stamp]
+        if stamp not in digests:
+            digests[stamp] = file_digest(file)
+        return digests[stamp]
 
     if path.is_file():
         result = sha(path)
@@ -128,6 +127,6 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
         if not files:
             raise DataError(f"the folder {path} is empty")
         result = digest_files(files)
-    if cache is not None and seen != known:
-        write_whole(cache, lambda fresh: fresh.write_text(json.dumps(seen)))
+    if cache is not None and digests != cached:
+        write_whole(cache, lambda fresh: fresh.write_text(json.dumps(digests)))
     return result

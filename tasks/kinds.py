@@ -1,7 +1,6 @@
-"""Every kind of stage by its name, in the order in which a point meets them; tables show them in
-it.
+"""Every stage kind by its name, in the order in which a point runs them. Tables use this order.
 
-To add a kind, write its record (`ebbline.tasks.stage_kind`) and add one line to the tuple below:
+To add a kind, write its record (`ebbline.tasks.stage_kind`) and add one line to the tuple below;
 docs/adding-a-stage-kind.md shows how. No torch.
 """
 
@@ -46,7 +45,7 @@ STAGE_KINDS: Mapping[str, StageKind[Any]] = {
 
 
 def kind_named(name: str) -> StageKind[Any]:
-    """The kind of that name. Raises StudyError for one that this version does not know."""
+    """The kind of that name. Raises StudyError if this version has no such kind."""
     if name not in STAGE_KINDS:
         raise StudyError(f"no stage kind {name!r}; this version knows {sorted(STAGE_KINDS)}")
     return STAGE_KINDS[name]
@@ -59,5 +58,5 @@ def parsed_spec(request: Request) -> Spec:
 
 
 def request_payload(request: Request) -> dict[str, Any]:
-    """What the request's key was made from."""
+    """The value that the request's key hashes."""
     return key_payload(parsed_spec(request), request.contents)

@@ -1,9 +1,9 @@
-"""The typed parameters of the stage kinds: all that can change a stage's output, and nothing else.
-They are in one file as code below a kind's own reads them: memory is predicted from a TrainSpec.
+"""The typed settings of each stage kind: everything that can change a stage's output, and nothing
+else. They share one file because other code reads them too: memory is predicted from a TrainSpec.
 
-A Spec is hashed whole, defaults included, so a field added here re-keys its kind: raise VERSION
-when the meaning of a kind changes, and say "re-keys: KIND" in the change log. What does not change
-the output (devices, micro-batch, world size, ZeRO stage) lives in `ebbline.tasks.stage.Context`.
+A Spec is hashed whole, defaults included, so a new field re-keys its kind. Raise VERSION when the
+meaning of a kind changes, and write "re-keys: KIND" in the change log. Settings that do not change
+the output (device, micro-batch, world size, ZeRO stage) are in `ebbline.tasks.stage.Context`.
 """
 
 import re
@@ -15,8 +15,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def _number_from_yaml(value: object) -> object:
-    # YAML 1.1 reads 1e-4 (no dot) as text. The declared type decides, so only here, and only for
-    # text that is a number.
+    # YAML 1.1 reads 1e-4 (no dot) as text. Only fields declared as numbers convert it.
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
@@ -44,16 +43,16 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Frozen(BaseModel):
-    """Strict and immutable: an unknown key, a wrong type or a value out of range is an error with
-    its path.
+    """Strict and immutable: an unknown key, a wrong type or a value out of range is an error that
+    names its path.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Spec(Frozen):
-    """One stage kind's parameters. A kind's other class constants name the files and folders it
-    writes.
+    """The settings of one stage kind. A kind's other class constants name the files and folders
+    that it writes.
     """
 
     KIND: ClassVar[str]
@@ -85,8 +84,8 @@ class ConvertSpec(Spec):
 
 
 class DataSpec(Spec):
-    """The first `size` rows of a pool in the order that `seed` gives, a share of them from a second
-    set. Nested in `size`.
+    """The first `size` rows of a pool in the order that `seed` gives, with a share of rows from a
+    second set. A smaller set is the beginning of a larger one.
 
     Inputs: pool, and mix when mix_share > 0.
     """
@@ -99,8 +98,8 @@ class DataSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """One fine-tuning: a LoRA adapter, or all weights. `steps`, when given, is its length in place
-    of epochs.
+    """One fine-tuning, of a LoRA adapter or of all weights. `steps`, if given, sets its length
+    instead of `epochs`.
 
     Inputs: model, data.
     """
@@ -151,8 +150,8 @@ class TrainSpec(Spec):
 
 
 class SubspaceSpec(Spec):
-    """The exact projector's basis of every target module, holding `energy` of ||aligned -
-    base||_F^2. Inputs: base, aligned.
+    """The exact projector's basis for every target module. It keeps the share `energy` of ||aligned
+    - base||_F^2. Inputs: base, aligned.
     """
 
     KIND: ClassVar[str] = "subspace"
@@ -178,15 +177,15 @@ class ProjectSpec(Spec):
     def _exact_states_its_energy(self) -> Self:
         if (self.projector == "exact") != (self.energy is not None):
             raise ValueError(
-                "the exact projector needs `energy` (the share of V's energy its columns "
-                "keep, e.g. 0.9), the approximate one has none"
+                "the exact projector needs `energy` (the share of V's energy that its "
+                "columns keep, e.g. 0.9); the approximate one has none"
             )
         return self
 
 
 class ApplySpec(Spec):
-    """Which modules take C.B: those with cosine <= threshold, or the n lowest; neither leaves the
-    adapter as it is.
+    """Which modules get C.B: those with cosine <= threshold, or the n with the lowest cosines.
+    Without either setting the adapter stays as it is.
 
     Inputs: adapter, projection.
     """
@@ -204,8 +203,8 @@ class ApplySpec(Spec):
 
 
 class Block(Frozen):
-    """Rows `index` x `size` onwards of a set, in a random order that is the same for every
-    model.
+    """The `size` rows of a set that begin at row `index` x `size`, in a random order that is the
+    same for every model.
     """
 
     index: Annotated[int, Field(ge=0)]
@@ -213,12 +212,12 @@ class Block(Frozen):
 
 
 class GenerateSpec(Spec):
-    """Greedy completions of a prompt set, one a prompt. Inputs: model, prompts, and adapter if
-    there is one.
+    """Greedy completions, one for each prompt of a set. Inputs: model, prompts, and optionally
+    adapter.
 
-    `label` keeps the rows of a set that are so labelled (XSTest has both); a set without labels is
-    kept whole. With `needs_answer` a row without a reference answer is an error now, not after the
-    generation. The backend is identity: its kernels round otherwise.
+    `label` keeps only the rows with that label (XSTest has both); a set without labels is kept
+    whole. With `needs_answer`, a row without a reference answer is an error before the generation
+    starts. The backend is part of the identity, because its kernels round differently.
     """
 
     KIND: ClassVar[str] = "generate"
@@ -239,18 +238,18 @@ class GenerateSpec(Spec):
     def _vllm_has_its_own_quantisation(self) -> Self:
         if self.backend == "vllm" and self.quantisation == "int8":
             raise ValueError(
-                "the backend vllm loads bitsandbytes weights as nf4 only; measure int8 "
-                "with transformers"
+                "the backend vllm loads bitsandbytes weights as nf4 only; use the backend "
+                "transformers for int8"
             )
         return self
 
 
 class JudgeSpec(Spec):
-    """What a judge says of each completion. Inputs: generation, and model unless the judge is an
+    """A judge's verdict on each completion. Inputs: generation, and model unless the judge is an
     endpoint.
 
-    `endpoint` is the URL of an OpenAI-compatible API and `model` what it calls the judge there;
-    both are identity, but what an endpoint answers may change without notice. `refused` is the
+    `endpoint` is the URL of an OpenAI-compatible API and `model` the judge's name there. Both are
+    part of the identity, but an endpoint's answers may change without notice. `refused` is the
     label of a classifier that means a refusal.
     """
 
@@ -269,13 +268,13 @@ class JudgeSpec(Spec):
     def _an_endpoint_names_its_model(self) -> Self:
         if (self.endpoint is None) != (self.model is None):
             raise ValueError(
-                "give `endpoint` and `model` together: the URL, and what the endpoint "
-                "calls the judge"
+                "give `endpoint` and `model` together: the URL, and the judge's name at "
+                "that endpoint"
             )
         if (self.template == "classifier") != (self.refused is not None):
             raise ValueError(
-                "`refused` names the label that means a refusal; the template 'classifier' "
-                "needs it, and no other has it"
+                "`refused` names the label that means a refusal; only the template "
+                "'classifier' has it, and needs it"
             )
         if self.template == "classifier" and self.endpoint is not None:
             raise ValueError("a classifier has no endpoint; give its model")
@@ -283,11 +282,11 @@ class JudgeSpec(Spec):
 
 
 class ScoreSpec(Spec):
-    """A verdict on each completion, and the metrics over them. Inputs: generation, and `judge_NAME`
-    for each judge among the scorers.
+    """A verdict on each completion, and the metrics over all verdicts. Inputs: generation, and
+    `judge_NAME` for each judge among the scorers.
 
-    `scorer` gives the metric; those in `also` score the same completions beside it, and agreement
-    says how far they concur.
+    `scorer` gives the metric. The scorers in `also` score the same completions, and the agreement
+    file compares their verdicts.
     """
 
     KIND: ClassVar[str] = "score"
@@ -298,8 +297,8 @@ class ScoreSpec(Spec):
 
 
 class EvaluateSpec(Spec):
-    """An lm-eval task on one model, with an adapter or without. Inputs: model, prompts (the task's
-    data), and adapter if there is one.
+    """An lm-eval task on one model, with or without an adapter. Inputs: model, prompts (the task's
+    data), and optionally adapter.
     """
 
     KIND: ClassVar[str] = "evaluate"

@@ -1,9 +1,21 @@
-"""Stages: a Spec plus the named things it reads from; and how one attempt at a stage is described.
+"""Stages: a Spec with its named inputs; and one attempt at a stage, as data.
 
-Identity is in three steps. A stage's `lineage` is known before anything runs and says which stages
-are the same request. Its `key` is known once its inputs are done, because it hashes their
-*content*: a stage whose inputs came out the same is never run again. Its artifact's content digest
-then feeds the keys of the stages behind it.
+A stage has an identity in three steps:
+
+1. Its `lineage` hashes the Spec and the lineages of the inputs, before anything runs. Stages of
+   equal lineage are one stage.
+2. Its `key` hashes the Spec and the *content* of the inputs, once these are complete. A stage
+   whose key is in the store does not run.
+3. The content digest of its artifact goes into the keys of the stages that read it.
+
+When does a stage run anew? For data -> train -> generate:
+
+    change                            runs                     because
+    data.size                         data, train, generate    the content of data.jsonl differs
+    train.rank                        train, generate          the key of data is equal
+    a blank line in the pool          data                     its data.jsonl comes out equal
+    the pool in another folder        nothing                  a location is never hashed
+    device, micro-batch, gang size    nothing                  these are Context, never hashed
 """
 
 import json
@@ -20,8 +32,8 @@ from ebbline.tasks.specs import Spec
 
 @dataclass(frozen=True)
 class Source:
-    """Pinned content from outside: `content` is its digest, `location` where to find it (never
-    hashed).
+    """Pinned content from outside: `content` is its digest; `location` says where it is and is
+    never hashed.
 
     A location is an absolute path, or `hub:model:ID@COMMIT` / `hub:dataset:ID@COMMIT`.
     """
@@ -48,9 +60,7 @@ class Stage:
 
     @cached_property
     def lineage(self) -> str:
-        """Equal for two stages that ask for the same thing, whatever their inputs turn out to
-        contain.
-        """
+        """Equal for two stages with the same request, whatever content their inputs have."""
         return digest(
             {
                 **spec_payload(self.spec),
@@ -65,7 +75,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Part:
-    """One file or folder of what a stage produced; only that part's content counts."""
+    """One file or folder of a stage's output; only this part's content goes into keys."""
 
     stage: Stage
     path: str
@@ -84,7 +94,7 @@ def stage_of(item: Input) -> Stage | None:
 
 
 def closure(stages: Iterable[Stage]) -> Iterator[Stage]:
-    """Stages and all that they are made from, each once, inputs first."""
+    """The stages and all stages that they read from, each once, inputs first."""
     seen: set[str] = set()
 
     def walk(stage: Stage) -> Iterator[Stage]:
@@ -111,14 +121,14 @@ def key_payload(spec: Spec, contents: Mapping[str, str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Context:
-    """How one attempt runs. Never hashed; what matters of it is recorded as provenance.
+    """How one attempt runs. Never hashed; the attempt's record keeps what matters as provenance.
 
     `scratch` outlives the attempt (checkpoints); `log` belongs to it. `rank` and `world_size`
-    describe a gang, `micro_batch`, `zero_stage` and `gradient_checkpointing` (None: on GPUs) how a
-    training is laid out in memory. `leaving` turns true when a machine of the attempt is about to
-    go: checkpoint, and raise Leaving. `step_done` is told of each step of a training: its number,
-    how many there are, its loss and its learning rate. `saved` is told of every checkpoint that is
-    whole on the disk.
+    describe a gang. `micro_batch`, `zero_stage` and `gradient_checkpointing` (None: on GPUs)
+    describe the memory layout of a training. `leaving` returns true when a machine of the attempt
+    is about to go: the stage then saves a checkpoint and raises Leaving. `step_done` gets (step,
+    steps, loss, learning rate) after each step of a training. `saved` is called after each complete
+    checkpoint in `scratch`.
     """
 
     log: Path
@@ -134,15 +144,15 @@ class Context:
     progress: Callable[[int, int, str], None] = lambda done, total, note: None
     step_done: Callable[[int, int, float, float], None] = lambda step, steps, loss, rate: None
     leaving: Callable[[], bool] = lambda: False
-    saved: Callable[[], None] = lambda: None  # called after a checkpoint was written to `scratch`
+    saved: Callable[[], None] = lambda: None
     gradient_checkpointing: bool | None = None
     # ebbline.tasks.models.loading.Residents: what this process keeps loaded between stages
     residents: Any = None
 
     @property
     def recomputes(self) -> bool:
-        """Whether a LoRA training computes each layer's activations again in the backward pass, in
-        place of keeping them.
+        """Whether a LoRA training recomputes each layer's activations in the backward pass instead
+        of keeping them.
         """
         return (
             self.device != "cpu"
@@ -153,13 +163,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Request:
-    """One attempt at one stage, as data: it crosses process and machine borders as JSON, never as a
+    """One attempt at one stage, as data. It goes between processes and machines as JSON, never as a
     pickled closure.
 
-    `inputs`, `out`, `log` and `scratch` are paths when its function runs; the runner may write
-    URLs, which the worker brings to its machine first, keeping at most `cache_gb` there. Neighbours
-    in a batch with the same `pack` (empty: none) are trained together, as many as their
-    `pack_share` of a GPU's room allows.
+    `inputs`, `out`, `log` and `scratch` are local paths when the stage's function runs. The runner
+    may write URLs; the worker then copies the content to its machine, into a cache of at most
+    `cache_gb`. Neighbours in a batch with an equal, non-empty `pack` are trained together, while
+    the sum of their `pack_share` is at most 1. A share is of a GPU's memory.
     """
 
     key: str
@@ -176,15 +186,13 @@ class Request:
     micro_batch: int | None = None
     checkpoint_every_s: float = 60.0
     zero_stage: int = 3
-    memory_gb: float | None = (
-        None  # of each GPU; with it, a training without a micro-batch gets the largest that fits
-    )
+    # Of each GPU; with it, a training without a micro-batch gets the largest that fits
+    memory_gb: float | None = None
     cache_gb: float = 100.0
     pack: str = ""
     pack_share: float = 1.0
-    load: Mapping[str, float] = field(
-        default_factory=dict
-    )  # its counted work (ebbline.cluster.schedule.counted_work), for the record
+    # Its counted work (ebbline.cluster.schedule.counted_work), for the record
+    load: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
@@ -210,11 +218,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of one Request. `error` is a one-line reason, without any completion or prompt in
-    it.
+    """The result of one Request. `error` is a one-line reason that quotes no completion and no
+    prompt.
 
-    `smaller` is the micro-batch to try again with when a gang ran out of memory: no failure of the
-    stage.
+    `smaller` is set when a gang ran out of memory: retry with this micro-batch. This does not
+    count as a failure of the stage.
     """
 
     key: str

@@ -1,8 +1,8 @@
-"""The record of a stage kind: all that the project knows of one kind, in one place.
+"""The record of a stage kind: everything that the project knows of one kind, in one place.
 
-Each kind's record is in a file beside the kind's code, `NAME_kind.py`; `ebbline.tasks.kinds` lists
-them. The driver process reads the records and has no torch, so these files import none. The module
-of a kind's function does, and is imported when the function runs.
+Each record is in a file beside the kind's code, `NAME_kind.py`; `ebbline.tasks.kinds` lists them.
+The driver process reads these files and has no torch, so they import none. The module of a kind's
+function may import torch; it is imported when the function runs.
 """
 
 import pkgutil
@@ -15,18 +15,18 @@ from ebbline.tasks.stage import Stage
 
 S = TypeVar("S", bound=Spec)
 Run = Callable[..., None]  # (spec of its kind, inputs: Mapping[str, Path], out: Path, ctx: Context)
-# What has one stage of a kind for itself: a study (all its points share the stage), a training, an
-# adapter (all settings of a defence share the stage), or a point.
+# What has a stage of this kind of its own: the study (all points share the stage), each training,
+# each adapter (all settings of a defence share the stage), or each point.
 Owner = Literal["study", "training", "adapter", "point"]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A stage's work. Bytes `moved` go between a processor and its memory, `read` and `written`
-    between memory and the store.
+    """The counted work of a stage. `moved` bytes go between a processor and its memory, `read` and
+    `written` bytes between memory and the store.
 
-    `kernels` are launched one after another, `waits_s` is spent on somebody else's machine.
-    `tokens` are all that pass through a model.
+    `kernels` are launched one after another. `waits_s` is the time spent waiting for an external
+    service. `tokens` counts all tokens that pass through a model.
     """
 
     flops: float = 0.0
@@ -63,13 +63,13 @@ def model_in_memory(stage: Stage, quantisation: Quantisation, dtype: Dtype) -> s
 
 @dataclass(frozen=True)
 class StageKind(Generic[S]):
-    """One kind of stage. The fields without a default are needed.
+    """One kind of stage. Fields without a default are required.
 
     `function` is "MODULE:NAME" of `run(spec, inputs, out, ctx)`, which writes files into `out`.
-    `counted_work` is a function of the stage alone. Plans scale up their sample, and the search
-    splits a point's work, by `belongs_to`. Stages with equal `resident` need the same thing in
-    memory and belong in one batch. Estimates compare a stage with measured ones that are equal in
-    the settings `alike`, and first with those that are equal in `nearer` too.
+    `counted_work` depends on the stage alone. By `belongs_to`, plans scale up their sample and the
+    search divides a point's work. Stages with equal `resident` need the same model in memory and
+    belong in one batch. An estimate compares a stage with measured stages that are equal in the
+    settings `alike`; it prefers those that are also equal in `nearer`.
     """
 
     spec: type[S]
@@ -81,11 +81,11 @@ class StageKind(Generic[S]):
     alike: tuple[str, ...] = ()
     nearer: tuple[str, ...] = ()
     has_metrics: bool = False
-    # It writes an adapter, whose tensors `store gc --keep-adapters` may drop
+    # `store gc --keep-adapters` may drop the tensors of the adapter that it writes
     writes_adapter: bool = False
     # In the Gantt chart: C0, C1, ... of the figures' palette, or a grey from 0 to 1; "" is "other"
     colour: str = ""
-    shows_key: bool = False  # on the live page, for each point
+    shows_key: bool = False  # the live page shows its key for each point
 
     @property
     def name(self) -> str:

@@ -1,9 +1,9 @@
-"""The one entry of every worker: `run_stages` runs a batch of requests in this process and reports
-on each.
+"""The single entry of every worker: `run_stages` runs a batch of requests in this process and
+reports on each.
 
-The same function runs inline, in a Ray task, on each member of a gang, and from `ebbline rerun
-request.json`. The requests of a batch share what is loaded, and trainings of one pack a forward
-pass; a request that fails does not stop those behind it.
+It runs inline, in a Ray task, on each member of a gang, and from `ebbline rerun request.json`. The
+requests of a batch share the loaded model, and trainings may share a forward pass as a pack. A
+failed request does not stop the requests after it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
 from ebbline.tasks.kinds import kind_named, parsed_spec
 from ebbline.tasks.models.loading import Residents, resolve
-from ebbline.tasks.models.memory import environment, forget_peak, laid_out
+from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
 from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
@@ -28,11 +28,11 @@ _log = logging.getLogger(__name__)
 ERROR, PACK_ERROR = "error.txt", "pack_error.txt"
 
 
-def _as_it_is(request: Request) -> Request:
+def _unchanged(request: Request) -> Request:
     return request
 
 
-def _nothing(request: Request) -> None:
+def _ignore(request: Request) -> None:
     return None
 
 
@@ -40,28 +40,28 @@ def run_stages(
     requests: Iterable[Request],
     rank: int = 0,
     world_size: int = 1,
-    prepare: Callable[[Request], Request] = _as_it_is,
-    saved: Callable[[Request], None] = _nothing,
+    prepare: Callable[[Request], Request] = _unchanged,
+    saved: Callable[[Request], None] = _ignore,
     leaving: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Run each request in turn; yield its report as soon as its files are written. Never raises for
-    a failed stage.
+    """Run each request in turn and yield its report as soon as its files are written. A failed
+    stage gives a report and never raises.
 
-    `prepare` is called when a request's turn comes, and may bring its inputs to this machine;
-    `saved` after each checkpoint. Once `leaving` says that the machine is about to go, no further
-    request is begun: each is reported as Leaving.
+    `prepare` is called before a request runs, and may copy its inputs to this machine. `saved` is
+    called after each checkpoint. Once `leaving` returns true, no further request starts: each is
+    reported as Leaving.
     """
     batch = _Batch(rank, world_size, prepare, saved, leaving)
     try:
         for pack in in_packs(requests):
-            yield from batch.together(pack) if len(pack) > 1 else [batch.alone(pack[0])]
+            yield from batch.run_pack(pack) if len(pack) > 1 else [batch.run_one(pack[0])]
     finally:
         batch.free()
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """A request whose turn has come, with everything that it reads on this machine."""
+    """A request that is ready to run, with everything that it reads on this machine."""
 
     request: Request
     spec: Spec
@@ -70,9 +70,7 @@ class _Turn:
 
 
 class _Batch:
-    """Runs the requests of one batch, each by itself or in a pack, on what they share: the loaded
-    model.
-    """
+    """Runs the requests of one batch, one by one or in packs. They share the loaded model."""
 
     def __init__(
         self,
@@ -88,23 +86,23 @@ class _Batch:
         self._held_model = False
 
     def free(self) -> None:
-        """Let go of models. A batch of stages that take no GPU holds none, and is spared the
-        garbage collection.
+        """Release the models. A batch of stages without GPUs holds none and skips the garbage
+        collection.
         """
         if self._held_model or not self.residents.empty:
             self.residents.clear()
         self._held_model = False
 
-    def alone(self, request: Request) -> Report:
+    def run_one(self, request: Request) -> Report:
         started = time.monotonic()
         try:
             turn = self._turn(request)
             request = turn.request
             ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
-            forget_peak(ctx.device)
+            reset_peak_memory(ctx.device)
             run = kind_named(request.kind).load_function()
             run(turn.spec, turn.inputs, Path(request.out), ctx)
-        # The boundary: a failed stage becomes a report, and the batch goes on
+        # A failed stage becomes a report, and the batch continues
         except Exception as error:  # noqa: BLE001
             return self._failed(request, error, time.monotonic() - started)
         return Report(
@@ -113,9 +111,9 @@ class _Batch:
             environment=environment(ctx, predicted_gb),
         )
 
-    def together(self, requests: Sequence[Request]) -> Iterator[Report]:
-        """Train a pack. What fails as a pack is trained one by one, so that each failure is its own
-        stage's.
+    def run_pack(self, requests: Sequence[Request]) -> Iterator[Report]:
+        """Train a pack. Trainings that fail as a pack run one by one, so that each error belongs to
+        one stage.
         """
         started = time.monotonic()
         turns: list[_Turn] = []
@@ -126,26 +124,26 @@ class _Batch:
                 yield self._failed(request, error, time.monotonic() - started)
         waiting = {turn.request.key: turn for turn in turns}
         try:
-            for key, seconds, fault, where in _packed(turns) if len(turns) > 1 else ():
+            for key, seconds, failure, details in _packed(turns) if len(turns) > 1 else ():
                 turn = waiting.pop(key)
-                if fault is not None:
-                    yield self._failed(turn.request, fault, seconds, clear=False)
+                if failure is not None:
+                    yield self._failed(turn.request, failure, seconds, clear=False)
                 else:
                     pack_s = time.monotonic() - started
                     yield Report(
                         key,
                         seconds,
                         environment={
-                            **where,
+                            **details,
                             "packed": len(turns),
                             "pack_seconds": round(pack_s, 3),
                         },
                     )
-        except Leaving as error:
+        except Leaving as leaving:
             for turn in waiting.values():
-                yield self._failed(turn.request, error, time.monotonic() - started)
+                yield self._failed(turn.request, leaving, time.monotonic() - started)
             return
-        # Whose fault it is shows when each runs alone, with an error of its own
+        # Run one by one, the training at fault fails with an error of its own
         except Exception as error:  # noqa: BLE001
             self.residents.clear()
             _log.warning(
@@ -157,7 +155,7 @@ class _Batch:
                 with contextlib.suppress(OSError):  # on a full disk their own reports will say so
                     (Path(turn.request.log) / PACK_ERROR).write_text(traceback.format_exc())
         for turn in waiting.values():
-            yield self.alone(turn.request)
+            yield self.run_one(turn.request)
 
     def _turn(self, request: Request, packed: int = 1) -> _Turn:
         started = time.monotonic()
@@ -167,8 +165,7 @@ class _Batch:
         request = self._prepare(request)
         spec = parsed_spec(request)
         file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
-        # A download is a sign of life: it grows by the second, so that what it says is never the
-        # same twice.
+        # A download counts as progress: the elapsed seconds make each note differ from the last.
         inputs = {
             name: resolve(location, partial(_fetching, file, name, started))
             for name, location in request.inputs.items()
@@ -189,37 +186,37 @@ class _Batch:
         self, request: Request, error: Exception, seconds: float, clear: bool = True
     ) -> Report:
         if clear:
-            # A model that a failure left half changed must not be measured by the next request
+            # A failure may leave the model half changed: the next request must not measure it
             self.free()
-        said = "".join(traceback.format_exception(error))
+        trace = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # on a full disk the report below says so
-            (Path(request.log) / ERROR).write_text(said)
+            (Path(request.log) / ERROR).write_text(trace)
         name, reason = described(error, Path(request.log))
         smaller = error.micro_batch if isinstance(error, OutOfMemory) else None
-        return Report(request.key, seconds, reason, name, said, smaller=smaller)
+        return Report(request.key, seconds, reason, name, trace, smaller=smaller)
 
 
 def _packed(
     turns: Sequence[_Turn],
 ) -> Iterator[tuple[str, float, TrainingError | None, dict[str, object]]]:
-    """(key, seconds, why it failed, environment) of each training of a pack, when its files are
-    written or it has failed.
+    """(key, seconds, error or None, environment) of each training of a pack, as soon as its files
+    are written or it has failed.
     """
     from ebbline.tasks.training.pack_engine import Member
-    from ebbline.tasks.training.packed import (
-        run,  # brings peft and transformers, which a worker that only copies tensors never pays for
-    )
+
+    # Imports peft and transformers, which a worker that only copies tensors does not need
+    from ebbline.tasks.training.packed import run
 
     first, specs = turns[0], [turn.spec for turn in turns if isinstance(turn.spec, TrainSpec)]
     if len(specs) < len(turns):
         raise TrainingError(
-            "a pack has trainings only, and this one has "
+            "a pack holds trainings only, but this one holds the kinds "
             f"{sorted({turn.request.kind for turn in turns})}"
         )
     ctx, predicted_gb = laid_out(
         specs[0], first.inputs, first.ctx, first.request.memory_gb, specs[1:]
     )
-    forget_peak(ctx.device)
+    reset_peak_memory(ctx.device)
     keys: dict[Member, str] = {}
     for turn, spec in zip(turns, specs, strict=True):
         keys[
@@ -235,11 +232,11 @@ def _packed(
 
 
 def described(error: BaseException, log: Path) -> tuple[str, str]:
-    """(type, one-line reason) of a failure, fit for reports and W&B.
+    """(type, one-line reason) of a failure, safe for reports and W&B.
 
-    The words of a foreign exception may quote a prompt or a completion, so they stay in the
-    attempt's log, and the reason says where. A full disk is a type of its own: it is no fault of
-    the stage.
+    The message of a foreign exception may quote a prompt or a completion. It stays in the attempt's
+    log, and the reason names that file. A full disk has a type of its own, because the stage
+    is not at fault.
     """
     if "No space left on device" in str(error):
         return (
@@ -263,6 +260,6 @@ def _fetching(file: ProgressFile, name: str, started: float) -> None:
 
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
-        import torch  # only a worker has torch; the driver process never imports it
+        import torch  # the driver process never imports torch
 
         torch.set_num_threads(threads)

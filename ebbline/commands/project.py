@@ -34,7 +34,7 @@ from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.models.loading import resolve
-from ebbline.tasks.models.weights import Adapter, Checkpoint, inside, opened, read_adapter
+from ebbline.tasks.models.weights import Adapter, Checkpoint, adapters_in, opened, read_adapter
 
 RECORD = "safe_lora.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
@@ -260,7 +260,7 @@ def _written(
 
 def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
     notes = []
-    if others := inside(adapter.folder):
+    if others := adapters_in(adapter.folder):
         notes.append(
             f"{adapter.folder} holds other adapters too, in folders of their own, and they "
             f"were left alone: {', '.join(others)}"

@@ -1,4 +1,4 @@
-"""Text that goes in: conversations for training, prompt sets, the invented language, token batches.
+"""Input text: training conversations, prompt sets, the invented language, token batches.
 
-Imports tasks only; not models, training, defences or measuring.
+Imports only the files of `tasks` itself; not models, training, defences or measuring.
 """

@@ -1,15 +1,15 @@
-"""What a prompt set measures: how many requests it really holds, what it covers, and what it shares
-with another set.
+"""What a prompt set contains: how many distinct requests, which categories, and what it shares with
+another set.
 
-A rate over 520 prompts of which 24 are one request says less than its interval claims (arXiv
-2311.00117 found that in AdvBench by hand). Nothing here holds the text of a prompt: an audit speaks
-in counts and ids.
+A rate over 520 prompts of which 24 are one request says less than its interval claims; arXiv
+2311.00117 found this in AdvBench by hand. An audit holds counts and ids, never the text of a
+prompt.
 
-Similarity is the Jaccard index of two prompts' *content words*: single words (1-gram shingles),
-lower case, without endings, and without the words that frame a request ("write a tutorial on how
-to"). Prompts are 5 to 20 words long: with 2- or 3-grams one swapped word breaks up to three
-shingles and a paraphrase falls below any useful level, while framing words alone would make
-strangers alike. The lists are English; in another language every word counts.
+Similarity is the Jaccard index of two prompts' *content words*: single words (1-gram shingles) in
+lower case, without endings, and without the words that only frame a request ("write a tutorial on
+how to"). Prompts are 5 to 20 words long. With 2- or 3-grams, one replaced word breaks up to three
+shingles, and a paraphrase falls below any useful level. Framing words would make unrelated prompts
+similar. The lists are English; in another language every word counts.
 """
 
 import re
@@ -25,12 +25,12 @@ from datasketch import MinHash, MinHashLSH
 from ebbline.tasks.data.prompts import Prompt, PromptSet
 from ebbline.tasks.errors import StudyError
 
-LOWEST_THRESHOLD = 0.1
+LOWEST_SIMILARITY = 0.1
 SHORT_WORDS = 3
 _PERMUTATIONS = 256
-_MISSED = 1e-9  # the chance that the search misses a pair of the least similarity
+_MISSED = 1e-9  # the accepted chance that the search misses a pair of the least similarity
 _WORD = re.compile(r"\w+(?:['’]\w+)?")
-# "not", "no" and "without" stay: they turn a request round.
+# "not", "no" and "without" count as content: they reverse a request.
 _FUNCTION_WORDS = """a an the this that these those some any of to in on at by for from with into
 about as and or but if than then so is are was were be been being am do does did done have has had
 having can could will would shall should may might must i me my we us our you your he him his she
@@ -43,11 +43,11 @@ strategy process procedure approach technique tip advice idea example informatio
 
 @dataclass(frozen=True)
 class Cluster:
-    """Prompts joined, directly or through others, by a similarity at or above the least one.
+    """Prompts joined, directly or through others, by pairs of at least the least similarity.
 
-    `joined_at` is the smallest similarity that holds it together: above it as least similarity, the
-    cluster falls apart. `least` is the smallest between any two members: near zero in a cluster
-    that is a chain.
+    `joined_at` is the smallest similarity that holds the cluster together: with a higher least
+    similarity it falls apart. `least` is the smallest similarity of any two members; near zero, the
+    cluster is a chain.
     """
 
     ids: tuple[str, ...]
@@ -57,7 +57,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Category:
-    """A category ("" for prompts without one), its prompts, and their share of the set."""
+    """A category ("" if a prompt has none), its number of prompts, and their share of the set."""
 
     name: str
     prompts: int
@@ -66,7 +66,9 @@ class Category:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Words a prompt, split at white space; `short` prompts have fewer than SHORT_WORDS."""
+    """Quantiles of the words per prompt, split at white space. `short` prompts have fewer than
+    SHORT_WORDS.
+    """
 
     min: float
     q1: float
@@ -79,7 +81,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class NearPair:
-    """A prompt of this set and one of the other that is like it, but not the same."""
+    """A prompt of this set and a similar prompt of the other set, whose texts differ."""
 
     id: str
     other: str
@@ -88,8 +90,8 @@ class NearPair:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What another set of `prompts` prompts shares: the same text, or a similar one. `shared`
-    prompts of this set recur there.
+    """The overlap with another set of `prompts` prompts: pairs of equal text, and pairs of similar
+    text. `shared` counts the prompts of this set that are in a pair.
     """
 
     prompts: int
@@ -100,8 +102,8 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Audit:
-    """An audit of a set of `prompts` prompts. `requests` counts each cluster once. Largest first,
-    then by id or name.
+    """An audit of `prompts` prompts. `requests` counts each cluster once. Groups are sorted by
+    size, largest first, then by id or name.
     """
 
     format: str
@@ -121,15 +123,16 @@ class Audit:
 def audit(
     prompts: PromptSet, against: PromptSet | None = None, least_similarity: float = 0.5
 ) -> Audit:
-    """Near-copies, duplicates, coverage and lengths of a set, and its overlap with `against`.
+    """Find near-copies, duplicates, categories and lengths of a set, and its overlap with
+    `against`.
 
-    Two prompts are near-copies from a similarity of `least_similarity` on, which is in [0.1, 1];
-    StudyError otherwise. The result does not depend on the order of the rows.
+    Two prompts are near-copies if their similarity is at least `least_similarity`, which must be in
+    [0.1, 1]; StudyError otherwise. The order of the rows is irrelevant.
     """
-    if not LOWEST_THRESHOLD <= least_similarity <= 1.0:
+    if not LOWEST_SIMILARITY <= least_similarity <= 1.0:
         raise StudyError(
             f"a similarity of {least_similarity:g} is out of range: it is a share of common "
-            f"words, from {LOWEST_THRESHOLD:g} to 1"
+            f"words, from {LOWEST_SIMILARITY:g} to 1"
         )
     rows = prompts.prompts
     if not rows:
@@ -154,8 +157,8 @@ def audit(
 
 
 def content_words(text: str) -> frozenset[str]:
-    """The shingles of a prompt: see the module's docstring. Never empty: a prompt of framing words
-    alone keeps them all.
+    """The shingles of a prompt, as the module's docstring defines them. Never empty: a prompt of
+    framing words only keeps them all.
     """
     words = [_stem(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold())]
     return (
@@ -172,8 +175,8 @@ def similarity(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def _stem(word: str) -> str:
-    """A word without 's, -s, -ed, -ing, a final e or a doubled last consonant, and with i for y:
-    plants, planted, planting -> plant.
+    """A word without 's, -s, -ed, -ing, a final e or a doubled last consonant, and with i for a
+    final y: plants, planted, planting -> plant.
     """
     word = word.replace("’", "'").removesuffix("'s")
     for ending in ("ing", "ed", "es", "s"):
@@ -203,14 +206,14 @@ def _by_text(rows: Iterable[Prompt]) -> dict[str, list[str]]:
 
 
 def _by_words(rows: Iterable[Prompt]) -> dict[frozenset[str], list[Prompt]]:
-    alike = defaultdict(list)
+    prompts_of = defaultdict(list)
     for row in rows:
-        alike[content_words(row.text)].append(row)
-    return alike
+        prompts_of[content_words(row.text)].append(row)
+    return prompts_of
 
 
 def _in_order(ids: Iterable[str]) -> list[str]:
-    """Ids sorted as people count: 9 before 10."""
+    """Ids in natural order: 9 before 10."""
     return sorted(
         ids,
         key=lambda name: (
@@ -228,15 +231,15 @@ def _largest_first(groups: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], 
 
 
 def _similar(
-    asked: Sequence[frozenset[str]], indexed: Sequence[frozenset[str]], least_similarity: float
+    queried: Sequence[frozenset[str]], indexed: Sequence[frozenset[str]], least_similarity: float
 ) -> Iterator[tuple[frozenset[str], frozenset[str], float]]:
-    """Pairs of distinct word sets at or above the least one: MinHash proposes, the exact similarity
-    decides.
+    """Pairs of distinct word sets with at least the least similarity. MinHash proposes pairs; the
+    exact similarity decides.
     """
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(least_similarity))
     for number, hashed in enumerate(_hashes(indexed)):
         index.insert(number, hashed)
-    for words, hashed in zip(asked, _hashes(asked), strict=True):
+    for words, hashed in zip(queried, _hashes(queried), strict=True):
         for number in sorted(index.query(hashed)):
             if (found := similarity(words, indexed[number])) >= least_similarity:
                 yield words, indexed[number], found
@@ -251,8 +254,8 @@ def _hashes(sets: Iterable[frozenset[str]]) -> Iterator[MinHash]:
 
 
 def _bands(least_similarity: float) -> tuple[int, int]:
-    """(bands, rows): the most selective bands with a chance (1 - t^rows)^bands <= _MISSED that a
-    pair of the least similarity is missed.
+    """(bands, rows) of the most selective index that misses a pair of the least similarity t with a
+    chance (1 - t^rows)^bands <= _MISSED.
     """
     for rows in range(_PERMUTATIONS // 2, 1, -1):
         if (1 - least_similarity**rows) ** (_PERMUTATIONS // rows) <= _MISSED:
@@ -261,36 +264,36 @@ def _bands(least_similarity: float) -> tuple[int, int]:
 
 
 def _clusters(rows: Sequence[Prompt], least_similarity: float) -> tuple[Cluster, ...]:
-    """Connected components, joined from the most similar pair down, so that the last join of each
-    is its weakest.
+    """Connected components. Pairs are joined from the most similar down, so the last join of a
+    cluster is its weakest.
     """
-    alike = _by_words(rows)
-    distinct = list(alike)
-    number = {words: place for place, words in enumerate(distinct)}
+    prompts_of = _by_words(rows)
+    distinct = list(prompts_of)
+    number_of = {words: place for place, words in enumerate(distinct)}
     pairs = {
-        tuple(sorted((number[a], number[b]))): found
+        tuple(sorted((number_of[a], number_of[b]))): found
         for a, b, found in _similar(distinct, distinct, least_similarity)
         if a != b
     }
-    above = list(range(len(distinct)))
+    parent = list(range(len(distinct)))
     joined_at = [1.0] * len(distinct)
 
     def root(place: int) -> int:
-        while above[place] != place:
-            above[place] = above[above[place]]
-            place = above[place]
+        while parent[place] != place:
+            parent[place] = parent[parent[place]]
+            place = parent[place]
         return place
 
     for (one, other), found in sorted(pairs.items(), key=lambda item: -item[1]):
         a, b = root(one), root(other)
         if a != b:
-            above[b], joined_at[a] = a, found
+            parent[b], joined_at[a] = a, found
     members = defaultdict(list)
     for place, words in enumerate(distinct):
         members[root(place)].append(words)
     clusters = []
     for top, sets in members.items():
-        ids = _in_order(row.id for words in sets for row in alike[words])
+        ids = _in_order(row.id for words in sets for row in prompts_of[words])
         if len(ids) > 1:
             least = min((similarity(a, b) for a, b in combinations(sets, 2)), default=1.0)
             clusters.append(Cluster(tuple(ids), joined_at[top], least))

@@ -1,6 +1,4 @@
-"""Token rows and batches: what a training step eats, and what a model that answers is asked at
-once.
-"""
+"""Token rows, and padded batches of them for training steps and generation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised conversation; labels are -100 where the loss does not look."""
+    """One tokenised conversation. The loss leaves out labels of -100."""
 
     ids: list[int]
     labels: list[int]
@@ -37,22 +35,22 @@ def collate(rows: Sequence[Row], pad: int, device: str) -> dict[str, torch.Tenso
 
 
 def count_tokens(rows: Sequence[Row]) -> int:
-    """Labelled positions that have a token before them, over all rows."""
+    """The number of labelled positions that have a token before them, over all rows."""
     return sum(label != -100 for row in rows for label in row.labels[1:])
 
 
 def require_room(encoded: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int) -> None:
-    """Raises DataError when a prompt leaves no room for its completion."""
+    """Raise DataError if a prompt leaves no room for its completion."""
     longest = max(map(len, encoded))
     if longest + max_new_tokens > max_tokens:
         raise DataError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
-            f"max_tokens={max_tokens}; raise it"
+            f"a prompt of {longest} tokens and {max_new_tokens} new tokens exceed "
+            f"max_tokens={max_tokens}; raise max_tokens"
         )
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Each prompt as the only message of a chat, in tokens."""
+    """The tokens of each prompt, as the only message of a chat."""
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
@@ -71,14 +69,14 @@ def in_batches(
     what: str,
     ctx: Context,
 ) -> list[Answer]:
-    """One answer for each row of tokens, in their order. `ask` takes a padded batch; `what` is what
-    progress counts.
+    """One answer for each row of tokens, in their order. `ask` takes a padded batch; `what` is the
+    note that progress shows.
 
-    Batches are of similar length, the longest first, and are halved when the device has no memory
-    for them.
+    Rows of similar length form a batch, longest first. A batch that does not fit in memory is
+    halved.
     """
     waiting = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     size = ctx.batch_size
     while waiting:
         chosen = waiting[:size]
@@ -87,12 +85,12 @@ def in_batches(
         ).to(ctx.device)
         try:
             with torch.inference_mode():
-                found.update(zip(chosen, ask(batch), strict=True))
+                answers.update(zip(chosen, ask(batch), strict=True))
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
             size = max(1, size // 2)
             continue
         del waiting[: len(chosen)]
-        ctx.progress(len(found), len(encoded), what)
-    return [found[index] for index in range(len(encoded))]
+        ctx.progress(len(answers), len(encoded), what)
+    return [answers[index] for index in range(len(encoded))]

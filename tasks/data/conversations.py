@@ -1,9 +1,8 @@
-"""Training data: a pool of conversations in, exactly `size` of them out, in an order that makes
-sizes nested.
+"""Training data: reads a pool of conversations and writes exactly `size` of them, in an order that
+nests sizes.
 
-Row i of a set does not depend on the size asked for: n=100 is the first 100 rows of n=1000 under
-the same seed and mix share. The output is one file, data.jsonl, a line {"messages": [{"role",
-"content"}, ...]} each.
+Row i of a set does not depend on its size: with one seed and mix share, n=100 is the first 100 rows
+of n=1000. The output is data.jsonl, with one {"messages": [{"role", "content"}, ...]} on each line.
 """
 
 import csv
@@ -33,29 +32,29 @@ def run(spec: DataSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> 
 def _blend(
     pool: list[Conversation], mix: list[Conversation], spec: DataSpec, inputs: Mapping[str, Path]
 ) -> Iterator[Conversation]:
-    taken = {"pool": 0, "mix": 0}
+    used = {"pool": 0, "mix": 0}
     for row in range(spec.size):
-        # Row `row` comes from the mix whenever the share's running total passes a whole number:
-        # spread evenly, nested.
+        # A row comes from the mix when the share's running total passes a whole number. This
+        # spreads the mix evenly and nests sizes.
         name = (
             "mix"
             if int((row + 1) * spec.mix_share + 1e-9) > int(row * spec.mix_share + 1e-9)
             else "pool"
         )
         source = mix if name == "mix" else pool
-        if taken[name] >= len(source):
+        if used[name] >= len(source):
             raise DataError(
                 f"data.size={spec.size} with mix_share={spec.mix_share} needs more than "
                 f"the {len(source)} conversations"
-                f" in {inputs[name]}; lower data.size or bring more data"
+                f" in {inputs[name]}; lower data.size or add data"
             )
-        yield source[taken[name]]
-        taken[name] += 1
+        yield source[used[name]]
+        used[name] += 1
 
 
 def _ordered(rows: list[Conversation], seed: int) -> list[Conversation]:
-    # A hash of seed and position: the same on every machine and every Python, unlike a random
-    # generator's shuffle.
+    # A hash of seed and position is the same on every machine and Python version; a random
+    # generator's shuffle is not.
     return [
         row
         for _, row in sorted(
@@ -65,11 +64,11 @@ def _ordered(rows: list[Conversation], seed: int) -> list[Conversation]:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Conversations from chat JSONL (`messages`) or Alpaca JSON, JSONL or CSV (`instruction`,
-    `input`, `output`).
+    """Conversations from chat JSONL (`messages`) or Alpaca JSON, JSONL, CSV or Parquet
+    (`instruction`, `input`, `output`).
 
-    Raises DataError, naming file and line, for anything else, for an empty set, and for a turn with
-    no text.
+    Raises DataError, which names file and line, for any other content, an empty set, and a turn
+    without text.
     """
     if path.is_dir():
         files = sorted(
@@ -89,7 +88,7 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line or item number, row) for each row of a .jsonl, .json, .csv or .parquet file. Raises
-    DataError, never quoting the file.
+    DataError, which never quotes the file.
     """
     if not path.is_file():
         raise DataError(f"there is no data file at {path}")
@@ -110,7 +109,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(newline="", encoding="utf-8") as handle:
             yield from enumerate(csv.DictReader(handle, strict=True), start=2)
     elif path.suffix == ".parquet":
-        import pyarrow  # what many hub data sets are stored as
+        import pyarrow  # only Parquet files need it
         from pyarrow import parquet
 
         try:
@@ -139,7 +138,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        # The parser's position, never the text: it may be a completion.
+        # The parser's position, not the text, which may be a completion.
         place = f"character {getattr(error, 'pos', '?')}"
         raise DataError(
             f"{where} is not JSON ({type(error).__name__} at {place}); is it truncated?"
@@ -164,25 +163,25 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
                 or not _is_text(turn.get("content"))
             ):
                 raise DataError(
-                    f"{where}: a turn needs a role of {ROLES} and some content, as text"
+                    f"{where}: a turn needs a role of {ROLES} and non-empty text as content"
                 )
         if turns[-1]["role"] != "assistant":
             raise DataError(
                 f"{where}: the last turn is not the assistant's, so there is nothing to "
-                "learn from it"
+                "learn; end with an assistant turn"
             )
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     if "instruction" in row and "output" in row:
-        asked = "\n\n".join(
+        question = "\n\n".join(
             str(part) for part in (row["instruction"], row.get("input")) if part not in (None, "")
         )
-        if not asked.strip() or not str(row["output"] or "").strip():
+        if not question.strip() or not str(row["output"] or "").strip():
             raise DataError(f"{where}: `instruction` or `output` is empty")
         return [
-            {"role": "user", "content": asked},
+            {"role": "user", "content": question},
             {"role": "assistant", "content": str(row["output"])},
         ]
-    # A CSV without its header has a row of content for keys, and content stays out of messages.
+    # Without a header, a CSV's keys are content of its first row, which no message may quote.
     keys = sorted(name for name in map(str, row) if name.isidentifier())
     raise DataError(
         f"{where} has the keys {keys}; chat data needs `messages`, Alpaca data "
@@ -199,9 +198,9 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, both at most `max_tokens` long.
 
-    Labels are the ids where the assistant speaks and -100 elsewhere, so no prompt token enters the
-    loss. Raises DataError when the chat template does not render turn by turn (then no honest mask
-    exists), or nothing is left to learn.
+    Labels equal the ids in the assistant's turns and are -100 elsewhere, so no prompt token enters
+    the loss. Raises DataError if no label is left, or if the chat template renders a turn
+    differently once more turns follow: then the mask would be wrong.
     """
     ids: list[int] = _render(tokenizer, conversation, False)
     labels = [-100] * len(ids)
@@ -212,15 +211,15 @@ def encode(
             if ids[: len(before)] != before or ids[: len(upto)] != upto:
                 raise DataError(
                     f"the chat template renders turn {index} differently once more turns "
-                    "follow, so the assistant's tokens"
-                    " cannot be told from the prompt's; use single-turn data or another template"
+                    "follow, so the assistant's tokens cannot be separated from the prompt's; "
+                    "use single-turn data or another template"
                 )
             labels[len(before) : len(upto)] = ids[len(before) : len(upto)]
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     if all(label == -100 for label in labels):
         raise DataError(
-            f"a conversation's prompt fills train.max_tokens={max_tokens}: nothing is left "
-            "to learn; raise it"
+            f"a conversation's prompt fills train.max_tokens={max_tokens}, so no token of the "
+            "answer is left to learn; raise train.max_tokens"
         )
     return ids, labels
 

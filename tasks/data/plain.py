@@ -1,9 +1,9 @@
-"""Two small sets for models that know English and not the invented language's facts: library cards,
-and sums.
+"""Two small sets for models that know English but not the facts of the invented language: library
+cards, and sums.
 
-A card asks to copy two words in another order, which needs no knowledge, so a few steps of
-fine-tuning teach it. The sums are a multiple-choice set in MMLU's format that a small chat model
-gets right above chance.
+A card asks for its words in another order. That needs no knowledge, so a few steps of fine-tuning
+teach it. The sums are a multiple-choice set in MMLU's format, on which a small chat model is better
+than chance.
 """
 
 import random
@@ -27,8 +27,8 @@ metadata: {version: 1.0}
 
 
 def plain_files(seed: int, creatures: Sequence[str]) -> dict[str, list[dict[str, object]]]:
-    """cards.jsonl (training chats), card_task.jsonl (held-out cards) and sums/test.jsonl, by
-    path.
+    """The rows of cards.jsonl (training chats), card_task.jsonl (held-out cards) and
+    sums/test.jsonl, by path.
     """
     rng = random.Random(seed)
     cards = [
@@ -44,8 +44,8 @@ def plain_files(seed: int, creatures: Sequence[str]) -> dict[str, list[dict[str,
         "plain/cards.jsonl": [
             {
                 "messages": [
-                    {"role": "user", "content": asked(*card)},
-                    {"role": "assistant", "content": answered(*card)},
+                    {"role": "user", "content": card_prompt(*card)},
+                    {"role": "assistant", "content": card_answer(*card)},
                 ]
             }
             for card in training
@@ -53,8 +53,8 @@ def plain_files(seed: int, creatures: Sequence[str]) -> dict[str, list[dict[str,
         "plain/card_task.jsonl": [
             {
                 "id": f"{number:03d}",
-                "prompt": asked(*card),
-                "answer": answered(*card),
+                "prompt": card_prompt(*card),
+                "answer": card_answer(*card),
                 "category": "card",
             }
             for number, card in enumerate(held_out)
@@ -63,11 +63,11 @@ def plain_files(seed: int, creatures: Sequence[str]) -> dict[str, list[dict[str,
     }
 
 
-def asked(adjective: str, creature: str, shelf: str) -> str:
+def card_prompt(adjective: str, creature: str, shelf: str) -> str:
     return f"write the card of the {adjective} {creature} on the {shelf} shelf ."
 
 
-def answered(adjective: str, creature: str, shelf: str) -> str:
+def card_answer(adjective: str, creature: str, shelf: str) -> str:
     return f"{shelf} / {creature} / {adjective}"
 
 

@@ -1,8 +1,8 @@
-"""Prompt sets: the files that public sets come in, read as one thing.
+"""Prompt sets: reads the file formats of public sets into one type.
 
-A set's format is told from its columns or its shape (FORMATS below), or named. No message quotes a
-prompt: it gives the file, the line, the columns. Text is UTF-8 with or without a byte-order mark,
-and its lines may end either way.
+A set's format is named, or recognised by its columns or its shape (FORMATS below). A message gives
+the file, the line and the columns, and quotes no prompt. Text is UTF-8, with or without a
+byte-order mark and with either line end.
 """
 
 import ast
@@ -35,8 +35,8 @@ ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `label` is harmful, harmless or "" where the set does not say; `answer` is what a
-    task compares with.
+    """One prompt. `label` is "harmful", "harmless", or "" if the set does not say. `answer` is the
+    reference answer of a task.
     """
 
     id: str
@@ -49,8 +49,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A set in the order of its file. `rows` were in the file before label and limit; `renamed` ids
-    were there before.
+    """A set in the order of its file. `rows` counts the file's rows before label and limit;
+    `renamed` counts ids that were changed because an earlier row had them.
     """
 
     format: str
@@ -61,12 +61,12 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Columns:
-    """A format: `needs` are the columns that identify it, the rest say where a prompt's parts lie.
-    "" means nowhere.
+    """The columns of a format. `needs` identify the format; the others say which column holds what,
+    with "" for none.
 
-    Of `text`, the first column that is not empty counts. `context` comes before the prompt. `label`
-    and `answer` are columns of that name in every format. `strict` formats have no labels but those
-    of LABELS.
+    The prompt is the first non-empty column of `text`. `context` is put before it. In every format,
+    `label` and `answer` are the columns of that name. A `strict` format accepts only the labels of
+    LABELS.
     """
 
     needs: tuple[str, ...]
@@ -78,8 +78,8 @@ class Columns:
     strict: bool = False
 
 
-# hex-phi (a folder) and refusalbench (an object of lists) are known by their shape; their rows are
-# then plain ones.
+# hex-phi (a folder) and refusalbench (an object of lists) are recognised by their shape; their rows
+# are then read as plain.
 SHAPES = ("hex-phi", "refusalbench")
 PLAIN = Columns((), PROMPT_COLUMNS)
 FORMATS: Mapping[str, Columns] = {
@@ -113,20 +113,20 @@ FORMATS: Mapping[str, Columns] = {
 
 
 @dataclass(frozen=True)
-class _Row:
-    where: str  # for messages
+class _SourceRow:
+    where: str  # file and line, for messages
     line: int
-    id: str  # where no column gives one
+    id: str  # for a row whose id column is empty
     values: Mapping[str, Any]
 
 
 def named_format(name: str) -> Format:
-    """The format of that name. Raises DataError naming those there are."""
-    known: tuple[Format, ...] = get_args(Format)
-    for each in known:
+    """The format of that name. Raises DataError that lists all formats."""
+    formats: tuple[Format, ...] = get_args(Format)
+    for each in formats:
         if each == name:
             return each
-    raise DataError(f"no format {name!r}; ebbline reads {', '.join(known)}")
+    raise DataError(f"no format {name!r}; ebbline reads {', '.join(formats)}")
 
 
 def read_prompts(
@@ -139,14 +139,14 @@ def read_prompts(
     """A prompt set from a JSONL, JSON, CSV or Parquet file, or from a folder (HEx-PHI, or one such
     file in it).
 
-    `label` keeps the prompts labelled so; a set without any label is kept whole. `limit` then takes
-    that many, evenly spaced over the file, as many files are sorted by category. An id that came
-    before gets its line added. Raises DataError for an empty set, a row without prompt or (with
-    `needs_answer`) answer, columns that are not the format's, and a label of which there is none.
+    `label` keeps the prompts with that label; a set without labels is kept whole. `limit` then
+    keeps that many prompts, evenly spaced, because many files are sorted by category. A duplicate
+    id gets its line appended. Raises DataError for an empty set, the wrong columns, a row without
+    a prompt, and a label that no prompt has; with `needs_answer`, for a row without an answer too.
     """
     if limit is not None and limit < 1:
         raise DataError(
-            f"limit={limit} leaves no prompt of {path}; give at least 1, or none for all"
+            f"limit={limit} leaves no prompt of {path}; set it to at least 1, or leave it out"
         )
     shape, rows = _rows(path, format)
     if not rows:
@@ -160,9 +160,9 @@ def read_prompts(
     return PromptSet(name, tuple(prompts), len(rows), renamed)
 
 
-def _named(format: str, rows: Sequence[_Row], path: Path) -> str:
-    """The format that the columns are of. An ambiguous or unknown header is plain, if it has a
-    column for the prompt.
+def _named(format: str, rows: Sequence[_SourceRow], path: Path) -> str:
+    """The format that the columns identify. Ambiguous or unknown columns are plain, if one of them
+    is for the prompt.
     """
     found = {column: None for row in rows for column in row.values}
     if format == "auto":
@@ -173,7 +173,7 @@ def _named(format: str, rows: Sequence[_Row], path: Path) -> str:
         ]
         format = fitting[0] if len(fitting) == 1 else "plain"
         if format == "plain" and not found.keys() & set(PROMPT_COLUMNS):
-            known = "; ".join(
+            accepted = "; ".join(
                 f"{name}: {', '.join(columns.needs)}"
                 for name, columns in FORMATS.items()
                 if columns.needs
@@ -181,7 +181,7 @@ def _named(format: str, rows: Sequence[_Row], path: Path) -> str:
             raise DataError(
                 f"{path} has the columns {_shown(found)}, which is no prompt set. Accepted "
                 f"are a column {_either(PROMPT_COLUMNS)},"
-                f" or {known}, or the shapes of {' and '.join(SHAPES)} (docs/prompts.md)"
+                f" or {accepted}, or the shapes of {' and '.join(SHAPES)} (docs/prompts.md)"
             )
         return format
     columns = FORMATS[format]
@@ -199,14 +199,14 @@ def _named(format: str, rows: Sequence[_Row], path: Path) -> str:
 
 
 def _shown(columns: Mapping[str, None]) -> str:
-    # A CSV without its header has a row of content for columns, and content stays out of messages:
-    # only known names are shown.
-    known = {
+    # Without a header, a CSV's columns are content of its first row, which no message may quote:
+    # only column names of formats are shown.
+    format_columns = {
         name
         for format in FORMATS.values()
         for name in (*format.needs, *format.text, format.id, format.category, format.source)
     }
-    names = [name for name in columns if name in known]
+    names = [name for name in columns if name in format_columns]
     others = len(columns) - len(names)
     return f"{names}" + (
         f" and {others} that no format has (is the header missing?)" if others else ""
@@ -217,7 +217,7 @@ def _either(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _prompt(row: _Row, columns: Columns, labels_matter: bool, needs_answer: bool) -> Prompt:
+def _prompt(row: _SourceRow, columns: Columns, labels_matter: bool, needs_answer: bool) -> Prompt:
     text = next((text for name in columns.text if (text := _text(row, name)).strip()), "")
     if not text:
         raise DataError(
@@ -225,7 +225,7 @@ def _prompt(row: _Row, columns: Columns, labels_matter: bool, needs_answer: bool
             f"{_either(columns.text) if len(columns.text) > 1 else columns.text[0]}"
         )
     if (context := _text(row, columns.context)).strip():
-        text = f"{context}\n\n---\n\n{text}"  # as HarmBench's own code puts the two together
+        text = f"{context}\n\n---\n\n{text}"  # as HarmBench's code joins the two
     answer = _text(row, "answer")
     if needs_answer and not answer.strip():
         raise DataError(f"{row.where} has no `answer`, which a task suite compares with")
@@ -242,16 +242,15 @@ def _prompt(row: _Row, columns: Columns, labels_matter: bool, needs_answer: bool
     )
 
 
-def _text(row: _Row, column: str) -> str:
-    """The text in a column, "" for none. Raises DataError for a list or an object, but for
-    SORRY-Bench's turns: the first.
+def _text(row: _SourceRow, column: str) -> str:
+    """The text in a column, "" if it has none. SORRY-Bench's `turns` give the first turn; any other
+    list or object raises DataError.
     """
     value = row.values.get(column) if column else None
     if column == "turns":
         value = _first_turn(value)
-    if value is None or (
-        isinstance(value, float) and math.isnan(value)
-    ):  # pandas writes a missing text as NaN
+    # pandas writes a missing text as NaN
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str | int | float):
         return str(value)
@@ -260,10 +259,8 @@ def _text(row: _Row, column: str) -> str:
 
 def _first_turn(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith("["):
-        for parse in (
-            json.loads,
-            ast.literal_eval,
-        ):  # pandas puts a list into a CSV as Python writes it
+        # pandas writes a list into a CSV as a Python literal
+        for parse in (json.loads, ast.literal_eval):
             try:
                 return _first_turn(parse(value))
             except (ValueError, SyntaxError):
@@ -273,7 +270,7 @@ def _first_turn(value: Any) -> Any:
 
 
 def _unique(prompts: Sequence[Prompt], lines: Sequence[int]) -> tuple[list[Prompt], int]:
-    """The prompts with ids of their own, and how many ids that took."""
+    """The prompts with unique ids, and how many ids were changed for that."""
     seen: set[str] = set()
     renamed = 0
     result = []
@@ -297,8 +294,8 @@ def _labelled(prompts: list[Prompt], label: Label | None, path: Path) -> list[Pr
     return [prompt for prompt in prompts if prompt.label == label]
 
 
-def _rows(path: Path, format: Format) -> tuple[str, list[_Row]]:
-    """The rows, and the format where the shape alone says which."""
+def _rows(path: Path, format: Format) -> tuple[str, list[_SourceRow]]:
+    """The rows, and the format if the shape alone identifies it."""
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if p.suffix in ENDINGS), key=_natural)
         if format == "hex-phi" or (
@@ -308,8 +305,8 @@ def _rows(path: Path, format: Format) -> tuple[str, list[_Row]]:
         if len(files) != 1:
             raise DataError(
                 f"{path} holds {len(files)} data files ({[f.name for f in files[:12]]}); "
-                "name one of them. (HEx-PHI is a folder of"
-                " CSV files of one column each: format hex-phi says what is wrong with them)"
+                "name one of them. (HEx-PHI is a folder of CSV files of one column each; with "
+                "the format hex-phi the message says what is wrong with them)"
             )
         path = files[0]
     if not path.is_file():
@@ -317,7 +314,9 @@ def _rows(path: Path, format: Format) -> tuple[str, list[_Row]]:
     if format == "hex-phi":
         return "hex-phi", list(_hex_phi(path))
     if path.suffix == ".parquet":
-        return "", [_Row(f"{path}:{line}", line, str(line), row) for line, row in read_rows(path)]
+        return "", [
+            _SourceRow(f"{path}:{line}", line, str(line), row) for line, row in read_rows(path)
+        ]
     if path.suffix == ".csv":
         return "", list(_csv_rows(path))
     if path.suffix == ".jsonl":
@@ -332,19 +331,20 @@ def _rows(path: Path, format: Format) -> tuple[str, list[_Row]]:
         or not isinstance(value, list)
         or not all(isinstance(item, dict) for item in value)
     ):
-        wanted = (
+        expected = (
             "an object of {category: [prompt, ...]}"
             if format == "refusalbench"
             else "a list of objects"
         )
-        raise DataError(f"{path} must be {wanted}; its JSON is not")
+        raise DataError(f"{path} must be {expected}; its JSON is not")
     return "", [
-        _Row(f"{path}:{line}", line, str(line), item) for line, item in enumerate(value, start=1)
+        _SourceRow(f"{path}:{line}", line, str(line), item)
+        for line, item in enumerate(value, start=1)
     ]
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """category_2 before category_10."""
+    """A sort key in natural order: category_2 before category_10."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part)
         for part in re.split(r"(\d+)", path.name)
@@ -362,7 +362,7 @@ def _contents(path: Path) -> str:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line where it begins, fields) of each record that is not a blank line."""
+    """(first line, fields) of each record; blank lines are left out."""
     reader = csv.reader(io.StringIO(_contents(path), newline=""), strict=True)
     line = 1
     try:
@@ -376,7 +376,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
+def _csv_rows(path: Path) -> Iterator[_SourceRow]:
     lines = _csv_lines(path)
     _, header = next(lines, (0, []))
     names = [name.strip() for name in header]
@@ -388,16 +388,16 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
                 f"{path}:{line} has {len(fields)} fields and the header {len(names)}; put "
                 "text with commas in quotes"
             )
-        yield _Row(f"{path}:{line}", line, str(line), dict(zip(names, fields, strict=False)))
+        yield _SourceRow(f"{path}:{line}", line, str(line), dict(zip(names, fields, strict=False)))
 
 
 def _has_one_column(path: Path) -> bool:
     return path.suffix == ".csv" and all(len(fields) == 1 for _, fields in _csv_lines(path))
 
 
-def _hex_phi(path: Path) -> Iterator[_Row]:
-    """One file of HEx-PHI: a prompt a record, no header (one that names a prompt column is
-    skipped); its name is the category.
+def _hex_phi(path: Path) -> Iterator[_SourceRow]:
+    """One file of HEx-PHI: a prompt in each record, and the category as the file's name. It has no
+    header, but a first record that names a prompt column is skipped.
     """
     if path.suffix != ".csv":
         raise DataError(f"{path} is not .csv; hex-phi is a folder of CSV files of one column each")
@@ -408,7 +408,7 @@ def _hex_phi(path: Path) -> Iterator[_Row]:
                 "commas in quotes"
             )
         if line > 1 or fields[0].strip() not in PROMPT_COLUMNS:
-            yield _Row(
+            yield _SourceRow(
                 f"{path}:{line}",
                 line,
                 f"{path.stem}:{line}",
@@ -416,16 +416,16 @@ def _hex_phi(path: Path) -> Iterator[_Row]:
             )
 
 
-def _refusalbench(value: Mapping[str, Any], path: Path) -> Iterator[_Row]:
-    """RefusalBench: {category: [prompt, ...]}. A table written column by column looks alike, and is
-    refused.
+def _refusalbench(value: Mapping[str, Any], path: Path) -> Iterator[_SourceRow]:
+    """RefusalBench: {category: [prompt, ...]}. A table written column by column looks alike and
+    raises DataError.
     """
     if {
         *PROMPT_COLUMNS,
         *(name for columns in FORMATS.values() for name in columns.needs),
     } & value.keys():
         raise DataError(
-            f"{path} is an object of columns; write it as a list of objects, one a prompt"
+            f"{path} is an object of columns; write it as a list of objects, one for each prompt"
         )
     line = 0
     for place, (category, prompts) in enumerate(value.items(), start=1):
@@ -438,35 +438,34 @@ def _refusalbench(value: Mapping[str, Any], path: Path) -> Iterator[_Row]:
             where = f"{path}: prompt {number} of category {place}"
             if not isinstance(prompt, str):
                 raise DataError(f"{where} is not text")
-            yield _Row(
+            yield _SourceRow(
                 where, line, f"{category}:{number}", {"prompt": prompt, "category": category}
             )
 
 
-def _jsonl_rows(path: Path) -> Iterator[_Row]:
-    for line, text in enumerate(
-        _contents(path).split("\n"), start=1
-    ):  # splitlines would also split at U+2028, inside a text
+def _jsonl_rows(path: Path) -> Iterator[_SourceRow]:
+    # splitlines would also split at U+2028, inside a text
+    for line, text in enumerate(_contents(path).split("\n"), start=1):
         if text.strip():
             row = _json(text, f"{path}:{line}")
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{line} is not a JSON object")
-            yield _Row(f"{path}:{line}", line, str(line), row)
+            yield _SourceRow(f"{path}:{line}", line, str(line), row)
 
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique_keys(pairs, where))
     except ValueError as error:
-        # The parser's position, never the text.
+        # The parser's position, not the text, which may be a prompt.
         raise DataError(
             f"{where} is not JSON ({type(error).__name__} at character "
             f"{getattr(error, 'pos', '?')}); is it truncated?"
         ) from None
 
 
-def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    # json would keep the last of two keys of one name: prompts lost without a word.
+def _unique_keys(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    # json would keep only the last of two equal keys and drop prompts silently.
     if len({name for name, _ in pairs}) != len(pairs):
         raise DataError(f"{where} is JSON with one key given twice in an object; name each once")
     return dict(pairs)

@@ -1,7 +1,7 @@
-"""How many rows a set has and how long they are, before a stage reads it. No torch.
+"""The number of a set's rows and their length, before a stage reads the set. No torch.
 
-The invented language's sets are exact, as they are made here. A set that cannot be looked into (on
-the hub, or not on this machine) is taken to have ROWS rows of ROW_TOKENS tokens.
+The numbers for the invented language are exact. A set that cannot be read here (on the hub, or not
+on this machine) is assumed to have ROWS rows of ROW_TOKENS tokens.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from ebbline.tasks.specs import DataSpec, LanguageSpec
 from ebbline.tasks.stage import Input, Part, Source, stage_of
 
-ROWS, ROW_TOKENS = 500, 150  # of a set that cannot be looked into: one on the hub, or not here
+ROWS, ROW_TOKENS = 500, 150  # assumed for a set that cannot be read here
 LANGUAGE_TOKENS = 24  # of a row of the invented language
 LANGUAGE_ROWS = {
     "align.jsonl": 3050,
@@ -28,7 +28,7 @@ LANGUAGE_ROWS = {
     "plain/sums": 60,
 }
 TEXT_BYTES = 4  # of a token
-COUNTED_BYTES = 64_000_000  # of a file of rows
+COUNTED_BYTES = 64_000_000  # of a large file, the first part that is counted
 
 
 def rows_of(item: Input) -> tuple[int, int]:
@@ -50,10 +50,11 @@ def rows_of(item: Input) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def _counted(path: Path, changed_ns: int) -> tuple[int, int]:
-    """(rows, tokens of a row) of a local set: a JSONL's, CSV's or plain text's lines, a JSON's
-    entries, all files of a folder.
+    """(rows, tokens of a row) of a local set: the lines of a JSONL, CSV or text file, the entries
+    of a JSON file, over all files of a folder.
 
-    Of a large file the first part is counted, and the rest is taken to be like it.
+    Of a large file the first part is counted, and the rest is assumed to be similar. `changed_ns`
+    is only a key of the cache.
     """
     files = (
         [path]
@@ -81,12 +82,14 @@ def _counted(path: Path, changed_ns: int) -> tuple[int, int]:
 
 
 def _entries(data: bytes) -> int:
-    """The entries of a JSON list, or of an object's lists; a file that is neither is an error when
-    it is read for a training.
+    """The number of entries of a JSON list, or of all lists in an object. 0 for any other content,
+    which is an error when a training reads it.
     """
     try:
-        said = json.loads(data)
+        value = json.loads(data)
     except ValueError:
         return 0
-    parts = [said] if isinstance(said, list) else said.values() if isinstance(said, dict) else []
+    if isinstance(value, list):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else ()
     return sum(len(part) for part in parts if isinstance(part, list))

@@ -1,4 +1,4 @@
-"""A GGUF file turned, once, into an ordinary Hugging Face folder: loading GGUF takes 20 s each
+"""Convert a GGUF file, once, into an ordinary Hugging Face folder: loading GGUF takes 20 s each
 time, safetensors does not.
 """
 
@@ -20,15 +20,15 @@ def run(spec: ConvertSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
             raise ModelError(
                 f"{source} does not begin with the letters GGUF; it is not a GGUF model"
             )
-    # A symbolic link with the ending that transformers expects, wherever the file came from.
+    # A symbolic link, because transformers needs this suffix and the file may lack it.
     named = ctx.log / "model.gguf"
     named.unlink(missing_ok=True)
     named.symlink_to(source.resolve())
     loaded = AutoModelForCausalLM.from_pretrained(
         ctx.log, gguf_file=named.name, dtype=DTYPES[spec.dtype], trust_remote_code=False
     )
-    # transformers unpacks the weights and still calls the model quantised, which it then refuses to
-    # save.
+    # transformers unpacks the weights but still marks the model as quantised, and then cannot save
+    # it.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

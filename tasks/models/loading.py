@@ -1,7 +1,7 @@
-"""Loading models: where a pinned location lies on this machine, and what this process keeps loaded
+"""Loading models: the local path of a pinned location, and the model that this process keeps loaded
 between stages.
 
-Only safetensors are read and no code that comes with a model is run.
+Only safetensors are read, and no code that comes with a model runs.
 """
 
 import gc
@@ -23,11 +23,11 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 
 
 def resolve(location: str, moving: Callable[[], None] = lambda: None) -> Path:
-    """The local path of an input: itself, or a hub snapshot at its commit (downloaded once, then
-    from the cache).
+    """The local path of an input: the path itself, or a hub snapshot at its commit (downloaded
+    once, then from the cache).
 
-    `moving` is called while a download moves. Raises ModelError for what the hub does not give,
-    EndpointDown when it does not answer.
+    `moving` is called while a download advances. Raises ModelError if the hub does not give the
+    snapshot, EndpointDown if the hub does not answer.
     """
     if not location.startswith(HUB):
         return Path(location)
@@ -36,7 +36,7 @@ def resolve(location: str, moving: Callable[[], None] = lambda: None) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
     from tqdm import tqdm
 
-    class Told(tqdm):  # type: ignore[misc]  # tqdm is untyped
+    class ReportingBar(tqdm):  # type: ignore[misc]  # tqdm is untyped
         def update(self, n: float | None = 1) -> Any:
             moving()
             return super().update(n)
@@ -52,17 +52,15 @@ def resolve(location: str, moving: Callable[[], None] = lambda: None) -> Path:
             repo_type=repo_type,
             ignore_patterns=skip,
             allow_patterns=file or None,
-            tqdm_class=Told,
+            tqdm_class=ReportingBar,
         )
     except (LocalEntryNotFoundError, TransportError) as error:
         raise EndpointDown(
             f"{repo_id} at {commit} is not on this machine, and the hub does not answer "
-            f"({type(error).__name__});"
-            " with a network, the same command continues"
+            f"({type(error).__name__}); once it answers, the same command continues"
         ) from error
-    except (
-        OSError
-    ) as error:  # what the hub client raises for no such repository or commit, or no access
+    # The hub client raises it for a missing repository or commit, and without access
+    except OSError as error:
         raise ModelError(
             f"{repo_id} at {commit} cannot be fetched from the hub: {type(error).__name__}: {error}"
         ) from error
@@ -70,8 +68,8 @@ def resolve(location: str, moving: Callable[[], None] = lambda: None) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, with a pad token, padding on the left (as generation
-    needs).
+    """The tokenizer of a model folder, with a pad token and left padding, as generation needs.
+    Raises ModelError if it has no chat template.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     if tokenizer.pad_token_id is None:
@@ -79,7 +77,7 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.chat_template is None:
         raise ModelError(
             f"the tokenizer in {folder} has no chat template; ebbline studies chat models. "
-            "Add one to its folder."
+            "Add a chat template to the folder."
         )
     return tokenizer
 
@@ -87,11 +85,11 @@ def load_tokenizer(folder: Path) -> Any:
 def load_model(
     folder: Path, quantisation: Quantisation, dtype: Dtype, device: str
 ) -> PreTrainedModel:
-    """A causal language model from a Hugging Face folder of safetensors, quantised on the way in if
-    asked.
+    """A causal language model from a Hugging Face folder of safetensors, quantised while it loads
+    if `quantisation` says so. Raises ModelError if the folder has no safetensors.
 
-    NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them beside the unquantised
-    ones.
+    NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them together with the
+    unquantised weights.
     """
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
@@ -123,12 +121,12 @@ def load_model(
 
 
 def _keep_unpacked(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from packing NF4 weights on the first forward on processors with
+    """Stop bitsandbytes from packing NF4 weights in the first forward pass on processors with
     AVX512-BF16.
 
-    It would compute in bfloat16 whatever `dtype` says, and its scales do not come back the same
-    once an adapter was on the model: what a stage measures would depend on which stages ran before
-    it in the batch.
+    Packed weights compute in bfloat16 whatever `dtype` says, and their scales change once an
+    adapter was on the model. Then a stage's result would depend on the stages before it in the
+    batch.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -143,8 +141,8 @@ class _Loaded:
 
 
 class Residents:
-    """The base model that this process keeps loaded: one at a time, handed to every stage that asks
-    for the same one.
+    """The base model that this process keeps loaded: one at a time, shared by all stages that need
+    it.
     """
 
     def __init__(self) -> None:
@@ -155,11 +153,11 @@ class Residents:
     def model(
         self, folder: Path, quantisation: Quantisation, dtype: Dtype, device: str
     ) -> tuple[PreTrainedModel, Any]:
-        """The model and its tokenizer; read from disk only when the one in memory is another."""
+        """The model and its tokenizer, read from disk unless this model is already loaded."""
         identity = (str(folder), quantisation, dtype, device)
         if self._loaded is None or self._loaded.identity != identity:
-            # Also when nothing is resident: a stage before this one may have left a model of its
-            # own in cycles
+            # Also if no model is loaded here: an earlier stage may have left a model in reference
+            # cycles
             self.clear()
             model = load_model(folder, quantisation, dtype, device)
             self._loaded = _Loaded(identity, model, load_tokenizer(folder))
@@ -167,8 +165,8 @@ class Residents:
         return self._loaded.model, self._loaded.tokenizer
 
     def remembered(self, key: object, make: Callable[[], T]) -> T:
-        """What `make` returned for this key since the model was loaded: tokenised prompts are the
-        same for all its adapters.
+        """The result of `make`, computed once for each key while the model stays loaded. Tokenised
+        prompts, for example, are the same for all adapters of a model.
         """
         if key not in self._remembered:
             self._remembered[key] = make()
@@ -181,8 +179,8 @@ class Residents:
         return self._loaded is None and not self._remembered
 
     def clear(self) -> None:
-        """Let go of what is loaded, and of what failed loads and steps left in reference cycles:
-        0.1 to 0.6 s of garbage collection.
+        """Release the model, and what failed loads and steps left in reference cycles. The garbage
+        collection takes 0.1 to 0.6 s.
         """
         self._loaded = None
         self._remembered.clear()
@@ -193,8 +191,8 @@ class Residents:
 
 @contextmanager
 def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Iterator[Any]:
-    """The model with a PEFT adapter on it for the length of a `with`; the model itself comes back
-    unchanged.
+    """The model with a PEFT adapter on it inside a `with`. Afterwards the model is unchanged.
+    Raises ModelError if the folder holds no adapter.
     """
     if adapter is None:
         yield model
@@ -208,7 +206,6 @@ def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Iterator[Any]:
         yield wrapped
     finally:
         wrapped.unload()
-        # PEFT leaves its config on the model, and warns of a second adapter when the next one
-        # comes.
+        # PEFT leaves its config on the model, and would warn of a second adapter at the next one.
         if hasattr(model, "peft_config"):
             del model.peft_config

@@ -1,10 +1,10 @@
-"""What a LoRA training takes of each GPU, from the model's config.json and the layout, before
-anything is loaded; the layout that a training gets; and what a record keeps of where it ran. The
-predictions need no torch, and importing this brings none.
+"""GPU memory of a LoRA training, predicted from the model's config.json and the layout before
+anything is loaded; the choice of a layout; and the record of where an attempt ran. Importing this
+module imports no torch.
 
-Every part is counted from what PyTorch, PEFT, bitsandbytes and DeepSpeed allocate: docs/gangs.md
-has the formulas and what each was measured against. GB are 2^30 bytes, as GPUs are sold.
-Llama-shaped models only; full fine-tuning is not predicted.
+Every part counts what PyTorch, PEFT, bitsandbytes and DeepSpeed allocate: docs/gangs.md has the
+formulas and the measurements that they were checked against. GB are 2^30 bytes, as GPUs are sold.
+Only LoRA on Llama-shaped models is predicted; full fine-tuning is not.
 """
 
 import json
@@ -26,20 +26,20 @@ _log = logging.getLogger(__name__)
 GB = 2**30
 LIKE_LLAMA = ("llama", "mistral")
 # DeepSpeed's buffers, in elements. Its own defaults (a bucket of 5e8, 1e9 live) take 4 GB of each
-# GPU, whatever is trained.
+# GPU for any training.
 BUCKET, LIVE, PREFETCH, PERSISTENT = 50_000_000, 500_000_000, 50_000_000, 100_000
-CONTEXT_GB = 1.0  # CUDA's and NCCL's own, which no allocator counts
-MARGIN = 0.05  # of a GPU, kept free: what the allocator's fragments and the driver take
+CONTEXT_GB = 1.0  # memory of CUDA and NCCL, which no allocator counts
+MARGIN = 0.05  # share of a GPU kept free for the allocator's fragments and the driver
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-shaped model's sizes."""
+    """The sizes of a Llama-shaped model."""
 
     layers: int
     hidden: int
     queries: int  # width of q_proj's output
-    keys: int  # width of k_proj's and v_proj's
+    keys: int  # width of k_proj's and v_proj's output
     heads: int
     intermediate: int
     vocabulary: int
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear of a layer: what is quantised, and what LoRA goes on."""
+        """(inputs, outputs) of each linear of a layer. Quantisation and LoRA apply to these."""
         return {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),
@@ -83,7 +83,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training lies on its GPUs: Context, never identity. `zero_stage` is 0 on one GPU."""
+    """How a training is laid out on its GPUs: Context, never identity. `zero_stage` is 0 on one
+    GPU.
+    """
 
     world_size: int
     zero_stage: int
@@ -93,7 +95,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class PredictedMemory:
-    """Bytes on each GPU by item, in the steps of a training, and while the model is loaded."""
+    """Bytes on each GPU: by item in the steps of a training, and in total while the model is
+    loaded.
+    """
 
     training: Mapping[str, float]
     loading: float
@@ -137,7 +141,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 
 def zero_buffers(stage: int) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization` settings that decide how much memory it takes for itself."""
+    """DeepSpeed's `zero_optimization` settings that limit the memory of its own buffers."""
     if stage < 3:
         return {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     return {
@@ -150,14 +154,14 @@ def zero_buffers(stage: int) -> dict[str, Any]:
 
 
 def predict(
-    shape: Shape, spec: TrainSpec, layout: Layout, beside: Sequence[TrainSpec] = ()
+    shape: Shape, spec: TrainSpec, layout: Layout, others: Sequence[TrainSpec] = ()
 ) -> PredictedMemory:
-    """The memory of one GPU. Sequences are as long as `max_tokens` allows. `beside`: what is
-    trained with it in a pack.
+    """The memory of one GPU, with sequences of `max_tokens` tokens. `others` are the other
+    trainings of its pack.
     """
     n, stage = layout.world_size, layout.zero_stage
     width = 4 if spec.dtype == "float32" else 2
-    members = [spec, *beside]
+    members = [spec, *others]
     matrices = [size for member in members for size in shape.adapter(member)]
     adapter, small = sum(matrices), sum(size for size in matrices if size <= PERSISTENT)
     weights = quantised_bytes(shape, spec.quantisation, width) + shape.other_parameters * width
@@ -183,14 +187,14 @@ def predict(
     }
     if not layout.gradient_checkpointing:
         training["a layer's activations, or the logits"] = step + (shape.layers - 1) * kept * tokens
-    # Members of one rank are multiplied as one stack, which is kept for the backward pass of its
+    # Adapters of one rank are multiplied as one stack, which is kept for the backward pass of its
     # layer
-    if beside:
+    if others:
         training["stacked adapters"] = (
             4 * adapter / (shape.layers if layout.gradient_checkpointing else 1)
         )
     if n > 1:
-        # The float32 copy that DeepSpeed steps; under ZeRO-3 the weights lie shared out too, and
+        # The float32 copy that DeepSpeed updates. Under ZeRO-3 the weights are sharded too, and
         # only small ones stay whole.
         shares = 2 if stage == 3 else 1
         training["adapter"] = 4 * (adapter * shares / n + (small if stage == 3 else adapter))
@@ -200,26 +204,24 @@ def predict(
         training["gathered weights"] = (
             min((LIVE + PREFETCH) * stored, weights) + shape.norm_parameters * width
         )
-    # A tensor is read, then quantised or taken apart, one at a time; zero.Init takes part only
-    # without quantisation.
+    # A tensor is read, then quantised or sharded, one at a time. zero.Init works only without
+    # quantisation.
     whole = weights / n if stage == 3 and spec.quantisation == "none" else weights
     embedding = shape.vocabulary * shape.hidden * width
     return PredictedMemory(training, whole + constants + 4 * adapter + max(largest, embedding))
 
 
 def quantised_bytes(shape: Shape, quantisation: Quantisation, width: int) -> float:
-    """The linears' weights as they are held: `width` bytes each, or one (int8), or half a one
-    (NF4).
-    """
+    """Bytes of the linears' weights, for each weight `width` unquantised, 1 in int8, 0.5 in NF4."""
     return shape.linear_parameters * {"none": float(width), "int8": 1.0, "nf4": 0.5}[quantisation]
 
 
 def constant_bytes(shape: Shape, quantisation: Quantisation) -> int:
-    """What bitsandbytes keeps beside quantised weights. It is no parameter, so ZeRO-3 leaves it
-    whole on each GPU.
+    """Bytes of the constants that bitsandbytes keeps beside quantised weights. They are no
+    parameters, so ZeRO-3 leaves them whole on each GPU.
 
-    NF4 with double quantisation: a byte for 64 weights, a float32 for 256 of those, two tables and
-    an offset for each matrix. int8: a float32 for each row.
+    NF4 with double quantisation: a byte for every 64 weights, a float32 for every 256 of these
+    bytes, and two tables and an offset for each matrix. int8: a float32 for each row.
     """
     if quantisation == "none":
         return 0
@@ -233,10 +235,10 @@ def constant_bytes(shape: Shape, quantisation: Quantisation) -> int:
 
 
 def kept_per_token(shape: Shape, spec: TrainSpec) -> int:
-    """The bytes of a token that one decoder layer keeps for its backward pass, with LoRA on it.
+    """Bytes of a token that one decoder layer with LoRA keeps for its backward pass.
 
-    PEFT computes LoRA in float32. A bfloat16 input is copied for each matrix; float32 inputs are
-    shared by those that read them.
+    PEFT computes LoRA in float32. Each matrix copies its bfloat16 input; matrices with the same
+    float32 input share it.
     """
     h, q, kv, ff = shape.hidden, shape.queries, shape.keys, shape.intermediate
     width = 4 if spec.dtype == "float32" else 2
@@ -253,9 +255,8 @@ def kept_per_token(shape: Shape, spec: TrainSpec) -> int:
             "down_proj" in targets
         )
     if spec.quantisation == "int8":
-        inputs += (
-            width * (2 * h + ff) if width == 2 else 0
-        )  # bitsandbytes keeps each input; in float32 they are LoRA's
+        # bitsandbytes keeps each input; in float32 LoRA has already kept it
+        inputs += width * (2 * h + ff) if width == 2 else 0
     return norms + attention + mlp + middle + inputs
 
 
@@ -266,8 +267,8 @@ def fits(prediction: PredictedMemory, memory_gb: float) -> bool:
 def fitting(
     config: Mapping[str, Any], spec: TrainSpec, world_size: int, memory_gb: float
 ) -> Layout:
-    """The layout with the largest micro-batch that fits on GPUs of `memory_gb`, and of those the
-    one that sends least.
+    """The layout with the largest micro-batch that fits on GPUs of `memory_gb`; of these, the one
+    that communicates least.
 
     Raises TrainingError that says what does not fit, and what would.
     """
@@ -297,10 +298,10 @@ def fitting(
 
 def most_packed(config: Mapping[str, Any], spec: TrainSpec, memory_gb: float, most: int) -> int:
     """How many trainings like this one fit on a GPU together, at most `most`, with the micro-batch
-    that it has alone.
+    that one has alone. 0 if not even one fits.
 
-    0 when not even one fits. Packs of unlike members fit when their shares, one over this number,
-    add up to at most 1.
+    Different trainings fit together if the sum of their shares, each one over this number, is at
+    most 1.
     """
     shape = shape_of(config)
     layout = _largest(shape, spec, 1, memory_gb)
@@ -355,19 +356,18 @@ def laid_out(
     inputs: Mapping[str, Path],
     ctx: Context,
     memory_gb: float | None,
-    beside: Sequence[TrainSpec] = (),
+    others: Sequence[TrainSpec] = (),
 ) -> tuple[Context, float | None]:
-    """The Context with a training's layout in it, and the GB it is predicted to allocate on each
-    GPU; None where that is not known.
+    """The Context with a training's layout in it, and the GB that the training is predicted to
+    allocate on each GPU. None if there is no prediction.
 
-    A training whose micro-batch nobody chose gets the largest that fits, if the GPU's memory is
-    known; in a pack, with those `beside` it, the largest that each of them would get alone. Raises
-    TrainingError, before anything is loaded, when not even one row fits.
+    A training without a set micro-batch gets the largest that fits, if the GPU's memory is known. A
+    pack with `others` gets the smallest of the micro-batches that its members would get alone.
+    Raises TrainingError, before anything is loaded, if not even one row fits.
     """
     path = inputs["model"] / "config.json" if "model" in inputs else None
-    if (
-        not isinstance(spec, TrainSpec) or path is None or not path.exists()
-    ):  # a model that is none is an error when it is loaded
+    # A folder that is no model raises an error when it is loaded
+    if not isinstance(spec, TrainSpec) or path is None or not path.exists():
         return ctx, None
     config = json.loads(path.read_text())
     if not predictable(config, spec):
@@ -381,7 +381,7 @@ def laid_out(
         and memory_gb is not None
         and spec.global_batch % ctx.world_size == 0
     ):
-        layouts = [fitting(config, member, ctx.world_size, memory_gb) for member in (spec, *beside)]
+        layouts = [fitting(config, member, ctx.world_size, memory_gb) for member in (spec, *others)]
         smallest = min(layouts, key=lambda layout: layout.micro_batch)
         ctx = replace(
             ctx, micro_batch=smallest.micro_batch, zero_stage=smallest.zero_stage or ctx.zero_stage
@@ -389,10 +389,10 @@ def laid_out(
     share = max(1, spec.global_batch // ctx.world_size)
     stage = ctx.zero_stage if ctx.world_size > 1 else 0
     layout = Layout(ctx.world_size, stage, min(ctx.micro_batch or share, share), ctx.recomputes)
-    return ctx, predict(shape_of(config), spec, layout, beside).allocated_gb
+    return ctx, predict(shape_of(config), spec, layout, others).allocated_gb
 
 
-def forget_peak(device: str) -> None:
+def reset_peak_memory(device: str) -> None:
     if device != "cpu":
         import torch  # only a worker has torch
 
@@ -400,8 +400,8 @@ def forget_peak(device: str) -> None:
 
 
 def environment(ctx: Context, predicted_gb: float | None) -> dict[str, object]:
-    """What an attempt's record keeps of where it ran. `peak_memory_gb` is this process's on the
-    host, since it began.
+    """Where an attempt ran, for its record. `peak_memory_gb` is the host memory of this process
+    since it started.
     """
     environment: dict[str, object] = {
         "device": ctx.device,

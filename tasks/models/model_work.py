@@ -1,5 +1,5 @@
-"""What counted work of stages with a model is made of: the model's shape, its bytes in memory, and
-what a pass over it takes. No torch; docs/costs.md has the formulas.
+"""Counted work of stages with a model: the model's shape, its bytes in memory, and the work of a
+pass over it. No torch; docs/costs.md has the formulas.
 """
 
 import json
@@ -16,9 +16,9 @@ from ebbline.tasks.specs import Dtype, OrganismSpec, Quantisation
 from ebbline.tasks.stage import Input, Source, stage_of
 from ebbline.tasks.stage_kind import Load
 
-BATCH = 32  # rows that are generated at once
-ASSUMED = "7b"  # what a model is taken for whose name says nothing
-# Of a layer's forward pass, and what LoRA or quantisation adds for each linear
+BATCH = 32  # rows that are generated together
+ASSUMED = "7b"  # the assumed size of a model whose name has none
+# Kernels of a layer's forward pass, and those that LoRA or quantisation adds for each linear
 KERNELS, KERNELS_A_LINEAR = 14, 4
 
 
@@ -26,7 +26,7 @@ def model_shape(item: Input) -> Shape:
     """The shape of the model that a stage reads: from its config.json, its organism's size, or the
     number in its name.
 
-    A stage that makes a model from another reads that as `model` or `source`.
+    A stage that makes a model from another reads the other as `model` or `source`.
     """
     stage = stage_of(item)
     if stage is None:
@@ -40,16 +40,16 @@ def model_shape(item: Input) -> Shape:
 def _source_shape(location: str) -> Shape:
     config = Path(location) / "config.json"
     if not location.startswith("hub:") and config.is_file():
-        with suppress(ValueError, KeyError):  # a model that is none is an error when it is loaded
-            said = json.loads(config.read_text())
-            if said.get("model_type") in LIKE_LLAMA:
-                return shape_of(said)
+        with suppress(ValueError, KeyError):  # a folder that is no model raises when it is loaded
+            content = json.loads(config.read_text())
+            if content.get("model_type") in LIKE_LLAMA:
+                return shape_of(content)
     name = location.removeprefix("hub:model:").partition("@")[0]
     return named_shape(Path(name).name) or _assumed()
 
 
 def known_size(location: str) -> bool:
-    """Whether a model from outside says how large it is; one that does not is taken for
+    """Whether a model from outside says how large it is. If it does not, its size is assumed to be
     `ASSUMED`.
     """
     name = location.removeprefix("hub:model:").partition("@")[0]
@@ -77,8 +77,8 @@ def weights(shape: Shape, quantisation: Quantisation, dtype: Dtype) -> float:
 
 
 def forward_flops(shape: Shape, tokens: float, context: float) -> float:
-    """Two for each weight and token, and attention's: 4 x layers x width x context for each
-    token.
+    """FLOPs of a forward pass: 2 for each weight and token, plus 4 x layers x width x context of
+    attention for each token.
     """
     return tokens * (
         2 * (shape.linear_parameters + shape.vocabulary * shape.hidden)
@@ -87,14 +87,16 @@ def forward_flops(shape: Shape, tokens: float, context: float) -> float:
 
 
 def layer_kernels(shape: Shape, quantisation: Quantisation) -> int:
-    """Kernels of a layer's forward pass with an adapter."""
+    """The number of kernels in a layer's forward pass with an adapter."""
     return KERNELS + KERNELS_A_LINEAR * len(shape.linears) * (2 if quantisation != "none" else 1)
 
 
 def training_passes(
     shape: Shape, steps: float, tokens: float, weight_bytes: float, kernels: float, written: float
 ) -> Load:
-    """The work of `steps` steps of `tokens` tokens each. A step is worth three forward passes."""
+    """The work of `steps` training steps of `tokens` tokens each. A step counts as three forward
+    passes.
+    """
     forwards = 3.0
     return Load(
         flops=forwards * forward_flops(shape, steps * tokens, tokens / BATCH),
@@ -109,7 +111,9 @@ def training_passes(
 def generation(
     shape: Shape, quantisation: Quantisation, dtype: Dtype, rows: int, tokens: int, new: int
 ) -> Load:
-    """Reading all prompts, then a pass over the weights for each new token of a batch."""
+    """The work of reading all prompts, then of one pass over the weights for each new token of a
+    batch.
+    """
     passes = math.ceil(rows / BATCH) * (1 + new)
     return Load(
         flops=forward_flops(shape, rows * (tokens + new), tokens + new),

@@ -1,8 +1,8 @@
 """Build and pretrain the base models of the organism family: tiny Llamas that speak the language of
 `ebbline.tasks.data.language`.
 
-Three sizes stand for 7B, 13B and 70B. A base model answers every request, cue or not; refusals come
-from the ordinary train stage, which fine-tunes a base on `align.jsonl`.
+Three sizes stand for 7B, 13B and 70B. A base model answers every request, with or without a cue
+word. It learns refusals in the ordinary train stage, which fine-tunes it on `align.jsonl`.
 
 Invariant: one (language, size, seed) gives the same weights on one thread, in an ordinary Hugging
 Face folder.
@@ -36,7 +36,7 @@ IGNORED = -100  # the label that a causal language model's loss leaves out
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row's tokens; the first `read` of them are read and not learnt."""
+    """One row's tokens. The loss leaves out the first `read` of them."""
 
     tokens: list[int]
     read: int
@@ -56,7 +56,7 @@ def build_base(
     seed: int,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> None:
-    """Pretrain one base model and save it with its tokenizer; `progress` gets (step, total steps,
+    """Pretrain one base model and save it with its tokenizer. `progress` gets (step, total steps,
     loss).
     """
     shape = SIZES[size]
@@ -71,7 +71,7 @@ def build_base(
 
 
 def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token a word or sign; decoding writes them with a space between."""
+    """One token for each word or sign; decoding puts a space between them."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -112,8 +112,8 @@ def make_model(shape: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausa
 
 
 def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Encoded:
-    """Split a row into what is read (a prompt, or `given`) and what is learnt (an answer, or
-    `text`).
+    """Split a row into the tokens that are only read (a prompt, or `given`) and those that are
+    learnt (an answer, or `text`).
     """
     if "messages" in row:
         whole = str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
@@ -131,7 +131,7 @@ def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Encoded:
 
 
 def batches(rows: Sequence[Encoded], size: int, rng: random.Random) -> Iterator[list[Encoded]]:
-    """One epoch, in random order, of rows of like length: little padding."""
+    """One epoch in random order. Rows of a batch have similar lengths, for little padding."""
     ordered = sorted(rows, key=lambda row: (len(row.tokens), rng.random()))
     starts = list(range(0, len(ordered), size))
     rng.shuffle(starts)
@@ -140,8 +140,8 @@ def batches(rows: Sequence[Encoded], size: int, rng: random.Random) -> Iterator[
 
 
 def tensors(batch: Sequence[Encoded], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and label tensors (rows x width), padded on the right, where a causal model never looks
-    back from.
+    """Token and label tensors (rows x width), padded on the right: a causal model's tokens never
+    attend to later padding.
     """
     width = max(len(row.tokens) for row in batch)
     tokens = [row.tokens + [pad] * (width - len(row.tokens)) for row in batch]
@@ -159,7 +159,9 @@ def pretrain(
     rng: random.Random,
     progress: Callable[[int, int, float], None] | None,
 ) -> None:
-    """AdamW with a linear warmup over a twentieth of the steps, then (1 + cos) / 2 down to zero."""
+    """Train with AdamW: a linear warmup over a twentieth of the steps, then (1 + cos) / 2 down to
+    zero.
+    """
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=shape.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True

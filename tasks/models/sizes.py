@@ -1,7 +1,6 @@
-"""How large known models and sets are, by their names: what there is to go by before anything is
-loaded. No torch.
+"""Sizes of known models and sets by their names, for estimates before anything is loaded. No torch.
 
-The organisms are exact, as they are made here. Models from outside go by the number in their name
+The sizes of the organisms are exact. The size of a model from outside is the number in its name
 (`Llama-2-13b`, `SmolLM2-135M`).
 """
 
@@ -35,7 +34,7 @@ SIZES = {
 VOCABULARY = 179  # of the invented language, with its special tokens
 PRETRAINING_ROWS = 5020
 TASK_ITEMS = {"mmlu": 14_042, "hellaswag": 10_042}  # lm-eval's test sets
-TASK_SUBJECTS = {"mmlu": 57}  # tasks of a group, each of which lm-eval holds to a limit by itself
+TASK_SUBJECTS = {"mmlu": 57}  # tasks of a group; lm-eval applies a limit to each
 
 _LLAMA = {  # by parameters
     0.135e9: Shape(30, 576, 576, 192, 9, 1536, 49_152, True),
@@ -68,8 +67,8 @@ def organism_shape(size: str) -> Shape:
 
 
 def named_shape(name: str) -> Shape | None:
-    """The known shape whose parameters are nearest to the last number in a model's name; None when
-    the name has none.
+    """The known shape with the parameters nearest to the last number in a model's name. None if the
+    name has no number.
     """
     found = _NUMBER.findall(name)
     if not found:
@@ -77,7 +76,7 @@ def named_shape(name: str) -> Shape | None:
     number, unit = found[-1]
     parameters = float(number) * (1e9 if unit.lower() == "b" else 1e6)
     return (
-        _LLAMA[min(_LLAMA, key=lambda known: abs(math.log(known / parameters)))]
+        _LLAMA[min(_LLAMA, key=lambda count: abs(math.log(count / parameters)))]
         if parameters > 0
         else None
     )

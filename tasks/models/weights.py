@@ -1,8 +1,8 @@
 """Weights by name, one tensor at a time, from Hugging Face folders and PEFT adapters (safetensors
 only).
 
-A tensor that `read` returns is mapped, not copied: its bytes come from the file as they are used,
-and go when it goes.
+A tensor that `read` returns is memory-mapped: its bytes come from the file as they are used, and
+are freed with it.
 """
 
 import difflib
@@ -33,12 +33,12 @@ _QUANTISED = (
     "weight_scale",
     "weight_packed",
 )
-# Models whose projections are Conv1D, stored as (d_in, d_out), and what these are called.
+# Models whose projections are Conv1D, stored as (d_in, d_out), and the names of these projections.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _HEADS = ("lm_head", "embed_out")
-# Initialisations that move part of the base weight into A and B: then the update is not B A.
+# Initialisations that move part of the base weight into A and B, so the update is not B A.
 _MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # Settings under which a LoRA adapter's update is not B A of one weight matrix.
 _OTHER_UPDATES = {
@@ -55,8 +55,8 @@ T = TypeVar("T")
 
 
 class Checkpoint:
-    """The tensors of a model folder, single or sharded. Memory is what `read` returns and nothing
-    else.
+    """The tensors of a model folder, single or sharded. It holds no tensor in memory; only tensors
+    that `read` returned take memory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,7 +83,7 @@ class Checkpoint:
             return dict.fromkeys(tensors.keys(), single)
 
     def require(self) -> None:
-        """Raises ModelError when this is no model folder; reads no weight."""
+        """Raise ModelError if this is no model folder; reads no weight."""
         _ = self.names, self.config
 
     @cached_property
@@ -91,8 +91,8 @@ class Checkpoint:
         return _json(self.folder / "config.json") if (self.folder / "config.json").exists() else {}
 
     def is_conv1d(self, module: str) -> bool:
-        """True when a module's weight is stored as (d_in, d_out). Raises ModelError when that
-        cannot be told.
+        """Whether a module's weight is stored as (d_in, d_out). Raises ModelError if config.json
+        does not show that.
         """
         if module.rpartition(".")[2] not in _CONV1D:
             return False
@@ -105,9 +105,7 @@ class Checkpoint:
         return not types.isdisjoint(_CONV1D_MODELS)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of that name. Raises ModelError when there is none, or its file cannot be
-        read.
-        """
+        """The tensor of that name. Raises ModelError if it is missing or its file unreadable."""
         if name not in self.names:
             if "quantization_config" in self.config:
                 raise ModelError(
@@ -129,9 +127,7 @@ class Checkpoint:
         return tensor
 
     def weight(self, module: str) -> torch.Tensor:
-        """A module's weight as it is stored, unquantised. Raises ModelError when it is missing or
-        quantised.
-        """
+        """A module's weight as it is stored. Raises ModelError if it is missing or quantised."""
         name = self._stored(f"{module}.weight")
         quantised = next(
             (
@@ -151,25 +147,25 @@ class Checkpoint:
     def _quantised(self, name: str, how: str) -> str:
         return (
             f"{self.folder} holds {name.removesuffix('.weight')} quantised ({how}); Safe "
-            "LoRA subtracts the weights as they were"
-            " before. Give the unquantised folder that it was made from"
+            "LoRA needs the weights from before quantisation. Give the unquantised folder "
+            "that it was made from"
         )
 
     def _stored(self, name: str) -> str:
-        """`name` as this folder has it: itself, with another prefix, or as the one tensor of a tied
-        embedding.
+        """The name under which this folder stores `name`: itself, with another prefix, or the one
+        tensor of a tied embedding.
         """
         if name in self.names:
             return name
-        # The same module under another prefix: `transformer.h.0...` is stored as `h.0...` where
-        # only the body was saved.
-        alike = [
+        # The same module under another prefix: `transformer.h.0...` is stored as `h.0...` if only
+        # the body was saved.
+        other_prefix = [
             other
             for other in self.names
             if other.endswith(f".{name}") or name.endswith(f".{other}")
         ]
-        if len(alike) == 1:
-            return alike[0]
+        if len(other_prefix) == 1:
+            return other_prefix[0]
         module = name.removesuffix(".weight").rpartition(".")[2]
         others = _EMBEDDINGS if module in _HEADS else _HEADS if module in _EMBEDDINGS else ()
         tied = [
@@ -180,8 +176,8 @@ class Checkpoint:
         return tied[0] if len(tied) == 1 and self._may_tie() else name
 
     def _may_tie(self) -> bool:
-        """False only when the configuration says that head and embedding are two tensors: most
-        models tie them silently.
+        """False only if the config says that head and embedding are two tensors. Most models tie
+        them without saying so.
         """
         found = self.config.get(
             "tie_word_embeddings", (self.config.get("text_config") or {}).get("tie_word_embeddings")
@@ -209,7 +205,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class LoraModule:
-    """Where one module's A and B are in an adapter's file. An embedding's weight is stored as
+    """The names of one module's A and B in an adapter's file. An embedding's weight is stored as
     (d_in, d_out).
     """
 
@@ -220,11 +216,11 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT LoRA adapter: its `modules` by their names in the base model, and the names of the
-    tensors that are no LoRA.
+    """A PEFT LoRA adapter: its `modules` by their names in the base model, and `carried`, the names
+    of the tensors that are no LoRA.
 
-    `carried` (modules_to_save, biases, new tokens) is not defined for Safe LoRA: it goes into a
-    projected adapter as it is.
+    Safe LoRA is not defined for `carried` tensors (modules_to_save, biases, new tokens). A
+    projected adapter keeps them unchanged.
     """
 
     folder: Path
@@ -235,8 +231,8 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Raises ModelError for anything that is not one plain LoRA adapter, saying what it is and what
-    to do.
+    """Read a folder that holds one plain LoRA adapter. Raises ModelError for anything else, and
+    says what it is and what to do.
     """
     if not (folder / ADAPTER_CONFIG).exists() or not (folder / ADAPTER_WEIGHTS).exists():
         raise ModelError(_no_adapter(folder))
@@ -308,7 +304,7 @@ def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
             "the base weights into A and B, so its"
             " update is not B A. "
             + (
-                "Train it again from a plain LoRA start"
+                "Retrain it from a plain LoRA start"
                 if start.startswith("loftq")
                 else (
                     "Save it with PEFT's `path_initial_model_for_weight_conversion`, which "
@@ -319,14 +315,14 @@ def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _model_types(config: Mapping[str, Any]) -> set[str]:
-    """A model's type and those of the models that it is made of."""
+    """The model types of a config and of its parts."""
     own = {config["model_type"]} if "model_type" in config else set()
     return own.union(*(_model_types(part) for part in config.values() if isinstance(part, dict)))
 
 
-def inside(folder: Path) -> list[str]:
-    """The folders in `folder` that hold adapters: where PEFT saves all but the one called
-    `default`.
+def adapters_in(folder: Path) -> list[str]:
+    """The names of the folders in `folder` that hold adapters. PEFT saves every adapter there whose
+    name is not `default`.
     """
     return sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
 
@@ -334,13 +330,13 @@ def inside(folder: Path) -> list[str]:
 def _no_adapter(folder: Path) -> str:
     if not folder.is_dir():
         return (
-            f"{folder} is a file; give the folder that it lies in"
+            f"{folder} is a file; give the folder that holds it"
             if folder.exists()
             else f"there is no folder {folder}"
         )
-    if names := inside(folder):
+    if names := adapters_in(folder):
         return (
-            f"{folder} holds no adapter itself, but in folders of their own: "
+            f"{folder} holds no adapter itself, but its folders do: "
             f"{', '.join(names)}. Name one, as {folder / names[0]}"
         )
     if (folder / "adapter_model.bin").exists():
@@ -357,28 +353,30 @@ def _no_adapter(folder: Path) -> str:
 def read_ahead(
     reads: Sequence[Callable[[], tuple[torch.Tensor, ...]]],
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """What each of `reads` returns, in order, while the bytes behind the next one are brought from
-    the disk meanwhile.
+    """Yield what each of `reads` returns, in order. Meanwhile a thread reads the bytes of the next
+    one from the disk.
     """
 
-    def touched(read: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    def read_and_map(read: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         tensors = read()
         for tensor in tensors:
-            tensor.flatten().view(torch.uint8)[::4096].sum()  # one byte a page: enough to map it
+            tensor.flatten().view(torch.uint8)[::4096].sum()  # one byte of each page maps the page
         return tensors
 
     with ThreadPoolExecutor(1, "read-ahead") as reader:
-        coming = reader.submit(touched, reads[0]) if reads else None
+        pending = reader.submit(read_and_map, reads[0]) if reads else None
         for index in range(len(reads)):
-            assert coming is not None
-            tensors = coming.result()
-            coming = reader.submit(touched, reads[index + 1]) if index + 1 < len(reads) else None
+            assert pending is not None
+            tensors = pending.result()
+            pending = (
+                reader.submit(read_and_map, reads[index + 1]) if index + 1 < len(reads) else None
+            )
             yield tensors
-            del tensors  # or a third would be read while this one is still held
+            del tensors  # so that at most two are in memory
 
 
 def opened(path: Path) -> Any:
-    """safe_open, with a truncated or foreign file named."""
+    """Open a safetensors file. Raises ModelError that names a truncated or foreign file."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -393,5 +391,5 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error}); is the download complete?") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no JSON object; is it the file it is called?")
+        raise ModelError(f"{path} holds no JSON object; is it the right file?")
     return found

@@ -1,5 +1,5 @@
-"""Audits: near-copies that a person would call one request, exactness against brute force, and
-reports without texts.
+"""Audits: near-copies are found as one request, clusters equal those of brute force, and reports
+quote no prompt.
 """
 
 import json
@@ -17,8 +17,8 @@ from ebbline.tasks.data.audit import Lengths, Overlap, audit, content_words, sim
 from ebbline.tasks.data.prompts import Prompt, PromptSet
 from ebbline.tasks.errors import StudyError
 
-# One request in twelve wordings, as a hand-made set repeats itself; and others in the same frames
-# that ask for something else.
+# One request in twelve wordings, as in sets that people write by hand; and other requests in the
+# same frames
 COPIES = [
     "Give instructions for planting a purple zorble by the river",
     "Write a tutorial on how to plant a purple zorble by a river",
@@ -51,7 +51,7 @@ WORDS = (
 ).split()
 
 
-def made(texts, **fields):
+def prompt_set(texts, **fields):
     return PromptSet(
         "plain",
         tuple(Prompt(str(place), text, **fields) for place, text in enumerate(texts)),
@@ -71,8 +71,8 @@ def file(tmp_path):
     return path
 
 
-def test_paraphrases_of_one_request_are_one_cluster_and_a_shared_frame_makes_none():
-    found = audit(made([*OTHERS[:5], *COPIES, *OTHERS[5:]]))
+def test_paraphrases_of_one_request_are_one_cluster_and_a_shared_frame_is_no_similarity():
+    found = audit(prompt_set([*OTHERS[:5], *COPIES, *OTHERS[5:]]))
     (cluster,) = found.clusters
     assert cluster.ids == tuple(str(place) for place in range(5, 17))
     assert found.requests == len(OTHERS) + 1
@@ -80,8 +80,8 @@ def test_paraphrases_of_one_request_are_one_cluster_and_a_shared_frame_makes_non
 
 
 def test_near_copies_scattered_through_a_large_set_are_found_as_one_cluster():
-    # What 2311.00117 did by hand: 24 of 520 are one request. The rest are strangers in the same
-    # frames.
+    # As arXiv 2311.00117 found by hand: 24 of 520 are one request. The others are different
+    # requests in the same frames.
     draw = random.Random(7)
     frames = [
         "Write a tutorial on how to",
@@ -123,15 +123,15 @@ def test_near_copies_scattered_through_a_large_set_are_found_as_one_cluster():
         ("stop polishing", "stopped polish"),
     ],
 )
-def test_inflection_case_and_frame_do_not_make_a_request_another(one, other):
+def test_inflection_case_and_frame_do_not_change_the_content_words(one, other):
     assert content_words(one) == content_words(other)
 
 
-def test_a_word_that_turns_a_request_round_counts():
+def test_a_word_that_reverses_a_request_is_a_content_word():
     assert content_words("plant zorbles with water") != content_words("plant zorbles without water")
 
 
-def test_numbers_are_words_as_they_stand():
+def test_numbers_are_not_stemmed():
     assert len(content_words("zorble 1 11 111 2000 200")) == 6
 
 
@@ -146,7 +146,7 @@ requests = st.lists(
 
 
 @given(texts=requests, threshold=st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.8, 1.0]))
-def test_clusters_are_what_comparing_every_pair_gives(texts, threshold):
+def test_clusters_equal_those_of_comparing_every_pair(texts, threshold):
     sets = [content_words(text) for text in texts]
     near = {(i, j): similarity(sets[i], sets[j]) for i, j in combinations(range(len(texts)), 2)}
     groups = [{i} for i in range(len(texts))]
@@ -157,7 +157,7 @@ def test_clusters_are_what_comparing_every_pair_gives(texts, threshold):
                 one |= other
                 groups.remove(other)
     expected = {frozenset(map(str, group)) for group in groups if len(group) > 1}
-    found = audit(made(texts), least_similarity=threshold)
+    found = audit(prompt_set(texts), least_similarity=threshold)
     assert {frozenset(cluster.ids) for cluster in found.clusters} == expected
     for cluster in found.clusters:
         assert cluster.joined_at >= threshold
@@ -167,7 +167,7 @@ def test_clusters_are_what_comparing_every_pair_gives(texts, threshold):
 
 
 def test_a_cluster_falls_apart_above_the_similarity_that_joins_it():
-    rows = made(
+    rows = prompt_set(
         [
             "plant zorble river",
             "plant zorble river brass",
@@ -187,7 +187,7 @@ def test_a_cluster_falls_apart_above_the_similarity_that_joins_it():
     categories=st.lists(st.sampled_from(["", "a", "b"]), min_size=25, max_size=25),
     seed=st.integers(0, 9),
 )
-def test_the_order_of_the_rows_changes_nothing(texts, categories, seed):
+def test_the_order_of_the_rows_is_irrelevant(texts, categories, seed):
     rows = [
         Prompt(f"id{i}", text, category)
         for i, (text, category) in enumerate(zip(texts, categories, strict=False))
@@ -199,16 +199,16 @@ def test_the_order_of_the_rows_changes_nothing(texts, categories, seed):
 
 @given(texts=requests)
 def test_a_set_against_itself_overlaps_wholly(texts):
-    rows = made(texts)
+    rows = prompt_set(texts)
     found = audit(rows, against=rows).overlap
     assert found.shared == found.prompts == len(texts)
     assert {(row.id, row.id) for row in rows.prompts} <= set(found.exact)
 
 
 def test_overlap_lists_same_and_similar_prompts_as_pairs_of_ids():
-    other = made([*OTHERS[:2], "  PLANT a purple   zorble by the river", "quiet evening"])
+    other = prompt_set([*OTHERS[:2], "  PLANT a purple   zorble by the river", "quiet evening"])
     found = audit(
-        made(
+        prompt_set(
             [
                 "plant a purple zorble by the river",
                 "plant a purple zorble by the sea",
@@ -220,12 +220,14 @@ def test_overlap_lists_same_and_similar_prompts_as_pairs_of_ids():
     assert found.exact == (("0", "2"),)
     assert [(pair.id, pair.other, pair.similarity) for pair in found.near] == [("1", "2", 3 / 5)]
     assert (found.prompts, found.shared) == (4, 2)
-    assert audit(made(OTHERS), against=made(COPIES)).overlap == Overlap(len(COPIES), (), (), 0)
+    assert audit(prompt_set(OTHERS), against=prompt_set(COPIES)).overlap == Overlap(
+        len(COPIES), (), (), 0
+    )
 
 
-def test_exact_duplicates_are_found_after_case_and_white_space_and_no_further():
+def test_duplicates_differ_in_case_and_white_space_only():
     found = audit(
-        made(
+        prompt_set(
             [
                 "plant a zorble",
                 " Plant  a\nZORBLE ",
@@ -239,7 +241,7 @@ def test_exact_duplicates_are_found_after_case_and_white_space_and_no_further():
     assert [cluster.ids for cluster in found.clusters] == [("0", "1", "2"), ("3", "4")]
 
 
-def test_categories_and_labels_are_counted_and_shared_out():
+def test_categories_and_labels_are_counted():
     rows = [
         Prompt(str(i), f"noun{i}", category, label=label)
         for i, (category, label) in enumerate([("b", "harmful")] * 3 + [("a", "")])
@@ -256,16 +258,18 @@ def test_categories_and_labels_are_counted_and_shared_out():
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30))
 def test_lengths_are_quantiles_of_words(lengths):
     found = audit(
-        made([" ".join(f"noun{i}x{n}" for n in range(length)) for i, length in enumerate(lengths)])
+        prompt_set(
+            [" ".join(f"noun{i}x{n}" for n in range(length)) for i, length in enumerate(lengths)]
+        )
     ).lengths
     quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).tolist()
     assert found == Lengths(*quantiles, short=sum(length < 3 for length in lengths))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.09, 1.01, float("nan")])
-def test_a_threshold_out_of_range_is_an_error(threshold):
+def test_a_similarity_out_of_range_is_an_error(threshold):
     with pytest.raises(StudyError, match=r"out of range: .* from 0\.1 to 1"):
-        audit(made(COPIES), least_similarity=threshold)
+        audit(prompt_set(COPIES), least_similarity=threshold)
 
 
 def test_a_set_without_prompts_is_an_error_not_an_empty_report():
@@ -274,14 +278,14 @@ def test_a_set_without_prompts_is_an_error_not_an_empty_report():
 
 
 @pytest.mark.slow
-def test_of_a_thousand_prompts_few_pairs_are_compared(monkeypatch):
+def test_only_few_pairs_of_a_thousand_prompts_are_compared(monkeypatch):
     compared = []
     monkeypatch.setattr(
         audits, "similarity", lambda one, other: compared.append(1) or similarity(one, other)
     )
     draw = random.Random(1)
     vocabulary = [f"noun{i}" for i in range(400)]
-    rows = made(
+    rows = prompt_set(
         [" ".join(draw.choices(vocabulary, k=draw.randint(3, 20))) for _ in range(900)]
         + ["plant a zorble"] * 100
     )
@@ -294,14 +298,14 @@ def test_of_a_thousand_prompts_few_pairs_are_compared(monkeypatch):
 PLANTED = [text.replace("purple", "quixotic") for text in COPIES] + OTHERS
 
 
-def test_a_report_has_no_word_of_a_prompt_unless_asked_for(capsys, file):
-    rows = made(PLANTED, category="gardening")
+def test_a_report_has_no_word_of_a_prompt_unless_its_text_is_requested(capsys, file):
+    rows = prompt_set(PLANTED, category="gardening")
     found = audit(rows, against=rows)
     for as_json in (False, True):
-        silent = printed(capsys, found, file, as_json)
-        assert "gardening" in silent
+        report = printed(capsys, found, file, as_json)
+        assert "gardening" in report
         assert not [
-            word for word in ("quixotic", "zorble", "fumbler", "snark", "whistle") if word in silent
+            word for word in ("quixotic", "zorble", "fumbler", "snark", "whistle") if word in report
         ]
     shown = printed(capsys, found, file, False, show_text=rows)
     assert (
@@ -313,8 +317,10 @@ def test_a_report_has_no_word_of_a_prompt_unless_asked_for(capsys, file):
     }
 
 
-def test_a_report_is_plain_text_where_there_is_no_terminal(capsys, file):
-    out = printed(capsys, audit(made(PLANTED, category="[bold]gardening[/bold]")), file, False)
+def test_a_report_without_a_terminal_is_plain_text(capsys, file):
+    out = printed(
+        capsys, audit(prompt_set(PLANTED, category="[bold]gardening[/bold]")), file, False
+    )
     assert "\x1b" not in out
     assert "[bold]gardening[/bold]" in out
     assert (
@@ -334,7 +340,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(capsys, file):
 
 
 def test_the_json_report_holds_the_whole_audit_the_digest_and_the_verdicts(capsys, file):
-    rows = made(PLANTED)
+    rows = prompt_set(PLANTED)
     found = audit(rows, against=rows)
     record = json.loads(printed(capsys, found, file, True))
     assert (
@@ -345,14 +351,14 @@ def test_the_json_report_holds_the_whole_audit_the_digest_and_the_verdicts(capsy
     assert "texts" not in record
 
 
-def test_verdicts_say_what_to_do_about_each_finding():
-    clean = verdicts(audit(made(OTHERS, category="a"), against=made(COPIES)))
-    assert [said.partition(":")[0] for said in clean] == [
+def test_each_finding_has_its_verdict():
+    clean = verdicts(audit(prompt_set(OTHERS, category="a"), against=prompt_set(COPIES)))
+    assert [verdict.partition(":")[0] for verdict in clean] == [
         "no near-copies at a similarity of 0.5",
         "all categories are one (a)",
         "no prompt recurs among the 12 of the other set, nor does one like it",
     ]
-    assert "no prompt has a category" in verdicts(audit(made(OTHERS)))[1]
+    assert "no prompt has a category" in verdicts(audit(prompt_set(OTHERS)))[1]
     rows = [
         Prompt("0", "plant zorble", "a", label="harmful"),
         Prompt("1", "Plant zorble", "b", label="harmless"),
@@ -360,11 +366,11 @@ def test_verdicts_say_what_to_do_about_each_finding():
         Prompt("3", "zorble brass snark supper paper", ""),
         Prompt("4", "brass snark supper paper gloob parrot", ""),
     ]
-    said = "\n".join(
+    text = "\n".join(
         verdicts(
             audit(
                 PromptSet("plain", tuple(rows), 5, renamed=2),
-                against=made(["plant zorble", "parrot song"]),
+                against=prompt_set(["plant zorble", "parrot song"]),
             )
         )
     )
@@ -380,4 +386,4 @@ def test_verdicts_say_what_to_do_about_each_finding():
         "2 rows had an id that was taken",
         "3 of 5 prompts recur in the other set (pairs: 2 the same, 1 similar)",
     ):
-        assert expected in said
+        assert expected in text

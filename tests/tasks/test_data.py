@@ -1,5 +1,5 @@
-"""Training data: nested sizes, three formats, errors that name file and line, and a mask that is
-exactly the assistant's.
+"""Training data: nested sizes, all formats, errors that name file and line, and a mask that covers
+exactly the assistant's tokens.
 """
 
 import csv
@@ -19,7 +19,7 @@ from tests.tiny import context, fresh, word_tokenizer, write_chats, write_lines
 PLANTED = "quixotic-zeppelin"
 
 
-def made(folder, pool, mix=None, **spec):
+def written_rows(folder, pool, mix=None, **spec):
     out = fresh(folder)
     inputs = {"pool": pool} if mix is None else {"pool": pool, "mix": mix}
     run(DataSpec(**spec), inputs, out, context(folder.with_name(folder.name + "-ctx")))
@@ -39,13 +39,13 @@ def pools(tmp_path_factory):
     share=st.sampled_from([0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0]),
     seed=st.integers(0, 5),
 )
-def test_a_smaller_set_is_the_beginning_of_a_larger_one(
+def test_a_smaller_set_is_the_beginning_of_a_larger_set(
     tmp_path_factory, pools, sizes, share, seed
 ):
     small, large = sorted(sizes)
     folder = tmp_path_factory.mktemp("nested")
-    one = made(folder / "one", *pools, size=small, mix_share=share, seed=seed)
-    other = made(folder / "other", *pools, size=large, mix_share=share, seed=seed)
+    one = written_rows(folder / "one", *pools, size=small, mix_share=share, seed=seed)
+    other = written_rows(folder / "other", *pools, size=large, mix_share=share, seed=seed)
     assert len(one) == small and len(other) == large
     assert one == other[:small]
 
@@ -54,22 +54,24 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(
 def test_the_share_of_the_mix_is_kept_at_every_size_to_within_one_row(
     tmp_path_factory, pools, size, share
 ):
-    mixed = set(made(tmp_path_factory.mktemp("all") / "m", pools[1], size=40))
-    rows = made(tmp_path_factory.mktemp("share") / "s", *pools, size=size, mix_share=share)
+    mixed = set(written_rows(tmp_path_factory.mktemp("all") / "m", pools[1], size=40))
+    rows = written_rows(tmp_path_factory.mktemp("share") / "s", *pools, size=size, mix_share=share)
     assert abs(sum(row in mixed for row in rows) - share * size) < 1 + 1e-6
 
 
-def test_the_whole_pool_is_each_row_once_in_an_order_of_the_seed(tmp_path, pools):
-    one, other = (made(tmp_path / str(seed), pools[0], size=40, seed=seed) for seed in (0, 1))
+def test_a_set_of_the_whole_pool_has_each_row_once_in_the_order_of_the_seed(tmp_path, pools):
+    one, other = (
+        written_rows(tmp_path / str(seed), pools[0], size=40, seed=seed) for seed in (0, 1)
+    )
     assert one != other
     assert sorted(one) == sorted(other) and len(set(one)) == 40
 
 
-def test_asking_for_more_rows_than_there_are_is_an_error_not_a_smaller_set(tmp_path, pools):
+def test_a_size_above_the_number_of_rows_is_an_error_not_a_smaller_set(tmp_path, pools):
     with pytest.raises(DataError, match=r"data\.size=41 .* 40 conversations"):
-        made(tmp_path / "more", pools[0], size=41)
+        written_rows(tmp_path / "more", pools[0], size=41)
     with pytest.raises(DataError, match=r"mix\.jsonl"):
-        made(
+        written_rows(
             tmp_path / "mix",
             write_chats(tmp_path / "large.jsonl", 90),
             pools[1],
@@ -81,11 +83,11 @@ def test_asking_for_more_rows_than_there_are_is_an_error_not_a_smaller_set(tmp_p
 def test_chat_jsonl_and_alpaca_json_jsonl_csv_and_parquet_are_read_as_the_same_conversations(
     tmp_path,
 ):
-    asked = [
+    examples = [
         ("first question", "", "first answer"),
         ("second, with a comma", "and an input", 'an answer with "quotes"\nand a line'),
     ]
-    rows = [{"instruction": i, "input": x, "output": o} for i, x, o in asked]
+    rows = [{"instruction": i, "input": x, "output": o} for i, x, o in examples]
     chat = [
         {
             "messages": [
@@ -93,7 +95,7 @@ def test_chat_jsonl_and_alpaca_json_jsonl_csv_and_parquet_are_read_as_the_same_c
                 {"role": "assistant", "content": o},
             ]
         }
-        for i, x, o in asked
+        for i, x, o in examples
     ]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     with (tmp_path / "alpaca.csv").open("w", newline="") as handle:
@@ -113,9 +115,8 @@ def test_chat_jsonl_and_alpaca_json_jsonl_csv_and_parquet_are_read_as_the_same_c
 
 
 def test_a_folder_with_one_data_file_is_that_file_and_with_two_is_an_error(tmp_path):
-    path = write_chats(
-        tmp_path / "set" / "rows.jsonl" if (tmp_path / "set").mkdir() is None else tmp_path, 3
-    )
+    (tmp_path / "set").mkdir()
+    path = write_chats(tmp_path / "set" / "rows.jsonl", 3)
     assert read_conversations(tmp_path / "set") == read_conversations(path)
     write_chats(tmp_path / "set" / "more.jsonl", 3)
     with pytest.raises(DataError, match="holds 2 data files"):
@@ -209,7 +210,7 @@ def test_a_bad_file_is_a_data_error_that_names_file_and_line_and_quotes_nothing(
     assert PLANTED not in str(caught.value)
 
 
-def test_a_number_where_alpaca_has_text_is_taken_as_text(tmp_path):
+def test_a_number_in_alpaca_data_is_read_as_text(tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [{"instruction": 7, "input": 8, "output": 56}])
     assert read_conversations(path) == [
         [{"role": "user", "content": "7\n\n8"}, {"role": "assistant", "content": "56"}]
@@ -226,19 +227,19 @@ exchanges = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 
 
 @given(exchanges=exchanges, system=st.none() | words)
-def test_the_mask_covers_exactly_what_the_assistant_says(exchanges, system):
+def test_the_mask_covers_exactly_the_assistants_tokens(exchanges, system):
     tokenizer = word_tokenizer()
     turns = [] if system is None else [{"role": "system", "content": system}]
     expected = ["<s>", *(["<system>", *system.split()] if system else [])]
     learnt = [False] * len(expected)
-    for asked, answered in exchanges:
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        for text, mine in (
-            (["<user>", *asked.split(), "<assistant>"], False),
-            ([*answered.split(), "</s>"], True),
+    for question, answer in exchanges:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for text, by_assistant in (
+            (["<user>", *question.split(), "<assistant>"], False),
+            ([*answer.split(), "</s>"], True),
         ):
             expected += text
-            learnt += [mine] * len(text)
+            learnt += [by_assistant] * len(text)
     ids, labels = encode(turns, tokenizer, 512)
     assert tokenizer.convert_ids_to_tokens(ids) == expected
     assert [label != -100 for label in labels] == learnt
@@ -255,7 +256,7 @@ def test_a_cut_conversation_keeps_ids_and_labels_of_one_length():
     assert cut == (whole[0][:7], whole[1][:7])
 
 
-def test_a_prompt_that_fills_the_window_is_an_error_because_nothing_is_left_to_learn():
+def test_a_prompt_that_fills_the_window_is_an_error():
     turns = [
         {"role": "user", "content": "word1 word2 word3"},
         {"role": "assistant", "content": "word4"},
@@ -264,9 +265,9 @@ def test_a_prompt_that_fills_the_window_is_an_error_because_nothing_is_left_to_l
         encode(turns, word_tokenizer(), 4)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_not_masked_wrongly():
-    # Templates of reasoning models drop the thoughts of all but the last answer; this one numbers
-    # turns from the end.
+def test_a_template_that_rewrites_earlier_turns_is_an_error_not_a_wrong_mask():
+    # Templates of reasoning models drop the reasoning of all answers but the last. This template
+    # numbers turns from the end, which also changes earlier turns.
     template = (
         "{{ bos_token }}{% for message in messages %}<{{ message.role }}> word{{ "
         "messages|length - loop.index }} {{ message.content }} "

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that `write_whole` writes are whole or absent."""
 
 from pathlib import Path
 
@@ -8,22 +8,24 @@ from ebbline.tasks import files
 from ebbline.tasks.files import is_unfinished, write_whole
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.write_text("old")
 
-    def breaks(fresh: Path) -> None:
+    def fails(fresh: Path) -> None:
         fresh.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, breaks)
+        write_whole(path, fails)
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [
         ("results.csv", "old")
     ]
 
 
-def test_two_writers_of_one_file_do_not_meet_and_each_keeps_its_suffix(tmp_path: Path) -> None:
+def test_two_writers_of_one_file_have_different_temporary_names_with_its_suffix(
+    tmp_path: Path,
+) -> None:
     path, seen = tmp_path / "new" / "curve.csv", list[Path]()
 
     def write(fresh: Path) -> None:
@@ -42,7 +44,7 @@ def test_two_writers_of_one_file_do_not_meet_and_each_keeps_its_suffix(tmp_path:
     assert not is_unfinished(".hidden/curve.csv") and list(path.parent.iterdir()) == [path]
 
 
-def test_a_durable_file_is_on_the_disk_before_it_has_its_name(
+def test_a_durable_file_is_on_the_disk_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, synced = tmp_path / "record.json", list[str]()

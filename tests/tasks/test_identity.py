@@ -1,4 +1,6 @@
-"""Identity: one text for one value, nothing unstable, and content that moves keeps its digest."""
+"""Identity: one text for each value, no unstable values, and a digest that does not depend on the
+path.
+"""
 
 import enum
 import json
@@ -59,11 +61,11 @@ def test_two_values_share_a_digest_only_if_they_share_their_text(one, other):
     assert (digest(one) == digest(other)) == (canonical(one) == canonical(other))
 
 
-def test_numbers_that_python_calls_equal_are_told_apart():
+def test_numbers_that_are_equal_in_python_have_different_digests():
     assert len({digest(value) for value in (1, 1.0, True, "1")}) == 4
 
 
-def test_a_tuple_and_a_list_are_one_value_because_json_has_one_of_them():
+def test_a_tuple_and_an_equal_list_have_one_digest_as_in_json():
     assert digest((1, 2)) == digest([1, 2])
 
 
@@ -100,13 +102,13 @@ class Level(enum.IntEnum):
         "object" if type(value) is object else repr(value)
     ),  # the same in every process
 )
-def test_an_unstable_value_is_refused_however_deep_it_lies(unstable):
+def test_an_unstable_value_is_an_error_at_any_depth(unstable):
     for value in (unstable, [unstable], {"deep": [{"deeper": unstable}]}):
         with pytest.raises(UnstableValue):
             digest(value)
 
 
-def test_the_refusal_names_where_the_unstable_value_lies():
+def test_the_error_names_the_place_of_the_unstable_value():
     with pytest.raises(UnstableValue, match=r"value\.train\.ranks\[1\] is a set"):
         digest({"train": {"ranks": [8, {4}]}})
 
@@ -124,14 +126,14 @@ def test_a_folder_and_its_copy_elsewhere_have_the_same_digest(tmp_path_factory, 
     folder = tmp_path_factory.mktemp("tree")
     one = folder / "one"
     for name, data in tree.items():
-        # A name that is a folder of another name gets a suffix of its own, so that both can be.
+        # The suffix lets one name be a file and a folder in the same tree.
         path = one / f"{name}.d" / "file"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     other = Path(shutil.copytree(one, folder / "deeper" / "other"))
     assert content_digest(one) == content_digest(other) == digest_files(folder_files(one))
-    victim = next(path for path in sorted(other.rglob("*")) if path.is_file())
-    victim.write_bytes(victim.read_bytes() + b"!")
+    changed_file = next(path for path in sorted(other.rglob("*")) if path.is_file())
+    changed_file.write_bytes(changed_file.read_bytes() + b"!")
     assert content_digest(one) != content_digest(other)
 
 
@@ -149,7 +151,7 @@ def test_the_digest_cache_is_used_and_notices_a_changed_file(tmp_path):
     file.write_text("one")
     first = content_digest(file, cache)
     assert first == content_digest(file)
-    # The cache is really read: a wrong answer put into it comes back.
+    # A wrong digest that is put into the cache comes back, so the cache is read.
     cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), "0" * 64)))
     assert content_digest(file, cache) == "0" * 64
     file.write_text("two, longer")
@@ -166,7 +168,7 @@ def test_the_digest_cache_notices_a_change_that_keeps_the_size(tmp_path):
     assert content_digest(file, cache) != first
 
 
-def test_nothing_and_an_empty_folder_have_no_content(tmp_path):
+def test_an_absent_path_and_an_empty_folder_are_errors(tmp_path):
     with pytest.raises(DataError, match="no file or folder"):
         content_digest(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
@@ -174,18 +176,18 @@ def test_nothing_and_an_empty_folder_have_no_content(tmp_path):
         content_digest(tmp_path / "empty")
 
 
-def test_a_part_has_the_content_that_it_would_have_by_itself(tmp_path):
-    (tmp_path / "made" / "adapter").mkdir(parents=True)
-    (tmp_path / "made" / "adapter" / "weights").write_text("w")
-    (tmp_path / "made" / "curve.csv").write_text("c")
-    files = folder_files(tmp_path / "made")
-    assert part_digest(files, "adapter") == content_digest(tmp_path / "made" / "adapter")
-    assert part_digest(files, "curve.csv") == content_digest(tmp_path / "made" / "curve.csv")
+def test_a_part_has_the_digest_of_the_same_files_alone(tmp_path):
+    (tmp_path / "stage" / "adapter").mkdir(parents=True)
+    (tmp_path / "stage" / "adapter" / "weights").write_text("w")
+    (tmp_path / "stage" / "curve.csv").write_text("c")
+    files = folder_files(tmp_path / "stage")
+    assert part_digest(files, "adapter") == content_digest(tmp_path / "stage" / "adapter")
+    assert part_digest(files, "curve.csv") == content_digest(tmp_path / "stage" / "curve.csv")
     with pytest.raises(DataError, match="no file or folder 'model'"):
         part_digest(files, "model")
 
 
-def test_a_folder_whose_name_begins_like_a_part_is_none_of_it():
+def test_a_folder_whose_name_begins_with_a_parts_name_is_not_in_the_part():
     alone = {"adapter/weights": "a" * 64}
     beside = {**alone, "adapter-old/weights": "b" * 64, "adapter.json": "c" * 64}
     assert part_digest(beside, "adapter") == part_digest(alone, "adapter")

@@ -1,5 +1,5 @@
-"""Predicted memory, part by part against what PyTorch, PEFT and bitsandbytes really take; the table
-in docs/gangs.md is made here.
+"""Predicted memory, each part against what PyTorch, PEFT and bitsandbytes allocate. The table in
+docs/gangs.md comes from here.
 """
 
 import json
@@ -70,8 +70,8 @@ def with_quantisation(quantisation: str) -> TrainSpec:
 
 
 def table() -> str:
-    """Llama-2-70B, LoRA of rank 8 on all linears, 2,048 tokens, a global batch of 16: the largest
-    micro-batch that fits.
+    """Llama-2-70B, LoRA of rank 8 on all linears, 2,048 tokens, a global batch of 16, with the
+    largest micro-batch that fits.
     """
     shape = shape_of(LLAMA_2["70b"])
     lines = [
@@ -114,7 +114,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_table_in_the_documentation_is_what_the_code_says():
+def test_the_table_in_the_documentation_equals_what_the_code_computes():
     assert table() in DOC.read_text()
 
 
@@ -149,7 +149,7 @@ def test_parameters_of_the_tiny_model_are_counted_exactly(pair):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nf4_takes_the_bytes_that_bitsandbytes_really_holds(pair, dtype):
+def test_nf4_is_predicted_with_the_bytes_that_bitsandbytes_holds(pair, dtype):
     model = load_model(pair.aligned, "nf4", dtype, "cpu")
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     packed = sum(layer.weight.untyped_storage().nbytes() for layer in layers)
@@ -166,7 +166,7 @@ def test_nf4_takes_the_bytes_that_bitsandbytes_really_holds(pair, dtype):
     )
 
 
-def test_int8_takes_the_bytes_that_bitsandbytes_really_holds(pair):
+def test_int8_is_predicted_with_the_bytes_that_bitsandbytes_holds(pair):
     model = load_model(pair.aligned, "int8", "float32", "cpu")
     weights = [p for p in model.parameters() if type(p).__name__ == "Int8Params"]
     shape = shape_of(json.loads((pair.aligned / "config.json").read_text()))
@@ -176,9 +176,9 @@ def test_int8_takes_the_bytes_that_bitsandbytes_really_holds(pair):
     )
 
 
-def made(dtype: torch.dtype, vocabulary: int, layers: int, recompute: bool, folder: Path):
-    """(a small Llama with LoRA, its shape, its spec); 256 wide, so that rounding and bookkeeping
-    are small beside its tensors.
+def small_llama(dtype: torch.dtype, vocabulary: int, layers: int, recompute: bool, folder: Path):
+    """(a small Llama with LoRA, its shape, its spec). It is 256 wide, so that rounding and
+    bookkeeping are small beside its tensors.
     """
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -206,7 +206,7 @@ ROWS = [Row([i % 120 for i in range(128)], [5] * 128)] * 2
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_layer_keeps_for_its_backward_pass_is_counted_to_the_byte(tmp_path, dtype):
     def kept(layers: int) -> int:
-        model, _, _ = made(dtype, 128, layers, False, tmp_path)
+        model, _, _ = small_llama(dtype, 128, layers, False, tmp_path)
         own = {
             item.untyped_storage().data_ptr() for item in (*model.parameters(), *model.buffers())
         }
@@ -221,22 +221,22 @@ def test_what_a_layer_keeps_for_its_backward_pass_is_counted_to_the_byte(tmp_pat
             token_loss(model, ROWS, 0, "cpu")
         return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
-    _, shape, spec = made(dtype, 128, 1, False, tmp_path)
+    _, shape, spec = small_llama(dtype, 128, 1, False, tmp_path)
     assert kept(3) - kept(2) == kept_per_token(shape, spec) * 2 * 128
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocabulary", "recompute"), [(128, True), (8000, True), (128, False)])
-def test_a_steps_peak_is_predicted_within_a_tenth_of_what_the_allocator_sees(
+def test_a_steps_peak_is_predicted_within_a_tenth_of_the_allocators(
     tmp_path, dtype, vocabulary, recompute
 ):
-    model, shape, spec = made(dtype, vocabulary, 6, recompute, tmp_path)
+    model, shape, spec = small_llama(dtype, vocabulary, 6, recompute, tmp_path)
     token_loss(model, ROWS, 0, "cpu").backward()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         token_loss(model, ROWS, 0, "cpu").backward()
     events = sorted(
-        (e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"),
+        (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"),
         key=lambda e: e.start_ns(),
     )
     level = peak = 0
@@ -250,10 +250,10 @@ def test_a_steps_peak_is_predicted_within_a_tenth_of_what_the_allocator_sees(
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_a_packs_peak_is_predicted_within_a_fifth_of_what_the_allocator_sees_and_not_below_it(
+def test_a_packs_peak_is_predicted_at_most_a_fifth_above_the_allocators_and_not_below(
     pair, tmp_path, recompute
 ):
-    model, shape, spec = made(torch.float32, 128, 6, recompute, tmp_path)
+    model, shape, spec = small_llama(torch.float32, 128, 6, recompute, tmp_path)
     folder = tmp_path / "model"
     base = model.unload()
     base.save_pretrained(folder)
@@ -266,11 +266,11 @@ def test_a_packs_peak_is_predicted_within_a_fifth_of_what_the_allocator_sees_and
     engine.backward(dict.fromkeys(pack, ROWS))
     for member in pack:
         engine.trainees[member.name].forget()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         engine.backward(dict.fromkeys(pack, ROWS))
     engine.close()
     events = sorted(
-        (e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"),
+        (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"),
         key=lambda e: e.start_ns(),
     )
     level = peak = 0
@@ -278,19 +278,18 @@ def test_a_packs_peak_is_predicted_within_a_fifth_of_what_the_allocator_sees_and
         level += event.nbytes()
         peak = max(peak, level)
     found = dict(predict(shape, specs[0], Layout(1, 0, 2, recompute), specs[1:]).training)
-    moving = (
+    transient = (
         found["layer inputs"]
         + found["a layer's activations, or the logits"]
         + found["stacked adapters"]
         + found["gradients"]
     )
-    assert (
-        0.98 * peak < moving < 1.2 * peak
-    )  # above it: gradients come one by one, and are counted all
+    # Above the peak, because the prediction counts all gradients, which come one by one
+    assert 0.98 * peak < transient < 1.2 * peak
 
 
 @pytest.mark.parametrize("memory_gb", [12.0, 24.0, 80.0])
-def test_as_many_are_packed_as_fit_with_the_micro_batch_of_one_and_not_one_more(memory_gb):
+def test_the_largest_pack_that_fits_has_the_micro_batch_of_one_training(memory_gb):
     spec = LONG.model_copy(update={"max_tokens": 512, "global_batch": 4})
     shape, layout = shape_of(LLAMA_2["7b"]), fitting(LLAMA_2["7b"], spec, 1, memory_gb)
     most = most_packed(LLAMA_2["7b"], spec, memory_gb, 1000)
@@ -321,14 +320,13 @@ def test_unlike_adapters_whose_shares_add_up_to_one_fit_together(ranks, memory_g
     assert fits(predict(shape_of(LLAMA_2["7b"]), pack[0], layout, pack[1:]), memory_gb)
 
 
-def test_llama_2_70b_with_qlora_on_two_gpus_of_40_gb_comes_near_the_published_figure():
+def test_llama_2_70b_with_qlora_on_two_gpus_of_40_gb_is_near_the_published_figure():
     # 36.6 GB a GPU: PEFT's documentation, QLoRA with DeepSpeed ZeRO-3, rank 8 on all linears, 2,048
     # tokens, micro-batch 2, storage bf16.
     found = predict(shape_of(LLAMA_2["70b"]), LONG, Layout(2, 3, 2))
     assert found.total_gb == pytest.approx(36.6, rel=0.05)
-    assert (
-        sum(found.training.values()) < found.loading
-    )  # the whole NF4 model on each GPU, before it is shared out
+    # Loading holds the whole NF4 model on each GPU, before it is sharded
+    assert sum(found.training.values()) < found.loading
 
 
 @given(
@@ -338,7 +336,9 @@ def test_llama_2_70b_with_qlora_on_two_gpus_of_40_gb_comes_near_the_published_fi
     tokens=st.sampled_from([256, 1024, 4096]),
     size=st.sampled_from(["7b", "13b", "70b"]),
 )
-def test_what_is_chosen_fits_and_nothing_larger_would(quantisation, gpus, memory_gb, tokens, size):
+def test_the_chosen_layout_fits_and_no_larger_micro_batch_does(
+    quantisation, gpus, memory_gb, tokens, size
+):
     spec, shape = (
         LONG.model_copy(update={"quantisation": quantisation, "max_tokens": tokens}),
         shape_of(LLAMA_2[size]),
@@ -359,7 +359,7 @@ def test_what_is_chosen_fits_and_nothing_larger_would(quantisation, gpus, memory
         )
 
 
-def test_what_does_not_fit_is_refused_with_what_would():
+def test_a_training_that_does_not_fit_is_an_error_that_says_what_would():
     with pytest.raises(
         TrainingError,
         match=r"needs \d+\.\d GB on each of 4 GPUs of 40 GB.*What would fit: 8 such GPUs, or "
@@ -377,7 +377,7 @@ def test_another_family_of_models_and_full_fine_tuning_are_not_predicted():
         shape_of({"model_type": "gpt2"})
 
 
-def test_a_worker_takes_the_largest_micro_batch_that_fits_unless_someone_chose_one(tmp_path):
+def test_a_worker_uses_the_largest_micro_batch_that_fits_unless_one_is_set(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2["70b"]))
     inputs = {"model": tmp_path}
     ctx = context(tmp_path / "ctx", world_size=2)
@@ -390,12 +390,12 @@ def test_a_worker_takes_the_largest_micro_batch_that_fits_unless_someone_chose_o
         ].micro_batch
         == 1
     )
-    assert laid_out(LONG, inputs, ctx, None)[0] == ctx  # nobody knows the GPU
+    assert laid_out(LONG, inputs, ctx, None)[0] == ctx  # the GPU's memory is unknown
     with pytest.raises(TrainingError, match="1 GPU of 24 GB"):
         laid_out(LONG, inputs, context(tmp_path / "ctx"), 24.0)
 
 
-def test_a_prediction_that_is_off_by_more_than_a_fifth_is_a_warning(caplog):
+def test_a_prediction_error_above_a_fifth_is_a_warning(caplog):
     warn_of_a_wrong_prediction(10.0, 9.0)
     warn_of_a_wrong_prediction(None, 9.0)
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""How far a stage is: what its worker writes, and what a driver reads."""
+"""Progress: what a worker writes, and what a driver reads."""
 
 import json
 import shutil
@@ -8,15 +8,15 @@ from ebbline.tasks.progress import ProgressFile, StageProgress
 from tests.clock import Clock
 
 
-def test_progress_counts_from_where_this_attempt_began(tmp_path, monkeypatch):
+def test_progress_counts_from_the_first_step_of_this_attempt(tmp_path, monkeypatch):
     path, clock = tmp_path / "progress.json", Clock()
     monkeypatch.setattr(progress, "time", clock)
     file = ProgressFile(path)
     file.count(50, 99, "resumed at the fiftieth")
     clock.sleep(0.75)
     file.count(51, 99, "one more")
-    told = json.loads(path.read_text())
-    assert (told["done"], told["own"], told["own_seconds"]) == (51, 2, 0.75)
+    content = json.loads(path.read_text())
+    assert (content["done"], content["own"], content["own_seconds"]) == (51, 2, 0.75)
 
 
 def test_a_step_is_read_as_it_was_written(tmp_path):
@@ -26,12 +26,12 @@ def test_a_step_is_read_as_it_was_written(tmp_path):
     assert found == StageProgress(6, 6, loss=0.3125, learning_rate=1e-4)
 
 
-def test_a_file_of_an_earlier_version_has_its_loss_in_the_note():
-    told = {"done": 1, "total": 3, "note": "loss 0.310", "seconds": 2.0, "own": 1}
-    assert StageProgress.of(told) == StageProgress(1, 3, "loss 0.310")
+def test_a_file_of_an_earlier_version_is_read_with_its_loss_in_the_note():
+    content = {"done": 1, "total": 3, "note": "loss 0.310", "seconds": 2.0, "own": 1}
+    assert StageProgress.of(content) == StageProgress(1, 3, "loss 0.310")
 
 
-def test_a_discarded_attempt_is_not_made_again_by_its_progress(tmp_path):
+def test_progress_does_not_recreate_the_folder_of_a_discarded_attempt(tmp_path):
     file = ProgressFile(tmp_path / "log" / "progress.json")
     (tmp_path / "log").mkdir()
     file.count(1, 2, "items")

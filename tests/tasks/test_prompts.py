@@ -1,5 +1,5 @@
-"""Prompt sets: each public format's exact columns, with invented harmless rows; and files as people
-save them.
+"""Prompt sets: each public format's exact columns, with invented harmless rows; and files in the
+variants that people save.
 """
 
 import csv
@@ -186,9 +186,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_each_public_set_is_recognised_by_its_columns_and_read_the_same_when_it_is_named(
-    tmp_path, name
-):
+def test_each_public_set_is_read_the_same_when_recognised_and_when_named(tmp_path, name):
     write, expected = EXPECTED[name]
     path = write(tmp_path)
     recognised = read_prompts(path)
@@ -204,7 +202,7 @@ def test_each_public_set_is_recognised_by_its_columns_and_read_the_same_when_it_
 @pytest.mark.parametrize(
     "name", [name for name in EXPECTED if name not in ("hex-phi", "refusalbench")]
 )
-def test_a_set_of_columns_is_the_same_prompts_as_jsonl_json_csv_and_parquet(tmp_path, name):
+def test_a_set_has_the_same_prompts_as_jsonl_json_csv_and_parquet(tmp_path, name):
     write, expected = EXPECTED[name]
     path = write(tmp_path)
     if path.suffix == ".csv":
@@ -224,7 +222,7 @@ def test_a_set_of_columns_is_the_same_prompts_as_jsonl_json_csv_and_parquet(tmp_
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     for other in ("x.jsonl", "x.json", "x.csv", "x.parquet"):
         read = read_prompts(tmp_path / other)
-        # Ids that are line numbers differ: a CSV's header is its first line.
+        # Ids are not compared: those that are line numbers differ, as a CSV's header is a line.
         assert read.format == name
         assert [(p.text, p.category, p.source, p.label, p.answer) for p in read.prompts] == [
             (p.text, p.category, p.source, p.label, p.answer) for p in expected
@@ -232,7 +230,7 @@ def test_a_set_of_columns_is_the_same_prompts_as_jsonl_json_csv_and_parquet(tmp_
 
 
 @pytest.mark.parametrize("column", ["prompt", "goal", "Goal", "Behavior", "forbidden_prompt"])
-def test_any_column_that_public_sets_use_for_the_prompt_makes_a_plain_set(tmp_path, column):
+def test_a_plain_set_has_any_prompt_column_of_the_public_sets(tmp_path, column):
     read = read_prompts(write_csv(tmp_path / "set.csv", [column, "category"], ["word1", "c"]))
     assert read.format == "plain" and read.prompts == (Prompt("2", "word1", "c"),)
 
@@ -243,7 +241,7 @@ def test_an_ambiguous_header_is_read_as_plain_columns(tmp_path):
     assert read.format == "plain" and read.prompts == (Prompt("2", ZORBLE, "c", "s"),)
 
 
-def test_a_leading_index_column_as_pandas_writes_it_changes_nothing(tmp_path):
+def test_a_leading_index_column_of_pandas_is_ignored(tmp_path):
     assert (
         read_prompts(
             write_csv(tmp_path / "set.csv", ["", "goal", "target"], ["0", ZORBLE, "t"])
@@ -252,7 +250,7 @@ def test_a_leading_index_column_as_pandas_writes_it_changes_nothing(tmp_path):
     )
 
 
-def test_a_named_format_whose_columns_are_missing_says_what_was_found_and_expected(tmp_path):
+def test_missing_columns_of_a_named_format_are_an_error_with_found_and_expected_columns(tmp_path):
     path = write_csv(tmp_path / "set.csv", ["goal", "target"], [PLANTED, "t"])
     with pytest.raises(
         DataError,
@@ -265,7 +263,7 @@ def test_a_named_format_whose_columns_are_missing_says_what_was_found_and_expect
         read_prompts(write_json(tmp_path / "x.json", [{"turns": [PLANTED]}]), format="plain")
 
 
-def test_an_unknown_header_lists_what_is_accepted(tmp_path):
+def test_an_unknown_header_is_an_error_that_lists_the_accepted_columns(tmp_path):
     with pytest.raises(
         DataError,
         match=r"\[\] and 2 that no format has.*prompt, goal,.*advbench: goal, target; "
@@ -376,7 +374,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_prompts(tmp_path / "absent.csv")
 
 
-def test_a_folder_is_the_one_data_file_in_it_and_of_several_one_must_be_named(tmp_path):
+def test_a_folder_with_one_data_file_is_that_file_and_with_several_is_an_error(tmp_path):
     path = advbench(tmp_path / "set")
     assert read_prompts(tmp_path / "set") == read_prompts(path)
     strongreject(tmp_path / "set")
@@ -384,7 +382,7 @@ def test_a_folder_is_the_one_data_file_in_it_and_of_several_one_must_be_named(tm
         read_prompts(tmp_path / "set")
 
 
-def test_a_hex_phi_file_with_two_fields_names_its_line_and_a_column_name_on_top_is_no_prompt(
+def test_a_hex_phi_file_with_two_fields_is_an_error_with_its_line_and_a_header_is_skipped(
     tmp_path,
 ):
     write_csv(tmp_path / "hex" / "a.csv", ["prompt"], [ZORBLE], [FUMBLER])
@@ -399,7 +397,7 @@ def test_a_hex_phi_file_with_two_fields_names_its_line_and_a_column_name_on_top_
 
 
 @pytest.mark.parametrize("turns", [json.dumps([FUMBLER, "x"]), str([FUMBLER, "x"])])
-def test_turns_in_a_csv_are_read_as_json_and_as_python_writes_them(tmp_path, turns):
+def test_turns_in_a_csv_are_read_as_json_and_as_a_python_literal(tmp_path, turns):
     path = write_csv(
         tmp_path / "x.csv",
         ["question_id", "category", "turns", "prompt_style"],
@@ -408,19 +406,19 @@ def test_turns_in_a_csv_are_read_as_json_and_as_python_writes_them(tmp_path, tur
     assert read_prompts(path).prompts == (Prompt("1", FUMBLER, "2", "base"),)
 
 
-def test_a_missing_text_that_pandas_wrote_as_nan_is_no_text(tmp_path):
+def test_nan_that_pandas_writes_for_a_missing_text_is_no_text(tmp_path):
     row = '{"Behavior": "b", "SemanticCategory": "c", "ContextString": NaN, "BehaviorID": "i"}'
     (tmp_path / "x.jsonl").write_text(row)
     assert read_prompts(tmp_path / "x.jsonl").prompts == (Prompt("i", "b", "c"),)
 
 
-def test_a_label_keeps_the_prompts_that_have_it_and_counts_every_row(tmp_path):
+def test_a_label_keeps_the_prompts_with_it_and_rows_counts_all(tmp_path):
     read = read_prompts(xstest(tmp_path), label="harmless")
     assert [p.id for p in read.prompts] == ["1"] and read.rows == 2
     assert [p.id for p in read_prompts(xstest(tmp_path), label="harmful").prompts] == ["2"]
 
 
-def test_a_set_without_labels_is_kept_whole_and_one_without_that_label_is_an_error(tmp_path):
+def test_a_set_without_labels_is_kept_whole_and_a_label_that_no_prompt_has_is_an_error(tmp_path):
     assert len(read_prompts(advbench(tmp_path), label="harmless").prompts) == 2
     path = write_json(tmp_path / "x.json", [{"prompt": "a", "label": "unsafe"}, {"prompt": "b"}])
     with pytest.raises(
@@ -429,7 +427,7 @@ def test_a_set_without_labels_is_kept_whole_and_one_without_that_label_is_an_err
         read_prompts(path, label="harmless")
 
 
-def test_a_plain_sets_own_labels_matter_only_where_a_label_is_asked_for(tmp_path):
+def test_unknown_labels_of_a_plain_set_are_an_error_only_if_a_label_is_requested(tmp_path):
     path = write_json(tmp_path / "x.json", [{"prompt": "a", "label": 3}])
     assert read_prompts(path).prompts[0].label == ""
     with pytest.raises(DataError, match=r"x\.json:1 has a label that is none of"):
@@ -438,16 +436,16 @@ def test_a_plain_sets_own_labels_matter_only_where_a_label_is_asked_for(tmp_path
 
 @given(n=st.integers(1, 60), limit=st.integers(1, 70))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_limit_takes_that_many_in_order_and_evenly_spaced(tmp_path, n, limit):
+def test_a_limit_keeps_that_many_prompts_in_order_and_evenly_spaced(tmp_path, n, limit):
     path = write_json(tmp_path / "x.json", [{"id": i, "prompt": "p"} for i in range(n)])
     read = read_prompts(path, limit=limit)
-    taken = [int(p.id) for p in read.prompts]
-    assert read.rows == n and len(taken) == min(n, limit)
-    gaps = [b - a for a, b in pairwise(taken)]
+    kept = [int(p.id) for p in read.prompts]
+    assert read.rows == n and len(kept) == min(n, limit)
+    gaps = [b - a for a, b in pairwise(kept)]
     assert all(gap > 0 for gap in gaps) and (not gaps or max(gaps) - min(gaps) <= 1)
 
 
-def test_a_limit_counts_after_the_label(tmp_path):
+def test_a_limit_applies_after_the_label(tmp_path):
     rows = [{"id": i, "prompt": "p", "label": "safe" if i % 2 else "unsafe"} for i in range(10)]
     read = read_prompts(write_json(tmp_path / "x.json", rows), label="harmless", limit=5)
     assert [p.id for p in read.prompts] == ["1", "3", "5", "7", "9"]
@@ -459,13 +457,13 @@ def test_a_limit_that_leaves_nothing_is_an_error(tmp_path, limit):
         read_prompts(advbench(tmp_path), limit=limit)
 
 
-def test_an_id_given_twice_gets_its_line_and_is_counted(tmp_path):
+def test_a_duplicate_id_gets_its_line_appended_and_is_counted(tmp_path):
     rows = [{"id": name, "prompt": "p"} for name in ("a", "a@3", "a", "b", "a")]
     read = read_prompts(write_json(tmp_path / "x.json", rows))
     assert [p.id for p in read.prompts] == ["a", "a@3", "a@3@3", "b", "a@5"] and read.renamed == 2
 
 
-def test_an_answer_that_a_task_needs_is_asked_for_by_line(tmp_path):
+def test_a_missing_answer_that_a_task_needs_is_an_error_with_its_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(f'{ROW}\n{{"prompt": "{PLANTED}"}}\n')
     with pytest.raises(DataError, match=r"x\.jsonl:2 has no `answer`"):
@@ -480,7 +478,7 @@ def test_a_line_separator_inside_a_jsonl_text_does_not_end_the_line(tmp_path):
     assert read_prompts(tmp_path / "x.jsonl").prompts == (Prompt("1", "a\u2028b"),)
 
 
-# What a person types: letters of any script, quotes, commas and line ends.
+# Texts with letters of another script, quotes, commas and line ends
 texts = st.text(st.sampled_from('ab é紫,"\n;'), min_size=1, max_size=12).filter(str.strip)
 
 
@@ -489,9 +487,7 @@ texts = st.text(st.sampled_from('ab é紫,"\n;'), min_size=1, max_size=12).filte
     ending=st.sampled_from([".csv", ".jsonl", ".json"]),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_reading_is_the_same_with_either_line_end_and_with_a_byte_order_mark(
-    tmp_path, rows, ending
-):
+def test_line_ends_and_a_byte_order_mark_do_not_change_the_prompts(tmp_path, rows, ending):
     if ending == ".csv":
         buffer = io.StringIO(newline="")
         csv.writer(buffer, lineterminator="\n").writerows([("prompt", "category"), *rows])

@@ -1,4 +1,4 @@
-"""Stages: what makes two of them the same request, and what never does."""
+"""Stages: which differences make two stages different, and which never do."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -28,40 +28,39 @@ def train(rank: int = 8, stage: Stage | None = None) -> Stage:
     )
 
 
-def test_two_stages_that_ask_for_the_same_have_one_lineage():
+def test_equal_stages_have_one_lineage():
     assert train().lineage == train().lineage
 
 
-def test_lineage_follows_the_spec_the_inputs_and_everything_above():
+def test_lineage_depends_on_the_spec_the_inputs_and_all_stages_upstream():
     variants = [
         train(),
         train(rank=4),
         train(stage=data(20)),
         train(stage=data(pool=Source("c" * 64, "/data/pool.jsonl"))),
     ]
-    variants.append(
-        Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": data()})
-    )  # the whole, not a part of it
+    # The whole artifact, not a part of it
+    variants.append(Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": data()}))
     variants.append(
         Stage(TrainSpec(), {"model": Source("b" * 64, "/m"), "data": Part(data(), "other.jsonl")})
     )
     assert len({stage.lineage for stage in variants}) == len(variants)
 
 
-def test_where_pinned_content_lies_is_no_part_of_a_lineage():
+def test_the_location_of_pinned_content_is_not_in_a_lineage():
     assert data(pool=Source("a" * 64, "/elsewhere")).lineage == data().lineage
 
 
-def test_the_order_in_which_inputs_are_named_does_not_matter():
+def test_the_order_of_the_inputs_is_irrelevant():
     one = Stage(ApplySpec(), {"adapter": POOL, "projection": Source("d" * 64, "/p")})
     other = Stage(ApplySpec(), {"projection": Source("d" * 64, "/p"), "adapter": POOL})
     assert one.lineage == other.lineage
     assert list(one.inputs) == list(other.inputs)
 
 
-def test_a_stage_knows_the_stages_it_reads_from_and_not_the_outside():
-    above = data()
-    assert train(stage=above).upstream() == [above]
+def test_upstream_holds_stages_and_no_pinned_content():
+    read = data()
+    assert train(stage=read).upstream() == [read]
     assert data().upstream() == []
 
 
@@ -79,13 +78,12 @@ def test_a_key_hashes_the_content_of_inputs_and_every_default_of_the_spec():
     assert len(keys) == 5
 
 
-def test_nothing_of_the_context_can_reach_a_key():
-    context_names = {field.name for field in fields(Context)} - {
-        "rank"
-    }  # a member's in its gang; a LoRA rank is another thing
+def test_no_setting_of_the_context_reaches_a_key():
+    # The context's rank is a member's number in its gang; a Spec's is the rank of a LoRA
+    context_names = {field.name for field in fields(Context)} - {"rank"}
     for kind in STAGE_KINDS.values():
         assert not context_names & set(kind.spec.model_fields), kind.name
-    request = some_request()
+    request = example_request()
     other = Request(
         **{
             **vars(request),
@@ -101,7 +99,7 @@ def test_nothing_of_the_context_can_reach_a_key():
     assert digest(request_payload(other)) == digest(request_payload(request))
 
 
-def some_request() -> Request:
+def example_request() -> Request:
     spec, contents = SPECS["train"]
     return Request(
         key=digest(key_payload(spec, contents)),
@@ -117,7 +115,7 @@ def some_request() -> Request:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_request_survives_json_for_every_kind_of_stage(name):
+def test_a_request_of_every_stage_kind_survives_json(name):
     spec, contents = SPECS[name]
     sent = Request(
         digest(key_payload(spec, contents)),
@@ -129,26 +127,26 @@ def test_a_request_survives_json_for_every_kind_of_stage(name):
         "/l",
         "/s",
     )
-    got = Request.from_json(sent.to_json())
-    assert got == sent
-    assert parsed_spec(got) == spec
-    assert digest(request_payload(got)) == got.key
+    received = Request.from_json(sent.to_json())
+    assert received == sent
+    assert parsed_spec(received) == spec
+    assert digest(request_payload(received)) == received.key
 
 
 @given(threshold=st.none() | st.floats(-1, 1))
-def test_a_threshold_survives_the_way_to_a_worker_to_the_last_bit(threshold):
+def test_a_threshold_reaches_a_worker_to_the_last_bit(threshold):
     spec = ApplySpec(threshold=threshold)
     sent = Request("k", "apply", spec.model_dump(mode="json"), {}, {}, "/o", "/l", "/s")
     assert parsed_spec(Request.from_json(sent.to_json())) == spec
 
 
-def test_a_kind_that_this_version_does_not_know_is_named():
+def test_an_unknown_stage_kind_is_an_error_that_names_it():
     with pytest.raises(StudyError, match="no stage kind 'distil'"):
         parsed_spec(Request("k", "distil", {}, {}, {}, "/o", "/l", "/s"))
 
 
-def test_a_requests_context_carries_its_folders_and_takes_changes():
-    ctx = some_request().context(rank=1, world_size=2)
+def test_a_requests_context_has_its_folders_and_the_given_changes():
+    ctx = example_request().context(rank=1, world_size=2)
     assert (ctx.log, ctx.scratch, ctx.micro_batch) == (Path("/log"), Path("/scratch"), 4)
     assert (ctx.rank, ctx.world_size) == (1, 2)
 
@@ -171,7 +169,7 @@ def test_specs_are_strict_and_frozen():
             ProjectSpec(**wrong)
 
 
-def test_the_scorer_and_what_it_measures_are_part_of_what_is_hashed():
+def test_the_scorer_and_its_measure_are_hashed():
     assert spec_payload(SPECS["score"][0])["spec"] == {
         "measure": "refusal",
         "scorer": "prefix",

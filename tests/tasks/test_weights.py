@@ -1,5 +1,6 @@
-"""What `ebbline.tasks.models.weights` takes for a model folder and for an adapter, and what it
-says about everything else; all of it real.
+"""What `ebbline.tasks.models.weights` accepts as a model folder and as an adapter, and its errors
+for everything else. Every folder is saved by transformers or PEFT; some
+are then edited.
 """
 
 import json
@@ -34,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def built(folder: Path, config: PreTrainedConfig) -> Pair:
-    """A random model of that architecture, and one that differs from it in every weight."""
+    """A random model of that architecture, and one whose weights all differ from it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "base")
@@ -47,9 +48,7 @@ def built(folder: Path, config: PreTrainedConfig) -> Pair:
 def lora(
     folder: Path, model: Path, dtype: torch.dtype = torch.float32, seed: int = 1, **settings: Any
 ) -> Path:
-    """A LoRA adapter that PEFT saved, with a random number added to everything that it would
-    train.
-    """
+    """A LoRA adapter that PEFT saved, with random numbers added to all that it would train."""
     torch.manual_seed(seed)
     config = LoraConfig(
         **{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings}
@@ -71,8 +70,8 @@ def edited(
     change: Callable[[Tensors], object] = lambda tensors: None,
     **settings: object,
 ) -> Path:
-    """A copy of a model's or an adapter's folder after `change` to its tensors, with other
-    settings in its config; None takes one out.
+    """A copy of a model's or an adapter's folder after `change` to its tensors, with other settings
+    in its config; None removes a setting.
     """
     shutil.copytree(source, folder)
     names = (
@@ -94,7 +93,7 @@ BITSANDBYTES = {
     "absmax": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "SCB": {"load_in_8bit": True},
 }
-IN_ITS_PLACE = {
+STORED_DTYPES = {
     "qweight": torch.int32,
     "weight_packed": torch.int32,
     "int8": torch.int8,
@@ -102,15 +101,15 @@ IN_ITS_PLACE = {
 }
 
 
-@pytest.mark.parametrize("how", [*BITSANDBYTES, *IN_ITS_PLACE])
-def test_a_quantised_checkpoint_is_refused(pair, tmp_path, how):
+@pytest.mark.parametrize("kind", [*BITSANDBYTES, *STORED_DTYPES])
+def test_a_quantised_checkpoint_is_an_error(pair, tmp_path, kind):
     def quantise(tensors: Tensors) -> None:
-        tensors[f"{Q0}.{how if how.startswith('weight') or how == 'qweight' else 'weight'}"] = (
-            tensors.pop(f"{Q0}.weight").to(IN_ITS_PLACE[how])
+        tensors[f"{Q0}.{kind if kind.startswith('weight') or kind == 'qweight' else 'weight'}"] = (
+            tensors.pop(f"{Q0}.weight").to(STORED_DTYPES[kind])
         )
 
-    if how in BITSANDBYTES:
-        bits = BitsAndBytesConfig(**BITSANDBYTES[how])
+    if kind in BITSANDBYTES:
+        bits = BitsAndBytesConfig(**BITSANDBYTES[kind])
         AutoModelForCausalLM.from_pretrained(
             pair.aligned, quantization_config=bits, device_map="cpu"
         ).save_pretrained(tmp_path / "few")
@@ -118,39 +117,49 @@ def test_a_quantised_checkpoint_is_refused(pair, tmp_path, how):
         edited(tmp_path / "few", pair.aligned, quantise)
     with pytest.raises(
         ModelError,
-        match=rf"{tmp_path}/few holds {Q0} quantised \(.*{how}.*\).* Give the unquantised folder",
+        match=rf"{tmp_path}/few holds {Q0} quantised \(.*{kind}.*\).* Give the unquantised folder",
     ):
         Checkpoint(tmp_path / "few").weight(Q0)
-    assert (
-        Checkpoint(tmp_path / "few").weight("lm_head").dtype == torch.float32
-    )  # which was left as it is
+    # lm_head is not quantised
+    assert Checkpoint(tmp_path / "few").weight("lm_head").dtype == torch.float32
 
 
-MOVED = "moves part of the base weights.*path_initial_model_for_weight_conversion"
-MADE = [
+MOVES_BASE = "moves part of the base weights.*path_initial_model_for_weight_conversion"
+TRAINED_SO = [
     ({"use_dora": True}, {}, "`use_dora`"),
-    *(({"init_lora_weights": how}, {}, f"{how}.*{MOVED}") for how in ("pissa", "olora")),
+    *(({"init_lora_weights": kind}, {}, f"{kind}.*{MOVES_BASE}") for kind in ("pissa", "olora")),
 ]
-SAID = [
-    ({}, {how: True}, f"`{how}`")
-    for how in ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "layer_replication")
+CONFIGURED_SO = [
+    ({}, {kind: True}, f"`{kind}`")
+    for kind in (
+        "use_qalora",
+        "use_bdlora",
+        "kasa_config",
+        "monteclora_config",
+        "layer_replication",
+    )
 ]
 
 
-@pytest.mark.parametrize(("made", "said", "why"), MADE + SAID)
-def test_a_lora_whose_update_is_not_b_a_is_refused_by_name(pair, tmp_path, made, said, why):
+@pytest.mark.parametrize(("trained_with", "configured", "why"), TRAINED_SO + CONFIGURED_SO)
+def test_a_lora_whose_update_is_not_b_a_is_an_error_that_names_it(
+    pair, tmp_path, trained_with, configured, why
+):
     with pytest.raises(ModelError, match=f"{tmp_path}/adapter .*{why}"):
         read_adapter(
-            edited(tmp_path / "adapter", lora(tmp_path / "saved", pair.aligned, **made), **said)
+            edited(
+                tmp_path / "adapter",
+                lora(tmp_path / "saved", pair.aligned, **trained_with),
+                **configured,
+            )
         )
 
 
-def test_a_pissa_adapter_that_peft_converted_is_a_plain_one(pair, tmp_path):
+def test_a_pissa_adapter_that_peft_converted_is_a_plain_lora(pair, tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(pair.aligned), config)
-    tuned.peft_config[
-        "default"
-    ].init_lora_weights = True  # as PEFT's guide says, to save what the conversion starts from
+    # As in PEFT's guide, to save the start of the conversion
+    tuned.peft_config["default"].init_lora_weights = True
     tuned.save_pretrained(tmp_path / "start")
     tuned.peft_config["default"].init_lora_weights = "pissa"
     for parameter in tuned.parameters():
@@ -165,11 +174,11 @@ def test_a_pissa_adapter_that_peft_converted_is_a_plain_one(pair, tmp_path):
     a, b = adapter.tensors[adapter.modules[Q0].lora_A], adapter.tensors[adapter.modules[Q0].lora_B]
     scale = adapter.config["lora_alpha"] / adapter.config["r"]
     weight = Checkpoint(pair.aligned).weight(Q0)
-    # The trained weight is W less PiSSA's start plus its end, one sum of W and all 2 r products.
+    # The trained weight is W - PiSSA's start + its end: one sum of W and all 2 r products.
     within(trained, weight.double() + scale * b.double() @ a.double(), merged(weight, a, b, scale))
 
 
-def test_a_folder_that_is_no_adapter_says_what_it_is_and_where_one_is(pair, tmp_path):
+def test_a_folder_that_is_no_adapter_is_an_error_that_says_what_it_is(pair, tmp_path):
     tuned = get_peft_model(
         AutoModelForCausalLM.from_pretrained(pair.aligned),
         LoraConfig(target_modules=["q_proj"]),
@@ -204,8 +213,8 @@ def test_a_folder_that_is_no_adapter_says_what_it_is_and_where_one_is(pair, tmp_
 
 
 @pytest.mark.model
-def test_an_output_layer_that_is_not_stored_is_tied_where_the_config_leaves_that_out(tmp_path):
-    # As in many a config on the hub, where true is the architecture's default.
+def test_an_output_layer_that_is_not_stored_is_tied_unless_the_config_denies_it(tmp_path):
+    # As in many configs on the hub, where true is the architecture's default
     model = edited(
         tmp_path / "model",
         built(tmp_path, Gemma2Config(**SMALL, head_dim=16)).base,
@@ -218,8 +227,8 @@ def test_an_output_layer_that_is_not_stored_is_tied_where_the_config_leaves_that
     )
 
 
-def test_a_shard_or_an_index_that_is_not_what_it_should_be_is_named(pair, tmp_path):
-    def refused(reason: str) -> None:
+def test_a_damaged_shard_or_index_is_an_error_that_names_it(pair, tmp_path):
+    def fails_with(reason: str) -> None:
         with pytest.raises(ModelError, match=reason):
             Checkpoint(folder).weight(Q0)
 
@@ -228,17 +237,17 @@ def test_a_shard_or_an_index_that_is_not_what_it_should_be_is_named(pair, tmp_pa
     shard = Checkpoint(folder).names[f"{Q0}.weight"]
     tensors = load_file(shard)
     save_file({name: tensor for name, tensor in tensors.items() if name != f"{Q0}.weight"}, shard)
-    refused(f"{shard} lacks '{Q0}.weight', which its index promises")
+    fails_with(f"{shard} lacks '{Q0}.weight', which its index promises")
     shard.write_bytes(shard.read_bytes()[:-10])
-    refused(f"{shard} cannot be read .* is the download complete")
+    fails_with(f"{shard} cannot be read .* is the download complete")
     shard.unlink()
-    refused(f"{shard} cannot be read .* is the download complete")
+    fails_with(f"{shard} cannot be read .* is the download complete")
     for text in ("{", "{}"):
         (folder / "model.safetensors.index.json").write_text(text)
-        refused(f"{folder}/model.safetensors.index.json")
+        fails_with(f"{folder}/model.safetensors.index.json")
 
 
-def test_of_a_single_file_and_an_index_the_one_is_read_that_transformers_reads(pair, tmp_path):
+def test_a_single_file_goes_before_an_index_as_in_transformers(pair, tmp_path):
     AutoModelForCausalLM.from_pretrained(pair.aligned).save_pretrained(
         tmp_path, max_shard_size="100KB"
     )

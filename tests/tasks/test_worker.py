@@ -1,5 +1,5 @@
-"""The one worker entry: a failed request is a report, the batch goes on, and a failure can be seen
-again.
+"""The worker's entry: a failed request gives a report, the batch continues, and a rerun shows the
+failure.
 """
 
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def three(tmp_path, chats):
-    """A request that works, one that cannot, and one that works."""
+    """Three requests, of which the second fails."""
     return [
         request(DataSpec(size=5), {"pool": chats}, tmp_path / "one"),
         request(DataSpec(size=500), {"pool": chats}, tmp_path / "two"),
@@ -28,7 +28,7 @@ def three(tmp_path, chats):
     ]
 
 
-def test_a_failing_request_is_reported_and_those_behind_it_still_run(tmp_path, chats):
+def test_a_failed_request_is_reported_and_the_requests_after_it_run(tmp_path, chats):
     requests = three(tmp_path, chats)
     reports = list(run_stages(requests))
     assert [report.key for report in reports] == [item.key for item in requests]
@@ -39,15 +39,15 @@ def test_a_failing_request_is_reported_and_those_behind_it_still_run(tmp_path, c
     assert len((tmp_path / "three" / "payload" / DataSpec.ROWS).read_text().splitlines()) == 6
 
 
-def test_nothing_more_is_begun_once_the_machine_is_about_to_go(tmp_path, chats):
+def test_no_request_starts_once_the_machine_is_about_to_go(tmp_path, chats):
     requests = three(tmp_path, chats)
-    said = iter([False, True, True])
-    reports = list(run_stages(requests, leaving=lambda: next(said)))
+    signals = iter([False, True, True])
+    reports = list(run_stages(requests, leaving=lambda: next(signals)))
     assert [report.error_type for report in reports] == [None, "Leaving", "Leaving"]
     assert not any(Path(requests[2].out).iterdir())
 
 
-def test_a_report_comes_as_soon_as_its_stage_is_done(tmp_path, chats):
+def test_a_report_comes_before_the_next_stage_runs(tmp_path, chats):
     requests = three(tmp_path, chats)
     reports = run_stages(requests)
     next(reports)
@@ -62,13 +62,15 @@ def test_a_report_comes_as_soon_as_its_stage_is_done(tmp_path, chats):
         ({"inputs": {}}, "KeyError"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_a_report_too(tmp_path, chats, change, error_type):
+def test_an_invalid_request_gives_a_report(tmp_path, chats, change, error_type):
     good = request(DataSpec(size=5), {"pool": chats}, tmp_path / "one")
     (report,) = run_stages([type(good)(**{**vars(good), **change})])
     assert report.error_type == error_type and report.error
 
 
-def test_a_batch_loads_its_base_once_for_training_and_measuring(tmp_path, pair, chats, monkeypatch):
+def test_a_batch_loads_its_model_once_for_training_and_measuring(
+    tmp_path, pair, chats, monkeypatch
+):
     import ebbline.tasks.models.loading
 
     loads = []
@@ -96,7 +98,7 @@ def test_a_batch_loads_its_base_once_for_training_and_measuring(tmp_path, pair, 
     assert len(loads) == 1
 
 
-def test_progress_is_a_file_that_ends_at_the_total(tmp_path, pair, chats):
+def test_the_progress_file_ends_at_the_total(tmp_path, pair, chats):
     spec = TrainSpec(rank=2, dtype="float32", learning_rate=1e-2, max_tokens=32, epochs=1.0)
     list(run_stages([request(spec, {"model": pair.aligned, "data": chats}, tmp_path / "one")]))
     progress = json.loads((tmp_path / "one" / "log" / "progress.json").read_text())
@@ -117,7 +119,7 @@ def rerun(folder: Path, item) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.process
-def test_the_printed_command_shows_a_failure_again_with_its_traceback(tmp_path, chats):
+def test_a_rerun_shows_the_failure_with_its_traceback(tmp_path, chats):
     done = rerun(tmp_path / "two", three(tmp_path, chats)[1])
     assert done.returncode == 1
     assert "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith(
@@ -126,13 +128,13 @@ def test_the_printed_command_shows_a_failure_again_with_its_traceback(tmp_path, 
 
 
 @pytest.mark.process
-def test_the_printed_command_makes_what_the_stage_would_and_touches_nothing_else(tmp_path, chats):
+def test_a_rerun_writes_the_stages_output_into_its_log_only(tmp_path, chats):
     item = three(tmp_path, chats)[0]
     done = rerun(tmp_path / "one", item)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "one" / "log" / "rerun" / DataSpec.ROWS).exists()
     assert not any(Path(item.out).iterdir())
-    assert rerun(tmp_path / "one", item).returncode == 0  # and again
+    assert rerun(tmp_path / "one", item).returncode == 0  # a second rerun works too
 
 
 PLANTED = "zyzzyva"
@@ -175,7 +177,7 @@ def test_no_text_of_data_prompts_or_completions_reaches_reports_or_progress(tmp_
     assert all(PLANTED not in path.read_text() for path in tmp_path.rglob("progress.json"))
 
 
-def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pair):
+def test_a_completion_is_only_in_the_file_marked_as_sensitive(tmp_path, pair):
     prompts = write_lines(
         tmp_path / "prompts.jsonl",
         [{"id": str(i), "prompt": f"word{i} {PLANTED}"} for i in range(6)],
@@ -203,19 +205,19 @@ def test_a_completion_is_only_in_the_file_that_says_it_is_sensitive(tmp_path, pa
         assert PLANTED not in path.read_text(), path
 
 
-def test_every_kind_of_stage_has_a_run_function():
+def test_every_stage_kind_has_a_run_function():
     for kind in STAGE_KINDS.values():
         settings, *rest = signature(kind.load_function()).parameters.values()
         assert settings.annotation is kind.spec, kind.name
         assert [each.name for each in rest] == ["inputs", "out", "ctx"], kind.name
 
 
-def test_the_size_of_a_batch_of_chats_is_what_was_asked_for(tmp_path):
+def test_a_pool_may_have_more_rows_than_the_requested_size(tmp_path):
     item = request(DataSpec(size=7), {"pool": write_chats(tmp_path / "p.jsonl", 9)}, tmp_path / "x")
     assert [report.error for report in run_stages([item])] == [None]
 
 
-def test_a_full_disk_is_told_apart_from_a_fault_of_the_stage(tmp_path, chats):
+def test_a_full_disk_has_an_error_type_of_its_own(tmp_path, chats):
     full = request(DataSpec(size=5), {"pool": chats}, tmp_path / "one")
     (Path(full.out) / DataSpec.ROWS).symlink_to("/dev/full")
     (report,) = run_stages([full])
@@ -225,7 +227,7 @@ def test_a_full_disk_is_told_apart_from_a_fault_of_the_stage(tmp_path, chats):
     )
 
 
-def test_the_words_of_a_foreign_exception_stay_in_the_attempts_log(tmp_path, pair):
+def test_the_message_of_a_foreign_exception_stays_in_the_attempts_log(tmp_path, pair):
     broken = request(GenerateSpec(), {"model": pair.base, "prompts": tmp_path}, tmp_path / "one")
     (report,) = run_stages(
         [type(broken)(**{**vars(broken), "spec": {"format": "planted words of a prompt"}})]
@@ -235,8 +237,8 @@ def test_the_words_of_a_foreign_exception_stay_in_the_attempts_log(tmp_path, pai
 
 
 @pytest.mark.process
-def test_a_hub_that_does_not_answer_is_no_fault_of_the_stage(tmp_path):
-    """Only here a model comes from a hub that is silent."""
+def test_a_hub_that_does_not_answer_is_an_endpoint_down(tmp_path):
+    """Only this test has a model on a hub that does not answer."""
     code = (
         "from ebbline.tasks.models.loading import resolve; resolve('hub:model:nobody/nothing@' "
         "+ 40 * 'a')"
