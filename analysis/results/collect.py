@@ -20,7 +20,7 @@ from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Reader, read
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, keys_of
-from ebbline.sweeps.study.stages import stages_or_refusal
+from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
@@ -32,8 +32,8 @@ from ebbline.tasks.stage import Stage, closure
 
 
 def collect(view: StudyView) -> list[Result]:
-    """All points asked so far, in the order of asking: done, failed or refused with their reason,
-    still running or out of budget.
+    """All points asked so far, in the order of asking: done, failed or invalid with their reason,
+    still running or skipped.
     """
     entries, _ = read(view.study, view.storage)
     results = results_of(view.study, entries, view.graph, Resolver(view.home.store))
@@ -41,12 +41,12 @@ def collect(view: StudyView) -> list[Result]:
 
 
 def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
-    """With what is unfinished for want of budget marked as that."""
+    """The results, where the points that a spent budget left unfinished are skipped."""
     stopped = spent.stopped
     if stopped is None or stopped.by != "budget":
         return results
     return [
-        replace(r, status="out_of_budget", reason=stopped.said) if r.status == "running" else r
+        replace(r, status="skipped", reason=stopped.said) if r.status == "running" else r
         for r in results
     ]
 
@@ -150,7 +150,7 @@ def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifac
     graph, resolver = view.graph, Resolver(view.home.store)
     stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
     stages += [
-        stage for result in results for stage in stages_or_refusal(graph, result.point)[0].values()
+        stage for result in results for stage in stages_or_reason(graph, result.point)[0].values()
     ]
     found = (resolver.artifact(stage) for stage in closure(stages))
     return list({artifact.key: artifact for artifact in found if artifact is not None}.values())

@@ -32,8 +32,8 @@ from ebbline.sweeps.state.racing import Rivals
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
-from ebbline.sweeps.study.points import REFUSED, Point, Result
-from ebbline.sweeps.study.stages import of_seeds, stages_or_refusal
+from ebbline.sweeps.study.points import INVALID, Point, Result
+from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
 from ebbline.sweeps.study.storage import Hold
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -193,9 +193,9 @@ class _Drive:
         self.watch(self.progress)
 
     def _in_flight(self, number: int, point: Point) -> PointInFlight:
-        stages, refused = stages_or_refusal(self.graph, point)
+        stages, invalid = stages_or_reason(self.graph, point)
         return PointInFlight(
-            number, point, of_seeds(self.study, stages, self.study.first_seeds), refused
+            number, point, of_seeds(self.study, stages, self.study.first_seeds), invalid
         )
 
     def _ask(self) -> None:
@@ -342,7 +342,7 @@ class _Drive:
 
     def _ended(self, entry: PointInFlight) -> Result:
         failure = entry.failure(self.runner)
-        result = self._result(entry, entry.refused or (_told(failure) if failure else ""))
+        result = self._result(entry, entry.invalid or (_told(failure) if failure else ""))
         if result.status == "running":
             raise RuntimeError(f"point {entry.number} was to be told before it was measured")
         return result
@@ -399,7 +399,7 @@ class _Drive:
         for number, seeds in seeds_needed(self.study, known, self.most).items():
             result = self.results[number]
             if seeds > seeds_of(result) and number not in under_way:
-                stages, _ = stages_or_refusal(self.graph, result.point)
+                stages, _ = stages_or_reason(self.graph, result.point)
                 self.more.append(
                     PointInFlight(number, result.point, of_seeds(self.study, stages, seeds))
                 )
@@ -450,9 +450,9 @@ class _Drive:
 
 
 def _told(failure: Failure) -> str:
-    refused = REFUSED if failure.refused else ""
+    prefix = INVALID if failure.invalid else ""
     return (
-        refused
+        prefix
         + failure.reason
         + (f" (to see it again: {failure.command})" if failure.command else "")
     )

@@ -22,17 +22,17 @@ LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU = 16, 4  # when no window is given
 
 @dataclass
 class PointInFlight:
-    """A point on its way: all that it may need, and of that what it has asked for so far (a raced
-    suite asks block by block).
+    """A point in flight: the stages that it may need, and the ones it has requested so far. A raced
+    suite requests block by block.
 
-    One that has asked for nothing is held back, as the budget does not afford it; or its settings
-    were `refused`. It is `complete` when it needs nothing more than what it has asked for.
+    A point without requests is held back by the budget, or `invalid` says why its settings are
+    invalid. It is `complete` when it needs no more than it has requested.
     """
 
     number: int
     point: Point
     stages: Mapping[str, Stage]
-    refused: str = ""
+    invalid: str = ""
     asked: list[Stage] = field(default_factory=list)
     complete: bool = False
 
@@ -41,7 +41,7 @@ class PointInFlight:
 
     @property
     def held_back(self) -> bool:
-        return not self.asked and not self.refused
+        return not self.asked and not self.invalid
 
     def start(self, runner: Runner) -> None:
         self.asked = [
@@ -52,12 +52,12 @@ class PointInFlight:
         runner.want(self.asked)
 
     def settled(self, runner: Runner) -> bool:
-        return bool(self.refused) or (self.complete and all(map(runner.settled, self.asked)))
+        return bool(self.invalid) or (self.complete and all(map(runner.settled, self.asked)))
 
     @property
     def asks(self) -> bool:
         """Whether it may need more than it has asked for."""
-        return bool(self.asked) and not self.complete and not self.refused
+        return bool(self.asked) and not self.complete and not self.invalid
 
     def ask_more(self, study: Study, runner: Runner, rivals: Rivals) -> None:
         """Ask for what the point needs next, until something is under way or it needs nothing more.

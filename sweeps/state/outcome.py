@@ -14,7 +14,7 @@ from ebbline.sweeps.state.racing import Known, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import Point, Result, StageName, ended
-from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
@@ -99,9 +99,9 @@ def results_of(
         if number in kept:
             found[number] = kept[number]
         else:
-            stages[number], refused = stages_or_refusal(graph, entry.point)
+            stages[number], invalid = stages_or_reason(graph, entry.point)
             failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
-            found[number] = over(number, study.first_seeds, failed or refused)
+            found[number] = over(number, study.first_seeds, failed or invalid)
         rivals.add(found[number])
         duplicates.add(found[number])
     for number, result in list(found.items()):
@@ -130,7 +130,7 @@ def lasting_results(study: Study, results: Sequence[Result]) -> dict[int, Result
     return {
         result.number: result
         for result in results
-        if result.status in ("done", "failed", "refused")
+        if result.status in ("done", "failed", "invalid")
     }
 
 

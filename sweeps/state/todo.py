@@ -12,7 +12,7 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.racing import standing
 from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.points import Point, StageName
-from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.stage import Part, Stage, stage_of
 
@@ -61,7 +61,7 @@ def todo(graph: StageGraph, points: Sequence[Point], told: Told = lambda done, o
             looking.look(f"{model} before fine-tuning, {suite}", stage, MODELS)
     for place, point in enumerate(points):
         stages, called = (
-            of_seeds(graph.study, stages_or_refusal(graph, point)[0], graph.study.first_seeds),
+            of_seeds(graph.study, stages_or_reason(graph, point)[0], graph.study.first_seeds),
             str(point),
         )
         needed = [(name, stages[name]) for name in _needed(graph.study, stages, looking.resolver)]

@@ -24,7 +24,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ebbline.sweeps.study.axes import AxisValue, Range
-from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.points import Point, Value, current_reason
 from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Study, lasting
 from ebbline.tasks.errors import DatabaseLost, StudyError
@@ -367,7 +367,7 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         tuple(trial.values or ()),
         tuple(trial.user_attrs.get(ERRORS, ())),
         tuple(sorted(trial.constraints.items())),
-        str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", ""))),
+        current_reason(str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", "")))),
         trial.user_attrs.get(DRAWN, {}),
         gave_up.get("most"),
     )

@@ -110,16 +110,26 @@ def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
     return [key for _, key in own]
 
 
-Status = Literal["done", "running", "failed", "refused", "out_of_budget"]
-STATUSES: tuple[Status, ...] = ("done", "running", "failed", "refused", "out_of_budget")
-REFUSED = "refused: "  # how the reason of a refused point begins
+Status = Literal["done", "running", "failed", "invalid", "skipped"]
+STATUSES: tuple[Status, ...] = ("done", "running", "failed", "invalid", "skipped")
+INVALID = "invalid: "  # prefix of the reason of an invalid point
+_INVALID_BEFORE = "refused: "  # the prefix in homes of earlier versions
+
+
+def current_reason(stored: str) -> str:
+    """A stored reason as this version writes it; earlier versions marked invalid points by another
+    prefix.
+    """
+    if stored.startswith(_INVALID_BEFORE):
+        return INVALID + stored.removeprefix(_INVALID_BEFORE)
+    return stored
 
 
 def ended(reason: str) -> Status:
-    """What became of a point that has no metrics, from the reason that is kept: its settings, data
-    or model were refused, or it failed.
+    """The status of a point without metrics: `invalid` when its settings, data or model are, else
+    `failed`.
     """
-    return "refused" if reason.startswith(REFUSED) else "failed"
+    return "invalid" if reason.startswith(INVALID) else "failed"
 
 
 @dataclass(frozen=True)
@@ -128,8 +138,8 @@ class Result:
     or `reason` when it has none.
 
     `same_as` is the number of an earlier point whose adapters came out the same, so that both are
-    measured by the same stages. A point that is `out_of_budget` was asked for, and goes on when the
-    budget is raised.
+    measured by the same stages. A `skipped` point was proposed when the budget ended; it
+    continues when the budget is raised.
 
     `changed_share` is the share of modules that the defence changed.
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import REFUSED, Point, StageName, Value, adapter_of
+from ebbline.sweeps.study.points import INVALID, Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
 from ebbline.sweeps.study.suites import blocks_of, stages_of
@@ -289,12 +289,12 @@ class StageGraph:
         return Source(found, str(path.resolve()))
 
 
-def stages_or_refusal(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:
-    """A point's stages by name, or why its settings cannot be."""
+def stages_or_reason(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:
+    """A point's stages by name, or the reason why its settings are invalid."""
     try:
         return graph.stages_for(point), ""
     except StudyError as error:
-        return {}, f"{REFUSED}{error}"
+        return {}, f"{INVALID}{error}"
 
 
 def of_seeds(study: Study, stages: Mapping[str, Stage], seeds: int) -> dict[str, Stage]:

@@ -13,6 +13,7 @@ from ebbline.analysis.results.collect import collect
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.searcher import asked, space
 from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.state.trials import Trials
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
 from ebbline.sweeps.study.view import StudyView
@@ -135,7 +136,7 @@ def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, 
     assert {state for _, _, state, _ in asked(found, home.storage("tiny"))} == {"done"}
 
 
-def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
+def test_rows_say_what_failed_what_is_invalid_and_what_is_the_same(tmp_path):
     def fails(request):
         spec = parsed_spec(request)
         if isinstance(spec, DataSpec) and spec.size == 64:
@@ -160,13 +161,13 @@ def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
     }
     assert len(by_settings) == 16
     for (rank, size, threshold), result in by_settings.items():
-        wanted = "refused" if size == 64 else "failed" if rank == 4 else "done"
+        wanted = "invalid" if size == 64 else "failed" if rank == 4 else "done"
         assert result.status == wanted, (rank, size, threshold, result.reason)
         assert (result.reason == "") == (wanted == "done")
     assert all(
         "64 rows were asked of 32" in r.reason
         for r in by_settings.values()
-        if r.status == "refused"
+        if r.status == "invalid"
     )
     same = {threshold: by_settings[2, 16, threshold] for threshold in axes["apply.threshold"]}
     assert [same[t].same_as for t in (None, 0.9)] == [None, None]
@@ -176,7 +177,7 @@ def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
     )
 
 
-def test_settings_that_do_not_go_together_are_a_refused_row_and_no_end_of_the_study(tmp_path):
+def test_settings_that_do_not_go_together_are_an_invalid_row_and_no_end_of_the_study(tmp_path):
     axes = {
         "train.rank": [2],
         "data.mix_share": [0.0, 0.5],
@@ -192,8 +193,21 @@ def test_settings_that_do_not_go_together_are_a_refused_row_and_no_end_of_the_st
     (good, bad) = collect(StudyView(found, home))
     assert (good.status, bad.status) == (
         "done",
-        "refused",
+        "invalid",
     ) and "data.mix names no second set" in bad.reason
+
+
+def test_a_point_that_an_earlier_version_stored_as_refused_is_read_as_invalid(tmp_path):
+    found, home = study(tmp_path, changes(tmp_path)), Home(tmp_path / "home")
+    trials = Trials(found, home.storage("tiny"))
+    for point, reason in zip(
+        space(found), ("refused: DataError: 64 rows of 32", "the loss became nan"), strict=False
+    ):
+        trials.fail(trials.add(point), reason)
+    assert [(r.status, r.reason) for r in collect(StudyView(found, home))] == [
+        ("invalid", "invalid: DataError: 64 rows of 32"),
+        ("failed", "the loss became nan"),
+    ]
 
 
 @pytest.mark.slow
@@ -237,7 +251,7 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
     found = collect(StudyView(poor, home))
     assert (
         found
-        and {r.status for r in found} == {"out_of_budget"}
+        and {r.status for r in found} == {"skipped"}
         and {r.reason for r in found} == {progress.stopped}
     )
     drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
