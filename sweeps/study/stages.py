@@ -232,7 +232,7 @@ class StageGraph:
         tuned = reference.tuned
         if tuned is not None:
             if start is None:
-                raise StudyError("`base` cannot be `tuned`: a tuned model is made from another")
+                raise StudyError("`base` cannot be `tuned`: a tuned model starts from another model")
             data = self._data(tuned.data, tuned.data.settings)
             return Part(
                 Stage(tuned.train, {"model": start, "data": Part(data, DataSpec.ROWS)}),

@@ -181,7 +181,7 @@ def shared_url(profile_url: str | None) -> str | None:
         url = sqlalchemy.make_url(given)
     except (ArgumentError, ValueError):
         raise StudyError(
-            f"{where} is no database's URL; it is written postgresql://user@host:5432/database"
+            f"{where} is not the URL of a database; write postgresql://user@host:5432/database"
         ) from None
     if url.password is not None or any("password" in name.lower() for name in url.query):
         shown = sqlalchemy.URL.create(

@@ -258,7 +258,7 @@ def test_a_password_in_the_url_is_an_error_that_does_not_repeat_it(url, monkeypa
     [
         ("mysql://me@host/db", "asks for mysql"),
         ("sqlite:///x.db", "asks for sqlite"),
-        ("here", "is no"),
+        ("here", "is not the URL of a database"),
     ],
 )
 def test_a_url_that_is_not_postgres_is_an_error(url, message):
