@@ -46,7 +46,7 @@ def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
     if stopped is None or stopped.by != "budget":
         return results
     return [
-        replace(r, status="skipped", reason=stopped.said) if r.status == "running" else r
+        replace(r, status="skipped", reason=stopped.reason) if r.status == "running" else r
         for r in results
     ]
 
@@ -65,7 +65,7 @@ class Follower:
     def look(self) -> list[Result]:
         """What `collect` gives."""
         view = self._view
-        if not view.storage.there:
+        if not view.storage.exists:
             return []
         entries, _ = self._points.look()
         results = results_of(view.study, entries, view.graph, Resolver(view.home.store), self._kept)

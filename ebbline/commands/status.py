@@ -280,5 +280,5 @@ def _standing(study: Study, home: Home, results: Sequence[Result], spent: Spent)
     if len(results) >= (limit(study) or math.inf):
         return "all its points are there"
     met = still_met(study, spent.gain)
-    ended = points_of(study, home.storage(study.study), "" if met is None else met.said).ended
+    ended = points_of(study, home.storage(study.study), "" if met is None else met.reason).ended
     return f"it has ended: {ended}" if ended else "`ebbline run` continues it"

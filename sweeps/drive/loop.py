@@ -183,7 +183,7 @@ class _Drive:
             runner.step(started=self._show)
             progress.spending.settle(runner.running)
         if self.ended is not None and not progress.stopped:
-            progress.stopped, progress.by = self.ended.said, self.ended.by
+            progress.stopped, progress.by = self.ended.reason, self.ended.by
         progress.in_flight = list(self.in_flight)
         self._show()
         return progress
@@ -240,7 +240,7 @@ class _Drive:
             # Whether there is to be another point, or what holds the constraints, is not known yet
             return False
         if self.in_turn:
-            return len(self.in_flight) < self.study.search.reach
+            return len(self.in_flight) < self.study.search.effective_window
         queued = queued_gpus(
             self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
         )
@@ -264,7 +264,7 @@ class _Drive:
     def _open(self) -> Iterator[Stage]:
         yield from self.baselines
         for entry in (*self.in_flight, *self.more, *self.again):
-            yield from entry.asked
+            yield from entry.requested
 
     def _check_baselines(self) -> None:
         """What every point of a size needs has failed: stop, and tell no point that it failed for a
@@ -299,18 +299,18 @@ class _Drive:
             self._ask_more(entry)
 
     def _ask_more(self, entry: PointInFlight) -> None:
-        if self.rivals.compares and entry.asks:
+        if self.rivals.compares and entry.may_request:
             model = entry.point.model
             first = [
                 next((each.number for each in those if each.point.model == model), None)
                 for those in (self.again, self.in_flight)
             ]
             if any(
-                number is not None and number <= entry.number - self.study.search.reach
+                number is not None and number <= entry.number - self.study.search.effective_window
                 for number in first
             ):
                 return  # what it is compared with is not known yet
-        entry.ask_more(self.study, self.runner, self.rivals)
+        entry.request_next(self.study, self.runner, self.rivals)
 
     def _tell_ended(self) -> bool:
         """Tell the search of points that ended; True when there were any.
@@ -324,7 +324,7 @@ class _Drive:
                 self.exhausted
                 or self.ended is not None
                 or self.waiting
-                or len(self.in_flight) == self.study.search.reach
+                or len(self.in_flight) == self.study.search.effective_window
             )
             ended = self.in_flight[:1] if full and not self.again else []
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.racing import Known
+from ebbline.sweeps.state.racing import ArtifactLookup
 from ebbline.sweeps.study.points import Point, StageName, adapter_of
 from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.tasks.defences.defence import Reading
@@ -49,7 +49,7 @@ class Knowledge:
     it drives.
     """
 
-    def __init__(self, graph: StageGraph, known: Known) -> None:
+    def __init__(self, graph: StageGraph, known: ArtifactLookup) -> None:
         self._graph, self._known = graph, known
         self._measured: dict[Point, Readings] = {}
         self._projections: dict[
@@ -74,7 +74,7 @@ class Knowledge:
         """
         adapter = adapter_of(point)
         if adapter not in self._work:
-            graph = self._graph.apart()
+            graph = self._graph.fresh_copy()
             stages = [
                 stage
                 for name, stage in self._stages(point, graph).items()
