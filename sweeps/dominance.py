@@ -1,10 +1,10 @@
 """Dominance and hypervolume of points in objective space, by moocore.
 
-Invariants: two equal points stand or fall together; objectives are rates, so the reference corner
-is the worst of the unit cube. NaN is the caller's to look for.
+Invariants: equal points are both dominated or both non-dominated. Objectives are rates, so the
+reference corner is the worst corner of the unit cube. Callers must exclude NaN.
 
-Arrays: `values_NM` has N points and M objectives. `maximise` says which of these point up: all, or
-each by itself.
+Arrays: `values_NM` has N points and M objectives. `maximise` is one flag for all objectives or one
+flag for each.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ def non_dominated(values_NM: Array, maximise: Up = True) -> NDArray[np.bool_]:
 
 
 def distinct_front(values_NM: Array) -> Array:
-    """The rows that no other row dominates, each once, all objectives pointing up."""
+    """The distinct non-dominated rows, all objectives maximised."""
     unique_NM: Array = np.unique(values_NM, axis=0)
     return unique_NM[non_dominated(unique_NM)]
 
 
 def ranks(values_NM: Array) -> NDArray[np.int64]:
-    """The non-dominated rank of each row, from 0, all objectives pointing up."""
+    """The non-domination rank of each row, from 0, all objectives maximised."""
     return np.asarray(moocore.pareto_rank(values_NM, maximise=True), dtype=np.int64)
 
 
@@ -42,8 +42,6 @@ def reference_corner(objectives: int, maximise: Up = True) -> tuple[float, ...]:
 def hypervolume(
     values_NM: Array, maximise: Up = True, reference: Sequence[float] | None = None
 ) -> float:
-    """The volume that the rows dominate, up to `reference` (the worst corner when it is left
-    out).
-    """
+    """The volume that the rows dominate, up to `reference` (by default the worst corner)."""
     corner = reference_corner(values_NM.shape[1], maximise) if reference is None else reference
     return float(moocore.hypervolume(values_NM, ref=list(corner), maximise=maximise))

@@ -1,6 +1,7 @@
-"""Files of lines that are only ever appended to. A process killed while it writes leaves a cut-off
-last line: nobody reads it, and the next that appends takes it away, so that it spoils no other
-line.
+"""Append-only files of lines.
+
+Invariant: a process that is killed during a write leaves an incomplete last line. Readers ignore
+that line, and the next writer removes it before it appends.
 """
 
 import os
@@ -10,14 +11,16 @@ from typing import TextIO
 
 
 def whole_lines(path: Path) -> Sequence[str]:
-    """The lines that were written to their end; none where there is no file."""
+    """The complete lines; empty when the file does not exist."""
     text = path.read_bytes() if path.exists() else b""
     return text[: text.rfind(b"\n") + 1].decode().split("\n")[:-1]
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Looks at the last byte alone, unless a line was cut off: a ledger may be long, and be opened
-    for each line.
+    """Open for append, after removing an incomplete last line.
+
+    Reads only the last byte when the last line is complete: a ledger may be long and opened for
+    each line.
     """
     with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):

@@ -440,7 +440,7 @@ def test_a_file_that_is_not_what_the_bundle_pins_is_refused(
         "inline",
         "--no-wandb",
     )
-    assert done.exit_code == 1 and "is not what the study pins" in done.output
+    assert done.exit_code == 1 and "differs from its pin" in done.output
 
 
 def test_the_check_names_the_first_stage_that_came_out_otherwise(

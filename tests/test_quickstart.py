@@ -249,8 +249,8 @@ def test_status_names_points_and_driver(run: Run, printed: dict[str, str]) -> No
         "done": points,
         "running": 0,
         "failed": 0,
-        "refused": 0,
-        "out_of_budget": 0,
+        "invalid": 0,
+        "skipped": 0,
     }
 
 

@@ -246,7 +246,7 @@ def test_gc_waits_for_a_study_that_is_being_driven(home: Home) -> None:
     with home.driving("tiny"):
         for command in (("gc", "--yes"), ("verify", "--mend")):
             done = store(home, *command)
-            assert done.exit_code == 4 and "is being driven already, by process" in done.stderr
+            assert done.exit_code == 4 and "another driver holds study" in done.stderr
         assert store(home, "gc").exit_code == 0
     assert files(home) == before
 

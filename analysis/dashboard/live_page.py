@@ -284,7 +284,7 @@ class LivePage:
                 "": {
                     "points": {status_label(status): counts[status] for status in STATUSES},
                     "spent": cost_label(spent.cost, self.home.profile),
-                    "stopped": spent.stopped.said if spent.stopped else "",
+                    "stopped": spent.stopped.reason if spent.stopped else "",
                 }
             },
         }

@@ -151,7 +151,7 @@ class Site:
         driver.
         """
         with self._making:
-            if self._made is None and self._storage.there:
+            if self._made is None and self._storage.exists:
                 from optuna_dashboard import (
                     wsgi,  # it takes a second, and most visitors never ask for it
                 )

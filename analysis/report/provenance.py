@@ -370,7 +370,7 @@ def _driving(study: Study) -> dict[str, str]:
     """
     search, policy = study.search, study.replicates
     if search.in_turn:
-        order = f"told in turn, {search.reach} points in flight"
+        order = f"told in turn, {search.effective_window} points in flight"
     else:
         order = "told as points land" + (
             f", at most {search.window} in flight" if search.window else ""

@@ -20,7 +20,7 @@ from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.trials import Reader, read
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, keys_of
-from ebbline.sweeps.study.stages import stages_or_refusal
+from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
@@ -32,9 +32,9 @@ from ebbline.tasks.stage import Stage, closure
 
 
 def collect(view: StudyView) -> list[Result]:
-    """All points proposed so far, in that order: done, failed, invalid, running or out of budget.
+    """All points proposed so far, in that order: done, failed, invalid, running or skipped.
 
-    A failed point and an invalid one (status `refused`) have a reason.
+    A failed point and an invalid one have a reason.
     """
     entries, _ = read(view.study, view.storage)
     results = results_of(view.study, entries, view.graph, Resolver(view.home.store))
@@ -42,12 +42,12 @@ def collect(view: StudyView) -> list[Result]:
 
 
 def _of_budget(results: list[Result], spent: Spent) -> list[Result]:
-    """The results, with unfinished points marked `out_of_budget` if the budget stopped the run."""
+    """The results, with unfinished points marked `skipped` if the budget stopped the run."""
     stopped = spent.stopped
     if stopped is None or stopped.by != "budget":
         return results
     return [
-        replace(r, status="out_of_budget", reason=stopped.said) if r.status == "running" else r
+        replace(r, status="skipped", reason=stopped.reason) if r.status == "running" else r
         for r in results
     ]
 
@@ -67,7 +67,7 @@ class Follower:
     def look(self) -> list[Result]:
         """The current results, as by `collect`."""
         view = self._view
-        if not view.storage.there:
+        if not view.storage.exists:
             return []
         entries, _ = self._points.look()
         results = results_of(view.study, entries, view.graph, Resolver(view.home.store), self._kept)
@@ -147,7 +147,7 @@ def artifacts_behind(view: StudyView, results: Sequence[Result]) -> list[Artifac
     graph, resolver = view.graph, Resolver(view.home.store)
     stages = [stage for suites in graph.baselines().values() for stage in suites.values()]
     stages += [
-        stage for result in results for stage in stages_or_refusal(graph, result.point)[0].values()
+        stage for result in results for stage in stages_or_reason(graph, result.point)[0].values()
     ]
     found = (resolver.artifact(stage) for stage in closure(stages))
     return list({artifact.key: artifact for artifact in found if artifact is not None}.values())

@@ -10,7 +10,7 @@ from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.points import Point, Status, Value
 from ebbline.tasks.measuring.metrics import Metric, direction
 
-NO_RESULT: tuple[Status, ...] = ("failed", "refused", "out_of_budget")
+NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped")
 
 
 def metric_label(name: str) -> str:
@@ -144,4 +144,4 @@ def _host_names(hosts: Collection[str]) -> set[str]:
 
 
 def status_label(status: Status) -> str:
-    return {"running": "still running", "out_of_budget": "out of budget"}.get(status, status)
+    return "still running" if status == "running" else status

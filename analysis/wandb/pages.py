@@ -76,7 +76,7 @@ def pages(
     for result in results:
         if result.number < profile.wandb_points and result.status not in (
             "running",
-            "out_of_budget",
+            "skipped",
         ):
             yield _point_page(study, result, profile, home_id, hosts)
 

@@ -36,14 +36,14 @@ class Failure:
     """Why a stage has no artifact. `command` reproduces it in one process; `inherited` when the
     fault lay further up.
 
-    `refused` says that data or a model was not what the stage can take: nothing went wrong on the
-    way.
+    `invalid` says that the stage cannot use its data or its model: the machine did nothing
+    wrong.
     """
 
     reason: str
     command: str = ""
     inherited: bool = False
-    refused: bool = False
+    invalid: bool = False
 
 
 @dataclass(eq=False, slots=True)

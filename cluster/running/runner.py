@@ -37,7 +37,7 @@ from ebbline.tasks.identity import digest
 from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
 
 __all__ = ["Failure", "Node", "Runner"]
-REFUSALS = (DataError.__name__, ModelError.__name__)
+INVALID_INPUT = (DataError.__name__, ModelError.__name__)
 NO_FAULT: Mapping[str, type[EbblineError]] = {
     error.__name__: error for error in (DiskFull, EndpointDown, Incomplete, Differs)
 }
@@ -233,7 +233,7 @@ class Runner:
                         else f"needs {broken.kind}, which failed: {above.reason}"
                     )
                     node.failure = Failure(
-                        reason, above.command, inherited=True, refused=above.refused
+                        reason, above.command, inherited=True, invalid=above.invalid
                     )
                     self._move(node, "failed")
                     changed = True
@@ -391,7 +391,7 @@ class Runner:
                 self._fail(
                     nodes,
                     f"{nodes[0].stage.kind}: {report.error}",
-                    refused=report.error_type in REFUSALS,
+                    invalid=report.error_type in INVALID_INPUT,
                 )
             else:
                 if loss.blame == "stage":
@@ -420,12 +420,12 @@ class Runner:
                 "continues)"
             )
 
-    def _fail(self, nodes: list[Node], reason: str, refused: bool = False) -> None:
+    def _fail(self, nodes: list[Node], reason: str, invalid: bool = False) -> None:
         attempt = next((node.attempt for node in nodes if node.attempt), None)
         command = ""
         if attempt is not None:
             request = f"{self.store.url(attempt)}/log/request.json"
             command = f"ebbline rerun {shlex.quote(request)}"
         for node in nodes:
-            node.failure = Failure(reason, command, refused=refused)
+            node.failure = Failure(reason, command, invalid=invalid)
             self._move(node, "failed")

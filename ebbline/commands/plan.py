@@ -23,7 +23,7 @@ from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, Wanted
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity, Host
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.forecast.forecast import Forecast, forecast
-from ebbline.sweeps.state.todo import Told, explained
+from ebbline.sweeps.state.todo import TodoProgress, explained
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -220,7 +220,7 @@ def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
 
 
 @contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[Told]:
+def progress_bar(quiet: bool = False) -> Iterator[TodoProgress]:
     """What a forecast tells of its points; shown once it has taken a second, and gone at the
     end.
     """

@@ -277,10 +277,10 @@ def without_result(results: Sequence[Result]) -> list[str]:
 
 def _standing(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
     """What a run of a study that nobody drives would do."""
-    if any(result.status in ("running", "out_of_budget") for result in results):
+    if any(result.status in ("running", "skipped") for result in results):
         return "`ebbline run` continues it"
     if len(results) >= (limit(study) or math.inf):
         return "all its points are there"
     met = still_met(study, spent.gain)
-    ended = points_of(study, home.storage(study.study), "" if met is None else met.said).ended
+    ended = points_of(study, home.storage(study.study), "" if met is None else met.reason).ended
     return f"it has ended: {ended}" if ended else "`ebbline run` continues it"

@@ -23,7 +23,7 @@ from ebbline.commands.project import progress_bar
 from ebbline.sweeps.search.searcher import asked
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
-from ebbline.sweeps.study.stages import stages_or_refusal
+from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StoreError, StudyError
@@ -64,7 +64,7 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
             " that study's folder away if nobody needs its results; nothing was removed"
         )
     for _, point, _, _ in points:
-        targets += stages_or_refusal(graph, point)[0].values()
+        targets += stages_or_reason(graph, point)[0].values()
     keys, sources, seen = set(), set(), set()
 
     def visit(stage: Stage) -> None:
@@ -102,7 +102,7 @@ def _adapters(view: StudyView, keep: Keep) -> tuple[frozenset[str], frozenset[st
     )
     kept = [
         *on_front,
-        *(result for result in results if result.status in ("running", "out_of_budget")),
+        *(result for result in results if result.status in ("running", "skipped")),
     ]
     adapters = {kind.name for kind in STAGE_KINDS.values() if kind.writes_adapter}
     own = {

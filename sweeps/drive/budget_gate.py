@@ -40,7 +40,7 @@ class BudgetGate:
 
     def told_of_point(self, what: str, stages: Mapping[str, Stage]) -> str:
         """Why nothing more starts: for want of budget for this point."""
-        return self._spending.told(what, *self._of_point(stages))
+        return self._spending.over_budget(what, *self._of_point(stages))
 
     def told_of_stage(self) -> str:
         """Why nothing more starts: for want of budget for any stage that is ready."""
@@ -49,7 +49,7 @@ class BudgetGate:
             refused, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key)
         )
         seconds = self._runner.open_seconds(node.stage) or 0.0
-        return self._spending.told(
+        return self._spending.over_budget(
             self._graph.label(node.stage),
             self._cost(node.stage, seconds) + self._starts([node.stage]),
             seconds,

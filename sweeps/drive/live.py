@@ -14,11 +14,12 @@ its driver was killed when `ended` is null. ebbline.sweeps.drive.snapshot takes 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ebbline.sweeps.ledger import whole_lines
+from ebbline.sweeps.study.points import current_reason
 from ebbline.tasks.progress import StageProgress
 
 LIVE, TIMELINE = "live.json", "timeline.jsonl"
@@ -98,13 +99,13 @@ class AtWork(_Said):
 
 class Failed(_Said):
     """A stage that failed, and the command that reproduces it in one process; or a `point` whose
-    settings cannot be (no key).
+    settings are invalid (no key).
     """
 
     kind: str
     label: str
     key: str
-    reason: str
+    reason: Annotated[str, AfterValidator(current_reason)]
     command: str
 
 

@@ -32,8 +32,8 @@ from ebbline.sweeps.state.racing import Rivals
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
-from ebbline.sweeps.study.points import REFUSED, Point, Result
-from ebbline.sweeps.study.stages import of_seeds, stages_or_refusal
+from ebbline.sweeps.study.points import INVALID, Point, Result
+from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
 from ebbline.sweeps.study.storage import Hold
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
@@ -183,7 +183,7 @@ class _Drive:
             runner.step(started=self._show)
             progress.spending.settle(runner.running)
         if self.ended is not None and not progress.stopped:
-            progress.stopped, progress.by = self.ended.said, self.ended.by
+            progress.stopped, progress.by = self.ended.reason, self.ended.by
         progress.in_flight = list(self.in_flight)
         self._show()
         return progress
@@ -193,9 +193,9 @@ class _Drive:
         self.watch(self.progress)
 
     def _in_flight(self, number: int, point: Point) -> PointInFlight:
-        stages, refused = stages_or_refusal(self.graph, point)
+        stages, invalid = stages_or_reason(self.graph, point)
         return PointInFlight(
-            number, point, of_seeds(self.study, stages, self.study.first_seeds), refused
+            number, point, of_seeds(self.study, stages, self.study.first_seeds), invalid
         )
 
     def _ask(self) -> None:
@@ -240,7 +240,7 @@ class _Drive:
             # Whether there is to be another point, or what holds the constraints, is not known yet
             return False
         if self.in_turn:
-            return len(self.in_flight) < self.study.search.reach
+            return len(self.in_flight) < self.study.search.effective_window
         queued = queued_gpus(
             self._open(), self.runner, lambda stage: self.graph.needs_of(stage).gpus
         )
@@ -264,7 +264,7 @@ class _Drive:
     def _open(self) -> Iterator[Stage]:
         yield from self.baselines
         for entry in (*self.in_flight, *self.more, *self.again):
-            yield from entry.asked
+            yield from entry.requested
 
     def _check_baselines(self) -> None:
         """What every point of a size needs has failed: stop, and tell no point that it failed for a
@@ -299,18 +299,18 @@ class _Drive:
             self._ask_more(entry)
 
     def _ask_more(self, entry: PointInFlight) -> None:
-        if self.rivals.compares and entry.asks:
+        if self.rivals.compares and entry.may_request:
             model = entry.point.model
             first = [
                 next((each.number for each in those if each.point.model == model), None)
                 for those in (self.again, self.in_flight)
             ]
             if any(
-                number is not None and number <= entry.number - self.study.search.reach
+                number is not None and number <= entry.number - self.study.search.effective_window
                 for number in first
             ):
                 return  # what it is compared with is not known yet
-        entry.ask_more(self.study, self.runner, self.rivals)
+        entry.request_next(self.study, self.runner, self.rivals)
 
     def _tell_ended(self) -> bool:
         """Tell the search of points that ended; True when there were any.
@@ -324,7 +324,7 @@ class _Drive:
                 self.exhausted
                 or self.ended is not None
                 or self.waiting
-                or len(self.in_flight) == self.study.search.reach
+                or len(self.in_flight) == self.study.search.effective_window
             )
             ended = self.in_flight[:1] if full and not self.again else []
         else:
@@ -342,7 +342,7 @@ class _Drive:
 
     def _ended(self, entry: PointInFlight) -> Result:
         failure = entry.failure(self.runner)
-        result = self._result(entry, entry.refused or (_told(failure) if failure else ""))
+        result = self._result(entry, entry.invalid or (_told(failure) if failure else ""))
         if result.status == "running":
             raise RuntimeError(f"point {entry.number} was to be told before it was measured")
         return result
@@ -399,7 +399,7 @@ class _Drive:
         for number, seeds in seeds_needed(self.study, known, self.most).items():
             result = self.results[number]
             if seeds > seeds_of(result) and number not in under_way:
-                stages, _ = stages_or_refusal(self.graph, result.point)
+                stages, _ = stages_or_reason(self.graph, result.point)
                 self.more.append(
                     PointInFlight(number, result.point, of_seeds(self.study, stages, seeds))
                 )
@@ -450,9 +450,9 @@ class _Drive:
 
 
 def _told(failure: Failure) -> str:
-    refused = REFUSED if failure.refused else ""
+    prefix = INVALID if failure.invalid else ""
     return (
-        refused
+        prefix
         + failure.reason
         + (f" (to see it again: {failure.command})" if failure.command else "")
     )

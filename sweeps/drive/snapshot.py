@@ -84,7 +84,7 @@ class Writer:
         self._started, self._wrote = time.time(), float("-inf")
         self._followed: dict[str, _Followed] = {}
         self._failures = deque[Failed](maxlen=FAILURES)
-        self._refused: set[int] = set()  # of the points in flight
+        self._invalid: set[int] = set()  # of the points in flight
         self._well = True
 
     def __call__(self) -> None:
@@ -111,8 +111,8 @@ class Writer:
         self._write(ended)
 
     def _look(self) -> None:
-        """Take in which jobs have started, which of their stages have ended, and which points were
-        refused.
+        """Take in which jobs have started, which of their stages have ended, and which points are
+        invalid.
         """
         now = time.time()
         for name, item in self._runner.running.items():
@@ -122,13 +122,13 @@ class Writer:
                 )
         ended = [line for name in list(self._followed) for line in self._follow(name, now)]
         self._append(ended)
-        refused = {entry.number: entry for entry in self._progress.in_flight if entry.refused}
-        for number in refused.keys() - self._refused:
-            point, reason = refused[number].point, refused[number].refused
+        invalid = {entry.number: entry for entry in self._progress.in_flight if entry.invalid}
+        for number in invalid.keys() - self._invalid:
+            point, reason = invalid[number].point, invalid[number].invalid
             self._failures.append(
                 Failed(kind="point", label=str(point), key="", reason=_line(reason), command="")
             )
-        self._refused = set(refused)
+        self._invalid = set(invalid)
 
     def _follow(self, name: str, now: float) -> list[Ended]:
         """What has ended of a job since the last look. Of several stages only the last is known to

@@ -21,12 +21,12 @@ from ebbline.cluster.schedule.scheduler import Work, impossible
 from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
 from ebbline.sweeps.forecast.expected import Points, points_of
 from ebbline.sweeps.search.masks import twins
-from ebbline.sweeps.state.in_flight import AHEAD, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
+from ebbline.sweeps.state.in_flight import GPUS_QUEUED_PER_GPU, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.racing import races
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import still_met
-from ebbline.sweeps.state.todo import MODELS, Missing, Todo, Told, todo
+from ebbline.sweeps.state.todo import MODELS, Missing, Todo, TodoProgress, todo
 from ebbline.sweeps.study.points import Point, adapter_of
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
@@ -104,14 +104,14 @@ class Forecast:
 def forecast(
     view: StudyView,
     capacity: Capacity,
-    told: Told = lambda done, of: None,
+    told: TodoProgress = lambda done, of: None,
     kind: ExecutorKind = DEFAULT_EXECUTOR,
 ) -> Forecast:
     """Simulate what `ebbline run` would do on such a cluster of this executor."""
     study, home = view.study, view.home
     met = still_met(study, read_spent(view.folder).gain)
-    points = points_of(study, view.storage, "" if met is None else met.said)
-    graph = view.graph.apart()  # a drawn point gives no stage its label or its needs
+    points = points_of(study, view.storage, "" if met is None else met.reason)
+    graph = view.graph.fresh_copy()  # a drawn point gives no stage its label or its needs
     estimates = estimates_of(home, kind)
     estimates.met(capacity)
     here = points.told if len(points.told) <= EXACT else _evenly(points.told)
@@ -143,8 +143,8 @@ def forecast(
     kinds: dict[str, KindTotal] = {}
     for missing in running:
         step, factor = steps[missing.id], 1.0
-        if missing.asked_by != MODELS:
-            point, scale = looked_up[missing.asked_by]
+        if missing.requested_by != MODELS:
+            point, scale = looked_up[missing.requested_by]
             own = kind_named(missing.stage.kind).belongs_to == "point"
             factor = scale[point.model, own]
         share = KindTotal(
@@ -197,11 +197,11 @@ def _step_groups(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> 
     """
     own = [group for group in groups if group]
     if study.search.in_turn:
-        return StepGroups(own, study.search.reach, in_turn=True)
+        return StepGroups(own, study.search.effective_window, in_turn=True)
     return StepGroups(
         own,
         study.search.window or max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * gpus),
-        most_gpus=AHEAD * max(1, gpus),
+        most_gpus=GPUS_QUEUED_PER_GPU * max(1, gpus),
     )
 
 

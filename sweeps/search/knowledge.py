@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.counted_work import work_of
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.state.racing import Known
+from ebbline.sweeps.state.racing import ArtifactLookup
 from ebbline.sweeps.study.points import Point, StageName, adapter_of
-from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.tasks.defences.defence import Reading
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.kinds import kind_named
@@ -41,7 +41,7 @@ class Work:
         return self.train + self.project + self.measure
 
 
-REFUSED = Work(1.0, 1.0, 1.0)  # of a point whose settings cannot be: it is asked for, and says why
+INVALID = Work(1.0, 1.0, 1.0)  # of a point with invalid settings, which is proposed all the same
 
 
 class Knowledge:
@@ -49,7 +49,7 @@ class Knowledge:
     it drives.
     """
 
-    def __init__(self, graph: StageGraph, known: Known) -> None:
+    def __init__(self, graph: StageGraph, known: ArtifactLookup) -> None:
         self._graph, self._known = graph, known
         self._measured: dict[Point, Readings] = {}
         self._projections: dict[
@@ -74,7 +74,7 @@ class Knowledge:
         """
         adapter = adapter_of(point)
         if adapter not in self._work:
-            graph = self._graph.apart()
+            graph = self._graph.fresh_copy()
             stages = [
                 stage
                 for name, stage in self._stages(point, graph).items()
@@ -89,14 +89,14 @@ class Knowledge:
                 # It is worked out again; adapters that were only looked at would pile up
                 self._work.clear()
             self._work[adapter] = (
-                Work(owners["training"], owners["adapter"], owners["point"]) if stages else REFUSED
+                Work(owners["training"], owners["adapter"], owners["point"]) if stages else INVALID
             )
         return self._work[adapter]
 
     def _stages(self, point: Point, graph: StageGraph) -> dict[str, Stage]:
-        """Those of the seeds that every point is run with; none for settings that are refused."""
+        """Those of the seeds that every point is run with; none for invalid settings."""
         study = self._graph.study
-        return of_seeds(study, stages_or_refusal(graph, point)[0], study.first_seeds)
+        return of_seeds(study, stages_or_reason(graph, point)[0], study.first_seeds)
 
     def _read(self, adapter: Point, point: Point) -> Readings | None:
         first = adapter not in self._projections

@@ -213,7 +213,9 @@ class OptunaSearcher:
 
     def gave_up(self) -> Mapping[int, int]:
         return {
-            k: entry.most for k, entry in enumerate(self.trials.entries) if entry.most is not None
+            k: entry.max_seeds
+            for k, entry in enumerate(self.trials.entries)
+            if entry.max_seeds is not None
         }
 
     def give_up(self, number: int, most: int, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What is known of a study's points while it runs: trials, points in flight, outcomes, spending.
+"""The state of a study: trials, points in flight, outcomes, races, replicates, spending.
 
-Imports tasks, cluster and sweeps.study.
+May import tasks, cluster and sweeps.study.
 """

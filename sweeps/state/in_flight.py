@@ -1,5 +1,5 @@
-"""Points in flight: what each has asked of the runner, what it needs next, and how much work for
-GPUs they make.
+"""Points in flight: the stages that each has requested from the runner and needs next, and the
+number of GPUs that they queue for.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,26 +14,25 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
 from ebbline.tasks.stage import Stage
 
-# For each GPU that works, work for one waits: who ends finds the next at once, and stages that
-# share a model meet
-AHEAD = 2
-LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU = 16, 4  # when no window is given
+# Keeps workers busy and lets stages of one model form a batch
+GPUS_QUEUED_PER_GPU = 2
+LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU = 16, 4  # points, without `search.window`
 
 
 @dataclass
 class PointInFlight:
-    """A point on its way: all that it may need, and of that what it has asked for so far (a raced
-    suite asks block by block).
+    """A point in flight: the stages that it may need, and the ones it has requested so far. A raced
+    suite requests block by block.
 
-    One that has asked for nothing is held back, as the budget does not afford it; or its settings
-    were `refused`. It is `complete` when it needs nothing more than what it has asked for.
+    A point without requests is held back by the budget, or `invalid` says why its settings are
+    invalid. It is `complete` when it needs no more than it has requested.
     """
 
     number: int
     point: Point
     stages: Mapping[str, Stage]
-    refused: str = ""
-    asked: list[Stage] = field(default_factory=list)
+    invalid: str = ""
+    requested: list[Stage] = field(default_factory=list)
     complete: bool = False
 
     def __str__(self) -> str:
@@ -41,53 +40,57 @@ class PointInFlight:
 
     @property
     def held_back(self) -> bool:
-        return not self.asked and not self.refused
+        return not self.requested and not self.invalid
 
     def start(self, runner: Runner) -> None:
-        self.asked = [
+        self.requested = [
             stage
             for name, stage in self.stages.items()
             if StageName.parse(name).part in STAGE_KINDS
         ]
-        runner.want(self.asked)
+        runner.want(self.requested)
 
     def settled(self, runner: Runner) -> bool:
-        return bool(self.refused) or (self.complete and all(map(runner.settled, self.asked)))
+        return bool(self.invalid) or (self.complete and all(map(runner.settled, self.requested)))
 
     @property
-    def asks(self) -> bool:
-        """Whether it may need more than it has asked for."""
-        return bool(self.asked) and not self.complete and not self.refused
+    def may_request(self) -> bool:
+        """Whether the point may need more stages than it has requested."""
+        return bool(self.requested) and not self.complete and not self.invalid
 
-    def ask_more(self, study: Study, runner: Runner, rivals: Rivals) -> None:
-        """Ask for what the point needs next, until something is under way or it needs nothing more.
+    def request_next(self, study: Study, runner: Runner, rivals: Rivals) -> None:
+        """Request the stages that the point needs next, until one of them runs or it needs no more.
 
-        What it asks for may be in the store already, and is then there at once.
+        A stage that is in the store settles at once.
         """
-        if not self.asks:
+        if not self.may_request:
             return
         own, beaten = set(self.stages.values()), rivals.before(self.number, self.point)
         raced = any(races(study).values())
         while not any(
-            kind_named(stage.kind).has_metrics and not runner.settled(stage) for stage in self.asked
+            kind_named(stage.kind).has_metrics and not runner.settled(stage)
+            for stage in self.requested
         ):
-            asked, needed = set(self.asked), standing(study, self.stages, runner, beaten).missing
+            before, needed = (
+                set(self.requested),
+                standing(study, self.stages, runner, beaten).missing,
+            )
             new = [
                 stage
                 for target in needed
                 for stage in (*target.upstream(), target)
-                if stage in own and stage not in asked
+                if stage in own and stage not in before
             ]
             runner.want(new)
-            self.asked += new
-            if not new or not raced:  # without races all is needed at once
+            self.requested += new
+            if not new or not raced:  # without races a point needs all its stages at once
                 self.complete = True
                 return
 
     def failure(self, runner: Runner) -> Failure | None:
-        """The first failure of its own, or else the first that it inherited."""
+        """The first failure of the point's own stages, else the first inherited one."""
         failures = [
-            failure for stage in self.asked if (failure := runner.failure(stage)) is not None
+            failure for stage in self.requested if (failure := runner.failure(stage)) is not None
         ]
         return next(
             (failure for failure in failures if not failure.inherited),
@@ -100,8 +103,8 @@ def start_affordable(
     runner: Runner,
     affords: Callable[[Mapping[str, Stage]], bool],
 ) -> PointInFlight | None:
-    """Start the points that are held back, in order; returns the first that the budget does not
-    afford.
+    """Start the points that are held back, in order, as far as the budget affords them; return the
+    first that it does not afford.
     """
     for entry in in_flight:
         if entry.held_back:
@@ -112,26 +115,26 @@ def start_affordable(
 
 
 def queued_gpus(stages: Iterable[Stage], runner: Runner, gpus_of: Callable[[Stage], int]) -> int:
-    """GPUs of the wanted stages that run, or wait for no other stage on GPUs: what could be at work
-    on a cluster without end.
+    """The number of GPUs of the stages that run or that wait for no other stage on GPUs: the GPUs
+    that an unlimited cluster would use.
     """
     heads: dict[str, int] = {}
-    known: dict[str, bool] = {}
+    uses_gpu: dict[str, bool] = {}
 
     def holds(stage: Stage) -> bool:
-        """Whether the stage, or one above it, is to run on a GPU."""
-        if stage.lineage not in known:
+        """Whether the stage, or one above it, will run on a GPU."""
+        if stage.lineage not in uses_gpu:
             if runner.settled(stage):
-                known[stage.lineage] = False
+                uses_gpu[stage.lineage] = False
             else:
                 above = max(
                     [holds(each) for each in stage.upstream()], default=False
-                )  # not `any`: each may be a head
+                )  # not `any`, which would skip stages after the first
                 gpus = gpus_of(stage)
                 if gpus and not above:
                     heads[stage.lineage] = gpus
-                known[stage.lineage] = above or gpus > 0
-        return known[stage.lineage]
+                uses_gpu[stage.lineage] = above or gpus > 0
+        return uses_gpu[stage.lineage]
 
     for stage in stages:
         holds(stage)
@@ -139,16 +142,16 @@ def queued_gpus(stages: Iterable[Stage], runner: Runner, gpus_of: Callable[[Stag
 
 
 def has_room(count: int, window: int | None, queued: int, capacity: Callable[[], Capacity]) -> bool:
-    """Whether another point may be asked for, given the `count` of those in flight and the GPUs
+    """Whether another point may be proposed, given the `count` of points in flight and the GPUs
     that they queue for.
 
-    `capacity` is not asked while nothing is queued: looking at a cluster may start one.
+    `capacity` is not called while nothing is queued, because the call may start a cluster.
     """
     if window is not None and count >= window:
         return False
     if not queued:
         return window is not None or count < LEAST_IN_FLIGHT
-    there = capacity()
-    if window is None and count >= max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * there.gpus):
+    cluster = capacity()
+    if window is None and count >= max(LEAST_IN_FLIGHT, IN_FLIGHT_PER_GPU * cluster.gpus):
         return False
-    return there.grows or queued < AHEAD * max(1, there.gpus)
+    return cluster.grows or queued < GPUS_QUEUED_PER_GPU * max(1, cluster.gpus)

@@ -1,5 +1,5 @@
-"""The jobs that the studies of a home have run, from their ledgers (ebbline.sweeps.state.spending);
-and what they took beside their stages.
+"""The jobs that the studies of a home have run, read from their ledgers
+(ebbline.sweeps.state.spending), and the start-up time of these jobs.
 """
 
 import json
@@ -18,8 +18,8 @@ from ebbline.sweeps.study.home import Home
 
 @dataclass(frozen=True)
 class HeldJob:
-    """A job that ended: in which of the ledger's drives (from 0), when by that drive's clock, on
-    what, and whether its process was new.
+    """A job that ended. `drive` is the number of its driver in the ledger, from 0. Times are in
+    seconds on that driver's clock. `new` says that the job started a process.
     """
 
     drive: int
@@ -33,36 +33,38 @@ class HeldJob:
 
 
 def read_jobs(folder: Path) -> Iterator[HeldJob]:
-    """The jobs of a study that ended, in that order. Raises StudyError when a line is damaged."""
-    read_spent(folder)  # names a damaged line
+    """The ended jobs of a study in the order in which they ended. Raises StudyError for a damaged
+    line.
+    """
+    read_spent(folder)  # raises the error with the number of a damaged line
     drive, warm, held = -1, WarmProcesses(), dict[str, HeldJob]()
     for line in whole_lines(folder / NAME):
-        said = json.loads(line)
-        if "driver" in said:
+        event = json.loads(line)
+        if "driver" in event:
             drive, warm, held = drive + 1, WarmProcesses(), {}
-        elif "start" in said and "hosts" in said:
+        elif "start" in event and "hosts" in event:
             gpus, new = (
-                {name: int(count) for name, count in said["gpus"]},
-                warm.start(said["start"], said["hosts"]),
+                {name: int(count) for name, count in event["gpus"]},
+                warm.start(event["start"], event["hosts"]),
             )
-            held[said["start"]] = HeldJob(
+            held[event["start"]] = HeldJob(
                 drive,
-                said["start"],
-                float(said["s"]),
+                event["start"],
+                float(event["s"]),
                 0.0,
-                said["hosts"],
+                event["hosts"],
                 gpus,
-                tuple(said["keys"]),
+                tuple(event["keys"]),
                 new,
             )
-        elif "end" in said and said["end"] in held:
-            job = held.pop(said["end"])
+        elif "end" in event and event["end"] in held:
+            job = held.pop(event["end"])
             warm.end(job.id)
             yield HeldJob(
                 job.drive,
                 job.id,
                 job.start_s,
-                float(said["s"]),
+                float(event["s"]),
                 job.hosts,
                 job.gpus,
                 job.keys,
@@ -71,9 +73,7 @@ def read_jobs(folder: Path) -> Iterator[HeldJob]:
 
 
 def estimates_of(home: Home, kind: ExecutorKind = DEFAULT_EXECUTOR) -> Estimates:
-    """What the home's store has measured of stages, and its ledgers of starting this executor's
-    jobs.
-    """
+    """Estimates from the stages in the home's store and from the job starts in its ledgers."""
     dearest = max(
         home.profile.gpus, key=lambda name: home.profile.gpus[name].usd_per_hour, default=None
     )
@@ -85,7 +85,7 @@ def estimates_of(home: Home, kind: ExecutorKind = DEFAULT_EXECUTOR) -> Estimates
             estimates.starts.learn_cluster(min(job.start_s for job in jobs if job.drive == drive))
         for job in jobs:
             if not all(key in estimates.took for key in job.keys):
-                continue  # with stages that came to nothing
+                continue  # a stage of the job has no artifact, so its run time is unknown
             seconds = job.end_s - job.start_s - sum(estimates.took[key] for key in job.keys)
             estimates.starts.learn(
                 next(iter(job.gpus), None), sum(job.hosts.values()), job.new, seconds

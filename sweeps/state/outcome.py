@@ -1,7 +1,7 @@
-"""What became of a point, read from the store: its metrics pooled over seeds, or the reason that it
+"""The outcome of a point, read from the store: its metrics pooled over seeds, or the reason why it
 has none.
 
-ebbline.sweeps.study.stages owns the other end: which stages a point has.
+ebbline.sweeps.study.stages decides which stages a point has.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,24 +10,26 @@ from types import MappingProxyType
 
 from ebbline.cluster.schedule.costs import Cost, cost_of
 from ebbline.cluster.store.artifacts import Artifact
-from ebbline.sweeps.state.racing import Known, Rivals, races, standing
+from ebbline.sweeps.state.racing import ArtifactLookup, Rivals, races, standing
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.points import Point, Result, StageName, ended
-from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import METRICS, Metric, pooled, read_metrics
 from ebbline.tasks.stage import Stage, closure
 
 
-def metrics_of(study: Study, suites: Mapping[str, Stage], known: Known) -> dict[str, Metric] | None:
-    """Full metric name -> metric of an aligned model before fine-tuning; None while a suite is
-    missing.
+def metrics_of(
+    study: Study, suites: Mapping[str, Stage], lookup: ArtifactLookup
+) -> dict[str, Metric] | None:
+    """Full metric name -> metric of an aligned model before fine-tuning; None while a suite has no
+    artifact.
     """
     found: dict[str, Metric] = {}
     for suite in study.suites:
-        artifact = known.artifact(suites[suite])
+        artifact = lookup.artifact(suites[suite])
         if artifact is None:
             return None
         found |= {
@@ -38,10 +40,10 @@ def metrics_of(study: Study, suites: Mapping[str, Stage], known: Known) -> dict[
 
 
 def fingerprint(study: Study, result: Result) -> frozenset[tuple[str, str]]:
-    """What two finished points have in common whose adapters came out the same: they are measured
-    by the same stages.
+    """The keys of the measuring stages of a finished point. Points with equal adapters have equal
+    fingerprints.
 
-    Looked at are the seeds that every point is run with, and of raced suites the first block.
+    It covers the seeds that every point has, and the first block of raced suites.
     """
     seeds = set(study.seeds[: study.first_seeds])
     named = {StageName.parse(text): key for text, key in result.keys.items()}
@@ -53,8 +55,8 @@ def fingerprint(study: Study, result: Result) -> frozenset[tuple[str, str]]:
 
 
 class Duplicates:
-    """Which finished points came out the same as one with a smaller number, whatever order they
-    landed in: the one owner of `same_as`.
+    """Finds finished points that equal a point with a smaller number, in any order of results. Only
+    this class sets `same_as`.
     """
 
     def __init__(self, study: Study) -> None:
@@ -68,7 +70,7 @@ class Duplicates:
             self._first[found] = min(result.number, self._first.get(found, result.number))
 
     def marked(self, result: Result) -> Result:
-        """The result of a point that was taken in, with the first that it is the same as."""
+        """An added result with `same_as`: the first point that it equals."""
         found = self._found.get(result.number)
         first = result.number if found is None else self._first[found]
         return result if first == result.number else replace(result, same_as=first)
@@ -78,14 +80,12 @@ def results_of(
     study: Study,
     entries: Sequence[Entry],
     graph: StageGraph,
-    known: Known,
+    lookup: ArtifactLookup,
     kept: Mapping[int, Result] = MappingProxyType({}),
 ) -> list[Result]:
-    """The Results of points that were asked for, in the order of asking, over as many seeds as each
-    needs.
+    """The Results of the proposed points in order, each over as many seeds as it needs.
 
-    `kept` are Results by number that were worked out before and cannot change (see
-    `lasting_results`); they are taken as they are.
+    `kept` are earlier Results by number that cannot change (see `lasting_results`).
     """
     rivals, duplicates = Rivals(study), Duplicates(study)
     found: dict[int, Result] = {}
@@ -93,15 +93,15 @@ def results_of(
 
     def over(number: int, seeds: int, reason: str = "") -> Result:
         own = of_seeds(study, stages[number], seeds)
-        return result_of(study, number, entries[number].point, own, known, reason, rivals)
+        return result_of(study, number, entries[number].point, own, lookup, reason, rivals)
 
     for number, entry in enumerate(entries):
         if number in kept:
             found[number] = kept[number]
         else:
-            stages[number], refused = stages_or_refusal(graph, entry.point)
+            stages[number], invalid = stages_or_reason(graph, entry.point)
             failed = (entry.reason or "no reason was recorded") if entry.state == "failed" else ""
-            found[number] = over(number, study.first_seeds, failed or refused)
+            found[number] = over(number, study.first_seeds, failed or invalid)
         rivals.add(found[number])
         duplicates.add(found[number])
     for number, result in list(found.items()):
@@ -110,11 +110,15 @@ def results_of(
             if more.status != "done":
                 break
             found[number] = more
-    most = {number: entry.most for number, entry in enumerate(entries) if entry.most is not None}
+    most = {
+        number: entry.max_seeds
+        for number, entry in enumerate(entries)
+        if entry.max_seeds is not None
+    }
     for number, seeds in seeds_needed(
         study, [duplicates.marked(result) for result in found.values()], most
     ).items():
-        if seeds < seeds_of(found[number]):  # measured when it looked as if it were needed
+        if seeds < seeds_of(found[number]):  # a seed that was needed at first and is not now
             found[number] = over(number, seeds)
         lacking = entries[number].reason if seeds == most.get(number) else ""
         found[number] = replace(duplicates.marked(found[number]), reason=lacking)
@@ -122,15 +126,15 @@ def results_of(
 
 
 def lasting_results(study: Study, results: Sequence[Result]) -> dict[int, Result]:
-    """By number, those that no other point can change: none where more seeds may be added, or
-    rivals end a race.
+    """The results that no other point can change, by number; empty where a policy adds seeds or
+    rivals end races.
     """
     if study.replicates.policy != "all" or any(races(study).values()):
         return {}
     return {
         result.number: result
         for result in results
-        if result.status in ("done", "failed", "refused")
+        if result.status in ("done", "failed", "invalid")
     }
 
 
@@ -139,28 +143,28 @@ def result_of(
     number: int,
     point: Point,
     stages: Mapping[str, Stage],
-    known: Known,
+    lookup: ArtifactLookup,
     reason: str = "",
     rivals: Rivals | None = None,
 ) -> Result:
-    """The Result of a point whose stages are `stages`: done when nothing is missing, failed when
-    there is a reason.
+    """The Result of a point with these stages: done when no stage is missing, failed or invalid
+    when there is a reason.
 
-    `rivals` are what a raced point is compared with.
+    A raced point is compared with `rivals`.
     """
     artifacts = {
         name: artifact
         for name, stage in stages.items()
-        if (artifact := known.artifact(stage)) is not None
+        if (artifact := lookup.artifact(stage)) is not None
     }
     keys = {name: artifact.key for name, artifact in artifacts.items()}
     seconds = sum(float(artifact.provenance["seconds"]) for artifact in artifacts.values())
-    costs = costs_of(stages.values(), known)
+    costs = costs_of(stages.values(), lookup)
     if reason:
         return Result(
             number, point, ended(reason), reason=reason, keys=keys, seconds=seconds, costs=costs
         )
-    stands = standing(study, stages, known, (rivals or Rivals(study)).before(number, point))
+    stands = standing(study, stages, lookup, (rivals or Rivals(study)).before(number, point))
     if stands.missing:
         return Result(number, point, "running", keys=keys, seconds=seconds, costs=costs)
     share = changed_share(artifacts)
@@ -176,17 +180,17 @@ def result_of(
     )
 
 
-def costs_of(stages: Iterable[Stage], known: Known) -> dict[str, Cost]:
-    """Key -> cost of the stages that are done, and of all that they are made from."""
-    found = (known.artifact(stage) for stage in closure(stages))
+def costs_of(stages: Iterable[Stage], lookup: ArtifactLookup) -> dict[str, Cost]:
+    """Key -> cost of the finished stages and of all stages above them."""
+    found = (lookup.artifact(stage) for stage in closure(stages))
     return {
         artifact.key: cost_of(artifact.provenance) for artifact in found if artifact is not None
     }
 
 
 def changed_share(artifacts: Mapping[str, Artifact]) -> float:
-    """The share of modules that the defence changed, over all replicates among a point's artifacts
-    by stage.
+    """The share of modules that the defence changed, over all replicates of a point. `artifacts`
+    are by stage name.
     """
     changed = total = 0
     named = {StageName.parse(name): artifact for name, artifact in artifacts.items()}

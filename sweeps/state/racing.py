@@ -1,9 +1,8 @@
-"""Racing: which blocks of a point's raced suites are still to be measured, given what they have
-shown so far.
+"""Racing: which blocks of a point's raced suites to measure next, given the blocks so far.
 
 Invariant: the answer is a function of the point's own blocks and of the results of earlier points
-that a proposal may have seen (`Search.window`), so a study that was killed and continued stops
-every point at the same block.
+in reach of its proposal (`Search.window`). So a study that is killed and continued stops every
+point at the same block.
 """
 
 import json
@@ -27,21 +26,19 @@ from ebbline.tasks.stage import Stage
 
 Beaten = Callable[
     [Mapping[str, Metric]], bool
-]  # whether metrics as these are surely worse than a rival's
+]  # whether a rival is surely better than these metrics
 
 
-class Known(Protocol):
-    """Whatever can say which artifact a stage has: the runner while it drives, the resolver
-    afterwards.
-    """
+class ArtifactLookup(Protocol):
+    """Finds the artifact of a stage: the runner during a run, the resolver afterwards."""
 
     def artifact(self, stage: Stage) -> Artifact | None: ...
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a point is measured: its metrics so far, pooled over replicates and blocks, and the
-    stages it still needs.
+    """The progress of a point: its metrics so far, pooled over replicates and blocks, and the
+    stages that it still needs.
     """
 
     metrics: Mapping[str, Metric]
@@ -49,17 +46,17 @@ class Standing:
 
 
 class Rivals:
-    """The finished points that raced ones are compared with, each one's intervals worked out once.
-    It takes nothing in for a study whose races no other point may end.
+    """The finished points that raced points are compared with. Their intervals are computed once.
+    It stays empty for a study in which no other point may end a race.
 
-    Arrays: `least_NM` has N points in the order of their numbers and M objectives, all pointing up:
-    how low each may lie.
+    Arrays: `least_NM` has the lower interval bounds of N points, in the order of their numbers, for
+    M objectives that are all maximised.
     """
 
     def __init__(self, study: Study) -> None:
         own = [race for race in races(study).values() if race is not None]
         self.compares = bool(own) and all(race.dominated for race in own)
-        self._objectives, self._reach = study.objectives, study.search.reach
+        self._objectives, self._window = study.objectives, study.search.effective_window
         self._confidence = max((race.confidence for race in own), default=0.0)
         self._numbers: dict[str, list[int]] = defaultdict(list)
         self._least: dict[str, NDArray[np.float64]] = defaultdict(
@@ -67,29 +64,29 @@ class Rivals:
         )
 
     def add(self, result: Result) -> None:
-        """Take in what became of a point, over the seeds that every point has."""
+        """Add the result of a point, over the seeds that every point has."""
         if self.compares and result.status == "done":
             model = result.point.model
             place = bisect_left(self._numbers[model], result.number)
             self._numbers[model].insert(place, result.number)
-            least_M = [low for low, _ in self._reaches(result.metrics)]
+            least_M = [low for low, _ in self._intervals(result.metrics)]
             self._least[model] = np.insert(self._least[model], place, least_M, axis=0)
 
     def before(self, number: int, point: Point) -> Beaten:
-        """Whether metrics of point `number` are beaten, in every objective: by points of its own
-        model, and such as its proposal may have seen.
+        """A test of whether metrics of point `number` are beaten in every objective, by a point of
+        its own model in reach of its proposal.
         """
         return partial(self._beat, number, point.model)
 
     def _beat(self, number: int, model: str, metrics: Mapping[str, Metric]) -> bool:
-        seen = bisect_right(self._numbers[model], number - self._reach)
+        seen = bisect_right(self._numbers[model], number - self._window)
         if not seen or any(name not in metrics for name in self._objectives):
             return False
-        most_M = np.array([high for _, high in self._reaches(metrics)])
+        most_M = np.array([high for _, high in self._intervals(metrics)])
         return bool((most_M < self._least[model][:seen]).all(axis=1).any())
 
-    def _reaches(self, metrics: Mapping[str, Metric]) -> list[tuple[float, float]]:
-        """Each objective's interval, pointing up."""
+    def _intervals(self, metrics: Mapping[str, Metric]) -> list[tuple[float, float]]:
+        """The interval of each objective, negated when the objective is minimised."""
         found = []
         for name in self._objectives:
             low, high = metrics[name].interval_at(self._confidence)
@@ -98,22 +95,25 @@ class Rivals:
 
 
 def standing(
-    study: Study, stages: Mapping[str, Stage], known: Known, beaten: Beaten = lambda metrics: False
+    study: Study,
+    stages: Mapping[str, Stage],
+    lookup: ArtifactLookup,
+    beaten: Beaten = lambda metrics: False,
 ) -> Standing:
-    """What a point's stages have measured, and which of those with metrics are needed next. Nothing
-    missing means done.
+    """The metrics of a point so far, and the stages with metrics that it needs next. A point with
+    no missing stage is done.
 
-    `beaten` says of the metrics so far whether a rival ends the point's races (see Rivals.before).
-    Suites that are not raced are needed whole and first; then block by block, all raced suites side
-    by side.
+    `beaten` says from the metrics so far whether a rival ends the point's races (see
+    Rivals.before). Suites without a race come first and whole. Then all raced suites are measured
+    block by block, side by side.
     """
     named = {StageName.parse(name): stage for name, stage in stages.items()}
     found: dict[str, dict[int, Metric]] = defaultdict(dict)  # by suite.metric, then by seed
-    missing = _take(
+    missing = _add_block(
         named,
         None,
         study,
-        known,
+        lookup,
         found,
         {name for name in study.suites if races(study).get(name) is None},
     )
@@ -131,13 +131,13 @@ def standing(
         } - ended
         if not still or (block > 0 and beaten(metrics)):
             break
-        missing = _take(named, block, study, known, found, still)
+        missing = _add_block(named, block, study, lookup, found, still)
         if missing:
             return Standing(_pooled(found), tuple(missing))
         ended |= {
             name.part
             for name, stage in named.items()
-            if name.block == block and name.part in still and _ends(stage, block, known)
+            if name.block == block and name.part in still and _ends(stage, block, lookup)
         }
     return Standing(_pooled(found), ())
 
@@ -149,15 +149,15 @@ def races(study: Study) -> dict[str, Race | None]:
     }
 
 
-def _take(
+def _add_block(
     named: Mapping[StageName, Stage],
     block: int | None,
     study: Study,
-    known: Known,
+    lookup: ArtifactLookup,
     found: dict[str, dict[int, Metric]],
     suites: set[str],
 ) -> list[Stage]:
-    """Add one block's metrics to `found`; returns the stages that have none yet."""
+    """Add the metrics of a block to `found`, or return the block's stages without an artifact."""
     own = sorted(
         (
             (name, stage)
@@ -166,19 +166,19 @@ def _take(
         ),
         key=lambda item: str(item[0]),
     )
-    missing = [stage for _, stage in own if known.artifact(stage) is None]
+    missing = [stage for _, stage in own if lookup.artifact(stage) is None]
     if missing:
         return missing
     for name, stage in own:
-        artifact = known.artifact(stage)
+        artifact = lookup.artifact(stage)
         for metric in [] if artifact is None else read_metrics(artifact.file(METRICS).parent):
             seeds = found[f"{name.part}.{metric.name}"]
             seeds[name.seed] = joined([seeds[name.seed], metric]) if name.seed in seeds else metric
     return []
 
 
-def _ends(stage: Stage, block: int, known: Known) -> bool:
-    """Whether the prompt set has no further block."""
+def _ends(stage: Stage, block: int, lookup: ArtifactLookup) -> bool:
+    """Whether this is the last block of the prompt set."""
     generation = stage.inputs["generation"]
     if (
         not isinstance(generation, Stage)
@@ -186,11 +186,11 @@ def _ends(stage: Stage, block: int, known: Known) -> bool:
         or generation.spec.block is None
     ):
         return False
-    artifact = known.artifact(generation)
+    artifact = lookup.artifact(generation)
     if artifact is None:
         return False
-    said = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
-    return bool((block + 1) * generation.spec.block.size >= said["of"])
+    prompts = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
+    return bool((block + 1) * generation.spec.block.size >= prompts["of"])
 
 
 def _pooled(found: Mapping[str, Mapping[int, Metric]]) -> dict[str, Metric]:
@@ -201,5 +201,5 @@ def _tight(suite: str, race: Race, metrics: Mapping[str, Metric]) -> bool:
     own = [metric for name, metric in metrics.items() if name.rpartition(".")[0] == suite]
     if race.width is None or not own:
         return False
-    reaches = [(metric.value, *metric.interval_at(race.confidence)) for metric in own]
-    return all(max(value - low, high - value) <= race.width for value, low, high in reaches)
+    intervals = [(metric.value, *metric.interval_at(race.confidence)) for metric in own]
+    return all(max(value - low, high - value) <= race.width for value, low, high in intervals)

@@ -1,21 +1,22 @@
-"""Replicates: how many of a study's seeds each point needs, until it is certain which points of its
-size are dominated.
+"""Replicates: how many of a study's seeds each point needs to decide which points of its size are
+dominated.
 
-Invariant: the answer is a function of the points that were told and of what their seeds measured,
-or which of them failed, in whatever order that came; so a study that was killed and continued ends
-with the same replicates, and a table needs no memory of why a seed was run.
+Invariant: the answer is a function of the finished points and of the values and failures of their
+seeds, in any order. So a study that is killed and continued ends with the same replicates, and a
+table can recompute why a seed was run.
 
-A point's objectives are means over its seeds, with normal errors. Its chance to be dominated by
-another is the product over the objectives of Phi(difference / standard error of the difference). It
-is *certain* at confidence c when one rival dominates it with a chance of at least c, or none with
-more than 1 - c. Rivals of a dominated point are those that no other point dominates.
+The objectives of a point are means over its seeds, with normal errors. The chance that another
+point dominates it is the product over the objectives of Phi(difference / standard error of the
+difference). A point is *certain* at confidence c when one rival dominates it with a chance of at
+least c, or when no rival does with a chance above 1 - c. The rivals of a dominated point are the
+non-dominated points.
 
-The standard error over k seeds is s / sqrt(k). One s holds for an objective and a size: the
-standard deviation between the seeds of a point, pooled over all points with several, together with
-PRIOR degrees of freedom that say what the sampling of prompts would make (without it two seeds that
-agree by chance would settle every claim).
+The standard error over k seeds is s / sqrt(k). Each objective of a size has one s: the standard
+deviation between the seeds of a point, pooled over all points with several seeds. PRIOR degrees of
+freedom with the sampling error of the prompts are pooled too. Without them, two seeds that agree by
+chance would decide every comparison.
 
-Arrays: `values_NM` has N points and M objectives, all pointing up; `errors_NM` their standard
+Arrays: `values_NM` has N points and M objectives, all maximised; `errors_NM` has their standard
 errors.
 """
 
@@ -39,12 +40,13 @@ Array = NDArray[np.float64]
 def seeds_needed(
     study: Study, results: Sequence[Result], most: Mapping[int, int] | None = None
 ) -> dict[int, int]:
-    """Number -> how many seeds each finished point needs, the first ones of the study's.
+    """Number -> the number of seeds that each finished point needs, from the start of the study's
+    list.
 
-    A point that needs more than `results` know of is to get them, and is then looked at again.
-    Points that are the same as an earlier one (ebbline.sweeps.state.outcome.Duplicates) need no
-    more than the first. `most` says of points of which a further seed failed how many they can
-    have: these need no more, and keep no other point waiting.
+    The caller repeats the call when the additional seeds are measured. Duplicates of an earlier
+    point (ebbline.sweeps.state.outcome.Duplicates) need only the first seeds. `most` has the
+    largest number of seeds of points of which a further seed failed; no other point waits for
+    these.
     """
     most = most or {}
     done = [result for result in results if result.status == "done"]
@@ -57,58 +59,58 @@ def seeds_needed(
             key=lambda result: result.number,
         )
         for seeds in range(study.first_seeds, len(study.seeds)):
-            # Level by level: who needs one more is decided by what all had at this level, so later
-            # seeds do not change earlier answers.
-            open_ones = _undecided(study, own, needed)
+            # Each level uses the seeds that all points had at that level, so later seeds do not
+            # change earlier decisions.
+            open_points = _undecided(study, own, needed)
             more = [
                 number
-                for number in open_ones
+                for number in open_points
                 if needed[number] == seeds and seeds < most.get(number, len(study.seeds))
             ]
-            known = {result.number: seeds_of(result) for result in own}
+            have = {result.number: seeds_of(result) for result in own}
             needed |= dict.fromkeys(more, seeds + 1)
-            if any(known[number] < needed[number] for number in more):
+            if any(have[number] < needed[number] for number in more):
                 break
     return needed
 
 
 def seeds_of(result: Result) -> int:
-    """How many seeds a finished point's metrics are pooled over."""
+    """The number of seeds that a finished point's metrics are pooled over."""
     return min((max(1, len(metric.seeds)) for metric in result.metrics.values()), default=0)
 
 
 def error_of(metric: Metric) -> float:
-    """The standard error of a point's mean over its seeds, from this point alone."""
-    return pooled_noise([_taken(metric, max(1, len(metric.seeds)))]) / math.sqrt(
+    """The standard error of a point's mean over its seeds, from this point only."""
+    return pooled_noise([_seed_values(metric, max(1, len(metric.seeds)))]) / math.sqrt(
         max(1, len(metric.seeds))
     )
 
 
 @dataclass(frozen=True)
-class Taken:
-    """An objective of a point over its first seeds: their values, and the standard error that its
-    prompts alone would make.
+class SeedValues:
+    """The values of an objective over a point's first seeds, and the standard error from the
+    sampling of its prompts.
     """
 
     seeds: tuple[float, ...]
     sampling: float
 
 
-def pooled_noise(taken: Sequence[Taken]) -> float:
-    """The standard deviation between the seeds of a point: squares pooled over the points, with
-    PRIOR degrees of freedom of sampling.
+def pooled_noise(by_point: Sequence[SeedValues]) -> float:
+    """The standard deviation between the seeds of a point, pooled over the points, with PRIOR
+    degrees of freedom of sampling error.
     """
     squares = sum(
         sum((value - sum(each.seeds) / len(each.seeds)) ** 2 for value in each.seeds)
-        for each in taken
+        for each in by_point
     )
-    freedom = sum(len(each.seeds) - 1 for each in taken)
-    sampling = sum(each.sampling**2 for each in taken) / len(taken)
+    freedom = sum(len(each.seeds) - 1 for each in by_point)
+    sampling = sum(each.sampling**2 for each in by_point) / len(by_point)
     return math.sqrt((squares + PRIOR * sampling) / (freedom + PRIOR))
 
 
 def chance_dominated(values_NM: Array, errors_NM: Array, value_M: Array, error_M: Array) -> Array:
-    """The chance that each of N points is better than one in every objective, as (N,)."""
+    """The chance that each of N points is better than one point in every objective, as (N,)."""
     spread_NM = np.sqrt(errors_NM**2 + error_M**2)
     with np.errstate(divide="ignore", invalid="ignore"):
         z_NM = np.where(
@@ -119,7 +121,7 @@ def chance_dominated(values_NM: Array, errors_NM: Array, value_M: Array, error_M
 
 
 def undecided(values_NM: Array, errors_NM: Array, confidence: float) -> NDArray[np.bool_]:
-    """Which points are neither surely dominated nor surely not, as (N,)."""
+    """Which points are neither certainly dominated nor certainly non-dominated, as (N,)."""
     found = np.zeros(len(values_NM), dtype=bool)
     if len(values_NM) < 2:
         return found
@@ -139,27 +141,26 @@ def undecided(values_NM: Array, errors_NM: Array, confidence: float) -> NDArray[
 def _undecided(study: Study, own: Sequence[Result], levels: Mapping[int, int]) -> list[int]:
     if not own:
         return []
-    taken = {
-        name: [_taken(result.metrics[name], levels[result.number]) for result in own]
+    by_point = {
+        name: [_seed_values(result.metrics[name], levels[result.number]) for result in own]
         for name in study.objectives
     }
     up = {name: own[0].metrics[name].direction == "maximise" for name in study.objectives}
     means = [
-        [sum(each.seeds) / len(each.seeds) * (1 if up[name] else -1) for each in taken[name]]
+        [sum(each.seeds) / len(each.seeds) * (1 if up[name] else -1) for each in by_point[name]]
         for name in study.objectives
     ]
     noise = [
-        [pooled_noise(taken[name]) / math.sqrt(len(each.seeds)) for each in taken[name]]
+        [pooled_noise(by_point[name]) / math.sqrt(len(each.seeds)) for each in by_point[name]]
         for name in study.objectives
     ]
     open_N = undecided(np.array(means).T, np.array(noise).T, study.replicates.confidence)
     return [result.number for result, is_open in zip(own, open_N, strict=True) if is_open]
 
 
-def _taken(metric: Metric, seeds: int) -> Taken:
+def _seed_values(metric: Metric, seeds: int) -> SeedValues:
     values = (metric.seeds or (metric.value,))[:seeds]
-    # Of these seeds alone, by the largest variance that scores in [0, 1] of this mean have; one
-    # success and one failure are added, as a rate of 0 or 1 is not without error (Agresti and Coull
-    # 1998).
+    # The largest variance of scores in [0, 1] with this mean. One success and one failure are
+    # added, because a rate of 0 or 1 has an error too (Agresti and Coull 1998).
     share = (metric.items * sum(values) / len(values) + 1) / (metric.items + 2)
-    return Taken(values, math.sqrt(share * (1 - share) / metric.items))
+    return SeedValues(values, math.sqrt(share * (1 - share) / metric.items))

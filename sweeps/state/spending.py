@@ -1,19 +1,18 @@
-"""What driving a study has taken, over all its runs; and whether its budget affords more.
+"""The cost of a study over all its runs, and whether its budget affords more.
 
-    HOME/studies/NAME/spending.jsonl     what its drivers say as it happens, a line each; they only
-                                         ever append
+    HOME/studies/NAME/spending.jsonl     the events of its drivers, a line each, append-only
         {"driver": "process 7 on h ...", "s": 0.0}  a driver began; `s` counts its seconds from here
         {"start": "ray-3", "gpus": [["A100", 1]], "hosts": {"h/1f": 1}, "keys": [...], "s": 12.1}
                                                     a job got its GPUs, if any; its id begins
                                                     with the name of its executor
-        {"end": "ray-3", "s": 73.0}                 ... and gave them back
-        {"s": 80.0}                                 the driver lives
+        {"end": "ray-3", "s": 73.0}                 the job released them
+        {"s": 80.0}                                 the driver is alive
         {"stopped": "the budget ...", "by": "budget", "rule": "", "points": 7, "s": 81.0}
-                                                    why it asked for nothing more
+                                                    why the driver proposed no further point
 
-The invariant: every second that a job of this study held a GPU is here, whether its stages came to
-anything or not. A driver that is killed is counted to its last line, so a kill leaves out BEAT_S
-seconds at most and what its workers took to end. Stages that were found in the store cost nothing.
+Invariant: the ledger has every second that a job of this study held a GPU, also for stages that
+failed. A killed driver counts up to its last line. So a kill loses at most BEAT_S seconds and the
+time until its workers ended. Stages found in the store cost nothing.
 """
 
 import json
@@ -37,11 +36,11 @@ NAME = "spending.jsonl"
 
 @dataclass(frozen=True)
 class Stopped:
-    """Why a driver asked for nothing more: in words, by what, under which rule (a digest), and how
-    many points there were by then; for `gain`, those that the rule had counted.
+    """Why a driver proposed no further point. `rule` is a digest; `points` is the number of points
+    until then, or for `gain` the number that the rule had counted.
     """
 
-    said: str
+    reason: str
     by: Literal["budget", "gain"]
     rule: str = ""
     points: int = 0
@@ -49,10 +48,9 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of driving, the GPU time of all jobs, and the keys of the stages that they were
-    started for.
+    """Seconds of driving, the GPU time of all jobs, and the keys of the stages in these jobs.
 
-    `stopped` is what the last driver ended with, while no other drives; `gain` the last time that
+    `stopped` is how the last driver stopped, until another one begins. `gain` is the last time that
     the rule of `search.stop` was met.
     """
 
@@ -64,8 +62,8 @@ class Spent:
 
 
 def read_spent(folder: Path) -> Spent:
-    """What a study's drivers have said so far. Raises StudyError when a line is damaged, other than
-    a last one that was cut off.
+    """The spending of a study so far. Raises StudyError for a damaged line; an incomplete last line
+    is ignored.
     """
     path = folder / NAME
     driving_s, costs, keys = 0.0, list[Cost](), set[str]()
@@ -74,21 +72,21 @@ def read_spent(folder: Path) -> Spent:
     gain: Stopped | None = None
     for number, line in enumerate(whole_lines(path), 1):
         try:
-            said = json.loads(line)
-            if "driver" in said:
+            event = json.loads(line)
+            if "driver" in event:
                 driving_s, costs = driving_s + session.last_s, [*costs, session.cost()]
                 session, stopped = _Session(), None
-            if "stopped" in said:
+            if "stopped" in event:
                 stopped = Stopped(
-                    str(said["stopped"]), said["by"], str(said["rule"]), int(said["points"])
+                    str(event["stopped"]), event["by"], str(event["rule"]), int(event["points"])
                 )
                 gain = stopped if stopped.by == "gain" else gain
-            keys |= set(said.get("keys", ()))
-            session.take(said)
+            keys |= set(event.get("keys", ()))
+            session.add(event)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StudyError(
-                f"{path}, line {number} is damaged ({type(error).__name__}); mend or "
-                "delete that line. What it said is then not counted"
+                f"{path}, line {number} is damaged ({type(error).__name__}); correct or "
+                "delete that line. A deleted line is not counted"
             ) from error
     return Spent(
         driving_s + session.last_s, total([*costs, session.cost()]), frozenset(keys), stopped, gain
@@ -97,25 +95,25 @@ def read_spent(folder: Path) -> Spent:
 
 @dataclass
 class _Session:
-    """One driver's part: jobs that ended, and those that hold GPUs still (until the last line, if
-    the driver is gone).
+    """The events of one driver: ended jobs, and jobs that hold GPUs (up to the last line, if the
+    driver was killed).
     """
 
     last_s: float = 0.0
     ended: list[Cost] = field(default_factory=list)
     held: dict[str, tuple[float, GpuTypes]] = field(default_factory=dict)
 
-    def take(self, said: Mapping[str, Any]) -> None:
-        self.last_s = float(said["s"])
-        if "start" in said:
-            self.held[said["start"]] = (
+    def add(self, event: Mapping[str, Any]) -> None:
+        self.last_s = float(event["s"])
+        if "start" in event:
+            self.held[event["start"]] = (
                 self.last_s,
-                {name: int(count) for name, count in said["gpus"]},
+                {name: int(count) for name, count in event["gpus"]},
             )
-        if "end" in said:
+        if "end" in event:
             since, gpus = self.held.pop(
-                said["end"], (self.last_s, {})
-            )  # its start may be a line that was deleted as damaged
+                event["end"], (self.last_s, {})
+            )  # the line of its start may have been deleted as damaged
             self.ended.append(Cost.of(gpus, self.last_s - since))
 
     def cost(self) -> Cost:
@@ -129,7 +127,7 @@ class _Session:
 
 @dataclass
 class _Held:
-    """A job that holds GPUs: since when, and how long it was expected to."""
+    """A job that holds GPUs, with its expected duration."""
 
     since_s: float
     gpus: GpuTypes
@@ -137,8 +135,8 @@ class _Held:
 
 
 class Spending:
-    """The driver's side: writes the ledger, and is the runner's meter. Made by `spending`, by the
-    driver that holds the study.
+    """Writes the ledger and is the runner's meter. The driver that holds the study makes it by
+    `spending`.
     """
 
     def __init__(
@@ -148,27 +146,25 @@ class Spending:
         self._before, self._file = (
             replace(before, keys=frozenset()),
             file,
-        )  # `file` is open for appending
-        self._started, self._said_s = time.monotonic(), 0.0
+        )  # `file` is open for append
+        self._started, self._wrote_s = time.monotonic(), 0.0
         self._ended, self._held = Cost(), dict[str, _Held]()
-        self._say({"driver": driver})
+        self._write({"driver": driver})
 
     def spent(self) -> Spent:
-        """By all runs of the study, up to now; without the stages' keys, of which there may be
-        many: they are in the ledger.
-        """
+        """The spending of all runs up to now, without the keys of stages, which may be many."""
         now_s = self._now_s()
         held = total(Cost.of(job.gpus, now_s - job.since_s) for job in self._held.values())
         return Spent(self._before.driving_s + now_s, self._before.cost + self._ended + held)
 
     @property
     def before(self) -> Spent:
-        """By the runs before this one, without the stages' keys."""
+        """The spending of earlier runs, without the keys of stages."""
         return self._before
 
     @property
     def limited(self) -> bool:
-        """Whether anything is limited that a stage takes."""
+        """Whether the budget limits the hours, GPU-hours or dollars of a stage."""
         return self.budget.model_copy(update={"points": None}) != Budget()
 
     @property
@@ -177,20 +173,19 @@ class Spending:
         return self._before.gain
 
     def stopped(self, why: Stopped) -> None:
-        """Say for good why nothing more is asked for."""
-        self._say({"stopped": why.said, "by": why.by, "rule": why.rule, "points": why.points})
+        """Write why no further point is proposed."""
+        self._write({"stopped": why.reason, "by": why.by, "rule": why.rule, "points": why.points})
 
     def affords(self, gpus: GpuTypes, seconds: float) -> bool:
         if not any(gpus.values()) and self.budget.hours is None:
-            return True  # what needs no GPU costs nothing, and may finish what is paid for
+            return True  # a stage without GPUs costs nothing, and may finish a paid point
         return not self.crossed(Cost.of(gpus, seconds) + self._rest(), seconds)
 
     def crossed(self, more: Cost, seconds: float) -> str:
-        """Which limit `more`, and so many seconds of driving from now, are expected to cross; empty
-        when none.
+        """The name of the limit that `more` cost and `seconds` of driving are expected to cross, or
+        the empty string.
 
-        Raises StudyError when there is a limit in dollars, and no price for a type that was or
-        would be used.
+        Raises StudyError for a limit in dollars without a price for a GPU type in use.
         """
         spent = self.spent()
         after = spent.cost + more
@@ -207,13 +202,13 @@ class Spending:
                 return name
         return ""
 
-    def told(self, what: str, more: Cost, seconds: float) -> str:
-        """Why nothing more starts: `what` would cross the budget."""
+    def over_budget(self, what: str, more: Cost, seconds: float) -> str:
+        """The message that the budget stops `what` (a point or a stage)."""
         name = self.crossed(more, seconds)
         if not name:
             return "the budget affords nothing more"
         spent, limit = self.spent(), getattr(self.budget, name)
-        words = {
+        amounts = {
             "hours": (f"{spent.driving_s / 3600:.3g}", f"{seconds / 3600:.3g}", f"{limit:g} hours"),
             "gpu_hours": (
                 f"{spent.cost.gpu_hours:.3g}",
@@ -226,35 +221,37 @@ class Spending:
                 f"${limit:.2f}",
             ),
         }
-        used, wanted, of = words[name]
+        used, expected, of = amounts[name]
         if self.crossed(Cost(), 0.0) == name:
             return (
-                f"the budget is used up: {used} of {of} spent, as what had started took "
+                f"the budget is used up: {used} of {of} spent, because running jobs took "
                 f"longer than expected; {what} does not start."
-                f" Raise budget.{name} in the study file, and the same command goes on"
+                f" Raise budget.{name} in the study file, and the same command continues"
             )
         return (
             f"the budget ends here: {used} of {of} spent, and {what} is expected to take "
-            f"{wanted} more."
-            f" Raise budget.{name} in the study file, and the same command goes on"
+            f"{expected} more."
+            f" Raise budget.{name} in the study file, and the same command continues"
         )
 
     def started(self, job: Job, gpus: GpuTypes, seconds: float) -> None:
         self._held[job.id] = _Held(self._now_s(), dict(gpus), seconds)
         held = [[name, count] for name, count in gpus.items()]
-        self._say({"start": job.id, "gpus": held, "hosts": dict(job.hosts), "keys": list(job.keys)})
+        self._write(
+            {"start": job.id, "gpus": held, "hosts": dict(job.hosts), "keys": list(job.keys)}
+        )
 
     def settle(self, running: Iterable[str]) -> None:
-        """Take in which jobs still run; say that the driver lives."""
+        """Write the end of jobs that are not in `running`, and that the driver is alive."""
         for name in [name for name in self._held if name not in set(running)]:
             job = self._held.pop(name)
-            self._say({"end": name})
-            self._ended += Cost.of(job.gpus, self._said_s - job.since_s)
-        if self._now_s() - self._said_s >= BEAT_S:
-            self._say({})
+            self._write({"end": name})
+            self._ended += Cost.of(job.gpus, self._wrote_s - job.since_s)
+        if self._now_s() - self._wrote_s >= BEAT_S:
+            self._write({})
 
     def _rest(self) -> Cost:
-        """What the jobs that run are expected to cost from now on."""
+        """The expected cost of the running jobs from now on."""
         now_s = self._now_s()
         return total(
             Cost.of(job.gpus, max(0.0, job.expected_s - (now_s - job.since_s)))
@@ -264,29 +261,27 @@ class Spending:
     def _now_s(self) -> float:
         return time.monotonic() - self._started
 
-    def _say(self, said: Mapping[str, Any]) -> None:
-        self._said_s = self._now_s()
-        self._file.write(json.dumps({**said, "s": round(self._said_s, 3)}) + "\n")
+    def _write(self, event: Mapping[str, Any]) -> None:
+        self._wrote_s = self._now_s()
+        self._file.write(json.dumps({**event, "s": round(self._wrote_s, 3)}) + "\n")
         self._file.flush()
 
 
 @contextmanager
 def spending(study: Study, profile: Profile, folder: Path, driver: str) -> Iterator[Spending]:
-    """The ledger of a study, for the driver that holds it; a last line that was cut off is taken
-    away.
-    """
+    """The ledger of a study, for the driver that holds it. An incomplete last line is removed."""
     with open_to_append(folder / NAME) as file:
-        kept = Spending(study, profile, read_spent(folder), file, driver)
+        ledger = Spending(study, profile, read_spent(folder), file, driver)
         try:
-            yield kept
+            yield ledger
         finally:
-            kept.settle([])
-            kept._say({})
+            ledger.settle([])
+            ledger._write({})
 
 
 def require_prices(study: Study, profile: Profile) -> None:
-    """Raise StudyError when a budget in dollars has no price for a type of GPU that the study
-    names, or none at all.
+    """Raise StudyError when the study has a limit in dollars and the profile lacks the price of a
+    named GPU type, or any price.
     """
     if study.budget.usd is None and (
         study.search.stop is None or study.search.stop.per_usd is None
@@ -303,11 +298,11 @@ def require_prices(study: Study, profile: Profile) -> None:
 
 def _no_price(budget: Budget, missing: Iterable[str]) -> str:
     written = ", ".join(f"{name}: {{usd_per_hour: ...}}" for name in sorted(set(missing)))
-    asked = (
+    setting = (
         "search.stop.per_usd is given" if budget.usd is None else f"budget.usd is {budget.usd:g}"
     )
     return (
-        f"{asked}, but cluster.yaml in the home has no price for "
+        f"{setting}, but cluster.yaml in the home has no price for "
         f"{' and '.join(sorted(set(missing)))};"
-        f" add `gpus: {{{written}}}` there, or say it in GPU-hours"
+        f" add `gpus: {{{written}}}` there, or give the limit in GPU-hours"
     )

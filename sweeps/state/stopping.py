@@ -1,8 +1,7 @@
-"""When a study stops asking by itself: the rule of `search.stop`, on how fast the hypervolume
-grows.
+"""The stopping rule `search.stop`: stop when the hypervolume grows too slowly.
 
-Invariant: what it says depends on the results in the order in which it was given them, on nothing
-that a machine's speed decides.
+Invariant: the decision depends only on the results and their order, and not on the speed of a
+machine.
 """
 
 from bisect import bisect_right
@@ -20,9 +19,8 @@ from ebbline.tasks.identity import digest
 
 
 class Gains:
-    """What each result added in cost, and how much hypervolume there is. `since` is how many points
-    were given before the rule counts: of a study that had met it and was widened, those of its
-    first life.
+    """The cost and the hypervolume after each result. `since` is the number of points before the
+    rule counts: the points of a study that met the rule before it was extended.
     """
 
     def __init__(self, study: Study, profile: Profile, since: int = 0) -> None:
@@ -33,16 +31,16 @@ class Gains:
         self._spent: list[float] = []  # after each result
         self._gains: list[
             list[float]
-        ] = []  # of each result so far, all pointing up; empty for one without metrics
+        ] = []  # each result's objectives, all maximised; empty without metrics
 
     @property
     def points(self) -> int:
-        """How many results it was given."""
+        """The number of results so far."""
         return len(self._gains)
 
     def add(self, result: Result) -> None:
-        """Take in the next result, of whatever status. Raises StudyError for GPUs without a price
-        when the rule is in dollars.
+        """Add the next result, of any status. Raises StudyError for GPUs without a price when the
+        rule is in dollars.
         """
         for key, cost in result.costs.items():
             if key not in self._seen:
@@ -54,20 +52,20 @@ class Gains:
         )
 
     def met(self) -> str:
-        """How the rule is met, in words; empty while it is not, or there is none."""
+        """A message when the rule is met, else the empty string."""
         if self._rule is None or not self._spent:
             return ""
         per = self._rule.per_usd or self._rule.per_gpu_hour or self._rule.per_points or 0
         before = bisect_right(self._spent, self._spent[-1] - per)
         if before <= self._since or before == 0:
-            return ""  # not yet so much was spent
+            return ""  # not enough was spent yet
         now, then = self._hypervolume(len(self._gains)), self._hypervolume(before)
         if now - then >= self._rule.gain * then and now > 0:
             return ""
         return (
             f"the hypervolume grew from {then:.4g} to {now:.4g} over the last "
             f"{len(self._gains) - before} points, by less than"
-            f" {self._rule}. Change search.stop in the study file, and the same command goes on"
+            f" {self._rule}. Change search.stop in the study file, and the same command continues"
         )
 
     def _measure(self, points: int) -> float:
@@ -97,7 +95,7 @@ class Gains:
 
 
 def still_met(study: Study, before: Stopped | None) -> Stopped | None:
-    """The last time that the rule was met, if the study still has that rule: it stays stopped."""
+    """`before`, the last time that the rule was met, if the study still has the same rule."""
     return (
         before
         if before is not None and study.search.stop is not None and before.rule == rule_of(study)
@@ -106,8 +104,6 @@ def still_met(study: Study, before: Stopped | None) -> Stopped | None:
 
 
 def rule_of(study: Study) -> str:
-    """A digest of the rule and of the study that it was met in: a changed rule or a wider study is
-    not stopped by what was.
-    """
+    """A digest of the rule and the study: a changed rule or an extension continues the study."""
     rule = None if study.search.stop is None else study.search.stop.model_dump(mode="json")
     return digest({"stop": rule, "study": lasting(study.model_dump(mode="json"))})

@@ -1,5 +1,5 @@
-"""What a study still has to run: every stage looked up by its key, without running anything; and
-why each is not there.
+"""The stages that a study still has to run, found by looking up keys, and why each is not in the
+store. Nothing runs.
 """
 
 import itertools
@@ -12,35 +12,35 @@ from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.state.racing import standing
 from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.points import Point, StageName
-from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_refusal
+from ebbline.sweeps.study.stages import StageGraph, of_seeds, stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.stage import Part, Stage, stage_of
 
-Told = Callable[[int, int], None]  # (points looked up, of how many)
-MODELS = -1  # in place of a point's place: what measures the models before fine-tuning
+TodoProgress = Callable[[int, int], None]  # (points looked up, all points)
+MODELS = -1  # place of the stages of models before fine-tuning
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A stage to run. `above` are those to run that it reads from, `asked_by` is the place of the
-    first point that asks for it.
+    """A stage to run. `above` are the ids of the stages to run that it reads from;
+    `requested_by` is the place of the first point that needs it.
     """
 
     id: str
     stage: Stage
     name: str
     above: tuple[str, ...]
-    asked_by: int
+    requested_by: int
     remade: bool = False
 
 
 @dataclass
 class Todo:
-    """What would run, by id (its key, or its lineage while that is unknown), inputs first. `there`
-    counts what the store has, by kind.
+    """The stages to run, inputs first. An id is a key, or a lineage while the key is unknown.
+    `there` counts the stages in the store, by kind.
 
-    `by_point` has, for each point in order, the ids that it waits for. A stage is `remade` when its
-    record is there, but files that retention has dropped must be made again for another.
+    `by_point` has the ids that each point waits for, in order of the points. A stage is `remade`
+    when its record exists but another stage reads files of it that retention has dropped.
     """
 
     missing: dict[str, Missing] = field(default_factory=dict)
@@ -49,54 +49,56 @@ class Todo:
 
     @property
     def new(self) -> Counter[str]:
-        """How many stages of each kind would run."""
+        """The number of stages to run, by kind."""
         return Counter(missing.stage.kind for missing in self.missing.values())
 
 
-def todo(graph: StageGraph, points: Sequence[Point], told: Told = lambda done, of: None) -> Todo:
-    """Look up every stage of the models before fine-tuning, and of these points."""
-    looking = _Looking(graph.home.store, Resolver(graph.home.store))
+def todo(
+    graph: StageGraph, points: Sequence[Point], progress: TodoProgress = lambda done, of: None
+) -> Todo:
+    """Look up every stage of the models before fine-tuning and of these points."""
+    lookup = _Lookup(graph.home.store, Resolver(graph.home.store))
     for model, suites in graph.baselines().items():
         for suite, stage in suites.items():
-            looking.look(f"{model} before fine-tuning, {suite}", stage, MODELS)
+            lookup.look(f"{model} before fine-tuning, {suite}", stage, MODELS)
     for place, point in enumerate(points):
-        stages, called = (
-            of_seeds(graph.study, stages_or_refusal(graph, point)[0], graph.study.first_seeds),
+        stages, label = (
+            of_seeds(graph.study, stages_or_reason(graph, point)[0], graph.study.first_seeds),
             str(point),
         )
-        needed = [(name, stages[name]) for name in _needed(graph.study, stages, looking.resolver)]
+        needed = [(name, stages[name]) for name in _needed(graph.study, stages, lookup.resolver)]
         for name, stage in needed:
-            looking.look(f"{called}, {name}", stage, place)
-        looking.found.by_point.append(looking.waits(stage for _, stage in needed))
-        told(place + 1, len(points))
-    return looking.found
+            lookup.look(f"{label}, {name}", stage, place)
+        lookup.found.by_point.append(lookup.waits(stage for _, stage in needed))
+        progress(place + 1, len(points))
+    return lookup.found
 
 
-class _Looking:
-    """One look at the store, which meets every stage once."""
+class _Lookup:
+    """One pass over the store, which looks up every stage once."""
 
     def __init__(self, store: Store, resolver: Resolver) -> None:
         self.store, self.resolver, self.found = store, resolver, Todo()
         self._ids: dict[str, str] = {}  # by lineage
-        self._met: set[str] = set()
+        self._counted: set[str] = set()
         self._dropped: dict[str, frozenset[str]] = {}
 
     def look(self, name: str, stage: Stage, place: int) -> None:
-        """Count a stage and all above it, and note those that have to run."""
+        """Count a stage and all stages above it, and record the missing ones."""
         if stage.lineage in self._ids:
             return
         for above in stage.upstream():
             self.look(f"{name} < {above.kind}", above, place)
         own = self._ids[stage.lineage] = self.resolver.key(stage) or stage.lineage
-        if own not in self._met:
-            self._met.add(own)
+        if own not in self._counted:
+            self._counted.add(own)
             if self.resolver.artifact(stage) is None:
                 self._note(stage, name, place)
             else:
                 self.found.there[stage.kind] += 1
 
     def waits(self, stages: Iterable[Stage]) -> tuple[str, ...]:
-        """The ids of those that have to run, after what they wait for."""
+        """The ids of the missing stages among these and above them, inputs first."""
         ids: dict[str, None] = {}
         for stage in stages:
             self._gather(self._ids[stage.lineage], ids)
@@ -133,8 +135,8 @@ class _Looking:
 
 
 def _needed(study: Study, stages: Mapping[str, Stage], resolver: Resolver) -> list[str]:
-    """The names of the stages that a point needs as far as is known: of raced suites, the blocks
-    measured and the next one.
+    """The names of the stages that a point needs now: of raced suites, the measured blocks and the
+    next one.
     """
     named = {StageName.parse(name): name for name in stages}
     if all(name.block is None for name in named):
@@ -159,23 +161,22 @@ def _suite(name: StageName) -> str:
 
 
 def explained(found: Todo, store: Store, most: int) -> list[tuple[str, str]]:
-    """(name, why it is not in the store) of the first `most` stages that would run."""
+    """(name, why it is not in the store) of the first `most` stages to run."""
     resolver = Resolver(store)
     reasons = []
     for missing in itertools.islice(found.missing.values(), most):
-        again = (
-            "its record is there, but files of it were dropped to save space, and another "
-            "stage reads them"
+        dropped = (
+            "its record exists, but another stage reads files of it that were dropped to save space"
         )
         reasons.append(
-            (missing.name, again if missing.remade else explain(missing.stage, resolver, store))
+            (missing.name, dropped if missing.remade else explain(missing.stage, resolver, store))
         )
     return reasons
 
 
 def explain(stage: Stage, resolver: Resolver, store: Store) -> str:
-    """Why a stage is not in the store: the fields that differ from the nearest artifact of its
-    kind, or what it waits for.
+    """Why a stage is not in the store: the stages that it waits for, or the fields that differ from
+    the most similar artifact of its kind.
     """
     payload = resolver.hashed(stage)
     if payload is None:

@@ -1,10 +1,10 @@
-"""A study's points in Optuna's storage, which is the one truth about them and their state.
+"""A study's points in Optuna's storage, the only record of the points and their states.
 
-Read once when the storage is opened; from then on its only driver keeps the list itself, and each
-change is one write there first. A trial is written whole, with all its parameters, so that a driver
-that is killed leaves no half of one. A point's number is its place among the trials that are
-points, not Optuna's trial number: that one also counts what was set aside, and what other studies
-taught (see ebbline.sweeps.search.warm_start).
+The storage is read once, when it is opened. Afterwards its only driver keeps the list and writes
+each change to the storage first. A trial is written with all its parameters at once, so a killed
+driver leaves no partial trial. The number of a point is its place among the trials that are points.
+Optuna's trial number differs: it also counts closed partial trials and trials from other studies
+(see ebbline.sweeps.search.warm_start).
 """
 
 import json
@@ -24,7 +24,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ebbline.sweeps.study.axes import AxisValue, Range
-from ebbline.sweeps.study.points import Point, Value
+from ebbline.sweeps.study.points import Point, Value, current_reason
 from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Study, lasting
 from ebbline.tasks.errors import DatabaseLost, StudyError
@@ -37,11 +37,11 @@ REASON, GAVE_UP, NOT_A_POINT = (
     "reason",
     "gave_up",
     "not_a_point",
-)  # study attributes, by trial number
-SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # ... of the whole
+)  # study attributes of one trial, with its number
+SETTINGS, EXHAUSTED, WARMED = "settings", "exhausted", "warmed"  # study attributes
 ERRORS, TAUGHT_BY, DRAWN = "standard_errors", "taught_by", "drawn"  # trial attributes
 MODEL = "model"
-REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # constraints, as Optuna keeps them
+REFUSAL_FLOOR, GPU_HOURS = "refusal_floor", "gpu_hours"  # names of constraints in Optuna
 State = Literal["running", "done", "failed"]
 _STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "done",
@@ -56,12 +56,11 @@ DIRECTIONS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A point that was asked for: its objectives as measured (means over seeds), their standard
-    errors, and by how much it misses each constraint (at most 0 when it holds). `trial` is Optuna's
-    number.
+    """A proposed point: its measured objectives (means over seeds), their standard errors, and by
+    how much it misses each constraint (at most 0 when it holds). `trial` is Optuna's trial number.
 
-    `most` is how many seeds it can have, once a further one failed; `reason` says why that one did,
-    or why the point did.
+    `max_seeds` is the number of seeds that it can have after a further seed failed. `reason` says
+    why the seed or the point failed.
     """
 
     trial: int
@@ -73,8 +72,8 @@ class Entry:
     reason: str = ""
     drawn: Mapping[str, Any] = field(
         default_factory=dict
-    )  # what its sampler wants to be told again (see ebbline.sweeps.search.samplers)
-    most: int | None = None
+    )  # what its sampler needs to replay the draw (see ebbline.sweeps.search.samplers)
+    max_seeds: int | None = None
 
     @property
     def feasible(self) -> bool:
@@ -82,7 +81,7 @@ class Entry:
 
 
 class Trials:
-    """The points of one study, in the order of asking; `taught` are what other studies measured."""
+    """The points of one study in the order of proposals; `taught` are points of other studies."""
 
     def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
         self.study, self._begun_as = study, begun_as
@@ -91,14 +90,14 @@ class Trials:
             study_name=storage.name,
             directions=[DIRECTIONS[direction(name)] for name in study.objectives],
             load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(),  # it draws nothing: points are written whole
+            sampler=optuna.samplers.RandomSampler(),  # unused: points are written whole
         )
         if storage.shared:
             self._same_settings(storage)
         found = self._optuna.get_trials(deepcopy=False)
         self.names = Names(study, found)
         self._written = len(found)
-        self._clear_half_asked(found)
+        self._close_non_points(found)
         marks = self._optuna.user_attrs
         self.entries = [
             _entry(trial, marks)
@@ -111,7 +110,7 @@ class Trials:
         ]
 
     def add(self, point: Point, drawn: Mapping[str, Any] | None = None) -> int:
-        """Write a point that is to be run; returns its number."""
+        """Write a new point; return its number."""
         attributes = {DRAWN: dict(drawn)} if drawn else {}
         number = self._write(
             create_trial(
@@ -128,14 +127,13 @@ class Trials:
         errors: Sequence[float],
         misses: Mapping[str, float],
     ) -> Entry:
-        """Write what a point measured."""
+        """Write the measurements of a point."""
         entry = self.entries[number]
         trial = optuna.trial.Trial(self._optuna, self._id(entry.trial))
         trial.set_user_attr(ERRORS, list(errors))
         for name, miss in misses.items():
-            if (
-                name not in trial.constraints
-            ):  # told before, when the driver was killed in the middle of this
+            # A driver that was killed here may have written some constraints.
+            if name not in trial.constraints:
                 trial.set_constraint(name, miss)
         self._optuna.tell(entry.trial, list(values))
         done = replace(
@@ -155,10 +153,9 @@ class Trials:
         errors: Sequence[float],
         misses: Mapping[str, float],
     ) -> Entry:
-        """Take in what a finished point is found to have measured, over more seeds or against other
-        constraints than it was told with.
+        """Update the measurements of a finished point, for more seeds or changed constraints.
 
-        Nothing is written: a later driver finds it in the store.
+        Nothing is written: a later driver recomputes them from the store.
         """
         amended = replace(
             self.entries[number],
@@ -170,8 +167,8 @@ class Trials:
         return amended
 
     def fail(self, number: int, reason: str) -> Entry:
-        """Write that a point has no objectives. Left without a state it would stay RUNNING, and
-        samplers would avoid its place.
+        """Write that a point has no objectives. A trial that stays RUNNING makes samplers avoid its
+        neighbourhood.
         """
         entry = self.entries[number]
         self._optuna.set_user_attr(f"{REASON}:{entry.trial}", reason)
@@ -180,20 +177,18 @@ class Trials:
         return self.entries[number]
 
     def give_up(self, number: int, most: int, reason: str) -> None:
-        """Write that a point can have no more than `most` seeds, as a further one failed."""
+        """Write that a point can have at most `most` seeds, because a further one failed."""
         entry = self.entries[number]
         self._optuna.set_user_attr(f"{GAVE_UP}:{entry.trial}", {"most": most, "reason": reason})
-        self.entries[number] = replace(entry, most=most, reason=reason)
+        self.entries[number] = replace(entry, max_seeds=most, reason=reason)
 
     def teach(self, name: str, found: Sequence[Entry]) -> None:
-        """Write what another study measured, once: a study that is warm started twice knows what it
-        knew the first time.
-        """
+        """Write the measurements of another study, once: a second warm start adds nothing."""
         if name in self._optuna.user_attrs.get(WARMED, []):
             return
-        there = {entry.point for entry in self.taught}
+        present = {entry.point for entry in self.taught}
         for entry in found:
-            if entry.point not in there:
+            if entry.point not in present:
                 trial = create_trial(
                     state=TrialState.COMPLETE,
                     values=list(entry.values),
@@ -205,13 +200,11 @@ class Trials:
         self._optuna.set_user_attr(WARMED, [*self._optuna.user_attrs.get(WARMED, []), name])
 
     def exhaust(self) -> None:
-        """Write that there is no further point to propose, as long as axes, seeds and sampler stay
-        as they are.
-        """
+        """Write that no point is left to propose for the present axes, seeds and sampler."""
         self._optuna.set_user_attr(EXHAUSTED, _exhausted(self.study, len(self.entries)))
 
     def _write(self, trial: FrozenTrial) -> int:
-        """Optuna's number of a new trial: nobody else adds any while the study is held."""
+        """Optuna's number of a new trial; only the driver that holds the study adds trials."""
         self._optuna.add_trial(trial)
         self._written += 1
         return self._written - 1
@@ -221,8 +214,8 @@ class Trials:
         return int(storage.get_trial_id_from_study_id_trial_number(self._optuna._study_id, number))
 
     def _same_settings(self, storage: Storage) -> None:
-        """Another home may have begun the study in a shared database: with the same settings, or
-        its points are not ours.
+        """Raise StudyError when another home began the study in a shared database with other
+        settings.
         """
         own = digest(lasting(self.study.model_dump(mode="json")))
         before = self._optuna.user_attrs.get(SETTINGS)
@@ -235,9 +228,9 @@ class Trials:
                 " give this one another name (`study: ...`)"
             )
 
-    def _clear_half_asked(self, found: Sequence[FrozenTrial]) -> None:
-        """Close what is open and no point: set aside and not yet closed, not whole, or the same as
-        an earlier one.
+    def _close_non_points(self, found: Sequence[FrozenTrial]) -> None:
+        """Close the running trials that are no points: marked but not closed, incomplete, or a
+        duplicate of an earlier one.
         """
         marks = self._optuna.user_attrs
         for trial in found:
@@ -249,7 +242,7 @@ class Trials:
             if trial.state == TrialState.RUNNING and (not whole or point_of(trial) in seen):
                 self._optuna.set_user_attr(
                     f"{NOT_A_POINT}:{trial.number}",
-                    "the same as an earlier one" if whole else "cut off",
+                    "duplicate of an earlier point" if whole else "incomplete",
                 )
                 self._optuna.tell(trial.number, state=TrialState.FAIL)
             elif whole:
@@ -257,11 +250,11 @@ class Trials:
 
 
 class Names:
-    """Optuna's name for each axis of each size, and the distribution that goes with it.
+    """Optuna's parameter name and distribution for each axis of each size.
 
-    A size that has values of its own has a parameter of its own, `70b/train.rank`. Optuna lets no
-    categorical parameter change its choices: an axis that was widened goes on under another name,
-    `train.rank#2`, and both are the same axis to every reader here.
+    A size with its own values has its own parameter, `70b/train.rank`. Optuna does not allow a
+    categorical parameter to change its choices. So an extended axis continues as `train.rank#2`,
+    and readers treat both names as the same axis.
     """
 
     def __init__(self, study: Study, found: Sequence[FrozenTrial] = ()) -> None:
@@ -269,7 +262,7 @@ class Names:
         self._before: dict[str, BaseDistribution] = {}
         for trial in found:
             self._before.update(trial.distributions)
-        self._known: dict[tuple[str, str], tuple[str, BaseDistribution]] = {}
+        self._cache: dict[tuple[str, str], tuple[str, BaseDistribution]] = {}
 
     def model(self) -> tuple[str, BaseDistribution]:
         return self._free(
@@ -277,12 +270,12 @@ class Names:
         )
 
     def axis(self, model: str, axis: str) -> tuple[str, BaseDistribution]:
-        if (model, axis) not in self._known:
+        if (model, axis) not in self._cache:
             name = f"{model}/{axis}" if axis in self._study.models[model].axes else axis
-            self._known[model, axis] = self._free(
+            self._cache[model, axis] = self._free(
                 name, distribution(self._study.axes_of(model)[axis])
             )
-        return self._known[model, axis]
+        return self._cache[model, axis]
 
     def parameters(self, point: Point) -> dict[str, Any]:
         """`params` and `distributions` of a trial that is this point."""
@@ -295,24 +288,22 @@ class Names:
             distributions[name] = own
         return {"params": params, "distributions": distributions}
 
-    def _free(self, name: str, wanted: BaseDistribution) -> tuple[str, BaseDistribution]:
+    def _free(self, name: str, new: BaseDistribution) -> tuple[str, BaseDistribution]:
         for number in range(1, len(self._before) + 2):
             text = name if number == 1 else f"{name}#{number}"
             before = self._before.get(text)
             if (
                 before is None
-                or before == wanted
-                or (
-                    type(before) is type(wanted) and not isinstance(wanted, CategoricalDistribution)
-                )
+                or before == new
+                or (type(before) is type(new) and not isinstance(new, CategoricalDistribution))
             ):
                 break
-        return text, wanted
+        return text, new
 
 
 def distribution(axis: tuple[AxisValue, ...] | Range) -> BaseDistribution:
-    """What Optuna calls an axis. Choices are JSON text: Optuna would take 1, 1.0 and True for one
-    choice.
+    """Optuna's distribution for an axis. Choices are JSON text, because Optuna treats 1, 1.0 and
+    True as one choice.
     """
     if not isinstance(axis, Range):
         return CategoricalDistribution([json.dumps(value) for value in axis])
@@ -346,9 +337,7 @@ def is_whole(trial: FrozenTrial, study: Study) -> bool:
 
 
 def points_of(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[FrozenTrial]:
-    """The trials that are points of the study: nothing set aside, nothing that another study
-    taught.
-    """
+    """The trials that are points of the study, without marked trials and those of other studies."""
     return [
         trial
         for trial in trials
@@ -367,7 +356,7 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
         tuple(trial.values or ()),
         tuple(trial.user_attrs.get(ERRORS, ())),
         tuple(sorted(trial.constraints.items())),
-        str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", ""))),
+        current_reason(str(marks.get(f"{REASON}:{trial.number}", gave_up.get("reason", "")))),
         trial.user_attrs.get(DRAWN, {}),
         gave_up.get("most"),
     )
@@ -375,37 +364,35 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
 
 @contextmanager
 def reaching(storage: Storage) -> Iterator[None]:
-    """Turn whatever a database does wrong under Optuna into a DatabaseLost."""
+    """Turn database errors under Optuna into DatabaseLost."""
     try:
         with storage.explained():
             yield
     except optuna.exceptions.StorageInternalError as error:
-        raise DatabaseLost(storage.told(error.__cause__ or error)) from error
+        raise DatabaseLost(storage.explanation(error.__cause__ or error)) from error
 
 
 def opened(storage: Storage) -> optuna.storages.BaseStorage:
-    as_it_is = storage.read_only
-    made = optuna.storages.RDBStorage(
+    read_only = storage.read_only
+    engine = optuna.storages.RDBStorage(
         storage.url,
         storage.settings,
-        skip_compatibility_check=as_it_is,
-        skip_table_creation=as_it_is,
+        skip_compatibility_check=read_only,
+        skip_table_creation=read_only,
     )
-    return optuna.storages.get_storage(made)
+    return optuna.storages.get_storage(engine)
 
 
 class Reader:
-    """A study's points for somebody who looks again and again: what has ended is read from the
-    database once.
-    """
+    """Reads a study's points repeatedly; ended points are read from the database once."""
 
     def __init__(self, study: Study, storage: Storage) -> None:
         self._study, self._storage = study, storage
         self._found: optuna.Study | None = None
 
     def look(self) -> tuple[list[Entry], bool]:
-        """All points asked so far, and whether there is none left to propose. Empty before the
-        first driver.
+        """All proposed points, and whether no point is left to propose. Empty before the first
+        driver.
         """
         with reaching(self._storage):
             if self._found is None:
@@ -422,15 +409,15 @@ class Reader:
 
 
 def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
-    """What a Reader sees at its first look."""
+    """The same as Reader.look, for a single read."""
     return Reader(study, storage).look()
 
 
 def settings_mark(storage: Storage) -> str | None:
-    """A digest of the settings that the database has a study with (see StudyView.begun_as); None
-    where it has none, as in an SQLite file.
+    """The digest of a study's settings in the database (see StudyView.begun_as); None when there is
+    none, as in an SQLite file.
     """
-    if not storage.there:
+    if not storage.exists:
         return None
     with reaching(storage):
         try:
@@ -442,17 +429,17 @@ def settings_mark(storage: Storage) -> str | None:
 
 
 def _exhausted(study: Study, points: int) -> str:
-    """What decides whether there is a further point: how many were asked for, from which values, by
-    whom, measured over how many seeds.
+    """A digest of what decides whether a further point exists: the number of points, the axes, the
+    sampler and the seeds.
     """
-    said = study.model_dump(mode="json")
-    own = {name: model["axes"] for name, model in said["models"].items()}
+    dump = study.model_dump(mode="json")
+    own = {name: model["axes"] for name, model in dump["models"].items()}
     return digest(
         {
             "points": points,
-            "axes": said["axes"],
+            "axes": dump["axes"],
             "models": own,
             "sampler": study.sampler,
-            "seeds": said["seeds"],
+            "seeds": dump["seeds"],
         }
     )

@@ -1,4 +1,4 @@
 """A study: its file, its models, axes and points, its home on disk, and the stages of a point.
 
-Imports tasks and cluster; not the other folders of sweeps.
+May import tasks and cluster, and no other folder of sweeps.
 """

@@ -1,6 +1,4 @@
-"""Axes: what a study varies. A list of values, or a numeric range that the search may take any
-value of.
-"""
+"""Axes: what a study varies. An axis is a list of values or a numeric range."""
 
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -14,10 +12,10 @@ AxisValue = None | bool | int | Number | str
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values, none of which may stand twice."""
-    twice = [value for index, value in enumerate(values) if value in values[:index]]
-    if twice:
-        raise ValueError(f"{twice[0]!r} stands twice; it would be counted twice")
+    """The values. Raises ValueError for a duplicate."""
+    duplicates = [value for index, value in enumerate(values) if value in values[:index]]
+    if duplicates:
+        raise ValueError(f"duplicate value {duplicates[0]!r}; remove one")
     return values
 
 
@@ -25,8 +23,8 @@ Choices = Annotated[tuple[AxisValue, ...], Field(min_length=1), AfterValidator(d
 
 
 class Range(Frozen):
-    """A numeric axis that the search may take any value of; with a `step`, of those that lie whole
-    steps above `low`.
+    """A numeric axis. The search may choose any value; with a `step`, only values that are a whole
+    number of steps above `low`.
     """
 
     low: Number
@@ -36,7 +34,7 @@ class Range(Frozen):
 
     @property
     def whole(self) -> bool:
-        """True when the range is over whole numbers: its edges and its step are."""
+        """True when both edges and the step are whole numbers."""
         return all(
             float(edge).is_integer()
             for edge in (self.low, self.high, 0.5 if self.step is None else self.step)
@@ -48,7 +46,7 @@ class Range(Frozen):
 
     @property
     def count(self) -> int | None:
-        """How many values there are; None without a step."""
+        """The number of values; None without a step."""
         return (
             None
             if self.step is None
@@ -56,14 +54,14 @@ class Range(Frozen):
         )
 
     def at(self, steps: int) -> int | float:
-        """The value so many steps above `low`, as a person would write it: 0.3, and not
+        """The value that many steps above `low`, in decimal arithmetic: 0.3, not
         0.30000000000000004.
         """
         value = _exact(self.low) + steps * _exact(self.step or 0.0)
         return int(value) if self.whole else float(value)
 
     def nearest(self, value: float) -> int | float:
-        """The value of the axis that lies nearest to one between its edges."""
+        """The value of the axis nearest to `value`, which lies between the edges."""
         if self.step is None or self.count is None:
             return float(value)
         return self.at(min(round((value - self.low) / self.step), self.count - 1))
@@ -85,12 +83,12 @@ def _exact(value: float) -> Decimal:
 
 
 def count_of(axis: tuple[AxisValue, ...] | Range) -> int | None:
-    """How many values an axis has; None for a range without a step."""
+    """The number of values of an axis; None for a range without a step."""
     return axis.count if isinstance(axis, Range) else len(axis)
 
 
 def values_of(axis: tuple[AxisValue, ...] | Range) -> Iterable[AxisValue]:
-    """The values of an axis in order; of a range without a step there is no list."""
+    """The values of an axis in order; empty for a range without a step."""
     return map(axis.at, range(axis.count or 0)) if isinstance(axis, Range) else axis
 
 
@@ -98,7 +96,7 @@ def of_size(
     shared: Mapping[str, tuple[AxisValue, ...] | Range],
     own: Mapping[str, tuple[AxisValue, ...] | Range],
 ) -> dict[str, Any]:
-    """One size's axes: the study's, each as the size has it, then those that only the size has."""
+    """The axes of one size: the study's, with the size's own values, then the size's own axes."""
     return {
         **{name: own.get(name, axis) for name, axis in shared.items()},
         **{name: own[name] for name in own if name not in shared},

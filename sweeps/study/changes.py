@@ -1,24 +1,24 @@
-"""What changed between two settings, and whether a study may become the other: `ebbline run STUDY
---extend` takes a changed study file that adds to it and takes nothing away.
+"""What changed between two versions of a study, and whether `ebbline run STUDY --extend` accepts
+it. An extension adds to a study and removes nothing.
 
-Invariant: what a study may become this way keeps the meaning of every point that it has: the same
-settings, the same measurements, and at least the same seeds. What may change: more values of an
-axis, more sizes, seeds and points, how further points are chosen, and the words. Everything else is
-refused by its path.
+Invariant: an extension keeps the meaning of every existing point: the same settings, the same
+measurements, and at least the same seeds. It may add values of an axis, sizes, seeds and points. It
+may change how further points are chosen, and the texts. Any other change is rejected, with its path
+in the study file.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-WORDS = ("question", "hypothesis")
-CHOOSING = (
+TEXTS = ("question", "hypothesis")
+CHOICE_OF_POINTS = (
     "sampler",
     "seed",
     "warm_start",
     "transfer",
     "constraints",
-)  # of `search`: which points come next
+)  # fields of `search` that choose further points
 _Dump = Mapping[str, Any]
 
 
@@ -40,24 +40,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def refusals(before: _Dump, after: _Dump) -> Iterator[str]:
-    """A line for each change that is no widening, `PATH: what is wrong`; both as
-    ebbline.sweeps.study.study.lasting keeps a dumped study.
+def rejections(before: _Dump, after: _Dump) -> Iterator[str]:
+    """A line for each change that an extension may not make, `PATH: what is wrong`.
+
+    Both arguments are dumped studies, reduced by ebbline.sweeps.study.study.lasting.
     """
     yield from _axes("axes", before["axes"], after["axes"])
     for name in before["models"]:
         if name not in after["models"]:
-            yield f"models.{name}: a size that has points cannot be taken away"
+            yield f"models.{name}: a size that has points cannot be removed"
             continue
         yield from _model(name, before, after)
-    yield from _begins("seeds", before["seeds"], after["seeds"])
+    yield from _starts_with("seeds", before["seeds"], after["seeds"])
     yield from _search(before, after)
     yield from _replicates(before.get("replicates"), after.get("replicates"))
-    open_ones = {"axes", "models", "seeds", "search", "replicates", *WORDS}
+    may_change = {"axes", "models", "seeds", "search", "replicates", *TEXTS}
     yield from _same(
         "",
-        {k: v for k, v in before.items() if k not in open_ones},
-        {k: v for k, v in after.items() if k not in open_ones},
+        {k: v for k, v in before.items() if k not in may_change},
+        {k: v for k, v in after.items() if k not in may_change},
     )
 
 
@@ -78,11 +79,11 @@ def _model(name: str, before: _Dump, after: _Dump) -> Iterator[str]:
 def _axes(where: str, before: _Dump, after: _Dump) -> Iterator[str]:
     for axis in sorted({*before, *after}):
         if axis not in after:
-            yield f"{where}.{axis}: an axis cannot be taken away, as the points differ in it"
+            yield f"{where}.{axis}: an axis cannot be removed, because existing points differ in it"
         elif axis not in before:
             yield (
-                f"{where}.{axis}: an axis cannot be added, as the points that are there have "
-                "no value of it"
+                f"{where}.{axis}: an axis cannot be added, because existing points have no "
+                "value of it"
             )
         else:
             yield from _axis(f"{where}.{axis}", before[axis], after[axis])
@@ -96,30 +97,30 @@ def _axis(where: str, before: Any, after: Any) -> Iterator[str]:
             yield f"{where}: only `low` and `high` of a range may change"
         elif after["low"] > before["low"] or after["high"] < before["high"]:
             yield (
-                f"{where}: [{after['low']}, {after['high']}] is not around [{before['low']}, "
-                f"{before['high']}]"
+                f"{where}: [{after['low']}, {after['high']}] does not contain "
+                f"[{before['low']}, {before['high']}]"
             )
         elif before["step"] is not None and not _on_steps(
             before["low"] - after["low"], before["step"]
         ):
             yield (
-                f"{where}: low {after['low']} is no whole number of steps ({before['step']}) "
-                f"below {before['low']}"
+                f"{where}: low {after['low']} is not a whole number of steps "
+                f"({before['step']}) below {before['low']}"
             )
     else:
-        there = {json.dumps(value) for value in after}
-        gone = [value for value in before if json.dumps(value) not in there]
-        if gone:
-            yield f"{where}: {json.dumps(gone[0])} is missing, which points may have"
+        kept = {json.dumps(value) for value in after}
+        removed = [value for value in before if json.dumps(value) not in kept]
+        if removed:
+            yield f"{where}: {json.dumps(removed[0])} is missing; existing points may have it"
 
 
 def _on_steps(distance: float, step: float) -> bool:
     return abs(distance / step - round(distance / step)) < 1e-9
 
 
-def _begins(where: str, before: Sequence[Any], after: Sequence[Any]) -> Iterator[str]:
+def _starts_with(where: str, before: Sequence[Any], after: Sequence[Any]) -> Iterator[str]:
     if list(after[: len(before)]) != list(before):
-        yield f"{where}: must begin with {json.dumps(list(before))}; add behind it"
+        yield f"{where}: must begin with {json.dumps(list(before))}; append to it"
 
 
 def _search(before: _Dump, after: _Dump) -> Iterator[str]:
@@ -128,28 +129,28 @@ def _search(before: _Dump, after: _Dump) -> Iterator[str]:
         yield f"search.points: {new['points']} is fewer than {old['points'] or 'the whole space'}"
     if new["sampler"] == "list" != old["sampler"]:
         yield (
-            "search.sampler: 'list' would leave the points out that are there; give further "
+            "search.sampler: 'list' would leave out existing points; add further "
             "points as values of the axes"
         )
-    yield from _begins("search.list", old["list"], new["list"])
-    for name in sorted({*old, *new} - {"points", "list", *CHOOSING}):
+    yield from _starts_with("search.list", old["list"], new["list"])
+    for name in sorted({*old, *new} - {"points", "list", *CHOICE_OF_POINTS}):
         yield from _same("search", {name: old.get(name)}, {name: new.get(name)})
 
 
 def _replicates(before: _Dump | None, after: _Dump | None) -> Iterator[str]:
     if after is None or before == after:
-        return  # every seed
+        return  # no `replicates` means every seed
     if before is None:
         yield (
-            "replicates: fewer seeds than all would take replicates from the points that are there"
+            "replicates: existing points have every seed, and a policy would remove some of them"
         )
     elif after["at_least"] < before["at_least"] or after["confidence"] < before["confidence"]:
         yield (
-            "replicates: `at_least` and `confidence` may only rise, as points rest on their "
+            "replicates: `at_least` and `confidence` may only rise, because results use all "
             "replicates"
         )
 
 
 def _same(where: str, before: _Dump, after: _Dump) -> Iterator[str]:
     for line in differences(before, after, where):
-        yield f"{line}; this would change what its points mean"
+        yield f"{line}; this would change the meaning of existing points"

@@ -1,13 +1,13 @@
-"""Where everything lies: one folder holds the store that all studies share and a folder for each
-study.
+"""The home: a folder with the store that all studies share and one folder for each study.
 
-HOME/store/                  artifacts, by kind and key, unless the profile says they lie elsewhere
-HOME/id                      what this home is called in a store or a database that others share
-HOME/cluster.yaml            the cluster's profile, if there is one
-HOME/studies/NAME/study.json the study, with its latest budget; driver.lock names who drives it now
-HOME/studies/NAME/file           the study file it was last run from, so that its name is enough
-HOME/studies/NAME/spending.jsonl     what driving it took so far
-HOME/studies/NAME/...        the Optuna storage, the result tables, figures, report and W&B mirror
+HOME/store/                      artifacts, by kind and key, unless the profile names another store
+HOME/id                          the name of this home in a shared store or database
+HOME/cluster.yaml                the profile of the cluster (optional)
+HOME/studies/NAME/study.json     the study, with its latest budget
+HOME/studies/NAME/driver.lock    the driver that holds the study now
+HOME/studies/NAME/file           the path of the study file of the last run
+HOME/studies/NAME/spending.jsonl the cost of all runs so far
+HOME/studies/NAME/...            the Optuna storage, tables, figures, report and W&B mirror
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from pathlib import Path
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
-from ebbline.sweeps.study.storage import MEANWHILE, Hold, Storage, shared_url
+from ebbline.sweeps.study.storage import WAIT_HINT, Hold, Storage, shared_url
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
@@ -32,7 +32,7 @@ FILE = "file"
 
 
 class Home:
-    """The root folder of a user's studies. Cheap to make."""
+    """The root folder of a user's studies."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -45,24 +45,24 @@ class Home:
         return path
 
     def storage(self, study: str) -> Storage:
-        """Where a study's points are kept. Raises StudyError when a shared database is asked for in
-        a way that cannot be.
+        """Where a study's points are kept. Raises StudyError when the URL of the shared database is
+        invalid.
         """
         url = shared_url(self.profile.storage)
         if url is None:
             return Storage(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
-        named = self.profile.store or ""
-        return Storage(url, f"{study}@{digest(named if '://' in named else self.id)[:12]}")
+        store = self.profile.store or ""
+        return Storage(url, f"{study}@{digest(store if '://' in store else self.id)[:12]}")
 
     def named(self, name: str) -> str:
-        """What ebbline.sweeps.study.study_file.load takes: the name or file as it is, and for a
-        study of this home the file it was last run from.
+        """The argument for ebbline.sweeps.study.study_file.load: for a study of this home its file
+        of the last run, else `name` unchanged.
         """
         path = self.root / "studies" / name / FILE
         return path.read_text() if "/" not in name and path.is_file() else name
 
     def keep_file(self, study: str, source: Path) -> None:
-        """Remember the file that a study is run from."""
+        """Record the file that a study is run from."""
         (self.folder(study) / FILE).write_text(str(source.resolve()))
 
     @property
@@ -71,11 +71,11 @@ class Home:
         return self.root / "digests.json"
 
     def has_run(self, study: str) -> bool:
-        """Whether the study was begun in this home, by a driver of its own."""
+        """Whether a driver of this home has begun the study."""
         return bool(self.kept(study))
 
     def require(self, study: str) -> None:
-        """For who only looks: nothing is made for a name, or a home, that was mistyped.
+        """Check that the study exists, without making a folder for a mistyped name or home.
 
         Raises StudyError when the study was not begun here and no shared database can have it from
         another home.
@@ -88,19 +88,17 @@ class Home:
             )
 
     def kept(self, study: str) -> str:
-        """The study as it was kept the last time, as JSON; empty before its first run."""
+        """The latest stored study as JSON; empty before its first run."""
         path = self.root / "studies" / study / "study.json"
         return path.read_text() if path.exists() else ""
 
     def keep(self, study: str, text: str) -> None:
-        """Keep a study's JSON, whole or not at all (see ebbline.sweeps.study.view)."""
+        """Store a study's JSON atomically (see ebbline.sweeps.study.view)."""
         write_whole(self.folder(study) / "study.json", lambda fresh: fresh.write_text(text))
 
     @property
     def id(self) -> str:
-        """What this home is called in a store or a database that others share. It moves with the
-        folder.
-        """
+        """The name of this home in a shared store or database. It moves with the folder."""
         path = self.root / "id"
         if not path.exists():
             self.root.mkdir(parents=True, exist_ok=True)
@@ -113,11 +111,11 @@ class Home:
 
     @contextmanager
     def driving(self, study: str) -> Iterator[Hold]:
-        """Hold the study for the length of a `with`. Raises StudyHeld, naming the holder, when
-        somebody else does.
+        """Hold the study inside a `with`. Raises StudyHeld with the holder's name when another
+        driver holds it.
 
-        The lock is the kernel's, and in a shared database that database's too: it goes with the
-        process, however that ends.
+        The lock belongs to the kernel, and in a shared database to the database too. Both release
+        it when the process ends.
         """
         path = self.folder(study) / "driver.lock"
         with path.open("a+") as handle:
@@ -126,8 +124,8 @@ class Home:
             except BlockingIOError:
                 handle.seek(0)
                 raise StudyHeld(
-                    f"study {study!r} is being driven already, by "
-                    f"{handle.read().strip() or 'another process'}{MEANWHILE}"
+                    f"another driver holds study {study!r}: "
+                    f"{handle.read().strip() or 'another process'}{WAIT_HINT}"
                 ) from None
             driver = (
                 f"process {os.getpid()} on {platform.node()} since "
@@ -137,13 +135,13 @@ class Home:
             handle.write(driver)
             handle.flush()
             with self.storage(study).driving(study, driver) as hold:
-                # Whoever removes what nobody needs must know of all who may need it.
+                # `store gc` must know every home that may need an artifact.
                 self.store.place.create(f"{OWNERS}/{self.id}.json", b"{}")
                 yield hold
             handle.truncate(0)
 
     def holder(self, study: str) -> str | None:
-        """Who drives a study now, or None."""
+        """The driver that holds a study now, or None."""
         path = self.folder(study) / "driver.lock"
         if path.exists():
             with path.open() as handle:
@@ -158,5 +156,5 @@ def store_of(root: Path, profile: Profile) -> Store:
     """The profile's store: a bucket by URL, or a folder (a relative one starts at the home);
     HOME/store when it names none.
     """
-    named = profile.store or "store"
-    return Store(named if "://" in named else root / Path(named).expanduser(), profile.cache_gb)
+    place = profile.store or "store"
+    return Store(place if "://" in place else root / Path(place).expanduser(), profile.cache_gb)

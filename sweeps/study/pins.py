@@ -1,8 +1,8 @@
-"""Pinning: the commit and content digest of everything that a study names from outside, written
-into a copy of its file.
+"""Pinning: write the commit and the content digest of all outside content into a copy of a study
+file.
 
-A local file or folder is pinned by its own bytes. A hub snapshot is pinned by its commit and the
-hub's own file hashes, without downloading it.
+A pin of a local file or folder is the digest of its bytes. A pin of a hub snapshot is its commit
+and the hub's file hashes; nothing is downloaded.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from ebbline.tasks.identity import content_digest, digest
 
 
 def pin_study(name: str, to: Path) -> Iterator[str]:
-    """Write the study to `to` with every pin that can be found, yielding a line for each.
+    """Write the study to `to` with every pin that can be computed; yield a line for each.
 
-    Relative paths start at the new file's folder. Raises PinError, after writing the rest, for what
-    could not be pinned; StudyError when `to` is there already and is another study's file.
+    Relative paths start at the new file's folder. Raises StudyError when `to` is another existing
+    file. Raises PinError for references without a pin, after writing the others.
     """
     source = source_of(name)
     text = source.read_text("utf-8")
     if to.exists() and to.resolve() != source.resolve():
         raise StudyError(
-            f"{to} is there already; to pin what it still lacks, run `ebbline pin {to} --to {to}`"
+            f"{to} exists; to add the pins that it lacks, run `ebbline pin {to} --to {to}`"
         )
     pins, failed = {}, []
     for where, reference in unpinned(parse(to, text)):
@@ -46,7 +46,7 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
         raise PinError(
             f"{to} was written, but {len(failed)} of its references could not be pinned:\n"
             + "\n".join(failed)
-            + f"\nMend them, then run `ebbline pin {to} --to {to}`."
+            + f"\nCorrect them, then run `ebbline pin {to} --to {to}`."
         )
 
 
@@ -55,10 +55,10 @@ def local_pin(reference: Local) -> dict[str, str]:
 
 
 def hub_pin(reference: Hub, where: str) -> dict[str, str]:
-    """The commit that the hub gives now (or the one the file names) and the digest of its file
-    hashes.
+    """The digest of a hub snapshot's file hashes, and its commit: the one in the study file or the
+    latest.
     """
-    from httpx2 import HTTPError  # what huggingface_hub raises when the hub cannot be reached
+    from httpx2 import HTTPError  # raised by huggingface_hub when the hub is unreachable
     from huggingface_hub import HfApi  # only pinning and workers talk to the hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -69,7 +69,7 @@ def hub_pin(reference: Hub, where: str) -> dict[str, str]:
     except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PinError(
-            f"the hub does not show {repo_type} {reference.id}: {reason} (gated models "
+            f"the hub gave no information about {repo_type} {reference.id}: {reason} (gated models "
             "need `hf auth login`)"
         ) from error
     files = {

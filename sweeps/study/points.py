@@ -1,14 +1,14 @@
-"""Points and Results: the row of every table.
+"""Points and Results: the rows of every table.
 
-A Point is a model and one value for each axis. A Result is what became of it: metrics with
-intervals, or the reason that it has none. A replicate is a Point with a seed; a Result aggregates
-its replicates and keeps each one's value.
+A Point is a model and one value for each axis. A Result is its outcome: metrics with intervals, or
+the reason why it has none. A replicate is a Point with a seed; a Result pools its replicates and
+keeps each one's value.
 
-What two points have in common is decided here, by their axes:
+This module alone decides what two points share. Points share
 
-    adapter_of        all settings of the defence's knobs: one training, measured once
-    without_defence   all settings of the defence: they differ by it alone
-    training_of       one training, whatever changes its adapter afterwards
+    adapter_of        one training: they differ only in the defence's knobs
+    without_defence   all settings but the defence's
+    training_of       one training: they differ only in what changes its adapter afterwards
 """
 
 import re
@@ -23,7 +23,7 @@ from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 
 _STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
-OF_TRAINING = ("data", "train")  # the stages that make a point's adapter, and their axes
+OF_TRAINING = ("data", "train")  # stages that make a point's adapter; also prefixes of their axes
 Value = None | bool | int | float | str
 
 
@@ -62,7 +62,7 @@ def without_defence(point: Point) -> Point:
 
 
 def training_of(point: Point) -> Point:
-    """The point with what its training depends on alone."""
+    """The point with only the settings that its training depends on."""
     return _kept(point, lambda axis: axis.partition(".")[0] in OF_TRAINING)
 
 
@@ -72,11 +72,11 @@ def _kept(point: Point, keep: Callable[[str], bool]) -> Point:
 
 @dataclass(frozen=True)
 class StageName:
-    """What a point's results call a stage, as text: `train[seed=0]`, `generate:refusal[seed=0]`,
+    """The name of a stage in a point's results: `train[seed=0]`, `generate:refusal[seed=0]`,
     `refusal#2[seed=0]`.
 
-    `part` is a stage kind, perhaps with the suite that it serves, or the suite itself for the stage
-    that has its metrics; `block` is which block of a raced suite it is.
+    `part` is a stage kind, `KIND:SUITE`, or the suite alone for the stage with its metrics. `block`
+    is the number of the block of a raced suite.
     """
 
     part: str
@@ -91,7 +91,7 @@ class StageName:
     def parse(text: str) -> "StageName":
         found = _STAGE_NAME.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no stage's name")
+            raise ValueError(f"{text!r} is not the name of a stage")
         return StageName(
             found["part"],
             int(found["seed"]),
@@ -100,7 +100,7 @@ class StageName:
 
 
 def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
-    """The keys of a part's stage, or of its blocks in order."""
+    """The key of a part's stage, or the keys of its blocks in order."""
     named = {StageName.parse(name): key for name, key in keys.items()}
     own = sorted(
         (name.block or 0, key)
@@ -110,16 +110,26 @@ def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
     return [key for _, key in own]
 
 
-Status = Literal["done", "running", "failed", "refused", "out_of_budget"]
-STATUSES: tuple[Status, ...] = ("done", "running", "failed", "refused", "out_of_budget")
-REFUSED = "refused: "  # how the reason of a refused point begins
+Status = Literal["done", "running", "failed", "invalid", "skipped"]
+STATUSES: tuple[Status, ...] = ("done", "running", "failed", "invalid", "skipped")
+INVALID = "invalid: "  # prefix of the reason of an invalid point
+_INVALID_BEFORE = "refused: "  # the prefix in homes of earlier versions
+
+
+def current_reason(stored: str) -> str:
+    """A stored reason as this version writes it; earlier versions marked invalid points by another
+    prefix.
+    """
+    if stored.startswith(_INVALID_BEFORE):
+        return INVALID + stored.removeprefix(_INVALID_BEFORE)
+    return stored
 
 
 def ended(reason: str) -> Status:
-    """What became of a point that has no metrics, from the reason that is kept: its settings, data
-    or model were refused, or it failed.
+    """The status of a point without metrics: `invalid` when its settings, data or model are, else
+    `failed`.
     """
-    return "refused" if reason.startswith(REFUSED) else "failed"
+    return "invalid" if reason.startswith(INVALID) else "failed"
 
 
 @dataclass(frozen=True)
@@ -127,15 +137,14 @@ class Result:
     """One point of a study: its metrics by full name (`refusal.refusal_rate`), pooled over seeds,
     or `reason` when it has none.
 
-    `same_as` is the number of an earlier point whose adapters came out the same, so that both are
-    measured by the same stages. A point that is `out_of_budget` was asked for, and goes on when the
-    budget is raised.
+    `same_as` is the number of an earlier point with equal adapters, measured by the same stages. A
+    `skipped` point was proposed when the budget ended; it continues when the budget is raised.
 
     `changed_share` is the share of modules that the defence changed.
 
-    `keys` maps a stage's name (`train[seed=0]`) to its key in the store; `seconds` is what its
-    stages took when they ran, whether for this point or for an earlier one that it shares them
-    with. `costs` maps the key of each of its stages, and of what these are made from, to its cost.
+    `keys` maps the name of a stage (`train[seed=0]`) to its key in the store. `seconds` is the run
+    time of the stages, including stages shared with earlier points. `costs` maps the key of each of
+    its stages, and of the stages above them, to its cost.
     """
 
     number: int
@@ -151,11 +160,11 @@ class Result:
 
 
 def is_as_trained(result: Result) -> bool:
-    """Whether nothing changed a finished point's adapters after their training: no module by the
-    defence, and no stage of another kind between training and measuring.
+    """Whether a finished point's adapters are unchanged since their training: the defence changed
+    no module, and no stage of another kind is between training and measuring.
     """
     suites = {name.rpartition(".")[0] for name in result.metrics}
-    known = {*OF_TRAINING, *DEFENCE.kinds, *suites}
+    expected = {*OF_TRAINING, *DEFENCE.kinds, *suites}
     parts = {StageName.parse(name).part for name in result.keys}
-    # `generate:refusal` serves a suite; a stage that changes adapters is called by its kind alone.
-    return not result.changed_share and all(part in known or ":" in part for part in parts)
+    # `generate:refusal` serves a suite; the name of a stage that changes adapters has no colon.
+    return not result.changed_share and all(part in expected or ":" in part for part in parts)

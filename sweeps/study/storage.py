@@ -1,13 +1,13 @@
 """Where a study's points are kept: an SQLite file of its own, or a PostgreSQL database that many
 studies share.
 
-A shared database is asked for by URL, in cluster.yaml or EBBLINE_STORAGE:
-`postgresql://user@host/database`. It never holds a password: that comes from PGPASSWORD, PGPASSFILE
-or ~/.pgpass, which the driver of PostgreSQL reads by itself.
+cluster.yaml or EBBLINE_STORAGE gives the URL of a shared database:
+`postgresql://user@host/database`. The URL has no password: PostgreSQL's driver reads it from
+PGPASSWORD, PGPASSFILE or ~/.pgpass.
 
-In a shared database a study is called `NAME@STORE`, where STORE stands for the store that its
-artifacts are in. So two homes with stores of their own have studies of their own, and a new home
-that names the same store by URL continues the study that is there.
+In a shared database the name of a study is `NAME@STORE`, where STORE identifies the store of its
+artifacts. Homes with different stores have different studies. A new home with the same store URL
+continues the existing study.
 """
 
 import hashlib
@@ -26,23 +26,19 @@ from ebbline.tasks.errors import DatabaseLost, StudyError, StudyHeld
 
 ENVIRONMENT = "EBBLINE_STORAGE"
 CONNECT_S = 5
-MEANWHILE = (
-    "; `ebbline status` shows how far it is, and once it has ended the same command continues"
-)
+WAIT_HINT = "; `ebbline status` shows its progress. When it has ended, the same command continues"
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A database and the name of one study in it. With `read_only`, nothing can be written through
-    its connections.
-    """
+    """A database and the name of one study in it. `read_only` connections cannot write."""
 
     url: str
     name: str
     read_only: bool = False
 
     def to_read(self) -> "Storage":
-        """The same study, through connections that the database itself keeps from writing."""
+        """The same study, with connections that the database makes read-only."""
         if self.shared:
             return replace(self, read_only=True)
         url = sqlalchemy.URL.create(
@@ -51,10 +47,8 @@ class Storage:
         return replace(self, url=url.render_as_string(), read_only=True)
 
     @property
-    def there(self) -> bool:
-        """False while nothing was ever written: the first driver makes a study's file. A shared
-        database is always there.
-        """
+    def exists(self) -> bool:
+        """Whether the file exists: the first driver makes it. True for a shared database."""
         return self.shared or Path(self._file).exists()
 
     @property
@@ -67,7 +61,7 @@ class Storage:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What an engine of this database is made with."""
+        """Arguments for a SQLAlchemy engine of this database."""
         if not self.shared:
             return {}
         only = {"options": "-c default_transaction_read_only=on"} if self.read_only else {}
@@ -75,11 +69,11 @@ class Storage:
 
     @contextmanager
     def driving(self, study: str, driver: str) -> Iterator["Hold"]:
-        """Hold the study in a shared database, for the length of a `with`: a home's own lock does
-        not reach another machine's.
+        """Hold the study in a shared database inside a `with`: the home's file lock does not cover
+        other machines.
 
-        Raises StudyHeld, naming the holder, when somebody else does. The lock is the connection's
-        and goes with it.
+        Raises StudyHeld with the holder's name when another driver holds it. The lock ends with
+        its connection.
         """
         if not self.shared:
             yield Hold(driver, self, None)
@@ -98,19 +92,18 @@ class Storage:
                     sqlalchemy.select(sqlalchemy.func.pg_try_advisory_lock(self._number))
                 ):
                     raise StudyHeld(
-                        f"study {study!r} is being driven already, by "
-                        f"{self._holder(connection) or 'another process'}{MEANWHILE}"
+                        f"another driver holds study {study!r}: "
+                        f"{self._holder(connection) or 'another process'}{WAIT_HINT}"
                     )
             yield Hold(driver, self, connection)
         finally:
-            # It closes a connection that the database has dropped, too; then there is nothing left
-            # to give back.
+            # `invalidate` also closes a connection that the database has dropped.
             connection.invalidate()
             connection.close()
             engine.dispose()
 
     def holder(self) -> str | None:
-        """Who drives the study in a shared database, or None."""
+        """The driver that holds the study in a shared database, or None."""
         if not self.shared:
             return None
         with self.explained():
@@ -122,33 +115,32 @@ class Storage:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn whatever a database does wrong into one error, with its words and without its
+        """Turn database errors into DatabaseLost, with the database's message and without the SQL
         statement.
         """
         try:
             yield
         except SQLAlchemyError as error:
-            raise DatabaseLost(self.told(error)) from error
+            raise DatabaseLost(self.explanation(error)) from error
         except ImportError as error:
             raise StudyError(
                 f"a PostgreSQL storage needs psycopg, which is not installed ({error}): "
                 "pip install 'ebbline[postgres]'"
             ) from error
 
-    def told(self, error: BaseException) -> str:
+    def explanation(self, error: BaseException) -> str:
         cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-        words = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        message = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         shown = sqlalchemy.make_url(self.url).render_as_string(hide_password=True)
         return (
-            f"the database with the study's points, {shown}, cannot be used: {words}. "
-            "Start it again or mend the address"
-            f" (`storage` in cluster.yaml, or {ENVIRONMENT}) or the password (PGPASSWORD, "
-            "PGPASSFILE); the same command continues"
+            f"the database with the study's points, {shown}, cannot be used: {message}. "
+            f"Restart it, or correct the address (`storage` in cluster.yaml, or {ENVIRONMENT}) "
+            "or the password (PGPASSWORD, PGPASSFILE); the same command continues"
         )
 
     @property
     def _number(self) -> int:
-        """What PostgreSQL calls the lock: 64 bits of the name's sha256."""
+        """The number of the PostgreSQL lock: 64 bits of the name's sha256."""
         return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big", signed=True)
 
     def _holder(self, connection: sqlalchemy.Connection) -> str | None:
@@ -163,8 +155,8 @@ class Storage:
 
 @dataclass(frozen=True)
 class Hold:
-    """A study that is held, and the words for who holds it. `check` raises DatabaseLost when the
-    lock may be somebody else's by now.
+    """A held study and a description of its driver. `check` raises DatabaseLost when the lock may
+    be lost.
     """
 
     driver: str
@@ -178,8 +170,8 @@ class Hold:
 
 
 def shared_url(profile_url: str | None) -> str | None:
-    """The URL of the shared database, if one is asked for. Raises StudyError for one that is no
-    PostgreSQL's, or has a password.
+    """The URL of the shared database, or None. Raises StudyError for a URL that is not PostgreSQL's
+    or has a password.
     """
     given = os.environ.get(ENVIRONMENT) or profile_url
     if given is None:
@@ -189,7 +181,7 @@ def shared_url(profile_url: str | None) -> str | None:
         url = sqlalchemy.make_url(given)
     except (ArgumentError, ValueError):
         raise StudyError(
-            f"{where} is no database's URL; it is written postgresql://user@host:5432/database"
+            f"{where} is not the URL of a database; write postgresql://user@host:5432/database"
         ) from None
     if url.password is not None or any("password" in name.lower() for name in url.query):
         shown = sqlalchemy.URL.create(
@@ -210,5 +202,5 @@ def shared_url(profile_url: str | None) -> str | None:
 
 
 def _named(driver: str) -> dict[str, Any]:
-    # PostgreSQL cuts a name at 63 bytes.
+    # PostgreSQL truncates names at 63 bytes.
     return {"connect_args": {"connect_timeout": CONNECT_S, "application_name": driver[:63]}}

@@ -1,8 +1,8 @@
-"""A Study: one question, as frozen and strict models. See ebbline.sweeps.study.study_file for the
-YAML it is written in.
+"""A Study: one question, as frozen and strict models. ebbline.sweeps.study.study_file reads it from
+YAML.
 
-An unknown key, a wrong type or a bad range is an error with its path. Below this file nobody sees a
-dict.
+An unknown key, a wrong type or an invalid range is an error with its path. No other code sees the
+YAML as a dict.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ebbline.cluster.schedule.labels import parse
 from ebbline.sweeps.study.axes import Axis, AxisValue, Range, count_of, distinct, of_size
-from ebbline.sweeps.study.policies import REACH, Order, Replicates, Stop
+from ebbline.sweeps.study.policies import DEFAULT_WINDOW, Order, Replicates, Stop
 from ebbline.sweeps.study.references import DataRef, Hub, Local, OneOf
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.errors import PinError, StudyError
@@ -55,8 +55,8 @@ class Data(Frozen):
 
 
 class Tuned(Frozen):
-    """A model made by full fine-tuning on `data`: an aligned one from the base, an unaligned one
-    from the aligned.
+    """A model made by full fine-tuning on `data`: an aligned model from the base, or an unaligned
+    model from the aligned one.
     """
 
     data: Data
@@ -65,14 +65,12 @@ class Tuned(Frozen):
     @model_validator(mode="after")
     def _all_weights(self) -> Self:
         if self.train.method != "full":
-            raise ValueError(
-                "train.method must be 'full': a tuned model is a whole model, not an adapter"
-            )
+            raise ValueError("train.method must be 'full', because a tuned model is a whole model")
         return self
 
 
 class ModelRef(OneOf):
-    """Where a model comes from."""
+    """The source of a model."""
 
     organism: OrganismSpec | None = None
     path: Local | None = None
@@ -82,16 +80,16 @@ class ModelRef(OneOf):
 
 
 class Model(Frozen):
-    """One size of the family. `gpus` > 1 trains it as a gang. `axes` are this size's own: an axis
-    of the study with other values, or one that only this size has.
+    """One size of the family. `gpus` > 1 trains it as a gang. `axes` are this size's own: other
+    values of a study axis, or an axis that only this size has.
 
-    `labels` select the hosts of all that this size does on GPUs, in Ray's syntax
-    (`{ray.io/accelerator-type: A100}`); `spread` lets its gang stand on several hosts. Where a size
-    runs is no part of what it is: these and `gpus` may change between runs.
+    `labels` select the hosts of this size's stages on GPUs, in Ray's syntax
+    (`{ray.io/accelerator-type: A100}`). `spread` allows a gang on several hosts. These fields and
+    `gpus` may change between runs.
 
-    `unaligned` stands in for the base where Safe LoRA subtracts: the paper notes that an aligned
-    model fine-tuned on bad data behaves like the base. A family whose base is not to be had gives
-    an `unaligned` model alone.
+    `unaligned` replaces the base in Safe LoRA's subtraction: the paper notes that an aligned model
+    fine-tuned on harmful data behaves like the base. A family without an available base gives only
+    `unaligned`.
     """
 
     base: ModelRef | None = None
@@ -106,8 +104,8 @@ class Model(Frozen):
     train: dict[str, AxisValue] = {}
 
     def train_settings(self, study: TrainSpec) -> TrainSpec:
-        """The study's training settings as this size uses them. Raises ValidationError for a field
-        that does not exist.
+        """The study's training settings with this size's changes. Raises ValidationError for an
+        unknown field.
         """
         changes = {**self.train, "quantisation": self.quantisation, "dtype": self.dtype}
         return TrainSpec.model_validate({**study.model_dump(), **changes})
@@ -125,19 +123,19 @@ class Model(Frozen):
     def _every_model_comes_from_somewhere(self) -> Self:
         if self.base is None and (self.unaligned is None or self.aligned.tuned is not None):
             raise ValueError(
-                "`base` is missing: Safe LoRA subtracts it, or `unaligned`, and a tuned "
-                "`aligned` starts from it"
+                "`base` is missing: Safe LoRA subtracts `base` or `unaligned`, and a tuned "
+                "`aligned` starts from `base`"
             )
         if self.base is not None and self.base.tuned is not None:
             raise ValueError(
-                "`base` cannot be `tuned`: a tuned model is made from it. Say it as "
-                "`unaligned`, which is made from `aligned`"
+                "`base` cannot be `tuned`, because tuned models start from it. Give this model as "
+                "`unaligned`, which starts from `aligned`"
             )
         return self
 
 
 class Judge(Frozen):
-    """A judge of completions: a model from outside, or an endpoint that `settings` names."""
+    """A judge of completions: a model, or an endpoint given in `settings`."""
 
     model: ModelRef | None = None
     settings: JudgeSpec
@@ -145,7 +143,7 @@ class Judge(Frozen):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.model is None) == (self.settings.endpoint is None):
-            raise ValueError("give `model`, or an `endpoint` in `settings`, and not both")
+            raise ValueError("give either `model` or an `endpoint` in `settings`")
         if self.model is not None and self.model.tuned is not None:
             raise ValueError("a judge's model cannot be `tuned`")
         return self
@@ -157,11 +155,11 @@ class SuiteEntry(Frozen):
 
 
 class Constraints(Frozen):
-    """What an operating point must hold: `refusal_floor` the study's floor; `gpu_hours` bounds what
-    a point takes by itself.
+    """Constraints of an operating point: with `refusal_floor`, the study's floor; `gpu_hours`
+    limits the GPU-hours of one point.
 
-    GPU-hours are those of the work's estimate, the same on any cluster, so that no proposal depends
-    on how fast a machine was.
+    GPU-hours are estimated from the work and equal on every cluster, so that proposals do not
+    depend on the speed of a machine.
     """
 
     refusal_floor: bool = False
@@ -169,24 +167,22 @@ class Constraints(Frozen):
 
 
 Sampler = Literal["stage_aware", "gp", "tpe", "nsga2", "random", "grid", "list"]
-AXES_OF_A_SURROGATE = (
-    12  # beyond these a Gaussian process learns little from what a study can afford
-)
-POINTS_OF_TPE = 1000
+SURROGATE_AXES = 12  # with more axes a Gaussian process needs more points than a study can afford
+TPE_POINTS = 1000
 
 
 class Search(Frozen):
-    """How points are chosen: those in `first`, then the sampler's (see Study.sampler for what it is
-    when it is not given).
+    """How points are chosen: the points in `first`, then the sampler's (Study.sampler gives the
+    default sampler).
 
-    `warm_start` names studies of the same home: what they measured is known to the search from the
-    beginning, and costs no points. With `transfer`, what one size taught guides the search of the
-    others.
+    `warm_start` names studies of the same home. The search starts with their measurements, which do
+    not count as points. With `transfer`, results of one size guide the search of the other sizes.
 
-    `order: as_they_land` tells the search whatever has ended, and asks as long as less is queued
-    than the cluster is wide, up to `window` points in flight. With `in_turn` just `window` are in
-    flight, and proposal k has seen exactly the results up to k - window: a study's proposals are
-    then a function of its file alone. Killed and continued, neither loses a point.
+    With `order: as_they_land` the search learns each result as it ends. It proposes points while
+    the cluster has free capacity, at most `window` in flight. With `in_turn` exactly `window`
+    points are in flight, and proposal k depends on the results up to k - window only. The
+    proposals are then a function of the study file. A run that is killed and continued loses no
+    point in either order.
     """
 
     sampler: Sampler | None = None
@@ -206,19 +202,19 @@ class Search(Frozen):
         return self.order == "in_turn"
 
     @property
-    def reach(self) -> int:
-        """How far back a point's predecessors end that it may know of: in turn, and as rivals in a
-        race, in either order.
+    def effective_window(self) -> int:
+        """The window w: point k may depend on the results of points up to k - w. It applies in
+        turn, and to the rivals of a race in either order.
         """
-        return self.window or REACH
+        return self.window or DEFAULT_WINDOW
 
 
 class Budget(Frozen):
-    """What a study may take, over all its runs: hours of driving, GPU-hours, dollars by the prices
-    of the profile, points.
+    """Limits of a study over all its runs: hours of driving, GPU-hours, dollars at the profile's
+    prices, points.
 
-    Nothing starts that is expected to cross it; what has started is let finish. It may be raised
-    between runs.
+    A stage starts only if it is expected to stay within the limits. Running stages finish. Limits
+    may be raised between runs.
     """
 
     hours: Positive | None = None
@@ -249,16 +245,16 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _axes_name_fields(self) -> Self:
-        known = set(axis_fields())
+        fields = set(axis_fields())
         narrowed = {f"models.{name}.axes": list(model.axes) for name, model in self.models.items()}
         for where, axes in {"axes": list(self.axes), **narrowed}.items():
             for axis in axes:
-                if axis not in known:
-                    raise ValueError(f"{where}.{axis}: {unknown(axis, known)}")
+                if axis not in fields:
+                    raise ValueError(f"{where}.{axis}: {unknown(axis, fields)}")
         return self
 
     @model_validator(mode="after")
-    def _axes_hold_values_that_a_stage_takes(self) -> Self:
+    def _axes_hold_valid_values(self) -> Self:
         settings = self.settings
         narrowed: list[tuple[str, Mapping[str, Any]]] = [
             (f"models.{name}.axes", model.axes) for name, model in self.models.items()
@@ -272,7 +268,7 @@ class Study(Frozen):
                             {**settings[prefix].model_dump(), field: value}
                         )
                     except ValidationError as error:
-                        # Of this field only: what it needs beside it may come from another axis.
+                        # Errors of other fields are ignored: another axis may change those.
                         own = next(
                             (
                                 fault["msg"]
@@ -303,7 +299,7 @@ class Study(Frozen):
 
     @property
     def settings(self) -> Mapping[str, Spec]:
-        """What a point's axes may vary, by the first part of their names."""
+        """The settings that axes may vary, by the first part of an axis name."""
         return {
             "data": self.data.settings,
             "train": self.train,
@@ -312,22 +308,22 @@ class Study(Frozen):
         }
 
     def fixed(self, model: str, axis: str) -> Any:
-        """What a point of a size has in place of an axis that is not varied."""
+        """The value of a setting, written as an axis, that a size does not vary."""
         part, _, name = axis.partition(".")
         own = self.models[model].train_settings(self.train)
         return getattr(own if part == TrainSpec.KIND else self.settings[part], name)
 
     @property
     def first_seeds(self) -> int:
-        """How many of its seeds every point is run with."""
+        """The number of seeds that every point has."""
         return len(self.seeds) if self.replicates.policy == "all" else self.replicates.at_least
 
     @model_validator(mode="after")
-    def _suites_are_not_called_like_stages(self) -> Self:
+    def _suites_are_not_named_like_stages(self) -> Self:
         for name in self.suites:
             if name in STAGE_KINDS:
                 raise ValueError(
-                    f"suites.{name}: this is the name of a stage; call the suite by what "
+                    f"suites.{name}: this is the name of a stage kind; name the suite after what "
                     "it measures"
                 )
         return self
@@ -337,7 +333,7 @@ class Study(Frozen):
         for judge in self.judges:
             if judge in SCORERS:
                 raise ValueError(
-                    f"judges.{judge}: a phrase list is called so; give the judge another name"
+                    f"judges.{judge}: a phrase list has this name; give the judge another name"
                 )
         for name, entry in self.suites.items():
             for scorer in scorers_of(entry.measure):
@@ -351,8 +347,8 @@ class Study(Frozen):
                     "llama-guard",
                 ):
                     raise ValueError(
-                        f"suites.{name}: {template} judges harm, so every harmless answer "
-                        "would count as a refusal"
+                        f"suites.{name}: {template} judges harm, so it would count every harmless "
+                        "answer as a refusal"
                     )
         return self
 
@@ -362,8 +358,8 @@ class Study(Frozen):
             for field in ("quantisation", "dtype"):
                 if field in model.train:
                     raise ValueError(
-                        f"models.{name}.train.{field}: say it as models.{name}.{field}, "
-                        "which evaluation uses too"
+                        f"models.{name}.train.{field}: give models.{name}.{field} instead, "
+                        "which evaluation also uses"
                     )
             try:
                 settings = model.train_settings(self.train)
@@ -380,8 +376,8 @@ class Study(Frozen):
     def _objectives_are_measured(self) -> Self:
         names = [self.metric(objective) for objective in self.objectives]
         if len(set(names)) != len(names):
-            raise ValueError(f"objectives: {list(self.objectives)} names one twice")
-        object.__setattr__(self, "objectives", tuple(names))  # in full from here on
+            raise ValueError(f"objectives: duplicate objective in {list(self.objectives)}")
+        object.__setattr__(self, "objectives", tuple(names))  # full names
         return self
 
     @model_validator(mode="after")
@@ -394,18 +390,16 @@ class Study(Frozen):
             )
         if self.search.first and sampler in ("grid", "list"):
             raise ValueError(
-                f"search.first: the sampler {sampler!r} has an order of its own; use "
+                f"search.first: the sampler {sampler!r} has its own order; use "
                 "'list' alone, or stage_aware"
             )
         if sampler == "grid" and not self.has_grid:
             raise ValueError(
-                "search.sampler: a grid needs every axis as a list; a {low, high} range has no grid"
+                "search.sampler: a grid needs every axis as a list, and one is a {low, high} range"
             )
         whole = self.search.sampler is None and self.size is not None
         if sampler not in ("grid", "list") and self.search.points is None and not whole:
-            raise ValueError(
-                f"search.points: the sampler {sampler!r} needs to know how many points to choose"
-            )
+            raise ValueError(f"search.points: the sampler {sampler!r} needs the number of points")
         return self
 
     @model_validator(mode="after")
@@ -416,19 +410,19 @@ class Study(Frozen):
             )
         if self.study in self.search.warm_start:
             raise ValueError(
-                f"search.warm_start: {self.study!r} is this study; it knows its own points"
+                f"search.warm_start: {self.study!r} is this study, which already has its own points"
             )
         return self
 
     def axes_of(self, model: str) -> Mapping[str, tuple[AxisValue, ...] | Range]:
-        """The axes of one size, in the order of the file: the study's as this size has them, then
-        its own.
+        """The axes of one size in the order of the file: the study's with this size's values, then
+        the size's own axes.
         """
         return of_size(self.axes, self.models[model].axes)
 
     @property
     def size(self) -> int | None:
-        """How many points there are; None when an axis is a range without a step."""
+        """The number of points in the space; None when an axis is a range without a step."""
         counts = [
             [count_of(axis) for axis in self.axes_of(model).values()] for model in self.models
         ]
@@ -449,13 +443,11 @@ class Study(Frozen):
 
     @property
     def sampler(self) -> Sampler:
-        """`search.sampler`; when it is not given, what fits the number of axes and what may be
-        spent.
+        """`search.sampler`, or the default for this study.
 
-        A grid, when there is no budget and the whole space is asked for. Else stage_aware, up to 12
-        axes. Beyond, where its surrogate has too little to go by, tpe up to 1,000 points and nsga2
-        for more. Asked once: a study that was begun goes on with what it was then (see
-        ebbline.sweeps.study.view.StudyView).
+        The default is grid when there is no budget and the study runs the whole space. Otherwise it
+        is stage_aware up to 12 axes. With more axes it is tpe up to 1,000 points, and nsga2 above.
+        A study keeps the sampler that it was begun with (see ebbline.sweeps.study.view.StudyView).
         """
         if self.search.sampler is not None:
             return self.search.sampler
@@ -466,14 +458,14 @@ class Study(Frozen):
         if self.has_grid and whole and self.budget == Budget() and not self.search.first:
             return "grid"
         axes = {axis for model in self.models for axis in self.axes_of(model)}
-        if len(axes) <= AXES_OF_A_SURROGATE:
+        if len(axes) <= SURROGATE_AXES:
             return "stage_aware"
-        return "tpe" if (points or size or 0) <= POINTS_OF_TPE else "nsga2"
+        return "tpe" if (points or size or 0) <= TPE_POINTS else "nsga2"
 
     @property
     def refusal_metric(self) -> str | None:
-        """The refusal rate that the study is about: its first such objective, or else its first
-        refusal suite's.
+        """The study's main refusal rate: its first refusal objective, else the rate of its first
+        refusal suite.
         """
         objectives = [name for name in self.objectives if name.rpartition(".")[2] == "refusal_rate"]
         suites = [
@@ -484,16 +476,16 @@ class Study(Frozen):
         return next(iter(objectives + suites), None)
 
     def kind_of(self, stage: str) -> str:
-        """The kind of the stage that a point's results call so: `train`, `generate:SUITE`, or SUITE
-        for the one with its metrics.
+        """The stage kind for a part of a stage name: `train`, `generate:SUITE`, or SUITE for the
+        stage with its metrics.
         """
         if stage in self.suites:
             return "evaluate" if self.suites[stage].measure.kind == "multiple_choice" else "score"
         return stage.partition(":")[0]
 
     def metric(self, name: str) -> str:
-        """The full name (`SUITE.METRIC`) of a metric given in full, or by its last part when only
-        one suite measures it.
+        """The full name (`SUITE.METRIC`) of a metric. The last part alone is enough when only one
+        suite measures it.
         """
         measured = [
             f"{suite}.{metric}"
@@ -525,15 +517,15 @@ def axis_fields() -> Iterator[str]:
         )
 
 
-def unknown(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"{name!r} is not one of {sorted(known)}" + (
+def unknown(name: str, allowed: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(allowed), n=1)
+    return f"{name!r} is not one of {sorted(allowed)}" + (
         f"; did you mean {close[0]!r}?" if close else ""
     )
 
 
 def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
-    """(path in the study file, reference) for all outside content that has no pin yet."""
+    """(path in the study file, reference) of all outside content without a pin."""
     return [
         (where, ref)
         for where, ref in references(study)
@@ -541,27 +533,24 @@ def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
     ]
 
 
-PLACEMENT = ("gpus", "labels", "spread")  # of a model: where it runs
-
-
-DRIVING = ("order", "stop")  # fields of `search` that say how a study is driven, not what it is
-BEGAN_WITH = (
+PLACEMENT = ("gpus", "labels", "spread")  # fields of a model that say where it runs
+DRIVING = ("order", "stop")  # fields of `search` that say how a study is driven
+FIRST_FIELDS = (
     "sampler",
     "points",
     "window",
     "seed",
     "first",
     "list",
-)  # fields of `search` that every kept study has
+)  # fields of `search` that every stored study has
 
 
 def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a dumped study this study, and may not change once it has been run.
+    """The part of a dumped study that may not change once it has run.
 
-    Not its budget, not where its sizes run, not in which order and until when points are asked for,
-    and not the places that its pinned content was found at: a file that moved is the same file. A
-    setting that came later counts when it says more than its default; a sampler that is not given
-    counts as tpe, which is what it once meant.
+    It leaves out the budget, the placement, `search.order`, `search.stop`, and the paths of pinned
+    content. Fields that earlier versions lacked are left out at their defaults. A missing sampler
+    counts as tpe, the only default of earlier versions.
     """
     plain = {"replicates": Replicates().model_dump(mode="json")}
     kept = {
@@ -577,8 +566,8 @@ def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in dump["search"].items()
         if key not in DRIVING and value != defaults.get(key)
     }
-    search = {**came_later, **{key: dump["search"][key] for key in BEGAN_WITH}}
-    search |= {"sampler": search["sampler"] or "tpe", "window": search["window"] or REACH}
+    search = {**came_later, **{key: dump["search"][key] for key in FIRST_FIELDS}}
+    search |= {"sampler": search["sampler"] or "tpe", "window": search["window"] or DEFAULT_WINDOW}
     without_paths: dict[str, Any] = _without_paths({**kept, "models": models, "search": search})
     return without_paths
 
@@ -594,7 +583,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:
-    """Every reference to content from outside, with its path in the study file."""
+    """(path in the study file, reference) of all outside content."""
 
     def walk(value: Any, where: str) -> Iterator[tuple[str, Local | Hub]]:
         if isinstance(value, Local | Hub):
@@ -617,20 +606,20 @@ def require_pins(study: Study) -> None:
             f"  {where}: {ref.id if isinstance(ref, Hub) else ref.path}" for where, ref in missing
         )
         raise PinError(
-            f"study {study.study!r} names content that is not pinned, so its results could "
-            f"not be told apart later:\n{lines}\n"
-            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which fills in "
-            "each commit and sha256."
+            f"study {study.study!r} names content without a pin, so later changes of the content "
+            f"would go unnoticed:\n{lines}\n"
+            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which adds each "
+            "commit and sha256."
         )
 
 
 def faults(error: ValidationError) -> Iterator[str]:
-    """One line for each fault: its path, what is wrong, and what is allowed."""
+    """A line for each fault: its path, the error, and the allowed values."""
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            message = f"{message}; {_hint(fault['loc'])}" if (_hint(fault["loc"])) else message
+            message = f"{message}; {_hint(fault['loc'])}" if _hint(fault["loc"]) else message
         elif fault["type"] != "missing" and not fault["msg"].startswith("Value error"):
             message = f"{message} (got {fault['input']!r})"
         yield f"  {path or 'study'}: {message}"
@@ -646,9 +635,7 @@ def _hint(location: tuple[int | str, ...]) -> str:
 
 
 def _member(model: Any, part: str) -> Any:
-    """The pydantic model behind one step of an error's path; mappings pass their value type
-    through.
-    """
+    """The pydantic model at one step of an error's path; for a mapping, the model of its values."""
     if part not in getattr(model, "model_fields", {}):
         return model
     annotation = model.model_fields[part].annotation

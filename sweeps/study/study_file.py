@@ -1,8 +1,8 @@
-"""Study files as text: YAML read strictly into a Study, a Study written as YAML, and pins put into
-a copy that is else as it was.
+"""Study files: strict reading of YAML into a Study, writing a Study as YAML, and adding pins to a
+file's text.
 
-The only file that knows YAML; it reads the profiles of clusters too. Loading twice gives equal
-studies; an error names the path of each fault and what is allowed.
+The only module that reads YAML, cluster profiles included. Loading a file twice gives equal
+studies. An error names the path of each fault and the allowed values.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ def shipped() -> dict[str, Path]:
 
 
 def load(name: str) -> Study:
-    """The study in a YAML file, or one that ships, by its name. Raises StudyError with the path of
-    each fault.
+    """The study in a YAML file, or a shipped study by name. Raises StudyError with the path of each
+    fault.
     """
     return parse(source_of(name))
 
@@ -39,24 +39,24 @@ def source_of(name: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise StudyError(
-                f"there is no study file at {path}; the studies that ship are {sorted(shipped())}"
+                f"there is no study file at {path}; ebbline ships the studies {sorted(shipped())}"
             )
         return path
     if name not in shipped():
         raise StudyError(
-            f"no study {name!r} ships: {unknown(name, set(shipped()))}; a file of your own "
-            "ends in .yaml"
+            f"ebbline ships no study {name!r}: {unknown(name, set(shipped()))}; the name of "
+            "your own file must end in .yaml"
         )
     return shipped()[name]
 
 
 def parse(path: Path, text: str | None = None) -> Study:
-    """The study in a file; or in `text`, as if that were the file."""
+    """The study in a file, or in `text` with paths relative to that file."""
     return _read(path, Study, "a valid study", text)
 
 
 def read_profile(path: Path) -> Profile:
-    """The profile in a YAML file; all defaults when there is none."""
+    """The cluster profile in a YAML file; all defaults when the file does not exist."""
     return _read(path, Profile, "a valid cluster profile") if path.exists() else Profile()
 
 
@@ -64,7 +64,7 @@ def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
     try:
         raw = yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
-        raise StudyError(f"{path} is not YAML: {error}") from error
+        raise StudyError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise StudyError(f"{path} must be a mapping with the keys {sorted(model.model_fields)}")
     try:
@@ -74,7 +74,7 @@ def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """safe_load, except that a key given twice is an error: the second would silently win."""
+    """SafeLoader that raises an error for a duplicate key, where yaml would keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -82,14 +82,14 @@ class _UniqueKeys(yaml.SafeLoader):
             key = self.construct_object(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _tuples(value: Any) -> Any:
-    # YAML has lists, frozen models have tuples.
+    # Frozen models accept tuples only.
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     if isinstance(value, dict):
@@ -101,40 +101,40 @@ def _tuples(value: Any) -> Any:
 
 
 def as_yaml(study: Study) -> str:
-    """A study as the text of a study file: every setting written out, so that no default that
-    changes later changes it.
+    """A study as the text of a study file, with every setting, so that a later change of a default
+    does not change it.
     """
     dump = study.model_dump(mode="json")
     points = {
         name: dump["search"][name] for name in ("first", "list")
-    }  # their axes may be null, which is a value
-    written = {**_given(dump), "search": {**_given(dump["search"]), **points}}
+    }  # null is a value of an axis here
+    written = {**_without_nulls(dump), "search": {**_without_nulls(dump["search"]), **points}}
     return yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _given(value: Any) -> Any:
-    """Without the fields that are null: they are not there."""
+def _without_nulls(value: Any) -> Any:
+    """The value without its null fields."""
     if isinstance(value, dict):
-        return {key: _given(item) for key, item in value.items() if item is not None}
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
 
 
 def with_pins(text: str, pins: Mapping[str, Mapping[str, str]]) -> str:
-    """The YAML text with `pins` filled in: path of a reference (`models.7b.base.hub`) -> field ->
+    """The YAML text with `pins` added: path of a reference (`models.7b.base.hub`) -> field ->
     value.
 
-    Edits the text where the fields stand, so comments, order and anchors stay. A reference that is
-    reached through an alias is written once, at its anchor.
+    Edits the text in place, so comments, order and anchors stay. A reference through an alias is
+    written once, at its anchor.
     """
     edits: dict[int, tuple[int, str]] = {}
     for where, fields in pins.items():
         node = _node_at(yaml.compose(text, Loader=yaml.SafeLoader), where)
-        standing = {key.value: value for key, value in node.value}
-        missing = {name: value for name, value in fields.items() if name not in standing}
+        present = {key.value: value for key, value in node.value}
+        missing = {name: value for name, value in fields.items() if name not in present}
         for name, value in fields.items():
-            if name in standing:
-                edits[standing[name].start_mark.index] = (
-                    standing[name].end_mark.index,
+            if name in present:
+                edits[present[name].start_mark.index] = (
+                    present[name].end_mark.index,
                     f'"{value}"',
                 )
         if missing:
@@ -153,7 +153,7 @@ def with_pins(text: str, pins: Mapping[str, Mapping[str, str]]) -> str:
 def _node_at(node: Any, where: str) -> Any:
     rest = where
     while rest:
-        # A model's name may hold dots, so the longest key that fits comes first.
+        # A model's name may contain dots, so try the longest key first.
         found = next(
             (
                 (key.value, value)

@@ -1,7 +1,7 @@
 """Suites: what a study measures, and the stages that measure it.
 
-A refusal, over-refusal or task suite is a generation, a judgement by each judge among its scorers,
-and a score; two suites on the same prompts with the same settings share their generation. A
+A refusal, over-refusal or task suite has one generation stage, a judge stage for each judge among
+its scorers, and a score stage. Suites with the same prompts and settings share their generation. A
 multiple-choice suite is one lm-eval evaluation.
 """
 
@@ -23,17 +23,17 @@ from ebbline.tasks.specs import (
 )
 from ebbline.tasks.stage import Input, Stage
 
-SHOTS = {"mmlu": 5, "hellaswag": 10}  # what the papers use; lm-eval's own default is none
+SHOTS = {"mmlu": 5, "hellaswag": 10}  # as in the papers; lm-eval's default is 0
 
 
 class Race(Frozen):
-    """Measure in blocks and stop early. Never on by itself: what is measured of a point then
-    depends on what it shows.
+    """Measure in blocks and stop early. Off by default, because the number of prompts then depends
+    on the results.
 
-    After each block of `block` prompts a point goes on, unless the interval of `confidence` of
-    every raced rate reaches no further than `width` to either side, or (where every raced suite has
-    `dominated`) an earlier point of its model is better in every objective by intervals that do not
-    overlap.
+    A point stops after a block of `block` prompts when one of these holds. The `confidence`
+    interval of every raced rate extends at most `width` to either side. Or, where every raced suite
+    has `dominated`, an earlier point of its model is better in every objective, by intervals that
+    do not overlap.
     """
 
     block: Count = 50
@@ -43,10 +43,10 @@ class Race(Frozen):
 
 
 class _Generated(Frozen):
-    """What every suite has that lets the model speak. `limit` asks that many prompts, evenly spaced
-    over the set.
+    """Settings of every suite that generates completions. `limit` uses that many prompts, evenly
+    spaced over the set.
 
-    `backend: vllm` is for a GPU, and needs the extra `vllm`.
+    `backend: vllm` needs a GPU and the extra `vllm`.
     """
 
     format: PromptFormat = "auto"
@@ -58,15 +58,15 @@ class _Generated(Frozen):
     @model_validator(mode="after")
     def _a_race_has_an_end(self) -> Self:
         if self.race is not None and self.limit is None:
-            raise ValueError("`race` needs `limit`, the most prompts that a point may be asked")
+            raise ValueError("`race` needs `limit`, the largest number of prompts per point")
         return self
 
 
 class RefusalSuite(_Generated):
-    """Share of requests from the refused domain that are refused: higher is better.
+    """Share of requests that the model refuses, where it should: higher is better.
 
-    `scorer` gives the rate; those in `also` score the same completions beside it. Both name phrase
-    lists or the study's judges.
+    `scorer` gives the rate; the scorers in `also` score the same completions for comparison. Both
+    name phrase lists or the study's judges.
     """
 
     kind: Literal["refusal"] = "refusal"
@@ -78,7 +78,7 @@ class RefusalSuite(_Generated):
 
 
 class OverRefusalSuite(_Generated):
-    """Share of harmless requests that are refused, fully or in part: lower is better."""
+    """Share of harmless requests that the model refuses, fully or in part: lower is better."""
 
     kind: Literal["over_refusal"] = "over_refusal"
     scorer: str = "prefix"
@@ -89,8 +89,8 @@ class OverRefusalSuite(_Generated):
 
 
 class TaskSuite(_Generated):
-    """Held-out items of the downstream task, by exact match, chosen letter, or ROUGE-L: higher is
-    better.
+    """Score on held-out items of the downstream task, by exact match, chosen letter, or ROUGE-L:
+    higher is better.
     """
 
     kind: Literal["task"] = "task"
@@ -102,8 +102,8 @@ class TaskSuite(_Generated):
 
 
 class MultipleChoiceSuite(Frozen):
-    """An lm-eval task or group by name: accuracy, higher is better. MMLU has 5 shots and HellaSwag
-    10 unless you say.
+    """Accuracy on an lm-eval task or group: higher is better. The default is 5 shots for MMLU and
+    10 for HellaSwag.
     """
 
     kind: Literal["multiple_choice"] = "multiple_choice"
@@ -117,7 +117,7 @@ class MultipleChoiceSuite(Frozen):
 
     @property
     def shots_given(self) -> int:
-        """How many solved examples a question is shown with."""
+        """The number of solved examples before each question."""
         return (
             self.shots
             if self.shots is not None
@@ -136,12 +136,12 @@ _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
 
 
 def scorers_of(suite: Suite) -> tuple[str, ...]:
-    """The scorers of a suite that may be judges, the first one first."""
+    """The scorers of a suite that may be judges, beginning with the one that gives the rate."""
     return (suite.scorer, *suite.also) if isinstance(suite, RefusalSuite | OverRefusalSuite) else ()
 
 
 def blocks_of(suite: Suite) -> list[Block]:
-    """The blocks of a raced suite in order; none for one that is measured whole."""
+    """The blocks of a raced suite in order; empty for a suite that is measured whole."""
     if isinstance(suite, MultipleChoiceSuite) or suite.race is None or suite.limit is None:
         return []
     return [
@@ -158,10 +158,10 @@ def stages_of(
     judges: Mapping[str, tuple[JudgeSpec, Input | None]],
     block: Block | None = None,
 ) -> dict[str, Stage]:
-    """Stage name -> stage; the one called `name` has the metrics.
+    """Stage name -> stage; the stage named `name` has the metrics.
 
-    `inputs` are the model, the prompts and perhaps an adapter; `model` says how it is loaded
-    (quantisation and dtype).
+    `inputs` are the model, the prompts and optionally an adapter; `model` has the model's
+    quantisation and dtype.
     """
     if isinstance(suite, MultipleChoiceSuite):
         spec = EvaluateSpec(
@@ -172,7 +172,7 @@ def stages_of(
             **model,
         )
         return {name: Stage(spec, inputs)}
-    spoken = GenerateSpec(
+    generated = GenerateSpec(
         format=suite.format,
         label=_LABELS[suite.kind],
         needs_answer=isinstance(suite, TaskSuite),
@@ -182,7 +182,7 @@ def stages_of(
         max_new_tokens=suite.max_new_tokens,
         **model,
     )
-    generation = Stage(spoken, inputs)
+    generation = Stage(generated, inputs)
     stages, scored = {f"generate:{name}": generation}, dict[str, Input](generation=generation)
     for scorer in scorers_of(suite):
         if scorer in judges:

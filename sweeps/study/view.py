@@ -1,14 +1,14 @@
-"""A study in one home: what a command opens once, and everything below it reads from.
+"""A study in one home. A command opens one StudyView, and all code below reads from it.
 
-Invariant: `study` has its sampler by name, so that a study that was begun goes on with the sampler
-that it was begun with, whatever the default has become since.
+Invariant: `study` names its sampler, so an existing study keeps its sampler when the default
+changes.
 """
 
 import json
 from functools import cached_property
 from pathlib import Path
 
-from ebbline.sweeps.study.changes import differences, refusals
+from ebbline.sweeps.study.changes import differences, rejections
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.stages import StageGraph
@@ -20,11 +20,12 @@ from ebbline.tasks.identity import digest
 
 
 class StudyView:
-    """A study as it is continued in a home.
+    """A study as it continues in a home.
 
-    With `extend` it may be wider than it was begun (see ebbline.sweeps.study.changes). `name` is
-    what the user calls the study, `source` what ebbline.sweeps.study.study_file.load reads it from.
-    With `located` false, content from outside is taken at its pin and not looked for.
+    `extend` accepts additions to the stored study (see ebbline.sweeps.study.changes). `name` is the
+    study's name on the command line, and `source` the argument of
+    ebbline.sweeps.study.study_file.load. With `located` false, pins of outside content are used
+    without looking for the content.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class StudyView:
         source: str = "",
         located: bool = True,
     ) -> None:
-        """Raises StudyError when the study was begun as a grid, which it cannot be any more."""
+        """Raises StudyError when the study was begun as a grid and now has a range."""
         self.study, self.home = _continued(study, home), home
         self.extend, self.located = extend, located
         self.name = name or study.study
@@ -51,7 +52,7 @@ class StudyView:
         return cls(load(source), root, extend=extend, name=name, source=source)
 
     def unlocated(self) -> "StudyView":
-        """The same study for readers of keys alone, who need no content from outside."""
+        """The same study for readers that only need keys, without looking for outside content."""
         return StudyView(self.study, self.home, name=self.name, source=self.source, located=False)
 
     @property
@@ -65,15 +66,16 @@ class StudyView:
 
     @cached_property
     def graph(self) -> StageGraph:
-        """The one that all readers of the study share. Raises PinError for content without a pin,
-        or that is not what its pin says.
+        """The stage graph that all readers share. Raises PinError for content without a pin or with
+        another digest.
         """
         return StageGraph(self.study, self.home, self.located)
 
     def begun_as(self) -> str:
-        """A digest of the settings that the study was begun with here; its own when it is new.
+        """The digest of the settings that the study was begun with in this home, or of its present
+        settings when it is new.
 
-        Raises StudyError, naming what differs, when another one has this name already.
+        Raises StudyError with the differences when the stored study has other settings.
         """
         kept = self.home.kept(self.study.study)
         if not kept:
@@ -85,35 +87,35 @@ class StudyView:
                 ""
                 if self.extend
                 else (
-                    " If it only adds points, values of an axis, seeds or a size, `--extend` "
-                    "goes on with it."
+                    " If the changes only add points, values of an axis, seeds or a size, "
+                    "`--extend` continues the study."
                 )
             )
             raise StudyError(
                 f"a study named {self.study.study!r} was begun in {self.home.root} with other "
                 f"settings:\n{lines}\n"
                 "Give this one another name (`study: ...`), or another --home. Stages "
-                f"that both share are still run once.{hint}"
+                f"that both share still run once.{hint}"
             )
         return digest(lasting(json.loads(kept)))
 
     def changed(self) -> list[str]:
-        """What of the settings is not as the study was begun with here, a line each; nothing when
-        it is new. With `extend`, only what is more than a widening.
+        """The changes since the study was begun in this home, a line each; empty when it is new.
+        With `extend`, only the changes that an extension may not make.
         """
         kept = self.home.kept(self.study.study)
         if not kept:
             return []
         now = lasting(self.study.model_dump(mode="json"))
         begun = Study.model_validate_json(kept)
-        before = lasting(_sampled_by(begun.sampler, begun).model_dump(mode="json"))
+        before = lasting(_with_sampler(begun.sampler, begun).model_dump(mode="json"))
         if self.extend:
-            before["search"]["points"] = limit(begun)  # how many it is to have, said or not
-        return list(refusals(before, now) if self.extend else differences(before, now))
+            before["search"]["points"] = limit(begun)  # also when the file gives no number
+        return list(rejections(before, now) if self.extend else differences(before, now))
 
     def freeze(self) -> None:
-        """Keep the study as it was begun, or as it was widened, with its sampler by name, its
-        latest budget and its placement (see ebbline.sweeps.study.study.lasting).
+        """Store the study in its home, with the name of its sampler, its latest budget and its
+        placement (see ebbline.sweeps.study.study.lasting).
 
         Raises StudyError as `begun_as` does.
         """
@@ -122,8 +124,8 @@ class StudyView:
 
 
 def _continued(study: Study, home: Home) -> Study:
-    """The study with its sampler by name: the file's, or what it was begun with here, or for a new
-    one what fits it.
+    """The study with a named sampler: the file's, else the stored one, else the default for a new
+    study.
     """
     if study.search.sampler is not None:
         return study
@@ -131,12 +133,11 @@ def _continued(study: Study, home: Home) -> Study:
     sampler = (Study.model_validate_json(kept) if kept else study).sampler
     if sampler == "grid" and not study.has_grid:
         raise StudyError(
-            f"{study.study!r} was begun as a grid, and a {{low, high}} range has no "
-            "grid. Name another `search.sampler`,"
-            " and `--extend` goes on with it"
+            f"{study.study!r} was begun with the grid sampler, which cannot use a {{low, high}} "
+            "range. Name another `search.sampler` and continue with `--extend`"
         )
-    return _sampled_by(sampler, study)
+    return _with_sampler(sampler, study)
 
 
-def _sampled_by(sampler: Sampler, study: Study) -> Study:
+def _with_sampler(sampler: Sampler, study: Study) -> Study:
     return study.model_copy(update={"search": study.search.model_copy(update={"sampler": sampler})})

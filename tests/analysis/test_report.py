@@ -277,8 +277,8 @@ def test_the_summary_is_json(study: Study, results: list[Result], baselines: Bas
         "done": 40,
         "running": 1,
         "failed": 1,
-        "refused": 0,
-        "out_of_budget": 0,
+        "invalid": 0,
+        "skipped": 0,
     }
     assert 0 < found["hypervolume"] < 1
     assert {"number", "model", "metrics", "train.rank"} <= set(found["frontier"][0])

@@ -1,5 +1,5 @@
-"""Small studies for tests: a whole file as data, changed by path, written as YAML and loaded as a
-user's would be.
+"""Small studies for tests: a complete study as data, changed by path, written as YAML and loaded
+like a user's file.
 """
 
 import copy
@@ -60,8 +60,8 @@ def study(folder: Path, changes: dict[str, Any] | None = None) -> Study:
 
 
 def outcome(number: int, point: Point) -> Result:
-    """A result that is a function of the point, so that two searches of one study are told the
-    same.
+    """A result that is a function of the point, so that two searches of one study get equal
+    results.
     """
     score = int(point.id, 16)
     if score % 7 == 0:
@@ -77,7 +77,7 @@ class Imagined(Knowledge):
     """Adapters of `modules` modules with cosines that are a function of the adapter; a training
     costs 100, a measurement 10.
 
-    Those in `missing` have none yet.
+    Adapters in `missing` have no cosines yet.
     """
 
     def __init__(self, modules: int = 8, seeds: int = 1) -> None:

@@ -1,8 +1,7 @@
-"""A cluster where no stage runs, on a virtual clock: each leaves a few bytes that depend on its
-settings, and commits them.
+"""A cluster on a virtual clock that runs no stage: each stage commits a few bytes that depend on
+its settings.
 
-The driver, the search, the runner, the scheduler and the store are the real ones, so a test can say
-in which order stages end.
+Driver, search, runner, scheduler and store are real. A test can set the order in which stages end.
 """
 
 import hashlib
@@ -43,12 +42,12 @@ LANGUAGE = (
     "benign.jsonl",
     "refusal.jsonl",
     "task.jsonl",
-)  # of the invented language, what studies of tests name
+)  # files of the invented language that test studies name
 
 
 class Pretended(SimulatedExecutor):
-    """`seconds` says what a request takes on the virtual clock; `fails` gives the error and its
-    type of one that fails.
+    """`seconds` gives the duration of a request on the virtual clock; `fails` gives the error and
+    its type for a request that fails.
     """
 
     def __init__(
@@ -97,8 +96,8 @@ class Pretended(SimulatedExecutor):
 
 
 def pretend(request: Request, out: Path) -> None:
-    """What a stage would leave, as far as anybody reads it. The larger an adapter, the more it
-    learns and the less it refuses.
+    """Write the files of a stage that other code reads. A larger adapter learns more and refuses
+    less.
     """
     spec, inputs = (
         parsed_spec(request),
@@ -128,33 +127,40 @@ def pretend(request: Request, out: Path) -> None:
                 out / spec.COSINES,
             )
         case ApplySpec():
-            taken = chosen(
+            projected = chosen(
                 read_rows(inputs["projection"] / ProjectSpec.COSINES), spec.threshold, spec.modules
             )
             adapter = json.loads((inputs["adapter"] / "adapter").read_text())
             (out / "adapter").write_text(
-                json.dumps({**adapter, "share": len(taken) / len(MODULES), "taken": sorted(taken)})
+                json.dumps(
+                    {**adapter, "share": len(projected) / len(MODULES), "taken": sorted(projected)}
+                )
             )
-            (out / spec.CHOSEN).write_text(json.dumps(sorted(taken)))
+            (out / spec.CHOSEN).write_text(json.dumps(sorted(projected)))
         case GenerateSpec():
             adapter = inputs.get("adapter")
-            said = (
+            adapter_state = (
                 json.loads((adapter / "adapter").read_text())
                 if adapter
                 else {"key": "", "strength": 0.0, "share": 0.0}
             )
             (out / spec.COMPLETIONS).write_text(
-                json.dumps({**said, "what": inputs["prompts"].name})
+                json.dumps({**adapter_state, "what": inputs["prompts"].name})
             )
             (out / spec.PROMPTS).write_text(
                 json.dumps({"format": "rows", "rows": ITEMS, "asked": ITEMS, "sha256": "0" * 64})
             )
         case ScoreSpec():
-            said = json.loads((inputs["generation"] / GenerateSpec.COMPLETIONS).read_text())
-            left = said["strength"] * (1 - said["share"]) ** 0.5
+            completions = json.loads((inputs["generation"] / GenerateSpec.COMPLETIONS).read_text())
+            left = completions["strength"] * (1 - completions["share"]) ** 0.5
             rate = 1 - left**2 if spec.measure == "refusal" else left
             noise = (
-                int(hashlib.sha256(json.dumps([said, spec.measure]).encode()).hexdigest()[:4], 16)
+                int(
+                    hashlib.sha256(json.dumps([completions, spec.measure]).encode()).hexdigest()[
+                        :4
+                    ],
+                    16,
+                )
                 / 65536
                 - 0.5
             )
@@ -175,8 +181,8 @@ def pretend(request: Request, out: Path) -> None:
 
 
 def changes(folder: Path, **others: Any) -> dict[str, Any]:
-    """What makes tests.sweeps.made.WHOLE a study of two sizes whose models and data are files with
-    no meaning.
+    """Changes that make tests.sweeps.made.WHOLE a study of two sizes with placeholder files as
+    models and data.
     """
     named = {}
     for name in ("base", "aligned", "large-base", "large-aligned", "pool.jsonl", "prompts.jsonl"):
@@ -205,7 +211,7 @@ def changes(folder: Path, **others: Any) -> dict[str, Any]:
 
 
 def small(folder: Path, **others: Any) -> Study:
-    """The same without its largest size, as a grid over RANKS unless told otherwise."""
+    """The same study without its largest size, by default as a grid over RANKS."""
     plain = changes(folder, **{"axes": RANKS, "search": {"sampler": "grid"}, **others})
     plain["models"].pop("70b")
     return study(folder, plain)

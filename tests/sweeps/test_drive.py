@@ -77,7 +77,7 @@ def driven(tmp_path_factory, changes):
 def test_every_point_ends_done_or_failed_in_the_order_of_asking(driven):
     found, home, progress = driven
     assert [result.number for result in progress.results] == list(range(6))
-    assert [result.status for result in progress.results] == ["done"] * 3 + ["refused"] * 3
+    assert [result.status for result in progress.results] == ["done"] * 3 + ["invalid"] * 3
     assert [(number, state) for number, _, state, _ in asked(found, home.storage("tiny"))] == [
         (result.number, "done" if result.status == "done" else "failed")
         for result in progress.results

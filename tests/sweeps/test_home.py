@@ -1,4 +1,4 @@
-"""The home folder: one driver a study, a study that stays what it was, and differences by name."""
+"""The home folder: one driver per study, frozen studies, and errors that name what differs."""
 
 import json
 import os
@@ -46,10 +46,10 @@ def holder(home):
 
 
 @pytest.mark.process
-def test_a_second_driver_is_refused_and_told_which_process_holds_the_study(home, holder):
+def test_a_second_driver_gets_an_error_that_names_the_holding_process(home, holder):
     with (
         pytest.raises(
-            StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "
+            StudyHeld, match=rf"another driver holds study 'tiny': process {holder.pid} on "
         ),
         home.driving("tiny"),
     ):
@@ -61,7 +61,7 @@ def test_a_second_driver_is_refused_and_told_which_process_holds_the_study(home,
 
 
 @pytest.mark.process
-def test_a_driver_that_is_killed_holds_nothing(home, holder):
+def test_a_killed_driver_releases_its_study(home, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert home.holder("tiny") is None
@@ -69,7 +69,7 @@ def test_a_driver_that_is_killed_holds_nothing(home, holder):
         pass
 
 
-def test_a_study_is_held_no_longer_when_its_driver_raises(home):
+def test_a_driver_that_raises_releases_its_study(home):
     with pytest.raises(ValueError, match="x"), home.driving("tiny"):
         raise ValueError("x")
     with home.driving("tiny"):
@@ -80,7 +80,7 @@ def test_nobody_holds_a_study_that_was_never_driven(home):
     assert home.holder("tiny") is None
 
 
-def test_a_study_stays_what_it_was_and_a_change_is_named(tmp_path, home):
+def test_a_changed_study_is_an_error_that_names_each_change(tmp_path, home):
     StudyView(study(tmp_path), home).freeze()
     StudyView(study(tmp_path), home).freeze()
     with pytest.raises(StudyError) as caught:
@@ -91,7 +91,7 @@ def test_a_study_stays_what_it_was_and_a_change_is_named(tmp_path, home):
     StudyView(study(tmp_path, {"study": "another", "train": {"epochs": 2}}), home).freeze()
 
 
-def test_a_pinned_file_that_moved_is_no_change_and_another_content_is(tmp_path, home):
+def test_a_moved_pinned_file_is_no_change_and_other_content_is_one(tmp_path, home):
     def with_pool(path, sha):
         return study(tmp_path, {"data/pool": {"path": {"path": path, "sha256": sha * 64}}})
 
@@ -143,9 +143,7 @@ BUDGET = {"budget": {"hours": 1.0}}
         ({"search": {"points": 4}}, {"search": {"sampler": "grid", "points": 4}}, "grid"),
     ],
 )
-def test_a_study_goes_on_with_the_sampler_that_it_was_begun_with(
-    tmp_path, home, first, then, sampler
-):
+def test_a_study_keeps_the_sampler_that_it_was_begun_with(tmp_path, home, first, then, sampler):
     begun, later = study(tmp_path, {**LISTS, **first}), study(tmp_path, {**LISTS, **then})
     StudyView(begun, home).freeze()
     for _ in range(2):
@@ -164,7 +162,7 @@ def test_a_study_goes_on_with_the_sampler_that_it_was_begun_with(
     )
 
 
-def test_a_study_kept_without_a_sampler_goes_on_with_the_one_that_fitted_it(tmp_path, home):
+def test_a_study_stored_without_a_sampler_continues_with_its_default_of_then(tmp_path, home):
     begun = study(tmp_path, {**LISTS, "search": {}})
     (home.folder("tiny") / "study.json").write_text(begun.model_dump_json())
     later = study(tmp_path, {**LISTS, **BUDGET, "search": {}})
@@ -173,15 +171,15 @@ def test_a_study_kept_without_a_sampler_goes_on_with_the_one_that_fitted_it(tmp_
     assert StudyView(later, home).study.sampler == "grid"
 
 
-def test_a_grid_that_got_a_range_is_asked_for_another_sampler(tmp_path, home):
+def test_extending_a_grid_by_a_range_needs_another_sampler(tmp_path, home):
     StudyView(study(tmp_path, {**LISTS, "search": {}}), home).freeze()
     sizes = study(tmp_path).model_dump(mode="json", exclude_none=True)["models"]
     large = {**sizes["7b"], "axes": {"train.rank": {"low": 2, "high": 8, "step": 2}}}
     wider = study(tmp_path, {**LISTS, "models/70b": large, "search": {}})
     with pytest.raises(
         StudyError,
-        match=r"'tiny' was begun as a grid, .* Name another `search\.sampler`, and `--extend` "
-        r"goes on",
+        match=r"'tiny' was begun with the grid sampler, .* Name another `search\.sampler` "
+        r"and continue with `--extend`",
     ):
         StudyView(wider, home, extend=True).freeze()
     StudyView(

@@ -122,16 +122,25 @@ def test_of_many_failures_the_latest_are_kept(tmp_path, home):
     assert len(read_live(home.folder("tiny")).failures) == snapshot.FAILURES
 
 
-def test_a_point_whose_settings_cannot_be_is_a_failure_without_a_command(tmp_path, home):
-    refused = small(
+def test_a_point_whose_settings_are_invalid_is_a_failure_without_a_command(tmp_path, home):
+    invalid = small(
         tmp_path, axes={"train.rank": [2], "train.epochs": [1.0, 2.0]}, **{"train/steps": 4}
     )
-    drive(StudyView(refused, home), lambda: Pretended(home.store))
+    drive(StudyView(invalid, home), lambda: Pretended(home.store))
     failures = read_live(home.folder("tiny")).failures
     assert [(failure.kind, failure.key, failure.command) for failure in failures] == [
         ("point", "", "")
     ]
     assert "give `epochs` (2.0) or `steps` (4), not both" in failures[0].reason
+
+
+def test_a_snapshot_that_calls_a_point_refused_is_read_as_invalid(tmp_path, home):
+    drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
+    path = home.folder("tiny") / LIVE
+    stored = json.loads(path.read_text())
+    point = {"kind": "point", "label": "7b", "key": "", "reason": "refused: both", "command": ""}
+    path.write_text(json.dumps({**stored, "failures": [point]}))
+    assert [failure.reason for failure in read_live(path.parent).failures] == ["invalid: both"]
 
 
 def test_a_stage_in_the_driver_s_own_process_is_said_before_it_runs(tmp_path, home, monkeypatch):

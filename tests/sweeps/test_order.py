@@ -1,5 +1,5 @@
-"""In which order points land: none waits for another, or each for those before it; and what is left
-of a driver that was killed.
+"""The order in which points end, and the state that a killed driver leaves: as they land no point
+waits for another, in turn each waits for the earlier ones.
 """
 
 import signal
@@ -13,6 +13,7 @@ from ebbline.analysis.results.collect import collect
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.searcher import asked, space
 from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.state.trials import Trials
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
 from ebbline.sweeps.study.view import StudyView
@@ -38,7 +39,7 @@ def rows(results):
 
 
 @pytest.mark.slow
-def test_a_slow_gang_keeps_nobody_waiting_when_points_land_as_they_end(tmp_path):
+def test_no_point_waits_for_a_slow_gang_when_points_land_as_they_end(tmp_path):
     found, home = study(tmp_path, changes(tmp_path, search=SEARCH)), Home(tmp_path / "home")
     progress = drive(StudyView(found, home), lambda: Pretended(home.store, seconds=slow_gangs))
     landed = [result.number for result in progress.results]
@@ -48,7 +49,7 @@ def test_a_slow_gang_keeps_nobody_waiting_when_points_land_as_they_end(tmp_path)
 
 
 @pytest.mark.slow
-def test_in_turn_a_point_lands_after_those_before_it(tmp_path):
+def test_in_turn_a_point_lands_after_all_earlier_points(tmp_path):
     found, home = (
         study(tmp_path, changes(tmp_path, search={**SEARCH, "order": "in_turn", "window": 3})),
         Home(tmp_path / "home"),
@@ -64,7 +65,9 @@ def test_in_turn_a_point_lands_after_those_before_it(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "least", "most"), [(None, 4, 16), (2, 2, 2)])
-def test_as_much_is_asked_for_as_the_cluster_is_wide(tmp_path, window, least, most):
+def test_the_number_of_points_in_flight_follows_the_size_of_the_cluster(
+    tmp_path, window, least, most
+):
     search = {"sampler": "grid", "window": window}
     axes = {"train.rank": list(range(1, 13)), "apply.threshold": [None]}
     found, home = (
@@ -112,7 +115,7 @@ def records(home):
 def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, order):
     search = (
         {**SEARCH, "order": order} if order == "in_turn" else {"sampler": "grid"}
-    )  # which is the same in any order
+    )  # a grid is the same in any order
     path, home = written(tmp_path, changes(tmp_path, search=search)), Home(tmp_path / "home")
     before = {}
     for moment in (7, 11):
@@ -135,7 +138,7 @@ def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, 
     assert {state for _, _, state, _ in asked(found, home.storage("tiny"))} == {"done"}
 
 
-def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
+def test_rows_name_failed_and_invalid_points_and_duplicates(tmp_path):
     def fails(request):
         spec = parsed_spec(request)
         if isinstance(spec, DataSpec) and spec.size == 64:
@@ -144,8 +147,7 @@ def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
             return f"{TrainingError.__name__}: the loss became nan", TrainingError.__name__
         return None
 
-    # No cosine lies below 0.05, so that projects as little as none; a module is projected by 0.9 as
-    # by 1.0: all are.
+    # 0.05 projects no module, as none does: no cosine is below it. 0.9 and 1.0 project all modules.
     axes = {"train.rank": [2, 4], "data.size": [16, 64], "apply.threshold": [None, 0.05, 0.9, 1.0]}
     one_size = changes(tmp_path)
     models = {"7b": one_size["models"]["7b"]}
@@ -160,13 +162,13 @@ def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
     }
     assert len(by_settings) == 16
     for (rank, size, threshold), result in by_settings.items():
-        wanted = "refused" if size == 64 else "failed" if rank == 4 else "done"
-        assert result.status == wanted, (rank, size, threshold, result.reason)
-        assert (result.reason == "") == (wanted == "done")
+        expected = "invalid" if size == 64 else "failed" if rank == 4 else "done"
+        assert result.status == expected, (rank, size, threshold, result.reason)
+        assert (result.reason == "") == (expected == "done")
     assert all(
         "64 rows were asked of 32" in r.reason
         for r in by_settings.values()
-        if r.status == "refused"
+        if r.status == "invalid"
     )
     same = {threshold: by_settings[2, 16, threshold] for threshold in axes["apply.threshold"]}
     assert [same[t].same_as for t in (None, 0.9)] == [None, None]
@@ -176,7 +178,7 @@ def test_rows_say_what_failed_what_was_refused_and_what_is_the_same(tmp_path):
     )
 
 
-def test_settings_that_do_not_go_together_are_a_refused_row_and_no_end_of_the_study(tmp_path):
+def test_settings_that_conflict_are_an_invalid_row_and_do_not_end_the_study(tmp_path):
     axes = {
         "train.rank": [2],
         "data.mix_share": [0.0, 0.5],
@@ -192,12 +194,25 @@ def test_settings_that_do_not_go_together_are_a_refused_row_and_no_end_of_the_st
     (good, bad) = collect(StudyView(found, home))
     assert (good.status, bad.status) == (
         "done",
-        "refused",
+        "invalid",
     ) and "data.mix names no second set" in bad.reason
 
 
+def test_a_point_that_an_earlier_version_stored_as_refused_is_read_as_invalid(tmp_path):
+    found, home = study(tmp_path, changes(tmp_path)), Home(tmp_path / "home")
+    trials = Trials(found, home.storage("tiny"))
+    for point, reason in zip(
+        space(found), ("refused: DataError: 64 rows of 32", "the loss became nan"), strict=False
+    ):
+        trials.fail(trials.add(point), reason)
+    assert [(r.status, r.reason) for r in collect(StudyView(found, home))] == [
+        ("invalid", "invalid: DataError: 64 rows of 32"),
+        ("failed", "the loss became nan"),
+    ]
+
+
 @pytest.mark.slow
-def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
+def test_a_budget_of_points_ends_the_run_and_a_higher_one_continues_it(tmp_path):
     plain = changes(tmp_path, search={"sampler": "grid"})
     home = Home(tmp_path / "home")
     few = study(tmp_path, {**plain, "budget": {"points": 5}})
@@ -214,12 +229,12 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
     plain = changes(tmp_path, search={"window": 2})
-    home, told = Home(tmp_path / "home"), [0]
+    home, completed = Home(tmp_path / "home"), [0]
     drive(
         StudyView(study(tmp_path, plain), home),
         lambda: Pretended(home.store),
-        lambda p: told.append(p.told),
-        lambda: told[-1] >= 3,
+        lambda p: completed.append(p.told),
+        lambda: completed[-1] >= 3,
     )
     later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
     assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
@@ -228,7 +243,7 @@ def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
 
 
 @pytest.mark.slow
-def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_is_raised(tmp_path):
+def test_points_beyond_the_budget_are_skipped_rows_until_it_is_raised(tmp_path):
     plain = changes(tmp_path, search={"sampler": "grid", "window": 3})
     home = Home(tmp_path / "home")
     poor = study(tmp_path, {**plain, "budget": {"gpu_hours": 1e-6}})
@@ -237,7 +252,7 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
     found = collect(StudyView(poor, home))
     assert (
         found
-        and {r.status for r in found} == {"out_of_budget"}
+        and {r.status for r in found} == {"skipped"}
         and {r.reason for r in found} == {progress.stopped}
     )
     drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
@@ -246,15 +261,15 @@ def test_points_that_the_budget_does_not_pay_for_are_rows_that_say_so_until_it_i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("search", [{"sampler": "gp"}, {"sampler": "stage_aware"}])
-def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_path, search):
+def test_in_turn_a_budget_of_points_does_not_change_later_points(tmp_path, search):
     axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}
     plain = changes(
         tmp_path, axes=axes, search={**search, "points": 11, "order": "in_turn", "window": 3}
     )
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
     drive(StudyView(study(tmp_path, plain), free), lambda: Pretended(free.store))
-    wanted = asked(study(tmp_path, plain), free.storage("tiny"))
-    assert len(wanted) == 11
+    expected = asked(study(tmp_path, plain), free.storage("tiny"))
+    assert len(expected) == 11
     for points in (2, 7, 7, 9):
         few = study(tmp_path, {**plain, "budget": {"points": points}})
         progress = drive(StudyView(few, home), lambda: Pretended(home.store))
@@ -266,5 +281,5 @@ def test_in_turn_a_budget_of_points_changes_no_point_that_comes_after_it(tmp_pat
         assert read_spent(home.folder("tiny")).stopped.by == "budget"
     whole = study(tmp_path, plain)
     assert drive(StudyView(whole, home), lambda: Pretended(home.store)).by == ""
-    assert asked(whole, home.storage("tiny")) == wanted
+    assert asked(whole, home.storage("tiny")) == expected
     assert rows(collect(StudyView(whole, home))) == rows(collect(StudyView(whole, free)))

@@ -96,7 +96,7 @@ def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(
         )
     advbench = study.suites["advbench"].prompts.path
     assert advbench is not None and advbench.sha256 is not None
-    # Comments, order and everything that was not pinned stand as they stood.
+    # Comments, order and everything without a new pin are unchanged.
     before, after = shipped()["llama2"].read_text().splitlines(), to.read_text().splitlines()
     assert len(before) == len(after)
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 5
@@ -106,14 +106,14 @@ def test_hub_models_and_local_files_are_pinned_and_what_is_missing_is_named(
 def test_an_unreachable_hub_is_named_without_a_traceback(tmp_path: Path) -> None:
     done = pin("llama2", tmp_path / "study.yaml", "http://127.0.0.1:9")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the hub does not show model meta-llama/Llama-2-7b-hf" in done.stderr
+    assert "the hub gave no information about model meta-llama/Llama-2-7b-hf" in done.stderr
 
 
 @pytest.mark.process
 def test_another_file_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("study: mine\n")
     done = pin("llama2", tmp_path / "mine.yaml", "http://127.0.0.1:9")
-    assert done.returncode == 1 and "is there already" in done.stderr
+    assert done.returncode == 1 and "exists; to add the pins that it lacks" in done.stderr
     assert (tmp_path / "mine.yaml").read_text() == "study: mine\n"
 
 
@@ -155,7 +155,7 @@ folded: >-
 """
 
 
-def test_pins_leave_everything_else_as_it_was_and_other_readers_see_nothing_else() -> None:
+def test_pins_change_nothing_else_in_the_text_or_in_what_other_readers_load() -> None:
     pins = {
         "models.7b.base.hub": {"commit": "c1", "sha256": "s1"},
         "models.7b.aligned.hub": {"commit": "c2", "sha256": "s2"},

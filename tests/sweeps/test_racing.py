@@ -1,5 +1,5 @@
-"""Racing: a point is measured block by block until it is sure enough or out of the running, and
-always stops at the same block.
+"""Racing: a point is measured block by block until it is precise enough or beaten, and always stops
+at the same block.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ POINT = Point.of("7b", {"train.rank": 2, "apply.threshold": None})
 
 
 @dataclass(frozen=True)
-class Made:
+class Stored:
     path: Path
 
     def file(self, name: str) -> Path:
@@ -38,19 +38,19 @@ class Made:
 
 
 class Blocks:
-    """Stages with metrics that were measured: their folders, by lineage."""
+    """The folders of measured stages with metrics, by lineage."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.made = folder, {}
+        self.folder, self.stored = folder, {}
 
     def add(self, stage, *metrics: Metric) -> None:
         place = self.folder / stage.lineage
         place.mkdir(parents=True, exist_ok=True)
         write_metrics(place, metrics)
-        self.made[stage.lineage] = Made(place)
+        self.stored[stage.lineage] = Stored(place)
 
     def artifact(self, stage):
-        return self.made.get(stage.lineage)
+        return self.stored.get(stage.lineage)
 
 
 def raced(folder, home, **race):
@@ -67,20 +67,20 @@ def home(tmp_path):
 
 
 def measure_until_done(found, stages, blocks, successes, rivals=()):
-    """Give every stage that is asked for its metrics; returns what was measured in the end and the
-    names asked for.
+    """Add metrics for every missing stage until none is missing; return the final metrics and the
+    names of the measured stages.
     """
     names = {stage.lineage: StageName.parse(name) for name, stage in stages.items()}
-    asked, compared = [], Rivals(found)
+    requested, compared = [], Rivals(found)
     for each in rivals:
         compared.add(each)
     while True:
         now = standing(found, stages, blocks, compared.before(1, POINT))
         if not now.missing:
-            return now.metrics, asked
+            return now.metrics, requested
         for stage in now.missing:
             name = names[stage.lineage]
-            asked.append(name)
+            requested.append(name)
             blocks.add(
                 stage,
                 Metric("refusal_rate", successes, 20)
@@ -89,25 +89,26 @@ def measure_until_done(found, stages, blocks, successes, rivals=()):
             )
 
 
-def test_without_a_race_nothing_is_cut(tmp_path, home):
+def test_without_a_race_a_suite_has_no_blocks(tmp_path, home):
     found = study(tmp_path)
     stages = StageGraph(found, home).stages_for(POINT)
     assert not any(StageName.parse(name).block is not None for name in stages)
 
 
-def test_a_race_that_nothing_stops_measures_all_its_blocks(tmp_path, home):
+def test_a_race_that_does_not_stop_measures_all_its_blocks(tmp_path, home):
     found, stages = raced(tmp_path, home)
-    metrics, asked = measure_until_done(found, stages, Blocks(tmp_path / "made"), 10)
+    metrics, requested = measure_until_done(found, stages, Blocks(tmp_path / "made"), 10)
     assert (
         metrics["refusal.refusal_rate"].n == 100 and metrics["refusal.refusal_rate"].successes == 50
     )
-    assert [name.block for name in asked if name.part == "refusal"] == [0, 1, 2, 3, 4]
+    assert [name.block for name in requested if name.part == "refusal"] == [0, 1, 2, 3, 4]
     assert (
-        metrics["task.task_accuracy"].n == 100 and sum(name.part == "task" for name in asked) == 1
+        metrics["task.task_accuracy"].n == 100
+        and sum(name.part == "task" for name in requested) == 1
     )
 
 
-def test_a_race_stops_once_the_interval_is_as_narrow_as_asked(tmp_path, home):
+def test_a_race_stops_once_the_interval_is_within_the_requested_width(tmp_path, home):
     found, stages = raced(tmp_path, home, width=0.15)
     metrics, _ = measure_until_done(found, stages, Blocks(tmp_path / "made"), 10)
     low, high = metrics["refusal.refusal_rate"].interval
@@ -123,14 +124,14 @@ def rival(number, refusal, task):
     return Result(number, POINT, "done", metrics)
 
 
-def test_a_race_stops_when_an_earlier_point_is_surely_better_in_everything(tmp_path, home):
+def test_a_race_stops_when_an_earlier_point_is_surely_better_in_every_objective(tmp_path, home):
     found, stages = raced(tmp_path, home)
     metrics, _ = measure_until_done(found, stages, Blocks(tmp_path / "a"), 2, [rival(0, 95, 90)])
     assert metrics["refusal.refusal_rate"].n == 20
     for other in (
         rival(0, 95, 50),
         rival(0, 12, 90),
-    ):  # as useful as this one; as refusing as this one
+    ):  # not better at the task; not better at refusing
         metrics, _ = measure_until_done(
             found, stages, Blocks(tmp_path / str(other.metrics)), 2, [other]
         )
@@ -156,13 +157,13 @@ def rates(refusal, task):
     }
 
 
-def test_a_point_is_compared_only_with_those_that_its_proposal_may_have_seen(tmp_path):
+def test_a_point_is_compared_only_with_points_in_reach_of_its_proposal(tmp_path):
     measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
     found = study(
         tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 4}}
     )
     rivals = Rivals(found)
-    for number in (5, 3, 1, 4, 2):  # as they landed
+    for number in (5, 3, 1, 4, 2):  # the order of results
         rivals.add(rival(number, 99 if number == 1 else 50, 99 if number == 1 else 50))
     rivals.add(Result(0, POINT, "failed", reason="TrainingError: the loss became nan"))
     assert [rivals.before(number, POINT)(rates(70, 70)) for number in (1, 4, 5, 9)] == [
@@ -175,7 +176,7 @@ def test_a_point_is_compared_only_with_those_that_its_proposal_may_have_seen(tmp
     assert not rivals.before(5, POINT)(rates(2, 99)) and not rivals.before(5, POINT)({})
 
 
-def test_the_intervals_of_rivals_are_worked_out_once(tmp_path, monkeypatch):
+def test_the_intervals_of_rivals_are_computed_once(tmp_path, monkeypatch):
     measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
     found = study(
         tmp_path, {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}}
@@ -183,11 +184,11 @@ def test_the_intervals_of_rivals_are_worked_out_once(tmp_path, monkeypatch):
     rivals = Rivals(found)
     for number in range(30):
         rivals.add(rival(number, 50, 50))
-    taken, real = [], Metric.interval_at
+    calls, real = [], Metric.interval_at
     monkeypatch.setattr(
-        Metric, "interval_at", lambda self, confidence: taken.append(self) or real(self, confidence)
+        Metric, "interval_at", lambda self, confidence: calls.append(self) or real(self, confidence)
     )
-    assert rivals.before(30, POINT)(rates(2, 2)) and len(taken) == 2
+    assert rivals.before(30, POINT)(rates(2, 2)) and len(calls) == 2
 
 
 @pytest.mark.parametrize(
@@ -197,13 +198,13 @@ def test_the_intervals_of_rivals_are_worked_out_once(tmp_path, monkeypatch):
         {"kind": "refusal", "limit": 100, "race": {"block": 20, "dominated": False}},
     ],
 )
-def test_a_study_without_races_that_another_point_ends_keeps_no_rivals(tmp_path, measure):
+def test_a_study_in_which_no_other_point_ends_a_race_keeps_no_rivals(tmp_path, measure):
     rivals = Rivals(study(tmp_path, {"suites/refusal/measure": measure}))
     rivals.add(rival(0, 99, 99))
     assert not rivals.compares and not rivals.before(9, POINT)(rates(2, 2))
 
 
-def test_a_race_without_a_limit_is_refused(tmp_path):
+def test_a_race_without_a_limit_is_an_error(tmp_path):
     with pytest.raises(StudyError, match="`race` needs `limit`"):
         study(tmp_path, {"suites/refusal/measure": {"kind": "refusal", "race": {"block": 20}}})
 
@@ -215,8 +216,8 @@ def raced_changes(tmp_path, changes):  # noqa: F811
         for i, turns in enumerate(conversations(30, 3))
     ]
     prompts = pinned(write_lines(tmp_path / "many.jsonl", rows))
-    # No answer is a refusal: the interval of 0 of 20 reaches up to 0.161. The limit is beyond the
-    # set's 30 prompts.
+    # No answer is a refusal: the interval of 0 of 20 extends to 0.161. The limit exceeds the 30
+    # prompts of the set.
     race = {
         "kind": "refusal",
         "max_new_tokens": 4,
@@ -237,7 +238,7 @@ def counts(results):
     }
 
 
-def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too(
+def test_a_raced_study_finishes_including_points_that_share_blocks(
     tmp_path, raced_changes, monkeypatch
 ):
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
@@ -245,7 +246,7 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
     progress = drive(view, InlineExecutor)
     assert counts(progress.results) == dict.fromkeys(range(3), ("done", 20))
     with monkeypatch.context() as patched:
-        # All that a run reads and writes after its drive uses the graph that drove
+        # After the drive, a run reads and writes with the graph of the drive.
         patched.setattr("ebbline.sweeps.study.view.StageGraph", pytest.fail)
         results = collect(view)
         assert counts(results) == counts(progress.results)
@@ -270,9 +271,7 @@ def test_a_raced_study_runs_to_its_end_and_points_that_share_blocks_are_done_too
 
 
 @pytest.mark.parametrize("beats", [3, 5, 8])
-def test_a_raced_study_that_was_cut_off_continues_to_the_same_counts(
-    tmp_path, raced_changes, beats
-):
+def test_an_interrupted_raced_study_continues_to_the_same_counts(tmp_path, raced_changes, beats):
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
     stopped = drive(
         StudyView(found, home), InlineExecutor, stop=iter([False] * beats + [True] * 99).__next__
@@ -281,7 +280,7 @@ def test_a_raced_study_that_was_cut_off_continues_to_the_same_counts(
     assert counts([*stopped.results, *finished.results]) == dict.fromkeys(range(3), ("done", 20))
 
 
-def test_a_race_ends_with_the_set(tmp_path, raced_changes):
+def test_a_race_ends_at_the_end_of_the_prompt_set(tmp_path, raced_changes):
     wide = raced_changes["suites/refusal"] | {
         "measure": {"kind": "refusal", "max_new_tokens": 4, "limit": 50, "race": {"block": 10}}
     }

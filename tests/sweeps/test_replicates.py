@@ -1,6 +1,4 @@
-"""More seeds only near the frontier: which claims are certain, and that the answer depends on no
-order.
-"""
+"""More seeds only near the frontier: which comparisons are certain, in any order of results."""
 
 import random
 from dataclasses import replace
@@ -41,7 +39,7 @@ NEAR = {"seeds": [0, 1, 2, 3], "replicates": {"policy": "near_frontier", "confid
 
 
 def result(number, refusals, tasks, model="7b"):
-    """A point with as many seeds as there are counts out of 100."""
+    """A point with one seed for each count out of 100."""
 
     def metric(name, counts):
         return pooled([Metric(name, count, 100) for count in counts])
@@ -58,11 +56,11 @@ def test_a_point_that_is_surely_worse_and_one_that_is_surely_better_need_no_seco
     assert seeds_needed(found, [result(0, [90], [90]), result(1, [20], [20])]) == {0: 1, 1: 1}
 
 
-def test_points_too_near_to_tell_get_one_more_seed_each_and_no_more_before_it_is_there(tmp_path):
+def test_undecided_points_get_one_more_seed_each_and_wait_for_its_result(tmp_path):
     found = study(tmp_path, NEAR)
     near = [result(0, [60], [60]), result(1, [58], [59]), result(2, [5], [5])]
     assert seeds_needed(found, near) == {0: 2, 1: 2, 2: 1}
-    # Two seeds that agree well settle it; two that do not ask for a third.
+    # Two seeds that agree decide it; two that disagree need a third.
     assert (
         seeds_needed(
             found, [result(0, [80, 81], [80, 80]), result(1, [58, 58], [59, 58]), near[2]]
@@ -74,7 +72,7 @@ def test_points_too_near_to_tell_get_one_more_seed_each_and_no_more_before_it_is
     ) == {0: 3, 1: 3, 2: 1}
 
 
-def test_sizes_are_compared_with_themselves_only_and_duplicates_with_nothing(tmp_path):
+def test_points_are_compared_within_their_size_and_duplicates_not_at_all(tmp_path):
     found = study(tmp_path, NEAR)
     apart = [result(0, [60], [60]), result(1, [58], [59], model="70b")]
     assert seeds_needed(found, apart) == {0: 1, 1: 1}
@@ -85,13 +83,13 @@ def test_sizes_are_compared_with_themselves_only_and_duplicates_with_nothing(tmp
     }
 
 
-def test_all_seeds_for_all_points_is_what_a_study_has_that_says_nothing(tmp_path):
+def test_by_default_every_point_has_all_seeds(tmp_path):
     assert seeds_needed(study(tmp_path, {"seeds": [0, 1, 2]}), [result(0, [60] * 3, [60] * 3)]) == {
         0: 3
     }
 
 
-def test_a_point_that_can_have_no_more_seeds_keeps_no_other_from_its_own(tmp_path):
+def test_a_point_without_further_seeds_does_not_hold_back_other_points(tmp_path):
     found = study(tmp_path, NEAR)
     rows = [result(0, [60, 70], [60, 75]), result(1, [58, 74], [59, 66]), result(2, [59], [61])]
     assert seeds_needed(found, rows) == {0: 2, 1: 2, 2: 2}
@@ -99,7 +97,7 @@ def test_a_point_that_can_have_no_more_seeds_keeps_no_other_from_its_own(tmp_pat
     assert seeds_needed(found, rows[:2], {0: 2}) == {0: 2, 1: 3}
 
 
-def test_which_point_is_the_same_as_which_goes_by_their_numbers_whatever_order_they_landed_in(
+def test_duplicates_are_found_by_number_in_any_order_of_results(
     tmp_path,
 ):
     duplicates = Duplicates(study(tmp_path, NEAR))
@@ -176,13 +174,13 @@ def test_the_chance_to_be_dominated_is_that_of_drawing_it(seed):
     )
 
 
-def test_without_noise_every_claim_but_a_tie_is_certain():
+def test_without_noise_every_comparison_but_a_tie_is_certain():
     values = np.array([[0.5, 0.5], [0.4, 0.4], [0.6, 0.3]])
     assert not undecided(values, np.zeros((3, 2)), 0.9).any()
     assert undecided(np.array([[0.5, 0.5], [0.5, 0.5]]), np.zeros((2, 2)), 0.9).all()
 
 
-def test_noise_comes_down_with_seeds_and_is_never_nothing():
+def test_noise_falls_with_the_number_of_seeds_and_is_never_zero():
     rng = random.Random(0)
     spread = [Metric("refusal_rate", 50 + rng.randint(-10, 10), 100) for _ in range(40)]
     few, many = error_of(pooled(spread[:3])), error_of(pooled(spread))
@@ -230,7 +228,7 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
 
 
 def driven(found, home, **pretended):
-    """Drive a study; its table, how many seeds each row has, and which stages ran."""
+    """Drive a study; return its table, the number of seeds of each row, and the stages that ran."""
     executors = []
     progress = drive(
         StudyView(found, home),
@@ -246,20 +244,15 @@ def driven(found, home, **pretended):
 
 
 def first_mask_last(request):
-    """Thresholds that project the same land before the first of them, which the others are the same
-    as.
-    """
+    """Duplicates land before the point that they duplicate."""
     spec = parsed_spec(request)
     return 500.0 if isinstance(spec, ApplySpec) and spec.threshold in (None, 0.9) else 10.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
-def test_a_finished_study_with_points_that_are_the_same_trains_no_more_when_it_is_run_again(
-    tmp_path, order
-):
-    # No cosine lies below 0.05, so that it projects as little as none; a module is projected by 0.9
-    # as by 1.0: all are.
+def test_a_rerun_of_a_finished_study_with_duplicates_trains_nothing(tmp_path, order):
+    # 0.05 projects no module, as none does: no cosine is below it. 0.9 and 1.0 project all modules.
     axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, 0.05, 0.3, 0.9, 1.0]}
     found, home = near_frontier(tmp_path, order, axes), Home(tmp_path / "home")
     _, results, seeds, ran = driven(found, home, seconds=first_mask_last)
@@ -279,15 +272,13 @@ def test_a_finished_study_with_points_that_are_the_same_trains_no_more_when_it_i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
-def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_holds_up_no_other(
-    tmp_path, order
-):
+def test_a_failed_further_seed_is_final_and_affects_neither_its_point_nor_others(tmp_path, order):
     free = Home(tmp_path / "free")
     found = near_frontier(tmp_path, order)
-    _, results, wanted, _ = driven(found, free)
-    most = max(wanted.values()) - 1
+    _, results, needed, _ = driven(found, free)
+    most = max(needed.values()) - 1
     rank = next(
-        dict(each.point.values)["train.rank"] for each in results if wanted[each.number] > most
+        dict(each.point.values)["train.rank"] for each in results if needed[each.number] > most
     )
 
     def fails(request):
@@ -316,7 +307,7 @@ def test_a_further_seed_that_fails_stays_so_takes_nothing_from_its_point_and_hol
 
 
 @pytest.mark.slow
-def test_once_all_points_are_there_it_is_asked_level_by_level_who_needs_more(tmp_path, monkeypatch):
+def test_after_the_last_point_seeds_are_decided_level_by_level(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
         driving, "seeds_needed", lambda *given: calls.append(given) or seeds_needed(*given)
@@ -330,7 +321,7 @@ def test_once_all_points_are_there_it_is_asked_level_by_level_who_needs_more(tmp
 
 
 @pytest.mark.slow
-def test_in_turn_a_budget_of_points_ends_with_the_seeds_that_its_points_need(tmp_path):
+def test_in_turn_a_budget_of_points_ends_with_all_needed_seeds(tmp_path):
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
     progress, results, seeds, _ = driven(
         near_frontier(tmp_path, "in_turn", budget={"points": 9}), home

@@ -1,5 +1,5 @@
-"""Which sampler a study has when it names none; and what a later version may not take for another
-study.
+"""The default sampler, the points of the space, and stored studies of earlier versions, which stay
+the same study.
 """
 
 import json
@@ -50,13 +50,11 @@ MANY = {f"train.{name}": [1, 2] for name in ("rank", "global_batch", "max_tokens
         ({"search": {"points": 5, "sampler": "random"}}, "random"),
     ],
 )
-def test_a_study_without_a_sampler_has_the_one_that_fits_its_axes_and_budget(
-    tmp_path, changes, sampler
-):
+def test_the_default_sampler_follows_from_axes_points_and_budget(tmp_path, changes, sampler):
     assert study(tmp_path, changes).sampler == sampler
 
 
-def test_a_study_kept_before_these_fields_is_the_same_study_now(tmp_path):
+def test_a_stored_study_without_newer_fields_equals_the_study_with_their_defaults(tmp_path):
     kept = study(tmp_path, {"search": {"points": 5}}).model_dump(mode="json")
     then = {"sampler": "tpe", "points": 5, "window": 4, "seed": 0, "first": [], "list": []}
     assert lasting(kept)["search"] == then
@@ -72,7 +70,7 @@ def test_a_study_kept_before_these_fields_is_the_same_study_now(tmp_path):
         {"sampler": "gp"},
     ],
 )
-def test_a_field_of_search_that_says_something_makes_another_study(tmp_path, more):
+def test_a_search_field_other_than_its_default_makes_another_study(tmp_path, more):
     assert lasting(study(tmp_path, {"search": {"points": 5}}).model_dump()) != lasting(
         study(tmp_path, {"search": {"points": 5, **more}}).model_dump()
     )
@@ -109,7 +107,7 @@ def test_a_size_with_an_axis_of_its_own_has_its_own_points(tmp_path):
         ({"search": {"constraints": {"gpu_hours": 0}}}, r"search\.constraints\.gpu_hours"),
         (
             {"search": {"points": 5, "sampler": "tpe", "warm_start": ["a", "a"]}},
-            r"'a' stands twice",
+            r"duplicate value 'a'",
         ),
     ],
 )
@@ -124,7 +122,7 @@ STEPPED = {
 }
 
 
-def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path):
+def test_ranges_with_steps_list_each_value_once_in_one_form(tmp_path):
     found = study(tmp_path, {"axes": STEPPED, "search": {"sampler": "tpe", "points": 500}})
     values = [dict(point.values) for point in space(found)]
     assert [json.dumps([each["train.rank"], each["apply.threshold"]]) for each in values][:5] == [
@@ -136,7 +134,7 @@ def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path)
     assert json.dumps(unmeasured(found, "7b", 6)) == json.dumps(
         [{"apply.threshold": value} for value in (0.0, 0.1, 0.2, 0.3)]
     )
-    with pytest.raises(StudyError, match="a range without a step; it has no list of points"):
+    with pytest.raises(StudyError, match="a range without a step, so its points cannot be listed"):
         list(
             space(
                 study(
@@ -148,7 +146,7 @@ def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         (
             {"train.rank": 5},
@@ -164,11 +162,11 @@ def test_ranges_with_steps_have_so_many_points_and_each_value_one_name(tmp_path)
         ),
     ],
 )
-def test_a_written_point_off_the_steps_of_a_range_is_an_error_that_says_which_values_there_are(
-    tmp_path, value, said
+def test_a_written_point_off_the_steps_of_a_range_is_an_error_with_the_allowed_values(
+    tmp_path, value, message
 ):
     first = {"model": "7b", "train.rank": 4, "apply.threshold": 0.2, **value}
-    with pytest.raises(StudyError, match=said):
+    with pytest.raises(StudyError, match=message):
         check_written_points(
             study(tmp_path, {"axes": STEPPED, "search": {"points": 5, "first": [first]}})
         )

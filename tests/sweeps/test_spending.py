@@ -1,5 +1,5 @@
-"""Budgets: they stop before they are crossed, whatever is killed; and raising one goes on as if it
-had never been low.
+"""Budgets: a study stops before it crosses one, also after kills, and a raised budget continues to
+the same points.
 """
 
 import json
@@ -34,7 +34,7 @@ def ledger(*lines: dict) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def test_a_killed_driver_is_counted_to_its_last_line_and_a_cut_line_is_passed_over(tmp_path):
+def test_a_killed_driver_counts_up_to_its_last_line_and_an_incomplete_line_is_ignored(tmp_path):
     text = ledger(
         {"driver": "one", "s": 0.0},
         {"start": "ray-0", "gpus": [["A100", 2]], "keys": ["a"], "s": 10.0},
@@ -51,7 +51,7 @@ def test_a_killed_driver_is_counted_to_its_last_line_and_a_cut_line_is_passed_ov
     assert (spent.driving_s, spent.keys) == (56.0, {"a", "b"})
 
 
-def test_the_next_driver_takes_a_cut_line_away_and_adds_to_what_is_there(tmp_path):
+def test_the_next_driver_removes_an_incomplete_line_and_appends(tmp_path):
     (tmp_path / NAME).write_text(ledger({"driver": "one", "s": 0.0}, {"s": 50.0}) + '{"s": 9')
     with spending(study(tmp_path), Profile(), tmp_path, "two") as kept:
         kept.started(Job("inline-0", ("a",), 1, {"here": 1}), {None: 1}, 5.0)
@@ -61,7 +61,7 @@ def test_the_next_driver_takes_a_cut_line_away_and_adds_to_what_is_there(tmp_pat
     assert read_spent(tmp_path).driving_s == pytest.approx(50.0 + lines[-1]["s"])
 
 
-def test_a_driver_carries_no_keys_with_what_is_spent_so_far(tmp_path):
+def test_the_spending_of_a_running_driver_has_no_keys(tmp_path):
     (tmp_path / NAME).write_text(
         ledger(
             {"driver": "one", "s": 0.0},
@@ -72,7 +72,7 @@ def test_a_driver_carries_no_keys_with_what_is_spent_so_far(tmp_path):
         kept.started(Job("ray-0", ("b",), 1, {"here": 1}), {None: 1}, 5.0)
         assert (
             kept.spent().keys == frozenset()
-        )  # asked for at each start of a stage: it may not grow with the study
+        )  # computed at each start of a stage, so it may not grow with the study
     assert read_spent(tmp_path).keys == {"a", "b"}
 
 
@@ -100,7 +100,7 @@ with spending.spending(parse(Path(sys.argv[1])), Profile(), Path(sys.argv[2]), "
 
 
 @pytest.mark.process
-def test_what_a_killed_driver_held_is_not_forgotten(tmp_path):
+def test_the_running_jobs_of_a_killed_driver_are_counted(tmp_path):
     study(tmp_path)
     command = [sys.executable, "-c", HELD, str(tmp_path / "study.yaml"), str(tmp_path)]
     driver = subprocess.Popen(
@@ -117,7 +117,7 @@ def test_what_a_killed_driver_held_is_not_forgotten(tmp_path):
     assert spent.cost.gpu_s == {"A100": pytest.approx(2 * (spent.driving_s - start["s"]))}
 
 
-def test_each_limit_is_over_all_runs_and_counts_what_runs_with_its_expected_rest(tmp_path):
+def test_each_limit_counts_all_runs_and_the_expected_rest_of_running_jobs(tmp_path):
     (tmp_path / NAME).write_text(
         ledger(
             {"driver": "one", "s": 0.0},
@@ -135,21 +135,21 @@ def test_each_limit_is_over_all_runs_and_counts_what_runs_with_its_expected_rest
         kept.started(Job("ray-0", ("a",), 1, {"n": 1}), {"A100": 1}, 1800.0)
         assert kept.affords({"A100": 1}, 1700.0) and not kept.affords({"A100": 1}, 1900.0)
         assert kept.crossed(Cost({"H100": 3600.0}), 0.0) in ("gpu_hours", "usd")
-        told = kept.told("point 7", Cost({"A100": 7200.0}), 0.0)
+        message = kept.over_budget("point 7", Cost({"A100": 7200.0}), 0.0)
         assert (
             "1 of 2 GPU-hours spent, and point 7 is expected to take 2 more. Raise budget.gpu_hours"
-            in told
+            in message
         )
 
 
-def test_a_budget_that_was_crossed_after_all_says_so(tmp_path):
+def test_the_message_for_a_crossed_budget_says_that_it_is_used_up(tmp_path):
     with spending(study(tmp_path, {"budget": {"usd": 6.0}}), PRICES, tmp_path, "one") as kept:
         kept._ended = Cost({"A100": 18000.0})
-        told = kept.told("point 7", Cost(), 0.0)
+        message = kept.over_budget("point 7", Cost(), 0.0)
     assert (
-        "the budget is used up: $" in told
-        and "of $6.00 spent" in told
-        and "point 7 does not start. Raise budget.usd" in told
+        "the budget is used up: $" in message
+        and "of $6.00 spent" in message
+        and "point 7 does not start. Raise budget.usd" in message
     )
 
 
@@ -170,7 +170,7 @@ def test_a_budget_in_dollars_without_prices_names_the_type_and_the_file(
     require_prices(study(tmp_path, changes), profile)
 
 
-def test_gpus_that_turn_out_to_have_no_price_stop_a_budget_in_dollars(tmp_path):
+def test_a_gpu_type_without_a_price_is_an_error_under_a_budget_in_dollars(tmp_path):
     with (
         spending(study(tmp_path, {"budget": {"usd": 5.0}}), PRICES, tmp_path, "one") as kept,
         pytest.raises(StudyError, match="no price for T4"),
@@ -210,11 +210,11 @@ def changes(tmp_path_factory, pair):
     }
 
 
-def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_path, changes):
+def test_a_study_stopped_by_its_budget_continues_to_the_same_points(tmp_path, changes):
     free = Home(tmp_path / "free")
     found = study(tmp_path, changes)
     drive(StudyView(found, free), InlineExecutor)
-    wanted = [
+    expected = [
         (number, point, state) for number, point, state, _ in asked(found, free.storage("tiny"))
     ]
 
@@ -239,7 +239,7 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
         )
         assert (
             spent_s <= limit_s + longest_s
-        )  # one job may take longer than was expected of it, and then no other starts
+        )  # one job may take longer than expected; then no other starts
         if not progress.stopped:
             break
         assert (
@@ -252,7 +252,7 @@ def test_a_study_that_was_stopped_by_its_budget_goes_on_to_the_same_points(tmp_p
         limit_s = 1.25 * max(limit_s, spent_s)
     assert [
         (number, point, state) for number, point, state, _ in asked(found, home.storage("tiny"))
-    ] == wanted
+    ] == expected
     assert len(set(stops)) >= 3, stops
 
 

@@ -1,4 +1,4 @@
-"""Plans: points share whatever stages they can, and each miss names the field behind it."""
+"""Stages of points: points share equal stages, and the reason of a missing stage names a field."""
 
 from collections import Counter
 
@@ -25,7 +25,7 @@ def home(tmp_path):
 
 
 def everything(stages: list[Stage]) -> dict[str, Stage]:
-    """Lineage -> stage, with all that lies above."""
+    """Lineage -> stage, for these stages and all above them."""
     found: dict[str, Stage] = {}
     while stages:
         stage = stages.pop()
@@ -107,18 +107,18 @@ def test_training_of_a_large_size_is_a_gang_and_its_measuring_is_not(tmp_path, h
 def test_adapters_are_trained_on_the_aligned_model_and_projected_against_both(tmp_path, home):
     graph = StageGraph(study(tmp_path), home)
     stages = graph.stages_for(next(iter(space(graph.study))))
-    train, project, said = (
+    train, project, generation = (
         stages[f"{name}[seed=0]"] for name in ("train", "project", "generate:refusal")
     )
     aligned = train.inputs["model"]
     assert stage_of(aligned).spec.method == "full"
     assert project.inputs["aligned"].lineage == aligned.lineage != project.inputs["base"].lineage
     assert stage_of(project.inputs["base"]).kind == "organism"
-    assert said.inputs["model"].lineage == aligned.lineage
-    assert said.inputs["adapter"] is stages["apply[seed=0]"]
-    assert stages["refusal[seed=0]"].inputs["generation"] is said
+    assert generation.inputs["model"].lineage == aligned.lineage
+    assert generation.inputs["adapter"] is stages["apply[seed=0]"]
+    assert stages["refusal[seed=0]"].inputs["generation"] is generation
     baseline = graph.baselines()["7b"]["refusal"].inputs["generation"]
-    assert "adapter" not in baseline.inputs and baseline.spec == said.spec
+    assert "adapter" not in baseline.inputs and baseline.spec == generation.spec
 
 
 def test_the_exact_projectors_bases_are_one_stage_that_all_adapters_of_a_size_share(tmp_path, home):
@@ -135,7 +135,7 @@ def test_the_exact_projectors_bases_are_one_stage_that_all_adapters_of_a_size_sh
     assert kinds(two, space(two.study))["subspace"] == 2
 
 
-def test_an_unaligned_model_stands_in_for_the_base_in_the_projection_alone(tmp_path, home):
+def test_an_unaligned_model_replaces_the_base_in_the_projection_only(tmp_path, home):
     bad = {**TUNED, "data": {"pool": {"language": "benign.jsonl"}, "settings": {"size": 8}}}
     graph = StageGraph(study(tmp_path, {"models/7b/unaligned": {"tuned": bad}}), home)
     stages = graph.stages_for(next(iter(space(graph.study))))
@@ -147,7 +147,7 @@ def test_an_unaligned_model_stands_in_for_the_base_in_the_projection_alone(tmp_p
     assert without["train[seed=0]"].lineage == stages["train[seed=0]"].lineage
 
 
-def test_a_family_without_a_base_needs_only_the_stand_in(tmp_path, home):
+def test_a_family_without_a_base_needs_only_an_unaligned_model(tmp_path, home):
     model = {"aligned": {"organism": {"size": "small"}}, "unaligned": {"tuned": TUNED}}
     stages = StageGraph(study(tmp_path, {"models/7b": model}), home).stages_for(
         Point.of("7b", {"train.rank": 2, "apply.threshold": None})
@@ -186,11 +186,11 @@ def test_an_empty_store_has_everything_to_run_and_a_full_one_nothing(tmp_path, h
     }
     assert len(found.missing) == sum(found.new.values()) == len(explained(found, home.store, 1000))
     fill(home.store, graph, points)
-    again = todo(graph, points)
-    assert not again.missing and again.there == found.new and again.by_point == [()] * 9
+    full = todo(graph, points)
+    assert not full.missing and full.there == found.new and full.by_point == [()] * 9
 
 
-def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_that_needs_it(
+def test_inputs_come_before_the_stages_of_a_point_and_belong_to_the_first_point_that_needs_them(
     tmp_path, home
 ):
     graph = StageGraph(study(tmp_path), home)
@@ -200,35 +200,38 @@ def test_what_a_point_waits_for_comes_before_it_and_is_asked_for_by_the_first_th
         for place, own in enumerate(ids):
             assert set(found.missing[own].above) <= set(ids[:place])
     projections = [
-        missing.asked_by for missing in found.missing.values() if missing.stage.kind == "project"
+        missing.requested_by
+        for missing in found.missing.values()
+        if missing.stage.kind == "project"
     ]
     assert projections == [0, 3, 6]  # thresholds are the last axis
     own = [
-        sum(missing.asked_by == place for missing in found.missing.values()) for place in range(9)
+        sum(missing.requested_by == place for missing in found.missing.values())
+        for place in range(9)
     ]
     assert own[0] > own[1] == own[2] == 1 + 2 * 2  # applied, and two suites of two stages each
 
 
-def test_a_dropped_adapter_that_another_stage_must_read_is_counted_as_made_again(tmp_path, home):
+def test_a_dropped_adapter_that_another_stage_must_read_is_counted_as_remade(tmp_path, home):
     graph = StageGraph(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3]}}), home)
     points = list(space(graph.study))
     fill(home.store, graph, points)
     train = graph.stages_for(points[0])["train[seed=0]"]
     made = Resolver(home.store).artifact(train)
     home.store.drop(made, frozenset({"adapter/w"}))
-    assert not todo(graph, points).missing  # its record is enough for all that is there
+    assert not todo(graph, points).missing  # its record is enough for the existing stages
     more = StageGraph(study(tmp_path, {"axes": {"apply.threshold": [None, 0.3, 0.7]}}), home)
     found = todo(more, list(space(more.study)))
-    again = [missing for missing in found.missing.values() if missing.remade]
-    assert [missing.stage.lineage for missing in again] == [train.lineage]
+    remade = [missing for missing in found.missing.values() if missing.remade]
+    assert [missing.stage.lineage for missing in remade] == [train.lineage]
     assert found.new == {"train": 1, "apply": 1, "generate": 2, "score": 2}
     [apply] = [missing for missing in found.missing.values() if missing.stage.kind == "apply"]
-    assert apply.above == (again[0].id,)
-    assert "dropped" in dict(explained(found, home.store, 1000))[again[0].name]
+    assert apply.above == (remade[0].id,)
+    assert "dropped" in dict(explained(found, home.store, 1000))[remade[0].name]
 
 
 def fill(store: Store, graph: StageGraph, points) -> None:
-    """Commit a made-up artifact for every stage, in order: each file says which stage it is."""
+    """Commit an invented artifact for every stage in order; each file contains the lineage."""
     from ebbline.cluster.store.resolver import contents_of
     from ebbline.tasks.specs import TrainSpec
 
@@ -263,7 +266,9 @@ def fill(store: Store, graph: StageGraph, points) -> None:
             make(stage)
 
 
-def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_path, home):
+def test_the_reason_of_a_missing_stage_is_the_field_that_differs_or_the_stage_that_it_waits_for(
+    tmp_path, home
+):
     before = StageGraph(study(tmp_path), home)
     fill(home.store, before, space(before.study))
     graph = StageGraph(study(tmp_path, {"train": {"epochs": 2}, "axes/train.rank": [2]}), home)
@@ -280,7 +285,7 @@ def test_a_miss_names_the_field_that_differs_and_what_waits_says_for_what(tmp_pa
     assert why["refusal"] == why["task"] == "waits for generate"
 
 
-def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
+def test_the_reason_of_a_changed_language_is_its_seed(tmp_path, home):
     before = StageGraph(study(tmp_path), home)
     fill(home.store, before, space(before.study))
     graph = StageGraph(study(tmp_path, {"language": 1}), home)
@@ -290,7 +295,7 @@ def test_a_miss_of_changed_input_content_says_so(tmp_path, home):
     }["language"] == "spec.seed: 0 -> 1"
 
 
-def test_a_kind_that_the_store_has_none_of_is_said_to_be_missing(tmp_path, home):
+def test_the_reason_of_a_kind_without_artifacts_names_the_kind(tmp_path, home):
     from ebbline.sweeps.state.todo import explain
 
     assert (
@@ -299,7 +304,7 @@ def test_a_kind_that_the_store_has_none_of_is_said_to_be_missing(tmp_path, home)
     )
 
 
-def test_a_local_file_that_is_not_what_its_pin_says_is_refused(tmp_path, home):
+def test_a_local_file_that_differs_from_its_pin_is_an_error(tmp_path, home):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}")
     pinned = {"path": {"path": str(rows), "sha256": content_digest(rows)}}
@@ -307,7 +312,7 @@ def test_a_local_file_that_is_not_what_its_pin_says_is_refused(tmp_path, home):
     data = graph.stages_for(next(iter(space(graph.study))))["data[seed=0]"]
     assert data.inputs["pool"] == Source(content_digest(rows), str(rows))
     rows.write_text("{} ")
-    with pytest.raises(PinError, match="is not what the study pins"):
+    with pytest.raises(PinError, match="differs from its pin"):
         changed = StageGraph(study(tmp_path, {"data/pool": pinned}), home)
         changed.stages_for(next(iter(space(changed.study))))
 
@@ -326,13 +331,13 @@ def test_a_hub_reference_becomes_a_location_at_its_commit_and_the_commit_is_part
     assert found[0].content != found[1].content
 
 
-def test_a_points_value_that_no_stage_takes_names_the_axis(tmp_path, home):
+def test_the_error_for_an_invalid_value_of_a_point_names_the_setting(tmp_path, home):
     graph = StageGraph(study(tmp_path), home)
     with pytest.raises(StudyError, match="train with {'rank': 0}"):
         graph.stages_for(Point.of("7b", {"train.rank": 0}))
 
 
-def test_full_training_has_no_place_among_the_points(tmp_path, home):
+def test_full_training_of_a_point_is_an_error(tmp_path, home):
     graph = StageGraph(
         study(tmp_path, {"train": {"method": "full"}, "models/7b/quantisation": "none"}), home
     )
@@ -341,9 +346,7 @@ def test_full_training_has_no_place_among_the_points(tmp_path, home):
     assert TrainSpec().method == "lora"
 
 
-def test_a_size_keeps_its_labels_on_all_that_it_does_on_gpus_and_its_gang_for_its_trainings(
-    tmp_path, home
-):
+def test_a_size_has_its_labels_on_all_gpu_stages_and_its_gang_on_its_trainings(tmp_path, home):
     labels = {"ray.io/accelerator-type": "A100"}
     found = study(
         tmp_path,
@@ -373,7 +376,7 @@ def test_a_size_keeps_its_labels_on_all_that_it_does_on_gpus_and_its_gang_for_it
     assert needs["score", None] == needs["data", None] == Needs(0)
 
 
-def test_where_a_size_runs_moves_no_stage(tmp_path, home):
+def test_the_placement_of_a_size_changes_no_key(tmp_path, home):
     plain = StageGraph(study(tmp_path), home)
     placed = StageGraph(
         study(

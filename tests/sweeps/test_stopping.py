@@ -1,4 +1,4 @@
-"""The rule of `search.stop`: what it counts, when it is met, and that it stays met."""
+"""The rule `search.stop`: what it counts, when it is met, and that it stays met."""
 
 import pytest
 
@@ -40,12 +40,12 @@ def gains(tmp_path, rule, since=0, profile=PRICES):
     return Gains(study(tmp_path, {"search": {"sampler": "grid", "stop": rule}}), profile, since)
 
 
-def taken(found, results):
-    said = []
+def met_after_each(found, results):
+    met = []
     for each in results:
         found.add(each)
-        said.append(bool(found.met()))
-    return said
+        met.append(bool(found.met()))
+    return met
 
 
 GROWING = [(50, 50), (60, 60), (61, 61), (61, 61), (61, 61)]  # hypervolumes .25, .36, .3721
@@ -53,14 +53,14 @@ GROWING = [(50, 50), (60, 60), (61, 61), (61, 61), (61, 61)]  # hypervolumes .25
 
 def test_a_rule_by_points_is_met_when_the_last_ones_added_too_little(tmp_path):
     results = [result(number, *values, {}) for number, values in enumerate(GROWING)]
-    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}), results) == [
+    assert met_after_each(gains(tmp_path, {"gain": 0.1, "per_points": 2}), results) == [
         False,
         False,
         False,
         True,
         True,
     ]
-    assert taken(gains(tmp_path, {"gain": 0.01, "per_points": 2}), results) == [
+    assert met_after_each(gains(tmp_path, {"gain": 0.01, "per_points": 2}), results) == [
         False,
         False,
         False,
@@ -72,23 +72,23 @@ def test_a_rule_by_points_is_met_when_the_last_ones_added_too_little(tmp_path):
 @pytest.mark.parametrize(
     "rule", [{"gain": 0.1, "per_gpu_hour": 2.0}, {"gain": 0.1, "per_usd": 4.0}]
 )
-def test_a_stage_that_points_share_is_paid_once(tmp_path, rule):
-    # Each point costs an hour of its own; the training, of 10 hours, is the first one's.
+def test_a_shared_stage_counts_once(tmp_path, rule):
+    # Each point costs one hour; the shared training of 10 hours counts for the first point.
     results = [
         result(number, *values, hours(train=10.0, **{f"own{number}": 1.0}))
         for number, values in enumerate(GROWING)
     ]
-    assert taken(gains(tmp_path, rule), results) == [False, False, False, True, True]
+    assert met_after_each(gains(tmp_path, rule), results) == [False, False, False, True, True]
 
 
-def test_what_came_before_a_study_was_widened_does_not_stop_it(tmp_path):
+def test_points_before_an_extension_do_not_stop_the_study(tmp_path):
     results = [result(number, 60, 60, {}) for number in range(6)]
-    assert taken(gains(tmp_path, {"gain": 0.1, "per_points": 2}, since=3), results) == [
+    assert met_after_each(gains(tmp_path, {"gain": 0.1, "per_points": 2}, since=3), results) == [
         False
     ] * 5 + [True]
 
 
-def test_a_point_without_metrics_is_no_gain_and_a_missing_price_no_guess(tmp_path):
+def test_a_missing_price_and_a_rule_without_a_unit_are_errors(tmp_path):
     found = gains(tmp_path, {"gain": 0.1, "per_usd": 1.0}, profile=Profile())
     with pytest.raises(
         StudyError,
@@ -127,7 +127,7 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
         and points < 12
     )
     spent = read_spent(home.folder("tiny"))
-    assert spent.stopped.said == progress.stopped and spent.gain.by == "gain"
+    assert spent.stopped.reason == progress.stopped and spent.gain.by == "gain"
     again, same = driven(0.5)
     assert again.by == "gain" and again.stopped == progress.stopped and same == points
     assert expected(0.5).complete and expected(0.5).points.ended == progress.stopped
@@ -136,7 +136,7 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     assert more > points and further.results
 
 
-def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_finished_ones(
+def test_a_met_rule_records_the_number_of_finished_points(
     tmp_path,
 ):
     def fails(request):
@@ -165,7 +165,7 @@ def test_a_rule_that_was_met_keeps_how_many_points_it_had_counted_which_are_the_
     assert read_spent(home.folder("tiny")).gain.points == states.count("done") == len(states) - 6
 
 
-def test_a_driven_study_stops_by_the_dollars_that_its_points_took(tmp_path):
+def test_a_study_stops_by_the_dollars_that_its_points_cost(tmp_path):
     plain = changes(
         tmp_path,
         axes={"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.1, 0.2, 0.3, 0.4, 0.5]},
@@ -187,16 +187,18 @@ def test_a_driven_study_stops_by_the_dollars_that_its_points_took(tmp_path):
         drive(StudyView(found, home), lambda: Pretended(home.store))
     (home.root / "cluster.yaml").write_text(
         "gpus: {other: {usd_per_hour: 3600}}\n"
-    )  # a dollar for a second
+    )  # one dollar per second
     home = Home(home.root)
     progress = drive(StudyView(found, home), lambda: Pretended(home.store))
-    told = progress.results
+    results = progress.results
     assert (
         progress.by == "gain"
         and "by less than 0.5 per $120. Change search.stop" in progress.stopped
-        and len(told) < 24
+        and len(results) < 24
     )
-    costs = {key: cost.usd(home.profile) for result in told for key, cost in result.costs.items()}
+    costs = {
+        key: cost.usd(home.profile) for result in results for key, cost in result.costs.items()
+    }
     assert sum(costs.values()) > 120.0
     again = drive(StudyView(found, home), lambda: Pretended(home.store))
     assert (again.by, again.results) == ("gain", [])

@@ -1,5 +1,5 @@
 """Points in a real PostgreSQL: the same proposals as on SQLite, one driver at a time, and one clear
-error when it is gone.
+error when the database stops.
 """
 
 import os
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def own_postgres(monkeypatch):
-    """A server that no other test uses, to be stopped."""
+    """A server that only this test uses and may stop."""
     if binaries() is None:
         pytest.skip(MISSING)
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
@@ -47,8 +47,8 @@ def home_at(root: Path, postgres: Postgres, **profile: str) -> Home:
 
 
 def follow(found, storage: Storage, restart_every: int = 1000):
-    """Search to the end, oldest first, with a new searcher (as after a kill) after every so many
-    steps.
+    """Search to the end, oldest point first, with a new searcher (as after a kill) after every
+    `restart_every` steps.
     """
     while True:
         searcher = OptunaSearcher(found, storage)
@@ -66,7 +66,7 @@ def follow(found, storage: Storage, restart_every: int = 1000):
                 return asked(found, storage)
 
 
-def test_a_search_on_postgres_that_is_cut_off_again_and_again_asks_for_the_points_of_one_on_sqlite(
+def test_a_repeatedly_killed_search_on_postgres_proposes_the_points_of_one_on_sqlite(
     tmp_path, postgres
 ):
     found = study(tmp_path, SEARCH)
@@ -77,7 +77,7 @@ def test_a_search_on_postgres_that_is_cut_off_again_and_again_asks_for_the_point
     )
 
 
-def test_homes_with_stores_of_their_own_have_studies_of_their_own_and_a_shared_store_shares_them(
+def test_homes_with_different_stores_have_different_studies_and_a_shared_store_shares_them(
     tmp_path, postgres
 ):
     one, other = (home_at(tmp_path / name, postgres).storage("tiny") for name in ("one", "other"))
@@ -120,7 +120,7 @@ def test_two_homes_that_share_a_store_are_held_apart_by_the_database(tmp_path, p
         assert holder.stdout.readline() == "held\n"
         with (
             pytest.raises(
-                StudyHeld, match=rf"'tiny' is being driven already, by process {holder.pid} on "
+                StudyHeld, match=rf"another driver holds study 'tiny': process {holder.pid} on "
             ),
             same.driving("tiny"),
         ):
@@ -172,7 +172,7 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(
     assert follow(found, storage) == plain
 
 
-def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(
+def test_a_database_that_stops_within_a_proposal_is_one_error_too(
     tmp_path, own_postgres, monkeypatch
 ):
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
@@ -188,12 +188,12 @@ def test_a_database_that_goes_away_within_a_proposal_is_one_error_too(
         )
         with pytest.raises(DatabaseLost, match=r"127\.0\.0\.1.*cannot be used"):
             drive(StudyView(found, home), lambda: pytest.fail("an executor was made"))
-        assert len(tries) == 1, "it is not tried again and again"
+        assert len(tries) == 1, "it is tried once only"
     finally:
         own_postgres.start()
 
 
-def test_status_works_on_postgres_and_says_what_is_wrong_without_the_password(tmp_path, postgres):
+def test_status_works_on_postgres_and_its_error_does_not_repeat_the_password(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
     OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask(Imagined())
     command = [
@@ -222,7 +222,7 @@ def test_status_works_on_postgres_and_says_what_is_wrong_without_the_password(tm
     )
 
 
-def test_who_only_reads_a_shared_database_is_kept_from_writing_by_the_database(tmp_path, postgres):
+def test_the_database_rejects_writes_of_a_reader(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
     OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask(Imagined())
     storage = opened(home.storage("tiny").to_read())
@@ -241,7 +241,7 @@ def test_who_only_reads_a_shared_database_is_kept_from_writing_by_the_database(t
         "postgresql://me@host/db?password=hush",
     ],
 )
-def test_a_password_in_the_url_is_refused_and_not_repeated(url, monkeypatch):
+def test_a_password_in_the_url_is_an_error_that_does_not_repeat_it(url, monkeypatch):
     with pytest.raises(
         StudyError,
         match=r"holds a password.*write postgresql.*://me@host(:5)?/db there.*PGPASSWORD",
@@ -254,14 +254,14 @@ def test_a_password_in_the_url_is_refused_and_not_repeated(url, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "message"),
     [
         ("mysql://me@host/db", "asks for mysql"),
         ("sqlite:///x.db", "asks for sqlite"),
-        ("here", "is no"),
+        ("here", "is not the URL of a database"),
     ],
 )
-def test_what_is_no_postgres_is_refused(url, told):
-    with pytest.raises(StudyError, match=told):
+def test_a_url_that_is_not_postgres_is_an_error(url, message):
+    with pytest.raises(StudyError, match=message):
         shared_url(url)
     assert shared_url(None) is None

@@ -1,4 +1,4 @@
-"""Study files: strict on the way in, and every fault says where it is and what is allowed."""
+"""Study files are read strictly, and every error names the field and the allowed values."""
 
 import pytest
 from pydantic import ValidationError
@@ -10,7 +10,7 @@ from tests.sweeps.made import TUNED, study, written
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_a_shipped_study_loads_twice_to_the_same_and_says_what_it_asks(name):
+def test_a_shipped_study_loads_twice_to_equal_studies_and_states_its_question(name):
     one = load(name)
     assert one == load(name) and one.study == name
     assert one.question.strip().endswith("?") and one.hypothesis
@@ -20,7 +20,7 @@ def test_a_shipped_study_loads_twice_to_the_same_and_says_what_it_asks(name):
 
 def test_there_are_shipped_studies_and_one_is_the_quickstart():
     assert "quickstart" in shipped()
-    assert unpinned(load("quickstart")) == []  # it needs nothing from outside
+    assert unpinned(load("quickstart")) == []  # it names no outside content
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ),
         (
             {"models/7b": {"aligned": {"organism": {"size": "small"}}}},
-            r"models\.7b: `base` is missing: Safe LoRA subtracts it",
+            r"models\.7b: `base` is missing: Safe LoRA subtracts `base` or `unaligned`",
         ),
         (
             {"models/7b/base": {"tuned": TUNED}},
-            r"models\.7b: `base` cannot be `tuned`.* Say it as `unaligned`",
+            r"models\.7b: `base` cannot be `tuned`.* Give this model as `unaligned`",
         ),
         (
             {
@@ -92,7 +92,7 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
         (
             {"models/7b/train": {"quantisation": "nf4"}},
-            r"models\.7b\.train\.quantisation: say it as models\.7b\.quantisation",
+            r"models\.7b\.train\.quantisation: give models\.7b\.quantisation instead",
         ),
         ({"models/7b/axes": {"train.rnak": [8]}}, r"models\.7b\.axes\.train\.rnak: "),
         (
@@ -101,7 +101,7 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ),
         (
             {"objectives": ["refusal_rate", "refusal.refusal_rate"]},
-            r"objectives: .* names one twice",
+            r"objectives: duplicate objective in ",
         ),
         ({"search": {"sampler": "list"}}, r"search\.list: "),
         ({"search": {"sampler": "tpe"}}, r"search\.points: "),
@@ -124,7 +124,7 @@ def test_a_fault_is_one_error_that_names_its_path_and_what_is_allowed(tmp_path, 
         study(tmp_path, changes)
 
 
-def test_all_faults_of_a_file_are_told_at_once(tmp_path):
+def test_one_error_names_all_faults_of_a_file(tmp_path):
     with pytest.raises(StudyError) as caught:
         study(tmp_path, {"train": {"rank": 0, "epochs": -1}, "refusal_floor": 2})
     assert all(
@@ -154,24 +154,22 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
         ({"axes/train.method": ["lora", "full"]}, r"axes\.train\.method: "),
     ],
 )
-def test_a_value_of_an_axis_that_no_stage_could_take_is_a_fault_of_the_file(
-    tmp_path, changes, fault
-):
+def test_an_invalid_value_of_an_axis_is_an_error_when_the_file_is_read(tmp_path, changes, fault):
     with pytest.raises(StudyError, match=fault):
         study(tmp_path, changes)
 
 
-def test_a_key_that_stands_twice_is_an_error_that_names_key_and_line(tmp_path):
+def test_a_duplicate_key_is_an_error_that_names_key_and_line(tmp_path):
     path = written(tmp_path)
     path.write_text(path.read_text() + "question: another\n")
-    with pytest.raises(StudyError, match=r"the key 'question' stands twice[\s\S]*line \d+"):
+    with pytest.raises(StudyError, match=r"duplicate key 'question'[\s\S]*line \d+"):
         parse(path)
 
 
 @pytest.mark.parametrize(
     "text", ["a: [", "- a list\n", "", "!!python/object/apply:os.system [true]\n"]
 )
-def test_what_is_no_study_at_all_is_a_study_error(tmp_path, text):
+def test_a_file_that_holds_no_study_is_a_study_error(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(StudyError, match=r"x\.yaml"):
         load(str(tmp_path / "x.yaml"))
@@ -213,7 +211,7 @@ def test_a_study_is_frozen_once_loaded(tmp_path):
         found.train.rank = 4
 
 
-def test_objectives_are_known_by_their_full_names_from_then_on(tmp_path):
+def test_a_loaded_study_has_the_full_names_of_its_objectives(tmp_path):
     assert study(tmp_path).objectives == ("refusal.refusal_rate", "task.task_accuracy")
 
 
@@ -235,7 +233,7 @@ def test_an_objective_that_two_suites_measure_must_be_named_in_full(tmp_path):
     )
 
 
-def test_an_unpinned_study_is_refused_with_every_reference_named(tmp_path):
+def test_the_error_for_an_unpinned_study_names_every_unpinned_reference(tmp_path):
     found = study(
         tmp_path,
         {
@@ -269,7 +267,7 @@ def test_a_relative_path_starts_at_the_files_own_folder(tmp_path, monkeypatch):
     assert found.data.pool.path.located() == tmp_path / "rows.jsonl"
 
 
-def test_an_unknown_study_is_answered_with_those_that_ship(tmp_path):
+def test_the_error_for_an_unknown_study_suggests_a_shipped_one(tmp_path):
     with pytest.raises(StudyError, match="did you mean 'quickstart'"):
         source_of("quickstrat")
     with pytest.raises(StudyError, match="no study file at"):

@@ -1,5 +1,5 @@
-"""`run --extend`: what a study may become, that nothing is lost or repeated on the way, and what is
-refused by its path.
+"""`run --extend`: allowed additions lose and repeat nothing; other changes are errors that name
+their path.
 """
 
 import copy
@@ -23,17 +23,17 @@ RANGE = {"low": 2, "high": 8, "step": 2}
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         (
             {"axes": AXES},
             {"axes": {**AXES, "train.rank": [4, 8]}},
-            "axes.train.rank: 2 is missing, which points may have",
+            "axes.train.rank: 2 is missing; existing points may have it",
         ),
         (
             {"axes": AXES},
             {"axes": {"train.rank": [2, 4]}},
-            "axes.apply.threshold: an axis cannot be taken away",
+            "axes.apply.threshold: an axis cannot be removed",
         ),
         (
             {"axes": AXES},
@@ -43,12 +43,12 @@ RANGE = {"low": 2, "high": 8, "step": 2}
         (
             {"axes": {"train.rank": RANGE}},
             {"axes": {"train.rank": {**RANGE, "high": 6}}},
-            "is not around",
+            "does not contain",
         ),
         (
             {"axes": {"train.rank": RANGE}},
             {"axes": {"train.rank": {**RANGE, "low": 1}}},
-            "no whole number of steps",
+            "is not a whole number of steps",
         ),
         (
             {"axes": {"train.rank": RANGE}},
@@ -59,7 +59,7 @@ RANGE = {"low": 2, "high": 8, "step": 2}
         (
             {},
             {"train": {"epochs": 2}},
-            "train.epochs: 1.0 -> 2.0; this would change what its points mean",
+            "train.epochs: 1.0 -> 2.0; this would change the meaning of existing points",
         ),
         (
             {},
@@ -77,21 +77,19 @@ RANGE = {"low": 2, "high": 8, "step": 2}
         (
             {"seeds": [0, 1]},
             {"seeds": [0, 1], "replicates": {"policy": "near_frontier"}},
-            "replicates: fewer seeds than all",
+            "replicates: existing points have every seed",
         ),
     ],
 )
-def test_what_would_change_the_points_that_are_there_is_refused_by_its_path(
-    tmp_path, before, after, said
-):
+def test_a_change_of_existing_points_is_an_error_with_its_path(tmp_path, before, after, message):
     home = Home(tmp_path / "home")
     space = {"search": {"sampler": "random", "points": 9}}
     StudyView(study(tmp_path, {**space, **before}), home).freeze()
-    with pytest.raises(StudyError, match=said):
+    with pytest.raises(StudyError, match=message):
         StudyView(study(tmp_path, {**space, **after}), home, extend=True).freeze()
 
 
-def test_what_only_adds_is_taken_and_without_the_option_it_is_said_how(tmp_path):
+def test_an_addition_is_accepted_and_without_the_option_the_error_names_the_option(tmp_path):
     home = Home(tmp_path / "home")
     StudyView(study(tmp_path, {"axes": AXES}), home).freeze()
     sizes = {
@@ -106,7 +104,7 @@ def test_what_only_adds_is_taken_and_without_the_option_it_is_said_how(tmp_path)
         "models/70b": sizes["70b"],
     }
     wider = study(tmp_path, wide)
-    with pytest.raises(StudyError, match="`--extend` goes on with it"):
+    with pytest.raises(StudyError, match="`--extend` continues the study"):
         StudyView(wider, home).freeze()
     StudyView(wider, home, extend=True).freeze()
     StudyView(wider, home).freeze()
@@ -120,9 +118,7 @@ def rows(results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("search", [{"sampler": "grid"}, {"sampler": "tpe", "points": 6}])
-def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones_only(
-    tmp_path, search
-):
+def test_an_extended_finished_study_keeps_its_points_and_runs_only_new_ones(tmp_path, search):
     plain = changes(tmp_path, axes=AXES, search=search)
     large = plain["models"].pop("70b")
     home = Home(tmp_path / "home")
@@ -153,7 +149,7 @@ def test_a_finished_study_that_is_widened_keeps_its_points_and_runs_the_new_ones
     assert drive(StudyView(wide, home), lambda: Pretended(home.store)).results == []
 
 
-def test_further_seeds_are_run_for_the_points_that_are_there(tmp_path):
+def test_added_seeds_run_for_existing_points(tmp_path):
     plain = changes(tmp_path, axes=AXES, search={"sampler": "grid"})
     plain["models"].pop("70b")
     home = Home(tmp_path / "home")
@@ -178,7 +174,7 @@ FIRST = [
     ("sampler", "objectives"), [("tpe", BOTH), ("stage_aware", ONE), ("nsga2", BOTH)]
 )
 @pytest.mark.parametrize("order", ["as_they_land", "in_turn"])
-def test_constraints_that_change_are_held_against_the_points_that_are_there(
+def test_changed_constraints_apply_to_existing_points(
     tmp_path, monkeypatch, sampler, objectives, order
 ):
     axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.3, 0.5]}
@@ -215,7 +211,7 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(
     assert "running" in states and states.count("done") >= 3
 
     found, refusals = driven(8, {"refusal_floor": True, "gpu_hours": 1000.0})
-    assert len(refusals) == 8  # those in flight, too
+    assert len(refusals) == 8  # including the points that were in flight
     done = [entry for entry in seen if entry.state == "done"]
     assert len(done) >= 3
     for entry in done:
@@ -238,20 +234,20 @@ def test_constraints_that_change_are_held_against_the_points_that_are_there(
 
 
 @pytest.mark.slow
-def test_a_stage_aware_study_stopped_and_widened_keeps_what_is_in_flight_and_tries_new_values(
+def test_a_stopped_and_extended_stage_aware_study_keeps_points_in_flight_and_tries_new_values(
     tmp_path,
 ):
     axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
     search = {"sampler": "stage_aware", "points": 8, "window": 3}
     plain = changes(tmp_path, axes=axes, search=search)
     plain["models"].pop("70b")
-    home, told = Home(tmp_path / "home"), [0]
+    home, completed = Home(tmp_path / "home"), [0]
     narrow = study(tmp_path, plain)
     stopped = drive(
         StudyView(narrow, home),
         lambda: Pretended(home.store),
-        lambda p: told.append(p.told),
-        lambda: told[-1] >= 3,
+        lambda p: completed.append(p.told),
+        lambda: completed[-1] >= 3,
     )
     before = asked(narrow, home.storage("tiny"))
     in_flight = [(number, point) for number, point, state, _ in before if state == "running"]
