@@ -28,7 +28,8 @@ Outcome = Literal["done", "failed", "lost"]
 End = Literal["done", "request", "budget", "gain", "error"]
 
 
-JSON_NAMES = {"completed": "told", "sentence": "said"}  # fields that the files call otherwise
+# Fields with another name in the files
+JSON_NAMES = {"completed": "told", "sentence": "said", "spent_by_drive": "taken"}
 
 
 class _Snapshot(BaseModel):
@@ -133,9 +134,9 @@ class Live(_Snapshot):
     """The state of a drive at the time `at`. Times are seconds since 1970. `stages` counts stages
     by kind and state (STATES).
 
-    `spent` is the total of all drives of the study. `taken` is the part of this drive, to compare
-    with `predicted`. `left_s` is the expected time in seconds of all that is in flight. `failures`
-    are the latest ones of this drive, without the failures that they caused.
+    `spent` is the total of all drives of the study. `spent_by_drive` is the part of this drive, to
+    compare with `predicted`. `left_s` is the expected time in seconds of all that is in flight.
+    `failures` are the latest ones of this drive, without the failures that they caused.
     """
 
     driver: str

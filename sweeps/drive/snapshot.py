@@ -194,10 +194,10 @@ class Writer:
         """
         now = time.time()
         for job in self._followed.values():
-            for place, key in enumerate(job.keys):
+            for index, key in enumerate(job.keys):
                 node = self._node(key)
                 progress = self._runner.timing.progress_of(node)
-                if place == 0 or progress:
+                if index == 0 or progress:
                     expected_s = self._runner.timing.expected_s(node, now - job.since)
                     yield AtWork(**self._fields(job, key), expected_s=expected_s, progress=progress)
 

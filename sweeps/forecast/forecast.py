@@ -299,8 +299,8 @@ def _assumed(
     if guessed:
         listed = ", ".join(guessed)
         yield (
-            "these kinds have not been measured here, so their time is estimated from counted "
-            f"work alone, which may be off by several times: {listed}"
+            "no similar stages have been measured for these kinds, so their time is estimated "
+            f"from counted work alone, which may be off by several times: {listed}"
         )
     sources = (
         item.location

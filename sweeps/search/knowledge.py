@@ -27,7 +27,7 @@ CPU_SHARE = 0.05  # of a GPU; the weight of work that needs no GPU
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkEstimate:
     """Estimated GPU-seconds of a point: its training, the defence's first stage (`project`), and
     for each setting of the knobs, making and evaluating the defended adapter (`measure`).
     """
@@ -41,7 +41,9 @@ class Work:
         return self.train + self.project + self.measure
 
 
-INVALID = Work(1.0, 1.0, 1.0)  # of a point with invalid settings; proposed, it gives the reason
+Work = WorkEstimate
+# Of a point with invalid settings. It may be proposed; its result then gives the reason.
+INVALID = WorkEstimate(1.0, 1.0, 1.0)
 
 
 class Knowledge:
@@ -52,7 +54,7 @@ class Knowledge:
         self._measured: dict[Point, Readings] = {}
         # Stages of unmeasured adapters, cached since every proposal looks them up
         self._projections: dict[Point, list[Stage]] = {}
-        self._work: dict[Point, Work] = {}
+        self._work: dict[Point, WorkEstimate] = {}
 
     def measured(self, point: Point) -> Readings | None:
         """The defence's measurement of each seed's adapter; None while one is missing."""
@@ -65,7 +67,7 @@ class Knowledge:
             del self._projections[adapter]
         return self._measured[adapter]
 
-    def work(self, point: Point) -> Work:
+    def work(self, point: Point) -> WorkEstimate:
         """The work of a point with nothing in the store; a raced suite counts with its first
         block.
         """
@@ -86,7 +88,9 @@ class Knowledge:
                 # Else adapters that are never proposed would fill the memory
                 self._work.clear()
             self._work[adapter] = (
-                Work(owners["training"], owners["adapter"], owners["point"]) if stages else INVALID
+                WorkEstimate(owners["training"], owners["adapter"], owners["point"])
+                if stages
+                else INVALID
             )
         return self._work[adapter]
 

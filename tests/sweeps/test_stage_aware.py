@@ -4,7 +4,7 @@ import pytest
 
 from ebbline.sweeps.forecast.expected import points_of
 from ebbline.sweeps.search import samplers, stage_aware
-from ebbline.sweeps.search.knowledge import Work
+from ebbline.sweeps.search.knowledge import WorkEstimate
 from ebbline.sweeps.search.masks import mask_of
 from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
 from ebbline.sweeps.state.trials import Entry
@@ -155,7 +155,7 @@ class Costs(Imagined):
     """The cost of a training is 100 times its rank."""
 
     def work(self, point):
-        return Work(100.0 * dict(point.values)["train.rank"], 1.0, self.measure)
+        return WorkEstimate(100.0 * dict(point.values)["train.rank"], 1.0, self.measure)
 
     measure = 1.0
 
