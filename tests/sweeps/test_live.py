@@ -236,6 +236,21 @@ def test_an_incomplete_line_of_the_timeline_is_skipped_and_later_drives_append(t
     assert after[: len(before)] == before and len(after) > len(before)
 
 
+def test_live_json_keeps_its_field_names_and_reads_those_of_earlier_versions(tmp_path, home):
+    axes = {**RANKS, "train.rank": [2]}
+    drive(StudyView(small(tmp_path, axes=axes), home), lambda: Pretended(home.store))
+    path = home.folder("tiny") / LIVE
+    fields = json.loads(path.read_text())
+    assert fields["points"]["told"] == 3 and fields["taken"]["driving_s"] >= 0
+    at_work = {"kind": "train", "label": "train", "key": "k", "host": "here", "gpus": 1}
+    fields["running"] = [{**at_work, "started": 0.0, "expected_s": 9.0, "said": "step 3 of 4"}]
+    path.write_text(json.dumps(fields))
+    found = read_live(path.parent)
+    assert (
+        found is not None and found.model_dump(mode="json")["running"][0]["said"] == "step 3 of 4"
+    )
+
+
 def test_a_missing_incomplete_or_incompatible_snapshot_reads_as_none(tmp_path):
     assert read_live(tmp_path) is None and read_timeline(tmp_path) == []
     for text in ('{"driver": "pro', json.dumps({"driver": "process 1"})):
