@@ -70,7 +70,7 @@ def progress_label(stage: AtWork) -> str:
     """
     progress = stage.progress
     if progress is None:
-        return stage.said
+        return stage.sentence
     what = progress.note if progress.loss is None else f"loss {progress.loss:.3f}"
     return f"{what} ({progress.done}/{progress.total})"
 

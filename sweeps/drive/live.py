@@ -49,7 +49,7 @@ class PointCounts(_Snapshot):
     `amended` counts how often a further seed changed the metrics of a point in this drive.
     """
 
-    told: int
+    completed: int
     limit: int | None
     in_flight: int
     amended: int = 0
@@ -99,7 +99,7 @@ class AtWork(_Snapshot):
     started: float
     expected_s: float
     progress: StageProgress | None = None
-    said: str = ""
+    sentence: str = ""
 
 
 class Failed(_Snapshot):
@@ -149,7 +149,7 @@ class Live(_Snapshot):
     hosts: Sequence[HostNow]
     spent: SpentNow
     predicted: Expected | None
-    taken: SpentNow = SpentNow()
+    spent_by_drive: SpentNow = SpentNow()
     left_s: float
     budget: Mapping[str, float]
     running: Sequence[AtWork]

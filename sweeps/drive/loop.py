@@ -147,7 +147,7 @@ class _Drive:
         ]
         for entry in self.reloading:
             entry.start(runner)
-        progress.told = self.searcher.told()
+        progress.completed = self.searcher.completed()
         self.in_flight = [
             self._in_flight(number, point) for number, point in self.searcher.in_flight()
         ]
@@ -181,7 +181,7 @@ class _Drive:
                 raise RuntimeError("the search waits for a result, but no point is in flight")
             if runner.starved or (self.unaffordable is not None and runner.idle):
                 message = self._budget_message()
-                self.ended = Stopped(message, "budget", points=progress.told)
+                self.ended = Stopped(message, "budget", points=progress.completed)
                 progress.spending.stopped(self.ended)
                 break
             runner.step(started=self._show)
@@ -225,7 +225,7 @@ class _Drive:
 
     def _may_ask(self) -> bool:
         progress = self.progress
-        count = progress.told + len(self.in_flight)
+        count = progress.completed + len(self.in_flight)
         self.exhausted = self.exhausted or (progress.limit is not None and count >= progress.limit)
         if (
             self.exhausted
@@ -252,7 +252,7 @@ class _Drive:
 
     def _out_of_points(self) -> bool:
         budget = self.study.budget.points
-        return budget is not None and self.progress.told + len(self.in_flight) >= budget
+        return budget is not None and self.progress.completed + len(self.in_flight) >= budget
 
     def _end_with_points(self) -> None:
         budget = self.study.budget.points
@@ -260,7 +260,9 @@ class _Drive:
             f"the budget of {budget} points is used up. Raise budget.points in the study file, "
             "and the same command goes on"
         )
-        self.ended = Stopped(message, "budget", points=self.progress.told + len(self.in_flight))
+        self.ended = Stopped(
+            message, "budget", points=self.progress.completed + len(self.in_flight)
+        )
         self.progress.spending.stopped(self.ended)
 
     def _open(self) -> Iterator[Stage]:
@@ -340,7 +342,7 @@ class _Drive:
             self.searcher.tell(entry.number, result)
             self._record(result)
             self.progress.results.append(result)
-            self.progress.told += 1
+            self.progress.completed += 1
         return bool(ended)
 
     def _ended(self, entry: PointInFlight) -> Result:
@@ -357,7 +359,7 @@ class _Drive:
 
     def _record(self, result: Result) -> None:
         self._keep(result)
-        self.progress.taken.append(self.duplicates.marked(result))
+        self.progress.history.append(self.duplicates.marked(result))
         if result.status != "done":
             return
         self.gains.add(result)
@@ -422,7 +424,7 @@ class _Drive:
         # The search does not have the result of a point that is still in flight
         if all(each.number != number for each in self.in_flight):
             self.searcher.amend(number, result)
-            self.progress.taken.append(self.duplicates.marked(result))
+            self.progress.history.append(self.duplicates.marked(result))
             self.progress.amended += 1
 
     def _over(self) -> bool:

@@ -34,10 +34,10 @@ class Progress:
     runner: Runner
     spending: Spending
     results: list[Result] = field(default_factory=list)
-    taken: list[Result] = field(default_factory=list)
+    history: list[Result] = field(default_factory=list)
     in_flight: list[PointInFlight] = field(default_factory=list)
     limit: int | None = None
-    told: int = 0
+    completed: int = 0
     amended: int = 0
     started: float = field(default_factory=time.monotonic)
     prediction: Prediction | None = None

@@ -224,7 +224,7 @@ class Writer:
             started=self._started,
             ended=ended,
             points=PointCounts(
-                told=progress.told,
+                completed=progress.completed,
                 limit=progress.limit,
                 in_flight=len(progress.in_flight),
                 amended=progress.amended,
@@ -240,7 +240,7 @@ class Writer:
             ),
             hosts=[HostNow(name=host.name, gpus=host.gpus, busy=busy[host.name]) for host in hosts],
             spent=_spent_now(spent.cost, spent.driving_s, profile),
-            taken=_spent_now(
+            spent_by_drive=_spent_now(
                 spent.cost + before.cost.times(-1), spent.driving_s - before.driving_s, profile
             ),
             predicted=expected,

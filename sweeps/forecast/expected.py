@@ -28,7 +28,7 @@ class Points:
     then the reason.
     """
 
-    told: tuple[Point, ...]
+    completed: tuple[Point, ...]
     open: tuple[Point, ...]
     failed: int
     chosen: tuple[Point, ...]

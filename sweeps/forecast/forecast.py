@@ -118,7 +118,7 @@ def forecast(
     graph = view.graph.apart()  # drawn points must not change labels and needs of the study
     estimates = estimates_of(home, kind)
     estimates.met(capacity)
-    completed = points.told if len(points.told) <= EXACT else _evenly(points.told)
+    completed = points.completed if len(points.completed) <= EXACT else _evenly(points.completed)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
     found = todo(graph, [*completed, *to_come], report)
     same = duplicates(found, home.store, estimates.distinct_adapters)
@@ -139,7 +139,10 @@ def forecast(
     trace = simulate(
         steps.values(), capacity, start_s=start_s, groups=_step_groups(study, groups, capacity.gpus)
     )
-    scale_completed, scale_to_come = _scale(points.told, completed), _scale(points.to_come, to_come)
+    scale_completed, scale_to_come = (
+        _scale(points.completed, completed),
+        _scale(points.to_come, to_come),
+    )
     looked_up = [
         *((point, scale_completed) for point in completed),
         *((point, scale_to_come) for point in to_come),
@@ -281,9 +284,9 @@ def _assumed(
             f"{simulated} of {len(points.to_come)} points to come were simulated; the others "
             "are assumed to be like them"
         )
-    if looked_at < len(points.told):
+    if looked_at < len(points.completed):
         yield (
-            f"{looked_at} of {len(points.told)} completed points were looked up; the others "
+            f"{looked_at} of {len(points.completed)} completed points were looked up; the others "
             "are assumed to be like them"
         )
     if any(suite is not None for suite in races(study).values()):

@@ -41,7 +41,6 @@ class WorkEstimate:
         return self.train + self.project + self.measure
 
 
-Work = WorkEstimate
 # Of a point with invalid settings. It may be proposed; its result then gives the reason.
 INVALID = WorkEstimate(1.0, 1.0, 1.0)
 

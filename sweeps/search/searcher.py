@@ -49,7 +49,7 @@ __all__ = [
     "WAIT",
     "OptunaSearcher",
     "Searcher",
-    "asked",
+    "all_points",
     "check_written_points",
     "limit",
     "reaching",
@@ -70,7 +70,7 @@ class Searcher(Protocol):
     def in_flight(self) -> Sequence[tuple[int, Point]]:
         """Proposed points without a result, oldest first. A restarted driver continues them."""
 
-    def told(self) -> int:
+    def completed(self) -> int:
         """The number of completed points, including failed ones."""
 
     def measured(self) -> Sequence[tuple[int, Point]]:
@@ -140,7 +140,7 @@ class OptunaSearcher:
             if entry.state == "running"
         ]
 
-    def told(self) -> int:
+    def completed(self) -> int:
         return self._completed
 
     def measured(self) -> Sequence[tuple[int, Point]]:
@@ -270,7 +270,7 @@ def _stage_aware(study: Study) -> "StageAware":
     return StageAware(study)
 
 
-def asked(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:
+def all_points(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:
     """(number, point, state, reason) of every proposed point; state is running, done or failed."""
     return [
         (k, entry.point, entry.state, entry.reason)

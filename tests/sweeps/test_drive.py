@@ -10,7 +10,7 @@ from ebbline.analysis.results.collect import projections
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import asked
+from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.view import StudyView
@@ -78,7 +78,7 @@ def test_every_point_gets_a_result_in_the_order_of_asking(driven):
     found, home, progress = driven
     assert [result.number for result in progress.results] == list(range(6))
     assert [result.status for result in progress.results] == ["done"] * 3 + ["refused"] * 3
-    assert [(number, state) for number, _, state, _ in asked(found, home.storage("tiny"))] == [
+    assert [(number, state) for number, _, state, _ in all_points(found, home.storage("tiny"))] == [
         (result.number, "done" if result.status == "done" else "failed")
         for result in progress.results
     ]
@@ -90,7 +90,9 @@ def test_a_failed_point_keeps_its_reason_and_the_command_that_reproduces_it(driv
         assert "data.size=999" in result.reason and "ebbline rerun " in result.reason
         assert result.metrics == {}
     reasons = [
-        reason for _, _, state, reason in asked(found, home.storage("tiny")) if state == "failed"
+        reason
+        for _, _, state, reason in all_points(found, home.storage("tiny"))
+        if state == "failed"
     ]
     assert reasons == [result.reason for result in progress.results[3:]]
 

@@ -171,7 +171,7 @@ def test_a_sample_of_completed_points_is_scaled_to_the_missing_stages_of_all(
     drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
     wide = study(tmp_path, {**plain, "seeds": [0, 1]})
     whole = forecast(StudyView(wide, home), ONE)
-    assert len(whole.points.told) == whole.looked_up == 30 and whole.todo.new["train"] == 3
+    assert len(whole.points.completed) == whole.looked_up == 30 and whole.todo.new["train"] == 3
     monkeypatch.setattr(forecasts, "EXACT", 20)
     monkeypatch.setattr(forecasts, "SAMPLE", 16)
     part = forecast(StudyView(wide, home), ONE)
@@ -195,10 +195,12 @@ def test_a_search_without_further_masks_has_no_points_to_come(tmp_path, home):
     )
     plain["models"].pop("70b")
     found = study(tmp_path, plain)
-    completed = drive(StudyView(found, home), lambda: Pretended(home.store)).told
+    completed = drive(StudyView(found, home), lambda: Pretended(home.store)).completed
     assert completed < 30
     rest = forecast(StudyView(found, home), ONE)
-    assert rest.complete and len(rest.points.told) == completed and predict(rest, Spent()) is None
+    assert (
+        rest.complete and len(rest.points.completed) == completed and predict(rest, Spent()) is None
+    )
     assert rest.points.ended == "the search has nothing more to propose"
     wider = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 8]}})
     assert len(forecast(StudyView(wider, home), ONE).points.drawn) == 30 - completed

@@ -72,7 +72,7 @@ def test_other_processes_can_watch_a_drive_while_it_runs_and_after_its_end(
     )
     last = read_live(home.folder("tiny"))
     assert last is not None and last.ended == "done" and last.running == [] and last.gpus.busy == 0
-    assert (last.points.told, last.points.limit, last.points.in_flight) == (6, 6, 0)
+    assert (last.points.completed, last.points.limit, last.points.in_flight) == (6, 6, 0)
     assert {kind: counts["done"] for kind, counts in last.stages.items()} == {
         k: c["done"] for k, c in progress.runner.counts.items()
     }
@@ -215,7 +215,7 @@ def test_an_unwritable_snapshot_gives_one_warning_and_the_drive_completes(
     (home.folder("tiny") / TIMELINE).mkdir()
     with caplog.at_level(logging.WARNING):
         progress = drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
-    assert progress.told == 6 and all(result.status == "done" for result in progress.results)
+    assert progress.completed == 6 and all(result.status == "done" for result in progress.results)
     assert sum("the run goes on" in record.message for record in caplog.records) == 1
     assert read_live(home.folder("tiny")) is None
     assert not list(home.folder("tiny").glob(".live*"))

@@ -10,7 +10,14 @@ import pytest
 from ebbline.sweeps.forecast.expected import points_of
 from ebbline.sweeps.search import samplers
 from ebbline.sweeps.search.samplers import Shadow
-from ebbline.sweeps.search.searcher import NOT_A_POINT, WAIT, OptunaSearcher, asked, limit, space
+from ebbline.sweeps.search.searcher import (
+    NOT_A_POINT,
+    WAIT,
+    OptunaSearcher,
+    all_points,
+    limit,
+    space,
+)
 from ebbline.sweeps.state.trials import Entry, read
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.storage import Storage
@@ -89,7 +96,7 @@ def follow(study, url):
             break
         number, point = in_flight.pop(0)
         searcher.tell(number, outcome(number, point))
-    return [point for _, point, _, _ in asked(study, url)]
+    return [point for _, point, _, _ in all_points(study, url)]
 
 
 SAMPLERS = ["tpe", "nsga2", "random", "gp", "stage_aware"]
@@ -250,7 +257,7 @@ def test_a_grid_has_every_combination_in_the_order_of_the_file(tmp_path, url):
 def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
     found = searched(tmp_path, "grid", points=5)
     assert follow(found, url) == list(space(found))[:5]
-    assert not points_of(found, url).to_come and len(asked(found, url)) == 5
+    assert not points_of(found, url).to_come and len(all_points(found, url)) == 5
 
 
 ROWS = [
@@ -294,8 +301,8 @@ def test_a_failed_point_is_recorded_with_its_reason(tmp_path, url):
     searcher.tell(
         number, Result(number, point, "failed", reason="TrainingError: the loss became nan")
     )
-    assert asked(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
-    assert searcher.told() == 1 and searcher.in_flight() == []
+    assert all_points(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
+    assert searcher.completed() == 1 and searcher.in_flight() == []
     (trial,) = optuna.load_study(study_name="tiny", storage=url.url).trials
     assert trial.state == optuna.trial.TrialState.FAIL
     assert searcher.ask(KNOWLEDGE)[1] != point
@@ -459,10 +466,10 @@ def test_choices_that_are_equal_in_python_stay_distinct(tmp_path, url):
 
 def test_readers_see_no_points_before_the_first_driver_and_their_states_after(tmp_path, url):
     found = searched(tmp_path)
-    assert asked(found, url) == []
+    assert all_points(found, url) == []
     searcher = OptunaSearcher(found, url)
     in_flight = [searcher.ask(KNOWLEDGE) for _ in range(2)]
     searcher.tell(0, outcome(0, in_flight[0][1]))
-    states = [(number, point, state) for number, point, state, _ in asked(found, url)]
+    states = [(number, point, state) for number, point, state, _ in all_points(found, url)]
     assert states[1] == (1, in_flight[1][1], "running") and states[0][2] in ("done", "failed")
     assert len(points_of(found, url).drawn) == 10

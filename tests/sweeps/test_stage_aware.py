@@ -105,7 +105,7 @@ def test_every_mask_is_proposed_exactly_once(tmp_path, empty_storage, seeds):  #
     assert len(points) == len(masks)
     found = points_of(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
     # Complete with fewer points than the 60 of the study file
-    assert len(found.told) == len(points) and not found.to_come
+    assert len(found.completed) == len(points) and not found.to_come
     assert found.ended == "the search has nothing more to propose"
 
 

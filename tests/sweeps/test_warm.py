@@ -2,7 +2,7 @@
 
 import pytest
 
-from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher, asked
+from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher, all_points
 from ebbline.sweeps.search.warm_start import prior_results
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
@@ -40,7 +40,7 @@ def test_results_of_another_study_are_copied_once_and_count_as_no_points(tmp_pat
     found = warmed(tmp_path)
     finished = [
         point
-        for _, point, state, _ in asked(
+        for _, point, state, _ in all_points(
             parse(written(tmp_path, {"study": "small"})), home.storage("small")
         )
         if state == "done"
@@ -52,9 +52,9 @@ def test_results_of_another_study_are_copied_once_and_count_as_no_points(tmp_pat
             searcher.teach(name, entries)
         assert [entry.point for entry in searcher.trials.taught] == finished
         assert (
-            searcher.told() == 0
+            searcher.completed() == 0
             and searcher.in_flight() == []
-            and asked(found, home.storage("tiny")) == []
+            and all_points(found, home.storage("tiny")) == []
         )
     numbers = []
     while (new := searcher.ask(Imagined())) is not None and new is not WAIT:
