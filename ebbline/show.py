@@ -123,7 +123,7 @@ class Screen:
         """Take in the results that landed since the last time, and the models before
         fine-tuning.
         """
-        new = progress.taken[self._landed :]
+        new = progress.history[self._landed :]
         self._landed += len(new)
         if not new:
             return
@@ -178,7 +178,7 @@ def elapsed_s(live: Live) -> float:
 
 
 def points(live: Live) -> str:
-    told, most = live.points.told, live.points.limit
+    told, most = live.points.completed, live.points.limit
     return f"{told}{'' if most is None else f'/{most}'} points, {live.points.in_flight} in flight"
 
 
@@ -207,7 +207,7 @@ def spent(live: Live) -> str:
         f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU asked for yet"
     )
     said = [busy, f"{gpu_hours_label(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
-    predicted, taken = live.predicted, live.taken
+    predicted, taken = live.predicted, live.spent_by_drive
     if predicted is not None:
         whole = (
             f"{gpu_hours_label(predicted.gpu_hours, predicted.usd, hours)} in "
@@ -234,7 +234,7 @@ def spent(live: Live) -> str:
     }
     limits |= {
         "hours": (live.spent.driving_s / 3600, "{:.3g} of {:g} hours"),
-        "points": (live.points.told, "{:g} of {:g} points"),
+        "points": (live.points.completed, "{:g} of {:g} points"),
     }
     rests = [
         words.format(max(0.0, live.budget[name] - used), live.budget[name])

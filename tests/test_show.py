@@ -65,7 +65,7 @@ def test_no_heartbeat_looks_at_more_than_what_is_under_way(tmp_path, home, monke
 
     with screen:
         progress = drive(StudyView(found, home), lambda: Pretended(home.store), watch)
-    assert progress.told == 6 and len(progress.results) == 6
+    assert progress.completed == 6 and len(progress.results) == 6
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "tiny: 6/6 points" in said if console.is_terminal else "6/6 points" in said
 
@@ -143,7 +143,7 @@ def test_the_frontier_is_of_all_runs_and_keeps_what_no_other_point_of_its_size_d
     screen = Screen(found, terminal())
     progress = drive(StudyView(found, home), lambda: Pretended(home.store), screen)
     screen.look(progress)
-    assert len(progress.results) == 5 and len(progress.taken) == 9
+    assert len(progress.results) == 5 and len(progress.history) == 9
     results = collect(StudyView(found, home))
     assert screen.picture.frontier.hypervolume == pytest.approx(
         frontier_hypervolume(results, found.objectives)
@@ -164,7 +164,7 @@ def test_a_further_seed_replaces_what_its_point_was_while_the_run_goes_on(
     results = {each.number: each for each in collect(StudyView(found, home))}
     assert max(seeds_of(each) for each in results.values()) > 1
     assert (
-        progress.amended == progress.live.points.amended == len(progress.taken) - len(results) > 0
+        progress.amended == progress.live.points.amended == len(progress.history) - len(results) > 0
     )
     shown = screen.picture.frontier
     assert all(each.metrics == results[each.number].metrics for each in shown.results)

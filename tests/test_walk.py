@@ -123,7 +123,7 @@ def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, 
 
 def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
     points = points_of(study, home.storage(study.study))
-    found = todo(StageGraph(study, home), points.told)
+    found = todo(StageGraph(study, home), points.completed)
     assert (
         not found.missing
         and not points.to_come
@@ -132,7 +132,7 @@ def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None
     )
     searcher = OptunaSearcher(study, home.storage(study.study))
     assert (
-        searcher.told() == 6
+        searcher.completed() == 6
         and not searcher.in_flight()
         and searcher.ask(Knowledge(StageGraph(study, home), Resolver(home.store))) is None
     )

@@ -69,7 +69,7 @@ def progress_label(stage: AtWork) -> str:
     """
     progress = stage.progress
     if progress is None:
-        return stage.said
+        return stage.sentence
     quantity = progress.note if progress.loss is None else f"loss {progress.loss:.3f}"
     return f"{quantity} ({progress.done}/{progress.total})"
 

@@ -58,7 +58,7 @@ def plan_study(view: StudyView, capacity: Capacity, why: int, as_json: bool) -> 
 
 
 def _nothing_missing(found: Forecast) -> str:
-    told = len(found.points.told)
+    told = len(found.points.completed)
     if found.looked_up < told:
         return (
             f" among the {found.looked_up} of {told} points that were looked up; a run looks "
@@ -127,7 +127,7 @@ def plan_summary(
     """
     points = found.points
     return {
-        "points": len(points.told) + len(points.open) + len(points.chosen) + points.failed,
+        "points": len(points.completed) + len(points.open) + len(points.chosen) + points.failed,
         "unchosen": len(points.drawn),
         "simulated_points": found.simulated,
         "looked_up_points": found.looked_up,
@@ -175,7 +175,7 @@ def _table(found: Forecast, profile: Profile) -> Table:
 
 def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
     points = found.points
-    known = len(points.told) + len(points.open) + len(points.chosen)
+    known = len(points.completed) + len(points.open) + len(points.chosen)
     failed = f" ({points.failed} more failed)" if points.failed else ""
     yield f"{known} points are known{failed}, {len(points.drawn)} are for the search to choose."
     if points.ended:

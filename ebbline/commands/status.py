@@ -170,7 +170,7 @@ class _Watched:
         it takes all the time.
         """
         told, now = (
-            (0, 0) if live is None else (live.points.told, live.points.amended),
+            (0, 0) if live is None else (live.points.completed, live.points.amended),
             time.monotonic(),
         )
         if told == self._told or now - self._read_at < self._took_s / READ_SHARE:

@@ -20,7 +20,7 @@ from ebbline.analysis.results.frontier import frontier_by_model
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.cluster.store.retention import Damage, Needed, Removal, Survey, damages, remove
 from ebbline.commands.project import progress_bar
-from ebbline.sweeps.search.searcher import asked
+from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import StageName
 from ebbline.sweeps.study.stages import stages_or_reason
@@ -55,7 +55,7 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     view = StudyView(study, home, located=False)
     graph, resolver = view.graph, Resolver(home.store)
     targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
-    points = asked(study, view.storage)
+    points = all_points(study, view.storage)
     table = view.folder / "results.parquet"
     if not points and table.exists():
         raise StudyError(

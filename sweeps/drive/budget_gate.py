@@ -1,8 +1,8 @@
-"""What the driver expects a point to take, against what its study's budget leaves.
+"""Decides whether the rest of a study's budget affords another point.
 
-A point counts with what is neither in the store nor under way for another, and a raced suite with
-its first block. The time of a stage is an estimate: the runner asks again before it starts one, so
-a point that is started may be left unfinished, and is continued when the budget is raised.
+A point adds its stages that are neither in the store nor already in the runner. A raced suite
+counts with its first block. Stage times are estimates, and the runner rechecks the budget
+before each start. So a started point may stay unfinished; it continues when the budget is raised.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,34 +19,34 @@ from ebbline.tasks.stage import Stage, closure
 
 
 class BudgetGate:
-    """Looks at the store again only when something was finished since the last look."""
+    """Looks in the store again only after a stage has settled."""
 
     def __init__(self, graph: StageGraph, runner: Runner, spending: Spending) -> None:
         self._graph, self._runner, self._spending = graph, runner, spending
-        self._open_when_refused: tuple[int, frozenset[str]] | None = None
+        self._open_when_skipped: tuple[int, frozenset[str]] | None = None
 
     def affords(self, stages: Mapping[str, Stage]) -> bool:
-        """Whether the budget affords a point with these stages, beside all that is under way."""
+        """Whether the budget affords a point with these stages, on top of all unsettled stages."""
         if not self._spending.limited:
             return True
         moment = (self._runner.settlements, frozenset(stages))
-        if moment == self._open_when_refused:
+        if moment == self._open_when_skipped:
             return False
         more, seconds = self._of_point(stages)
         if self._spending.crossed(self._under_way() + more, seconds):
-            self._open_when_refused = moment
+            self._open_when_skipped = moment
             return False
         return True
 
-    def told_of_point(self, what: str, stages: Mapping[str, Stage]) -> str:
-        """Why nothing more starts: for want of budget for this point."""
+    def point_message(self, what: str, stages: Mapping[str, Stage]) -> str:
+        """The reason to stop: the budget does not afford this point, called `what`."""
         return self._spending.over_budget(what, *self._of_point(stages))
 
-    def told_of_stage(self) -> str:
-        """Why nothing more starts: for want of budget for any stage that is ready."""
-        refused = [node for node in self._runner.unsettled() if node.key in self._runner.refused]
+    def stage_message(self) -> str:
+        """The reason to stop: the budget affords no stage that is ready. Names the shortest."""
+        skipped = [node for node in self._runner.unsettled() if node.key in self._runner.refused]
         node = min(
-            refused, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key)
+            skipped, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key)
         )
         seconds = self._runner.open_seconds(node.stage) or 0.0
         return self._spending.over_budget(
@@ -56,14 +56,16 @@ class BudgetGate:
         )
 
     def _of_point(self, stages: Mapping[str, Stage]) -> tuple[Cost, float]:
-        """What a point adds, and the seconds of its longest chain."""
+        """The cost that a point adds, and the seconds of its longest chain of stages."""
         resolver = Resolver(self._graph.home.store)
-        asked = [stage for name, stage in stages.items() if (StageName.parse(name).block or 0) == 0]
-        left = {stage.lineage: self._left_s(stage, resolver) for stage in closure(asked)}
-        new = [stage for stage in closure(asked) if stage.lineage not in self._runner.nodes]
+        requested = [
+            stage for name, stage in stages.items() if (StageName.parse(name).block or 0) == 0
+        ]
+        left = {stage.lineage: self._left_s(stage, resolver) for stage in closure(requested)}
+        new = [stage for stage in closure(requested) if stage.lineage not in self._runner.nodes]
         starts = self._starts(stage for stage in new if left[stage.lineage] > 0.0)
         return total(self._cost(stage, left[stage.lineage]) for stage in new) + starts, _longest(
-            asked, left
+            requested, left
         )
 
     def _left_s(self, stage: Stage, resolver: Resolver) -> float:
@@ -76,7 +78,7 @@ class BudgetGate:
         )
 
     def _under_way(self) -> Cost:
-        """The rest of all that is wanted, running or not yet."""
+        """The cost of the rest of all unsettled stages, running or waiting."""
         keys: dict[str, Cost] = {}
         nodes = self._runner.unsettled()
         for node in nodes:
@@ -88,8 +90,8 @@ class BudgetGate:
         )
 
     def _starts(self, stages: Iterable[Stage]) -> Cost:
-        """What the jobs take to start that these stages will run in: at least one for each base,
-        and for its trainings another.
+        """The cost of starting the jobs of these stages: one job for each base model, and one
+        more for its trainings.
         """
         jobs: dict[tuple[int, str, bool], Cost] = {}
         if self._runner.executor.own_processes:

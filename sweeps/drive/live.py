@@ -1,14 +1,14 @@
-"""The live snapshot of a drive, for those who watch it: `ebbline run`, and from other processes
-`ebbline status --watch`, the dashboard.
+"""The live snapshot of a drive. `ebbline run`, `ebbline status --watch` and the dashboard show it.
 
-    HOME/studies/NAME/live.json          how the drive stands (Live); replaced whole, at most once a
-                                         second
-    HOME/studies/NAME/timeline.jsonl     a line for each stage that ended (Ended), of all drives;
-                                         only ever appended to
+    HOME/studies/NAME/live.json          the state of the drive (Live); replaced whole, at most
+                                         once a second
+    HOME/studies/NAME/timeline.jsonl     one line for each stage that ended (Ended), of all
+                                         drives; append-only
 
-Both are mirrors: no driver reads them back, and one that cannot write them says so once and goes
-on. A live.json whose study nobody drives now (ebbline.sweeps.study.home.Home.holder) is the past:
-its driver was killed when `ended` is null. ebbline.sweeps.drive.snapshot takes them.
+Invariant: both files are for watchers only. No driver reads them, and a driver that cannot write
+them logs one warning and continues. When no driver holds the study
+(ebbline.sweeps.study.home.Home.holder), live.json describes the last drive; if its `ended` is
+null, that driver was killed. ebbline.sweeps.drive.snapshot writes both files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,61 +29,67 @@ Outcome = Literal["done", "failed", "lost"]
 End = Literal["done", "request", "budget", "gain", "error"]
 
 
-class _Said(BaseModel):
-    """Immutable; what a later version says beside it is passed over."""
-
-    model_config = ConfigDict(frozen=True)
+# Fields with another name in the files
+JSON_NAMES = {"completed": "told", "sentence": "said", "spent_by_drive": "taken"}
 
 
-class PointCounts(_Said):
-    """How many points the search was told of, over all drives, how many there will be at most, and
-    how many are under way.
+class _Snapshot(BaseModel):
+    """Immutable. Fields of later versions are ignored."""
 
-    `amended` counts the times that a point's metrics were worked out again in this drive, with a
-    further seed.
+    model_config = ConfigDict(
+        frozen=True,
+        alias_generator=lambda name: JSON_NAMES.get(name, name),
+        validate_by_name=True,
+        serialize_by_alias=True,
+    )
+
+
+class PointCounts(_Snapshot):
+    """Number of completed points over all drives, their maximum, and the number in flight.
+
+    `amended` counts how often a further seed changed the metrics of a point in this drive.
     """
 
-    told: int
+    completed: int
     limit: int | None
     in_flight: int
     amended: int = 0
 
 
-class Gpus(_Said):
-    """`logical` when none of them is known to be a real one."""
+class Gpus(_Snapshot):
+    """GPUs of the cluster. `logical` is true when the type of every GPU is unknown."""
 
     total: int
     busy: int
     logical: bool = False
 
 
-class HostNow(_Said):
+class HostNow(_Snapshot):
     name: str
     gpus: int
     busy: int
 
 
-class SpentNow(_Said):
-    """GPU time, dollars (null without a price), and seconds of driving."""
+class SpentNow(_Snapshot):
+    """GPU-hours, dollars (null without a price), and seconds of driving."""
 
     gpu_hours: float = 0.0
     usd: float | None = None
     driving_s: float = 0.0
 
 
-class Expected(_Said):
-    """What this drive was expected to take."""
+class Expected(_Snapshot):
+    """The predicted wall time and cost of this drive."""
 
     wall_s: float
     gpu_hours: float
     usd: float | None
 
 
-class AtWork(_Said):
-    """A stage at work: `expected_s` is what it is expected to take in all, from `started`.
+class AtWork(_Snapshot):
+    """A stage at work. `expected_s` is its expected total time in seconds, from `started`.
 
-    `progress` is None while it has told nothing. A snapshot of an earlier version has a sentence,
-    `said`, in its place.
+    `progress` is None until the stage reports some. Earlier versions wrote a `sentence` instead.
     """
 
     kind: str
@@ -94,12 +100,13 @@ class AtWork(_Said):
     started: float
     expected_s: float
     progress: StageProgress | None = None
-    said: str = ""
+    sentence: str = ""
 
 
-class Failed(_Said):
-    """A stage that failed, and the command that reproduces it in one process; or a `point` whose
-    settings are invalid (no key).
+class Failed(_Snapshot):
+    """A stage that failed, and the command that reproduces it in one process.
+
+    For a point with invalid settings, `kind` is "point"; `key` and `command` are empty.
     """
 
     kind: str
@@ -109,9 +116,9 @@ class Failed(_Said):
     command: str
 
 
-class Ended(_Said):
-    """A stage that ended. `lost` was at work when its job went: it is tried again, here or by the
-    next drive.
+class Ended(_Snapshot):
+    """A stage that ended. A `lost` one was at work when its job ended; this drive or the next one
+    retries it.
     """
 
     kind: str
@@ -124,13 +131,13 @@ class Ended(_Said):
     outcome: Outcome
 
 
-class Live(_Said):
-    """How a drive stood at `at`. Moments are seconds since 1970; `stages` counts by kind and state
-    (STATES).
+class Live(_Snapshot):
+    """The state of a drive at the time `at`. Times are seconds since 1970. `stages` counts stages
+    by kind and state (STATES).
 
-    `spent` is what all drives of the study took so far, `taken` this one alone, of what was
-    `predicted` for it. `left_s` are the seconds expected for what is in flight. `failures` are the
-    latest, of this drive, without those that they caused.
+    `spent` is the total of all drives of the study. `spent_by_drive` is the part of this drive, to
+    compare with `predicted`. `left_s` is the expected time in seconds of all that is in flight.
+    `failures` are the latest ones of this drive, without the failures that they caused.
     """
 
     driver: str
@@ -143,7 +150,7 @@ class Live(_Said):
     hosts: Sequence[HostNow]
     spent: SpentNow
     predicted: Expected | None
-    taken: SpentNow = SpentNow()
+    spent_by_drive: SpentNow = SpentNow()
     left_s: float
     budget: Mapping[str, float]
     running: Sequence[AtWork]
@@ -151,7 +158,7 @@ class Live(_Said):
 
 
 def read_live(folder: Path) -> Live | None:
-    """The latest snapshot in a study's folder; None when there is none that can be read."""
+    """The latest snapshot in a study's folder; None when there is no readable one."""
     try:
         return Live.model_validate_json((folder / LIVE).read_bytes())
     except (OSError, ValidationError):
@@ -159,7 +166,7 @@ def read_live(folder: Path) -> Live | None:
 
 
 def read_timeline(folder: Path) -> list[Ended]:
-    """The stages that ended, in that order; one that cannot be read is passed over."""
+    """The stages that ended, in that order. Unreadable lines are skipped."""
     found = list[Ended]()
     for line in whole_lines(folder / TIMELINE):
         with suppress(ValidationError):
@@ -168,7 +175,7 @@ def read_timeline(folder: Path) -> list[Ended]:
 
 
 def host_names(folder: Path) -> set[str]:
-    """The hosts that a study has run on, as far as its records name them."""
+    """The names of the hosts that a study has run on, from live.json and timeline.jsonl."""
     live = read_live(folder)
-    named = {each.name for each in live.hosts} if live is not None else set[str]()
-    return named | {each.host for each in read_timeline(folder) if each.host}
+    names = {each.name for each in live.hosts} if live is not None else set[str]()
+    return names | {each.host for each in read_timeline(folder) if each.host}

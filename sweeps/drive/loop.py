@@ -1,8 +1,10 @@
-"""The driving loop: keep the cluster busy with points, run their stages, tell the search, stop when
-it has no more.
+"""The driving loop of a study.
 
-Running the same study again is always safe: points come from the Optuna storage, outputs from the
-store, and what is there is not made again. Only one driver holds a study at a time.
+It asks the search for points, runs their stages, and tells the search the results. It ends when the
+search has no more points, or the study has to stop.
+
+Invariant: a rerun of a study is safe. Points come from the Optuna storage and outputs from the
+store; existing outputs are reused. One driver at a time holds a study.
 """
 
 from collections import Counter
@@ -24,7 +26,7 @@ from ebbline.sweeps.search.searcher import (
     limit,
     reaching,
 )
-from ebbline.sweeps.search.warm_start import lessons
+from ebbline.sweeps.search.warm_start import prior_results
 from ebbline.sweeps.state.in_flight import PointInFlight, has_room, queued_gpus, start_affordable
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.outcome import Duplicates, result_of
@@ -39,7 +41,7 @@ from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Stage
 
-NEWS = 20
+NEW_SHARE = 20  # further seeds are decided after 1/20 of the results are new
 
 
 def drive(
@@ -52,22 +54,23 @@ def drive(
 ) -> Progress:
     """Run a study to its end: the aligned models before fine-tuning, then the search's points.
 
-    The executor, of this `kind`, is made once the study is held, and closed at the end; `predict`
-    says what the run will take there. `stop` turning true drains and returns. Others can watch
-    through ebbline.sweeps.drive.live. Raises StudyHeld when another driver has the study,
-    StudyError when it is another study than was begun, or a model cannot be measured before
-    fine-tuning.
+    `make_executor` makes an executor of this `kind` after the driver holds the study; it is closed
+    at the end. `predict` returns the prediction for a run on it. When `stop` returns true, running
+    stages end and the drive returns. Other processes can watch through ebbline.sweeps.drive.live.
+
+    Raises StudyHeld when another driver holds the study. Raises StudyError when the settings differ
+    from those the study began with, or when a model cannot be measured before fine-tuning.
     """
     study, home, storage = view.study, view.home, view.storage
     with home.driving(study.study) as hold, reaching(storage):
         graph = view.graph
         check_written_points(study)
         require_prices(study, home.profile)
-        # The database learns of a wider study first: a driver that is killed in between finds the
-        # old one here, and widens it again.
+        # The database gets a widened study before the home does. A driver that is killed in between
+        # finds the old study in the home, and widens it once more.
         searcher = OptunaSearcher(study, storage, view.begun_as())
         view.freeze()
-        for name, found in lessons(study, home).items():
+        for name, found in prior_results(study, home).items():
             searcher.teach(name, found)
         with spending(study, home.profile, view.folder, hold.driver) as spent:
             executor = make_executor()
@@ -86,8 +89,10 @@ def drive(
 
 
 class _Drive:
-    """One run of a study. `again` are points that were told before, and are heard again; `more` get
-    a further seed.
+    """One run of a study.
+
+    `reloading` are points completed in earlier runs whose results are read again from the store.
+    `more` are points that get a further seed.
     """
 
     def __init__(
@@ -115,18 +120,15 @@ class _Drive:
         ]
         self.knowledge = Knowledge(self.graph, self.runner)
         self.in_flight: list[PointInFlight] = []
-        self.again: list[PointInFlight] = []
+        self.reloading: list[PointInFlight] = []
         self.more: list[PointInFlight] = []
         self.rivals, self.duplicates = Rivals(self.study), Duplicates(self.study)
-        self.results: dict[int, Result] = {}  # over all seeds that there are
-        self.most = dict(
-            searcher.gave_up()
-        )  # seeds that a point can have, of points whose further seed failed
+        self.results: dict[int, Result] = {}  # by number, over all seeds so far
+        self.max_seeds = dict(searcher.gave_up())  # by number, after a further seed failed
         self.unaffordable: PointInFlight | None = None
         self.exhausted = self.waiting = False
-        self.news = Counter[
-            str
-        ]()  # by size, results since it was last asked which points need more seeds
+        # By model, the results since further seeds were last decided
+        self.new_results = Counter[str]()
         before = progress.spending.gain
         rule = rule_of(self.study)
         self.ended = still_met(self.study, before)
@@ -140,10 +142,12 @@ class _Drive:
         progress, runner = self.progress, self.runner
         runner.want(self.baselines)
         self.searcher.estimate(self.knowledge)
-        self.again = [self._in_flight(number, point) for number, point in self.searcher.measured()]
-        for entry in self.again:
+        self.reloading = [
+            self._in_flight(number, point) for number, point in self.searcher.measured()
+        ]
+        for entry in self.reloading:
             entry.start(runner)
-        progress.told = self.searcher.told()
+        progress.completed = self.searcher.completed()
         self.in_flight = [
             self._in_flight(number, point) for number, point in self.searcher.in_flight()
         ]
@@ -153,7 +157,7 @@ class _Drive:
             self._show()
             self._check_baselines()
             if not runner.draining:
-                self._hear()
+                self._collect()
                 if self._tell_ended():
                     continue
                 self._replicate()
@@ -171,13 +175,13 @@ class _Drive:
                 break
             if (
                 self.waiting
-                and not (self.in_flight or self.again or self.more)
+                and not (self.in_flight or self.reloading or self.more)
                 and all(map(runner.settled, self.baselines))
             ):
-                raise RuntimeError("the search waits for a point, and none is under way")
+                raise RuntimeError("the search waits for a result, but no point is in flight")
             if runner.starved or (self.unaffordable is not None and runner.idle):
-                said = self._told_of_budget()
-                self.ended = Stopped(said, "budget", points=progress.told)
+                message = self._budget_message()
+                self.ended = Stopped(message, "budget", points=progress.completed)
                 progress.spending.stopped(self.ended)
                 break
             runner.step(started=self._show)
@@ -199,9 +203,7 @@ class _Drive:
         )
 
     def _ask(self) -> None:
-        """Start what the budget affords, and ask for points as long as there is room for
-        them.
-        """
+        """Start the points that the budget affords, and ask for more while there is room."""
         self.waiting = False
         self.unaffordable = (
             None
@@ -212,19 +214,19 @@ class _Drive:
         )
         while self._may_ask():
             self.hold.check()
-            asked = self.searcher.ask(self.knowledge)
-            if asked is None or isinstance(asked, Wait):
-                self.exhausted, self.waiting = asked is None, asked is not None
+            proposal = self.searcher.ask(self.knowledge)
+            if proposal is None or isinstance(proposal, Wait):
+                self.exhausted, self.waiting = proposal is None, proposal is not None
                 return
-            entry = self._in_flight(*asked)
+            entry = self._in_flight(*proposal)
             self.in_flight.append(entry)
             self.unaffordable = start_affordable([entry], self.runner, self.budget_gate.affords)
-            self._ask_more(entry)
+            self._request_more(entry)
 
     def _may_ask(self) -> bool:
         progress = self.progress
-        there = progress.told + len(self.in_flight)
-        self.exhausted = self.exhausted or (progress.limit is not None and there >= progress.limit)
+        count = progress.completed + len(self.in_flight)
+        self.exhausted = self.exhausted or (progress.limit is not None and count >= progress.limit)
         if (
             self.exhausted
             or self.ended is not None
@@ -236,8 +238,8 @@ class _Drive:
             if not self.in_turn:
                 self._end_with_points()
             return False
-        if self.again and (self.study.search.stop is not None or self.searcher.constrained):
-            # Whether there is to be another point, or what holds the constraints, is not known yet
+        if self.reloading and (self.study.search.stop is not None or self.searcher.constrained):
+            # search.stop and the constraints depend on results that are still being reloaded
             return False
         if self.in_turn:
             return len(self.in_flight) < self.study.search.effective_window
@@ -250,25 +252,28 @@ class _Drive:
 
     def _out_of_points(self) -> bool:
         budget = self.study.budget.points
-        return budget is not None and self.progress.told + len(self.in_flight) >= budget
+        return budget is not None and self.progress.completed + len(self.in_flight) >= budget
 
     def _end_with_points(self) -> None:
         budget = self.study.budget.points
-        said = (
+        message = (
             f"the budget of {budget} points is used up. Raise budget.points in the study file, "
             "and the same command goes on"
         )
-        self.ended = Stopped(said, "budget", points=self.progress.told + len(self.in_flight))
+        self.ended = Stopped(
+            message, "budget", points=self.progress.completed + len(self.in_flight)
+        )
         self.progress.spending.stopped(self.ended)
 
     def _open(self) -> Iterator[Stage]:
         yield from self.baselines
-        for entry in (*self.in_flight, *self.more, *self.again):
+        for entry in (*self.in_flight, *self.more, *self.reloading):
             yield from entry.requested
 
     def _check_baselines(self) -> None:
-        """What every point of a size needs has failed: stop, and tell no point that it failed for a
-        fault of its own.
+        """Stop the run when a measurement that all points of a model need has failed.
+
+        Raises StudyError; points are not marked as failed.
         """
         broken = next(
             (
@@ -279,45 +284,45 @@ class _Drive:
             None,
         )
         if broken is not None:
-            raise StudyError(f"a model could not be measured before fine-tuning: {_told(broken)}")
+            raise StudyError(f"a model could not be measured before fine-tuning: {_reason(broken)}")
 
-    def _hear(self) -> None:
-        """Ask for what points need next; take in what was told before, in order, as far as its
-        artifacts are there (or made) again.
+    def _collect(self) -> None:
+        """Request the next stages of all points, and reload the results of earlier runs in order,
+        as far as their artifacts are in the store.
         """
-        for entry in list(self.again):
-            self._ask_more(entry)
+        for entry in list(self.reloading):
+            self._request_more(entry)
             if entry.settled(self.runner):
-                self.again.remove(entry)
+                self.reloading.remove(entry)
                 result = self._result(entry)
                 if result.status == "done" and self.searcher.constrained:
                     self.searcher.amend(entry.number, result)
-                self._take(result)
+                self._record(result)
             elif self.in_turn:
-                return  # what follows is compared with those before it, which must be known first
+                return  # later points are compared with this one
         for entry in (*self.in_flight, *self.more):
-            self._ask_more(entry)
+            self._request_more(entry)
 
-    def _ask_more(self, entry: PointInFlight) -> None:
+    def _request_more(self, entry: PointInFlight) -> None:
         if self.rivals.compares and entry.may_request:
             model = entry.point.model
             first = [
-                next((each.number for each in those if each.point.model == model), None)
-                for those in (self.again, self.in_flight)
+                next((each.number for each in entries if each.point.model == model), None)
+                for entries in (self.reloading, self.in_flight)
             ]
             if any(
                 number is not None and number <= entry.number - self.study.search.effective_window
                 for number in first
             ):
-                return  # what it is compared with is not known yet
+                return  # a point that it is compared with has no result yet
         entry.request_next(self.study, self.runner, self.rivals)
 
     def _tell_ended(self) -> bool:
-        """Tell the search of points that ended; True when there were any.
+        """Tell the search the results of points that ended; True when there were any.
 
-        In turn it is one at a time: the next proposal is to see exactly this result more than the
-        one before it did. None while nothing is asked for want of budget, of points or of what they
-        take: the next run tells them from the store.
+        With `order: in_turn`, the search gets one result at a time, so that each proposal sees one
+        result more than the one before it. While the budget allows no further proposal, the search
+        gets no result: the next run reports them from the store.
         """
         if self.in_turn:
             full = (
@@ -326,7 +331,7 @@ class _Drive:
                 or self.waiting
                 or len(self.in_flight) == self.study.search.effective_window
             )
-            ended = self.in_flight[:1] if full and not self.again else []
+            ended = self.in_flight[:1] if full and not self.reloading else []
         else:
             ended = self.in_flight
         ended = [entry for entry in ended if entry.settled(self.runner)]
@@ -335,16 +340,16 @@ class _Drive:
             self.in_flight.remove(entry)
             result = self._ended(entry)
             self.searcher.tell(entry.number, result)
-            self._take(result)
+            self._record(result)
             self.progress.results.append(result)
-            self.progress.told += 1
+            self.progress.completed += 1
         return bool(ended)
 
     def _ended(self, entry: PointInFlight) -> Result:
         failure = entry.failure(self.runner)
-        result = self._result(entry, entry.invalid or (_told(failure) if failure else ""))
+        result = self._result(entry, entry.invalid or (_reason(failure) if failure else ""))
         if result.status == "running":
-            raise RuntimeError(f"point {entry.number} was to be told before it was measured")
+            raise RuntimeError(f"point {entry.number} ended before it was measured")
         return result
 
     def _result(self, entry: PointInFlight, reason: str = "") -> Result:
@@ -352,81 +357,80 @@ class _Drive:
             self.study, entry.number, entry.point, entry.stages, self.runner, reason, self.rivals
         )
 
-    def _take(self, result: Result) -> None:
+    def _record(self, result: Result) -> None:
         self._keep(result)
-        self.progress.taken.append(self.duplicates.marked(result))
+        self.progress.history.append(self.duplicates.marked(result))
         if result.status != "done":
             return
         self.gains.add(result)
-        said = "" if self.again or self.ended is not None else self.gains.met()
-        if said:
-            self.ended = Stopped(said, "gain", rule_of(self.study), self.gains.points)
+        message = "" if self.reloading or self.ended is not None else self.gains.met()
+        if message:
+            self.ended = Stopped(message, "gain", rule_of(self.study), self.gains.points)
             self.progress.spending.stopped(self.ended)
 
     def _keep(self, result: Result) -> None:
         self.results[result.number] = result
-        self.news[result.point.model] += 1
+        self.new_results[result.point.model] += 1
         self.rivals.add(result)
         self.duplicates.add(result)
 
     def _replicate(self) -> None:
-        """Further seeds for points of which it is not certain whether another dominates them; in
-        turn, once all points have ended.
+        """Run further seeds for points that another point may or may not dominate.
+
+        With `order: in_turn`, this waits until all points have ended.
         """
         for entry in [entry for entry in self.more if entry.settled(self.runner)]:
             self.more.remove(entry)
-            self.news[entry.point.model] += 1
-            self._take_further(entry)
+            self.new_results[entry.point.model] += 1
+            self._record_further(entry)
         over = self._over()
-        if self.study.replicates.policy == "all" or self.again or (self.in_turn and not over):
+        if self.study.replicates.policy == "all" or self.reloading or (self.in_turn and not over):
             return
-        if not over and self.news.total() < len(self.results) / NEWS:
-            return  # of many points few change what is certain
-        for entry in self.in_flight if over else ():  # ended, and held back from the search
+        if not over and self.new_results.total() < len(self.results) / NEW_SHARE:
+            return  # few new results rarely change the decision
+        for entry in self.in_flight if over else ():  # ended, but not reported to the search
             if entry.number not in self.results:
                 self._keep(self._ended(entry))
-        # Who needs one more is decided by what all points of a size had before: when no more come,
-        # not as long as some are under way.
-        sizes = set(self.news) - {entry.point.model for entry in self.more if over}
+        # The decision compares all points of a model with equal numbers of seeds. So once no more
+        # points come, it waits until the further seeds of that model have ended.
+        sizes = set(self.new_results) - {entry.point.model for entry in self.more if over}
         for model in sizes:
-            del self.news[model]
-        known = [
+            del self.new_results[model]
+        results = [
             self.duplicates.marked(result)
             for result in self.results.values()
             if result.point.model in sizes
         ]
-        under_way = {entry.number for entry in self.more}
-        for number, seeds in seeds_needed(self.study, known, self.most).items():
+        in_flight = {entry.number for entry in self.more}
+        for number, seeds in seeds_needed(self.study, results, self.max_seeds).items():
             result = self.results[number]
-            if seeds > seeds_of(result) and number not in under_way:
+            if seeds > seeds_of(result) and number not in in_flight:
                 stages, _ = stages_or_reason(self.graph, result.point)
                 self.more.append(
                     PointInFlight(number, result.point, of_seeds(self.study, stages, seeds))
                 )
 
-    def _take_further(self, entry: PointInFlight) -> None:
-        """Take in a further seed of a point: what the point measured with it, or that it can have
-        no more.
-        """
+    def _record_further(self, entry: PointInFlight) -> None:
+        """Record a further seed of a point: its new metrics, or that it failed."""
         number, failure = entry.number, entry.failure(self.runner)
         if failure is not None:
-            self.most[number] = seeds_of(self.results[number])
+            self.max_seeds[number] = seeds_of(self.results[number])
             self.hold.check()
             self.searcher.give_up(
-                number, self.most[number], f"a further seed failed: {_told(failure)}"
+                number, self.max_seeds[number], f"a further seed failed: {_reason(failure)}"
             )
             return
         result = self.results[number] = self._result(entry)
-        if all(
-            each.number != number for each in self.in_flight
-        ):  # else the search has not been told of it
+        # The search does not have the result of a point that is still in flight
+        if all(each.number != number for each in self.in_flight):
             self.searcher.amend(number, result)
-            self.progress.taken.append(self.duplicates.marked(result))
+            self.progress.history.append(self.duplicates.marked(result))
             self.progress.amended += 1
 
     def _over(self) -> bool:
-        """Whether this run asks for no further point, and all that there are have ended; in turn,
-        some may be held back (see _tell_ended).
+        """Whether this run asks for no further point, and all its points have ended.
+
+        With `order: in_turn`, ended points may still be in flight (see _tell_ended).
         """
         if self.exhausted or self.ended is not None:
             return not self.in_flight
@@ -439,17 +443,17 @@ class _Drive:
     def _finished(self) -> bool:
         return (
             self._over()
-            and not (self.again or self.more)
+            and not (self.reloading or self.more)
             and all(map(self.runner.settled, self.baselines))
         )
 
-    def _told_of_budget(self) -> str:
+    def _budget_message(self) -> str:
         if self.unaffordable is None:
-            return self.budget_gate.told_of_stage()
-        return self.budget_gate.told_of_point(str(self.unaffordable), self.unaffordable.stages)
+            return self.budget_gate.stage_message()
+        return self.budget_gate.point_message(str(self.unaffordable), self.unaffordable.stages)
 
 
-def _told(failure: Failure) -> str:
+def _reason(failure: Failure) -> str:
     prefix = INVALID if failure.invalid else ""
     return (
         prefix

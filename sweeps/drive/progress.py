@@ -1,4 +1,4 @@
-"""What a drive has come to, for whoever watches it."""
+"""The progress of a drive, as the driver passes it to its watcher."""
 
 import time
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from ebbline.sweeps.study.study import Study
 
 @dataclass
 class Progress:
-    """What a watcher sees after every heartbeat, and whenever something has started. `told` counts
-    all points told. `results` holds those of this run and `taken` those of earlier ones too, in
-    order: as they landed, and with the seeds that they landed with. A point that got a further seed
-    is in `taken` again, with all its seeds; `amended` counts these (ebbline.sweeps.state.outcome
-    has the table's).
+    """The state that a watcher sees after every heartbeat and after every start of a job.
 
-    `prediction` is what this run was expected to take, `live` the latest snapshot (see
-    ebbline.sweeps.drive.snapshot). `stopped` says why nothing more was asked for, and `by` what
+    `completed` counts the completed points of all runs. `results` holds the results of this run.
+    `history` holds those of earlier runs too, in the order of completion, each with the seeds it
+    had then. A point that got a further seed is appended to `history` again with all its seeds;
+    `amended` counts these. (ebbline.sweeps.state.outcome computes the results of the tables.)
+
+    `prediction` is the prediction for this run, `live` the latest snapshot (see
+    ebbline.sweeps.drive.snapshot). `stopped` is the reason why the run stopped early, and `by` what
     stopped it; both are empty when the search had no more points.
     """
 
@@ -33,10 +34,10 @@ class Progress:
     runner: Runner
     spending: Spending
     results: list[Result] = field(default_factory=list)
-    taken: list[Result] = field(default_factory=list)
+    history: list[Result] = field(default_factory=list)
     in_flight: list[PointInFlight] = field(default_factory=list)
     limit: int | None = None
-    told: int = 0
+    completed: int = 0
     amended: int = 0
     started: float = field(default_factory=time.monotonic)
     prediction: Prediction | None = None

@@ -1,8 +1,7 @@
-"""Takes the live snapshot of a drive (ebbline.sweeps.drive.live) as it goes on, and writes it for
-others to read.
+"""Writes the live snapshot of a drive (ebbline.sweeps.drive.live) while it runs.
 
-A heartbeat looks at what is under way and at what has just ended, never at all there is: a study
-may have very many points.
+Invariant: a heartbeat looks only at running and just ended stages, since a study may have very many
+points.
 """
 
 import logging
@@ -44,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def mirrored(progress: Progress, folder: Path, driver: str) -> Iterator["Writer"]:
-    """Mirror a drive for the length of a `with`; its end is mirrored however it comes."""
+    """Write the snapshots of a drive inside a `with`; an exception is recorded as its end."""
     writer = Writer(progress, folder, driver)
     try:
         yield writer
@@ -59,9 +58,7 @@ def mirrored(progress: Progress, folder: Path, driver: str) -> Iterator["Writer"
 
 @dataclass
 class _Followed:
-    """A job that runs: its stages that have not ended, in their order, and since when the first of
-    them is at work.
-    """
+    """A running job: its stages that have not ended, in order, and when the first one started."""
 
     item: Running
     keys: list[str]
@@ -69,9 +66,9 @@ class _Followed:
 
 
 class Writer:
-    """Takes the snapshot of one drive, which `progress.live` holds, and writes it and the timeline.
+    """Writes the snapshot of one drive and its timeline, and sets `progress.live`.
 
-    To be called at each heartbeat, and whenever something has started.
+    Call it at each heartbeat and after each start of a job.
     """
 
     def __init__(self, progress: Progress, folder: Path, driver: str) -> None:
@@ -84,20 +81,20 @@ class Writer:
         self._started, self._wrote = time.time(), float("-inf")
         self._followed: dict[str, _Followed] = {}
         self._failures = deque[Failed](maxlen=FAILURES)
-        self._invalid: set[int] = set()  # of the points in flight
-        self._well = True
+        self._invalid: set[int] = set()  # numbers of points in flight with invalid settings
+        self._warned = False
 
     def __call__(self) -> None:
         self._look()
-        # A stage in this very process keeps the driver from saying anything until it ends: what has
-        # started is said before.
+        # A stage in the driver's own process blocks the driver until it ends, so its start is
+        # written at once.
         if time.monotonic() - self._wrote >= EVERY_S or (
             self._runner.running and not self._runner.executor.own_processes
         ):
             self._write(None)
 
     def end(self, ended: End) -> None:
-        """The last snapshot. What still runs is lost with the drive."""
+        """Write the last snapshot. Stages that still run count as lost."""
         self._look()
         now = time.time()
         self._append(
@@ -111,9 +108,7 @@ class Writer:
         self._write(ended)
 
     def _look(self) -> None:
-        """Take in which jobs have started, which of their stages have ended, and which points are
-        invalid.
-        """
+        """Record new jobs, stages that ended, and points with invalid settings."""
         now = time.time()
         for name, item in self._runner.running.items():
             if name not in self._followed:
@@ -131,26 +126,27 @@ class Writer:
         self._invalid = set(invalid)
 
     def _follow(self, name: str, now: float) -> list[Ended]:
-        """What has ended of a job since the last look. Of several stages only the last is known to
-        have ended just now.
+        """The stages of a job that ended since the last heartbeat.
+
+        Only the last one ended just now; the times of the others come from their records.
         """
         job = self._followed[name]
-        gone = name not in self._runner.running
+        job_ended = name not in self._runner.running
         states = {key: self._node(key).state for key in job.keys}
-        over = [key for key in job.keys if states[key] in ("done", "failed")]
+        ended_keys = [key for key in job.keys if states[key] in ("done", "failed")]
         found = list[Ended]()
-        for key in over:
+        for key in ended_keys:
             artifact = self._node(key).artifact
-            took = (
+            seconds = (
                 now - job.since
-                if artifact is None or key == over[-1]
+                if artifact is None or key == ended_keys[-1]
                 else float(artifact.provenance["seconds"])
             )
             found.append(
                 self._ended(
                     job,
                     key,
-                    min(now, job.since + took),
+                    min(now, job.since + seconds),
                     "done" if states[key] == "done" else "failed",
                 )
             )
@@ -159,17 +155,17 @@ class Writer:
             failure = self._node(key).failure
             if failure is not None:
                 label = self._progress.graph.label(self._node(key).stage)
-                said = Failed(
+                failed = Failed(
                     kind=found[-1].kind,
                     label=label,
                     key=key,
                     reason=_line(failure.reason),
                     command=failure.command,
                 )
-                self._failures.append(said)
-        if gone and job.keys:
+                self._failures.append(failed)
+        if job_ended and job.keys:
             found.append(self._ended(job, job.keys[0], now, "lost"))
-        if gone:
+        if job_ended:
             del self._followed[name]
         return found
 
@@ -177,9 +173,9 @@ class Writer:
         return self._runner.first_with(key)
 
     def _ended(self, job: _Followed, key: str, ended: float, outcome: Outcome) -> Ended:
-        return Ended(**self._what(job, key), ended=ended, outcome=outcome)
+        return Ended(**self._fields(job, key), ended=ended, outcome=outcome)
 
-    def _what(self, job: _Followed, key: str) -> dict[str, Any]:
+    def _fields(self, job: _Followed, key: str) -> dict[str, Any]:
         stage = self._node(key).stage
         label, hosts = self._progress.graph.label(stage), ", ".join(job.item.job.hosts)
         return {
@@ -192,17 +188,18 @@ class Writer:
         }
 
     def _at_work(self) -> Iterator[AtWork]:
-        """Of each job the first stage that has not ended, and those beside it that say something
-        already (trained together).
+        """The first stage of each job that has not ended, and later ones that report progress.
+
+        The latter are trainings that run together in one job.
         """
         now = time.time()
         for job in self._followed.values():
-            for place, key in enumerate(job.keys):
+            for index, key in enumerate(job.keys):
                 node = self._node(key)
                 progress = self._runner.timing.progress_of(node)
-                if place == 0 or progress:
+                if index == 0 or progress:
                     expected_s = self._runner.timing.expected_s(node, now - job.since)
-                    yield AtWork(**self._what(job, key), expected_s=expected_s, progress=progress)
+                    yield AtWork(**self._fields(job, key), expected_s=expected_s, progress=progress)
 
     def _snapshot(self, ended: End | None) -> Live:
         progress, runner = self._progress, self._runner
@@ -227,7 +224,7 @@ class Writer:
             started=self._started,
             ended=ended,
             points=PointCounts(
-                told=progress.told,
+                completed=progress.completed,
                 limit=progress.limit,
                 in_flight=len(progress.in_flight),
                 amended=progress.amended,
@@ -242,8 +239,8 @@ class Writer:
                 busy=sum(busy.values()),
             ),
             hosts=[HostNow(name=host.name, gpus=host.gpus, busy=busy[host.name]) for host in hosts],
-            spent=_said(spent.cost, spent.driving_s, profile),
-            taken=_said(
+            spent=_spent_now(spent.cost, spent.driving_s, profile),
+            spent_by_drive=_spent_now(
                 spent.cost + before.cost.times(-1), spent.driving_s - before.driving_s, profile
             ),
             predicted=expected,
@@ -256,32 +253,32 @@ class Writer:
     def _write(self, ended: End | None) -> None:
         snapshot = self._progress.live = self._snapshot(ended)
         text = snapshot.model_dump_json()
-        with self._courtesy():
+        with self._warn_once():
             write_whole(self._folder / LIVE, lambda fresh: fresh.write_text(text))
         self._wrote = time.monotonic()
 
     def _append(self, ended: Sequence[Ended]) -> None:
         if ended:
-            with self._courtesy(), open_to_append(self._folder / TIMELINE) as file:
+            with self._warn_once(), open_to_append(self._folder / TIMELINE) as file:
                 file.write("".join(f"{line.model_dump_json()}\n" for line in ended))
 
     @contextmanager
-    def _courtesy(self) -> Iterator[None]:
-        """The drive counts for more than its mirror: a full disk costs a warning, once."""
+    def _warn_once(self) -> Iterator[None]:
+        """Turn an OSError into one warning: a full disk must not stop the drive."""
         try:
             yield
         except OSError as error:
-            if self._well:
+            if not self._warned:
                 _log.warning(
-                    "%s cannot be written (%s): the run goes on, and nobody can watch it "
-                    "from outside",
+                    "%s cannot be written (%s): the run goes on, but other processes cannot "
+                    "watch it",
                     self._folder / LIVE,
                     error,
                 )
-            self._well = False
+            self._warned = True
 
 
-def _said(cost: Cost, driving_s: float, profile: Profile) -> SpentNow:
+def _spent_now(cost: Cost, driving_s: float, profile: Profile) -> SpentNow:
     return SpentNow(gpu_hours=cost.gpu_hours, usd=cost.usd(profile), driving_s=driving_s)
 
 

@@ -1,9 +1,8 @@
-"""The points that a study would run: those that are known, and for those that its search has yet to
-choose, points that it might.
+"""The points that a study would run.
 
-What a search will choose depends on what it measures. In place of its choices stand random points
-of the space, seeded by the study, each once, after those that the file writes out. A search that
-returns to an adapter for another setting of its defence trains less than they say.
+Future choices of a search depend on its results. Random points of the space replace them here: they
+are seeded by the study, distinct, and follow the points that the study file lists. A search that
+tries further settings of the defence for one adapter trains less than these points suggest.
 """
 
 import itertools
@@ -22,13 +21,14 @@ from ebbline.sweeps.study.study import Study
 
 @dataclass(frozen=True)
 class Points:
-    """`told` have been measured, `open` are under way, so many have `failed` and stay so.
+    """`completed` points have results, `open` ones are in flight; `failed` is a count.
 
-    `chosen` will be asked for whatever is measured, `drawn` stand for those that depend on it.
-    There is neither once the study has `ended` before it had all its points, which says why.
+    `chosen` points will be proposed whatever the results are. `drawn` points are random; they
+    replace proposals that depend on results. Both are empty when the study ended early; `ended` is
+    then the reason.
     """
 
-    told: tuple[Point, ...]
+    completed: tuple[Point, ...]
     open: tuple[Point, ...]
     failed: int
     chosen: tuple[Point, ...]
@@ -37,28 +37,28 @@ class Points:
 
     @property
     def to_come(self) -> tuple[Point, ...]:
-        """All that have not been told, in the order in which they would be run."""
+        """All points without a result, in the order in which they would run."""
         return (*self.open, *self.chosen, *self.drawn)
 
 
 def points_of(study: Study, storage: Storage, stopped: str = "") -> Points:
-    """What is known of a study's points before it runs, and what may be expected of the others.
+    """The points of a study: those in its storage, and those to expect.
 
-    `stopped` says why its driver asks for nothing more, where an earlier run of it found so (see
-    ebbline.sweeps.state.stopping.still_met).
+    `stopped` is the reason why an earlier run stopped asking for points (see
+    ebbline.sweeps.state.stopping.still_met), else empty.
     """
-    known, exhausted = read(study, storage)
-    seen = {entry.point.id for entry in known}
+    entries, exhausted = read(study, storage)
+    seen = {entry.point.id for entry in entries}
     most = min((n for n in (limit(study), study.budget.points) if n is not None), default=0)
     ended = (
         (stopped or ("the search has nothing more to propose" if exhausted else ""))
-        if len(known) < most
+        if len(entries) < most
         else ""
     )
-    left = 0 if ended else max(0, most - len(known))
+    left = 0 if ended else max(0, most - len(entries))
     chosen = [
         point
-        for point in itertools.islice(_written(study), len(known) + left)
+        for point in itertools.islice(_written(study), len(entries) + left)
         if point.id not in seen
     ][:left]
     seen |= {point.id for point in chosen}
@@ -68,15 +68,15 @@ def points_of(study: Study, storage: Storage, stopped: str = "") -> Points:
         )
     )
     by_state = {
-        state: tuple(entry.point for entry in known if entry.state == state)
+        state: tuple(entry.point for entry in entries if entry.state == state)
         for state in ("done", "running")
     }
-    failed = len(known) - sum(map(len, by_state.values()))
+    failed = len(entries) - sum(map(len, by_state.values()))
     return Points(by_state["done"], by_state["running"], failed, tuple(chosen), tuple(drawn), ended)
 
 
 def _written(study: Study) -> Iterator[Point]:
-    """The points that do not depend on any result: a grid's, a list's, and those to begin with."""
+    """The points that depend on no result: those of a grid, a list, and `search.first`."""
     if study.sampler == "grid":
         yield from space(study)
     rows = study.search.list if study.sampler == "list" else study.search.first
@@ -84,15 +84,13 @@ def _written(study: Study) -> Iterator[Point]:
 
 
 def _random(study: Study) -> Iterator[Point]:
-    """Points of the space in a random order, each once; without an end when an axis is a range
-    without a step.
-    """
+    """Distinct points of the space in a random order; endless when a range has no step."""
     rng = random.Random(study.search.seed)
     size = study.size
     if size is not None and size <= LISTED:
-        every = list(space(study))
-        for place in rng.sample(range(size), size):
-            yield every[place]
+        points = list(space(study))
+        for index in rng.sample(range(size), size):
+            yield points[index]
         return
     seen: set[str] = set()
     while True:

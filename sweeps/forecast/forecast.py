@@ -1,11 +1,10 @@
-"""What a run of a study will take: stages, GPU-hours, dollars, wall time on a given cluster, bytes
-on disk; by simulating it.
+"""Predicts a run of a study by simulating it: stages, GPU-hours, dollars, bytes on disk, and wall
+time on a given cluster.
 
-The stages come from the store and the study (ebbline.sweeps.state.todo), their seconds from counted
-work and what was measured of the like (ebbline.cluster.schedule.estimates), and their order from
-the real scheduler on a virtual clock (ebbline.cluster.schedule.simulate). Of more than EXACT points
-that were told, and of more than EXACT points to come, a part is looked up and simulated, and the
-rest is taken to be like it.
+ebbline.sweeps.state.todo finds the stages in the store. ebbline.cluster.schedule.estimates gives
+their seconds, from counted work and measured stages. ebbline.cluster.schedule.simulate runs the
+real scheduler on a virtual clock. Of more than EXACT completed points, or more than EXACT points to
+come, only SAMPLE are looked up and simulated; the others are assumed to be like them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import Work, impossible
 from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
 from ebbline.sweeps.forecast.expected import Points, points_of
-from ebbline.sweeps.search.masks import twins
+from ebbline.sweeps.search.masks import duplicates
 from ebbline.sweeps.state.in_flight import GPUS_QUEUED_PER_GPU, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.racing import races
@@ -35,15 +34,16 @@ from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.models.model_work import ASSUMED, known_size
 from ebbline.tasks.stage import Source
 
-# Points that were told, and points to come; beyond, SAMPLE of them are looked up and simulated
+# Of more than EXACT completed points, or points to come, SAMPLE are looked up and simulated
 EXACT = 500
 SAMPLE = 200
 
 
 @dataclass(frozen=True)
 class KindTotal:
-    """What the stages of one kind are expected to come to. `measured` is false where nothing of the
-    kind was ever measured.
+    """The expected total of all stages of one kind: `written` in bytes, `seconds` one by one.
+
+    `measured` is false when no stage like these has been measured.
     """
 
     stages: float = 0.0
@@ -65,11 +65,12 @@ class KindTotal:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is to come. `kinds` has each kind's total, `starts` what starting processes adds.
+    """The prediction for a run. `kinds` has the total of each stage kind, `starts` the cost of
+    starting processes.
 
-    `trace` is the simulated part, `simulated` the number of its points to come; `looked_up` is how
-    many of the points that were told it looks at. `wall_s` is None when something can run nowhere
-    on this cluster, and `never` says what.
+    `trace` is the simulated part; `simulated` counts its points to come, `looked_up` its completed
+    points. `wall_s` is None when a stage cannot run on this cluster; `never` gives the reasons.
+    `assumed` lists the assumptions in sentences.
     """
 
     points: Points
@@ -92,32 +93,35 @@ class Forecast:
 
     @property
     def written(self) -> float:
-        """Bytes that the store will grow by."""
+        """The growth of the store in bytes."""
         return sum(share.written for share in self.kinds.values())
 
     @property
     def complete(self) -> bool:
-        """True when a run would find everything in the store, as far as was looked."""
+        """True when the store has every stage that was looked up, and no point is to come."""
         return not self.todo.missing and not self.points.to_come
 
 
 def forecast(
     view: StudyView,
     capacity: Capacity,
-    told: TodoProgress = lambda done, of: None,
+    report: TodoProgress = lambda done, of: None,
     kind: ExecutorKind = DEFAULT_EXECUTOR,
 ) -> Forecast:
-    """Simulate what `ebbline run` would do on such a cluster of this executor."""
+    """Simulate `ebbline run` on a cluster of this capacity with an executor of this `kind`.
+
+    `report` is called with the number of points looked up, and of how many.
+    """
     study, home = view.study, view.home
     met = still_met(study, read_spent(view.folder).gain)
     points = points_of(study, view.storage, "" if met is None else met.reason)
-    graph = view.graph.fresh_copy()  # a drawn point gives no stage its label or its needs
+    graph = view.graph.fresh_copy()  # drawn points must not change labels and needs of the study
     estimates = estimates_of(home, kind)
     estimates.met(capacity)
-    here = points.told if len(points.told) <= EXACT else _evenly(points.told)
+    completed = points.completed if len(points.completed) <= EXACT else _evenly(points.completed)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
-    found = todo(graph, [*here, *to_come], told)
-    same = twins(found, home.store, estimates.distinct_adapters)
+    found = todo(graph, [*completed, *to_come], report)
+    same = duplicates(found, home.store, estimates.distinct_adapters)
     running = [missing for missing in found.missing.values() if missing.id not in same]
     steps = _steps(running, graph, estimates)
     starts: list[Cost] = []
@@ -135,9 +139,12 @@ def forecast(
     trace = simulate(
         steps.values(), capacity, start_s=start_s, groups=_step_groups(study, groups, capacity.gpus)
     )
-    scale_told, scale_to_come = _scale(points.told, here), _scale(points.to_come, to_come)
+    scale_completed, scale_to_come = (
+        _scale(points.completed, completed),
+        _scale(points.to_come, to_come),
+    )
     looked_up = [
-        *((point, scale_told) for point in here),
+        *((point, scale_completed) for point in completed),
         *((point, scale_to_come) for point in to_come),
     ]
     kinds: dict[str, KindTotal] = {}
@@ -157,24 +164,24 @@ def forecast(
         kinds[missing.stage.kind] = (
             kinds[missing.stage.kind].plus(share) if missing.stage.kind in kinds else share
         )
-    part = sum(step.seconds * step.needs.gpus for step in steps.values())
-    whole = 3600 * total(share.cost for share in kinds.values()).gpu_hours
-    more = whole / part if part > 0 else 1.0
+    simulated_gpu_s = sum(step.seconds * step.needs.gpus for step in steps.values())
+    whole_gpu_s = 3600 * total(share.cost for share in kinds.values()).gpu_hours
+    scale_up = whole_gpu_s / simulated_gpu_s if simulated_gpu_s > 0 else 1.0
     return Forecast(
         points=points,
         todo=found,
         kinds=kinds,
-        starts=total(starts).times(more),
+        starts=total(starts).times(scale_up),
         wall_s=sum(share.seconds for share in kinds.values())
         if kind.serial
-        else _wall_s(trace, estimates, whole - part),
+        else _wall_s(trace, estimates, whole_gpu_s - simulated_gpu_s),
         trace=trace,
         simulated=len(to_come),
-        looked_up=len(here),
+        looked_up=len(completed),
         capacity=capacity,
         labels={missing.id: graph.label(missing.stage) for missing in running},
         never=tuple(dict.fromkeys(_never(steps[key], capacity) for key in trace.never)),
-        assumed=tuple(_assumed(study, points, len(to_come), len(here), running, kinds)),
+        assumed=tuple(_assumed(study, points, len(to_come), len(completed), running, kinds)),
         free_bytes=home.store.free_bytes(),
     )
 
@@ -192,8 +199,9 @@ def _steps(running: Iterable[Missing], graph: StageGraph, estimates: Estimates) 
 
 
 def _step_groups(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> StepGroups:
-    """As ebbline.sweeps.state.in_flight starts points: a fixed number in turn, or as others
-    end while little enough is queued.
+    """The rule by which ebbline.sweeps.state.in_flight starts points, for the simulation.
+
+    With `order: in_turn` a fixed number is in flight; else points start while the queue is short.
     """
     own = [group for group in groups if group]
     if study.search.in_turn:
@@ -206,15 +214,14 @@ def _step_groups(study: Study, groups: Sequence[tuple[str, ...]], gpus: int) -> 
 
 
 def _evenly(points: Sequence[Point]) -> tuple[Point, ...]:
-    """SAMPLE of more points, from the first to the last: what is missing may be missing of all of
-    them, or of the latest.
-    """
-    return tuple(points[place * (len(points) - 1) // (SAMPLE - 1)] for place in range(SAMPLE))
+    """SAMPLE points, evenly spaced: stages may be missing for all points, or for the latest."""
+    return tuple(points[n * (len(points) - 1) // (SAMPLE - 1)] for n in range(SAMPLE))
 
 
 def _scale(every: Sequence[Point], part: Sequence[Point]) -> dict[tuple[str, bool], float]:
-    """(model, whether of a point and not of its adapter) -> how many there are of all points, for
-    each one of the part.
+    """By how much the number in `every` exceeds that in `part`, as a factor.
+
+    Keys are (model, True) for points and (model, False) for adapters.
     """
     found: dict[tuple[str, bool], float] = {}
     for model in {point.model for point in part}:
@@ -230,8 +237,10 @@ def _scale(every: Sequence[Point], part: Sequence[Point]) -> dict[tuple[str, boo
 
 
 def _wall_s(trace: Trace, estimates: Estimates, more_gpu_s: float) -> float | None:
-    """The simulated part's time; for the rest, its GPU time at the pace of that part's middle,
-    without its begin and its end.
+    """The makespan of the simulated part, plus the GPU time of the rest at that part's pace.
+
+    The pace is that of the middle half of the simulated GPU time, since GPUs idle at the start and
+    at the end.
     """
     if trace.never:
         return None
@@ -239,7 +248,7 @@ def _wall_s(trace: Trace, estimates: Estimates, more_gpu_s: float) -> float | No
         (span.end_s, (span.end_s - span.start_s) * sum(span.hosts.values())) for span in trace.spans
     ]
     whole, done, marks = sum(gpu_s for _, gpu_s in ends), 0.0, list[float]()
-    for end_s, gpu_s in ends:  # in the order in which they ended
+    for end_s, gpu_s in ends:  # ordered by end
         done += gpu_s
         if whole > 0 and done >= (1 + 2 * len(marks)) / 4 * whole and len(marks) < 2:
             marks.append(end_s)
@@ -253,7 +262,7 @@ def _wall_s(trace: Trace, estimates: Estimates, more_gpu_s: float) -> float | No
 
 def _never(step: Step, capacity: Capacity) -> str:
     reason = impossible(Work(step.key, step.needs, step.resident, 0.0, 0.0), capacity)
-    return reason or "it waits for a stage that can run nowhere on this cluster"
+    return reason or "it needs a stage that cannot run on this cluster"
 
 
 def _assumed(
@@ -264,37 +273,37 @@ def _assumed(
     running: Sequence[Missing],
     kinds: Mapping[str, KindTotal],
 ) -> Iterator[str]:
-    """What the numbers rest on beside measurements."""
+    """The assumptions behind the numbers, in sentences."""
     if points.drawn:
         yield (
-            f"{len(points.drawn)} points are for the search to choose: random points of the "
-            "space stand for them"
+            f"{len(points.drawn)} points are for the search to choose; random points of the "
+            "space replace them"
         )
     if simulated < len(points.to_come):
         yield (
             f"{simulated} of {len(points.to_come)} points to come were simulated; the others "
-            "are taken to be like them"
+            "are assumed to be like them"
         )
-    if looked_at < len(points.told):
+    if looked_at < len(points.completed):
         yield (
-            f"{looked_at} of {len(points.told)} points that were told were looked up; the "
-            "others are taken to be like them"
+            f"{looked_at} of {len(points.completed)} completed points were looked up; the others "
+            "are assumed to be like them"
         )
     if any(suite is not None for suite in races(study).values()):
-        yield "a raced suite counts with its next block alone"
+        yield "a raced suite counts with its next block only"
     if study.first_seeds < len(study.seeds):
         yield (
             f"a point counts with its first {study.first_seeds} of {len(study.seeds)} seeds; "
-            "near the frontier more are run"
+            "points near the frontier will get more"
         )
     if study.search.stop is not None and points.to_come:
-        yield "the rule of search.stop is not met before all points are measured"
+        yield "the rule of search.stop counts as never met"
     guessed = sorted(kind for kind, share in kinds.items() if not share.measured)
     if guessed:
         listed = ", ".join(guessed)
         yield (
-            "nothing like these has been measured here, so they go by counted work alone, "
-            f"which may be off by several times: {listed}"
+            "no similar stages have been measured for these kinds, so their time is estimated "
+            f"from counted work alone, which may be off by several times: {listed}"
         )
     sources = (
         item.location
@@ -306,17 +315,16 @@ def _assumed(
         {
             Path(location.partition("@")[0]).name
             for location in sources
-            if _a_model(location) and not known_size(location)
+            if _is_model(location) and not known_size(location)
         }
     )
     if unknown:
         yield (
-            f"nothing says how large {' and '.join(unknown)} is, so it is taken for a "
-            f"{ASSUMED} model"
+            f"the size of {' and '.join(unknown)} is unknown; it is assumed to be a {ASSUMED} model"
         )
 
 
-def _a_model(location: str) -> bool:
+def _is_model(location: str) -> bool:
     return location.startswith("hub:model:") or (
         not location.startswith("hub:") and (Path(location) / "config.json").exists()
     )

@@ -1,15 +1,15 @@
-"""What runs of a study were predicted to take, beside what they then took.
+"""The predictions for runs of a study, and their measured totals.
 
-    HOME/studies/NAME/plans.jsonl     a line for each run that had something to do, before it began;
-                                      another at the study's end
+    HOME/studies/NAME/plans.jsonl     one line before each run that has stages to run; another one
+                                      when a run reaches the study's end
         {"wall_s": 250.1, "gpu_s": [[null, 310.5]], "stages": 412, "written": 2.1e7,
          "spent_s": 0.0, "spent_gpu_s": []}
         {"begun_s": 0.0, "done_s": 271.3, "done_gpu_s": [[null, 320.1]]}
 
-`spent_s` and `spent_gpu_s` say what all runs before it had taken, by the ledger
-(ebbline.sweeps.state.spending), `done_s` and `done_gpu_s` the same at its end; `begun_s` is the
-`spent_s` of the prediction that this belongs to. A run that was stopped or killed has no end: what
-it was predicted to take is not what it took.
+`spent_s` and `spent_gpu_s` are the totals of all earlier runs, from the ledger
+(ebbline.sweeps.state.spending). `done_s` and `done_gpu_s` are the totals at the end of the run;
+`begun_s` equals the `spent_s` of its prediction. A run that was stopped or killed has no second
+line, since it did not do all that was predicted.
 """
 
 import json
@@ -29,10 +29,10 @@ NAME = "plans.jsonl"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of driving, GPU time, stages and bytes that a run was to take, from when `before` was
-    spent.
+    """Predicted seconds of driving, GPU time, stages and bytes of a run.
 
-    `after` is what was spent when it had run the study to its end.
+    `before` is the total spent when the run began, `after` the total when it reached the study's
+    end.
     """
 
     wall_s: float
@@ -43,25 +43,25 @@ class Prediction:
     after: Spent | None = None
 
     def since(self, spent: Spent) -> tuple[float, Cost]:
-        """Seconds of driving and GPU time from then until `spent`."""
+        """Seconds of driving and GPU time between `before` and `spent`."""
         return spent.driving_s - self.before.driving_s, spent.cost + self.before.cost.times(-1)
 
     def errors(self, spent: Spent) -> dict[str, float]:
-        """By how much each number was off, as a share of what was taken: 0.1 is a prediction that
-        was ten percent too long.
-        """
+        """The relative error of each number: 0.1 means that the prediction was 10% too high."""
         driven_s, cost = self.since(spent)
         pairs = {
             "wall time": (self.wall_s, driven_s),
             "GPU-hours": (self.cost.gpu_hours, cost.gpu_hours),
         }
-        return {name: predicted / took - 1 for name, (predicted, took) in pairs.items() if took > 0}
+        return {
+            name: predicted / measured - 1
+            for name, (predicted, measured) in pairs.items()
+            if measured > 0
+        }
 
 
 def predict(found: Forecast, before: Spent) -> Prediction | None:
-    """The prediction of a run that begins now; None when there is nothing to run, or something can
-    never run.
-    """
+    """The prediction for a run that begins now; None when nothing is missing or cannot run."""
     if not found.todo.missing or found.wall_s is None:
         return None
     stages = sum(share.stages for share in found.kinds.values())
@@ -71,24 +71,22 @@ def predict(found: Forecast, before: Spent) -> Prediction | None:
 
 
 def keep(prediction: Prediction, folder: Path) -> None:
-    """Add a prediction to those of the study."""
-    said = {
+    """Append a prediction to the study's plans.jsonl."""
+    fields = {
         name: value
         for name, value in asdict(prediction).items()
         if name not in ("cost", "before", "after")
     }
-    said |= {
+    fields |= {
         "gpu_s": _listed(prediction.cost),
         "spent_s": prediction.before.driving_s,
         "spent_gpu_s": _listed(prediction.before.cost),
     }
-    _append(folder, said)
+    _append(folder, fields)
 
 
 def keep_end(prediction: Prediction, after: Spent, folder: Path) -> None:
-    """Add that the run of a prediction that was kept has come to the study's end, when so much was
-    spent.
-    """
+    """Append that the predicted run reached the study's end with the total `after`."""
     _append(
         folder,
         {
@@ -99,36 +97,37 @@ def keep_end(prediction: Prediction, after: Spent, folder: Path) -> None:
     )
 
 
-def _append(folder: Path, said: Mapping[str, Any]) -> None:
+def _append(folder: Path, fields: Mapping[str, Any]) -> None:
     with open_to_append(folder / NAME) as file:
-        file.write(json.dumps(said) + "\n")
+        file.write(json.dumps(fields) + "\n")
 
 
 def read_predictions(folder: Path) -> list[Prediction]:
-    """All predictions of a study, the first first. Raises StudyError when a line is damaged, other
-    than a last one that was cut off.
+    """All predictions of a study, oldest first. An incomplete last line is ignored.
+
+    Raises StudyError when another line is damaged.
     """
     path, found = folder / NAME, list[Prediction]()
     for number, line in enumerate(whole_lines(path), 1):
         try:
-            said: Mapping[str, Any] = json.loads(line)
-            if "done_s" in said:
+            fields: Mapping[str, Any] = json.loads(line)
+            if "done_s" in fields:
                 begun_s, after = (
-                    float(said["begun_s"]),
-                    Spent(float(said["done_s"]), _cost(said["done_gpu_s"])),
+                    float(fields["begun_s"]),
+                    Spent(float(fields["done_s"]), _cost(fields["done_gpu_s"])),
                 )
-                for place in [
-                    place for place, each in enumerate(found) if each.before.driving_s == begun_s
+                for index in [
+                    index for index, each in enumerate(found) if each.before.driving_s == begun_s
                 ][-1:]:
-                    found[place] = replace(found[place], after=after)
+                    found[index] = replace(found[index], after=after)
                 continue
-            before = Spent(float(said["spent_s"]), _cost(said["spent_gpu_s"]))
+            before = Spent(float(fields["spent_s"]), _cost(fields["spent_gpu_s"]))
             found.append(
                 Prediction(
-                    float(said["wall_s"]),
-                    _cost(said["gpu_s"]),
-                    float(said["stages"]),
-                    float(said["written"]),
+                    float(fields["wall_s"]),
+                    _cost(fields["gpu_s"]),
+                    float(fields["stages"]),
+                    float(fields["written"]),
                     before,
                 )
             )

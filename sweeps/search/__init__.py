@@ -1,4 +1,4 @@
-"""Choosing the next points: stage-aware search and Optuna's samplers behind one ask/tell protocol.
+"""Proposes the next points: stage-aware search and Optuna's samplers behind one ask/tell protocol.
 
 Imports tasks, cluster, sweeps.study and sweeps.state.
 """

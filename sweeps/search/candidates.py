@@ -1,6 +1,4 @@
-"""The adapters that a search has asked for, and what may be asked for next: new ones, and further
-masks of those that there are.
-"""
+"""The candidates of a stage-aware search: new adapters, and further masks of proposed adapters."""
 
 import itertools
 import math
@@ -19,23 +17,26 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 
-LISTED = 4096  # adapters of a space that is written out; of a larger one, some are drawn
+LISTED = 4096  # a space with more adapters is not listed; candidates are drawn from it
 OPEN, OPTIONS = 16, 10  # adapters considered for further masks, and masks of each
-FRESH = 24  # new adapters considered
-GUESSES = 6  # settings of the knobs considered for an adapter that is not measured
-LIKE = 16  # measured adapters that stand in for one that is not made
+NEW = 24  # new adapters considered
+GUESSES = 6  # knob settings considered for an adapter that is not measured
+SIMILAR = 16  # measured adapters from which the share of an unmeasured one is guessed
 
 
 @dataclass
-class Adapter:
-    """`left` are the masks that were not asked for, once it is `measured`; `asked` are all knobs
-    that were.
+class ProposedAdapter:
+    """An adapter of at least one proposed point.
+
+    `settings` are the knob settings of its points. Once it is `measured`, `left` has the masks that
+    no point has. `running` counts its points in flight; `completed` is true after its first result.
+    `promise` is the best product of objectives among its points.
     """
 
     point: Point
-    asked: list[dict[str, Value]] = field(default_factory=list)
+    settings: list[dict[str, Value]] = field(default_factory=list)
     running: int = 0
-    told: bool = False
+    completed: bool = False
     failed: bool = False
     promise: float = 0.0
     measured: Readings | None = None
@@ -44,8 +45,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point that may be proposed. `cost` is what it adds; `opens` what further masks of its
-    adapter take each, if it is new.
+    """A point that may be proposed. `cost` is the work that it adds, in GPU-seconds.
+
+    `share` is the share of modules that its mask changes. For a new adapter, `measure` is the work
+    of each further mask, in GPU-seconds.
     """
 
     point: Point
@@ -57,101 +60,103 @@ class Candidate:
 
 
 class Adapters:
-    """Kept from ask to ask. With `search.order: in_turn`, what was measured of an adapter counts
-    once a point of it was told, and not as soon as it is there.
+    """The proposed adapters of a study, kept between proposals.
+
+    With `search.order: in_turn`, the measurement of an adapter counts only after the first result
+    of one of its points, so that proposals do not depend on timing.
     """
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self.by_point: dict[Point, Adapter] = {}
+        self.by_point: dict[Point, ProposedAdapter] = {}
         self._trainings: set[Point] = set()
-        self._unknown: dict[Point, Adapter] = {}
-        self._open: dict[Point, Adapter] = {}
-        self._like: dict[str, list[Readings]] = {}
+        self._unmeasured: dict[Point, ProposedAdapter] = {}
+        self._open: dict[Point, ProposedAdapter] = {}
+        self._readings: dict[str, list[Readings]] = {}
         self._guesses = {
-            model: _even(unmeasured(study, model, GUESSES), GUESSES) for model in study.models
+            model: _evenly(unmeasured(study, model, GUESSES), GUESSES) for model in study.models
         }
         self._space: dict[str, list[Point] | None] = {
             model: _listed(study, model) for model in study.models
         }
 
-    def asked(self, entry: Entry) -> None:
+    def add(self, entry: Entry) -> None:
+        """Record a proposed point."""
         point = adapter_of(entry.point)
         adapter = self.by_point.get(point)
         if adapter is None:
-            adapter = self.by_point[point] = self._unknown[point] = Adapter(point)
+            adapter = self.by_point[point] = self._unmeasured[point] = ProposedAdapter(point)
             self._trainings.add(training_of(entry.point))
-        values = _applied(entry.point)
-        adapter.asked.append(values)
+        values = _knob_values(entry.point)
+        adapter.settings.append(values)
         adapter.running += 1
         if adapter.measured is not None:
-            self._take(adapter, values)
+            self._remove_mask(adapter, values)
 
-    def told(self, entry: Entry, promise: float, known: Knowledge) -> None:
-        """Take in what became of a point, and what was measured of its adapter."""
+    def complete(self, entry: Entry, promise: float, knowledge: Knowledge) -> None:
+        """Record the result of a point, and the measurement of its adapter."""
         adapter = self.by_point[adapter_of(entry.point)]
         adapter.running -= 1
-        adapter.told = True
+        adapter.completed = True
         adapter.failed = adapter.failed or entry.state == "failed"
         adapter.promise = max(adapter.promise, promise)
-        if adapter.point in self._unknown:
-            self._look_at(adapter, known)
+        if adapter.point in self._unmeasured:
+            self._read(adapter, knowledge)
 
-    def look(self, known: Knowledge) -> None:
-        """Take in the adapters that were measured since the last time; in turn, each waits until a
-        point of it is told.
-        """
+    def read_measured(self, knowledge: Knowledge) -> None:
+        """Read the adapters measured since the last call; does nothing with `order: in_turn`."""
         if not self._study.search.in_turn:
-            for adapter in list(self._unknown.values()):
-                self._look_at(adapter, known)
+            for adapter in list(self._unmeasured.values()):
+                self._read(adapter, knowledge)
 
-    def _look_at(self, adapter: Adapter, known: Knowledge) -> None:
-        adapter.measured = known.measured(adapter.point)
+    def _read(self, adapter: ProposedAdapter, knowledge: Knowledge) -> None:
+        adapter.measured = knowledge.measured(adapter.point)
         if adapter.measured is not None:
-            del self._unknown[adapter.point]
+            del self._unmeasured[adapter.point]
             adapter.left = distinct_masks(self._study, adapter.point.model, adapter.measured)
-            for values in adapter.asked:
-                self._take(adapter, values)
+            for values in adapter.settings:
+                self._remove_mask(adapter, values)
             if adapter.left:
                 self._open[adapter.point] = adapter
-            self._like.setdefault(adapter.point.model, []).append(adapter.measured)
-        elif adapter.told and not adapter.running:
-            del self._unknown[adapter.point]  # it failed before it had any
+            self._readings.setdefault(adapter.point.model, []).append(adapter.measured)
+        elif adapter.completed and not adapter.running:
+            del self._unmeasured[adapter.point]  # it failed before its measurement
 
-    def knows(self, point: Point) -> bool:
-        """Whether a point's adapter is measured, so that its share is no guess."""
+    def is_measured(self, point: Point) -> bool:
+        """Whether a point's adapter is measured, so that its share is exact."""
         adapter = self.by_point.get(adapter_of(point))
         return adapter is not None and adapter.measured is not None
 
     def share_of(self, point: Point) -> float:
-        """The share of modules that a point projects: of its adapter, or of adapters like it while
-        that one is not known.
+        """The share of modules that a point changes, in [0, 1].
+
+        While its adapter is unmeasured, this is the mean share over measured adapters.
         """
-        adapter, values = self.by_point.get(adapter_of(point)), _applied(point)
+        adapter, values = self.by_point.get(adapter_of(point)), _knob_values(point)
         if adapter is not None and adapter.measured is not None:
             mask = mask_of(self._study, values, adapter.measured)
             return 1.0 if mask is None else share(mask, adapter.measured)
         return self._guessed(point.model, values)
 
     def _guessed(self, model: str, values: dict[str, Value]) -> float:
-        like = self._like.get(model) or [
-            measured for each in self._like.values() for measured in each
+        similar = self._readings.get(model) or [
+            measured for each in self._readings.values() for measured in each
         ]
         masks = [
             (mask, measured)
-            for measured in like[-LIKE:]
+            for measured in similar[-SIMILAR:]
             if (mask := mask_of(self._study, values, measured)) is not None
         ]
         if masks:
             return float(np.mean([share(mask, measured) for mask, measured in masks]))
-        return _share_of_nothing(self._study, model, values)
+        return _share_by_value(self._study, model, values)
 
-    def further(self, known: Knowledge, k: int) -> list[Candidate]:
-        """Masks that were not asked for, of adapters that exist."""
+    def further(self, knowledge: Knowledge, k: int) -> list[Candidate]:
+        """Candidates for proposal `k` with a new mask of a proposed adapter."""
         found = []
         for adapter in self._considered(k):
             measured = adapter.measured or ()
-            work = known.work(adapter.point)
+            work = knowledge.work(adapter.point)
             left = sorted(adapter.left.items(), key=lambda item: item[0])
             for mask, values in _spread(left, OPTIONS, k):
                 found.append(
@@ -162,29 +167,33 @@ class Adapters:
                         adapter.point,
                     )
                 )
-        for adapter in self._unknown.values():
-            # One setting of an adapter that is not measured, and none beside: two might choose the
-            # same mask.
+        for adapter in self._unmeasured.values():
+            # An unmeasured adapter gets one setting besides "off": two might give the same mask
             if adapter.failed:
                 continue
-            on = any(not is_off(self._study, values) for values in adapter.asked)
+            on = any(not is_off(self._study, values) for values in adapter.settings)
             for values in self._guesses[adapter.point.model]:
-                if values not in adapter.asked and not (on and not is_off(self._study, values)):
+                if values not in adapter.settings and not (on and not is_off(self._study, values)):
                     point = _with(adapter.point, values)
                     found.append(
                         Candidate(
-                            point, self.share_of(point), known.work(point).measure, adapter.point
+                            point,
+                            self.share_of(point),
+                            knowledge.work(point).measure,
+                            adapter.point,
                         )
                     )
         return found
 
-    def fresh(self, known: Knowledge, k: int, near: Sequence[Point]) -> list[Candidate]:
-        """New adapters at some settings each; `near` are adapters whose neighbours are worth a
-        look where a space cannot be listed.
+    def fresh(self, knowledge: Knowledge, k: int, near: Sequence[Point]) -> list[Candidate]:
+        """Candidates for proposal `k` with a new adapter, at several knob settings each.
+
+        In a space that cannot be listed, half of the draws are neighbours of `near`, which are
+        adapters.
         """
         found = []
         for model in self._study.models:
-            count = max(6, FRESH // len(self._study.models))
+            count = max(6, NEW // len(self._study.models))
             guesses = {
                 round(self._guessed(model, values), 6): values
                 for values in reversed(self._guesses[model])
@@ -192,7 +201,7 @@ class Adapters:
             for adapter in self._new(
                 model, k, count, [point for point in near if point.model == model]
             ):
-                work = known.work(adapter)
+                work = knowledge.work(adapter)
                 cost = (
                     (0.0 if training_of(adapter) in self._trainings else work.train)
                     + work.project
@@ -211,12 +220,12 @@ class Adapters:
                     )
         return found
 
-    def _considered(self, k: int) -> list[Adapter]:
+    def _considered(self, k: int) -> list[ProposedAdapter]:
         if len(self._open) <= OPEN:
             return list(self._open.values())
         first = sorted(self._open.values(), key=lambda adapter: -adapter.promise)[: OPEN // 2]
-        names = {adapter.point for adapter in first}
-        others = [adapter for adapter in self._open.values() if adapter.point not in names]
+        points = {adapter.point for adapter in first}
+        others = [adapter for adapter in self._open.values() if adapter.point not in points]
         return first + [
             others[(k * OPEN + n) % len(others)] for n in range(min(OPEN - len(first), len(others)))
         ]
@@ -243,7 +252,7 @@ class Adapters:
                 found.setdefault(point)
         return list(found)[:count]
 
-    def _take(self, adapter: Adapter, values: Mapping[str, Value]) -> None:
+    def _remove_mask(self, adapter: ProposedAdapter, values: Mapping[str, Value]) -> None:
         mask = mask_of(self._study, values, adapter.measured or ())
         if mask is not None:
             adapter.left.pop(mask, None)
@@ -258,7 +267,7 @@ def adapter_axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | 
 
 
 def _listed(study: Study, model: str) -> list[Point] | None:
-    """All adapters of a size, or None when they cannot be listed or are too many to."""
+    """All adapters of a model; None when they are not countable, or more than LISTED."""
     axes = adapter_axes(study, model)
     counts = [count_of(values) for values in axes.values()]
     if None in counts or math.prod(count or 0 for count in counts) > LISTED:
@@ -267,7 +276,7 @@ def _listed(study: Study, model: str) -> list[Point] | None:
     return [Point.of(model, dict(each)) for each in itertools.product(*choices)]
 
 
-def _applied(point: Point) -> dict[str, Value]:
+def _knob_values(point: Point) -> dict[str, Value]:
     return {axis: value for axis, value in point.values if DEFENCE.is_knob(axis)}
 
 
@@ -275,8 +284,8 @@ def _with(adapter: Point, values: Mapping[str, Value]) -> Point:
     return Point.of(adapter.model, {**dict(adapter.values), **values})
 
 
-def _share_of_nothing(study: Study, model: str, values: Mapping[str, Value]) -> float:
-    """Before any adapter is measured: how far along its axis a value lies."""
+def _share_by_value(study: Study, model: str, values: Mapping[str, Value]) -> float:
+    """A guess before any adapter is measured: the relative position of a value on its axis."""
     for axis, value in values.items():
         if isinstance(value, int | float):
             own = study.axes_of(model)[axis]
@@ -293,15 +302,15 @@ def _share_of_nothing(study: Study, model: str, values: Mapping[str, Value]) -> 
 def _spread(
     items: Sequence[tuple[Mask, dict[str, Value]]], count: int, k: int
 ) -> list[tuple[Mask, dict[str, Value]]]:
-    """At most `count` items, evenly spaced, others each time."""
+    """At most `count` evenly spaced items; the first one varies with `k`."""
     if len(items) <= count:
         return list(items)
     step = len(items) / count
     return [items[int((n + (k * 0.618) % 1.0) * step) % len(items)] for n in range(count)]
 
 
-def _even(items: list[dict[str, Value]], count: int) -> list[dict[str, Value]]:
-    """At most `count` items, evenly spaced, the first and the last among them."""
+def _evenly(items: list[dict[str, Value]], count: int) -> list[dict[str, Value]]:
+    """At most `count` evenly spaced items, including the first and the last."""
     return (
         items
         if len(items) <= count

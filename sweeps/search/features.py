@@ -1,8 +1,8 @@
-"""A point as numbers between 0 and 1, for what learns from points.
+"""Features of a point for the surrogate model, one number for each axis.
 
-An axis is scaled over all the values that any size has of it, by its logarithm when they span a
-factor of 8. Where knobs are known by their masks, they are one feature: the share of modules that
-the defence changes, which means the same for every adapter and every size, as no knob does.
+An axis is scaled to [0, 1] over all values that any model has for it. The scale is logarithmic when
+the values span a factor of 8 or more. The share of modules that the defence changes can replace its
+knobs: equal shares mean the same for every adapter and model, equal knobs do not.
 """
 
 import json
@@ -19,14 +19,12 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
 
 Array = NDArray[np.float64]
-SPAN_OF_A_LOGARITHM = 8.0
-APART = 0.5  # how far two sizes lie from each other
+LOG_SPAN = 8.0
+MODEL_FEATURE = 0.5  # the feature of a point's own model; that of others is 0
 
 
 class Features:
-    """`shares`: the defence's knobs count as the share of modules, given with the point; otherwise
-    as they are.
-    """
+    """Computes feature vectors. With `shares`, the share of modules replaces the knobs."""
 
     def __init__(self, study: Study, shares: bool) -> None:
         self._study = study
@@ -50,7 +48,7 @@ class Features:
         }
 
     def row(self, point: Point, share: float = 0.0, sizes: bool = False) -> Array:
-        """The features of a point; with `sizes`, which size it is of is among them."""
+        """The features of a point as (F,). With `sizes`, one feature for each model is added."""
         values = dict(point.values)
         found = [
             scale.of(values.get(axis, self._fixed.get((point.model, axis))))
@@ -59,11 +57,11 @@ class Features:
         if self._shares:
             found.append(share)
         if sizes:
-            found += [APART if model == point.model else 0.0 for model in self._models]
+            found += [MODEL_FEATURE if model == point.model else 0.0 for model in self._models]
         return np.array(found)
 
     def _setting(self, model: str, axis: str) -> Value:
-        """What a size that lacks an axis has in its place."""
+        """The fixed setting of a model that has no such axis."""
         found: Value = self._study.fixed(model, axis)
         return found
 
@@ -84,15 +82,11 @@ class _Scale:
                 if not isinstance(value, int | float) or isinstance(value, bool)
             }
         )
-        self._log = (
-            len(numbers) > 1 and numbers[0] > 0 and numbers[-1] / numbers[0] >= SPAN_OF_A_LOGARITHM
-        )
+        self._log = len(numbers) > 1 and numbers[0] > 0 and numbers[-1] / numbers[0] >= LOG_SPAN
         self._low, self._high = (numbers[0], numbers[-1]) if numbers else (0.0, 1.0)
 
     def of(self, value: Value) -> float:
-        """Numbers from 0 to 1; what is no number (no value, the name of a way) below them, a
-        step each.
-        """
+        """A number in [0, 1]. Non-numeric values (null, names) map to -0.3, -0.6, ..."""
         if not isinstance(value, int | float) or isinstance(value, bool):
             text = json.dumps(value)
             return -0.3 * (1 + self._others.index(text)) if text in self._others else -0.3

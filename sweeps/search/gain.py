@@ -1,13 +1,15 @@
-"""Expected hypervolume gain: how much a measurement that is not yet known is expected to add to a
-frontier.
+"""Expected hypervolume gain of candidates over a frontier.
 
-Objectives are rates; here all of them point up and lie in [0, 1] (`gains`), and the reference
-corner is 0. For independent normal predictions the expected gain is an integral over the part of
-the unit cube that the frontier does not dominate, E[HV(F + y) - HV(F)] = integral of prod_m P(Y_m
->= u_m) du (Emmerich et al. 2006), which is exact over the boxes that part is made of.
+Objectives are rates. Here all of them are in [0, 1] and maximised (`gains_of`); the reference point
+is 0. Predictions are independent and normal. The expected gain is an integral over the part of the
+unit cube that the frontier does not dominate (Emmerich et al. 2006):
 
-Arrays: `front_NM` has N points and M objectives, `mean_CM` and `sd_CM` C candidates; `lower_BM` and
-`upper_BM` are B boxes.
+    E[HV(F + y) - HV(F)] = integral of prod_m P(Y_m >= u_m) du
+
+It is computed exactly, box by box.
+
+Arrays: `front_NM` has N points and M objectives, `mean_CM` and `sd_CM` have C candidates,
+`lower_BM` and `upper_BM` have the corners of B boxes.
 """
 
 import itertools
@@ -23,20 +25,20 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import direction
 
 Array = NDArray[np.float64]
-EXACT_UP_TO = 3  # objectives; with more, a frontier is cut into too many boxes and is thinned first
-THINNED = 12
+EXACT_UP_TO = 3  # objectives; with more there are too many boxes, so the frontier is thinned
+THINNED = 12  # points of a thinned frontier
 
 
 def gains_of(study: Study, values: Sequence[Sequence[float]]) -> Array:
-    """Objectives' values as (N, M) with every one pointing up."""
+    """Objective values as (N, M), with minimised ones replaced by 1 - value."""
     found = np.array(values, dtype=np.float64).reshape(len(values), len(study.objectives))
     down = [direction(name) == "minimise" for name in study.objectives]
     return np.where(down, 1.0 - found, found)
 
 
 def undominated(front_NM: Array) -> tuple[Array, Array]:
-    """Disjoint boxes, as (lower_BM, upper_BM), that make up what a frontier leaves of the unit
-    cube.
+    """The part of the unit cube that a frontier does not dominate, as disjoint boxes (lower_BM,
+    upper_BM).
     """
     objectives = front_NM.shape[1]
     front_NM = distinct_front(np.clip(front_NM, 0.0, 1.0))
@@ -51,7 +53,7 @@ def undominated(front_NM: Array) -> tuple[Array, Array]:
 
 
 def _boxes(front_NM: Array, objectives: int) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Slab by slab of the last objective: in a slab, those points count that reach its top."""
+    """Boxes, slab by slab of the last objective. In a slab, the points that reach its top count."""
     if objectives == 1:
         top = float(front_NM[:, 0].max()) if len(front_NM) else 0.0
         return [((top,), (1.0,))] if top < 1.0 else []
@@ -64,7 +66,7 @@ def _boxes(front_NM: Array, objectives: int) -> list[tuple[tuple[float, ...], tu
 
 
 def expected_gain(mean_CM: Array, sd_CM: Array, boxes: tuple[Array, Array]) -> Array:
-    """The expected hypervolume gain of each candidate by itself, as (C,)."""
+    """The expected hypervolume gain of each single candidate, as (C,)."""
     lower_BM, upper_BM = boxes
     mean_C1M, sd_C1M = mean_CM[:, None, :], np.maximum(sd_CM, 1e-9)[:, None, :]
     sides_CBM = _below(upper_BM[None], mean_C1M, sd_C1M) - _below(lower_BM[None], mean_C1M, sd_C1M)
@@ -73,7 +75,7 @@ def expected_gain(mean_CM: Array, sd_CM: Array, boxes: tuple[Array, Array]) -> A
 
 
 def _below(edge: Array, mean: Array, sd: Array) -> Array:
-    """The integral of P(Y >= u) up to `edge`, but for a constant: E[min(Y, edge)]."""
+    """The integral of P(Y >= u) up to `edge`, plus a constant: E[min(Y, edge)]."""
     z = (edge - mean) / sd
     density = np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi)
     found: Array = edge + (mean - edge) * ndtr(z) - sd * density
@@ -81,8 +83,9 @@ def _below(edge: Array, mean: Array, sd: Array) -> Array:
 
 
 def spread(boxes: tuple[Array, Array], count: int) -> tuple[Array, float]:
-    """`count` points spread evenly over boxes (a Sobol sequence, always the same), as (U, M), and
-    the volume of each.
+    """`count` points spread evenly over boxes, as (U, M), and the volume for each point.
+
+    The points are from an unscrambled Sobol sequence, so they are deterministic.
     """
     lower_BM, upper_BM = boxes
     volumes_B = np.prod(upper_BM - lower_BM, axis=1)
@@ -96,10 +99,9 @@ def spread(boxes: tuple[Array, Array], count: int) -> tuple[Array, float]:
 
 
 def expected_joint_gains(samples_SCM: Array, points_UM: Array, volume: float) -> Array:
-    """The expected gain of the first one, two, ... C candidates measured together, as (C,), over
-    points that `spread` made.
+    """The expected gain of the first 1, 2, ..., C candidates measured together, as (C,).
 
-    `samples_SCM` are S joint samples of the candidates.
+    `samples_SCM` are S joint samples of the candidates; `points_UM` and `volume` are from `spread`.
     """
     reached_SU = np.zeros((samples_SCM.shape[0], points_UM.shape[0]), dtype=bool)
     gain_C = np.zeros(samples_SCM.shape[1])

@@ -1,12 +1,12 @@
-"""How much each axis matters to each objective: functional ANOVA over the finished points, by
+"""The importance of each axis for each objective: functional ANOVA over the finished points, by
 Optuna's evaluator.
 
-A random forest learns an objective from the axes; an axis' importance is the share of the forest's
-variance, over the whole space, that the axis makes by itself (Hutter, Hoos and Leyton-Brown 2014).
-What is left to 1 belongs to axes together, and to noise. It says nothing of which way an axis moves
-the objective, and it knows the space only where points were run.
+A random forest predicts an objective from the axes. The importance of an axis is the share of the
+forest's variance that the axis explains alone, over the whole space (Hutter, Hoos and Leyton-Brown
+2014). Interactions and noise explain the rest. Importance has no sign, and it covers only the part
+of the space where points were run.
 
-Invariant: no number for an axis with one value, for an objective that never moved, or from fewer
+Invariant: there is no number for an axis with one value, for a constant objective, or from fewer
 than FEWEST points.
 """
 
@@ -34,14 +34,15 @@ from ebbline.sweeps.study.study import Study
 MODEL = "model"
 FEWEST, FEW = 10, 50
 TREES = 32
-RESAMPLES, TREES_EACH = 25, 8  # Efron and Tibshirani (1993): 25 resamples tell a standard error
+RESAMPLES, TREES_EACH = 25, 8  # Efron and Tibshirani (1993): 25 resamples for a standard error
 METHOD = "fANOVA (Hutter et al. 2014) by Optuna"
 
 
 @dataclass(frozen=True)
 class AxisShare:
-    """An axis' share of an objective's variance, in [0, 1], with a 95% interval: normal, by the
-    bootstrap over points (Efron 1979).
+    """The share of an objective's variance that an axis explains, in [0, 1].
+
+    `interval` is a normal 95% interval from a bootstrap over points (Efron 1979).
     """
 
     value: float
@@ -50,11 +51,12 @@ class AxisShare:
 
 @dataclass(frozen=True)
 class Importance:
-    """Axis -> its share, `model` being the size; `points` is how many there were to learn from.
+    """The shares of an objective by axis, from this number of `points`; the axis `model` is the
+    size.
 
-    `without` says of each other axis why it has no number, `reason` why there are no numbers at
-    all. `uneven` are the axes of which some size was run with fewer values than the others: part of
-    their share may be that size's, and the other way round.
+    `without` has the reason for each axis without a number, `reason` the reason why there is no
+    number at all. For `uneven` axes, one model was run with fewer values than another. So part of
+    their share may belong to the model, and part of the model's share to them.
     """
 
     points: int
@@ -69,7 +71,7 @@ class Importance:
 
 
 def importances(study: Study, results: Sequence[Result]) -> dict[str, Importance]:
-    """By objective, over the finished points of all sizes."""
+    """The importance of every axis by objective, from the finished points of all models."""
     done = sorted(
         (result for result in results if result.status == "done"), key=lambda result: result.number
     )
@@ -94,7 +96,7 @@ def _is_uneven(axis: str, done: Sequence[Result]) -> bool:
 
 
 Column = tuple[BaseDistribution, list[int | float]]
-"""An axis as the forest sees it, and each point's value of it."""
+"""The distribution of an axis for the forest, and the value of each point."""
 
 
 def _importance(
@@ -105,11 +107,11 @@ def _importance(
         return Importance(
             count,
             without=without,
-            reason=f"{count} finished points are too few to tell; it takes {FEWEST}",
+            reason=f"{count} finished points are too few; at least {FEWEST} are needed",
         )
     if not columns:
         return Importance(
-            count, without=without, reason="no axis has two values that every model was run with"
+            count, without=without, reason="no axis that all models have was run with two values"
         )
     if max(values) - min(values) == 0:
         return Importance(count, without=without, reason=f"all {count} points have the same value")
@@ -136,7 +138,7 @@ def _importance(
 def _shares(
     columns: Mapping[str, Column], values: Sequence[float], rows: Sequence[int], trees: int
 ) -> dict[str, float] | None:
-    """None where no tree of the forest found anything to split by."""
+    """The share of each axis; None when no tree of the forest has a split."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     distributions = {axis: distribution for axis, (distribution, _) in columns.items()}
     study.add_trials(
@@ -157,7 +159,7 @@ def _shares(
 
 
 def _columns(study: Study, done: Sequence[Result]) -> tuple[dict[str, Column], dict[str, str]]:
-    """The axes with two values or more, and why each other has no number."""
+    """The axes with two values or more, and the reason for each other axis."""
     rows = [{MODEL: result.point.model, **dict(result.point.values)} for result in done]
     axes = [MODEL, *dict.fromkeys(axis for model in study.models for axis in study.axes_of(model))]
     columns, without = dict[str, Column](), dict[str, str]()
@@ -174,10 +176,10 @@ def _columns(study: Study, done: Sequence[Result]) -> tuple[dict[str, Column], d
 
 
 def _column(values: Sequence[Value], axis: object) -> Column:
-    """Numbers by their rank among the values that were run, each value weighing the same, `none`
-    before all; names as names.
+    """Encode the values of an axis for the forest.
 
-    Of a range the forest sees the numbers themselves.
+    Numbers of a list become their rank, so that all values weigh the same; null ranks first. Names
+    are categories. Numbers of a range stay as they are.
     """
     numbers = [
         value for value in values if isinstance(value, int | float) and not isinstance(value, bool)

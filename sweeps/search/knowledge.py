@@ -1,9 +1,9 @@
-"""What the search may know beside results: what the defence measured of adapters that exist, and
-how much work a point is.
+"""The knowledge of a search besides results: measurements of adapters, and estimates of work.
 
-An *adapter* here is what all knobs of a point share: the point without them, whose training and
-first stage of the defence are done once. Both answers are functions of the study and of what has
-been measured, and of no machine's speed.
+An *adapter* here is a point without the defence's knobs. All settings of the knobs share its
+training and the defence's first stage.
+
+Invariant: both answers depend on the study and the stored artifacts, never on a machine's speed.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Owner
 
 Readings = tuple[Reading, ...]
-"""What was measured of each seed's adapter."""
-REMEMBERED = 4096  # adapters whose work is kept at hand
-CPU_SHARE = 0.05  # of a GPU, for the work that needs none
+"""The defence's measurement of each seed's adapter."""
+CACHED = 4096  # adapters whose work is cached
+CPU_SHARE = 0.05  # of a GPU; the weight of work that needs no GPU
 
 
 @dataclass(frozen=True)
-class Work:
-    """GPU-seconds of a point's training, of measuring its adapter, and of what each setting of its
-    knobs takes: making the defended adapter and measuring that.
+class WorkEstimate:
+    """Estimated GPU-seconds of a point: its training, the defence's first stage (`project`), and
+    for each setting of the knobs, making and evaluating the defended adapter (`measure`).
     """
 
     train: float
@@ -41,24 +41,22 @@ class Work:
         return self.train + self.project + self.measure
 
 
-INVALID = Work(1.0, 1.0, 1.0)  # of a point with invalid settings, which is proposed all the same
+# Of a point with invalid settings. It may be proposed; its result then gives the reason.
+INVALID = WorkEstimate(1.0, 1.0, 1.0)
 
 
 class Knowledge:
-    """Built from a study's stage graph and whoever knows its artifacts, which is the runner while
-    it drives.
-    """
+    """Reads artifacts from `artifacts`, which is the runner during a drive, else a resolver."""
 
-    def __init__(self, graph: StageGraph, known: ArtifactLookup) -> None:
-        self._graph, self._known = graph, known
+    def __init__(self, graph: StageGraph, artifacts: ArtifactLookup) -> None:
+        self._graph, self._artifacts = graph, artifacts
         self._measured: dict[Point, Readings] = {}
-        self._projections: dict[
-            Point, list[Stage]
-        ] = {}  # of adapters that have been looked for in vain: they are asked for at every turn
-        self._work: dict[Point, Work] = {}
+        # Stages of unmeasured adapters, cached since every proposal looks them up
+        self._projections: dict[Point, list[Stage]] = {}
+        self._work: dict[Point, WorkEstimate] = {}
 
     def measured(self, point: Point) -> Readings | None:
-        """What the defence measured of each seed's adapter; None while one is not measured."""
+        """The defence's measurement of each seed's adapter; None while one is missing."""
         adapter = adapter_of(point)
         if adapter not in self._measured:
             found = self._read(adapter, point)
@@ -68,8 +66,8 @@ class Knowledge:
             del self._projections[adapter]
         return self._measured[adapter]
 
-    def work(self, point: Point) -> Work:
-        """What the point takes when nothing of it is there yet; a raced suite counts with its first
+    def work(self, point: Point) -> WorkEstimate:
+        """The work of a point with nothing in the store; a raced suite counts with its first
         block.
         """
         adapter = adapter_of(point)
@@ -83,18 +81,20 @@ class Knowledge:
             owners: dict[Owner, float] = {"training": 0.0, "adapter": 0.0, "point": 0.0}
             for stage in stages:
                 owner = kind_named(stage.kind).belongs_to
-                if owner in owners:  # a study's own stages run once for all points
+                if owner in owners:  # the study's own stages run once for all points
                     owners[owner] += _work(stage, graph.needs_of(stage))
-            if len(self._work) >= REMEMBERED:
-                # It is worked out again; adapters that were only looked at would pile up
+            if len(self._work) >= CACHED:
+                # Else adapters that are never proposed would fill the memory
                 self._work.clear()
             self._work[adapter] = (
-                Work(owners["training"], owners["adapter"], owners["point"]) if stages else INVALID
+                WorkEstimate(owners["training"], owners["adapter"], owners["point"])
+                if stages
+                else INVALID
             )
         return self._work[adapter]
 
     def _stages(self, point: Point, graph: StageGraph) -> dict[str, Stage]:
-        """Those of the seeds that every point is run with; none for invalid settings."""
+        """The stages of the seeds that every point runs with; empty for invalid settings."""
         study = self._graph.study
         return of_seeds(study, stages_or_reason(graph, point)[0], study.first_seeds)
 
@@ -107,18 +107,17 @@ class Knowledge:
                 stage for name, stage in named if StageName.parse(name).part == kind
             ]
         projections = self._projections[adapter]
-        found = [self._known.artifact(stage) for stage in projections]
+        found = [self._artifacts.artifact(stage) for stage in projections]
         if not found:
             return None
         if first and any(artifact is None for artifact in found):
-            resolver = Resolver(
-                self._graph.home.store
-            )  # made in another run, and not asked for in this one
+            # An earlier run may have made them; this runner does not know its artifacts
+            resolver = Resolver(self._graph.home.store)
             found = [resolver.artifact(stage) for stage in projections]
-        known = [artifact for artifact in found if artifact is not None]
-        if len(known) < len(found):
+        artifacts = [artifact for artifact in found if artifact is not None]
+        if len(artifacts) < len(found):
             return None
-        return tuple(DEFENCE.measured(artifact.file) for artifact in known)
+        return tuple(DEFENCE.measured(artifact.file) for artifact in artifacts)
 
 
 def _work(stage: Stage, needs: Needs) -> float:

@@ -1,12 +1,11 @@
-"""Masks: what a defence's knobs come to for the adapters of a point, one for each seed. Many
-settings give the same one, and then the same results.
+"""Masks: the outcomes of a defence's knobs for the adapters of a point, one adapter for each seed.
 
-Which settings do is the defence's to say (see ebbline.tasks.defences.defence.Defence.outcome); for
-Safe LoRA a mask is how many modules of each adapter take their projection.
+Settings with the same mask give the same adapters, which are evaluated once. The defence decides
+which settings these are (ebbline.tasks.defences.defence.Defence.outcome). For Safe LoRA, a mask is
+the number of projected modules of each adapter.
 
-Two settings with one outcome give one adapter, which is measured once. Where an adapter is
-measured, its duplicates are known. Elsewhere the store's defended adapters say how many are to be
-expected.
+For measured adapters, duplicates are exact. For others, their number is estimated from the
+defended adapters in the store.
 """
 
 import itertools
@@ -26,13 +25,11 @@ from ebbline.tasks.defences.defence import Outcome as Mask
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.stage import stage_of
 
-__all__ = ["Mask", "distinct_masks", "is_off", "mask_of", "share", "twins", "unmeasured"]
-
-__all__ = ["Mask", "distinct_masks", "is_off", "mask_of", "share", "unmeasured"]
+__all__ = ["Mask", "distinct_masks", "duplicates", "is_off", "mask_of", "share", "unmeasured"]
 
 
 def mask_of(study: Study, values: Mapping[str, Value], adapters: Readings) -> Mask | None:
-    """The mask that a point's knobs choose; None when they ask for what cannot be."""
+    """The mask of a point's knobs; None when they are impossible for one of the adapters."""
     return DEFENCE.outcome(_knobs(study, values), adapters)
 
 
@@ -42,16 +39,15 @@ def is_off(study: Study, values: Mapping[str, Value]) -> bool:
 
 
 def share(mask: Mask, adapters: Readings) -> float:
-    """The share of modules that a mask takes, over all seeds."""
+    """The share of modules that a mask changes, over all seeds, in [0, 1]."""
     return DEFENCE.share(mask, adapters)
 
 
 def distinct_masks(study: Study, model: str, adapters: Readings) -> dict[Mask, dict[str, Value]]:
-    """Every mask that a size's axes allow for its adapters, with knobs that choose it: the first in
-    the file's order.
+    """All masks that a model's axes allow for these adapters, each with the first knobs that give
+    it, in the file's order.
 
-    A range has one representative between each two neighbouring edges, with as few decimals as
-    that takes.
+    A range has one value between each two neighbouring edges, with as few decimals as possible.
     """
     found: dict[Mask, dict[str, Value]] = {}
     listed = [
@@ -67,8 +63,8 @@ def distinct_masks(study: Study, model: str, adapters: Readings) -> dict[Mask, d
 
 
 def unmeasured(study: Study, model: str, count: int) -> list[dict[str, Value]]:
-    """Knobs for an adapter that is not measured: all values of a list, `count` evenly spaced ones
-    of a range.
+    """Knob settings for an unmeasured adapter: all values of lists, `count` evenly spaced values of
+    ranges.
     """
     listed = [
         [
@@ -77,8 +73,8 @@ def unmeasured(study: Study, model: str, count: int) -> list[dict[str, Value]]:
         ]
         for axis, values in _axes(study, model).items()
     ]
-    every = (dict(each) for each in itertools.product(*listed))
-    return [values for values in every if DEFENCE.is_possible(_knobs(study, values))]
+    combinations = (dict(each) for each in itertools.product(*listed))
+    return [values for values in combinations if DEFENCE.is_possible(_knobs(study, values))]
 
 
 def _knobs(study: Study, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -107,8 +103,9 @@ def _representatives(
 
 
 def _between(low: float, high: float, axis: Range) -> float | None:
-    """A value of the axis in [low, high), with as few decimals as that takes; None when its step
-    leaves none there.
+    """A value of the axis in [low, high), with as few decimals as possible.
+
+    None when no multiple of its step lies there.
     """
     if axis.step is not None:
         steps = range(
@@ -132,34 +129,34 @@ def _spaced(axis: Range, count: int) -> list[Value]:
     return [round(float(x), 6) for x in np.linspace(axis.low, axis.high, count)]
 
 
-def twins(found: Todo, store: Store, distinct: float) -> frozenset[str]:
-    """The ids of stages that read from an adapter that is expected to equal an earlier one, and so
-    are expected not to run.
+def duplicates(found: Todo, store: Store, distinct: float) -> frozenset[str]:
+    """The ids of stages that are expected not to run, as they read a duplicate adapter.
 
-    `distinct` is the share of defended adapters that equal no earlier one, for those that are not
-    measured.
+    For unmeasured adapters, `distinct` is the share of defended adapters that are no duplicates.
     """
     resolver = Resolver(store)
     masks: set[tuple[str, Mask]] = set()
-    unknown, same, behind = 0, set[str](), set[str]()
+    unmeasured_count, same, skipped = 0, set[str](), set[str]()
     for missing in found.missing.values():
         spec = missing.stage.spec
         if spec.KIND != DEFENCE.makes.KIND:
-            if any(above in same or above in behind for above in missing.above):
-                behind.add(missing.id)
+            if any(above in same or above in skipped for above in missing.above):
+                skipped.add(missing.id)
             continue
         projection = stage_of(missing.stage.inputs["projection"])
         artifact = None if projection is None else resolver.artifact(projection)
         if artifact is None:
-            unknown += 1
-            twin = math.floor(unknown * (1 - distinct)) > math.floor((unknown - 1) * (1 - distinct))
+            # Spread the expected number of duplicates evenly
+            before = math.floor(unmeasured_count * (1 - distinct))
+            unmeasured_count += 1
+            is_duplicate = math.floor(unmeasured_count * (1 - distinct)) > before
         else:
             outcome = DEFENCE.outcome(DEFENCE.knobs(spec, {}), [DEFENCE.measured(artifact.file)])
-            if outcome is None:  # more modules than it has: this stage will fail and say so
+            if outcome is None:  # more modules than the adapter has: the stage will fail
                 continue
             mask = artifact.key, outcome
-            twin = mask in masks
+            is_duplicate = mask in masks
             masks.add(mask)
-        if twin:
+        if is_duplicate:
             same.add(missing.id)
-    return frozenset(behind)
+    return frozenset(skipped)

@@ -1,9 +1,10 @@
-"""Optuna's own samplers: TPE, NSGA-II and random. Each draws in a study in memory, made of the
-points that it may know of.
+"""Optuna's own samplers: TPE, NSGA-II and random.
 
-So a proposal is a function of those points and of its number, and only what is accepted is ever
-written to the storage. TPE is given at most `MOST` points, as its time grows with them: the best by
-non-dominated rank and a sample of the others.
+Each draws from an Optuna study in memory, which has the points that the sampler may see.
+
+Invariant: a proposal is a function of these points and of its number. Only accepted proposals are
+written to the storage. TPE gets at most MAX_TPE_POINTS points, since its time grows with them: the
+best by non-dominated rank, and a sample of the others.
 """
 
 import warnings
@@ -25,7 +26,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import direction
 
 REDRAWS = 8
-MOST = 160
+MAX_TPE_POINTS = 160
 GENERATION, PARENTS = (
     NSGAIISampler._get_generation_key(),
     NSGAIISampler._get_parent_cache_key_prefix(),
@@ -34,51 +35,48 @@ Drawn = tuple[Point, Mapping[str, Any]]
 
 
 class OptunaSampler:
-    """Draws points that are not known yet, by the study's sampler. `known` are asked for
-    already.
-    """
+    """Draws points that were not proposed before, by the study's sampler."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._shadow: Shadow | None = None  # of NSGA-II, whose generations need every point
+        self._shadow: Shadow | None = None  # NSGA-II only: its generations need all points
 
     def propose(
-        self, entries: Sequence[Entry], taught: Sequence[Entry], known: set[Point], k: int
+        self, entries: Sequence[Entry], taught: Sequence[Entry], proposed: set[Point], k: int
     ) -> Drawn | None:
-        """A new point and what the sampler wants to be told again; None when it keeps drawing known
-        ones.
+        """A new point and the state that the sampler needs with it later.
+
+        None when all of REDRAWS draws were in `proposed`.
         """
-        shadow = self._mirrored(entries, taught)
+        shadow = self._shadow_of(entries, taught)
         for redraw in range(REDRAWS):
             sampler = _sampler(
                 self._study, seed=self._study.search.seed * 1_000_003 + k * REDRAWS + redraw
             )
             found, drawn = shadow.draw(sampler)
-            if found not in known:
+            if found not in proposed:
                 shadow.accept(k)
                 return found, drawn
             shadow.discard()
         return None
 
     def amend(self) -> None:
-        """A finished point measured something else over more seeds: what was drawn in so far is
-        made again with its new values.
-        """
+        """Rebuild the study in memory, since the metrics of a finished point changed."""
         self._shadow = None
 
-    def _mirrored(self, entries: Sequence[Entry], taught: Sequence[Entry]) -> "Shadow":
+    def _shadow_of(self, entries: Sequence[Entry], taught: Sequence[Entry]) -> "Shadow":
         if self._study.sampler == "nsga2":
             self._shadow = self._shadow or Shadow(self._study)
             self._shadow.follow(entries)
             return self._shadow
         shadow = Shadow(self._study)
         if self._study.sampler == "tpe":
-            shadow.follow([*chosen(self._study, [*taught, *entries], MOST)])
+            shadow.follow([*chosen(self._study, [*taught, *entries], MAX_TPE_POINTS)])
         return shadow
 
 
 class Shadow:
-    """A study in memory with a trial for each entry that it follows, in their order."""
+    """An Optuna study in memory with a trial for each entry, in the same order."""
 
     def __init__(self, study: Study) -> None:
         self._study, self._names = study, Names(study)
@@ -86,12 +84,12 @@ class Shadow:
             directions=[DIRECTIONS[direction(name)] for name in study.objectives]
         )
         self._storage: Any = self._optuna._storage
-        self._ids: list[int] = []  # of each entry's trial
+        self._ids: list[int] = []  # trial ids, in the order of the entries
         self._open: dict[int, Entry] = {}
-        self._asked: optuna.Trial | None = None
+        self._drawn: optuna.Trial | None = None
 
     def follow(self, entries: Sequence[Entry]) -> None:
-        """Take in what was asked for and told since the last time."""
+        """Add the proposals and results since the last call."""
         for k in [k for k in self._open if entries[k].state != "running"]:
             self._tell(self._ids[k], entries[k])
             del self._open[k]
@@ -135,7 +133,7 @@ class Shadow:
     def draw(self, sampler: BaseSampler) -> Drawn:
         before = self._storage.get_study_system_attrs(self._optuna._study_id)
         self._optuna.sampler = sampler
-        trial = self._asked = self._optuna.ask()
+        trial = self._drawn = self._optuna.ask()
         name, models = self._names.model()
         model = str(plain(_suggest(trial, name, models)))
         values: dict[str, Value] = {}
@@ -156,27 +154,25 @@ class Shadow:
         return Point.of(model, values), drawn
 
     def accept(self, k: int) -> None:
-        """The trial drawn last is entry k's."""
-        if self._asked is not None and k == len(self._ids):
-            self._ids.append(self._asked._trial_id)
+        """Use the last drawn trial as that of entry k."""
+        if self._drawn is not None and k == len(self._ids):
+            self._ids.append(self._drawn._trial_id)
             self._open[k] = Entry(k, Point("", ()))
 
     def discard(self) -> None:
-        if self._asked is not None:
-            self._optuna.tell(self._asked, state=TrialState.FAIL)
+        if self._drawn is not None:
+            self._optuna.tell(self._drawn, state=TrialState.FAIL)
 
     def _generation(self, entry: Entry) -> dict[str, Any]:
-        """NSGA-II counts generations in its trials; a point that it did not draw is one of its
-        first.
-        """
+        """NSGA-II keeps generations in its trials; a point it did not draw has generation 0."""
         return (
             {GENERATION: entry.drawn.get("generation", 0)} if self._study.sampler == "nsga2" else {}
         )
 
 
 def chosen(study: Study, entries: Sequence[Entry], most: int) -> list[Entry]:
-    """At most `most` entries to learn from: all that run, half the rest by non-dominated rank, and
-    a sample that forgets evenly.
+    """At most `most` entries: all running ones, and of the others half by non-dominated rank and
+    half by an even sample.
     """
     if len(entries) <= most:
         return list(entries)
@@ -186,9 +182,8 @@ def chosen(study: Study, entries: Sequence[Entry], most: int) -> list[Entry]:
     ranks = ranks_of(study, [entries[index] for index in done])
     order = np.argsort(ranks, kind="stable")
     best, others = np.array(done)[order[: room // 2]], np.array(done)[order[room // 2 :]]
-    others = others[
-        np.argsort((others * 2654435761) % 2**32, kind="stable")
-    ]  # Knuth's multiplicative hash: an even sample
+    # An even sample by Knuth's multiplicative hash
+    others = others[np.argsort((others * 2654435761) % 2**32, kind="stable")]
     return [
         entries[index]
         for index in sorted({*running, *best.tolist(), *others[: room - len(best)].tolist()})
@@ -196,8 +191,9 @@ def chosen(study: Study, entries: Sequence[Entry], most: int) -> list[Entry]:
 
 
 def ranks_of(study: Study, entries: Sequence[Entry]) -> Any:
-    """The non-dominated rank of each finished entry, from 0; those that miss a constraint come
-    after all that hold.
+    """The non-dominated rank of each finished entry as (N,), from 0.
+
+    Entries that miss a constraint rank after all others.
     """
     if not entries:
         return np.zeros(0, dtype=np.int64)
@@ -230,9 +226,8 @@ def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:
 
 def _sampler(study: Study, seed: int) -> BaseSampler:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", optuna.exceptions.ExperimentalWarning
-        )  # constant_liar is what async search needs
+        # An asynchronous search needs constant_liar, which is experimental
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match study.sampler:
             case "tpe":
                 startup = max(4, min(10, (study.search.points or 20) // 3))

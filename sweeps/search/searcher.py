@@ -1,12 +1,12 @@
-"""Choosing points: stage-aware search, Optuna's samplers, a grid and a fixed list behind one
+"""Proposes points: stage-aware search, Optuna's samplers, a grid and a fixed list behind one
 ask/tell protocol.
 
-The Optuna storage is the one truth about points and their state (ebbline.sweeps.state.trials). A
-proposal is a function of the study file, its number k, and what the points before it have come to:
-samplers are seeded by k and keep nothing that those do not say. So a driver that was killed asks,
-on restart, for what it would have asked; when it tells in the order of asking, proposal k has seen
-exactly the results that were told before it, and all proposals are a function of the study file
-alone.
+The Optuna storage is the only source of points and their states (ebbline.sweeps.state.trials).
+
+Invariant: proposal k is a function of the study file, of k, and of the results recorded before it.
+Samplers are seeded by k and keep no other state. So a restarted driver gets the proposals that the
+killed one would have got. When results are recorded in the order of asking, all proposals are a
+function of the study file alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ __all__ = [
     "WAIT",
     "OptunaSearcher",
     "Searcher",
-    "asked",
+    "all_points",
     "check_written_points",
     "limit",
     "reaching",
@@ -58,79 +58,77 @@ __all__ = [
 
 
 class Wait(Enum):
-    WAIT = "nothing is worth asking for until something lands"
+    WAIT = "no proposal before another result"
 
 
 WAIT = Wait.WAIT
 
 
 class Searcher(Protocol):
-    """Proposes distinct points and is told what became of them."""
+    """Proposes distinct points and records their results."""
 
     def in_flight(self) -> Sequence[tuple[int, Point]]:
-        """Points that were asked for and not told, oldest first: what a restarted driver continues
-        with.
-        """
+        """Proposed points without a result, oldest first. A restarted driver continues them."""
 
-    def told(self) -> int:
-        """How many points have been told."""
+    def completed(self) -> int:
+        """The number of completed points, including failed ones."""
 
     def measured(self) -> Sequence[tuple[int, Point]]:
-        """The points that were told with their objectives: their artifacts should be in the store,
-        and are made again if not.
-        """
+        """The points with recorded objectives. The driver reruns their missing stages."""
 
-    def ask(self, known: Knowledge) -> tuple[int, Point] | Wait | None:
-        """The next point and its number; WAIT when there is none before something lands, None when
-        there is none left at all.
+    def ask(self, knowledge: Knowledge) -> tuple[int, Point] | Wait | None:
+        """The number and the point of the next proposal.
+
+        WAIT when there is none before another result, None when there is none left.
         """
 
     def tell(self, number: int, result: Result) -> None:
-        """Record what became of a point: its objectives with their standard errors, or the reason
-        it failed.
-        """
+        """Record the result of a point: its objectives with standard errors, or why it failed."""
 
     @property
     def constrained(self) -> bool:
-        """Whether there are constraints, or were. They may have changed since points were told:
-        these are to be amended before there is another point.
+        """Whether the study has constraints, or had them.
+
+        They may have changed, so all results are amended before another proposal.
         """
 
-    def estimate(self, known: Knowledge) -> None:
-        """Work out what points take that were asked for when there was no ceiling."""
+    def estimate(self, knowledge: Knowledge) -> None:
+        """Estimate the work of points that were proposed before the study had a ceiling."""
 
     def amend(self, number: int, result: Result) -> None:
-        """What a point that was told before is found to have measured, over more seeds or against
-        other constraints: the search goes by it; the storage keeps what was told.
+        """Replace the result of a completed point, after more seeds or under other constraints.
+
+        The search uses the new result; the storage keeps the first one.
         """
 
     def gave_up(self) -> Mapping[int, int]:
-        """Number -> how many seeds a point can have, of points of which a further one failed."""
+        """The maximum number of seeds of each point with a failed further seed, by number."""
 
     def give_up(self, number: int, most: int, reason: str) -> None:
-        """Record that a point can have no more than `most` seeds, as a further one failed. It stays
-        so, as a failed point does.
+        """Record that a point gets at most `most` seeds, since a further seed failed.
+
+        This is final, as the state of a failed point is.
         """
 
 
 class OptunaSearcher:
-    """Every sampler of a study file, over Optuna's storage. Make one driver's worth at a time: see
-    Home.driving.
+    """The searcher for every sampler of a study file. Only the driver of a study makes one (see
+    Home.driving).
 
-    With `search.order: in_turn`, results are told in the order of asking, and what was measured
-    counts from then on, so that proposals depend on no timing.
+    With `search.order: in_turn`, results are recorded in the order of asking. The measurement of an
+    adapter counts after that, so proposals do not depend on timing.
     """
 
     def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
-        """`begun_as` is a digest of the settings that the study had before it was widened."""
+        """`begun_as` is the digest of the study's settings before it was widened."""
         self.study = study
         self.trials = Trials(study, storage, begun_as)
         self.constrained = study.search.constraints != Constraints() or any(
             entry.misses for entry in self.trials.entries
         )
         self._limit = limit(study)
-        self._known = {entry.point for entry in self.trials.entries}
-        self._told = sum(entry.state != "running" for entry in self.trials.entries)
+        self._proposed = {entry.point for entry in self.trials.entries}
+        self._completed = sum(entry.state != "running" for entry in self.trials.entries)
         self._grid = space(study) if study.sampler == "grid" else None
         self._optuna = OptunaSampler(study)
         self._stage_aware = _stage_aware(study) if study.sampler in ("stage_aware", "gp") else None
@@ -142,8 +140,8 @@ class OptunaSearcher:
             if entry.state == "running"
         ]
 
-    def told(self) -> int:
-        return self._told
+    def completed(self) -> int:
+        return self._completed
 
     def measured(self) -> Sequence[tuple[int, Point]]:
         return [
@@ -151,34 +149,32 @@ class OptunaSearcher:
         ]
 
     def teach(self, study: str, found: Sequence[Entry]) -> None:
-        """Take in what another study measured (see ebbline.sweeps.search.warm_start); of a study
-        that taught before, nothing more.
-        """
+        """Copy the results of another study (see ebbline.sweeps.search.warm_start), once only."""
         self.trials.teach(study, found)
 
-    def ask(self, known: Knowledge) -> tuple[int, Point] | Wait | None:
+    def ask(self, knowledge: Knowledge) -> tuple[int, Point] | Wait | None:
         k = len(self.trials.entries)
         if self._limit is not None and k >= self._limit:
             return None
-        found = self._next(known, k)
+        found = self._next(knowledge, k)
         if found is WAIT:
             return WAIT
         if found is None:
             self.trials.exhaust()
             return None
         point, drawn = found
-        if point in self._known:
+        if point in self._proposed:
             raise StudyError(
                 f"the study file gives the point {point} twice; each point runs once, "
                 "seeds are its repeats"
             )
-        self._known.add(point)
+        self._proposed.add(point)
         if self.study.search.constraints.gpu_hours is not None:
-            drawn = {**drawn, GPU_HOURS: known.work(point).whole / 3600}
+            drawn = {**drawn, GPU_HOURS: knowledge.work(point).whole / 3600}
         return self.trials.add(point, drawn), point
 
     def tell(self, number: int, result: Result) -> None:
-        self._told += 1
+        self._completed += 1
         if result.status != "done":
             self.trials.fail(number, result.reason)
             return
@@ -204,11 +200,11 @@ class OptunaSearcher:
         if self._stage_aware is not None:
             self._stage_aware.amend(amended)
 
-    def estimate(self, known: Knowledge) -> None:
+    def estimate(self, knowledge: Knowledge) -> None:
         if self.study.search.constraints.gpu_hours is not None:
             for number, entry in enumerate(self.trials.entries):
                 if entry.state != "failed" and GPU_HOURS not in entry.drawn:
-                    drawn = {**entry.drawn, GPU_HOURS: known.work(entry.point).whole / 3600}
+                    drawn = {**entry.drawn, GPU_HOURS: knowledge.work(entry.point).whole / 3600}
                     self.trials.entries[number] = replace(entry, drawn=drawn)
 
     def gave_up(self) -> Mapping[int, int]:
@@ -223,64 +219,61 @@ class OptunaSearcher:
 
     def _misses(self, entry: Entry, result: Result) -> dict[str, float]:
         """By how much a result misses each constraint; at most 0 when it holds."""
-        wanted, found = self.study.search.constraints, {}
+        constraints, found = self.study.search.constraints, {}
         refusal = self.study.refusal_metric
-        if wanted.refusal_floor and refusal is not None:
+        if constraints.refusal_floor and refusal is not None:
             found[REFUSAL_FLOOR] = self.study.refusal_floor - result.metrics[refusal].value
-        if wanted.gpu_hours is not None:
-            found[GPU_HOURS] = entry.drawn[GPU_HOURS] - wanted.gpu_hours
+        if constraints.gpu_hours is not None:
+            found[GPU_HOURS] = entry.drawn[GPU_HOURS] - constraints.gpu_hours
         return found
 
-    def _next(self, known: Knowledge, k: int) -> Drawn | Wait | None:
+    def _next(self, knowledge: Knowledge, k: int) -> Drawn | Wait | None:
         fixed = self._fixed(k)
         if fixed is not None:
             return fixed, {}
         if self._stage_aware is not None:
             point, later = self._stage_aware.propose(
-                self.trials.entries, self.trials.taught, known, k
+                self.trials.entries, self.trials.taught, knowledge, k
             )
             return (point, {}) if point is not None else WAIT if later else None
-        found = self._optuna.propose(self.trials.entries, self.trials.taught, self._known, k)
-        # A sampler that keeps proposing what is known: any point of the space that is not, by the
-        # seed.
+        found = self._optuna.propose(self.trials.entries, self.trials.taught, self._proposed, k)
+        # A sampler that keeps drawing proposed points is replaced by a seeded draw from the others
         return found or (self._unvisited(k), {})
 
     def _fixed(self, k: int) -> Point | None:
         if self._grid is not None:
-            return next((point for point in self._grid if point not in self._known), None)
+            return next((point for point in self._grid if point not in self._proposed), None)
         if self.study.sampler == "list":
             return listed(self.study.search.list[k], self.study, f"search.list[{k}]")
         first = self.study.search.first
         return listed(first[k], self.study, f"search.first[{k}]") if k < len(first) else None
 
     def _unvisited(self, k: int) -> Point:
-        """A point of the space that is not known. There is one: no more are asked for than there
-        are (see ebbline.sweeps.study.space.limit).
+        """A point of the space that was not proposed.
+
+        There always is one, since ebbline.sweeps.study.space.limit bounds the number of proposals.
         """
         if self.study.size is not None and self.study.size <= LISTED:
             left = sorted(
-                (point for point in space(self.study) if point not in self._known),
+                (point for point in space(self.study) if point not in self._proposed),
                 key=lambda point: point.id,
             )
             return left[k % len(left)]
         rng = np.random.default_rng((self.study.search.seed, k))
-        while (point := drawn_point(rng, self.study)) in self._known:
+        while (point := drawn_point(rng, self.study)) in self._proposed:
             pass
         return point
 
 
 def _stage_aware(study: Study) -> "StageAware":
-    from ebbline.sweeps.search.stage_aware import (
-        StageAware,  # scikit-learn takes a second, which only those who search pay
-    )
+    # A lazy import, since scikit-learn takes a second to load
+    from ebbline.sweeps.search.stage_aware import StageAware
 
     return StageAware(study)
 
 
-def asked(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:
-    """(number, point, state, reason) of every point asked so far, for readers; state is running,
-    done or failed.
-    """
+def all_points(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:
+    """(number, point, state, reason) of every proposed point; state is running, done or failed."""
     return [
         (k, entry.point, entry.state, entry.reason)
         for k, entry in enumerate(read(study, storage)[0])

@@ -1,13 +1,13 @@
-"""Stage-aware search: each proposal is a new adapter, or a further mask of one that exists,
-whichever promises most for its cost.
+"""Stage-aware search: each proposal is a new adapter, or a further mask of an existing one,
+whichever has the larger expected gain for its cost.
 
-What it promises is the expected gain in hypervolume (ebbline.sweeps.search.gain) under a surrogate
-(ebbline.sweeps.search.surrogate), averaged over the sizes, which have a frontier each; its cost is
-the work that it adds. An adapter that exists costs a measurement; a new one costs its training too,
-and is worth what several of its thresholds promise together, for the cost of training once and
-measuring each.
+The gain is the expected gain in hypervolume (ebbline.sweeps.search.gain) under a surrogate
+(ebbline.sweeps.search.surrogate), averaged over the models, each of which has its own frontier. The
+cost is the work that the proposal adds. A further mask costs an evaluation. A new adapter costs its
+training too; its gain is that of several thresholds together, for one training and one evaluation
+each.
 
-`gp` is the same without the stages: every point costs the same, a knob is a number like any other.
+The sampler `gp` ignores stages: all points cost the same, and a knob is a feature as it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,31 +31,33 @@ from ebbline.sweeps.search.gain import (
 )
 from ebbline.sweeps.search.knowledge import Knowledge
 from ebbline.sweeps.search.samplers import chosen
-from ebbline.sweeps.search.surrogate import FITTED_ON, KNOWS, Belief, believed, fit_at, fitted
+from ebbline.sweeps.search.surrogate import (
+    MAX_FITTED,
+    MAX_RESULTS,
+    Belief,
+    believed,
+    fit_at,
+    fitted,
+)
 from ebbline.sweeps.state.trials import REFUSAL_FLOOR, Entry
 from ebbline.sweeps.study.points import Point, adapter_of
 from ebbline.sweeps.study.space import drawn, space
 from ebbline.sweeps.study.study import Study
 
-SAMPLES, EVENLY = (
-    16,
-    128,
-)  # joint draws of a new adapter's thresholds; points that their gain is counted over
-BUNDLES, BUNDLED = (
-    (2, 4, 6),
-    8,
-)  # thresholds of a new adapter that are looked at together; adapters that are looked at so
-AT_ONCE = 16
-LISTED, POOL = 4096, 256  # points of a space that `gp` writes out; candidates that it looks at
-TIE, LEAST = 1e-9, 1e-6
-NEAR = 0.05  # proposals that promise as much but for this share are as good: the seed decides
-BELIEVED = 1e-4  # variance of what is in flight and counts as measured
+JOINT_SAMPLES, GAIN_POINTS = 16, 128  # for the joint gain of a new adapter's thresholds
+GROUP_SIZES = (2, 4, 6)  # numbers of thresholds whose joint gain is computed
+JOINT_ADAPTERS = 8  # new adapters whose joint gain is computed
+SELECT_EVERY = 16  # results after which the surrogate's results are selected anew
+LISTED, POOL = 4096, 256  # a larger space is not listed for `gp`; candidates for `gp`
+TIE, LEAST_COST = 1e-9, 1e-6
+NEAR_BEST = 0.05  # candidates whose gain is within this share of the best; the seed picks one
+IN_FLIGHT_VARIANCE = 1e-4  # noise of the values assumed for points in flight
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What was measured of the sizes that share a surrogate: rows of features, each metric's values
-    and variances.
+    """The results that a surrogate is trained on: N rows of F features, and for each of M metrics
+    the values and noise variances.
     """
 
     x_NF: Array
@@ -64,10 +66,10 @@ class Observations:
 
 
 class StageAware:
-    """Keeps what asks have in common; what it proposes is a function of the entries, of what is
-    known, and of k.
+    """Keeps state between proposals only to save time: a proposal is a function of the entries,
+    the knowledge, and k.
 
-    A group is the sizes that share a surrogate: all with `transfer`, else each by itself.
+    A *group* is the models that share a surrogate: all with `transfer`, else each one alone.
     """
 
     def __init__(self, study: Study) -> None:
@@ -80,33 +82,28 @@ class StageAware:
         self._seen = 0
         self._open: dict[int, Entry] = {}
         self._done: dict[str, list[Entry]] = {model: [] for model in study.models}
-        self._results: dict[
-            str, list[Entry]
-        ] = {}  # of each group: what other studies taught, then its own as they were told
-        self._fits: dict[
-            str, tuple[int, Observations]
-        ] = {}  # of each group: what its lengths are fitted to, and after how many results
-        self._held: dict[str, list[Entry]] = {
-            model: [] for model in study.models
-        }  # the frontiers, of what holds the constraints
+        # By group, the results of other studies, then the own ones in the order of recording
+        self._results: dict[str, list[Entry]] = {}
+        # By group, the results that the kernel is fitted to, and their number at that time
+        self._fits: dict[str, tuple[int, Observations]] = {}
+        # By model, the frontier of the feasible results
+        self._fronts: dict[str, list[Entry]] = {model: [] for model in study.models}
         self._chosen: dict[str, tuple[int, list[Entry]]] = {}
         self._rows: dict[Point, Array] = {}
         self._kernels: dict[tuple[str, int, int], Any] = {}
 
     def propose(
-        self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge, k: int
+        self, entries: Sequence[Entry], taught: Sequence[Entry], knowledge: Knowledge, k: int
     ) -> tuple[Point | None, bool]:
-        """(the point, whether there may be one later): a point and True, or None and whether what
-        is in flight may open new ones.
-        """
-        self._follow(entries, taught, known)
+        """(point, True), or (None, whether a result of a point in flight may allow a proposal)."""
+        self._follow(entries, taught, knowledge)
         candidates = self._candidates(
-            known, k, {entry.point for entry in entries} if not self._by_stage else set()
+            knowledge, k, {entry.point for entry in entries} if not self._by_stage else set()
         )
         ceiling = self.study.search.constraints.gpu_hours
         if ceiling is not None:
             candidates = [
-                each for each in candidates if known.work(each.point).whole <= ceiling * 3600
+                each for each in candidates if knowledge.work(each.point).whole <= ceiling * 3600
             ]
         if not candidates:
             return None, bool(self._open)
@@ -117,13 +114,13 @@ class StageAware:
                 worth_C[own] = self._worth(model, [candidates[index] for index in own], k)
         near = [
             candidates[index].point
-            for index in np.flatnonzero(worth_C >= (1 - NEAR) * worth_C.max())
+            for index in np.flatnonzero(worth_C >= (1 - NEAR_BEST) * worth_C.max())
         ]
         rng = np.random.default_rng((self.study.search.seed, k))
         return near[int(rng.integers(len(near)))], True
 
     def amend(self, entry: Entry) -> None:
-        """Go by what a point measured over more seeds."""
+        """Replace the entry of a completed point."""
         model, group = entry.point.model, self._group(entry.point.model)
         if any(each.trial == entry.trial for each in self._done[model]):
             self._done[model] = [
@@ -132,26 +129,28 @@ class StageAware:
             self._results[group] = [
                 entry if each.trial == entry.trial else each for each in self._results[group]
             ]
-            self._held[model] = self._undominated(
+            self._fronts[model] = self._undominated(
                 [each for each in self._done[model] if each.feasible]
             )
             self._chosen.clear()
 
-    def _follow(self, entries: Sequence[Entry], taught: Sequence[Entry], known: Knowledge) -> None:
-        """Take in what was asked for, told and measured since the last time.
+    def _follow(
+        self, entries: Sequence[Entry], taught: Sequence[Entry], knowledge: Knowledge
+    ) -> None:
+        """Process the proposals, results and measurements since the last call.
 
-        Result by result, as if it had been asked after each: whether it was, or all are heard at
-        once as a driver starts, is the same.
+        Results are processed one by one. So the state is the same after a restart, when all come at
+        once.
         """
         if not self._results:
             self._results = {self._group(model): [] for model in self.study.models}
-            self._fits = {group: (0, self._told([])) for group in self._results}
+            self._fits = {group: (0, self._observed([])) for group in self._results}
             for entry in taught:
                 if entry.point.model in self.study.models:
                     self._learn(entry)
         for k, entry in enumerate(entries[self._seen :], self._seen):
             if self._by_stage:
-                self._adapters.asked(entry)
+                self._adapters.add(entry)
             self._open[k] = entry
         self._seen = len(entries)
         for k in [k for k in self._open if entries[k].state != "running"]:
@@ -163,64 +162,64 @@ class StageAware:
                     if entry.state == "done"
                     else 0.0
                 )
-                self._adapters.told(entry, promise, known)
+                self._adapters.complete(entry, promise, knowledge)
             if entry.state == "done":
                 self._done[entry.point.model].append(entry)
                 if entry.feasible:
-                    self._held[entry.point.model] = self._undominated(
-                        [*self._held[entry.point.model], entry]
+                    self._fronts[entry.point.model] = self._undominated(
+                        [*self._fronts[entry.point.model], entry]
                     )
                 self._learn(entry)
         if self._by_stage:
-            self._adapters.look(known)
+            self._adapters.read_measured(knowledge)
 
     def _learn(self, entry: Entry) -> None:
-        """Add a result to what its group knows; its lengths are fitted to what is there now
-        whenever that is due.
-        """
+        """Add a result to its group, and select the results for a new fit when one is due."""
         group = self._group(entry.point.model)
         results = self._results[group]
         results.append(entry)
         if fit_at(len(results)) == len(results):
-            self._fits[group] = len(results), self._told(chosen(self.study, results, FITTED_ON))
+            self._fits[group] = (
+                len(results),
+                self._observed(chosen(self.study, results, MAX_FITTED)),
+            )
 
     def _row(self, point: Point) -> Array:
-        """The features of a point, kept once they are certain: a share that was guessed is guessed
-        anew.
-        """
+        """The features of a point as (F,), cached once its share of modules is exact."""
         if point not in self._rows:
             share = self._adapters.share_of(point) if self._by_stage else 0.0
             row = self._features.row(point, share, sizes=self._shared)
-            if self._by_stage and not self._adapters.knows(point):
+            if self._by_stage and not self._adapters.is_measured(point):
                 return row
             self._rows[point] = row
         return self._rows[point]
 
-    def _candidates(self, known: Knowledge, k: int, asked: set[Point]) -> list[Candidate]:
+    def _candidates(self, knowledge: Knowledge, k: int, proposed: set[Point]) -> list[Candidate]:
         if self._by_stage:
-            return self._adapters.further(known, k) + self._adapters.fresh(known, k, self._best())
-        return [Candidate(point, 0.0, 1.0, point) for point in self._points(asked, k)]
+            further = self._adapters.further(knowledge, k)
+            return further + self._adapters.fresh(knowledge, k, self._best())
+        return [Candidate(point, 0.0, 1.0, point) for point in self._points(proposed, k)]
 
     def _best(self) -> list[Point]:
-        """The adapters on a frontier, of every size: their neighbours are worth a look."""
+        """The adapters on the frontiers of all models, without duplicates."""
         return list(
-            dict.fromkeys(adapter_of(entry.point) for held in self._held.values() for entry in held)
+            dict.fromkeys(
+                adapter_of(entry.point) for front in self._fronts.values() for entry in front
+            )
         )
 
-    def _points(self, asked: set[Point], k: int) -> list[Point]:
-        """What `gp` chooses among: the points of the space that were not asked for, or draws from
-        it when they are too many.
-        """
+    def _points(self, proposed: set[Point], k: int) -> list[Point]:
+        """The candidates of `gp`: at most POOL points of the space that are not in `proposed`."""
         rng = np.random.default_rng((self.study.search.seed, k))
         size = self.study.size
         if size is not None and size <= LISTED:
-            left = [point for point in space(self.study) if point not in asked]
+            left = [point for point in space(self.study) if point not in proposed]
             kept = (
                 rng.choice(len(left), POOL, replace=False) if len(left) > POOL else range(len(left))
             )
             return [left[index] for index in sorted(kept)]
         found: dict[Point, None] = {}
-        near = [entry.point for held in self._held.values() for entry in held]
+        near = [entry.point for front in self._fronts.values() for entry in front]
         models = list(self.study.models)
         for n in range(POOL):
             model = models[n % len(models)]
@@ -231,12 +230,12 @@ class StageAware:
                 axis = list(axes)[int(rng.integers(len(axes)))]
                 values = {**dict(close[int(rng.integers(len(close)))].values), axis: values[axis]}
             point = Point.of(model, values)
-            if point not in asked:
+            if point not in proposed:
                 found.setdefault(point)
         return list(found)
 
     def _worth(self, model: str, candidates: Sequence[Candidate], k: int) -> Array:
-        """Expected gain for the cost of each candidate of one size."""
+        """The expected gain for its cost of each candidate of one model, as (C,)."""
         rows_CF = np.array([self._features_of(candidate) for candidate in candidates])
         observations = self._observations(model)
         pending = [
@@ -246,48 +245,50 @@ class StageAware:
         ]
         beliefs, believed_PM = [], []
         for metric in range(observations.y_NM.shape[1]):
-            belief, liar_P = self._belief(model, metric, observations, pending, rows_CF)
+            belief, mean_P = self._belief(model, metric, observations, pending, rows_CF)
             beliefs.append(belief)
-            believed_PM.append(liar_P)
+            believed_PM.append(mean_P)
         mean_CM, sd_CM = (
             np.array([each.mean_C for each in beliefs]).T,
             np.array([each.sd_C for each in beliefs]).T,
         )
-        of_size = [n for n, point in enumerate(pending) if point.model == model]
-        lies_PM = np.stack(believed_PM, axis=1)[of_size][:, : self._metrics]
-        boxes = undominated(np.concatenate([self._front(model), np.clip(lies_PM, 0.0, 1.0)]))
+        of_model = [n for n, point in enumerate(pending) if point.model == model]
+        assumed_PM = np.stack(believed_PM, axis=1)[of_model][:, : self._metrics]
+        boxes = undominated(np.concatenate([self._front(model), np.clip(assumed_PM, 0.0, 1.0)]))
         holds_C = np.ones(len(candidates))
         if self._floor:
             holds_C = ndtr(-mean_CM[:, self._metrics] / sd_CM[:, self._metrics])
         objectives = slice(0, self._metrics)
         gain_C = expected_gain(mean_CM[:, objectives], sd_CM[:, objectives], boxes) * holds_C
-        cost_C = np.maximum([candidate.cost for candidate in candidates], LEAST)
+        cost_C = np.maximum([candidate.cost for candidate in candidates], LEAST_COST)
         worth_C: Array = (gain_C + TIE * sd_CM.mean(axis=1)) / cost_C
         groups = _groups(candidates)
-        first = sorted(groups, key=lambda adapter: -max(worth_C[groups[adapter]]))[:BUNDLED]
-        points_UM, volume = spread(boxes, EVENLY)
+        first = sorted(groups, key=lambda adapter: -max(worth_C[groups[adapter]]))[:JOINT_ADAPTERS]
+        points_UM, volume = spread(boxes, GAIN_POINTS)
         for adapter in first:
             own = sorted(groups[adapter], key=lambda index: -worth_C[index])
-            gain_B = self._together(beliefs, own, points_UM, volume, k) * float(holds_C[own].max())
-            opened = candidates[own[0]]
-            costs_B = [opened.cost + opened.measure * (len(own[:size]) - 1) for size in BUNDLES]
-            worth_C[own[0]] = max(worth_C[own[0]], *(gain_B / np.array(costs_B)))
+            gain_G = self._joint_gain(beliefs, own, points_UM, volume, k) * float(
+                holds_C[own].max()
+            )
+            best = candidates[own[0]]
+            cost_G = [best.cost + best.measure * (len(own[:size]) - 1) for size in GROUP_SIZES]
+            worth_C[own[0]] = max(worth_C[own[0]], *(gain_G / np.array(cost_G)))
         return worth_C / len(self.study.models)
 
-    def _together(
+    def _joint_gain(
         self, beliefs: Sequence[Belief], own: Sequence[int], points_UM: Array, volume: float, k: int
     ) -> Array:
-        """Expected gain of a new adapter's first so many thresholds together, for each of
-        BUNDLES.
-        """
+        """The joint expected gain of the first candidates in `own`, for each of GROUP_SIZES."""
         rng = np.random.default_rng((self.study.search.seed, k))
         samples = []
         for belief in beliefs[: self._metrics]:
             values, vectors = np.linalg.eigh(belief.covariance_CC[np.ix_(own, own)])
             root = vectors * np.sqrt(np.maximum(values, 0.0))
-            samples.append(belief.mean_C[own] + rng.standard_normal((SAMPLES, len(own))) @ root.T)
+            samples.append(
+                belief.mean_C[own] + rng.standard_normal((JOINT_SAMPLES, len(own))) @ root.T
+            )
         gains_C = expected_joint_gains(np.stack(samples, axis=2), points_UM, volume)
-        return gains_C[[min(size, len(own)) - 1 for size in BUNDLES]]
+        return gains_C[[min(size, len(own)) - 1 for size in GROUP_SIZES]]
 
     @cached_property
     def _shared(self) -> bool:
@@ -307,17 +308,20 @@ class StageAware:
         ]
 
     def _observations(self, model: str) -> Observations:
-        """Of many results, those chosen at the last multiple of AT_ONCE, and all that came
-        since.
+        """The results for predictions.
+
+        Of more than MAX_RESULTS, some were selected at the last multiple of SELECT_EVERY; all later
+        results are added.
         """
         group = self._group(model)
         results = self._results[group]
-        before = len(results) - len(results) % AT_ONCE if len(results) > KNOWS else 0
+        before = len(results) - len(results) % SELECT_EVERY if len(results) > MAX_RESULTS else 0
         if self._chosen.get(group, (None, []))[0] != before:
-            self._chosen[group] = before, chosen(self.study, results[:before], KNOWS - AT_ONCE)
-        return self._told([*self._chosen[group][1], *results[before:]])
+            most = MAX_RESULTS - SELECT_EVERY
+            self._chosen[group] = before, chosen(self.study, results[:before], most)
+        return self._observed([*self._chosen[group][1], *results[before:]])
 
-    def _told(self, entries: Sequence[Entry]) -> Observations:
+    def _observed(self, entries: Sequence[Entry]) -> Observations:
         width = self._metrics + self._floor
         x_NF = np.array([self._row(entry.point) for entry in entries])
         gains_NM = gains_of(self.study, [entry.values for entry in entries])
@@ -342,8 +346,9 @@ class StageAware:
         pending: Sequence[Point],
         rows_CF: Array,
     ) -> tuple[Belief, Array]:
-        """What is believed of candidates, with the points in flight counted as measured; and what
-        is believed of those.
+        """The belief about the candidates, and the predicted means of the points in flight as (P,).
+
+        Points in flight count as measured with their predicted means.
         """
         kernel = self._kernel(model, metric, rows_CF.shape[1])
         x_NF, y_N, noise_N = (
@@ -354,15 +359,15 @@ class StageAware:
         if not pending:
             return believed(kernel, x_NF, y_N, noise_N, rows_CF), np.zeros(0)
         pending_PF = np.array([self._row(point) for point in pending])
-        liar_P = believed(kernel, x_NF, y_N, noise_N, pending_PF).mean_C
-        noise = np.concatenate([noise_N, np.full(len(pending), BELIEVED)])
+        mean_P = believed(kernel, x_NF, y_N, noise_N, pending_PF).mean_C
+        noise = np.concatenate([noise_N, np.full(len(pending), IN_FLIGHT_VARIANCE)])
         return believed(
             kernel,
             np.concatenate([x_NF, pending_PF]),
-            np.concatenate([y_N, liar_P]),
+            np.concatenate([y_N, mean_P]),
             noise,
             rows_CF,
-        ), liar_P
+        ), mean_P
 
     def _kernel(self, model: str, metric: int, features: int) -> Any:
         group = self._group(model)
@@ -375,11 +380,11 @@ class StageAware:
         return self._kernels[key]
 
     def _front(self, model: str) -> Array:
-        return distinct_front(gains_of(self.study, [entry.values for entry in self._held[model]]))
+        return distinct_front(gains_of(self.study, [entry.values for entry in self._fronts[model]]))
 
 
 def _groups(candidates: Sequence[Candidate]) -> Mapping[Point, list[int]]:
-    """New adapters, each with the places of its candidates."""
+    """New adapters, each with the indices of its candidates."""
     found: dict[Point, list[int]] = {}
     for index, candidate in enumerate(candidates):
         if candidate.fresh:

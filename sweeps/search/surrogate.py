@@ -1,11 +1,11 @@
-"""What the search believes of points that are not measured: a Gaussian process for each objective
-and each constrained metric.
+"""The surrogate of the search: a Gaussian process for each objective and each constrained metric.
 
-scikit-learn's, with a Matern 5/2 kernel that has a length for each feature, and the measured
-standard errors as noise. Its lengths are fitted when the number of results has grown by a third, to
-the results that were there then, so they are a function of the results and of no driver's past.
-What is in flight counts as measured, with its own prediction (a constant liar that believes
-itself).
+It is scikit-learn's, with a Matern 5/2 kernel that has one length for each feature. The measured
+standard errors are its noise. Points in flight count as measured with their own prediction (a
+constant liar).
+
+Invariant: the kernel is a function of the results, never of a driver's past. It is refitted when
+the number of results has grown by a third, to the results present at that number.
 
 Arrays: `x_NF` has N points and F features, `y_N` one objective of each, `noise_N` its variance.
 """
@@ -22,10 +22,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
 
 Array = NDArray[np.float64]
-FITTED_ON, KNOWS = (
-    64,
-    160,
-)  # how many results the lengths are fitted on, and how many a prediction rests on
+MAX_FITTED, MAX_RESULTS = 64, 160  # results for fitting the kernel, and for a prediction
 GROWTH, FIRST_FIT = 4 / 3, 5
 PRIOR_MEAN, PRIOR_SD = 0.5, 0.3
 STEPS = 15
@@ -33,7 +30,7 @@ STEPS = 15
 
 @dataclass(frozen=True)
 class Belief:
-    """A normal belief about C candidates: means as (C,), covariances as (C, C)."""
+    """A joint normal prediction for C candidates: means as (C,), covariances as (C, C)."""
 
     mean_C: Array
     covariance_CC: Array
@@ -45,9 +42,7 @@ class Belief:
 
 
 def fitted(x_NF: Array, y_N: Array, noise_N: Array) -> Kernel:
-    """The kernel that a metric's results make likely; before there are enough of them, one that is
-    as good as any.
-    """
+    """The kernel fitted to a metric's results; a default kernel for fewer than FIRST_FIT."""
     features = x_NF.shape[1]
     kernel = ConstantKernel(1.0, (0.2, 10.0)) * Matern(
         np.full(features, 0.7), (0.1, 10.0), nu=2.5
@@ -57,9 +52,8 @@ def fitted(x_NF: Array, y_N: Array, noise_N: Array) -> Kernel:
     mean, sd = centre(y_N)
     model = GaussianProcessRegressor(kernel, alpha=1e-6 + noise_N / sd**2, optimizer=_few_steps)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that a length is at its bound: a feature that says nothing
+        # An irrelevant feature leaves its length at the bound, which scikit-learn warns about
+        warnings.simplefilter("ignore")
         model.fit(x_NF, (y_N - mean) / sd)
     return model.kernel_
 
@@ -67,7 +61,7 @@ def fitted(x_NF: Array, y_N: Array, noise_N: Array) -> Kernel:
 def believed(
     kernel: Kernel, x_NF: Array, y_N: Array, noise_N: Array, candidates_CF: Array
 ) -> Belief:
-    """What the results say about candidates, without the noise of measuring them."""
+    """The prediction for the candidates from the results, without measurement noise."""
     mean, sd = centre(y_N)
     model = GaussianProcessRegressor(kernel, alpha=1e-6 + noise_N / sd**2, optimizer=None)
     noise = kernel.k2.noise_level
@@ -81,8 +75,9 @@ def believed(
 
 
 def centre(y_N: Array) -> tuple[float, float]:
-    """Mean and spread to standardise by, drawn towards those of a rate of which nothing is known
-    while results are few.
+    """Mean and standard deviation to standardise by.
+
+    Few results are shrunk towards the prior of a rate (PRIOR_MEAN, PRIOR_SD).
     """
     weight = 2.0
     mean = (y_N.sum() + weight * PRIOR_MEAN) / (len(y_N) + weight)
@@ -91,7 +86,7 @@ def centre(y_N: Array) -> tuple[float, float]:
 
 
 def fit_at(results: int) -> int:
-    """After how many results the lengths in use were fitted."""
+    """The number of results at the last fit, when there are `results` now; 0 before the first."""
     at = FIRST_FIT
     while (after := max(at + 1, int(at * GROWTH))) <= results:
         at = after

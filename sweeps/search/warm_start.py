@@ -1,9 +1,9 @@
-"""Warm start: what other studies of the home measured, as a search takes it in before its own first
-point.
+"""Warm start: a search gets the results of other studies of the home before its first proposal.
 
-It is copied once into the study's own storage, marked with the study that it comes from, so that
-the storage stays the one truth and what the other study does later changes nothing. It is evidence
-for the search alone: no row of a table, no point that counts.
+The results are copied once into the study's own storage, marked with the name of their study. Later
+changes of that study have no effect.
+
+Invariant: they inform the search only. They are in no table and count as no points.
 """
 
 from dataclasses import replace
@@ -15,22 +15,21 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 
 
-def lessons(study: Study, home: Home) -> dict[str, list[Entry]]:
-    """What each study of `search.warm_start` measured: its finished points that this study might
-    have asked for, too.
+def prior_results(study: Study, home: Home) -> dict[str, list[Entry]]:
+    """The finished points of each study in `search.warm_start` that lie in this study's space.
 
-    Raises StudyError for a study that the home does not have, or that measured something else or
-    along other axes.
+    Raises StudyError when the home has no such study, or its objectives or the kinds of their
+    suites differ. Raises it, too, when none of its points lies in this study's space.
     """
-    return {name: _lesson(study, name, home) for name in study.search.warm_start}
+    return {name: _results_of(study, name, home) for name in study.search.warm_start}
 
 
-def _lesson(study: Study, name: str, home: Home) -> list[Entry]:
+def _results_of(study: Study, name: str, home: Home) -> list[Entry]:
     path = home.root / "studies" / name / "study.json"
     if not path.exists():
-        there = sorted(each.parent.name for each in home.root.glob("studies/*/study.json"))
+        names = sorted(each.parent.name for each in home.root.glob("studies/*/study.json"))
         raise StudyError(
-            f"search.warm_start: {home.root} has no study {name!r}; it has {there}. Name "
+            f"search.warm_start: {home.root} has no study {name!r}; it has {names}. Name "
             "one of these, or run it first"
         )
     other = Study.model_validate_json(path.read_text())
@@ -38,7 +37,7 @@ def _lesson(study: Study, name: str, home: Home) -> list[Entry]:
         raise StudyError(
             f"search.warm_start: {name!r} measures {list(other.objectives)}, and this "
             f"study {list(study.objectives)}."
-            " A search can learn from a study with the same objectives in the same order only"
+            " A search can learn only from a study with the same objectives in the same order"
         )
     for objective in study.objectives:
         suite = objective.partition(".")[0]
@@ -49,18 +48,18 @@ def _lesson(study: Study, name: str, home: Home) -> list[Entry]:
                 f"{theirs}, and this study's measures {ours}"
             )
     entries, _ = read(other, home.storage(name))
-    found = [entry for entry in entries if entry.state == "done" and _ours(entry, study)]
+    found = [entry for entry in entries if entry.state == "done" and _in_space(entry, study)]
     if not found and any(entry.state == "done" for entry in entries):
         own = {model: sorted(study.axes_of(model)) for model in study.models}
         raise StudyError(
-            f"search.warm_start: no point of {name!r} lies in this study's space; its "
+            f"search.warm_start: no point of {name!r} lies in this study's space; this study's "
             f"sizes and axes are {own}"
         )
     return [replace(entry, misses=_misses(entry, study), drawn={}) for entry in found]
 
 
 def _misses(entry: Entry, study: Study) -> tuple[tuple[str, float], ...]:
-    """By how much a point misses this study's floor, as far as its objectives say."""
+    """By how much a point misses this study's refusal floor; empty when that is no objective."""
     if study.search.constraints.refusal_floor and study.refusal_metric in study.objectives:
         return (
             (
@@ -71,7 +70,7 @@ def _misses(entry: Entry, study: Study) -> tuple[tuple[str, float], ...]:
     return ()
 
 
-def _ours(entry: Entry, study: Study) -> bool:
+def _in_space(entry: Entry, study: Study) -> bool:
     if entry.point.model not in study.models:
         return False
     axes, values = study.axes_of(entry.point.model), dict(entry.point.values)

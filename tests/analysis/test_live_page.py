@@ -73,9 +73,9 @@ def test_who_looks_again_and_again_sees_what_collect_gives(
     seen = []
 
     def watch(progress: Progress) -> None:
-        if progress.told != len(seen):
+        if progress.completed != len(seen):
             assert follower.look() == collect(StudyView(found, home))
-            seen.append(progress.told)
+            seen.append(progress.completed)
 
     def fault(request: Request) -> tuple[str, str] | None:
         return FAILS if request.kind == "train" and request.spec["rank"] == 4 else None

@@ -128,8 +128,8 @@ class Watch:
         now, pretended_s = time.monotonic(), self.executor.took_s if self.executor else 0.0
         self.times["turn"].append(now - self._turned - (pretended_s - self._pretended_s))
         self._turned, self._pretended_s = now, pretended_s
-        if progress.told >= self._every * (len(self.rows) + 1):
-            self.say(progress.told, len(progress.runner.nodes))
+        if progress.completed >= self._every * (len(self.rows) + 1):
+            self.say(progress.completed, len(progress.runner.nodes))
 
     def say(self, told: int, nodes: int) -> None:
         row: dict[str, Any] = {
@@ -172,13 +172,13 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
                 patch.object(OptunaSearcher, name, watch.timed(name, getattr(OptunaSearcher, name)))
             )
         progress = drive(StudyView(parse(study_path), home), make, watch)
-    if not watch.rows or watch.rows[-1]["points"] < progress.told:
-        watch.say(progress.told, len(progress.runner.nodes))
+    if not watch.rows or watch.rows[-1]["points"] < progress.completed:
+        watch.say(progress.completed, len(progress.runner.nodes))
     done = sum(result.status == "done" for result in progress.results)
     trained = sum(node.stage.kind == "train" for node in progress.runner.nodes.values())
     return [
         *watch.rows,
-        {"part": "all", "points": progress.told, "done": done, "trainings": trained},
+        {"part": "all", "points": progress.completed, "done": done, "trainings": trained},
     ]
 
 
@@ -214,7 +214,7 @@ def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
     progress = drive(StudyView(parse(study_path), home), lambda: Timed(home.store))
     row = {
         "part": "resume",
-        "points": progress.told,
+        "points": progress.completed,
         "stages": len(progress.runner.nodes),
         "seconds": time.monotonic() - began,
     }
@@ -228,7 +228,7 @@ def planned(study_path: Path, home: Home) -> list[dict[str, Any]]:
         for name, where in (("before", Home(Path(empty))), ("after", home)):
             began = time.monotonic()
             found = forecast(StudyView(study, where), CAPACITY)
-            points = len(found.points.told) + len(found.points.to_come)
+            points = len(found.points.completed) + len(found.points.to_come)
             row = {
                 "part": f"plan {name}",
                 "points": points,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ebbline.cluster.store.artifacts import Store
-from ebbline.sweeps.search.knowledge import CPU_SHARE, Knowledge, Readings, Work
+from ebbline.sweeps.search.knowledge import CPU_SHARE, Knowledge, Readings, WorkEstimate
 from ebbline.sweeps.search.masks import mask_of, share
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Point, StageName, Value, adapter_of
@@ -87,15 +87,15 @@ class Table:
 class _OfTable(Knowledge):
     def __init__(self, table: Table, store: Store) -> None:
         self.table, self.store = table, store
-        self._found: dict[Point, tuple[Readings, Work]] = {}
+        self._found: dict[Point, tuple[Readings, WorkEstimate]] = {}
 
     def measured(self, point: Point) -> Readings:
         return self._of(point)[0]
 
-    def work(self, point: Point) -> Work:
+    def work(self, point: Point) -> WorkEstimate:
         return self._of(point)[1]
 
-    def _of(self, point: Point) -> tuple[Readings, Work]:
+    def _of(self, point: Point) -> tuple[Readings, WorkEstimate]:
         adapter = adapter_of(point)
         if adapter not in self._found:
             like = next(each for each in self.table._rows if adapter_of(each) == adapter)
@@ -110,7 +110,7 @@ class _OfTable(Knowledge):
                         self.store.open("project", key).file(ProjectSpec.COSINES)
                     ).values()
                     cosines.append(np.sort([row.cosine for row in rows if row.cosine is not None]))
-            self._found[adapter] = tuple(cosines), Work(**costs)
+            self._found[adapter] = tuple(cosines), WorkEstimate(**costs)
         return self._found[adapter]
 
 
@@ -178,10 +178,10 @@ class _OfMade(Knowledge):
         )
         return (np.sort(rng.beta(3, 3, self.modules)),)
 
-    def work(self, point: Point) -> Work:
+    def work(self, point: Point) -> WorkEstimate:
         """A training takes as long as its rows; larger sizes take more of everything."""
         times = {"7b": 1.0, "13b": 2.0, "70b": 8.0}.get(point.model, 1.0)
-        return Work(
+        return WorkEstimate(
             0.1 * float(str(dict(point.values)["data.size"])) * times, 5.0 * times, 30.0 * times
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ebbline.sweeps.search.knowledge import Knowledge, Readings, Work
+from ebbline.sweeps.search.knowledge import Knowledge, Readings, WorkEstimate
 from ebbline.sweeps.study.points import Point, Result, adapter_of
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse
@@ -93,5 +93,5 @@ class Imagined(Knowledge):
         )
         return tuple(np.sort(rng.uniform(0.1, 0.9, self.modules)) for _ in range(self.seeds))
 
-    def work(self, point: Point) -> Work:
-        return Work(100.0, 1.0, 10.0)
+    def work(self, point: Point) -> WorkEstimate:
+        return WorkEstimate(100.0, 1.0, 10.0)

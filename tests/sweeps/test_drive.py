@@ -1,5 +1,5 @@
-"""The driving loop on the tiny pair, in this process: one bad point is a failed row, and nothing is
-done twice.
+"""The driving loop on the tiny pair, in this process: a bad point is one failed row, and no stage
+runs twice.
 """
 
 import json
@@ -10,7 +10,7 @@ from ebbline.analysis.results.collect import projections
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import asked
+from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.view import StudyView
@@ -20,7 +20,7 @@ from ebbline.tasks.identity import content_digest
 from tests.sweeps.made import study
 from tests.tiny import conversations, write_chats, write_lines
 
-# Random weights: all cosines lie well below 1, so 0.999 and 1.0 both take every module.
+# Random weights: all cosines are far below 1, so 0.999 and 1.0 both project every module.
 AXES = {"data.size": [16, 999], "apply.threshold": [None, 0.999, 1.0]}
 
 
@@ -74,23 +74,25 @@ def driven(tmp_path_factory, changes):
     return found, home, drive(StudyView(found, home), InlineExecutor)
 
 
-def test_every_point_ends_done_or_failed_in_the_order_of_asking(driven):
+def test_every_point_gets_a_result_in_the_order_of_asking(driven):
     found, home, progress = driven
     assert [result.number for result in progress.results] == list(range(6))
     assert [result.status for result in progress.results] == ["done"] * 3 + ["invalid"] * 3
-    assert [(number, state) for number, _, state, _ in asked(found, home.storage("tiny"))] == [
+    assert [(number, state) for number, _, state, _ in all_points(found, home.storage("tiny"))] == [
         (result.number, "done" if result.status == "done" else "failed")
         for result in progress.results
     ]
 
 
-def test_a_failed_point_keeps_its_reason_and_the_command_that_shows_it(driven):
+def test_a_failed_point_keeps_its_reason_and_the_command_that_reproduces_it(driven):
     found, home, progress = driven
     for result in progress.results[3:]:
         assert "data.size=999" in result.reason and "ebbline rerun " in result.reason
         assert result.metrics == {}
     reasons = [
-        reason for _, _, state, reason in asked(found, home.storage("tiny")) if state == "failed"
+        reason
+        for _, _, state, reason in all_points(found, home.storage("tiny"))
+        if state == "failed"
     ]
     assert reasons == [result.reason for result in progress.results[3:]]
 
@@ -133,12 +135,12 @@ def test_thresholds_that_choose_the_same_modules_share_their_evaluations(driven)
     }
 
 
-def test_driving_again_runs_nothing_and_asks_for_nothing(driven):
+def test_a_rerun_of_a_finished_study_runs_nothing_and_proposes_nothing(driven):
     found, home, progress = driven
     before = sorted(path for path in home.store.root.rglob("record.json"))
     attempts = sorted(path for path in home.store.root.glob("*/*/*/payload"))
-    again = drive(StudyView(found, home), InlineExecutor)
-    assert again.results == [] and sorted(home.store.root.rglob("record.json")) == before
+    rerun = drive(StudyView(found, home), InlineExecutor)
+    assert rerun.results == [] and sorted(home.store.root.rglob("record.json")) == before
     assert sorted(home.store.root.glob("*/*/*/payload")) == attempts
     graph = StageGraph(found, home)
     for result in progress.results[:3]:
@@ -146,9 +148,9 @@ def test_driving_again_runs_nothing_and_asks_for_nothing(driven):
         assert Resolver(home.store).artifact(stage).key == result.keys["refusal[seed=0]"]
 
 
-def test_an_exact_projection_against_a_stand_in_runs_to_its_end(tmp_path, changes, pair):
-    stand_in = {"data": {"pool": changes["data"]["pool"], "settings": {"size": 32}}}
-    stand_in["train"] = {
+def test_an_exact_projection_against_a_trained_unaligned_model_completes(tmp_path, changes, pair):
+    unaligned = {"data": {"pool": changes["data"]["pool"], "settings": {"size": 32}}}
+    unaligned["train"] = {
         "method": "full",
         "dtype": "float32",
         "steps": 4,
@@ -158,7 +160,7 @@ def test_an_exact_projection_against_a_stand_in_runs_to_its_end(tmp_path, change
     }
     model = {
         "aligned": pinned(pair.aligned),
-        "unaligned": {"tuned": stand_in},
+        "unaligned": {"tuned": unaligned},
         "quantisation": "none",
         "dtype": "float32",
     }
@@ -178,13 +180,12 @@ def test_an_exact_projection_against_a_stand_in_runs_to_its_end(tmp_path, change
         home.store.open("project", progress.results[0].keys["project[seed=0]"]).path
         / "cosines.json"
     )
-    assert len(rows) == 14 and all(
-        abs(row.cosine - row.norm_ratio) < 1e-5 for row in rows.values()
-    )  # of an orthogonal projector
+    # An orthogonal projector has equal cosine and norm ratio
+    assert len(rows) == 14 and all(abs(row.cosine - row.norm_ratio) < 1e-5 for row in rows.values())
     assert list(projections(found, progress.results, home)) == ["7b"]
 
 
-def test_a_stop_drains_and_the_next_drive_finishes(tmp_path, changes):
+def test_a_stopped_drive_drains_and_the_next_one_finishes(tmp_path, changes):
     found, home = (
         study(tmp_path, {**changes, "axes": {"apply.threshold": [None, 1.0]}}),
         Home(tmp_path / "home"),
@@ -214,7 +215,7 @@ def test_a_model_that_cannot_be_measured_before_fine_tuning_stops_the_study(
         drive(StudyView(study(tmp_path, broken), Home(tmp_path / "home")), InlineExecutor)
 
 
-def test_the_study_of_a_home_is_kept_as_it_was_first_run(driven):
+def test_the_home_keeps_the_study_as_it_was_first_run(driven):
     found, home, _ = driven
     assert json.loads((home.folder("tiny") / "study.json").read_text()) == found.model_dump(
         mode="json"

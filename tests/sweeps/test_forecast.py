@@ -1,4 +1,4 @@
-"""Forecasts: the arithmetic of what a run will take, on the virtual clock."""
+"""Forecasts: the arithmetic of a predicted run, on the virtual clock."""
 
 import json
 
@@ -32,7 +32,7 @@ def home(tmp_path):
     return Home(tmp_path / "home")
 
 
-def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tmp_path, home):
+def test_a_forecast_is_the_sum_of_its_stages_and_the_starts_of_their_jobs(tmp_path, home):
     found = forecast(StudyView(study(tmp_path), home), ONE)
     assert {kind: share.stages for kind, share in found.kinds.items()} == found.todo.new
     gpu_s = sum(
@@ -40,20 +40,20 @@ def test_a_forecast_is_what_its_stages_take_and_what_their_jobs_take_to_start(tm
     )
     assert (
         3600 * found.cost.gpu_hours == pytest.approx(gpu_s) and found.starts.gpu_hours > 0
-    )  # a bar begins with its job
+    )  # a span includes the start of its job
     assert found.wall_s == pytest.approx(
         found.trace.makespan_s + DEFAULT_EXECUTOR.start_costs.cluster_s
     )
     assert found.wall_s >= gpu_s and found.written > 0 and found.free_bytes > 0
-    assert "go by counted work alone" in " ".join(found.assumed)
-    long = study(tmp_path, {"train": {"steps": 20_000}})  # long enough to be worth another process
+    assert "estimated from counted work alone" in " ".join(found.assumed)
+    long = study(tmp_path, {"train": {"steps": 20_000}})  # long enough to pay for another process
     assert (
         forecast(StudyView(long, home), FOUR).wall_s
         < 0.7 * forecast(StudyView(long, home), ONE).wall_s
     )
 
 
-def test_a_study_that_is_there_is_expected_to_take_nothing(tmp_path, home):
+def test_the_forecast_of_a_finished_study_is_zero(tmp_path, home):
     graph = StageGraph(study(tmp_path), home)
     fill(home.store, graph, space(graph.study))
     found = forecast(StudyView(graph.study, home), ONE)
@@ -61,14 +61,14 @@ def test_a_study_that_is_there_is_expected_to_take_nothing(tmp_path, home):
     assert predict(found, Spent()) is None
 
 
-def test_in_one_process_one_stage_runs_after_another_and_nothing_starts(tmp_path, home):
+def test_in_one_process_stages_run_one_by_one_and_no_job_starts(tmp_path, home):
     found = forecast(StudyView(study(tmp_path), home), FOUR, kind=executor_kind("inline"))
     assert found.wall_s == pytest.approx(sum(share.seconds for share in found.kinds.values()))
     assert found.starts.gpu_hours == 0.0
 
 
 @pytest.mark.slow
-def test_what_can_run_nowhere_is_said_and_has_no_wall_time(tmp_path, home):
+def test_a_stage_that_cannot_run_is_reported_and_gives_no_wall_time(tmp_path, home):
     gang = study(tmp_path, {"models/7b/gpus": 4, "train": {"epochs": 1, "global_batch": 8}})
     found = forecast(StudyView(gang, home), ONE)
     assert found.wall_s is None and predict(found, Spent()) is None
@@ -76,7 +76,7 @@ def test_what_can_run_nowhere_is_said_and_has_no_wall_time(tmp_path, home):
     assert forecast(StudyView(gang, home), FOUR).wall_s > 0
 
 
-def test_dollars_go_by_the_type_of_the_cluster_and_labels_before_it(tmp_path):
+def test_dollars_follow_the_labels_of_a_model_else_the_gpu_type_of_the_cluster(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "cluster.yaml").write_text(
         "gpus: {A100: {usd_per_hour: 2.0}, L4: {usd_per_hour: 1.0}}"
@@ -107,9 +107,7 @@ def searched(tmp_path, points: int):
     return study(tmp_path, {**SEARCH, "search": {"sampler": "tpe", "points": points, "window": 4}})
 
 
-def test_points_that_are_yet_to_be_chosen_stand_as_random_ones_each_once_and_the_same_each_time(
-    tmp_path, home
-):
+def test_future_proposals_are_distinct_random_points_that_are_always_the_same(tmp_path, home):
     found = points_of(searched(tmp_path, 12), home.storage("tiny"))
     assert len({point.id for point in found.drawn}) == len(found.drawn) == 12
     assert found == points_of(searched(tmp_path, 12), home.storage("tiny"))
@@ -131,10 +129,10 @@ def test_points_that_are_yet_to_be_chosen_stand_as_random_ones_each_once_and_the
         for point in points_of(ranged, home.storage("tiny")).drawn
     ]
     assert len(set(rates)) == 30 and all(1e-5 <= rate <= 1e-2 for rate in rates)
-    assert sum(rate < 3e-4 for rate in rates) > 8  # even in the logarithm
+    assert sum(rate < 3e-4 for rate in rates) > 8  # uniform in the logarithm
 
 
-def test_points_that_the_file_writes_out_are_for_certain(tmp_path, home):
+def test_points_that_the_study_file_lists_are_chosen_for_certain(tmp_path, home):
     first = [{"model": "7b", "train.rank": 8, "apply.threshold": 0.5}]
     begun = study(tmp_path, {**SEARCH, "search": {"sampler": "tpe", "points": 5, "first": first}})
     found = points_of(begun, home.storage("tiny"))
@@ -146,7 +144,7 @@ def test_points_that_the_file_writes_out_are_for_certain(tmp_path, home):
     assert len(grid.chosen) == 40 and not grid.drawn
 
 
-def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(
+def test_a_sample_of_points_to_come_is_scaled_by_points_and_by_adapters(
     tmp_path, home, monkeypatch
 ):
     whole = forecast(StudyView(searched(tmp_path, 40), home), ONE)
@@ -164,7 +162,7 @@ def test_a_part_of_many_points_stands_for_all_with_their_adapters_counted(
 
 
 @pytest.mark.slow
-def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(
+def test_a_sample_of_completed_points_is_scaled_to_the_missing_stages_of_all(
     tmp_path, home, monkeypatch
 ):
     axes = {"train.rank": [2, 4, 8], "apply.threshold": [None, *[n / 10 for n in range(1, 10)]]}
@@ -173,12 +171,12 @@ def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(
     drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
     wide = study(tmp_path, {**plain, "seeds": [0, 1]})
     whole = forecast(StudyView(wide, home), ONE)
-    assert len(whole.points.told) == whole.looked_up == 30 and whole.todo.new["train"] == 3
+    assert len(whole.points.completed) == whole.looked_up == 30 and whole.todo.new["train"] == 3
     monkeypatch.setattr(forecasts, "EXACT", 20)
     monkeypatch.setattr(forecasts, "SAMPLE", 16)
     part = forecast(StudyView(wide, home), ONE)
     assert part.looked_up == 16 and not part.complete
-    assert "16 of 30 points that were told were looked up" in " ".join(part.assumed)
+    assert "16 of 30 completed points were looked up" in " ".join(part.assumed)
     stages = {kind: share.stages for kind, share in whole.kinds.items()}
     assert {kind: share.stages for kind, share in part.kinds.items()} == pytest.approx(
         stages, rel=0.15
@@ -190,27 +188,29 @@ def test_of_many_points_that_are_there_a_part_says_what_all_of_them_lack(
 
 
 @pytest.mark.slow
-def test_a_search_that_ran_out_of_masks_has_nothing_to_come(tmp_path, home):
+def test_a_search_without_further_masks_has_no_points_to_come(tmp_path, home):
     axes = {"train.rank": [2, 4], "apply.threshold": {"low": 0.0, "high": 1.0}}
     plain = changes(
         tmp_path, axes=axes, search={"sampler": "stage_aware", "points": 30, "window": 4}
     )
     plain["models"].pop("70b")
     found = study(tmp_path, plain)
-    told = drive(StudyView(found, home), lambda: Pretended(home.store)).told
-    assert told < 30
-    again = forecast(StudyView(found, home), ONE)
-    assert again.complete and len(again.points.told) == told and predict(again, Spent()) is None
-    assert again.points.ended == "the search has nothing more to propose"
+    completed = drive(StudyView(found, home), lambda: Pretended(home.store)).completed
+    assert completed < 30
+    rest = forecast(StudyView(found, home), ONE)
+    assert (
+        rest.complete and len(rest.points.completed) == completed and predict(rest, Spent()) is None
+    )
+    assert rest.points.ended == "the search has nothing more to propose"
     wider = study(tmp_path, {**plain, "axes": {**axes, "train.rank": [2, 4, 8]}})
-    assert len(forecast(StudyView(wider, home), ONE).points.drawn) == 30 - told
+    assert len(forecast(StudyView(wider, home), ONE).points.drawn) == 30 - completed
 
 
 def ledger(home, name: str, *lines: dict) -> None:
     (home.folder(name) / NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, home):
+def test_start_times_are_estimated_from_all_ledgers_of_the_home(tmp_path, home):
     graph = StageGraph(study(tmp_path), home)
     fill(home.store, graph, space(graph.study))  # each took a second
     keys = sorted(artifact.key for artifact in home.store.all("generate"))
@@ -218,13 +218,13 @@ def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, hom
     ledger(
         home, "one",
         {"driver": "a", "s": 0.0},
-        # New: 9 s beside its 2 stages
+        # New process: 9 s beside its 2 stages
         {"start": "ray-0", **on_gpu, "keys": keys[:2], "s": 3.0}, {"end": "ray-0", "s": 14.0},
-        # Kept: 0.5 s
+        # Warm process: 0.5 s
         {"start": "ray-1", **on_gpu, "keys": keys[2:3], "s": 14.0}, {"end": "ray-1", "s": 15.5},
         {"start": "ray-2", **on_gpu, "keys": ["unknown"], "s": 15.5}, {"end": "ray-2", "s": 99.0},
         {"driver": "b", "s": 0.0},
-        # New again: 11 s
+        # Another new process: 11 s
         {"start": "ray-0", **on_gpu, "keys": keys[3:4], "s": 5.0}, {"end": "ray-0", "s": 17.0},
     )  # fmt: skip
     ledger(
@@ -242,26 +242,25 @@ def test_what_starting_took_is_learnt_from_all_ledgers_of_the_home(tmp_path, hom
     ]  # fmt: skip
 
 
-def test_a_prediction_is_kept_and_compared_with_what_was_taken_since(tmp_path, home):
+def test_a_prediction_is_kept_and_compared_with_the_time_and_cost_since(tmp_path, home):
     found = forecast(StudyView(study(tmp_path), home), ONE)
     before = Spent(100.0, found.cost)
     prediction = predict(found, before)
     keep(prediction, tmp_path)
     keep(prediction, tmp_path)
-    first, again = read_predictions(tmp_path)
+    first, second = read_predictions(tmp_path)
     assert (
-        first == again
+        first == second
         and first.wall_s == found.wall_s
         and first.stages == sum(found.todo.new.values())
     )
     after = Spent(100.0 + found.wall_s / 2, found.cost.times(3.0))
     assert first.errors(after) == pytest.approx({"wall time": 1.0, "GPU-hours": -0.5}, abs=1e-3)
-    assert (
-        Prediction(1.0, found.cost, 1, 1.0, before).errors(before) == {}
-    )  # nothing was taken: no error to speak of
+    # No time has passed, so there is no relative error
+    assert Prediction(1.0, found.cost, 1, 1.0, before).errors(before) == {}
 
 
-def test_what_a_run_took_is_kept_with_its_prediction_once_it_came_to_its_end(tmp_path, home):
+def test_only_a_run_that_reached_the_end_keeps_its_total_with_its_prediction(tmp_path, home):
     found = forecast(StudyView(study(tmp_path), home), ONE)
     stopped, ended, killed = (
         predict(found, Spent(driving_s, Cost(), frozenset({"a key"})))
@@ -283,7 +282,7 @@ def test_what_a_run_took_is_kept_with_its_prediction_once_it_came_to_its_end(tmp
     )
 
 
-def test_a_prediction_that_was_cut_off_is_no_part_of_the_next(tmp_path, home):
+def test_an_incomplete_line_does_not_spoil_the_next_prediction(tmp_path, home):
     found = forecast(StudyView(study(tmp_path), home), ONE)
     first, cut_off, last = (predict(found, Spent(driving_s)) for driving_s in (0.0, 10.0, 20.0))
     keep(first, tmp_path)
@@ -298,5 +297,5 @@ def test_a_damaged_prediction_names_its_line(tmp_path):
     (tmp_path / "plans.jsonl").write_text('{"wall_s": 1}\n')
     with pytest.raises(StudyError, match=r"plans\.jsonl, line 1 is damaged"):
         read_predictions(tmp_path)
-    (tmp_path / "plans.jsonl").write_text('{"wall_s": 1')  # cut off while it was written
+    (tmp_path / "plans.jsonl").write_text('{"wall_s": 1')  # incomplete last line
     assert read_predictions(tmp_path) == []

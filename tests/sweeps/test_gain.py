@@ -1,4 +1,4 @@
-"""Expected hypervolume gain, against moocore's hypervolume and against drawing."""
+"""Expected hypervolume gain, compared with moocore's hypervolume and with sampling."""
 
 import moocore
 import numpy as np
@@ -30,7 +30,7 @@ def volume(front_NM):
 
 
 @given(st.one_of(points(2), points(3, most=6)))
-def test_the_boxes_are_what_the_frontier_leaves_of_the_unit_cube(front_NM):
+def test_the_boxes_cover_exactly_the_undominated_part_of_the_unit_cube(front_NM):
     lower_BM, upper_BM = undominated(front_NM)
     assert np.isclose(np.prod(upper_BM - lower_BM, axis=1).sum(), 1 - volume(front_NM), atol=1e-9)
     for lower, upper in zip(lower_BM, upper_BM, strict=True):
@@ -39,7 +39,7 @@ def test_the_boxes_are_what_the_frontier_leaves_of_the_unit_cube(front_NM):
 
 
 @given(points(2), arrays(np.float64, (1, 2), elements=RATES))
-def test_a_certain_prediction_gains_what_adding_it_does(front_NM, certain_1M):
+def test_a_certain_prediction_gains_the_hypervolume_of_adding_it(front_NM, certain_1M):
     gain = expected_gain(certain_1M, np.full((1, 2), 1e-7), undominated(front_NM))[0]
     assert np.isclose(
         gain, volume(np.concatenate([front_NM, certain_1M])) - volume(front_NM), atol=1e-5
@@ -48,7 +48,7 @@ def test_a_certain_prediction_gains_what_adding_it_does(front_NM, certain_1M):
 
 @settings(max_examples=20)
 @given(points(2, most=5), arrays(np.float64, (1, 2), elements=RATES), st.floats(0.02, 0.3))
-def test_an_uncertain_prediction_gains_the_mean_over_what_it_may_turn_out(front_NM, mean_1M, sd):
+def test_an_uncertain_prediction_gains_the_mean_over_its_samples(front_NM, mean_1M, sd):
     gain = expected_gain(mean_1M, np.full((1, 2), sd), undominated(front_NM))[0]
     drawn_SM = np.clip(np.random.default_rng(0).normal(mean_1M, sd, (600, 2)), 0.0, 1.0)
     gains = [volume(np.concatenate([front_NM, row[None]])) - volume(front_NM) for row in drawn_SM]
@@ -57,9 +57,7 @@ def test_an_uncertain_prediction_gains_the_mean_over_what_it_may_turn_out(front_
 
 @settings(max_examples=20)
 @given(points(2, least=1, most=4), arrays(np.float64, (3, 2), elements=RATES))
-def test_measured_together_points_gain_what_adding_all_does_and_never_less_with_one_more(
-    front_NM, certain_CM
-):
+def test_the_joint_gain_is_that_of_adding_all_points_and_grows_with_each(front_NM, certain_CM):
     points_UM, each = spread(undominated(front_NM), 512)
     gain_C = expected_joint_gains(np.repeat(certain_CM[None], 2, axis=0), points_UM, each)
     assert (np.diff(gain_C) >= 0).all()
@@ -68,7 +66,7 @@ def test_measured_together_points_gain_what_adding_all_does_and_never_less_with_
 
 
 @given(points(2, least=1))
-def test_a_frontier_has_all_the_hypervolume_and_no_dominated_point(gains_NM):
+def test_a_frontier_keeps_the_hypervolume_and_drops_dominated_points(gains_NM):
     front_NM = distinct_front(gains_NM)
     assert np.isclose(hypervolume(front_NM), volume(gains_NM))
     assert len(distinct_front(front_NM)) == len(front_NM)

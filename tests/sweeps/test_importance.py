@@ -1,4 +1,4 @@
-"""What an axis matters: found where there is an effect, and no number where there can be none."""
+"""Importance of axes: found where an axis has an effect, and no number where none is possible."""
 
 import random
 from pathlib import Path
@@ -28,7 +28,7 @@ def done(
 
 
 def sweep(points: int, sizes: tuple[str, ...] = ("7b",)) -> list[Result]:
-    """Refusals go by the threshold alone, the task by rank and by nothing that was varied."""
+    """Refusals depend on the threshold, and the task score on noise only."""
     rng, found = random.Random(0), []
     for number in range(points):
         rank, threshold = RANKS[number % 3], THRESHOLDS[number // 3 % 3]
@@ -47,7 +47,7 @@ def sweep(points: int, sizes: tuple[str, ...] = ("7b",)) -> list[Result]:
 
 
 @pytest.mark.slow
-def test_the_axis_that_makes_the_difference_has_the_largest_share(tmp_path: Path) -> None:
+def test_the_axis_with_an_effect_has_the_largest_share(tmp_path: Path) -> None:
     found = importances(study(tmp_path), sweep(FEW))[REFUSAL]
     assert list(found.shares) == ["apply.threshold", "train.rank"]
     threshold, rank = found.shares.values()
@@ -66,7 +66,7 @@ def test_an_axis_with_one_value_has_no_number(tmp_path: Path) -> None:
     assert found.without == {"train.rank": "one value"}
 
 
-def test_an_objective_that_never_moved_has_no_numbers(tmp_path: Path) -> None:
+def test_a_constant_objective_has_no_numbers(tmp_path: Path) -> None:
     rows = [done(n, 0.5, n / 40, train_rank=RANKS[n % 3], apply_threshold=None) for n in range(20)]
     found = importances(study(tmp_path), rows)
     assert (
@@ -91,9 +91,9 @@ def test_too_few_points_have_no_numbers(tmp_path: Path, points: int) -> None:
 
 
 @pytest.mark.slow
-def test_few_points_are_called_few_and_give_the_same_shares_again(tmp_path: Path) -> None:
-    found, again = (importances(study(tmp_path), sweep(FEWEST + 2)) for _ in range(2))
-    assert found == again and found[REFUSAL].few
+def test_few_points_are_marked_as_few_and_give_reproducible_shares(tmp_path: Path) -> None:
+    first, second = (importances(study(tmp_path), sweep(FEWEST + 2)) for _ in range(2))
+    assert first == second and first[REFUSAL].few
 
 
 def two_sizes(tmp_path: Path, axes: dict[str, Any]) -> Study:
@@ -101,7 +101,7 @@ def two_sizes(tmp_path: Path, axes: dict[str, Any]) -> Study:
     return study(tmp_path, {"models": {"7b": size, "13b": {**size, "axes": axes}}})
 
 
-def test_the_size_counts_as_an_axis_when_there_are_several(tmp_path: Path) -> None:
+def test_the_model_is_an_axis_when_there_are_several(tmp_path: Path) -> None:
     rows = [
         done(
             n,
@@ -117,7 +117,7 @@ def test_the_size_counts_as_an_axis_when_there_are_several(tmp_path: Path) -> No
     assert next(iter(shares)) == MODEL and shares[MODEL].value > 0.9
 
 
-def test_an_axis_that_a_size_holds_fixed_is_said_to_be_uneven(tmp_path: Path) -> None:
+def test_an_axis_with_one_value_for_a_model_is_uneven(tmp_path: Path) -> None:
     rows = [
         done(
             n,
@@ -134,7 +134,7 @@ def test_an_axis_that_a_size_holds_fixed_is_said_to_be_uneven(tmp_path: Path) ->
     )
 
 
-def test_an_axis_that_only_one_size_has_is_left_out_with_its_reason(tmp_path: Path) -> None:
+def test_an_axis_of_one_model_only_has_a_reason_instead_of_a_share(tmp_path: Path) -> None:
     rows = [
         done(
             n,

@@ -1,5 +1,6 @@
-"""What the search may know beside results, of real studies and stores; asked at every turn, so what
-is not there must cost little.
+"""Knowledge of the search besides results, on real studies and stores.
+
+Every proposal reads it, so a missing artifact must cost little.
 """
 
 import pytest
@@ -12,7 +13,7 @@ from ebbline.sweeps.study.stages import StageGraph
 from tests.sweeps.made import study
 
 
-def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_graph(tmp_path):
+def test_work_is_a_function_of_the_adapter_and_does_not_change_the_graph(tmp_path):
     found = study(tmp_path, {"models/7b/gpus": 2, "seeds": [0, 1]})
     home = Home(tmp_path / "home")
     graph = StageGraph(found, home)
@@ -31,19 +32,19 @@ def test_work_is_a_function_of_the_adapter_and_leaves_no_trace_in_the_graph(tmp_
     assert knowledge.measured(small) is None
 
 
-def test_an_adapter_is_a_point_without_its_threshold_and_a_training_without_its_projection():
+def test_an_adapter_has_no_threshold_and_a_training_no_projection_settings():
     point = Point.of("7b", {"train.rank": 2, "project.energy": 0.9, "apply.threshold": 0.3})
     assert adapter_of(point) == Point.of("7b", {"train.rank": 2, "project.energy": 0.9})
     assert training_of(point) == without_defence(point) == Point.of("7b", {"train.rank": 2})
 
 
-def test_what_another_stage_does_to_an_adapter_is_no_training_of_its_own():
+def test_settings_of_another_stage_belong_to_no_training():
     point = Point.of("7b", {"train.rank": 2, "scale.factor": 0.5, "apply.threshold": 0.3})
     assert training_of(point) == Point.of("7b", {"train.rank": 2})
     assert without_defence(point) == Point.of("7b", {"train.rank": 2, "scale.factor": 0.5})
 
 
-def test_an_adapter_that_is_not_there_is_looked_for_in_the_store_once(
+def test_the_stages_of_a_missing_adapter_are_planned_once(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ):
     home = Home(tmp_path)

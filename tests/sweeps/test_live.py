@@ -1,6 +1,4 @@
-"""The live snapshot: what those who watch a drive from another process read, and that it never
-stops or slows the drive.
-"""
+"""The live snapshot that other processes read; it never stops or slows the drive."""
 
 import json
 import logging
@@ -31,7 +29,7 @@ def nan_at_rank_4(request):
 
 
 class Watched:
-    """Every snapshot that another process could have read, each before its drive went on."""
+    """Records every snapshot that another process could read, before the drive continues."""
 
     def __init__(self, folder) -> None:
         self.folder, self.seen = folder, list[Live]()
@@ -42,7 +40,7 @@ class Watched:
             self.seen.append(found)
 
 
-def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(
+def test_other_processes_can_watch_a_drive_while_it_runs_and_after_its_end(
     tmp_path, home, monkeypatch
 ):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
@@ -74,7 +72,7 @@ def test_a_drive_is_seen_from_outside_while_it_goes_on_and_when_it_has_ended(
     )
     last = read_live(home.folder("tiny"))
     assert last is not None and last.ended == "done" and last.running == [] and last.gpus.busy == 0
-    assert (last.points.told, last.points.limit, last.points.in_flight) == (6, 6, 0)
+    assert (last.points.completed, last.points.limit, last.points.in_flight) == (6, 6, 0)
     assert {kind: counts["done"] for kind, counts in last.stages.items()} == {
         k: c["done"] for k, c in progress.runner.counts.items()
     }
@@ -102,7 +100,9 @@ def test_each_stage_that_ended_has_one_line_and_stages_of_a_job_do_not_overlap(t
     assert all(line.started <= line.ended for line in lines)
 
 
-def test_a_failure_is_told_once_with_its_command_and_without_those_that_it_caused(tmp_path, home):
+def test_a_failure_is_listed_once_with_its_command_and_without_the_failures_it_caused(
+    tmp_path, home
+):
     drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store, fails=nan_at_rank_4))
     last = read_live(home.folder("tiny"))
     (failure,) = last.failures
@@ -112,7 +112,7 @@ def test_a_failure_is_told_once_with_its_command_and_without_those_that_it_cause
 
 
 @pytest.mark.slow
-def test_of_many_failures_the_latest_are_kept(tmp_path, home):
+def test_only_the_latest_failures_are_kept(tmp_path, home):
     ranks = {"train.rank": list(range(2, 32)), "apply.threshold": [None]}
 
     def fails(request):
@@ -122,7 +122,7 @@ def test_of_many_failures_the_latest_are_kept(tmp_path, home):
     assert len(read_live(home.folder("tiny")).failures) == snapshot.FAILURES
 
 
-def test_a_point_whose_settings_are_invalid_is_a_failure_without_a_command(tmp_path, home):
+def test_a_point_with_invalid_settings_is_a_failure_without_a_command(tmp_path, home):
     invalid = small(
         tmp_path, axes={"train.rank": [2], "train.epochs": [1.0, 2.0]}, **{"train/steps": 4}
     )
@@ -143,21 +143,21 @@ def test_a_snapshot_that_calls_a_point_refused_is_read_as_invalid(tmp_path, home
     assert [failure.reason for failure in read_live(path.parent).failures] == ["invalid: both"]
 
 
-def test_a_stage_in_the_driver_s_own_process_is_said_before_it_runs(tmp_path, home, monkeypatch):
+def test_a_stage_in_the_driver_s_own_process_is_written_before_it_runs(tmp_path, home, monkeypatch):
     seen = []
 
-    class Peeping(Pretended):
+    class Recording(Pretended):
         def finished(self, timeout_s):
             seen.append((set(self.running), read_live(home.folder("tiny"))))
             return super().finished(timeout_s)
 
-    drive(StudyView(small(tmp_path), home), lambda: Peeping(home.store))
+    drive(StudyView(small(tmp_path), home), lambda: Recording(home.store))
     assert any(running for running, _ in seen)
     for running, found in seen:
         assert len(found.running) >= len(running)
 
 
-def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_path, home):
+def test_a_job_may_outlive_its_stages_and_the_drive(tmp_path, home):
     class Late(Pretended):
         held = ()
 
@@ -166,7 +166,7 @@ def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_p
             return ended
 
     progress = drive(StudyView(small(tmp_path), home), lambda: Late(home.store))
-    assert progress.runner.running, "no job outlived its stages, so this shows nothing"
+    assert progress.runner.running, "no job outlived its stages, so this test proves nothing"
     lines = read_timeline(home.folder("tiny"))
     assert {line.outcome for line in lines} == {"done"} and len(lines) == len(
         {line.key for line in lines}
@@ -174,7 +174,7 @@ def test_a_job_whose_stages_are_all_done_may_still_run_when_the_drive_ends(tmp_p
     assert read_live(home.folder("tiny")).ended == "done"
 
 
-def test_another_drive_of_a_finished_study_says_that_all_was_there(tmp_path, home):
+def test_another_drive_of_a_finished_study_runs_no_stage(tmp_path, home):
     drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
     lines = (home.folder("tiny") / TIMELINE).read_bytes()
     drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
@@ -190,7 +190,9 @@ def test_another_drive_of_a_finished_study_says_that_all_was_there(tmp_path, hom
 @pytest.mark.parametrize(
     ("error", "ended"), [(KeyboardInterrupt, "request"), (RuntimeError, "error")]
 )
-def test_a_drive_that_is_cut_off_says_so_and_what_ran_is_lost(tmp_path, home, error, ended):
+def test_an_interrupted_drive_records_its_end_and_its_running_stages_as_lost(
+    tmp_path, home, error, ended
+):
     class Broken(Pretended):
         def finished(self, timeout_s):
             if self.most > 3:
@@ -207,14 +209,14 @@ def test_a_drive_that_is_cut_off_says_so_and_what_ran_is_lost(tmp_path, home, er
 
 
 @pytest.mark.slow
-def test_a_request_and_a_budget_end_a_drive_by_their_names(tmp_path, home):
+def test_the_snapshot_names_a_stop_request_and_a_budget_as_the_end(tmp_path, home):
     drive(StudyView(small(tmp_path, budget={"points": 2}), home), lambda: Pretended(home.store))
     assert read_live(home.folder("tiny")).ended == "budget"
     drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store), stop=lambda: True)
     assert read_live(home.folder("tiny")).ended == "request"
 
 
-def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(
+def test_an_unwritable_snapshot_gives_one_warning_and_the_drive_completes(
     tmp_path, home, caplog, monkeypatch
 ):
     monkeypatch.setattr(snapshot, "EVERY_S", 0.0)
@@ -222,15 +224,13 @@ def test_a_mirror_that_cannot_be_written_costs_one_warning_and_no_drive(
     (home.folder("tiny") / TIMELINE).mkdir()
     with caplog.at_level(logging.WARNING):
         progress = drive(StudyView(small(tmp_path), home), lambda: Pretended(home.store))
-    assert progress.told == 6 and all(result.status == "done" for result in progress.results)
+    assert progress.completed == 6 and all(result.status == "done" for result in progress.results)
     assert sum("the run goes on" in record.message for record in caplog.records) == 1
     assert read_live(home.folder("tiny")) is None
     assert not list(home.folder("tiny").glob(".live*"))
 
 
-def test_a_cut_off_line_of_the_timeline_is_passed_over_and_the_next_drive_writes_behind_it(
-    tmp_path, home
-):
+def test_an_incomplete_line_of_the_timeline_is_skipped_and_later_drives_append(tmp_path, home):
     drive(
         StudyView(small(tmp_path, axes={**RANKS, "train.rank": [2]}), home),
         lambda: Pretended(home.store),
@@ -245,14 +245,29 @@ def test_a_cut_off_line_of_the_timeline_is_passed_over_and_the_next_drive_writes
     assert after[: len(before)] == before and len(after) > len(before)
 
 
-def test_no_snapshot_and_one_that_is_cut_off_or_of_another_version_are_none(tmp_path):
+def test_live_json_keeps_its_field_names_and_reads_those_of_earlier_versions(tmp_path, home):
+    axes = {**RANKS, "train.rank": [2]}
+    drive(StudyView(small(tmp_path, axes=axes), home), lambda: Pretended(home.store))
+    path = home.folder("tiny") / LIVE
+    fields = json.loads(path.read_text())
+    assert fields["points"]["told"] == 3 and fields["taken"]["driving_s"] >= 0
+    at_work = {"kind": "train", "label": "train", "key": "k", "host": "here", "gpus": 1}
+    fields["running"] = [{**at_work, "started": 0.0, "expected_s": 9.0, "said": "step 3 of 4"}]
+    path.write_text(json.dumps(fields))
+    found = read_live(path.parent)
+    assert (
+        found is not None and found.model_dump(mode="json")["running"][0]["said"] == "step 3 of 4"
+    )
+
+
+def test_a_missing_incomplete_or_incompatible_snapshot_reads_as_none(tmp_path):
     assert read_live(tmp_path) is None and read_timeline(tmp_path) == []
     for text in ('{"driver": "pro', json.dumps({"driver": "process 1"})):
         (tmp_path / LIVE).write_text(text)
         assert read_live(tmp_path) is None
 
 
-def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(
+def test_the_snapshot_is_written_at_most_once_a_second_while_other_processes_work(
     tmp_path, home, monkeypatch
 ):
     class Elsewhere(Pretended):
@@ -270,7 +285,7 @@ def test_the_mirror_is_written_at_most_once_a_second_while_others_do_the_work(
         lambda: Elsewhere(home.store),
         lambda progress: clock.sleep(snapshot.EVERY_S / 4),
     )
-    *regular, _ = moments  # the last one is written when the drive ends
+    *regular, _ = moments  # the last write is at the end of the drive
     assert len(regular) > 2 and all(
         late - early >= snapshot.EVERY_S for early, late in pairwise(regular)
     )

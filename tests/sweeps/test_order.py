@@ -11,7 +11,7 @@ import pytest
 
 from ebbline.analysis.results.collect import collect
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import asked, space
+from ebbline.sweeps.search.searcher import all_points, space
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.trials import Trials
 from ebbline.sweeps.study.home import Home
@@ -135,7 +135,7 @@ def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, 
     free = Home(tmp_path / "free")
     drive(StudyView(found, free), lambda: Pretended(free.store, seconds=slow_gangs))
     assert rows(collect(StudyView(found, home))) == rows(collect(StudyView(found, free)))
-    assert {state for _, _, state, _ in asked(found, home.storage("tiny"))} == {"done"}
+    assert {state for _, _, state, _ in all_points(found, home.storage("tiny"))} == {"done"}
 
 
 def test_rows_name_failed_and_invalid_points_and_duplicates(tmp_path):
@@ -223,7 +223,7 @@ def test_a_budget_of_points_ends_the_run_and_a_higher_one_continues_it(tmp_path)
     )
     assert [r.status for r in collect(StudyView(few, home))] == ["done"] * 5
     more = drive(StudyView(study(tmp_path, plain), home), lambda: Pretended(home.store))
-    assert (more.by, more.told, len(more.results)) == ("", 12, 7)
+    assert (more.by, more.completed, len(more.results)) == ("", 12, 7)
 
 
 @pytest.mark.slow
@@ -233,13 +233,15 @@ def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
     drive(
         StudyView(study(tmp_path, plain), home),
         lambda: Pretended(home.store),
-        lambda p: completed.append(p.told),
+        lambda p: completed.append(p.completed),
         lambda: completed[-1] >= 3,
     )
     later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
-    assert 0 < len(asked(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
+    assert 0 < len(all_points(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
     drive(StudyView(later, home), lambda: Pretended(home.store))
-    assert [point for _, point, _, _ in asked(later, home.storage("tiny"))] == list(space(later))
+    assert [point for _, point, _, _ in all_points(later, home.storage("tiny"))] == list(
+        space(later)
+    )
 
 
 @pytest.mark.slow
@@ -268,8 +270,8 @@ def test_in_turn_a_budget_of_points_does_not_change_later_points(tmp_path, searc
     )
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
     drive(StudyView(study(tmp_path, plain), free), lambda: Pretended(free.store))
-    expected = asked(study(tmp_path, plain), free.storage("tiny"))
-    assert len(expected) == 11
+    wanted = all_points(study(tmp_path, plain), free.storage("tiny"))
+    assert len(wanted) == 11
     for points in (2, 7, 7, 9):
         few = study(tmp_path, {**plain, "budget": {"points": points}})
         progress = drive(StudyView(few, home), lambda: Pretended(home.store))
@@ -281,5 +283,5 @@ def test_in_turn_a_budget_of_points_does_not_change_later_points(tmp_path, searc
         assert read_spent(home.folder("tiny")).stopped.by == "budget"
     whole = study(tmp_path, plain)
     assert drive(StudyView(whole, home), lambda: Pretended(home.store)).by == ""
-    assert asked(whole, home.storage("tiny")) == expected
+    assert all_points(whole, home.storage("tiny")) == wanted
     assert rows(collect(StudyView(whole, home))) == rows(collect(StudyView(whole, free)))

@@ -260,7 +260,7 @@ def test_a_raced_study_finishes_including_points_that_share_blocks(
     )
     assert drive(StudyView(found, home), InlineExecutor).results == []
     points = points_of(found, home.storage(found.study))
-    assert not todo(StageGraph(found, home), points.told).missing and not points.to_come
+    assert not todo(StageGraph(found, home), points.completed).missing and not points.to_come
     assert (
         rescore(
             generations_of(StudyView(found, home), "refusal"),

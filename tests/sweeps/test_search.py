@@ -1,4 +1,4 @@
-"""Searching: a study's proposals are a function of its file, whatever is killed on the way."""
+"""Search: a study's proposals are a function of its file, whatever is killed in between."""
 
 import itertools
 import shutil
@@ -10,7 +10,14 @@ import pytest
 from ebbline.sweeps.forecast.expected import points_of
 from ebbline.sweeps.search import samplers
 from ebbline.sweeps.search.samplers import Shadow
-from ebbline.sweeps.search.searcher import NOT_A_POINT, WAIT, OptunaSearcher, asked, limit, space
+from ebbline.sweeps.search.searcher import (
+    NOT_A_POINT,
+    WAIT,
+    OptunaSearcher,
+    all_points,
+    limit,
+    space,
+)
 from ebbline.sweeps.state.trials import Entry, read
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.storage import Storage
@@ -19,7 +26,7 @@ from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.made import Imagined, outcome, study
 
 WINDOW = 3
-KNOWN = Imagined()
+KNOWLEDGE = Imagined()
 AXES = {
     "axes": {"train.rank": [2, 4, 8], "data.size": [16, 32], "apply.threshold": [None, 0.3, 0.5]}
 }
@@ -46,9 +53,7 @@ def url(tmp_path, empty_storage):
 
 @pytest.fixture(scope="session")
 def empty_storage(tmp_path_factory):
-    """An Optuna storage with its tables and no study: making them takes longer than a whole
-    search.
-    """
+    """An Optuna storage with tables and no study: creating the tables is slower than a search."""
     path = tmp_path_factory.mktemp("storage") / "empty.db"
     optuna.storages.RDBStorage(f"sqlite:///{path}")
     return path
@@ -60,8 +65,9 @@ def fresh_url(path, empty_storage):
 
 
 def steps(points):
-    """The driver's protocol: keep a window in flight, tell the oldest, one for each proposal. True
-    asks, False tells.
+    """The driver's protocol: keep a window in flight, and tell the oldest result.
+
+    True asks, False tells.
     """
     in_flight = asks = 0
     while asks < points or in_flight:
@@ -74,15 +80,13 @@ def steps(points):
 
 
 def follow(study, url):
-    """Drive a search to its end from wherever its storage stands; all its points in order of
-    asking.
-    """
+    """Drive a search from the state of its storage to its end; returns all points in order."""
     searcher = OptunaSearcher(study, url)
     in_flight = list(searcher.in_flight())
     exhausted = False
     while True:
         while not exhausted and len(in_flight) < WINDOW:
-            found = searcher.ask(KNOWN)
+            found = searcher.ask(KNOWLEDGE)
             exhausted = found is None
             if found is WAIT:
                 break
@@ -92,7 +96,7 @@ def follow(study, url):
             break
         number, point = in_flight.pop(0)
         searcher.tell(number, outcome(number, point))
-    return [point for _, point, _, _ in asked(study, url)]
+    return [point for _, point, _, _ in all_points(study, url)]
 
 
 SAMPLERS = ["tpe", "nsga2", "random", "gp", "stage_aware"]
@@ -121,7 +125,7 @@ def test_two_searches_of_one_study_propose_the_same_points(tmp_path, empty_stora
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(
+def test_a_search_stopped_after_any_step_continues_to_the_same_points(
     tmp_path, empty_storage, sampler
 ):
     found = searched(tmp_path, sampler, points=8)
@@ -131,7 +135,7 @@ def test_a_search_stopped_after_any_number_of_steps_goes_on_to_the_same_points(
         searcher, in_flight = OptunaSearcher(found, url), []
         for asks in itertools.islice(steps(8), stop):
             if asks:
-                in_flight.append(searcher.ask(KNOWN))
+                in_flight.append(searcher.ask(KNOWLEDGE))
             else:
                 number, point = in_flight.pop(0)
                 searcher.tell(number, outcome(number, point))
@@ -155,7 +159,7 @@ WRITES = (
 
 
 def die_at(monkeypatch, number):
-    """The process dies at its `number`th write to the storage, before it."""
+    """Let the process die before its write number `number` to the storage."""
     written = itertools.count()
     real = {name: getattr(optuna.storages.RDBStorage, name) for name in WRITES}
 
@@ -174,11 +178,11 @@ def die_at(monkeypatch, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "grid", "gp"])
-def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
+def test_a_search_killed_at_any_write_continues_to_the_same_points(
     tmp_path, empty_storage, sampler
 ):
-    """Eight of the space's eight points, so that samplers propose known ones and the last are
-    chosen from what is left.
+    """All eight points of the space are proposed, so samplers draw duplicates, and the last points
+    come from the remaining ones.
     """
     axes = {"axes": {"train.rank": [2, 4], "data.size": [16, 32], "apply.threshold": [None, 0.3]}}
     found = searched(tmp_path, sampler, points=None if sampler == "grid" else 8, **axes)
@@ -202,30 +206,29 @@ def test_a_search_killed_at_any_write_to_its_storage_goes_on_to_the_same_points(
         )
 
 
-def test_a_trial_left_half_asked_is_asked_again(tmp_path, url, empty_storage):
+def test_an_incomplete_trial_is_dropped_and_the_search_proposes_the_same_points(
+    tmp_path, url, empty_storage
+):
     found = searched(tmp_path, points=6)
     undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
     searcher = OptunaSearcher(found, url)
-    first = [searcher.ask(KNOWN) for _ in range(2)]
-    searcher.trials._optuna.ask().suggest_categorical(
-        "model", ['"7b"']
-    )  # cut off here: a RUNNING trial with one parameter
-    again = OptunaSearcher(found, url)
-    assert again.in_flight() == first
+    first = [searcher.ask(KNOWLEDGE) for _ in range(2)]
+    # Killed here: a RUNNING trial with one parameter
+    searcher.trials._optuna.ask().suggest_categorical("model", ['"7b"'])
+    restarted = OptunaSearcher(found, url)
+    assert restarted.in_flight() == first
     assert [number for number, _ in first] == [0, 1]
     assert follow(found, url) == undisturbed
 
 
-def test_a_proposal_that_was_set_aside_but_not_yet_closed_is_closed(tmp_path, url):
-    # Left RUNNING it would be unseen by the searcher, and the sampler would stay away from its
-    # place for good.
+def test_a_dropped_proposal_that_is_still_running_is_closed(tmp_path, url):
+    # A RUNNING trial is invisible to the searcher, but the sampler would avoid its place forever
     found = searched(tmp_path)
     searcher = OptunaSearcher(found, url)
-    first = searcher.ask(KNOWN)
+    first = searcher.ask(KNOWLEDGE)
     trial = searcher.trials._optuna.ask()
-    searcher.trials._optuna.set_user_attr(
-        f"{NOT_A_POINT}:{trial.number}", "the same as 0"
-    )  # killed here, before it was told FAIL
+    # Killed here, before the trial's state became FAIL
+    searcher.trials._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as 0")
     assert OptunaSearcher(found, url).in_flight() == [first]
     assert (
         optuna.load_study(study_name="tiny", storage=url.url).trials[trial.number].state
@@ -235,9 +238,7 @@ def test_a_proposal_that_was_set_aside_but_not_yet_closed_is_closed(tmp_path, ur
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
-def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are_asked_for(
-    tmp_path, url, sampler
-):
+def test_a_search_for_more_points_than_the_space_has_proposes_each_once(tmp_path, url, sampler):
     found = searched(tmp_path, sampler, points=500)
     assert limit(found) == 18
     points = follow(found, url)
@@ -246,7 +247,7 @@ def test_the_whole_space_is_proposed_without_a_duplicate_when_as_many_points_are
     ) == 18
 
 
-def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path, url):
+def test_a_grid_has_every_combination_in_the_order_of_the_file(tmp_path, url):
     found = searched(tmp_path, "grid", points=None)
     points = follow(found, url)
     assert points == list(space(found)) and len(points) == 18
@@ -256,7 +257,7 @@ def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path, url):
 def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
     found = searched(tmp_path, "grid", points=5)
     assert follow(found, url) == list(space(found))[:5]
-    assert not points_of(found, url).to_come and len(asked(found, url)) == 5
+    assert not points_of(found, url).to_come and len(all_points(found, url)) == 5
 
 
 ROWS = [
@@ -265,7 +266,7 @@ ROWS = [
 ]
 
 
-def test_a_list_is_run_as_it_stands_even_off_the_axes(tmp_path, url):
+def test_a_list_runs_in_its_order_even_with_values_outside_the_axes(tmp_path, url):
     found = study(
         tmp_path,
         {
@@ -278,42 +279,42 @@ def test_a_list_is_run_as_it_stands_even_off_the_axes(tmp_path, url):
     ]
 
 
-def test_a_list_that_gives_a_point_twice_or_not_whole_is_an_error(tmp_path, url):
+def test_a_list_with_a_duplicate_or_incomplete_point_is_an_error(tmp_path, url):
     twice = study(tmp_path, {"search": {"sampler": "list", "list": [ROWS[0], ROWS[0]]}})
     searcher = OptunaSearcher(twice, url)
-    searcher.ask(KNOWN)
+    searcher.ask(KNOWLEDGE)
     with pytest.raises(StudyError, match="twice"):
-        searcher.ask(KNOWN)
+        searcher.ask(KNOWLEDGE)
     for row in ({"model": "7b", "train.rank": 8}, {**ROWS[0], "model": "8b"}):
         part = study(
             tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"}
         )
         with pytest.raises(StudyError, match=r"search\.list\[0\] must give `model`"):
-            OptunaSearcher(part, replace(url, name=part.study)).ask(KNOWN)
+            OptunaSearcher(part, replace(url, name=part.study)).ask(KNOWLEDGE)
 
 
 @pytest.mark.slow
-def test_a_failed_point_is_told_as_failed_with_its_reason(tmp_path, url):
+def test_a_failed_point_is_recorded_with_its_reason(tmp_path, url):
     found = searched(tmp_path)
     searcher = OptunaSearcher(found, url)
-    number, point = searcher.ask(KNOWN)
+    number, point = searcher.ask(KNOWLEDGE)
     searcher.tell(
         number, Result(number, point, "failed", reason="TrainingError: the loss became nan")
     )
-    assert asked(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
-    assert searcher.told() == 1 and searcher.in_flight() == []
+    assert all_points(found, url) == [(0, point, "failed", "TrainingError: the loss became nan")]
+    assert searcher.completed() == 1 and searcher.in_flight() == []
     (trial,) = optuna.load_study(study_name="tiny", storage=url.url).trials
     assert trial.state == optuna.trial.TrialState.FAIL
-    assert searcher.ask(KNOWN)[1] != point
+    assert searcher.ask(KNOWLEDGE)[1] != point
 
 
-def test_objectives_are_told_in_their_order_and_their_own_direction(tmp_path, url):
+def test_objectives_are_stored_in_their_order_with_their_own_direction(tmp_path, url):
     over = {"prompts": {"language": "over_refusal.jsonl"}, "measure": {"kind": "over_refusal"}}
     found = searched(
         tmp_path, **{"suites/over": over, "objectives": ["task_accuracy", "over_refusal_rate"]}
     )
     searcher = OptunaSearcher(found, url)
-    number, point = searcher.ask(KNOWN)
+    number, point = searcher.ask(KNOWLEDGE)
     metrics = {
         "task.task_accuracy": Metric("task_accuracy", 3, 4),
         "over.over_refusal_rate": Metric("over_refusal_rate", 1, 4),
@@ -338,7 +339,7 @@ def two_sizes(tmp_path, **search):
     "search",
     [{"sampler": "grid"}, {"sampler": "tpe", "points": 11}, {"sampler": "random", "points": 11}],
 )
-def test_a_size_that_narrows_an_axis_is_proposed_its_own_values_only(tmp_path, url, search):
+def test_a_model_with_its_own_axis_values_gets_only_these(tmp_path, url, search):
     found = two_sizes(tmp_path, **search)
     points = follow(found, url)
     assert len(points) == len({point.id for point in points}) == limit(found) == 9 + 2
@@ -353,7 +354,7 @@ def test_a_size_that_narrows_an_axis_is_proposed_its_own_values_only(tmp_path, u
     }
 
 
-def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_path, url):
+def test_values_of_ranges_lie_within_their_edges_and_integer_ranges_give_integers(tmp_path, url):
     found = searched(
         tmp_path,
         "tpe",
@@ -378,9 +379,7 @@ def test_ranges_are_proposed_within_their_edges_and_whole_ones_as_integers(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_of_ranges_with_steps_the_whole_space_is_proposed_without_a_duplicate(
-    tmp_path, url, sampler
-):
+def test_every_point_of_ranges_with_steps_is_proposed_once(tmp_path, url, sampler):
     axes = {
         "train.rank": {"low": 2, "high": 8, "step": 2},
         "train.dropout": {"low": 0.0, "high": 0.3, "step": 0.1},
@@ -391,14 +390,12 @@ def test_of_ranges_with_steps_the_whole_space_is_proposed_without_a_duplicate(
     assert limit(found) == 16 == len(points) and {point.id for point in points} == {
         point.id for point in space(found)
     }
-    known = points_of(found, url)
-    assert not known.chosen and not known.drawn, (
-        "another point is expected of a space that has no more"
-    )
+    expected = points_of(found, url)
+    assert not expected.chosen and not expected.drawn, "more points expected than the space has"
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
-def test_a_sampler_that_draws_what_is_known_goes_on_where_the_space_has_no_list(
+def test_a_sampler_that_draws_only_duplicates_gets_other_points_of_a_continuous_space(
     tmp_path, empty_storage, monkeypatch, sampler
 ):
     monkeypatch.setattr(samplers, "REDRAWS", 0)
@@ -414,21 +411,19 @@ def test_a_sampler_that_draws_what_is_known_goes_on_where_the_space_has_no_list(
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_a_sampler_goes_by_what_a_point_measured_over_more_seeds(
-    tmp_path, url, monkeypatch, sampler
-):
+def test_a_sampler_uses_the_amended_metrics_of_a_point(tmp_path, url, monkeypatch, sampler):
     found = searched(tmp_path, sampler, points=18)
-    searcher, told = OptunaSearcher(found, url), []
+    searcher, seen = OptunaSearcher(found, url), []
     real = Shadow.draw
     monkeypatch.setattr(
         Shadow,
         "draw",
         lambda self, drawer: (
-            told.extend(t.values for t in self._optuna.trials[:1]) or real(self, drawer)
+            seen.extend(t.values for t in self._optuna.trials[:1]) or real(self, drawer)
         ),
     )
     for _ in range(3):
-        number, point = searcher.ask(KNOWN)
+        number, point = searcher.ask(KNOWLEDGE)
         metrics = {
             "refusal.refusal_rate": Metric("refusal_rate", 50, 100),
             "task.task_accuracy": Metric("task_accuracy", 20, 100),
@@ -440,41 +435,41 @@ def test_a_sampler_goes_by_what_a_point_measured_over_more_seeds(
             0, point, "done", {**metrics, "task.task_accuracy": Metric("task_accuracy", 100, 200)}
         ),
     )
-    assert searcher.ask(KNOWN)[0] == 3
-    assert [0.5, 0.2] in told and told[-1] == [0.5, 0.5]
+    assert searcher.ask(KNOWLEDGE)[0] == 3
+    assert [0.5, 0.2] in seen and seen[-1] == [0.5, 0.5]
 
 
-def test_what_misses_a_constraint_is_ranked_behind_all_that_hold(tmp_path):
+def test_points_that_miss_a_constraint_rank_behind_all_feasible_ones(tmp_path):
     point = Point.of("7b", {})
     entries = [
         Entry(0, point, "done", (0.9, 0.9), misses=(("refusal_floor", 0.1),)),
         Entry(1, point, "done", (0.4, 0.4)),
         Entry(2, point, "done", (0.5, 0.5), misses=(("refusal_floor", 0.0),)),
     ]
-    assert [entry.feasible for entry in entries] == [False, True, True], "0 is just held"
+    assert [entry.feasible for entry in entries] == [False, True, True], "a miss of 0 is feasible"
     assert samplers.ranks_of(searched(tmp_path), entries).argsort().tolist() == [2, 1, 0]
 
 
-def test_a_search_that_ran_out_of_points_has_not_once_an_axis_is_wider(tmp_path, url):
+def test_a_wider_axis_gives_an_exhausted_search_more_points(tmp_path, url):
     found = searched(tmp_path)
     OptunaSearcher(found, url).trials.exhaust()
     wider = searched(tmp_path, axes={**AXES["axes"], "train.rank": [2, 4, 8, 16]})
     assert [read(each, url)[1] for each in (found, wider)] == [True, False]
 
 
-def test_choices_that_python_calls_equal_stay_apart(tmp_path, url):
+def test_choices_that_are_equal_in_python_stay_distinct(tmp_path, url):
     found = study(tmp_path, {"axes": {"apply.threshold": [None, 0.0, 1.0], "train.rank": [1, 2]}})
     points = follow(found, url)
     assert len({point.id for point in points}) == 6
     assert {type(dict(point.values)["train.rank"]) for point in points} == {int}
 
 
-def test_readers_see_points_and_states_and_nothing_before_the_first_driver(tmp_path, url):
+def test_readers_see_no_points_before_the_first_driver_and_their_states_after(tmp_path, url):
     found = searched(tmp_path)
-    assert asked(found, url) == []
+    assert all_points(found, url) == []
     searcher = OptunaSearcher(found, url)
-    in_flight = [searcher.ask(KNOWN) for _ in range(2)]
+    in_flight = [searcher.ask(KNOWLEDGE) for _ in range(2)]
     searcher.tell(0, outcome(0, in_flight[0][1]))
-    states = [(number, point, state) for number, point, state, _ in asked(found, url)]
+    states = [(number, point, state) for number, point, state, _ in all_points(found, url)]
     assert states[1] == (1, in_flight[1][1], "running") and states[0][2] in ("done", "failed")
     assert len(points_of(found, url).drawn) == 10

@@ -16,7 +16,7 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import asked
+from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.state.jobs import read_jobs
 from ebbline.sweeps.state.spending import NAME, read_spent, require_prices, spending
 from ebbline.sweeps.study.home import Home
@@ -214,8 +214,9 @@ def test_a_study_stopped_by_its_budget_continues_to_the_same_points(tmp_path, ch
     free = Home(tmp_path / "free")
     found = study(tmp_path, changes)
     drive(StudyView(found, free), InlineExecutor)
-    expected = [
-        (number, point, state) for number, point, state, _ in asked(found, free.storage("tiny"))
+    wanted = [
+        (number, point, state)
+        for number, point, state, _ in all_points(found, free.storage("tiny"))
     ]
 
     home, limit_s, stops = Home(tmp_path / "home"), 2.0, []
@@ -246,13 +247,14 @@ def test_a_study_stopped_by_its_budget_continues_to_the_same_points(tmp_path, ch
             "Raise budget.gpu_hours" in progress.stopped
             and " GPU-hours spent, " in progress.stopped
         )
-        states = [state for _, _, state, _ in asked(found, home.storage("tiny"))]
+        states = [state for _, _, state, _ in all_points(found, home.storage("tiny"))]
         assert states.count("running") <= 2
         stops.append(len(states))
         limit_s = 1.25 * max(limit_s, spent_s)
     assert [
-        (number, point, state) for number, point, state, _ in asked(found, home.storage("tiny"))
-    ] == expected
+        (number, point, state)
+        for number, point, state, _ in all_points(found, home.storage("tiny"))
+    ] == wanted
     assert len(set(stops)) >= 3, stops
 
 

@@ -1,10 +1,10 @@
-"""Stage-aware search: distinct masks, one threshold while cosines are unknown, gain for cost."""
+"""Stage-aware search: distinct masks, one threshold of an unmeasured adapter, gain for cost."""
 
 import pytest
 
 from ebbline.sweeps.forecast.expected import points_of
 from ebbline.sweeps.search import samplers, stage_aware
-from ebbline.sweeps.search.knowledge import Work
+from ebbline.sweeps.search.knowledge import WorkEstimate
 from ebbline.sweeps.search.masks import mask_of
 from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
 from ebbline.sweeps.state.trials import Entry
@@ -26,33 +26,33 @@ def measured(number, point, refusal, task):
     return Result(number, point, "done", metrics)
 
 
-def smooth(known):
-    """A result that is a function of the mask: projecting wins refusals and costs accuracy, higher
-    rank drifts further.
+def smooth(knowledge):
+    """Results as a function of the mask: projection raises refusals and lowers accuracy, and a
+    higher rank drifts further.
     """
 
     def result(number, point):
-        taken = sum(mask_of_point(known, point)) / known.modules / known.seeds
+        share = sum(mask_of_point(knowledge, point)) / knowledge.modules / knowledge.seeds
         drift = dict(point.values)["train.rank"] / 10
         return measured(
             number,
             point,
-            round(100 * (1 - drift * (1 - taken))),
-            round(100 * (0.2 + drift) * (1 - taken / 2)),
+            round(100 * (1 - drift * (1 - share))),
+            round(100 * (0.2 + drift) * (1 - share / 2)),
         )
 
     return result
 
 
-def mask_of_point(known, point):
+def mask_of_point(knowledge, point):
     return mask_of(
-        known.study,
+        knowledge.study,
         {k: v for k, v in point.values if k.startswith("apply.")},
-        known.measured(point),
+        knowledge.measured(point),
     )
 
 
-def searcher_of(tmp_path, empty_storage, in_turn=True, axes=AXES, known=None, **search):  # noqa: F811
+def searcher_of(tmp_path, empty_storage, in_turn=True, axes=AXES, knowledge=None, **search):  # noqa: F811
     found = study(
         tmp_path,
         {
@@ -66,139 +66,139 @@ def searcher_of(tmp_path, empty_storage, in_turn=True, axes=AXES, known=None, **
             },
         },
     )
-    known = known or Imagined(modules=6)
-    known.study = found
-    return OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage)), known
+    knowledge = knowledge or Imagined(modules=6)
+    knowledge.study = found
+    return OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage)), knowledge
 
 
-def driven(searcher, known, result, window=WINDOW, told_at_most=None):
-    """All points in order of asking, until the search has none left; None when it is cut off after
-    so many were told.
+def driven(searcher, knowledge, result, window=WINDOW, max_results=None):
+    """All points in order of asking, until the search has none left.
+
+    None when it is interrupted after `max_results` results.
     """
-    in_flight, points, told = list(searcher.in_flight()), [], 0
+    in_flight, points, results = list(searcher.in_flight()), [], 0
     while True:
-        asked = searcher.ask(known) if len(in_flight) < window else WAIT
-        if asked is not None and asked is not WAIT:
-            in_flight.append(asked)
-            points.append(asked[1])
+        proposal = searcher.ask(knowledge) if len(in_flight) < window else WAIT
+        if proposal is not None and proposal is not WAIT:
+            in_flight.append(proposal)
+            points.append(proposal[1])
         elif in_flight:
-            if told == told_at_most:
+            if results == max_results:
                 return None
             number, point = in_flight.pop(0)
             searcher.tell(number, result(number, point))
-            told += 1
+            results += 1
         else:
             return points
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_every_mask_is_proposed_once_and_then_there_is_nothing_left(tmp_path, empty_storage, seeds):  # noqa: F811
-    searcher, known = searcher_of(tmp_path, empty_storage, known=Imagined(modules=6, seeds=seeds))
-    points = driven(searcher, known, smooth(known))
-    masks = {(adapter_of(point), mask_of_point(known, point)) for point in points}
+def test_every_mask_is_proposed_exactly_once(tmp_path, empty_storage, seeds):  # noqa: F811
+    searcher, knowledge = searcher_of(
+        tmp_path, empty_storage, knowledge=Imagined(modules=6, seeds=seeds)
+    )
+    points = driven(searcher, knowledge, smooth(knowledge))
+    masks = {(adapter_of(point), mask_of_point(knowledge, point)) for point in points}
     assert len(masks) == 2 * (6 * seeds + 1)
-    # One threshold of each adapter is chosen before its cosines are known; no later one is the
-    # same.
+    # One threshold of each adapter is proposed before its cosines are measured; it has no duplicate
     assert len(points) == len(masks)
     found = points_of(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
-    assert (
-        len(found.told) == len(points) and not found.to_come
-    )  # fewer than the 60 asked for, and yet complete
+    # Complete with fewer points than the 60 of the study file
+    assert len(found.completed) == len(points) and not found.to_come
     assert found.ended == "the search has nothing more to propose"
 
 
-def test_while_cosines_are_unknown_one_threshold_is_in_flight_and_null(tmp_path, empty_storage):  # noqa: F811
-    searcher, known = searcher_of(
+def test_an_unmeasured_adapter_has_one_threshold_and_null_in_flight(tmp_path, empty_storage):  # noqa: F811
+    searcher, knowledge = searcher_of(
         tmp_path,
         empty_storage,
         axes={"train.rank": [2, 4], "apply.threshold": [None, 0.2, 0.5, 0.8]},
     )
     in_flight = []
-    while (asked := searcher.ask(known)) is not WAIT:
-        in_flight.append(asked[1])
+    while (proposal := searcher.ask(knowledge)) is not WAIT:
+        in_flight.append(proposal[1])
     thresholds = [
         (dict(point.values)["train.rank"], dict(point.values)["apply.threshold"] is None)
         for point in in_flight
     ]
     assert sorted(thresholds) == [(2, False), (2, True), (4, False), (4, True)]
-    searcher.tell(0, smooth(known)(0, in_flight[0]))
-    _, after = searcher.ask(known)
+    searcher.tell(0, smooth(knowledge)(0, in_flight[0]))
+    _, after = searcher.ask(knowledge)
     assert adapter_of(after) == adapter_of(in_flight[0])
 
 
-def test_cosines_count_as_soon_as_they_are_there_only_when_not_in_turn(tmp_path, empty_storage):  # noqa: F811
+def test_new_cosines_count_at_once_only_without_in_turn(tmp_path, empty_storage):  # noqa: F811
     axes = {"train.rank": [2], "apply.threshold": {"low": 0.0, "high": 1.0}}
     for in_turn in (True, False):
         folder = tmp_path / str(in_turn)
         folder.mkdir()
-        searcher, known = searcher_of(folder, empty_storage, in_turn, axes)
-        _, point = searcher.ask(known)
-        assert (searcher.ask(known) is WAIT) == in_turn
-        known.missing.add(adapter_of(point))
-        assert searcher.ask(known) is WAIT or not in_turn
+        searcher, knowledge = searcher_of(folder, empty_storage, in_turn, axes)
+        _, point = searcher.ask(knowledge)
+        assert (searcher.ask(knowledge) is WAIT) == in_turn
+        knowledge.missing.add(adapter_of(point))
+        assert searcher.ask(knowledge) is WAIT or not in_turn
 
 
-def test_an_adapter_that_failed_is_not_tried_at_other_thresholds(tmp_path, empty_storage):  # noqa: F811
-    searcher, known = searcher_of(tmp_path, empty_storage)
-    number, point = searcher.ask(known)
-    known.missing.add(adapter_of(point))
+def test_a_failed_adapter_gets_no_further_thresholds(tmp_path, empty_storage):  # noqa: F811
+    searcher, knowledge = searcher_of(tmp_path, empty_storage)
+    number, point = searcher.ask(knowledge)
+    knowledge.missing.add(adapter_of(point))
     searcher.tell(
         number, Result(number, point, "failed", reason="TrainingError: the loss became nan")
     )
-    others = driven(searcher, known, smooth(known))
+    others = driven(searcher, knowledge, smooth(knowledge))
     assert others and adapter_of(point) not in set(map(adapter_of, others))
 
 
 class Costs(Imagined):
-    """A training of rank r costs r times 100."""
+    """The cost of a training is 100 times its rank."""
 
     def work(self, point):
-        return Work(100.0 * dict(point.values)["train.rank"], 1.0, self.measure)
+        return WorkEstimate(100.0 * dict(point.values)["train.rank"], 1.0, self.measure)
 
     measure = 1.0
 
 
-def test_masks_of_an_adapter_that_exists_come_before_a_dear_training(tmp_path, empty_storage):  # noqa: F811
-    searcher, known = searcher_of(tmp_path, empty_storage, known=Costs(modules=6))
-    points = driven(searcher, known, smooth(known), window=1)
-    assert [dict(point.values)["train.rank"] for point in points[:4]] == [
-        2
-    ] * 4  # the cheaper adapter, and its masks at a hundredth
+def test_masks_of_an_existing_adapter_come_before_an_expensive_training(tmp_path, empty_storage):  # noqa: F811
+    searcher, knowledge = searcher_of(tmp_path, empty_storage, knowledge=Costs(modules=6))
+    points = driven(searcher, knowledge, smooth(knowledge), window=1)
+    # The cheaper adapter comes first, then its masks, which cost a hundredth
+    assert [dict(point.values)["train.rank"] for point in points[:4]] == [2] * 4
 
 
 def test_a_cost_ceiling_is_never_crossed(tmp_path, empty_storage):  # noqa: F811
-    searcher, known = searcher_of(
-        tmp_path, empty_storage, known=Costs(modules=6), constraints={"gpu_hours": 300 / 3600}
+    searcher, knowledge = searcher_of(
+        tmp_path, empty_storage, knowledge=Costs(modules=6), constraints={"gpu_hours": 300 / 3600}
     )
-    points = driven(searcher, known, smooth(known))
+    points = driven(searcher, knowledge, smooth(knowledge))
     assert {dict(point.values)["train.rank"] for point in points} == {2} and len(points) == 7
     assert all(dict(entry.misses)["gpu_hours"] <= 0 for entry in searcher.trials.entries)
 
 
 @pytest.mark.slow
-def test_a_refusal_floor_keeps_the_search_where_it_holds(tmp_path, empty_storage):  # noqa: F811
+def test_a_refusal_floor_gives_more_points_that_hold_it(tmp_path, empty_storage):  # noqa: F811
     axes = {"train.rank": [2, 4, 8], "apply.threshold": {"low": 0.0, "high": 1.0}}
     holding = {}
     for floor in (False, True):
         folder = tmp_path / str(floor)
         folder.mkdir()
-        known = Imagined(modules=30)
-        searcher, known = searcher_of(
+        knowledge = Imagined(modules=30)
+        searcher, knowledge = searcher_of(
             folder,
             empty_storage,
             axes=axes,
-            known=known,
+            knowledge=knowledge,
             constraints={"refusal_floor": floor},
             points=12,
         )
-        driven(searcher, known, smooth(known))
+        driven(searcher, knowledge, smooth(knowledge))
         holding[floor] = sum(entry.values[0] >= 0.9 for entry in searcher.trials.entries)
         assert all(bool(entry.misses) == floor for entry in searcher.trials.entries)
     assert holding[True] > 1.5 * holding[False]
 
 
-def test_the_constraints_that_optuna_keeps_are_those_that_its_samplers_see(tmp_path, empty_storage):  # noqa: F811
+def test_constraints_are_stored_in_optuna_and_reloaded(tmp_path, empty_storage):  # noqa: F811
     found = study(
         tmp_path,
         {
@@ -209,8 +209,11 @@ def test_the_constraints_that_optuna_keeps_are_those_that_its_samplers_see(tmp_p
             }
         },
     )
-    searcher, known = OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage)), Imagined()
-    number, point = searcher.ask(known)
+    searcher, knowledge = (
+        OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage)),
+        Imagined(),
+    )
+    number, point = searcher.ask(knowledge)
     searcher.tell(number, measured(number, point, 80, 50))
     (trial,) = searcher.trials._optuna.trials
     assert trial.constraints == pytest.approx(
@@ -222,14 +225,16 @@ def test_the_constraints_that_optuna_keeps_are_those_that_its_samplers_see(tmp_p
     )
 
 
-def test_standard_errors_are_told_beside_the_means(tmp_path, empty_storage):  # noqa: F811
-    searcher, known = searcher_of(tmp_path, empty_storage)
-    number, point = searcher.ask(known)
+def test_standard_errors_are_stored_beside_the_means(tmp_path, empty_storage):  # noqa: F811
+    searcher, knowledge = searcher_of(tmp_path, empty_storage)
+    number, point = searcher.ask(knowledge)
     searcher.tell(number, measured(number, point, 80, 50))
-    again = OptunaSearcher(
+    reloaded = OptunaSearcher(
         searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
     ).trials.entries[0]
-    assert again.values == (0.8, 0.5) and again.errors == pytest.approx((0.0402, 0.0503), abs=1e-3)
+    assert reloaded.values == (0.8, 0.5) and reloaded.errors == pytest.approx(
+        (0.0402, 0.0503), abs=1e-3
+    )
 
 
 PER_SIZE = {
@@ -245,7 +250,7 @@ PER_SIZE = {
     ("sampler", "transfer"),
     [("stage_aware", False), ("stage_aware", True), ("gp", False), ("tpe", False)],
 )
-def test_a_size_may_have_a_range_and_an_axis_of_its_own(tmp_path, empty_storage, sampler, transfer):  # noqa: F811
+def test_a_model_may_have_its_own_range_and_axis(tmp_path, empty_storage, sampler, transfer):  # noqa: F811
     found = study(
         tmp_path,
         {
@@ -276,7 +281,7 @@ def test_a_size_may_have_a_range_and_an_axis_of_its_own(tmp_path, empty_storage,
     ] == points
 
 
-def test_an_axis_that_was_widened_goes_on_with_the_points_that_there_are(tmp_path, empty_storage):  # noqa: F811
+def test_a_widened_axis_keeps_the_existing_points(tmp_path, empty_storage):  # noqa: F811
     url = fresh_url(tmp_path / "o.db", empty_storage)
     search = {"sampler": "tpe", "points": 12, "window": 2}
     before = driven(
@@ -308,10 +313,8 @@ SIZES = {
 }
 
 
-def lessons_of(found):
-    """What another study measured: of the smaller data, every size and rank at each of three
-    thresholds.
-    """
+def prior_entries(found):
+    """Results of another study: the smaller data, with every model and rank at three thresholds."""
     points = [
         Point.of(model, {"train.rank": rank, "data.size": 8, "apply.threshold": threshold})
         for model in found.models
@@ -337,13 +340,13 @@ LEARNERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "transfer", "taught"), LEARNERS)
-def test_in_turn_a_search_killed_again_and_again_asks_for_the_same_points(
+def test_in_turn_a_search_killed_repeatedly_proposes_the_same_points(
     tmp_path, empty_storage, monkeypatch, sampler, transfer, taught  # noqa: F811
 ):  # fmt: skip
-    monkeypatch.setattr(stage_aware, "KNOWS", 14)  # so that results are soon chosen among
-    monkeypatch.setattr(stage_aware, "AT_ONCE", 4)
-    monkeypatch.setattr(stage_aware, "FITTED_ON", 8)
-    monkeypatch.setattr(samplers, "MOST", 14)
+    monkeypatch.setattr(stage_aware, "MAX_RESULTS", 14)  # so that results are selected early
+    monkeypatch.setattr(stage_aware, "SELECT_EVERY", 4)
+    monkeypatch.setattr(stage_aware, "MAX_FITTED", 8)
+    monkeypatch.setattr(samplers, "MAX_TPE_POINTS", 14)
     found = study(
         tmp_path,
         {
@@ -358,37 +361,36 @@ def test_in_turn_a_search_killed_again_and_again_asks_for_the_same_points(
         },
     )
 
-    def asked_for(name, told_at_most):
-        url, known = fresh_url(tmp_path / f"{name}.db", empty_storage), Imagined(modules=6)
-        known.study = found
+    def proposals(name, max_results):
+        url, knowledge = fresh_url(tmp_path / f"{name}.db", empty_storage), Imagined(modules=6)
+        knowledge.study = found
         while True:
             searcher = OptunaSearcher(found, url)
             if taught:
-                searcher.teach("other", lessons_of(found))
-            if driven(searcher, known, outcome, window=3, told_at_most=told_at_most) is not None:
+                searcher.teach("other", prior_entries(found))
+            if driven(searcher, knowledge, outcome, window=3, max_results=max_results) is not None:
                 return [entry.point for entry in searcher.trials.entries]
 
-    undisturbed = asked_for("undisturbed", None)
+    undisturbed = proposals("undisturbed", None)
     assert len(undisturbed) == 22 and {point.model for point in undisturbed} == {"7b", "13b"}
-    assert asked_for("killed", 4) == undisturbed
+    assert proposals("killed", 4) == undisturbed
 
 
-def test_the_share_that_another_study_measured_is_guessed_anew_as_cosines_come_in(
+def test_the_share_of_a_prior_result_is_updated_as_cosines_are_measured(
     tmp_path,
     empty_storage,  # noqa: F811
 ):
-    searcher, known = searcher_of(
+    searcher, knowledge = searcher_of(
         tmp_path,
         empty_storage,
         axes={"train.rank": [2, 4, 8], "apply.threshold": AXES["apply.threshold"]},
     )
-    other = Point.of(
-        "7b", {"train.rank": 8, "apply.threshold": 0.1}
-    )  # below every cosine: it projects nothing
+    # A threshold below every cosine projects no module
+    other = Point.of("7b", {"train.rank": 8, "apply.threshold": 0.1})
     searcher.teach("other", [Entry(0, other, "done", (0.5, 0.5), (0.05, 0.05))])
     shares = []
     for _ in range(2):
-        number, point = searcher.ask(known)
+        number, point = searcher.ask(knowledge)
         shares.append(searcher._stage_aware._observations("7b").x_NF[0, -1])
-        searcher.tell(number, smooth(known)(number, point))
+        searcher.tell(number, smooth(knowledge)(number, point))
     assert shares == [pytest.approx(0.1), 0.0]

@@ -7,7 +7,7 @@ from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast.forecast import forecast
-from ebbline.sweeps.search.searcher import asked
+from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.state.stopping import Gains
 from ebbline.sweeps.study.home import Home
@@ -117,7 +117,7 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     def driven(gain):
         found = ruled(gain)
         return drive(StudyView(found, home), lambda: Pretended(home.store)), len(
-            asked(found, home.storage("tiny"))
+            all_points(found, home.storage("tiny"))
         )
 
     progress, points = driven(0.5)

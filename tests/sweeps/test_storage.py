@@ -14,7 +14,7 @@ import yaml
 from optuna.exceptions import StorageInternalError
 
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import OptunaSearcher, asked, reaching
+from ebbline.sweeps.search.searcher import OptunaSearcher, all_points, reaching
 from ebbline.sweeps.state.trials import opened, settings_mark
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.storage import Storage, shared_url
@@ -63,7 +63,7 @@ def follow(found, storage: Storage, restart_every: int = 1000):
                 number, point = in_flight.pop(0)
                 searcher.tell(number, outcome(number, point))
             else:
-                return asked(found, storage)
+                return all_points(found, storage)
 
 
 def test_a_repeatedly_killed_search_on_postgres_proposes_the_points_of_one_on_sqlite(
@@ -89,7 +89,7 @@ def test_homes_with_different_stores_have_different_studies_and_a_shared_store_s
     assert shared[0] == shared[1] and shared[0].name not in (one.name, other.name)
     found = study(tmp_path, SEARCH)
     OptunaSearcher(found, shared[0]).ask(Imagined())
-    assert len(asked(found, shared[1])) == 1 and asked(found, one) == []
+    assert len(all_points(found, shared[1])) == 1 and all_points(found, one) == []
     begun = StudyView(
         found, home_at(tmp_path / "third", postgres, store="s3://bucket/store")
     ).begun_as()

@@ -1,9 +1,9 @@
-"""Warm start: another study's results are evidence, copied once, and no points."""
+"""Warm start: another study's results inform the search, are copied once, and are no points."""
 
 import pytest
 
-from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher, asked
-from ebbline.sweeps.search.warm_start import lessons
+from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher, all_points
+from ebbline.sweeps.search.warm_start import prior_results
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
 from ebbline.sweeps.study.view import StudyView
@@ -16,7 +16,7 @@ SEARCH = {"sampler": "tpe", "points": 6, "window": 2}
 
 @pytest.fixture
 def home(tmp_path, empty_storage):  # noqa: F811
-    """A home with a study `small` of six points, all told."""
+    """A home with a study `small` of six completed points."""
     home = Home(tmp_path / "home")
     small = study(tmp_path, {"study": "small", "search": SEARCH})
     StudyView(small, home).freeze()
@@ -36,25 +36,25 @@ def warmed(tmp_path, changes=None, **search):
 
 
 @pytest.mark.slow
-def test_what_another_study_measured_is_known_and_costs_no_points(tmp_path, home):
+def test_results_of_another_study_are_copied_once_and_count_as_no_points(tmp_path, home):
     found = warmed(tmp_path)
     finished = [
         point
-        for _, point, state, _ in asked(
+        for _, point, state, _ in all_points(
             parse(written(tmp_path, {"study": "small"})), home.storage("small")
         )
         if state == "done"
     ]
     assert finished
-    for _ in range(2):  # a driver that starts again has learned it already
+    for _ in range(2):  # a restarted driver copies nothing more
         searcher = OptunaSearcher(found, home.storage("tiny"))
-        for name, entries in lessons(found, home).items():
+        for name, entries in prior_results(found, home).items():
             searcher.teach(name, entries)
         assert [entry.point for entry in searcher.trials.taught] == finished
         assert (
-            searcher.told() == 0
+            searcher.completed() == 0
             and searcher.in_flight() == []
-            and asked(found, home.storage("tiny")) == []
+            and all_points(found, home.storage("tiny")) == []
         )
     numbers = []
     while (new := searcher.ask(Imagined())) is not None and new is not WAIT:
@@ -62,32 +62,32 @@ def test_what_another_study_measured_is_known_and_costs_no_points(tmp_path, home
     assert numbers == list(range(6))
 
 
-def test_a_lesson_that_was_cut_off_is_learned_to_its_end(tmp_path, home):
+def test_an_interrupted_copy_is_completed_by_the_next_driver(tmp_path, home):
     found = warmed(tmp_path)
-    (entries,) = lessons(found, home).values()
+    (entries,) = prior_results(found, home).values()
     searcher = OptunaSearcher(found, home.storage("tiny"))
     searcher.trials._optuna.set_user_attr = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        searcher.teach("small", entries[1:3])  # their numbers here are other than there
+        searcher.teach("small", entries[1:3])  # so their numbers differ between the studies
     searcher = OptunaSearcher(found, home.storage("tiny"))
     searcher.teach("small", entries)
-    learned = [*entries[1:3], entries[0], *entries[3:]]
-    assert [entry.point for entry in searcher.trials.taught] == [entry.point for entry in learned]
+    copied = [*entries[1:3], entries[0], *entries[3:]]
+    assert [entry.point for entry in searcher.trials.taught] == [entry.point for entry in copied]
     searcher.teach("small", [])
     assert len(OptunaSearcher(found, home.storage("tiny")).trials.taught) == len(entries)
 
 
-def test_a_warm_search_begins_where_the_other_one_ended(tmp_path, home):
-    learned = {}
+def test_the_surrogate_of_a_warm_started_search_has_the_other_study_s_results(tmp_path, home):
+    observed = {}
     for taught in (False, True):
         found = warmed(tmp_path, {"study": f"taught{taught}"}, sampler="stage_aware")
         searcher = OptunaSearcher(found, home.storage(found.study))
-        for name, entries in lessons(found, home).items():
+        for name, entries in prior_results(found, home).items():
             if taught:
                 searcher.teach(name, entries)
         assert searcher.ask(Imagined())[0] == 0
-        learned[taught] = searcher._stage_aware._observations("7b").x_NF
-    assert len(learned[True]) > len(learned[False]) == 0
+        observed[taught] = searcher._stage_aware._observations("7b").x_NF
+    assert len(observed[True]) > len(observed[False]) == 0
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,6 @@ def test_a_warm_search_begins_where_the_other_one_ended(tmp_path, home):
         ),
     ],
 )
-def test_a_study_that_cannot_teach_is_an_error_that_says_why(tmp_path, home, changes, warm, fault):
+def test_an_unsuitable_study_is_an_error_with_its_reason(tmp_path, home, changes, warm, fault):
     with pytest.raises(StudyError, match=fault):
-        lessons(study(tmp_path, {**changes, "search": {**SEARCH, "warm_start": warm}}), home)
+        prior_results(study(tmp_path, {**changes, "search": {**SEARCH, "warm_start": warm}}), home)

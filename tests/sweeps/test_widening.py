@@ -9,7 +9,7 @@ import pytest
 from ebbline.analysis.results.collect import collect
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast.expected import points_of
-from ebbline.sweeps.search.searcher import OptunaSearcher, asked
+from ebbline.sweeps.search.searcher import OptunaSearcher, all_points
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
@@ -137,7 +137,7 @@ def test_an_extended_finished_study_keeps_its_points_and_runs_only_new_ones(tmp_
     with pytest.raises(StudyError, match="--extend"):
         drive(StudyView(wide, home), lambda: Pretended(home.store))
     points = points_of(wide, home.storage("tiny"))
-    assert list(points.told) == numbers and len(points.told) + len(points.to_come) == 12
+    assert list(points.completed) == numbers and len(points.completed) + len(points.to_come) == 12
     drive(StudyView(wide, home, extend=True), lambda: Pretended(home.store))
     found = collect(StudyView(wide, home))
     assert [r.point for r in found][: len(numbers)] == numbers
@@ -196,7 +196,7 @@ def test_changed_constraints_apply_to_existing_points(
             StudyView(found, home, extend=True),
             lambda: Pretended(home.store),
             watched.append,
-            lambda: watched[-1].told >= until,
+            lambda: watched[-1].completed >= until,
         )
         refusals = {
             r.point: r.metrics["refusal.refusal_rate"].value
@@ -207,7 +207,7 @@ def test_changed_constraints_apply_to_existing_points(
 
     monkeypatch.setattr(OptunaSearcher, "ask", ask)
     found, _ = driven(6, until=3)
-    states = [state for _, _, state, _ in asked(found, home.storage("tiny"))]
+    states = [state for _, _, state, _ in all_points(found, home.storage("tiny"))]
     assert "running" in states and states.count("done") >= 3
 
     found, refusals = driven(8, {"refusal_floor": True, "gpu_hours": 1000.0})
@@ -246,10 +246,10 @@ def test_a_stopped_and_extended_stage_aware_study_keeps_points_in_flight_and_tri
     stopped = drive(
         StudyView(narrow, home),
         lambda: Pretended(home.store),
-        lambda p: completed.append(p.told),
+        lambda p: completed.append(p.completed),
         lambda: completed[-1] >= 3,
     )
-    before = asked(narrow, home.storage("tiny"))
+    before = all_points(narrow, home.storage("tiny"))
     in_flight = [(number, point) for number, point, state, _ in before if state == "running"]
     assert stopped.by == "request" and in_flight and stopped.results
     records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}
