@@ -42,7 +42,7 @@ _SAMPLERS = {
     "random": "drawn at random",
     "tpe": "chosen by the tree-structured Parzen estimator of Optuna [@akiba2019optuna]",
     "nsga2": "chosen by NSGA-II as Optuna has it [@akiba2019optuna]",
-    "gp": "chosen by the Gaussian-process sampler of Optuna [@akiba2019optuna]",
+    "gp": "chosen by ebbline's Gaussian-process search, by expected gain in hypervolume",
     "stage_aware": "chosen by ebbline's stage-aware search, by expected gain in hypervolume for "
     "its cost",
 }

@@ -112,3 +112,21 @@ def test_only_values_that_points_took_are_named(study: Study) -> None:
         and "at most the threshold: none or 0.3." in text
         and "Trained on 100 examples" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "text", "is_optuna_s"),
+    [
+        ("gp", "chosen by ebbline's Gaussian-process search", False),
+        ("stage_aware", "chosen by ebbline's stage-aware search", False),
+        ("tpe", "the tree-structured Parzen estimator of Optuna", True),
+        ("nsga2", "NSGA-II as Optuna has it", True),
+    ],
+)
+def test_a_sampler_is_attributed_to_its_implementation(
+    study: Study, sampler: str, text: str, is_optuna_s: bool
+) -> None:
+    """As in ebbline.sweeps.search.searcher: `gp` and `stage_aware` are ebbline's own code."""
+    search = study.search.model_copy(update={"sampler": sampler})
+    points = written(study.model_copy(update={"search": search}), [result(0)], {})
+    assert text in points and ("[@akiba2019optuna]" in points) == is_optuna_s
