@@ -1,8 +1,7 @@
-"""The methods of a study in words, for a paper: what was trained, on what, how measured, how often,
-on what hardware, at what cost.
+"""The methods section of a paper: training, data, measurements, repetitions, hardware and cost.
 
-Invariants: every sentence follows from the study, its results or the stages' records; what they do
-not say is not said; a study that is not finished is called so. Citations are pandoc's, `[@key]`;
+Invariants: every sentence follows from the study, its results or the stages' records. Nothing else
+is stated. An unfinished study is described as unfinished. Citations use pandoc's `[@key]`;
 ebbline.analysis.paper.citations has the entries.
 """
 
@@ -38,15 +37,15 @@ _QUANTISED = {
 }
 _SAMPLERS = {
     "grid": "all combinations of the axes' values",
-    "list": "a list of points that was written out",
+    "list": "given as a list",
     "random": "drawn at random",
     "tpe": "chosen by the tree-structured Parzen estimator of Optuna [@akiba2019optuna]",
-    "nsga2": "chosen by NSGA-II as Optuna has it [@akiba2019optuna]",
+    "nsga2": "chosen by the NSGA-II sampler of Optuna [@akiba2019optuna]",
     "gp": "chosen by ebbline's Gaussian-process search, by expected gain in hypervolume",
     "stage_aware": "chosen by ebbline's stage-aware search, by expected gain in hypervolume for "
     "its cost",
 }
-_SHOWN = 10  # values of an axis that are written out
+_SHOWN = 10  # most values of an axis that are listed
 
 
 def methods(
@@ -58,8 +57,9 @@ def methods(
     spent: Spent,
     profile: Profile,
 ) -> str:
-    """A Markdown text of short paragraphs. `before` is what measuring the aligned models cost, by
-    key.
+    """A Markdown text of short paragraphs.
+
+    `before` maps stage keys to the cost of measuring the aligned models.
     """
     parts = {
         "Models": _models(study, found),
@@ -75,7 +75,7 @@ def methods(
     for title, sentences in parts.items():
         lines += ["", f"**{title}.** " + " ".join(sentences)]
     return "\n".join(
-        [*lines, "", "**To be said by its authors.** " + " ".join(_open(study, found)), ""]
+        [*lines, "", "**To be stated by the authors.** " + " ".join(_open(study, found)), ""]
     )
 
 
@@ -105,19 +105,19 @@ def _models(study: Study, found: Provenance) -> Iterator[str]:
         roles = [
             role for role in ("base", "aligned", "unaligned") if getattr(model, role) is not None
         ]
-        told_of = [f"{role} model: {_described(f'models.{name}.{role}', found)}" for role in roles]
+        references = [
+            f"{role} model: {_described(f'models.{name}.{role}', found)}" for role in roles
+        ]
         yield (
-            f"{name}: {'; '.join(told_of)}; {_QUANTISED[model.quantisation]}, computed in "
+            f"{name}: {'; '.join(references)}; {_QUANTISED[model.quantisation]}, computed in "
             f"{model.dtype}."
         )
 
 
 def _described(where: str, found: Provenance) -> str:
-    """What a reference of the study names: a model or data made here, or content from outside by
-    its pin.
-    """
-    if where in found.made:
-        return found.made[where]
+    """Describes a model or data set of the study, by its origin here or by its pin."""
+    if where in found.generated:
+        return found.generated[where]
     for pin in found.pins:
         if pin.where.startswith(f"{where}."):
             if pin.hub:
@@ -157,7 +157,7 @@ def _training(study: Study, results: Sequence[Result], found: Provenance) -> Ite
     sizes = _setting(results, "data.size", study.data.settings.size)
     yield (
         f"Trained on {sizes} examples of {_described('data.pool', found)}; a smaller set is "
-        "part of a larger one with the same seed."
+        "a subset of a larger one with the same seed."
     )
     if study.data.mix is not None:
         share = _setting(results, "data.mix_share", study.data.settings.mix_share)
@@ -235,24 +235,24 @@ def _measurement(
             ).replace("  ", " ")
             continue
         prompts = found.prompts.get(suite)
-        asked = (
+        asked_prompts = (
             f"{prompts.asked} prompts ({prompts.format}, sha256 {prompts.sha256})"
             if prompts
             else "prompts that are not recorded"
         )
         scorers = [measure.scorer] if isinstance(measure, TaskSuite) else list(scorers_of(measure))
         kinds = [f"{scorer} (a judge)" if scorer in study.judges else scorer for scorer in scorers]
-        also = f"; beside it {_listed(kinds[1:])}" if kinds[1:] else ""
+        also = f"; in addition {_listed(kinds[1:])}" if kinds[1:] else ""
         rates = _listed([name.replace("_", " ") for name in measure.metrics()])
         yield (
-            f"{suite}: {rates} on {asked}, of greedy completions of at most "
+            f"{suite}: {rates} on {asked_prompts}, of greedy completions of at most "
             f"{measure.max_new_tokens} tokens,"
             f" by the scorer {kinds[0]}{also}; {n}."
         )
         if measure.race is not None:
             yield (
                 f"{suite} was measured in blocks of {measure.race.block} prompts and could "
-                "stop early, so points rest on unequal numbers."
+                "stop early, so points rest on different numbers of prompts."
             )
     for name in study.judges:
         where = study.judges[name].settings.endpoint
@@ -267,11 +267,11 @@ def _measurement(
 def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
     counts = Counter(result.status for result in results)
     yield (
-        f"{len(results)} points were asked for, {_SAMPLERS[study.sampler]}; {counts['done']} "
+        f"{len(results)} points were proposed, {_SAMPLERS[study.sampler]}; {counts['done']} "
         "are done."
     )
     if study.search.first:
-        yield f"{len(study.search.first)} of them were written out before, and not chosen."
+        yield f"{len(study.search.first)} of them were given in the study file, not chosen."
     without = [f"{counts[status]} {status_label(status)}" for status in NO_RESULT if counts[status]]
     if without:
         yield f"Without a result, and in no figure or table: {', '.join(without)}."
@@ -279,15 +279,15 @@ def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
     if same:
         yield f"{same} project the same modules as an earlier one and count once on the frontier."
     yield (
-        "A frontier holds the points that no other dominates in all objectives, found with "
-        "moocore [@moocore]."
+        "A frontier holds the points that no other point dominates in the objectives, computed "
+        "with moocore [@moocore]."
     )
 
 
 def _repeats(study: Study, results: Sequence[Result]) -> Iterator[str]:
     used = sorted({seeds_of(result) for result in finished(results)})
     if not used:
-        yield "No point is done, so nothing is repeated."
+        yield "No point is done, so there are no repetitions."
         return
     most = (
         f"{used[0]} to {used[-1]} training seeds"
@@ -318,17 +318,17 @@ def _hardware(
     yield f"By the stages' records: {'; '.join(f'{each.kind}: {each}' for each in found.hardware)}."
     if any(each.gpu_type is None for each in found.hardware):
         yield (
-            "Where no type of GPU is named, a GPU-hour is an hour of a logical GPU, which may "
-            "be a share of a CPU."
+            "If no GPU type is named, a GPU-hour is an hour of a logical GPU, which may be a "
+            "share of a CPU."
         )
     cost = study_cost(results, before, spent)
     yield (
-        f"All stages behind the results took {told(cost.stages, profile)}; had the points "
-        f"shared nothing, {told(cost.alone, profile)}."
+        f"All stages behind the results took {told(cost.stages, profile)}; without "
+        f"shared stages they would have taken {told(cost.alone, profile)}."
     )
     yield (
-        f"The study's runs spent {told(cost.spent, profile)} over {spent.driving_s / 3600:.3g} "
-        "hours of driving."
+        f"The study's runs spent {told(cost.spent, profile)} in {spent.driving_s / 3600:.3g} "
+        "hours of run time."
     )
 
 
@@ -339,13 +339,13 @@ def _software(found: Provenance) -> Iterator[str]:
         "installed where this text was written."
     )
     yield (
-        "Models were run with Transformers [@wolf2020transformers], stages spread with Ray "
-        "[@moritz2018ray] unless run in one process."
+        "Models were run with Transformers [@wolf2020transformers], stages distributed with "
+        "Ray [@moritz2018ray] unless run in one process."
     )
 
 
 def _open(study: Study, found: Provenance) -> Iterator[str]:
-    """What a reader will ask and no record answers."""
+    """Questions that no record answers."""
     if any(
         reference.organism is not None
         for model in study.models.values()
@@ -353,16 +353,16 @@ def _open(study: Study, found: Provenance) -> Iterator[str]:
         if reference
     ):
         yield (
-            "Models called organisms are tiny, made to show the effect in an invented "
-            "language: they are no evidence about real models."
+            "Models called organisms are tiny and show the effect in an invented language: they "
+            "are no evidence about real models."
         )
     if any(not pin.hub for pin in found.pins):
         yield (
-            "Where local files come from, and under which licence: the records hold their "
-            "content's digest alone."
+            "The source and licence of local files: the records hold only the digest of their "
+            "content."
         )
     yield (
-        "How the settings that do not vary were chosen. Points picked as the best of many look "
+        "The reasons for the fixed settings. Points picked as the best of many look "
         "better than they are."
     )
 
@@ -372,7 +372,7 @@ def _varies(results: Sequence[Result], axis: str) -> bool:
 
 
 def _setting(results: Sequence[Result], axis: str, otherwise: object) -> str:
-    """The values that an axis took among the points, or the study's one."""
+    """The values of an axis among the points, or the study's own value."""
     values = {
         dict(result.point.values)[axis] for result in results if axis in dict(result.point.values)
     }

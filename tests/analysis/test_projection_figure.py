@@ -377,7 +377,7 @@ def test_importing_the_figures_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_projection_report_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_projection_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     rows = {
         **projected().rows,
         "lm_head": ModuleRow(None, None, "not in /home/someone/base/model.safetensors"),
@@ -405,12 +405,12 @@ def test_the_projection_report_is_one_file_that_asks_for_nothing(tmp_path: Path)
     text = written["report"].read_text("utf-8")
     page = Page(text)
     assert page.open == []
-    assert len(page.asked) == 2
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.asked)
+    assert len(page.links) == 2
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.links)
     assert all(page.alts)
     for foreign in ("url(", "<script", "@import", "/home/someone", "/tmp/", "/runs/"):
         assert foreign not in text
-    drawings = b"".join(base64.b64decode(source.partition(",")[2]) for source in page.asked)
+    drawings = b"".join(base64.b64decode(source.partition(",")[2]) for source in page.links)
     assert not re.search(rb'href="(?!#|data:)', drawings)
     assert b"/runs/" not in drawings
     for expected in (
@@ -425,7 +425,7 @@ def test_the_projection_report_is_one_file_that_asks_for_nothing(tmp_path: Path)
         assert expected in text
 
 
-def test_every_module_has_a_row_with_what_became_of_it(tmp_path: Path) -> None:
+def test_every_module_has_a_row_with_its_outcome(tmp_path: Path) -> None:
     adapter = projected(32)
     text = write_projection_report(tmp_path / "p.html", {"adapter": adapter}, {}, [])[
         "report"
@@ -441,7 +441,7 @@ def test_every_module_has_a_row_with_what_became_of_it(tmp_path: Path) -> None:
     assert 'role="note"' not in text
 
 
-def test_no_name_or_note_can_bring_markup_in(tmp_path: Path) -> None:
+def test_markup_in_names_and_notes_is_escaped(tmp_path: Path) -> None:
     rows = {"<b>.0.<script>": ModuleRow(0.1, 0.1), "x": ModuleRow(None, None, "<i>")}
     adapters = {"<u>": ProjectedRows(rows, frozenset())}
     text = write_projection_report(tmp_path / "p.html", adapters, {"<s>": "<em>"}, ["<q>"])[
@@ -470,7 +470,7 @@ def test_maps_of_the_first_adapters_are_drawn_and_the_others_counted(tmp_path: P
 
 
 @pytest.mark.slow
-def test_names_that_no_file_may_have_stay_apart(tmp_path: Path) -> None:
+def test_labels_that_are_invalid_as_file_names_stay_distinct(tmp_path: Path) -> None:
     adapters = {"a b": projected(), "a/b": projected(), "é": projected()}
     names = ["cosines-a-b", "cosines-a-b-2", "cosines-adapter", "share"]
     written = write_projection_report(tmp_path / "p.html", adapters, {}, [])
