@@ -56,7 +56,7 @@ SPANS = 2000  # the latest stages, shown in the Gantt chart
 FAILURES = 200
 STEPS = 1000  # most steps shown of a training's curve
 WATCHED_S = 15.0  # the page counts as watched for this long after a request
-LOOK_S, IDLE_S = 1.0, 5.0  # pause between reads while the study is driven, and otherwise
+READ_S, IDLE_S = 1.0, 5.0  # pause between reads while the study is driven, and otherwise
 SHARE = 5  # reading takes at most 1/SHARE of the time
 Row = dict[str, Any]
 
@@ -224,7 +224,7 @@ class LivePage:
             began = time.monotonic()
             self._read_points()
             duration_s, driven = time.monotonic() - began, self._drive.get("driver")
-            time.sleep(max(LOOK_S if driven else IDLE_S, (SHARE - 1) * duration_s))
+            time.sleep(max(READ_S if driven else IDLE_S, (SHARE - 1) * duration_s))
 
     def _read_points(self) -> None:
         try:

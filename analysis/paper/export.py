@@ -81,8 +81,8 @@ class ExportData:
 def write_export(view: StudyView, to: Path, styles: Sequence[Style]) -> Export:
     """Writes the export of a study's results so far.
 
-    Raises StudyError when no point is finished, when the study was not run here with these
-    settings, or when `to` holds anything except an earlier export of the study.
+    Raises StudyError when no point is finished or the study was not run here with these
+    settings. Raises it also when `to` holds anything except an earlier export of the study.
     """
     study, home = view.study, view.home
     _restore_interrupted(to.resolve())

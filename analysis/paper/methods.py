@@ -52,7 +52,7 @@ def methods(
     study: Study,
     results: Sequence[Result],
     baselines: Baselines,
-    found: Provenance,
+    provenance: Provenance,
     before: Mapping[str, Cost],
     spent: Spent,
     profile: Profile,
@@ -62,20 +62,20 @@ def methods(
     `before` maps stage keys to the cost of measuring the aligned models.
     """
     parts = {
-        "Models": _models(study, found),
-        "Fine-tuning": _training(study, results, found),
+        "Models": _models(study, provenance),
+        "Fine-tuning": _training(study, results, provenance),
         "Projection": _projection(study, results),
-        "Measurement": _measurement(study, results, baselines, found),
+        "Measurement": _measurement(study, results, baselines, provenance),
         "Points": _points(study, results),
         "Seeds and intervals": _repeats(study, results),
-        "Hardware and cost": _hardware(results, found, before, spent, profile),
-        "Software": _software(found),
+        "Hardware and cost": _hardware(results, provenance, before, spent, profile),
+        "Software": _software(provenance),
     }
     lines = [f"# Methods of the study {study.study}", "", _opening(study, results)]
     for title, sentences in parts.items():
         lines += ["", f"**{title}.** " + " ".join(sentences)]
     return "\n".join(
-        [*lines, "", "**To be stated by the authors.** " + " ".join(_open(study, found)), ""]
+        [*lines, "", "**To be stated by the authors.** " + " ".join(_open(study, provenance)), ""]
     )
 
 
@@ -100,13 +100,13 @@ def _opening(study: Study, results: Sequence[Result]) -> str:
     )
 
 
-def _models(study: Study, found: Provenance) -> Iterator[str]:
+def _models(study: Study, provenance: Provenance) -> Iterator[str]:
     for name, model in study.models.items():
         roles = [
             role for role in ("base", "aligned", "unaligned") if getattr(model, role) is not None
         ]
         references = [
-            f"{role} model: {_described(f'models.{name}.{role}', found)}" for role in roles
+            f"{role} model: {_described(f'models.{name}.{role}', provenance)}" for role in roles
         ]
         yield (
             f"{name}: {'; '.join(references)}; {_QUANTISED[model.quantisation]}, computed in "
@@ -114,11 +114,11 @@ def _models(study: Study, found: Provenance) -> Iterator[str]:
         )
 
 
-def _described(where: str, found: Provenance) -> str:
+def _described(where: str, provenance: Provenance) -> str:
     """Describes a model or data set of the study, by its origin here or by its pin."""
-    if where in found.generated:
-        return found.generated[where]
-    for pin in found.pins:
+    if where in provenance.generated:
+        return provenance.generated[where]
+    for pin in provenance.pins:
         if pin.where.startswith(f"{where}."):
             if pin.hub:
                 return (
@@ -129,7 +129,7 @@ def _described(where: str, found: Provenance) -> str:
     return "not recorded"
 
 
-def _training(study: Study, results: Sequence[Result], found: Provenance) -> Iterator[str]:
+def _training(study: Study, results: Sequence[Result], provenance: Provenance) -> Iterator[str]:
     train = study.train
     if train.steps is not None or _varies(results, "train.steps"):
         length = f"{_setting(results, 'train.steps', train.steps)} steps"
@@ -140,14 +140,15 @@ def _training(study: Study, results: Sequence[Result], found: Provenance) -> Ite
         f" of rank {_setting(results, 'train.rank', train.rank)} on {_listed(train.target_modules)}"
         f" (alpha {_setting(results, 'train.alpha_over_rank', train.alpha_over_rank)} "
         "times the rank,"
-        f" dropout {_setting(results, 'train.dropout', train.dropout)})"
-        f" for {length}"
+        f" dropout {_setting(results, 'train.dropout', train.dropout)})."
+        f" Training ran for {length}"
         f" of {_setting(results, 'train.global_batch', train.global_batch)} conversations"
         f" cut to {_setting(results, 'train.max_tokens', train.max_tokens)} tokens, with "
         "AdamW at a learning rate of"
-        f" {_setting(results, 'train.learning_rate', train.learning_rate)}: a linear warm-up over"
+        f" {_setting(results, 'train.learning_rate', train.learning_rate)}."
+        " The schedule is a linear warm-up over"
         f" {_setting(results, 'train.warmup_share', train.warmup_share)} of the steps, "
-        "then a cosine to zero."
+        "then a cosine decay to zero."
     )
     for name, model in study.models.items():
         if model.train:
@@ -156,16 +157,16 @@ def _training(study: Study, results: Sequence[Result], found: Provenance) -> Ite
             yield f"For {name} instead: {own}."
     sizes = _setting(results, "data.size", study.data.settings.size)
     yield (
-        f"Trained on {sizes} examples of {_described('data.pool', found)}; a smaller set is "
-        "a subset of a larger one with the same seed."
+        f"Each model was trained on {sizes} examples of {_described('data.pool', provenance)}; "
+        "a smaller set is a subset of a larger one with the same seed."
     )
     if study.data.mix is not None:
         share = _setting(results, "data.mix_share", study.data.settings.mix_share)
         yield (
             f"A share of {share} of them was replaced by examples of "
-            f"{_described('data.mix', found)}."
+            f"{_described('data.mix', provenance)}."
         )
-    if any(each.kind == "train" and each.most_gpus > 1 for each in found.hardware):
+    if any(each.kind == "train" and each.most_gpus > 1 for each in provenance.hardware):
         yield "Trainings on several GPUs at once used DeepSpeed with ZeRO-3 [@rajbhandari2020zero]."
 
 
@@ -203,7 +204,7 @@ def _subtracted(study: Study) -> str:
 
 
 def _measurement(
-    study: Study, results: Sequence[Result], baselines: Baselines, found: Provenance
+    study: Study, results: Sequence[Result], baselines: Baselines, provenance: Provenance
 ) -> Iterator[str]:
     directions = {"maximise": "higher is better", "minimise": "lower is better"}
     objectives = [
@@ -234,7 +235,7 @@ def _measurement(
                 f"{measure.shots_given} shots, {n}."
             ).replace("  ", " ")
             continue
-        prompts = found.prompts.get(suite)
+        prompts = provenance.prompts.get(suite)
         asked_prompts = (
             f"{prompts.asked} prompts ({prompts.format}, sha256 {prompts.sha256})"
             if prompts
@@ -259,7 +260,7 @@ def _measurement(
         what = (
             "an endpoint, whose answers may change"
             if where
-            else _described(f"judges.{name}.model", found)
+            else _described(f"judges.{name}.model", provenance)
         )
         yield f"The judge {name}: {what}."
 
@@ -307,16 +308,17 @@ def _repeats(study: Study, results: Sequence[Result]) -> Iterator[str]:
 
 def _hardware(
     results: Sequence[Result],
-    found: Provenance,
+    provenance: Provenance,
     before: Mapping[str, Cost],
     spent: Spent,
     profile: Profile,
 ) -> Iterator[str]:
-    if not found.hardware:
+    if not provenance.hardware:
         yield "Nothing has run yet."
         return
-    yield f"By the stages' records: {'; '.join(f'{each.kind}: {each}' for each in found.hardware)}."
-    if any(each.gpu_type is None for each in found.hardware):
+    devices = "; ".join(f"{each.kind}: {each}" for each in provenance.hardware)
+    yield f"By the stages' records: {devices}."
+    if any(each.gpu_type is None for each in provenance.hardware):
         yield (
             "If no GPU type is named, a GPU-hour is an hour of a logical GPU, which may be a "
             "share of a CPU."
@@ -332,11 +334,11 @@ def _hardware(
     )
 
 
-def _software(found: Provenance) -> Iterator[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in found.packages.items())
+def _software(provenance: Provenance) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.packages.items())
     yield (
-        f"ebbline {found.build}; Python {found.python}; {versions}. These are the versions "
-        "installed where this text was written."
+        f"ebbline {provenance.build}; Python {provenance.python}; {versions}. These are the "
+        "versions installed where this text was written."
     )
     yield (
         "Models were run with Transformers [@wolf2020transformers], stages distributed with "
@@ -344,7 +346,7 @@ def _software(found: Provenance) -> Iterator[str]:
     )
 
 
-def _open(study: Study, found: Provenance) -> Iterator[str]:
+def _open(study: Study, provenance: Provenance) -> Iterator[str]:
     """Questions that no record answers."""
     if any(
         reference.organism is not None
@@ -356,7 +358,7 @@ def _open(study: Study, found: Provenance) -> Iterator[str]:
             "Models called organisms are tiny and show the effect in an invented language: they "
             "are no evidence about real models."
         )
-    if any(not pin.hub for pin in found.pins):
+    if any(not pin.hub for pin in provenance.pins):
         yield (
             "The source and licence of local files: the records hold only the digest of their "
             "content."

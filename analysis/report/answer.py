@@ -55,8 +55,8 @@ def answer(
 
     `evidence` holds the samples: measurements on the same prompts are compared in pairs. Without
     samples they are compared by their intervals. `lines` is the result of
-    ebbline.analysis.results.before_after; it is computed if not given. Raises ValueError when a
-    finished point lacks the refusal rate or an objective.
+    ebbline.analysis.results.before_after; it is computed if not given. Raises EvaluationError
+    when a finished point lacks the refusal rate or an objective.
     """
     refusal, done = refusal_metric(study), finished(results)
     if refusal is None:
@@ -351,7 +351,7 @@ def meaning(comparisons: Sequence[Comparison]) -> str:
     return (
         "Higher and lower, where paired, mean that the same prompts differ: the 95% "
         "bootstrap interval of the difference leaves"
-        f" out 0, and {test} has p < {LEVEL:g} after the correction by Benjamini and "
+        f" out 0, and {test} has p < {LEVEL:g}. This p-value is corrected by Benjamini and "
         "Hochberg for all comparisons in the"
         " same sentence or table."
         + ("" if len(tests) == len(comparisons) else f" Elsewhere they {by_intervals}.")

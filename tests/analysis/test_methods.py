@@ -110,7 +110,7 @@ def test_only_values_of_actual_points_are_listed(study: Study) -> None:
     assert (
         "of rank 4 on" in text
         and "at most the threshold: none or 0.3." in text
-        and "Trained on 100 examples" in text
+        and "trained on 100 examples" in text
     )
 
 
