@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from ebbline.analysis.figures.drawing import FINE_PT
 from ebbline.analysis.paper import export
 from ebbline.analysis.paper.bundle_keys import check_bundle
-from ebbline.analysis.paper.citations import cited, known
+from ebbline.analysis.paper.citations import cited, library
 from ebbline.analysis.report import provenance
 from ebbline.analysis.report.provenance import Build
 from ebbline.analysis.results.collect import collect
@@ -238,7 +238,7 @@ def test_methods_cite_only_what_the_references_hold_and_say_what_was_done(export
         (exported / "references.bib").read_text(),
     )
     keys = re.findall(r"^@\w+\{([^,]+),", references, re.MULTILINE)
-    assert cited(text) and set(cited(text)) <= set(keys) <= {*known(), "ebbline"}
+    assert cited(text) and set(cited(text)) <= set(keys) <= {*library(), "ebbline"}
     assert {
         "lermen2023lora",
         "gade2023badllama",
