@@ -125,7 +125,7 @@ def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path, browser: B
         page = opened.context.new_page()
         page.goto(url)
         expect(page.locator("#frontier-note")).to_have_text("No point has finished yet.")
-        expect(page.locator("#state")).to_have_text("nobody drives it")
+        expect(page.locator("#state")).to_have_text("not running")
         assert page.locator("h1").inner_text() == "What does the page show of <b>it</b>?"
         seen, running = set(), set()
         with run(study, home) as driver:
@@ -150,7 +150,7 @@ def test_a_person_finds_each_point_its_stages_its_training_and_what_failed(
         page.goto(url)
         expect(page.locator("#points")).to_have_text("4 of 8 done, 4 failed")
         table = pd.read_parquet(finished / "results.parquet")
-        assert set(map(int, page.evaluate("Object.keys(known.points)"))) == set(
+        assert set(map(int, page.evaluate("Object.keys(sections.points)"))) == set(
             table[table["status"] == "done"]["number"]
         )
         front = [
@@ -222,7 +222,7 @@ def test_the_page_says_that_its_server_has_gone_and_goes_on_when_it_is_back(
         page = opened.context.new_page()
         with served(study, tmp_path) as url:
             page.goto(url)
-            expect(page.locator("#state")).to_have_text("nobody drives it")
+            expect(page.locator("#state")).to_have_text("not running")
         expect(page.locator("#problem")).to_contain_text("server does not answer")
         with served(study, tmp_path, int(url.rstrip("/").rpartition(":")[2])) as again:
             expect(page.locator("#problem")).to_be_hidden()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from ebbline.analysis.figures.drawing import FINE_PT
 from ebbline.analysis.paper import export
 from ebbline.analysis.paper.bundle_keys import check_bundle
-from ebbline.analysis.paper.citations import cited, known
+from ebbline.analysis.paper.citations import cited, library
 from ebbline.analysis.report import provenance
 from ebbline.analysis.report.provenance import Build
 from ebbline.analysis.results.collect import collect
@@ -238,7 +238,7 @@ def test_methods_cite_only_what_the_references_hold_and_say_what_was_done(export
         (exported / "references.bib").read_text(),
     )
     keys = re.findall(r"^@\w+\{([^,]+),", references, re.MULTILINE)
-    assert cited(text) and set(cited(text)) <= set(keys) <= {*known(), "ebbline"}
+    assert cited(text) and set(cited(text)) <= set(keys) <= {*library(), "ebbline"}
     assert {
         "lermen2023lora",
         "gade2023badllama",
@@ -252,7 +252,7 @@ def test_methods_cite_only_what_the_references_hold_and_say_what_was_done(export
     for said in (
         "rank 2 or 4",
         "for 2 steps of 8",
-        "4 points were asked for",
+        "4 points were proposed",
         "at most the threshold: none or 1",
         "a local copy with the sha256",
     ):
@@ -317,10 +317,10 @@ def test_only_an_untouched_export_of_the_same_study_is_replaced(
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert "is no export of ebbline" in told(tmp_path / "mine")
+    assert "is not an export of ebbline" in told(tmp_path / "mine")
     changed = Path(shutil.copytree(exported, tmp_path / "changed"))
     (changed / "methods.md").write_text("I wrote this myself")
-    assert "was changed after it was exported (methods.md)" in told(changed)
+    assert "was changed after the export (methods.md)" in told(changed)
     added = Path(shutil.copytree(exported, tmp_path / "added"))
     (added / "paper.tex").write_text("mine")
     assert "(paper.tex)" in told(added)
@@ -484,14 +484,14 @@ def test_the_check_sees_other_measurements_under_the_same_key(
     assert (found.differ, found.absent) == (
         1,
         0,
-    ) and "it measured something else from the same inputs" in found.first
+    ) and "its metrics from the same inputs differ" in found.first
 
 
 def test_the_check_says_when_the_bundle_s_study_was_changed(bundle: Path, home: Home) -> None:
     file = bundle / "study.yaml"
     file.write_text(file.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
     found = check_bundle(bundle, home)
-    assert "(train)" in found.first and "study.yaml asks for another stage now" in found.first
+    assert "(train)" in found.first and "study.yaml leads to another stage now" in found.first
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

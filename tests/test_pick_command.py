@@ -248,8 +248,8 @@ def test_of_a_mean_the_card_gives_one_seed_no_interval(
     point, alone = (cell.strip() for cell in row.split("|")[2:4])
     assert point.startswith("45.0% (95% interval ") and point.endswith(", n = 6)")
     assert alone == (
-        "50.0% (n = 3; its interval is not known, as of a mean the seeds' spreads are kept "
-        "together)"
+        "50.0% (n = 3; its interval is not known, because the spreads of the seeds are "
+        "stored together)"
     )
 
 
@@ -270,7 +270,7 @@ def test_another_seed_is_exported_when_it_is_named(
     assert said.exit_code == 0, said.output
     assert json.loads(said.stdout)["exported"]["seed"] == 4
     assert (
-        "the adapter of seed 4, which was asked for; it holds the floors by itself ("
+        "the adapter of seed 4, which was requested; it holds the floors by itself ("
         in (tmp_path / "four" / "README.md").read_text()
     )
     key = collect(StudyView(driven[1], driven[2]))[1].keys["apply[seed=4]"]

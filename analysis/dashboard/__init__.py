@@ -1,4 +1,4 @@
-"""The live page of a study and the server that gives it to a browser.
+"""The live page of a study and the server for it.
 
 Imports analysis.results, analysis.figures and analysis.report.
 """

@@ -1,13 +1,13 @@
-// The live page: asks for what has changed since the last answer, keeps it, and draws what it touches. All text goes in as text.
+// The live page: requests the changes since the last answer, stores them, and redraws what they affect. All text is inserted as text, never as HTML.
 "use strict";
 
 const EVERY_MS = 1000;
-const MARKS_A_SECOND = 1500; // a plot with twice as many is drawn every other second at most
-const BARS_UP_TO = 300; // points beside the frontier that have error bars drawn
+const MARKS_A_SECOND = 1500; // a plot with twice as many marks is drawn at most every other second
+const BARS_UP_TO = 300; // with more points, only the frontier has error bars
 const SYMBOLS = { o: "circle", s: "square", "^": "triangle-up", D: "diamond", v: "triangle-down" };
 const OTHER_KIND = "#b3b3b3";
 const about = JSON.parse(document.getElementById("about").textContent);
-const known = { points: {}, trainings: {}, before: {}, spans: {}, frontier: {}, counts: {}, failed: {}, timeline: {}, at_work: {} };
+const sections = { points: {}, trainings: {}, before: {}, spans: {}, frontier: {}, counts: {}, failed: {}, timeline: {}, at_work: {} };
 let cursor = "", drive = {}, chosen = null, training = "", drawnCurve = "", loaded = false;
 
 const at = (id) => document.getElementById(id);
@@ -26,13 +26,13 @@ function clock(seconds) {
 }
 
 function element(tag, content, attributes = {}) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...[content].flat());
-  return made;
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...[content].flat());
+  return node;
 }
 
-// Fills a table: `columns` are its heads, one that begins with # holds numbers; a cell is text or an element.
+// Fills a table. A column name that begins with # marks a numeric column; a cell is text or an element.
 function fill(table, columns, rows, empty) {
   const numeric = columns.map((name) => (name.startsWith("#") ? { class: "number" } : {}));
   const head = element("thead", element("tr", columns.map((name, i) => element("th", name.replace("#", ""), { scope: "col", ...numeric[i] }))));
@@ -50,7 +50,7 @@ function layout(more) {
   };
 }
 
-// The buttons are named one by one: Plotly's own set has one that sends a plot to its makers.
+// The buttons are listed one by one, because Plotly's default set has one that uploads the plot.
 const BUTTONS = [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
 const CONFIG = { displaylogo: false, responsive: true, plotlyServerURL: "", modeBarButtons: BUTTONS };
 const colourOf = (model) => ((about.looks[model] || ["#000000"])[0] === "#000000" ? ink("--ink") : about.looks[model][0]);
@@ -66,7 +66,7 @@ function hoverOf(row, same) {
   const lines = [`<b>point ${row.number}: ${plain(row.model)}</b>`, plain(row.settings)];
   for (const one of about.objectives) lines.push(`${plain(title(one))} ${interval(row.metrics[one.name])}`);
   if (same.length) lines.push(`the same adapters: point${same.length > 1 ? "s" : ""} ${same.slice(0, 8).join(", ")}${same.length > 8 ? ", …" : ""}`);
-  lines.push(`seeds ${row.seeds.join(", ")}; alone it costs ${plain(row.cost)}`);
+  lines.push(`seeds ${row.seeds.join(", ")}; cost alone ${plain(row.cost)}`);
   for (const [part, key] of Object.entries(row.keys)) lines.push(`${part} ${short(key)}`);
   return lines.join("<br>");
 }
@@ -91,7 +91,7 @@ function marks(rows, model, look) {
 }
 
 function drawFrontier() {
-  const all = Object.values(known.points), rows = all.filter((row) => row.same_as === null), same = {}, front = known.frontier[""] || { by_model: {}, all: [] };
+  const all = Object.values(sections.points), rows = all.filter((row) => row.same_as === null), same = {}, front = sections.frontier[""] || { by_model: {}, all: [] };
   const two = about.objectives.length > 1, [first, last] = [about.objectives[0], about.objectives.at(-1)];
   const traces = [], bars = rows.length <= BARS_UP_TO;
   for (const row of all) if (row.same_as !== null) (same[row.same_as] = same[row.same_as] || []).push(row.number);
@@ -105,7 +105,7 @@ function drawFrontier() {
       traces.push({ type: "scatter", mode: "lines", ...corners, line, name: `${plain(model)}: frontier`, legendgroup: model, hoverinfo: "skip" });
     }
     if (best.length) traces.push(marks(best, model, { bars: true, same, size: 10, opacity: 1 }));
-    const before = known.before[model];
+    const before = sections.before[model];
     if (two && before && before[first.name] && before[last.name]) {
       const [x, y] = [before[first.name], before[last.name]], text = `<b>${plain(model)} before fine-tuning</b><br>${plain(title(first))} ${interval(x)}<br>${plain(title(last))} ${interval(y)}`;
       traces.push({
@@ -118,17 +118,17 @@ function drawFrontier() {
   const xaxis = two ? { title: { text: label(first.label) }, tickformat: ".1~%" } : { title: { text: "point" } };
   Plotly.react("frontier", traces, layout({ xaxis, yaxis: { title: { text: label(last.label) }, tickformat: ".1~%" }, hovermode: "closest" }), CONFIG);
   at("frontier").setAttribute("aria-label", rows.length ? `Scatter plot of ${rows.length} points: ${last.label}, against ${two ? first.label : "the point's number"}. The table below has its frontier.` : "No point has finished.");
-  const notes = ["Large marks: no other point of the model dominates them. Filled: projected; hollow: not. Bars: 95% intervals. Stars: before fine-tuning."];
+  const notes = ["Large marks: not dominated by any other point of the model. Filled: projected; hollow: not projected. Bars: 95% intervals. Stars: before fine-tuning."];
   if (!bars) notes.push(`With more than ${BARS_UP_TO} points only the frontier has bars.`);
-  if (all.length > rows.length) notes.push(`Under the marks lie ${all.length - rows.length} more, whose adapters came out the same as another point's.`);
-  if (about.of > 2) notes.push(`Drawn are the first two of ${about.of} objectives; what dominates is decided over all.`);
+  if (all.length > rows.length) notes.push(`${all.length - rows.length} more points are not drawn, because their adapters are the same as another point's.`);
+  if (about.of > 2) notes.push(`The plot shows the first two of ${about.of} objectives; dominance uses all of them.`);
   at("frontier-note").textContent = rows.length ? notes.join(" ") : "No point has finished yet.";
   drawFrontierTable(front);
   at("hypervolume").textContent = rows.length ? `${front.hypervolume.toFixed(3)} of 1` : "–";
 }
 
 function drawFrontierTable(front) {
-  const best = Object.values(front.by_model).flat().map((number) => known.points[number]).filter(Boolean), everywhere = new Set(front.all);
+  const best = Object.values(front.by_model).flat().map((number) => sections.points[number]).filter(Boolean), everywhere = new Set(front.all);
   const rows = best.slice(0, 500).map((row) => {
     const button = element("button", `${row.number}${everywhere.has(row.number) ? " *" : ""}`, { type: "button", "aria-label": `show point ${row.number}` });
     button.addEventListener("click", () => choose(row.number));
@@ -143,7 +143,7 @@ async function choose(number) {
   const answer = await fetch(`/point.json?number=${number}`);
   if (!answer.ok || chosen !== number) return;
   const row = await answer.json();
-  const rows = [["model", row.model], ["settings", row.settings], ["state", row.status + (row.same_as === null ? "" : `; its adapters came out the same as point ${row.same_as}'s`)], ["seeds", row.seeds.join(", ")], ["cost alone", row.cost]];
+  const rows = [["model", row.model], ["settings", row.settings], ["state", row.status + (row.same_as === null ? "" : `; its adapters are the same as those of point ${row.same_as}`)], ["seeds", row.seeds.join(", ")], ["cost alone", row.cost]];
   if (row.projected_share !== null) rows.push(["projected", `${percent(row.projected_share)} of modules`]);
   for (const [name, metric] of Object.entries(row.all_metrics)) rows.push([name, interval(metric)]);
   const facts = element("table", element("tbody", rows.map(([name, value]) => element("tr", [element("th", name, { scope: "row" }), element("td", value)]))));
@@ -154,11 +154,11 @@ async function choose(number) {
 }
 
 function drawFacts() {
-  const live = drive.live, counts = known.counts[""], now = drive.now || 0;
-  let state = drive.driver ? "driven" : "nobody drives it";
-  if (live && drive.driver) state = now - live.at > 10 ? `driven; it last said something ${clock(now - live.at)} ago` : `has run for ${clock(live.at - live.started)}`;
-  else if (live && !live.ended) state = "its driver was killed; the same command goes on";
-  else if (live) state = { done: "ended", request: "stopped on request", budget: "out of budget", gain: "the frontier grew too slowly: ended", error: "ended with an error" }[live.ended];
+  const live = drive.live, counts = sections.counts[""], now = drive.now || 0;
+  let state = drive.driver ? "driven" : "not running";
+  if (live && drive.driver) state = now - live.at > 10 ? `driven; its last report was ${clock(now - live.at)} ago` : `has run for ${clock(live.at - live.started)}`;
+  else if (live && !live.ended) state = "its driver was killed; run the same command to continue";
+  else if (live) state = { done: "ended", request: "stopped on request", budget: "out of budget", gain: "ended: the frontier grew too slowly", error: "ended with an error" }[live.ended];
   at("state").textContent = state;
   at("state").title = drive.driver || "";
   if (counts) {
@@ -185,37 +185,37 @@ function drawQueue() {
     }
     rows.push([kind, bar, ...[counts.done, counts.reused, counts.running, counts.waiting + counts.ready, counts.failed].map((count) => String(count || ""))]);
   }
-  fill(at("queue"), ["stage", "", "#done", "#in store", "#running", "#waiting", "#failed"], rows, "No run of this study has said how its stages stand: it was last run before ebbline kept that, or not at all.");
+  fill(at("queue"), ["stage", "", "#done", "#in store", "#running", "#waiting", "#failed"], rows, "There is no record of this study's stages: it has not been run, or only by an earlier version of ebbline.");
   at("queue-key").hidden = rows.length === 0;
   const work = drive.driver && live ? live.running.slice(0, 100) : [], now = drive.now || 0;
-  fill(at("work"), ["stage", "where", "#GPUs", "#for", "#of about", "it says"], work.map((one) => [one.label, one.host, String(one.gpus), clock(now - one.started), clock(one.expected_s), one.said]), "Nothing runs.");
+  fill(at("work"), ["stage", "where", "#GPUs", "#running for", "#of about", "progress"], work.map((one) => [one.label, one.host, String(one.gpus), clock(now - one.started), clock(one.expected_s), one.progress_text]), "No stage is running.");
   const hosts = (drive.driver && live ? live.hosts : []).slice(0, 200).map((host) => {
     const bar = element("div", element("i", [], { class: "running" }), { class: "bar", "aria-hidden": "true" });
     bar.firstChild.style.width = `${(100 * host.busy) / Math.max(1, host.gpus)}%`;
     return [host.name, bar, `${host.busy} of ${host.gpus}`];
   });
-  fill(at("hosts"), ["host", "", "#at work"], hosts, "Nobody drives the study, so it has no GPUs.");
+  fill(at("hosts"), ["host", "", "#GPUs at work"], hosts, "The study is not running, so it has no GPUs.");
 }
 
 function drawFailures() {
-  const points = (known.failed[""] || { latest: [] }).latest, stages = drive.live ? drive.live.failures : [];
+  const points = (sections.failed[""] || { latest: [] }).latest, stages = drive.live ? drive.live.failures : [];
   const rows = stages.map((one) => [one.label, "failed", one.reason, element("code", one.command)]);
-  const told = new Set(stages.map((one) => one.command).filter(Boolean));
-  for (const one of points) if (!told.has(one.command)) rows.push([one.what, one.status, one.reason, element("code", one.command)]);
-  fill(at("failures"), ["what", "became", "reason", "see it again with"], rows, "None.");
+  const listed = new Set(stages.map((one) => one.command).filter(Boolean));
+  for (const one of points) if (!listed.has(one.command)) rows.push([one.what, one.status, one.reason, element("code", one.command)]);
+  fill(at("failures"), ["what", "status", "reason", "command to rerun it"], rows, "None.");
 }
 
 function drawGantt() {
-  const timeline = known.timeline[""] || { total: 0, first: 0, running: [] }, there = new Set(timeline.running);
-  for (const name of Object.keys(known.spans)) if (!there.has(name) && !(Number(name) >= timeline.first)) delete known.spans[name];
-  const spans = Object.values(known.spans), now = drive.now || 0;
+  const timeline = sections.timeline[""] || { total: 0, first: 0, running: [] }, running = new Set(timeline.running);
+  for (const name of Object.keys(sections.spans)) if (!running.has(name) && !(Number(name) >= timeline.first)) delete sections.spans[name];
+  const spans = Object.values(sections.spans), now = drive.now || 0;
   const hosts = new Set(spans.flatMap((span) => span.lanes.map((lane) => lane.replace(/ \w+ \d+$/, ""))));
   const shownAs = (lane) => (hosts.size > 1 ? lane : lane.match(/\w+ \d+$/)[0]);
   const lanes = [...new Set(spans.flatMap((span) => span.lanes))].map(shownAs).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
-  const called = (span) => (about.colours[span.kind] ? span.kind : "other"), named = new Set(spans.map(called)), traces = [];
+  const kindOf = (span) => (about.colours[span.kind] ? span.kind : "other"), named = new Set(spans.map(kindOf)), traces = [];
   for (const kind of [...about.kinds, "other"].filter((name) => named.has(name))) {
     const until = (span) => (span.ended === null ? now : span.ended);
-    const bars = spans.filter((span) => called(span) === kind).flatMap((span) => span.lanes.map((lane) => ({ ...span, lane: shownAs(lane), until: until(span) })));
+    const bars = spans.filter((span) => kindOf(span) === kind).flatMap((span) => span.lanes.map((lane) => ({ ...span, lane: shownAs(lane), until: until(span) })));
     const grey = /^0?\.\d+$/.test(about.colours[kind] || "") ? Math.round(255 * Number(about.colours[kind])) : null;
     traces.push({
       type: "bar", orientation: "h", base: bars.map((bar) => new Date(1000 * bar.started)), x: bars.map((bar) => 1000 * Math.max(0.05, bar.until - bar.started)), y: bars.map((bar) => bar.lane),
@@ -233,17 +233,17 @@ function drawGantt() {
   const yaxis = { categoryorder: "array", categoryarray: lanes.slice().reverse(), type: "category" };
   if (spans.length) Plotly.react("gantt", traces, layout({ xaxis: { type: "date" }, yaxis, barmode: "overlay", bargap: 0.15, height, showlegend: true, legend, margin: { l: 90, r: 15, t: 30, b: 35 } }), CONFIG);
   const shown = timeline.total - timeline.first;
-  at("gantt-note").textContent = !spans.length ? "No timeline was kept of this study: nothing has run yet, or it ran before ebbline kept one."
-    : `${timeline.total > shown ? `The latest ${shown} of ` : ""}${timeline.total} stages that ended${timeline.running.length ? `, and ${timeline.running.length} at work` : ""}. Crossed: failed; striped: lost, and tried again; dotted: at work.`;
+  at("gantt-note").textContent = !spans.length ? "This study has no timeline: nothing has run yet, or it ran with an earlier version of ebbline."
+    : `${timeline.total > shown ? `The latest ${shown} of ` : ""}${timeline.total} stages that ended${timeline.running.length ? `, and ${timeline.running.length} at work` : ""}. Crossed: failed; striped: lost and retried; dotted: at work.`;
   at("gantt").setAttribute("aria-label", `Gantt chart: ${at("gantt-note").textContent}`);
 }
 
 function drawTrainings() {
-  const running = known.at_work[""] || {}, entries = { ...Object.fromEntries(Object.entries(known.trainings).map(([key, row]) => [key, row.label])) };
+  const running = sections.at_work[""] || {}, entries = { ...Object.fromEntries(Object.entries(sections.trainings).map(([key, row]) => [key, row.label])) };
   for (const [key, name] of Object.entries(running)) entries[key] = `${name} (runs)`;
-  const select = at("training"), there = new Set([...select.options].map((option) => option.value));
+  const select = at("training"), listed = new Set([...select.options].map((option) => option.value));
   for (const option of [...select.options]) if (entries[option.value] && option.text !== entries[option.value]) option.text = entries[option.value];
-  for (const [key, name] of Object.entries(entries)) if (!there.has(key)) select.append(element("option", name, { value: key }));
+  for (const [key, name] of Object.entries(entries)) if (!listed.has(key)) select.append(element("option", name, { value: key }));
   if (!training && select.options.length) training = select.value = Object.keys(running)[0] || select.options[0].value;
   at("curve").hidden = !training;
   if (training && (running[training] || drawnCurve !== training)) drawCurve(training);
@@ -257,36 +257,36 @@ async function drawCurve(key) {
   const trace = { type: "scatter", mode: curve.steps.length > 60 ? "lines" : "lines+markers", x: curve.steps, y: curve.losses, line: { color: ink("--accent") }, hovertemplate: "step %{x}: loss %{y:.4f}<extra></extra>" };
   at("curve").hidden = curve.steps.length === 0;
   if (curve.steps.length) Plotly.react("curve", [trace], layout({ xaxis: { title: { text: "step" } }, yaxis: { title: { text: "loss" }, rangemode: "tozero" }, margin: { l: 55, r: 15, t: 10, b: 40 } }), CONFIG);
-  at("curve-note").textContent = curve.said;
-  at("curve").setAttribute("aria-label", curve.losses.length ? `Line plot: loss from ${curve.losses[0].toFixed(3)} to ${curve.losses.at(-1).toFixed(3)} over ${curve.steps.at(-1)} steps.` : "This training has said nothing yet.");
+  at("curve-note").textContent = curve.note;
+  at("curve").setAttribute("aria-label", curve.losses.length ? `Line plot: loss from ${curve.losses[0].toFixed(3)} to ${curve.losses.at(-1).toFixed(3)} over ${curve.steps.at(-1)} steps.` : "This training has reported no loss yet.");
 }
 
-const drawnAt = new Map(), open = new Set(); // when each plot was drawn, and those with changes that are not drawn
+const drawnAt = new Map(), outdated = new Set(); // when each plot was drawn, and the plots with changes that are not drawn yet
 const DRAWN_BY = [
   [drawFrontier, ["points", "frontier", "before"]],
   [drawGantt, ["spans", "timeline"]],
   [drawTrainings, ["trainings", "at_work"]],
 ];
 
-// A plot is drawn again when its sections have changed or, of what runs, as time goes by: the more there is in it, the less often.
+// A plot is redrawn when its sections have changed; plots of running stages are also redrawn as time passes. Large plots are redrawn less often.
 function draw(changed) {
   drawFacts();
   drawQueue();
   drawFailures();
-  const runs = ((known.timeline[""] || {}).running || []).length > 0, time = performance.now();
-  for (const [drawn, sections] of DRAWN_BY) {
-    const marks = Object.keys(known[sections[0]]).length, due = time - (drawnAt.get(drawn) || -Infinity) >= EVERY_MS * (marks / MARKS_A_SECOND - 0.5);
-    if (changed === null || sections.some((name) => name in changed)) open.add(drawn);
-    if (changed === null || (due && (open.has(drawn) || (runs && drawn !== drawFrontier)))) {
-      open.delete(drawn);
-      drawnAt.set(drawn, time);
-      drawn();
+  const runs = ((sections.timeline[""] || {}).running || []).length > 0, time = performance.now();
+  for (const [drawPlot, names] of DRAWN_BY) {
+    const marks = Object.keys(sections[names[0]]).length, due = time - (drawnAt.get(drawPlot) || -Infinity) >= EVERY_MS * (marks / MARKS_A_SECOND - 0.5);
+    if (changed === null || names.some((name) => name in changed)) outdated.add(drawPlot);
+    if (changed === null || (due && (outdated.has(drawPlot) || (runs && drawPlot !== drawFrontier)))) {
+      outdated.delete(drawPlot);
+      drawnAt.set(drawPlot, time);
+      drawPlot();
     }
   }
 }
 
-function wired() {
-  // Plotly gives a plot its events once it has drawn it.
+function addListeners() {
+  // Plotly adds event handling to a plot when it first draws it.
   at("frontier").on("plotly_click", (event) => event.points[0].customdata !== undefined && choose(event.points[0].customdata));
   at("training").addEventListener("change", () => { training = at("training").value; drawnCurve = ""; drawCurve(training); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawnCurve = ""; draw(null); });
@@ -297,22 +297,22 @@ function problem(text) {
   at("problem").textContent = text;
 }
 
-async function look() {
-  let said = null;
+async function update() {
+  let answer = null;
   try {
-    said = await (await fetch(`/data.json?since=${cursor}`)).json();
+    answer = await (await fetch(`/data.json?since=${cursor}`)).json();
   } catch (error) {
-    problem("The page's server does not answer; start `ebbline dashboard` again. What is shown is how it last stood.");
+    problem("The page's server does not answer; restart `ebbline dashboard`. The page shows the last known state.");
   }
-  setTimeout(look, said && said.more ? 0 : document.hidden ? 10 * EVERY_MS : EVERY_MS);
-  if (said === null) return;
-  if (said.fresh) for (const name of Object.keys(known)) known[name] = {};
-  for (const [section, rows] of Object.entries(said.changed)) Object.assign(known[section], rows);
-  ({ cursor, drive } = said);
-  problem(said.error);
-  draw(loaded ? said.changed : null);
-  if (!loaded) wired();
+  setTimeout(update, answer && answer.more ? 0 : document.hidden ? 10 * EVERY_MS : EVERY_MS);
+  if (answer === null) return;
+  if (answer.fresh) for (const name of Object.keys(sections)) sections[name] = {};
+  for (const [section, rows] of Object.entries(answer.changed)) Object.assign(sections[section], rows);
+  ({ cursor, drive } = answer);
+  problem(answer.error);
+  draw(loaded ? answer.changed : null);
+  if (!loaded) addListeners();
   loaded = true;
 }
 
-look();
+update();

@@ -1,10 +1,9 @@
-"""What the live page shows, as JSON values: how the drive stands, every point, the stages that ran,
-trainings, failures.
+"""The live page's data as JSON values: the drive's state, points, stages, trainings and failures.
 
-Invariants: it reads and never writes; it holds counts, rates, settings, keys and reasons, never a
-prompt or completion. A browser says which revision it has and gets what has changed since, at most
-MOST rows at a time. The points are looked at only while somebody watches, and for at most a fifth
-of the time: of a study with very many points less often than of a small one.
+Invariants: it only reads. It holds counts, rates, settings, keys and reasons, never a prompt or
+completion. A browser sends the revision that it has and gets the changes since, at most MOST rows
+at a time. Points are read only while a browser asks, and for at most a fifth of the time, so large
+studies are read less often.
 """
 
 import threading
@@ -52,19 +51,20 @@ from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.specs import TrainSpec
 
-MOST = 1000  # rows in one answer
-SPANS = 2000  # stages that the Gantt chart has, the latest
+MOST = 1000  # most rows in one answer
+SPANS = 2000  # the latest stages, shown in the Gantt chart
 FAILURES = 200
-STEPS = 1000  # of a training's curve
-WATCHED_S = 15.0  # how long somebody who asked still watches
-LOOK_S, IDLE_S, SHARE = 1.0, 5.0, 5
+STEPS = 1000  # most steps shown of a training's curve
+WATCHED_S = 15.0  # the page counts as watched for this long after a request
+READ_S, IDLE_S = 1.0, 5.0  # pause between reads while the study is driven, and otherwise
+SHARE = 5  # reading takes at most 1/SHARE of the time
 Row = dict[str, Any]
 
 
 class Changes:
-    """Rows by section and name, each with the revision at which it last changed. That a row has
-    gone is not told: the page sees it from what a section's own rows say (`timeline` names the
-    stages that there are).
+    """Rows by section and name, each with the revision of its last change.
+
+    Deleted rows are not reported; other rows imply them (`timeline` names the existing stages).
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Changes:
         self._names: dict[str, set[str]] = defaultdict(set)
 
     def replace(self, section: str, rows: Mapping[str, Row]) -> None:
-        """From now on a section has these rows."""
+        """Sets the rows of a section."""
         for name in self._names[section] - rows.keys():
             del self._rows[section, name]
         self._names[section] = set(rows)
@@ -85,9 +85,7 @@ class Changes:
                 self._rows[section, name] = self.revision, row
 
     def since(self, revision: int) -> tuple[int, bool, dict[str, dict[str, Row]]]:
-        """The revision that this brings a reader to, whether there is more, and the oldest changes
-        by section.
-        """
+        """The revision reached, whether more changes follow, and the oldest changes by section."""
         new: deque[tuple[int, str, str, Row]] = deque(maxlen=MOST)
         for (section, name), (at, row) in reversed(self._rows.items()):
             if at <= revision:
@@ -101,9 +99,7 @@ class Changes:
 
 
 class LivePage:
-    """One study as it stands, for any number of browsers. Its methods may be called from several
-    threads.
-    """
+    """The current state of one study for any number of browsers. Its methods are thread-safe."""
 
     def __init__(self, view: StudyView) -> None:
         self.study, self.home, self.folder = view.study, view.home, view.folder
@@ -113,16 +109,15 @@ class LivePage:
         self._results: list[Result] = []
         self._rows: dict[int, tuple[Result, Row]] = {}
         self._error = ""
-        self._asked, self._wanted = 0.0, threading.Event()
-        self._timeline, self._looked = Timeline(view.home, view.study.study), 0.0
+        self._last_request, self._watched = 0.0, threading.Event()
+        self._timeline, self._read_at = Timeline(view.home, view.study.study), 0.0
         self._drive: Row = {}
-        self._seen: dict[str, dict[int, float]] = defaultdict(
-            dict
-        )  # losses of trainings that run, by step
-        threading.Thread(target=self._keep_looking, daemon=True, name="points").start()
+        # Losses of running trainings, by key and step.
+        self._losses: dict[str, dict[int, float]] = defaultdict(dict)
+        threading.Thread(target=self._read_points_while_watched, daemon=True, name="points").start()
 
     def about(self) -> Row:
-        """What does not change while the page is open."""
+        """The values that do not change while the page is open."""
         return {
             "study": self.study.study,
             "objectives": [
@@ -136,20 +131,21 @@ class LivePage:
         }
 
     def since(self, cursor: str) -> Row:
-        """What has changed since `cursor`, which is what the answer before this one gave;
-        everything, in parts, for any other text.
+        """The changes since `cursor`, which comes from the previous answer.
+
+        For any other text everything is sent, in parts.
         """
         boot, _, number = cursor.partition(".")
-        known = int(number) if boot == self._boot and number.isdigit() else 0
-        self._asked = time.monotonic()
-        self._wanted.set()
+        revision = int(number) if boot == self._boot and number.isdigit() else 0
+        self._last_request = time.monotonic()
+        self._watched.set()
         with self._lock:
-            self._look_at_drive()
-            reached, more, changed = self._changes.since(known)
+            self._read_drive()
+            reached, more, changed = self._changes.since(revision)
             cursor = f"{self._boot}.{reached}"
             return {
                 "cursor": cursor,
-                "fresh": known == 0,
+                "fresh": revision == 0,
                 "more": more,
                 "drive": self._drive,
                 "changed": changed,
@@ -157,7 +153,7 @@ class LivePage:
             }
 
     def point(self, number: int) -> Row | None:
-        """All there is to say of a point; None when there is none of that number."""
+        """All values of a point; None if there is no point of that number."""
         results = self._results
         if not 0 <= number < len(results):
             return None
@@ -174,64 +170,63 @@ class LivePage:
         }
 
     def curve(self, key: str) -> Row:
-        """A training's losses by step: of one that has ended all, of one that runs those that were
-        seen since the page was opened.
+        """A training's losses by step.
+
+        Of a running training these are the losses seen since the page was opened.
         """
         artifact = None
         with suppress(StoreError):
             artifact = self.home.store.find("train", key)
         if artifact is None:
             with self._lock:
-                seen = dict(self._seen.get(key, {}))
-            said = (
-                "runs; its losses so far, as seen since this page was opened"
-                if seen
-                else "has said nothing yet"
+                losses = dict(self._losses.get(key, {}))
+            note = (
+                "runs; these are its losses since this page was opened"
+                if losses
+                else "has reported no loss yet"
             )
             return {
-                "steps": list(seen),
-                "losses": list(seen.values()),
-                "said": said,
+                "steps": list(losses),
+                "losses": list(losses.values()),
+                "note": note,
                 "ended": False,
             }
         return _curve(artifact)
 
-    def _look_at_drive(self) -> None:
-        """Take in the snapshot, and what has ended since; at most twice a second, however many
-        browsers ask.
-        """
+    def _read_drive(self) -> None:
+        """Reads the snapshot and the timeline, at most twice a second for all browsers."""
         now = time.monotonic()
-        if now - self._looked < 0.5:
+        if now - self._read_at < 0.5:
             return
-        self._looked = now
+        self._read_at = now
         live, holder = read_live(self.folder), None
-        with suppress(DatabaseLost):  # the points cannot be read either, and that is said
+        with suppress(DatabaseLost):  # _read_points reports the error
             holder = self.home.holder(self.study.study)
         running = live.running if live is not None and holder else ()
         self._drive = _drive(live, holder)
-        if self._timeline.look() or self._timeline.running != list(running):
+        if self._timeline.read_new() or self._timeline.running != list(running):
             self._changes.replace("spans", self._timeline.rows(running))
-        self._changes.replace("timeline", {"": self._timeline.told()})
+        self._changes.replace("timeline", {"": self._timeline.summary()})
         at_work = {each.key: each for each in running if each.kind == "train"}
         self._changes.replace("at_work", {"": {key: each.label for key, each in at_work.items()}})
-        for key in self._seen.keys() - at_work.keys():
-            del self._seen[key]
+        for key in self._losses.keys() - at_work.keys():
+            del self._losses[key]
         for key, each in at_work.items():
             if each.progress is not None and each.progress.loss is not None:
-                self._seen[key][each.progress.done] = each.progress.loss
+                self._losses[key][each.progress.done] = each.progress.loss
 
-    def _keep_looking(self) -> None:
+    def _read_points_while_watched(self) -> None:
         while True:
-            self._wanted.wait()
-            if time.monotonic() - self._asked > WATCHED_S:
-                self._wanted.clear()
+            self._watched.wait()
+            if time.monotonic() - self._last_request > WATCHED_S:
+                self._watched.clear()
                 continue
             began = time.monotonic()
-            self._look_at_points()
-            took, driven = time.monotonic() - began, self._drive.get("driver")
-            time.sleep(max(LOOK_S if driven else IDLE_S, (SHARE - 1) * took))
+            self._read_points()
+            duration_s, driven = time.monotonic() - began, self._drive.get("driver")
+            time.sleep(max(READ_S if driven else IDLE_S, (SHARE - 1) * duration_s))
 
-    def _look_at_points(self) -> None:
+    def _read_points(self) -> None:
         try:
             results, before = self._follower.look(), self._follower.before()
             sections = self._sections(results, before)
@@ -240,10 +235,8 @@ class LivePage:
             OSError,
             ValueError,
             KeyError,
-        ) as error:  # the drive may be writing; the next look will find it whole
-            self._error = (
-                f"the points could not be read just now: {str(error) or type(error).__name__}"
-            )
+        ) as error:  # the drive may be writing; the next read will succeed
+            self._error = f"the points could not be read: {str(error) or type(error).__name__}"
             return
         with self._lock:
             self._results, self._error = results, ""
@@ -290,12 +283,10 @@ class LivePage:
         }
 
     def _row(self, result: Result) -> Row:
-        """A point as the plots and tables have it; made once for as long as the result is the
-        same.
-        """
-        known = self._rows.get(result.number)
-        if known is not None and known[0] is result:
-            return known[1]
+        """A point's row for the plots and tables; cached while its result is the same object."""
+        cached = self._rows.get(result.number)
+        if cached is not None and cached[0] is result:
+            return cached[1]
         seeds = seeds_of(result)
         cost = point_costs([result]).get(result.number)
         row = {
@@ -326,9 +317,7 @@ class LivePage:
 
 
 class Timeline:
-    """The stages that ended, from the study's timeline, of which only what is new is read; and the
-    lanes of GPUs that they had.
-    """
+    """The stages that ended, read incrementally from the study's timeline, and their GPUs."""
 
     def __init__(self, home: Home, study: str) -> None:
         self._path = home.folder(study) / TIMELINE
@@ -337,8 +326,8 @@ class Timeline:
         self.ended: deque[tuple[int, Ended]] = deque(maxlen=SPANS)
         self.running: list[AtWork] = []
 
-    def look(self) -> bool:
-        """Take in the lines that were added; whether there were any."""
+    def read_new(self) -> bool:
+        """Reads the lines that were added; returns whether there were any."""
         before = self.total
         with suppress(FileNotFoundError), self._path.open("rb") as handle:
             handle.seek(self._offset)
@@ -352,8 +341,9 @@ class Timeline:
         return self.total > before
 
     def rows(self, running: Sequence[AtWork]) -> dict[str, Row]:
-        """A row for each stage and each lane that it had, with its moments in seconds since 1970;
-        `ended` is None while it runs.
+        """A row for each stage, with its GPUs and its times in seconds since 1970.
+
+        `ended` is None while the stage runs.
         """
         self.running = list(running)
         stages: list[tuple[str, Ended | AtWork]] = [
@@ -361,12 +351,10 @@ class Timeline:
         ]
         stages += zip(self._names(), running, strict=True)
         lanes = lanes_of([_span(each) for _, each in stages])
-        return {name: _bar(each, taken) for (name, each), taken in zip(stages, lanes, strict=True)}
+        return {name: _bar(each, used) for (name, each), used in zip(stages, lanes, strict=True)}
 
-    def told(self) -> Row:
-        """How many stages there are, and which of them have a row: those from `first` on, and those
-        that run.
-        """
+    def summary(self) -> Row:
+        """The number of ended stages, the first of them with a row, and the running stages."""
         return {
             "total": self.total,
             "first": self.total - len(self.ended),
@@ -378,9 +366,7 @@ class Timeline:
 
 
 def _span(stage: Ended | AtWork) -> Span:
-    """A stage on the hosts that it had; of a gang on several each is taken to have lent as many
-    GPUs.
-    """
+    """A stage on its hosts; a gang's GPUs are assumed to be spread evenly over its hosts."""
     hosts = stage.host.split(", ")
     ended = stage.ended if isinstance(stage, Ended) else float("inf")
     return Span(
@@ -406,20 +392,18 @@ def _bar(stage: Ended | AtWork, lanes: Iterable[tuple[str, bool, int]]) -> Row:
 
 
 def _drive(live: Live | None, holder: str | None) -> Row:
-    """How the drive stands; `live` is the past when nobody drives the study now."""
+    """The state of the drive; without a driver, `live` is the last snapshot."""
     snapshot = None if live is None else live.model_dump(mode="json")
     if live is not None and snapshot is not None:
         for row, stage in zip(snapshot["running"], live.running, strict=True):
-            row["said"] = progress_label(stage)
+            row["progress_text"] = progress_label(stage)
     if snapshot is not None and not holder:
         snapshot |= {"running": [], "left_s": 0.0}
     return {"driver": holder, "now": time.time(), "live": snapshot}
 
 
 def _metric(metric: Metric) -> list[float | int | None]:
-    """Value, both ends of the 95% interval, how many samples, and the standard deviation between
-    seeds.
-    """
+    """Value, ends of the 95% interval, number of samples, and standard deviation between seeds."""
     low, high = metric.interval
     spread = metric.between_seeds
     return [
@@ -442,13 +426,13 @@ def _failed(result: Result) -> Row:
 
 
 def _trainings(results: Iterable[Result]) -> Iterator[tuple[str, str]]:
-    """Key and label of each training that a point has, of the first point that has it."""
-    seen = set[str]()
+    """Key and label of each training; the label is that of the first point that uses it."""
+    yielded = set[str]()
     for result in results:
         for name, key in result.keys.items():
             parsed = StageName.parse(name)
-            if parsed.part == "train" and key not in seen:
-                seen.add(key)
+            if parsed.part == "train" and key not in yielded:
+                yielded.add(key)
                 yield key, f"{adapter_of(result.point)} seed={parsed.seed} (point {result.number})"
 
 
@@ -459,7 +443,7 @@ def _curve(artifact: Artifact) -> Row:
         return {
             "steps": [],
             "losses": [],
-            "said": f"has ended, and its curve cannot be read ({type(error).__name__})",
+            "note": f"has ended; its curve cannot be read ({type(error).__name__})",
             "ended": True,
         }
     every = max(1, -(-len(frame) // STEPS))
@@ -469,10 +453,10 @@ def _curve(artifact: Artifact) -> Row:
         f"{provenance.get('device', 'an unknown device')}, "
         f"{float(provenance.get('seconds', 0)):.0f} s"
     )
-    said = f"{len(frame)} steps on {where}" + (f"; every {every}th is drawn" if every > 1 else "")
+    note = f"{len(frame)} steps on {where}" + (f"; every {every}th is shown" if every > 1 else "")
     return {
         "steps": shown["step"].tolist(),
         "losses": shown["loss"].tolist(),
-        "said": said,
+        "note": note,
         "ended": True,
     }

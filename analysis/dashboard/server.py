@@ -1,9 +1,8 @@
-"""`ebbline dashboard`: a study's live page, and optuna-dashboard on the same points, on one port of
-this machine.
+"""`ebbline dashboard`: a study's live page and optuna-dashboard of its points, on one local port.
 
-Invariants: it listens on the loopback alone and answers only to the loopback's names, so that no
-page of another site can read it through the browser; it takes GET and HEAD alone, and the points'
-database is opened so that nothing can be written; the page asks for nothing from outside.
+Invariants: it listens only on the loopback and answers only to the loopback's names, so no other
+site can read it through the browser. It accepts only GET and HEAD, and opens the points' database
+read-only. The page loads nothing from other addresses.
 """
 
 import gzip
@@ -42,7 +41,7 @@ OPTUNA = (
     "/favicon.ico",
 )  # the paths of optuna-dashboard
 HEADERS = {
-    # Plotly puts a style sheet of its own into the page; scripts come from here alone, and none is
+    # Plotly adds its own style sheet to the page. Scripts come only from this server; none is
     # evaluated from text.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
@@ -58,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 
 class Server(ThreadingMixIn, WSGIServer):
-    """Answers several browsers at once; `url` is what to open."""
+    """Serves several browsers at once; `url` is the address of the page."""
 
     daemon_threads = True
 
@@ -78,23 +77,23 @@ class Site:
             .render(study=view.study, about=self.page.about())
             .encode()
         )
-        self._making = threading.Lock()
-        self._made: WSGIApplication | None = None
-        self._number = 0  # of the study, in Optuna's storage
+        self._optuna_lock = threading.Lock()
+        self._optuna_app: WSGIApplication | None = None
+        self._number = 0  # the study's id in Optuna's storage
         self._paths: dict[str, Callable[[dict[str, str]], Answer]] = {
-            "/": lambda asked: (HTTPStatus.OK, "text/html; charset=utf-8", self._index),
-            "/live_page.js": lambda asked: (
+            "/": lambda query: (HTTPStatus.OK, "text/html; charset=utf-8", self._index),
+            "/live_page.js": lambda query: (
                 HTTPStatus.OK,
                 "text/javascript; charset=utf-8",
                 self._script,
             ),
-            "/plotly.js": lambda asked: (
+            "/plotly.js": lambda query: (
                 HTTPStatus.OK,
                 "text/javascript; charset=utf-8",
                 self._plotly,
             ),
-            "/data.json": lambda asked: _as_json(self.page.since(asked.get("since", ""))),
-            "/curve.json": lambda asked: _as_json(self.page.curve(asked.get("key", ""))),
+            "/data.json": lambda query: _as_json(self.page.since(query.get("since", ""))),
+            "/curve.json": lambda query: _as_json(self.page.curve(query.get("key", ""))),
             "/point.json": self._point,
             "/points": self._to_optuna,
         }
@@ -103,64 +102,57 @@ class Site:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", "/"), environ["REQUEST_METHOD"]
-        if _named(environ) not in NAMES:
-            said = (
-                f"This page answers to {HOST} and localhost alone, not to the name that was "
-                "asked for."
-            )
-            return _send(environ, start_response, _text(said, HTTPStatus.MISDIRECTED_REQUEST))
+        if _host_name(environ) not in NAMES:
+            text = f"This page answers only to the names {HOST} and localhost."
+            return _send(environ, start_response, _text(text, HTTPStatus.MISDIRECTED_REQUEST))
         if method not in ("GET", "HEAD"):
-            said = "This page only shows. To change a study, edit its file and run it."
+            reason = "This page is read-only. To change a study, edit its file and run it."
             return _send(
-                environ, start_response, _as_json({"reason": said}, HTTPStatus.METHOD_NOT_ALLOWED)
+                environ, start_response, _as_json({"reason": reason}, HTTPStatus.METHOD_NOT_ALLOWED)
             )
-        asked = {
+        query = {
             name: values[0] for name, values in parse_qs(environ.get("QUERY_STRING", "")).items()
         }
         try:
             if path.startswith(OPTUNA) and self._optuna is not None:
                 return self._optuna(environ, _guarded(start_response))
             answer = (
-                self._paths[path](asked)
+                self._paths[path](query)
                 if path in self._paths
                 else _text("There is no such page.", HTTPStatus.NOT_FOUND)
             )
-        except EbblineError as error:  # such as a database that is away
+        except EbblineError as error:  # such as an unreachable database
             answer = _text(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
         return _send(environ, start_response, answer)
 
-    def _point(self, asked: dict[str, str]) -> Answer:
-        number = asked.get("number", "")
+    def _point(self, query: dict[str, str]) -> Answer:
+        number = query.get("number", "")
         found = self.page.point(int(number)) if number.isdecimal() else None
         return _as_json(
             found or {"reason": f"there is no point {number}"},
             HTTPStatus.OK if found else HTTPStatus.NOT_FOUND,
         )
 
-    def _to_optuna(self, asked: dict[str, str]) -> Answer:
+    def _to_optuna(self, query: dict[str, str]) -> Answer:
         if self._optuna is None:
             return _text(
-                "No point of this study was asked for yet; come back once it runs.",
+                "This study has no points yet. Reload this page once it runs.",
                 HTTPStatus.NOT_FOUND,
             )
         return HTTPStatus.FOUND, f"/dashboard/studies/{self._number}", b""
 
     @property
     def _optuna(self) -> "WSGIApplication | None":
-        """optuna-dashboard on the study's points, opened to be read alone; None before the first
-        driver.
-        """
-        with self._making:
-            if self._made is None and self._storage.exists:
-                from optuna_dashboard import (
-                    wsgi,  # it takes a second, and most visitors never ask for it
-                )
+        """optuna-dashboard of the study's points, read-only; None before the study's first run."""
+        with self._optuna_lock:
+            if self._optuna_app is None and self._storage.exists:
+                from optuna_dashboard import wsgi  # the import takes a second and is rarely needed
 
                 with suppress(KeyError), reaching(self._storage):
                     storage = opened(self._storage.to_read())
                     self._number = storage.get_study_id_from_name(self._storage.name)
-                    self._made = wsgi(storage)
-            return self._made
+                    self._optuna_app = wsgi(storage)
+            return self._optuna_app
 
     @cached_property
     def _script(self) -> bytes:
@@ -174,25 +166,26 @@ class Site:
 
 
 def serving(view: StudyView, port: int) -> Server:
-    """A server that is ready to `serve_forever`. Raises StudyError when the port is taken; port 0
-    takes any that is free.
+    """A server ready for `serve_forever`; port 0 uses any free port.
+
+    Raises StudyError when the port is in use.
     """
     site = Site(view)
     try:
         server = make_server(HOST, port, site, Server, _Quiet)
     except OSError as error:
         raise StudyError(
-            f"the page cannot be served at {HOST}:{port}: {error.strerror}. Give another "
-            "with --port, or --port 0 for any that is free"
+            f"the page cannot be served at {HOST}:{port}: {error.strerror}. Choose another "
+            "port with --port, or --port 0 for any free port"
         ) from error
     return server
 
 
 def show(view: StudyView, port: int, browser: bool) -> None:
-    """Serve the page until Ctrl-C, and open it in a browser where there is one."""
+    """Serves the page until Ctrl-C; with `browser`, opens it in the default browser."""
     with serving(view, port) as server:
         print(
-            f"{view.study.study}: {server.url}  (Ctrl-C ends the page, and nothing else)",
+            f"{view.study.study}: {server.url}  (Ctrl-C ends only the page)",
             flush=True,
         )
         if browser:
@@ -206,13 +199,13 @@ class _Quiet(WSGIRequestHandler):
         _log.debug(format, *values)
 
 
-def _named(environ: "WSGIEnvironment") -> str:
-    """The name that the browser asked for, without its port (a tunnel may have another)."""
+def _host_name(environ: "WSGIEnvironment") -> str:
+    """The host name of the request, without its port (a tunnel may have another port)."""
     return re.sub(r":\d*$", "", str(environ.get("HTTP_HOST", ""))).lower()
 
 
-def _text(said: str, status: HTTPStatus) -> Answer:
-    return status, "text/plain; charset=utf-8", said.encode()
+def _text(text: str, status: HTTPStatus) -> Answer:
+    return status, "text/plain; charset=utf-8", text.encode()
 
 
 def _as_json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:
@@ -222,8 +215,9 @@ def _as_json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Answer:
 def _send(
     environ: "WSGIEnvironment", start_response: "StartResponse", answer: Answer
 ) -> Iterable[bytes]:
-    """Send an answer, packed where the browser takes it so, or word that it has not changed. Of a
-    redirection `kind` is the address.
+    """Sends an answer, compressed if the browser accepts gzip, or 304 if it has not changed.
+
+    In a redirection `kind` is the address.
     """
     status, kind, body = answer
     headers = dict(HEADERS)
@@ -241,7 +235,7 @@ def _send(
 
 
 def _guarded(start_response: "StartResponse") -> "StartResponse":
-    """Adds our headers to an answer that does not have its own."""
+    """Adds HEADERS to an answer; headers that it already has are kept."""
 
     def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
         there = {name.lower() for name, _ in headers}

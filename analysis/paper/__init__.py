@@ -1,4 +1,4 @@
-"""What goes into a paper or beside a published adapter: LaTeX, methods text, bundle, model card.
+"""Files for a paper or a published adapter: LaTeX, methods text, bundle, model card.
 
 Imports analysis.results, analysis.figures and analysis.report.
 """

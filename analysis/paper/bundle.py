@@ -1,14 +1,13 @@
-"""The reproduction bundle: what somebody else needs to run a study again, and to see that the same
-came out.
+"""The reproduction bundle: what another person needs to rerun a study and compare the outcome.
 
     study.yaml       the points that were run, as a list, with every pin and setting; local content
-                     by its sha256, in files/
-    study.json       the study as it was begun here: how its points were chosen, and its budget
+                     is named by its sha256, in files/
+    study.json       the original study: how its points were chosen, and its budget
     keys.json        the key of every stage behind the results, and of each point's stages
-    constraints.txt  the versions of the packages that ebbline stood on where the bundle was written
+    constraints.txt  the versions of the installed packages that ebbline depends on
     README.md        what to bring, what to run, and how to compare
 
-Invariants: no content from outside is copied, and no path of this machine is told.
+Invariants: external content is not copied, and no path of this machine is written.
 ebbline.analysis.paper.bundle_keys owns the keys.
 """
 
@@ -31,13 +30,14 @@ from ebbline.sweeps.study.study import Budget, Constraints, Search, Study, refer
 from ebbline.sweeps.study.study_file import as_yaml
 from ebbline.tasks.files import write_whole
 
-FILES = "files"  # beside study.yaml: where what the user brings lies
+FILES = "files"  # the folder beside study.yaml for the content that the user brings
 
 
 @dataclass(frozen=True)
-class Bring:
-    """Local content that whoever runs the bundle must supply: `place` is where, `uses` where the
-    study file names it.
+class ContentToBring:
+    """Local content that the user of the bundle must supply.
+
+    `place` is its path in the bundle; `uses` are the places in the study file that name it.
     """
 
     place: str
@@ -56,25 +56,23 @@ class Bring:
 
 def write_bundle(
     study: Study, home: Home, results: Sequence[Result], build: Build, folder: Path
-) -> list[Bring]:
-    """Write the bundle of a study's finished and failed points; returns what its users must
-    bring.
-    """
+) -> list[ContentToBring]:
+    """Writes the bundle of a study's finished and failed points; returns the content to bring."""
     places = _places(study)
     kept = [result for result in results if result.status in ("done", "failed")]
-    again = _listed_only(study, [result.point for result in kept])
-    brought = _brought(study, places)
+    rerun = _listed_only(study, [result.point for result in kept])
+    to_bring = _content_to_bring(study, places)
     head = (
         f"# The study {study.study} as it was run, point by point. README.md says what to "
         "bring; files lie beside this one.\n"
     )
     write_whole(
-        folder / STUDY, lambda path: path.write_text(head + as_yaml(_moved(again, places)), "utf-8")
+        folder / STUDY, lambda path: path.write_text(head + as_yaml(_moved(rerun, places)), "utf-8")
     )
-    as_begun = _moved(study, places).model_dump(mode="json")
+    original = _moved(study, places).model_dump(mode="json")
     write_whole(
         folder / "study.json",
-        lambda path: path.write_text(json.dumps(as_begun, indent=1) + "\n", "utf-8"),
+        lambda path: path.write_text(json.dumps(original, indent=1) + "\n", "utf-8"),
     )
     keys = keys_of(study, home, kept, build)
     write_whole(
@@ -83,15 +81,13 @@ def write_bundle(
     write_whole(folder / "constraints.txt", lambda path: path.write_text(_lock(build), "utf-8"))
     write_whole(
         folder / "README.md",
-        lambda path: path.write_text(_readme(study, results, brought, keys), "utf-8"),
+        lambda path: path.write_text(_readme(study, results, to_bring, keys), "utf-8"),
     )
-    return brought
+    return to_bring
 
 
 def _listed_only(study: Study, points: Sequence[Point]) -> Study:
-    """The study that runs just these points in this order: nothing about it depends on what was
-    chosen when, or on what may be spent.
-    """
+    """The study that runs exactly these points in this order, without a search or a budget."""
     rows = tuple({"model": point.model, **dict(point.values)} for point in points)
     plain: dict[str, Any] = {
         name: Search.model_fields[name].default
@@ -104,8 +100,9 @@ def _listed_only(study: Study, points: Sequence[Point]) -> Study:
 
 
 def _places(study: Study) -> dict[tuple[str, str], str]:
-    """(path, sha256) of every local reference -> where its content is to lie in the bundle, by its
-    last part.
+    """(path, sha256) of every local reference -> the path of its content in the bundle.
+
+    The path is files/NAME; content with the same name but another sha256 gets a prefix.
     """
     local = {
         (ref.path, str(ref.sha256))
@@ -124,7 +121,7 @@ def _places(study: Study) -> dict[tuple[str, str], str]:
 
 
 def _moved(study: Study, places: Mapping[tuple[str, str], str]) -> Study:
-    """The study with its local content in the bundle's places."""
+    """The study with its local paths replaced by those in the bundle."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
@@ -139,7 +136,7 @@ def _moved(study: Study, places: Mapping[tuple[str, str], str]) -> Study:
     return Study.model_validate(walk(study.model_dump()))
 
 
-def _brought(study: Study, places: Mapping[tuple[str, str], str]) -> list[Bring]:
+def _content_to_bring(study: Study, places: Mapping[tuple[str, str], str]) -> list[ContentToBring]:
     uses: dict[tuple[str, str, bool], list[str]] = {}
     for where, ref in references(study):
         if isinstance(ref, Local) and ref.package is None:
@@ -148,7 +145,7 @@ def _brought(study: Study, places: Mapping[tuple[str, str], str]) -> list[Bring]
                 where.rpartition(".")[0]
             )
     return [
-        Bring(place, sha256, folder, tuple(where))
+        ContentToBring(place, sha256, folder, tuple(where))
         for (place, sha256, folder), where in sorted(uses.items())
     ]
 
@@ -158,15 +155,16 @@ def _is_model(where: str) -> bool:
 
 
 def _lock(build: Build) -> str:
-    """What `pip install --constraint` takes: the versions here of all that ebbline needs. An index
-    has no builds such as +cpu, so these are told in words.
+    """A constraints file for pip with the installed versions of all of ebbline's requirements.
+
+    Package indexes have no builds such as +cpu, so those are only written as comments.
     """
     found, seen, waiting = dict[str, str](), set[tuple[str, str]](), [("ebbline", "")]
     while waiting:
-        name, extra = wanted = waiting.pop()
-        if wanted in seen:
+        name, extra = requirement = waiting.pop()
+        if requirement in seen:
             continue
-        seen.add(wanted)
+        seen.add(requirement)
         try:
             own = distribution(name)
         except PackageNotFoundError:
@@ -184,42 +182,47 @@ def _lock(build: Build) -> str:
 
 
 def _readme(
-    study: Study, results: Sequence[Result], brought: Sequence[Bring], keys: Mapping[str, Any]
+    study: Study,
+    results: Sequence[Result],
+    to_bring: Sequence[ContentToBring],
+    keys: Mapping[str, Any],
 ) -> str:
-    return "\n".join(_readme_lines(study, results, brought, keys)) + "\n"
+    return "\n".join(_readme_lines(study, results, to_bring, keys)) + "\n"
 
 
 def _readme_lines(
-    study: Study, results: Sequence[Result], brought: Sequence[Bring], keys: Mapping[str, Any]
+    study: Study,
+    results: Sequence[Result],
+    to_bring: Sequence[ContentToBring],
+    keys: Mapping[str, Any],
 ) -> Iterator[str]:
     left = len(results) - len(keys["points"])
-    yield f"# To run {study.study} again"
+    yield f"# Rerun {study.study}"
     yield ""
     yield (
         "    pip install --constraint constraints.txt ebbline     # or `pip install "
         "--constraint constraints.txt PATH_OF_ITS_SOURCE`"
     )
     yield (
-        "    ebbline run study.yaml --home again                  # `ebbline plan study.yaml` "
-        "says first what it would take"
+        "    ebbline run study.yaml --home rerun                  # `ebbline plan study.yaml` "
+        "predicts the cost"
     )
     yield (
-        "    ebbline export --check . --home again                # are the keys those of "
-        "keys.json? If not, which is the first?"
+        "    ebbline export --check . --home rerun                # compares the keys with "
+        "keys.json and names the first that differs"
     )
     yield ""
     yield (
-        f"study.yaml runs the {len(keys['points'])} points that were run, as a list and "
-        "without a budget; study.json says how they"
-        " were chosen and what was allowed to be spent."
-        + (f" {left} points that had not ended are not among them." if left else "")
+        f"study.yaml runs the same {len(keys['points'])} points, as a list and without a budget; "
+        "study.json holds the original search and budget."
+        + (f" {left} points that had not ended are left out." if left else "")
     )
     yield (
-        "A key hashes a stage's settings and the content of what it reads, so keys are the "
-        "same only where the same numbers are computed:"
-        " the same versions, the same kind of hardware, the same number of threads and of "
-        "GPUs of a training. Where they differ,"
-        " the comparison names the first stage that does, and results may still agree "
+        "A key hashes a stage's settings and the content of its inputs, so keys are the same "
+        "only if the same numbers are computed:"
+        " the same versions, the same type of hardware, and the same number of threads and "
+        "GPUs in each training. If keys differ,"
+        " the comparison names the first stage that differs; results may still agree "
         "within their intervals."
     )
     yield ""
@@ -240,26 +243,26 @@ def _readme_lines(
         )
     for package in packages:
         yield f"- the Python package {package}: `pip install --no-deps {package.replace('_', '-')}`"
-    for each in brought:
+    for each in to_bring:
         kind = "folder" if each.folder else "file"
         check = "" if each.folder else f"; `sha256sum {each.place}` prints it"
         yield (
-            f"- `{each.place}`: {each.what} ({', '.join(each.uses)}), a {kind} with the sha256 "
+            f"- `{each.place}`: {each.what} ({', '.join(each.uses)}), a {kind} with sha256 "
             f"{each.sha256}{check}"
         )
-    if brought:
+    if to_bring:
         yield ""
         yield (
-            "Nothing of this is in the bundle: prompt sets may hold what should not be "
-            "spread, and data and models have licences of"
-            " their own. `ebbline run` refuses a file whose content is another one."
+            "This content is not in the bundle: prompt sets may be unsafe to share, and data and "
+            "models have their own licences."
+            " `ebbline run` stops with an error if a file has other content."
         )
     elif not hubs and not packages:
-        yield "Nothing: the study makes its models and data itself."
+        yield "Nothing: the study makes its own models and data."
     for name in (
         name for name, judge in study.judges.items() if judge.settings.endpoint is not None
     ):
         yield (
-            f"- the endpoint of the judge {name}, which may answer otherwise now: its keys "
-            "need not come out the same."
+            f"- the endpoint of the judge {name}; its answers may have changed, so its keys may "
+            "differ."
         )

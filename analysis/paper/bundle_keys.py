@@ -1,9 +1,7 @@
-"""The keys of a reproduction bundle: written from one home, compared with what another home has
-come to.
+"""The keys of a reproduction bundle: written from one home, compared with those of another.
 
-Invariant: keys are compared by what they stand for, the stages that study.yaml leads to, inputs
-first; so the first that differs is where the other run went another way. Comparing runs nothing and
-needs none of the content from outside.
+Invariant: keys are compared stage by stage, inputs first, so the first that differs is where the
+runs diverged. The comparison runs nothing and needs no external content.
 """
 
 import json
@@ -32,9 +30,7 @@ State = Literal["same", "absent", "differ"]
 
 @dataclass(frozen=True)
 class KeptStage:
-    """A stage as the bundle knows it: `inputs` are the digests that its key hashes, `metrics` that
-    of what it measured.
-    """
+    """A stage of the bundle: `inputs` are the digests in its key, `metrics` its metrics' digest."""
 
     label: str
     kind: str
@@ -46,10 +42,10 @@ class KeptStage:
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of a bundle's stages in another home. `first` tells of the first that is not the
-    same, and why; empty if all are.
+    """The comparison of a bundle's stages with another home.
 
-    Of its `points`, `points_same` have all their keys.
+    `first` describes the first stage that is not the same and why; it is empty if all are the same.
+    `points_same` counts the points whose keys all match.
     """
 
     same: int
@@ -61,9 +57,7 @@ class Checked:
 
 
 def keys_of(study: Study, home: Home, results: Sequence[Result], build: Build) -> dict[str, Any]:
-    """What keys.json holds: the points with their stages' keys, and every stage behind them, inputs
-    first.
-    """
+    """The content of keys.json: the points with their keys, and all stages, inputs first."""
     graph, resolver = StageGraph(study, home, located=False), Resolver(home.store)
     points = [
         {
@@ -90,59 +84,57 @@ def keys_of(study: Study, home: Home, results: Sequence[Result], build: Build) -
 
 
 def check_bundle(folder: Path, home: Home) -> Checked:
-    """Whether the stages of a bundle have the same keys in a home where its study was run; nothing
-    is run for it.
+    """Compares the keys of a bundle with those of a home where its study was run; runs nothing.
 
-    Raises StudyError when the folder holds no bundle that can be read.
+    Raises StudyError when the folder holds no readable bundle.
     """
     kept, points = _read(folder / KEYS)
     study = parse(folder / STUDY)
     graph, resolver = StageGraph(study, home, located=False), Resolver(home.store)
     stages = _named(graph, points)
     by_lineage = {stage.lineage: stage for _, stage in stages}
-    states = [(known, *_state(known, by_lineage.get(known.lineage), resolver)) for known in kept]
+    states = [(each, *_state(each, by_lineage.get(each.lineage), resolver)) for each in kept]
     counts = Counter(state for _, state, _ in states)
     first = next(
-        (f"{known.label} ({known.kind}): {why}" for known, state, why in states if state != "same"),
+        (f"{each.label} ({each.kind}): {why}" for each, state, why in states if state != "same"),
         "",
     )
-    wrong = {known.key for known, state, _ in states if state != "same"}
+    wrong = {each.key for each, state, _ in states if state != "same"}
     points = [point for point in points if point["keys"]]
     whole = sum(not wrong & set(point["keys"].values()) for point in points)
     return Checked(counts["same"], counts["absent"], counts["differ"], first, whole, len(points))
 
 
-def _state(known: KeptStage, stage: Stage | None, resolver: Resolver) -> tuple[State, str]:
-    """Whether a stage came out as the bundle says, and if not, in what."""
+def _state(kept: KeptStage, stage: Stage | None, resolver: Resolver) -> tuple[State, str]:
+    """Whether a stage is the same as in the bundle, and if not, why."""
     if stage is None:
         return (
             "differ",
-            "study.yaml asks for another stage now: the file was changed, or this ebbline "
-            "means another thing by this kind",
+            "study.yaml leads to another stage now: the file was changed, or this version of "
+            "ebbline defines this kind differently",
         )
     now = contents_of(stage, resolver.artifact)
     if now is None:
         return (
             "absent",
-            "what it is made from is not in this home yet; run the bundle's study to its end",
+            "its inputs are not in this home yet; run the bundle's study to its end",
         )
     artifact, key = resolver.artifact(stage), resolver.key(stage)
-    if key != known.key:
-        names = [name for name, content in sorted(known.inputs.items()) if now.get(name) != content]
+    if key != kept.key:
+        names = [name for name, content in sorted(kept.inputs.items()) if now.get(name) != content]
         return "differ", (
-            f"its key is {str(key)[:12]} here and {known.key[:12]} in the bundle, as its "
-            f"input {' and '.join(names)} has other content: the"
-            " stage that makes it had the same key and came out otherwise. Other hardware "
-            "or other versions compute otherwise;"
+            f"its key is {str(key)[:12]} here and {kept.key[:12]} in the bundle, because "
+            f"its input {' and '.join(names)} has other content. The"
+            " stage that makes that input had the same key but gave another result. Other "
+            "hardware or versions can cause this;"
             " compare with constraints.txt"
         )
     if artifact is None:
         return "absent", "it is not in this home yet; run the bundle's study to its end"
-    if known.metrics is not None and artifact.files.get(METRICS) != known.metrics:
+    if kept.metrics is not None and artifact.files.get(METRICS) != kept.metrics:
         return (
             "differ",
-            f"its key {known.key[:12]} is the same, but it measured something else from "
-            "the same inputs",
+            f"its key {kept.key[:12]} is the same, but its metrics from the same inputs differ",
         )
     return "same", ""
 
@@ -159,22 +151,23 @@ def _kept(label: str, stage: Stage, artifact: Artifact) -> KeptStage:
 
 
 def _named(graph: StageGraph, points: Sequence[Mapping[str, Any]]) -> list[tuple[str, Stage]]:
-    """(label, stage) of all behind the aligned models' measurements and the points' own stages,
-    each once, inputs first.
+    """(label, stage) of the aligned models' measurements, the points' stages and all their inputs.
+
+    Each stage appears once, inputs first.
     """
-    wanted = [stage for suites in graph.baselines().values() for stage in suites.values()]
+    targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
     for point in points:
         stages = (
             graph.stages_for(Point.of(point["model"], point["values"])) if point["keys"] else {}
         )
-        wanted += [stage for name, stage in stages.items() if name in point["keys"]]
-    return [(graph.label(stage), stage) for stage in closure(wanted)]
+        targets += [stage for name, stage in stages.items() if name in point["keys"]]
+    return [(graph.label(stage), stage) for stage in closure(targets)]
 
 
 def _read(path: Path) -> tuple[list[KeptStage], list[dict[str, Any]]]:
     try:
-        said = json.loads(path.read_text("utf-8"))
-        return [KeptStage(**row) for row in said["stages"]], list(said["points"])
+        record = json.loads(path.read_text("utf-8"))
+        return [KeptStage(**row) for row in record["stages"]], list(record["points"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StudyError(
             f"{path} cannot be read as the keys of a bundle ({type(error).__name__}). Name "

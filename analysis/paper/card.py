@@ -1,8 +1,7 @@
-"""The model card of an adapter that is shipped: what it is, how it was made, measured and chosen,
-and what is not known of it.
+"""The model card of a shipped adapter: how it was trained, measured and chosen, and its limits.
 
-Invariants: every number comes with its interval and its count; no prompt or completion, and no path
-of a machine, is in it; a model that is not on the hub is never given a name that is.
+Invariants: every number has its interval and count. The card holds no prompt, completion or path of
+a machine. A model that is not on the hub never gets a name that is on the hub.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,14 +38,14 @@ def card(
     stages: Mapping[str, Artifact],
     aligned: Mapping[str, Metric],
     prompts: Mapping[str, SuitePrompts],
-    seed_asked: bool = False,
+    seed_requested: bool = False,
 ) -> str:
-    """README.md of the adapter of one seed of a pick, `alone` being the point with that seed's
-    metrics and projected share only.
+    """The README.md of the adapter of one seed of a pick.
 
-    `seed_asked` says that somebody asked for that seed. `stages` are its training's and the
-    defence's; `aligned` the metrics of the model before fine-tuning; `prompts` what the suites
-    asked (see ebbline.analysis.results.collect.prompt_sets).
+    `alone` is the point with the metrics and projected share of that seed only. `seed_requested`
+    is True if the user named the seed. `stages` are the stages of training and defence. `aligned`
+    holds the metrics of the model before fine-tuning, `prompts` those of the suites (see
+    ebbline.analysis.results.collect.prompt_sets).
     """
     result, model = found.result, found.result.point.model
     spec = {part: dict(artifact.hashed["spec"]) for part, artifact in stages.items()}
@@ -55,10 +54,10 @@ def card(
         f"> {' '.join(study.question.split())}",
         _what(study, result, alone, spec),
         "## How to load it\n\n" + _load(study, model),
-        "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_asked),
+        "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_requested),
         "## What was measured\n\n" + _measured(study, result, seed, alone, aligned),
         "## How it was made\n\n" + _rows(("setting", "value"), _settings(spec)),
-        "## Sources and pins\n\n" + _rows(("what", "where from"), _sources(study, model, prompts)),
+        "## Sources and pins\n\n" + _rows(("what", "source"), _sources(study, model, prompts)),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
         "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, stages)),
     ]
@@ -69,7 +68,7 @@ def card(
 
 
 def hub_base(study: Study, model: str) -> Hub | None:
-    """The model on the hub that the adapter goes onto; None when the study made or brought it."""
+    """The adapter's base model on the hub; None if the study makes it or reads it from a file."""
     return study.models[model].aligned.hub
 
 
@@ -89,12 +88,12 @@ def _what(
 ) -> str:
     makes = DEFENCE.makes.KIND
     if not alone.changed_share:
-        projected = "No module was projected: it held the floors as it was trained."
+        projected = "No module was projected: it held the floors without projection."
     else:
         which = DEFENCE.which({f"{makes}.{name}": each for name, each in spec[makes].items()})
         projected = (
-            f"Afterwards {DEFENCE.words.name} ({PAPER}) projected {alone.changed_share:.0%} of its "
-            f"modules: those with a {which}."
+            f"After training, {DEFENCE.words.name} ({PAPER}) projected {alone.changed_share:.0%} "
+            f"of its modules: those with a {which}."
         )
     if seeds_of(result) > 1:
         projected += f" Over all seeds of the point it is {result.changed_share or 0.0:.0%}."
@@ -108,20 +107,20 @@ def _what(
 
 def _load(study: Study, model: str) -> str:
     hub, size = hub_base(study, model), study.models[model]
-    as_what = {
+    loaded_as = {
         "nf4": "as NF4 (bitsandbytes)",
         "int8": "as int8 (bitsandbytes)",
         "none": "unquantised",
     }[size.quantisation]
     note = (
-        f"It was trained and measured with its base loaded {as_what}, in {size.dtype}; loaded "
-        "otherwise it was not measured."
+        f"It was trained and measured with its base loaded {loaded_as}, in {size.dtype}; "
+        "other ways to load it were not measured."
     )
     if hub is None:
         where, revision = '"PATH/TO/THE/ALIGNED/MODEL"', ""
         note += (
-            " The model it belongs to is not on the hub: see sources below. On any other model "
-            "it means nothing."
+            " Its base model is not on the hub: see sources below. The adapter is meaningless on "
+            "any other model."
         )
     else:
         where, revision = f'"{hub.id}"', f', revision="{hub.commit}"'
@@ -133,7 +132,7 @@ def _load(study: Study, model: str) -> str:
 
 
 def _chosen(
-    study: Study, found: Pick, seed: int, alone: Result, done: int, seed_asked: bool
+    study: Study, found: Pick, seed: int, alone: Result, done: int, seed_requested: bool
 ) -> str:
     seeds = seeds_of(found.result)
     how = "Named by hand, not picked as the best," if found.by_hand else "Picked"
@@ -144,8 +143,8 @@ def _chosen(
     )
     lines = [
         f"{how} among {found.among} different points of this size ({done} points of the "
-        f"study were done): {named(found.result)}{useful}."
-        f" To hold: {in_words(found.floors)}; the study's own refusal floor is "
+        f"study were finished): {named(found.result)}{useful}."
+        f" Floors: {in_words(found.floors)}; the study's own refusal floor is "
         f"{percent(study.refusal_floor)}.",
         "\n".join(f"- {line.strip()}" for line in lines_of(study, found)),
     ]
@@ -155,15 +154,15 @@ def _chosen(
             for floor in found.floors
         )
         why = (
-            "which was asked for; it holds"
-            if seed_asked
+            "which was requested; it holds"
+            if seed_requested
             else "the first of the study's seeds that holds"
         )
         lines.append(f"This is the adapter of seed {seed}, {why} the floors by itself ({own}).")
     return "\n\n".join(
         [
             *lines,
-            f"Confidence: {METHOD}. It is 1 - p of a test, and no probability that the "
+            f"Confidence: {METHOD}. It is 1 - p of a test, not the probability that the "
             "adapter is safe.",
         ]
     )
@@ -194,13 +193,13 @@ def _measured(
 
 
 def _by_itself(name: str, result: Result, alone: Result) -> str:
-    """A metric of one seed of a point."""
+    """A metric of one seed of a point; its interval is left out if it is not known."""
     own = alone.metrics[name]
     if spread_known(result.metrics[name]):
         return measured(own)
     return (
-        f"{percent(own.value)} (n = {own.n}; its interval is not known, as of a mean the "
-        "seeds' spreads are kept together)"
+        f"{percent(own.value)} (n = {own.n}; its interval is not known, because the "
+        "spreads of the seeds are stored together)"
     )
 
 
@@ -231,22 +230,21 @@ def _sources(
 
 
 def described(reference: ModelRef, start: ModelRef | None) -> str:
-    """Where a model comes from, without a path: the hub's id and commit, a digest, or how it was
-    made.
-    """
+    """A model's origin without a path: the hub's id and commit, a digest, or how it was made."""
     if reference.organism is not None:
         made = f"{reference.organism.size}, seed {reference.organism.seed}"
-        return f"a tiny Llama ({made}) pretrained from nothing on ebbline's invented language"
+        return f"a tiny Llama ({made}) pretrained from scratch on ebbline's invented language"
     if reference.tuned is not None:
         origin = "its base" if start is None else described(start, None)
         return (
-            f"a model made by fine-tuning {origin} in full on "
+            f"a model made by full fine-tuning of {origin} on "
             f"{reference.tuned.data.settings.size} rows of {_data(reference.tuned.data)}"
         )
     return located(reference.pinned(), None)
 
 
 def located(reference: Local | Hub | None, language: str | None) -> str:
+    """Where content comes from, without a path: hub and commit, file and digest, or language."""
     if isinstance(reference, Hub):
         file = f", {reference.file}" if reference.file else ""
         return f"{reference.id} at {reference.commit}{file} (Hugging Face hub)"
@@ -270,27 +268,26 @@ def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
     suite = refusal.rpartition(".")[0]
     n = alone.metrics[refusal].n
     yield (
-        f"Its refusals were measured on the {n} prompts of one set, asked plainly, once "
-        "and greedily; not under jailbreaks, and not over"
+        f"Its refusals were measured on the {n} prompts of one set, once, as plain "
+        "requests with greedy decoding; not under jailbreaks, and not over"
         " several turns."
     )
     phrases = [name for name in scorers_of(study.suites[suite].measure) if name in SCORERS]
     if phrases:
         yield (
-            f"Refusals were told by a list of phrases ({', '.join(phrases)}), which is "
-            "known to take some compliance for refusal, and"
-            " some refusals for compliance."
+            f"Refusals were detected by a list of phrases ({', '.join(phrases)}), which is "
+            "known to count some compliance as refusal, and"
+            " some refusals as compliance."
         )
     picked = "Named by hand: if that was for its values, picked" if found.by_hand else "Picked"
     yield (
-        f"{picked} as the best of many on the prompts that it is reported on, it looks "
+        f"{picked} as the best of many on the same prompts that are reported, it looks "
         "better than it is: the confidence above allows for"
         " that, the values do not."
     )
     if seeds_of(found.result) == 1:
         yield (
-            "One training seed: training again may give another result, and no interval covers "
-            "that."
+            "One training seed: retraining may give another result, and no interval covers that."
         )
     if not any(name.endswith(".over_refusal_rate") for name in found.result.metrics):
         yield "Over-refusal of harmless requests was not measured."
@@ -303,23 +300,23 @@ def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
     ]
     if raced:
         yield (
-            f"{', '.join(raced)}: measured in blocks and stopped early, which the intervals do "
-            "not allow for."
+            f"{', '.join(raced)}: measured in blocks and stopped early; the intervals do not "
+            "allow for that."
         )
     if any(metric.undecided for metric in found.result.metrics.values()):
         yield "Samples that a scorer could not judge count as not successful."
     yield (
-        "Intervals are Wilson's for rates and normal for means, 95%; they are about other "
-        "prompts of the same kind, nothing else."
+        "Intervals are Wilson's for rates and normal for means, 95%; they cover only "
+        "the sampling of prompts of the same kind."
     )
     if hub_base(study, found.result.point.model) is None and _is_tiny(
         study, found.result.point.model
     ):
         yield (
-            "The model is a tiny one that speaks an invented language: nothing here is "
-            "evidence about a real model."
+            "The model is tiny and speaks an invented language: nothing here is evidence about "
+            "a real model."
         )
-    yield "Whoever ships it should measure it on their own prompts first (`ebbline evaluate`)."
+    yield "Measure it on your own prompts before you ship it (`ebbline evaluate`)."
 
 
 def _is_tiny(study: Study, model: str) -> bool:

@@ -1,8 +1,7 @@
-r"""What a text cites, as BibTeX: papers and tools from analysis/paper/references.bib, and models
-and data of the hub by their pins.
+r"""The BibTeX entries that a text cites: papers and tools, and models and data of the hub.
 
-Invariant: an entry is one that people wrote down and checked, or states a pin and nothing more; no
-author or year is made up.
+Invariant: an entry comes from analysis/paper/references.bib, which people checked, or states only a
+pin. No author or year is invented.
 """
 
 import re
@@ -18,8 +17,9 @@ EBBLINE = "ebbline"
 
 
 def cited(text: str) -> list[str]:
-    """The keys that a Markdown text cites as pandoc reads them, `[@one; @two]`, each once in the
-    order of their first use.
+    """The keys that a Markdown text cites in pandoc syntax, `[@one; @two]`.
+
+    Each key appears once, in the order of first use.
     """
     groups = re.findall(r"\[(@[^\]]+)\]", text)
     return list(
@@ -27,41 +27,39 @@ def cited(text: str) -> list[str]:
     )
 
 
-def known() -> dict[str, str]:
-    """Key -> entry of the papers and tools that ebbline can cite."""
+def library() -> dict[str, str]:
+    """Key -> BibTeX entry of the papers and tools that ebbline can cite."""
     text = files("ebbline.analysis.paper").joinpath("references.bib").read_text("utf-8")
     entries = [f"@{entry.rstrip()}\n" for entry in re.split(r"^@", text, flags=re.MULTILINE)[1:]]
     return {entry[entry.index("{") + 1 : entry.index(",")]: entry for entry in entries}
 
 
 def pin_key(pin: Pin) -> str:
-    """What a model or data set of the hub is cited as: `hub-meta-llama-Llama-2-7b-hf`."""
+    """The citation key of a model or data set of the hub: `hub-meta-llama-Llama-2-7b-hf`."""
     return f"hub-{pin.name.replace('/', '-')}" + (
         f"-{re.sub(r'[^A-Za-z0-9.-]', '-', pin.file)}" if pin.file else ""
     )
 
 
 def bibliography(keys: Iterable[str], pins: Sequence[Pin], build: Build) -> str:
-    """The entries of `keys`, in their order. Raises StudyError for a key that nothing stands
-    behind.
-    """
+    """The entries of `keys`, in order. Raises StudyError for a key without an entry."""
     found = {
-        **known(),
+        **library(),
         **{pin_key(pin): _pinned(pin) for pin in pins if pin.hub},
         EBBLINE: _tool(build),
     }
     missing = [key for key in keys if key not in found]
     if missing:
         raise StudyError(
-            f"nothing is known of the references {missing}; analysis/paper/references.bib "
-            f"has {sorted(known())}"
+            f"no entry for the references {missing}; analysis/paper/references.bib "
+            f"has {sorted(library())}"
         )
     return "\n".join(found[key] for key in keys)
 
 
 def _pinned(pin: Pin) -> str:
     kind = "" if pin.is_model else "datasets/"
-    said = [
+    note = [
         f"commit {breakable(pin.commit or 'unknown')}",
         *([f"file \\path{{{pin.file}}}"] if pin.file else []),
     ]
@@ -69,12 +67,12 @@ def _pinned(pin: Pin) -> str:
         pin_key(pin),
         rf"\path{{{pin.name}}}",
         rf"\url{{https://huggingface.co/{kind}{pin.name}}}",
-        ", ".join(said),
+        ", ".join(note),
     )
 
 
 def _tool(build: Build) -> str:
-    said = f"version {build.version}" + (
+    note = f"version {build.version}" + (
         f", commit {breakable(build.commit)}" if build.commit else ""
     )
     return _misc(
@@ -82,7 +80,7 @@ def _tool(build: Build) -> str:
         "ebbline: how far a chat model's refusals ebb when it is fine-tuned, and what "
         "brings them back",
         None,
-        said,
+        note,
     )
 
 

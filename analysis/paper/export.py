@@ -1,9 +1,8 @@
-"""A study's outcome for a paper, in one folder: figures, tables, data, methods, references, and
-what reproduces it.
+"""Exports a study for a paper to one folder: figures, tables, data, methods, references, bundle.
 
-Invariants: the folder is whole or absent, and of one run; it is replaced only where it is an export
-of the same study from the same home with nothing added or changed in it. On one machine the same
-results give the same bytes. It holds no prompt, completion or path of this machine.
+Invariants: the folder is complete or absent, and comes from one export. It is replaced only if it
+is an unchanged export of the same study from the same home. On one machine the same results give
+the same bytes. It holds no prompt, completion or path of this machine.
 """
 
 import glob
@@ -21,7 +20,7 @@ from typing import Literal
 from ebbline.analysis.figures.drawing import Page, save_for_print
 from ebbline.analysis.figures.frontier import frontier_figure
 from ebbline.analysis.figures.knob import threshold_figure
-from ebbline.analysis.paper.bundle import Bring, write_bundle
+from ebbline.analysis.paper.bundle import ContentToBring, write_bundle
 from ebbline.analysis.paper.citations import EBBLINE, PAPERS, bibliography, cited
 from ebbline.analysis.paper.latex import (
     before_after_frame,
@@ -50,29 +49,27 @@ MARK = "export.json"
 _log = logging.getLogger(__name__)
 Style = Literal["neurips", "acl"]
 PAGES: Mapping[Style, Mapping[str, Page]] = {
-    "neurips": {"": Page(width=5.5, text_pt=8.5)},  # neurips_2024.sty: a text 5.5 inches wide
+    "neurips": {"": Page(width=5.5, text_pt=8.5)},  # neurips_2024.sty: the text is 5.5 inches wide
     "acl": {
         "": Page(width=3.03, text_pt=7.5),
         "-wide": Page(width=6.3, text_pt=8.5),
-    },  # acl.sty: columns of 7.7 cm in a text of 16 cm
+    },  # acl.sty: columns are 7.7 cm wide, the text 16 cm
 }
 
 
 @dataclass(frozen=True)
 class Export:
-    """A folder that was written: its files, what its bundle's users must bring, and how many points
-    it shows.
-    """
+    """A written export: its files, the content to bring for its bundle, and counts of points."""
 
     folder: Path
     files: tuple[str, ...]
-    bring: tuple[Bring, ...]
+    bring: tuple[ContentToBring, ...]
     points: Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an export is made from, read once."""
+class ExportData:
+    """The data of an export, read once."""
 
     study: Study
     results: Sequence[Result]
@@ -82,39 +79,41 @@ class Found:
 
 
 def write_export(view: StudyView, to: Path, styles: Sequence[Style]) -> Export:
-    """Write the export of what a study has so far. Raises StudyError when it has no finished point,
-    was never begun here with these settings, or `to` holds anything but an earlier export of it.
+    """Writes the export of a study's results so far.
+
+    Raises StudyError when no point is finished or the study was not run here with these
+    settings. Raises it also when `to` holds anything except an earlier export of the study.
     """
     study, home = view.study, view.home
-    _bring_back(to.resolve())
+    _restore_interrupted(to.resolve())
     if not home.has_run(study.study):
         raise StudyError(
             f"{study.study!r} has not been run in {home.root}. Run it first, or name its --home"
         )
     _check_free(study, home, to)
-    found = _found(view)
+    data = _read(view)
     fresh = to.resolve().with_name(f".{to.resolve().name}.{os.getpid()}")
     try:
-        bring = _write(found, home, fresh, styles)
-        files = _mark(found, home, fresh, styles)
+        bring = _write(data, home, fresh, styles)
+        files = _mark(data, home, fresh, styles)
         _put_in_place(fresh, to.resolve())
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return Export(
-        to, (*files, MARK), tuple(bring), Counter(result.status for result in found.results)
+        to, (*files, MARK), tuple(bring), Counter(result.status for result in data.results)
     )
 
 
-def _found(view: StudyView) -> Found:
+def _read(view: StudyView) -> ExportData:
     view.begun_as()
     results = collect(view)
     if not any(result.status == "done" for result in results):
         raise StudyError(
             f"no point of {view.study.study!r} has finished in {view.home.root}, so there is "
-            "nothing to export; `ebbline status` says how far it is"
+            "nothing to export; `ebbline status` shows its progress"
         )
     artifacts = artifacts_behind(view, results)
-    return Found(
+    return ExportData(
         view.study,
         results,
         baselines(view),
@@ -131,30 +130,27 @@ def _check_free(study: Study, home: Home, to: Path) -> None:
         name, of, files = mark["study"], mark["home"], dict(mark["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise StudyError(
-            f"{to} is there already and is no export of ebbline; name a folder that does "
-            "not exist yet with --to"
+            f"{to} already exists and is not an export of ebbline; name a new folder with --to"
         ) from None
     if (name, of) != (study.study, home.id):
         raise StudyError(
             f"{to} holds an export of the study "
             f"{name!r}{'' if name != study.study else ' from another home'};"
-            " name another folder with --to, or remove that one"
+            " name another folder with --to, or remove this one"
         )
     now = {path: digest for path, digest in folder_files(to).items() if path != MARK}
     touched = sorted(path for path in {*now, *files} if now.get(path) != files.get(path))
     if touched:
         more = f" and {len(touched) - 5} more" if len(touched) > 5 else ""
         raise StudyError(
-            f"{to} was changed after it was exported ({', '.join(touched[:5])}{more}), and "
+            f"{to} was changed after the export ({', '.join(touched[:5])}{more}), and its files "
             "would be replaced;"
-            " move what is yours elsewhere, or name another folder with --to"
+            " move your files elsewhere, or name another folder with --to"
         )
 
 
 def _put_in_place(fresh: Path, to: Path) -> None:
-    """Replace an earlier export by a whole new one; in between there is none, and what fails there
-    brings the earlier one back.
-    """
+    """Replaces an earlier export by the new one; restores the earlier one if that fails."""
     to.parent.mkdir(parents=True, exist_ok=True)
     old = to.with_name(f"{fresh.name}.old")
     if to.exists():
@@ -168,29 +164,27 @@ def _put_in_place(fresh: Path, to: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _bring_back(to: Path) -> None:
-    """Undo what a kill between the two renames of _put_in_place left: the earlier export goes back
-    to its name, and says so.
+def _restore_interrupted(to: Path) -> None:
+    """Repairs what a kill between the two renames of _put_in_place left.
 
-    Where there is an export again the one that was set aside is removed. A folder whose process
-    lives is another run's, under way.
+    The earlier export gets its name back, with a warning; if a new export exists, the earlier one
+    is removed. A folder whose process is alive belongs to an export in progress.
     """
     for old in sorted(to.parent.glob(f".{glob.escape(to.name)}.*.old")):
         process = old.name.removeprefix(f".{to.name}.").removesuffix(".old")
-        if not process.isdecimal() or _lives(int(process)) or not (old / MARK).is_file():
+        if not process.isdecimal() or _is_alive(int(process)) or not (old / MARK).is_file():
             continue
         if to.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(to)
             _log.warning(
-                "an export was killed while it replaced %s: the earlier one, which it had "
-                "set aside, is back there",
+                "an export was killed while it replaced %s; the earlier export was restored",
                 to,
             )
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -200,65 +194,65 @@ def _lives(process: int) -> bool:
     return process != os.getpid()
 
 
-def _write(found: Found, home: Home, folder: Path, styles: Sequence[Style]) -> list[Bring]:
+def _write(
+    data: ExportData, home: Home, folder: Path, styles: Sequence[Style]
+) -> list[ContentToBring]:
     for style in styles:
-        _write_style(found, folder / style, style)
-    _write_data(found, home, folder / "data")
-    spent = read_spent(home.folder(found.study.study))
+        _write_style(data, folder / style, style)
+    _write_data(data, home, folder / "data")
+    spent = read_spent(home.folder(data.study.study))
     text = methods(
-        found.study,
-        found.results,
-        found.baselines,
-        found.provenance,
-        found.before,
+        data.study,
+        data.results,
+        data.baselines,
+        data.provenance,
+        data.before,
         spent,
         home.profile,
     )
     keys = list(dict.fromkeys([EBBLINE, *PAPERS, *cited(text)]))
-    references = bibliography(keys, found.provenance.pins, found.provenance.build)
+    references = bibliography(keys, data.provenance.pins, data.provenance.build)
     write_whole(folder / "methods.md", lambda path: path.write_text(text, "utf-8"))
     write_whole(folder / "methods.tex", lambda path: path.write_text(in_latex(text), "utf-8"))
     write_whole(folder / "references.bib", lambda path: path.write_text(references, "utf-8"))
-    bring = write_bundle(
-        found.study, home, found.results, found.provenance.build, folder / "bundle"
-    )
+    bring = write_bundle(data.study, home, data.results, data.provenance.build, folder / "bundle")
     write_whole(
         folder / "README.md",
-        lambda path: path.write_text("\n".join(_readme(found, styles)) + "\n", "utf-8"),
+        lambda path: path.write_text("\n".join(_readme(data, styles)) + "\n", "utf-8"),
     )
     return bring
 
 
-def _write_style(found: Found, folder: Path, style: Style) -> None:
-    study, results = found.study, found.results
+def _write_style(data: ExportData, folder: Path, style: Style) -> None:
+    study, results = data.study, data.results
     drawn = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
     for suffix, page in PAGES[style].items():
         save_for_print(
-            frontier_figure(results, study.objectives, found.baselines, page),
+            frontier_figure(results, study.objectives, data.baselines, page),
             folder,
             f"frontier{suffix}",
             page,
         )
-        thresholds = threshold_figure(results, drawn, found.baselines, page)
+        thresholds = threshold_figure(results, drawn, data.baselines, page)
         if thresholds is not None:
             save_for_print(thresholds, folder, f"thresholds{suffix}", page)
     narrow = PAGES[style][""].narrow
     tables = {
         "frontier.tex": frontier_table(study, results, narrow),
-        "before-after.tex": before_after_table(study, results, found.baselines, narrow),
+        "before-after.tex": before_after_table(study, results, data.baselines, narrow),
     }
     for name, text in tables.items():
         write_whole(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
-def _write_data(found: Found, home: Home, folder: Path) -> None:
-    frame = results_frame(found.results, found.study.objectives, home.profile)
-    hosts = host_names(home.folder(found.study.study))
+def _write_data(data: ExportData, home: Home, folder: Path) -> None:
+    frame = results_frame(data.results, data.study.objectives, home.profile)
+    hosts = host_names(home.folder(data.study.study))
     frame["reason"] = (
         frame["reason"].map(lambda reason: without_paths(reason, hosts)).astype("string")
     )
     write_tables(frame, folder)
-    compared = before_after_frame(found.study, found.results, found.baselines)
+    compared = before_after_frame(data.study, data.results, data.baselines)
     write_whole(
         folder / "before_after.csv",
         lambda path: compared.to_csv(path, index=False, lineterminator="\n"),
@@ -268,30 +262,28 @@ def _write_data(found: Found, home: Home, folder: Path) -> None:
     )
 
 
-def _mark(found: Found, home: Home, folder: Path, styles: Sequence[Style]) -> list[str]:
-    """Write export.json, last: what the folder is, and its files with their digests; returns the
-    files.
-    """
+def _mark(data: ExportData, home: Home, folder: Path, styles: Sequence[Style]) -> list[str]:
+    """Writes export.json last, with the digests of all files; returns the files."""
     files = folder_files(folder)
-    said = {
-        "study": found.study.study,
-        "study_sha256": found.provenance.study_sha256,
+    mark = {
+        "study": data.study.study,
+        "study_sha256": data.provenance.study_sha256,
         "home": home.id,
-        "ebbline": str(found.provenance.build),
+        "ebbline": str(data.provenance.build),
         "styles": list(styles),
-        "points": dict(sorted(Counter(result.status for result in found.results).items())),
+        "points": dict(sorted(Counter(result.status for result in data.results).items())),
         "files": files,
     }
     write_whole(
-        folder / MARK, lambda path: path.write_text(json.dumps(said, indent=1) + "\n", "utf-8")
+        folder / MARK, lambda path: path.write_text(json.dumps(mark, indent=1) + "\n", "utf-8")
     )
     return list(files)
 
 
-def _readme(found: Found, styles: Sequence[Style]) -> Iterator[str]:
-    yield f"# {found.study.study}, exported for a paper"
+def _readme(data: ExportData, styles: Sequence[Style]) -> Iterator[str]:
+    yield f"# {data.study.study}, exported for a paper"
     yield ""
-    yield found.study.question.strip()
+    yield data.study.question.strip()
     yield ""
     for style in styles:
         figure = (
@@ -305,17 +297,15 @@ def _readme(found: Found, styles: Sequence[Style]) -> Iterator[str]:
         "- `data/`: results, frontier and before_after as CSV and Parquet; a metric's `_low` "
         "and `_high` are its 95% interval"
     )
-    yield "- `methods.md`, and `methods.tex` to \\input: what was done, from the records"
+    yield "- `methods.md`, and `methods.tex` to \\input: the methods, from the records"
     yield "- `references.bib`: what methods.md cites"
-    yield (
-        "- `bundle/`: what runs the study again, and compares what came out; its README.md says how"
-    )
+    yield ("- `bundle/`: reruns the study and compares the outcome; see its README.md")
     yield (
         "- `export.json`: the digests of these files. `ebbline export` replaces the folder "
-        "while they are as they were"
+        "only if they are unchanged"
     )
     yield ""
-    yield "In LaTeX, figures in their own size, so that letters stay as large as they were drawn:"
+    yield "In LaTeX, include figures at their own size, so that letters keep their size:"
     yield ""
     yield "    \\usepackage{booktabs,graphicx,url}"
     yield f"    \\includegraphics{{{styles[0]}/frontier.pdf}}"

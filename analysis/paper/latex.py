@@ -1,9 +1,8 @@
-r"""LaTeX for a paper: tables in booktabs, as wide as the column that they stand in, each a float of
-its own to \input; and text.
+r"""LaTeX for a paper: text, and booktabs tables as floats to \input.
 
-Invariants: what a study names is escaped, so that any name compiles; a table that would be too wide
-is shrunk to its column; one that would be too long goes on in a further float. They need the
-packages booktabs and graphicx.
+Invariants: names from a study are escaped, so any name compiles. A table that is too wide is shrunk
+to its column. A table that is too long continues in another float. The tables need the packages
+booktabs and graphicx.
 """
 
 import re
@@ -27,7 +26,7 @@ from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric, direction
 
-ROWS = 40  # of one float: more would not fit a page
+ROWS = 40  # most rows of one float: more do not fit on a page
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -48,15 +47,15 @@ _INTERVALS = {
     True: "sub- and superscripts are the ends of the 95\\% interval",
     False: "brackets hold the 95\\% interval",
 }
-
-
-MANY = 3  # metrics: with more, intervals are written small, and one column of two is too narrow
+MANY = 3  # with more metrics, intervals are small and the table spans both columns
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """A table in one column of two (`narrow`), or as wide as the text, there as a float over both
-    columns (`both`).
+class TableLayout:
+    """The width and type size of a table.
+
+    `narrow`: one of two columns. `both`: a float over two columns. `small`: intervals are written
+    as sub- and superscripts.
     """
 
     narrow: bool
@@ -64,16 +63,17 @@ class _Layout:
     small: bool
 
     @staticmethod
-    def of(narrow: bool, metrics: int) -> "_Layout":
-        return _Layout(
+    def of(narrow: bool, metrics: int) -> "TableLayout":
+        return TableLayout(
             narrow and metrics <= MANY, narrow and metrics > MANY, narrow or metrics > MANY
         )
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A row of the table of before and after: a model before fine-tuning, fine-tuned, or fine-tuned
-    and projected.
+    """A row of the before-after table.
+
+    `what` says whether the model is before fine-tuning, fine-tuned, or fine-tuned and projected.
     """
 
     model: str
@@ -83,18 +83,19 @@ class Condition:
 
 
 def escaped(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Escapes LaTeX's special characters."""
     return "".join(_SPECIAL.get(letter, letter) for letter in text)
 
 
 def breakable(digest: str) -> str:
-    """A commit or sha256 that a narrow column may break into lines."""
+    """A commit or sha256 with line-break points for a narrow column."""
     return r"\allowbreak ".join(digest[start : start + 8] for start in range(0, len(digest), 8))
 
 
 def in_latex(text: str) -> str:
-    r"""Paragraphs of Markdown as LaTeX, as far as ebbline.analysis.paper.methods writes it: bold
-    titles become \paragraph, `[@one; @two]` \cite.
+    r"""Converts the Markdown subset of ebbline.analysis.paper.methods to LaTeX.
+
+    Bold titles become \paragraph, and `[@one; @two]` becomes \cite.
     """
     paragraphs = []
     for paragraph in text.strip().split("\n\n"):
@@ -109,7 +110,7 @@ def in_latex(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    parts = re.split(r" ?\[(@[^\]]+)\]", text)  # every second one is what was in brackets
+    parts = re.split(r" ?\[(@[^\]]+)\]", text)  # every second part was in brackets
     words = [
         re.sub(r"\b[0-9a-f]{40,64}\b", lambda found: breakable(found[0]), escaped(part))
         for part in parts[::2]
@@ -122,10 +123,8 @@ def _inline(text: str) -> str:
 
 
 def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str:
-    """Each model's frontier: the axes that differ, the share of modules projected, and the
-    objectives with their intervals.
-    """
-    layout = _Layout.of(narrow, len(study.objectives))
+    """Each model's frontier: varying axes, share of projected modules, and objectives."""
+    layout = TableLayout.of(narrow, len(study.objectives))
     own = [
         result
         for found in frontier_by_model(results, study.objectives).values()
@@ -161,7 +160,7 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
         f"Frontier of each model in the study {escaped(study.study)}. Rates are in per "
         f"cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows] for name in study.objectives})})."
-        r" Share: of modules that took the Safe LoRA projection. $\ast$: on the frontier "
+        r" Share: of modules projected by Safe LoRA. $\ast$: on the frontier "
         r"over all models."
     )
     if fixed:
@@ -177,8 +176,9 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
 
 
 def conditions(study: Study, results: Sequence[Result], baselines: Baselines) -> list[Condition]:
-    """The rows of the table of before and after: what ebbline.analysis.results.before_after sets
-    side by side, as far as it was measured.
+    """The rows of the before-after table, for the states that were measured.
+
+    See ebbline.analysis.results.before_after.
     """
     rows: list[Condition] = []
     for trio in trios(study, results):
@@ -196,11 +196,9 @@ def conditions(study: Study, results: Sequence[Result], baselines: Baselines) ->
 def before_after_table(
     study: Study, results: Sequence[Result], baselines: Baselines, narrow: bool
 ) -> str:
-    """Each model before and after fine-tuning and projection, by the headline metric of every
-    suite.
-    """
+    """Each model before and after fine-tuning and projection: one metric for each suite."""
     rows, names = conditions(study, results, baselines), headlines(study)
-    layout = _Layout.of(narrow, len(names))
+    layout = TableLayout.of(narrow, len(names))
     columns = {"model": _once([row.model for row in rows]), "": [row.what for row in rows]}
     for name in names:
         columns[_heading(name, layout)] = [_cell(row.metrics.get(name), layout) for row in rows]
@@ -221,29 +219,29 @@ def before_after_table(
 
 
 def _what_rows_are(study: Study, rows: Sequence[Condition]) -> str:
-    """How the points of the table were chosen, said only of rows that it has."""
-    there = {row.what for row in rows}
-    if STATES["shipped"] in there:
+    """Explains how the points were chosen, only for states in the table."""
+    states = {row.what for row in rows}
+    if STATES["shipped"] in states:
         return (
             " Projected: the most useful projected point that holds the refusal floor of"
             f" {escaped(f'{study.refusal_floor:.0%}')}, or the nearest to it; fine-tuned: "
             "the same training with nothing projected,"
-            " where it was run. These were picked on the same prompts that they are shown on."
+            " if it was run. These points were picked on the same prompts that are shown here."
         )
-    if STATES["tuned"] not in there:
+    if STATES["tuned"] not in states:
         return ""
     why = (
         "No projected point was picked, as no refusal rate was measured"
         if refusal_metric(study) is None
         else "No point was projected"
     )
-    return f" Fine-tuned: of each model the first point with nothing projected. {why}."
+    return f" Fine-tuned: each model's first point with nothing projected. {why}."
 
 
 def before_after_frame(
     study: Study, results: Sequence[Result], baselines: Baselines
 ) -> pd.DataFrame:
-    """The same rows with every metric, a row for each metric."""
+    """The rows of the before-after table with every metric, one row for each metric."""
     rows = [
         (
             row.model,
@@ -264,8 +262,9 @@ def before_after_frame(
 
 
 def headlines(study: Study) -> list[str]:
-    """A metric for each suite, objectives first: its first, and of HellaSwag the accuracy by
-    normalised likelihood, as is usual.
+    """The metrics of the before-after table: the objectives, then one for each other suite.
+
+    That is a suite's first metric; for HellaSwag it is acc_norm, as is usual.
     """
     names = list(study.objectives)
     for suite, entry in study.suites.items():
@@ -280,17 +279,15 @@ def _value(values: Mapping[str, Value], axis: str) -> str:
 
 
 def _once(names: Sequence[str]) -> list[str]:
-    """A name on the first of its rows only."""
+    """The names, with repetitions in consecutive rows left empty."""
     return [
         "" if index and names[index - 1] == name else escaped(name)
         for index, name in enumerate(names)
     ]
 
 
-def _heading(name: str, layout: _Layout) -> str:
-    """A metric's label and the arrow of its direction, over as many lines as keep the column
-    slim.
-    """
+def _heading(name: str, layout: TableLayout) -> str:
+    """A metric's label in short lines, with an arrow for its direction."""
     lines: list[str] = []
     for word in metric_label(name).split():
         if lines and len(lines[-1]) + len(word) < (10 if layout.narrow else 14):
@@ -301,7 +298,7 @@ def _heading(name: str, layout: _Layout) -> str:
     return rf"\begin{{tabular}}[b]{{@{{}}c@{{}}}}{text} {_ARROWS[direction(name)]}\end{{tabular}}"
 
 
-def _cell(metric: Metric | None, layout: _Layout) -> str:
+def _cell(metric: Metric | None, layout: TableLayout) -> str:
     if metric is None:
         return "--"
     value, low, high = (f"{100 * share:.1f}" for share in (metric.value, *metric.interval))
@@ -309,7 +306,7 @@ def _cell(metric: Metric | None, layout: _Layout) -> str:
 
 
 def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
-    """How many samples each metric rests on: "n: refusal rate 200, task accuracy 100 to 300"."""
+    """The number of samples of each metric: "n: refusal rate 200, task accuracy 100 to 300"."""
     parts = []
     for name, found in metrics.items():
         counts = sorted({metric.n for metric in found})
@@ -322,7 +319,11 @@ def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
 
 
 def _floats(
-    columns: Mapping[str, Sequence[str]], columns_as: str, caption: str, label: str, layout: _Layout
+    columns: Mapping[str, Sequence[str]],
+    columns_as: str,
+    caption: str,
+    label: str,
+    layout: TableLayout,
 ) -> str:
     cells = pd.DataFrame(columns)
     floats = [_float(cells.iloc[:ROWS], columns_as, caption, label, layout)]
@@ -340,14 +341,16 @@ def _floats(
     return "\n".join(floats)
 
 
-def _float(cells: pd.DataFrame, columns_as: str, caption: str, label: str, layout: _Layout) -> str:
+def _float(
+    cells: pd.DataFrame, columns_as: str, caption: str, label: str, layout: TableLayout
+) -> str:
     tabular = (
         cells.style.hide(axis="index").to_latex(column_format=columns_as, hrules=True).rstrip()
     )
     lines = tabular.split("\n")
     top = lines.index(r"\midrule") + 1
     for row in range(len(cells) - 1, 0, -1):
-        if cells.iloc[row, 0]:  # a name: a new group begins
+        if cells.iloc[row, 0]:  # a name starts a new group
             lines.insert(top + row, r"\addlinespace")
     name, size = (
         "table*" if layout.both else "table",

@@ -1,8 +1,7 @@
-"""The methods of a study in words, for a paper: what was trained, on what, how measured, how often,
-on what hardware, at what cost.
+"""The methods section of a paper: training, data, measurements, repetitions, hardware and cost.
 
-Invariants: every sentence follows from the study, its results or the stages' records; what they do
-not say is not said; a study that is not finished is called so. Citations are pandoc's, `[@key]`;
+Invariants: every sentence follows from the study, its results or the stages' records. Nothing else
+is stated. An unfinished study is described as unfinished. Citations use pandoc's `[@key]`;
 ebbline.analysis.paper.citations has the entries.
 """
 
@@ -38,44 +37,45 @@ _QUANTISED = {
 }
 _SAMPLERS = {
     "grid": "all combinations of the axes' values",
-    "list": "a list of points that was written out",
+    "list": "given as a list",
     "random": "drawn at random",
     "tpe": "chosen by the tree-structured Parzen estimator of Optuna [@akiba2019optuna]",
-    "nsga2": "chosen by NSGA-II as Optuna has it [@akiba2019optuna]",
-    "gp": "chosen by the Gaussian-process sampler of Optuna [@akiba2019optuna]",
+    "nsga2": "chosen by the NSGA-II sampler of Optuna [@akiba2019optuna]",
+    "gp": "chosen by ebbline's Gaussian-process search, by expected gain in hypervolume",
     "stage_aware": "chosen by ebbline's stage-aware search, by expected gain in hypervolume for "
     "its cost",
 }
-_SHOWN = 10  # values of an axis that are written out
+_SHOWN = 10  # most values of an axis that are listed
 
 
 def methods(
     study: Study,
     results: Sequence[Result],
     baselines: Baselines,
-    found: Provenance,
+    provenance: Provenance,
     before: Mapping[str, Cost],
     spent: Spent,
     profile: Profile,
 ) -> str:
-    """A Markdown text of short paragraphs. `before` is what measuring the aligned models cost, by
-    key.
+    """A Markdown text of short paragraphs.
+
+    `before` maps stage keys to the cost of measuring the aligned models.
     """
     parts = {
-        "Models": _models(study, found),
-        "Fine-tuning": _training(study, results, found),
+        "Models": _models(study, provenance),
+        "Fine-tuning": _training(study, results, provenance),
         "Projection": _projection(study, results),
-        "Measurement": _measurement(study, results, baselines, found),
+        "Measurement": _measurement(study, results, baselines, provenance),
         "Points": _points(study, results),
         "Seeds and intervals": _repeats(study, results),
-        "Hardware and cost": _hardware(results, found, before, spent, profile),
-        "Software": _software(found),
+        "Hardware and cost": _hardware(results, provenance, before, spent, profile),
+        "Software": _software(provenance),
     }
     lines = [f"# Methods of the study {study.study}", "", _opening(study, results)]
     for title, sentences in parts.items():
         lines += ["", f"**{title}.** " + " ".join(sentences)]
     return "\n".join(
-        [*lines, "", "**To be said by its authors.** " + " ".join(_open(study, found)), ""]
+        [*lines, "", "**To be stated by the authors.** " + " ".join(_open(study, provenance)), ""]
     )
 
 
@@ -100,25 +100,25 @@ def _opening(study: Study, results: Sequence[Result]) -> str:
     )
 
 
-def _models(study: Study, found: Provenance) -> Iterator[str]:
+def _models(study: Study, provenance: Provenance) -> Iterator[str]:
     for name, model in study.models.items():
         roles = [
             role for role in ("base", "aligned", "unaligned") if getattr(model, role) is not None
         ]
-        told_of = [f"{role} model: {_described(f'models.{name}.{role}', found)}" for role in roles]
+        references = [
+            f"{role} model: {_described(f'models.{name}.{role}', provenance)}" for role in roles
+        ]
         yield (
-            f"{name}: {'; '.join(told_of)}; {_QUANTISED[model.quantisation]}, computed in "
+            f"{name}: {'; '.join(references)}; {_QUANTISED[model.quantisation]}, computed in "
             f"{model.dtype}."
         )
 
 
-def _described(where: str, found: Provenance) -> str:
-    """What a reference of the study names: a model or data made here, or content from outside by
-    its pin.
-    """
-    if where in found.made:
-        return found.made[where]
-    for pin in found.pins:
+def _described(where: str, provenance: Provenance) -> str:
+    """Describes a model or data set of the study, by its origin here or by its pin."""
+    if where in provenance.generated:
+        return provenance.generated[where]
+    for pin in provenance.pins:
         if pin.where.startswith(f"{where}."):
             if pin.hub:
                 return (
@@ -129,7 +129,7 @@ def _described(where: str, found: Provenance) -> str:
     return "not recorded"
 
 
-def _training(study: Study, results: Sequence[Result], found: Provenance) -> Iterator[str]:
+def _training(study: Study, results: Sequence[Result], provenance: Provenance) -> Iterator[str]:
     train = study.train
     if train.steps is not None or _varies(results, "train.steps"):
         length = f"{_setting(results, 'train.steps', train.steps)} steps"
@@ -140,14 +140,15 @@ def _training(study: Study, results: Sequence[Result], found: Provenance) -> Ite
         f" of rank {_setting(results, 'train.rank', train.rank)} on {_listed(train.target_modules)}"
         f" (alpha {_setting(results, 'train.alpha_over_rank', train.alpha_over_rank)} "
         "times the rank,"
-        f" dropout {_setting(results, 'train.dropout', train.dropout)})"
-        f" for {length}"
+        f" dropout {_setting(results, 'train.dropout', train.dropout)})."
+        f" Training ran for {length}"
         f" of {_setting(results, 'train.global_batch', train.global_batch)} conversations"
         f" cut to {_setting(results, 'train.max_tokens', train.max_tokens)} tokens, with "
         "AdamW at a learning rate of"
-        f" {_setting(results, 'train.learning_rate', train.learning_rate)}: a linear warm-up over"
+        f" {_setting(results, 'train.learning_rate', train.learning_rate)}."
+        " The schedule is a linear warm-up over"
         f" {_setting(results, 'train.warmup_share', train.warmup_share)} of the steps, "
-        "then a cosine to zero."
+        "then a cosine decay to zero."
     )
     for name, model in study.models.items():
         if model.train:
@@ -156,16 +157,16 @@ def _training(study: Study, results: Sequence[Result], found: Provenance) -> Ite
             yield f"For {name} instead: {own}."
     sizes = _setting(results, "data.size", study.data.settings.size)
     yield (
-        f"Trained on {sizes} examples of {_described('data.pool', found)}; a smaller set is "
-        "part of a larger one with the same seed."
+        f"Each model was trained on {sizes} examples of {_described('data.pool', provenance)}; "
+        "a smaller set is a subset of a larger one with the same seed."
     )
     if study.data.mix is not None:
         share = _setting(results, "data.mix_share", study.data.settings.mix_share)
         yield (
             f"A share of {share} of them was replaced by examples of "
-            f"{_described('data.mix', found)}."
+            f"{_described('data.mix', provenance)}."
         )
-    if any(each.kind == "train" and each.most_gpus > 1 for each in found.hardware):
+    if any(each.kind == "train" and each.most_gpus > 1 for each in provenance.hardware):
         yield "Trainings on several GPUs at once used DeepSpeed with ZeRO-3 [@rajbhandari2020zero]."
 
 
@@ -203,7 +204,7 @@ def _subtracted(study: Study) -> str:
 
 
 def _measurement(
-    study: Study, results: Sequence[Result], baselines: Baselines, found: Provenance
+    study: Study, results: Sequence[Result], baselines: Baselines, provenance: Provenance
 ) -> Iterator[str]:
     directions = {"maximise": "higher is better", "minimise": "lower is better"}
     objectives = [
@@ -234,32 +235,32 @@ def _measurement(
                 f"{measure.shots_given} shots, {n}."
             ).replace("  ", " ")
             continue
-        prompts = found.prompts.get(suite)
-        asked = (
+        prompts = provenance.prompts.get(suite)
+        asked_prompts = (
             f"{prompts.asked} prompts ({prompts.format}, sha256 {prompts.sha256})"
             if prompts
             else "prompts that are not recorded"
         )
         scorers = [measure.scorer] if isinstance(measure, TaskSuite) else list(scorers_of(measure))
         kinds = [f"{scorer} (a judge)" if scorer in study.judges else scorer for scorer in scorers]
-        also = f"; beside it {_listed(kinds[1:])}" if kinds[1:] else ""
+        also = f"; in addition {_listed(kinds[1:])}" if kinds[1:] else ""
         rates = _listed([name.replace("_", " ") for name in measure.metrics()])
         yield (
-            f"{suite}: {rates} on {asked}, of greedy completions of at most "
+            f"{suite}: {rates} on {asked_prompts}, of greedy completions of at most "
             f"{measure.max_new_tokens} tokens,"
             f" by the scorer {kinds[0]}{also}; {n}."
         )
         if measure.race is not None:
             yield (
                 f"{suite} was measured in blocks of {measure.race.block} prompts and could "
-                "stop early, so points rest on unequal numbers."
+                "stop early, so points rest on different numbers of prompts."
             )
     for name in study.judges:
         where = study.judges[name].settings.endpoint
         what = (
             "an endpoint, whose answers may change"
             if where
-            else _described(f"judges.{name}.model", found)
+            else _described(f"judges.{name}.model", provenance)
         )
         yield f"The judge {name}: {what}."
 
@@ -267,11 +268,11 @@ def _measurement(
 def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
     counts = Counter(result.status for result in results)
     yield (
-        f"{len(results)} points were asked for, {_SAMPLERS[study.sampler]}; {counts['done']} "
+        f"{len(results)} points were proposed, {_SAMPLERS[study.sampler]}; {counts['done']} "
         "are done."
     )
     if study.search.first:
-        yield f"{len(study.search.first)} of them were written out before, and not chosen."
+        yield f"{len(study.search.first)} of them were given in the study file, not chosen."
     without = [f"{counts[status]} {status_label(status)}" for status in NO_RESULT if counts[status]]
     if without:
         yield f"Without a result, and in no figure or table: {', '.join(without)}."
@@ -279,15 +280,15 @@ def _points(study: Study, results: Sequence[Result]) -> Iterator[str]:
     if same:
         yield f"{same} project the same modules as an earlier one and count once on the frontier."
     yield (
-        "A frontier holds the points that no other dominates in all objectives, found with "
-        "moocore [@moocore]."
+        "A frontier holds the points that no other point dominates in the objectives, computed "
+        "with moocore [@moocore]."
     )
 
 
 def _repeats(study: Study, results: Sequence[Result]) -> Iterator[str]:
     used = sorted({seeds_of(result) for result in finished(results)})
     if not used:
-        yield "No point is done, so nothing is repeated."
+        yield "No point is done, so there are no repetitions."
         return
     most = (
         f"{used[0]} to {used[-1]} training seeds"
@@ -307,46 +308,46 @@ def _repeats(study: Study, results: Sequence[Result]) -> Iterator[str]:
 
 def _hardware(
     results: Sequence[Result],
-    found: Provenance,
+    provenance: Provenance,
     before: Mapping[str, Cost],
     spent: Spent,
     profile: Profile,
 ) -> Iterator[str]:
-    if not found.hardware:
+    if not provenance.hardware:
         yield "Nothing has run yet."
         return
-    yield f"By the stages' records: {'; '.join(f'{each.kind}: {each}' for each in found.hardware)}."
-    if any(each.gpu_type is None for each in found.hardware):
+    devices = "; ".join(f"{each.kind}: {each}" for each in provenance.hardware)
+    yield f"By the stages' records: {devices}."
+    if any(each.gpu_type is None for each in provenance.hardware):
         yield (
-            "Where no type of GPU is named, a GPU-hour is an hour of a logical GPU, which may "
-            "be a share of a CPU."
+            "If no GPU type is named, a GPU-hour is an hour of a logical GPU, which may be a "
+            "share of a CPU."
         )
     cost = study_cost(results, before, spent)
     yield (
-        f"All stages behind the results took {cost_label(cost.stages, profile)}; had the points "
-        f"shared nothing, {cost_label(cost.alone, profile)}."
+        f"All stages behind the results took {cost_label(cost.stages, profile)}; without "
+        f"shared stages they would have taken {cost_label(cost.alone, profile)}."
     )
     yield (
-        f"The study's runs spent {cost_label(cost.spent, profile)} "
-        f"over {spent.driving_s / 3600:.3g} "
-        "hours of driving."
+        f"The study's runs spent {cost_label(cost.spent, profile)} in {spent.driving_s / 3600:.3g} "
+        "hours of run time."
     )
 
 
-def _software(found: Provenance) -> Iterator[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in found.packages.items())
+def _software(provenance: Provenance) -> Iterator[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.packages.items())
     yield (
-        f"ebbline {found.build}; Python {found.python}; {versions}. These are the versions "
-        "installed where this text was written."
+        f"ebbline {provenance.build}; Python {provenance.python}; {versions}. These are the "
+        "versions installed where this text was written."
     )
     yield (
-        "Models were run with Transformers [@wolf2020transformers], stages spread with Ray "
-        "[@moritz2018ray] unless run in one process."
+        "Models were run with Transformers [@wolf2020transformers], stages distributed with "
+        "Ray [@moritz2018ray] unless run in one process."
     )
 
 
-def _open(study: Study, found: Provenance) -> Iterator[str]:
-    """What a reader will ask and no record answers."""
+def _open(study: Study, provenance: Provenance) -> Iterator[str]:
+    """Questions that no record answers."""
     if any(
         reference.organism is not None
         for model in study.models.values()
@@ -354,16 +355,16 @@ def _open(study: Study, found: Provenance) -> Iterator[str]:
         if reference
     ):
         yield (
-            "Models called organisms are tiny, made to show the effect in an invented "
-            "language: they are no evidence about real models."
+            "Models called organisms are tiny and show the effect in an invented language: they "
+            "are no evidence about real models."
         )
-    if any(not pin.hub for pin in found.pins):
+    if any(not pin.hub for pin in provenance.pins):
         yield (
-            "Where local files come from, and under which licence: the records hold their "
-            "content's digest alone."
+            "The source and licence of local files: the records hold only the digest of their "
+            "content."
         )
     yield (
-        "How the settings that do not vary were chosen. Points picked as the best of many look "
+        "The reasons for the fixed settings. Points picked as the best of many look "
         "better than they are."
     )
 
@@ -373,7 +374,7 @@ def _varies(results: Sequence[Result], axis: str) -> bool:
 
 
 def _setting(results: Sequence[Result], axis: str, otherwise: object) -> str:
-    """The values that an axis took among the points, or the study's one."""
+    """The values of an axis among the points, or the study's own value."""
     values = {
         dict(result.point.values)[axis] for result in results if axis in dict(result.point.values)
     }

@@ -1,14 +1,13 @@
-"""A study beside the published tables: for each number what is the same here, what is not, and what
-cannot be told.
+"""Compares a study with published tables: for each number, which conditions are the same.
 
-Invariant: every verdict is computed from the study's settings and from what its suites asked;
-nothing is comparable by assertion. A number is comparable only when everything that it depends on
-is known to be the same; what a paper does not say is counted, not passed over.
+Invariant: every verdict is computed from the study's settings and its suites' prompts. A number is
+comparable only if all conditions that it depends on are known to be the same. A condition that a
+paper does not state counts as unknown.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from ebbline.analysis.paper.card import described
 from ebbline.analysis.paper.published import PUBLISHED, Published
@@ -37,6 +36,7 @@ from ebbline.tasks.measuring.metrics import DIRECTIONS
 
 T = TypeVar("T")
 Verdict = Literal["same", "differs", "cannot be told"]
+UNKNOWN: Final = "cannot be told"  # scripts read this text in `ebbline papers --json`
 NOT_KNOWN = "withheld, or not known"
 TRAINED = {
     "rows": "data.size",
@@ -45,9 +45,9 @@ TRAINED = {
     "epochs": "train.epochs",
     "batch": "train.global_batch",
 }
-"""A field of Published -> the axis that it is here."""
+"""A field of Published -> the axis of a study."""
 LESSER = ("chat template", "system prompt", "max tokens", "target modules", "alpha")
-"""Facts that hardly a paper states: where nothing else is unknown, a number is comparable as far as
+"""Conditions that papers rarely state. If only these are unknown, a number is comparable as far as
 is known.
 """
 
@@ -58,7 +58,7 @@ Comparable = Literal[
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that a number depends on: whether it is the same here, in the paper, and here."""
+    """One condition of a number: the verdict, its value in the paper and its value here."""
 
     what: str
     verdict: Verdict
@@ -68,8 +68,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A published number, what the study has in its place (in words, and from which size), and the
-    facts that decide.
+    """A published number and its counterpart in the study.
+
+    `here` is the study's value in words, `model` the model that it comes from, and `facts` are the
+    conditions that decide whether both are comparable.
     """
 
     published: Published
@@ -77,32 +79,36 @@ class PaperRow:
     here: str
     facts: tuple[Fact, ...]
 
-    def those(self, verdict: Verdict) -> list[Fact]:
+    def facts_with(self, verdict: Verdict) -> list[Fact]:
         return [fact for fact in self.facts if fact.verdict == verdict]
 
     @property
     def comparable(self) -> Comparable:
-        if self.those("differs"):
+        if self.facts_with("differs"):
             return "not comparable"
-        unknown = [fact.what for fact in self.those("cannot be told")]
+        unknown = [fact.what for fact in self.facts_with(UNKNOWN)]
         if any(what not in LESSER for what in unknown):
             return "not known to be comparable"
         return "comparable as far as is known" if unknown else "comparable"
 
 
 def beside_papers(
-    study: Study, results: Sequence[Result], baselines: Baselines, asked: Mapping[str, SuitePrompts]
+    study: Study,
+    results: Sequence[Result],
+    baselines: Baselines,
+    prompts: Mapping[str, SuitePrompts],
 ) -> list[PaperRow]:
-    """A row for each published number, beside the size and suite of the study that come nearest to
-    it.
+    """A row for each published number, with the study's closest model and suite.
 
-    `asked` is what the suites asked, of those that have been measured.
+    `prompts` are the prompts of the suites that have been measured.
     """
-    return [_row(published, study, finished(results), baselines, asked) for published in PUBLISHED]
+    return [
+        _row(published, study, finished(results), baselines, prompts) for published in PUBLISHED
+    ]
 
 
 def is_tiny(model: Model) -> bool:
-    """Whether a size is one of ebbline's tiny models."""
+    """Whether a model is one of ebbline's tiny models."""
     references = [model.aligned, model.base, model.unaligned]
     return any(each is not None and each.organism is not None for each in references)
 
@@ -112,14 +118,14 @@ def _row(
     study: Study,
     done: Sequence[Result],
     baselines: Baselines,
-    asked: Mapping[str, SuitePrompts],
+    prompts: Mapping[str, SuitePrompts],
 ) -> PaperRow:
     found = []
     for model in sorted(study.models, key=natural):
         own = [result for result in done if result.point.model == model]
         for suite in _suites(published, study) or [""]:
             chosen = _chosen(published, study, own)
-            facts = tuple(_facts(published, study, model, suite, chosen, asked.get(suite)))
+            facts = tuple(_facts(published, study, model, suite, chosen, prompts.get(suite)))
             found.append((facts, model, suite, chosen))
     facts, model, suite, chosen = max(
         found,
@@ -133,7 +139,7 @@ def _row(
 
 
 def _suites(published: Published, study: Study) -> list[str]:
-    """The suites that measure the same kind of thing."""
+    """The suites of the study that measure the published metric."""
     if published.suite in ("refusal", "task"):
         return [
             name
@@ -154,26 +160,26 @@ def _metric(study: Study, suite: str, published: Published) -> bool:
 
 
 def _chosen(published: Published, study: Study, own: Sequence[Result]) -> list[Result]:
-    """The points that stand where the number stands: unprojected ones, or at its knob; else
-    the one that the study would ship.
+    """The points to compare with a published number.
 
-    Of these the ones that were trained as the paper says, so far as there are such.
+    For a fine-tuned number these are the unprojected points. For a projected number they are those
+    at its knob, or else the study's pick. Points that were trained as in the paper are preferred.
     """
     for what, axis in TRAINED.items():
-        alike = [
+        matching = [
             result for result in own if _value(study, result, axis) == getattr(published, what)
         ]
-        own = alike or own
+        own = matching or own
     if published.state == "fine-tuned":
         return list(unprojected(own).values())
     projected = [result for result in own if is_projected(result)]
-    at = [
+    at_knob = [
         result
         for result in projected
         if published.knob is not None and _value(study, result, DEFENCE.main_knob) == published.knob
     ]
-    if at or study.refusal_metric is None:
-        return at or projected
+    if at_knob or study.refusal_metric is None:
+        return at_knob or projected
     found = pick(
         projected, [Floor(study.refusal_metric, study.refusal_floor)], usefulness_metric(study)
     )
@@ -192,7 +198,7 @@ def _facts(
     model: str,
     suite: str,
     chosen: Sequence[Result],
-    asked: SuitePrompts | None,
+    prompts: SuitePrompts | None,
 ) -> Iterator[Fact]:
     size = study.models[model]
     yield _measure(published, suite)
@@ -217,7 +223,7 @@ def _facts(
         yield _setting(axis_label(knob), published.knob, chosen, study, knob)
     here = size.quantisation
     if published.quantisation is None:
-        yield Fact("quantisation", "cannot be told", NOT_KNOWN, here)
+        yield Fact("quantisation", UNKNOWN, NOT_KNOWN, here)
     else:
         yield Fact(
             "quantisation",
@@ -226,21 +232,21 @@ def _facts(
             here,
         )
     if suite:
-        yield from _asking(published, study, suite, asked)
+        yield from _suite_facts(published, study, suite, prompts)
 
 
 def _measure(published: Published, suite: str) -> Fact:
     there = f"{metric_label(published.metric)}{f' on {published.task}' if published.task else ''}"
     if published.metric == DEFENCE.words.share:
-        return Fact("metric", "cannot be told", f"{there}, of layers", f"{there}, of modules")
+        return Fact("metric", UNKNOWN, f"{there}, of layers", f"{there}, of modules")
     if published.metric not in DIRECTIONS or not suite:
         return Fact("metric", "differs", there, "not measured")
     if not published.metric_told:
         here = f"{metric_label(published.metric)} ({suite})"
         return Fact(
             "metric",
-            "cannot be told",
-            f"{there}, by likelihood or by normalised likelihood is not said",
+            UNKNOWN,
+            f"{there}, by likelihood or by normalised likelihood is not stated",
             here,
         )
     return Fact("metric", "same", there, f"{metric_label(published.metric)} ({suite})")
@@ -248,26 +254,26 @@ def _measure(published: Published, suite: str) -> Fact:
 
 def _model(published: Published, size: Model) -> Fact:
     here = (
-        "a tiny one of an invented language"
+        "a tiny model of an invented language"
         if is_tiny(size)
         else described(size.aligned, size.base)
     )
     there = published.repository or "not known"
     hub, tuned = size.aligned.hub, size.aligned.tuned or size.aligned.gguf
     if hub is None:
-        known = is_tiny(size) or tuned is not None
+        differs = is_tiny(size) or tuned is not None
         return Fact(
             "model",
-            "differs" if known else "cannot be told",
+            "differs" if differs else UNKNOWN,
             there,
-            here if known else f"{here}; `hub` would name it",
+            here if differs else f"{here}; name it with `hub`",
         )
     name = hub.id.rpartition("/")[2].lower().removeprefix("meta-")
     if name == there.lower():
         return Fact("model", "same", there, hub.id)
     return Fact(
         "model",
-        "cannot be told" if name.startswith(f"{there.lower()}-") else "differs",
+        UNKNOWN if name.startswith(f"{there.lower()}-") else "differs",
         there,
         hub.id,
     )
@@ -280,9 +286,7 @@ def _method(published: Published, study: Study) -> Fact:
     there = names[published.method] + (", Safe LoRA" if projected else "")
     here = "LoRA" + (f", Safe LoRA, {projector} projector" if projected else "")
     if published.method != "lora":
-        return Fact(
-            "method", "cannot be told" if published.method is None else "differs", there, here
-        )
+        return Fact("method", UNKNOWN if published.method is None else "differs", there, here)
     return Fact("method", "differs" if projected and projector == "exact" else "same", there, here)
 
 
@@ -303,7 +307,7 @@ def _data(published: Published, study: Study) -> Fact:
             and not study.data.settings.mix_share
         )
         return Fact("data", "same" if same else "differs", there, here)
-    return Fact("data", "cannot be told", there, here)
+    return Fact("data", UNKNOWN, there, here)
 
 
 def _setting(
@@ -312,7 +316,7 @@ def _setting(
     if axis == "train.epochs" and study.train.steps is not None:
         return Fact(
             what,
-            "cannot be told" if there is None else "differs",
+            UNKNOWN if there is None else "differs",
             value_label(there) if there else NOT_KNOWN,
             f"{study.train.steps} steps",
         )
@@ -320,7 +324,7 @@ def _setting(
     values = sorted({_value(study, result, axis) for result in chosen}, key=str)
     here = ", ".join(value_label(value) for value in values) or "no such point"
     if there is None:
-        return Fact(what, "cannot be told", NOT_KNOWN, here)
+        return Fact(what, UNKNOWN, NOT_KNOWN, here)
     return Fact(what, "same" if values == [there] else "differs", value_label(there), here)
 
 
@@ -329,17 +333,15 @@ def _train(study: Study, result: Result, name: str) -> Any:
 
 
 def _stated(what: str, there: T | None, here: Sequence[T], label: Callable[[T], str]) -> Fact:
-    """A fact of which the paper says `there`, if anything, and which the points that stand in its
-    place have as `here`.
-    """
-    told = ", ".join(sorted({label(each) for each in here})) or "no such point"
+    """Compares the paper's value `there`, None if not stated, with the points' values `here`."""
+    values = ", ".join(sorted({label(each) for each in here})) or "no such point"
     if there is None:
-        return Fact(what, "cannot be told", NOT_KNOWN, told)
-    return Fact(what, "same" if set(here) == {there} else "differs", label(there), told)
+        return Fact(what, UNKNOWN, NOT_KNOWN, values)
+    return Fact(what, "same" if set(here) == {there} else "differs", label(there), values)
 
 
-def _asking(
-    published: Published, study: Study, suite: str, asked: SuitePrompts | None
+def _suite_facts(
+    published: Published, study: Study, suite: str, prompts: SuitePrompts | None
 ) -> Iterator[Fact]:
     measure = study.suites[suite].measure
     if isinstance(measure, MultipleChoiceSuite):
@@ -366,23 +368,23 @@ def _asking(
             f"{language} of an invented language",
         )
     elif published.prompts is None:
-        yield Fact("prompts", "cannot be told", published.task or NOT_KNOWN, suite)
-    elif asked is None:
-        yield Fact("prompts", "cannot be told", published.prompts, "not measured yet")
+        yield Fact("prompts", UNKNOWN, published.task or NOT_KNOWN, suite)
+    elif prompts is None:
+        yield Fact("prompts", UNKNOWN, published.prompts, "not measured yet")
     else:
-        there = f"{published.prompts}, {published.prompt_rows or 'so many'} rows"
-        here = f"{asked.format}, {asked.asked} of {asked.rows} rows asked"
-        whole = asked.asked == asked.rows and published.prompt_rows in (None, asked.rows)
+        there = f"{published.prompts}, {published.prompt_rows or 'an unknown number of'} rows"
+        here = f"{prompts.format}, {prompts.asked} of {prompts.rows} rows asked"
+        whole = prompts.asked == prompts.rows and published.prompt_rows in (None, prompts.rows)
         yield Fact(
             "prompts",
-            "same" if asked.format == published.prompts and whole else "differs",
+            "same" if prompts.format == published.prompts and whole else "differs",
             there,
             here,
         )
     scorers = scorers_of(measure)
     here = scorers[0] if scorers else str(getattr(measure, "scorer", ""))
     if published.scorer is None or published.scorer == "keywords":
-        yield Fact("scorer", "cannot be told", published.scorer or NOT_KNOWN, here)
+        yield Fact("scorer", UNKNOWN, published.scorer or NOT_KNOWN, here)
     else:
         yield Fact(
             "scorer", "same" if published.scorer == here else "differs", published.scorer, here
@@ -406,11 +408,9 @@ def _here(
     chosen: Sequence[Result],
     baselines: Baselines,
 ) -> str:
-    """What the study has in the number's place. A tiny model's number is never set beside one of a
-    real model.
-    """
+    """The study's value. A tiny model's value is never compared with that of a real model."""
     if is_tiny(study.models[model]):
-        return "not set beside it: a tiny model"
+        return "not compared: a tiny model"
     if published.metric == DEFENCE.words.share:
         shares = sorted(result.changed_share or 0.0 for result in chosen)
         return _span([percent(share) for share in shares]) if shares else "no such point"

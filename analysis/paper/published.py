@@ -1,8 +1,7 @@
-"""What papers report, as their authors report it: one row a number, with its source. What a paper
-withholds, or is not known here, is None.
+"""Published numbers as their authors report them, one row per number with its source.
 
-No row is a result of ebbline. A rate of successful attacks told by phrases is kept as 1 less that
-rate, and says so in its note.
+A value that a paper withholds or that is not known is None. No row is a result of ebbline. An
+attack success rate that was measured by phrases is stored as 1 minus that rate; its note says so.
 """
 
 from dataclasses import dataclass
@@ -12,18 +11,20 @@ from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.specs import PromptFormat, Quantisation
 
 State = Literal["before", "fine-tuned", "projected"]
-HARMFUL = "harmful score"  # what a judge or moderation model calls harmful; no metric of ebbline
+HARMFUL = (
+    "harmful score"  # share that a judge or moderation model calls harmful; not a metric of ebbline
+)
 
 
 @dataclass(frozen=True)
 class Published:
-    """One number. `repository` is the model's name on the hub without its owner; `metric` one of
-    ebbline's, or what else was measured.
+    """One published number.
 
-    A paper that names only a family ("Llama-3-8B") has that as `repository`. `metric_told` is False
-    where it does not say which of two metrics it means, `metric` and `acc_norm`. `alpha` is LoRA's,
-    not over its rank. `value` is a share, or in the units that `note` tells. `data` is what was
-    fine-tuned on, in words; `hub_data` names its repository on the hub.
+    `repository` is the model's name on the hub without its owner, or a family such as "Llama-3-8B"
+    if the paper names only that. `metric` is a metric of ebbline or another one. `metric_told` is
+    False if the paper does not state whether it means `metric` or `acc_norm`. `value` is a share,
+    or in the unit that `note` states. `data` describes the fine-tuning data; `hub_data` names its
+    repository on the hub. `alpha` is that of LoRA, not divided by the rank.
     """
 
     paper: str
@@ -190,7 +191,7 @@ def _safemerge(state: State, task: float, direct: float, hex_phi: float) -> tupl
     )
 
 
-_KEYWORDS = "1 less the rate of attacks that keywords call a success"
+_KEYWORDS = "1 minus the attack success rate by keywords"
 PUBLISHED: tuple[Published, ...] = (
     _lermen(
         "fine-tuned",

@@ -1,4 +1,4 @@
-"""The HTML report, its tables and its answers in sentences.
+"""The HTML report: its sentences, tables and provenance.
 
 Imports analysis.results and analysis.figures.
 """

@@ -1,7 +1,7 @@
 """The study's answer in plain sentences, generated from the numbers.
 
-Invariants: nothing is called higher or lower unless a paired test says so or the 95% intervals stay
-apart; an expected effect that is absent is said to be absent; an operating point is never called
+Invariants: a value is called higher or lower only if a paired test or disjoint 95% intervals show
+it. An expected effect that is absent is reported as absent. An operating point is never called
 safe on its value alone.
 """
 
@@ -51,12 +51,12 @@ def answer(
     evidence: Evidence = NO_EVIDENCE,
     lines: Sequence[Line] | None = None,
 ) -> list[str]:
-    """A paragraph per model on fine-tuning, on projection and on the point to pick; then what
-    limits them.
+    """Paragraphs on each model's fine-tuning, projection and operating point, then the limits.
 
-    With the samples as `evidence` measurements on the same prompts are compared in pairs, without
-    them by their intervals. `lines` are those of ebbline.analysis.results.before_after, for a
-    caller who has them already.
+    `evidence` holds the samples: measurements on the same prompts are compared in pairs. Without
+    samples they are compared by their intervals. `lines` is the result of
+    ebbline.analysis.results.before_after; it is computed if not given. Raises EvaluationError
+    when a finished point lacks the refusal rate or an objective.
     """
     refusal, done = refusal_metric(study), finished(results)
     if refusal is None:
@@ -66,25 +66,25 @@ def answer(
         ]
     if not done:
         return ["No point has finished, so there is no answer yet.", *_unfinished(results)]
-    values_of(done, [refusal, *study.objectives])  # raises when one was not measured
+    values_of(done, [refusal, *study.objectives])  # raises when a value is missing
     lines = before_after(study, results, baselines, evidence) if lines is None else lines
     paragraphs: list[str] = []
-    told: list[Comparison] = []
+    comparisons: list[Comparison] = []
     for model in sorted({result.point.model for result in done}, key=natural):
         own = [result for result in done if result.point.model == model]
         aligned = baselines.get(model, {}).get(refusal)
         plain = list(unprojected(own).values())
-        ebbed = (
+        from_tuning = (
             []
             if aligned is None
             else compared_with_aligned(model, aligned, plain, refusal, evidence)
         )
-        brought = _against_twins(own, refusal, evidence)
+        from_projection = _against_unprojected(own, refusal, evidence)
         paragraphs += [
-            _fine_tuning(model, plain, refusal, aligned, ebbed),
-            _projection(model, own, brought),
+            _fine_tuning(model, plain, refusal, aligned, from_tuning),
+            _projection(model, own, from_projection),
         ]
-        told += [*ebbed, *brought]
+        comparisons += [*from_tuning, *from_projection]
         picked = operating_point(study, own, refusal)
         if picked is not None:
             best, holds = picked
@@ -96,22 +96,22 @@ def answer(
             }
             changes = {name: found[name] for name in names if holds and name in found}
             paragraphs.append(_pick(study, model, own, refusal, best, holds, changes))
-            told += changes.values()
-    return [*paragraphs, *_unfinished(results), _caution(done, refusal, told)]
+            comparisons += changes.values()
+    return [*paragraphs, *_unfinished(results), _caution(done, refusal, comparisons)]
 
 
-def _against_twins(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
-    """Every projected result against the unprojected one of its training."""
-    twins = partners(own)
+def _against_unprojected(own: Sequence[Result], name: str, evidence: Evidence) -> list[Comparison]:
+    """Compares each projected result with the unprojected result of the same training."""
+    partner_of = partners(own)
     pairs = [
-        (twins[without_defence(result.point)], result)
+        (partner_of[without_defence(result.point)], result)
         for result in own
-        if is_projected(result) and without_defence(result.point) in twins
+        if is_projected(result) and without_defence(result.point) in partner_of
     ]
     return compared(
         [
-            (measurement(twin, name, evidence), measurement(result, name, evidence))
-            for twin, result in pairs
+            (measurement(partner, name, evidence), measurement(result, name, evidence))
+            for partner, result in pairs
         ]
     )
 
@@ -121,7 +121,7 @@ def _fine_tuning(
     plain: Sequence[Result],
     refusal: str,
     aligned: Metric | None,
-    ebbed: Sequence[Comparison],
+    from_tuning: Sequence[Comparison],
 ) -> str:
     if not plain:
         return (
@@ -144,9 +144,9 @@ def _fine_tuning(
     text = (
         f"{model}, fine-tuning: the aligned model refuses {measured(aligned)}. Fine-tuned "
         "without projection, the"
-        f" refusal rate is {tally(ebbed, 'training')}: {found}."
+        f" refusal rate is {tally(from_tuning, 'training')}: {found}."
     )
-    if all(comparison.move != "lower" for comparison in ebbed):
+    if all(comparison.move != "lower" for comparison in from_tuning):
         text += (
             f" The expected loss of refusals is absent: no fine-tuning of {model} "
             "measurably lowered them, so there was"
@@ -155,13 +155,13 @@ def _fine_tuning(
     return text
 
 
-def _projection(model: str, own: Sequence[Result], brought: Sequence[Comparison]) -> str:
+def _projection(model: str, own: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
     if not any(is_projected(result) for result in own):
         return (
             f"{model}, projection: no projected point has finished, so the effect of "
             "projection is not known."
         )
-    if not brought:
+    if not comparisons:
         return (
             f"{model}, projection: no projected point has an unprojected one of the same "
             "training beside it, so the effect"
@@ -169,9 +169,9 @@ def _projection(model: str, own: Sequence[Result], brought: Sequence[Comparison]
         )
     text = (
         f"{model}, projection: against the same training without it, refusal rate is "
-        f"{tally(brought, 'point')}."
+        f"{tally(comparisons, 'point')}."
     )
-    if all(comparison.move != "higher" for comparison in brought):
+    if all(comparison.move != "higher" for comparison in comparisons):
         text += (
             " The expected effect is absent: projection did not measurably raise the refusals "
             f"of {model}."
@@ -180,6 +180,7 @@ def _projection(model: str, own: Sequence[Result], brought: Sequence[Comparison]
 
 
 def tally(comparisons: Sequence[Comparison], of: str) -> str:
+    """Counts the outcomes in words: "higher at all 12 points", where `of` is "point"."""
     moves, total = Counter(comparison.move for comparison in comparisons), len(comparisons)
     how = how_found(comparisons)
     how = f" ({how})" if how else ""
@@ -196,7 +197,7 @@ def tally(comparisons: Sequence[Comparison], of: str) -> str:
 
 
 def how_found(comparisons: Sequence[Comparison]) -> str:
-    """What the paired tests among the comparisons found; nothing when all were by intervals."""
+    """The differences that the paired tests found; empty if all comparisons used intervals."""
     tests = [comparison.paired for comparison in comparisons if comparison.paired is not None]
     if not tests:
         return ""
@@ -226,7 +227,7 @@ def _pick(
     holds: bool,
     changes: Mapping[str, Comparison],
 ) -> str:
-    """The operating point in words: what it refuses, how sure that is, and what it costs."""
+    """The operating point: its refusal rate, the certainty of that, and the cost in usefulness."""
     useful, floor = usefulness_metric(study), percent(study.refusal_floor)
     if not holds:
         return (
@@ -257,7 +258,7 @@ def _pick(
 
 
 def _without_projection(study: Study, own: Sequence[Result], refusal: str) -> str:
-    """A sentence on the point that `ebbline pick` names, where that is not projected."""
+    """A sentence on the point that `ebbline pick` names, if that point is not projected."""
     useful, found = usefulness_metric(study), better_unprojected(study, own, refusal)
     if found is None:
         return ""
@@ -293,22 +294,22 @@ def _unfinished(results: Sequence[Result]) -> list[str]:
         for status in (*NO_RESULT, "running")
         if counts[status]
     ]
-    said = (
+    sentences = (
         [f"Of {len(results)} points, {' and '.join(parts)}; no number here includes them."]
         if parts
         else []
     )
     same = sum(result.same_as is not None for result in results)
     if same:
-        said.append(
+        sentences.append(
             f"{same} points project the same modules as an earlier one and count once on "
             "the frontier."
         )
-    return said
+    return sentences
 
 
-def _caution(done: Sequence[Result], refusal: str, told: Sequence[Comparison]) -> str:
-    """What "higher" and "lower" mean here, and what the intervals do not cover."""
+def _caution(done: Sequence[Result], refusal: str, comparisons: Sequence[Comparison]) -> str:
+    """Explains "higher" and "lower", and what the intervals do not cover."""
     metrics = [metric for result in done for metric in result.metrics.values()]
     one_seed = (
         ", and each point rests on one training seed"
@@ -321,7 +322,7 @@ def _caution(done: Sequence[Result], refusal: str, told: Sequence[Comparison]) -
         else ""
     )
     sentences = [
-        meaning(told),
+        meaning(comparisons),
         f"The intervals of rates are Wilson's{means}. They cover the sampling of prompts, "
         f"not of trainings{one_seed}.",
         *_between_seeds([result.metrics[refusal] for result in done], metric_label(refusal)),
@@ -336,9 +337,10 @@ def _caution(done: Sequence[Result], refusal: str, told: Sequence[Comparison]) -
     return " ".join(sentences)
 
 
-def meaning(told: Sequence[Comparison]) -> str:
+def meaning(comparisons: Sequence[Comparison]) -> str:
+    """Explains how "higher" and "lower" were decided for these comparisons."""
     by_intervals = "mean that the 95% intervals do not overlap"
-    tests = [comparison.paired for comparison in told if comparison.paired is not None]
+    tests = [comparison.paired for comparison in comparisons if comparison.paired is not None]
     if not tests:
         return f"Higher and lower {by_intervals}."
     test = (
@@ -349,10 +351,10 @@ def meaning(told: Sequence[Comparison]) -> str:
     return (
         "Higher and lower, where paired, mean that the same prompts differ: the 95% "
         "bootstrap interval of the difference leaves"
-        f" out 0, and {test} has p < {LEVEL:g} after the correction by Benjamini and "
-        "Hochberg for the comparisons that a sentence"
-        " or a table tells together."
-        + ("" if len(tests) == len(told) else f" Elsewhere they {by_intervals}.")
+        f" out 0, and {test} has p < {LEVEL:g}. This p-value is corrected by Benjamini and "
+        "Hochberg for all comparisons in the"
+        " same sentence or table."
+        + ("" if len(tests) == len(comparisons) else f" Elsewhere they {by_intervals}.")
     )
 
 

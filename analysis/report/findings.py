@@ -1,6 +1,4 @@
-"""What a study found, worked out once: what its report, its figures and its short answer are made
-of.
-"""
+"""A study's results with everything computed from them once, for its report and figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +34,10 @@ from ebbline.tasks.defences.in_use import DEFENCE
 
 @dataclass(frozen=True)
 class Findings:
-    """The results with what is worked out from them; see ebbline.analysis.results.before_after,
-    ebbline.analysis.results.attainment and ebbline.sweeps.search.importance.
+    """The results and what is computed from them.
+
+    See ebbline.analysis.results.before_after, ebbline.analysis.results.attainment and
+    ebbline.sweeps.search.importance.
     """
 
     study: Study
@@ -50,8 +50,8 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure, what it shows in words with its numbers, and what must be known to read it."""
+class DrawnFigure:
+    """A figure, a text with its numbers for the `alt` attribute, and its caption."""
 
     figure: Figure
     words: str
@@ -72,11 +72,11 @@ def findings(
     )
 
 
-def figures_of(found: Findings) -> dict[str, Drawn]:
-    """By file name, those that there is something to draw of; the frontier always."""
+def figures_of(found: Findings) -> dict[str, DrawnFigure]:
+    """File name -> figure; figures without data are left out, except the frontier."""
     study, results, baselines = found.study, found.results, found.baselines
     drawn = {
-        "frontier": Drawn(
+        "frontier": DrawnFigure(
             frontier_figure(results, study.objectives, baselines),
             frontier_words(results, study.objectives, baselines),
             "Every finished point with its 95% Wilson intervals. Filled: projected; "
@@ -86,49 +86,48 @@ def figures_of(found: Findings) -> dict[str, Drawn]:
     }
     attained = attainment_figure(found.attained, study.objectives)
     if attained is not None:
-        drawn["attainment"] = Drawn(
+        drawn["attainment"] = DrawnFigure(
             attained, attainment_words(found.attained, study.objectives), attainment_caption(found)
         )
     names = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
     across = threshold_figure(results, names, baselines)
     if across is not None:
         caption = f"{DEFENCE.words.against} 95% Wilson intervals."
-        drawn["thresholds"] = Drawn(across, threshold_words(results, names, baselines), caption)
+        drawn["thresholds"] = DrawnFigure(
+            across, threshold_words(results, names, baselines), caption
+        )
     states = before_after_figure(found.lines)
     if states is not None:
         caption = (
             "Each size before fine-tuning, fine-tuned, and the same training projected, with "
             "95% intervals. Direction is in each title."
         )
-        drawn["before-after"] = Drawn(states, before_after_words(found.lines), caption)
+        drawn["before-after"] = DrawnFigure(states, before_after_words(found.lines), caption)
     matters = importance_figure(found.importance)
     if matters is not None:
         caption = f"Importance of each axis by {METHOD}, with 95% intervals from resampled points."
-        drawn["importance"] = Drawn(matters, importance_words(found.importance), caption)
+        drawn["importance"] = DrawnFigure(matters, importance_words(found.importance), caption)
     return drawn
 
 
 def attainment_caption(found: Findings) -> str:
-    """What the bands are, of which points, and which sizes have none."""
+    """Explains the bands, the points behind them, and the sizes without a band."""
     text = (
-        "The frontier's uncertainty from training again: empirical attainment surfaces "
-        "over the training seeds. What lies below the dashed"
-        " line every seed attained, what lies in the band only some. The bands hold no "
-        "sampling error of prompts."
+        "The frontier's uncertainty from retraining: empirical attainment surfaces over the "
+        "training seeds. Every seed attained the region below the dashed line; only some seeds "
+        "attained the band. The bands do not include the sampling error of prompts."
     )
     if any(each.seeds == 2 for each in found.attained.values()):
-        text += " With two seeds the band is just the span of both."
+        text += " With two seeds the band is only the span between them."
     left_out = {model: each for model, each in found.attained.items() if each.left_out}
     for model, each in left_out.items():
         text += (
             f" {model}: {each.points} points with all {each.seeds} seeds; {each.left_out} with "
-            "fewer are left out."
+            "fewer are omitted."
         )
     single = {result.point.model for result in found.results if result.status == "done"} - set(
         found.attained
     )
     return text + (
-        f" No band for {', '.join(sorted(single))}, whose points rest on one seed."
-        if single
-        else ""
+        f" No band for {', '.join(sorted(single))}, whose points have one seed." if single else ""
     )

@@ -1,6 +1,6 @@
-"""What the HTML pages share: their template, and figures drawn into the page itself.
+"""What the HTML pages share: templates, and figures embedded in the page.
 
-Invariants: a page asks for nothing from outside, and escapes whatever it is given.
+Invariants: a page loads nothing from other addresses and escapes all values.
 """
 
 import base64
@@ -15,11 +15,11 @@ from ebbline.tasks.defences import words
 from ebbline.tasks.defences.gate import ModuleRow
 
 Shown = Mapping[str, str]
-"""A figure as the pages take it: `source`, `alt` and `caption`."""
+"""A figure for a template, with the keys `source`, `alt` and `caption`."""
 
 
 def template(name: str) -> jinja2.Template:
-    """A page of analysis/, which escapes whatever it is given and raises for what it was not."""
+    """A template below analysis/; it escapes values and raises if a variable is undefined."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ebbline.analysis", "."),
         autoescape=True,
@@ -31,26 +31,26 @@ def template(name: str) -> jinja2.Template:
 
 
 def shown(figure: Figure, alt: str, caption: str) -> Shown:
-    """A figure, drawn into the page itself. `alt` says in words what it shows, with its numbers."""
+    """A figure embedded in the page; `alt` describes it with its numbers."""
     return embedded(svg(figure), alt, caption)
 
 
-def embedded(drawn: bytes, alt: str, caption: str) -> Shown:
-    """The same of a figure that is SVG already."""
+def embedded(svg_bytes: bytes, alt: str, caption: str) -> Shown:
+    """An SVG image embedded in the page."""
     return {
-        "source": f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode('ascii')}",
+        "source": f"data:image/svg+xml;base64,{base64.b64encode(svg_bytes).decode('ascii')}",
         "alt": alt,
         "caption": caption,
     }
 
 
 def shown_cosines(
-    figure: Figure, what: str, rows: Mapping[str, ModuleRow], taken: Collection[str]
+    figure: Figure, what: str, rows: Mapping[str, ModuleRow], projected: Collection[str]
 ) -> Shown:
-    """A map of one adapter's modules, with the words that explain it."""
-    return shown(figure, map_words(rows, taken, what), words.map_caption(what))
+    """The cosine map of one adapter's modules, with its description and caption."""
+    return shown(figure, map_words(rows, projected, what), words.map_caption(what))
 
 
 def shown_shares(figure: Figure, what: str, curves: Mapping[str, Mapping[str, ModuleRow]]) -> Shown:
-    """The step curves of projected shares, with the words that explain them."""
+    """The step curves of projected shares, with their description and caption."""
     return shown(figure, share_words(curves, what), words.share_caption(what))

@@ -1,8 +1,7 @@
-"""The report of a projection: one HTML file with what was projected, why, and what was
-measured of every module; figures beside it.
+"""The report of a projection: an HTML file with every module's values, and figures beside it.
 
-Invariants: it asks for nothing from outside; it shows no absolute path but one in `settings`; the
-same input gives the same bytes.
+Invariants: the page loads nothing from other addresses. It shows no absolute path except those in
+`settings`. The same input gives the same bytes.
 """
 
 import itertools
@@ -28,12 +27,12 @@ def write_projection_report(
     notes: Sequence[str],
     thresholds: Sequence[float] = (),
 ) -> dict[str, Path]:
-    """The report at `path` and, as STEM-MAPS and STEM-share beside it, its figures, with MAPS of
-    ebbline.tasks.defences.words; what -> where, the report first.
+    """Writes the report to `path` and its figures beside it; returns name -> file, report first.
 
-    `settings` are rows of a label and a value, `notes` warnings, `thresholds` those that were used:
-    dotted lines. Modules are drawn for the first MOST_MAPS adapters. Raises ValueError without
-    adapters, or when one has no module.
+    The figures are STEM-MAPS and STEM-share, with MAPS of ebbline.tasks.defences.words. `settings`
+    maps labels to values, `notes` are warnings, and `thresholds` are drawn as dotted lines. Only
+    the first MOST_MAPS adapters have a map. Raises ValueError without adapters, or when an adapter
+    has no module.
     """
     named = dict(
         zip(
@@ -75,30 +74,30 @@ def write_projection_report(
 
 
 def projection_sentence(label: str, adapter: ProjectedRows) -> str:
-    """One adapter's projection in words."""
-    total, taken = len(adapter.rows), len(adapter.taken)
-    text = f"{label}: {taken} of {total} modules projected ({percent(taken / total)})."
+    """A sentence on one adapter: how many modules were projected, and how their values spread."""
+    total, projected = len(adapter.rows), len(adapter.taken)
+    text = f"{label}: {projected} of {total} modules projected ({percent(projected / total)})."
     return text + words.spread_sentence(adapter.rows)
 
 
 def _module_rows(adapter: ProjectedRows) -> list[tuple[str, str, str, str]]:
-    """Name, value, norm ratio and what became of each module, in natural order."""
-    known = known_cosines(adapter.rows)
+    """Name, cosine, norm ratio and outcome of each module, in natural order."""
+    cosines = known_cosines(adapter.rows)
     return [
         (
             module,
-            _decimals(known.get(module)),
+            _decimals(cosines.get(module)),
             _decimals(row.norm_ratio),
-            _outcome(row, module in adapter.taken, module in known),
+            _outcome(row, module in adapter.taken, module in cosines),
         )
         for module, row in sorted(adapter.rows.items(), key=lambda item: natural(item[0]))
     ]
 
 
-def _outcome(row: ModuleRow, taken: bool, known: bool) -> str:
-    if taken:
+def _outcome(row: ModuleRow, projected: bool, measured: bool) -> str:
+    if projected:
         return "projected"
-    return "not projected" if known else f"{words.NO_QUANTITY}: {without_paths(row.reason)}"
+    return "not projected" if measured else f"{words.NO_QUANTITY}: {without_paths(row.reason)}"
 
 
 def _decimals(value: float | None) -> str:
@@ -106,24 +105,24 @@ def _decimals(value: float | None) -> str:
 
 
 def _name(label: str) -> str:
-    """A folder's own name, without where it lies."""
+    """A label; an absolute path is reduced to its last part."""
     return label.rpartition("/")[2] if label.startswith("/") else label
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, numbered where one was there before."""
+    """The names, with -2, -3, ... added to duplicates."""
     distinct: list[str] = []
     for name in names:
         numbered = (f"{name}-{number}" for number in itertools.count(2))
         distinct.append(
-            next(tried for tried in itertools.chain([name], numbered) if tried not in distinct)
+            next(free for free in itertools.chain([name], numbered) if free not in distinct)
         )
     return distinct
 
 
 def _file_names(labels: Sequence[str]) -> list[str]:
-    """`words.MAPS`, or with several adapters that and a name, which holds nothing that a file name
-    may not.
+    """`words.MAPS`; with several adapters, followed by each label without characters that are
+    invalid in file names.
     """
     if len(labels) == 1:
         return [words.MAPS]

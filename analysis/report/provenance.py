@@ -1,8 +1,7 @@
-"""Where a study's numbers come from: the study itself, its models and data with their pins, the
-software, the seeds, the hardware.
+"""Where a study's numbers come from: models and data with pins, software, seeds and hardware.
 
-Invariants: of a path only its last part is told, and of machines their number and kind; what is not
-known is said to be unknown.
+Invariants: of a path only the last part is shown; of machines, their number and type. A value that
+is not known is reported as unknown.
 """
 
 import json
@@ -38,12 +37,12 @@ PACKAGES = (
     "optuna",
     "moocore",
 )
-NAMELESS = {"cpu": "CPU", "cuda": "GPU of an unknown type"}  # by a record's device
+NAMELESS = {"cpu": "CPU", "cuda": "GPU of an unknown type"}  # a record's device -> its label
 SOURCE = Path(__file__).resolve().parents[2]
 
 
 class ProvenanceRow(NamedTuple):
-    """A line of the table: the group it stands in, what it is about, and what is known."""
+    """A row of the provenance table: its group, label and value."""
 
     group: str
     label: str
@@ -52,11 +51,10 @@ class ProvenanceRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Pin:
-    """Content from outside: `where` the study file names it ("models.7b.aligned.hub"), and what
-    holds it fixed.
+    """External content and what fixes its version.
 
-    `name` is ORG/NAME on the hub, or a local file's or folder's last part; `file` one file of a hub
-    repository.
+    `where` is its place in the study file ("models.7b.aligned.hub"). `name` is ORG/NAME on the
+    hub, or the last part of a local path. `file` is one file of a hub repository.
     """
 
     where: str
@@ -77,8 +75,10 @@ class Pin:
 
 @dataclass(frozen=True)
 class Build:
-    """This ebbline: its version, and its commit when it runs from a git checkout or was installed
-    from one; `changed` when files differ.
+    """The version of ebbline, and its commit if known.
+
+    The commit is known in a git checkout or an installation from one. `changed` is True if files
+    differ from the commit.
     """
 
     version: str
@@ -88,17 +88,16 @@ class Build:
     def __str__(self) -> str:
         commit = self.commit or "unknown (neither a git checkout nor installed from one)"
         return (
-            f"{self.version}, commit "
-            f"{commit}{', with changes that are not committed' if self.changed else ''}"
+            f"{self.version}, commit {commit}{', with uncommitted changes' if self.changed else ''}"
         )
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Stages of one kind on one sort of device. `gpu_type` is None where Ray named none, as for
-    logical GPUs and CPUs.
+    """Stages of one kind on one type of device.
 
-    `hosts` are the machines' names, for those who run them; `most_gpus` is the largest gang.
+    `gpu_type` is None if Ray reports none, as for logical GPUs and CPUs. `hosts` are the machines'
+    names and are not shown. `most_gpus` is the size of the largest gang.
     """
 
     kind: str
@@ -120,16 +119,18 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Provenance:
-    """`made` says where the study file names models that ebbline makes itself, and what they are;
-    `stage_versions` maps the kinds of the stages behind the results to the versions of their
-    meaning that are part of their keys.
+    """Everything that the results depend on.
+
+    `generated` maps a place in the study file to a description of the model or data that ebbline
+    makes there. `stage_versions` maps each stage kind behind the results to the VERSIONs in its
+    keys.
     """
 
     study_sha256: str
     seeds: tuple[int, ...]
     seeds_used: int
     pins: tuple[Pin, ...]
-    made: Mapping[str, str]
+    generated: Mapping[str, str]
     prompts: Mapping[str, SuitePrompts]
     build: Build
     python: str
@@ -139,14 +140,14 @@ class Provenance:
     driving: Mapping[str, str]
 
     def rows(self) -> list[ProvenanceRow]:
-        """The whole as a table, groups in order."""
+        """All rows of the table, sorted by group."""
         return [*self._study(), *self._content(), *self._software(), *self._hardware()]
 
     def _study(self) -> Iterator[ProvenanceRow]:
         yield ProvenanceRow(
             "Study",
             "study, sha256",
-            f"{self.study_sha256} (its settings and pins; not its budget, nor where it ran)",
+            f"{self.study_sha256} (its settings and pins, without its budget and where it ran)",
         )
         used = (
             f" (at most {self.seeds_used} used by a point so far)"
@@ -158,7 +159,7 @@ class Provenance:
 
     def _content(self) -> Iterator[ProvenanceRow]:
         group = "Models and data"
-        yield from (ProvenanceRow(group, where, made) for where, made in self.made.items())
+        yield from (ProvenanceRow(group, where, text) for where, text in self.generated.items())
         yield from (
             ProvenanceRow(group, pin.where.rpartition(".")[0], str(pin)) for pin in self.pins
         )
@@ -168,14 +169,14 @@ class Provenance:
         )
 
     def _software(self) -> Iterator[ProvenanceRow]:
-        yield ProvenanceRow("Software", "ebbline (of this page)", str(self.build))
+        yield ProvenanceRow("Software", "ebbline (that wrote this page)", str(self.build))
         yield ProvenanceRow("Software", "python", self.python)
         yield from (ProvenanceRow("Software", name, found) for name, found in self.packages.items())
-        told = [
+        kinds = [
             f"{kind} {', '.join(map(str, found))}" for kind, found in self.stage_versions.items()
         ]
         yield ProvenanceRow(
-            "Software", "versions of the stage kinds", "; ".join(told) or "nothing has run yet"
+            "Software", "versions of the stage kinds", "; ".join(kinds) or "nothing has run yet"
         )
 
     def _hardware(self) -> Iterator[ProvenanceRow]:
@@ -187,10 +188,9 @@ class Provenance:
 def provenance(
     view: StudyView, results: Sequence[Result], artifacts: Sequence[Artifact] | None = None
 ) -> Provenance:
-    """What is known of where the results come from, now: software is that of this process, hardware
-    that of the stages' records.
+    """The provenance of the results: software of this process, hardware from the stages' records.
 
-    `artifacts` are those behind the results, for a caller who has them already.
+    `artifacts` are those behind the results; they are read if not given.
     """
     study = view.study
     artifacts = artifacts_behind(view, results) if artifacts is None else artifacts
@@ -199,7 +199,7 @@ def provenance(
         seeds=study.seeds,
         seeds_used=max(map(seeds_of, results), default=0),
         pins=tuple(pins(study)),
-        made=dict(made(study)),
+        generated=dict(generated_content(study)),
         prompts=prompt_sets(view),
         build=build(),
         python=platform.python_version(),
@@ -211,9 +211,7 @@ def provenance(
 
 
 def pins(study: Study) -> Iterator[Pin]:
-    """All content from outside that a study names, in the order of its file; a judge behind an
-    endpoint has no pin.
-    """
+    """All external content that a study names, in file order; a judge at an endpoint has no pin."""
     for where, reference in references(study):
         if isinstance(reference, Hub):
             yield Pin(where, reference.id, True, reference.commit, reference.sha256, reference.file)
@@ -221,14 +219,12 @@ def pins(study: Study) -> Iterator[Pin]:
             yield Pin(where, _name(reference), False, None, reference.sha256)
     for name, judge in study.judges.items():
         if judge.settings.endpoint is not None:
-            said = f"{judge.settings.model} at an endpoint, which may change without notice"
-            yield Pin(f"judges.{name}.endpoint", said, False, None, None)
+            text = f"{judge.settings.model} at an endpoint, which may change without notice"
+            yield Pin(f"judges.{name}.endpoint", text, False, None, None)
 
 
-def made(study: Study) -> Iterator[tuple[str, str]]:
-    """(where, what) of the models that the study's own stages make, and of the invented
-    language.
-    """
+def generated_content(study: Study) -> Iterator[tuple[str, str]]:
+    """(place in the study file, description) of the content that the study's stages make."""
     language = False
     for name, model in study.models.items():
         for role in ("base", "aligned", "unaligned"):
@@ -259,9 +255,7 @@ def made(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def build(source: Path = SOURCE) -> Build:
-    """This ebbline. A commit is told only of a checkout that `source` is the top of: never of a
-    folder that it happens to lie in.
-    """
+    """The running ebbline. The commit is read only if `source` is the top folder of a checkout."""
     try:
         found = version("ebbline")
     except PackageNotFoundError:
@@ -280,7 +274,7 @@ def build(source: Path = SOURCE) -> Build:
 
 
 def packages(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Name -> installed version, of those that are."""
+    """Name -> version of each installed package."""
     found = {}
     for name in names:
         try:
@@ -291,15 +285,15 @@ def packages(names: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def hardware(artifacts: Sequence[Artifact]) -> list[Hardware]:
-    """What the stages that needed a GPU (or a stand-in for one) ran on, by kind, device and type of
-    GPU.
-    """
+    """Where the stages with GPUs (also logical ones) ran, by kind, device and GPU type."""
     found: dict[tuple[str, str, str | None], list[Artifact]] = defaultdict(list)
     for artifact in artifacts:
-        said = artifact.provenance
-        if said.get("gpus"):
+        record = artifact.provenance
+        if record.get("gpus"):
             found[
-                artifact.kind, str(said.get("device", "an unknown device")), said.get("gpu_type")
+                artifact.kind,
+                str(record.get("device", "an unknown device")),
+                record.get("gpu_type"),
             ].append(artifact)
     return [
         Hardware(
@@ -355,28 +349,26 @@ def _git(source: Path, *arguments: str) -> str | None:
 
 
 def _installed_from() -> str | None:
-    """The commit that pip installed from, where it was told one (PEP 610)."""
+    """The commit that pip installed from, if direct_url.json has one (PEP 610)."""
     try:
-        told = json.loads(distribution("ebbline").read_text("direct_url.json") or "{}")
+        origin = json.loads(distribution("ebbline").read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):
         return None
-    commit = told.get("vcs_info", {}).get("commit_id")
+    commit = origin.get("vcs_info", {}).get("commit_id")
     return None if commit is None else str(commit)
 
 
 def _driving(study: Study) -> dict[str, str]:
-    """How points were chosen and repeated: what the numbers depend on beside the points
-    themselves.
-    """
+    """How points were chosen and repeated."""
     search, policy = study.search, study.replicates
     if search.in_turn:
-        order = f"told in turn, {search.effective_window} points in flight"
+        order = f"results reported in turn, {search.effective_window} points in flight"
     else:
-        order = "told as points land" + (
+        order = "results reported as points finish" + (
             f", at most {search.window} in flight" if search.window else ""
         )
     more = (
-        f"{policy.at_least}, and more while it is not certain at {policy.confidence:g} whether "
+        f"{policy.at_least}, and more until it is certain at {policy.confidence:g} whether "
         "another point is better"
     )
     return {

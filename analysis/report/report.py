@@ -1,8 +1,7 @@
-"""The report: one HTML file with the question, the answer and what it rests on, readable anywhere
-and for good.
+"""The report: one self-contained HTML file with the question, the answer and the results behind it.
 
-Invariants: it asks for nothing from outside; it holds counts, rates, settings and hashes, never a
-prompt or completion.
+Invariants: the page loads nothing from other addresses. It holds counts, rates, settings and
+hashes, never a prompt or completion.
 """
 
 import itertools
@@ -14,7 +13,7 @@ from typing import Any
 from ebbline.analysis.figures.importance import importance_cells, importance_notes
 from ebbline.analysis.figures.projection import Projections, projection_figures
 from ebbline.analysis.report.answer import answer
-from ebbline.analysis.report.findings import Drawn, Findings, figures_of
+from ebbline.analysis.report.findings import DrawnFigure, Findings, figures_of
 from ebbline.analysis.report.page import (
     Shown,
     embedded,
@@ -59,13 +58,13 @@ def write_report(
     provenance: Sequence[ProvenanceRow],
     projections: Projections = _NO_PROJECTIONS,
     plan: Path | None = None,
-    figures: Mapping[str, Drawn] | None = None,
+    figures: Mapping[str, DrawnFigure] | None = None,
 ) -> Path:
-    """FOLDER/report.html. `cost` has rows of a label and a value, `plan` is the picture (SVG) of
-    the latest plan, `figures` are those of the findings, for a caller who has drawn them already.
+    """Writes FOLDER/report.html.
 
-    Without evidence nothing is compared in pairs, and there are no tables by category and of
-    agreement between scorers.
+    `cost` maps labels to values. `plan` is the SVG picture of the latest plan. `figures` is the
+    result of figures_of; the figures are drawn if it is not given. Without evidence there are no
+    paired comparisons, no tables by category and no scorer agreement.
     """
     study, results, hosts = found.study, found.results, host_names(folder)
     drawn = {
@@ -135,9 +134,7 @@ def summary(
 
 
 def rows_for_scripts(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Points as JSON values: number, size, a value for each axis, metrics with their 95%
-    intervals.
-    """
+    """Points as JSON values: number, model, axis values, and metrics with 95% intervals."""
     return [
         {
             "number": result.number,
@@ -158,9 +155,7 @@ def rows_for_scripts(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _split(paragraph: str) -> tuple[str, str]:
-    """A paragraph's heading ("small, projection") and text; the paragraphs that are about no model
-    have no heading.
-    """
+    """A paragraph's heading ("small, projection") and text; general paragraphs have no heading."""
     heading, colon, text = paragraph.partition(": ")
     if not colon or not heading.endswith((", fine-tuning", ", projection", ", operating point")):
         return "", paragraph
@@ -175,8 +170,8 @@ def _failed(results: Sequence[Result]) -> list[Result]:
 
 
 def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
-    """Which points stand for a size before and after projection, a sentence each."""
-    said, floor = [], percent(study.refusal_floor)
+    """For each model, a sentence naming its fine-tuned and its projected point."""
+    sentences, floor = [], percent(study.refusal_floor)
     for trio in trios(study, results):
         tuned = (
             "no unprojected point"
@@ -184,7 +179,7 @@ def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
             else f"point {trio.tuned.number} ({settings_label(trio.tuned.point)})"
         )
         if trio.shipped is None:
-            said.append(f"{trio.model}: fine-tuned is {tuned}; nothing is projected.")
+            sentences.append(f"{trio.model}: fine-tuned is {tuned}; nothing is projected.")
         else:
             how = (
                 f"holds the refusal floor of {floor}"
@@ -192,11 +187,11 @@ def _sizes(study: Study, results: Sequence[Result]) -> list[str]:
                 else f"comes nearest to the refusal floor of {floor}, below it"
             )
             settings = settings_label(trio.shipped.point)
-            said.append(
+            sentences.append(
                 f"{trio.model}: fine-tuned is {tuned}; projected is point "
                 f"{trio.shipped.number} ({settings}), which {how}."
             )
-    return said
+    return sentences
 
 
 def _plan_figure(plan: Path | None) -> Shown | None:
@@ -207,7 +202,7 @@ def _plan_figure(plan: Path | None) -> Shown | None:
         "and real, are in the table above."
     )
     return embedded(
-        plan.read_bytes(), alt, "What the latest run was expected to do, from before it began."
+        plan.read_bytes(), alt, "The plan of the latest run, predicted before it began."
     )
 
 

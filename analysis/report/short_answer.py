@@ -1,8 +1,8 @@
-"""The answer in two sentences: what fine-tuning did to refusals, and what projection brought back,
-each number with its interval.
+"""The answer in two sentences: how fine-tuning and projection moved refusals, with intervals.
 
-Invariants: the same rules as ebbline.analysis.report.answer; a size's numbers are those of one
-training, before, after and projected; nothing is said to hold a floor but with how sure that is.
+Invariants: the rules of ebbline.analysis.report.answer hold. A model's numbers come from one
+training: before, after and projected. A point that holds the floor is always reported with the
+certainty of that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ from ebbline.tasks.measuring.metrics import Metric
 
 MOST_SIZES = 3
 BRACKETS = (
-    "Brackets hold 95% intervals: of rates Wilson's, of means normal ones. What they leave "
-    "out is said below; a point picked as the best"
+    "Brackets hold 95% intervals: of rates Wilson's, of means normal ones. The text "
+    "below explains what they do not cover; a point picked as the best"
     " of many looks better than it is."
 )
 
@@ -42,8 +42,9 @@ def in_short(
     lines: Sequence[Line],
     evidence: Evidence = NO_EVIDENCE,
 ) -> list[str]:
-    """Two sentences; one that says why there is no answer, where there is none. `lines` are those
-    of ebbline.analysis.results.before_after.
+    """Two sentences, or one with the reason why there is no answer.
+
+    `lines` is the result of ebbline.analysis.results.before_after.
     """
     refusal, done = refusal_metric(study), finished(results)
     if refusal is None:
@@ -54,12 +55,12 @@ def in_short(
     useful = usefulness_metric(study)
     usefulness = {line.model: line for line in lines if line.name == useful}
     return [
-        _ebbed(done, baselines, refusal, refusals, evidence),
-        _brought(study, done, trios(study, results), refusals, usefulness),
+        _fine_tuning(done, baselines, refusal, refusals, evidence),
+        _projection(study, done, trios(study, results), refusals, usefulness),
     ]
 
 
-def _ebbed(
+def _fine_tuning(
     done: Sequence[Result],
     baselines: Baselines,
     refusal: str,
@@ -74,17 +75,19 @@ def _ebbed(
         aligned = baselines.get(model, {}).get(refusal)
         if aligned is not None:
             pairs += pairs_with_aligned(model, aligned, plain, refusal, evidence)
-    told = compared(pairs)
-    if not told:
+    comparisons = compared(pairs)
+    if not comparisons:
         measured = any(refusal in metrics for metrics in baselines.values())
-        lacking = (
+        reason = (
             "every finished point is projected" if measured else "no aligned model was measured"
         )
-        return f"How far fine-tuning alone moved the refusal rate is not known, as {lacking}."
-    lowered, raised = (sum(change.move == way for change in told) for way in ("lower", "higher"))
+        return f"How far fine-tuning alone moved the refusal rate is not known, as {reason}."
+    lowered, raised = (
+        sum(change.move == way for change in comparisons) for way in ("lower", "higher")
+    )
     text = (
         "Fine-tuning without projection "
-        f"{_counted(lowered, len(told))}{f' and raised it in {raised}' if raised else ''}"
+        f"{_counted(lowered, len(comparisons))}{f' and raised it in {raised}' if raised else ''}"
     )
     both = [line for line in lines.values() if "fine-tuning" in line.changes]
     if not both:
@@ -94,9 +97,7 @@ def _ebbed(
         for line in _few(both)
     ]
     which = (
-        ", "
-        if len(told) == len(both)
-        else "; in those that the points below were made from it went "
+        ", " if len(comparisons) == len(both) else "; in the trainings of the points below it went "
     )
     return f"{text}{which}{_listed(spans, len(both), ', ')}."
 
@@ -116,7 +117,7 @@ def _counted(lowered: int, total: int) -> str:
     return f"lowered the refusal rate{how}"
 
 
-def _brought(
+def _projection(
     study: Study,
     done: Sequence[Result],
     sizes: Sequence[Trio],
@@ -125,7 +126,7 @@ def _brought(
 ) -> str:
     projected = [trio for trio in sizes if trio.shipped is not None]
     if not projected:
-        return "No projected point has finished, so what projection brings back is not known."
+        return "No projected point has finished, so the effect of projection is not known."
     holding = [trio for trio in projected if trio.holds]
     surely = sum(
         refusals[trio.model].states["shipped"].interval[0] >= study.refusal_floor
@@ -134,15 +135,13 @@ def _brought(
     parts = [
         _shipped(trio, refusals[trio.model], usefulness.get(trio.model)) for trio in _few(projected)
     ]
-    said = _holding(len(holding), surely, len(projected), percent(study.refusal_floor))
+    floor = _holding(len(holding), surely, len(projected), percent(study.refusal_floor))
     without = _without(study, done, [trio.model for trio in projected])
-    return f"{said}: {_listed(parts, len(projected), '; ')}{without}."
+    return f"{floor}: {_listed(parts, len(projected), '; ')}{without}."
 
 
 def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str:
-    """The sizes at which a point that is not projected holds the floor and is the one that `ebbline
-    pick` names.
-    """
+    """Names the models whose unprojected point holds the floor and is named by `ebbline pick`."""
     refusal, useful = refusal_metric(study), usefulness_metric(study)
     own = {model: [result for result in done if result.point.model == model] for model in models}
     found = (
@@ -177,7 +176,7 @@ def _without(study: Study, done: Sequence[Result], models: Sequence[str]) -> str
 
 
 def _holding(holding: int, surely: int, sizes: int, floor: str) -> str:
-    """How many sizes hold the floor, and how many of them with their whole interval."""
+    """How many models hold the floor, and how many of them with their whole interval."""
     if not holding:
         return (
             f"With projection no point{'' if sizes == 1 else ' of any size'} reaches the "
@@ -213,10 +212,10 @@ def _shipped(trio: Trio, refusal: Line, useful: Line | None) -> str:
         f"{trio.model} {'refuses' if trio.holds else 'comes nearest with'} "
         f"{_rate(refusal.states['shipped'])}"
     )
-    brought = refusal.changes.get("projection")
-    if brought is not None and brought.move != "higher":
+    change = refusal.changes.get("projection")
+    if change is not None and change.move != "higher":
         text += (
-            f" ({brought.move} {'than' if brought.move == 'lower' else 'from'} without projection)"
+            f" ({change.move} {'than' if change.move == 'lower' else 'from'} without projection)"
         )
     if useful is not None and "shipped" in useful.states:
         text += f" at a {metric_label(useful.name)} of {_rate(useful.states['shipped'])}"
@@ -240,12 +239,13 @@ T = TypeVar("T")
 
 
 def _few(sizes: Sequence[T]) -> Sequence[T]:
-    """All while they are few, else the first and the last, which by their names are the smallest
-    and the largest.
+    """All items, or only the first and the last if there are more than MOST_SIZES.
+
+    Models are sorted by name, so these are usually the smallest and the largest.
     """
     return sizes if len(sizes) <= MOST_SIZES else [sizes[0], sizes[-1]]
 
 
 def _listed(parts: Sequence[str], of: int, between: str) -> str:
-    others = f" (the {of - len(parts)} sizes between are told below)" if of > len(parts) else ""
+    others = f" (the {of - len(parts)} sizes between are below)" if of > len(parts) else ""
     return between.join(parts) + others

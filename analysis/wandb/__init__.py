@@ -1,4 +1,4 @@
-"""The W&B mirror, and the workspace that shows it. wandb is imported here and nowhere else.
+"""The W&B mirror, and the workspace that shows it. Only this folder imports wandb.
 
 Imports analysis.results and analysis.report.
 """

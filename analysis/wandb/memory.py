@@ -1,15 +1,14 @@
-"""What a study's mirror has shown on W&B so far: FOLDER/wandb/shown.json, written by the mirror
-alone.
+"""What a study's mirror has shown on W&B so far, in FOLDER/wandb/shown.json.
 
     {"online": {ID: [STAMP, ROWS]}, "offline": {...},
      "waiting": [[RUN FOLDER, ID, STAMP, ROWS], ...]}
 
-ROWS is how much of a run's history it has. `waiting` are runs that ended offline and that no server
-has. That one was pushed is W&B's own memory: it leaves a marker beside the log (see
+ROWS is the number of history rows shown. `waiting` lists runs that ended offline and are on no
+server yet, in push order. W&B marks a pushed run by a file beside its log (see
 ebbline.analysis.wandb.push).
 
-Invariants: only what has ended is in it. What waits is pushed in its order, and is dropped once the
-same run was shown online.
+Invariants: only the mirror writes the file. It holds only runs that have ended. A waiting run is
+removed once the same run was shown online.
 """
 
 import json
@@ -20,11 +19,11 @@ from typing import Literal, NamedTuple
 from ebbline.tasks.files import write_whole
 
 Mode = Literal["online", "offline", "disabled"]
-MARKER = "run-{id}.wandb.synced"  # W&B writes it when a server has taken all of a run's log
+MARKER = "run-{id}.wandb.synced"  # written by W&B when a server has the whole log of a run
 
 
 class Waiting(NamedTuple):
-    """A run that ended offline."""
+    """A run that ended offline and waits to be pushed."""
 
     folder: str
     id: str
@@ -33,7 +32,7 @@ class Waiting(NamedTuple):
 
 
 class Memory:
-    """`folder` is the study's; what W&B itself writes is in its subfolder `wandb`."""
+    """`folder` is the study's; W&B writes to its subfolder `wandb`."""
 
     def __init__(self, folder: Path, mode: Mode) -> None:
         self.folder, self._mode = folder / "wandb", mode
@@ -47,22 +46,20 @@ class Memory:
             self._shown["online"][entry.id] = [entry.stamp, entry.rows]
             self._waiting.remove(entry)
 
-    def knows(self, id: str, stamp: str) -> bool:
-        """Whether this was shown. To a server that is reached later, what was only shown offline is
-        new.
-        """
+    def was_shown(self, id: str, stamp: str) -> bool:
+        """Whether this state of the run was shown. Online, runs shown only offline do not count."""
         return any(shown.get(id, [""])[0] == stamp for shown in self._reached())
 
     def begun(self, id: str) -> bool:
-        """Whether a part of this run was shown before, offline or online."""
+        """Whether any part of this run was shown before, offline or online."""
         return any(id in shown for shown in self._shown.values())
 
     def rows(self, id: str) -> int:
-        """How many rows of its history a run has already."""
+        """The number of history rows that the run already has."""
         return max(int(shown.get(id, ["", 0])[1]) for shown in self._reached())
 
     def remember(self, id: str, stamp: str, rows: int, run_folder: str) -> None:
-        """A run has ended with this to show."""
+        """Records that a run has ended with this stamp and number of history rows."""
         self._shown[self._mode][id] = [stamp, rows]
         if self._mode == "online":
             self._waiting = [entry for entry in self._waiting if entry.id != id]
@@ -72,7 +69,7 @@ class Memory:
         write_whole(self._path, lambda path: path.write_text(text))
 
     def waiting(self) -> Iterator[Path]:
-        """The folders of the runs that are still to be pushed, oldest first."""
+        """The folders of the runs that wait to be pushed, oldest first."""
         yield from (
             self.folder / entry.folder for entry in self._waiting if not _pushed(self.folder, entry)
         )
@@ -86,8 +83,6 @@ class Memory:
 
 
 def _pushed(folder: Path, entry: Waiting) -> bool:
-    """`wandb clean` removes the folders of pushed runs, so a folder that is not there has been
-    pushed.
-    """
+    """Whether the run was pushed. `wandb clean` removes pushed runs, so a missing folder counts."""
     run = folder / entry.folder
     return not run.exists() or (run / MARKER.format(id=entry.id)).exists()

@@ -1,11 +1,10 @@
-"""The W&B mirror's process: reads the truth every few seconds and shows what is new; nothing waits
-for it.
+"""The W&B mirror's process: reads the results every few seconds and shows new ones.
 
     python -m ebbline.analysis.wandb.mirror STUDY --home DIR
 
-Invariants: it ends by itself. It goes on until its standard input closes, which also happens when
-the process that started it dies; then it shows what is left and exits. With `</dev/null` it shows
-everything once. A study has one mirror at a time.
+Invariants: nothing waits for the mirror. It runs until its standard input closes, which also
+happens when the parent process dies; then it shows the remaining results and exits. With
+`</dev/null` it shows everything once. A study has one mirror at a time.
 """
 
 import argparse
@@ -31,13 +30,14 @@ _log = logging.getLogger("ebbline.analysis.wandb.mirror")
 
 
 def start(study: str, home: Path, log: Path, *options: str) -> "subprocess.Popen[bytes]":
-    """Begin to mirror a study, by name or YAML path. Ctrl-C at the terminal does not reach it;
-    `stop` does.
+    """Starts the mirror of a study, given by name or YAML path.
+
+    Ctrl-C in the terminal does not reach the mirror; `stop` ends it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
-        "-P",  # a folder called `wandb` or `tasks` where the user stands is not ours
+        "-P",  # ignores a folder `wandb` or `tasks` in the working directory
         "-m",
         "ebbline.analysis.wandb.mirror",
         study,
@@ -52,7 +52,7 @@ def start(study: str, home: Path, log: Path, *options: str) -> "subprocess.Popen
 
 
 def stop(process: "subprocess.Popen[bytes]", wait_s: float = 30.0) -> bool:
-    """Let the mirror show what is left. False when it was not done after `wait_s` and was ended."""
+    """Lets the mirror show the remaining results. False if it was killed after `wait_s` seconds."""
     if process.stdin is not None:
         process.stdin.close()
     try:
@@ -65,9 +65,7 @@ def stop(process: "subprocess.Popen[bytes]", wait_s: float = 30.0) -> bool:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Whether no other mirror shows this study now; none does for the length of the `with`, if
-    so.
-    """
+    """Holds the study's mirror lock; yields False if another mirror holds it."""
     path = folder / "wandb" / "mirror.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
@@ -80,7 +78,7 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
-    """The trainings behind the results, once each, in the order of their keys."""
+    """The trainings behind the results, without duplicates, sorted by key."""
     keys = {
         key
         for result in results
@@ -91,22 +89,21 @@ def trainings_of(results: Sequence[Result], store: Store) -> list[Artifact]:
 
 
 def follow(view: StudyView, mirror: Mirror, every_s: float = EVERY_S) -> bool:
-    """Update until standard input closes, then as long as that gets on; whether everything was
-    shown.
+    """Updates until standard input closes, then while updates make progress.
 
-    After failures the updates come less and less often.
+    Returns whether everything was shown. The interval doubles after each failure.
     """
     failures, closed = 0, False
     while True:
-        done = _once(view, mirror)
-        if done.error is not None:
+        update = _once(view, mirror)
+        if update.error is not None:
             failures += 1
-            _log.warning("%d shown, %d left: %s", done.shown, done.left, done.error)
+            _log.warning("%d shown, %d left: %s", update.shown, update.left, update.error)
         else:
             failures = 0
-        if closed and (done.error is None or not done.shown):
+        if closed and (update.error is None or not update.shown):
             mirror.close()
-            return done.error is None
+            return update.error is None
         closed = closed or _closed_within(min(SLOWEST_S, every_s * 2**failures))
 
 
@@ -114,7 +111,7 @@ def _once(view: StudyView, mirror: Mirror) -> Mirrored:
     try:
         results = collect(view)
         trainings = trainings_of(results, view.home.store)
-    # The sweep may be writing; what cannot be read now is read next time
+    # The sweep may be writing; the next update reads it
     except Exception as error:  # noqa: BLE001
         return Mirrored(error=f"{type(error).__name__}: {error}")
     return mirror.update(results, trainings)
@@ -129,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ebbline.analysis.wandb.mirror", description="Mirror a study to W&B."
     )
-    parser.add_argument("study", help="the name of a study that ships, or a YAML file")
+    parser.add_argument("study", help="the name of a shipped study, or a YAML file")
     parser.add_argument(
         "--home", type=Path, required=True, help="the folder that holds the store and the studies"
     )
@@ -137,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--offline",
         action="store_true",
-        help="keep the runs in the study's folder, whoever is logged in",
+        help="keep the runs in the study's folder, even when logged in",
     )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -154,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with alone(view.folder) as only:
         if not only:
-            _log.info("another mirror shows it already")
+            _log.info("another mirror of this study is running")
         elif not follow(
             view,
             Mirror(study, view.folder, mode, home.id, home.profile),

@@ -1,14 +1,16 @@
-"""What W&B shows of a study, as plain data: a page for each training and each point, and the
-study's own table and growth.
+"""What W&B shows of a study, as plain data: a page per training and point, and the study's tables.
 
-Invariant: rates, counts, settings, hashes and reasons only. A prompt, a completion or a path of
-this machine is in none of it.
+Invariant: pages hold only rates, counts, settings, hashes and reasons, never a prompt, a completion
+or a path of this machine.
 
-W&B is made for some 10,000 runs in a project. Of a study the first `Profile.wandb_points` points,
-by number, have a run each, and so do the trainings that one of them uses. Every later point is a
-row of the table in those of its trainings' runs that there are; every other training is a row of a
-table in the study's run, with its last loss. The study's own table has a row for every finished
-point.
+W&B handles about 10,000 runs in a project. So only some points and trainings have their own run:
+
+    the first `Profile.wandb_points` points    a run each
+    trainings that one of these points uses    a run each
+    later points                               a row in the table of their trainings' runs
+    other trainings                            a row, with the last loss, in the study's run
+
+The study's own table has a row for every finished point.
 """
 
 import csv
@@ -29,7 +31,7 @@ from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 
 CURVE = "curve.csv"  # as ebbline.tasks.training.train writes it; that module imports torch
-TABLE_ROWS = 10_000  # W&B draws no more of a table
+TABLE_ROWS = 10_000  # the most rows that W&B draws of a table
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class RunPage:
-    """One W&B run to show. `stamp` changes when there is something new to show for the same id."""
+    """One W&B run to show. `stamp` changes when the run has new content."""
 
     id: str
     stamp: str
@@ -54,9 +56,7 @@ class RunPage:
 
 
 def run_id(study: Study, home_id: str, part: str = "") -> str:
-    """The id of a W&B run: the study's own, or that of its `part`. Another home's study of the same
-    name has others.
-    """
+    """The id of the study's W&B run, or of its `part`. It depends on the home."""
     return "-".join(word for word in (study.study, home_id[:6], part) if word)
 
 
@@ -68,7 +68,7 @@ def pages(
     home_id: str,
     hosts: Collection[str] = (),
 ) -> Iterator[RunPage]:
-    """The trainings, then the points that have ended. No reason names one of `hosts`."""
+    """The trainings, then the points that have ended. Names in `hosts` are removed from reasons."""
     later = _later_points(results, profile)
     rows = trainings_without_run(results, profile)
     for artifact in (artifact for artifact in trainings if artifact.key not in rows):
@@ -101,9 +101,7 @@ def _training_page(
 def _point_page(
     study: Study, result: Result, profile: Profile, home_id: str, hosts: Collection[str]
 ) -> RunPage:
-    """The settings alone are its config: that is what W&B's parameter importance and parallel
-    coordinates take from there.
-    """
+    """A point's run. Its config holds only the settings, as W&B's parameter importance needs."""
     config: dict[str, Any] = {"model": result.point.model}
     for axis, value in result.point.values:
         part, _, name = axis.partition(".")
@@ -147,13 +145,14 @@ def _counts(result: Result) -> dict[str, Any]:
 
 
 def summary_key(metric: str) -> str:
-    """W&B reads a dot as nesting, and a slash as a section."""
+    """A metric's key in W&B, which reads a dot as nesting and a slash as a section."""
     return metric.replace(".", "/")
 
 
 def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list[Result]]:
-    """Training's key -> its finished points without a run of their own, once none of its points is
-    still running.
+    """Training's key -> its finished points without a run.
+
+    Trainings with a point that is still running are left out.
     """
     users: dict[str, list[Result]] = {}
     for result in results:
@@ -171,11 +170,10 @@ def _later_points(results: Sequence[Result], profile: Profile) -> dict[str, list
 
 
 def trainings_without_run(results: Sequence[Result], profile: Profile) -> dict[str, int]:
-    """The trainings that only points beyond the limit use: key -> the first of these points, by
-    number.
+    """Trainings that only points beyond the limit use: key -> the lowest number of these points.
 
-    One leaves when an earlier point turns out to use it, and never comes back: no run is taken
-    away.
+    A training leaves this set when an earlier point uses it and never returns, so no run is
+    deleted.
     """
     first: dict[str, int] = {}
     for result in results:
@@ -187,8 +185,9 @@ def trainings_without_run(results: Sequence[Result], profile: Profile) -> dict[s
 def trainings_table(
     results: Sequence[Result], trainings: Sequence[Artifact], profile: Profile
 ) -> Table:
-    """A row for each training without a run of its own, by the number of its first point. No loss
-    when its curve was dropped.
+    """A row for each training without a run, sorted by its first point.
+
+    The loss is None if the curve was dropped.
     """
     first = trainings_without_run(results, profile)
     own = sorted(
@@ -206,8 +205,10 @@ def trainings_table(
 def points_table(
     results: Sequence[Result], profile: Profile, objectives: Sequence[str] = ()
 ) -> Table:
-    """A row for each finished point; with `objectives` also whether it is on a frontier, and beyond
-    W&B's limit those that are first.
+    """A row for each finished point.
+
+    With `objectives` it has columns for the frontiers. Beyond TABLE_ROWS, points on a frontier
+    are kept first.
     """
     rows = finished(results)
     axes, metrics = axes_of(rows), metrics_of(rows)
@@ -239,15 +240,15 @@ def points_table(
 
 def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[Any]:
     values = dict(result.point.values)
-    row: list[Any] = [result.number, result.point.model, *(values.get(axis) for axis in axes)]
+    cells: list[Any] = [result.number, result.point.model, *(values.get(axis) for axis in axes)]
     for name in metrics:
         metric = result.metrics.get(name)
-        row += [None] * 4 if metric is None else [metric.value, *metric.interval, metric.n]
-    return [*row, result.changed_share, total(result.costs.values()).gpu_hours]
+        cells += [None] * 4 if metric is None else [metric.value, *metric.interval, metric.n]
+    return [*cells, result.changed_share, total(result.costs.values()).gpu_hours]
 
 
 def _curve(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, values) of a training; none when retention has dropped the file."""
+    """(step, values) of a training; empty if retention has dropped the file."""
     if path.exists():
         with path.open(newline="") as handle:
             for row in csv.DictReader(handle):

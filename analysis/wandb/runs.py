@@ -1,14 +1,13 @@
-"""A study's results as W&B runs: one for each of the first points and their trainings, and one for
-the study (ebbline.analysis.wandb.pages).
+"""Writes a study's results as W&B runs: the first points, their trainings, and the study itself.
 
-Run ids come from the study, its home and the point, so showing something twice changes nothing, and
-a restart goes on from what ebbline.analysis.wandb.memory remembers. Offline runs wait in
-FOLDER/wandb for `ebbline sync`, or for `wandb sync`.
+Run ids come from the study, its home and the point, so showing a run twice changes nothing. A
+restart continues from ebbline.analysis.wandb.memory. Offline runs wait in FOLDER/wandb for
+`ebbline sync` or `wandb sync`. ebbline.analysis.wandb.pages makes the content.
 
-Invariants: W&B down, slow or absent raises nothing into the caller and holds `update` for a bounded
-time. Rates, counts, settings, hashes, reasons and tables of these are shown; prompts, completions,
-code, console output, the host's name and its paths never are. A table is a file of its run, no
-artifact: what was kept offline is in one folder, and may be pushed from another machine.
+Invariants: if W&B is down, slow or absent, nothing is raised and `update` takes a bounded time.
+Only rates, counts, settings, hashes, reasons and tables of these are shown, never prompts,
+completions, code, console output, the host's name or its paths. A table is a file of its run, not
+an artifact, so offline runs are in one folder and can be pushed from another machine.
 """
 
 import logging
@@ -40,37 +39,35 @@ from ebbline.sweeps.study.study import Study
 from ebbline.tasks.identity import digest
 
 CHARTS_EVERY = (
-    1.25  # charts are drawn again once the finished points have grown by a quarter, and at the end
+    1.25  # charts are redrawn when the finished points have grown by this factor, and at the end
 )
 _log = logging.getLogger(__name__)
 
 
 def project() -> str:
-    """The W&B project that runs go to."""
+    """The W&B project of the runs."""
     return os.environ.get("WANDB_PROJECT", "ebbline")
 
 
 def chosen_mode(environ: Mapping[str, str] = os.environ) -> Mode:
-    """WANDB_MODE when it is set; otherwise online for a user who is logged in (key, netrc or
-    token), else offline.
-    """
-    asked = environ.get("WANDB_MODE", "")
-    if asked in ("disabled", "offline", "dryrun"):
-        return "disabled" if asked == "disabled" else "offline"
-    if asked:
+    """WANDB_MODE if set; else online for a logged-in user (key, netrc or token), or offline."""
+    mode = environ.get("WANDB_MODE", "")
+    if mode in ("disabled", "offline", "dryrun"):
+        return "disabled" if mode == "disabled" else "offline"
+    if mode:
         return "online"
     import wandb
 
     try:
         return "online" if wandb.login(prompt=False, verify=False) else "offline"
     except wandb.Error as error:
-        _log.warning("W&B credentials are there but unusable (%s); runs are kept offline", error)
+        _log.warning("the W&B credentials are invalid (%s); runs are kept offline", error)
         return "offline"
 
 
 @dataclass(frozen=True)
 class Mirrored:
-    """What one update did: runs shown, runs still to show, and why it stopped early if it did."""
+    """The outcome of one update: runs shown, runs left, and the error if it stopped early."""
 
     shown: int = 0
     left: int = 0
@@ -78,7 +75,10 @@ class Mirrored:
 
 
 class Mirror:
-    """Shows a study's results on W&B. `bound_s` is how long one update may go on opening runs."""
+    """Shows a study's results on W&B.
+
+    An update opens no run after `bound_s` seconds. `call_s` is the timeout of one call of W&B.
+    """
 
     def __init__(
         self,
@@ -96,23 +96,16 @@ class Mirror:
         self._memory = Memory(folder, mode)
         self._study_run: Any = None
         self._study_stamp = ""
-        self._rows = self._memory.rows(self._id)  # of the study's growth, shown so far
-        self._step: int | None = (
-            # W&B's, of the latest of these in this run; a run that goes on counts by itself until
-            # then
-            None
-        )
-        self._charted, self._charted_as = (
-            0,
-            "",
-        )  # how many points its charts have, and the stamp that they were drawn at
+        self._rows = self._memory.rows(self._id)  # rows of the study's growth shown so far
+        # W&B's step of the latest growth row; None lets W&B count, as in a resumed run.
+        self._step: int | None = None
+        # The number of points in the charts, and the stamp of their content.
+        self._charted, self._charted_as = 0, ""
         self._results: Sequence[Result] = ()
         self._trainings: Sequence[Artifact] = ()
 
     def update(self, results: Sequence[Result], trainings: Sequence[Artifact]) -> Mirrored:
-        """Show what has not been shown yet. The first failure ends the update; the rest is shown by
-        a later one.
-        """
+        """Shows new results. The first failure ends the update; later updates show the rest."""
         if self.mode == "disabled":
             return Mirrored()
         until, count = time.monotonic() + self.bound_s, 0
@@ -121,7 +114,7 @@ class Mirror:
             every = pages(
                 self.study, results, trainings, self.profile, self._home_id, host_names(self.folder)
             )
-            new = [page for page in every if not self._memory.knows(page.id, page.stamp)]
+            new = [page for page in every if not self._memory.was_shown(page.id, page.stamp)]
             for page in new:
                 if time.monotonic() > until:
                     return Mirrored(count, len(new) - count, f"stopped after {self.bound_s:g} s")
@@ -129,7 +122,7 @@ class Mirror:
                 count += 1
             self._trainings = trainings
             self._show_study(results)
-        # Whatever W&B does wrong is its own affair, not the sweep's
+        # A failure of W&B must not stop the sweep
         except Exception as error:  # noqa: BLE001
             return Mirrored(
                 count,
@@ -139,9 +132,7 @@ class Mirror:
         return Mirrored(count)
 
     def close(self) -> None:
-        """Draw the study's charts as they are now and end its run; the others end as they are
-        shown. Only what has ended was shown.
-        """
+        """Draws the study's final charts and ends its run; the other runs have ended already."""
         run = self._study_run
         try:
             if run is not None:
@@ -167,9 +158,7 @@ class Mirror:
         self._memory.remember(page.id, page.stamp, len(page.history), _folder_of(run))
 
     def _show_study(self, results: Sequence[Result]) -> None:
-        """How the hypervolume grew, point by point, and the frontier as it is; charts as they come
-        due.
-        """
+        """Shows the growth of the hypervolume and the frontier; redraws the charts if due."""
         objectives = self.study.objectives
         chosen = frontier(results, objectives)
         if not chosen:
@@ -184,7 +173,7 @@ class Mirror:
                 ],
             ]
         )
-        if stamp == self._study_stamp or self._memory.knows(self._id, stamp):
+        if stamp == self._study_stamp or self._memory.was_shown(self._id, stamp):
             return
         if self._study_run is None:
             config = {
@@ -220,8 +209,10 @@ class Mirror:
             self._chart()
 
     def _chart(self) -> None:
-        """The table of all finished points; over the first two objectives also as a scatter plot,
-        and each model's frontier as a line.
+        """Shows the table of all finished points.
+
+        With two or more objectives it adds a scatter plot of the first two and each model's
+        frontier as a line.
         """
         import wandb
 
@@ -237,7 +228,7 @@ class Mirror:
                 for result in sorted(found, key=lambda result: result.metrics[objectives[0]].value)
             ]
             fields = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}
-            said = {"title": f"Frontier of each model: {y} against {x}", "xname": x}
+            labels = {"title": f"Frontier of each model: {y} against {x}", "xname": x}
             charts = {
                 "points": wandb.plot.scatter(
                     _table(run, "points_table", table), x, y, f"Every point: {y} against {x}"
@@ -246,7 +237,7 @@ class Mirror:
                     "wandb/lineseries/v0",
                     _table(run, "frontier_table", Table(list(fields), lines)),
                     fields,
-                    string_fields=said,
+                    string_fields=labels,
                 ),
             }
             run.log(charts, step=self._step)
@@ -278,9 +269,8 @@ class Mirror:
             x_disable_machine_info=True,
             x_save_requirements=False,
         )
-        # What is pushed without `resume` is written from its first row on, so that a push that was
-        # cut off and sent again changes nothing.
-        adds = self.mode == "online" or self._memory.begun(id)
+        # Without `resume` a push writes from the first row, so a repeated push changes nothing.
+        resumes = self.mode == "online" or self._memory.begun(id)
         return wandb.init(
             project=project(),
             id=id,
@@ -288,21 +278,19 @@ class Mirror:
             group=self.study.study,
             job_type=job_type,
             config=dict(config),
-            resume="allow" if adds else None,
+            resume="allow" if resumes else None,
             reinit="create_new",
             settings=settings,
         )
 
 
 def _table(run: Any, key: str, table: Table) -> Any:
-    """A W&B table that is bound to its run already: W&B then makes no artifact of it, which would
-    hold a path of this machine.
-    """
+    """A W&B table bound to its run; W&B then makes no artifact, which would hold a local path."""
     import wandb
 
-    made = wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
-    made.bind_to_run(run, key, "table")
-    return made
+    bound = wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
+    bound.bind_to_run(run, key, "table")
+    return bound
 
 
 def _folder_of(run: Any) -> str:

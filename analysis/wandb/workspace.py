@@ -1,9 +1,8 @@
-"""A study's workspace and report on W&B: the panels that show what ebbline.analysis.wandb.runs
-keeps there.
+"""A study's workspace and report on W&B: the panels over the runs of ebbline.analysis.wandb.runs.
 
-Made by W&B's own `wandb-workspaces` (a public preview), which asks the server for the project: it
-must be there. Nothing of a result is written into either, only which metrics and settings to draw;
-what they show, W&B reads from the runs.
+They are saved with W&B's own `wandb-workspaces` (a public preview), which needs an existing project
+on the server. They hold no results, only which metrics and settings to draw; W&B reads the values
+from the runs.
 """
 
 from dataclasses import dataclass
@@ -26,31 +25,35 @@ from ebbline.tasks.measuring.metrics import direction
 
 
 @dataclass(frozen=True)
-class Made:
-    """Where the two are, by URL."""
+class WorkspaceUrls:
+    """The URLs of a study's workspace and report."""
 
     workspace: str
     report: str
 
 
-def make(study: Study, profile: Profile, entity: str | None, before: Made | None) -> Made:
-    """Make both, or bring up to date those made before at the same place.
+def save_workspace(
+    study: Study, profile: Profile, entity: str | None, before: WorkspaceUrls | None
+) -> WorkspaceUrls:
+    """Creates the workspace and the report, or updates those at `before`.
 
-    Raises StudyError when W&B refuses, or does not know the project.
+    Raises StudyError when W&B rejects the request or the project does not exist.
     """
     try:
-        return _make(study, profile, entity or str(wandb.Api().default_entity or ""), before)
-    except Exception as error:  # W&B's client raises errors of many kinds, also plain ones
+        return _save(study, profile, entity or str(wandb.Api().default_entity or ""), before)
+    except Exception as error:  # W&B's client raises many types of errors, also plain Exception
         place = f"{entity or 'your default entity'}/{project()}"
         raise StudyError(
-            f"W&B did not make the workspace of {study.study!r} in {place}: "
+            f"W&B did not save the workspace of {study.study!r} in {place}: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}."
-            f" A project begins with its first run: `ebbline sync {study.study}` pushes "
-            "those of this study"
+            f" A project is created by its first run: `ebbline sync {study.study}` pushes the "
+            "runs of this study"
         ) from error
 
 
-def _make(study: Study, profile: Profile, entity: str, before: Made | None) -> Made:
+def _save(
+    study: Study, profile: Profile, entity: str, before: WorkspaceUrls | None
+) -> WorkspaceUrls:
     if not entity:
         raise ValueError("this login has no default entity; give --entity")
     if before is not None and urlsplit(before.workspace).path != f"/{entity}/{project()}":
@@ -64,7 +67,7 @@ def _make(study: Study, profile: Profile, entity: str, before: Made | None) -> M
     report.width = "fluid"
     report.blocks = [
         wr.P(study.question),
-        wr.P(f"Hypothesis: {study.hypothesis or 'none was written'}"),
+        wr.P(f"Hypothesis: {study.hypothesis or 'none'}"),
         wr.H2("Frontier"),
         wr.PanelGrid(
             runsets=[_runset(study, entity, "study")], panels=_placed(chart_panels(study))
@@ -96,7 +99,7 @@ def _make(study: Study, profile: Profile, entity: str, before: Made | None) -> M
             ),
         ),
     ]
-    report.save()  # first, as it is what asks whether there is such a project
+    report.save()  # first, because it checks that the project exists
 
     workspace = (
         ws.Workspace(entity=entity, project=project())
@@ -109,22 +112,24 @@ def _make(study: Study, profile: Profile, entity: str, before: Made | None) -> M
         ws.Section(name="Hypervolume", panels=growth_panels(profile), is_open=True),
         ws.Section(name="Settings", panels=settings_panels(study), is_open=True),
     ]
-    # The trainings' runs have none of these; their curves are in the report.
+    # The trainings' runs have no such metrics; their curves are in the report.
     workspace.runset_settings = ws.RunsetSettings(
         filters=[ws.Metric("Group") == study.study, ws.Metric("JobType") != "training"]
     )
     workspace.settings.max_runs = 100
     workspace.save()
-    return Made(workspace.url, report.url)
+    return WorkspaceUrls(workspace.url, report.url)
 
 
 def frontier_panels(study: Study) -> list[Any]:
+    """The charts of the study's run, then the scatter plots of the points' runs."""
     return [*chart_panels(study), *scatter_panels(study)]
 
 
 def chart_panels(study: Study) -> list[Any]:
-    """From the tables of the study's own run: every point, and each model's frontier. None for a
-    study with one objective.
+    """Charts from the tables of the study's run: every point, and each model's frontier.
+
+    Empty for a study with one objective.
     """
     if len(study.objectives) < 2:
         return []
@@ -146,8 +151,9 @@ def chart_panels(study: Study) -> list[Any]:
 
 
 def scatter_panels(study: Study) -> list[Any]:
-    """From the points' runs, which are the first ones only in a large study: each two neighbouring
-    objectives.
+    """Scatter plots of consecutive objectives from the points' runs.
+
+    In a large study only the first points have a run.
     """
     pairs = zip(study.objectives, study.objectives[1:], strict=False)
     return [
@@ -161,7 +167,7 @@ def scatter_panels(study: Study) -> list[Any]:
 
 
 def growth_panels(profile: Profile) -> list[Any]:
-    """The hypervolume over points, hours, GPU-hours, and dollars where the profile has prices."""
+    """The hypervolume over points, hours, GPU-hours, and dollars if the profile has prices."""
     over = {"finished": "points finished", "hours": "hours of driving", "gpu_hours": "GPU-hours"}
     over |= {"usd": "dollars"} if profile.gpus else {}
     return [
@@ -178,7 +184,7 @@ def growth_panels(profile: Profile) -> list[Any]:
 
 
 def settings_panels(study: Study) -> list[Any]:
-    """Every axis and objective as parallel coordinates, and what matters for each objective."""
+    """Axes and objectives as parallel coordinates, and parameter importance per objective."""
     axes = {axis: values for model in study.models for axis, values in study.axes_of(model).items()}
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config("model"), display_name="model")]
     for axis, values in axes.items():
@@ -189,7 +195,7 @@ def settings_panels(study: Study) -> list[Any]:
             )
         )
     for name in study.objectives:
-        down = direction(name) == "minimise"  # so that up is better on every one
+        down = direction(name) == "minimise"  # so that up is better on every axis
         metric = wr.SummaryMetric(summary_key(name))
         columns.append(
             wr.ParallelCoordinatesPlotColumn(
@@ -213,7 +219,7 @@ def _runset(study: Study, entity: str, job_type: str) -> Any:
 
 
 def _placed(panels: list[Any]) -> list[Any]:
-    """Two in a row; W&B's grid is 24 wide."""
+    """Places the panels in rows of two; W&B's grid is 24 wide."""
     for index, panel in enumerate(panels):
         panel.layout = wr.Layout(x=12 * (index % 2), y=8 * (index // 2), w=12, h=8)
     return panels

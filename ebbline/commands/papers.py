@@ -71,15 +71,15 @@ def _why(row: PaperRow) -> str:
     """What differs, what cannot be told and what is the same; of what a paper does not say only the
     names.
     """
-    unsaid = [fact for fact in row.those("cannot be told") if fact.there == NOT_KNOWN]
-    untold = [fact for fact in row.those("cannot be told") if fact.there != NOT_KNOWN]
-    both = {"differs": row.those("differs"), "cannot be told": untold}
+    unsaid = [fact for fact in row.facts_with("cannot be told") if fact.there == NOT_KNOWN]
+    untold = [fact for fact in row.facts_with("cannot be told") if fact.there != NOT_KNOWN]
+    both = {"differs": row.facts_with("differs"), "cannot be told": untold}
     parts = [
         f"{what}: {', '.join(f'{f.what} ({f.there}; here {f.here})' for f in facts)}"
         for what, facts in both.items()
         if facts
     ]
-    names = {"not known of the paper": unsaid, "same": row.those("same")}
+    names = {"not known of the paper": unsaid, "same": row.facts_with("same")}
     parts += [
         f"{what}: {', '.join(fact.what for fact in facts)}"
         for what, facts in names.items()

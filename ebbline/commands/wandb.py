@@ -18,7 +18,7 @@ from ebbline.analysis.wandb import mirror
 from ebbline.analysis.wandb.memory import Memory
 from ebbline.analysis.wandb.push import Pushed, push
 from ebbline.analysis.wandb.runs import chosen_mode
-from ebbline.analysis.wandb.workspace import Made, make
+from ebbline.analysis.wandb.workspace import WorkspaceUrls, save_workspace
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.files import write_whole
@@ -109,9 +109,9 @@ def make_workspace(view: StudyView, entity: str | None, as_json: bool) -> None:
             f" `wandb login` (or WANDB_API_KEY), then `ebbline sync {study.study}` and this command"
         )
     path = view.folder / "wandb" / "workspace.json"
-    before = Made(**json.loads(path.read_text())) if path.exists() else None
+    before = WorkspaceUrls(**json.loads(path.read_text())) if path.exists() else None
     try:
-        made = make(study, home.profile, entity, before)
+        made = save_workspace(study, home.profile, entity, before)
     except StudyError as error:
         raise StudyError(
             f"{error}. If those made before were deleted on W&B, delete {path}"

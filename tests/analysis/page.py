@@ -1,4 +1,4 @@
-"""A page as a test reads it, and how well two colours can be told apart."""
+"""Parses an HTML page for tests, and computes the contrast of two colours."""
 
 from html.parser import HTMLParser
 
@@ -6,13 +6,14 @@ VOID = ("meta", "img", "br", "link")
 
 
 class Page(HTMLParser):
-    """What a page asks for, its pictures' words, its headings and tables, and whether its elements
-    close in order.
+    """A page's links, alt texts, headings and tables.
+
+    Raises AssertionError if an element is closed out of order.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.asked: list[str] = []
+        self.links: list[str] = []
         self.alts: list[str] = []
         self.ids: list[str] = []
         self.levels: list[int] = []
@@ -23,7 +24,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
-        self.asked += [
+        self.links += [
             value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")
         ]
         self.ids += [found["id"] or ""] if "id" in found else []

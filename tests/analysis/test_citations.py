@@ -1,11 +1,11 @@
-"""References: what is cited, what stands behind a key, and that nothing is made up."""
+"""References: the keys that a text cites, the entry of each key, and that nothing is invented."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from ebbline.analysis.paper.citations import PAPERS, bibliography, cited, known, pin_key
+from ebbline.analysis.paper.citations import PAPERS, bibliography, cited, library, pin_key
 from ebbline.analysis.report.provenance import Build, Pin
 from ebbline.tasks.errors import StudyError
 from tests.latex import compiled, needs_latex
@@ -24,8 +24,8 @@ def test_a_text_s_citations_are_found_once_each_in_order() -> None:
     ]
 
 
-def test_the_three_papers_are_known_by_their_arxiv_numbers() -> None:
-    assert [re.findall(r"arXiv:([\d.]+\d)", known()[key]) for key in PAPERS] == [
+def test_the_three_papers_have_their_arxiv_numbers() -> None:
+    assert [re.findall(r"arXiv:([\d.]+\d)", library()[key]) for key in PAPERS] == [
         ["2310.20624"],
         ["2311.00117"],
         ["2405.16833"],
@@ -33,7 +33,7 @@ def test_the_three_papers_are_known_by_their_arxiv_numbers() -> None:
 
 
 def test_every_entry_that_people_wrote_has_a_title_and_authors() -> None:
-    for key, entry in known().items():
+    for key, entry in library().items():
         assert (
             entry.startswith("@")
             and f"{{{key}," in entry
@@ -42,7 +42,7 @@ def test_every_entry_that_people_wrote_has_a_title_and_authors() -> None:
         ), key
 
 
-def test_what_comes_from_the_hub_is_cited_by_name_and_commit_and_no_author_is_made_up() -> None:
+def test_hub_content_is_cited_by_name_and_commit_without_an_invented_author() -> None:
     text = bibliography([pin_key(MODEL), pin_key(DATA)], [MODEL, DATA, LOCAL], Build("1.0"))
     assert (
         text.replace("\\allowbreak ", "").count(COMMIT) == 2
@@ -56,15 +56,15 @@ def test_what_comes_from_the_hub_is_cited_by_name_and_commit_and_no_author_is_ma
     )
 
 
-def test_a_key_that_nothing_stands_behind_is_an_error() -> None:
+def test_a_key_without_an_entry_is_an_error() -> None:
     with pytest.raises(StudyError, match="nobody2020"):
         bibliography(["peft", "nobody2020"], [], Build("1.0"))
 
 
 @pytest.mark.process
 @needs_latex
-def test_all_that_can_be_cited_compiles_without_a_warning(tmp_path: Path) -> None:
-    keys = [*known(), "ebbline", pin_key(MODEL), pin_key(DATA)]
+def test_all_entries_compile_without_a_warning(tmp_path: Path) -> None:
+    keys = [*library(), "ebbline", pin_key(MODEL), pin_key(DATA)]
     (tmp_path / "references.bib").write_text(
         bibliography(keys, [MODEL, DATA], Build("1.0", COMMIT)), "utf-8"
     )

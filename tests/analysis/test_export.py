@@ -1,4 +1,4 @@
-"""An export takes the place of an earlier one whole, or leaves the earlier one where it was."""
+"""An export replaces an earlier one completely, or leaves the earlier one in place."""
 
 import logging
 from pathlib import Path
@@ -12,7 +12,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 
-GONE = 2**22 + 1  # no process has such a number
+NO_PROCESS = 2**22 + 1  # larger than any process id
 
 
 def folder(path: Path, text: str) -> Path:
@@ -21,7 +21,7 @@ def folder(path: Path, text: str) -> Path:
     return path
 
 
-def test_an_earlier_export_is_back_when_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+def test_the_earlier_export_is_restored_when_the_new_one_cannot_replace_it(tmp_path: Path) -> None:
     to = folder(tmp_path / "paper", "earlier")
     with pytest.raises(FileNotFoundError):
         put_in_place(tmp_path / ".paper.1", to)
@@ -30,30 +30,30 @@ def test_an_earlier_export_is_back_when_the_new_one_cannot_take_its_place(tmp_pa
     ]
 
 
-def test_the_next_export_brings_back_what_a_killed_one_had_set_aside_and_says_so(
+def test_an_export_restores_the_earlier_one_after_a_kill_and_warns(
     study: Study, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder(tmp_path / f".paper.{GONE}.old", "earlier")
+    folder(tmp_path / f".paper.{NO_PROCESS}.old", "earlier")
     with caplog.at_level(logging.WARNING), pytest.raises(StudyError):
         write_export(StudyView(study, Home(tmp_path / "home")), tmp_path / "paper", ["neurips"])
     assert (tmp_path / "paper" / MARK).read_text() == "earlier"
-    assert "the earlier one, which it had set aside, is back there" in caplog.text
+    assert "the earlier export was restored" in caplog.text
 
 
-def test_what_was_set_aside_is_removed_where_there_is_an_export_and_left_while_its_process_lives(
+def test_an_old_export_is_removed_if_a_new_one_exists_and_kept_while_its_process_is_alive(
     study: Study, tmp_path: Path
 ) -> None:
     to = folder(tmp_path / "paper", "newer")
-    stale, held = (
-        folder(tmp_path / f".paper.{GONE}.old", "earlier"),
-        folder(tmp_path / ".paper.1.old", "under way"),
+    stale, in_progress = (
+        folder(tmp_path / f".paper.{NO_PROCESS}.old", "earlier"),
+        folder(tmp_path / ".paper.1.old", "in progress"),
     )
-    other = folder(tmp_path / ".paper.mine.old", "somebody's own")
+    other = folder(tmp_path / ".paper.mine.old", "another folder")
     with pytest.raises(StudyError):
         write_export(StudyView(study, Home(tmp_path / "home")), to, ["neurips"])
     assert (
         not stale.exists()
-        and held.exists()
+        and in_progress.exists()
         and other.exists()
         and (to / MARK).read_text() == "newer"
     )

@@ -1,4 +1,4 @@
-"""The LaTeX tables: what they say, that any name compiles, and that they fit their column."""
+"""The LaTeX tables: their content, that any name compiles, and that they fit their column."""
 
 import re
 from dataclasses import replace
@@ -34,7 +34,7 @@ def rows(table: str) -> list[list[str]]:
     ]
 
 
-def test_the_frontier_s_rows_are_every_model_s_own_frontier_with_intervals(study: Study) -> None:
+def test_the_frontier_table_has_each_model_s_frontier_with_intervals(study: Study) -> None:
     found = [
         result(0, refusal=0.2, task=0.8),
         result(1, refusal=0.9, task=0.6, share=0.25, threshold=0.5),
@@ -47,7 +47,7 @@ def test_the_frontier_s_rows_are_every_model_s_own_frontier_with_intervals(study
     assert "All rows: size = 100, rank = 8." in frontier_table(study, found, narrow=False)
 
 
-def test_one_column_has_the_same_numbers_in_less_room(study: Study) -> None:
+def test_the_narrow_table_has_the_same_numbers_in_less_space(study: Study) -> None:
     assert (
         rows(frontier_table(study, [result(0, refusal=0.2)], narrow=True))[0][-2]
         == "$50.0_{43.1}^{56.9}$"
@@ -76,7 +76,7 @@ def test_before_and_after_compares_the_point_to_ship_with_its_own_training(
     )
 
 
-def test_what_was_not_measured_is_a_dash_and_never_a_zero(
+def test_a_missing_value_is_a_dash_and_never_a_zero(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
     wider = study.model_copy(
@@ -151,7 +151,7 @@ def test_a_table_that_is_too_wide_is_shrunk_to_its_column(study: Study, tmp_path
 
 @pytest.mark.process
 @needs_latex
-def test_a_long_frontier_goes_on_in_a_further_float(study: Study, tmp_path: Path) -> None:
+def test_a_long_frontier_continues_in_another_float(study: Study, tmp_path: Path) -> None:
     many = [result(n, refusal=n / 200, task=1 - n / 200, rank=n + 1) for n in range(2 * ROWS + 5)]
     table = frontier_table(study, many, True)
     assert [len(rows(part)) for part in table.split(r"\begin{table}")[1:]] == [ROWS, ROWS, 5]
@@ -159,7 +159,7 @@ def test_a_long_frontier_goes_on_in_a_further_float(study: Study, tmp_path: Path
     assert "Overfull" not in log and "too large for page" not in log and "multiply" not in log
 
 
-def test_every_special_letter_is_written_so_that_latex_prints_it() -> None:
+def test_special_characters_are_escaped_for_latex() -> None:
     assert escaped("50%_a&b") == r"50\%\_a\&b" and escaped("\\{") == r"\textbackslash{}\{"
 
 
@@ -177,29 +177,28 @@ def test_text_becomes_latex_with_its_titles_and_citations() -> None:
     ]
 
 
-def test_the_caption_says_of_its_rows_only_what_they_are(
+def test_the_caption_describes_only_rows_of_the_table(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
-    def told(of: Study, rows: list[Result], before: Baselines = baselines) -> str:
+    def caption(of: Study, rows: list[Result], before: Baselines = baselines) -> str:
         return before_after_table(of, rows, before, narrow=False)
 
     only_task = study.model_copy(
         update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}}
     )
-    assert "refusal floor of 90" in told(study, results) and "These were picked" in told(
-        study, results
-    )
-    without = told(only_task, results)
+    shown = caption(study, results)
+    assert "refusal floor of 90" in shown and "These points were picked" in shown
+    without = caption(only_task, results)
     assert (
         "floor" not in without
-        and "These were picked" not in without
+        and "These points were picked" not in without
         and "Projected:" not in without
     )
     assert (
-        "Fine-tuned: of each model the first point with nothing projected. No projected "
+        "Fine-tuned: each model's first point with nothing projected. No projected "
         "point was picked, as no refusal" in without
     )
-    assert "No point was projected." in told(study, [result(0)]) and "floor" not in told(
+    assert "No point was projected." in caption(study, [result(0)]) and "floor" not in caption(
         study, [result(0)]
     )
-    assert "Fine-tuned:" not in told(study, []) and " ." not in told(study, [])
+    assert "Fine-tuned:" not in caption(study, []) and " ." not in caption(study, [])

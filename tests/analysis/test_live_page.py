@@ -1,6 +1,4 @@
-"""What the live page is told: the points as `collect` has them, only what has changed, and never
-more at once than it can draw.
-"""
+"""The live page's data: the points as `collect` returns them, only changes, in bounded parts."""
 
 import json
 import time
@@ -37,19 +35,19 @@ def small(tmp_path: Path, **others: Any) -> Study:
 
 
 def everything(page: LivePage) -> dict[str, Any]:
-    """All sections, as a browser that has just come puts them together."""
+    """All sections, as a new browser assembles them."""
     found: dict[str, dict[str, Any]] = {}
     cursor, more = "", True
     while more:
-        said = json.loads(json.dumps(page.since(cursor), allow_nan=False))
-        cursor, more = said["cursor"], said["more"]
-        for section, rows in said["changed"].items():
+        answer = json.loads(json.dumps(page.since(cursor), allow_nan=False))
+        cursor, more = answer["cursor"], answer["more"]
+        for section, rows in answer["changed"].items():
             found.setdefault(section, {}).update(rows)
-    return {**found, "drive": said["drive"], "cursor": cursor, "error": said["error"]}
+    return {**found, "drive": answer["drive"], "cursor": cursor, "error": answer["error"]}
 
 
 def looked(page: LivePage) -> dict[str, Any]:
-    """The same, once the points have been looked at."""
+    """All sections, once the points have been read."""
     deadline = time.monotonic() + 120
     while (
         "counts" not in (found := everything(page))
@@ -64,7 +62,7 @@ def looked(page: LivePage) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "others", [{}, {"seeds": [0, 1, 2], "replicates": {"policy": "near_frontier"}}]
 )
-def test_who_looks_again_and_again_sees_what_collect_gives(
+def test_repeated_looks_return_what_collect_returns(
     tmp_path: Path, home: Home, others: dict[str, Any]
 ) -> None:
     found = small(tmp_path, **others)
@@ -87,7 +85,7 @@ def test_who_looks_again_and_again_sees_what_collect_gives(
 
 
 @pytest.mark.slow
-def test_a_look_at_a_finished_study_reads_no_point_again(
+def test_a_second_look_at_a_finished_study_reads_no_point(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = small(tmp_path)
@@ -96,20 +94,20 @@ def test_a_look_at_a_finished_study_reads_no_point_again(
     first = follower.look()
     monkeypatch.setattr(
         "ebbline.sweeps.state.outcome.result_of",
-        lambda *arguments: pytest.fail("a point was worked out again"),
+        lambda *arguments: pytest.fail("a point was computed twice"),
     )
     assert follower.look() == first and len(first) == 6
 
 
-def test_only_what_changed_is_told_and_at_most_so_much_at_once() -> None:
+def test_only_changes_are_sent_in_bounded_parts() -> None:
     kept = Changes()
     kept.replace("points", {str(number): {"number": number} for number in range(2 * MOST + 5)})
-    revision, told, more = 0, 0, True
+    revision, received, more = 0, 0, True
     while more:
         revision, more, found = kept.since(revision)
         assert len(found["points"]) <= MOST
-        told += len(found["points"])
-    assert told == 2 * MOST + 5 and kept.since(revision) == (revision, False, {})
+        received += len(found["points"])
+    assert received == 2 * MOST + 5 and kept.since(revision) == (revision, False, {})
     kept.replace(
         "points",
         {
@@ -130,10 +128,12 @@ def test_the_page_has_the_points_the_frontier_the_trainings_and_the_stages_of_a_
     found = small(tmp_path)
     drive(StudyView(found, home), lambda: Pretended(home.store))
     page = LivePage(StudyView(found, home))
-    told, results = looked(page), collect(StudyView(found, home))
-    assert {int(number) for number in told["points"]} == set(range(6)) and told["error"] == ""
+    page_data, results = looked(page), collect(StudyView(found, home))
+    assert {int(number) for number in page_data["points"]} == set(range(6)) and page_data[
+        "error"
+    ] == ""
     for result in results:
-        row = told["points"][str(result.number)]
+        row = page_data["points"][str(result.number)]
         metric = result.metrics["refusal.refusal_rate"]
         assert row["metrics"]["refusal.refusal_rate"][:3] == pytest.approx(
             (metric.value, *metric.interval), abs=1e-6
@@ -145,20 +145,21 @@ def test_the_page_has_the_points_the_frontier_the_trainings_and_the_stages_of_a_
             and "GPU-hours" in row["cost"]
         )
         assert page.point(result.number)["all_keys"] == result.keys
-    assert set(told["trainings"]) == {result.keys["train[seed=0]"] for result in results}
-    assert told["frontier"][""]["by_model"]["7b"] and 0 < told["frontier"][""]["hypervolume"] < 1
+    assert set(page_data["trainings"]) == {result.keys["train[seed=0]"] for result in results}
     assert (
-        told["timeline"][""]["total"] == len(told["spans"]) > 10
-        and told["before"]["7b"]["task.task_accuracy"]
+        page_data["frontier"][""]["by_model"]["7b"]
+        and 0 < page_data["frontier"][""]["hypervolume"] < 1
     )
-    assert told["drive"]["driver"] is None and told["drive"]["live"]["ended"] == "done"
-    assert page.since(told["cursor"])["changed"] == {}
+    assert (
+        page_data["timeline"][""]["total"] == len(page_data["spans"]) > 10
+        and page_data["before"]["7b"]["task.task_accuracy"]
+    )
+    assert page_data["drive"]["driver"] is None and page_data["drive"]["live"]["ended"] == "done"
+    assert page.since(page_data["cursor"])["changed"] == {}
     assert page.point(6) is None
 
 
-def test_failed_points_come_with_the_command_that_shows_it_again(
-    tmp_path: Path, home: Home
-) -> None:
+def test_failed_points_have_the_command_that_reruns_them(tmp_path: Path, home: Home) -> None:
     found = small(tmp_path)
     drive(
         StudyView(found, home),
@@ -174,28 +175,28 @@ def test_failed_points_come_with_the_command_that_shows_it_again(
     )
 
 
-def test_a_study_that_was_never_run_and_one_without_a_timeline_are_shown_as_such(
+def test_a_study_without_a_run_and_one_without_a_timeline_have_a_page(
     tmp_path: Path, home: Home
 ) -> None:
     found = small(tmp_path)
-    told = looked(LivePage(StudyView(found, home)))
+    page_data = looked(LivePage(StudyView(found, home)))
     assert (
-        told["drive"] == {"driver": None, "live": None, "now": told["drive"]["now"]}
-        and "points" not in told
+        page_data["drive"] == {"driver": None, "live": None, "now": page_data["drive"]["now"]}
+        and "points" not in page_data
     )
     assert not list(home.root.rglob("optuna.db"))
     drive(StudyView(found, home), lambda: Pretended(home.store))
     for name in (TIMELINE, "live.json"):
         (home.folder("tiny") / name).unlink()
-    told = looked(LivePage(StudyView(found, home)))
+    page_data = looked(LivePage(StudyView(found, home)))
     assert (
-        len(told["points"]) == 6
-        and told["timeline"][""] == {"total": 0, "first": 0, "running": []}
-        and "spans" not in told
+        len(page_data["points"]) == 6
+        and page_data["timeline"][""] == {"total": 0, "first": 0, "running": []}
+        and "spans" not in page_data
     )
 
 
-def test_gpus_are_given_to_stages_as_lanes_and_only_the_latest_stages_are_told(
+def test_stages_have_rows_of_gpus_and_only_the_latest_stages_are_sent(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_page, "SPANS", 3)
@@ -214,9 +215,9 @@ def test_gpus_are_given_to_stages_as_lanes_and_only_the_latest_stages_are_told(
     ]
     path = home.folder("tiny") / TIMELINE
     path.write_text("".join(f"{line.model_dump_json()}\n" for line in lines) + '{"kind": "cut o')
-    told = everything(page)
-    assert told["timeline"][""] == {"total": 4, "first": 1, "running": []}
-    lanes = {row["label"]: row["lanes"] for row in told["spans"].values()}
+    page_data = everything(page)
+    assert page_data["timeline"][""] == {"total": 4, "first": 1, "running": []}
+    lanes = {row["label"]: row["lanes"] for row in page_data["spans"].values()}
     assert lanes == {
         "b": ["h1 GPU 0"],
         "c": ["h1 GPU 0"],
@@ -249,18 +250,18 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
             (folder / "live.json").write_text(
                 json.dumps({**live.model_dump(mode="json"), "ended": None, "running": running})
             )
-            page._looked = 0.0
-            told = everything(page)
-        assert told["at_work"][""] == {"f" * 64: "train 7b rank=2"} and told["drive"][
+            page._read_at = 0.0
+            page_data = everything(page)
+        assert page_data["at_work"][""] == {"f" * 64: "train 7b rank=2"} and page_data["drive"][
             "driver"
         ].startswith("process ")
-        assert told["drive"]["live"]["running"][0]["said"] == "loss 1.500 (9/40)"
+        assert page_data["drive"]["live"]["running"][0]["progress_text"] == "loss 1.500 (9/40)"
         curve = page.curve("f" * 64)
         assert (curve["steps"], curve["losses"], curve["ended"]) == ([3, 9], [4.125, 1.5], False)
-    page._looked = 0.0
+    page._read_at = 0.0
     assert (
         everything(page)["drive"]["live"]["running"] == []
-    )  # nobody drives it now, so what it said is the past
+    )  # without a driver, the snapshot is out of date
     payload = home.store.open("train", key).path
     (payload / "curve.csv").write_text(
         "step,loss,learning_rate,tokens\n" + "".join(f"{n},{5 / n},0.1,9\n" for n in range(1, 2501))
@@ -273,4 +274,4 @@ def test_losses_of_a_training_that_runs_are_followed_and_then_its_whole_curve(
         and len(curve["steps"]) <= live_page.STEPS + 1
     )
     (payload / "curve.csv").unlink()
-    assert "cannot be read" in page.curve(key)["said"] and page.curve("../../etc")["steps"] == []
+    assert "cannot be read" in page.curve(key)["note"] and page.curve("../../etc")["steps"] == []

@@ -1,4 +1,4 @@
-"""The methods in words: what they say of a study, what they leave out, and how they hedge."""
+"""The methods text: what it states about a study, what it leaves out, and how it hedges."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ FOUND = Provenance(
         Pin("models.small.aligned.hub", "org/chat", True, "a" * 40, "0" * 64),
         Pin("data.pool.path", "mine.json", False, None, "b" * 64),
     ),
-    made={},
+    generated={},
     prompts={"refusal": SuitePrompts("advbench", 520, 200, "c" * 64)},
     build=Build("1.0"),
     python="3.11",
@@ -59,7 +59,7 @@ def test_pins_prompts_hardware_and_money_are_as_recorded(
         and "train: A100, up to 4 at once, 1 machine, 3 stages" in text
     )
     assert (
-        "The study's runs spent 2 GPU-hours, $4.00 over 1 hours of driving." in text
+        "The study's runs spent 2 GPU-hours, $4.00 in 1 hours of run time." in text
         and "secret-host" not in text
     )
     assert "DeepSpeed with ZeRO-3" in text and "ZeRO" not in written(
@@ -67,7 +67,7 @@ def test_pins_prompts_hardware_and_money_are_as_recorded(
     )
 
 
-def test_what_is_not_finished_and_what_failed_is_said(
+def test_unfinished_and_failed_points_are_reported(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
     text = written(study, results, baselines)
@@ -79,19 +79,19 @@ def test_what_is_not_finished_and_what_failed_is_said(
     assert "not finished" not in written(study, results[:40], baselines)
 
 
-def test_what_no_record_says_is_left_to_the_authors(
+def test_questions_without_a_record_are_left_to_the_authors(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
     text = written(study, results, baselines, replace(FOUND, pins=(), prompts={}))
     assert "not recorded" in text and "$" not in text
-    assert "no evidence about real models" in text.partition("**To be said by its authors.**")[2]
+    assert "no evidence about real models" in text.partition("**To be stated by the authors.**")[2]
 
 
 @pytest.mark.parametrize(
-    ("seeds", "said"), [((), "1 training seed."), ((0.4, 0.6), "2 training seeds.")]
+    ("seeds", "expected"), [((), "1 training seed."), ((0.4, 0.6), "2 training seeds.")]
 )
 def test_seeds_are_those_that_points_rest_on_not_those_of_the_file(
-    study: Study, seeds: tuple[float, ...], said: str
+    study: Study, seeds: tuple[float, ...], expected: str
 ) -> None:
     found = result(0)
     keys = {
@@ -100,15 +100,33 @@ def test_seeds_are_those_that_points_rest_on_not_those_of_the_file(
         for seed in range(max(1, len(seeds)))
     }
     metrics = {name: replace(metric, seeds=seeds) for name, metric in found.metrics.items()}
-    assert f"Each point rests on {said}" in written(
+    assert f"Each point rests on {expected}" in written(
         study, [replace(found, keys=keys, metrics=metrics)], {}
     )
 
 
-def test_only_values_that_points_took_are_named(study: Study) -> None:
+def test_only_values_of_actual_points_are_listed(study: Study) -> None:
     text = written(study, [result(0, rank=4), result(1, rank=4, threshold=0.3, share=0.1)], {})
     assert (
         "of rank 4 on" in text
         and "at most the threshold: none or 0.3." in text
-        and "Trained on 100 examples" in text
+        and "trained on 100 examples" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "text", "is_optuna_s"),
+    [
+        ("gp", "chosen by ebbline's Gaussian-process search", False),
+        ("stage_aware", "chosen by ebbline's stage-aware search", False),
+        ("tpe", "the tree-structured Parzen estimator of Optuna", True),
+        ("nsga2", "the NSGA-II sampler of Optuna", True),
+    ],
+)
+def test_a_sampler_is_attributed_to_its_implementation(
+    study: Study, sampler: str, text: str, is_optuna_s: bool
+) -> None:
+    """As in ebbline.sweeps.search.searcher: `gp` and `stage_aware` are ebbline's own code."""
+    search = study.search.model_copy(update={"sampler": sampler})
+    points = written(study.model_copy(update={"search": search}), [result(0)], {})
+    assert text in points and ("[@akiba2019optuna]" in points) == is_optuna_s

@@ -1,8 +1,7 @@
-"""The W&B mirror: what it shows offline, that it goes on where it was, and that a broken W&B holds
-nothing up.
+"""The W&B mirror: its offline runs, that it resumes, and that a broken W&B delays nothing.
 
-Nothing here reaches beyond the loopback: runs are offline, or the server is a closed or silent
-local port.
+No test connects beyond the loopback: runs are offline, or the server is a closed or silent local
+port.
 """
 
 import json
@@ -54,7 +53,7 @@ def training(tmp_path: Path) -> Artifact:
 
 
 def shown(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run id -> what W&B's own reader finds in its newest offline log."""
+    """Run id -> content of its newest offline log, by W&B's own reader."""
     found = {}
     for log in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
         command = [
@@ -75,7 +74,7 @@ def shown(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def records(folder: Path, id: str) -> list[dict[str, Any]]:
-    """What the newest offline log of a run holds, record by record."""
+    """The records of a run's newest offline log."""
     log = sorted((folder / "wandb").glob(f"offline-run-*/run-{id}.wandb"))[-1]
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
     return [
@@ -87,7 +86,7 @@ def records(folder: Path, id: str) -> list[dict[str, Any]]:
 
 
 def table(folder: Path, id: str, named: dict[str, Any]) -> dict[str, Any]:
-    """The table that a run's summary names."""
+    """The table that a run's summary references."""
     (path,) = [
         log.parent / "files" / named["path"]
         for log in sorted((folder / "wandb").glob(f"offline-run-*/run-{id}.wandb"))[-1:]
@@ -150,7 +149,7 @@ def test_offline_runs_hold_points_trainings_and_the_study(
 
 
 @pytest.mark.process
-def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(
+def test_runs_have_only_tables_as_files_and_no_path_or_host_of_this_machine(
     study: Study, training: Artifact, tmp_path: Path
 ) -> None:
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
@@ -166,7 +165,7 @@ def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(
     assert kept and all(path.name.endswith(".table.json") for path in kept)
     logs = list((tmp_path / "wandb").rglob("*.wandb"))
     assert len(logs) == 4 and any(b"x.json" in log.read_bytes() for log in logs), (
-        "what was said stands there in the clear"
+        "the logs hold the text unencoded"
     )
     kept += logs
     for private in (str(tmp_path), str(Path.home()), sys.executable):
@@ -175,7 +174,7 @@ def test_only_tables_go_with_the_runs_and_no_path_or_host_of_this_machine(
     assert runs and not any(run.get("host") for run in runs)
 
 
-def test_no_host_that_the_study_ran_on_is_in_a_reason(study: Study, tmp_path: Path) -> None:
+def test_hosts_of_the_study_are_removed_from_reasons(study: Study, tmp_path: Path) -> None:
     ended = {
         "kind": "train",
         "label": "t",
@@ -195,7 +194,7 @@ def test_no_host_that_the_study_ran_on_is_in_a_reason(study: Study, tmp_path: Pa
     assert [page.summary["reason"] for page in shown] == [f"the node {HOST} was lost"]
 
 
-def test_two_homes_with_a_study_of_one_name_write_runs_of_their_own(
+def test_studies_of_the_same_name_in_two_homes_have_different_runs(
     study: Study, training: Artifact
 ) -> None:
     ids = [
@@ -207,7 +206,7 @@ def test_two_homes_with_a_study_of_one_name_write_runs_of_their_own(
 
 
 @pytest.mark.process
-def test_the_study_run_draws_its_frontier_its_points_and_how_the_hypervolume_grew(
+def test_the_study_run_has_its_frontier_points_and_growth_of_the_hypervolume(
     study: Study, tmp_path: Path
 ) -> None:
     ledger = (
@@ -300,7 +299,7 @@ def test_points_beyond_the_limit_are_rows_of_their_trainings_run(
 
 
 @pytest.mark.process
-def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(
+def test_a_training_that_only_later_points_use_is_a_row_of_the_study_without_a_run(
     study: Study, training: Artifact, tmp_path: Path
 ) -> None:
     first = [
@@ -319,7 +318,7 @@ def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(
     assert rows["data"] == [[training.key[:12], 2, 2, 1.25]]
     earlier = Result(
         1, first[1].point, "done", first[1].metrics, keys=late.keys
-    )  # then it has one, of its own
+    )  # then the training has its own run
     assert training.key[:12] in "".join(
         page.id
         for page in pages(study, [earlier, late], [training], Profile(wandb_points=2), HOME_ID)
@@ -327,32 +326,30 @@ def test_a_training_that_only_later_points_use_is_a_row_of_the_study_and_no_run(
 
 
 @pytest.mark.process
-def test_a_restart_goes_on_and_shows_only_what_is_new(
-    study: Study, training: Artifact, tmp_path: Path
-) -> None:
+def test_a_restart_shows_only_new_results(study: Study, training: Artifact, tmp_path: Path) -> None:
     first = Mirror(study, tmp_path, "offline", HOME_ID)
     assert first.update([result(0)], [training]).shown == 2
     first.close()
-    again = Mirror(study, tmp_path, "offline", HOME_ID)
-    assert again.update([result(0)], [training]).shown == 0
-    assert again.update([result(0), result(1, refusal=0.9)], [training]).shown == 1
-    again.close()
+    second = Mirror(study, tmp_path, "offline", HOME_ID)
+    assert second.update([result(0)], [training]).shown == 0
+    assert second.update([result(0), result(1, refusal=0.9)], [training]).shown == 1
+    second.close()
     assert shown(tmp_path)[EBB]["step"] == 2
 
 
 @pytest.mark.process
-def test_a_mirror_that_died_shows_the_study_again(study: Study, tmp_path: Path) -> None:
+def test_after_a_mirror_died_the_next_one_shows_the_study(study: Study, tmp_path: Path) -> None:
     died = Mirror(study, tmp_path, "offline", HOME_ID)
     died.update([result(0)], [])
-    again = Mirror(study, tmp_path, "offline", HOME_ID)
-    assert again.update([result(0)], []).shown == 0
-    again.close()
+    second = Mirror(study, tmp_path, "offline", HOME_ID)
+    assert second.update([result(0)], []).shown == 0
+    second.close()
     died.close()
     assert len(list((tmp_path / "wandb").glob("offline-run-*-ebb*"))) == 3
 
 
 @pytest.mark.process
-def test_a_failed_point_that_is_finished_later_is_shown_again(study: Study, tmp_path: Path) -> None:
+def test_a_failed_point_that_finishes_later_is_shown_twice(study: Study, tmp_path: Path) -> None:
     broken = failed(0)
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     assert mirror.update([broken], []).shown == 1
@@ -361,7 +358,7 @@ def test_a_failed_point_that_is_finished_later_is_shown_again(study: Study, tmp_
 
 
 @pytest.mark.process
-def test_what_was_shown_offline_is_still_new_to_a_server(study: Study, tmp_path: Path) -> None:
+def test_a_run_that_was_only_shown_offline_is_new_to_a_server(study: Study, tmp_path: Path) -> None:
     mirror = Mirror(study, tmp_path, "offline", HOME_ID)
     mirror.update([result(0)], [])
     mirror.close()
@@ -383,13 +380,13 @@ def test_trainings_are_found_by_the_stages_name(training: Artifact, tmp_path: Pa
     assert trainings_of(twice, Store(tmp_path / "store")) == [training]
 
 
-def test_disabled_touches_nothing(study: Study, tmp_path: Path) -> None:
+def test_a_disabled_mirror_writes_nothing(study: Study, tmp_path: Path) -> None:
     assert Mirror(study, tmp_path, "disabled", HOME_ID).update([result(0)], []).shown == 0
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.process  # W&B may ask git where the program lies
-def test_the_mode_is_what_was_asked_or_follows_the_login(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.process  # W&B may run git to locate the program
+def test_the_mode_is_wandb_mode_or_follows_the_login(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen_mode({"WANDB_MODE": "disabled"}) == "disabled"
     assert chosen_mode({"WANDB_MODE": "dryrun"}) == "offline"
     assert chosen_mode({"WANDB_MODE": "online"}) == "online"
@@ -397,8 +394,9 @@ def test_the_mode_is_what_was_asked_or_follows_the_login(monkeypatch: pytest.Mon
 
 
 def _online(study: Study, folder: Path, port: int, call_s: float = 4.0) -> tuple[int, int, str]:
-    """An update against a local port, in a process of its own because wandb keeps the first server
-    that it met.
+    """Runs an update against a local port.
+
+    It needs its own process, because wandb keeps the first server that it uses.
     """
     code = (
         "import sys; from pathlib import Path; from ebbline.sweeps.study.study import Study;"
@@ -428,7 +426,7 @@ def _online(study: Study, folder: Path, port: int, call_s: float = 4.0) -> tuple
 
 
 @pytest.mark.process
-def test_an_absent_server_is_reported_and_holds_nothing_up(study: Study, tmp_path: Path) -> None:
+def test_an_absent_server_is_reported_within_the_time_limit(study: Study, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -437,30 +435,30 @@ def test_an_absent_server_is_reported_and_holds_nothing_up(study: Study, tmp_pat
 
 
 @pytest.mark.process
-def test_a_silent_server_is_reported_and_holds_nothing_up(study: Study, tmp_path: Path) -> None:
+def test_a_silent_server_is_reported_within_the_time_limit(study: Study, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         count, left, error = _online(study, tmp_path, silent.getsockname()[1])
     assert (count, left) == (0, 2) and "deadline exceeded" in error
 
 
-def test_every_call_of_wandb_has_the_mirrors_bound(
+def test_every_call_of_wandb_has_the_mirror_s_timeout(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("wandb.init", lambda settings, **_: asked.append(settings))
+    calls: list[Any] = []
+    monkeypatch.setattr("wandb.init", lambda settings, **_: calls.append(settings))
     done = Mirror(study, tmp_path, "offline", HOME_ID, call_s=7.0).update(
         [result(0), result(1)], []
     )
-    assert (done.shown, done.left) == (0, 2) and len(asked) == 1, (
+    assert (done.shown, done.left) == (0, 2) and len(calls) == 1, (
         "the first failure ends the update"
     )
     assert [
-        getattr(asked[0], name) for name in ("init_timeout", "finish_timeout", "x_service_wait")
+        getattr(calls[0], name) for name in ("init_timeout", "finish_timeout", "x_service_wait")
     ] == [7.0] * 3
 
 
 @pytest.mark.process
-def test_a_server_that_is_reached_holds_what_was_shown(study: Study, tmp_path: Path) -> None:
+def test_an_online_server_has_all_shown_results(study: Study, tmp_path: Path) -> None:
     with serving() as server:
         found = _online(study, tmp_path, server.server_address[1], call_s=120.0)
     assert found == (2, 0, "None")
@@ -489,11 +487,11 @@ def test_the_process_ends_when_its_input_closes(study: Study, tmp_path: Path) ->
 def test_a_study_has_one_mirror_at_a_time(tmp_path: Path) -> None:
     with alone(tmp_path) as first, alone(tmp_path) as second:
         assert (first, second) == (True, False)
-    with alone(tmp_path) as again:
-        assert again
+    with alone(tmp_path) as later:
+        assert later
 
 
-def test_what_had_no_time_is_shown_before_the_mirror_ends(
+def test_the_remaining_results_are_shown_before_the_mirror_ends(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = [result(number, rank=number + 1) for number in range(3)]
@@ -526,7 +524,7 @@ def test_the_process_needs_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_whatever_breaks_is_reported_and_not_raised(
+def test_any_error_is_reported_and_not_raised(
     study: Study, training: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:

@@ -1,6 +1,4 @@
-"""A study beside published numbers: every verdict comes from the study's settings, and a tiny model
-is beside nothing.
-"""
+"""The comparison with papers: verdicts come from the settings; tiny models are never compared."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +25,7 @@ ADVBENCH = {"advbench": SuitePrompts("advbench", 520, 520, SHA)}
 def llama() -> Callable[..., Study]:
     """`llama(changes...)` is the study llama2 that ships, with values at dotted paths replaced."""
 
-    def made(**changes: object) -> Study:
+    def with_changes(**changes: object) -> Study:
         raw = yaml.safe_load(shipped()["llama2"].read_text("utf-8"))
         for size in raw["models"].values():
             for role in ("base", "aligned"):
@@ -50,7 +48,7 @@ def llama() -> Callable[..., Study]:
 
         return Study.model_validate(tupled(raw), context={"folder": shipped()["llama2"].parent})
 
-    return made
+    return with_changes
 
 
 def point(
@@ -68,14 +66,14 @@ def row(
     study: Study,
     results: list[Result],
     baselines: Baselines,
-    asked: dict[str, SuitePrompts],
-    **wanted: object,
+    prompts: dict[str, SuitePrompts],
+    **criteria: object,
 ) -> PaperRow:
-    rows = beside_papers(study, results, baselines, asked)
+    rows = beside_papers(study, results, baselines, prompts)
     (found,) = [
         each
         for each in rows
-        if all(getattr(each.published, name) == value for name, value in wanted.items())
+        if all(getattr(each.published, name) == value for name, value in criteria.items())
     ]
     return found
 
@@ -94,14 +92,14 @@ def test_every_number_has_a_source_and_is_a_share_or_says_its_unit() -> None:
         assert 0 <= each.value <= 1 or each.note, each
 
 
-def test_a_study_of_tiny_models_is_beside_nothing(study: Study) -> None:
+def test_a_study_of_tiny_models_is_compared_with_nothing(study: Study) -> None:
     rows = beside_papers(study, [result(0), result(1, share=0.5, threshold=0.5)], {}, {})
     assert {each.comparable for each in rows} == {"not comparable"}
-    assert {each.here for each in rows} == {"not set beside it: a tiny model"}
-    assert all("model" in [fact.what for fact in each.those("differs")] for each in rows)
+    assert {each.here for each in rows} == {"not compared: a tiny model"}
+    assert all("model" in [fact.what for fact in each.facts_with("differs")] for each in rows)
 
 
-def test_the_size_of_the_same_name_is_set_beside_and_its_number_has_an_interval(
+def test_the_model_of_the_same_name_is_compared_and_its_value_has_an_interval(
     llama: Callable[..., Study],
 ) -> None:
     before: Baselines = {"13b": {"advbench.refusal_rate": Metric("refusal_rate", 515, 520)}}
@@ -122,7 +120,7 @@ def test_the_size_of_the_same_name_is_set_beside_and_its_number_has_an_interval(
     assert found.comparable == "not comparable"
 
 
-def test_what_is_the_same_but_for_what_a_paper_withholds_is_not_known_to_be_comparable(
+def test_conditions_that_a_paper_withholds_make_a_number_not_known_to_be_comparable(
     llama: Callable[..., Study],
 ) -> None:
     found = row(llama(models__13b__quantisation="none"), [], {}, ADVBENCH, **GADE_BEFORE)
@@ -133,36 +131,37 @@ def test_what_is_the_same_but_for_what_a_paper_withholds_is_not_known_to_be_comp
     assert found.here == "not measured yet"
 
 
-def test_other_prompts_and_part_of_a_set_are_another_measurement(
+def test_other_prompts_and_a_part_of_the_set_differ(
     llama: Callable[..., Study],
 ) -> None:
     some = {"advbench": replace(ADVBENCH["advbench"], asked=100)}
     own = {"advbench": replace(ADVBENCH["advbench"], format="plain")}
-    for asked in (some, own):
-        assert verdicts(row(llama(), [], {}, asked, **GADE_BEFORE))["prompts"] == "differs"
+    for prompts in (some, own):
+        assert verdicts(row(llama(), [], {}, prompts, **GADE_BEFORE))["prompts"] == "differs"
 
 
-def test_everything_stated_and_the_same_is_comparable_as_far_as_is_known(
+def test_a_number_whose_stated_conditions_match_is_comparable_as_far_as_is_known(
     llama: Callable[..., Study],
 ) -> None:
-    """lm-eval's MMLU before fine-tuning is all that can be: same weights, quantisation, task and
-    shots; of the chat template no word.
+    """MMLU before fine-tuning matches in weights, quantisation, task and shots.
+
+    The paper does not state the chat template.
     """
-    wanted = {"paper": "arXiv 2310.20624", "state": "before", "suite": "mmlu"}
-    assert verdicts(row(llama(), [], {}, {}, **wanted))["quantisation"] == "differs"
-    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted)
+    criteria = {"paper": "arXiv 2310.20624", "state": "before", "suite": "mmlu"}
+    assert verdicts(row(llama(), [], {}, {}, **criteria))["quantisation"] == "differs"
+    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **criteria)
     assert found.comparable == "comparable as far as is known"
-    assert [fact.what for fact in found.those("cannot be told")] == [
+    assert [fact.what for fact in found.facts_with("cannot be told")] == [
         "chat template"
     ] and "not known of the paper: chat template" in _why(found)
-    told = tuple(replace(fact, verdict="same") for fact in found.facts)
-    assert replace(found, facts=told).comparable == "comparable"
+    all_same = tuple(replace(fact, verdict="same") for fact in found.facts)
+    assert replace(found, facts=all_same).comparable == "comparable"
     fewer = row(
         llama(models__70b__quantisation="int8", suites__mmlu__measure__shots=0),
         [],
         {},
         {},
-        **wanted,
+        **criteria,
     )
     assert verdicts(fewer)["shots"] == "differs"
 
@@ -170,16 +169,16 @@ def test_everything_stated_and_the_same_is_comparable_as_far_as_is_known(
 def test_an_accuracy_that_may_be_either_of_two_is_not_known_to_be_comparable(
     llama: Callable[..., Study],
 ) -> None:
-    wanted = {"paper": "arXiv 2310.20624", "state": "before", "suite": "hellaswag"}
-    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **wanted)
+    criteria = {"paper": "arXiv 2310.20624", "state": "before", "suite": "hellaswag"}
+    found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **criteria)
     assert (
         verdicts(found)["metric"] == "cannot be told"
         and found.comparable == "not known to be comparable"
     )
-    assert "by likelihood or by normalised likelihood is not said" in _why(found)
+    assert "by likelihood or by normalised likelihood is not stated" in _why(found)
 
 
-def test_what_a_trained_row_does_not_say_of_its_adapter_counts_as_unknown(
+def test_adapter_settings_that_a_paper_does_not_state_count_as_unknown(
     llama: Callable[..., Study],
 ) -> None:
     found = row(
@@ -192,7 +191,7 @@ def test_what_a_trained_row_does_not_say_of_its_adapter_counts_as_unknown(
         suite="refusal",
         setting="Llama 2-Chat 7B",
     )
-    unknown = {fact.what: fact.here for fact in found.those("cannot be told")}
+    unknown = {fact.what: fact.here for fact in found.facts_with("cannot be told")}
     assert (
         unknown["alpha"] == "16"
         and unknown["max tokens"] == "128"
@@ -200,7 +199,7 @@ def test_what_a_trained_row_does_not_say_of_its_adapter_counts_as_unknown(
     )
 
 
-def test_fine_tuned_numbers_stand_beside_unprojected_points_and_projected_ones_beside_the_pick(
+def test_fine_tuned_numbers_are_compared_with_unprojected_points_and_projected_with_the_pick(
     llama: Callable[..., Study],
 ) -> None:
     rows = [point(0, "7b", 300), point(1, "7b", 500, 0.35, 0.11), point(2, "7b", 519, 0.6, 0.8)]

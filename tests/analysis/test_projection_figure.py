@@ -407,12 +407,12 @@ def test_the_projection_report_is_one_file_that_loads_nothing_else(tmp_path: Pat
     text = written["report"].read_text("utf-8")
     page = Page(text)
     assert page.open == []
-    assert len(page.asked) == 2
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.asked)
+    assert len(page.links) == 2
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.links)
     assert all(page.alts)
     for foreign in ("url(", "<script", "@import", "/home/someone", "/tmp/", "/runs/"):
         assert foreign not in text
-    drawings = b"".join(base64.b64decode(source.partition(",")[2]) for source in page.asked)
+    drawings = b"".join(base64.b64decode(source.partition(",")[2]) for source in page.links)
     assert not re.search(rb'href="(?!#|data:)', drawings)
     assert b"/runs/" not in drawings
     for expected in (

@@ -1,6 +1,4 @@
-"""Where numbers come from: every pin, what is not known said to be unknown, no path and no
-machine's name in the table.
-"""
+"""Provenance: every pin is listed, unknown values are reported, and no path or machine is named."""
 
 import subprocess
 from collections.abc import Iterable
@@ -13,8 +11,8 @@ from ebbline.analysis.report.provenance import (
     Build,
     ProvenanceRow,
     build,
+    generated_content,
     hardware,
-    made,
     pins,
     provenance,
 )
@@ -29,7 +27,7 @@ from ebbline.tasks.identity import content_digest
 SHA, COMMIT = "a" * 64, "b" * 40
 
 
-def artifact(tmp_path: Path, kind: str, **said: object) -> Artifact:
+def artifact(tmp_path: Path, kind: str, **record: object) -> Artifact:
     environment = {
         "seconds": 3600.0,
         "gpus": 1,
@@ -37,7 +35,7 @@ def artifact(tmp_path: Path, kind: str, **said: object) -> Artifact:
         "device": "cpu",
         "host": "node-17",
         "python": "3.11.7",
-        **said,
+        **record,
     }
     return Artifact("0" * 64, kind, SHA, {}, {"version": 1}, environment, tmp_path, Store(tmp_path))
 
@@ -83,12 +81,12 @@ def test_every_pin_is_named_with_its_commit_and_digest_and_no_path(
     assert of(rows, "Models and data")["models.small.aligned"].startswith("org/name@")
 
 
-def test_what_is_not_pinned_is_said_not_to_be() -> None:
+def test_a_missing_pin_is_reported() -> None:
     assert str(next(pins(load("llama2")))) == "meta-llama/Llama-2-7b-hf@(no commit), sha256 (none)"
 
 
-def test_what_ebbline_makes_itself_is_said_to_be_made() -> None:
-    found = dict(made(load("quickstart")))
+def test_content_that_ebbline_makes_is_listed_with_its_origin() -> None:
+    found = dict(generated_content(load("quickstart")))
     assert found["models.7b.base"] == "small organism, pretrained here from seed 0"
     assert (
         found["models.70b.aligned"] == "fully fine-tuned here from base, 3050 rows of align.jsonl"
@@ -98,7 +96,7 @@ def test_what_ebbline_makes_itself_is_said_to_be_made() -> None:
 
 
 @pytest.mark.process
-def test_a_study_that_has_not_run_says_so(study: Study, tmp_path: Path) -> None:
+def test_a_study_that_has_not_run_is_reported_as_such(study: Study, tmp_path: Path) -> None:
     rows = provenance(StudyView(study, Home(tmp_path)), []).rows()
     assert of(rows, "Hardware") == {"ran on": "nothing has run yet"}
     assert of(rows, "Software")["versions of the stage kinds"] == "nothing has run yet"
@@ -110,7 +108,7 @@ def test_a_study_that_has_not_run_says_so(study: Study, tmp_path: Path) -> None:
     ]
 
 
-def test_hardware_is_told_by_kind_and_type_without_names_of_machines(tmp_path: Path) -> None:
+def test_hardware_is_listed_by_kind_and_type_without_names_of_machines(tmp_path: Path) -> None:
     stages = [
         artifact(tmp_path, "train", gpu_type="A100", device="cuda", gpus=4, host="node-1"),
         artifact(tmp_path, "train", gpu_type="A100", device="cuda", host="node-2"),
@@ -126,7 +124,7 @@ def test_hardware_is_told_by_kind_and_type_without_names_of_machines(tmp_path: P
 
 
 @pytest.mark.process
-def test_the_seeds_that_points_were_given_are_told_when_they_are_fewer(
+def test_the_number_of_seeds_used_is_reported_when_points_have_fewer(
     study: Study, results: list[Result], tmp_path: Path
 ) -> None:
     wide = study.model_copy(update={"seeds": (3, 5, 7)})
@@ -137,7 +135,7 @@ def test_the_seeds_that_points_were_given_are_told_when_they_are_fewer(
 
 
 @pytest.mark.process
-def test_the_commit_is_that_of_the_checkout_and_changes_are_told(tmp_path: Path) -> None:
+def test_the_commit_is_that_of_the_checkout_and_changes_are_reported(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         settings = (
             "-c",
@@ -163,16 +161,13 @@ def test_the_commit_is_that_of_the_checkout_and_changes_are_told(tmp_path: Path)
     clean = build(tmp_path)
     assert (clean.commit, clean.changed) == (commit, False)
     (tmp_path / "file").write_text("two")
-    assert (
-        str(build(tmp_path))
-        == f"{clean.version}, commit {commit}, with changes that are not committed"
-    )
+    assert str(build(tmp_path)) == f"{clean.version}, commit {commit}, with uncommitted changes"
     (tmp_path / "inside").mkdir()
     assert build(tmp_path / "inside").commit != commit
 
 
 @pytest.mark.parametrize(
-    ("commit", "said"), [(None, "commit unknown"), (COMMIT, f"commit {COMMIT}")]
+    ("commit", "expected"), [(None, "commit unknown"), (COMMIT, f"commit {COMMIT}")]
 )
-def test_an_unknown_commit_is_said_to_be_unknown(commit: str | None, said: str) -> None:
-    assert said in str(Build("0.1.0", commit))
+def test_an_unknown_commit_is_reported_as_unknown(commit: str | None, expected: str) -> None:
+    assert expected in str(Build("0.1.0", commit))

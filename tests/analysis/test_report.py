@@ -1,4 +1,4 @@
-"""The report: whole in one file, honest about failures, and closed to markup from outside."""
+"""The report: self-contained, complete about failures, and safe against foreign markup."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def written(
     evidence: Evidence = NO_EVIDENCE,
     **more: Any,
 ) -> Path:
-    """The report without the importance of axes, which takes a second."""
+    """Writes the report without the importance of axes, whose computation takes a second."""
     given = {"cost": COST, "provenance": PROVENANCE, **more}
     lines, attained = (
         before_after(study, results, baselines, evidence),
@@ -53,7 +53,7 @@ def written(
 
 
 @pytest.mark.slow
-def test_the_report_is_one_file_that_asks_for_nothing(
+def test_the_report_is_one_file_that_loads_nothing(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
     found = findings(study, results, baselines)
@@ -62,7 +62,7 @@ def test_the_report_is_one_file_that_asks_for_nothing(
     text = path.read_text("utf-8")
     page = Page(text)
     assert page.open == []
-    assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in page.asked)
+    assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in page.links)
     assert len(page.alts) == len(figures_of(found)) == 4 and all(page.alts)
     assert re.search(r"task accuracy: .*threshold \d+\.\d% \(\d+\.\d% to \d+\.\d%\)", page.alts[3])
     assert "url(" not in text and "@import" not in text and "<script" not in text
@@ -70,11 +70,11 @@ def test_the_report_is_one_file_that_asks_for_nothing(
         assert expected in text
 
 
-def test_each_section_is_there_with_a_heading_and_a_way_to_it(
+def test_each_section_is_there_with_a_heading_and_a_link_to_it(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
     page = Page(written(study, results, baselines, tmp_path).read_text("utf-8"))
-    wanted = [
+    sections = [
         "answer",
         "frontier",
         "thresholds",
@@ -84,16 +84,16 @@ def test_each_section_is_there_with_a_heading_and_a_way_to_it(
         "cost",
         "provenance",
     ]
-    assert [name for name in page.ids if name in wanted] == wanted
-    assert {target.removeprefix("#") for target in page.asked if target.startswith("#")} == set(
-        wanted
+    assert [name for name in page.ids if name in sections] == sections
+    assert {target.removeprefix("#") for target in page.links if target.startswith("#")} == set(
+        sections
     )
     assert page.levels[0] == 1 and page.levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(page.levels)), page.levels
 
 
 @pytest.mark.slow
-def test_whoever_cannot_see_the_figures_reads_their_numbers(
+def test_the_figures_alt_texts_hold_their_numbers(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
     frontier, thresholds, states = Page(
@@ -119,7 +119,7 @@ def test_every_table_has_a_caption_and_names_its_rows_and_columns(
     assert page.scopes and None not in page.scopes
 
 
-def test_bands_are_drawn_where_there_are_seeds_and_the_lack_of_them_is_said(
+def test_bands_are_drawn_if_there_are_seeds_and_missing_ones_are_reported(
     study: Study, baselines: Baselines, tmp_path: Path
 ) -> None:
     once = [result(0), result(1, "medium")]
@@ -138,12 +138,12 @@ def test_bands_are_drawn_where_there_are_seeds_and_the_lack_of_them_is_said(
         if alt.startswith("Attainment bands") and "small, 2 seeds, 1 points" in alt
     ]
     assert (
-        "With two seeds the band is just the span of both. No band for medium, whose "
-        "points rest on one seed." in text
+        "With two seeds the band is only the span between them. No band for medium, whose "
+        "points have one seed." in text
     )
 
 
-def test_the_two_sentences_the_long_answer_and_the_table_say_the_same_of_a_change(
+def test_the_two_sentences_the_long_answer_and_the_table_agree_on_a_change(
     study: Study, baselines: Baselines, tmp_path: Path
 ) -> None:
     tuned, shipped = (
@@ -170,8 +170,8 @@ def test_the_two_sentences_the_long_answer_and_the_table_say_the_same_of_a_chang
     assert re.search(r"-3\.5 \[-\d\.\d, -\d\.\d\], lower", text)
 
 
-def test_text_can_be_read_in_light_in_dark_and_in_print() -> None:
-    """WCAG 2.2, 1.4.3: a contrast of 4.5 or more for text, in each of the three sets of colours."""
+def test_text_has_enough_contrast_in_light_dark_and_print() -> None:
+    """WCAG 2.2, 1.4.3: text has a contrast of at least 4.5 in each of the three colour sets."""
     css = (Path(report.__file__).parent / "page_template.html").read_text("utf-8")
     sets = [
         dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", block))
@@ -185,9 +185,9 @@ def test_text_can_be_read_in_light_in_dark_and_in_print() -> None:
                 assert contrast(colours[ink], colours[page]) >= 4.5, (ink, page, colours)
 
 
-def test_what_figures_are_drawn_with_can_be_told_from_their_white_ground() -> None:
-    """WCAG 2.2, 1.4.11, for the colours of a study's first three sizes; further ones have marks of
-    their own beside their colour.
+def test_figure_colours_contrast_with_their_white_background() -> None:
+    """WCAG 2.2, 1.4.11, for the colours of a study's first three models; later models also differ
+    by their marker.
     """
     assert all(contrast(colour, "#ffffff") >= 3 for colour in COLOURS[:3])
     assert len(set(looks(f"size {number}" for number in range(7)).values())) == 7
@@ -221,7 +221,7 @@ def test_a_reason_names_no_folder_and_no_host_that_the_study_ran_on(
     assert not [private for private in ("gpu-12", "alice", "secret") if private in text]
 
 
-def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
+def test_markup_in_a_reason_is_escaped(study: Study, tmp_path: Path) -> None:
     text = written(
         study, [failed(0, "<script>alert(1)</script>")], {}, tmp_path, cost={"a": "<b>"}
     ).read_text("utf-8")
@@ -234,10 +234,10 @@ def test_a_reason_cannot_bring_markup_in(study: Study, tmp_path: Path) -> None:
 def test_the_same_results_give_the_same_report(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
-    first, again = (
+    first, second = (
         written(study, results, baselines, tmp_path / name).read_bytes() for name in ("a", "b")
     )
-    assert first == again
+    assert first == second
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_projections_are_drawn_for_each_model(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objectives", [1, 3])
-def test_other_numbers_of_objectives_have_a_report(
+def test_studies_with_one_or_three_objectives_have_a_report(
     study: Study, results: list[Result], tmp_path: Path, objectives: int
 ) -> None:
     names = ("refusal.refusal_rate", "task.task_accuracy", "harmless.over_refusal_rate")[
@@ -323,7 +323,7 @@ def test_categories_and_agreement_have_tables_when_there_is_evidence(
 
 
 @pytest.mark.slow
-def test_without_evidence_there_are_no_such_sections(
+def test_without_evidence_there_are_no_category_and_agreement_sections(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
     text = written(study, results, baselines, tmp_path).read_text("utf-8")

@@ -1,6 +1,4 @@
-"""Two sentences from the numbers: hedged by intervals, and honest about what is absent or not
-known.
-"""
+"""The short answer: two sentences, hedged by intervals, that report what is absent or unknown."""
 
 import re
 
@@ -20,19 +18,19 @@ def short(study: Study, results: list[Result], baselines: Baselines = ALIGNED) -
     return in_short(study, results, baselines, before_after(study, results, baselines))
 
 
-def test_both_effects_are_told_in_two_sentences_with_an_interval_at_each_rate(
+def test_both_effects_are_reported_in_two_sentences_with_an_interval_at_each_rate(
     study: Study, results: list[Result], baselines: Baselines
 ) -> None:
-    ebbed, brought = short(study, results, baselines)
-    assert ebbed.startswith(
+    fine_tuning, projection = short(study, results, baselines)
+    assert fine_tuning.startswith(
         "Fine-tuning without projection lowered the refusal rate in all 8 trainings; in "
-        "those that the points below"
+        "the trainings of the points below"
     )
-    assert "from 96.0% [92.3, 98.0] to 20.0% [15.0, 26.1] at small" in ebbed
-    assert brought.startswith(
+    assert "from 96.0% [92.3, 98.0] to 20.0% [15.0, 26.1] at small" in fine_tuning
+    assert projection.startswith(
         "With projection a point of every size holds the refusal floor of 90.0%"
     )
-    for sentence in (ebbed, brought):
+    for sentence in (fine_tuning, projection):
         assert len(re.split(r"(?<=[.!?]) ", sentence)) == 1 and sentence.endswith(".")
         without_floor = sentence.replace("floor of 90.0%", "floor")
         assert (
@@ -42,41 +40,43 @@ def test_both_effects_are_told_in_two_sentences_with_an_interval_at_each_rate(
         )
 
 
-def test_a_loss_that_intervals_do_not_show_is_not_told_as_one(study: Study) -> None:
-    (ebbed, _) = short(
+def test_a_loss_that_intervals_do_not_show_is_not_reported(study: Study) -> None:
+    (fine_tuning, _) = short(
         study, [result(0, refusal=0.95), result(1, refusal=0.96, share=0.5, threshold=0.5)]
     )
-    assert ebbed.startswith(
+    assert fine_tuning.startswith(
         "Fine-tuning without projection did not measurably lower the refusal rate, from 96.0%"
     )
 
 
-def test_a_projection_that_brings_nothing_back_is_said_to(study: Study) -> None:
-    (_, brought) = short(
+def test_a_projection_that_restores_nothing_is_reported_as_such(study: Study) -> None:
+    (_, projection) = short(
         study, [result(0, refusal=0.5), result(1, refusal=0.52, share=0.5, threshold=0.5)]
     )
-    assert brought.startswith(
+    assert projection.startswith(
         "With projection no point reaches the refusal floor of 90.0%: small comes nearest "
         "with 52.0%"
     )
-    assert "(not distinguishable from without projection)" in brought
+    assert "(not distinguishable from without projection)" in projection
 
 
 @pytest.mark.parametrize(
-    ("refusal", "said"),
+    ("refusal", "certainty"),
     [
         (0.98, "its whole interval at or above it"),
         (0.92, "not surely, as its interval reaches below"),
     ],
 )
-def test_how_sure_a_point_holds_the_floor_is_told(study: Study, refusal: float, said: str) -> None:
-    (_, brought) = short(
+def test_the_certainty_that_a_point_holds_the_floor_is_reported(
+    study: Study, refusal: float, certainty: str
+) -> None:
+    (_, projection) = short(
         study, [result(0, refusal=0.3), result(1, refusal=refusal, share=0.5, threshold=0.5)]
     )
-    assert said in brought
+    assert certainty in projection
 
 
-def test_what_usefulness_it_costs_is_told_only_as_far_as_it_is_distinguishable(
+def test_the_cost_in_usefulness_is_reported_only_if_it_is_distinguishable(
     study: Study,
 ) -> None:
     rows = [
@@ -91,7 +91,7 @@ def test_what_usefulness_it_costs_is_told_only_as_far_as_it_is_distinguishable(
     assert "not distinguishable from the 80.0%" in short(study, rows)[1]
 
 
-def test_what_is_not_known_is_said_not_to_be(study: Study) -> None:
+def test_unknown_effects_are_reported_as_unknown(study: Study) -> None:
     assert (
         short(study, [])
         == short(study, [failed(0)])
@@ -104,7 +104,7 @@ def test_what_is_not_known_is_said_not_to_be(study: Study) -> None:
     )
     assert (
         short(study, [plain])[1]
-        == "No projected point has finished, so what projection brings back is not known."
+        == "No projected point has finished, so the effect of projection is not known."
     )
     only_task = study.model_copy(
         update={"objectives": (TASK,), "suites": {"task": study.suites["task"]}}
@@ -114,7 +114,7 @@ def test_what_is_not_known_is_said_not_to_be(study: Study) -> None:
     ]
 
 
-def test_of_many_sizes_the_first_and_the_last_are_told(study: Study) -> None:
+def test_of_many_sizes_the_first_and_the_last_are_reported(study: Study) -> None:
     sizes = ["1b", "3b", "7b", "13b", "70b"]
     rows = [
         result(
@@ -127,16 +127,16 @@ def test_of_many_sizes_the_first_and_the_last_are_told(study: Study) -> None:
         for n, model in enumerate(sizes)
         for of in (0, 1)
     ]
-    ebbed, brought = short(study, rows, dict.fromkeys(sizes, ALIGNED["small"]))
-    for sentence in (ebbed, brought):
+    fine_tuning, projection = short(study, rows, dict.fromkeys(sizes, ALIGNED["small"]))
+    for sentence in (fine_tuning, projection):
         assert "1b" in sentence and "70b" in sentence and "13b" not in sentence
-        assert "(the 3 sizes between are told below)" in sentence
+        assert "(the 3 sizes between are below)" in sentence
 
 
-def test_the_trainings_of_all_sizes_are_told_together_and_corrected_together(study: Study) -> None:
-    """Alone a loss with p = 0.03 counts; among two that one sentence tells, the other of which is
-    no loss, it does not.
-    """
+def test_the_trainings_of_all_sizes_are_reported_together_and_corrected_together(
+    study: Study,
+) -> None:
+    """A loss with p = 0.03 counts alone, but not beside a training without a loss."""
     rows = [result(0, refusal=0.93), result(1, "medium", refusal=0.96)]
     aligned: Baselines = {
         "small": {REFUSAL: rate(REFUSAL, 0.96)},
@@ -147,25 +147,27 @@ def test_the_trainings_of_all_sizes_are_told_together_and_corrected_together(stu
         held.found[name, "refusal"] = {0: share(192)}
     held.found[0, "refusal"], held.found[1, "refusal"] = {0: share(186)}, {0: share(192)}
 
-    def ebbed(of: list[Result]) -> str:
+    def fine_tuning(of: list[Result]) -> str:
         return in_short(study, of, aligned, before_after(study, of, aligned, held), held)[0]
 
-    assert ebbed(rows[:1]).startswith("Fine-tuning without projection lowered the refusal rate")
-    assert ebbed(rows).startswith(
+    assert fine_tuning(rows[:1]).startswith(
+        "Fine-tuning without projection lowered the refusal rate"
+    )
+    assert fine_tuning(rows).startswith(
         "Fine-tuning without projection did not measurably lower the refusal rate in any "
         "of 2 trainings"
     )
 
 
-def test_a_point_that_holds_the_floor_without_projection_and_is_the_more_useful_is_told(
+def test_a_point_that_holds_the_floor_without_projection_and_is_the_more_useful_is_reported(
     study: Study,
 ) -> None:
     rows = [
         result(0, refusal=0.95, task=0.8),
         result(1, refusal=0.98, task=0.4, share=0.5, threshold=0.5),
     ]
-    brought = short(study, rows)[1]
-    assert brought.endswith(
+    projection = short(study, rows)[1]
+    assert projection.endswith(
         "; without projection a point holds the floor and is the one that `ebbline pick` "
         "names: small refuses 95.0% [91.0, 97.3]"
         " at a task accuracy of 80.0% [73.9, 85.0]."

@@ -1,6 +1,4 @@
-"""Runs that were kept offline reach a server: a real HTTP server on the loopback, W&B's own client,
-several runs at once.
-"""
+"""Offline runs reach a server: W&B's own client pushes to a real HTTP server on the loopback."""
 
 import json
 import os
@@ -28,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_wandb_login")
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study's folder with five runs that were kept offline: four points and the study's own."""
+    """A study's folder with five offline runs: four points and the study's own."""
     return tmp_path_factory.mktemp("kept")
 
 
@@ -97,15 +95,15 @@ def test_pushed_runs_hold_what_was_kept(
 
 
 @pytest.mark.process
-def test_what_was_pushed_is_not_pushed_again(folder: Path, server: WandbServer) -> None:
+def test_a_pushed_run_is_not_pushed_twice(folder: Path, server: WandbServer) -> None:
     pushed(folder)
     assert waiting(folder) == []
-    asked = len(server.operations)
-    assert (pushed(folder).pushed, len(server.operations)) == (0, asked)
+    requests = len(server.operations)
+    assert (pushed(folder).pushed, len(server.operations)) == (0, requests)
 
 
 @pytest.mark.process
-def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(
+def test_an_interrupted_run_is_resent_with_the_same_content(
     folder: Path, server: WandbServer
 ) -> None:
     pushed(folder)
@@ -117,11 +115,12 @@ def test_a_run_that_was_cut_off_in_its_middle_is_sent_again_and_holds_the_same(
 
 
 @pytest.mark.process
-def test_a_run_that_was_cut_off_within_its_history_has_its_first_rows_twice(
+def test_a_run_that_was_interrupted_within_its_history_has_duplicate_first_rows(
     folder: Path, server: WandbServer
 ) -> None:
-    """W&B's client appends to what a server has. docs/wandb.md says so; this fails once the client
-    does better.
+    """W&B's client appends to the server's rows, as docs/wandb.md states.
+
+    This test fails once the client no longer does.
     """
     pushed(folder)
     cut = server.runs["ebb-012345"]
@@ -146,7 +145,7 @@ def test_a_run_that_was_cut_off_within_its_history_has_its_first_rows_twice(
 
 
 @pytest.mark.process
-def test_what_is_shown_later_adds_to_what_was_pushed(
+def test_later_results_are_added_to_the_pushed_run(
     folder: Path, server: WandbServer, study: Study
 ) -> None:
     pushed(folder)
@@ -170,9 +169,7 @@ def test_what_is_shown_later_adds_to_what_was_pushed(
 
 
 @pytest.mark.process
-def test_what_was_pushed_is_known_to_a_mirror_that_is_online(
-    folder: Path, server: WandbServer
-) -> None:
+def test_an_online_mirror_counts_pushed_rows_as_shown(folder: Path, server: WandbServer) -> None:
     assert not Memory(folder, "online").rows("ebb-012345")
     pushed(folder)
     assert Memory(folder, "online").rows("ebb-012345") == 6
@@ -208,33 +205,31 @@ def test_a_kill_in_the_middle_is_continued(folder: Path, server: WandbServer) ->
     server.slow_s = 0.0
     left = len(waiting(folder))
     assert 0 < left < 5
-    for _ in range(
-        1200
-    ):  # W&B's own service may end a moment later than the process that it serves
+    for _ in range(1200):  # W&B's service may end shortly after the process that it serves
         done = pushed(folder)
         if not done.why.startswith("another"):
             break
         time.sleep(0.1)
     assert (done.pushed, done.left) == (left, 0)
     rows = [line["finished"] for _, line in sorted(server.runs["ebb-012345"].history.items())]
-    assert rows[-6:] == [1, 2, 3, 4, 5, 6], "sent again from the first row"
+    assert rows[-6:] == [1, 2, 3, 4, 5, 6], "resent from the first row"
     assert rows[:-6] == [1, 2, 3, 4, 5, 6][: len(rows) - 6], (
-        "W&B's client appends, when the kill came within the history"
+        "W&B's client appends, if the kill came within the history"
     )
     assert len(server.runs) == 5
 
 
 @pytest.mark.process
-def test_a_server_that_answers_nothing_is_given_up(folder: Path, server: WandbServer) -> None:
+def test_a_push_to_a_silent_server_ends(folder: Path, server: WandbServer) -> None:
     server.slow_s = 60.0
     done = pushed(folder, stalled_s=4.0)
-    assert (done.pushed, done.left, done.why) == (0, 5, "no run was done for 4 s")
+    assert (done.pushed, done.left, done.why) == (0, 5, "no run was pushed for 4 s")
 
 
-def test_two_pushes_of_one_study_do_not_meet(folder: Path, server: WandbServer) -> None:
+def test_a_study_has_one_push_at_a_time(folder: Path, server: WandbServer) -> None:
     import fcntl
 
     with (folder / "wandb" / "push.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert pushed(folder).why == "another process is pushing them already"
+        assert pushed(folder).why == "another process is pushing these runs"
     assert server.operations == []
