@@ -240,7 +240,7 @@ def damages(
             done += 1
             found = store.place.sha256(f"{kind}/{key}/{artifact.folder.name}/payload/{name}")
             if found is None and name not in dropped:
-                yield Damage(kind, key, name, "the file is missing and was not dropped")
+                yield Damage(kind, key, name, "it is missing and was not dropped")
             elif found not in (None, sha):
                 yield Damage(
                     kind,
