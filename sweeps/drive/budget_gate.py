@@ -44,7 +44,9 @@ class BudgetGate:
 
     def told_of_stage(self) -> str:
         """Why nothing more starts: for want of budget for any stage that is ready."""
-        refused = [node for node in self._runner.unsettled() if node.key in self._runner.refused]
+        refused = [
+            node for node in self._runner.unsettled() if node.key in self._runner.unaffordable
+        ]
         node = min(
             refused, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key)
         )

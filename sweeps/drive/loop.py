@@ -138,7 +138,7 @@ class _Drive:
 
     def run(self) -> Progress:
         progress, runner = self.progress, self.runner
-        runner.want(self.baselines)
+        runner.add(self.baselines)
         self.searcher.estimate(self.knowledge)
         self.again = [self._in_flight(number, point) for number, point in self.searcher.measured()]
         for entry in self.again:
@@ -450,7 +450,7 @@ class _Drive:
 
 
 def _told(failure: Failure) -> str:
-    refused = REFUSED if failure.refused else ""
+    refused = REFUSED if failure.invalid_input else ""
     return (
         refused
         + failure.reason

@@ -17,7 +17,7 @@ from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
-from ebbline.cluster.schedule.scheduler import Work, impossible
+from ebbline.cluster.schedule.scheduler import ReadyStage, impossible
 from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
 from ebbline.sweeps.forecast.expected import Points, points_of
 from ebbline.sweeps.search.masks import twins
@@ -113,7 +113,7 @@ def forecast(
     points = points_of(study, view.storage, "" if met is None else met.said)
     graph = view.graph.apart()  # a drawn point gives no stage its label or its needs
     estimates = estimates_of(home, kind)
-    estimates.met(capacity)
+    estimates.learn_gpu_type(capacity)
     here = points.told if len(points.told) <= EXACT else _evenly(points.told)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
     found = todo(graph, [*here, *to_come], told)
@@ -252,7 +252,7 @@ def _wall_s(trace: Trace, estimates: Estimates, more_gpu_s: float) -> float | No
 
 
 def _never(step: Step, capacity: Capacity) -> str:
-    reason = impossible(Work(step.key, step.needs, step.resident, 0.0, 0.0), capacity)
+    reason = impossible(ReadyStage(step.key, step.needs, step.resident, 0.0, 0.0), capacity)
     return reason or "it waits for a stage that can run nowhere on this cluster"
 
 

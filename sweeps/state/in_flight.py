@@ -49,7 +49,7 @@ class PointInFlight:
             for name, stage in self.stages.items()
             if StageName.parse(name).part in STAGE_KINDS
         ]
-        runner.want(self.asked)
+        runner.add(self.asked)
 
     def settled(self, runner: Runner) -> bool:
         return bool(self.refused) or (self.complete and all(map(runner.settled, self.asked)))
@@ -78,7 +78,7 @@ class PointInFlight:
                 for stage in (*target.upstream(), target)
                 if stage in own and stage not in asked
             ]
-            runner.want(new)
+            runner.add(new)
             self.asked += new
             if not new or not raced:  # without races all is needed at once
                 self.complete = True
