@@ -1,4 +1,4 @@
-"""Where and how stages run. Folders: store, executors, schedule, running.
+"""Stores artifacts and runs stages. Folders: store, executors, schedule, running.
 
 Imports tasks.
 """

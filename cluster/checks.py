@@ -1,5 +1,6 @@
-"""Parts of `ebbline doctor`'s checks: what one found, and how it looks without waiting for ever or
-importing what is heavy.
+"""Building blocks of `ebbline doctor`'s checks: findings, commands with a timeout, connections.
+
+Heavy imports happen in a process of their own.
 """
 
 import json
@@ -16,7 +17,7 @@ LONGEST_S = 60.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw. `remedy` is one line, and empty when all is well."""
+    """The result of one check. `remedy` is one line; it is empty when the verdict is ok."""
 
     check: str
     verdict: Literal["ok", "warning", "problem"]
@@ -26,19 +27,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class ExecutorCheck:
-    """What the check of an executor found, and the types of GPU it would use; None when that is
-    unknown.
-    """
+    """The findings on an executor, and its GPU types (None: unknown)."""
 
     findings: tuple[Finding, ...] = ()
     gpu_types: tuple[str, ...] | None = None
 
 
-def run(command: Sequence[str], given: str = "") -> "subprocess.CompletedProcess[str] | str":
-    """A command that ended well, or one line that says why not."""
+def run(command: Sequence[str], stdin: str = "") -> "subprocess.CompletedProcess[str] | str":
+    """Run a command. Returns the completed process, or a one-line reason if it failed."""
     try:
         done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=LONGEST_S
+            command, input=stdin, capture_output=True, text=True, timeout=LONGEST_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return one_line(error)
@@ -48,8 +47,8 @@ def run(command: Sequence[str], given: str = "") -> "subprocess.CompletedProcess
 
 
 def run_module(module: str, *arguments: str) -> dict[str, Any]:
-    """The JSON that a module of ours prints last, in a process of its own; `error` says why there
-    is none.
+    """Run a module of this package in a new process. Returns the JSON on its last line of output,
+    or `{"error": reason}`.
     """
     done = run([sys.executable, "-P", "-m", module, *arguments])
     if isinstance(done, str):
@@ -59,7 +58,7 @@ def run_module(module: str, *arguments: str) -> dict[str, Any]:
 
 
 def unreachable(host: str, port: int) -> str:
-    """Why nothing listens there; empty when something does."""
+    """The reason why `host:port` accepts no connection; empty when it accepts one."""
     try:
         socket.create_connection((host, port), CONNECT_S).close()
     except OSError as error:
@@ -68,5 +67,5 @@ def unreachable(host: str, port: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error on one line."""
+    """The type and message of an error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,8 +1,7 @@
-"""The cluster's profile: what its GPUs cost, where its store lies, how patient to be.
-HOME/cluster.yaml, or all defaults.
+"""The cluster's profile: GPU prices, the place of the store, timeouts. It is read from
+HOME/cluster.yaml; without that file all defaults apply.
 
-Nothing in it can change a result, so no key hashes it. It holds no secret: those come from the
-environment.
+Invariant: no setting here changes a result, so no key hashes it. Secrets come from the environment.
 """
 
 from typing import Annotated
@@ -13,23 +12,26 @@ from ebbline.tasks.specs import Count, Frozen, Number, Positive
 
 
 class GpuType(Frozen):
-    """One type of GPU: what an hour of it costs, and what it holds."""
+    """Price and memory of one GPU type."""
 
     usd_per_hour: Annotated[Number, Field(ge=0.0)]
     memory_gb: Positive | None = None
 
 
 class Profile(Frozen):
-    """`gpus` go by Ray's accelerator type (A100, H100, ...); the type `other` stands for all that
-    are not named.
+    """Settings of a cluster.
 
-    `store` is a folder or an object store's URL, `storage` Optuna's database URL, `address` Ray's.
-    A stage that is lost is tried `tries` times, waiting `backoff_s` and twice as long each time;
-    one without a sign of life for `hang_after_s` is cancelled. Workers keep at most `cache_gb` of
-    what they fetched from an object store. At most `pack` trainings share a GPU (1: none do); when
-    it is not given, as many as fit where `memory_gb` is known, and where it is not, each trains
-    alone. At most `wandb_points` points of a study are runs of their own on W&B; the others are
-    rows of a table in their training's run.
+    gpus          GPU types by Ray's accelerator type (A100, H100, ...); `other`: all other types
+    store         a folder, or the URL of an object store
+    storage       the URL of Optuna's database
+    address       the address of the Ray cluster
+    tries         how often a lost stage is tried; the pause is `backoff_s` and doubles each time
+    hang_after_s  a stage without progress for this long is cancelled
+    cache_gb      the bound of a worker's copies of files from an object store
+    pack          the most trainings on one GPU (1: no packing). Default: as many as fit in
+                  `memory_gb`; without `memory_gb` each trains alone
+    wandb_points  the most points with a W&B run of their own; the other points are rows of a table
+                  in their training's run
     """
 
     store: str | None = None
@@ -45,8 +47,6 @@ class Profile(Frozen):
     wandb_points: Count = 500
 
     def price(self, gpu_type: str | None) -> float | None:
-        """Dollars for an hour of a GPU of this type; None when neither it nor `other` has a
-        price.
-        """
+        """US dollars for one hour of this GPU type. None if neither it nor `other` has a price."""
         found = self.gpus.get(gpu_type or "other", self.gpus.get("other"))
         return None if found is None else found.usd_per_hour

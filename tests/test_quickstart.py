@@ -140,7 +140,7 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: R
             {**task.inputs["generation"].inputs, "prompts": Part(language, "utility.jsonl")},
         )
         utility = Stage(task.spec, {"generation": said})
-        runner.want([utility])
+        runner.add([utility])
         while not runner.settled(utility):
             runner.step()
         assert runner.failure(utility) is None

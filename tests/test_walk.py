@@ -186,7 +186,5 @@ def test_no_completion_leaves_the_store(study: Study, home: Home) -> None:
 def test_a_runner_asked_for_what_is_there_runs_nothing(study: Study, home: Home) -> None:
     graph = StageGraph(study, home)
     runner = Runner(home.store, InlineExecutor(), graph.needs_of)
-    runner.want(
-        graph.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})).values()
-    )
+    runner.add(graph.stages_for(Point.of("7b", {"train.rank": 8, "apply.threshold": 0.4})).values())
     assert runner.idle and all(node.reused for node in runner.nodes.values())

@@ -1,4 +1,4 @@
-"""Executors: places that run batches of stages. Ray is imported here and nowhere else.
+"""Executors: places that run batches of stages. Only this folder imports Ray.
 
 Imports tasks and cluster.store.
 """

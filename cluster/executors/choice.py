@@ -1,8 +1,7 @@
-"""The executors that a run may choose, in one table, with what is known of each before it is
-opened.
+"""The table of executors, with the facts that a command needs before it opens one.
 
-A new executor is one file, and one row of EXECUTORS. This module is read for `ebbline --help`, so
-it imports only the standard library; an executor's own module is imported when it is opened.
+A new executor is one file and one row of EXECUTORS. `ebbline --help` reads this module, so it
+imports nothing heavy; an executor's own module is imported when it is opened.
 """
 
 import os
@@ -21,9 +20,11 @@ MOST_LOGICAL_GPUS = 4
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a run asks of its executor: `address` is its cluster's, `gang` the GPUs of the study's
-    largest stage, `gpus` how many logical GPUs a machine without real ones is to have.
+class ExecutorOptions:
+    """The settings with which a run opens its executor.
+
+    `address` is the cluster's address. `gang` is the number of GPUs of the study's largest stage.
+    `gpus` is the number of logical GPUs on a machine without real GPUs.
     """
 
     address: str
@@ -32,14 +33,14 @@ class Wanted:
 
     @property
     def logical_gpus(self) -> int:
-        """How many logical GPUs there are to be; a few when nobody says."""
+        """The number of logical GPUs: `gpus`, or a default for this machine's cores."""
         return self.gpus or max(self.gang, min(MOST_LOGICAL_GPUS, len(os.sched_getaffinity(0))))
 
 
-def _on_this_machine(wanted: Wanted) -> "Capacity | None":
+def _on_this_machine(options: ExecutorOptions) -> "Capacity | None":
     from ebbline.cluster.executors.this_machine import capacity_here
 
-    return capacity_here(wanted)
+    return capacity_here(options)
 
 
 def _nothing_to_check(address: str) -> ExecutorCheck:
@@ -50,15 +51,15 @@ def _nothing_to_check(address: str) -> ExecutorCheck:
 class ExecutorKind:
     """An executor before it is opened.
 
-    `name` is what `--executor` takes; its jobs are called NAME-NUMBER. `label` says in a help where
-    stages run. `capacity` is what it will have, None when only an open one can tell. `check` tries
-    for `ebbline doctor` what it needs at an address, and `packages` are those it needs beside ours.
+    `name` is the value of `--executor`; its jobs are called NAME-NUMBER. `label` names the place in
+    help texts. `capacity` returns its future capacity, or None if only an open executor knows it.
+    `check` is its part of `ebbline doctor`; `packages` are the Python packages that it requires.
     """
 
     name: str
     label: str
-    open: "Callable[[Wanted], Executor]"
-    capacity: "Callable[[Wanted], Capacity | None]" = _on_this_machine
+    open: "Callable[[ExecutorOptions], Executor]"
+    capacity: "Callable[[ExecutorOptions], Capacity | None]" = _on_this_machine
     own_processes: bool = True  # a job has processes of its own, which take time to start
     serial: bool = False  # stages run one after another, wherever the scheduler placed them
     start_costs: StartCosts = field(default_factory=StartCosts)
@@ -66,19 +67,19 @@ class ExecutorKind:
     packages: tuple[str, ...] = ()
 
     def ran(self, job_id: str) -> bool:
-        """Whether a job was one of this executor's, as ledgers name jobs."""
+        """Whether this executor ran the job with this id."""
         return job_id.startswith(f"{self.name}-")
 
 
-def _open_ray(wanted: Wanted) -> "Executor":
+def _open_ray(options: ExecutorOptions) -> "Executor":
     from ebbline.cluster.executors.ray_executor import RayExecutor
 
-    return RayExecutor(wanted.address, wanted.logical_gpus)
+    return RayExecutor(options.address, options.logical_gpus)
 
 
-def _ray_capacity(wanted: Wanted) -> "Capacity | None":
-    """A cluster of its own is not started to ask it what it has."""
-    return _on_this_machine(wanted) if wanted.address == "local" else None
+def _ray_capacity(options: ExecutorOptions) -> "Capacity | None":
+    """This machine's capacity for a local cluster, which is not started for this."""
+    return _on_this_machine(options) if options.address == "local" else None
 
 
 def _check_ray(address: str) -> ExecutorCheck:
@@ -87,10 +88,10 @@ def _check_ray(address: str) -> ExecutorCheck:
     return check(address)
 
 
-def _open_inline(wanted: Wanted) -> "Executor":
+def _open_inline(options: ExecutorOptions) -> "Executor":
     from ebbline.cluster.executors.inline import InlineExecutor
 
-    return InlineExecutor(gpus=max(wanted.gang, wanted.logical_gpus))
+    return InlineExecutor(gpus=max(options.gang, options.logical_gpus))
 
 
 EXECUTORS = (
@@ -109,9 +110,9 @@ DEFAULT_EXECUTOR = EXECUTORS[0]
 
 
 def executor_kind(name: str) -> ExecutorKind:
-    """The row of this name. Raises StudyError when there is none."""
+    """The row with this name. Raises StudyError if there is none."""
     found = next((kind for kind in EXECUTORS if kind.name == name), None)
     if found is None:
-        there = ", ".join(kind.name for kind in EXECUTORS)
-        raise StudyError(f"there is no executor {name!r}; choose one of {there}")
+        names = ", ".join(kind.name for kind in EXECUTORS)
+        raise StudyError(f"there is no executor {name!r}; choose one of {names}")
     return found

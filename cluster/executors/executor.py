@@ -1,9 +1,7 @@
-"""What every executor is: a place that runs batches of requests. Three abstract verbs, one shared
-way to commit.
+"""The executor interface, and `run_batch`, with which every executor's workers run and commit.
 
-A Job is finished when its process has nothing more to say; its stages are done when their records
-exist, which may be long before. So whoever waits looks at the store, and asks the executor only for
-what failed or was lost.
+A stage is done when its record exists, often long before its Job ends. Callers therefore look for
+results in the store, and ask the executor only for failed and lost stages.
 """
 
 from abc import ABC, abstractmethod
@@ -17,17 +15,17 @@ from ebbline.tasks.errors import EbblineError
 from ebbline.tasks.kinds import request_payload
 from ebbline.tasks.stage import Report, Request
 
-# The label with the type of a host's GPUs, in studies and on hosts: Ray's name for it. A host
-# without real GPUs has none.
+# Ray's label for the type of a host's GPUs. A host without real GPUs does not have it.
 ACCELERATOR_TYPE = "ray.io/accelerator-type"
-SLOTS = 2  # of a host, for stages without a GPU; each may use all of a machine's disk
+SLOTS = 2  # per host, for stages without a GPU; few, because each may use all of the disk
 
 
 @dataclass(frozen=True)
 class Host:
-    """One machine: its GPUs (logical ones if it has none), and slots for stages that need none.
+    """One machine. `gpus` are logical on a machine without real GPUs; `cpus` are slots for stages
+    without a GPU.
 
-    `labels` say what it is (`ray.io/accelerator-type: A100`). A host that is `draining` will go,
+    `labels` describe it (`ray.io/accelerator-type: A100`). A `draining` host will leave the cluster
     and gets no new work.
     """
 
@@ -44,9 +42,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What an executor has, machine by machine. `grows` when more come to a queue that waits (an
-    autoscaler).
-    """
+    """The hosts of an executor. `grows`: an autoscaler adds hosts for waiting work."""
 
     hosts: tuple[Host, ...]
     grows: bool = False
@@ -66,8 +62,8 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage needs of the cluster. Above one GPU it is a gang, on one host unless `spread`
-    allows several.
+    """What a stage needs of the cluster. A stage with several GPUs is a gang; it runs on one host
+    unless `spread` allows several.
 
     `labels` select hosts, in Ray's syntax: a value, `!value`, `in(a,b)`, `!in(a,b)`.
     """
@@ -79,8 +75,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Job:
-    """One batch at work. `id` is the executor's name in the table of executors, and a number.
-    `hosts` says how many GPUs it has on which host; a job that needs none has its one host with 0.
+    """One submitted batch. `id` is EXECUTOR-NUMBER. `hosts` maps host names to numbers of GPUs; a
+    job without GPUs has one host, with 0.
     """
 
     id: str
@@ -91,8 +87,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Loss:
-    """Why a job ended without a word of its stages. `place` when its host went (node lost,
-    preempted): no fault of theirs.
+    """Why a job ended without reports. `blame` is `place` when its host left (lost or preempted),
+    else `stage`.
     """
 
     reason: str
@@ -101,9 +97,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Finished:
-    """A job that ended: reports of the stages it got to, and why it was lost if it did not get to
-    all of them.
-    """
+    """A job that ended: the reports of its stages, and the loss if some have no report."""
 
     job: Job
     reports: tuple[Report, ...]
@@ -111,10 +105,10 @@ class Finished:
 
 
 class Executor(ABC):
-    """Runs batches of requests. `device` is what stages on GPUs run on: cpu or cuda; `threads` what
-    each may use.
+    """Runs batches of requests.
 
-    `own_processes` says whether a job has processes of its own, which take time to start.
+    Stages on GPUs run on `device`, cpu or cuda. Each stage may use `threads` CPU threads.
+    `own_processes`: each job has processes of its own, which take time to start.
     """
 
     device: str
@@ -126,33 +120,33 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
-        """Start a batch on `hosts` (GPUs by host); its requests share a base model and run in the
-        given order.
+        """Start a batch on `hosts` (host -> GPUs) and return at once. Its requests share a base
+        model and run in the given order.
         """
 
     @abstractmethod
     def finished(self, timeout_s: float) -> Sequence[Finished]:
-        """The jobs that ended since the last call, waiting at most `timeout_s` for the first."""
+        """The jobs that ended since the last call; waits at most `timeout_s` for the first."""
 
     @abstractmethod
     def cancel(self, job: Job) -> None:
-        """Stop a job; what it committed stays."""
+        """Stop a job. Its committed stages stay."""
 
     def begun(self, job: Job) -> bool:
-        """Whether a running job has its processes; until then it waits for others' work to end, and
-        cannot hang.
+        """Whether the processes of a running job exist. Before that it waits for resources and does
+        not count as hung.
         """
         return True
 
-    # Most have nobody to tell
+    # Empty rather than abstract: only an executor with an autoscaler uses it.
     def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:  # noqa: B027
-        """All that is ready or runs: (needs, expected seconds) of each stage, so that a cluster
-        that can grow does.
+        """Receive (needs, expected seconds) of each ready or running stage, so that the cluster can
+        grow.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Stop all jobs and give everything back."""
+        """Stop all jobs and release all resources."""
 
 
 def run_batch(
@@ -162,28 +156,30 @@ def run_batch(
     leaving: Callable[[], bool] = lambda: False,
     gpu_type: str | None = None,
 ) -> tuple[Report, ...]:
-    """Run a batch in this process and commit each stage as it is done: what every executor's
-    workers call. `gpu_type` is the type of this process's GPUs, None without real ones.
+    """Run a batch in this process and commit each stage when it is done. Every executor's workers
+    call it. `gpu_type` is the type of this process's GPUs, None without real ones.
+
+    Raises MemberFailed when a stage of a gang fails.
     """
-    from ebbline.tasks.worker import (  # brings torch, which a driver process never needs
+    from ebbline.tasks.worker import (  # imports torch, which a driver does not need
         described,
         run_stages,
     )
 
-    works = {request.key: workplace(request, rank, world_size) for request in requests}
-    local = [work.request for work in works.values()]
+    workplaces = {request.key: workplace(request, rank, world_size) for request in requests}
+    local = [place.request for place in workplaces.values()]
     reports = []
     for report in run_stages(
         local,
         rank,
         world_size,
-        lambda one: works[one.key].prepared(),
-        lambda one: works[one.key].saved(),
+        lambda request: workplaces[request.key].prepare(),
+        lambda request: workplaces[request.key].send_checkpoint(),
         leaving,
     ):
-        work = works[report.key]
+        place = workplaces[report.key]
         if report.error is None and rank == 0:
-            request = work.request
+            request = place.request
             gpus = world_size if world_size > 1 else request.gpus
             provenance = {
                 "seconds": report.seconds,
@@ -194,11 +190,11 @@ def run_batch(
             if request.load:
                 provenance["load"] = dict(request.load)
             try:
-                work.store.commit(work.attempt, request_payload(request), provenance)
+                place.store.commit(place.attempt, request_payload(request), provenance)
             except (EbblineError, OSError) as error:
                 name, reason = described(error, Path(request.log))
                 report = replace(report, error=f"could not be committed: {reason}", error_type=name)
-        report = work.ended(report)
+        report = place.finish(report)
         reports.append(report)
         if world_size > 1 and report.error is not None:
             raise MemberFailed(report)
@@ -206,9 +202,7 @@ def run_batch(
 
 
 class MemberFailed(Exception):
-    """A gang's member failed: its partners wait for it in a collective, so all of them have to
-    end.
-    """
+    """A member of a gang failed. The others wait for it in a collective, so the gang must end."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(report)  # so that it can be pickled, which Ray Train does

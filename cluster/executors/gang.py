@@ -1,9 +1,8 @@
-"""A gang: one batch on several processes at once, through Ray Train, with torch.distributed and
-DeepSpeed inside.
+"""Runs a gang: one batch on several processes, with Ray Train, torch.distributed and DeepSpeed.
 
 Ray Train reserves the gang's GPUs in one placement group (all or nothing), on exactly the nodes
-that the scheduler chose, starts the processes and joins them. The processes belong to Ray Train's
-controller and go with it; the group is removed with it.
+that the scheduler chose. It then starts the processes and joins them. The processes and the
+placement group end with Ray Train's controller.
 """
 
 import shutil
@@ -33,16 +32,15 @@ from ebbline.cluster.executors.executor import MemberFailed, run_batch
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.tasks.stage import Report, Request
 
-OUTLIVES_S = 5.0  # more than two of Ray Train's looks at its members
+EXIT_DELAY_S = 5.0  # longer than two of Ray Train's health checks
 
 
 def run_gang(requests: Sequence[Request], processes: JobProcesses) -> tuple[Report, ...]:
-    """Run a batch on one process for each of `processes.nodes`, one GPU each; rank 0 commits.
+    """Run a batch on one process for each of `processes.nodes`, one GPU each. Rank 0 commits.
     Returns rank 0's reports.
 
-    A gang that runs out of memory is started again with half the micro-batch, for the stage it was
-    at and those behind it; it goes on from its checkpoint. Raises TrainingFailedError when a member
-    died, whatever the others have to say about it.
+    After out-of-memory the current stage and the later ones restart with half the micro-batch, from
+    the checkpoint. Raises TrainingFailedError when a member died, even if others reported.
     """
     while True:
         reports = _run_once(requests, processes)
@@ -61,7 +59,7 @@ def _run_once(requests: Sequence[Request], processes: JobProcesses) -> tuple[Rep
     here = at(ray.get_runtime_context().get_node_id())
     outcome = _Outcome.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="ebbline-gang-") as here:
-        # Ray Train wants a folder that all its members see; only those on one node see this one.
+        # Ray Train needs a folder that all members see. A temporary folder is seen on one node.
         shared = here if len(set(processes.nodes)) == 1 else f"{requests[0].scratch}.gang"
         trainer = _Trainer(
             _member,
@@ -87,8 +85,8 @@ def _run_once(requests: Sequence[Request], processes: JobProcesses) -> tuple[Rep
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            # The members' own reports say more; without any, or when one died, the gang was lost
-            # and Ray's error is what there is.
+            # The members' reports are more precise than Ray's error, unless a member died or none
+            # reported.
             if _died(error) or not ray.get(outcome.get.remote()):
                 raise
         finally:
@@ -98,11 +96,11 @@ def _run_once(requests: Sequence[Request], processes: JobProcesses) -> tuple[Rep
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """With a controller that signs on, so that what it holds is freed when it is ended
-    (cluster/executors/job_processes.py).
+    """A TorchTrainer whose controller signs on, so that its placement group is freed when it is
+    killed (cluster/executors/job_processes.py).
 
-    Ray Train's own cleaner outlives the driver, asks a dashboard that may not be there, and then
-    never ends.
+    It runs without Ray Train's own cleaner: that outlives the driver and waits for a dashboard,
+    which may not exist.
     """
 
     def __init__(self, *args: Any, processes: JobProcesses, **kwargs: Any) -> None:
@@ -122,7 +120,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
 
 
 class _SignOn(ControllerCallback):  # type: ignore[misc]
-    """Signs a gang's controller on, before it makes its placement group."""
+    """Signs on a gang's controller before it makes its placement group."""
 
     def __init__(self, processes: JobProcesses) -> None:
         self.processes = processes
@@ -132,7 +130,7 @@ class _SignOn(ControllerCallback):  # type: ignore[misc]
 
 
 def _died(error: TrainingFailedError) -> bool:
-    """Whether a member's process is gone, as against one that raised."""
+    """Whether a member's process died; False when a member only raised."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
     checks = [
         failure.health_check_failure
@@ -145,8 +143,8 @@ def _died(error: TrainingFailedError) -> bool:
 
 @ray.remote(num_cpus=0)
 class _Outcome:
-    """Carries rank 0's reports, or the first failed member's, out of the gang: Ray Train's own
-    results hold metrics only.
+    """Carries the reports of rank 0, or of the first failed member, out of the gang. Ray Train's
+    own results hold only metrics.
     """
 
     def __init__(self) -> None:
@@ -164,8 +162,7 @@ def _member(config: dict[str, Any]) -> None:
     requests = [Request.from_json(text) for text in config["requests"]]
     processes.sign_on("member")
     if requests[0].device != "cpu":
-        # Ray Train shows every member all of the gang's GPUs on its node: "cuda" has to mean this
-        # one's.
+        # Every member sees all of the gang's GPUs on its node, so "cuda" must name its own.
         torch.cuda.set_device(get_device())
     try:
         reports = run_batch(
@@ -177,9 +174,9 @@ def _member(config: dict[str, Any]) -> None:
         )
     except MemberFailed as failure:
         ray.get(config["outcome"].put.remote((failure.report,)))
-        # A member that dies takes the others' collectives with it. Ray Train has to see its death
-        # before their errors.
-        time.sleep(OUTLIVES_S)
+        # The exit of this member breaks the others' collectives. Ray Train must see this error
+        # before theirs.
+        time.sleep(EXIT_DELAY_S)
         raise
     if context.get_world_rank() == 0:
         ray.get(config["outcome"].put.remote(reports))

@@ -1,5 +1,5 @@
-"""The executor of this very process: one job at a time, real tracebacks, a debugger can step
-through.
+"""The executor that runs stages in this process, one job at a time. A debugger can step through
+them.
 """
 
 import itertools
@@ -10,8 +10,8 @@ from ebbline.tasks.stage import Request
 
 
 class InlineExecutor(Executor):
-    """Runs a job when its outcome is asked for. A gang runs as one process: the same Spec, the same
-    result to tolerance.
+    """Runs a job when `finished` is called. A gang runs as one process: the same Spec, and the same
+    result within tolerance.
     """
 
     own_processes = False

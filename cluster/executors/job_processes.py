@@ -1,11 +1,10 @@
-"""A job on a Ray cluster's machines: which processes it has there, whether they will have to leave,
-and how they are ended.
+"""The processes of a job on a Ray cluster: where they run, whether they must leave, how to end
+them.
 
-Every process of a job signs on, in Ray's own key-value store, so that one that hangs can be killed
-on its machine: Ray asks a process to end, and one that is stuck does not hear it. A gang's
-controller signs on as the actor that it is, because the placement group that it made would keep the
-gang's GPUs until the driver ends: Ray gives a group up when its maker AND the driver are gone, and
-Ray Train removes it only when its controller ends in peace.
+Every process of a job signs on in Ray's key-value store, so that it can be killed on its machine
+when it hangs: Ray only asks a process to end. A gang's controller signs on with its actor id.
+Otherwise its placement group would hold the gang's GPUs until the driver ends: Ray frees a group
+when its creator and the driver are gone, and Ray Train removes it only at an orderly end.
 """
 
 import os
@@ -30,8 +29,8 @@ LOOK_EVERY_S = 2.0
 
 
 class Process(NamedTuple):
-    """A process that signed on: what it does for the job, where it runs, since when, and the Ray id
-    of the actor that it is, if any.
+    """A process that signed on. `node` and `actor` are Ray ids; `actor` is empty for a task.
+    `started` is in seconds since the epoch.
     """
 
     role: Literal["task", "controller", "member"]
@@ -43,8 +42,8 @@ class Process(NamedTuple):
 
 @dataclass(frozen=True)
 class JobProcesses:
-    """The processes of a job: its name among the jobs of all drivers, and the Ray id of the node
-    of each process.
+    """The processes of a job. `job` is unique among the jobs of all drivers; `nodes` has the Ray
+    node id of each process.
     """
 
     job: str
@@ -57,13 +56,13 @@ class JobProcesses:
         _internal_kv_put(key, b"", namespace=NAMESPACE)
 
     def complete(self) -> bool:
-        """Whether every process that works is there."""
+        """Whether all worker processes have signed on."""
         role = "task" if len(self.nodes) == 1 else "member"
         return sum(process.role == role for process in self.signed_on()) >= len(self.nodes)
 
     def begun(self) -> bool:
-        """Whether it holds what it runs on. A gang does before its processes are there, and may
-        hang while they join each other.
+        """Whether the job holds its resources. A gang holds them before its processes exist, and
+        may hang while they join.
         """
         if len(self.nodes) == 1:
             return self.complete()
@@ -71,19 +70,18 @@ class JobProcesses:
         return any(group.state == PlacementGroupTableData.CREATED for group in groups)
 
     def leaving(self) -> Callable[[], bool]:
-        """Whether a node of the job drains: asked of Ray's head at most every other second, and
-        true for good.
+        """A function that returns whether a node of the job drains. It asks Ray's head at most
+        every LOOK_EVERY_S seconds; once True, it stays True.
         """
-        said, looked_at = False, float("-inf")
+        drains, looked_at = False, float("-inf")
 
         def leaving() -> bool:
-            nonlocal said, looked_at
-            if not said and time.monotonic() - looked_at >= LOOK_EVERY_S:
-                said = (
-                    not ray._private.state.state.get_draining_nodes().keys().isdisjoint(self.nodes)
-                )
+            nonlocal drains, looked_at
+            if not drains and time.monotonic() - looked_at >= LOOK_EVERY_S:
+                draining = ray._private.state.state.get_draining_nodes()
+                drains = not draining.keys().isdisjoint(self.nodes)
                 looked_at = time.monotonic()
-            return said
+            return drains
 
         return leaving
 
@@ -101,38 +99,33 @@ class JobProcesses:
         _internal_kv_del(f"{self.job}/", del_by_prefix=True, namespace=NAMESPACE)
 
     def end(self) -> None:
-        """Kill what signed on, on the machines where it runs, and free what it held; does not
-        wait.
-        """
+        """Kill the processes on their machines and free their resources, without waiting."""
         for process in self.signed_on():
             kill.options(scheduling_strategy=at(process.node)).remote(process)
-            remove_groups_of(
-                process.actor
-            )  # here too: that machine may be gone, and other machines' GPUs in the group
+            # Here too: that machine may be gone, while its group holds other machines' GPUs.
+            remove_groups_of(process.actor)
         self.forget()
 
 
 def own_gpu_type() -> str | None:
-    """The type of this worker's GPUs, as Ray labels its host; None without real GPUs."""
+    """The type of this worker's GPUs by the Ray label of its host; None without real GPUs."""
     labels: Mapping[str, str] = ray.get_runtime_context().get_node_labels()
     return labels.get(ACCELERATOR_TYPE)
 
 
 def at(node: str) -> NodeAffinitySchedulingStrategy:
-    """On this node or nowhere: Ray says so at once when the node is gone or drains."""
+    """Schedule on this node only. Ray fails at once when the node is gone or drains."""
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def groups_of(actor: str) -> list[Any]:
-    """Ray's rows of the placement groups that an actor made and that are not removed; none when
-    `actor` is empty.
-    """
-    told = (
+    """Ray's rows for the existing placement groups of an actor; none when `actor` is empty."""
+    rows = (
         ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
         if actor
         else []
     )
-    groups = [PlacementGroupTableData.FromString(row) for row in told]
+    groups = [PlacementGroupTableData.FromString(row) for row in rows]
     return [
         group
         for group in groups
@@ -147,9 +140,10 @@ def remove_groups_of(actor: str) -> None:
 
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def kill(process: Process) -> None:
+    # The start time is compared because the system may have reused the process id.
     if (
         psutil.pid_exists(process.pid)
         and psutil.Process(process.pid).create_time() == process.started
-    ):  # or the number is another's by now
+    ):
         os.kill(process.pid, signal.SIGKILL)
-    remove_groups_of(process.actor)  # it may have made one since it was told to end
+    remove_groups_of(process.actor)  # it may have made a group after `end` removed the first

@@ -1,24 +1,24 @@
-"""An executor that is opened when the first stage asks what there is."""
+"""An executor that is opened at the first call of `capacity`."""
 
 from collections.abc import Mapping, Sequence
 
-from ebbline.cluster.executors.choice import ExecutorKind, Wanted
+from ebbline.cluster.executors.choice import ExecutorKind, ExecutorOptions
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Job, Needs
 from ebbline.tasks.stage import Request
 
 
 class OnDemand(Executor):
-    """A study with nothing to run starts no cluster."""
+    """Wraps an executor, so that a study without stages to run starts no cluster."""
 
-    def __init__(self, kind: ExecutorKind, wanted: Wanted) -> None:
+    def __init__(self, kind: ExecutorKind, options: ExecutorOptions) -> None:
         self.device = "not opened yet"
         self.own_processes = kind.own_processes
-        self._kind, self._wanted = kind, wanted
+        self._kind, self._options = kind, options
         self._opened: Executor | None = None
 
     def capacity(self) -> Capacity:
         if self._opened is None:
-            self._opened = self._kind.open(self._wanted)
+            self._opened = self._kind.open(self._options)
             self.device, self.threads = self._opened.device, self._opened.threads
         return self._opened.capacity()
 

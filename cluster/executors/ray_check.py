@@ -1,8 +1,8 @@
-"""`ebbline doctor`'s check of Ray: its nodes by a real connection, or what a local cluster would
-have.
+"""`ebbline doctor`'s check of Ray: connects to the cluster and lists its nodes. For a local cluster
+it lists this machine's GPU types.
 
 Ray is imported in a process of its own: `python -m ebbline.cluster.executors.ray_check ADDRESS`
-prints what it found as JSON.
+prints the result as JSON.
 """
 
 import json
@@ -20,7 +20,7 @@ ACCELERATOR = "accelerator_type:"  # how Ray's resources name the type of a real
 
 
 def check(address: str) -> ExecutorCheck:
-    """The cluster at an address, and the types of its GPUs."""
+    """The findings on the cluster at an address, and its GPU types."""
     if address not in ("auto", "local"):
         where = urlsplit(address if "://" in address else f"ray://{address}")
         silent = unreachable(where.hostname or "", where.port or 6379)
@@ -56,8 +56,8 @@ def check(address: str) -> ExecutorCheck:
     )
     if gpus == 0:
         remedy = (
-            "if the cluster grows by itself, a run makes it grow; else add workers with GPUs "
-            "(or logical ones: ray start --num-gpus)"
+            "a cluster with an autoscaler grows when a run starts; else add workers with GPUs "
+            "(logical ones: ray start --num-gpus)"
         )
         return ExecutorCheck((Finding("ray", "warning", seen, remedy),))
     return ExecutorCheck((Finding("ray", "ok", seen),), types)
@@ -68,10 +68,8 @@ def _problem(seen: str, remedy: str) -> ExecutorCheck:
 
 
 def _nodes(address: str) -> dict[str, Any]:
-    """The cluster's nodes and GPU types; of this machine, without any cluster, when the address is
-    `local`.
-    """
-    import ray  # in this process alone; `check` runs in the doctor's
+    """The nodes and GPU types of the cluster; for `local` the GPU types of this machine."""
+    import ray  # only in this process; `check` runs in the doctor's process
 
     if address == "local":
         from ray._private.accelerators import NvidiaGPUAcceleratorManager as Nvidia

@@ -1,8 +1,8 @@
-"""The Ray executor: one-GPU batches as Ray tasks, gangs through Ray Train, on a cluster of its own
-or one by address.
+"""The Ray executor. One-GPU batches run as Ray tasks, gangs through Ray Train, on a local cluster
+or on one by address.
 
-A batch goes to exactly the hosts that it was given. When one of them is gone, or drains before the
-batch started, the job is lost at once, and nobody waits for what cannot come back.
+Invariant: a batch runs on exactly the hosts of its placement. If one of them is gone, or drains
+before the batch has started, the job is lost at once.
 """
 
 import contextlib
@@ -39,24 +39,24 @@ from ebbline.cluster.executors.ray_hosts import RayHosts
 from ebbline.tasks.errors import ClusterLost, Leaving, StudyError
 from ebbline.tasks.stage import Report, Request
 
-# A host takes minutes to come: another GPU is asked for when there is this much more work for it
+# A new host takes minutes to start, so each requested GPU must have this much work.
 WORTH_S = 600.0
-ASK_EVERY_S = 10.0
-EXPIRE_S = 120.0  # what a killed driver asked for is forgotten after this
+REQUEST_EVERY_S = 10.0
+EXPIRE_S = 120.0  # after this the autoscaler drops the requests of a killed driver
 MOST_BUNDLES = 1000
 _log = logging.getLogger(__name__)
 
 
 class RayExecutor(Executor):
-    """`address` "local" starts a cluster that ends with this process; anything else joins the one
-    that is there.
+    """Address "local" starts a cluster that ends with this process; any other address joins a
+    running cluster.
 
-    On a machine without GPUs a local cluster gets `logical_gpus` of them, and stages run on the
-    CPU.
+    On a machine without GPUs a local cluster has `logical_gpus` GPUs, and stages run on the CPU.
+    Raises StudyError if the cluster has no GPU.
     """
 
     def __init__(self, address: str = "local", logical_gpus: int = 2) -> None:
-        # Ray Train and Ray Data count usage and poll a dashboard by default; a sweep does neither.
+        # By default Ray Train and Ray Data report usage and poll a dashboard.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
         local: dict[str, Any] = (
@@ -66,8 +66,8 @@ class RayExecutor(Executor):
         )
         if address == "local" and shutil.which("nvidia-smi") is None:
             local["num_gpus"] = logical_gpus
-        # Ray puts the driver's folder first on its workers' import path, where the user may have
-        # a `tasks` or a `datasets` of their own. Like a daemon, Ray therefore starts in /.
+        # Ray puts the driver's folder first on its workers' import path. That folder may contain
+        # a module `tasks` or `datasets` of the user, so Ray starts in /.
         with contextlib.chdir("/"):
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         context = ray.get_runtime_context()
@@ -81,15 +81,14 @@ class RayExecutor(Executor):
             self._grows and gpus == 0
         )
         self.device = "cuda" if real else "cpu"
-        # Ray Train's own answer to a node that drains is to wait and start over there; here the
-        # runner starts it elsewhere.
+        # When a node drains, Ray Train would wait and restart on it; the runner uses another host.
         variables = {
             "TOKENIZERS_PARALLELISM": "false",
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         }
-        # The cores are shared out among the logical GPUs, so that a stage's numbers do not depend
-        # on its neighbours.
+        # Each logical GPU has a fixed share of the cores, so that concurrent stages do not change
+        # a stage's numbers.
         self.threads = None if real else max(1, (os.cpu_count() or 1) // max(1, gpus))
         if not real:
             variables |= {
@@ -109,7 +108,7 @@ class RayExecutor(Executor):
         self._ended: list[Finished] = []
         self._numbers = itertools.count()
         self._name = f"ebbline-{self._driver}"
-        self._asked_at = float("-inf")
+        self._requested_at = float("-inf")
 
     def capacity(self) -> Capacity:
         return Capacity(tuple(self._hosts.find().values()), self._grows)
@@ -129,8 +128,8 @@ class RayExecutor(Executor):
             f"{self._driver}-{number}",
             tuple(str(ids[name]) for name, gpus in hosts.items() for _ in range(max(1, gpus))),
         )
-        # Ray ends the process after each GPU task, to free the GPU's memory. With logical GPUs
-        # there is none to free, and a kept process saves seconds of imports a batch.
+        # Ray ends the process after each GPU task, to free GPU memory. A logical GPU has none, and
+        # a warm process saves seconds of imports per batch.
         task = (
             _gang
             if needs.gpus > 1
@@ -146,29 +145,33 @@ class RayExecutor(Executor):
         return job
 
     def expect(self, queue: Sequence[tuple[Needs, float]]) -> None:
-        if not self._grows or time.monotonic() - self._asked_at < ASK_EVERY_S:
+        if not self._grows or time.monotonic() - self._requested_at < REQUEST_EVERY_S:
             return
         self._hosts.wait_for_head()
-        wanted = bundles(queue)
+        requested = bundles(queue)
         for job, _ in self._jobs.values():
             running = next(
-                (piece for piece in wanted if job.gpus > 1 and piece[0].get("GPU") == job.gpus),
+                (
+                    bundle
+                    for bundle in requested
+                    if job.gpus > 1 and bundle[0].get("GPU") == job.gpus
+                ),
                 None,
             )
             if running is not None:
-                wanted.remove(running)  # Ray Train asks for what its gangs run on
-        resources, labels = [piece for piece, _ in wanted], [selector for _, selector in wanted]
+                requested.remove(running)  # Ray Train itself requests its gangs' resources
+        resources = [resource for resource, _ in requested]
+        labels = [selector for _, selector in requested]
         _coordinator().request_resources.remote(
             self._name, resources, EXPIRE_S, label_selectors=labels
         )
-        self._asked_at = time.monotonic()
+        self._requested_at = time.monotonic()
 
     def finished(self, timeout_s: float) -> Sequence[Finished]:
-        if (
-            not self._hosts.find() and self._local
-        ):  # no other host can come, and the runner would wait for one
+        # A local cluster gets no other host, and the runner would wait for one.
+        if not self._hosts.find() and self._local:
             raise ClusterLost(
-                "Ray on this machine is gone; the same command starts it again and continues"
+                "Ray on this machine has ended; run the same command to restart it and continue"
             )
         for reference, (job, processes) in list(self._jobs.items()):
             self._give_up(reference, job, processes)
@@ -182,7 +185,7 @@ class RayExecutor(Executor):
         return ended
 
     def begun(self, job: Job) -> bool:
-        """Other drivers and programs may hold what the job waits for in Ray's queue."""
+        """False while the job waits in Ray's queue, for resources of other drivers or programs."""
         self._hosts.wait_for_head()
         processes = next(
             (processes for running, processes in self._jobs.values() if running.id == job.id), None
@@ -197,23 +200,23 @@ class RayExecutor(Executor):
     def close(self) -> None:
         self._jobs.clear()
         if self._hosts.head_lost:
-            # Ray would wait for its head until it ends this process; its own hook does so when
-            # Python ends
+            # A shutdown would wait for the head. Ray's exit hook ends the process instead.
             return
-        if self._asked_at > float("-inf"):
+        if self._requested_at > float("-inf"):
             try:
                 ray.get(_coordinator().cancel_request.remote(self._name), timeout=EXPIRE_S)
-            except RayError as error:  # the run's own error, or its end, counts for more
+            except RayError as error:  # only a warning, so as not to hide the run's own error
                 _log.warning(
-                    "what was asked of the autoscaler was not taken back (%s); it expires "
-                    "by itself",
+                    "the request to the autoscaler could not be cancelled (%s); it expires after "
+                    "%.0f s",
                     type(error).__name__,
+                    EXPIRE_S,
                 )
         ray.shutdown()
 
     def _give_up(self, reference: "ray.ObjectRef", job: Job, processes: JobProcesses) -> None:
-        """End a job whose host is gone, or drains before all of the job's processes are there: Ray
-        would wait for ever.
+        """End a job if its host is gone, or drains before all of the job's processes have started.
+        Ray would wait for ever.
         """
         gone = next((name for name in job.hosts if self._hosts.node_id(name) is None), None)
         reason = f"{gone} is gone" if gone else ""
@@ -223,7 +226,7 @@ class RayExecutor(Executor):
             and any(map(self._hosts.drains, job.hosts))
             and not processes.complete()
         ):
-            reason = "its host drains, and it had not started"
+            reason = "its host drains before the job has started"
         if reason:
             self._end(reference, processes)
             self._ended.append(Finished(job, (), Loss(reason, "place")))
@@ -244,14 +247,13 @@ class RayExecutor(Executor):
             if isinstance(error, LocalRayletDiedError | RaySystemError) and not isinstance(
                 error, RayTaskError
             ):
-                # Not this job alone: whatever is submitted next would be lost too, and points would
-                # fail for no fault of theirs.
-                gone = f"Ray on this machine is gone ({type(error).__name__})"
+                # All later jobs would be lost too, and their points would fail without a fault.
                 raise ClusterLost(
-                    f"{gone}; the same command starts it again and continues"
+                    f"Ray on this machine has ended ({type(error).__name__}); run the same command "
+                    "to restart it and continue"
                 ) from error
-            # The worker, its node or a gang member died: nobody reported, so the runner looks at
-            # the store and tries again.
+            # The worker, its node or a gang member died without a report. The runner checks the
+            # store and retries.
             processes.end()
             lost_host = self._hosts.lost(job.hosts)
             if lost_host is not None:
@@ -269,7 +271,7 @@ class RayExecutor(Executor):
             kept = tuple(report for report in reports if report.error_type != Leaving.__name__)
             return Finished(job, kept, Loss(str(leaving.error), "place"))
         if job.gpus > 1 and any(report.error for report in reports):
-            # Whoever is left of a gang fails in the next collective, for no fault of its own.
+            # When a host is lost, the other members of its gang fail in their next collective.
             lost_host = self._hosts.lost(job.hosts)
             if lost_host is not None:
                 return Finished(job, (), Loss(f"{lost_host} is gone", "place"))
@@ -282,30 +284,30 @@ class RayExecutor(Executor):
 
 
 def bundles(queue: Sequence[tuple[Needs, float]]) -> list[tuple[dict[str, int], dict[str, str]]]:
-    """What to ask an autoscaler for: (resources, label selector) of as many pieces as the queue has
-    WORTH_S of work for each.
+    """The bundles to request from an autoscaler: (resources, label selector). There is one for each
+    WORTH_S seconds of work in the queue.
 
-    A gang is one piece, as it wants one host; one that may spread is a piece for each GPU.
+    A gang is one bundle, because it needs one host. A gang that may spread has one for each GPU.
     """
     groups: dict[tuple[int, tuple[tuple[str, str], ...], bool], list[float]] = {}
     for needs, seconds in queue:
         groups.setdefault(
             (needs.gpus, tuple(sorted(needs.labels.items())), needs.spread), []
         ).append(seconds)
-    wanted: list[tuple[dict[str, int], dict[str, str]]] = []
+    requested: list[tuple[dict[str, int], dict[str, str]]] = []
     for (gpus, labels, spread), times in sorted(groups.items(), reverse=True):
         count = max(1, min(len(times), math.ceil(sum(times) / WORTH_S)))
-        pieces, size = (count * gpus, 1) if spread and gpus > 1 else (count, gpus)
+        copies, size = (count * gpus, 1) if spread and gpus > 1 else (count, gpus)
         resources = {"CPU": max(1, size), **({"GPU": size} if size else {})}
-        wanted += [(resources, dict(labels))] * pieces
-    return wanted[:MOST_BUNDLES]
+        requested += [(resources, dict(labels))] * copies
+    return requested[:MOST_BUNDLES]
 
 
 def _coordinator() -> Any:
-    """Ray's actor that adds up what each library asks of `request_resources`, which itself knows
-    only the last one's word.
+    """Ray's actor that adds up the requests of all libraries. `request_resources` alone keeps only
+    the last request.
     """
-    # Imported here: it brings pyarrow and pandas, and only a cluster that can grow needs it.
+    # A local import: it loads pyarrow and pandas, which only a cluster that can grow needs.
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
@@ -328,7 +330,7 @@ def _gpu_batch(requests: list[Request], processes: JobProcesses) -> tuple[Report
 @ray.remote(max_retries=0, num_cpus=0)  # type: ignore[untyped-decorator]
 def _gang(requests: list[Request], processes: JobProcesses) -> tuple[Report, ...]:
     from ebbline.cluster.executors.gang import (
-        run_gang,  # ray.train brings torch, which a driver process never needs
+        run_gang,  # ray.train imports torch, which a driver does not need
     )
 
     processes.sign_on("task")

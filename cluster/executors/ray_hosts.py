@@ -1,8 +1,8 @@
-"""The machines of a Ray cluster as they are now: looked at on demand, at most once a second.
+"""The current hosts of a Ray cluster, looked up at most once a second.
 
-A machine that is lost is known by its raylet, which answers nothing more: Ray's head takes some 15
-s to say so, and work that is placed there meanwhile is lost again. The head is known by its port:
-most calls of Ray do not return without it.
+A host counts as lost as soon as its raylet does not answer. Ray's head reports this only after some
+15 s, and work placed there meanwhile would be lost. The head counts as lost when its port does not
+answer: most calls of Ray do not return without it.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-# The only place where Ray tells a driver which nodes drain; Ray Train reads it there too
+# The only interface with which a driver sees draining nodes. Ray Train uses it too.
 import ray._private.state
 
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Host
@@ -25,15 +25,15 @@ GROUP = "ray.io/node-group"  # on nodes that an autoscaler started, and its head
 
 
 class RayHosts:
-    """`find` gives the live hosts by name. Needs a connected driver; raises ClusterLost when the
-    head stays away.
+    """The hosts of a connected driver's cluster. Methods raise ClusterLost when the head does not
+    answer.
     """
 
     def __init__(self, address: str) -> None:
         self._head = address
         self.head_lost = False
-        # Ray ends the driver's process when the head has been away for this long (60 s): say
-        # something sooner.
+        # After this time without the head (60 s) Ray ends the driver's process without a message.
+        # So this class gives up earlier.
         name = "RAY_gcs_rpc_server_reconnect_timeout_s"
         self._patience_s = float(os.environ.get(name, "60")) * 2 / 3
         self._nodes: dict[str, dict[str, Any]] = {}
@@ -42,8 +42,8 @@ class RayHosts:
         self._looked_at = float("-inf")
 
     def wait_for_head(self) -> None:
-        """Returns at once while the head answers. To be called before each of Ray's calls that ask
-        the head: they would not return.
+        """Wait until the head answers. Call this before each Ray call that needs the head, because
+        such a call does not return without it.
         """
         host, port = self._head.rsplit(":", 1)
         since = time.monotonic()
@@ -52,9 +52,8 @@ class RayHosts:
                 self.head_lost = True
                 raise ClusterLost(
                     f"the head of the Ray cluster at {self._head} has not answered for "
-                    f"{self._patience_s:.0f} s;"
-                    " start it again (or another cluster), and the same command continues "
-                    "from the store"
+                    f"{self._patience_s:.0f} s; restart it or start another cluster, then run the "
+                    "same command to continue from the store"
                 )
             time.sleep(0.5)
 
@@ -68,14 +67,14 @@ class RayHosts:
         return {name: self._host(name, node, spare) for name, node in self._nodes.items()}
 
     def node_id(self, name: str) -> str | None:
-        """Ray's id of a live host; None when it is gone."""
+        """Ray's node id of a live host; None if the host is gone."""
         return str(self._nodes[name]["NodeID"]) if name in self._nodes else None
 
     def drains(self, name: str) -> bool:
         return name in self._nodes and self._nodes[name]["NodeID"] in self._draining
 
     def lost(self, names: Iterable[str]) -> str | None:
-        """The first of these hosts that is gone, whether Ray's head knows it already or not."""
+        """The first of these hosts that is gone, even before Ray's head reports it."""
         for name in names:
             node = self._nodes.get(name)
             if node is None or not _answers(node["NodeManagerAddress"], node["NodeManagerPort"]):
@@ -86,9 +85,7 @@ class RayHosts:
 
     @property
     def grows(self) -> bool:
-        """True when an autoscaler started the cluster, so that more hosts come when they are asked
-        for.
-        """
+        """Whether an autoscaler runs the cluster and adds hosts on request."""
         self._look()
         return any(node["Labels"].get(GROUP) for node in self._nodes.values())
 
@@ -104,14 +101,14 @@ class RayHosts:
     def _host(self, name: str, node: dict[str, Any], spare: bool) -> Host:
         resources = node["Resources"]
         cpus = int(resources.get("CPU", 0))
-        gpus = min(int(resources.get("GPU", 0)), cpus)  # each GPU's process takes a core
+        gpus = min(int(resources.get("GPU", 0)), cpus)  # each GPU's process needs a core
         types = [
             key.removeprefix("accelerator_type:")
             for key in resources
             if key.startswith("accelerator_type:")
         ]
         labels = {**({ACCELERATOR_TYPE: types[0]} if types else {}), **node["Labels"]}
-        # Where every core belongs to a GPU, work without one has to share, or it would never run.
+        # If every core belongs to a GPU, stages without a GPU must share, or they would never run.
         slots = min(SLOTS, cpus - gpus) if spare else min(1, cpus)
         return Host(name, gpus, slots, labels, draining=self.drains(name))
 

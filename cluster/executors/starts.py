@@ -1,8 +1,7 @@
-"""What a job takes beside its stages: starting its processes and their imports, sending it there,
-hearing of its end.
+"""The overhead of a job: the seconds that it takes beside its stages.
 
-A job on a process that has run before takes a fraction of one that needs a new process. Where every
-job gets a new one (real GPUs, gangs) what was measured of both is the same.
+Overhead is the start of processes, their imports, submission, and the report of the end. A job on a
+warm process has a fraction of the overhead of a new process.
 """
 
 import statistics
@@ -10,41 +9,39 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-REMEMBERED = 200  # the latest jobs of a sort
+REMEMBERED = 200  # the latest jobs of a category
 
 
 @dataclass(frozen=True)
 class StartCosts:
-    """Guesses of an executor's seconds, until the like has been measured. The defaults were
-    measured with Ray on 2 cores: docs/costs.md.
+    """Default overheads of an executor, in use until some are measured. The values were measured
+    with Ray on 2 cores: docs/costs.md.
     """
 
     new_s: float = 8.0  # a job on a new process
-    kept_s: float = 0.5  # ... on one that has run before
+    kept_s: float = 0.5  # a job on a warm process
     gang_s: float = 23.0
-    cluster_s: float = 4.0  # from the begin of a drive to its first job
-    new_after_real_gpu: bool = False  # a process that had a real GPU is ended with its job
+    cluster_s: float = 4.0  # from the start of a drive to its first job
+    new_after_real_gpu: bool = False  # a process with a real GPU ends with its job
 
 
 @dataclass
 class WarmProcesses:
-    """Which jobs find a warm process: a host keeps as many as it ever ran at once, apart for
-    GPUs and for slots. A gang never does.
+    """Models which jobs find a warm process. A host keeps as many as it ever ran at once, counted
+    separately for GPUs and slots. A gang always needs new processes.
     """
 
     _idle: Counter[tuple[str, bool]] = field(default_factory=Counter)
     _held: dict[str, tuple[str, bool]] = field(default_factory=dict)
 
     def would_be_new(self, hosts: Mapping[str, int]) -> bool:
-        """Whether a job with so many GPUs of these hosts would need a new process, if it started
-        now.
-        """
+        """Whether a job that starts now on these hosts (host -> GPUs) would need a new process."""
         return sum(hosts.values()) > 1 or not all(
             self._idle[name, gpus > 0] for name, gpus in hosts.items()
         )
 
     def start(self, job: str, hosts: Mapping[str, int]) -> bool:
-        """A job has started; whether it needs a new process."""
+        """Record the start of a job. Returns whether it needs a new process."""
         new = self.would_be_new(hosts)
         if sum(hosts.values()) <= 1:
             for name, gpus in hosts.items():
@@ -59,58 +56,56 @@ class WarmProcesses:
 
 
 class Starts:
-    """Seconds that jobs take beside their stages, by type of GPU: the median of the latest, the
-    executor's guess until there is one.
+    """Measured overheads of jobs, by category: the median of the latest, else the executor's
+    default.
     """
 
-    def __init__(self, guesses: StartCosts) -> None:
-        self._guesses = guesses
-        self._seen: dict[tuple[str | None, int, bool], deque[float]] = defaultdict(
+    def __init__(self, defaults: StartCosts) -> None:
+        self._defaults = defaults
+        self._measured: dict[tuple[str | None, int, bool], deque[float]] = defaultdict(
             lambda: deque(maxlen=REMEMBERED)
         )
         self._medians: dict[tuple[str | None, int, bool], float] = {}
         self._clusters: deque[float] = deque(maxlen=REMEMBERED)
 
     def learn_cluster(self, seconds: float) -> None:
-        """A drive took so long until its first job had begun."""
+        """Record the seconds from the start of a drive until its first job has begun."""
         self._clusters.append(seconds)
 
     @property
     def cluster_s(self) -> float:
-        """From the begin of a drive to its first job: joining a cluster, or starting one."""
-        return statistics.median(self._clusters) if self._clusters else self._guesses.cluster_s
+        """Seconds from the start of a drive to its first job: joining or starting a cluster."""
+        return statistics.median(self._clusters) if self._clusters else self._defaults.cluster_s
 
     def learn(self, gpu_type: str | None, gpus: int, new: bool, seconds: float) -> None:
-        """A job took so many seconds beside its stages. Less than none is a stage that ran
-        elsewhere before, and says nothing.
-        """
+        """Record the overhead of a job in seconds. Negative values (cached stages) are ignored."""
         if seconds >= 0.0:
-            like = _like(gpu_type, gpus, new)
-            self._seen[like].append(seconds)
-            self._medians.pop(like, None)
+            category = _category(gpu_type, gpus, new)
+            self._measured[category].append(seconds)
+            self._medians.pop(category, None)
 
     def seconds(self, gpu_type: str | None, gpus: int, new: bool = False) -> float:
-        """Of a job to be. One whose sort was never measured goes by the same on any type of GPU,
-        then by the guess.
+        """The expected overhead of a job in seconds. A category without measurements uses those of
+        any GPU type, else the default.
         """
-        like = _like(gpu_type, gpus, new)
-        if like not in self._seen:
-            like = next((other for other in self._seen if other[1:] == like[1:]), like)
-        if like not in self._seen:
-            return self._guess(gpu_type, gpus, new)
-        if like not in self._medians:
-            self._medians[like] = statistics.median(self._seen[like])
-        return self._medians[like]
+        category = _category(gpu_type, gpus, new)
+        if category not in self._measured:
+            category = next(
+                (other for other in self._measured if other[1:] == category[1:]), category
+            )
+        if category not in self._measured:
+            return self._default(gpu_type, gpus, new)
+        if category not in self._medians:
+            self._medians[category] = statistics.median(self._measured[category])
+        return self._medians[category]
 
-    def _guess(self, gpu_type: str | None, gpus: int, new: bool) -> float:
+    def _default(self, gpu_type: str | None, gpus: int, new: bool) -> float:
         if gpus > 1:
-            return self._guesses.gang_s
-        new = new or (self._guesses.new_after_real_gpu and gpu_type is not None and gpus > 0)
-        return self._guesses.new_s if new else self._guesses.kept_s
+            return self._defaults.gang_s
+        new = new or (self._defaults.new_after_real_gpu and gpu_type is not None and gpus > 0)
+        return self._defaults.new_s if new else self._defaults.kept_s
 
 
-def _like(gpu_type: str | None, gpus: int, new: bool) -> tuple[str | None, int, bool]:
-    """Jobs without GPUs, with one and with several start in different ways; a gang's processes are
-    always new.
-    """
+def _category(gpu_type: str | None, gpus: int, new: bool) -> tuple[str | None, int, bool]:
+    """(GPU type, 0, 1 or 2 for a gang, whether the process is new); a gang's are always new."""
     return (gpu_type if gpus else None), min(gpus, 2), new or gpus > 1

@@ -1,30 +1,27 @@
-"""What this machine has for stages: its GPUs, or logical ones."""
+"""The capacity of this machine: its GPUs, or logical GPUs if it has no driver."""
 
 import re
 import shutil
 import subprocess
 
-from ebbline.cluster.executors.choice import Wanted
+from ebbline.cluster.executors.choice import ExecutorOptions
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity, Host
 
 
-def capacity_here(wanted: Wanted) -> Capacity:
-    """What an executor on this machine alone would have."""
+def capacity_here(options: ExecutorOptions) -> Capacity:
+    """The capacity of an executor that uses this machine alone."""
     names = _own_gpus()
     if names is None:
-        return Capacity((Host("here", wanted.logical_gpus, SLOTS),))
-    known = (
-        re.search(r"(?:NVIDIA |Tesla )+([A-Z]+\d+[A-Za-z]*)", names[0]) if names else None
-    )  # as Ray names types
+        return Capacity((Host("here", options.logical_gpus, SLOTS),))
+    # The same pattern as Ray's, so that types have Ray's names.
+    found = re.search(r"(?:NVIDIA |Tesla )+([A-Z]+\d+[A-Za-z]*)", names[0]) if names else None
     return Capacity(
-        (Host("here", len(names), SLOTS, {ACCELERATOR_TYPE: known[1]} if known else {}),)
+        (Host("here", len(names), SLOTS, {ACCELERATOR_TYPE: found[1]} if found else {}),)
     )
 
 
 def _own_gpus() -> list[str] | None:
-    """The names of this machine's GPUs; None where there is no driver for any, which is where
-    logical ones stand for them.
-    """
+    """The names of this machine's GPUs; None without NVIDIA's driver."""
     if shutil.which("nvidia-smi") is None:
         return None
     listed = subprocess.run(

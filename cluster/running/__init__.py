@@ -1,4 +1,4 @@
-"""The runner: drives a stage graph to its end with a store, a scheduler and an executor.
+"""The runner: runs a graph of stages with a store, a scheduler and an executor.
 
 Imports tasks and all of cluster.
 """

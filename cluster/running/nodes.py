@@ -1,4 +1,4 @@
-"""What a run works with, a stage on its way through it, and the job that a stage runs in."""
+"""The runner's data: its shared parts, the nodes of its graph, and its running jobs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,9 +18,7 @@ State = Literal["waiting", "ready", "running", "done", "failed"]
 
 @dataclass(frozen=True)
 class Setup:
-    """What the parts of a run share: where artifacts lie, where stages run, what they need and
-    cost, and what follows when one is lost.
-    """
+    """The parts that the runner, the starter and the timing share."""
 
     store: Store
     executor: Executor
@@ -33,26 +31,24 @@ class Setup:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage has no artifact. `command` reproduces it in one process; `inherited` when the
-    fault lay further up.
+    """Why a stage has no artifact. `command` reproduces the failure in one process. `inherited`: an
+    upstream stage failed.
 
-    `invalid` says that the stage cannot use its data or its model: the machine did nothing
-    wrong.
+    `invalid_input`: the stage cannot use this data or model, so a retry would fail too.
     """
 
     reason: str
     command: str = ""
     inherited: bool = False
-    invalid: bool = False
+    invalid_input: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One stage on its way. `reused` is true when its artifact was there before this runner asked
-    for it.
+    """One stage and its state. `reused`: its artifact existed before this run.
 
-    `attempt` is the folder of its latest attempt. Nodes with the same key are twins: one runs, all
-    get its artifact. `behind` are the nodes that read from it, each once.
+    `attempt` is the folder of its latest attempt. Nodes with the same key are duplicates: one runs,
+    and all get its artifact. `downstream` has each node that reads from it, once.
     """
 
     stage: Stage
@@ -62,22 +58,24 @@ class Node:
     failure: Failure | None = None
     reused: bool = False
     attempt: Path | None = None
-    behind: list["Node"] = field(default_factory=list)
+    downstream: list["Node"] = field(default_factory=list)
 
     @property
     def counts_as(self) -> str:
-        """Its state, and `reused` for what is done that was there before."""
+        """The state; `reused` for a done stage whose artifact existed before this run."""
         return "reused" if self.state == "done" and self.reused else self.state
 
 
 @dataclass
 class Running:
-    """A job at work: when it started, how long it was expected to take, and its last sign of
-    life.
+    """A running job. Times are in seconds of the monotonic clock; `seconds` is its expected
+    duration.
+
+    `signal` is (key of the current stage, its progress). `signal_at` is when that last changed.
     """
 
     job: Job
     started: float
     seconds: float
-    said: tuple[str, Mapping[str, Any]]
-    heard: float  # when what it says of itself last changed
+    signal: tuple[str, Mapping[str, Any]]
+    signal_at: float

@@ -1,10 +1,9 @@
-"""The runner: takes wanted stages, looks each key up in the store, runs what misses, and knows what
-became of everything.
+"""The runner: looks up the key of each requested stage in the store, and runs what is missing.
 
-A stage's key is known once its inputs are done, so the graph resolves as it goes: stages that turn
-out to have the same key run once, and a stage whose inputs came out as before is not run at all.
-The store is the only memory; a runner that is killed leaves nothing that another would have to
-clean up before continuing.
+A stage's key is known once its inputs are done, so keys are computed during the run. Stages with
+equal keys run once. A stage whose inputs have the same content as before is found in the store.
+
+Invariant: all lasting state is in the store. After a kill another runner continues without cleanup.
 """
 
 import shlex
@@ -38,14 +37,15 @@ from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
 
 __all__ = ["Failure", "Node", "Runner"]
 INVALID_INPUT = (DataError.__name__, ModelError.__name__)
-NO_FAULT: Mapping[str, type[EbblineError]] = {
+# These errors stop the run: they are not the stage's fault, and a failed point stays failed.
+STOPS_THE_RUN: Mapping[str, type[EbblineError]] = {
     error.__name__: error for error in (DiskFull, EndpointDown, Incomplete, Differs)
 }
 
 
 class Runner:
-    """Drives wanted stages to done or failed on one executor. `step` is the heartbeat; nothing
-    happens between calls.
+    """Runs the added stages on one executor until each is done or failed. All work happens in calls
+    of `step`.
     """
 
     def __init__(
@@ -60,21 +60,15 @@ class Runner:
         self.store, self.executor, self.profile = store, executor, profile or Profile()
         self.estimates = estimates or Estimates(store)
         self.nodes: dict[str, Node] = {}
-        self.counts: dict[
-            str, Counter[str]
-            # Kind -> how many of its nodes are in each state; `reused` are done and not by this run
-        ] = {}
-        self._unsettled: dict[
-            str, Node
-        ] = {}  # by lineage; may still hold some that have been settled since the last look
+        self.counts: dict[str, Counter[str]] = {}  # kind -> `Node.counts_as` -> number of nodes
+        # By lineage; it may contain nodes that were settled since the last call of `unsettled`.
+        self._unsettled: dict[str, Node] = {}
         self.running: dict[str, Running] = {}
         self.draining = False
         self._by_key: dict[str, list[Node]] = {}
-        self._again: set[str] = set()  # keys with a record whose dropped files are being made again
-        self._shut_out = Counter[
-            str
-        ]()  # how often the store could not be used from the place of a stage, by its key
-        self._listened = self._looked = float("-inf")
+        self._reruns: set[str] = set()  # keys with a record, run again for their dropped files
+        self._store_errors = Counter[str]()  # key -> number of StoreErrors
+        self._hangs_checked_at = self._store_checked_at = float("-inf")
         self._setup = Setup(
             store,
             executor,
@@ -87,28 +81,28 @@ class Runner:
         self.timing = Timing(self._setup)
         self._starter = Starter(self._setup, self.timing, self.artifact)
 
-    def want(self, targets: Iterable[Stage]) -> None:
-        """Add stages and all that they read from. Asking again for the same stage is free."""
+    def add(self, targets: Iterable[Stage]) -> None:
+        """Add stages and all their upstream stages. Stages that were added before are skipped."""
         new: list[Node] = []
         for target in targets:
             self._add(target, new)
         self._resolve(new)
 
     def _add(self, stage: Stage, new: list[Node]) -> Node:
-        """The node of a stage; one that was not there, and those above it, are added to `new`,
-        inputs first.
+        """The node of a stage. New nodes, of the stage and its upstream stages, are appended to
+        `new`, inputs first.
         """
         node = self.nodes.get(stage.lineage)
         if node is None:
             node = self.nodes[stage.lineage] = self._unsettled[stage.lineage] = Node(stage)
             self.counts.setdefault(stage.kind, Counter())[node.counts_as] += 1
             for above in {above.lineage: above for above in stage.upstream()}.values():
-                self._add(above, new).behind.append(node)
+                self._add(above, new).downstream.append(node)
             new.append(node)
         return node
 
     def _move(self, node: Node, state: State, reused: bool | None = None) -> None:
-        """Change a node's state, and `reused` unless that is None; `counts` keeps up."""
+        """Change a node's state, and `reused` unless None; update `counts`."""
         counts = self.counts[node.stage.kind]
         counts[node.counts_as] -= 1
         node.state, node.reused = state, node.reused if reused is None else reused
@@ -125,9 +119,7 @@ class Runner:
         return self.nodes[stage.lineage].state in ("done", "failed")
 
     def unsettled(self) -> list[Node]:
-        """What is wanted and neither done nor failed: a few, where `nodes` has all that a study
-        ever asked for.
-        """
+        """The nodes that are neither done nor failed: few, while `nodes` has all of a study's."""
         self._unsettled = {
             lineage: node
             for lineage, node in self._unsettled.items()
@@ -137,7 +129,7 @@ class Runner:
 
     @property
     def settlements(self) -> int:
-        """How many of the wanted stages are done or failed."""
+        """How many of the added stages are done or failed."""
         return sum(
             counts[name] for counts in self.counts.values() for name in ("done", "reused", "failed")
         )
@@ -148,8 +140,8 @@ class Runner:
         return not self.running and not any(node.state == "ready" for node in self.unsettled())
 
     def open_seconds(self, stage: Stage) -> float | None:
-        """The expected seconds until a wanted stage is settled, once it starts; None for one that
-        is settled or not wanted.
+        """The expected seconds that a stage still has to run. None if it is settled or was not
+        added.
         """
         node = self.nodes.get(stage.lineage)
         return (
@@ -157,70 +149,60 @@ class Runner:
         )
 
     @property
-    def refused(self) -> set[str]:
-        """The keys that the meter would not let start just now."""
-        return self._starter.refused
+    def unaffordable(self) -> set[str]:
+        """The keys of ready stages that the meter rejected at the last start."""
+        return self._starter.unaffordable
 
     @property
     def starved(self) -> bool:
-        """True when nothing runs, and the meter lets nothing start that is ready."""
+        """True when nothing runs and the meter rejects all ready stages."""
         ready = {node.key for node in self.unsettled() if node.state == "ready"}
-        return not self.running and bool(ready) and ready <= self.refused
+        return not self.running and bool(ready) and ready <= self.unaffordable
 
     @property
     def capacity(self) -> Capacity | None:
-        """What there was when something was last to start; None before that, and asking does not
-        make anybody look.
+        """The capacity at the last start of stages; None before the first. Reading it does not ask
+        the executor.
         """
         return self._starter.capacity
 
     def first_with(self, key: str) -> Node:
-        """The first wanted stage that turned out to have this key."""
+        """The first node with this key."""
         return self._by_key[key][0]
 
     def step(self, timeout_s: float = 0.5, started: Callable[[], None] = lambda: None) -> None:
-        """Start what fits, wait at most `timeout_s`, take in what was finished.
+        """Start what fits, wait at most `timeout_s`, and record finished stages.
 
-        `started` is called between the first two when something has started: an executor in this
-        process runs it while it is waited for.
+        `started` is called after stages have started and before the wait, because the inline
+        executor runs them during the wait.
         """
         if not self.draining and self._start():
             started()
         if not self.running:
-            time.sleep(min(timeout_s, 0.05))  # nothing to wait for: do not spin
+            time.sleep(min(timeout_s, 0.05))  # without jobs the wait below returns at once
         for finished in self.executor.finished(timeout_s):
-            self._take_in(finished)
-        look = time.monotonic() - self._looked >= self.timing.look_every_s
-        self._looked = time.monotonic() if look else self._looked
-        for key in dict.fromkeys(
-            node.key for node in self.unsettled() if look and node.state == "running"
-        ):
-            nodes = self._by_key[key]
-            artifact = self._made(nodes[0].stage.kind, key)
-            if artifact is not None:
-                self.estimates.learn([artifact])
-                self._done(nodes, artifact, reused=False)
-        self._listen()
+            self._end_job(finished)
+        self._record_committed()
+        self._cancel_hung_jobs()
         self._resolve()
 
     def remaining_s(self) -> float:
-        """The expected seconds until all wanted stages are done: the longest chain, or the work
-        over the GPUs.
+        """The expected seconds until all added stages are done: the longest chain, or all work
+        divided by the GPUs, whichever is longer.
         """
         return self.timing.remaining_s(self.unsettled())
 
     def _resolve(self, nodes: Iterable[Node] | None = None) -> None:
-        """Move waiting stages on: to ready, to done if the store has them, to failed if something
-        above them failed.
+        """Move waiting stages to ready, to done if the store has them, or to failed if an upstream
+        stage failed.
 
-        `nodes` are those that may move, all that are unsettled when it is left out: what was just
-        added can move nothing else.
+        Only `nodes` are checked; default: all unsettled nodes.
         """
-        looked_at = dict.fromkeys(self.unsettled() if nodes is None else nodes)
+        candidates = dict.fromkeys(self.unsettled() if nodes is None else nodes)
         changed = True
         while changed:
             changed = False
-            for node in [node for node in looked_at if node.state == "waiting"]:
+            for node in [node for node in candidates if node.state == "waiting"]:
                 broken = next(
                     (a for a in node.stage.upstream() if self.nodes[a.lineage].state == "failed"),
                     None,
@@ -233,7 +215,10 @@ class Runner:
                         else f"needs {broken.kind}, which failed: {above.reason}"
                     )
                     node.failure = Failure(
-                        reason, above.command, inherited=True, invalid=above.invalid
+                        reason,
+                        above.command,
+                        inherited=True,
+                        invalid_input=above.invalid_input,
                     )
                     self._move(node, "failed")
                     changed = True
@@ -242,47 +227,47 @@ class Runner:
                 if contents is None:
                     continue
                 node.key = digest(key_payload(node.stage.spec, contents))
-                twins = self._by_key.setdefault(node.key, [])
-                if node not in twins:
-                    twins.append(node)
-                artifact = self._made(node.stage.kind, node.key)
-                again = len(self._again)
-                if artifact is None and self._needs_again(node):
-                    remade = {
-                        twin.stage.lineage: twin
-                        for key in self._again
-                        for twin in self._by_key[key]
+                same_key = self._by_key.setdefault(node.key, [])
+                if node not in same_key:
+                    same_key.append(node)
+                artifact = self._whole_artifact(node.stage.kind, node.key)
+                before = len(self._reruns)
+                if artifact is None and self._waits_for_reruns(node):
+                    rerun = {
+                        each.stage.lineage: each
+                        for key in self._reruns
+                        for each in self._by_key[key]
                     }
-                    self._unsettled |= remade
-                    looked_at |= dict.fromkeys(remade.values())
-                    changed = changed or len(self._again) > again
+                    self._unsettled |= rerun
+                    candidates |= dict.fromkeys(rerun.values())
+                    changed = changed or len(self._reruns) > before
                     continue
                 changed = True
                 if artifact is not None:
                     self._done(
                         [node],
                         artifact,
-                        reused=len(twins) == 1 or all(twin.reused for twin in twins[:-1]),
+                        reused=all(each.reused for each in same_key[:-1]),
                     )
                 else:
-                    first = next((twin for twin in twins if twin.state != "waiting"), None)
+                    first = next((each for each in same_key if each.state != "waiting"), None)
                     self._move(node, "ready" if first is None else first.state)
                     node.failure, node.attempt = (
                         (None, node.attempt) if first is None else (first.failure, first.attempt)
                     )
 
-    def _made(self, kind: str, key: str) -> Artifact | None:
-        """The artifact of a key; None while files that retention dropped are being made again."""
+    def _whole_artifact(self, kind: str, key: str) -> Artifact | None:
+        """The artifact of a key; None while a rerun restores its dropped files."""
         artifact = self.store.find(kind, key)
-        if artifact is not None and key in self._again:
+        if artifact is not None and key in self._reruns:
             if self.store.dropped(artifact):
                 return None
-            self._again.discard(key)
+            self._reruns.discard(key)
         return artifact
 
-    def _needs_again(self, node: Node) -> bool:
-        """Whether a stage that has to run must wait for files that retention dropped; has them made
-        again.
+    def _waits_for_reruns(self, node: Node) -> bool:
+        """Whether a stage must wait for input files that retention dropped. Schedules the reruns
+        that restore them.
         """
         waits = False
         for item in node.stage.inputs.values():
@@ -294,12 +279,11 @@ class Runner:
                 needed = above.artifact.below(item.path if isinstance(item, Part) else "")
                 if self.store.dropped(above.artifact).isdisjoint(needed):
                     continue
-                self._again.add(above.key)
-                self._starter.apart.add(
-                    above.key
-                )  # as it was made: what was made in a pack is never dropped
-                for twin in self._by_key[above.key]:
-                    self._move(twin, "waiting")
+                self._reruns.add(above.key)
+                # Only artifacts from stages outside packs are dropped, so they run unpacked again.
+                self._starter.unpacked.add(above.key)
+                for each in self._by_key[above.key]:
+                    self._move(each, "waiting")
             waits = True
         return waits
 
@@ -309,17 +293,17 @@ class Runner:
             self._move(node, "done", reused)
 
     def _start(self) -> bool:
-        """Start what fits; whether anything has started."""
+        """Start what fits. Returns whether anything has started."""
         ready = {node.key: node for node in self.unsettled() if node.state == "ready"}
         if not ready:
             return False
-        also = [
+        running = [
             (self._setup.needs_of(node.stage), self.timing.seconds(node))
             for node in self.unsettled()
             if node.state == "running"
         ]
         attempts = self._starter.start(
-            ready, self.running, self.timing.paths(self.unsettled()), also
+            ready, self.running, self.timing.paths(self.unsettled()), running
         )
         for key, attempt in attempts.items():
             for node in self._by_key[key]:
@@ -327,53 +311,64 @@ class Runner:
                 self._move(node, "running")
         return bool(attempts)
 
-    def _listen(self) -> None:
-        """Cancel jobs that gave no sign of life for `hang_after_s`: no progress, no stage finished,
-        since they had begun.
+    def _record_committed(self) -> None:
+        """Mark running stages as done whose record is in the store; their job may still run."""
+        now = time.monotonic()
+        if now - self._store_checked_at < self.timing.look_every_s:
+            return
+        self._store_checked_at = now
+        for key in dict.fromkeys(node.key for node in self.unsettled() if node.state == "running"):
+            nodes = self._by_key[key]
+            artifact = self._whole_artifact(nodes[0].stage.kind, key)
+            if artifact is not None:
+                self.estimates.learn([artifact])
+                self._done(nodes, artifact, reused=False)
+
+    def _cancel_hung_jobs(self) -> None:
+        """Cancel jobs without progress or a finished stage for `hang_after_s`. The time counts from
+        when their processes exist.
         """
         now = time.monotonic()
-        if now - self._listened < min(5.0, self.profile.hang_after_s / 4):
+        if now - self._hangs_checked_at < min(5.0, self.profile.hang_after_s / 4):
             return
-        self._listened = now
+        self._hangs_checked_at = now
         for item in list(self.running.values()):
             at = next((key for key in item.job.keys if self._by_key[key][0].state == "running"), "")
-            said = (at, self.timing.last_progress(self._by_key[at][0]) if at else {})
-            if said != item.said or not self.executor.begun(item.job):
-                item.said, item.heard = said, now
-            elif now - item.heard > self.profile.hang_after_s:
+            signal = (at, self.timing.last_progress(self._by_key[at][0]) if at else {})
+            silent_s = now - item.signal_at
+            if signal != item.signal or not self.executor.begun(item.job):
+                item.signal, item.signal_at = signal, now
+            elif silent_s > self.profile.hang_after_s:
                 self.executor.cancel(item.job)
-                self._take_in(
-                    Finished(
-                        item.job,
-                        (),
-                        Loss(f"no sign of life for {now - item.heard:.0f} s, so it was cancelled"),
-                    )
-                )
+                loss = Loss(f"cancelled after {silent_s:.0f} s without progress")
+                self._end_job(Finished(item.job, (), loss))
 
-    def _take_in(self, finished: Finished) -> None:
+    def _end_job(self, finished: Finished) -> None:
         item = self.running.pop(finished.job.id, None)
         if item is None:
-            return  # given up before; its stages have gone elsewhere since
+            return  # cancelled before; its stages are ready or run in another job
         now = time.monotonic()
         self._starter.ended(finished, now - item.started)
         reports = {report.key: report for report in finished.reports}
-        # A lost batch was lost by the stage it was at, not by those behind it.
+        # Only the current stage of a lost batch is charged, not the stages after it.
         charged = any(report.error for report in finished.reports)
         loss = finished.lost or Loss("no report")
-        # What one worker cannot read or write, another may: its network, its clock, its disk (with
-        # a bucket; else it is the store's).
-        there = {
+        # These errors may be the worker's (network, clock; with a bucket also its disk), so the
+        # stage is retried elsewhere.
+        retryable = {
             StoreError.__name__,
             *([DiskFull.__name__] if self.store.cache is not None else []),
         }
-        shut_out = [report for report in finished.reports if report.error_type in there]
-        if shut_out:
-            self._check_store(shut_out[0])
-            reports = {key: report for key, report in reports.items() if report not in shut_out}
-            charged, loss = False, Loss(str(shut_out[0].error), "place")
+        without_store = [report for report in finished.reports if report.error_type in retryable]
+        if without_store:
+            self._check_store(without_store[0])
+            reports = {
+                key: report for key, report in reports.items() if report not in without_store
+            }
+            charged, loss = False, Loss(str(without_store[0].error), "place")
         for key in finished.job.keys:
             nodes = self._by_key[key]
-            artifact = self._made(nodes[0].stage.kind, key)
+            artifact = self._whole_artifact(nodes[0].stage.kind, key)
             report = reports.get(key)
             if artifact is not None:
                 self.estimates.learn([artifact])
@@ -382,20 +377,18 @@ class Runner:
             elif (
                 report is not None
                 and report.error_type is not None
-                and report.error_type in NO_FAULT
+                and report.error_type in STOPS_THE_RUN
             ):
-                raise NO_FAULT[report.error_type](
-                    str(report.error)
-                )  # a point that fails stays failed, and this is no fault of it
+                raise STOPS_THE_RUN[report.error_type](str(report.error))
             elif report is not None and report.error is not None:
                 self._fail(
                     nodes,
                     f"{nodes[0].stage.kind}: {report.error}",
-                    invalid=report.error_type in INVALID_INPUT,
+                    invalid_input=report.error_type in INVALID_INPUT,
                 )
             else:
                 if loss.blame == "stage":
-                    self._starter.apart.add(key)
+                    self._starter.unpacked.add(key)
                 gave_up = None
                 if not charged:
                     lasted = now - item.started
@@ -410,22 +403,22 @@ class Runner:
                         self._move(node, "ready")
 
     def _check_store(self, report: Report) -> None:
-        """Raise StoreError when a stage met it as often as one is tried: then it is not the place,
-        and no fault of the stage.
+        """Raise StoreError when a stage has failed with it `tries` times: then the cause is neither
+        the host nor the stage.
         """
-        self._shut_out[report.key] += 1
-        if self._shut_out[report.key] >= self.profile.tries:
+        self._store_errors[report.key] += 1
+        if self._store_errors[report.key] >= self.profile.tries:
             raise StoreError(
-                f"{report.error} (met {self._shut_out[report.key]} times; the same command "
-                "continues)"
+                f"{report.error} ({self._store_errors[report.key]} times; run the same command to "
+                "continue)"
             )
 
-    def _fail(self, nodes: list[Node], reason: str, invalid: bool = False) -> None:
+    def _fail(self, nodes: list[Node], reason: str, invalid_input: bool = False) -> None:
         attempt = next((node.attempt for node in nodes if node.attempt), None)
         command = ""
         if attempt is not None:
             request = f"{self.store.url(attempt)}/log/request.json"
             command = f"ebbline rerun {shlex.quote(request)}"
         for node in nodes:
-            node.failure = Failure(reason, command, invalid=invalid)
+            node.failure = Failure(reason, command, invalid_input=invalid_input)
             self._move(node, "failed")

@@ -1,8 +1,7 @@
-"""Starting: which ready stages go to the executor now, as what requests, and what could run
-nowhere.
+"""Submits ready stages to the executor, and detects stages that no host can run.
 
-The scheduler says where, the meter whether it may be paid for; what is lost goes to other hosts
-than it was lost on.
+The scheduler chooses hosts, and avoids those where a stage was lost. The meter rejects what the
+budget cannot pay.
 """
 
 import time
@@ -17,57 +16,54 @@ from ebbline.cluster.schedule.costs import GpuTypes, gpu_types
 from ebbline.cluster.schedule.estimates import described
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.packing import Packing, Shares
-from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, impossible, place
+from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, impossible, place
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import contents_of
-from ebbline.cluster.store.sources import offered
+from ebbline.cluster.store.sources import location_for_workers
 from ebbline.tasks.errors import ClusterLost, StudyError
 from ebbline.tasks.stage import Input, Part, Request, Source, Stage, stage_of
 
 
 class Starter:
-    """Starts the stages of one run. `artifact` says what an input's stage has made."""
+    """Starts the stages of one run. `artifact` returns the artifact of an input's stage."""
 
     def __init__(
         self, setup: Setup, timing: Timing, artifact: Callable[[Stage], Artifact | None]
     ) -> None:
         self._setup, self._timing, self._artifact = setup, timing, artifact
-        self.refused: set[str] = set()  # keys that the meter would not let start just now
-        self.hosts: dict[str, Host] = {}  # every one that was ever there
-        self.capacity: Capacity | None = None  # at the last look, None before there was one
+        self.unaffordable: set[str] = set()  # keys that the meter rejected at the last start
+        self.hosts: dict[str, Host] = {}  # all hosts since the start of the run
+        self.capacity: Capacity | None = None  # at the last start; None before the first
         self.stuck_since: float | None = None
-        self.apart: set[str] = (
-            set()
-        )  # keys that are not packed: lost with others before, or made again
+        self.unpacked: set[str] = set()  # keys that run alone: lost in a pack, or rerun
         self._running: dict[str, Running] = {}
         self._packing = Packing(setup.profile, artifact)
         self._cached: dict[str, set[str]] = {}
         self._ready_since: dict[str, float] = {}
         self._warm = WarmProcesses()
-        self._starting: dict[
-            str, tuple[str | None, int, bool]
-        ] = {}  # job -> how it starts (ebbline.cluster.executors.starts)
+        # Job -> its category of overhead (ebbline.cluster.executors.starts)
+        self._starting: dict[str, tuple[str | None, int, bool]] = {}
 
     def start(
         self,
         ready: Mapping[str, Node],
         running: dict[str, Running],
         paths: Mapping[str, float],
-        also: Sequence[tuple[Needs, float]],
+        running_needs: Sequence[tuple[Needs, float]],
     ) -> dict[str, Path]:
-        """Start what can start of `ready`, by key: each job is added to `running`. Returns the
-        attempt of each stage that started.
+        """Start stages of `ready` (key -> node) and add their jobs to `running`. Returns the
+        attempt of each started stage.
 
-        `paths` has the seconds of the longest chain from each lineage, `also` the needs and seconds
-        of what runs. Raises StudyError for what no host could ever hold, ClusterLost when the hosts
-        that could have stayed away for long.
+        `paths` maps lineages to seconds of the longest chain. `running_needs` has (needs, expected
+        seconds) of running stages. Raises StudyError for a stage that no host can run, ClusterLost
+        when its hosts have been absent for `hang_after_s`.
         """
         self._running, now = running, time.monotonic()
         capacity = self.capacity = self._setup.executor.capacity()
-        self._setup.estimates.met(capacity)
+        self._setup.estimates.learn_gpu_type(capacity)
         types = frozenset(host.gpu_type for host in capacity.hosts)
         works = [
-            Work(
+            ReadyStage(
                 key,
                 self._setup.needs_of(node.stage),
                 resident(node.stage),
@@ -79,18 +75,19 @@ class Starter:
             )
             for key, node in ready.items()
         ]
-        self._setup.executor.expect([(work.needs, work.seconds) for work in works] + list(also))
+        self._setup.executor.expect(
+            [(work.needs, work.seconds) for work in works] + list(running_needs)
+        )
         self._check_possible(works, ready, capacity, now)
         startable = {
             work.key: work for work in works if self._setup.retry_policy.may_start(work.key, now)
         }
         attempts: dict[str, Path] = {}
-        self.refused = set()
-        refused = -1
-        while refused < len(
-            self.refused
-        ):  # what the meter refuses leaves its place to what is behind it
-            refused = len(self.refused)
+        self.unaffordable = set()
+        rejected = -1
+        # A rejected stage leaves its hosts free, so the rest is placed again.
+        while rejected < len(self.unaffordable):
+            rejected = len(self.unaffordable)
             for placement in self._places(startable.values(), capacity, now):
                 if startable.keys() >= set(placement.keys):
                     started = self._start_batch(placement, ready, capacity, now)
@@ -98,22 +95,24 @@ class Starter:
                     for key in started:
                         del startable[key]
                     for key in placement.keys[len(started) : len(started) + 1]:
-                        self._refuse(startable, startable[key])
+                        self._reject(startable, startable[key])
         return attempts
 
-    def _refuse(self, startable: dict[str, Work], dear: Work) -> None:
-        """Leave out a stage that the meter does not let start, and with it all that need the same
-        for as long or longer.
+    def _reject(self, startable: dict[str, ReadyStage], dear: ReadyStage) -> None:
+        """Remove a stage that the meter rejected, and all stages with the same needs that take as
+        long or longer.
         """
         for work in [
             work
             for work in startable.values()
             if work.needs == dear.needs and work.seconds >= dear.seconds
         ]:
-            self.refused.add(work.key)
+            self.unaffordable.add(work.key)
             del startable[work.key]
 
-    def _places(self, works: Iterable[Work], capacity: Capacity, now: float) -> list[Placement]:
+    def _places(
+        self, works: Iterable[ReadyStage], capacity: Capacity, now: float
+    ) -> list[Placement]:
         busy = [
             Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started)))
             for item in self._running.values()
@@ -124,8 +123,8 @@ class Starter:
     def _start_batch(
         self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float
     ) -> dict[str, Path]:
-        """Start as much of a batch as the meter lets; the attempts of those stages, in its
-        order.
+        """Start the first stages of a batch, as many as the meter allows. Returns their attempts in
+        the batch's order.
         """
         gpus = gpu_types(placement.hosts, capacity)
         starting = (
@@ -170,14 +169,14 @@ class Starter:
         return attempts
 
     def _pack(self, node: Node, types: frozenset[str | None]) -> tuple[str, Shares]:
-        """The name of those that it may be packed with, and its share of a GPU by type."""
-        if node.key in self.apart or self._setup.needs_of(node.stage).gpus != 1:
+        """(name of its pack, its share of a GPU by type); an empty name if it runs alone."""
+        if node.key in self.unpacked or self._setup.needs_of(node.stage).gpus != 1:
             return "", {}
         return self._packing.of(node.stage, node.key, types)
 
     def ended(self, finished: Finished, held_s: float) -> None:
-        """A job has ended that was started `held_s` ago: learn what it took beside its stages, if
-        it got to all of them.
+        """Record that a job ended `held_s` after its start. Its overhead is learnt if all its
+        stages are done.
         """
         self._warm.end(finished.job.id)
         starting = self._starting.pop(finished.job.id, None)
@@ -192,7 +191,7 @@ class Starter:
             )
 
     def _affordable(self, batch: Sequence[Node], gpus: GpuTypes, start_s: float) -> list[str]:
-        """As much of a batch, from its start, as the meter lets start."""
+        """The keys of the first stages of a batch, as many as the meter allows."""
         keys: list[str] = []
         seconds = start_s
         for node in batch:
@@ -203,10 +202,10 @@ class Starter:
         return keys
 
     def _check_possible(
-        self, works: Iterable[Work], ready: Mapping[str, Node], capacity: Capacity, now: float
+        self, works: Iterable[ReadyStage], ready: Mapping[str, Node], capacity: Capacity, now: float
     ) -> None:
-        """Raise StudyError for what no host could ever hold, ClusterLost when the hosts that could
-        have stayed away for long.
+        """Raise StudyError for a stage that no host can run, ClusterLost when its hosts have been
+        absent for `hang_after_s`.
         """
         self.hosts |= {host.name: host for host in capacity.hosts}
         ever = Capacity(tuple(self.hosts.values()))
@@ -224,13 +223,13 @@ class Starter:
             if now - self.stuck_since > self._setup.profile.hang_after_s:
                 raise ClusterLost(
                     f"no host for {ready[work.key].stage.kind} {work.key[:12]} "
-                    f"({work.gpus} GPUs) came within"
-                    f" {self._setup.profile.hang_after_s:.0f} s; bring one up, and the same "
-                    "command continues"
+                    f"({work.gpus} GPUs) appeared within"
+                    f" {self._setup.profile.hang_after_s:.0f} s; start one, then run the same "
+                    "command to continue"
                 )
 
     def _memory_gb(self, gpus: GpuTypes) -> float | None:
-        """What the smallest of these GPUs holds, as far as the profile says."""
+        """The smallest known memory among these GPU types; None if the profile has none."""
         known = [
             self._setup.profile.gpus[name].memory_gb
             for name in gpus
@@ -244,7 +243,7 @@ class Starter:
         contents = contents_of(node.stage, self._artifact)
         if contents is None:
             raise RuntimeError(
-                f"{node.stage.kind} {node.key[:12]} was started before its inputs were done"
+                f"{node.stage.kind} {node.key[:12]} started before its inputs were done"
             )
         request = Request(
             key=node.key,
@@ -270,7 +269,7 @@ class Starter:
 
     def _location(self, item: Input) -> str:
         if isinstance(item, Source):
-            return offered(self._setup.store, item)
+            return location_for_workers(self._setup.store, item)
         stage = stage_of(item)
         artifact = None if stage is None else self._artifact(stage)
         if artifact is None:

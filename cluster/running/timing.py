@@ -1,4 +1,4 @@
-"""What running stages say of their progress, and how long everything that is open will take."""
+"""Reads the progress of running stages, and predicts how long the open stages will take."""
 
 import json
 import math
@@ -11,45 +11,41 @@ from typing import Any
 from ebbline.cluster.running.nodes import Node, Setup
 from ebbline.tasks.progress import PROGRESS, StageProgress
 
-LOOK_EVERY_S = {
-    True: 5.0,
-    False: 0.0,
-}  # how often a running stage's progress and record are looked up: in a bucket, in a folder
+# How often the progress and the record of a running stage are read, by `in a bucket`.
+LOOK_EVERY_S = {True: 5.0, False: 0.0}
 
 
 class Timing:
-    """Seconds that stages are expected to take: by their own progress once they have said how far
-    they are, by the estimates until then.
+    """The expected seconds of stages: from their own progress once they have reported some, else
+    from the estimates.
     """
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._heard: dict[Path, tuple[float, dict[str, Any]]] = {}
+        self._progress: dict[Path, tuple[float, dict[str, Any]]] = {}  # attempt -> (read at, it)
 
     @property
     def look_every_s(self) -> float:
         return LOOK_EVERY_S[self._setup.store.cache is not None]
 
     def last_progress(self, node: Node) -> dict[str, Any]:
-        """What a stage has last said of its progress; empty when it has said nothing."""
+        """The content of a stage's progress.json; empty before the first report."""
         if node.attempt is None:
             return {}
-        heard, said = self._heard.get(node.attempt, (-math.inf, {}))
-        if time.monotonic() - heard >= self.look_every_s:
-            with suppress(ValueError):  # being replaced at this moment; the next look will find it
-                said = json.loads(self._setup.store.log(node.attempt, PROGRESS) or b"{}")
-            self._heard[node.attempt] = (time.monotonic(), said)
-        return said
+        read_at, progress = self._progress.get(node.attempt, (-math.inf, {}))
+        if time.monotonic() - read_at >= self.look_every_s:
+            with suppress(ValueError):  # the file is being replaced; the next call reads it
+                progress = json.loads(self._setup.store.log(node.attempt, PROGRESS) or b"{}")
+            self._progress[node.attempt] = (time.monotonic(), progress)
+        return progress
 
     def progress_of(self, node: Node) -> StageProgress | None:
-        """How far a running stage is; None when it has said nothing."""
-        said = self.last_progress(node)
-        return StageProgress.of(said) if said else None
+        """The progress of a running stage; None before its first report."""
+        progress = self.last_progress(node)
+        return StageProgress.of(progress) if progress else None
 
     def seconds(self, node: Node) -> float:
-        """The expected seconds from now: by its own progress when the stage runs and has said how
-        far it is.
-        """
+        """The expected seconds from now until a stage ends, once it runs."""
         left_s = self._own_seconds(node)
         return (
             self._setup.estimates.seconds(node.stage, self._setup.needs_of(node.stage))
@@ -58,21 +54,19 @@ class Timing:
         )
 
     def expected_s(self, node: Node, elapsed_s: float) -> float:
-        """The expected seconds in all of a stage that has run for `elapsed_s`: by its own progress,
-        once it has said how far it is.
-        """
+        """The expected total seconds of a stage that has run for `elapsed_s`."""
         left_s = self._own_seconds(node)
         return self.seconds(node) if left_s is None else elapsed_s + left_s
 
     def paths(self, nodes: Iterable[Node]) -> Mapping[str, float]:
-        """Lineage -> seconds of the longest chain of open stages that starts at each of `nodes`."""
+        """Lineage -> seconds of the longest chain of open stages that starts there."""
         paths: dict[str, float] = {}
 
         def path(node: Node) -> float:
             lineage = node.stage.lineage
             if lineage not in paths:
                 own = 0.0 if node.state in ("done", "failed") else self.seconds(node)
-                paths[lineage] = own + max((path(below) for below in node.behind), default=0.0)
+                paths[lineage] = own + max((path(below) for below in node.downstream), default=0.0)
             return paths[lineage]
 
         for node in nodes:
@@ -80,8 +74,8 @@ class Timing:
         return paths
 
     def remaining_s(self, nodes: Iterable[Node]) -> float:
-        """The expected seconds until `nodes` are done: the longest chain, or the work over the
-        GPUs.
+        """The expected seconds until `nodes` are done: the longest chain, or all work divided by
+        the GPUs, whichever is longer.
         """
         nodes = list(nodes)
         if not nodes:
@@ -92,7 +86,9 @@ class Timing:
         return max([work / gpus, *(chains[node.stage.lineage] for node in nodes)], default=0.0)
 
     def _own_seconds(self, node: Node) -> float | None:
-        said = self.last_progress(node) if node.state == "running" else {}
-        if said.get("own", 0) > 1:  # the first took what comes before it, too
-            return float(said["own_seconds"] * (said["total"] - said["done"]) / (said["own"] - 1))
-        return None
+        """The seconds that a running stage has left, by the mean of its own steps. The first step
+        is not counted, because it includes the setup. None before its second step.
+        """
+        progress = self.last_progress(node) if node.state == "running" else {}
+        own, left = progress.get("own", 0), progress.get("total", 0) - progress.get("done", 0)
+        return float(progress["own_seconds"] * left / (own - 1)) if own > 1 else None

@@ -1,4 +1,4 @@
-"""Which ready stages start where and when: needs, estimates, costs, the scheduler, its simulation.
+"""Decides which ready stages start where: needs, estimates, costs, the scheduler, its simulation.
 
 Imports tasks, cluster.store and cluster.executors.
 """

@@ -1,8 +1,8 @@
-"""What stages cost: GPU-seconds by type of GPU, and dollars by the profile's prices. How long they
-take: ebbline.cluster.schedule.estimates.
+"""The cost of stages in GPU-seconds by GPU type, and in dollars by the profile's prices. Durations
+are predicted in ebbline.cluster.schedule.estimates.
 
-A record holds facts (seconds, GPUs, their type). Dollars are worked out from the profile whenever
-they are shown, and are kept nowhere.
+Invariant: a record has only facts (seconds, GPUs, their type). Dollars are computed when they are
+shown, and are never stored.
 """
 
 from collections import Counter
@@ -13,16 +13,13 @@ from typing import Any, Protocol
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Job, Needs
 from ebbline.cluster.profile import Profile
 
-GpuTypes = Mapping[
-    str | None, float
-]  # type -> how many; None is the type of logical GPUs, and of those that Ray does not know
+# Type -> number of GPUs. None is the type of logical GPUs and of GPUs that Ray does not recognize.
+GpuTypes = Mapping[str | None, float]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """GPU-seconds by type of GPU. What needs no GPU costs nothing: a GPU's price includes its
-    host.
-    """
+    """GPU-seconds by GPU type. Stages without a GPU are free: a GPU's price includes its host."""
 
     gpu_s: GpuTypes = field(default_factory=dict)
 
@@ -44,9 +41,7 @@ class Cost:
         return sum(self.gpu_s.values()) / 3600
 
     def usd(self, profile: Profile) -> float | None:
-        """Dollars by the profile's prices; None when it has none, or none for a type that was
-        used.
-        """
+        """US dollars by the profile's prices; None if a used type has no price."""
         if not profile.gpus or self.unpriced(profile):
             return None
         return sum(
@@ -54,7 +49,7 @@ class Cost:
         )
 
     def unpriced(self, profile: Profile) -> list[str]:
-        """The types that were used and have no price; GPUs without a type go by `other`."""
+        """The used types without a price. GPUs without a type count as `other`."""
         return sorted(
             {
                 name or "other"
@@ -69,7 +64,7 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 
 def cost_of(provenance: Mapping[str, Any]) -> Cost:
-    """What a stage cost when it ran."""
+    """The cost of a finished stage, from its record's provenance."""
     return Cost.of(
         {provenance.get("gpu_type"): float(provenance.get("gpus", 0))}, float(provenance["seconds"])
     )
@@ -78,40 +73,40 @@ def cost_of(provenance: Mapping[str, Any]) -> Cost:
 def expected_cost(
     needs: Needs, seconds: float, profile: Profile, gpu_type: str | None = None
 ) -> Cost:
-    """What a stage will cost before it is known where it runs: on the type of its labels, else
-    `gpu_type`, else the profile's dearest.
+    """The expected cost of a stage before its placement. It counts as run on the GPU type of its
+    labels, else on `gpu_type`, else on the profile's most expensive type.
     """
     dearest = max(profile.gpus, key=lambda name: profile.gpus[name].usd_per_hour, default=None)
     return Cost.of({named_type(needs) or gpu_type or dearest: needs.gpus}, seconds)
 
 
 def named_type(needs: Needs) -> str | None:
-    """The type of GPU that labels name; None when they leave a choice, or say nothing of it."""
+    """The GPU type that the labels require; None if they allow several types."""
     named = needs.labels.get(ACCELERATOR_TYPE, "")
     return named if named and not named.startswith(("!", "in(")) else None
 
 
 def gpu_types(hosts: Mapping[str, int], capacity: Capacity) -> GpuTypes:
-    """The types of the GPUs that a job has on `hosts`."""
-    known = {host.name: host.gpu_type for host in capacity.hosts}
+    """The GPU types of a job on `hosts` (host -> GPUs)."""
+    type_of = {host.name: host.gpu_type for host in capacity.hosts}
     types: Counter[str | None] = Counter()
     for name, gpus in hosts.items():
-        types[known.get(name)] += gpus
+        types[type_of.get(name)] += gpus
     return types
 
 
 class Meter(Protocol):
-    """Who counts what runs, and may say that something must not start."""
+    """Counts the cost of jobs, and may reject a job before it starts."""
 
     def affords(self, gpus: GpuTypes, seconds: float) -> bool:
-        """Whether a job on these GPUs may start that is expected to take so long."""
+        """Whether a job may start on these GPUs for an expected number of seconds."""
 
     def started(self, job: Job, gpus: GpuTypes, seconds: float) -> None:
-        """A job has started, and is expected to take so long."""
+        """Record that a job has started, for an expected number of seconds."""
 
 
 class Unmetered:
-    """Counts nothing and affords everything."""
+    """A meter without a budget: it allows every job."""
 
     def affords(self, gpus: GpuTypes, seconds: float) -> bool:
         return True

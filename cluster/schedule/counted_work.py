@@ -1,9 +1,9 @@
-"""What a stage has a machine do, counted from its settings and its model's shape: FLOPs, bytes,
-tokens. And how long that would take.
+"""The work of a stage (FLOPs, bytes, kernels), counted from its settings and its model's shape, and
+the time that it takes on a machine.
 
-Deterministic, and without torch: the same study file gives the same numbers on any machine. They
-are right up to a factor, which `ebbline.cluster.schedule.costs` learns from what the store has
-measured. The record of each stage kind counts its work; docs/costs.md has the formulas.
+Invariant: the same study file gives the same numbers on any machine. Measured times differ from
+them by a factor, which ebbline.cluster.schedule.estimates learns from the store. Each stage kind
+counts its own work. The formulas are in docs/costs.md.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load
 
-STAGE_S = 0.01  # no stage takes less: it opens files
+STAGE_S = 0.01  # the least time of a stage, because it opens files
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one GPU (or one core, for logical GPUs) does in a second, as training and generating use
-    it; not its data sheet.
+    """The rates of one GPU, or of one core for logical GPUs, that training and generation achieve:
+    FLOP/s, bytes/s of memory (`moved`), kernel launches/s, and bytes/s of disk.
     """
 
     flops: float
@@ -27,8 +27,8 @@ class Machine:
     disk: float = 1e9
 
 
-# By Ray's names of accelerators: 40% of the dense bfloat16 rate, 70% of the memory bandwidth. None
-# is a core.
+# Keys are Ray's accelerator types; None is a CPU core. The GPU rates are 40% of the dense bfloat16
+# rate and 70% of the memory bandwidth in the data sheet.
 MACHINES: dict[str | None, Machine] = {
     None: Machine(5e10, 1e10, 5e4),
     "T4": Machine(2.6e13, 2.2e11, 1e5),
@@ -45,9 +45,7 @@ NOMINAL = "A100"
 
 
 def machine_of(gpu_type: str | None) -> Machine:
-    """The machine of a type; of `A100-80G` that of A100, and the nominal one for a type that is not
-    known.
-    """
+    """The machine of a GPU type: `A100-80G` is an A100, and an unknown type the nominal machine."""
     return (
         MACHINES.get(gpu_type)
         or MACHINES.get((gpu_type or "").partition("-")[0])
@@ -56,7 +54,7 @@ def machine_of(gpu_type: str | None) -> Machine:
 
 
 def seconds_on(machine: Machine, load: Load, gpus: int = 1) -> float:
-    """How long a load would take on so many of a machine, if nothing were known but its rates."""
+    """The seconds of a load on a number of GPUs, by the machine's rates alone (docs/costs.md)."""
     computing = max(load.flops / machine.flops, load.moved / machine.moved) / max(1, gpus)
     return (
         STAGE_S
@@ -68,14 +66,14 @@ def seconds_on(machine: Machine, load: Load, gpus: int = 1) -> float:
 
 
 def work_of(stage: Stage) -> float:
-    """GPU-seconds of a stage on a nominal machine; of a stage without a GPU, seconds. Above zero,
+    """GPU-seconds of a stage on the nominal machine (seconds for a stage without a GPU). Positive,
     and a function of the stage alone.
     """
     return seconds_on(MACHINES[NOMINAL], load_of(stage))
 
 
 def load_of(stage: Stage) -> Load:
-    """The work of a stage. Sets that cannot be looked into have ROWS rows; a model from the hub
-    goes by the number in its name.
+    """The work of a stage. Data sets that cannot be read count as ROWS rows. The size of a hub
+    model is read from its name.
     """
     return kind_named(stage.kind).counted_work(stage.spec, stage)

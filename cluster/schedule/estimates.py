@@ -1,9 +1,8 @@
-"""How long stages will take: their counted work, times what the store has measured of the like.
+"""Predicts the seconds of stages from their counted work and from measurements in the store.
 
-A record says how many seconds a stage ran, on what, and what its work was. A stage to be is
-expected to take its own work's seconds on a machine of its type
-(ebbline.cluster.schedule.counted_work), times the factor between measured and counted seconds of
-the nearest like that there is.
+A record has the measured seconds of a stage, its GPUs and its counted work. The prediction for a
+stage is its counted seconds (ebbline.cluster.schedule.counted_work) times a factor: measured over
+counted seconds, in the narrowest category that has measurements.
 """
 
 import itertools
@@ -25,18 +24,17 @@ from ebbline.tasks.kinds import STAGE_KINDS, kind_named
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load
 
-REMEMBERED = 200  # the latest stages of a sort
-READ = 1000  # records of a kind; keys are hashes, so the first of them are a fair sample
-ENOUGH = 10  # applied adapters, to go by their share of distinct ones
-Sort = tuple[Any, ...]
+REMEMBERED = 200  # the latest measurements of a category
+READ = 1000  # records of a kind; in key order, which is random because keys are hashes
+ENOUGH = 10  # the fewest defended adapters for a share of distinct ones
+Category = tuple[Any, ...]
 
 
 class Estimates:
-    """Seconds that stages are expected to run, and jobs to start. `learn` takes in what has just
-    been measured.
+    """Predicted seconds of stages, and of the starts of jobs. `learn` adds measurements.
 
-    `gpu_type` is what a stage is expected to run on whose labels name no type; `start_costs` are
-    the executor's.
+    `gpu_type` is the expected GPU type of stages whose labels name none. `start_costs` are the
+    executor's.
     """
 
     def __init__(
@@ -47,116 +45,113 @@ class Estimates:
     ) -> None:
         self.gpu_type = gpu_type
         self.starts = Starts(start_costs)
-        self.took: dict[str, float] = {}  # by key, of what has been read
-        self._factors: dict[Sort, dict[float, deque[float]]] = defaultdict(
-            dict
-        )  # sort -> counted seconds -> measured over counted
-        self._plain: dict[Sort, deque[float]] = defaultdict(
+        self.seconds_by_key: dict[str, float] = {}  # measured, of the records read
+        # Category -> counted seconds -> measured over counted seconds
+        self._factors: dict[Category, dict[float, deque[float]]] = defaultdict(dict)
+        # Measured seconds of records without counted work
+        self._uncounted: dict[Category, deque[float]] = defaultdict(
             lambda: deque(maxlen=REMEMBERED)
-        )  # of records that do not say their work
+        )
         self._loads: dict[str, Load] = {}
-        self._known: dict[tuple[str, int, str | None], float] = {}
-        self._adapters: list[str] = []  # contents of applied adapters
+        self._predictions: dict[tuple[str, int, str | None], float] = {}
+        self._adapters: list[str] = []  # contents of defended adapters
         for kind in STAGE_KINDS:
             self.learn(itertools.islice(store.all(kind), READ))
 
-    def met(self, capacity: Capacity) -> None:
-        """Take the commonest type of the cluster's GPUs for that of stages whose labels name
-        none.
-        """
+    def learn_gpu_type(self, capacity: Capacity) -> None:
+        """Use the cluster's most common GPU type for stages whose labels name none."""
         types: Counter[str | None] = Counter()
         for host in capacity.hosts:
             types[host.gpu_type] += host.gpus
         commonest = max(types, key=lambda name: (types[name], name or ""), default=None)
         if commonest != self.gpu_type:
             self.gpu_type = commonest
-            self._known.clear()
+            self._predictions.clear()
 
     def learn(self, artifacts: Iterable[Artifact]) -> None:
-        """Take in records. One that is known already counts once."""
+        """Add the measurements of records. A record that is given twice counts once."""
         for artifact in artifacts:
-            if artifact.key in self.took:
+            if artifact.key in self.seconds_by_key:
                 continue
-            said = artifact.provenance
+            provenance = artifact.provenance
             seconds, gpus, gpu_type = (
-                float(said.get("seconds", 0.0)),
-                int(said.get("gpus", 0)),
-                said.get("gpu_type"),
+                float(provenance.get("seconds", 0.0)),
+                int(provenance.get("gpus", 0)),
+                provenance.get("gpu_type"),
             )
-            self.took[artifact.key] = seconds
+            self.seconds_by_key[artifact.key] = seconds
             if artifact.kind == DEFENCE.makes.KIND:
                 self._adapters.append(artifact.content)
-            sorts = _sorts(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
-            if "load" not in said:
-                for sort in sorts:
-                    self._plain[sort].append(seconds)
+            categories = _categories(artifact.kind, artifact.hashed["spec"], gpus, gpu_type)
+            if "load" not in provenance:
+                for category in categories:
+                    self._uncounted[category].append(seconds)
             else:
-                counted = _counted(Load(**said["load"]), gpus, gpu_type)
-                for sort in sorts:
-                    self._factors[sort].setdefault(
+                counted = _counted(Load(**provenance["load"]), gpus, gpu_type)
+                for category in categories:
+                    self._factors[category].setdefault(
                         _rounded(counted), deque(maxlen=REMEMBERED)
                     ).append(seconds / counted)
-            self._known.clear()
+            self._predictions.clear()
 
     @property
     def distinct_adapters(self) -> float:
-        """The share of defended adapters that equal no earlier one: what a setting of the knobs
-        gives anew. 1 where there are too few to tell.
+        """The share of distinct contents among the defended adapters; 1 if there are fewer than
+        ENOUGH.
         """
         return (
             len(set(self._adapters)) / len(self._adapters) if len(self._adapters) >= ENOUGH else 1.0
         )
 
     def load(self, stage: Stage) -> Load:
-        """A stage's counted work (ebbline.cluster.schedule.counted_work.load_of), remembered by
-        lineage.
-        """
+        """The counted work of a stage, cached by its lineage."""
         if stage.lineage not in self._loads:
             self._loads[stage.lineage] = load_of(stage)
         return self._loads[stage.lineage]
 
     def seconds(self, stage: Stage, needs: Needs | None = None) -> float:
-        """How long a stage will run on what it needs; `needs` are those of its kind when they are
-        not given.
-        """
+        """The predicted seconds of a stage. `needs` default to those of its kind."""
         gpus = (default_needs(stage) if needs is None else needs).gpus
         gpu_type = (None if needs is None else named_type(needs)) or self.gpu_type
-        asked = stage.lineage, gpus, gpu_type
-        if asked not in self._known:
-            self._known[asked] = self._seconds(stage, gpus, gpu_type)
-        return self._known[asked]
+        place = stage.lineage, gpus, gpu_type
+        if place not in self._predictions:
+            self._predictions[place] = self._seconds(stage, gpus, gpu_type)
+        return self._predictions[place]
 
     def measured(self, stage: Stage, needs: Needs) -> bool:
-        """Whether the store has measured anything of the stage's kind."""
-        sorts = _sorts(stage.kind, vars(stage.spec), needs.gpus, named_type(needs) or self.gpu_type)
-        return any(sort in self._factors or sort in self._plain for sort in sorts[:-1])
+        """Whether the store has a measurement of the stage's kind."""
+        gpu_type = named_type(needs) or self.gpu_type
+        *own, _ = _categories(stage.kind, vars(stage.spec), needs.gpus, gpu_type)
+        return any(category in self._factors or category in self._uncounted for category in own)
 
     def _seconds(self, stage: Stage, gpus: int, gpu_type: str | None) -> float:
         counted = _counted(self.load(stage), gpus, gpu_type)
-        *own, machine = _sorts(stage.kind, vars(stage.spec), gpus, gpu_type)
-        for sort in own:
-            if sort in self._factors:
-                return counted * _between(self._factors[sort], counted)
-        for sort in own:
-            if sort in self._plain:
-                return _mean(self._plain[sort])
+        *own, machine = _categories(stage.kind, vars(stage.spec), gpus, gpu_type)
+        for category in own:
+            if category in self._factors:
+                return counted * _interpolated(self._factors[category], counted)
+        for category in own:
+            if category in self._uncounted:
+                return _mean(self._uncounted[category])
         return counted * (
-            _between(self._factors[machine], counted) if machine in self._factors else 1.0
+            _interpolated(self._factors[machine], counted) if machine in self._factors else 1.0
         )
 
 
 def described(load: Load) -> dict[str, float]:
-    """A load as a record keeps it."""
+    """A load as a record stores it."""
     return asdict(load)
 
 
 def _counted(load: Load, gpus: int, gpu_type: str | None) -> float:
-    """Seconds by the rates of the machine alone; what needs no GPU runs on a core."""
+    """Seconds by the machine's rates alone. A stage without a GPU runs on a core."""
     return seconds_on(machine_of(gpu_type if gpus else None), load, gpus)
 
 
-def _sorts(kind: str, spec: Mapping[str, Any], gpus: int, gpu_type: str | None) -> list[Sort]:
-    """The sorts that a stage belongs to, the narrowest first; the last is all that runs on such a
+def _categories(
+    kind: str, spec: Mapping[str, Any], gpus: int, gpu_type: str | None
+) -> list[Category]:
+    """The categories of a stage, the narrowest first. The last one has all stages on such a
     machine.
     """
     gpu_type = gpu_type if gpus else None
@@ -178,14 +173,12 @@ def _plain_value(value: Any) -> Any:
     return tuple(sorted(value)) if isinstance(value, list | tuple) else value
 
 
-def _between(factors: Mapping[float, Iterable[float]], counted: float) -> float:
-    """The factor at a work of so many counted seconds: between those of the next smaller and
-    larger, in proportion of the logarithms.
-
-    Beyond the smallest and the largest it is theirs.
+def _interpolated(factors: Mapping[float, Iterable[float]], counted: float) -> float:
+    """The factor for a work of `counted` seconds: log-log interpolation between the next smaller
+    and the next larger measured work. Beyond the ends it is constant.
     """
-    below = max((known for known in factors if known <= counted), default=min(factors))
-    above = min((known for known in factors if known >= counted), default=max(factors))
+    below = max((each for each in factors if each <= counted), default=min(factors))
+    above = min((each for each in factors if each >= counted), default=max(factors))
     if below >= above:
         return _mean(factors[below])
     share = math.log(counted / below) / math.log(above / below)
@@ -198,13 +191,13 @@ def _between(factors: Mapping[float, Iterable[float]], counted: float) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """The mean, and not the median: the first stage of a batch loads the model for all of them, and
-    each is to carry its part.
+    """The mean. A median would ignore the model's load time, which only the first stage of a batch
+    has.
     """
     listed = list(values)
     return sum(listed) / len(listed)
 
 
 def _rounded(counted: float) -> float:
-    """Two digits: what is as much work to a percent or so shares its measurements."""
+    """Rounded to two digits, so that stages with nearly equal work share measurements."""
     return float(f"{counted:.1e}")

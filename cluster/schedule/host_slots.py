@@ -1,4 +1,4 @@
-"""What each host has left for the scheduler to give out, and until when."""
+"""The free GPUs and slots of each host, and when its jobs and reservations begin and end."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 
 from ebbline.cluster.executors.executor import Capacity, Host
 
-# A job that outlasts its estimate is expected to end this soon, for ever: nothing slips in before
-# that
+# Overdue jobs are assumed to end in 1 s, so nothing is backfilled before a reservation that near.
 IMMINENT_S = 1.0
 
 
 @dataclass(frozen=True)
 class Busy:
-    """A running job: what it holds where, and for how much longer. One that needs no GPU holds a
-    slot of its one host (`{host: 0}`).
+    """A running job: its GPUs by host, and its expected remaining seconds. A job without GPUs holds
+    a slot of one host (`{host: 0}`).
     """
 
     hosts: Mapping[str, int]
@@ -27,8 +26,9 @@ class Busy:
 
 @dataclass
 class HostSlots:
-    """What a host has left, and when its jobs end. From `reserved_s` on a gang will have it, but
-    for `spare` GPUs.
+    """The free GPUs and slots of a host. `ends` has (seconds from now, GPUs) of its jobs.
+
+    From `reserved_s` on it is reserved for a gang, except `spare` GPUs.
     """
 
     host: Host
@@ -40,8 +40,8 @@ class HostSlots:
     _free_s: dict[int, float] = field(default_factory=dict)
 
     def window_s(self, gpus: int) -> float:
-        """How long a job on so many GPUs, or on a slot, may last if it starts here now; negative if
-        it may not start.
+        """The longest duration of a job with this many GPUs (0: one slot) that may start here now;
+        negative if none may start.
         """
         if gpus == 0:
             return math.inf if self.slots > 0 else -1.0
@@ -52,7 +52,7 @@ class HostSlots:
         return self.reserved_s if self.reserved_s > IMMINENT_S else -1.0
 
     def free_s(self, gpus: int) -> float:
-        """Seconds until so many GPUs are free at once, if every job ends when expected."""
+        """Seconds until this many GPUs are free, if every job ends as expected."""
         if gpus not in self._free_s:
             free, when_s = self.gpus, 0.0
             for end_s, held in sorted(self.ends):
@@ -93,7 +93,7 @@ def host_slots_of(running: Sequence[Busy], capacity: Capacity) -> list[HostSlots
 
 
 def together_s(host_slots: Sequence[HostSlots], gpus: int) -> float:
-    """Seconds until these hosts together have so many GPUs free."""
+    """Seconds until these hosts together have this many free GPUs."""
     free = sum(on_host.gpus for on_host in host_slots)
     when_s = 0.0
     for end_s, held in sorted(end for on_host in host_slots for end in on_host.ends):

@@ -1,8 +1,7 @@
-"""Label selectors as Ray writes and judges them: a value, `!value`, `in(a,b)`, `!in(a,b)`; several
-must all hold.
+"""Ray's label selectors: a value, `!value`, `in(a,b)` or `!in(a,b)`. A host must match all of them.
 
-A host without the label fails a value and an `in`, and holds for `!value` and `!in`: as Ray's own
-scheduler judges it.
+As in Ray's scheduler, a host without the label matches `!value` and `!in`, but no value and no
+`in`.
 """
 
 import re
@@ -14,19 +13,19 @@ from ebbline.tasks.errors import StudyError
 _VALUE = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _SELECTOR = re.compile(
     rf"(?P<no>!?)(?:in\((?P<many>{_VALUE}(?:, ?{_VALUE})*)\)|(?P<one>{_VALUE}))|"
-)  # an empty value is one, too
+)  # the empty alternative at the end: an empty value is allowed
 
 
 @cache
 def parse(selector: str) -> tuple[bool, frozenset[str]]:
-    """(wanted, values): whether the label must be one of the values, or must not. Raises StudyError
-    on any other syntax.
+    """(included, values): whether the label must be one of the values, or must be none of them.
+    Raises StudyError for any other syntax.
     """
     found = _SELECTOR.fullmatch(selector)
     if found is None:
         raise StudyError(
-            f"label selector {selector!r} is none that Ray knows; write a value, `!value`, "
-            "`in(a,b)` or `!in(a,b)`"
+            f"label selector {selector!r} is invalid; write a value, `!value`, `in(a,b)` or "
+            "`!in(a,b)`"
         )
     many = found["many"]
     values = (
@@ -37,10 +36,10 @@ def parse(selector: str) -> tuple[bool, frozenset[str]]:
     return not found["no"], values
 
 
-def selected(wanted: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a host with `labels` is one that `wanted` selects."""
-    for name, selector in wanted.items():
-        inside, values = parse(selector)
-        if (labels.get(name) in values) != inside:
+def selected(selectors: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether a host with `labels` matches all selectors (label -> selector)."""
+    for name, selector in selectors.items():
+        included, values = parse(selector)
+        if (labels.get(name) in values) != included:
             return False
     return True

@@ -1,5 +1,5 @@
-"""What a stage needs of the cluster, by its kind: GPUs, and what has to be in memory. A study may
-say more (ebbline.sweeps.study.stages).
+"""The default needs of a stage by its kind: GPUs, and the model in memory. A study may set more
+(ebbline.sweeps.study.stages).
 """
 
 from ebbline.cluster.executors.executor import Needs
@@ -8,10 +8,10 @@ from ebbline.tasks.stage import Stage
 
 
 def default_needs(stage: Stage) -> Needs:
-    """The GPUs that a stage of this kind needs when nothing says otherwise."""
+    """The needs of a stage without settings in the study: its kind's GPUs."""
     return Needs(kind_named(stage.kind).gpus(stage.spec))
 
 
 def resident(stage: Stage) -> str:
-    """What a stage needs in memory: stages with the same answer belong in one batch."""
+    """The name of what a stage needs in memory. Stages with equal names can form a batch."""
     return kind_named(stage.kind).resident(stage.spec, stage)

@@ -1,10 +1,11 @@
-"""What is to be done about lost work: how often a stage was lost, where, when it may be tried
-again, and hosts that only lose.
+"""Decides when a lost stage is retried, on which hosts, and when to give up.
 
-A loss that was the stage's (its process died, or hung) counts against `tries`, with a pause that
-doubles each time. One that was its place's (the host went, or drains) does not count: it is tried
-again at once. Neither may spin: a stage that is thrown out again and again before it could do
-anything waits too, and then stops the run; a host that loses job after job gets no more.
+blame    examples                      what follows
+stage    its process died or hung      counts against `tries`; the pause doubles each time
+place    its host left or drains       does not count, and is retried at once; after repeated short
+                                       lives with pauses, and then the run stops
+
+A host that loses several stages in a row and finishes none gets no more work.
 """
 
 import logging
@@ -14,37 +15,39 @@ from dataclasses import dataclass, field, replace
 from ebbline.cluster.executors.executor import Capacity, Loss
 from ebbline.tasks.errors import ClusterLost
 
-SHORT_S = 60.0  # what a job that its place lost had to live for, not to count as thrown out
-THROWN_OUT = 10
+SHORT_S = 60.0  # a job that its host lost within this time counts as evicted
+MOST_EVICTIONS = 10
 STRIKES = 3
 _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Stage:
+class _LostStage:
+    """The losses of one stage."""
+
     lost: int = 0
-    thrown_out: int = 0
+    evicted: int = 0
     not_before: float = float("-inf")
     hosts: set[str] = field(default_factory=set)
 
 
 class RetryPolicy:
-    """What one run has lost, and what follows. Times are of one monotonic clock, in seconds."""
+    """The losses of one run, and the retries. Times are seconds of one monotonic clock."""
 
     def __init__(self, tries: int, backoff_s: float) -> None:
         self._tries, self._backoff_s = tries, backoff_s
-        self._stages: dict[str, _Stage] = {}
+        self._stages: dict[str, _LostStage] = {}
         self._strikes: dict[str, set[str]] = {}
 
     def count(
         self, key: str, loss: Loss, hosts: Iterable[str], lived_s: float, now: float
     ) -> str | None:
-        """Take in that a job was lost at this stage. Returns why it is not to be tried again, or
-        None.
+        """Record that a job was lost at this stage after `lived_s`. Returns None, or the reason to
+        give up.
 
-        Raises ClusterLost when its places threw it out THROWN_OUT times in a row.
+        Raises ClusterLost when its hosts evicted it MOST_EVICTIONS times in a row.
         """
-        stage = self._stages.setdefault(key, _Stage())
+        stage = self._stages.setdefault(key, _LostStage())
         stage.hosts |= set(hosts)
         self._strike(key, hosts)
         if loss.blame == "stage":
@@ -53,37 +56,35 @@ class RetryPolicy:
                 return f"lost {stage.lost} times ({loss.reason})"
             stage.not_before = now + self._backoff_s * 2 ** (stage.lost - 1)
             return None
-        stage.thrown_out = stage.thrown_out + 1 if lived_s < SHORT_S else 0
-        if stage.thrown_out >= THROWN_OUT:
+        stage.evicted = stage.evicted + 1 if lived_s < SHORT_S else 0
+        if stage.evicted >= MOST_EVICTIONS:
             raise ClusterLost(
-                f"{key[:12]} was thrown out by its host {THROWN_OUT} times in a row within "
-                f"{SHORT_S:.0f} s (the last: {loss.reason});"
-                " look at the cluster, and the same command continues"
+                f"{key[:12]} was lost by its host {MOST_EVICTIONS} times in a row within "
+                f"{SHORT_S:.0f} s (the last: {loss.reason}); repair the cluster, then run the same "
+                "command to continue"
             )
-        if stage.thrown_out > 1:
-            stage.not_before = now + self._backoff_s * 2 ** (stage.thrown_out - 2)
+        if stage.evicted > 1:
+            stage.not_before = now + self._backoff_s * 2 ** (stage.evicted - 2)
         return None
 
     def lost(self, key: str) -> int:
-        """How often a stage was lost by its own fault."""
+        """How often a stage was lost with blame `stage`."""
         return self._stages[key].lost if key in self._stages else 0
 
     def may_start(self, key: str, now: float) -> bool:
         return key not in self._stages or now >= self._stages[key].not_before
 
     def shun(self, key: str) -> frozenset[str]:
-        """The hosts where a stage was lost."""
+        """The hosts where a stage was lost, which it should avoid."""
         return frozenset(self._stages[key].hosts) if key in self._stages else frozenset()
 
     def succeeded(self, hosts: Iterable[str]) -> None:
-        """A stage was finished on these hosts: they work."""
+        """Record that a stage finished on these hosts, which clears their strikes."""
         for host in hosts:
             self._strikes.pop(host, None)
 
     def in_service(self, capacity: Capacity) -> Capacity:
-        """The capacity without hosts that only lose: those get no new work, as long as another host
-        is left.
-        """
+        """The capacity with bad hosts marked as draining, if another host with GPUs is left."""
         bad = {host for host, keys in self._strikes.items() if len(keys) >= STRIKES}
         if not any(
             host.name not in bad and not host.draining and host.gpus for host in capacity.hosts
@@ -97,15 +98,15 @@ class RetryPolicy:
         )
 
     def _strike(self, key: str, hosts: Iterable[str]) -> None:
-        # By stage: one that is lost wherever it runs does not make its hosts bad.
+        # Distinct stages count: one stage that is lost everywhere does not make its hosts bad.
         for host in hosts:
             keys = self._strikes.setdefault(host, set())
             if key not in keys:
                 keys.add(key)
                 if len(keys) == STRIKES:
                     _log.warning(
-                        "%s lost %d stages in a row and finished none; it gets no more "
-                        "while there are others",
+                        "%s lost %d stages in a row and finished none; it gets no more work "
+                        "while there are other hosts",
                         host,
                         STRIKES,
                     )

@@ -1,16 +1,15 @@
-"""Which ready stages start where, now: a pure function over (ready, running, capacity, what is
-cached where).
+"""The scheduler: decides which ready stages start now, and on which hosts. It is a pure function of
+(ready stages, running jobs, capacity, models cached on hosts).
 
-order       longest critical path first; what has waited moves up, so nothing waits for ever behind
-            more critical work
-batches     stages that share a resident base start together, as many as keep all GPUs evenly busy
-packs       trainings that may share a GPU start on it at once, as many as fit there, and no more
-            than leave the other GPUs their part
+order       longest critical path first; ageing moves waiting stages up, so that none starves
+batches     stages with the same resident model start together, as many as keep all GPUs busy
+packs       trainings that may share a GPU start on it together: as many as fit in its memory, and
+            few enough to leave work for the other GPUs
 gangs       all GPUs or none, on one host unless they may spread. A gang that does not fit reserves
-            the hosts that can have it soonest; until then others start there only if they are
-            expected to end before (EASY backfill), or on GPUs that the gang leaves over
-hosts       the fullest that fits, so that whole hosts stay free for gangs; one that has the base at
-            hand counts as fuller
+            the hosts that can run it soonest. Until then other stages start there only if they are
+            expected to end before (EASY backfill), or on GPUs that the gang does not need
+hosts       the fullest host that fits, so that whole hosts stay free for gangs; a host with the
+            model in its cache counts as fuller
 """
 
 import heapq
@@ -28,23 +27,23 @@ from ebbline.cluster.schedule.host_slots import Busy, HostSlots, host_slots_of, 
 from ebbline.cluster.schedule.labels import selected
 from ebbline.tasks.training.packs import fit
 
-__all__ = ["Busy", "Placement", "Work", "impossible", "place"]
+__all__ = ["Busy", "Placement", "ReadyStage", "impossible", "place"]
 
 SHORTEST_BATCH_S = 20.0
-LONGEST_BATCH_S = 600.0  # what a lost worker costs, and what a gang waits for
-AGEING = 0.2  # seconds of critical path that a second of waiting is worth
-SHUN_S = 600.0  # how long a stage waits for another host than the one where it was lost
-CACHED_GPUS = 2  # a host that has the base at hand counts as having so many GPUs fewer free
+LONGEST_BATCH_S = 600.0  # limits the work of a lost worker and the wait of a gang
+AGEING = 0.2  # a second of waiting counts as this many seconds of critical path
+SHUN_S = 600.0  # how long a stage waits for hosts other than those where it was lost
+CACHED_GPUS = 2  # a host with the model in its cache counts as having this many fewer free GPUs
 
 
 @dataclass(frozen=True)
-class Work:
-    """A ready stage. `resident` names what it needs in memory; `path_s` is the longest chain of
-    seconds from here to the end.
+class ReadyStage:
+    """A ready stage. `resident` names the model in memory; `path_s` is the critical path from its
+    start, in seconds.
 
-    `shun` names hosts where it was lost: it goes elsewhere if there is an elsewhere. `waited_s`
-    counts from when it became ready. Works with the same `pack` (empty: none) may run at once on a
-    GPU of a type where their `shares` add up to at most 1.
+    `shun` names hosts where it was lost, which it avoids if others can run it. `waited_s` counts
+    from when it became ready. Stages with the same `pack` (empty: none) may run at once on one GPU
+    if their `shares` for its type add up to at most 1.
     """
 
     key: str
@@ -63,16 +62,16 @@ class Work:
 
     @cached_property
     def order(self) -> tuple[float, str]:
-        """The lowest goes first. Kept, because a stage is asked for it as often as the scheduler is
-        while it waits.
+        """The sort key; the lowest goes first. Cached, because the simulation keeps this object as
+        long as the stage waits.
         """
         return -self.path_s - AGEING * self.waited_s, self.key
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Start these stages now, in this order, as one batch on so many GPUs of these hosts. Members
-    of a pack are next to each other.
+    """A batch to start now: stages in order, and hosts (host -> GPUs). Members of a pack are
+    adjacent.
     """
 
     keys: tuple[str, ...]
@@ -81,20 +80,20 @@ class Placement:
 
 
 def place(
-    ready: Sequence[Work],
+    ready: Sequence[ReadyStage],
     running: Sequence[Busy],
     capacity: Capacity,
     cached: Mapping[str, frozenset[str]] = MappingProxyType({}),
 ) -> list[Placement]:
-    """The batches to start now. `cached` names the residents that each host has at hand. No order
-    of what is given matters.
+    """The batches to start now. `cached` maps hosts to the models in their caches. Input order is
+    irrelevant.
 
-    Nothing starves. Ageing keeps the order of any two stages once both wait, and paths are bounded,
-    so only finitely many stages ever go before a given one, and it comes to be first in line. One
-    GPU or one slot cannot be fragmented: the first in line takes the next that is free. A gang that
-    is first in line reserves the hosts that can have it soonest, and all that starts there ends
-    before; so that moment only comes nearer, until the hosts are given to nobody else (IMMINENT_S),
-    whatever the estimates were worth, and their jobs end.
+    No stage starves. Ageing preserves the order of any two waiting stages, and paths are bounded.
+    So only finitely many stages go before a given one, and it becomes the first in line. The first
+    in line takes the next free GPU or slot. A gang that is first in line reserves the hosts that
+    can run it soonest. Jobs that start there must be expected to end before that time, so it comes
+    nearer. When it is at most IMMINENT_S away, no job starts there, even if estimates were wrong;
+    the running jobs end and the gang starts.
     """
     host_slots = host_slots_of(running, capacity)
     queues = _queues(ready, host_slots)
@@ -111,22 +110,22 @@ def place(
         if hosts or queue.reserve(work):
             for each in queues:
                 each.widest_s = None
-        while queue.line and queue.line[0][1] in queue.taken:
+        while queue.line and queue.line[0][1] in queue.placed:
             heapq.heappop(queue.line)
         if queue.line and queue.open():
             heapq.heappush(heads, (queue.line[0], number))
     return placed
 
 
-def impossible(work: Work, capacity: Capacity) -> str | None:
-    """Why no host of `capacity` could ever take `work`, and what to do; None if one could. Hosts
-    that drain count: they are there.
+def impossible(work: ReadyStage, capacity: Capacity) -> str | None:
+    """Why the hosts of `capacity`, draining hosts included, can never run `work`, and what to do.
+    None if they can.
     """
     needs = work.needs
     able = [host for host in capacity.hosts if selected(needs.labels, host.labels)]
     if not able:
-        wanted = ", ".join(f"{name}: {value}" for name, value in sorted(needs.labels.items()))
-        there = sorted(
+        required = ", ".join(f"{name}: {value}" for name, value in sorted(needs.labels.items()))
+        existing = sorted(
             {
                 f"{name}: {host.labels[name]}"
                 for host in capacity.hosts
@@ -134,68 +133,69 @@ def impossible(work: Work, capacity: Capacity) -> str | None:
                 if name in host.labels
             }
         )
-        have = f"theirs are {', '.join(there)}" if there else "none has such a label"
+        found = f"the hosts have {', '.join(existing)}" if existing else "no host has such a label"
         return (
-            f"no host is labelled {wanted} ({have}); change the labels, or add such hosts to "
+            f"no host is labelled {required} ({found}); change the labels, or add such hosts to "
             "the cluster"
         )
     largest, total = max(host.gpus for host in able), sum(host.gpus for host in able)
     among = " with these labels" if needs.labels else ""
     if needs.gpus == 0 and not any(host.cpus for host in able):
         return (
-            f"it needs a slot for work without GPUs, and no host{among} has one; give the "
-            "cluster's hosts CPUs"
+            f"it needs a slot for stages without GPUs, and no host{among} has one; add CPUs to "
+            "the cluster's hosts"
         )
     if needs.gpus > total:
         return (
             f"it needs {needs.gpus} GPUs at once, and all hosts{among} together have {total}; "
-            "give it fewer, or the cluster more"
+            "reduce its `gpus`, or add GPUs to the cluster"
         )
     if needs.gpus > largest and not needs.spread:
         return (
             f"it needs {needs.gpus} GPUs on one host, and the largest{among} has {largest};"
-            " allow `spread: true`, give it fewer GPUs, or give the cluster larger hosts"
+            " set `spread: true`, reduce its `gpus`, or add larger hosts to the cluster"
         )
     return None
 
 
 @dataclass
-class _Group:
-    """The works of a queue that share a resident, in line; those up to `next` are dealt with."""
+class _ResidentGroup:
+    """A queue's stages with the same resident model, in order; stages before `next` are placed."""
 
-    works: list[Work]
+    works: list[ReadyStage]
     total_s: float
     next: int = 0
 
 
 class _Queue:
-    """Ready stages that the same hosts can take: `line` is a heap of their orders.
+    """Ready stages that the same hosts can run. `line` is a heap of their orders.
 
-    `widest_s` is how long the longest stage may last that could start now; None when that may have
-    changed.
+    `widest_s` is the longest duration of a stage that may start now; None: to be recomputed.
     """
 
-    def __init__(self, host_slots: list[HostSlots], works: Sequence[Work]) -> None:
+    def __init__(self, host_slots: list[HostSlots], works: Sequence[ReadyStage]) -> None:
         self.needs, self.host_slots = works[0].needs, host_slots
         self.works = {work.key: work for work in works}
         self.line = [work.order for work in works]
         heapq.heapify(self.line)
-        self.taken: set[str] = set()
+        self.placed: set[str] = set()
         self.shortest_s = min(work.seconds for work in works)
         self.widest_s: float | None = None
-        self._by_resident: dict[str, list[Work]] | None = None
-        self._packs: dict[tuple[str, str], list[Work]] | None = None
-        self._groups: dict[str, _Group] = {}
+        self._by_resident: dict[str, list[ReadyStage]] | None = None
+        self._packs: dict[tuple[str, str], list[ReadyStage]] | None = None
+        self._groups: dict[str, _ResidentGroup] = {}
 
-    def _group(self, resident: str) -> _Group:
-        """Made when its first stage starts: most calls start few stages, and among many."""
+    def _group(self, resident: str) -> _ResidentGroup:
+        """The stages with this resident model. Built on demand, because most calls start few of
+        many stages.
+        """
         if self._by_resident is None:
             self._by_resident = defaultdict(list)
             for work in self.works.values():
                 self._by_resident[work.resident].append(work)
         if resident not in self._groups:
             works = sorted(self._by_resident[resident], key=attrgetter("order"))
-            self._groups[resident] = _Group(works, sum(work.seconds for work in works))
+            self._groups[resident] = _ResidentGroup(works, sum(work.seconds for work in works))
         return self._groups[resident]
 
     def _widest_s(self) -> float:
@@ -205,9 +205,7 @@ class _Queue:
         return self.widest_s
 
     def open(self) -> bool:
-        """Whether any of its stages could still start, or be kept a host for before others take its
-        GPUs.
-        """
+        """Whether a stage of this queue may still start, or may still reserve a host."""
         if self._widest_s() >= self.shortest_s:
             return True
         gang = self.needs.gpus > 1
@@ -217,9 +215,9 @@ class _Queue:
             and any(on_host.reserved_s is None for on_host in self.host_slots)
         )
 
-    def fit(self, work: Work, cached: Mapping[str, frozenset[str]]) -> dict[str, int]:
-        """Where `work` can start now: GPUs by host, {host: 0} for one that needs none, empty if
-        nowhere.
+    def fit(self, work: ReadyStage, cached: Mapping[str, frozenset[str]]) -> dict[str, int]:
+        """The hosts where `work` can start now (host -> GPUs; 0 for a slot); empty if there is
+        none.
         """
         gpus = self.needs.gpus
         if work.seconds > self._widest_s():
@@ -230,8 +228,8 @@ class _Queue:
             if gpus == 0:
                 return name in work.shun, False, not near, -on_host.slots, name
             opened = on_host.gpus == on_host.host.gpus > gpus
-            kept = on_host.reserved_s is not None  # what outlasts its estimate there delays a gang
-            return name in work.shun, kept, opened, on_host.gpus - CACHED_GPUS * near, name
+            reserved = on_host.reserved_s is not None  # an overdue job there delays a gang
+            return name in work.shun, reserved, opened, on_host.gpus - CACHED_GPUS * near, name
 
         able = [on_host for on_host in self.host_slots if on_host.window_s(gpus) >= work.seconds]
         if able:
@@ -256,8 +254,10 @@ class _Queue:
                     gpus -= hosts[on_host.host.name]
         return hosts if gpus == 0 else {}
 
-    def reserve(self, work: Work) -> bool:
-        """Keep the hosts that can have this gang soonest for it, if any is not kept for another."""
+    def reserve(self, work: ReadyStage) -> bool:
+        """Reserve the hosts that can run this gang soonest, among those without a reservation.
+        Returns whether it has reserved any.
+        """
         gpus = self.needs.gpus
         host_slots = (
             [on_host for on_host in self.host_slots if on_host.reserved_s is None]
@@ -292,11 +292,11 @@ class _Queue:
                 gpus -= free
         return True
 
-    def _mates(
-        self, first: Work, gpu_type: str | None, at_once: int, window_s: float
-    ) -> Iterator[Work]:
-        """Those that run at once with `first`, in line: as many as fit, until every other GPU has
-        its part of the queue.
+    def _pack_of(
+        self, first: ReadyStage, gpu_type: str | None, at_once: int, window_s: float
+    ) -> Iterator[ReadyStage]:
+        """The other members of the pack of `first`, in order: as many as fit, and at most one GPU's
+        part of the queue.
         """
         shares, seconds = [first.shares.get(gpu_type, 1.0)], first.seconds
         if not first.pack or shares[0] >= 1 or self.needs.gpus != 1:
@@ -312,7 +312,7 @@ class _Queue:
             share = work.shares.get(gpu_type, 1.0)
             if (
                 work.key != first.key
-                and work.key not in self.taken
+                and work.key not in self.placed
                 and fit([*shares, share])
                 and seconds + work.seconds <= window_s
             ):
@@ -320,9 +320,9 @@ class _Queue:
                 seconds += work.seconds
                 yield work
 
-    def start(self, first: Work, hosts: Mapping[str, int]) -> Placement:
-        """Take the GPUs or slots for `first`, its pack, and those of its group that come next in
-        line and fit behind it.
+    def start(self, first: ReadyStage, hosts: Mapping[str, int]) -> Placement:
+        """Take the GPUs or slots for a batch: `first`, its pack, and the next stages of its group
+        that fit in the batch's time.
         """
         host_slots = [on_host for on_host in self.host_slots if on_host.host.name in hosts]
         window_s = min(on_host.window_s(hosts[on_host.host.name]) for on_host in host_slots)
@@ -337,16 +337,16 @@ class _Queue:
             first.key,
             *(
                 work.key
-                for work in self._mates(first, host_slots[0].host.gpu_type, at_once, window_s)
+                for work in self._pack_of(first, host_slots[0].host.gpu_type, at_once, window_s)
             ),
         ]
         total_s = sum(self.works[key].seconds for key in batch)
-        self.taken.update(batch)
+        self.placed.update(batch)
         if total_s + self.shortest_s <= most_s:
             group = self._group(first.resident)
             limit_s = min(most_s, max(SHORTEST_BATCH_S, group.total_s / at_once))
             for work in itertools.islice(group.works, group.next, None):
-                if work.order > first.order and work.key not in self.taken:
+                if work.order > first.order and work.key not in self.placed:
                     if total_s + work.seconds > limit_s:
                         break
                     batch.append(work.key)
@@ -354,13 +354,13 @@ class _Queue:
                 group.next += 1
         for on_host in host_slots:
             on_host.take(hosts[on_host.host.name], total_s)
-        self.taken.update(batch)
+        self.placed.update(batch)
         return Placement(tuple(batch), first.needs, hosts)
 
 
-def _queues(ready: Sequence[Work], host_slots: Sequence[HostSlots]) -> list[_Queue]:
-    """The ready stages by the hosts that can take them, without those for which nothing is free
-    anywhere.
+def _queues(ready: Sequence[ReadyStage], host_slots: Sequence[HostSlots]) -> list[_Queue]:
+    """The ready stages by the hosts that can run them, without stages whose resource (GPUs or
+    slots) is nowhere free.
     """
     slots, gpus = (
         any(on_host.slots > 0 for on_host in host_slots),
@@ -368,13 +368,15 @@ def _queues(ready: Sequence[Work], host_slots: Sequence[HostSlots]) -> list[_Que
     )
     if not (slots and gpus):
         ready = [work for work in ready if (gpus if work.needs.gpus else slots)]
-    lines: dict[tuple[int, bool, tuple[tuple[str, str], ...], frozenset[str]], list[Work]] = (
+    lines: dict[tuple[int, bool, tuple[tuple[str, str], ...], frozenset[str]], list[ReadyStage]] = (
         defaultdict(list)
     )
-    known: dict[int, list[Work]] = {}  # by the very object: a study has few needs, and many stages
+    line_of: dict[
+        int, list[ReadyStage]
+    ] = {}  # by id(needs), for speed: many stages share few objects
     for work in ready:
         needs = work.needs
-        line = known.get(id(needs))
+        line = line_of.get(id(needs))
         if line is None or work.shun:
             shun = work.shun if work.waited_s < SHUN_S else frozenset()
             line = lines[
@@ -384,7 +386,7 @@ def _queues(ready: Sequence[Work], host_slots: Sequence[HostSlots]) -> list[_Que
                 shun,
             ]
             if not shun:
-                known[id(needs)] = line
+                line_of[id(needs)] = line
         line.append(work)
     able = [
         (_able(works[0].needs, shunned, host_slots), works)
@@ -394,8 +396,8 @@ def _queues(ready: Sequence[Work], host_slots: Sequence[HostSlots]) -> list[_Que
 
 
 def _able(needs: Needs, shun: frozenset[str], host_slots: Sequence[HostSlots]) -> list[HostSlots]:
-    """The hosts that could ever have a part in such work; without those to be shunned, if the
-    others could run it.
+    """The hosts that can run stages with these needs; without the hosts in `shun`, if the others
+    suffice.
     """
     able = [on_host for on_host in host_slots if selected(needs.labels, on_host.host.labels)]
     for among in ([on_host for on_host in able if on_host.host.name not in shun], able):

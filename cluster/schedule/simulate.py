@@ -1,8 +1,7 @@
-"""A cluster that only counts: an executor on a virtual clock, and a loop that drives the real
-scheduler over a whole graph.
+"""Simulates a cluster: an executor on a virtual clock, and a loop that runs the real scheduler over
+a whole graph.
 
-It answers how long a graph would take on given hosts, and what would run where and when, in seconds
-instead of days.
+It predicts how long a graph takes on given hosts, and where and when each stage runs.
 """
 
 import heapq
@@ -15,22 +14,21 @@ from dataclasses import dataclass, field
 
 from ebbline.cluster.executors.executor import Capacity, Executor, Finished, Job, Needs
 from ebbline.cluster.executors.starts import WarmProcesses
-from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, place
+from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, place
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Report, Request
 
-StartS = Callable[
-    [Needs, Mapping[str, int], bool], float
-]  # (needs, GPUs by host, whether the process is new) -> seconds
+# (needs, host -> GPUs, whether the process is new) -> seconds
+StartS = Callable[[Needs, Mapping[str, int], bool], float]
 Choose = Callable[
-    [Sequence[Work], Sequence[Busy], Capacity, Mapping[str, frozenset[str]]], list[Placement]
+    [Sequence[ReadyStage], Sequence[Busy], Capacity, Mapping[str, frozenset[str]]], list[Placement]
 ]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage to be: what the scheduler is told of it, the `seconds` that it then takes, and the
-    keys that it reads from.
+    """A stage of a simulated graph. The scheduler sees `expected_s`; the stage runs for `seconds`.
+    `after` has the keys of its inputs.
     """
 
     key: str
@@ -43,12 +41,12 @@ class Step:
 
 @dataclass(frozen=True)
 class StepGroups:
-    """Steps that are asked for together, as a search's points are: each group is the keys that it
-    needs, own or shared.
+    """Groups of steps that are requested over time, as a search requests points. A group has the
+    keys that it needs; groups may share keys.
 
-    At most `window` groups are under way at once, and a new one starts when one has ended: any of
-    them, or the oldest when they end `in_turn`. None starts while others are under way and
-    `most_gpus` are wanted by what runs or is ready.
+    At most `window` groups are in flight. A new group starts when any has ended, or with `in_turn`
+    when the oldest has. None starts while others are in flight and running and ready steps need at
+    least `most_gpus` GPUs.
     """
 
     groups: Sequence[Sequence[str]]
@@ -59,9 +57,7 @@ class StepGroups:
 
 @dataclass(frozen=True)
 class Span:
-    """One stage in a trace, a bar of a Gantt chart: when it could have started, when it ran, and on
-    what.
-    """
+    """One stage in a trace: when it became ready, when it ran, and its GPUs by host."""
 
     key: str
     ready_s: float
@@ -72,8 +68,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Decision:
-    """One call of the scheduler: among how many ready stages, how many batches it started, and the
-    seconds of a core it took.
+    """One call of the scheduler: the number of ready stages, of started batches, and its CPU
+    seconds.
     """
 
     at_s: float
@@ -84,8 +80,8 @@ class Decision:
 
 @dataclass
 class Trace:
-    """What ran where and when, in the order in which it ended. `never` lists stages that nothing on
-    these hosts could run.
+    """The result of a simulation: spans in the order of their ends. `never` has the keys of steps
+    that did not run.
     """
 
     capacity: Capacity
@@ -99,15 +95,15 @@ class Trace:
 
     @property
     def utilisation(self) -> float:
-        """The share of all GPU time until the end that stages held."""
+        """The fraction of all GPU time until the end in which GPUs were in use, in [0, 1]."""
         held_s = sum((span.end_s - span.start_s) * sum(span.hosts.values()) for span in self.spans)
         whole_s = self.makespan_s * self.capacity.gpus
         return held_s / whole_s if whole_s > 0 else 0.0
 
 
 class SimulatedExecutor(Executor):
-    """Jobs take as long as `seconds_of` says of each key, one stage after another. Waiting moves
-    the clock, and nothing else does.
+    """An executor on a virtual clock. Stages of a job run one after another, each for `seconds_of`
+    its key. Only `advance` and `finished` move the clock.
     """
 
     own_processes = False
@@ -131,7 +127,7 @@ class SimulatedExecutor(Executor):
     def start(
         self, keys: Sequence[str], needs: Needs, hosts: Mapping[str, int], start_s: float = 0.0
     ) -> Job:
-        """As `submit`, for stages that are only a key; the first begins after `start_s`."""
+        """Like `submit`, for keys without requests. The first stage begins after `start_s`."""
         number = next(self._numbers)
         job = Job(f"simulated-{number}", tuple(keys), needs.gpus, hosts)
         self.running[job.id] = job
@@ -145,8 +141,8 @@ class SimulatedExecutor(Executor):
         )
 
     def advance(self, until_s: float = math.inf) -> list[tuple[Job, str]]:
-        """Move the clock to when the next stages end, or to `until_s` if none ends before; the
-        stages that ended.
+        """Move the clock to the next end of stages, at most to `until_s`. Returns the stages that
+        ended.
         """
         while self._ends and self._ends[0][2].id not in self.running:
             heapq.heappop(self._ends)  # cancelled
@@ -191,21 +187,21 @@ def simulate(
     groups: StepGroups | None = None,
 ) -> Trace:
     """Run a whole graph on the virtual clock. `choose` gets ready stages in the order in which they
-    became so.
+    became ready.
 
-    A host keeps at hand whatever it has had. `start_s` says what a job takes to start (nothing, if
-    not given); `groups` lets steps be asked for over time, and those in none of them at once.
-    Raises StudyError if a step reads from one that is not there, or from itself.
+    Hosts cache every model that they have used. `start_s` gives the seconds to start a job (default
+    0). `groups` are requested over time, other steps at once. Raises StudyError if a step reads
+    from an unknown step or from itself.
     """
     by_key = {step.key: step for step in steps}
-    behind, paths = _graph(by_key)
+    downstream, paths = _graph(by_key)
     executor = SimulatedExecutor(capacity, lambda key: by_key[key].seconds)
     admission = _Admission(by_key, groups or StepGroups((), 1))
     trace = Trace(capacity)
     warm = WarmProcesses()
     missing = {key: len(step.after) for key, step in by_key.items()}
     ready_at: dict[str, float] = {}
-    ready: dict[str, Work] = {}
+    ready: dict[str, ReadyStage] = {}
     cached: dict[str, frozenset[str]] = {}
     expected_ends: dict[str, tuple[Mapping[str, int], float]] = {}
     stage_starts: dict[str, float] = {}
@@ -215,9 +211,9 @@ def simulate(
         while True:
             for key in arrived:
                 step, ready_at[key] = by_key[key], executor.now_s
-                # Ageing only compares: what each waited until one same moment does, and a Work can
-                # be kept as long as it waits.
-                ready[key] = Work(
+                # Ageing only compares stages, so `waited_s` may be relative to any one moment.
+                # Relative to time 0 it is constant, and this object can be reused.
+                ready[key] = ReadyStage(
                     key,
                     step.needs,
                     step.resident,
@@ -225,10 +221,10 @@ def simulate(
                     paths[key],
                     waited_s=-executor.now_s,
                 )
-            asked = admission.admit(held + sum(work.gpus for work in ready.values()))
-            if asked is None:
+            admitted = admission.admit(held + sum(work.gpus for work in ready.values()))
+            if admitted is None:
                 break
-            arrived = [key for key in asked if missing[key] == 0]
+            arrived = [key for key in admitted if missing[key] == 0]
         if ready:
             busy = [
                 Busy(hosts, max(1.0, end_s - executor.now_s))
@@ -271,56 +267,54 @@ def simulate(
             if job.id not in executor.running:
                 del expected_ends[job.id]
                 warm.end(job.id)
-            for below in behind[key]:
+            for below in downstream[key]:
                 missing[below] -= 1
-                if missing[below] == 0 and below in admission.asked:
+                if missing[below] == 0 and below in admission.admitted:
                     arrived.append(below)
 
 
 class _Admission:
-    """Which groups of steps are under way. `asked` are the keys that may start, `done` those that
-    have ended.
-    """
+    """The groups in flight. `admitted` has the keys that may start, `done` the keys that ended."""
 
     def __init__(self, by_key: Mapping[str, Step], groups: StepGroups) -> None:
         self._groups = groups
         later = {key for group in groups.groups for key in group}
         self.at_once = [key for key in by_key if key not in later]
-        self.asked, self.done = set(self.at_once), set[str]()
+        self.admitted, self.done = set(self.at_once), set[str]()
         self._waiting: Iterator[Sequence[str]] = iter(groups.groups)
-        self._under_way: list[set[str]] = []
+        self._in_flight: list[set[str]] = []
 
     def ended(self, key: str) -> None:
         self.done.add(key)
-        for group in self._under_way:
+        for group in self._in_flight:
             group.discard(key)
         if self._groups.in_turn:
-            while self._under_way and not self._under_way[0]:
-                del self._under_way[0]
+            while self._in_flight and not self._in_flight[0]:
+                del self._in_flight[0]
         else:
-            self._under_way = [group for group in self._under_way if group]
+            self._in_flight = [group for group in self._in_flight if group]
 
-    def admit(self, wanted_gpus: int) -> list[str] | None:
-        """The keys that the next group adds; None when no group starts now. `wanted_gpus` are
-        those of all that runs or is ready.
+    def admit(self, needed_gpus: int) -> list[str] | None:
+        """The keys that the next group adds; None when no group starts now. `needed_gpus` are the
+        GPUs of all running and ready steps.
         """
         most = self._groups.most_gpus
-        enough = most is not None and bool(self._under_way) and wanted_gpus >= most
-        full = enough or len(self._under_way) >= self._groups.window
+        enough = most is not None and bool(self._in_flight) and needed_gpus >= most
+        full = enough or len(self._in_flight) >= self._groups.window
         group = None if full else next(self._waiting, None)
         if group is None:
             return None
-        own = [key for key in group if key not in self.asked]
-        self.asked |= set(own)
+        own = [key for key in group if key not in self.admitted]
+        self.admitted |= set(own)
         open_keys = set(group) - self.done
-        if open_keys or (self._groups.in_turn and self._under_way):
-            self._under_way.append(open_keys)
+        if open_keys or (self._groups.in_turn and self._in_flight):
+            self._in_flight.append(open_keys)
         return own
 
 
 def bound_s(steps: Iterable[Step], capacity: Capacity) -> float:
-    """What no schedule can beat: all GPU seconds shared out evenly, or the longest chain, whichever
-    is longer.
+    """A lower bound of the makespan: all GPU seconds divided by the GPUs, or the longest chain,
+    whichever is longer.
     """
     by_key = {step.key: step for step in steps}
     gpu_s = sum(step.seconds * step.needs.gpus for step in by_key.values())
@@ -331,25 +325,23 @@ def bound_s(steps: Iterable[Step], capacity: Capacity) -> float:
 def _graph(
     by_key: Mapping[str, Step], seconds_of: Callable[[Step], float] = lambda step: step.expected_s
 ) -> tuple[Mapping[str, Sequence[str]], Mapping[str, float]]:
-    """(key -> the keys that read from it, key -> seconds of the longest chain that starts
-    there).
-    """
-    behind: dict[str, list[str]] = defaultdict(list)
+    """(key -> keys that read from it, key -> seconds of the longest chain that starts there)."""
+    downstream: dict[str, list[str]] = defaultdict(list)
     for step in by_key.values():
         for above in step.after:
             if above not in by_key:
                 raise StudyError(
                     f"step {step.key!r} reads from {above!r}, which is no step; add it, or "
-                    "take it out of `after`"
+                    "remove it from `after`"
                 )
-            behind[above].append(step.key)
-    left = {key: len(behind[key]) for key in by_key}
+            downstream[above].append(step.key)
+    left = {key: len(downstream[key]) for key in by_key}
     last = [key for key, count in left.items() if count == 0]
     paths: dict[str, float] = {}
     while last:
         key = last.pop()
         paths[key] = seconds_of(by_key[key]) + max(
-            (paths[below] for below in behind[key]), default=0.0
+            (paths[below] for below in downstream[key]), default=0.0
         )
         for above in by_key[key].after:
             left[above] -= 1
@@ -357,7 +349,7 @@ def _graph(
                 last.append(above)
     if len(paths) < len(by_key):
         raise StudyError(
-            "steps read from each other in a circle: "
+            "steps read from each other in a cycle: "
             f"{', '.join(sorted(by_key.keys() - paths.keys())[:5])}"
         )
-    return behind, paths
+    return downstream, paths

@@ -1,4 +1,4 @@
-"""The artifact store: where artifacts lie, how they are committed, found, cached and removed.
+"""The artifact store: commits, finds, caches and removes artifacts.
 
 Imports tasks; not executors, schedule or running.
 """

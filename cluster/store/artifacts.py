@@ -1,20 +1,19 @@
-"""The artifact store: key -> what a stage produced. It lies in a folder, or in a bucket of
-S3-compatible storage.
+"""The artifact store: key -> the files that a stage produced. It is a folder, or a prefix in a
+bucket of S3-compatible storage.
 
     STORE/KIND/KEY/record.json          present if and only if the artifact is complete; written
                                         last, once
     STORE/KIND/KEY/ATTEMPT/payload/     the files, immutable once recorded
-    STORE/KIND/KEY/ATTEMPT/log/         request.json, progress, errors: of the attempt, not content
-    STORE/KIND/KEY/dropped.json         the files that retention removed; the record outlives them
+    STORE/KIND/KEY/ATTEMPT/log/         the attempt's request.json, progress and errors; not hashed
+    STORE/KIND/KEY/dropped.json         the files that retention removed; the record stays
     STORE/scratch/KEY/                  checkpoints of unfinished stages
     STORE/sources/CONTENT/              (in a bucket) models and data from the driver's machine
 
-Each attempt writes into a folder of its own and the record names the one that counts, so a commit
-moves nothing: it is one conditional put. Two workers that finish the same key at once both succeed
-and the first record stands. A folder without a record is an attempt that was cut off; nothing that
-another attempt makes depends on it.
+Each attempt writes into its own folder, and the record names the valid attempt. So a commit is one
+conditional put. When two workers finish a key at once, both succeed, and the first record is valid.
+A folder without a record is an interrupted attempt, and nothing depends on it.
 
-A bucket's attempts are written on the worker's own disk, in its cache, and sent when they are done.
+With a bucket, a worker writes an attempt into the cache on its own disk and uploads it at the end.
 """
 
 import json
@@ -36,18 +35,16 @@ from ebbline.tasks.identity import digest, digest_files, folder_files, part_dige
 
 RECORD = "record.json"
 DROPPED = "dropped.json"
-QUARANTINE = "aside"  # the folder of what was moved away, as stores have it that were made before
+QUARANTINE = "aside"  # the name of the folder in existing stores
 CACHE_GB = 100.0
 READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A complete result. `hashed` is what its key was made from, `files` maps each relative path to
-    its sha256.
+    """A complete result. Its key is the digest of `hashed`; `files` maps relative paths to sha256.
 
-    `folder` is its attempt's place on this machine; of a bucket's artifact it holds what has been
-    fetched so far.
+    `folder` is its attempt's folder on this machine. With a bucket it has the files fetched so far.
     """
 
     key: str
@@ -61,11 +58,11 @@ class Artifact:
 
     @property
     def path(self) -> Path:
-        """The payload's folder with everything in it."""
+        """The payload's folder with all files."""
         return self.store.fetch(self, tuple(self.files))
 
     def file(self, name: str) -> Path:
-        """One file of the payload; nothing else is fetched for it."""
+        """The path of one file of the payload. Only this file is fetched."""
         return self.store.fetch(self, (name,)) / name
 
     @property
@@ -76,15 +73,15 @@ class Artifact:
         return part_digest(self.files, part)
 
     def below(self, part: str) -> tuple[str, ...]:
-        """The names of a part's files: one, or those of a folder; all when `part` is empty."""
+        """The files of a part, which is a file or a folder; all files when `part` is empty."""
         return tuple(
             name for name in self.files if not part or name == part or name.startswith(f"{part}/")
         )
 
 
 class Store:
-    """Artifacts by key. Cheap to make; a folder's holds no state of its own, a bucket's remembers
-    the records it has read.
+    """Artifacts by key. The constructor does no I/O. Only a bucket's store keeps state: the records
+    that it has read.
     """
 
     def __init__(self, location: Path | str, cache_gb: float = CACHE_GB) -> None:
@@ -98,19 +95,19 @@ class Store:
         else:
             self.cache = Cache(cache_folder(), cache_gb)
             self.root = self.cache.root / digest(self.place.at)[:12]
-        self._known: dict[tuple[str, str], Artifact] = {}
+        self._records: dict[tuple[str, str], Artifact] = {}
 
     def find(self, kind: str, key: str) -> Artifact | None:
         """The complete artifact of a key, or None. Raises StoreError when its record is damaged."""
-        known = self._known.get((kind, key))
-        if known is not None:
-            return known
+        cached = self._records.get((kind, key))
+        if cached is not None:
+            return cached
         text = self.place.read(f"{kind}/{key}/{RECORD}")
         if text is None:
             return None
         artifact = self._parsed(kind, key, text)
-        if self.cache is not None:  # a record never changes, and a bucket is far away
-            self._known[kind, key] = artifact
+        if self.cache is not None:  # a record never changes, and reads from a bucket are slow
+            self._records[kind, key] = artifact
         return artifact
 
     def _parsed(self, kind: str, key: str, text: bytes) -> Artifact:
@@ -129,16 +126,16 @@ class Store:
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"the record {self.place.at}/{kind}/{key}/{RECORD} is damaged ({error})."
-                " `ebbline store verify --mend` moves it away; its stage is then made again"
+                " `ebbline store verify --mend` moves it to quarantine; its stage then runs again"
             ) from error
 
     def open(self, kind: str, key: str) -> Artifact:
-        """Like `find`, but raises Incomplete when there is no such artifact."""
+        """Like `find`, but raises Incomplete if there is no complete artifact."""
         artifact = self.find(kind, key)
         if artifact is None:
             raise Incomplete(
                 f"the {kind} artifact {key[:12]} is not in {self.place.at}; run the study "
-                "to make it"
+                "to create it"
             )
         return artifact
 
@@ -157,7 +154,7 @@ class Store:
             )
 
     def begin(self, kind: str, key: str) -> Path:
-        """A fresh folder on this machine for one attempt, with empty `payload` and `log` in it."""
+        """Create a new folder for one attempt on this machine, with empty `payload` and `log`."""
         folder = self.root / kind / key / uuid.uuid4().hex[:12]
         if self.cache is not None:
             self.cache.folder(self.root.name)
@@ -173,10 +170,9 @@ class Store:
         return folder
 
     def url(self, *parts: str | Path) -> str:
-        """Where something of this store lies, as any machine can name it: below the folder's path,
-        or the bucket's URL.
+        """The location of a part of this store on any machine: a path, or a URL in the bucket.
 
-        A path stands for what lies there in a bucket's cache.
+        Parts are names below the store, or local paths below `root`.
         """
         names = [
             part.relative_to(self.root).as_posix() if isinstance(part, Path) else part
@@ -185,21 +181,19 @@ class Store:
         return "/".join([self.place.at, *names])
 
     def local(self, url: str) -> Path:
-        """The opposite of `url`: where on this machine it lies, or would."""
+        """The inverse of `url`: the path on this machine; it may not exist."""
         return self.root / url.removeprefix(self.place.at).lstrip("/")
 
     def scratch(self, key: str) -> Path:
-        """Where on this machine the attempts at a key keep their checkpoints; emptied when the key
-        is committed.
-        """
+        """The folder on this machine for the checkpoints of a key. A commit empties it."""
         return self.root / "scratch" / key
 
     def log(self, attempt: Path, name: str) -> bytes | None:
-        """A file of an attempt's log, from wherever the attempt runs; None while there is none."""
+        """A file of an attempt's log, on whatever machine it runs; None if it does not exist."""
         return self.place.read(f"{attempt.relative_to(self.root).as_posix()}/log/{name}")
 
     def note(self, attempt: Path, name: str, data: bytes) -> None:
-        """Write a file of an attempt's log where everybody can see it."""
+        """Write a file of an attempt's log to the store, where all machines can read it."""
         if isinstance(self.place, Folder):  # a log need not survive a power cut
             try:
                 (attempt / "log" / name).write_bytes(data)
@@ -211,18 +205,17 @@ class Store:
     def commit(
         self, attempt: Path, hashed: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> Artifact:
-        """Declare an attempt complete. The first to commit a key wins; a later one gets the first
-        one's artifact.
+        """Record an attempt as complete. If the key already has a record, return its artifact, and
+        restore the files that retention dropped from it.
 
-        A later one also gives back what retention has dropped of the first. Raises StoreError when
-        the payload is empty or `hashed` is not what the attempt's key was made from, Differs when
-        what was dropped came out otherwise.
+        Raises StoreError when the payload is empty or `hashed` does not match the key, Differs when
+        a restored file differs from the record.
         """
         key, kind = attempt.parent.name, attempt.parent.parent.name
         if digest(dict(hashed)) != key:
             raise StoreError(
-                f"{kind} {key[:12]} was made from something else than it was asked for; "
-                "nothing was committed"
+                f"{kind} {key[:12]}: its settings and inputs do not match its key; nothing was "
+                "committed"
             )
         files = folder_files(attempt / "payload")
         if not files:
@@ -243,33 +236,32 @@ class Store:
                     attempt / "payload" / name, f"{kind}/{key}/{attempt.name}/payload/{name}"
                 )
             self.place.create(f"{kind}/{key}/{RECORD}", text)
-        stands = self.open(kind, key)
-        # A create that was answered too late may be repeated by the library and find its own
-        # record: that is no loss.
-        if stands.folder != attempt:
-            self._give_back(stands, attempt, files)
+        recorded = self.open(kind, key)
+        # `create` may return False for our own record: after a timeout the library repeats it.
+        if recorded.folder != attempt:
+            self._restore_dropped(recorded, attempt, files)
             self.discard(attempt)
         self.empty_scratch(key)
-        return stands
+        return recorded
 
-    def _give_back(self, stands: Artifact, attempt: Path, files: Mapping[str, str]) -> None:
-        dropped = self.dropped(stands)
+    def _restore_dropped(self, recorded: Artifact, attempt: Path, files: Mapping[str, str]) -> None:
+        dropped = self.dropped(recorded)
         for name in sorted(dropped):
-            if files.get(name) != stands.files[name]:
-                raise Differs(_difference(stands, name))
+            if files.get(name) != recorded.files[name]:
+                raise Differs(_difference(recorded, name))
         for name in sorted(dropped):
-            self.place.send(attempt / "payload" / name, self._name(stands, name))
+            self.place.send(attempt / "payload" / name, self._name(recorded, name))
         if dropped:
-            self.place.delete([f"{stands.kind}/{stands.key}/{DROPPED}"])
+            self.place.delete([f"{recorded.kind}/{recorded.key}/{DROPPED}"])
 
     def dropped(self, artifact: Artifact) -> frozenset[str]:
-        """The files that retention has removed; what else is missing is damage."""
+        """The files that retention has removed. Any other missing file is damage."""
         text = self.place.read(f"{artifact.kind}/{artifact.key}/{DROPPED}")
         return frozenset(json.loads(text)["files"]) if text is not None else frozenset()
 
     def drop(self, artifact: Artifact, names: frozenset[str]) -> None:
-        """Remove files of a payload and keep its record. The marker comes first, so that a cut-off
-        drop is no damage.
+        """Remove files of a payload and keep its record. `dropped.json` is written first, so that
+        an interrupted drop does not count as damage.
         """
         marker = {"files": sorted(self.dropped(artifact) | names)}
         self.place.write(f"{artifact.kind}/{artifact.key}/{DROPPED}", json.dumps(marker).encode())
@@ -279,8 +271,8 @@ class Store:
                 (artifact.folder / "payload" / name).unlink(missing_ok=True)
 
     def quarantine(self, kind: str, key: str) -> str:
-        """Move all that a key has to `aside/`, its record first, so that its stage is made again;
-        says where it went.
+        """Move all files of a key to `aside/`, the record first, so that its stage runs again.
+        Returns the new place.
         """
         to = f"{QUARANTINE}/{kind}/{key}-{uuid.uuid4().hex[:6]}"
         names = sorted(
@@ -289,17 +281,17 @@ class Store:
         )
         for name in names:
             self.place.move(name, to + name.removeprefix(f"{kind}/{key}"))
-        self._known.pop((kind, key), None)
+        self._records.pop((kind, key), None)
         shutil.rmtree(self.root / kind / key, ignore_errors=True)
         return to
 
     def discard(self, attempt: Path) -> None:
-        """Remove an attempt that lost, or ended without a result worth keeping, with its log."""
+        """Remove an attempt that no record names, with its log."""
         self.place.delete(
             [entry.name for entry in self.place.entries(attempt.relative_to(self.root).as_posix())]
         )
         shutil.rmtree(attempt, ignore_errors=True)
-        with suppress(OSError):  # other attempts, or the record
+        with suppress(OSError):  # it still has other attempts, or the record
             attempt.parent.rmdir()
 
     def empty_scratch(self, key: str) -> None:
@@ -308,32 +300,32 @@ class Store:
         shutil.rmtree(self.scratch(key), ignore_errors=True)
 
     def fetch(self, artifact: Artifact, names: tuple[str, ...]) -> Path:
-        """The payload's folder on this machine with these files in it. Raises StoreError when the
-        store has lost one.
+        """Fetch files of a payload, and return its folder on this machine. Raises StoreError when
+        the store has lost one.
         """
         payload = artifact.folder / "payload"
         if self.cache is None:
             return payload
         self.cache.keep(artifact.folder)
         prefix = artifact.folder.relative_to(self.root).as_posix() + "/payload"
-        wanted = {name: artifact.files[name] for name in names if name in artifact.files}
+        files = {name: artifact.files[name] for name in names if name in artifact.files}
         self.cache.fetch(
             payload,
-            wanted,
+            files,
             lambda: self.sizes(prefix),
             lambda name, path: self.place.receive(f"{prefix}/{name}", path),
         )
         return payload
 
     def free_bytes(self) -> int | None:
-        """What the disk under the store has left; None for a bucket, which has no end."""
+        """The free bytes of the store's disk; None for a bucket, which has no limit."""
         if self.cache is not None:
             return None
-        there = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
-        return shutil.disk_usage(there).free
+        existing = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+        return shutil.disk_usage(existing).free
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Name below a folder's name -> bytes, of all that lies there."""
+        """Name below a folder -> bytes, for all files there."""
         return {
             entry.name.removeprefix(f"{prefix}/"): entry.size
             for entry in self.place.entries(prefix)
@@ -344,8 +336,8 @@ class Store:
 
 
 def _sharing_strings(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a record. Records repeat each other's names, settings and inputs, and a driver
-    holds very many of them.
+    """A JSON object with interned strings: a driver holds many records, and they share most
+    strings.
     """
     return {
         sys.intern(name): sys.intern(value) if isinstance(value, str) else value
@@ -353,16 +345,15 @@ def _sharing_strings(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _difference(stands: Artifact, name: str) -> str:
+def _difference(recorded: Artifact, name: str) -> str:
     device, host = (
-        stands.provenance.get(what, f"an unknown {what}") for what in ("device", "host")
+        recorded.provenance.get(what, f"an unknown {what}") for what in ("device", "host")
     )
     return (
-        f"{stands.kind} {stands.key[:12]}: {name} had been dropped to save space, and made "
-        "again it is another file than the one on record"
-        f" (made on {device}, {host}). What was measured from the one on record cannot be "
-        "said of the new one. Either run where it was"
-        " first made, or give it up with"
-        f" `ebbline store forget {stands.kind} {stands.key}`: it and what was measured "
-        "from it are then made again"
+        f"{recorded.kind} {recorded.key[:12]}: {name} was dropped to save space, and the rerun "
+        "produced a file that differs from the record"
+        f" (which was produced on {device}, {host}). The measurements of the recorded file are "
+        "not valid for the new one. Either run the study on the recorded hardware, or remove the "
+        f"artifact with `ebbline store forget {recorded.kind} {recorded.key}`: its stage and the "
+        "measurements from it then run again"
     )

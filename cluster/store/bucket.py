@@ -1,8 +1,8 @@
-"""A store's place in a bucket of S3-compatible storage.
+"""A store in a bucket of S3-compatible storage.
 
 Credentials and the endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_REGION, AWS_ENDPOINT_URL and what else obstore reads), and are never written anywhere. The
-storage must know conditional puts (If-None-Match: *).
+AWS_REGION, AWS_ENDPOINT_URL and obstore's other variables), and are never written to a file. The
+storage must support conditional puts (If-None-Match: *).
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from ebbline.cluster.store.places import StoredFile, StorePlace, first_line, unw
 from ebbline.tasks.errors import StoreError
 
 RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
-DELETED_AT_ONCE = 1000  # what S3 takes in one request
+DELETED_AT_ONCE = 1000  # the limit of S3 for one request
 
 
 class Bucket(StorePlace):
-    """A prefix of a bucket, by the S3 protocol."""
+    """A prefix in a bucket, accessed by the S3 protocol."""
 
     REMEDIES: ClassVar[dict[str, str]] = {
-        "NoSuchBucket": "there is no such bucket; create it, or mend the URL",
+        "NoSuchBucket": "there is no such bucket; create it, or correct the URL",
         "AccessDenied": "the credentials do not allow it; ask for read and write access to this "
         "prefix",
-        "InvalidAccessKeyId": "the credentials are unknown there; look at AWS_ACCESS_KEY_ID",
-        "SignatureDoesNotMatch": "the credentials are wrong; look at AWS_SECRET_ACCESS_KEY",
+        "InvalidAccessKeyId": "the access key is unknown there; check AWS_ACCESS_KEY_ID",
+        "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
         "latest/api/token": "there are no credentials; set AWS_ACCESS_KEY_ID and "
         "AWS_SECRET_ACCESS_KEY in the environment",
-        "error sending request": "it does not answer; look at the network and AWS_ENDPOINT_URL",
+        "error sending request": "it does not answer; check the network and AWS_ENDPOINT_URL",
     }
 
     def __init__(self, url: str, retries: Mapping[str, Any] = RETRIES) -> None:
@@ -44,11 +44,11 @@ class Bucket(StorePlace):
             r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?P<prefix>(/[^/?#]+)*)/?", url
         )
         if found is None:
-            # A URL may carry a secret where it does not belong: say no more of it than its scheme.
+            # A malformed URL may contain a secret, so the message shows only its scheme.
             scheme = url.partition("://")[0]
             raise StoreError(
-                f"a store cannot lie at this {scheme}:// URL; give a folder, or "
-                "s3://BUCKET/PREFIX and nothing more (no keys)"
+                f"this {scheme}:// URL is no valid place for a store; give a folder, or "
+                "s3://BUCKET/PREFIX without keys or other parts"
             )
         self.at = f"s3://{found['bucket']}{found['prefix']}"
         self._retries, self._open = dict(retries), None
@@ -56,9 +56,8 @@ class Bucket(StorePlace):
     @property
     def _objects(self) -> Any:
         if self._open is None:
-            plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith(
-                "http://"
-            )  # whoever writes http means it
+            # obstore allows http only on request; a URL with http is one.
+            plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
             with self._explaining():
                 self._open = S3Store.from_url(
                     self.at,
@@ -140,15 +139,14 @@ class Bucket(StorePlace):
         try:
             yield
         except (BaseError, OSError) as error:
-            if (
-                isinstance(error, OSError) and error.errno is not None
-            ):  # of this machine's disk; the library's own have none
+            # Only errors of this machine's disk have an errno; obstore's own have none.
+            if isinstance(error, OSError) and error.errno is not None:
                 raise unwritable(self.at, error) from error
-            raise self.explained(error) from None  # the library's words quote the request at length
+            raise self.explained(error) from None  # obstore's text quotes the whole request
 
     def explained(self, error: Exception) -> StoreError:
         text = str(error)
-        remedy = next((said for sign, said in self.REMEDIES.items() if sign in text), None)
+        remedy = next((remedy for part, remedy in self.REMEDIES.items() if part in text), None)
         if remedy is None:
             code = re.search(r"<Code>(\w+)</Code>", text)
             remedy = code.group(1) if code else first_line(error)

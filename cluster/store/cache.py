@@ -1,15 +1,15 @@
-"""What a machine keeps of an object store: whole files only, up to a bound, the least recently used
-going first.
+"""A machine's cache of an object store, of bounded size. The least recently used entries are
+removed first.
 
-    CACHE/STORE/KIND/KEY/ATTEMPT/payload/    as in the store; one such folder is an entry
-    CACHE/STORE/sources/CONTENT/             content from the driver's machine, an entry too
-    CACHE/STORE/scratch/KEY/                 checkpoints
-    CACHE/locks/  CACHE/fetching/            who uses what; what is on its way
+    CACHE/STORE/KIND/KEY/ATTEMPT/    as in the store; an entry
+    CACHE/STORE/sources/CONTENT/     content from the driver's machine; an entry
+    CACHE/STORE/scratch/KEY/         checkpoints; an entry
+    CACHE/locks/                     one lock file for each entry
+    CACHE/fetching/                  downloads in progress
 
-Invariant: a file that stands under its name is whole, because it was compared with its sha256 (or
-written by the attempt that was committed) before it got it. Several processes may use one cache: an
-entry is held by a lock of the kernel's for as long as somebody reads it, and only entries that
-nobody holds are removed. What is held at once may exceed the bound.
+Invariant: a file under its final name is whole. It was compared with its sha256 before the rename,
+or the committed attempt wrote it. Several processes may share a cache: each reader holds a kernel
+lock on its entry, and only entries without a holder are removed. Held entries may exceed the bound.
 """
 
 import fcntl
@@ -25,28 +25,26 @@ from ebbline.cluster.store.places import unwritable
 from ebbline.tasks.errors import StoreError
 from ebbline.tasks.identity import digest
 
-MEND = "`ebbline store verify --mend` finds such damage and moves it away, so that it is made again"
+MEND = "`ebbline store verify --mend` moves damaged artifacts to quarantine; their stages run again"
 HELD_FOR_READERS = 32
-WITHIN = {
-    "scratch": 2,
-    "sources": 2,
-}  # how many parts of its path below CACHE/STORE name an entry; a kind's have three
+# The number of path parts below CACHE/STORE that name an entry; 3 for stage kinds.
+ENTRY_DEPTH = {"scratch": 2, "sources": 2}
 Receive = Callable[[str, Path], str]
 
 
 def cache_folder() -> Path:
     """EBBLINE_CACHE, or `ebbline` in the user's cache folder."""
-    given = os.environ.get("EBBLINE_CACHE")
+    folder = os.environ.get("EBBLINE_CACHE")
     return (
-        Path(given)
-        if given
+        Path(folder)
+        if folder
         else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebbline"
     )
 
 
 class Cache:
-    """Cheap to make; the folder and its locks are the only state, but for what this process
-    holds.
+    """The cache in one folder. The constructor does no I/O. All state is in the folder, except the
+    locks that this process holds.
     """
 
     def __init__(self, root: Path, limit_gb: float) -> None:
@@ -56,7 +54,7 @@ class Cache:
 
     @contextmanager
     def hold(self, entry: Path) -> Iterator[None]:
-        """Keep an entry from being removed for the length of a `with`."""
+        """Protect an entry from removal inside a `with` block."""
         handle = self._lock(entry, fcntl.LOCK_SH)
         try:
             yield
@@ -64,10 +62,8 @@ class Cache:
             os.close(handle)
 
     @contextmanager
-    def alone(self, entry: Path) -> Iterator[None]:
-        """Keep the other processes that would fetch into an entry waiting for the length of a
-        `with`.
-        """
+    def exclusive(self, entry: Path) -> Iterator[None]:
+        """Make other processes that fetch into an entry wait for the end of a `with` block."""
         handle = self._lock(entry / "fetch", fcntl.LOCK_EX)
         try:
             yield
@@ -75,8 +71,8 @@ class Cache:
             os.close(handle)
 
     def keep(self, entry: Path) -> None:
-        """Hold an entry until this process has asked for many others: for readers that open a path
-        and go on.
+        """Protect an entry until this process has used HELD_FOR_READERS others. For readers that
+        open a path without a `with` block.
         """
         if entry in self._held:
             self._held.move_to_end(entry)
@@ -92,40 +88,37 @@ class Cache:
         sizes: Callable[[], Mapping[str, int]],
         receive: Receive,
     ) -> None:
-        """Bring `files` (name -> sha256) into an entry that the caller holds. Raises StoreError
-        when one is not what it must be.
+        """Fetch `files` (name -> sha256) into an entry that the caller holds. Raises StoreError
+        when a file is missing in the store or damaged.
 
-        `sizes` says what the store has; it and `receive` are asked only for what is missing here.
+        `sizes` (name -> bytes in the store) and `receive` are called only for missing files.
         """
         if all((folder / name).exists() for name in files):
             return
-        with self.alone(folder):
+        with self.exclusive(folder):
             missing = {name: sha for name, sha in files.items() if not (folder / name).exists()}
-            there = sizes() if missing else {}
-            gone = sorted(missing.keys() - there.keys())
-            if gone:
+            stored = sizes() if missing else {}
+            lost = sorted(missing.keys() - stored.keys())
+            if lost:
                 raise StoreError(
-                    f"{gone[0]} of {folder.relative_to(self.root)} is not in the store any "
-                    f"more; {MEND}"
+                    f"{lost[0]} of {folder.relative_to(self.root)} is missing in the store; {MEND}"
                 )
-            self.trim(sum(there[name] for name in missing))
+            self.trim(sum(stored[name] for name in missing))
             for name, sha in missing.items():
-                self._fetch(folder / name, name, sha, there[name], receive)
+                self._fetch(folder / name, name, sha, stored[name], receive)
 
     def _fetch(self, path: Path, name: str, sha: str, size: int, receive: Receive) -> None:
         fresh = self.folder("fetching") / uuid.uuid4().hex
         trimming = self._lock(self.root / "trim", fcntl.LOCK_EX)
         handle = os.open(fresh, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(
-            handle, fcntl.LOCK_EX
-        )  # so that `trim` can tell it from what a killed process left
+        fcntl.flock(handle, fcntl.LOCK_EX)  # `trim` removes unlocked files: their process died
         os.close(trimming)
         try:
-            came = receive(name, fresh)
-            if came != sha or fresh.stat().st_size != size:
+            received = receive(name, fresh)
+            if received != sha or fresh.stat().st_size != size:
                 raise StoreError(
-                    f"{name} came from the store as {fresh.stat().st_size} bytes with "
-                    f"sha256 {came[:12]}, not {sha[:12]}; {MEND}"
+                    f"{name} is damaged in the store: {fresh.stat().st_size} bytes with sha256 "
+                    f"{received[:12]}, expected {size} bytes with {sha[:12]}; {MEND}"
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh.replace(path)
@@ -134,8 +127,8 @@ class Cache:
             os.close(handle)
 
     def trim(self, need_bytes: int = 0) -> None:
-        """Remove entries that nobody holds, the least recently used first, until `need_bytes` more
-        fit the bound.
+        """Remove entries without a holder, the least recently used first, until `need_bytes` more
+        fit in.
         """
         trimming = self._lock(self.root / "trim", fcntl.LOCK_EX)
         try:
@@ -148,7 +141,7 @@ class Cache:
                 + need_bytes
                 - self.limit_bytes
             )
-            for entry in sorted(entries, key=self._used):
+            for entry in sorted(entries, key=self._last_used):
                 if excess <= 0:
                     break
                 if _unless_locked(self._lock_path(entry), lambda entry=entry: shutil.rmtree(entry)):  # type: ignore[misc]
@@ -161,15 +154,15 @@ class Cache:
             if store.name in ("locks", "fetching"):
                 continue
             for top in store.iterdir():
-                depth = WITHIN.get(top.name, 3) - 1
+                depth = ENTRY_DEPTH.get(top.name, 3) - 1
                 yield from (path for path in top.glob("/".join("*" * depth)) if path.is_dir())
 
-    def _used(self, entry: Path) -> float:
+    def _last_used(self, entry: Path) -> float:
         lock = self._lock_path(entry)
         return lock.stat().st_mtime if lock.exists() else entry.stat().st_mtime
 
     def folder(self, name: str) -> Path:
-        """A folder directly in the cache, for this user only: completions lie or pass there."""
+        """Create a folder of the cache that only this user can read: it may contain completions."""
         folder = self.root / name
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -183,15 +176,15 @@ class Cache:
     def _lock(self, entry: Path, how: int) -> int:
         top, *below = entry.relative_to(self.root).parts
         if below:
-            self.folder(top)  # before anybody makes it on the way to the entry
+            self.folder(top)  # sets the access rights, before another call creates the folder
         handle = os.open(self._lock_path(entry), os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(handle, how)
-        os.utime(handle)  # when it was last used
+        os.utime(handle)  # for `_last_used`
         return handle
 
 
 def _unless_locked(lock: Path, act: Callable[[], object]) -> bool:
-    """Do something while holding a lock, unless somebody else has it."""
+    """Call `act` with the lock held, unless another process holds it. Returns whether it ran."""
     handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,5 +203,5 @@ def _size(folder: Path) -> int:
             try:
                 total += Path(inner, name).lstat().st_size
             except FileNotFoundError:
-                continue  # a stage is writing or removing it
+                continue  # another process removed it
     return total

@@ -1,8 +1,8 @@
-"""Where a store's bytes lie: a folder here, or a bucket (cluster/store/bucket.py). Both keep one
-contract.
+"""The interface to a store's files, and its version for a folder. cluster/store/bucket.py has the
+version for a bucket.
 
-Names are relative POSIX paths. `create` is the only conditional verb: of all that create one name,
-at any time and from any machine, exactly one succeeds.
+Names are relative POSIX paths. Invariant: of all calls of `create` with one name, from any machine,
+exactly one succeeds.
 """
 
 import errno
@@ -25,7 +25,7 @@ from ebbline.tasks.identity import file_digest
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file or object: its size in bytes, and when it was written in seconds since the epoch."""
+    """One file or object: its size in bytes and its time in seconds since the epoch."""
 
     name: str
     size: int
@@ -33,55 +33,53 @@ class StoredFile:
 
 
 class StorePlace(ABC):
-    """`at` is how people write it: a folder's path, or a URL. All verbs raise StoreError, or
-    DiskFull, and name it.
+    """The files of a store. `at` is the folder's path or the bucket's URL. All methods raise
+    StoreError or DiskFull with `at` in the message.
     """
 
     at: str
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """What is there, or None."""
+        """The content of a name, or None if it does not exist."""
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Write a name that must not exist yet; False when it does."""
+        """Write a name that does not exist yet. Returns False if it exists."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Write or replace a name; a reader sees the old bytes or the new ones."""
+        """Write or replace a name. A reader sees the old or the new content, never a mixture."""
 
     @abstractmethod
     def send(self, path: Path, name: str) -> None:
-        """Make `name` hold what a local file holds. A folder takes the file itself when it lies
-        there already, or moves it.
-        """
+        """Store a local file as `name`. A folder moves the file, or keeps it if it is in place."""
 
     @abstractmethod
     def receive(self, name: str, path: Path) -> str:
-        """Copy a name into a local file; returns the sha256 of what came. Raises StoreError when it
-        is not there.
+        """Copy a name into a local file and return the sha256 of the copy. Raises StoreError when
+        the name does not exist.
         """
 
     @abstractmethod
     def sha256(self, name: str) -> str | None:
-        """The digest of a name's bytes, read now; None when it is not there."""
+        """The sha256 of a name's content, which is read now; None if it does not exist."""
 
     @abstractmethod
     def entries(self, prefix: str = "") -> Iterator[StoredFile]:
-        """All that lies below a folder's name."""
+        """All files below a folder, at any depth."""
 
     @abstractmethod
     def below(self, prefix: str) -> list[str]:
-        """The names of the folders directly below a folder's name, sorted."""
+        """The names of the folders directly below a folder, sorted."""
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
-        """Remove names, in their order; one that is gone already is no error."""
+        """Remove names in the given order. A missing name is no error."""
 
     @abstractmethod
     def move(self, name: str, to: str) -> None:
-        """Give a file another name."""
+        """Rename a file."""
 
 
 class Folder(StorePlace):
@@ -118,7 +116,7 @@ class Folder(StorePlace):
     def send(self, path: Path, name: str) -> None:
         target = self.root / name
         try:
-            to_disk(path)  # a record must never outlive its payload through a power cut
+            to_disk(path)  # after a power cut no record may exist without its payload
             if path != target:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, target)
@@ -147,7 +145,7 @@ class Folder(StorePlace):
                 try:
                     stat = path.lstat()
                 except FileNotFoundError:
-                    continue  # removed by whoever works there
+                    continue  # another process removed it
                 yield StoredFile(
                     path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
                 )
@@ -174,7 +172,7 @@ class Folder(StorePlace):
         except OSError as error:
             raise self.explained(error) from error
         for folder in sorted(folders, key=lambda path: -len(path.parts)):
-            with suppress(OSError):  # something else lies there, or has just been put there
+            with suppress(OSError):  # the folder still has other files
                 folder.rmdir()
 
     def move(self, name: str, to: str) -> None:
@@ -185,12 +183,12 @@ class Folder(StorePlace):
             raise self.explained(error) from error
 
     def explained(self, error: Exception) -> StoreError:
-        """What a fault of the folder means to a person, and what to do."""
+        """The error to show for a fault of the folder: what is wrong, and what to do."""
         text = first_line(error)
         if "No space left on device" in text:
             return DiskFull(
-                f"No space left on device for the store {self.at}; free some, and the same "
-                "command continues"
+                f"No space left on device for the store {self.at}; free some space, then run the "
+                "same command to continue"
             )
         if any(word in text for word in ("Permission denied", "Read-only file system")):
             return StoreError(
@@ -201,11 +199,11 @@ class Folder(StorePlace):
 
 
 def unwritable(at: str, error: OSError) -> StoreError:
-    """What a fault of this machine's disk means for copies of a bucket's files."""
+    """The error to show when this machine's cache cannot be written."""
     kind = DiskFull if error.errno == errno.ENOSPC else StoreError
     return kind(
-        f"what comes from {at} cannot be kept on this machine ({error}); free some space, "
-        "or name another folder in EBBLINE_CACHE"
+        f"files of {at} cannot be written to this machine's cache ({error}); free some space, "
+        "or set EBBLINE_CACHE to another folder"
     )
 
 

@@ -1,6 +1,4 @@
-"""Keys of a stage graph: what each stage's key hashes once its inputs are made, and which stages
-are in the store already.
-"""
+"""Computes the keys of stages from their inputs' contents, and finds stages in the store."""
 
 from collections.abc import Callable
 
@@ -12,7 +10,7 @@ from ebbline.tasks.stage import Part, Source, Stage, key_payload, stage_of
 def contents_of(
     stage: Stage, artifact: Callable[[Stage], Artifact | None]
 ) -> dict[str, str] | None:
-    """The content digest of each input, or None while one of them is not made."""
+    """Input -> content digest; None while an input is not done."""
     contents: dict[str, str] = {}
     for name, item in stage.inputs.items():
         if isinstance(item, Source):
@@ -26,14 +24,14 @@ def contents_of(
 
 
 class Resolver:
-    """Which stages of a graph are in the store already, without running anything."""
+    """Finds the stages of a graph that are in the store, without running any."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._found: dict[str, Artifact | None] = {}
 
     def hashed(self, stage: Stage) -> dict[str, object] | None:
-        """What the stage's key hashes; None while an input is not made."""
+        """The object whose digest is the stage's key; None while an input is not done."""
         contents = contents_of(stage, self.artifact)
         return None if contents is None else key_payload(stage.spec, contents)
 

@@ -1,8 +1,8 @@
-"""What a store holds, whether it is whole, and what of it may go.
+"""Lists, verifies and cleans a store.
 
-Invariants: nothing that a study needs is named for removal; a record goes before its files, so that
-no reader meets half an artifact; nothing that was written lately goes, as somebody may be about to
-use it.
+Invariants: files that a study needs are not removable. A record is removed before its files, so
+that no reader sees part of an artifact. Recently written files are not removable, because a run may
+be about to use them.
 """
 
 from collections import defaultdict
@@ -16,19 +16,18 @@ from ebbline.tasks.errors import StoreError
 from ebbline.tasks.identity import digest, digest_files
 from ebbline.tasks.kinds import STAGE_KINDS
 
-Told = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]  # (done, total, name)
 What = Literal["cut-off attempt", "checkpoint", "source", "artifact", "adapter"]
 TENSORS = ".safetensors"
-OWNERS = "homes"  # the folder that names the homes which use the store
+OWNERS = "homes"  # the folder with the names of the homes that use the store
 
 
 @dataclass(frozen=True)
 class Needed:
-    """What studies refer to: keys (made or not) with all that they were made from, and sources by
-    content.
+    """The keys and sources (by content) that studies refer to, with all their inputs.
 
-    `adapters` are the keys of the points' trainings and projected adapters, `kept` those of them
-    whose tensors are to stay.
+    `adapters` are the keys of the points' trainings and projected adapters. `kept` are the ones
+    whose tensors must stay.
     """
 
     keys: frozenset[str] = frozenset()
@@ -47,8 +46,8 @@ class Needed:
 
 @dataclass(frozen=True)
 class Removal:
-    """Files that may go, and why. An adapter's go one by one and leave its record; all else goes
-    whole.
+    """Files that may be removed, and what they are. For an adapter the record stays; anything else
+    is removed whole.
     """
 
     what: What
@@ -60,20 +59,22 @@ class Removal:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file or record that is not what it must be."""
+    """A damaged file or record, with its `problem`."""
 
     kind: str
     key: str
     file: str
-    said: str
+    problem: str
 
 
 class Survey:
-    """One look at everything in a store: `records` by kind and key, and the files of each key,
-    checkpoint and source.
+    """A listing of a store: `records` by kind and key, and the files of each key, checkpoint and
+    source.
     """
 
-    def __init__(self, store: Store, told: Told = lambda done, total, name: None) -> None:
+    def __init__(
+        self, store: Store, on_progress: OnProgress = lambda done, total, name: None
+    ) -> None:
         self.store = store
         self.files: dict[tuple[str, str], list[StoredFile]] = defaultdict(list)
         for entry in store.place.entries():
@@ -88,7 +89,7 @@ class Survey:
             if any(_below(entry, where) == RECORD for entry in entries)
         ]
         for number, (kind, key) in enumerate(sorted(recorded)):
-            told(number, len(recorded), kind)
+            on_progress(number, len(recorded), kind)
             try:
                 self.records[kind, key] = store.open(kind, key)
             except StoreError as error:
@@ -96,12 +97,12 @@ class Survey:
 
     @property
     def owners(self) -> set[str]:
-        """The homes whose studies were driven with this store."""
+        """The homes that have run studies with this store."""
         return {name for top, name in self.files if top == OWNERS}
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """What -> (how many, bytes): artifacts by kind, then cut-off attempts, checkpoints, sources
-        and what was set aside.
+        """Name -> (count, bytes): artifacts by kind, cut-off attempts, checkpoints, sources, and
+        what is in quarantine.
         """
         found: dict[str, list[int]] = defaultdict(list)
         for (top, name), entries in sorted(self.files.items()):
@@ -127,10 +128,10 @@ class Survey:
         return sum(_bytes(self.files[where]) for where in self.records if where[1] in keys)
 
     def removable(self, needed: Needed | None, before: float) -> Iterator[Removal]:
-        """What was not written since `before` (seconds since the epoch) and may go.
+        """Removable files that were not written since `before` (seconds since the epoch).
 
-        Without `needed` (not all who use the store are known) only what no study can ever want:
-        cut-off attempts, and checkpoints of what is done.
+        `needed` is None when the store has unknown users. Then only cut-off attempts and the
+        checkpoints of done stages are removable, because no study can need them.
         """
         done = {key for _, key in self.records}
         for (top, name), entries in sorted(self.files.items()):
@@ -166,11 +167,10 @@ class Survey:
                 yield _removal("source", top, name, entries)
 
     def adapters(self, needed: Needed, before: float) -> Iterator[Removal]:
-        """The tensors of adapters that need not be kept: their records stay, and they can be made
-        again.
+        """The tensors of adapters that need not be kept. Their records stay, and a rerun restores
+        them.
 
-        One that was trained in a pack stays: made again by itself it could come out with another
-        last bit, and be another file.
+        Adapters from packs are not removable: a rerun outside the pack may differ in the last bit.
         """
         for (kind, key), artifact in sorted(self.records.items()):
             if key in needed.adapters - needed.kept and artifact.provenance.get("packed") is None:
@@ -184,7 +184,7 @@ class Survey:
                     yield _removal("adapter", kind, key, files)
 
     def _attempts(self, kind: str, key: str) -> Mapping[str, list[StoredFile]]:
-        """The attempts at a key that no record names."""
+        """The attempts at a key that its record does not name."""
         artifact = self.records.get((kind, key))
         attempts: dict[str, list[StoredFile]] = defaultdict(list)
         for entry in self.files[kind, key]:
@@ -195,12 +195,14 @@ class Survey:
 
 
 def remove(
-    store: Store, removals: Iterable[Removal], told: Told = lambda done, total, name: None
+    store: Store,
+    removals: Iterable[Removal],
+    on_progress: OnProgress = lambda done, total, name: None,
 ) -> int:
-    """Remove what was found removable; returns the bytes that this freed."""
+    """Remove these files and return the freed bytes."""
     freed, listed = 0, list(removals)
     for number, removal in enumerate(listed):
-        told(number, len(listed), f"{removal.what} {removal.kind} {removal.key[:12]}")
+        on_progress(number, len(listed), f"{removal.what} {removal.kind} {removal.key[:12]}")
         if removal.what == "adapter":
             artifact = store.open(removal.kind, removal.key)
             prefix = f"{removal.kind}/{removal.key}/{artifact.folder.name}/payload/"
@@ -217,8 +219,10 @@ def remove(
     return freed
 
 
-def damages(survey: Survey, told: Told = lambda done, total, name: None) -> Iterator[Damage]:
-    """Read every file of every payload again and compare it with its record."""
+def damages(
+    survey: Survey, on_progress: OnProgress = lambda done, total, name: None
+) -> Iterator[Damage]:
+    """Read every file of every payload and compare it with its record."""
     yield from survey.damaged
     store, total, done = (
         survey.store,
@@ -227,16 +231,16 @@ def damages(survey: Survey, told: Told = lambda done, total, name: None) -> Iter
     )
     for (kind, key), artifact in sorted(survey.records.items()):
         if (artifact.kind, artifact.key) != (kind, key) or digest(dict(artifact.hashed)) != key:
-            yield Damage(kind, key, RECORD, "the record is not of this key")
+            yield Damage(kind, key, RECORD, "the record is of another key")
         if digest_files(artifact.files) != artifact.content:
-            yield Damage(kind, key, RECORD, "the record's content digest is not that of its files")
+            yield Damage(kind, key, RECORD, "the record's content digest does not match its files")
         dropped = store.dropped(artifact)
         for name, sha in artifact.files.items():
-            told(done, total, kind)
+            on_progress(done, total, kind)
             done += 1
             found = store.place.sha256(f"{kind}/{key}/{artifact.folder.name}/payload/{name}")
             if found is None and name not in dropped:
-                yield Damage(kind, key, name, "it is missing, and was not dropped")
+                yield Damage(kind, key, name, "it is missing and was not dropped")
             elif found not in (None, sha):
                 yield Damage(
                     kind,
@@ -256,8 +260,7 @@ def _bytes(entries: Iterable[StoredFile]) -> int:
 
 def _removal(what: What, kind: str, key: str, entries: Iterable[StoredFile]) -> Removal:
     entries = list(entries)
-    # The record first: half an artifact must never look whole. A source's listing first, for the
-    # same reason.
+    # The record, or a source's listing, is removed first: part of it must never look whole.
     names = sorted(
         (entry.name for entry in entries),
         key=lambda name: not name.endswith((f"{key}/{RECORD}", f"{key}.json")),

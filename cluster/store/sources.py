@@ -1,9 +1,10 @@
-"""Content from the driver's machine, for workers that do not share its disk: sent once, by content,
-before it is asked for.
+"""Uploads models and data from the driver's machine to the bucket, once for each content, and
+fetches them on workers.
 
 STORE/sources/CONTENT/NAME      a file whose sha256 is CONTENT
-STORE/sources/CONTENT/...       or a folder's files, listed in
-STORE/sources/CONTENT.json      name -> sha256; written last, so a folder sent in part is not there
+STORE/sources/CONTENT/...       the files of a folder
+STORE/sources/CONTENT.json      name -> sha256 of a folder's files; written last, so it marks a
+                                complete upload
 """
 
 import json
@@ -19,11 +20,11 @@ HUB = "hub:"
 _log = logging.getLogger(__name__)
 
 
-def offered(store: Store, source: Source) -> str:
-    """Where workers find a source: its own location if they can use it, else its URL in the store,
-    sent there if need be.
+def location_for_workers(store: Store, source: Source) -> str:
+    """Where workers find a source: its own location if they can read it, else its URL in the store,
+    after an upload if needed.
 
-    Raises PinError when the folder is no longer what its pin says.
+    Raises PinError when the folder does not match its pin.
     """
     if store.cache is None or source.location.startswith(HUB):
         return source.location
@@ -31,28 +32,28 @@ def offered(store: Store, source: Source) -> str:
     if path.is_file():
         target = f"{name}/{path.name}"
         if path.name not in store.sizes(name):
-            _log.info("sending %s to %s", path, store.url(target))
+            _log.info("uploading %s to %s", path, store.url(target))
             store.place.send(path, target)
         return store.url(target)
     if store.place.read(f"{name}.json") is None:
         files = folder_files(path)
         if digest_files(files) != source.content:
             raise PinError(
-                f"{path} is not what the study pins any more; restore the folder, or pin "
+                f"{path} does not match the study's pin; restore the folder, or pin "
                 "the new content with `ebbline pin`"
             )
-        _log.info("sending the %d files of %s to %s", len(files), path, store.url(name))
-        there = store.sizes(name)
+        _log.info("uploading the %d files of %s to %s", len(files), path, store.url(name))
+        uploaded = store.sizes(name)
         for file in files:
-            if there.get(file) != (path / file).stat().st_size:
+            if uploaded.get(file) != (path / file).stat().st_size:
                 store.place.send(path / file, f"{name}/{file}")
         store.place.create(f"{name}.json", json.dumps(files).encode())
     return store.url(name)
 
 
 def fetch_source(store: Store, path: Path) -> Path:
-    """A source on a worker's machine; `path` is where its URL's like lies in the cache, and the
-    caller holds that entry.
+    """Fetch a source into the cache of a worker's machine. `path` is its path there; the caller
+    holds the entry.
     """
     assert store.cache is not None
     _, content, *name = path.relative_to(store.root).parts

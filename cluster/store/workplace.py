@@ -1,12 +1,10 @@
-"""Where a worker runs one request: in the store's folder itself, or beside a bucket, with local
-copies of what it needs.
+"""Where a worker runs one request: in the store's folder, or with a bucket in the local cache.
 
-A bucket's worker sees only local paths. Inputs are fetched when the stage's turn comes, the log is
-put where the driver can read it, and a checkpoint survives the loss of the machine because it is
-sent after it was written:
+With a bucket the stage sees only local paths. Inputs are fetched before it starts, its progress and
+log are uploaded for the driver, and each checkpoint is uploaded, so that it survives the machine:
 
-    STORE/scratch/KEY/checkpoint.json   name -> object and sha256; written last, so half a
-                                        checkpoint is never taken for whole
+    STORE/scratch/KEY/checkpoint.json   the checkpoint's ID, and name -> sha256; written last, so
+                                        that it marks a complete checkpoint
     STORE/scratch/KEY/ID/...            the files of one checkpoint
 """
 
@@ -34,17 +32,15 @@ _log = logging.getLogger(__name__)
 
 
 def workplace(request: Request, rank: int = 0, world_size: int = 1) -> "Workplace":
-    """The place of a request that the runner wrote; its `out` says in which store."""
+    """The workplace for a request of the runner. Its `out` names the store."""
     root, kind, key, attempt, _ = request.out.rsplit("/", 4)
     store = Store(root, request.cache_gb)
-    made = Workplace if store.cache is None else BucketWorkplace
-    return made(store, store.root / kind / key / attempt, request, rank, world_size)
+    cls = Workplace if store.cache is None else BucketWorkplace
+    return cls(store, store.root / kind / key / attempt, request, rank, world_size)
 
 
 class Workplace:
-    """In a folder there is nothing to do: the request's own paths are good on every machine that
-    shares it.
-    """
+    """A workplace in a folder. The request's paths are valid on every machine that shares it."""
 
     def __init__(
         self, store: Store, attempt: Path, request: Request, rank: int, world_size: int
@@ -52,53 +48,53 @@ class Workplace:
         self.store, self.attempt, self.request = store, attempt, request
         self.rank, self.world_size = rank, world_size
 
-    def prepared(self) -> Request:
-        """The request with everything that it reads on this machine."""
+    def prepare(self) -> Request:
+        """Fetch the inputs, and return the request with local paths."""
         return self.request
 
-    def saved(self) -> None:
-        """A checkpoint lies in the scratch folder."""
+    def send_checkpoint(self) -> None:
+        """Upload the checkpoint in the scratch folder."""
 
-    def ended(self, report: Report) -> Report:
-        """Give back what the stage held; the report as the driver may read it."""
+    def finish(self, report: Report) -> Report:
+        """Upload the log and release the inputs. Returns the report with paths of the store."""
         return report
 
 
 class BucketWorkplace(Workplace):
-    """Several processes of one machine (a gang) share a workplace; the one with rank 0 speaks for
-    all.
+    """A workplace in the cache of a bucket. The processes of a gang on one machine share its
+    folder; only rank 0 uploads the log and checkpoints.
     """
 
     def __init__(
         self, store: Store, attempt: Path, request: Request, rank: int, world_size: int
     ) -> None:
-        self._asked = request
-        here = replace(
+        self._original = request
+        local = replace(
             request,
             out=str(attempt / "payload"),
             log=str(attempt / "log"),
             scratch=str(store.scratch(request.key)),
         )
-        super().__init__(store, attempt, here, rank, world_size)
+        super().__init__(store, attempt, local, rank, world_size)
         self._held = ExitStack()
         self._done = threading.Event()
-        self._teller: threading.Thread | None = None
+        self._progress_thread: threading.Thread | None = None
 
-    def prepared(self) -> Request:
+    def prepare(self) -> Request:
         assert self.store.cache is not None
         for entry in (self.attempt, self.store.scratch(self.request.key)):
             self._held.enter_context(self.store.cache.hold(entry))
         for folder in ("payload", "log"):
             (self.attempt / folder).mkdir(parents=True, exist_ok=True)
-        inputs = {name: self._fetched(location) for name, location in self._asked.inputs.items()}
-        if self.rank == 0:  # it alone reads and writes a gang's checkpoint
+        inputs = {name: self._fetched(place) for name, place in self._original.inputs.items()}
+        if self.rank == 0:  # only rank 0 reads and writes a gang's checkpoint
             self._fetch_checkpoint()
-            self._teller = threading.Thread(target=self._tell, daemon=True)
-            self._teller.start()
+            self._progress_thread = threading.Thread(target=self._send_progress, daemon=True)
+            self._progress_thread.start()
         return replace(self.request, inputs=inputs)
 
     def _fetched(self, location: str) -> str:
-        """An input's local path; what is no part of the store (a hub snapshot) stays as it is."""
+        """The local path of an input. A location outside the store (a hub model) is unchanged."""
         if not location.startswith(f"{self.store.place.at}/"):
             return location
         assert self.store.cache is not None
@@ -110,27 +106,27 @@ class BucketWorkplace(Workplace):
         artifact = self.store.open(parts[0], parts[1])
         if artifact.folder != self.store.root.joinpath(*parts[:3]):
             raise StoreError(
-                f"{parts[0]} {parts[1][:12]} was made again by another attempt meanwhile; "
+                f"{parts[0]} {parts[1][:12]} was replaced by another attempt during the run; "
                 "run the study again"
             )
         self._held.enter_context(self.store.cache.hold(artifact.folder))
         self.store.fetch(artifact, artifact.below("/".join(parts[4:])))
         return str(path)
 
-    def saved(self) -> None:
+    def send_checkpoint(self) -> None:
         if self.rank != 0:
             return
         try:
-            self._send_checkpoint()
-        except StoreError as error:  # the training goes on; without a network its end will say so
+            self._send_checkpoint_files()
+        except StoreError as error:  # the training continues; if the error lasts, its commit fails
             _log.warning(
-                "the checkpoint of %s %s was not sent: %s",
+                "the checkpoint of %s %s could not be uploaded: %s",
                 self.request.kind,
                 self.request.key[:12],
                 error,
             )
 
-    def _send_checkpoint(self) -> None:
+    def _send_checkpoint_files(self) -> None:
         place, prefix, scratch = (
             self.store.place,
             f"scratch/{self.request.key}",
@@ -160,19 +156,19 @@ class BucketWorkplace(Workplace):
         text = place.read(f"{prefix}/{CHECKPOINT}")
         if text is None:
             return
-        said = json.loads(text)
-        where, files = f"{prefix}/{said['id']}", dict(said["files"])
+        checkpoint = json.loads(text)
+        where, files = f"{prefix}/{checkpoint['id']}", dict(checkpoint["files"])
         if not {f"{where}/{name}" for name in files} <= {
             entry.name for entry in place.entries(where)
         }:
-            # An attempt that was given up, and was still sending its own, took them for old ones.
+            # An earlier attempt that still ran has deleted them as the files of an old checkpoint.
             _log.warning(
-                "the checkpoint of %s %s has lost files: it starts over",
+                "the checkpoint of %s %s has lost files: the stage starts from the beginning",
                 self.request.kind,
                 self.request.key[:12],
             )
             return
-        with self.store.cache.alone(scratch):
+        with self.store.cache.exclusive(scratch):
             for name, sha in files.items():
                 path = scratch / name
                 if path.exists() and file_digest(path) != sha:
@@ -184,42 +180,40 @@ class BucketWorkplace(Workplace):
             lambda name, path: place.receive(f"{where}/{name}", path),
         )
 
-    def _tell(self) -> None:
-        """Put the progress where the driver sees it, every few seconds while it changes."""
-        said = b""
+    def _send_progress(self) -> None:
+        """Upload the progress for the driver, every PROGRESS_EVERY_S seconds while it changes."""
+        sent = b""
         while not self._done.wait(PROGRESS_EVERY_S):
             path = Path(self.request.log) / PROGRESS
-            with contextlib.suppress(OSError):  # being replaced at this moment
-                if path.exists() and (now := path.read_bytes()) != said:
-                    said = now
+            with contextlib.suppress(OSError):  # the file is being replaced
+                if path.exists() and (now := path.read_bytes()) != sent:
+                    sent = now
                     try:
-                        self.store.note(self.attempt, path.name, said)
-                    except (
-                        StoreError
-                    ) as error:  # a courtesy: the commit needs the store, and will say it
+                        self.store.note(self.attempt, path.name, sent)
+                    except StoreError as error:  # only a warning: a lasting error fails the commit
                         _log.warning(
-                            "the progress of %s %s was not put: %s",
+                            "the progress of %s %s could not be uploaded: %s",
                             self.request.kind,
                             self.request.key[:12],
                             error,
                         )
 
-    def ended(self, report: Report) -> Report:
+    def finish(self, report: Report) -> Report:
         self._done.set()
-        if self._teller is not None:
-            self._teller.join()
+        if self._progress_thread is not None:
+            self._progress_thread.join()
         try:
             if self.rank == 0 or report.error is not None:
-                report = self._told(report)
+                report = self._send_log(report)
         finally:
             self._held.close()
         if self.store.cache is not None:
             self.store.cache.trim()
         return report
 
-    def _told(self, report: Report) -> Report:
-        """Send the log; a failed attempt's files go, as nobody will read them. Local paths become
-        the store's in what is said.
+    def _send_log(self, report: Report) -> Report:
+        """Upload the log, and remove a failed attempt's files. Returns the report with URLs in
+        place of local paths.
         """
         log, name = (
             Path(self.request.log),
@@ -231,11 +225,14 @@ class BucketWorkplace(Workplace):
                     self.store.place.send(path, f"{name}/{path.relative_to(log).as_posix()}")
         except StoreError as error:
             _log.warning(
-                "the log of %s %s was not sent: %s", self.request.kind, self.request.key[:12], error
+                "the log of %s %s could not be uploaded: %s",
+                self.request.kind,
+                self.request.key[:12],
+                error,
             )
         if report.error is None:
             return report
-        if self.rank == 0:  # who else shares its folder on one machine ends with it
+        if self.rank == 0:  # the other members share this folder, and end with rank 0
             shutil.rmtree(self.attempt, ignore_errors=True)
-        here, there = str(self.attempt), self.store.url(self.attempt)
-        return replace(report, error=report.error.replace(here, there))
+        folder, url = str(self.attempt), self.store.url(self.attempt)
+        return replace(report, error=report.error.replace(folder, url))

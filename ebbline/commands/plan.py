@@ -19,7 +19,7 @@ from ebbline.analysis.figures.gantt import gantt_figure
 from ebbline.analysis.results.costs import as_json as cost_json
 from ebbline.analysis.results.costs import cost_label
 from ebbline.analysis.results.wording import clock, size_label
-from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, Wanted
+from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorOptions
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, SLOTS, Capacity, Host
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.forecast.forecast import Forecast, forecast
@@ -101,9 +101,9 @@ def described_cluster(text: str) -> Capacity:
     return Capacity(tuple(hosts))
 
 
-def wanted_by(study: Study, address: str, gpus: int | None) -> Wanted:
+def wanted_by(study: Study, address: str, gpus: int | None) -> ExecutorOptions:
     """What a run of this study asks of its executor."""
-    return Wanted(address, max(model.gpus for model in study.models.values()), gpus)
+    return ExecutorOptions(address, max(model.gpus for model in study.models.values()), gpus)
 
 
 def draw(view: StudyView, found: Forecast) -> list[Path]:

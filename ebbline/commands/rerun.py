@@ -59,7 +59,7 @@ def _of_bucket(url: str) -> Request:
     text = Store(root).place.read(name)
     if text is None:
         raise StoreError(f"there is no request at {url}; copy the URL from the failure's message")
-    prepared = workplace(Request.from_json(text.decode())).prepared()
+    prepared = workplace(Request.from_json(text.decode())).prepare()
     folder = Path(tempfile.mkdtemp(prefix="ebbline-rerun-"))
     for part in ("payload", "log"):
         (folder / part).mkdir()

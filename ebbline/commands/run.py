@@ -18,7 +18,7 @@ from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.analysis.wandb import mirror
-from ebbline.cluster.executors.choice import ExecutorKind, Wanted, executor_kind
+from ebbline.cluster.executors.choice import ExecutorKind, ExecutorOptions, executor_kind
 from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.executors.on_demand import OnDemand
 from ebbline.commands.plan import draw, wanted_by
@@ -226,7 +226,7 @@ def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
 
 
 def _predicted(
-    view: StudyView, made: Executor, kind: ExecutorKind, wanted: Wanted
+    view: StudyView, made: Executor, kind: ExecutorKind, wanted: ExecutorOptions
 ) -> Prediction | None:
     """What this run will take, kept and drawn beside the study's results; None when it has nothing
     to do.

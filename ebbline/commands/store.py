@@ -190,7 +190,7 @@ def _told(damage: Damage, quarantined: Mapping[tuple[str, str], str]) -> str:
         if moved
         else "`ebbline store verify --mend` moves it away"
     )
-    return f"{damage.kind}/{damage.key}, {damage.file}: {damage.said}; {remedy}"
+    return f"{damage.kind}/{damage.key}, {damage.file}: {damage.problem}; {remedy}"
 
 
 def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_json: bool) -> None:

@@ -44,7 +44,9 @@ class BudgetGate:
 
     def stage_message(self) -> str:
         """The reason to stop: the budget affords no stage that is ready. Names the shortest."""
-        skipped = [node for node in self._runner.unsettled() if node.key in self._runner.refused]
+        skipped = [
+            node for node in self._runner.unsettled() if node.key in self._runner.unaffordable
+        ]
         node = min(
             skipped, key=lambda node: (self._runner.open_seconds(node.stage) or 0.0, node.key)
         )

@@ -140,7 +140,7 @@ class _Drive:
 
     def run(self) -> Progress:
         progress, runner = self.progress, self.runner
-        runner.want(self.baselines)
+        runner.add(self.baselines)
         self.searcher.estimate(self.knowledge)
         self.reloading = [
             self._in_flight(number, point) for number, point in self.searcher.measured()
@@ -454,7 +454,7 @@ class _Drive:
 
 
 def _reason(failure: Failure) -> str:
-    prefix = INVALID if failure.invalid else ""
+    prefix = INVALID if failure.invalid_input else ""
     return (
         prefix
         + failure.reason

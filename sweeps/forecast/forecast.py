@@ -16,7 +16,7 @@ from ebbline.cluster.executors.executor import Capacity, Needs
 from ebbline.cluster.schedule.costs import Cost, expected_cost, named_type, total
 from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
-from ebbline.cluster.schedule.scheduler import Work, impossible
+from ebbline.cluster.schedule.scheduler import ReadyStage, impossible
 from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
 from ebbline.sweeps.forecast.expected import Points, points_of
 from ebbline.sweeps.search.masks import duplicates
@@ -117,7 +117,7 @@ def forecast(
     points = points_of(study, view.storage, "" if met is None else met.reason)
     graph = view.graph.fresh_copy()  # drawn points must not change labels and needs of the study
     estimates = estimates_of(home, kind)
-    estimates.met(capacity)
+    estimates.learn_gpu_type(capacity)
     completed = points.completed if len(points.completed) <= EXACT else _evenly(points.completed)
     to_come = points.to_come if len(points.to_come) <= EXACT else points.to_come[:SAMPLE]
     found = todo(graph, [*completed, *to_come], report)
@@ -261,7 +261,7 @@ def _wall_s(trace: Trace, estimates: Estimates, more_gpu_s: float) -> float | No
 
 
 def _never(step: Step, capacity: Capacity) -> str:
-    reason = impossible(Work(step.key, step.needs, step.resident, 0.0, 0.0), capacity)
+    reason = impossible(ReadyStage(step.key, step.needs, step.resident, 0.0, 0.0), capacity)
     return reason or "it needs a stage that cannot run on this cluster"
 
 

@@ -48,7 +48,7 @@ class PointInFlight:
             for name, stage in self.stages.items()
             if StageName.parse(name).part in STAGE_KINDS
         ]
-        runner.want(self.requested)
+        runner.add(self.requested)
 
     def settled(self, runner: Runner) -> bool:
         return bool(self.invalid) or (self.complete and all(map(runner.settled, self.requested)))
@@ -81,7 +81,7 @@ class PointInFlight:
                 for stage in (*target.upstream(), target)
                 if stage in own and stage not in before
             ]
-            runner.want(new)
+            runner.add(new)
             self.requested += new
             if not new or not raced:  # without races a point needs all its stages at once
                 self.complete = True

@@ -84,9 +84,11 @@ def estimates_of(home: Home, kind: ExecutorKind = DEFAULT_EXECUTOR) -> Estimates
         for drive in sorted({job.drive for job in jobs}):
             estimates.starts.learn_cluster(min(job.start_s for job in jobs if job.drive == drive))
         for job in jobs:
-            if not all(key in estimates.took for key in job.keys):
+            if not all(key in estimates.seconds_by_key for key in job.keys):
                 continue  # a stage of the job has no artifact, so its run time is unknown
-            seconds = job.end_s - job.start_s - sum(estimates.took[key] for key in job.keys)
+            seconds = (
+                job.end_s - job.start_s - sum(estimates.seconds_by_key[key] for key in job.keys)
+            )
             estimates.starts.learn(
                 next(iter(job.gpus), None), sum(job.hosts.values()), job.new, seconds
             )

@@ -54,7 +54,7 @@ def made(folder: Path, model: str) -> tuple[Path, Path]:
     language, made = Stage(LanguageSpec(seed=study.language)), stage_of(source)
     assert made is not None and isinstance(source, Part)
     runner = Runner(Store(home.root / "store"), InlineExecutor(gpus=1))
-    runner.want([made, language])
+    runner.add([made, language])
     while not (runner.settled(made) and runner.settled(language)):
         runner.step()
     built, words = runner.artifact(made), runner.artifact(language)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
-from ebbline.cluster.schedule.scheduler import Busy, Placement, Work, place
+from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, place
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
 from tests.benchmarks import record
 
@@ -93,7 +93,7 @@ def in_order(
     """
 
     def choose(
-        ready: Sequence[Work],
+        ready: Sequence[ReadyStage],
         running: Sequence[Busy],
         capacity: Capacity,
         cached: Mapping[str, frozenset[str]],
@@ -199,7 +199,7 @@ def growth(gpus: int, runs: int) -> Iterator[dict[str, Any]]:
         took_s, started = [], 0
         for _ in range(runs):
             works = [
-                Work(step.key, step.needs, step.resident, step.expected_s, step.expected_s)
+                ReadyStage(step.key, step.needs, step.resident, step.expected_s, step.expected_s)
                 for step in steps
             ]
             before = time.thread_time()

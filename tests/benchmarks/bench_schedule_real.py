@@ -34,7 +34,7 @@ from ebbline.cluster.executors import ray_executor
 from ebbline.cluster.executors.executor import Capacity, Host, Needs
 from ebbline.cluster.executors.job_processes import JobProcesses
 from ebbline.cluster.executors.ray_executor import RayExecutor
-from ebbline.cluster.schedule.scheduler import Busy, Work, place
+from ebbline.cluster.schedule.scheduler import Busy, ReadyStage, place
 from ebbline.cluster.schedule.simulate import Choose, Step, bound_s, simulate
 from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.specs import TrainSpec
@@ -131,7 +131,7 @@ def ebbline(queue: Sequence[Entry], address: str) -> float:
         try:
             requests = {entry.step.key: entry.request for entry in queue}
             works = {
-                step.key: Work(
+                step.key: ReadyStage(
                     step.key, step.needs, step.resident, step.expected_s, step.expected_s
                 )
                 for step in (entry.step for entry in queue)

@@ -100,7 +100,7 @@ def prepared(folder: Path, organism: str) -> dict[str, Path]:
         ALIGN, {"model": Part(base, OrganismSpec.MODEL), "data": Part(rows, DataSpec.ROWS)}
     )
     runner = Runner(Store(folder), InlineExecutor())
-    runner.want([aligned])
+    runner.add([aligned])
     while not runner.settled(aligned):
         runner.step()
     made = {stage.kind: runner.artifact(stage) for stage in (language, base, aligned)}
@@ -249,7 +249,7 @@ def _alone(study_path: Path, folder: Path, point: Point) -> tuple[str, Metrics]:
         graph.stages_for(point),
     )
     with patch.object(inline, "run_batch", partial(counted_batch, folder / "counts")):
-        runner.want(stages.values())
+        runner.add(stages.values())
         while not all(map(runner.settled, stages.values())):
             runner.step(0.0)
     return label(dict(point.values)), metrics_of(result_of(study, 0, point, stages, runner))

@@ -1,8 +1,8 @@
-"""A driver to be killed: trains an adapter on a gang and others on one GPU each, on the Ray cluster
-at an address.
+"""A driver for tests that kill it. On the Ray cluster at an address it trains one adapter on a gang
+and two on one GPU each.
 
-`python -m tests.cluster.driver ADDRESS STORE MODEL ROWS`; ends with 0 when all is trained, with 2
-and a message when it cannot.
+`python -m tests.cluster.driver ADDRESS STORE MODEL ROWS` exits with 0 when all trainings are done,
+1 when one failed, and 2 with a message on an EbblineError.
 """
 
 import sys
@@ -31,7 +31,7 @@ def training(rank: int, model: Path, rows: Path, steps: int = STEPS) -> Stage:
 
 
 def gang_of(size: int, stage: Stage) -> Needs:
-    """The training of GANG_RANK on so many GPUs, any other on one."""
+    """The needs of a stage: `size` GPUs for the training of GANG_RANK, else one."""
     return Needs(size if isinstance(stage.spec, TrainSpec) and stage.spec.rank == GANG_RANK else 1)
 
 
@@ -40,7 +40,7 @@ def main(address: str, store: Path, model: Path, rows: Path) -> int:
         executor = RayExecutor(address)
         try:
             runner = Runner(Store(store), executor, lambda stage: gang_of(2, stage), PROFILE)
-            runner.want(training(rank, model, rows) for rank in (GANG_RANK, 1, 2))
+            runner.add(training(rank, model, rows) for rank in (GANG_RANK, 1, 2))
             while any(node.state not in ("done", "failed") for node in runner.nodes.values()):
                 runner.step()
         finally:

@@ -1,4 +1,4 @@
-"""Cheap stages over small files, and one turn of a runner's heartbeat."""
+"""Cheap stages over small files, and helpers that run them."""
 
 import time
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def source(path: Path) -> Source:
 
 
 def rows(size: int, pool: Source | Stage, seed: int = 0) -> Stage:
-    """The first `size` rows of a file, or of what another such stage makes."""
+    """A stage that reads the first `size` rows of a file, or of another such stage's rows."""
     return Stage(
         DataSpec(size=size, seed=seed),
         {"pool": Part(pool, DataSpec.ROWS) if isinstance(pool, Stage) else pool},
@@ -25,13 +25,13 @@ def rows(size: int, pool: Source | Stage, seed: int = 0) -> Stage:
 
 
 def submit(executor: Executor, batch: Sequence[Request], gpus: int) -> Job:
-    """Start a batch on the first host that is large enough."""
+    """Start a batch on the first host with enough GPUs."""
     host = next(host.name for host in executor.capacity().hosts if host.gpus >= gpus)
     return executor.submit(batch, Needs(gpus), {host: gpus})
 
 
 def settle(runner: Runner, turns: int = 200) -> None:
-    """Step until all is settled; fails rather than hangs."""
+    """Step until all stages are settled; fails after `turns` steps."""
     for _ in range(turns):
         if all(node.state in ("done", "failed") for node in runner.nodes.values()):
             return
@@ -40,16 +40,16 @@ def settle(runner: Runner, turns: int = 200) -> None:
 
 
 def wait_for(executor: Executor, *jobs: Job, timeout_s: float = 120.0) -> list[Finished]:
-    """What became of `jobs`, in their order; what an earlier test left behind is passed over."""
-    found: dict[str, Finished] = {}
+    """The results of `jobs`, in their order. Jobs of earlier tests are ignored."""
+    finished: dict[str, Finished] = {}
     deadline = time.monotonic() + timeout_s
-    while not {job.id for job in jobs} <= found.keys() and time.monotonic() < deadline:
-        found |= {done.job.id: done for done in executor.finished(1.0)}
-    return [found[job.id] for job in jobs]
+    while not {job.id for job in jobs} <= finished.keys() and time.monotonic() < deadline:
+        finished |= {done.job.id: done for done in executor.finished(1.0)}
+    return [finished[job.id] for job in jobs]
 
 
 def stored_request(store: Store, spec: Spec, inputs: dict[str, Path], **changes: object) -> Request:
-    """A Request as the runner writes it, with its attempt begun in the store."""
+    """A Request as the runner writes it; its attempt has begun in the store."""
     contents = {name: content_digest(path) for name, path in inputs.items()}
     key = digest(key_payload(spec, contents))
     attempt = store.begin(spec.KIND, key)

@@ -1,5 +1,5 @@
-"""A bucket's workers, its cache and its checkpoints: equal to a folder's in what they make, and
-safe when cut off or side by side.
+"""Workers, cache and checkpoints with a bucket: the results equal a folder's, and interrupted or
+concurrent workers do no harm.
 """
 
 import json
@@ -44,14 +44,14 @@ def chats(tmp_path):
 
 def run(store: Store, *stages: Stage) -> Runner:
     runner = Runner(store, InlineExecutor())
-    runner.want(stages)
+    runner.add(stages)
     settle(runner)
     return runner
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """From here on this process is another machine: its cache is empty."""
+    """A function that makes this process another machine, with an empty cache."""
 
     def move() -> None:
         monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / f"cache-{os.urandom(3).hex()}"))
@@ -68,7 +68,7 @@ def test_a_study_in_a_bucket_has_the_keys_and_the_content_of_one_in_a_folder(
     prompts = source(write_chats(tmp_path / "prompts.jsonl", 1))
     prompts_path = Path(prompts.location)
     prompts_path.write_text('{"prompt": "word1 word2"}\n')
-    said = Stage(
+    generation = Stage(
         GenerateSpec(max_new_tokens=4, dtype="float32"),
         {
             "model": model,
@@ -76,23 +76,25 @@ def test_a_study_in_a_bucket_has_the_keys_and_the_content_of_one_in_a_folder(
             "adapter": Part(train, TrainSpec.ADAPTER),
         },
     )
-    found = [run(Store(tmp_path / "folder"), said), run(store, said)]
-    artifacts = [[runner.artifact(stage) for stage in (data, train, said)] for runner in found]
+    runners = [run(Store(tmp_path / "folder"), generation), run(store, generation)]
+    artifacts = [
+        [runner.artifact(stage) for stage in (data, train, generation)] for runner in runners
+    ]
     assert artifacts[0] and all(
-        node.state == "done" for runner in found for node in runner.nodes.values()
+        node.state == "done" for runner in runners for node in runner.nodes.values()
     )
     assert [(each.key, each.content) for each in artifacts[0]] == [
         (each.key, each.content) for each in artifacts[1]
     ]
-    # A driver on another machine runs nothing, and reads one file.
+    # A driver on another machine runs no stage, and fetches one file.
     elsewhere()
-    again = run(Store(bucket), said)
-    assert all(node.reused for node in again.nodes.values())
+    rerun = run(Store(bucket), generation)
+    assert all(node.reused for node in rerun.nodes.values())
     assert (
-        again.artifact(said).file(GenerateSpec.COMPLETIONS).read_bytes()
+        rerun.artifact(generation).file(GenerateSpec.COMPLETIONS).read_bytes()
         == artifacts[0][2].file(GenerateSpec.COMPLETIONS).read_bytes()
     )
-    # Nothing that was written holds a secret or a place of the driver's machine.
+    # The JSON files contain no secret and no path of the driver's machine.
     names = [entry.name for entry in store.place.entries() if entry.name.endswith(".json")]
     assert {name.rpartition("/")[2] for name in names} >= {"record.json", "request.json"}
     for name in names:
@@ -102,7 +104,7 @@ def test_a_study_in_a_bucket_has_the_keys_and_the_content_of_one_in_a_folder(
         ), name
 
 
-def test_sources_are_sent_once_and_by_content(store, chats):
+def test_each_source_is_uploaded_once_by_its_content(store, chats):
     run(store, rows(3, source(chats)))
     before = {entry.name: entry.modified for entry in store.place.entries("sources")}
     assert list(before) == [f"sources/{content_digest(chats)}/{chats.name}"]
@@ -110,7 +112,7 @@ def test_sources_are_sent_once_and_by_content(store, chats):
     assert {entry.name: entry.modified for entry in store.place.entries("sources")} == before
 
 
-def test_the_command_of_a_failure_shows_it_again(store, chats):
+def test_the_command_of_a_failure_reproduces_it(store, chats):
     broken = rows(99, source(chats))
     runner = run(store, broken)
     failure = runner.failure(broken)
@@ -127,7 +129,7 @@ def test_the_command_of_a_failure_shows_it_again(store, chats):
     assert store.find("data", runner.nodes[broken.lineage].key) is None
 
 
-def test_a_batch_runs_on_when_the_inputs_of_one_stage_cannot_be_fetched(store, chats):
+def test_a_stage_whose_inputs_cannot_be_fetched_does_not_stop_its_batch(store, chats):
     good = stored_request(store, DataSpec(size=3), {"pool": chats})
     missing = store.url("data", "0" * 64, "abc", "payload", DataSpec.ROWS)
     lost = Request(
@@ -142,7 +144,7 @@ def test_a_batch_runs_on_when_the_inputs_of_one_stage_cannot_be_fetched(store, c
     assert run_batch([good])[0].error is None
 
 
-def test_an_input_that_the_store_has_lost_stops_the_run_and_marks_no_stage(
+def test_an_input_missing_in_the_store_stops_the_run_and_fails_no_stage(
     store, bucket, chats, elsewhere
 ):
     first = rows(10, source(chats))
@@ -152,9 +154,9 @@ def test_an_input_that_the_store_has_lost_stops_the_run_and_marks_no_stage(
     )
     elsewhere()
     runner, last = Runner(Store(bucket), InlineExecutor()), rows(5, first)
-    runner.want([last])
+    runner.add([last])
     with pytest.raises(
-        StoreError, match=f"{DataSpec.ROWS} of .* is not in the store any more.*verify --mend"
+        StoreError, match=f"{DataSpec.ROWS} of .* is missing in the store.*verify --mend"
     ):
         settle(runner)
     assert runner.failure(last) is None
@@ -162,8 +164,8 @@ def test_an_input_that_the_store_has_lost_stops_the_run_and_marks_no_stage(
 
 def test_the_driver_sees_a_stages_progress_while_it_runs(store, pair, chats, monkeypatch):
     monkeypatch.setattr(module, "PROGRESS_EVERY_S", 0.05)
-    work = module.workplace(train_request(store, pair, chats))
-    request = work.prepared()
+    place = module.workplace(train_request(store, pair, chats))
+    request = place.prepare()
     attempt = store.local(store.url(Path(request.out).parent))
     assert store.log(attempt, "progress.json") is None
     Path(request.log, "progress.json").write_text('{"done": 1}')
@@ -171,101 +173,99 @@ def test_the_driver_sees_a_stages_progress_while_it_runs(store, pair, chats, mon
     while store.log(attempt, "progress.json") != b'{"done": 1}':
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    work.ended(Report(request.key, 0.0, error="lost"))
+    place.finish(Report(request.key, 0.0, error="lost"))
 
 
 def train_request(store: Store, pair, chats) -> Request:
     return stored_request(store, TRAIN, {"model": pair.aligned, "data": chats})
 
 
-def test_a_checkpoint_outlives_the_machine_and_goes_with_the_commit(
+def test_a_checkpoint_survives_its_machine_and_the_commit_removes_it(
     store, bucket, pair, chats, elsewhere
 ):
-    work = module.workplace(train_request(store, pair, chats))
-    work.prepared()
-    scratch = Path(work.request.scratch)
+    place = module.workplace(train_request(store, pair, chats))
+    place.prepare()
+    scratch = Path(place.request.scratch)
     scratch.mkdir(parents=True)
     for text in ("first", "second"):
         (scratch / "checkpoint.pt").write_text(text)
         (scratch / ".checkpoint.0123abcd.pt").write_text("half")
-        work.saved()
-    work.ended(Report(work.request.key, 0.0, error="lost"))
-    assert len(list(store.place.entries("scratch"))) == 2  # one file and what lists it
+        place.send_checkpoint()
+    place.finish(Report(place.request.key, 0.0, error="lost"))
+    assert len(list(store.place.entries("scratch"))) == 2  # one file, and checkpoint.json
     elsewhere()
-    there = Store(bucket)
-    later = module.workplace(train_request(there, pair, chats))
-    scratch = Path(later.prepared().scratch)
+    other = Store(bucket)
+    later = module.workplace(train_request(other, pair, chats))
+    scratch = Path(later.prepare().scratch)
     assert {path.name: path.read_text() for path in scratch.iterdir()} == {
         "checkpoint.pt": "second"
     }
-    later.ended(Report(later.request.key, 0.0, error="lost"))
+    later.finish(Report(later.request.key, 0.0, error="lost"))
     scratch.joinpath("checkpoint.pt").unlink()
-    there.place.delete([entry.name for entry in there.place.entries("scratch")])
-    (report,) = run_batch([train_request(there, pair, chats)])
-    assert report.error is None and not list(there.place.entries("scratch"))
+    other.place.delete([entry.name for entry in other.place.entries("scratch")])
+    (report,) = run_batch([train_request(other, pair, chats)])
+    assert report.error is None and not list(other.place.entries("scratch"))
 
 
-def test_rank_0_of_a_gang_on_several_machines_keeps_the_checkpoint_of_all(
+def test_rank_0_of_a_gang_on_several_machines_keeps_the_checkpoint_for_all(
     store, bucket, pair, chats, elsewhere, monkeypatch
 ):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    for told in ("begun", "continued"):
+    for text in ("begun", "continued"):
         first, second = (
             module.workplace(train_request(store, pair, chats), rank, 2) for rank in (0, 1)
         )
-        first.prepared()
+        first.prepare()
         scratch = Path(first.request.scratch)
-        if told == "continued":
+        if text == "continued":
             assert (scratch / "checkpoint.pt").read_text() == "begun"
         scratch.mkdir(parents=True, exist_ok=True)
-        (scratch / "checkpoint.pt").write_text(told)
-        first.saved()
-        second.saved()
-        first.ended(Report(first.request.key, 0.0, error="lost"))
+        (scratch / "checkpoint.pt").write_text(text)
+        first.send_checkpoint()
+        second.send_checkpoint()
+        first.finish(Report(first.request.key, 0.0, error="lost"))
         elsewhere()
         store = Store(bucket)
 
 
-def test_what_a_gang_s_second_member_says_of_its_failure_is_where_everybody_can_read_it(
-    store, pair, chats
-):
-    work = module.workplace(train_request(store, pair, chats), 1, 2)
-    log = Path(work.prepared().log)
-    (log / "error.txt").write_text("its words")
-    report = work.ended(
-        Report(work.request.key, 0.0, error=f"its message is in {log / 'error.txt'}")
+def test_the_error_of_a_gangs_second_member_is_readable_in_the_store(store, pair, chats):
+    place = module.workplace(train_request(store, pair, chats), 1, 2)
+    log = Path(place.prepare().log)
+    (log / "error.txt").write_text("its error")
+    report = place.finish(
+        Report(place.request.key, 0.0, error=f"its message is in {log / 'error.txt'}")
     )
-    assert report.error == f"its message is in {store.url(work.attempt)}/log/error.txt"
-    assert store.log(work.attempt, "error.txt") == b"its words" and work.attempt.exists()
+    assert report.error == f"its message is in {store.url(place.attempt)}/log/error.txt"
+    assert store.log(place.attempt, "error.txt") == b"its error" and place.attempt.exists()
 
 
-def test_a_checkpoint_that_was_sent_in_part_is_the_one_before(
+def test_after_an_incomplete_upload_the_previous_checkpoint_is_used(
     store, bucket, pair, chats, elsewhere
 ):
-    work = module.workplace(train_request(store, pair, chats))
-    work.prepared()
-    scratch = Path(work.request.scratch)
+    place = module.workplace(train_request(store, pair, chats))
+    place.prepare()
+    scratch = Path(place.request.scratch)
     scratch.mkdir(parents=True)
     (scratch / "checkpoint.pt").write_text("whole")
-    work.saved()
+    place.send_checkpoint()
     store.place.write(
-        f"scratch/{work.request.key}/later/checkpoint.pt", b"newer, but its list was never written"
+        f"scratch/{place.request.key}/later/checkpoint.pt", b"newer, but its list was never written"
     )
     elsewhere()
-    again = module.workplace(train_request(Store(bucket), pair, chats)).prepared()
-    assert (Path(again.scratch) / "checkpoint.pt").read_text() == "whole"
+    request = module.workplace(train_request(Store(bucket), pair, chats)).prepare()
+    assert (Path(request.scratch) / "checkpoint.pt").read_text() == "whole"
 
 
-def test_a_checkpoint_whose_files_a_late_attempt_took_away_is_none(
+def test_a_checkpoint_whose_files_a_late_attempt_deleted_is_ignored(
     store, bucket, pair, chats, elsewhere
 ):
-    work = module.workplace(train_request(store, pair, chats))
-    work.prepared()
-    scratch = Path(work.request.scratch)
+    place = module.workplace(train_request(store, pair, chats))
+    place.prepare()
+    scratch = Path(place.request.scratch)
     scratch.mkdir(parents=True)
     (scratch / "checkpoint.pt").write_text("whole")
-    work.saved()
-    work.ended(Report(work.request.key, 0.0, error="lost"))
+    place.send_checkpoint()
+    place.finish(Report(place.request.key, 0.0, error="lost"))
     store.place.delete(
         [entry.name for entry in store.place.entries("scratch") if entry.name.endswith(".pt")]
     )
@@ -275,8 +275,8 @@ def test_a_checkpoint_whose_files_a_late_attempt_took_away_is_none(
 
 
 def killed_training(bucket: str, request: str) -> None:
-    """A worker whose machine goes when it has sent its second checkpoint."""
-    send, sent = module.BucketWorkplace._send_checkpoint, []
+    """A worker whose machine is lost after the upload of its second checkpoint."""
+    send, sent = module.BucketWorkplace._send_checkpoint_files, []
 
     def sending(self):
         send(self)
@@ -284,12 +284,12 @@ def killed_training(bucket: str, request: str) -> None:
         if len(sent) == 2:
             os._exit(9)
 
-    module.BucketWorkplace._send_checkpoint = sending
+    module.BucketWorkplace._send_checkpoint_files = sending
     run_batch([Request.from_json(request)])
 
 
 @pytest.mark.timeout(200)
-def test_a_training_whose_machine_was_lost_goes_on_elsewhere_and_ends_the_same(
+def test_a_training_whose_machine_was_lost_continues_elsewhere_with_the_same_result(
     store, bucket, pair, chats, elsewhere, tmp_path
 ):
     request = Request(
@@ -306,34 +306,34 @@ def test_a_training_whose_machine_was_lost_goes_on_elsewhere_and_ends_the_same(
     worker.join(120)
     assert worker.exitcode == 9 and store.find("train", request.key) is None
     elsewhere()
-    there = Store(bucket)
-    continued = Request(**{**vars(train_request(there, pair, chats)), "checkpoint_every_s": 0.0})
+    other = Store(bucket)
+    continued = Request(**{**vars(train_request(other, pair, chats)), "checkpoint_every_s": 0.0})
     (report,) = run_batch([continued])
     assert report.error is None
     undisturbed = Store(tmp_path / "folder")
     run_batch([train_request(undisturbed, pair, chats)])
     assert (
-        there.open("train", request.key).content == undisturbed.open("train", request.key).content
+        other.open("train", request.key).content == undisturbed.open("train", request.key).content
     )
 
 
-def test_what_retention_dropped_is_made_again_when_somebody_has_to_read_it(store, chats):
-    check_remaking(store, chats)
+def test_dropped_files_are_restored_when_a_stage_reads_them(store, chats):
+    check_restoring(store, chats)
 
 
 @pytest.mark.slow
-def test_in_a_folder_too(tmp_path, chats):
-    check_remaking(Store(tmp_path / "store"), chats)
+def test_dropped_files_are_restored_in_a_folder_too(tmp_path, chats):
+    check_restoring(Store(tmp_path / "store"), chats)
 
 
-def check_remaking(store: Store, chats: Path) -> None:
+def check_restoring(store: Store, chats: Path) -> None:
     first, second = rows(10, source(chats)), rows(8, rows(10, source(chats)))
     before = run(store, second)
     made = [before.artifact(stage) for stage in (first, second)]
     for artifact in made:
         store.drop(artifact, frozenset({DataSpec.ROWS}))
     shutil.rmtree(store.root / "data") if store.cache is not None else None
-    # Nobody reads them: nothing is made again, and all keys are known.
+    # No stage reads them, so none runs again.
     idle = run(store, second)
     assert all(node.reused for node in idle.nodes.values()) and store.dropped(made[0])
     third = rows(5, second)
@@ -347,7 +347,7 @@ def check_remaking(store: Store, chats: Path) -> None:
     )
 
 
-def test_a_dropped_file_that_comes_out_otherwise_stops_the_run_and_marks_no_stage(store, chats):
+def test_a_restored_file_that_differs_stops_the_run_and_fails_no_stage(store, chats):
     first = rows(10, source(chats))
     made = run(store, first).artifact(first)
     store.drop(made, frozenset({DataSpec.ROWS}))
@@ -357,7 +357,7 @@ def test_a_dropped_file_that_comes_out_otherwise_stops_the_run_and_marks_no_stag
     store.place.write(f"data/{made.key}/record.json", json.dumps(record).encode())
     runner = Runner(Store(store.place.at), InlineExecutor())
     last = rows(5, first)
-    runner.want([last])
+    runner.add([last])
     with pytest.raises(Differs, match="store forget data"):
         settle(runner)
     assert runner.failure(last) is None and runner.failure(first) is None

@@ -1,6 +1,4 @@
-"""The cache of an object store's files on one machine: what it may remove, and what it never
-does.
-"""
+"""The cache of an object store's files on one machine: its bound, its locks, and whole files."""
 
 import fcntl
 import hashlib
@@ -28,16 +26,16 @@ def fill(cache: Cache, name: str, size: int = 1000) -> Path:
     return folder
 
 
-def test_the_least_recently_used_goes_and_the_bound_holds(cache):
-    made = [fill(cache, name) for name in "abc"]
-    for age, folder in zip((30, 10, 20), made, strict=True):
+def test_the_least_recently_used_entry_is_removed_and_the_bound_holds(cache):
+    folders = [fill(cache, name) for name in "abc"]
+    for age, folder in zip((30, 10, 20), folders, strict=True):
         os.utime(cache._lock_path(folder), (1e9 - age, 1e9 - age))
     fourth = fill(cache, "d")
-    assert [folder.exists() for folder in (*made, fourth)] == [False, True, True, True]
+    assert [folder.exists() for folder in (*folders, fourth)] == [False, True, True, True]
     assert sum(path.stat().st_size for path in cache.root.rglob("f")) <= cache.limit_bytes
 
 
-def test_what_somebody_reads_stays(cache):
+def test_an_entry_in_use_stays(cache):
     first = fill(cache, "a")
     with cache.hold(first):
         for name in "bcd":
@@ -47,7 +45,7 @@ def test_what_somebody_reads_stays(cache):
 
 
 @pytest.mark.process
-def test_what_another_process_reads_stays(cache, tmp_path):
+def test_an_entry_in_use_by_another_process_stays(cache, tmp_path):
     first = fill(cache, "a")
     context = multiprocessing.get_context("spawn")
     holding, done = context.Event(), context.Event()
@@ -63,16 +61,16 @@ def test_what_another_process_reads_stays(cache, tmp_path):
     assert not (first / "f").exists()
 
 
-def test_an_entry_that_is_asked_for_again_is_kept_for_longer(cache, monkeypatch):
+def test_a_second_use_of_an_entry_keeps_it_for_longer(cache, monkeypatch):
     monkeypatch.setattr(module, "HELD_FOR_READERS", 2)
-    first, second, third = made = [fill(cache, name) for name in "abc"]
+    first, second, third = folders = [fill(cache, name) for name in "abc"]
     for folder in (first, second, first, third):
         cache.keep(folder)
     fill(cache, "d")
-    assert [folder.exists() for folder in made] == [True, False, True]
+    assert [folder.exists() for folder in folders] == [True, False, True]
 
 
-def test_a_fetch_that_was_cut_off_is_never_taken_for_whole(cache):
+def test_an_interrupted_fetch_leaves_no_file_under_its_final_name(cache):
     folder, data = cache.root / "store" / "data" / "k" / "attempt", b"whole"
 
     def cut(file, path):
@@ -89,7 +87,7 @@ def test_a_fetch_that_was_cut_off_is_never_taken_for_whole(cache):
     assert (folder / "f").read_bytes() == data
 
 
-def test_what_a_killed_fetch_left_is_cleared(cache):
+def test_files_of_a_killed_fetch_are_removed(cache):
     (cache.root / "fetching").mkdir(parents=True)
     (cache.root / "fetching" / "left").write_bytes(b"0" * 500)
     cache.trim()
@@ -97,7 +95,7 @@ def test_what_a_killed_fetch_left_is_cleared(cache):
 
 
 @pytest.mark.process
-def test_many_processes_that_ask_at_once_fetch_once(cache, tmp_path):
+def test_processes_that_need_a_file_at_once_fetch_it_once(cache, tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=fetch_in_a_process, args=(cache.root, tmp_path / "fetched", n))
@@ -111,11 +109,11 @@ def test_many_processes_that_ask_at_once_fetch_once(cache, tmp_path):
     assert len(list((tmp_path / "fetched").iterdir())) == 1
 
 
-def test_while_one_fetches_no_other_can_begin(cache):
+def test_during_a_fetch_no_other_process_gets_the_lock(cache):
     folder, data = cache.root / "store" / "data" / "k" / "attempt", b"data"
 
     def receive(file: str, path: Path) -> str:
-        # What another process would take: the lock must let nobody in beside its holder.
+        # Another process would request a shared lock, which must fail.
         with cache._lock_path(folder / "fetch").open() as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return giving(data)(file, path)
@@ -129,7 +127,7 @@ def digest_of(data: bytes) -> str:
 
 
 def giving(data: bytes) -> Receive:
-    """What a store does that sends these bytes."""
+    """The `receive` of a store that contains these bytes."""
 
     def receive(file: str, path: Path) -> str:
         path.write_bytes(data)
@@ -158,7 +156,7 @@ def fetch_in_a_process(root: Path, fetched: Path, number: int) -> None:
         assert (folder / "f").read_bytes() == b"data"
 
 
-def test_only_its_owner_can_look_into_a_cache(tmp_path):
+def test_only_its_owner_can_read_a_cache(tmp_path):
     cache = Cache(tmp_path / "cache", 1.0)
     entry = cache.root / "store" / "generate" / "key" / "attempt"
     with cache.hold(entry):

@@ -1,9 +1,8 @@
-"""A Ray cluster of several machines (raylets of this one, with logical GPUs), on which anything may
-be lost at any moment.
+"""A Ray cluster of several machines (raylets on this machine, with logical GPUs), where hosts and
+processes are lost at any time.
 
-What comes out is what one undisturbed process of this machine makes: the same keys, the same bytes
-of everything that one GPU made, and of gangs, which add in another order, what tests/tolerance.py
-allows.
+The results equal those of one undisturbed process: the same keys, and the same bytes for work on
+one GPU. Gangs add in another order, so their results are equal within tests/tolerance.py.
 """
 
 import csv
@@ -77,18 +76,18 @@ class Machines:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
-    made = Machines()
+    machines = Machines()
     for gpus in (4, 4, 1):
-        made.add(gpus)
-    yield made
-    made.ray.shutdown()
+        machines.add(gpus)
+    yield machines
+    machines.ray.shutdown()
 
 
 @pytest.fixture
 def executor(machines: Machines) -> Iterator[RayExecutor]:
-    made = RayExecutor(machines.ray.address)
-    yield made
-    made.close()
+    executor = RayExecutor(machines.ray.address)
+    yield executor
+    executor.close()
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +99,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, pair: Pair, rows: Path
 ) -> dict[int, Artifact]:
-    """Each training by rank, made in this process."""
+    """Rank -> the artifact of its training, run in this process."""
     runner = Runner(Store(tmp_path_factory.mktemp("undisturbed")), InlineExecutor())
     stages = {rank: training(rank, pair.aligned, rows) for rank in (1, 2, GANG_RANK)}
-    runner.want(stages.values())
+    runner.add(stages.values())
     settle(runner)
-    return {rank: made(runner, stage) for rank, stage in stages.items()}
+    return {rank: artifact_of(runner, stage) for rank, stage in stages.items()}
 
 
-def made(runner: Runner, stage: Stage) -> Artifact:
+def artifact_of(runner: Runner, stage: Stage) -> Artifact:
     artifact = runner.artifact(stage)
     assert artifact is not None, runner.failure(stage)
     return artifact
@@ -128,9 +127,9 @@ def steps_of(runner: Runner, node: Node) -> int:
 
 
 def began_at(runner: Runner, node: Node) -> int:
-    """The step of the checkpoint that an attempt continued from; 0 when it started over."""
-    said = runner.timing.last_progress(node)
-    return int(said["done"] - said["own"])
+    """The step of the checkpoint that an attempt continued from; 0 without a checkpoint."""
+    progress = runner.timing.last_progress(node)
+    return int(progress["done"] - progress["own"])
 
 
 def place_of(runner: Runner, node: Node) -> str:
@@ -183,21 +182,21 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
     undisturbed: dict[int, Artifact],
     tmp_path: Path,
 ) -> None:
-    """Only here a gang loses a machine, moves, and is moved again by a drain."""
+    """Only in this test a gang loses a machine, moves, and moves a second time after a drain."""
     runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(4, stage), PROFILE)
     gang = training(GANG_RANK, pair.aligned, rows)
-    runner.want([gang])
+    runner.add([gang])
     node = runner.nodes[gang.lineage]
     step_until(runner, lambda: steps_of(runner, node) >= 3)
     first, single = place_of(runner, node), [training(rank, pair.aligned, rows) for rank in (1, 2)]
     assert executor.capacity().gpus == 9
-    runner.want(single)
+    runner.add(single)
     runner.step(0.1)
     machines.kill(first)
     step_until(runner, lambda: node.state == "running" and place_of(runner, node) != first)
     machines.add(4)
     step_until(runner, lambda: steps_of(runner, node) >= 1)
-    assert began_at(runner, node) >= 1, "it continued from its checkpoint"
+    assert began_at(runner, node) >= 1, "it must continue from its checkpoint"
     second, reached = place_of(runner, node), steps_of(runner, node)
     machines.drain(second)
     step_until(
@@ -210,11 +209,11 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
         runner, lambda: all(item.state in ("done", "failed") for item in runner.nodes.values())
     )
     assert runner._setup.retry_policy.lost(node.key) == 0, (
-        "the loss of a place counts against no stage"
+        "the loss of a host counts against no stage"
     )
     for stage in (gang, *single):
-        assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is gang)  # type: ignore[attr-defined]
-    machines.kill(second)  # as it said it would
+        assert_same(artifact_of(runner, stage), undisturbed[stage.spec.rank], gang=stage is gang)  # type: ignore[attr-defined]
+    machines.kill(second)  # the end of its drain
     wait_until(
         lambda: all(host.name != second for host in executor.capacity().hosts),
         "end of the drained node",
@@ -222,7 +221,7 @@ def test_a_node_killed_under_a_gang_and_one_drained_change_no_result(
 
 
 @pytest.mark.timeout(600)
-def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
+def test_a_hung_gang_and_a_hung_task_are_killed_and_retried(
     machines: Machines,
     executor: RayExecutor,
     pair: Pair,
@@ -230,22 +229,21 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     undisturbed: dict[int, Artifact],
     tmp_path: Path,
 ) -> None:
-    """Only here processes hang, and are killed and replaced."""
+    """Only in this test processes hang, and are killed and replaced."""
     runner = Runner(Store(tmp_path), executor, lambda stage: gang_of(2, stage), PROFILE)
     stages = [training(rank, pair.aligned, rows) for rank in (GANG_RANK, 1)]
     stopped: list[int] = []
     for stage in stages:  # the second starts while the first hangs
-        runner.want([stage])
+        runner.add([stage])
         step_until(runner, lambda: len(executor._jobs) == len(stopped) + 1)
         _, processes = list(executor._jobs.values())[-1]
         step_until(runner, processes.complete)
-        # A stopped process is as deaf as one that is stuck in a collective: no request of Ray's
-        # reaches it.
+        # Like a process that is stuck in a collective, a stopped process ignores Ray's requests.
         stopped.append(max(processes.signed_on(), key=lambda process: process.started).pid)
         os.kill(stopped[-1], signal.SIGSTOP)
     nodes = [runner.nodes[stage.lineage] for stage in stages]
     running = set(runner.running)
-    # For these alone, with nothing started meanwhile: a process takes longer than that to begin.
+    # The short timeout applies while nothing starts, because a process takes longer to start.
     runner.profile, runner.draining = PROFILE.model_copy(update={"hang_after_s": 5.0}), True
     step_until(runner, lambda: not running & set(runner.running))
     runner.profile, runner.draining = PROFILE, False
@@ -253,7 +251,9 @@ def test_a_hung_gang_and_a_hung_task_are_killed_and_tried_again(
     step_until(runner, lambda: all(node.state in ("done", "failed") for node in nodes))
     assert [runner._setup.retry_policy.lost(node.key) for node in nodes] == [1, 1]
     for stage in stages:
-        assert_same(made(runner, stage), undisturbed[stage.spec.rank], gang=stage is stages[0])  # type: ignore[attr-defined]
+        assert_same(
+            artifact_of(runner, stage), undisturbed[stage.spec.rank], gang=stage is stages[0]
+        )  # type: ignore[attr-defined]
     wait_until(lambda: free_gpus() == executor.capacity().gpus, "free GPUs")
 
 
@@ -273,7 +273,8 @@ def driver(machines: Machines, store: Path, pair: Pair, rows: Path) -> "subproce
     )
 
 
-def training_said(store: Path) -> int:
+def reporting_trainings(store: Path) -> int:
+    """How many trainings have reported progress."""
     return len(list(store.glob("train/*/*/log/progress.json")))
 
 
@@ -286,7 +287,7 @@ def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
     undisturbed: dict[int, Artifact],
     tmp_path: Path,
 ) -> None:
-    """Only here a driver dies on a cluster that lives on."""
+    """Only in this test a driver is killed while its cluster stays."""
     first = driver(machines, tmp_path, pair, rows)
     wait_until(
         lambda: any(tmp_path.glob("train/*/record.json")) or first.poll() is not None,
@@ -297,12 +298,12 @@ def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
     total = executor.capacity().gpus
     wait_until(lambda: free_gpus() == total, "free GPUs")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("train/*/record.json")}
-    assert 0 < len(before) < 3, "some were finished when it was killed, and some were not"
+    assert 0 < len(before) < 3, "the kill must come between the first and the last record"
     second = driver(machines, tmp_path, pair, rows)
-    said, _ = second.communicate(timeout=240)
-    assert second.returncode == 0, said
+    output, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, output
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items()), (
-        "what was finished was made again"
+        "a finished stage was rerun"
     )
     for rank, artifact in undisturbed.items():
         assert_same(Store(tmp_path).open("train", artifact.key), artifact, gang=rank == GANG_RANK)
@@ -313,45 +314,49 @@ def test_a_killed_driver_leaves_no_gpu_held_and_the_same_command_continues(
 def test_a_lost_head_ends_the_driver_with_a_message_and_a_new_cluster_continues(
     pair: Pair, rows: Path, undisturbed: dict[int, Artifact], tmp_path: Path
 ) -> None:
-    """Only here the head of a cluster is lost under a driver."""
+    """Only in this test the head of a cluster is lost during a run."""
     lost = Machines()
     lost.add(3)
     try:
         process = driver(lost, tmp_path, pair, rows)
-        wait_until(lambda: training_said(tmp_path) >= 1 or process.poll() is not None, "training")
+        wait_until(
+            lambda: reporting_trainings(tmp_path) >= 1 or process.poll() is not None, "training"
+        )
         lost.ray.head_node.kill_gcs_server()
-        said, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=240)
     finally:
         lost.ray.shutdown()
-    assert process.returncode != 0 and "ClusterLost: the head of the Ray cluster" in said, said
-    again = Machines()
-    again.add(3)
+    assert process.returncode != 0 and "ClusterLost: the head of the Ray cluster" in output, output
+    replacement = Machines()
+    replacement.add(3)
     try:
-        process = driver(again, tmp_path, pair, rows)
-        said, _ = process.communicate(timeout=240)
+        process = driver(replacement, tmp_path, pair, rows)
+        output, _ = process.communicate(timeout=240)
     finally:
-        again.ray.shutdown()
-    assert process.returncode == 0, said
+        replacement.ray.shutdown()
+    assert process.returncode == 0, output
     for rank, artifact in undisturbed.items():
         assert_same(Store(tmp_path).open("train", artifact.key), artifact, gang=rank == GANG_RANK)
 
 
-def test_an_autoscaler_is_asked_for_as_many_pieces_as_there_is_work_for():
+def test_the_requested_bundles_are_in_proportion_to_the_work():
     one, gang, spread = (
         Needs(1),
         Needs(8, {"ray.io/accelerator-type": "A100"}),
         Needs(4, spread=True),
     )
-    asked = bundles([(one, 60.0)] * 100 + [(gang, 3600.0)] * 2 + [(spread, 60.0), (Needs(0), 5.0)])
+    requested = bundles(
+        [(one, 60.0)] * 100 + [(gang, 3600.0)] * 2 + [(spread, 60.0), (Needs(0), 5.0)]
+    )
     assert (
-        asked.count(({"CPU": 1, "GPU": 1}, {})) == 10 + 4
-    )  # 6000 s of one-GPU work, and a gang that takes what it finds
-    assert asked.count(({"CPU": 8, "GPU": 8}, {"ray.io/accelerator-type": "A100"})) == 2
-    assert asked.count(({"CPU": 1}, {})) == 1 and len(asked) == 17
+        requested.count(({"CPU": 1, "GPU": 1}, {})) == 10 + 4
+    )  # 6000 s of one-GPU work, and a gang of 4 that may spread
+    assert requested.count(({"CPU": 8, "GPU": 8}, {"ray.io/accelerator-type": "A100"})) == 2
+    assert requested.count(({"CPU": 1}, {})) == 1 and len(requested) == 17
     assert bundles([]) == []
 
 
-def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(machines: Machines):
+def test_the_request_to_the_autoscaler_is_cancelled_at_the_end(machines: Machines):
     from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
     from ray.experimental.internal_kv import _internal_kv_get
 
@@ -359,8 +364,8 @@ def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(mac
         return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or b"[]")
 
     def large() -> int:
-        """How many pieces of 8 GPUs are asked for: what Ray Train asked for gangs that came before
-        stays there for a while.
+        """How many bundles of 8 GPUs are requested. Requests of Ray Train for smaller gangs of
+        earlier tests may still exist.
         """
         return requested().count({"CPU": 8, "GPU": 8})
 
@@ -368,19 +373,19 @@ def test_what_waits_is_requested_of_the_autoscaler_and_taken_back_at_the_end(mac
         assert not executor.capacity().grows
         executor.expect([(Needs(8), 60.0)])
         assert large() == 0
-        executor._grows = True  # as on a cluster that `ray up` made
+        executor._grows = True  # like on a cluster from `ray up`
         executor.expect([(Needs(8), 60.0), (Needs(8), 700.0), (Needs(1), 700.0), (Needs(1), 700.0)])
         wait_until(lambda: large() == 2 and requested().count({"CPU": 1, "GPU": 1}) >= 2, "request")
     with closing(RayExecutor(machines.ray.address)):
         assert large() == 0
 
 
-def test_a_head_that_answers_nothing_is_said_after_a_stated_time(monkeypatch: pytest.MonkeyPatch):
+def test_a_head_that_does_not_answer_is_an_error_after_a_stated_time(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1.5")
     clock = Clock()
     monkeypatch.setattr(ray_hosts, "time", clock)
-    with pytest.raises(
-        ClusterLost, match=r"127\.0\.0\.1:9 has not answered for 1 s; start it again"
-    ):
+    with pytest.raises(ClusterLost, match=r"127\.0\.0\.1:9 has not answered for 1 s; restart it"):
         RayHosts("127.0.0.1:9").find()
-    assert clock.now == 1.5, "it looks every half second"
+    assert clock.now == 1.5, "it checks every half second"

@@ -1,7 +1,6 @@
-"""The executors' contract, on this process and on a real Ray cluster of this machine, gangs with
-it.
+"""The executors' contract, for this process and for a real Ray cluster on this machine.
 
-The Ray part takes about a minute: it starts one cluster, and one gang of two processes under
+The Ray part takes about a minute. It starts one cluster, and one gang of two processes under
 DeepSpeed ZeRO-3.
 """
 
@@ -38,9 +37,9 @@ def test_a_cluster_without_gpus_is_an_error_not_an_endless_wait():
 
 
 class ExecutorContract:
-    name: str  # in the table
+    name: str  # in the table of executors
 
-    def test_the_table_names_its_jobs_and_says_whether_they_have_processes(
+    def test_its_job_ids_and_its_processes_agree_with_the_table(
         self, executor: Executor, store, chats
     ):
         kind = executor_kind(self.name)
@@ -48,7 +47,7 @@ class ExecutorContract:
         wait_for(executor, job)
         assert kind.ran(job.id) and executor.own_processes == kind.own_processes
 
-    def test_it_has_at_least_one_gpu_and_one_slot_without(self, executor: Executor):
+    def test_it_has_at_least_one_gpu_and_one_slot(self, executor: Executor):
         assert executor.capacity().gpus >= 1 and executor.capacity().cpus >= 1
         assert executor.device in ("cpu", "cuda")
 
@@ -70,7 +69,7 @@ class ExecutorContract:
             assert artifact.hashed == request_payload(request)
         assert job.id not in {later.job.id for later in executor.finished(0.0)}
 
-    def test_a_stage_that_fails_is_a_report_and_the_rest_of_its_batch_is_committed(
+    def test_a_failed_stage_has_a_report_and_the_rest_of_its_batch_is_committed(
         self, executor: Executor, store, chats
     ):
         batch = [
@@ -85,7 +84,7 @@ class ExecutorContract:
             True,
         ]
 
-    def test_several_jobs_all_finish_each_once(self, executor: Executor, store, chats):
+    def test_each_of_several_jobs_finishes_once(self, executor: Executor, store, chats):
         jobs = [
             submit(executor, [stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=n % 2)
             for n in range(1, 6)
@@ -93,10 +92,10 @@ class ExecutorContract:
         assert [done.job for done in wait_for(executor, *jobs)] == jobs
         assert len({job.id for job in jobs}) == 5
 
-    def test_a_cancelled_job_commits_nothing_more_and_blocks_nothing(
+    def test_a_cancelled_job_commits_nothing_and_blocks_no_other(
         self, executor: Executor, store, chats
     ):
-        # Behind as many jobs as fit at once, so that it has not started.
+        # It waits behind as many jobs as fit at once, so it has not started.
         first = [
             submit(executor, [stored_request(store, DataSpec(size=n), {"pool": chats})], gpus=1)
             for n in range(1, 3)
@@ -106,15 +105,14 @@ class ExecutorContract:
         executor.cancel(job)
         last = submit(executor, [stored_request(store, DataSpec(size=7), {"pool": chats})], gpus=1)
         assert all(done.lost is None for done in wait_for(executor, *first, last))
-        # Inline forgets it; Ray may still say that it was lost. Neither raises, and neither
-        # commits.
+        # Inline forgets it; Ray may still report it as lost. Neither raises or commits.
         assert all(done.lost for done in executor.finished(2.0))
         assert store.find("data", victim.key) is None
 
-    def test_a_runner_gets_a_chain_and_a_failure_through_it(self, executor: Executor, store, chats):
+    def test_a_runner_runs_a_chain_and_sees_a_failure(self, executor: Executor, store, chats):
         runner = Runner(store, executor)
         good, bad = rows(2, rows(4, source(chats))), rows(2, rows(400, source(chats)))
-        runner.want([good, bad])
+        runner.add([good, bad])
         settle(runner)
         assert runner.artifact(good) is not None
         assert "data.size=400" in runner.failure(bad).reason
@@ -132,14 +130,14 @@ class TestInlineExecutor(ExecutorContract):
         executor.cancel(submit(executor, [request], gpus=1))
         assert executor.finished(0.0) == [] and store.find("data", request.key) is None
 
-    def test_the_type_of_a_gpu_is_recorded_where_a_stage_has_one(self, store, chats):
+    def test_the_gpu_type_is_recorded_for_stages_with_a_gpu(self, store, chats):
         for size, gpus in ((2, 1), (3, 0)):
             request = stored_request(store, DataSpec(size=size), {"pool": chats}, gpus=gpus)
             run_batch([request], gpu_type="A100")
-            said = store.open("data", request.key).provenance
-            assert said["gpu_type"] == ("A100" if gpus else None)
+            provenance = store.open("data", request.key).provenance
+            assert provenance["gpu_type"] == ("A100" if gpus else None)
 
-    def test_closing_forgets_what_waits(self, executor, store, chats):
+    def test_closing_drops_waiting_jobs(self, executor, store, chats):
         submit(executor, [stored_request(store, DataSpec(size=2), {"pool": chats})], gpus=1)
         executor.close()
         assert executor.finished(0.0) == []
@@ -147,8 +145,8 @@ class TestInlineExecutor(ExecutorContract):
 
 @pytest.fixture(scope="module")
 def ray_cluster(s3_server, tmp_path_factory):
-    """A cluster whose workers have the S3 server's credentials and a cache of their own, as other
-    machines would.
+    """A cluster whose workers have the S3 server's credentials and their own cache, like other
+    machines.
     """
     from ebbline.cluster.executors.ray_executor import RayExecutor
 
@@ -192,7 +190,7 @@ class TestRayExecutor(ExecutorContract):
 
             os._exit(1)
 
-        # Submitted as the executor submits, so that its own bookkeeping is what is tested.
+        # Inserted like a submitted job, to test the executor's own bookkeeping.
         job = Job("dies", ("k",), 0)
         executor._jobs[dies.remote()] = (job, JobProcesses("dies", ()))
         (done,) = wait_for(executor, job)
@@ -202,8 +200,8 @@ class TestRayExecutor(ExecutorContract):
     def test_a_gang_of_two_under_zero_3_from_a_bucket_learns_what_one_process_learns(
         self, executor, bucket, pair, chats, tmp_path
     ):
-        """Only here a gang and a task on Ray work from a bucket, and a gang of several requests
-        ends at one that cannot be shared out.
+        """Only this test runs a gang and a task on Ray with a bucket. Only here a gang ends at a
+        request that does not divide among its members.
         """
         store = Store(bucket)
         (alone_done,) = wait_for(
@@ -221,8 +219,8 @@ class TestRayExecutor(ExecutorContract):
         alone = Store(tmp_path / "alone")
         (report,) = run_batch([stored_request(alone, TRAIN, inputs)])
         assert report.error is None
-        # The second request cannot be shared out: the whole gang ends, with the reason, and the
-        # first one stays committed.
+        # The second request does not divide among the members: the gang ends with this reason, and
+        # the first request stays committed.
         odd = stored_request(store, TRAIN.model_copy(update={"global_batch": 7}), inputs, gpus=2)
         gang = stored_request(store, TRAIN, inputs, gpus=2, micro_batch=2, checkpoint_every_s=0.0)
         job = submit(executor, [gang, odd], gpus=2)

@@ -1,5 +1,5 @@
-"""A gang that runs out of memory, through Ray Train: it starts again with half the micro-batch and
-learns what it would have learnt.
+"""A gang on Ray Train that runs out of memory restarts with half the micro-batch, and has the same
+result.
 """
 
 import os
@@ -16,8 +16,8 @@ from tests.tolerance import losses_alike_under_adamw
 
 
 def a_member_holds_two_rows_at_most() -> None:
-    """Runs in every worker process as it starts: there is no GPU here whose memory could run out,
-    so rank 1 says that it has.
+    """Runs at the start of every worker process. Without a GPU no memory can run out, so rank 1
+    raises the error for more than two rows.
     """
     import torch
 
@@ -38,8 +38,8 @@ def a_member_holds_two_rows_at_most() -> None:
 @pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
-def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tmp_path, pair):
-    """Only here a gang of Ray Train starts again because a member ran out of memory."""
+def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(tmp_path, pair):
+    """Only this test restarts a gang of Ray Train after a member ran out of memory."""
     import ray
 
     variables = {
@@ -49,7 +49,7 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
         "TOKENIZERS_PARALLELISM": "false",
     }
     variables["RAN_OUT"] = str(tmp_path / "ran-out")
-    variables["PYTHONPATH"] = str(Path(__file__).parents[2])  # where the workers find the hook
+    variables["PYTHONPATH"] = str(Path(__file__).parents[2])  # so that workers can import the hook
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     hook = "tests.cluster.test_gang_memory.a_member_holds_two_rows_at_most"
     ray.init(
@@ -74,9 +74,7 @@ def test_a_gang_out_of_memory_goes_on_with_half_the_micro_batch_until_it_fits(tm
     finally:
         ray.shutdown()
     assert (report.key, report.error, report.smaller) == (request.key, None, None)
-    assert (tmp_path / "ran-out").read_text() == "4 ", (
-        "it ran out of memory once, and then it fitted"
-    )
+    assert (tmp_path / "ran-out").read_text() == "4 ", "it ran out of memory exactly once"
     assert store.open("train", request.key).provenance["predicted_memory_gb"] > 0
     (plain,) = run_batch([stored_request(alone, TRAIN, inputs)])
     assert curve(store, report.key) == losses_alike_under_adamw(curve(alone, plain.key))

@@ -1,4 +1,4 @@
-"""Label selectors against Ray's own rules."""
+"""Label selectors agree with Ray's own rules."""
 
 import pytest
 from hypothesis import given
@@ -19,14 +19,12 @@ CASES = {
 @pytest.mark.parametrize(
     ("selector", "expected"), [pytest.param(*case, id=case[0]) for case in CASES.items()]
 )
-def test_a_selector_judges_a_value_another_value_and_a_missing_label_as_ray_does(
-    selector, expected
-):
+def test_a_selector_matches_the_same_labels_as_in_ray(selector, expected):
     hosts = ({"type": "A"}, {"type": "B"}, {"zone": "A"})
     assert tuple(selected({"type": selector}, labels) for labels in hosts) == expected
 
 
-def test_an_empty_value_selects_an_empty_label_and_no_missing_one():
+def test_an_empty_value_matches_an_empty_label_but_no_missing_label():
     assert selected({"type": ""}, {"type": ""})
     assert not selected({"type": ""}, {})
 
@@ -42,11 +40,10 @@ def test_all_selectors_must_hold():
         st.from_regex(r"!?in\([ab,. ]{1,6}\)", fullmatch=True),
     )
 )
-def test_what_ray_would_refuse_is_an_error_that_names_it(selector):
+def test_a_selector_that_ray_rejects_is_an_error(selector):
     if validate_label_selector_value(selector) is not None:
         with pytest.raises(StudyError, match=r"label selector .*in\(a,b\)"):
             parse(selector)
-    elif not selector.lstrip("!").startswith(
-        "("
-    ):  # Ray's check lets a list without `in` through, which it documents nowhere
+    # Ray's check accepts a list without `in`, which its documentation does not have.
+    elif not selector.lstrip("!").startswith("("):
         parse(selector)

@@ -1,6 +1,4 @@
-"""Packs from the profile to the store: who may share a GPU, real trainings that do, and what
-happens when one is lost.
-"""
+"""Packs: which trainings may share a GPU, real packed trainings, and lost packs."""
 
 import json
 from collections.abc import Sequence
@@ -38,8 +36,8 @@ def trainings(model: Path, data: Path, count: int, **changes: object) -> list[St
     ]
 
 
-class Watched(Counting):
-    """The inline executor, remembering the packs of its batches."""
+class RecordingPacks(Counting):
+    """The inline executor; it records (packed, share) of each request in its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,18 +48,16 @@ class Watched(Counting):
         return super().submit(batch, *others)
 
 
-def ran(root: Path, stages: Sequence[Stage], executor: Watched, **profile: object) -> Runner:
+def ran(root: Path, stages: Sequence[Stage], executor: RecordingPacks, **profile: object) -> Runner:
     runner = Runner(Store(root), executor, profile=PATIENCE.model_copy(update=profile))
-    runner.want(stages)
+    runner.add(stages)
     settle(runner)
     return runner
 
 
-def test_trainings_of_a_pack_are_in_the_store_as_the_separate_stages_that_they_are(
-    tmp_path, pair, chats
-):
+def test_trainings_of_a_pack_are_separate_stages_in_the_store(tmp_path, pair, chats):
     stages = trainings(pair.aligned, chats, 3)
-    together, apart = Watched(), Watched()
+    together, apart = RecordingPacks(), RecordingPacks()
     packed = ran(tmp_path / "packed", stages, together, pack=3)
     alone = ran(tmp_path / "alone", stages, apart, pack=1)
     assert together.packs == [[(True, 0.333)] * 3] and {
@@ -84,7 +80,7 @@ def test_trainings_of_a_pack_are_in_the_store_as_the_separate_stages_that_they_a
     ] == pytest.approx(1 / 3)
 
 
-def test_a_pack_is_a_choice_of_the_profile_and_of_known_memory(tmp_path):
+def test_shares_follow_from_the_profile_and_from_known_memory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2["7b"]))
     data = Source("d" * 64, "/data")
     spec = TrainSpec(quantisation="nf4", global_batch=2)
@@ -96,7 +92,7 @@ def test_a_pack_is_a_choice_of_the_profile_and_of_known_memory(tmp_path):
         assert bool(name) == bool(found)
         return dict(found)
 
-    assert shares() == dict.fromkeys(types, 1.0), "where nobody knows the memory each trains alone"
+    assert shares() == dict.fromkeys(types, 1.0), "without a known memory each trains alone"
     known = shares(gpus=WIDE)
     assert known[None] == 1.0 and 1 / MOST <= known["A100"] < known["L4"] < 1.0
     assert known["L4"] == 1 / most_packed(LLAMA_2["7b"], spec, 24.0, MOST)
@@ -120,9 +116,7 @@ def test_a_larger_rank_takes_a_larger_share_of_the_same_gpu(tmp_path):
     assert shares[8] < shares[256]
 
 
-def test_a_model_whose_memory_is_not_predicted_is_trained_alone_on_gpus_of_known_memory(
-    tmp_path, caplog
-):
+def test_without_a_memory_prediction_for_its_model_a_training_runs_alone(tmp_path, caplog):
     data = Source("d" * 64, "/data")
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_2["7b"], "model_type": "gpt2"}))
     for folder, warnings in ((tmp_path, 0), (tmp_path / "gone", 1)):
@@ -135,21 +129,21 @@ def test_a_model_whose_memory_is_not_predicted_is_trained_alone_on_gpus_of_known
         )
 
 
-def test_trainings_on_other_data_or_of_another_length_are_no_pack(tmp_path):
+def test_trainings_with_other_data_or_another_length_are_not_packed_together(tmp_path):
     inputs = {"model": Source("m" * 64, "/m"), "data": Source("d" * 64, "/d")}
     packing = Packing(Profile(pack=4), lambda _: None)
     stages = {
         "one": Stage(TrainSpec(rank=4), inputs),
-        "like it": Stage(TrainSpec(rank=64, learning_rate=1e-3, seed=5), inputs),
+        "same pack": Stage(TrainSpec(rank=64, learning_rate=1e-3, seed=5), inputs),
         "data": Stage(TrainSpec(rank=4), {**inputs, "data": Source("e" * 64, "/e")}),
         "length": Stage(TrainSpec(rank=4, epochs=2.0), inputs),
     }
     names = {what: packing.of(stage, what, frozenset({None}))[0] for what, stage in stages.items()}
-    assert names["one"] == names["like it"] and len(set(names.values())) == 3
+    assert names["one"] == names["same pack"] and len(set(names.values())) == 3
 
 
-def test_members_of_a_lost_pack_are_tried_again_one_by_one(tmp_path, pair, chats):
-    class Losing(Watched):
+def test_members_of_a_lost_pack_are_retried_one_by_one(tmp_path, pair, chats):
+    class Losing(RecordingPacks):
         def finished(self, timeout_s: float) -> Sequence[Finished]:
             if len(self.packs) == 1 and self._waiting:
                 job, _ = self._waiting.pop(0)
@@ -169,8 +163,8 @@ def test_members_of_a_lost_pack_are_tried_again_one_by_one(tmp_path, pair, chats
     ]
 
 
-def test_what_a_place_lost_may_be_a_pack_again(tmp_path, pair, chats):
-    class Gone(Watched):
+def test_members_that_a_host_lost_may_be_packed_again(tmp_path, pair, chats):
+    class Gone(RecordingPacks):
         def finished(self, timeout_s: float) -> Sequence[Finished]:
             if len(self.packs) == 1 and self._waiting:
                 job, _ = self._waiting.pop(0)
@@ -179,19 +173,16 @@ def test_what_a_place_lost_may_be_a_pack_again(tmp_path, pair, chats):
 
     executor = Gone()
     ran(tmp_path / "store", trainings(pair.aligned, chats, 3), executor, pack=3)
-    # The one that was charged with the loss goes elsewhere, if there is an elsewhere; the others
-    # stay a pack.
+    # The member that was charged with the loss avoids its host if it can; the others stay a pack.
     assert sorted(map(len, executor.packs)) == [1, 2, 3] and all(
         packed for batch in executor.packs for packed, _ in batch
     )
 
 
-def test_an_adapter_from_a_pack_is_never_dropped_as_it_may_not_be_made_again_to_the_byte(
-    tmp_path, pair, chats
-):
+def test_an_adapter_from_a_pack_is_never_dropped_because_a_rerun_may_differ(tmp_path, pair, chats):
     stages = trainings(pair.aligned, chats, 2)
     for root, pack, droppable in ((tmp_path / "packed", 2, 0), (tmp_path / "alone", 1, 2)):
-        runner = ran(root, stages, Watched(), pack=pack)
+        runner = ran(root, stages, RecordingPacks(), pack=pack)
         keys = frozenset(runner.nodes[stage.lineage].key for stage in stages)
         removals = Survey(runner.store).adapters(
             Needed(keys=keys, adapters=keys), before=float("inf")

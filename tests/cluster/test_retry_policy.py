@@ -1,17 +1,17 @@
-"""What becomes of lost work: counted or not, when it is tried again, and that nothing spins."""
+"""Lost stages: which losses count, when a stage is retried, and that retries are bounded."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.cluster.executors.executor import Capacity, Host, Loss
-from ebbline.cluster.schedule.retry_policy import THROWN_OUT, RetryPolicy
+from ebbline.cluster.schedule.retry_policy import MOST_EVICTIONS, RetryPolicy
 from ebbline.tasks.errors import ClusterLost
 
 CRASH, GONE = Loss("the worker died"), Loss("the node is gone", "place")
 
 
-def test_a_stage_that_is_lost_waits_twice_as_long_each_time_and_then_fails():
+def test_a_lost_stage_waits_twice_as_long_each_time_and_then_fails():
     policy = RetryPolicy(tries=3, backoff_s=5.0)
     assert policy.may_start("k", 0.0) and policy.shun("k") == frozenset()
     assert policy.count("k", CRASH, ["a"], 100.0, now=0.0) is None
@@ -22,7 +22,7 @@ def test_a_stage_that_is_lost_waits_twice_as_long_each_time_and_then_fails():
     assert policy.shun("k") == {"a", "b"} and policy.may_start("other", 0.0)
 
 
-def test_the_loss_of_a_place_is_not_counted_and_the_stage_starts_again_at_once():
+def test_the_loss_of_a_host_is_not_counted_and_the_stage_is_retried_at_once():
     policy = RetryPolicy(tries=1, backoff_s=5.0)
     for number in range(50):
         assert policy.count("k", GONE, [f"host {number}"], lived_s=600.0, now=0.0) is None
@@ -30,20 +30,20 @@ def test_the_loss_of_a_place_is_not_counted_and_the_stage_starts_again_at_once()
     assert policy.lost("k") == 0
 
 
-def test_a_stage_that_is_thrown_out_at_once_again_and_again_waits_and_then_stops_the_run():
+def test_a_stage_that_is_evicted_repeatedly_waits_and_then_stops_the_run():
     policy = RetryPolicy(tries=3, backoff_s=1.0)
     waits = []
-    for number in range(THROWN_OUT - 1):
+    for number in range(MOST_EVICTIONS - 1):
         policy.count("k", GONE, [f"host {number}"], lived_s=1.0, now=0.0)
         waits.append(next(second for second in range(10_000) if policy.may_start("k", second)))
-    assert waits == [0, *(2**number for number in range(THROWN_OUT - 2))]
+    assert waits == [0, *(2**number for number in range(MOST_EVICTIONS - 2))]
     with pytest.raises(
-        ClusterLost, match=f"thrown out by its host {THROWN_OUT} times in a row within 60 s"
+        ClusterLost, match=f"lost by its host {MOST_EVICTIONS} times in a row within 60 s"
     ):
         policy.count("k", GONE, ["last"], lived_s=1.0, now=0.0)
 
 
-def test_a_stage_that_ran_for_long_is_thrown_out_for_the_first_time_again():
+def test_a_long_run_resets_the_count_of_evictions():
     policy = RetryPolicy(tries=3, backoff_s=5.0)
     for now, lived_s in ((0.0, 1.0), (10.0, 1.0), (700.0, 600.0), (800.0, 1.0)):
         policy.count("k", GONE, ["a"], lived_s, now)
@@ -52,7 +52,7 @@ def test_a_stage_that_ran_for_long_is_thrown_out_for_the_first_time_again():
     assert not policy.may_start("k", 904.9) and policy.may_start("k", 905.0)
 
 
-def test_a_host_that_only_loses_gets_no_more_work_while_another_is_left():
+def test_a_host_that_only_loses_stages_gets_no_work_while_another_is_left():
     here, there = Host("here", 1, 1), Host("there", 1, 1)
     policy = RetryPolicy(tries=3, backoff_s=1.0)
     for key in "abc":
@@ -62,11 +62,11 @@ def test_a_host_that_only_loses_gets_no_more_work_while_another_is_left():
         False,
     ]
     assert policy.in_service(Capacity((here,))) == Capacity((here,)), (
-        "the last one is kept: each stage's tries bound it"
+        "the last host is kept; the tries of each stage bound the losses"
     )
 
 
-def test_a_host_that_finished_something_and_one_that_lost_the_same_stage_again_stay_in_service():
+def test_hosts_that_finished_a_stage_or_lost_one_stage_repeatedly_stay_in_service():
     both = Capacity((Host("here", 1, 1), Host("there", 1, 1)))
     policy = RetryPolicy(tries=10, backoff_s=1.0)
     for key in "aaaaaab":
@@ -84,7 +84,7 @@ def test_a_host_that_finished_something_and_one_that_lost_the_same_stage_again_s
         max_size=60,
     )
 )
-def test_no_stage_is_tried_more_than_its_tries_and_some_host_always_stays(events):
+def test_no_stage_exceeds_its_tries_and_some_host_always_stays(events):
     policy = RetryPolicy(tries=3, backoff_s=1.0)
     hosts = Capacity(tuple(Host(name, 1, 1) for name in "xyz"))
     failed: set[str] = set()

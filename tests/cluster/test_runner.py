@@ -1,5 +1,5 @@
-"""The runner on real, cheap stages: nothing is made twice, and what fails says so once and how to
-see it again.
+"""The runner on real, cheap stages: no stage runs twice, and each failure has a reason and a
+command that reproduces it.
 """
 
 import json
@@ -46,7 +46,7 @@ PATIENCE = Profile(tries=3, backoff_s=0.01, hang_after_s=1.0)
 
 
 class Counting(InlineExecutor):
-    """The inline executor, remembering the keys it was given."""
+    """The inline executor; it records the keys of its batches."""
 
     def __init__(self, gpus: int = 1) -> None:
         super().__init__(gpus)
@@ -63,7 +63,7 @@ class Counting(InlineExecutor):
 
 
 class Losing(Counting):
-    """Loses the first `times` jobs, as when a node dies: they end, and nobody reports."""
+    """Loses the first `times` jobs, like a dying node: they end without reports."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -90,12 +90,12 @@ def pool(tmp_path) -> Source:
 def ran(store: Store, *stages: Stage, executor: Counting | None = None) -> tuple[Runner, Counting]:
     executor = executor or Counting()
     runner = Runner(store, executor, profile=PATIENCE)
-    runner.want(stages)
+    runner.add(stages)
     settle(runner)
     return runner, executor
 
 
-def test_a_chain_runs_in_order_and_its_content_is_right(store, pool):
+def test_a_chain_runs_in_order_with_the_right_content(store, pool):
     last = rows(3, rows(5, rows(10, pool)))
     runner, executor = ran(store, last)
     assert len(executor.keys) == 3
@@ -103,13 +103,13 @@ def test_a_chain_runs_in_order_and_its_content_is_right(store, pool):
     assert not runner.nodes[last.lineage].reused and runner.idle
 
 
-def test_what_is_in_the_store_is_not_made_again_by_another_runner(store, pool):
+def test_another_runner_does_not_rerun_stages_in_the_store(store, pool):
     last = rows(3, rows(5, pool))
     first, _ = ran(store, last)
-    again, executor = ran(store, rows(3, rows(5, pool)))
+    second, executor = ran(store, rows(3, rows(5, pool)))
     assert executor.keys == []
-    assert again.artifact(last) == first.artifact(last)
-    assert all(node.reused for node in again.nodes.values())
+    assert second.artifact(last) == first.artifact(last)
+    assert all(node.reused for node in second.nodes.values())
 
 
 def test_a_file_that_moved_is_the_same_input_and_a_changed_one_is_not(store, pool, tmp_path):
@@ -120,10 +120,9 @@ def test_a_file_that_moved_is_the_same_input_and_a_changed_one_is_not(store, poo
     assert len(ran(store, rows(5, source(write_chats(moved, 20, seed=1))))[1].keys) == 1
 
 
-def test_two_lineages_that_come_to_one_key_run_once(store, tmp_path):
+def test_two_lineages_with_one_key_run_once(store, tmp_path):
     one_row = source(write_chats(tmp_path / "one.jsonl", 1))
-    # Two orders of one row: other stages, the same content, so whatever reads from them is one
-    # stage.
+    # One row in two orders: different stages with equal content, so their readers have one key.
     above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
     below = [rows(1, stage, seed=5) for stage in above]
     assert below[0].lineage != below[1].lineage
@@ -132,16 +131,16 @@ def test_two_lineages_that_come_to_one_key_run_once(store, tmp_path):
     assert runner.artifact(below[0]) == runner.artifact(below[1])
 
 
-def test_a_stage_whose_inputs_came_out_as_before_is_not_run_again(store, tmp_path):
+def test_a_stage_whose_inputs_have_equal_content_is_not_rerun(store, tmp_path):
     one_row = source(write_chats(tmp_path / "one.jsonl", 1))
     ran(store, rows(1, rows(1, one_row), seed=5))
     changed = rows(1, rows(1, one_row, seed=7), seed=5)
     runner, executor = ran(store, changed)
-    assert len(executor.keys) == 1  # only the stage that changed; early cutoff behind it
+    assert len(executor.keys) == 1, "only the changed stage runs"
     assert runner.nodes[changed.lineage].reused
 
 
-def test_a_key_hashes_the_part_that_is_read_and_not_what_lies_beside_it(store, pool):
+def test_a_key_hashes_only_the_part_that_is_read(store, pool):
     whole = rows(20, pool)
     runner, _ = ran(store, whole)
     made = runner.artifact(whole)
@@ -149,23 +148,21 @@ def test_a_key_hashes_the_part_that_is_read_and_not_what_lies_beside_it(store, p
     assert read == made.content_of(DataSpec.ROWS) != made.content
 
 
-def test_stages_that_share_something_upstream_share_it(store, pool):
+def test_a_shared_upstream_stage_runs_once(store, pool):
     shared = rows(10, pool)
     _, executor = ran(store, *(rows(size, rows(10, pool)) for size in (1, 2, 3)), shared)
     assert len(executor.keys) == 4
 
 
-def test_asking_twice_for_a_stage_is_free(store, pool):
+def test_adding_a_stage_twice_runs_it_once(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage)
-    runner.want([rows(5, pool), stage])
+    runner.add([rows(5, pool), stage])
     settle(runner)
     assert len(executor.keys) == 1 and len(runner.nodes) == 1
 
 
-def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compared_with_the_others(
-    store, pool, monkeypatch
-):
+def test_each_downstream_node_is_listed_once_without_comparing_nodes(store, pool, monkeypatch):
     shared = rows(10, pool)
     twice = Stage(
         DataSpec(size=12, mix_share=0.5),
@@ -175,29 +172,29 @@ def test_a_stage_that_many_read_from_has_each_behind_it_once_and_none_is_compare
         Node, "__eq__", lambda self, other: pytest.fail("a node was compared with another")
     )
     runner = Runner(store, Counting())
-    runner.want([twice, *(rows(size, shared) for size in range(1, 6))])
-    behind = runner.nodes[shared.lineage].behind
-    assert len(behind) == 6 and len({id(node) for node in behind}) == 6
+    runner.add([twice, *(rows(size, shared) for size in range(1, 6))])
+    downstream = runner.nodes[shared.lineage].downstream
+    assert len(downstream) == 6 and len({id(node) for node in downstream}) == 6
 
 
-def test_asking_for_more_does_not_look_again_at_what_waits_already(store, pool, monkeypatch):
+def test_adding_stages_does_not_check_the_waiting_ones(store, pool, monkeypatch):
     shared = rows(10, pool)
-    runner, looked_at = Runner(store, Counting()), list[Stage]()
+    runner, checked = Runner(store, Counting()), list[Stage]()
     monkeypatch.setattr(
         runners,
         "contents_of",
-        lambda stage, artifact: looked_at.append(stage) or contents_of(stage, artifact),
+        lambda stage, artifact: checked.append(stage) or contents_of(stage, artifact),
     )
-    runner.want(rows(size, shared) for size in range(1, 9))
-    looked_at.clear()
-    runner.want([rows(9, shared)])
-    assert {stage.lineage for stage in looked_at} == {rows(9, shared).lineage}
+    runner.add(rows(size, shared) for size in range(1, 9))
+    checked.clear()
+    runner.add([rows(9, shared)])
+    assert {stage.lineage for stage in checked} == {rows(9, shared).lineage}
     settle(runner)
     assert runner.counts["data"] == Counter(done=10)
 
 
 def counted(runner: Runner) -> dict[str, Counter[str]]:
-    """What the runner keeps, added up anew."""
+    """The counts of the runner's nodes, computed from their states."""
     counts: dict[str, Counter[str]] = {}
     for node in runner.nodes.values():
         state = "reused" if node.state == "done" and node.reused else node.state
@@ -205,30 +202,30 @@ def counted(runner: Runner) -> dict[str, Counter[str]]:
     return counts
 
 
-def test_the_counts_are_those_of_the_nodes_whatever_happens(store, pool, tmp_path):
+def test_the_counts_always_equal_those_of_the_nodes(store, pool, tmp_path):
     ran(store, rows(10, pool))
     whole = store.open("data", next(artifact.key for artifact in store.all("data")))
-    store.drop(whole, frozenset(whole.files))  # to be made again
+    store.drop(whole, frozenset(whole.files))  # so that its stage is rerun
     one_row = source(write_chats(tmp_path / "one.jsonl", 1))
-    twins = [rows(1, rows(1, one_row, seed=seed), seed=5) for seed in (0, 1)]
+    duplicates = [rows(1, rows(1, one_row, seed=seed), seed=5) for seed in (0, 1)]
     failing = rows(3, rows(99, pool))
     runner = Runner(store, Losing(1), profile=PATIENCE)
-    runner.want([rows(10, pool), rows(4, rows(10, pool)), *twins, failing])
+    runner.add([rows(10, pool), rows(4, rows(10, pool)), *duplicates, failing])
     while runner.unsettled():
-        assert runner.counts == counted(runner)  # a Counter takes what is missing for 0
+        assert runner.counts == counted(runner)  # in a Counter a missing count equals 0
         runner.step()
     assert runner.counts == counted(runner)
     assert runner.counts["data"]["failed"] == 2 and runner.settlements == len(runner.nodes)
 
 
-def test_a_failure_reaches_what_is_behind_it_and_nothing_else(store, pool):
+def test_a_failure_fails_its_downstream_stages_and_no_other(store, pool):
     broken = rows(99, pool)
-    behind, further, other = rows(3, broken), rows(2, rows(3, broken)), rows(4, pool)
-    runner, executor = ran(store, further, behind, other)
+    below, further, other = rows(3, broken), rows(2, rows(3, broken)), rows(4, pool)
+    runner, executor = ran(store, further, below, other)
     assert len(executor.keys) == 2
     own = runner.failure(broken)
     assert own.reason.startswith("data: data.size=99") and own.command.startswith("ebbline rerun ")
-    for stage in (behind, further):
+    for stage in (below, further):
         assert runner.failure(stage).reason == f"needs data, which failed: {own.reason}"
         assert runner.failure(stage).inherited and runner.failure(stage).command == own.command
     assert not own.inherited
@@ -237,7 +234,7 @@ def test_a_failure_reaches_what_is_behind_it_and_nothing_else(store, pool):
 
 
 @pytest.mark.process
-def test_the_command_of_a_failure_shows_it_again(store, pool):
+def test_the_command_of_a_failure_reproduces_it(store, pool):
     broken = rows(99, pool)
     runner, _ = ran(store, broken)
     command = runner.failure(broken).command.split()
@@ -251,29 +248,29 @@ def test_the_command_of_a_failure_shows_it_again(store, pool):
     assert done.returncode == 1 and "data.size=99" in done.stderr
 
 
-def test_a_stage_wanted_after_its_twin_failed_fails_with_the_same_reason(store, pool):
+def test_a_stage_added_after_its_duplicate_failed_fails_with_the_same_reason(store, pool):
     runner, executor = ran(store, rows(99, pool))
     late = rows(2, rows(99, pool))
-    runner.want([late])
+    runner.add([late])
     settle(runner)
     assert "data.size=99" in runner.failure(late).reason and len(executor.keys) == 1
 
 
-def test_a_failed_stage_is_tried_again_by_the_next_runner(store, tmp_path):
+def test_the_next_runner_retries_a_failed_stage(store, tmp_path):
     path = write_chats(tmp_path / "pool.jsonl", 3)
     ran(store, rows(5, source(path)))
     runner, executor = ran(store, rows(5, source(write_chats(path, 8))))
     assert len(executor.keys) == 1 and all(node.state == "done" for node in runner.nodes.values())
 
 
-def test_a_lost_job_is_tried_again(store, pool):
+def test_a_lost_job_is_retried(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Losing(PATIENCE.tries - 1))
     assert runner.artifact(stage) is not None
     assert len(executor.keys) == PATIENCE.tries and len(set(executor.keys)) == 1
 
 
-def test_a_job_that_is_lost_every_time_fails_with_the_reason(store, pool):
+def test_a_stage_that_is_lost_every_time_fails_with_the_reason(store, pool):
     stage = rows(5, pool)
     runner, executor = ran(store, stage, executor=Losing(100))
     assert len(executor.keys) == PATIENCE.tries
@@ -297,8 +294,8 @@ def test_a_job_that_is_lost_after_its_commit_counts_as_done(store, pool):
     assert runner.artifact(stage) is not None and len(executor.keys) == 1
 
 
-def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_it(store, pool):
-    # Three stages in one batch: a job that dies at the first of them is no fault of the other two.
+def test_the_loss_of_a_batch_is_charged_to_its_current_stage_only(store, pool):
+    # Three stages in one batch: a job that dies at the first stage does not charge the other two.
     model = Source("m" * 64, "/nowhere")
     stages = [
         Stage(ProjectSpec(), {"adapter": Source(c * 64, "/a"), "base": model, "aligned": model})
@@ -306,15 +303,15 @@ def test_a_lost_batch_is_charged_to_the_stage_it_was_at_and_not_to_those_behind_
     ]
     executor = Losing(1)
     runner = Runner(store, executor)
-    runner.want(stages)
+    runner.add(stages)
     runner.step(0.0)
     assert len(executor.batches) == 1 and len(executor.batches[0]) == 3
     assert sorted(runner._setup.retry_policy.lost(key) for key in executor.batches[0]) == [0, 0, 1]
 
 
 class Silent(Counting):
-    """Two hosts, and jobs that never say a word until they are cancelled. `lost` is what the
-    executor says of them, if anything.
+    """Two hosts, and jobs that run without progress until they are cancelled. With `lost` they are
+    lost at once.
     """
 
     def __init__(self, lost: Loss | None = None) -> None:
@@ -359,33 +356,28 @@ def step_for(runner: Runner, condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_without_a_sign_of_life_is_cancelled_and_tried_elsewhere_until_its_tries_are_over(
-    store, pool
-):
+def test_a_job_without_progress_is_cancelled_and_retried_until_its_tries_are_used(store, pool):
     executor, stage = Silent(), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
-    runner.want([stage])
+    runner.add([stage])
     step_for(runner, lambda: runner.settled(stage))
     assert executor.cancelled == executor.jobs and len(executor.jobs) == PATIENCE.tries
-    assert (
-        "lost 3 times (no sign of life for 1 s, so it was cancelled)"
-        in runner.failure(stage).reason
-    )
+    assert "lost 3 times (cancelled after 1 s without progress)" in runner.failure(stage).reason
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time of the runner and its parts."""
+    """A virtual clock for the runner and its parts."""
     clock = Clock()
     for module in (runners, starters, timings):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
 
-def test_progress_is_a_sign_of_life(store, pool, clock):
+def test_a_job_with_progress_is_not_cancelled(store, pool, clock):
     executor, stage = Silent(), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
-    runner.want([stage])
+    runner.add([stage])
     while clock.now < 2.5 * PATIENCE.hang_after_s:
         runner.step(0.0)
         path = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
@@ -394,10 +386,10 @@ def test_progress_is_a_sign_of_life(store, pool, clock):
     assert executor.cancelled == [] and len(executor.jobs) == 1
 
 
-def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool, clock):
+def test_a_job_that_waits_for_resources_does_not_count_as_hung(store, pool, clock):
     executor, stage = Silent(), rows(5, pool)
     runner, executor.queued = Runner(store, executor, profile=PATIENCE), True
-    runner.want([stage])
+    runner.add([stage])
     while clock.now < 2.5 * PATIENCE.hang_after_s:
         runner.step(0.0)
         clock.sleep(0.1)
@@ -409,7 +401,7 @@ def test_a_job_that_waits_for_others_to_end_does_not_hang(store, pool, clock):
     assert PATIENCE.hang_after_s < clock.now - began < 2 * PATIENCE.hang_after_s
 
 
-def test_the_attempt_of_one_of_two_twins_is_the_other_s_too(store, tmp_path):
+def test_duplicates_share_one_attempt(store, tmp_path):
     one_row = source(write_chats(tmp_path / "one.jsonl", 1))
     above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
     below = [rows(1, stage, seed=5) for stage in above]
@@ -417,14 +409,14 @@ def test_the_attempt_of_one_of_two_twins_is_the_other_s_too(store, tmp_path):
         ran(store, stage)
     executor = Silent()
     runner = Runner(store, executor, profile=PATIENCE)
-    runner.want(below)
+    runner.add(below)
     runner.step(0.0)
     first, second = (runner.nodes[stage.lineage] for stage in below)
     assert len(executor.jobs) == 1 and first.key == second.key
     assert first.attempt is not None and first.attempt == second.attempt
 
 
-def test_a_stage_that_is_wanted_while_its_twin_runs_starts_no_second_job(store, tmp_path):
+def test_a_stage_added_while_its_duplicate_runs_starts_no_second_job(store, tmp_path):
     one_row = source(write_chats(tmp_path / "one.jsonl", 1))
     above = [rows(1, one_row, seed=seed) for seed in (0, 1)]
     first, second = (rows(1, stage, seed=5) for stage in above)
@@ -433,26 +425,24 @@ def test_a_stage_that_is_wanted_while_its_twin_runs_starts_no_second_job(store, 
     executor = Silent()
     runner = Runner(store, executor, profile=PATIENCE)
     for stage in (first, second):
-        runner.want([stage])
+        runner.add([stage])
         runner.step(0.0)
     assert len(executor.jobs) == 1 and runner.nodes[second.lineage].state == "running"
 
 
-def test_a_late_word_of_a_job_that_was_given_up_changes_nothing(store, pool):
+def test_a_late_result_of_a_cancelled_job_changes_nothing(store, pool):
     executor, stage = Silent(), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
-    runner.want([stage])
+    runner.add([stage])
     step_for(runner, lambda: len(executor.jobs) == 2)
     node = runner.nodes[stage.lineage]
     assert node.state == "running"
-    runner._take_in(Finished(executor.jobs[0], (), Loss("late")))
+    runner._end_job(Finished(executor.jobs[0], (), Loss("late")))
     assert node.state == "running" and runner._setup.retry_policy.lost(node.key) == 1
 
 
 @pytest.mark.slow
-def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stops_the_run(
-    store, pool, monkeypatch
-):
+def test_a_lost_stage_avoids_its_host_and_repeated_evictions_stop_the_run(store, pool, monkeypatch):
     from ebbline.cluster.running import starter as module
 
     shunned: list[frozenset[str]] = []
@@ -464,56 +454,56 @@ def test_what_is_lost_shuns_its_host_and_a_place_that_throws_everything_out_stop
     monkeypatch.setattr(module, "place", watched)
     executor, stage = Silent(Loss("the node is gone", "place")), rows(5, pool)
     runner = Runner(store, executor, profile=PATIENCE)
-    runner.want([stage])
-    with pytest.raises(ClusterLost, match="thrown out by its host 10 times in a row"):
+    runner.add([stage])
+    with pytest.raises(ClusterLost, match="lost by its host 10 times in a row"):
         step_for(runner, lambda: False)
     assert shunned[0] == frozenset() and shunned[-1] >= {"here"}
-    assert runner.failure(stage) is None, "no fault of the stage"
+    assert runner.failure(stage) is None, "the stage is not blamed"
 
 
-def test_a_stage_whose_only_hosts_went_waits_for_others_and_then_stops_the_run(store, pool):
+def test_a_stage_whose_only_hosts_left_waits_for_others_and_then_stops_the_run(store, pool):
     executor = Silent()
     runner = Runner(store, executor, needs_of=lambda stage: Needs(2), profile=PATIENCE)
-    runner.want([rows(5, pool)])
+    runner.add([rows(5, pool)])
     executor.capacity = lambda: Capacity((Host("here", 2, 1, draining=True), Host("small", 1, 1)))
     runner._starter.hosts = {"here": Host("here", 2, 1)}
     runner.step(0.0)
     assert executor.jobs == []
-    with pytest.raises(ClusterLost, match=r"no host for data .* \(2 GPUs\) came within 1 s"):
+    with pytest.raises(ClusterLost, match=r"no host for data .* \(2 GPUs\) appeared within 1 s"):
         step_for(runner, lambda: False)
     runner._starter.stuck_since, executor.capacity = None, lambda: Capacity((Host("new", 2, 1),))
     runner.step(0.0)
     assert [job.hosts for job in executor.jobs] == [{"new": 2}]
 
 
-def test_a_cluster_that_can_grow_is_told_what_waits_instead_of_an_error(store, pool):
+def test_a_cluster_that_can_grow_receives_the_needs_instead_of_an_error(store, pool):
     executor = Silent()
     executor.hosts, executor.grows = [Host("head", 0, 1)], True
     runner = Runner(store, executor, needs_of=lambda stage: Needs(8), profile=PATIENCE)
-    runner.want([rows(5, pool)])
+    runner.add([rows(5, pool)])
     runner.step(0.0)
     assert executor.jobs == [] and executor.expected == [Needs(8)]
 
 
-def test_a_host_that_ran_a_resident_is_named_to_the_scheduler(store, pool, monkeypatch):
+def test_the_scheduler_knows_which_models_a_host_has_in_its_cache(store, pool, monkeypatch):
     from ebbline.cluster.running import starter as module
 
-    seen: list[Mapping[str, frozenset[str]]] = []
+    calls: list[Mapping[str, frozenset[str]]] = []
     monkeypatch.setattr(
         module,
         "place",
         lambda works, busy, capacity, cached: (
-            seen.append(cached) or place(works, busy, capacity, cached)
+            calls.append(cached) or place(works, busy, capacity, cached)
         ),
     )
     stage = rows(3, rows(5, pool))
     ran(store, stage)
-    assert seen[0] == {} and seen[-1]["here"] == {resident(stage.upstream()[0])}
+    assert calls[0] == {} and calls[-1]["here"] == {resident(stage.upstream()[0])}
 
 
-def test_a_gang_larger_than_the_place_is_an_error_not_an_endless_wait(store, pool):
+def test_a_gang_larger_than_the_cluster_is_an_error_not_an_endless_wait(store, pool):
     runner = Runner(store, Counting(gpus=2), needs_of=lambda stage: Needs(4))
-    runner.want([rows(5, pool)])
+    runner.add([rows(5, pool)])
     with pytest.raises(StudyError, match="needs 4 GPUs at once, and all hosts together have 2"):
         runner.step(0.0)
 
@@ -522,18 +512,18 @@ def test_draining_starts_nothing_new(store, pool):
     executor = Counting()
     runner = Runner(store, executor)
     runner.draining = True
-    runner.want([rows(5, pool)])
+    runner.add([rows(5, pool)])
     for _ in range(3):
         runner.step(0.0)
     assert executor.keys == [] and not runner.running
 
 
-def test_independent_stages_without_gpus_share_a_batch_only_with_their_like(store, pool):
+def test_stages_without_a_common_resident_model_do_not_share_a_batch(store, pool):
     _, executor = ran(store, *(rows(size, pool) for size in (1, 2, 3)))
-    assert len(executor.batches) == 3  # rows have no model in memory to share
+    assert len(executor.batches) == 3  # rows need no model
 
 
-def test_stages_that_share_a_base_at_one_precision_have_one_resident():
+def test_stages_with_one_base_at_one_precision_have_one_resident_model():
     model, adapters = Source("m" * 64, "/m"), [Source(c * 64, "/a") for c in "ab"]
     evaluations = [
         Stage(GenerateSpec(), {"model": model, "prompts": model, "adapter": a}) for a in adapters
@@ -544,7 +534,7 @@ def test_stages_that_share_a_base_at_one_precision_have_one_resident():
         Stage(GenerateSpec(quantisation="nf4"), evaluations[0].inputs),
         Stage(GenerateSpec(dtype="float32"), evaluations[0].inputs),
         Stage(GenerateSpec(), {**evaluations[0].inputs, "model": adapters[1]}),
-        Stage(TrainSpec(method="full"), train.inputs),  # trains a copy of its own
+        Stage(TrainSpec(method="full"), train.inputs),  # it changes its own copy of the model
     ]
     assert len({resident(stage) for stage in [*others, train]}) == 5
     assert [
@@ -553,17 +543,19 @@ def test_stages_that_share_a_base_at_one_precision_have_one_resident():
     ] == [1, 1, 0, 0]
 
 
-def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_path, monkeypatch):
+def test_an_endpoint_that_is_down_stops_the_run_and_fails_no_stage(store, tmp_path, monkeypatch):
     from ebbline.tasks.measuring import judge_endpoint
 
     monkeypatch.setattr(judge_endpoint, "FIRST_WAIT_S", 0.0)
-    said = tmp_path / "said"
-    said.mkdir()
-    write_completions(said, [Completion("p0", "", "", "", "word1 word2", "", "word3", 1, True)])
+    generation = tmp_path / "generation"
+    generation.mkdir()
+    write_completions(
+        generation, [Completion("p0", "", "", "", "word1 word2", "", "word3", 1, True)]
+    )
     spec = JudgeSpec(template="yes-no", endpoint="http://127.0.0.1:9/v1", model="judge")
     runner = Runner(store, Counting())
-    stage = Stage(spec, {"generation": source(said)})
-    runner.want([stage])
+    stage = Stage(spec, {"generation": source(generation)})
+    runner.add([stage])
     with pytest.raises(EndpointDown, match=r"127\.0\.0\.1:9/v1 answered none of 1 requests"):
         settle(runner)
     assert (
@@ -572,19 +564,19 @@ def test_an_endpoint_that_is_down_stops_the_run_and_marks_no_stage(store, tmp_pa
     )
 
 
-def test_a_full_disk_stops_the_run_and_marks_no_stage(store, pool, monkeypatch):
+def test_a_full_disk_stops_the_run_and_fails_no_stage(store, pool, monkeypatch):
     def full(*_):
         raise DiskFull("no space left on the disk")
 
     monkeypatch.setattr(Store, "commit", full)
     stage, runner = rows(5, pool), Runner(store, Counting())
-    runner.want([stage])
+    runner.add([stage])
     with pytest.raises(DiskFull, match="no space left"):
         settle(runner)
     assert runner.failure(stage) is None
 
 
-def test_the_resolver_sees_the_store_without_running_anything(store, pool):
+def test_the_resolver_finds_stages_in_the_store_without_running_any(store, pool):
     last = rows(3, rows(5, pool))
     before = Resolver(store)
     assert before.key(last) is None and before.artifact(last) is None
@@ -596,45 +588,45 @@ def test_the_resolver_sees_the_store_without_running_anything(store, pool):
 
 def test_the_remaining_time_falls_to_zero(store, pool):
     runner = Runner(store, Counting())
-    runner.want([rows(3, rows(5, pool))])
+    runner.add([rows(3, rows(5, pool))])
     assert runner.remaining_s() > 0.0
     settle(runner)
     assert runner.remaining_s() == 0.0
 
 
-def test_what_remains_is_the_longest_branch_and_not_all_of_them(store, pool):
+def test_the_remaining_time_is_that_of_the_longest_branch(store, pool):
     runner, above = Runner(store, Counting()), rows(9, pool)
     runner.estimates.seconds = lambda stage, needs: float(stage.spec.size)
-    runner.want([rows(3, above), rows(4, above)])
+    runner.add([rows(3, above), rows(4, above)])
     assert runner.remaining_s() == 9.0 + 4.0
 
 
-def test_what_remains_of_a_running_stage_goes_by_its_own_steps_but_the_first(store, pool):
+def test_the_remaining_time_of_a_running_stage_uses_its_own_steps_without_the_first(store, pool):
     runner, stage = Runner(store, Silent()), rows(5, pool)
-    runner.want([stage])
+    runner.add([stage])
     runner.step(0.0)
-    # 21 of 41 steps are done, 11 of them by this attempt: after its first one, 10 took 30 s.
-    said = {"done": 21, "total": 41, "note": "", "own": 11, "own_seconds": 30.0}
-    progress = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
-    progress.write_text(json.dumps(said))
+    # 21 of 41 steps are done, 11 by this attempt. The 10 after its first took 30 s.
+    progress = {"done": 21, "total": 41, "note": "", "own": 11, "own_seconds": 30.0}
+    path = runner.nodes[stage.lineage].attempt / "log" / "progress.json"
+    path.write_text(json.dumps(progress))
     assert runner.open_seconds(stage) == pytest.approx(60.0)
 
 
-def test_a_gang_on_unlike_gpus_has_the_memory_of_the_smallest(store, pool):
+def test_a_gang_on_different_gpus_has_the_memory_of_the_smallest(store, pool):
     types = {
         name: GpuType(usd_per_hour=1.0, memory_gb=gb) for name, gb in (("A100", 80.0), ("L4", 24.0))
     }
     executor, stage = Silent(), rows(5, pool)
     executor.hosts = [Host(name, 1, 1, {ACCELERATOR_TYPE: name}) for name in types]
     runner = Runner(store, executor, lambda stage: Needs(2, spread=True), Profile(gpus=types))
-    runner.want([stage])
+    runner.add([stage])
     runner.step(0.0)
     attempt = runner.nodes[stage.lineage].attempt
     assert executor.jobs[0].hosts == {"A100": 1, "L4": 1}
     assert Request.from_json((attempt / "log" / "request.json").read_text()).memory_gb == 24.0
 
 
-def test_each_attempt_leaves_its_request_for_whoever_wants_to_see_it_again(store, pool):
+def test_the_log_of_each_attempt_contains_its_request(store, pool):
     stage = rows(5, pool)
     runner, _ = ran(store, stage)
     request = Request.from_json((runner.artifact(stage).log / "request.json").read_text())
@@ -644,7 +636,7 @@ def test_each_attempt_leaves_its_request_for_whoever_wants_to_see_it_again(store
     )
 
 
-def test_a_damaged_record_stops_the_runner_instead_of_being_made_again_silently(store, pool):
+def test_a_damaged_record_stops_the_runner_instead_of_a_silent_rerun(store, pool):
     stage = rows(5, pool)
     runner, _ = ran(store, stage)
     (runner.artifact(stage).folder.parent / "record.json").write_text("{")
@@ -653,7 +645,7 @@ def test_a_damaged_record_stops_the_runner_instead_of_being_made_again_silently(
 
 
 class Frugal(Unmetered):
-    """Lets nothing start that is expected to take longer than a limit."""
+    """A meter that rejects jobs with more expected seconds than a limit."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -662,25 +654,25 @@ class Frugal(Unmetered):
         return seconds <= self.limit_s
 
 
-def test_what_the_meter_refuses_leaves_its_place_to_what_is_behind_it(store, pool):
-    # One slot; the longest chain comes first, and its first stage is refused.
+def test_a_stage_that_the_meter_rejects_leaves_its_slot_to_the_next_one(store, pool):
+    # One slot. The longest chain goes first, and the meter rejects its first stage.
     dear, cheap = rows(4, rows(9, pool)), rows(3, pool)
     executor = Counting()
     runner = Runner(store, executor, profile=PATIENCE, meter=Frugal(3.0))
     runner.estimates.seconds = lambda stage, needs: 5.0 if stage.spec.size == 9 else 1.0
-    runner.want([dear, cheap])
+    runner.add([dear, cheap])
     started = time.monotonic()
     while not runner.starved and time.monotonic() - started < 120:
         runner.step()
     assert runner.starved and runner.settled(cheap) and not runner.settled(dear)
 
 
-def test_the_meter_is_asked_for_all_that_a_batch_takes(store):
+def test_the_meter_is_asked_for_the_whole_batch(store):
     model, executor = Source("m" * 64, "/nowhere"), Losing(1)
     adapters = [Source(name * 64, "/a") for name in "abc"]
     runner = Runner(store, executor, meter=Frugal(5.0))
     runner.estimates.seconds = lambda stage, needs: 2.0
-    runner.want(
+    runner.add(
         Stage(ProjectSpec(), {"adapter": each, "base": model, "aligned": model})
         for each in adapters
     )
@@ -688,8 +680,8 @@ def test_the_meter_is_asked_for_all_that_a_batch_takes(store):
     assert [len(batch) for batch in executor.batches] == [2]
 
 
-def shut_out(monkeypatch, times):
-    """No worker can commit to the store, for so many attempts."""
+def break_commits(monkeypatch, times):
+    """Make the first `times` commits fail."""
     commit, left = Store.commit, iter(range(times))
 
     def commit_or_not(self, attempt, hashed, provenance):
@@ -700,13 +692,11 @@ def shut_out(monkeypatch, times):
     monkeypatch.setattr(Store, "commit", commit_or_not)
 
 
-def test_a_worker_that_cannot_use_the_store_is_lost_with_its_place_and_the_run_goes_on(
-    store, pool, monkeypatch
-):
-    shut_out(monkeypatch, 2)
+def test_a_stage_whose_worker_cannot_use_the_store_is_retried_elsewhere(store, pool, monkeypatch):
+    break_commits(monkeypatch, 2)
     stage = rows(5, pool)
     runner = Runner(store, Counting(), profile=PATIENCE)
-    runner.want([stage])
+    runner.add([stage])
     settle(runner)
     assert (
         runner.artifact(stage) is not None
@@ -715,30 +705,31 @@ def test_a_worker_that_cannot_use_the_store_is_lost_with_its_place_and_the_run_g
     )
 
 
-def test_a_store_that_no_worker_can_use_ends_the_run_and_marks_nothing(store, pool, monkeypatch):
-    shut_out(monkeypatch, 99)
+def test_a_store_that_no_worker_can_use_stops_the_run_and_fails_no_stage(store, pool, monkeypatch):
+    break_commits(monkeypatch, 99)
     runner = Runner(store, Counting(), profile=PATIENCE)
-    runner.want([rows(5, pool)])
+    runner.add([rows(5, pool)])
     with pytest.raises(
-        StoreError, match=r"s3://made/up cannot be used \(met 3 times; the same command continues\)"
+        StoreError,
+        match=r"s3://made/up cannot be used \(3 times; run the same command to continue\)",
     ):
         settle(runner)
     assert all(node.failure is None for node in runner.nodes.values())
 
 
-def test_what_is_settled_is_looked_at_no_more_until_it_has_to_be_made_again(store, pool):
+def test_a_settled_stage_is_unsettled_only_while_it_is_rerun(store, pool):
     whole, part = rows(20, pool), rows(5, rows(20, pool))
     runner, _ = ran(store, whole)
     assert runner.unsettled() == [] and runner.settled(whole)
     made = runner.artifact(whole)
     store.drop(made, frozenset(made.files))
-    runner.want([part])
+    runner.add([part])
     assert {node.stage.lineage for node in runner.unsettled()} == {whole.lineage, part.lineage}
     settle(runner)
     assert runner.unsettled() == [] and runner.artifact(part) is not None
 
 
-def test_what_was_dropped_beside_the_part_that_is_read_is_not_made_again(store, pool):
+def test_a_dropped_file_outside_the_part_that_is_read_causes_no_rerun(store, pool):
     whole = rows(20, pool)
     hashed = key_payload(whole.spec, {"pool": pool.content})
     attempt = store.begin("data", digest(hashed))

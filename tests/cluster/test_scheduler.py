@@ -1,4 +1,4 @@
-"""The scheduler, as properties of a pure function over made-up work."""
+"""The scheduler's properties, on generated stages and clusters."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from ebbline.cluster.schedule.scheduler import (
     SHUN_S,
     Busy,
     Placement,
-    Work,
+    ReadyStage,
     impossible,
     place,
 )
@@ -40,8 +40,10 @@ def needs(gpus: int) -> Needs:
     return Needs(gpus)
 
 
-def work(key: str, gpus: int, resident: str, seconds: float, path_s: float, **more: object) -> Work:
-    return Work(key, Needs(gpus), resident, seconds, path_s, **more)  # type: ignore[arg-type]
+def work(
+    key: str, gpus: int, resident: str, seconds: float, path_s: float, **more: object
+) -> ReadyStage:
+    return ReadyStage(key, Needs(gpus), resident, seconds, path_s, **more)  # type: ignore[arg-type]
 
 
 @st.composite
@@ -62,10 +64,10 @@ def clusters(draw) -> Capacity:
 
 @st.composite
 def situations(draw, running: bool = True, shun: bool = True):
-    """(ready, running, capacity); nothing runs beyond the capacity."""
+    """(ready, running, capacity); the running jobs fit in the capacity."""
     capacity = draw(clusters())
     works = [
-        Work(
+        ReadyStage(
             key=f"k{index}",
             needs=Needs(
                 draw(st.sampled_from([0, 1, 1, 1, 2, 4, 8])), draw(selectors), draw(st.booleans())
@@ -115,7 +117,7 @@ def test_no_hosts_gpus_or_slots_are_exceeded(situation, cached):
 
 
 @given(situations(), cached_at)
-def test_a_gang_gets_all_its_gpus_or_none_and_on_one_host_unless_it_may_spread(situation, cached):
+def test_a_gang_gets_all_its_gpus_or_none_on_one_host_unless_it_may_spread(situation, cached):
     ready, running, capacity = situation
     by_key = {each.key: each for each in ready}
     for placement in place(ready, running, capacity, cached):
@@ -138,7 +140,7 @@ def test_labels_are_respected_and_a_draining_host_gets_nothing(situation, cached
 
 @pytest.mark.slow
 @given(situations(), cached_at)
-def test_no_stage_starts_twice_and_a_batch_shares_its_needs_and_its_base(situation, cached):
+def test_no_stage_starts_twice_and_a_batch_has_one_resident_model(situation, cached):
     ready, running, capacity = situation
     placed = place(ready, running, capacity, cached)
     assert max(Counter(key for p in placed for key in p.keys).values(), default=1) == 1
@@ -150,9 +152,7 @@ def test_no_stage_starts_twice_and_a_batch_shares_its_needs_and_its_base(situati
 
 @pytest.mark.slow
 @given(situations(), cached_at, st.randoms(use_true_random=False))
-def test_the_order_in_which_anything_is_named_does_not_matter(
-    situation, cached, rng: random.Random
-):
+def test_the_input_order_is_irrelevant(situation, cached, rng: random.Random):
     ready, running, capacity = situation
     expected = place(ready, running, capacity, cached)
     hosts = Capacity(tuple(rng.sample(capacity.hosts, len(capacity.hosts))))
@@ -164,27 +164,27 @@ def test_the_order_in_which_anything_is_named_does_not_matter(
 
 @pytest.mark.slow
 @given(situations(), cached_at)
-def test_what_is_given_is_left_as_it_was(situation, cached):
-    given_things = (*situation, cached)
-    before = copy.deepcopy(given_things)
-    place(*given_things)
-    assert given_things == before
+def test_the_arguments_are_not_modified(situation, cached):
+    arguments = (*situation, cached)
+    before = copy.deepcopy(arguments)
+    place(*arguments)
+    assert arguments == before
 
 
 @dataclass
-class Machine:
-    """A clock and the jobs on it: what a runner and its hosts do with the placements. `true_s` says
-    what a stage really takes.
+class VirtualCluster:
+    """A virtual clock that runs the placements like a runner. `true_s` gives the real seconds of a
+    stage.
     """
 
     capacity: Capacity
-    true_s: Callable[[Work], float] = field(default=lambda each: each.seconds)
+    true_s: Callable[[ReadyStage], float] = field(default=lambda each: each.seconds)
     now: float = 0.0
     jobs: list[tuple[float, float, Placement]] = field(default_factory=list)
     started: dict[str, float] = field(default_factory=dict)
 
     def run(
-        self, ready: Sequence[Work], arrivals: Sequence[tuple[float, Work]] = ()
+        self, ready: Sequence[ReadyStage], arrivals: Sequence[tuple[float, ReadyStage]] = ()
     ) -> Mapping[str, float]:
         works = {each.key: each for each in ready}
         waiting = dict.fromkeys(works, 0.0)
@@ -207,7 +207,7 @@ class Machine:
                 )
             nexts = [end for end, _, _ in self.jobs] + [at for at, _ in arriving]
             if not nexts:
-                return self.started  # nothing runs and nothing fits: what is left never will
+                return self.started  # nothing runs and nothing fits: the rest can never start
             self.now = min(nexts)
             self.jobs = [job for job in self.jobs if job[0] > self.now]
         return self.started
@@ -215,52 +215,49 @@ class Machine:
 
 @pytest.mark.slow
 @given(situations(running=False), st.sampled_from([0.1, 1.0, 30.0]))
-def test_every_stage_that_can_ever_be_placed_starts_in_the_end_whatever_the_estimates_are_worth(
-    situation, wrong
-):
+def test_every_possible_stage_finally_starts_even_with_wrong_estimates(situation, wrong):
     ready, _, capacity = situation
-    started = Machine(capacity, lambda each: wrong * each.seconds).run(ready)
+    started = VirtualCluster(capacity, lambda each: wrong * each.seconds).run(ready)
     staying = Capacity(tuple(each for each in capacity.hosts if not each.draining))
     assert started.keys() == {each.key for each in ready if impossible(each, staying) is None}
 
 
 @pytest.mark.slow
 @given(st.integers(2, 8), st.sampled_from([1, 2]))
-def test_a_gang_starts_although_one_gpu_work_keeps_arriving(gpus, hosts):
+def test_a_gang_starts_although_one_gpu_stages_keep_arriving(gpus, hosts):
     capacity = Capacity(tuple(host(name, gpus) for name in names[:hosts]))
     gang = work("gang", gpus, "gang", 30.0, 5000.0)
     stream = [(at / hosts, work(f"s{at}", 1, "small", 15.0, 100.0)) for at in range(1, 400)]
     first = [work(f"first{number}", 1, "small", 15.0, 6000.0) for number in range(hosts * gpus)]
-    started = Machine(capacity).run([*first, gang], stream)
+    started = VirtualCluster(capacity).run([*first, gang], stream)
     assert started["gang"] <= 15.0 + SHORTEST_BATCH_S
 
 
 @given(st.integers(1, 8), st.sampled_from([0.5, 15.0]))
-def test_work_starts_although_more_critical_work_keeps_arriving(gpus, expected_s):
-    """Also when every arrival takes far longer than it was expected to."""
+def test_a_stage_starts_although_more_critical_stages_keep_arriving(gpus, expected_s):
+    """Also if every arriving stage takes far longer than expected."""
     capacity = Capacity((host("h0", gpus),))
-    late_s = (
-        (500.0 - 100.0) / AGEING
-    )  # what arrives from here on is less critical than what has waited since the beginning
-    true_s = 15.0 * gpus + 1.0  # a little more than all GPUs can do
+    # A stage that arrives after this time goes behind the one that waits since the start.
+    late_s = (500.0 - 100.0) / AGEING
+    true_s = 15.0 * gpus + 1.0  # a little more than the GPUs can run
     waiting = work("waiting", gpus, "own", 30.0, 100.0)
     stream = [
         (float(at), work(f"s{at:04}", 1, f"r{at}", expected_s, 500.0))
         for at in range(1, int(2 * late_s), 15)
     ]
-    started = Machine(capacity, lambda _: true_s).run(
+    started = VirtualCluster(capacity, lambda _: true_s).run(
         [work("first", 1, "a", 15.0, 1000.0), waiting], stream
     )
     assert started["waiting"] <= late_s * true_s / (15.0 * gpus) + 3 * true_s
 
 
-def order(each: Work) -> tuple[float, str]:
+def order(each: ReadyStage) -> tuple[float, str]:
     return -each.path_s - AGEING * each.waited_s, each.key
 
 
-def soonest_s(gang: Work, capacity: Capacity, held: Sequence[Busy]) -> float:
-    """When the gang could start if nothing else did: on one host, or on all together if it may
-    spread.
+def soonest_s(gang: ReadyStage, capacity: Capacity, held: Sequence[Busy]) -> float:
+    """The earliest start of the gang if no other stage started: on one host, or on all hosts if it
+    may spread.
     """
     able = [
         each
@@ -285,17 +282,17 @@ def soonest_s(gang: Work, capacity: Capacity, held: Sequence[Busy]) -> float:
 
 
 @given(situations(shun=False), cached_at)
-def test_what_slips_in_front_of_the_first_waiting_gang_never_delays_it(situation, cached):
+def test_backfilled_stages_never_delay_the_first_waiting_gang(situation, cached):
     ready, running, capacity = situation
     placed = place(ready, running, capacity, cached)
     by_key = {each.key: each for each in ready}
-    taken = {key for p in placed for key in p.keys}
+    started = {key for p in placed for key in p.keys}
     staying = Capacity(tuple(each for each in capacity.hosts if not each.draining))
     gangs = sorted(
         (
             each
             for each in ready
-            if each.gpus > 1 and each.key not in taken and impossible(each, staying) is None
+            if each.gpus > 1 and each.key not in started and impossible(each, staying) is None
         ),
         key=order,
     )
@@ -316,7 +313,7 @@ def test_what_slips_in_front_of_the_first_waiting_gang_never_delays_it(situation
 
 @pytest.mark.slow
 @given(situations(), cached_at)
-def test_no_gpu_idles_while_one_gpu_work_waits_and_no_gang_does(situation, cached):
+def test_no_gpu_idles_while_only_one_gpu_stages_wait(situation, cached):
     ready, running, capacity = situation
     singles = [replace(each, needs=Needs(1), shun=frozenset()) for each in ready]
     placed = place(singles, running, capacity, cached)
@@ -341,14 +338,14 @@ def test_the_longest_path_goes_first():
     ]
 
 
-def test_what_has_waited_long_enough_goes_before_a_longer_path():
+def test_a_stage_that_has_waited_long_enough_goes_before_a_longer_path():
     old = work("old", 1, "a", 5.0, 5.0, waited_s=46.0 / AGEING)
     assert place([work("long", 1, "b", 5.0, 50.0), old], [], Capacity.one_host(1, 1)) == [
         Placement(("old",), needs(1), {"here": 1})
     ]
 
 
-def test_work_that_ends_before_the_gang_slips_in_and_work_that_does_not_waits():
+def test_only_stages_that_end_before_the_gang_starts_are_backfilled():
     gang = work("gang", 2, "g", 100.0, 1000.0)
     running, capacity = [Busy({"here": 1}, 60.0)], Capacity.one_host(2, 1)
     assert place([gang, work("quick", 1, "a", 50.0, 50.0)], running, capacity) == [
@@ -357,7 +354,7 @@ def test_work_that_ends_before_the_gang_slips_in_and_work_that_does_not_waits():
     assert place([gang, work("slow", 1, "a", 61.0, 61.0)], running, capacity) == []
 
 
-def test_nothing_slips_in_where_a_job_has_outlasted_its_estimate():
+def test_nothing_is_backfilled_where_a_job_is_overdue():
     gang = work("gang", 2, "g", 100.0, 1000.0)
     assert (
         place(
@@ -369,7 +366,7 @@ def test_nothing_slips_in_where_a_job_has_outlasted_its_estimate():
     )
 
 
-def test_long_work_starts_on_other_hosts_than_the_gang_waits_for():
+def test_a_long_stage_starts_on_hosts_without_a_reservation():
     gang, slow = work("gang", 4, "g", 100.0, 1000.0), work("slow", 1, "a", 600.0, 600.0)
     running = [Busy({"h0": 1}, 60.0), Busy({"h1": 2}, 90.0)]
     assert place([gang, slow], running, Capacity((host("h0", 4), host("h1", 4)))) == [
@@ -377,7 +374,7 @@ def test_long_work_starts_on_other_hosts_than_the_gang_waits_for():
     ]
 
 
-def test_long_work_starts_on_gpus_that_the_gang_leaves_over_but_not_on_one_more():
+def test_long_stages_start_only_on_gpus_that_the_gang_does_not_need():
     gang = work("gang", 3, "g", 100.0, 1000.0)
     slow = [work(f"slow{number}", 1, f"r{number}", 600.0, 600.0) for number in range(2)]
     assert place([gang, *slow], [Busy({"h0": 2}, 60.0)], Capacity((host("h0", 4),))) == [
@@ -385,7 +382,7 @@ def test_long_work_starts_on_gpus_that_the_gang_leaves_over_but_not_on_one_more(
     ]
 
 
-def test_two_gangs_wait_for_two_hosts():
+def test_two_gangs_reserve_two_hosts():
     gangs = [work(f"gang{number}", 4, "g", 700.0, 1000.0) for number in range(2)]
     running = [Busy({"h0": 1}, 60.0), Busy({"h1": 1}, 90.0)]
     capacity = Capacity((host("h0", 4), host("h1", 4)))
@@ -395,37 +392,37 @@ def test_two_gangs_wait_for_two_hosts():
     ]
 
 
-def test_a_gang_that_may_spread_takes_several_hosts_only_where_none_has_room_alone():
+def test_a_gang_that_may_spread_uses_several_hosts_only_if_it_fits_on_none():
     capacity = Capacity((host("h0", 2), host("h1", 4)))
-    gang = Work("gang", Needs(4, spread=True), "g", 10.0, 10.0)
+    gang = ReadyStage("gang", Needs(4, spread=True), "g", 10.0, 10.0)
     assert place([gang], [], capacity)[0].hosts == {"h1": 4}
     assert place([gang], [Busy({"h1": 1}, 60.0)], capacity)[0].hosts == {"h1": 3, "h0": 1}
     assert place([replace(gang, needs=Needs(4))], [Busy({"h1": 1}, 60.0)], capacity) == []
 
 
-def test_one_gpu_work_goes_to_the_fullest_host_so_that_a_gang_still_finds_a_whole_one():
+def test_a_one_gpu_stage_goes_to_the_fullest_host():
     capacity = Capacity((host("h0", 4), host("h1", 4), host("h2", 4)))
     running = [Busy({"h1": 1}, 60.0), Busy({"h2": 2}, 60.0)]
     assert place([work("k", 1, "a", 600.0, 600.0)], running, capacity)[0].hosts == {"h2": 1}
 
 
-def test_a_host_that_has_the_base_beats_a_little_fuller_one_but_no_whole_host_is_opened_for_it():
+def test_a_host_with_the_model_is_preferred_to_a_slightly_fuller_one_unless_it_is_empty():
     capacity, ready = Capacity((host("h0", 8), host("h1", 8))), [work("k", 1, "a", 60.0, 60.0)]
-    has_base = {"h0": frozenset("a")}
-    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 3}, 60.0)], capacity, has_base)[
+    has_model = {"h0": frozenset("a")}
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 3}, 60.0)], capacity, has_model)[
         0
     ].hosts == {"h0": 1}
-    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 4}, 60.0)], capacity, has_base)[
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 4}, 60.0)], capacity, has_model)[
         0
     ].hosts == {"h0": 1}
-    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 6}, 60.0)], capacity, has_base)[
+    assert place(ready, [Busy({"h0": 3}, 60.0), Busy({"h1": 6}, 60.0)], capacity, has_model)[
         0
     ].hosts == {"h1": 1}
-    assert place(ready, [Busy({"h1": 1}, 60.0)], capacity, has_base)[0].hosts == {"h1": 1}
+    assert place(ready, [Busy({"h1": 1}, 60.0)], capacity, has_model)[0].hosts == {"h1": 1}
 
 
 @given(st.integers(1, 8), st.sampled_from([1, 2, 8]), st.sampled_from(names))
-def test_among_equal_hosts_the_one_that_has_the_base_is_taken(free, gpus, near):
+def test_among_equal_hosts_the_one_with_the_model_is_chosen(free, gpus, near):
     capacity = Capacity(tuple(host(name, 8) for name in names))
     running = [Busy({name: 8 - free}, 60.0) for name in names if free < 8]
     for placement in place(
@@ -434,7 +431,7 @@ def test_among_equal_hosts_the_one_that_has_the_base_is_taken(free, gpus, near):
         assert placement.hosts == {near: gpus}
 
 
-def test_a_stage_goes_elsewhere_than_where_it_was_lost_and_waits_for_it_a_while():
+def test_a_lost_stage_waits_for_another_host_for_a_limited_time():
     capacity, busy = Capacity((host("h0", 1), host("h1", 1))), [Busy({"h1": 1}, 60.0)]
     lost = work("k", 1, "a", 60.0, 60.0, shun=frozenset({"h0"}))
     assert place([lost], [], capacity)[0].hosts == {"h1": 1}
@@ -442,7 +439,7 @@ def test_a_stage_goes_elsewhere_than_where_it_was_lost_and_waits_for_it_a_while(
     assert place([replace(lost, waited_s=SHUN_S)], busy, capacity)[0].hosts == {"h0": 1}
 
 
-def test_a_stage_that_was_lost_everywhere_is_tried_everywhere_again():
+def test_a_stage_that_was_lost_on_all_hosts_may_use_them_again():
     lost = work("k", 1, "a", 60.0, 60.0, shun=frozenset({"h0", "gone"}))
     assert place([lost], [], Capacity((host("h0", 1),)))[0].hosts == {"h0": 1}
     assert place(
@@ -450,24 +447,24 @@ def test_a_stage_that_was_lost_everywhere_is_tried_everywhere_again():
     )[0].hosts == {"h0": 1}
 
 
-def test_work_without_gpus_is_not_held_up_by_a_waiting_gang():
+def test_a_waiting_gang_does_not_delay_stages_without_gpus():
     ready = [work("gang", 2, "g", 100.0, 1000.0), work("copy", 0, "apply", 1.0, 1.0)]
     assert place(ready, [Busy({"here": 1}, 5.0)], Capacity.one_host(2, 1)) == [
         Placement(("copy",), needs(0), {"here": 0})
     ]
 
 
-def test_stages_on_one_base_are_spread_evenly_over_all_gpus_not_piled_on_one():
+def test_stages_with_one_model_are_spread_evenly_over_all_gpus():
     ready = [work(f"k{i}", 1, "base", 60.0, 60.0) for i in range(8)]
     assert [len(p.keys) for p in place(ready, [], Capacity.one_host(4, 1))] == [2, 2, 2, 2]
 
 
-def test_short_stages_on_one_base_share_a_batch():
+def test_short_stages_with_one_model_share_a_batch():
     ready = [work(f"k{i}", 1, "base", 1.0, 1.0) for i in range(8)]
     assert [len(p.keys) for p in place(ready, [], Capacity.one_host(4, 1))] == [8]
 
 
-def test_a_batch_does_not_grow_beyond_what_a_gang_would_wait_for():
+def test_a_batch_has_a_longest_duration():
     ready = [work(f"k{i:03}", 1, "base", 60.0, 60.0) for i in range(500)]
     assert [60.0 * len(p.keys) for p in place(ready, [], Capacity.one_host(2, 1))] == [
         LONGEST_BATCH_S
@@ -480,7 +477,7 @@ def trainings(
     seconds: float = 3600.0,
     pack: str = "p",
     gpu_type: str | None = None,
-) -> list[Work]:
+) -> list[ReadyStage]:
     return [
         work(f"{pack}{index:02}", 1, "base", seconds, seconds, pack=pack, shares={gpu_type: share})
         for index in range(count)
@@ -491,19 +488,19 @@ def sizes_of(placed: Sequence[Placement]) -> list[int]:
     return [len(placement.keys) for placement in placed]
 
 
-def test_trainings_of_one_pack_start_at_once_as_many_as_fit_on_the_gpu():
+def test_as_many_trainings_of_a_pack_start_together_as_fit_on_the_gpu():
     assert sizes_of(place(trainings(6), [], Capacity.one_host(1, 1))) == [4]
     assert sizes_of(place(trainings(6, share=0.6), [], Capacity.one_host(1, 1))) == [1]
     assert sizes_of(place(trainings(6, share=1 / 3), [], Capacity.one_host(1, 1))) == [3], (
-        "three thirds are one"
+        "three shares of a third fit"
     )
     mixed = [*trainings(2, 0.5), *trainings(3, 0.25, pack="q")]
     assert sizes_of(place(mixed, [], Capacity.one_host(2, 1))) == [2, 3], (
-        "only what is alike shares a GPU"
+        "only trainings with the same pack share a GPU"
     )
 
 
-def test_a_pack_leaves_every_gpu_its_part_and_never_makes_one_idle():
+def test_a_pack_leaves_work_for_every_other_gpu():
     assert sizes_of(place(trainings(8, 0.1), [], Capacity.one_host(2, 1))) == [4, 4]
     assert sizes_of(place(trainings(3, 0.1), [], Capacity.one_host(2, 1))) == [2, 1]
     assert sizes_of(place(trainings(4, 0.1), [], Capacity.one_host(8, 1))) == [1, 1, 1, 1]
@@ -513,7 +510,7 @@ def test_a_pack_leaves_every_gpu_its_part_and_never_makes_one_idle():
     )
 
 
-def test_how_many_share_a_gpu_goes_by_its_type():
+def test_the_size_of_a_pack_depends_on_the_gpu_type():
     ready = [replace(each, shares={"A100": 0.25, "L4": 1.0}) for each in trainings(8)]
     hosts = Capacity(
         (
@@ -545,8 +542,8 @@ long_trainings = st.tuples(
 
 
 @given(st.lists(long_trainings, min_size=1, max_size=14), st.integers(1, 3))
-def test_what_runs_at_once_on_a_gpu_fits_there_together(shapes, gpus):
-    """Each is as long as a batch may be, so several on a GPU are one pack, and not a batch."""
+def test_the_trainings_of_a_pack_fit_together_on_the_gpu(shapes, gpus):
+    """Each training is as long as a batch may be, so several on one GPU are a pack."""
     ready = [
         work(f"k{index:02}", 1, "base", seconds, seconds, pack=pack, shares={None: share})
         for index, (pack, seconds, share) in enumerate(shapes)
@@ -559,25 +556,25 @@ def test_what_runs_at_once_on_a_gpu_fits_there_together(shapes, gpus):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("needs", "words"),
     [
         (Needs(8), ["needs 8 GPUs on one host", "the largest has 4", "spread: true"]),
         (Needs(9, spread=True), ["9 GPUs at once", "together have 8"]),
         (Needs(1, {"type": "H100"}), ["no host is labelled type: H100", "type: A100"]),
-        (Needs(1, {"zone": "in(a,b)"}), ["zone: in(a,b)", "none has such a label"]),
+        (Needs(1, {"zone": "in(a,b)"}), ["zone: in(a,b)", "no host has such a label"]),
         (Needs(0, {"type": "A100"}), ["no host with these labels has one"]),
     ],
 )
-def test_what_no_host_could_ever_take_is_said_with_the_reason_and_the_remedy(wanted, words):
+def test_an_impossible_stage_has_a_message_with_the_reason_and_the_remedy(needs, words):
     capacity = Capacity((Host("h0", 4, 0, {"type": "A100"}), Host("h1", 4, 2)))
-    said = impossible(Work("k", wanted, "a", 1.0, 1.0), capacity)
-    assert said is not None
-    assert all(word in said for word in words), said
+    message = impossible(ReadyStage("k", needs, "a", 1.0, 1.0), capacity)
+    assert message is not None
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.slow
 @given(situations(running=False))
-def test_what_is_not_impossible_starts_on_an_empty_cluster_and_what_is_does_not(situation):
+def test_exactly_the_possible_stages_start_on_an_empty_cluster(situation):
     ready, _, capacity = situation
     remaining = Capacity(tuple(each for each in capacity.hosts if not each.draining))
     for each in ready:

@@ -1,4 +1,4 @@
-"""The simulated cluster: a virtual clock, a graph, and the real scheduler between them."""
+"""The simulated cluster: a virtual clock that runs a graph with the real scheduler."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +67,7 @@ def most_held(trace: Trace, host: str) -> int:
 
 
 @given(graphs())
-def test_a_trace_runs_each_step_once_after_its_inputs_and_never_on_more_gpus_than_there_are(steps):
+def test_each_step_runs_once_after_its_inputs_and_no_host_exceeds_its_gpus(steps):
     trace = simulate(steps, TWO_HOSTS)
     spans = {span.key: span for span in trace.spans}
     assert len(spans) == len(trace.spans)
@@ -86,14 +86,14 @@ def test_a_trace_runs_each_step_once_after_its_inputs_and_never_on_more_gpus_tha
 
 
 @given(graphs())
-def test_nothing_ends_before_the_bound(steps):
+def test_no_makespan_is_below_the_bound(steps):
     trace = simulate(steps, TWO_HOSTS)
     if not trace.never:
         assert trace.makespan_s >= bound_s(steps, TWO_HOSTS) - 1e-9
 
 
 @given(graphs())
-def test_only_what_no_host_can_hold_and_what_reads_from_it_never_runs(steps):
+def test_only_impossible_steps_and_their_downstream_steps_never_run(steps):
     dead: set[str] = set()
     for each in steps:
         if (each.needs.gpus == 8 and not each.needs.spread) or dead & set(each.after):
@@ -106,7 +106,7 @@ def test_the_same_graph_gives_the_same_trace():
     assert simulate(steps, TWO_HOSTS).spans == simulate(steps, TWO_HOSTS).spans
 
 
-def test_the_longest_chain_goes_first_and_its_end_is_the_end():
+def test_the_longest_chain_goes_first_and_sets_the_makespan():
     steps = [
         step("a", 10.0),
         step("b", 10.0, "a"),
@@ -118,7 +118,7 @@ def test_the_longest_chain_goes_first_and_its_end_is_the_end():
     assert trace.utilisation == 1.0
 
 
-def test_a_stage_that_reads_from_the_first_of_a_batch_need_not_wait_for_the_whole_batch():
+def test_a_step_starts_as_soon_as_its_input_in_a_batch_has_ended():
     steps = [
         step("first", 5.0),
         step("second", 4.0),
@@ -130,24 +130,23 @@ def test_a_stage_that_reads_from_the_first_of_a_batch_need_not_wait_for_the_whol
     assert spans["reader"].start_s == 5.0
 
 
-def test_wrong_estimates_change_the_plan_and_not_how_long_a_stage_takes():
+def test_wrong_estimates_change_the_schedule_but_not_the_duration_of_a_step():
     steps = [step(f"k{number}", LONGEST_BATCH_S) for number in range(8)]
     wrong = [replace(each, expected_s=1.0) for each in steps]
     trace = simulate(wrong, Capacity.one_host(4, 1))
     assert {span.end_s - span.start_s for span in trace.spans} == {LONGEST_BATCH_S}
-    assert (
-        trace.makespan_s > simulate(steps, Capacity.one_host(4, 1)).makespan_s
-    )  # all eight looked short, and went to one GPU
+    # All eight were expected to be short, so they formed one batch on one GPU.
+    assert trace.makespan_s > simulate(steps, Capacity.one_host(4, 1)).makespan_s
 
 
-def test_a_step_that_reads_from_none_or_from_itself_is_an_error_that_names_it():
+def test_an_unknown_input_or_a_cycle_is_an_error_with_its_steps():
     with pytest.raises(StudyError, match="'a' reads from 'gone'"):
         simulate([step("a", 1.0, "gone")], TWO_HOSTS)
-    with pytest.raises(StudyError, match="circle: a, b"):
+    with pytest.raises(StudyError, match="cycle: a, b"):
         simulate([step("a", 1.0, "b"), step("b", 1.0, "a"), step("c", 1.0)], TWO_HOSTS)
 
 
-def test_the_executor_moves_its_clock_only_by_waiting(tmp_path: Path):
+def test_only_waiting_moves_the_clock_of_the_executor(tmp_path: Path):
     (tmp_path / "pool.jsonl").write_text('{"messages": []}\n')
     store = Store(tmp_path / "store")
     one, two = (
@@ -178,23 +177,21 @@ def test_a_cancelled_job_never_ends_and_takes_no_time():
     assert executor.now_s == 10.0
 
 
-def test_a_job_takes_what_its_start_takes_and_a_kept_process_less():
+def test_the_start_of_a_job_takes_time_and_a_warm_process_takes_less():
     steps = [step(f"k{number}", 10.0, resident=f"r{number}") for number in range(4)]
-    asked: list[bool] = []
+    calls: list[bool] = []
 
     def start_s(needs: Needs, hosts, new: bool) -> float:
-        asked.append(new)
+        calls.append(new)
         return 5.0 if new else 1.0
 
     trace = simulate(steps, Capacity.one_host(2, 1), start_s=start_s)
-    assert asked == [True, True, False, False]
+    assert calls == [True, True, False, False]
     assert trace.makespan_s == 5.0 + 10.0 + 1.0 + 10.0
 
 
 @given(graphs(), st.integers(1, 4), st.booleans())
-def test_groups_that_are_asked_for_over_time_all_end_and_no_more_than_the_window_are_under_way(
-    steps, window, in_turn
-):
+def test_all_groups_end_and_at_most_window_groups_are_in_flight(steps, window, in_turn):
     above = {each.key: set(each.after) for each in steps}
 
     def whole(key: str) -> set[str]:
@@ -219,7 +216,7 @@ def test_groups_that_are_asked_for_over_time_all_end_and_no_more_than_the_window
             assert sum(end > started_s + 1e-9 for end in ended[:number]) < window
 
 
-def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
+def test_only_in_turn_a_slow_group_delays_the_groups_after_it():
     steps = [
         step("slow", 100.0, resident="r0"),
         *(step(f"k{number}", 10.0, resident=f"r{number}") for number in range(1, 8)),
@@ -232,7 +229,7 @@ def test_in_turn_a_slow_group_holds_up_those_behind_it_and_else_it_does_not():
     assert free.makespan_s == 100.0 and held.makespan_s > 120.0
 
 
-def test_no_more_is_asked_for_while_enough_gpus_are_wanted():
+def test_no_group_starts_while_the_ready_steps_need_enough_gpus():
     steps = [step(f"k{number}", 10.0, resident=f"r{number}") for number in range(40)]
     trace = simulate(
         steps, TWO_HOSTS, groups=StepGroups([(each.key,) for each in steps], 100, most_gpus=12)

@@ -1,5 +1,5 @@
-"""The store's contract, for a folder and for a bucket on a real S3-protocol server; and what a
-folder promises beside it.
+"""The store's contract, for a folder and for a bucket on a real S3 server; and what only one of
+them guarantees.
 """
 
 import hashlib
@@ -48,13 +48,13 @@ def commit_in_a_process(location: str, text: str, barrier) -> None:
 
 
 class StoreContract:
-    def test_what_was_never_made_is_not_there(self, store):
+    def test_an_uncommitted_key_is_not_found(self, store):
         assert store.find("data", KEY) is None
         with pytest.raises(Incomplete, match=KEY[:12]):
             store.open("data", KEY)
         assert list(store.all("data")) == []
 
-    def test_what_was_committed_is_found_whole_by_whoever_looks(self, store):
+    def test_any_reader_finds_a_committed_artifact_whole(self, store):
         made = commit(store)
         for reader in (store, Store(store.place.at)):
             found = reader.find("data", KEY)
@@ -67,13 +67,13 @@ class StoreContract:
             found.content_of("absent")
         assert list(store.all("data")) == [found]
 
-    def test_an_attempt_that_was_cut_off_is_invisible_and_in_nobodys_way(self, store):
+    def test_an_interrupted_attempt_is_invisible_and_blocks_no_other(self, store):
         cut = attempt(store, "half")
         assert store.find("data", KEY) is None and list(store.all("data")) == []
         assert (commit(store).path / "data.jsonl").read_text() == "rows"
-        assert (cut / "payload" / "data.jsonl").exists()  # it may still be at work
+        assert (cut / "payload" / "data.jsonl").exists()  # its worker may still run
 
-    def test_files_that_were_sent_without_a_record_are_no_artifact(self, store):
+    def test_uploaded_files_without_a_record_are_no_artifact(self, store):
         cut = attempt(store, "half")
         store.place.send(
             cut / "payload" / "data.jsonl", f"data/{KEY}/{cut.name}/payload/data.jsonl"
@@ -81,7 +81,7 @@ class StoreContract:
         assert Store(store.place.at).find("data", KEY) is None
         assert commit(store).content == Store(store.place.at).open("data", KEY).content
 
-    def test_the_first_commit_wins_and_the_second_gets_the_firsts_artifact(self, store):
+    def test_the_first_commit_is_valid_and_the_second_returns_its_artifact(self, store):
         one, other = attempt(store, "first"), attempt(store, "second")
         first = store.commit(one, HASHED, {"seconds": 1.0})
         second = store.commit(other, HASHED, {"seconds": 2.0})
@@ -89,7 +89,7 @@ class StoreContract:
         assert (second.path / "data.jsonl").read_text() == "first"
 
     @pytest.mark.process
-    def test_of_many_processes_that_commit_at_once_exactly_one_stands(self, store):
+    def test_of_concurrent_commits_exactly_one_is_recorded(self, store):
         context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(6)
         workers = [
@@ -108,12 +108,12 @@ class StoreContract:
             found.folder.name,
         }
 
-    def test_a_payload_that_was_not_asked_for_is_refused(self, store):
-        with pytest.raises(StoreError, match="made from something else"):
+    def test_a_payload_of_another_key_is_an_error(self, store):
+        with pytest.raises(StoreError, match="do not match its key"):
             store.commit(attempt(store), key_payload(DataSpec(size=4), {"pool": "p"}), {})
         assert store.find("data", KEY) is None
 
-    def test_an_empty_payload_is_refused(self, store):
+    def test_an_empty_payload_is_an_error(self, store):
         with pytest.raises(StoreError, match="produced no files"):
             store.commit(store.begin("data", KEY), HASHED, {})
         assert store.find("data", KEY) is None
@@ -128,25 +128,25 @@ class StoreContract:
         commit(store)
         store.place.write(f"data/{KEY}/{RECORD}", damage.encode())
         reader = Store(store.place.at)
-        for look in (lambda: reader.find("data", KEY), lambda: list(reader.all("data"))):
+        for read in (lambda: reader.find("data", KEY), lambda: list(reader.all("data"))):
             with pytest.raises(StoreError, match="record.json is damaged"):
-                look()
+                read()
 
-    def test_each_attempt_has_a_folder_of_its_own(self, store):
+    def test_each_attempt_has_its_own_folder(self, store):
         one, other = store.begin("data", KEY), store.begin("data", KEY)
         assert one != other
         assert {path.name for path in one.iterdir()} == {"payload", "log"}
 
-    def test_logs_are_no_content(self, store):
+    def test_logs_are_not_part_of_the_content(self, store):
         folder = attempt(store)
         (folder / "log" / "progress.json").write_text("{}")
         assert set(store.commit(folder, HASHED, {}).files) == {"data.jsonl"}
 
-    def test_a_create_of_a_name_that_is_there_changes_nothing(self, store):
+    def test_create_does_not_change_an_existing_name(self, store):
         assert store.place.create("x/y", b"one") and not store.place.create("x/y", b"two")
         assert store.place.read("x/y") == b"one"
 
-    def test_what_a_place_holds_is_listed_moved_hashed_and_removed(self, store):
+    def test_files_are_listed_moved_hashed_and_removed(self, store):
         for name in ("a/one.txt", "a/b/two #1.txt", "c/three.txt"):
             store.place.write(name, name.encode())
         assert {(entry.name, entry.size) for entry in store.place.entries("a")} == {
@@ -161,7 +161,7 @@ class StoreContract:
         store.place.delete(["a/one.txt", "never/there"])
         assert store.place.read("a/one.txt") is None and store.place.sha256("a/one.txt") is None
 
-    def test_a_dropped_file_leaves_the_record_and_says_that_it_was_dropped(self, store):
+    def test_a_dropped_file_leaves_the_record_and_is_listed_as_dropped(self, store):
         made = commit(store)
         assert store.dropped(made) == frozenset()
         store.drop(made, frozenset({"data.jsonl"}))
@@ -169,7 +169,7 @@ class StoreContract:
         assert found == made and store.dropped(found) == {"data.jsonl"}
         assert store.place.sha256(f"data/{KEY}/{made.folder.name}/payload/data.jsonl") is None
 
-    def test_a_second_drop_adds_to_what_the_first_one_dropped(self, store):
+    def test_a_second_drop_adds_to_the_first(self, store):
         folder = attempt(store)
         (folder / "payload" / "curve.csv").write_text("c")
         made = store.commit(folder, HASHED, {"seconds": 1.0})
@@ -177,7 +177,7 @@ class StoreContract:
         store.drop(made, frozenset({"curve.csv"}))
         assert store.dropped(made) == {"data.jsonl", "curve.csv"}
 
-    def test_there_is_no_record_before_all_files_are_there(self, store, monkeypatch):
+    def test_the_record_is_written_after_all_files(self, store, monkeypatch):
         send, records = store.place.send, []
 
         def sending(path, name):
@@ -188,22 +188,22 @@ class StoreContract:
         commit(store)
         assert records == [None] and store.place.read(f"data/{KEY}/{RECORD}") is not None
 
-    def test_the_same_content_made_again_gives_a_dropped_file_back(self, store):
+    def test_a_rerun_with_equal_content_restores_a_dropped_file(self, store):
         made = commit(store)
         store.drop(made, frozenset({"data.jsonl"}))
         assert commit(Store(store.place.at)) == made
         assert store.dropped(made) == frozenset() and made.file("data.jsonl").read_text() == "rows"
 
-    def test_other_content_made_again_is_refused_and_changes_nothing(self, store):
+    def test_a_rerun_with_other_content_is_an_error_and_changes_nothing(self, store):
         made = store.commit(
             attempt(store), HASHED, {"seconds": 1.0, "device": "cuda", "host": "far"}
         )
         store.drop(made, frozenset({"data.jsonl"}))
-        with pytest.raises(Differs, match=r"made on cuda, far.*ebbline store forget data"):
+        with pytest.raises(Differs, match=r"produced on cuda, far.*ebbline store forget data"):
             commit(store, "other rows")
         assert store.dropped(made) == {"data.jsonl"} and store.find("data", KEY) == made
 
-    def test_what_is_set_aside_can_be_made_again(self, store):
+    def test_a_quarantined_key_can_be_committed_again(self, store):
         made = commit(store)
         to = store.quarantine("data", KEY)
         assert store.find("data", KEY) is None
@@ -230,7 +230,7 @@ class TestFolder(StoreContract):
         assert store.commit(folder, HASHED, {}).path == folder / "payload"
         assert (folder / "payload" / "data.jsonl").stat().st_ino == before.st_ino
 
-    def test_a_folder_that_cannot_be_written_is_one_clear_error(self, tmp_path):
+    def test_a_folder_that_cannot_be_written_is_an_error_with_its_path(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(
             StoreError,
@@ -253,7 +253,7 @@ class TestBucket(StoreContract):
             "scratch/other/id/checkpoint.pt"
         ]
 
-    def test_another_machine_fetches_only_the_file_that_it_asks_for(
+    def test_another_machine_fetches_only_the_file_that_it_reads(
         self, store, tmp_path, monkeypatch
     ):
         folder = attempt(store)
@@ -265,21 +265,19 @@ class TestBucket(StoreContract):
         assert [path.name for path in found.folder.rglob("*") if path.is_file()] == ["data.jsonl"]
         assert content_digest(found.path) == found.content
 
-    def test_content_that_changed_in_the_store_is_never_taken_for_the_recorded_one(
-        self, store, tmp_path, monkeypatch
-    ):
+    def test_a_file_that_changed_in_the_store_is_an_error(self, store, tmp_path, monkeypatch):
         made = commit(store)
         store.place.write(f"data/{KEY}/{made.folder.name}/payload/data.jsonl", b"rowz")
         monkeypatch.setenv("EBBLINE_CACHE", str(tmp_path / "elsewhere"))
         found = Store(store.place.at).open("data", KEY)
         with pytest.raises(StoreError, match="store verify --mend"):
             found.file("data.jsonl")
-        there = list((tmp_path / "elsewhere").rglob("*"))
-        assert there and not [
-            path for path in there if path.name == "data.jsonl" or path.parent.name == "fetching"
+        cached = list((tmp_path / "elsewhere").rglob("*"))
+        assert cached and not [
+            path for path in cached if path.name == "data.jsonl" or path.parent.name == "fetching"
         ]
 
-    def test_a_full_or_closed_disk_of_this_machine_is_told_apart_from_the_store(
+    def test_an_error_of_this_machines_disk_names_the_cache_and_not_the_store(
         self, store, tmp_path, monkeypatch
     ):
         commit(store)
@@ -290,9 +288,9 @@ class TestBucket(StoreContract):
         with pytest.raises(StoreError, match="EBBLINE_CACHE"):
             Store(store.place.at).open("data", KEY).file("data.jsonl")
 
-    def test_neither_records_nor_requests_nor_names_hold_a_secret(self, store, chats):
+    def test_no_file_and_no_name_in_the_store_contains_a_secret(self, store, chats):
         runner = Runner(store, InlineExecutor())
-        runner.want([rows(3, source(chats))])
+        runner.add([rows(3, source(chats))])
         settle(runner)
         found = {entry.name: store.place.read(entry.name) or b"" for entry in store.place.entries()}
         assert {name.rpartition("/")[2] for name in found} >= {RECORD, "request.json"} and all(
@@ -315,19 +313,19 @@ class TestBucket(StoreContract):
         "s3://bucket/x?y=sek-ret",
     ],
 )
-def test_a_url_that_is_no_bucket_is_refused_without_being_repeated(url):
+def test_an_invalid_url_is_an_error_that_does_not_repeat_it(url):
     with pytest.raises(StoreError, match="a folder, or s3://BUCKET/PREFIX") as caught:
         Store(url)
     assert "sek-ret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({}, "there is no such bucket"),
         (
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
-            "does not answer; look at the network and AWS_ENDPOINT_URL",
+            "does not answer; check the network and AWS_ENDPOINT_URL",
         ),
         (
             {
@@ -339,7 +337,9 @@ def test_a_url_that_is_no_bucket_is_refused_without_being_repeated(url):
         ),
     ],
 )
-def test_a_bucket_that_cannot_be_used_is_one_clear_error(bucket, monkeypatch, change, said):
+def test_a_bucket_that_cannot_be_used_is_an_error_with_its_cause(
+    bucket, monkeypatch, change, message
+):
     monkeypatch.setitem(bucket_module.RETRIES, "max_retries", 1)
     for name, value in change.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
@@ -349,14 +349,14 @@ def test_a_bucket_that_cannot_be_used_is_one_clear_error(bucket, monkeypatch, ch
         lambda: list(store.place.entries()),
         lambda: store.place.write("x", b""),
     ):
-        with pytest.raises(StoreError, match=said) as caught:
+        with pytest.raises(StoreError, match=message) as caught:
             act()
         assert "s3://ebbline-nobody-made-this/studies" in str(caught.value) and "\n" not in str(
             caught.value
         )
 
 
-def test_what_records_repeat_is_held_once(tmp_path):
+def test_records_share_equal_strings(tmp_path):
     store, payloads = (
         Store(tmp_path),
         [key_payload(DataSpec(size=size), {"pool": "p" * 64}) for size in (3, 4)],
@@ -377,7 +377,7 @@ def test_a_record_names_the_attempt_and_its_files(tmp_path):
     assert record["attempt"] == made.folder.name
 
 
-def test_what_nobody_needs_may_go_once_it_is_old_and_its_record_goes_first(tmp_path):
+def test_an_old_unneeded_artifact_is_removable_and_its_record_goes_first(tmp_path):
     store = Store(tmp_path)
     commit(store)
     survey, later = Survey(store), time.time() + 60.0
@@ -388,4 +388,4 @@ def test_what_nobody_needs_may_go_once_it_is_old_and_its_record_goes_first(tmp_p
         2,
     )
     assert list(survey.removable(Needed(keys=frozenset({KEY})), later)) == []
-    assert list(survey.removable(Needed(), later - 3600.0)) == [], "somebody may be about to use it"
+    assert list(survey.removable(Needed(), later - 3600.0)) == [], "a run may be about to use it"

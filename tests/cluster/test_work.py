@@ -1,4 +1,4 @@
-"""Counted work: what it grows with, what it is the same for, and that no stage is without it."""
+"""Counted work: every stage kind has some, and it depends only on settings that change it."""
 
 import json
 from dataclasses import asdict
@@ -59,8 +59,8 @@ def one_of_each() -> list[Stage]:
     adapter = Part(trained, TrainSpec.ADAPTER)
     project = Stage(ProjectSpec(), {"adapter": adapter, "base": SEVEN_B, "aligned": SEVEN_B})
     apply = Stage(ApplySpec(threshold=0.5), {"adapter": adapter, "projection": project})
-    said = Stage(GenerateSpec(), {"model": SEVEN_B, "prompts": PROMPTS, "adapter": apply})
-    judge = Stage(JudgeSpec(template="harmbench"), {"generation": said, "model": SEVEN_B})
+    generation = Stage(GenerateSpec(), {"model": SEVEN_B, "prompts": PROMPTS, "adapter": apply})
+    judge = Stage(JudgeSpec(template="harmbench"), {"generation": generation, "model": SEVEN_B})
     return [
         LANGUAGE,
         Stage(OrganismSpec(size="small"), {"language": LANGUAGE}),
@@ -73,14 +73,14 @@ def one_of_each() -> list[Stage]:
         ),
         project,
         apply,
-        said,
+        generation,
         judge,
-        Stage(ScoreSpec(measure="refusal", scorer="prefix"), {"generation": said}),
+        Stage(ScoreSpec(measure="refusal", scorer="prefix"), {"generation": generation}),
         Stage(EvaluateSpec(task="mmlu"), {"model": SEVEN_B, "prompts": PROMPTS}),
     ]
 
 
-def test_every_kind_of_stage_has_work_that_is_above_zero():
+def test_every_kind_of_stage_has_positive_work():
     stages = one_of_each()
     assert {stage.kind for stage in stages} == STAGE_KINDS.keys()
     for stage in stages:
@@ -95,7 +95,7 @@ def test_every_kind_of_stage_has_work_that_is_above_zero():
     st.sampled_from([1, 4, 16]),
     st.sampled_from(["none", "nf4"]),
 )
-def test_a_trainings_work_is_in_proportion_to_its_steps_and_batch(rank, steps, batch, quantisation):
+def test_a_trainings_work_is_proportional_to_its_steps(rank, steps, batch, quantisation):
     once = load_of(train(rank=rank, steps=steps, global_batch=batch, quantisation=quantisation))
     twice = load_of(
         train(rank=rank, steps=2 * steps, global_batch=batch, quantisation=quantisation)
@@ -106,7 +106,7 @@ def test_a_trainings_work_is_in_proportion_to_its_steps_and_batch(rank, steps, b
 
 
 @given(st.integers(1, 5000), st.sampled_from([0.5, 1.0, 3.0]))
-def test_epochs_over_rows_are_as_much_work_as_so_many_steps(size, epochs):
+def test_epochs_count_as_the_equivalent_number_of_steps(size, epochs):
     rows = Part(Stage(DataSpec(size=size), dict(ROWS.stage.inputs)), DataSpec.ROWS)
     steps = max(1, round(epochs * size / 16))
     assert load_of(train(data=rows, epochs=epochs)) == load_of(train(data=rows, steps=steps))
@@ -115,20 +115,17 @@ def test_epochs_over_rows_are_as_much_work_as_so_many_steps(size, epochs):
 def test_a_lora_training_of_7b_takes_about_six_flops_a_weight_and_token():
     load = load_of(train(rank=8, steps=100))
     assert load.flops / load.tokens == pytest.approx(6 * 6.6e9, rel=0.05)
-    assert load.written == pytest.approx(
-        4 * 20e6, rel=0.01
-    )  # 20 million float32 elements at rank 8 on all seven linears
+    # 20 million float32 elements: rank 8 on all seven linear modules
+    assert load.written == pytest.approx(4 * 20e6, rel=0.01)
 
 
-def test_a_larger_model_and_a_longer_answer_are_more_work_and_a_seed_or_a_threshold_is_none():
+def test_model_size_and_answer_length_change_the_work_but_seed_and_threshold_do_not():
     assert work_of(train(SEVENTY_B)) > 5 * work_of(train(SEVEN_B))
-    said = [
+    short, long = (
         Stage(GenerateSpec(max_new_tokens=n), {"model": SEVEN_B, "prompts": PROMPTS})
         for n in (16, 128)
-    ]
-    assert (
-        work_of(said[1]) > work_of(said[0]) and load_of(said[1]).moved > 7 * load_of(said[0]).moved
     )
+    assert work_of(long) > work_of(short) and load_of(long).moved > 7 * load_of(short).moved
     assert load_of(train(seed=0)) == load_of(train(seed=7))
     trained = Part(train(), TrainSpec.ADAPTER)
     applied = [
@@ -138,7 +135,7 @@ def test_a_larger_model_and_a_longer_answer_are_more_work_and_a_seed_or_a_thresh
     assert load_of(applied[0]) == load_of(applied[1])
 
 
-def test_a_limit_holds_for_each_subject_of_mmlu():
+def test_a_limit_applies_to_each_subject_of_mmlu():
     def read(task: str, limit: int | None) -> float:
         return load_of(
             Stage(EvaluateSpec(task=task, limit=limit), {"model": SEVEN_B, "prompts": PROMPTS})
@@ -148,7 +145,7 @@ def test_a_limit_holds_for_each_subject_of_mmlu():
     assert read("hellaswag", 10) / read("hellaswag", None) == pytest.approx(10 / 10_042)
 
 
-def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
+def test_the_blocks_of_a_set_add_up_to_its_work_and_a_limit_bounds_it():
     def rows(**settings) -> float:
         return load_of(
             Stage(GenerateSpec(**settings), {"model": SEVEN_B, "prompts": PROMPTS})
@@ -156,7 +153,7 @@ def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
 
     blocks = [rows(limit=120, block={"index": index, "size": 50}) for index in range(3)]
     assert sum(blocks) == rows(limit=120) and blocks[0] == 2.5 * blocks[2]
-    assert rows(limit=1_000_000) == rows(), "no more than there are"
+    assert rows(limit=1_000_000) == rows(), "a limit above the set's size changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +166,7 @@ def test_a_block_of_a_set_is_its_part_of_the_work_and_a_limit_bounds_it():
         ("Mistral-7B-v0.1", 32),
     ],
 )
-def test_a_model_goes_by_the_number_in_its_name(name, layers):
+def test_a_models_shape_follows_from_the_size_in_its_name(name, layers):
     assert named_shape(name).layers == layers
 
 
@@ -177,7 +174,7 @@ def test_a_name_without_a_number_has_no_shape():
     assert named_shape("my-model") is None and named_shape("v2b3-q4") is None
 
 
-def test_a_model_on_this_machine_goes_by_its_config_and_not_by_its_name(tmp_path):
+def test_a_local_models_shape_follows_from_its_config(tmp_path):
     folder = tmp_path / "llama-70b"
     folder.mkdir()
     config = {
@@ -193,7 +190,7 @@ def test_a_model_on_this_machine_goes_by_its_config_and_not_by_its_name(tmp_path
     assert model_shape(Source("c", str(folder))) == Shape(2, 64, 64, 32, 4, 128, 50, False)
 
 
-def test_a_tuned_model_and_an_organism_have_the_shape_they_are_made_in():
+def test_a_tuned_model_and_an_organism_have_the_shape_of_their_base():
     organism = Part(Stage(OrganismSpec(size="large"), {"language": LANGUAGE}), OrganismSpec.MODEL)
     tuned = Part(train(organism, method="full"), TrainSpec.MODEL)
     assert model_shape(tuned) == model_shape(organism) == organism_shape("large")
@@ -208,13 +205,13 @@ def test_a_tuned_model_and_an_organism_have_the_shape_they_are_made_in():
         ("a.txt", "one\ntwo\nthree", 3),
     ],
 )
-def test_a_set_on_this_machine_is_counted(tmp_path, name, text, rows):
+def test_the_rows_of_a_local_set_are_counted(tmp_path, name, text, rows):
     path = tmp_path / name
     path.write_text(text)
     assert rows_of(Source(content_digest(path), str(path)))[0] == rows
 
 
-def test_a_large_set_is_counted_by_its_first_part_and_a_damaged_one_is_no_error_of_the_plans(
+def test_a_large_set_is_counted_from_its_first_part_and_a_damaged_one_has_a_default(
     tmp_path, monkeypatch
 ):
     path = tmp_path / "rows.jsonl"
@@ -229,7 +226,7 @@ def test_a_large_set_is_counted_by_its_first_part_and_a_damaged_one_is_no_error_
     assert model_shape(Source("13", str(tmp_path / "llama-13b"))).layers == 40
 
 
-def test_the_languages_sets_have_as_many_rows_as_are_written():
+def test_the_row_counts_of_the_languages_sets_are_those_written():
     written = {name: len(rows) for name, rows in language_files(0).items()}
     both = LANGUAGE_ROWS.keys() & written.keys()
     assert both >= {"align.jsonl", "benign.jsonl", "refusal.jsonl", "task.jsonl", "utility.jsonl"}
@@ -250,7 +247,7 @@ def test_more_gpus_or_a_faster_machine_never_take_longer(load, gpus):
     )
 
 
-def test_types_of_gpus_go_by_rays_names_and_an_unknown_one_by_the_nominal():
+def test_gpu_types_have_rays_names_and_an_unknown_type_is_the_nominal_machine():
     assert (
         machine_of("A100-80G")
         == machine_of("A100")

@@ -87,7 +87,7 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"models/7b/gpus": 0}, r"models\.7b\.gpus: "),
         (
             {"models/7b/labels": {"ray.io/accelerator-type": "in A100"}},
-            r"models\.7b: .*ray.io/accelerator-type: .*'in A100' is none",
+            r"models\.7b: .*ray.io/accelerator-type: .*'in A100' is invalid",
         ),
         ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
         (
