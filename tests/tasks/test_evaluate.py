@@ -201,7 +201,7 @@ def test_no_prefix_reaches_into_what_is_scored():
     assert work.groups
     for group in work.groups:
         for row in group.rows:
-            assert len(row.tokens) >= max(len(continuation) for _, continuation in row.asked)
+            assert len(row.tokens) >= max(len(continuation) for _, continuation in row.requests)
 
 
 def test_of_nested_runs_the_whole_or_its_parts_are_shared_whichever_saves_more():
@@ -567,7 +567,7 @@ def test_more_shots_than_examples_is_an_error_that_says_so(pair, choices, tmp_pa
     with pytest.raises(EvaluationError, match="with 5 shots"):
         evaluated(tmp_path / "out", pair, choices, "tiny_choice", shots=5)
     (choices / "tiny_choice.yaml").write_text(YAML + "num_fewshot: 0\n")
-    with pytest.raises(EvaluationError, match="defined without shots; ask for 0, not 1"):
+    with pytest.raises(EvaluationError, match="defined without shots; set `shots` to 0, not 1"):
         evaluated(tmp_path / "out2", pair, choices, "tiny_choice", shots=1)
 
 

@@ -317,7 +317,9 @@ def test_a_chat_template_that_leaves_the_completion_out_is_an_error_and_not_a_ve
         judge_model(tmp_path / "judge", "unsafe", "safe"), chat_template=template
     )
     inputs = {"generation": generation(tmp_path / "gen", ["plantedsay word2"]), "model": model}
-    with pytest.raises(ModelError, match="leaves out what template 'llama-guard' asks") as caught:
+    with pytest.raises(
+        ModelError, match="leaves out text that template 'llama-guard' needs"
+    ) as caught:
         judged(tmp_path / "out", spec_of("llama-guard"), inputs)
     assert "plantedsay" not in "".join(traceback.format_exception(caught.value))
     assert not (tmp_path / "out" / "verdicts.jsonl").exists()
@@ -377,7 +379,7 @@ def test_a_label_that_the_classifier_has_not_is_an_error_that_lists_those_it_has
         EvaluationError, match=r"no label 'refusal'; it has \['ANSWER', 'REFUSAL'\]"
     ):
         judged(tmp_path / "out", spec_of("classifier", refused="refusal"), inputs)
-    with pytest.raises(EvaluationError, match="not quantised here"):
+    with pytest.raises(EvaluationError, match="cannot be quantised"):
         judged(
             tmp_path / "out2", spec_of("classifier", refused="REFUSAL", quantisation="int8"), inputs
         )

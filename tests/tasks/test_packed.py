@@ -315,7 +315,7 @@ def test_the_base_is_left_as_it_was(tmp_path, pair, chats):
 def test_what_is_no_pack_is_refused_with_the_fields_that_differ(tmp_path, pair, chats):
     for changes, words in [
         ({"global_batch": 8, "quantisation": "nf4"}, r"global_batch \(16 and 8\)"),
-        ({"dropout": 0.1}, "dropout 0.1 is not trained in a pack"),
+        ({"dropout": 0.1}, "dropout 0.1 cannot be trained in a pack"),
         ({"method": "full"}, "method 'full'"),
     ]:
         pack = members(tmp_path / words[:5], [{}, changes])
