@@ -115,5 +115,5 @@ class Defence(ABC):
         """The modules that one setting of the knobs changes, as "cosine at or below 0.4"."""
 
     @abstractmethod
-    def changed(self, measured: File, made: File) -> tuple[int, int]:
+    def changed(self, measured_file: File, made_file: File) -> tuple[int, int]:
         """(changed modules, all modules) of an adapter, from the files of both stages."""

@@ -178,14 +178,14 @@ class SafeLora(Defence):
             else f"cosine at or below {threshold:g}"
         )
 
-    def changed(self, measured: File, made: File) -> tuple[int, int]:
-        adapter = self.projected_rows(measured, made)
+    def changed(self, measured_file: File, made_file: File) -> tuple[int, int]:
+        adapter = self.projected_rows(measured_file, made_file)
         return len(adapter.taken), len(adapter.rows)
 
-    def projected_rows(self, measured: File, made: File) -> ProjectedRows:
+    def projected_rows(self, measured_file: File, made_file: File) -> ProjectedRows:
         """The rows and the projected modules of one adapter, from the files of both stages."""
-        names: list[str] = json.loads(made(ApplySpec.CHOSEN).read_text())
-        return ProjectedRows(read_rows(measured(ProjectSpec.COSINES)), frozenset(names))
+        names: list[str] = json.loads(made_file(ApplySpec.CHOSEN).read_text())
+        return ProjectedRows(read_rows(measured_file(ProjectSpec.COSINES)), frozenset(names))
 
 
 def _rules(knobs: Mapping[str, Setting]) -> tuple[float | None, int | None]:

@@ -44,13 +44,13 @@ def share_caption(what: str) -> str:
     )
 
 
-def map_sentence(rows: Mapping[str, ModuleRow], taken: Collection[str], what: str) -> str:
+def map_sentence(rows: Mapping[str, ModuleRow], projected: Collection[str], what: str) -> str:
     """A description of the map of one adapter."""
     found = measured_of(rows)
     lacking = f", {len(rows) - len(found)} without a cosine" if len(found) < len(rows) else ""
     text = (
         f"Heat map of the cosines of {what}, module types by layers: {len(rows)} modules, "
-        f"{len(set(taken))} of them projected{lacking}."
+        f"{len(set(projected))} of them projected{lacking}."
     )
     return f"{text} Cosines from {found[0]:.2f} to {found[-1]:.2f}." if found else text
 

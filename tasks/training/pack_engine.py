@@ -103,7 +103,7 @@ class Pack:
                 module.forward = partial(self._through, module)
         self.model.train()
         self.micro_batch = min(self.ctx.micro_batch or spec.global_batch, spec.global_batch)
-        self.together = len(members)  # how many members' rows go through the base at once
+        self.members_at_once = len(members)
         self._branches: list[_Branch] = []
 
     def resume(self, member: Member) -> None:
@@ -131,13 +131,13 @@ class Pack:
             except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                if self.micro_batch == 1 and self.together == 1:
+                if self.micro_batch == 1 and self.members_at_once == 1:
                     raise too_large(next(iter(batches)).spec, self.ctx) from error
             # Outside the except block: the failed step's tensors are freed before the next attempt.
             if self.micro_batch > 1:
                 self.micro_batch //= 2
             else:
-                self.together = (min(self.together, len(batches)) + 1) // 2
+                self.members_at_once = (min(self.members_at_once, len(batches)) + 1) // 2
             for member in batches:
                 self.trainees[member.name].forget()
             gc.collect()
@@ -147,8 +147,8 @@ class Pack:
     ) -> dict[Member, float]:
         losses = dict.fromkeys(batches, 0.0)
         ordered = sorted(batches, key=lambda member: (member.spec.rank, member.name))
-        for first in range(0, len(ordered), self.together):
-            chosen = ordered[first : first + self.together]
+        for first in range(0, len(ordered), self.members_at_once):
+            chosen = ordered[first : first + self.members_at_once]
             for start in range(0, len(batches[chosen[0]]), self.micro_batch):
                 parts = [batches[member][start : start + self.micro_batch] for member in chosen]
                 self._branches = _branches(chosen, len(parts[0]), self.ctx.device)

@@ -269,7 +269,7 @@ def test_out_of_memory_halves_the_rows_then_the_members_and_gives_the_same_step(
     assert (
         sizes[:3] == [8, 4, 2]
         and set(sizes[3:]) == {2}
-        and (engine.micro_batch, engine.together) == (1, 2)
+        and (engine.micro_batch, engine.members_at_once) == (1, 2)
     )
     assert [losses[member] for member in pack] == losses_alike(
         [losses_of(member.out)[0] for member in plain]
