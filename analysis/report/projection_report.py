@@ -15,7 +15,7 @@ from ebbline.analysis.figures.projection import cosine_map, share_figure
 from ebbline.analysis.report.page import shown_cosines, shown_shares, template
 from ebbline.analysis.results.wording import natural, percent, without_paths
 from ebbline.tasks.defences import words
-from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, known_cosines
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, cosines_by_module
 from ebbline.tasks.files import write_whole
 
 MOST_MAPS = 8
@@ -45,7 +45,7 @@ def write_projection_report(
     curves = {label: adapter.rows for label, adapter in named.items()}
     share = share_figure(curves, thresholds)
     maps = {
-        label: cosine_map(adapter.rows, adapter.taken, label)
+        label: cosine_map(adapter.rows, adapter.projected, label)
         for label, adapter in list(named.items())[:MOST_MAPS]
     }
     page = template("report/projection_template.html").render(
@@ -54,7 +54,7 @@ def write_projection_report(
         sentences=[projection_sentence(label, adapter) for label, adapter in named.items()],
         figures=[
             *(
-                shown_cosines(figure, label, named[label].rows, named[label].taken)
+                shown_cosines(figure, label, named[label].rows, named[label].projected)
                 for label, figure in maps.items()
             ),
             shown_shares(
@@ -76,20 +76,20 @@ def write_projection_report(
 
 def projection_sentence(label: str, adapter: ProjectedRows) -> str:
     """One adapter's projection in words."""
-    total, taken = len(adapter.rows), len(adapter.taken)
+    total, taken = len(adapter.rows), len(adapter.projected)
     text = f"{label}: {taken} of {total} modules projected ({percent(taken / total)})."
     return text + words.spread_sentence(adapter.rows)
 
 
 def _module_rows(adapter: ProjectedRows) -> list[tuple[str, str, str, str]]:
     """Name, value, norm ratio and what became of each module, in natural order."""
-    known = known_cosines(adapter.rows)
+    known = cosines_by_module(adapter.rows)
     return [
         (
             module,
             _decimals(known.get(module)),
             _decimals(row.norm_ratio),
-            _outcome(row, module in adapter.taken, module in known),
+            _outcome(row, module in adapter.projected, module in known),
         )
         for module, row in sorted(adapter.rows.items(), key=lambda item: natural(item[0]))
     ]

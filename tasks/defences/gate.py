@@ -40,7 +40,7 @@ class ProjectedRows:
     """The rows of one adapter's modules, and the names of the projected modules."""
 
     rows: Mapping[str, ModuleRow]
-    taken: frozenset[str]
+    projected: frozenset[str]
 
 
 def write_rows(rows: Mapping[str, ModuleRow], path: Path) -> None:
@@ -56,7 +56,7 @@ def read_rows(path: Path) -> dict[str, ModuleRow]:
     return {module: ModuleRow(**row) for module, row in json.loads(path.read_text()).items()}
 
 
-def known_cosines(rows: Mapping[str, ModuleRow]) -> dict[str, float]:
+def cosines_by_module(rows: Mapping[str, ModuleRow]) -> dict[str, float]:
     """Module -> its cosine. Modules without a cosine are left out."""
     return {name: row.cosine for name, row in rows.items() if row.cosine is not None}
 
@@ -84,7 +84,7 @@ def chosen(
 
     Raises ProjectionError when fewer than `modules` modules have a cosine.
     """
-    cosines = known_cosines(rows)
+    cosines = cosines_by_module(rows)
     lowest = sorted(cosines, key=lambda name: (cosines[name], name))
     count = projected_count([cosines[name] for name in lowest], threshold, modules)
     if count is None:
@@ -99,7 +99,7 @@ def share_steps(rows: Mapping[str, ModuleRow]) -> list[tuple[float, float]]:
     """(cosine, share of all modules that this threshold projects) at each distinct cosine,
     ascending.
     """
-    ascending = sorted(known_cosines(rows).values())
+    ascending = sorted(cosines_by_module(rows).values())
     steps = {value: projected_count(ascending, value, None) or 0 for value in ascending}
     return [(value, count / len(rows)) for value, count in steps.items()]
 
@@ -133,7 +133,7 @@ class SafeLora(Defence):
         return SubspaceSpec(energy=energy, target_modules=tuple(sorted(train.target_modules)))
 
     def measured(self, file: File) -> Reading:
-        cosines = known_cosines(read_rows(file(ProjectSpec.COSINES)))
+        cosines = cosines_by_module(read_rows(file(ProjectSpec.COSINES)))
         return np.sort(np.array(list(cosines.values()), dtype=np.float64))
 
     def is_possible(self, knobs: Mapping[str, Setting]) -> bool:
@@ -180,7 +180,7 @@ class SafeLora(Defence):
 
     def changed(self, measured_file: File, made_file: File) -> tuple[int, int]:
         adapter = self.projected_rows(measured_file, made_file)
-        return len(adapter.taken), len(adapter.rows)
+        return len(adapter.projected), len(adapter.rows)
 
     def projected_rows(self, measured_file: File, made_file: File) -> ProjectedRows:
         """The rows and the projected modules of one adapter, from the files of both stages."""

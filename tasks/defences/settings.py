@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ebbline.tasks.defences.gate import ModuleRow, chosen, known_cosines
+from ebbline.tasks.defences.gate import ModuleRow, chosen, cosines_by_module
 from ebbline.tasks.errors import ProjectionError
 
 DEFAULT_THRESHOLD = 0.5
@@ -79,12 +79,12 @@ def checked(
     return Settings(base, aligned, projector, threshold, modules, energy)
 
 
-def first_taken(rows: Mapping[str, ModuleRow]) -> str:
+def lowest_threshold_hint(rows: Mapping[str, ModuleRow]) -> str:
     """A hint when no module was projected: the lowest threshold that projects one.
 
     Empty when no module has a cosine.
     """
-    cosines = known_cosines(rows).values()
+    cosines = cosines_by_module(rows).values()
     if not cosines:
         return ""
     first = math.ceil(min(cosines) * 1e4) / 1e4  # rounded up, so that it projects the module

@@ -6,7 +6,7 @@ The callers only print these texts; no decision depends on them.
 from collections.abc import Collection, Mapping
 from statistics import median
 
-from ebbline.tasks.defences.gate import ModuleRow, known_cosines
+from ebbline.tasks.defences.gate import ModuleRow, cosines_by_module
 
 QUANTITY = "cosine"
 NO_QUANTITY = "no cosine"
@@ -18,7 +18,7 @@ SHARE_AXIS = "modules projected"
 
 def measured_of(rows: Mapping[str, ModuleRow]) -> list[float]:
     """The cosines of an adapter's modules, ascending. Modules without one are left out."""
-    return sorted(known_cosines(rows).values())
+    return sorted(cosines_by_module(rows).values())
 
 
 def lacking_label(count: int) -> str:
