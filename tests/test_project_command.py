@@ -521,16 +521,16 @@ def test_the_exact_projector_keeps_its_bases_and_continues_where_it_was_cut_off(
     damaged.write_bytes(damaged.read_bytes()[:-5])
     options = f"--projector exact --energy 0.6 --cache {tmp_path}/cache".split()
     refused(
-        f"{damaged} is no whole basis; delete it", pair, tmp_path / "out", adapter, options=options
+        f"{damaged} is a damaged basis; delete it", pair, tmp_path / "out", adapter, options=options
     )
 
 
 USAGE = {
     "--threshold 0.5 --modules 3": "a threshold or a number of modules, not both",
-    "--threshold 2": "a cosine, from -1 to 1; 2 is not",
-    "--threshold nan": "a cosine, from -1 to 1; nan is not",
-    "--energy 0.9": "energy belongs to the exact projector",
-    "--projector exact --energy 1": "energy is a share between 0 and 1",
+    "--threshold 2": "a cosine from -1 to 1, not 2",
+    "--threshold nan": "a cosine from -1 to 1, not nan",
+    "--energy 0.9": "energy is a setting of the exact projector",
+    "--projector exact --energy 1": "energy must be a share above 0 and below 1",
     "--base meta-llama/Llama-2-7b-hf": "as meta-llama/Llama-2-7b-hf@ and the 40 digits",
     "--aligned meta-llama/Llama-2-7b-hf@main": "as meta-llama/Llama-2-7b-hf@ and the 40 digits",
     "--device cuda:99": "cuda:99",
@@ -592,7 +592,7 @@ def test_a_threshold_below_every_cosine_says_from_which_one_on_a_module_is_proje
     )  # a lowest cosine whose fifth decimal rounds down
     done = CliRunner().invoke(app, [*asked(pair, tmp_path / "none", adapter), "--threshold", "-1"])
     threshold = re.search(
-        r"no module was projected; from a threshold of (\S+) on, the first one is", done.stderr
+        r"no module was projected; thresholds from (\S+) on project at least one", done.stderr
     )
     assert project(
         [adapter], pair.base, pair.aligned, tmp_path / "one", threshold=float(threshold[1])

@@ -1,15 +1,15 @@
-"""How far two computations of one thing may differ when they only add in another order; from
-arithmetic, never from a machine.
+"""Bounds for the difference of two computations that add in different orders. They come from
+arithmetic, never from one machine's results.
 
-Kernels (MKL, oneDNN, torch's own) differ from one processor to the next, and with them the order of
-a sum. For n terms the error is at most gamma(n) times the sum of their magnitudes, whatever the
-order (Higham, Accuracy and Stability, 4.2).
+Kernels (MKL, oneDNN, torch's own) and their order of additions differ between processors. For n
+terms the error is at most gamma(n) times the sum of their magnitudes, in any order (Higham,
+Accuracy and Stability of Numerical Algorithms, 4.2).
 
-Trainings need more than that, because Adam divides a gradient by its own size: an element whose
-gradient is only rounding error takes a whole step to either side, so no bound below twice the sum
-of the learning rates holds for every element. Where a test compares trainings, `SteadyAdamW` makes
-the optimiser's epsilon as large as a gradient. Then a small change of a gradient is a small change
-of a step, and a gradient scaled by a wrong factor shows, which Adam would hide.
+Trainings need a further step, because Adam divides a gradient by its own size. An element whose
+gradient is only rounding error moves by a whole step in either direction. So no bound below twice
+the sum of the learning rates holds for every element. Tests that compare trainings use
+`SteadyAdamW`, whose epsilon is as large as a gradient. With it, a small change of a gradient is a
+small change of a step. It also shows a gradient with a wrong factor, which Adam would hide.
 """
 
 import math
@@ -21,40 +21,35 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 UNIT = 2.0**-24  # float32's unit roundoff
-EPSILON = 1e-2  # gradients are clipped to a norm of 1 over some 10,000 elements, so about 1e-2 each
+EPSILON = 1e-2  # gradients have a norm of at most 1 over about 10,000 elements: about 1e-2 each
 
-# The root mean square of a gradient's error, as a share of the gradient's own, on
-# tests/tiny.py's models.
-#   float32   Some 36 products of 128 terms lie on the way forward and back, then a sum over at most
-#             512 tokens. The errors are independent, so their squares add up; 6 standard
-#             deviations.
-#   bfloat16  The sums are float32, and the results of those 36 products are rounded, which is
-#             u / sqrt(3) in the mean.
-#   int8      The inputs of a linear are rounded to 1/127 of the row's largest. A last bit flips one
-#             of some 1e5, so in six steps tens of inputs are off by 2^-7, each in one of some 300
-#             tokens: sqrt(64) 2^-7 / sqrt(300), rounded up.
+# The root mean square of a gradient's error, relative to the gradient's, for tests/tiny.py's
+# models. float32   About 36 products of 128 terms in the forward and backward pass, then a sum over
+# at most 512 tokens. The errors are independent, so their squares add up; 6 standard deviations.
+# bfloat16  Sums are float32, and the results of the 36 products are rounded, by u / sqrt(3) in the
+# mean. int8      The inputs of a linear layer are rounded to 1/127 of the row's largest. An error
+# in the last bit changes one input in about 1e5. In six steps tens of inputs are off by 2^-7, each
+# in one of about 300 tokens: sqrt(64) 2^-7 / sqrt(300), rounded up.
 _GRADIENT = {
     "float32": 6 * UNIT * math.sqrt(36 * 128 + 512),
     "bfloat16": 2.0**-8 * math.sqrt(36 / 3),
     "int8": 2.0**-8,
 }
-# Two runs err, and epsilon at least halves a step's dependence on the rest: 2; over six steps the
-# errors may all add up.
+# Both runs have errors, and epsilon at least halves a step's sensitivity: 2 for each step. The
+# errors of six steps may add up.
 _STEPS = 6 * 2
 
 
 def gamma(terms: int, unit: float = UNIT) -> float:
-    """The largest relative error of a sum of so many terms, or of as many roundings one after
-    another.
-    """
+    """The largest relative error of a sum of that many terms, or of that many roundings."""
     return terms * unit / (1 - terms * unit)
 
 
 def rounding(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """How far each element of `tensor` may move when it is stored in that dtype.
+    """The largest change of each element of `tensor` when it is stored in `dtype`.
 
-    It is the dtype's unit roundoff (2^-24, bfloat16 2^-8, float16 2^-11) times the element, which
-    below the smallest normal number grows no finer.
+    It is the dtype's unit roundoff (2^-24, bfloat16 2^-8, float16 2^-11) times the element, or
+    times the smallest normal number for smaller elements.
     """
     numbers = torch.finfo(dtype)
     return numbers.eps / 2 * tensor.double().abs().clamp(min=numbers.tiny)
@@ -66,18 +61,17 @@ def merged(
     lora_b_OR: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """How far each element of W + scale B A may be off, computed in float32.
+    """The error bound of each element of W + scale B A in float32.
 
-    In a sum of R + 1 terms each goes through R additions at most. There are four roundings more:
-    the product's, the scale's own and the product with it, and the sum with a second update where
-    two layers share W.
+    In a sum of R + 1 terms, each term is in at most R additions. Four more roundings: the product,
+    the scale, the product with the scale, and the sum with a second update where layers share W.
     """
     b, a = lora_b_OR.double().abs(), lora_a_RI.double().abs()
     return gamma(a.shape[0] + 4) * (weight_OI.double().abs() + abs(scale) * (b @ a))
 
 
 def within(found: Any, expected: Any, bound: Any) -> None:
-    """Asserts of numbers or of tensors that each element is no further off than its bound."""
+    """Assert that each element, of numbers or tensors, differs by at most its bound."""
     tensors = (torch.as_tensor(x, dtype=torch.float64) for x in (found, expected, bound))
     one, other, most = (tensor.detach() for tensor in tensors)
     assert one.shape == other.shape
@@ -86,7 +80,7 @@ def within(found: Any, expected: Any, bound: Any) -> None:
 
 
 class SteadyAdamW(torch.optim.AdamW):
-    """AdamW whose step is no more sensitive to a gradient's rounding than the gradient is."""
+    """AdamW with an epsilon that makes a step no more sensitive to rounding than its gradient."""
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **{**settings, "eps": EPSILON})
@@ -94,13 +88,13 @@ class SteadyAdamW(torch.optim.AdamW):
 
 @pytest.fixture
 def steady_adam(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every training of the test, in this process, has SteadyAdamW."""
+    """Use SteadyAdamW for every training of the test in this process."""
     monkeypatch.setattr(torch.optim, "AdamW", SteadyAdamW)
     yield
 
 
 def kind(dtype: str = "float32", quantisation: str = "none") -> str:
-    """The row of the table above that a training belongs to."""
+    """The row of _GRADIENT for a training."""
     return "int8" if quantisation == "int8" and dtype == "float32" else dtype
 
 
@@ -111,11 +105,11 @@ def root_mean_square(tensors: Tensors) -> float:
 
 
 def apart(one: Tensors, other: Tensors, moved: Tensors | None = None) -> float:
-    """How far two trainings ended apart: the largest root mean square of a tensor's difference,
-    over that of what moved.
+    """The difference of two trainings: the largest root mean square of a tensor's difference,
+    divided by the root mean square of the trained change.
 
-    Of an adapter all of B moved, since it begins at zero. Of whole weights give `moved`, the
-    changes of the first.
+    In an adapter the trained change is B, which begins at zero. For whole weights, `moved` holds
+    the changes of the first training.
     """
     assert one.keys() == other.keys()
     scale = root_mean_square(
@@ -128,32 +122,35 @@ def apart(one: Tensors, other: Tensors, moved: Tensors | None = None) -> float:
 
 
 def alike(dtype: str = "float32", quantisation: str = "none") -> float:
-    """The most that `apart` may be after six steps of SteadyAdamW."""
+    """The bound of `apart` after six steps of SteadyAdamW."""
     return _STEPS * _GRADIENT[kind(dtype, quantisation)]
 
 
 def alike_under_adamw() -> float:
-    """The most that `apart` may be in float32 where a test cannot reach the optimiser, as on a Ray
+    """The bound of `apart` in float32 where a test cannot replace the optimiser, as on a Ray
     cluster.
 
-    An element whose gradient is below its error takes a step to either side, and ends off by twice
-    what it moved. That is a share of some 6 errors of the elements. One such element of B, of 64,
-    turns a row of A's gradient by 2 / sqrt(64).
+    An element whose gradient is smaller than its error may step in either direction and ends off by
+    twice its change. The share of these elements is about 6 times the gradient's error. One such
+    element of B among 64 changes a row of A's gradient by 2 / sqrt(64).
     """
     return 2 * math.sqrt(6 * _GRADIENT["float32"]) + 2 / math.sqrt(64)
 
 
 def losses_alike_under_adamw(expected: list[float]) -> Any:
-    """The elements that go astray are those on which the loss hardly depends.
+    """Losses that are equal where a test cannot replace the optimiser.
 
-    It is off by sqrt(6 errors) of what they are off by.
+    The loss hardly depends on the elements with a wrong step. Its error is theirs times the root of
+    6 times the gradient's error.
     """
     return pytest.approx(expected, rel=alike_under_adamw() * math.sqrt(6 * _GRADIENT["float32"]))
 
 
 def losses_alike(expected: list[float], dtype: str = "float32", quantisation: str = "none") -> Any:
-    """A loss depends on rounding less than gradients do: half the way lies before it, and it is a
-    mean over tokens.
+    """Losses that are equal up to rounding.
+
+    A loss has smaller errors than gradients: it needs only the forward pass, and is a mean over
+    tokens.
     """
     return pytest.approx(
         expected, rel=alike(dtype, quantisation) / (10 if dtype == "bfloat16" else 1)
@@ -161,7 +158,8 @@ def losses_alike(expected: list[float], dtype: str = "float32", quantisation: st
 
 
 def four_deviations(n: int, rate: float = 0.95) -> float:
-    """What a rate over n prompts may miss by: other kernels train other models, which err on
-    other prompts.
+    """Four standard deviations of a rate over n prompts.
+
+    Different kernels train different models, which fail on different prompts.
     """
     return 4 * math.sqrt(rate * (1 - rate) / n)

@@ -28,7 +28,7 @@ from ebbline.tasks.defences.gate import (
     SAFE_LORA,
     ModuleRow,
     ProjectedRows,
-    known_cosines,
+    cosines_by_module,
     share_steps,
 )
 
@@ -132,7 +132,8 @@ def share_figure(
                 f"{label} has no module, so there is no share of projected modules to draw"
             )
     left, right = _span(
-        [value for rows in curves.values() for value in known_cosines(rows).values()], thresholds
+        [value for rows in curves.values() for value in cosines_by_module(rows).values()],
+        thresholds,
     )
     named = len(curves) <= NAMED_CURVES
     with style():
@@ -191,7 +192,7 @@ def projection_figures(projections: Projections) -> dict[str, Figure]:
         if adapters:
             label, first = next(iter(adapters.items()))
             figures[f"{words.MAPS}-{model}"] = cosine_map(
-                first.rows, first.taken, f"{model}, {label}"
+                first.rows, first.projected, f"{model}, {label}"
             )
             figures[f"{words.SHARES}-{model}"] = share_figure(
                 {name: adapter.rows for name, adapter in adapters.items()}
@@ -218,7 +219,7 @@ def _cells(rows: Mapping[str, ModuleRow], projected: Collection[str], title: str
     for module in rows:
         members[depth_and_type(module)].append(module)
     found: dict[tuple[int | None, str], Cell] = {}
-    known = known_cosines(rows)
+    known = cosines_by_module(rows)
     for at, modules in members.items():
         values = [known[module] for module in modules if module in known]
         share = sum(module in projected for module in modules) / len(modules)
@@ -353,7 +354,7 @@ def _handles(
         markeredgecolor="black",
         label=label,
     )
-    lacking = len(rows) - len(known_cosines(rows))
+    lacking = len(rows) - len(cosines_by_module(rows))
     hatched = Patch(
         facecolor="0.92",
         edgecolor="0.35",

@@ -17,7 +17,7 @@ from ebbline.analysis.results.measurements import Baselines, is_projected
 from ebbline.analysis.results.wording import directed_label, metric_label, natural, percent
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.defences import words
-from ebbline.tasks.defences.gate import ModuleRow, known_cosines, share_steps
+from ebbline.tasks.defences.gate import ModuleRow, cosines_by_module, share_steps
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, direction
 
@@ -120,7 +120,7 @@ def map_words(rows: Mapping[str, ModuleRow], projected: Collection[str], what: s
     text = words.map_sentence(rows, projected, what)
     types: dict[str, list[float]] = {}
     layers: dict[int, list[float]] = {}
-    known = known_cosines(rows)
+    known = cosines_by_module(rows)
     for module in (module for module in rows if module in known):
         depth, kind = depth_and_type(module)
         types.setdefault(kind.rpartition(".")[2], []).append(known[module])

@@ -14,7 +14,7 @@ from ebbline.analysis.figures.projection import cosine_map, share_figure
 from ebbline.analysis.report.page import shown_cosines, shown_shares, template
 from ebbline.analysis.results.wording import natural, percent, without_paths
 from ebbline.tasks.defences import words
-from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, known_cosines
+from ebbline.tasks.defences.gate import ModuleRow, ProjectedRows, cosines_by_module
 from ebbline.tasks.files import write_whole
 
 MOST_MAPS = 8
@@ -44,7 +44,7 @@ def write_projection_report(
     curves = {label: adapter.rows for label, adapter in named.items()}
     share = share_figure(curves, thresholds)
     maps = {
-        label: cosine_map(adapter.rows, adapter.taken, label)
+        label: cosine_map(adapter.rows, adapter.projected, label)
         for label, adapter in list(named.items())[:MOST_MAPS]
     }
     page = template("report/projection_template.html").render(
@@ -53,7 +53,7 @@ def write_projection_report(
         sentences=[projection_sentence(label, adapter) for label, adapter in named.items()],
         figures=[
             *(
-                shown_cosines(figure, label, named[label].rows, named[label].taken)
+                shown_cosines(figure, label, named[label].rows, named[label].projected)
                 for label, figure in maps.items()
             ),
             shown_shares(
@@ -75,20 +75,20 @@ def write_projection_report(
 
 def projection_sentence(label: str, adapter: ProjectedRows) -> str:
     """A sentence on one adapter: how many modules were projected, and how their values spread."""
-    total, projected = len(adapter.rows), len(adapter.taken)
+    total, projected = len(adapter.rows), len(adapter.projected)
     text = f"{label}: {projected} of {total} modules projected ({percent(projected / total)})."
     return text + words.spread_sentence(adapter.rows)
 
 
 def _module_rows(adapter: ProjectedRows) -> list[tuple[str, str, str, str]]:
     """Name, cosine, norm ratio and outcome of each module, in natural order."""
-    cosines = known_cosines(adapter.rows)
+    cosines = cosines_by_module(adapter.rows)
     return [
         (
             module,
             _decimals(cosines.get(module)),
             _decimals(row.norm_ratio),
-            _outcome(row, module in adapter.taken, module in cosines),
+            _outcome(row, module in adapter.projected, module in cosines),
         )
         for module, row in sorted(adapter.rows.items(), key=lambda item: natural(item[0]))
     ]

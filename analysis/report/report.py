@@ -215,7 +215,10 @@ def _projection_figures(projections: Projections) -> list[Shown]:
             curves = {name: adapter.rows for name, adapter in adapters.items()}
             found.append(
                 shown_cosines(
-                    figures[f"{words.MAPS}-{model}"], f"{model}, {label}", first.rows, first.taken
+                    figures[f"{words.MAPS}-{model}"],
+                    f"{model}, {label}",
+                    first.rows,
+                    first.projected,
                 )
             )
             count = f"{len(adapters)} projected adapter{'s' if len(adapters) > 1 else ''}"

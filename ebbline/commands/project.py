@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from ebbline.tasks.defences.gate import NO_DIRECTION, ModuleRow, ProjectedRows
 from ebbline.tasks.defences.project import Weights, as_saved, projections, row_of, write_adapter
-from ebbline.tasks.defences.settings import Settings, checked, first_taken
+from ebbline.tasks.defences.settings import Settings, checked, lowest_threshold_hint
 from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
@@ -372,7 +372,7 @@ def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bo
             f"{range_phrase(each.rows)}",
             markup=False,
         )
-        if not each.projected and (hint := first_taken(each.rows)):
+        if not each.projected and (hint := lowest_threshold_hint(each.rows)):
             aside.print(f"note: {hint}", markup=False)
         for note in each.notes:
             aside.print(

@@ -1,6 +1,5 @@
-"""Defences: changes of a trained adapter after its training. Safe LoRA (arXiv 2405.16833) is the
-first.
+"""Defences: changes of an adapter after its training. Safe LoRA (arXiv 2405.16833) is the first.
 
-`defence` is the interface, `gate` Safe LoRA behind it; neither imports torch. The transform is in
-`safelora`, `subspace` and `project`. Imports tasks and tasks.models.
+`defence` holds the interface and `gate` Safe LoRA's implementation of it; neither imports torch.
+The computation is in `safelora`, `subspace` and `project`. Imports tasks and tasks.models.
 """

@@ -7,7 +7,7 @@ from ebbline.tasks.stage_kind import Load, StageKind, same_kind
 
 
 def _counted_work(spec: ApplySpec, stage: Stage) -> Load:
-    """It copies an adapter."""
+    """The stage copies an adapter."""
     train = stage_of(stage.inputs["adapter"])
     if train is None or not isinstance(train.spec, TrainSpec):
         return Load()

@@ -1,15 +1,15 @@
-"""A defence: a change of a trained adapter after its training, with one knob or more.
+"""The interface of a defence: a change of an adapter after its training, with one or more knobs.
 
-The search, the plan, the tables and the figures know a defence by this interface alone. A defence
-has two stages. The first measures an adapter, and no knob changes what it finds. The second makes
-the defended adapter; its settings are the knobs. An axis is called after its stage:
+Search, plan, tables and figures use a defence only through this interface. A defence has two
+stages. The first measures an adapter and does not depend on the knobs. The second makes the
+defended adapter; its settings are the knobs. The name of an axis begins with its stage:
 
     axis        belongs to              of Safe LoRA
     knob        the stage `makes`       apply.threshold
     setting     the stage `measures`    project.projector
 
-Invariant: two settings of the knobs that have the same outcome give the same adapters, bit for bit.
-Imports no torch: the transform itself is in modules of its own.
+Invariant: knobs with the same outcome give the same adapters, bit for bit. Imports no torch; the
+computation is in other modules.
 """
 
 from abc import ABC, abstractmethod
@@ -24,20 +24,19 @@ from ebbline.tasks.specs import Spec, TrainSpec
 
 Setting = None | bool | int | float | str
 Reading = NDArray[np.float64]
-"""What the first stage found of one adapter, as far as the knobs depend on it; ascending."""
+"""The measured values of one adapter that the effect of the knobs depends on, ascending."""
 Outcome = tuple[float, ...]
-"""What knobs come to for each of several adapters: equal outcomes are equal adapters."""
+"""The effect of the knobs, one number for each adapter. Equal outcomes give equal adapters."""
 File = Callable[[str], Path]
-"""Where a stage's file is, by its name. Of a remote store nothing else is fetched."""
+"""The path of a stage's file, by the file's name. From a remote store only this file is fetched."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """How a defence is called in figures and tables.
+    """The names of a defence in figures and tables.
 
-    `share` is the column that holds the share of modules it changed. `knob` and `short_knob` label
-    the axis that results are drawn along, `along` is its name in a sentence, and `against` says
-    what such a figure shows.
+    `share` is the column with the share of changed modules. `knob` and `short_knob` label the axis
+    of the main knob, `along` names it in a sentence, and `against` is the caption of such a figure.
     """
 
     name: str
@@ -49,9 +48,7 @@ class Words:
 
 
 class Defence(ABC):
-    """See the module. `kinds` are those of all its stages, `main_knob` is the axis that results are
-    drawn along.
-    """
+    """A defence. `kinds` are the kinds of its stages; figures show results along `main_knob`."""
 
     measures: type[Spec]
     makes: type[Spec]
@@ -60,6 +57,7 @@ class Defence(ABC):
     words: Words
 
     def is_knob(self, axis: str) -> bool:
+        """Whether an axis is a knob of this defence."""
         return axis.partition(".")[0] == self.makes.KIND
 
     def owns(self, axis: str) -> bool:
@@ -67,32 +65,33 @@ class Defence(ABC):
         return axis.partition(".")[0] in (self.measures.KIND, self.makes.KIND)
 
     def knobs(self, fixed: Spec, values: Mapping[str, Setting]) -> dict[str, Setting]:
-        """Axis -> value of every knob: those of a point, else what the study has fixed."""
+        """Axis -> value of every knob: the point's value, else the study's fixed value."""
         kind = self.makes.KIND
         named = {f"{kind}.{name}": getattr(fixed, name) for name in self.makes.model_fields}
         return {axis: values.get(axis, value) for axis, value in named.items()}
 
     @abstractmethod
     def shared(self, settings: Spec, train: TrainSpec) -> Spec | None:
-        """What the first stage reads beside the adapter: a stage over the base and the aligned
-        model that all adapters share, by its Spec; None when it reads the two models themselves.
+        """The Spec of a stage over the base and the aligned model whose output all adapters share.
+
+        None when the first stage reads the two models themselves.
         """
 
     @abstractmethod
     def measured(self, file: File) -> Reading:
-        """What a first stage wrote."""
+        """Read the measured values from the output of the first stage."""
 
     @abstractmethod
     def is_possible(self, knobs: Mapping[str, Setting]) -> bool:
-        """False for knobs that exclude each other."""
+        """Whether the knobs can be combined."""
 
     @abstractmethod
     def is_off(self, knobs: Mapping[str, Setting]) -> bool:
-        """Whether knobs leave every adapter as it was trained."""
+        """Whether the knobs leave every adapter unchanged."""
 
     @abstractmethod
     def outcome(self, knobs: Mapping[str, Setting], adapters: Sequence[Reading]) -> Outcome | None:
-        """Which settings give the same adapters; None for knobs that one of them cannot have."""
+        """The effect of the knobs on each adapter; None for knobs that are impossible for one."""
 
     @abstractmethod
     def share(self, outcome: Outcome, adapters: Sequence[Reading]) -> float:
@@ -100,20 +99,21 @@ class Defence(ABC):
 
     @abstractmethod
     def edges(self, axis: str, adapters: Sequence[Reading]) -> Sequence[float] | None:
-        """The values of a knob, ascending, at which the outcome changes; None for a knob of which
-        each whole number is an outcome.
+        """The values of a knob at which the outcome changes, ascending.
+
+        None for a knob with an outcome for each integer.
         """
 
     @abstractmethod
     def rules(self, used: Mapping[str, str]) -> Sequence[str]:
-        """Sentences for a paper: which modules it changes, by the values that each knob took."""
+        """Sentences for a paper that state which modules are changed. `used` holds each knob's
+        values.
+        """
 
     @abstractmethod
     def which(self, knobs: Mapping[str, Setting]) -> str:
-        """The modules that one setting of the knobs changes: "cosine at or below 0.4"."""
+        """The modules that one setting of the knobs changes, as "cosine at or below 0.4"."""
 
     @abstractmethod
-    def changed(self, measured: File, made: File) -> tuple[int, int]:
-        """How many modules of an adapter changed, and how many it has: from what both stages
-        wrote.
-        """
+    def changed(self, measured_file: File, made_file: File) -> tuple[int, int]:
+        """(changed modules, all modules) of an adapter, from the files of both stages."""

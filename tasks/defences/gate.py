@@ -1,9 +1,9 @@
-"""Safe LoRA as a defence, and its gate: which modules take C B, over cosines that were measured
-once. Imports no torch.
+"""Safe LoRA as a defence, and its gate: the choice of the modules to project, by their cosines.
+Imports no torch.
 
-What a projection found is a row per module, in a file of its own, so that a threshold is chosen,
-drawn or swept without reading a weight. Both rules of the gate take the lowest cosines first, so of
-one adapter an outcome is known by how many modules it takes.
+A projection writes one row for each module to a file of its own. So thresholds are chosen, drawn
+and swept without reading a weight. Both rules of the gate choose the modules of lowest cosine, so
+the number of chosen modules identifies the outcome for an adapter.
 """
 
 import bisect
@@ -20,13 +20,14 @@ from ebbline.tasks.specs import ApplySpec, ProjectSpec, Spec, SubspaceSpec, Trai
 
 NO_DIRECTION = "base and aligned weights are equal"
 NO_UPDATE = "the update is zero"
-"""Why a module has no cosine."""
+"""The reasons for a module without a cosine."""
 
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """cos(C B A, B A) and ||C B A|| / ||B A|| of one module; or the `reason` why it has no cosine
-    and is never projected.
+    """cos(C B A, B A) and ||C B A|| / ||B A|| of one module.
+
+    A module without a cosine is never projected, and `reason` says why.
     """
 
     cosine: float | None
@@ -36,12 +37,10 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class ProjectedRows:
-    """What was measured of one adapter, module by module, and which modules took their
-    projection.
-    """
+    """The rows of one adapter's modules, and the names of the projected modules."""
 
     rows: Mapping[str, ModuleRow]
-    taken: frozenset[str]
+    projected: frozenset[str]
 
 
 def write_rows(rows: Mapping[str, ModuleRow], path: Path) -> None:
@@ -53,22 +52,23 @@ def write_rows(rows: Mapping[str, ModuleRow], path: Path) -> None:
 
 
 def read_rows(path: Path) -> dict[str, ModuleRow]:
-    """Module -> its row, from a file that `write_rows` wrote."""
+    """Module -> its row, from a file of `write_rows`."""
     return {module: ModuleRow(**row) for module, row in json.loads(path.read_text()).items()}
 
 
-def known_cosines(rows: Mapping[str, ModuleRow]) -> dict[str, float]:
-    """Module -> its cosine, of the modules that have one."""
+def cosines_by_module(rows: Mapping[str, ModuleRow]) -> dict[str, float]:
+    """Module -> its cosine. Modules without a cosine are left out."""
     return {name: row.cosine for name, row in rows.items() if row.cosine is not None}
 
 
-def taken_count(
+def projected_count(
     ascending: Sequence[float] | Reading, threshold: float | None, modules: int | None
 ) -> int | None:
-    """How many modules take C B, those of lowest cosine: cosine <= threshold (as the reference
-    does), or exactly n; with neither, none.
+    """The number of modules to project, by the ascending cosines of an adapter.
 
-    None when fewer than n modules have a cosine.
+    A threshold projects the modules with cosine <= threshold, as the reference implementation does.
+    `modules` projects exactly that many modules of lowest cosine; None when fewer have a cosine.
+    Without a rule the number is 0.
     """
     if threshold is not None:
         return bisect.bisect_right(ascending, threshold)
@@ -80,34 +80,37 @@ def taken_count(
 def chosen(
     rows: Mapping[str, ModuleRow], threshold: float | None, modules: int | None
 ) -> frozenset[str]:
-    """The modules that `taken_count` counts; of equal cosines the first by name. Raises
-    ProjectionError when fewer than n modules have a cosine.
+    """The modules that `projected_count` counts. Equal cosines are ordered by module name.
+
+    Raises ProjectionError when fewer than `modules` modules have a cosine.
     """
-    known = known_cosines(rows)
-    lowest = sorted(known, key=lambda name: (known[name], name))
-    count = taken_count([known[name] for name in lowest], threshold, modules)
+    cosines = cosines_by_module(rows)
+    lowest = sorted(cosines, key=lambda name: (cosines[name], name))
+    count = projected_count([cosines[name] for name in lowest], threshold, modules)
     if count is None:
         raise ProjectionError(
-            f"{modules} modules are to be projected, but the adapter has {len(known)} that can be"
+            f"{modules} modules are to be projected, but the adapter has {len(cosines)} with a "
+            "cosine"
         )
     return frozenset(lowest[:count])
 
 
 def share_steps(rows: Mapping[str, ModuleRow]) -> list[tuple[float, float]]:
-    """(cosine, share of all modules that a threshold there takes), at each distinct cosine,
+    """(cosine, share of all modules that this threshold projects) at each distinct cosine,
     ascending.
     """
-    ascending = sorted(known_cosines(rows).values())
-    steps = {value: taken_count(ascending, value, None) or 0 for value in ascending}
+    ascending = sorted(cosines_by_module(rows).values())
+    steps = {value: projected_count(ascending, value, None) or 0 for value in ascending}
     return [(value, count / len(rows)) for value, count in steps.items()]
 
 
 def chosen_by(rows: Mapping[str, ModuleRow], spec: ApplySpec) -> frozenset[str]:
+    """The modules that a Spec projects. Raises ProjectionError as `chosen` does."""
     return chosen(rows, spec.threshold, spec.modules)
 
 
 class SafeLora(Defence):
-    """Safe LoRA (arXiv 2405.16833). An outcome is how many modules of each adapter take C B."""
+    """Safe LoRA (arXiv 2405.16833). An outcome is each adapter's number of projected modules."""
 
     measures = ProjectSpec
     makes = ApplySpec
@@ -130,7 +133,7 @@ class SafeLora(Defence):
         return SubspaceSpec(energy=energy, target_modules=tuple(sorted(train.target_modules)))
 
     def measured(self, file: File) -> Reading:
-        cosines = known_cosines(read_rows(file(ProjectSpec.COSINES)))
+        cosines = cosines_by_module(read_rows(file(ProjectSpec.COSINES)))
         return np.sort(np.array(list(cosines.values()), dtype=np.float64))
 
     def is_possible(self, knobs: Mapping[str, Setting]) -> bool:
@@ -143,12 +146,12 @@ class SafeLora(Defence):
         threshold, modules = _rules(knobs)
         if not self.is_possible(knobs):
             return None
-        counts = [taken_count(each, threshold, modules) for each in adapters]
-        known = tuple(count for count in counts if count is not None)
-        return known if len(known) == len(counts) else None
+        counts = [projected_count(cosines, threshold, modules) for cosines in adapters]
+        possible = tuple(count for count in counts if count is not None)
+        return possible if len(possible) == len(counts) else None
 
     def share(self, outcome: Outcome, adapters: Sequence[Reading]) -> float:
-        return sum(outcome) / max(1, sum(len(each) for each in adapters))
+        return sum(outcome) / max(1, sum(len(cosines) for cosines in adapters))
 
     def edges(self, axis: str, adapters: Sequence[Reading]) -> Sequence[float] | None:
         if axis != self.main_knob:
@@ -156,16 +159,16 @@ class SafeLora(Defence):
         return [float(edge) for edge in np.unique(np.concatenate(adapters))] if adapters else []
 
     def rules(self, used: Mapping[str, str]) -> Sequence[str]:
-        counted = (
-            f"Projected were the modules with the lowest cosines, {used['apply.modules']} of them."
+        by_number = (
+            f"The modules with the lowest cosines were projected, {used['apply.modules']} of them."
             if "apply.modules" in used
             else ""
         )
-        compared = (
-            "A module took its projection when the cosine between its projected and its own "
+        by_threshold = (
+            "A module was projected when the cosine between its projected and its original "
             f"update was at most the threshold: {used[self.main_knob]}."
         )
-        return [counted, compared] if counted else [compared]
+        return [by_number, by_threshold] if by_number else [by_threshold]
 
     def which(self, knobs: Mapping[str, Setting]) -> str:
         threshold, modules = _rules(knobs)
@@ -175,18 +178,18 @@ class SafeLora(Defence):
             else f"cosine at or below {threshold:g}"
         )
 
-    def changed(self, measured: File, made: File) -> tuple[int, int]:
-        found = self.projected_rows(measured, made)
-        return len(found.taken), len(found.rows)
+    def changed(self, measured_file: File, made_file: File) -> tuple[int, int]:
+        adapter = self.projected_rows(measured_file, made_file)
+        return len(adapter.projected), len(adapter.rows)
 
-    def projected_rows(self, measured: File, made: File) -> ProjectedRows:
-        """What both stages found of one adapter, module by module."""
-        taken: list[str] = json.loads(made(ApplySpec.CHOSEN).read_text())
-        return ProjectedRows(read_rows(measured(ProjectSpec.COSINES)), frozenset(taken))
+    def projected_rows(self, measured_file: File, made_file: File) -> ProjectedRows:
+        """The rows and the projected modules of one adapter, from the files of both stages."""
+        names: list[str] = json.loads(made_file(ApplySpec.CHOSEN).read_text())
+        return ProjectedRows(read_rows(measured_file(ProjectSpec.COSINES)), frozenset(names))
 
 
 def _rules(knobs: Mapping[str, Setting]) -> tuple[float | None, int | None]:
-    """The two knobs, of which at most one is to be given."""
+    """The two knobs (threshold, modules); at most one may be set."""
     threshold, modules = knobs["apply.threshold"], knobs["apply.modules"]
     return (
         None if threshold is None else float(threshold),

@@ -1,4 +1,4 @@
-"""The defence that studies use. Safe LoRA is the only one so far."""
+"""The defence that studies use. Safe LoRA is currently the only one."""
 
 from ebbline.tasks.defences.defence import Defence
 from ebbline.tasks.defences.gate import SAFE_LORA

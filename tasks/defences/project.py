@@ -1,12 +1,12 @@
-"""The two stages of Safe LoRA: `project` (every module's C.B and cosine, once per adapter) and
-`apply` (a threshold).
+"""The two stages of Safe LoRA: `project` computes every module's C.B and cosine, once for each
+adapter; `apply` writes the projected adapter.
 
-`project` takes no threshold. A threshold only chooses which modules take C.B, so `apply` copies
-tensors and its output depends on the set of chosen modules alone: two thresholds between the same
-neighbouring cosines give the same bytes, and so share every evaluation behind them.
+`project` has no threshold. `apply` only copies tensors, and its output depends only on the set of
+chosen modules. So two thresholds between the same neighbouring cosines give the same bytes, and
+share every later evaluation.
 
-Memory is that of the largest module (its V, and its two weights as they are read) and of the
-adapter, whatever the models' size.
+Memory is that of the adapter and the largest module (its V and two weights), for models of any
+size.
 """
 
 import json
@@ -47,8 +47,8 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Weights:
-    """The two models that Safe LoRA compares. With `bases`, the exact projector; without, the
-    approximate one.
+    """The two models that Safe LoRA compares. The projector is exact with `bases`, else
+    approximate.
     """
 
     base: Checkpoint
@@ -56,7 +56,7 @@ class Weights:
     bases: Bases | None = None
 
     def read(self, module: str) -> tuple[torch.Tensor, ...]:
-        """A module's base and aligned weights as they are stored, mapped from their files."""
+        """A module's base and aligned weights as stored, memory-mapped from their files."""
         return self.base.weight(module), self.aligned.weight(module)
 
     def project(
@@ -82,7 +82,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Bases that a `subspace` stage made: the exact projector without the models."""
+    """The bases of a `subspace` stage, for the exact projector. The models are not needed."""
 
     files: Mapping[str, Path]
 
@@ -108,16 +108,16 @@ class Subspace:
 def projections(
     adapters: Sequence[Adapter], source: Weights | Subspace, progress: Progress, device: str = "cpu"
 ) -> Iterator[tuple[str, dict[int, Projection]]]:
-    """Each module that any of the adapters has, with the outcome for each that has it; every weight
-    is read once.
+    """Project several adapters; each weight is read once.
 
-    Raises ProjectionError where a module cannot be computed, and when the two models are the same.
+    Yields (module, {adapter's index: its projection}) for every module of any adapter. Raises
+    ProjectionError when a module cannot be computed, and when the two models are equal.
     """
     modules = sorted({module for adapter in adapters for module in adapter.modules})
     embeddings = {
         module for adapter in adapters for module, lora in adapter.modules.items() if lora.embedding
     }
-    space, directions = Workspace(device), 0
+    space, different = Workspace(device), 0
     reads = [partial(source.read, module) for module in modules]
     ahead = read_ahead(reads)
     for done, module in enumerate(modules, start=1):
@@ -131,10 +131,10 @@ def projections(
             space,
         )
         del tensors
-        directions += any(outcome.reason != NO_DIRECTION for outcome in found)
+        different += any(outcome.reason != NO_DIRECTION for outcome in found)
         yield module, dict(zip(own, found, strict=True))
         progress(done, len(modules), module)
-    if not directions:
+    if not different:
         raise ProjectionError(
             "base and aligned are equal in every module that the adapter has; give two "
             "models that differ by alignment"
@@ -151,21 +151,22 @@ def row_of(outcome: Projection) -> ModuleRow:
 
 
 def as_saved(outcome: Projection, adapter: Adapter, module: str) -> torch.Tensor:
-    """C.B in the dtype that the adapter has its B in. Raises ProjectionError when that dtype cannot
-    hold it to a hundredth.
+    """C.B in the dtype of the adapter's B.
+
+    Raises ProjectionError when that dtype changes C.B by more than 1% of its norm.
     """
-    before = adapter.tensors[adapter.modules[module].lora_B]
-    after = outcome.projected_OR.to(before.dtype).contiguous()
-    lost = float(torch.linalg.vector_norm(after.float() - outcome.projected_OR))
-    if not lost <= 0.01 * float(torch.linalg.vector_norm(outcome.projected_OR)):
+    b_OR = adapter.tensors[adapter.modules[module].lora_B]
+    cb_OR = outcome.projected_OR.to(b_OR.dtype).contiguous()
+    error = float(torch.linalg.vector_norm(cb_OR.float() - outcome.projected_OR))
+    if not error <= 0.01 * float(torch.linalg.vector_norm(outcome.projected_OR)):
         raise ProjectionError(
-            f"{module}: C B is beyond the range of {before.dtype}; save {adapter.folder} in float32"
+            f"{module}: C B is beyond the range of {b_OR.dtype}; save {adapter.folder} in float32"
         )
-    return after
+    return cb_OR
 
 
 def write_adapter(adapter: Adapter, projected: Mapping[str, torch.Tensor], out: Path) -> None:
-    """An ordinary PEFT adapter in `out`, with C.B (by module) in place of B."""
+    """Write a PEFT adapter to `out`, with `projected` (module -> C.B) in place of B."""
     tensors = {
         **adapter.tensors,
         **{adapter.modules[module].lora_B: cb_OR for module, cb_OR in projected.items()},
@@ -191,13 +192,13 @@ def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: C
 
 def run_apply(spec: ApplySpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     adapter, projection = read_adapter(inputs["adapter"]), inputs["projection"]
-    take = chosen_by(read_rows(projection / ProjectSpec.COSINES), spec)
-    strange = sorted(take - adapter.modules.keys())
-    if strange:
+    chosen = chosen_by(read_rows(projection / ProjectSpec.COSINES), spec)
+    unknown = sorted(chosen - adapter.modules.keys())
+    if unknown:
         raise ProjectionError(
-            f"the projection names {strange[0]}, which the adapter in {adapter.folder} "
+            f"the projection names {unknown[0]}, which the adapter in {adapter.folder} "
             "does not have"
         )
     with opened(projection / ProjectSpec.PROJECTED) as file:
-        write_adapter(adapter, {module: file.get_tensor(module) for module in take}, out)
-    (out / ApplySpec.CHOSEN).write_text(json.dumps(sorted(take)))
+        write_adapter(adapter, {module: file.get_tensor(module) for module in chosen}, out)
+    (out / ApplySpec.CHOSEN).write_text(json.dumps(sorted(chosen)))

@@ -7,7 +7,7 @@ from ebbline.tasks.stage_kind import Load, StageKind, same_kind
 
 
 def _counted_work(spec: ProjectSpec, stage: Stage) -> Load:
-    """It reads both models once, and writes B and C.B."""
+    """The stage reads both models once, and writes C.B."""
     train = stage_of(stage.inputs["adapter"])
     if train is None or not isinstance(train.spec, TrainSpec):
         return Load()

@@ -1,18 +1,20 @@
 """Safe LoRA (arXiv 2405.16833): project an adapter's update onto the alignment subspace of its base
 model.
 
-Legend: O = d_out, I = d_in, R = LoRA rank, P = rows of a block. For one module, V_OI = W_aligned -
-W_base, the adapter's update is delta_OI = B_OR A_RI (its scale alpha/r moves neither the cosine nor
-the choice), and C_OO is the projector:
+Legend: O = d_out, I = d_in, R = LoRA rank, P = rows of a block, N = sum of the ranks of several
+adapters, K = columns of a basis. For one module, V_OI = W_aligned - W_base, and the adapter's
+update is delta_OI = B_OR A_RI. Its scale alpha/r changes neither the cosine nor the choice. C_OO is
+the projector:
 
     approximate   C = V V^T / ||V||_F  (the paper's Eq. 2; not idempotent, scales with ||V||)
     exact         C = U U^T, U the left singular vectors of V that hold a stated share of its energy
 
-C is never formed. C B = V (V^T B) / ||V||_F costs O(O I R), and V is formed a block of rows at a
-time, each block used for V^T B and ||V||_F while it is in the processor's cache. V and C B are
-float32; the squares of blocks add up in float64, as one long float32 sum is wrong in the third
-digit. The gate compares C B A with B A through R x R Gram matrices, <X A, Y A> = sum((X^T Y) * (A
-A^T)), in float64, so the O x I product is never formed either.
+C is never formed: C B = V (V^T B) / ||V||_F costs O(O I R). V is formed in blocks of rows, and each
+block is used for V^T B and ||V||_F while it is in the processor's cache. V and C B are float32. The
+squares of blocks are added in float64, since one long float32 sum is wrong in the third digit.
+
+The O x I products are never formed either. The gate compares C B A with B A through R x R Gram
+matrices in float64: <X A, Y A> = sum((X^T Y) * (A A^T)).
 """
 
 import math
@@ -24,16 +26,16 @@ import torch
 from ebbline.tasks.defences.gate import NO_DIRECTION, NO_UPDATE
 from ebbline.tasks.errors import ProjectionError
 
-BLOCK_BYTES = (
-    1 << 20
-)  # of V: with the rows it is made from, it stays in a core's second-level cache
-NARROW = 32  # columns: below it, (T V^T) is faster than (V T^T)
+# Of V. With the rows of both weights, a block fits in a core's second-level cache.
+BLOCK_BYTES = 1 << 20
+NARROW = 32  # with fewer columns, (T V^T) is faster than (V T^T)
 
 
 @dataclass(frozen=True)
 class Update:
-    """One adapter's update of one module: delta_OI = B_OR A_RI, without its scale. `adapter` names
-    it in messages.
+    """One adapter's update of one module: delta_OI = B_OR A_RI, without its scale.
+
+    Messages name it `adapter`.
     """
 
     lora_A_RI: torch.Tensor
@@ -43,10 +45,9 @@ class Update:
 
 @dataclass(frozen=True)
 class Projection:
-    """One module's outcome: C B, cos(C B A, B A) and ||C B A|| / ||B A||; or the `reason` why there
-    is no cosine.
+    """The projection of one module: C B, cos(C B A, B A) and ||C B A|| / ||B A||.
 
-    A module without a cosine is never projected.
+    A module without a cosine is never projected, and `reason` says why.
     """
 
     projected_OR: torch.Tensor
@@ -56,22 +57,20 @@ class Projection:
 
 
 class Workspace:
-    """One float32 buffer in which every module's V is formed: fresh memory for each costs more than
-    the arithmetic.
-    """
+    """One float32 buffer for every module's V: new memory for each V costs more than its use."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self._buffer = torch.empty(0, device=self.device)
 
     def matrix(self, rows: int, columns: int) -> torch.Tensor:
-        """An uninitialised (rows, columns) matrix; it overwrites the one before."""
+        """An uninitialised (rows, columns) matrix, in the memory of the previous one."""
         if self._buffer.numel() < rows * columns:
             self._buffer = torch.empty(rows * columns, device=self.device)
         return self._buffer[: rows * columns].view(rows, columns)
 
     def blocks(self, rows: int, columns: int) -> Iterator[slice]:
-        """Row ranges of such a matrix that fit a processor's cache; all of it on an accelerator."""
+        """Row ranges of a matrix that fit in a processor's cache; all rows on an accelerator."""
         step = rows if self.device.type != "cpu" else max(16, BLOCK_BYTES // (4 * columns))
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -84,12 +83,12 @@ def project(
     workspace: Workspace | None = None,
     models: tuple[str, str] = ("base", "aligned"),
 ) -> list[Projection]:
-    """Every update of one module, by the approximate projector, from one read of the two weights
-    (any float dtype).
+    """Project every update of one module by the approximate projector, from one read of the
+    weights.
 
-    `models` is what messages call the two. Where V is zero there is no direction to project onto:
-    the updates come back as they are, with the reason. Raises ProjectionError when shapes disagree
-    or anything is not finite.
+    Weights may have any float dtype. `models` are the names of the two models in messages. Where V
+    is zero there is no direction: the updates are returned unchanged, with the reason. Raises
+    ProjectionError for shapes that do not fit and for values that are not finite.
     """
     space = workspace or Workspace()
     check_shapes(module, base_OI, aligned_OI, updates)
@@ -114,8 +113,9 @@ def project_onto(
     updates: Sequence[Update],
     workspace: Workspace | None = None,
 ) -> list[Projection]:
-    """Every update of one module, by the exact projector: C B = U (U^T B), U the orthonormal
-    columns of `basis_OK`.
+    """Project every update of one module by the exact projector: C B = U (U^T B), U = `basis_OK`.
+
+    Raises ProjectionError as `project` does.
     """
     space = workspace or Workspace()
     for update in updates:
@@ -130,8 +130,9 @@ def project_onto(
 def gate(
     cb_OR: torch.Tensor, b_OR: torch.Tensor, a_RI: torch.Tensor
 ) -> tuple[float | None, float | None]:
-    """(cosine, norm ratio) of C B A against B A from Gram matrices in float64; None when B A is
-    zero, NaN when it is not finite.
+    """(cosine, norm ratio) of C B A and B A, from Gram matrices in float64.
+
+    Both are None when B A is zero, and NaN when a product is not finite.
     """
     a_RI, b_OR, cb_OR = a_RI.double(), b_OR.double(), cb_OR.double()
     gram_RR = a_RI @ a_RI.T
@@ -158,12 +159,11 @@ def alignment_basis(
     device: str = "cpu",
     models: tuple[str, str] = ("base", "aligned"),
 ) -> torch.Tensor:
-    """Orthonormal columns (O, K), float32, spanning V's K leading left singular vectors: the fewest
-    that hold `energy`.
+    """The leading left singular vectors of V, as (O, K) float32: the fewest that hold `energy`.
 
-    The energy of V is ||V||_F^2, the sum of its squared singular values. They and their vectors
-    come from the eigendecomposition, in float64, of V's smaller Gram matrix (V V^T, or V^T V with U
-    = V W / S), which squares the singular values and is harmless for a share below one. K is 0 when
+    The energy of V is ||V||_F^2, the sum of its squared singular values. The vectors come from the
+    float64 eigendecomposition of V's smaller Gram matrix: V V^T, or V^T V with U = V W / S. A Gram
+    matrix squares the singular values, which is accurate enough for a share below one. K is 0 when
     V is zero.
 
     Raises ProjectionError as `project` does.
@@ -179,7 +179,7 @@ def alignment_basis(
     values_M, vectors_MM = torch.linalg.eigh(v_OI.T @ v_OI if tall else v_OI @ v_OI.T)
     values_M, vectors_MM = values_M.flip(0).clamp(min=0.0), vectors_MM.flip(1)
     share_M = torch.cumsum(values_M, 0) / values_M.sum()
-    # A share that is met to the last rounding error is met.
+    # The factor lets a share that is met up to rounding count as met.
     keep = min(
         int(torch.searchsorted(share_M, energy * (1 - 1e-12)).item()) + 1, int((values_M > 0).sum())
     )
@@ -193,7 +193,7 @@ def alignment_basis(
 def check_shapes(
     module: str, base_OI: torch.Tensor, aligned_OI: torch.Tensor, updates: Sequence[Update]
 ) -> None:
-    """Raises ProjectionError unless the two weights and every update fit together."""
+    """Raises ProjectionError unless the shapes of the two weights and every update fit."""
     if base_OI.ndim != 2 or base_OI.shape != aligned_OI.shape:
         raise ProjectionError(
             f"{module}: the base weight is {tuple(base_OI.shape)}, the aligned one "
@@ -235,7 +235,7 @@ def _check_update(module: str, update: Update, d_out: int, d_in: int | None) -> 
 
 
 def _stacked(updates: Sequence[Update], space: Workspace) -> torch.Tensor:
-    """All B^T one below the other, (N, O) with N the sum of the ranks."""
+    """All B^T concatenated, (N, O)."""
     return torch.cat(
         [update.lora_B_OR.to(space.device, torch.float32).T for update in updates]
     ).contiguous()
@@ -244,19 +244,16 @@ def _stacked(updates: Sequence[Update], space: Workspace) -> torch.Tensor:
 def _difference(
     base_PI: torch.Tensor, aligned_PI: torch.Tensor, out_PI: torch.Tensor
 ) -> torch.Tensor:
-    """aligned - base in float32 (float64 weights are subtracted before they are rounded)."""
+    """aligned - base in float32. float64 weights are subtracted before the rounding."""
     base_PI, aligned_PI = base_PI.to(out_PI.device), aligned_PI.to(out_PI.device)
     if base_PI.dtype == aligned_PI.dtype and base_PI.dtype.itemsize >= 4:
         return torch.sub(aligned_PI, base_PI, out=out_PI)
-    return out_PI.copy_(aligned_PI).sub_(
-        base_PI
-    )  # widened first: bfloat16 minus bfloat16 would be rounded
+    # Widened to float32 first: a bfloat16 difference would be rounded.
+    return out_PI.copy_(aligned_PI).sub_(base_PI)
 
 
 def _squares(v_PI: torch.Tensor) -> float:
-    """The sum of squares: of a block that is short enough for float32, or of a whole matrix on an
-    accelerator in float64.
-    """
+    """The sum of squares: in float32 for a block, in float64 for a matrix on an accelerator."""
     if v_PI.device.type != "cpu":
         return float(torch.linalg.vector_norm(v_PI, dtype=torch.float64)) ** 2
     flat = v_PI.view(-1)
@@ -270,7 +267,7 @@ def _norm_of_difference(
     aligned_OI: torch.Tensor,
     models: tuple[str, str],
 ) -> float:
-    if not squares < math.inf:  # NaN as well
+    if not squares < math.inf:  # also true for NaN
         bad = [
             name
             for name, weight in zip(models, (base_OI, aligned_OI), strict=True)
@@ -295,7 +292,7 @@ def _require_finite(module: str, update: Update) -> None:
     if damaged:
         raise ProjectionError(
             f"{module}: {' and '.join(damaged)} of {update.adapter} holds NaN or infinity; "
-            "it is damaged"
+            "the adapter is damaged"
         )
 
 
@@ -320,8 +317,8 @@ def _gated(module: str, projected_NO: torch.Tensor, updates: Sequence[Update]) -
         if cosine is not None and ratio is not None and not math.isfinite(cosine + ratio):
             _require_finite(module, update)
             raise ProjectionError(
-                f"{module}: C B A is beyond what can be computed; are the weights of "
-                f"{update.adapter} of sensible size?"
+                f"{module}: the norm of C B A is not finite in float64; are the weights of "
+                f"{update.adapter} too large?"
             )
         found.append(Projection(cb_OR, cosine, ratio, NO_UPDATE if cosine is None else ""))
     return found

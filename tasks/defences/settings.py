@@ -1,11 +1,11 @@
-"""The settings of Safe LoRA by itself, checked before any work is done. Imports no torch."""
+"""The settings of the command `ebbline project`, checked before any work. Imports no torch."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ebbline.tasks.defences.gate import ModuleRow, chosen, known_cosines
+from ebbline.tasks.defences.gate import ModuleRow, chosen, cosines_by_module
 from ebbline.tasks.errors import ProjectionError
 
 DEFAULT_THRESHOLD = 0.5
@@ -14,11 +14,11 @@ DEFAULT_ENERGY = 0.9
 
 @dataclass(frozen=True)
 class Settings:
-    """How adapters are projected. `threshold` takes the modules whose cosine is at or below it,
-    `modules` the n lowest.
+    """The settings of a projection. `threshold` projects the modules with a cosine at or below it,
+    `modules` that many modules of lowest cosine.
 
-    `energy` is the share of ||aligned - base||_F^2 that the exact projector keeps, None for the
-    approximate one.
+    `energy` is the share of ||aligned - base||_F^2 that the exact projector keeps. It is None for
+    the approximate projector.
     """
 
     base: str
@@ -30,6 +30,7 @@ class Settings:
 
     @property
     def rule(self) -> str:
+        """The chosen modules in words."""
         return (
             f"the {self.modules} of lowest cosine"
             if self.threshold is None
@@ -38,11 +39,11 @@ class Settings:
 
     @property
     def drawn(self) -> list[float]:
-        """The values that a figure over all thresholds marks as used."""
+        """The used thresholds, which a figure over all thresholds marks."""
         return [] if self.threshold is None else [self.threshold]
 
     def chosen(self, rows: Mapping[str, ModuleRow]) -> frozenset[str]:
-        """The modules that take C B."""
+        """The modules to project. Raises ProjectionError as `gate.chosen` does."""
         return chosen(rows, self.threshold, self.modules)
 
 
@@ -54,36 +55,37 @@ def checked(
     projector: Literal["approximate", "exact"],
     energy: float | None,
 ) -> Settings:
-    """Settings with their defaults. Raises ProjectionError for those that cannot be."""
+    """Settings with defaults filled in. Raises ProjectionError for invalid settings."""
     if projector not in ("approximate", "exact"):
-        raise ProjectionError(f"no projector {projector!r}; there are 'approximate' and 'exact'")
+        raise ProjectionError(f"no projector {projector!r}; choose 'approximate' or 'exact'")
     if threshold is not None and modules is not None:
         raise ProjectionError("give a threshold or a number of modules, not both")
     if threshold is not None and not -1.0 <= threshold <= 1.0:
-        raise ProjectionError(f"the threshold is a cosine, from -1 to 1; {threshold:g} is not")
+        raise ProjectionError(f"the threshold must be a cosine from -1 to 1, not {threshold:g}")
     if modules is not None and (
         isinstance(modules, bool) or not isinstance(modules, int) or modules < 0
     ):
-        raise ProjectionError(f"{modules} is no number of modules")
+        raise ProjectionError(f"the number of modules must be an integer from 0, not {modules}")
     if projector == "approximate" and energy is not None:
         raise ProjectionError(
-            "energy belongs to the exact projector; the approximate one has no such share"
+            "energy is a setting of the exact projector; leave it out for the approximate one"
         )
     if projector == "exact":
         energy = DEFAULT_ENERGY if energy is None else energy
         if not 0.0 < energy < 1.0:
-            raise ProjectionError(
-                f"energy is a share between 0 and 1, both excluded; {energy:g} is not"
-            )
+            raise ProjectionError(f"energy must be a share above 0 and below 1, not {energy:g}")
     if threshold is None and modules is None:
         threshold = DEFAULT_THRESHOLD
     return Settings(base, aligned, projector, threshold, modules, energy)
 
 
-def first_taken(rows: Mapping[str, ModuleRow]) -> str:
-    """What to say where no module was projected; empty when no threshold would project one."""
-    known = known_cosines(rows).values()
-    if not known:
+def lowest_threshold_hint(rows: Mapping[str, ModuleRow]) -> str:
+    """A hint when no module was projected: the lowest threshold that projects one.
+
+    Empty when no module has a cosine.
+    """
+    cosines = cosines_by_module(rows).values()
+    if not cosines:
         return ""
-    first = math.ceil(min(known) * 1e4) / 1e4  # rounded up: it must project that module
-    return f"no module was projected; from a threshold of {first:.4f} on, the first one is"
+    first = math.ceil(min(cosines) * 1e4) / 1e4  # rounded up, so that it projects the module
+    return f"no module was projected; thresholds from {first:.4f} on project at least one"

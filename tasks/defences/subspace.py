@@ -1,10 +1,9 @@
-"""The exact projector's bases: for each module the orthonormal columns that hold a stated share of
-V's energy.
+"""The exact projector's bases: for each module, orthonormal columns that hold a given share of V's
+energy.
 
-They depend on the two models' weights alone, and cost far more than a projection, so they are made
-once: a stage of its own in a study, and a folder of bases named by their content for whoever
-projects without one. Each basis is kept as soon as it is made, so that a computation that is cut
-off continues where it was.
+Bases depend only on the two models' weights and cost far more than a projection, so they are
+computed once. A study has a stage for them. A projection outside a study caches them in a folder.
+Each basis is written as soon as it is computed, so an interrupted computation continues.
 """
 
 import hashlib
@@ -23,12 +22,12 @@ from ebbline.tasks.specs import SubspaceSpec
 from ebbline.tasks.stage import Context
 
 BASIS = "basis"
-VERSION = 1  # of how a basis is computed: another one is another basis
+VERSION = 1  # part of the name of a cached basis; raise it when the computation changes
 
 
 class Bases:
-    """Bases at one energy. In a `folder` they are kept by the content of both weights: one that is
-    there is never stale.
+    """Bases at one energy. A `folder` caches them by the content of both weights, so a cached basis
+    is never stale.
     """
 
     def __init__(self, energy: float, folder: Path | None, device: str = "cpu") -> None:
@@ -50,7 +49,7 @@ class Bases:
         aligned_OI: torch.Tensor,
         models: tuple[str, str],
     ) -> Path:
-        """The file in `folder` that holds this module's basis; made first, if it is not there."""
+        """The file in `folder` with this module's basis. A missing file is computed first."""
         path = folder / f"{self._name(base_OI, aligned_OI)}.safetensors"
         if not path.exists():
             basis_OK = alignment_basis(
@@ -68,19 +67,19 @@ class Bases:
 
 
 def read_basis(path: Path) -> torch.Tensor:
-    """The (O, K) basis in a file of its own."""
+    """The (O, K) basis in a file. Raises ProjectionError for a damaged file."""
     try:
         with opened(path) as file:
             basis_OK: torch.Tensor = file.get_tensor(BASIS)
     except ModelError as error:
         raise ProjectionError(
-            f"{path} is no whole basis; delete it, and it is made again"
+            f"{path} is a damaged basis; delete it, and the next run recomputes it"
         ) from error
     return basis_OK
 
 
 def run(spec: SubspaceSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
-    """Every target module's basis as a file in `out`, and an index of module -> file."""
+    """Write every target module's basis to a file in `out`, and an index of module -> file."""
     base, aligned = Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"])
     suffixes = tuple(f".{target}.weight" for target in spec.target_modules)
     modules = sorted(
@@ -90,8 +89,8 @@ def run(spec: SubspaceSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
         raise ProjectionError(
             f"no module of {inputs['aligned']} is named {' or '.join(spec.target_modules)}"
         )
-    kept = ctx.scratch / "bases"
-    bases = Bases(spec.energy, kept, ctx.device)
+    scratch = ctx.scratch / "bases"
+    bases = Bases(spec.energy, scratch, ctx.device)
     files = {}
     for done, module in enumerate(modules, start=1):
         base_OI, aligned_OI = (
@@ -99,10 +98,10 @@ def run(spec: SubspaceSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
             for model in (base, aligned)
         )
         files[module] = bases.file(
-            kept, module, base_OI, aligned_OI, (str(base.folder), str(aligned.folder))
+            scratch, module, base_OI, aligned_OI, (str(base.folder), str(aligned.folder))
         )
         ctx.progress(done, len(modules), module)
-    for file in set(files.values()):  # equal weights share a basis
+    for file in set(files.values()):  # modules with equal weights share a file
         file.replace(out / file.name)
     (out / spec.INDEX).write_text(
         json.dumps({module: file.name for module, file in files.items()}, indent=1)

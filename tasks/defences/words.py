@@ -1,25 +1,24 @@
-"""Safe LoRA in words: what figures, reports and papers call its measurements and its knobs. Imports
-no torch.
+"""Labels and sentences about Safe LoRA for figures, reports and papers. Imports no torch.
 
-The modules that draw and write take their labels from here and decide nothing by them.
+The callers only print these texts; no decision depends on them.
 """
 
 from collections.abc import Collection, Mapping
 from statistics import median
 
-from ebbline.tasks.defences.gate import ModuleRow, known_cosines
+from ebbline.tasks.defences.gate import ModuleRow, cosines_by_module
 
 QUANTITY = "cosine"
 NO_QUANTITY = "no cosine"
 MAPS, SHARES = "cosines", "projected-share"
-"""How the files of its two figures begin."""
+"""The beginnings of the file names of its two figures."""
 KNOB_USED = "threshold used"
 SHARE_AXIS = "modules projected"
 
 
 def measured_of(rows: Mapping[str, ModuleRow]) -> list[float]:
-    """What was measured of an adapter's modules, ascending; modules without it are left out."""
-    return sorted(known_cosines(rows).values())
+    """The cosines of an adapter's modules, ascending. Modules without one are left out."""
+    return sorted(cosines_by_module(rows).values())
 
 
 def lacking_label(count: int) -> str:
@@ -45,13 +44,13 @@ def share_caption(what: str) -> str:
     )
 
 
-def map_sentence(rows: Mapping[str, ModuleRow], taken: Collection[str], what: str) -> str:
-    """A map of one adapter, but for its layers and types."""
+def map_sentence(rows: Mapping[str, ModuleRow], projected: Collection[str], what: str) -> str:
+    """A description of the map of one adapter."""
     found = measured_of(rows)
     lacking = f", {len(rows) - len(found)} without a cosine" if len(found) < len(rows) else ""
     text = (
         f"Heat map of the cosines of {what}, module types by layers: {len(rows)} modules, "
-        f"{len(set(taken))} of them projected{lacking}."
+        f"{len(set(projected))} of them projected{lacking}."
     )
     return f"{text} Cosines from {found[0]:.2f} to {found[-1]:.2f}." if found else text
 
@@ -61,7 +60,7 @@ def share_sentence(what: str) -> str:
 
 
 def spread_sentence(rows: Mapping[str, ModuleRow]) -> str:
-    """What was measured of one adapter: its range, its median and what has none."""
+    """The range and the median of one adapter's cosines, and the number of modules without one."""
     found = measured_of(rows)
     lacking, text = len(rows) - len(found), ""
     if found:
@@ -73,6 +72,6 @@ def spread_sentence(rows: Mapping[str, ModuleRow]) -> str:
 
 
 def range_phrase(rows: Mapping[str, ModuleRow]) -> str:
-    """`; cosines 0.1 to 0.3` of one adapter, or nothing."""
+    """The range as `; cosines 0.1000 to 0.3000`; empty without cosines."""
     found = measured_of(rows)
     return f"; cosines {found[0]:.4f} to {found[-1]:.4f}" if found else ""

@@ -1,5 +1,6 @@
-"""What a model said to each prompt, as it is kept: in a file that says that it is sensitive, and
-nowhere else. Imports no torch.
+"""The file of completions that a generation writes. Imports no torch.
+
+Invariant: prompts and completions are stored in this file only, and its name marks it as sensitive.
 """
 
 import json
@@ -13,8 +14,9 @@ from ebbline.tasks.specs import GenerateSpec
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt with what the model said to it. `tokens` were generated; `ended` when the last of
-    them was the end.
+    """A prompt with the model's completion.
+
+    `tokens` counts the generated tokens; `ended` says whether the last one was an end token.
     """
 
     id: str
@@ -35,8 +37,9 @@ def write_completions(folder: Path, rows: Iterable[Completion]) -> None:
 
 
 def read_completions(folder: Path) -> list[Completion]:
-    """What a generation wrote, in the order of the prompts. Raises EvaluationError, never quoting
-    the file.
+    """The completions of a generation, in the order of the prompts.
+
+    Raises EvaluationError for an unreadable or empty file; its message never quotes the file.
     """
     path = folder / GenerateSpec.COMPLETIONS
     try:

@@ -1,13 +1,13 @@
-"""The stage `evaluate`: MMLU, HellaSwag and any other lm-eval task or group of tasks, on the model
-that is already in memory.
+"""The stage `evaluate`: MMLU, HellaSwag and any other lm-eval task or group, on the resident model.
 
-The data is a local folder with lm-eval YAML files and the splits as JSON lines, or the snapshot of
-a hub data set, which lm-eval's own task of that name then reads. Nothing is downloaded here, and no
-code that comes with data is run.
+The data is a local folder or the snapshot of a hub data set. A local folder holds lm-eval YAML
+files and the splits as JSON lines. A snapshot is read by lm-eval's own task of the given name.
 
-lm-eval makes the requests and judges the answers; ebbline.tasks.measuring.prefix_lm computes them.
-What does not depend on the adapter (the tasks, their requests, the tokens) is made once for a base
-model. docs/capability.md says more.
+Invariant: this stage downloads nothing and runs no code that comes with data.
+
+lm-eval builds the requests and scores the answers; ebbline.tasks.measuring.prefix_lm computes the
+log-likelihoods. Tasks, requests and tokens do not depend on the adapter, so they are built once for
+a base model. See docs/capability.md.
 """
 
 import contextlib
@@ -41,11 +41,10 @@ from ebbline.tasks.stage import Context
 METRICS = ("acc", "acc_norm")
 ANSWERS = "answers.jsonl"
 PROMPTS = "prompts.json"
-STRUCTURE = {
-    field.name for field in fields(GroupConfig)
-}  # what a group says of itself; the rest it changes in its tasks
+# The settings of a group itself. Every other setting of a group overrides its tasks' setting.
+STRUCTURE = {field.name for field in fields(GroupConfig)}
 CODE = re.compile(r"!function|\b(class|custom_dataset|unsafe_code|hf_evaluate|use_prompt)\b['\"]?:")
-# What datasets, lm-eval and its templates raise for data of another shape.
+# What datasets, lm-eval and its templates raise for data that does not fit a task.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -56,26 +55,28 @@ UNREADABLE = (
     DatasetsError,
     TemplateError,
 )
+# Settings of tasks that load data by code of their own, or whose data is not text.
 OWN_CODE = {
     "class",
     "custom_dataset",
     "unsafe_code",
     "doc_to_image",
     "doc_to_audio",
-}  # not to be had from a snapshot, or not text
+}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is the same for all adapters of a base model. `tasks` maps names to lm-eval's
-    Task objects.
+    """The data that all adapters of a base model share.
+
+    `tasks` maps names to lm-eval's Task objects, `items` to their numbers of items. `instances` are
+    lm-eval's requests, in the order of the tasks. `plan` covers the log-likelihood requests; it is
+    None for a model that cannot share prefixes.
     """
 
     tasks: Mapping[str, Any]
-    instances: Sequence[Any]  # lm-eval's requests, in the order of the tasks
-    plan: (
-        Plan | None
-    )  # of those that ask for a log-likelihood; None for a model that cannot share prefixes
+    instances: Sequence[Any]
+    plan: Plan | None
     items: Mapping[str, int]
 
 
@@ -97,7 +98,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
         )
         prepared = ctx.residents.remembered(key, lambda: prepare(spec, folder, lm))
         answer(prepared, lm, ctx)
-    rows = measured(prepared)
+    rows = item_rows(prepared)
     with (out / ANSWERS).open("w") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
     (out / PROMPTS).write_text(json.dumps(described(spec, prepared), indent=1))
@@ -105,7 +106,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     if not names:
         raise EvaluationError(
             f"lm-eval's {spec.task} has neither acc nor acc_norm for all its items; "
-            "ebbline measures nothing else"
+            "ebbline supports no other metric of lm-eval"
         )
     right = [row[names[0]] > 0.5 for row in rows]
     write_samples(
@@ -119,12 +120,12 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 
 def prepare(spec: EvaluateSpec, folder: Path, lm: PrefixLM) -> Prepared:
-    """The tasks, their requests and the tokens. Raises EvaluationError for a task or a data set
-    that cannot be used.
+    """Build the tasks, their requests and the tokens.
+
+    Raises EvaluationError for a task or a data set that cannot be used.
     """
-    random.seed(
-        DEFAULT_RANDOM_SEED
-    )  # some tasks shuffle while they load; these are the seeds of lm-eval's own command
+    # Some tasks shuffle while they load. These are the seeds of lm-eval's own command.
+    random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     manager, members = (
         _local(spec.task, folder) if _definitions(folder) else _built_in(spec.task, folder)
@@ -136,14 +137,14 @@ def prepare(spec: EvaluateSpec, folder: Path, lm: PrefixLM) -> Prepared:
         for instance in task.instances
         for _ in range(instance.repeats or 1)
     ]
-    asked = [instance.args for instance in instances if instance.request_type == "loglikelihood"]
-    shared = (
-        plan([lm.encode(*pair) for pair in asked], lm.max_length) if lm.shares_prefixes else None
+    pairs = [instance.args for instance in instances if instance.request_type == "loglikelihood"]
+    prefix_plan = (
+        plan([lm.encode(*pair) for pair in pairs], lm.max_length) if lm.shares_prefixes else None
     )
     return Prepared(
         tasks,
         instances,
-        shared,
+        prefix_plan,
         {name: len({request.doc_id for request in task.instances}) for name, task in tasks.items()},
     )
 
@@ -158,13 +159,14 @@ def _task(
 ) -> Any:
     """One lm-eval task with its requests built."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # progress bars that have no switch
+        # lm-eval has no option to turn off these progress bars.
+        with contextlib.redirect_stderr(io.StringIO()):
             (task,) = manager.load([{"group": "ebbline", "task": [{**changes, "task": name}]}])[
                 "tasks"
             ].values()
             if task.get_config("num_fewshot") == 0 and spec.shots:
                 raise EvaluationError(
-                    f"lm-eval's {name} is defined without shots; ask for 0, not {spec.shots}"
+                    f"lm-eval's {name} is defined without shots; set `shots` to 0, not {spec.shots}"
                 )
             task.set_config("num_fewshot", spec.shots)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
@@ -186,8 +188,9 @@ def _task(
 
 
 def _require_labels(name: str, task: Any) -> None:
-    """Raises EvaluationError for an item whose right answer is none of its choices: lm-eval would
-    count it as wrong.
+    """Raises EvaluationError for an item whose right answer is none of its choices.
+
+    lm-eval would count such an item as wrong.
     """
     if task.OUTPUT_TYPE != "multiple_choice":
         return
@@ -202,26 +205,24 @@ def _require_labels(name: str, task: Any) -> None:
 
 
 def _definitions(folder: Path) -> list[Path]:
-    """The YAML files in a local folder that define tasks or groups of them. A hub snapshot has
-    none.
-    """
+    """The YAML files of a folder that define tasks or groups. A hub snapshot has none."""
     defines = re.compile(r"^['\"]?(task|group)['\"]?:", re.MULTILINE)
     return [
         file for file in sorted(folder.rglob("*.yaml")) if defines.search(file.read_text("utf-8"))
     ]
 
 
-def _refuse_code(folder: Path) -> None:
-    """Raises EvaluationError when a definition, or what it includes, names code or lies outside the
-    folder.
+def _require_no_code(folder: Path) -> None:
+    """Raises EvaluationError when a definition, or a file that it includes, names code or lies
+    outside the folder.
     """
     files = _definitions(folder)
-    for file in files:  # grows as included files are found
+    for file in files:  # the loop appends included files
         text = file.read_text("utf-8")
         if code := CODE.search(text):
             raise EvaluationError(
                 f"{file} has {code[0]!r}: ebbline runs no code that comes with data. Write "
-                "what it makes into the rows"
+                "its result into the rows"
             )
         try:
             included = yaml.safe_load(text).get("include") or []
@@ -236,10 +237,11 @@ def _refuse_code(folder: Path) -> None:
 
 
 def _local(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dict[str, Any]]]]:
-    """The tasks of a local folder, each with its splits: FOLDER/TASK/SPLIT.jsonl, or
-    FOLDER/SPLIT.jsonl for the only task.
+    """The tasks of a local folder, each with its changed settings.
+
+    Splits are FOLDER/TASK/SPLIT.jsonl, or FOLDER/SPLIT.jsonl for the only task of a folder.
     """
-    _refuse_code(folder)
+    _require_no_code(folder)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     if name not in manager.all_tasks:
         raise EvaluationError(
@@ -249,16 +251,15 @@ def _local(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dict[s
     for task, changes in _members(name, manager.task_index, {}):
         if manager.task_index[task].cfg.get("dataset_path") != "json":
             raise EvaluationError(
-                f"{task} in {folder} must have `dataset_path: json`: ebbline downloads "
-                "nothing that is not pinned"
+                f"{task} in {folder} must have `dataset_path: json`: ebbline downloads no "
+                "data that is not pinned"
             )
         own = folder / task if (folder / task).is_dir() or len(manager.all_subtasks) > 1 else folder
-        # lm-eval resolves relative data files against the working directory: they are given as
-        # absolute paths, never in the YAML.
+        # lm-eval resolves relative paths against the working directory, so these are absolute.
         splits = {path.stem: str(path.resolve()) for path in sorted(own.glob("*.jsonl"))}
         if not splits:
             raise EvaluationError(
-                f"{own} holds no SPLIT.jsonl; a local lm-eval task is its YAML and its splits"
+                f"{own} holds no SPLIT.jsonl; a local lm-eval task needs its YAML and its splits"
             )
         found.append(
             (
@@ -276,11 +277,11 @@ def _local(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dict[s
 
 @functools.cache
 def _lm_evals_own() -> TaskManager:
-    return TaskManager()  # reads thousands of YAML files, some seconds
+    return TaskManager()  # takes seconds: it reads thousands of YAML files
 
 
 def _built_in(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dict[str, Any]]]]:
-    """lm-eval's own tasks under a name, reading the snapshot in `folder` in place of the hub."""
+    """lm-eval's own tasks of a name, with the snapshot in `folder` as their data."""
     manager = _lm_evals_own()
     if name not in manager.task_index:
         raise EvaluationError(
@@ -292,7 +293,7 @@ def _built_in(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dic
         config = {**manager.task_index[task].cfg, **changes}
         if any(config.get(key) for key in OWN_CODE) or "://" in str(config.get("dataset_kwargs")):
             raise EvaluationError(
-                f"lm-eval's {task} loads or judges its data with code or from a place of "
+                f"lm-eval's {task} loads or judges its data with code or from a source of "
                 f"its own; it cannot read {folder}"
             )
     sources = {
@@ -301,7 +302,7 @@ def _built_in(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dic
     }
     if len(sources) > 1:
         raise EvaluationError(
-            f"lm-eval's {name} reads several data sets, {sorted(sources)}: make a suite of "
+            f"lm-eval's {name} reads several data sets, {sorted(sources)}: write one suite for "
             "each of its tasks"
         )
     return manager, [
@@ -312,18 +313,19 @@ def _built_in(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dic
 def _members(
     item: str | Mapping[str, Any], index: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Every task under a name (or a group's entry), with what its groups change in it, as lm-eval
-    resolves them.
+    """Every task of a name (or of a group's entry), with the settings that its groups change, as
+    lm-eval resolves them.
     """
-    given: Mapping[str, Any] = {"task": item} if isinstance(item, str) else item
-    name = given.get("group") or given["task"]
+    item_config: Mapping[str, Any] = {"task": item} if isinstance(item, str) else item
+    name = item_config.get("group") or item_config["task"]
     entry = index.get(name)
-    changes = {**changes, **{key: value for key, value in given.items() if key not in STRUCTURE}}
+    own = {key: value for key, value in item_config.items() if key not in STRUCTURE}
+    changes = {**changes, **own}
     if entry is not None and entry.cfg is None:  # a tag
         return [
             member for child in sorted(entry.tags) for member in _members(child, index, changes)
         ]
-    config = given if entry is None else entry.cfg
+    config = item_config if entry is None else entry.cfg
     if "group" in config:
         changes = {
             **{key: value for key, value in config.items() if key not in STRUCTURE},
@@ -340,28 +342,26 @@ def _members(
 
 
 def answer(prepared: Prepared, lm: PrefixLM, ctx: Context) -> None:
-    """Puts the model's response into every request."""
+    """Store the model's response in every request."""
     items = sum(prepared.items.values())
     for kind in sorted({instance.request_type for instance in prepared.instances}):
-        asked = [instance for instance in prepared.instances if instance.request_type == kind]
+        requests = [instance for instance in prepared.instances if instance.request_type == kind]
         if kind == "loglikelihood" and prepared.plan is not None:
             responses = lm.score(
                 prepared.plan,
                 lambda done, total: ctx.progress(items * done // total, items, "items"),
             )
         else:
-            responses = getattr(lm, kind)(asked, disable_tqdm=True)
+            responses = getattr(lm, kind)(requests, disable_tqdm=True)
             ctx.progress(items, items, "items")
-        for instance in asked:
+        for instance in requests:
             instance.resps, instance.filtered_resps = [], {}
-        for instance, response in zip(asked, responses, strict=True):
+        for instance, response in zip(requests, responses, strict=True):
             instance.resps.append(response)
 
 
-def measured(prepared: Prepared) -> list[dict[str, Any]]:
-    """One row an item: its id, its task, lm-eval's measures of it, and the log-likelihood of each
-    choice.
-    """
+def item_rows(prepared: Prepared) -> list[dict[str, Any]]:
+    """A row for each item: its id, its task, lm-eval's metrics and the choices' likelihoods."""
     rows = []
     for name, task in prepared.tasks.items():
         task.apply_filters()
@@ -370,41 +370,40 @@ def measured(prepared: Prepared) -> list[dict[str, Any]]:
             task.instances, key=lambda instance: (instance.doc_id, instance.idx)
         ):
             requests.setdefault(instance.doc_id, []).append(instance)
-        for item, asked in requests.items():
-            kept = next(iter(asked[0].filtered_resps))  # of several filters the first
+        for item, instances in requests.items():
+            first_filter = next(iter(instances[0].filtered_resps))
             measures = task.process_results(
-                asked[0].doc, [instance.filtered_resps[kept] for instance in asked]
+                instances[0].doc, [instance.filtered_resps[first_filter] for instance in instances]
             )
             row: dict[str, Any] = {"id": f"{name}/{item}", "task": name} | {
                 metric: float(measures[metric]) for metric in METRICS if metric in measures
             }
-            if asked[0].request_type == "loglikelihood":
-                row["logprobs"] = [
-                    round(instance.resps[0][0], 4) for instance in asked
-                ]  # the rest is rounding error
+            if instances[0].request_type == "loglikelihood":
+                # Further digits are rounding error.
+                row["logprobs"] = [round(instance.resps[0][0], 4) for instance in instances]
             rows.append(row)
     return rows
 
 
 def described(spec: EvaluateSpec, prepared: Prepared) -> dict[str, Any]:
-    """What was asked, in numbers: no text of any item."""
-    shared = prepared.plan
+    """The evaluated items and requests in numbers, without text."""
+    prefix_plan = prepared.plan
     return {
         "task": spec.task,
         "lm_eval": version("lm_eval"),
         "items": dict(prepared.items),
         "requests": len(prepared.instances),
-        "truncated": None if shared is None else shared.truncated,
+        "truncated": None if prefix_plan is None else prefix_plan.truncated,
         "tokens": None
-        if shared is None
-        else {"run": shared.tokens, "without_sharing": shared.full},
+        if prefix_plan is None
+        else {"run": prefix_plan.tokens, "without_sharing": prefix_plan.full},
     }
 
 
 def _fingerprint(folder: Path) -> tuple[Any, ...]:
-    """Changes whenever a file in the folder does."""
-    found = [(str(path), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    """A value that changes when a file in the folder changes: paths, sizes and times."""
+    files = [(str(path), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     return (
         str(folder.resolve()),
-        tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found),
+        tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files),
     )

@@ -17,8 +17,8 @@ from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory, one_gpu
 
 
 def _counted_work(spec: EvaluateSpec, stage: Stage) -> Load:
-    """An item is one pass over its shots and question; four for tasks whose choices are whole
-    sentences.
+    """An item is one pass over its shots and question. Tasks whose four choices are sentences need
+    four passes over the question.
     """
     shape = model_shape(stage.inputs["model"])
     rows, tokens = rows_of(stage.inputs["prompts"])

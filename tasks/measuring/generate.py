@@ -1,11 +1,10 @@
-"""The stage `generate`: one greedy completion for each prompt of a set, kept for whoever scores it.
+"""The stage `generate`: one greedy completion for each prompt of a set.
 
-Generation is apart from scoring, so that a scorer may change, or several be compared, without the
-model; and adapters of one base that are measured in one batch share its loaded weights and the
-tokenised prompts.
+Scoring is a stage of its own, so scorers may change or be compared without the model. Adapters of
+one base that are measured in one batch share the loaded weights and the tokenised prompts.
 
-Output: completions.sensitive.jsonl, which never leaves the store unless a person asks for it by
-name, and prompts.json, which says what the set was (format, rows, how many were asked) without any
+Output: completions.sensitive.jsonl and prompts.json. The first leaves the store only when a person
+requests it by name. The second describes the set in numbers (format, rows, prompts used), without
 text.
 """
 
@@ -30,8 +29,8 @@ from ebbline.tasks.stage import Context
 
 def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
-    asked = in_block(whole, spec.block)
-    said = _said(spec, inputs, [prompt.text for prompt in asked.prompts], ctx)
+    chosen = in_block(whole, spec.block)
+    completions = _completions(spec, inputs, [prompt.text for prompt in chosen.prompts], ctx)
     rows = [
         Completion(
             prompt.id,
@@ -44,19 +43,19 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
             tokens,
             ended,
         )
-        for prompt, (text, tokens, ended) in zip(asked.prompts, said, strict=True)
+        for prompt, (text, tokens, ended) in zip(chosen.prompts, completions, strict=True)
     ]
     write_completions(out, rows)
     (out / spec.PROMPTS).write_text(
-        json.dumps(described(asked, whole, inputs["prompts"]), indent=1)
+        json.dumps(described(chosen, whole, inputs["prompts"]), indent=1)
     )
 
 
-def _said(
+def _completions(
     spec: GenerateSpec, inputs: Mapping[str, Path], prompts: Sequence[str], ctx: Context
 ) -> list[tuple[str, int, bool]]:
     if spec.backend == "vllm":
-        # An extra, and it wants the GPU for itself
+        # vLLM is an optional dependency.
         from ebbline.tasks.measuring.vllm_backend import complete_with_vllm
 
         return complete_with_vllm(spec, inputs["model"], inputs.get("adapter"), prompts, ctx)
@@ -68,26 +67,28 @@ def _said(
         return complete(model, tokenizer, prompts, spec.max_new_tokens, spec.max_tokens, ctx)
 
 
-def in_block(asked: PromptSet, block: Block | None) -> PromptSet:
-    """The prompts of one block. Raises DataError for a block beyond the end."""
+def in_block(whole: PromptSet, block: Block | None) -> PromptSet:
+    """The prompts of one block, in a fixed random order. Raises DataError for a block beyond the
+    end.
+    """
     if block is None:
-        return asked
-    order = random.Random(0).sample(range(len(asked.prompts)), len(asked.prompts))
+        return whole
+    order = random.Random(0).sample(range(len(whole.prompts)), len(whole.prompts))
     chosen = order[block.index * block.size : (block.index + 1) * block.size]
     if not chosen:
         raise DataError(
-            f"the set has {len(asked.prompts)} prompts, so it has no block {block.index} "
+            f"the set has {len(whole.prompts)} prompts, so it has no block {block.index} "
             f"of {block.size}; lower `limit`"
         )
-    return replace(asked, prompts=tuple(asked.prompts[index] for index in chosen))
+    return replace(whole, prompts=tuple(whole.prompts[index] for index in chosen))
 
 
-def described(asked: PromptSet, whole: PromptSet, path: Path) -> dict[str, Any]:
-    """What a set was, in numbers: `of` prompts would be asked without blocks, out of `rows` in the
-    file.
+def described(chosen: PromptSet, whole: PromptSet, path: Path) -> dict[str, Any]:
+    """A prompt set in numbers: `asked` prompts were used, `of` those that all blocks hold together,
+    and the file has `rows` rows.
     """
-    numbers = {"rows": asked.rows, "asked": len(asked.prompts), "of": len(whole.prompts)}
-    return {"format": asked.format, **numbers, "sha256": content_digest(path)}
+    numbers = {"rows": chosen.rows, "asked": len(chosen.prompts), "of": len(whole.prompts)}
+    return {"format": chosen.format, **numbers, "sha256": content_digest(path)}
 
 
 def complete(
@@ -100,8 +101,8 @@ def complete(
 ) -> list[tuple[str, int, bool]]:
     """(greedy completion, its tokens, whether it ended), in the order of `prompts`.
 
-    Decoding is KV-cached and stops at the end token; see ebbline.tasks.data.batches for what is
-    asked at once.
+    Decoding uses the KV cache and stops at an end token. `ebbline.tasks.data.batches` forms the
+    batches.
     """
     encoded = ctx.residents.remembered(
         ("chat", tuple(prompts)), lambda: encode_prompts(tokenizer, prompts)
@@ -116,7 +117,7 @@ def complete(
         use_cache=True,
     )
 
-    def ask(batch: Any) -> list[tuple[str, int, bool]]:
+    def complete_batch(batch: Any) -> list[tuple[str, int, bool]]:
         answers = []
         for tokens in model.generate(**batch, generation_config=settings)[
             :, batch["input_ids"].shape[1] :
@@ -130,7 +131,7 @@ def complete(
             )
         return answers
 
-    return in_batches(ask, tokenizer, encoded, "completions", ctx)
+    return in_batches(complete_batch, tokenizer, encoded, "completions", ctx)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

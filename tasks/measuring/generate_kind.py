@@ -7,8 +7,8 @@ from ebbline.tasks.stage import Input, Stage, stage_of
 from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory, one_gpu
 
 
-def asked(spec: GenerateSpec, prompts: Input) -> tuple[int, int]:
-    """(prompts that are asked, tokens of one)."""
+def prompts_of(spec: GenerateSpec, prompts: Input) -> tuple[int, int]:
+    """(prompts that a generation uses, tokens of one prompt)."""
     rows, tokens = rows_of(prompts)
     rows = min(rows, spec.limit or rows)
     if spec.block is not None:
@@ -21,12 +21,12 @@ def completions_of(item: Input) -> tuple[int, int]:
     stage = stage_of(item)
     if stage is None or not isinstance(stage.spec, GenerateSpec):
         return ROWS, ROW_TOKENS
-    rows, tokens = asked(stage.spec, stage.inputs["prompts"])
+    rows, tokens = prompts_of(stage.spec, stage.inputs["prompts"])
     return rows, tokens + stage.spec.max_new_tokens
 
 
 def _counted_work(spec: GenerateSpec, stage: Stage) -> Load:
-    rows, tokens = asked(spec, stage.inputs["prompts"])
+    rows, tokens = prompts_of(spec, stage.inputs["prompts"])
     shape = model_shape(stage.inputs["model"])
     return generation(shape, spec.quantisation, spec.dtype, rows, tokens, spec.max_new_tokens)
 

@@ -1,8 +1,8 @@
-"""A judge at an OpenAI-compatible endpoint: one request a completion, several at a time, each
-verdict kept as soon as it is there.
+"""A judge at an OpenAI-compatible endpoint: one request for each completion, several in flight.
+Each verdict is stored at once.
 
-No failure becomes a verdict: what was not answered is undecided with a code, and when nothing is
-answered there is no result.
+Invariant: no failure becomes a verdict. A completion without an answer is undecided, with a code.
+When no request is answered, the stage fails.
 """
 
 import json
@@ -42,46 +42,40 @@ TIMEOUT_S = 120.0
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 GIVE_UP_AFTER = 16
-# Failures of the endpoint itself, not of what it was asked: enough of these and nothing else, and
-# the rest is not asked.
+# Failures of the endpoint itself, not of one request. After GIVE_UP_AFTER of these, with no success
+# and no other failure, the remaining requests are not sent.
 _OUTAGE = re.compile(r"endpoint: (timeout|connection|HTTP (401|404|429|5\d\d))")
 
 
 def ask_endpoint(
     spec: JudgeSpec,
-    asked: Sequence[tuple[str, Chat]],
+    questions: Sequence[tuple[str, Chat]],
     parsed: Callable[[str], Score],
     ctx: Context,
 ) -> list[Score]:
-    """A verdict for each question, an id and a chat, in their order; what fails is undecided.
-    `parsed` reads the verdict in an answer.
+    """A verdict for each question (an id and a chat), in order; a failed request is undecided.
 
-    Raises EndpointDown when no request was answered, or all that were left failed for a reason of
-    the endpoint's own.
+    `parsed` reads the verdict in an answer. Raises EndpointDown when no request was answered and
+    there is no stored verdict, or when all requests failed because of the endpoint.
     """
     url = _address(spec)
-    bodies = [_body(spec, messages) for _, messages in asked]
+    bodies = [_body(spec, messages) for _, messages in questions]
     names = [
         f"{identifier} {digest({'url': url, 'body': body})}"
-        for (identifier, _), body in zip(asked, bodies, strict=True)
+        for (identifier, _), body in zip(questions, bodies, strict=True)
     ]
     ctx.scratch.mkdir(parents=True, exist_ok=True)
     received = _received(ctx.scratch / RECEIVED)
     scores = {index: received[name] for index, name in enumerate(names) if name in received}
-    before, answered, failures, stop, writing = (
-        len(scores),
-        0,
-        list[str](),
-        threading.Event(),
-        threading.Lock(),
-    )
+    stored, answered, failures = len(scores), 0, list[str]()
+    stop, writing = threading.Event(), threading.Lock()
 
-    def out() -> bool:
+    def is_down() -> bool:
         return all(_OUTAGE.fullmatch(failure) for failure in failures)
 
     with (
         httpx.Client(timeout=TIMEOUT_S, headers=_headers()) as client,
-        _appending(ctx.scratch / RECEIVED) as kept,
+        _appending(ctx.scratch / RECEIVED) as log,
     ):
 
         def judged(index: int) -> tuple[Score, bool]:
@@ -90,15 +84,15 @@ def ask_endpoint(
                 return Score("undecided", answer.failure), False
             score = parsed(answer.content)
             with writing:
-                kept.write(json.dumps({"name": names[index], **asdict(score)}) + "\n")
-                kept.flush()
+                log.write(json.dumps({"name": names[index], **asdict(score)}) + "\n")
+                log.flush()
             return score, True
 
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
             futures = {
                 pool.submit(judged, index): index
-                for index in range(len(asked))
+                for index in range(len(questions))
                 if index not in scores
             }
             for done in as_completed(futures):
@@ -107,20 +101,20 @@ def ask_endpoint(
                 answered += succeeded
                 if not succeeded:
                     failures.append(score.reason)
-                ctx.progress(len(scores), len(asked), "verdicts")
-                if len(failures) >= GIVE_UP_AFTER and answered == 0 and out():
+                ctx.progress(len(scores), len(questions), "verdicts")
+                if len(failures) >= GIVE_UP_AFTER and answered == 0 and is_down():
                     break
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-    if failures and answered == 0 and (before == 0 or out()):
+    if failures and answered == 0 and (stored == 0 or is_down()):
         raise EndpointDown(
             f"{spec.endpoint} answered none of {len(failures)} requests to judge; the last "
             f"one: {failures[-1]}."
-            f" Look at its URL, the model's name there and the key in {KEYS[0]}; the same "
+            f" Check its URL, the model's name and the key in {KEYS[0]}; the same "
             "command continues"
         )
-    return [scores[index] for index in range(len(asked))]
+    return [scores[index] for index in range(len(questions))]
 
 
 def _address(spec: JudgeSpec) -> str:
@@ -130,12 +124,12 @@ def _address(spec: JudgeSpec) -> str:
         url = httpx.URL("")
     if url.userinfo or url.query:
         raise EvaluationError(
-            f"the judge's endpoint at {url.host} holds a name, a key or a query; put the "
-            f"key into {KEYS[0]} instead"
+            f"the URL of the judge's endpoint at {url.host} holds a user name, a key or a query; "
+            f"put the key into {KEYS[0]} instead"
         )
     if url.scheme not in ("http", "https") or not url.host:
         raise EvaluationError(
-            f"the judge's endpoint {spec.endpoint!r} is no http(s) URL; give the one "
+            f"the judge's endpoint {spec.endpoint!r} is no http(s) URL; give the part "
             "before /chat/completions"
         )
     return f"{str(url).rstrip('/')}/chat/completions"
@@ -154,7 +148,7 @@ def _headers() -> dict[str, str]:
 
 
 def _body(spec: JudgeSpec, messages: Chat) -> str:
-    # Written here and in ASCII: a client that cannot encode a text says so by quoting it.
+    # Encoded here and as ASCII: an encoding error of the client would quote the text.
     return json.dumps(
         {
             "model": spec.model,
@@ -168,42 +162,46 @@ def _body(spec: JudgeSpec, messages: Chat) -> str:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What one request gave: its content, or the code of its failure. `again` when another try may
-    succeed, after `retry_after_s` if the endpoint says so.
+    """The result of one request: its content, or the code of its failure.
+
+    `may_retry` says whether another attempt may succeed; `retry_after_s` is the endpoint's
+    Retry-After header.
     """
 
     content: str = ""
     failure: str | None = None
-    again: bool = False
+    may_retry: bool = False
     retry_after_s: float | None = None
 
 
 def _ask(client: httpx.Client, url: str, body: str, stop: threading.Event) -> _Answer:
-    """The first answer that is final, or the last one."""
+    """The first answer that needs no retry, or that of the last attempt."""
     latest = _Answer(failure="endpoint: not asked")
 
-    def ask() -> _Answer:
+    def attempt() -> _Answer:
         nonlocal latest
         if not stop.is_set():
             latest = _post(client, url, body)
         return latest
 
-    tries = Retrying(
-        retry=retry_if_result(lambda answer: answer.again),
+    retrying = Retrying(
+        retry=retry_if_result(lambda answer: answer.may_retry),
         stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(stop),
         wait=_wait_s,
         sleep=sleep_using_event(stop),
         retry_error_callback=lambda state: latest,
     )
-    return tries(ask)
+    return retrying(attempt)
 
 
 def _wait_s(state: RetryCallState) -> float:
-    """As long as the endpoint says, else twice as long after each try; bounded."""
+    """The endpoint's Retry-After, else a wait that doubles with each attempt; at most
+    LONGEST_WAIT_S.
+    """
     assert state.outcome is not None
-    told: float | None = state.outcome.result().retry_after_s
-    if told is not None:
-        return min(told, LONGEST_WAIT_S)
+    retry_after_s: float | None = state.outcome.result().retry_after_s
+    if retry_after_s is not None:
+        return min(retry_after_s, LONGEST_WAIT_S)
     return wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
 
 
@@ -211,17 +209,17 @@ def _post(client: httpx.Client, url: str, body: str) -> _Answer:
     try:
         response = client.post(url, content=body.encode("ascii"))
     except httpx.TimeoutException:
-        return _Answer(failure="endpoint: timeout", again=True)
+        return _Answer(failure="endpoint: timeout", may_retry=True)
     except httpx.RequestError:
-        return _Answer(failure="endpoint: connection", again=True)
+        return _Answer(failure="endpoint: connection", may_retry=True)
     if response.status_code == httpx.codes.OK:
         return _content(response)
-    again = response.status_code in (408, 409, 425, 429) or response.status_code >= 500
-    told = response.headers.get("Retry-After", "")
+    may_retry = response.status_code in (408, 409, 425, 429) or response.status_code >= 500
+    retry_after = response.headers.get("Retry-After", "")
     return _Answer(
         failure=f"endpoint: HTTP {response.status_code}",
-        again=again,
-        retry_after_s=float(told) if told.isdecimal() else None,
+        may_retry=may_retry,
+        retry_after_s=float(retry_after) if retry_after.isdecimal() else None,
     )
 
 
@@ -238,8 +236,8 @@ def _content(response: httpx.Response) -> _Answer:
 
 
 def _received(path: Path) -> dict[str, Score]:
-    """The verdicts of an earlier attempt, by id and digest of the request. A line that was cut off
-    is as if it were not there.
+    """The stored verdicts of an earlier attempt, by id and digest of the request. Incomplete lines
+    are skipped.
     """
     found: dict[str, Score] = {}
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
@@ -253,7 +251,8 @@ def _received(path: Path) -> dict[str, Score]:
 
 
 def _appending(path: Path) -> Any:
-    cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    """The file, open for appending at the start of a line."""
+    incomplete = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     handle = path.open("a", encoding="utf-8")
-    handle.write("\n" if cut else "")
+    handle.write("\n" if incomplete else "")
     return handle

@@ -7,7 +7,7 @@ from ebbline.tasks.specs import JudgeSpec
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory
 
-ANSWER_S = 0.05  # a judgement by an endpoint, with several asked at once
+ANSWER_S = 0.05  # an endpoint's time for one verdict, with several requests in flight
 
 
 def _gpus(spec: JudgeSpec) -> int:

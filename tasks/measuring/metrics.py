@@ -1,8 +1,8 @@
-"""Metrics: what a number means, which way it points, and how sure it is.
+"""Metrics: rates and means over samples, with their direction and their error.
 
-A metric carries its own direction and no study can flip it: refusing requests of the refused domain
-is good, refusing harmless ones is bad. Metrics are rates or means over samples, so their sums add
-up across seeds and across groups.
+Invariant: a metric has a fixed direction that no study can change. A refusal of a harmful request
+is good, a refusal of a harmless one is bad. Metrics keep sums, so they can be added over seeds and
+groups.
 """
 
 import json
@@ -38,11 +38,10 @@ class Metric:
     """A rate over `n` samples with its 95% Wilson interval, or the mean of scores in [0, 1] with
     its 95% normal interval.
 
-    `successes` is the sum of the samples' scores, of ones for a rate; a mean also keeps the sum of
-    `squares`, which a rate does without. `undecided` counts samples among n that a scorer could not
-    judge (they count as not successful). `seeds` keeps each replicate's value: their spread is
-    another thing than the sampling interval. What several seeds said to one item is not
-    independent, so intervals and the standard error are those of `items`, the samples of one seed.
+    `successes` is the sum of the samples' scores; `squares`, for a mean only, the sum of their
+    squares. `undecided` counts the samples, among n, that a scorer could not judge: they are no
+    successes. `seeds` holds each replicate's value. Completions of several seeds for one item are
+    not independent. So intervals and standard error use `items`, the samples of one seed.
     """
 
     name: str
@@ -82,33 +81,33 @@ class Metric:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%: Wilson's score interval for a rate (Wilson 1927), the normal one for a mean, cut to
-        [0, 1].
+        """The 95% interval: Wilson's score interval for a rate (Wilson 1927), for a mean the normal
+        interval clipped to [0, 1].
         """
         return self.interval_at(0.95)
 
     def interval_at(self, confidence: float) -> tuple[float, float]:
-        """The same interval at another confidence."""
+        """`interval` at another confidence in (0, 1)."""
         if self.squares is not None:
             reach = float(norm.ppf(0.5 + confidence / 2)) * self.stderr
             return max(0.0, self.value - reach), min(1.0, self.value + reach)
-        # Written out, as scipy takes whole successes only, and a mean over seeds has none.
+        # scipy accepts integer counts only. A mean over seeds has fractions.
         z, n, share = float(norm.ppf(0.5 + confidence / 2)), self.items, self.value
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        return max(0.0, min(share, centre - reach)), min(
-            1.0, max(share, centre + reach)
-        )  # at 0 and 1 it rounds past them
+        # Rounding can move a bound past 0, 1 or the rate itself.
+        return max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))
 
     @property
     def items(self) -> float:
-        """How many different samples there are: those of one seed."""
+        """The number of independent samples: those of one seed."""
         return self.n / max(1, len(self.seeds))
 
     @property
     def stderr(self) -> float:
-        """The standard error of the mean over items, sd (n - 1) / sqrt(n), as lm-eval has it; 0 for
-        one item.
+        """The standard error of the mean over items, as lm-eval computes it; 0 for one item.
+
+        It is s / sqrt(n), with the sample standard deviation s (divisor n - 1).
         """
         if self.items <= 1:
             return 0.0
@@ -117,17 +116,16 @@ class Metric:
 
     @property
     def between_seeds(self) -> float | None:
-        """The standard deviation between the seeds' values: what training again would change. None
-        for one seed.
+        """The standard deviation between the seeds' values; None for one seed.
+
+        It estimates how much the value would change with another training.
         """
         return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One scored item. It holds no text of prompt or completion, so that it may go where they must
-    not.
-    """
+    """One scored item. It holds no text of prompt or completion, so it may leave the store."""
 
     id: str
     category: str
@@ -137,7 +135,10 @@ class Sample:
 
 
 def direction(name: str) -> Direction:
-    """Which way a metric points, from the last part of its full name (`mmlu.acc` -> `acc`)."""
+    """A metric's direction, by the last part of its full name (`mmlu.acc` -> `acc`).
+
+    Raises EvaluationError for an unknown metric.
+    """
     metric = name.rpartition(".")[2]
     if metric not in DIRECTIONS:
         raise EvaluationError(f"no metric {metric!r}; ebbline measures {sorted(DIRECTIONS)}")
@@ -145,16 +146,18 @@ def direction(name: str) -> Direction:
 
 
 def joined(parts: Sequence[Metric]) -> Metric:
-    """One metric over parts that are different samples (blocks, subjects): sums added. Raises on
-    different names or none.
+    """One metric over parts with different samples (blocks, subjects): the sums are added.
+
+    Raises EvaluationError for different names or no parts.
     """
-    found = pooled(parts)
-    return replace(found, seeds=())
+    pool = pooled(parts)
+    return replace(pool, seeds=())
 
 
 def pooled(replicates: Sequence[Metric]) -> Metric:
-    """One metric over the seeds of a point: counts added, each seed's value kept. Raises on
-    different names or none.
+    """One metric over the seeds of a point: the sums are added, each seed's value is kept.
+
+    Raises EvaluationError for different names or no replicates.
     """
     if len({metric.name for metric in replicates}) != 1:
         raise EvaluationError(
@@ -179,9 +182,7 @@ def write_metrics(folder: Path, metrics: Sequence[Metric]) -> None:
 
 
 def read_metrics(folder: Path) -> list[Metric]:
-    """What `write_metrics` wrote; raises EvaluationError when the file is missing, truncated or of
-    another shape.
-    """
+    """The metrics in a folder. Raises EvaluationError for a missing, truncated or invalid file."""
     try:
         return [
             Metric(**{**row, "seeds": tuple(row["seeds"])})
@@ -200,9 +201,7 @@ def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """What `write_samples` wrote; raises EvaluationError when the file is missing, truncated or of
-    another shape.
-    """
+    """The samples in a folder. Raises EvaluationError for a missing, truncated or invalid file."""
     try:
         return [
             Sample(**json.loads(line))

@@ -1,10 +1,12 @@
-"""lm-eval's model on our own terms: what several requests begin with is run once, the rest of each
-on top of its cache.
+"""An lm-eval model that runs a prefix shared by several requests once, and the rest of each request
+on top of the prefix's key-value cache.
 
-The five shots before a subject's questions and the context before an item's endings are most of the
-tokens of MMLU and HellaSwag. The language-model head is applied only where something is scored.
-Results equal those of lm-eval's own HFLM up to rounding. One prefix a request is shared, the one
-that saves most; models whose cache is not plain attention go HFLM's own way.
+Most tokens of MMLU and HellaSwag are in shared prefixes: the shots before a subject's questions,
+and the context before an item's endings. Each request shares at most one prefix, the one that saves
+most tokens. The language-model head is applied only to scored positions.
+
+Invariant: results equal those of lm-eval's HFLM up to rounding. Models whose cache is not plain
+attention run as in HFLM.
 """
 
 import inspect
@@ -21,37 +23,39 @@ from transformers.cache_utils import DynamicLayer
 
 from ebbline.tasks.errors import EvaluationError
 
-# A prefix that saves a smaller share of its rows' tokens is not worth a forward pass of its own
-WORTH = 0.1
+# A prefix that saves a smaller share of its rows' tokens does not get a forward pass of its own.
+SMALLEST_SAVING = 0.1
 NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-Encoded = tuple[
-    Any, list[int], list[int]
-]  # lm-eval's: (strings or None, context tokens, continuation tokens)
+# lm-eval's form: (strings or None, context tokens, continuation tokens).
+Encoded = tuple[Any, list[int], list[int]]
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
 
 @dataclass
 class RequestRow:
-    """One sequence to run, with every request that it answers: (index, continuation). One-letter
-    answers share a row.
+    """One sequence to run, and the requests that it answers, each as (index, continuation).
+
+    The one-token choices of a question (A, B, C, D) share a row.
     """
 
     tokens: Tokens
-    asked: list[tuple[int, list[int]]] = field(default_factory=list)
+    requests: list[tuple[int, list[int]]] = field(default_factory=list)
 
     @property
     def scored(self) -> int:
-        return max(len(continuation) for _, continuation in self.asked)
+        """The number of scored positions, which are the last ones."""
+        return max(len(continuation) for _, continuation in self.requests)
 
     @property
     def sharable(self) -> Tokens:
+        """The tokens that may be part of a shared prefix."""
         return self.tokens[: len(self.tokens) - self.scored]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows with the same first tokens; `tokens` of each row are what follows `prefix` (none of them
-    is scored).
+class PrefixGroup:
+    """Rows that begin with `prefix`. Each row's `tokens` are those after it; no position of the
+    prefix is scored.
     """
 
     prefix: Tokens
@@ -60,11 +64,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, made once for a base model and run for each adapter. `tokens` are run, of `full`
-    without sharing.
+    """The groups to run, planned once for a base model and run for each adapter.
+
+    `tokens` counts the tokens to run, `full` those without shared prefixes.
     """
 
-    groups: list[Group]
+    groups: list[PrefixGroup]
     requests: int
     truncated: int
     tokens: int
@@ -72,21 +77,24 @@ class Plan:
 
 
 def plan(requests: Sequence[Encoded], max_length: int) -> Plan:
-    """The cheapest grouping by tokens. Too long a context loses its beginning, as in lm-eval.
-    Raises EvaluationError.
+    """The grouping with the fewest tokens to run.
+
+    A request longer than the model's `max_length` loses the beginning of its context, as in
+    lm-eval. Raises EvaluationError for an empty context, an empty continuation or one that is too
+    long.
     """
     rows: dict[bytes, RequestRow] = {}
     truncated = 0
     for index, (_, context, continuation) in enumerate(requests):
         if not context or not 0 < len(continuation) <= max_length:
             raise EvaluationError(
-                f"request {index}: {len(context)} and {len(continuation)} tokens, the "
-                f"model takes {max_length}"
+                f"request {index} has {len(context)} tokens of context and {len(continuation)} of "
+                f"continuation; both need at least 1, and the model takes at most {max_length}"
             )
         truncated += len(context) + len(continuation) > max_length + 1
         tokens = np.array((context + continuation)[-(max_length + 1) :][:-1], np.int32)
-        rows.setdefault(tokens.tobytes(), RequestRow(tokens)).asked.append((index, continuation))
-    # In the order of their bytes, rows with a common beginning stand together.
+        rows.setdefault(tokens.tobytes(), RequestRow(tokens)).requests.append((index, continuation))
+    # Sorted by bytes, rows with a common prefix are neighbours.
     ordered = sorted(rows.values(), key=lambda row: row.sharable.tobytes())
     runs = {
         start: (end, length)
@@ -94,15 +102,16 @@ def plan(requests: Sequence[Encoded], max_length: int) -> Plan:
             [_common(a.sharable, b.sharable) for a, b in pairwise(ordered)]
         )
     }
-    groups: list[Group] = []
+    groups: list[PrefixGroup] = []
     place = 0
     while place < len(ordered):
         end, length = runs.get(place, (place + 1, 0))
-        if length * (end - place - 1) < WORTH * sum(len(row.tokens) for row in ordered[place:end]):
+        unshared = sum(len(row.tokens) for row in ordered[place:end])
+        if length * (end - place - 1) < SMALLEST_SAVING * unshared:
             end, length = place + 1, 0
-        rest = [RequestRow(row.tokens[length:].copy(), row.asked) for row in ordered[place:end]]
+        rest = [RequestRow(row.tokens[length:].copy(), row.requests) for row in ordered[place:end]]
         groups.append(
-            Group(
+            PrefixGroup(
                 ordered[place].tokens[:length].copy(),
                 sorted(rest, key=lambda row: -len(row.tokens)),
             )
@@ -122,16 +131,14 @@ def _common(a: Tokens, b: Tokens) -> int:
 
 
 def shared_runs(common: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Disjoint runs of sequences (start, end, shared length) that save most: (end - start - 1) *
-    length, summed.
+    """Disjoint runs of sequences, as (start, end, shared length), that save the most tokens.
 
-    `common[i]` is what sequences i and i + 1 have in common. Runs nest like intervals of a prefix
-    tree, so each is kept whole or split into the runs inside it, whichever saves more; one pass
-    with a stack of the open ones.
+    A run saves (end - start - 1) * length. `common[i]` is the length of the common prefix of
+    sequences i and i + 1. Runs nest like the nodes of a prefix tree. Each run is kept whole or
+    replaced by the runs inside it, whichever saves more. One pass with a stack of open runs.
     """
-    open_runs: list[tuple[int, int, int, list[tuple[int, int, int]]]] = [
-        (0, 0, 0, [])
-    ]  # length, start, saved inside, runs inside
+    # Each open run: length, start, tokens saved inside, runs inside.
+    open_runs: list[tuple[int, int, int, list[tuple[int, int, int]]]] = [(0, 0, 0, [])]
     for place, length in enumerate([*common, 0]):
         start, saved, inside = place, 0, list[tuple[int, int, int]]()
         while open_runs[-1][0] > length:
@@ -148,7 +155,7 @@ def shared_runs(common: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 class _Prefix(DynamicLayer):  # type: ignore[misc]
-    """One layer of finished prefixes: read by many rows, changed by none of them."""
+    """One layer of the cache of finished prefixes. Many rows read it; none changes it."""
 
     def __init__(self, done: DynamicLayer, prefix_of_row: torch.Tensor) -> None:
         super().__init__()
@@ -163,11 +170,11 @@ class _Prefix(DynamicLayer):  # type: ignore[misc]
 
 
 class PrefixLM(HFLM):  # type: ignore[misc]
+    """lm-eval's HFLM with shared prefixes."""
+
     @property
     def shares_prefixes(self) -> bool:
-        """Whether this model has a plain attention cache in every layer and a head that can be told
-        where to look.
-        """
+        """Whether the model has a plain attention cache in every layer and `logits_to_keep`."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         layers = DynamicCache(config=self.config).layers
         return bool(
@@ -192,61 +199,64 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if not self.shares_prefixes:
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
                 requests, disable_tqdm, override_bs
             )
-            return found
+            return answers
         return self.score(plan(requests, self.max_length))
 
     @torch.inference_mode()
     def score(
         self, work: Plan, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would say it) of every request; batches are
-        halved when memory runs out.
+        """(log-likelihood, whether greedy decoding gives this continuation) of every request.
+
+        Batches are halved when memory runs out.
         """
         answers: dict[int, tuple[float, bool]] = {}
         waiting, size = list(work.groups), int(self.batch_size)
         while waiting:
-            pack = _together(waiting, size)
+            chosen = _next_groups(waiting, size)
             try:
-                for found in self._answers(pack, size):
-                    answers.update(found)
+                for batch_answers in self._answers(chosen, size):
+                    answers.update(batch_answers)
                     progress(len(answers), work.requests)
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
                 size //= 2
                 continue
-            del waiting[: len(pack)]
+            del waiting[: len(chosen)]
         return [answers[index] for index in range(work.requests)]
 
-    def _answers(self, pack: Sequence[Group], size: int) -> Iterator[dict[int, tuple[float, bool]]]:
-        rows = [(place, row) for place, group in enumerate(pack) for row in group.rows]
-        before = [len(group.prefix) for group in pack]
-        held = None
-        if before[0]:
-            held = DynamicCache(config=self.config)
-            ids, attended = self._padded([group.prefix for group in pack])
-            self._forward(ids, attended, attended.cumsum(-1) - 1, held, 1)
+    def _answers(
+        self, groups: Sequence[PrefixGroup], size: int
+    ) -> Iterator[dict[int, tuple[float, bool]]]:
+        rows = [(place, row) for place, group in enumerate(groups) for row in group.rows]
+        lengths = [len(group.prefix) for group in groups]
+        prefixes = None
+        if lengths[0]:
+            prefixes = DynamicCache(config=self.config)
+            ids, prefix_mask = self._padded([group.prefix for group in groups])
+            self._forward(ids, prefix_mask, prefix_mask.cumsum(-1) - 1, prefixes, 1)
         for first in range(0, len(rows), size):
-            some = rows[first : first + size]
-            prefix_of_row = torch.tensor([place for place, _ in some], device=self.device)
-            ids, mask = self._padded([row.tokens for _, row in some])
+            batch = rows[first : first + size]
+            prefix_of_row = torch.tensor([place for place, _ in batch], device=self.device)
+            ids, mask = self._padded([row.tokens for _, row in batch])
             positions = (
                 mask.cumsum(-1)
                 - 1
-                + torch.tensor([[before[place]] for place, _ in some], device=self.device)
+                + torch.tensor([[lengths[place]] for place, _ in batch], device=self.device)
             )
             cache = None
-            if held is not None:
+            if prefixes is not None:
                 cache, mask = (
                     DynamicCache(config=self.config),
-                    torch.cat([attended[prefix_of_row], mask], dim=-1),
+                    torch.cat([prefix_mask[prefix_of_row], mask], dim=-1),
                 )
-                cache.layers = [_Prefix(layer, prefix_of_row) for layer in held.layers]
-            logits = self._forward(ids, mask, positions, cache, max(row.scored for _, row in some))
-            yield _scored([row for _, row in some], logits.to(self.softmax_dtype or logits.dtype))
+                cache.layers = [_Prefix(layer, prefix_of_row) for layer in prefixes.layers]
+            logits = self._forward(ids, mask, positions, cache, max(row.scored for _, row in batch))
+            yield _scored([row for _, row in batch], logits.to(self.softmax_dtype or logits.dtype))
 
     def _forward(
         self, ids: Any, mask: Any, positions: Any, cache: DynamicCache | None, keep: int
@@ -262,8 +272,8 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         return logits
 
     def _padded(self, rows: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask, (rows, longest), padded on the left, so that what is scored lies at the end
-        of every row.
+        """Ids and mask, both (rows, longest), padded on the left: scored positions are the last
+        ones of every row.
         """
         ids = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
         mask = np.zeros_like(ids)
@@ -272,32 +282,36 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
 
-def _together(waiting: Sequence[Group], size: int) -> list[Group]:
-    """The next groups, up to `size` rows: those without a prefix apart, and none whose prefix would
-    be mostly padding.
+def _next_groups(waiting: Sequence[PrefixGroup], size: int) -> list[PrefixGroup]:
+    """The next groups to run together, with at most `size` rows if there is more than one group.
+
+    A prefix of less than half the first one's length is left for later: it would be mostly padding.
+    So groups with and without a prefix never mix.
     """
-    pack, rows = [waiting[0]], len(waiting[0].rows)
+    chosen, rows = [waiting[0]], len(waiting[0].rows)
     for group in waiting[1:size]:
         rows += len(group.rows)
-        if rows > size or 2 * len(group.prefix) < len(pack[0].prefix):
+        if rows > size or 2 * len(group.prefix) < len(chosen[0].prefix):
             break
-        pack.append(group)
-    return pack
+        chosen.append(group)
+    return chosen
 
 
 def _scored(rows: Sequence[RequestRow], logits_BKV: torch.Tensor) -> dict[int, tuple[float, bool]]:
-    """The answers to every request of these rows. B rows, their last K positions, V words; R
-    requests.
+    """The answers to every request of these rows.
+
+    Legend: B rows, K last positions, V vocabulary, R requests.
     """
     width = logits_BKV.shape[1]
-    asked = [
+    requests = [
         (place, index, continuation)
         for place, row in enumerate(rows)
-        for index, continuation in row.asked
+        for index, continuation in row.requests
     ]
-    row_R1 = torch.tensor([[place] for place, _, _ in asked], device=logits_BKV.device)
+    row_R1 = torch.tensor([[place] for place, _, _ in requests], device=logits_BKV.device)
     word_RK = torch.tensor(
-        [[-1] * (width - len(words)) + words for _, _, words in asked], device=logits_BKV.device
+        [[-1] * (width - len(words)) + words for _, _, words in requests],
+        device=logits_BKV.device,
     )
     counts_RK = word_RK >= 0
     picked_RK = logits_BKV[
@@ -306,8 +320,8 @@ def _scored(rows: Sequence[RequestRow], logits_BKV: torch.Tensor) -> dict[int, t
     logprob_RK = picked_RK - logits_BKV.logsumexp(-1)[row_R1[:, 0]]
     greedy_RK = logits_BKV.argmax(-1)[row_R1[:, 0]] == word_RK
     total_R = torch.where(counts_RK, logprob_RK, 0.0).sum(-1).tolist()
-    says_R = (greedy_RK | ~counts_RK).all(-1).tolist()
+    is_greedy_R = (greedy_RK | ~counts_RK).all(-1).tolist()
     return {
-        index: (total, says)
-        for (_, index, _), total, says in zip(asked, total_R, says_R, strict=True)
+        index: (total, is_greedy)
+        for (_, index, _), total, is_greedy in zip(requests, total_R, is_greedy_R, strict=True)
     }

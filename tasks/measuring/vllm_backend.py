@@ -1,8 +1,7 @@
-"""Generation by vLLM, for a GPU with room for it: `pip install ebbline[vllm]`, `backend: vllm`. The
-same results as ebbline.tasks.measuring.generate.
+"""Generation by vLLM, for a GPU with enough memory: `pip install ebbline[vllm]`, `backend: vllm`.
 
-One engine stays for all adapters of a base; each is a LoRA module of it, and up to LORAS of them
-are on the GPU together.
+It returns the same results as ebbline.tasks.measuring.generate. One engine serves all adapters of a
+base as LoRA modules, with at most LORAS of them on the GPU at once.
 """
 
 from collections.abc import Sequence
@@ -28,11 +27,11 @@ def complete_with_vllm(
         from vllm.lora.request import LoRARequest
     except ImportError as error:
         raise EvaluationError(
-            "`backend: vllm` needs vLLM, which is an extra: pip install 'ebbline[vllm]'"
+            "`backend: vllm` needs vLLM, which is not installed: pip install 'ebbline[vllm]'"
         ) from error
 
     def start() -> Any:
-        ctx.residents.clear()  # vLLM takes the GPU's memory for itself
+        ctx.residents.clear()  # vLLM reserves most of the GPU's memory
         return LLM(
             model=str(model),
             dtype=spec.dtype,

@@ -1,4 +1,4 @@
-"""Fine-tuning: the training loop, and what its steps run on: one device, a gang, a pack.
+"""Fine-tuning: the training loop and its engines for one device, a gang and a pack.
 
 Imports tasks, tasks.data and tasks.models.
 """

@@ -1,10 +1,9 @@
-"""What a training step runs on: one device, or a gang of processes
-(`ebbline.tasks.training.gang_engine`).
+"""The interface of a training engine, and the engine for one device. The engine for a gang of
+processes is `ebbline.tasks.training.gang_engine`.
 
-Both take the same global batch and give the same loss; `ebbline.tasks.training.train` cannot tell
-them apart. `gathered` yields the whole model's trained tensors. `checkpoint` and `resume` keep an
-interrupted training in the Context's scratch folder, in one form for all engines and numbers of
-processes: a training that a gang of four began may be continued by two, or by one device.
+Invariant: every engine computes the same loss and the same update from the same global batch.
+Checkpoints lie in the Context's scratch folder and have one format for all engines and numbers of
+processes. A training that a gang of four began may continue on two processes or on one device.
 """
 
 import errno
@@ -38,53 +37,54 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Saved:
-    """A training between two steps: the trained tensors whole, by name, and AdamW's moments of
-    each. The curve's length is its step.
+    """The state of a training between two steps: each trained tensor, whole, and its AdamW moments.
+    The step number is the length of the curve.
     """
 
     curve: Curve
     parameters: Tensors
-    moments: dict[
-        str, Tensors
-    ]  # by MOMENTS, then by the parameter's name; empty before the first step
+    # By MOMENTS, then by the parameter's name. Empty before the first step.
+    moments: dict[str, Tensors]
 
 
 class Engine(ABC):
-    """A model being trained. `step` does one optimiser step on a global batch and returns (mean
-    token loss, tokens).
-    """
+    """A model in training."""
 
     tokenizer: Any
     ctx: Context
     _saved_at: float
 
     @abstractmethod
-    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]: ...
+    def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
+        """Do one optimiser step on a global batch. Returns (mean token loss, tokens)."""
 
     @abstractmethod
-    def resume(self) -> Curve: ...
+    def resume(self) -> Curve:
+        """Load the checkpoint and return its curve; empty without a checkpoint."""
 
     @abstractmethod
-    def gathered(self) -> AbstractContextManager[Any]: ...
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Yields the model with its trained tensors whole."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the model and its memory."""
 
     @abstractmethod
     def agreed(self) -> tuple[bool, bool]:
-        """(a checkpoint is due, this machine or a partner's is about to go); the same on every
-        member of a gang.
+        """(a checkpoint is due, a machine is about to go). All members of a gang get the same
+        answer.
         """
 
     @abstractmethod
     def state(self, curve: Curve) -> Saved | None:
-        """What a checkpoint holds; None on a member that writes none."""
+        """The content of a checkpoint; None on a member that writes none."""
 
     def checkpoint(self, curve: Curve) -> None:
-        """Write a checkpoint when one is due, and say so to `ctx.saved` once it is whole on the
-        disk.
+        """Write a checkpoint when one is due or a machine is about to go.
 
-        Raises Leaving, when all that is done is saved, for a machine that is about to go.
+        `ctx.saved` is called once the file is complete. Raises Leaving, after the write, when a
+        machine is about to go.
         """
         due, leaving = self.agreed()
         if not due and not leaving:
@@ -97,14 +97,12 @@ class Engine(ABC):
             self.wait()
             raise Leaving(f"the machine is about to go; step {len(curve)} is saved")
 
-    def wait(self) -> None:  # noqa: B027  # on one device there is nobody to wait for
-        """Wait until every member of a gang has come this far."""
+    def wait(self) -> None:  # noqa: B027  # one device has no other members
+        """Wait until every member of a gang has reached this point."""
 
 
 class Trainee:
-    """The tensors that one training changes on one device, by name, and the AdamW that changes
-    them.
-    """
+    """The trained tensors of one training on one device, by name, and their optimiser."""
 
     def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], spec: TrainSpec) -> None:
         self.named, self._norm = named, spec.gradient_norm
@@ -114,7 +112,7 @@ class Trainee:
         )
 
     def update(self, learning_rate: float) -> None:
-        """One step along the gradients that are there, which are clipped, and then gone."""
+        """Clip the gradients, do one AdamW step and drop the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self._norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -149,8 +147,9 @@ class Trainee:
 
 
 class SingleDevice(Engine):
-    """Plain PyTorch. The model stays resident between LoRA trainings; full fine-tuning loads a copy
-    of its own.
+    """Plain PyTorch on one device.
+
+    LoRA trainings share the resident base model; full fine-tuning loads its own copy.
     """
 
     def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
@@ -191,8 +190,7 @@ class SingleDevice(Engine):
                     raise
                 if self.micro_batch == 1:
                     raise too_large(self.spec, self.ctx) from error
-            # Outside the except block, so that the failed step's tensors are free before the next
-            # try.
+            # Outside the except block: the failed step's tensors are freed before the next attempt.
             self.micro_batch //= 2
             self.trainee.forget()
             gc.collect()
@@ -227,9 +225,7 @@ class SingleDevice(Engine):
 
 
 def trainable(base: Any, spec: TrainSpec, ctx: Context) -> Any:
-    """The model with what `spec` trains marked as trainable: a fresh LoRA adapter (seeded), or
-    every weight.
-    """
+    """The model with the trained weights marked: a new LoRA adapter from `spec.seed`, or all."""
     if spec.method == "full":
         return base.requires_grad_(True)
     base.requires_grad_(False)
@@ -251,17 +247,17 @@ def lora_config(spec: TrainSpec) -> LoraConfig:
 
 
 def recompute(base: Any, spec: TrainSpec, ctx: Context) -> None:
-    """Have the base compute each layer's activations again in the backward pass."""
-    # bitsandbytes keeps what it needs for the backward pass on its autograd context, where only the
-    # reentrant kind lets go of it: with the other kind a gang's gathered NF4 weights, and int8's
-    # inputs, stay from the forward pass to the backward one.
+    """Turn on gradient checkpointing: the backward pass recomputes each layer's activations."""
+    # bitsandbytes stores tensors for the backward pass on its autograd context. Only reentrant
+    # checkpointing releases that context. Without it, a gang's gathered NF4 weights and the inputs
+    # of int8 layers stay in memory until the backward pass.
     reentrant = ctx.world_size > 1 or spec.quantisation == "int8"
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     base.enable_input_require_grads()
 
 
 def take_off(model: Any, base: Any, ctx: Context) -> None:
-    """Take the adapters off a resident base and leave it as it was before `trainable`."""
+    """Remove the adapters from a resident base and undo every change of `trainable`."""
     model.unload()
     if hasattr(base, "peft_config"):
         del base.peft_config
@@ -280,14 +276,17 @@ def too_large(spec: TrainSpec, ctx: Context) -> TrainingError:
 
 
 def token_loss(model: Any, rows: Sequence[Row], pad: int, device: str) -> torch.Tensor:
-    """Cross-entropy of the next token, summed over labelled positions, in float32."""
+    """Next-token cross-entropy of some rows, summed over labelled positions, in float32."""
     batch = collate(rows, pad, device)
     labels = batch.pop("labels")
     return next_token_loss(model(**batch).logits, labels)
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The same from logits (rows, tokens, vocabulary) and labels (rows, tokens)."""
+    """Next-token cross-entropy, summed over labelled positions, in float32.
+
+    `logits` is (rows, tokens, vocabulary), `labels` is (rows, tokens) with -100 for no label.
+    """
     return F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1),
         labels[:, 1:].flatten(),
@@ -301,25 +300,25 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def write_checkpoint(ctx: Context, saved: Saved) -> None:
-    """Replace the checkpoint in `ctx.scratch` in one move, then tell `ctx.saved`."""
+    """Replace the checkpoint in `ctx.scratch` atomically, then call `ctx.saved`."""
     content = {"curve": saved.curve, "parameters": saved.parameters, "moments": saved.moments}
     write_whole(ctx.scratch / "checkpoint.pt", lambda fresh: torch.save(content, fresh))
     ctx.saved()
 
 
 def read_checkpoint(ctx: Context) -> Saved | None:
-    """The checkpoint in `ctx.scratch`; None when there is none, or none that can be read: such a
-    one is removed, with a warning.
+    """The checkpoint in `ctx.scratch`, or None without one.
+
+    An unreadable checkpoint is removed with a warning, and counts as none.
     """
     path = ctx.scratch / "checkpoint.pt"
     if not path.exists():
         return None
     try:
-        found = torch.load(path, weights_only=True, map_location="cpu")
+        content = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # torch seeks before the start of a file that was cut off
+        # In a truncated file torch seeks to a negative offset, which gives EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         _log.warning(
             "the checkpoint %s cannot be read (%s); this training starts over",
@@ -328,5 +327,5 @@ def read_checkpoint(ctx: Context) -> Saved | None:
         )
         path.unlink()
         return None
-    curve = [(int(step), loss, rate, int(tokens)) for step, loss, rate, tokens in found["curve"]]
-    return Saved(curve, found["parameters"], found["moments"])
+    curve = [(int(step), loss, rate, int(tokens)) for step, loss, rate, tokens in content["curve"]]
+    return Saved(curve, content["parameters"], content["moments"])

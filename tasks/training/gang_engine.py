@@ -1,14 +1,16 @@
-"""A gang: one training on several processes under DeepSpeed ZeRO. torch.distributed is already up
-when it starts.
+"""The engine of a gang: one training on several processes under DeepSpeed ZeRO. It needs an
+initialised torch.distributed.
 
-Every member takes its share of each global batch. Under ZeRO-3 the base's weights are shared out
-among the members and gathered layer by layer; under ZeRO-1 and 2 every member holds them whole, and
-only gradients and optimiser are shared. LoRA matrices are float32 as on one device, so the same
-Spec gives the same adapter but for the order in which sums are added.
+Every member computes its share of each global batch. Under ZeRO-3 the base's weights are
+partitioned among the members and gathered layer by layer. Under ZeRO-1 and 2 every member holds all
+weights, and only gradients and optimiser state are partitioned.
 
-How the weights come in: without quantisation rank 0 reads the files and each tensor is taken apart
-as it is made (`zero.Init`), so no member ever holds the model. DeepSpeed cannot do that with
-quantised weights: each member loads them whole, then they are taken apart.
+Invariant: the same Spec gives the same adapter as on one device, up to the order of additions. So
+LoRA matrices are float32 here too.
+
+Loading: without quantisation rank 0 reads the files and `zero.Init` partitions each tensor when it
+is created, so no member ever holds the whole model. DeepSpeed cannot do this with quantised
+weights: each member loads all of them, and they are partitioned afterwards.
 """
 
 import gc
@@ -45,10 +47,10 @@ class DeepSpeedGang(Engine):
     """One member of a gang."""
 
     def __init__(self, spec: TrainSpec, folder: Path, ctx: Context) -> None:
-        import deepspeed  # only gangs need it, and it takes seconds to import
+        import deepspeed  # only gangs need it, and the import takes seconds
 
-        # On CPUs it would compile an operation for inference, for a minute on first use, which no
-        # training calls.
+        # On CPUs DeepSpeed would compile this inference operation for a minute on first use. No
+        # training calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if spec.global_batch % ctx.world_size:
             raise TrainingError(
@@ -63,8 +65,8 @@ class DeepSpeedGang(Engine):
         while share % self.micro_batch:
             self.micro_batch -= 1
         self.accumulation = share // self.micro_batch
-        sharing = {"stage": ctx.zero_stage, **zero_buffers(ctx.zero_stage)}
-        model = trainable(self._load(folder, sharing), spec, ctx)
+        zero = {"stage": ctx.zero_stage, **zero_buffers(ctx.zero_stage)}
+        model = trainable(self._load(folder, zero), spec, ctx)
         self._named = [
             (name, parameter)
             for name, parameter in model.named_parameters()
@@ -80,10 +82,10 @@ class DeepSpeedGang(Engine):
                 "train_micro_batch_size_per_gpu": self.micro_batch,
                 "gradient_accumulation_steps": self.accumulation,
                 "gradient_clipping": spec.gradient_norm,
-                # DeepSpeed's bf16 would make the LoRA matrices bfloat16 too; on one device they are
-                # float32.
+                # Off with LoRA: DeepSpeed would also make the LoRA matrices bfloat16, which are
+                # float32 on one device.
                 "bf16": {"enabled": spec.method == "full" and spec.dtype == "bfloat16"},
-                "zero_optimization": sharing,
+                "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
             },
@@ -92,44 +94,43 @@ class DeepSpeedGang(Engine):
         self._gathered = deepspeed.zero.GatheredParameters
         self._saved_at = time.monotonic()
 
-    def _load(self, folder: Path, sharing: dict[str, Any]) -> Any:
+    def _load(self, folder: Path, zero: dict[str, Any]) -> Any:
         spec, ctx = self.spec, self.ctx
         if ctx.zero_stage < 3 or spec.quantisation != "none":
             model = load_model(folder, spec.quantisation, spec.dtype, ctx.device)
             if ctx.zero_stage == 3 and spec.quantisation == "int8":
-                _read_int8_where_it_lies(model)
+                _use_partitioned_int8(model)
             return model
-        from transformers.integrations import (
-            HfDeepSpeedConfig,  # while it lives, from_pretrained makes its tensors under zero.Init
-        )
+        from transformers.integrations import HfDeepSpeedConfig
 
         bf16 = {"enabled": spec.dtype == "bfloat16"}
-        alive = HfDeepSpeedConfig(
-            {"train_micro_batch_size_per_gpu": 1, "bf16": bf16, "zero_optimization": sharing}
+        # While this object exists, from_pretrained creates its tensors under zero.Init.
+        zero_init = HfDeepSpeedConfig(
+            {"train_micro_batch_size_per_gpu": 1, "bf16": bf16, "zero_optimization": zero}
         )
         model = load_model(folder, spec.quantisation, spec.dtype, ctx.device)
-        del alive
+        del zero_init
         return model
 
     def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
         tokens = count_tokens(batch)
-        mine = batch[self.ctx.rank :: self.ctx.world_size]
+        own_rows = batch[self.ctx.rank :: self.ctx.world_size]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         total = torch.zeros((), device=self.ctx.device)
         try:
-            for i in range(0, len(mine), self.micro_batch):
+            for i in range(0, len(own_rows), self.micro_batch):
                 loss = (
                     token_loss(
                         self.engine,
-                        mine[i : i + self.micro_batch],
+                        own_rows[i : i + self.micro_batch],
                         self.tokenizer.pad_token_id,
                         self.ctx.device,
                     )
                     / tokens
                 )
-                # DeepSpeed takes the mean over members and micro-batches; this loss is already a
-                # share of the whole.
+                # DeepSpeed averages over members and micro-batches. This loss is already divided by
+                # all tokens, so the average is undone.
                 self.engine.backward(loss * self.ctx.world_size * self.accumulation)
                 self.engine.step()
                 total += loss.detach()
@@ -141,8 +142,10 @@ class DeepSpeedGang(Engine):
         return total.item(), tokens
 
     def _smaller(self) -> TrainingError:
-        """What a member that ran out of memory raises. Its partners wait in a collective, so the
-        gang ends and starts again smaller.
+        """The error of a member that ran out of memory.
+
+        The other members wait in a collective, so the gang must end and restart with a smaller
+        micro-batch.
         """
         layout = f"{self.ctx.world_size} processes under ZeRO-{self.ctx.zero_stage}"
         if self.micro_batch > 1:
@@ -160,15 +163,15 @@ class DeepSpeedGang(Engine):
         )
 
     def agreed(self) -> tuple[bool, bool]:
-        # The members' clocks differ, so rank 0's decides; any member's machine may be the one that
-        # leaves.
-        late = (
+        # The members' clocks differ, so rank 0 decides when a checkpoint is due. Every member's
+        # machine can be about to go.
+        due = (
             self.ctx.rank == 0 and time.monotonic() - self._saved_at >= self.ctx.checkpoint_every_s
         )
-        flags = torch.tensor([float(late), float(self.ctx.leaving())], device=self.ctx.device)
+        flags = torch.tensor([float(due), float(self.ctx.leaving())], device=self.ctx.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        due, leaving = (bool(flag) for flag in flags.tolist())
-        return due, leaving
+        any_due, any_leaving = (bool(flag) for flag in flags.tolist())
+        return any_due, any_leaving
 
     def wait(self) -> None:
         dist.barrier()
@@ -189,11 +192,11 @@ class DeepSpeedGang(Engine):
         return saved if self.ctx.rank == 0 else None
 
     def resume(self) -> Curve:
-        """Rank 0 reads and sends: the members need no folder in common."""
+        # Rank 0 reads the checkpoint and broadcasts it, so the members need no shared folder.
         saved = read_checkpoint(self.ctx) if self.ctx.rank == 0 else None
-        told: list[Curve | None] = [None if saved is None else saved.curve]
-        dist.broadcast_object_list(told, src=0)
-        curve = told[0]
+        broadcast: list[Curve | None] = [None if saved is None else saved.curve]
+        dist.broadcast_object_list(broadcast, src=0)
+        curve = broadcast[0]
         if curve is None:
             return []
         self._begin_moments(len(curve))
@@ -209,7 +212,7 @@ class DeepSpeedGang(Engine):
         return curve
 
     def _begin_moments(self, steps: int) -> None:
-        """Make AdamW's moments before its first step, as that step would have."""
+        """Create AdamW's moments, which otherwise its first step creates."""
         stage_3 = self.ctx.zero_stage == 3
         flats = (
             self.optimizer.fp32_partitioned_groups_flat
@@ -223,9 +226,7 @@ class DeepSpeedGang(Engine):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _put(self, parameter: torch.nn.Parameter, whole: torch.Tensor, moment: str | None) -> None:
-        """Give this member its part of one tensor: of the weight (moment None), or of one of
-        AdamW's moments.
-        """
+        """Set this member's part of a weight (moment None) or of one of its AdamW moments."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -233,11 +234,8 @@ class DeepSpeedGang(Engine):
             safe_set_local_optimizer_state,
         )
 
-        if (
-            moment is None
-            # DeepSpeed keeps the weight that the model uses and the one that the optimiser steps
-            # apart
-        ):
+        # DeepSpeed holds two copies of a weight, one for the model and one for the optimiser.
+        if moment is None:
             with torch.no_grad(), self._gathered([parameter], modifier_rank=0):
                 parameter.copy_(whole)
         if self.ctx.zero_stage < 3:
@@ -246,7 +244,7 @@ class DeepSpeedGang(Engine):
             else:
                 safe_set_full_optimizer_state(parameter, whole, moment)
             return
-        # The last member's part is padded
+        # DeepSpeed pads the last member's part.
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = torch.zeros(size * self.ctx.world_size, device=whole.device)
         padded[: whole.numel()] = whole.flatten()
@@ -269,17 +267,16 @@ class DeepSpeedGang(Engine):
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """A parameter's whole shape, shared out or not."""
+    """A parameter's whole shape, partitioned or not."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 class _Int8State(MatmulLtState):  # type: ignore[misc]  # bitsandbytes is untyped
-    """bitsandbytes' state of an int8 layer, with the matrix read from the layer's weight at the
-    moment it is needed.
+    """bitsandbytes' state of an int8 layer, without its own reference to the matrix.
 
-    bitsandbytes keeps a second reference to the matrix here, which would hold all of it on every
-    member under ZeRO-3.
+    That reference would keep the whole matrix on every member under ZeRO-3. Here the matrix is read
+    from the layer's weight on each use.
     """
 
     def __init__(self, weight: Any, scales: torch.Tensor, outliers: float) -> None:
@@ -296,7 +293,7 @@ class _Int8State(MatmulLtState):  # type: ignore[misc]  # bitsandbytes is untype
         return matrix
 
 
-def _read_int8_where_it_lies(model: Any) -> None:
+def _use_partitioned_int8(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
             weight = module.weight

@@ -1,10 +1,12 @@
-"""The base of a pack, and its members' adapters on it: what `ebbline.tasks.training.packed` steps.
+"""The engine of a pack: one frozen base with an adapter for each member. The training loop is
+`ebbline.tasks.training.packed`.
 
-The rows of all members go through the frozen weights as one batch, so a weight is read, and
-dequantised, once for all of them. Behind each adapted linear a member's rows take that member's own
-LoRA matrices; members of one rank do so in one batched product. Rows of different members meet in
-no other place, so one backward pass gives each member the gradients of its own loss, to the
-rounding of a larger matrix product (docs/packing.md).
+The rows of all members go through the base as one batch, so each weight is read and dequantised
+once for all members. At each adapted linear layer, a member's rows use its own LoRA matrices.
+Members of equal rank share one batched product.
+
+Invariant: rows of different members never mix. One backward pass gives each member the gradients of
+its own loss, up to the rounding of a larger matrix product (docs/packing.md).
 """
 
 import gc
@@ -41,10 +43,9 @@ from ebbline.tasks.training.engines import (
 
 @dataclass(eq=False)
 class Member:
-    """One training of a pack: what `ebbline.tasks.training.train.run` would get for it.
+    """One training of a pack, with the arguments of `ebbline.tasks.training.train.run`.
 
-    `seconds` is its share of the pack's time; the shares of all members add up to what the pack
-    took.
+    `seconds` is its share of the pack's time. The shares of all members add up to the pack's time.
     """
 
     spec: TrainSpec
@@ -57,8 +58,9 @@ class Member:
 
 @dataclass(frozen=True)
 class _Branch:
-    """Members of one rank, whose rows lie next to one another in a forward pass. `scaling` is
-    (members, 1, 1).
+    """Members of equal rank and the slice of a batch that holds their rows.
+
+    `scaling` is (members, 1, 1).
     """
 
     names: tuple[str, ...]
@@ -67,9 +69,7 @@ class _Branch:
 
 
 class Pack:
-    """A resident base with an adapter of each member on it. Adapters start from their own seeds, as
-    they would alone.
-    """
+    """A resident base with one adapter for each member, initialised from the member's own seed."""
 
     def __init__(self, members: Sequence[Member], folder: Path) -> None:
         self.ctx, spec = members[0].ctx, members[0].spec
@@ -103,11 +103,11 @@ class Pack:
                 module.forward = partial(self._through, module)
         self.model.train()
         self.micro_batch = min(self.ctx.micro_batch or spec.global_batch, spec.global_batch)
-        self.together = len(members)  # how many members' rows go through the base at once
+        self.members_at_once = len(members)
         self._branches: list[_Branch] = []
 
     def resume(self, member: Member) -> None:
-        """Go on from the member's checkpoint, if it has one, of whatever engine or pack."""
+        """Continue from the member's checkpoint, if it has one. Any engine may have written it."""
         saved = read_checkpoint(member.ctx)
         if saved is not None:
             self.trainees[member.name].restore(saved)
@@ -118,12 +118,11 @@ class Pack:
             write_checkpoint(member.ctx, self.trainees[member.name].state(member.curve))
 
     def backward(self, batches: Mapping[Member, Sequence[Row]]) -> dict[Member, float]:
-        """The gradients of each member's mean token loss over its own batch, left on its tensors;
-        returns those losses.
+        """Compute the gradients of each member's loss; returns the losses.
 
-        Out of memory, the step is done again with half the rows of each member, and with half the
-        members at once when it was one row; raises TrainingError when one row of one member is too
-        much.
+        A loss is the mean over the tokens of the member's own batch. When memory runs out, the step
+        is retried with half the rows of each member. From one row on, half the members go through
+        at once. Raises TrainingError when one row of one member does not fit.
         """
         tokens = {member: count_tokens(batch) for member, batch in batches.items()}
         while True:
@@ -132,14 +131,13 @@ class Pack:
             except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                if self.micro_batch == 1 and self.together == 1:
+                if self.micro_batch == 1 and self.members_at_once == 1:
                     raise too_large(next(iter(batches)).spec, self.ctx) from error
-            # Outside the except block, so that the failed step's tensors are free before the next
-            # try.
+            # Outside the except block: the failed step's tensors are freed before the next attempt.
             if self.micro_batch > 1:
                 self.micro_batch //= 2
             else:
-                self.together = (min(self.together, len(batches)) + 1) // 2
+                self.members_at_once = (min(self.members_at_once, len(batches)) + 1) // 2
             for member in batches:
                 self.trainees[member.name].forget()
             gc.collect()
@@ -149,8 +147,8 @@ class Pack:
     ) -> dict[Member, float]:
         losses = dict.fromkeys(batches, 0.0)
         ordered = sorted(batches, key=lambda member: (member.spec.rank, member.name))
-        for first in range(0, len(ordered), self.together):
-            chosen = ordered[first : first + self.together]
+        for first in range(0, len(ordered), self.members_at_once):
+            chosen = ordered[first : first + self.members_at_once]
             for start in range(0, len(batches[chosen[0]]), self.micro_batch):
                 parts = [batches[member][start : start + self.micro_batch] for member in chosen]
                 self._branches = _branches(chosen, len(parts[0]), self.ctx.device)
@@ -162,8 +160,8 @@ class Pack:
                 labels = batch.pop("labels").chunk(len(chosen))
                 logits = self.model(**batch).logits.chunk(len(chosen))
                 each = [
-                    next_token_loss(said, wanted) / tokens[member]
-                    for member, said, wanted in zip(chosen, logits, labels, strict=True)
+                    next_token_loss(own_logits, own_labels) / tokens[member]
+                    for member, own_logits, own_labels in zip(chosen, logits, labels, strict=True)
                 ]
                 del logits
                 stacked = torch.stack(each)
@@ -173,8 +171,9 @@ class Pack:
         return losses
 
     def _through(self, module: Any, inputs: torch.Tensor) -> torch.Tensor:
-        """A LoRA layer's forward pass: (rows, tokens, inputs) -> (rows, tokens, outputs), each row
-        by its own member's matrices.
+        """A LoRA layer's forward pass, with the matrices of each row's member.
+
+        Shapes: (rows, tokens, inputs) -> (rows, tokens, outputs).
         """
         result: torch.Tensor = module.base_layer(inputs)
         deltas = []
@@ -192,8 +191,8 @@ class Pack:
             )
             deltas.append(delta.view(*rows.shape[:-1], -1))
         delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas)
-        # As PEFT does, so that bfloat16 is rounded where it is rounded without a pack: before the
-        # sum on quantised linears, else after it.
+        # bfloat16 must be rounded where PEFT rounds it: after the sum in its plain linear, before
+        # the sum in its quantised layers.
         return (
             (result + delta).to(result.dtype)
             if isinstance(module, LoraLinear)
@@ -207,7 +206,7 @@ class Pack:
 
 
 def _named(model: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter]]:
-    """An adapter's tensors, trainable, by the names that they have when it is alone."""
+    """An adapter's tensors, made trainable, by the names of a training outside a pack."""
     found = [
         (name.replace(f".{adapter}.", ".default."), tensor)
         for name, tensor in model.named_parameters()
@@ -219,27 +218,27 @@ def _named(model: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def _branches(members: Sequence[Member], rows: int, device: str) -> list[_Branch]:
-    """Members in order of rank, with `rows` rows each."""
-    found, start = [], 0
+    """One branch for each rank; `members` are sorted by rank and have `rows` rows each."""
+    branches, start = [], 0
     for _, group in groupby(members, key=lambda member: member.spec.rank):
-        alike = list(group)
+        equal_rank = list(group)
         scaling = torch.tensor(
-            [member.spec.alpha_over_rank for member in alike], device=device
+            [member.spec.alpha_over_rank for member in equal_rank], device=device
         ).view(-1, 1, 1)
-        found.append(
+        branches.append(
             _Branch(
-                tuple(member.name for member in alike),
-                slice(start, start + rows * len(alike)),
+                tuple(member.name for member in equal_rank),
+                slice(start, start + rows * len(equal_rank)),
                 scaling,
             )
         )
-        start += rows * len(alike)
-    return found
+        start += rows * len(equal_rank)
+    return branches
 
 
 def _check_linear(module: Any, name: str) -> None:
     if name not in module.lora_A or not isinstance(module.lora_A[name], torch.nn.Linear):
         raise TrainingError(
             f"a LoRA layer on {type(module.get_base_layer()).__name__} cannot be packed; "
-            "train.target_modules may name linears"
+            "train.target_modules may name only linear layers"
         )

@@ -1,9 +1,8 @@
-"""Packed fine-tuning: several adapters at once over one frozen base, each as if it were trained
-alone.
+"""Packed fine-tuning: several adapters are trained at once over one frozen base.
 
-The loop is load, while, step, save, as in `ebbline.tasks.training.train`, for all members at once.
-Clipping, AdamW, schedule, curve and checkpoint are each member's own; checkpoint and output are
-those of `ebbline.tasks.training.train`, so a member may go on alone, or in another pack.
+Invariant: each member gets the result of a training of its own, up to rounding. It has its own
+clipping, AdamW, schedule, curve and checkpoint. Checkpoint and output have the formats of
+`ebbline.tasks.training.train`, so a member may continue alone or in another pack.
 """
 
 import time
@@ -28,12 +27,11 @@ from ebbline.tasks.training.train import (
 def run(
     members: Sequence[Member], model: Path, data: Path
 ) -> Iterator[tuple[Member, TrainingError | None]]:
-    """Train all members; yields each as soon as its files are written, or with the reason why there
-    are none.
+    """Train all members. Yields each member when its files are written, or with its error.
 
-    The first member's Context says where, and how many rows of each member go through at once
-    (`micro_batch`). Raises TrainingError for members that are no pack, Leaving when the machine is
-    about to go and all that is done is saved.
+    The first member's Context gives the device and `micro_batch`, the rows of each member in one
+    pass. Raises TrainingError for members that cannot be one pack. Raises Leaving, after all
+    members are saved, when the machine is about to go.
     """
     clock = _Clock()
     _check(members)
@@ -72,23 +70,23 @@ def _train(
                     f"{min(len(member.curve) for member in active)} is saved"
                 )
         batches = {member: _batch(member, rows) for member in active}
-        found = pack.backward(batches)
-        broken: dict[Member, TrainingError] = {}
-        for member, loss in found.items():
+        losses = pack.backward(batches)
+        failed: dict[Member, TrainingError] = {}
+        for member, loss in losses.items():
             step, rate = len(member.curve), learning_rate(len(member.curve), steps, member.spec)
             try:
                 check_loss(loss, step, steps, member.spec)
-            except TrainingError as error:  # its fault alone: rows of others never meet its adapter
-                broken[member] = error
+            except TrainingError as error:  # the other members' rows never use this adapter
+                failed[member] = error
                 pack.trainees[member.name].forget()
                 continue
             pack.trainees[member.name].update(rate)
             member.curve.append((step + 1, loss, rate, count_tokens(batches[member])))
             member.ctx.step_done(step + 1, steps, loss, rate)
         clock.tick(active)
-        for member, fault in broken.items():
+        for member, failure in failed.items():
             active.remove(member)
-            yield member, fault
+            yield member, failure
             clock.pause()
 
 
@@ -110,7 +108,7 @@ def _save(pack: Pack, member: Member) -> TrainingError | None:
 
 
 class _Clock:
-    """Shares out the time that a pack takes among the members it is spent on."""
+    """Divides a pack's time among the members that it is spent on."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -122,7 +120,7 @@ class _Clock:
         self._since = now
 
     def pause(self) -> None:
-        """What passed since the last tick was nobody's: the caller committed a member."""
+        """Count the time since the last tick for no member: the caller committed one."""
         self._since = time.monotonic()
 
 
@@ -131,7 +129,7 @@ def _check(members: Sequence[Member]) -> None:
     for member in members:
         if not packable(member.spec):
             raise TrainingError(
-                f"method {member.spec.method!r} with dropout {member.spec.dropout} is not "
+                f"method {member.spec.method!r} with dropout {member.spec.dropout} cannot be "
                 "trained in a pack"
             )
         other = common(member.spec)
@@ -142,6 +140,6 @@ def _check(members: Sequence[Member]) -> None:
         ]
         if different:
             raise TrainingError(
-                f"these trainings are no pack: they differ in {', '.join(different)}; "
-                "train them apart"
+                f"these trainings cannot be one pack: they differ in {', '.join(different)}; "
+                "train them separately"
             )

@@ -1,9 +1,10 @@
-"""Which trainings may be one pack: trained at once, in one process, over one frozen base. No torch.
-The training is `ebbline.tasks.training.packed`.
+"""Which trainings may form a pack: trained at once, in one process, over one frozen base. The
+training itself is `ebbline.tasks.training.packed`. Imports no torch.
 
-A pack's members share the base, the data's content, the rows of a step and the number of steps;
-each has a rank, a rate and a seed of its own. To be packed changes no key: members are committed as
-the stages they are.
+Members share the base, the data's content, the rows of a step and the number of steps. Rank,
+learning rate and seed may differ.
+
+Invariant: packing changes no key. Each member is committed as a stage of its own.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,9 +14,9 @@ from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Request
 
-# Everything else, and whatever a Spec is given later, has to be equal. What is here acts on one
-# adapter's own tensors, or picks its rows.
-OWN = frozenset(
+# Settings that may differ between members: they act on one adapter's tensors, or choose its rows.
+# All other fields of a Spec, also future ones, must be equal.
+OWN_SETTINGS = frozenset(
     {
         "rank",
         "alpha_over_rank",
@@ -26,29 +27,35 @@ OWN = frozenset(
         "seed",
     }
 )
-ROUNDING = 1e-9  # three thirds are one
+ROUNDING = 1e-9  # three shares of 1/3 must fit
 
 
 def packable(spec: TrainSpec) -> bool:
-    """LoRA without dropout: masks would be drawn in another order than by itself, and be others."""
+    """Whether a training may be packed: LoRA without dropout.
+
+    In a pack, dropout masks would be drawn in another order than in a training alone.
+    """
     return spec.method == "lora" and spec.dropout == 0
 
 
 def common(spec: TrainSpec) -> dict[str, Any]:
-    """The settings that all members of a pack have."""
-    return {name: value for name, value in spec.model_dump(mode="json").items() if name not in OWN}
+    """The settings that are equal for all members of a pack."""
+    settings = spec.model_dump(mode="json")
+    return {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
 
 
 def pack_name(spec: TrainSpec, contents: Mapping[str, str]) -> str:
-    """Equal for trainings that may be one pack; empty for one that is trained alone. `contents`:
-    digests of the base and the data.
+    """A name that is equal for trainings that may form a pack; empty for one that may not.
+
+    `contents` holds the digests of the base and the data.
     """
     return digest({"train": common(spec), "inputs": dict(contents)}) if packable(spec) else ""
 
 
 def in_packs(requests: Iterable[Request]) -> Iterator[list[Request]]:
-    """A batch, in its order: neighbours that belong together and fit on one GPU are a pack, all
-    others are by themselves.
+    """Split a batch into packs, in order.
+
+    Neighbours with one pack name that fit on one GPU form a pack; every other request is alone.
     """
     pack: list[Request] = []
     for request in requests:
@@ -65,7 +72,5 @@ def in_packs(requests: Iterable[Request]) -> Iterator[list[Request]]:
 
 
 def fit(shares: Iterable[float]) -> bool:
-    """Whether adapters that each take such a share of what the base leaves of a GPU fit there
-    together.
-    """
+    """Whether adapters fit on one GPU; each share is of the memory that the base leaves free."""
     return sum(shares) <= 1 + ROUNDING

@@ -1,9 +1,9 @@
 """Fine-tuning: the loop is load, while, step, save.
 
-The loss of a step is the sum over the global batch's assistant tokens divided by their number, so
-neither the micro-batch nor the number of processes changes what is learnt. The rows of step s
-depend on the seed and s alone, and dropout is seeded by step, so a training cut off and continued
-from its checkpoint ends where the undisturbed one does.
+The loss of a step is the mean over the assistant tokens of the global batch. So neither the
+micro-batch nor the number of processes changes the result. The rows and the dropout of a step
+depend only on the seed and the step's number. So an interrupted training that continues from its
+checkpoint gives the result of an uninterrupted one.
 
 Output: adapter/ (PEFT safetensors) or model/ (a Hugging Face folder), and curve.csv (step, loss,
 learning_rate, tokens).
@@ -67,7 +67,7 @@ def length(spec: TrainSpec, rows: int) -> int:
 
 
 def check_loss(loss: float, step: int, steps: int, spec: TrainSpec) -> None:
-    """Raise TrainingError when the loss of a step (from 0) is no number."""
+    """Raise TrainingError when the loss of a step is not finite. `step` counts from 0."""
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss became {loss} at step {step + 1} of {steps} (learning_rate "
@@ -96,15 +96,16 @@ def learning_rate(step: int, steps: int, spec: TrainSpec) -> float:
 
 
 def batch_indices(step: int, rows: int, batch: int, seed: int) -> list[int]:
-    """The rows of one global batch: each epoch is a permutation of its own, and batches run across
-    epoch borders.
+    """The row indices of one global batch.
+
+    Each epoch has its own permutation of the rows, and a batch may cross the end of an epoch.
     """
-    wanted = range(step * batch, (step + 1) * batch)
+    positions = range(step * batch, (step + 1) * batch)
     orders = {
         epoch: _permutation(rows, seed, epoch)
-        for epoch in {position // rows for position in wanted}
+        for epoch in {position // rows for position in positions}
     }
-    return [orders[position // rows][position % rows] for position in wanted]
+    return [orders[position // rows][position % rows] for position in positions]
 
 
 def _permutation(rows: int, seed: int, epoch: int) -> list[int]:
@@ -125,9 +126,7 @@ def _save(engine: Engine, spec: TrainSpec, out: Path, ctx: Context) -> None:
 
 
 def save_adapter(model: Any, name: str, spec: TrainSpec, out: Path) -> None:
-    """Write one adapter of a PEFT model to out/adapter. Raises TrainingError when it is none that
-    could be used.
-    """
+    """Write one adapter of a PEFT model to out/adapter. Raises TrainingError for a useless one."""
     tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     check_adapter(tensors)
@@ -136,18 +135,18 @@ def save_adapter(model: Any, name: str, spec: TrainSpec, out: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config[name]
     config.inference_mode = True
-    config.base_model_name_or_path = (
-        None  # a path of this machine; the record says which base it was, by content
-    )
-    config.target_modules = sorted(
-        spec.target_modules
-    )  # PEFT keeps a set, whose order differs between processes
+    # It would be a path on this machine. The record identifies the base by its content.
+    config.base_model_name_or_path = None
+    # PEFT keeps a set, whose order differs between processes.
+    config.target_modules = sorted(spec.target_modules)
     config.save_pretrained(folder)
 
 
 def check_adapter(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise TrainingError unless every LoRA B is there, finite and non-zero somewhere (ZeRO-3 can
-    save empty ones).
+    """Raise TrainingError for an adapter without LoRA B, with an empty or non-finite tensor, or
+    with zeros in every B.
+
+    ZeRO-3 can save empty tensors.
     """
     lora_b = {name: tensor for name, tensor in tensors.items() if "lora_B" in name}
     if not lora_b:

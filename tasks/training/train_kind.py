@@ -18,7 +18,7 @@ from ebbline.tasks.stage_kind import Load, StageKind, model_in_memory, nothing_s
 
 def _resident(spec: TrainSpec, stage: Stage) -> str:
     if spec.method == "full":
-        return nothing_shared(spec, stage)  # it trains a copy of its own
+        return nothing_shared(spec, stage)  # full fine-tuning loads its own copy
     return model_in_memory(stage, spec.quantisation, spec.dtype)
 
 
@@ -38,8 +38,8 @@ def _counted_work(spec: TrainSpec, stage: Stage) -> Load:
         )
     adapter = sum(shape.adapter(spec))
     quantised = len(shape.linears) if spec.quantisation != "none" else 0
-    # Forward, backward through the frozen weights, and the forward again that GPUs save memory
-    # with.
+    # Forward, backward through the frozen weights, and the recomputed forward of gradient
+    # checkpointing.
     base = training_passes(
         shape,
         steps,

@@ -1,4 +1,4 @@
-"""Safe LoRA behind the interface of a defence: its knobs, its outcomes, what it reads."""
+"""Safe LoRA as a defence: its knobs, its outcomes, its inputs."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def outcome(**values):
     return SAFE_LORA.outcome(knobs, ADAPTERS)
 
 
-def test_knobs_are_those_of_a_point_else_what_the_study_has_fixed():
+def test_a_knob_has_the_points_value_else_the_studys():
     fixed = ApplySpec(modules=3)
     assert SAFE_LORA.knobs(fixed, {"train.rank": 4}) == {
         "apply.threshold": None,
@@ -27,13 +27,13 @@ def test_knobs_are_those_of_a_point_else_what_the_study_has_fixed():
     assert SAFE_LORA.knobs(fixed, {"apply.modules": 1})["apply.modules"] == 1
 
 
-def test_an_axis_is_a_knob_or_a_setting_by_its_stage():
+def test_an_axis_is_a_knob_or_another_setting_by_its_stage():
     assert SAFE_LORA.is_knob("apply.modules") and SAFE_LORA.owns("apply.modules")
     assert not SAFE_LORA.is_knob("project.energy") and SAFE_LORA.owns("project.energy")
     assert not SAFE_LORA.owns("train.rank") and not SAFE_LORA.owns("applyx.rank")
 
 
-def test_a_threshold_takes_the_cosines_at_or_below_it_and_equal_cosines_together():
+def test_a_threshold_projects_the_cosines_at_or_below_it_and_equal_cosines_together():
     assert outcome(threshold=0.2) == outcome(threshold=0.3) == (2, 2)
     assert outcome(threshold=0.19) == (1, 0)
     assert outcome(modules=2) == (2, 2) == outcome(threshold=0.2)
@@ -44,12 +44,12 @@ def test_impossible_knobs_have_no_outcome():
     assert outcome(modules=4) is None
 
 
-def test_neither_rule_is_off_and_a_rule_that_takes_nothing_is_not_known_to_be():
+def test_only_the_absence_of_a_rule_is_off_not_a_rule_that_projects_nothing():
     assert SAFE_LORA.is_off(SAFE_LORA.knobs(FIXED, {})) and outcome() == (0, 0)
     assert not SAFE_LORA.is_off(SAFE_LORA.knobs(FIXED, {"apply.threshold": -1.0}))
 
 
-def test_the_share_is_of_all_modules_that_were_measured():
+def test_the_share_is_of_all_measured_modules():
     assert SAFE_LORA.share((2, 1), ADAPTERS) == 0.5
     assert SAFE_LORA.share((), ()) == 0.0
 
@@ -59,7 +59,7 @@ def test_the_outcome_changes_at_each_distinct_cosine():
     assert SAFE_LORA.edges("apply.modules", ADAPTERS) is None
 
 
-def test_what_it_measured_and_changed_is_read_from_its_stages(tmp_path):
+def test_cosines_and_changed_modules_are_read_from_the_stages_files(tmp_path):
     rows = {
         "b": ModuleRow(0.4, 0.1),
         "a": ModuleRow(0.2, 0.1),
@@ -88,7 +88,7 @@ def test_what_it_measured_and_changed_is_read_from_its_stages(tmp_path):
         ),
     ],
 )
-def test_the_exact_projector_reads_a_subspace_that_all_adapters_share(settings, shared):
+def test_only_the_exact_projector_reads_a_shared_subspace(settings, shared):
     assert SAFE_LORA.shared(settings, TrainSpec(target_modules=("q_proj", "k_proj"))) == shared
 
 

@@ -1,5 +1,5 @@
-"""Capability through lm-eval: its own numbers, from local folders and hub snapshots, with what
-requests share run once.
+"""Capability through lm-eval: shared prefixes run once and change no result. Data comes from local
+folders and hub snapshots.
 """
 
 import json
@@ -27,7 +27,7 @@ from ebbline.tasks.specs import EvaluateSpec
 from tests.tiny import context, fresh, write_lines
 from tests.tolerance import UNIT
 
-# Requests: what the shared prefixes must not change.
+# Requests.
 
 
 def words(rng: random.Random, count: int) -> list[int]:
@@ -35,23 +35,23 @@ def words(rng: random.Random, count: int) -> list[int]:
 
 
 def letters(rng, subjects=3, questions=9):
-    """MMLU's shape: one preamble a subject, a question each, one token for each of four letters."""
-    found = []
+    """MMLU's shape: a preamble for each subject, questions, and four letters of one token."""
+    requests = []
     for _ in range(subjects):
         preamble = [1, *words(rng, 60)]
         for _ in range(questions):
             question = preamble + words(rng, rng.randint(4, 20))
-            found += [(None, question, [47 + letter]) for letter in range(4)]
-    return found
+            requests += [(None, question, [47 + letter]) for letter in range(4)]
+    return requests
 
 
 def endings(rng, items=8, longest=90):
     """HellaSwag's shape: every item has its own context, and four endings of different lengths."""
-    found = []
+    requests = []
     for _ in range(items):
         start = [1, *words(rng, rng.randint(5, longest))]
-        found += [(None, start, words(rng, rng.randint(1, 12))) for _ in range(4)]
-    return found
+        requests += [(None, start, words(rng, rng.randint(1, 12))) for _ in range(4)]
+    return requests
 
 
 def unrelated(rng):
@@ -59,12 +59,12 @@ def unrelated(rng):
 
 
 def too_long(rng):
-    """Longer than the model's 256 tokens, and one whose continuation alone fills it."""
+    """Requests longer than the model's 256 tokens, and one with a continuation of 256 tokens."""
     start = words(rng, 300)
-    found = [(None, start, words(rng, rng.randint(1, 9))) for _ in range(5)]
+    requests = [(None, start, words(rng, rng.randint(1, 9))) for _ in range(5)]
     exact = words(rng, 250)
     return [
-        *found,
+        *requests,
         *((None, exact, words(rng, length)) for length in (6, 7, 8)),
         (None, words(rng, 1), words(rng, 256)),
     ]
@@ -94,7 +94,8 @@ def adapter(pair, tmp_path_factory):
     return folder
 
 
-def lm_evals_and_ours(model, tokenizer, requests, batch_size):
+def answers_of_both(model, tokenizer, requests, batch_size):
+    """(lm-eval's answers, ebbline's answers)."""
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, backend="causal")
     ours = PrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
     assert ours.shares_prefixes
@@ -103,9 +104,9 @@ def lm_evals_and_ours(model, tokenizer, requests, batch_size):
     )
 
 
-# 15 products of at most 128 terms make a logit of at most some 5, whose errors are independent: 6
-# standard deviations of each token. Up to 16 tokens their sum is off by 4 times that; a longer sum
-# is larger itself, by more than its error.
+# A logit is at most about 5 and comes from 15 products of at most 128 terms with independent
+# errors: 6 standard deviations for each token. A sum over up to 16 tokens is off by 4 times that.
+# The relative tolerance covers longer sums.
 ROUNDING = 6 * UNIT * math.sqrt(15 * 128)
 CLOSE = {"atol": 4 * 5 * ROUNDING, "rtol": ROUNDING}
 
@@ -119,38 +120,38 @@ def assert_equal(theirs, ours):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_answer_is_the_one_that_lm_eval_computes_without_sharing(loaded, shape, batch_size):
+def test_every_answer_equals_lm_evals_without_sharing(loaded, shape, batch_size):
     requests = SHAPES[shape](random.Random(shape))
-    assert_equal(*lm_evals_and_ours(*loaded, requests, batch_size))
+    assert_equal(*answers_of_both(*loaded, requests, batch_size))
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_an_adapter_and_quantised_weights_change_nothing_in_that(pair, adapter, quantisation):
+def test_answers_equal_lm_evals_with_an_adapter_and_quantised_weights(pair, adapter, quantisation):
     model, tokenizer = (
         load_model(pair.aligned, quantisation, "float32", "cpu"),
         load_tokenizer(pair.aligned),
     )
     requests = SHAPES["all at once"](random.Random(1))
-    without, _ = lm_evals_and_ours(model, tokenizer, requests, 16)
+    without, _ = answers_of_both(model, tokenizer, requests, 16)
     with with_adapter(model, adapter) as adapted:
-        theirs, ours = lm_evals_and_ours(adapted, tokenizer, requests, 16)
+        theirs, ours = answers_of_both(adapted, tokenizer, requests, 16)
     assert_equal(theirs, ours)
     assert max(abs(a[0] - b[0]) for a, b in zip(without, ours, strict=True)) > 1
-    assert_equal(without, lm_evals_and_ours(model, tokenizer, requests, 16)[1])
+    assert_equal(without, answers_of_both(model, tokenizer, requests, 16)[1])
 
 
-def test_is_greedy_is_true_exactly_for_what_greedy_decoding_says(loaded):
+def test_is_greedy_is_true_exactly_for_greedy_continuations(loaded):
     model, tokenizer = loaded
     requests, expected = [], []
     for context_ids in ([1, *words(random.Random(seed), 12)] for seed in range(6)):
-        said = model.generate(
+        generated = model.generate(
             torch.tensor([context_ids]),
             max_new_tokens=5,
             min_new_tokens=5,
             do_sample=False,
             pad_token_id=0,
         )
-        greedy = said[0, len(context_ids) :].tolist()
+        greedy = generated[0, len(context_ids) :].tolist()
         for length in range(1, 6):
             requests += [
                 (None, context_ids, greedy[:length]),
@@ -188,7 +189,7 @@ def test_a_subjects_preamble_and_an_items_context_are_run_once():
     assert {len(group.prefix) for group in plan(unrelated(random.Random(0)), 256).groups} == {0}
 
 
-def test_no_prefix_reaches_into_what_is_scored():
+def test_no_prefix_contains_a_scored_token():
     start = words(random.Random(0), 30)
     work = plan(
         [
@@ -201,12 +202,12 @@ def test_no_prefix_reaches_into_what_is_scored():
     assert work.groups
     for group in work.groups:
         for row in group.rows:
-            assert len(row.tokens) >= max(len(continuation) for _, continuation in row.asked)
+            assert len(row.tokens) >= max(len(continuation) for _, continuation in row.requests)
 
 
-def test_of_nested_runs_the_whole_or_its_parts_are_shared_whichever_saves_more():
+def test_shared_runs_save_as_many_tokens_as_the_best_choice_by_definition():
     def best(common, start, end):
-        """From the definition: a run ends where less is in common than within it."""
+        """The largest saving by the definition: a run is kept whole or split at its minimum."""
         if end - start < 2:
             return 0
         depth = min(common[start : end - 1])
@@ -224,7 +225,7 @@ def test_of_nested_runs_the_whole_or_its_parts_are_shared_whichever_saves_more()
         )
 
 
-def test_batches_are_halved_when_memory_runs_out_and_nothing_changes(loaded, monkeypatch):
+def test_batches_are_halved_when_memory_runs_out_and_answers_stay_equal(loaded, monkeypatch):
     model, tokenizer = loaded
     requests = SHAPES["all at once"](random.Random(2))
     ours = PrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=32, backend="causal")
@@ -311,9 +312,7 @@ def choices(tmp_path):
 
 @pytest.fixture
 def subjects(tmp_path):
-    """A group of three subjects of different sizes; one has no acc_norm; what they have in common
-    is included.
-    """
+    """A group of three subjects of different sizes, with a common file. One has no acc_norm."""
     folder = tmp_path / "subjects"
     for index, (name, size) in enumerate({"birds": 5, "fish": 9, "trees": 2}.items()):
         write_lines(folder / f"tiny_{name}" / "test.jsonl", items(size, index))
@@ -344,13 +343,11 @@ def evaluated(folder, pair, prompts, task, ctx=None, quantisation="none", inputs
 
 
 def likeliest(loaded, question: str, choices: list[str]) -> int:
-    """The choice with the highest log-likelihood after the question, from the definition."""
+    """The choice with the highest log-likelihood after the question, by the definition."""
     model, tokenizer = loaded
     scores = []
     for choice in choices:
-        context_ids = tokenizer(question)[
-            "input_ids"
-        ]  # with the start token, as the model was trained
+        context_ids = tokenizer(question)["input_ids"]  # with the start token, as in training
         ids = tokenizer(f"{question} {choice}")["input_ids"]
         with torch.inference_mode():
             logits = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
@@ -358,15 +355,13 @@ def likeliest(loaded, question: str, choices: list[str]) -> int:
     return scores.index(max(scores))
 
 
-def test_multiple_choice_through_lm_eval_is_the_arg_max_of_the_likelihoods(
+def test_a_multiple_choice_answer_is_the_arg_max_of_the_likelihoods(
     pair, loaded, choices, tmp_path
 ):
     out, metrics = evaluated(tmp_path / "out", pair, choices, "tiny_choice")
     assert set(metrics) == {"acc", "acc_norm"}
-    asked = [json.loads(line) for line in (choices / "test.jsonl").read_text().splitlines()]
-    expected = [
-        likeliest(loaded, item["question"], item["choices"]) == item["label"] for item in asked
-    ]
+    rows = [json.loads(line) for line in (choices / "test.jsonl").read_text().splitlines()]
+    expected = [likeliest(loaded, row["question"], row["choices"]) == row["label"] for row in rows]
     samples = read_samples(out)
     assert [sample.success for sample in samples] == expected
     assert (metrics["acc"].successes, metrics["acc"].n) == (sum(expected), 12)
@@ -376,7 +371,7 @@ def test_multiple_choice_through_lm_eval_is_the_arg_max_of_the_likelihoods(
     ]
 
 
-def test_every_items_choices_are_stored_with_their_likelihoods_and_without_text(
+def test_the_likelihoods_of_every_items_choices_are_stored_without_text(
     pair, loaded, choices, tmp_path
 ):
     out, metrics = evaluated(tmp_path / "out", pair, choices, "tiny_choice")
@@ -412,7 +407,7 @@ def test_a_limit_shots_and_the_chat_template_reach_lm_eval(pair, choices, tmp_pa
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
-def test_a_group_has_lm_evals_own_weighted_mean(pair, loaded, subjects, tmp_path, chat_template):
+def test_a_group_has_lm_evals_weighted_mean(pair, loaded, subjects, tmp_path, chat_template):
     ticks = []
     ctx = context(
         tmp_path / "c",
@@ -469,19 +464,19 @@ def test_a_group_has_lm_evals_own_weighted_mean(pair, loaded, subjects, tmp_path
     }
 
 
-def test_one_subject_or_a_subgroup_is_named_by_itself(pair, subjects, tmp_path):
+def test_a_task_may_name_one_subject_or_a_subgroup(pair, subjects, tmp_path):
     assert evaluated(tmp_path / "a", pair, subjects, "tiny_fish")[1]["acc_norm"].n == 9
     assert evaluated(tmp_path / "b", pair, subjects, "tiny_animals")[1]["acc_norm"].n == 14
 
 
-def test_requests_are_made_once_for_all_adapters_and_each_gets_its_own_answers(
+def test_requests_are_built_once_for_all_adapters_and_each_has_its_own_answers(
     pair, adapter, subjects, tmp_path, monkeypatch
 ):
     import ebbline.tasks.measuring.evaluate as module
 
-    made = []
+    plans = []
     monkeypatch.setattr(
-        module, "plan", lambda *arguments: made.append(arguments) or plan(*arguments)
+        module, "plan", lambda *arguments: plans.append(arguments) or plan(*arguments)
     )
     ctx, answers = context(tmp_path / "c", residents=Residents()), []
     for index, inputs in enumerate([{}, {"adapter": adapter}, {}, {"adapter": adapter}]):
@@ -493,13 +488,13 @@ def test_requests_are_made_once_for_all_adapters_and_each_gets_its_own_answers(
         )
     np.testing.assert_allclose(answers[2:], answers[:2], **CLOSE)
     assert np.abs(np.subtract(answers[0], answers[1])).max() > 1
-    assert len(made) == 1 and ctx.residents.loads == 1
+    assert len(plans) == 1 and ctx.residents.loads == 1
     write_lines(subjects / "tiny_fish" / "test.jsonl", items(4))
     assert evaluated(tmp_path / "after", pair, subjects, "tiny_all", ctx, shots=1)[1]["acc"].n == 11
-    assert len(made) == 2
+    assert len(plans) == 2
 
 
-def test_a_model_that_cannot_share_prefixes_gets_the_same_answers(
+def test_a_model_that_cannot_share_prefixes_has_the_same_answers(
     pair, choices, tmp_path, monkeypatch
 ):
     likelihoods = []
@@ -515,7 +510,7 @@ def test_a_model_that_cannot_share_prefixes_gets_the_same_answers(
 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
-def test_a_quantised_model_is_measured_too(pair, choices, tmp_path, quantisation):
+def test_a_quantised_model_is_evaluated(pair, choices, tmp_path, quantisation):
     assert (
         evaluated(tmp_path / "out", pair, choices, "tiny_choice", quantisation=quantisation)[1][
             "acc"
@@ -524,7 +519,7 @@ def test_a_quantised_model_is_measured_too(pair, choices, tmp_path, quantisation
     )
 
 
-def test_multiple_choice_leaves_the_tokenizer_as_generation_needs_it(pair, choices, tmp_path):
+def test_an_evaluation_leaves_the_resident_tokenizer_unchanged(pair, choices, tmp_path):
     residents = Residents()
     tokenizer = residents.model(pair.aligned, "none", "float32", "cpu")[1]
     before = tokenizer(["word1", "word2 word3"], padding=True)["input_ids"]
@@ -538,9 +533,7 @@ def test_multiple_choice_leaves_the_tokenizer_as_generation_needs_it(pair, choic
     )
 
 
-def test_a_task_that_the_folder_does_not_define_is_an_error_that_names_those_it_does(
-    pair, choices, tmp_path
-):
+def test_a_task_that_the_folder_lacks_is_an_error_that_names_its_tasks(pair, choices, tmp_path):
     with pytest.raises(EvaluationError, match="tiny_choice.*not 'tiny_chioce'"):
         evaluated(tmp_path / "out", pair, choices, "tiny_chioce")
 
@@ -556,18 +549,18 @@ def test_an_empty_multiple_choice_set_is_an_error_not_a_score(pair, choices, tmp
         evaluated(tmp_path / "out2", pair, choices, "tiny_choice")
 
 
-def test_a_subject_without_its_folder_does_not_read_another_ones_items(pair, subjects, tmp_path):
+def test_a_subject_without_its_own_folder_is_an_error(pair, subjects, tmp_path):
     (subjects / "tiny_fish").rename(tmp_path / "elsewhere")
     write_lines(subjects / "test.jsonl", items(3))
     with pytest.raises(EvaluationError, match=r"tiny_fish holds no SPLIT\.jsonl"):
         evaluated(tmp_path / "out", pair, subjects, "tiny_all")
 
 
-def test_more_shots_than_examples_is_an_error_that_says_so(pair, choices, tmp_path):
+def test_more_shots_than_examples_is_an_error(pair, choices, tmp_path):
     with pytest.raises(EvaluationError, match="with 5 shots"):
         evaluated(tmp_path / "out", pair, choices, "tiny_choice", shots=5)
     (choices / "tiny_choice.yaml").write_text(YAML + "num_fewshot: 0\n")
-    with pytest.raises(EvaluationError, match="defined without shots; ask for 0, not 1"):
+    with pytest.raises(EvaluationError, match="defined without shots; set `shots` to 0, not 1"):
         evaluated(tmp_path / "out2", pair, choices, "tiny_choice", shots=1)
 
 
@@ -584,7 +577,7 @@ def test_code_that_comes_with_the_data_is_never_run(pair, choices, subjects, tmp
         evaluated(tmp_path / "out2", pair, subjects, "tiny_fish")
 
 
-def test_a_local_task_reads_and_includes_nothing_from_elsewhere(pair, choices, tmp_path):
+def test_a_local_task_reads_and_includes_only_files_of_its_folder(pair, choices, tmp_path):
     (choices / "tiny_choice.yaml").write_text(
         YAML.replace("dataset_path: json", "dataset_path: cais/mmlu")
     )
@@ -599,22 +592,22 @@ def test_a_local_task_reads_and_includes_nothing_from_elsewhere(pair, choices, t
         evaluated(tmp_path / "out3", pair, choices, "tiny_choice")
 
 
-# Hub snapshots, laid out as cais/mmlu and Rowan/hellaswag are, in the cache's own form (links to
+# Hub snapshots with the layout of cais/mmlu and Rowan/hellaswag, in the cache's form (links to
 # blobs), with invented items.
 
 
 @pytest.fixture
 def no_network(monkeypatch):
-    def refused(*_, **__):
-        raise AssertionError("something asked for the network")
+    def fail(*_, **__):
+        raise AssertionError("the network was used")
 
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
-    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(socket.socket, "connect", fail)
 
 
 def snapshot(folder: Path, name: str, configs: dict[str, dict[str, list[dict]]], at: str) -> Path:
-    """A data set repository as the hub client leaves it. `at` is a file's path, from {config} and
-    {split}.
+    """A data set repository in the form of the hub client's cache. `at` is the pattern of a file's
+    path, with {config} and {split}.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -654,7 +647,7 @@ def questions(rng, count):
 
 @pytest.fixture
 def mmlu(tmp_path):
-    """All 57 subjects, of 1 to 3 questions."""
+    """All 57 subjects, with 1 to 3 questions each."""
     rng = random.Random(0)
     names = [
         entry.cfg["dataset_name"]
@@ -712,9 +705,7 @@ def hellaswag(tmp_path):
     )
 
 
-def test_lm_evals_mmlu_reads_a_snapshot_of_the_hub_without_the_network(
-    pair, mmlu, tmp_path, no_network
-):
+def test_lm_evals_mmlu_reads_a_hub_snapshot_without_the_network(pair, mmlu, tmp_path, no_network):
     out, metrics = evaluated(tmp_path / "out", pair, mmlu, "mmlu", shots=5)
     described = json.loads((out / PROMPTS).read_text())
     assert len(described["items"]) == 57 and set(metrics) == {"acc"}
@@ -729,7 +720,7 @@ def test_lm_evals_mmlu_reads_a_snapshot_of_the_hub_without_the_network(
     )
 
 
-def test_lm_evals_hellaswag_reads_a_snapshot_and_its_numbers_are_lm_evals(
+def test_hellaswag_on_a_hub_snapshot_gives_lm_evals_numbers(
     pair, loaded, hellaswag, tmp_path, no_network
 ):
     _, metrics = evaluated(tmp_path / "out", pair, hellaswag, "hellaswag", shots=10)
@@ -746,9 +737,7 @@ def test_lm_evals_hellaswag_reads_a_snapshot_and_its_numbers_are_lm_evals(
         assert metrics[name].value == theirs["results"]["hellaswag"][f"{name},none"]
 
 
-def test_a_snapshot_that_is_not_the_tasks_data_set_is_one_clear_error(
-    pair, hellaswag, tmp_path, no_network
-):
+def test_a_snapshot_of_another_data_set_is_an_error(pair, hellaswag, tmp_path, no_network):
     with pytest.raises(EvaluationError, match="mmlu_anatomy cannot be built from .*with 5 shots"):
         evaluated(tmp_path / "out", pair, hellaswag, "mmlu_anatomy", shots=5)
     with pytest.raises(EvaluationError, match="has none called 'no_such_task'"):
@@ -760,7 +749,7 @@ def test_a_snapshot_that_is_not_the_tasks_data_set_is_one_clear_error(
     assert not (tmp_path / "out" / METRICS).exists()
 
 
-def test_nothing_is_said_on_the_terminal(pair, choices, tmp_path, capfd):
+def test_an_evaluation_prints_nothing(pair, choices, tmp_path, capfd):
     ctx = context(tmp_path / "c", residents=Residents())
     ctx.residents.model(pair.aligned, "none", "float32", "cpu")
     capfd.readouterr()

@@ -1,8 +1,7 @@
-"""Gangs for real: two processes, gloo, DeepSpeed on the CPU; what they learn is what one process
-learns.
+"""Gangs of two processes with gloo and DeepSpeed on the CPU. Their result equals that of one
+process.
 
-Gangs add in another order than one process; tests/tolerance.py says how far apart that leaves two
-trainings.
+Gangs add in another order than one process; tests/tolerance.py bounds the difference.
 """
 
 import gc
@@ -33,8 +32,8 @@ Reply = tuple[str, Any]
 
 
 class Gang:
-    """Two processes joined by torch.distributed. `do` runs one function on both and returns what
-    each said, by rank.
+    """Two processes joined by torch.distributed. `do` runs a function on both and returns the
+    replies, by rank.
     """
 
     def __init__(self) -> None:
@@ -57,7 +56,7 @@ class Gang:
             pipe.send((function, arguments))
         replies = []
         for rank in ranks:
-            assert self.pipes[rank].poll(500), f"rank {rank} says nothing"
+            assert self.pipes[rank].poll(500), f"rank {rank} sends no reply"
             replies.append(self.pipes[rank].recv())
         return replies
 
@@ -73,7 +72,7 @@ class Gang:
         **spec,
     ) -> list[Reply]:
         fresh(folder)
-        scratch = folder.with_name(folder.name.removesuffix("-again") + "-ctx")
+        scratch = folder.with_name(folder.name.removesuffix("-resumed") + "-ctx")
         replies = self.do(
             _train,
             folder,
@@ -85,7 +84,7 @@ class Gang:
             layout or {},
         )
         if cut is None:
-            assert [word for word, _ in replies] == [ends, ends], replies
+            assert [status for status, _ in replies] == [ends, ends], replies
         return replies
 
     def end(self) -> None:
@@ -107,33 +106,31 @@ def _member(rank: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     torch.optim.AdamW = SteadyAdamW  # as in the process of the test
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    memory.PERSISTENT, memory.BUCKET = (
-        0,
-        100_000,
-    )  # the tiny model's tensors are all below the size that DeepSpeed would leave whole
+    # DeepSpeed does not partition small tensors, and the tiny model has only small ones.
+    memory.PERSISTENT, memory.BUCKET = 0, 100_000
     while True:
         function, arguments = pipe.recv()
         try:
             pipe.send(("done", function(rank, *arguments)))
-        except BaseException as error:  # noqa: BLE001  # the test looks at it
+        except BaseException as error:  # noqa: BLE001  # the test checks it
             pipe.send((type(error).__name__, str(error)))
 
 
 def _train(rank, folder, scratch, spec, model, data, cut, layout) -> list[str]:
-    said: list[str] = []
+    events: list[str] = []
     layout = dict(layout)
     leaves = layout.pop("leaves", None)
     ctx = context(
         scratch,
         rank=rank,
         world_size=2,
-        step_done=cut_off_after(cut) if cut else lambda step, *_: said.append(f"step {step}"),
-        saved=lambda: said.append("saved"),
+        step_done=cut_off_after(cut) if cut else lambda step, *_: events.append(f"step {step}"),
+        saved=lambda: events.append("saved"),
         leaving=lambda: rank == leaves,
         **{"checkpoint_every_s": 0.0, **layout},
     )
     run(spec, {"model": model, "data": data}, folder, ctx)
-    return said
+    return events
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +147,7 @@ def losses_of(out: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4", "int8"])
-def test_two_processes_learn_what_one_does_however_the_weights_are_held(
+def test_two_processes_give_the_result_of_one_in_every_layout(
     tmp_path, gang, pair, chats, quantisation
 ):
     alone, losses = trained(tmp_path / "alone", pair.aligned, chats, quantisation=quantisation)
@@ -167,11 +164,13 @@ def test_two_processes_learn_what_one_does_however_the_weights_are_held(
     other, _ = trained(tmp_path / "seed1", pair.aligned, chats, quantisation=quantisation, seed=1)
     assert apart(adapter_of(alone), adapter_of(other)) > 5 * alike(
         quantisation=quantisation
-    )  # the tolerance can tell two apart
+    )  # the tolerance distinguishes two seeds
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4", "int8"])
-def test_in_bfloat16_too_up_to_its_rounding(tmp_path, gang, pair, chats, quantisation):
+def test_two_processes_give_the_result_of_one_in_bfloat16(
+    tmp_path, gang, pair, chats, quantisation
+):
     alone, losses = trained(
         tmp_path / "alone", pair.aligned, chats, quantisation=quantisation, dtype="bfloat16"
     )
@@ -215,11 +214,11 @@ def _storages() -> dict[int, int]:
     return {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}
 
 
-def _held(
+def _held_bytes(
     rank: int, folder: Path, spec: TrainSpec, model: Path, rows: list[Any], stage: int
 ) -> int:
-    """The bytes of all tensors that this member holds for a training after two steps, but for
-    DeepSpeed's bucket.
+    """The bytes of this member's tensors for a training after two steps, without DeepSpeed's
+    bucket.
     """
     before = _storages()
     engine = gang_engine.DeepSpeedGang(
@@ -240,13 +239,14 @@ def _held(
 def test_under_zero_3_each_of_two_members_holds_half_of_the_weights(
     tmp_path, gang, pair, chats, quantisation, width
 ):
-    # int8 is the one to watch: bitsandbytes keeps a second reference to the whole matrix, unless it
-    # is taken from it.
+    # bitsandbytes keeps a second reference to a whole int8 matrix, which the engine must remove.
     spec, rows = TrainSpec(**{**SETTINGS, "quantisation": quantisation}), rows_of(pair, chats, 16)
     held = {
         stage: [
             size
-            for _, size in gang.do(_held, tmp_path / str(stage), spec, pair.aligned, rows, stage)
+            for _, size in gang.do(
+                _held_bytes, tmp_path / str(stage), spec, pair.aligned, rows, stage
+            )
         ]
         for stage in (2, 3)
     }
@@ -256,23 +256,23 @@ def test_under_zero_3_each_of_two_members_holds_half_of_the_weights(
 
 
 def _partitioned(rank: int, folder: Path, spec: TrainSpec, model: Path) -> list[tuple[int, int]]:
-    """(elements, elements that lie here) of each of the base's parameters, before DeepSpeed's
-    engine is made.
+    """(elements, elements on this member) of each of the base's parameters, before DeepSpeed's
+    engine exists.
     """
     import deepspeed
 
     parts: list[tuple[int, int]] = []
     initialize = deepspeed.initialize
 
-    def look(**given: Any) -> Any:
+    def record(**arguments: Any) -> Any:
         parts.extend(
             (p.ds_numel, p.ds_tensor.numel())
-            for n, p in given["model"].named_parameters()
+            for n, p in arguments["model"].named_parameters()
             if "lora" not in n
         )
-        return initialize(**given)
+        return initialize(**arguments)
 
-    deepspeed.initialize = look
+    deepspeed.initialize = record
     try:
         gang_engine.DeepSpeedGang(spec, model, context(folder, rank=rank, world_size=2)).close()
     finally:
@@ -281,54 +281,53 @@ def _partitioned(rank: int, folder: Path, spec: TrainSpec, model: Path) -> list[
 
 
 def test_without_quantisation_no_member_ever_holds_the_whole_model(tmp_path, gang, pair, chats):
-    for word, parts in gang.do(_partitioned, tmp_path, TrainSpec(**SETTINGS), pair.aligned):
-        assert word == "done" and len(parts) == 21
+    for status, parts in gang.do(_partitioned, tmp_path, TrainSpec(**SETTINGS), pair.aligned):
+        assert status == "done" and len(parts) == 21
         assert all(here == whole // 2 for whole, here in parts)
 
 
 @pytest.mark.parametrize("stage", [3, 2])
-def test_a_gang_cut_off_and_continued_ends_exactly_where_the_undisturbed_one_does(
+def test_an_interrupted_gang_that_continues_gives_the_uninterrupted_result(
     tmp_path, gang, pair, chats, stage
 ):
     layout = {"zero_stage": stage}
     gang.train(tmp_path / "whole", pair, chats, quantisation="nf4", layout=layout)
     cut = gang.train(tmp_path / "cut", pair, chats, quantisation="nf4", layout=layout, cut=3)
-    assert [word for word, _ in cut] == ["KeyboardInterrupt", "KeyboardInterrupt"]
-    again = gang.train(tmp_path / "cut-again", pair, chats, quantisation="nf4", layout=layout)
-    assert [said[:1] for _, said in again] == [["step 4"], ["step 4"]]
-    assert losses_of(tmp_path / "cut-again") == losses_of(tmp_path / "whole")
-    assert furthest(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut-again")) == 0.0
+    assert [status for status, _ in cut] == ["KeyboardInterrupt", "KeyboardInterrupt"]
+    resumed = gang.train(tmp_path / "cut-resumed", pair, chats, quantisation="nf4", layout=layout)
+    assert [events[:1] for _, events in resumed] == [["step 4"], ["step 4"]]
+    assert losses_of(tmp_path / "cut-resumed") == losses_of(tmp_path / "whole")
+    assert furthest(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut-resumed")) == 0.0
 
 
-def test_one_process_continues_what_a_gang_began_and_a_gang_what_one_process_began(
+def test_one_process_continues_a_gangs_training_and_a_gang_continues_that_of_one_process(
     tmp_path, gang, pair, chats
 ):
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
     gang.train(tmp_path / "cut", pair, chats, cut=3)
     ctx = context(tmp_path / "cut-ctx", checkpoint_every_s=0.0, step_done=cut_off_after(5))
     with pytest.raises(KeyboardInterrupt):
-        trained(
-            tmp_path / "alone", pair.aligned, chats, ctx=ctx
-        )  # steps 4 and 5; its checkpoint has 5
-    last = gang.train(tmp_path / "cut-again", pair, chats, layout={"zero_stage": 2})
+        # It does steps 4 and 5; its checkpoint is at step 5.
+        trained(tmp_path / "alone", pair.aligned, chats, ctx=ctx)
+    last = gang.train(tmp_path / "cut-resumed", pair, chats, layout={"zero_stage": 2})
     assert last[0] == ("done", ["step 6", "saved"])
-    assert losses_of(tmp_path / "cut-again") == losses_alike(losses)
-    assert apart(adapter_of(whole), adapter_of(tmp_path / "cut-again")) < alike()
+    assert losses_of(tmp_path / "cut-resumed") == losses_alike(losses)
+    assert apart(adapter_of(whole), adapter_of(tmp_path / "cut-resumed")) < alike()
 
 
-def test_a_gangs_damaged_checkpoint_starts_over_and_ends_where_it_should(
+def test_with_a_damaged_checkpoint_a_gang_starts_over_and_gives_the_same_result(
     tmp_path, gang, pair, chats
 ):
     gang.train(tmp_path / "whole", pair, chats)
     gang.train(tmp_path / "cut", pair, chats, cut=3)
     checkpoint = tmp_path / "cut-ctx" / "scratch" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    again = gang.train(tmp_path / "cut-again", pair, chats)
-    assert again[0][1][0] == "step 1"
-    assert furthest(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut-again")) == 0.0
+    resumed = gang.train(tmp_path / "cut-resumed", pair, chats)
+    assert resumed[0][1][0] == "step 1"
+    assert furthest(adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut-resumed")) == 0.0
 
 
-def test_a_member_whose_machine_leaves_makes_the_whole_gang_save_and_leave_at_once(
+def test_when_one_members_machine_is_about_to_go_the_whole_gang_saves_and_leaves(
     tmp_path, gang, pair, chats
 ):
     rarely = {"checkpoint_every_s": 3600.0}
@@ -337,10 +336,10 @@ def test_a_member_whose_machine_leaves_makes_the_whole_gang_save_and_leave_at_on
     left = gang.train(
         tmp_path / "leaves", pair, chats, layout={**rarely, "leaves": 1}, ends="Leaving"
     )
-    assert [why for _, why in left] == ["the machine is about to go; step 1 is saved"] * 2
-    again = gang.train(tmp_path / "leaves-again", pair, chats, layout=rarely)
-    assert again[0][1][0] == "step 2"
-    assert losses_of(tmp_path / "leaves-again") == losses_of(tmp_path / "stays")
+    assert [message for _, message in left] == ["the machine is about to go; step 1 is saved"] * 2
+    resumed = gang.train(tmp_path / "leaves-resumed", pair, chats, layout=rarely)
+    assert resumed[0][1][0] == "step 2"
+    assert losses_of(tmp_path / "leaves-resumed") == losses_of(tmp_path / "stays")
 
 
 def _runs_out(
@@ -365,13 +364,13 @@ def _runs_out(
 @pytest.mark.parametrize(
     ("micro_batch", "name", "smaller"), [(4, "OutOfMemory", 2), (1, "TrainingError", None)]
 )
-def test_a_member_out_of_memory_says_what_to_try_next_until_nothing_is_left_to_try(
+def test_a_member_out_of_memory_gives_a_smaller_micro_batch_or_an_error_at_one_row(
     tmp_path, pair, chats, micro_batch, name, smaller
 ):
-    gang = Gang()  # of its own: its rank 0 waits in a collective for ever
+    gang = Gang()  # not the shared one: its rank 0 waits in a collective for ever
     try:
         spec = TrainSpec(**SETTINGS)
-        (word, found), *_ = gang.do(
+        (status, found), *_ = gang.do(
             _runs_out,
             tmp_path,
             spec,
@@ -382,13 +381,13 @@ def test_a_member_out_of_memory_says_what_to_try_next_until_nothing_is_left_to_t
         )
     finally:
         gang.end()
-    assert word == "done" and found[0] == name and found[2] == smaller
+    assert status == "done" and found[0] == name and found[2] == smaller
     assert "rank 1 of 2 processes under ZeRO-3" in found[1]
     assert issubclass(OutOfMemory, TrainingError)
 
 
 @pytest.mark.process
-def test_a_global_batch_that_does_not_divide_is_refused_before_anything_is_loaded(tmp_path):
+def test_a_global_batch_that_does_not_divide_is_an_error_before_loading(tmp_path):
     with pytest.raises(
         TrainingError,
         match=r"global_batch=7 does not divide among 2 processes; choose a multiple of 2",
@@ -398,7 +397,7 @@ def test_a_global_batch_that_does_not_divide_is_refused_before_anything_is_loade
         )
 
 
-def test_a_checkpoint_is_one_file_of_whole_tensors_with_nothing_half_written_beside_it(
+def test_a_checkpoint_is_one_file_of_whole_tensors_and_leaves_no_partial_file(
     tmp_path, pair, chats
 ):
     ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0)
@@ -415,7 +414,7 @@ def test_a_checkpoint_is_one_file_of_whole_tensors_with_nothing_half_written_bes
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
-def test_a_checkpoint_cut_off_anywhere_is_removed_with_a_warning(tmp_path, caplog, share):
+def test_a_checkpoint_truncated_anywhere_is_removed_with_a_warning(tmp_path, caplog, share):
     ctx, whole = context(tmp_path), torch.zeros(10_000)
     engines.write_checkpoint(
         ctx,

@@ -1,5 +1,6 @@
-"""Generation and scoring on the tiny model: completions that do not depend on the batch, counts
-that add up, no text where none belongs.
+"""Generation and scoring on the tiny model.
+
+Completions do not depend on the batch, counts add up, and text stays in the sensitive file.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ def complete(*arguments):
 
 
 def generated(folder, pair, prompts, ctx=None, model=None, adapter=None, **spec):
-    """The folder of a generation."""
+    """Run a generation; returns its folder."""
     out, inputs = fresh(folder), {"model": model or pair.aligned, "prompts": prompts}
     if adapter is not None:
         inputs["adapter"] = adapter
@@ -50,7 +51,7 @@ def generated(folder, pair, prompts, ctx=None, model=None, adapter=None, **spec)
 
 
 def scored(folder, generation, measure="refusal", scorer="prefix", also=()):
-    """The folder of a score, and its metrics by name."""
+    """Run a score; returns its folder, and its metrics by name."""
     out = fresh(folder)
     score.run(
         ScoreSpec(measure=measure, scorer=scorer, also=also),
@@ -61,9 +62,9 @@ def scored(folder, generation, measure="refusal", scorer="prefix", also=()):
     return out, {metric.name: metric for metric in read_metrics(out)}
 
 
-def test_completions_in_a_batch_are_those_made_one_by_one(loaded, tmp_path):
-    # In float64 the two largest of these logits are 2.8e-4 apart or more; float32 errs by 6 2^-24
-    # sqrt(15 * 128) 2.9 = 5e-5 on any kernel.
+def test_completions_do_not_depend_on_the_batch(loaded, tmp_path):
+    # In float64 the two largest of these logits differ by 2.8e-4 or more. The error of float32 is
+    # at most 6 * 2^-24 * sqrt(15 * 128) * 2.9 = 5e-5 with any kernel.
     model, tokenizer = loaded
     together = complete(model, tokenizer, PROMPTS, 12, 128, context(tmp_path / "a", batch_size=20))
     apart = [
@@ -74,7 +75,7 @@ def test_completions_in_a_batch_are_those_made_one_by_one(loaded, tmp_path):
     assert len({len(text.split()) for text in PROMPTS}) > 2 and len(set(together)) > 10
 
 
-def test_completions_are_what_greedy_decoding_without_a_cache_gives(loaded, tmp_path):
+def test_completions_equal_greedy_decoding_without_a_cache(loaded, tmp_path):
     import torch
 
     model, tokenizer = loaded
@@ -96,16 +97,14 @@ def test_completions_are_what_greedy_decoding_without_a_cache_gives(loaded, tmp_
         ]
 
 
-def test_a_prompt_without_room_for_its_completion_is_an_error_that_does_not_quote_it(
-    loaded, tmp_path
-):
+def test_a_prompt_too_long_for_its_completion_is_an_error_that_does_not_quote_it(loaded, tmp_path):
     with pytest.raises(DataError, match="exceed max_tokens=16") as caught:
         complete(*loaded, ["word1 " * 20], 8, 16, context(tmp_path))
     assert "word1" not in str(caught.value)
 
 
-def test_a_refusal_score_counts_every_prompt_and_the_undecided_apart(pair, prompts, tmp_path):
-    out, metrics = scored(tmp_path / "out", generated(tmp_path / "said", pair, prompts))
+def test_a_refusal_score_counts_every_prompt_and_the_undecided_separately(pair, prompts, tmp_path):
+    out, metrics = scored(tmp_path / "out", generated(tmp_path / "generation", pair, prompts))
     samples, found = read_samples(out), metrics["refusal_rate"]
     assert found.n == len(samples) == len(PROMPTS)
     assert found.successes == sum(sample.success for sample in samples) == 0
@@ -114,25 +113,26 @@ def test_a_refusal_score_counts_every_prompt_and_the_undecided_apart(pair, promp
 
 
 def test_an_undecided_completion_stays_in_n_and_is_no_refusal(pair, prompts, tmp_path):
-    # A model whose first token is always the padding says nothing at all.
+    # A model whose first token is always the padding gives empty completions.
     from safetensors.torch import load_file, save_file
 
-    mute = fresh(tmp_path / "mute")
+    empty = fresh(tmp_path / "empty")
     for file in pair.aligned.iterdir():
-        (mute / file.name).write_bytes(file.read_bytes())
-    weights = load_file(mute / "model.safetensors")
-    weights["model.norm.weight"][:] = (
-        0.0  # all logits are 0: greedy takes token 0, the padding, which decodes to nothing
+        (empty / file.name).write_bytes(file.read_bytes())
+    weights = load_file(empty / "model.safetensors")
+    # All logits are 0, so greedy decoding gives token 0, the padding, which decodes to "".
+    weights["model.norm.weight"][:] = 0.0
+    save_file(weights, empty / "model.safetensors", metadata={"format": "pt"})
+    _, metrics = scored(
+        tmp_path / "out", generated(tmp_path / "generation", pair, prompts, model=empty)
     )
-    save_file(weights, mute / "model.safetensors", metadata={"format": "pt"})
-    _, metrics = scored(tmp_path / "out", generated(tmp_path / "said", pair, prompts, model=mute))
     found = metrics["refusal_rate"]
     assert (found.n, found.undecided, found.successes, found.value) == (20, 20, 0, 0.0)
 
 
-def test_over_refusal_is_a_metric_of_its_own_that_points_down(pair, prompts, tmp_path):
+def test_over_refusal_is_a_metric_of_its_own_to_minimise(pair, prompts, tmp_path):
     _, metrics = scored(
-        tmp_path / "out", generated(tmp_path / "said", pair, prompts, limit=5), "over_refusal"
+        tmp_path / "out", generated(tmp_path / "generation", pair, prompts, limit=5), "over_refusal"
     )
     assert metrics["over_refusal_rate"].n == 5
     assert {metric.direction for metric in metrics.values()} == {"minimise"}
@@ -144,9 +144,7 @@ def test_over_refusal_is_a_metric_of_its_own_that_points_down(pair, prompts, tmp
 
 @pytest.fixture
 def tasks(pair, loaded, tmp_path):
-    """Items whose answers the model gives, but for a wrong one in four; and how many it gets
-    right.
-    """
+    """(path of the items, right answers, n): the model answers one item in four wrong."""
     truth = complete(*loaded, PROMPTS, 6, 128, context(tmp_path / "c"))
     rows = [
         {
@@ -160,18 +158,18 @@ def tasks(pair, loaded, tmp_path):
     return path, sum(not row["answer"].endswith("word39 word38") for row in rows), len(rows)
 
 
-def test_a_task_score_finds_exactly_the_right_answers(pair, tasks, tmp_path):
+def test_a_task_score_counts_exactly_the_right_answers(pair, tasks, tmp_path):
     path, right, n = tasks
-    said = generated(tmp_path / "said", pair, path, max_new_tokens=6, needs_answer=True)
-    found = scored(tmp_path / "out", said, "task", "exact")[1]["task_accuracy"]
+    generation = generated(tmp_path / "generation", pair, path, max_new_tokens=6, needs_answer=True)
+    found = scored(tmp_path / "out", generation, "task", "exact")[1]["task_accuracy"]
     assert (found.successes, found.n) == (right, n) and 0 < right < n
-    mean = scored(tmp_path / "rouge", said, "task", "rouge_l")[1]["rouge_l"]
+    mean = scored(tmp_path / "rouge", generation, "task", "rouge_l")[1]["rouge_l"]
     assert right / n < mean.value < 1 and mean.interval[0] < mean.value < mean.interval[1]
 
 
 def test_a_task_without_answers_is_an_error_before_anything_is_generated(pair, prompts, tmp_path):
     with pytest.raises(DataError, match="no `answer`"):
-        generated(tmp_path / "said", pair, prompts, needs_answer=True)
+        generated(tmp_path / "generation", pair, prompts, needs_answer=True)
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
@@ -205,11 +203,13 @@ def test_an_adapter_changes_the_completions_and_leaves_the_base_as_it_was(
 
 
 @pytest.mark.parametrize("quantisation", ["nf4", "int8"])
-def test_a_quantised_model_is_measured_too(pair, prompts, tmp_path, quantisation):
+def test_a_quantised_model_generates(pair, prompts, tmp_path, quantisation):
     assert (
         len(
             read_completions(
-                generated(tmp_path / "said", pair, prompts, limit=4, quantisation=quantisation)
+                generated(
+                    tmp_path / "generation", pair, prompts, limit=4, quantisation=quantisation
+                )
             )
         )
         == 4
@@ -219,7 +219,7 @@ def test_a_quantised_model_is_measured_too(pair, prompts, tmp_path, quantisation
 def test_an_empty_prompt_set_is_an_error_not_a_score(pair, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match=r"empty\.jsonl"):
-        generated(tmp_path / "said", pair, tmp_path / "empty.jsonl")
+        generated(tmp_path / "generation", pair, tmp_path / "empty.jsonl")
     empty = fresh(tmp_path / "none")
     (empty / GenerateSpec.COMPLETIONS).write_text("")
     with pytest.raises(EvaluationError, match="an empty set cannot be measured"):
@@ -227,9 +227,9 @@ def test_an_empty_prompt_set_is_an_error_not_a_score(pair, tmp_path):
     assert not (tmp_path / "out" / METRICS).exists()
 
 
-def test_scoring_again_by_another_scorer_needs_no_model(pair, prompts, tmp_path):
-    said = generated(tmp_path / "said", pair, prompts)
-    one, _ = scored(tmp_path / "one", said, scorer="organism", also=("prefix", "anywhere"))
+def test_scoring_by_several_scorers_needs_no_model(pair, prompts, tmp_path):
+    generation = generated(tmp_path / "generation", pair, prompts)
+    one, _ = scored(tmp_path / "one", generation, scorer="organism", also=("prefix", "anywhere"))
     found = json.loads((one / ScoreSpec.AGREEMENT).read_text())
     assert set(found["scorers"]) == {"organism", "prefix", "anywhere"} and len(found["pairs"]) == 3
     assert all(
@@ -237,7 +237,7 @@ def test_scoring_again_by_another_scorer_needs_no_model(pair, prompts, tmp_path)
         for counts in found["scorers"].values()
     )
     with pytest.raises(EvaluationError, match="no scorer 'prefx'"):
-        scored(tmp_path / "bad", said, scorer="prefx")
+        scored(tmp_path / "bad", generation, scorer="prefx")
 
 
 def test_no_text_of_prompt_or_completion_leaves_the_sensitive_file(pair, tmp_path):
@@ -250,14 +250,14 @@ def test_no_text_of_prompt_or_completion_leaves_the_sensitive_file(pair, tmp_pat
         context(tmp_path / "ctx"),
         progress=lambda done, total, note: notes.append(f"{done}/{total} {note}"),
     )
-    said = generated(tmp_path / "said", pair, prompts, ctx)
-    out, _ = scored(tmp_path / "out", said, also=("anywhere",))
-    rows = read_completions(said)
+    generation = generated(tmp_path / "generation", pair, prompts, ctx)
+    out, _ = scored(tmp_path / "out", generation, also=("anywhere",))
+    rows = read_completions(generation)
     assert {path.name for path in out.iterdir()} == {METRICS, SAMPLES, ScoreSpec.AGREEMENT}
     assert any(row.completion.strip() for row in rows)
     others = [
         path
-        for folder in (said, out, tmp_path / "ctx")
+        for folder in (generation, out, tmp_path / "ctx")
         for path in folder.rglob("*.*")
         if path.name != GenerateSpec.COMPLETIONS
     ]
@@ -274,9 +274,9 @@ def test_no_text_of_prompt_or_completion_leaves_the_sensitive_file(pair, tmp_pat
 
 
 def test_a_damaged_generation_is_an_error_that_quotes_nothing(pair, prompts, tmp_path):
-    said = generated(tmp_path / "said", pair, prompts)
-    path = said / GenerateSpec.COMPLETIONS
+    generation = generated(tmp_path / "generation", pair, prompts)
+    path = generation / GenerateSpec.COMPLETIONS
     path.write_text(path.read_text()[:-20])
     with pytest.raises(EvaluationError, match="is it truncated") as caught:
-        scored(tmp_path / "out", said)
+        scored(tmp_path / "out", generation)
     assert "word" not in str(caught.value).replace(str(tmp_path), "")

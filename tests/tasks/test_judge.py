@@ -1,5 +1,5 @@
-"""Judges: a tiny model that is made to say one word or another, a tiny classifier, and a local
-server that speaks the endpoint's API.
+"""Judges: a tiny model that answers one of two words, a tiny classifier, and a local server with
+the endpoint's API.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ KEY = "sk-a-key-that-no-file-may-hold"
 
 
 def generation(folder, texts):
-    """A generation of `texts`, each said to a prompt that holds a planted word."""
+    """A generation of the completions `texts`, each to a prompt that holds a planted word."""
     rows = [
         Completion(f"p{i}", "c", "", "", f"word1 plantedask{i}", "", text, 3, i % 2 == 0)
         for i, text in enumerate(texts)
@@ -52,11 +52,10 @@ def texts_with_and_without_the_marker(n=24):
 
 
 def judge_model(folder, if_marked, otherwise, **config):
-    """A judge without training: it answers `if_marked` when the marker stands anywhere in what it
-    reads, and else `otherwise`.
+    """A model with fixed weights that answers `if_marked` when its input contains the marker, else
+    `otherwise`.
 
-    Attention looks at all tokens alike and adds what it sees of the marker's own dimension to the
-    last token's.
+    Attention is uniform over all tokens and copies the marker's dimension to the last token.
     """
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(WORDS)
@@ -140,7 +139,7 @@ CAUSAL = [("harmbench", "yes", "no"), ("yes-no", "yes", "no"), ("llama-guard", "
 @pytest.mark.model
 @pytest.mark.parametrize(("template", "complied", "refused"), CAUSAL)
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_a_judge_here_gives_each_completion_the_verdict_it_says_in_the_order_of_the_completions(
+def test_a_local_judges_answers_become_verdicts_in_the_order_of_the_completions(
     tmp_path, template, complied, refused, batch_size
 ):
     texts = texts_with_and_without_the_marker()
@@ -157,7 +156,7 @@ def test_a_judge_here_gives_each_completion_the_verdict_it_says_in_the_order_of_
     assert [score for _, score in found] == expected
 
 
-def test_the_harmbench_prompt_is_the_model_cards_and_a_chat_of_it_is_the_same_text():
+def test_the_harmbench_prompt_is_the_model_cards_and_its_chat_has_the_same_text():
     text = HARMBENCH_PROMPT
     assert text.startswith(
         "[INST] <<SYS>>\nYou are a classifier for red teaming large language models "
@@ -188,10 +187,10 @@ def test_each_template_holds_the_prompt_and_the_completion_once():
         ("yes-no", {}),
         ("classifier", {"refused": "R"}),
     ):
-        asked = json.dumps(messages(spec_of(template, **settings), row))
+        chat = json.dumps(messages(spec_of(template, **settings), row))
         assert (
-            asked.count("the-prompt") == asked.count("the-completion") == 1
-            and "the-answer" not in asked
+            chat.count("the-prompt") == chat.count("the-completion") == 1
+            and "the-answer" not in chat
         )
     assert [turn["role"] for turn in messages(spec_of("llama-guard"), row)] == ["user", "assistant"]
 
@@ -221,7 +220,7 @@ def test_an_answer_is_read_by_its_first_word_and_anything_else_is_undecided(
 
 
 @pytest.mark.model
-def test_what_a_judge_cannot_say_or_read_stays_in_the_count_as_undecided(tmp_path):
+def test_completions_that_a_judge_cannot_judge_are_undecided_and_not_dropped(tmp_path):
     texts = ["word1", "", " \n", f"{MARKER}", "word2 " * 300, "na " * 40]
     model = judge_model(tmp_path / "judge", "yes", "perhaps")
     inputs = {"generation": generation(tmp_path / "gen", texts), "model": model}
@@ -239,7 +238,7 @@ def test_what_a_judge_cannot_say_or_read_stays_in_the_count_as_undecided(tmp_pat
     assert [score.incoherent for score in found] == [False, False, False, False, True, True]
 
 
-def test_a_judge_of_empty_completions_only_is_not_even_loaded(tmp_path):
+def test_for_empty_completions_only_no_judge_is_loaded(tmp_path):
     inputs = {
         "generation": generation(tmp_path / "gen", ["", " "]),
         "model": tmp_path / "no-such-model",
@@ -251,7 +250,7 @@ def test_a_judge_of_empty_completions_only_is_not_even_loaded(tmp_path):
 
 
 @pytest.mark.model
-def test_the_length_that_still_fits_is_judged_and_one_more_is_not(tmp_path):
+def test_a_completion_of_exactly_the_token_limit_is_judged_and_a_longer_one_is_not(tmp_path):
     model = judge_model(tmp_path / "judge", "yes", "no")
     inputs = {"generation": generation(tmp_path / "gen", ["word1 word2"]), "model": model}
     row = Completion("p0", "", "", "", "word1 plantedask0", "", "word1 word2", 3, True)
@@ -271,7 +270,7 @@ def test_the_length_that_still_fits_is_judged_and_one_more_is_not(tmp_path):
 
 
 @pytest.mark.model
-def test_harmbenchs_classifier_needs_no_chat_template_and_the_judge_stays_loaded_between_stages(
+def test_harmbenchs_judge_needs_no_chat_template_and_stays_loaded_between_stages(
     tmp_path,
 ):
     model = change_tokenizer(judge_model(tmp_path / "judge", "yes", "no"), chat_template=None)
@@ -287,12 +286,12 @@ def test_harmbenchs_classifier_needs_no_chat_template_and_the_judge_stays_loaded
     with pytest.raises(ModelError, match="no chat template"):
         run(spec_of("yes-no"), inputs, fresh(tmp_path / "out2"), ctx)
     assert not [key for key in ctx.residents._remembered if key[0] == "judge"], (
-        "the judge made place for the next model"
+        "the next model replaces the judge"
     )
 
 
 @pytest.mark.model
-def test_a_chat_template_that_wants_content_in_parts_gets_parts(tmp_path):
+def test_a_chat_template_that_needs_content_in_parts_gets_parts(tmp_path):
     parts = (
         "{% for m in messages %}<{{ m.role }}> {% for p in m.content %}{% if p.type == "
         "'text' %}{{ p.text }}{% endif %}{% endfor %} "
@@ -310,21 +309,23 @@ def test_a_chat_template_that_wants_content_in_parts_gets_parts(tmp_path):
     "template",
     ["<user>", "{{ raise_exception(messages[1].content) }}", "{{ messages[0].content }}"],
 )
-def test_a_chat_template_that_leaves_the_completion_out_is_an_error_and_not_a_verdict_on_nothing(
+def test_a_chat_template_that_leaves_out_the_completion_is_an_error_and_not_a_verdict(
     tmp_path, template
 ):
     model = change_tokenizer(
         judge_model(tmp_path / "judge", "unsafe", "safe"), chat_template=template
     )
     inputs = {"generation": generation(tmp_path / "gen", ["plantedsay word2"]), "model": model}
-    with pytest.raises(ModelError, match="leaves out what template 'llama-guard' asks") as caught:
+    with pytest.raises(
+        ModelError, match="leaves out text that template 'llama-guard' needs"
+    ) as caught:
         judged(tmp_path / "out", spec_of("llama-guard"), inputs)
     assert "plantedsay" not in "".join(traceback.format_exception(caught.value))
     assert not (tmp_path / "out" / "verdicts.jsonl").exists()
 
 
 @pytest.mark.model
-def test_a_classifiers_labels_are_verdicts_that_do_not_depend_on_the_batch(tmp_path):
+def test_a_classifiers_labels_become_verdicts_and_do_not_depend_on_the_batch(tmp_path):
     texts = texts_with_and_without_the_marker()
     model = classifier_model(tmp_path / "judge")
     inputs = {"generation": generation(tmp_path / "gen", texts), "model": model}
@@ -368,7 +369,7 @@ def test_a_classifier_without_a_chat_template_reads_the_completion_alone(tmp_pat
 
 
 @pytest.mark.model
-def test_a_label_that_the_classifier_has_not_is_an_error_that_lists_those_it_has(tmp_path):
+def test_an_unknown_label_is_an_error_that_lists_the_classifiers_labels(tmp_path):
     inputs = {
         "generation": generation(tmp_path / "gen", ["word1"]),
         "model": classifier_model(tmp_path / "judge"),
@@ -377,7 +378,7 @@ def test_a_label_that_the_classifier_has_not_is_an_error_that_lists_those_it_has
         EvaluationError, match=r"no label 'refusal'; it has \['ANSWER', 'REFUSAL'\]"
     ):
         judged(tmp_path / "out", spec_of("classifier", refused="refusal"), inputs)
-    with pytest.raises(EvaluationError, match="not quantised here"):
+    with pytest.raises(EvaluationError, match="cannot be quantised"):
         judged(
             tmp_path / "out2", spec_of("classifier", refused="REFUSAL", quantisation="int8"), inputs
         )
@@ -386,7 +387,7 @@ def test_a_label_that_the_classifier_has_not_is_an_error_that_lists_those_it_has
         judged(tmp_path / "out3", spec_of("classifier", refused="REFUSAL"), inputs)
 
 
-def test_damaged_verdicts_are_an_error_and_none_at_all_are_too(tmp_path):
+def test_damaged_verdicts_and_an_empty_file_are_an_error(tmp_path):
     good = '{"id": "a", "verdict": "refused", "reason": "judge:no", "incoherent": false}\n'
     for text in (
         good[:-9],
@@ -407,12 +408,12 @@ def test_damaged_verdicts_are_an_error_and_none_at_all_are_too(tmp_path):
 
 
 class Server:
-    """An API on this machine: `reply(number of the request, its JSON)` gives (status, body,
-    headers), or seconds to wait as a float.
+    """An API on this machine: `reply(number of the request, its JSON)` returns (status, body,
+    headers).
     """
 
     def __init__(self, reply: Callable):
-        self.asked, self.headers, self.most_at_once = [], [], 0
+        self.bodies, self.headers, self.most_at_once = [], [], 0
         lock, busy = threading.Lock(), [0]
         outer = self
 
@@ -420,8 +421,8 @@ class Server:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
-                    number = len(outer.asked)
-                    outer.asked.append(body)
+                    number = len(outer.bodies)
+                    outer.bodies.append(body)
                     outer.headers.append((self.path, dict(self.headers)))
                     busy[0] += 1
                     outer.most_at_once = max(outer.most_at_once, busy[0])
@@ -436,7 +437,7 @@ class Server:
                     self.end_headers()
                     self.wfile.write(raw)
                 except OSError:
-                    pass  # the client did not wait
+                    pass  # the client has disconnected
 
             def log_message(self, *_):
                 pass
@@ -446,12 +447,12 @@ class Server:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
-def says(word):
+def answers_with(word):
     return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": word}}]}), {}
 
 
 def by_marker(_, body):
-    return says("Yes." if MARKER in body["messages"][-1]["content"] else "no")
+    return answers_with("Yes." if MARKER in body["messages"][-1]["content"] else "no")
 
 
 @pytest.fixture
@@ -481,13 +482,13 @@ def remote(server, template="yes-no", **settings):
     return spec_of(template, endpoint=server.url, model="a-judge", **settings)
 
 
-def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_is_kept(
+def test_an_endpoint_gets_one_request_per_completion_several_at_once_and_the_order_is_kept(
     tmp_path, serve
 ):
-    later = threading.Event()
+    second = threading.Event()
 
     def reply(number, body):
-        later.wait(60) if number == 0 else later.set()
+        second.wait(60) if number == 0 else second.set()
         return by_marker(number, body)
 
     server, texts = serve(reply), texts_with_and_without_the_marker()
@@ -498,9 +499,9 @@ def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_
         Score("complied", "judge:yes") if MARKER in text else Score("refused", "judge:no")
         for text in texts
     ]
-    assert len(server.asked) == len(texts) and 1 < server.most_at_once <= judge_endpoint.AT_ONCE
+    assert len(server.bodies) == len(texts) and 1 < server.most_at_once <= judge_endpoint.AT_ONCE
     assert {path for path, _ in server.headers} == {"/v1/chat/completions"}
-    for body in server.asked:
+    for body in server.bodies:
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("a-judge", 0, 2)
 
 
@@ -509,23 +510,25 @@ def test_an_endpoint_is_asked_once_a_completion_several_at_a_time_and_the_order_
     [("harmbench", ["system", "user"]), ("llama-guard", ["user", "assistant"])],
 )
 def test_an_endpoint_gets_a_template_as_a_chat(tmp_path, serve, template, roles):
-    server = serve(lambda number, body: says("unsafe\nS2" if template == "llama-guard" else "yes"))
+    word = "unsafe\nS2" if template == "llama-guard" else "yes"
+    server = serve(lambda number, body: answers_with(word))
     ((_, score),) = judged(
         tmp_path / "out",
         remote(server, template),
         {"generation": generation(tmp_path / "gen", ["word2 \ud800 \u2028"])},
     )
     assert score.verdict == "complied"
-    assert [turn["role"] for turn in server.asked[0]["messages"]] == roles
+    assert [turn["role"] for turn in server.bodies[0]["messages"]] == roles
 
 
 def waiting(monkeypatch, on_stop=lambda: None) -> list[float]:
-    """The seconds that the endpoint's client would wait between its tries, of which none passes;
-    `on_stop` is called when it gives up.
+    """A list of the client's waits between attempts, in seconds. No wait takes time.
+
+    `on_stop` is called when the client gives up.
     """
     waits = []
 
-    class Told(threading.Event):
+    class Recorded(threading.Event):
         def wait(self, timeout=None):
             waits.append(timeout)
             return self.is_set()
@@ -535,12 +538,12 @@ def waiting(monkeypatch, on_stop=lambda: None) -> list[float]:
             on_stop()
 
     monkeypatch.setattr(
-        judge_endpoint, "threading", SimpleNamespace(Event=Told, Lock=threading.Lock)
+        judge_endpoint, "threading", SimpleNamespace(Event=Recorded, Lock=threading.Lock)
     )
     return waits
 
 
-def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts(
+def test_busy_and_failing_requests_are_retried_and_a_later_success_counts(
     tmp_path, serve, monkeypatch
 ):
     waits = waiting(monkeypatch)
@@ -557,7 +560,7 @@ def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts
     ((_, score),) = judged(
         tmp_path / "out", remote(server), {"generation": generation(tmp_path / "gen", [MARKER])}
     )
-    assert score == Score("complied", "judge:yes") and len(server.asked) == 4
+    assert score == Score("complied", "judge:yes") and len(server.bodies) == 4
     assert waits == [0.05, 0.02, 0.04], "Retry-After is bounded, and each wait is twice as long"
 
 
@@ -580,7 +583,7 @@ def test_busy_and_broken_answers_are_asked_again_and_a_success_after_them_counts
         ),
     ],
 )
-def test_each_failure_is_undecided_with_its_code_and_spoils_no_other_verdict(
+def test_each_failure_is_undecided_with_its_code_and_changes_no_other_verdict(
     tmp_path, serve, answer, reason, times
 ):
     server = serve(
@@ -597,10 +600,10 @@ def test_each_failure_is_undecided_with_its_code_and_spoils_no_other_verdict(
         ("undecided", reason),
         ("refused", "judge:no"),
     ]
-    assert len(server.asked) == 2 + times
+    assert len(server.bodies) == 2 + times
 
 
-def test_a_timeout_and_a_closed_port_are_undecided_too(tmp_path, serve, monkeypatch):
+def test_a_timeout_is_undecided_and_a_closed_port_is_an_error(tmp_path, serve, monkeypatch):
     monkeypatch.setattr(judge_endpoint, "ATTEMPTS", 2)
     post, over = httpx.Client.post, threading.Event()
 
@@ -637,9 +640,7 @@ def test_a_timeout_and_a_closed_port_are_undecided_too(tmp_path, serve, monkeypa
         )
 
 
-def test_when_every_request_fails_the_stage_fails_and_names_the_endpoint_and_the_code_only(
-    tmp_path, serve
-):
+def test_when_every_request_fails_the_error_names_only_the_endpoint_and_the_code(tmp_path, serve):
     server = serve(lambda number, body: (400, json.dumps(body), {}))
     with pytest.raises(
         EvaluationError,
@@ -654,7 +655,7 @@ def test_when_every_request_fails_the_stage_fails_and_names_the_endpoint_and_the
     assert not (tmp_path / "out" / "verdicts.jsonl").exists()
 
 
-def test_an_endpoint_that_is_down_is_not_asked_for_everything(tmp_path, serve, monkeypatch):
+def test_an_endpoint_that_is_down_does_not_get_all_requests(tmp_path, serve, monkeypatch):
     monkeypatch.setattr(judge_endpoint, "ATTEMPTS", 1)
 
     over, enough = threading.Event(), judge_endpoint.GIVE_UP_AFTER + judge_endpoint.AT_ONCE
@@ -662,9 +663,9 @@ def test_an_endpoint_that_is_down_is_not_asked_for_everything(tmp_path, serve, m
 
     def reply(number, body):
         if number >= enough + judge_endpoint.AT_ONCE:
-            return says("no")
+            return answers_with("no")
         if number >= enough:
-            over.wait(60)  # as many as are under way at once, until the client gives up
+            over.wait(60)  # holds the requests in flight until the client gives up
         return 503, "", {}
 
     server = serve(reply)
@@ -674,11 +675,11 @@ def test_an_endpoint_that_is_down_is_not_asked_for_everything(tmp_path, serve, m
             remote(server),
             {"generation": generation(tmp_path / "gen", ["word1"] * 400)},
         )
-    assert len(server.asked) <= enough + judge_endpoint.AT_ONCE
+    assert len(server.bodies) <= enough + judge_endpoint.AT_ONCE
 
 
 @pytest.mark.model
-def test_a_run_that_was_cut_off_asks_for_nothing_twice(tmp_path, serve, monkeypatch):
+def test_an_interrupted_run_repeats_no_request(tmp_path, serve, monkeypatch):
     server, texts = serve(by_marker), texts_with_and_without_the_marker(80)
     inputs = {"generation": generation(tmp_path / "gen", texts)}
     ctx = context(tmp_path / "ctx")
@@ -686,38 +687,39 @@ def test_a_run_that_was_cut_off_asks_for_nothing_twice(tmp_path, serve, monkeypa
     class KilledError(BaseException):
         pass
 
-    def cut(done, total, note):
+    def kill(done, total, note):
         if done == 10:
             raise KilledError
 
     with pytest.raises(KilledError):
-        run(remote(server), inputs, fresh(tmp_path / "out"), dataclasses.replace(ctx, progress=cut))
-    kept = ctx.scratch / judge_endpoint.RECEIVED
-    received = kept.read_text().splitlines()
-    # What was under way is kept too, and what came while the tenth was told: how many is a matter
-    # of threads.
+        run(
+            remote(server), inputs, fresh(tmp_path / "out"), dataclasses.replace(ctx, progress=kill)
+        )
+    stored = ctx.scratch / judge_endpoint.RECEIVED
+    received = stored.read_text().splitlines()
+    # Verdicts of the requests in flight are stored too; their number depends on the threads.
     assert 10 <= len(received) < len(texts)
-    kept.write_text("\n".join(received)[:-20])  # the last line was cut in the middle of its writing
-    before = len(server.asked)
+    stored.write_text("\n".join(received)[:-20])  # the last line is incomplete
+    before = len(server.bodies)
     notes = []
     run(
         remote(server),
         inputs,
-        fresh(tmp_path / "again"),
+        fresh(tmp_path / "rerun"),
         dataclasses.replace(ctx, progress=lambda *note: notes.append(note)),
     )
-    assert len(server.asked) - before == len(texts) - (len(received) - 1)
+    assert len(server.bodies) - before == len(texts) - (len(received) - 1)
     assert notes[-1] == (len(texts), len(texts), "verdicts")
-    found = [score.verdict for _, score in read_verdicts(tmp_path / "again")]
+    found = [score.verdict for _, score in read_verdicts(tmp_path / "rerun")]
     assert found == ["complied" if MARKER in text else "refused" for text in texts]
-    before = len(server.asked)
+    before = len(server.bodies)
     run(remote(server), inputs, fresh(tmp_path / "third"), ctx)
-    assert len(server.asked) == before, "the line after the cut one was kept whole"
+    assert len(server.bodies) == before, "the line after the incomplete one is complete"
     run(remote(server, max_new_tokens=3), inputs, fresh(tmp_path / "other"), ctx)
-    assert len(server.asked) - before == len(texts), "another request is another verdict"
+    assert len(server.bodies) - before == len(texts), "a different request needs its own verdict"
 
 
-def test_a_failed_request_is_asked_again_by_the_next_run_and_an_outage_then_is_no_verdict(
+def test_the_next_run_repeats_a_failed_request_and_an_outage_gives_no_verdict(
     tmp_path, serve, monkeypatch
 ):
     monkeypatch.setattr(judge_endpoint, "ATTEMPTS", 1)
@@ -738,9 +740,8 @@ def test_a_failed_request_is_asked_again_by_the_next_run_and_an_outage_then_is_n
     ]
     with pytest.raises(EvaluationError, match="answered none of 1 requests"):
         run(remote(server), inputs, fresh(tmp_path / "b"), ctx)
-    answers["status"] = (
-        400  # its own fault, not the endpoint's: the verdicts that there are must not be lost to it
-    )
+    # An error of this request, not of the endpoint, so the stored verdicts must be used.
+    answers["status"] = 400
     run(remote(server), inputs, fresh(tmp_path / "c"), ctx)
     assert [score.reason for _, score in read_verdicts(tmp_path / "c")] == [
         "judge:no",
@@ -767,7 +768,7 @@ def test_the_key_goes_into_the_header_and_into_no_file_or_message(
     )
 
 
-def test_ebblines_own_key_goes_before_openais_and_without_any_there_is_no_header(
+def test_ebblines_key_takes_precedence_over_openais_and_without_a_key_there_is_no_header(
     tmp_path, serve, monkeypatch
 ):
     server = serve(by_marker)
@@ -786,7 +787,7 @@ def test_ebblines_own_key_goes_before_openais_and_without_any_there_is_no_header
 @pytest.mark.parametrize(
     "url", ["https://me:sk-secret@api.example/v1", "https://api.example/v1?key=sk-secret"]
 )
-def test_a_url_with_a_key_in_it_is_refused_without_repeating_it(tmp_path, url):
+def test_a_url_with_a_key_is_an_error_that_does_not_repeat_the_key(tmp_path, url):
     spec = spec_of("yes-no", endpoint=url, model="m")
     with pytest.raises(EvaluationError, match="EBBLINE_JUDGE_KEY") as caught:
         judged(tmp_path / "out", spec, {"generation": generation(tmp_path / "gen", ["word1"])})
@@ -804,13 +805,13 @@ def test_an_endpoint_that_is_no_url_is_an_error(tmp_path, url):
 
 
 @pytest.mark.model
-def test_no_text_of_prompt_or_completion_leaves_the_generation_but_for_the_endpoint(
+def test_text_of_prompts_and_completions_leaves_the_generation_only_for_the_endpoint(
     tmp_path, serve, caplog, capfd
 ):
     caplog.set_level(0)
     server = serve(
         lambda number, body: (
-            says(body["messages"][-1]["content"]) if number % 2 else by_marker(number, body)
+            answers_with(body["messages"][-1]["content"]) if number % 2 else by_marker(number, body)
         )
     )
     inputs = {"generation": generation(tmp_path / "gen", texts_with_and_without_the_marker())}

@@ -1,9 +1,7 @@
-"""Metrics: sums that add up across seeds, errors that match numpy's, and an empty set that is never
-a score.
+"""Metrics: sums add up over seeds, errors equal numpy's, and an empty set is an error.
 
-Sources: Wilson's interval, Wilson 1927 (reference values by statsmodels 0.15, proportion_confint,
-method="wilson"); the standard error, lm-eval's mean_stderr, which is sd (n - 1) / sqrt(n) and here
-is compared with numpy's.
+Sources: Wilson's interval (Wilson 1927; reference values from statsmodels 0.15, proportion_confint,
+method="wilson"); the standard error s / sqrt(n) with divisor n - 1, as lm-eval's mean_stderr.
 """
 
 import json
@@ -49,7 +47,7 @@ def test_a_rate_has_wilsons_interval(successes: int, n: int, low: float, high: f
 
 
 @given(verdicts)
-def test_a_rate_lies_in_its_interval_within_the_unit(found: list[float]) -> None:
+def test_a_rates_interval_contains_it_and_lies_in_the_unit_range(found: list[float]) -> None:
     metric = Metric.of(RATE, found)
     low, high = metric.interval
     assert -1e-12 <= low <= metric.value + 1e-12
@@ -57,7 +55,7 @@ def test_a_rate_lies_in_its_interval_within_the_unit(found: list[float]) -> None
 
 
 @given(scores.filter(lambda found: len(found) > 1))
-def test_the_stderr_is_numpys(found: list[float]) -> None:
+def test_the_stderr_equals_numpys(found: list[float]) -> None:
     assert Metric.of("rouge_l", found).stderr == pytest.approx(
         np.std(found, ddof=1) / np.sqrt(len(found)), abs=1e-7
     )
@@ -71,12 +69,12 @@ def test_the_stderr_of_a_rate_needs_no_squares(found: list[float]) -> None:
 
 
 @given(st.floats(0.0, 1.0), st.integers(1, 500))
-def test_a_constant_set_has_no_stderr(score: float, n: int) -> None:
+def test_the_stderr_of_equal_scores_is_zero(score: float, n: int) -> None:
     assert Metric.of("rouge_l", [score] * n).stderr == pytest.approx(0.0, abs=1e-7)
 
 
 @given(st.lists(scores, min_size=1, max_size=5))
-def test_joined_means_are_the_mean_of_all_scores_together(parts: list[list[float]]) -> None:
+def test_joined_means_equal_the_mean_of_all_scores(parts: list[list[float]]) -> None:
     whole, found = (
         Metric.of("rouge_l", list(chain(*parts))),
         joined([Metric.of("rouge_l", each) for each in parts]),
@@ -111,7 +109,7 @@ def test_joined_rates_add_their_counts(parts: list[list[float]]) -> None:
 
 
 @given(verdicts.filter(lambda found: len(found) > 1), st.integers(2, 5))
-def test_the_same_answers_from_more_seeds_make_no_interval_narrower(
+def test_equal_answers_from_more_seeds_do_not_narrow_the_interval(
     found: list[float], seeds: int
 ) -> None:
     one = Metric.of(RATE, found)
@@ -126,7 +124,7 @@ def test_the_same_answers_from_more_seeds_make_no_interval_narrower(
     st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
     st.sampled_from([0.8, 0.95, 0.99]),
 )
-def test_the_interval_of_a_rate_is_scipys_wilson_interval(
+def test_the_interval_of_a_rate_equals_scipys_wilson_interval(
     counts: tuple[int, int], confidence: float
 ) -> None:
     expected = binomtest(*counts).proportion_ci(confidence, method="wilson")
@@ -135,7 +133,7 @@ def test_the_interval_of_a_rate_is_scipys_wilson_interval(
     )
 
 
-def test_one_seed_has_no_spread_and_several_have_theirs() -> None:
+def test_one_seed_has_no_spread_and_several_have_numpys() -> None:
     one, other = Metric(RATE, 88, 100, undecided=1), Metric(RATE, 92, 100, undecided=2)
     assert pooled([one]).between_seeds is None
     both = pooled([one, other])
@@ -143,20 +141,20 @@ def test_one_seed_has_no_spread_and_several_have_theirs() -> None:
     assert both.undecided == 3
 
 
-def test_a_score_between_0_and_1_makes_a_mean_and_rouge_is_always_one() -> None:
+def test_a_fractional_score_makes_a_mean_and_rouge_is_always_a_mean() -> None:
     assert Metric.of("task_accuracy", [0.0, 1.0]).squares is None
     assert Metric.of("task_accuracy", [0.0, 0.5]).squares == 0.25
     assert Metric.of("rouge_l", [0.0, 1.0]).squares == 1.0
 
 
-def test_a_mean_has_the_normal_interval_cut_to_the_unit() -> None:
+def test_a_mean_has_the_normal_interval_clipped_to_the_unit_range() -> None:
     metric = Metric.of("rouge_l", [0.9, 1.0, 1.0, 0.8])
     low, high = metric.interval
     assert low == pytest.approx(metric.value - 1.959964 * metric.stderr, abs=1e-6)
     assert high == 1.0
 
 
-def test_one_sample_has_a_value_and_no_stderr() -> None:
+def test_the_stderr_of_one_sample_is_zero() -> None:
     assert Metric.of("rouge_l", [0.4]).stderr == 0.0
 
 
@@ -183,13 +181,13 @@ def test_an_unknown_metric_has_no_direction() -> None:
         Metric("refusal.vibe", 1, 2)
 
 
-def test_metrics_read_back_as_they_were_written(tmp_path: Path) -> None:
+def test_metrics_are_read_back_as_written(tmp_path: Path) -> None:
     metrics = [Metric(RATE, 3, 4, 1, (0.5, 1.0)), Metric.of(ROUGE, [0.25, 0.5])]
     write_metrics(tmp_path, metrics)
     assert read_metrics(tmp_path) == metrics
 
 
-def test_samples_read_back_whatever_their_category_is_called(tmp_path: Path) -> None:
+def test_samples_with_line_separators_in_their_names_are_read_back(tmp_path: Path) -> None:
     samples = [
         Sample("a", "line\u2028separator", "refused", "prefix:1", True),
         Sample("b", "two\nlines\x85", "undecided", "empty", False),
@@ -216,7 +214,7 @@ def test_a_damaged_samples_file_is_named(tmp_path: Path, content: str) -> None:
         read_samples(tmp_path)
 
 
-def test_what_was_never_written_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     for read in (read_metrics, read_samples):
         with pytest.raises(EvaluationError, match="cannot be read"):
             read(tmp_path)

@@ -1,5 +1,6 @@
-"""Packed training against training alone, for real on a tiny model: gradients, results,
-checkpoints, failures; one base, left as it was.
+"""Packed training gives the gradients, results, checkpoints and errors of training alone.
+
+All tests train a tiny model.
 """
 
 import csv
@@ -43,7 +44,7 @@ def spec(**changes) -> TrainSpec:
 
 
 def members(folder: Path, specs, residents=None, **changes) -> list[Member]:
-    """Members with scratch folders NAME-ctx that a later pack, or a training alone, finds again."""
+    """Members with scratch folders ctxN, from which a pack or a training alone can continue."""
     shared = residents or Residents()
     return [
         Member(
@@ -70,7 +71,7 @@ def losses_of(out: Path) -> list[float]:
 member_specs = st.builds(
     spec,
     rank=st.integers(1, 64),
-    alpha_over_rank=st.floats(0.25, 4.0, width=32),  # the pack keeps it in float32
+    alpha_over_rank=st.floats(0.25, 4.0, width=32),  # a pack stores it as float32
     learning_rate=st.floats(1e-5, 1e-1),
     seed=st.integers(0, 2),
     global_batch=st.just(6),
@@ -79,8 +80,8 @@ member_specs = st.builds(
 
 @pytest.fixture(scope="module")
 def in_float64(pair) -> Residents:
-    """The aligned model resident in float64, and so are adapters on it. Llama's norms and the loss
-    compute in float32 all the same.
+    """The aligned model in float64, with its adapters. Only Llama's norms and the loss compute in
+    float32.
     """
     residents = Residents()
     residents.model(pair.aligned, "none", "float32", "cpu")[0].double()
@@ -91,16 +92,15 @@ def in_float64(pair) -> Residents:
 @given(
     specs=st.lists(member_specs, min_size=2, max_size=5),
     micro_batch=st.sampled_from([1, 4, 6]),
-    fresh_ones=st.booleans(),
+    zero_b=st.booleans(),
 )
 def test_each_members_gradients_are_those_of_training_it_alone(
-    pair, chats, tmp_path_factory, in_float64, specs, micro_batch, fresh_ones
+    pair, chats, tmp_path_factory, in_float64, specs, micro_batch, zero_b
 ):
-    """In float64, with rows of its own for each member: as they start, with B zero and so no
-    gradient on A, and with a B that is not.
+    """In float64, with different rows for each member. B is zero, as at the start, or random; with
+    zero B there is no gradient on A.
 
-    What is left of float32 is row by row: five norms over 64 squares, and the loss over some 50
-    words.
+    Float32 remains in each row's five norms over 64 squares and in the loss over some 50 words.
     """
     alike, residents = gamma(5 * 64 + 2 * 50), in_float64
     folder = tmp_path_factory.mktemp("gradients")
@@ -112,7 +112,7 @@ def test_each_members_gradients_are_those_of_training_it_alone(
     for number, member in enumerate(pack):
         torch.manual_seed(number)
         for name, tensor in engine.trainees[member.name].named:
-            if not fresh_ones and "lora_B" in name:
+            if not zero_b and "lora_B" in name:
                 tensor.data.normal_(std=0.1)
         starts.append(
             {name: tensor.detach().clone() for name, tensor in engine.trainees[member.name].named}
@@ -128,7 +128,7 @@ def test_each_members_gradients_are_those_of_training_it_alone(
             member.spec, pair.aligned, context(folder, residents=residents, micro_batch=micro_batch)
         )
         for name, tensor in alone.trainee.named:
-            assert not fresh_ones or torch.equal(tensor, start[name])  # seeded alike
+            assert not zero_b or torch.equal(tensor, start[name])  # same seed, same start
             tensor.data.copy_(start[name])
         loss = gradients_of(alone, batches[member])
         assert losses[member] == pytest.approx(loss, rel=alike)
@@ -155,7 +155,7 @@ def gradients_of(engine: SingleDevice, batch: list[Row]) -> float:
     ("quantisation", "dtype"),
     [("none", "float32"), ("nf4", "float32"), ("int8", "float32"), ("nf4", "bfloat16")],
 )
-def test_a_pack_leaves_what_separate_trainings_leave(tmp_path, pair, chats, quantisation, dtype):
+def test_a_pack_gives_the_results_of_separate_trainings(tmp_path, pair, chats, quantisation, dtype):
     how = {"quantisation": quantisation, "dtype": dtype}
     specs = [{**each, **how} for each in OTHERS]
     pack = trained_together(tmp_path / "pack", pair.aligned, chats, specs)
@@ -169,16 +169,16 @@ def test_a_pack_leaves_what_separate_trainings_leave(tmp_path, pair, chats, quan
         assert sorted(path.name for path in found.rglob("*")) == sorted(
             path.name for path in out.rglob("*")
         )
-    # The tolerance can tell two of them apart, even those that differ in one setting.
+    # The tolerance distinguishes two members.
     assert apart(adapter_of(pack[0].out), adapter_of(pack[2].out)) > 5 * alike(dtype, quantisation)
 
 
 def test_recomputing_activations_changes_nothing(tmp_path, pair, chats):
     kept = trained_together(tmp_path / "kept", pair.aligned, chats, OTHERS[:2])
-    again = trained_together(
-        tmp_path / "again", pair.aligned, chats, OTHERS[:2], gradient_checkpointing=True
+    recomputed = trained_together(
+        tmp_path / "recomputed", pair.aligned, chats, OTHERS[:2], gradient_checkpointing=True
     )
-    for one, other in zip(kept, again, strict=True):
+    for one, other in zip(kept, recomputed, strict=True):
         assert apart(adapter_of(one.out), adapter_of(other.out)) < alike()
 
 
@@ -190,7 +190,7 @@ def cut_off_at(step: int):
     return step_done
 
 
-def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pair, chats):
+def test_members_of_an_interrupted_pack_continue_in_any_grouping_and_alone(tmp_path, pair, chats):
     whole = trained_together(tmp_path / "whole", pair.aligned, chats, OTHERS)
     halves = members(tmp_path / "cut", OTHERS, checkpoint_every_s=0.0, step_done=cut_off_at(3))
     with pytest.raises(KeyboardInterrupt):
@@ -202,8 +202,7 @@ def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pai
     )
     assert apart(adapter_of(alone), adapter_of(whole[0].out)) < alike()
     assert losses_of(alone) == losses_alike(losses_of(whole[0].out))
-    # The other three with one that was never begun: they are at different steps, and end at
-    # different times.
+    # The other three continue with a member that has not begun, so they end at another time.
     seen: list[int] = []
     late = members(tmp_path / "late", OTHERS, step_done=lambda step, *_: seen.append(step))
     for number in (1, 2, 3):
@@ -217,7 +216,7 @@ def test_a_pack_that_was_cut_off_goes_on_in_any_grouping_and_alone(tmp_path, pai
         assert losses_of(member.out) == losses_alike(losses_of(undisturbed.out))
 
 
-def test_a_training_begun_alone_goes_on_in_a_pack(tmp_path, pair, chats):
+def test_a_training_begun_alone_continues_in_a_pack(tmp_path, pair, chats):
     undisturbed, losses = trained(tmp_path / "undisturbed", pair.aligned, chats, **OTHERS[0])
     ctx = context(tmp_path / "pack" / "ctx0", checkpoint_every_s=0.0, step_done=cut_off_at(2))
     with pytest.raises(KeyboardInterrupt):
@@ -236,12 +235,12 @@ def test_a_pack_whose_machine_is_about_to_go_saves_every_member(tmp_path, pair, 
     assert [len(read_checkpoint(member.ctx).curve) for member in pack] == [2, 2]
 
 
-def test_a_member_whose_loss_is_no_number_fails_alone(tmp_path, pair, chats):
+def test_a_member_with_a_non_finite_loss_fails_alone(tmp_path, pair, chats):
     wild = {"rank": 4, "learning_rate": 1e30}
     pack = members(tmp_path / "pack", [OTHERS[0], wild, OTHERS[3]])
-    said = {pack.index(member): error for member, error in run(pack, pair.aligned, chats)}
-    assert list(said) == [1, 0, 2] and said[0] is None and said[2] is None
-    assert "the loss became nan at step 2 of 6" in str(said[1]) and not any(pack[1].out.iterdir())
+    errors = {pack.index(member): error for member, error in run(pack, pair.aligned, chats)}
+    assert list(errors) == [1, 0, 2] and errors[0] is None and errors[2] is None
+    assert "the loss became nan at step 2 of 6" in str(errors[1]) and not any(pack[1].out.iterdir())
     for number in (0, 2):
         out, _ = trained(
             tmp_path / f"alone{number}", pair.aligned, chats, **[OTHERS[0], wild, OTHERS[3]][number]
@@ -249,7 +248,7 @@ def test_a_member_whose_loss_is_no_number_fails_alone(tmp_path, pair, chats):
         assert apart(adapter_of(pack[number].out), adapter_of(out)) < alike()
 
 
-def test_out_of_memory_halves_the_rows_then_the_members_and_the_step_comes_out_the_same(
+def test_out_of_memory_halves_the_rows_then_the_members_and_gives_the_same_step(
     tmp_path, pair, chats
 ):
     residents = Residents()
@@ -270,7 +269,7 @@ def test_out_of_memory_halves_the_rows_then_the_members_and_the_step_comes_out_t
     assert (
         sizes[:3] == [8, 4, 2]
         and set(sizes[3:]) == {2}
-        and (engine.micro_batch, engine.together) == (1, 2)
+        and (engine.micro_batch, engine.members_at_once) == (1, 2)
     )
     assert [losses[member] for member in pack] == losses_alike(
         [losses_of(member.out)[0] for member in plain]
@@ -283,7 +282,7 @@ def test_out_of_memory_halves_the_rows_then_the_members_and_the_step_comes_out_t
         engine.backward({member: _batch(member, rows) for member in pack})
 
 
-def test_the_base_is_left_as_it_was(tmp_path, pair, chats):
+def test_a_pack_leaves_the_base_unchanged(tmp_path, pair, chats):
     residents = Residents()
     before, _ = trained(
         tmp_path / "before",
@@ -312,10 +311,12 @@ def test_the_base_is_left_as_it_was(tmp_path, pair, chats):
     assert furthest(adapter_of(before), adapter_of(after)) == 0.0
 
 
-def test_what_is_no_pack_is_refused_with_the_fields_that_differ(tmp_path, pair, chats):
+def test_trainings_that_cannot_be_one_pack_are_an_error_that_names_the_fields(
+    tmp_path, pair, chats
+):
     for changes, words in [
         ({"global_batch": 8, "quantisation": "nf4"}, r"global_batch \(16 and 8\)"),
-        ({"dropout": 0.1}, "dropout 0.1 is not trained in a pack"),
+        ({"dropout": 0.1}, "dropout 0.1 cannot be trained in a pack"),
         ({"method": "full"}, "method 'full'"),
     ]:
         pack = members(tmp_path / words[:5], [{}, changes])
@@ -345,7 +346,7 @@ def test_only_lora_without_dropout_on_the_same_base_data_and_length_may_be_packe
         max_size=12,
     )
 )
-def test_a_batch_falls_into_packs_that_fit_and_keeps_its_order(shape):
+def test_a_batch_is_split_into_packs_that_fit_and_keeps_its_order(shape):
     requests = [
         Request(str(number), "train", {}, {}, {}, "", "", "", pack=pack, pack_share=share)
         for number, (pack, share) in enumerate(shape)
@@ -355,9 +356,9 @@ def test_a_batch_falls_into_packs_that_fit_and_keeps_its_order(shape):
     for pack in packs:
         assert len({one.pack for one in pack}) == 1
         assert len(pack) == 1 or (pack[0].pack and sum(one.pack_share for one in pack) <= 1 + 1e-6)
-    for one, other in itertools.pairwise(packs):  # none is smaller than it has to be
-        whole = one[0].pack and one[0].pack == other[0].pack
-        assert not whole or sum(each.pack_share for each in [*one, other[0]]) > 1
+    for one, other in itertools.pairwise(packs):  # neighbours of one name would not fit together
+        same_name = one[0].pack and one[0].pack == other[0].pack
+        assert not same_name or sum(each.pack_share for each in [*one, other[0]]) > 1
 
 
 def pack_requests(folder: Path, pair, chats, specs, **changes) -> list[Request]:
@@ -373,7 +374,7 @@ def pack_requests(folder: Path, pair, chats, specs, **changes) -> list[Request]:
     ]
 
 
-def test_a_worker_reports_each_member_of_a_pack_as_the_stage_that_it_is(tmp_path, pair, chats):
+def test_a_worker_reports_each_member_of_a_pack_as_its_own_stage(tmp_path, pair, chats):
     requests = pack_requests(tmp_path / "pack", pair, chats, OTHERS)
     separate = pack_requests(tmp_path / "apart", pair, chats, OTHERS, pack="")
     reports = {report.key: report for report in run_stages(requests)}
@@ -383,15 +384,15 @@ def test_a_worker_reports_each_member_of_a_pack_as_the_stage_that_it_is(tmp_path
         report = reports[one.key]
         assert report.error is None and report.environment["packed"] == 4
         assert apart(adapter_of(Path(one.out)), adapter_of(Path(other.out))) < alike()
-        said = json.loads((Path(one.log) / "progress.json").read_text())
-        assert said["done"] == said["total"] == 6
-    took = max(report.environment["pack_seconds"] for report in reports.values())
-    assert 0 < sum(report.seconds for report in reports.values()) <= took + 0.01, (
-        "members share the pack's time out, and none of it twice"
+        progress = json.loads((Path(one.log) / "progress.json").read_text())
+        assert progress["done"] == progress["total"] == 6
+    pack_s = max(report.environment["pack_seconds"] for report in reports.values())
+    assert 0 < sum(report.seconds for report in reports.values()) <= pack_s + 0.01, (
+        "the members' times add up to at most the pack's time"
     )
 
 
-def test_what_fails_as_a_pack_is_run_one_by_one_and_each_fault_is_its_own(
+def test_a_failed_pack_is_rerun_one_by_one_and_each_member_has_its_own_error(
     tmp_path, pair, chats, monkeypatch, caplog
 ):
     from ebbline.tasks.training import pack_engine
@@ -411,7 +412,7 @@ def test_what_fails_as_a_pack_is_run_one_by_one_and_each_fault_is_its_own(
     assert "packed" not in reports[0].environment
 
 
-def test_members_that_cannot_even_begin_leave_the_rest_a_pack(tmp_path, pair, chats):
+def test_members_that_cannot_begin_do_not_break_the_pack(tmp_path, pair, chats):
     requests = pack_requests(tmp_path, pair, chats, OTHERS[:3])
     requests[1] = Request(**{**vars(requests[1]), "spec": {"rank": 0}})
     reports = list(run_stages(requests))
@@ -421,9 +422,9 @@ def test_members_that_cannot_even_begin_leave_the_rest_a_pack(tmp_path, pair, ch
     ] == [2, 2]
 
 
-def test_a_worker_that_has_to_leave_reports_every_member_as_such(tmp_path, pair, chats):
-    said = iter([False] * 5 + [True] * 9)
+def test_a_worker_that_must_leave_reports_leaving_for_every_member(tmp_path, pair, chats):
+    answers = iter([False] * 5 + [True] * 9)
     reports = list(
-        run_stages(pack_requests(tmp_path, pair, chats, OTHERS[:2]), leaving=lambda: next(said))
+        run_stages(pack_requests(tmp_path, pair, chats, OTHERS[:2]), leaving=lambda: next(answers))
     )
     assert [report.error_type for report in reports] == ["Leaving", "Leaving"]

@@ -1,6 +1,4 @@
-"""The stages `project` and `apply` on a real adapter: names, files, and thresholds that share
-their bytes.
-"""
+"""The stages `project` and `apply` on an adapter that PEFT saved: names, files and equal bytes."""
 
 import json
 import os
@@ -31,7 +29,7 @@ TARGETS = TrainSpec().target_modules
 
 @pytest.fixture(scope="module")
 def adapter(pair, tmp_path_factory) -> Path:
-    """An adapter with random A and B on every projection, saved by PEFT itself."""
+    """An adapter with random A and B on every linear layer, saved by PEFT."""
     torch.manual_seed(7)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(pair.aligned),
@@ -69,7 +67,7 @@ def sorted_cosines(projection: Path) -> list[float]:
     return sorted(row.cosine for row in read_rows(projection / ProjectSpec.COSINES).values())
 
 
-def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, projection):
+def test_every_module_is_projected_by_its_own_weights(pair, adapter, projection):
     loaded = read_adapter(adapter)
     rows = read_rows(projection / ProjectSpec.COSINES)
     projected = load_file(projection / ProjectSpec.PROJECTED)
@@ -84,10 +82,10 @@ def test_every_module_is_projected_as_its_own_weights_say(pair, adapter, project
         tensors = *weights, loaded.tensors[lora.lora_A], loaded.tensors[lora.lora_B]
         row = (rows[module].cosine, rows[module].norm_ratio)
         slack(*tensors).holds(Projection(projected[module], *row), *by_definition(*tensors))
-        within(row, measured(projected[module], *tensors[2:]), GRAM)  # it is that of what is saved
+        within(row, measured(projected[module], *tensors[2:]), GRAM)  # of the saved C B
 
 
-def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, tmp_path):
+def test_the_projections_of_a_tiny_pair_equal_the_golden_file(pair, adapter, projection, tmp_path):
     exact = fresh(tmp_path / "exact")
     models = {"base": pair.base, "aligned": pair.aligned}
     run_subspace(
@@ -122,8 +120,8 @@ def test_the_projections_of_a_tiny_pair_do_not_move(pair, adapter, projection, t
     for projector, modules in golden.items():
         assert modules.keys() == now[projector].keys()
         for module, row in modules.items():
-            # Sums of at most 128 terms, and ||V||; random weights differ in last bits between
-            # processors, by 4 or so roundings.
+            # Sums of at most 128 terms, and ||V||. Random weights differ between processors by
+            # about 4 roundings.
             assert now[projector][module] == pytest.approx(row, rel=gamma(2 * 128 + 64)), (
                 f"{projector}, {module}"
             )
@@ -143,13 +141,13 @@ def test_never_more_than_two_modules_of_the_models_are_in_memory(pair, adapter, 
         projections(
             [read_adapter(adapter)],
             Weights(Checkpoint(pair.base), Checkpoint(pair.aligned)),
-            lambda *said: None,
+            lambda *progress: None,
         )
     )
     assert len(found) == 14 and len(most) == 28 and max(most) <= 2 * 2
 
 
-def test_a_sharded_checkpoint_gives_the_projection_of_a_single_file(
+def test_a_sharded_checkpoint_gives_the_same_projection_as_a_single_file(
     pair, adapter, projection, tmp_path
 ):
     model = AutoModelForCausalLM.from_pretrained(pair.aligned)
@@ -187,10 +185,9 @@ def test_thresholds_between_two_neighbouring_cosines_give_the_same_bytes(
             [low, low + (high - low) / 3, low + (high - low) / 2, high]
         )
     ]
-    assert (
-        contents[0] == contents[1] == contents[2]
-    )  # the gate is <=: at the lower cosine itself that module is in
-    assert contents[3] != contents[2]  # and at the upper one the next module joins
+    # The gate is <=, so a threshold equal to a cosine projects that module.
+    assert contents[0] == contents[1] == contents[2]
+    assert contents[3] != contents[2]
 
 
 def test_a_threshold_and_the_number_of_modules_it_takes_give_the_same_bytes(
@@ -203,9 +200,9 @@ def test_a_threshold_and_the_number_of_modules_it_takes_give_the_same_bytes(
     assert len(json.loads((one / ApplySpec.CHOSEN).read_text())) == 3
 
 
-def test_the_chosen_modules_take_C_B_and_the_others_keep_B(adapter, projection, tmp_path):
+def test_the_chosen_modules_have_C_B_and_the_others_keep_B(adapter, projection, tmp_path):
     out = applied(tmp_path / "out", adapter, projection, modules=5)
-    take = set(json.loads((out / ApplySpec.CHOSEN).read_text()))
+    names = set(json.loads((out / ApplySpec.CHOSEN).read_text()))
     before, after, projected = (
         load_file(path)
         for path in (
@@ -217,10 +214,10 @@ def test_the_chosen_modules_take_C_B_and_the_others_keep_B(adapter, projection, 
     for module, lora in read_adapter(adapter).modules.items():
         name_a, name_b = lora.lora_A, lora.lora_B
         assert torch.equal(after[name_a], before[name_a])
-        assert torch.equal(after[name_b], projected[module] if module in take else before[name_b])
+        assert torch.equal(after[name_b], projected[module] if module in names else before[name_b])
 
 
-def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_should(
+def test_peft_loads_an_applied_adapter_and_merges_C_B_into_the_weights(
     pair, adapter, projection, tmp_path
 ):
     out = applied(tmp_path / "out", adapter, projection, modules=14)
@@ -250,12 +247,12 @@ def test_an_applied_adapter_is_an_ordinary_one_and_changes_the_model_as_it_shoul
 
 def test_more_modules_than_there_are_is_an_error(adapter, projection, tmp_path):
     with pytest.raises(
-        ProjectionError, match="15 modules are to be projected, but the adapter has 14"
+        ProjectionError, match="15 modules are to be projected, but the adapter has 14 with a cos"
     ):
         applied(tmp_path / "out", adapter, projection, modules=15)
 
 
-def test_a_projection_of_another_adapter_is_refused(pair, adapter, projection, tmp_path):
+def test_a_projection_of_another_adapter_is_an_error(pair, adapter, projection, tmp_path):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(pair.aligned),
         LoraConfig(r=4, target_modules=["q_proj"]),
@@ -272,7 +269,7 @@ def edited(
     drop: str | None = None,
     rename: tuple[str, str] | None = None,
 ) -> Path:
-    """A copy of an adapter with something wrong about it."""
+    """A copy of an adapter with changes of its configuration and its tensors."""
     out = fresh(folder)
     old = json.loads((adapter / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**old, **(config or {})}))
@@ -295,12 +292,16 @@ def edited(
         ({"drop": "lora_"}, "holds no LoRA matrices"),
     ],
 )
-def test_what_is_not_one_plain_lora_adapter_is_refused_by_name(adapter, tmp_path, change, reason):
+def test_an_adapter_that_is_not_plain_lora_is_an_error_with_its_reason(
+    adapter, tmp_path, change, reason
+):
     with pytest.raises(ModelError, match=reason):
         read_adapter(edited(tmp_path / "bad", adapter, **change))
 
 
-def test_an_adapter_for_modules_that_the_model_lacks_names_the_tensor(pair, adapter, tmp_path):
+def test_an_adapter_with_modules_that_the_model_lacks_is_an_error_that_names_the_tensor(
+    pair, adapter, tmp_path
+):
     bad = edited(tmp_path / "bad", adapter, rename=("layers.1", "layers.9"))
     with pytest.raises(ModelError, match=r"has no tensor 'model\.layers\.9\..*\.weight'"):
         run_project(
@@ -311,7 +312,7 @@ def test_an_adapter_for_modules_that_the_model_lacks_names_the_tensor(pair, adap
         )
 
 
-def test_a_truncated_file_is_named_and_is_no_crash(pair, adapter, tmp_path):
+def test_a_truncated_file_is_an_error_that_names_it(pair, adapter, tmp_path):
     bad = edited(tmp_path / "bad", adapter)
     weights = bad / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -323,7 +324,7 @@ def test_a_truncated_file_is_named_and_is_no_crash(pair, adapter, tmp_path):
         Checkpoint(fresh(tmp_path / "empty")).read("lm_head.weight")
 
 
-def test_two_equal_models_are_an_error_not_an_adapter_left_as_it_was(pair, adapter, tmp_path):
+def test_two_equal_models_are_an_error_not_an_unchanged_adapter(pair, adapter, tmp_path):
     with pytest.raises(ProjectionError, match="base and aligned are equal in every module"):
         run_project(
             ProjectSpec(),

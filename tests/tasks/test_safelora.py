@@ -1,7 +1,7 @@
-"""Safe LoRA against the plain definition, which forms C and the whole update in float64.
+"""Safe LoRA equals its definition, which forms C and the whole update in float64.
 
-Tolerances are bounds on float32's rounding that hold for sums in any order (`slack`), or the
-numbers are chosen such that no product and no sum is rounded at all (`signs`).
+Tolerances bound float32's rounding for sums in any order (`slack`). With inputs of +1 and -1
+(`signs`) no product and no sum is rounded.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ebbline.tasks.defences.safelora import project as project_all
 from ebbline.tasks.errors import ProjectionError
 from tests.tolerance import UNIT, gamma, within
 
-# The gate's Gram form is float64: its square root is off by 1e-8 at zero, and by less above.
+# The gate's Gram form is float64. Its square root is off by 1e-8 near zero, elsewhere by less.
 GRAM = 1e-8
 shapes = st.tuples(
     st.integers(2, 24), st.integers(2, 24), st.integers(1, 8), st.integers(0, 10_000)
@@ -33,7 +33,7 @@ shapes = st.tuples(
 def made(
     d_out: int, d_in: int, rank: int, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
-    """(base, aligned, A, B) of random numbers, in the dtype that a checkpoint has them in."""
+    """(base, aligned, A, B) of random numbers, in a checkpoint's dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def made(
 
 
 def project(module, base, aligned, lora_a, lora_b, projector="approximate", energy=None):
-    """One update by either projector."""
+    """The projection of one update by either projector."""
     if projector == "approximate":
         return project_all(module, base, aligned, [Update(lora_a, lora_b)])[0]
     return project_onto(
@@ -56,8 +56,8 @@ def project(module, base, aligned, lora_a, lora_b, projector="approximate", ener
 
 
 def by_definition(base, aligned, lora_a, lora_b, energy=None):
-    """(C B, cosine, norm ratio) with C formed, all in float64 (the paper's Eq. 2; its reference
-    repository's gate).
+    """(C B, cosine, norm ratio) with C formed, in float64 (the paper's Eq. 2, and the gate of its
+    reference repository).
     """
     v = aligned.double() - base.double()
     if energy is None:
@@ -72,7 +72,7 @@ def by_definition(base, aligned, lora_a, lora_b, energy=None):
 
 
 def measured(cb, lora_a, lora_b):
-    """(cosine, norm ratio) of C B A and B A, both of which are formed."""
+    """(cosine, norm ratio) of C B A and B A, with both products formed."""
     before, after = (x.double() @ lora_a.double() for x in (lora_b, cb))
     cosine = torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), dim=0)
     return float(cosine), float(after.norm() / before.norm())
@@ -80,9 +80,7 @@ def measured(cb, lora_a, lora_b):
 
 @dataclass(frozen=True)
 class Slack:
-    """How far C B may be from the definition, an element or all in all; and with it the cosine
-    and the norm ratio.
-    """
+    """The largest allowed errors of C B (by element), of the cosine and of the norm ratio."""
 
     projected_OR: torch.Tensor
     cosine: float
@@ -95,79 +93,77 @@ class Slack:
 
 
 def slack(base, aligned, lora_a, lora_b, energy=None) -> Slack:
-    """A bound for either projector: what may turn C B, and how far off ||V||, its scale, may be."""
+    """The error bounds for either projector, from the errors that turn C B and scale it."""
     v, b, a = aligned.double() - base.double(), lora_b.double(), lora_a.double()
     cb = by_definition(base, aligned, lora_a, lora_b, energy)[0]
     if energy is None:
-        # V^T B has O terms, V (V^T B) has I. 8: single roundings, of V twice, B, norm and quotient.
+        # V^T B has O terms, V (V^T B) has I. 8 covers single roundings: of V (twice), B, the norm
+        # and the quotient.
         turned = v.abs() @ (v.abs().T @ b.abs()) / torch.linalg.matrix_norm(v)
         turned *= gamma(sum(v.shape) + 8)
-        # ||V|| is the root, which halves an error, of O I squares. These are positive: their sum
-        # is off by a share of itself.
+        # ||V|| is the root of a sum of O I squares. All squares are positive, so the sum has a
+        # relative error; the root halves it.
         scaled = gamma(v.numel() / 2 + 2) * cb.abs()
     else:
         turned, scaled = _turned_basis(v, b, energy), torch.zeros_like(cb)
     error = turned + scaled + 1e-30
     before, after = float((b @ a).norm()), float((cb @ a).norm())
-    # An error of that norm turns C B A by error / after at most.
+    # An error turns C B A by at most its norm / `after`.
     angle = 2 * float((turned @ a.abs()).norm()) / after
     return Slack(error, angle + GRAM, float((error @ a.abs()).norm()) / before + GRAM)
 
 
 def _turned_basis(v, b, energy) -> torch.Tensor:
-    """A bound for the exact projector: the rounding of U and of two products; and V's own, which
-    turns its subspace (Wedin).
+    """The error bound for the exact projector: the rounding of U and of two products, and of V,
+    which turns its subspace (Wedin).
     """
     u, s, _ = torch.linalg.svd(v, full_matrices=False)
     keep = int((torch.cumsum(s**2, 0) / (s**2).sum() < energy).sum()) + 1
-    beyond = (
-        [*s.tolist(), 0.0][keep] if keep < v.shape[0] else None
-    )  # None: all of the space is kept, and no error turns that
+    # None if the basis spans the whole space, which no error can turn.
+    beyond = [*s.tolist(), 0.0][keep] if keep < v.shape[0] else None
     turned = (
         0.0
         if beyond is None
         else 2 * UNIT * float(s.norm()) / max(float(s[keep - 1]) - beyond, 1e-12)
     )
-    # U^T B has O terms, U (U^T B) has K, and U is rounded in both. A row of |U| times another is at
-    # most the product of their norms, whichever columns span the subspace. V's rounding moves a
+    # U^T B has O terms, U (U^T B) has K, and U is rounded in both. The product of two rows of |U|
+    # is at most the product of their norms, for any basis of the subspace. V's rounding moves a
     # column of C B by a share of B's column.
     norms = u[:, :keep].norm(dim=1, keepdim=True) + turned
     return gamma(v.shape[0] + keep + 4) * norms @ (norms.T @ b.abs()) + turned * b.norm(dim=0)
 
 
 def signs(*shape: int, seed: int) -> torch.Tensor:
-    """Random numbers of +1 and -1: float32 adds and multiplies thousands of them without
-    rounding.
-    """
+    """Random +1 and -1. Sums and products of thousands of them are exact in float32."""
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @given(shape=shapes)
-def test_the_approximate_projection_is_what_the_definition_says(dtype, shape):
+def test_the_approximate_projection_equals_its_definition(dtype, shape):
     tensors = made(*shape, dtype)
     slack(*tensors).holds(project("m", *tensors), *by_definition(*tensors))
 
 
 @given(shape=shapes, energy=st.floats(0.05, 0.98))
-def test_the_exact_projection_is_what_the_definition_says(shape, energy):
+def test_the_exact_projection_equals_its_definition(shape, energy):
     tensors = made(*shape)
     v = tensors[1].double() - tensors[0].double()
     singular = torch.linalg.svdvals(v) ** 2
     shares = torch.cumsum(singular, 0) / singular.sum()
     if float((shares - energy).abs().min()) < 1e-4:
-        return  # on the border between two ranks, float32 and float64 may each be right
+        return  # at the border between two ranks, float32 and float64 may differ
     expected = by_definition(*tensors, energy=energy)
     slack(*tensors, energy).holds(project("m", *tensors, "exact", energy), *expected)
 
 
 @given(shape=shapes)
-def test_projecting_twice_by_the_exact_projector_changes_nothing_more(shape):
+def test_the_exact_projector_is_idempotent(shape):
     base, aligned, lora_a, lora_b = made(*shape)
     once = project("m", base, aligned, lora_a, lora_b, "exact", 0.5).projected_OR
     twice = project("m", base, aligned, lora_a, once, "exact", 0.5).projected_OR
     columns = min(shape[:2])
-    # The same U both times: what is left is the rounding of its K columns and of two products.
+    # U is the same, so the errors are the rounding of its K columns and of two products.
     assert float((once - twice).norm()) <= gamma(shape[0] + columns + 4) * columns * float(
         lora_b.norm()
     )
@@ -182,8 +178,9 @@ def test_a_basis_is_orthonormal_and_holds_the_energy_it_states(shape, energy):
     base, aligned, _, _ = made(*shape)
     v = (aligned - base).double()
     basis = alignment_basis("m", base, aligned, energy).double()
-    # Each element of U is rounded. That moves a product of two unit columns by two roundings at
-    # most, and the share of the energy by two a column. One more is for float64's errors before.
+    # Each element of U is rounded. This moves a product of two unit columns by at most two
+    # roundings, and the share of the energy by two for each column. One more rounding covers the
+    # earlier errors in float64.
     within(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), gamma(3))
     most = gamma(2 * basis.shape[1] + 1)
     share = float((basis.T @ v).square().sum() / v.square().sum())
@@ -209,27 +206,24 @@ def test_an_energy_that_is_met_exactly_takes_no_further_column():
 
 
 @given(shape=shapes, scale=st.floats(0.01, 100))
-def test_the_scale_alpha_over_rank_moves_neither_cosine_nor_ratio(shape, scale):
+def test_the_scale_alpha_over_rank_changes_neither_cosine_nor_ratio(shape, scale):
     base, aligned, lora_a, lora_b = made(*shape)
     plain = project("m", base, aligned, lora_a, lora_b)
     scaled = project("m", base, aligned, lora_a, scale * lora_b)
-    bound = slack(base, aligned, lora_a, lora_b)  # of each of the two
+    bound = slack(base, aligned, lora_a, lora_b)  # for each of the two
     within(scaled.cosine, plain.cosine, 2 * bound.cosine)
     within(scaled.norm_ratio, plain.norm_ratio, 2 * bound.norm_ratio)
     within(scaled.projected_OR.double() / scale, plain.projected_OR, 2 * bound.projected_OR)
 
 
 @given(shape=shapes)
-def test_a_cosine_lies_between_minus_one_and_one_and_the_projector_never_turns_an_update_around(
-    shape,
-):
+def test_a_cosine_is_never_negative_and_at_most_one(shape):
     found = project("m", *made(*shape))
     assert 0.0 <= found.cosine <= 1.0  # C is positive semi-definite
 
 
-def test_the_gate_is_exact_where_float32_is_not():
-    # V and B are signs, and ||V|| is 1024: C B comes out without rounding, so the gate's own error
-    # is all that there is.
+def test_the_gate_is_accurate_to_float64():
+    # V and B are signs, and ||V|| is 1024, so C B is exact. Only the gate's error remains.
     base, aligned, lora_a, lora_b = (
         torch.zeros(512, 2048),
         signs(512, 2048, seed=1),
@@ -241,7 +235,7 @@ def test_the_gate_is_exact_where_float32_is_not():
     assert torch.equal(found.projected_OR.double(), expected)
     assert (found.cosine, found.norm_ratio) == pytest.approx(
         (cosine, ratio), rel=1e-11
-    )  # float32: a million terms, off by 1e-6 or more
+    )  # in float32 a million terms would be off by 1e-6 or more
 
 
 def test_an_update_of_zero_has_no_cosine_and_is_never_chosen():
@@ -264,14 +258,14 @@ def test_an_update_that_the_projection_removes_has_a_cosine_of_zero():
 
 @pytest.mark.parametrize("which", ["base", "aligned", "A", "B"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_number_that_is_none_is_a_projection_error_wherever_it_lies(which, bad):
+def test_a_non_finite_value_in_any_tensor_is_a_projection_error(which, bad):
     tensors = dict(zip(("base", "aligned", "A", "B"), made(6, 5, 2, 0), strict=True))
     tensors[which][1, 1] = bad
     with pytest.raises(ProjectionError, match="layers.0.q_proj: .*(NaN|infinity)"):
         project("layers.0.q_proj", *tensors.values())
 
 
-def test_equal_weights_have_no_alignment_direction_so_the_update_stays_and_is_never_chosen():
+def test_equal_weights_have_no_alignment_direction_and_leave_the_update_unchanged():
     base, _, lora_a, lora_b = made(6, 5, 2, 0)
     for projector, energy in (("approximate", None), ("exact", 0.9)):
         found = project("m", base, base.clone(), lora_a, lora_b, projector, energy)
@@ -302,24 +296,24 @@ cosine_maps = st.dictionaries(
 
 
 @given(cosine_maps, st.integers(0, 8))
-def test_number_mode_takes_exactly_n_modules_and_breaks_ties_by_name(cosines, n):
-    known = [name for name in cosines if cosines[name] is not None]
-    if n > len(known):
+def test_a_number_of_modules_chooses_exactly_that_many_and_breaks_ties_by_name(cosines, n):
+    possible = [name for name in cosines if cosines[name] is not None]
+    if n > len(possible):
         with pytest.raises(
             ProjectionError,
-            match=f"{n} modules are to be projected, but the adapter has {len(known)}",
+            match=f"{n} modules are to be projected, but the adapter has {len(possible)}",
         ):
             chosen(rows(cosines), None, n)
         return
-    take = chosen(rows(cosines), None, n)
-    assert len(take) == n and take <= set(known)
-    for inside in take:
-        for outside in set(known) - take:
+    names = chosen(rows(cosines), None, n)
+    assert len(names) == n and names <= set(possible)
+    for inside in names:
+        for outside in set(possible) - names:
             assert (cosines[inside], inside) < (cosines[outside], outside)
 
 
 @given(cosine_maps, st.sampled_from([-0.5, 0.0, 0.1, 0.7, 1.0]))
-def test_the_threshold_takes_a_cosine_that_equals_it(cosines, threshold):
+def test_a_threshold_chooses_a_cosine_equal_to_it(cosines, threshold):
     assert chosen(rows(cosines), threshold, None) == {
         name for name, cosine in cosines.items() if cosine is not None and cosine <= threshold
     }
@@ -336,7 +330,7 @@ ranks = st.lists(st.integers(1, 40), min_size=1, max_size=4)
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
 @given(shape=shapes, ranks=ranks)
-def test_adapters_projected_together_come_out_as_each_does_alone(dtype, shape, ranks):
+def test_adapters_projected_together_equal_each_one_alone(dtype, shape, ranks):
     base, aligned, _, _ = made(*shape, dtype)
     updates = [Update(*made(*shape[:2], rank, seed)[2:]) for seed, rank in enumerate(ranks)]
     for update, together in zip(updates, project_all("m", base, aligned, updates), strict=True):
@@ -344,7 +338,7 @@ def test_adapters_projected_together_come_out_as_each_does_alone(dtype, shape, r
         slack(*tensors).holds(together, *by_definition(*tensors))
 
 
-def test_a_workspace_is_used_again_and_leaves_nothing_of_the_module_before():
+def test_a_reused_workspace_keeps_nothing_of_the_previous_module():
     space = Workspace()
     for shape in ((40, 30, 4, 0), (7, 50, 2, 1), (40, 30, 4, 0)):
         base, aligned, lora_a, lora_b = made(*shape)
@@ -354,9 +348,9 @@ def test_a_workspace_is_used_again_and_leaves_nothing_of_the_module_before():
         )
 
 
-def test_many_blocks_of_rows_add_up_to_the_whole():
-    # 4096 x 256 is cut into four blocks; the reference forms C of 4096 x 4096. All are signs and
-    # ||V|| is 1024: nothing is rounded.
+def test_many_blocks_of_rows_give_the_result_of_one():
+    # 4096 x 256 is split into four blocks; the reference forms C of 4096 x 4096. All values are
+    # signs and ||V|| is 1024, so nothing is rounded.
     base, lora_a, lora_b = (
         signs(4096, 256, seed=5).bfloat16(),
         signs(8, 256, seed=7),
@@ -371,29 +365,27 @@ def test_many_blocks_of_rows_add_up_to_the_whole():
 
 
 def test_the_squares_of_blocks_add_up_in_float64():
-    # V is 1 in the first block and 2^-7 below it. In one long float32 sum the later squares fall
-    # below half a unit of the first.
+    # V is 1 in the first block and 2^-7 below it. One long float32 sum would lose the later
+    # squares.
     rows, columns = 4096, 256
     v = torch.cat([torch.ones(1024, columns), torch.full((rows - 1024, columns), 2.0**-7)])
     lora_a, lora_b = torch.ones(1, columns), torch.zeros(rows, 1)
     lora_b[0] = 1.0  # V^T B is 1 everywhere, so ||V|| alone decides
     found = project("m", torch.zeros_like(v), v, lora_a, lora_b)
     _, _, ratio = by_definition(torch.zeros_like(v), v, lora_a, lora_b)
-    missing = (
-        (rows - 1024) / 1024 * 2.0**-14 / 2
-    )  # of the norm, where the later squares are lost: 9e-5
+    missing = (rows - 1024) / 1024 * 2.0**-14 / 2  # the norm's error without them: 9e-5
     assert found.norm_ratio == pytest.approx(ratio, rel=gamma(columns + 4))
     assert gamma(columns + 4) < missing / 5
 
 
-def test_a_weight_stored_transposed_is_projected_as_a_view():
+def test_a_transposed_view_of_a_weight_gives_the_same_projection():
     base, aligned, lora_a, lora_b = made(30, 20, 4, 3)
     plain = project("m", base, aligned, lora_a, lora_b)
     stored = project("m", base.T.contiguous().T, aligned.T.contiguous().T, lora_a, lora_b)
     assert torch.equal(plain.projected_OR, stored.projected_OR) and plain.cosine == stored.cosine
 
 
-def test_one_damaged_adapter_among_many_is_named():
+def test_the_error_names_the_damaged_adapter_among_several():
     base, aligned, lora_a, lora_b = made(6, 5, 2, 0)
     bad = lora_a.clone()
     bad[0, 0] = float("nan")

@@ -1,6 +1,4 @@
-"""Training, for real, on a tiny model: what may change (micro-batch, a cut) and what the result may
-not depend on.
-"""
+"""Training of a tiny model. Neither the micro-batch nor an interruption changes the result."""
 
 import csv
 import json
@@ -40,7 +38,7 @@ SETTINGS = {
 
 
 def trained(folder: Path, model: Path, data: Path, *, ctx=None, **spec):
-    """(output folder, losses) of one training."""
+    """Run one training; returns (output folder, losses)."""
     out = fresh(folder)
     run(
         TrainSpec(**{**SETTINGS, **spec}),
@@ -61,9 +59,7 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def test_training_learns_and_its_adapter_loads_on_the_model_it_was_trained_on(
-    tmp_path, pair, chats
-):
+def test_training_lowers_the_loss_and_its_adapter_loads_on_the_trained_model(tmp_path, pair, chats):
     out, losses = trained(tmp_path / "out", pair.aligned, chats, epochs=6.0)
     assert len(losses) == 18
     assert losses[-1] < losses[0] - 0.2
@@ -91,7 +87,7 @@ def test_the_adapter_does_not_depend_on_the_micro_batch(tmp_path, pair, chats):
     other = trained(tmp_path / "seed1", pair.aligned, chats, seed=1)
     assert (
         apart(adapters[16], adapter_of(other[0])) > 5 * alike()
-    )  # the tolerance can tell two trainings apart
+    )  # the tolerance distinguishes two seeds
 
 
 def cut_off_after(steps: int):
@@ -103,7 +99,7 @@ def cut_off_after(steps: int):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one_does(
+def test_an_interrupted_training_that_continues_gives_the_uninterrupted_result(
     tmp_path, pair, chats, method
 ):
     spec = (
@@ -122,11 +118,11 @@ def test_a_training_cut_off_and_continued_ends_exactly_where_the_undisturbed_one
         checkpoint_every_s=0.0,
         step_done=lambda step, *_: seen.append(step),
     )
-    again, continued = trained(tmp_path / "again", pair.aligned, chats, ctx=ctx, **spec)
-    assert seen == [3, 4, 5, 6]  # the first two steps were not run again
+    resumed, continued = trained(tmp_path / "resumed", pair.aligned, chats, ctx=ctx, **spec)
+    assert seen == [3, 4, 5, 6]  # the first two steps were not repeated
     assert continued == losses
     name = "adapter/adapter_model.safetensors" if method == "lora" else "model/model.safetensors"
-    assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_training_whose_machine_is_about_to_go_saves_its_step_and_continues_elsewhere(
@@ -138,15 +134,15 @@ def test_a_training_whose_machine_is_about_to_go_saves_its_step_and_continues_el
     )
     with pytest.raises(Leaving, match="step 3 is saved"):
         trained(tmp_path / "left", pair.aligned, chats, ctx=ctx)
-    again, continued = trained(
-        tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx")
+    resumed, continued = trained(
+        tmp_path / "resumed", pair.aligned, chats, ctx=context(tmp_path / "ctx")
     )
     assert continued == losses
     name = "adapter/adapter_model.safetensors"
-    assert (again / name).read_bytes() == (whole / name).read_bytes()
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_loss_that_is_not_a_number_stops_the_training_and_nothing_is_saved(tmp_path, pair, chats):
+def test_a_non_finite_loss_stops_the_training_and_nothing_is_saved(tmp_path, pair, chats):
     out = fresh(tmp_path / "out")
     spec = TrainSpec(**{**SETTINGS, "learning_rate": 1e30})
     with pytest.raises(TrainingError, match=r"the loss became nan at step 2 of 6"):
@@ -154,13 +150,13 @@ def test_a_loss_that_is_not_a_number_stops_the_training_and_nothing_is_saved(tmp
     assert not any(out.iterdir())
 
 
-def test_an_adapter_that_no_step_changed_is_refused(tmp_path, pair, chats):
+def test_an_adapter_that_no_step_changed_is_an_error(tmp_path, pair, chats):
     with pytest.raises(TrainingError, match="every LoRA B matrix is zero"):
         trained(tmp_path / "out", pair.aligned, chats, learning_rate=1e-300)
     assert not (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_an_empty_a_broken_or_a_missing_lora_matrix_is_refused():
+def test_an_empty_non_finite_or_missing_lora_matrix_is_an_error():
     good = {"m.lora_A.weight": torch.ones(2, 4), "m.lora_B.weight": torch.ones(4, 2)}
     check_adapter(good)
     for tensors, reason in [
@@ -184,7 +180,7 @@ def test_an_empty_a_broken_or_a_missing_lora_matrix_is_refused():
         ("none", "float32", "full"),
     ],
 )
-def test_every_way_to_hold_the_weights_trains_for_real(
+def test_every_quantisation_dtype_and_method_trains(
     tmp_path, pair, chats, quantisation, dtype, method
 ):
     rate = 2e-2 if method == "lora" else 2e-3
@@ -211,7 +207,9 @@ def test_every_way_to_hold_the_weights_trains_for_real(
         assert len(adapter_of(out)) == 28
 
 
-def test_full_training_leaves_the_folder_it_started_from_alone(tmp_path, pair, chats):
+def test_full_training_changes_neither_the_models_folder_nor_a_resident_model(
+    tmp_path, pair, chats
+):
     before = (pair.aligned / "model.safetensors").read_bytes()
     residents = Residents()
     trained(
@@ -223,11 +221,11 @@ def test_full_training_leaves_the_folder_it_started_from_alone(tmp_path, pair, c
         epochs=0.5,
     )
     assert (pair.aligned / "model.safetensors").read_bytes() == before
-    assert residents.loads == 0  # it trains a copy of its own, never the one that others will use
+    assert residents.loads == 0  # it loads its own copy
 
 
 @pytest.mark.parametrize("quantisation", ["none", "nf4"])
-def test_trainings_on_one_resident_base_do_not_see_each_other(tmp_path, pair, chats, quantisation):
+def test_trainings_on_one_resident_base_are_independent(tmp_path, pair, chats, quantisation):
     alone, _ = trained(tmp_path / "alone", pair.aligned, chats, quantisation=quantisation)
     residents = Residents()
     trained(
@@ -251,8 +249,8 @@ def test_trainings_on_one_resident_base_do_not_see_each_other(tmp_path, pair, ch
 
 
 def test_golden_losses_of_the_tiny_model_have_not_moved(tmp_path, pair, chats):
-    """Refresh on purpose with EBBLINE_REFRESH_GOLDEN=1. Other processors and BLAS builds round
-    otherwise: see tests/tolerance.py.
+    """EBBLINE_REFRESH_GOLDEN=1 rewrites them. Other processors and BLAS builds round differently:
+    see tests/tolerance.py.
     """
     now = {
         "lora": trained(tmp_path / "lora", pair.aligned, chats)[1],
@@ -284,8 +282,9 @@ def rows_of(pair, chats, n: int) -> list[Row]:
 
 
 def out_of_memory_when(engine: SingleDevice, too_many_rows) -> list[int]:
-    """Make the real model run out of memory as CUDA does, by its number of rows. Returns the sizes
-    it was called with.
+    """Make the model raise CUDA's out-of-memory error when `too_many_rows(sizes)` is true.
+
+    Returns the list of its batch sizes, one for each call.
     """
     sizes: list[int] = []
 
@@ -298,34 +297,31 @@ def out_of_memory_when(engine: SingleDevice, too_many_rows) -> list[int]:
     return sizes
 
 
-def test_out_of_memory_halves_the_micro_batch_and_the_step_comes_out_the_same(
-    tmp_path, pair, chats
-):
+def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_step(tmp_path, pair, chats):
     spec, rows = TrainSpec(**SETTINGS), rows_of(pair, chats, 16)
     plain = SingleDevice(spec, pair.aligned, context(tmp_path / "a", micro_batch=4))
     expected = plain.step(rows, 1e-2)
     engine = SingleDevice(spec, pair.aligned, context(tmp_path / "b"))
-    # The first try fails in its second half-batch, with gradients of the first one already added
-    # up.
+    # The attempt with 8 rows fails in its second half, after the first half added its gradients.
     sizes = out_of_memory_when(engine, lambda sizes: sizes[-1] > 8 or len(sizes) == 3)
     found = engine.step(rows, 1e-2)
     assert sizes == [16, 8, 8, 4, 4, 4, 4]
     assert engine.micro_batch == 4
-    # Both end with four times four rows, so they do the same arithmetic.
+    # Both engines end with four micro-batches of four rows, so their arithmetic is equal.
     assert found == expected
     assert all(map(torch.equal, plain.trainee.parameters, engine.trainee.parameters))
     engine.step(rows, 1e-2)
-    assert sizes[7:] == [4, 4, 4, 4]  # what fits is remembered
+    assert sizes[7:] == [4, 4, 4, 4]  # the next step begins with the size that fits
 
 
-def test_out_of_memory_with_one_row_says_what_to_change(tmp_path, pair, chats):
+def test_out_of_memory_with_one_row_names_the_settings_to_change(tmp_path, pair, chats):
     engine = SingleDevice(TrainSpec(**SETTINGS), pair.aligned, context(tmp_path / "a"))
     out_of_memory_when(engine, lambda sizes: True)
     with pytest.raises(TrainingError, match=r"out of memory with one row .*train\.max_tokens"):
         engine.step(rows_of(pair, chats, 16), 1e-2)
 
 
-def test_another_error_of_the_model_is_not_taken_for_a_lack_of_memory(tmp_path, pair, chats):
+def test_another_runtime_error_does_not_count_as_out_of_memory(tmp_path, pair, chats):
     engine = SingleDevice(TrainSpec(**SETTINGS), pair.aligned, context(tmp_path / "a"))
 
     def hook(module, args, kwargs):
@@ -341,8 +337,8 @@ def test_padding_changes_no_loss(pair, chats):
     model, rows = load_model(pair.aligned, "none", "float32", "cpu"), rows_of(pair, chats, 8)
     together = token_loss(model, rows, 0, "cpu").item()
     one_by_one = sum(token_loss(model, [row], 0, "cpu").item() for row in rows)
-    # 15 products of at most 128 terms lie one behind the other, whose errors are independent: 6
-    # standard deviations.
+    # 15 products of at most 128 terms follow one another, with independent errors: 6 standard
+    # deviations.
     assert together == pytest.approx(one_by_one, rel=6 * UNIT * math.sqrt(15 * 128))
     assert len({len(row.ids) for row in rows}) > 1
     assert count_tokens(rows) == int((collate(rows, 0, "cpu")["labels"][:, 1:] != -100).sum())
@@ -357,14 +353,14 @@ def test_each_epoch_visits_each_row_once(rows, batch, seed):
         assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_have_different_orders():
     first, second = batch_indices(0, 32, 32, 0), batch_indices(1, 32, 32, 0)
     assert first != second and first != batch_indices(0, 32, 32, 1)
     assert first == batch_indices(0, 32, 32, 0)
 
 
 @given(steps=st.integers(1, 200), share=st.floats(0, 1))
-def test_the_learning_rate_rises_to_its_peak_then_falls_and_never_leaves_its_range(steps, share):
+def test_the_learning_rate_rises_to_its_peak_then_falls_and_stays_in_its_range(steps, share):
     spec = TrainSpec(learning_rate=1e-3, warmup_share=share)
     rates = [learning_rate(step, steps, spec) for step in range(steps)]
     assert all(0 <= rate <= 1e-3 * (1 + 1e-12) for rate in rates)
@@ -372,7 +368,7 @@ def test_the_learning_rate_rises_to_its_peak_then_falls_and_never_leaves_its_ran
     assert rates[peak] == pytest.approx(1e-3)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[0] > 0  # no step is wasted
+    assert rates[0] > 0  # the first step also trains
 
 
 def test_the_first_step_after_warm_up_has_the_full_rate_and_halfway_down_half_of_it():
@@ -382,35 +378,37 @@ def test_the_first_step_after_warm_up_has_the_full_rate_and_halfway_down_half_of
     )
 
 
-def test_steps_give_the_length_in_place_of_epochs(tmp_path, pair, chats):
+def test_steps_set_the_length_in_place_of_epochs(tmp_path, pair, chats):
     _, by_steps = trained(tmp_path / "steps", pair.aligned, chats, steps=4, epochs=1.0)
     assert len(by_steps) == 4
     with pytest.raises(ValueError, match="not both"):
         TrainSpec(steps=4, epochs=2.0)
 
 
-def test_a_damaged_checkpoint_starts_over_and_ends_where_it_should(tmp_path, pair, chats):
+def test_with_a_damaged_checkpoint_a_training_starts_over_and_gives_the_same_result(
+    tmp_path, pair, chats
+):
     whole, losses = trained(tmp_path / "whole", pair.aligned, chats)
     ctx = context(tmp_path / "ctx", checkpoint_every_s=0.0, step_done=cut_off_after(2))
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", pair.aligned, chats, ctx=ctx)
     checkpoint = ctx.scratch / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:500])
-    again, continued = trained(
-        tmp_path / "again", pair.aligned, chats, ctx=context(tmp_path / "ctx")
+    resumed, continued = trained(
+        tmp_path / "resumed", pair.aligned, chats, ctx=context(tmp_path / "ctx")
     )
     assert continued == losses
-    assert furthest(adapter_of(whole), adapter_of(again)) == 0.0
+    assert furthest(adapter_of(whole), adapter_of(resumed)) == 0.0
 
 
-def test_a_set_smaller_than_a_batch_still_gets_its_step(tmp_path, pair):
+def test_a_set_smaller_than_a_batch_gets_one_step(tmp_path, pair):
     _, losses = trained(
         tmp_path / "out", pair.aligned, write_chats(tmp_path / "few.jsonl", 3), epochs=1.0
     )
     assert len(losses) == 1
 
 
-def test_a_model_that_is_broken_on_disk_is_an_error_at_the_first_step(tmp_path, pair, chats):
+def test_a_model_with_nan_weights_is_an_error_at_the_first_step(tmp_path, pair, chats):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in pair.aligned.iterdir():
