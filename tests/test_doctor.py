@@ -209,7 +209,7 @@ def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
 @pytest.mark.parametrize(
     ("storage", "says"),
     [
-        ("not a url", "no database's URL"),
+        ("not a url", "not the URL of a database"),
         ("postgresql://nobody:secret@127.0.0.1:1/ebbline", "holds a password"),
         ("postgresql://nobody@127.0.0.1:1/ebbline", "not reachable"),
     ],

@@ -169,7 +169,7 @@ def test_the_report_says_how_refusals_moved(run: Run) -> None:
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
     page = Page(text)
     assert page.open == [] and {f"#{name}" for name in page.ids} >= {
-        where for where in page.asked if where.startswith("#")
+        where for where in page.links if where.startswith("#")
     }
     assert {
         "answer",
