@@ -163,8 +163,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Request:
-    """One attempt at one stage, as data. It goes between processes and machines as JSON, never as a
-    pickled closure.
+    """One attempt at one stage, as plain data: it can be written as JSON (`request.json`, gangs)
+    and holds no closure.
 
     `inputs`, `out`, `log` and `scratch` are local paths when the stage's function runs. The runner
     may write URLs; the worker then copies the content to its machine, into a cache of at most

@@ -1,5 +1,7 @@
-"""The single entry of every worker: `run_stages` runs a batch of requests in this process and
-reports on each.
+"""`run_stages` runs a batch of requests in this process and reports on each.
+
+A study's workers call it through ebbline.cluster.executors.executor.run_batch, which also commits
+the artifacts. `ebbline rerun` calls it directly.
 
 It runs inline, in a Ray task, on each member of a gang, and from `ebbline rerun request.json`. The
 requests of a batch share the loaded model, and trainings may share a forward pass as a pack. A

@@ -95,7 +95,7 @@ def run_study(
     as_json: bool = False,
 ) -> int:
     """Drive a study to its end and print where its outputs are; returns the exit code (see
-    ebbline.cli).
+    ebbline.options.EXIT_CODES).
 
     `resume` is the command as it was typed. As JSON, standard output gets one object at the end and
     standard error all else.

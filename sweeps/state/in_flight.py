@@ -43,6 +43,9 @@ class PointInFlight:
         return not self.requested and not self.invalid
 
     def start(self, runner: Runner) -> None:
+        """Request the stages up to the defended adapter: their names are kinds, which no suite may
+        have. `request_next` requests the measuring stages.
+        """
         self.requested = [
             stage
             for name, stage in self.stages.items()

@@ -6,7 +6,7 @@ keeps each one's value.
 
 This module alone decides what two points share. Points share
 
-    adapter_of        one training: they differ only in the defence's knobs
+    adapter_of        one training and one `project` stage: they differ only in the knobs
     without_defence   all settings but the defence's
     training_of       one training: they differ only in what changes its adapter afterwards
 """

@@ -1,4 +1,4 @@
-"""The stage kind `apply`."""
+"""The stage kind `apply`; its function is `run_apply` in project.py."""
 
 from ebbline.tasks.models.model_work import model_shape
 from ebbline.tasks.specs import ApplySpec, TrainSpec
