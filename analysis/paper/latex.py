@@ -140,7 +140,7 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
     )
     values = [dict(row.point.values) for row in rows]
     varying = [axis for axis in axes_of(rows) if len({repr(each.get(axis)) for each in values}) > 1]
-    columns = {"model": _once([row.point.model for row in rows])}
+    columns = {"model": [escaped(row.point.model) for row in rows]}
     columns |= {
         escaped(axis_label(axis)): [_value(each, axis) for each in values] for axis in varying
     }
@@ -199,7 +199,7 @@ def before_after_table(
     """Each model before and after fine-tuning and projection: one metric for each suite."""
     rows, names = conditions(study, results, baselines), headlines(study)
     layout = TableLayout.of(narrow, len(names))
-    columns = {"model": _once([row.model for row in rows]), "": [row.what for row in rows]}
+    columns = {"model": [escaped(row.model) for row in rows], "": [row.what for row in rows]}
     for name in names:
         columns[_heading(name, layout)] = [_cell(row.metrics.get(name), layout) for row in rows]
     settings = "; ".join(
@@ -278,12 +278,9 @@ def _value(values: Mapping[str, Value], axis: str) -> str:
     return escaped(value_label(values[axis])) if axis in values else "--"
 
 
-def _once(names: Sequence[str]) -> list[str]:
+def _once(names: list[str]) -> list[str]:
     """The names, with repetitions in consecutive rows left empty."""
-    return [
-        "" if index and names[index - 1] == name else escaped(name)
-        for index, name in enumerate(names)
-    ]
+    return ["" if index and names[index - 1] == name else name for index, name in enumerate(names)]
 
 
 def _heading(name: str, layout: TableLayout) -> str:
@@ -344,6 +341,8 @@ def _floats(
 def _float(
     cells: pd.DataFrame, columns_as: str, caption: str, label: str, layout: TableLayout
 ) -> str:
+    """One float. A continued float begins with its model's name again."""
+    cells = cells.assign(model=_once(list(cells["model"])))
     tabular = (
         cells.style.hide(axis="index").to_latex(column_format=columns_as, hrules=True).rstrip()
     )

@@ -149,6 +149,12 @@ def test_a_table_that_is_too_wide_is_shrunk_to_its_column(study: Study, tmp_path
     assert "Overfull" not in compiled("acl", frontier_table(study, wide, True), tmp_path)
 
 
+def test_a_continued_float_begins_with_its_model_s_name(study: Study) -> None:
+    many = [result(n, refusal=n / 200, task=1 - n / 200, rank=n + 1) for n in range(ROWS + 5)]
+    floats = frontier_table(study, many, True).split(r"\begin{table}")[1:]
+    assert [[row[0] for row in rows(part)[:2]] for part in floats] == 2 * [["small", ""]]
+
+
 @pytest.mark.process
 @needs_latex
 def test_a_long_frontier_continues_in_another_float(study: Study, tmp_path: Path) -> None:
