@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ebbline.sweeps.ledger import whole_lines
-from ebbline.sweeps.study.points import current_reason
+from ebbline.sweeps.study.points import current_command, current_reason
 from ebbline.tasks.progress import StageProgress
 
 LIVE, TIMELINE = "live.json", "timeline.jsonl"
@@ -113,7 +113,7 @@ class Failed(_Snapshot):
     label: str
     key: str
     reason: Annotated[str, AfterValidator(current_reason)]
-    command: str
+    command: Annotated[str, AfterValidator(current_command)]
 
 
 class Ended(_Snapshot):

@@ -113,16 +113,22 @@ def keys_of(keys: Mapping[str, str], part: str, seed: int) -> list[str]:
 Status = Literal["done", "running", "failed", "invalid", "skipped"]
 STATUSES: tuple[Status, ...] = ("done", "running", "failed", "invalid", "skipped")
 INVALID = "invalid: "  # prefix of the reason of an invalid point
+_RERUN_BEFORE = re.compile(r"\bpython -m (?:tasks|cluster\.again) ")
 _INVALID_BEFORE = "refused: "  # the prefix in homes of earlier versions
 
 
 def current_reason(stored: str) -> str:
-    """A stored reason as this version writes it; earlier versions marked invalid points by another
-    prefix.
+    """A stored reason as this version writes it. Earlier versions marked invalid points by another
+    prefix, and named another command that reruns a stage.
     """
     if stored.startswith(_INVALID_BEFORE):
-        return INVALID + stored.removeprefix(_INVALID_BEFORE)
-    return stored
+        stored = INVALID + stored.removeprefix(_INVALID_BEFORE)
+    return current_command(stored)
+
+
+def current_command(stored: str) -> str:
+    """A text in which the commands that rerun a stage are those of this version."""
+    return _RERUN_BEFORE.sub("ebbline rerun ", stored)
 
 
 def ended(reason: str) -> Status:

@@ -198,16 +198,20 @@ def test_settings_that_conflict_are_an_invalid_row_and_do_not_end_the_study(tmp_
     ) and "data.mix names no second set" in bad.reason
 
 
-def test_a_point_that_an_earlier_version_stored_as_refused_is_read_as_invalid(tmp_path):
+def test_a_reason_that_an_earlier_version_stored_is_read_as_this_version_writes_it(tmp_path):
     found, home = study(tmp_path, changes(tmp_path)), Home(tmp_path / "home")
     trials = Trials(found, home.storage("tiny"))
-    for point, reason in zip(
-        space(found), ("refused: DataError: 64 rows of 32", "the loss became nan"), strict=False
-    ):
+    stored = (
+        "refused: DataError: 64 rows of 32",
+        "the loss became nan (to see it again: python -m tasks a/log/request.json)",
+        "no room (to see it again: python -m cluster.again s3://b/log/request.json)",
+    )
+    for point, reason in zip(space(found), stored, strict=False):
         trials.fail(trials.add(point), reason)
     assert [(r.status, r.reason) for r in collect(StudyView(found, home))] == [
         ("invalid", "invalid: DataError: 64 rows of 32"),
-        ("failed", "the loss became nan"),
+        ("failed", "the loss became nan (to see it again: ebbline rerun a/log/request.json)"),
+        ("failed", "no room (to see it again: ebbline rerun s3://b/log/request.json)"),
     ]
 
 
