@@ -88,7 +88,7 @@ def test_in_a_terminal_a_finding_is_a_line_and_its_remedy_the_next(
         doctor_module.Finding("disk", "ok", "fine"),
         doctor_module.Finding("ray", "problem", "gone", "start it"),
     ]
-    assert doctor_module.tell(found, as_json=False) == 1
+    assert doctor_module.print_findings(found, as_json=False) == 1
     assert capsys.readouterr().out.splitlines() == [
         "ok       disk      fine",
         "problem  ray       gone",

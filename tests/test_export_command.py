@@ -470,7 +470,7 @@ def test_the_check_names_the_first_stage_that_came_out_otherwise(
         and "compare with constraints.txt" in found.first
     )
     done = ebbline("export", "--check", bundle, "--home", other.root)
-    assert done.exit_code == 1 and "the first that is not the same: project" in done.output
+    assert done.exit_code == 1 and "the first difference: project" in done.output
 
 
 def test_the_check_sees_other_measurements_under_the_same_key(

@@ -257,8 +257,7 @@ def test_nothing_is_overwritten(driven: tuple[Path, Study, Home], exported: Path
     before = folder_files(exported)
     said = pick(driven, "--point", 0, "--export", exported)
     assert (
-        said.exit_code == 1
-        and "nothing is overwritten; name a folder that is new or empty" in said.output
+        said.exit_code == 1 and "is not an empty folder; give a new or empty folder" in said.output
     )
     assert folder_files(exported) == before and not list(exported.parent.glob(".*"))
 

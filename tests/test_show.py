@@ -117,7 +117,7 @@ def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_fai
     assert (
         "of 100 GPU-hours" in said
         and "of 30 points" in said
-        and "left for what is under way" in said
+        and "left for the work in flight" in said
     )
     assert all(word in said for word in ("reused", "running", "waiting", "train", "generate"))
     assert "failed: train 7b " in said and "the loss became nan" in said
@@ -126,7 +126,7 @@ def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_fai
         "task accuracy, higher is better" in said
         and "● 7b" in said
         and "★ before fine-tuning" in said
-        and "95% intervals" in said
+        and "median 95% interval" in said
     )
 
 
@@ -221,7 +221,7 @@ def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_somet
         StudyView(found, home), lambda: Pretended(home.store, fails=nan_at_rank_8), screen
     )
     for _ in range(3):
-        screen.lines.say(progress.live)
+        screen.lines.write(progress.live)
     lines = console.file.getvalue().splitlines()
     assert sum(line.startswith("failed: train 7b ") for line in lines) == 1
     assert (
@@ -280,7 +280,7 @@ def test_status_says_whether_a_run_would_go_on(tmp_path, home, capsys):
     drive(StudyView(small(tmp_path, budget={"points": 2}), home), lambda: Pretended(home.store))
     assert status(grid, home, capsys) == "driver: none; `ebbline run` continues it"
     drive(StudyView(grid, home), lambda: Pretended(home.store))
-    assert status(grid, home, capsys) == "driver: none; all its points are there"
+    assert status(grid, home, capsys) == "driver: none; all its points are done"
 
 
 def test_status_and_plan_say_that_a_search_has_nothing_more_to_propose(tmp_path, home, capsys):
@@ -294,8 +294,8 @@ def test_status_and_plan_say_that_a_search_has_nothing_more_to_propose(tmp_path,
     )
     planning.plan_study(StudyView(found, home), Capacity((Host("here", 8, 8),)), 0, as_json=False)
     said = " ".join(capsys.readouterr().out.split())
-    assert "No further point is asked for: the search has nothing more to propose." in said
-    assert "0 misses; a run would find all of them in the store." in said
+    assert "The search asks for no further point: the search has nothing more to propose." in said
+    assert "0 misses; a run finds every stage in the store." in said
 
 
 def test_a_plan_that_looked_at_a_part_of_the_points_does_not_speak_for_all(
@@ -307,7 +307,7 @@ def test_a_plan_that_looked_at_a_part_of_the_points_does_not_speak_for_all(
     monkeypatch.setattr(forecasts, "SAMPLE", 4)
     planning.plan_study(StudyView(found, home), Capacity((Host("here", 8, 8),)), 0, as_json=False)
     assert (
-        "0 misses among the 4 of 6 points that were looked up; a run looks at all of them."
+        "0 misses among the 4 of 6 points that were looked up; a run looks up all of them."
         in " ".join(capsys.readouterr().out.split())
     )
 

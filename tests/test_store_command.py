@@ -224,7 +224,7 @@ def test_gc_removes_what_nobody_needs_and_keeps_every_result(study: Study, home:
     assert {name: size for name, size in files(home).items() if "c" * 64 not in name} == kept
     assert collect(StudyView(study, home)) == before
     assert (
-        "nothing may go; what was written in the last 24 hours stays"
+        "nothing to remove; files written in the last 24 hours always stay"
         in store(home, "gc", "--yes").stdout
     )
 

@@ -24,7 +24,7 @@ from ebbline.commands import run as running
 from ebbline.commands import status
 from ebbline.commands.run import Place, run_study
 from ebbline.commands.status import watch_status
-from ebbline.outputs import tell_outputs
+from ebbline.outputs import print_outputs
 from ebbline.sweeps.drive.live import Live, read_live, read_timeline
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study import view as viewing
@@ -165,9 +165,10 @@ def test_an_interrupt_drains_and_says_how_to_resume_with_the_command_as_it_was_t
     """Pays for a run with two watchers, which later tests read."""
     resume = resumed(drained.file, drained.home, "--json")
     assert (
-        f"nothing new starts; Ctrl-C again stops now. To go on later:\n  {resume}\n" in drained.err
+        f"nothing new starts. Press Ctrl-C again to stop now. To continue later:\n  {resume}\n"
+        in drained.err
     )
-    assert f"to go on:\n  {resume}\n" in drained.err
+    assert f"to continue:\n  {resume}\n" in drained.err
     (trained,) = [
         line for line in read_timeline(drained.home / "studies" / "tiny") if line.kind == "train"
     ]
@@ -219,7 +220,9 @@ def test_a_second_interrupt_stops_now_and_says_how_to_resume(tmp_path: Path, pai
     driver.send_signal(signal.SIGINT)
     out, err = driver.communicate(timeout=240)
     resume = resumed(file, home, "--json")
-    assert driver.returncode == 130 and f"To go on:\n  {resume}\n" in err and "Traceback" not in err
+    assert (
+        driver.returncode == 130 and f"To continue:\n  {resume}\n" in err and "Traceback" not in err
+    )
     assert json.loads(out)["exit_code"] == 130 and json.loads(out)["resume"] == resume
     assert [
         line.outcome for line in read_timeline(home / "studies" / "tiny") if line.kind == "train"
@@ -328,7 +331,7 @@ def test_nobody_to_watch_is_said_at_once(
 ) -> None:
     ran()
     watch_status(StudyView(small(tmp_path), home), as_json=False)
-    assert "driver: none; all its points are there" in capsys.readouterr().out
+    assert "driver: none; all its points are done" in capsys.readouterr().out
     watch_status(StudyView(small(tmp_path), home), as_json=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["driver"] is None and json.loads(line)["hypervolume"] > 0
@@ -346,7 +349,7 @@ def test_leaving_the_watch_leaves_the_run_alone(
     with home.driving("tiny"):
         watch_status(StudyView(small(tmp_path), home), as_json=False)
     said = capsys.readouterr()
-    assert "the run goes on" in said.err and f"process {os.getpid()} on " in said.out
+    assert "the run continues" in said.err and f"process {os.getpid()} on " in said.out
 
 
 def test_the_snapshot_of_a_driver_that_was_killed_is_not_taken_for_another_s(
@@ -385,9 +388,9 @@ def test_what_changes_files_says_so_as_json(tmp_path: Path, home: Home) -> None:
 
 
 def test_the_outputs_of_a_report_are_an_object(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_outputs({"report": Path("runs/report.html")}, as_json=True)
+    print_outputs({"report": Path("runs/report.html")}, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"report": "runs/report.html"}
-    tell_outputs({"report": Path("runs/report.html")})
+    print_outputs({"report": Path("runs/report.html")})
     assert capsys.readouterr().out.split() == ["report", "runs/report.html"]
 
 
@@ -471,12 +474,9 @@ def test_a_watch_survives_what_cannot_be_read_for_a_while_and_says_it_once(
     said = capsys.readouterr()
     assert (
         len(reads) == 4
-        and said.err.count(
-            "cannot be read just now, and is looked at again: score/aaaa is being replaced"
-        )
-        == 1
+        and said.err.count("cannot be read now; retrying: score/aaaa is being replaced") == 1
     )
-    assert "the run goes on" in said.err and len(said.out.splitlines()) == 1
+    assert "the run continues" in said.err and len(said.out.splitlines()) == 1
 
 
 def test_a_watch_ends_with_an_error_when_what_cannot_be_read_lasts(

@@ -52,7 +52,7 @@ def said(*command: str) -> tuple[int, str]:
 
 def test_sync_without_a_login_says_what_waits_and_what_to_do(home: Path) -> None:
     code, text = said("sync", "whole", "--home", str(home))
-    assert code == 0 and "nobody is logged in" in text and "wandb login" in text
+    assert code == 0 and "you are not logged in" in text and "wandb login" in text
 
 
 def test_a_workspace_without_a_login_is_refused(home: Path) -> None:

@@ -229,7 +229,7 @@ def test_a_floor_that_nothing_holds_compares_the_nearest_and_says_so(
     compare: Callable[..., str],
 ) -> None:
     said = compare("--floor", "refusal_rate=0.99")
-    assert "which is only the nearest: short by 1.0 points of refusal rate at least 99.0%" in said
+    assert "the nearest point: short by 1.0 points of refusal rate at least 99.0%" in said
 
 
 def test_what_cannot_be_compared_is_one_clear_error(

@@ -110,7 +110,8 @@ def test_a_point_whose_exported_seed_misses_the_floor_by_itself_is_not_exported(
     said = made(several, *export, "--seed", 0)
     assert (
         said.exit_code == 1
-        and "but seed 0 by itself does not, and one adapter is what would be shipped" in said.output
+        and "but seed 0 does not hold them alone, and --export writes one seed's adapter"
+        in said.output
     )
 
 
@@ -127,7 +128,7 @@ def test_a_point_whose_exported_seed_misses_the_floor_by_itself_is_not_exported(
         ),
         (("--model", "smal"), "did you mean 'small'?"),
         (("--point", "99"), "has no finished point 99"),
-        (("--export", "out"), "say of which size with --model: medium, small"),
+        (("--export", "out"), "choose its size with --model: medium, small"),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_error(
@@ -164,7 +165,7 @@ def test_a_file_with_another_floor_than_was_begun_is_told_apart(
     said = made(ROWS, "--model", "small")
     assert (
         said.exit_code == 0
-        and "This file is not as the study was begun, so nothing can be exported with it:"
+        and "This file differs from the one that the study began with, so it cannot export:"
         in said.output
     )
     assert "refusal_floor" in said.output and "write its adapter" not in said.output
@@ -182,7 +183,7 @@ def test_nothing_is_exported_where_the_study_was_not_begun(
     said = made(ROWS, "--model", "small", "--export", tmp_path / "out")
     assert (
         said.exit_code == 1
-        and "export where it was begun, or run it here once. Nothing was exported"
+        and "export from the home that ran it, or run it here once. Nothing was exported"
         in " ".join(said.output.split())
     )
     assert not (tmp_path / "out").exists()
@@ -196,7 +197,7 @@ def test_nothing_is_exported_when_the_database_has_the_study_with_another_floor(
     marked = optuna.load_study(study_name="ebb", storage=home.storage("ebb").url)
     for mark, told in (
         (StudyView(study, home).begun_as(), "KeyError"),
-        ("another", "the database has the points of 'ebb' with other settings"),
+        ("another", "the points of 'ebb' in the database have other settings"),
     ):
         marked.set_user_attr(SETTINGS, mark)
         said = made(ROWS, "--model", "small", "--export", tmp_path / "out")

@@ -349,8 +349,8 @@ def test_verdicts_say_what_to_do_about_each_finding():
     clean = verdicts(audit(made(OTHERS, category="a"), against=made(COPIES)))
     assert [said.partition(":")[0] for said in clean] == [
         "no near-copies at a similarity of 0.5",
-        "all categories are one (a)",
-        "no prompt recurs among the 12 of the other set, nor does one like it",
+        "there is one category (a)",
+        "no prompt equals or resembles one of the 12 prompts of the other set",
     ]
     assert "no prompt has a category" in verdicts(audit(made(OTHERS)))[1]
     rows = [
@@ -373,11 +373,11 @@ def test_verdicts_say_what_to_do_about_each_finding():
         "1 cluster is a chain",
         "1 prompt repeats another",
         "2 categories, the smallest with 1 prompt (b), the largest with 1 (a, 20%)",
-        "2 categories hold fewer than 10 prompts: report no rate of their own (a, b)",
+        "2 categories hold fewer than 10 prompts: report no separate rate for them (a, b)",
         "3 prompts have no category",
         "2 prompts have fewer than 3 words",
         "holds harmful and harmless prompts",
-        "2 rows had an id that was taken",
-        "3 of 5 prompts recur in the other set (pairs: 2 the same, 1 similar)",
+        "2 rows have an id of an earlier row",
+        "3 of 5 prompts recur in the other set (pairs: 2 equal, 1 similar)",
     ):
         assert expected in said
