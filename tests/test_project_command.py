@@ -476,13 +476,13 @@ def test_a_nan_is_refused_with_the_module_and_where_it_is(
         sources["aligned"] = edited(
             tmp_path / "same", pair.aligned, lambda tensors: tensors.update(same)
         )
-    said = (
+    message = (
         rf"{LAST}: (?=.*NaN or infinity).*"
         + (f"{where[:6]} of " if which == "adapter" else "")
         + f"{tmp_path}/{which}"
     )
     refused(
-        said,
+        message,
         Pair(sources["base"], sources["aligned"]),
         tmp_path / "out",
         sources["adapter"],
