@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.commands.audit import tell, verdicts
+from ebbline.commands.audit import print_audit, verdicts
 from ebbline.tasks.data import audit as audits
 from ebbline.tasks.data.audit import Lengths, Overlap, audit, content_words, similarity
 from ebbline.tasks.data.prompts import Prompt, PromptSet
@@ -60,7 +60,7 @@ def made(texts, **fields):
 
 
 def printed(capsys, *args, **kwargs):
-    tell(*args, **kwargs)
+    print_audit(*args, **kwargs)
     return capsys.readouterr().out
 
 
