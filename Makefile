@@ -1,19 +1,23 @@
 # make demo       a fresh machine to a finished Pareto frontier
 # make check      for daily work: style, types, import directions, and the fast tests; under 3 minutes
-# make test       all tests but the long ones, in WORKERS processes; COLD=1 uses nothing that an earlier run has trained
-# make test-long  the quickstart as it ships, and kills that take minutes to come back from
-# make mutations  planted faults, and the share of them that the tests find
-# make lint       style, types, import directions alone
-# make docs       the documentation site in build/site, every link checked
+# make test       all tests but the long ones, in WORKERS processes; COLD=1 ignores models of earlier runs
+# make test-long  the shipped quickstart, and recoveries from kills that take minutes
+# make mutations  planted faults, and the share that the tests find
+# make lint       style, types and import directions
+# make docs       the documentation site in build/site, with all links checked
 # make lock       refresh the pinned versions
-# make bench-project    Safe LoRA against its definition, in time and memory; writes tests/benchmarks/results/project_*.json
-# make bench-evaluate   eight adapters measured in one batch, against a process for each
-# make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray Tune's two behaviours;
-#                        then 24 stages that really run on a local cluster, against Ray Tune itself
+# make bench-project    Safe LoRA against its definition: time and memory
+#                       (tests/benchmarks/results/project_*.json)
+# make bench-evaluate   eight adapters measured in one batch, against one process for each
+# make bench-schedule   a mixed queue of 10,000 stages on a virtual clock, against first-come and Ray
+#                       Tune's two behaviours; then 24 real stages on a local cluster, against Ray Tune
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
-# make bench-pack       eight adapters trained at once over one base, against one after another; on a GPU a 7B-shaped model as well
-# make bench-plan       what `ebbline plan` predicts of five small studies, against what they then take; nothing else may run meanwhile
-# make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of 10,000 points on a virtual clock
+# make bench-pack       eight adapters trained together over one base, against one after another; on a
+#                       GPU also a 7B-shaped model
+# make bench-plan       the predictions of `ebbline plan` for five small studies, against their real
+#                       costs; nothing else may run meanwhile
+# make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of
+#                       10,000 points on a virtual clock
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -93,7 +97,7 @@ python:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "this Python cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
 	@command -v git >/dev/null || { echo "ebbline needs git; on Debian: apt-get install git"; exit 1; }
 
-# What a fresh install of the newest allowed versions gives becomes the lock; look at the difference before you commit it.
+# Install the newest allowed versions and write them to the lock; read the difference before you commit it.
 lock: | python
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock

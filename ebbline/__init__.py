@@ -16,7 +16,7 @@ __all__ = ["evaluate", "project"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a command when it is asked for: both bring torch."""
+    """Import a command on first use: both import torch."""
     if name not in __all__:
         raise AttributeError(f"module 'ebbline' has no attribute {name!r}")
     return getattr(import_module(f"ebbline.commands.{name}"), name)

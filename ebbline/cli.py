@@ -1,7 +1,7 @@
-"""The command line. `--help` imports neither torch, ray nor optuna: each command brings what it
+"""The command line. `--help` imports neither torch, ray nor optuna: each command imports what it
 needs when it runs.
 
-Its exit codes are EXIT_CODES, in ebbline.options.
+EXIT_CODES in ebbline.options lists the exit codes.
 """
 
 import json
@@ -32,7 +32,7 @@ app = typer.Typer(
     name="ebbline",
     help="How far do a chat model's refusals ebb when it is fine-tuned, and what brings them back?",
     no_args_is_help=True,
-    # A bug's traceback in full, plain, and without locals: they may hold completions
+    # Python's plain traceback for a bug: rich's shows locals, which may hold completions
     pretty_exceptions_enable=False,
 )
 
@@ -40,7 +40,7 @@ app = typer.Typer(
 @app.command()
 @explained
 def studies(as_json: JsonOption = False) -> None:
-    """List the studies that ship."""
+    """List the studies that ship with ebbline."""
     from ebbline.sweeps.study.study_file import parse, shipped
 
     rows = {name: parse(path).question for name, path in shipped().items()}
@@ -54,7 +54,7 @@ def studies(as_json: JsonOption = False) -> None:
 @app.command()
 @explained
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
-    """Check a study file: keys, types, ranges, and whether all it names is pinned."""
+    """Check a study file: keys, types, ranges, and whether its models and data are pinned."""
     from ebbline.sweeps.search.searcher import check_written_points
     from ebbline.sweeps.study.study import require_pins
     from ebbline.sweeps.study.study_file import load
@@ -81,9 +81,7 @@ def pin(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Fill in the commit and sha256 of every model and data set that a study names, in a copy of
-    its file.
-    """
+    """Copy a study file and fill in the commit and sha256 of every model and data set it names."""
     from ebbline.sweeps.study.pins import pin_study
 
     pins = []
@@ -104,13 +102,14 @@ def plan(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Plan for these hosts: `2x8xA100,1x4` is hosts x GPUs x type.", show_default=False
+            help="Plan for these hosts: `2x8xA100,1x4` is hosts x GPUs x type.",
+            show_default=False,
         ),
     ] = None,
     address: Annotated[
         str | None,
         typer.Option(
-            help="Plan for this Ray cluster, as `run` takes it; the profile's if not given.",
+            help="Plan for the Ray cluster at this address; default: the profile's.",
             show_default=False,
         ),
     ] = None,
@@ -118,11 +117,11 @@ def plan(
         int | None,
         typer.Option(help="Logical GPUs of a local cluster without real ones.", show_default=False),
     ] = None,
-    why: Annotated[int, typer.Option("--why", help="How many misses to explain.")] = 12,
+    why: Annotated[int, typer.Option("--why", help="How many missing stages to explain.")] = 12,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a run would take: stages, GPU-hours, dollars, wall time, disk; draw it; and what
-    made each stage miss.
+    """Predict what a run takes: stages, GPU-hours, dollars, wall time, disk. Draw the schedule.
+    Explain why stages must run.
     """
     from ebbline.commands.plan import capacity_of, plan_study
     from ebbline.sweeps.search.searcher import check_written_points
@@ -151,8 +150,8 @@ def run(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Ray address: `local` starts one here, `auto` joins the one there is; the "
-            "profile's if not given.",
+            help="Ray address: `local` starts a cluster here, `auto` joins a running one; "
+            "default: the profile's.",
             show_default=False,
         ),
     ] = None,
@@ -167,18 +166,19 @@ def run(
         bool,
         typer.Option(
             "--extend",
-            help="The file was changed to ask for more: points, values of an axis, seeds, a size.",
+            help="Accept a file with more points, axis values, seeds or a further size.",
         ),
     ] = False,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="One JSON object at the end; all else goes to standard error."),
+        typer.Option("--json", help="Print one JSON object at the end; the rest to stderr."),
     ] = False,
 ) -> None:
-    """Run a study to its report. The same command continues one that was cut off, and runs nothing
-    twice.
+    """Run a study to its report. The same command continues an interrupted run and reruns no
+    finished stage.
 
-    Ctrl-C once finishes what runs and starts nothing new; twice stops now. Both say how to go on.
+    Ctrl-C once: running stages finish, nothing new starts. Ctrl-C twice: stop now. Both print how
+    to continue.
     """
     from ebbline.commands.run import Place, run_study
     from ebbline.sweeps.study.view import StudyView
@@ -194,17 +194,17 @@ def doctor(
     home: HomeOption = DEFAULT_HOME,
     address: Annotated[
         str | None,
-        typer.Option(help="Ray address; the profile's if not given.", show_default=False),
+        typer.Option(help="Ray address; default: the profile's.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Try everything that a run needs: GPUs, compiler, disks, Ray, logins, store, database. Says
-    how to mend what is missing.
+    """Test what a run needs: GPUs, compiler, disks, Ray, logins, store, database. Print a remedy
+    for each problem.
     """
-    from ebbline.commands.doctor import examine, tell
+    from ebbline.commands.doctor import examine, print_findings
     from ebbline.sweeps.study.home import Home
 
-    raise typer.Exit(tell(examine(Home(home), address), as_json))
+    raise typer.Exit(print_findings(examine(Home(home), address), as_json))
 
 
 app.add_typer(outcome_app)

@@ -1,5 +1,5 @@
-"""What the commands share: their common options, and how an error becomes a message and an exit
-code.
+"""What all commands share: their common options, and the step from an error to a message and an
+exit code.
 """
 
 import json
@@ -20,8 +20,8 @@ DEFAULT_HOME = Path("runs")
 
 
 def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """For a shell: the studies that ship and those of the home. A YAML file is completed by the
-    shell itself.
+    """Complete a study's name for a shell, from the shipped studies and those of the home. The
+    shell itself completes YAML files.
     """
     home = Path(
         context.params.get("home") or os.environ.get("EBBLINE_HOME") or DEFAULT_HOME
@@ -29,15 +29,15 @@ def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, s
     ship = {path.stem: "ships" for path in (Path(sweeps.__path__[0]) / "studies").glob("*.yaml")}
     own = {path.parent.name: f"in {home}" for path in home.glob("studies/*/file")}
     return sorted(
-        (name, what) for name, what in {**ship, **own}.items() if name.startswith(incomplete)
+        (name, origin) for name, origin in {**ship, **own}.items() if name.startswith(incomplete)
     )
 
 
 StudyName = Annotated[
     str,
     typer.Argument(
-        help="A study that ships (see `ebbline studies`), a YAML file, or a study of the home "
-        "by its name.",
+        help="A shipped study (see `ebbline studies`), a YAML file, or the name of a study in "
+        "the home.",
         show_default=False,
         autocompletion=complete_study,
     ),
@@ -45,21 +45,21 @@ StudyName = Annotated[
 HomeOption = Annotated[
     Path,
     typer.Option(
-        "--home", envvar="EBBLINE_HOME", help="The folder that holds the store and all studies."
+        "--home", envvar="EBBLINE_HOME", help="The folder of the store and of all studies."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 EXIT_CODES = (
     "Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; 3 done, but "
-    "points have no result; 4 somebody else drives"
-    " the study; 5 its budget stopped it (raise it, and the same command goes on); 130 "
-    "stopped on request (the same command goes on)."
+    "points have no result; 4 another driver has the study; "
+    "5 the study's budget stopped it (raise it and run the same command to continue); 130 "
+    "stopped on request (run the same command to continue)."
 )
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an EbblineError into one message and an exit code; anything else is a bug and keeps its
-    traceback.
+    """Turn an EbblineError into one message and an exit code. Any other exception is a bug and
+    keeps its traceback.
     """
 
     @wraps(command)
@@ -82,7 +82,7 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def as_typed(context: typer.Context) -> str:
-    """The command line of this process, as a shell would take it again."""
+    """The command line of this process, quoted for a shell."""
     program = context.find_root().info_name or "ebbline"
     return shlex.join(
         [*("python -m ebbline" if program.endswith(".py") else program).split(), *sys.argv[1:]]

@@ -1,5 +1,5 @@
-"""The commands that look at what a study has come to. Each brings what it needs when it runs, so
-that `--help` stays fast.
+"""The commands that read a study's results. Each imports what it needs when it runs, so `--help`
+stays fast.
 """
 
 import os
@@ -23,13 +23,13 @@ def status(
         typer.Option(
             "--watch",
             "-w",
-            help="Follow it until nobody drives it any more. Ctrl-C ends only that.",
+            help="Follow the run until its driver ends. Ctrl-C ends the watching, not the run.",
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a study is: who drives it, its points, and the frontier so far. With --watch
-    --json, a line for each change.
+    """Show a study's progress: its driver, its points, and the frontier so far. With --watch
+    --json, print a line for each change.
     """
     from ebbline.commands.status import show_status, watch_status
     from ebbline.sweeps.study.view import StudyView
@@ -45,14 +45,14 @@ def dashboard(
     port: Annotated[
         int,
         typer.Option(
-            min=0, max=65535, help="Of this machine's loopback; 0 takes any that is free."
+            min=0, max=65535, help="Port on this machine's loopback; 0 means any free port."
         ),
     ] = 8765,
     browser: Annotated[
         bool, typer.Option("--open/--no-open", help="Open the page in a browser.")
     ] = True,
 ) -> None:
-    """Show a study in a browser as it runs: queue, GPUs, frontier, trainings, failures; and its
+    """Show a running study in a browser: queue, GPUs, frontier, trainings, failures; and its
     points in optuna-dashboard.
     """
     from ebbline.analysis.dashboard.server import show
@@ -64,13 +64,13 @@ def dashboard(
 @outcome_app.command()
 @explained
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Write the tables, the figures and the report of what a study has so far."""
+    """Write the tables, the figures and the report of a study's results so far."""
     from ebbline.analysis.results.collect import collect
-    from ebbline.outputs import tell_outputs, write_outputs
+    from ebbline.outputs import print_outputs, write_outputs
     from ebbline.sweeps.study.view import StudyView
 
     view = StudyView.open(home, study)
-    tell_outputs(write_outputs(view, collect(view)), as_json)
+    print_outputs(write_outputs(view, collect(view)), as_json)
 
 
 @outcome_app.command()
@@ -80,12 +80,12 @@ def sync(
     home: HomeOption = DEFAULT_HOME,
     at_once: Annotated[
         int,
-        typer.Option("--at-once", "-n", min=1, max=64, help="How many runs are pushed at a time."),
+        typer.Option("--at-once", "-n", min=1, max=64, help="How many runs to push at a time."),
     ] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring the W&B mirror up to date, and push the runs that were kept offline. Cut off, it goes
-    on where it was.
+    """Update the W&B mirror and push the offline runs. The same command continues an interrupted
+    push.
     """
     from ebbline.commands.wandb import sync_study
     from ebbline.sweeps.study.view import StudyView
@@ -101,13 +101,13 @@ def wandb_workspace(
     entity: Annotated[
         str | None,
         typer.Option(
-            help="The W&B user or team; your default one if not given.", show_default=False
+            help="The W&B user or team; default: your W&B default entity.", show_default=False
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the study's workspace and report on W&B, or bring them up to date: frontier,
-    hypervolume, parallel coordinates, importance.
+    """Create or update the study's workspace and report on W&B: frontier, hypervolume, parallel
+    coordinates, importance.
     """
     from ebbline.commands.wandb import make_workspace
     from ebbline.sweeps.study.view import StudyView
@@ -119,29 +119,27 @@ def wandb_workspace(
 @explained
 def export(
     study: Annotated[
-        str | None, typer.Argument(help="A study that ships, or a YAML file.", show_default=False)
+        str | None, typer.Argument(help="A shipped study, or a YAML file.", show_default=False)
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option(
-            "--to", help="The folder to write; an earlier export of the study is replaced."
-        ),
+        typer.Option("--to", help="The folder to write; replaces an earlier export of the study."),
     ] = None,
     style: Annotated[
         Literal["neurips", "acl", "both"],
-        typer.Option(help="Whose column widths figures and tables have."),
+        typer.Option(help="The column widths of figures and tables."),
     ] = "both",
     check: Annotated[
         Path | None,
         typer.Option(
-            "--check", help="In place of a study: compare this bundle's keys with those of --home."
+            "--check", help="Instead of a study: compare this bundle's keys with those of --home."
         ),
     ] = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a study's outcome for a paper: figures, LaTeX tables, data, methods, BibTeX, and a
-    bundle that runs it again.
+    """Write a study's results for a paper: figures, LaTeX tables, data, methods, BibTeX, and a
+    bundle that reruns the study.
     """
     from ebbline.commands import export as exporting
     from ebbline.sweeps.study.home import Home
@@ -151,7 +149,7 @@ def export(
         raise typer.Exit(exporting.check(check, Home(home), as_json))
     if study is None or to is None or check is not None:
         raise typer.BadParameter(
-            "give STUDY and --to DIR, or --check BUNDLE alone (either with --home)"
+            "give STUDY and --to DIR, or --check BUNDLE alone (both accept --home)"
         )
     exporting.export_study(StudyView.open(home, study), to, style, as_json)
 
@@ -162,20 +160,21 @@ def pick(
     study: StudyName,
     home: HomeOption = DEFAULT_HOME,
     model: Annotated[
-        str | None, typer.Option(help="Of this size only.", show_default=False)
+        str | None, typer.Option(help="Only this model size.", show_default=False)
     ] = None,
     floor: Annotated[
         list[str] | None,
         typer.Option(
-            help="What a point must hold, as refusal_rate=0.95; at most, where lower is better. "
-            "Repeatable.",
+            help="A limit that a point must hold, such as refusal_rate=0.95; an upper limit "
+            "where lower is better. Repeatable.",
             show_default=False,
         ),
     ] = None,
     maximise: Annotated[
         str | None,
         typer.Option(
-            help="Most of this; the study's usefulness objective if not given.", show_default=False
+            help="The metric to maximise; default: the study's usefulness objective.",
+            show_default=False,
         ),
     ] = None,
     confidence: Annotated[
@@ -183,19 +182,19 @@ def pick(
         typer.Option(
             min=0.5,
             max=0.9999,
-            help="Hold the floors with this confidence, the pick allowed for.",
+            help="Hold the floors with this confidence, corrected for choosing the best point.",
             show_default=False,
         ),
     ] = None,
     point: Annotated[
         int | None,
-        typer.Option(help="Look at this point instead of the best one.", show_default=False),
+        typer.Option(help="Use this point instead of the best one.", show_default=False),
     ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
             "--export",
-            help="Write the point's adapter and its model card into this folder.",
+            help="Write the point's adapter and model card into this folder.",
             show_default=False,
         ),
     ] = None,
@@ -204,14 +203,14 @@ def pick(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Name the point to ship: the most useful one that holds the floor, and how sure that is. Exit
-    code 1 when none does.
+    """Find the point to ship: the most useful one that holds the floor, and how sure that is. Exit
+    code 1 when no point does.
     """
-    from ebbline.commands.pick import Asked, pick_study
+    from ebbline.commands.pick import PickOptions, pick_study
     from ebbline.sweeps.study.view import StudyView
 
-    asked = Asked(tuple(floor or ()), maximise, model, point, confidence, seed)
-    raise typer.Exit(pick_study(StudyView.open(home, study), asked, export, as_json))
+    options = PickOptions(tuple(floor or ()), maximise, model, point, confidence, seed)
+    raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
 
 
 @outcome_app.command()
@@ -220,33 +219,34 @@ def compare(
     studies: Annotated[
         list[str],
         typer.Argument(
-            help="Studies that ship, or YAML files; the first is what the others are set against."
+            help="Shipped studies, or YAML files; the others are compared with the first."
         ),
     ],
     home: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The home of all of them, or one for each in their order.", show_default=False
+            help="The home of all studies, or one for each, in order.", show_default=False
         ),
     ] = None,
     floor: Annotated[
         list[str] | None,
         typer.Option(
-            help="What operating points must hold, as for `pick`; the strictest refusal floor "
-            "if not given.",
+            help="A limit that operating points must hold, as for `pick`; default: the "
+            "strictest refusal floor.",
             show_default=False,
         ),
     ] = None,
     to: Annotated[
         Path | None,
         typer.Option(
-            help="Write a page (.html) or a picture (.png, .pdf, .svg) here.", show_default=False
+            help="Write a page (.html) or a picture (.png, .pdf, .svg) here.",
+            show_default=False,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Set studies side by side: frontiers, operating points at equal floors, equal points; prompt
-    by prompt where that is possible.
+    """Compare studies: frontiers, operating points at equal floors, equal points; prompt by prompt
+    where both used the same prompts.
     """
     from ebbline.commands.compare import compare_studies
 
@@ -262,9 +262,7 @@ def compare(
 @outcome_app.command()
 @explained
 def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Set a study beside what papers report, and say of each number what is and is not
-    comparable.
-    """
+    """Compare a study with published results, and say for each number whether it is comparable."""
     from ebbline.commands.papers import show_papers
     from ebbline.sweeps.study.view import StudyView
 

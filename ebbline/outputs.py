@@ -1,4 +1,4 @@
-"""What a study writes beside its store: tables, figures and report of what it has so far."""
+"""A study's outputs beside its store: tables, figures and the report of its results so far."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,9 +32,7 @@ from ebbline.sweeps.study.view import StudyView
 
 
 def write_outputs(view: StudyView, results: Sequence[Result]) -> dict[str, Path]:
-    """The tables, figures and report of what a study has so far, which `results` are; what ->
-    where.
-    """
+    """Write the tables, figures and report of `results`. Returns name -> path of each output."""
     study, home, folder = view.study, view.home, view.folder
     before = baselines(view)
     _, table, frontier_csv = write_tables(
@@ -62,12 +60,12 @@ def write_outputs(view: StudyView, results: Sequence[Result]) -> dict[str, Path]
     return outputs
 
 
-def tell_outputs(outputs: Mapping[str, Path], as_json: bool = False) -> None:
+def print_outputs(outputs: Mapping[str, Path], as_json: bool = False) -> None:
     if as_json:
-        print(json.dumps({what: str(path) for what, path in outputs.items()}, indent=1))
+        print(json.dumps({name: str(path) for name, path in outputs.items()}, indent=1))
         return
-    for what, path in outputs.items():
-        print(f"{what:10} {path}")
+    for name, path in outputs.items():
+        print(f"{name:10} {path}")
 
 
 def _cost(

@@ -1,9 +1,9 @@
-"""The frontier so far in characters, for a terminal: the first two objectives, a mark for each
+"""The frontier so far as text for a terminal: the first two objectives, one mark for each model
 size.
 
-It keeps what no other point of its size dominates, and of the rest the latest: a study may have
-very many points. A point that comes again, with a further seed, replaces what it was; what it hid
-comes back as far as it is kept.
+A study may have very many points. The plot keeps every non-dominated point and the latest KEPT
+dominated ones. A result with a further seed replaces the point's earlier result. Kept points that
+the earlier result dominated then return to the frontier.
 """
 
 import math
@@ -23,13 +23,13 @@ STYLES = ("bright_blue", "yellow", "green", "magenta", "cyan")
 SIGNS = {
     True: ("●■▲◆▼", "·", "★"),
     False: ("o#^%v", ".", "*"),
-}  # of frontiers, of dominated points, of aligned models
+}  # unicode? -> marks of frontiers, of dominated points, of aligned models
 KEPT = 400  # dominated points that are drawn
-STEP = 0.05
+STEP = 0.05  # axis ends of rates are multiples of this
 
 
 class FrontierSoFar:
-    """Takes results in as they land; `text` draws them."""
+    """Collects results as stages finish; `text` draws them."""
 
     def __init__(self, objectives: Sequence[str]) -> None:
         self.objectives = objectives
@@ -45,20 +45,22 @@ class FrontierSoFar:
     def _take(self, result: Result) -> None:
         model, values = result.point.model, self._values(result)
         before = self.fronts.get(model, [])
-        known = [each for each in before if each.number != result.number]
+        candidates = [each for each in before if each.number != result.number]
         if any(each.number == result.number for each in self._rest):
             self._rest = deque((each for each in self._rest if each.number != result.number), KEPT)
-        if len(known) < len(before):
-            known += [each for each in self._rest if each.point.model == model]
+        if len(candidates) < len(before):
+            candidates += [each for each in self._rest if each.point.model == model]
             self._rest = deque((each for each in self._rest if each.point.model != model), KEPT)
-        if not any(self._values(each) == values and each.number < result.number for each in known):
-            known = [*(each for each in known if self._values(each) != values), result]
-        now = self.fronts[model] = frontier(known, self.objectives)
-        self._rest += [each for each in known if each not in now]
+        if not any(
+            self._values(each) == values and each.number < result.number for each in candidates
+        ):
+            candidates = [*(each for each in candidates if self._values(each) != values), result]
+        front = self.fronts[model] = frontier(candidates, self.objectives)
+        self._rest += [each for each in candidates if each not in front]
 
     @property
     def results(self) -> list[Result]:
-        """The points of each size that no other of that size dominates, by number."""
+        """The non-dominated points of every size, by number."""
         return sorted(
             (result for front in self.fronts.values() for result in front),
             key=lambda result: result.number,
@@ -72,26 +74,26 @@ class FrontierSoFar:
         return [result.metrics[name].value for name in self.objectives]
 
     def text(self, width: int = 48, height: int = 10, unicode: bool = True) -> Text:
-        """A scatter of `width` x `height` characters with its axes, what the signs mean, and how
-        wide the intervals are.
+        """A scatter plot of `width` x `height` characters, with axes, a legend and the median
+        half-width of the intervals.
         """
         if not self.fronts:
             return Text("no point has finished, so there is no frontier yet", style="dim")
         drawn = self.objectives[:2]
         marks, dominated, star = SIGNS[unicode]
         sizes = sorted({*self.fronts, *self.aligned}, key=natural)
-        look = {
+        styles = {
             model: (marks[place % len(marks)], STYLES[place % len(STYLES)])
             for place, model in enumerate(sizes)
         }
         signs = [(self._place(each.metrics, each.number), dominated, "dim") for each in self._rest]
         signs += [
-            (self._place(metrics, 0), star, look[model][1])
+            (self._place(metrics, 0), star, styles[model][1])
             for model, metrics in self.aligned.items()
             if set(drawn) <= set(metrics)
         ]
         signs += [
-            (self._place(each.metrics, each.number), *look[each.point.model])
+            (self._place(each.metrics, each.number), *styles[each.point.model])
             for each in self.results
         ]
         xs, ys = (
@@ -122,7 +124,7 @@ class FrontierSoFar:
             f"{ends[0]}{name:^{width - sum(map(len, ends))}}{ends[1]}\n"
         )
         for model in sizes:
-            text.append(f"{look[model][0]} ", look[model][1]).append(f"{model}  ")
+            text.append(f"{styles[model][0]} ", styles[model][1]).append(f"{model}  ")
         text.append(f"{dominated} dominated  " if self._rest else "").append(
             f"{star} before fine-tuning" if self.aligned else ""
         )
@@ -133,10 +135,10 @@ class FrontierSoFar:
             )
             for name in drawn
         ]
-        wide = [f"±{half:.1%}" for half in halves]
+        widths = [f"±{half:.1%}" for half in halves]
         return text.append(
-            "\nin the middle, 95% intervals are "
-            f"{' across, '.join(wide)}{' up' if len(drawn) == 2 else ''}",
+            "\nmedian 95% interval: "
+            f"{' horizontally, '.join(widths)}{' vertically' if len(drawn) == 2 else ''}",
             "dim",
         )
 
@@ -148,8 +150,8 @@ class FrontierSoFar:
 
 
 def _scale(values: Sequence[float], rate: bool = True) -> tuple[float, float]:
-    """The ends of an axis that shows these values: of a rate whole steps in [0, 1], apart from each
-    other.
+    """The two ends of an axis for these values. A rate's ends differ and are multiples of STEP in
+    [0, 1].
     """
     low, high = min(values), max(values)
     if not rate:

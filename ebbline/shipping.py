@@ -1,7 +1,7 @@
-"""`pick --export`: one adapter out of the store, with its model card, whole or not at all.
+"""`pick --export`: write one adapter of the store and its model card, atomically.
 
-Invariant: the weights are those of the store's record, byte for byte, and no path of this machine
-goes with them.
+Invariant: the weights equal the store's record byte for byte, and the export holds no path of this
+machine.
 """
 
 import json
@@ -41,14 +41,14 @@ def ship(
     alone: Result,
     done: int,
     to: Path,
-    seed_asked: bool,
+    seed_requested: bool,
 ) -> dict[str, Any]:
-    """Write the projected adapter of a pick into `to`, a folder that is new or empty; returns what
-    its pick.json says.
+    """Write the projected adapter of a pick into `to`, a new or empty folder; return the content of
+    its pick.json.
 
-    `alone` is the point with the metrics of `seed` only, which somebody asked for when
-    `seed_asked`; `done` how many points the study has. Raises StudyError when `to` cannot be
-    written, StoreError when retention dropped the adapter or its files are not those on record.
+    `alone` is the point with the metrics of `seed` only. `seed_requested`: the user gave the seed.
+    `done` is the number of finished points. Raises StudyError when `to` cannot be written, and
+    StoreError when retention dropped the adapter or its files differ from the record.
     """
     study, name, home = view.study, view.name, view.home
     destination = _destination(to)
@@ -61,17 +61,17 @@ def ship(
     } | {makes: adapter}
     share = changed_share({f"{part}[seed={seed}]": stages[part] for part in (measures, makes)})
     alone = replace(alone, changed_share=share)
-    said = {
+    record = {
         "study": study.study,
         "seed": seed,
-        "seed_asked_for": seed_asked,
+        "seed_asked_for": seed_requested,
         f"{DEFENCE.words.share}_of_seed": share,
         "weights_sha256": adapter.files[WEIGHTS],
         **picked_json(study, found),
         "settings_of_stages": {part: artifact.hashed["spec"] for part, artifact in stages.items()},
     }
     aligned, prompts = baselines(view).get(result.point.model, {}), prompt_sets(view)
-    text = card(study, found, seed, alone, done, stages, aligned, prompts, seed_asked)
+    text = card(study, found, seed, alone, done, stages, aligned, prompts, seed_requested)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
@@ -84,19 +84,19 @@ def ship(
                 json.dumps({**config, **_base(study, result.point.model)}, indent=2, sort_keys=True)
             )
             (fresh / CARD).write_text(text, "utf-8")
-            (fresh / RECORD).write_text(json.dumps(said, indent=1, allow_nan=False))
+            (fresh / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False))
             fresh.replace(destination)
     except OSError as error:
         raise StudyError(
-            f"{to} cannot be written: {error}. Make room or name another folder; nothing "
-            "was left there"
+            f"{to} cannot be written: {error}. Free disk space or give another folder; nothing "
+            "was written there"
         ) from error
-    return said
+    return record
 
 
 def _base(study: Study, model: str) -> dict[str, str | None]:
-    """What PEFT is to load the adapter onto: the hub's model at its commit, or nothing where there
-    is none.
+    """The base model in PEFT's configuration: the hub's model at its commit, or None for a local
+    model.
     """
     hub = hub_base(study, model)
     return (
@@ -113,20 +113,20 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
     dropped = home.store.dropped(adapter)
     if dropped:
         raise StoreError(
-            f"the adapter {kind}/{key} is on record, but its tensors were dropped to save "
+            f"the adapter {kind}/{key} has a record, but its tensors were dropped to save "
             f"space ({', '.join(sorted(dropped))}). To make"
-            f" them again:\n  ebbline store forget {kind} {key} --home {home.root}\n  "
+            f" them anew:\n  ebbline store forget {kind} {key} --home {home.root}\n  "
             f"ebbline run {name} --home {home.root}"
-            "\nIts training is run again too if that was dropped; both have to come out as "
-            "they were measured. Nothing was exported"
+            "\nThis also reruns its training if that was dropped; both results must equal "
+            "the measured ones. Nothing was exported"
         )
     found = folder_files(adapter.path)
     wrong = sorted(file for file, sha in adapter.files.items() if found.get(file) != sha)
     if wrong:
         raise StoreError(
-            f"{', '.join(wrong)} of {kind}/{key} is not what its record says; `ebbline "
-            "store verify --mend` moves it away and the next"
-            " run makes it again. Nothing was exported"
+            f"{', '.join(wrong)} of {kind}/{key} differs from its record; `ebbline "
+            "store verify --mend` quarantines the artifact and the next"
+            " run makes a new one. Nothing was exported"
         )
     return adapter
 
@@ -134,10 +134,8 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
 def _destination(to: Path) -> Path:
     destination = to.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise StudyError(
-            f"{to} exists, and nothing is overwritten; name a folder that is new or empty"
-        )
+        raise StudyError(f"{to} exists and is not an empty folder; give a new or empty folder")
     above = next(folder for folder in destination.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise StudyError(f"{to} cannot be made: {above} is no folder that you may write to")
+        raise StudyError(f"cannot create {to}: {above} is not a folder that you may write to")
     return destination

@@ -1,7 +1,7 @@
-"""What people see of a run while it goes on, drawn from its live snapshot: here (`run`) or in
-another process (`status --watch`).
+"""The progress display of a run, drawn from its live snapshot: in the driver (`run`) or in another
+process (`status --watch`).
 
-Plain lines when the output is not a terminal.
+When the output is not a terminal, the display is plain lines.
 """
 
 import os
@@ -29,16 +29,14 @@ from ebbline.tasks.stage import Stage
 PLAIN_EVERY_S, PLAIN_AT_LEAST_S = (
     5.0,
     60.0,
-)  # lines when something has changed, and when only the clock has
-LINES = 8  # stages that say what they are at
-REASONS = 3  # the latest failures that are named in a picture
-WIDE = 120  # from so many columns on the frontier stands beside the stages
+)  # the time between lines after a change, and without one
+LINES = 8  # running stages that are listed
+REASONS = 3  # latest failures that are listed
+WIDE = 120  # columns from which the frontier is drawn beside the stages
 
 
 class Picture:
-    """A run in a terminal: `live` and `frontier` are replaced as it goes on; the clock moves by
-    itself.
-    """
+    """A run in a terminal. The owner replaces `live` and `frontier`; rich redraws the clock."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -48,8 +46,8 @@ class Picture:
         self.notice = ""
 
     def draw(self, console: Console) -> None:
-        """Draw the frontier anew: only when there is something new, as the rest is drawn several
-        times a second.
+        """Redraw the frontier. Called only for new results: rich redraws the rest several times a
+        second.
         """
         text = self.frontier.text(unicode=console.encoding.startswith("utf"))
         if self.frontier.fronts:
@@ -61,7 +59,7 @@ class Picture:
     ) -> Iterator[RenderableType]:
         live, notice = self.live, [Text(self.notice, style="bold yellow")] if self.notice else []
         if live is None:
-            yield Group(Text(f"{self.study.study}: getting ready"), *notice)
+            yield Group(Text(f"{self.study.study}: starting"), *notice)
             return
         head = f"{self.study.study}: {points(live)}; {clock(elapsed_s(live))} so far, {left(live)}"
         stages: RenderableType = bars(live)
@@ -82,10 +80,10 @@ class Picture:
 
 
 class Screen:
-    """Watches a drive. `with Screen(study) as screen: drive(..., watch=screen)`.
+    """Shows a drive: `with Screen(study) as screen: drive(..., watch=screen)`.
 
-    It looks at the snapshot, and at what landed since the last time, never at all there is: a study
-    may have very many points.
+    It reads the snapshot and the results since the last call, never all results: a study may have
+    very many points.
     """
 
     def __init__(self, study: Study, console: Console | None = None) -> None:
@@ -97,10 +95,8 @@ class Screen:
             if self.console.is_terminal
             else None
         )
-        self._landed = 0  # results that were looked at
-        self._before: Mapping[str, Mapping[str, Stage]] | None = (
-            None  # by size, what measures the models before fine-tuning
-        )
+        self._read_count = 0
+        self._baselines: Mapping[str, Mapping[str, Stage]] | None = None
 
     def __enter__(self) -> "Screen":
         if self._redrawn:
@@ -117,21 +113,19 @@ class Screen:
         self.picture.live = progress.live
         self.look(progress)
         if not self._redrawn:
-            self.lines.say(progress.live)
+            self.lines.write(progress.live)
 
     def look(self, progress: Progress) -> None:
-        """Take in the results that landed since the last time, and the models before
-        fine-tuning.
-        """
-        new = progress.history[self._landed :]
-        self._landed += len(new)
+        """Read the results since the last call, and the models before fine-tuning."""
+        new = progress.history[self._read_count :]
+        self._read_count += len(new)
         if not new:
             return
         frontier = self.picture.frontier
-        if self._before is None:
-            self._before = progress.graph.baselines()
-        for model in self._before.keys() - frontier.aligned.keys():
-            metrics = metrics_of(progress.study, self._before[model], progress.runner)
+        if self._baselines is None:
+            self._baselines = progress.graph.baselines()
+        for model in self._baselines.keys() - frontier.aligned.keys():
+            metrics = metrics_of(progress.study, self._baselines[model], progress.runner)
             if metrics is not None:
                 frontier.aligned = {**frontier.aligned, model: metrics}
         frontier.take(new)
@@ -139,8 +133,8 @@ class Screen:
             self.picture.draw(self.console)
 
     def notice(self, text: str) -> None:
-        """Say something from a signal's handler, where a print may meet another half way: in the
-        picture, or past all that prints.
+        """Show a message from a signal handler: in the picture, or by a direct write to standard
+        error. A `print` could interrupt another `print`.
         """
         self.picture.notice = text
         if self._redrawn is None or not self._redrawn.is_started:
@@ -148,23 +142,23 @@ class Screen:
 
 
 class Lines:
-    """Plain lines of a run, for a log: when something has changed, or a minute has passed; and each
-    failure when it is known.
+    """Plain lines of a run, for a log: one after a change or after a minute, and one for each new
+    failure.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._said_at, self._last = float("-inf"), ""
+        self._written_at, self._last = float("-inf"), ""
         self._failures = set[tuple[str, str]]()
 
-    def say(self, live: Live) -> None:
+    def write(self, live: Live) -> None:
         for failure in live.failures:
             if (failure.key, failure.label) not in self._failures:
                 self._failures.add((failure.key, failure.label))
                 self._print("\n".join(text.plain for text in failed([failure])))
         now, news = time.monotonic(), f"{stages(live)}; {points(live)}"
-        if now - self._said_at >= (PLAIN_EVERY_S if news != self._last else PLAIN_AT_LEAST_S):
-            self._said_at, self._last = now, news
+        if now - self._written_at >= (PLAIN_EVERY_S if news != self._last else PLAIN_AT_LEAST_S):
+            self._written_at, self._last = now, news
             at = f"; now: {live.running[0].label}" if live.running else ""
             self._print(f"[{clock(elapsed_s(live))}] {news}; {left(live)}; {spent(live)}{at}")
 
@@ -173,41 +167,40 @@ class Lines:
 
 
 def elapsed_s(live: Live) -> float:
-    """The seconds that a drive has gone on."""
+    """The seconds since a drive's start, until its end."""
     return max(0.0, (time.time() if live.ended is None else live.at) - live.started)
 
 
 def points(live: Live) -> str:
-    told, most = live.points.completed, live.points.limit
-    return f"{told}{'' if most is None else f'/{most}'} points, {live.points.in_flight} in flight"
+    limit = live.points.limit
+    total = "" if limit is None else f"/{limit}"
+    return f"{live.points.completed}{total} points, {live.points.in_flight} in flight"
 
 
 def left(live: Live) -> str:
-    return f"about {clock(live.left_s)} left for what is under way"
+    return f"about {clock(live.left_s)} left for the work in flight"
 
 
 def stages(live: Live) -> str:
     total = sum((Counter(counts) for counts in live.stages.values()), Counter[str]())
-    said = {
+    states = {
         "done": total["done"],
         "reused": total["reused"],
         "running": total["running"],
         "waiting": total["waiting"] + total["ready"],
     }
-    said |= {"failed": total["failed"]} if total["failed"] else {}
-    return f"stages {', '.join(f'{count} {state}' for state, count in said.items())}"
+    states |= {"failed": total["failed"]} if total["failed"] else {}
+    return f"stages {', '.join(f'{count} {state}' for state, count in states.items())}"
 
 
 def spent(live: Live) -> str:
-    """GPUs at work, what was spent, and what is left of what was predicted for this run and of the
-    budget.
-    """
+    """Busy GPUs, the cost so far, and what is left of this run's prediction and of the budget."""
     hours = "logical GPU-hours" if live.gpus.logical else "GPU-hours"
     busy = (
-        f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU asked for yet"
+        f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU requested yet"
     )
-    said = [busy, f"{gpu_hours_label(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
-    predicted, taken = live.predicted, live.spent_by_drive
+    parts = [busy, f"{gpu_hours_label(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
+    predicted, used_now = live.predicted, live.spent_by_drive
     if predicted is not None:
         whole = (
             f"{gpu_hours_label(predicted.gpu_hours, predicted.usd, hours)} in "
@@ -215,19 +208,19 @@ def spent(live: Live) -> str:
         )
         rest_s, rest = (
             predicted.wall_s - elapsed_s(live),
-            max(0.0, predicted.gpu_hours - taken.gpu_hours),
+            max(0.0, predicted.gpu_hours - used_now.gpu_hours),
         )
         usd = (
             None
-            if predicted.usd is None or taken.usd is None
-            else max(0.0, predicted.usd - taken.usd)
+            if predicted.usd is None or used_now.usd is None
+            else max(0.0, predicted.usd - used_now.usd)
         )
         left_of_it = (
             f", of which {gpu_hours_label(rest, usd, hours)} and {clock(rest_s)} are left"
             if rest_s > 0
-            else ", which it has outlasted"
+            else ", which is over"
         )
-        said.append(f"predicted for this run {whole}{left_of_it}")
+        parts.append(f"predicted for this run {whole}{left_of_it}")
     limits = {
         "usd": (live.spent.usd, "${:.2f} of ${:.2f}"),
         "gpu_hours": (live.spent.gpu_hours, "{:.3g} of {:g} GPU-hours"),
@@ -237,11 +230,11 @@ def spent(live: Live) -> str:
         "points": (live.points.completed, "{:g} of {:g} points"),
     }
     rests = [
-        words.format(max(0.0, live.budget[name] - used), live.budget[name])
-        for name, (used, words) in limits.items()
+        phrase.format(max(0.0, live.budget[name] - used), live.budget[name])
+        for name, (used, phrase) in limits.items()
         if name in live.budget and used is not None
     ]
-    return "; ".join([*said, *([f"the budget leaves {', '.join(rests)}"] if rests else [])])
+    return "; ".join([*parts, *([f"budget left: {', '.join(rests)}"] if rests else [])])
 
 
 def bars(live: Live) -> Table:
@@ -267,7 +260,7 @@ def bars(live: Live) -> Table:
 
 
 def at_work(live: Live) -> list[Text]:
-    """What runs, since when, on what, and what it says of itself."""
+    """A line for each running stage: where it runs, for how long, and its progress."""
     now, lines = time.time(), list[Text]()
     for each in live.running[:LINES]:
         on = (
@@ -275,10 +268,10 @@ def at_work(live: Live) -> list[Text]:
             if each.gpus
             else each.host
         )
-        took = f"{clock(max(0.0, now - each.started))} of about {clock(each.expected_s)}"
+        elapsed = f"{clock(max(0.0, now - each.started))} of about {clock(each.expected_s)}"
         lines.append(
             Text(
-                f"  {each.label}, {on}, {took}  {progress_label(each)}",
+                f"  {each.label}, {on}, {elapsed}  {progress_label(each)}",
                 style="dim",
                 no_wrap=True,
                 overflow="ellipsis",
@@ -289,7 +282,7 @@ def at_work(live: Live) -> list[Text]:
 
 
 def failed(failures: Sequence[Failed]) -> list[Text]:
-    """The reason of each in a line, and the command that shows it again."""
+    """A line for each reason, and the command that reruns the stage."""
     lines = list[Text]()
     for each in failures:
         lines.append(Text(f"failed: {each.label}: {each.reason}", style="red"))

@@ -1,5 +1,5 @@
-"""The commands that work without a study: Safe LoRA, measuring, prompt sets, the store. Each brings
-what it needs when it runs.
+"""The commands that need no study: Safe LoRA, measuring, prompt sets, the store. Each imports what
+it needs when it runs.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ import typer
 from ebbline.options import DEFAULT_HOME, HomeOption, JsonOption, explained
 
 tool_app = typer.Typer()
-prompts_app = typer.Typer(help="Look at prompt sets before they are used.", no_args_is_help=True)
+prompts_app = typer.Typer(help="Check prompt sets before a study uses them.", no_args_is_help=True)
 store_app = typer.Typer(
-    help="Look after the artifact store: what it holds, whether it is whole, what may go.",
+    help="Maintain the artifact store: list its contents, verify them, remove what nobody needs.",
     no_args_is_help=True,
 )
 
@@ -23,7 +23,7 @@ def project(
     adapter: Annotated[
         list[str],
         typer.Option(
-            help="A PEFT LoRA adapter's folder; give several of one model to read it once."
+            help="A PEFT LoRA adapter's folder. Repeatable: the model is then read once for all."
         ),
     ],
     base: Annotated[
@@ -41,19 +41,21 @@ def project(
     out: Annotated[
         Path,
         typer.Option(
-            help="Where the projected adapter goes; a folder for each when there are several."
+            help="The folder for the projected adapter; with several, one subfolder for each."
         ),
     ],
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Project modules whose cosine is at or below this; 0.5 if neither rule is given.",
+            help="Project modules whose cosine is at or below this; default 0.5 without --modules.",
             show_default=False,
         ),
     ] = None,
     modules: Annotated[
         int | None,
-        typer.Option(help="Project exactly this many, those of lowest cosine.", show_default=False),
+        typer.Option(
+            help="Project exactly this many modules, lowest cosine first.", show_default=False
+        ),
     ] = None,
     projector: Annotated[
         Literal["approximate", "exact"],
@@ -62,29 +64,31 @@ def project(
     energy: Annotated[
         float | None,
         typer.Option(
-            help="Share of |V|^2 that the exact projector keeps; 0.9 if not given.",
+            help="Share of |V|^2 that the exact projector keeps; default 0.9.",
             show_default=False,
         ),
     ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Keeps the exact projector's bases for the next time.", show_default=False
+            help="A folder that keeps the exact projector's bases for later calls.",
+            show_default=False,
         ),
     ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
-            help="An HTML file with every module's cosine, in pictures.", show_default=False
+            help="Write an HTML report with figures of every module's cosine.",
+            show_default=False,
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Apply Safe LoRA to adapters by itself: no study, no store, no cluster. Writes ordinary PEFT
+    """Apply Safe LoRA to adapters, without a study, store or cluster. Writes ordinary PEFT
     adapters.
     """
-    from ebbline.commands.project import progress_bar, require_reportable, tell
+    from ebbline.commands.project import print_projected, progress_bar, require_reportable
     from ebbline.commands.project import project as project_adapters
 
     if report is not None:
@@ -103,7 +107,7 @@ def project(
             device=device,
             progress=progress,
         )
-    tell(projected, report, as_json)
+    print_projected(projected, report, as_json)
 
 
 @tool_app.command()
@@ -125,51 +129,57 @@ def evaluate(
         ),
     ],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="A PEFT adapter; several share one load of the model.")
+        list[str] | None,
+        typer.Option(help="A PEFT adapter. Repeatable: the model is then loaded once for all."),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Where everything goes. The same command continues there.")
+        Path, typer.Option(help="The output folder. The same command continues there.")
     ] = Path("measured"),
     scorer: Annotated[
         str | None, typer.Option(help="The scorer that gives the rate.", show_default=False)
     ] = None,
     also: Annotated[
-        list[str] | None, typer.Option(help="Scorers beside it.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A further scorer, for comparison. Repeatable.", show_default=False),
     ] = None,
     set_format: Annotated[
         str | None,
-        typer.Option("--format", help="The set's format, where it is not plain from the file."),
+        typer.Option("--format", help="The set's format; default: detected from the file."),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="How many: evenly spaced in a set, the first of a task."),
+        typer.Option(
+            min=1, help="How many prompts: evenly spaced in a set, the first ones of a task."
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length of an answer.", show_default=False)
+        int | None, typer.Option(help="The longest answer, in tokens.", show_default=False)
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(help="Examples before each item of an lm-eval task.", show_default=False),
+        typer.Option(
+            help="Few-shot examples for each item of an lm-eval task.", show_default=False
+        ),
     ] = None,
     chat_template: Annotated[
         bool | None,
-        typer.Option("--chat-template", help="Put lm-eval's items into the chat template."),
+        typer.Option("--chat-template", help="Format lm-eval's items with the chat template."),
     ] = None,
     quantisation: Annotated[
-        Literal["none", "int8", "nf4"], typer.Option(help="How the model is loaded.")
+        Literal["none", "int8", "nf4"], typer.Option(help="Quantisation of the loaded model.")
     ] = "none",
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="How the model is loaded.")
+        Literal["float32", "bfloat16"], typer.Option(help="Data type of the loaded model.")
     ] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Prompts at once; halved when memory ends.")
+        int, typer.Option(min=1, help="Prompts in a batch; halved when memory runs out.")
     ] = 32,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure one suite on a model or its adapters by itself: no study, no store, no cluster."""
+    """Measure one suite on a model or its adapters, without a study, store or cluster."""
     from ebbline.commands.evaluate import evaluate as measure
-    from ebbline.commands.evaluate import tell
+    from ebbline.commands.evaluate import print_measured
     from ebbline.commands.project import progress_bar
 
     settings = {
@@ -195,7 +205,7 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
         )
-    tell(measured, as_json)
+    print_measured(measured, as_json)
 
 
 @tool_app.command()
@@ -211,22 +221,23 @@ def rescore(
         str, typer.Option(help="The scorer that gives the rate.", show_default=False)
     ],
     also: Annotated[
-        list[str] | None, typer.Option(help="Scorers beside it.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A further scorer, for comparison. Repeatable.", show_default=False),
     ] = None,
-    suite: Annotated[str, typer.Option(help="Which suite of the study.")] = "refusal",
+    suite: Annotated[str, typer.Option(help="The suite of the study.")] = "refusal",
     measure: Annotated[
         Literal["refusal", "over_refusal"],
-        typer.Option(help="What a refusal means in a folder; a study's suite says it itself."),
+        typer.Option(help="What a folder's refusals measure; a study's suite defines its own."),
     ] = "refusal",
     to: Annotated[
-        Path | None, typer.Option(help="A CSV file for the rows.", show_default=False)
+        Path | None, typer.Option(help="Write the rows to this CSV file.", show_default=False)
     ] = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Score stored completions again, without a model: another scorer, or several side by side."""
-    from ebbline.commands.evaluate import generations_of, measure_of, tell_rows, write_rows
-    from ebbline.commands.evaluate import rescore as score_again
+    """Score stored completions with another scorer, or several side by side, without a model."""
+    from ebbline.commands.evaluate import generations_of, measure_of, print_rows, write_rows
+    from ebbline.commands.evaluate import rescore as rescore_completions
     from ebbline.sweeps.study.view import StudyView
     from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 
@@ -235,12 +246,12 @@ def rescore(
     else:
         view = StudyView.open(home, where)
         measure, generations = measure_of(view.study, suite), generations_of(view, suite)
-    rows = score_again(
+    rows = rescore_completions(
         generations, ScoreSpec(measure=measure, scorer=scorer, also=tuple(also or ()))
     )
     if to is not None:
         write_rows(rows, to)
-    tell_rows(rows, as_json)
+    print_rows(rows, as_json)
 
 
 @tool_app.command()
@@ -249,16 +260,16 @@ def rerun(
     request: Annotated[
         str,
         typer.Argument(
-            help="The request.json that a failure names: a path, or a URL in a bucket.",
+            help="The request.json of a failed stage: a path, or a URL in a bucket.",
             show_default=False,
         ),
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Run one stage again in this process, to see how it fails; the store is left as it is."""
-    from ebbline.commands.rerun import rerun as run_again
+    """Rerun one stage in this process, to debug its failure. The store does not change."""
+    from ebbline.commands.rerun import rerun as rerun_stage
 
-    if code := run_again(request, as_json):
+    if code := rerun_stage(request, as_json):
         raise typer.Exit(code)
 
 
@@ -267,35 +278,35 @@ def rerun(
 def check(
     file: Annotated[Path, typer.Argument(help="A prompt set.", show_default=False)],
     set_format: Annotated[
-        str, typer.Option("--format", help="Its format, where it is not plain from the file.")
+        str, typer.Option("--format", help="The set's format; auto detects it from the file.")
     ] = "auto",
     against: Annotated[
-        Path | None, typer.Option(help="Another set that it must not overlap.", show_default=False)
+        Path | None, typer.Option(help="Another set, to check for overlap.", show_default=False)
     ] = None,
     similarity: Annotated[
-        float, typer.Option(help="From which similarity on two prompts are near-copies.")
+        float, typer.Option(help="The least similarity of two near-copies.")
     ] = 0.5,
     show_text: Annotated[
-        bool, typer.Option("--show-text", help="Show the texts of near-copies too.")
+        bool, typer.Option("--show-text", help="Print the texts of near-copies too.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate and audit a prompt set: near-copies, categories, lengths, overlap. In counts and
-    ids, without any text.
+    """Validate and audit a prompt set: near-copies, categories, lengths, overlap. Prints counts and
+    ids, and no prompt text.
     """
-    from ebbline.commands.audit import tell
+    from ebbline.commands.audit import print_audit
     from ebbline.tasks.data.audit import audit
     from ebbline.tasks.data.prompts import named_format, read_prompts
 
-    asked = read_prompts(file, named_format(set_format))
+    prompts = read_prompts(file, named_format(set_format))
     other = None if against is None else read_prompts(against, "auto")
-    tell(audit(asked, other, similarity), file, as_json, asked if show_text else None)
+    print_audit(audit(prompts, other, similarity), file, as_json, prompts if show_text else None)
 
 
 @store_app.command()
 @explained
 def du(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Show how much lies in the store, by kind of stage and by study."""
+    """Show the store's size, by stage kind and by study."""
     from ebbline.commands.store import show_usage
     from ebbline.sweeps.study.home import Home
 
@@ -308,13 +319,11 @@ def verify(
     home: HomeOption = DEFAULT_HOME,
     mend: Annotated[
         bool,
-        typer.Option("--mend", help="Move damaged artifacts aside, so that they are made again."),
+        typer.Option("--mend", help="Quarantine damaged artifacts; the next run makes new ones."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every artifact again and compare it with its record. Exit code 1 when something is
-    damaged.
-    """
+    """Compare every artifact with its record. Exit code 1 when an artifact is damaged."""
     from ebbline.commands.store import verify as verify_store
     from ebbline.sweeps.study.home import Home
 
@@ -327,21 +336,19 @@ def gc(
     home: HomeOption = DEFAULT_HOME,
     older_than_h: Annotated[
         float,
-        typer.Option(
-            "--older-than-h", min=0.0, help="Only what was not written for so many hours."
-        ),
+        typer.Option("--older-than-h", min=0.0, help="Only files not written for so many hours."),
     ] = 24.0,
     keep_adapters: Annotated[
         Literal["all", "frontier", "none"],
-        typer.Option(help="Whose adapters keep their tensors; the others keep their records."),
+        typer.Option(help="Which adapters keep their tensors; the others keep their records."),
     ] = "all",
     yes: Annotated[
-        bool, typer.Option("--yes", help="Remove it. Without this, only say what would go.")
+        bool, typer.Option("--yes", help="Remove the files. Without this, only list them.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say, or remove, what no study needs: cut-off attempts, old checkpoints and sources, artifacts
-    that nothing refers to.
+    """List or remove what no study needs: interrupted attempts, old checkpoints and sources,
+    unreferenced artifacts.
     """
     from ebbline.commands.store import collect_garbage
     from ebbline.sweeps.study.home import Home
@@ -359,7 +366,7 @@ def forget_artifact(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Move one artifact aside, so that its stage is made again."""
+    """Quarantine one artifact, so that the next run reruns its stage."""
     from ebbline.commands.store import forget
     from ebbline.sweeps.study.home import Home
 

@@ -58,7 +58,7 @@ def window(browser: Browser, **settings: str) -> Iterator[Window]:
     found = Window(browser.new_context(viewport={"width": 1360, "height": 900}, **settings))
     found.context.set_default_timeout(LIMIT_MS)
 
-    def heard(message: ConsoleMessage) -> None:
+    def on_console(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             found.wrong.append(f"{message.type}: {message.text}")
 
@@ -67,7 +67,7 @@ def window(browser: Browser, **settings: str) -> Iterator[Window]:
         if address.scheme not in ("data", "blob"):
             found.asked.add(address.hostname or "")
 
-    found.context.on("console", heard)
+    found.context.on("console", on_console)
     found.context.on("weberror", lambda error: found.wrong.append(f"script: {error.error}"))
     found.context.on("request", sent)
     try:

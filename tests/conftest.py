@@ -1,10 +1,10 @@
-"""What every folder's tests share: the tiers and their guard, hypothesis settings, and what is made
-once a run.
+"""What all tests share: the tiers and their guard, hypothesis settings, and fixtures that are made
+once in a run.
 
-A test without a mark gets the mark `fast`: it loads no model, starts no process and takes at most 2
-seconds, or it fails. `model`, `process`, `cluster`, `browser` and `slow` say what a test needs
-instead; a fixture that brings one of these marks the tests that ask for it. `long` tests run by
-`make test-long` alone. pyproject.toml lists the marks, docs/contributing.md explains them.
+A test without a mark gets the mark `fast`. A fast test fails if it loads a model, starts a process
+or takes over 2 seconds. `model`, `process`, `cluster`, `browser` and `slow` name what a test needs.
+Some fixtures mark the tests that use them. Only `make test-long` runs `long` tests. pyproject.toml
+lists the marks, and docs/contributing.md explains them.
 """
 
 import importlib
@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# One thread each: two workers of xdist and the processes that they start share few cores, and
-# threads that wait for each other spin.
+# One thread each: xdist's workers and their processes share few cores, and waiting threads spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.shared import kept, once, server, stop_servers
@@ -42,11 +41,11 @@ settings.load_profile("ebbline")
 
 FAST_S = float(
     os.environ.get("EBBLINE_FAST_S", "2")
-)  # `inf` for a machine so slow that it says nothing
+)  # `inf` on a machine too slow for a time limit
 SLOW_S = 20.0
 GROUPS = "groups.json"
 NEEDS = ("model", "process", "cluster", "browser", "slow", "long")
-BROUGHT = {  # fixture -> the mark of a test that asks for it
+FIXTURE_MARKS = {  # fixture -> the mark of the tests that use it
     "pair": "model",
     "walk_home": "model",
     "s3_server": "process",
@@ -69,8 +68,8 @@ def pytest_collection_modifyitems(
     """Mark by fixtures, and put long work first."""
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
-            if fixture in BROUGHT:
-                item.add_marker(BROUGHT[fixture])
+            if fixture in FIXTURE_MARKS:
+                item.add_marker(FIXTURE_MARKS[fixture])
         if not any(item.get_closest_marker(name) for name in NEEDS):
             item.add_marker("fast")
         if not getattr(getattr(item, "function", None), "__doc__", None):
@@ -115,7 +114,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 class _Guard:
-    """While a test of the fast tier runs, what it may not do raises where it is done."""
+    """Fails a fast test at the call that the fast tier forbids."""
 
     def __init__(self) -> None:
         self.active, self.broken = False, ""
@@ -136,13 +135,13 @@ def _on_event(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _on_start(process: BaseProcess) -> None:
-    """multiprocessing starts processes past the audit hook."""
+    """The audit hook does not see processes that multiprocessing starts."""
     _guard.forbid(f"started a process: multiprocessing {process.name}")
     _start(process)
 
 
 def _watch_modules() -> None:
-    """From here on, every torch module that is made is seen: a model is one."""
+    """Watch the constructor of torch modules, since every model is one."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "nn") or hasattr(torch.nn.Module, "_watched"):
         return
@@ -161,10 +160,9 @@ BaseProcess.start = _on_start  # type: ignore[method-assign]
 
 
 def _clocks() -> tuple[float, float]:
-    """Seconds that this process computed, and seconds that this thread was not waiting for a
-    processor.
+    """Seconds that this process computed, and seconds that this thread did not wait for a core.
 
-    Neither grows because other work keeps the machine busy.
+    Other work on the machine increases neither.
     """
     try:
         waited_ns = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
@@ -175,9 +173,7 @@ def _clocks() -> tuple[float, float]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test of the fast tier fails when it starts a process, makes a model, or computes or waits
-    for over FAST_S.
-    """
+    """Fail a fast test that starts a process, makes a model, or takes over FAST_S."""
     if not item.get_closest_marker("fast"):
         return (yield)
     _watch_modules()
@@ -187,7 +183,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     finally:
         _guard.active = False
         computed_s, own_s = (now - then for now, then in zip(_clocks(), since, strict=True))
-    if _guard.broken:  # also where the test swallowed it, or a thread did it
+    if _guard.broken:  # even if the test caught the failure, or a thread caused it
         pytest.fail(_guard.broken, pytrace=False)
     taken_s, what = max((computed_s, "computed"), (own_s - computed_s, "waited"))
     if taken_s > FAST_S:
@@ -200,7 +196,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the tests over SLOW_S that do not say what only they prove."""
+    """List the tests over SLOW_S that have no docstring."""
     reports = [
         report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])
     ]
@@ -219,7 +215,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _imported() -> None:
-    """What most tests import comes before all of them, so that no test pays for it."""
+    """Import what most tests import before all of them, so that no test's time includes it."""
     for name in (
         "matplotlib.backends.backend_agg",
         "optuna",
@@ -231,7 +227,7 @@ def _imported() -> None:
         importlib.import_module(name)
 
 
-# --- what is made once a run
+# --- fixtures that are made once in a run
 # -------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +248,7 @@ def run_folder(request: pytest.FixtureRequest) -> Path:
 
 
 def fail_without_a_package(report: pytest.CollectReport | pytest.TestReport) -> None:
-    """The `test` extra has every Python package: a skip for want of one is a failure."""
+    """The `test` extra has every Python package: a skip for a missing one is a failure."""
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2]
         if re.search(r"could not import|No module named|ImportError", reason):
@@ -282,7 +278,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> "Pair":
     template.
     """
     from tests.tiny import (
-        build_pair,  # brings torch, which most tests of the driver's side never load
+        build_pair,  # imports torch, which most tests of the driver never load
     )
 
     return build_pair(tmp_path_factory.mktemp("pair"))
@@ -290,8 +286,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> "Pair":
 
 @pytest.fixture(scope="session")
 def walk_home(run_folder: Path) -> Path:
-    """The home in which the walk's study has ended: a base, an aligned model and an adapter that
-    were really trained.
+    """The home of the finished walk study: a base, an aligned model and an adapter, all really
+    trained.
     """
     from tests.organisms import walked
 
@@ -300,8 +296,8 @@ def walk_home(run_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_home(run_folder: Path, walk_home: Path) -> Path:
-    """A home in which `ebbline run` has ended a small study of all that the quickstart has: Ray, a
-    gang, lm-eval, W&B, the report.
+    """A home in which `ebbline run` has finished a small study with all the quickstart's parts:
+    Ray, a gang, lm-eval, W&B, the report.
     """
     from tests.whole import run_whole
 
@@ -310,8 +306,8 @@ def whole_home(run_folder: Path, walk_home: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home in which `ebbline run quickstart` has ended. EBBLINE_QUICKSTART_HOME names one to go
-    on with.
+    """A home in which `ebbline run quickstart` has finished. EBBLINE_QUICKSTART_HOME names one to
+    continue.
     """
     from tests.whole import run_quickstart
 
@@ -323,7 +319,7 @@ def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_server(run_folder: Path) -> str:
-    """The endpoint of a real server of the S3 protocol."""
+    """The endpoint of a real S3 server."""
     from tests.s3 import start
 
     return str(server(run_folder, "s3", start)["endpoint"])
@@ -331,8 +327,8 @@ def s3_server(run_folder: Path) -> str:
 
 @pytest.fixture
 def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of an empty store in a bucket of its own; the environment names the server, and a
-    cache of this test's.
+    """The URL of an empty store in a new bucket. Sets the environment: the server, and a cache for
+    this test.
     """
     from tests.s3 import environment, make_bucket
 
@@ -346,7 +342,7 @@ def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture
 def postgres(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> "Postgres":
-    """An empty database of its own on the run's PostgreSQL; the environment holds the password."""
+    """An empty database on the run's PostgreSQL, for this test. Sets PGPASSWORD."""
     from tests.postgres import MISSING, PASSWORD, Postgres, binaries, start
 
     if binaries() is None:
@@ -360,7 +356,7 @@ def postgres(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> "Postgres":
 
 @pytest.fixture
 def no_wandb_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nobody is logged in to W&B, and nothing in the environment speaks to it."""
+    """Removes every W&B login and setting from the environment."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -234,19 +234,19 @@ class Copy:
         # Examples that hypothesis kept from another fault are no part of the tests.
         shutil.rmtree(self.folder / ".hypothesis", ignore_errors=True)
         order = {"output": str(self._output), "arguments": [*PYTEST, *what]}
-        asked, said = self._server.stdin, self._server.stdout
-        assert asked is not None and said is not None
+        orders, replies = self._server.stdin, self._server.stdout
+        assert orders is not None and replies is not None
         try:
-            asked.write(json.dumps(order).encode() + b"\n")
-            asked.flush()
-            process, code = int(said.readline()), None
-            if select.select([said], [], [], max(1.0, limit_s))[0]:
-                code = int(said.readline())
+            orders.write(json.dumps(order).encode() + b"\n")
+            orders.flush()
+            process, code = int(replies.readline()), None
+            if select.select([replies], [], [], max(1.0, limit_s))[0]:
+                code = int(replies.readline())
             else:
                 os.kill(process, signal.SIGINT)  # so that fixtures stop the servers they started
-                if not select.select([said], [], [], 10.0)[0]:
+                if not select.select([replies], [], [], 10.0)[0]:
                     os.killpg(process, signal.SIGKILL)
-                said.readline()
+                replies.readline()
         except (ValueError, BrokenPipeError):  # it ended, or a test killed it
             self._server.kill()
             self._server = self._started()

@@ -1,9 +1,8 @@
-"""The store that tests share: what they need of the quickstart's models is trained once a run, and
-kept between runs.
+"""The store that tests share: the quickstart's smallest models, trained once and kept between runs.
 
-The walk's study is driven in it, so it holds a base, an aligned model and a trained adapter of the
-smallest size. A study with the same settings finds them by their keys. A test that changes a store
-takes a copy, with `copied`.
+It is the walk study's store, so it holds a base, an aligned model and a trained adapter of the
+smallest size. A study with the same settings finds them by their keys. A test that changes the
+store takes a copy, with `copied`.
 """
 
 import shutil
@@ -25,6 +24,6 @@ def walked(folder: Path) -> None:
 
 
 def copied(walk: Path, home: Path) -> Path:
-    """A home with a store of its own that begins with all that the walk's store holds."""
+    """A home with a copy of the walk's store."""
     shutil.copytree(walk / "store", home / "store")
     return home

@@ -1,10 +1,10 @@
-"""What documentation pages tell a reader to do, done: files are written, differences applied,
-commands run, in a folder of one's own.
+"""Follow a documentation page in a new folder: write its files, apply its differences, run its
+commands.
 
-A fenced block with a title is a file of that name; further blocks with the title go on with it. A
-`diff` block changes a file: its lines with a space or a minus are looked for, and those with a
-space or a plus take their place; @@ stands between two places. In a `console` block, lines that
-begin with $ are commands, and the lines below are found in what they say, numbers aside.
+A fenced block with a title is a file of that name; later blocks with the same title are appended. A
+`diff` block changes a file: it replaces the lines with a space or a minus by those with a space or
+a plus; @@ separates two places. In a `console` block, lines that begin with $ are commands. The
+lines below must occur in the command's output, apart from numbers.
 """
 
 import os
@@ -36,7 +36,7 @@ def blocks(page: Path) -> list[Block]:
 def follow(
     page: Path, root: Path, environment: Mapping[str, str], only_files: bool = False
 ) -> None:
-    """Do what a page says, in `root`; raises AssertionError with what a command said that ended
+    """Do what a page says, in `root`; raises AssertionError with the output of a command that ended
     otherwise than the page has it.
     """
     written: set[str] = set()
@@ -55,9 +55,9 @@ def follow(
             written.add(block.title)
         elif block.language == "console" and not only_files:
             for command, expected in commands(block.text):
-                said = run(command, root, environment)
-                lost = [line for line in expected if not _found(line, said)]
-                assert not lost, f"{page.name}: `{command}` does not say {lost}, but:\n{said}"
+                printed = run(command, root, environment)
+                lost = [line for line in expected if not _found(line, printed)]
+                assert not lost, f"{page.name}: `{command}` does not say {lost}, but:\n{printed}"
 
 
 def change(path: Path, diff: str) -> None:
@@ -79,15 +79,15 @@ def change(path: Path, diff: str) -> None:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each command of a console block with the lines that it is to say."""
+    """Each command of a console block with its expected lines."""
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        command, *said = part.splitlines()
-        yield command, [line for line in said if line.strip() not in ("", "...")]
+        command, *expected = part.splitlines()
+        yield command, [line for line in expected if line.strip() not in ("", "...")]
 
 
 def run(command: str, root: Path, environment: Mapping[str, str]) -> str:
-    """What a command of a page says; `ebbline` and `python` are those of this environment, on the
-    code that lies in `root`.
+    """The output of a page's command. `ebbline` and `python` are those of this environment, with
+    the code in `root`.
     """
     words = shlex.split(command)
     own = (
@@ -112,10 +112,10 @@ def run(command: str, root: Path, environment: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def _found(line: str, said: str) -> bool:
-    """Whether a line is among those said, numbers and what dots leave out aside."""
+def _found(line: str, printed: str) -> bool:
+    """Whether a line is among the printed ones, apart from numbers and from what `...` replaces."""
     pieces = [re.escape(_plain(piece)) for piece in line.split("...")]
-    return any(re.search(r".*".join(pieces), _plain(there)) for there in said.splitlines())
+    return any(re.search(r".*".join(pieces), _plain(there)) for there in printed.splitlines())
 
 
 def _plain(line: str) -> str:

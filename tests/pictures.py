@@ -42,11 +42,12 @@ HEAD = (
 class Picture:
     """An SVG in the making. Places are pixels from the upper left corner."""
 
-    def __init__(self, title: str, told: str, width: int, height: int) -> None:
+    def __init__(self, title: str, description: str, width: int, height: int) -> None:
         self._parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             'role="img" aria-labelledby="title told">',
-            f'<title id="title">{escape(title)}</title>\n<desc id="told">{escape(told)}</desc>',
+            f'<title id="title">{escape(title)}</title>\n'
+            f'<desc id="told">{escape(description)}</desc>',
             f"<style>{STYLE}</style>\n<defs>{HEAD}</defs>",
             f'<rect class="ground" width="{width}" height="{height}" rx="8"/>',
         ]
@@ -75,10 +76,10 @@ class Picture:
                 "strong" if number == 0 else "small",
             )
 
-    def text(self, x: float, y: float, said: str, anchor: str = "start", look: str = "") -> None:
+    def text(self, x: float, y: float, label: str, anchor: str = "start", look: str = "") -> None:
         named = f' class="{look}"' if look else ""
         self._parts.append(
-            f'<text{named} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(said)}</text>'
+            f'<text{named} x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(label)}</text>'
         )
 
     def arrow(self, *places: tuple[float, float], dash: bool = False) -> None:

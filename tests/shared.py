@@ -1,10 +1,8 @@
-"""What is expensive is made once a run, and shared by all tests and by every worker of
-pytest-xdist.
+"""Expensive folders and servers, made once in a test run and shared by all workers of pytest-xdist.
 
-`once` makes a folder; `server` starts a process. Whoever asks first makes it, the others wait for
-it. Folders of `kept` stay between runs, in build/tests/DIGEST: the digest is that of the code and
-of the pinned packages, so what other code made is never found. `EBBLINE_TESTS_COLD=1` keeps nothing
-and finds nothing.
+`once` makes a folder; `server` starts a process. The first caller makes it; later callers wait.
+Folders of `kept` stay between runs, in build/tests/DIGEST. The digest covers the code and the
+pinned packages, so other code never finds them. `EBBLINE_TESTS_COLD=1` turns this off.
 """
 
 import json
@@ -48,7 +46,7 @@ def once(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def kept(run: Path) -> Path:
-    """The folder for `once` of what stays between runs; `run`, this run's own, when nothing is to
+    """The folder for `once` that stays between runs. With EBBLINE_TESTS_COLD, `run`, which does not
     stay.
     """
     if os.environ.get(COLD):
@@ -73,9 +71,7 @@ def kept(run: Path) -> Path:
 
 
 def server(run: Path, name: str, start: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What `start` said of a server that runs until the run ends: JSON with its `pid` and how to
-    reach it.
-    """
+    """The JSON that `start` returned for a server of this run: its `pid` and how to reach it."""
     folder = once(
         run, name, lambda place: (place / "server.json").write_text(json.dumps(start(place)))
     )
@@ -85,8 +81,8 @@ def server(run: Path, name: str, start: Callable[[Path], dict[str, Any]]) -> dic
 
 def stop_servers(run: Path) -> None:
     """End every server of a run. Called once, by the process that began the run."""
-    for said in run.glob("*/server.json"):
-        found = json.loads(said.read_text())
+    for record in run.glob("*/server.json"):
+        found = json.loads(record.read_text())
         try:
             process = psutil.Process(found["pid"])
             children = process.children(recursive=True)
@@ -102,7 +98,7 @@ def stop_servers(run: Path) -> None:
 
 
 def in_background(command: list[str], log: Path, **settings: Any) -> "subprocess.Popen[bytes]":
-    """A process that outlives the test that starts it."""
+    """Start a process that outlives its test."""
     with log.open("wb") as handle:
         return subprocess.Popen(
             command,

@@ -49,19 +49,24 @@ class Page(HTMLParser):
         self.feed(self.path.read_text("utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        said = {name: value or "" for name, value in attrs}
-        self.anchors |= {said[name] for name in ("id", "name") if name in said}
-        if tag == "a" and "href" in said:
-            self.links.append(said["href"])
-        if tag in ("link", "use", "image") and not set(said.get("rel", "").split()) & _NAVIGATION:
-            self.fetched += [said[name] for name in ("href", "xlink:href") if name in said]
-        self.fetched += [said[name] for name in _FETCHED if name in said]
-        self.fetched += _IN_STYLES.findall(said.get("style", ""))
+        attributes = {name: value or "" for name, value in attrs}
+        self.anchors |= {attributes[name] for name in ("id", "name") if name in attributes}
+        if tag == "a" and "href" in attributes:
+            self.links.append(attributes["href"])
+        if (
+            tag in ("link", "use", "image")
+            and not set(attributes.get("rel", "").split()) & _NAVIGATION
+        ):
+            self.fetched += [
+                attributes[name] for name in ("href", "xlink:href") if name in attributes
+            ]
+        self.fetched += [attributes[name] for name in _FETCHED if name in attributes]
+        self.fetched += _IN_STYLES.findall(attributes.get("style", ""))
 
 
 def build(folder: Path) -> Path:
-    """Build the site from a copy of its sources in `folder`; raises AssertionError with what the
-    generator said.
+    """Build the site from a copy of its sources in `folder`; raises AssertionError with the
+    generator's output.
     """
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(CONFIG, folder)

@@ -1,6 +1,4 @@
-"""The command line's promises that no single folder owns: what it imports, what it exits with, what
-it says.
-"""
+"""The command line: imports, exit codes, messages and shell completion."""
 
 import json
 import os
@@ -58,7 +56,7 @@ AS_TYPED = "import sys; sys.argv[0] = 'ebbline'; from ebbline.cli import main; m
 @pytest.mark.process
 @pytest.mark.parametrize("command", [[], ["run"], ["status"], ["store", "gc"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
-    """What takes time is imports: beside the standard library, only what draws the help.
+    """Imports take the time of `--help`: it imports the standard library and what draws the help.
     docs/terminal.md has the seconds.
     """
     code = f"""
@@ -92,7 +90,7 @@ def commands() -> dict[str, Any]:
     return found
 
 
-PAGES = {"dashboard"}  # commands that print nothing a script would read
+PAGES = {"dashboard"}  # commands without output for scripts
 
 
 def test_every_command_prints_json_for_scripts() -> None:
@@ -105,27 +103,27 @@ def test_every_command_prints_json_for_scripts() -> None:
 
 
 @pytest.mark.process
-def test_an_error_is_json_too_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_an_error_is_json_with_the_option_json(tmp_path: Path) -> None:
     done = ebbline("status", "quickstrat", "--home", str(tmp_path), "--json")
-    said = json.loads(done.stdout)
-    assert (done.returncode, said["exit_code"], said["kind"]) == (
+    printed = json.loads(done.stdout)
+    assert (done.returncode, printed["exit_code"], printed["kind"]) == (
         1,
         1,
         "StudyError",
-    ) and "did you mean" in said["error"]
+    ) and "did you mean" in printed["error"]
     assert "error: " in done.stderr
 
 
 @pytest.mark.process
 def test_the_help_of_run_has_the_exit_codes_that_the_documentation_has() -> None:
-    said, page = (
+    printed, page = (
         " ".join(ebbline("run", "--help").stdout.split()),
         (Path(__file__).parents[1] / "docs" / "terminal.md").read_text(),
     )
     codes = re.findall(r"(\d+) ([^;.]+)", EXIT_CODES)
     assert len(codes) > 4
     for code, what in codes:
-        assert f"{code} {what.split(' (')[0]}" in said
+        assert f"{code} {what.split(' (')[0]}" in printed
         assert re.search(rf"^\| {code} \|", page, re.MULTILINE), (
             f"docs/terminal.md does not explain exit code {code}"
         )
@@ -225,7 +223,7 @@ def test_a_misspelt_study_is_an_error_with_a_suggestion_and_no_traceback(
 
 
 @pytest.mark.process
-def test_validate_says_how_to_pin_the_llama2_study() -> None:
+def test_validate_prints_how_to_pin_the_llama2_study() -> None:
     done = ebbline("validate", "llama2")
     assert (
         done.returncode == 1

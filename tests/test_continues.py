@@ -100,9 +100,9 @@ def start(study: Path, home: Path, *options: str) -> "subprocess.Popen[str]":
 
 def finish(study: Path, home: Path, *options: str) -> str:
     process = start(study, home, *options)
-    said, _ = process.communicate(timeout=480)
-    assert process.returncode == 0, said
-    return said
+    printed, _ = process.communicate(timeout=480)
+    assert process.returncode == 0, printed
+    return printed
 
 
 def table(home: Path) -> pd.DataFrame:
@@ -167,16 +167,16 @@ def kill_ray(study: Path, home: Path, moment: int) -> None:
     driver = start(study, home)
     wait_for(lambda: len(records(home)) >= moment, driver, f"{moment} records")
     next(descendants(driver, "raylet/raylet")).kill()
-    said, _ = driver.communicate(timeout=480)
-    assert driver.returncode != 0, said
+    printed, _ = driver.communicate(timeout=480)
+    assert driver.returncode != 0, printed
 
 
 def finish_with_a_killed_worker(study: Path, home: Path) -> None:
     driver = start(study, home)
     wait_for(lambda: any(True for _ in descendants(driver, "ray::_batch")), driver, "worker")
     next(descendants(driver, "ray::_batch")).kill()
-    said, _ = driver.communicate(timeout=480)
-    assert driver.returncode == 0, said
+    printed, _ = driver.communicate(timeout=480)
+    assert driver.returncode == 0, printed
 
 
 @pytest.mark.long
@@ -205,12 +205,12 @@ def test_second_driver_says_who_holds_the_study_and_leaves(study: Path, tmp_path
     first = start(study, tmp_path, "--executor", "inline")
     wait_for(lambda: bool(records(tmp_path)), first, "record")
     second = start(study, tmp_path)
-    said, _ = second.communicate(timeout=240)
+    printed, _ = second.communicate(timeout=240)
     assert second.returncode == 4
-    assert f"process {first.pid}" in said
+    assert f"process {first.pid}" in printed
     os.kill(first.pid, signal.SIGINT)
-    said, _ = first.communicate(timeout=240)
-    assert first.returncode == 130, said
+    printed, _ = first.communicate(timeout=240)
+    assert first.returncode == 130, printed
 
 
 def test_a_killed_run_on_a_bucket_and_a_database_goes_on_to_the_table_of_one_on_a_disk(

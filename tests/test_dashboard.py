@@ -193,11 +193,11 @@ def test_a_database_that_cannot_be_read_is_named_and_the_page_stays(tmp_path: Pa
         assert answer.status_code == 503 and "cannot be used" in answer.text
         deadline = time.monotonic() + LIMIT_S
         while (
-            not (said := get(server.url + "data.json").json())["error"]
+            not (data := get(server.url + "data.json").json())["error"]
             and time.monotonic() < deadline
         ):
             time.sleep(0.1)
-        assert "the points could not be read" in said["error"] and "optuna.db" in said["error"]
+        assert "the points could not be read" in data["error"] and "optuna.db" in data["error"]
 
 
 def test_a_taken_port_is_one_clear_error(finished: tuple[Study, Home]) -> None:

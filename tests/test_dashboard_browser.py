@@ -95,9 +95,9 @@ def served(study: Path, home: Path, port: int = 0) -> Iterator[str]:
         "dashboard", str(study), "--home", str(home), "--port", str(port), "--no-open"
     ) as server:
         assert server.stdout is not None
-        said = server.stdout.readline()
-        assert "http://127.0.0.1:" in said, said + server.stdout.read()
-        yield said.split()[1]
+        line = server.stdout.readline()
+        assert "http://127.0.0.1:" in line, line + server.stdout.read()
+        yield line.split()[1]
 
 
 def run(study: Path, home: Path) -> "AbstractContextManager[subprocess.Popen[str]]":
@@ -114,8 +114,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(study: Path, home: Path) -> Path:
     """The study's folder in that home, once it has been run to its end."""
     with run(study, home) as driver:
-        said, _ = driver.communicate()
-        assert driver.returncode == 3, said  # some of its points failed
+        printed, _ = driver.communicate()
+        assert driver.returncode == 3, printed  # some of its points failed
     return home / "studies" / "tiny"
 
 
@@ -135,7 +135,7 @@ def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path, browser: B
                 running.add(page.locator("#work tbody").inner_text())
                 page.wait_for_timeout(300)
             assert driver.returncode == 3, driver.stdout.read() if driver.stdout else ""
-        assert len(seen) >= 3 and any("train 7b" in said for said in running), (seen, running)
+        assert len(seen) >= 3 and any("train 7b" in text for text in running), (seen, running)
         expect(page.locator("#points")).to_have_text("4 of 8 done, 4 failed")
         expect(page.locator("#state")).to_have_text("ended")
         assert opened.wrong == [] and opened.asked == {"127.0.0.1"}

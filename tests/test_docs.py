@@ -1,5 +1,5 @@
-"""The documentation: it builds, its links hold, it asks nothing of the network, and its commands
-and pictures are those of the code.
+"""The documentation: it builds, its links work, it loads nothing from the network, and its commands
+and pictures match the code.
 """
 
 import re
@@ -65,15 +65,15 @@ def test_every_ebbline_command_line_is_one_that_ebbline_takes(path: Path) -> Non
     wrong = [
         f"{line}: {fault}"
         for line in command_lines(path.read_text("utf-8"))
-        if (fault := refused(line))
+        if (fault := usage_error(line))
     ]
     assert not wrong, wrong
 
 
-def test_a_command_or_an_option_that_is_not_there_is_seen() -> None:
-    assert "No such command" in refused("runn quickstart")
-    assert "No such option" in refused("run quickstart --fast")
-    assert refused("store gc --keep-adapters frontier --yes") == ""
+def test_an_unknown_command_or_option_is_found() -> None:
+    assert "No such command" in usage_error("runn quickstart")
+    assert "No such option" in usage_error("run quickstart --fast")
+    assert usage_error("store gc --keep-adapters frontier --yes") == ""
     fenced = (
         "ray submit x ebbline/__main__.py -- run '~/a' --home '~/b'",
         "ebbline plan a # why",
@@ -109,9 +109,9 @@ def test_a_difference_that_does_not_fit_or_fits_twice_is_an_error(tmp_path: Path
     assert path.read_text() == "a\nnew\nb\na\n"
 
 
-def test_console_blocks_are_commands_with_what_they_say() -> None:
-    assert list(commands("$ ebbline a\nsaid\n...\n$ ebbline b\n")) == [
-        ("ebbline a", ["said"]),
+def test_console_blocks_are_commands_with_their_expected_lines() -> None:
+    assert list(commands("$ ebbline a\nline\n...\n$ ebbline b\n")) == [
+        ("ebbline a", ["line"]),
         ("ebbline b", []),
     ]
 
@@ -128,18 +128,18 @@ def command_lines(text: str) -> Iterator[str]:
             r"(?:^|^\$ |\.venv/bin/|-- |')ebbline(?:/__main__\.py --)? ([a-z].*)", line
         ) or re.search(r"ebbline/__main__\.py -- ([a-z].*)", line)
         if found:
-            said = re.sub(r"\s(?:#|\||&|;|\d?>).*", "", found[1])
-            yield (said.removesuffix("'") if said.count("'") % 2 else said).strip()
+            command = re.sub(r"\s(?:#|\||&|;|\d?>).*", "", found[1])
+            yield (command.removesuffix("'") if command.count("'") % 2 else command).strip()
 
 
-def refused(line: str) -> str:
-    """Why ebbline would not take a command line; empty when it would. Brackets and dots of a
-    synopsis are left out.
+def usage_error(line: str) -> str:
+    """The usage error of a command line; empty without one. Ignores the brackets and dots of a
+    synopsis.
     """
     words = [
         word for word in shlex.split(line.replace("[", "").replace("]", "")) if word.strip(".")
     ]
     done = CliRunner().invoke(
         app, [*words, "--help"]
-    )  # asked for help, a command reads its line and does nothing
+    )  # with --help, a command parses its line and does nothing
     return "" if done.exit_code == 0 else done.output

@@ -22,13 +22,13 @@ from ebbline.sweeps.study.home import Home
 UNWRITABLE = Path("/sys/kernel/ebbline")  # nobody makes folders there, not even root
 
 
-class Told(dict[str, dict[str, str]]):
+class Findings(dict[str, dict[str, str]]):
     """The findings by check, and the exit code."""
 
     code: int
 
 
-def doctor(home: Path, *arguments: str, **environment: str) -> Told:
+def doctor(home: Path, *arguments: str, **environment: str) -> Findings:
     done = subprocess.run(
         [sys.executable, "-m", "ebbline", "doctor", "--home", str(home), "--json", *arguments],
         capture_output=True,
@@ -37,9 +37,9 @@ def doctor(home: Path, *arguments: str, **environment: str) -> Told:
         env=os.environ | {"WANDB_MODE": "offline"} | environment,
     )
     assert done.stdout, done.stderr
-    told = Told({finding["check"]: finding for finding in json.loads(done.stdout)})
-    told.code = done.returncode
-    return told
+    findings = Findings({finding["check"]: finding for finding in json.loads(done.stdout)})
+    findings.code = done.returncode
+    return findings
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,10 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.process
 def test_on_a_healthy_home_nothing_is_a_problem_and_nothing_stays_behind(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    told = doctor(home)
-    assert told.code == 0
+    findings = doctor(home)
+    assert findings.code == 0
     assert [
-        told[check]["verdict"]
+        findings[check]["verdict"]
         for check in ("versions", "compiler", "ray", "wandb", "store", "database")
     ] == ["ok"] * 6
     assert not [path for path in home.rglob("*") if path.is_file()]
@@ -72,9 +72,9 @@ def test_on_a_healthy_home_nothing_is_a_problem_and_nothing_stays_behind(tmp_pat
 
 @pytest.mark.process
 def test_every_finding_that_is_not_ok_has_a_remedy_of_one_line(tmp_path: Path) -> None:
-    told = doctor(tmp_path, HF_HOME=str(tmp_path), WANDB_MODE="online")
-    assert {finding["verdict"] for finding in told.values()} >= {"ok", "warning"}
-    for finding in told.values():
+    findings = doctor(tmp_path, HF_HOME=str(tmp_path), WANDB_MODE="online")
+    assert {finding["verdict"] for finding in findings.values()} >= {"ok", "warning"}
+    for finding in findings.values():
         assert (
             bool(finding["remedy"]) == (finding["verdict"] != "ok")
             and "\n" not in finding["remedy"]
@@ -88,7 +88,7 @@ def test_in_a_terminal_a_finding_is_a_line_and_its_remedy_the_next(
         doctor_module.Finding("disk", "ok", "fine"),
         doctor_module.Finding("ray", "problem", "gone", "start it"),
     ]
-    assert doctor_module.tell(found, as_json=False) == 1
+    assert doctor_module.print_findings(found, as_json=False) == 1
     assert capsys.readouterr().out.splitlines() == [
         "ok       disk      fine",
         "problem  ray       gone",
@@ -101,13 +101,13 @@ def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     (tmp_path / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.5}}\n")
-    told = doctor(tmp_path, "--address", cluster.address)
-    assert told.code == 0 and told["ray"]["verdict"] == "ok"
+    findings = doctor(tmp_path, "--address", cluster.address)
+    assert findings.code == 0 and findings["ray"]["verdict"] == "ok"
     assert (
-        "2 nodes, 2 GPUs" in told["ray"]["seen"]
-        and "ray.io/market-type=spot" in told["ray"]["seen"]
+        "2 nodes, 2 GPUs" in findings["ray"]["seen"]
+        and "ray.io/market-type=spot" in findings["ray"]["seen"]
     )
-    assert told["prices"] == {
+    assert findings["prices"] == {
         "check": "prices",
         "verdict": "ok",
         "seen": "the profile prices A100",
@@ -125,12 +125,12 @@ def test_logical_gpus_are_called_so_and_priced_as_other(tmp_path: Path) -> None:
         (tmp_path / "cluster.yaml").write_text(
             f"address: {logical.address}\ngpus: {{other: {{usd_per_hour: 4}}}}\n"
         )
-        told = doctor(tmp_path)
+        findings = doctor(tmp_path)
     finally:
         logical.shutdown()
     assert (
-        "1 node, 2 logical GPUs" in told["ray"]["seen"]
-        and "$4, the profile's `other`" in told["prices"]["seen"]
+        "1 node, 2 logical GPUs" in findings["ray"]["seen"]
+        and "$4, the profile's `other`" in findings["prices"]["seen"]
     )
 
 
@@ -139,11 +139,11 @@ def test_a_gpu_type_without_a_price_is_named(cluster: Cluster, tmp_path: Path) -
     (tmp_path / "cluster.yaml").write_text(
         f"address: {cluster.address}\ngpus: {{H100: {{usd_per_hour: 4}}}}\n"
     )
-    told = doctor(tmp_path)
+    findings = doctor(tmp_path)
     assert (
-        told["prices"]["verdict"] == "warning"
-        and "A100" in told["prices"]["seen"]
-        and "cluster.yaml" in told["prices"]["remedy"]
+        findings["prices"]["verdict"] == "warning"
+        and "A100" in findings["prices"]["seen"]
+        and "cluster.yaml" in findings["prices"]["remedy"]
     )
 
 
@@ -160,13 +160,13 @@ def test_a_cluster_of_another_version_is_a_problem_that_names_both(
         b"cluster",
     )
     try:
-        told = doctor(tmp_path, "--address", cluster.address)
+        findings = doctor(tmp_path, "--address", cluster.address)
     finally:
         gcs.internal_kv_put(b"CLUSTER_METADATA", before, True, b"cluster")
     assert (
-        told.code == 1
-        and "Ray: 2.1.0" in told["ray"]["seen"]
-        and "Ray and Python" in told["ray"]["remedy"]
+        findings.code == 1
+        and "Ray: 2.1.0" in findings["ray"]["seen"]
+        and "Ray and Python" in findings["ray"]["remedy"]
     )
 
 
@@ -175,9 +175,9 @@ def test_an_unreachable_cluster_is_a_problem_within_seconds(tmp_path: Path) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        told = doctor(tmp_path, "--address", address)
-    assert told.code == 1 and told["ray"]["verdict"] == "problem"
-    assert address in told["ray"]["seen"] and "ray up" in told["ray"]["remedy"]
+        findings = doctor(tmp_path, "--address", address)
+    assert findings.code == 1 and findings["ray"]["verdict"] == "problem"
+    assert address in findings["ray"]["seen"] and "ray up" in findings["ray"]["remedy"]
 
 
 @pytest.mark.process
@@ -195,14 +195,16 @@ def test_what_answers_nothing_is_given_up_on(
 
 @pytest.mark.process
 def test_a_home_that_cannot_be_written_is_a_problem_three_times() -> None:
-    told = doctor(UNWRITABLE)
-    assert told.code == 1
-    assert {check for check, finding in told.items() if finding["verdict"] == "problem"} == {
+    findings = doctor(UNWRITABLE)
+    assert findings.code == 1
+    assert {check for check, finding in findings.items() if finding["verdict"] == "problem"} == {
         "home",
         "store",
         "database",
     }
-    assert "EBBLINE_HOME" in told["home"]["remedy"] and str(UNWRITABLE) in told["home"]["seen"]
+    assert (
+        "EBBLINE_HOME" in findings["home"]["remedy"] and str(UNWRITABLE) in findings["home"]["seen"]
+    )
 
 
 @pytest.mark.process
@@ -218,13 +220,13 @@ def test_a_bad_storage_url_is_a_problem_that_keeps_its_password(
     storage: str, says: str, tmp_path: Path
 ) -> None:
     (tmp_path / "cluster.yaml").write_text(f"storage: {storage}\n")
-    told = doctor(tmp_path)
-    assert told.code == 1 and told["database"]["verdict"] == "problem"
+    findings = doctor(tmp_path)
+    assert findings.code == 1 and findings["database"]["verdict"] == "problem"
     assert (
-        says in told["database"]["seen"]
-        and "`storage:` in HOME/cluster.yaml" in told["database"]["remedy"]
+        says in findings["database"]["seen"]
+        and "`storage:` in HOME/cluster.yaml" in findings["database"]["remedy"]
     )
-    assert "secret" not in json.dumps(told)
+    assert "secret" not in json.dumps(findings)
 
 
 @pytest.mark.process
@@ -235,19 +237,21 @@ def test_an_object_store_that_does_not_answer_is_a_problem(tmp_path: Path) -> No
         "AWS_SECRET_ACCESS_KEY": "hidden-word",
         "AWS_REGION": "us-east-1",
     }
-    told = doctor(tmp_path, AWS_ENDPOINT_URL="http://127.0.0.1:1", **keys)
+    findings = doctor(tmp_path, AWS_ENDPOINT_URL="http://127.0.0.1:1", **keys)
     assert (
-        told.code == 1
-        and told["store"]["verdict"] == "problem"
-        and "s3://ebbline-test/runs" in told["store"]["seen"]
+        findings.code == 1
+        and findings["store"]["verdict"] == "problem"
+        and "s3://ebbline-test/runs" in findings["store"]["seen"]
     )
-    assert "AWS_ENDPOINT_URL" in told["store"]["remedy"] and "hidden-word" not in json.dumps(told)
+    assert "AWS_ENDPOINT_URL" in findings["store"]["remedy"] and "hidden-word" not in json.dumps(
+        findings
+    )
 
 
 def test_an_object_store_is_tried_as_a_run_would_use_it(bucket: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(f"store: {bucket}\n")
-    told = doctor(tmp_path)
-    assert told["store"] == {
+    findings = doctor(tmp_path)
+    assert findings["store"] == {
         "check": "store",
         "verdict": "ok",
         "seen": f"{bucket}: created once, read back, deleted",
@@ -277,9 +281,11 @@ def test_online_without_a_login_is_a_problem(tmp_path: Path) -> None:
         "NETRC": str(tmp_path / "none"),
         "WANDB_CONFIG_DIR": str(tmp_path),
     }
-    told = doctor(tmp_path, WANDB_MODE="online", HF_HOME=str(tmp_path), HF_TOKEN="", **nobody)
-    assert told["wandb"]["verdict"] == "problem" and "wandb login" in told["wandb"]["remedy"]
-    assert told["hub"]["verdict"] == "warning" and "HF_TOKEN" in told["hub"]["remedy"]
+    findings = doctor(tmp_path, WANDB_MODE="online", HF_HOME=str(tmp_path), HF_TOKEN="", **nobody)
+    assert (
+        findings["wandb"]["verdict"] == "problem" and "wandb login" in findings["wandb"]["remedy"]
+    )
+    assert findings["hub"]["verdict"] == "warning" and "HF_TOKEN" in findings["hub"]["remedy"]
 
 
 @pytest.mark.process

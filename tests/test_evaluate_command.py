@@ -219,12 +219,12 @@ def test_no_prompt_or_completion_is_anywhere_but_in_the_file_that_says_it_is_sen
         "--out",
         tmp_path / "out",
     ]
-    said = [
+    results = [
         command(*asked, "--dtype", "float32", "--also", "xstest", *more)
         for more in ([], ["--json"], ["--limit", "2"])
     ]
     generation = tmp_path / "out" / "model" / "generate"
-    said += [
+    results += [
         command("rescore", generation, "--scorer", "xstest", "--to", tmp_path / "rows.csv"),
         command("prompts", "check", prompts),
     ]
@@ -239,7 +239,7 @@ def test_no_prompt_or_completion_is_anywhere_but_in_the_file_that_says_it_is_sen
         path for path in [*(tmp_path / "out").rglob("*"), tmp_path / "rows.csv"] if path.is_file()
     ]
     texts = [path.read_text() for path in written if path.name != GenerateSpec.COMPLETIONS] + [
-        each.output for each in said
+        each.output for each in results
     ]
     assert len(texts) > 8
     for text in map(plain, texts):

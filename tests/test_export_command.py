@@ -157,9 +157,9 @@ def test_it_says_in_json_what_it_wrote_and_the_same_results_give_the_same_bytes(
         home.root,
         "--json",
     )
-    said, files = json.loads(done.output), folder_files(tmp_path / "again")
-    assert sorted(said["files"]) == sorted(files) and said["points"] == {"done": 4}
-    assert {each["place"]: each["what"] for each in said["bring"]} == {
+    summary, files = json.loads(done.output), folder_files(tmp_path / "again")
+    assert sorted(summary["files"]) == sorted(files) and summary["points"] == {"done": 4}
+    assert {each["place"]: each["what"] for each in summary["bring"]} == {
         "files/aligned": "a model",
         "files/base": "a model",
         "files/chats.jsonl": "data",
@@ -249,14 +249,14 @@ def test_methods_cite_only_what_the_references_hold_and_say_what_was_done(export
     assert "dettmers2023qlora" not in keys and "lmeval" not in keys, (
         "nothing was quantised, and nothing measured by lm-eval"
     )
-    for said in (
+    for phrase in (
         "rank 2 or 4",
         "for 2 steps of 8",
         "4 points were proposed",
         "at most the threshold: none or 1",
         "a local copy with the sha256",
     ):
-        assert said in text
+        assert phrase in text
     assert re.search(
         r"Each point rests on (1 training seed|1 to 2 training seeds|2 training seeds)\.", text
     )
@@ -309,7 +309,7 @@ def plain(text: str) -> str:
 def test_only_an_untouched_export_of_the_same_study_is_replaced(
     file: Path, home: Home, exported: Path, tmp_path: Path
 ) -> None:
-    def told(to: Path) -> str:
+    def message_of(to: Path) -> str:
         before = folder_files(to)
         done = ebbline("export", file, "--to", to, "--home", home.root, "--style", "acl")
         assert done.exit_code == 1 and folder_files(to) == before
@@ -317,13 +317,13 @@ def test_only_an_untouched_export_of_the_same_study_is_replaced(
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert "is not an export of ebbline" in told(tmp_path / "mine")
+    assert "is not an export of ebbline" in message_of(tmp_path / "mine")
     changed = Path(shutil.copytree(exported, tmp_path / "changed"))
     (changed / "methods.md").write_text("I wrote this myself")
-    assert "was changed after the export (methods.md)" in told(changed)
+    assert "was changed after the export (methods.md)" in message_of(changed)
     added = Path(shutil.copytree(exported, tmp_path / "added"))
     (added / "paper.tex").write_text("mine")
-    assert "(paper.tex)" in told(added)
+    assert "(paper.tex)" in message_of(added)
     for field, value, what in (
         ("study", "another", "the study 'another'"),
         ("home", "0" * 32, "from another home"),
@@ -331,7 +331,7 @@ def test_only_an_untouched_export_of_the_same_study_is_replaced(
         other = Path(shutil.copytree(exported, tmp_path / field))
         mark = json.loads((other / "export.json").read_text())
         (other / "export.json").write_text(json.dumps({**mark, field: value}))
-        assert what in told(other)
+        assert what in message_of(other)
 
 
 def test_an_export_that_fails_leaves_the_old_one_and_nothing_else(
@@ -353,7 +353,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
     file: Path, home: Home, tmp_path: Path
 ) -> None:
     to = tmp_path / "paper"
-    for arguments, said in (
+    for arguments, message in (
         (("export", file, "--to", to, "--home", tmp_path / "empty"), "has not been run in"),
         (
             ("export", "--check", tmp_path, "--home", home.root),
@@ -361,7 +361,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
         ),
     ):
         done = ebbline(*arguments)
-        assert done.exit_code == 1 and said in done.output
+        assert done.exit_code == 1 and message in done.output
     changed = tmp_path / "study.yaml"
     changed.write_text(file.read_text().replace("steps: 2", "steps: 3"))
     done = ebbline("export", changed, "--to", to, "--home", home.root)
@@ -422,8 +422,8 @@ def test_the_bundle_s_study_gives_the_same_keys_in_another_home(
     assert [dict(result.keys) for result in again] == [point["keys"] for point in keys["points"]]
     assert len(keys["stages"]) >= 20 and all(point["keys"] for point in keys["points"])
     after = ebbline("export", "--check", bundle, "--home", other.root, "--json")
-    said = json.loads(after.output)
-    assert after.exit_code == 0 and said["same"] and said["stages"]["same"] == len(keys["stages"])
+    check = json.loads(after.output)
+    assert after.exit_code == 0 and check["same"] and check["stages"]["same"] == len(keys["stages"])
 
 
 def test_a_file_that_is_not_what_the_bundle_pins_is_refused(
@@ -470,7 +470,7 @@ def test_the_check_names_the_first_stage_that_came_out_otherwise(
         and "compare with constraints.txt" in found.first
     )
     done = ebbline("export", "--check", bundle, "--home", other.root)
-    assert done.exit_code == 1 and "the first that is not the same: project" in done.output
+    assert done.exit_code == 1 and "the first difference: project" in done.output
 
 
 def test_the_check_sees_other_measurements_under_the_same_key(

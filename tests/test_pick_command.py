@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
-from typer.testing import Result as Said
+from typer.testing import Result as CommandResult
 
 from ebbline.analysis.results.collect import collect
 from ebbline.cli import app
@@ -89,11 +89,11 @@ def driven(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[Path, 
     return folder / "study.yaml", study, home
 
 
-def run(*arguments: object) -> Said:
+def run(*arguments: object) -> CommandResult:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def pick(driven: tuple[Path, Study, Home], *arguments: object) -> Said:
+def pick(driven: tuple[Path, Study, Home], *arguments: object) -> CommandResult:
     return run("pick", driven[0], "--home", driven[2].root, *arguments)
 
 
@@ -101,10 +101,10 @@ def pick(driven: tuple[Path, Study, Home], *arguments: object) -> Said:
 def exported(driven: tuple[Path, Study, Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The projected adapter of the first seed."""
     to = tmp_path_factory.mktemp("export") / "deep" / "adapter"
-    said = pick(driven, "--point", 1, "--export", to)
-    assert said.exit_code == 0, said.output
+    done = pick(driven, "--point", 1, "--export", to)
+    assert done.exit_code == 0, done.output
     assert (
-        "the adapter of seed 3, with its model card README.md. Nothing was uploaded." in said.output
+        "the adapter of seed 3, with its model card README.md. Nothing was uploaded." in done.output
     )
     return to
 
@@ -200,8 +200,8 @@ def test_no_path_and_no_prompt_or_completion_leaves_with_an_adapter(
 def test_a_picked_adapter_is_called_the_one_with_most(
     driven: tuple[Path, Study, Home], tmp_path: Path
 ) -> None:
-    said = pick(driven, "--export", tmp_path / "out")
-    assert said.exit_code == 0, said.output
+    done = pick(driven, "--export", tmp_path / "out")
+    assert done.exit_code == 0, done.output
     text = (tmp_path / "out" / "README.md").read_text()
     assert (
         ", the one with most task accuracy" in text
@@ -255,10 +255,9 @@ def test_of_a_mean_the_card_gives_one_seed_no_interval(
 
 def test_nothing_is_overwritten(driven: tuple[Path, Study, Home], exported: Path) -> None:
     before = folder_files(exported)
-    said = pick(driven, "--point", 0, "--export", exported)
+    done = pick(driven, "--point", 0, "--export", exported)
     assert (
-        said.exit_code == 1
-        and "nothing is overwritten; name a folder that is new or empty" in said.output
+        done.exit_code == 1 and "is not an empty folder; give a new or empty folder" in done.output
     )
     assert folder_files(exported) == before and not list(exported.parent.glob(".*"))
 
@@ -266,9 +265,9 @@ def test_nothing_is_overwritten(driven: tuple[Path, Study, Home], exported: Path
 def test_another_seed_is_exported_when_it_is_named(
     driven: tuple[Path, Study, Home], tmp_path: Path
 ) -> None:
-    said = pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four", "--json")
-    assert said.exit_code == 0, said.output
-    assert json.loads(said.stdout)["exported"]["seed"] == 4
+    done = pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "four", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["exported"]["seed"] == 4
     assert (
         "the adapter of seed 4, which was requested; it holds the floors by itself ("
         in (tmp_path / "four" / "README.md").read_text()
@@ -277,9 +276,9 @@ def test_another_seed_is_exported_when_it_is_named(
     assert (tmp_path / "four" / "adapter_model.safetensors").read_bytes() == (
         driven[2].store.open("apply", key).file("adapter_model.safetensors").read_bytes()
     )
-    said = pick(driven, "--seed", 9, "--export", tmp_path / "nine")
+    done = pick(driven, "--seed", 9, "--export", tmp_path / "nine")
     assert (
-        said.exit_code == 1 and "--seed 9: point" in said.output and "the seeds 3, 4" in said.output
+        done.exit_code == 1 and "--seed 9: point" in done.output and "the seeds 3, 4" in done.output
     )
 
 
@@ -291,24 +290,24 @@ def test_a_study_file_that_was_changed_since_exports_nothing(
     changed.write_text(
         text.replace("refusal_floor: 0.0", "refusal_floor: 0.0\nhypothesis: another")
     )
-    said = run("pick", changed, "--home", driven[2].root, "--export", tmp_path / "deep" / "none")
+    done = run("pick", changed, "--home", driven[2].root, "--export", tmp_path / "deep" / "none")
     assert (
-        said.exit_code == 1 and "was begun in" in said.output and not (tmp_path / "deep").exists()
+        done.exit_code == 1 and "was begun in" in done.output and not (tmp_path / "deep").exists()
     )
 
 
 def test_below_a_floor_nothing_is_written_and_the_miss_is_told(
     driven: tuple[Path, Study, Home], tmp_path: Path
 ) -> None:
-    said = pick(driven, "--floor", "refusal_rate=0.5", "--export", tmp_path / "none")
-    assert said.exit_code == 1
-    assert "nothing was exported: point 0" in said.output and "No point of 7b does." in said.output
-    assert "short by 50.0 points of refusal rate at least 50.0%" in said.output
+    done = pick(driven, "--floor", "refusal_rate=0.5", "--export", tmp_path / "none")
+    assert done.exit_code == 1
+    assert "nothing was exported: point 0" in done.output and "No point of 7b does." in done.output
+    assert "short by 50.0 points of refusal rate at least 50.0%" in done.output
     assert not list(tmp_path.iterdir())
-    said = pick(driven, "--floor", "refusal_rate=0.5")
+    done = pick(driven, "--floor", "refusal_rate=0.5")
     assert (
-        said.exit_code == 1
-        and "7b: none of 2 different points holds that. The nearest is point 0" in said.output
+        done.exit_code == 1
+        and "7b: none of 2 different points holds that. The nearest is point 0" in done.output
     )
 
 
@@ -320,17 +319,17 @@ def test_what_retention_dropped_is_refused_with_the_commands_that_make_it_again(
         "store", "gc", "--home", home.root, "--older-than-h", 0, "--keep-adapters", "none", "--yes"
     )
     assert freed.exit_code == 0, freed.output
-    said = pick(driven, "--point", 1, "--export", tmp_path / "out")
-    assert said.exit_code == 1 and not list(tmp_path.iterdir())
+    done = pick(driven, "--point", 1, "--export", tmp_path / "out")
+    assert done.exit_code == 1 and not list(tmp_path.iterdir())
     key = collect(StudyView(study, home))[1].keys["apply[seed=3]"]
-    commands = re.findall(r"^  ebbline (.+)$", said.output, re.MULTILINE)
+    commands = re.findall(r"^  ebbline (.+)$", done.output, re.MULTILINE)
     assert commands == [
         f"store forget apply {key} --home {home.root}",
         f"run {path} --home {home.root}",
     ]
     assert run(*commands[0].split()).exit_code == 0
     drive(StudyView(study, home), InlineExecutor)  # what `ebbline run` does, in this process
-    said = pick(driven, "--point", 1, "--export", tmp_path / "out")
-    assert said.exit_code == 0, said.output
+    done = pick(driven, "--point", 1, "--export", tmp_path / "out")
+    assert done.exit_code == 0, done.output
     weights = "adapter_model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (exported / weights).read_bytes()

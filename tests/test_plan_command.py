@@ -26,10 +26,14 @@ def test_a_plan_says_what_a_run_would_take_and_draws_it(tmp_path):
     path, home = written(tmp_path), tmp_path / "home"
     home.mkdir()
     (home / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.0}}")
-    said = " ".join(plan(str(path), "--home", str(home), "--cluster", "1x2xA100").split())
-    assert "9 points are known, 0 are for the search to choose." in said
-    assert "on 2 GPUs (A100)" in said and "$" in said and "The store will grow by about" in said
-    assert "the store has no language yet" in said and "more (--why" in said
+    printed = " ".join(plan(str(path), "--home", str(home), "--cluster", "1x2xA100").split())
+    assert "9 points are known; the search will choose 0 more." in printed
+    assert (
+        "on 2 GPUs (A100)" in printed
+        and "$" in printed
+        and "The store will grow by about" in printed
+    )
+    assert "the store has no language yet" in printed and "more (--why" in printed
     assert {each.name for each in (home / "studies" / "tiny").iterdir()} >= {
         "plan.png",
         "plan.pdf",

@@ -172,27 +172,27 @@ HANDLED = {
     "all biases": (
         "qwen2",
         {"bias": "all"},
-        "6 tensors of the adapter are no LoRA update.*k_proj.bias",
+        "6 tensors of the adapter are not LoRA updates.*k_proj.bias",
     ),
     "biases of lora modules": (
         "qwen2",
         {"bias": "lora_only"},
-        "2 tensors of the adapter are no LoRA update.*q_proj.*bias",
+        "2 tensors of the adapter are not LoRA updates.*q_proj.*bias",
     ),
     "a bias of its own": (
         "qwen2",
         {"lora_bias": True},
-        "2 tensors of the adapter are no LoRA update.*lora_B.bias",
+        "2 tensors of the adapter are not LoRA updates.*lora_B.bias",
     ),
     "a module saved whole": (
         "llama",
         {"modules_to_save": ["lm_head"]},
-        "1 tensors of the adapter are no LoRA update.*lm_head.weight",
+        "1 tensors of the adapter are not LoRA updates.*lm_head.weight",
     ),
     "new tokens": (
         "llama",
         {"trainable_token_indices": [1, 2]},
-        "1 tensors of the adapter are no LoRA update.*trainable_tokens",
+        "1 tensors of the adapter are not LoRA updates.*trainable_tokens",
     ),
     "tied lm_head": ("tied", {"target_modules": ["lm_head", "q_proj"]}, None),
     "tied embed_tokens": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}, None),
@@ -359,7 +359,7 @@ def test_the_default_of_two_adapters_in_a_folder_is_projected_and_the_other_is_n
     tuned.save_pretrained(folder)
     (done,) = project([folder], pair.base, pair.aligned, tmp_path / "out", modules=1)
     assert (
-        re.search("two holds other adapters too.*left alone: other", done.notes[0])
+        re.search("two has other adapters in subfolders.*not projected: other", done.notes[0])
         and not (done.out / "other").exists()
     )
     agrees(pair, folder, done)
@@ -476,13 +476,13 @@ def test_a_nan_is_refused_with_the_module_and_where_it_is(
         sources["aligned"] = edited(
             tmp_path / "same", pair.aligned, lambda tensors: tensors.update(same)
         )
-    said = (
+    message = (
         rf"{LAST}: (?=.*NaN or infinity).*"
         + (f"{where[:6]} of " if which == "adapter" else "")
         + f"{tmp_path}/{which}"
     )
     refused(
-        said,
+        message,
         Pair(sources["base"], sources["aligned"]),
         tmp_path / "out",
         sources["adapter"],
@@ -547,8 +547,8 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_written(
 def test_what_comes_out_is_whole_or_not_there_and_replaces_nothing(pair, adapter, tmp_path):
     (out := tmp_path / "out").mkdir()
     (out / "mine").write_text("here")
-    refused(f"{out} exists; nothing is overwritten", pair, out, adapter)
-    refused(f"{out}/mine exists; nothing is overwritten", pair, out / "mine", adapter)
+    refused(f"{out} exists and is not an empty folder", pair, out, adapter)
+    refused(f"{out}/mine exists and is not an empty folder", pair, out / "mine", adapter)
     assert (out / "mine").read_text() == "here"
     (out / "mine").unlink()
     project([adapter], pair.base, pair.aligned, out)

@@ -135,11 +135,11 @@ def test_every_aligned_model_refuses_cue_requests_and_is_useful_otherwise(run: R
     for suites in StageGraph(study, where).baselines().values():
         task = suites["task"]
         language = task.inputs["generation"].inputs["prompts"].stage
-        said = Stage(
+        generation = Stage(
             task.inputs["generation"].spec,
             {**task.inputs["generation"].inputs, "prompts": Part(language, "utility.jsonl")},
         )
-        utility = Stage(task.spec, {"generation": said})
+        utility = Stage(task.spec, {"generation": generation})
         runner.add([utility])
         while not runner.settled(utility):
             runner.step()
@@ -238,9 +238,9 @@ def test_a_stage_runs_again_by_itself_beside_folders_of_our_names(run: Run, tmp_
     store = tmp_path / "store"
     shutil.copytree(run.home / "store" / "data", store / "data")
     request = sorted(store.rglob("request.json"))[0]
-    said = json.loads(ebbline("rerun", str(request), "--json", cwd=decoys(tmp_path)))
+    result = json.loads(ebbline("rerun", str(request), "--json", cwd=decoys(tmp_path)))
     kept = next(request.parents[1].glob("payload/*"))
-    assert (Path(said["out"]) / kept.name).read_bytes() == kept.read_bytes()
+    assert (Path(result["out"]) / kept.name).read_bytes() == kept.read_bytes()
 
 
 def test_status_names_points_and_driver(run: Run, printed: dict[str, str]) -> None:
@@ -268,8 +268,8 @@ def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(
         if len(text.strip()) >= 20
     }
     assert len(secrets) > 500
-    said = [text.encode() for text in printed.values()]
-    said.append(pd.read_parquet(folder / "results.parquet").to_csv().encode())
+    outputs = [text.encode() for text in printed.values()]
+    outputs.append(pd.read_parquet(folder / "results.parquet").to_csv().encode())
     kinds = ("generate", "score", "evaluate", "train", "project", "apply")
     files = [
         path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".png", ".pdf")
@@ -292,7 +292,7 @@ def test_no_prompt_or_completion_is_in_anything_that_leaves_the_store(
     }
     for name, text in [
         *((str(path), path.read_bytes()) for path in files),
-        *((f"output {i}", text) for i, text in enumerate(said)),
+        *((f"output {i}", text) for i, text in enumerate(outputs)),
     ]:
         plain = b" ".join(text.split())  # what is printed is broken at the width of a terminal
         assert not [secret for secret in secrets if secret in plain], name

@@ -66,7 +66,7 @@ def test_the_study_can_be_pinned_validated_and_planned(folder: Path, tmp_path: P
     assert command("validate", str(pinned)).startswith(
         "my-model is valid: 1 models, axes train.rank, apply.threshold, 3 suites"
     )
-    assert "8 points are known, 0 are for the search to choose." in command(
+    assert "8 points are known; the search will choose 0 more." in command(
         "plan", str(pinned), "--home", home, "--gpus", "1"
     )
 

@@ -66,8 +66,8 @@ def test_no_heartbeat_looks_at_more_than_what_is_under_way(tmp_path, home, monke
     with screen:
         progress = drive(StudyView(found, home), lambda: Pretended(home.store), watch)
     assert progress.completed == 6 and len(progress.results) == 6
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "tiny: 6/6 points" in said if console.is_terminal else "6/6 points" in said
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "tiny: 6/6 points" in printed if console.is_terminal else "6/6 points" in printed
 
 
 def nan_at_rank_8(request):
@@ -110,23 +110,25 @@ def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_fai
     progress = drive(
         StudyView(found, home), lambda: Pretended(home.store, gpus=1, fails=nan_at_rank_8), watch
     )
-    said = " ".join(half_way[0].split())
+    printed = " ".join(half_way[0].split())
     assert (
-        "/9 points, " in said and "1 of 1 GPUs busy" in said and "logical GPU-hours spent" in said
+        "/9 points, " in printed
+        and "1 of 1 GPUs busy" in printed
+        and "logical GPU-hours spent" in printed
     )
     assert (
-        "of 100 GPU-hours" in said
-        and "of 30 points" in said
-        and "left for what is under way" in said
+        "of 100 GPU-hours" in printed
+        and "of 30 points" in printed
+        and "left for the work in flight" in printed
     )
-    assert all(word in said for word in ("reused", "running", "waiting", "train", "generate"))
-    assert "failed: train 7b " in said and "the loss became nan" in said
-    assert "".join(progress.live.failures[0].command.split()) in "".join(said.split())
+    assert all(word in printed for word in ("reused", "running", "waiting", "train", "generate"))
+    assert "failed: train 7b " in printed and "the loss became nan" in printed
+    assert "".join(progress.live.failures[0].command.split()) in "".join(printed.split())
     assert (
-        "task accuracy, higher is better" in said
-        and "● 7b" in said
-        and "★ before fine-tuning" in said
-        and "95% intervals" in said
+        "task accuracy, higher is better" in printed
+        and "● 7b" in printed
+        and "★ before fine-tuning" in printed
+        and "median 95% interval" in printed
     )
 
 
@@ -221,7 +223,7 @@ def test_plain_lines_name_each_failure_once_with_its_command_and_come_when_somet
         StudyView(found, home), lambda: Pretended(home.store, fails=nan_at_rank_8), screen
     )
     for _ in range(3):
-        screen.lines.say(progress.live)
+        screen.lines.write(progress.live)
     lines = console.file.getvalue().splitlines()
     assert sum(line.startswith("failed: train 7b ") for line in lines) == 1
     assert (
@@ -280,7 +282,7 @@ def test_status_says_whether_a_run_would_go_on(tmp_path, home, capsys):
     drive(StudyView(small(tmp_path, budget={"points": 2}), home), lambda: Pretended(home.store))
     assert status(grid, home, capsys) == "driver: none; `ebbline run` continues it"
     drive(StudyView(grid, home), lambda: Pretended(home.store))
-    assert status(grid, home, capsys) == "driver: none; all its points are there"
+    assert status(grid, home, capsys) == "driver: none; all its points are done"
 
 
 def test_status_and_plan_say_that_a_search_has_nothing_more_to_propose(tmp_path, home, capsys):
@@ -293,9 +295,11 @@ def test_status_and_plan_say_that_a_search_has_nothing_more_to_propose(tmp_path,
         == "driver: none; it has ended: the search has nothing more to propose"
     )
     planning.plan_study(StudyView(found, home), Capacity((Host("here", 8, 8),)), 0, as_json=False)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "No further point is asked for: the search has nothing more to propose." in said
-    assert "0 misses; a run would find all of them in the store." in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "The search asks for no further point: the search has nothing more to propose." in printed
+    )
+    assert "0 misses; a run finds every stage in the store." in printed
 
 
 def test_a_plan_that_looked_at_a_part_of_the_points_does_not_speak_for_all(
@@ -307,7 +311,7 @@ def test_a_plan_that_looked_at_a_part_of_the_points_does_not_speak_for_all(
     monkeypatch.setattr(forecasts, "SAMPLE", 4)
     planning.plan_study(StudyView(found, home), Capacity((Host("here", 8, 8),)), 0, as_json=False)
     assert (
-        "0 misses among the 4 of 6 points that were looked up; a run looks at all of them."
+        "0 misses among the 4 of 6 points that were looked up; a run looks up all of them."
         in " ".join(capsys.readouterr().out.split())
     )
 
@@ -339,7 +343,7 @@ def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_p
         return code, capsys.readouterr().out
 
     assert ran(budget={"points": 2})[0] == 5 and lines(home) == ["wall_s"]
-    code, said = ran()
-    assert code == 0 and "; took " in said and lines(home) == ["wall_s", "wall_s", "begun_s"]
-    code, said = ran()
-    assert code == 0 and "; took " not in said and len(lines(home)) == 3
+    code, printed = ran()
+    assert code == 0 and "; took " in printed and lines(home) == ["wall_s", "wall_s", "begun_s"]
+    code, printed = ran()
+    assert code == 0 and "; took " not in printed and len(lines(home)) == 3

@@ -224,16 +224,16 @@ def test_gc_removes_what_nobody_needs_and_keeps_every_result(study: Study, home:
     assert {name: size for name, size in files(home).items() if "c" * 64 not in name} == kept
     assert collect(StudyView(study, home)) == before
     assert (
-        "nothing may go; what was written in the last 24 hours stays"
+        "nothing to remove; files written in the last 24 hours always stay"
         in store(home, "gc", "--yes").stdout
     )
 
 
 def test_gc_knows_what_a_study_needs_when_its_own_files_are_gone(home: Home, study: Study) -> None:
     path = home.root / "studies" / "tiny" / "study.json"
-    said = path.read_text()
+    text = path.read_text()
     assert study.data.pool.path is not None
-    path.write_text(said.replace(study.data.pool.path.path, "/moved/away.jsonl"))
+    path.write_text(text.replace(study.data.pool.path.path, "/moved/away.jsonl"))
     assert data(home, "gc", "--keep-adapters", "frontier", "--older-than-h", "1000")["what"] == []
     before = files(home)
     assert store(home, "gc", "--yes").exit_code == 0 and files(home) == before

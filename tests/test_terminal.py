@@ -1,4 +1,4 @@
-"""What a terminal is told of a run: by the run itself, stopped once and twice, and by `status
+"""What a terminal shows of a run: from the run itself, stopped once and twice, and from `status
 --watch` from another process.
 """
 
@@ -24,7 +24,7 @@ from ebbline.commands import run as running
 from ebbline.commands import status
 from ebbline.commands.run import Place, run_study
 from ebbline.commands.status import watch_status
-from ebbline.outputs import tell_outputs
+from ebbline.outputs import print_outputs
 from ebbline.sweeps.drive.live import Live, read_live, read_timeline
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.study import view as viewing
@@ -135,7 +135,7 @@ def trains(line: str) -> bool:
 
 @pytest.fixture(scope="module")
 def drained(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> SimpleNamespace:
-    """A run that was interrupted once while it trained, and what those saw who watched it."""
+    """A run that was interrupted once during a training, and the output of two watchers."""
     folder = tmp_path_factory.mktemp("drained")
     file, home = written(folder, pair, epochs=120), folder / "home"
     driver = run(file, home, "--json")
@@ -162,12 +162,13 @@ def drained(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> SimpleNames
 def test_an_interrupt_drains_and_says_how_to_resume_with_the_command_as_it_was_typed(
     drained: SimpleNamespace,
 ) -> None:
-    """Pays for a run with two watchers, which later tests read."""
+    """Starts the run with two watchers, which later tests read."""
     resume = resumed(drained.file, drained.home, "--json")
     assert (
-        f"nothing new starts; Ctrl-C again stops now. To go on later:\n  {resume}\n" in drained.err
+        f"nothing new starts. Press Ctrl-C again to stop now. To continue later:\n  {resume}\n"
+        in drained.err
     )
-    assert f"to go on:\n  {resume}\n" in drained.err
+    assert f"to continue:\n  {resume}\n" in drained.err
     (trained,) = [
         line for line in read_timeline(drained.home / "studies" / "tiny") if line.kind == "train"
     ]
@@ -176,30 +177,30 @@ def test_an_interrupt_drains_and_says_how_to_resume_with_the_command_as_it_was_t
     assert last is not None and last.ended == "request" and drained.codes[0] == 130
 
 
-def test_run_as_json_says_one_object_with_outcome_exit_code_and_outputs(
+def test_run_as_json_prints_one_object_with_outcome_exit_code_and_outputs(
     drained: SimpleNamespace,
 ) -> None:
-    said = json.loads(drained.out)
-    assert (said["study"], said["outcome"], said["exit_code"]) == ("tiny", "stopped", 130)
+    printed = json.loads(drained.out)
+    assert (printed["study"], printed["outcome"], printed["exit_code"]) == ("tiny", "stopped", 130)
     assert (
-        said["resume"] == resumed(drained.file, drained.home, "--json")
-        and said["stopped"] == "stopped on request"
+        printed["resume"] == resumed(drained.file, drained.home, "--json")
+        and printed["stopped"] == "stopped on request"
     )
     assert (
-        all(Path(path).stat().st_size > 0 for path in said["outputs"].values())
-        and "report" in said["outputs"]
+        all(Path(path).stat().st_size > 0 for path in printed["outputs"].values())
+        and "report" in printed["outputs"]
     )
-    assert said["live"]["ended"] == "request" and said["points"]["done"] == 0
+    assert printed["live"]["ended"] == "request" and printed["points"]["done"] == 0
     assert "[0:" in drained.err and "points, " in drained.err, "progress goes to standard error"
 
 
 def test_status_watches_a_run_from_another_process_and_ends_with_it(
     drained: SimpleNamespace,
 ) -> None:
-    said = [json.loads(line) for line in drained.lines]
-    assert said[0]["driver"].startswith("process ") and any(map(trains, drained.lines))
-    assert said[-1]["driver"] is None and said[-1]["live"] is None
-    moments = [line["live"]["at"] for line in said if line["live"] is not None]
+    printed = [json.loads(line) for line in drained.lines]
+    assert printed[0]["driver"].startswith("process ") and any(map(trains, drained.lines))
+    assert printed[-1]["driver"] is None and printed[-1]["live"] is None
+    moments = [line["live"]["at"] for line in printed if line["live"] is not None]
     assert moments == sorted(set(moments)), "a line for each change"
     assert drained.codes[1:] == (0, 0)
     assert (
@@ -215,11 +216,13 @@ def test_a_second_interrupt_stops_now_and_says_how_to_resume(tmp_path: Path, pai
     driver.send_signal(signal.SIGINT)
     assert driver.stderr is not None
     while "nothing new starts" not in (line := driver.stderr.readline()):
-        assert line, "it ended without a word"
+        assert line, "it ended without a message"
     driver.send_signal(signal.SIGINT)
     out, err = driver.communicate(timeout=240)
     resume = resumed(file, home, "--json")
-    assert driver.returncode == 130 and f"To go on:\n  {resume}\n" in err and "Traceback" not in err
+    assert (
+        driver.returncode == 130 and f"To continue:\n  {resume}\n" in err and "Traceback" not in err
+    )
     assert json.loads(out)["exit_code"] == 130 and json.loads(out)["resume"] == resume
     assert [
         line.outcome for line in read_timeline(home / "studies" / "tiny") if line.kind == "train"
@@ -274,10 +277,10 @@ def ran(
 def test_a_run_ends_with_each_reason_for_a_missing_result_once_and_the_command_that_shows_it(
     ran: Any,
 ) -> None:
-    code, said = ran()
+    code, printed = ran()
     lines = [
         line
-        for line in said.splitlines()
+        for line in printed.splitlines()
         if line.startswith("failed: ") and "to see it again" in line
     ]
     assert (
@@ -290,15 +293,15 @@ def test_a_run_ends_with_each_reason_for_a_missing_result_once_and_the_command_t
 
 @pytest.mark.slow
 def test_exit_codes_and_outcomes_as_json_belong_together(ran: Any) -> None:
-    code, said = ran(as_json=True, budget={"points": 2})
-    assert (code, json.loads(said)["exit_code"], json.loads(said)["outcome"]) == (
+    code, printed = ran(as_json=True, budget={"points": 2})
+    assert (code, json.loads(printed)["exit_code"], json.loads(printed)["outcome"]) == (
         5,
         5,
         "out of budget",
     )
-    assert json.loads(said)["resume"] == "ebbline run it"
-    code, said = ran(as_json=True)
-    found = json.loads(said)
+    assert json.loads(printed)["resume"] == "ebbline run it"
+    code, printed = ran(as_json=True)
+    found = json.loads(printed)
     assert (code, found["exit_code"], found["resume"]) == (3, 3, None)
     assert (
         found["points"]["done"] == 4 and found["points"]["failed"] == 2 and found["hypervolume"] > 0
@@ -323,12 +326,12 @@ def test_a_study_of_the_home_is_known_by_its_name_and_by_nothing_else(
 
 
 @pytest.mark.slow
-def test_nobody_to_watch_is_said_at_once(
+def test_watching_a_study_without_a_driver_ends_at_once(
     ran: Any, tmp_path: Path, home: Home, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran()
     watch_status(StudyView(small(tmp_path), home), as_json=False)
-    assert "driver: none; all its points are there" in capsys.readouterr().out
+    assert "driver: none; all its points are done" in capsys.readouterr().out
     watch_status(StudyView(small(tmp_path), home), as_json=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["driver"] is None and json.loads(line)["hypervolume"] > 0
@@ -345,8 +348,8 @@ def test_leaving_the_watch_leaves_the_run_alone(
     )
     with home.driving("tiny"):
         watch_status(StudyView(small(tmp_path), home), as_json=False)
-    said = capsys.readouterr()
-    assert "the run goes on" in said.err and f"process {os.getpid()} on " in said.out
+    printed = capsys.readouterr()
+    assert "the run continues" in printed.err and f"process {os.getpid()} on " in printed.out
 
 
 def test_the_snapshot_of_a_driver_that_was_killed_is_not_taken_for_another_s(
@@ -367,7 +370,7 @@ def test_the_snapshot_of_a_driver_that_was_killed_is_not_taken_for_another_s(
     assert status.live_of(home, "tiny", seen[-2].driver) == seen[-2]
 
 
-def test_what_changes_files_says_so_as_json(tmp_path: Path, home: Home) -> None:
+def test_commands_that_change_files_report_it_as_json(tmp_path: Path, home: Home) -> None:
     """`pin`, `report` and `store forget`; the other commands' own tests have theirs."""
     small(tmp_path)
     file, pinned = tmp_path / "study.yaml", tmp_path / "pinned.yaml"
@@ -385,15 +388,15 @@ def test_what_changes_files_says_so_as_json(tmp_path: Path, home: Home) -> None:
 
 
 def test_the_outputs_of_a_report_are_an_object(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_outputs({"report": Path("runs/report.html")}, as_json=True)
+    print_outputs({"report": Path("runs/report.html")}, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"report": "runs/report.html"}
-    tell_outputs({"report": Path("runs/report.html")})
+    print_outputs({"report": Path("runs/report.html")})
     assert capsys.readouterr().out.split() == ["report", "runs/report.html"]
 
 
 class Watching:
-    """A clock that `_Watched` sleeps by: at each sleep it moves, and `then` is called with how
-    often it was.
+    """The clock of `_Watched`: each sleep advances it and calls `then` with the number of
+    sleeps.
     """
 
     def __init__(self, step_s: float, then: Callable[[int], None]) -> None:
@@ -414,9 +417,7 @@ def watched(
     clock: Watching,
     amended: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Watch a study that a driver seems to hold until `clock` has had enough and lets
-    KeyboardInterrupt out.
-    """
+    """Watch a study with a pretended driver until `clock` raises KeyboardInterrupt."""
     seen: list[Live] = []
     drive(
         StudyView(found, home),
@@ -451,7 +452,7 @@ def test_a_run_makes_one_stage_graph_and_collects_once(
     assert len(made) == len(collected) == 1 and len(collected[0]) == 2
 
 
-def test_a_watch_survives_what_cannot_be_read_for_a_while_and_says_it_once(
+def test_a_watch_survives_read_errors_for_a_while_and_prints_them_once(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reads = []
@@ -468,18 +469,15 @@ def test_a_watch_survives_what_cannot_be_read_for_a_while_and_says_it_once(
 
     monkeypatch.setattr(status, "collect", collected)
     watched(small(tmp_path), home, monkeypatch, Watching(1.0, then))
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
         len(reads) == 4
-        and said.err.count(
-            "cannot be read just now, and is looked at again: score/aaaa is being replaced"
-        )
-        == 1
+        and printed.err.count("cannot be read now; retrying: score/aaaa is being replaced") == 1
     )
-    assert "the run goes on" in said.err and len(said.out.splitlines()) == 1
+    assert "the run continues" in printed.err and len(printed.out.splitlines()) == 1
 
 
-def test_a_watch_ends_with_an_error_when_what_cannot_be_read_lasts(
+def test_a_watch_ends_with_an_error_when_read_errors_last(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def collected(*arguments: Any) -> list[Any]:
@@ -492,7 +490,7 @@ def test_a_watch_ends_with_an_error_when_what_cannot_be_read_lasts(
     assert clock.now == 60.0
 
 
-def test_a_watch_reads_again_when_a_point_got_a_further_seed(
+def test_a_watch_reloads_when_a_point_got_a_further_seed(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []

@@ -39,8 +39,8 @@ def home(whole_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def said(*command: str) -> tuple[int, str]:
-    """Exit code, and what it says on standard output, or on standard error when that is empty."""
+def ebbline(*command: str) -> tuple[int, str]:
+    """The exit code and the standard output, or the standard error if that is empty."""
     ran = subprocess.run(
         [sys.executable, "-m", "ebbline.cli", *command],
         capture_output=True,
@@ -51,19 +51,19 @@ def said(*command: str) -> tuple[int, str]:
 
 
 def test_sync_without_a_login_says_what_waits_and_what_to_do(home: Path) -> None:
-    code, text = said("sync", "whole", "--home", str(home))
-    assert code == 0 and "nobody is logged in" in text and "wandb login" in text
+    code, text = ebbline("sync", "whole", "--home", str(home))
+    assert code == 0 and "you are not logged in" in text and "wandb login" in text
 
 
 def test_a_workspace_without_a_login_is_refused(home: Path) -> None:
-    code, text = said("wandb-workspace", "whole", "--home", str(home))
+    code, text = ebbline("wandb-workspace", "whole", "--home", str(home))
     assert code == 1 and "`wandb login`" in text
 
 
 def test_a_workspace_of_a_project_without_runs_says_to_sync_first(
     home: Path, server: WandbServer
 ) -> None:
-    code, text = said("wandb-workspace", "whole", "--home", str(home))
+    code, text = ebbline("wandb-workspace", "whole", "--home", str(home))
     assert code == 1 and "ebbline sync whole" in text and "not found" in text
     assert server.views == {}
 
@@ -73,14 +73,14 @@ def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(
 ) -> None:
     """Only here `sync` and `wandb-workspace` work on a finished study."""
     there = ("--home", str(home))
-    code, text = said("sync", "whole", *there, "-n", "4", "--json")
+    code, text = ebbline("sync", "whole", *there, "-n", "4", "--json")
     done = json.loads(text)
     assert (code, done["left"]) == (0, 0) and done["pushed"] == done["waiting"] > whole_study()[
         "search"
     ]["points"]
     kinds = [run.fields["jobType"] for run in server.runs.values()]
     assert (kinds.count("point"), kinds.count("study")) == (whole_study()["search"]["points"], 1)
-    assert json.loads(said("sync", "whole", *there, "--json")[1])["waiting"] == 0
+    assert json.loads(ebbline("sync", "whole", *there, "--json")[1])["waiting"] == 0
 
     sent = b"\n".join(server.bodies)
     rows = [
@@ -101,10 +101,10 @@ def test_sync_pushes_everything_and_the_workspace_draws_what_is_there(
         if str(path).encode() in sent
     ]
 
-    code, text = said("wandb-workspace", "whole", *there, "--json")
+    code, text = ebbline("wandb-workspace", "whole", *there, "--json")
     assert code == 0, text
     assert set(json.loads(text)) == {"workspace", "report"} and f"/{ENTITY}/ebbline" in text
-    assert said("wandb-workspace", "whole", *there)[0] == 0
+    assert ebbline("wandb-workspace", "whole", *there)[0] == 0
     assert server.unknown == [] and len(server.views) == 2  # the second time the same ones
     study, points = (
         load(Home(home).named("whole")),

@@ -1,6 +1,4 @@
-"""A tiny chat model pair and its data: random weights, real formats, made in a second. Nothing here
-is trained.
-"""
+"""A tiny chat model pair and its data: random untrained weights, real formats, made in a second."""
 
 import json
 import random
@@ -124,7 +122,7 @@ def context(folder: Path, **changes: Any) -> Context:
 
 
 def fresh(folder: Path) -> Path:
-    """A new empty folder for what a stage writes."""
+    """A new empty folder for a stage's output."""
     folder.mkdir(parents=True)
     return folder
 

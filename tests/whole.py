@@ -1,9 +1,9 @@
-"""A study that has all the quickstart's parts and takes a fifth of its time, run by the real
-command; and the quickstart itself.
+"""The quickstart, and a study with all its parts in a fifth of its time, both run by the real
+command.
 
-Two sizes instead of three, both with the smallest model, whose base, aligned model and first
-adapter the walk has trained already; the second is trained by a gang, at few steps. Everything else
-is read from the quickstart's file.
+The small study has two sizes instead of three, both with the smallest model. The walk has trained
+its base, its aligned model and the first adapter. A gang trains the second size, for few steps. All
+other settings come from the quickstart's file.
 """
 
 import os
@@ -27,7 +27,7 @@ DECOYS = ("tasks", "cluster", "sweeps", "analysis", "datasets", "wandb")
 
 
 def decoys(folder: Path) -> Path:
-    """A user's folder whose modules have the names of ours, and of a library's; each raises."""
+    """A user's folder with modules named like ours and like a library's; each raises on import."""
     for number, name in enumerate(DECOYS):
         path = folder / (f"{name}.py" if number == 0 else f"{name}/__init__.py")
         path.parent.mkdir(exist_ok=True)
@@ -36,8 +36,8 @@ def decoys(folder: Path) -> Path:
 
 
 def ebbline(*arguments: str, cwd: Path | None = None) -> str:
-    """What the command prints; -P, as the script `ebbline` puts no folder of the user on the path
-    either.
+    """The command's output. -P keeps the current folder off the path, as the script `ebbline`
+    does.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-m", "ebbline.cli", *arguments],
@@ -68,7 +68,7 @@ def whole_study() -> dict[str, Any]:
 
 
 def run_whole(home: Path, walk: Path) -> None:
-    """Run it from a store that holds what the walk has trained."""
+    """Run the small study from a copy of the walk's store."""
     path = copied(walk, home) / "whole.yaml"
     path.write_text(yaml.safe_dump(whole_study(), sort_keys=False))
     run(str(path), home)
@@ -79,9 +79,9 @@ def run_quickstart(home: Path) -> None:
 
 
 def run(study: str, home: Path) -> None:
-    """Run it from a folder of decoys: no process of ebbline's imports what lies there."""
+    """Run a study from a folder of decoys: no process of ebbline imports them."""
     with TemporaryDirectory() as folder:
-        said = ebbline("run", study, "--home", str(home), cwd=decoys(Path(folder)))
+        printed = ebbline("run", study, "--home", str(home), cwd=decoys(Path(folder)))
     for what in ("results", "frontier", "figure", "report"):
-        named = re.search(rf"^{what} +(.+)$", said, re.MULTILINE)
-        assert named is not None and Path(named[1]).stat().st_size > 0, said
+        named = re.search(rf"^{what} +(.+)$", printed, re.MULTILINE)
+        assert named is not None and Path(named[1]).stat().st_size > 0, printed

@@ -1,1 +1,1 @@
-"""One file for each command, or for commands that belong together. Imports everything."""
+"""The commands: one file for each command or group of commands. May import every other package."""

@@ -1,7 +1,6 @@
-"""The report of `ebbline prompts check`: an audit as tables, and what to do about it.
+"""The report of `ebbline prompts check`: an audit as tables, and what to do next.
 
-It speaks in counts, ids and categories. The texts of near-copies are shown only to someone who
-asked for them.
+It prints counts, ids and categories. It prints the texts of near-copies only with --show-text.
 """
 
 import json
@@ -21,11 +20,13 @@ from ebbline.tasks.identity import content_digest
 SHOWN = {"clusters": 20, "ids": 12, "categories": 60, "pairs": 20, "texts": 5}
 FEW_PROMPTS = 10  # below it, a rate's 95% interval can be wider than +-0.25
 
-_KEYS = {"least_similarity": "threshold"}  # what --json calls a field of an Audit
+_KEYS = {"least_similarity": "threshold"}  # Audit field -> its key in --json
 
 
-def tell(audit: Audit, path: Path, as_json: bool, show_text: PromptSet | None = None) -> None:
-    """Print an audit of the set at `path`. `show_text`, the set itself, adds the texts of
+def print_audit(
+    audit: Audit, path: Path, as_json: bool, show_text: PromptSet | None = None
+) -> None:
+    """Print an audit of the set at `path`. `show_text` is the set itself; it adds the texts of
     near-copies.
     """
     texts = {} if show_text is None else {prompt.id: prompt.text for prompt in show_text.prompts}
@@ -49,7 +50,7 @@ def tell(audit: Audit, path: Path, as_json: bool, show_text: PromptSet | None = 
         screen,
         f"{path}: {audit.format}, {audit.prompts} prompts{limited}, sha256 {content_digest(path)}",
     )
-    _line(screen, f"words a prompt: {_words(audit)}")
+    _line(screen, f"words in a prompt: {_words(audit)}")
     if set(audit.labels) != {""}:
         _line(
             screen,
@@ -74,7 +75,7 @@ def tell(audit: Audit, path: Path, as_json: bool, show_text: PromptSet | None = 
 
 
 def verdicts(audit: Audit) -> list[str]:
-    """What was found and what to do next, a sentence each."""
+    """The findings and what to do next, a sentence each."""
     return [*_copies(audit), *_coverage(audit), *_rows(audit), *_shared(audit)]
 
 
@@ -82,13 +83,14 @@ def _copies(audit: Audit) -> list[str]:
     if not audit.clusters:
         return [
             f"no near-copies at a similarity of {audit.least_similarity:g}: each prompt is a "
-            "request of its own"
+            "separate request"
         ]
     inside = sum(len(cluster.ids) for cluster in audit.clusters)
-    said = [
+    sentences = [
         f"{_count(len(audit.clusters), 'cluster holds', 'clusters hold')} {inside} of "
         f"{audit.prompts} prompts: count a cluster once, or"
-        f" report rates per cluster. As requests there are {audit.requests}, and an "
+        f" report rates per cluster. The set has "
+        f"{_count(audit.requests, 'separate request', 'separate requests')}, so an "
         f"interval for n = {audit.prompts} is too narrow"
     ]
     chains = [
@@ -97,65 +99,62 @@ def _copies(audit: Audit) -> list[str]:
         if cluster.least < audit.least_similarity / 2
     ]
     if chains:
-        said.append(
+        sentences.append(
             f"{_count(len(chains), 'cluster is a chain', 'clusters are chains')} whose "
             f"ends have little in common ({_some(chains)}):"
-            " look at the texts (--show-text), or raise --similarity"
+            " read the texts (--show-text), or raise --similarity"
         )
     if audit.duplicates:
         extra = sum(len(ids) - 1 for ids in audit.duplicates)
-        said.append(
-            f"{_count(extra, 'prompt repeats', 'prompts repeat')} another, case and white "
-            "space aside: remove the repeats"
+        sentences.append(
+            f"{_count(extra, 'prompt repeats', 'prompts repeat')} another, apart from case and "
+            "white space: remove the repeats"
         )
-    return said
+    return sentences
 
 
 def _coverage(audit: Audit) -> list[str]:
     named = [category for category in audit.categories if category.name]
     without = audit.prompts - sum(category.prompts for category in named)
     if not named:
-        return [
-            "no prompt has a category: what the set covers cannot be told; add a column `category`"
-        ]
+        return ["no prompt has a category: the set's coverage is unknown; add a column `category`"]
     largest, smallest = named[0], named[-1]
-    said = [f"all categories are one ({_plain(largest.name)}): what the set covers cannot be told"]
+    sentences = [f"there is one category ({_plain(largest.name)}): the set's coverage is unknown"]
     if len(named) > 1:
-        said = [
+        sentences = [
             f"{len(named)} categories, the smallest with "
             f"{_count(smallest.prompts, 'prompt', 'prompts')} ({_plain(smallest.name)}),"
             f" the largest with {largest.prompts} ({_plain(largest.name)}, {largest.share:.0%})"
         ]
     few = [category.name for category in named if category.prompts < FEW_PROMPTS]
     if few:
-        said.append(
+        sentences.append(
             f"{_count(len(few), 'category holds', 'categories hold')} fewer than "
-            f"{FEW_PROMPTS} prompts: report no rate of"
-            f" {'its' if len(few) == 1 else 'their'} own ({_some([_plain(name) for name in few])})"
+            f"{FEW_PROMPTS} prompts: report no separate rate for"
+            f" {'it' if len(few) == 1 else 'them'} ({_some([_plain(name) for name in few])})"
         )
     if without:
-        said.append(f"{_count(without, 'prompt has', 'prompts have')} no category")
-    return said
+        sentences.append(f"{_count(without, 'prompt has', 'prompts have')} no category")
+    return sentences
 
 
 def _rows(audit: Audit) -> list[str]:
-    said = []
+    sentences = []
     if audit.lengths.short:
-        said.append(
+        sentences.append(
             f"{_count(audit.lengths.short, 'prompt has', 'prompts have')} fewer than "
             f"{SHORT_WORDS} words: is the text cut?"
         )
     if len([name for name in audit.labels if name]) > 1:
-        said.append(
-            "the set holds harmful and harmless prompts: say which a suite is to ask (`label`)"
+        sentences.append(
+            "the set holds harmful and harmless prompts: choose one for a suite with `label`"
         )
     if audit.renamed:
-        said.append(
-            f"{_count(audit.renamed, 'row had an id', 'rows had an id')} that was taken, "
-            "and got the line added (ID@LINE):"
-            " give each row its own"
+        sentences.append(
+            f"{_count(audit.renamed, 'row has', 'rows have')} an id of an earlier row "
+            "and became ID@LINE: give each row a unique id"
         )
-    return said
+    return sentences
 
 
 def _shared(audit: Audit) -> list[str]:
@@ -163,14 +162,14 @@ def _shared(audit: Audit) -> list[str]:
         return []
     if not audit.overlap.shared:
         return [
-            f"no prompt recurs among the {audit.overlap.prompts} of the other set, nor "
-            "does one like it"
+            f"no prompt equals or resembles one of the {audit.overlap.prompts} prompts of the "
+            "other set"
         ]
     return [
         f"{audit.overlap.shared} of {audit.prompts} prompts recur in the other set (pairs: "
-        f"{len(audit.overlap.exact)} the same,"
+        f"{len(audit.overlap.exact)} equal,"
         f" {len(audit.overlap.near)} similar): do not count the two sets as independent, "
-        "nor train on one and measure on the other"
+        "and do not train on one and measure on the other"
     ]
 
 
@@ -221,7 +220,7 @@ def _texts(screen: Console, clusters: Sequence[Cluster], texts: dict[str, str]) 
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A table; a column whose name begins with > is set to the right."""
+    """A table; a column whose name begins with > is right-aligned."""
     table = Table(
         title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False
     )
@@ -259,8 +258,8 @@ def _count(n: int, one: str, many: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """An id or a category for the screen: from a file, so without control characters, and cut where
-    it is no name any more.
+    """An id or a category from a file, for the screen: without control characters, at most 60
+    characters.
     """
     shown = _printable(name)
     return shown if len(shown) <= 60 else f"{shown[:59]}…"

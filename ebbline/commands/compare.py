@@ -1,6 +1,4 @@
-"""`compare`: studies side by side, the first as what the others are set against; as text, JSON, a
-page or a picture.
-"""
+"""`ebbline compare`: compare studies with the first one; as text, JSON, a page or a picture."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +35,8 @@ from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.stage import Stage
 
 PICTURES = (".png", ".pdf", ".svg")
-BY_MODEL = (
-    "quantisation",
-    "dtype",
-)  # what a suite's stages say of the model, which is no part of what was asked of it
-UNSAID = ("study", "question", "hypothesis")
+MODEL_FIELDS = ("quantisation", "dtype")  # of a suite's specs; they do not change its prompts
+UNCOMPARED = ("study", "question", "hypothesis")
 
 
 def compare_studies(
@@ -51,8 +46,10 @@ def compare_studies(
     to: Path | None,
     as_json: bool,
 ) -> None:
-    """Print the comparison of studies, one home for all or one for each; with `to`, write its page
-    or picture there as well.
+    """Print the comparison of studies. `homes` has one home for all, or one for each study. `to` is
+    a file for its page or picture.
+
+    Raises StudyError for studies that cannot be compared and for a `to` that cannot be written.
     """
     if len(names) < 2:
         raise StudyError("a comparison needs two studies or more")
@@ -66,7 +63,7 @@ def compare_studies(
     sides = _sides(names, list(homes) * (len(names) if len(homes) == 1 else 1))
     for side in sides:
         if not any(side.of(model) for model in side.study.models):
-            raise StudyError(f"{side.label} has no finished point; `ebbline run` goes on with it")
+            raise StudyError(f"{side.label} has no finished point; `ebbline run` continues it")
     first = sides[0]
     bounds = _floors(sides, floors)
     maximised = maximised_of(first.study, None)
@@ -75,8 +72,8 @@ def compare_studies(
     if to is not None:
         if not drawn:
             raise StudyError(
-                f"the studies share none of {', '.join(first.study.objectives)}, so there "
-                "is no picture of both"
+                f"the studies share none of {', '.join(first.study.objectives)}, so --to has "
+                "nothing to draw"
             )
         _write(to, sides, found, bounds, drawn)
     if as_json:
@@ -99,7 +96,7 @@ def compare_studies(
                 for metric, one, other, move in table.itertuples(index=False, name=None):
                     print(f"    {metric}: {one}; {other}; {move}")
             print()
-    print(meaning(_told(found)))
+    print(meaning(_comparisons(found)))
     if to is not None:
         print(f"wrote {to}")
 
@@ -117,34 +114,36 @@ def _sides(names: Sequence[str], homes: Sequence[Path]) -> list[Side]:
     ]
     if len(set(labels)) < len(labels):
         raise StudyError(
-            f"the studies cannot be told apart by name and home ({', '.join(labels)}); "
+            f"two studies have the same name and home folder ({', '.join(labels)}); "
             "give each its own home"
         )
     return [
-        Side(label, view.study, collect(view), StoredEvidence(view), _asked(view))
+        Side(label, view.study, collect(view), StoredEvidence(view), _suite_settings(view))
         for label, view in zip(labels, views, strict=True)
     ]
 
 
-def _asked(view: StudyView) -> dict[str, dict[str, object]]:
-    """Suite -> what decides what it measures, of the suites whose prompts are there. Judges count
-    by their settings.
+def _suite_settings(view: StudyView) -> dict[str, dict[str, object]]:
+    """Suite -> the settings that decide what it measures, for suites whose prompts are in the
+    store. A judge's settings are part of them.
     """
     resolver, found = Resolver(view.home.store), dict[str, dict[str, object]]()
     for suites in view.graph.baselines().values():
         for suite, stage in suites.items():
-            said = stage.inputs.get("generation")
-            speaking = said if isinstance(said, Stage) else stage
-            hashed: Any = resolver.hashed(speaking)
+            generation = stage.inputs.get("generation")
+            prompted = generation if isinstance(generation, Stage) else stage
+            hashed: Any = resolver.hashed(prompted)
             if hashed is None:
                 continue
-            own = {name: value for name, value in hashed["spec"].items() if name not in BY_MODEL}
+            own = {
+                name: value for name, value in hashed["spec"].items() if name not in MODEL_FIELDS
+            }
             judges = {
                 name: str(item.spec.model_dump())
                 for name, item in stage.inputs.items()
-                if isinstance(item, Stage) and item is not said
+                if isinstance(item, Stage) and item is not generation
             }
-            scored = {} if speaking is stage else dict(stage.spec.model_dump())
+            scored = {} if prompted is stage else dict(stage.spec.model_dump())
             race = str(getattr(view.study.suites[suite].measure, "race", None))
             found.setdefault(
                 suite,
@@ -153,14 +152,14 @@ def _asked(view: StudyView) -> dict[str, dict[str, object]]:
     return found
 
 
-def _floors(sides: Sequence[Side], asked: Sequence[str]) -> tuple[Floor, ...]:
-    """The same floors for all: the first study's as `pick` takes them, its own refusal floor
-    replaced by the strictest of all.
+def _floors(sides: Sequence[Side], texts: Sequence[str]) -> tuple[Floor, ...]:
+    """One set of floors for all studies: `pick`'s floors of the first study, with the strictest
+    refusal floor of all studies.
     """
-    found = floors_of(sides[0].study, asked)
+    found = floors_of(sides[0].study, texts)
     refusal = sides[0].study.refusal_metric
     strictest = max(side.study.refusal_floor for side in sides)
-    given = {floors_of(sides[0].study, [text])[-1].metric for text in asked}
+    given = {floors_of(sides[0].study, [text])[-1].metric for text in texts}
     floors = tuple(
         Floor(refusal, strictest) if each.metric == refusal and refusal not in given else each
         for each in found
@@ -179,13 +178,14 @@ def _floors(sides: Sequence[Side], asked: Sequence[str]) -> tuple[Floor, ...]:
 def _sections(
     found: StudyComparison, floors: Sequence[Floor]
 ) -> Iterator[tuple[str, list[str], list[tuple[str, pd.DataFrame]]]]:
-    """(title, notes, (caption, table)...): what is comparable, then each size."""
+    """(title, notes, (caption, table)...): first what is comparable, then each size."""
     notes = [
-        f"not comparable, {suite}: {why}; intervals only" for suite, why in found.apart.items()
+        f"not comparable, {suite}: {reason}; intervals only"
+        for suite, reason in found.apart.items()
     ]
     one, other = found.before.study, found.after.study
     before, after = (
-        {k: v for k, v in lasting(s.model_dump(mode="json")).items() if k not in UNSAID}
+        {k: v for k, v in lasting(s.model_dump(mode="json")).items() if k not in UNCOMPARED}
         for s in (one, other)
     )
     differ = [
@@ -217,8 +217,8 @@ def _notes(size: ModelComparison) -> Iterator[str]:
         before, after = (each.among for each in size.picks)
         if before != after:
             yield (
-                f"the frontiers were chosen from {before} and {after} different points: the "
-                "more points, the further a frontier reaches"
+                f"the frontiers come from {before} and {after} different points; a frontier of "
+                "more points reaches further"
             )
     if not size.shared:
         yield "no point has the same settings in both"
@@ -235,14 +235,14 @@ def _volumes(found: Volumes) -> str:
     text = f"{found.before:.3f} before, {found.after:.3f} after, difference {found.difference:+.3f}"
     if found.interval is None:
         return (
-            f"{text} (no interval: the samples behind an objective are not at hand, or it is "
-            "no share of them)"
+            f"{text} (no interval: an objective's samples are missing, or it is not a share of "
+            "them)"
         )
     low, high = found.interval
     if low == high == 0:
-        return f"{text} (both studies' points answered every prompt alike)"
+        return f"{text} (both studies' points have the same outcome on every prompt)"
     how = (
-        "over the prompts that both were asked"
+        "over the prompts of both"
         if found.paired
         else "over each study's own prompts, which differ"
     )
@@ -255,7 +255,7 @@ def _tables(
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     caption = f"Operating points, {in_words(floors)}"
     for side, own in zip((found.before, found.after), size.picks, strict=True):
-        lacking = "" if own.holds else f", which is only the nearest: {missed_by(own, None)}"
+        lacking = "" if own.holds else f", the nearest point: {missed_by(own, None)}"
         caption += f"; {side.label}: {named(own.result)}{lacking}"
     rows = [
         (directed_label(name), _short(one.before), _short(one.after), _moved(one))
@@ -285,7 +285,7 @@ def _moved(found: Comparison) -> str:
     )
 
 
-def _told(found: Sequence[StudyComparison]) -> list[Comparison]:
+def _comparisons(found: Sequence[StudyComparison]) -> list[Comparison]:
     sizes = [size for each in found for size in each.sizes]
     return [
         one
@@ -311,21 +311,19 @@ def _write(
             return
         axes = " against ".join(directed_label(name) for name in reversed(drawn[:2]))
         caption = (
-            "Every finished point with its 95% intervals. Filled: projected; hollow: not. The "
-            "steps are each study's frontier."
+            "Every finished point with its 95% intervals. Filled: projected; hollow: not "
+            "projected. The steps are each study's frontier."
         )
         page = template("report/comparison_template.html").render(
             labels=[side.label for side in sides],
             drawn=axes,
             figure=shown(figure, _alt(axes, sides, found), caption),
             compared=[section for each in found for section in _sections(each, floors)],
-            meaning=meaning(_told(found)),
+            meaning=meaning(_comparisons(found)),
         )
         write_whole(to, lambda path: path.write_text(page, "utf-8"))
     except OSError as error:
-        raise StudyError(
-            f"{to} cannot be written: {error}; give another place with --to"
-        ) from error
+        raise StudyError(f"{to} cannot be written: {error}; give another path with --to") from error
 
 
 def _alt(axes: str, sides: Sequence[Side], found: Sequence[StudyComparison]) -> str:
@@ -340,7 +338,7 @@ def _alt(axes: str, sides: Sequence[Side], found: Sequence[StudyComparison]) -> 
         for size in each.sizes
         if size.volumes is not None
     ]
-    return f"Scatter plots, one a size: {axes}. " + ". ".join([counts, *volumes]) + "."
+    return f"Scatter plots, one for each size: {axes}. " + ". ".join([counts, *volumes]) + "."
 
 
 def _json(found: StudyComparison) -> dict[str, Any]:

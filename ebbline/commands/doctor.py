@@ -1,9 +1,7 @@
-"""`ebbline doctor`: what a run will need, tried for real, with one line of remedy for each thing
-that is not there.
+"""`ebbline doctor`: test what a run needs, and print one line of remedy for each problem.
 
-Nothing here waits without a limit, and nothing stays behind. What imports torch, ray or wandb runs
-in a process of its own: `python -m ebbline.commands.doctor cuda|wandb` prints its finding as
-JSON.
+Every check has a time limit and removes what it creates. Checks that import torch, ray or wandb run
+in their own process: `python -m ebbline.commands.doctor cuda|wandb` prints its finding as JSON.
 """
 
 import json
@@ -35,7 +33,7 @@ IMPATIENT = {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
 
 
 def examine(home: Home, address: str | None) -> list[Finding]:
-    """Every check, several at a time; `address` is Ray's, the profile's when None."""
+    """Run all checks in parallel. `address` is Ray's; None means the profile's."""
     profile = home.profile
     parts: list[Callable[[], Sequence[Finding]]] = [
         lambda: [_versions()],
@@ -53,7 +51,7 @@ def examine(home: Home, address: str | None) -> list[Finding]:
         return [finding for found in pool.map(lambda part: part(), parts) for finding in found]
 
 
-def tell(findings: Sequence[Finding], as_json: bool) -> int:
+def print_findings(findings: Sequence[Finding], as_json: bool) -> int:
     """Print the findings; the exit code is 1 when one is a problem."""
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
@@ -75,17 +73,17 @@ def _versions() -> Finding:
 def _gpus() -> Finding:
     if shutil.which("nvidia-smi") is None:
         return Finding("gpu", "ok", "no GPU: stages run on the CPU")
-    asked = run(
+    listed = run(
         ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     )
-    if isinstance(asked, str):
+    if isinstance(listed, str):
         return Finding(
             "gpu",
             "problem",
-            f"nvidia-smi says nothing: {asked}",
-            "install NVIDIA's driver again, or restart the machine",
+            f"nvidia-smi failed: {listed}",
+            "reinstall NVIDIA's driver, or restart the machine",
         )
-    seen = "; ".join(asked.stdout.strip().splitlines()) or "nvidia-smi lists no GPU"
+    seen = "; ".join(listed.stdout.strip().splitlines()) or "nvidia-smi lists no GPU"
     torch = run_module(__name__, "cuda")
     if torch.get("devices", 0) == 0:
         why = torch.get("error") or (
@@ -93,19 +91,19 @@ def _gpus() -> Finding:
             "use none of them"
         )
         remedy = (
-            "put CUDA's torch in: pip install --force-reinstall "
-            f"torch=={version('torch').partition('+')[0]}; or a newer NVIDIA driver"
+            "install torch with CUDA: pip install --force-reinstall "
+            f"torch=={version('torch').partition('+')[0]}; or install a newer NVIDIA driver"
         )
         return Finding("gpu", "problem", f"{seen}; {why}", remedy)
     return Finding("gpu", "ok", f"{seen}; torch can use {torch['devices']}")
 
 
 def _compiler() -> Finding:
-    """No stage on a CPU needs one. On GPUs, libraries compile kernels of theirs on first use where
-    their wheels lack them.
+    """Whether a C++ compiler works. On GPUs, some libraries compile kernels on first use. Stages on
+    a CPU need no compiler.
     """
     compiler = os.environ.get("CXX", "c++")
-    where = "; libraries may want to compile GPU kernels"
+    where = "; libraries may need to compile GPU kernels"
     if shutil.which(compiler) is None:
         return Finding(
             "compiler",
@@ -117,7 +115,7 @@ def _compiler() -> Finding:
     tried = run(command, "#include <Python.h>\n#include <vector>\n")
     if isinstance(tried, str):
         remedy = (
-            "on Debian: apt-get install g++ python3-dev; the headers belong in "
+            "on Debian: apt-get install g++ python3-dev; the headers must be in "
             f"{sysconfig.get_path('include')}"
         )
         return Finding(
@@ -137,7 +135,7 @@ def _memory() -> Finding:
             "memory",
             "warning",
             seen,
-            "a 7B model is read into memory before it reaches the GPU: take a machine with 32 GB",
+            "a 7B model is loaded into memory before it moves to the GPU: use a machine with 32 GB",
         )
     return Finding("memory", "ok", seen)
 
@@ -146,20 +144,20 @@ def _disks(home: Home) -> list[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [
-        _disk("home", home.root, "another --home, or EBBLINE_HOME"),
-        _disk("models", Path(HF_HUB_CACHE), "HF_HOME on a larger disk"),
+        _disk("home", home.root, "give another --home, or set EBBLINE_HOME"),
+        _disk("models", Path(HF_HUB_CACHE), "set HF_HOME to a folder on a larger disk"),
     ]
 
 
 def _disk(check: str, folder: Path, remedy: str) -> Finding:
-    there = folder
-    while not there.exists():
-        there = there.parent
-    free_gb = shutil.disk_usage(there).free / 1e9
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free_gb = shutil.disk_usage(existing).free / 1e9
     seen = f"{folder}: {free_gb:.0f} GB free"
-    if not os.access(there, os.W_OK) or free_gb < 1:
-        verb = "is full" if os.access(there, os.W_OK) else "cannot be written"
-        return Finding(check, "problem", f"{seen}, {there} {verb}", remedy)
+    if not os.access(existing, os.W_OK) or free_gb < 1:
+        verb = "is full" if os.access(existing, os.W_OK) else "cannot be written"
+        return Finding(check, "problem", f"{seen}, {existing} {verb}", remedy)
     return (
         Finding(check, "warning", seen, remedy)
         if free_gb < LOW_DISK_GB
@@ -185,7 +183,7 @@ def _prices(types: Sequence[str], profile: Profile) -> list[Finding]:
             Finding(
                 "prices",
                 "warning",
-                f"no price for {', '.join(unpriced)}: costs are told in GPU-hours only",
+                f"no price for {', '.join(unpriced)}: costs are in GPU-hours only",
                 remedy,
             )
         ]
@@ -193,39 +191,39 @@ def _prices(types: Sequence[str], profile: Profile) -> list[Finding]:
         return [Finding("prices", "ok", f"the profile prices {', '.join(types)}")]
     logical = profile.gpus.get("other")
     priced = (
-        f"; hours of logical ones are told at ${logical.usd_per_hour:g}, the profile's `other`"
+        f"; a logical GPU-hour costs ${logical.usd_per_hour:g}, the profile's `other`"
         if logical
-        else " whose hours cost"
+        else " that has a price"
     )
     return [Finding("prices", "ok", f"no real GPU{priced}")]
 
 
 def _wandb() -> Finding:
-    asked = os.environ.get("WANDB_MODE", "")
+    mode = os.environ.get("WANDB_MODE", "")
     found = run_module(__name__, "wandb")
     if "error" in found:
         return Finding(
             "wandb",
             "warning",
             found["error"],
-            "runs are kept offline; `wandb login` mends the credentials",
+            "runs stay offline; `wandb login` repairs the credentials",
         )
-    if asked in ("offline", "dryrun", "disabled"):
-        return Finding("wandb", "ok", f"{asked}, by WANDB_MODE")
+    if mode in ("offline", "dryrun", "disabled"):
+        return Finding("wandb", "ok", f"WANDB_MODE={mode}")
     if found["logged_in"]:
         return Finding(
-            "wandb", "ok", "credentials are there; runs are shown online (not tried now)"
+            "wandb", "ok", "credentials found; runs are shown online (the login was not tested)"
         )
     seen = (
-        f"not logged in, and WANDB_MODE={asked}"
-        if asked
-        else "not logged in: runs are kept offline, in HOME/studies/NAME/wandb"
+        f"not logged in, and WANDB_MODE={mode}"
+        if mode
+        else "not logged in: runs stay offline, in HOME/studies/NAME/wandb"
     )
     return Finding(
         "wandb",
-        "problem" if asked else "warning",
+        "problem" if mode else "warning",
         seen,
-        "`wandb login` or WANDB_API_KEY; or WANDB_MODE=offline if this is meant",
+        "`wandb login` or WANDB_API_KEY; or WANDB_MODE=offline to stay offline",
     )
 
 
@@ -237,25 +235,26 @@ def _hub() -> Finding:
         return Finding(
             "hub",
             "ok",
-            "a token is there (not tried now)"
-            + ("; HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""),
+            "token found (not tested)" + ("; HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else ""),
         )
     remedy = "`hf auth login` or HF_TOKEN, after accepting the model's licence on the hub"
-    return Finding("hub", "warning", "no token: gated models (Llama 2) cannot be fetched", remedy)
+    return Finding(
+        "hub", "warning", "no token: gated models (Llama 2) cannot be downloaded", remedy
+    )
 
 
 def _store(home: Home) -> Finding:
-    """One object is created, refused a second time, read back and deleted, where the artifacts lie
-    and as a run would do it.
+    """Create an object in the store, try to create it twice, read it back and delete it, as a run
+    does.
     """
     named = home.profile.store or ""
     place = Bucket(named, IMPATIENT) if "://" in named else home.store.place
     name, content = f"doctor/{uuid.uuid4().hex}", b"ebbline doctor"
-    remedy = "`store:` in HOME/cluster.yaml and the rights to that folder"
+    remedy = "check `store:` in HOME/cluster.yaml and the rights to that folder"
     if "://" in named:
         remedy = (
-            "`store:` in HOME/cluster.yaml, AWS_ENDPOINT_URL, AWS_REGION, and credentials that "
-            "may get, put and delete there"
+            "check `store:` in HOME/cluster.yaml, AWS_ENDPOINT_URL, AWS_REGION, and that the "
+            "credentials may get, put and delete there"
         )
     try:
         place.create(name, content)
@@ -270,24 +269,24 @@ def _store(home: Home) -> Finding:
             "store",
             "problem",
             f"{place.at} lets two writers create one name",
-            "a store with conditional writes (If-None-Match)",
+            "use a store with conditional writes (If-None-Match)",
         )
     if not same:
-        return Finding("store", "problem", f"{place.at} gave back other bytes than it took", remedy)
+        return Finding(
+            "store", "problem", f"{place.at} returned other bytes than were written", remedy
+        )
     return Finding("store", "ok", f"{place.at}: created once, read back, deleted")
 
 
 def _database(home: Home) -> Finding:
-    """A table is made, written and read in the Optuna storage's database, and nothing of it
-    stays.
-    """
+    """Create, write, read and drop a table in the Optuna storage's database."""
     from sqlalchemy import create_engine, make_url, text
     from sqlalchemy.exc import SQLAlchemyError
 
     scratch = home.root / f"doctor-{uuid.uuid4().hex[:8]}.db"
     remedy = (
-        "`storage:` in HOME/cluster.yaml: postgresql://USER@HOST/DATABASE, with the password "
-        "in PGPASSWORD"
+        "check `storage:` in HOME/cluster.yaml: postgresql://USER@HOST/DATABASE, with the "
+        "password in PGPASSWORD"
     )
     try:
         given = shared_url(home.profile.storage)
@@ -295,18 +294,18 @@ def _database(home: Home) -> Finding:
         return Finding("database", "problem", one_line(error), remedy)
     if given is None:
         remedy = (
-            "SQLite needs a HOME that can be written and locked; on network storage without "
+            "SQLite needs a HOME that supports writes and locks; on network storage without "
             "locks use `storage: postgresql...`"
         )
     url = make_url(given or f"sqlite:///{scratch}")
     seen = url.render_as_string(hide_password=True) if given else f"SQLite in {home.root}"
     if url.host:
-        silent = unreachable(url.host, url.port or 5432)
-        if silent:
+        reason = unreachable(url.host, url.port or 5432)
+        if reason:
             return Finding(
                 "database",
                 "problem",
-                f"{seen} is not reachable: {silent}",
+                f"{seen} is not reachable: {reason}",
                 f"start the server; or {remedy}",
             )
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
@@ -341,7 +340,7 @@ def _cuda() -> dict[str, Any]:
 def _logged_in() -> dict[str, Any]:
     from ebbline.analysis.wandb.runs import chosen_mode
 
-    os.environ.pop("WANDB_MODE", None)  # asked here is what it would be without
+    os.environ.pop("WANDB_MODE", None)  # the finding is about the login alone
     return {"logged_in": chosen_mode() == "online"}
 
 

@@ -1,5 +1,5 @@
-"""Measurements by themselves: one suite on a model and its adapters, and stored completions scored
-again; no study, no cluster.
+"""`ebbline evaluate` and `ebbline rescore`: measure one suite on a model and its adapters, or score
+stored completions anew, without a study or cluster.
 
     from ebbline.commands.evaluate import evaluate
     evaluate(
@@ -7,9 +7,9 @@ again; no study, no cluster.
         adapters=["my-adapter", "safer-adapter"],
     )
 
-The model is loaded once for all adapters. What comes out is what a study's stages write, in a
-folder for each adapter: completions.sensitive.jsonl (which stays there), metrics.json,
-samples.jsonl, agreement.json. The same call continues one that was cut off.
+The model is loaded once for all adapters. The output has one folder for each adapter, with the
+files of a study's stages: completions.sensitive.jsonl (never copied elsewhere), metrics.json,
+samples.jsonl, agreement.json. The same call continues an interrupted one.
 """
 
 import csv
@@ -59,9 +59,7 @@ VERDICTS = ("refused", "partial", "complied", "undecided")
 
 @dataclass(frozen=True)
 class Measured:
-    """One adapter's outcome (or the model's own, where `adapter` is empty) and the folder that
-    holds it.
-    """
+    """The metrics of one adapter and their folder. `adapter` is empty for the model itself."""
 
     adapter: str
     folder: Path
@@ -69,8 +67,8 @@ class Measured:
 
 
 def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
-    """The suite that a name means: refusal, over_refusal, task, or any lm-eval task. Raises
-    EvaluationError for foreign settings.
+    """The suite of a name: refusal, over_refusal, task, or any lm-eval task. Raises EvaluationError
+    for unknown or invalid settings.
     """
     kinds: Mapping[str, type[RefusalSuite | OverRefusalSuite | TaskSuite]] = {
         "refusal": RefusalSuite,
@@ -89,7 +87,7 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
         suite = kind(task=name, **given) if kind is MultipleChoiceSuite else kind(**given)
     except ValidationError as error:
         raise EvaluationError(
-            f"the suite {name!r} cannot be so:\n" + "\n".join(faults(error))
+            f"the suite {name!r} has invalid settings:\n" + "\n".join(faults(error))
         ) from None
     for scorer in scorers_of(suite):
         if scorer not in SCORERS:
@@ -113,18 +111,18 @@ def evaluate(
     batch_size: int = 32,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> list[Measured]:
-    """Measure a suite on a model, or on each of its adapters. Raises EbblineError for what cannot
-    be measured.
+    """Measure a suite on a model, or on each of its adapters. Raises EbblineError when it cannot be
+    measured.
     """
-    folder, asked = located(model), Path(prompts)
-    if not asked.exists():
-        raise EvaluationError(f"there is no prompt set at {asked}")
+    folder, prompt_set = located(model), Path(prompts)
+    if not prompt_set.exists():
+        raise EvaluationError(f"there is no prompt set at {prompt_set}")
     chosen = suite_of(suite, settings)
     residents, results = Residents(), []
     shared = {
         "model": _source(folder),
-        "prompts": _source(asked),
-    }  # hashed once: a base is many gigabytes
+        "prompts": _source(prompt_set),
+    }  # hashed once: a base model is many gigabytes
     for name, adapter in _named(adapters):
         place, inputs = Path(out) / name, dict(shared)
         if adapter is not None:
@@ -140,9 +138,9 @@ def evaluate(
             residents=residents,
             progress=progress,
         )
-        made: dict[str, Path] = {}
+        outputs: dict[str, Path] = {}
         for stage_name, stage in stages.items():
-            made[stage.lineage] = _run(stage, made, place / stage_name.partition(":")[0], ctx)
+            outputs[stage.lineage] = _run(stage, outputs, place / stage_name.partition(":")[0], ctx)
         found = {metric.name: metric for metric in read_metrics(place / "metrics")}
         results.append(Measured("" if adapter is None else str(adapter), place, found))
     return results
@@ -154,7 +152,7 @@ def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
     folders = [located(adapter) for adapter in adapters]
     for folder in folders:
         if not (folder / "adapter_config.json").exists():
-            raise ModelError(f"{folder} holds no adapter_config.json; it is not a PEFT adapter")
+            raise ModelError(f"{folder} has no adapter_config.json; it is not a PEFT adapter")
     return zip(distinct_names(folders), folders, strict=True)
 
 
@@ -162,12 +160,12 @@ def _source(path: Path) -> Source:
     return Source(content_digest(path), str(path.resolve()))
 
 
-def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Path:
-    """Run a stage into `out`, unless it is there already; a folder of something else is left
-    alone.
+def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> Path:
+    """Run a stage into `out` unless it is done. Raises EvaluationError when `out` holds anything
+    else.
     """
     inputs = {
-        name: Path(item.location) if isinstance(item, Source) else made[item.lineage]
+        name: Path(item.location) if isinstance(item, Source) else outputs[item.lineage]
         for name, item in stage.inputs.items()
     }
     mark = {"lineage": stage.lineage, **spec_payload(stage.spec)}
@@ -179,7 +177,7 @@ def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Pat
         return out
     if out.exists():
         raise EvaluationError(
-            f"{out} exists and holds no finished measurement; remove it, or give another "
+            f"{out} exists and is not a finished measurement; remove it, or give another "
             "folder with --out"
         )
     fresh = out.with_name(f".{out.name}.partial")
@@ -190,7 +188,7 @@ def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Pat
         kind_named(stage.kind).load_function()(stage.spec, inputs, fresh, ctx)
     except EbblineError:
         raise
-    # A foreign exception may quote an item: its words go to the log, as in a study
+    # A library's exception may quote a prompt: its text goes to the log, as in a study
     except Exception as error:  # noqa: BLE001
         (ctx.log / ERROR).write_text(traceback.format_exc())
         raise EvaluationError(f"{stage.kind}: {described(error, ctx.log)[1]}") from None
@@ -200,8 +198,8 @@ def _run(stage: Stage, made: Mapping[str, Path], out: Path, ctx: Context) -> Pat
 
 
 def rescore(generations: Mapping[str, Sequence[Path]], spec: ScoreSpec) -> list[dict[str, Any]]:
-    """Score stored generations (of one or more blocks each) again, without a model: a row for each
-    and each scorer, in counts.
+    """Score stored generations without a model. `generations` maps a name to its folders, one for
+    each block. Returns a row of counts and rates for each generation and scorer.
     """
     rows = []
     for name, folders in generations.items():
@@ -242,23 +240,23 @@ def rescore(generations: Mapping[str, Sequence[Path]], spec: ScoreSpec) -> list[
 
 
 def measure_of(study: Study, suite: str) -> Literal["refusal", "over_refusal"]:
-    """What refusals mean in a suite. Raises EvaluationError for one that has none."""
+    """The measure of a suite that counts refusals. Raises EvaluationError for any other suite."""
     measure = study.suites[suite].measure if suite in study.suites else None
     if not isinstance(measure, RefusalSuite | OverRefusalSuite):
-        known = sorted(
+        counting = sorted(
             name
             for name, entry in study.suites.items()
             if isinstance(entry.measure, RefusalSuite | OverRefusalSuite)
         )
         raise EvaluationError(
-            f"{study.study} has no suite {suite!r} that counts refusals; it has {known}"
+            f"{study.study} has no suite {suite!r} that counts refusals; it has {counting}"
         )
     return measure.kind
 
 
 def generations_of(view: StudyView, suite: str) -> dict[str, list[Path]]:
-    """What to call it -> the folders, of every generation of a suite that a study's points have
-    finished.
+    """Name -> folders of every finished generation of a suite, over a study's points and seeds.
+    Raises EvaluationError when there is none.
     """
     study, found = view.study, dict[str, list[Path]]()
     for result in collect(view):
@@ -272,7 +270,7 @@ def generations_of(view: StudyView, suite: str) -> dict[str, list[Path]]:
                 ]
     if not found:
         raise EvaluationError(
-            f"no point of {study.study} has generated for {suite!r} yet; `ebbline run` does"
+            f"no point of {study.study} has completions for {suite!r} yet; `ebbline run` makes them"
         )
     return found
 
@@ -290,7 +288,7 @@ def _agreement(folder: Path) -> object:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def tell(measured: Sequence[Measured], as_json: bool) -> None:
+def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
     if as_json:
         rows = [
             {
@@ -332,7 +330,7 @@ def tell(measured: Sequence[Measured], as_json: bool) -> None:
         console.print(f"{each.folder}", highlight=False, soft_wrap=True, markup=False)
 
 
-def tell_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(list(rows), indent=1))
         return

@@ -1,5 +1,5 @@
-"""`ebbline export`: what a study has come to as files for a paper, and whether a bundle came out
-the same elsewhere.
+"""`ebbline export`: write a study's results as files for a paper, and compare a bundle's rerun with
+the original.
 """
 
 import json
@@ -18,7 +18,7 @@ BOTH: tuple[Style, ...] = ("neurips", "acl")
 def export_study(
     view: StudyView, to: Path, style: Literal["neurips", "acl", "both"], as_json: bool
 ) -> None:
-    """Write the export and say what is in it."""
+    """Write the export and list its content."""
     study = view.study
     done = write_export(view, to, BOTH if style == "both" else (style,))
     if as_json:
@@ -31,24 +31,24 @@ def export_study(
         f"{study.study}: {done.points['done']} points "
         f"done{f', {others}' if others else ''}; {len(done.files)} files in {done.folder}"
     )
-    for name, what in {
+    for name, content in {
         **{
             f"{each}/": "figures and LaTeX tables"
             for each in (BOTH if style == "both" else (style,))
         },
         "data/": "CSV and Parquet",
-        "methods.md .tex": "what was done, with citations",
-        "references.bib": "what it cites",
-        "bundle/": "what runs the study again",
+        "methods.md .tex": "the methods, with citations",
+        "references.bib": "the cited works",
+        "bundle/": "the files that rerun the study",
     }.items():
-        print(f"  {name:16} {what}")
+        print(f"  {name:16} {content}")
     for each in done.bring:
         print(
             f"not in the bundle: {each.what}, {each.place} (sha256 {each.sha256[:12]}); "
-            "whoever runs it must bring it"
+            "a rerun needs a copy of it"
         )
     print(
-        f"next: see {done.folder / 'README.md'}; elsewhere `ebbline run "
+        f"next: see {done.folder / 'README.md'}; to rerun elsewhere: `ebbline run "
         f"{done.folder / 'bundle' / 'study.yaml'} --home OTHER`"
     )
 
@@ -67,7 +67,7 @@ def _as_json(study: Study, done: Export) -> dict[str, object]:
 
 
 def check(bundle: Path, home: Home, as_json: bool) -> int:
-    """Say whether a bundle's keys are those of this home; the exit code is 0 when they are, else
+    """Print whether a bundle's keys equal those of this home; the exit code is 0 when they do, else
     1.
     """
     found = check_bundle(bundle, home)
@@ -78,14 +78,14 @@ def check(bundle: Path, home: Home, as_json: bool) -> int:
     total = found.same + found.absent + found.differ
     if whole:
         print(
-            f"all {total} stages of {found.points} points have the keys of {bundle}, and "
-            "measured the same"
+            f"all {total} stages of {found.points} points have the keys of {bundle} and the "
+            "same results"
         )
         return 0
     print(
         f"{found.same} of {total} stages are the same, {found.differ} differ, "
-        f"{found.absent} are not here;"
+        f"{found.absent} are missing here;"
         f" {found.points_same} of {found.points} points have all their keys"
     )
-    print(f"the first that is not the same: {found.first}")
+    print(f"the first difference: {found.first}")
     return 1

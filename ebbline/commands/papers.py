@@ -1,4 +1,4 @@
-"""`papers`: a study beside what papers report, and of each number what is and is not comparable."""
+"""`ebbline papers`: compare a study with published results, and say for each whether and why."""
 
 import json
 from collections import Counter
@@ -18,10 +18,10 @@ def show_papers(view: StudyView, as_json: bool) -> None:
     view.home.require(study.study)
     rows = beside_papers(study, collect(view), baselines(view), prompt_sets(view))
     if as_json:
-        said = [{**asdict(row), "comparable": row.comparable} for row in rows]
+        records = [{**asdict(row), "comparable": row.comparable} for row in rows]
         print(
             json.dumps(
-                {"study": study.study, "summary": _summary(study, rows), "rows": said}, indent=1
+                {"study": study.study, "summary": _summary(study, rows), "rows": records}, indent=1
             )
         )
         return
@@ -31,11 +31,11 @@ def show_papers(view: StudyView, as_json: bool) -> None:
         if row.published.paper != paper:
             paper = row.published.paper
             print(f"\n{paper}")
-        print(f"  {_told(row.published)}; here {row.here}")
+        print(f"  {_published_line(row.published)}; here {row.here}")
         print(f"    {row.comparable}: {_why(row)}")
     print(
-        "\nPublished numbers are as their authors report them. Same: as far as the study's "
-        "settings and its suites' prompts tell."
+        "\nPublished numbers are their authors' own. `Same` is judged from the study's settings "
+        "and its suites' prompts."
     )
 
 
@@ -43,9 +43,9 @@ def _summary(study: Study, rows: Sequence[PaperRow]) -> str:
     counts = Counter[str](row.comparable for row in rows)
     if all(is_tiny(model) for model in study.models.values()):
         return (
-            f"{study.study}: nothing in these tables is comparable. Its models are tiny "
-            "ones of an invented language, which no paper"
-            " measured, fine-tuned on data and asked prompts that no paper used."
+            f"{study.study}: nothing in these tables is comparable. Its models are tiny and "
+            "speak an invented language."
+            " No paper measured them or used their data and prompts."
         )
     order = (
         "comparable",
@@ -58,7 +58,7 @@ def _summary(study: Study, rows: Sequence[PaperRow]) -> str:
     )
 
 
-def _told(published: Published) -> str:
+def _published_line(published: Published) -> str:
     unit = percent(published.value) if published.value <= 1 else f"{published.value:g}"
     note = f" ({published.note})" if published.note else ""
     on = f" on {published.prompts or published.task}" if published.prompts or published.task else ""
@@ -68,18 +68,19 @@ def _told(published: Published) -> str:
 
 
 def _why(row: PaperRow) -> str:
-    """What differs, what cannot be told and what is the same; of what a paper does not say only the
-    names.
+    """The facts that differ, the unknown ones and the equal ones. Facts that a paper does not state
+    are listed by name only.
     """
-    unsaid = [fact for fact in row.facts_with("cannot be told") if fact.there == NOT_KNOWN]
-    untold = [fact for fact in row.facts_with("cannot be told") if fact.there != NOT_KNOWN]
-    both = {"differs": row.facts_with("differs"), "cannot be told": untold}
+    uncertain = row.facts_with("cannot be told")
+    unstated = [fact for fact in uncertain if fact.there == NOT_KNOWN]
+    unknown = [fact for fact in uncertain if fact.there != NOT_KNOWN]
+    both = {"differs": row.facts_with("differs"), "cannot be told": unknown}
     parts = [
         f"{what}: {', '.join(f'{f.what} ({f.there}; here {f.here})' for f in facts)}"
         for what, facts in both.items()
         if facts
     ]
-    names = {"not known of the paper": unsaid, "same": row.facts_with("same")}
+    names = {"not known of the paper": unstated, "same": row.facts_with("same")}
     parts += [
         f"{what}: {', '.join(fact.what for fact in facts)}"
         for what, facts in names.items()

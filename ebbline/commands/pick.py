@@ -1,9 +1,9 @@
-"""`pick`: the operating point that a defender would ship, how sure it is that it holds the floor,
-and its adapter, written out.
+"""`ebbline pick`: the operating point that a defender would ship, the confidence that it holds the
+floor, and the export of its adapter.
 
-Invariant: an adapter leaves the store only when its point, and the seed that it was trained with,
-hold the study's own refusal floor and every floor that was asked for. No flag lowers the first or
-turns a metric round.
+Invariant: an adapter is exported only when its point, and its training seed alone, hold the study's
+refusal floor and every floor on the command line. No option lowers the study's floor or reverses a
+metric's direction.
 """
 
 import json
@@ -37,9 +37,9 @@ from ebbline.tasks.errors import StudyError
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What was asked for on the command line: NAME=SHARE texts, metric names, sizes, as they were
-    written.
+class PickOptions:
+    """The options of the command line as the user wrote them: NAME=SHARE texts, metric names,
+    sizes.
     """
 
     floors: tuple[str, ...] = ()
@@ -50,114 +50,120 @@ class Asked:
     seed: int | None = None
 
 
-def pick_study(view: StudyView, asked: Asked, to: Path | None, as_json: bool) -> int:
-    """Print the pick of each size that was asked for; with `to`, write its adapter there. Returns 1
-    when a size has none.
+def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: bool) -> int:
+    """Print the pick of each requested size; with `to`, export its adapter. Returns 1 when a size
+    has no pick.
 
-    Raises StudyError for what cannot be
-    asked, and before anything is written when the export would be below a floor.
+    Raises StudyError for invalid options. Raises it before any write when the export would be below
+    a floor.
     """
     study, name = view.study, view.name
     view.home.require(study.study)
-    floors, maximised = floors_of(study, asked.floors), maximised_of(study, asked.maximise)
-    models = _models(study, asked, to)
+    floors, maximised = floors_of(study, options.floors), maximised_of(study, options.maximise)
+    models = _models(study, options, to)
     results = collect(view)
     done = finished(results)
     by_model = {
         model: [result for result in done if result.point.model == model] for model in models
     }
     found_by_model = {
-        model: pick(own, floors, maximised, asked.confidence, asked.point)
+        model: pick(own, floors, maximised, options.confidence, options.point)
         for model, own in by_model.items()
     }
     picks = {model: found for model, found in found_by_model.items() if found is not None}
-    if asked.point is not None and not picks:
+    if options.point is not None and not picks:
         raise StudyError(
-            f"{study.study} has no finished point {asked.point}; `ebbline report {name}` "
+            f"{study.study} has no finished point {options.point}; `ebbline report {name}` "
             "lists them, in results.csv"
         )
     exported: dict[str, Any] | None = None
     if to is not None:
         if not picks:
             raise StudyError(
-                f"no point of {', '.join(models)} has finished, so there is none to "
-                f"export; `ebbline run {name}` goes on"
+                f"no point of {', '.join(models)} has finished, so there is nothing to "
+                f"export; `ebbline run {name}` continues"
             )
-        _begun_here(view)
+        _require_begun_here(view)
         ((model, found),) = picks.items()
-        seed, alone = _exportable(study, found, by_model[model], asked)
+        seed, alone = _exportable(study, found, by_model[model], options)
         exported = {
             "to": str(to),
-            **ship(view, found, seed, alone, len(done), to, asked.seed is not None),
+            **ship(view, found, seed, alone, len(done), to, options.seed is not None),
         }
     changed = view.changed()
     if as_json:
         progress = {"done": len(done), "asked_for": len(results), "limit": limit(study)}
-        said = {
+        summary = {
             "study": study.study,
             "points": progress,
             "method": METHOD,
             "changed_since_it_was_begun": changed,
             "picks": [picked_json(study, found) for found in picks.values()],
         }
-        print(json.dumps({**said, "exported": exported}, indent=1))
+        print(json.dumps({**summary, "exported": exported}, indent=1))
     else:
         so_far = f"{len(done)}{f' of {limit(study)}' if limit(study) else ''} points done"
-        _tell(study, name, models, picks, asked, so_far, floors, to is None and not changed)
+        _print_picks(
+            study, name, models, picks, options, so_far, floors, to is None and not changed
+        )
         if changed:
-            print("\nThis file is not as the study was begun, so nothing can be exported with it:")
+            print(
+                "\nThis file differs from the one that the study began with, so it cannot export:"
+            )
             print("\n".join(f"  {line}" for line in changed[:10]))
         if exported is not None:
             print(
                 f"\nexported to {to}: the adapter of seed {exported['seed']}, with its "
                 "model card README.md. Nothing was uploaded."
             )
-    asked_models = models if asked.point is None else list(picks)
-    return 0 if all(model in picks and picks[model].holds for model in asked_models) else 1
+    required_models = models if options.point is None else list(picks)
+    return 0 if all(model in picks and picks[model].holds for model in required_models) else 1
 
 
-def _begun_here(view: StudyView) -> None:
-    """Raises StudyError unless this home began the study with these very settings, and the database
-    has its points with the same.
+def _require_begun_here(view: StudyView) -> None:
+    """Raise StudyError unless this home and the database hold the study with the same settings.
 
-    A floor is the one that a study was begun with, whatever its file says now. Where neither has
-    kept it, nothing tells what it was.
+    The floor is the one that the study began with, even if its file changed since. A home that did
+    not run the study does not hold that floor.
     """
     study, home = view.study, view.home
     if not home.has_run(study.study):
         raise StudyError(
-            f"{home.root} has not run {study.study!r}, so it has not kept the floor that "
-            "the study was begun with; export where it was"
-            " begun, or run it here once. Nothing was exported"
+            f"{home.root} has not run {study.study!r}, so it does not hold the floor that "
+            "the study began with; export from the home that ran it, or run it here once. "
+            "Nothing was exported"
         )
     begun, mark = view.begun_as(), settings_mark(view.storage)
     if mark is not None and mark != begun:
         raise StudyError(
-            f"the database has the points of {study.study!r} with other settings than "
-            f"{home.root} has; export where it was begun."
+            f"the points of {study.study!r} in the database have other settings than those in "
+            f"{home.root}; export from the home that ran the study."
             " Nothing was exported"
         )
 
 
-def floors_of(study: Study, asked: Sequence[str]) -> tuple[Floor, ...]:
-    """The floors as `NAME=SHARE`, with the study's own refusal floor unless another one was given
-    for the same metric.
+def floors_of(study: Study, texts: Sequence[str]) -> tuple[Floor, ...]:
+    """The floors of `NAME=SHARE` texts, and the study's refusal floor unless a text has its metric.
+
+    Raises StudyError for an invalid text, and for a study without a refusal rate when there is no
+    text.
     """
     found: dict[str, Floor] = {}
-    for text in asked:
+    for text in texts:
         name, equals, share = text.partition("=")
         try:
             floor = Floor(study.metric(name.strip()), float(share))
         except ValueError as error:
             hint = (
-                f"write it as NAME=SHARE, such as refusal_rate=0.95 ({share!r} is no number)"
+                f"write it as NAME=SHARE, such as refusal_rate=0.95 ({share!r} is not a number)"
                 if not equals
                 else str(error)
             )
             raise StudyError(f"--floor {text}: {hint}") from None
         if floor.metric in found:
             raise StudyError(
-                f"--floor {text}: {floor.metric} has a floor already; give one a metric"
+                f"--floor {text}: {floor.metric} has a floor already; give one floor for each "
+                "metric"
             )
         found[floor.metric] = floor
     refusal = study.refusal_metric
@@ -165,60 +171,59 @@ def floors_of(study: Study, asked: Sequence[str]) -> tuple[Floor, ...]:
         found = {refusal: Floor(refusal, study.refusal_floor), **found}
     if not found:
         raise StudyError(
-            f"{study.study} measures no refusal_rate, so it has no floor of its own; give "
+            f"{study.study} measures no refusal_rate, so it has no default floor; give "
             "one, such as --floor acc=0.5"
         )
     return tuple(found.values())
 
 
-def maximised_of(study: Study, asked: str | None) -> str | None:
-    """The full name of the metric to maximise: the first objective that says how useful a model is,
-    when none was asked for.
+def maximised_of(study: Study, name: str | None) -> str | None:
+    """The full name of the metric to maximise; without `name`, the study's first usefulness
+    objective. Raises StudyError for an unknown name.
     """
-    if asked is None:
+    if name is None:
         return usefulness_metric(study)
     try:
-        return study.metric(asked)
+        return study.metric(name)
     except ValueError as error:
-        raise StudyError(f"--maximise {asked}: {error}") from None
+        raise StudyError(f"--maximise {name}: {error}") from None
 
 
-def _models(study: Study, asked: Asked, to: Path | None) -> list[str]:
+def _models(study: Study, options: PickOptions, to: Path | None) -> list[str]:
     models = sorted(study.models, key=natural)
-    if asked.model is not None:
-        if asked.model not in models:
-            raise StudyError(f"--model {asked.model}: {unknown(asked.model, set(models))}")
-        return [asked.model]
-    if to is not None and len(models) > 1 and asked.point is None:
+    if options.model is not None:
+        if options.model not in models:
+            raise StudyError(f"--model {options.model}: {unknown(options.model, set(models))}")
+        return [options.model]
+    if to is not None and len(models) > 1 and options.point is None:
         raise StudyError(
-            f"--export writes one adapter; say of which size with --model: {', '.join(models)}"
+            f"--export writes one adapter; choose its size with --model: {', '.join(models)}"
         )
     return models
 
 
 def _exportable(
-    study: Study, found: Pick, own: Sequence[Result], asked: Asked
+    study: Study, found: Pick, own: Sequence[Result], options: PickOptions
 ) -> tuple[int, Result]:
-    """The seed whose adapter may leave, and its point with that seed's metrics alone. Raises
-    StudyError when none may.
+    """The seed whose adapter may be exported, and its point with that seed's metrics alone.
 
-    It is the first of the study's seeds that holds every floor by itself, or the one that was asked
-    for.
+    It is the requested seed, or else the study's first seed that holds every floor by itself.
+    Raises StudyError when there is none.
     """
     refusal = study.refusal_metric
     if refusal is None:
         raise StudyError(
-            f"{study.study} measures no refusal_rate, so nothing says that an adapter of "
-            "it may leave; nothing was exported"
+            f"{study.study} measures no refusal_rate, so its adapters cannot be checked for "
+            "export; nothing was exported"
         )
     floors = (*found.floors, Floor(refusal, study.refusal_floor))
-    if slack(found.result, floors, found.among, asked.confidence) < 0:
-        nearest = pick(own, floors, found.maximised, asked.confidence)
-        raise StudyError(_refusal(study, found, floors, nearest, asked.confidence))
+    if slack(found.result, floors, found.among, options.confidence) < 0:
+        nearest = pick(own, floors, found.maximised, options.confidence)
+        raise StudyError(_below_floor(study, found, floors, nearest, options.confidence))
     seeds = list(study.seeds[: seeds_of(found.result)])
-    if asked.seed is not None and asked.seed not in seeds:
+    if options.seed is not None and options.seed not in seeds:
         raise StudyError(
-            f"--seed {asked.seed}: point {found.result.number} was trained with {_listed(seeds)}"
+            f"--seed {options.seed}: point {found.result.number} was trained with {_listed(seeds)}"
         )
     for index, seed in enumerate(seeds):
         alone = replace(
@@ -226,19 +231,20 @@ def _exportable(
             metrics={name: of_seed(metric, index) for name, metric in found.result.metrics.items()},
         )
         if (
-            asked.seed in (None, seed)
-            and slack(alone, floors, found.among * len(seeds), asked.confidence) >= 0
+            options.seed in (None, seed)
+            and slack(alone, floors, found.among * len(seeds), options.confidence) >= 0
         ):
             return seed, alone
-    whose = f"seed {asked.seed}" if asked.seed is not None else "each of its seeds"
+    short = f"seed {options.seed}" if options.seed is not None else "none of its seeds"
+    verb = "does not hold" if options.seed is not None else "holds"
     raise StudyError(
         f"point {found.result.number} holds {in_words(floors)} over its {len(seeds)} "
-        f"seeds, but {whose} by itself does not, and one"
-        " adapter is what would be shipped; nothing was exported"
+        f"seeds, but {short} {verb} them alone, and --export writes one seed's adapter;"
+        " nothing was exported"
     )
 
 
-def _refusal(
+def _below_floor(
     study: Study,
     found: Pick,
     floors: Sequence[Floor],
@@ -266,11 +272,11 @@ def _refusal(
     )
     if nearest is None:
         return text
-    said = f"{named(nearest.result)}: {values_of_pick(nearest)}"
+    alternative = f"{named(nearest.result)}: {values_of_pick(nearest)}"
     if nearest.holds:
-        return f"{text}\nThe nearest that does is {said}."
+        return f"{text}\nThe nearest that does is {alternative}."
     return (
-        f"{text}\nNo point of {found.result.point.model} does. The nearest is {said}, "
+        f"{text}\nNo point of {found.result.point.model} does. The nearest is {alternative}, "
         f"{missed_by(nearest, confidence)}."
     )
 
@@ -279,43 +285,44 @@ def _listed(seeds: Sequence[int]) -> str:
     return ("seed " if len(seeds) == 1 else "the seeds ") + ", ".join(map(str, seeds))
 
 
-def _tell(
+def _print_picks(
     study: Study,
     name: str,
     models: Sequence[str],
     picks: Mapping[str, Pick],
-    asked: Asked,
+    options: PickOptions,
     done: str,
     floors: Sequence[Floor],
     hint: bool,
 ) -> None:
-    sure = "" if asked.confidence is None else f", with {asked.confidence:.0%} confidence"
-    print(f"{study.study}: {done}; to hold: {in_words(floors)}{sure}")
+    level = "" if options.confidence is None else f", with {options.confidence:.0%} confidence"
+    print(f"{study.study}: {done}; to hold: {in_words(floors)}{level}")
     for model in models:
         if model in picks:
-            print(f"\n{model}: {_verdict(picks[model], asked)}")
+            print(f"\n{model}: {_verdict(picks[model], options)}")
             for line in lines_of(study, picks[model]):
                 print(f"  {line}")
             if hint and picks[model].holds and not too_low(study, picks[model]):
-                point = "" if asked.point is None else f" --point {asked.point}"
+                point = "" if options.point is None else f" --point {options.point}"
                 print(
                     f"  write its adapter: ebbline pick {name} --model {model}{point} --export DIR"
                 )
-        elif asked.point is None:
+        elif options.point is None:
             print(f"\n{model}: no point has finished")
 
 
-def _verdict(found: Pick, asked: Asked) -> str:
+def _verdict(found: Pick, options: PickOptions) -> str:
     if found.holds:
-        most = (
+        rank = (
             f", the one with most {metric_label(found.maximised)}"
-            if found.maximised and asked.point is None
+            if found.maximised and options.point is None
             else ""
         )
-        return f"{named(found.result)}{most}"
-    if asked.point is not None:
+        return f"{named(found.result)}{rank}"
+    if options.point is not None:
         return (
-            f"{named(found.result)} does not hold that: it is {missed_by(found, asked.confidence)}"
+            f"{named(found.result)} does not hold that: it is "
+            f"{missed_by(found, options.confidence)}"
         )
-    near = f"{named(found.result)}, {missed_by(found, asked.confidence)}"
-    return f"none of {found.among} different points holds that. The nearest is {near}"
+    nearest = f"{named(found.result)}, {missed_by(found, options.confidence)}"
+    return f"none of {found.among} different points holds that. The nearest is {nearest}"

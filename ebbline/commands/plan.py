@@ -1,6 +1,4 @@
-"""`ebbline plan`: what a run would take on a cluster, simulated and drawn, without running
-anything.
-"""
+"""`ebbline plan`: simulate and draw a run on a cluster, and predict its cost. It runs no stage."""
 
 import json
 import re
@@ -30,12 +28,14 @@ from ebbline.tasks.errors import StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 
 GANTT = "plan"  # the picture's name in the study's folder
-SLOW_S = 1.0  # a progress bar is shown from then on
+SLOW_S = 1.0  # the progress bar appears after this time
 _HOSTS = re.compile(r"(?P<hosts>\d+)x(?P<gpus>\d+)(?:x(?P<type>[A-Za-z0-9-]+))?")
 
 
 def plan_study(view: StudyView, capacity: Capacity, why: int, as_json: bool) -> None:
-    """Print the plan of a study, and draw it into the study's folder."""
+    """Print a study's plan, and draw it into the study's folder. `why` limits the explained
+    misses.
+    """
     with progress_bar(quiet=as_json) as progress:
         found = forecast(view, capacity, progress)
     home, pictures = view.home, draw(view, found)
@@ -58,39 +58,41 @@ def plan_study(view: StudyView, capacity: Capacity, why: int, as_json: bool) -> 
 
 
 def _nothing_missing(found: Forecast) -> str:
-    told = len(found.points.completed)
-    if found.looked_up < told:
+    finished = len(found.points.completed)
+    if found.looked_up < finished:
         return (
-            f" among the {found.looked_up} of {told} points that were looked up; a run looks "
-            "at all of them."
+            f" among the {found.looked_up} of {finished} points that were looked up; a run looks "
+            "up all of them."
         )
-    return "; a run would find all of them in the store."
+    return "; a run finds every stage in the store."
 
 
 def capacity_of(study: Study, cluster: str | None, address: str, gpus: int | None) -> Capacity:
-    """The hosts to plan for: those that `cluster` describes (`2x8xA100,1x4`: hosts x GPUs x type),
-    else what `run` would have.
+    """The hosts to plan for: `cluster`'s (`2x8xA100,1x4`: hosts x GPUs x type), or else those of
+    `run`.
 
-    Raises StudyError for a description that is none.
+    Raises StudyError for an invalid description.
     """
     if cluster is not None:
         return described_cluster(cluster)
     wanted = wanted_by(study, address, gpus)
-    known = DEFAULT_EXECUTOR.capacity(wanted)
-    if known is not None:
-        return known
+    capacity = DEFAULT_EXECUTOR.capacity(wanted)
+    if capacity is not None:
+        return capacity
     with closing(DEFAULT_EXECUTOR.open(wanted)) as executor:
         return executor.capacity()
 
 
 def described_cluster(text: str) -> Capacity:
-    """`2x8xA100,1x4`: two hosts of eight A100, one of four GPUs of no known type."""
+    """Parse a cluster: `2x8xA100,1x4` is two hosts of eight A100 and one of four GPUs of unknown
+    type. Raises StudyError for an invalid text.
+    """
     hosts: list[Host] = []
     for part in text.split(","):
         found = _HOSTS.fullmatch(part.strip())
         if found is None or int(found["hosts"]) * int(found["gpus"]) == 0:
             raise StudyError(
-                f"--cluster: {part.strip()!r} is no group of hosts; write HOSTSxGPUS or "
+                f"--cluster: {part.strip()!r} is not a group of hosts; write HOSTSxGPUS or "
                 "HOSTSxGPUSxTYPE, such as 2x8xA100,1x4"
             )
         labels = {ACCELERATOR_TYPE: found["type"]} if found["type"] else {}
@@ -102,12 +104,14 @@ def described_cluster(text: str) -> Capacity:
 
 
 def wanted_by(study: Study, address: str, gpus: int | None) -> ExecutorOptions:
-    """What a run of this study asks of its executor."""
+    """The resources that a run of this study requests from its executor."""
     return ExecutorOptions(address, max(model.gpus for model in study.models.values()), gpus)
 
 
 def draw(view: StudyView, found: Forecast) -> list[Path]:
-    """The Gantt chart as PNG, PDF and SVG in the study's folder; nothing when nothing is to run."""
+    """Draw the Gantt chart as PNG, PDF and SVG in the study's folder. Draws nothing when no stage
+    must run.
+    """
     kinds = {own: missing.stage.kind for own, missing in found.todo.missing.items()}
     part = (
         f", {found.simulated} of {len(found.points.to_come)} points"
@@ -122,8 +126,8 @@ def draw(view: StudyView, found: Forecast) -> list[Path]:
 def plan_summary(
     found: Forecast, profile: Profile, reasons: list[tuple[str, str]]
 ) -> dict[str, Any]:
-    """A plan as JSON values. `new` counts what the looked-up part lacks, `stages` what all points
-    are expected to run.
+    """A plan as JSON values. `new` counts the missing stages of the looked-up points; `stages`
+    estimates those of all points.
     """
     points = found.points
     return {
@@ -175,17 +179,17 @@ def _table(found: Forecast, profile: Profile) -> Table:
 
 def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
     points = found.points
-    known = len(points.completed) + len(points.open) + len(points.chosen)
+    given = len(points.completed) + len(points.open) + len(points.chosen)
     failed = f" ({points.failed} more failed)" if points.failed else ""
-    yield f"{known} points are known{failed}, {len(points.drawn)} are for the search to choose."
+    yield f"{given} points are known{failed}; the search will choose {len(points.drawn)} more."
     if points.ended:
-        yield f"No further point is asked for: {points.ended}."
+        yield f"The search asks for no further point: {points.ended}."
     for reason in found.never:
         yield f"This cannot run: {reason}."
     if found.kinds:
         gpus = found.capacity.gpus
         types = sorted(
-            {host.gpu_type or "of no known type" for host in found.capacity.hosts if host.gpus}
+            {host.gpu_type or "of unknown type" for host in found.capacity.hosts if host.gpus}
         )
         wall = (
             ""
@@ -193,27 +197,23 @@ def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
             else f", {clock(found.wall_s)} on {gpus} GPU{'s' * (gpus != 1)} ({', '.join(types)})"
         )
         starting = (
-            f", of it {cost_label(found.starts, profile)} to start processes"
+            f", including {cost_label(found.starts, profile)} to start processes"
             if found.starts.gpu_hours
             else ""
         )
-        yield (
-            f"What is to run is expected to take {cost_label(found.cost, profile)}{wall}{starting}."
-        )
-        room = (
-            "" if found.free_bytes is None else f" of {size_label(found.free_bytes)} that are free"
-        )
-        yield f"The store will grow by about {size_label(found.written)}{room}."
+        yield f"The missing stages take about {cost_label(found.cost, profile)}{wall}{starting}."
+        free = "" if found.free_bytes is None else f" of {size_label(found.free_bytes)} free space"
+        yield f"The store will grow by about {size_label(found.written)}{free}."
         if found.free_bytes is not None and found.written > found.free_bytes:
             yield (
-                "That is more than the disk has: see `ebbline store gc`, or put the store "
-                "elsewhere (docs/store.md)."
+                "The disk has too little space: run `ebbline store gc`, or move the store to "
+                "another disk (docs/store.md)."
             )
     remade = sum(missing.remade for missing in found.todo.missing.values())
     if remade:
         yield (
-            f"{remade} of these stages were there; files that were dropped to save space have "
-            "to be made again."
+            f"{remade} of these stages are in the store without files that were dropped to save "
+            "space; they run again."
         )
     for line in found.assumed:
         yield f"Assumed: {line}."
@@ -221,9 +221,7 @@ def _sentences(found: Forecast, profile: Profile) -> Iterator[str]:
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[TodoProgress]:
-    """What a forecast tells of its points; shown once it has taken a second, and gone at the
-    end.
-    """
+    """A progress bar for a forecast's points. It appears after SLOW_S and disappears at the end."""
     bar = Progress(
         TextColumn("looking up points"),
         BarColumn(),
@@ -234,12 +232,12 @@ def progress_bar(quiet: bool = False) -> Iterator[TodoProgress]:
     task = bar.add_task("points", total=None)
     began = monotonic()
 
-    def tell(done: int, of: int) -> None:
+    def report(done: int, total: int) -> None:
         if not quiet and monotonic() - began > SLOW_S:
             bar.start()
-        bar.update(task, completed=done, total=of)
+        bar.update(task, completed=done, total=total)
 
     try:
-        yield tell
+        yield report
     finally:
         bar.stop()

@@ -1,12 +1,12 @@
-"""Safe LoRA by itself: project PEFT adapters onto the alignment subspace of their model, with no
-study, store or cluster.
+"""`ebbline project`: apply Safe LoRA to PEFT adapters (project them onto the alignment subspace of
+their model), without a study, store or cluster.
 
     from ebbline.commands.project import project
     project(["my-adapter"], "llama-2-7b", "llama-2-7b-chat", "safer-adapter", threshold=0.4)
 
-What comes out is an ordinary PEFT adapter, beside a `safe_lora.json` that says what was done to
-each module. The weights of the two models are read once, however many adapters there are, and never
-more than two modules of theirs are in memory.
+The output is an ordinary PEFT adapter, with a `safe_lora.json` that records what was done to each
+module. The weights of the two models are read once for all adapters. At most two of their modules
+are in memory at a time.
 """
 
 import json
@@ -42,8 +42,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class ProjectedAdapter:
-    """One adapter's outcome: where it lies, each module's row, the modules that took C B, and what
-    a reader must know.
+    """One projected adapter: its folder, each module's row, the modules with B replaced by C B, and
+    notes for the user.
     """
 
     adapter: str
@@ -72,12 +72,12 @@ def project(
     ebbline.tasks.defences for the formulas.
 
     `base` and `aligned` are Hugging Face folders or hub ids at a commit (`ORG/NAME@COMMIT`). `out`
-    becomes the projected adapter, or holds a folder for each when there are several. With neither
-    `threshold` nor `modules`, the threshold is 0.5. `cache` keeps the exact projector's bases for
-    the next time.
+    becomes the projected adapter, or holds one folder for each of several. With neither `threshold`
+    nor `modules`, the threshold is 0.5. `cache` keeps the exact projector's bases for later calls.
+    `out` is written atomically.
 
-    Raises ModelError for an adapter or model that Safe LoRA is not defined for, ProjectionError
-    where it cannot be computed. `out` appears whole or not at all.
+    Raises ModelError for an adapter or model that Safe LoRA is not defined for, and ProjectionError
+    when the projection fails.
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else adapters
     settings = checked(str(base), str(aligned), threshold, modules, projector, energy)
@@ -111,16 +111,16 @@ def project(
             fresh.replace(destination)
     except (OSError, SafetensorError) as error:
         raise ProjectionError(
-            f"{destination} cannot be written: {error}. Make room or give another folder; "
-            "nothing was left there"
+            f"{destination} cannot be written: {error}. Free disk space or give another folder; "
+            "nothing was written there"
         ) from error
     return results
 
 
 @contextmanager
 def _scratch(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` for the length of a `with`. What a killed run on this machine
-    left is removed first.
+    """A temporary folder beside `destination`. Removes the folders of killed runs on this machine
+    first.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     mine = f".{destination.name}.{platform.node()}."
@@ -138,25 +138,24 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # somebody else's
+        return True  # another user's process
     return True
 
 
 def _destination(out: Path) -> Path:
-    """Where the outcome goes: a folder that is new or empty. Raises ProjectionError for any other,
-    before any work is done.
+    """The output folder, which must be new or empty. Raises ProjectionError otherwise, before any
+    work.
     """
     destination = out.resolve()
     if destination == Path.cwd():
-        raise ProjectionError(f"{out} is the folder you are in; give the name of a new one")
+        raise ProjectionError(f"{out} is the current folder; give a new folder")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ProjectionError(
-            f"{out} exists; nothing is overwritten. Give another folder for what comes "
-            "out, or remove it first"
+            f"{out} exists and is not an empty folder. Give another folder, or remove it first"
         )
     above = next(folder for folder in destination.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ProjectionError(f"{out} cannot be made: {above} is no folder that you may write to")
+        raise ProjectionError(f"cannot create {out}: {above} is not a folder that you may write to")
     return destination
 
 
@@ -166,16 +165,16 @@ def _require_device(device: str) -> None:
     except (
         RuntimeError,
         AssertionError,
-    ) as error:  # torch raises either for a device that it lacks
+    ) as error:  # torch raises either one for a missing device
         raise ProjectionError(
             f"this machine cannot compute on {device!r} ({str(error).splitlines()[0]}); "
-            "leave it out, or say cpu"
+            "use cpu, or leave the device out"
         ) from error
 
 
 def located(reference: str | Path) -> Path:
-    """A local folder, or a hub snapshot at its commit. Raises ModelError for a hub id without
-    one.
+    """A local folder, or the snapshot of a hub id at its commit. Raises ModelError for a missing
+    folder and for a hub id without a commit.
     """
     text = str(reference)
     if Path(text).exists():
@@ -184,16 +183,16 @@ def located(reference: str | Path) -> Path:
         return resolve(f"hub:model:{text}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", text) and not text.startswith("."):
         raise ModelError(
-            f"there is no folder {text}. If it is a model on the hub, name its commit too, "
-            f"as {text.partition('@')[0]}@ and the 40"
-            " digits that its page shows under 'Files': what a bare name means changes"
+            f"there is no folder {text}. For a model on the hub, add its commit: "
+            f"{text.partition('@')[0]}@ and the 40"
+            " digits that its page shows under 'Files'. A bare name can change its content"
         )
     raise ModelError(f"there is no folder {text}")
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """A name for each of several folders: the shortest endings of their paths that differ. Raises
-    ProjectionError for one given twice.
+    """A name for each folder: the shortest endings of their paths that differ. Raises
+    ProjectionError for a duplicate folder.
     """
     paths = [folder.resolve().parts[1:] for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
@@ -213,8 +212,8 @@ def _measured(
     progress: Callable[[int, int, str], None],
     device: str,
 ) -> list[dict[str, ModuleRow]]:
-    """Each adapter's rows; every C.B goes to a file in `spool`, as all of them may be more than
-    memory holds.
+    """Each adapter's rows. Writes every C B to a file in `spool`: all of them may not fit into
+    memory.
     """
     rows: list[dict[str, ModuleRow]] = [{} for _ in adapters]
     for module, found in projections(adapters, source, progress, device):
@@ -262,35 +261,35 @@ def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
     notes = []
     if others := adapters_in(adapter.folder):
         notes.append(
-            f"{adapter.folder} holds other adapters too, in folders of their own, and they "
-            f"were left alone: {', '.join(others)}"
+            f"{adapter.folder} has other adapters in subfolders; they were not projected: "
+            f"{', '.join(others)}"
         )
     # PEFT saves a copy of an adapted embedding, `base_layer`, which changes nothing.
     carried = [name for name in adapter.carried if not name.endswith(".base_layer.weight")]
     if carried:
         some = ", ".join(carried[:3]) + (", ..." if len(carried) > 3 else "")
         notes.append(
-            f"{len(carried)} tensors of the adapter are no LoRA update and went over as "
-            f"they are ({some}): what they changed"
-            " is not projected"
+            f"{len(carried)} tensors of the adapter are not LoRA updates and were copied "
+            f"unchanged ({some}): their changes to the model"
+            " are not projected"
         )
     for reason in sorted({row.reason for row in rows.values() if row.reason}):
-        those = [module for module, row in rows.items() if row.reason == reason]
-        kept = (
+        affected = [module for module, row in rows.items() if row.reason == reason]
+        effect = (
             "so there is no alignment direction and the update stays"
             if reason == NO_DIRECTION
             else "so there is nothing to project"
         )
         notes.append(
-            f"in {len(those)} of {len(rows)} modules {reason}, {kept} "
-            f"({', '.join(those[:3])}{', ...' if len(those) > 3 else ''})"
+            f"in {len(affected)} of {len(rows)} modules {reason}, {effect} "
+            f"({', '.join(affected[:3])}{', ...' if len(affected) > 3 else ''})"
         )
     return notes
 
 
 @contextmanager
 def progress_bar(doing: str = "projecting") -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal's standard error, for the length of a `with`; nothing elsewhere."""
+    """A progress bar on standard error if it is a terminal; otherwise nothing."""
     columns = (
         TextColumn(doing),
         BarColumn(),
@@ -309,7 +308,7 @@ def progress_bar(doing: str = "projecting") -> Iterator[Callable[[int, int, str]
 
 
 def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str, Path]:
-    """One HTML file about all of them, and its figures beside it; what -> where."""
+    """Write one HTML report about all adapters and its figures. Returns name -> path."""
     from ebbline.analysis.report.projection_report import write_projection_report
 
     names = [each.out.name for each in projected]
@@ -329,29 +328,31 @@ def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str,
         return write_projection_report(path, adapters, settings, notes, projected[0].settings.drawn)
     except OSError as error:
         raise ProjectionError(
-            f"the report cannot be written to {path}: {error}. The projected adapters are whole"
+            f"the report cannot be written to {path}: {error}. The projected adapters are complete"
         ) from error
 
 
 def require_reportable(path: Path) -> None:
-    """Raises ProjectionError, before any work is done, when a report cannot be written there."""
+    """Raise ProjectionError, before any work, when a report cannot be written to `path`."""
     above = next(folder for folder in path.resolve().parents if folder.exists())
     if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         raise ProjectionError(
-            f"no report can be written to {path}; give the name of an HTML file, as "
+            f"no report can be written to {path}; give the path of an HTML file, such as "
             f"{path / 'projection.html'}"
         )
 
 
-def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bool) -> None:
-    """Say what was done and what to do next where nothing was; then write the report, if there is
-    to be one.
+def print_projected(
+    projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bool
+) -> None:
+    """Print what was projected, with a hint where nothing was. Then write the report to `report`,
+    if given.
     """
     if as_json:
         reports = (
             {}
             if report is None
-            else {what: str(path) for what, path in write_report(projected, report).items()}
+            else {name: str(path) for name, path in write_report(projected, report).items()}
         )
         records = [
             json.loads((each.out / RECORD).read_text()) | {"out": str(each.out)}
@@ -359,7 +360,7 @@ def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bo
         ]
         print(json.dumps({"adapters": records, "reports": reports}, indent=1))
         return
-    screen, aside = (
+    screen, errors = (
         Console(highlight=False, soft_wrap=True),
         Console(stderr=True, highlight=False, soft_wrap=True),
     )
@@ -373,13 +374,13 @@ def tell(projected: Sequence[ProjectedAdapter], report: Path | None, as_json: bo
             markup=False,
         )
         if not each.projected and (hint := lowest_threshold_hint(each.rows)):
-            aside.print(f"note: {hint}", markup=False)
+            errors.print(f"note: {hint}", markup=False)
         for note in each.notes:
-            aside.print(
+            errors.print(
                 f"note: {each.out.name + ': ' if len(projected) > 1 else ''}{note}",
                 style="yellow",
                 markup=False,
             )
     if report is not None:
-        for what, path in write_report(projected, report).items():
-            screen.print(f"{what:11} {path}", markup=False)
+        for name, path in write_report(projected, report).items():
+            screen.print(f"{name:11} {path}", markup=False)

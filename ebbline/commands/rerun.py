@@ -1,7 +1,7 @@
-"""`ebbline rerun`: run one stage again in this process, from the request that a failure names.
+"""`ebbline rerun`: rerun one stage in this process, where a debugger works, from the request.json
+of a failure.
 
-The result goes into a fresh folder and is not committed to the store, so nothing changes for
-the study. In this process a debugger works.
+The result goes into a new folder and never into the store, so the study does not change.
 """
 
 import json
@@ -19,9 +19,10 @@ from ebbline.tasks.worker import run_stages
 
 
 def rerun(where: str, as_json: bool = False) -> int:
-    """Run the stage of a request.json, by path or by URL in a bucket; 0 when it succeeds, else 1.
+    """Rerun the stage of a request.json, given by path or by URL in a bucket. Returns 0 on success,
+    else 1.
 
-    Raises StoreError when there is no request there, or it cannot be read.
+    Raises StoreError when the request is missing or cannot be read.
     """
     request = _of_bucket(where) if "://" in where else _of_folder(Path(where))
     (report,) = run_stages([request])
@@ -29,12 +30,12 @@ def rerun(where: str, as_json: bool = False) -> int:
         print(report.traceback, file=sys.stderr)
         print(report.error, file=sys.stderr)
         if as_json:
-            told = {"error": report.error, "kind": report.error_type, "exit_code": 1}
-            print(json.dumps(told, indent=1))
+            failure = {"error": report.error, "kind": report.error_type, "exit_code": 1}
+            print(json.dumps(failure, indent=1))
         return 1
     if as_json:
-        made = {"kind": request.kind, "key": request.key, "out": request.out}
-        print(json.dumps({**made, "seconds": round(report.seconds, 3)}, indent=1))
+        result = {"kind": request.kind, "key": request.key, "out": request.out}
+        print(json.dumps({**result, "seconds": round(report.seconds, 3)}, indent=1))
         return 0
     print(f"{request.kind} {request.key[:12]} done in {report.seconds:.1f} s: {request.out}")
     return 0

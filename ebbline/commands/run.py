@@ -1,4 +1,4 @@
-"""`ebbline run`: drive a study under a screen, with the W&B mirror beside it."""
+"""`ebbline run`: drive a study, show its progress, and run the W&B mirror in a second process."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.executors.on_demand import OnDemand
 from ebbline.commands.plan import draw, wanted_by
 from ebbline.commands.status import without_result
-from ebbline.outputs import tell_outputs, write_outputs
+from ebbline.outputs import print_outputs, write_outputs
 from ebbline.show import Screen
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.drive.progress import Progress
@@ -46,15 +46,15 @@ OUTCOMES = {
 
 
 class Interrupts:
-    """Ctrl-C once drains: what runs is finished, nothing new starts. Twice stops now. Both can be
-    continued.
+    """Counts Ctrl-C: the first drains (running stages finish, nothing new starts), the second stops
+    now. The same command continues after both.
 
-    `say` is called by a signal's handler: it may not print, as it may meet a print half way.
+    A signal handler calls `notify`, so it must not `print`: it could interrupt another `print`.
     """
 
-    def __init__(self, say: Callable[[str], None], resume: str) -> None:
+    def __init__(self, notify: Callable[[str], None], resume: str) -> None:
         self.count = 0
-        self._say, self._resume = say, resume
+        self._notify, self._resume = notify, resume
 
     def __enter__(self) -> "Interrupts":
         self._before = signal.signal(signal.SIGINT, self._on_signal)
@@ -67,9 +67,9 @@ class Interrupts:
         self.count += 1
         if self.count > 1:
             raise KeyboardInterrupt
-        self._say(
-            "finishing what runs, and nothing new starts; Ctrl-C again stops now. To go "
-            f"on later:\n  {self._resume}"
+        self._notify(
+            "finishing the running stages; nothing new starts. Press Ctrl-C again to stop now. "
+            f"To continue later:\n  {self._resume}"
         )
 
     def stopping(self) -> bool:
@@ -78,8 +78,8 @@ class Interrupts:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study runs: the executor's name, its cluster's address, logical GPUs of a local
-    one.
+    """Where a study runs: the executor's name, the cluster's address, a local cluster's logical
+    GPUs.
     """
 
     executor: str
@@ -94,11 +94,11 @@ def run_study(
     resume: str = "",
     as_json: bool = False,
 ) -> int:
-    """Drive a study to its end and print where its outputs are; returns the exit code (see
-    ebbline.options.EXIT_CODES).
+    """Drive a study to its end and print the paths of its outputs. Returns an exit code of
+    ebbline.options.EXIT_CODES.
 
-    `resume` is the command as it was typed. As JSON, standard output gets one object at the end and
-    standard error all else.
+    `resume` is the command as the user typed it. With `as_json`, standard output gets one object at
+    the end; all else goes to standard error.
     """
     stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.source}"
     mirrored: list[subprocess.Popen[bytes]] = []
@@ -108,8 +108,8 @@ def run_study(
     except KeyboardInterrupt:
         code, outcome = STOPPED, {"stopped": "stopped on request, at once"}
         print(
-            "stopped at once: what was running starts again from its last checkpoint. To "
-            f"go on:\n  {resume}",
+            "stopped now: interrupted stages restart from their last checkpoints. To "
+            f"continue:\n  {resume}",
             file=stream,
         )
         _end(mirrored)
@@ -140,13 +140,13 @@ def _run(
     resume: str,
     mirrored: "list[subprocess.Popen[bytes]]",
 ) -> tuple[int, dict[str, object]]:
-    """The exit code, and what a script may want to know."""
+    """The exit code, and the results for --json."""
     study, home, folder = view.study, view.home, view.folder
     kind, wanted = executor_kind(place.executor), wanted_by(study, place.address, place.gpus)
 
     def make_executor() -> Executor:
-        # Called once this driver holds the study: one that is turned away starts no second mirror,
-        # and predicts nothing.
+        # drive() calls this once the driver holds the study. A driver that does not get the study
+        # starts no second mirror and makes no prediction.
         home.keep_file(study.study, source_of(view.source))
         if wandb:
             mirrored.append(mirror.start(view.source, home.root, folder / "log" / "mirror.log"))
@@ -161,10 +161,10 @@ def _run(
                 make_executor,
                 screen,
                 interrupts.stopping,
-                lambda made: _predicted(view, made, kind, wanted),
+                lambda executor: _predicted(view, executor, kind, wanted),
                 kind,
             )
-        print(_told(progress, time.monotonic() - started))
+        print(_summary(progress, time.monotonic() - started))
         if (
             progress.prediction is not None
             and not progress.stopped
@@ -181,16 +181,16 @@ def _run(
         shown = all(mirror.stop(process, MIRROR_WAIT_S) for process in mirrored)
     if not shown:
         print(
-            f"W&B has not taken everything yet; `ebbline sync {view.source}` continues (see "
+            f"W&B does not have everything yet; `ebbline sync {view.source}` continues (see "
             f"{folder / 'log' / 'mirror.log'})"
         )
-    tell_outputs(outputs)
+    print_outputs(outputs)
     code = {"request": STOPPED, "budget": OVER_BUDGET}.get(
         progress.by, FAILED_POINTS if any(r.status in NO_RESULT for r in results) else 0
     )
     if progress.by in ("request", "budget"):
         print(
-            f"\n{'to go on' if progress.by == 'request' else 'once the budget is raised'}:\n "
+            f"\n{'to continue' if progress.by == 'request' else 'raise the budget, then'}:\n "
             f" {resume}"
         )
     return code, _for_scripts(study, progress, results, outputs, shown)
@@ -203,9 +203,7 @@ def _for_scripts(
     outputs: Mapping[str, Path],
     shown: bool,
 ) -> dict[str, object]:
-    """Without what is in the outputs: how the run ended, its last snapshot, the frontier, and where
-    the rest lies.
-    """
+    """The run's end for --json: its last snapshot, the frontier, and the paths of the outputs."""
     live = None if progress.live is None else progress.live.model_dump(mode="json")
     counts = Counter(result.status for result in results)
     return {
@@ -226,14 +224,14 @@ def _end(mirrored: "list[subprocess.Popen[bytes]]") -> None:
 
 
 def _predicted(
-    view: StudyView, made: Executor, kind: ExecutorKind, wanted: ExecutorOptions
+    view: StudyView, executor: Executor, kind: ExecutorKind, wanted: ExecutorOptions
 ) -> Prediction | None:
-    """What this run will take, kept and drawn beside the study's results; None when it has nothing
-    to do.
+    """Predict this run's cost; keep and draw it in the study's folder. None when no stage must
+    run.
     """
     folder = view.folder
-    known = kind.capacity(wanted)
-    found = forecast(view, made.capacity() if known is None else known, kind=kind)
+    capacity = kind.capacity(wanted)
+    found = forecast(view, executor.capacity() if capacity is None else capacity, kind=kind)
     prediction = predict(found, read_spent(folder))
     if prediction is not None:
         keep(prediction, folder)
@@ -241,14 +239,14 @@ def _predicted(
     return prediction
 
 
-def _told(progress: Progress, seconds: float) -> str:
+def _summary(progress: Progress, seconds: float) -> str:
     nodes = {
         node.key: node for node in progress.runner.nodes.values() if node.state == "done"
     }.values()
     ran = sum(not node.reused for node in nodes)
     counts = Counter(result.status for result in progress.results)
     line = (
-        f"{len(progress.results)} points this time, {ran} stages run and {len(nodes) - ran} "
+        f"{len(progress.results)} points in this run, {ran} stages run and {len(nodes) - ran} "
         f"found in the store, {seconds:.0f} s"
     )
     spent = cost_label(progress.spending.spent().cost, progress.spending.profile)

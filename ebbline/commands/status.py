@@ -1,6 +1,4 @@
-"""`ebbline status`: how far a study is, once or as it goes on, from another process than its
-driver's.
-"""
+"""`ebbline status`: a study's progress, once or live, read from outside the driver's process."""
 
 import json
 import math
@@ -33,19 +31,14 @@ from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 
 LOOK_EVERY_S = 1.0
-LASTS_S = 60.0  # a store that is written to, or a database that is away, is waited for so long
-READ_SHARE = 0.1  # of the time, at most, goes into reading the points again
-CLOCKS = {
-    "at",
-    "left_s",
-    "spent",
-    "taken",
-}  # of a snapshot, what changes though nothing has happened
+GIVE_UP_AFTER_S = 60.0  # how long a store that changes, or a database that is away, may fail
+READ_SHARE = 0.1  # at most this share of the time goes into reading the points
+CLOCKS = {"at", "left_s", "spent", "taken"}  # a snapshot's fields that change without an event
 
 
 def live_of(home: Home, study: str, holder: str | None) -> Live | None:
-    """The snapshot of the drive that goes on now; None when nobody drives, or its driver cannot be
-    watched from here.
+    """The snapshot of the present drive. None without a driver, or when this home has no snapshot
+    of it.
     """
     live = read_live(home.folder(study)) if holder is not None else None
     return (
@@ -56,17 +49,17 @@ def live_of(home: Home, study: str, holder: str | None) -> Live | None:
 
 
 def watch_status(view: StudyView, as_json: bool, console: Console | None = None) -> None:
-    """Follow a study until nobody drives it any more, then say how it stands; Ctrl-C ends the
-    watching and not the run.
+    """Follow a study until its driver ends, then print its status. Ctrl-C ends the watching, not
+    the run.
 
-    As JSON it is a line for each change: the driver, the snapshot (ebbline.sweeps.drive.live) and
-    the frontier, the last without a driver.
+    With `as_json`, print a line for each change: the driver, the snapshot
+    (ebbline.sweeps.drive.live) and the frontier. The last line has no driver.
     """
     watched = _Watched(view, as_json, console or Console())
     try:
         watched.follow()
     except KeyboardInterrupt:
-        print("no longer watching; the run goes on", file=sys.stderr)
+        print("stopped watching; the run continues", file=sys.stderr)
         return
     if not as_json:
         show_status(view)
@@ -90,9 +83,9 @@ class _Watched:
         self._study, self._home = view.study, view.home
         self._picture, self._lines = Picture(view.study), Lines(console)
         self._read_at, self._last = -math.inf, ""
-        self._told: tuple[int, int] | None = None
+        self._counts: tuple[int, int] | None = None  # finished and amended points, at the last read
         self._unread_since: float | None = None
-        self._took_s, self._waits = 0.0, False
+        self._read_s, self._waits = 0.0, False
         self._holder: str | None = None
 
     def follow(self) -> None:
@@ -109,29 +102,28 @@ class _Watched:
             if redrawn is not None:
                 redrawn.stop()
         if self._as_json:
-            self._told, self._read_at = None, -math.inf
+            self._counts, self._read_at = None, -math.inf
             self._read(None)
-            self._say(None, None)
+            self._print_line(None, None)
 
     def _look(self, drawn: bool) -> bool:
-        """Look once and say what there is; False when nobody drives the study any more."""
+        """Read once and print what is new. Returns False when the study has no driver any more."""
         live = None
         try:
             holder = self._holder = self._home.holder(self._study.study)
             if holder is None:
                 return False
             live = live_of(self._home, self._study.study, holder)
-            self._picture.live = (
-                live or self._picture.live
-            )  # the last one, while its driver puts things away
+            # The last snapshot stays while its driver closes
+            self._picture.live = live or self._picture.live
             self._read(live)
             self._unread_since = None
         except (StoreError, DatabaseLost, OSError, ValueError, KeyError) as error:
-            self._bear(error)
+            self._tolerate(error)
         if self._as_json:
-            self._say(self._holder, live)
+            self._print_line(self._holder, live)
         elif not drawn and live is not None:
-            self._lines.say(live)
+            self._lines.write(live)
         elif (
             not drawn
             and self._picture.live is None
@@ -139,67 +131,64 @@ class _Watched:
             and not self._waits
         ):
             print(
-                f"driven by {self._holder or 'another process'}; it has said nothing here yet",
+                f"driven by {self._holder or 'another process'}; no snapshot in this home yet",
                 flush=True,
             )
             self._waits = True
         return True
 
-    def _bear(self, error: Exception) -> None:
-        """What cannot be read now may be read at the next look; it is said once, and raised when it
-        lasts.
-        """
-        now, why = time.monotonic(), str(error) or type(error).__name__
+    def _tolerate(self, error: Exception) -> None:
+        """Print a read error once: the next read may succeed. Raise it after GIVE_UP_AFTER_S."""
+        now, reason = time.monotonic(), str(error) or type(error).__name__
         if self._unread_since is None:
             self._unread_since = now
             print(
-                f"the study cannot be read just now, and is looked at again: {why}",
+                f"the study cannot be read now; retrying: {reason}",
                 file=sys.stderr,
                 flush=True,
             )
-        elif now - self._unread_since >= LASTS_S:
+        elif now - self._unread_since >= GIVE_UP_AFTER_S:
             if isinstance(error, EbblineError):
                 raise error
             raise StoreError(
-                f"{self._study.study!r} could not be read for {LASTS_S:.0f} s: {why}. "
-                "Watch it again later"
+                f"{self._study.study!r} could not be read for {GIVE_UP_AFTER_S:.0f} s: {reason}. "
+                "Run the same command later"
             ) from error
 
     def _read(self, live: Live | None) -> None:
-        """Read the points again when there are more or some have more seeds, and not so often that
-        it takes all the time.
+        """Read the points when there are more, or when one has more seeds. READ_SHARE limits how
+        often.
         """
-        told, now = (
-            (0, 0) if live is None else (live.points.completed, live.points.amended),
-            time.monotonic(),
-        )
-        if told == self._told or now - self._read_at < self._took_s / READ_SHARE:
+        counts = (0, 0) if live is None else (live.points.completed, live.points.amended)
+        now = time.monotonic()
+        if counts == self._counts or now - self._read_at < self._read_s / READ_SHARE:
             return
         frontier = type(self._picture.frontier)(self._study.objectives)
         frontier.aligned = baselines(self._view)
         frontier.take(collect(self._view))
         self._picture.frontier = frontier
         self._picture.draw(self._console)
-        self._told, self._read_at, self._took_s = told, time.monotonic(), time.monotonic() - now
+        self._counts, self._read_at = counts, time.monotonic()
+        self._read_s = self._read_at - now
 
-    def _say(self, holder: str | None, live: Live | None) -> None:
-        said = None if live is None else live.model_dump(mode="json")
+    def _print_line(self, holder: str | None, live: Live | None) -> None:
+        snapshot = None if live is None else live.model_dump(mode="json")
         frontier = self._picture.frontier
         line: dict[str, Any] = {
             "study": self._study.study,
             "driver": holder,
-            "live": said,
+            "live": snapshot,
             "hypervolume": frontier.hypervolume,
         }
         line["frontier"] = rows_for_scripts(frontier.results)
-        running = None if said is None else [each["key"] for each in said["running"]]
-        lasting = (
+        running = None if snapshot is None else [each["key"] for each in snapshot["running"]]
+        without_clocks = (
             None
-            if said is None
-            else {name: value for name, value in said.items() if name not in CLOCKS}
+            if snapshot is None
+            else {name: value for name, value in snapshot.items() if name not in CLOCKS}
             | {"running": running}
         )
-        news = json.dumps({**line, "live": lasting})
+        news = json.dumps({**line, "live": without_clocks})
         if news != self._last:
             self._last = news
             print(json.dumps(line), flush=True)
@@ -214,13 +203,15 @@ def print_status(
     evidence: Evidence,
     as_json: bool,
 ) -> None:
-    """`costs` is what measuring the models before fine-tuning cost, by key."""
+    """Print a study's status. `costs` has the cost of measuring the models before fine-tuning, by
+    key.
+    """
     counts = Counter(result.status for result in results)
-    holder, taken = home.holder(study.study), read_spent(home.folder(study.study))
+    holder, past = home.holder(study.study), read_spent(home.folder(study.study))
     live = live_of(home, study.study, holder)
     limits = study.budget.model_dump(exclude_none=True)
     if as_json:
-        cost = cost_summary(study_cost(results, costs, taken), taken, home.profile)
+        cost = cost_summary(study_cost(results, costs, past), past, home.profile)
         now = {"driver": holder, "live": None if live is None else live.model_dump(mode="json")}
         print(
             json.dumps(
@@ -240,18 +231,18 @@ def print_status(
         if counts[status] or status == "failed"
     )
     print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight{without}")
-    print(f"driver: {holder or f'none; {_standing(study, home, results, taken)}'}")
+    print(f"driver: {holder or f'none; {_next_run(study, home, results, past)}'}")
     if live is not None:
         print(f"this run: {stages(live)}; {points(live)}; {spent(live)}")
-    words = {
+    phrases = {
         "hours": "{:g} hours of driving",
         "gpu_hours": "{:g} GPU-hours",
         "usd": "${:,.2f}",
         "points": "{:g} points",
     }
-    budget = ", ".join(words[name].format(value) for name, value in limits.items())
+    budget = ", ".join(phrases[name].format(value) for name, value in limits.items())
     driven = (
-        f"{cost_label(taken.cost, home.profile)} in {taken.driving_s / 3600:.3g} hours of driving"
+        f"{cost_label(past.cost, home.profile)} in {past.driving_s / 3600:.3g} hours of driving"
     )
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     print(frontier_text(results_frame(results, study.objectives)))
@@ -260,8 +251,8 @@ def print_status(
 
 
 def without_result(results: Sequence[Result]) -> list[str]:
-    """Why points have no result, a line for each reason: many may lack the same stage. A reason
-    names the command that shows it again.
+    """Why points have no result, a line for each reason: many points may lack the same stage. A
+    reason includes the command that reruns the stage.
     """
     alike: dict[tuple[Status, str], list[Result]] = {}
     for result in results:
@@ -275,12 +266,12 @@ def without_result(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _standing(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
-    """What a run of a study that nobody drives would do."""
+def _next_run(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
+    """What the next run of a study would do."""
     if any(result.status in ("running", "skipped") for result in results):
         return "`ebbline run` continues it"
     if len(results) >= (limit(study) or math.inf):
-        return "all its points are there"
+        return "all its points are done"
     met = still_met(study, spent.gain)
     ended = points_of(study, home.storage(study.study), "" if met is None else met.reason).ended
     return f"it has ended: {ended}" if ended else "`ebbline run` continues it"

@@ -1,7 +1,7 @@
-"""`ebbline store`: what the store holds and for whom, whether it is whole, and what may go.
+"""`ebbline store`: list the store's content by study, verify it, and remove what no study needs.
 
-A study refers to every stage that its points and its models before fine-tuning resolve to, and to
-all that those read from.
+A study needs every stage of its points and of its models before fine-tuning, and all inputs of
+those stages.
 """
 
 import json
@@ -34,7 +34,7 @@ Keep = Literal["all", "frontier", "none"]
 
 
 def studies_of(home: Home) -> dict[str, Study]:
-    """The studies that were begun in a home, as they were first run. Raises StudyError for one that
+    """The studies of a home, with the settings of their first run. Raises StudyError when a study
     cannot be read.
     """
     found = {}
@@ -43,15 +43,19 @@ def studies_of(home: Home) -> dict[str, Study]:
             found[path.parent.name] = Study.model_validate_json(path.read_text("utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
             raise StudyError(
-                f"{path} cannot be read ({type(error).__name__}), so what its study needs "
-                "is unknown. Restore the file, or move that"
+                f"{path} cannot be read ({type(error).__name__}), so it is unknown what its "
+                "study needs. Restore the file, or move the"
                 " study's folder away if nobody needs its results; nothing was removed"
             ) from None
     return found
 
 
 def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
-    """What a study refers to; `keep` says whose adapters are to keep their tensors."""
+    """The artifacts and sources that a study needs. `keep` chooses the adapters that keep their
+    tensors.
+
+    Raises StudyError when the study has results but its storage has no points.
+    """
     view = StudyView(study, home, located=False)
     graph, resolver = view.graph, Resolver(home.store)
     targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
@@ -59,9 +63,9 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     table = view.folder / "results.parquet"
     if not points and table.exists():
         raise StudyError(
-            f"{table} has results, but the study's storage has no points, so what they "
-            "need is unknown. Restore the storage, or move"
-            " that study's folder away if nobody needs its results; nothing was removed"
+            f"{table} has results, but the study's storage has no points, so it is unknown what "
+            "they need. Restore the storage, or move the"
+            " study's folder away if nobody needs its results; nothing was removed"
         )
     for _, point, _, _ in points:
         targets += stages_or_reason(graph, point)[0].values()
@@ -87,8 +91,8 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
 
 
 def _adapters(view: StudyView, keep: Keep) -> tuple[frozenset[str], frozenset[str]]:
-    """The keys of all trainings and projected adapters of a study's points, and of those that
-    points on a frontier or in flight use.
+    """The keys of all adapters of a study's points, and the keys of those whose points are on a
+    frontier or in flight.
     """
     results = collect(view)
     on_front = (
@@ -115,9 +119,9 @@ def _adapters(view: StudyView, keep: Keep) -> tuple[frozenset[str], frozenset[st
 
 
 def show_usage(home: Home, as_json: bool) -> None:
-    """Print what the store holds by kind, and what each study of the home refers to."""
-    with progress_bar("looking") as told:
-        survey = Survey(home.store, told)
+    """Print the store's size by kind, and the size of what each study of the home needs."""
+    with progress_bar("looking") as progress:
+        survey = Survey(home.store, progress)
         needed = {name: needed_by(study, home) for name, study in studies_of(home).items()}
     kinds = {
         what: {"count": count, "bytes": size} for what, (count, size) in survey.sizes().items()
@@ -147,19 +151,19 @@ def show_usage(home: Home, as_json: bool) -> None:
         (name, _size(row["bytes"]), _size(row["bytes of its own"]))
         for name, row in by_study.items()
     ]
-    _table(("study", "refers to", "it alone"), rows)
+    _table(("study", "needs", "needs alone"), rows)
 
 
 def verify(home: Home, mend: bool, as_json: bool) -> int:
-    """Read everything again; print each damage with its remedy. Returns 1 when something is damaged
-    and was not moved away.
+    """Read every artifact; print each damage with its remedy. Returns 1 when a damaged artifact is
+    left in the store.
     """
     with ExitStack() as held:
         if mend:
             _hold(home, held)
-        with progress_bar("reading") as told:
+        with progress_bar("reading") as progress:
             survey = Survey(home.store)
-            found = list(damages(survey, told))
+            found = list(damages(survey, progress))
         quarantined = (
             {
                 where: home.store.quarantine(*where)
@@ -175,7 +179,7 @@ def verify(home: Home, mend: bool, as_json: bool) -> int:
         print(json.dumps({"artifacts": len(survey.records), "damages": rows}, indent=1))
     else:
         for each in found:
-            print(_told(each, quarantined))
+            print(_damage_line(each, quarantined))
         print(
             f"{len(survey.records)} artifacts read, "
             f"{len({(each.kind, each.key) for each in found})} damaged"
@@ -183,47 +187,47 @@ def verify(home: Home, mend: bool, as_json: bool) -> int:
     return 1 if found and not mend else 0
 
 
-def _told(damage: Damage, quarantined: Mapping[tuple[str, str], str]) -> str:
+def _damage_line(damage: Damage, quarantined: Mapping[tuple[str, str], str]) -> str:
     moved = quarantined.get((damage.kind, damage.key))
     remedy = (
-        f"moved to {moved}, and made again by the next run"
+        f"moved to {moved}; the next run makes a new one"
         if moved
-        else "`ebbline store verify --mend` moves it away"
+        else "`ebbline store verify --mend` quarantines it"
     )
     return f"{damage.kind}/{damage.key}, {damage.file}: {damage.problem}; {remedy}"
 
 
 def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_json: bool) -> None:
-    """Print what may go and how much that is; with `yes`, remove it while no study of the home can
-    be driven.
+    """Print what no study needs and its size. With `yes`, remove it; no study of the home can run
+    meanwhile.
 
-    Raises StudyHeld when one is being driven, with `yes`.
+    Raises StudyHeld, with `yes`, when a study has a driver.
     """
     with ExitStack() as held:
         if yes:
             _hold(home, held)
-        with progress_bar("looking") as told:
-            survey = Survey(home.store, told)
+        with progress_bar("looking") as progress:
+            survey = Survey(home.store, progress)
             needed = _all(needed_by(study, home, keep) for study in studies_of(home).values())
         others = sorted(survey.owners - {home.id})
         before = time.time() - older_than_h * 3600
         found = list(survey.removable(None if others else needed, before))
         found += [] if others else survey.adapters(needed, before)
         if yes:
-            with progress_bar("removing") as told:
-                freed = remove(home.store, found, told)
+            with progress_bar("removing") as progress:
+                freed = remove(home.store, found, progress)
     rows: dict[str, list[Removal]] = {}
     for removal in found:
         rows.setdefault(removal.what, []).append(removal)
     if as_json:
-        said = [asdict(removal) | {"names": len(removal.names)} for removal in found]
+        removals = [asdict(removal) | {"names": len(removal.names)} for removal in found]
         print(
             json.dumps(
                 {
                     "removed": yes,
                     "bytes": sum(each.bytes for each in found),
                     "other homes": others,
-                    "what": said,
+                    "what": removals,
                 },
                 indent=1,
             )
@@ -238,30 +242,31 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
     )
     if others:
         print(
-            f"{len(others)} other homes use this store, and what their studies need is not "
-            "known here: artifacts, adapters and sources"
+            f"{len(others)} other homes use this store, and their studies' needs are unknown here: "
+            "artifacts, adapters and sources"
             f" stay. If such a home is gone, remove homes/{others[0]}.json from the store."
         )
     if not found:
         young = (
-            f"; what was written in the last {older_than_h:g} hours stays in any case "
-            "(--older-than-h)"
+            f"; files written in the last {older_than_h:g} hours always stay (--older-than-h)"
             if older_than_h
             else ""
         )
-        print(f"nothing may go{young}")
+        print(f"nothing to remove{young}")
     elif yes:
         print(f"freed {_size(freed)}")
     else:
         print(
-            f"{_size(sum(each.bytes for each in found))} may go; nothing was removed. The "
+            f"{_size(sum(each.bytes for each in found))} can be removed; nothing was removed. The "
             "same command with --yes removes it."
         )
 
 
 def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
-    """Move one artifact aside, so that it is made again, and what was measured from it if it comes
-    out otherwise.
+    """Quarantine one artifact, so that the next run reruns its stage. If the result differs, stages
+    that read it rerun too.
+
+    Raises StoreError unless `key` begins exactly one artifact's key.
     """
     found = (
         [each for each in home.store.place.below(kind) if each.startswith(key)]
@@ -270,8 +275,8 @@ def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
     )
     if len(found) != 1:
         raise StoreError(
-            f"{home.store.place.at} has {len(found)} artifacts {kind}/{key}; give a kind "
-            f"of {sorted(STAGE_KINDS)} and one whole key"
+            f"{home.store.place.at} has {len(found)} artifacts {kind}/{key}; give one of the kinds "
+            f"{sorted(STAGE_KINDS)} and a complete key"
         )
     with ExitStack() as held:
         _hold(home, held)
@@ -284,7 +289,7 @@ def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
 
 
 def _hold(home: Home, held: ExitStack) -> None:
-    """Let nobody drive a study of this home meanwhile."""
+    """Hold all studies of this home, so that none gets a driver."""
     for path in sorted((home.root / "studies").glob("*/study.json")):
         held.enter_context(home.driving(path.parent.name))
 

@@ -1,8 +1,7 @@
 """`ebbline sync` and `ebbline wandb-workspace`: a study on W&B.
 
-`sync` brings the mirror up to date and pushes the offline runs to the server that the user is
-logged in to. `wandb-workspace` makes the workspace and the report once, and remembers where they
-are.
+`sync` updates the mirror and pushes the offline runs to the user's W&B server. `wandb-workspace`
+creates the workspace and the report once, and stores their addresses.
 """
 
 import json
@@ -27,16 +26,16 @@ MIRROR_WAIT_S = 3600.0
 
 
 def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
-    """Show what is new, push what waits and say so; the exit code is 0 when nothing is left that
-    could be pushed.
+    """Update the mirror, push the waiting runs and print the outcome. The exit code is 0 when no
+    run is left that could be pushed.
     """
     folder = view.folder
     log = folder / "log" / "mirror.log"
     if chosen_mode() == "disabled":
-        return _tell(
+        return _print_outcome(
             {"mode": "disabled"},
             as_json,
-            "WANDB_MODE=disabled, so nothing is shown; unset it, and the same command goes on",
+            "WANDB_MODE=disabled, so nothing is mirrored; unset it and run the same command",
             1,
         )
     with mirror.alone(folder) as free:
@@ -51,61 +50,66 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
     everything = (
         "W&B has everything"
         if free
-        else "W&B has all that has ended; a run of this study mirrors the rest"
+        else "W&B has all finished points; the driver of this study mirrors the rest"
     )
     runs = list(Memory(folder, "offline").waiting())
-    said: dict[str, object] = {
+    record: dict[str, object] = {
         "mirrored": shown,
         "waiting": len(runs),
         "pushed": 0,
         "left": len(runs),
     }
     if not shown:
-        return _tell(
-            said,
+        return _print_outcome(
+            record,
             as_json,
-            f"the mirror did not get to its end; see {log}, and run the same command again",
+            f"the mirror did not finish; see {log}, then run the same command",
             1,
         )
     if not runs:
-        return _tell(said, as_json, everything, 0)
+        return _print_outcome(record, as_json, everything, 0)
     if chosen_mode() == "offline":
-        why = "WANDB_MODE says offline" if os.environ.get("WANDB_MODE") else "nobody is logged in"
+        reason = (
+            "WANDB_MODE is offline" if os.environ.get("WANDB_MODE") else "you are not logged in"
+        )
         remedy = (
             "`WANDB_MODE=online ebbline sync ...`"
             if os.environ.get("WANDB_MODE")
             else "`wandb login`, then the same command,"
         )
-        return _tell(
-            said,
+        return _print_outcome(
+            record,
             as_json,
-            f"{len(runs)} runs wait in {folder / 'wandb'}, as {why}; {remedy} pushes them",
+            f"{len(runs)} runs wait in {folder / 'wandb'}, as {reason}; {remedy} pushes them",
             0,
         )
     try:
         pushed = _push(folder, runs, at_once)
     except KeyboardInterrupt:
-        return _tell(
-            said, as_json, "stopped; the same command goes on with the runs that are left", 130
+        return _print_outcome(
+            record, as_json, "stopped; the same command pushes the remaining runs", 130
         )
-    said |= {"pushed": pushed.pushed, "left": pushed.left}
+    record |= {"pushed": pushed.pushed, "left": pushed.left}
     if pushed.left:
         where = folder / "log" / "sync.log"
         text = (
             f"{pushed.pushed} runs pushed, {pushed.left} left: {pushed.why} (see {where}). The "
-            "same command goes on with them"
+            "same command pushes them"
         )
-        return _tell(said, as_json, text, 1)
-    return _tell(said, as_json, f"{everything}: {pushed.pushed} runs pushed", 0)
+        return _print_outcome(record, as_json, text, 1)
+    return _print_outcome(record, as_json, f"{everything}: {pushed.pushed} runs pushed", 0)
 
 
 def make_workspace(view: StudyView, entity: str | None, as_json: bool) -> None:
-    """Raises StudyError when nobody is logged in, or W&B refuses."""
+    """Create or update the study's W&B workspace and report, and print their addresses.
+
+    Raises StudyError without a W&B login, and when W&B rejects the request.
+    """
     study, home = view.study, view.home
     if chosen_mode() != "online":
         raise StudyError(
-            f"a workspace of {study.study!r} is made on W&B's server, and WANDB_MODE says "
-            "otherwise or nobody is logged in;"
+            f"a workspace of {study.study!r} needs W&B's server, but WANDB_MODE is not online or "
+            "you are not logged in;"
             f" `wandb login` (or WANDB_API_KEY), then `ebbline sync {study.study}` and this command"
         )
     path = view.folder / "wandb" / "workspace.json"
@@ -114,7 +118,7 @@ def make_workspace(view: StudyView, entity: str | None, as_json: bool) -> None:
         made = save_workspace(study, home.profile, entity, before)
     except StudyError as error:
         raise StudyError(
-            f"{error}. If those made before were deleted on W&B, delete {path}"
+            f"{error}. If the earlier workspace or report was deleted on W&B, delete {path}"
             if before
             else str(error)
         ) from error
@@ -126,7 +130,7 @@ def make_workspace(view: StudyView, entity: str | None, as_json: bool) -> None:
 
 
 def _push(folder: Path, runs: Sequence[Path], at_once: int) -> Pushed:
-    """Under a progress bar, on standard error: standard output is for scripts."""
+    """Push under a progress bar on standard error; scripts read standard output."""
     columns = (
         TextColumn("pushing to W&B"),
         BarColumn(),
@@ -145,6 +149,7 @@ def _push(folder: Path, runs: Sequence[Path], at_once: int) -> Pushed:
         )
 
 
-def _tell(said: Mapping[str, object], as_json: bool, text: str, code: int) -> int:
-    print(json.dumps({**said, "said": text}, indent=1) if as_json else text)
+def _print_outcome(record: Mapping[str, object], as_json: bool, text: str, code: int) -> int:
+    # Scripts read the key `said`
+    print(json.dumps({**record, "said": text}, indent=1) if as_json else text)
     return code

@@ -108,7 +108,7 @@ def test_a_point_whose_exported_seed_misses_the_floor_by_itself_is_not_exported(
     found = pick(several, *export, "--seed", 0)
     assert (
         found.exit_code == 1
-        and "but seed 0 by itself does not, and one adapter is what would be shipped"
+        and "but seed 0 does not hold them alone, and --export writes one seed's adapter"
         in found.output
     )
 
@@ -126,7 +126,7 @@ def test_a_point_whose_exported_seed_misses_the_floor_by_itself_is_not_exported(
         ),
         (("--model", "smal"), "did you mean 'small'?"),
         (("--point", "99"), "has no finished point 99"),
-        (("--export", "out"), "say of which size with --model: medium, small"),
+        (("--export", "out"), "choose its size with --model: medium, small"),
     ],
 )
 def test_invalid_arguments_are_one_clear_error(
@@ -163,7 +163,7 @@ def test_a_file_with_another_floor_than_the_study_began_with_is_reported(
     found = pick(ROWS, "--model", "small")
     assert (
         found.exit_code == 0
-        and "This file is not as the study was begun, so nothing can be exported with it:"
+        and "This file differs from the one that the study began with, so it cannot export:"
         in found.output
     )
     assert "refusal_floor" in found.output and "write its adapter" not in found.output
@@ -181,7 +181,7 @@ def test_nothing_is_exported_from_a_home_where_the_study_did_not_begin(
     found = pick(ROWS, "--model", "small", "--export", tmp_path / "out")
     assert (
         found.exit_code == 1
-        and "export where it was begun, or run it here once. Nothing was exported"
+        and "export from the home that ran it, or run it here once. Nothing was exported"
         in " ".join(found.output.split())
     )
     assert not (tmp_path / "out").exists()
@@ -195,7 +195,7 @@ def test_nothing_is_exported_when_the_database_has_the_study_with_another_floor(
     marked = optuna.load_study(study_name="ebb", storage=home.storage("ebb").url)
     for mark, message in (
         (StudyView(study, home).begun_as(), "KeyError"),
-        ("another", "the database has the points of 'ebb' with other settings"),
+        ("another", "the points of 'ebb' in the database have other settings"),
     ):
         marked.set_user_attr(SETTINGS, mark)
         found = pick(ROWS, "--model", "small", "--export", tmp_path / "out")

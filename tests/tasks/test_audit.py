@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebbline.commands.audit import tell, verdicts
+from ebbline.commands.audit import print_audit, verdicts
 from ebbline.tasks.data import audit as audits
 from ebbline.tasks.data.audit import Lengths, Overlap, audit, content_words, similarity
 from ebbline.tasks.data.prompts import Prompt, PromptSet
@@ -60,7 +60,7 @@ def prompt_set(texts, **fields):
 
 
 def printed(capsys, *args, **kwargs):
-    tell(*args, **kwargs)
+    print_audit(*args, **kwargs)
     return capsys.readouterr().out
 
 
@@ -355,8 +355,8 @@ def test_each_finding_has_its_verdict():
     clean = verdicts(audit(prompt_set(OTHERS, category="a"), against=prompt_set(COPIES)))
     assert [verdict.partition(":")[0] for verdict in clean] == [
         "no near-copies at a similarity of 0.5",
-        "all categories are one (a)",
-        "no prompt recurs among the 12 of the other set, nor does one like it",
+        "there is one category (a)",
+        "no prompt equals or resembles one of the 12 prompts of the other set",
     ]
     assert "no prompt has a category" in verdicts(audit(prompt_set(OTHERS)))[1]
     rows = [
@@ -379,11 +379,11 @@ def test_each_finding_has_its_verdict():
         "1 cluster is a chain",
         "1 prompt repeats another",
         "2 categories, the smallest with 1 prompt (b), the largest with 1 (a, 20%)",
-        "2 categories hold fewer than 10 prompts: report no rate of their own (a, b)",
+        "2 categories hold fewer than 10 prompts: report no separate rate for them (a, b)",
         "3 prompts have no category",
         "2 prompts have fewer than 3 words",
         "holds harmful and harmless prompts",
-        "2 rows had an id that was taken",
-        "3 of 5 prompts recur in the other set (pairs: 2 the same, 1 similar)",
+        "2 rows have an id of an earlier row",
+        "3 of 5 prompts recur in the other set (pairs: 2 equal, 1 similar)",
     ):
         assert expected in text
