@@ -45,9 +45,9 @@ class Picture:
     def __init__(self, title: str, description: str, width: int, height: int) -> None:
         self._parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            'role="img" aria-labelledby="title told">',
+            'role="img" aria-labelledby="title description">',
             f'<title id="title">{escape(title)}</title>\n'
-            f'<desc id="told">{escape(description)}</desc>',
+            f'<desc id="description">{escape(description)}</desc>',
             f"<style>{STYLE}</style>\n<defs>{HEAD}</defs>",
             f'<rect class="ground" width="{width}" height="{height}" rx="8"/>',
         ]

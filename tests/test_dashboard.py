@@ -158,7 +158,7 @@ def test_a_head_has_no_body(url: str) -> None:
     assert b" 200 " in head.partition(b"\r\n")[0] and body == b""
 
 
-def test_unknown_pages_points_and_keys_are_told_from_faults(url: str) -> None:
+def test_unknown_pages_points_and_keys_are_distinct_from_faults(url: str) -> None:
     assert get(url + "nothing").status_code == 404
     assert (
         get(url + "point.json?number=-1").status_code

@@ -97,7 +97,7 @@ def test_in_a_terminal_a_finding_is_a_line_and_its_remedy_the_next(
 
 
 @pytest.mark.cluster
-def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_told(
+def test_a_cluster_is_joined_and_its_nodes_gpus_and_labels_are_printed(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     (tmp_path / "cluster.yaml").write_text("gpus: {A100: {usd_per_hour: 2.5}}\n")

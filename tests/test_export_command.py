@@ -349,7 +349,7 @@ def test_an_export_that_fails_leaves_the_old_one_and_nothing_else(
     ) == folder_files(exported)
 
 
-def test_what_cannot_be_exported_is_said_before_anything_is_written(
+def test_what_cannot_be_exported_is_an_error_before_anything_is_written(
     file: Path, home: Home, tmp_path: Path
 ) -> None:
     to = tmp_path / "paper"

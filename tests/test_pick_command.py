@@ -296,7 +296,7 @@ def test_a_study_file_that_was_changed_since_exports_nothing(
     )
 
 
-def test_below_a_floor_nothing_is_written_and_the_miss_is_told(
+def test_below_a_floor_nothing_is_written_and_the_miss_is_printed(
     driven: tuple[Path, Study, Home], tmp_path: Path
 ) -> None:
     done = pick(driven, "--floor", "refusal_rate=0.5", "--export", tmp_path / "none")

@@ -343,7 +343,7 @@ def test_adapters_given_at_once_come_out_as_each_does_alone_and_every_weight_is_
     )
 
 
-def test_adapters_whose_joined_names_are_alike_are_told_apart(pair, tmp_path):
+def test_adapters_whose_joined_names_are_alike_stay_distinct(pair, tmp_path):
     folders = [lora(tmp_path / name, pair.aligned) for name in ("a-b/c", "a/b-c", "d/c", "d/b-c")]
     assert (
         len({done.out for done in project(folders, pair.base, pair.aligned, tmp_path / "out")}) == 4

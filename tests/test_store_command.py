@@ -186,7 +186,7 @@ def test_verify_names_each_damage_with_its_remedy_and_mend_has_it_made_again(
     assert [(result.metrics, result.keys) for result in collect(StudyView(study, home))] == before
 
 
-def test_gc_removes_nothing_unless_it_is_told_to(home: Home) -> None:
+def test_gc_removes_nothing_without_the_option(home: Home) -> None:
     orphan(home)
     aged(home)
     before = files(home)

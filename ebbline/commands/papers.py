@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ebbline.analysis.paper.papers import NOT_KNOWN, PaperRow, beside_papers, is_tiny
+from ebbline.analysis.paper.papers import NOT_KNOWN, UNKNOWN, PaperRow, beside_papers, is_tiny
 from ebbline.analysis.paper.published import Published
 from ebbline.analysis.results.collect import baselines, collect, prompt_sets
 from ebbline.analysis.results.wording import metric_label, percent
@@ -71,10 +71,10 @@ def _why(row: PaperRow) -> str:
     """The facts that differ, the unknown ones and the equal ones. Facts that a paper does not state
     are listed by name only.
     """
-    uncertain = row.facts_with("cannot be told")
+    uncertain = row.facts_with(UNKNOWN)
     unstated = [fact for fact in uncertain if fact.there == NOT_KNOWN]
     unknown = [fact for fact in uncertain if fact.there != NOT_KNOWN]
-    both = {"differs": row.facts_with("differs"), "cannot be told": unknown}
+    both = {"differs": row.facts_with("differs"), UNKNOWN: unknown}
     parts = [
         f"{what}: {', '.join(f'{f.what} ({f.there}; here {f.here})' for f in facts)}"
         for what, facts in both.items()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from ebbline.analysis.paper.papers import PaperRow, beside_papers
+from ebbline.analysis.paper.papers import UNKNOWN, PaperRow, beside_papers
 from ebbline.analysis.paper.published import PUBLISHED
 from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.measurements import Baselines
@@ -112,10 +112,10 @@ def test_the_model_of_the_same_name_is_compared_and_its_value_has_an_interval(
         "model": "same",
         "quantisation": "differs",
         "prompts": "same",
-        "scorer": "cannot be told",
-        "chat template": "cannot be told",
-        "system prompt": "cannot be told",
-        "max tokens": "cannot be told",
+        "scorer": UNKNOWN,
+        "chat template": UNKNOWN,
+        "system prompt": UNKNOWN,
+        "max tokens": UNKNOWN,
     }
     assert found.comparable == "not comparable"
 
@@ -151,7 +151,7 @@ def test_a_number_whose_stated_conditions_match_is_comparable_as_far_as_is_known
     assert verdicts(row(llama(), [], {}, {}, **criteria))["quantisation"] == "differs"
     found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **criteria)
     assert found.comparable == "comparable as far as is known"
-    assert [fact.what for fact in found.facts_with("cannot be told")] == [
+    assert [fact.what for fact in found.facts_with(UNKNOWN)] == [
         "chat template"
     ] and "not known of the paper: chat template" in _why(found)
     all_same = tuple(replace(fact, verdict="same") for fact in found.facts)
@@ -171,10 +171,7 @@ def test_an_accuracy_that_may_be_either_of_two_is_not_known_to_be_comparable(
 ) -> None:
     criteria = {"paper": "arXiv 2310.20624", "state": "before", "suite": "hellaswag"}
     found = row(llama(models__70b__quantisation="int8"), [], {}, {}, **criteria)
-    assert (
-        verdicts(found)["metric"] == "cannot be told"
-        and found.comparable == "not known to be comparable"
-    )
+    assert verdicts(found)["metric"] == UNKNOWN and found.comparable == "not known to be comparable"
     assert "by likelihood or by normalised likelihood is not stated" in _why(found)
 
 
@@ -191,7 +188,7 @@ def test_adapter_settings_that_a_paper_does_not_state_count_as_unknown(
         suite="refusal",
         setting="Llama 2-Chat 7B",
     )
-    unknown = {fact.what: fact.here for fact in found.facts_with("cannot be told")}
+    unknown = {fact.what: fact.here for fact in found.facts_with(UNKNOWN)}
     assert (
         unknown["alpha"] == "16"
         and unknown["max tokens"] == "128"
@@ -214,7 +211,7 @@ def test_fine_tuned_numbers_are_compared_with_unprojected_points_and_projected_w
         repository="Llama-2-7b-chat-hf",
     )
     assert tuned.here.startswith("7b: 57.7% (95% interval")
-    assert verdicts(tuned)["rank"] == "differs" and verdicts(tuned)["data"] == "cannot be told"
+    assert verdicts(tuned)["rank"] == "differs" and verdicts(tuned)["data"] == UNKNOWN
     share = row(
         llama(),
         rows,

@@ -63,7 +63,7 @@ def made(folder: Path, model: str) -> tuple[Path, Path]:
 
 
 def prepare(folder: Path, model: str, limit: int) -> dict[str, Any]:
-    """The model, its adapters and the sets, on the disk; what both sides are told."""
+    """The model, its adapters and the sets, on the disk; the input of both sides."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -126,11 +126,11 @@ def ours(work: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
     for number, adapter in enumerate(work["adapters"]):
         for suite in ("refusal", "over_refusal"):
-            said = GenerateSpec(
+            spec = GenerateSpec(
                 limit=work["limit"], max_new_tokens=work["max_new_tokens"], dtype="float32"
             )
             inputs = {"model": work["model"], "adapter": adapter, "prompts": work["prompts"][suite]}
-            request(said, inputs, out / str(number) / f"generate-{suite}")
+            request(spec, inputs, out / str(number) / f"generate-{suite}")
             measure = ScoreSpec(
                 measure="refusal" if suite == "refusal" else "over_refusal", scorer="organism"
             )
@@ -191,7 +191,7 @@ def theirs(work: Mapping[str, Any], number: int) -> dict[str, Any]:
             prompt.text
             for prompt in read_prompts(Path(work["prompts"][suite]), limit=work["limit"]).prompts
         ]
-        said: list[str] = []
+        completions: list[str] = []
         for start in range(0, len(prompts), BATCH):
             chats = [[{"role": "user", "content": text}] for text in prompts[start : start + BATCH]]
             batch = tokenizer.apply_chat_template(
@@ -211,8 +211,10 @@ def theirs(work: Mapping[str, Any], number: int) -> dict[str, Any]:
                 )
             rows = new[:, batch["input_ids"].shape[1] :]
             tokens += int((rows != tokenizer.pad_token_id).sum())
-            said += tokenizer.batch_decode(rows, skip_special_tokens=True)
-        found[suite] = [score(text, SCORERS["organism"]).verdict == "refused" for text in said]
+            completions += tokenizer.batch_decode(rows, skip_special_tokens=True)
+        found[suite] = [
+            score(text, SCORERS["organism"]).verdict == "refused" for text in completions
+        ]
     for suite in ("mmlu", "hellaswag"):
         folder = Path(work["prompts"][suite])
         splits = {path.stem: str(path) for path in folder.glob("*.jsonl")}

@@ -103,7 +103,7 @@ def memory_mb() -> float:
 
 
 class Watch:
-    """Times of ask, tell and whole turns of the loop, and memory as points are told."""
+    """Times of ask, tell and whole turns of the loop, and memory as points complete."""
 
     def __init__(self, part: str, every: int) -> None:
         self._part = part
@@ -129,12 +129,12 @@ class Watch:
         self.times["turn"].append(now - self._turned - (pretended_s - self._pretended_s))
         self._turned, self._pretended_s = now, pretended_s
         if progress.completed >= self._every * (len(self.rows) + 1):
-            self.say(progress.completed, len(progress.runner.nodes))
+            self.record(progress.completed, len(progress.runner.nodes))
 
-    def say(self, told: int, nodes: int) -> None:
+    def record(self, completed: int, nodes: int) -> None:
         row: dict[str, Any] = {
             "part": self._part,
-            "points": told,
+            "points": completed,
             "stages": nodes,
             "memory_mb": memory_mb(),
         }
@@ -191,7 +191,7 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
     searcher = OptunaSearcher(study, home.storage(study.study))
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
-    in_flight, told, left = [], 0, True
+    in_flight, completed, left = [], 0, True
     while left or in_flight:
         asked = ask(known) if left and len(in_flight) < WIDE else WAIT
         left = asked is not None
@@ -200,16 +200,14 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
         elif in_flight:
             number, point = in_flight.pop(0)
             tell(number, outcome(number, point))
-            told += 1
-            if told % every == 0:
-                watch.say(told, 0)
+            completed += 1
+            if completed % every == 0:
+                watch.record(completed, 0)
     return watch.rows
 
 
 def resumed(study_path: Path, home: Home) -> list[dict[str, Any]]:
-    """A driver of a finished study: it hears every point again, from the store, and has nothing to
-    run.
-    """
+    """A driver of a finished study: it reads every point from the store, and has nothing to run."""
     began = time.monotonic()
     progress = drive(StudyView(parse(study_path), home), lambda: Timed(home.store))
     row = {

@@ -59,9 +59,7 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage of the queue: what the schedulers are told of it, and the request that its process
-    gets.
-    """
+    """A stage of the queue: what the schedulers know of it, and the request for its process."""
 
     step: Step
     request: Request
@@ -360,12 +358,12 @@ def measured(
     when the last stage ended.
     """
     errors = random.Random(1000 + seed)
-    told = [
+    expected = [
         replace(step, expected_s=step.seconds * errors.lognormvariate(0.0, side.noise))
         for step in side.given(queue)
     ]
     with tempfile.TemporaryDirectory(prefix="bench-schedule-") as here:
-        made = entries(told, Path(here), model, rows)
+        made = entries(expected, Path(here), model, rows)
         load_before = os.getloadavg()[0]
         began = side.run(made, address, Path(here))
         spans = {
@@ -373,15 +371,18 @@ def measured(
             for entry in made
         }
     makespan_s = max(end for _, end in spans.values()) - began
-    bound, model_s = bound_s(told, CAPACITY), simulate(told, CAPACITY, side.model).makespan_s
-    held_s = sum(step.needs.gpus * (spans[step.key][1] - spans[step.key][0]) for step in told)
+    bound, model_s = (
+        bound_s(expected, CAPACITY),
+        simulate(expected, CAPACITY, side.model).makespan_s,
+    )
+    held_s = sum(step.needs.gpus * (spans[step.key][1] - spans[step.key][0]) for step in expected)
     found = {
         "makespan_s": makespan_s,
         "bound_s": bound,
         "makespan_over_bound": makespan_s / bound,
         "gpu_utilisation": held_s / (makespan_s * CAPACITY.gpus),
         "longest_gang_wait_s": max(
-            (spans[step.key][0] - began for step in told if step.needs.gpus > 1), default=0.0
+            (spans[step.key][0] - began for step in expected if step.needs.gpus > 1), default=0.0
         ),
         "first_start_s": min(start for start, _ in spans.values()) - began,
         "simulated_s": model_s,

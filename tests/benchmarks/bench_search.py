@@ -355,19 +355,22 @@ def train_project_evaluate(
     )
     found: Metrics = {}
     for name, measure in SUITES.items():
-        said, scored, kind = out(f"{name}-said"), out(f"{name}-scored"), measure["kind"]
-        asked = GenerateSpec(
+        generated, scored, kind = out(f"{name}-generated"), out(f"{name}-scored"), measure["kind"]
+        generation = GenerateSpec(
             label=LABELS[kind],
             needs_answer=kind == "task",
             max_new_tokens=measure["max_new_tokens"],
             **MODEL,
         )
         generate.run(
-            asked, {"model": aligned, "prompts": Path(places[name]), "adapter": adapter}, said, ctx
+            generation,
+            {"model": aligned, "prompts": Path(places[name]), "adapter": adapter},
+            generated,
+            ctx,
         )
         score.run(
             ScoreSpec(measure=kind, scorer=measure.get("scorer", "exact")),
-            {"generation": said},
+            {"generation": generated},
             scored,
             ctx,
         )

@@ -4,9 +4,9 @@
 
 Surfaces (tests/benchmarks/surfaces.py): the grid of a finished study, size by size, where one is
 given; and one by formula whose frontier is known. Every sampler is driven as a study drives it,
-four points in flight and told in turn, and pays for a stage once. A row is the hypervolume, as a
-share of the whole space's, at shares of what the whole space costs: mean and 95% interval over
-seeds.
+with four points in flight that complete in turn, and pays for a stage once. A row is the
+hypervolume, as a share of the whole space's, at shares of what the whole space costs: mean and 95%
+interval over seeds.
 """
 
 import argparse
@@ -51,7 +51,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class Step:
-    """After a point was told: what was spent so far, and the hypervolume, averaged over the
+    """After a point is complete: what was spent so far, and the hypervolume, averaged over the
     sizes.
     """
 

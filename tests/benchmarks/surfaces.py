@@ -79,8 +79,10 @@ class Table:
 
     def cost(self, name: StageName, key: str) -> float:
         if key not in self._costs:
-            said = self.knowledge.store.open(self.study.kind_of(name.part), key).provenance
-            self._costs[key] = float(said["seconds"]) * (float(said.get("gpus", 0)) or CPU_SHARE)
+            provenance = self.knowledge.store.open(self.study.kind_of(name.part), key).provenance
+            self._costs[key] = float(provenance["seconds"]) * (
+                float(provenance.get("gpus", 0)) or CPU_SHARE
+            )
         return self._costs[key]
 
 
