@@ -142,9 +142,7 @@ class _Drive:
         progress, runner = self.progress, self.runner
         runner.add(self.baselines)
         self.searcher.estimate(self.knowledge)
-        self.reloading = [
-            self._in_flight(number, point) for number, point in self.searcher.measured()
-        ]
+        self.reloading = [self._in_flight(number, point) for number, point in self.searcher.done()]
         for entry in self.reloading:
             entry.start(runner)
         progress.completed = self.searcher.completed()

@@ -47,8 +47,8 @@ class ProposedAdapter:
 class Candidate:
     """A point that may be proposed. `cost` is the work that it adds, in GPU-seconds.
 
-    `share` is the share of modules that its mask changes. For a new adapter, `measure` is the work
-    of each further mask, in GPU-seconds.
+    `share` is the share of modules that its mask changes. For a new adapter, `evaluate` is the
+    work of each further mask, in GPU-seconds.
     """
 
     point: Point
@@ -56,7 +56,7 @@ class Candidate:
     cost: float
     adapter: Point
     fresh: bool = False
-    measure: float = 0.0
+    evaluate: float = 0.0
 
 
 class Adapters:
@@ -163,7 +163,7 @@ class Adapters:
                     Candidate(
                         _with(adapter.point, values),
                         share(mask, measured),
-                        work.measure,
+                        work.evaluate,
                         adapter.point,
                     )
                 )
@@ -179,7 +179,7 @@ class Adapters:
                         Candidate(
                             point,
                             self.share_of(point),
-                            knowledge.work(point).measure,
+                            knowledge.work(point).evaluate,
                             adapter.point,
                         )
                     )
@@ -205,7 +205,7 @@ class Adapters:
                 cost = (
                     (0.0 if training_of(adapter) in self._trainings else work.train)
                     + work.project
-                    + work.measure
+                    + work.evaluate
                 )
                 for portion, values in guesses.items():
                     found.append(
@@ -215,7 +215,7 @@ class Adapters:
                             cost,
                             adapter,
                             fresh=True,
-                            measure=work.measure,
+                            evaluate=work.evaluate,
                         )
                     )
         return found

@@ -29,16 +29,16 @@ CPU_SHARE = 0.05  # of a GPU; the weight of work that needs no GPU
 @dataclass(frozen=True)
 class WorkEstimate:
     """Estimated GPU-seconds of a point: its training, the defence's first stage (`project`), and
-    for each setting of the knobs, making and evaluating the defended adapter (`measure`).
+    for each setting of the knobs, making and evaluating the defended adapter (`evaluate`).
     """
 
     train: float
     project: float
-    measure: float
+    evaluate: float
 
     @property
     def whole(self) -> float:
-        return self.train + self.project + self.measure
+        return self.train + self.project + self.evaluate
 
 
 # Of a point with invalid settings. It may be proposed; its result then gives the reason.
@@ -50,7 +50,7 @@ class Knowledge:
 
     def __init__(self, graph: StageGraph, artifacts: ArtifactLookup) -> None:
         self._graph, self._artifacts = graph, artifacts
-        self._measured: dict[Point, Readings] = {}
+        self._readings: dict[Point, Readings] = {}
         # Stages of unmeasured adapters, cached since every proposal looks them up
         self._projections: dict[Point, list[Stage]] = {}
         self._work: dict[Point, WorkEstimate] = {}
@@ -58,13 +58,13 @@ class Knowledge:
     def measured(self, point: Point) -> Readings | None:
         """The defence's measurement of each seed's adapter; None while one is missing."""
         adapter = adapter_of(point)
-        if adapter not in self._measured:
+        if adapter not in self._readings:
             found = self._read(adapter, point)
             if found is None:
                 return None
-            self._measured[adapter] = found
+            self._readings[adapter] = found
             del self._projections[adapter]
-        return self._measured[adapter]
+        return self._readings[adapter]
 
     def work(self, point: Point) -> WorkEstimate:
         """The work of a point with nothing in the store; a raced suite counts with its first

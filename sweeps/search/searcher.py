@@ -73,7 +73,7 @@ class Searcher(Protocol):
     def completed(self) -> int:
         """The number of completed points, including failed ones."""
 
-    def measured(self) -> Sequence[tuple[int, Point]]:
+    def done(self) -> Sequence[tuple[int, Point]]:
         """The points with recorded objectives. The driver reruns their missing stages."""
 
     def ask(self, knowledge: Knowledge) -> tuple[int, Point] | Wait | None:
@@ -130,7 +130,7 @@ class OptunaSearcher:
         self._proposed = {entry.point for entry in self.trials.entries}
         self._completed = sum(entry.state != "running" for entry in self.trials.entries)
         self._grid = space(study) if study.sampler == "grid" else None
-        self._optuna = OptunaSampler(study)
+        self._sampler = OptunaSampler(study)
         self._stage_aware = _stage_aware(study) if study.sampler in ("stage_aware", "gp") else None
 
     def in_flight(self) -> Sequence[tuple[int, Point]]:
@@ -143,7 +143,7 @@ class OptunaSearcher:
     def completed(self) -> int:
         return self._completed
 
-    def measured(self) -> Sequence[tuple[int, Point]]:
+    def done(self) -> Sequence[tuple[int, Point]]:
         return [
             (k, entry.point) for k, entry in enumerate(self.trials.entries) if entry.state == "done"
         ]
@@ -196,7 +196,7 @@ class OptunaSearcher:
             [error_of(metric) for metric in metrics],
             misses,
         )
-        self._optuna.amend()
+        self._sampler.amend()
         if self._stage_aware is not None:
             self._stage_aware.amend(amended)
 
@@ -236,7 +236,7 @@ class OptunaSearcher:
                 self.trials.entries, self.trials.taught, knowledge, k
             )
             return (point, {}) if point is not None else WAIT if later else None
-        found = self._optuna.propose(self.trials.entries, self.trials.taught, self._proposed, k)
+        found = self._sampler.propose(self.trials.entries, self.trials.taught, self._proposed, k)
         # A sampler that keeps drawing proposed points is replaced by a seeded draw from the others
         return found or (self._unvisited(k), {})
 

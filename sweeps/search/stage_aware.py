@@ -271,7 +271,7 @@ class StageAware:
                 holds_C[own].max()
             )
             best = candidates[own[0]]
-            cost_G = [best.cost + best.measure * (len(own[:size]) - 1) for size in GROUP_SIZES]
+            cost_G = [best.cost + best.evaluate * (len(own[:size]) - 1) for size in GROUP_SIZES]
             worth_C[own[0]] = max(worth_C[own[0]], *(gain_G / np.array(cost_G)))
         return worth_C / len(self.study.models)
 

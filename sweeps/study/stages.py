@@ -97,7 +97,7 @@ class StageGraph:
         for name in self._families:
             found[name] = {}
             for suite in self.study.suites:
-                stages = self._measured(name, suite, None)
+                stages = self._suite_stages(name, suite, None)
                 self._place(name, stages.values())
                 found[name][suite] = stages[suite]
                 for part, stage in stages.items():
@@ -125,7 +125,7 @@ class StageGraph:
         return self.labels.get(stage.lineage, stage.kind)
 
     def _replicate(self, point: Point, seed: int) -> dict[StageName, Stage]:
-        parts = self._adapter_of(point, seed)
+        parts = self._adapter_stages(point, seed)
         measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
         defended = Stage(
             _with(self.study.settings[makes], makes, dict(point.values)),
@@ -136,11 +136,11 @@ class StageGraph:
         for suite, entry in self.study.suites.items():
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
             for block in blocks:
-                for name, stage in self._measured(point.model, suite, defended, block).items():
+                for name, stage in self._suite_stages(point.model, suite, defended, block).items():
                     stages[StageName(name, seed, None if block is None else block.index)] = stage
         return stages
 
-    def _adapter_of(self, point: Point, seed: int) -> dict[str, Stage]:
+    def _adapter_stages(self, point: Point, seed: int) -> dict[str, Stage]:
         """The stages that all settings of the defence's knobs share; cached, because points of one
         adapter follow each other.
         """
@@ -161,24 +161,26 @@ class StageGraph:
                     "adapters; `tuned` models may be full"
                 )
             kind = DEFENCE.measures.KIND
-            measuring = _with(self.study.settings[kind], kind, values)
-            read = self._read(family, measuring, settings)
-            measured = Stage(measuring, {"adapter": Part(train, TrainSpec.ADAPTER), **read})
-            shared = {name: stage for name, stage in read.items() if isinstance(stage, Stage)}
+            first_spec = _with(self.study.settings[kind], kind, values)
+            inputs = self._defence_inputs(family, first_spec, settings)
+            first_stage = Stage(first_spec, {"adapter": Part(train, TrainSpec.ADAPTER), **inputs})
+            shared = {name: stage for name, stage in inputs.items() if isinstance(stage, Stage)}
             if len(self._adapters) >= CACHED_ADAPTERS:
                 self._adapters.clear()
-            self._adapters[cached] = {"data": data, "train": train, **shared, kind: measured}
+            self._adapters[cached] = {"data": data, "train": train, **shared, kind: first_stage}
         return self._adapters[cached]
 
-    def _read(self, family: Family, measuring: Spec, train: TrainSpec) -> dict[str, Input]:
+    def _defence_inputs(
+        self, family: Family, first_spec: Spec, train: TrainSpec
+    ) -> dict[str, Input]:
         """The inputs of the defence's first stage beside the adapter: the two models, or one stage
         over them that all adapters share.
         """
         models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
-        shared = DEFENCE.shared(measuring, train)
+        shared = DEFENCE.shared(first_spec, train)
         return models if shared is None else {shared.KIND: Stage(shared, models)}
 
-    def _measured(
+    def _suite_stages(
         self, name: str, suite: str, adapter: Stage | None, block: Block | None = None
     ) -> dict[str, Stage]:
         """The stages of one suite, or of one of its blocks, on a model with an adapter; without an

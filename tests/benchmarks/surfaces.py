@@ -104,7 +104,7 @@ class _OfTable(Knowledge):
             costs: dict[str, float] = defaultdict(float)
             cosines = []
             for name, key in sorted(self.table.keys(like).items(), key=lambda item: item[0].seed):
-                costs[name.part if name.part in ("train", "project") else "measure"] += (
+                costs[name.part if name.part in ("train", "project") else "evaluate"] += (
                     self.table.cost(name, key)
                 )
                 if name.part == "project":
@@ -165,7 +165,7 @@ class Made(Surface):
         return {
             f"train {adapter}": work.train,
             f"project {adapter}": work.project,
-            f"measure {adapter} {mask}": work.measure,
+            f"measure {adapter} {mask}": work.evaluate,
         }
 
 
