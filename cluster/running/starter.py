@@ -62,7 +62,7 @@ class Starter:
         capacity = self.capacity = self._setup.executor.capacity()
         self._setup.estimates.learn_gpu_type(capacity)
         types = frozenset(host.gpu_type for host in capacity.hosts)
-        works = [
+        stages = [
             ReadyStage(
                 key,
                 self._setup.needs_of(node.stage),
@@ -76,11 +76,13 @@ class Starter:
             for key, node in ready.items()
         ]
         self._setup.executor.expect(
-            [(work.needs, work.seconds) for work in works] + list(running_needs)
+            [(stage.needs, stage.seconds) for stage in stages] + list(running_needs)
         )
-        self._check_possible(works, ready, capacity, now)
+        self._check_possible(stages, ready, capacity, now)
         startable = {
-            work.key: work for work in works if self._setup.retry_policy.may_start(work.key, now)
+            stage.key: stage
+            for stage in stages
+            if self._setup.retry_policy.may_start(stage.key, now)
         }
         attempts: dict[str, Path] = {}
         self.unaffordable = set()
@@ -102,23 +104,23 @@ class Starter:
         """Remove a stage that the meter rejected, and all stages with the same needs that take as
         long or longer.
         """
-        for work in [
-            work
-            for work in startable.values()
-            if work.needs == dear.needs and work.seconds >= dear.seconds
+        for stage in [
+            stage
+            for stage in startable.values()
+            if stage.needs == dear.needs and stage.seconds >= dear.seconds
         ]:
-            self.unaffordable.add(work.key)
-            del startable[work.key]
+            self.unaffordable.add(stage.key)
+            del startable[stage.key]
 
     def _places(
-        self, works: Iterable[ReadyStage], capacity: Capacity, now: float
+        self, stages: Iterable[ReadyStage], capacity: Capacity, now: float
     ) -> list[Placement]:
         busy = [
             Busy(item.job.hosts, max(1.0, item.seconds - (now - item.started)))
             for item in self._running.values()
         ]
         cached = {host: frozenset(names) for host, names in self._cached.items()}
-        return place(list(works), busy, self._setup.retry_policy.in_service(capacity), cached)
+        return place(list(stages), busy, self._setup.retry_policy.in_service(capacity), cached)
 
     def _start_batch(
         self, placement: Placement, ready: Mapping[str, Node], capacity: Capacity, now: float
@@ -202,7 +204,11 @@ class Starter:
         return keys
 
     def _check_possible(
-        self, works: Iterable[ReadyStage], ready: Mapping[str, Node], capacity: Capacity, now: float
+        self,
+        stages: Iterable[ReadyStage],
+        ready: Mapping[str, Node],
+        capacity: Capacity,
+        now: float,
     ) -> None:
         """Raise StudyError for a stage that no host can run, ClusterLost when its hosts have been
         absent for `hang_after_s`.
@@ -210,20 +216,20 @@ class Starter:
         self.hosts |= {host.name: host for host in capacity.hosts}
         ever = Capacity(tuple(self.hosts.values()))
         staying = Capacity(tuple(host for host in capacity.hosts if not host.draining))
-        stuck = [work for work in works if impossible(work, staying)]
+        stuck = [stage for stage in stages if impossible(stage, staying)]
         if not stuck or self._running:
             self.stuck_since = None
-        for work in stuck:
-            reason = impossible(work, ever)
+        for stage in stuck:
+            reason = impossible(stage, ever)
             if reason and not capacity.grows:
-                raise StudyError(f"{ready[work.key].stage.kind} {work.key[:12]}: {reason}")
+                raise StudyError(f"{ready[stage.key].stage.kind} {stage.key[:12]}: {reason}")
             if self._running:
                 continue
             self.stuck_since = self.stuck_since or now
             if now - self.stuck_since > self._setup.profile.hang_after_s:
                 raise ClusterLost(
-                    f"no host for {ready[work.key].stage.kind} {work.key[:12]} "
-                    f"({work.gpus} GPUs) appeared within"
+                    f"no host for {ready[stage.key].stage.kind} {stage.key[:12]} "
+                    f"({stage.gpus} GPUs) appeared within"
                     f" {self._setup.profile.hang_after_s:.0f} s; start one, then run the same "
                     "command to continue"
                 )

@@ -103,11 +103,11 @@ def place(
     while heads:
         _, number = heapq.heappop(heads)
         queue = queues[number]
-        work = queue.works[heapq.heappop(queue.line)[1]]
-        hosts = queue.fit(work, cached)
+        stage = queue.stages[heapq.heappop(queue.line)[1]]
+        hosts = queue.fit(stage, cached)
         if hosts:
-            placed.append(queue.start(work, hosts))
-        if hosts or queue.reserve(work):
+            placed.append(queue.start(stage, hosts))
+        if hosts or queue.reserve(stage):
             for each in queues:
                 each.widest_s = None
         while queue.line and queue.line[0][1] in queue.placed:
@@ -117,11 +117,11 @@ def place(
     return placed
 
 
-def impossible(work: ReadyStage, capacity: Capacity) -> str | None:
-    """Why the hosts of `capacity`, draining hosts included, can never run `work`, and what to do.
+def impossible(stage: ReadyStage, capacity: Capacity) -> str | None:
+    """Why the hosts of `capacity`, draining hosts included, can never run `stage`, and what to do.
     None if they can.
     """
-    needs = work.needs
+    needs = stage.needs
     able = [host for host in capacity.hosts if selected(needs.labels, host.labels)]
     if not able:
         required = ", ".join(f"{name}: {value}" for name, value in sorted(needs.labels.items()))
@@ -162,7 +162,7 @@ def impossible(work: ReadyStage, capacity: Capacity) -> str | None:
 class _ResidentGroup:
     """A queue's stages with the same resident model, in order; stages before `next` are placed."""
 
-    works: list[ReadyStage]
+    stages: list[ReadyStage]
     total_s: float
     next: int = 0
 
@@ -173,13 +173,13 @@ class _Queue:
     `widest_s` is the longest duration of a stage that may start now; None: to be recomputed.
     """
 
-    def __init__(self, host_slots: list[HostSlots], works: Sequence[ReadyStage]) -> None:
-        self.needs, self.host_slots = works[0].needs, host_slots
-        self.works = {work.key: work for work in works}
-        self.line = [work.order for work in works]
+    def __init__(self, host_slots: list[HostSlots], stages: Sequence[ReadyStage]) -> None:
+        self.needs, self.host_slots = stages[0].needs, host_slots
+        self.stages = {stage.key: stage for stage in stages}
+        self.line = [stage.order for stage in stages]
         heapq.heapify(self.line)
         self.placed: set[str] = set()
-        self.shortest_s = min(work.seconds for work in works)
+        self.shortest_s = min(stage.seconds for stage in stages)
         self.widest_s: float | None = None
         self._by_resident: dict[str, list[ReadyStage]] | None = None
         self._packs: dict[tuple[str, str], list[ReadyStage]] | None = None
@@ -191,11 +191,11 @@ class _Queue:
         """
         if self._by_resident is None:
             self._by_resident = defaultdict(list)
-            for work in self.works.values():
-                self._by_resident[work.resident].append(work)
+            for stage in self.stages.values():
+                self._by_resident[stage.resident].append(stage)
         if resident not in self._groups:
-            works = sorted(self._by_resident[resident], key=attrgetter("order"))
-            self._groups[resident] = _ResidentGroup(works, sum(work.seconds for work in works))
+            stages = sorted(self._by_resident[resident], key=attrgetter("order"))
+            self._groups[resident] = _ResidentGroup(stages, sum(stage.seconds for stage in stages))
         return self._groups[resident]
 
     def _widest_s(self) -> float:
@@ -215,23 +215,23 @@ class _Queue:
             and any(on_host.reserved_s is None for on_host in self.host_slots)
         )
 
-    def fit(self, work: ReadyStage, cached: Mapping[str, frozenset[str]]) -> dict[str, int]:
-        """The hosts where `work` can start now (host -> GPUs; 0 for a slot); empty if there is
+    def fit(self, stage: ReadyStage, cached: Mapping[str, frozenset[str]]) -> dict[str, int]:
+        """The hosts where `stage` can start now (host -> GPUs; 0 for a slot); empty if there is
         none.
         """
         gpus = self.needs.gpus
-        if work.seconds > self._widest_s():
+        if stage.seconds > self._widest_s():
             return {}
 
         def preference(on_host: HostSlots) -> tuple[bool, bool, bool, int, str]:
-            name, near = on_host.host.name, work.resident in cached.get(on_host.host.name, ())
+            name, near = on_host.host.name, stage.resident in cached.get(on_host.host.name, ())
             if gpus == 0:
-                return name in work.shun, False, not near, -on_host.slots, name
+                return name in stage.shun, False, not near, -on_host.slots, name
             opened = on_host.gpus == on_host.host.gpus > gpus
             reserved = on_host.reserved_s is not None  # an overdue job there delays a gang
-            return name in work.shun, reserved, opened, on_host.gpus - CACHED_GPUS * near, name
+            return name in stage.shun, reserved, opened, on_host.gpus - CACHED_GPUS * near, name
 
-        able = [on_host for on_host in self.host_slots if on_host.window_s(gpus) >= work.seconds]
+        able = [on_host for on_host in self.host_slots if on_host.window_s(gpus) >= stage.seconds]
         if able:
             return {min(able, key=preference).host.name: gpus}
         hosts: dict[str, int] = {}
@@ -239,14 +239,14 @@ class _Queue:
             for on_host in sorted(
                 self.host_slots,
                 key=lambda on_host: (
-                    on_host.host.name in work.shun,
+                    on_host.host.name in stage.shun,
                     -on_host.gpus,
                     on_host.host.name,
                 ),
             ):
                 most = (
                     on_host.gpus
-                    if on_host.window_s(on_host.gpus) >= work.seconds
+                    if on_host.window_s(on_host.gpus) >= stage.seconds
                     else min(on_host.gpus, on_host.spare)
                 )
                 if most > 0 and gpus > 0:
@@ -254,7 +254,7 @@ class _Queue:
                     gpus -= hosts[on_host.host.name]
         return hosts if gpus == 0 else {}
 
-    def reserve(self, work: ReadyStage) -> bool:
+    def reserve(self, stage: ReadyStage) -> bool:
         """Reserve the hosts that can run this gang soonest, among those without a reservation.
         Returns whether it has reserved any.
         """
@@ -270,7 +270,7 @@ class _Queue:
             host_slots,
             key=lambda on_host: (
                 on_host.free_s(gpus),
-                on_host.host.name in work.shun,
+                on_host.host.name in stage.shun,
                 on_host.host.name,
             ),
         )
@@ -303,22 +303,22 @@ class _Queue:
             return
         if self._packs is None:
             self._packs = defaultdict(list)
-            for work in sorted(self.works.values(), key=attrgetter("order")):
-                self._packs[work.pack, work.resident].append(work)
-        part_s = sum(work.seconds for work in self.works.values()) / at_once
-        for work in self._packs[first.pack, first.resident]:
+            for stage in sorted(self.stages.values(), key=attrgetter("order")):
+                self._packs[stage.pack, stage.resident].append(stage)
+        part_s = sum(stage.seconds for stage in self.stages.values()) / at_once
+        for stage in self._packs[first.pack, first.resident]:
             if seconds >= part_s:
                 return
-            share = work.shares.get(gpu_type, 1.0)
+            share = stage.shares.get(gpu_type, 1.0)
             if (
-                work.key != first.key
-                and work.key not in self.placed
+                stage.key != first.key
+                and stage.key not in self.placed
                 and fit([*shares, share])
-                and seconds + work.seconds <= window_s
+                and seconds + stage.seconds <= window_s
             ):
                 shares.append(share)
-                seconds += work.seconds
-                yield work
+                seconds += stage.seconds
+                yield stage
 
     def start(self, first: ReadyStage, hosts: Mapping[str, int]) -> Placement:
         """Take the GPUs or slots for a batch: `first`, its pack, and the next stages of its group
@@ -336,21 +336,21 @@ class _Queue:
         batch = [
             first.key,
             *(
-                work.key
-                for work in self._pack_of(first, host_slots[0].host.gpu_type, at_once, window_s)
+                stage.key
+                for stage in self._pack_of(first, host_slots[0].host.gpu_type, at_once, window_s)
             ),
         ]
-        total_s = sum(self.works[key].seconds for key in batch)
+        total_s = sum(self.stages[key].seconds for key in batch)
         self.placed.update(batch)
         if total_s + self.shortest_s <= most_s:
             group = self._group(first.resident)
             limit_s = min(most_s, max(SHORTEST_BATCH_S, group.total_s / at_once))
-            for work in itertools.islice(group.works, group.next, None):
-                if work.order > first.order and work.key not in self.placed:
-                    if total_s + work.seconds > limit_s:
+            for stage in itertools.islice(group.stages, group.next, None):
+                if stage.order > first.order and stage.key not in self.placed:
+                    if total_s + stage.seconds > limit_s:
                         break
-                    batch.append(work.key)
-                    total_s += work.seconds
+                    batch.append(stage.key)
+                    total_s += stage.seconds
                 group.next += 1
         for on_host in host_slots:
             on_host.take(hosts[on_host.host.name], total_s)
@@ -367,18 +367,18 @@ def _queues(ready: Sequence[ReadyStage], host_slots: Sequence[HostSlots]) -> lis
         any(on_host.gpus > 0 for on_host in host_slots),
     )
     if not (slots and gpus):
-        ready = [work for work in ready if (gpus if work.needs.gpus else slots)]
+        ready = [stage for stage in ready if (gpus if stage.needs.gpus else slots)]
     lines: dict[tuple[int, bool, tuple[tuple[str, str], ...], frozenset[str]], list[ReadyStage]] = (
         defaultdict(list)
     )
     line_of: dict[
         int, list[ReadyStage]
     ] = {}  # by id(needs), for speed: many stages share few objects
-    for work in ready:
-        needs = work.needs
+    for stage in ready:
+        needs = stage.needs
         line = line_of.get(id(needs))
-        if line is None or work.shun:
-            shun = work.shun if work.waited_s < SHUN_S else frozenset()
+        if line is None or stage.shun:
+            shun = stage.shun if stage.waited_s < SHUN_S else frozenset()
             line = lines[
                 needs.gpus,
                 needs.spread,
@@ -387,12 +387,12 @@ def _queues(ready: Sequence[ReadyStage], host_slots: Sequence[HostSlots]) -> lis
             ]
             if not shun:
                 line_of[id(needs)] = line
-        line.append(work)
+        line.append(stage)
     able = [
-        (_able(works[0].needs, shunned, host_slots), works)
-        for (_, _, _, shunned), works in lines.items()
+        (_able(stages[0].needs, shunned, host_slots), stages)
+        for (_, _, _, shunned), stages in lines.items()
     ]
-    return [_Queue(among, works) for among, works in able if among]
+    return [_Queue(among, stages) for among, stages in able if among]
 
 
 def _able(needs: Needs, shun: frozenset[str], host_slots: Sequence[HostSlots]) -> list[HostSlots]:

@@ -221,7 +221,7 @@ def simulate(
                     paths[key],
                     waited_s=-executor.now_s,
                 )
-            admitted = admission.admit(held + sum(work.gpus for work in ready.values()))
+            admitted = admission.admit(held + sum(stage.gpus for stage in ready.values()))
             if admitted is None:
                 break
             arrived = [key for key in admitted if missing[key] == 0]
@@ -230,11 +230,11 @@ def simulate(
                 Busy(hosts, max(1.0, end_s - executor.now_s))
                 for hosts, end_s in expected_ends.values()
             ]
-            works = list(ready.values())
+            stages = list(ready.values())
             before = time.thread_time()
-            placements = choose(works, busy, capacity, cached)
+            placements = choose(stages, busy, capacity, cached)
             trace.decisions.append(
-                Decision(executor.now_s, len(works), len(placements), time.thread_time() - before)
+                Decision(executor.now_s, len(stages), len(placements), time.thread_time() - before)
             )
             for placement in placements:
                 starting_s = (
