@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from ebbline.analysis.results.collect import baselines, collect
-from ebbline.analysis.results.frontier import front, frontier, values_of
+from ebbline.analysis.results.frontier import front, frontier, objective_values
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.running.runner import Runner
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search.knowledge import Knowledge
 from ebbline.sweeps.search.searcher import OptunaSearcher
 from ebbline.sweeps.state.outcome import result_of
@@ -75,7 +75,7 @@ def test_one_threshold_from_the_study_file_to_the_frontier(study: Study, home: H
     distinct = [
         each for each in results if each.same_as is None
     ]  # two thresholds may give one adapter, which is one point
-    values_NM = values_of(distinct, study.objectives)
+    values_NM = objective_values(distinct, study.objectives)
     on = front(values_NM, [direction(name) for name in study.objectives])
     assert [result.number for result in chosen] == [
         r.number for r, is_on in zip(distinct, on, strict=True) if is_on
@@ -122,7 +122,7 @@ def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, 
 
 
 def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
-    points = points_of(study, home.storage(study.study))
+    points = expected_points(study, home.storage(study.study))
     found = todo(StageGraph(study, home), points.completed)
     assert (
         not found.missing

@@ -192,7 +192,7 @@ def projection_figures(projections: Projections) -> dict[str, Figure]:
         if adapters:
             label, first = next(iter(adapters.items()))
             figures[f"{words.MAPS}-{model}"] = cosine_map(
-                first.rows, first.projected, f"{model}, {label}"
+                first.rows, first.chosen, f"{model}, {label}"
             )
             figures[f"{words.SHARES}-{model}"] = share_figure(
                 {name: adapter.rows for name, adapter in adapters.items()}

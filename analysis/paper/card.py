@@ -100,7 +100,7 @@ def _what(
     model = result.point.model
     return (
         "A LoRA adapter for "
-        f"{described(study.models[model].aligned, study.models[model].base)}, fine-tuned on"
+        f"{model_origin(study.models[model].aligned, study.models[model].base)}, fine-tuned on"
         f" {spec['data']['size']} rows of {_data(study.data)}. {projected}"
     )
 
@@ -216,11 +216,11 @@ def _sources(
     study: Study, model: str, prompts: Mapping[str, SuitePrompts]
 ) -> Iterator[tuple[str, str]]:
     size = study.models[model]
-    yield "aligned model", described(size.aligned, size.base)
+    yield "aligned model", model_origin(size.aligned, size.base)
     if size.base is not None:
-        yield "base model", described(size.base, None)
+        yield "base model", model_origin(size.base, None)
     if size.unaligned is not None:
-        yield "unaligned model, in the projection", described(size.unaligned, size.aligned)
+        yield "unaligned model, in the projection", model_origin(size.unaligned, size.aligned)
     yield "fine-tuning data", _data(study.data)
     for suite, entry in study.suites.items():
         yield (
@@ -229,13 +229,13 @@ def _sources(
         )
 
 
-def described(reference: ModelRef, start: ModelRef | None) -> str:
+def model_origin(reference: ModelRef, start: ModelRef | None) -> str:
     """A model's origin without a path: the hub's id and commit, a digest, or how it was made."""
     if reference.organism is not None:
         made = f"{reference.organism.size}, seed {reference.organism.seed}"
         return f"a tiny Llama ({made}) pretrained from scratch on ebbline's invented language"
     if reference.tuned is not None:
-        origin = "its base" if start is None else described(start, None)
+        origin = "its base" if start is None else model_origin(start, None)
         return (
             f"a model made by full fine-tuning of {origin} on "
             f"{reference.tuned.data.settings.size} rows of {_data(reference.tuned.data)}"

@@ -14,7 +14,7 @@ import pandas as pd
 from ebbline.analysis.results.before_after import STATES, trios
 from ebbline.analysis.results.frontier import frontier, frontier_by_model
 from ebbline.analysis.results.measurements import Baselines, refusal_metric
-from ebbline.analysis.results.tables import axes_of
+from ebbline.analysis.results.tables import axes_in
 from ebbline.analysis.results.wording import (
     axis_label,
     metric_label,
@@ -139,7 +139,7 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
         ),
     )
     values = [dict(row.point.values) for row in rows]
-    varying = [axis for axis in axes_of(rows) if len({repr(each.get(axis)) for each in values}) > 1]
+    varying = [axis for axis in axes_in(rows) if len({repr(each.get(axis)) for each in values}) > 1]
     columns = {"model": [escaped(row.point.model) for row in rows]}
     columns |= {
         escaped(axis_label(axis)): [_value(each, axis) for each in values] for axis in varying
@@ -153,7 +153,7 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
     columns[""] = [r"$\ast$" if row.number in overall else "" for row in rows]
     fixed = [
         f"{escaped(axis_label(axis))} = {_value(values[0], axis)}"
-        for axis in (axes_of(rows) if rows else [])
+        for axis in (axes_in(rows) if rows else [])
         if axis not in varying
     ]
     caption = (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-from ebbline.analysis.paper.card import described
+from ebbline.analysis.paper.card import model_origin
 from ebbline.analysis.paper.published import PUBLISHED, Published
 from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.floors import Floor, pick
@@ -256,7 +256,7 @@ def _model(published: Published, size: Model) -> Fact:
     here = (
         "a tiny model of an invented language"
         if is_tiny(size)
-        else described(size.aligned, size.base)
+        else model_origin(size.aligned, size.base)
     )
     there = published.repository or "not known"
     hub, tuned = size.aligned.hub, size.aligned.tuned or size.aligned.gguf

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.results.before_after import Line, before_after
-from ebbline.analysis.results.frontier import finished, values_of
+from ebbline.analysis.results.frontier import finished, objective_values
 from ebbline.analysis.results.measurements import (
     LEVEL,
     NO_EVIDENCE,
@@ -66,7 +66,7 @@ def answer(
         ]
     if not done:
         return ["No point has finished, so there is no answer yet.", *_unfinished(results)]
-    values_of(done, [refusal, *study.objectives])  # raises when a value is missing
+    objective_values(done, [refusal, *study.objectives])  # raises when a value is missing
     lines = before_after(study, results, baselines, evidence) if lines is None else lines
     paragraphs: list[str] = []
     comparisons: list[Comparison] = []

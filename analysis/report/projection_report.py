@@ -44,7 +44,7 @@ def write_projection_report(
     curves = {label: adapter.rows for label, adapter in named.items()}
     share = share_figure(curves, thresholds)
     maps = {
-        label: cosine_map(adapter.rows, adapter.projected, label)
+        label: cosine_map(adapter.rows, adapter.chosen, label)
         for label, adapter in list(named.items())[:MOST_MAPS]
     }
     page = template("report/projection_template.html").render(
@@ -53,7 +53,7 @@ def write_projection_report(
         sentences=[projection_sentence(label, adapter) for label, adapter in named.items()],
         figures=[
             *(
-                shown_cosines(figure, label, named[label].rows, named[label].projected)
+                shown_cosines(figure, label, named[label].rows, named[label].chosen)
                 for label, figure in maps.items()
             ),
             shown_shares(
@@ -75,7 +75,7 @@ def write_projection_report(
 
 def projection_sentence(label: str, adapter: ProjectedRows) -> str:
     """A sentence on one adapter: how many modules were projected, and how their values spread."""
-    total, projected = len(adapter.rows), len(adapter.projected)
+    total, projected = len(adapter.rows), len(adapter.chosen)
     text = f"{label}: {projected} of {total} modules projected ({percent(projected / total)})."
     return text + words.spread_sentence(adapter.rows)
 
@@ -88,7 +88,7 @@ def _module_rows(adapter: ProjectedRows) -> list[tuple[str, str, str, str]]:
             module,
             _decimals(cosines.get(module)),
             _decimals(row.norm_ratio),
-            _outcome(row, module in adapter.projected, module in cosines),
+            _outcome(row, module in adapter.chosen, module in cosines),
         )
         for module, row in sorted(adapter.rows.items(), key=lambda item: natural(item[0]))
     ]

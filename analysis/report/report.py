@@ -218,7 +218,7 @@ def _projection_figures(projections: Projections) -> list[Shown]:
                     figures[f"{words.MAPS}-{model}"],
                     f"{model}, {label}",
                     first.rows,
-                    first.projected,
+                    first.chosen,
                 )
             )
             count = f"{len(adapters)} projected adapter{'s' if len(adapters) > 1 else ''}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ebbline.analysis.results.frontier import finished
 from ebbline.analysis.results.measurements import Subject, operating_point, refusal_metric
-from ebbline.analysis.results.statistics import Agreement, Replicates, pooled_agreement
+from ebbline.analysis.results.statistics import Agreement, SamplesBySeed, pooled_agreement
 from ebbline.analysis.results.wording import natural, settings_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.cluster.store.artifacts import Artifact
@@ -182,7 +182,7 @@ class StoredEvidence:
             if suite in self._study.suites
         }
 
-    def samples(self, subject: Subject, suite: str) -> Replicates:
+    def samples(self, subject: Subject, suite: str) -> SamplesBySeed:
         """Training seed -> samples; an aligned model has one replicate, under 0.
 
         Empty while a part is missing in the store.

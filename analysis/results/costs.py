@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebbline.analysis.results.frontier import finished, front, hypervolume, values_of
+from ebbline.analysis.results.frontier import finished, front, hypervolume, objective_values
 from ebbline.analysis.results.wording import clock
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost, total
@@ -263,7 +263,7 @@ def growth(
     for count, ((hours, cost), result) in enumerate(
         sorted(completed, key=lambda each: (each[0][0], each[1].number)), 1
     ):
-        rows_NM = np.vstack([best_NM, values_of([result], objectives)])
+        rows_NM = np.vstack([best_NM, objective_values([result], objectives)])
         on_front = front(rows_NM, ways)
         best_NM = rows_NM[on_front]
         volume = hypervolume(best_NM, ways) if on_front[-1] else volume

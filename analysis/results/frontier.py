@@ -54,7 +54,7 @@ def frontier(results: Sequence[Result], objectives: Sequence[str]) -> list[Resul
     Duplicates of an earlier point (`same_as`) are omitted.
     """
     done = [result for result in finished(results) if result.same_as is None]
-    on_front = front(values_of(done, objectives), [direction(name) for name in objectives])
+    on_front = front(objective_values(done, objectives), [direction(name) for name in objectives])
     return [result for result, on in zip(done, on_front, strict=True) if on]
 
 
@@ -71,11 +71,11 @@ def frontier_by_model(
 
 def frontier_hypervolume(results: Sequence[Result], objectives: Sequence[str]) -> float:
     return hypervolume(
-        values_of(finished(results), objectives), [direction(name) for name in objectives]
+        objective_values(finished(results), objectives), [direction(name) for name in objectives]
     )
 
 
-def values_of(results: Sequence[Result], objectives: Sequence[str]) -> NDArray[np.float64]:
+def objective_values(results: Sequence[Result], objectives: Sequence[str]) -> NDArray[np.float64]:
     """The objectives' values, as (N, M). Raises EvaluationError when a result lacks one."""
     for result in results:
         missing = [name for name in objectives if name not in result.metrics]

@@ -14,7 +14,7 @@ from ebbline.analysis.results.statistics import (
     SHARES,
     Agreement,
     Paired,
-    Replicates,
+    SamplesBySeed,
     corrected,
     paired_replicates,
     same_prompts,
@@ -44,7 +44,7 @@ Subject = Result | str
 class Evidence(Protocol):
     """The data behind the metrics: the samples of a suite, and the agreement of its scorers."""
 
-    def samples(self, subject: Subject, suite: str) -> Replicates:
+    def samples(self, subject: Subject, suite: str) -> SamplesBySeed:
         """Training seed -> samples; an aligned model has one replicate, under 0.
 
         Empty where samples are missing.
@@ -57,7 +57,7 @@ class Evidence(Protocol):
 class NoEvidence:
     """Evidence of a study that has metrics and no samples."""
 
-    def samples(self, subject: Subject, suite: str) -> Replicates:
+    def samples(self, subject: Subject, suite: str) -> SamplesBySeed:
         return {}
 
     def agreement(self, subject: Subject, suite: str) -> Agreement | None:
@@ -75,7 +75,7 @@ class Measurement:
     """
 
     metric: Metric
-    replicates: Replicates = field(default_factory=dict)
+    replicates: SamplesBySeed = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import Metric, Sample, pooled
 from ebbline.tasks.measuring.scorers import agreement
 
-Replicates = Mapping[int, Sequence[Sample]]
+SamplesBySeed = Mapping[int, Sequence[Sample]]
 """Training seed -> the samples measured with it."""
 
 SHARES = ("refusal_rate", "over_refusal_rate", "task_accuracy", "acc")
@@ -60,7 +60,7 @@ def paired(before: Sequence[Sample], after: Sequence[Sample]) -> Paired:
     return paired_replicates({0: before}, {0: after})
 
 
-def paired_replicates(before: Replicates, after: Replicates) -> Paired:
+def paired_replicates(before: SamplesBySeed, after: SamplesBySeed) -> Paired:
     """Match samples by seed and id and compare; a prompt is one draw, however many seeds it has.
 
     The interval is a percentile bootstrap over prompts (Efron 1979) with a fixed seed. The p-value
@@ -93,7 +93,7 @@ def paired_replicates(before: Replicates, after: Replicates) -> Paired:
     )
 
 
-def same_prompts(before: Replicates, after: Replicates) -> bool:
+def same_prompts(before: SamplesBySeed, after: SamplesBySeed) -> bool:
     """Whether both sides have the same seeds and the same prompt ids, without duplicates."""
     if not before or before.keys() != after.keys():
         return False
@@ -158,7 +158,7 @@ def corrected(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in false_discovery_control(p_values, method="bh")] if p_values else []
 
 
-def by_category(name: str, replicates: Replicates) -> dict[str, Metric]:
+def by_category(name: str, replicates: SamplesBySeed) -> dict[str, Metric]:
     """Category -> its success rate with interval, categories sorted.
 
     Samples without a category are under "". `name` is one of SHARES, or a full name that ends in

@@ -66,9 +66,9 @@ def results_frame(
         "same_as": _column([row.same_as for row in rows], "Int64"),
         "seeds": _column([seeds_of(row) or None for row in rows], "Int64"),
     }
-    for axis in axes_of(rows):
+    for axis in axes_in(rows):
         columns[axis] = _typed([dict(row.point.values).get(axis) for row in rows])
-    for name in metrics_of(rows):
+    for name in metrics_in(rows):
         columns |= _metric_columns(name, [row.metrics.get(name) for row in rows])
     columns["on_frontier"] = _column([row.number in overall for row in rows], "boolean")
     columns["on_model_frontier"] = _column([row.number in own for row in rows], "boolean")
@@ -82,11 +82,11 @@ def results_frame(
     return pd.DataFrame(columns)
 
 
-def axes_of(results: Sequence[Result]) -> list[str]:
+def axes_in(results: Sequence[Result]) -> list[str]:
     return sorted({axis for result in results for axis, _ in result.point.values})
 
 
-def metrics_of(results: Sequence[Result]) -> list[str]:
+def metrics_in(results: Sequence[Result]) -> list[str]:
     return sorted({name for result in results for name in result.metrics})
 
 

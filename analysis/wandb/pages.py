@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
-from ebbline.analysis.results.tables import axes_of, metrics_of
+from ebbline.analysis.results.tables import axes_in, metrics_in
 from ebbline.analysis.results.wording import NO_RESULT, axis_label, metric_label, without_paths
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import total
@@ -211,7 +211,7 @@ def points_table(
     are kept first.
     """
     rows = finished(results)
-    axes, metrics = axes_of(rows), metrics_of(rows)
+    axes, metrics = axes_in(rows), metrics_in(rows)
     columns = ["point", "model", *map(axis_label, axes)]
     columns += [
         f"{metric_label(name)}{part}" for name in metrics for part in ("", " low", " high", " n")

@@ -86,7 +86,7 @@ class Runner:
         new: list[Node] = []
         for target in targets:
             self._add(target, new)
-        self._resolve(new)
+        self._update_states(new)
 
     def _add(self, stage: Stage, new: list[Node]) -> Node:
         """The node of a stage. New nodes, of the stage and its upstream stages, are appended to
@@ -184,7 +184,7 @@ class Runner:
             self._end_job(finished)
         self._record_committed()
         self._cancel_hung_jobs()
-        self._resolve()
+        self._update_states()
 
     def remaining_s(self) -> float:
         """The expected seconds until all added stages are done: the longest chain, or all work
@@ -192,7 +192,7 @@ class Runner:
         """
         return self.timing.remaining_s(self.unsettled())
 
-    def _resolve(self, nodes: Iterable[Node] | None = None) -> None:
+    def _update_states(self, nodes: Iterable[Node] | None = None) -> None:
         """Move waiting stages to ready, to done if the store has them, or to failed if an upstream
         stage failed.
 

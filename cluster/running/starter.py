@@ -13,7 +13,7 @@ from ebbline.cluster.executors.starts import WarmProcesses
 from ebbline.cluster.running.nodes import Node, Running, Setup
 from ebbline.cluster.running.timing import Timing
 from ebbline.cluster.schedule.costs import GpuTypes, gpu_types
-from ebbline.cluster.schedule.estimates import described
+from ebbline.cluster.schedule.estimates import load_record
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.packing import Packing, Shares
 from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, impossible, place
@@ -268,7 +268,7 @@ class Starter:
             checkpoint_every_s=self._setup.profile.checkpoint_every_s,
             pack=pack,
             pack_share=share,
-            load=described(self._setup.estimates.load(node.stage)),
+            load=load_record(self._setup.estimates.load(node.stage)),
         )
         self._setup.store.note(attempt, "request.json", request.to_json().encode())
         return request

@@ -138,7 +138,7 @@ class Estimates:
         )
 
 
-def described(load: Load) -> dict[str, float]:
+def load_record(load: Load) -> dict[str, float]:
     """A load as a record stores it."""
     return asdict(load)
 

@@ -20,7 +20,7 @@ from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.show import Lines, Picture, points, spent, stages
 from ebbline.sweeps.drive.live import Live, read_live
-from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.spending import Spent, read_spent
 from ebbline.sweeps.state.stopping import still_met
@@ -273,5 +273,7 @@ def _next_run(study: Study, home: Home, results: Sequence[Result], spent: Spent)
     if len(results) >= (limit(study) or math.inf):
         return "all its points are done"
     met = still_met(study, spent.gain)
-    ended = points_of(study, home.storage(study.study), "" if met is None else met.reason).ended
+    ended = expected_points(
+        study, home.storage(study.study), "" if met is None else met.reason
+    ).ended
     return f"it has ended: {ended}" if ended else "`ebbline run` continues it"

@@ -142,12 +142,14 @@ class _Drive:
         progress, runner = self.progress, self.runner
         runner.add(self.baselines)
         self.searcher.estimate(self.knowledge)
-        self.reloading = [self._in_flight(number, point) for number, point in self.searcher.done()]
+        self.reloading = [
+            self._point_in_flight(number, point) for number, point in self.searcher.done()
+        ]
         for entry in self.reloading:
             entry.start(runner)
         progress.completed = self.searcher.completed()
         self.in_flight = [
-            self._in_flight(number, point) for number, point in self.searcher.in_flight()
+            self._point_in_flight(number, point) for number, point in self.searcher.in_flight()
         ]
         while True:
             self._ask()
@@ -155,10 +157,10 @@ class _Drive:
             self._show()
             self._check_baselines()
             if not runner.draining:
-                self._collect()
+                self._request_and_reload()
                 if self._tell_ended():
                     continue
-                self._replicate()
+                self._run_further_seeds()
             if self._finished():
                 if self.ended is None and not self.exhausted:
                     self._end_with_points()
@@ -194,7 +196,7 @@ class _Drive:
         self.live()
         self.watch(self.progress)
 
-    def _in_flight(self, number: int, point: Point) -> PointInFlight:
+    def _point_in_flight(self, number: int, point: Point) -> PointInFlight:
         stages, invalid = stages_or_reason(self.graph, point)
         return PointInFlight(
             number, point, of_seeds(self.study, stages, self.study.first_seeds), invalid
@@ -216,7 +218,7 @@ class _Drive:
             if proposal is None or isinstance(proposal, Wait):
                 self.exhausted, self.waiting = proposal is None, proposal is not None
                 return
-            entry = self._in_flight(*proposal)
+            entry = self._point_in_flight(*proposal)
             self.in_flight.append(entry)
             self.unaffordable = start_affordable([entry], self.runner, self.budget_gate.affords)
             self._request_more(entry)
@@ -284,7 +286,7 @@ class _Drive:
         if broken is not None:
             raise StudyError(f"a model could not be measured before fine-tuning: {_reason(broken)}")
 
-    def _collect(self) -> None:
+    def _request_and_reload(self) -> None:
         """Request the next stages of all points, and reload the results of earlier runs in order,
         as far as their artifacts are in the store.
         """
@@ -372,7 +374,7 @@ class _Drive:
         self.rivals.add(result)
         self.duplicates.add(result)
 
-    def _replicate(self) -> None:
+    def _run_further_seeds(self) -> None:
         """Run further seeds for points that another point may or may not dominate.
 
         With `order: in_turn`, this waits until all points have ended.

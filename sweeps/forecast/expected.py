@@ -41,7 +41,7 @@ class Points:
         return (*self.open, *self.chosen, *self.drawn)
 
 
-def points_of(study: Study, storage: Storage, stopped: str = "") -> Points:
+def expected_points(study: Study, storage: Storage, stopped: str = "") -> Points:
     """The points of a study: those in its storage, and those to expect.
 
     `stopped` is the reason why an earlier run stopped asking for points (see

@@ -18,7 +18,7 @@ from ebbline.cluster.schedule.estimates import Estimates
 from ebbline.cluster.schedule.needs import resident
 from ebbline.cluster.schedule.scheduler import ReadyStage, impossible
 from ebbline.cluster.schedule.simulate import Step, StepGroups, Trace, simulate
-from ebbline.sweeps.forecast.expected import Points, points_of
+from ebbline.sweeps.forecast.expected import Points, expected_points
 from ebbline.sweeps.search.masks import duplicates
 from ebbline.sweeps.state.in_flight import GPUS_QUEUED_PER_GPU, IN_FLIGHT_PER_GPU, LEAST_IN_FLIGHT
 from ebbline.sweeps.state.jobs import estimates_of
@@ -114,7 +114,7 @@ def forecast(
     """
     study, home = view.study, view.home
     met = still_met(study, read_spent(view.folder).gain)
-    points = points_of(study, view.storage, "" if met is None else met.reason)
+    points = expected_points(study, view.storage, "" if met is None else met.reason)
     graph = view.graph.fresh_copy()  # drawn points must not change labels and needs of the study
     estimates = estimates_of(home, kind)
     estimates.learn_gpu_type(capacity)

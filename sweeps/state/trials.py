@@ -101,7 +101,7 @@ class Trials:
         marks = self._optuna.user_attrs
         self.entries = [
             _entry(trial, marks)
-            for trial in points_of(self._optuna.get_trials(deepcopy=False), marks)
+            for trial in own_trials(self._optuna.get_trials(deepcopy=False), marks)
         ]
         self.taught = [
             _entry(trial, marks)
@@ -237,7 +237,7 @@ class Trials:
             if trial.state == TrialState.RUNNING and f"{NOT_A_POINT}:{trial.number}" in marks:
                 self._optuna.tell(trial.number, state=TrialState.FAIL)
         seen: set[Point] = set()
-        for trial in points_of(found, marks):
+        for trial in own_trials(found, marks):
             whole = is_whole(trial, self.study)
             if trial.state == TrialState.RUNNING and (not whole or point_of(trial) in seen):
                 self._optuna.set_user_attr(
@@ -336,7 +336,7 @@ def is_whole(trial: FrozenTrial, study: Study) -> bool:
     )
 
 
-def points_of(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[FrozenTrial]:
+def own_trials(trials: Sequence[FrozenTrial], marks: Mapping[str, Any]) -> list[FrozenTrial]:
     """The trials that are points of the study, without marked trials and those of other studies."""
     return [
         trial
@@ -403,7 +403,7 @@ class Reader:
                 except KeyError:
                     return [], False
             marks = self._found.user_attrs
-            trials = points_of(self._found.get_trials(deepcopy=False), marks)
+            trials = own_trials(self._found.get_trials(deepcopy=False), marks)
             entries = [_entry(trial, marks) for trial in trials if is_whole(trial, self._study)]
             return entries, marks.get(EXHAUSTED) == _exhausted(self._study, len(entries))
 

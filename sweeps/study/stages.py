@@ -110,7 +110,7 @@ class StageGraph:
         """
         stages: dict[str, Stage] = {}
         for seed in self.study.seeds:
-            own = self._replicate(point, seed)
+            own = self._seed_stages(point, seed)
             self._place(point.model, own.values())
             for name, stage in own.items():
                 stages[str(replace(name, seed=seed))] = stage
@@ -124,7 +124,7 @@ class StageGraph:
         """The label of a stage on screen, after the first point that needs it."""
         return self.labels.get(stage.lineage, stage.kind)
 
-    def _replicate(self, point: Point, seed: int) -> dict[StageName, Stage]:
+    def _seed_stages(self, point: Point, seed: int) -> dict[StageName, Stage]:
         parts = self._adapter_stages(point, seed)
         measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
         defended = Stage(

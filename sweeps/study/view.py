@@ -45,11 +45,11 @@ class StudyView:
         self.source = source or self.name
 
     @classmethod
-    def open(cls, home: Path, name: str, extend: bool = False) -> "StudyView":
+    def open(cls, root: Path, name: str, extend: bool = False) -> "StudyView":
         """The study of that name or file, in the home at a path. Raises StudyError."""
-        root = Home(home)
-        source = root.named(name)
-        return cls(load(source), root, extend=extend, name=name, source=source)
+        home = Home(root)
+        source = home.named(name)
+        return cls(load(source), home, extend=extend, name=name, source=source)
 
     def unlocated(self) -> "StudyView":
         """The same study for readers that only need keys, without looking for outside content."""

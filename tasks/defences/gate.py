@@ -37,10 +37,10 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class ProjectedRows:
-    """The rows of one adapter's modules, and the names of the projected modules."""
+    """The rows of one adapter's modules, and the names of the modules chosen to be projected."""
 
     rows: Mapping[str, ModuleRow]
-    projected: frozenset[str]
+    chosen: frozenset[str]
 
 
 def write_rows(rows: Mapping[str, ModuleRow], path: Path) -> None:
@@ -180,7 +180,7 @@ class SafeLora(Defence):
 
     def changed(self, measured_file: File, made_file: File) -> tuple[int, int]:
         adapter = self.projected_rows(measured_file, made_file)
-        return len(adapter.projected), len(adapter.rows)
+        return len(adapter.chosen), len(adapter.rows)
 
     def projected_rows(self, measured_file: File, made_file: File) -> ProjectedRows:
         """The rows and the projected modules of one adapter, from the files of both stages."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ebbline.analysis.results.measurements import Baselines, Subject
-from ebbline.analysis.results.statistics import Agreement, Replicates
+from ebbline.analysis.results.statistics import Agreement, SamplesBySeed
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric, Sample
@@ -66,10 +66,10 @@ def share(successes: int, n: int = 200, categories: Sequence[str] = ("",)) -> li
 class Held:
     """Evidence without a store: by a point's number or an aligned model's name, and a suite."""
 
-    found: dict[tuple[int | str, str], Replicates] = field(default_factory=dict)
+    found: dict[tuple[int | str, str], SamplesBySeed] = field(default_factory=dict)
     agreements: dict[tuple[int | str, str], Agreement] = field(default_factory=dict)
 
-    def samples(self, subject: Subject, suite: str) -> Replicates:
+    def samples(self, subject: Subject, suite: str) -> SamplesBySeed:
         return self.found.get((subject if isinstance(subject, str) else subject.number, suite), {})
 
     def agreement(self, subject: Subject, suite: str) -> Agreement | None:

@@ -418,7 +418,7 @@ def test_the_projection_report_is_one_file_that_loads_nothing_else(tmp_path: Pat
     for expected in (
         "<td>/models/base</td>",
         "<td>none</td>",
-        f"adapter: {len(adapter.projected)} of 15 modules projected",
+        f"adapter: {len(adapter.chosen)} of 15 modules projected",
         "One has no cosine.",
         "no cosine: not in model.safetensors",
         "seen in adapter_config.json",
@@ -433,7 +433,7 @@ def test_every_module_has_a_row_with_its_outcome(tmp_path: Path) -> None:
         "report"
     ].read_text("utf-8")
     for module, row in adapter.rows.items():
-        outcome = "projected" if module in adapter.projected else "not projected"
+        outcome = "projected" if module in adapter.chosen else "not projected"
         assert (
             "<tr><th "
             f'scope="row">{module}</th><td>{row.cosine:.4f}</td><td>{row.norm_ratio:.4f}</td><td>{outcome}</td></tr>'

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Capacity, Host, Needs
 from ebbline.cluster.executors.starts import StartCosts, Starts, WarmProcesses
 from ebbline.cluster.schedule.counted_work import load_of, machine_of, seconds_on
-from ebbline.cluster.schedule.estimates import Estimates, _interpolated, described
+from ebbline.cluster.schedule.estimates import Estimates, _interpolated, load_record
 from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import TrainSpec
@@ -39,7 +39,7 @@ def record(
     (attempt / "payload" / "f").write_text(content or stage.lineage)
     provenance = {"seconds": seconds, "gpus": gpus, "gpu_type": gpu_type}
     return store.commit(
-        attempt, hashed, {**provenance, "load": described(load_of(stage))} if load else provenance
+        attempt, hashed, {**provenance, "load": load_record(load_of(stage))} if load else provenance
     )
 
 

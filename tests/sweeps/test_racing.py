@@ -12,7 +12,7 @@ from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.commands.evaluate import generations_of, rescore
 from ebbline.outputs import write_outputs
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.state.racing import Rivals, standing
 from ebbline.sweeps.state.todo import todo
 from ebbline.sweeps.study.home import Home
@@ -259,7 +259,7 @@ def test_a_raced_study_finishes_including_points_that_share_blocks(
         and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
     )
     assert drive(StudyView(found, home), InlineExecutor).results == []
-    points = points_of(found, home.storage(found.study))
+    points = expected_points(found, home.storage(found.study))
     assert not todo(StageGraph(found, home), points.completed).missing and not points.to_come
     assert (
         rescore(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import optuna
 import pytest
 
-from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search import samplers
 from ebbline.sweeps.search.samplers import Shadow
 from ebbline.sweeps.search.searcher import (
@@ -257,7 +257,7 @@ def test_a_grid_has_every_combination_in_the_order_of_the_file(tmp_path, url):
 def test_a_grid_with_fewer_points_is_its_beginning(tmp_path, url):
     found = searched(tmp_path, "grid", points=5)
     assert follow(found, url) == list(space(found))[:5]
-    assert not points_of(found, url).to_come and len(all_points(found, url)) == 5
+    assert not expected_points(found, url).to_come and len(all_points(found, url)) == 5
 
 
 ROWS = [
@@ -390,7 +390,7 @@ def test_every_point_of_ranges_with_steps_is_proposed_once(tmp_path, url, sample
     assert limit(found) == 16 == len(points) and {point.id for point in points} == {
         point.id for point in space(found)
     }
-    expected = points_of(found, url)
+    expected = expected_points(found, url)
     assert not expected.chosen and not expected.drawn, "more points expected than the space has"
 
 
@@ -472,4 +472,4 @@ def test_readers_see_no_points_before_the_first_driver_and_their_states_after(tm
     searcher.tell(0, outcome(0, in_flight[0][1]))
     states = [(number, point, state) for number, point, state, _ in all_points(found, url)]
     assert states[1] == (1, in_flight[1][1], "running") and states[0][2] in ("done", "failed")
-    assert len(points_of(found, url).drawn) == 10
+    assert len(expected_points(found, url).drawn) == 10

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search import samplers, stage_aware
 from ebbline.sweeps.search.knowledge import WorkEstimate
 from ebbline.sweeps.search.masks import mask_of
@@ -103,7 +103,7 @@ def test_every_mask_is_proposed_exactly_once(tmp_path, empty_storage, seeds):  #
     assert len(masks) == 2 * (6 * seeds + 1)
     # One threshold of each adapter is proposed before its cosines are measured; it has no duplicate
     assert len(points) == len(masks)
-    found = points_of(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
+    found = expected_points(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
     # Complete with fewer points than the 60 of the study file
     assert len(found.completed) == len(points) and not found.to_come
     assert found.ended == "the search has nothing more to propose"

@@ -8,7 +8,7 @@ import pytest
 
 from ebbline.analysis.results.collect import collect
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.forecast.expected import points_of
+from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search.searcher import OptunaSearcher, all_points
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.home import Home
@@ -136,7 +136,7 @@ def test_an_extended_finished_study_keeps_its_points_and_runs_only_new_ones(tmp_
     wide = study(tmp_path, {**plain, "axes": axes, "models/70b": large, "search": more})
     with pytest.raises(StudyError, match="--extend"):
         drive(StudyView(wide, home), lambda: Pretended(home.store))
-    points = points_of(wide, home.storage("tiny"))
+    points = expected_points(wide, home.storage("tiny"))
     assert list(points.completed) == numbers and len(points.completed) + len(points.to_come) == 12
     drive(StudyView(wide, home, extend=True), lambda: Pretended(home.store))
     found = collect(StudyView(wide, home))
