@@ -106,7 +106,7 @@ def test_the_database_is_opened_so_that_nothing_can_be_written(
     finished: tuple[Study, Home],
 ) -> None:
     _, home = finished
-    storage = opened(home.storage("tiny").to_read())
+    storage = opened(home.database("tiny").to_read())
     number = storage.get_study_id_from_name("tiny")
     assert len(storage.get_all_trials(number)) == 6
     with pytest.raises(StorageInternalError) as failed:

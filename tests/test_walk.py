@@ -122,7 +122,7 @@ def test_thresholds_between_the_same_cosines_share_one_evaluation(study: Study, 
 
 
 def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None:
-    points = expected_points(study, home.storage(study.study))
+    points = expected_points(study, home.database(study.study))
     found = todo(StageGraph(study, home), points.completed)
     assert (
         not found.missing
@@ -130,7 +130,7 @@ def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None
         and found.there["train"] == 2
         and found.there["project"] == 1
     )
-    searcher = OptunaSearcher(study, home.storage(study.study))
+    searcher = OptunaSearcher(study, home.database(study.study))
     assert (
         searcher.completed() == 6
         and not searcher.in_flight()

@@ -71,7 +71,7 @@ class Site:
 
     def __init__(self, view: StudyView) -> None:
         self.page = LivePage(view)
-        self._storage = view.storage
+        self._database = view.database
         self._index = (
             template("dashboard/live_page.html")
             .render(study=view.study, about=self.page.about())
@@ -145,12 +145,12 @@ class Site:
     def _optuna(self) -> "WSGIApplication | None":
         """optuna-dashboard of the study's points, read-only; None before the study's first run."""
         with self._optuna_lock:
-            if self._optuna_app is None and self._storage.exists:
+            if self._optuna_app is None and self._database.exists:
                 from optuna_dashboard import wsgi  # the import takes a second and is rarely needed
 
-                with suppress(KeyError), reaching(self._storage):
-                    storage = opened(self._storage.to_read())
-                    self._number = storage.get_study_id_from_name(self._storage.name)
+                with suppress(KeyError), reaching(self._database):
+                    storage = opened(self._database.to_read())
+                    self._number = storage.get_study_id_from_name(self._database.name)
                     self._optuna_app = wsgi(storage)
             return self._optuna_app
 

@@ -36,7 +36,7 @@ def collect(view: StudyView) -> list[Result]:
 
     A failed point and an invalid one have a reason.
     """
-    entries, _ = read(view.study, view.storage)
+    entries, _ = read(view.study, view.database)
     results = results_of(view.study, entries, view.graph, Resolver(view.home.store))
     return _of_budget(results, read_spent(view.folder))
 
@@ -60,14 +60,14 @@ class Follower:
 
     def __init__(self, view: StudyView) -> None:
         self._view = view.unlocated()
-        self._points = Reader(view.study, view.storage)
+        self._points = Reader(view.study, view.database)
         self._kept: dict[int, Result] = {}
         self._before: dict[str, dict[str, Metric]] = {}
 
     def look(self) -> list[Result]:
         """The current results, as by `collect`."""
         view = self._view
-        if not view.storage.exists:
+        if not view.database.exists:
             return []
         entries, _ = self._points.look()
         results = results_of(view.study, entries, view.graph, Resolver(view.home.store), self._kept)

@@ -24,8 +24,8 @@ from ebbline.cluster.checks import Finding, one_line, run, run_module, unreachab
 from ebbline.cluster.executors.choice import EXECUTORS, ExecutorKind
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.bucket import Bucket
+from ebbline.sweeps.study.database import shared_url
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.storage import shared_url
 from ebbline.tasks.errors import StoreError, StudyError
 
 LOW_DISK_GB, LOW_MEMORY_GB = 20.0, 8.0

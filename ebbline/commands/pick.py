@@ -133,7 +133,7 @@ def _require_begun_here(view: StudyView) -> None:
             "the study began with; export from the home that ran it, or run it here once. "
             "Nothing was exported"
         )
-    begun, mark = view.begun_as(), settings_mark(view.storage)
+    begun, mark = view.begun_as(), settings_mark(view.database)
     if mark is not None and mark != begun:
         raise StudyError(
             f"the points of {study.study!r} in the database have other settings than those in "

@@ -274,6 +274,6 @@ def _next_run(study: Study, home: Home, results: Sequence[Result], spent: Spent)
         return "all its points are done"
     met = still_met(study, spent.gain)
     ended = expected_points(
-        study, home.storage(study.study), "" if met is None else met.reason
+        study, home.database(study.study), "" if met is None else met.reason
     ).ended
     return f"it has ended: {ended}" if ended else "`ebbline run` continues it"

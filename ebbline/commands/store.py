@@ -54,17 +54,17 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     """The artifacts and sources that a study needs. `keep` chooses the adapters that keep their
     tensors.
 
-    Raises StudyError when the study has results but its storage has no points.
+    Raises StudyError when the study has results but its database has no points.
     """
     view = StudyView(study, home, located=False)
     graph, resolver = view.graph, Resolver(home.store)
     targets = [stage for suites in graph.baselines().values() for stage in suites.values()]
-    points = all_points(study, view.storage)
+    points = all_points(study, view.database)
     table = view.folder / "results.parquet"
     if not points and table.exists():
         raise StudyError(
-            f"{table} has results, but the study's storage has no points, so it is unknown what "
-            "they need. Restore the storage, or move the"
+            f"{table} has results, but the study's database has no points, so it is unknown what "
+            "they need. Restore the database, or move the"
             " study's folder away if nobody needs its results; nothing was removed"
         )
     for _, point, _, _ in points:

@@ -3,7 +3,7 @@
 It asks the search for points, runs their stages, and tells the search the results. It ends when the
 search has no more points, or the study has to stop.
 
-Invariant: a rerun of a study is safe. Points come from the Optuna storage and outputs from the
+Invariant: a rerun of a study is safe. Points come from the study's database and outputs from the
 store; existing outputs are reused. One driver at a time holds a study.
 """
 
@@ -34,9 +34,9 @@ from ebbline.sweeps.state.racing import Rivals
 from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
+from ebbline.sweeps.study.database import Hold
 from ebbline.sweeps.study.points import INVALID, Point, Result
 from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
-from ebbline.sweeps.study.storage import Hold
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Stage
@@ -61,14 +61,14 @@ def drive(
     Raises StudyHeld when another driver holds the study. Raises StudyError when the settings differ
     from those the study began with, or when a model cannot be measured before fine-tuning.
     """
-    study, home, storage = view.study, view.home, view.storage
-    with home.driving(study.study) as hold, reaching(storage):
+    study, home, database = view.study, view.home, view.database
+    with home.driving(study.study) as hold, reaching(database):
         graph = view.graph
         check_written_points(study)
         require_prices(study, home.profile)
         # The database gets a widened study before the home does. A driver that is killed in between
         # finds the old study in the home, and widens it once more.
-        searcher = OptunaSearcher(study, storage, view.begun_as())
+        searcher = OptunaSearcher(study, database, view.begun_as())
         view.freeze()
         for name, found in prior_results(study, home).items():
             searcher.teach(name, found)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from ebbline.sweeps.state.trials import read
 from ebbline.sweeps.study.axes import AxisValue, Range
+from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.space import LISTED, limit, listed, space
-from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Study
 
 
@@ -41,13 +41,13 @@ class Points:
         return (*self.open, *self.chosen, *self.drawn)
 
 
-def expected_points(study: Study, storage: Storage, stopped: str = "") -> Points:
-    """The points of a study: those in its storage, and those to expect.
+def expected_points(study: Study, database: PointDatabase, stopped: str = "") -> Points:
+    """The points of a study: those in its database, and those to expect.
 
     `stopped` is the reason why an earlier run stopped asking for points (see
     ebbline.sweeps.state.stopping.still_met), else empty.
     """
-    entries, exhausted = read(study, storage)
+    entries, exhausted = read(study, database)
     seen = {entry.point.id for entry in entries}
     most = min((n for n in (limit(study), study.budget.points) if n is not None), default=0)
     ended = (

@@ -114,7 +114,7 @@ def forecast(
     """
     study, home = view.study, view.home
     met = still_met(study, read_spent(view.folder).gain)
-    points = expected_points(study, view.storage, "" if met is None else met.reason)
+    points = expected_points(study, view.database, "" if met is None else met.reason)
     graph = view.graph.fresh_copy()  # drawn points must not change labels and needs of the study
     estimates = estimates_of(home, kind)
     estimates.learn_gpu_type(capacity)

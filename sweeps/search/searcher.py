@@ -1,7 +1,7 @@
 """Proposes points: stage-aware search, Optuna's samplers, a grid and a fixed list behind one
 ask/tell protocol.
 
-The Optuna storage is the only source of points and their states (ebbline.sweeps.state.trials).
+The study's database is the only source of points and their states (ebbline.sweeps.state.trials).
 
 Invariant: proposal k is a function of the study file, of k, and of the results recorded before it.
 Samplers are seeded by k and keep no other state. So a restarted driver gets the proposals that the
@@ -28,6 +28,7 @@ from ebbline.sweeps.state.trials import (
     reaching,
     read,
 )
+from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.sweeps.study.space import (
     LISTED,
@@ -37,7 +38,6 @@ from ebbline.sweeps.study.space import (
     listed,
     space,
 )
-from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Constraints, Study
 from ebbline.tasks.errors import StudyError
 
@@ -98,7 +98,7 @@ class Searcher(Protocol):
     def amend(self, number: int, result: Result) -> None:
         """Replace the result of a completed point, after more seeds or under other constraints.
 
-        The search uses the new result; the storage keeps the first one.
+        The search uses the new result; the database keeps the first one.
         """
 
     def gave_up(self) -> Mapping[int, int]:
@@ -119,10 +119,10 @@ class OptunaSearcher:
     adapter counts after that, so proposals do not depend on timing.
     """
 
-    def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
+    def __init__(self, study: Study, database: PointDatabase, begun_as: str = "") -> None:
         """`begun_as` is the digest of the study's settings before it was widened."""
         self.study = study
-        self.trials = Trials(study, storage, begun_as)
+        self.trials = Trials(study, database, begun_as)
         self.constrained = study.search.constraints != Constraints() or any(
             entry.misses for entry in self.trials.entries
         )
@@ -272,9 +272,9 @@ def _stage_aware(study: Study) -> "StageAware":
     return StageAware(study)
 
 
-def all_points(study: Study, storage: Storage) -> list[tuple[int, Point, str, str]]:
+def all_points(study: Study, database: PointDatabase) -> list[tuple[int, Point, str, str]]:
     """(number, point, state, reason) of every proposed point; state is running, done or failed."""
     return [
         (k, entry.point, entry.state, entry.reason)
-        for k, entry in enumerate(read(study, storage)[0])
+        for k, entry in enumerate(read(study, database)[0])
     ]

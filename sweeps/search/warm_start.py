@@ -47,7 +47,7 @@ def _results_of(study: Study, name: str, home: Home) -> list[Entry]:
                 f"search.warm_start: {name!r} has a suite {suite!r} that measures "
                 f"{theirs}, and this study's measures {ours}"
             )
-    entries, _ = read(other, home.storage(name))
+    entries, _ = read(other, home.database(name))
     found = [entry for entry in entries if entry.state == "done" and _in_space(entry, study)]
     if not found and any(entry.state == "done" for entry in entries):
         own = {model: sorted(study.axes_of(model)) for model in study.models}

@@ -1,7 +1,7 @@
-"""A study's points in Optuna's storage, the only record of the points and their states.
+"""A study's points in its database, kept by Optuna: the only record of points and their states.
 
-The storage is read once, when it is opened. Afterwards its only driver keeps the list and writes
-each change to the storage first. A trial is written with all its parameters at once, so a killed
+The database is read once, when it is opened. Afterwards its only driver keeps the list and writes
+each change to the database first. A trial is written with all its parameters at once, so a killed
 driver leaves no partial trial. The number of a point is its place among the trials that are points.
 Optuna's trial number differs: it also counts closed partial trials and trials from other studies
 (see ebbline.sweeps.search.warm_start).
@@ -24,8 +24,8 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ebbline.sweeps.study.axes import AxisValue, Range
+from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Value, current_reason
-from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Study, lasting
 from ebbline.tasks.errors import DatabaseLost, StudyError
 from ebbline.tasks.identity import digest
@@ -83,17 +83,17 @@ class Entry:
 class Trials:
     """The points of one study in the order of proposals; `taught` are points of other studies."""
 
-    def __init__(self, study: Study, storage: Storage, begun_as: str = "") -> None:
+    def __init__(self, study: Study, database: PointDatabase, begun_as: str = "") -> None:
         self.study, self._begun_as = study, begun_as
         self._optuna = optuna.create_study(
-            storage=opened(storage),
-            study_name=storage.name,
+            storage=opened(database),
+            study_name=database.name,
             directions=[DIRECTIONS[direction(name)] for name in study.objectives],
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(),  # unused: points are written whole
         )
-        if storage.shared:
-            self._same_settings(storage)
+        if database.shared:
+            self._same_settings(database)
         found = self._optuna.get_trials(deepcopy=False)
         self.names = Names(study, found)
         self._written = len(found)
@@ -213,7 +213,7 @@ class Trials:
         storage: Any = self._optuna._storage
         return int(storage.get_trial_id_from_study_id_trial_number(self._optuna._study_id, number))
 
-    def _same_settings(self, storage: Storage) -> None:
+    def _same_settings(self, database: PointDatabase) -> None:
         """Raise StudyError when another home began the study in a shared database with other
         settings.
         """
@@ -224,7 +224,7 @@ class Trials:
         elif before != own:
             raise StudyError(
                 f"a study named {self.study.study!r} was begun in the shared database, as "
-                f"{storage.name!r}, with other settings;"
+                f"{database.name!r}, with other settings;"
                 " give this one another name (`study: ...`)"
             )
 
@@ -363,20 +363,20 @@ def _entry(trial: FrozenTrial, marks: Mapping[str, Any]) -> Entry:
 
 
 @contextmanager
-def reaching(storage: Storage) -> Iterator[None]:
+def reaching(database: PointDatabase) -> Iterator[None]:
     """Turn database errors under Optuna into DatabaseLost."""
     try:
-        with storage.explained():
+        with database.explained():
             yield
     except optuna.exceptions.StorageInternalError as error:
-        raise DatabaseLost(storage.explanation(error.__cause__ or error)) from error
+        raise DatabaseLost(database.explanation(error.__cause__ or error)) from error
 
 
-def opened(storage: Storage) -> optuna.storages.BaseStorage:
-    read_only = storage.read_only
+def opened(database: PointDatabase) -> optuna.storages.BaseStorage:
+    read_only = database.read_only
     engine = optuna.storages.RDBStorage(
-        storage.url,
-        storage.settings,
+        database.url,
+        database.settings,
         skip_compatibility_check=read_only,
         skip_table_creation=read_only,
     )
@@ -386,19 +386,19 @@ def opened(storage: Storage) -> optuna.storages.BaseStorage:
 class Reader:
     """Reads a study's points repeatedly; ended points are read from the database once."""
 
-    def __init__(self, study: Study, storage: Storage) -> None:
-        self._study, self._storage = study, storage
+    def __init__(self, study: Study, database: PointDatabase) -> None:
+        self._study, self._database = study, database
         self._found: optuna.Study | None = None
 
     def look(self) -> tuple[list[Entry], bool]:
         """All proposed points, and whether no point is left to propose. Empty before the first
         driver.
         """
-        with reaching(self._storage):
+        with reaching(self._database):
             if self._found is None:
                 try:
                     self._found = optuna.load_study(
-                        study_name=self._storage.name, storage=opened(self._storage)
+                        study_name=self._database.name, storage=opened(self._database)
                     )
                 except KeyError:
                     return [], False
@@ -408,20 +408,20 @@ class Reader:
             return entries, marks.get(EXHAUSTED) == _exhausted(self._study, len(entries))
 
 
-def read(study: Study, storage: Storage) -> tuple[list[Entry], bool]:
+def read(study: Study, database: PointDatabase) -> tuple[list[Entry], bool]:
     """The same as Reader.look, for a single read."""
-    return Reader(study, storage).look()
+    return Reader(study, database).look()
 
 
-def settings_mark(storage: Storage) -> str | None:
+def settings_mark(database: PointDatabase) -> str | None:
     """The digest of a study's settings in the database (see StudyView.begun_as); None when there is
     none, as in an SQLite file.
     """
-    if not storage.exists:
+    if not database.exists:
         return None
-    with reaching(storage):
+    with reaching(database):
         try:
-            found = optuna.load_study(study_name=storage.name, storage=opened(storage))
+            found = optuna.load_study(study_name=database.name, storage=opened(database))
         except KeyError:
             return None
         mark: str | None = found.user_attrs.get(SETTINGS)

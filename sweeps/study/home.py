@@ -7,7 +7,7 @@ HOME/studies/NAME/study.json     the study, with its latest budget
 HOME/studies/NAME/driver.lock    the driver that holds the study now
 HOME/studies/NAME/file           the path of the study file of the last run
 HOME/studies/NAME/spending.jsonl the cost of all runs so far
-HOME/studies/NAME/...            the Optuna storage, tables, figures, report and W&B mirror
+HOME/studies/NAME/...            the points' database, tables, figures, report and W&B mirror
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from pathlib import Path
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
-from ebbline.sweeps.study.storage import WAIT_HINT, Hold, Storage, shared_url
+from ebbline.sweeps.study.database import WAIT_HINT, Hold, PointDatabase, shared_url
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
@@ -44,15 +44,15 @@ class Home:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def storage(self, study: str) -> Storage:
+    def database(self, study: str) -> PointDatabase:
         """Where a study's points are kept. Raises StudyError when the URL of the shared database is
         invalid.
         """
         url = shared_url(self.profile.storage)
         if url is None:
-            return Storage(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
+            return PointDatabase(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
         store = self.profile.store or ""
-        return Storage(url, f"{study}@{digest(store if '://' in store else self.id)[:12]}")
+        return PointDatabase(url, f"{study}@{digest(store if '://' in store else self.id)[:12]}")
 
     def named(self, name: str) -> str:
         """The argument for ebbline.sweeps.study.study_file.load: for a study of this home its file
@@ -134,7 +134,7 @@ class Home:
             handle.truncate(0)
             handle.write(driver)
             handle.flush()
-            with self.storage(study).driving(study, driver) as hold:
+            with self.database(study).driving(study, driver) as hold:
                 # `store gc` must know every home that may need an artifact.
                 self.store.place.create(f"{OWNERS}/{self.id}.json", b"{}")
                 yield hold
@@ -149,7 +149,7 @@ class Home:
                     fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return handle.read().strip()
-        return self.storage(study).holder()
+        return self.database(study).holder()
 
 
 def store_of(root: Path, profile: Profile) -> Store:

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 
 from ebbline.sweeps.study.changes import differences, rejections
+from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.stages import StageGraph
-from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Sampler, Study, lasting
 from ebbline.sweeps.study.study_file import load
 from ebbline.tasks.errors import StudyError
@@ -60,9 +60,9 @@ class StudyView:
         return self.home.folder(self.study.study)
 
     @property
-    def storage(self) -> Storage:
-        """Where the study's points are kept. Raises StudyError as `Home.storage` does."""
-        return self.home.storage(self.study.study)
+    def database(self) -> PointDatabase:
+        """Where the study's points are kept. Raises StudyError as `Home.database` does."""
+        return self.home.database(self.study.study)
 
     @cached_property
     def graph(self) -> StageGraph:

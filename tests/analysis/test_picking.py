@@ -191,8 +191,8 @@ def test_nothing_is_exported_when_the_database_has_the_study_with_another_floor(
     pick: Callable[..., CliResult], study: Study, tmp_path: Path
 ) -> None:
     home = Home(tmp_path / "home")
-    Trials(study, home.storage("ebb"))
-    marked = optuna.load_study(study_name="ebb", storage=home.storage("ebb").url)
+    Trials(study, home.database("ebb"))
+    marked = optuna.load_study(study_name="ebb", storage=home.database("ebb").url)
     for mark, message in (
         (StudyView(study, home).begun_as(), "KeyError"),
         ("another", "the points of 'ebb' in the database have other settings"),

@@ -189,7 +189,7 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     from tests.sweeps.made import Imagined, outcome  # the same for the same point
 
     study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
-    searcher = OptunaSearcher(study, home.storage(study.study))
+    searcher = OptunaSearcher(study, home.database(study.study))
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
     in_flight, completed, left = [], 0, True
     while left or in_flight:

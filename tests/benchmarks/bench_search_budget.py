@@ -24,8 +24,8 @@ from scipy.stats import t as student
 
 from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
 from ebbline.sweeps.state.trials import Entry
+from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result
-from ebbline.sweeps.study.storage import Storage
 from ebbline.sweeps.study.study import Search, Study
 from ebbline.tasks.measuring.metrics import direction
 from tests.benchmarks.record import table, write
@@ -156,7 +156,7 @@ def family(folder: Path, seeds: int) -> list[dict[str, Any]]:
 def lesson(surface: Surface, steps: Sequence[Step], seed: int, folder: Path) -> list[Entry]:
     searcher = OptunaSearcher(
         searched(surface, "stage_aware", seed, False),
-        Storage(f"sqlite:///{newest(folder)}", "bench"),
+        PointDatabase(f"sqlite:///{newest(folder)}", "bench"),
     )
     return [entry for entry in searcher.trials.entries if entry.state == "done"]
 
@@ -190,7 +190,7 @@ def drive(
     """Ask and tell until `until` of the whole space's cost is spent, or nothing is left."""
     found = searched(surface, sampler, seed, transfer)
     path = folder / f"{len(list(folder.glob('*.db')))}.db"
-    searcher = OptunaSearcher(found, Storage(f"sqlite:///{path}", "bench"))
+    searcher = OptunaSearcher(found, PointDatabase(f"sqlite:///{path}", "bench"))
     if taught:
         searcher.teach("small", taught)
     most = until * whole_cost(surface)

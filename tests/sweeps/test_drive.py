@@ -78,7 +78,9 @@ def test_every_point_gets_a_result_in_the_order_of_asking(driven):
     found, home, progress = driven
     assert [result.number for result in progress.results] == list(range(6))
     assert [result.status for result in progress.results] == ["done"] * 3 + ["invalid"] * 3
-    assert [(number, state) for number, _, state, _ in all_points(found, home.storage("tiny"))] == [
+    assert [
+        (number, state) for number, _, state, _ in all_points(found, home.database("tiny"))
+    ] == [
         (result.number, "done" if result.status == "done" else "failed")
         for result in progress.results
     ]
@@ -91,7 +93,7 @@ def test_a_failed_point_keeps_its_reason_and_the_command_that_reproduces_it(driv
         assert result.metrics == {}
     reasons = [
         reason
-        for _, _, state, reason in all_points(found, home.storage("tiny"))
+        for _, _, state, reason in all_points(found, home.database("tiny"))
         if state == "failed"
     ]
     assert reasons == [result.reason for result in progress.results[3:]]

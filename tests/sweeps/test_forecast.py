@@ -108,11 +108,11 @@ def searched(tmp_path, points: int):
 
 
 def test_future_proposals_are_distinct_random_points_that_are_always_the_same(tmp_path, home):
-    found = expected_points(searched(tmp_path, 12), home.storage("tiny"))
+    found = expected_points(searched(tmp_path, 12), home.database("tiny"))
     assert len({point.id for point in found.drawn}) == len(found.drawn) == 12
-    assert found == expected_points(searched(tmp_path, 12), home.storage("tiny"))
+    assert found == expected_points(searched(tmp_path, 12), home.database("tiny"))
     assert (
-        len(expected_points(searched(tmp_path, 1000), home.storage("tiny")).drawn) == 40
+        len(expected_points(searched(tmp_path, 1000), home.database("tiny")).drawn) == 40
     )  # the whole space
     ranged = study(
         tmp_path,
@@ -126,7 +126,7 @@ def test_future_proposals_are_distinct_random_points_that_are_always_the_same(tm
     )
     rates = [
         dict(point.values)["train.learning_rate"]
-        for point in expected_points(ranged, home.storage("tiny")).drawn
+        for point in expected_points(ranged, home.database("tiny")).drawn
     ]
     assert len(set(rates)) == 30 and all(1e-5 <= rate <= 1e-2 for rate in rates)
     assert sum(rate < 3e-4 for rate in rates) > 8  # uniform in the logarithm
@@ -135,12 +135,12 @@ def test_future_proposals_are_distinct_random_points_that_are_always_the_same(tm
 def test_points_that_the_study_file_lists_are_chosen_for_certain(tmp_path, home):
     first = [{"model": "7b", "train.rank": 8, "apply.threshold": 0.5}]
     begun = study(tmp_path, {**SEARCH, "search": {"sampler": "tpe", "points": 5, "first": first}})
-    found = expected_points(begun, home.storage("tiny"))
+    found = expected_points(begun, home.database("tiny"))
     assert [dict(point.values)["train.rank"] for point in found.chosen] == [8] and len(
         found.drawn
     ) == 4
     assert found.chosen[0].id not in {point.id for point in found.drawn}
-    grid = expected_points(study(tmp_path, SEARCH), home.storage("tiny"))
+    grid = expected_points(study(tmp_path, SEARCH), home.database("tiny"))
     assert len(grid.chosen) == 40 and not grid.drawn
 
 

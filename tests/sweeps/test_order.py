@@ -135,7 +135,7 @@ def test_a_driver_that_was_killed_loses_no_point_and_repeats_no_stage(tmp_path, 
     free = Home(tmp_path / "free")
     drive(StudyView(found, free), lambda: Pretended(free.store, seconds=slow_gangs))
     assert rows(collect(StudyView(found, home))) == rows(collect(StudyView(found, free)))
-    assert {state for _, _, state, _ in all_points(found, home.storage("tiny"))} == {"done"}
+    assert {state for _, _, state, _ in all_points(found, home.database("tiny"))} == {"done"}
 
 
 def test_rows_name_failed_and_invalid_points_and_duplicates(tmp_path):
@@ -200,7 +200,7 @@ def test_settings_that_conflict_are_an_invalid_row_and_do_not_end_the_study(tmp_
 
 def test_a_reason_that_an_earlier_version_stored_is_read_as_this_version_writes_it(tmp_path):
     found, home = study(tmp_path, changes(tmp_path)), Home(tmp_path / "home")
-    trials = Trials(found, home.storage("tiny"))
+    trials = Trials(found, home.database("tiny"))
     stored = (
         "refused: DataError: 64 rows of 32",
         "the loss became nan (to see it again: python -m tasks a/log/request.json)",
@@ -241,9 +241,9 @@ def test_a_grid_that_gets_a_budget_later_stays_a_grid(tmp_path):
         lambda: completed[-1] >= 3,
     )
     later = study(tmp_path, {**plain, "budget": {"gpu_hours": 100.0}})
-    assert 0 < len(all_points(later, home.storage("tiny"))) < 12 and later.sampler == "stage_aware"
+    assert 0 < len(all_points(later, home.database("tiny"))) < 12 and later.sampler == "stage_aware"
     drive(StudyView(later, home), lambda: Pretended(home.store))
-    assert [point for _, point, _, _ in all_points(later, home.storage("tiny"))] == list(
+    assert [point for _, point, _, _ in all_points(later, home.database("tiny"))] == list(
         space(later)
     )
 
@@ -274,7 +274,7 @@ def test_in_turn_a_budget_of_points_does_not_change_later_points(tmp_path, searc
     )
     free, home = Home(tmp_path / "free"), Home(tmp_path / "home")
     drive(StudyView(study(tmp_path, plain), free), lambda: Pretended(free.store))
-    wanted = all_points(study(tmp_path, plain), free.storage("tiny"))
+    wanted = all_points(study(tmp_path, plain), free.database("tiny"))
     assert len(wanted) == 11
     for points in (2, 7, 7, 9):
         few = study(tmp_path, {**plain, "budget": {"points": points}})
@@ -287,5 +287,5 @@ def test_in_turn_a_budget_of_points_does_not_change_later_points(tmp_path, searc
         assert read_spent(home.folder("tiny")).stopped.by == "budget"
     whole = study(tmp_path, plain)
     assert drive(StudyView(whole, home), lambda: Pretended(home.store)).by == ""
-    assert all_points(whole, home.storage("tiny")) == wanted
+    assert all_points(whole, home.database("tiny")) == wanted
     assert rows(collect(StudyView(whole, home))) == rows(collect(StudyView(whole, free)))

@@ -259,7 +259,7 @@ def test_a_raced_study_finishes_including_points_that_share_blocks(
         and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
     )
     assert drive(StudyView(found, home), InlineExecutor).results == []
-    points = expected_points(found, home.storage(found.study))
+    points = expected_points(found, home.database(found.study))
     assert not todo(StageGraph(found, home), points.completed).missing and not points.to_come
     assert (
         rescore(

@@ -19,8 +19,8 @@ from ebbline.sweeps.search.searcher import (
     space,
 )
 from ebbline.sweeps.state.trials import Entry, read
+from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result
-from ebbline.sweeps.study.storage import Storage
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.made import Imagined, outcome, study
@@ -61,7 +61,7 @@ def empty_storage(tmp_path_factory):
 
 def fresh_url(path, empty_storage):
     shutil.copyfile(empty_storage, path)
-    return Storage(f"sqlite:///{path}", "tiny")
+    return PointDatabase(f"sqlite:///{path}", "tiny")
 
 
 def steps(points):

@@ -216,7 +216,7 @@ def test_a_study_stopped_by_its_budget_continues_to_the_same_points(tmp_path, ch
     drive(StudyView(found, free), InlineExecutor)
     wanted = [
         (number, point, state)
-        for number, point, state, _ in all_points(found, free.storage("tiny"))
+        for number, point, state, _ in all_points(found, free.database("tiny"))
     ]
 
     home, limit_s, stops = Home(tmp_path / "home"), 2.0, []
@@ -247,13 +247,13 @@ def test_a_study_stopped_by_its_budget_continues_to_the_same_points(tmp_path, ch
             "Raise budget.gpu_hours" in progress.stopped
             and " GPU-hours spent, " in progress.stopped
         )
-        states = [state for _, _, state, _ in all_points(found, home.storage("tiny"))]
+        states = [state for _, _, state, _ in all_points(found, home.database("tiny"))]
         assert states.count("running") <= 2
         stops.append(len(states))
         limit_s = 1.25 * max(limit_s, spent_s)
     assert [
         (number, point, state)
-        for number, point, state, _ in all_points(found, home.storage("tiny"))
+        for number, point, state, _ in all_points(found, home.database("tiny"))
     ] == wanted
     assert len(set(stops)) >= 3, stops
 

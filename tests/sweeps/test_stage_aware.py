@@ -8,8 +8,8 @@ from ebbline.sweeps.search.knowledge import WorkEstimate
 from ebbline.sweeps.search.masks import mask_of
 from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
 from ebbline.sweeps.state.trials import Entry
+from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result, adapter_of
-from ebbline.sweeps.study.storage import Storage
 from ebbline.tasks.measuring.metrics import Metric
 from tests.sweeps.made import WHOLE, Imagined, outcome, study
 from tests.sweeps.test_search import empty_storage, fresh_url  # noqa: F401
@@ -103,7 +103,7 @@ def test_every_mask_is_proposed_exactly_once(tmp_path, empty_storage, seeds):  #
     assert len(masks) == 2 * (6 * seeds + 1)
     # One threshold of each adapter is proposed before its cosines are measured; it has no duplicate
     assert len(points) == len(masks)
-    found = expected_points(searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
+    found = expected_points(searcher.study, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny"))
     # Complete with fewer points than the 60 of the study file
     assert len(found.completed) == len(points) and not found.to_come
     assert found.ended == "the search has nothing more to propose"
@@ -220,7 +220,9 @@ def test_constraints_are_stored_in_optuna_and_reloaded(tmp_path, empty_storage):
         {"refusal_floor": 0.1, "gpu_hours": 111 / 3600 - 0.02}
     )
     assert (
-        OptunaSearcher(found, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny")).trials.entries
+        OptunaSearcher(
+            found, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
+        ).trials.entries
         == searcher.trials.entries
     )
 
@@ -230,7 +232,7 @@ def test_standard_errors_are_stored_beside_the_means(tmp_path, empty_storage):  
     number, point = searcher.ask(knowledge)
     searcher.tell(number, measured(number, point, 80, 50))
     reloaded = OptunaSearcher(
-        searcher.study, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
+        searcher.study, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
     ).trials.entries[0]
     assert reloaded.values == (0.8, 0.5) and reloaded.errors == pytest.approx(
         (0.0402, 0.0503), abs=1e-3
@@ -276,7 +278,7 @@ def test_a_model_may_have_its_own_range_and_axis(tmp_path, empty_storage, sample
     assert [
         entry.point
         for entry in OptunaSearcher(
-            found, Storage(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
+            found, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
         ).trials.entries
     ] == points
 

@@ -117,7 +117,7 @@ def test_a_study_that_stopped_stays_stopped_until_its_rule_changes(tmp_path):
     def driven(gain):
         found = ruled(gain)
         return drive(StudyView(found, home), lambda: Pretended(home.store)), len(
-            all_points(found, home.storage("tiny"))
+            all_points(found, home.database("tiny"))
         )
 
     progress, points = driven(0.5)

@@ -16,8 +16,8 @@ from optuna.exceptions import StorageInternalError
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.searcher import OptunaSearcher, all_points, reaching
 from ebbline.sweeps.state.trials import opened, settings_mark
+from ebbline.sweeps.study.database import PointDatabase, shared_url
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.storage import Storage, shared_url
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import DatabaseLost, StudyError, StudyHeld
 from tests.postgres import MISSING, PASSWORD, Postgres, binaries, running
@@ -46,7 +46,7 @@ def home_at(root: Path, postgres: Postgres, **profile: str) -> Home:
     return Home(root)
 
 
-def follow(found, storage: Storage, restart_every: int = 1000):
+def follow(found, storage: PointDatabase, restart_every: int = 1000):
     """Search to the end, oldest point first, with a new searcher (as after a kill) after every
     `restart_every` steps.
     """
@@ -70,20 +70,21 @@ def test_a_repeatedly_killed_search_on_postgres_proposes_the_points_of_one_on_sq
     tmp_path, postgres
 ):
     found = study(tmp_path, SEARCH)
-    plain = follow(found, Home(tmp_path / "sqlite").storage("tiny"))
+    plain = follow(found, Home(tmp_path / "sqlite").database("tiny"))
     assert len(plain) == 10
     assert (
-        follow(found, home_at(tmp_path / "one", postgres).storage("tiny"), restart_every=3) == plain
+        follow(found, home_at(tmp_path / "one", postgres).database("tiny"), restart_every=3)
+        == plain
     )
 
 
 def test_homes_with_different_stores_have_different_studies_and_a_shared_store_shares_them(
     tmp_path, postgres
 ):
-    one, other = (home_at(tmp_path / name, postgres).storage("tiny") for name in ("one", "other"))
-    assert one.name != other.name and one == Home(tmp_path / "one").storage("tiny")
+    one, other = (home_at(tmp_path / name, postgres).database("tiny") for name in ("one", "other"))
+    assert one.name != other.name and one == Home(tmp_path / "one").database("tiny")
     shared = [
-        home_at(tmp_path / name, postgres, store="s3://bucket/store").storage("tiny")
+        home_at(tmp_path / name, postgres, store="s3://bucket/store").database("tiny")
         for name in ("third", "fourth")
     ]
     assert shared[0] == shared[1] and shared[0].name not in (one.name, other.name)
@@ -152,8 +153,8 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(
     tmp_path, own_postgres
 ):
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
-    storage = home.storage("tiny")
-    plain = follow(found, Home(tmp_path / "sqlite").storage("tiny"))
+    storage = home.database("tiny")
+    plain = follow(found, Home(tmp_path / "sqlite").database("tiny"))
     restarted = False
     with (
         pytest.raises(DatabaseLost, match="the same command continues"),
@@ -176,7 +177,7 @@ def test_a_database_that_stops_within_a_proposal_is_one_error_too(
     tmp_path, own_postgres, monkeypatch
 ):
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
-    storage = home.storage("tiny")
+    storage = home.database("tiny")
     searcher = OptunaSearcher(found, storage)
     own_postgres.stop()
     try:
@@ -195,7 +196,7 @@ def test_a_database_that_stops_within_a_proposal_is_one_error_too(
 
 def test_status_works_on_postgres_and_its_error_does_not_repeat_the_password(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
-    OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask(Imagined())
+    OptunaSearcher(study(tmp_path, SEARCH), home.database("tiny")).ask(Imagined())
     command = [
         sys.executable,
         "-m",
@@ -224,9 +225,9 @@ def test_status_works_on_postgres_and_its_error_does_not_repeat_the_password(tmp
 
 def test_the_database_rejects_writes_of_a_reader(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
-    OptunaSearcher(study(tmp_path, SEARCH), home.storage("tiny")).ask(Imagined())
-    storage = opened(home.storage("tiny").to_read())
-    number = storage.get_study_id_from_name(home.storage("tiny").name)
+    OptunaSearcher(study(tmp_path, SEARCH), home.database("tiny")).ask(Imagined())
+    storage = opened(home.database("tiny").to_read())
+    number = storage.get_study_id_from_name(home.database("tiny").name)
     assert len(storage.get_all_trials(number)) == 1
     with pytest.raises(StorageInternalError) as failed:
         storage.set_study_user_attr(number, "mine", 1)

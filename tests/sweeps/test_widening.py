@@ -136,7 +136,7 @@ def test_an_extended_finished_study_keeps_its_points_and_runs_only_new_ones(tmp_
     wide = study(tmp_path, {**plain, "axes": axes, "models/70b": large, "search": more})
     with pytest.raises(StudyError, match="--extend"):
         drive(StudyView(wide, home), lambda: Pretended(home.store))
-    points = expected_points(wide, home.storage("tiny"))
+    points = expected_points(wide, home.database("tiny"))
     assert list(points.completed) == numbers and len(points.completed) + len(points.to_come) == 12
     drive(StudyView(wide, home, extend=True), lambda: Pretended(home.store))
     found = collect(StudyView(wide, home))
@@ -207,7 +207,7 @@ def test_changed_constraints_apply_to_existing_points(
 
     monkeypatch.setattr(OptunaSearcher, "ask", ask)
     found, _ = driven(6, until=3)
-    states = [state for _, _, state, _ in all_points(found, home.storage("tiny"))]
+    states = [state for _, _, state, _ in all_points(found, home.database("tiny"))]
     assert "running" in states and states.count("done") >= 3
 
     found, refusals = driven(8, {"refusal_floor": True, "gpu_hours": 1000.0})
@@ -249,7 +249,7 @@ def test_a_stopped_and_extended_stage_aware_study_keeps_points_in_flight_and_tri
         lambda p: completed.append(p.completed),
         lambda: completed[-1] >= 3,
     )
-    before = all_points(narrow, home.storage("tiny"))
+    before = all_points(narrow, home.database("tiny"))
     in_flight = [(number, point) for number, point, state, _ in before if state == "running"]
     assert stopped.by == "request" and in_flight and stopped.results
     records = {path: path.stat().st_mtime_ns for path in home.store.root.rglob("record.json")}

@@ -30,14 +30,14 @@ WAIT_HINT = "; `ebbline status` shows its progress. When it has ended, the same 
 
 
 @dataclass(frozen=True)
-class Storage:
+class PointDatabase:
     """A database and the name of one study in it. `read_only` connections cannot write."""
 
     url: str
     name: str
     read_only: bool = False
 
-    def to_read(self) -> "Storage":
+    def to_read(self) -> "PointDatabase":
         """The same study, with connections that the database makes read-only."""
         if self.shared:
             return replace(self, read_only=True)
@@ -124,7 +124,7 @@ class Storage:
             raise DatabaseLost(self.explanation(error)) from error
         except ImportError as error:
             raise StudyError(
-                f"a PostgreSQL storage needs psycopg, which is not installed ({error}): "
+                f"a PostgreSQL database needs psycopg, which is not installed ({error}): "
                 "pip install 'ebbline[postgres]'"
             ) from error
 
@@ -160,12 +160,12 @@ class Hold:
     """
 
     driver: str
-    storage: Storage
+    database: PointDatabase
     _connection: sqlalchemy.Connection | None
 
     def check(self) -> None:
         if self._connection is not None:
-            with self.storage.explained():
+            with self.database.explained():
                 self._connection.execute(sqlalchemy.text("select 1"))
 
 
