@@ -25,12 +25,12 @@ from ebbline.analysis.figures.drawing import COLOURS, style
 from ebbline.analysis.results.wording import natural
 from ebbline.tasks.defences import words
 from ebbline.tasks.defences.gate import (
-    SAFE_LORA,
     ModuleRow,
     ProjectedRows,
     cosines_by_module,
     share_steps,
 )
+from ebbline.tasks.defences.in_use import DEFENCE
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -160,7 +160,7 @@ def share_figure(
         axes.set_ylim(-0.02, 1.02)
         axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlabel(SAFE_LORA.words.knob)
+        axes.set_xlabel(DEFENCE.words.knob)
         axes.set_ylabel(words.SHARE_AXIS)
         handles = (
             axes.lines[: len(curves)]

@@ -24,6 +24,7 @@ from ebbline.analysis.results.wording import (
 )
 from ebbline.sweeps.study.points import Result, Value
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 ROWS = 40  # most rows of one float: more do not fit on a page
@@ -160,7 +161,7 @@ def frontier_table(study: Study, results: Sequence[Result], narrow: bool) -> str
         f"Frontier of each model in the study {escaped(study.study)}. Rates are in per "
         f"cent; {_INTERVALS[layout.small]}"
         f" ({_samples({name: [row.metrics[name] for row in rows] for name in study.objectives})})."
-        r" Share: of modules projected by Safe LoRA. $\ast$: on the frontier "
+        rf" Share: of modules projected by {DEFENCE.words.name}. $\ast$: on the frontier "
         r"over all models."
     )
     if fixed:

@@ -24,7 +24,8 @@ from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.defences.gate import SAFE_LORA, ProjectedRows
+from ebbline.tasks.defences.gate import ProjectedRows, projected_rows
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
@@ -98,12 +99,12 @@ def projections(
         for result in [first, *own]:
             measured, projected = (
                 home.store.open(kind, result.keys[f"{kind}[seed={study.seeds[0]}]"])
-                for kind in (SAFE_LORA.measures.KIND, SAFE_LORA.makes.KIND)
+                for kind in (DEFENCE.measures.KIND, DEFENCE.makes.KIND)
             )
             if measured.key not in seen:
                 seen.add(measured.key)
                 label = f"point {result.number} ({settings_label(result.point)})"
-                shown[label] = SAFE_LORA.projected_rows(measured.file, projected.file)
+                shown[label] = projected_rows(measured.file, projected.file)
         found[model] = shown
     return found
 

@@ -143,8 +143,8 @@ def duplicates(found: Todo, store: Store, distinct: float) -> frozenset[str]:
             if any(above in same or above in skipped for above in missing.above):
                 skipped.add(missing.id)
             continue
-        projection = stage_of(missing.stage.inputs["projection"])
-        artifact = None if projection is None else resolver.artifact(projection)
+        measuring = stage_of(missing.stage.inputs[DEFENCE.measured_input])
+        artifact = None if measuring is None else resolver.artifact(measuring)
         if artifact is None:
             # Spread the expected number of duplicates evenly
             before = math.floor(unmeasured_count * (1 - distinct))

@@ -129,7 +129,10 @@ class StageGraph:
         measures, makes = DEFENCE.measures.KIND, DEFENCE.makes.KIND
         defended = Stage(
             _with(self.study.settings[makes], makes, dict(point.values)),
-            {"adapter": Part(parts["train"], TrainSpec.ADAPTER), "projection": parts[measures]},
+            {
+                "adapter": Part(parts["train"], TrainSpec.ADAPTER),
+                DEFENCE.measured_input: parts[measures],
+            },
         )
         stages = {StageName(name, seed): stage for name, stage in parts.items()}
         stages[StageName(makes, seed)] = defended

@@ -1,8 +1,10 @@
 """The interface of a defence: a change of an adapter after its training, with one or more knobs.
 
-Search, plan, tables and figures use a defence only through this interface. A defence has two
-stages. The first measures an adapter and does not depend on the knobs. The second makes the
-defended adapter; its settings are the knobs. The name of an axis begins with its stage:
+Search, plans and tables use a defence only through this interface. The figures and the report of a
+projection also show the cosines of Safe LoRA (ebbline.tasks.defences.gate).
+
+A defence has two stages. The first measures an adapter and does not depend on the knobs. The second
+makes the defended adapter; its settings are the knobs. The name of an axis begins with its stage:
 
     axis        belongs to              of Safe LoRA
     knob        the stage `makes`       apply.threshold
@@ -48,10 +50,14 @@ class Words:
 
 
 class Defence(ABC):
-    """A defence. `kinds` are the kinds of its stages; figures show results along `main_knob`."""
+    """A defence. `kinds` are the kinds of its stages; figures show results along `main_knob`.
+
+    The stage `makes` reads the output of the stage `measures` as its input `measured_input`.
+    """
 
     measures: type[Spec]
     makes: type[Spec]
+    measured_input: str
     kinds: tuple[str, ...]
     main_knob: str
     words: Words

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from ebbline.tasks.defences.gate import NO_DIRECTION, ModuleRow, chosen_by, read_rows, write_rows
-from ebbline.tasks.defences.safelora import (
+from ebbline.tasks.defences.projectors import (
     Projection,
     Update,
     Workspace,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ebbline.tasks.defences.safelora import alignment_basis
+from ebbline.tasks.defences.projectors import alignment_basis
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.models.weights import Checkpoint, opened

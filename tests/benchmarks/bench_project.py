@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ebbline.commands.project import project as project_adapters
-from ebbline.tasks.defences.safelora import Update, Workspace, alignment_basis, gate, project
+from ebbline.tasks.defences.projectors import Update, Workspace, alignment_basis, gate, project
 from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from tests.benchmarks import record
 

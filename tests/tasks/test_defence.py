@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from ebbline.tasks.defences.gate import SAFE_LORA, ModuleRow, chosen, write_rows
+from ebbline.tasks.defences.gate import ModuleRow, chosen, write_rows
+from ebbline.tasks.defences.safe_lora import SAFE_LORA
 from ebbline.tasks.specs import ApplySpec, ProjectSpec, SubspaceSpec, TrainSpec
 
 FIXED = ApplySpec()

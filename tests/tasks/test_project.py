@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ebbline.tasks.defences.gate import read_rows
 from ebbline.tasks.defences.project import Weights, projections, run_apply, run_project
-from ebbline.tasks.defences.safelora import Projection
+from ebbline.tasks.defences.projectors import Projection
 from ebbline.tasks.defences.subspace import run as run_subspace
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.identity import content_digest

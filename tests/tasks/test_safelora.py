@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ebbline.tasks.defences.gate import NO_DIRECTION, NO_UPDATE, ModuleRow, chosen
-from ebbline.tasks.defences.safelora import (
+from ebbline.tasks.defences.projectors import (
     Update,
     Workspace,
     alignment_basis,
     gate,
     project_onto,
 )
-from ebbline.tasks.defences.safelora import project as project_all
+from ebbline.tasks.defences.projectors import project as project_all
 from ebbline.tasks.errors import ProjectionError
 from tests.tolerance import UNIT, gamma, within
 
