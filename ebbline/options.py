@@ -17,15 +17,17 @@ from ebbline import sweeps
 from ebbline.tasks.errors import EbblineError, StudyHeld
 
 DEFAULT_HOME = Path("runs")
+FAILED_POINTS, HELD, OVER_BUDGET, STOPPED = 3, 4, 5, 130  # exit codes of EXIT_CODES
 
 
 def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Complete a study's name for a shell, from the shipped studies and those of the home. The
     shell itself completes YAML files.
     """
-    home = Path(
-        context.params.get("home") or os.environ.get("EBBLINE_HOME") or DEFAULT_HOME
-    ).expanduser()
+    given = context.params.get("home")
+    if isinstance(given, list | tuple):  # `compare` takes several homes
+        given = given[0] if given else None
+    home = Path(given or os.environ.get("EBBLINE_HOME") or DEFAULT_HOME).expanduser()
     ship = {path.stem: "ships" for path in (Path(sweeps.__path__[0]) / "studies").glob("*.yaml")}
     own = {path.parent.name: f"in {home}" for path in home.glob("studies/*/file")}
     return sorted(
@@ -33,12 +35,19 @@ def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, s
     )
 
 
+_STUDY_HELP = (
+    "A shipped study (see `ebbline studies`), a YAML file, or the name of a study in the home."
+)
 StudyName = Annotated[
-    str,
+    str, typer.Argument(help=_STUDY_HELP, show_default=False, autocompletion=complete_study)
+]
+OptionalStudyName = Annotated[
+    str | None, typer.Argument(help=_STUDY_HELP, show_default=False, autocompletion=complete_study)
+]
+StudyNames = Annotated[
+    list[str],
     typer.Argument(
-        help="A shipped study (see `ebbline studies`), a YAML file, or the name of a study in "
-        "the home.",
-        show_default=False,
+        help=f"{_STUDY_HELP} The others are compared with the first.",
         autocompletion=complete_study,
     ),
 ]
@@ -50,10 +59,10 @@ HomeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; 3 done, but "
-    "points have no result; 4 another driver has the study; "
-    "5 the study's budget stopped it (raise it and run the same command to continue); 130 "
-    "stopped on request (run the same command to continue)."
+    f"Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; {FAILED_POINTS} "
+    f"done, but points have no result; {HELD} another driver has the study; {OVER_BUDGET} the "
+    "study's budget stopped it (raise it and run the same command to continue); "
+    f"{STOPPED} stopped on request (run the same command to continue)."
 )
 
 
@@ -67,7 +76,7 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except EbblineError as error:
-            code = 4 if isinstance(error, StudyHeld) else 1
+            code = HELD if isinstance(error, StudyHeld) else 1
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             if kwargs.get("as_json"):
                 print(

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from ebbline.options import DEFAULT_HOME, HomeOption, JsonOption, StudyName, explained
+from ebbline.options import (
+    DEFAULT_HOME,
+    HomeOption,
+    JsonOption,
+    OptionalStudyName,
+    StudyName,
+    StudyNames,
+    explained,
+)
 
 outcome_app = typer.Typer()
 
@@ -118,9 +126,7 @@ def wandb_workspace(
 @outcome_app.command()
 @explained
 def export(
-    study: Annotated[
-        str | None, typer.Argument(help="A shipped study, or a YAML file.", show_default=False)
-    ] = None,
+    study: OptionalStudyName = None,
     to: Annotated[
         Path | None,
         typer.Option("--to", help="The folder to write; replaces an earlier export of the study."),
@@ -216,12 +222,7 @@ def pick(
 @outcome_app.command()
 @explained
 def compare(
-    studies: Annotated[
-        list[str],
-        typer.Argument(
-            help="Shipped studies, or YAML files; the others are compared with the first."
-        ),
-    ],
+    studies: StudyNames,
     home: Annotated[
         list[Path] | None,
         typer.Option(

@@ -67,9 +67,9 @@ class StageKind(Generic[S]):
 
     `function` is "MODULE:NAME" of `run(spec, inputs, out, ctx)`, which writes files into `out`.
     `counted_work` depends on the stage alone. By `belongs_to`, plans scale up their sample and the
-    search divides a point's work. Stages with equal `resident` need the same model in memory and
-    belong in one batch. An estimate compares a stage with measured stages that are equal in the
-    settings `alike`; it prefers those that are also equal in `nearer`.
+    search divides a point's work. Stages with equal `resident` can form a batch: they need the same
+    model in memory, or are small stages of one kind. An estimate compares a stage with measured
+    stages that are equal in the settings `alike`; it prefers those that are also equal in `nearer`.
     """
 
     spec: type[S]

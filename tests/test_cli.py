@@ -159,6 +159,8 @@ def test_a_shell_completes_commands_options_and_studies_that_ship_or_lie_in_the_
     assert completed("ebbline run q", EBBLINE_HOME=str(tmp_path / "none")) == ["quickstart"]
     assert completed("ebbline status q", EBBLINE_HOME=str(tmp_path)) == ["quick-mine", "quickstart"]
     assert completed(f"ebbline status --home {tmp_path} quick-") == ["quick-mine"]
+    assert completed("ebbline export quick-", EBBLINE_HOME=str(tmp_path)) == ["quick-mine"]
+    assert completed(f"ebbline compare --home {tmp_path} quick-") == ["quick-mine"]
     assert completed("ebbline run --executor ") == ["ray", "inline"]
     assert any(
         "quick-mine" in line

@@ -120,8 +120,8 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
-        """Start a batch on `hosts` (host -> GPUs) and return at once. Its requests share a base
-        model and run in the given order.
+        """Start a batch on `hosts` (host -> GPUs) and return at once. Its requests run in the
+        given order. Their stages have equal `resident` (see ebbline.tasks.stage_kind).
         """
 
     @abstractmethod

@@ -20,6 +20,7 @@ from ebbline.cluster.schedule.scheduler import Busy, Placement, ReadyStage, impo
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.cluster.store.resolver import contents_of
 from ebbline.cluster.store.sources import location_for_workers
+from ebbline.cluster.store.workplace import request_out
 from ebbline.tasks.errors import ClusterLost, StudyError
 from ebbline.tasks.stage import Input, Part, Request, Source, Stage, stage_of
 
@@ -257,7 +258,7 @@ class Starter:
             spec=node.stage.spec.model_dump(mode="json"),
             inputs={name: self._location(item) for name, item in node.stage.inputs.items()},
             contents=contents,
-            out=self._setup.store.url(attempt / "payload"),
+            out=request_out(self._setup.store, attempt),
             log=self._setup.store.url(attempt / "log"),
             scratch=self._setup.store.url(self._setup.store.scratch(node.key)),
             gpus=gpus,

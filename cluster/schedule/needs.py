@@ -1,4 +1,4 @@
-"""The default needs of a stage by its kind: GPUs, and the model in memory. A study may set more
+"""The default needs of a stage by its kind, and what its batch shares. A study may set more
 (ebbline.sweeps.study.stages).
 """
 
@@ -13,5 +13,7 @@ def default_needs(stage: Stage) -> Needs:
 
 
 def resident(stage: Stage) -> str:
-    """The name of what a stage needs in memory. Stages with equal names can form a batch."""
+    """The name of what the stages of a batch share: a model in memory, or their kind. Stages with
+    equal names can form a batch.
+    """
     return kind_named(stage.kind).resident(stage.spec, stage)

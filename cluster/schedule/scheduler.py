@@ -2,7 +2,7 @@
 (ready stages, running jobs, capacity, models cached on hosts).
 
 order       longest critical path first; ageing moves waiting stages up, so that none starves
-batches     stages with the same resident model start together, as many as keep all GPUs busy
+batches     stages with equal `resident` start together, as many as keep all GPUs busy
 packs       trainings that may share a GPU start on it together: as many as fit in its memory, and
             few enough to leave work for the other GPUs
 gangs       all GPUs or none, on one host unless they may spread. A gang that does not fit reserves
@@ -38,8 +38,8 @@ CACHED_GPUS = 2  # a host with the model in its cache counts as having this many
 
 @dataclass(frozen=True)
 class ReadyStage:
-    """A ready stage. `resident` names the model in memory; `path_s` is the critical path from its
-    start, in seconds.
+    """A ready stage. Stages with equal `resident` may form a batch; `path_s` is the critical path
+    from its start, in seconds.
 
     `shun` names hosts where it was lost, which it avoids if others can run it. `waited_s` counts
     from when it became ready. Stages with the same `pack` (empty: none) may run at once on one GPU
@@ -160,7 +160,7 @@ def impossible(stage: ReadyStage, capacity: Capacity) -> str | None:
 
 @dataclass
 class _ResidentGroup:
-    """A queue's stages with the same resident model, in order; stages before `next` are placed."""
+    """A queue's stages with equal `resident`, in order; stages before `next` are placed."""
 
     stages: list[ReadyStage]
     total_s: float
@@ -186,7 +186,7 @@ class _Queue:
         self._groups: dict[str, _ResidentGroup] = {}
 
     def _group(self, resident: str) -> _ResidentGroup:
-        """The stages with this resident model. Built on demand, because most calls start few of
+        """The stages with this `resident`. Built on demand, because most calls start few of
         many stages.
         """
         if self._by_resident is None:

@@ -31,8 +31,13 @@ CHECKPOINT = "checkpoint.json"
 _log = logging.getLogger(__name__)
 
 
+def request_out(store: Store, attempt: Path) -> str:
+    """The `out` of a request: STORE/KIND/KEY/ATTEMPT/payload. `workplace` takes it apart."""
+    return store.url(attempt / "payload")
+
+
 def workplace(request: Request, rank: int = 0, world_size: int = 1) -> "Workplace":
-    """The workplace for a request of the runner. Its `out` names the store."""
+    """The workplace for a request of the runner; its `out` comes from `request_out`."""
     root, kind, key, attempt, _ = request.out.rsplit("/", 4)
     store = Store(root, request.cache_gb)
     cls = Workplace if store.cache is None else BucketWorkplace

@@ -23,6 +23,7 @@ from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.executors.on_demand import OnDemand
 from ebbline.commands.plan import draw, wanted_by
 from ebbline.commands.status import without_result
+from ebbline.options import FAILED_POINTS, OVER_BUDGET, STOPPED
 from ebbline.outputs import print_outputs, write_outputs
 from ebbline.show import Screen
 from ebbline.sweeps.drive.loop import drive
@@ -36,7 +37,6 @@ from ebbline.sweeps.study.study_file import source_of
 from ebbline.sweeps.study.view import StudyView
 
 MIRROR_WAIT_S = 20.0
-FAILED_POINTS, OVER_BUDGET, STOPPED = 3, 5, 130  # exit codes
 OUTCOMES = {
     0: "done",
     FAILED_POINTS: "done, with points that have no result",

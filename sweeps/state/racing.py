@@ -1,4 +1,5 @@
-"""Racing: which blocks of a point's raced suites to measure next, given the blocks so far.
+"""The progress of a point: its metrics so far, and the stages that it needs next. For a raced suite
+these are its next blocks, until a race ends.
 
 Invariant: the answer is a function of the point's own blocks and of the results of earlier points
 in reach of its proposal (`Search.window`). So a study that is killed and continued stops every
