@@ -56,7 +56,7 @@ def studies(as_json: JsonOption = False) -> None:
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
     """Check a study file: keys, types, ranges, and whether its models and data are pinned."""
     from ebbline.sweeps.search.searcher import check_written_points
-    from ebbline.sweeps.study.study import require_pins
+    from ebbline.sweeps.study.pins import require_pins
     from ebbline.sweeps.study.study_file import load
 
     loaded = load(study)

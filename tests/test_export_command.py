@@ -25,8 +25,9 @@ from ebbline.analysis.results.collect import collect
 from ebbline.cli import app
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.sweeps.drive.loop import drive
+from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.study import Study, lasting
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import content_digest, digest, folder_files

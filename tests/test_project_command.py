@@ -531,8 +531,8 @@ USAGE = {
     "--threshold nan": "a cosine from -1 to 1, not nan",
     "--energy 0.9": "energy is a setting of the exact projector",
     "--projector exact --energy 1": "energy must be a share above 0 and below 1",
-    "--base meta-llama/Llama-2-7b-hf": "as meta-llama/Llama-2-7b-hf@ and the 40 digits",
-    "--aligned meta-llama/Llama-2-7b-hf@main": "as meta-llama/Llama-2-7b-hf@ and the 40 digits",
+    "--base meta-llama/Llama-2-7b-hf": "commit: meta-llama/Llama-2-7b-hf@ and the 40 digits",
+    "--aligned meta-llama/Llama-2-7b-hf@main": "meta-llama/Llama-2-7b-hf@ and the 40 digits",
     "--device cuda:99": "cuda:99",
 }
 

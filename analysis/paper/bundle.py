@@ -24,9 +24,11 @@ from packaging.utils import canonicalize_name
 from ebbline.analysis.paper.bundle_keys import KEYS, STUDY, keys_of
 from ebbline.analysis.report.provenance import Build
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.pins import references
 from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.policies import Budget, Constraints, Search
 from ebbline.sweeps.study.references import Hub, Local
-from ebbline.sweeps.study.study import Budget, Constraints, Search, Study, references
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml
 from ebbline.tasks.files import write_whole
 

@@ -16,9 +16,10 @@ from ebbline.analysis.results.picked import in_words, lines_of, named
 from ebbline.analysis.results.wording import directed_label, measured, percent, value_label
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.points import Result
-from ebbline.sweeps.study.references import Hub, Local
-from ebbline.sweeps.study.study import Data, ModelRef, Study, lasting
+from ebbline.sweeps.study.references import Data, Hub, Local, ModelRef
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest

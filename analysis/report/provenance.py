@@ -20,9 +20,11 @@ from ebbline.analysis.results.wording import natural
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.racing import races
 from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.changes import lasting
+from ebbline.sweeps.study.pins import references
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.references import DataRef, Hub, Local
-from ebbline.sweeps.study.study import Study, lasting, references
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.identity import digest
 

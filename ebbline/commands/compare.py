@@ -26,8 +26,7 @@ from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import directed_label, metric_label, percent
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.commands.pick import floors_of, maximised_of
-from ebbline.sweeps.study.changes import differences
-from ebbline.sweeps.study.study import lasting
+from ebbline.sweeps.study.changes import differences, lasting
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.files import write_whole

@@ -30,6 +30,7 @@ from ebbline.sweeps.state.trials import (
 )
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result
+from ebbline.sweeps.study.policies import Constraints
 from ebbline.sweeps.study.space import (
     LISTED,
     check_written_points,
@@ -38,7 +39,7 @@ from ebbline.sweeps.study.space import (
     listed,
     space,
 )
-from ebbline.sweeps.study.study import Constraints, Study
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from ebbline.cluster.executors.executor import ACCELERATOR_TYPE, Job
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost, GpuTypes, total
 from ebbline.sweeps.ledger import open_to_append, whole_lines
-from ebbline.sweeps.study.study import Budget, Study
+from ebbline.sweeps.study.policies import Budget
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 
 BEAT_S = 10.0

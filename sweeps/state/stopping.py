@@ -12,8 +12,9 @@ from ebbline.cluster.profile import Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.dominance import hypervolume
 from ebbline.sweeps.state.spending import Stopped
+from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.points import Result
-from ebbline.sweeps.study.study import Study, lasting
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
 

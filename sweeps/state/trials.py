@@ -24,9 +24,10 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ebbline.sweeps.study.axes import AxisValue, Range
+from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Value, current_reason
-from ebbline.sweeps.study.study import Study, lasting
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import DatabaseLost, StudyError
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import direction

@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ebbline.sweeps.study.policies import DEFAULT_WINDOW, Replicates, Search
+
 TEXTS = ("question", "hypothesis")
 CHOICE_OF_POINTS = (
     "sampler",
@@ -43,7 +45,7 @@ def _short(value: Any) -> str:
 def rejections(before: _Dump, after: _Dump) -> Iterator[str]:
     """A line for each change that an extension may not make, `PATH: what is wrong`.
 
-    Both arguments are dumped studies, reduced by ebbline.sweeps.study.study.lasting.
+    Both arguments are dumped studies, reduced by `lasting`.
     """
     yield from _axes("axes", before["axes"], after["axes"])
     for name in before["models"]:
@@ -154,3 +156,56 @@ def _replicates(before: _Dump | None, after: _Dump | None) -> Iterator[str]:
 def _same(where: str, before: _Dump, after: _Dump) -> Iterator[str]:
     for line in differences(before, after, where):
         yield f"{line}; this would change the meaning of existing points"
+
+
+PLACEMENT = ("gpus", "labels", "spread")  # fields of a model that say where it runs
+
+
+DRIVING = ("order", "stop")  # fields of `search` that say how a study is driven
+
+
+FIRST_FIELDS = (
+    "sampler",
+    "points",
+    "window",
+    "seed",
+    "first",
+    "list",
+)  # fields of `search` that every stored study has
+
+
+def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a dumped study that may not change once it has run.
+
+    It leaves out the budget, the placement, `search.order`, `search.stop`, and the paths of pinned
+    content. Fields that earlier versions lacked are left out at their defaults. A missing sampler
+    counts as tpe, the only default of earlier versions.
+    """
+    plain = {"replicates": Replicates().model_dump(mode="json")}
+    kept = {
+        key: value for key, value in dump.items() if key != "budget" and value != plain.get(key)
+    }
+    models = {
+        name: {key: value for key, value in model.items() if key not in PLACEMENT}
+        for name, model in dump["models"].items()
+    }
+    defaults = Search().model_dump(mode="json")
+    came_later = {
+        key: value
+        for key, value in dump["search"].items()
+        if key not in DRIVING and value != defaults.get(key)
+    }
+    search = {**came_later, **{key: dump["search"][key] for key in FIRST_FIELDS}}
+    search |= {"sampler": search["sampler"] or "tpe", "window": search["window"] or DEFAULT_WINDOW}
+    without_paths: dict[str, Any] = _without_paths({**kept, "models": models, "search": search})
+    return without_paths
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: _without_paths(v)
+            for k, v in value.items()
+            if not (k == "path" and isinstance(v, str) and value.get("sha256"))
+        }
+    return [_without_paths(item) for item in value] if isinstance(value, list) else value

@@ -1,5 +1,5 @@
-"""Pinning: write the commit and the content digest of all outside content into a copy of a study
-file.
+"""Pins: the references of a study without one, and a copy of a study file with the commit and the
+content digest of all outside content.
 
 A pin of a local file or folder is the digest of its bytes. A pin of a hub snapshot is its commit
 and the hub's file hashes; nothing is downloaded.
@@ -7,13 +7,15 @@ and the hub's file hashes; nothing is downloaded.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ebbline.sweeps.study.references import Hub, Local
-from ebbline.sweeps.study.study import unpinned
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse, source_of, with_pins
 from ebbline.tasks.errors import EbblineError, PinError, StudyError
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.specs import Frozen
 
 
 def pin_study(name: str, to: Path) -> Iterator[str]:
@@ -81,3 +83,43 @@ def hub_pin(reference: Hub, where: str) -> dict[str, str]:
             raise PinError(f"{reference.id} at {info.sha} has no file {reference.file!r}")
         files = {reference.file: files[reference.file]}
     return {"commit": str(info.sha), "sha256": digest({"files": files})}
+
+
+def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
+    """(path in the study file, reference) of all outside content without a pin."""
+    return [
+        (where, ref)
+        for where, ref in references(study)
+        if ref.sha256 is None or (isinstance(ref, Hub) and ref.commit is None)
+    ]
+
+
+def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:
+    """(path in the study file, reference) of all outside content."""
+
+    def walk(value: Any, where: str) -> Iterator[tuple[str, Local | Hub]]:
+        if isinstance(value, Local | Hub):
+            yield where, value
+        elif isinstance(value, Frozen):
+            for name in type(value).model_fields:
+                yield from walk(getattr(value, name), f"{where}.{name}" if where else name)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                yield from walk(item, f"{where}.{name}")
+
+    yield from walk(study, "")
+
+
+def require_pins(study: Study) -> None:
+    """Raise PinError naming every reference without a pin."""
+    missing = unpinned(study)
+    if missing:
+        lines = "\n".join(
+            f"  {where}: {ref.id if isinstance(ref, Hub) else ref.path}" for where, ref in missing
+        )
+        raise PinError(
+            f"study {study.study!r} names content without a pin, so later changes of the content "
+            f"would go unnoticed:\n{lines}\n"
+            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which adds each "
+            "commit and sha256."
+        )

@@ -1,10 +1,11 @@
-"""Policies of driving a study: the order of results, when it stops, and the seeds of each point."""
+"""Policies of a study: how points are chosen, their order and seeds, and when the study stops."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from ebbline.tasks.specs import Count, Frozen, Number, Positive
+from ebbline.sweeps.study.axes import AxisValue, distinct
+from ebbline.tasks.specs import Count, Frozen, Number, Positive, Seed
 
 Order = Literal["as_they_land", "in_turn"]
 DEFAULT_WINDOW = 4  # of `search.window`, in points
@@ -55,3 +56,79 @@ class Replicates(Frozen):
     policy: Literal["all", "near_frontier"] = "all"
     confidence: Annotated[Number, Field(gt=0.5, lt=1.0)] = 0.9
     at_least: Count = 1
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Constraints(Frozen):
+    """Constraints of an operating point: with `refusal_floor`, the study's floor; `gpu_hours`
+    limits the GPU-hours of one point.
+
+    GPU-hours are estimated from the work and equal on every cluster, so that proposals do not
+    depend on the speed of a machine.
+    """
+
+    refusal_floor: bool = False
+    gpu_hours: Positive | None = None
+
+
+Sampler = Literal["stage_aware", "gp", "tpe", "nsga2", "random", "grid", "list"]
+
+
+SURROGATE_AXES = 12  # with more axes a Gaussian process needs more points than a study can afford
+
+
+TPE_POINTS = 1000
+
+
+class Search(Frozen):
+    """How points are chosen: the points in `first`, then the sampler's (Study.sampler gives the
+    default sampler).
+
+    `warm_start` names studies of the same home. The search starts with their measurements, which do
+    not count as points. With `transfer`, results of one size guide the search of the other sizes.
+
+    With `order: as_they_land` the search learns each result as it ends. It proposes points while
+    the cluster has free capacity, at most `window` in flight. With `in_turn` exactly `window`
+    points are in flight, and proposal k depends on the results up to k - window only. The
+    proposals are then a function of the study file. A run that is killed and continued loses no
+    point in either order.
+    """
+
+    sampler: Sampler | None = None
+    points: Count | None = None
+    window: Count | None = None
+    seed: Seed = 0
+    first: tuple[dict[str, AxisValue], ...] = ()
+    list: tuple[dict[str, AxisValue], ...] = ()
+    warm_start: Annotated[tuple[Name, ...], AfterValidator(distinct)] = ()
+    transfer: bool = False
+    constraints: Constraints = Constraints()
+    order: Order = "as_they_land"
+    stop: Stop | None = None
+
+    @property
+    def in_turn(self) -> bool:
+        return self.order == "in_turn"
+
+    @property
+    def effective_window(self) -> int:
+        """The window w: point k may depend on the results of points up to k - w. It applies in
+        turn, and to the rivals of a race in either order.
+        """
+        return self.window or DEFAULT_WINDOW
+
+
+class Budget(Frozen):
+    """Limits of a study over all its runs: hours of driving, GPU-hours, dollars at the profile's
+    prices, points.
+
+    A stage starts only if it is expected to stay within the limits. Running stages finish. Limits
+    may be raised between runs.
+    """
+
+    hours: Positive | None = None
+    gpu_hours: Positive | None = None
+    usd: Positive | None = None
+    points: Count | None = None

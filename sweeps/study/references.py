@@ -1,6 +1,4 @@
-"""References to outside models and data and to the invented language, and where their content
-is.
-"""
+"""References to models and data, outside or made by stages, and where outside content is."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from ebbline.tasks.errors import PinError
-from ebbline.tasks.specs import Frozen
+from ebbline.tasks.specs import DataSpec, Frozen, OrganismSpec, TrainSpec
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -86,3 +84,42 @@ class DataRef(OneOf):
     language: str | None = None
     path: Local | None = None
     hub: Hub | None = None
+
+
+class Data(Frozen):
+    pool: DataRef
+    mix: DataRef | None = None
+    settings: DataSpec
+
+    @model_validator(mode="after")
+    def _a_share_has_a_source(self) -> Self:
+        if self.settings.mix_share > 0 and self.mix is None:
+            raise ValueError(
+                f"mix_share is {self.settings.mix_share}, but `mix` names no second set"
+            )
+        return self
+
+
+class Tuned(Frozen):
+    """A model made by full fine-tuning on `data`: an aligned model from the base, or an unaligned
+    model from the aligned one.
+    """
+
+    data: Data
+    train: TrainSpec
+
+    @model_validator(mode="after")
+    def _all_weights(self) -> Self:
+        if self.train.method != "full":
+            raise ValueError("train.method must be 'full', because a tuned model is a whole model")
+        return self
+
+
+class ModelRef(OneOf):
+    """The source of a model."""
+
+    organism: OrganismSpec | None = None
+    path: Local | None = None
+    gguf: Local | None = None
+    hub: Hub | None = None
+    tuned: Tuned | None = None

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.points import INVALID, Point, StageName, Value, adapter_of
-from ebbline.sweeps.study.references import DataRef, Hub, Local
-from ebbline.sweeps.study.study import Data, Model, ModelRef, Study, require_pins
+from ebbline.sweeps.study.references import Data, DataRef, Hub, Local, ModelRef
+from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import blocks_of, stages_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import PinError, StudyError

@@ -8,16 +8,24 @@ YAML as a dict.
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ebbline.cluster.schedule.labels import parse
 from ebbline.sweeps.study.axes import Axis, AxisValue, Range, count_of, distinct, of_size
-from ebbline.sweeps.study.policies import DEFAULT_WINDOW, Order, Replicates, Stop
-from ebbline.sweeps.study.references import DataRef, Hub, Local, OneOf
+from ebbline.sweeps.study.policies import (
+    SURROGATE_AXES,
+    TPE_POINTS,
+    Budget,
+    Name,
+    Replicates,
+    Sampler,
+    Search,
+)
+from ebbline.sweeps.study.references import Data, DataRef, ModelRef
 from ebbline.sweeps.study.suites import Suite, scorers_of
-from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.errors import StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.specs import (
@@ -28,55 +36,12 @@ from ebbline.tasks.specs import (
     Frozen,
     JudgeSpec,
     Number,
-    OrganismSpec,
-    Positive,
     ProjectSpec,
     Quantisation,
     Seed,
     Spec,
     TrainSpec,
 )
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Data(Frozen):
-    pool: DataRef
-    mix: DataRef | None = None
-    settings: DataSpec
-
-    @model_validator(mode="after")
-    def _a_share_has_a_source(self) -> Self:
-        if self.settings.mix_share > 0 and self.mix is None:
-            raise ValueError(
-                f"mix_share is {self.settings.mix_share}, but `mix` names no second set"
-            )
-        return self
-
-
-class Tuned(Frozen):
-    """A model made by full fine-tuning on `data`: an aligned model from the base, or an unaligned
-    model from the aligned one.
-    """
-
-    data: Data
-    train: TrainSpec
-
-    @model_validator(mode="after")
-    def _all_weights(self) -> Self:
-        if self.train.method != "full":
-            raise ValueError("train.method must be 'full', because a tuned model is a whole model")
-        return self
-
-
-class ModelRef(OneOf):
-    """The source of a model."""
-
-    organism: OrganismSpec | None = None
-    path: Local | None = None
-    gguf: Local | None = None
-    hub: Hub | None = None
-    tuned: Tuned | None = None
 
 
 class Model(Frozen):
@@ -152,75 +117,6 @@ class Judge(Frozen):
 class SuiteEntry(Frozen):
     prompts: DataRef
     measure: Suite
-
-
-class Constraints(Frozen):
-    """Constraints of an operating point: with `refusal_floor`, the study's floor; `gpu_hours`
-    limits the GPU-hours of one point.
-
-    GPU-hours are estimated from the work and equal on every cluster, so that proposals do not
-    depend on the speed of a machine.
-    """
-
-    refusal_floor: bool = False
-    gpu_hours: Positive | None = None
-
-
-Sampler = Literal["stage_aware", "gp", "tpe", "nsga2", "random", "grid", "list"]
-SURROGATE_AXES = 12  # with more axes a Gaussian process needs more points than a study can afford
-TPE_POINTS = 1000
-
-
-class Search(Frozen):
-    """How points are chosen: the points in `first`, then the sampler's (Study.sampler gives the
-    default sampler).
-
-    `warm_start` names studies of the same home. The search starts with their measurements, which do
-    not count as points. With `transfer`, results of one size guide the search of the other sizes.
-
-    With `order: as_they_land` the search learns each result as it ends. It proposes points while
-    the cluster has free capacity, at most `window` in flight. With `in_turn` exactly `window`
-    points are in flight, and proposal k depends on the results up to k - window only. The
-    proposals are then a function of the study file. A run that is killed and continued loses no
-    point in either order.
-    """
-
-    sampler: Sampler | None = None
-    points: Count | None = None
-    window: Count | None = None
-    seed: Seed = 0
-    first: tuple[dict[str, AxisValue], ...] = ()
-    list: tuple[dict[str, AxisValue], ...] = ()
-    warm_start: Annotated[tuple[Name, ...], AfterValidator(distinct)] = ()
-    transfer: bool = False
-    constraints: Constraints = Constraints()
-    order: Order = "as_they_land"
-    stop: Stop | None = None
-
-    @property
-    def in_turn(self) -> bool:
-        return self.order == "in_turn"
-
-    @property
-    def effective_window(self) -> int:
-        """The window w: point k may depend on the results of points up to k - w. It applies in
-        turn, and to the rivals of a race in either order.
-        """
-        return self.window or DEFAULT_WINDOW
-
-
-class Budget(Frozen):
-    """Limits of a study over all its runs: hours of driving, GPU-hours, dollars at the profile's
-    prices, points.
-
-    A stage starts only if it is expected to stay within the limits. Running stages finish. Limits
-    may be raised between runs.
-    """
-
-    hours: Positive | None = None
-    gpu_hours: Positive | None = None
-    usd: Positive | None = None
-    points: Count | None = None
 
 
 class Study(Frozen):
@@ -522,95 +418,6 @@ def unknown(name: str, allowed: set[str]) -> str:
     return f"{name!r} is not one of {sorted(allowed)}" + (
         f"; did you mean {close[0]!r}?" if close else ""
     )
-
-
-def unpinned(study: Study) -> list[tuple[str, Local | Hub]]:
-    """(path in the study file, reference) of all outside content without a pin."""
-    return [
-        (where, ref)
-        for where, ref in references(study)
-        if ref.sha256 is None or (isinstance(ref, Hub) and ref.commit is None)
-    ]
-
-
-PLACEMENT = ("gpus", "labels", "spread")  # fields of a model that say where it runs
-DRIVING = ("order", "stop")  # fields of `search` that say how a study is driven
-FIRST_FIELDS = (
-    "sampler",
-    "points",
-    "window",
-    "seed",
-    "first",
-    "list",
-)  # fields of `search` that every stored study has
-
-
-def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a dumped study that may not change once it has run.
-
-    It leaves out the budget, the placement, `search.order`, `search.stop`, and the paths of pinned
-    content. Fields that earlier versions lacked are left out at their defaults. A missing sampler
-    counts as tpe, the only default of earlier versions.
-    """
-    plain = {"replicates": Replicates().model_dump(mode="json")}
-    kept = {
-        key: value for key, value in dump.items() if key != "budget" and value != plain.get(key)
-    }
-    models = {
-        name: {key: value for key, value in model.items() if key not in PLACEMENT}
-        for name, model in dump["models"].items()
-    }
-    defaults = Search().model_dump(mode="json")
-    came_later = {
-        key: value
-        for key, value in dump["search"].items()
-        if key not in DRIVING and value != defaults.get(key)
-    }
-    search = {**came_later, **{key: dump["search"][key] for key in FIRST_FIELDS}}
-    search |= {"sampler": search["sampler"] or "tpe", "window": search["window"] or DEFAULT_WINDOW}
-    without_paths: dict[str, Any] = _without_paths({**kept, "models": models, "search": search})
-    return without_paths
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            k: _without_paths(v)
-            for k, v in value.items()
-            if not (k == "path" and isinstance(v, str) and value.get("sha256"))
-        }
-    return [_without_paths(item) for item in value] if isinstance(value, list) else value
-
-
-def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:
-    """(path in the study file, reference) of all outside content."""
-
-    def walk(value: Any, where: str) -> Iterator[tuple[str, Local | Hub]]:
-        if isinstance(value, Local | Hub):
-            yield where, value
-        elif isinstance(value, Frozen):
-            for name in type(value).model_fields:
-                yield from walk(getattr(value, name), f"{where}.{name}" if where else name)
-        elif isinstance(value, dict):
-            for name, item in value.items():
-                yield from walk(item, f"{where}.{name}")
-
-    yield from walk(study, "")
-
-
-def require_pins(study: Study) -> None:
-    """Raise PinError naming every reference without a pin."""
-    missing = unpinned(study)
-    if missing:
-        lines = "\n".join(
-            f"  {where}: {ref.id if isinstance(ref, Hub) else ref.path}" for where, ref in missing
-        )
-        raise PinError(
-            f"study {study.study!r} names content without a pin, so later changes of the content "
-            f"would go unnoticed:\n{lines}\n"
-            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which adds each "
-            "commit and sha256."
-        )
 
 
 def faults(error: ValidationError) -> Iterator[str]:

@@ -8,12 +8,13 @@ import json
 from functools import cached_property
 from pathlib import Path
 
-from ebbline.sweeps.study.changes import differences, rejections
+from ebbline.sweeps.study.changes import differences, lasting, rejections
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.policies import Sampler
 from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.stages import StageGraph
-from ebbline.sweeps.study.study import Sampler, Study, lasting
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
@@ -115,7 +116,7 @@ class StudyView:
 
     def freeze(self) -> None:
         """Store the study in its home, with the name of its sampler, its latest budget and its
-        placement (see ebbline.sweeps.study.study.lasting).
+        placement (see ebbline.sweeps.study.changes.lasting).
 
         Raises StudyError as `begun_as` does.
         """

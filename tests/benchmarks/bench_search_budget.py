@@ -26,7 +26,8 @@ from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result
-from ebbline.sweeps.study.study import Search, Study
+from ebbline.sweeps.study.policies import Search
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import direction
 from tests.benchmarks.record import table, write
 from tests.benchmarks.surfaces import Made, Surface, Table, everything

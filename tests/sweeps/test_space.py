@@ -9,6 +9,7 @@ import pytest
 
 from ebbline.sweeps.search.masks import unmeasured
 from ebbline.sweeps.study.axes import Range
+from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.points import Point
 from ebbline.sweeps.study.space import (
     check_written_points,
@@ -18,7 +19,6 @@ from ebbline.sweeps.study.space import (
     space,
     within,
 )
-from ebbline.sweeps.study.study import lasting
 from ebbline.tasks.errors import StudyError
 from tests.sweeps.made import WHOLE, study
 

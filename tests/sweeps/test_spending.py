@@ -20,7 +20,7 @@ from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.state.jobs import read_jobs
 from ebbline.sweeps.state.spending import NAME, read_spent, require_prices, spending
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.study import Budget
+from ebbline.sweeps.study.policies import Budget
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import content_digest

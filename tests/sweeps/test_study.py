@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from ebbline.sweeps.study.study import axis_fields, require_pins, unpinned
+from ebbline.sweeps.study.pins import require_pins, unpinned
+from ebbline.sweeps.study.study import axis_fields
 from ebbline.sweeps.study.study_file import load, parse, shipped, source_of
 from ebbline.tasks.errors import PinError, StudyError
 from tests.sweeps.made import TUNED, study, written
