@@ -7,7 +7,6 @@ Invariant: a rerun of a study is safe. Points come from the study's database and
 store; existing outputs are reused. One driver at a time holds a study.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, ExecutorKind
@@ -15,6 +14,7 @@ from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.running.nodes import Failure
 from ebbline.cluster.running.runner import Runner
 from ebbline.sweeps.drive.budget_gate import BudgetGate
+from ebbline.sweeps.drive.further_seeds import FurtherSeeds
 from ebbline.sweeps.drive.progress import Progress, Watcher
 from ebbline.sweeps.drive.snapshot import Writer, mirrored
 from ebbline.sweeps.forecast.prediction import Prediction
@@ -31,7 +31,7 @@ from ebbline.sweeps.state.in_flight import PointInFlight, has_room, queued_gpus,
 from ebbline.sweeps.state.jobs import estimates_of
 from ebbline.sweeps.state.outcome import Duplicates, result_of
 from ebbline.sweeps.state.racing import Rivals
-from ebbline.sweeps.state.replicates import seeds_needed, seeds_of
+from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import Stopped, require_prices, spending
 from ebbline.sweeps.state.stopping import Gains, rule_of, still_met
 from ebbline.sweeps.study.database import Hold
@@ -40,8 +40,6 @@ from ebbline.sweeps.study.stages import of_seeds, stages_or_reason
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.stage import Stage
-
-NEW_SHARE = 20  # further seeds are decided after 1/20 of the results are new
 
 
 def drive(
@@ -92,7 +90,7 @@ class _Drive:
     """One run of a study.
 
     `reloading` are points completed in earlier runs whose results are read again from the store.
-    `more` are points that get a further seed.
+    `further` has the points that get a further seed.
     """
 
     def __init__(
@@ -121,14 +119,11 @@ class _Drive:
         self.knowledge = Knowledge(self.graph, self.runner)
         self.in_flight: list[PointInFlight] = []
         self.reloading: list[PointInFlight] = []
-        self.more: list[PointInFlight] = []
+        self.further = FurtherSeeds(self.graph, searcher.gave_up())
         self.rivals, self.duplicates = Rivals(self.study), Duplicates(self.study)
         self.results: dict[int, Result] = {}  # by number, over all seeds so far
-        self.max_seeds = dict(searcher.gave_up())  # by number, after a further seed failed
         self.unaffordable: PointInFlight | None = None
         self.exhausted = self.waiting = False
-        # By model, the results since further seeds were last decided
-        self.new_results = Counter[str]()
         before = progress.spending.gain
         rule = rule_of(self.study)
         self.ended = still_met(self.study, before)
@@ -175,7 +170,7 @@ class _Drive:
                 break
             if (
                 self.waiting
-                and not (self.in_flight or self.reloading or self.more)
+                and not (self.in_flight or self.reloading or self.further.in_flight)
                 and all(map(runner.settled, self.baselines))
             ):
                 raise RuntimeError("the search waits for a result, but no point is in flight")
@@ -209,7 +204,7 @@ class _Drive:
             None
             if self.runner.draining
             else start_affordable(
-                [*self.more, *self.in_flight], self.runner, self.budget_gate.affords
+                [*self.further.in_flight, *self.in_flight], self.runner, self.budget_gate.affords
             )
         )
         while self._may_ask():
@@ -267,7 +262,7 @@ class _Drive:
 
     def _open(self) -> Iterator[Stage]:
         yield from self.baselines
-        for entry in (*self.in_flight, *self.more, *self.reloading):
+        for entry in (*self.in_flight, *self.further.in_flight, *self.reloading):
             yield from entry.requested
 
     def _check_baselines(self) -> None:
@@ -300,7 +295,7 @@ class _Drive:
                 self._record(result)
             elif self.in_turn:
                 return  # later points are compared with this one
-        for entry in (*self.in_flight, *self.more):
+        for entry in (*self.in_flight, *self.further.in_flight):
             self._request_more(entry)
 
     def _request_more(self, entry: PointInFlight) -> None:
@@ -370,7 +365,7 @@ class _Drive:
 
     def _keep(self, result: Result) -> None:
         self.results[result.number] = result
-        self.new_results[result.point.model] += 1
+        self.further.note(result)
         self.rivals.add(result)
         self.duplicates.add(result)
 
@@ -379,46 +374,25 @@ class _Drive:
 
         With `order: in_turn`, this waits until all points have ended.
         """
-        for entry in [entry for entry in self.more if entry.settled(self.runner)]:
-            self.more.remove(entry)
-            self.new_results[entry.point.model] += 1
+        for entry in self.further.remove_ended(self.runner):
             self._record_further(entry)
         over = self._over()
         if self.study.replicates.policy == "all" or self.reloading or (self.in_turn and not over):
             return
-        if not over and self.new_results.total() < len(self.results) / NEW_SHARE:
-            return  # few new results rarely change the decision
+        if not over and not self.further.is_due(len(self.results)):
+            return
         for entry in self.in_flight if over else ():  # ended, but not reported to the search
             if entry.number not in self.results:
                 self._keep(self._ended(entry))
-        # The decision compares all points of a model with equal numbers of seeds. So once no more
-        # points come, it waits until the further seeds of that model have ended.
-        sizes = set(self.new_results) - {entry.point.model for entry in self.more if over}
-        for model in sizes:
-            del self.new_results[model]
-        results = [
-            self.duplicates.marked(result)
-            for result in self.results.values()
-            if result.point.model in sizes
-        ]
-        in_flight = {entry.number for entry in self.more}
-        for number, seeds in seeds_needed(self.study, results, self.max_seeds).items():
-            result = self.results[number]
-            if seeds > seeds_of(result) and number not in in_flight:
-                stages, _ = stages_or_reason(self.graph, result.point)
-                self.more.append(
-                    PointInFlight(number, result.point, of_seeds(self.study, stages, seeds))
-                )
+        self.further.decide(self.results, self.duplicates, over)
 
     def _record_further(self, entry: PointInFlight) -> None:
         """Record a further seed of a point: its new metrics, or that it failed."""
         number, failure = entry.number, entry.failure(self.runner)
         if failure is not None:
-            self.max_seeds[number] = seeds_of(self.results[number])
+            most = self.further.max_seeds[number] = seeds_of(self.results[number])
             self.hold.check()
-            self.searcher.give_up(
-                number, self.max_seeds[number], f"a further seed failed: {_reason(failure)}"
-            )
+            self.searcher.give_up(number, most, f"a further seed failed: {_reason(failure)}")
             return
         result = self.results[number] = self._result(entry)
         # The search does not have the result of a point that is still in flight
@@ -443,7 +417,7 @@ class _Drive:
     def _finished(self) -> bool:
         return (
             self._over()
-            and not (self.reloading or self.more)
+            and not (self.reloading or self.further.in_flight)
             and all(map(self.runner.settled, self.baselines))
         )
 

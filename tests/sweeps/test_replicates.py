@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.tables import results_frame
-from ebbline.sweeps.drive import loop as driving
+from ebbline.sweeps.drive import further_seeds
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.search.searcher import OptunaSearcher
 from ebbline.sweeps.state.outcome import Duplicates
@@ -310,7 +310,7 @@ def test_a_failed_further_seed_is_final_and_affects_neither_its_point_nor_others
 def test_after_the_last_point_seeds_are_decided_level_by_level(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        driving, "seeds_needed", lambda *given: calls.append(given) or seeds_needed(*given)
+        further_seeds, "seeds_needed", lambda *given: calls.append(given) or seeds_needed(*given)
     )
     found, home = near_frontier(tmp_path, "in_turn"), Home(tmp_path / "home")
     _, results, seeds, _ = driven(
