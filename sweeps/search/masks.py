@@ -1,7 +1,7 @@
-"""Masks: the outcomes of a defence's knobs for the adapters of a point, one adapter for each seed.
+"""Masks: the effects of a defence's knobs on the adapters of a point, one adapter for each seed.
 
 Settings with the same mask give the same adapters, which are evaluated once. The defence decides
-which settings these are (ebbline.tasks.defences.defence.Defence.outcome). For Safe LoRA, a mask is
+which settings these are (ebbline.tasks.defences.defence.Defence.mask). For Safe LoRA, a mask is
 the number of projected modules of each adapter.
 
 For measured adapters, duplicates are exact. For others, their number is estimated from the
@@ -21,7 +21,7 @@ from ebbline.sweeps.state.todo import Todo
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.points import Value
 from ebbline.sweeps.study.study import Study
-from ebbline.tasks.defences.defence import Outcome as Mask
+from ebbline.tasks.defences.defence import Mask
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.stage import stage_of
 
@@ -30,7 +30,7 @@ __all__ = ["Mask", "distinct_masks", "duplicates", "is_off", "mask_of", "share",
 
 def mask_of(study: Study, values: Mapping[str, Value], adapters: Readings) -> Mask | None:
     """The mask of a point's knobs; None when they are impossible for one of the adapters."""
-    return DEFENCE.outcome(_knobs(study, values), adapters)
+    return DEFENCE.mask(_knobs(study, values), adapters)
 
 
 def is_off(study: Study, values: Mapping[str, Value]) -> bool:
@@ -151,12 +151,12 @@ def duplicates(found: Todo, store: Store, distinct: float) -> frozenset[str]:
             unmeasured_count += 1
             is_duplicate = math.floor(unmeasured_count * (1 - distinct)) > before
         else:
-            outcome = DEFENCE.outcome(DEFENCE.knobs(spec, {}), [DEFENCE.measured(artifact.file)])
-            if outcome is None:  # more modules than the adapter has: the stage will fail
+            mask = DEFENCE.mask(DEFENCE.knobs(spec, {}), [DEFENCE.measured(artifact.file)])
+            if mask is None:  # more modules than the adapter has: the stage will fail
                 continue
-            mask = artifact.key, outcome
-            is_duplicate = mask in masks
-            masks.add(mask)
+            own = artifact.key, mask
+            is_duplicate = own in masks
+            masks.add(own)
         if is_duplicate:
             same.add(missing.id)
     return frozenset(skipped)

@@ -10,7 +10,7 @@ makes the defended adapter; its settings are the knobs. The name of an axis begi
     knob        the stage `makes`       apply.threshold
     setting     the stage `measures`    project.projector
 
-Invariant: knobs with the same outcome give the same adapters, bit for bit. Imports no torch; the
+Invariant: knobs with the same mask give the same adapters, bit for bit. Imports no torch; the
 computation is in other modules.
 """
 
@@ -27,8 +27,8 @@ from ebbline.tasks.specs import Spec, TrainSpec
 Setting = None | bool | int | float | str
 Reading = NDArray[np.float64]
 """The measured values of one adapter that the effect of the knobs depends on, ascending."""
-Outcome = tuple[float, ...]
-"""The effect of the knobs, one number for each adapter. Equal outcomes give equal adapters."""
+Mask = tuple[float, ...]
+"""The effect of the knobs, one number for each adapter. Equal masks give equal adapters."""
 File = Callable[[str], Path]
 """The path of a stage's file, by the file's name. From a remote store only this file is fetched."""
 
@@ -96,18 +96,18 @@ class Defence(ABC):
         """Whether the knobs leave every adapter unchanged."""
 
     @abstractmethod
-    def outcome(self, knobs: Mapping[str, Setting], adapters: Sequence[Reading]) -> Outcome | None:
+    def mask(self, knobs: Mapping[str, Setting], adapters: Sequence[Reading]) -> Mask | None:
         """The effect of the knobs on each adapter; None for knobs that are impossible for one."""
 
     @abstractmethod
-    def share(self, outcome: Outcome, adapters: Sequence[Reading]) -> float:
-        """The share of modules that an outcome changes, over all adapters."""
+    def share(self, mask: Mask, adapters: Sequence[Reading]) -> float:
+        """The share of modules that a mask changes, over all adapters."""
 
     @abstractmethod
     def edges(self, axis: str, adapters: Sequence[Reading]) -> Sequence[float] | None:
-        """The values of a knob at which the outcome changes, ascending.
+        """The values of a knob at which the mask changes, ascending.
 
-        None for a knob with an outcome for each integer.
+        None for a knob with a mask for each integer.
         """
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 A projection writes one row for each module to a file of its own. So thresholds are chosen, drawn
 and swept without reading a weight. Both rules of the gate choose the modules of lowest cosine, so
-the number of chosen modules identifies the outcome for an adapter.
+the number of chosen modules identifies the mask for an adapter.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""Safe LoRA as a defence: its knobs, their outcomes and its names. Imports no torch.
+"""Safe LoRA as a defence: its knobs, their masks and its names. Imports no torch.
 
 The choice of modules is in `gate`, the computation in `projectors`, `subspace` and `project`.
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ebbline.tasks.defences.defence import Defence, File, Outcome, Reading, Setting, Words
+from ebbline.tasks.defences.defence import Defence, File, Mask, Reading, Setting, Words
 from ebbline.tasks.defences.gate import (
     cosines_by_module,
     projected_count,
@@ -18,7 +18,7 @@ from ebbline.tasks.specs import ApplySpec, ProjectSpec, Spec, SubspaceSpec, Trai
 
 
 class SafeLora(Defence):
-    """Safe LoRA (arXiv 2405.16833). An outcome is each adapter's number of projected modules."""
+    """Safe LoRA (arXiv 2405.16833). A mask is each adapter's number of projected modules."""
 
     measures = ProjectSpec
     makes = ApplySpec
@@ -51,7 +51,7 @@ class SafeLora(Defence):
     def is_off(self, knobs: Mapping[str, Setting]) -> bool:
         return _rules(knobs) == (None, None)
 
-    def outcome(self, knobs: Mapping[str, Setting], adapters: Sequence[Reading]) -> Outcome | None:
+    def mask(self, knobs: Mapping[str, Setting], adapters: Sequence[Reading]) -> Mask | None:
         threshold, modules = _rules(knobs)
         if not self.is_possible(knobs):
             return None
@@ -59,8 +59,8 @@ class SafeLora(Defence):
         possible = tuple(count for count in counts if count is not None)
         return possible if len(possible) == len(counts) else None
 
-    def share(self, outcome: Outcome, adapters: Sequence[Reading]) -> float:
-        return sum(outcome) / max(1, sum(len(cosines) for cosines in adapters))
+    def share(self, mask: Mask, adapters: Sequence[Reading]) -> float:
+        return sum(mask) / max(1, sum(len(cosines) for cosines in adapters))
 
     def edges(self, axis: str, adapters: Sequence[Reading]) -> Sequence[float] | None:
         if axis != self.main_knob:

@@ -1,4 +1,4 @@
-"""Safe LoRA as a defence: its knobs, its outcomes, its inputs."""
+"""Safe LoRA as a defence: its knobs, its masks, its inputs."""
 
 import subprocess
 import sys
@@ -14,9 +14,9 @@ FIXED = ApplySpec()
 ADAPTERS = (np.array([0.1, 0.2, 0.6]), np.array([0.2, 0.2, 0.4]))
 
 
-def outcome(**values):
+def mask(**values):
     knobs = SAFE_LORA.knobs(FIXED, {f"apply.{name}": value for name, value in values.items()})
-    return SAFE_LORA.outcome(knobs, ADAPTERS)
+    return SAFE_LORA.mask(knobs, ADAPTERS)
 
 
 def test_a_knob_has_the_points_value_else_the_studys():
@@ -35,18 +35,18 @@ def test_an_axis_is_a_knob_or_another_setting_by_its_stage():
 
 
 def test_a_threshold_projects_the_cosines_at_or_below_it_and_equal_cosines_together():
-    assert outcome(threshold=0.2) == outcome(threshold=0.3) == (2, 2)
-    assert outcome(threshold=0.19) == (1, 0)
-    assert outcome(modules=2) == (2, 2) == outcome(threshold=0.2)
+    assert mask(threshold=0.2) == mask(threshold=0.3) == (2, 2)
+    assert mask(threshold=0.19) == (1, 0)
+    assert mask(modules=2) == (2, 2) == mask(threshold=0.2)
 
 
 def test_impossible_knobs_have_no_outcome():
-    assert outcome(threshold=0.2, modules=1) is None
-    assert outcome(modules=4) is None
+    assert mask(threshold=0.2, modules=1) is None
+    assert mask(modules=4) is None
 
 
 def test_only_the_absence_of_a_rule_is_off_not_a_rule_that_projects_nothing():
-    assert SAFE_LORA.is_off(SAFE_LORA.knobs(FIXED, {})) and outcome() == (0, 0)
+    assert SAFE_LORA.is_off(SAFE_LORA.knobs(FIXED, {})) and mask() == (0, 0)
     assert not SAFE_LORA.is_off(SAFE_LORA.knobs(FIXED, {"apply.threshold": -1.0}))
 
 
@@ -72,7 +72,7 @@ def test_cosines_and_changed_modules_are_read_from_the_stages_files(tmp_path):
     assert SAFE_LORA.changed(tmp_path.joinpath, tmp_path.joinpath) == (1, 3)
     assert (
         len(chosen(rows, 0.3, None))
-        == SAFE_LORA.outcome(
+        == SAFE_LORA.mask(
             SAFE_LORA.knobs(FIXED, {"apply.threshold": 0.3}),
             [SAFE_LORA.measured(tmp_path.joinpath)],
         )[0]
