@@ -218,7 +218,7 @@ def spent(live: Live) -> str:
         left_of_it = (
             f", of which {gpu_hours_label(rest, usd, hours)} and {clock(rest_s)} are left"
             if rest_s > 0
-            else ", which is over"
+            else ", now exceeded"
         )
         parts.append(f"predicted for this run {whole}{left_of_it}")
     limits = {

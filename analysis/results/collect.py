@@ -1,4 +1,4 @@
-"""Results: every point of a study with its metrics, read from Optuna's storage and the store.
+"""Results: every point of a study with its metrics, read from the study's database and the store.
 
 Invariant: no file lists the artifacts of a point. The keys of its stages are recomputed and looked
 up in the store.

@@ -279,7 +279,7 @@ def _store(home: Home) -> Finding:
 
 
 def _database(home: Home) -> Finding:
-    """Create, write, read and drop a table in the Optuna storage's database."""
+    """Create, write, read and drop a table in the points' database."""
     from sqlalchemy import create_engine, make_url, text
     from sqlalchemy.exc import SQLAlchemyError
 

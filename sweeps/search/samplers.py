@@ -3,7 +3,7 @@
 Each draws from an Optuna study in memory, which has the points that the sampler may see.
 
 Invariant: a proposal is a function of these points and of its number. Only accepted proposals are
-written to the storage. TPE gets at most MAX_TPE_POINTS points, since its time grows with them: the
+written to the database. TPE gets at most MAX_TPE_POINTS points, since its time grows with them: the
 best by non-dominated rank, and a sample of the others.
 """
 

@@ -1,7 +1,7 @@
 """Warm start: a search gets the results of other studies of the home before its first proposal.
 
-The results are copied once into the study's own storage, marked with the name of their study. Later
-changes of that study have no effect.
+The results are copied once into the study's own database, marked with the name of their study.
+Later changes of that study have no effect.
 
 Invariant: they inform the search only. They are in no table and count as no points.
 """
