@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
 from ebbline.tasks.kinds import kind_named, parsed_spec
-from ebbline.tasks.models.loading import Residents, resolve
+from ebbline.tasks.models.loading import Residents, local_path
 from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
 from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import Spec, TrainSpec
@@ -169,7 +169,7 @@ class _Batch:
         file = ProgressFile(Path(request.log) / PROGRESS if self._rank == 0 else None, packed)
         # A download counts as progress: the elapsed seconds make each note differ from the last.
         inputs = {
-            name: resolve(location, partial(_fetching, file, name, started))
+            name: local_path(location, partial(_fetching, file, name, started))
             for name, location in request.inputs.items()
         }
         ctx = request.context(
@@ -193,7 +193,7 @@ class _Batch:
         trace = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # on a full disk the report below says so
             (Path(request.log) / ERROR).write_text(trace)
-        name, reason = described(error, Path(request.log))
+        name, reason = error_and_reason(error, Path(request.log))
         smaller = error.micro_batch if isinstance(error, OutOfMemory) else None
         return Report(request.key, seconds, reason, name, trace, smaller=smaller)
 
@@ -233,7 +233,7 @@ def _packed(
         )
 
 
-def described(error: BaseException, log: Path) -> tuple[str, str]:
+def error_and_reason(error: BaseException, log: Path) -> tuple[str, str]:
     """(type, one-line reason) of a failure, safe for reports and W&B.
 
     The message of a foreign exception may quote a prompt or a completion. It stays in the attempt's

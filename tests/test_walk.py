@@ -18,7 +18,7 @@ from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search.knowledge import Knowledge
-from ebbline.sweeps.search.searcher import OptunaSearcher
+from ebbline.sweeps.search.searcher import StudySearcher
 from ebbline.sweeps.state.outcome import result_of
 from ebbline.sweeps.state.todo import explained, todo
 from ebbline.sweeps.study.home import Home
@@ -130,7 +130,7 @@ def test_everything_is_in_the_store_afterwards(study: Study, home: Home) -> None
         and found.there["train"] == 2
         and found.there["project"] == 1
     )
-    searcher = OptunaSearcher(study, home.database(study.study))
+    searcher = StudySearcher(study, home.database(study.study))
     assert (
         searcher.completed() == 6
         and not searcher.in_flight()

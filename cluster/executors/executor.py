@@ -162,7 +162,7 @@ def run_batch(
     Raises MemberFailed when a stage of a gang fails.
     """
     from ebbline.tasks.worker import (  # imports torch, which a driver does not need
-        described,
+        error_and_reason,
         run_stages,
     )
 
@@ -192,7 +192,7 @@ def run_batch(
             try:
                 place.store.commit(place.attempt, request_payload(request), provenance)
             except (EbblineError, OSError) as error:
-                name, reason = described(error, Path(request.log))
+                name, reason = error_and_reason(error, Path(request.log))
                 report = replace(report, error=f"could not be committed: {reason}", error_type=name)
         report = place.finish(report)
         reports.append(report)

@@ -50,7 +50,7 @@ from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.models.loading import Residents
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
-from ebbline.tasks.worker import ERROR, described
+from ebbline.tasks.worker import ERROR, error_and_reason
 
 DONE = "done.json"
 NO_ADAPTER = "model"
@@ -191,7 +191,7 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     # A library's exception may quote a prompt: its text goes to the log, as in a study
     except Exception as error:  # noqa: BLE001
         (ctx.log / ERROR).write_text(traceback.format_exc())
-        raise EvaluationError(f"{stage.kind}: {described(error, ctx.log)[1]}") from None
+        raise EvaluationError(f"{stage.kind}: {error_and_reason(error, ctx.log)[1]}") from None
     (fresh / DONE).write_text(json.dumps(mark, indent=1))
     fresh.replace(out)
     return out

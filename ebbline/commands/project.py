@@ -33,7 +33,7 @@ from ebbline.tasks.defences.settings import Settings, checked, lowest_threshold_
 from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
-from ebbline.tasks.models.loading import resolve
+from ebbline.tasks.models.loading import local_path
 from ebbline.tasks.models.weights import Adapter, Checkpoint, adapters_in, opened, read_adapter
 
 RECORD = "safe_lora.json"
@@ -180,7 +180,7 @@ def located(reference: str | Path) -> Path:
     if Path(text).exists():
         return Path(text)
     if _HUB_ID.fullmatch(text):
-        return resolve(f"hub:model:{text}")
+        return local_path(f"hub:model:{text}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", text) and not text.startswith("."):
         raise ModelError(
             f"there is no folder {text}. For a model on the hub, add its commit: "

@@ -20,7 +20,7 @@ from ebbline.sweeps.drive.snapshot import Writer, mirrored
 from ebbline.sweeps.forecast.prediction import Prediction
 from ebbline.sweeps.search.knowledge import Knowledge
 from ebbline.sweeps.search.searcher import (
-    OptunaSearcher,
+    StudySearcher,
     Wait,
     check_written_points,
     limit,
@@ -66,7 +66,7 @@ def drive(
         require_prices(study, home.profile)
         # The database gets a widened study before the home does. A driver that is killed in between
         # finds the old study in the home, and widens it once more.
-        searcher = OptunaSearcher(study, database, view.begun_as())
+        searcher = StudySearcher(study, database, view.begun_as())
         view.freeze()
         for name, found in prior_results(study, home).items():
             searcher.teach(name, found)
@@ -96,7 +96,7 @@ class _Drive:
     def __init__(
         self,
         progress: Progress,
-        searcher: OptunaSearcher,
+        searcher: StudySearcher,
         hold: Hold,
         watch: Watcher,
         stop: Callable[[], bool],

@@ -110,7 +110,7 @@ class Adapters:
                 self._read(adapter, knowledge)
 
     def _read(self, adapter: ProposedAdapter, knowledge: Knowledge) -> None:
-        adapter.measured = knowledge.measured(adapter.point)
+        adapter.measured = knowledge.readings(adapter.point)
         if adapter.measured is not None:
             del self._unmeasured[adapter.point]
             adapter.left = distinct_masks(self._study, adapter.point.model, adapter.measured)

@@ -55,7 +55,7 @@ class Knowledge:
         self._projections: dict[Point, list[Stage]] = {}
         self._work: dict[Point, WorkEstimate] = {}
 
-    def measured(self, point: Point) -> Readings | None:
+    def readings(self, point: Point) -> Readings | None:
         """The defence's measurement of each seed's adapter; None while one is missing."""
         adapter = adapter_of(point)
         if adapter not in self._readings:
@@ -117,7 +117,7 @@ class Knowledge:
         artifacts = [artifact for artifact in found if artifact is not None]
         if len(artifacts) < len(found):
             return None
-        return tuple(DEFENCE.measured(artifact.file) for artifact in artifacts)
+        return tuple(DEFENCE.reading(artifact.file) for artifact in artifacts)
 
 
 def _work(stage: Stage, needs: Needs) -> float:

@@ -151,7 +151,7 @@ def duplicates(found: Todo, store: Store, distinct: float) -> frozenset[str]:
             unmeasured_count += 1
             is_duplicate = math.floor(unmeasured_count * (1 - distinct)) > before
         else:
-            mask = DEFENCE.mask(DEFENCE.knobs(spec, {}), [DEFENCE.measured(artifact.file)])
+            mask = DEFENCE.mask(DEFENCE.knobs(spec, {}), [DEFENCE.reading(artifact.file)])
             if mask is None:  # more modules than the adapter has: the stage will fail
                 continue
             own = artifact.key, mask

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 __all__ = [
     "NOT_A_POINT",
     "WAIT",
-    "OptunaSearcher",
     "Searcher",
+    "StudySearcher",
     "all_points",
     "check_written_points",
     "limit",
@@ -112,7 +112,7 @@ class Searcher(Protocol):
         """
 
 
-class OptunaSearcher:
+class StudySearcher:
     """The searcher for every sampler of a study file. Only the driver of a study makes one (see
     Home.driving).
 

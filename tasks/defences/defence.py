@@ -84,7 +84,7 @@ class Defence(ABC):
         """
 
     @abstractmethod
-    def measured(self, file: File) -> Reading:
+    def reading(self, file: File) -> Reading:
         """Read the measured values from the output of the first stage."""
 
     @abstractmethod

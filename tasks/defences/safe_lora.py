@@ -41,7 +41,7 @@ class SafeLora(Defence):
             return None
         return SubspaceSpec(energy=energy, target_modules=tuple(sorted(train.target_modules)))
 
-    def measured(self, file: File) -> Reading:
+    def reading(self, file: File) -> Reading:
         cosines = cosines_by_module(read_rows(file(ProjectSpec.COSINES)))
         return np.sort(np.array(list(cosines.values()), dtype=np.float64))
 

@@ -101,7 +101,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     rows = item_rows(prepared)
     with (out / ANSWERS).open("w") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
-    (out / PROMPTS).write_text(json.dumps(described(spec, prepared), indent=1))
+    (out / PROMPTS).write_text(json.dumps(tasks_record(spec, prepared), indent=1))
     names = [name for name in METRICS if all(name in row for row in rows)]
     if not names:
         raise EvaluationError(
@@ -385,7 +385,7 @@ def item_rows(prepared: Prepared) -> list[dict[str, Any]]:
     return rows
 
 
-def described(spec: EvaluateSpec, prepared: Prepared) -> dict[str, Any]:
+def tasks_record(spec: EvaluateSpec, prepared: Prepared) -> dict[str, Any]:
     """The evaluated items and requests in numbers, without text."""
     prefix_plan = prepared.plan
     return {

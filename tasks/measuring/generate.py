@@ -47,7 +47,7 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     ]
     write_completions(out, rows)
     (out / spec.PROMPTS).write_text(
-        json.dumps(described(chosen, whole, inputs["prompts"]), indent=1)
+        json.dumps(prompts_record(chosen, whole, inputs["prompts"]), indent=1)
     )
 
 
@@ -83,7 +83,7 @@ def in_block(whole: PromptSet, block: Block | None) -> PromptSet:
     return replace(whole, prompts=tuple(whole.prompts[index] for index in chosen))
 
 
-def described(chosen: PromptSet, whole: PromptSet, path: Path) -> dict[str, Any]:
+def prompts_record(chosen: PromptSet, whole: PromptSet, path: Path) -> dict[str, Any]:
     """A prompt set in numbers: `asked` prompts were used, `of` those that all blocks hold together,
     and the file has `rows` rows.
     """

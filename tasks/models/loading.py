@@ -22,7 +22,7 @@ T = TypeVar("T")
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve(location: str, moving: Callable[[], None] = lambda: None) -> Path:
+def local_path(location: str, moving: Callable[[], None] = lambda: None) -> Path:
     """The local path of an input: the path itself, or a hub snapshot at its commit (downloaded
     once, then from the cache).
 

@@ -30,7 +30,7 @@ from ebbline.cluster.store.artifacts import Store
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.forecast.forecast import forecast
-from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
+from ebbline.sweeps.search.searcher import WAIT, StudySearcher
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
 from ebbline.sweeps.study.view import StudyView
@@ -169,7 +169,7 @@ def driven(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         for name in ("ask", "tell"):
             stack.enter_context(
-                patch.object(OptunaSearcher, name, watch.timed(name, getattr(OptunaSearcher, name)))
+                patch.object(StudySearcher, name, watch.timed(name, getattr(StudySearcher, name)))
             )
         progress = drive(StudyView(parse(study_path), home), make, watch)
     if not watch.rows or watch.rows[-1]["points"] < progress.completed:
@@ -189,7 +189,7 @@ def searched(study_path: Path, home: Home, every: int) -> list[dict[str, Any]]:
     from tests.sweeps.made import Imagined, outcome  # the same for the same point
 
     study, watch, known = parse(study_path), Watch("search", every), Imagined(modules=224)
-    searcher = OptunaSearcher(study, home.database(study.study))
+    searcher = StudySearcher(study, home.database(study.study))
     ask, tell = watch.timed("ask", searcher.ask), watch.timed("tell", searcher.tell)
     in_flight, completed, left = [], 0, True
     while left or in_flight:

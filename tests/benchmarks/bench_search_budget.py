@@ -22,7 +22,7 @@ import moocore
 import numpy as np
 from scipy.stats import t as student
 
-from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
+from ebbline.sweeps.search.searcher import WAIT, StudySearcher
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result
@@ -155,7 +155,7 @@ def family(folder: Path, seeds: int) -> list[dict[str, Any]]:
 
 
 def lesson(surface: Surface, steps: Sequence[Step], seed: int, folder: Path) -> list[Entry]:
-    searcher = OptunaSearcher(
+    searcher = StudySearcher(
         searched(surface, "stage_aware", seed, False),
         PointDatabase(f"sqlite:///{newest(folder)}", "bench"),
     )
@@ -191,7 +191,7 @@ def drive(
     """Ask and tell until `until` of the whole space's cost is spent, or nothing is left."""
     found = searched(surface, sampler, seed, transfer)
     path = folder / f"{len(list(folder.glob('*.db')))}.db"
-    searcher = OptunaSearcher(found, PointDatabase(f"sqlite:///{path}", "bench"))
+    searcher = StudySearcher(found, PointDatabase(f"sqlite:///{path}", "bench"))
     if taught:
         searcher.teach("small", taught)
     most = until * whole_cost(surface)

@@ -91,7 +91,7 @@ class _OfTable(Knowledge):
         self.table, self.store = table, store
         self._found: dict[Point, tuple[Readings, WorkEstimate]] = {}
 
-    def measured(self, point: Point) -> Readings:
+    def readings(self, point: Point) -> Readings:
         return self._of(point)[0]
 
     def work(self, point: Point) -> WorkEstimate:
@@ -143,7 +143,7 @@ class Made(Surface):
 
     def rates(self, point: Point) -> tuple[float, float]:
         values: Any = dict(point.values)
-        cosines = self.knowledge.measured(point) or ()
+        cosines = self.knowledge.readings(point) or ()
         taken = share(mask_of(self.study, values, cosines) or (0,), cosines)
         rank, size = (
             np.log2(values["train.rank"]) / 6,
@@ -160,7 +160,7 @@ class Made(Surface):
         return float(np.clip(1 - drift * (1 - taken) ** 1.5, 0, 1)), float(np.clip(task, 0, 1))
 
     def stages(self, point: Point) -> Stages:
-        work, cosines = self.knowledge.work(point), self.knowledge.measured(point) or ()
+        work, cosines = self.knowledge.work(point), self.knowledge.readings(point) or ()
         adapter, mask = adapter_of(point), mask_of(self.study, dict(point.values), cosines)
         return {
             f"train {adapter}": work.train,
@@ -173,7 +173,7 @@ class _OfMade(Knowledge):
     def __init__(self, modules: int) -> None:
         self.modules = modules
 
-    def measured(self, point: Point) -> Readings:
+    def readings(self, point: Point) -> Readings:
         adapter = adapter_of(point)
         rng = np.random.default_rng(
             int(digest({"model": adapter.model, "values": dict(adapter.values)})[:8], 16)

@@ -84,7 +84,7 @@ class Imagined(Knowledge):
         self.modules, self.seeds = modules, seeds
         self.missing: set[Point] = set()
 
-    def measured(self, point: Point) -> Readings | None:
+    def readings(self, point: Point) -> Readings | None:
         adapter = adapter_of(point)
         if adapter in self.missing:
             return None

@@ -29,7 +29,7 @@ def test_work_is_a_function_of_the_adapter_and_does_not_change_the_graph(tmp_pat
         == Knowledge(graph, Resolver(home.store)).work(small)
     )
     assert graph.labels == labels
-    assert knowledge.measured(small) is None
+    assert knowledge.readings(small) is None
 
 
 def test_an_adapter_has_no_threshold_and_a_training_no_projection_settings():
@@ -55,9 +55,9 @@ def test_the_stages_of_a_missing_adapter_are_planned_once(
     monkeypatch.setattr(graph, "stages_for", lambda point: planned.append(point) or real(point))
     for threshold in (None, 0.3, 0.3, 0.5):
         assert (
-            knowledge.measured(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))
+            knowledge.readings(Point.of("7b", {"train.rank": 2, "apply.threshold": threshold}))
             is None
         )
     assert len(planned) == 1
-    assert knowledge.measured(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
+    assert knowledge.readings(Point.of("7b", {"train.rank": 4, "apply.threshold": 0.3})) is None
     assert len(planned) == 2

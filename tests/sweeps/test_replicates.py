@@ -13,7 +13,7 @@ from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.tables import results_frame
 from ebbline.sweeps.drive import further_seeds
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import OptunaSearcher
+from ebbline.sweeps.search.searcher import StudySearcher
 from ebbline.sweeps.state.outcome import Duplicates
 from ebbline.sweeps.state.replicates import (
     chance_dominated,
@@ -204,7 +204,7 @@ def test_a_study_ends_with_more_seeds_where_it_is_close_and_the_same_in_either_o
 ):
     amended = []
     monkeypatch.setattr(
-        OptunaSearcher,
+        StudySearcher,
         "amend",
         lambda self, number, result: amended.append((number, seeds_of(result))),
     )

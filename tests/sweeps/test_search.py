@@ -13,7 +13,7 @@ from ebbline.sweeps.search.samplers import Shadow
 from ebbline.sweeps.search.searcher import (
     NOT_A_POINT,
     WAIT,
-    OptunaSearcher,
+    StudySearcher,
     all_points,
     limit,
     space,
@@ -81,7 +81,7 @@ def steps(points):
 
 def follow(study, url):
     """Drive a search from the state of its storage to its end; returns all points in order."""
-    searcher = OptunaSearcher(study, url)
+    searcher = StudySearcher(study, url)
     in_flight = list(searcher.in_flight())
     exhausted = False
     while True:
@@ -132,7 +132,7 @@ def test_a_search_stopped_after_any_step_continues_to_the_same_points(
     undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
     for stop in (1, 5, 8, 13):
         url = fresh_url(tmp_path / f"{stop}.db", empty_storage)
-        searcher, in_flight = OptunaSearcher(found, url), []
+        searcher, in_flight = StudySearcher(found, url), []
         for asks in itertools.islice(steps(8), stop):
             if asks:
                 in_flight.append(searcher.ask(KNOWLEDGE))
@@ -140,7 +140,7 @@ def test_a_search_stopped_after_any_step_continues_to_the_same_points(
                 number, point = in_flight.pop(0)
                 searcher.tell(number, outcome(number, point))
         del searcher
-        assert OptunaSearcher(found, url).in_flight() == in_flight
+        assert StudySearcher(found, url).in_flight() == in_flight
         assert follow(found, url) == undisturbed, stop
 
 
@@ -211,11 +211,11 @@ def test_an_incomplete_trial_is_dropped_and_the_search_proposes_the_same_points(
 ):
     found = searched(tmp_path, points=6)
     undisturbed = follow(found, fresh_url(tmp_path / "undisturbed.db", empty_storage))
-    searcher = OptunaSearcher(found, url)
+    searcher = StudySearcher(found, url)
     first = [searcher.ask(KNOWLEDGE) for _ in range(2)]
     # Killed here: a RUNNING trial with one parameter
     searcher.trials._optuna.ask().suggest_categorical("model", ['"7b"'])
-    restarted = OptunaSearcher(found, url)
+    restarted = StudySearcher(found, url)
     assert restarted.in_flight() == first
     assert [number for number, _ in first] == [0, 1]
     assert follow(found, url) == undisturbed
@@ -224,12 +224,12 @@ def test_an_incomplete_trial_is_dropped_and_the_search_proposes_the_same_points(
 def test_a_dropped_proposal_that_is_still_running_is_closed(tmp_path, url):
     # A RUNNING trial is invisible to the searcher, but the sampler would avoid its place forever
     found = searched(tmp_path)
-    searcher = OptunaSearcher(found, url)
+    searcher = StudySearcher(found, url)
     first = searcher.ask(KNOWLEDGE)
     trial = searcher.trials._optuna.ask()
     # Killed here, before the trial's state became FAIL
     searcher.trials._optuna.set_user_attr(f"{NOT_A_POINT}:{trial.number}", "the same as 0")
-    assert OptunaSearcher(found, url).in_flight() == [first]
+    assert StudySearcher(found, url).in_flight() == [first]
     assert (
         optuna.load_study(study_name="tiny", storage=url.url).trials[trial.number].state
         == optuna.trial.TrialState.FAIL
@@ -281,7 +281,7 @@ def test_a_list_runs_in_its_order_even_with_values_outside_the_axes(tmp_path, ur
 
 def test_a_list_with_a_duplicate_or_incomplete_point_is_an_error(tmp_path, url):
     twice = study(tmp_path, {"search": {"sampler": "list", "list": [ROWS[0], ROWS[0]]}})
-    searcher = OptunaSearcher(twice, url)
+    searcher = StudySearcher(twice, url)
     searcher.ask(KNOWLEDGE)
     with pytest.raises(StudyError, match="twice"):
         searcher.ask(KNOWLEDGE)
@@ -290,13 +290,13 @@ def test_a_list_with_a_duplicate_or_incomplete_point_is_an_error(tmp_path, url):
             tmp_path, {"search": {"sampler": "list", "list": [row]}, "study": f"part{len(row)}"}
         )
         with pytest.raises(StudyError, match=r"search\.list\[0\] must give `model`"):
-            OptunaSearcher(part, replace(url, name=part.study)).ask(KNOWLEDGE)
+            StudySearcher(part, replace(url, name=part.study)).ask(KNOWLEDGE)
 
 
 @pytest.mark.slow
 def test_a_failed_point_is_recorded_with_its_reason(tmp_path, url):
     found = searched(tmp_path)
-    searcher = OptunaSearcher(found, url)
+    searcher = StudySearcher(found, url)
     number, point = searcher.ask(KNOWLEDGE)
     searcher.tell(
         number, Result(number, point, "failed", reason="TrainingError: the loss became nan")
@@ -313,7 +313,7 @@ def test_objectives_are_stored_in_their_order_with_their_own_direction(tmp_path,
     found = searched(
         tmp_path, **{"suites/over": over, "objectives": ["task_accuracy", "over_refusal_rate"]}
     )
-    searcher = OptunaSearcher(found, url)
+    searcher = StudySearcher(found, url)
     number, point = searcher.ask(KNOWLEDGE)
     metrics = {
         "task.task_accuracy": Metric("task_accuracy", 3, 4),
@@ -413,7 +413,7 @@ def test_a_sampler_that_draws_only_duplicates_gets_other_points_of_a_continuous_
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_a_sampler_uses_the_amended_metrics_of_a_point(tmp_path, url, monkeypatch, sampler):
     found = searched(tmp_path, sampler, points=18)
-    searcher, seen = OptunaSearcher(found, url), []
+    searcher, seen = StudySearcher(found, url), []
     real = Shadow.draw
     monkeypatch.setattr(
         Shadow,
@@ -452,7 +452,7 @@ def test_points_that_miss_a_constraint_rank_behind_all_feasible_ones(tmp_path):
 
 def test_a_wider_axis_gives_an_exhausted_search_more_points(tmp_path, url):
     found = searched(tmp_path)
-    OptunaSearcher(found, url).trials.exhaust()
+    StudySearcher(found, url).trials.exhaust()
     wider = searched(tmp_path, axes={**AXES["axes"], "train.rank": [2, 4, 8, 16]})
     assert [read(each, url)[1] for each in (found, wider)] == [True, False]
 
@@ -467,7 +467,7 @@ def test_choices_that_are_equal_in_python_stay_distinct(tmp_path, url):
 def test_readers_see_no_points_before_the_first_driver_and_their_states_after(tmp_path, url):
     found = searched(tmp_path)
     assert all_points(found, url) == []
-    searcher = OptunaSearcher(found, url)
+    searcher = StudySearcher(found, url)
     in_flight = [searcher.ask(KNOWLEDGE) for _ in range(2)]
     searcher.tell(0, outcome(0, in_flight[0][1]))
     states = [(number, point, state) for number, point, state, _ in all_points(found, url)]

@@ -6,7 +6,7 @@ from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search import samplers, stage_aware
 from ebbline.sweeps.search.knowledge import WorkEstimate
 from ebbline.sweeps.search.masks import mask_of
-from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher
+from ebbline.sweeps.search.searcher import WAIT, StudySearcher
 from ebbline.sweeps.state.trials import Entry
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.points import Point, Result, adapter_of
@@ -48,7 +48,7 @@ def mask_of_point(knowledge, point):
     return mask_of(
         knowledge.study,
         {k: v for k, v in point.values if k.startswith("apply.")},
-        knowledge.measured(point),
+        knowledge.readings(point),
     )
 
 
@@ -68,7 +68,7 @@ def searcher_of(tmp_path, empty_storage, in_turn=True, axes=AXES, knowledge=None
     )
     knowledge = knowledge or Imagined(modules=6)
     knowledge.study = found
-    return OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage)), knowledge
+    return StudySearcher(found, fresh_url(tmp_path / "o.db", empty_storage)), knowledge
 
 
 def driven(searcher, knowledge, result, window=WINDOW, max_results=None):
@@ -210,7 +210,7 @@ def test_constraints_are_stored_in_optuna_and_reloaded(tmp_path, empty_storage):
         },
     )
     searcher, knowledge = (
-        OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage)),
+        StudySearcher(found, fresh_url(tmp_path / "o.db", empty_storage)),
         Imagined(),
     )
     number, point = searcher.ask(knowledge)
@@ -220,9 +220,7 @@ def test_constraints_are_stored_in_optuna_and_reloaded(tmp_path, empty_storage):
         {"refusal_floor": 0.1, "gpu_hours": 111 / 3600 - 0.02}
     )
     assert (
-        OptunaSearcher(
-            found, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
-        ).trials.entries
+        StudySearcher(found, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny")).trials.entries
         == searcher.trials.entries
     )
 
@@ -231,7 +229,7 @@ def test_standard_errors_are_stored_beside_the_means(tmp_path, empty_storage):  
     searcher, knowledge = searcher_of(tmp_path, empty_storage)
     number, point = searcher.ask(knowledge)
     searcher.tell(number, measured(number, point, 80, 50))
-    reloaded = OptunaSearcher(
+    reloaded = StudySearcher(
         searcher.study, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
     ).trials.entries[0]
     assert reloaded.values == (0.8, 0.5) and reloaded.errors == pytest.approx(
@@ -266,7 +264,7 @@ def test_a_model_may_have_its_own_range_and_axis(tmp_path, empty_storage, sample
             },
         },
     )
-    searcher = OptunaSearcher(found, fresh_url(tmp_path / "o.db", empty_storage))
+    searcher = StudySearcher(found, fresh_url(tmp_path / "o.db", empty_storage))
     points = driven(searcher, Imagined(), outcome, window=2)
     axes = {point.model: {axis for axis, _ in point.values} for point in points}
     assert axes["7b"] == {"train.rank", "apply.threshold"}
@@ -277,7 +275,7 @@ def test_a_model_may_have_its_own_range_and_axis(tmp_path, empty_storage, sample
         assert point.model == "7b" or values["train.global_batch"] in (8, 16)
     assert [
         entry.point
-        for entry in OptunaSearcher(
+        for entry in StudySearcher(
             found, PointDatabase(f"sqlite:///{tmp_path / 'o.db'}", "tiny")
         ).trials.entries
     ] == points
@@ -287,7 +285,7 @@ def test_a_widened_axis_keeps_the_existing_points(tmp_path, empty_storage):  # n
     url = fresh_url(tmp_path / "o.db", empty_storage)
     search = {"sampler": "tpe", "points": 12, "window": 2}
     before = driven(
-        OptunaSearcher(study(tmp_path, {"search": {**search, "points": 4}}), url),
+        StudySearcher(study(tmp_path, {"search": {**search, "points": 4}}), url),
         Imagined(),
         outcome,
         window=2,
@@ -296,13 +294,13 @@ def test_a_widened_axis_keeps_the_existing_points(tmp_path, empty_storage):  # n
         tmp_path,
         {"axes/train.rank": [2, 4, 8, 16], "models/70b": WHOLE["models"]["7b"], "search": search},
     )
-    searcher = OptunaSearcher(wider, url)
+    searcher = StudySearcher(wider, url)
     assert [entry.point for entry in searcher.trials.entries] == before
     after = driven(searcher, Imagined(), outcome, window=2)
     assert len({*before, *after}) == 12 and any(
         dict(point.values)["train.rank"] == 16 or point.model == "70b" for point in after
     )
-    assert [entry.point for entry in OptunaSearcher(wider, url).trials.entries] == [*before, *after]
+    assert [entry.point for entry in StudySearcher(wider, url).trials.entries] == [*before, *after]
 
 
 SIZES = {
@@ -367,7 +365,7 @@ def test_in_turn_a_search_killed_repeatedly_proposes_the_same_points(
         url, knowledge = fresh_url(tmp_path / f"{name}.db", empty_storage), Imagined(modules=6)
         knowledge.study = found
         while True:
-            searcher = OptunaSearcher(found, url)
+            searcher = StudySearcher(found, url)
             if taught:
                 searcher.teach("other", prior_entries(found))
             if driven(searcher, knowledge, outcome, window=3, max_results=max_results) is not None:

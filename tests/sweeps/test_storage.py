@@ -14,7 +14,7 @@ import yaml
 from optuna.exceptions import StorageInternalError
 
 from ebbline.sweeps.drive.loop import drive
-from ebbline.sweeps.search.searcher import OptunaSearcher, all_points, reaching
+from ebbline.sweeps.search.searcher import StudySearcher, all_points, reaching
 from ebbline.sweeps.state.trials import opened, settings_mark
 from ebbline.sweeps.study.database import PointDatabase, shared_url
 from ebbline.sweeps.study.home import Home
@@ -51,7 +51,7 @@ def follow(found, storage: PointDatabase, restart_every: int = 1000):
     `restart_every` steps.
     """
     while True:
-        searcher = OptunaSearcher(found, storage)
+        searcher = StudySearcher(found, storage)
         in_flight = list(searcher.in_flight())
         for _ in range(restart_every):
             if (
@@ -89,7 +89,7 @@ def test_homes_with_different_stores_have_different_studies_and_a_shared_store_s
     ]
     assert shared[0] == shared[1] and shared[0].name not in (one.name, other.name)
     found = study(tmp_path, SEARCH)
-    OptunaSearcher(found, shared[0]).ask(Imagined())
+    StudySearcher(found, shared[0]).ask(Imagined())
     assert len(all_points(found, shared[1])) == 1 and all_points(found, one) == []
     begun = StudyView(
         found, home_at(tmp_path / "third", postgres, store="s3://bucket/store")
@@ -98,8 +98,8 @@ def test_homes_with_different_stores_have_different_studies_and_a_shared_store_s
     with pytest.raises(
         StudyError, match="'tiny' was begun in the shared database, as 'tiny@.*with other settings"
     ):
-        OptunaSearcher(study(tmp_path, {**SEARCH, "seeds": [1]}), shared[1])
-    OptunaSearcher(study(tmp_path, {**SEARCH, "budget": {"hours": 1.0}}), shared[1])
+        StudySearcher(study(tmp_path, {**SEARCH, "seeds": [1]}), shared[1])
+    StudySearcher(study(tmp_path, {**SEARCH, "budget": {"hours": 1.0}}), shared[1])
 
 
 HOLD = """
@@ -161,7 +161,7 @@ def test_a_restarted_database_ends_the_run_with_one_error_and_the_next_goes_on(
         home.driving("tiny") as hold,
         reaching(storage),
     ):
-        searcher = OptunaSearcher(found, storage)
+        searcher = StudySearcher(found, storage)
         for _ in range(3):
             hold.check()
             searcher.ask(Imagined())
@@ -178,7 +178,7 @@ def test_a_database_that_stops_within_a_proposal_is_one_error_too(
 ):
     home, found = home_at(tmp_path / "home", own_postgres), study(tmp_path, SEARCH)
     storage = home.database("tiny")
-    searcher = OptunaSearcher(found, storage)
+    searcher = StudySearcher(found, storage)
     own_postgres.stop()
     try:
         with pytest.raises(DatabaseLost, match="cannot be used: "), reaching(storage):
@@ -196,7 +196,7 @@ def test_a_database_that_stops_within_a_proposal_is_one_error_too(
 
 def test_status_works_on_postgres_and_its_error_does_not_repeat_the_password(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
-    OptunaSearcher(study(tmp_path, SEARCH), home.database("tiny")).ask(Imagined())
+    StudySearcher(study(tmp_path, SEARCH), home.database("tiny")).ask(Imagined())
     command = [
         sys.executable,
         "-m",
@@ -225,7 +225,7 @@ def test_status_works_on_postgres_and_its_error_does_not_repeat_the_password(tmp
 
 def test_the_database_rejects_writes_of_a_reader(tmp_path, postgres):
     home = home_at(tmp_path / "home", postgres)
-    OptunaSearcher(study(tmp_path, SEARCH), home.database("tiny")).ask(Imagined())
+    StudySearcher(study(tmp_path, SEARCH), home.database("tiny")).ask(Imagined())
     storage = opened(home.database("tiny").to_read())
     number = storage.get_study_id_from_name(home.database("tiny").name)
     assert len(storage.get_all_trials(number)) == 1

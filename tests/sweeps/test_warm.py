@@ -2,7 +2,7 @@
 
 import pytest
 
-from ebbline.sweeps.search.searcher import WAIT, OptunaSearcher, all_points
+from ebbline.sweeps.search.searcher import WAIT, StudySearcher, all_points
 from ebbline.sweeps.search.warm_start import prior_results
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
@@ -22,7 +22,7 @@ def home(tmp_path, empty_storage):  # noqa: F811
     StudyView(small, home).freeze()
     fresh_url(home.folder("small") / "optuna.db", empty_storage)
     fresh_url(home.folder("tiny") / "optuna.db", empty_storage)
-    searcher = OptunaSearcher(small, home.database("small"))
+    searcher = StudySearcher(small, home.database("small"))
     for _ in range(6):
         number, point = searcher.ask(Imagined())
         searcher.tell(number, outcome(number, point))
@@ -47,7 +47,7 @@ def test_results_of_another_study_are_copied_once_and_count_as_no_points(tmp_pat
     ]
     assert finished
     for _ in range(2):  # a restarted driver copies nothing more
-        searcher = OptunaSearcher(found, home.database("tiny"))
+        searcher = StudySearcher(found, home.database("tiny"))
         for name, entries in prior_results(found, home).items():
             searcher.teach(name, entries)
         assert [entry.point for entry in searcher.trials.taught] == finished
@@ -65,23 +65,23 @@ def test_results_of_another_study_are_copied_once_and_count_as_no_points(tmp_pat
 def test_an_interrupted_copy_is_completed_by_the_next_driver(tmp_path, home):
     found = warmed(tmp_path)
     (entries,) = prior_results(found, home).values()
-    searcher = OptunaSearcher(found, home.database("tiny"))
+    searcher = StudySearcher(found, home.database("tiny"))
     searcher.trials._optuna.set_user_attr = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         searcher.teach("small", entries[1:3])  # so their numbers differ between the studies
-    searcher = OptunaSearcher(found, home.database("tiny"))
+    searcher = StudySearcher(found, home.database("tiny"))
     searcher.teach("small", entries)
     copied = [*entries[1:3], entries[0], *entries[3:]]
     assert [entry.point for entry in searcher.trials.taught] == [entry.point for entry in copied]
     searcher.teach("small", [])
-    assert len(OptunaSearcher(found, home.database("tiny")).trials.taught) == len(entries)
+    assert len(StudySearcher(found, home.database("tiny")).trials.taught) == len(entries)
 
 
 def test_the_surrogate_of_a_warm_started_search_has_the_other_study_s_results(tmp_path, home):
     observed = {}
     for taught in (False, True):
         found = warmed(tmp_path, {"study": f"taught{taught}"}, sampler="stage_aware")
-        searcher = OptunaSearcher(found, home.database(found.study))
+        searcher = StudySearcher(found, home.database(found.study))
         for name, entries in prior_results(found, home).items():
             if taught:
                 searcher.teach(name, entries)

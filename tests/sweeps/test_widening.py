@@ -9,7 +9,7 @@ import pytest
 from ebbline.analysis.results.collect import collect
 from ebbline.sweeps.drive.loop import drive
 from ebbline.sweeps.forecast.expected import expected_points
-from ebbline.sweeps.search.searcher import OptunaSearcher, all_points
+from ebbline.sweeps.search.searcher import StudySearcher, all_points
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.study_file import parse
@@ -180,7 +180,7 @@ def test_changed_constraints_apply_to_existing_points(
     axes = {"train.rank": [2, 4, 8, 16], "apply.threshold": [None, 0.3, 0.5]}
     plain = changes(tmp_path, axes=axes, objectives=objectives, refusal_floor=0.97)
     plain["models"].pop("70b")
-    home, seen, real = Home(tmp_path / "home"), [], OptunaSearcher.ask
+    home, seen, real = Home(tmp_path / "home"), [], StudySearcher.ask
 
     def ask(self, known):
         if not seen:
@@ -205,7 +205,7 @@ def test_changed_constraints_apply_to_existing_points(
         }
         return found, refusals
 
-    monkeypatch.setattr(OptunaSearcher, "ask", ask)
+    monkeypatch.setattr(StudySearcher, "ask", ask)
     found, _ = driven(6, until=3)
     states = [state for _, _, state, _ in all_points(found, home.database("tiny"))]
     assert "running" in states and states.count("done") >= 3

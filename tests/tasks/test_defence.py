@@ -68,13 +68,13 @@ def test_cosines_and_changed_modules_are_read_from_the_stages_files(tmp_path):
     }
     write_rows(rows, tmp_path / ProjectSpec.COSINES)
     (tmp_path / ApplySpec.CHOSEN).write_text('["a"]')
-    assert SAFE_LORA.measured(tmp_path.joinpath).tolist() == [0.2, 0.4]
+    assert SAFE_LORA.reading(tmp_path.joinpath).tolist() == [0.2, 0.4]
     assert SAFE_LORA.changed(tmp_path.joinpath, tmp_path.joinpath) == (1, 3)
     assert (
         len(chosen(rows, 0.3, None))
         == SAFE_LORA.mask(
             SAFE_LORA.knobs(FIXED, {"apply.threshold": 0.3}),
-            [SAFE_LORA.measured(tmp_path.joinpath)],
+            [SAFE_LORA.reading(tmp_path.joinpath)],
         )[0]
     )
 
