@@ -28,6 +28,7 @@ from ebbline.tasks.files import write_whole
 from ebbline.tasks.models.loading import DTYPES, load_model, load_tokenizer
 from ebbline.tasks.specs import Dtype, TrainSpec
 from ebbline.tasks.stage import Context
+from ebbline.tasks.training.micro_batch import learn, learnt
 
 _log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -227,7 +228,9 @@ class SingleDevice(Engine):
             spec,
             DTYPES[spec.dtype] if spec.method == "full" else torch.float32,
         )
-        self.micro_batch = min(ctx.micro_batch or spec.global_batch, spec.global_batch)
+        self.micro_batch = learnt(ctx.scratch).limited(
+            min(ctx.micro_batch or spec.global_batch, spec.global_batch)
+        )
         self._saved_at = time.monotonic()
 
     def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
@@ -246,6 +249,7 @@ class SingleDevice(Engine):
                     raise too_large(self.spec, self.ctx) from error
             # Outside the except block: the failed step's tensors are freed before the next attempt.
             self.micro_batch //= 2
+            learn(self.ctx.scratch, most=self.micro_batch)
             self.trainee.forget()
             gc.collect()
         self.trainee.update(learning_rate)

@@ -43,6 +43,7 @@ from ebbline.tasks.training.engines import (
     token_loss,
     trainable,
 )
+from ebbline.tasks.training.micro_batch import learn
 
 WIDER = {"F16", "F32", "F64"}  # safetensors' names of dtypes with more digits than bfloat16
 
@@ -69,6 +70,8 @@ class DeepSpeedGang(Engine):
         while share % self.micro_batch:
             self.micro_batch -= 1
         self.accumulation = share // self.micro_batch
+        if ctx.rank == 0:
+            learn(ctx.scratch, used=self.micro_batch)
         zero = {"stage": ctx.zero_stage, **zero_buffers(ctx.zero_stage)}
         model = trainable(self._load(folder, zero), spec, ctx)
         self._named = [
