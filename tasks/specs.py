@@ -303,7 +303,7 @@ class EvaluateSpec(Spec):
     """
 
     KIND: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     task: str
     shots: Annotated[int, Field(ge=0)] = 0
     chat_template: bool = False

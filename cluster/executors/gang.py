@@ -104,8 +104,10 @@ def _used(request: Request, members: int) -> int:
     """The micro-batch of a gang that was killed. Without a note of its rank 0, it is the largest
     that it can have been: a member's whole share.
     """
-    share = int(request.spec.get("global_batch", members)) // members
-    return learnt(_scratch(request)).used or request.micro_batch or max(1, share)
+    share = max(1, int(request.spec.get("global_batch", members)) // members)
+    noted = learnt(_scratch(request)).used or share
+    # The note may be older than the request: a gang can be killed before it writes one.
+    return min(noted, request.micro_batch or noted)
 
 
 def _empty(request: Request) -> None:

@@ -121,3 +121,30 @@ def test_a_member_counts_as_killed_for_memory_if_its_process_ended_suddenly(fail
         error = WorkerGroupError("failed", {1: wrapped})
         assert _killed_for_memory(error) == memory
         assert _died(error) == (failure != "a member raised")
+
+
+@pytest.mark.slow  # it imports Ray Train
+def test_a_gang_that_is_killed_again_and_again_halves_down_to_one_row_and_then_gives_up(
+    tmp_path, pair, monkeypatch
+):
+    """Also if no member lives long enough to note its micro-batch."""
+    from ray.exceptions import OutOfMemoryError
+    from ray.train import TrainingFailedError, WorkerGroupError
+
+    from ebbline.cluster.executors import gang
+    from ebbline.cluster.executors.job_processes import JobProcesses
+
+    store, sizes = Store(tmp_path / "store"), []
+    inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 4)}
+    request = stored_request(store, TRAIN, inputs, gpus=2)
+
+    def killed(requests, processes):
+        sizes.append(requests[0].micro_batch)
+        raise WorkerGroupError("failed", {1: OutOfMemoryError("low on memory")})
+
+    monkeypatch.setattr(gang, "_run_once", killed)
+    for _ in range(2):
+        with pytest.raises(TrainingFailedError):
+            gang.run_gang([request], JobProcesses("job", ("node", "node")))
+    assert sizes == [None, 2, 1, 1]  # the second attempt begins where the first has ended
+    assert learnt(store.scratch(request.key)).most == 1
