@@ -99,12 +99,13 @@ class DataSpec(Spec):
 
 class TrainSpec(Spec):
     """One fine-tuning, of a LoRA adapter or of all weights. `steps`, if given, sets its length
-    instead of `epochs`.
+    instead of `epochs`. `dtype` is that of the base, or of the passes; what is trained is float32.
 
     Inputs: model, data.
     """
 
     KIND: ClassVar[str] = "train"
+    VERSION: ClassVar[int] = 2
     ADAPTER: ClassVar[str] = "adapter"
     MODEL: ClassVar[str] = "model"
     CURVE: ClassVar[str] = "curve.csv"
@@ -302,7 +303,7 @@ class EvaluateSpec(Spec):
     """
 
     KIND: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     task: str
     shots: Annotated[int, Field(ge=0)] = 0
     chat_template: bool = False

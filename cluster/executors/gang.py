@@ -5,16 +5,18 @@ that the scheduler chose. It then starts the processes and joins them. The proce
 placement group end with Ray Train's controller.
 """
 
+import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import (
     FailureConfig,
     RunConfig,
@@ -30,8 +32,12 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from ebbline.cluster.executors.executor import MemberFailed, run_batch
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
+from ebbline.cluster.store.workplace import workplace
 from ebbline.tasks.stage import Report, Request
+from ebbline.tasks.training.micro_batch import learn, learnt
 
+SUDDEN_END = "Worker exit type: SYSTEM_ERROR"  # in Ray's message; not when a host is lost
+_log = logging.getLogger(__name__)
 EXIT_DELAY_S = 5.0  # longer than two of Ray Train's health checks
 
 
@@ -39,19 +45,76 @@ def run_gang(requests: Sequence[Request], processes: JobProcesses) -> tuple[Repo
     """Run a batch on one process for each of `processes.nodes`, one GPU each. Rank 0 commits.
     Returns rank 0's reports.
 
-    After out-of-memory the current stage and the later ones restart with half the micro-batch, from
-    the checkpoint. Raises TrainingFailedError when a member died, even if others reported.
+    When memory runs out, the current stage and the later ones restart with half the micro-batch,
+    from the checkpoint. This also holds for a member that was killed for memory. Half of it is
+    kept in the stage's scratch folder for later attempts. Raises TrainingFailedError when a member
+    died otherwise, or with one row, even if others reported.
     """
+    requests = [_limited(request) for request in requests]
     while True:
-        reports = _run_once(requests, processes)
-        short = next((report for report in reports if report.smaller is not None), None)
-        if short is None:
-            return reports
-        keys = [request.key for request in requests]
+        try:
+            reports = _run_once(requests, processes)
+        except TrainingFailedError as error:
+            current = _first_open(requests)
+            if current is None or not _killed_for_memory(error):
+                raise
+            half = _used(current, len(processes.nodes)) // 2
+            if half == 0:
+                raise
+            _log.warning(
+                "a member of the gang was killed, probably for memory; %s restarts with a "
+                "micro-batch of %d",
+                current.key[:12],
+                half,
+            )
+        else:
+            short = next((report for report in reports if report.smaller is not None), None)
+            if short is None:
+                return reports
+            current = next(request for request in requests if request.key == short.key)
+            half = short.smaller or 1
+        learn(_scratch(current), most=half)
+        _empty(current)
         requests = [
-            replace(request, micro_batch=short.smaller)
-            for request in requests[keys.index(short.key) :]
+            replace(request, micro_batch=half) for request in requests[requests.index(current) :]
         ]
+
+
+def _scratch(request: Request) -> Path:
+    """The scratch folder of a request on this machine."""
+    return Path(workplace(request).request.scratch)
+
+
+def _limited(request: Request) -> Request:
+    """The request with the micro-batch that an earlier attempt was halved to."""
+    most = learnt(_scratch(request)).most
+    if most is None:
+        return request
+    return replace(request, micro_batch=min(request.micro_batch or most, most))
+
+
+def _first_open(requests: Sequence[Request]) -> Request | None:
+    """The request that was running: the first whose artifact is not in the store."""
+    return next(
+        (one for one in requests if workplace(one).store.find(one.kind, one.key) is None), None
+    )
+
+
+def _used(request: Request, members: int) -> int:
+    """The micro-batch of a gang that was killed. Without a note of its rank 0, it is the largest
+    that it can have been: a member's whole share.
+    """
+    share = max(1, int(request.spec.get("global_batch", members)) // members)
+    noted = learnt(_scratch(request)).used or share
+    # The note may be older than the request: a gang can be killed before it writes one.
+    return min(noted, request.micro_batch or noted)
+
+
+def _empty(request: Request) -> None:
+    """Remove what a killed gang has written to the folder of the result."""
+    out = Path(workplace(request).request.out)
+    for path in out.iterdir() if out.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _run_once(requests: Sequence[Request], processes: JobProcesses) -> tuple[Report, ...]:
@@ -129,16 +192,34 @@ class _SignOn(ControllerCallback):  # type: ignore[misc]
         self.processes.sign_on("controller")
 
 
-def _died(error: TrainingFailedError) -> bool:
-    """Whether a member's process died; False when a member only raised."""
+def _failures(error: TrainingFailedError) -> list[Exception]:
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    checks = [
+    return [
         failure.health_check_failure
         if isinstance(failure, WorkerHealthCheckFailedError)
         else failure
         for failure in failures
     ]
-    return any(isinstance(failure, RayActorError) for failure in checks)
+
+
+def _died(error: TrainingFailedError) -> bool:
+    """Whether a member's process died; False when a member only raised."""
+    return any(
+        isinstance(failure, RayActorError | OutOfMemoryError) for failure in _failures(error)
+    )
+
+
+def _killed_for_memory(error: TrainingFailedError) -> bool:
+    """Whether a member was killed for memory, by Ray's memory monitor or by the kernel.
+
+    Ray does not tell exit -9 (the kernel's) from another sudden end of a process. A smaller
+    micro-batch changes no result, so any such end on a host that lives counts.
+    """
+    return any(
+        isinstance(failure, OutOfMemoryError)
+        or (isinstance(failure, RayActorError) and SUDDEN_END in str(failure))
+        for failure in _failures(error)
+    )
 
 
 @ray.remote(num_cpus=0)

@@ -10,7 +10,6 @@ import itertools
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +35,7 @@ from ebbline.cluster.executors.executor import (
 )
 from ebbline.cluster.executors.job_processes import JobProcesses, at, own_gpu_type
 from ebbline.cluster.executors.ray_hosts import RayHosts
+from ebbline.cluster.executors.this_machine import only_visible, visible_gpus
 from ebbline.tasks.errors import ClusterLost, Leaving, StudyError
 from ebbline.tasks.stage import Report, Request
 
@@ -51,7 +51,8 @@ class RayExecutor(Executor):
     """Address "local" starts a cluster that ends with this process; any other address joins a
     running cluster.
 
-    On a machine without GPUs a local cluster has `logical_gpus` GPUs, and stages run on the CPU.
+    On a machine without GPUs, or with none in CUDA_VISIBLE_DEVICES, a local cluster has
+    `logical_gpus` GPUs, and stages run on the CPU.
     Raises StudyError if the cluster has no GPU.
     """
 
@@ -64,11 +65,13 @@ class RayExecutor(Executor):
             if address == "local"
             else {}
         )
-        if address == "local" and shutil.which("nvidia-smi") is None:
-            local["num_gpus"] = logical_gpus
+        own = visible_gpus() if address == "local" else {}
+        if address == "local":
+            local["num_gpus"] = len(own) or logical_gpus
         # Ray puts the driver's folder first on its workers' import path. That folder may contain
         # a module `tasks` or `datasets` of the user, so Ray starts in /.
-        with contextlib.chdir("/"):
+        visible = only_visible(own) if address == "local" else contextlib.nullcontext()
+        with contextlib.chdir("/"), visible:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
         context = ray.get_runtime_context()
         self._hosts = RayHosts(context.gcs_address)
@@ -77,8 +80,12 @@ class RayExecutor(Executor):
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         # Ray names the type of every real accelerator; logical GPUs have none.
-        real = any(name.startswith("accelerator_type:") for name in resources) or (
-            self._grows and gpus == 0
+        real = bool(own) or (
+            not self._local
+            and (
+                any(name.startswith("accelerator_type:") for name in resources)
+                or (self._grows and gpus == 0)
+            )
         )
         self.device = "cuda" if real else "cpu"
         # When a node drains, Ray Train would wait and restart on it; the runner uses another host.
@@ -95,6 +102,8 @@ class RayExecutor(Executor):
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": str(self.threads),
                 "CUDA_VISIBLE_DEVICES": "",
+                # Else Ray would set the variable again, to the number of the logical GPU.
+                "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
             }
         self._environment = {"env_vars": variables}
         if gpus == 0 and not self._grows:

@@ -5,7 +5,7 @@ The only module that reads YAML, cluster profiles included. Loading a file twice
 studies. An error names the path of each fault and the allowed values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +14,16 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
-from ebbline.sweeps.study.study import Study, faults, unknown
+from ebbline.sweeps.study.study import Study, Tuned, faults, unknown
 from ebbline.tasks.errors import StudyError
-from ebbline.tasks.specs import Frozen
+from ebbline.tasks.specs import Frozen, Spec
 
 M = TypeVar("M", bound=Frozen)
+LORA_ONLY = ("rank", "alpha_over_rank", "dropout", "target_modules")
+UNUSED_BY_JUDGE = {
+    "endpoint": ("max_tokens", "quantisation", "dtype"),
+    "classifier": ("max_new_tokens",),
+}
 
 
 def shipped() -> dict[str, Path]:
@@ -51,8 +56,66 @@ def source_of(name: str) -> Path:
 
 
 def parse(path: Path, text: str | None = None) -> Study:
-    """The study in a file, or in `text` with paths relative to that file."""
-    return _read(path, Study, "a valid study", text)
+    """The study in a file, or in `text` with paths relative to that file.
+
+    Raises StudyError also for a setting that is written in the file and that no stage would use.
+    Studies that are stored in a home hold every setting, so they are not checked for this.
+    """
+    study = _read(path, Study, "a valid study", text)
+    unused = [f"  {line}" for line in _unused(study)]
+    if unused:
+        raise StudyError(f"{path} has settings that would be ignored:\n" + "\n".join(unused))
+    return study
+
+
+def _unused(study: Study) -> Iterator[str]:
+    """A line for each written setting that another one replaces, or that its method ignores."""
+    seeds = "`seeds` gives the seed of the data and of the training; delete this setting"
+    if "seed" in study.data.settings.model_fields_set:
+        yield f"data.settings.seed: {seeds}"
+    if "seed" in study.train.model_fields_set:
+        yield f"train.seed: {seeds}"
+    for name, model in study.models.items():
+        if "seed" in model.train:
+            yield f"models.{name}.train.seed: {seeds}"
+        for field in ("quantisation", "dtype"):
+            written, own = getattr(study.train, field), getattr(model, field)
+            if field in study.train.model_fields_set and written != own:
+                yield (
+                    f"train.{field}: {written!r}, but {own!r} of models.{name}.{field} replaces it;"
+                    f" delete this setting, and give models.{name}.{field} if it is to differ"
+                )
+        for role in ("aligned", "unaligned"):
+            reference = getattr(model, role)
+            if reference is not None and reference.tuned is not None:
+                yield from _unused_of_tuned(reference.tuned, f"models.{name}.{role}.tuned")
+    varied = any("data.mix_share" in study.axes_of(name) for name in study.models)
+    if study.data.mix is not None and study.data.settings.mix_share == 0 and not varied:
+        yield _without_share("data")
+    for name, judge in study.judges.items():
+        place = "endpoint" if judge.settings.endpoint else judge.settings.template
+        for field in _changed(judge.settings, UNUSED_BY_JUDGE.get(place, ())):
+            yield f"judges.{name}.settings.{field}: a judge of this kind ({place}) ignores it"
+
+
+def _unused_of_tuned(tuned: Tuned, where: str) -> Iterator[str]:
+    for field in _changed(tuned.train, LORA_ONLY):
+        yield f"{where}.train.{field}: only method 'lora' has it, and a tuned model is 'full'"
+    if tuned.data.mix is not None and tuned.data.settings.mix_share == 0:
+        yield _without_share(f"{where}.data")
+
+
+def _without_share(where: str) -> str:
+    return (
+        f"{where}.mix: `mix_share` is 0, so no row of this set is used; "
+        f"give {where}.settings.mix_share"
+    )
+
+
+def _changed(spec: Spec, fields: Iterable[str]) -> Iterator[str]:
+    """Those of `fields` that do not have their defaults: as_yaml writes defaults too."""
+    defaults = type(spec).model_fields
+    return (name for name in fields if getattr(spec, name) != defaults[name].default)
 
 
 def read_profile(path: Path) -> Profile:
@@ -101,10 +164,15 @@ def _tuples(value: Any) -> Any:
 
 
 def as_yaml(study: Study) -> str:
-    """A study as the text of a study file, with every setting, so that a later change of a default
-    does not change it.
+    """A study as the text of a study file, with every setting that is used, so that a later change
+    of a default does not change it.
     """
     dump = study.model_dump(mode="json")
+    for settings in (dump["data"]["settings"], dump["train"]):
+        del settings["seed"]
+    for field in ("quantisation", "dtype"):
+        if any(getattr(model, field) != dump["train"][field] for model in study.models.values()):
+            del dump["train"][field]
     points = {
         name: dump["search"][name] for name in ("first", "list")
     }  # null is a value of an axis here

@@ -1,7 +1,8 @@
 """The stage `evaluate`: MMLU, HellaSwag and any other lm-eval task or group, on the resident model.
 
 The data is a local folder or the snapshot of a hub data set. A local folder holds lm-eval YAML
-files and the splits as JSON lines. A snapshot is read by lm-eval's own task of the given name.
+files (ebbline.tasks.measuring.lm_tasks) and the splits as JSON lines. A snapshot is read by
+lm-eval's own task of the given name, and its YAML is ignored.
 
 Invariant: this stage downloads nothing and runs no code that comes with data.
 
@@ -11,39 +12,33 @@ a base model. See docs/capability.md.
 """
 
 import contextlib
-import functools
 import io
 import json
 import logging
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
 from jinja2 import TemplateError
-from lm_eval.config.group import GroupConfig
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.tasks import TaskManager
 
 from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
 from ebbline.tasks.measuring.prefix_lm import Plan, PrefixLM, plan
 from ebbline.tasks.models.loading import with_adapter
 from ebbline.tasks.specs import EvaluateSpec
 from ebbline.tasks.stage import Context
 
-METRICS = ("acc", "acc_norm")
 ANSWERS = "answers.jsonl"
 PROMPTS = "prompts.json"
-# The settings of a group itself. Every other setting of a group overrides its tasks' setting.
-STRUCTURE = {field.name for field in fields(GroupConfig)}
-CODE = re.compile(r"!function|\b(class|custom_dataset|unsafe_code|hf_evaluate|use_prompt)\b['\"]?:")
 # What datasets, lm-eval and its templates raise for data that does not fit a task.
 UNREADABLE = (
     OSError,
@@ -52,17 +47,13 @@ UNREADABLE = (
     TypeError,
     AssertionError,
     RuntimeError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+    re.error,
     DatasetsError,
     TemplateError,
 )
-# Settings of tasks that load data by code of their own, or whose data is not text.
-OWN_CODE = {
-    "class",
-    "custom_dataset",
-    "unsafe_code",
-    "doc_to_image",
-    "doc_to_audio",
-}
 
 
 @dataclass(frozen=True)
@@ -127,10 +118,10 @@ def prepare(spec: EvaluateSpec, folder: Path, lm: PrefixLM) -> Prepared:
     # Some tasks shuffle while they load. These are the seeds of lm-eval's own command.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
-    manager, members = (
-        _local(spec.task, folder) if _definitions(folder) else _built_in(spec.task, folder)
-    )
-    tasks = {name: _task(manager, name, changes, spec, folder, lm) for name, changes in members}
+    use_sandbox()
+    tasks = {
+        name: _task(name, build, spec, folder, lm) for name, build in tasks_of(spec.task, folder)
+    }
     instances = [
         instance
         for task in tasks.values()
@@ -150,9 +141,8 @@ def prepare(spec: EvaluateSpec, folder: Path, lm: PrefixLM) -> Prepared:
 
 
 def _task(
-    manager: TaskManager,
     name: str,
-    changes: Mapping[str, Any],
+    build: Callable[[], Any],
     spec: EvaluateSpec,
     folder: Path,
     lm: PrefixLM,
@@ -161,9 +151,7 @@ def _task(
     try:
         # lm-eval has no option to turn off these progress bars.
         with contextlib.redirect_stderr(io.StringIO()):
-            (task,) = manager.load([{"group": "ebbline", "task": [{**changes, "task": name}]}])[
-                "tasks"
-            ].values()
+            task = build()
             if task.get_config("num_fewshot") == 0 and spec.shots:
                 raise EvaluationError(
                     f"lm-eval's {name} is defined without shots; set `shots` to 0, not {spec.shots}"
@@ -202,143 +190,6 @@ def _require_labels(name: str, task: Any) -> None:
                     f"item {instance.doc_id} of lm-eval's {name} has a right answer that "
                     f"is none of its {len(choices)} choices"
                 )
-
-
-def _definitions(folder: Path) -> list[Path]:
-    """The YAML files of a folder that define tasks or groups. A hub snapshot has none."""
-    defines = re.compile(r"^['\"]?(task|group)['\"]?:", re.MULTILINE)
-    return [
-        file for file in sorted(folder.rglob("*.yaml")) if defines.search(file.read_text("utf-8"))
-    ]
-
-
-def _require_no_code(folder: Path) -> None:
-    """Raises EvaluationError when a definition, or a file that it includes, names code or lies
-    outside the folder.
-    """
-    files = _definitions(folder)
-    for file in files:  # the loop appends included files
-        text = file.read_text("utf-8")
-        if code := CODE.search(text):
-            raise EvaluationError(
-                f"{file} has {code[0]!r}: ebbline runs no code that comes with data. Write "
-                "its result into the rows"
-            )
-        try:
-            included = yaml.safe_load(text).get("include") or []
-        except (yaml.YAMLError, AttributeError) as error:
-            raise EvaluationError(f"{file} is not a YAML mapping: {error}") from error
-        for part in [included] if isinstance(included, str) else included:
-            target = (file.parent / part).resolve()
-            if not target.is_relative_to(folder.resolve()) or not target.is_file():
-                raise EvaluationError(f"{file} includes {part}, which is not in {folder}")
-            if target not in files:
-                files.append(target)
-
-
-def _local(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dict[str, Any]]]]:
-    """The tasks of a local folder, each with its changed settings.
-
-    Splits are FOLDER/TASK/SPLIT.jsonl, or FOLDER/SPLIT.jsonl for the only task of a folder.
-    """
-    _require_no_code(folder)
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    if name not in manager.all_tasks:
-        raise EvaluationError(
-            f"{folder} defines the lm-eval tasks {manager.all_tasks}, not {name!r}"
-        )
-    found = []
-    for task, changes in _members(name, manager.task_index, {}):
-        if manager.task_index[task].cfg.get("dataset_path") != "json":
-            raise EvaluationError(
-                f"{task} in {folder} must have `dataset_path: json`: ebbline downloads no "
-                "data that is not pinned"
-            )
-        own = folder / task if (folder / task).is_dir() or len(manager.all_subtasks) > 1 else folder
-        # lm-eval resolves relative paths against the working directory, so these are absolute.
-        splits = {path.stem: str(path.resolve()) for path in sorted(own.glob("*.jsonl"))}
-        if not splits:
-            raise EvaluationError(
-                f"{own} holds no SPLIT.jsonl; a local lm-eval task needs its YAML and its splits"
-            )
-        found.append(
-            (
-                task,
-                {
-                    **changes,
-                    "dataset_path": "json",
-                    "dataset_name": None,
-                    "dataset_kwargs": {"data_files": splits},
-                },
-            )
-        )
-    return manager, found
-
-
-@functools.cache
-def _lm_evals_own() -> TaskManager:
-    return TaskManager()  # takes seconds: it reads thousands of YAML files
-
-
-def _built_in(name: str, folder: Path) -> tuple[TaskManager, list[tuple[str, dict[str, Any]]]]:
-    """lm-eval's own tasks of a name, with the snapshot in `folder` as their data."""
-    manager = _lm_evals_own()
-    if name not in manager.task_index:
-        raise EvaluationError(
-            f"{folder} defines no lm-eval task, and lm-eval {version('lm_eval')} has none "
-            f"called {name!r}"
-        )
-    members = _members(name, manager.task_index, {})
-    for task, changes in members:
-        config = {**manager.task_index[task].cfg, **changes}
-        if any(config.get(key) for key in OWN_CODE) or "://" in str(config.get("dataset_kwargs")):
-            raise EvaluationError(
-                f"lm-eval's {task} loads or judges its data with code or from a source of "
-                f"its own; it cannot read {folder}"
-            )
-    sources = {
-        str({**manager.task_index[task].cfg, **changes}.get("dataset_path"))
-        for task, changes in members
-    }
-    if len(sources) > 1:
-        raise EvaluationError(
-            f"lm-eval's {name} reads several data sets, {sorted(sources)}: write one suite for "
-            "each of its tasks"
-        )
-    return manager, [
-        (task, {**changes, "dataset_path": str(folder.resolve())}) for task, changes in members
-    ]
-
-
-def _members(
-    item: str | Mapping[str, Any], index: Mapping[str, Any], changes: Mapping[str, Any]
-) -> list[tuple[str, dict[str, Any]]]:
-    """Every task of a name (or of a group's entry), with the settings that its groups change, as
-    lm-eval resolves them.
-    """
-    item_config: Mapping[str, Any] = {"task": item} if isinstance(item, str) else item
-    name = item_config.get("group") or item_config["task"]
-    entry = index.get(name)
-    own = {key: value for key, value in item_config.items() if key not in STRUCTURE}
-    changes = {**changes, **own}
-    if entry is not None and entry.cfg is None:  # a tag
-        return [
-            member for child in sorted(entry.tags) for member in _members(child, index, changes)
-        ]
-    config = item_config if entry is None else entry.cfg
-    if "group" in config:
-        changes = {
-            **{key: value for key, value in config.items() if key not in STRUCTURE},
-            **changes,
-        }
-        return [
-            member
-            for child in config.get("task") or []
-            for member in _members(child, index, changes)
-        ]
-    if entry is None:
-        raise EvaluationError(f"a group names the lm-eval task {name!r}, which is not defined")
-    return [(name, dict(changes))]
 
 
 def answer(prepared: Prepared, lm: PrefixLM, ctx: Context) -> None:

@@ -25,12 +25,14 @@ from peft import LoraConfig, get_peft_model
 from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
 from ebbline.tasks.files import write_whole
-from ebbline.tasks.models.loading import load_model, load_tokenizer
-from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.models.loading import DTYPES, load_model, load_tokenizer
+from ebbline.tasks.specs import Dtype, TrainSpec
 from ebbline.tasks.stage import Context
+from ebbline.tasks.training.micro_batch import learn, learnt
 
 _log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WIDTH = torch.float32.itemsize  # of each trained number: weights, gradients and moments
 Curve = list[tuple[int, float, float, int]]
 Tensors = dict[str, torch.Tensor]
 
@@ -64,7 +66,9 @@ class Engine(ABC):
 
     @abstractmethod
     def gathered(self) -> AbstractContextManager[Any]:
-        """Yields the model with its trained tensors whole."""
+        """Yields the model with its trained tensors whole and in float32, to save it. No step may
+        follow.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -102,48 +106,95 @@ class Engine(ABC):
 
 
 class Trainee:
-    """The trained tensors of one training on one device, by name, and their optimiser."""
+    """The trained tensors of one training on one device, by name, and their optimiser.
 
-    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], spec: TrainSpec) -> None:
+    Forward and backward passes are in `dtype`. Invariant: gradients are accumulated and weights
+    updated in float32. Each bfloat16 parameter is rounded from a float32 master after each step.
+    Without a master, a step smaller than half the spacing of bfloat16 changes nothing, and most
+    steps of a fine-tuning are smaller.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, torch.nn.Parameter]],
+        spec: TrainSpec,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.named, self._norm = named, spec.gradient_norm
         self.parameters = [parameter for _, parameter in named]
+        self.masters = [_master(parameter, dtype) for parameter in self.parameters]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay
+            self.masters, lr=spec.learning_rate, weight_decay=spec.weight_decay
         )
 
     def update(self, learning_rate: float) -> None:
         """Clip the gradients, do one AdamW step and drop the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self._norm)
+        torch.nn.utils.clip_grad_norm_(self.masters, self._norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        self._round()
         self.forget()
 
     def forget(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def state(self, curve: Curve) -> Saved:
+        by_name = [(name, m) for (name, _), m in zip(self.named, self.masters, strict=True)]
         moments = {
-            moment: {
-                name: self.optimizer.state[parameter][moment] for name, parameter in self.named
-            }
+            moment: {name: self.optimizer.state[master][moment] for name, master in by_name}
             for moment in MOMENTS
         }
-        return Saved(curve, {name: parameter.data for name, parameter in self.named}, moments)
+        return Saved(curve, {name: master.data for name, master in by_name}, moments)
 
     def restore(self, saved: Saved) -> None:
         with torch.no_grad():
-            for name, parameter in self.named:
-                parameter.copy_(saved.parameters[name])
+            for (name, _), master in zip(self.named, self.masters, strict=True):
+                master.copy_(saved.parameters[name])
                 if saved.moments:
-                    moments = {
-                        moment: saved.moments[moment][name].to(parameter) for moment in MOMENTS
-                    }
-                    self.optimizer.state[parameter] = {
+                    moments = {moment: saved.moments[moment][name].to(master) for moment in MOMENTS}
+                    self.optimizer.state[master] = {
                         "step": torch.tensor(float(len(saved.curve))),
                         **moments,
                     }
+        self._round()
+
+    def show_masters(self) -> None:
+        """Replace the model's parameters by their masters, to save them. No step may follow."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.data = master.data
+
+    def _round(self) -> None:
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if parameter is not master:
+                    parameter.copy_(master)
+
+
+def _master(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
+    """The tensor that the optimiser updates, in float32 or wider: the parameter itself, or its
+    master if passes are in a narrower `dtype`.
+
+    Each gradient of a parameter is added to its master's as soon as it is complete.
+    """
+    if parameter.dtype.itemsize < WIDTH:
+        parameter.data = parameter.data.float()
+    if dtype.itemsize >= WIDTH:
+        return parameter
+    master = torch.nn.Parameter(parameter.detach())
+    parameter.data = parameter.data.to(dtype)
+
+    def move_gradient(_: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move_gradient)  # type: ignore[no-untyped-call]
+    return master
 
 
 class SingleDevice(Engine):
@@ -159,8 +210,11 @@ class SingleDevice(Engine):
                 folder, spec.quantisation, spec.dtype, ctx.device
             )
         else:
+            # Masters begin with the stored weights. Rounded weights would put their rounding into
+            # the difference of the two models.
+            stored: Dtype = "float32" if spec.method == "full" else spec.dtype
             self._resident, self.tokenizer = (
-                load_model(folder, spec.quantisation, spec.dtype, ctx.device),
+                load_model(folder, spec.quantisation, stored, ctx.device),
                 load_tokenizer(folder),
             )
         self.model = trainable(self._resident, spec, ctx)
@@ -172,8 +226,11 @@ class SingleDevice(Engine):
                 if tensor.requires_grad
             ],
             spec,
+            DTYPES[spec.dtype] if spec.method == "full" else torch.float32,
         )
-        self.micro_batch = min(ctx.micro_batch or spec.global_batch, spec.global_batch)
+        self.micro_batch = learnt(ctx.scratch).limited(
+            min(ctx.micro_batch or spec.global_batch, spec.global_batch)
+        )
         self._saved_at = time.monotonic()
 
     def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
@@ -192,6 +249,7 @@ class SingleDevice(Engine):
                     raise too_large(self.spec, self.ctx) from error
             # Outside the except block: the failed step's tensors are freed before the next attempt.
             self.micro_batch //= 2
+            learn(self.ctx.scratch, most=self.micro_batch)
             self.trainee.forget()
             gc.collect()
         self.trainee.update(learning_rate)
@@ -216,6 +274,7 @@ class SingleDevice(Engine):
         return self.trainee.state(curve)
 
     def gathered(self) -> AbstractContextManager[Any]:
+        self.trainee.show_masters()
         return nullcontext(self.model)
 
     def close(self) -> None:
@@ -309,7 +368,8 @@ def write_checkpoint(ctx: Context, saved: Saved) -> None:
 def read_checkpoint(ctx: Context) -> Saved | None:
     """The checkpoint in `ctx.scratch`, or None without one.
 
-    An unreadable checkpoint is removed with a warning, and counts as none.
+    An unreadable checkpoint is removed with a warning, and counts as none. So does one that is not
+    in float32: its training would continue from rounded weights.
     """
     path = ctx.scratch / "checkpoint.pt"
     if not path.exists():
@@ -320,12 +380,16 @@ def read_checkpoint(ctx: Context) -> Saved | None:
         # In a truncated file torch seeks to a negative offset, which gives EINVAL.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        _log.warning(
-            "the checkpoint %s cannot be read (%s); this training starts over",
-            path,
-            type(error).__name__,
-        )
-        path.unlink()
+        _remove(path, f"cannot be read ({type(error).__name__})")
+        return None
+    tensors = [content["parameters"], *content["moments"].values()]
+    if any(tensor.dtype.itemsize < WIDTH for named in tensors for tensor in named.values()):
+        _remove(path, "is not in float32")
         return None
     curve = [(int(step), loss, rate, int(tokens)) for step, loss, rate, tokens in content["curve"]]
     return Saved(curve, content["parameters"], content["moments"])
+
+
+def _remove(path: Path, reason: str) -> None:
+    _log.warning("the checkpoint %s %s; this training starts over", path, reason)
+    path.unlink()

@@ -5,8 +5,9 @@ Every member computes its share of each global batch. Under ZeRO-3 the base's we
 partitioned among the members and gathered layer by layer. Under ZeRO-1 and 2 every member holds all
 weights, and only gradients and optimiser state are partitioned.
 
-Invariant: the same Spec gives the same adapter as on one device, up to the order of additions. So
-LoRA matrices are float32 here too.
+Invariant: the same Spec gives the same result as on one device, up to the order of additions. So
+here too LoRA matrices are float32, gradients are added up in float32, and bfloat16 weights have
+float32 masters.
 
 Loading: without quantisation rank 0 reads the files and `zero.Init` partitions each tensor when it
 is created, so no member ever holds the whole model. DeepSpeed cannot do this with quantised
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.autograd._functions import MatmulLtState
 from bitsandbytes.nn import Linear8bitLt
+from safetensors import safe_open
 
 from ebbline.tasks.data.batches import Row, count_tokens
 from ebbline.tasks.errors import OutOfMemory, TrainingError
@@ -41,6 +43,9 @@ from ebbline.tasks.training.engines import (
     token_loss,
     trainable,
 )
+from ebbline.tasks.training.micro_batch import learn
+
+WIDER = {"F16", "F32", "F64"}  # safetensors' names of dtypes with more digits than bfloat16
 
 
 class DeepSpeedGang(Engine):
@@ -65,6 +70,8 @@ class DeepSpeedGang(Engine):
         while share % self.micro_batch:
             self.micro_batch -= 1
         self.accumulation = share // self.micro_batch
+        if ctx.rank == 0:
+            learn(ctx.scratch, used=self.micro_batch)
         zero = {"stage": ctx.zero_stage, **zero_buffers(ctx.zero_stage)}
         model = trainable(self._load(folder, zero), spec, ctx)
         self._named = [
@@ -85,6 +92,7 @@ class DeepSpeedGang(Engine):
                 # Off with LoRA: DeepSpeed would also make the LoRA matrices bfloat16, which are
                 # float32 on one device.
                 "bf16": {"enabled": spec.method == "full" and spec.dtype == "bfloat16"},
+                "data_types": {"grad_accum_dtype": "fp32"},
                 "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
@@ -92,6 +100,8 @@ class DeepSpeedGang(Engine):
         )
         self.engine.train()
         self._gathered = deepspeed.zero.GatheredParameters
+        if spec.method == "full" and spec.dtype == "bfloat16" and _stored_wider(folder):
+            self._start_from_stored_weights(folder)
         self._saved_at = time.monotonic()
 
     def _load(self, folder: Path, zero: dict[str, Any]) -> Any:
@@ -111,6 +121,18 @@ class DeepSpeedGang(Engine):
         model = load_model(folder, spec.quantisation, spec.dtype, ctx.device)
         del zero_init
         return model
+
+    def _start_from_stored_weights(self, folder: Path) -> None:
+        """Set the masters to the stored weights. DeepSpeed began them with bfloat16 weights."""
+        stored: dict[str, torch.Tensor] = {}
+        if self.ctx.rank == 0:
+            stored = dict(load_model(folder, "none", "float32", "cpu").named_parameters())
+        for name, parameter in self._named:
+            whole = torch.empty(_shape(parameter), dtype=torch.float32, device=self.ctx.device)
+            if self.ctx.rank == 0:
+                whole.copy_(stored[name].detach())
+            dist.broadcast(whole, src=0)
+            self._put(parameter, whole, None)
 
     def step(self, batch: Sequence[Row], learning_rate: float) -> tuple[float, int]:
         tokens = count_tokens(batch)
@@ -256,10 +278,18 @@ class DeepSpeedGang(Engine):
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:
-        with self._gathered(
-            self.parameters if self.spec.method == "lora" else list(self.engine.module.parameters())
-        ):
-            yield self.engine.module
+        if self.spec.method == "lora":
+            with self._gathered(self.parameters):
+                yield self.engine.module
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        # Whole weights gathered on a GPU would be in the model's dtype, and may not fit there.
+        for _, parameter in self._named:  # each call gathers one tensor, on every member
+            master = safe_get_full_fp32_param(parameter)
+            if self.ctx.rank == 0:
+                parameter.data = master.cpu()
+        yield self.engine.module
 
     def close(self) -> None:
         self.engine.destroy()
@@ -270,6 +300,15 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     """A parameter's whole shape, partitioned or not."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
+
+
+def _stored_wider(folder: Path) -> bool:
+    """Whether a model folder has weights that bfloat16 rounds."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            if {tensors.get_slice(name).get_dtype() for name in tensors.keys()} & WIDER:  # noqa: SIM118
+                return True
+    return False
 
 
 class _Int8State(MatmulLtState):  # type: ignore[misc]  # bitsandbytes is untyped

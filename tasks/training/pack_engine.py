@@ -39,6 +39,7 @@ from ebbline.tasks.training.engines import (
     too_large,
     write_checkpoint,
 )
+from ebbline.tasks.training.micro_batch import learn, learnt
 
 
 @dataclass(eq=False)
@@ -102,7 +103,8 @@ class Pack:
                 _check_linear(module, members[0].name)
                 module.forward = partial(self._through, module)
         self.model.train()
-        self.micro_batch = min(self.ctx.micro_batch or spec.global_batch, spec.global_batch)
+        most = min(self.ctx.micro_batch or spec.global_batch, spec.global_batch)
+        self.micro_batch = min(learnt(member.ctx.scratch).limited(most) for member in members)
         self.members_at_once = len(members)
         self._branches: list[_Branch] = []
 
@@ -136,6 +138,8 @@ class Pack:
             # Outside the except block: the failed step's tensors are freed before the next attempt.
             if self.micro_batch > 1:
                 self.micro_batch //= 2
+                for member in batches:
+                    learn(member.ctx.scratch, most=self.micro_batch)
             else:
                 self.members_at_once = (min(self.members_at_once, len(batches)) + 1) // 2
             for member in batches:

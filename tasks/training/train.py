@@ -5,8 +5,9 @@ micro-batch nor the number of processes changes the result. The rows and the dro
 depend only on the seed and the step's number. So an interrupted training that continues from its
 checkpoint gives the result of an uninterrupted one.
 
-Output: adapter/ (PEFT safetensors) or model/ (a Hugging Face folder), and curve.csv (step, loss,
-learning_rate, tokens).
+Output: adapter/ (PEFT safetensors) or model/ (a Hugging Face folder), both float32 whatever `dtype`
+is, and curve.csv (step, loss, learning_rate, tokens). A result in bfloat16 would round away most of
+the difference from the model before the training, which Safe LoRA subtracts.
 """
 
 import csv
@@ -119,6 +120,7 @@ def _save(engine: Engine, spec: TrainSpec, out: Path, ctx: Context) -> None:
         if ctx.rank != 0:
             return
         if spec.method == "full":
+            check_weights(dict(model.named_parameters()))
             model.save_pretrained(out / spec.MODEL, safe_serialization=True)
             engine.tokenizer.save_pretrained(out / spec.MODEL)
             return
@@ -142,6 +144,16 @@ def save_adapter(model: Any, name: str, spec: TrainSpec, out: Path) -> None:
     config.save_pretrained(folder)
 
 
+def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise TrainingError for a trained weight that is empty or not finite."""
+    for name, tensor in weights.items():
+        if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"the trained tensor {name} is "
+                f"{'empty' if tensor.numel() == 0 else 'not finite'}; nothing was saved"
+            )
+
+
 def check_adapter(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise TrainingError for an adapter without LoRA B, with an empty or non-finite tensor, or
     with zeros in every B.
@@ -154,12 +166,7 @@ def check_adapter(tensors: Mapping[str, torch.Tensor]) -> None:
             "training ended without any LoRA B matrix to save; check train.target_modules "
             "against the model's modules"
         )
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
-            raise TrainingError(
-                f"the trained tensor {name} is "
-                f"{'empty' if tensor.numel() == 0 else 'not finite'}; nothing was saved"
-            )
+    check_weights(tensors)
     if not any(bool(tensor.any()) for tensor in lora_b.values()):
         raise TrainingError(
             "every LoRA B matrix is zero after training: no step changed the adapter; "

@@ -9,7 +9,6 @@ from ebbline.tasks.models.model_work import (
     model_shape,
     training_passes,
     weights,
-    width,
 )
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Stage
@@ -34,7 +33,7 @@ def _counted_work(spec: TrainSpec, stage: Stage) -> Load:
             tokens,
             weight_bytes=4 * shape.parameters,
             kernels=KERNELS,
-            written=width(spec.dtype) * shape.parameters,
+            written=4 * shape.parameters,  # float32, whatever `dtype` is
         )
     adapter = sum(shape.adapter(spec))
     quantised = len(shape.linears) if spec.quantisation != "none" else 0

@@ -3,12 +3,14 @@ result.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from ebbline.cluster.executors.executor import run_batch
 from ebbline.cluster.store.artifacts import Store
+from ebbline.tasks.training.micro_batch import learnt
 from tests.cluster.made import stored_request
 from tests.cluster.test_executors import TRAIN, curve
 from tests.tiny import write_chats
@@ -29,6 +31,8 @@ def a_member_holds_two_rows_at_most() -> None:
         if torch.distributed.get_rank() == 1 and len(rows) > 2:
             with Path(os.environ["RAN_OUT"]).open("a") as file:
                 file.write(f"{len(rows)} ")
+            if os.environ["ENDS_BY"] == "kill":  # as the kernel does
+                os.kill(os.getpid(), signal.SIGKILL)
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return token_loss(model, rows, pad, device)
 
@@ -38,8 +42,13 @@ def a_member_holds_two_rows_at_most() -> None:
 @pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
-def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(tmp_path, pair):
-    """Only this test restarts a gang of Ray Train after a member ran out of memory."""
+@pytest.mark.parametrize("ends_by", ["error", "kill"])
+def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(
+    tmp_path, pair, ends_by
+):
+    """Only this test restarts a gang of Ray Train after a member ran out of memory, by an error or
+    by the kernel's kill.
+    """
     import ray
 
     variables = {
@@ -48,7 +57,7 @@ def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    variables["RAN_OUT"] = str(tmp_path / "ran-out")
+    variables |= {"RAN_OUT": str(tmp_path / "ran-out"), "ENDS_BY": ends_by}
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])  # so that workers can import the hook
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     hook = "tests.cluster.test_gang_memory.a_member_holds_two_rows_at_most"
@@ -75,6 +84,67 @@ def test_a_gang_out_of_memory_continues_with_half_the_micro_batch_until_it_fits(
         ray.shutdown()
     assert (report.key, report.error, report.smaller) == (request.key, None, None)
     assert (tmp_path / "ran-out").read_text() == "4 ", "it ran out of memory exactly once"
+    assert learnt(store.scratch(request.key)).most in (2, None)  # None: removed with the scratch
     assert store.open("train", request.key).provenance["predicted_memory_gb"] > 0
     (plain,) = run_batch([stored_request(alone, TRAIN, inputs)])
     assert curve(store, report.key) == losses_alike_under_adamw(curve(alone, plain.key))
+
+
+@pytest.mark.parametrize(
+    ("failure", "memory"),
+    [
+        ("OutOfMemoryError", True),
+        ("Worker exit type: SYSTEM_ERROR Worker exit detail: End of file.", True),
+        ("Worker exit type: INTENDED_SYSTEM_EXIT", False),
+        ("The actor died because its node has died.", False),
+        ("a member raised", False),
+    ],
+)
+@pytest.mark.slow  # it imports Ray Train
+def test_a_member_counts_as_killed_for_memory_if_its_process_ended_suddenly(failure, memory):
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    from ebbline.cluster.executors.gang import _died, _killed_for_memory
+
+    died = ActorDiedError()
+    died.error_msg = failure
+    cause = (
+        OutOfMemoryError("low on memory")
+        if failure == "OutOfMemoryError"
+        else RuntimeError(failure)
+        if failure == "a member raised"
+        else died
+    )
+    for wrapped in (cause, WorkerHealthCheckFailedError("dead", failure=cause)):
+        error = WorkerGroupError("failed", {1: wrapped})
+        assert _killed_for_memory(error) == memory
+        assert _died(error) == (failure != "a member raised")
+
+
+@pytest.mark.slow  # it imports Ray Train
+def test_a_gang_that_is_killed_again_and_again_halves_down_to_one_row_and_then_gives_up(
+    tmp_path, pair, monkeypatch
+):
+    """Also if no member lives long enough to note its micro-batch."""
+    from ray.exceptions import OutOfMemoryError
+    from ray.train import TrainingFailedError, WorkerGroupError
+
+    from ebbline.cluster.executors import gang
+    from ebbline.cluster.executors.job_processes import JobProcesses
+
+    store, sizes = Store(tmp_path / "store"), []
+    inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 4)}
+    request = stored_request(store, TRAIN, inputs, gpus=2)
+
+    def killed(requests, processes):
+        sizes.append(requests[0].micro_batch)
+        raise WorkerGroupError("failed", {1: OutOfMemoryError("low on memory")})
+
+    monkeypatch.setattr(gang, "_run_once", killed)
+    for _ in range(2):
+        with pytest.raises(TrainingFailedError):
+            gang.run_gang([request], JobProcesses("job", ("node", "node")))
+    assert sizes == [None, 2, 1, 1]  # the second attempt begins where the first has ended
+    assert learnt(store.scratch(request.key)).most == 1

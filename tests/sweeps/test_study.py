@@ -1,11 +1,13 @@
 """Study files are read strictly, and every error names the field and the allowed values."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from ebbline.sweeps.study.pins import require_pins, unpinned
-from ebbline.sweeps.study.study import axis_fields
-from ebbline.sweeps.study.study_file import load, parse, shipped, source_of
+from ebbline.sweeps.study.study import Study, axis_fields
+from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped, source_of
 from ebbline.tasks.errors import PinError, StudyError
 from tests.sweeps.made import TUNED, study, written
 
@@ -123,6 +125,83 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
 def test_a_fault_is_one_error_that_names_its_path_and_what_is_allowed(tmp_path, changes, fault):
     with pytest.raises(StudyError, match=fault):
         study(tmp_path, changes)
+
+
+MIX = {"language": "refusal.jsonl"}
+ENDPOINT = {"endpoint": "http://judge.example/v1", "model": "judge", "template": "yes-no"}
+CLASSIFIER = {"template": "classifier", "refused": "no"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"data/settings": {"size": 8, "seed": 7}},
+            r"data\.settings\.seed: `seeds` gives .*delete",
+        ),
+        (
+            {"data/settings": {"size": 8, "seed": 0}},
+            r"data\.settings\.seed: `seeds` gives .*delete",
+        ),
+        ({"train": {"seed": 7}}, r"train\.seed: `seeds` gives .*delete this setting"),
+        ({"models/7b/train": {"seed": 7}}, r"models\.7b\.train\.seed: `seeds` gives .*delete"),
+        (
+            {"train": {"dtype": "float32"}},
+            r"train\.dtype: 'float32', but 'bfloat16' of models\.7b\.dtype replaces it",
+        ),
+        (
+            {"train": {"quantisation": "int8"}},
+            r"train\.quantisation: 'int8', but 'nf4' of models\.7b\.quantisation replaces it",
+        ),
+        (
+            {"models/7b/aligned": {"tuned": {**TUNED, "train": {"method": "full", "rank": 64}}}},
+            r"models\.7b\.aligned\.tuned\.train\.rank: only method 'lora' has it",
+        ),
+        ({"data/mix": MIX}, r"data\.mix: `mix_share` is 0.* give data\.settings\.mix_share"),
+        (
+            {"models/7b/aligned": {"tuned": {**TUNED, "data": {**TUNED["data"], "mix": MIX}}}},
+            r"models\.7b\.aligned\.tuned\.data\.mix: `mix_share` is 0",
+        ),
+        (
+            {"judges": {"far": {"settings": {**ENDPOINT, "dtype": "float32"}}}},
+            r"judges\.far\.settings\.dtype: a judge of this kind \(endpoint\) ignores it",
+        ),
+        (
+            {
+                "judges": {
+                    "near": {
+                        "model": {"hub": {"id": "a/b"}},
+                        "settings": {**CLASSIFIER, "max_new_tokens": 3},
+                    }
+                }
+            },
+            r"judges\.near\.settings\.max_new_tokens: a judge of this kind \(classifier\)",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "/".join(value),
+)
+def test_a_setting_that_would_be_silently_ignored_is_an_error_with_its_remedy(
+    tmp_path, changes, fault
+):
+    with pytest.raises(StudyError, match=fault):
+        study(tmp_path, changes)
+
+
+def test_a_setting_that_is_used_is_no_error_and_is_written_again(tmp_path):
+    for changes in (
+        {"train": {"dtype": "bfloat16", "quantisation": "nf4"}},
+        {"data/mix": MIX, "data/settings": {"size": 8, "mix_share": 0.5}},
+        {"data/mix": MIX, "axes/data.mix_share": [0.0, 0.5]},
+        {"models/7b/aligned": {"tuned": {**TUNED, "train": {"method": "full", "seed": 3}}}},
+    ):
+        one = study(tmp_path, changes)
+        assert parse(tmp_path / "study.yaml", as_yaml(one)) == one
+
+
+def test_a_stored_study_with_a_seed_of_its_own_still_opens(tmp_path):
+    kept = study(tmp_path).model_dump(mode="json")
+    kept["train"]["seed"] = kept["data"]["settings"]["seed"] = 7
+    assert Study.model_validate_json(json.dumps(kept)).train.seed == 7
 
 
 def test_one_error_names_all_faults_of_a_file(tmp_path):

@@ -197,6 +197,28 @@ def test_full_fine_tuning_in_a_gang_ends_with_the_weights_of_one_process(
     assert apart(one, other, moved) < alike()
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_full_fine_tuning_in_bfloat16_has_float32_masters_in_a_gang_too(
+    tmp_path, gang, pair, chats, stage
+):
+    spec = {"method": "full", "dtype": "bfloat16", "learning_rate": 1e-3}
+    alone, losses = trained(tmp_path / "alone", pair.aligned, chats, **spec)
+    layout = {"zero_stage": stage, "micro_batch": 2}
+    gang.train(tmp_path / "gang", pair, chats, **spec, layout=layout)
+    assert losses_of(tmp_path / "gang") == losses_alike(losses, "bfloat16")
+    before, one, other = (
+        weights_of(folder)
+        for folder in (pair.aligned, alone / TrainSpec.MODEL, tmp_path / "gang" / TrainSpec.MODEL)
+    )
+    assert {tensor.dtype for tensor in other.values()} == {torch.float32}
+    moved = {name: tensor - before[name] for name, tensor in one.items()}
+    assert apart(one, other, moved) < alike("bfloat16")
+    gang.train(tmp_path / "cut", pair, chats, **spec, layout=layout, cut=3)
+    gang.train(tmp_path / "cut-resumed", pair, chats, **spec, layout=layout)
+    resumed = weights_of(tmp_path / "cut-resumed" / TrainSpec.MODEL)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in other.items())
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
