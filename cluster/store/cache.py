@@ -8,8 +8,9 @@ removed first.
     CACHE/fetching/                  downloads in progress
 
 Invariant: a file under its final name is whole. It was compared with its sha256 before the rename,
-or the committed attempt wrote it. Several processes may share a cache: each reader holds a kernel
-lock on its entry, and only entries without a holder are removed. Held entries may exceed the bound.
+or the committed attempt wrote it. A reader compares it again, because a disk may damage it.
+Several processes may share a cache: each reader holds a kernel lock on its entry, and only entries
+without a holder are removed. Held entries may exceed the bound.
 """
 
 import fcntl
@@ -23,7 +24,8 @@ from pathlib import Path
 
 from ebbline.cluster.store.places import unwritable
 from ebbline.tasks.errors import StoreError
-from ebbline.tasks.identity import digest
+from ebbline.tasks.identity import READ, digest
+from ebbline.tasks.paths import is_inside
 
 MEND = "`ebbline store verify --mend` moves damaged artifacts to quarantine; their stages run again"
 HELD_FOR_READERS = 32
@@ -93,10 +95,17 @@ class Cache:
 
         `sizes` (name -> bytes in the store) and `receive` are called only for missing files.
         """
-        if all((folder / name).exists() for name in files):
+        foreign = next((name for name in files if not is_inside(name)), None)
+        if foreign is not None:
+            raise StoreError(
+                f"the store names the file {foreign!r}, which is no plain name; {MEND}"
+            )
+        if all(_is_whole(folder / name, sha) for name, sha in files.items()):
             return
         with self.exclusive(folder):
-            missing = {name: sha for name, sha in files.items() if not (folder / name).exists()}
+            missing = {
+                name: sha for name, sha in files.items() if not _is_whole(folder / name, sha)
+            }
             stored = sizes() if missing else {}
             lost = sorted(missing.keys() - stored.keys())
             if lost:
@@ -181,6 +190,11 @@ class Cache:
         fcntl.flock(handle, how)
         os.utime(handle)  # for `_last_used`
         return handle
+
+
+def _is_whole(path: Path, sha: str) -> bool:
+    """Whether a fetched file is there as it was fetched. A damaged one is fetched again."""
+    return path.is_file() and READ.of(path) == sha
 
 
 def _unless_locked(lock: Path, act: Callable[[], object]) -> bool:

@@ -27,7 +27,7 @@ from ebbline.cluster.executors.choice import EXECUTORS, ExecutorKind
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.bucket import Bucket
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.storage import shared_url
+from ebbline.sweeps.study.storage import shared_url, sqlite_url
 from ebbline.tasks.errors import StoreError, StudyError
 
 LOW_DISK_GB, LOW_MEMORY_GB = 20.0, 8.0
@@ -298,7 +298,7 @@ def _database(home: Home) -> Finding:
             "SQLite needs a HOME that can be written and locked; on network storage without "
             "locks use `storage: postgresql...`"
         )
-    url = make_url(given or f"sqlite:///{scratch}")
+    url = make_url(given or sqlite_url(scratch))
     seen = url.render_as_string(hide_password=True) if given else f"SQLite in {home.root}"
     if url.host:
         silent = unreachable(url.host, url.port or 5432)

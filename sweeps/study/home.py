@@ -22,7 +22,7 @@ from pathlib import Path
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
-from ebbline.sweeps.study.storage import WAIT_HINT, Hold, Storage, shared_url
+from ebbline.sweeps.study.storage import WAIT_HINT, Hold, Storage, shared_url, sqlite_url
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
@@ -50,7 +50,7 @@ class Home:
         """
         url = shared_url(self.profile.storage)
         if url is None:
-            return Storage(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
+            return Storage(sqlite_url(self.folder(study) / "optuna.db"), study)
         store = self.profile.store or ""
         return Storage(url, f"{study}@{digest(store if '://' in store else self.id)[:12]}")
 
