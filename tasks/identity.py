@@ -146,7 +146,7 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
     if not path.exists():
         raise DataError(f"there is no file or folder at {path}")
     cached = _cached(cache)
-    digests = FileDigests(cached, 0)
+    digests = READ if cache is None else FileDigests(cached, 0)
     if path.is_file():
         result = digests.of(path)
     else:
