@@ -13,6 +13,7 @@
 # make bench-search-budget  hypervolume against cost for every sampler, over ten seeds
 # make bench-pack       eight adapters trained at once over one base, against one after another; on a GPU a 7B-shaped model as well
 # make bench-plan       what `ebbline plan` predicts of five small studies, against what they then take; nothing else may run meanwhile
+# make bench-inputs     what the check of a stage's inputs costs, over a 500 MB model
 # make bench-search     the same 144 points on ebbline and on Ray Tune with OptunaSearch; a study of 10,000 points on a virtual clock
 PYTHON ?= python3
 VENV := .venv

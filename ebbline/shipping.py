@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -116,8 +117,8 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
         raise StoreError(
             f"the adapter {kind}/{key} is on record, but its tensors were dropped to save "
             f"space ({', '.join(sorted(dropped))}). To make"
-            f" them again:\n  ebbline store forget {kind} {key} --home {home.root}\n  "
-            f"ebbline run {name} --home {home.root}"
+            f" them again:\n  ebbline store forget {kind} {key} --home "
+            f"{quote(str(home.root))}\n  ebbline run {quote(name)} --home {quote(str(home.root))}"
             "\nIts training is run again too if that was dropped; both have to come out as "
             "they were measured. Nothing was exported"
         )

@@ -27,6 +27,7 @@ from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
+from ebbline.tasks.paths import is_inside
 
 FILE = "file"
 
@@ -59,7 +60,8 @@ class Home:
         of the last run, else `name` unchanged.
         """
         path = self.root / "studies" / name / FILE
-        return path.read_text() if "/" not in name and path.is_file() else name
+        plain = is_inside(name) and "/" not in name
+        return path.read_text() if plain and path.is_file() else name
 
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""
