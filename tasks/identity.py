@@ -5,19 +5,23 @@ lower-case hex sha256. `digest` rejects any value whose bytes could differ betwe
 two machines.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ebbline.tasks.errors import DataError, UnstableValue
-from ebbline.tasks.files import write_whole
+from ebbline.tasks.files import cache_folder, write_whole
 from ebbline.tasks.paths import check_named_files, files_below
 
 # A file that changed less than this before it was read may change again under the same times.
 SETTLED_NS = 2_000_000_000
+KEPT_BYTES = 32_000_000
+KEPT_FILES = 10_000
 
 
 def canonical(value: object) -> str:
@@ -116,24 +120,40 @@ def stamp_of(path: Path) -> str:
 class FileDigests:
     """sha256 of files, each read once while its stamp stays. `known` maps stamps to digests. Files
     that changed in the last `settled_ns` are read each time.
+
+    `kept` returns a JSON file where all processes of a machine keep the digests of files of
+    KEPT_BYTES or more.
     """
 
-    def __init__(self, known: Mapping[str, str], settled_ns: int) -> None:
-        self.known, self.settled_ns = dict(known), settled_ns
+    def __init__(
+        self, known: Mapping[str, str], settled_ns: int, kept: Callable[[], Path] | None = None
+    ) -> None:
+        self.known, self._settled_ns, self._kept = dict(known), settled_ns, kept
+        self._lock = threading.Lock()
 
     def of(self, path: Path) -> str:
-        stamp = stamp_of(path)
+        stamp, stat = stamp_of(path), path.stat()
+        kept = self._kept if stat.st_size >= KEPT_BYTES else None
+        if stamp not in self.known and kept is not None:
+            self.known = {**_cached(kept()), **self.known}
         found = self.known.get(stamp)
         if found is None:
-            settled = time.time_ns() - path.stat().st_ctime_ns > self.settled_ns
+            settled = time.time_ns() - stat.st_ctime_ns > self._settled_ns
             found = file_digest(path)
             if settled and stamp_of(path) == stamp:
                 self.known[stamp] = found
+                if kept is not None:
+                    self._keep(kept(), stamp, found)
         return found
+
+    def _keep(self, file: Path, stamp: str, sha: str) -> None:
+        with self._lock, contextlib.suppress(OSError):  # it only saves time
+            newest = list({**_cached(file), stamp: sha}.items())[-KEPT_FILES:]
+            write_whole(file, lambda fresh: fresh.write_text(json.dumps(dict(newest))))
 
 
 # The files that this process has read.
-READ = FileDigests({}, SETTLED_NS)
+READ = FileDigests({}, SETTLED_NS, lambda: cache_folder() / "digests.json")
 
 
 def content_digest(path: Path, cache: Path | None = None) -> str:

@@ -20,6 +20,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import Damaged, PinError
 from ebbline.tasks.inputs import InputCheck
+from ebbline.tasks.specs import ApplySpec
 from tests.sweeps.made import study as made_study
 from tests.test_store_command import (  # noqa: F401  # fixtures
     changes,
@@ -50,10 +51,10 @@ def wider(folder: Path, changes: dict[str, Any]) -> Study:  # noqa: F811
 
 
 def extend(found: Study, home: Home) -> list[Any]:  # noqa: F811
-    progress = drive(StudyView(found, Home(home.root), extend=True), InlineExecutor)
+    drive(StudyView(found, Home(home.root), extend=True), InlineExecutor)
     return [
         (result.point, result.status, result.metrics, result.changed_share)
-        for result in progress.results
+        for result in collect(StudyView(found, Home(home.root)))
     ]
 
 
@@ -90,7 +91,7 @@ def test_an_extension_of_a_study_over_a_damaged_artifact_is_an_error_that_names_
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("score", "metrics.json"), ("score", "samples.jsonl"), ("apply", "chosen.json")],
+    [("score", "metrics.json"), ("score", "samples.jsonl"), ("apply", ApplySpec.CHOSEN)],
 )
 def test_results_are_an_error_when_a_small_file_that_they_print_is_damaged(
     study: Study,  # noqa: F811

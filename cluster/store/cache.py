@@ -6,6 +6,7 @@ removed first.
     CACHE/STORE/scratch/KEY/         checkpoints; an entry
     CACHE/locks/                     one lock file for each entry
     CACHE/fetching/                  downloads in progress
+    CACHE/digests.json               digests of large files that this machine has read
 
 Invariant: a file under its final name is whole. It was compared with its sha256 before the rename,
 or the committed attempt wrote it. A reader compares it again, because a disk may damage it.
@@ -24,24 +25,16 @@ from pathlib import Path
 
 from ebbline.cluster.store.places import unwritable
 from ebbline.tasks.errors import StoreError
+from ebbline.tasks.files import cache_folder
 from ebbline.tasks.identity import READ, digest
 from ebbline.tasks.paths import is_inside
 
+__all__ = ["Cache", "cache_folder"]
 MEND = "`ebbline store verify --mend` moves damaged artifacts to quarantine; their stages run again"
 HELD_FOR_READERS = 32
 # The number of path parts below CACHE/STORE that name an entry; 3 for stage kinds.
 ENTRY_DEPTH = {"scratch": 2, "sources": 2}
 Receive = Callable[[str, Path], str]
-
-
-def cache_folder() -> Path:
-    """EBBLINE_CACHE, or `ebbline` in the user's cache folder."""
-    folder = os.environ.get("EBBLINE_CACHE")
-    return (
-        Path(folder)
-        if folder
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebbline"
-    )
 
 
 class Cache:
@@ -160,7 +153,7 @@ class Cache:
 
     def _entries(self) -> Iterator[Path]:
         for store in self.root.iterdir():
-            if store.name in ("locks", "fetching"):
+            if store.name in ("locks", "fetching") or not store.is_dir():
                 continue
             for top in store.iterdir():
                 depth = ENTRY_DEPTH.get(top.name, 3) - 1
