@@ -76,12 +76,12 @@ def main() -> None:
         adapter = lora(folder / "adapter", base, target_modules=["q_proj", "v_proj", "down_proj"])
         plain = {"quantisation": "none", "dtype": "float32"}
         stages: dict[str, tuple[Spec, dict[str, Path]]] = {
-            "train, 16 steps": (
-                TrainSpec(steps=16, global_batch=4, rank=4, max_tokens=64, **plain),
+            "train, 8 steps": (
+                TrainSpec(steps=8, global_batch=4, rank=4, max_tokens=64, **plain),
                 {"model": base, "data": chats},
             ),
             "generate, 32 prompts": (
-                GenerateSpec(max_new_tokens=128, **plain),
+                GenerateSpec(max_new_tokens=32, **plain),
                 {"model": base, "prompts": prompts},
             ),
             "project": (ProjectSpec(), {"adapter": adapter, "base": base, "aligned": aligned}),
