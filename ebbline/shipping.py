@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,8 +24,8 @@ from ebbline.sweeps.study.points import OF_TRAINING, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.in_use import DEFENCE
-from ebbline.tasks.errors import StoreError, StudyError
-from ebbline.tasks.identity import folder_files
+from ebbline.tasks.errors import Damaged, StoreError, StudyError
+from ebbline.tasks.identity import file_digest
 
 CONFIG, WEIGHTS, CARD, RECORD = (
     "adapter_config.json",
@@ -79,6 +80,7 @@ def ship(
             fresh.mkdir()
             for file in adapter.files:
                 shutil.copyfile(adapter.file(file), fresh / file)
+                _require_recorded(adapter, file, fresh / file)
             config = json.loads((fresh / CONFIG).read_text())
             (fresh / CONFIG).write_text(
                 json.dumps({**config, **_base(study, result.point.model)}, indent=2, sort_keys=True)
@@ -115,20 +117,28 @@ def _whole(home: Home, key: str, name: str) -> Artifact:
         raise StoreError(
             f"the adapter {kind}/{key} has a record, but its tensors were dropped to save "
             f"space ({', '.join(sorted(dropped))}). To make"
-            f" them anew:\n  ebbline store forget {kind} {key} --home {home.root}\n  "
-            f"ebbline run {name} --home {home.root}"
+            f" them anew:\n  ebbline store forget {kind} {key} --home "
+            f"{quote(str(home.root))}\n  "
+            f"ebbline run {quote(name)} --home {quote(str(home.root))}"
             "\nThis also reruns its training if that was dropped; both results must equal "
             "the measured ones. Nothing was exported"
         )
-    found = folder_files(adapter.path)
-    wrong = sorted(file for file, sha in adapter.files.items() if found.get(file) != sha)
-    if wrong:
-        raise StoreError(
-            f"{', '.join(wrong)} of {kind}/{key} differs from its record; `ebbline "
-            "store verify --mend` quarantines the artifact and the next"
-            " run makes a new one. Nothing was exported"
-        )
+    for file in adapter.files:
+        _require_recorded(adapter, file)
     return adapter
+
+
+def _require_recorded(adapter: Artifact, file: str, copy: Path | None = None) -> None:
+    """Check a file of the adapter, or its `copy`."""
+    try:
+        whole = file_digest(copy or adapter.file(file)) == adapter.files[file]
+    except Damaged:
+        whole = False
+    if not whole:
+        raise StoreError(
+            f"{file} of {adapter.kind}/{adapter.key} is not what its record says; `ebbline store "
+            "verify --mend` moves it away and the next run makes it again. Nothing was exported"
+        )
 
 
 def _destination(to: Path) -> Path:

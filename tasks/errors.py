@@ -21,6 +21,7 @@
     └── StoreError        the artifact store is damaged or cannot be written
         ├── DiskFull      the store's disk is full
         ├── Incomplete    a requested artifact is not complete
+        ├── Damaged       an artifact or an input is not what its record or pin says
         └── Differs       an artifact that retention had dropped has other content when recomputed
 
 A message says what failed, the offending value, where (path, key, line) and what to do next.
@@ -100,6 +101,10 @@ class DiskFull(StoreError):
 
 
 class Incomplete(StoreError):
+    pass
+
+
+class Damaged(StoreError):
     pass
 
 

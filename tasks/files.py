@@ -1,4 +1,4 @@
-"""Output files that are whole or absent: no reader sees half of one."""
+"""Output files that are whole or absent: no reader sees half of one. And the cache's folder."""
 
 import os
 import uuid
@@ -21,6 +21,16 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Fal
     finally:
         fresh.unlink(missing_ok=True)
     return path
+
+
+def cache_folder() -> Path:
+    """EBBLINE_CACHE, or `ebbline` in the user's cache folder."""
+    folder = os.environ.get("EBBLINE_CACHE")
+    return (
+        Path(folder)
+        if folder
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebbline"
+    )
 
 
 def is_unfinished(name: str) -> bool:

@@ -5,14 +5,23 @@ lower-case hex sha256. `digest` rejects any value whose bytes could differ betwe
 two machines.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ebbline.tasks.errors import DataError, UnstableValue
-from ebbline.tasks.files import write_whole
+from ebbline.tasks.files import cache_folder, write_whole
+from ebbline.tasks.paths import check_named_files, files_below
+
+# A file that changed less than this before it was read may change again under the same times.
+SETTLED_NS = 2_000_000_000
+KEPT_BYTES = 32_000_000
+KEPT_FILES = 10_000
 
 
 def canonical(value: object) -> str:
@@ -70,9 +79,10 @@ def file_digest(path: Path) -> str:
 
 
 def folder_files(folder: Path) -> dict[str, str]:
-    """Relative POSIX path -> sha256 for every file below a folder, sorted by path."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): file_digest(p) for p in paths}
+    """Relative POSIX path -> sha256 for every file below a folder, sorted by path. Raises DataError
+    for a link that leaves the folder.
+    """
+    return {name: file_digest(path) for name, path in files_below(folder).items()}
 
 
 def digest_files(files: Mapping[str, str]) -> str:
@@ -98,35 +108,82 @@ def part_digest(files: Mapping[str, str], part: str) -> str:
     return digest_files(below)
 
 
+def stamp_of(path: Path) -> str:
+    """A text that changes whenever a file is written or replaced. Its change time, unlike its
+    modification time, cannot be set back.
+    """
+    stat = path.stat()
+    times = f"{stat.st_mtime_ns}|{stat.st_ctime_ns}"
+    return f"{stat.st_dev}|{stat.st_ino}|{stat.st_size}|{times}"
+
+
+class FileDigests:
+    """sha256 of files, each read once while its stamp stays. `known` maps stamps to digests. Files
+    that changed in the last `settled_ns` are read each time.
+
+    `kept` returns a JSON file where all processes of a machine keep the digests of files of
+    KEPT_BYTES or more.
+    """
+
+    def __init__(
+        self, known: Mapping[str, str], settled_ns: int, kept: Callable[[], Path] | None = None
+    ) -> None:
+        self.known, self._settled_ns, self._kept = dict(known), settled_ns, kept
+        self._lock = threading.Lock()
+
+    def of(self, path: Path) -> str:
+        stamp, stat = stamp_of(path), path.stat()
+        kept = self._kept if stat.st_size >= KEPT_BYTES else None
+        if stamp not in self.known and kept is not None:
+            self.known = {**_cached(kept()), **self.known}
+        found = self.known.get(stamp)
+        if found is None:
+            settled = time.time_ns() - stat.st_ctime_ns > self._settled_ns
+            found = file_digest(path)
+            if settled and stamp_of(path) == stamp:
+                self.known[stamp] = found
+                if kept is not None:
+                    self._keep(kept(), stamp, found)
+        return found
+
+    def _keep(self, file: Path, stamp: str, sha: str) -> None:
+        with self._lock, contextlib.suppress(OSError):  # it only saves time
+            newest = list({**_cached(file), stamp: sha}.items())[-KEPT_FILES:]
+            write_whole(file, lambda fresh: fresh.write_text(json.dumps(dict(newest))))
+
+
+# The files that this process has read.
+READ = FileDigests({}, SETTLED_NS, lambda: cache_folder() / "digests.json")
+
+
 def content_digest(path: Path, cache: Path | None = None) -> str:
     """The content digest of a local file or folder.
 
-    `cache` (a JSON file) keeps the digest of each file by its path, size and modification time, so
-    a 140 GB checkpoint is hashed once. Raises DataError if nothing is there or the folder is empty.
+    `cache` (a JSON file) keeps the digest of each file by its stamp, so a 140 GB checkpoint is
+    hashed once. Raises DataError if nothing is there, the folder is empty or a link leaves it, and
+    ModelError if the folder is a model that names a file outside.
     """
     if not path.exists():
         raise DataError(f"there is no file or folder at {path}")
-    cached: dict[str, str] = (
-        json.loads(cache.read_text()) if cache is not None and cache.exists() else {}
-    )
-    digests = dict(cached)
-
-    def sha(file: Path) -> str:
-        stat = file.stat()
-        stamp = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if stamp not in digests:
-            digests[stamp] = file_digest(file)
-        return digests[stamp]
-
+    cached = _cached(cache)
+    digests = READ if cache is None else FileDigests(cached, 0)
     if path.is_file():
-        result = sha(path)
+        result = digests.of(path)
     else:
-        files = {
-            p.relative_to(path).as_posix(): sha(p) for p in sorted(path.rglob("*")) if p.is_file()
-        }
+        check_named_files(path)
+        files = {name: digests.of(file) for name, file in files_below(path).items()}
         if not files:
             raise DataError(f"the folder {path} is empty")
         result = digest_files(files)
-    if cache is not None and digests != cached:
-        write_whole(cache, lambda fresh: fresh.write_text(json.dumps(digests)))
+    if cache is not None and digests.known != cached:
+        write_whole(cache, lambda fresh: fresh.write_text(json.dumps(digests.known)))
     return result
+
+
+def _cached(cache: Path | None) -> dict[str, str]:
+    """The digests in a cache; none if it is absent or damaged, because it can be made again."""
+    try:
+        found = {} if cache is None else json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

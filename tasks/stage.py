@@ -191,6 +191,9 @@ class Request:
     cache_gb: float = 100.0
     pack: str = ""
     pack_share: float = 1.0
+    # Input -> digest of each of its files, where a record of the store lists them. The workplace
+    # fills it in; the inputs of a request without it are not checked.
+    recorded: Mapping[str, Mapping[str, str]] | None = None
     # Its counted work (ebbline.cluster.schedule.counted_work), for the record
     load: Mapping[str, float] = field(default_factory=dict)
 

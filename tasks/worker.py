@@ -16,10 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from ebbline.tasks.errors import DiskFull, EbblineError, Leaving, OutOfMemory, TrainingError
+from ebbline.tasks.errors import (
+    Damaged,
+    DiskFull,
+    EbblineError,
+    Leaving,
+    OutOfMemory,
+    TrainingError,
+)
+from ebbline.tasks.inputs import Expected, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
-from ebbline.tasks.models.loading import Residents, local_path
+from ebbline.tasks.models.loading import HUB, Residents, local_path
 from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
 from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import Spec, TrainSpec
@@ -69,6 +78,7 @@ class _Turn:
     spec: Spec
     inputs: Mapping[str, Path]
     ctx: Context
+    check: InputCheck
 
 
 class _Batch:
@@ -97,16 +107,19 @@ class _Batch:
 
     def run_one(self, request: Request) -> Report:
         started = time.monotonic()
+        check: InputCheck | None = None
         try:
             turn = self._turn(request)
-            request = turn.request
+            request, check = turn.request, turn.check
             ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
             reset_peak_memory(ctx.device)
             run = kind_named(request.kind).load_function()
             run(turn.spec, turn.inputs, Path(request.out), ctx)
+            _require_unchanged(check)
         # A failed stage becomes a report, and the batch continues
         except Exception as error:  # noqa: BLE001
-            return self._failed(request, error, time.monotonic() - started)
+            cause = _damage_behind(error, check)
+            return self._failed(request, cause, time.monotonic() - started)
         return Report(
             key=request.key,
             seconds=time.monotonic() - started,
@@ -121,13 +134,16 @@ class _Batch:
         turns: list[_Turn] = []
         for request in requests:
             try:
-                turns.append(self._turn(request, len(requests)))
+                turn = self._turn(request, len(requests))
+                turn.check.finish()
+                turns.append(turn)
             except Exception as error:  # noqa: BLE001  # as above
                 yield self._failed(request, error, time.monotonic() - started)
         waiting = {turn.request.key: turn for turn in turns}
         try:
             for key, seconds, failure, details in _packed(turns) if len(turns) > 1 else ():
                 turn = waiting.pop(key)
+                failure = failure or _change_of(turn.check)
                 if failure is not None:
                     yield self._failed(turn.request, failure, seconds, clear=False)
                 else:
@@ -172,17 +188,18 @@ class _Batch:
             name: local_path(location, partial(_fetching, file, name, started))
             for name, location in request.inputs.items()
         }
+        check = InputCheck(_expected(request, inputs))
         ctx = request.context(
             residents=self.residents,
             rank=self._rank,
             world_size=self._world_size,
-            progress=file.count,
-            step_done=file.step_done,
+            progress=check.before(file.count),
+            step_done=check.before(file.step_done),
             leaving=self._leaving,
             saved=lambda: self._saved(request),
         )
         _set_threads(request.threads)
-        return _Turn(request, spec, inputs, ctx)
+        return _Turn(request, spec, inputs, ctx, check)
 
     def _failed(
         self, request: Request, error: Exception, seconds: float, clear: bool = True
@@ -198,9 +215,48 @@ class _Batch:
         return Report(request.key, seconds, reason, name, trace, smaller=smaller)
 
 
+def _expected(request: Request, inputs: Mapping[str, Path]) -> dict[str, Expected]:
+    """What each input must be, by its name. Nothing for a request outside any store."""
+    expected: dict[str, Expected] = {}
+    for name, path in inputs.items() if request.recorded is not None else ():
+        if request.inputs[name].startswith(HUB):
+            expected[name] = Expected.of_hub(path)
+        else:
+            files = (request.recorded or {}).get(name)
+            source: Literal["record", "pin"] = "pin" if files is None else "record"
+            expected[name] = Expected(path, request.contents[name], source, files)
+    return expected
+
+
+def _require_unchanged(check: InputCheck) -> None:
+    check.finish()
+    check.check_unchanged()
+
+
+def _change_of(check: InputCheck) -> Damaged | None:
+    try:
+        check.check_unchanged()
+    except Damaged as damage:
+        return damage
+    return None
+
+
+def _damage_behind(error: Exception, check: InputCheck | None) -> Exception:
+    """The damage of an input behind a stage's error, else the error. A machine that is about to go
+    has no time for that.
+    """
+    if check is None or isinstance(error, Damaged | Leaving | OutOfMemory):
+        return error
+    try:
+        _require_unchanged(check)
+    except Damaged as damage:
+        return damage
+    return error
+
+
 def _packed(
     turns: Sequence[_Turn],
-) -> Iterator[tuple[str, float, TrainingError | None, dict[str, object]]]:
+) -> Iterator[tuple[str, float, EbblineError | None, dict[str, object]]]:
     """(key, seconds, error or None, environment) of each training of a pack, as soon as its files
     are written or it has failed.
     """

@@ -5,6 +5,7 @@ outcome loaded by PEFT again.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -28,6 +29,8 @@ from typer.testing import CliRunner
 
 from ebbline.cli import app
 from ebbline.commands.project import RECORD, ProjectedAdapter, project
+from ebbline.tasks.errors import ModelError
+from ebbline.tasks.models.loading import load_model
 from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_adapter
 from tests.tasks.test_safelora import GRAM, by_definition, measured, slack
 from tests.tasks.test_weights import Q0, SMALL, Tensors, built, edited, lora
@@ -627,3 +630,42 @@ def test_the_command_in_a_process_of_its_own_writes_the_bytes_that_the_function_
     )  # it asks for nothing
     assert Q0 in page and "5 of 14 modules projected" in page
     assert {path.suffix for path in (tmp_path / "seen").iterdir()} == {".html", ".png", ".pdf"}
+
+
+@pytest.mark.parametrize("name", ["../../planted", "{out}/planted", "a/../../../planted", "x\ny"])
+def test_a_tensors_name_never_becomes_a_path(pair, adapter, tmp_path, name):
+    name = name.format(out=tmp_path)
+
+    def rename(tensors: Tensors) -> None:
+        for stored in list(tensors):
+            if f"{Q0}." in stored:
+                tensors[stored.replace(Q0, name)] = tensors.pop(stored)
+
+    base, aligned, other = (
+        edited(tmp_path / "in" / where, source, rename)
+        for where, source in (
+            ("base", pair.base),
+            ("aligned", pair.aligned),
+            ("adapter", adapter),
+        )
+    )
+    (done,) = project([other], base, aligned, tmp_path / "work" / "out", threshold=1.0)
+    assert name in done.rows and name in done.projected
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "work"}
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
+    assert {path.name for path in done.out.iterdir()} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD}
+
+
+def test_an_index_entry_outside_the_models_folder_is_an_error(pair, adapter, tmp_path):
+    outside = shutil.copyfile(pair.aligned / "model.safetensors", tmp_path / "outside.safetensors")
+    names = list(load_file(outside))
+    for place in (str(outside), "../outside.safetensors"):
+        aligned = Path(shutil.copytree(pair.aligned, tmp_path / "aligned", dirs_exist_ok=True))
+        (aligned / "model.safetensors").unlink()
+        index = aligned / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, place)}))
+        with pytest.raises(ModelError, match=r"index\.json names the file"):
+            project([adapter], pair.base, aligned, tmp_path / "out", threshold=1.0)
+        with pytest.raises(ModelError, match=r"index\.json names the file"):
+            load_model(aligned, "none", "float32", "cpu")
+    assert not (tmp_path / "out").exists()

@@ -31,6 +31,7 @@ from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml
 from ebbline.tasks.files import write_whole
+from ebbline.tasks.paths import is_inside
 
 FILES = "files"  # the folder beside study.yaml for the content that the user brings
 
@@ -113,13 +114,19 @@ def _places(study: Study) -> dict[tuple[str, str], str]:
     }
     names: dict[str, set[str]] = {}
     for path, sha256 in local:
-        names.setdefault(PurePath(path).name, set()).add(sha256)
+        names.setdefault(_last_name(path).casefold(), set()).add(sha256)
     places: dict[tuple[str, str], str] = {}
     for path, sha256 in local:
-        name = PurePath(path).name
-        alone = len(names[name]) == 1
+        name = _last_name(path)
+        alone = len(names[name.casefold()]) == 1
         places[path, sha256] = f"{FILES}/{name}" if alone else f"{FILES}/{sha256[:8]}-{name}"
     return places
+
+
+def _last_name(path: str) -> str:
+    """The name that a path ends with. A path such as `..` ends with none."""
+    name = PurePath(path).name
+    return name if is_inside(name) else "content"
 
 
 def _moved(study: Study, places: Mapping[tuple[str, str], str]) -> Study:

@@ -23,6 +23,7 @@ from ebbline.cluster.schedule.retry_policy import RetryPolicy
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.resolver import contents_of
 from ebbline.tasks.errors import (
+    Damaged,
     DataError,
     Differs,
     DiskFull,
@@ -39,7 +40,7 @@ __all__ = ["Failure", "Node", "Runner"]
 INVALID_INPUT = (DataError.__name__, ModelError.__name__)
 # These errors stop the run: they are not the stage's fault, and a failed point stays failed.
 STOPS_THE_RUN: Mapping[str, type[EbblineError]] = {
-    error.__name__: error for error in (DiskFull, EndpointDown, Incomplete, Differs)
+    error.__name__: error for error in (DiskFull, EndpointDown, Incomplete, Differs, Damaged)
 }
 
 

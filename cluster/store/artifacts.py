@@ -16,6 +16,7 @@ A folder without a record is an interrupted attempt, and nothing depends on it.
 With a bucket, a worker writes an attempt into the cache on its own disk and uploads it at the end.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -28,14 +29,16 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.cluster.store.bucket import Bucket
-from ebbline.cluster.store.cache import Cache, cache_folder
+from ebbline.cluster.store.cache import MEND, Cache, cache_folder
 from ebbline.cluster.store.places import Folder, StorePlace, unwritable
-from ebbline.tasks.errors import Differs, Incomplete, StoreError
-from ebbline.tasks.identity import digest, digest_files, folder_files, part_digest
+from ebbline.tasks.errors import Damaged, Differs, Incomplete, StoreError, UnstableValue
+from ebbline.tasks.identity import READ, digest, digest_files, folder_files, part_digest
+from ebbline.tasks.paths import is_inside
 
 RECORD = "record.json"
 DROPPED = "dropped.json"
 QUARANTINE = "aside"  # the name of the folder in existing stores
+CHECKSUM = "sha256"  # the field of a record with the digest of all its other fields
 CACHE_GB = 100.0
 READERS = 16
 
@@ -62,8 +65,12 @@ class Artifact:
         return self.store.fetch(self, tuple(self.files))
 
     def file(self, name: str) -> Path:
-        """The path of one file of the payload. Only this file is fetched."""
-        return self.store.fetch(self, (name,)) / name
+        """The path of one file of the payload. Only this file is fetched, and compared with its
+        record: raises Damaged when it differs or is lost, Incomplete when it was dropped.
+        """
+        path = self.store.fetch(self, (name,)) / name
+        self.store.check(self, name)
+        return path
 
     @property
     def log(self) -> Path:
@@ -71,6 +78,14 @@ class Artifact:
 
     def content_of(self, part: str) -> str:
         return part_digest(self.files, part)
+
+    def digests_below(self, part: str) -> dict[str, str]:
+        """Name below a part -> sha256; a part that is one file has its own name."""
+        names = {name: name.removeprefix(f"{part}/") for name in self.below(part)}
+        return {
+            short if short != part else part.rpartition("/")[2]: self.files[name]
+            for name, short in names.items()
+        }
 
     def below(self, part: str) -> tuple[str, ...]:
         """The files of a part, which is a file or a folder; all files when `part` is empty."""
@@ -113,6 +128,7 @@ class Store:
     def _parsed(self, kind: str, key: str, text: bytes) -> Artifact:
         try:
             record = json.loads(text, object_pairs_hook=_sharing_strings)
+            _check_record(record, kind, key)
             return Artifact(
                 key=record["key"],
                 kind=record["kind"],
@@ -123,8 +139,8 @@ class Store:
                 folder=self.root.joinpath(kind, key, record["attempt"]),
                 store=self,
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
+        except (ValueError, KeyError, TypeError, AttributeError, UnstableValue) as error:
+            raise Damaged(
                 f"the record {self.place.at}/{kind}/{key}/{RECORD} is damaged ({error})."
                 " `ebbline store verify --mend` moves it to quarantine; its stage then runs again"
             ) from error
@@ -229,6 +245,7 @@ class Store:
             "hashed": dict(hashed),
             "provenance": dict(provenance),
         }
+        record[CHECKSUM] = _checksum(json.loads(json.dumps(record, allow_nan=False)))
         text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False).encode()
         if self.find(kind, key) is None:
             for name in files:
@@ -256,8 +273,17 @@ class Store:
 
     def dropped(self, artifact: Artifact) -> frozenset[str]:
         """The files that retention has removed. Any other missing file is damage."""
-        text = self.place.read(f"{artifact.kind}/{artifact.key}/{DROPPED}")
-        return frozenset(json.loads(text)["files"]) if text is not None else frozenset()
+        name = f"{artifact.kind}/{artifact.key}/{DROPPED}"
+        text = self.place.read(name)
+        if text is None:
+            return frozenset()
+        try:
+            found = frozenset(json.loads(text)["files"])
+        except (ValueError, KeyError, TypeError):
+            found = frozenset({""})
+        if not found <= artifact.files.keys():
+            raise Damaged(f"{self.place.at}/{name} is damaged. {MEND}")
+        return found
 
     def drop(self, artifact: Artifact, names: frozenset[str]) -> None:
         """Remove files of a payload and keep its record. `dropped.json` is written first, so that
@@ -271,14 +297,17 @@ class Store:
                 (artifact.folder / "payload" / name).unlink(missing_ok=True)
 
     def quarantine(self, kind: str, key: str) -> str:
-        """Move all files of a key to `aside/`, the record first, so that its stage runs again.
-        Returns the new place.
+        """Move all files of a key to `aside/`, the record first, so that its stage runs again; the
+        list of an uploaded source too, so that it is uploaded again. Returns the new place.
         """
         to = f"{QUARANTINE}/{kind}/{key}-{uuid.uuid4().hex[:6]}"
         names = sorted(
             (entry.name for entry in self.place.entries(f"{kind}/{key}")),
             key=lambda name: not name.endswith(f"/{RECORD}"),
         )
+        listing = f"{kind}/{key}.json"
+        if self.place.read(listing) is not None:
+            names.insert(0, listing)
         for name in names:
             self.place.move(name, to + name.removeprefix(f"{kind}/{key}"))
         self._records.pop((kind, key), None)
@@ -317,6 +346,25 @@ class Store:
         )
         return payload
 
+    def check(self, artifact: Artifact, name: str) -> None:
+        """Compare a file of a payload on this machine with its record, if the record names it."""
+        path = artifact.folder / "payload" / name
+        if name not in artifact.files:
+            return
+        if path.is_file():
+            found = READ.of(path)
+            if found == artifact.files[name]:
+                return
+            problem = f"its sha256 is {found[:12]}, the record says {artifact.files[name][:12]}"
+        elif name in self.dropped(artifact):
+            raise Incomplete(
+                f"{path} was dropped to save space; run the study to make it again, or `ebbline "
+                f"store forget {artifact.kind} {artifact.key}` first"
+            )
+        else:
+            problem = "it is missing"
+        raise Damaged(f"{path} is damaged: {problem}. {MEND}")
+
     def free_bytes(self) -> int | None:
         """The free bytes of the store's disk; None for a bucket, which has no limit."""
         if self.cache is not None:
@@ -333,6 +381,33 @@ class Store:
 
     def _name(self, artifact: Artifact, file: str) -> str:
         return f"{artifact.folder.relative_to(self.root).as_posix()}/payload/{file}"
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    """The digest of a record without its own checksum. Values read from JSON have one text, so
+    `canonical` with its checks is not needed: a driver reads many records.
+    """
+    rest = {name: value for name, value in record.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _check_record(record: Mapping[str, Any], kind: str, key: str) -> None:
+    """Raises ValueError for a record of another artifact, and for one that is not as it was
+    written. The records of earlier versions have no checksum.
+    """
+    if (record["kind"], record["key"]) != (kind, key):
+        raise ValueError("it is of another key")
+    if CHECKSUM in record:
+        if _checksum(record) != record[CHECKSUM]:
+            raise ValueError("it differs from its checksum")
+    elif digest(record["hashed"]) != key:
+        raise ValueError("its settings and inputs do not match its key")
+    elif digest_files(record["files"]) != record["content"]:
+        raise ValueError("its content digest does not match its files")
+    names = [record["attempt"], *record["files"]]
+    foreign = next((name for name in names if not is_inside(name)), None)
+    if foreign is not None or "/" in record["attempt"]:
+        raise ValueError(f"it names {foreign or record['attempt']!r}, which is no file of its own")
 
 
 def _sharing_strings(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import SplitResult, urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -20,6 +21,7 @@ from obstore.store import S3Store
 
 from ebbline.cluster.store.places import StoredFile, StorePlace, first_line, unwritable
 from ebbline.tasks.errors import StoreError
+from ebbline.tasks.paths import is_inside
 
 RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 DELETED_AT_ONCE = 1000  # the limit of S3 for one request
@@ -40,17 +42,9 @@ class Bucket(StorePlace):
     }
 
     def __init__(self, url: str, retries: Mapping[str, Any] = RETRIES) -> None:
-        found = re.fullmatch(
-            r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?P<prefix>(/[^/?#]+)*)/?", url
-        )
-        if found is None:
-            # A malformed URL may contain a secret, so the message shows only its scheme.
-            scheme = url.partition("://")[0]
-            raise StoreError(
-                f"this {scheme}:// URL is no valid place for a store; give a folder, or "
-                "s3://BUCKET/PREFIX without keys or other parts"
-            )
-        self.at = f"s3://{found['bucket']}{found['prefix']}"
+        bucket, prefix = _parts(url)
+        self._bucket, self._prefix = bucket, prefix
+        self.at = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._retries, self._open = dict(retries), None
 
     @property
@@ -59,8 +53,9 @@ class Bucket(StorePlace):
             # obstore allows http only on request; a URL with http is one.
             plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
             with self._explaining():
-                self._open = S3Store.from_url(
-                    self.at,
+                self._open = S3Store(
+                    self._bucket,
+                    prefix=self._prefix or None,
                     client_options={"allow_http": True} if plain else None,
                     retry_config=self._retries,
                 )
@@ -151,3 +146,25 @@ class Bucket(StorePlace):
             code = re.search(r"<Code>(\w+)</Code>", text)
             remedy = code.group(1) if code else first_line(error)
         return StoreError(f"the store {self.at} cannot be used: {remedy}")
+
+
+def _parts(url: str) -> tuple[str, str]:
+    """The bucket and the prefix of a URL. Raises StoreError that does not show the URL, which may
+    contain a secret.
+    """
+    try:
+        split = urlsplit(url)
+        names = split.path.strip("/")
+        plain = SplitResult("s3", split.netloc, split.path, "", "").geturl() == url
+    except ValueError:
+        plain, names = False, ""
+    if (
+        not plain
+        or re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", split.netloc) is None
+        or (names and not is_inside(names))
+    ):
+        raise StoreError(
+            f"this {url.partition('://')[0]}:// URL is no valid place for a store; give a folder, "
+            "or s3://BUCKET/PREFIX without keys or other parts"
+        )
+    return split.netloc, names

@@ -6,10 +6,12 @@ removed first.
     CACHE/STORE/scratch/KEY/         checkpoints; an entry
     CACHE/locks/                     one lock file for each entry
     CACHE/fetching/                  downloads in progress
+    CACHE/digests.json               digests of large files that this machine has read
 
 Invariant: a file under its final name is whole. It was compared with its sha256 before the rename,
-or the committed attempt wrote it. Several processes may share a cache: each reader holds a kernel
-lock on its entry, and only entries without a holder are removed. Held entries may exceed the bound.
+or the committed attempt wrote it. A reader compares it again, because a disk may damage it.
+Several processes may share a cache: each reader holds a kernel lock on its entry, and only entries
+without a holder are removed. Held entries may exceed the bound.
 """
 
 import fcntl
@@ -23,23 +25,16 @@ from pathlib import Path
 
 from ebbline.cluster.store.places import unwritable
 from ebbline.tasks.errors import StoreError
-from ebbline.tasks.identity import digest
+from ebbline.tasks.files import cache_folder
+from ebbline.tasks.identity import READ, digest
+from ebbline.tasks.paths import is_inside
 
+__all__ = ["Cache", "cache_folder"]
 MEND = "`ebbline store verify --mend` moves damaged artifacts to quarantine; their stages run again"
 HELD_FOR_READERS = 32
 # The number of path parts below CACHE/STORE that name an entry; 3 for stage kinds.
 ENTRY_DEPTH = {"scratch": 2, "sources": 2}
 Receive = Callable[[str, Path], str]
-
-
-def cache_folder() -> Path:
-    """EBBLINE_CACHE, or `ebbline` in the user's cache folder."""
-    folder = os.environ.get("EBBLINE_CACHE")
-    return (
-        Path(folder)
-        if folder
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ebbline"
-    )
 
 
 class Cache:
@@ -93,10 +88,17 @@ class Cache:
 
         `sizes` (name -> bytes in the store) and `receive` are called only for missing files.
         """
-        if all((folder / name).exists() for name in files):
+        foreign = next((name for name in files if not is_inside(name)), None)
+        if foreign is not None:
+            raise StoreError(
+                f"the store names the file {foreign!r}, which is no plain name; {MEND}"
+            )
+        if all(_is_whole(folder / name, sha) for name, sha in files.items()):
             return
         with self.exclusive(folder):
-            missing = {name: sha for name, sha in files.items() if not (folder / name).exists()}
+            missing = {
+                name: sha for name, sha in files.items() if not _is_whole(folder / name, sha)
+            }
             stored = sizes() if missing else {}
             lost = sorted(missing.keys() - stored.keys())
             if lost:
@@ -151,7 +153,7 @@ class Cache:
 
     def _entries(self) -> Iterator[Path]:
         for store in self.root.iterdir():
-            if store.name in ("locks", "fetching"):
+            if store.name in ("locks", "fetching") or not store.is_dir():
                 continue
             for top in store.iterdir():
                 depth = ENTRY_DEPTH.get(top.name, 3) - 1
@@ -181,6 +183,11 @@ class Cache:
         fcntl.flock(handle, how)
         os.utime(handle)  # for `_last_used`
         return handle
+
+
+def _is_whole(path: Path, sha: str) -> bool:
+    """Whether a fetched file is there as it was fetched. A damaged one is fetched again."""
+    return path.is_file() and READ.of(path) == sha
 
 
 def _unless_locked(lock: Path, act: Callable[[], object]) -> bool:

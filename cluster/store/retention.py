@@ -5,6 +5,7 @@ that no reader sees part of an artifact. Recently written files are not removabl
 be about to use them.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from typing import Literal
 
 from ebbline.cluster.store.artifacts import DROPPED, QUARANTINE, RECORD, Artifact, Store
 from ebbline.cluster.store.places import StoredFile
+from ebbline.cluster.store.sources import SOURCES, listed
 from ebbline.tasks.errors import StoreError
-from ebbline.tasks.identity import digest, digest_files
 from ebbline.tasks.kinds import STAGE_KINDS
 
 OnProgress = Callable[[int, int, str], None]  # (done, total, name)
@@ -59,12 +60,13 @@ class Removal:
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged file or record, with its `problem`."""
+    """A damaged file or record, with its `problem`. It `spreads` if a stage may have read it so."""
 
     kind: str
     key: str
     file: str
     problem: str
+    spreads: bool = True
 
 
 class Survey:
@@ -230,17 +232,27 @@ def damages(
         0,
     )
     for (kind, key), artifact in sorted(survey.records.items()):
-        if (artifact.kind, artifact.key) != (kind, key) or digest(dict(artifact.hashed)) != key:
-            yield Damage(kind, key, RECORD, "the record is of another key")
-        if digest_files(artifact.files) != artifact.content:
-            yield Damage(kind, key, RECORD, "the record's content digest does not match its files")
-        dropped = store.dropped(artifact)
+        try:
+            dropped = store.dropped(artifact)
+        except StoreError as error:
+            dropped = frozenset(artifact.files)
+            yield Damage(kind, key, DROPPED, str(error), spreads=False)
+        payload = f"{kind}/{key}/{artifact.folder.name}/payload/"
+        present = {
+            entry.name.removeprefix(payload)
+            for entry in survey.files[kind, key]
+            if entry.name.startswith(payload)
+        }
+        for name in sorted(present - artifact.files.keys()):
+            yield Damage(kind, key, name, "the record does not name it")
         for name, sha in artifact.files.items():
             on_progress(done, total, kind)
             done += 1
-            found = store.place.sha256(f"{kind}/{key}/{artifact.folder.name}/payload/{name}")
+            found = store.place.sha256(f"{payload}{name}")
             if found is None and name not in dropped:
-                yield Damage(kind, key, name, "it is missing and was not dropped")
+                # No stage can have been made from tensors that were missing.
+                spreads = not name.endswith(TENSORS)
+                yield Damage(kind, key, name, "it is missing and was not dropped", spreads)
             elif found not in (None, sha):
                 yield Damage(
                     kind,
@@ -248,6 +260,87 @@ def damages(
                     name,
                     f"its sha256 is {found[:12] if found else found}, the record says {sha[:12]}",
                 )
+
+
+def source_damages(survey: Survey) -> Iterator[Damage]:
+    """Read every uploaded source of a bucket and compare it with its content digest."""
+    for (top, content), entries in sorted(survey.files.items()):
+        if top != SOURCES:
+            continue
+        folder = f"{SOURCES}/{content}/"
+        text = survey.store.place.read(f"{SOURCES}/{content}.json")
+        names = [entry.name.removeprefix(folder) for entry in entries if "/" in entry.name[8:]]
+        try:
+            files = dict.fromkeys(names, content) if text is None else listed(content, text)
+        except StoreError as error:
+            yield Damage(SOURCES, content, f"{content}.json", str(error))
+            continue
+        for name, sha in files.items():
+            found = survey.store.place.sha256(f"{folder}{name}")
+            if found != sha:
+                problem = "it is missing" if found is None else f"its sha256 is {found[:12]}"
+                yield Damage(SOURCES, content, name, f"{problem}, not {sha[:12]}")
+
+
+def made_from(survey: Survey, damages: Iterable[Damage]) -> dict[tuple[str, str], str]:
+    """The artifacts that were made from damaged files, directly or through others: (kind, key) ->
+    the artifact that it read.
+
+    A record has the content digest of each input. The readers of an artifact without a record are
+    found by the requests of their attempts.
+    """
+    readers: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for where, artifact in survey.records.items():
+        for content in dict(artifact.hashed.get("inputs", {})).values():
+            readers[content].append(where)
+    spreading = [damage for damage in damages if damage.spreads]
+    seen = {(damage.kind, damage.key) for damage in spreading}
+    found: dict[tuple[str, str], str] = {}
+    waiting: list[tuple[tuple[str, str], tuple[str, ...]]] = [
+        ((each.kind, each.key), (each.file,)) for each in spreading
+    ]
+    while waiting:
+        above, names = waiting.pop()
+        if above in survey.records:
+            contents = _contents_with(survey.records[above], names)
+            below = [where for content in contents for where in readers.get(content, ())]
+        else:
+            below = readers.get(above[1], []) + _named_by_requests(survey, above)
+        for where in below:
+            if where not in seen:
+                seen.add(where)
+                found[where] = "/".join(above)
+                waiting.append((where, tuple(survey.records[where].files)))
+    return found
+
+
+def _contents_with(artifact: Artifact, names: Iterable[str]) -> set[str]:
+    """The digests that an input has which reads one of these files: of the artifact, of the file,
+    and of each folder around it.
+    """
+    found = {artifact.content}
+    for name in names:
+        parts = name.split("/")
+        for count in range(1, len(parts) + 1):
+            part = "/".join(parts[:count])
+            if artifact.below(part):
+                found.add(artifact.content_of(part))
+    return found
+
+
+def _named_by_requests(survey: Survey, above: tuple[str, str]) -> list[tuple[str, str]]:
+    """The artifacts whose attempt was asked to read this one."""
+    inside = f"/{above[0]}/{above[1]}/"
+    found = []
+    for where, artifact in survey.records.items():
+        text = survey.store.log(artifact.folder, "request.json")
+        try:
+            inputs = {} if text is None else dict(json.loads(text)["inputs"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if any(inside in str(location) for location in inputs.values()):
+            found.append(where)
+    return found
 
 
 def _below(entry: StoredFile, where: tuple[str, str]) -> str:

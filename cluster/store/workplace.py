@@ -14,15 +14,18 @@ import logging
 import shutil
 import threading
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ebbline.cluster.store.artifacts import Store
+from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.cluster.store.sources import fetch_source
 from ebbline.tasks.errors import StoreError
 from ebbline.tasks.files import is_unfinished
 from ebbline.tasks.identity import file_digest, folder_files
+from ebbline.tasks.kinds import STAGE_KINDS
+from ebbline.tasks.paths import is_inside
 from ebbline.tasks.progress import PROGRESS
 from ebbline.tasks.stage import Report, Request
 
@@ -45,7 +48,10 @@ def workplace(request: Request, rank: int = 0, world_size: int = 1) -> "Workplac
 
 
 class Workplace:
-    """A workplace in a folder. The request's paths are valid on every machine that shares it."""
+    """A workplace in a folder. The request's paths are valid on every machine that shares it.
+
+    A prepared request has the digests of its inputs' files, with which the worker checks them.
+    """
 
     def __init__(
         self, store: Store, attempt: Path, request: Request, rank: int, world_size: int
@@ -54,8 +60,34 @@ class Workplace:
         self.rank, self.world_size = rank, world_size
 
     def prepare(self) -> Request:
-        """Fetch the inputs, and return the request with local paths."""
-        return self.request
+        """Fetch the inputs, and return the request with local paths and the recorded digests."""
+        return replace(self.request, recorded=self._recorded(self.request.inputs))
+
+    def _recorded(self, locations: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """Input -> digest of each file, for the inputs that are artifacts of this store."""
+        parts = {name: self._parts(location) for name, location in locations.items()}
+        return {
+            name: self._artifact(where).digests_below("/".join(where[4:]))
+            for name, where in parts.items()
+            if where
+        }
+
+    def _parts(self, location: str) -> tuple[str, ...]:
+        """(kind, key, attempt, "payload", part, ...) of an artifact of this store; empty for what
+        lies elsewhere.
+        """
+        below = f"{self.store.place.at}/"
+        parts = tuple(location.removeprefix(below).split("/")) if location.startswith(below) else ()
+        return parts if len(parts) > 3 and parts[0] in STAGE_KINDS else ()
+
+    def _artifact(self, where: tuple[str, ...]) -> Artifact:
+        artifact = self.store.open(where[0], where[1])
+        if artifact.folder != self.store.root.joinpath(*where[:3]):
+            raise StoreError(
+                f"{where[0]} {where[1][:12]} was replaced by another attempt during the run; "
+                "run the study again"
+            )
+        return artifact
 
     def send_checkpoint(self) -> None:
         """Upload the checkpoint in the scratch folder."""
@@ -96,7 +128,8 @@ class BucketWorkplace(Workplace):
             self._fetch_checkpoint()
             self._progress_thread = threading.Thread(target=self._send_progress, daemon=True)
             self._progress_thread.start()
-        return replace(self.request, inputs=inputs)
+        recorded = self._recorded(self._original.inputs)
+        return replace(self.request, inputs=inputs, recorded=recorded)
 
     def _fetched(self, location: str) -> str:
         """The local path of an input. A location outside the store (a hub model) is unchanged."""
@@ -104,18 +137,14 @@ class BucketWorkplace(Workplace):
             return location
         assert self.store.cache is not None
         path = self.store.local(location)
-        parts = path.relative_to(self.store.root).parts
-        if parts[0] == "sources":
-            self._held.enter_context(self.store.cache.hold(self.store.root / "sources" / parts[1]))
+        where = self._parts(location)
+        if not where:
+            content = path.relative_to(self.store.root).parts[1]
+            self._held.enter_context(self.store.cache.hold(self.store.root / "sources" / content))
             return str(fetch_source(self.store, path))
-        artifact = self.store.open(parts[0], parts[1])
-        if artifact.folder != self.store.root.joinpath(*parts[:3]):
-            raise StoreError(
-                f"{parts[0]} {parts[1][:12]} was replaced by another attempt during the run; "
-                "run the study again"
-            )
+        artifact = self._artifact(where)
         self._held.enter_context(self.store.cache.hold(artifact.folder))
-        self.store.fetch(artifact, artifact.below("/".join(parts[4:])))
+        self.store.fetch(artifact, artifact.below("/".join(where[4:])))
         return str(path)
 
     def send_checkpoint(self) -> None:
@@ -161,8 +190,18 @@ class BucketWorkplace(Workplace):
         text = place.read(f"{prefix}/{CHECKPOINT}")
         if text is None:
             return
-        checkpoint = json.loads(text)
-        where, files = f"{prefix}/{checkpoint['id']}", dict(checkpoint["files"])
+        try:
+            checkpoint = json.loads(text)
+            where, files = f"{prefix}/{checkpoint['id']}", dict(checkpoint["files"])
+        except (ValueError, KeyError, TypeError):
+            where, files = prefix, {"": ""}
+        if not all(is_inside(f"{where}/{name}") for name in files):
+            _log.warning(
+                "the checkpoint of %s %s is damaged: the stage starts from the beginning",
+                self.request.kind,
+                self.request.key[:12],
+            )
+            return
         if not {f"{where}/{name}" for name in files} <= {
             entry.name for entry in place.entries(where)
         }:

@@ -24,7 +24,7 @@ from ebbline.cluster.checks import Finding, one_line, run, run_module, unreachab
 from ebbline.cluster.executors.choice import EXECUTORS, ExecutorKind
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.bucket import Bucket
-from ebbline.sweeps.study.database import shared_url
+from ebbline.sweeps.study.database import shared_url, sqlite_url
 from ebbline.sweeps.study.home import Home
 from ebbline.tasks.errors import StoreError, StudyError
 
@@ -297,7 +297,7 @@ def _database(home: Home) -> Finding:
             "SQLite needs a HOME that supports writes and locks; on network storage without "
             "locks use `storage: postgresql...`"
         )
-    url = make_url(given or f"sqlite:///{scratch}")
+    url = make_url(given or sqlite_url(scratch))
     seen = url.render_as_string(hide_password=True) if given else f"SQLite in {home.root}"
     if url.host:
         reason = unreachable(url.host, url.port or 5432)

@@ -41,7 +41,8 @@ from ebbline.sweeps.study.suites import (
 )
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EbblineError, EvaluationError, ModelError
-from ebbline.tasks.identity import content_digest
+from ebbline.tasks.identity import content_digest, folder_files
+from ebbline.tasks.inputs import Expected, InputCheck
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
@@ -53,6 +54,7 @@ from ebbline.tasks.stage import Context, Source, Stage, spec_payload
 from ebbline.tasks.worker import ERROR, error_and_reason
 
 DONE = "done.json"
+FILES = "files"  # the field of the mark with the digests of the measured files
 NO_ADAPTER = "model"
 VERDICTS = ("refused", "partial", "complied", "undecided")
 
@@ -170,9 +172,14 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     }
     mark = {"lineage": stage.lineage, **spec_payload(stage.spec)}
     if (out / DONE).exists():
-        if json.loads((out / DONE).read_text()) != mark:
+        written = json.loads((out / DONE).read_text())
+        if {**written, FILES: None} != {**mark, FILES: None}:
             raise EvaluationError(
                 f"{out} holds another measurement; give another folder with --out, or remove it"
+            )
+        if _files_of(out) != written.get(FILES, _files_of(out)):
+            raise EvaluationError(
+                f"{out} was changed since it was measured; remove it, and it is measured again"
             )
         return out
     if out.exists():
@@ -184,17 +191,29 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     shutil.rmtree(fresh, ignore_errors=True)
     for folder in (fresh, ctx.log):
         folder.mkdir(parents=True, exist_ok=True)
+    expected = {
+        name: Expected(Path(item.location), item.content)
+        for name, item in stage.inputs.items()
+        if isinstance(item, Source)
+    }
     try:
+        check = InputCheck(expected)
         kind_named(stage.kind).load_function()(stage.spec, inputs, fresh, ctx)
+        check.finish()
+        check.check_unchanged()
     except EbblineError:
         raise
     # A library's exception may quote a prompt: its text goes to the log, as in a study
     except Exception as error:  # noqa: BLE001
         (ctx.log / ERROR).write_text(traceback.format_exc())
         raise EvaluationError(f"{stage.kind}: {error_and_reason(error, ctx.log)[1]}") from None
-    (fresh / DONE).write_text(json.dumps(mark, indent=1))
+    (fresh / DONE).write_text(json.dumps({**mark, FILES: _files_of(fresh)}, indent=1))
     fresh.replace(out)
     return out
+
+
+def _files_of(folder: Path) -> dict[str, str]:
+    return {name: sha for name, sha in folder_files(folder).items() if name != DONE}
 
 
 def rescore(generations: Mapping[str, Sequence[Path]], spec: ScoreSpec) -> list[dict[str, Any]]:

@@ -103,9 +103,9 @@ def project(
         with _scratch(destination) as scratch:
             spool, fresh = scratch / "spool", scratch / "out"
             spool.mkdir()
-            rows = _measured(loaded, source, spool, progress, device)
+            rows, spooled = _measured(loaded, source, spool, progress, device)
             results = [
-                _written(adapter, own, settings, spool, number, fresh / name, destination / name)
+                _written(adapter, own, settings, spooled, number, fresh / name, destination / name)
                 for number, (adapter, own, name) in enumerate(zip(loaded, rows, names, strict=True))
             ]
             fresh.replace(destination)
@@ -211,29 +211,31 @@ def _measured(
     spool: Path,
     progress: Callable[[int, int, str], None],
     device: str,
-) -> list[dict[str, ModuleRow]]:
-    """Each adapter's rows. Writes every C B to a file in `spool`: all of them may not fit into
-    memory.
+) -> tuple[list[dict[str, ModuleRow]], dict[str, Path]]:
+    """Each adapter's rows, and module -> the file in `spool` with its C B: all of them may not fit
+    into memory. A module's name is data, so the files have numbers.
     """
     rows: list[dict[str, ModuleRow]] = [{} for _ in adapters]
+    spooled: dict[str, Path] = {}
     for module, found in projections(adapters, source, progress, device):
         for number, outcome in found.items():
             rows[number][module] = row_of(outcome)
+        spooled[module] = spool / f"{len(spooled)}.safetensors"
         save_file(
             {
                 str(number): as_saved(outcome, adapters[number], module)
                 for number, outcome in found.items()
             },
-            spool / module,
+            spooled[module],
         )
-    return rows
+    return rows, spooled
 
 
 def _written(
     adapter: Adapter,
     rows: Mapping[str, ModuleRow],
     settings: Settings,
-    spool: Path,
+    spooled: Mapping[str, Path],
     number: int,
     fresh: Path,
     out: Path,
@@ -241,7 +243,7 @@ def _written(
     take, notes = settings.chosen(rows), tuple(_notes(adapter, rows))
     projected = {}
     for module in take:
-        with opened(spool / module) as file:
+        with opened(spooled[module]) as file:
             projected[module] = file.get_tensor(str(number))
     fresh.mkdir(parents=True)
     write_adapter(adapter, projected, fresh)

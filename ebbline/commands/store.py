@@ -18,7 +18,15 @@ from rich.table import Table
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.frontier import frontier_by_model
 from ebbline.cluster.store.resolver import Resolver
-from ebbline.cluster.store.retention import Damage, Needed, Removal, Survey, damages, remove
+from ebbline.cluster.store.retention import (
+    Needed,
+    Removal,
+    Survey,
+    damages,
+    made_from,
+    remove,
+    source_damages,
+)
 from ebbline.commands.project import progress_bar
 from ebbline.sweeps.search.searcher import all_points
 from ebbline.sweeps.study.home import Home
@@ -155,20 +163,19 @@ def show_usage(home: Home, as_json: bool) -> None:
 
 
 def verify(home: Home, mend: bool, as_json: bool) -> int:
-    """Read every artifact; print each damage with its remedy. Returns 1 when a damaged artifact is
-    left in the store.
+    """Read every artifact; print each damage with its remedy, and what was made from it. Returns 1
+    when a damaged artifact is left in the store.
     """
     with ExitStack() as held:
         if mend:
             _hold(home, held)
         with progress_bar("reading") as progress:
             survey = Survey(home.store)
-            found = list(damages(survey, progress))
+            found = [*damages(survey, progress), *source_damages(survey)]
+        damaged = {(each.kind, each.key) for each in found}
+        descendants = made_from(survey, found)
         quarantined = (
-            {
-                where: home.store.quarantine(*where)
-                for where in sorted({(each.kind, each.key) for each in found})
-            }
+            {where: home.store.quarantine(*where) for where in sorted(damaged | descendants.keys())}
             if mend
             else {}
         )
@@ -176,25 +183,30 @@ def verify(home: Home, mend: bool, as_json: bool) -> int:
         rows = [
             asdict(each) | {"moved to": quarantined.get((each.kind, each.key))} for each in found
         ]
-        print(json.dumps({"artifacts": len(survey.records), "damages": rows}, indent=1))
+        made = [
+            {"kind": where[0], "key": where[1], "from": above, "moved to": quarantined.get(where)}
+            for where, above in sorted(descendants.items())
+        ]
+        report = {"artifacts": len(survey.records), "damages": rows, "made from damages": made}
+        print(json.dumps(report, indent=1))
     else:
         for each in found:
-            print(_damage_line(each, quarantined))
-        print(
-            f"{len(survey.records)} artifacts read, "
-            f"{len({(each.kind, each.key) for each in found})} damaged"
-        )
+            where = each.kind, each.key
+            print(f"{'/'.join(where)}, {each.file}: {each.problem}; {_remedy(where, quarantined)}")
+        for where, above in sorted(descendants.items()):
+            print(f"{'/'.join(where)}: made from {above}; {_remedy(where, quarantined)}")
+        made_too = f", {len(descendants)} made from them" if descendants else ""
+        print(f"{len(survey.records)} artifacts read, {len(damaged)} damaged{made_too}")
     return 1 if found and not mend else 0
 
 
-def _damage_line(damage: Damage, quarantined: Mapping[tuple[str, str], str]) -> str:
-    moved = quarantined.get((damage.kind, damage.key))
-    remedy = (
+def _remedy(where: tuple[str, str], quarantined: Mapping[tuple[str, str], str]) -> str:
+    moved = quarantined.get(where)
+    return (
         f"moved to {moved}; the next run makes a new one"
         if moved
         else "`ebbline store verify --mend` quarantines it"
     )
-    return f"{damage.kind}/{damage.key}, {damage.file}: {damage.problem}; {remedy}"
 
 
 def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_json: bool) -> None:

@@ -12,7 +12,7 @@ continues the existing study.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,10 +41,9 @@ class PointDatabase:
         """The same study, with connections that the database makes read-only."""
         if self.shared:
             return replace(self, read_only=True)
-        url = sqlalchemy.URL.create(
-            "sqlite", database=f"file:{quote(self._file)}", query={"mode": "ro", "uri": "true"}
-        )
-        return replace(self, url=url.render_as_string(), read_only=True)
+        # The file's own name is quoted: SQLite reads it as a URI, to open it read-only.
+        query = {"mode": "ro", "uri": "true"}
+        return replace(self, url=sqlite_url(f"file:{quote(self._file)}", query), read_only=True)
 
     @property
     def exists(self) -> bool:
@@ -167,6 +166,12 @@ class Hold:
         if self._connection is not None:
             with self.database.explained():
                 self._connection.execute(sqlalchemy.text("select 1"))
+
+
+def sqlite_url(database: Path | str, query: Mapping[str, str] = {}) -> str:
+    """The URL of an SQLite database in a file, whatever letters its path has."""
+    url = sqlalchemy.URL.create("sqlite", database=str(database), query=query)
+    return url.render_as_string()
 
 
 def shared_url(profile_url: str | None) -> str | None:

@@ -22,11 +22,12 @@ from pathlib import Path
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
-from ebbline.sweeps.study.database import WAIT_HINT, Hold, PointDatabase, shared_url
+from ebbline.sweeps.study.database import WAIT_HINT, Hold, PointDatabase, shared_url, sqlite_url
 from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
+from ebbline.tasks.paths import is_inside
 
 FILE = "file"
 
@@ -50,7 +51,7 @@ class Home:
         """
         url = shared_url(self.profile.storage)
         if url is None:
-            return PointDatabase(f"sqlite:///{self.folder(study) / 'optuna.db'}", study)
+            return PointDatabase(sqlite_url(self.folder(study) / "optuna.db"), study)
         store = self.profile.store or ""
         return PointDatabase(url, f"{study}@{digest(store if '://' in store else self.id)[:12]}")
 
@@ -59,7 +60,8 @@ class Home:
         of the last run, else `name` unchanged.
         """
         path = self.root / "studies" / name / FILE
-        return path.read_text() if "/" not in name and path.is_file() else name
+        plain = is_inside(name) and "/" not in name
+        return path.read_text() if plain and path.is_file() else name
 
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""

@@ -58,7 +58,8 @@ class Replicates(Frozen):
     at_least: Count = 1
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+# A name becomes a file's name, so it does not end with a dot, which some file systems drop.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?$")]
 
 
 class Constraints(Frozen):

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from ebbline.tasks.errors import PinError
+from ebbline.tasks.paths import is_inside
 from ebbline.tasks.specs import DataSpec, Frozen, OrganismSpec, TrainSpec
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -55,6 +56,12 @@ class Hub(Frozen):
     commit: Commit | None = None
     sha256: Sha256 | None = None
     file: str | None = None
+
+    @model_validator(mode="after")
+    def _file_is_inside(self) -> Self:
+        if self.file is not None and not is_inside(self.file):
+            raise ValueError(f"`file` is {self.file!r}; give the path of a file in the repository")
+        return self
 
 
 class OneOf(Frozen):

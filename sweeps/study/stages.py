@@ -287,6 +287,8 @@ class StageGraph:
         path = reference.located()
         found = content_digest(path, cache=self.home.digests)
         if found != sha256:
+            found = content_digest(path)  # the cache itself may be damaged
+        if found != sha256:
             raise PinError(
                 f"{path} differs from its pin: its sha256 is {found}, the study has {sha256}."
                 " Restore the file, or pin the new content with `ebbline pin`"

@@ -8,7 +8,7 @@ YAML as a dict.
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -42,6 +42,20 @@ from ebbline.tasks.specs import (
     Spec,
     TrainSpec,
 )
+
+T = TypeVar("T")
+
+
+def _distinct_files(named: dict[str, T]) -> dict[str, T]:
+    """The mapping, if its names stay different on a file system that ignores case."""
+    first: dict[str, str] = {}
+    for name in named:
+        if first.setdefault(name.casefold(), name) != name:
+            raise ValueError(
+                f"{name!r} and {first[name.casefold()]!r} differ only in case, and some file "
+                "systems take them for one name; rename one"
+            )
+    return named
 
 
 class Model(Frozen):
@@ -123,7 +137,7 @@ class Study(Frozen):
     study: Name
     question: str
     hypothesis: str = ""
-    models: dict[Name, Model] = Field(min_length=1)
+    models: Annotated[dict[Name, Model], AfterValidator(_distinct_files)] = Field(min_length=1)
     data: Data
     train: TrainSpec
     project: ProjectSpec = ProjectSpec()
@@ -132,8 +146,8 @@ class Study(Frozen):
     axes: dict[str, Axis]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(distinct)] = (0,)
     replicates: Replicates = Replicates()
-    judges: dict[Name, Judge] = {}
-    suites: dict[Name, SuiteEntry] = Field(min_length=1)
+    judges: Annotated[dict[Name, Judge], AfterValidator(_distinct_files)] = {}
+    suites: Annotated[dict[Name, SuiteEntry], AfterValidator(_distinct_files)] = Field(min_length=1)
     objectives: Annotated[tuple[str, ...], Field(min_length=1)]
     refusal_floor: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.9
     search: Search = Search()

@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
-from ebbline.sweeps.study.study import Study, Tuned, faults, unknown
+from ebbline.sweeps.study.references import Tuned
+from ebbline.sweeps.study.study import Study, faults, unknown
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.specs import Frozen, Spec
 

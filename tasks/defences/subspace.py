@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ebbline.tasks.defences.projectors import alignment_basis
 from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.models.weights import Checkpoint, opened
+from ebbline.tasks.paths import inside
 from ebbline.tasks.specs import SubspaceSpec
 from ebbline.tasks.stage import Context
 
 BASIS = "basis"
+DIGEST = "sha256"  # the metadata field with the digest of the basis; earlier versions wrote none
 VERSION = 1  # part of the name of a cached basis; raise it when the computation changes
 
 
@@ -55,7 +58,8 @@ class Bases:
             basis_OK = alignment_basis(
                 module, base_OI, aligned_OI, self.energy, self.device, models
             )
-            write_whole(path, lambda fresh: save_file({BASIS: basis_OK}, fresh))
+            metadata = {DIGEST: _bytes_digest(basis_OK)}
+            write_whole(path, lambda fresh: save_file({BASIS: basis_OK}, fresh, metadata))
         return path
 
     def _name(self, base_OI: torch.Tensor, aligned_OI: torch.Tensor) -> str:
@@ -71,11 +75,19 @@ def read_basis(path: Path) -> torch.Tensor:
     try:
         with opened(path) as file:
             basis_OK: torch.Tensor = file.get_tensor(BASIS)
-    except ModelError as error:
+            recorded = (file.metadata() or {}).get(DIGEST)
+        whole = recorded is None or recorded == _bytes_digest(basis_OK)
+    except (ModelError, SafetensorError):
+        whole = False
+    if not whole:
         raise ProjectionError(
             f"{path} is a damaged basis; delete it, and the next run recomputes it"
-        ) from error
+        )
     return basis_OK
+
+
+def _bytes_digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def run(spec: SubspaceSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
@@ -110,5 +122,6 @@ def run(spec: SubspaceSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
 
 def read_index(folder: Path) -> dict[str, Path]:
     """Module -> the file of its basis, from a subspace's folder."""
-    index: dict[str, str] = json.loads((folder / SubspaceSpec.INDEX).read_text())
-    return {module: folder / name for module, name in index.items()}
+    path = folder / SubspaceSpec.INDEX
+    index: dict[str, str] = json.loads(path.read_text())
+    return {module: inside(folder, name, path) for module, name in index.items()}

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ebbline.tasks.errors import EndpointDown, ModelError
+from ebbline.tasks.paths import check_named_files, inside
 from ebbline.tasks.specs import Dtype, Quantisation
 
 HUB = "hub:"
@@ -64,13 +65,14 @@ def local_path(location: str, moving: Callable[[], None] = lambda: None) -> Path
         raise ModelError(
             f"{repo_id} at {commit} cannot be fetched from the hub: {type(error).__name__}: {error}"
         ) from error
-    return Path(folder) / file
+    return inside(Path(folder), file, Path(location)) if file else Path(folder)
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, with a pad token and left padding, as generation needs.
     Raises ModelError if it has no chat template.
     """
+    check_named_files(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -91,6 +93,7 @@ def load_model(
     NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them together with the
     unquantised weights.
     """
+    check_named_files(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"no .safetensors file in {folder}; ebbline reads no other weight format. "

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.paths import inside
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -73,7 +74,7 @@ class Checkpoint:
             weight_map = _json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index} has no `weight_map`; is the download complete?")
-            return {name: self.folder / file for name, file in weight_map.items()}
+            return {name: inside(self.folder, file, index) for name, file in weight_map.items()}
         if not single.exists():
             raise ModelError(
                 f"no model.safetensors and no index in {self.folder}; ebbline reads "

@@ -373,7 +373,9 @@ def test_records_share_equal_strings(tmp_path):
 def test_a_record_names_the_attempt_and_its_files(tmp_path):
     made = commit(Store(tmp_path))
     record = json.loads((tmp_path / "data" / KEY / RECORD).read_text())
-    assert set(record) == {"key", "kind", "attempt", "content", "files", "hashed", "provenance"}
+    assert set(record) == {
+        *("key", "kind", "attempt", "content", "files", "hashed", "provenance", "sha256")
+    }
     assert record["attempt"] == made.folder.name
 
 

@@ -7,13 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from ebbline.sweeps.state.trials import opened
 from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.references import Hub
+from ebbline.sweeps.study.study import Study
+from ebbline.sweeps.study.study_file import _tuples as tuples
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError, StudyHeld
-from tests.sweeps.made import study
+from tests.sweeps.made import changed, study
 
 HOLD = """
 import sys, time
@@ -210,3 +218,38 @@ def test_a_store_in_a_bucket_is_named_by_its_url_and_asks_for_nothing_before_it_
 
 def test_a_home_keeps_its_name_and_no_two_have_the_same(tmp_path):
     assert Home(tmp_path / "a").id == Home(tmp_path / "a").id != Home(tmp_path / "b").id
+
+
+@pytest.mark.parametrize(
+    "name", ["hq?1", "a b", "50%", "%3F", "a#b", "schön", "-x", "a{b}", "x?mode=memory", "a&b=c"]
+)
+def test_a_home_keeps_its_points_in_its_own_folder_whatever_its_name(tmp_path, name):
+    storage = Home(tmp_path / name).storage("tiny")
+    optuna.create_study(storage=opened(storage), study_name="tiny")
+    assert storage.exists and (tmp_path / name / "studies" / "tiny" / "optuna.db").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert optuna.load_study(storage=opened(storage.to_read()), study_name="tiny").trials == []
+
+
+@given(st.text(max_size=20) | st.text("aA.-_/\n\0 ", max_size=8))
+def test_a_studys_name_is_a_plain_file_name_or_an_error(name):
+    try:
+        Study.model_validate(tuples(changed({"study": name})))
+    except ValidationError as error:
+        assert "study" in str(error)
+    else:
+        assert name == Path(name).name and name.isascii() and name.isprintable()
+        assert not name.startswith((".", "-")) and not name.endswith(".") and " " not in name
+
+
+def test_names_that_differ_only_in_case_are_an_error(tmp_path):
+    one = {"prompts": {"language": "task.jsonl"}, "measure": {"kind": "task"}}
+    with pytest.raises(StudyError, match="'Task' and 'task' differ only in case"):
+        study(tmp_path, {"suites/Task": one})
+
+
+def test_a_file_of_a_hub_repository_is_named_inside_it():
+    for file in ("../x", "/etc/hosts", "a/../../x"):
+        with pytest.raises(ValidationError, match="a file in the repository"):
+            Hub(id="org/data", file=file)
+    assert Hub(id="org/data", file="a/b.jsonl").file == "a/b.jsonl"

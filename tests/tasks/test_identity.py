@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ebbline.tasks import identity
 from ebbline.tasks.errors import DataError, UnstableValue
 from ebbline.tasks.identity import (
     canonical,
@@ -191,3 +192,23 @@ def test_a_folder_whose_name_begins_with_a_parts_name_is_not_in_the_part():
     alone = {"adapter/weights": "a" * 64}
     beside = {**alone, "adapter-old/weights": "b" * 64, "adapter.json": "c" * 64}
     assert part_digest(beside, "adapter") == part_digest(alone, "adapter")
+
+
+def test_processes_of_a_machine_hash_a_large_file_once_until_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "KEPT_BYTES", 1)
+    file, kept = tmp_path / "weights", tmp_path / "cache" / "digests.json"
+    file.write_text("one")
+
+    def another_process() -> identity.FileDigests:
+        return identity.FileDigests({}, 0, lambda: kept)
+
+    first = another_process().of(file)
+    with monkeypatch.context() as unread:
+        unread.setattr(identity, "file_digest", lambda path: "read again")
+        assert another_process().of(file) == first
+        stat = file.stat()
+        file.write_text("two")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert another_process().of(file) == "read again"
+    kept.write_text("{")  # a damaged cache is made again
+    assert another_process().of(file) == identity.file_digest(file)
