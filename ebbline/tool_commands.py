@@ -270,7 +270,8 @@ def check(
         str, typer.Option("--format", help="Its format, where it is not plain from the file.")
     ] = "auto",
     against: Annotated[
-        Path | None, typer.Option(help="Another set that it must not overlap.", show_default=False)
+        Path | None,
+        typer.Option(help="Prompts or training data that it must not overlap.", show_default=False),
     ] = None,
     similarity: Annotated[
         float, typer.Option(help="From which similarity on two prompts are near-copies.")
@@ -284,11 +285,11 @@ def check(
     ids, without any text.
     """
     from ebbline.commands.audit import tell
-    from ebbline.tasks.data.audit import audit
+    from ebbline.tasks.data.audit import audit, read_other
     from ebbline.tasks.data.prompts import named_format, read_prompts
 
     asked = read_prompts(file, named_format(set_format))
-    other = None if against is None else read_prompts(against, "auto")
+    other = None if against is None else read_other(against)
     tell(audit(asked, other, similarity), file, as_json, asked if show_text else None)
 
 

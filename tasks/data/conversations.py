@@ -92,6 +92,12 @@ def read_conversations(path: Path) -> list[Conversation]:
     return rows
 
 
+def is_training_data(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a conversation, by its columns."""
+    chat = any(row.get(name) is not None for name in ("messages", "conversations"))
+    return chat or ("instruction" in row and "output" in row)
+
+
 def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
     # A column that only other rows fill is null in Parquet.
     for name in ("messages", "conversations"):

@@ -247,14 +247,12 @@ def _text(row: _SourceRow, column: str) -> str:
     """The text in a column, "" if it has none. SORRY-Bench's `turns` give the first turn; any other
     list or object raises DataError.
     """
-    if not column:
-        return ""
-    value = row.values.get(column)
+    value = row.values.get(column) if column else None
     return text_of(row.where, column, _first_turn(row, value) if column == "turns" else value)
 
 
 def _label(row: _SourceRow) -> str:
-    """The label as written. A number or a list is one that no format has, and not an error here."""
+    # A list or another value is a label that no format has, and not an error here.
     value = row.values.get("label")
     return "" if value is None else str(value).strip().lower()
 
@@ -279,9 +277,7 @@ def _written_list(row: _SourceRow, text: str) -> list[Any]:
                 return list(checked(found))
             except InvalidValue as error:
                 raise DataError(f"{row.where} {error}") from None
-    raise DataError(
-        f"{row.where}: `turns` is no list in JSON or Python; write the first turn as text"
-    )
+    raise DataError(f"{row.where}: `turns` is no list in JSON or Python; write one turn as text")
 
 
 def _unique(prompts: Sequence[Prompt], lines: Sequence[int]) -> tuple[list[Prompt], int]:
@@ -338,7 +334,7 @@ def _rows(path: Path, format: Format) -> tuple[str, list[_SourceRow]]:
 
 
 def _is_prompt(row: Row) -> bool:
-    """Whether the only object of a JSON file is a row: the values of RefusalBench are lists."""
+    # The values of RefusalBench are lists.
     return any(isinstance(row.values.get(name), str) for name in _columns())
 
 
