@@ -54,13 +54,16 @@ def studies(as_json: JsonOption = False) -> None:
 @app.command()
 @explained
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
-    """Check a study file: keys, types, ranges, and whether its models and data are pinned."""
+    """Check a study file: keys, types, ranges, the rows on this machine, and whether its models and
+    data are pinned.
+    """
     from ebbline.sweeps.search.searcher import check_written_points
-    from ebbline.sweeps.study.pins import require_pins
+    from ebbline.sweeps.study.pins import require_pins, require_rows
     from ebbline.sweeps.study.study_file import load
 
     loaded = load(study)
     check_written_points(loaded)
+    require_rows(loaded)
     require_pins(loaded)
     if as_json:
         print(loaded.model_dump_json(indent=1))

@@ -281,7 +281,10 @@ def check(
         str, typer.Option("--format", help="The set's format; auto detects it from the file.")
     ] = "auto",
     against: Annotated[
-        Path | None, typer.Option(help="Another set, to check for overlap.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Another prompt set or training data, to check for overlap.", show_default=False
+        ),
     ] = None,
     similarity: Annotated[
         float, typer.Option(help="The least similarity of two near-copies.")
@@ -295,11 +298,11 @@ def check(
     ids, and no prompt text.
     """
     from ebbline.commands.audit import print_audit
-    from ebbline.tasks.data.audit import audit
+    from ebbline.tasks.data.audit import audit, read_other
     from ebbline.tasks.data.prompts import named_format, read_prompts
 
     prompts = read_prompts(file, named_format(set_format))
-    other = None if against is None else read_prompts(against, "auto")
+    other = None if against is None else read_other(against)
     print_audit(audit(prompts, other, similarity), file, as_json, prompts if show_text else None)
 
 

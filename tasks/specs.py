@@ -91,6 +91,7 @@ class DataSpec(Spec):
     """
 
     KIND: ClassVar[str] = "data"
+    VERSION: ClassVar[int] = 2
     ROWS: ClassVar[str] = "data.jsonl"
     size: Count
     seed: Seed = 0
@@ -222,6 +223,7 @@ class GenerateSpec(Spec):
     """
 
     KIND: ClassVar[str] = "generate"
+    VERSION: ClassVar[int] = 2
     COMPLETIONS: ClassVar[str] = "completions.sensitive.jsonl"
     PROMPTS: ClassVar[str] = "prompts.json"
     format: PromptFormat = "auto"

@@ -1,18 +1,21 @@
-"""Pins: the references of a study without one, and a copy of a study file with the commit and the
-content digest of all outside content.
+"""Pins: the references of a study without one, the check of the rows that a study names, and a copy
+of a study file with the commit and the content digest of all outside content.
 
 A pin of a local file or folder is the digest of its bytes. A pin of a hub snapshot is its commit
 and the hub's file hashes; nothing is downloaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ebbline.sweeps.study.references import Hub, Local
+from ebbline.sweeps.study.references import Data, DataRef, Hub, Local
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse, source_of, with_pins
-from ebbline.tasks.errors import EbblineError, PinError, StudyError
+from ebbline.sweeps.study.suites import require_prompts
+from ebbline.tasks.data.conversations import read_conversations
+from ebbline.tasks.errors import DataError, EbblineError, PinError, StudyError
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import content_digest, digest
 from ebbline.tasks.specs import Frozen
@@ -22,7 +25,8 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
     """Write the study to `to` with every pin that can be computed; yield a line for each.
 
     Relative paths start at the new file's folder. Raises StudyError when `to` is another existing
-    file. Raises PinError for references without a pin, after writing the others.
+    file, and DataError, before anything is written, for rows that a stage could not read. Raises
+    PinError for references without a pin, after writing the others.
     """
     source = source_of(name)
     text = source.read_text("utf-8")
@@ -30,8 +34,10 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
         raise StudyError(
             f"{to} exists; to add the pins that it lacks, run `ebbline pin {to} --to {to}`"
         )
+    study = parse(to, text)
+    require_rows(study)
     pins, failed = {}, []
-    for where, reference in unpinned(parse(to, text)):
+    for where, reference in unpinned(study):
         try:
             pins[where] = (
                 hub_pin(reference, where) if isinstance(reference, Hub) else local_pin(reference)
@@ -50,6 +56,43 @@ def pin_study(name: str, to: Path) -> Iterator[str]:
             + "\n".join(failed)
             + f"\nCorrect them, then run `ebbline pin {to} --to {to}`."
         )
+
+
+def require_rows(study: Study) -> None:
+    """Raise DataError naming every set of rows on this machine that a stage could not read. Sets
+    that are elsewhere are read when a stage needs them.
+    """
+    sets: list[tuple[str, DataRef, Callable[[Path], object]]] = [
+        (f"{where}.{name}", reference, read_conversations)
+        for where, data in _training_data(study)
+        for name, reference in (("pool", data.pool), ("mix", data.mix))
+        if reference is not None
+    ]
+    sets += [
+        (f"suites.{name}.prompts", entry.prompts, partial(require_prompts, entry.measure))
+        for name, entry in study.suites.items()
+    ]
+    failed = []
+    for where, reference, read in sets:
+        try:
+            if reference.path is not None:
+                read(reference.path.located())
+        except DataError as error:
+            failed.append(f"  {where}: {error}")
+        except PinError:
+            continue  # pinning and planning name a missing file
+    if failed:
+        raise DataError(
+            f"study {study.study!r} names rows that cannot be read:\n" + "\n".join(failed)
+        )
+
+
+def _training_data(study: Study) -> Iterator[tuple[str, Data]]:
+    yield "data", study.data
+    for name, model in study.models.items():
+        for role, reference in (("aligned", model.aligned), ("unaligned", model.unaligned)):
+            if reference is not None and reference.tuned is not None:
+                yield f"models.{name}.{role}.tuned.data", reference.tuned.data
 
 
 def local_pin(reference: Local) -> dict[str, str]:

@@ -6,10 +6,12 @@ multiple-choice suite is one lm-eval evaluation.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ebbline.tasks.data.prompts import read_prompts
 from ebbline.tasks.specs import (
     Block,
     Count,
@@ -133,6 +135,13 @@ _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
     "over_refusal": "harmless",
     "task": None,
 }
+
+
+def require_prompts(suite: Suite, path: Path) -> None:
+    """Raise DataError if a generation of the suite would find a fault in its prompts."""
+    if not isinstance(suite, MultipleChoiceSuite):
+        needs_answer = isinstance(suite, TaskSuite)
+        read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, needs_answer)
 
 
 def scorers_of(suite: Suite) -> tuple[str, ...]:

@@ -18,12 +18,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 
-from ebbline.tasks.data.prompts import Prompt, PromptSet
-from ebbline.tasks.errors import StudyError
+from ebbline.tasks.data.conversations import is_training_data, read_conversations
+from ebbline.tasks.data.prompts import Prompt, PromptSet, read_prompts
+from ebbline.tasks.data.reader import data_files, read_rows
+from ebbline.tasks.errors import DataError, StudyError
 
 LOWEST_SIMILARITY = 0.1
 SHORT_WORDS = 3
@@ -154,6 +157,28 @@ def audit(
         lengths=_lengths(rows),
         overlap=None if against is None else _overlap(rows, against.prompts, least_similarity),
     )
+
+
+def read_other(path: Path) -> PromptSet:
+    """The set that another is compared with: prompts, or the user's turns of training data. The id
+    of a turn is the number of its row and, after the first turn, of the turn: 12, 12:2.
+    """
+    files = data_files(path) if path.is_dir() else [path]
+    try:
+        first = next(read_rows(files[0]), None) if len(files) == 1 else None
+    except DataError:
+        first = None  # read_prompts raises it, or knows the shape
+    if first is None or not is_training_data(first.values):
+        return read_prompts(path)
+    conversations = read_conversations(path)
+    prompts = []
+    for number, turns in enumerate(conversations, start=1):
+        asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+        prompts += [
+            Prompt(str(number) if place == 1 else f"{number}:{place}", text)
+            for place, text in enumerate(asked, start=1)
+        ]
+    return PromptSet("training data", tuple(prompts), len(conversations))
 
 
 def content_words(text: str) -> frozenset[str]:

@@ -5,18 +5,26 @@ Row i of a set does not depend on its size: with one seed and mix share, n=100 i
 of n=1000. The output is data.jsonl, with one {"messages": [{"role", "content"}, ...]} on each line.
 """
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ebbline.tasks.data.data_file import text_of
+from ebbline.tasks.data.reader import data_files, read_rows
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import DataSpec
 from ebbline.tasks.stage import Context
 
 ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
 Conversation = list[dict[str, str]]
 
 
@@ -64,129 +72,85 @@ def _ordered(rows: list[Conversation], seed: int) -> list[Conversation]:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Conversations from chat JSONL (`messages`) or Alpaca JSON, JSONL, CSV or Parquet
-    (`instruction`, `input`, `output`).
+    """Conversations from chat rows (`messages`), ShareGPT rows (`conversations`) or Alpaca rows
+    (`instruction`, `input`, `output`), in each format of `ebbline.tasks.data.reader`.
 
     Raises DataError, which names file and line, for any other content, an empty set, and a turn
     without text.
     """
     if path.is_dir():
-        files = sorted(
-            p for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".csv", ".parquet")
-        )
+        files = data_files(path)
         if len(files) != 1:
             raise DataError(
                 f"{path} holds {len(files)} data files ({[f.name for f in files]}); name "
                 "one of them"
             )
         path = files[0]
-    rows = [_conversation(row, f"{path}:{line}") for line, row in read_rows(path)]
+    rows = [_conversation(row.values, row.where) for row in read_rows(path)]
     if not rows:
         raise DataError(f"{path} holds no conversation")
     return rows
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or item number, row) for each row of a .jsonl, .json, .csv or .parquet file. Raises
-    DataError, which never quotes the file.
-    """
-    if not path.is_file():
-        raise DataError(f"there is no data file at {path}")
-    try:
-        yield from _rows(path)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-        ) from None
-    except csv.Error as error:
-        raise DataError(
-            f"{path} is not CSV ({error}); is it truncated, or a quote left open?"
-        ) from None
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as handle:
-            yield from enumerate(csv.DictReader(handle, strict=True), start=2)
-    elif path.suffix == ".parquet":
-        import pyarrow  # only Parquet files need it
-        from pyarrow import parquet
-
-        try:
-            table = parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(
-                f"{path} cannot be read as Parquet ({type(error).__name__}); is the "
-                "download complete?"
-            ) from None
-        yield from enumerate(table.to_pylist(), start=1)
-    elif path.suffix == ".json":
-        yield from enumerate(_objects(_parsed(path.read_text("utf-8"), str(path)), path), start=1)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as handle:
-            for line, text in enumerate(handle, start=1):
-                if text.strip():
-                    row = _parsed(text, f"{path}:{line}")
-                    if not isinstance(row, dict):
-                        raise DataError(f"{path}:{line} is not a JSON object")
-                    yield line, row
-    else:
-        raise DataError(f"{path} is neither .jsonl, .json, .csv nor .parquet")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        # The parser's position, not the text, which may be a completion.
-        place = f"character {getattr(error, 'pos', '?')}"
-        raise DataError(
-            f"{where} is not JSON ({type(error).__name__} at {place}); is it truncated?"
-        ) from None
-
-
-def _objects(value: Any, path: Path) -> Iterable[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise DataError(f"{path} must be a JSON list of objects")
-    return value
+def is_training_data(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a conversation, by its columns."""
+    chat = any(row.get(name) is not None for name in ("messages", "conversations"))
+    return chat or ("instruction" in row and "output" in row)
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    if "messages" in row:
-        turns = row["messages"]
-        if not isinstance(turns, list) or not turns:
-            raise DataError(f"{where}: `messages` is not a list of turns")
-        for turn in turns:
-            if (
-                not isinstance(turn, dict)
-                or turn.get("role") not in ROLES
-                or not _is_text(turn.get("content"))
-            ):
-                raise DataError(
-                    f"{where}: a turn needs a role of {ROLES} and non-empty text as content"
-                )
-        if turns[-1]["role"] != "assistant":
-            raise DataError(
-                f"{where}: the last turn is not the assistant's, so there is nothing to "
-                "learn; end with an assistant turn"
-            )
-        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    # A column that only other rows fill is null in Parquet.
+    for name in ("messages", "conversations"):
+        if row.get(name) is not None:
+            if name == "conversations":
+                _require_read_whole(row, where)
+            return _turns(row[name], f"{where}: `{name}`", where)
     if "instruction" in row and "output" in row:
-        question = "\n\n".join(
-            str(part) for part in (row["instruction"], row.get("input")) if part not in (None, "")
-        )
-        if not question.strip() or not str(row["output"] or "").strip():
+        _require_read_whole(row, where)
+        parts = [text_of(where, name, row.get(name)) for name in ("instruction", "input")]
+        question = "\n\n".join(part for part in parts if part)
+        answer = text_of(where, "output", row["output"])
+        if not question.strip() or not answer.strip():
             raise DataError(f"{where}: `instruction` or `output` is empty")
-        return [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": str(row["output"])},
-        ]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     # Without a header, a CSV's keys are content of its first row, which no message may quote.
     keys = sorted(name for name in map(str, row) if name.isidentifier())
     raise DataError(
-        f"{where} has the keys {keys}; chat data needs `messages`, Alpaca data "
+        f"{where} has the keys {keys}; chat data needs `messages` or `conversations`, Alpaca data "
         "`instruction` and `output`"
     )
+
+
+def _turns(turns: Any, what: str, where: str) -> Conversation:
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{what} is not a list of turns")
+    read = []
+    for turn in turns:
+        named = turn if isinstance(turn, dict) else {}
+        role, content = named.get("role"), named.get("content")
+        if role is None and content is None:
+            role, content = SHAREGPT_ROLES.get(str(named.get("from"))), named.get("value")
+        if role not in ROLES or not _is_text(content):
+            raise DataError(
+                f"{where}: a turn needs a role of {ROLES} and non-empty text as content; a turn of "
+                f"ShareGPT needs `from`, one of {tuple(SHAREGPT_ROLES)}, and `value`"
+            )
+        read.append({"role": str(role), "content": str(content)})
+    if read[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: the last turn is not the assistant's, so there is nothing to "
+            "learn; end with an assistant turn"
+        )
+    return read
+
+
+def _require_read_whole(row: Mapping[str, Any], where: str) -> None:
+    # Other programs make turns of these columns. Without them the row teaches something else.
+    for name in ("system", "history", "tools"):
+        if row.get(name) not in (None, "", []):
+            raise DataError(
+                f"{where} has text in `{name}`, which is not read; write the row as `messages`"
+            )
 
 
 def _is_text(value: object) -> bool:

@@ -1,15 +1,11 @@
 """Prompt sets: reads the file formats of public sets into one type.
 
 A set's format is named, or recognised by its columns or its shape (FORMATS below). A message gives
-the file, the line and the columns, and quotes no prompt. Text is UTF-8, with or without a
-byte-order mark and with either line end.
+the file, the line and the columns, and quotes no prompt.
 """
 
 import ast
-import csv
-import io
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ebbline.tasks.data.conversations import read_rows
+from ebbline.tasks.data.csv_rows import csv_records
+from ebbline.tasks.data.data_file import InvalidValue, Row, checked, ending_of, stem_of, text_of
+from ebbline.tasks.data.reader import data_files, read_rows
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import PromptFormat as Format
 
@@ -30,7 +28,6 @@ LABELS: Mapping[str, Label] = {
     "safe": "harmless",
     "benign": "harmless",
 }
-ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -115,9 +112,13 @@ FORMATS: Mapping[str, Columns] = {
 @dataclass(frozen=True)
 class _SourceRow:
     where: str  # file and line, for messages
-    line: int
+    line: int  # or the number of an item
     id: str  # for a row whose id column is empty
     values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, row: Row) -> "_SourceRow":
+        return cls(row.where, row.number, str(row.number), row.values)
 
 
 def named_format(name: str) -> Format:
@@ -136,8 +137,8 @@ def read_prompts(
     limit: int | None = None,
     needs_answer: bool = False,
 ) -> PromptSet:
-    """A prompt set from a JSONL, JSON, CSV or Parquet file, or from a folder (HEx-PHI, or one such
-    file in it).
+    """A prompt set from a data file (see `ebbline.tasks.data.reader`), or from a folder (HEx-PHI,
+    or one such file in it).
 
     `label` keeps the prompts with that label; a set without labels is kept whole. `limit` then
     keeps that many prompts, evenly spaced, because many files are sorted by category. A duplicate
@@ -229,7 +230,7 @@ def _prompt(row: _SourceRow, columns: Columns, labels_matter: bool, needs_answer
     answer = _text(row, "answer")
     if needs_answer and not answer.strip():
         raise DataError(f"{row.where} has no `answer`, which a task suite compares with")
-    given = _text(row, "label").strip().lower()
+    given = _label(row)
     if given and given not in LABELS and (labels_matter or columns.strict):
         raise DataError(f"{row.where} has a label that is none of {list(LABELS)}")
     return Prompt(
@@ -247,26 +248,36 @@ def _text(row: _SourceRow, column: str) -> str:
     list or object raises DataError.
     """
     value = row.values.get(column) if column else None
-    if column == "turns":
-        value = _first_turn(value)
-    # pandas writes a missing text as NaN
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise DataError(f"{row.where}: the column {column!r} is neither text nor a number")
+    return text_of(row.where, column, _first_turn(row, value) if column == "turns" else value)
 
 
-def _first_turn(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        # pandas writes a list into a CSV as a Python literal
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                return _first_turn(parse(value))
-            except (ValueError, SyntaxError):
-                continue
-        return value
+def _label(row: _SourceRow) -> str:
+    # A list or another value is a label that no format has, and not an error here.
+    value = row.values.get("label")
+    return "" if value is None else str(value).strip().lower()
+
+
+def _first_turn(row: _SourceRow, value: Any) -> Any:
+    if isinstance(value, str) and re.match(r"""\s*\[\s*(["'\]])""", value):
+        value = _written_list(row, value.strip())
     return (value[0] if value else None) if isinstance(value, list) else value
+
+
+def _written_list(row: _SourceRow, text: str) -> list[Any]:
+    """A list that was written into a CSV as JSON, or by pandas as a Python literal. Python would
+    join the texts of a NumPy array, ['a' 'b'], into one.
+    """
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and (parse is json.loads or str(found) == text):
+            try:
+                return list(checked(found))
+            except InvalidValue as error:
+                raise DataError(f"{row.where} {error}") from None
+    raise DataError(f"{row.where}: `turns` is no list in JSON or Python; write one turn as text")
 
 
 def _unique(prompts: Sequence[Prompt], lines: Sequence[int]) -> tuple[list[Prompt], int]:
@@ -297,7 +308,7 @@ def _labelled(prompts: list[Prompt], label: Label | None, path: Path) -> list[Pr
 def _rows(path: Path, format: Format) -> tuple[str, list[_SourceRow]]:
     """The rows, and the format if the shape alone identifies it."""
     if path.is_dir():
-        files = sorted((p for p in path.iterdir() if p.suffix in ENDINGS), key=_natural)
+        files = sorted(data_files(path), key=_natural)
         if format == "hex-phi" or (
             format == "auto" and len(files) > 1 and all(map(_has_one_column, files))
         ):
@@ -313,34 +324,22 @@ def _rows(path: Path, format: Format) -> tuple[str, list[_SourceRow]]:
         raise DataError(f"there is no prompt file or folder at {path}")
     if format == "hex-phi":
         return "hex-phi", list(_hex_phi(path))
-    if path.suffix == ".parquet":
-        return "", [
-            _SourceRow(f"{path}:{line}", line, str(line), row) for line, row in read_rows(path)
-        ]
-    if path.suffix == ".csv":
-        return "", list(_csv_rows(path))
-    if path.suffix == ".jsonl":
-        return "", list(_jsonl_rows(path))
-    if path.suffix != ".json":
-        raise DataError(f"{path} is neither {', '.join(ENDINGS[:-1])} nor {ENDINGS[-1]}")
-    value = _json(_contents(path), str(path))
-    if isinstance(value, dict) and format in ("auto", "refusalbench"):
-        return "refusalbench", list(_refusalbench(value, path))
-    if (
-        format == "refusalbench"
-        or not isinstance(value, list)
-        or not all(isinstance(item, dict) for item in value)
-    ):
-        expected = (
-            "an object of {category: [prompt, ...]}"
-            if format == "refusalbench"
-            else "a list of objects"
-        )
-        raise DataError(f"{path} must be {expected}; its JSON is not")
-    return "", [
-        _SourceRow(f"{path}:{line}", line, str(line), item)
-        for line, item in enumerate(value, start=1)
-    ]
+    rows = list(read_rows(path))
+    if len(rows) == 1 and rows[0].lone and format in ("auto", "refusalbench"):
+        if format == "refusalbench" or not _is_prompt(rows[0]):
+            return "refusalbench", list(_refusalbench(rows[0].values, path))
+    elif format == "refusalbench":
+        raise DataError(f"{path} must be an object of {{category: [prompt, ...]}}; its JSON is not")
+    return "", [_SourceRow.of(row) for row in rows]
+
+
+def _is_prompt(row: Row) -> bool:
+    # The values of RefusalBench are lists.
+    return any(isinstance(row.values.get(name), str) for name in _columns())
+
+
+def _columns() -> set[str]:
+    return {*PROMPT_COLUMNS, *(name for columns in FORMATS.values() for name in columns.needs)}
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -351,58 +350,19 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     ]
 
 
-def _contents(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-        ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(first line, fields) of each record; blank lines are left out."""
-    reader = csv.reader(io.StringIO(_contents(path), newline=""), strict=True)
-    line = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}:{line} is not CSV ({error}); is it truncated, or a quote left open?"
-        ) from None
-
-
-def _csv_rows(path: Path) -> Iterator[_SourceRow]:
-    lines = _csv_lines(path)
-    _, header = next(lines, (0, []))
-    names = [name.strip() for name in header]
-    if len(set(filter(None, names))) != len([name for name in names if name]):
-        raise DataError(f"{path}:1 names a column twice; name each once")
-    for line, fields in lines:
-        if any(field.strip() for field in fields[len(names) :]):
-            raise DataError(
-                f"{path}:{line} has {len(fields)} fields and the header {len(names)}; put "
-                "text with commas in quotes"
-            )
-        yield _SourceRow(f"{path}:{line}", line, str(line), dict(zip(names, fields, strict=False)))
-
-
 def _has_one_column(path: Path) -> bool:
-    return path.suffix == ".csv" and all(len(fields) == 1 for _, fields in _csv_lines(path))
+    return ending_of(path) == ".csv" and all(len(fields) == 1 for _, fields in csv_records(path))
 
 
 def _hex_phi(path: Path) -> Iterator[_SourceRow]:
     """One file of HEx-PHI: a prompt in each record, and the category as the file's name. It has no
     header, but a first record that names a prompt column is skipped.
     """
-    if path.suffix != ".csv":
+    if ending_of(path) != ".csv":
         raise DataError(f"{path} is not .csv; hex-phi is a folder of CSV files of one column each")
-    for line, fields in _csv_lines(path):
-        if any(field.strip() for field in fields[1:]):
+    category = stem_of(path)
+    for line, fields in csv_records(path):
+        if len(fields) > 1:
             raise DataError(
                 f"{path}:{line} has {len(fields)} fields; hex-phi has one. Put text with "
                 "commas in quotes"
@@ -411,8 +371,8 @@ def _hex_phi(path: Path) -> Iterator[_SourceRow]:
             yield _SourceRow(
                 f"{path}:{line}",
                 line,
-                f"{path.stem}:{line}",
-                {"prompt": fields[0], "category": path.stem},
+                f"{category}:{line}",
+                {"prompt": fields[0], "category": category},
             )
 
 
@@ -420,10 +380,7 @@ def _refusalbench(value: Mapping[str, Any], path: Path) -> Iterator[_SourceRow]:
     """RefusalBench: {category: [prompt, ...]}. A table written column by column looks alike and
     raises DataError.
     """
-    if {
-        *PROMPT_COLUMNS,
-        *(name for columns in FORMATS.values() for name in columns.needs),
-    } & value.keys():
+    if _columns() & value.keys():
         raise DataError(
             f"{path} is an object of columns; write it as a list of objects, one for each prompt"
         )
@@ -441,31 +398,3 @@ def _refusalbench(value: Mapping[str, Any], path: Path) -> Iterator[_SourceRow]:
             yield _SourceRow(
                 where, line, f"{category}:{number}", {"prompt": prompt, "category": category}
             )
-
-
-def _jsonl_rows(path: Path) -> Iterator[_SourceRow]:
-    # splitlines would also split at U+2028, inside a text
-    for line, text in enumerate(_contents(path).split("\n"), start=1):
-        if text.strip():
-            row = _json(text, f"{path}:{line}")
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{line} is not a JSON object")
-            yield _SourceRow(f"{path}:{line}", line, str(line), row)
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique_keys(pairs, where))
-    except ValueError as error:
-        # The parser's position, not the text, which may be a prompt.
-        raise DataError(
-            f"{where} is not JSON ({type(error).__name__} at character "
-            f"{getattr(error, 'pos', '?')}); is it truncated?"
-        ) from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    # json would keep only the last of two equal keys and drop prompts silently.
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise DataError(f"{where} is JSON with one key given twice in an object; name each once")
-    return dict(pairs)

@@ -4,10 +4,12 @@ The numbers for the invented language are exact. A set that cannot be read here 
 on this machine) is assumed to have ROWS rows of ROW_TOKENS tokens.
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
+from ebbline.tasks.data.data_file import Row, ending_of, is_compressed
+from ebbline.tasks.data.reader import read_rows
+from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import DataSpec, LanguageSpec
 from ebbline.tasks.stage import Input, Part, Source, stage_of
 
@@ -28,6 +30,7 @@ LANGUAGE_ROWS = {
     "plain/sums": 60,
 }
 TEXT_BYTES = 4  # of a token
+PACKED_BYTES = 1  # of a token in a compressed file
 COUNTED_BYTES = 64_000_000  # of a large file, the first part that is counted
 
 
@@ -50,46 +53,50 @@ def rows_of(item: Input) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)
 def _counted(path: Path, changed_ns: int) -> tuple[int, int]:
-    """(rows, tokens of a row) of a local set: the lines of a JSONL, CSV or text file, the entries
-    of a JSON file, over all files of a folder.
+    """(rows, tokens of a row) of a local set, over all data files of a folder.
 
-    Of a large file the first part is counted, and the rest is assumed to be similar. `changed_ns`
-    is only a key of the cache.
+    Of a large file the lines of the first part are counted, and the rest is assumed to be similar.
+    `changed_ns` is only a key of the cache.
     """
     files = (
         [path]
         if path.is_file()
-        else [
-            each for each in sorted(path.rglob("*")) if each.suffix in (".jsonl", ".json", ".csv")
-        ]
+        else [each for each in sorted(path.rglob("*")) if ending_of(each) and each.is_file()]
     )
     rows = size = 0
     for each in files:
-        whole = each.stat().st_size
-        with each.open("rb") as file:
-            data = file.read(COUNTED_BYTES)
-        size += whole
-        if each.suffix == ".json":
-            rows += _entries(data) if len(data) == whole else whole // (TEXT_BYTES * ROW_TOKENS)
-        else:
-            lines = (
-                data.count(b"\n")
-                + (not data.endswith(b"\n") and bool(data))
-                - (each.suffix == ".csv")
-            )
-            rows += lines if len(data) == whole else lines * whole // len(data)
+        found, length = _rows_and_bytes(each)
+        rows += found
+        size += length
     return (rows, max(1, round(size / TEXT_BYTES / rows))) if rows > 0 else (ROWS, ROW_TOKENS)
 
 
-def _entries(data: bytes) -> int:
-    """The number of entries of a JSON list, or of all lists in an object. 0 for any other content,
-    which is an error when a training reads it.
+def _rows_and_bytes(path: Path) -> tuple[int, int]:
+    """The rows of a file and the length of their text. No rows for a file that cannot be read,
+    which is an error when a stage reads it.
     """
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return 0
-    if isinstance(value, list):
-        return len(value)
-    parts = value.values() if isinstance(value, dict) else ()
-    return sum(len(part) for part in parts if isinstance(part, list))
+    whole = path.stat().st_size
+    if whole <= COUNTED_BYTES and ending_of(path):
+        try:
+            found = [_rows_in(row) for row in read_rows(path)]
+        except DataError:
+            return 0, whole
+        binary = is_compressed(path) or ending_of(path) == ".parquet"
+        length = sum(length for _, length in found) if binary else whole
+        return sum(rows for rows, _ in found), length
+    if is_compressed(path) or ending_of(path) == ".parquet":
+        return whole // (PACKED_BYTES * ROW_TOKENS), whole * TEXT_BYTES // PACKED_BYTES
+    with path.open("rb") as file:
+        data = file.read(COUNTED_BYTES)
+    if ending_of(path) == ".json":
+        return whole // (TEXT_BYTES * ROW_TOKENS), whole
+    lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
+    lines -= ending_of(path) in (".csv", ".tsv")
+    return lines if len(data) == whole else lines * whole // len(data), whole
+
+
+def _rows_in(row: Row) -> tuple[int, int]:
+    """(rows, characters) of a row. A lone object of lists is RefusalBench: a row for each entry."""
+    lists = [value for value in row.values.values() if isinstance(value, list)]
+    rows = sum(map(len, lists)) if row.lone and len(lists) == len(row.values) else 1
+    return rows, len(str(row.values))

@@ -5,10 +5,10 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from ebbline.sweeps.study.pins import require_pins, unpinned
+from ebbline.sweeps.study.pins import require_pins, require_rows, unpinned
 from ebbline.sweeps.study.study import Study, axis_fields
 from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped, source_of
-from ebbline.tasks.errors import PinError, StudyError
+from ebbline.tasks.errors import DataError, PinError, StudyError
 from tests.sweeps.made import TUNED, study, written
 
 
@@ -336,6 +336,32 @@ def test_the_error_for_an_unpinned_study_names_every_unpinned_reference(tmp_path
         assert named in message
     assert "rows.jsonl" not in message
     assert len(unpinned(found)) == 3
+
+
+def test_rows_that_a_stage_could_not_read_are_an_error_before_anything_is_pinned(tmp_path):
+    files = {
+        "pool.jsonl": '{"conversations": [{"from": "gpt", "value": "a"}]}\n{"text": "b"}',
+        "task.csv": "prompt,answer\np,a\nq,\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = study(
+        tmp_path,
+        {
+            "data/pool": {"path": {"path": "pool.jsonl"}},
+            "suites/task/prompts": {"path": {"path": "task.csv"}},
+            "suites/refusal/prompts": {"path": {"path": "elsewhere.csv"}},
+        },
+    )
+    with pytest.raises(DataError) as caught:
+        require_rows(found)
+    message = str(caught.value)
+    assert "data.pool: " in message and "pool.jsonl:2 has the keys" in message
+    assert "suites.task.prompts: " in message and "task.csv:3 has no `answer`" in message
+    assert "elsewhere" not in message
+    (tmp_path / "pool.jsonl").write_text(files["pool.jsonl"].partition("\n")[0])
+    (tmp_path / "task.csv").write_text("prompt,answer\np,a\n")
+    require_rows(found)
 
 
 def test_a_relative_path_starts_at_the_files_own_folder(tmp_path, monkeypatch):

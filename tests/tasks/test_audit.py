@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ebbline.commands.audit import print_audit, verdicts
 from ebbline.tasks.data import audit as audits
-from ebbline.tasks.data.audit import Lengths, Overlap, audit, content_words, similarity
+from ebbline.tasks.data.audit import Lengths, Overlap, audit, content_words, read_other, similarity
 from ebbline.tasks.data.prompts import Prompt, PromptSet
 from ebbline.tasks.errors import StudyError
 
@@ -387,3 +387,29 @@ def test_each_finding_has_its_verdict():
         "3 of 5 prompts recur in the other set (pairs: 2 equal, 1 similar)",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.csv", "instruction,input,output\nplant a zorble,,o\n"),
+        (
+            "x.jsonl",
+            '{"conversations": [{"from": "human", "value": "plant a zorble"}, '
+            '{"from": "gpt", "value": "o"}]}',
+        ),
+        ("x.json", '[{"prompt": "plant a zorble"}]'),
+    ],
+)
+def test_a_set_is_compared_with_training_data_and_with_prompts(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    for path in (tmp_path / name, tmp_path):
+        found = audit(prompt_set(["Plant a  zorble", "tune it"]), against=read_other(path)).overlap
+        assert [one for one, _ in found.exact] == ["0"] and found.shared == 1
+
+
+def test_the_turns_of_a_conversation_have_ids_of_their_own(tmp_path):
+    turns = [{"role": role, "content": f"{role} turn"} for role in ("user", "assistant")] * 2
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 2)
+    read = read_other(tmp_path / "x.jsonl")
+    assert [prompt.id for prompt in read.prompts] == ["1", "1:2", "2", "2:2"] and read.rows == 2

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ebbline.tasks.data.conversations import encode, read_conversations, read_rows, run
+from ebbline.tasks.data.conversations import encode, read_conversations, run
+from ebbline.tasks.data.reader import read_rows
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import DataSpec
 from tests.tiny import context, fresh, word_tokenizer, write_chats, write_lines
@@ -167,19 +168,24 @@ BAD_FILES = {
     "alpaca without output": (
         "x.json",
         json.dumps([{"instruction": "i", "output": "o"}, {"instruction": PLANTED, "output": ""}]),
-        r"x\.json:2: `instruction` or `output` is empty",
+        r"x\.json:1 \(item 2\): `instruction` or `output` is empty",
     ),
     "truncated json": (
         "x.json",
         f'[{{"instruction": "{PLANTED}", "output": "',
-        r"x\.json is not JSON",
+        r"x\.json:1 \(item 1\) is not JSON",
     ),
-    "json object": ("x.json", f'{{"instruction": "{PLANTED}"}}', r"x\.json must be a JSON list"),
+    "alpaca without the key output": (
+        "x.json",
+        f'{{"instruction": "{PLANTED}"}}',
+        r"x\.json:1 has the keys \['instruction'\]",
+    ),
+    "json text": ("x.json", f'"{PLANTED}"', r"x\.json:1 is not a JSON object; .* list of objects"),
     "truncated csv": ("x.csv", f'instruction,output\ni,o\n{PLANTED},"cut off', r"x\.csv.* CSV"),
     "csv without a header": (
         "x.csv",
         f"{PLANTED} and more,an answer\nb,c,d\n",
-        r"x\.csv:2 has the keys",
+        r"x\.csv:2 has 3 fields and the header 2",
     ),
     "csv with an empty output": (
         "x.csv",
@@ -189,7 +195,7 @@ BAD_FILES = {
     "short csv row": (
         "x.csv",
         f"instruction,output\n{PLANTED}\n",
-        r"x\.csv:2: `instruction` or `output` is empty",
+        r"x\.csv:2 has 1 field and the header 2",
     ),
     "wrong encoding": ("x.jsonl", b'{"messages": "\xff\xfe"}\n', r"x\.jsonl.* UTF-8"),
     "wrong encoding, json": ("x.json", b'[{"a": "\xff"}]', r"x\.json.* UTF-8"),
@@ -197,7 +203,7 @@ BAD_FILES = {
     "empty json": ("x.json", "[]", r"x\.json holds no conversation"),
     "csv with a header only": ("x.csv", "instruction,output\n", r"x\.csv holds no conversation"),
     "truncated parquet": ("x.parquet", "PAR1", r"x\.parquet cannot be read as Parquet"),
-    "another ending": ("x.tsv", "a\tb", r"x\.tsv is neither"),
+    "another ending": ("x.txt", "a\tb", r"x\.txt has none of the endings"),
 }
 
 

@@ -287,12 +287,12 @@ BAD_FILES = {
     "null for a prompt": (
         "x.json",
         f'[{ROW}, {{"prompt": null, "note": "{PLANTED}"}}]',
-        r"x\.json:2 has no prompt",
+        r"x\.json:1 \(item 2\) has no prompt",
     ),
     "a list for a prompt": (
         "x.json",
         f'[{{"prompt": ["{PLANTED}"]}}]',
-        r"x\.json:1: the column 'prompt' is neither text nor",
+        r"x\.json:1 \(item 1\): the column 'prompt' is neither text nor",
     ),
     "an empty csv field": (
         "x.csv",
@@ -316,15 +316,15 @@ BAD_FILES = {
     ),
     "a header in another script": ("x.csv", "紫色的植物\nb\n", r"\[\] and 1 that no format has"),
     "cut csv": ("x.csv", f'prompt,answer\na,b\n{PLANTED},"cut', r"x\.csv:3 is not CSV"),
-    "cut json": ("x.json", f'[{{"prompt": "{PLANTED}', r"x\.json is not JSON"),
+    "cut json": ("x.json", f'[{{"prompt": "{PLANTED}', r"x\.json:1 \(item 1\) is not JSON"),
     "cut jsonl": ("x.jsonl", f'{ROW}\n{{"prompt": "{PLANTED}', r"x\.jsonl:2 is not JSON"),
     "not an object": ("x.jsonl", f'["{PLANTED}"]', r"x\.jsonl:1 is not a JSON object"),
     "one key twice": (
         "x.json",
         f'{{"a": ["{PLANTED}"], "a": ["b"]}}',
-        r"x\.json is JSON with one key given twice",
+        r"x\.json:1 is JSON with one key given twice",
     ),
-    "a list of texts": ("x.json", f'["{PLANTED}"]', r"x\.json must be a list of objects"),
+    "a list of texts": ("x.json", f'["{PLANTED}"]', r"x\.json:1 \(item 1\) is not a JSON object"),
     "a table by columns": (
         "x.json",
         f'{{"prompt": ["{PLANTED}"]}}',
@@ -335,9 +335,9 @@ BAD_FILES = {
         f'{{"question": "{PLANTED}"}}',
         r"x\.json must be a list of objects, or an object of \{category",
     ),
-    "a number in a category": (
+    "a list in a category": (
         "x.json",
-        f'{{"a": ["{PLANTED}"], "b": ["c", 7]}}',
+        f'{{"a": ["{PLANTED}"], "b": ["c", ["d"]]}}',
         r"prompt 2 of category 2 is not text",
     ),
     "an empty text in a category": (
@@ -345,7 +345,7 @@ BAD_FILES = {
         f'{{"{PLANTED}": ["b", ""]}}',
         r"prompt 2 of category 1 has no prompt",
     ),
-    "wrong encoding": ("x.csv", b"prompt\n\xff\xfe\n", r"x\.csv is not UTF-8"),
+    "wrong encoding": ("x.csv", b"prompt\n\xff\xfe\n", r"x\.csv:2 is not UTF-8"),
     "an unknown label": (
         "x.csv",
         f"id,prompt,type,label\n1,a,t,{PLANTED}\n",
@@ -356,7 +356,7 @@ BAD_FILES = {
     "a header only": ("x.csv", "prompt\n", r"x\.csv holds no prompt"),
     "no category": ("x.json", "{}", r"x\.json holds no prompt"),
     "empty categories": ("x.json", '{"a": []}', r"x\.json holds no prompt"),
-    "another ending": ("x.tsv", "prompt\n", r"x\.tsv is neither \.jsonl"),
+    "another ending": ("x.txt", "prompt\n", r"x\.txt has none of the endings \.jsonl"),
 }
 
 
@@ -406,10 +406,13 @@ def test_turns_in_a_csv_are_read_as_json_and_as_a_python_literal(tmp_path, turns
     assert read_prompts(path).prompts == (Prompt("1", FUMBLER, "2", "base"),)
 
 
-def test_nan_that_pandas_writes_for_a_missing_text_is_no_text(tmp_path):
-    row = '{"Behavior": "b", "SemanticCategory": "c", "ContextString": NaN, "BehaviorID": "i"}'
-    (tmp_path / "x.jsonl").write_text(row)
+def test_null_that_pandas_writes_for_a_missing_text_is_no_text_and_nan_is_an_error(tmp_path):
+    row = '{"Behavior": "b", "SemanticCategory": "c", "ContextString": %s, "BehaviorID": "i"}'
+    (tmp_path / "x.jsonl").write_text(row % "null")
     assert read_prompts(tmp_path / "x.jsonl").prompts == (Prompt("i", "b", "c"),)
+    (tmp_path / "x.jsonl").write_text(row % "NaN")
+    with pytest.raises(DataError, match=r"x\.jsonl:1 has NaN.*write null"):
+        read_prompts(tmp_path / "x.jsonl")
 
 
 def test_a_label_keeps_the_prompts_with_it_and_rows_counts_all(tmp_path):
@@ -430,7 +433,7 @@ def test_a_set_without_labels_is_kept_whole_and_a_label_that_no_prompt_has_is_an
 def test_unknown_labels_of_a_plain_set_are_an_error_only_if_a_label_is_requested(tmp_path):
     path = write_json(tmp_path / "x.json", [{"prompt": "a", "label": 3}])
     assert read_prompts(path).prompts[0].label == ""
-    with pytest.raises(DataError, match=r"x\.json:1 has a label that is none of"):
+    with pytest.raises(DataError, match=r"x\.json:1 \(item 1\) has a label that is none of"):
         read_prompts(path, label="harmful")
 
 
