@@ -163,8 +163,12 @@ def evaluate(
     ] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Prompts at once; halved when memory ends.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="The most prompts of a batch, a power of two. Another size rounds differently.",
+            show_default="32",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters by itself: no study, no store, no cluster."""
@@ -180,6 +184,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "shots": shots,
         "chat_template": chat_template,
+        "batch_size": batch_size,
     }
     with progress_bar() as progress:
         measured = measure(
@@ -192,7 +197,6 @@ def evaluate(
             quantisation=quantisation,
             dtype=dtype,
             device=device,
-            batch_size=batch_size,
             progress=progress,
         )
     tell(measured, as_json)

@@ -31,6 +31,7 @@ from lm_eval.config.group import GroupConfig
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
+from ebbline.tasks.data.batches import even_threads, rows_meet, whole_batches
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
 from ebbline.tasks.measuring.prefix_lm import Plan, PrefixLM, plan
@@ -92,7 +93,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
         lm = PrefixLM(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=ctx.batch_size,
+            batch_size=1 if rows_meet(model) else spec.batch_size,
             backend="causal",
             softmax_dtype="float32",
         )
@@ -352,7 +353,8 @@ def answer(prepared: Prepared, lm: PrefixLM, ctx: Context) -> None:
                 lambda done, total: ctx.progress(items * done // total, items, "items"),
             )
         else:
-            responses = getattr(lm, kind)(requests, disable_tqdm=True)
+            with even_threads(), whole_batches(int(lm.batch_size)):
+                responses = getattr(lm, kind)(requests, disable_tqdm=True)
             ctx.progress(items, items, "items")
         for instance in requests:
             instance.resps, instance.filtered_resps = [], {}
