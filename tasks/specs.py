@@ -217,7 +217,7 @@ class Decoding(Frozen):
     num_beams: Literal[1] = 1
     num_return_sequences: Literal[1] = 1
     min_length: Literal[0] = 0
-    min_new_tokens: Literal[0] = 0
+    min_new_tokens: None = None
     max_time: None = None
     stop_strings: None = None
     repetition_penalty: One = 1.0

@@ -104,7 +104,7 @@ def greedy(spec: GenerateSpec, ends: Sequence[int]) -> dict[str, Any]:
         "frequency_penalty": 0.0,
         "logit_bias": None,
         "bad_words": None,
-        "min_tokens": spec.decoding.min_new_tokens,
+        "min_tokens": spec.decoding.min_length,
         "max_tokens": spec.max_new_tokens,
         "stop": None,
         "stop_token_ids": list(ends),

@@ -13,14 +13,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from ebbline.sweeps.study.suites import RefusalSuite, stages_of
 from ebbline.tasks.data.batch_shape import BatchShape, rows_together, width_of
-from ebbline.tasks.data.batches import even_threads, rows_meet
+from ebbline.tasks.data.batches import even_threads, in_batches, rows_meet
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring import generate, judge
 from ebbline.tasks.measuring.completions import read_completions
@@ -29,10 +29,11 @@ from ebbline.tasks.models.decoding import NO_SETTING, only, settings_not_used, s
 from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer, with_adapter
 from ebbline.tasks.specs import Decoding, GenerateSpec, JudgeSpec
 from ebbline.tasks.stage import Source
-from tests.tiny import context, conversations, fresh, write_lines
+from tests.tiny import context, conversations, fresh, word_tokenizer, write_lines
 
 PROMPTS = [turns[0]["content"] for turns in conversations(40, seed=3)]
 SPEC = GenerateSpec(max_new_tokens=12, max_tokens=128)
+LONG = GenerateSpec(max_new_tokens=32, max_tokens=128)
 # Each changes the completions of the tiny model where it is not put aside.
 SHIPPED = [
     {"repetition_penalty": 1.5},
@@ -104,9 +105,40 @@ NOT_READ = {
 
 
 @pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="module")
 def loaded(pair):
-    """The tiny model in bfloat16, where another batch rounds differently."""
     return load_model(pair.aligned, "none", "bfloat16", "cpu"), load_tokenizer(pair.aligned)
+
+
+@pytest.fixture(scope="module")
+def sensitive():
+    """A random Llama in bfloat16 whose completions change with the width of the batch."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        initializer_range=0.08,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).bfloat16().eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def whole(sensitive, tmp_path_factory):
+    return complete(sensitive, PROMPTS, tmp_path_factory.mktemp("whole"), LONG)
 
 
 @pytest.fixture(scope="module")
@@ -241,30 +273,30 @@ def test_float32_completions_are_the_arg_max_by_hand_whatever_the_model_ships(pa
 
 
 @pytest.mark.model
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_completion_depends_on_its_prompt_alone(loaded, plain, tmp_path_factory, data):
+def test_a_completion_depends_on_its_prompt_alone(sensitive, whole, tmp_path_factory, data):
     """In bfloat16, bit for bit: any part of the set, in any order, with other prompts beside it,
     and with any number of threads.
     """
     chosen = data.draw(
         st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=40), label="prompts"
     )
-    others = [f"word{n % 40} " * (n + 1) for n in data.draw(st.lists(st.integers(0, 30)))]
+    others = [
+        f"word{n % 40} " * (n + 1) for n in data.draw(st.lists(st.integers(0, 30), max_size=5))
+    ]
     prompts = [*(PROMPTS[index] for index in chosen), *others]
     order = data.draw(st.permutations(range(len(prompts))), label="order")
     before = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.sampled_from([1, 3]), label="threads"))
     try:
         found = complete(
-            loaded, [prompts[index] for index in order], tmp_path_factory.mktemp("run")
+            sensitive, [prompts[index] for index in order], tmp_path_factory.mktemp("run"), LONG
         )
     finally:
         torch.set_num_threads(before)
     back = dict(zip(order, found, strict=True))
-    assert [back[place] for place in range(len(chosen))] == [plain[index] for index in chosen]
+    assert [back[place] for place in range(len(chosen))] == [whole[index] for index in chosen]
 
 
 @pytest.mark.model
@@ -307,6 +339,8 @@ def test_work_shared_between_adapters_leaves_their_bits_equal(pair, tmp_path):
     size=st.sampled_from([1, 2, 8, 32, 256]),
     longest=st.sampled_from([None, 3000, 4000]),
 )
+@example(lengths=[15, 16, 31, 32, 64, 2048], new=12, size=32, longest=None)
+@example(lengths=[2999, 3000, 3000], new=0, size=32, longest=3000)
 def test_a_rows_shape_follows_from_its_length_alone(lengths, new, size, longest):
     shape = BatchShape(new, size, longest)
     encoded = [[7] * length for length in lengths]
@@ -320,6 +354,27 @@ def test_a_rows_shape_follows_from_its_length_alone(lengths, new, size, longest)
         assert longest or all(lengths[index] < width for index in chosen)
         seen += chosen
     assert sorted(seen) == list(range(len(lengths)))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    new=st.sampled_from([0, 64, 2000]),
+    size=st.sampled_from([1, 4, 32]),
+)
+def test_every_batch_is_filled_to_the_shape_of_its_prompts(tokenizer, lengths, new, size):
+    """A part of a set is run in the shapes of the whole set."""
+    shape, ctx = BatchShape(new, size), SimpleNamespace(device="cpu", progress=lambda *_: None)
+
+    def ask(batch):
+        rows, width = batch["input_ids"].shape
+        assert rows == rows_together(width, new, size)
+        assert not batch["attention_mask"].bool().all(dim=1).any()
+        tokens = batch["attention_mask"].sum(dim=1).tolist()
+        assert {width_of(length) for length in tokens} == {width}
+        return tokens
+
+    encoded = [[7] * length for length in lengths]
+    assert in_batches(ask, tokenizer, encoded, shape, "rows", ctx) == lengths
 
 
 def test_7b_prompts_of_a_suite_fill_a_batch_and_long_ones_take_less_memory():
