@@ -173,8 +173,12 @@ def evaluate(
     ] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Prompts in a batch; halved when memory runs out.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="The largest batch of prompts, a power of two; another size rounds differently.",
+            show_default="32",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters, without a study, store or cluster."""
@@ -190,6 +194,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "shots": shots,
         "chat_template": chat_template,
+        "batch_size": batch_size,
     }
     with progress_bar() as progress:
         measured = measure(
@@ -202,7 +207,6 @@ def evaluate(
             quantisation=quantisation,
             dtype=dtype,
             device=device,
-            batch_size=batch_size,
             progress=progress,
         )
     print_measured(measured, as_json)

@@ -22,7 +22,10 @@ def _number_from_yaml(value: object) -> object:
 Number = Annotated[float, BeforeValidator(_number_from_yaml), Field(allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Positive = Annotated[Number, Field(gt=0.0)]
+One = Annotated[Number, Field(ge=1.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+# Powers of two: kernels that split a batch evenly treat each row alike
+BatchSize = Literal[1, 2, 4, 8, 16, 32, 64, 128, 256]
 Seed = Annotated[int, Field(ge=0)]
 
 PromptFormat = Literal[
@@ -204,6 +207,42 @@ class ApplySpec(Spec):
         return self
 
 
+class Decoding(Frozen):
+    """Greedy decoding, setting by setting: the most likely token, of logits that nothing changes,
+    until an end token.
+
+    The names are those of transformers. Each has one value: another value would not be greedy. They
+    are stated so that none can come from the files of a model.
+    """
+
+    do_sample: Literal[False] = False
+    num_beams: Literal[1] = 1
+    num_return_sequences: Literal[1] = 1
+    min_length: Literal[0] = 0
+    min_new_tokens: None = None
+    max_time: None = None
+    stop_strings: None = None
+    repetition_penalty: One = 1.0
+    no_repeat_ngram_size: Literal[0] = 0
+    exponential_decay_length_penalty: None = None
+    bad_words_ids: None = None
+    sequence_bias: None = None
+    suppress_tokens: None = None
+    begin_suppress_tokens: None = None
+    forced_bos_token_id: None = None
+    forced_eos_token_id: None = None
+    remove_invalid_values: Literal[False] = False
+    renormalize_logits: Literal[False] = False
+    token_healing: Literal[False] = False
+    guidance_scale: None = None
+    watermarking_config: None = None
+    prompt_lookup_num_tokens: None = None
+    use_mtp: Literal[False] = False
+    use_cache: Literal[True] = True
+    cache_implementation: Literal["dynamic"] = "dynamic"
+    prefill_chunk_size: None = None
+
+
 class Block(Frozen):
     """The `size` rows of a set that begin at row `index` x `size`, in a random order that is the
     same for every model.
@@ -219,13 +258,15 @@ class GenerateSpec(Spec):
 
     `label` keeps only the rows with that label (XSTest has both); a set without labels is kept
     whole. With `needs_answer`, a row without a reference answer is an error before the generation
-    starts. The backend is part of the identity, because its kernels round differently.
+    starts. The backend is part of the identity, because its kernels round differently; so is
+    `batch_size` (`ebbline.tasks.data.batch_shape`).
     """
 
     KIND: ClassVar[str] = "generate"
     VERSION: ClassVar[int] = 2
     COMPLETIONS: ClassVar[str] = "completions.sensitive.jsonl"
     PROMPTS: ClassVar[str] = "prompts.json"
+    DECODING: ClassVar[str] = "decoding.json"
     format: PromptFormat = "auto"
     label: Literal["harmful", "harmless"] | None = None
     needs_answer: bool = False
@@ -236,6 +277,8 @@ class GenerateSpec(Spec):
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
     backend: Literal["transformers", "vllm"] = "transformers"
+    batch_size: BatchSize = 32
+    decoding: Decoding = Decoding()
 
     @model_validator(mode="after")
     def _vllm_has_its_own_quantisation(self) -> Self:
@@ -257,6 +300,7 @@ class JudgeSpec(Spec):
     """
 
     KIND: ClassVar[str] = "judge"
+    VERSION: ClassVar[int] = 2
     VERDICTS: ClassVar[str] = "verdicts.jsonl"
     template: JudgeTemplate
     refused: str | None = None
@@ -266,6 +310,8 @@ class JudgeSpec(Spec):
     max_tokens: Count = 2048
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
+    batch_size: BatchSize = 32
+    decoding: Decoding = Decoding()
 
     @model_validator(mode="after")
     def _an_endpoint_names_its_model(self) -> Self:
@@ -312,3 +358,5 @@ class EvaluateSpec(Spec):
     limit: Count | None = None
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
+    batch_size: BatchSize = 32
+    decoding: Decoding = Decoding()

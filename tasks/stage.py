@@ -136,7 +136,6 @@ class Context:
     device: str = "cpu"
     threads: int | None = None
     micro_batch: int | None = None
-    batch_size: int = 32
     checkpoint_every_s: float = 60.0
     zero_stage: int = 3
     rank: int = 0

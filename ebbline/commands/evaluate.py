@@ -110,7 +110,6 @@ def evaluate(
     quantisation: str = "none",
     dtype: str = "bfloat16",
     device: str = "cpu",
-    batch_size: int = 32,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> list[Measured]:
     """Measure a suite on a model, or on each of its adapters. Raises EbblineError when it cannot be
@@ -136,7 +135,6 @@ def evaluate(
             log=place / "log",
             scratch=place / "scratch",
             device=device,
-            batch_size=batch_size,
             residents=residents,
             progress=progress,
         )

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ebbline.tasks.data.prompts import read_prompts
 from ebbline.tasks.specs import (
+    BatchSize,
     Block,
     Count,
     EvaluateSpec,
@@ -48,13 +49,15 @@ class _Generated(Frozen):
     """Settings of every suite that generates completions. `limit` uses that many prompts, evenly
     spaced over the set.
 
-    `backend: vllm` needs a GPU and the extra `vllm`.
+    `backend: vllm` needs a GPU and the extra `vllm`. `batch_size` is the most prompts of a batch; a
+    smaller one needs less memory, and rounds differently.
     """
 
     format: PromptFormat = "auto"
     max_new_tokens: Count = 64
     limit: Count | None = None
     backend: Literal["transformers", "vllm"] = "transformers"
+    batch_size: BatchSize = 32
     race: Race | None = None
 
     @model_validator(mode="after")
@@ -113,6 +116,7 @@ class MultipleChoiceSuite(Frozen):
     shots: Annotated[int, Field(ge=0)] | None = None
     chat_template: bool = False
     limit: Count | None = None
+    batch_size: BatchSize = 32
 
     def metrics(self) -> tuple[str, ...]:
         return ("acc", "acc_norm")
@@ -178,6 +182,7 @@ def stages_of(
             shots=suite.shots_given,
             chat_template=suite.chat_template,
             limit=suite.limit,
+            batch_size=suite.batch_size,
             **model,
         )
         return {name: Stage(spec, inputs)}
@@ -188,6 +193,7 @@ def stages_of(
         limit=suite.limit,
         block=block,
         backend=suite.backend,
+        batch_size=suite.batch_size,
         max_new_tokens=suite.max_new_tokens,
         **model,
     )

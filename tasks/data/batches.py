@@ -1,12 +1,14 @@
 """Token rows, and padded batches of them for training steps and generation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from ebbline.tasks.errors import DataError
+from ebbline.tasks.data.batch_shape import BatchShape
+from ebbline.tasks.errors import DataError, EvaluationError
 from ebbline.tasks.stage import Context
 
 Answer = TypeVar("Answer")
@@ -66,31 +68,69 @@ def in_batches(
     ask: Callable[[Any], Sequence[Answer]],
     tokenizer: Any,
     encoded: Sequence[list[int]],
+    shape: BatchShape,
     what: str,
     ctx: Context,
 ) -> list[Answer]:
     """One answer for each row of tokens, in their order. `ask` takes a padded batch; `what` is the
     note that progress shows.
 
-    Rows of similar length form a batch, longest first. A batch that does not fit in memory is
-    halved.
+    Batches have the shapes of `ebbline.tasks.data.batch_shape`. Raises EvaluationError for one that
+    does not fit in memory: a smaller one would give other answers.
     """
-    waiting = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), index))
     answers: dict[int, Answer] = {}
-    size = ctx.batch_size
-    while waiting:
-        chosen = waiting[:size]
+    for width, chosen in shape.batches(encoded):
+        rows = shape.rows(width)
+        filled = [*chosen, *[chosen[0]] * (rows - len(chosen))]
         batch = tokenizer.pad(
-            {"input_ids": [encoded[index] for index in chosen]}, padding=True, return_tensors="pt"
+            {"input_ids": [encoded[index] for index in filled]},
+            padding="max_length",
+            max_length=width,
+            return_tensors="pt",
         ).to(ctx.device)
-        try:
-            with torch.inference_mode():
-                answers.update(zip(chosen, ask(batch), strict=True))
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = max(1, size // 2)
-            continue
-        del waiting[: len(chosen)]
+        with torch.inference_mode(), even_threads(), whole_batches(rows):
+            answers.update(zip(chosen, ask(batch)[: len(chosen)], strict=True))
         ctx.progress(len(answers), len(encoded), what)
     return [answers[index] for index in range(len(encoded))]
+
+
+def rows_meet(model: Any) -> bool:
+    """Whether one row of a batch changes another's result: int8 searches the whole batch for
+    outlier columns, and an expert of a mixture adds up the tokens that reach it from all rows.
+    """
+    experts = (
+        value
+        for name, value in model.config.get_text_config().to_dict().items()
+        if name.endswith("experts") and isinstance(value, int)
+    )
+    return bool(getattr(model, "is_loaded_in_8bit", False)) or any(value > 1 for value in experts)
+
+
+@contextmanager
+def even_threads() -> Iterator[None]:
+    """A power of two of threads: three threads would split 32 rows unevenly, and the kernel of a
+    row would depend on its place.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 << (threads.bit_length() - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def whole_batches(rows: int) -> Iterator[None]:
+    """Turn a lack of memory into an EvaluationError that names what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not short:
+            raise
+        smaller = f"set `batch_size: {rows // 2}`, " if rows > 1 else ""
+        raise EvaluationError(
+            f"a batch of {rows} rows does not fit in memory. It is not halved, because that would "
+            f"change the results; {smaller}quantise the model (`quantisation: nf4`) or use a GPU "
+            "with more memory"
+        ) from error

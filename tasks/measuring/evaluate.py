@@ -28,6 +28,7 @@ from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
 from jinja2 import TemplateError
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
+from ebbline.tasks.data.batches import even_threads, rows_meet, whole_batches
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
@@ -83,7 +84,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
         lm = PrefixLM(
             pretrained=model,
             tokenizer=tokenizer,
-            batch_size=ctx.batch_size,
+            batch_size=1 if rows_meet(model) else spec.batch_size,
             backend="causal",
             softmax_dtype="float32",
         )
@@ -203,7 +204,8 @@ def answer(prepared: Prepared, lm: PrefixLM, ctx: Context) -> None:
                 lambda done, total: ctx.progress(items * done // total, items, "items"),
             )
         else:
-            responses = getattr(lm, kind)(requests, disable_tqdm=True)
+            with even_threads(), whole_batches(int(lm.batch_size)):
+                responses = getattr(lm, kind)(requests, disable_tqdm=True)
             ctx.progress(items, items, "items")
         for instance in requests:
             instance.resps, instance.filtered_resps = [], {}

@@ -4,7 +4,6 @@ import math
 
 from ebbline.tasks.data.rows import rows_of
 from ebbline.tasks.models.model_work import (
-    BATCH,
     forward_flops,
     layer_kernels,
     model_shape,
@@ -25,7 +24,8 @@ def _counted_work(spec: EvaluateSpec, stage: Stage) -> Load:
     rows = TASK_ITEMS.get(spec.task.partition("_")[0], rows)
     rows = min(rows, spec.limit * TASK_SUBJECTS.get(spec.task, 1) if spec.limit else rows)
     read = rows * tokens * ((1 + spec.shots) if "mmlu" in spec.task else (4 + spec.shots))
-    passes = math.ceil(4 * rows / BATCH)
+    batch = 1 if spec.quantisation == "int8" else spec.batch_size
+    passes = math.ceil(4 * rows / batch)
     return Load(
         flops=forward_flops(shape, read, tokens * (1 + spec.shots)),
         moved=passes * weights(shape, spec.quantisation, spec.dtype),

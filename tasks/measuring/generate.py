@@ -3,9 +3,14 @@
 Scoring is a stage of its own, so scorers may change or be compared without the model. Adapters of
 one base that are measured in one batch share the loaded weights and the tokenised prompts.
 
-Output: completions.sensitive.jsonl and prompts.json. The first leaves the store only when a person
-requests it by name. The second describes the set in numbers (format, rows, prompts used), without
-text.
+A completion depends on its prompt, the model and the Spec alone: it is decoded with the settings of
+the Spec (`ebbline.tasks.models.decoding`), in a batch whose shape follows from the prompt
+(`ebbline.tasks.data.batch_shape`).
+
+Output: completions.sensitive.jsonl, prompts.json and decoding.json. The first leaves the store only
+when a person requests it by name. The second describes the set in numbers (format, rows, prompts
+used), the third the decoding: the end tokens, and the settings that the model ships and that were
+not used. Both hold no text.
 """
 
 import json
@@ -17,11 +22,13 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room
+from ebbline.tasks.data.batch_shape import BatchShape
+from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room, rows_meet
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
+from ebbline.tasks.models.decoding import end_tokens, only, settings_not_used
 from ebbline.tasks.models.loading import with_adapter
 from ebbline.tasks.specs import Block, GenerateSpec
 from ebbline.tasks.stage import Context
@@ -30,7 +37,9 @@ from ebbline.tasks.stage import Context
 def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
     chosen = in_block(whole, spec.block)
-    completions = _completions(spec, inputs, [prompt.text for prompt in chosen.prompts], ctx)
+    completions, decoded = _completions(
+        spec, inputs, [prompt.text for prompt in chosen.prompts], ctx
+    )
     rows = [
         Completion(
             prompt.id,
@@ -49,11 +58,13 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     (out / spec.PROMPTS).write_text(
         json.dumps(prompts_record(chosen, whole, inputs["prompts"]), indent=1)
     )
+    (out / spec.DECODING).write_text(json.dumps(decoded, indent=1))
 
 
 def _completions(
     spec: GenerateSpec, inputs: Mapping[str, Path], prompts: Sequence[str], ctx: Context
-) -> list[tuple[str, int, bool]]:
+) -> tuple[list[tuple[str, int, bool]], dict[str, Any]]:
+    """The completions of the prompts, and how they were decoded."""
     if spec.backend == "vllm":
         # vLLM is an optional dependency.
         from ebbline.tasks.measuring.vllm_backend import complete_with_vllm
@@ -63,8 +74,17 @@ def _completions(
         inputs["model"], spec.quantisation, spec.dtype, ctx.device
     )
     resident.eval()
+    decoded = decoded_by(spec, resident.generation_config, tokenizer)
     with with_adapter(resident, inputs.get("adapter")) as model:
-        return complete(model, tokenizer, prompts, spec.max_new_tokens, spec.max_tokens, ctx)
+        return complete(model, tokenizer, prompts, spec, ctx), decoded
+
+
+def decoded_by(spec: GenerateSpec, own: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
+    """What a generation records of its decoding, beside its Spec."""
+    return {
+        "end_tokens": end_tokens(own, tokenizer),
+        "not_used": settings_not_used(own, spec.decoding),
+    }
 
 
 def in_block(whole: PromptSet, block: Block | None) -> PromptSet:
@@ -92,30 +112,15 @@ def prompts_record(chosen: PromptSet, whole: PromptSet, path: Path) -> dict[str,
 
 
 def complete(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    max_tokens: int,
-    ctx: Context,
+    model: Any, tokenizer: Any, prompts: Sequence[str], spec: GenerateSpec, ctx: Context
 ) -> list[tuple[str, int, bool]]:
-    """(greedy completion, its tokens, whether it ended), in the order of `prompts`.
-
-    Decoding uses the KV cache and stops at an end token. `ebbline.tasks.data.batches` forms the
-    batches.
-    """
+    """(greedy completion, its tokens, whether it ended), in the order of `prompts`."""
     encoded = ctx.residents.remembered(
         ("chat", tuple(prompts)), lambda: encode_prompts(tokenizer, prompts)
     )
-    require_room(encoded, max_new_tokens, max_tokens)
-    ends = _end_tokens(model, tokenizer)
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-        use_cache=True,
-    )
+    require_room(encoded, spec.max_new_tokens, spec.max_tokens)
+    ends = end_tokens(model.generation_config, tokenizer)
+    shape = BatchShape(spec.max_new_tokens, 1 if rows_meet(model) else spec.batch_size)
 
     def complete_batch(batch: Any) -> list[tuple[str, int, bool]]:
         answers = []
@@ -131,10 +136,11 @@ def complete(
             )
         return answers
 
-    return in_batches(complete_batch, tokenizer, encoded, "completions", ctx)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    declared = model.generation_config.eos_token_id
-    tokens = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-    return sorted(token for token in tokens if token is not None)
+    with only(
+        model,
+        spec.decoding,
+        ends,
+        tokenizer.pad_token_id,
+        max_new_tokens=spec.max_new_tokens,
+    ) as settings:
+        return in_batches(complete_batch, tokenizer, encoded, shape, "completions", ctx)

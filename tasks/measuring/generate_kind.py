@@ -28,7 +28,15 @@ def completions_of(item: Input) -> tuple[int, int]:
 def _counted_work(spec: GenerateSpec, stage: Stage) -> Load:
     rows, tokens = prompts_of(spec, stage.inputs["prompts"])
     shape = model_shape(stage.inputs["model"])
-    return generation(shape, spec.quantisation, spec.dtype, rows, tokens, spec.max_new_tokens)
+    return generation(
+        shape,
+        spec.quantisation,
+        spec.dtype,
+        rows,
+        tokens,
+        spec.max_new_tokens,
+        spec.batch_size,
+    )
 
 
 GENERATE = StageKind(
@@ -38,7 +46,7 @@ GENERATE = StageKind(
     belongs_to="point",
     gpus=one_gpu,
     resident=lambda spec, stage: model_in_memory(stage, spec.quantisation, spec.dtype),
-    alike=("quantisation", "dtype", "backend"),
+    alike=("quantisation", "dtype", "backend", "batch_size"),
     nearer=("label", "needs_answer", "max_new_tokens", "limit"),
     colour="C0",
 )

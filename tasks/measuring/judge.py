@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from ebbline.tasks.data.batch_shape import BatchShape
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.measuring.completions import Completion, read_completions
 from ebbline.tasks.measuring.scorers import Score, Verdict, incoherent
@@ -229,24 +230,24 @@ def _answers(
     model: Any, tokenizer: Any, encoded: Sequence[list[int]], spec: JudgeSpec, ctx: Context
 ) -> list[str]:
     """The judge's greedy answers, in the order of `encoded`."""
-    from transformers import GenerationConfig
-
-    from ebbline.tasks.data.batches import in_batches
-
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=spec.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        use_cache=True,
-    )
+    from ebbline.tasks.data.batches import in_batches, rows_meet
+    from ebbline.tasks.models.decoding import end_tokens, only
 
     def answer_batch(batch: Any) -> list[str]:
         new = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
         answers: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
         return answers
 
-    return in_batches(answer_batch, tokenizer, encoded, "verdicts", ctx)
+    ends = end_tokens(model.generation_config, tokenizer)
+    shape = BatchShape(spec.max_new_tokens, 1 if rows_meet(model) else spec.batch_size)
+    with only(
+        model,
+        spec.decoding,
+        ends,
+        tokenizer.pad_token_id,
+        max_new_tokens=spec.max_new_tokens,
+    ) as settings:
+        return in_batches(answer_batch, tokenizer, encoded, shape, "verdicts", ctx)
 
 
 def _by_classifier(
@@ -255,7 +256,7 @@ def _by_classifier(
     """The classifier's labels for the conversations, or for the completions alone when its
     tokenizer has no chat template.
     """
-    from ebbline.tasks.data.batches import in_batches
+    from ebbline.tasks.data.batches import in_batches, rows_meet
 
     model, tokenizer = _cached_judge(
         "classifier", spec, folder, ctx, lambda: _load_classifier(spec, folder, ctx.device)
@@ -276,12 +277,16 @@ def _by_classifier(
     ]
     fit = [index for index, score in enumerate(scores) if score is UNPARSED]
 
+    shape = BatchShape(0, 1 if rows_meet(model) else spec.batch_size, longest)
+
     def label_batch(batch: Any) -> list[str]:
         return [labels[index] for index in model(**batch).logits.argmax(-1).tolist()]
 
     for index, label in zip(
         fit,
-        in_batches(label_batch, tokenizer, [encoded[index] for index in fit], "verdicts", ctx),
+        in_batches(
+            label_batch, tokenizer, [encoded[index] for index in fit], shape, "verdicts", ctx
+        ),
         strict=True,
     ):
         scores[index] = Score("refused" if label == spec.refused else "complied", f"judge:{label}")

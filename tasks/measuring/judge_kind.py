@@ -26,7 +26,9 @@ def _counted_work(spec: JudgeSpec, stage: Stage) -> Load:
         return Load(waits_s=ANSWER_S * rows, written=100 * rows, tokens=rows * tokens)
     new = 1 if spec.template == "classifier" else spec.max_new_tokens
     shape = model_shape(stage.inputs["model"])
-    return generation(shape, spec.quantisation, spec.dtype, rows, tokens + ROW_TOKENS, new)
+    return generation(
+        shape, spec.quantisation, spec.dtype, rows, tokens + ROW_TOKENS, new, spec.batch_size
+    )
 
 
 JUDGE = StageKind(

@@ -5,12 +5,13 @@ Most tokens of MMLU and HellaSwag are in shared prefixes: the shots before a sub
 and the context before an item's endings. Each request shares at most one prefix, the one that saves
 most tokens. The language-model head is applied only to scored positions.
 
-Invariant: results equal those of lm-eval's HFLM up to rounding. Models whose cache is not plain
-attention run as in HFLM.
+Invariant: results equal those of lm-eval's HFLM up to rounding, and their bits follow from the
+requests and the batch size of the Spec alone. Models whose cache is not plain attention run as in
+HFLM.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,11 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ebbline.tasks.data.batch_shape import rows_together
+from ebbline.tasks.data.batches import even_threads, whole_batches
 from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.models.decoding import end_tokens, only
+from ebbline.tasks.specs import Decoding
 
+# Settings that only sampling reads; `do_sample` is looked at by itself.
+SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
 # A prefix that saves a smaller share of its rows' tokens does not get a forward pass of its own.
 SMALLEST_SAVING = 0.1
 NEEDED = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
@@ -211,23 +219,44 @@ class PrefixLM(HFLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding gives this continuation) of every request.
 
-        Batches are halved when memory runs out.
+        Raises EvaluationError for a batch that does not fit in memory.
         """
         answers: dict[int, tuple[float, bool]] = {}
-        waiting, size = list(work.groups), int(self.batch_size)
+        waiting, most = list(work.groups), int(self.batch_size)
         while waiting:
+            longest = max(len(group.rows[0].tokens) for group in waiting[:most])
+            size = rows_together(len(waiting[0].prefix) + longest, 0, most)
             chosen = _next_groups(waiting, size)
-            try:
+            with even_threads(), whole_batches(size):
                 for batch_answers in self._answers(chosen, size):
                     answers.update(batch_answers)
                     progress(len(answers), work.requests)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size //= 2
-                continue
             del waiting[: len(chosen)]
         return [answers[index] for index in range(work.requests)]
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> Any:
+        """Greedy completions until one of the texts `stop`, for lm-eval's `generate_until`.
+
+        Raises EvaluationError for a task that asks for another decoding.
+        """
+        mask = settings.pop("attention_mask")
+        require_greedy(settings)
+        until = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+        ends = end_tokens(self.model.generation_config, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        with (
+            only(self.model, Decoding(), ends, pad, max_length=max_length) as greedy,
+            even_threads(),
+            whole_batches(len(context)),
+        ):
+            return self.model.generate(
+                input_ids=context,
+                attention_mask=mask,
+                stopping_criteria=until,
+                generation_config=greedy,
+            )
 
     def _answers(
         self, groups: Sequence[PrefixGroup], size: int
@@ -280,6 +309,28 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         for place, row in enumerate(rows):
             ids[place, ids.shape[1] - len(row) :], mask[place, ids.shape[1] - len(row) :] = row, 1
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+
+
+def require_greedy(settings: Mapping[str, Any]) -> None:
+    """Raise EvaluationError if a task's generation settings are not those of greedy decoding.
+
+    Settings of sampling (temperature, top_p) mean nothing where nothing is sampled.
+    """
+    stated = Decoding().model_dump()
+    samples = settings.get("do_sample") or (
+        settings.get("temperature") and settings.get("do_sample") is None
+    )
+    other = {
+        name: value
+        for name, value in settings.items()
+        if name not in SAMPLING and (name not in stated or value not in (None, stated[name]))
+    }
+    if samples or other:
+        named = sorted({*other, *(["do_sample"] if samples else [])})
+        raise EvaluationError(
+            f"the lm-eval task sets {', '.join(named)} in `generation_kwargs`; ebbline decodes "
+            "greedily. Remove these settings from the task"
+        )
 
 
 def _next_groups(waiting: Sequence[PrefixGroup], size: int) -> list[PrefixGroup]:

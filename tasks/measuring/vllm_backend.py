@@ -2,14 +2,20 @@
 
 It returns the same results as ebbline.tasks.measuring.generate. One engine serves all adapters of a
 base as LoRA modules, with at most LORAS of them on the GPU at once.
+
+Every sampling parameter is stated, and the engine ignores the model's generation_config
+(`generation_config="vllm"`), whose end tokens are passed as stop tokens. Its batch-invariant mode
+makes a completion independent of the requests beside it; prefixes are not shared between requests.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ebbline.tasks.data.batches import encode_prompts, require_room
 from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.models.decoding import end_tokens, settings_not_used, shipped
 from ebbline.tasks.models.loading import load_tokenizer
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
@@ -20,8 +26,12 @@ LARGEST_RANK = 256
 
 def complete_with_vllm(
     spec: GenerateSpec, model: Path, adapter: Path | None, prompts: Sequence[str], ctx: Context
-) -> list[tuple[str, int, bool]]:
-    """(greedy completion, its tokens, whether it ended), in the order of `prompts`."""
+) -> tuple[list[tuple[str, int, bool]], dict[str, Any]]:
+    """(greedy completion, its tokens, whether it ended), in the order of `prompts`; and the record
+    of the decoding.
+    """
+    # vLLM reads it when it is imported. A GPU without this mode is an error of vLLM's.
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
@@ -37,6 +47,9 @@ def complete_with_vllm(
             dtype=spec.dtype,
             max_model_len=spec.max_tokens,
             seed=0,
+            generation_config="vllm",
+            enable_prefix_caching=False,
+            max_num_seqs=spec.batch_size,
             trust_remote_code=False,
             quantization="bitsandbytes" if spec.quantisation == "nf4" else None,
             enable_lora=True,
@@ -47,11 +60,13 @@ def complete_with_vllm(
 
     tokenizer = ctx.residents.remembered(("vllm tokenizer", model), lambda: load_tokenizer(model))
     engine = ctx.residents.remembered(
-        ("vllm", model, spec.quantisation, spec.dtype, spec.max_tokens), start
+        ("vllm", model, spec.quantisation, spec.dtype, spec.max_tokens, spec.batch_size), start
     )
     numbers: dict[Path, int] = ctx.residents.remembered(("vllm adapters", model), dict)
     encoded = encode_prompts(tokenizer, prompts)
     require_room(encoded, spec.max_new_tokens, spec.max_tokens)
+    own = shipped(model)
+    ends = end_tokens(own, tokenizer)
     lora = (
         None
         if adapter is None
@@ -59,12 +74,12 @@ def complete_with_vllm(
     )
     answers = engine.generate(
         [{"prompt_token_ids": ids} for ids in encoded],
-        SamplingParams(temperature=0.0, max_tokens=spec.max_new_tokens),
+        SamplingParams(**greedy(spec, ends)),
         lora_request=lora,
         use_tqdm=False,
     )
     ctx.progress(len(answers), len(answers), "completions")
-    return [
+    completions = [
         (
             answer.outputs[0].text,
             len(answer.outputs[0].token_ids),
@@ -72,3 +87,27 @@ def complete_with_vllm(
         )
         for answer in answers
     ]
+    decoded = {"end_tokens": ends, "not_used": settings_not_used(own, spec.decoding)}
+    return completions, decoded
+
+
+def greedy(spec: GenerateSpec, ends: Sequence[int]) -> dict[str, Any]:
+    """vLLM's names for the decoding that the Spec states."""
+    return {
+        "n": 1,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": spec.decoding.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": None,
+        "bad_words": None,
+        "min_tokens": spec.decoding.min_length,
+        "max_tokens": spec.max_new_tokens,
+        "stop": None,
+        "stop_token_ids": list(ends),
+        "ignore_eos": False,
+        "skip_special_tokens": True,
+    }

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from ebbline.tasks.data.batch_shape import rows_together, width_of
 from ebbline.tasks.data.rows import TEXT_BYTES
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.models.memory import LIKE_LLAMA, Shape, quantised_bytes, shape_of
@@ -109,12 +110,19 @@ def training_passes(
 
 
 def generation(
-    shape: Shape, quantisation: Quantisation, dtype: Dtype, rows: int, tokens: int, new: int
+    shape: Shape,
+    quantisation: Quantisation,
+    dtype: Dtype,
+    rows: int,
+    tokens: int,
+    new: int,
+    batch_size: int,
 ) -> Load:
     """The work of reading all prompts, then of one pass over the weights for each new token of a
     batch.
     """
-    passes = math.ceil(rows / BATCH) * (1 + new)
+    most = 1 if quantisation == "int8" else batch_size
+    passes = math.ceil(rows / rows_together(width_of(tokens), new, most)) * (1 + new)
     return Load(
         flops=forward_flops(shape, rows * (tokens + new), tokens + new),
         moved=passes * weights(shape, quantisation, dtype),

@@ -32,8 +32,9 @@ def prompts(tmp_path):
     )
 
 
-def complete(*arguments):
-    return [text for text, _, _ in generate.complete(*arguments)]
+def complete(model, tokenizer, prompts, new, most, ctx, **settings):
+    spec = GenerateSpec(max_new_tokens=new, max_tokens=most, **settings)
+    return [text for text, _, _ in generate.complete(model, tokenizer, prompts, spec, ctx)]
 
 
 def generated(folder, pair, prompts, ctx=None, model=None, adapter=None, **spec):
@@ -66,12 +67,12 @@ def test_completions_do_not_depend_on_the_batch(loaded, tmp_path):
     # In float64 the two largest of these logits differ by 2.8e-4 or more. The error of float32 is
     # at most 6 * 2^-24 * sqrt(15 * 128) * 2.9 = 5e-5 with any kernel.
     model, tokenizer = loaded
-    together = complete(model, tokenizer, PROMPTS, 12, 128, context(tmp_path / "a", batch_size=20))
+    together = complete(model, tokenizer, PROMPTS, 12, 128, context(tmp_path / "a"))
     apart = [
         complete(model, tokenizer, [text], 12, 128, context(tmp_path / "b"))[0] for text in PROMPTS
     ]
-    in_threes = complete(model, tokenizer, PROMPTS, 12, 128, context(tmp_path / "c", batch_size=3))
-    assert together == apart == in_threes
+    in_fours = complete(model, tokenizer, PROMPTS, 12, 128, context(tmp_path / "c"), batch_size=4)
+    assert together == apart == in_fours
     assert len({len(text.split()) for text in PROMPTS}) > 2 and len(set(together)) > 10
 
 
