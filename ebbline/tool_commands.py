@@ -155,6 +155,17 @@ def evaluate(
         bool | None,
         typer.Option("--chat-template", help="Put lm-eval's items into the chat template."),
     ] = None,
+    tokenizer: Annotated[
+        Literal["model", "adapter"],
+        typer.Option(help="Whose tokenizer and chat template are used."),
+    ] = "model",
+    chat_date: Annotated[
+        str | None,
+        typer.Option(
+            help="The date for a chat template that writes one; 2024-07-26 if not given.",
+            show_default=False,
+        ),
+    ] = None,
     quantisation: Annotated[
         Literal["none", "int8", "nf4"], typer.Option(help="How the model is loaded.")
     ] = "none",
@@ -168,8 +179,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters by itself: no study, no store, no cluster."""
+    from ebbline.commands.evaluate import chat_on, tell
     from ebbline.commands.evaluate import evaluate as measure
-    from ebbline.commands.evaluate import tell
     from ebbline.commands.project import progress_bar
 
     settings = {
@@ -191,6 +202,8 @@ def evaluate(
             settings=settings,
             quantisation=quantisation,
             dtype=dtype,
+            chat=chat_on(chat_date),
+            tokenizer=tokenizer,
             device=device,
             batch_size=batch_size,
             progress=progress,

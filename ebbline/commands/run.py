@@ -23,6 +23,7 @@ from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.executors.on_demand import OnDemand
 from ebbline.commands.plan import draw, wanted_by
 from ebbline.commands.status import without_result
+from ebbline.commands.templates import require_templates
 from ebbline.outputs import tell_outputs, write_outputs
 from ebbline.show import Screen
 from ebbline.sweeps.drive.loop import drive
@@ -100,6 +101,7 @@ def run_study(
     `resume` is the command as it was typed. As JSON, standard output gets one object at the end and
     standard error all else.
     """
+    require_templates(view.study)
     stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.source}"
     mirrored: list[subprocess.Popen[bytes]] = []
     try:

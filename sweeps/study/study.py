@@ -21,7 +21,9 @@ from ebbline.tasks.errors import PinError, StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.specs import (
+    DEFAULT_CHAT,
     ApplySpec,
+    Chat,
     Count,
     DataSpec,
     Dtype,
@@ -66,6 +68,10 @@ class Tuned(Frozen):
     def _all_weights(self) -> Self:
         if self.train.method != "full":
             raise ValueError("train.method must be 'full', because a tuned model is a whole model")
+        if self.train.chat != DEFAULT_CHAT:
+            raise ValueError(
+                "train.chat: give models.NAME.chat instead, which evaluation also uses"
+            )
         return self
 
 
@@ -87,6 +93,8 @@ class Model(Frozen):
     (`{ray.io/accelerator-type: A100}`). `spread` allows a gang on several hosts. These fields and
     `gpus` may change between runs.
 
+    `chat` says how conversations are rendered, in trainings and in measurements.
+
     `unaligned` replaces the base in Safe LoRA's subtraction: the paper notes that an aligned model
     fine-tuned on harmful data behaves like the base. A family without an available base gives only
     `unaligned`.
@@ -97,6 +105,7 @@ class Model(Frozen):
     unaligned: ModelRef | None = None
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
+    chat: Chat = DEFAULT_CHAT
     gpus: Count = 1
     labels: dict[str, str] = {}
     spread: bool = False
@@ -107,7 +116,12 @@ class Model(Frozen):
         """The study's training settings with this size's changes. Raises ValidationError for an
         unknown field.
         """
-        changes = {**self.train, "quantisation": self.quantisation, "dtype": self.dtype}
+        changes = {
+            **self.train,
+            "quantisation": self.quantisation,
+            "dtype": self.dtype,
+            "chat": self.chat.model_dump(),
+        }
         return TrainSpec.model_validate({**study.model_dump(), **changes})
 
     @model_validator(mode="after")
@@ -353,9 +367,17 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _models_say_how_they_chat(self) -> Self:
+        if self.train.chat != DEFAULT_CHAT:
+            raise ValueError(
+                "train.chat: give models.NAME.chat instead, which evaluation also uses"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sizes_can_train(self) -> Self:
         for name, model in self.models.items():
-            for field in ("quantisation", "dtype"):
+            for field in ("quantisation", "dtype", "chat"):
                 if field in model.train:
                     raise ValueError(
                         f"models.{name}.train.{field}: give models.{name}.{field} instead, "
@@ -506,7 +528,14 @@ SETTINGS: Mapping[str, type[Spec]] = {
     "project": ProjectSpec,
     "apply": ApplySpec,
 }
-_NOT_AXES = {"train.seed", "data.seed", "train.quantisation", "train.dtype", "train.method"}
+_NOT_AXES = {
+    "train.seed",
+    "data.seed",
+    "train.quantisation",
+    "train.dtype",
+    "train.chat",
+    "train.method",
+}
 
 
 def axis_fields() -> Iterator[str]:

@@ -19,11 +19,13 @@ from transformers import GenerationConfig
 
 from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
+from ebbline.tasks.data.template_probes import probe
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
+from ebbline.tasks.models.adapter_tokenizer import unused_beside
 from ebbline.tasks.models.loading import with_adapter
-from ebbline.tasks.specs import Block, GenerateSpec
+from ebbline.tasks.specs import Block, EvaluateSpec, GenerateSpec
 from ebbline.tasks.stage import Context
 
 
@@ -31,6 +33,10 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
     chosen = in_block(whole, spec.block)
     completions = _completions(spec, inputs, [prompt.text for prompt in chosen.prompts], ctx)
+    tokenizer = ctx.residents.tokenizer(
+        inputs["model"], spec.chat, adapter=tokenizer_beside(spec, inputs)
+    )
+    chat = chat_record(spec, inputs, tokenizer)
     rows = [
         Completion(
             prompt.id,
@@ -39,7 +45,8 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
             prompt.label,
             prompt.text,
             prompt.answer,
-            text,
+            # A prompt that ends inside a thought has the tag that scorers look for.
+            chat["opens"] + text,
             tokens,
             ended,
         )
@@ -47,7 +54,7 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     ]
     write_completions(out, rows)
     (out / spec.PROMPTS).write_text(
-        json.dumps(described(chosen, whole, inputs["prompts"]), indent=1)
+        json.dumps({**described(chosen, whole, inputs["prompts"]), "chat": chat}, indent=1)
     )
 
 
@@ -60,11 +67,43 @@ def _completions(
 
         return complete_with_vllm(spec, inputs["model"], inputs.get("adapter"), prompts, ctx)
     resident, tokenizer = ctx.residents.model(
-        inputs["model"], spec.quantisation, spec.dtype, ctx.device
+        inputs["model"],
+        spec.quantisation,
+        spec.dtype,
+        ctx.device,
+        spec.chat,
+        adapter=tokenizer_beside(spec, inputs),
     )
     resident.eval()
     with with_adapter(resident, inputs.get("adapter")) as model:
         return complete(model, tokenizer, prompts, spec.max_new_tokens, spec.max_tokens, ctx)
+
+
+def tokenizer_beside(spec: GenerateSpec | EvaluateSpec, inputs: Mapping[str, Path]) -> Path | None:
+    """The adapter whose tokenizer is used; None for the model's own."""
+    return inputs.get("adapter") if spec.tokenizer == "adapter" else None
+
+
+def chat_record(spec: GenerateSpec, inputs: Mapping[str, Path], tokenizer: Any) -> dict[str, Any]:
+    """The chat template of a measurement in facts, without text of prompts."""
+    return {
+        **probe(tokenizer).record(),
+        "date": spec.chat.date,
+        **tokenizer_record(spec, inputs, tokenizer),
+    }
+
+
+def tokenizer_record(
+    spec: GenerateSpec | EvaluateSpec, inputs: Mapping[str, Path], tokenizer: Any
+) -> dict[str, Any]:
+    """Whose tokenizer a measurement uses, and what differs in one that was saved beside the adapter
+    and is not used.
+    """
+    unused = None if tokenizer_beside(spec, inputs) else inputs.get("adapter")
+    return {
+        "tokenizer": spec.tokenizer,
+        "unused_beside_adapter": unused_beside(unused, inputs["model"], tokenizer),
+    }
 
 
 def in_block(whole: PromptSet, block: Block | None) -> PromptSet:
@@ -105,7 +144,7 @@ def complete(
     batches.
     """
     encoded = ctx.residents.remembered(
-        ("chat", tuple(prompts)), lambda: encode_prompts(tokenizer, prompts)
+        ("chat", tokenizer, tuple(prompts)), lambda: encode_prompts(tokenizer, prompts)
     )
     require_room(encoded, max_new_tokens, max_tokens)
     ends = _end_tokens(model, tokenizer)
@@ -136,5 +175,7 @@ def complete(
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     declared = model.generation_config.eos_token_id
-    tokens = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
+    # A template may end turns with a token that the model's files do not name as an end.
+    own = {tokenizer.eos_token_id, probe(tokenizer).end_of_turn}
+    tokens = {*own, *(declared if isinstance(declared, list) else [declared])}
     return sorted(token for token in tokens if token is not None)

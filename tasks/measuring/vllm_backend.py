@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.tasks.data.batches import encode_prompts, require_room
+from ebbline.tasks.data.template_probes import probe
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.models.loading import load_tokenizer
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
 
@@ -45,10 +45,13 @@ def complete_with_vllm(
             disable_log_stats=True,
         )
 
-    tokenizer = ctx.residents.remembered(("vllm tokenizer", model), lambda: load_tokenizer(model))
+    # Checked before the engine starts, which takes minutes.
+    beside = adapter if spec.tokenizer == "adapter" else None
+    ctx.residents.tokenizer(model, spec.chat, adapter=beside)
     engine = ctx.residents.remembered(
         ("vllm", model, spec.quantisation, spec.dtype, spec.max_tokens), start
     )
+    tokenizer = ctx.residents.tokenizer(model, spec.chat, adapter=beside)
     numbers: dict[Path, int] = ctx.residents.remembered(("vllm adapters", model), dict)
     encoded = encode_prompts(tokenizer, prompts)
     require_room(encoded, spec.max_new_tokens, spec.max_tokens)
@@ -59,7 +62,11 @@ def complete_with_vllm(
     )
     answers = engine.generate(
         [{"prompt_token_ids": ids} for ids in encoded],
-        SamplingParams(temperature=0.0, max_tokens=spec.max_new_tokens),
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=spec.max_new_tokens,
+            stop_token_ids=[token for token in [probe(tokenizer).end_of_turn] if token is not None],
+        ),
         lora_request=lora,
         use_tqdm=False,
     )

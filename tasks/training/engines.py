@@ -156,12 +156,12 @@ class SingleDevice(Engine):
         self.spec, self.ctx = spec, ctx
         if spec.method == "lora" and ctx.residents is not None:
             self._resident, self.tokenizer = ctx.residents.model(
-                folder, spec.quantisation, spec.dtype, ctx.device
+                folder, spec.quantisation, spec.dtype, ctx.device, spec.chat
             )
         else:
             self._resident, self.tokenizer = (
                 load_model(folder, spec.quantisation, spec.dtype, ctx.device),
-                load_tokenizer(folder),
+                load_tokenizer(folder, spec.chat),
             )
         self.model = trainable(self._resident, spec, ctx)
         self.model.train()
