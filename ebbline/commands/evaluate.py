@@ -133,6 +133,8 @@ def evaluate(
         raise EvaluationError(f"there is no prompt set at {asked}")
     chosen = suite_of(suite, settings)
     asks_chats = not isinstance(chosen, MultipleChoiceSuite) or chosen.chat_template
+    if tokenizer == "adapter" and not adapters:
+        raise EvaluationError("--tokenizer adapter needs --adapter")
     own = [None] if tokenizer == "model" else [adapter for _, adapter in _named(adapters)]
     for adapter in own:  # before gigabytes are hashed
         load_tokenizer(folder, chat, checked=asks_chats, adapter=adapter)

@@ -78,17 +78,17 @@ def check_chat(tokenizer: Any, chat: Chat, where: object) -> TemplateFacts:
 
 def require_trainable(tokenizer: Any) -> None:
     """Raises ModelError for a template that serves generation only."""
-    facts = probe(tokenizer)
+    facts, where = probe(tokenizer), tokenizer.name_or_path or "the tokenizer"
     if not facts.trainable:
         raise ModelError(
-            f"the chat template's generation prompt opens a thought ({facts.opens}), and its "
-            "training text does not; train with another template, for example an edited "
-            "chat_template.jinja"
+            f"the chat template in {where} opens a thought in its generation prompt "
+            f"({facts.opens}) and not in its training text; train with another template, for "
+            "example an edited chat_template.jinja"
         )
     if facts.end_of_turn is None:
         raise ModelError(
-            "the chat template writes no end token after an answer, so a fine-tuned model would "
-            "not learn to stop; write {{ eos_token }} after the assistant's content"
+            f"the chat template in {where} writes no end token after an answer, so a fine-tuned "
+            "model would not learn to stop; write {{ eos_token }} after the assistant's content"
         )
 
 

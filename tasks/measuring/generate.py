@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.data.template_probes import probe
-from ebbline.tasks.errors import DataError
+from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
 from ebbline.tasks.models.adapter_tokenizer import unused_beside
@@ -80,8 +80,14 @@ def _completions(
 
 
 def tokenizer_beside(spec: GenerateSpec | EvaluateSpec, inputs: Mapping[str, Path]) -> Path | None:
-    """The adapter whose tokenizer is used; None for the model's own."""
-    return inputs.get("adapter") if spec.tokenizer == "adapter" else None
+    """The adapter whose tokenizer is used; None for the model's own. Raises ModelError if there is
+    no adapter.
+    """
+    if spec.tokenizer == "model":
+        return None
+    if "adapter" not in inputs:
+        raise ModelError("`tokenizer: adapter` needs an adapter; use `tokenizer: model`")
+    return inputs["adapter"]
 
 
 def chat_record(spec: GenerateSpec, inputs: Mapping[str, Path], tokenizer: Any) -> dict[str, Any]:

@@ -13,13 +13,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebbline.commands.evaluate import evaluate
-from ebbline.tasks.errors import DataError, ModelError
+from ebbline.commands.templates import require_templates
+from ebbline.tasks.errors import DataError, EvaluationError, ModelError
 from ebbline.tasks.measuring import generate
 from ebbline.tasks.measuring.completions import read_completions
+from ebbline.tasks.measuring.prefix_lm import PrefixLM
 from ebbline.tasks.models.loading import Residents, load_tokenizer
 from ebbline.tasks.models.template_check import Asked, fault
 from ebbline.tasks.specs import Chat, GenerateSpec, TrainSpec
 from ebbline.tasks.training import train
+from tests.sweeps.made import study
 from tests.tiny import TEMPLATE, context, fresh, word_tokenizer, write_chats, write_lines
 
 DATED = "{{ bos_token }}<system> {{ strftime_now('word%d') }} " + TEMPLATE.removeprefix(
@@ -159,6 +162,8 @@ def test_a_template_alone_beside_an_adapter_is_used_with_the_models_tokenizer(
 ):
     beside = tmp_path / "beside"
     shutil.copytree(adapter, beside)
+    with pytest.raises(ModelError, match="needs an adapter"):
+        generated(tmp_path / "none/out", pair.aligned, prompts, tokenizer="adapter")
     with pytest.raises(ModelError, match="holds neither a tokenizer nor chat_template.jinja"):
         generated(tmp_path / "one/out", pair.aligned, prompts, beside, tokenizer="adapter")
     (beside / "chat_template.jinja").write_text(DATED)
@@ -223,6 +228,35 @@ def test_full_fine_tuning_saves_the_models_own_template(pair, tmp_path):
     assert AutoTokenizer.from_pretrained(out / TrainSpec.MODEL).chat_template == DATED
 
 
+def test_lm_eval_leaves_out_no_turn_that_the_template_does_not_support(pair):
+    """lm-eval drops a system turn that the template rejects, with a warning."""
+    model = AutoModelForCausalLM.from_pretrained(pair.aligned)
+    alternates = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{% if messages | length > 2 %}{{ raise_exception('no turns') }}{% endif %}"
+    )
+    tokenizer = word_tokenizer(alternates + TEMPLATE)
+    lm = PrefixLM(pretrained=model, tokenizer=tokenizer, backend="causal")
+    user = {"role": "user", "content": "word1"}
+    assert lm.apply_chat_template([user]) == "<s><user> word1<assistant>"
+    with pytest.raises(EvaluationError, match="description is a system turn"):
+        lm.apply_chat_template([{"role": "system", "content": "word2"}, user])
+    with pytest.raises(EvaluationError, match="set `shots` to 0"):
+        lm.apply_chat_template([user, {"role": "assistant", "content": "word2"}, user])
+
+
+def test_a_prompt_of_lm_eval_begins_with_one_start_and_has_the_date_of_the_spec(pair, tmp_path):
+    """The template writes the start, and the tokenizer would add another."""
+    folder = with_template(tmp_path / "model", pair.aligned, DATED)
+    tokenizer = load_tokenizer(folder, Chat(date="2025-02-03"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    lm = PrefixLM(pretrained=model, tokenizer=tokenizer, backend="causal")
+    text = lm.apply_chat_template([{"role": "user", "content": "word1"}])
+    _, tokens, _ = lm.encode(text, " word2")
+    assert tokenizer.decode(tokens).startswith("<s> <system> word03")
+    assert tokens.count(tokenizer.bos_token_id) == 1
+
+
 @pytest.mark.process
 def test_a_study_with_an_unusable_template_ends_before_its_first_stage(pair, tmp_path):
     """The check is a process of its own, because a driver imports no torch."""
@@ -238,3 +272,27 @@ def test_a_study_with_an_unusable_template_ends_before_its_first_stage(pair, tmp
     (message,) = json.loads(done.stdout.splitlines()[-1])
     assert message.startswith("models.7b.aligned: the chat template in")
     assert "writes no generation prompt" in message
+
+
+@pytest.mark.process
+def test_a_run_names_each_local_model_whose_template_cannot_be_used(pair, tmp_path):
+    broken = with_template(tmp_path / "broken", pair.aligned, NO_PROMPT)
+    missing = with_template(tmp_path / "missing", pair.aligned, None)
+    judge = {"model": {"path": {"path": str(missing)}}, "settings": {"template": "yes-no"}}
+
+    def of(folder):
+        aligned = {"path": {"path": str(folder)}}
+        return study(
+            tmp_path,
+            {
+                "models": {"7b": {"base": {"organism": {"size": "small"}}, "aligned": aligned}},
+                "judges": {"mine": judge} if folder == broken else {},
+            },
+        )
+
+    require_templates(of(pair.aligned))
+    with pytest.raises(ModelError) as caught:
+        require_templates(of(broken))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("models.7b.aligned: ") and "writes no generation prompt" in first
+    assert second.startswith("judges.mine.model: ") and "has no chat template" in second
