@@ -255,3 +255,38 @@ def test_a_template_that_changes_earlier_answers_does_not_support_several_turns(
     encode(chat("a", "b"), tokenizer, 512)
     with pytest.raises(DataError, match="does not support several turns"):
         encode(chat("a", "b", "c", "d"), tokenizer, 512)
+
+
+HEADERS = [
+    "",
+    "A:",
+    "A: ",
+    "A:\n",
+    "<|assistant|>",
+    "<|assistant|>\n",
+    "A: <think>\n\n</think>\n\n",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("prompt", HEADERS)
+def test_a_template_is_used_exactly_when_its_prompt_is_where_an_answer_begins(header, prompt):
+    """An answer may follow its prompt after white space or an empty thought, never after a header
+    or in place of one.
+    """
+    template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ 'Q: ' + message.content + "
+        f"'|' }}}}{{% else %}}{{{{ {header!r} + message.content + eos_token }}}}{{% endif %}}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {prompt!r} }}}}{{% endif %}}"
+    )
+    tokenizer = byte_level(template)
+    bind(tokenizer, Chat(), "folder")
+    rest = header.removeprefix(prompt) if header.startswith(prompt) else "another"
+    if rest.replace("<think>", "").replace("</think>", "").strip():
+        with pytest.raises(ModelError, match="generation prompt"):
+            check_chat(tokenizer, Chat(), "folder")
+        return
+    check_chat(tokenizer, Chat(), "folder")
+    _, labels = encode(chat("word", "wort"), tokenizer, 512)
+    learnt = tokenizer.decode([label for label in labels if label != -100])
+    assert learnt == rest + "wort</s>"
