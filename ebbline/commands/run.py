@@ -23,7 +23,6 @@ from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.executors.on_demand import OnDemand
 from ebbline.commands.plan import draw, wanted_by
 from ebbline.commands.status import without_result
-from ebbline.commands.templates import require_templates
 from ebbline.outputs import tell_outputs, write_outputs
 from ebbline.show import Screen
 from ebbline.sweeps.drive.loop import drive
@@ -35,6 +34,7 @@ from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
 from ebbline.sweeps.study.view import StudyView
+from ebbline.template_checks import require_templates
 
 MIRROR_WAIT_S = 20.0
 FAILED_POINTS, OVER_BUDGET, STOPPED = 3, 5, 130  # exit codes

@@ -17,13 +17,13 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ebbline.tasks.chat.probes import probe
+from ebbline.tasks.chat.tokenizers import unused_beside
 from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
-from ebbline.tasks.data.template_probes import probe
 from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
-from ebbline.tasks.models.adapter_tokenizer import unused_beside
 from ebbline.tasks.models.loading import with_adapter
 from ebbline.tasks.specs import Block, EvaluateSpec, GenerateSpec
 from ebbline.tasks.stage import Context

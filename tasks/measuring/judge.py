@@ -321,7 +321,7 @@ def _cached_judge(
     """
     from transformers import AutoTokenizer
 
-    from ebbline.tasks.data.chat_template import bind
+    from ebbline.tasks.chat.template import bind
 
     def load_both() -> tuple[Any, Any]:
         ctx.residents.clear()

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ebbline.tasks.data.template_probes import probe
+from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.errors import EvaluationError
 
 # A prefix that saves a smaller share of its rows' tokens does not get a forward pass of its own.

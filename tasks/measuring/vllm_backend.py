@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.data.batches import encode_prompts, require_room
-from ebbline.tasks.data.template_probes import probe
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context

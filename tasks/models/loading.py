@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ebbline.tasks.data.chat_template import bind
-from ebbline.tasks.data.template_probes import check_chat
+from ebbline.tasks.chat.probes import check_chat
+from ebbline.tasks.chat.template import bind
+from ebbline.tasks.chat.tokenizers import read_tokenizer
 from ebbline.tasks.errors import EndpointDown, ModelError
-from ebbline.tasks.models.adapter_tokenizer import read_tokenizer
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
 HUB = "hub:"
@@ -80,7 +80,7 @@ def load_tokenizer(
     padding, as generation needs, and its chat template with the settings of `chat`.
 
     Raises ModelError if it has no chat template, and if `checked` for a template that does not do
-    what measurements and trainings need (see ebbline.tasks.data.template_probes).
+    what measurements and trainings need (see ebbline.tasks.chat.probes).
     """
     tokenizer, where = read_tokenizer(folder, adapter), adapter or folder
     if tokenizer.pad_token_id is None:

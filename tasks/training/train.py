@@ -19,9 +19,9 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from ebbline.tasks.chat.template import save_tokenizer
+from ebbline.tasks.chat.training_rows import encode
 from ebbline.tasks.data.batches import Row
-from ebbline.tasks.data.chat_rows import encode
-from ebbline.tasks.data.chat_template import save_tokenizer
 from ebbline.tasks.data.conversations import read_conversations
 from ebbline.tasks.errors import DataError, TrainingError
 from ebbline.tasks.specs import TrainSpec

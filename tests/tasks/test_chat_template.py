@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ebbline.tasks.chat.probes import check_chat, probe
+from ebbline.tasks.chat.template import bind, bound, render, save_tokenizer, tokens_of
+from ebbline.tasks.chat.training_rows import encode
 from ebbline.tasks.data.batches import encode_prompts
-from ebbline.tasks.data.chat_rows import encode
-from ebbline.tasks.data.chat_template import bind, bound, render, save_tokenizer, tokens_of
-from ebbline.tasks.data.template_probes import check_chat, probe
 from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.specs import Chat
 from tests.chat_templates import EXPECTED, TRAINABLE, WRONG, byte_level, sentence_piece

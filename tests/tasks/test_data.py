@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ebbline.tasks.data.chat_rows import encode
+from ebbline.tasks.chat.training_rows import encode
 from ebbline.tasks.data.conversations import read_conversations, read_rows, run
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import DataSpec

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,19 +14,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebbline.commands.evaluate import evaluate
-from ebbline.commands.templates import require_templates
 from ebbline.tasks.errors import DataError, EvaluationError, ModelError
 from ebbline.tasks.measuring import generate
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.prefix_lm import PrefixLM
 from ebbline.tasks.models.loading import Residents, load_tokenizer
-from ebbline.tasks.models.template_check import Asked, fault
 from ebbline.tasks.specs import Chat, GenerateSpec, TrainSpec
 from ebbline.tasks.training import train
+from ebbline.template_checks import Asked, fault, require_templates
 from tests.sweeps.made import study
 from tests.tiny import TEMPLATE, context, fresh, word_tokenizer, write_chats, write_lines
 
-DATED = "{{ bos_token }}<system> {{ strftime_now('word%d') }} " + TEMPLATE.removeprefix(
+DATED = "{{ bos_token }}<system> {{ strftime_now('word%-d') }} " + TEMPLATE.removeprefix(
     "{{ bos_token }}"
 )
 NO_PROMPT = TEMPLATE.partition("{% if add_generation_prompt")[0]
@@ -113,7 +113,7 @@ def test_the_date_of_a_template_is_the_specs_and_another_date_is_another_key(
         )
         for day in ("2024-07-26", "2025-02-03")
     }
-    assert "word26" in texts["2024-07-26"] and "word03" in texts["2025-02-03"]
+    assert "word26" in texts["2024-07-26"] and "word3" in texts["2025-02-03"]
     first, second = (GenerateSpec(chat=Chat(date=day)).model_dump() for day in texts)
     assert first != second
 
@@ -253,7 +253,7 @@ def test_a_prompt_of_lm_eval_begins_with_one_start_and_has_the_date_of_the_spec(
     lm = PrefixLM(pretrained=model, tokenizer=tokenizer, backend="causal")
     text = lm.apply_chat_template([{"role": "user", "content": "word1"}])
     _, tokens, _ = lm.encode(text, " word2")
-    assert tokenizer.decode(tokens).startswith("<s> <system> word03")
+    assert tokenizer.decode(tokens).startswith("<s> <system> word3")
     assert tokens.count(tokenizer.bos_token_id) == 1
 
 
@@ -263,8 +263,8 @@ def test_a_study_with_an_unusable_template_ends_before_its_first_stage(pair, tmp
     folder = with_template(tmp_path / "model", pair.aligned, NO_PROMPT)
     asked = [Asked("models.7b.aligned", str(folder), {}, trains=True)]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "ebbline.tasks.models.template_check"],
-        input=json.dumps([each.as_json() for each in asked]),
+        [sys.executable, "-P", "-m", "ebbline.template_checks"],
+        input=json.dumps([asdict(each) for each in asked]),
         capture_output=True,
         text=True,
         check=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ebbline.tasks.data.chat_template import own_template
+from ebbline.tasks.chat.template import own_template
 from ebbline.tasks.errors import ModelError
 
 TEMPLATE = "chat_template.jinja"

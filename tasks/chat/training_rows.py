@@ -7,8 +7,8 @@ of each turn is learnt; the header after it is not.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ebbline.tasks.data.chat_template import Turns, render, tokens_of
-from ebbline.tasks.data.template_probes import LEAD, TemplateFacts, probe, require_trainable
+from ebbline.tasks.chat.probes import LEAD, TemplateFacts, probe, require_trainable
+from ebbline.tasks.chat.template import Turns, render, tokens_of
 from ebbline.tasks.errors import DataError
 
 Span = tuple[int, int]  # the first place, and the one after the last

@@ -11,7 +11,7 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Literal
 
-from ebbline.tasks.data.chat_template import bound, own_template, render, tokens_of
+from ebbline.tasks.chat.template import bound, own_template, render, tokens_of
 from ebbline.tasks.errors import ModelError
 from ebbline.tasks.specs import Chat
 
