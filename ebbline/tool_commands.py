@@ -165,6 +165,17 @@ def evaluate(
         bool | None,
         typer.Option("--chat-template", help="Format lm-eval's items with the chat template."),
     ] = None,
+    tokenizer: Annotated[
+        Literal["model", "adapter"],
+        typer.Option(help="Whose tokenizer and chat template are used."),
+    ] = "model",
+    chat_date: Annotated[
+        str | None,
+        typer.Option(
+            help="The date for a chat template that writes one; 2024-07-26 if not given.",
+            show_default=False,
+        ),
+    ] = None,
     quantisation: Annotated[
         Literal["none", "int8", "nf4"], typer.Option(help="Quantisation of the loaded model.")
     ] = "none",
@@ -182,8 +193,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters, without a study, store or cluster."""
+    from ebbline.commands.evaluate import chat_on, print_measured
     from ebbline.commands.evaluate import evaluate as measure
-    from ebbline.commands.evaluate import print_measured
     from ebbline.commands.project import progress_bar
 
     settings = {
@@ -206,6 +217,8 @@ def evaluate(
             settings=settings,
             quantisation=quantisation,
             dtype=dtype,
+            chat=chat_on(chat_date),
+            tokenizer=tokenizer,
             device=device,
             progress=progress,
         )

@@ -7,6 +7,7 @@ the output (device, micro-batch, world size, ZeRO stage) are in `ebbline.tasks.s
 """
 
 import re
+from datetime import date
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -43,6 +44,8 @@ PromptFormat = Literal[
 JudgeTemplate = Literal["harmbench", "llama-guard", "yes-no", "classifier"]
 Quantisation = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16"]
+# Whose tokenizer and chat template a measurement of an adapter uses
+TokenizerOf = Literal["model", "adapter"]
 
 
 class Frozen(BaseModel):
@@ -51,6 +54,33 @@ class Frozen(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _iso_date(value: object) -> object:
+    # YAML reads an unquoted date as a date. As text it must be a day of the calendar.
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, str):
+        date.fromisoformat(value)
+    return value
+
+
+class Chat(Frozen):
+    """How conversations are rendered with the model's chat template.
+
+    `date` is the date that the template writes, if it writes one. `template` is the name of one of
+    several templates; None is the default one. `thinking` sets the template's switch for thoughts;
+    None leaves the template's own default.
+    """
+
+    date: Annotated[str, BeforeValidator(_iso_date), Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = (
+        "2024-07-26"  # the date that Llama 3.1's template writes by itself
+    )
+    template: str | None = None
+    thinking: bool | None = None
+
+
+DEFAULT_CHAT = Chat()
 
 
 class Spec(Frozen):
@@ -128,6 +158,7 @@ class TrainSpec(Spec):
     )
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
+    chat: Chat = DEFAULT_CHAT
     learning_rate: Positive = 2e-4
     weight_decay: Annotated[Number, Field(ge=0.0)] = 0.0
     warmup_share: Share = 0.05
@@ -259,7 +290,8 @@ class GenerateSpec(Spec):
     `label` keeps only the rows with that label (XSTest has both); a set without labels is kept
     whole. With `needs_answer`, a row without a reference answer is an error before the generation
     starts. The backend is part of the identity, because its kernels round differently; so is
-    `batch_size` (`ebbline.tasks.data.batch_shape`).
+    `batch_size` (`ebbline.tasks.data.batch_shape`). `tokenizer: adapter` uses the tokenizer and
+    chat template beside the adapter.
     """
 
     KIND: ClassVar[str] = "generate"
@@ -276,6 +308,8 @@ class GenerateSpec(Spec):
     max_tokens: Count = 2048
     quantisation: Quantisation = "none"
     dtype: Dtype = "bfloat16"
+    chat: Chat = DEFAULT_CHAT
+    tokenizer: TokenizerOf = "model"
     backend: Literal["transformers", "vllm"] = "transformers"
     batch_size: BatchSize = 32
     decoding: Decoding = Decoding()
@@ -312,6 +346,7 @@ class JudgeSpec(Spec):
     dtype: Dtype = "bfloat16"
     batch_size: BatchSize = 32
     decoding: Decoding = Decoding()
+    chat: Chat = DEFAULT_CHAT
 
     @model_validator(mode="after")
     def _an_endpoint_names_its_model(self) -> Self:
@@ -347,7 +382,7 @@ class ScoreSpec(Spec):
 
 class EvaluateSpec(Spec):
     """An lm-eval task on one model, with or without an adapter. Inputs: model, prompts (the task's
-    data), and optionally adapter.
+    data), and optionally adapter. `chat` and `tokenizer` are as in GenerateSpec.
     """
 
     KIND: ClassVar[str] = "evaluate"
@@ -360,3 +395,5 @@ class EvaluateSpec(Spec):
     dtype: Dtype = "bfloat16"
     batch_size: BatchSize = 32
     decoding: Decoding = Decoding()
+    chat: Chat = DEFAULT_CHAT
+    tokenizer: TokenizerOf = "model"

@@ -58,7 +58,9 @@ def test_the_model_is_loaded_once_for_all_adapters_and_each_has_its_own_answers(
 ):
     loads, real = [], Residents.model
     monkeypatch.setattr(
-        Residents, "model", lambda self, *args: (real(self, *args), loads.append(self.loads))[0]
+        Residents,
+        "model",
+        lambda self, *args, **how: (real(self, *args, **how), loads.append(self.loads))[0],
     )
     settings = {"max_new_tokens": 6}
     measured = evaluate(

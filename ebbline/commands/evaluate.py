@@ -48,8 +48,8 @@ from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
 from ebbline.tasks.measuring.scorers import SCORERS
-from ebbline.tasks.models.loading import Residents
-from ebbline.tasks.specs import GenerateSpec, ScoreSpec
+from ebbline.tasks.models.loading import Residents, load_tokenizer
+from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, ScoreSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
 from ebbline.tasks.worker import ERROR, error_and_reason
 
@@ -66,6 +66,8 @@ class Measured:
     adapter: str
     folder: Path
     metrics: Mapping[str, Metric]
+    # What differs in a tokenizer that was saved beside the adapter and was not used
+    unused_beside_adapter: Sequence[str] = ()
 
 
 def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
@@ -99,6 +101,14 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
     return suite
 
 
+def chat_on(date: str | None) -> Chat:
+    """Chat settings with a date. Raises EvaluationError for a text that is no date."""
+    try:
+        return DEFAULT_CHAT if date is None else Chat(date=date)
+    except ValidationError:
+        raise EvaluationError(f"{date!r} is not a date; write it as YYYY-MM-DD") from None
+
+
 def evaluate(
     model: str | Path,
     suite: str,
@@ -109,6 +119,8 @@ def evaluate(
     settings: Mapping[str, Any] = {},
     quantisation: str = "none",
     dtype: str = "bfloat16",
+    chat: Chat = DEFAULT_CHAT,
+    tokenizer: TokenizerOf = "model",
     device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> list[Measured]:
@@ -119,6 +131,18 @@ def evaluate(
     if not prompt_set.exists():
         raise EvaluationError(f"there is no prompt set at {prompt_set}")
     chosen = suite_of(suite, settings)
+    asks_chats = not isinstance(chosen, MultipleChoiceSuite) or chosen.chat_template
+    if tokenizer == "adapter" and not adapters:
+        raise EvaluationError("--tokenizer adapter needs --adapter")
+    own = [None] if tokenizer == "model" else [adapter for _, adapter in _named(adapters)]
+    for adapter in own:  # before gigabytes are hashed
+        load_tokenizer(folder, chat, checked=asks_chats, adapter=adapter)
+    loading = {
+        "quantisation": quantisation,
+        "dtype": dtype,
+        "chat": chat,
+        "tokenizer": tokenizer,
+    }
     residents, results = Residents(), []
     shared = {
         "model": _source(folder),
@@ -128,9 +152,7 @@ def evaluate(
         place, inputs = Path(out) / name, dict(shared)
         if adapter is not None:
             inputs["adapter"] = _source(adapter)
-        stages = stages_of(
-            "metrics", chosen, inputs, {"quantisation": quantisation, "dtype": dtype}, {}
-        )
+        stages = stages_of("metrics", chosen, inputs, loading, {})
         ctx = Context(
             log=place / "log",
             scratch=place / "scratch",
@@ -142,7 +164,9 @@ def evaluate(
         for stage_name, stage in stages.items():
             outputs[stage.lineage] = _run(stage, outputs, place / stage_name.partition(":")[0], ctx)
         found = {metric.name: metric for metric in read_metrics(place / "metrics")}
-        results.append(Measured("" if adapter is None else str(adapter), place, found))
+        results.append(
+            Measured("" if adapter is None else str(adapter), place, found, _unused(place))
+        )
     return results
 
 
@@ -154,6 +178,14 @@ def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
         if not (folder / "adapter_config.json").exists():
             raise ModelError(f"{folder} has no adapter_config.json; it is not a PEFT adapter")
     return zip(distinct_names(folders), folders, strict=True)
+
+
+def _unused(place: Path) -> list[str]:
+    """What differs in a tokenizer beside the adapter that was not used."""
+    files = [place / stage / GenerateSpec.PROMPTS for stage in (GenerateSpec.KIND, "metrics")]
+    record = json.loads(next(file for file in files if file.exists()).read_text())
+    found: list[str] = record.get("chat", {}).get("unused_beside_adapter", [])
+    return found
 
 
 def _source(path: Path) -> Source:
@@ -311,6 +343,7 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
             {
                 "adapter": each.adapter,
                 "folder": str(each.folder),
+                "unused_beside_adapter": list(each.unused_beside_adapter),
                 "agreement": _agreement(each.folder),
             }
             | {
@@ -345,6 +378,16 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
     console.print(table)
     for each in measured:
         console.print(f"{each.folder}", highlight=False, soft_wrap=True, markup=False)
+    for each in measured:
+        if each.unused_beside_adapter:
+            console.print(
+                f"{each.folder.name}: the tokenizer beside the adapter differs from the model's in "
+                f"{', '.join(each.unused_beside_adapter)} and was not used; --tokenizer adapter "
+                "uses it",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:

@@ -35,6 +35,7 @@ from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
 from ebbline.sweeps.study.view import StudyView
+from ebbline.template_checks import require_templates
 
 MIRROR_WAIT_S = 20.0
 OUTCOMES = {
@@ -100,6 +101,7 @@ def run_study(
     `resume` is the command as the user typed it. With `as_json`, standard output gets one object at
     the end; all else goes to standard error.
     """
+    require_templates(view.study)
     stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.source}"
     mirrored: list[subprocess.Popen[bytes]] = []
     try:

@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from ebbline.tasks.errors import PinError
 from ebbline.tasks.paths import is_inside
-from ebbline.tasks.specs import DataSpec, Frozen, OrganismSpec, TrainSpec
+from ebbline.tasks.specs import DEFAULT_CHAT, DataSpec, Frozen, OrganismSpec, TrainSpec
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -119,6 +119,10 @@ class Tuned(Frozen):
     def _all_weights(self) -> Self:
         if self.train.method != "full":
             raise ValueError("train.method must be 'full', because a tuned model is a whole model")
+        if self.train.chat != DEFAULT_CHAT:
+            raise ValueError(
+                "train.chat: give models.NAME.chat instead, which evaluation also uses"
+            )
         return self
 
 

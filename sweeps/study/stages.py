@@ -22,7 +22,9 @@ from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import PinError, StudyError
 from ebbline.tasks.identity import content_digest, digest
 from ebbline.tasks.specs import (
+    DEFAULT_CHAT,
     Block,
+    Chat,
     ConvertSpec,
     DataSpec,
     Dtype,
@@ -201,7 +203,7 @@ class StageGraph:
             suite,
             entry.measure,
             inputs,
-            {"quantisation": model.quantisation, "dtype": model.dtype},
+            {"quantisation": model.quantisation, "dtype": model.dtype, "chat": model.chat},
             self._judges,
             block,
         )
@@ -221,9 +223,11 @@ class StageGraph:
 
     def _family(self, name: str, model: Model) -> Family:
         base = None if model.base is None else self._model(model.base, model.dtype, None)
-        aligned = self._model(model.aligned, model.dtype, base)
+        aligned = self._model(model.aligned, model.dtype, base, model.chat)
         unaligned = (
-            base if model.unaligned is None else self._model(model.unaligned, model.dtype, aligned)
+            base
+            if model.unaligned is None
+            else self._model(model.unaligned, model.dtype, aligned, model.chat)
         )
         if unaligned is None:
             raise StudyError(f"models.{name}: neither `base` nor `unaligned` is given")
@@ -233,8 +237,16 @@ class StageGraph:
                 self._place(name, [stage])
         return Family(aligned, unaligned)
 
-    def _model(self, reference: ModelRef, dtype: Dtype, start: Input | None) -> Input:
-        """The model of a reference; a tuned one is trained from `start`."""
+    def _model(
+        self,
+        reference: ModelRef,
+        dtype: Dtype,
+        start: Input | None,
+        chat: Chat = DEFAULT_CHAT,
+    ) -> Input:
+        """The model of a reference; a tuned one is trained from `start`, with the chat settings of
+        its size.
+        """
         tuned = reference.tuned
         if tuned is not None:
             if start is None:
@@ -242,8 +254,9 @@ class StageGraph:
                     "`base` cannot be `tuned`: a tuned model starts from another model"
                 )
             data = self._data(tuned.data, tuned.data.settings)
+            settings = tuned.train.model_copy(update={"chat": chat})
             return Part(
-                Stage(tuned.train, {"model": start, "data": Part(data, DataSpec.ROWS)}),
+                Stage(settings, {"model": start, "data": Part(data, DataSpec.ROWS)}),
                 TrainSpec.MODEL,
             )
         if reference.organism is not None:

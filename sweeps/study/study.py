@@ -29,7 +29,9 @@ from ebbline.tasks.errors import StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.specs import (
+    DEFAULT_CHAT,
     ApplySpec,
+    Chat,
     Count,
     DataSpec,
     Dtype,
@@ -66,6 +68,8 @@ class Model(Frozen):
     (`{ray.io/accelerator-type: A100}`). `spread` allows a gang on several hosts. These fields and
     `gpus` may change between runs.
 
+    `chat` says how conversations are rendered, in trainings and in measurements.
+
     `unaligned` replaces the base in Safe LoRA's subtraction: the paper notes that an aligned model
     fine-tuned on harmful data behaves like the base. A family without an available base gives only
     `unaligned`.
@@ -76,6 +80,7 @@ class Model(Frozen):
     unaligned: ModelRef | None = None
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
+    chat: Chat = DEFAULT_CHAT
     gpus: Count = 1
     labels: dict[str, str] = {}
     spread: bool = False
@@ -86,7 +91,12 @@ class Model(Frozen):
         """The study's training settings with this size's changes. Raises ValidationError for an
         unknown field.
         """
-        changes = {**self.train, "quantisation": self.quantisation, "dtype": self.dtype}
+        changes = {
+            **self.train,
+            "quantisation": self.quantisation,
+            "dtype": self.dtype,
+            "chat": self.chat.model_dump(),
+        }
         return TrainSpec.model_validate({**study.model_dump(), **changes})
 
     @model_validator(mode="after")
@@ -263,9 +273,17 @@ class Study(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _models_say_how_they_chat(self) -> Self:
+        if self.train.chat != DEFAULT_CHAT:
+            raise ValueError(
+                "train.chat: give models.NAME.chat instead, which evaluation also uses"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sizes_can_train(self) -> Self:
         for name, model in self.models.items():
-            for field in ("quantisation", "dtype"):
+            for field in ("quantisation", "dtype", "chat"):
                 if field in model.train:
                     raise ValueError(
                         f"models.{name}.train.{field}: give models.{name}.{field} instead, "
@@ -416,7 +434,14 @@ SETTINGS: Mapping[str, type[Spec]] = {
     "project": ProjectSpec,
     "apply": ApplySpec,
 }
-_NOT_AXES = {"train.seed", "data.seed", "train.quantisation", "train.dtype", "train.method"}
+_NOT_AXES = {
+    "train.seed",
+    "data.seed",
+    "train.quantisation",
+    "train.dtype",
+    "train.chat",
+    "train.method",
+}
 
 
 def axis_fields() -> Iterator[str]:

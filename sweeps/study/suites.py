@@ -174,7 +174,7 @@ def stages_of(
     """Stage name -> stage; the stage named `name` has the metrics.
 
     `inputs` are the model, the prompts and optionally an adapter; `model` has the model's
-    quantisation and dtype.
+    quantisation, dtype and chat settings.
     """
     if isinstance(suite, MultipleChoiceSuite):
         spec = EvaluateSpec(

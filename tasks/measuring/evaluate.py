@@ -30,6 +30,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from ebbline.tasks.data.batches import even_threads, rows_meet, whole_batches
 from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.measuring.generate import tokenizer_beside, tokenizer_record
 from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
@@ -75,11 +76,18 @@ class Prepared:
 def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings quote items
     resident, tokenizer = ctx.residents.model(
-        inputs["model"], spec.quantisation, spec.dtype, ctx.device
+        inputs["model"],
+        spec.quantisation,
+        spec.dtype,
+        ctx.device,
+        spec.chat,
+        checked=spec.chat_template,
+        adapter=tokenizer_beside(spec, inputs),
     )
     resident.eval()
     folder = inputs["prompts"]
-    key = ("lm-eval", spec.task, spec.shots, spec.chat_template, spec.limit, _fingerprint(folder))
+    asked = (spec.task, spec.shots, spec.chat_template, spec.limit)
+    key = ("lm-eval", *asked, tokenizer, _fingerprint(folder))
     with with_adapter(resident, inputs.get("adapter")) as model:
         lm = PrefixLM(
             pretrained=model,
@@ -93,7 +101,8 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     rows = item_rows(prepared)
     with (out / ANSWERS).open("w") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
-    (out / PROMPTS).write_text(json.dumps(tasks_record(spec, prepared), indent=1))
+    record = {**tasks_record(spec, prepared), "chat": tokenizer_record(spec, inputs, tokenizer)}
+    (out / PROMPTS).write_text(json.dumps(record, indent=1))
     names = [name for name in METRICS if all(name in row for row in rows)]
     if not names:
         raise EvaluationError(

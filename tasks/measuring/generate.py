@@ -22,15 +22,17 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ebbline.tasks.chat.probes import probe
+from ebbline.tasks.chat.tokenizers import unused_beside
 from ebbline.tasks.data.batch_shape import BatchShape
 from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room, rows_meet
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
-from ebbline.tasks.errors import DataError
+from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
 from ebbline.tasks.models.decoding import end_tokens, only, settings_not_used
 from ebbline.tasks.models.loading import with_adapter
-from ebbline.tasks.specs import Block, GenerateSpec
+from ebbline.tasks.specs import Block, EvaluateSpec, GenerateSpec
 from ebbline.tasks.stage import Context
 
 
@@ -40,6 +42,10 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     completions, decoded = _completions(
         spec, inputs, [prompt.text for prompt in chosen.prompts], ctx
     )
+    tokenizer = ctx.residents.tokenizer(
+        inputs["model"], spec.chat, adapter=tokenizer_beside(spec, inputs)
+    )
+    chat = chat_record(spec, inputs, tokenizer)
     rows = [
         Completion(
             prompt.id,
@@ -48,7 +54,8 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
             prompt.label,
             prompt.text,
             prompt.answer,
-            text,
+            # A prompt that ends inside a thought has the tag that scorers look for.
+            chat["opens"] + text,
             tokens,
             ended,
         )
@@ -56,7 +63,7 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     ]
     write_completions(out, rows)
     (out / spec.PROMPTS).write_text(
-        json.dumps(prompts_record(chosen, whole, inputs["prompts"]), indent=1)
+        json.dumps({**prompts_record(chosen, whole, inputs["prompts"]), "chat": chat}, indent=1)
     )
     (out / spec.DECODING).write_text(json.dumps(decoded, indent=1))
 
@@ -71,7 +78,12 @@ def _completions(
 
         return complete_with_vllm(spec, inputs["model"], inputs.get("adapter"), prompts, ctx)
     resident, tokenizer = ctx.residents.model(
-        inputs["model"], spec.quantisation, spec.dtype, ctx.device
+        inputs["model"],
+        spec.quantisation,
+        spec.dtype,
+        ctx.device,
+        spec.chat,
+        adapter=tokenizer_beside(spec, inputs),
     )
     resident.eval()
     decoded = decoded_by(spec, resident.generation_config, tokenizer)
@@ -84,6 +96,39 @@ def decoded_by(spec: GenerateSpec, own: GenerationConfig, tokenizer: Any) -> dic
     return {
         "end_tokens": end_tokens(own, tokenizer),
         "not_used": settings_not_used(own, spec.decoding),
+    }
+
+
+def tokenizer_beside(spec: GenerateSpec | EvaluateSpec, inputs: Mapping[str, Path]) -> Path | None:
+    """The adapter whose tokenizer is used; None for the model's own. Raises ModelError if there is
+    no adapter.
+    """
+    if spec.tokenizer == "model":
+        return None
+    if "adapter" not in inputs:
+        raise ModelError("`tokenizer: adapter` needs an adapter; use `tokenizer: model`")
+    return inputs["adapter"]
+
+
+def chat_record(spec: GenerateSpec, inputs: Mapping[str, Path], tokenizer: Any) -> dict[str, Any]:
+    """The chat template of a measurement in facts, without text of prompts."""
+    return {
+        **probe(tokenizer).record(),
+        "date": spec.chat.date,
+        **tokenizer_record(spec, inputs, tokenizer),
+    }
+
+
+def tokenizer_record(
+    spec: GenerateSpec | EvaluateSpec, inputs: Mapping[str, Path], tokenizer: Any
+) -> dict[str, Any]:
+    """Whose tokenizer a measurement uses, and what differs in one that was saved beside the adapter
+    and is not used.
+    """
+    unused = None if tokenizer_beside(spec, inputs) else inputs.get("adapter")
+    return {
+        "tokenizer": spec.tokenizer,
+        "unused_beside_adapter": unused_beside(unused, inputs["model"], tokenizer),
     }
 
 
@@ -116,7 +161,7 @@ def complete(
 ) -> list[tuple[str, int, bool]]:
     """(greedy completion, its tokens, whether it ended), in the order of `prompts`."""
     encoded = ctx.residents.remembered(
-        ("chat", tuple(prompts)), lambda: encode_prompts(tokenizer, prompts)
+        ("chat", tokenizer, tuple(prompts)), lambda: encode_prompts(tokenizer, prompts)
     )
     require_room(encoded, spec.max_new_tokens, spec.max_tokens)
     ends = end_tokens(model.generation_config, tokenizer)

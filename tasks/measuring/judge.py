@@ -183,7 +183,11 @@ def _by_model(
             for row in to_judge
         ]
     else:
-        model, tokenizer = ctx.residents.model(folder, spec.quantisation, spec.dtype, ctx.device)
+        # Llama Guard's template writes a whole conversation as one question.
+        checked = spec.template != "llama-guard"
+        model, tokenizer = ctx.residents.model(
+            folder, spec.quantisation, spec.dtype, ctx.device, spec.chat, checked
+        )
         encoded = [_rendered(tokenizer, messages(spec, row), row) for row in to_judge]
         if not any(encoded):
             raise ModelError(
@@ -322,6 +326,8 @@ def _cached_judge(
     """
     from transformers import AutoTokenizer
 
+    from ebbline.tasks.chat.template import bind
+
     def load_both() -> tuple[Any, Any]:
         ctx.residents.clear()
         side = "right" if kind == "classifier" else "left"
@@ -330,12 +336,15 @@ def _cached_judge(
         )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.chat_template:
+            bind(tokenizer, spec.chat, folder)
         model = load()
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return model.eval(), tokenizer
 
     judge: tuple[Any, Any] = ctx.residents.remembered(
-        ("judge", kind, str(folder), spec.quantisation, spec.dtype, ctx.device), load_both
+        ("judge", kind, str(folder), spec.quantisation, spec.dtype, ctx.device, spec.chat),
+        load_both,
     )
     return judge

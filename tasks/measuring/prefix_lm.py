@@ -23,6 +23,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.data.batch_shape import rows_together
 from ebbline.tasks.data.batches import even_threads, whole_batches
 from ebbline.tasks.errors import EvaluationError
@@ -190,6 +191,27 @@ class PrefixLM(HFLM):  # type: ignore[misc]
             and layers
             and {type(x) for x in layers} == {DynamicLayer}
         )
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """lm-eval's chat text. Raises EvaluationError for turns that the template does not support;
+        lm-eval itself would leave out the system turn.
+        """
+        facts = probe(self.tokenizer)
+        roles = [turn["role"] for turn in chat_history]
+        if "system" in roles and not facts.system:
+            raise EvaluationError(
+                "the task's description is a system turn, which the model's chat template does "
+                "not support; measure without `chat_template`"
+            )
+        if "assistant" in roles and not facts.turns:
+            raise EvaluationError(
+                "the shots are several turns, which the model's chat template does not support; "
+                "set `shots` to 0, or measure without `chat_template`"
+            )
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        return text
 
     def encode(self, context: str, continuation: str) -> Encoded:
         """The tokens that lm-eval scores for this pair."""

@@ -16,7 +16,6 @@ from typing import Any
 from ebbline.tasks.data.batches import encode_prompts, require_room
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.models.decoding import end_tokens, settings_not_used, shipped
-from ebbline.tasks.models.loading import load_tokenizer
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
 
@@ -58,10 +57,13 @@ def complete_with_vllm(
             disable_log_stats=True,
         )
 
-    tokenizer = ctx.residents.remembered(("vllm tokenizer", model), lambda: load_tokenizer(model))
+    # Checked before the engine starts, which takes minutes.
+    beside = adapter if spec.tokenizer == "adapter" else None
+    ctx.residents.tokenizer(model, spec.chat, adapter=beside)
     engine = ctx.residents.remembered(
         ("vllm", model, spec.quantisation, spec.dtype, spec.max_tokens, spec.batch_size), start
     )
+    tokenizer = ctx.residents.tokenizer(model, spec.chat, adapter=beside)
     numbers: dict[Path, int] = ctx.residents.remembered(("vllm adapters", model), dict)
     encoded = encode_prompts(tokenizer, prompts)
     require_room(encoded, spec.max_new_tokens, spec.max_tokens)

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.specs import Decoding
 
 # What a GenerationConfig holds that says nothing about how the next token is chosen.
@@ -34,9 +35,12 @@ NO_SETTING = {
 
 
 def end_tokens(own: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion: the model's and the tokenizer's."""
+    """The tokens that end a completion: the model's, the tokenizer's and the chat template's. The
+    model's files need not name the last.
+    """
     declared = own.eos_token_id
-    tokens = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
+    tokens = {tokenizer.eos_token_id, probe(tokenizer).end_of_turn}
+    tokens |= {*(declared if isinstance(declared, list) else [declared])}
     return sorted(token for token in tokens if token is not None)
 
 

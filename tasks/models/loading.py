@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from ebbline.tasks.chat.probes import check_chat
+from ebbline.tasks.chat.template import bind
+from ebbline.tasks.chat.tokenizers import read_tokenizer
 from ebbline.tasks.errors import EndpointDown, ModelError
 from ebbline.tasks.paths import check_named_files, inside
-from ebbline.tasks.specs import Dtype, Quantisation
+from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
 HUB = "hub:"
 T = TypeVar("T")
@@ -68,19 +71,30 @@ def local_path(location: str, moving: Callable[[], None] = lambda: None) -> Path
     return inside(Path(folder), file, Path(location)) if file else Path(folder)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, with a pad token and left padding, as generation needs.
-    Raises ModelError if it has no chat template.
+def load_tokenizer(
+    folder: Path,
+    chat: Chat = DEFAULT_CHAT,
+    checked: bool = True,
+    adapter: Path | None = None,
+) -> Any:
+    """The tokenizer of a model folder, or the one beside `adapter`, with a pad token and left
+    padding, as generation needs, and its chat template with the settings of `chat`.
+
+    Raises ModelError if it has no chat template, and if `checked` for a template that does not do
+    what measurements and trainings need (see ebbline.tasks.chat.probes).
     """
     check_named_files(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
+    tokenizer, where = read_tokenizer(folder, adapter), adapter or folder
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"the tokenizer in {where} has neither a pad token nor an end token; name one in "
+                "tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"the tokenizer in {folder} has no chat template; ebbline studies chat models. "
-            "Add a chat template to the folder."
-        )
+    bind(tokenizer, chat, where)
+    if checked:
+        check_chat(tokenizer, chat, where)
     return tokenizer
 
 
@@ -140,7 +154,6 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
 class _Loaded:
     identity: tuple[str, str, str, str]
     model: PreTrainedModel
-    tokenizer: Any
 
 
 class Residents:
@@ -154,18 +167,50 @@ class Residents:
         self.loads = 0
 
     def model(
-        self, folder: Path, quantisation: Quantisation, dtype: Dtype, device: str
+        self,
+        folder: Path,
+        quantisation: Quantisation,
+        dtype: Dtype,
+        device: str,
+        chat: Chat = DEFAULT_CHAT,
+        checked: bool = True,
+        adapter: Path | None = None,
     ) -> tuple[PreTrainedModel, Any]:
-        """The model and its tokenizer, read from disk unless this model is already loaded."""
+        """The model and its tokenizer, read from disk unless they are already loaded.
+
+        The tokenizer is read first, so that a chat template that cannot be used is an error before
+        the weights are read. `checked` and `adapter` are for load_tokenizer.
+        """
         identity = (str(folder), quantisation, dtype, device)
         if self._loaded is None or self._loaded.identity != identity:
             # Also if no model is loaded here: an earlier stage may have left a model in reference
             # cycles
             self.clear()
+            self.tokenizer(folder, chat, checked, adapter)
             model = load_model(folder, quantisation, dtype, device)
-            self._loaded = _Loaded(identity, model, load_tokenizer(folder))
+            self._loaded = _Loaded(identity, model)
             self.loads += 1
-        return self._loaded.model, self._loaded.tokenizer
+        tokenizer = self.tokenizer(folder, chat, checked, adapter)
+        rows = self._loaded.model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise ModelError(
+                f"the tokenizer in {adapter or folder} has {len(tokenizer)} tokens, and the model "
+                f"has embeddings for {rows}; use the tokenizer that belongs to the model"
+            )
+        return self._loaded.model, tokenizer
+
+    def tokenizer(
+        self,
+        folder: Path,
+        chat: Chat = DEFAULT_CHAT,
+        checked: bool = True,
+        adapter: Path | None = None,
+    ) -> Any:
+        """What load_tokenizer returns, read once while the model stays loaded."""
+        return self.remembered(
+            ("tokenizer", folder, chat, checked, adapter),
+            lambda: load_tokenizer(folder, chat, checked, adapter),
+        )
 
     def remembered(self, key: object, make: Callable[[], T]) -> T:
         """The result of `make`, computed once for each key while the model stays loaded. Tokenised

@@ -207,7 +207,7 @@ class SingleDevice(Engine):
         self.spec, self.ctx = spec, ctx
         if spec.method == "lora" and ctx.residents is not None:
             self._resident, self.tokenizer = ctx.residents.model(
-                folder, spec.quantisation, spec.dtype, ctx.device
+                folder, spec.quantisation, spec.dtype, ctx.device, spec.chat
             )
         else:
             # Masters begin with the stored weights. Rounded weights would put their rounding into
@@ -215,7 +215,7 @@ class SingleDevice(Engine):
             stored: Dtype = "float32" if spec.method == "full" else spec.dtype
             self._resident, self.tokenizer = (
                 load_model(folder, spec.quantisation, stored, ctx.device),
-                load_tokenizer(folder),
+                load_tokenizer(folder, spec.chat),
             )
         self.model = trainable(self._resident, spec, ctx)
         self.model.train()

@@ -64,7 +64,7 @@ class DeepSpeedGang(Engine):
                 f" choose a multiple of {ctx.world_size}"
             )
         self.spec, self.ctx = spec, ctx
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder, spec.chat)
         share = spec.global_batch // ctx.world_size
         self.micro_batch = min(ctx.micro_batch or share, share)
         while share % self.micro_batch:

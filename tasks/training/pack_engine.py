@@ -76,12 +76,12 @@ class Pack:
         self.ctx, spec = members[0].ctx, members[0].spec
         if self.ctx.residents is not None:
             self._base, self.tokenizer = self.ctx.residents.model(
-                folder, spec.quantisation, spec.dtype, self.ctx.device
+                folder, spec.quantisation, spec.dtype, self.ctx.device, spec.chat
             )
         else:
             self._base, self.tokenizer = (
                 load_model(folder, spec.quantisation, spec.dtype, self.ctx.device),
-                load_tokenizer(folder),
+                load_tokenizer(folder, spec.chat),
             )
         self._base.requires_grad_(False)
         self.model: Any = None

@@ -20,9 +20,11 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from ebbline.tasks.chat.template import save_tokenizer
+from ebbline.tasks.chat.training_rows import encode
 from ebbline.tasks.data.batches import Row
-from ebbline.tasks.data.conversations import encode, read_conversations
-from ebbline.tasks.errors import TrainingError
+from ebbline.tasks.data.conversations import read_conversations
+from ebbline.tasks.errors import DataError, TrainingError
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Context
 from ebbline.tasks.training.engines import Curve, Engine, SingleDevice
@@ -59,7 +61,14 @@ def run(spec: TrainSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) ->
 
 
 def read_rows(data: Path, tokenizer: Any, spec: TrainSpec) -> list[Row]:
-    return [Row(*encode(turns, tokenizer, spec.max_tokens)) for turns in read_conversations(data)]
+    """The tokenised conversations. Raises DataError, which names file and row."""
+    rows = []
+    for number, turns in enumerate(read_conversations(data), start=1):
+        try:
+            rows.append(Row(*encode(turns, tokenizer, spec.max_tokens)))
+        except DataError as error:
+            raise DataError(f"{data}, row {number}: {error}") from None
+    return rows
 
 
 def length(spec: TrainSpec, rows: int) -> int:
@@ -122,7 +131,7 @@ def _save(engine: Engine, spec: TrainSpec, out: Path, ctx: Context) -> None:
         if spec.method == "full":
             check_weights(dict(model.named_parameters()))
             model.save_pretrained(out / spec.MODEL, safe_serialization=True)
-            engine.tokenizer.save_pretrained(out / spec.MODEL)
+            save_tokenizer(engine.tokenizer, out / spec.MODEL)
             return
         save_adapter(model, "default", spec, out)
 

@@ -390,3 +390,14 @@ def test_the_placement_of_a_size_changes_no_key(tmp_path, home):
         assert {name: stage.lineage for name, stage in before.items()} == {
             name: stage.lineage for name, stage in after.items()
         }
+
+
+def test_the_chat_settings_of_a_size_reach_every_training_and_measurement_of_it(tmp_path, home):
+    """One size has one way to render conversations, in its alignment too."""
+    graph = StageGraph(study(tmp_path, {"models/7b/chat": {"date": "2025-02-03"}}), home)
+    point = next(iter(space(graph.study)))
+    specs = [stage.spec for stage in everything([*graph.stages_for(point).values()]).values()]
+    chats = [(spec.KIND, spec.chat.date) for spec in specs if hasattr(spec, "chat")]
+    assert {kind for kind, _ in chats} >= {"train", "generate"}
+    assert [kind for kind, _ in chats].count("train") == 2
+    assert {date for _, date in chats} == {"2025-02-03"}

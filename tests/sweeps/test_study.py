@@ -97,6 +97,9 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
             {"models/7b/train": {"quantisation": "nf4"}},
             r"models\.7b\.train\.quantisation: give models\.7b\.quantisation instead",
         ),
+        ({"train": {"chat": {"date": "2025-02-03"}}}, r"train\.chat: give models\.NAME\.chat"),
+        ({"models/7b/chat": {"date": "soon"}}, r"models\.7b\.chat\.date: .*'soon'"),
+        ({"axes/train.chat": ["a"]}, r"'train\.chat' is not one of"),
         ({"models/7b/axes": {"train.rnak": [8]}}, r"models\.7b\.axes\.train\.rnak: "),
         (
             {"objectives": ["refusal"]},

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ebbline.tasks.data.conversations import encode, read_conversations, run
+from ebbline.tasks.chat.training_rows import encode
+from ebbline.tasks.data.conversations import read_conversations, run
 from ebbline.tasks.data.reader import read_rows
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import DataSpec
@@ -269,19 +270,3 @@ def test_a_prompt_that_fills_the_window_is_an_error():
     ]
     with pytest.raises(DataError, match="max_tokens=4"):
         encode(turns, word_tokenizer(), 4)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_an_error_not_a_wrong_mask():
-    # Templates of reasoning models drop the reasoning of all answers but the last. This template
-    # numbers turns from the end, which also changes earlier turns.
-    template = (
-        "{{ bos_token }}{% for message in messages %}<{{ message.role }}> word{{ "
-        "messages|length - loop.index }} {{ message.content }} "
-        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if "
-        "add_generation_prompt %}<assistant>{% endif %}"
-    )
-    turns = [
-        {"role": role, "content": "word9"} for role in ("user", "assistant", "user", "assistant")
-    ]
-    with pytest.raises(DataError, match="renders turn"):
-        encode(turns, word_tokenizer(template), 512)

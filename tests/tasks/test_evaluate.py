@@ -382,6 +382,7 @@ def test_the_likelihoods_of_every_items_choices_are_stored_without_text(
         "requests": 48,
         "truncated": 0,
         "tokens": json.loads((out / PROMPTS).read_text())["tokens"],
+        "chat": {"tokenizer": "model", "unused_beside_adapter": []},
     }
     assert not any("word" in path.read_text() for path in out.iterdir())
 

@@ -14,8 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ebbline.tasks.chat.training_rows import encode
 from ebbline.tasks.data.batches import Row, collate, count_tokens
-from ebbline.tasks.data.conversations import encode, read_conversations
+from ebbline.tasks.data.conversations import read_conversations
 from ebbline.tasks.errors import Leaving, TrainingError
 from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
 from ebbline.tasks.specs import TrainSpec

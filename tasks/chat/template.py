@@ -1,0 +1,103 @@
+"""A model's chat template, bound to the settings of a Spec; and rendering with it.
+
+`bind` puts the settings (date, thoughts) into the template's own text. So whoever renders with the
+tokenizer, lm-eval too, gets the text that the Spec states, whatever the day.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from ebbline.tasks.errors import ModelError
+from ebbline.tasks.specs import Chat
+
+Turns = Sequence[Mapping[str, str]]
+
+_END_OF_SETTINGS = "{# the model's own template follows #}\n"
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+# strftime's directives that depend on the date alone. `%-d` is glibc's; templates use it.
+_DIRECTIVES = (
+    "-d -m -H -I -M -S -j a A w d b B m y Y H I p M S f j U W c x X F T R D e G V u".split()
+)
+
+
+def bind(tokenizer: Any, chat: Chat, where: object) -> None:
+    """Choose the template that `chat` names and put the settings into it. The attribute
+    `own_chat_template` of the tokenizer keeps the model's own, for saving.
+
+    Raises ModelError if there is no such template, and for a random one.
+    """
+    own = tokenizer.chat_template
+    if not own:
+        raise ModelError(
+            f"the tokenizer in {where} has no chat template; ebbline studies chat models. Add "
+            "chat_template.jinja to the folder"
+        )
+    named: Mapping[str, str] = own if isinstance(own, Mapping) else {"default": own}
+    name = chat.template or "default"
+    if name not in named:
+        raise ModelError(
+            f"the tokenizer in {where} has no chat template {name!r}; it has {sorted(named)}. "
+            "Name one of them as `template` in `chat`"
+        )
+    if found := _RANDOM.search(named[name]):
+        raise ModelError(
+            f"the chat template in {where} uses {found[0].strip()!r}, so one prompt has many "
+            "texts; remove it from the template"
+        )
+    tokenizer.own_chat_template = own
+    tokenizer.chat_template = bound(named[name], chat)
+
+
+def bound(template: str, chat: Chat) -> str:
+    """The template with the settings in front: `strftime_now` and `date_string` give the date of
+    `chat`, and the switches for thoughts are set.
+    """
+    day = datetime.fromisoformat(chat.date)
+    replaced = "format" + "".join(
+        f" | replace({json.dumps('%' + letter)}, {json.dumps(day.strftime('%' + letter))})"
+        for letter in _DIRECTIVES
+    )
+    settings: dict[str, object] = {"date_string": day.strftime("%d %b %Y")}
+    if chat.thinking is not None:
+        # Qwen and GLM call the switch enable_thinking, DeepSeek and Granite thinking.
+        settings |= {"enable_thinking": chat.thinking, "thinking": chat.thinking}
+    assignments = "".join(
+        f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in settings.items()
+    )
+    # Jinja drops the newline after the comment, so the model's template begins at a line's start.
+    return (
+        f"{{%- macro strftime_now(format) -%}}{{%- set day = {replaced} -%}}"
+        "{%- if '%' in day %}{{ raise_exception('unknown date format') }}{% endif -%}{{- day -}}"
+        f"{{%- endmacro -%}}{assignments}{_END_OF_SETTINGS}{template}"
+    )
+
+
+def own_template(template: str) -> str:
+    """The model's own template in a bound one."""
+    return template.partition(_END_OF_SETTINGS)[2] or template
+
+
+def render(tokenizer: Any, turns: Turns, prompt: bool, template: str | None = None) -> str:
+    """The text of a conversation; with `prompt` up to where the model's answer begins."""
+    text: str = tokenizer.apply_chat_template(
+        list(turns), chat_template=template, add_generation_prompt=prompt, tokenize=False
+    )
+    return text
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a rendered text. The template writes all special tokens; none is added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def save_tokenizer(tokenizer: Any, folder: object) -> None:
+    """Save a bound tokenizer with the model's own template."""
+    template = tokenizer.chat_template
+    tokenizer.chat_template = getattr(tokenizer, "own_chat_template", template)
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = template
