@@ -46,8 +46,8 @@ from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
-from ebbline.tasks.measuring.scorers import SCORERS
 from ebbline.tasks.models.loading import Residents
+from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
 from ebbline.tasks.worker import ERROR, described

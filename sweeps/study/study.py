@@ -19,7 +19,7 @@ from ebbline.sweeps.study.references import DataRef, Hub, Local, OneOf
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.errors import PinError, StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
-from ebbline.tasks.measuring.scorers import SCORERS
+from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import (
     ApplySpec,
     Count,

@@ -23,12 +23,18 @@ from ebbline.tasks.errors import DataError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
 from ebbline.tasks.models.loading import with_adapter
+from ebbline.tasks.scoring.answers import TASK_SCORERS
+from ebbline.tasks.scoring.thoughts import decoded
 from ebbline.tasks.specs import Block, GenerateSpec
 from ebbline.tasks.stage import Context
 
 
 def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
+    if spec.compared_by is not None:
+        scorer = TASK_SCORERS[spec.compared_by]
+        for prompt in whole.prompts:
+            scorer.require(prompt.answer, prompt.text, prompt.where)
     chosen = in_block(whole, spec.block)
     completions = _completions(spec, inputs, [prompt.text for prompt in chosen.prompts], ctx)
     rows = [
@@ -117,7 +123,7 @@ def complete(
         use_cache=True,
     )
 
-    def complete_batch(batch: Any) -> list[tuple[str, int, bool]]:
+    def complete_batch(batch: Any) -> list[tuple[list[int], int, bool]]:
         answers = []
         for tokens in model.generate(**batch, generation_config=settings)[
             :, batch["input_ids"].shape[1] :
@@ -126,12 +132,14 @@ def complete(
                 (place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens)
             )
             ended = bool(tokens) and tokens[length - 1] in ends
-            answers.append(
-                (tokenizer.decode(tokens[:length], skip_special_tokens=True), length, ended)
-            )
+            answers.append((tokens[:length], length, ended))
         return answers
 
-    return in_batches(complete_batch, tokenizer, encoded, "completions", ctx)
+    completed = in_batches(complete_batch, tokenizer, encoded, "completions", ctx)
+    return [
+        (decoded(tokenizer, prompt, tokens), length, ended)
+        for prompt, (tokens, length, ended) in zip(encoded, completed, strict=True)
+    ]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 from ebbline.tasks.data.batches import encode_prompts, require_room
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.models.loading import load_tokenizer
+from ebbline.tasks.scoring.thoughts import decoded
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
 
@@ -66,9 +67,9 @@ def complete_with_vllm(
     ctx.progress(len(answers), len(answers), "completions")
     return [
         (
-            answer.outputs[0].text,
+            decoded(tokenizer, prompt, answer.outputs[0].token_ids),
             len(answer.outputs[0].token_ids),
             answer.outputs[0].finish_reason == "stop",
         )
-        for answer in answers
+        for prompt, answer in zip(encoded, answers, strict=True)
     ]
