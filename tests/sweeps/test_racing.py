@@ -308,7 +308,7 @@ def test_a_point_is_beaten_only_if_it_is_whatever_its_undecided_samples_were(tmp
     measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
     rivals = Rivals(
         study(
-            tmp_path / "rivals",
+            tmp_path,
             {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}},
         )
     )
