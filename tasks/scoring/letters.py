@@ -233,12 +233,18 @@ def _named(text: str, match: re.Match[str], letters: frozenset[str], cue: bool) 
     if not _is_letter(text, match.start(1), end) or letter.upper() not in letters:
         return set()
     if cue and (
-        _DENIED_CUE.search(text[: match.start()]) or text[end:].lstrip(" )'\"").startswith("?")
+        _DENIED_CUE.search(_before(text, match.start()))
+        or text[end:].lstrip(" )'\"").startswith("?")
     ):
         return set()
-    if _DENIED_BEFORE.search(text[: match.start(1)]) or _DENIED_AFTER.match(text, end):
+    if _DENIED_BEFORE.search(_before(text, match.start(1))) or _DENIED_AFTER.match(text, end):
         return set()
     return {letter.upper(), *_joined(text, end)} & letters
+
+
+def _before(text: str, end: int) -> str:
+    """The words before a place that may deny what follows."""
+    return text[max(0, end - 100) : end]
 
 
 def _joined(text: str, end: int) -> set[str]:

@@ -22,6 +22,7 @@ _NUMBER = re.compile(
     r"(?:[eE](?P<e>[-+]?\d{1,3})(?!\w)|\s?(?:x|\*|\u00d7|\\times)\s?10\s?\^?\s?\{?(?P<ten>[-+]?\d{1,3})\}?)?"
     r"(?P<percent>\s?\\?%|\s+percent\b)?(?:\s?(?P<unit>[^\W\d_]+\b(?:\^?\d)?))?"
 )
+_LONGEST = 200  # characters
 _FRACTION = re.compile(r"(-?)\s*\\d?t?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LATEX = re.compile(
@@ -161,7 +162,11 @@ def _prepared(text: str) -> str:
 
 
 def _numbers(text: str) -> list[_Number]:
-    return [number for found in _NUMBER.finditer(text) if (number := _parsed(found)) is not None]
+    """The numbers of a text; none if one is too long to be an answer, such as a loop of digits."""
+    matches = list(_NUMBER.finditer(text))
+    if any(len(found[0]) > _LONGEST for found in matches):
+        return []
+    return [number for found in matches if (number := _parsed(found)) is not None]
 
 
 def _parsed(found: re.Match[str]) -> _Number | None:

@@ -28,7 +28,9 @@ _NAME = (
     r"|inner_?monologue|inner_?thoughts?)(?:_(?:fast|slow|process|content))?"
 )
 _BAR = r"[|\uff5c]"
-_TOKEN = rf"(?:(?!{_BAR}>)[^\s<>])*?(?:think|thought|reasoning)(?:(?!{_BAR}>)[^\s<>])*?"
+_TOKEN = (
+    rf"(?:(?!{_BAR}>)[^\s<>]){{0,40}}?(?:think|thought|reasoning)(?:(?!{_BAR}>)[^\s<>]){{0,40}}?"
+)
 _ENDS = r"(?:end|stop|close|/)"
 _CLOSE = (
     rf"</\s*{_NAME}\s*>|\[/\s*{_NAME}\]|\u25c1/\s*{_NAME}\u25b7|<channel{_BAR}>|<unused95>"

@@ -193,6 +193,39 @@ def test_fractions_are_compared_exactly(one, other):
     assert number(f"Answer: {one}", str(other)) == float(Fraction(one) == Fraction(other))
 
 
+parts = st.lists(
+    st.sampled_from(
+        [
+            *"0123456789.,-+/%$ \n()ABCI'",
+            "1,234",
+            "####",
+            r"\boxed{",
+            "}",
+            r"\frac{1}{",
+            "e9",
+            "answer",
+        ]
+    ),
+    max_size=30,
+).map("".join)
+
+
+@given(st.one_of(st.text(max_size=60), parts), st.sampled_from(["5", "1,234.5", "-3/4", "50%"]))
+def test_any_completion_is_right_wrong_or_undecided(completion, answer):
+    assert TASK_SCORERS["number"].value(completion, answer) in (0.0, 1.0, None)
+    assert TASK_SCORERS["choice"].value(completion, "B", FOUR) in (0.0, 1.0, None)
+    assert TASK_SCORERS["exact"].value(completion, answer) in (0.0, 1.0, None)
+    assert 0.0 <= rouge_l(completion, answer) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "loop", ["1", "1,", "1 ", "1,234", r"\boxed{", "answer ", "the answer is "]
+)
+def test_a_long_loop_is_read_and_is_no_number(loop):
+    assert number(loop * 5000, "7") in (0.0, None)
+    assert chosen_letter(loop * 2000, FOUR) is None
+
+
 @pytest.mark.parametrize("answer", ["twelve", "3 and 4", ""])
 def test_a_reference_that_is_not_one_number_is_an_error(answer):
     with pytest.raises(EvaluationError, match="eval.csv:3: its `answer` holds"):
