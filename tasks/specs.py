@@ -41,6 +41,7 @@ PromptFormat = Literal[
     "refusalbench",
     "jailbreakbench",
 ]
+TaskScorerName = Literal["exact", "choice", "number", "rouge_l"]
 JudgeTemplate = Literal["harmbench", "llama-guard", "yes-no", "classifier"]
 Quantisation = Literal["none", "int8", "nf4"]
 Dtype = Literal["float32", "bfloat16"]
@@ -289,9 +290,10 @@ class GenerateSpec(Spec):
 
     `label` keeps only the rows with that label (XSTest has both); a set without labels is kept
     whole. With `needs_answer`, a row without a reference answer is an error before the generation
-    starts. The backend is part of the identity, because its kernels round differently; so is
-    `batch_size` (`ebbline.tasks.data.batch_shape`). `tokenizer: adapter` uses the tokenizer and
-    chat template beside the adapter.
+    starts. With `compared_by`, so is a reference answer that this task scorer cannot compare with.
+    The backend is part of the identity, because its kernels round differently; so is `batch_size`
+    (`ebbline.tasks.data.batch_shape`). `tokenizer: adapter` uses the tokenizer and chat template
+    beside the adapter.
     """
 
     KIND: ClassVar[str] = "generate"
@@ -302,6 +304,7 @@ class GenerateSpec(Spec):
     format: PromptFormat = "auto"
     label: Literal["harmful", "harmless"] | None = None
     needs_answer: bool = False
+    compared_by: TaskScorerName | None = None
     limit: Count | None = None
     block: Block | None = None
     max_new_tokens: Count = 64
@@ -374,6 +377,7 @@ class ScoreSpec(Spec):
     """
 
     KIND: ClassVar[str] = "score"
+    VERSION: ClassVar[int] = 2
     AGREEMENT: ClassVar[str] = "agreement.json"
     measure: Literal["refusal", "over_refusal", "task"]
     scorer: str

@@ -56,11 +56,11 @@ const CONFIG = { displaylogo: false, responsive: true, plotlyServerURL: "", mode
 const colourOf = (model) => ((about.looks[model] || ["#000000"])[0] === "#000000" ? ink("--ink") : about.looks[model][0]);
 const symbolOf = (model) => SYMBOLS[(about.looks[model] || ["", "o"])[1]];
 
-function interval([value, low, high, n, spread]) {
-  return `${percent(value)} (95%: ${percent(low)} to ${percent(high)}, n = ${n}${spread === null ? "" : `; ${percent(spread)} sd between seeds`})`;
+function interval([value, low, high, n, spread, undecided]) {
+  return `${percent(value)} (95%: ${percent(low)} to ${percent(high)}, n = ${n}${undecided ? `, ${undecided} undecided` : ""}${spread === null ? "" : `; ${percent(spread)} sd between seeds`})`;
 }
 
-const brief = ([value, low, high]) => `${percent(value)} (${(100 * low).toFixed(1)} to ${percent(high)})`;
+const brief = ([value, low, high, , , undecided]) => `${percent(value)} (${(100 * low).toFixed(1)} to ${percent(high)}${undecided ? `, ${undecided} undecided` : ""})`;
 
 function hoverOf(row, same) {
   const lines = [`<b>point ${row.number}: ${plain(row.model)}</b>`, plain(row.settings)];

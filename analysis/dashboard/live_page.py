@@ -403,7 +403,9 @@ def _drive(live: Live | None, holder: str | None) -> Row:
 
 
 def _metric(metric: Metric) -> list[float | int | None]:
-    """Value, ends of the 95% interval, number of samples, and standard deviation between seeds."""
+    """Value, ends of the 95% interval, number of samples, standard deviation between seeds, and
+    number of undecided samples.
+    """
     low, high = metric.interval
     spread = metric.between_seeds
     return [
@@ -412,6 +414,7 @@ def _metric(metric: Metric) -> list[float | int | None]:
         round(high, 6),
         metric.n,
         None if spread is None else round(spread, 6),
+        metric.undecided,
     ]
 
 

@@ -14,7 +14,13 @@ from ebbline.analysis.results.attainment import Array, Attainment
 from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.frontier import finished, frontier_by_model
 from ebbline.analysis.results.measurements import Baselines, is_projected
-from ebbline.analysis.results.wording import directed_label, metric_label, natural, percent
+from ebbline.analysis.results.wording import (
+    directed_label,
+    metric_label,
+    natural,
+    percent,
+    undecided_label,
+)
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.defences import words
 from ebbline.tasks.defences.gate import ModuleRow, cosines_by_module, share_steps
@@ -93,7 +99,7 @@ def threshold_words(results: Sequence[Result], names: Sequence[str], baselines: 
             spans = [f"without {_span(at[None])}"] if None in at else []
             spans += [f"at {value:g} {_span(at[value])}" for value in shown]
             before = baselines.get(model, {}).get(name)
-            spans += [] if before is None else [f"aligned model {percent(before.value)}"]
+            spans += [] if before is None else [f"aligned model {_value(before)}"]
             parts.append(f"{model}, {metric_label(name)}: {', '.join(spans)}.")
     return " ".join(parts)
 
@@ -108,7 +114,7 @@ def before_after_words(lines: Sequence[Line]) -> str:
         rows = []
         for line in (line for line in lines if line.name == name):
             values = [
-                percent(line.states[state].value) if state in line.states else "not measured"
+                _value(line.states[state]) if state in line.states else "not measured"
                 for state in LABELS
             ]
             rows.append(f"{line.model} {', '.join(values)}")
@@ -178,7 +184,11 @@ def _best(values_NM: Array, column: int, objective: str) -> float:
 
 
 def _at(metrics: Mapping[str, Metric], drawn: Sequence[str]) -> str:
-    return " and ".join(f"{metric_label(name)} {percent(metrics[name].value)}" for name in drawn)
+    return " and ".join(f"{metric_label(name)} {_value(metrics[name])}" for name in drawn)
+
+
+def _value(metric: Metric) -> str:
+    return percent(metric.value) + undecided_label(metric.undecided, " (", ")")
 
 
 def _span(values: Sequence[float]) -> str:

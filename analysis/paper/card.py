@@ -13,7 +13,13 @@ from ebbline.analysis.results.collect import SuitePrompts
 from ebbline.analysis.results.floors import METHOD, Pick, spread_known
 from ebbline.analysis.results.measurements import usefulness_metric
 from ebbline.analysis.results.picked import in_words, lines_of, named
-from ebbline.analysis.results.wording import directed_label, measured, percent, value_label
+from ebbline.analysis.results.wording import (
+    directed_label,
+    measured,
+    percent,
+    undecided_label,
+    value_label,
+)
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.changes import lasting
@@ -24,7 +30,7 @@ from ebbline.sweeps.study.suites import scorers_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
-from ebbline.tasks.measuring.scorers import SCORERS
+from ebbline.tasks.scoring.phrases import SCORERS
 
 PAPER = "arXiv 2405.16833"
 _TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ text }}"
@@ -199,8 +205,8 @@ def _by_itself(name: str, result: Result, alone: Result) -> str:
     if spread_known(result.metrics[name]):
         return measured(own)
     return (
-        f"{percent(own.value)} (n = {own.n}; its interval is not known, because the "
-        "spreads of the seeds are stored together)"
+        f"{percent(own.value)} (n = {own.n}{undecided_label(own.undecided, ', ')}; its interval "
+        "is not known, because the spreads of the seeds are stored together)"
     )
 
 
@@ -305,7 +311,10 @@ def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
             "allow for that."
         )
     if any(metric.undecided for metric in found.result.metrics.values()):
-        yield "Samples that a scorer could not judge count as not successful."
+        yield (
+            "Samples that a scorer could not judge count against the adapter, in its rates and in "
+            "every bound."
+        )
     yield (
         "Intervals are Wilson's for rates and normal for means, 95%; they cover only "
         "the sampling of prompts of the same kind."

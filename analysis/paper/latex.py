@@ -6,7 +6,7 @@ booktabs and graphicx.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -252,12 +252,14 @@ def before_after_frame(
             m.value,
             *m.interval,
             m.n,
+            m.undecided,
         )
         for row in conditions(study, results, baselines)
         for name, m in sorted(row.metrics.items())
     ]
     frame = pd.DataFrame(
-        rows, columns=["model", "what", "point", "metric", "value", "low", "high", "n"]
+        rows,
+        columns=["model", "what", "point", "metric", "value", "low", "high", "n", "undecided"],
     )
     return frame.astype({"point": "Int64"})
 
@@ -300,10 +302,12 @@ def _cell(metric: Metric | None, layout: TableLayout) -> str:
     if metric is None:
         return "--"
     value, low, high = (f"{100 * share:.1f}" for share in (metric.value, *metric.interval))
-    return f"${value}_{{{low}}}^{{{high}}}$" if layout.small else f"{value} [{low}, {high}]"
+    undecided = f" ({metric.undecided}u)" if metric.undecided else ""
+    text = f"${value}_{{{low}}}^{{{high}}}$" if layout.small else f"{value} [{low}, {high}]"
+    return text + undecided
 
 
-def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
+def _samples(metrics: Mapping[str, Sequence[Metric]]) -> str:
     """The number of samples of each metric: "n: refusal rate 200, task accuracy 100 to 300"."""
     parts = []
     for name, found in metrics.items():
@@ -313,7 +317,12 @@ def _samples(metrics: Mapping[str, Iterable[Metric]]) -> str:
                 f"{metric_label(name)} {counts[0]}"
                 + (f" to {counts[-1]}" if len(counts) > 1 else "")
             )
-    return f"$n$: {escaped(', '.join(parts))}" if parts else "nothing was measured"
+    if not parts:
+        return "nothing was measured"
+    undecided = any(metric.undecided for found in metrics.values() for metric in found)
+    return f"$n$: {escaped(', '.join(parts))}" + (
+        "; u: undecided samples, counted against the model" if undecided else ""
+    )
 
 
 def _floats(

@@ -38,6 +38,7 @@ from ebbline.analysis.results.wording import (
     percent,
     settings_label,
     status_label,
+    undecided_label,
 )
 from ebbline.sweeps.study.points import Result, without_defence
 from ebbline.sweeps.study.study import Study
@@ -282,9 +283,13 @@ def _change(name: str, change: Comparison) -> str:
     how = how_found([change])
     how = f"; {how}" if how else ""
     return (
-        f"{metric_label(name)} is {change.move} ({percent(change.before.value)} before, "
-        f"{percent(change.after.value)} after{how})"
+        f"{metric_label(name)} is {change.move} ({_brief(change.before)} before, "
+        f"{_brief(change.after)} after{how})"
     )
+
+
+def _brief(metric: Metric) -> str:
+    return percent(metric.value) + undecided_label(metric.undecided, " with ")
 
 
 def _unfinished(results: Sequence[Result]) -> list[str]:
@@ -332,7 +337,7 @@ def _caution(done: Sequence[Result], refusal: str, comparisons: Sequence[Compari
     if undecided > 0:
         sentences.append(
             f"At most {percent(undecided)} of a point's samples could not be judged; they "
-            "count as not successful."
+            "count against the point, in its rates and in every bound and comparison."
         )
     return " ".join(sentences)
 

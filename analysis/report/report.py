@@ -146,6 +146,7 @@ def rows_for_scripts(results: Sequence[Result]) -> list[dict[str, Any]]:
                     "low": metric.interval[0],
                     "high": metric.interval[1],
                     "n": metric.n,
+                    "undecided": metric.undecided,
                 }
                 for name, metric in sorted(result.metrics.items())
             },

@@ -22,7 +22,7 @@ from ebbline.analysis.results.measurements import (
     unprojected,
     usefulness_metric,
 )
-from ebbline.analysis.results.wording import metric_label, percent
+from ebbline.analysis.results.wording import metric_label, percent, undecided_label
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
@@ -232,7 +232,10 @@ def _shipped(trio: Trio, refusal: Line, useful: Line | None) -> str:
 
 def _rate(metric: Metric) -> str:
     low, high = metric.interval
-    return f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}]"
+    return (
+        f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}]"
+        f"{undecided_label(metric.undecided, ' (', ')')}"
+    )
 
 
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from ebbline.analysis.results.measurements import (
     unprojected,
 )
 from ebbline.analysis.results.statistics import SHARES
-from ebbline.analysis.results.tables import in_percent, in_points
+from ebbline.analysis.results.tables import in_points, metric_cell
 from ebbline.analysis.results.wording import directed_label, natural
 from ebbline.sweeps.study.points import Result, without_defence
 from ebbline.sweeps.study.study import Study
@@ -186,8 +186,7 @@ def before_after_cells(lines: Sequence[Line]) -> list[tuple[str, pd.DataFrame]]:
         for state, label in STATES.items():
             metrics = [line.states.get(state) for line in own]
             cells[f"{label} %"] = [
-                "not measured" if metric is None else in_percent(metric.value, *metric.interval)
-                for metric in metrics
+                "not measured" if metric is None else metric_cell(metric) for metric in metrics
             ]
         for step, label in LABELS.items():
             cells[label] = [

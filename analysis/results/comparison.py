@@ -2,9 +2,11 @@
 
 Invariants: two measurements are paired by prompt only when both suites asked the same prompts, by
 content and by id, with the same settings. Otherwise their intervals decide, and the reason is
-reported. Tests that are reported together are corrected together.
+reported. Tests that are reported together are corrected together. Undecided samples widen every
+interval.
 
-Arrays: `shares_NP` is the share of a point's seeds that were a success, for N points and P prompts.
+Arrays: `worst_NP` and `best_NP` are the share of a point's seeds that were a success, for N points
+and P prompts, with undecided samples at their worst and at their best.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,7 +225,8 @@ def volumes(
     The interval is a percentile bootstrap (Efron 1979) with a fixed seed. It resamples prompts
     within each suite, the same draw for both studies where the prompts are the same. A frontier of
     noisy points reaches further than the true one, and more points increase this bias. The interval
-    does not correct it.
+    does not correct it. Its lower end takes the undecided samples of `before` at their best and
+    those of `after` at their worst, its upper end the other way round.
     """
     sides = before.of(model), after.of(model)
     one, other = (frontier_hypervolume(own, objectives) for own in sides)
@@ -236,35 +239,58 @@ def volumes(
         return Volumes(one, other)
     suites = {name: name.rpartition(".")[0] for name in objectives}
     paired = not any(suite in apart for suite in suites.values()) and all(
-        first[name][0] == second[name][0] for name in objectives
+        first[name].ids == second[name].ids for name in objectives
     )
     rng, ways = np.random.default_rng(0), [direction(name) for name in objectives]
-    differences = np.empty(RESAMPLES)
+
+    def drawn_volume(own: Shares, drawn: Mapping[str, NDArray[np.int64]], best: bool) -> float:
+        columns = [
+            (own[name].best_NP if best else own[name].worst_NP)[:, drawn[suites[name]]].mean(axis=1)
+            for name in objectives
+        ]
+        return hypervolume(np.column_stack(columns), ways)
+
+    decided = all(
+        np.array_equal(share.worst_NP, share.best_NP)
+        for own in (first, second)
+        for share in own.values()
+    )
+    least, most = np.empty(RESAMPLES), np.empty(RESAMPLES)
     for index in range(RESAMPLES):
-        drawn = {
-            (0, suite): rng.integers(size, size=size)
-            for suite, size in _sizes(first, suites).items()
+        before_drawn = {
+            suite: rng.integers(size, size=size) for suite, size in _sizes(first, suites).items()
         }
-        drawn |= {
-            (1, suite): drawn[0, suite] if paired else rng.integers(size, size=size)
+        after_drawn = {
+            suite: before_drawn[suite] if paired else rng.integers(size, size=size)
             for suite, size in _sizes(second, suites).items()
         }
-        values = [
-            np.column_stack(
-                [own[name][1][:, drawn[side, suites[name]]].mean(axis=1) for name in objectives]
-            )
-            for side, own in enumerate((first, second))
-        ]
-        differences[index] = hypervolume(values[1], ways) - hypervolume(values[0], ways)
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return Volumes(one, other, (float(low), float(high)), paired)
+        least[index] = drawn_volume(second, after_drawn, best=False) - drawn_volume(
+            first, before_drawn, best=True
+        )
+        most[index] = (
+            least[index]
+            if decided
+            else drawn_volume(second, after_drawn, best=True)
+            - drawn_volume(first, before_drawn, best=False)
+        )
+    interval = float(np.quantile(least, 0.025)), float(np.quantile(most, 0.975))
+    return Volumes(one, other, interval, paired)
 
 
-Shares = dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]
+@dataclass(frozen=True)
+class _Share:
+    """The ids of an objective's prompts, and the successes of each point on each prompt."""
+
+    ids: tuple[str, ...]
+    worst_NP: NDArray[np.float64]
+    best_NP: NDArray[np.float64]
+
+
+Shares = dict[str, _Share]
 
 
 def _shares(own: Sequence[Result], objectives: Sequence[str], evidence: Evidence) -> Shares | None:
-    """Objective -> (ids of its prompts, shares_NP).
+    """Objective -> its successes.
 
     None where samples are missing, or where points were measured on different prompts.
     """
@@ -273,20 +299,31 @@ def _shares(own: Sequence[Result], objectives: Sequence[str], evidence: Evidence
         suite, _, metric = name.rpartition(".")
         if metric not in SHARES:
             return None
-        ids, rows = None, []
+        ids: tuple[str, ...] | None = None
+        worst: list[list[float]] = []
+        best: list[list[float]] = []
         for result in own:
             seeds = [
-                {sample.id: sample.success for sample in samples}
+                {sample.id: sample for sample in samples}
                 for samples in evidence.samples(result, suite).values()
             ]
             asked = {tuple(sorted(answers)) for answers in seeds}
             ids = next(iter(asked), ()) if ids is None else ids
             if asked != {ids} or not ids:
                 return None
-            rows.append([sum(answers[item] for answers in seeds) / len(seeds) for item in ids])
-        found[name] = ids or (), np.array(rows)
+            for rows, undecided_as in (
+                (worst, direction(name) == "minimise"),
+                (best, direction(name) == "maximise"),
+            ):
+                rows.append(
+                    [
+                        sum(answers[item].counted(undecided_as) for answers in seeds) / len(seeds)
+                        for item in ids
+                    ]
+                )
+        found[name] = _Share(ids or (), np.array(worst), np.array(best))
     return found
 
 
 def _sizes(shares: Shares, suites: Mapping[str, str]) -> dict[str, int]:
-    return {suites[name]: values_NP.shape[1] for name, (_, values_NP) in shares.items()}
+    return {suites[name]: len(share.ids) for name, share in shares.items()}

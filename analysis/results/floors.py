@@ -7,7 +7,8 @@ ceiling. The confidence in a picked point is always corrected for the number of 
 The confidence comes from the exact one-sided binomial test and its bound (Clopper and Pearson
 1934), over the prompts of one seed. A prompt that seeds answered differently counts by its share of
 successes. The total is rounded to the worse whole number. The scores of a metric that is a mean are
-treated likewise, since their spread is at most that of a rate.
+treated likewise, since their spread is at most that of a rate. An undecided sample is a failure
+here, at a floor and at a ceiling: a metric's value counts it so.
 
 A pick among m points is corrected by Bonferroni's inequality: the p-value is m times that of the
 point alone. The inequality holds for any dependence between the points.
@@ -189,10 +190,13 @@ def of_seed(metric: Metric, index: int) -> Metric:
     The spread of scores within a seed is not stored, so a mean has no valid interval
     (`spread_known`).
     """
+    if len(metric.seeds) < 2:
+        return metric
     items = round(metric.items)
-    return (
-        metric if len(metric.seeds) < 2 else Metric(metric.name, metric.seeds[index] * items, items)
-    )
+    undecided = metric.seeds_undecided[index] if metric.seeds_undecided else 0
+    counted = metric.seeds[index] * items  # with undecided samples where lower is better
+    successes = counted - undecided if metric.direction == "minimise" else counted
+    return Metric(metric.name, max(0.0, successes), items, undecided)
 
 
 def spread_known(metric: Metric) -> bool:

@@ -1,7 +1,8 @@
 """Comparisons of two measurements, and the choice of the results that are compared.
 
 Invariant: "higher" and "lower" need a paired test on the same prompts. Where samples are missing,
-they need 95% intervals that do not overlap. Every other pair is "not distinguishable".
+they need 95% intervals that do not overlap. Every other pair is "not distinguishable". Undecided
+samples count against both words: each holds whatever those samples were.
 """
 
 import math
@@ -154,7 +155,7 @@ def compared(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[Compariso
     0.05.
     """
     tests = [
-        paired_replicates(before.replicates, after.replicates)
+        paired_replicates(before.replicates, after.replicates, after.metric.direction)
         if same_prompts(before.replicates, after.replicates)
         else None
         for before, after in pairs

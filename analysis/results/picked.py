@@ -127,6 +127,7 @@ def picked_json(study: Study, found: Pick) -> dict[str, Any]:
                 "low": m.interval[0],
                 "high": m.interval[1],
                 "n": m.n,
+                "undecided": m.undecided,
                 "direction": m.direction,
                 "seeds": list(m.seeds),
             }
@@ -143,6 +144,7 @@ def floors_json(floors: Sequence[Floor], result: Result, among: int) -> list[dic
             "side": "at least" if floor.up else "at most",
             "floor": floor.value,
             "value": metric.value,
+            "undecided": metric.undecided,
             "margin": floor.margin(metric.value),
             "confidence": {
                 "by_itself": floor_confidence(metric, floor),

@@ -2,11 +2,13 @@
 tests, agreement of scorers.
 
 Invariants: the unit is a prompt; the answers of several training seeds to one prompt never count as
-independent. An empty set is an error. This module does not read the store, and samples hold no
-text.
+independent. An undecided sample counts against every claim: a gain is one whatever the undecided
+samples were, and so is a loss. An empty set is an error. This module does not read the store, and
+samples hold no text.
 
 Arrays: `before_NS`, `after_NS` tell whether each of N prompts was a success with each of S seeds;
-`net_N` is each prompt's gain, summed over its seeds.
+`net_N` is each prompt's gain, summed over its seeds. `least_N` and `most_N` are the gains if the
+undecided samples were as bad, or as good, for a gain as they can be.
 """
 
 from collections import Counter, defaultdict
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, bootstrap, false_discovery_control
 
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.measuring.metrics import Metric, Sample, pooled
+from ebbline.tasks.measuring.metrics import Direction, Metric, Sample, pooled
 from ebbline.tasks.measuring.scorers import agreement
 
 SamplesBySeed = Mapping[int, Sequence[Sample]]
@@ -38,7 +40,9 @@ class Paired:
 
     `n` is the number of pairs, one for each prompt and seed; `items` is the number of prompts.
     `difference` is the success rate after minus the one before, with its 95% `interval`. `p_value`
-    is two-sided and uncorrected.
+    is two-sided and uncorrected. `undecided` counts the samples of both sides that a scorer could
+    not judge. The counts and the difference take them as a Metric's value does. The interval and
+    the p-value are those that favour a claim the least.
     """
 
     n: int
@@ -50,18 +54,24 @@ class Paired:
     difference: float
     interval: tuple[float, float]
     p_value: float
+    undecided: int = 0
 
 
-def paired(before: Sequence[Sample], after: Sequence[Sample]) -> Paired:
+def paired(
+    before: Sequence[Sample], after: Sequence[Sample], way: Direction = "maximise"
+) -> Paired:
     """Match samples by id and compare them by the exact McNemar test (McNemar 1947).
 
     Raises EvaluationError as `paired_replicates` does.
     """
-    return paired_replicates({0: before}, {0: after})
+    return paired_replicates({0: before}, {0: after}, way)
 
 
-def paired_replicates(before: SamplesBySeed, after: SamplesBySeed) -> Paired:
+def paired_replicates(
+    before: SamplesBySeed, after: SamplesBySeed, way: Direction = "maximise"
+) -> Paired:
     """Match samples by seed and id and compare; a prompt is one draw, however many seeds it has.
+    `way` is the direction of the metric that the samples belong to.
 
     The interval is a percentile bootstrap over prompts (Efron 1979) with a fixed seed. The p-value
     is that of the exact sign test on the prompts whose seeds together gained or lost. With one seed
@@ -74,12 +84,21 @@ def paired_replicates(before: SamplesBySeed, after: SamplesBySeed) -> Paired:
         raise EvaluationError(f"seeds {sorted(before)} cannot be paired with seeds {sorted(after)}")
     sides = [[_by_id(side[seed]) for seed in sorted(side)] for side in (before, after)]
     ids = _shared_ids([found for side in sides for found in side])
-    before_NS, after_NS = (
-        np.array([[found[item] for found in side] for item in ids], dtype=bool) for side in sides
-    )
-    net_N = after_NS.sum(axis=1) - before_NS.sum(axis=1)
-    gained, lost, seeds = int((net_N > 0).sum()), int((net_N < 0).sum()), before_NS.shape[1]
-    low, high = _interval(net_N, seeds)
+
+    def successes_NS(side: int, undecided_as: bool) -> NDArray[np.bool_]:
+        return np.array(
+            [[found[item].counted(undecided_as) for found in sides[side]] for item in ids],
+            dtype=bool,
+        )
+
+    def net(before_NS: NDArray[np.bool_], after_NS: NDArray[np.bool_]) -> NDArray[Any]:
+        gains_N: NDArray[Any] = after_NS.sum(axis=1) - before_NS.sum(axis=1)
+        return gains_N
+
+    before_NS, after_NS = (successes_NS(side, way == "minimise") for side in (0, 1))
+    least_N = net(successes_NS(0, True), successes_NS(1, False))
+    most_N = net(successes_NS(0, False), successes_NS(1, True))
+    seeds = before_NS.shape[1]
     return Paired(
         n=before_NS.size,
         items=len(ids),
@@ -87,10 +106,25 @@ def paired_replicates(before: SamplesBySeed, after: SamplesBySeed) -> Paired:
         only_before=int((before_NS & ~after_NS).sum()),
         only_after=int((~before_NS & after_NS).sum()),
         neither=int((~before_NS & ~after_NS).sum()),
-        difference=float(net_N.mean()) / seeds,
-        interval=(low, high),
-        p_value=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+        difference=float(net(before_NS, after_NS).mean()) / seeds,
+        interval=(_interval(least_N, seeds)[0], _interval(most_N, seeds)[1]),
+        p_value=_p_value(least_N, most_N),
+        undecided=sum(
+            sample.undecided for side in sides for found in side for sample in found.values()
+        ),
     )
+
+
+def _p_value(least_N: NDArray[Any], most_N: NDArray[Any]) -> float:
+    """The largest p-value of the exact sign test over what the undecided samples may have been.
+
+    It is 1 where they may turn a gain into a loss.
+    """
+    for net_N in (least_N, -most_N):
+        gained, lost = int((net_N > 0).sum()), int((net_N < 0).sum())
+        if gained > lost:
+            return float(binomtest(gained, gained + lost).pvalue)
+    return 1.0
 
 
 def same_prompts(before: SamplesBySeed, after: SamplesBySeed) -> bool:
@@ -107,8 +141,8 @@ def same_prompts(before: SamplesBySeed, after: SamplesBySeed) -> bool:
     )
 
 
-def _by_id(samples: Sequence[Sample]) -> dict[str, bool]:
-    found = {sample.id: sample.success for sample in samples}
+def _by_id(samples: Sequence[Sample]) -> dict[str, Sample]:
+    found = {sample.id: sample for sample in samples}
     if len(found) != len(samples):
         raise EvaluationError(
             f"{len(samples) - len(found)} of {len(samples)} samples repeat the id of "
@@ -117,7 +151,7 @@ def _by_id(samples: Sequence[Sample]) -> dict[str, bool]:
     return found
 
 
-def _shared_ids(sets: Sequence[Mapping[str, bool]]) -> list[str]:
+def _shared_ids(sets: Sequence[Mapping[str, Sample]]) -> list[str]:
     every = set().union(*sets)
     if not every:
         raise EvaluationError("no samples: an empty set cannot be compared")
@@ -175,10 +209,9 @@ def by_category(name: str, replicates: SamplesBySeed) -> dict[str, Metric]:
         for sample in replicates[seed]:
             groups[sample.category].append(sample)
         for category, samples in groups.items():
-            undecided = sum(sample.verdict == "undecided" for sample in samples)
-            found[category].append(
-                Metric(name, sum(sample.success for sample in samples), len(samples), undecided)
-            )
+            undecided = sum(sample.undecided for sample in samples)
+            successes = sum(sample.counted(undecided_as=False) for sample in samples)
+            found[category].append(Metric(name, successes, len(samples), undecided))
     if not found:
         raise EvaluationError(f"{name} has no samples: an empty set has no categories")
     return {category: pooled(found[category]) for category in sorted(found)}

@@ -21,7 +21,14 @@ from ebbline.analysis.results.measurements import (
     refusal_metric,
 )
 from ebbline.analysis.results.statistics import SHARES, Agreement, by_category
-from ebbline.analysis.results.wording import axis_label, metric_label, natural, percent, value_label
+from ebbline.analysis.results.wording import (
+    axis_label,
+    metric_label,
+    natural,
+    percent,
+    undecided_label,
+    value_label,
+)
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.points import Result
@@ -165,9 +172,12 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
         for share in rows[DEFENCE.words.share]
     ]
     for name in metrics:
-        triples = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], strict=True)
+        columns = (name, f"{name}_low", f"{name}_high", f"{name}_undecided")
         cells[f"{metric_label(name)} %"] = [
-            "" if pd.isna(triple[0]) else in_percent(*triple) for triple in triples
+            ""
+            if pd.isna(row[0])
+            else in_percent(*row[:3]) + undecided_label(int(row[3]), " (", ")")
+            for row in zip(*(rows[column] for column in columns), strict=True)
         ]
     return cells
 
@@ -175,6 +185,11 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
 def in_percent(value: float, low: float, high: float) -> str:
     """A rate with its interval, for a table's cell: "98.8 [96.4, 99.6]"."""
     return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def metric_cell(metric: Metric) -> str:
+    """A metric for a table's cell: "98.8 [96.4, 99.6] (3 undecided)"."""
+    return in_percent(metric.value, *metric.interval) + undecided_label(metric.undecided, " (", ")")
 
 
 def in_points(difference: float) -> str:
@@ -220,6 +235,7 @@ def categories_frame(
             "category",
             "n",
             "successes",
+            "undecided",
             "rate",
             "low",
             "high",
@@ -234,14 +250,16 @@ def categories_frame(
     for number, point, model, subject in [*aligned, *points]:
         for suite, name in shares_of(study):
             for category, metric in categories_of(subject, suite, name, evidence).items():
-                counted = (metric.n, round(metric.successes), metric.value, *metric.interval)
+                whole = (metric.n, round(metric.successes), metric.undecided)
+                counted = (*whole, metric.value, *metric.interval)
                 for column, value in zip(
                     columns.values(), (number, point, model, suite, category, *counted), strict=True
                 ):
                     column.append(value)
-    whole, text = {"number", "n", "successes"}, {"point", "model", "suite", "category"}
+    integers = {"number", "n", "successes", "undecided"}
+    text = {"point", "model", "suite", "category"}
     kinds: dict[str, Literal["Int64", "Float64", "string"]] = {
-        name: "Int64" if name in whole else "string" if name in text else "Float64"
+        name: "Int64" if name in integers else "string" if name in text else "Float64"
         for name in columns
     }
     return pd.DataFrame({name: _column(values, kinds[name]) for name, values in columns.items()})
@@ -305,8 +323,7 @@ def category_cells(
             ):
                 cells[f"{label} n"] = ["" if metric is None else str(metric.n) for metric in column]
                 cells[f"{label} %"] = [
-                    "" if metric is None else in_percent(metric.value, *metric.interval)
-                    for metric in column
+                    "" if metric is None else metric_cell(metric) for metric in column
                 ]
             cells["difference"] = [
                 "" if old is None else in_points(new.value - old.value) for _, old, new in rows

@@ -86,8 +86,14 @@ def size_label(size: float) -> str:
 def measured(metric: Metric) -> str:
     low, high = metric.interval
     return (
-        f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n})"
+        f"{percent(metric.value)} (95% interval {percent(low)} to {percent(high)}, n = {metric.n}"
+        f"{undecided_label(metric.undecided, ', ')})"
     )
+
+
+def undecided_label(count: int, before: str = "", after: str = "") -> str:
+    """`3 undecided`, with text around it; empty where every sample was decided."""
+    return f"{before}{count} undecided{after}" if count else ""
 
 
 def without_paths(reason: str, hosts: Collection[str] = ()) -> str:

@@ -214,7 +214,9 @@ def points_table(
     axes, metrics = axes_in(rows), metrics_in(rows)
     columns = ["point", "model", *map(axis_label, axes)]
     columns += [
-        f"{metric_label(name)}{part}" for name in metrics for part in ("", " low", " high", " n")
+        f"{metric_label(name)}{part}"
+        for name in metrics
+        for part in ("", " low", " high", " n", " undecided")
     ]
     columns += ["projected share", "GPU-hours alone"]
     marked: list[set[int]] = []
@@ -243,7 +245,11 @@ def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[An
     cells: list[Any] = [result.number, result.point.model, *(values.get(axis) for axis in axes)]
     for name in metrics:
         metric = result.metrics.get(name)
-        cells += [None] * 4 if metric is None else [metric.value, *metric.interval, metric.n]
+        cells += (
+            [None] * 5
+            if metric is None
+            else [metric.value, *metric.interval, metric.n, metric.undecided]
+        )
     return [*cells, result.changed_share, total(result.costs.values()).gpu_hours]
 
 

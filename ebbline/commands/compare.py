@@ -23,7 +23,7 @@ from ebbline.analysis.results.floors import Floor
 from ebbline.analysis.results.measurements import Comparison
 from ebbline.analysis.results.picked import in_words, missed_by, named
 from ebbline.analysis.results.tables import in_points
-from ebbline.analysis.results.wording import directed_label, metric_label, percent
+from ebbline.analysis.results.wording import directed_label, metric_label, percent, undecided_label
 from ebbline.cluster.store.resolver import Resolver
 from ebbline.commands.pick import floors_of, maximised_of
 from ebbline.sweeps.study.changes import differences, lasting
@@ -271,7 +271,10 @@ def _tables(
 
 def _short(metric: Metric) -> str:
     low, high = metric.interval
-    return f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}], n = {metric.n}"
+    return (
+        f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}], n = {metric.n}"
+        f"{undecided_label(metric.undecided, ', ')}"
+    )
 
 
 def _moved(found: Comparison) -> str:
@@ -381,6 +384,7 @@ def _comparison(found: Comparison) -> Mapping[str, Any]:
             "low": metric.interval[0],
             "high": metric.interval[1],
             "n": metric.n,
+            "undecided": metric.undecided,
         }
         for what, metric in (("before", found.before), ("after", found.after))
     }

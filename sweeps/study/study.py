@@ -27,7 +27,7 @@ from ebbline.sweeps.study.references import Data, DataRef, ModelRef
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
-from ebbline.tasks.measuring.scorers import SCORERS
+from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import (
     DEFAULT_CHAT,
     ApplySpec,

@@ -23,6 +23,7 @@ from ebbline.tasks.specs import (
     Number,
     PromptFormat,
     ScoreSpec,
+    TaskScorerName,
 )
 from ebbline.tasks.stage import Input, Stage
 
@@ -94,13 +95,13 @@ class OverRefusalSuite(_Generated):
 
 
 class TaskSuite(_Generated):
-    """Score on held-out items of the downstream task, by exact match, chosen letter, or ROUGE-L:
-    higher is better.
+    """Score on held-out items of the downstream task, by exact match, chosen letter, number, or
+    ROUGE-L: higher is better.
     """
 
     kind: Literal["task"] = "task"
     max_new_tokens: Count = 32
-    scorer: Literal["exact", "choice", "rouge_l"] = "exact"
+    scorer: TaskScorerName = "exact"
 
     def metrics(self) -> tuple[str, ...]:
         return ("rouge_l",) if self.scorer == "rouge_l" else ("task_accuracy",)
@@ -190,6 +191,7 @@ def stages_of(
         format=suite.format,
         label=_LABELS[suite.kind],
         needs_answer=isinstance(suite, TaskSuite),
+        compared_by=suite.scorer if isinstance(suite, TaskSuite) else None,
         limit=suite.limit,
         block=block,
         backend=suite.backend,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ebbline.tasks.chat.template import bound, own_template, render, tokens_of
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.scoring.thoughts import opened_thought
 from ebbline.tasks.specs import Chat
 
 USER, ANSWER, SYSTEM = "How is the marsh today?", "Calm and green.", "Speak of herons."
@@ -21,7 +22,6 @@ DAYS = ("2001-02-03", "2024-07-26")
 # What may stand between a generation prompt and an answer: whitespace, and an empty thought.
 LEAD = re.compile(r"\s*(?:<think>)?\s*(?:</think>)?\s*")
 _TAGS = r"<think>|<thinking>|<thought>|<reasoning>|<seed:think>|\[THINK\]"
-_OPENED = re.compile(rf"({_TAGS})\s*\Z", re.IGNORECASE)
 _KNOWN = re.compile(rf"{_TAGS}|</think>|enable_thinking|reasoning_content", re.IGNORECASE)
 
 
@@ -99,9 +99,9 @@ def _probed(tokenizer: Any, template: str) -> TemplateFacts:
         raise ModelError(
             "leaves out the text of a turn; use a template that writes the content of each turn"
         )
-    opened = _OPENED.search(prompt)
+    opened = opened_thought(prompt)
     trainable = whole.startswith(prompt)
-    start = len(prompt) if trainable or opened is None else opened.start()
+    start = len(prompt) - (0 if trainable else len(opened))
     if not whole.startswith(prompt[:start]):
         raise ModelError(
             "writes a generation prompt that is not the beginning of its training text; correct "
@@ -129,7 +129,7 @@ def _probed(tokenizer: Any, template: str) -> TemplateFacts:
         dated=len({_text(tokenizer, (USER,), True, bound(own, Chat(date=day))) for day in DAYS})
         > 1,
         thoughts="opened" if opened else "known" if _KNOWN.search(own) else "none",
-        opens=opened[1] if opened else "",
+        opens=opened.strip(),
         trainable=trainable,
     )
 
@@ -190,7 +190,7 @@ def _renders_turns(tokenizer: Any) -> bool:
         whole = _text(tokenizer, contents, False)
     except ModelError:
         return False
-    prompts = [_OPENED.sub("", prompt) for prompt in prompts]
+    prompts = [prompt.removesuffix(opened_thought(prompt)) for prompt in prompts]
     return all(whole.startswith(prompt) for prompt in prompts) and all(
         content in whole for content in contents
     )

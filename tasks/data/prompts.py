@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +33,7 @@ LABELS: Mapping[str, Label] = {
 @dataclass(frozen=True)
 class Prompt:
     """One prompt. `label` is "harmful", "harmless", or "" if the set does not say. `answer` is the
-    reference answer of a task.
+    reference answer of a task. `where` is the file and line, for messages.
     """
 
     id: str
@@ -42,6 +42,7 @@ class Prompt:
     source: str = ""
     label: str = ""
     answer: str = ""
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ def _prompt(row: _SourceRow, columns: Columns, labels_matter: bool, needs_answer
         source=_text(row, columns.source).strip(),
         label=LABELS.get(given, ""),
         answer=answer,
+        where=row.where,
     )
 
 

@@ -32,12 +32,18 @@ from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
 from ebbline.tasks.models.decoding import end_tokens, only, settings_not_used
 from ebbline.tasks.models.loading import with_adapter
+from ebbline.tasks.scoring.answers import TASK_SCORERS
+from ebbline.tasks.scoring.thoughts import completion_text
 from ebbline.tasks.specs import Block, EvaluateSpec, GenerateSpec
 from ebbline.tasks.stage import Context
 
 
 def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     whole = read_prompts(inputs["prompts"], spec.format, spec.label, spec.limit, spec.needs_answer)
+    if spec.compared_by is not None:
+        scorer = TASK_SCORERS[spec.compared_by]
+        for prompt in whole.prompts:
+            scorer.require(prompt.answer, prompt.text, prompt.where)
     chosen = in_block(whole, spec.block)
     completions, decoded = _completions(
         spec, inputs, [prompt.text for prompt in chosen.prompts], ctx
@@ -54,8 +60,7 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
             prompt.label,
             prompt.text,
             prompt.answer,
-            # A prompt that ends inside a thought has the tag that scorers look for.
-            chat["opens"] + text,
+            text,
             tokens,
             ended,
         )
@@ -167,7 +172,7 @@ def complete(
     ends = end_tokens(model.generation_config, tokenizer)
     shape = BatchShape(spec.max_new_tokens, 1 if rows_meet(model) else spec.batch_size)
 
-    def complete_batch(batch: Any) -> list[tuple[str, int, bool]]:
+    def complete_batch(batch: Any) -> list[tuple[list[int], int, bool]]:
         answers = []
         for tokens in model.generate(**batch, generation_config=settings)[
             :, batch["input_ids"].shape[1] :
@@ -176,9 +181,7 @@ def complete(
                 (place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens)
             )
             ended = bool(tokens) and tokens[length - 1] in ends
-            answers.append(
-                (tokenizer.decode(tokens[:length], skip_special_tokens=True), length, ended)
-            )
+            answers.append((tokens[:length], length, ended))
         return answers
 
     with only(
@@ -188,4 +191,8 @@ def complete(
         tokenizer.pad_token_id,
         max_new_tokens=spec.max_new_tokens,
     ) as settings:
-        return in_batches(complete_batch, tokenizer, encoded, shape, "completions", ctx)
+        completed = in_batches(complete_batch, tokenizer, encoded, shape, "completions", ctx)
+    return [
+        (completion_text(tokenizer, prompt, tokens), length, ended)
+        for prompt, (tokens, length, ended) in zip(encoded, completed, strict=True)
+    ]

@@ -3,13 +3,17 @@
 Invariant: a metric has a fixed direction that no study can change. A refusal of a harmful request
 is good, a refusal of a harmless one is bad. Metrics keep sums, so they can be added over seeds and
 groups.
+
+Invariant: an undecided sample counts against the model. The value takes it as a failure where
+higher is better, and as a success where lower is better. Each end of an interval takes it as the
+outcome that widens the interval, so no comparison gains from it.
 """
 
 import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +23,9 @@ from ebbline.tasks.errors import EvaluationError
 
 METRICS = "metrics.json"
 SAMPLES = "samples.jsonl"
+UNDECIDED = "undecided"
 Direction = Literal["maximise", "minimise"]
+_ROUNDING = 1e-6
 
 DIRECTIONS: dict[str, Direction] = {
     "refusal_rate": "maximise",
@@ -38,10 +44,11 @@ class Metric:
     """A rate over `n` samples with its 95% Wilson interval, or the mean of scores in [0, 1] with
     its 95% normal interval.
 
-    `successes` is the sum of the samples' scores; `squares`, for a mean only, the sum of their
-    squares. `undecided` counts the samples, among n, that a scorer could not judge: they are no
-    successes. `seeds` holds each replicate's value. Completions of several seeds for one item are
-    not independent. So intervals and standard error use `items`, the samples of one seed.
+    `successes` is the sum of the decided samples' scores; `squares`, for a mean only, the sum of
+    their squares. `undecided` counts the samples, among n, that a scorer could not judge: they are
+    not in `successes`. `seeds` holds each replicate's value, and `seeds_undecided` its undecided
+    samples. Completions of several seeds for one item are not independent. So intervals and
+    standard error use `items`, the samples of one seed.
     """
 
     name: str
@@ -50,16 +57,21 @@ class Metric:
     undecided: int = 0
     seeds: tuple[float, ...] = ()
     squares: float | None = None
+    seeds_undecided: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @staticmethod
-    def of(name: str, scores: Sequence[float]) -> "Metric":
-        """A rate when every score is 0 or 1, else a mean."""
-        rate = all(score in (0.0, 1.0) for score in scores) and name.rpartition(".")[2] != "rouge_l"
+    def of(name: str, scores: Sequence[float | None]) -> "Metric":
+        """A rate when every score is 0 or 1, else a mean. A score of None is undecided."""
+        decided = [score for score in scores if score is not None]
+        rate = (
+            all(score in (0.0, 1.0) for score in decided) and name.rpartition(".")[2] != "rouge_l"
+        )
         return Metric(
             name,
-            sum(scores),
+            sum(decided),
             len(scores),
-            squares=None if rate else sum(score * score for score in scores),
+            len(scores) - len(decided),
+            squares=None if rate else sum(score * score for score in decided),
         )
 
     def __post_init__(self) -> None:
@@ -69,11 +81,21 @@ class Metric:
             )
         if not 0 <= self.successes <= self.n:
             raise EvaluationError(f"{self.name} counts {self.successes} of {self.n} samples")
+        if not 0 <= self.undecided <= self.n - self.successes + _ROUNDING:
+            raise EvaluationError(
+                f"{self.name} counts {self.successes} successes and {self.undecided} undecided "
+                f"samples, together more than its {self.n} samples"
+            )
         direction(self.name)
 
     @property
     def value(self) -> float:
-        return self.successes / self.n
+        """The rate or mean with every undecided sample counted against the model."""
+        return (self.successes + self._undecided_as_successes) / self.n
+
+    @property
+    def _undecided_as_successes(self) -> int:
+        return self.undecided if self.direction == "minimise" else 0
 
     @property
     def direction(self) -> Direction:
@@ -83,16 +105,26 @@ class Metric:
     def interval(self) -> tuple[float, float]:
         """The 95% interval: Wilson's score interval for a rate (Wilson 1927), for a mean the normal
         interval clipped to [0, 1].
+
+        The lower end counts every undecided sample as a failure, the upper end as a success.
         """
         return self.interval_at(0.95)
 
     def interval_at(self, confidence: float) -> tuple[float, float]:
         """`interval` at another confidence in (0, 1)."""
+        return (
+            self._interval_with(0, confidence)[0],
+            self._interval_with(self.undecided, confidence)[1],
+        )
+
+    def _interval_with(self, more: int, confidence: float) -> tuple[float, float]:
+        """The interval with `more` undecided samples as successes and the others as failures."""
+        share = min(1.0, (self.successes + more) / self.n)
+        z, n = float(norm.ppf(0.5 + confidence / 2)), self.items
         if self.squares is not None:
-            reach = float(norm.ppf(0.5 + confidence / 2)) * self.stderr
-            return max(0.0, self.value - reach), min(1.0, self.value + reach)
+            reach = z * self._stderr_with(more)
+            return max(0.0, share - reach), min(1.0, share + reach)
         # scipy accepts integer counts only. A mean over seeds has fractions.
-        z, n, share = float(norm.ppf(0.5 + confidence / 2)), self.items, self.value
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
         # Rounding can move a bound past 0, 1 or the rate itself.
@@ -109,10 +141,14 @@ class Metric:
 
         It is s / sqrt(n), with the sample standard deviation s (divisor n - 1).
         """
+        return self._stderr_with(self._undecided_as_successes)
+
+    def _stderr_with(self, more: int) -> float:
         if self.items <= 1:
             return 0.0
-        squares = self.successes if self.squares is None else self.squares
-        return math.sqrt(max(0.0, squares / self.n - self.value**2) / (self.items - 1))
+        squares = (self.successes if self.squares is None else self.squares) + more
+        share = (self.successes + more) / self.n
+        return math.sqrt(max(0.0, squares / self.n - share**2) / (self.items - 1))
 
     @property
     def between_seeds(self) -> float | None:
@@ -125,13 +161,24 @@ class Metric:
 
 @dataclass(frozen=True)
 class Sample:
-    """One scored item. It holds no text of prompt or completion, so it may leave the store."""
+    """One scored item. It holds no text of prompt or completion, so it may leave the store.
+
+    `success` is False for an undecided sample; `counted` decides what it counts as.
+    """
 
     id: str
     category: str
     verdict: str
     reason: str
     success: bool
+
+    @property
+    def undecided(self) -> bool:
+        return self.verdict == UNDECIDED
+
+    def counted(self, undecided_as: bool) -> bool:
+        """Whether the sample is a success, with `undecided_as` for an undecided one."""
+        return undecided_as if self.undecided else self.success
 
 
 def direction(name: str) -> Direction:
@@ -151,7 +198,7 @@ def joined(parts: Sequence[Metric]) -> Metric:
     Raises EvaluationError for different names or no parts.
     """
     pool = pooled(parts)
-    return replace(pool, seeds=())
+    return replace(pool, seeds=(), seeds_undecided=())
 
 
 def pooled(replicates: Sequence[Metric]) -> Metric:
@@ -174,6 +221,7 @@ def pooled(replicates: Sequence[Metric]) -> Metric:
         else math.fsum(
             metric.successes if metric.squares is None else metric.squares for metric in replicates
         ),
+        seeds_undecided=tuple(metric.undecided for metric in replicates),
     )
 
 
@@ -185,7 +233,13 @@ def read_metrics(folder: Path) -> list[Metric]:
     """The metrics in a folder. Raises EvaluationError for a missing, truncated or invalid file."""
     try:
         return [
-            Metric(**{**row, "seeds": tuple(row["seeds"])})
+            Metric(
+                **{
+                    **row,
+                    "seeds": tuple(row["seeds"]),
+                    "seeds_undecided": tuple(row.get("seeds_undecided", ())),
+                }
+            )
             for row in json.loads((folder / METRICS).read_text())
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:

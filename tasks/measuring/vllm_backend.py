@@ -16,6 +16,7 @@ from typing import Any
 from ebbline.tasks.data.batches import encode_prompts, require_room
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.models.decoding import end_tokens, settings_not_used, shipped
+from ebbline.tasks.scoring.thoughts import completion_text
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
 
@@ -83,11 +84,11 @@ def complete_with_vllm(
     ctx.progress(len(answers), len(answers), "completions")
     completions = [
         (
-            answer.outputs[0].text,
+            completion_text(tokenizer, prompt, answer.outputs[0].token_ids),
             len(answer.outputs[0].token_ids),
             answer.outputs[0].finish_reason == "stop",
         )
-        for answer in answers
+        for prompt, answer in zip(encoded, answers, strict=True)
     ]
     decoded = {"end_tokens": ends, "not_used": settings_not_used(own, spec.decoding)}
     return completions, decoded

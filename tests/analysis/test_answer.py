@@ -181,8 +181,8 @@ def test_undecided_samples_are_reported(study: Study) -> None:
     metrics = {**plain.metrics, REFUSAL: Metric(REFUSAL, 100, 200, undecided=8)}
     text = answer_text(study, [Result(0, plain.point, "done", metrics)])
     assert (
-        "At most 4.0% of a point's samples could not be judged; they count as not successful."
-        in text
+        "At most 4.0% of a point's samples could not be judged; they count against the point, "
+        "in its rates and in every bound and comparison." in text
     )
 
 

@@ -174,6 +174,34 @@ def test_a_frontier_that_dominates_has_an_interval_above_zero(pair: tuple[Side, 
     assert volumes(*pair, "small", (REFUSAL, TASK), {}) == found, "the bootstrap has a fixed seed"
 
 
+def test_undecided_samples_widen_the_interval_of_the_volume(pair: tuple[Side, Side]) -> None:
+    def some_undecided(one: Side) -> Side:
+        return replace(
+            one,
+            evidence=Held(
+                {
+                    place: {
+                        seed: [
+                            replace(sample, verdict="undecided", success=False)
+                            if index % 4 == 0
+                            else sample
+                            for index, sample in enumerate(samples)
+                        ]
+                        for seed, samples in seeds.items()
+                    }
+                    for place, seeds in one.evidence.found.items()
+                }
+            ),
+        )
+
+    found = volumes(*pair, "small", (REFUSAL, TASK), {})
+    for sides in ((some_undecided(pair[0]), pair[1]), (pair[0], some_undecided(pair[1]))):
+        wider = volumes(*sides, "small", (REFUSAL, TASK), {})
+        assert wider.interval is not None and found.interval is not None
+        assert wider.interval[0] < found.interval[0] or wider.interval[1] > found.interval[1]
+        assert np.ptp(wider.interval) > np.ptp(found.interval)
+
+
 def test_a_study_against_itself_is_not_distinguishable(pair: tuple[Side, Side]) -> None:
     before, _ = pair
     (size,) = study_comparison(

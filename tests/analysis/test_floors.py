@@ -83,6 +83,29 @@ def test_bound_and_confidence_are_the_exact_tests(refused: int) -> None:
     )
 
 
+def test_undecided_samples_hold_neither_a_floor_nor_a_ceiling() -> None:
+    ceiling = Floor(OVER, 0.1)
+    broken, sound = Metric(OVER, 0, 60, undecided=60), Metric(OVER, 0, 60)
+    assert floor_confidence(broken, ceiling) == 0 and bound(broken) == 1
+    assert floor_confidence(sound, ceiling) > 0.99
+    assert floor_confidence(Metric(REFUSAL, 60, 120, undecided=60), AT_LEAST_90) == 0
+    points = [
+        replace(result(0), metrics={REFUSAL: rate(REFUSAL, 1.0), TASK: rate(TASK, 0.9), OVER: m})
+        for m in (broken, sound)
+    ]
+    points[1] = replace(points[1], number=1, metrics=points[1].metrics | {TASK: rate(TASK, 0.2)})
+    found = pick(points, [AT_LEAST_90, ceiling], TASK)
+    assert found is not None and found.holds and found.result.number == 1
+
+
+def test_a_seed_keeps_its_undecided_samples() -> None:
+    parts = [Metric(OVER, 10, 100, undecided=5), Metric(OVER, 20, 100)]
+    for index, part in enumerate(parts):
+        found = of_seed(pooled(parts), index)
+        assert found.interval == pytest.approx(part.interval) and found.value == part.value
+        assert bound(found) == pytest.approx(bound(part))
+
+
 def test_the_bound_of_a_set_without_a_miss_has_a_closed_form() -> None:
     assert bound(Metric(REFUSAL, 100, 100)) == pytest.approx(0.05 ** (1 / 100))
     assert bound(Metric(REFUSAL, 100, 100), among=12) == pytest.approx((0.05 / 12) ** (1 / 100))

@@ -138,7 +138,7 @@ def test_the_page_has_the_points_the_frontier_the_trainings_and_the_stages_of_a_
         assert row["metrics"]["refusal.refusal_rate"][:3] == pytest.approx(
             (metric.value, *metric.interval), abs=1e-6
         )
-        assert row["metrics"]["refusal.refusal_rate"][3:] == [metric.n, None]
+        assert row["metrics"]["refusal.refusal_rate"][3:] == [metric.n, None, 0]
         assert (
             row["keys"]["train"] == result.keys["train[seed=0]"]
             and row["seeds"] == ["0"]

@@ -225,6 +225,46 @@ def test_a_category_keeps_each_seeds_rate_and_counts_undecided_samples() -> None
     assert found == {"fire": Metric(REFUSAL, 1, 4, undecided=2, seeds=(0.5, 0.0))}
 
 
+answers = st.lists(
+    st.tuples(*[st.sampled_from(["yes", "no", "undecided"])] * 2), min_size=1, max_size=12
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(answers, st.sampled_from(["maximise", "minimise"]), st.data())
+def test_no_comparison_gains_from_an_undecided_sample(rows, way, data) -> None:
+    """Whatever the undecided samples were, the interval and the p-value claim no more."""
+
+    def sides(verdicts: list[tuple[str, str]]) -> list[list[Sample]]:
+        return [
+            [
+                Sample(str(n), "", row[side], "", row[side] == "yes")
+                for n, row in enumerate(verdicts)
+            ]
+            for side in (0, 1)
+        ]
+
+    def filled(verdict: str) -> str:
+        return data.draw(st.sampled_from(["yes", "no"])) if verdict == "undecided" else verdict
+
+    found = paired(*sides(rows), way)
+    other = paired(*sides([(filled(one), filled(two)) for one, two in rows]), way)
+    assert found.interval[0] <= other.interval[0] + 1e-9
+    assert found.interval[1] >= other.interval[1] - 1e-9
+    assert found.p_value >= other.p_value - 1e-12
+    assert found.undecided == sum(pair.count("undecided") for pair in rows)
+
+
+def test_a_broken_model_is_not_found_to_refuse_less() -> None:
+    before = [Sample(str(n), "", "refused", "", True) for n in range(60)]
+    broken = [Sample(str(n), "", "undecided", "", False) for n in range(60)]
+    sound = [Sample(str(n), "", "complied", "", False) for n in range(60)]
+    assert paired(before, sound, "minimise").p_value < 0.001
+    found = paired(before, broken, "minimise")
+    assert found.p_value == 1.0 and found.difference == 0.0 and found.interval[0] < -0.9
+    assert paired(broken, before, "maximise").p_value == 1.0
+
+
 def test_a_mean_has_no_rate_by_category() -> None:
     with pytest.raises(EvaluationError, match="not a share of successful samples"):
         by_category("task.rouge_l", {0: samples([True])})

@@ -3,11 +3,13 @@ golden.
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from ebbline.analysis.paper.latex import frontier_table
 from ebbline.analysis.results.measurements import NO_EVIDENCE
 from ebbline.analysis.results.statistics import pooled_agreement
 from ebbline.analysis.results.tables import (
@@ -18,10 +20,12 @@ from ebbline.analysis.results.tables import (
     category_cells,
     frontier_text,
     in_points,
+    metric_cell,
     results_frame,
     write_categories,
     write_tables,
 )
+from ebbline.analysis.results.wording import measured
 from ebbline.cluster.profile import GpuType, Profile
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.study.points import Result
@@ -140,6 +144,7 @@ def test_categories_of_points_and_baselines_add_up_to_their_metrics(
         "category",
         "n",
         "successes",
+        "undecided",
         "rate",
         "low",
         "high",
@@ -155,6 +160,19 @@ def test_categories_of_points_and_baselines_add_up_to_their_metrics(
     path = write_categories(frame, tmp_path)
     assert path.name == "categories.csv"
     assert len(pd.read_csv(path)) == len(frame)
+
+
+def test_the_number_of_undecided_samples_is_beside_each_rate(study: Study) -> None:
+    open_ = Metric(REFUSAL, 190, 200, undecided=7)
+    row = result(0)
+    row = replace(row, metrics=row.metrics | {REFUSAL: open_})
+    assert ", n = 200, 7 undecided)" in measured(open_)
+    assert metric_cell(open_).endswith("] (7 undecided)")
+    assert "] (7 undecided)" in frontier_text(results_frame([row], OBJECTIVES))
+    latex = frontier_table(study, [row], narrow=False)
+    assert "] (7u)" in latex and "u: undecided samples, counted against the model" in latex
+    assert "undecided" not in frontier_text(results_frame([result(0)], OBJECTIVES))
+    assert "undecided" not in frontier_table(study, [result(0)], narrow=False)
 
 
 def test_without_samples_there_are_no_categories_but_a_table(

@@ -175,7 +175,8 @@ def theirs(work: Mapping[str, Any], number: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ebbline.tasks.data.prompts import read_prompts
-    from ebbline.tasks.measuring.scorers import SCORERS, score
+    from ebbline.tasks.measuring.scorers import score
+    from ebbline.tasks.scoring.phrases import SCORERS
 
     tokenizer = AutoTokenizer.from_pretrained(work["model"], padding_side="left")
     if tokenizer.pad_token_id is None:

@@ -66,7 +66,7 @@ def home(tmp_path):
     return Home(tmp_path / "home")
 
 
-def measure_until_done(found, stages, blocks, successes, rivals=()):
+def measure_until_done(found, stages, blocks, successes, rivals=(), undecided=0):
     """Add metrics for every missing stage until none is missing; return the final metrics and the
     names of the measured stages.
     """
@@ -83,7 +83,7 @@ def measure_until_done(found, stages, blocks, successes, rivals=()):
             requested.append(name)
             blocks.add(
                 stage,
-                Metric("refusal_rate", successes, 20)
+                Metric("refusal_rate", successes, 20, undecided)
                 if name.part == "refusal"
                 else Metric("task_accuracy", 50, 100),
             )
@@ -213,16 +213,16 @@ def test_a_race_without_a_limit_is_an_error(tmp_path):
 def raced_changes(tmp_path, changes):  # noqa: F811
     rows = [
         {"id": f"p{i}", "prompt": turns[0]["content"]}
-        for i, turns in enumerate(conversations(30, 3))
+        for i, turns in enumerate(conversations(60, 3))
     ]
     prompts = pinned(write_lines(tmp_path / "many.jsonl", rows))
-    # No answer is a refusal: the interval of 0 of 20 extends to 0.161. The limit exceeds the 30
-    # prompts of the set.
+    # No answer is a refusal, but some are empty. With 2 undecided the interval of 0 of 20 extends
+    # to 0.301, and with up to 6 that of 0 of 40 to at most 0.292. The limit exceeds the 60 prompts.
     race = {
         "kind": "refusal",
         "max_new_tokens": 4,
-        "limit": 50,
-        "race": {"block": 10, "width": 0.17},
+        "limit": 100,
+        "race": {"block": 20, "width": 0.3},
     }
     return {
         **changes,
@@ -244,19 +244,19 @@ def test_a_raced_study_finishes_including_points_that_share_blocks(
     found, home = study(tmp_path, raced_changes), Home(tmp_path / "home")
     view = StudyView(found, home)
     progress = drive(view, InlineExecutor)
-    assert counts(progress.results) == dict.fromkeys(range(3), ("done", 20))
+    assert all(n in (20, 40) for _, n in counts(progress.results).values())
     with monkeypatch.context() as patched:
         # After the drive, a run reads and writes with the graph of the drive.
         patched.setattr("ebbline.sweeps.study.view.StageGraph", pytest.fail)
         results = collect(view)
         assert counts(results) == counts(progress.results)
         assert (
-            baselines(view)["7b"]["refusal.refusal_rate"].n == 30
+            baselines(view)["7b"]["refusal.refusal_rate"].n == 60
         )  # the aligned models are measured whole
         outputs = write_outputs(view, results)
     assert (
         "raced: refusal" in outputs["report"].read_text()
-        and "30 rows, 30 asked, sha256" in outputs["report"].read_text()
+        and "60 rows, 60 asked, sha256" in outputs["report"].read_text()
     )
     assert drive(StudyView(found, home), InlineExecutor).results == []
     points = expected_points(found, home.database(found.study))
@@ -266,7 +266,7 @@ def test_a_raced_study_finishes_including_points_that_share_blocks(
             generations_of(StudyView(found, home), "refusal"),
             ScoreSpec(measure="refusal", scorer="xstest"),
         )[0]["n"]
-        == 20
+        == counts(results)[0][1]
     )
 
 
@@ -277,12 +277,14 @@ def test_an_interrupted_raced_study_continues_to_the_same_counts(tmp_path, raced
         StudyView(found, home), InlineExecutor, stop=iter([False] * beats + [True] * 99).__next__
     )
     finished = drive(StudyView(found, home), InlineExecutor)
-    assert counts([*stopped.results, *finished.results]) == dict.fromkeys(range(3), ("done", 20))
+    results = [*stopped.results, *finished.results]
+    whole = drive(StudyView(found, Home(tmp_path / "another home")), InlineExecutor)
+    assert counts(results) == counts(whole.results) and len(results) == 3
 
 
 def test_a_race_ends_at_the_end_of_the_prompt_set(tmp_path, raced_changes):
     wide = raced_changes["suites/refusal"] | {
-        "measure": {"kind": "refusal", "max_new_tokens": 4, "limit": 50, "race": {"block": 10}}
+        "measure": {"kind": "refusal", "max_new_tokens": 4, "limit": 100, "race": {"block": 20}}
     }
     found, home = (
         study(
@@ -290,4 +292,27 @@ def test_a_race_ends_at_the_end_of_the_prompt_set(tmp_path, raced_changes):
         ),
         Home(tmp_path / "home"),
     )
-    assert counts(drive(StudyView(found, home), InlineExecutor).results) == {0: ("done", 30)}
+    assert counts(drive(StudyView(found, home), InlineExecutor).results) == {0: ("done", 60)}
+
+
+@pytest.mark.parametrize(("undecided", "n"), [(0, 20), (2, 40), (10, 100)])
+def test_undecided_samples_widen_the_interval_that_ends_a_race(tmp_path, home, undecided, n):
+    found, stages = raced(tmp_path, home, width=0.25, dominated=False)
+    metrics, _ = measure_until_done(
+        found, stages, Blocks(tmp_path / "made"), 0, undecided=undecided
+    )
+    assert metrics["refusal.refusal_rate"].n == n
+
+
+def test_a_point_is_beaten_only_if_it_is_whatever_its_undecided_samples_were(tmp_path):
+    measure = {"kind": "refusal", "limit": 100, "race": {"block": 20}}
+    rivals = Rivals(
+        study(
+            tmp_path,
+            {"suites/refusal/measure": measure, "search": {"sampler": "grid", "window": 1}},
+        )
+    )
+    rivals.add(rival(0, 99, 99))
+    low = rates(2, 2)
+    open_ = low | {"refusal.refusal_rate": Metric("refusal_rate", 2, 100, undecided=97)}
+    assert rivals.before(1, POINT)(low) and not rivals.before(1, POINT)(open_)
