@@ -221,6 +221,7 @@ class GenerateSpec(Spec):
     """
 
     KIND: ClassVar[str] = "generate"
+    VERSION: ClassVar[int] = 2
     COMPLETIONS: ClassVar[str] = "completions.sensitive.jsonl"
     PROMPTS: ClassVar[str] = "prompts.json"
     format: PromptFormat = "auto"
@@ -254,6 +255,7 @@ class JudgeSpec(Spec):
     """
 
     KIND: ClassVar[str] = "judge"
+    VERSION: ClassVar[int] = 2
     VERDICTS: ClassVar[str] = "verdicts.jsonl"
     template: JudgeTemplate
     refused: str | None = None
@@ -302,7 +304,7 @@ class EvaluateSpec(Spec):
     """
 
     KIND: ClassVar[str] = "evaluate"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     task: str
     shots: Annotated[int, Field(ge=0)] = 0
     chat_template: bool = False

@@ -40,14 +40,16 @@ from ebbline.sweeps.study.suites import (
     stages_of,
 )
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.errors import EbblineError, EvaluationError, ModelError
+from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
 from ebbline.tasks.measuring.scorers import SCORERS
+from ebbline.tasks.models.adapter_file import read_adapter_file
 from ebbline.tasks.models.loading import Residents
+from ebbline.tasks.models.model_folder import require_model_folder
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
 from ebbline.tasks.worker import ERROR, described
@@ -120,6 +122,7 @@ def evaluate(
     if not asked.exists():
         raise EvaluationError(f"there is no prompt set at {asked}")
     chosen = suite_of(suite, settings)
+    require_model_folder(folder)
     residents, results = Residents(), []
     shared = {
         "model": _source(folder),
@@ -153,8 +156,7 @@ def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
         return [(NO_ADAPTER, None)]
     folders = [located(adapter) for adapter in adapters]
     for folder in folders:
-        if not (folder / "adapter_config.json").exists():
-            raise ModelError(f"{folder} holds no adapter_config.json; it is not a PEFT adapter")
+        read_adapter_file(folder)  # a damaged adapter is an error before the model is loaded
     return zip(distinct_names(folders), folders, strict=True)
 
 

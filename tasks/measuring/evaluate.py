@@ -34,7 +34,7 @@ from lm_eval.tasks import TaskManager
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
 from ebbline.tasks.measuring.prefix_lm import Plan, PrefixLM, plan
-from ebbline.tasks.models.loading import with_adapter
+from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.specs import EvaluateSpec
 from ebbline.tasks.stage import Context
 

@@ -22,7 +22,7 @@ from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
-from ebbline.tasks.models.loading import with_adapter
+from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.specs import Block, GenerateSpec
 from ebbline.tasks.stage import Context
 
