@@ -3,19 +3,24 @@ hunt through everything they write.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ebbline.cli import app
 from ebbline.commands.evaluate import evaluate
-from ebbline.tasks.errors import EvaluationError
+from ebbline.commands.project import project
+from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.models.loading import Residents
+from ebbline.tasks.models.weights import ADAPTER_WEIGHTS
 from ebbline.tasks.specs import GenerateSpec
+from tests.tasks.test_weights import lora
 from tests.tiny import conversations, write_lines
 
 PROMPTS = [turns[0]["content"] for turns in conversations(12, seed=4)]
@@ -91,6 +96,76 @@ def test_the_model_is_loaded_once_for_all_adapters_and_each_has_its_own_answers(
     assert {each.metrics["refusal_rate"].n for each in measured} == {len(PROMPTS)}
 
 
+def answers(pair, prompts, out, *adapters):
+    """Adapter's name -> its completions."""
+    measured = evaluate(
+        pair.aligned,
+        "refusal",
+        prompts,
+        out,
+        adapters=adapters,
+        settings={"max_new_tokens": 6},
+        dtype="float32",
+    )
+    return {
+        each.folder.name: (each.folder / "generate" / GenerateSpec.COMPLETIONS).read_text()
+        for each in measured
+    }
+
+
+def renamed(folder, source, rename):
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    tensors = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def test_adapters_before_and_after_one_that_moves_the_base_have_their_own_answers(
+    pair, adapters, prompts, tmp_path
+):
+    settings = {"target_modules": ["q_proj", "down_proj"], "r": 8, "lora_alpha": 64}
+    moves = lora(tmp_path / "moves", pair.aligned, init_lora_weights="pissa", **settings)
+    head = lora(tmp_path / "head", pair.aligned, modules_to_save=["lm_head"], **settings)
+    order = [moves, adapters[0], head, adapters[1]]
+    together = answers(pair, prompts, tmp_path / "together", *order)
+    backwards = answers(pair, prompts, tmp_path / "backwards", *reversed(order))
+    assert together == backwards and len(set(together.values())) == 4
+    for adapter in order:
+        alone = answers(pair, prompts, tmp_path / f"alone-{adapter.name}", adapter)
+        assert alone[adapter.name] == together[adapter.name]
+
+
+def test_an_adapter_of_a_compiled_model_has_the_answers_of_its_plain_names(
+    pair, adapters, prompts, tmp_path
+):
+    compiled = renamed(tmp_path / "compiled", adapters[0], lambda name: f"_orig_mod.{name}")
+    found = answers(pair, prompts, tmp_path / "out", adapters[0], compiled)
+    assert found["one"] == found["compiled"]
+
+
+def test_evaluate_and_project_say_the_same_of_an_adapter_that_does_not_land(
+    pair, adapters, prompts, tmp_path
+):
+    half = renamed(tmp_path / "half", adapters[0], lambda name: name.replace(".mlp.", ".x.mlp."))
+    with pytest.raises(ModelError, match=f"{half}/.*mlp.* fits no adapter parameter") as measuring:
+        answers(pair, prompts, tmp_path / "out", half)
+    with pytest.raises(ModelError) as projecting:
+        project([half], pair.base, pair.aligned, tmp_path / "projected")
+    assert str(measuring.value) == str(projecting.value)
+
+
+def test_an_adapter_in_the_models_folder_is_an_error_before_anything_is_measured(
+    pair, prompts, tmp_path
+):
+    shutil.copytree(pair.aligned, tmp_path / "model")
+    lora(tmp_path / "model", pair.aligned)
+    asked = ["evaluate", "--model", tmp_path / "model", "--suite", "refusal"]
+    done = command(*asked, "--prompts", prompts, "--out", tmp_path / "out")
+    assert done.exit_code == 1 and "transformers would apply that adapter" in plain(done.output)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_continues_and_another_one_there_is_refused(pair, prompts, tmp_path):
     asked = [
         "evaluate",
@@ -153,7 +228,7 @@ def test_a_prompt_set_or_adapter_that_is_not_there_is_one_clear_error(pair, prom
     missing = command(*asked, "--prompts", tmp_path / "none.csv")
     assert missing.exit_code == 1 and "there is no prompt set at" in missing.output
     no_adapter = command(*asked, "--prompts", prompts, "--adapter", tmp_path)
-    assert no_adapter.exit_code == 1 and "not a PEFT adapter" in no_adapter.output
+    assert no_adapter.exit_code == 1 and "not a PEFT adapter" in plain(no_adapter.output)
 
 
 def test_stored_completions_are_scored_again_without_a_model(pair, prompts, tmp_path):

@@ -30,8 +30,9 @@ from typer.testing import CliRunner
 from ebbline.cli import app
 from ebbline.commands.project import RECORD, ProjectedAdapter, project
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.models.adapter_file import read_adapter
 from ebbline.tasks.models.loading import load_model
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_adapter
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from tests.tasks.test_safelora import GRAM, by_definition, measured, slack
 from tests.tasks.test_weights import Q0, SMALL, Tensors, built, edited, lora
 from tests.tiny import Pair
@@ -172,31 +173,6 @@ HANDLED = {
     "B square": ("llama", {"target_modules": ["k_proj"], "r": 32}, ""),
     "bfloat16": ("llama", {"dtype": torch.bfloat16}, ""),
     "float16": ("llama", {"dtype": torch.float16}, ""),
-    "all biases": (
-        "qwen2",
-        {"bias": "all"},
-        "6 tensors of the adapter are not LoRA updates.*k_proj.bias",
-    ),
-    "biases of lora modules": (
-        "qwen2",
-        {"bias": "lora_only"},
-        "2 tensors of the adapter are not LoRA updates.*q_proj.*bias",
-    ),
-    "a bias of its own": (
-        "qwen2",
-        {"lora_bias": True},
-        "2 tensors of the adapter are not LoRA updates.*lora_B.bias",
-    ),
-    "a module saved whole": (
-        "llama",
-        {"modules_to_save": ["lm_head"]},
-        "1 tensors of the adapter are not LoRA updates.*lm_head.weight",
-    ),
-    "new tokens": (
-        "llama",
-        {"trainable_token_indices": [1, 2]},
-        "1 tensors of the adapter are not LoRA updates.*trainable_tokens",
-    ),
     "tied lm_head": ("tied", {"target_modules": ["lm_head", "q_proj"]}, None),
     "tied embed_tokens": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}, None),
     "both of a tied pair": ("tied", {"target_modules": ["embed_tokens", "lm_head"]}, None),
@@ -227,6 +203,25 @@ def test_the_outcome_is_what_the_definition_says(pairs, tmp_path, family, settin
             re.search(r"lora_(embedding_)?B", name) for name in names
         )
         assert note is None or (re.search(note, done.notes[0]) if note else not done.notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "tensor"),
+    [
+        ("qwen2", {"bias": "all"}, "k_proj.bias"),
+        ("qwen2", {"bias": "lora_only"}, "q_proj.base_layer.bias"),
+        ("qwen2", {"lora_bias": True}, "q_proj.lora_B.bias"),
+        ("llama", {"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ("llama", {"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight"),
+        ("llama", {"trainable_token_indices": [1, 2]}, "trainable_tokens_delta"),
+    ],
+)
+def test_what_was_trained_beside_b_a_is_an_error_that_names_the_tensor(
+    pairs, tmp_path, family, settings, tensor
+):
+    adapter = lora(tmp_path / "adapter", pairs[family].aligned, **settings)
+    reason = f"{adapter / ADAPTER_WEIGHTS}: .*{tensor} was trained beside the LoRA matrices"
+    refused(reason, pairs[family], tmp_path / "out", adapter)
 
 
 def backwards(path: Path) -> None:
@@ -372,12 +367,17 @@ def test_an_adapter_that_does_not_fit_the_models_says_what_does_not(pairs, adapt
     pair, moe, out = pairs["llama"], pairs["mixtral"], tmp_path / "out"
     plain = lora(tmp_path / "q", pair.aligned)
     refused(
-        f"'{Q0}.weight'; the nearest is 'model.layers.0.self_attn.qkv_proj",
+        f"q cannot be put onto {pairs['phi3'].aligned}: .*q_proj.* not found",
         pairs["phi3"],
         out,
         plain,
     )
-    refused("do not fit a weight of .*another model", pairs["narrow"], out, adapter)
+    refused(
+        "has the shape .* takes .* there. Was the adapter trained on another model",
+        pairs["narrow"],
+        out,
+        adapter,
+    )
     experts = lora(
         tmp_path / "experts", moe.aligned, target_parameters=["mlp.experts.gate_up_proj"]
     )
@@ -480,9 +480,9 @@ def test_a_nan_is_refused_with_the_module_and_where_it_is(
             tmp_path / "same", pair.aligned, lambda tensors: tensors.update(same)
         )
     message = (
-        rf"{LAST}: (?=.*NaN or infinity).*"
-        + (f"{where[:6]} of " if which == "adapter" else "")
-        + f"{tmp_path}/{which}"
+        rf"{tmp_path}/adapter/{ADAPTER_WEIGHTS}: .*{LAST}.{where[:6]}.weight holds NaN or infinity"
+        if which == "adapter"
+        else rf"{LAST}: (?=.*NaN or infinity).*{tmp_path}/{which}"
     )
     refused(
         message,
@@ -563,7 +563,9 @@ def test_what_comes_out_is_whole_or_not_there_and_replaces_nothing(pair, adapter
 
 
 def test_json_has_what_the_text_has(pair, adapter, tmp_path):
-    adapters = adapter, lora(tmp_path / "other", pair.aligned, modules_to_save=["lm_head"])
+    adapters = adapter, lora(tmp_path / "other", pair.aligned)
+    (tmp_path / "other" / "second").mkdir()
+    (tmp_path / "other" / "second" / ADAPTER_CONFIG).write_text("{}")
     rule = ["--modules", "1", "--report", str(tmp_path / "page.html")]
     text = CliRunner().invoke(app, [*asked(pair, tmp_path / "text", *adapters), *rule])
     done = CliRunner().invoke(app, [*asked(pair, tmp_path / "json", *adapters), *rule, "--json"])
@@ -584,7 +586,11 @@ def test_json_has_what_the_text_has(pair, adapter, tmp_path):
             f"{min(cosines):.4f} to {max(cosines):.4f}"
         )
         assert all(note in text.stderr for note in record["notes"])
-    assert "lm_head" in text.stderr and "page.html" in text.stdout and "page.html" in done.stdout
+    assert (
+        "left alone: second" in text.stderr
+        and "page.html" in text.stdout
+        and "page.html" in done.stdout
+    )
 
 
 def test_a_threshold_below_every_cosine_says_from_which_one_on_a_module_is_projected(

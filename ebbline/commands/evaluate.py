@@ -40,14 +40,16 @@ from ebbline.sweeps.study.suites import (
     stages_of,
 )
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.errors import EbblineError, EvaluationError, ModelError
+from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.identity import content_digest, folder_files
 from ebbline.tasks.inputs import Expected, InputCheck
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
+from ebbline.tasks.models.adapter_file import read_adapter_file
 from ebbline.tasks.models.loading import Residents, load_tokenizer
+from ebbline.tasks.models.model_folder import require_model_folder
 from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, ScoreSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
@@ -131,6 +133,7 @@ def evaluate(
     if not prompt_set.exists():
         raise EvaluationError(f"there is no prompt set at {prompt_set}")
     chosen = suite_of(suite, settings)
+    require_model_folder(folder)
     asks_chats = not isinstance(chosen, MultipleChoiceSuite) or chosen.chat_template
     if tokenizer == "adapter" and not adapters:
         raise EvaluationError("--tokenizer adapter needs --adapter")
@@ -175,8 +178,7 @@ def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
         return [(NO_ADAPTER, None)]
     folders = [located(adapter) for adapter in adapters]
     for folder in folders:
-        if not (folder / "adapter_config.json").exists():
-            raise ModelError(f"{folder} has no adapter_config.json; it is not a PEFT adapter")
+        read_adapter_file(folder)  # a damaged adapter is an error before the model is loaded
     return zip(distinct_names(folders), folders, strict=True)
 
 

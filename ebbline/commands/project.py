@@ -33,8 +33,11 @@ from ebbline.tasks.defences.settings import Settings, checked, lowest_threshold_
 from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
+from ebbline.tasks.models.adapter_file import Adapter, adapters_in, plain_lora, read_adapter_file
+from ebbline.tasks.models.adapters import fitted
 from ebbline.tasks.models.loading import local_path
-from ebbline.tasks.models.weights import Adapter, Checkpoint, adapters_in, opened, read_adapter
+from ebbline.tasks.models.model_folder import require_model_folder
+from ebbline.tasks.models.weights import Checkpoint, opened
 
 RECORD = "safe_lora.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
@@ -87,10 +90,12 @@ def project(
         raise ProjectionError(
             f"{cache} is a file; the cache of the exact projector's bases is a folder"
         )
-    loaded = [read_adapter(located(adapter)) for adapter in adapters]
-    if not loaded:
+    files = [read_adapter_file(located(adapter)) for adapter in adapters]
+    if not files:
         raise ProjectionError("no adapter was given")
-    names = [""] if len(loaded) == 1 else distinct_names([adapter.folder for adapter in loaded])
+    for file in files:
+        plain_lora(file)
+    names = [""] if len(files) == 1 else distinct_names([file.folder for file in files])
     bases = (
         None
         if settings.energy is None
@@ -98,7 +103,8 @@ def project(
     )
     source = Weights(Checkpoint(located(base)), Checkpoint(located(aligned)), bases)
     for model in (source.base, source.aligned):
-        model.require()
+        require_model_folder(model.folder)
+    loaded = [fitted(file, source.aligned) for file in files]
     try:
         with _scratch(destination) as scratch:
             spool, fresh = scratch / "spool", scratch / "out"
@@ -265,15 +271,6 @@ def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
         notes.append(
             f"{adapter.folder} has other adapters in subfolders; they were not projected: "
             f"{', '.join(others)}"
-        )
-    # PEFT saves a copy of an adapted embedding, `base_layer`, which changes nothing.
-    carried = [name for name in adapter.carried if not name.endswith(".base_layer.weight")]
-    if carried:
-        some = ", ".join(carried[:3]) + (", ..." if len(carried) > 3 else "")
-        notes.append(
-            f"{len(carried)} tensors of the adapter are not LoRA updates and were copied "
-            f"unchanged ({some}): their changes to the model"
-            " are not projected"
         )
     for reason in sorted({row.reason for row in rows.values() if row.reason}):
         affected = [module for module, row in rows.items() if row.reason == reason]

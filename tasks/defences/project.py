@@ -30,13 +30,13 @@ from ebbline.tasks.defences.projectors import (
 )
 from ebbline.tasks.defences.subspace import Bases, read_basis, read_index
 from ebbline.tasks.errors import ProjectionError
+from ebbline.tasks.models.adapter_file import Adapter, read_adapter, read_adapter_file
+from ebbline.tasks.models.adapters import fitted
 from ebbline.tasks.models.weights import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    Adapter,
     Checkpoint,
     opened,
-    read_adapter,
     read_ahead,
 )
 from ebbline.tasks.specs import ApplySpec, ProjectSpec
@@ -176,12 +176,13 @@ def write_adapter(adapter: Adapter, projected: Mapping[str, torch.Tensor], out: 
 
 
 def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
-    adapter = read_adapter(inputs["adapter"])
-    source: Weights | Subspace = (
-        Subspace(read_index(inputs["subspace"]))
-        if spec.projector == "exact"
-        else Weights(Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"]))
-    )
+    source: Weights | Subspace
+    if spec.projector == "exact":  # its inputs hold no model that the names could be checked with
+        adapter = read_adapter(inputs["adapter"])
+        source = Subspace(read_index(inputs["subspace"]))
+    else:
+        source = Weights(Checkpoint(inputs["base"]), Checkpoint(inputs["aligned"]))
+        adapter = fitted(read_adapter_file(inputs["adapter"]), source.aligned)
     projected, rows = {}, {}
     for module, found in projections([adapter], source, ctx.progress, ctx.device):
         projected[module] = as_saved(found[0], adapter, module)

@@ -35,7 +35,7 @@ from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
 from ebbline.tasks.measuring.prefix_lm import Plan, PrefixLM, plan
-from ebbline.tasks.models.loading import with_adapter
+from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.specs import EvaluateSpec
 from ebbline.tasks.stage import Context
 

@@ -30,8 +30,8 @@ from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.identity import content_digest
 from ebbline.tasks.measuring.completions import Completion, write_completions
+from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.models.decoding import end_tokens, only, settings_not_used
-from ebbline.tasks.models.loading import with_adapter
 from ebbline.tasks.scoring.answers import TASK_SCORERS
 from ebbline.tasks.scoring.thoughts import completion_text
 from ebbline.tasks.specs import Block, EvaluateSpec, GenerateSpec

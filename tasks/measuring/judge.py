@@ -313,20 +313,14 @@ def _load_classifier(spec: JudgeSpec, folder: Path, device: str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     from ebbline.tasks.models.loading import DTYPES
+    from ebbline.tasks.models.model_folder import load_whole
 
     if spec.quantisation != "none":
         raise EvaluationError(
             "a classifier cannot be quantised; remove `quantisation: "
             f"{spec.quantisation}` from the judge"
         )
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"no .safetensors file in {folder}; ebbline reads no other weight format. "
-            "Convert the model first"
-        )
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=DTYPES[spec.dtype], use_safetensors=True, trust_remote_code=False
-    )
+    model = load_whole(AutoModelForSequenceClassification, folder, dtype=DTYPES[spec.dtype])
     return model.to(device)
 
 

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.tasks.data.batches import encode_prompts, require_room
-from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.errors import EvaluationError, ModelError
+from ebbline.tasks.models.adapter_file import read_adapter_file
+from ebbline.tasks.models.adapters import fitted
 from ebbline.tasks.models.decoding import end_tokens, settings_not_used, shipped
+from ebbline.tasks.models.model_folder import require_model_folder
 from ebbline.tasks.scoring.thoughts import completion_text
 from ebbline.tasks.specs import GenerateSpec
 from ebbline.tasks.stage import Context
@@ -41,6 +44,7 @@ def complete_with_vllm(
         ) from error
 
     def start() -> Any:
+        require_model_folder(model)
         ctx.residents.clear()  # vLLM reserves most of the GPU's memory
         return LLM(
             model=str(model),
@@ -66,6 +70,8 @@ def complete_with_vllm(
     )
     tokenizer = ctx.residents.tokenizer(model, spec.chat, adapter=beside)
     numbers: dict[Path, int] = ctx.residents.remembered(("vllm adapters", model), dict)
+    if adapter is not None:
+        require_served(adapter, model)
     encoded = encode_prompts(tokenizer, prompts)
     require_room(encoded, spec.max_new_tokens, spec.max_tokens)
     own = shipped(model)
@@ -114,3 +120,17 @@ def greedy(spec: GenerateSpec, ends: Sequence[int]) -> dict[str, Any]:
         "ignore_eos": False,
         "skip_special_tokens": True,
     }
+
+
+def require_served(adapter: Path, model: Path) -> None:
+    """Raises ModelError for an adapter that does not fit the model, or that vLLM would read only in
+    part: it takes plain LoRA under the model's own names.
+    """
+    file = read_adapter_file(adapter)
+    plain = fitted(file, require_model_folder(model))
+    rank = max(plain.tensors[lora.lora_A].shape[0] for lora in plain.modules.values())
+    if plain.carried or plain.tensors.keys() != file.tensors.keys() or rank > LARGEST_RANK:
+        raise ModelError(
+            f"vLLM does not read all of {file.weights} (names of another model class, copies of "
+            f"embeddings, or a rank above {LARGEST_RANK}); use the backend transformers"
+        )

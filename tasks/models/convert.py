@@ -24,9 +24,18 @@ def run(spec: ConvertSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
     named = ctx.log / "model.gguf"
     named.unlink(missing_ok=True)
     named.symlink_to(source.resolve())
-    loaded = AutoModelForCausalLM.from_pretrained(
-        ctx.log, gguf_file=named.name, dtype=DTYPES[spec.dtype], trust_remote_code=False
+    loaded, found = AutoModelForCausalLM.from_pretrained(
+        ctx.log,
+        gguf_file=named.name,
+        dtype=DTYPES[spec.dtype],
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    if lost := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
+        raise ModelError(
+            f"{source}: {lost[0]} is missing, or has no place in {type(loaded).__name__} "
+            f"({len(lost)} such weights); transformers does not read this file whole"
+        )
     # transformers unpacks the weights but still marks the model as quantised, and then cannot save
     # it.
     config = loaded.config

@@ -5,8 +5,8 @@ Only safetensors are read, and no code that comes with a model runs.
 """
 
 import gc
+import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +18,13 @@ from ebbline.tasks.chat.probes import check_chat
 from ebbline.tasks.chat.template import bind
 from ebbline.tasks.chat.tokenizers import read_tokenizer
 from ebbline.tasks.errors import EndpointDown, ModelError
+from ebbline.tasks.models.model_folder import load_whole
 from ebbline.tasks.paths import check_named_files, inside
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
 HUB = "hub:"
 T = TypeVar("T")
+_SAMPLES = 16  # elements of each tensor in a fingerprint
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -102,17 +104,12 @@ def load_model(
     folder: Path, quantisation: Quantisation, dtype: Dtype, device: str
 ) -> PreTrainedModel:
     """A causal language model from a Hugging Face folder of safetensors, quantised while it loads
-    if `quantisation` says so. Raises ModelError if the folder has no safetensors.
+    if `quantisation` says so. Raises ModelError unless every weight comes from the folder.
 
     NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them together with the
     unquantised weights.
     """
     check_named_files(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"no .safetensors file in {folder}; ebbline reads no other weight format. "
-            "Convert the model first."
-        )
     quantised: dict[str, Any] = {}
     if quantisation == "nf4":
         quantised["quantization_config"] = BitsAndBytesConfig(
@@ -126,9 +123,7 @@ def load_model(
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if quantised and device != "cpu":
         quantised["device_map"] = {"": device}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **quantised
-    )
+    model = load_whole(AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **quantised)
     if not quantised:
         model.to(device)
     elif device == "cpu":
@@ -154,6 +149,7 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
 class _Loaded:
     identity: tuple[str, str, str, str]
     model: PreTrainedModel
+    fingerprint: str
 
 
 class Residents:
@@ -176,28 +172,36 @@ class Residents:
         checked: bool = True,
         adapter: Path | None = None,
     ) -> tuple[PreTrainedModel, Any]:
-        """The model and its tokenizer, read from disk unless they are already loaded.
+        """The model and its tokenizer, read from disk unless this model is already loaded and is as
+        it was then. An adapter may have changed it.
 
         The tokenizer is read first, so that a chat template that cannot be used is an error before
         the weights are read. `checked` and `adapter` are for load_tokenizer.
         """
         identity = (str(folder), quantisation, dtype, device)
-        if self._loaded is None or self._loaded.identity != identity:
+        loaded = self._loaded
+        if (
+            loaded is None
+            or loaded.identity != identity
+            or loaded.fingerprint != fingerprint(loaded.model)
+        ):
             # Also if no model is loaded here: an earlier stage may have left a model in reference
             # cycles
+            del loaded
             self.clear()
             self.tokenizer(folder, chat, checked, adapter)
             model = load_model(folder, quantisation, dtype, device)
-            self._loaded = _Loaded(identity, model)
+            loaded = _Loaded(identity, model, fingerprint(model))
+            self._loaded = loaded
             self.loads += 1
         tokenizer = self.tokenizer(folder, chat, checked, adapter)
-        rows = self._loaded.model.get_input_embeddings().weight.shape[0]
+        rows = loaded.model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             raise ModelError(
                 f"the tokenizer in {adapter or folder} has {len(tokenizer)} tokens, and the model "
                 f"has embeddings for {rows}; use the tokenizer that belongs to the model"
             )
-        return self._loaded.model, tokenizer
+        return loaded.model, tokenizer
 
     def tokenizer(
         self,
@@ -237,23 +241,40 @@ class Residents:
             torch.cuda.empty_cache()
 
 
-@contextmanager
-def with_adapter(model: PreTrainedModel, adapter: Path | None) -> Iterator[Any]:
-    """The model with a PEFT adapter on it inside a `with`. Afterwards the model is unchanged.
-    Raises ModelError if the folder holds no adapter.
-    """
-    if adapter is None:
-        yield model
-        return
-    from peft import PeftModel  # only stages with an adapter need peft
+def fingerprint(model: torch.nn.Module) -> str:
+    """A digest of a model's structure and of a few elements of each of its tensors.
 
-    if not (adapter / "adapter_config.json").exists():
-        raise ModelError(f"{adapter} holds no adapter_config.json; it is not a PEFT adapter")
-    wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=False)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-        # PEFT leaves its config on the model, and would warn of a second adapter at the next one.
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+    It notices a replaced module, an untied weight, and a tensor that was changed as a whole. It
+    costs milliseconds; tests compare all bits.
+    """
+    content = hashlib.sha256()
+    samples: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    first_with: dict[int, int] = {}
+    for place, module in model.named_modules():
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        content.update(f"{place} {type(module).__name__} {hooks}".encode())
+        for name, tensor in _own_tensors(module):
+            shared = first_with.setdefault(tensor.data_ptr(), len(first_with))
+            content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {shared}".encode())
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+            samples.setdefault((tensor.device, tensor.dtype), []).append(sample)
+    for (device, _), parts in samples.items():
+        if device.type != "meta":
+            sampled = torch.cat(parts).contiguous().view(torch.uint8)
+            content.update(sampled.cpu().numpy().tobytes())
+    return content.hexdigest()
+
+
+def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's parameters with their quantisation scales, and its persistent buffers. Others,
+    such as the frequencies of rotary embeddings, may change with the length of a text.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter
+        scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+        if isinstance(scales, torch.Tensor):
+            yield f"{name}.absmax", scales
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer

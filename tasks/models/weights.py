@@ -1,5 +1,4 @@
-"""Weights by name, one tensor at a time, from Hugging Face folders and PEFT adapters (safetensors
-only).
+"""Weights by name, one tensor at a time, from Hugging Face folders (safetensors only).
 
 A tensor that `read` returns is memory-mapped: its bytes come from the file as they are used, and
 are freed with it.
@@ -9,7 +8,6 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.models.adapter_names import canonical
 from ebbline.tasks.paths import inside
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -39,19 +38,6 @@ _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clv
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _HEADS = ("lm_head", "embed_out")
-# Initialisations that move part of the base weight into A and B, so the update is not B A.
-_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-# Settings under which a LoRA adapter's update is not B A of one weight matrix.
-_OTHER_UPDATES = {
-    "use_dora": "DoRA (it also learns a magnitude for each row)",
-    "use_qalora": "QALoRA (its A acts on pooled inputs)",
-    "use_bdlora": "BD-LoRA (its matrices are block-diagonal)",
-    "kasa_config": "KaSA (it has singular values between B and A)",
-    "monteclora_config": "MonteCLoRA (its update is a mixture of samples)",
-    "layer_replication": "an adapter for replicated layers, which no checkpoint holds",
-    "target_parameters": "an adapter of parameters (as for fused experts), which are no single "
-    "weight matrix",
-}
 T = TypeVar("T")
 
 
@@ -71,7 +57,7 @@ class Checkpoint:
             self.folder / "model.safetensors",
         )
         if index.exists() and not single.exists():  # transformers, too, prefers the single file
-            weight_map = _json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index} has no `weight_map`; is the download complete?")
             return {name: inside(self.folder, file, index) for name, file in weight_map.items()}
@@ -83,13 +69,35 @@ class Checkpoint:
         with opened(single) as tensors:
             return dict.fromkeys(tensors.keys(), single)
 
+    def require_whole(self) -> None:
+        """Raise ModelError unless every shard holds exactly the tensors that the index promises
+        from it; reads no weight.
+        """
+        promised: dict[Path, set[str]] = {}
+        for name, file in self.names.items():
+            promised.setdefault(file, set()).add(name)
+        for file, names in sorted(promised.items()):
+            with opened(file) as tensors:
+                held = set(tensors.keys())
+            for name in sorted(names - held):
+                raise ModelError(
+                    f"{file} lacks {name!r}, which its index promises; is the download complete?"
+                )
+            for name in sorted(held - names):
+                raise ModelError(
+                    f"{file} holds {name!r}, which the index does not name for this file; are its "
+                    "shards those of one model? Download or save the model again"
+                )
+
     def require(self) -> None:
         """Raise ModelError if this is no model folder; reads no weight."""
         _ = self.names, self.config
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return _json(self.folder / "config.json") if (self.folder / "config.json").exists() else {}
+        return (
+            read_json(self.folder / "config.json") if (self.folder / "config.json").exists() else {}
+        )
 
     def is_conv1d(self, module: str) -> bool:
         """Whether a module's weight is stored as (d_in, d_out). Raises ModelError if config.json
@@ -127,6 +135,10 @@ class Checkpoint:
             tensor: torch.Tensor = tensors.get_tensor(name)
         return tensor
 
+    def read_as(self, name: str) -> torch.Tensor:
+        """The tensor that a model calls `name`, under whatever name this folder stores it."""
+        return self.read(self._stored(name))
+
     def weight(self, module: str) -> torch.Tensor:
         """A module's weight as it is stored. Raises ModelError if it is missing or quantised."""
         name = self._stored(f"{module}.weight")
@@ -158,6 +170,9 @@ class Checkpoint:
         """
         if name in self.names:
             return name
+        same = [other for other in self.names if canonical(other) == canonical(name)]
+        if len(same) == 1:
+            return same[0]
         # The same module under another prefix: `transformer.h.0...` is stored as `h.0...` if only
         # the body was saved.
         other_prefix = [
@@ -204,151 +219,10 @@ class Checkpoint:
         )
 
 
-@dataclass(frozen=True)
-class LoraModule:
-    """The names of one module's A and B in an adapter's file. An embedding's weight is stored as
-    (d_in, d_out).
-    """
-
-    lora_A: str
-    lora_B: str
-    embedding: bool = False
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A PEFT LoRA adapter: its `modules` by their names in the base model, and `carried`, the names
-    of the tensors that are no LoRA.
-
-    Safe LoRA is not defined for `carried` tensors (modules_to_save, biases, new tokens). A
-    projected adapter keeps them unchanged.
-    """
-
-    folder: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]
-    modules: Mapping[str, LoraModule]
-    carried: tuple[str, ...]
-
-
-def read_adapter(folder: Path) -> Adapter:
-    """Read a folder that holds one plain LoRA adapter. Raises ModelError for anything else, and
-    says what it is and what to do.
-    """
-    if not (folder / ADAPTER_CONFIG).exists() or not (folder / ADAPTER_WEIGHTS).exists():
-        raise ModelError(_no_adapter(folder))
-    config = _json(folder / ADAPTER_CONFIG)
-    _require_plain_lora(folder, config)
-    with opened(folder / ADAPTER_WEIGHTS) as file:
-        # Not a dict
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    modules: dict[str, LoraModule] = {}
-    for name in sorted(tensors):
-        for first, second in (
-            (".lora_A.weight", ".lora_B.weight"),
-            (".lora_embedding_A", ".lora_embedding_B"),
-        ):
-            if name.endswith(second) and name.removesuffix(second) + first not in tensors:
-                raise ModelError(
-                    f"{folder}: {name} has no {name.removesuffix(second)}{first}; the "
-                    "adapter is damaged"
-                )
-            if not name.endswith(first):
-                continue
-            stem = name.removesuffix(first)
-            if stem + second not in tensors:
-                raise ModelError(f"{folder}: {name} has no {stem}{second}; the adapter is damaged")
-            if tensors[name].ndim != 2 or tensors[stem + second].ndim != 2:
-                raise ModelError(
-                    f"{folder}: {stem} is a convolution's LoRA; Safe LoRA is defined for "
-                    "weight matrices"
-                )
-            modules[stem.removeprefix("base_model.model.")] = LoraModule(
-                name, stem + second, "embedding" in first
-            )
-    used = {name for module in modules.values() for name in (module.lora_A, module.lora_B)}
-    carried = tuple(name for name in sorted(tensors) if name not in used)
-    foreign = next(
-        (
-            name
-            for name in carried
-            if ".lora_A." in name or (".lora_B." in name and not name.endswith(".bias"))
-        ),
-        None,
-    )
-    if foreign is not None:
-        raise ModelError(
-            f"{folder}: {foreign!r} is not a name that PEFT saves; write the adapter with "
-            "`save_pretrained`"
-        )
-    if not modules:
-        raise ModelError(f"{folder} holds no LoRA matrices")
-    return Adapter(folder, config, tensors, modules, carried)
-
-
-def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"{folder} is an adapter of type {config.get('peft_type')}; Safe LoRA is "
-            "defined for LoRA's update B A only"
-        )
-    for setting, what in _OTHER_UPDATES.items():
-        if config.get(setting):
-            raise ModelError(
-                f"{folder} is {what}; Safe LoRA is defined for LoRA's update B A only "
-                f"(`{setting}` in {ADAPTER_CONFIG})"
-            )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_MOVES_BASE):
-        raise ModelError(
-            f"{folder} was started with init_lora_weights={start!r}, which moves part of "
-            "the base weights into A and B, so its"
-            " update is not B A. "
-            + (
-                "Retrain it from a plain LoRA start"
-                if start.startswith("loftq")
-                else (
-                    "Save it with PEFT's `path_initial_model_for_weight_conversion`, which "
-                    "makes it a plain LoRA"
-                )
-            )
-        )
-
-
 def _model_types(config: Mapping[str, Any]) -> set[str]:
     """The model types of a config and of its parts."""
     own = {config["model_type"]} if "model_type" in config else set()
     return own.union(*(_model_types(part) for part in config.values() if isinstance(part, dict)))
-
-
-def adapters_in(folder: Path) -> list[str]:
-    """The names of the folders in `folder` that hold adapters. PEFT saves every adapter there whose
-    name is not `default`.
-    """
-    return sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
-
-
-def _no_adapter(folder: Path) -> str:
-    if not folder.is_dir():
-        return (
-            f"{folder} is a file; give the folder that holds it"
-            if folder.exists()
-            else f"there is no folder {folder}"
-        )
-    if names := adapters_in(folder):
-        return (
-            f"{folder} holds no adapter itself, but its folders do: "
-            f"{', '.join(names)}. Name one, as {folder / names[0]}"
-        )
-    if (folder / "adapter_model.bin").exists():
-        return (
-            f"{folder} holds a pickled adapter_model.bin; ebbline reads safetensors only. Load "
-            "it with PEFT and save it again"
-        )
-    return (
-        f"{folder} lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}; it is not a PEFT adapter in "
-        "safetensors"
-    )
 
 
 def read_ahead(
@@ -376,6 +250,10 @@ def read_ahead(
             del tensors  # so that at most two are in memory
 
 
+def is_embedding_or_head(module: str) -> bool:
+    return module.rpartition(".")[2] in (*_EMBEDDINGS, *_HEADS)
+
+
 def opened(path: Path) -> Any:
     """Open a safetensors file. Raises ModelError that names a truncated or foreign file."""
     try:
@@ -386,7 +264,7 @@ def opened(path: Path) -> Any:
         ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:

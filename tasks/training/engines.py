@@ -25,6 +25,8 @@ from peft import LoraConfig, get_peft_model
 from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
 from ebbline.tasks.files import write_whole
+from ebbline.tasks.models.adapters import Slots, slots_of
+from ebbline.tasks.models.adapters import take_off as take_adapter_off
 from ebbline.tasks.models.loading import DTYPES, load_model, load_tokenizer
 from ebbline.tasks.specs import Dtype, TrainSpec
 from ebbline.tasks.stage import Context
@@ -217,6 +219,7 @@ class SingleDevice(Engine):
                 load_model(folder, spec.quantisation, stored, ctx.device),
                 load_tokenizer(folder, spec.chat),
             )
+        self._slots = slots_of(self._resident)
         self.model = trainable(self._resident, spec, ctx)
         self.model.train()
         self.trainee = Trainee(
@@ -280,7 +283,7 @@ class SingleDevice(Engine):
     def close(self) -> None:
         self.trainee.forget()
         if self.spec.method == "lora":
-            take_off(self.model, self._resident, self.ctx)
+            take_off(self._resident, self._slots, self.ctx)
 
 
 def trainable(base: Any, spec: TrainSpec, ctx: Context) -> Any:
@@ -312,14 +315,16 @@ def recompute(base: Any, spec: TrainSpec, ctx: Context) -> None:
     # of int8 layers stay in memory until the backward pass.
     reentrant = ctx.world_size > 1 or spec.quantisation == "int8"
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    # That registers a hook for some models. A second one would stay on the base for ever.
+    base.disable_input_require_grads()
     base.enable_input_require_grads()
 
 
-def take_off(model: Any, base: Any, ctx: Context) -> None:
-    """Remove the adapters from a resident base and undo every change of `trainable`."""
-    model.unload()
-    if hasattr(base, "peft_config"):
-        del base.peft_config
+def take_off(base: Any, slots: Slots, ctx: Context) -> None:
+    """Remove the adapters from a resident base and undo every change of `trainable`. `slots` are
+    its modules from before.
+    """
+    take_adapter_off(base, slots)
     if ctx.recomputes:
         base.gradient_checkpointing_disable()
         base.disable_input_require_grads()

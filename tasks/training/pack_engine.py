@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 
 from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.errors import TrainingError
+from ebbline.tasks.models.adapters import slots_of
 from ebbline.tasks.models.loading import load_model, load_tokenizer
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Context
@@ -84,6 +85,7 @@ class Pack:
                 load_tokenizer(folder, spec.chat),
             )
         self._base.requires_grad_(False)
+        self._slots = slots_of(self._base)
         self.model: Any = None
         self.trainees: dict[str, Trainee] = {}
         for number, member in enumerate(members):
@@ -206,7 +208,7 @@ class Pack:
     def close(self) -> None:
         for trainee in self.trainees.values():
             trainee.forget()
-        take_off(self.model, self._base, self.ctx)
+        take_off(self._base, self._slots, self.ctx)
 
 
 def _named(model: Any, adapter: str) -> list[tuple[str, torch.nn.Parameter]]:

@@ -22,7 +22,8 @@ from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.evaluate import ANSWERS, PROMPTS, run
 from ebbline.tasks.measuring.metrics import METRICS, read_metrics, read_samples
 from ebbline.tasks.measuring.prefix_lm import PrefixLM, plan, shared_runs
-from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer, with_adapter
+from ebbline.tasks.models.adapters import with_adapter
+from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
 from ebbline.tasks.specs import EvaluateSpec
 from tests.tiny import context, fresh, write_lines
 from tests.tolerance import UNIT

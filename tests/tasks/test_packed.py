@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ebbline.tasks.data.batches import Row, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
-from ebbline.tasks.models.loading import Residents
+from ebbline.tasks.models.loading import Residents, fingerprint
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Request
 from ebbline.tasks.training.engines import SingleDevice, read_checkpoint
@@ -84,7 +84,8 @@ def in_float64(pair) -> Residents:
     float32.
     """
     residents = Residents()
-    residents.model(pair.aligned, "none", "float32", "cpu")[0].double()
+    model = residents.model(pair.aligned, "none", "float32", "cpu")[0].double()
+    residents._loaded.fingerprint = fingerprint(model)  # else it would be loaded again in float32
     return residents
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ebbline.tasks.chat.training_rows import encode
 from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.data.conversations import read_conversations
-from ebbline.tasks.errors import Leaving, TrainingError
+from ebbline.tasks.errors import Leaving, ModelError, TrainingError
 from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.training.engines import SingleDevice, token_loss
@@ -409,13 +409,22 @@ def test_a_set_smaller_than_a_batch_gets_one_step(tmp_path, pair):
     assert len(losses) == 1
 
 
-def test_a_model_with_nan_weights_is_an_error_at_the_first_step(tmp_path, pair, chats):
+@pytest.mark.parametrize(
+    ("weight", "error", "reason"),
+    [
+        (float("nan"), ModelError, "lm_head.weight holds NaN or infinity"),
+        (3e38, TrainingError, "the loss became (nan|inf) at step 1"),
+    ],
+)
+def test_a_loss_or_a_weight_that_is_not_finite_is_an_error_and_nothing_is_saved(
+    tmp_path, pair, chats, weight, error, reason
+):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in pair.aligned.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     weights = load_file(broken / "model.safetensors")
-    weights["lm_head.weight"][0, 0] = float("nan")
+    weights["lm_head.weight"].fill_(weight)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TrainingError, match="the loss became nan at step 1"):
+    with pytest.raises(error, match=reason):
         trained(tmp_path / "out", broken, chats)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PreTrainedConfig
 
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_adapter
+from ebbline.tasks.models.adapter_file import read_adapter
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from tests.tiny import Pair
 from tests.tolerance import merged, within
 
@@ -207,7 +208,7 @@ def test_a_folder_that_is_no_adapter_is_an_error_that_says_what_it_is(pair, tmp_
     )
     tuned.save_pretrained(tmp_path / "ia3")
     with pytest.raises(
-        ModelError, match="ia3 is an adapter of type IA3; Safe LoRA is defined for LoRA"
+        ModelError, match="ia3 is an adapter of type IA3; ebbline measures and projects LoRA"
     ):
         read_adapter(tmp_path / "ia3")
 
