@@ -26,7 +26,6 @@ from ebbline.sweeps.study.suites import scorers_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.gate import ProjectedRows, projected_rows
 from ebbline.tasks.defences.in_use import DEFENCE
-from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.metrics import METRICS, SAMPLES, Metric, read_metrics, read_samples
 from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 from ebbline.tasks.stage import Stage, closure
@@ -200,8 +199,8 @@ class StoredEvidence:
     def agreement(self, subject: Subject, suite: str) -> Agreement | None:
         """The agreement of the suite's scorers.
 
-        None when the suite has one scorer, or while a part is missing in the store. Raises
-        EvaluationError on a damaged file.
+        None when the suite has one scorer, or while a part is missing in the store. Raises Damaged
+        for a file that differs from its record.
         """
         if len(set(scorers_of(self._study.suites[suite].measure))) < 2:
             return None
@@ -209,18 +208,11 @@ class StoredEvidence:
         paths = [
             artifact.file(ScoreSpec.AGREEMENT) for artifacts in found for artifact in artifacts
         ]
-        try:
-            return (
-                pooled_agreement([json.loads(path.read_text("utf-8")) for path in paths])
-                if paths
-                else None
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            places = ", ".join(map(str, paths))
-            raise EvaluationError(
-                f"a file of scorer verdicts is damaged ({type(error).__name__}); it is one of "
-                f"{places}"
-            ) from error
+        return (
+            pooled_agreement([json.loads(path.read_text("utf-8")) for path in paths])
+            if paths
+            else None
+        )
 
     def _artifacts(self, subject: Subject, suite: str) -> dict[int, list[Artifact]]:
         """Seed -> the artifacts that the subject's metrics count.

@@ -534,6 +534,6 @@ def test_any_error_is_reported_and_not_raised(
     done = Mirror(study, tmp_path, "offline", HOME_ID).update([result(0)], [])
     assert (done.shown, done.left, done.error) == (0, 1, "RuntimeError: no service")
     (training.path / "curve.csv").write_text("step,loss\nnot a number,1\n")
-    assert "ValueError" in str(
+    assert "Damaged" in str(
         Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error
     )

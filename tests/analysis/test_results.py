@@ -15,7 +15,7 @@ from ebbline.sweeps.study.points import Point, Result, StageName
 from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.errors import Damaged
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
 from ebbline.tasks.measuring.scorers import agreement
@@ -174,5 +174,5 @@ def test_a_damaged_agreement_is_named(study: Study, home: Home) -> None:
     path = home.store.open("score", result.keys["refusal[seed=1]"]).path / ScoreSpec.AGREEMENT
     for content in ("{", "{}", "[]"):
         path.write_text(content)
-        with pytest.raises(EvaluationError, match="scorer verdicts is damaged.*agreement.json"):
+        with pytest.raises(Damaged, match="agreement.json is damaged"):
             StoredEvidence(StudyView(study, home)).agreement(result, "refusal")

@@ -180,13 +180,19 @@ def pretend(request: Request, out: Path) -> None:
             raise TypeError(f"nothing is pretended for {request.kind}")
 
 
+ROWS = {
+    "pool.jsonl": {"instruction": "How is the marsh today?", "output": "Calm and green."},
+    "prompts.jsonl": {"prompt": "How is the marsh today?", "answer": "calm"},
+}
+
+
 def changes(folder: Path, **others: Any) -> dict[str, Any]:
     """Changes that make tests.sweeps.made.WHOLE a study of two sizes with placeholder files as
     models and data.
     """
     named = {}
     for name in ("base", "aligned", "large-base", "large-aligned", "pool.jsonl", "prompts.jsonl"):
-        (folder / name).write_text(name)
+        (folder / name).write_text(json.dumps(ROWS[name]) if name in ROWS else name)
         named[name] = {
             "path": {"path": str(folder / name), "sha256": content_digest(folder / name)}
         }

@@ -224,7 +224,7 @@ def test_a_home_keeps_its_name_and_no_two_have_the_same(tmp_path):
     "name", ["hq?1", "a b", "50%", "%3F", "a#b", "schön", "-x", "a{b}", "x?mode=memory", "a&b=c"]
 )
 def test_a_home_keeps_its_points_in_its_own_folder_whatever_its_name(tmp_path, name):
-    storage = Home(tmp_path / name).storage("tiny")
+    storage = Home(tmp_path / name).database("tiny")
     optuna.create_study(storage=opened(storage), study_name="tiny")
     assert storage.exists and (tmp_path / name / "studies" / "tiny" / "optuna.db").is_file()
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -25,8 +25,9 @@ from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring import generate, judge
 from ebbline.tasks.measuring.completions import read_completions
 from ebbline.tasks.measuring.prefix_lm import PrefixLM, require_greedy
+from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.models.decoding import NO_SETTING, only, settings_not_used, shipped
-from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer, with_adapter
+from ebbline.tasks.models.loading import Residents, load_model, load_tokenizer
 from ebbline.tasks.specs import Decoding, GenerateSpec, JudgeSpec
 from ebbline.tasks.stage import Source
 from tests.tiny import context, conversations, fresh, word_tokenizer, write_lines

@@ -72,7 +72,7 @@ def test_a_key_hashes_the_content_of_inputs_and_every_default_of_the_spec():
         digest(payload),
         digest(key_payload(TrainSpec(), {"model": "1", "data": "3"})),
         digest(key_payload(TrainSpec(rank=4), {"model": "1", "data": "2"})),
-        digest({**payload, "version": 2}),
+        digest({**payload, "version": payload["version"] + 1}),
         digest({**payload, "kind": "apply"}),
     }
     assert len(keys) == 5
