@@ -121,7 +121,9 @@ def test_a_changed_digit_or_letter_in_a_record_is_an_error(
     kind: str,
     place: float,
 ) -> None:
-    path = next(iter(home.store.all(kind))).folder.parent / RECORD
+    (result, *_) = collect(StudyView(study, Home(home.root)))
+    (artifact, *_) = (each for each in home.store.all(kind) if each.key in result.keys.values())
+    path = artifact.folder.parent / RECORD
     text = path.read_text()
     at = next(index for index in range(int(place * len(text)), len(text)) if text[index].isalnum())
     path.write_text(f"{text[:at]}{'7' if text[at] != '7' else '8'}{text[at + 1 :]}")
