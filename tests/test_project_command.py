@@ -587,7 +587,7 @@ def test_json_has_what_the_text_has(pair, adapter, tmp_path):
         )
         assert all(note in text.stderr for note in record["notes"])
     assert (
-        "left alone: second" in text.stderr
+        "not projected: second" in text.stderr
         and "page.html" in text.stdout
         and "page.html" in done.stdout
     )
@@ -655,11 +655,11 @@ def test_a_tensors_name_never_becomes_a_path(pair, adapter, tmp_path, name):
             ("adapter", adapter),
         )
     )
-    (done,) = project([other], base, aligned, tmp_path / "work" / "out", threshold=1.0)
-    assert name in done.rows and name in done.projected
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ModelError, match="fits no adapter parameter"):
+        project([other], base, aligned, tmp_path / "work" / "out", threshold=1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "work"}
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
-    assert {path.name for path in done.out.iterdir()} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD}
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_an_index_entry_outside_the_models_folder_is_an_error(pair, adapter, tmp_path):

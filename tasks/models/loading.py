@@ -109,7 +109,6 @@ def load_model(
     NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them together with the
     unquantised weights.
     """
-    check_named_files(folder)
     quantised: dict[str, Any] = {}
     if quantisation == "nf4":
         quantised["quantization_config"] = BitsAndBytesConfig(

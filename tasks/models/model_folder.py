@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ebbline.tasks.errors import ModelError
 from ebbline.tasks.models.weights import ADAPTER_CONFIG, Checkpoint, opened
+from ebbline.tasks.paths import check_named_files
 
 # What transformers raises for a config that is missing, foreign or contradicts itself
 UNREADABLE = (OSError, KeyError, ValueError, StrictDataclassError)
@@ -25,6 +26,7 @@ def require_model_folder(folder: Path) -> Checkpoint:
     """The tensors of a folder that holds one model and nothing that changes it. Raises ModelError
     for any other folder; reads no weight.
     """
+    check_named_files(folder)
     model = Checkpoint(folder)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
