@@ -144,6 +144,21 @@ def test_an_adapter_of_a_compiled_model_has_the_answers_of_its_plain_names(
     assert found["one"] == found["compiled"]
 
 
+def test_a_dead_adapter_is_named_in_the_result(pair, prompts, adapters, tmp_path):
+    shutil.copytree(adapters[0], tmp_path / "dead")
+    found = load_file(adapters[0] / ADAPTER_WEIGHTS)
+    found = {name: tensor * ("lora_A" in name) for name, tensor in found.items()}
+    save_file(found, tmp_path / "dead" / ADAPTER_WEIGHTS)
+    asked = ["evaluate", "--model", pair.aligned, "--suite", "refusal", "--prompts", prompts]
+    asked += ["--adapter", tmp_path / "dead", "--adapter", adapters[0], "--out", tmp_path / "out"]
+    printed = plain(command(*asked, "--max-new-tokens", 4).output)
+    assert printed.count("every update B A") == 1
+    assert "dead: every update B A of this adapter is zero" in printed
+    asked += ["--max-new-tokens", 4]
+    rows = json.loads(command(*asked, "--json").stdout)
+    assert [row["changes_nothing"] for row in rows] == [True, False]
+
+
 def test_evaluate_and_project_say_the_same_of_an_adapter_that_does_not_land(
     pair, adapters, prompts, tmp_path
 ):

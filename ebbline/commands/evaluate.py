@@ -70,6 +70,8 @@ class Measured:
     metrics: Mapping[str, Metric]
     # What differs in a tokenizer that was saved beside the adapter and was not used
     unused_beside_adapter: Sequence[str] = ()
+    # Every update of the adapter is zero, so these are the metrics of the model itself
+    changes_nothing: bool = False
 
 
 def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
@@ -168,7 +170,13 @@ def evaluate(
             outputs[stage.lineage] = _run(stage, outputs, place / stage_name.partition(":")[0], ctx)
         found = {metric.name: metric for metric in read_metrics(place / "metrics")}
         results.append(
-            Measured("" if adapter is None else str(adapter), place, found, _unused(place))
+            Measured(
+                "" if adapter is None else str(adapter),
+                place,
+                found,
+                _unused(place),
+                adapter is not None and read_adapter_file(adapter).changes_nothing,
+            )
         )
     return results
 
@@ -346,6 +354,7 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
                 "adapter": each.adapter,
                 "folder": str(each.folder),
                 "unused_beside_adapter": list(each.unused_beside_adapter),
+                "changes_nothing": each.changes_nothing,
                 "agreement": _agreement(each.folder),
             }
             | {
@@ -381,6 +390,14 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
     for each in measured:
         console.print(f"{each.folder}", highlight=False, soft_wrap=True, markup=False)
     for each in measured:
+        if each.changes_nothing:
+            console.print(
+                f"{each.folder.name}: every update B A of this adapter is zero, so this is a "
+                "measurement of the model itself; was the adapter trained?",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
         if each.unused_beside_adapter:
             console.print(
                 f"{each.folder.name}: the tokenizer beside the adapter differs from the model's in "

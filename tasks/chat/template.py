@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ebbline.tasks.errors import ModelError
+from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.specs import Chat
 
 Turns = Sequence[Mapping[str, str]]
@@ -42,13 +42,14 @@ def bind(tokenizer: Any, chat: Chat, where: object) -> None:
             f"the tokenizer in {where} has no chat template {name!r}; it has {sorted(named)}. "
             "Name one of them as `template` in `chat`"
         )
-    if found := _RANDOM.search(named[name]):
+    template = named[name].removeprefix("\ufeff")  # a mark of the file, which editors write
+    if found := _RANDOM.search(template):
         raise ModelError(
             f"the chat template in {where} uses {found[0].strip()!r}, so one prompt has many "
             "texts; remove it from the template"
         )
     tokenizer.own_chat_template = own
-    tokenizer.chat_template = bound(named[name], chat)
+    tokenizer.chat_template = bound(template, chat)
 
 
 def bound(template: str, chat: Chat) -> str:
@@ -88,9 +89,36 @@ def render(tokenizer: Any, turns: Turns, prompt: bool, template: str | None = No
     return text
 
 
+def holds(text: str, content: str) -> bool:
+    """Whether a rendered text has the whole content of a turn."""
+    return without_space(content) in without_space(text)
+
+
+def without_space(text: str) -> str:
+    # Templates strip turns, and some put an empty line after a thought.
+    return "".join(text.split())
+
+
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a rendered text. The template writes all special tokens; none is added."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each prompt, as the only message of a chat.
+
+    Raises DataError for a prompt that the chat template shortens or changes.
+    """
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        text = render(tokenizer, [{"role": "user", "content": prompt}], True)
+        if not holds(text, prompt):
+            raise DataError(
+                f"the chat template leaves out or changes text of prompt {number}; use another "
+                "template, or remove the prompt"
+            )
+        encoded.append(tokens_of(tokenizer, text))
+    return encoded
 
 
 def save_tokenizer(tokenizer: Any, folder: object) -> None:

@@ -7,6 +7,7 @@ Spec says so; otherwise its result names what differs from the model's.
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from ebbline.tasks.chat.template import own_template
@@ -35,15 +36,28 @@ def read_tokenizer(folder: Path, adapter: Path | None = None) -> Any:
         )
     tokenizer = _read(adapter if has_tokenizer(adapter) else folder)
     if template.exists():
-        tokenizer.chat_template = template.read_text("utf-8")
+        try:
+            tokenizer.chat_template = template.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(
+                f"{template} is not UTF-8 ({error.reason}); save it as UTF-8"
+            ) from None
     return tokenizer
 
 
 def _read(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, padding_side="left", local_files_only=True
+            folder,
+            trust_remote_code=False,
+            padding_side="left",
+            local_files_only=True,
+            # A folder may set it; a template's own tokens would then be read as ordinary text.
+            split_special_tokens=False,
         )
+    except StrictDataclassError as error:  # transformers also reads the model's config
+        reason = " ".join(str(error).split())[:500]
+        raise ModelError(f"{folder / 'config.json'} cannot be loaded: {reason}") from None
     # The tokenizers library raises bare exceptions for damaged files.
     except Exception as error:  # noqa: BLE001
         reason = (str(error).splitlines() or [""])[0][:200]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ebbline.tasks.chat.probes import LEAD, TemplateFacts, probe, require_trainable
-from ebbline.tasks.chat.template import Turns, render, tokens_of
+from ebbline.tasks.chat.template import Turns, holds, render, tokens_of, without_space
 from ebbline.tasks.errors import DataError
 
 Span = tuple[int, int]  # the first place, and the one after the last
@@ -59,9 +59,8 @@ def _rendered(tokenizer: Any, turns: Turns) -> str:
             f"the chat template raises {type(error).__name__} for turns with the roles {roles}; "
             "change their order, or use another template"
         ) from None
-    written = _without_space(text)
     for number, turn in enumerate(turns, start=1):
-        if _without_space(turn["content"]) not in written:
+        if not holds(text, turn["content"]):
             raise DataError(
                 f"the chat template leaves out text of turn {number} ({turn['role']}); change "
                 "the turn, or use another template"
@@ -80,11 +79,6 @@ def unsupported(facts: TemplateFacts, turns: Turns) -> list[str]:
         )
         if used and not supported
     ]
-
-
-def _without_space(text: str) -> str:
-    # Templates strip turns, and some put an empty line after a thought.
-    return "".join(text.split())
 
 
 def _answers(tokenizer: Any, turns: Turns, text: str) -> Iterator[Span]:
@@ -124,7 +118,7 @@ def _after(text: str, place: int, wanted: str) -> int | None:
     """The place in `text` after `wanted`, which begins at `place`; None if it is not there. White
     space does not count.
     """
-    for letter in _without_space(wanted):
+    for letter in without_space(wanted):
         while place < len(text) and text[place].isspace():
             place += 1
         if text[place : place + 1] != letter:

@@ -51,19 +51,6 @@ def require_room(encoded: Sequence[Sequence[int]], max_new_tokens: int, max_toke
         )
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each prompt, as the only message of a chat."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
-        for text in prompts
-    ]
-
-
 def in_batches(
     ask: Callable[[Any], Sequence[Answer]],
     tokenizer: Any,

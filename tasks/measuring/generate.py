@@ -23,9 +23,10 @@ from typing import Any
 from transformers import GenerationConfig
 
 from ebbline.tasks.chat.probes import probe
+from ebbline.tasks.chat.template import encode_prompts
 from ebbline.tasks.chat.tokenizers import unused_beside
 from ebbline.tasks.data.batch_shape import BatchShape
-from ebbline.tasks.data.batches import encode_prompts, in_batches, require_room, rows_meet
+from ebbline.tasks.data.batches import in_batches, require_room, rows_meet
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.identity import content_digest

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ebbline.tasks.data.batches import encode_prompts, require_room
+from ebbline.tasks.chat.template import encode_prompts
+from ebbline.tasks.data.batches import require_room
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.models.adapter_file import read_adapter_file
 from ebbline.tasks.models.adapters import fitted

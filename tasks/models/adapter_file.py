@@ -55,6 +55,7 @@ ABOUT = frozenset(
         "lorap_lr_ratio",
     }
 )
+_SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -75,6 +76,22 @@ class AdapterFile:
         """The initialisation, in lower case; empty for PEFT's default ones."""
         start = self.config.get("init_lora_weights")
         return start.lower() if isinstance(start, str) else ""
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every update B A is zero and nothing else was trained: it measures as the base
+        does.
+        """
+        if self.start in REBUILDS_BASE or self.config.get("use_dora"):
+            return False
+        for name, tensor in self.tensors.items():
+            first = name.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A")
+            if first == name:  # an A, or no LoRA
+                if "lora_" not in name and not _is_copy(name, self.config):
+                    return False
+            elif tensor.any() and self.tensors.get(first, tensor).any():
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -144,6 +161,12 @@ def _require_measurable(folder: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"{folder} is {what}; ebbline measures plain LoRA and DoRA only "
                 f"({where.format(setting)})"
+            )
+    for setting in _SWITCHES:
+        if config.get(setting) not in (None, True, False):
+            raise ModelError(
+                f"{where.format(setting)} is {config[setting]!r}, which is neither true nor false; "
+                "the adapter is damaged. Save it again from its training"
             )
     for setting in ("r", "lora_alpha"):
         _require_numbers(config.get(setting), where.format(setting), whole=setting == "r")

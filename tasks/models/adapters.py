@@ -11,6 +11,7 @@ base. `Residents` notices that by `fingerprint` and loads the base again.
 
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,15 @@ from ebbline.tasks.models.weights import ADAPTER_CONFIG, Checkpoint
 ON = "default"  # PEFT's name for the adapter
 Slots = Sequence[tuple[torch.nn.Module, str, torch.nn.Module]]
 # What PEFT and torch raise for a config or for layers that do not fit each other
-_UNFIT = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError)
+_UNFIT = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+    re.error,  # a rank or alpha pattern that is no regular expression
+)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ebbline.tasks.chat.probes import probe
+from ebbline.tasks.errors import ModelError
 from ebbline.tasks.specs import Decoding
 
 # What a GenerationConfig holds that says nothing about how the next token is chosen.
@@ -39,9 +40,21 @@ def end_tokens(own: GenerationConfig, tokenizer: Any) -> list[int]:
     model's files need not name the last.
     """
     declared = own.eos_token_id
-    tokens = {tokenizer.eos_token_id, probe(tokenizer).end_of_turn}
+    tokens = {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
     tokens |= {*(declared if isinstance(declared, list) else [declared])}
     return sorted(token for token in tokens if token is not None)
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The template's end token; None without a template that renders an answer.
+
+    A measured model's template was checked when it was loaded. A judge needs none: HarmBench's has
+    no template, and Llama Guard's writes a whole conversation as one question.
+    """
+    try:
+        return probe(tokenizer).end_of_turn
+    except ModelError:
+        return None
 
 
 def settings_not_used(own: GenerationConfig, decoding: Decoding) -> dict[str, Any]:

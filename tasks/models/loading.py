@@ -18,7 +18,7 @@ from ebbline.tasks.chat.probes import check_chat
 from ebbline.tasks.chat.template import bind
 from ebbline.tasks.chat.tokenizers import read_tokenizer
 from ebbline.tasks.errors import EndpointDown, ModelError
-from ebbline.tasks.models.model_folder import load_whole
+from ebbline.tasks.models.model_folder import load_whole, require_model_folder
 from ebbline.tasks.paths import check_named_files, inside
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
@@ -109,6 +109,13 @@ def load_model(
     NF4 weights are stored in `dtype`, so that ZeRO-3 and FSDP can shard them together with the
     unquantised weights.
     """
+    stored = require_model_folder(folder).config.get("quantization_config")
+    if stored and quantisation != "none":
+        raise ModelError(
+            f"{folder} is already quantised ({stored.get('quant_method')}), so `quantisation: "
+            f"{quantisation}` would not be what is measured. Use `quantisation: none`, or give the "
+            "unquantised model"
+        )
     quantised: dict[str, Any] = {}
     if quantisation == "nf4":
         quantised["quantization_config"] = BitsAndBytesConfig(
@@ -120,12 +127,12 @@ def load_model(
         )
     elif quantisation == "int8":
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if quantised and device != "cpu":
+    if (quantised or stored) and device != "cpu":
         quantised["device_map"] = {"": device}
     model = load_whole(AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **quantised)
     if not quantised:
         model.to(device)
-    elif device == "cpu":
+    if getattr(model, "is_quantized", False) and device == "cpu":
         _keep_unpacked(model)
     model.config.use_cache = False
     return model

@@ -13,9 +13,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.models.weights import ADAPTER_CONFIG, Checkpoint, opened
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, Checkpoint, opened, read_json
 from ebbline.tasks.paths import check_named_files
 
 # What transformers raises for a config that is missing, foreign or contradicts itself
@@ -24,7 +25,7 @@ UNREADABLE = (OSError, KeyError, ValueError, StrictDataclassError)
 
 def require_model_folder(folder: Path) -> Checkpoint:
     """The tensors of a folder that holds one model and nothing that changes it. Raises ModelError
-    for any other folder; reads no weight.
+    for any other folder; reads no weight but a tied head.
     """
     check_named_files(folder)
     model = Checkpoint(folder)
@@ -45,7 +46,23 @@ def require_model_folder(folder: Path) -> Checkpoint:
             "model.safetensors. Remove the setting and rename that file"
         )
     model.require_whole()
+    if (folder / GENERATION_CONFIG_NAME).exists():
+        _require_end_tokens(folder / GENERATION_CONFIG_NAME)
+    if model.is_tied:
+        model.require_one_head()
     return model
+
+
+def _require_end_tokens(path: Path) -> None:
+    """Raises ModelError for decoding settings that name no end tokens, or are damaged:
+    transformers would leave them out.
+    """
+    ends = read_json(path).get("eos_token_id")
+    for token in ends if isinstance(ends, list) else [ends]:
+        if token is not None and type(token) is not int:
+            raise ModelError(
+                f"`eos_token_id` in {path} is {ends!r}; write a token's number, or a list of them"
+            )
 
 
 def load_whole(auto_class: Any, folder: Path, **settings: Any) -> PreTrainedModel:
@@ -62,12 +79,18 @@ def load_whole(auto_class: Any, folder: Path, **settings: Any) -> PreTrainedMode
             ignore_mismatched_sizes=True,  # so that the error below can name them
             **settings,
         )
-    except (*UNREADABLE, SafetensorError) as error:
+    # ImportError: the weights need a quantiser that is not installed
+    except (*UNREADABLE, SafetensorError, ImportError) as error:
         reason = " ".join(str(error).split())[:500]
         raise ModelError(f"{folder} cannot be loaded: {reason}") from error
     _require_all(checkpoint, model, found)
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and checkpoint.is_tied is None:
+        checkpoint.require_one_head()
+    if "quantization_config" not in checkpoint.config:
+        _require_floats(checkpoint, model)
     _require_quantised_shapes(folder, model)
-    _require_finite(checkpoint, model, bool(settings.get("quantization_config")))
+    _require_finite(checkpoint, model, bool(getattr(model, "is_quantized", False)))
     whole: PreTrainedModel = model
     return whole
 
@@ -87,6 +110,21 @@ def _require_all(checkpoint: Checkpoint, model: Any, found: dict[str, Any]) -> N
             "place for and would leave out. Is config.json that of these weights? Save the model "
             "again with transformers"
         )
+
+
+def _require_floats(checkpoint: Checkpoint, model: Any) -> None:
+    """Raises ModelError for integers where the model has floating point: transformers would take
+    quantised values for the weights.
+    """
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and name in checkpoint.names:
+            stored = checkpoint.dtype_of(name)
+            if not stored.startswith(("F", "BF")):
+                raise ModelError(
+                    f"{checkpoint.names[name]}: {name} is stored as {stored}, not as floating "
+                    "point, and config.json names no quantisation for it. Give the unquantised "
+                    "model"
+                )
 
 
 def _require_quantised_shapes(folder: Path, model: Any) -> None:
@@ -136,7 +174,9 @@ def _damaged(checkpoint: Checkpoint) -> Iterator[str]:
     for file in sorted(set(checkpoint.names.values())):
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
-                if not _is_finite(tensors.get_tensor(name)):
+                # bitsandbytes may store packed weights as floating point; their scales are checked
+                is_packed = f"{name}.absmax" in checkpoint.names
+                if not is_packed and not _is_finite(tensors.get_tensor(name)):
                     yield name
 
 

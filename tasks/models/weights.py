@@ -56,11 +56,19 @@ class Checkpoint:
             self.folder / "model.safetensors.index.json",
             self.folder / "model.safetensors",
         )
-        if index.exists() and not single.exists():  # transformers, too, prefers the single file
+        if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ModelError(f"{index} has no `weight_map`; is the download complete?")
-            return {name: inside(self.folder, file, index) for name, file in weight_map.items()}
+            found = {name: inside(self.folder, file, index) for name, file in weight_map.items()}
+            if not single.exists():
+                return found
+            # transformers reads the single file, and vLLM the shards
+            if others := sorted(file for file in {*found.values()} - {single} if file.exists()):
+                raise ModelError(
+                    f"{single} and {others[0]} are both there, and may be two models; remove the "
+                    f"one that is not meant, and {index.name} if it is the second"
+                )
         if not single.exists():
             raise ModelError(
                 f"no model.safetensors and no index in {self.folder}; ebbline reads "
@@ -92,6 +100,12 @@ class Checkpoint:
     def require(self) -> None:
         """Raise ModelError if this is no model folder; reads no weight."""
         _ = self.names, self.config
+
+    def dtype_of(self, name: str) -> str:
+        """How a tensor is stored, in safetensors' words such as BF16 and I8; reads no weight."""
+        with opened(self.names[name]) as tensors:
+            found: str = tensors.get_slice(name).get_dtype()
+        return found
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -189,16 +203,33 @@ class Checkpoint:
             for other in self.names
             if other.removesuffix(".weight").rpartition(".")[2] in others
         ]
-        return tied[0] if len(tied) == 1 and self._may_tie() else name
+        # Most models tie head and embedding without saying so.
+        return tied[0] if len(tied) == 1 and self.is_tied is not False else name
 
-    def _may_tie(self) -> bool:
-        """False only if the config says that head and embedding are two tensors. Most models tie
-        them without saying so.
-        """
-        found = self.config.get(
+    @property
+    def is_tied(self) -> bool | None:
+        """Whether the config says that head and embedding are one tensor; None if it does not."""
+        found: bool | None = self.config.get(
             "tie_word_embeddings", (self.config.get("text_config") or {}).get("tie_word_embeddings")
         )
-        return found is not False
+        return found
+
+    def require_one_head(self) -> None:
+        """Raise ModelError if the folder of a model with a tied head holds another head too: some
+        libraries would use it, and some would not.
+        """
+        heads, embeddings = (
+            [name for name in self.names if name.removesuffix(".weight").endswith(modules)]
+            for modules in (_HEADS, _EMBEDDINGS)
+        )
+        if len(heads) == len(embeddings) == 1 and not torch.equal(
+            self.read(heads[0]), self.read(embeddings[0])
+        ):
+            raise ModelError(
+                f"{self.names[heads[0]]}: {heads[0]} is not equal to {embeddings[0]}, and "
+                f"`tie_word_embeddings` in {self.folder / 'config.json'} makes them one. Set it to "
+                "false if the model has a head of its own, or remove that tensor"
+            )
 
     def _hint(self, name: str) -> str:
         fused = {

@@ -39,7 +39,7 @@ class Case:
 
 def build_models(folder: Path) -> dict[str, Path]:
     """Random models with a tokenizer: biases in attention, tied and untied heads, Conv1D."""
-    sizes = {**SMALL, "tie_word_embeddings": False}
+    sizes = {**SMALL, "vocab_size": 56, "tie_word_embeddings": False}  # 54 have a token
     configs = {
         "untied": Qwen2Config(**sizes),
         "tied": Qwen2Config(**{**sizes, "tie_word_embeddings": True}),
@@ -331,6 +331,12 @@ REJECTED = {
         {"alpha_pattern": {"layers.0.mlp.down_proj": 32}},
         renamed(lambda n: n.replace("layers.0.", "layers.0._orig_mod.")),
         says="`alpha_pattern` in .* treats .* otherwise than",
+    ),
+    "a switch as text": Case(
+        {}, config(use_rslora="false"), says="`use_rslora` in .* is 'false', which is neither"
+    ),
+    "a pattern that is no expression": Case(
+        {}, config(alpha_pattern={"(": 4}), says="cannot be put onto .*unterminated"
     ),
     "loftq": Case({}, config(init_lora_weights="loftq"), says="loftq.* Retrain it from a plain"),
     "corda": Case({}, config(init_lora_weights="corda"), says="path_initial_model_for_weight_conv"),

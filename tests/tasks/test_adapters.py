@@ -26,6 +26,8 @@ from tests.tasks.adapter_corpus import (
     Case,
     build_models,
     make,
+    set_one,
+    tensors,
 )
 from tests.tasks.adapter_merge import merged_by_hand
 
@@ -259,3 +261,38 @@ def test_one_name_may_not_mean_two_layers():
 def test_the_corpus_has_at_least_forty_adapters():
     assert len(MEASURED) >= 40 and len(REJECTED) >= 40
     assert all(isinstance(case, Case) and case.says for case in REJECTED.values())
+
+
+@model
+def test_an_adapter_without_any_update_is_known_from_its_file(models, corpus, tmp_path):
+    zero = {"B": set_all(".lora_B."), "A": set_all(".lora_A."), "embedding": set_all("embedding_B")}
+    dead = {
+        "B": Case({}, zero["B"]),
+        "A": Case({}, zero["A"]),
+        "embedding": Case({"target_modules": ["embed_tokens"]}, zero["embedding"]),
+    }
+    alive = {
+        "one of them": Case({}, set_one("lora_B", lambda t: t * 0)),
+        "a trained head": Case({"modules_to_save": ["lm_head"]}, zero["B"]),
+        "dora": Case({"use_dora": True}, zero["B"]),
+        "pissa": Case({"init_lora_weights": "pissa"}, zero["B"]),
+        "biases of B": Case({"lora_bias": True, "target_modules": ["q_proj"]}, zero["B"]),
+    }
+    for name, case in {**dead, **alive}.items():
+        adapter, _ = make(case, models, tmp_path / name)
+        assert read_adapter_file(adapter).changes_nothing == (name in dead), name
+    residents = Residents()
+    for name in dead:
+        measured = logits(residents, models["untied"], tmp_path / name / "adapter")
+        assert torch.equal(measured, logits(residents, models["untied"], None)), name
+    for name in MEASURED:
+        assert not read_adapter_file(corpus[name][0]).changes_nothing, name
+
+
+def set_all(part):
+    def change(found):
+        for name in found:
+            if part in name and name.endswith(("weight", "lora_embedding_B")):
+                found[name] = torch.zeros_like(found[name])
+
+    return tensors(change)

@@ -2,6 +2,7 @@
 text.
 """
 
+import json
 from datetime import datetime
 
 import pytest
@@ -10,9 +11,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ebbline.tasks.chat.probes import check_chat, probe
-from ebbline.tasks.chat.template import bind, bound, render, save_tokenizer, tokens_of
+from ebbline.tasks.chat.template import (
+    bind,
+    bound,
+    encode_prompts,
+    render,
+    save_tokenizer,
+    tokens_of,
+)
+from ebbline.tasks.chat.tokenizers import read_tokenizer
 from ebbline.tasks.chat.training_rows import encode
-from ebbline.tasks.data.batches import encode_prompts
 from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.specs import Chat
 from tests.chat_templates import EXPECTED, TRAINABLE, WRONG, byte_level, sentence_piece
@@ -290,3 +298,40 @@ def test_a_template_is_used_exactly_when_its_prompt_is_where_an_answer_begins(he
     _, labels = encode(chat("word", "wort"), tokenizer, 512)
     learnt = tokenizer.decode([label for label in labels if label != -100])
     assert learnt == rest + "wort</s>"
+
+
+@pytest.mark.parametrize("change", ["m.content[:30]", "m.content | e", "m.content | lower"])
+def test_a_prompt_that_the_template_shortens_or_changes_is_an_error(change):
+    tokenizer = byte_level(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    bind(tokenizer, Chat(), "folder")
+    asked = ["a short one", "Sedge & reed: which of the two grows in deeper water?"]
+    assert len(encode_prompts(tokenizer, asked)) == 2
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", change)
+    with pytest.raises(DataError, match="leaves out or changes text of prompt 2") as error:
+        encode_prompts(tokenizer, asked)
+    assert "reed" not in str(error.value)
+
+
+def test_the_byte_order_mark_of_a_templates_file_is_no_text():
+    tokenizer = byte_level("\ufeff" + EXPECTED["chatml"].template)
+    bind(tokenizer, Chat(), "folder")
+    assert render(tokenizer, chat("a"), True) == render(ready("chatml"), chat("a"), True)
+
+
+def test_a_folder_cannot_make_a_templates_tokens_ordinary_text(tmp_path):
+    byte_level(EXPECTED["chatml"].template).save_pretrained(tmp_path)
+    wanted = encode_prompts(read_tokenizer(tmp_path), ["a"])
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))
+    assert encode_prompts(read_tokenizer(tmp_path), ["a"]) == wanted
+
+
+def test_a_template_beside_an_adapter_that_is_not_utf8_is_an_error_that_names_it(tmp_path):
+    byte_level(EXPECTED["chatml"].template).save_pretrained(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "chat_template.jinja").write_bytes("text".encode("utf-16"))
+    with pytest.raises(ModelError, match="chat_template.jinja is not UTF-8"):
+        read_tokenizer(tmp_path, tmp_path / "adapter")

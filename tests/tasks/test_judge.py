@@ -291,6 +291,21 @@ def test_harmbenchs_judge_needs_no_chat_template_and_stays_loaded_between_stages
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("start", ["", "{{ raise_exception('x') if messages | length != 2 }}"])
+def test_llama_guards_template_may_write_a_conversation_as_one_question(tmp_path, start):
+    template = start + (
+        "{{ bos_token }}<user> {% for m in messages %}{{ m.role }} : {{ m.content }} "
+        "{% endfor %}{{ 'Agent' if messages | length is even else 'User' }} <assistant>"
+    )
+    model = judge_model(tmp_path / "judge", "unsafe", "safe")
+    change_tokenizer(model, chat_template=template)
+    inputs = {"generation": generation(tmp_path / "gen", [MARKER, "word1"]), "model": model}
+    assert [
+        score.reason for _, score in judged(tmp_path / "out", spec_of("llama-guard"), inputs)
+    ] == ["judge:unsafe", "judge:safe"]
+
+
+@pytest.mark.model
 def test_a_chat_template_that_needs_content_in_parts_gets_parts(tmp_path):
     parts = (
         "{% for m in messages %}<{{ m.role }}> {% for p in m.content %}{% if p.type == "

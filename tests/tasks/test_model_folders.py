@@ -106,6 +106,29 @@ def in_bfloat16(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
 
 
+def other_head(folder: Path) -> None:
+    tied_copy(folder)
+    tensors(lambda t: t["lm_head.weight"].add_(1))(folder)
+
+
+def other_head_of_gpt2(folder: Path) -> None:
+    """Its config.json leaves out that the head is tied, which is the default."""
+    tensors(lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def single_and_shards(folder: Path) -> None:
+    shutil.copy(folder / WEIGHTS, folder / "kept")
+    in_shards(folder)
+    (folder / "kept").rename(folder / WEIGHTS)
+
+
+def decoding(text: str) -> Edit:
+    return lambda folder: (folder / "generation_config.json").write_text(text)
+
+
 SOUND: dict[str, tuple[str, Edit]] = {
     "as saved": ("untied", lambda folder: None),
     "in shards": ("untied", in_shards),
@@ -228,6 +251,33 @@ DAMAGED: dict[str, tuple[str, Edit, str]] = {
         "cannot be read as safetensors",
     ),
     "no config": ("untied", lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+    "another head than the tied one": (
+        "tied",
+        other_head,
+        "lm_head.weight is not equal to model.embed_tokens.weight, and `tie_word_embeddings`",
+    ),
+    "another head than the one tied by default": (
+        "conv1d",
+        other_head_of_gpt2,
+        "lm_head.weight is not equal to transformer.wte.weight",
+    ),
+    "a single file and shards": ("untied", single_and_shards, "are both there, and may be two"),
+    "integers": (
+        "untied",
+        tensors(lambda t: t.update({Q0: (1000 * t[Q0]).to(torch.int8)})),
+        f"{Q0} is stored as I8",
+    ),
+    "a quantiser that is not installed": (
+        "untied",
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "cannot be loaded: .*GPTQ",
+    ),
+    "damaged decoding settings": ("untied", decoding("{"), "generation_config.json is not JSON"),
+    "an end token as text": (
+        "untied",
+        decoding('{"eos_token_id": [2, "</s>"]}'),
+        "`eos_token_id` in .*generation_config.json is",
+    ),
 }
 
 
@@ -267,7 +317,15 @@ def test_quantising_hides_no_damage(models, tmp_path, name, quantisation):
 
 
 @pytest.mark.parametrize(
-    "name", ["an adapter in it", "a shard is missing", "the index lacks a tensor", "only pickles"]
+    "name",
+    [
+        "an adapter in it",
+        "a shard is missing",
+        "the index lacks a tensor",
+        "only pickles",
+        "a single file and shards",
+        "an end token as text",
+    ],
 )
 @pytest.mark.parametrize("which", ["base", "aligned"])
 def test_project_checks_the_folders_in_the_same_words(models, tmp_path, name, which):
@@ -278,6 +336,22 @@ def test_project_checks_the_folders_in_the_same_words(models, tmp_path, name, wh
     pair = {"base": models[family], "aligned": models[family], which: tmp_path / "model"}
     with pytest.raises(ModelError, match=says):
         project([adapter], pair["base"], pair["aligned"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+def test_a_quantised_folder_is_not_measured_under_the_name_of_another_quantisation(
+    models, tmp_path, quantisation
+):
+    load_model(models["untied"], "nf4", "float32", "cpu").save_pretrained(tmp_path / "model")
+    shutil.copytree(models["untied"], tmp_path / "model", dirs_exist_ok=True, ignore=_has_weights)
+    with pytest.raises(ModelError, match="is already quantised .*bitsandbytes"):
+        load_model(tmp_path / "model", quantisation, "float32", "cpu")
+    stored = load_model(tmp_path / "model", "none", "float32", "cpu")
+    assert stored.is_quantized
+
+
+def _has_weights(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith((".safetensors", "config.json"))]
 
 
 def test_a_classifier_without_its_head_is_an_error(models):

@@ -248,12 +248,10 @@ def test_a_damaged_shard_or_index_is_an_error_that_names_it(pair, tmp_path):
         fails_with(f"{folder}/model.safetensors.index.json")
 
 
-def test_a_single_file_goes_before_an_index_as_in_transformers(pair, tmp_path):
+def test_a_single_file_beside_shards_is_an_error(pair, tmp_path):
     AutoModelForCausalLM.from_pretrained(pair.aligned).save_pretrained(
         tmp_path, max_shard_size="100KB"
     )
     shutil.copy(pair.base / "model.safetensors", tmp_path)
-    assert torch.equal(
-        Checkpoint(tmp_path).weight(Q0),
-        AutoModelForCausalLM.from_pretrained(tmp_path).get_submodule(Q0).weight,
-    )
+    with pytest.raises(ModelError, match="are both there, and may be two models"):
+        Checkpoint(tmp_path).weight(Q0)
