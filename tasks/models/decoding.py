@@ -7,7 +7,7 @@ model's own settings are put aside as a whole; only its end tokens are kept.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ebbline.tasks.chat.probes import probe
+from ebbline.tasks.errors import ModelError
 from ebbline.tasks.specs import Decoding
 
 # What a GenerationConfig holds that says nothing about how the next token is chosen.
@@ -37,9 +38,13 @@ NO_SETTING = {
 def end_tokens(own: GenerationConfig, tokenizer: Any) -> list[int]:
     """The tokens that end a completion: the model's, the tokenizer's and the chat template's. The
     model's files need not name the last.
+
+    A judge may have no chat template, or one that a measured model must not have.
     """
     declared = own.eos_token_id
-    tokens = {tokenizer.eos_token_id, probe(tokenizer).end_of_turn}
+    tokens = {tokenizer.eos_token_id}
+    with suppress(ModelError):
+        tokens.add(probe(tokenizer).end_of_turn)
     tokens |= {*(declared if isinstance(declared, list) else [declared])}
     return sorted(token for token in tokens if token is not None)
 
