@@ -151,7 +151,7 @@ _BUT = re.compile(
 )
 _BRACKETED = re.compile(r"(?<!\w)[(\[{]([A-Za-z])[)\]}](?!\w)")
 _LAST = re.compile(
-    r"(?:[:,;\u2192>.!?|\n]|\s[-\u2013\u2014]\s)\s*['\"(\[]*([A-Z])['\")\].!]*[\s|]*\Z"
+    r"(?:[:,;\u2192>.!?|\n]|\s[-\u2013\u2014]\s)\s*['\"(\[]*([A-Z])['\")\].!]*[\s|]{0,20}\Z"
 )
 # What follows a letter without a space: "B is" in Japanese and Korean.
 _PARTICLE = r"(?=\u304c|\u3067\u3059|\u3060|\uc785\ub2c8\ub2e4|\uc774\ub2e4|\uac00 )"
@@ -160,7 +160,7 @@ _ALONE = re.compile(r"^[^\w\n]*([A-Z])[^\w\n]*$|\|[^\w\n|]*([A-Z])[^\w\n|]*(?=\|
 # A correction of an answer before it.
 _CORRECTED = re.compile(
     r"\b(?:wait|actually|no|correction|scratch that|i mean|sorry|rather)\b[,.:!\s]*"
-    rf"(?:(?:no|wait|actually|it's|it is|i mean)\b[,.:!\s]*)*{_NAMED}"
+    rf"(?:(?:no|wait|actually|it's|it is|i mean)\b[,.:!\s]*){{0,3}}{_NAMED}"
     r"(?=[)\]'\"]*\s*(?:[.,!;]|\Z|\n))",
     re.I,
 )

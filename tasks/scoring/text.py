@@ -37,7 +37,7 @@ _LEADING = re.compile(
 
 # Where a model goes on to a next item, its own answer has ended.
 _NEXT_ITEM = re.compile(
-    r"\n\s*(?:\W{0,4})(?:question|q|user|human|input|instruction|problem|exercise|frage|pregunta)"
+    r"\n[^\S\n]*[^\w\n]{0,4}(?:question|q|user|human|input|instruction|problem|exercise|frage|pregunta)"
     r"\s*\d*\s*[:.]",
     re.I,
 )
