@@ -89,7 +89,7 @@ def error_of(metric: Metric) -> float:
 @dataclass(frozen=True)
 class SeedValues:
     """The values of an objective over a point's first seeds, and the standard error from the
-    sampling of its prompts.
+    sampling of its prompts. Undecided samples, which the values count against the model, widen it.
     """
 
     seeds: tuple[float, ...]
@@ -163,4 +163,5 @@ def _seed_values(metric: Metric, seeds: int) -> SeedValues:
     # The largest variance of scores in [0, 1] with this mean. One success and one failure are
     # added, because a rate of 0 or 1 has an error too (Agresti and Coull 1998).
     share = (metric.items * sum(values) / len(values) + 1) / (metric.items + 2)
-    return SeedValues(values, math.sqrt(share * (1 - share) / metric.items))
+    unknown = metric.undecided / metric.n
+    return SeedValues(values, math.hypot(math.sqrt(share * (1 - share) / metric.items), unknown))

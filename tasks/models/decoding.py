@@ -38,6 +38,8 @@ NO_SETTING = {
 def end_tokens(own: GenerationConfig, tokenizer: Any) -> list[int]:
     """The tokens that end a completion: the model's, the tokenizer's and the chat template's. The
     model's files need not name the last.
+
+    A judge may have no chat template, or one that a measured model must not have.
     """
     declared = own.eos_token_id
     tokens = {tokenizer.eos_token_id, _end_of_turn(tokenizer)}

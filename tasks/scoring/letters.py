@@ -9,7 +9,12 @@ two letters are left, there is no answer.
 import re
 
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.scoring.text import plain, without_accents, without_emphasis
+from ebbline.tasks.scoring.text import (
+    before_next_item,
+    plain,
+    without_accents,
+    without_emphasis,
+)
 
 # A letter by itself: not in a word, an abbreviation (U.S., e.g.), a formula or a range (A-C).
 _BEFORE = r"(?<![^\W_])(?<![^\W_]['.+#&])(?<![\u00b0+#&$\\])"
@@ -21,21 +26,19 @@ _WIDE = (
 _OPTIONS = re.compile(r"(?:(?<=\s)|^)[(\[*]*([A-Za-z])[*]*[).:\]](?=\s|\*)|\(([A-Za-z])\)")
 _REFERENCE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 
-# Where a model goes on to a next item, its own answer has ended.
-_NEXT_ITEM = re.compile(
-    r"\n\s*(?:\W{0,4})(?:question|q|user|human|input|instruction|problem|exercise|frage|pregunta)"
-    r"\s*\d*\s*[:.]",
-    re.I,
-)
 _BOXED = re.compile(
-    r"\\(?:boxed|fbox)\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\W*([A-Za-z])\W*\}"
+    r"\\(?:boxed|fbox)\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\W*([A-Za-z])"
+    r"(?:[).:][^{}]*|\W*)\}"
 )
-_LATEX = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it)?)\s*\{([^{}]*)\}|\$([^$\s]{1,8})\$")
+_LATEX = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it)?)\s*\{([^{}]*)\}|\$([^$\s]{1,8})\$"
+    r"|\\\(\s*([^\\\s]{1,8})\s*\\\)"
+)
 
 
 def _either(phrases: str) -> str:
     """A pattern for any of the phrases, which commas and line ends separate; longest first."""
-    found = {each.strip() for each in re.split(r"[,\n]", phrases) if each.strip()}
+    found = {plain(each.strip()) for each in re.split(r"[,\n]", phrases) if each.strip()}
     return (
         "(?:" + "|".join(map(re.escape, sorted(found, key=lambda each: (-len(each), each)))) + ")"
     )
@@ -44,14 +47,15 @@ def _either(phrases: str) -> str:
 # Words by language, in lower case and without accents.
 _ANSWER = _either(
     """
-    answer, ans, option, choice, letter, solution
+    answer, ans, ans., option, choice, letter, solution
     reponse, choix, lettre
     respuesta, opcion, letra, resposta, opcao, alternativa, risposta, opzione
-    antwort, losung, buchstabe, antwoord, svar
-    vastaus, valasz, odpowiedz, odpoved, raspuns, cevap, jawaban, dap an
-    ответ, буква, вариант
+    antwort, losung, buchstabe, antwoord, svar, svaret
+    vastaus, valasz, odpowiedz, odpowiedz to, odpoved, raspuns, raspunsul, cevap, jawaban, dap an
+    đap an, jibu
+    ответ, буква, вариант, відповідь, απαντηση
     答案, 答え, 回答, 正解, 正确选项, 正確選項, 选项, 選項, 정답, 답
-    الإجابة, الاجابة, الجواب, उत्तर
+    الإجابة, الاجابة, الجواب, جواب, پاسخ, התשובה, תשובה, उत्तर, উত্তর, คำตอบ, ตอบ
     """
 )
 _IS = _either(
@@ -60,14 +64,15 @@ _IS = _either(
     most likely, likely, probably, definitely, clearly, certainly, simply, therefore, thus, indeed
     actually, correct, the, number, no., option, choice, letter
     est, serait, la, la lettre, reponse, lettre, choix, correcte
-    es, e, seria, sera, letra, la letra, opcion, opcao, opzione, correcta, correta
-    ist, ware, buchstabe, ar, on, jest, je, adalah, это
-    هي, هو, है
+    es, seria, sera, letra, la letra, opcion, opcao, opzione, correcta, correta
+    ist, ware, lautet, buchstabe, ar, er, on, jest, je, adalah, yang benar, la, đung, это
+    corretta, corretto, corecta, corect, juste, este, ειναι
+    هي, هو, الصحيحة, है, היא, הוא, הנכונה, คือ
     """
 )
 _SIGN = _either(
     """
-    :, =, >, →, -
+    :, =, >, →, -, –, —
     是, 为, 為, 应, 应该, 选, 選, 选项, 選項, は, 的, 은, 는
     """
 )
@@ -78,13 +83,16 @@ _CHOOSING = _either(
     i would choose, i'd pick, i chose, i picked, i selected, i vote for, i answer, i think it's
     i think it is, i believe it's, i believe it is, i think that it's, i guess it's
     choose, pick, select, going with, go with, so, therefore, thus, hence
-    c'est, ce serait, je choisis, donc, es ist, das ist, ich wahle, also
+    must be, has to be, definitely, probably, certainly, the right one is, the correct one is
+    leaving, leaving only, lean towards, lean toward, leaning towards, leaning toward
+    c'est, c'est la, ce serait, je choisis, donc, es ist, das ist, richtig ist, ich wahle, also
     es la, elijo, escolho, scelgo, quindi, logo, entonces, portanto
     选, 選, 选择, 選擇, 因此
     """
 )
 _QUESTIONED = _either(
-    "wrong, incorrect, false, not, n't, never, mauvaise, falsche, incorrecta, 错误, 錯誤"
+    "wrong, incorrect, false, not, n't, never, doubt, doubtful, unlikely, "
+    "mauvaise, falsche, incorrecta, 错误, 錯誤"
 )
 _DENYING = _either(
     """
@@ -122,9 +130,11 @@ _BE = _either("is, are, was, seems, looks, can be, could be, would be, est, ist,
 _BUT_WORD = _either("but, it's, it is, mais, sondern, sino, rather, c'est")
 _OR = _either("or, and, ou, oder, y, o, e, et, und")
 
-_NAMED = r"\s*[(\[{<'\"]*\s*([A-Za-z])"
+# "is" of one letter, before a capital: "la risposta e B", "a resposta e a B".
+_SHORT_IS = r"(?-i:e|e a|\u03b7)(?-i:(?= (?:[a-z]{1,2} )?[A-Z]\b))"
+_NAMED = r"\s*[(\[{<'\"\u300c\u300e\u3010]*\s*([A-Za-z])"
 _CUE = re.compile(
-    rf"(?:(?<![a-z])|(?<=[{_WIDE}]))(?:{_ANSWER}(?:\s*(?:{_SIGN}|{_IS}(?!\w)),?)*?"
+    rf"(?:(?<![a-z])|(?<=[{_WIDE}]))(?:{_ANSWER}['\")\]\u3011]*(?:\s*(?:{_SIGN}|(?:{_IS}|{_SHORT_IS})(?!\w)),?)*"
     rf"|{_CHOOSING}\s*[,:]?\s*(?:the\s+)?(?:{_ANSWER}\s*)?){_NAMED}(?:{_AFTER}|(?=[{_WIDE}]))",
     re.I,
 )
@@ -140,8 +150,20 @@ _BUT = re.compile(
     re.I,
 )
 _BRACKETED = re.compile(r"(?<!\w)[(\[{]([A-Za-z])[)\]}](?!\w)")
-_LAST = re.compile(r"(?:[:,;\u2192>]|\s-\s)\s*['\"(\[]*([A-Z])['\")\].!]*\s*\Z")
-_FIRST = re.compile(rf"[\W_]*([A-Za-z]){_AFTER}")
+_LAST = re.compile(
+    r"(?:[:,;\u2192>.!?|\n]|\s[-\u2013\u2014]\s)\s*['\"(\[]*([A-Z])['\")\].!]*[\s|]{0,20}\Z"
+)
+# What follows a letter without a space: "B is" in Japanese and Korean.
+_PARTICLE = r"(?=\u304c|\u3067\u3059|\u3060|\uc785\ub2c8\ub2e4|\uc774\ub2e4|\uac00 )"
+_FIRST = re.compile(rf"[\W_]*(?:\d{{1,2}}[.)]\s+)?[\W_]*([A-Za-z])(?:{_AFTER}|{_PARTICLE})")
+_ALONE = re.compile(r"^[^\w\n]*([A-Z])[^\w\n]*$|\|[^\w\n|]*([A-Z])[^\w\n|]*(?=\|)", re.MULTILINE)
+# A correction of an answer before it.
+_CORRECTED = re.compile(
+    r"\b(?:wait|actually|no|correction|scratch that|i mean|sorry|rather)\b[,.:!\s]*"
+    rf"(?:(?:no|wait|actually|it's|it is|i mean)\b[,.:!\s]*){{0,3}}{_NAMED}"
+    r"(?=[)\]'\"]*\s*(?:[.,!;]|\Z|\n))",
+    re.I,
+)
 _LISTED = re.compile(r"^[\W_]*([A-Z])[).:]\s", re.MULTILINE)
 
 # Before a letter, before a cue, and after a letter.
@@ -150,7 +172,9 @@ _DENIED_BEFORE = re.compile(
 )
 _DENIED_CUE = re.compile(rf"{_QUESTIONED}[^\w.!?;\n]*(?:\w+[^\w.!?;\n]+){{0,2}}$", re.I)
 _DENIED_AFTER = re.compile(
-    rf"[)\]}}'\".]*\s*(?:{_BE}\s+(?:\w+ly\s+)?{_WRONG}(?!\w)|{_IS_NOT}(?!\w)|不)", re.I
+    rf"[)\]}}'\".]*\s*(?:{_BE}\s+(?:\w+ly\s+)?{_WRONG}(?!\w)|{_IS_NOT}(?!\w)|不"
+    r"|\s*(?:\u3067\u306f|\u3058\u3083)(?:\u306a|\u3042)|\s*(?:\uac00|\uc774|\ub294|\uc740)?\s*\uc544[\ub2c8\ub2cc\ub2d9])",
+    re.I,
 )
 _JOINED = re.compile(
     rf"[)\]}}'\".]*\s*(?:[,/;&、和或]|\b{_OR}\b)\s*"
@@ -209,21 +233,22 @@ def reference_letter(answer: str, prompt: str, where: str) -> str:
 def chosen_letter(completion: str, prompt: str) -> str | None:
     """The letter that a completion gives as its answer; None where that is not clear."""
     letters = letters_of(prompt)
-    text = _NEXT_ITEM.split(plain(completion), maxsplit=1)[0]
+    text = before_next_item(plain(completion))
     boxed = {found.upper() for found in _BOXED.findall(text)} & letters
-    text = _LATEX.sub(lambda found: found[1] or found[2], text)
+    text = _LATEX.sub(lambda found: found[1] or found[2] or found[3] or "", text)
     text = without_accents(without_emphasis(text))
     if _BOXED.search(plain(completion)):
         return boxed.pop() if len(boxed) == 1 else None
     found: set[str] = set()
-    for pattern in (_CUE, _AFFIRMED, _BUT):
+    for pattern in (_CUE, _AFFIRMED, _BUT, _CORRECTED):
         for match in pattern.finditer(text):
             found |= _named(text, match, letters, pattern is _CUE)
     found |= _first(text, letters)
     if not found:
         for pattern in (_BRACKETED, _LAST):
             for match in pattern.finditer(text):
-                found |= _named(text, match, letters, False)
+                if pattern is _BRACKETED or not _listed(text, match):
+                    found |= _named(text, match, letters, False)
     return found.pop() if len(found) == 1 else None
 
 
@@ -264,15 +289,28 @@ def _is_letter(text: str, start: int, end: int) -> bool:
     bracketed = text[end : end + 1] in (")", "]", "}")
     if bracketed:
         return True
+    if letter == "I" and re.match(r"\s+(?:would|could|should|will|was|has)\b", text[end:]):
+        return False
     if letter.islower():
         return re.fullmatch(r"['\")\].:!\s]*", text[end:]) is not None or text[end : end + 1] == "'"
     return letter not in "AIEOUY" or _ABOUT_IT.match(text, end) is not None
 
 
+def _several_alone(text: str) -> bool:
+    """Whether several letters have a line or a table's cell of their own."""
+    return len({found[1] or found[2] for found in _ALONE.finditer(text)}) > 1
+
+
+def _listed(text: str, match: re.Match[str]) -> bool:
+    """Whether the last letter of a text ends a list of letters: "none of A, B, C"."""
+    before = re.sub(r"(?i)\bnot\s+\W*[a-z]\W*,", "", text[: match.start(1)])
+    return _several_alone(text) or re.search(r"\b[A-Za-z]['\")\]]*\s*[,;]\W*$", before) is not None
+
+
 def _first(text: str, letters: frozenset[str]) -> set[str]:
     """The letter that begins a completion, unless the completion repeats the list of options."""
     match = _FIRST.match(text)
-    if match is None or len(set(_LISTED.findall(text))) > 1:
+    if match is None or len(set(_LISTED.findall(text))) > 1 or _several_alone(text):
         return set()
     after = text[match.end(1) :]
     if re.match(r"\s*\?\s*\S", after):

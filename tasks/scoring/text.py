@@ -20,13 +20,26 @@ _UNSEEN = dict.fromkeys(
     [*map(ord, "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"), *range(0xFE00, 0xFE10)]
 )
 _SUPERSCRIPTS = re.compile("[\u00b2\u00b3\u00b9\u2070\u2074-\u2079]+")
+_ESCAPED = re.compile(r"&(?:#0*39|#x0*27|apos|[lr]squo);", re.I)
+# Accents of Latin, Greek and Cyrillic letters. In other scripts a mark makes another letter.
+_ACCENTS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]+")
 
 # Emphasis and headings of Markdown, and the marks before a line: quotes, bullets, numbers, emoji.
 _EMPHASIS = re.compile(r"[*~#]+|(?<!\w)_+|_+(?!\w)")
+# The lines that begin and end a code block, after `plain`.
+_FENCE = re.compile(r"^[ \t]*(?:'{3,}|~{3,})[\w+.-]*[ \t]*$", re.MULTILINE)
 _SPEAKER = r"(?:assistant|ai|bot|chatbot|model|answer|response|reply|output|final answer|a)"
 _LEADING = re.compile(
-    rf"(?:[\W_]+|\d{{1,2}}[.)]\s|<\W*{_SPEAKER}\W*>|{_SPEAKER}\s*(?:[:\uff1a>]|\n|-\s|\|>))+",
+    rf"(?:<[^<>\s]{{1,30}}>|\[/?inst\]|[\W_]+|\d{{1,2}}[.)]\s|<\W*{_SPEAKER}\W*>"
+    rf"|{_SPEAKER}\"?\s*(?:[:\uff1a>]|\n|-\s|\|>))+",
     re.IGNORECASE,
+)
+
+# Where a model goes on to a next item, its own answer has ended.
+_NEXT_ITEM = re.compile(
+    r"\n[^\S\n]*[^\w\n]{0,4}(?:question|q|user|human|input|instruction|problem|exercise|frage|pregunta)"
+    r"\s*\d*\s*[:.]",
+    re.I,
 )
 
 
@@ -35,21 +48,18 @@ def plain(text: str) -> str:
     that have no width. Line breaks stay.
     """
     text = text.translate(_APOSTROPHES).translate(_HYPHENS).translate(_QUOTES).translate(_UNSEEN)
+    text = _ESCAPED.sub("'", text)
     text = _SUPERSCRIPTS.sub(lambda found: f"^{found[0]}", text)  # 10² is not 102
     text = unicodedata.normalize("NFKC", text)
     return "".join(each for each in text if unicodedata.category(each) != "Cf")
 
 
 def without_accents(text: str) -> str:
-    return "".join(
-        each
-        for each in unicodedata.normalize("NFD", text)
-        if unicodedata.category(each) not in ("Mn", "Me")
-    )
+    return unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
 
 
 def without_emphasis(text: str) -> str:
-    return _EMPHASIS.sub("", text)
+    return _EMPHASIS.sub("", _FENCE.sub("", text))
 
 
 def without_leading_marks(text: str) -> str:
@@ -59,6 +69,11 @@ def without_leading_marks(text: str) -> str:
     """
     found = _LEADING.match(text)
     return text if found is None else text[found.end() :]
+
+
+def before_next_item(text: str) -> str:
+    """The text up to a next question that a model asks itself."""
+    return _NEXT_ITEM.split(text, maxsplit=1)[0]
 
 
 def lines_of(text: str) -> str:

@@ -25,7 +25,7 @@ Lack = Literal["empty", "thought: cut off", "thought: no answer"]
 
 _NAME = (
     r"(?:[a-z]+[:_])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis"
-    r"|inner_?monologue|inner_?thoughts?)(?:_(?:fast|slow|process|content))?"
+    r"|inner_?monologue|inner_?thoughts?|chain_?of_?thought|cot|scratch_pad)(?:_(?:fast|slow|process|content))?"
 )
 _BAR = r"[|\uff5c]"
 _TOKEN = (
@@ -33,7 +33,7 @@ _TOKEN = (
 )
 _ENDS = r"(?:end|stop|close|/)"
 _CLOSE = (
-    rf"</\s*{_NAME}\s*>|\[/\s*{_NAME}\]|\u25c1/\s*{_NAME}\u25b7|<channel{_BAR}>|<unused95>"
+    rf"<\s*/\s*{_NAME}\s*>|\[/\s*{_NAME}\]|\u25c1/\s*{_NAME}\u25b7|<channel{_BAR}>|<unused95>"
     rf"|<{_BAR}(?={_ENDS}){_TOKEN}{_BAR}>|<{_BAR}{_TOKEN}[_\u2581-]{_ENDS}{_BAR}>"
     rf"|<{_BAR}inner_suffix{_BAR}>"
 )
@@ -51,6 +51,7 @@ _OPEN_AT_THE_END = re.compile(
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>", re.I)
 _CHANNEL_END = re.compile(r"<\|(?:end|return|call|start)\|>", re.I)
 _BARE_ANALYSIS = re.compile(r"\s*(?:analysis|commentary)(?=[A-Z\"'\u2018\u201c])")
+_BARE_CHANNEL = re.compile(r"\s*(?:assistant\s*)?(?:analysis|commentary)")
 _BARE_FINAL = re.compile(r"assistant\s*final(?:\s*json)?")
 # The answer's own wrapper.
 _WRAPPER = re.compile(
@@ -88,9 +89,11 @@ def _outside_thoughts(completion: str) -> tuple[str | None, bool]:
         if final is None:
             return None, True
         return _CHANNEL_END.split(completion[final.end() :], maxsplit=1)[0], True
+    parts = _BARE_FINAL.split(completion)
+    if len(parts) > 1 and (not parts[0].strip() or _BARE_CHANNEL.match(completion)):
+        return parts[-1], True
     if _BARE_ANALYSIS.match(completion):
-        parts = _BARE_FINAL.split(completion)
-        return (parts[-1] if len(parts) > 1 else None), True
+        return None, True
     if "<|channel|>" in completion:
         return None, True
     outside, start, depth, thought = "", 0, 0, False

@@ -338,3 +338,9 @@ def test_in_turn_a_budget_of_points_ends_with_all_needed_seeds(tmp_path):
         for each in (home, free)
     ]
     assert tables[0].equals(tables[1])
+
+
+def test_undecided_samples_widen_the_error_of_a_point():
+    decided = pooled([Metric("refusal_rate", 80, 100)] * 2)
+    undecided = pooled([Metric("refusal_rate", 80, 100, 20)] * 2)
+    assert decided.value == undecided.value and error_of(undecided) > 2 * error_of(decided)

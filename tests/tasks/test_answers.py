@@ -280,3 +280,88 @@ def test_marks_stay_with_their_letter_and_vowel_signs_of_arabic_may_be_left_out(
 def test_a_rouge_reference_without_a_word_is_an_error():
     with pytest.raises(EvaluationError, match="x.csv:2: its `answer` has no letter or digit"):
         TASK_SCORERS["rouge_l"].require("...", "", "x.csv:2")
+
+
+@pytest.mark.parametrize(
+    ("completion", "letter"),
+    [
+        ('{"answer": "B"}', "B"),
+        ('{"correct_option": "B", "reason": "A tarn is small"}', "B"),
+        ('```json\n{"answer": "B"}\n```', "B"),
+        ("```text\nB\n```", "B"),
+        (r"\[\boxed{\text{B. two}}\]", "B"),
+        (r"The answer is \(B\).", "B"),
+        ("| Question | Answer |\n|---|---|\n| 1 | B |", "B"),
+        ("1) B", "B"),
+        ("Let me think. B", "B"),
+        ("It must be B.", "B"),
+        ("La risposta \u00e8 B.", "B"),
+        ("A resposta \u00e9 B.", "B"),
+        ("Die Antwort lautet B.", "B"),
+        ("Prawid\u0142owa odpowied\u017a to B.", "B"),
+        ("\u0110\u00e1p \u00e1n \u0111\u00fang l\u00e0 B", "B"),
+        ("\u3010\u7b54\u6848\u3011B", "B"),
+        ("\u7b54\u3048\u306f\u300cB\u300d\u3067\u3059", "B"),
+        ("\uc815\ub2f5\uc740 B\uc785\ub2c8\ub2e4.", "B"),
+        ("\u0938\u0939\u0940 \u0909\u0924\u094d\u0924\u0930 B \u0939\u0948", "B"),
+        (
+            "\u0627\u0644\u0625\u062c\u0627\u0628\u0629 "
+            "\u0627\u0644\u0635\u062d\u064a\u062d\u0629 \u0647\u064a B.",
+            "B",
+        ),
+        ("\u0e04\u0e33\u0e15\u0e2d\u0e1a\u0e04\u0e37\u0e2d B", "B"),
+        ("\u7b54\u3048\u306fB\u3067\u306f\u3042\u308a\u307e\u305b\u3093", None),
+        ("\uc815\ub2f5\uc740 B\uac00 \uc544\ub2d9\ub2c8\ub2e4", None),
+        ("B. Wait, no, C.", None),
+        ("Answer: none of A, B, C", None),
+        ("I doubt the answer is B.", None),
+        ("B\nC\nD", None),
+        ("| one | A |\n| two | B |", None),
+    ],
+)
+def test_letters_in_json_code_latex_tables_and_many_languages(completion, letter):
+    assert chosen_letter(completion, FOUR) == letter
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "value"),
+    [
+        ("The answer is 3 + 5 = 8.", "8", 1.0),
+        ("Total: 3 x 4 = 12 birds", "12", 1.0),
+        ("The result of 3 + 5 is 8", "8", 1.0),
+        ("The total of 3 and 5 is 8.", "8", 1.0),
+        ("The answer is 18 = 9 * 2", "18", 1.0),
+        ("The answer is 3 + 5", "3", None),
+        ("10-12", "12", None),
+        ("2023-01-05", "5", None),
+        ("12:30", "30", None),
+        ("12, not 13", "12", 1.0),
+        ("12, not 13", "13", 0.0),
+        ("The answer is not 12", "12", None),
+        ("2 million", "2000000", 1.0),
+        ("$2k", "2000", 1.0),
+        ("3\u4e07", "30000", 1.0),
+        ("2", "2 million", None),
+        ("1\u00bd", "1.5", 1.0),
+        ("10^3", "1000", 1.0),
+        ("10\u00b3", "1000", 1.0),
+        ("2**3", "8", 1.0),
+        ("10^999", "1", None),
+        (r"\boxed{1{,}234}", "1234", 1.0),
+        (r"\boxed{\frac12}", "0.5", 1.0),
+        (r"\boxed{2, 3}", "3", None),
+        ("\u0661\u066c\u0662\u0663\u0664", "1234", 1.0),
+        ("\u0661\u0662\u066b\u0665", "12.5", 1.0),
+        ("8\n\nQuestion: What is 2 + 3?\nAnswer: 5", "8", 1.0),
+    ],
+)
+def test_calculations_ranges_denials_and_magnitudes(completion, answer, value):
+    assert number(completion, answer) == value
+
+
+@given(st.integers(1, 999), st.integers(1, 999), st.sampled_from(["{}", "The answer is {}."]))
+def test_the_result_of_a_calculation_is_its_answer_and_an_operand_never(one, other, frame):
+    calculation = f"{one} + {other}"
+    assert number(frame.format(f"{calculation} = {one + other}"), str(one + other)) == 1.0
+    assert number(frame.format(calculation), str(one)) is None
+    assert number(frame.format(calculation), str(other)) is None

@@ -13,7 +13,7 @@ from ebbline.tasks.measuring.metrics import read_metrics, read_samples
 from ebbline.tasks.measuring.score import run
 from ebbline.tasks.measuring.scorers import score, scorer
 from ebbline.tasks.scoring.answers import TASK_SCORERS
-from ebbline.tasks.scoring.thoughts import answer_of, completion_text, opened_thought
+from ebbline.tasks.scoring.thoughts import Answer, answer_of, completion_text, opened_thought
 from ebbline.tasks.specs import ScoreSpec
 from ebbline.tasks.stage import Context
 
@@ -147,3 +147,19 @@ def test_a_thought_that_the_prompt_opens_begins_the_completion(tokenizer):
     assert opened_thought("<|start|>assistant<|channel|>analysis<|message|>")
     assert opened_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ""
     assert opened_thought("Explain <think> in one word\nassistant\n") == ""
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "analysis We need one. assistantfinal Two birds",
+        "analysisweird.assistantcommentaryto=one.assistantfinalTwo birds",
+        "assistantanalysisWe.assistantfinalTwo birds",
+        "assistantfinalTwo birds",
+        "< think >one< /think >Two birds",
+        "<chain_of_thought>one</chain_of_thought>Two birds",
+        "<cot>one</cot>Two birds",
+    ],
+)
+def test_thoughts_with_other_spaces_and_names_are_left_out(completion):
+    assert answer_of(completion) == Answer("Two birds")
