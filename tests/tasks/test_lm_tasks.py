@@ -3,6 +3,7 @@ settings, and templates are rendered in a sandbox. A planted marker file must ne
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lm_eval import utils
 
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.lm_tasks.definitions import TASK, read_index, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.rows_cache import rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import require_own_files, tasks_of
 from tests.tasks.test_evaluate import YAML, items
 from tests.tiny import write_lines
@@ -225,6 +227,43 @@ def test_no_spelling_of_a_definition_runs_code(folder, text, included, suffix):
         pass
     assert not marker(folder).exists()
     (folder / f"common{suffix}").unlink()
+
+
+@pytest.mark.parametrize(
+    "merges",
+    [
+        # each level has nine times as many values as the one before
+        "".join(
+            f"l{n}: &l{n} {{<<: [{','.join(['*l' + str(n - 1)] * 9)}]}}\n" for n in range(1, 12)
+        ),
+        f"x: {{<<: [{','.join(['*l0'] * 20_000)}]}}\n",
+    ],
+    ids=["deep", "wide"],
+)
+def test_merge_keys_that_write_out_too_much_are_an_error_at_once(folder, merges):
+    (folder / "zed.yaml").write_text("l0: &l0 {a: 1, b: 2, c: 3}\n" + merges + "task: zed\n")
+    with pytest.raises(EvaluationError, match=r"zed\.yaml, line \d+: over 10000 values by merge"):
+        read_index(folder)
+
+
+@pytest.mark.slow  # it starts `datasets`
+@pytest.mark.parametrize("name", ["plain", "my[1]", "a*b"])
+def test_the_rows_are_those_of_the_files_that_are_there_now(tmp_path, monkeypatch, name):
+    """Files are replaced with their time kept, and a folder's name is no pattern."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / name
+    (tmp_path / "aXb").mkdir()
+    write_lines(tmp_path / "aXb" / "test.jsonl", items(9))
+    rows = items(6)
+    for part in (rows[:3], rows[3:]):
+        write_lines(folder / "test.jsonl", part)
+        write_lines(folder / "dev.jsonl", items(2))
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(PLAIN))
+        for file in folder.iterdir():
+            os.utime(file, (1e9, 1e9))
+        with rows_cached(folder):
+            task = attempt(folder, "tiny_choice")
+        assert [dict(row) for row in task.dataset["test"]] == part
 
 
 ROOTS = ["cycler", "lipsum", "joiner", "namespace", "range", "dict", "self", "''", "()", "1.0", "q"]

@@ -5,6 +5,7 @@ Invariant: nothing is downloaded, and no code that comes with data runs.
 """
 
 import functools
+import glob
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
@@ -73,7 +74,10 @@ def _local(
             )
         own = folder / task if (folder / task).is_dir() or len(tasks) > 1 else folder
         # lm-eval resolves relative paths against the working directory, so these are absolute.
-        splits = {path.stem: str(path.resolve()) for path in sorted(own.glob("*.jsonl"))}
+        # `datasets` takes a path for a pattern, which may match files of another folder.
+        splits = {
+            path.stem: glob.escape(str(path.resolve())) for path in sorted(own.glob("*.jsonl"))
+        }
         if not splits:
             raise EvaluationError(
                 f"{own} holds no SPLIT.jsonl; a local lm-eval task needs its YAML and its splits"
