@@ -42,9 +42,17 @@ def rerun(where: str, as_json: bool = False) -> int:
 
 
 def _of_folder(path: Path) -> Request:
+    """The request with the digests of its inputs' files, which its stage checks."""
     try:
-        request = Request.from_json(path.read_text("utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        request = workplace(Request.from_json(path.read_text("utf-8"))).prepare()
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not a stage's request"
         raise StoreError(
             f"cannot read the request {path}: {why}; copy the path from the failure's message"
