@@ -42,9 +42,11 @@ def rerun(where: str, as_json: bool = False) -> int:
 
 
 def _of_folder(path: Path) -> Request:
-    """The request with the digests of its inputs' files, which its stage checks."""
+    """The request. One of a store has the digests of its inputs' files, which its stage checks."""
     try:
-        request = workplace(Request.from_json(path.read_text("utf-8"))).prepare()
+        request = Request.from_json(path.read_text("utf-8"))
+        if request.out.split("/")[-4:-2] == [request.kind, request.key]:
+            request = workplace(request).prepare()
     except (
         OSError,
         ValueError,
