@@ -261,8 +261,8 @@ def test_rows_are_read_as_they_are_written(folder):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"question": NaN}', r"line 2.* has NaN"),
-        ('{"question": "a", "question": "b"}', r"line 2.*one key given twice"),
+        ('{"question": NaN}', r"jsonl:2 has NaN"),
+        ('{"question": "a", "question": "b"}', r"jsonl:2 .*one key given twice"),
         ('{"question": 5}', "'question' have different types"),
     ],
 )
