@@ -68,7 +68,9 @@ class InputCheck:
         self._waiting: list[tuple[Expected, dict[str, Path]]] = []
         for expected in inputs.values():
             files = _listed(expected.path) if expected.path.exists() else {}
-            if expected.source != "hub":
+            if expected.source == "hub":
+                _require_links(expected, files)
+            else:
                 _require_listed(expected, files)
             self._stamps |= {path: stamp_of(path) for path in files.values()}
             self._digests |= {path: self._digest(expected, path) for path in files.values()}
@@ -155,6 +157,16 @@ def _require_listed(expected: Expected, files: Mapping[str, Path]) -> None:
             _damaged(expected, min(foreign), "is not in the record of its folder")
     elif not files:
         _damaged(expected, "", "is missing or empty")
+
+
+def _require_links(expected: Expected, files: Mapping[str, Path]) -> None:
+    """Check that no file of a snapshot was written in the place of a link to a blob, as editors do.
+    A cache without links has none, and the desktop's hidden files are read by nobody.
+    """
+    foreign = [name for name, file in files.items() if not file.is_symlink()]
+    shown = [name for name in foreign if not name.rpartition("/")[2].startswith(".")]
+    if shown and len(foreign) < len(files):
+        _damaged(expected, shown[0], "is no link to a blob, as the other files of its snapshot are")
 
 
 def _compare(expected: Expected, digests: Mapping[str, str]) -> None:

@@ -193,6 +193,8 @@ class Request:
     # Input -> digest of each of its files, where a record of the store lists them. The workplace
     # fills it in; the inputs of a request without it are not checked.
     recorded: Mapping[str, Mapping[str, str]] | None = None
+    # Attempts of this run at the same training that were killed for memory, the earliest first
+    killed: tuple[str, ...] = ()
     # Its counted work (ebbline.cluster.schedule.counted_work), for the record
     load: Mapping[str, float] = field(default_factory=dict)
 
@@ -201,7 +203,8 @@ class Request:
 
     @staticmethod
     def from_json(text: str) -> "Request":
-        return Request(**json.loads(text))
+        fields = json.loads(text)
+        return Request(**{**fields, "killed": tuple(fields.get("killed", ()))})
 
     def context(self, **changes: Any) -> Context:
         return replace(

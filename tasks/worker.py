@@ -33,6 +33,7 @@ from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
 from ebbline.tasks.progress import PROGRESS, ProgressFile
 from ebbline.tasks.specs import Spec, TrainSpec
 from ebbline.tasks.stage import Context, Report, Request
+from ebbline.tasks.training.micro_batch import halve_after_kills
 from ebbline.tasks.training.packs import in_packs
 
 _log = logging.getLogger(__name__)
@@ -112,6 +113,9 @@ class _Batch:
             turn = self._turn(request)
             request, check = turn.request, turn.check
             ctx, predicted_gb = laid_out(turn.spec, turn.inputs, turn.ctx, request.memory_gb)
+            if isinstance(turn.spec, TrainSpec):
+                most = ctx.micro_batch or turn.spec.global_batch
+                halve_after_kills(ctx.scratch, request.killed, most)
             reset_peak_memory(ctx.device)
             run = kind_named(request.kind).load_function()
             run(turn.spec, turn.inputs, Path(request.out), ctx)

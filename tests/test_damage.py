@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from ebbline.analysis.results.collect import collect
+from ebbline.cli import app
 from ebbline.cluster.executors.inline import InlineExecutor
 from ebbline.cluster.store import retention
 from ebbline.cluster.store.artifacts import RECORD, Artifact
@@ -20,7 +22,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import Damaged, PinError
 from ebbline.tasks.inputs import InputCheck
-from ebbline.tasks.specs import ApplySpec
+from ebbline.tasks.specs import ApplySpec, DataSpec, TrainSpec
 from tests.sweeps.made import study as made_study
 from tests.test_store_command import (  # noqa: F401  # fixtures
     changes,
@@ -133,6 +135,23 @@ def test_a_changed_digit_or_letter_in_a_record_is_an_error(
     assert data(home, "verify")["damages"] == []
 
 
+def test_a_rerun_over_a_damaged_input_is_an_error_that_names_it(
+    once: tuple[Study, Home],  # noqa: F811  # a request holds the paths of its own home
+) -> None:
+    kept = once[1].store
+    (project,), (train,) = kept.all("project"), kept.all("train")
+    request = project.log / "request.json"
+    assert CliRunner().invoke(app, ["rerun", str(request)]).exit_code == 0
+    path = payload(train) / "adapter" / "adapter_model.safetensors"
+    flip(path)
+    try:
+        found = CliRunner().invoke(app, ["rerun", str(request)])
+    finally:
+        flip(path)
+        shutil.rmtree(project.log / "rerun", ignore_errors=True)
+    assert found.exit_code == 1 and str(path) in found.output and "verify --mend" in found.output
+
+
 def test_mend_takes_away_what_was_made_from_damage_and_the_next_run_makes_it_right(
     home: Home,  # noqa: F811
     changes: dict[str, Any],  # noqa: F811
@@ -156,6 +175,19 @@ def test_mend_takes_away_what_was_made_from_damage_and_the_next_run_makes_it_rig
     assert made >= {"project", "apply", "generate", "score"} and "data" not in made
     assert data(home, "verify")["damages"] == []
     assert extend(found, home) == right
+
+
+def test_a_damaged_artifact_that_was_made_from_damage_spreads_all_its_files(
+    home: Home,  # noqa: F811
+) -> None:
+    """The readers of its adapter go, although only its curve is damaged itself."""
+    (train,) = home.store.all("train")
+    for artifact in home.store.all("data"):
+        flip(payload(artifact) / DataSpec.ROWS)
+    flip(payload(train) / TrainSpec.CURVE)
+    survey = retention.Survey(home.store)
+    made = {kind for kind, _ in retention.made_from(survey, retention.damages(survey))}
+    assert made >= {"project", "apply", "generate", "score"} and "train" not in made
 
 
 def test_the_readers_of_an_artifact_whose_record_is_lost_are_found_by_their_requests(

@@ -88,11 +88,11 @@ class Job:
 @dataclass(frozen=True)
 class Loss:
     """Why a job ended without reports. `blame` is `place` when its host left (lost or preempted),
-    else `stage`.
+    `memory` when its only process was killed, probably for memory, else `stage`.
     """
 
     reason: str
-    blame: Literal["stage", "place"] = "stage"
+    blame: Literal["stage", "place", "memory"] = "stage"
 
 
 @dataclass(frozen=True)

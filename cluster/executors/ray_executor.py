@@ -12,16 +12,18 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import (
     LocalRayletDiedError,
     NodeDiedError,
+    OutOfMemoryError,
     RayError,
     RaySystemError,
     RayTaskError,
     TaskUnschedulableError,
+    WorkerCrashedError,
 )
 
 from ebbline.cluster.executors.executor import (
@@ -270,8 +272,7 @@ class RayExecutor(Executor):
             reason = (
                 f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
             )
-            place = isinstance(cause, NodeDiedError | TaskUnschedulableError)
-            return Finished(job, (), Loss(reason, "place" if place else "stage"))
+            return Finished(job, (), Loss(reason, _blame(cause, job)))
         processes.forget()
         leaving = next(
             (report for report in reports if report.error_type == Leaving.__name__), None
@@ -290,6 +291,16 @@ class RayExecutor(Executor):
             else Loss("a member of the gang ended without reporting")
         )
         return Finished(job, reports, lost)
+
+
+def _blame(cause: BaseException, job: Job) -> Literal["stage", "place", "memory"]:
+    """What a job's error is blamed on. Ray does not tell exit -9, the kernel's, from another sudden
+    end of a process; a smaller micro-batch changes no result, so any such end counts.
+    """
+    if isinstance(cause, NodeDiedError | TaskUnschedulableError):
+        return "place"
+    killed = isinstance(cause, OutOfMemoryError | WorkerCrashedError)
+    return "memory" if killed and job.gpus <= 1 else "stage"  # a gang halves by itself
 
 
 def bundles(queue: Sequence[tuple[Needs, float]]) -> list[tuple[dict[str, int], dict[str, str]]]:

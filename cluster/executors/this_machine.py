@@ -90,7 +90,9 @@ def chosen(setting: str | None, gpus: Sequence[Gpu]) -> dict[str, str]:
 def _named(entry: str, gpus: Sequence[Gpu]) -> tuple[str, str] | None:
     """(UUID, name) of the device that an entry names: a number, or the beginning of one UUID."""
     if entry.isascii() and entry.isdigit():
-        return (gpus[int(entry)].uuid, gpus[int(entry)].name) if int(entry) < len(gpus) else None
+        # Python rejects a number of thousands of digits.
+        number = int(entry.lstrip("0")[:9] or "0")
+        return (gpus[number].uuid, gpus[number].name) if number < len(gpus) else None
     # The older form of a MIG name: MIG-GPU-UUID/INSTANCE/INSTANCE.
     whole = entry.removeprefix("MIG-").partition("/")[0] if "/" in entry else entry
     if not whole.startswith(("GPU-", "MIG-")) or whole in ("GPU-", "MIG-"):

@@ -35,6 +35,7 @@ from ebbline.tasks.errors import (
 )
 from ebbline.tasks.identity import digest
 from ebbline.tasks.stage import Part, Report, Stage, key_payload, stage_of
+from ebbline.tasks.training.micro_batch import halvings
 
 __all__ = ["Failure", "Node", "Runner"]
 INVALID_INPUT = (DataError.__name__, ModelError.__name__)
@@ -388,13 +389,19 @@ class Runner:
                     invalid_input=report.error_type in INVALID_INPUT,
                 )
             else:
-                if loss.blame == "stage":
+                if loss.blame != "place":
                     self._starter.unpacked.add(key)
                 gave_up = None
                 if not charged:
                     lasted = now - item.started
                     gave_up = self._setup.retry_policy.count(
-                        key, loss, finished.job.hosts, lasted, now
+                        key,
+                        loss,
+                        finished.job.hosts,
+                        lasted,
+                        now,
+                        attempt=nodes[0].attempt.name if nodes[0].attempt else "",
+                        halvings=halvings(nodes[0].stage.spec),
                     )
                 charged = True
                 if gave_up is not None:

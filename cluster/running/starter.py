@@ -269,6 +269,7 @@ class Starter:
             checkpoint_every_s=self._setup.profile.checkpoint_every_s,
             pack=pack,
             pack_share=share,
+            killed=self._setup.retry_policy.killed(node.key),
             load=load_record(self._setup.estimates.load(node.stage)),
         )
         self._setup.store.note(attempt, "request.json", request.to_json().encode())

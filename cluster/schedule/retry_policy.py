@@ -2,6 +2,8 @@
 
 blame    examples                      what follows
 stage    its process died or hung      counts against `tries`; the pause doubles each time
+memory   its process was killed        does not count while its micro-batch can be halved, and is
+                                       retried at once; then as `stage`
 place    its host left or drains       does not count, and is retried at once; after repeated short
                                        lives with pauses, and then the run stops
 
@@ -27,6 +29,7 @@ class _LostStage:
 
     lost: int = 0
     evicted: int = 0
+    killed: list[str] = field(default_factory=list)
     not_before: float = float("-inf")
     hosts: set[str] = field(default_factory=set)
 
@@ -40,17 +43,27 @@ class RetryPolicy:
         self._strikes: dict[str, set[str]] = {}
 
     def count(
-        self, key: str, loss: Loss, hosts: Iterable[str], lived_s: float, now: float
+        self,
+        key: str,
+        loss: Loss,
+        hosts: Iterable[str],
+        lived_s: float,
+        now: float,
+        attempt: str = "",
+        halvings: int = 0,
     ) -> str | None:
-        """Record that a job was lost at this stage after `lived_s`. Returns None, or the reason to
-        give up.
+        """Record that a job was lost at this stage after `lived_s`, in `attempt`. Its micro-batch
+        can be halved `halvings` times. Returns None, or the reason to give up.
 
         Raises ClusterLost when its hosts evicted it MOST_EVICTIONS times in a row.
         """
         stage = self._stages.setdefault(key, _LostStage())
         stage.hosts |= set(hosts)
         self._strike(key, hosts)
-        if loss.blame == "stage":
+        if loss.blame == "memory" and len(stage.killed) < halvings:
+            stage.killed.append(attempt)
+            return None
+        if loss.blame != "place":
             stage.lost += 1
             if stage.lost >= self._tries:
                 return f"lost {stage.lost} times ({loss.reason})"
@@ -68,8 +81,12 @@ class RetryPolicy:
         return None
 
     def lost(self, key: str) -> int:
-        """How often a stage was lost with blame `stage`."""
+        """How many losses of a stage count against `tries`."""
         return self._stages[key].lost if key in self._stages else 0
+
+    def killed(self, key: str) -> tuple[str, ...]:
+        """The attempts of a stage that were killed for memory; each halves its micro-batch."""
+        return tuple(self._stages[key].killed) if key in self._stages else ()
 
     def may_start(self, key: str, now: float) -> bool:
         return key not in self._stages or now >= self._stages[key].not_before

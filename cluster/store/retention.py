@@ -294,7 +294,9 @@ def made_from(survey: Survey, damages: Iterable[Damage]) -> dict[tuple[str, str]
         for content in dict(artifact.hashed.get("inputs", {})).values():
             readers[content].append(where)
     spreading = [damage for damage in damages if damage.spreads]
-    seen = {(damage.kind, damage.key) for damage in spreading}
+    damaged = {(damage.kind, damage.key) for damage in spreading}
+    # Also damaged ones: all files of an artifact that was made from damage are suspect.
+    seen: set[tuple[str, str]] = set()
     found: dict[tuple[str, str], str] = {}
     waiting: list[tuple[tuple[str, str], tuple[str, ...]]] = [
         ((each.kind, each.key), (each.file,)) for each in spreading
@@ -309,7 +311,8 @@ def made_from(survey: Survey, damages: Iterable[Damage]) -> dict[tuple[str, str]
         for where in below:
             if where not in seen:
                 seen.add(where)
-                found[where] = "/".join(above)
+                if where not in damaged:
+                    found[where] = "/".join(above)
                 waiting.append((where, tuple(survey.records[where].files)))
     return found
 

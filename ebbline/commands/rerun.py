@@ -42,9 +42,19 @@ def rerun(where: str, as_json: bool = False) -> int:
 
 
 def _of_folder(path: Path) -> Request:
+    """The request. One of a store has the digests of its inputs' files, which its stage checks."""
     try:
         request = Request.from_json(path.read_text("utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if request.out.split("/")[-4:-2] == [request.kind, request.key]:
+            request = workplace(request).prepare()
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not a stage's request"
         raise StoreError(
             f"cannot read the request {path}: {why}; copy the path from the failure's message"

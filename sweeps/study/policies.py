@@ -58,8 +58,11 @@ class Replicates(Frozen):
     at_least: Count = 1
 
 
-# A name becomes a file's name, so it does not end with a dot, which some file systems drop.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?$")]
+# A name becomes a file's name, so it does not end with a dot, which some file systems drop, and
+# leaves room for the rest: they take at most 255 bytes.
+Name = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?$", max_length=150)
+]
 
 
 class Constraints(Frozen):

@@ -32,6 +32,7 @@ from ebbline.tasks.data.batches import even_threads, rows_meet, whole_batches
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.generate import tokenizer_beside, tokenizer_record
 from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
 from ebbline.tasks.measuring.metrics import Metric, Sample, write_metrics, write_samples
 from ebbline.tasks.measuring.prefix_lm import Plan, PrefixLM, plan
@@ -52,6 +53,7 @@ UNREADABLE = (
     AttributeError,
     ArithmeticError,
     SyntaxError,
+    StopIteration,  # of an empty split
     re.error,
     DatasetsError,
     TemplateError,
@@ -87,7 +89,7 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     resident.eval()
     folder = inputs["prompts"]
     asked = (spec.task, spec.shots, spec.chat_template, spec.limit)
-    key = ("lm-eval", *asked, tokenizer, _fingerprint(folder))
+    key = ("lm-eval", *asked, tokenizer, fingerprint(folder))
     with with_adapter(resident, inputs.get("adapter")) as model:
         lm = PrefixLM(
             pretrained=model,
@@ -129,9 +131,11 @@ def prepare(spec: EvaluateSpec, folder: Path, lm: PrefixLM) -> Prepared:
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     use_sandbox()
-    tasks = {
-        name: _task(name, build, spec, folder, lm) for name, build in tasks_of(spec.task, folder)
-    }
+    with rows_cached(folder):
+        tasks = {
+            name: _task(name, build, spec, folder, lm)
+            for name, build in tasks_of(spec.task, folder)
+        }
     instances = [
         instance
         for task in tasks.values()
@@ -260,12 +264,3 @@ def tasks_record(spec: EvaluateSpec, prepared: Prepared) -> dict[str, Any]:
         if prefix_plan is None
         else {"run": prefix_plan.tokens, "without_sharing": prefix_plan.full},
     }
-
-
-def _fingerprint(folder: Path) -> tuple[Any, ...]:
-    """A value that changes when a file in the folder changes: paths, sizes and times."""
-    files = [(str(path), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return (
-        str(folder.resolve()),
-        tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files),
-    )

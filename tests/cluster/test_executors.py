@@ -195,6 +195,7 @@ class TestRayExecutor(ExecutorContract):
         executor._jobs[dies.remote()] = (job, JobProcesses("dies", ()))
         (done,) = wait_for(executor, job)
         assert done.job == job and done.reports == () and "WorkerCrashedError" in done.lost.reason
+        assert done.lost.blame == "memory", "Ray does not tell the kernel's kill from other ends"
 
     @pytest.mark.timeout(300)
     def test_a_gang_of_two_under_zero_3_from_a_bucket_learns_what_one_process_learns(

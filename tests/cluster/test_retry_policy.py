@@ -22,6 +22,22 @@ def test_a_lost_stage_waits_twice_as_long_each_time_and_then_fails():
     assert policy.shun("k") == {"a", "b"} and policy.may_start("other", 0.0)
 
 
+def test_a_kill_for_memory_does_not_count_while_the_micro_batch_can_be_halved():
+    policy, killed = RetryPolicy(tries=2, backoff_s=5.0), Loss("OutOfMemoryError", "memory")
+    for n in range(3):
+        assert policy.count("k", killed, ["a"], 1.0, 0.0, attempt=f"{n}", halvings=3) is None
+        assert policy.may_start("k", 0.0) and policy.lost("k") == 0
+    assert policy.killed("k") == ("0", "1", "2") and policy.killed("other") == ()
+    assert policy.count("k", killed, ["a"], 1.0, 0.0, attempt="3", halvings=3) is None
+    assert not policy.may_start("k", 4.9) and policy.killed("k") == ("0", "1", "2")
+    assert (
+        policy.count("k", killed, ["a"], 1.0, 9.0, halvings=3) == "lost 2 times (OutOfMemoryError)"
+    )
+    assert (
+        policy.count("no batch", killed, ["a"], 1.0, 0.0) is None and policy.lost("no batch") == 1
+    )
+
+
 def test_the_loss_of_a_host_is_not_counted_and_the_stage_is_retried_at_once():
     policy = RetryPolicy(tries=1, backoff_s=5.0)
     for number in range(50):

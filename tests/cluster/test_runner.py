@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -65,15 +66,20 @@ class Counting(InlineExecutor):
 class Losing(Counting):
     """Loses the first `times` jobs, like a dying node: they end without reports."""
 
-    def __init__(self, times: int) -> None:
+    def __init__(self, times: int, blame: Literal["stage", "memory"] = "stage") -> None:
         super().__init__()
-        self.left = times
+        self.left, self.blame = times, blame
+        self.killed: list[tuple[str, ...]] = []
+
+    def submit(self, batch: Sequence[Request], needs: Needs, hosts: Mapping[str, int]) -> Job:
+        self.killed += [request.killed for request in batch]
+        return super().submit(batch, needs, hosts)
 
     def finished(self, timeout_s: float) -> Sequence[Finished]:
         if self.left and self._waiting:
             self.left -= 1
             job, _ = self._waiting.pop(0)
-            return [Finished(job, (), lost=Loss("WorkerCrashedError: the worker died"))]
+            return [Finished(job, (), lost=Loss("WorkerCrashedError: the worker died", self.blame))]
         return super().finished(timeout_s)
 
 
@@ -279,6 +285,16 @@ def test_a_stage_that_is_lost_every_time_fails_with_the_reason(store, pool):
         == f"data: lost {PATIENCE.tries} times (WorkerCrashedError: the worker died)"
     )
     assert runner.failure(stage).command.startswith("ebbline rerun ")
+
+
+def test_a_training_that_is_killed_for_memory_learns_of_each_attempt_that_was(store, pool):
+    """With a global batch of 4 two kills halve, and do not use up its tries."""
+    spec = TrainSpec(rank=4, global_batch=4, max_tokens=32)
+    stage = Stage(spec, {"model": Source("m" * 64, "/nowhere"), "data": pool})
+    runner, executor = ran(store, stage, executor=Losing(100, "memory"))
+    assert [len(attempts) for attempts in executor.killed] == [0, 1, 2, 2, 2]
+    assert executor.killed[1] == executor.killed[2][:1] and len(set(executor.killed[2])) == 2
+    assert runner.failure(stage).reason.startswith(f"train: lost {PATIENCE.tries} times")
 
 
 def test_a_job_that_is_lost_after_its_commit_counts_as_done(store, pool):

@@ -49,6 +49,8 @@ def test_nvidias_list_gives_gpus_and_their_mig_instances():
         ("MIG-33a5c2c0-1111-5555-9999-aaaaaaaaaaaa,MIG-44b6d3d1-1111-5555-9999-aaaaaaaaaaaa", 2),
         ("MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/0", 1),
         ("MIG-GPU-ffffffff/1/0", 0),
+        ("9" * 5000, 0),
+        ("0" * 5000 + "1", 1),
         *((setting, 0) for setting in WEIRD),
     ],
 )

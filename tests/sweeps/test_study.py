@@ -49,6 +49,7 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"apply": {"threshold": 1.5}}, r"apply\.threshold: .*less than or equal to 1"),
         ({"refusal_floor": 90}, r"refusal_floor: .*less than or equal to 1"),
         ({"study": "a name/with a slash"}, r"study: .*pattern"),
+        ({"study": "a" * 300}, r"study: .*at most 150 characters"),
         ({"models": {}}, r"models: .*at least 1"),
         ({"seeds": []}, r"seeds: .*at least 1"),
         ({"axes/train.rank": []}, r"axes\.train\.rank"),

@@ -153,3 +153,11 @@ def test_a_damaged_file_of_the_hubs_cache_is_an_error_that_says_to_delete_it(tmp
         with pytest.raises(Damaged, match=rf"{name} .*Delete it from the hub's cache"):
             read(Expected.of_hub(snapshot))
         flip(blobs / blob)
+    (snapshot / ".DS_Store").write_bytes(b"")
+    read(Expected.of_hub(snapshot))
+    (snapshot / "config.json").unlink()  # as `sed -i` edits it
+    (snapshot / "config.json").write_bytes(config)
+    with pytest.raises(Damaged, match=r"config\.json is no link to a blob"):
+        read(Expected.of_hub(snapshot))
+    (snapshot / "model.safetensors").unlink()
+    read(Expected.of_hub(snapshot))  # a cache without links

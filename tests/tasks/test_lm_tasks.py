@@ -3,18 +3,22 @@ settings, and templates are rendered in a sandbox. A planted marker file must ne
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from datasets import load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from lm_eval import utils
 
-from ebbline.tasks.errors import EvaluationError
+from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.measuring.lm_tasks.definitions import TASK, read_index, use_sandbox
+from ebbline.tasks.measuring.lm_tasks.local_rows import read_splits
+from ebbline.tasks.measuring.lm_tasks.rows_cache import rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import require_own_files, tasks_of
 from tests.tasks.test_evaluate import YAML, items
 from tests.tiny import write_lines
@@ -225,6 +229,70 @@ def test_no_spelling_of_a_definition_runs_code(folder, text, included, suffix):
         pass
     assert not marker(folder).exists()
     (folder / f"common{suffix}").unlink()
+
+
+@pytest.mark.parametrize(
+    "merges",
+    [
+        # each level has nine times as many values as the one before
+        "".join(
+            f"l{n}: &l{n} {{<<: [{','.join(['*l' + str(n - 1)] * 9)}]}}\n" for n in range(1, 12)
+        ),
+        f"x: {{<<: [{','.join(['*l0'] * 20_000)}]}}\n",
+    ],
+    ids=["deep", "wide"],
+)
+def test_merge_keys_that_write_out_too_much_are_an_error_at_once(folder, merges):
+    (folder / "zed.yaml").write_text("l0: &l0 {a: 1, b: 2, c: 3}\n" + merges + "task: zed\n")
+    with pytest.raises(EvaluationError, match=r"zed\.yaml, line \d+: over 10000 values by merge"):
+        read_index(folder)
+
+
+def test_rows_are_read_as_they_are_written(folder):
+    texts = ["2020-01-01", "2020-01-01T00:00:00", "007", "1e3", "null", " a "]
+    rows = [{**row, "question": text} for row, text in zip(items(6), texts, strict=True)]
+    rows[0]["only here"] = True
+    write_lines(folder / "test.jsonl", rows)
+    read = read_splits({"test": folder / "test.jsonl"})["test"]
+    assert [row["question"] for row in read] == texts
+    assert [row["only here"] for row in read] == [True, *[None] * 5]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"question": NaN}', r"jsonl:2 has NaN"),
+        ('{"question": "a", "question": "b"}', r"jsonl:2 .*one key given twice"),
+        ('{"question": 5}', "'question' have different types"),
+    ],
+)
+def test_a_row_that_is_not_plain_is_an_error_without_its_text(folder, line, problem):
+    (folder / "test.jsonl").write_text('{"question": "secret"}\n' + line + "\n")
+    with pytest.raises(EbblineError, match=problem) as caught:
+        read_splits({"test": folder / "test.jsonl"})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["plain", "my[1]", "a*b"])
+def test_a_folders_name_is_no_pattern(tmp_path, name):
+    write_lines(tmp_path / "aXb" / "test.jsonl", items(9))
+    write_lines(tmp_path / name / "test.jsonl", items(3))
+    (tmp_path / name / "tiny.yaml").write_text(yaml.safe_dump(PLAIN))
+    write_lines(tmp_path / name / "dev.jsonl", items(2))
+    task = attempt(tmp_path / name, "tiny_choice")
+    assert [dict(row) for row in task.dataset["test"]] == items(3)
+
+
+@pytest.mark.slow  # it starts `datasets`
+def test_the_rows_of_a_data_set_are_those_of_the_files_that_are_there_now(tmp_path, monkeypatch):
+    """Its files are replaced with their time kept, as tar and rsync do."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, rows = tmp_path / "data", items(6)
+    for part in (rows[:3], rows[3:]):
+        os.utime(write_lines(folder / "test.jsonl", part), (1e9, 1e9))
+        with rows_cached(folder):
+            found = load_dataset(str(folder.resolve()), split="test")
+        assert [dict(row) for row in found] == part
 
 
 ROOTS = ["cycler", "lipsum", "joiner", "namespace", "range", "dict", "self", "''", "()", "1.0", "q"]

@@ -5,12 +5,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ebbline.cluster.executors.executor import run_batch
+from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.specs import TrainSpec
+from ebbline.tasks.stage import Request
 from ebbline.tasks.training.engines import SingleDevice
-from ebbline.tasks.training.micro_batch import FILE, Learnt, learn, learnt
+from ebbline.tasks.training.micro_batch import FILE, Learnt, halve_after_kills, learn, learnt
 from ebbline.tasks.training.pack_engine import Member, Pack
+from tests.cluster.made import stored_request
 from tests.tasks.test_train import SETTINGS, out_of_memory_when, rows_of
-from tests.tiny import context
+from tests.tiny import context, write_chats
 
 
 @given(notes=st.lists(st.tuples(st.sampled_from(["used", "most"]), st.integers(1, 99)), min_size=1))
@@ -59,3 +63,38 @@ def test_members_of_a_pack_remember_it_too(tmp_path, pair, chats):
     pack.close()
     assert Pack(members("two", "three"), pair.aligned).micro_batch == 8
     assert Pack(members("three", "four"), pair.aligned).micro_batch == 16
+
+
+@given(
+    seen=st.lists(st.integers(0, 5), max_size=6),
+    largest=st.integers(1, 64),
+    most=st.none() | st.integers(1, 64),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_kill_halves_once_however_often_it_is_reported(tmp_path, seen, largest, most):
+    """A machine may hear of several kills at once, and of each again at every later attempt."""
+    (tmp_path / FILE).unlink(missing_ok=True)
+    learn(tmp_path, most=most)
+    for count in seen:
+        halve_after_kills(tmp_path, tuple(f"attempt {n}" for n in range(count)), largest)
+    kills = max(seen, default=0)
+    expected = max(1, min(largest, most or largest) >> kills)
+    assert learnt(tmp_path).limited(largest) == expected
+
+
+def test_a_training_whose_process_was_killed_continues_with_half_the_micro_batch(tmp_path, pair):
+    inputs = {"model": pair.aligned, "data": write_chats(tmp_path / "rows.jsonl", 16)}
+    store = Store(tmp_path / "store")
+    spec = TrainSpec(**{**SETTINGS, "global_batch": 8})
+    request = stored_request(store, spec, inputs, killed=("first",))
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = SingleDevice.step
+
+        def noted(self, *args):
+            sizes.append(self.micro_batch)
+            return step(self, *args)
+
+        patch.setattr(SingleDevice, "step", noted)
+        (report,) = run_batch([Request.from_json(request.to_json())])
+    assert report.error is None and set(sizes) == {4}

@@ -25,6 +25,7 @@ METRICS = ("acc", "acc_norm")
 SCORED = ("multiple_choice", "loglikelihood")  # the output types that give these metrics
 NO_CODE = "ebbline runs no code that comes with data"
 LARGEST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 10_000, 20
+MOST_MERGED = 100  # mappings of one merge key
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # folders that lm-eval ignores too
 _NAME = re.compile(r"\w[\w.+-]*")
 # What PyYAML raises for a value that does not fit its tag, or for deep nesting.
@@ -138,7 +139,19 @@ def _unfit(config: Mapping[str, Any], allowed: Mapping[str, _Check]) -> Iterator
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader that raises an error for a duplicate key, where yaml would keep the last value."""
+    """SafeLoader that raises an error for a duplicate key, where yaml would keep the last value,
+    and for merge keys (`<<`) that write out more than MOST_VALUES values.
+    """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        many = sum(len(value.value) for value in merged) > MOST_MERGED
+        if not many:
+            super().flatten_mapping(node)
+        if many or len(node.value) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"over {MOST_VALUES} values by merge keys", node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -181,7 +194,7 @@ def _require_allowed(config: Mapping[str, Any], allowed: Mapping[str, _Check], f
                 f"{config.get('task')} in {file} must have `dataset_path: json`: ebbline downloads "
                 "no data that is not pinned"
             )
-        reason = "is no setting that" if key not in allowed else "has a value that"
+        reason = "is no setting that" if key not in allowed else "has a value other than those that"
         raise EvaluationError(
             f"{file}: `{key}` {reason} ebbline takes from a task definition. {NO_CODE}; write its "
             f"result into the rows, or remove it. Settings: {', '.join(sorted(allowed))}"

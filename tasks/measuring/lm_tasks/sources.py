@@ -21,6 +21,7 @@ from lm_eval.tasks._index import Entry, Kind
 
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.measuring.lm_tasks.definitions import SCORED, read_index
+from ebbline.tasks.measuring.lm_tasks.local_rows import read_splits
 
 # The settings of a group itself. Every other setting of a group overrides its tasks' setting.
 STRUCTURE = {field.name for field in fields(GroupConfig)}
@@ -33,6 +34,10 @@ OWN_CODE = {
     "doc_to_image",
     "doc_to_audio",
 }
+
+
+# lm-eval would call the reader of rows with what is in `metadata`.
+_NOT_FOR_TASKS = ("tag", "group", "metadata")
 
 
 def tasks_of(name: str, folder: Path) -> list[tuple[str, Callable[[], Any]]]:
@@ -72,14 +77,13 @@ def _local(
                 "data that is not pinned"
             )
         own = folder / task if (folder / task).is_dir() or len(tasks) > 1 else folder
-        # lm-eval resolves relative paths against the working directory, so these are absolute.
-        splits = {path.stem: str(path.resolve()) for path in sorted(own.glob("*.jsonl"))}
+        splits = {path.stem: path for path in sorted(own.glob("*.jsonl"))}
         if not splits:
             raise EvaluationError(
                 f"{own} holds no SPLIT.jsonl; a local lm-eval task needs its YAML and its splits"
             )
-        config = {key: value for key, value in config.items() if key not in ("tag", "group")}
-        config |= {"task": task, "dataset_kwargs": {"data_files": splits}}
+        config = {key: value for key, value in config.items() if key not in _NOT_FOR_TASKS}
+        config |= {"task": task, "custom_dataset": partial(read_splits, splits)}
         found.append((task, partial(ConfigurableTask, config=config)))
     return found
 
