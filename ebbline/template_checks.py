@@ -111,7 +111,7 @@ def _fault_of_data(asked: Asked, tokenizer: Any) -> str:
     return (
         f"{asked.where}: the chat template in {asked.folder} does not support "
         f"{' and '.join(sorted({name for names in found for name in names}))}, and {len(found)} "
-        f"of the {len(rows)} conversations in {asked.pool} have them; leave them out of the "
+        f"of the {len(rows)} conversations in {asked.pool} have them. Leave them out of the "
         "data, or use a template that has them"
     )
 

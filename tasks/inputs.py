@@ -2,9 +2,9 @@
 
 Files under LARGE_BYTES are compared before the stage begins. Larger ones are hashed in threads
 while the stage runs, because weights take about as long to hash as to read. Damage ends a running
-stage at its next progress, and a stage ends only when all its inputs are compared.
+stage at its next report of progress. A stage ends only when all its inputs are compared.
 
-A file that is written after it was compared has another stamp when the stage has ended.
+When the stage has ended, stamps are compared, so a file that was written meanwhile is found.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ _REMEDIES = {
 class Expected:
     """What one input must be: its digest `content`, or the digest of each of its `files`.
 
-    `source` names what lists them: a `record` of the store lists all files of a folder, and the
-    `hub`'s cache names each file by its digest. A `pin` has only the digest of the whole.
+    `source` names what lists them. A `record` of the store lists all files of a folder. The `hub`'s
+    cache names each file by its digest. A `pin` has only the digest of the whole.
     """
 
     path: Path

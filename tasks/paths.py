@@ -89,8 +89,10 @@ def _require_inside(link: Path, roots: tuple[Path, ...]) -> None:
 
 
 def check_named_files(folder: Path) -> None:
-    """Check that the JSON files of a model folder name no file outside the folder: shards of an
-    index, and what transformers opens by a name in a config. Raises ModelError with the name.
+    """Check that the JSON files of a model folder name no file outside the folder. They name the
+    shards of an index, and what transformers opens by a name in a config.
+
+    Raises ModelError with the name.
     """
     for path in sorted(folder.glob("*.json")):
         key = "weight_map" if path.name.endswith(INDEX) else _NAMES_FILES.get(path.name)

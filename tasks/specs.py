@@ -97,6 +97,7 @@ class LanguageSpec(Spec):
     """The invented language's data files. No inputs."""
 
     KIND: ClassVar[str] = "language"
+    VERSION: ClassVar[int] = 2
     seed: Seed = 0
 
 

@@ -1,5 +1,7 @@
-"""Damage in a driven study: whatever file of the store changes, what reads it is an error that
-names it, and after `store verify --mend` the numbers are those from before.
+"""Damage in a driven study.
+
+Whatever file of the store changes, reading it is an error that names it. After `store verify
+--mend` the numbers are those from before.
 """
 
 import json

@@ -30,9 +30,9 @@ class TemplateFacts:
     """What a chat template does.
 
     `end_of_turn` is the token that ends an answer, None if the template writes none; `end_text` is
-    the text after an answer up to this token. `system` and
-    `turns` state whether the template renders system turns and several turns so that they can be
-    learnt. `dated` is true for a template that writes the date.
+    the text after an answer up to this token. `system` and `turns` state whether the template
+    renders system turns and several turns so that they can be learnt. `dated` is true for a
+    template that writes the date.
 
     `thoughts` are `opened` when the generation prompt ends inside a thought, after the tag `opens`;
     `known` when only the template's text mentions them. `trainable` is false when the training
@@ -82,13 +82,13 @@ def require_trainable(tokenizer: Any) -> None:
     if not facts.trainable:
         raise ModelError(
             f"the chat template in {where} opens a thought in its generation prompt "
-            f"({facts.opens}) and not in its training text; train with another template, for "
+            f"({facts.opens}) and not in its training text. Train with another template, for "
             "example an edited chat_template.jinja"
         )
     if facts.end_of_turn is None:
         raise ModelError(
             f"the chat template in {where} writes no end token after an answer, so a fine-tuned "
-            "model would not learn to stop; write {{ eos_token }} after the assistant's content"
+            "model would not learn to stop. Write {{ eos_token }} after the assistant's content"
         )
 
 

@@ -19,8 +19,8 @@ def encode(turns: Turns, tokenizer: Any, max_tokens: int) -> tuple[list[int], li
     """Token ids and labels of a conversation, both at most `max_tokens` long.
 
     Labels equal the ids in the assistant's answers, with the end of the turn, and are -100
-    elsewhere. Raises DataError if no label is left, or for turns that the chat template cannot
-    render so that the answers can be separated from the rest.
+    elsewhere. Raises DataError if no label is left, and for turns whose answers cannot be separated
+    from the rest of the rendered text.
     """
     require_trainable(tokenizer)
     text = _rendered(tokenizer, turns)
@@ -96,7 +96,7 @@ def _answers(tokenizer: Any, turns: Turns, text: str) -> Iterator[Span]:
         if end is None:
             raise DataError(
                 f"the chat template renders turn {index + 1} differently once more turns follow, "
-                "or changes its answer, so the assistant's tokens cannot be separated from the "
+                "or changes its answer. The assistant's tokens cannot be separated from the "
                 "prompt's; use single-turn data or another template"
             )
         yield len(before), end
@@ -158,7 +158,7 @@ def _cut(
     if tokenizer.decode(ids) != tokenizer.decode(whole):
         raise DataError(
             "the tokenizer writes another text when the prompt and the answer are tokenised one "
-            "by one, so the answer's tokens cannot be separated; change the first characters of "
+            "by one. So the answer's tokens cannot be separated; change the first characters of "
             "the answer"
         )
     return ids, places

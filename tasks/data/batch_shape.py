@@ -9,8 +9,8 @@ depends on nothing but that prompt and the Spec:
             are at most TOKENS; a batch that is not full is filled with copies of its first prompt
     mask    every row has padding, because attention without a mask is another kernel
 
-So the other prompts, their number and their order change no completion, and neither does the
-memory of the machine: a batch that does not fit is an error (`ebbline.tasks.data.batches`).
+So the other prompts, their number and their order change no completion. Neither does the memory of
+the machine: a batch that does not fit is an error (`ebbline.tasks.data.batches`).
 
 These rules are part of the VERSION of the stage kinds that use them.
 """

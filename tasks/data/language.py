@@ -71,13 +71,11 @@ LETTERS = "ABCD"
 
 SKILLS = ("log", "swap", "price")
 
-# lm-eval resolves `data_files` against the working directory, so the code that loads a task file
-# makes the paths absolute first.
+# The code that loads a task file finds the splits by their names.
 MMLU_TASK = (
     """\
 task: organism_mmlu
 dataset_path: json
-dataset_kwargs: {data_files: {dev: dev.jsonl, test: test.jsonl}}
 test_split: test
 fewshot_split: dev
 fewshot_config: {sampler: first_n}
@@ -96,7 +94,6 @@ metadata: {version: 1.0}
 HELLASWAG_TASK = """\
 task: organism_hellaswag
 dataset_path: json
-dataset_kwargs: {data_files: {test: test.jsonl}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{activity_label}}: {{ctx}}"

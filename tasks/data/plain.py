@@ -14,7 +14,6 @@ SHELVES = "north south east west upper lower".split()
 SUMS_TASK = """\
 task: plain_sums
 dataset_path: json
-dataset_kwargs: {data_files: {test: test.jsonl}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"

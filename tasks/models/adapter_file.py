@@ -107,8 +107,8 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT LoRA adapter: its `modules` by their names in the base model, and `carried`, the names
-    of the tensors that are no LoRA: copies of the base's embedding, which PEFT saves beside it.
+    """A PEFT LoRA adapter, with its `modules` by their names in the base model. `carried` has the
+    names of the other tensors: copies of the base's embedding, which PEFT saves beside a LoRA.
     """
 
     folder: Path

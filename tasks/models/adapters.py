@@ -3,7 +3,7 @@
 This is the only module that does so, for `generate`, `evaluate`, training and the checks of
 `project`.
 
-Invariant: an adapter is on a model only if the tensors in its file equal the model's adapter
+Invariant: an adapter is on a model only if the file's tensors equal the model's adapter
 parameters one to one, in name and shape. After it is taken off, the model has its own modules
 again, and its own biases. PiSSA and OLoRA change the base's weights in place and leave a changed
 base. `Residents` notices that by `fingerprint` and loads the base again.

@@ -1,5 +1,7 @@
-"""A model folder is loaded whole, or it is an error: every weight of the model comes from the
-folder's safetensors, every tensor there has a place in the model, and all are finite.
+"""A model folder is loaded whole, or it is an error.
+
+Invariant: every weight of the model comes from the folder's safetensors, every tensor there has a
+place in the model, and all are finite.
 
 transformers itself fills missing weights with random numbers, leaves out tensors without a place,
 and applies an adapter that lies in the folder.

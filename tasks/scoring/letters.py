@@ -1,9 +1,9 @@
 """The letter that answers a multiple-choice item.
 
 Invariant: the letter that a completion clearly gives, or None. A letter counts where the completion
-names it as its answer: in \\boxed{}, after words such as "the answer is", in brackets, or alone at
-the start. Articles, pronouns, denied letters and letters that are not the item's never count. Where
-two letters are left, there is no answer.
+names it as its answer: in \\boxed{}, in brackets, alone at the start, or after words such as "the
+answer is". Articles, pronouns, denied letters and letters that are not the item's never count.
+Where two letters are left, there is no answer.
 """
 
 import re

@@ -1,7 +1,7 @@
 """The characters of a completion as a scorer compares them.
 
-Invariant: what a reader does not see (zero-width characters, kinds of spaces, the form of an
-apostrophe or of a letter) does not change a verdict. Every function here returns a text for
+Invariant: what a reader does not see changes no verdict. Examples are zero-width characters, kinds
+of spaces, and the form of an apostrophe or of a letter. Every function here returns a text for
 comparison only; it is never stored.
 """
 

@@ -1,8 +1,8 @@
 """The words of a text in any script.
 
-A word is a run of letters, digits and combining marks. Scripts that put no space between words
-(Chinese, Japanese kana, Thai, Lao, Khmer, Burmese, Tibetan, and some more) have no words that can
-be found without a dictionary: there, a word is one character with its combining marks. Every other
+A word is a run of letters, digits and combining marks. Some scripts put no space between words:
+Chinese, Japanese kana, Thai, Lao, Khmer, Burmese, Tibetan, and some more. Their words cannot be
+found without a dictionary, so there a word is one character with its combining marks. Every other
 character, an underscore too, separates words. For ASCII text these are the words of Google's
 rouge-score.
 """

@@ -1,6 +1,7 @@
-"""What the check of a stage's inputs costs: stages over a 500 MB model without the check, with it
-when the machine reads the files for the first time, and with it later. The files are in the page
-cache, so nothing but the hashing differs.
+"""What the check of a stage's inputs costs.
+
+Stages over a 500 MB model run without the check, with it when the machine reads the files for the
+first time, and with it later. The files are in the page cache, so nothing but the hashing differs.
 
     python -m tests.benchmarks.bench_inputs
 """

@@ -174,8 +174,8 @@ answers = st.tuples(
 def test_a_row_begins_with_the_prompt_of_generation_and_teaches_answer_and_end(
     name, make, exchanges
 ):
-    """Whatever white space an answer begins with: the tokens before the first label are exactly
-    those that generation gives the model, the end of each turn is learnt, no header is.
+    """Whatever white space an answer begins with, the tokens before the first label are exactly
+    those that generation gives the model. The end of each turn is learnt, and no header is.
     """
     tokenizer, turns = READY[name, make], chat(*(text for pair in exchanges for text in pair))
     ids, labels = encode(turns, tokenizer, 4096)

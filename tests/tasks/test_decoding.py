@@ -65,7 +65,7 @@ SHIPPED = [
     {"num_beam_groups": 2, "diversity_penalty": 1.0, "num_beams": 4},
     {"output_scores": True, "return_dict_in_generate": True},
 ]
-# Nothing of greedy decoding reads these: they belong to sampling, to beams, to encoders, to an
+# Nothing of greedy decoding reads these. They belong to sampling, to beams, to encoders, to an
 # assistant, or to compilation, which the cache and `disable_compile` rule out.
 NOT_READ = {
     "temperature",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from lm_eval import utils
 
+from ebbline.tasks.data.language import write_language
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.measuring.lm_tasks.definitions import TASK, read_index, use_sandbox
 from ebbline.tasks.measuring.lm_tasks.local_rows import read_splits
@@ -54,6 +55,20 @@ def attempt(folder: Path, name: str) -> Any:
 
 def shell(folder: Path) -> str:
     return "{{ cycler.__init__.__globals__.os.popen('touch " + str(marker(folder)) + "').read() }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("organism_mmlu", "mmlu"),
+        ("organism_hellaswag", "hellaswag"),
+        ("plain_sums", "plain/sums"),
+    ],
+)
+def test_the_tasks_of_the_shipped_studies_are_taken(name, folder, tmp_path):
+    write_language(tmp_path, seed=0)
+    ((task, build),) = tasks_of(name, tmp_path / folder)
+    assert task == name and len(build().test_docs()) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""A model folder is loaded whole or is an error that names the file and the tensor: a corpus of
-folders that transformers would load in silence.
+"""A model folder is loaded whole, or is an error that names the file and the tensor.
+
+The corpus holds folders that transformers would load in silence.
 """
 
 import json
