@@ -1,5 +1,5 @@
 """The cluster's profile: GPU prices, the place of the store, timeouts. It is read from
-HOME/cluster.yaml; without that file all defaults apply.
+HOME/cluster.yaml; without that file every setting has its default.
 
 Invariant: no setting here changes a result, so no key hashes it. Secrets come from the environment.
 """

@@ -34,7 +34,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedInput:
     """What one input must be: its digest `content`, or the digest of each of its `files`.
 
     `source` names what lists them. A `record` of the store lists all files of a folder. The `hub`'s
@@ -47,11 +47,11 @@ class Expected:
     files: Mapping[str, str] | None = None
 
     @staticmethod
-    def of_hub(path: Path) -> "Expected":
+    def of_hub(path: Path) -> "ExpectedInput":
         """A snapshot, or one file of it. Files that are no links to a blob have no known digest."""
         blobs = {name: file.resolve().name for name, file in _listed(path).items()}
         known = {name: blob for name, blob in blobs.items() if _BLOB.fullmatch(blob)}
-        return Expected(path, "", "hub", known)
+        return ExpectedInput(path, "", "hub", known)
 
 
 class InputCheck:
@@ -61,11 +61,11 @@ class InputCheck:
     raise Damaged with the name of the file and a remedy.
     """
 
-    def __init__(self, inputs: Mapping[str, Expected]) -> None:
+    def __init__(self, inputs: Mapping[str, ExpectedInput]) -> None:
         self._stamps: dict[Path, str] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._digests: dict[Path, Future[str]] = {}
-        self._waiting: list[tuple[Expected, dict[str, Path]]] = []
+        self._waiting: list[tuple[ExpectedInput, dict[str, Path]]] = []
         for expected in inputs.values():
             files = _listed(expected.path) if expected.path.exists() else {}
             if expected.source == "hub":
@@ -77,7 +77,7 @@ class InputCheck:
             self._waiting.append((expected, files))
         self.compare()
 
-    def _digest(self, expected: Expected, path: Path) -> "Future[str]":
+    def _digest(self, expected: ExpectedInput, path: Path) -> "Future[str]":
         by_git = expected.source == "hub" and len(path.resolve().name) == GIT_DIGITS
         digest = _git_digest if by_git else READ.of
         if path.stat().st_size < LARGE_BYTES or self._stamps[path] in READ.known:
@@ -142,7 +142,7 @@ def _listed(path: Path) -> dict[str, Path]:
     return files_below(path) if path.is_dir() else {path.name: path}
 
 
-def _require_listed(expected: Expected, files: Mapping[str, Path]) -> None:
+def _require_listed(expected: ExpectedInput, files: Mapping[str, Path]) -> None:
     """Check that the files that a record lists are there, and no other that a reader would find."""
     if expected.path.is_dir():
         check_named_files(expected.path)
@@ -159,7 +159,7 @@ def _require_listed(expected: Expected, files: Mapping[str, Path]) -> None:
         _damaged(expected, "", "is missing or empty")
 
 
-def _require_links(expected: Expected, files: Mapping[str, Path]) -> None:
+def _require_links(expected: ExpectedInput, files: Mapping[str, Path]) -> None:
     """Check that no file of a snapshot was written in the place of a link to a blob, as editors do.
     A cache without links has none, and the desktop's hidden files are read by nobody.
     """
@@ -169,7 +169,7 @@ def _require_links(expected: Expected, files: Mapping[str, Path]) -> None:
         _damaged(expected, shown[0], "is no link to a blob, as the other files of its snapshot are")
 
 
-def _compare(expected: Expected, digests: Mapping[str, str]) -> None:
+def _compare(expected: ExpectedInput, digests: Mapping[str, str]) -> None:
     if expected.files is not None:
         for name, sha in digests.items():
             recorded = expected.files.get(name, sha)
@@ -183,7 +183,7 @@ def _compare(expected: Expected, digests: Mapping[str, str]) -> None:
         _damaged(expected, "", f"differs from its pin: {problem}")
 
 
-def _damaged(expected: Expected, name: str, problem: str) -> None:
+def _damaged(expected: ExpectedInput, name: str, problem: str) -> None:
     path = expected.path / name if name and expected.path.is_dir() else expected.path
     raise Damaged(f"{path} {problem}. {_REMEDIES[expected.source]}")
 

@@ -26,7 +26,7 @@ from ebbline.tasks.errors import (
     OutOfMemory,
     TrainingError,
 )
-from ebbline.tasks.inputs import Expected, InputCheck
+from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named, parsed_spec
 from ebbline.tasks.models.loading import HUB, Residents, local_path
 from ebbline.tasks.models.memory import environment, laid_out, reset_peak_memory
@@ -219,16 +219,16 @@ class _Batch:
         return Report(request.key, seconds, reason, name, trace, smaller=smaller)
 
 
-def _expected(request: Request, inputs: Mapping[str, Path]) -> dict[str, Expected]:
+def _expected(request: Request, inputs: Mapping[str, Path]) -> dict[str, ExpectedInput]:
     """What each input must be, by its name. Nothing for a request outside any store."""
-    expected: dict[str, Expected] = {}
+    expected: dict[str, ExpectedInput] = {}
     for name, path in inputs.items() if request.recorded is not None else ():
         if request.inputs[name].startswith(HUB):
-            expected[name] = Expected.of_hub(path)
+            expected[name] = ExpectedInput.of_hub(path)
         else:
             files = (request.recorded or {}).get(name)
             source: Literal["record", "pin"] = "pin" if files is None else "record"
-            expected[name] = Expected(path, request.contents[name], source, files)
+            expected[name] = ExpectedInput(path, request.contents[name], source, files)
     return expected
 
 

@@ -47,7 +47,7 @@ def embedded(svg_bytes: bytes, alt: str, caption: str) -> Shown:
 def shown_cosines(
     figure: Figure, what: str, rows: Mapping[str, ModuleRow], projected: Collection[str]
 ) -> Shown:
-    """The cosine map of one adapter's modules, with its description and caption."""
+    """The map of one adapter's modules, with its description and caption."""
     return shown(figure, map_words(rows, projected, what), words.map_caption(what))
 
 

@@ -29,7 +29,7 @@ def missed_by(nearest: Pick, confidence: float | None) -> str:
 
 
 def named(result: Result) -> str:
-    """`point 1 (threshold=0.5 rank=8; 40% of modules projected)`."""
+    """`point 1 (rank=8 size=100; 40% of modules projected)`."""
     share = (
         f"{result.changed_share:.0%} of modules projected"
         if result.changed_share

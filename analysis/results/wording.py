@@ -36,7 +36,7 @@ def value_label(value: Value) -> str:
 
 
 def settings_label(point: Point) -> str:
-    """A point's axes without its model: "rank=8 size=100 threshold=none"."""
+    """A point's axes without its model: "rank=8 size=100"."""
     return " ".join(f"{axis_label(axis)}={value_label(value)}" for axis, value in point.values)
 
 

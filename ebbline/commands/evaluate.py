@@ -42,7 +42,7 @@ from ebbline.sweeps.study.suites import (
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.identity import content_digest, folder_files
-from ebbline.tasks.inputs import Expected, InputCheck
+from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
 from ebbline.tasks.measuring.completions import read_completions
@@ -232,7 +232,7 @@ def _run(stage: Stage, outputs: Mapping[str, Path], out: Path, ctx: Context) -> 
     for folder in (fresh, ctx.log):
         folder.mkdir(parents=True, exist_ok=True)
     expected = {
-        name: Expected(Path(item.location), item.content)
+        name: ExpectedInput(Path(item.location), item.content)
         for name, item in stage.inputs.items()
         if isinstance(item, Source)
     }

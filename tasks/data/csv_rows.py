@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from ebbline.tasks.data.data_file import Row, ending_of, text_lines
+from ebbline.tasks.data.data_file import FileRow, ending_of, text_lines
 from ebbline.tasks.errors import DataError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -23,7 +23,7 @@ def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     return _records(path)[-1]
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def csv_rows(path: Path) -> Iterator[FileRow]:
     """The rows below a header. A column without a name must be empty, but for the first, which is
     the index that pandas writes.
     """
@@ -55,7 +55,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
             raise DataError(
                 f"{where} is the header again; were two files joined? Keep the first header only"
             )
-        yield Row(where, line, dict(zip(names, fields, strict=True)))
+        yield FileRow(where, line, dict(zip(names, fields, strict=True)))
 
 
 def _records(path: Path) -> tuple[str, str, Iterator[tuple[int, list[str]]]]:

@@ -38,7 +38,7 @@ _OTHER_KINDS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """One row. `where` gives file and line, for messages. `number` is the line, or the number of
     the item in a JSON list and of the row in Parquet.
 

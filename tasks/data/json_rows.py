@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ebbline.tasks.data.data_file import DEEPEST, InvalidValue, Row, checked, text_lines
+from ebbline.tasks.data.data_file import DEEPEST, FileRow, InvalidValue, checked, text_lines
 from ebbline.tasks.errors import DataError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -32,7 +32,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def json_line_rows(path: Path) -> Iterator[Row]:
+def json_line_rows(path: Path) -> Iterator[FileRow]:
     """The object on each line; blank lines are left out."""
     for line, text in enumerate(text_lines(path), start=1):
         if text.strip():
@@ -43,10 +43,10 @@ def json_line_rows(path: Path) -> Iterator[Row]:
                     f"{where} is not JSON lines: more follows its object; write an object on each "
                     "line"
                 )
-            yield Row(where, line, _object(value, where, "write an object on each line"))
+            yield FileRow(where, line, _object(value, where, "write an object on each line"))
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path) -> Iterator[FileRow]:
     """The objects of a JSON list, or the objects that follow each other (JSON lines)."""
     text = "".join(text_lines(path))
     start = _after_space(text, 0)
@@ -56,7 +56,7 @@ def json_rows(path: Path) -> Iterator[Row]:
         yield from _sequence(text, start, path)
 
 
-def _list_rows(text: str, start: int, path: Path) -> Iterator[Row]:
+def _list_rows(text: str, start: int, path: Path) -> Iterator[FileRow]:
     place, line, number = _after_space(text, start), 1 + text.count("\n", 0, start), 0
     line += text.count("\n", start, place)
     if text[place : place + 1] != "]":
@@ -64,7 +64,7 @@ def _list_rows(text: str, start: int, path: Path) -> Iterator[Row]:
             number += 1
             where = f"{path}:{line} (item {number})"
             value, end = _value(text, place, where)
-            yield Row(where, number, _object(value, where, "write a list of objects"))
+            yield FileRow(where, number, _object(value, where, "write a list of objects"))
             comma = _after_space(text, end)
             line += text.count("\n", place, comma)
             place = comma
@@ -85,7 +85,7 @@ def _list_rows(text: str, start: int, path: Path) -> Iterator[Row]:
         )
 
 
-def _sequence(text: str, start: int, path: Path) -> Iterator[Row]:
+def _sequence(text: str, start: int, path: Path) -> Iterator[FileRow]:
     line, place = 1 + text.count("\n", 0, start), start
     while place < len(text):
         where = f"{path}:{line}"
@@ -98,7 +98,7 @@ def _sequence(text: str, start: int, path: Path) -> Iterator[Row]:
             )
         remedy = "the file must be a JSON list of objects, or one object on each line"
         lone = place == start and after == len(text)
-        yield Row(where, line, _object(value, where, remedy), lone)
+        yield FileRow(where, line, _object(value, where, remedy), lone)
         line += text.count("\n", place, after)
         place = after
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ebbline.tasks.data.csv_rows import csv_records
-from ebbline.tasks.data.data_file import InvalidValue, Row, checked, ending_of, stem_of, text_of
+from ebbline.tasks.data.data_file import FileRow, InvalidValue, checked, ending_of, stem_of, text_of
 from ebbline.tasks.data.reader import data_files, read_rows
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import PromptFormat as Format
@@ -118,7 +118,7 @@ class _SourceRow:
     values: Mapping[str, Any]
 
     @classmethod
-    def of(cls, row: Row) -> "_SourceRow":
+    def of(cls, row: FileRow) -> "_SourceRow":
         return cls(row.where, row.number, str(row.number), row.values)
 
 
@@ -335,7 +335,7 @@ def _rows(path: Path, format: Format) -> tuple[str, list[_SourceRow]]:
     return "", [_SourceRow.of(row) for row in rows]
 
 
-def _is_prompt(row: Row) -> bool:
+def _is_prompt(row: FileRow) -> bool:
     # The values of RefusalBench are lists.
     return any(isinstance(row.values.get(name), str) for name in _columns())
 

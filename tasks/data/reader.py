@@ -12,8 +12,8 @@ from typing import Any
 from ebbline.tasks.data.csv_rows import csv_rows
 from ebbline.tasks.data.data_file import (
     ACCEPTED,
+    FileRow,
     InvalidValue,
-    Row,
     checked,
     ending_of,
     open_data,
@@ -32,7 +32,7 @@ def data_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if ending_of(path) and path.is_file())
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[FileRow]:
     """The rows of a data file in their order."""
     if not path.is_file():
         raise DataError(f"there is no data file at {path}")
@@ -48,7 +48,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     raise DataError(f"{path} has none of the endings {ACCEPTED}")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[FileRow]:
     import pyarrow  # only Parquet files need it
     from pyarrow import parquet
 
@@ -95,8 +95,8 @@ def _values(batch: Any, path: Path, above: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _parquet_row(values: dict[str, Any], where: str, number: int) -> Row:
+def _parquet_row(values: dict[str, Any], where: str, number: int) -> FileRow:
     try:
-        return Row(where, number, checked(values))
+        return FileRow(where, number, checked(values))
     except InvalidValue as error:
         raise DataError(f"{where} {error}") from None

@@ -7,7 +7,7 @@ on this machine) is assumed to have ROWS rows of ROW_TOKENS tokens.
 from functools import lru_cache
 from pathlib import Path
 
-from ebbline.tasks.data.data_file import Row, ending_of, is_compressed
+from ebbline.tasks.data.data_file import FileRow, ending_of, is_compressed
 from ebbline.tasks.data.reader import read_rows
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import DataSpec, LanguageSpec
@@ -95,7 +95,7 @@ def _rows_and_bytes(path: Path) -> tuple[int, int]:
     return lines if len(data) == whole else lines * whole // len(data), whole
 
 
-def _rows_in(row: Row) -> tuple[int, int]:
+def _rows_in(row: FileRow) -> tuple[int, int]:
     """(rows, characters) of a row. A lone object of lists is RefusalBench: a row for each entry."""
     lists = [value for value in row.values.values() if isinstance(value, list)]
     rows = sum(map(len, lists)) if row.lone and len(lists) == len(row.values) else 1

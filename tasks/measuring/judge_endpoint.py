@@ -161,7 +161,7 @@ def _body(spec: JudgeSpec, messages: Chat) -> str:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _Reply:
     """The result of one request: its content, or the code of its failure.
 
     `may_retry` says whether another attempt may succeed; `retry_after_s` is the endpoint's
@@ -174,11 +174,11 @@ class _Answer:
     retry_after_s: float | None = None
 
 
-def _ask(client: httpx.Client, url: str, body: str, stop: threading.Event) -> _Answer:
+def _ask(client: httpx.Client, url: str, body: str, stop: threading.Event) -> _Reply:
     """The first answer that needs no retry, or that of the last attempt."""
-    latest = _Answer(failure="endpoint: not asked")
+    latest = _Reply(failure="endpoint: not asked")
 
-    def attempt() -> _Answer:
+    def attempt() -> _Reply:
         nonlocal latest
         if not stop.is_set():
             latest = _post(client, url, body)
@@ -205,34 +205,34 @@ def _wait_s(state: RetryCallState) -> float:
     return wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
 
 
-def _post(client: httpx.Client, url: str, body: str) -> _Answer:
+def _post(client: httpx.Client, url: str, body: str) -> _Reply:
     try:
         response = client.post(url, content=body.encode("ascii"))
     except httpx.TimeoutException:
-        return _Answer(failure="endpoint: timeout", may_retry=True)
+        return _Reply(failure="endpoint: timeout", may_retry=True)
     except httpx.RequestError:
-        return _Answer(failure="endpoint: connection", may_retry=True)
+        return _Reply(failure="endpoint: connection", may_retry=True)
     if response.status_code == httpx.codes.OK:
         return _content(response)
     may_retry = response.status_code in (408, 409, 425, 429) or response.status_code >= 500
     retry_after = response.headers.get("Retry-After", "")
-    return _Answer(
+    return _Reply(
         failure=f"endpoint: HTTP {response.status_code}",
         may_retry=may_retry,
         retry_after_s=float(retry_after) if retry_after.isdecimal() else None,
     )
 
 
-def _content(response: httpx.Response) -> _Answer:
+def _content(response: httpx.Response) -> _Reply:
     try:
         body = response.json()
     except ValueError:
-        return _Answer(failure="endpoint: not JSON")
+        return _Reply(failure="endpoint: not JSON")
     try:
         content = body["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         content = None
-    return _Answer(content) if isinstance(content, str) else _Answer(failure="endpoint: no choice")
+    return _Reply(content) if isinstance(content, str) else _Reply(failure="endpoint: no choice")
 
 
 def _received(path: Path) -> dict[str, Score]:

@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear of a layer. Quantisation and LoRA apply to these."""
+        """(inputs, outputs) of each linear of a layer. These are quantised and have LoRA."""
         return {
             "q_proj": (self.hidden, self.queries),
             "k_proj": (self.hidden, self.keys),
