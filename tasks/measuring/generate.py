@@ -193,7 +193,8 @@ def complete(
         max_new_tokens=spec.max_new_tokens,
     ) as settings:
         completed = in_batches(complete_batch, tokenizer, encoded, shape, "completions", ctx)
+    opened = probe(tokenizer).opens
     return [
-        (completion_text(tokenizer, prompt, tokens), length, ended)
-        for prompt, (tokens, length, ended) in zip(encoded, completed, strict=True)
+        (completion_text(tokenizer, opened, tokens), length, ended)
+        for tokens, length, ended in completed
     ]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.chat.template import encode_prompts
 from ebbline.tasks.data.batches import require_room
 from ebbline.tasks.errors import EvaluationError, ModelError
@@ -89,13 +90,14 @@ def complete_with_vllm(
         use_tqdm=False,
     )
     ctx.progress(len(answers), len(answers), "completions")
+    opened = probe(tokenizer).opens
     completions = [
         (
-            completion_text(tokenizer, prompt, answer.outputs[0].token_ids),
+            completion_text(tokenizer, opened, answer.outputs[0].token_ids),
             len(answer.outputs[0].token_ids),
             answer.outputs[0].finish_reason == "stop",
         )
-        for prompt, answer in zip(encoded, answers, strict=True)
+        for answer in answers
     ]
     decoded = {"end_tokens": ends, "not_used": settings_not_used(own, spec.decoding)}
     return completions, decoded

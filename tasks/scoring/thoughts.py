@@ -117,13 +117,13 @@ def opened_thought(prompt: str) -> str:
     return "" if found is None else found[0]
 
 
-def completion_text(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+def completion_text(tokenizer: Any, opened: str, tokens: Sequence[int]) -> str:
     """The text of generated tokens, without special tokens but with every mark of a thought.
 
-    Some tokenizers hold these marks as special tokens, which decoding drops. A thought that the
-    prompt opens begins the text, so that a thought without an end is seen.
+    Some tokenizers hold these marks as special tokens, which decoding drops. `opened` is the mark
+    that the chat template writes before an answer. It begins the text, so that a thought without an
+    end is seen.
     """
-    opened = opened_thought(tokenizer.decode(list(prompt[-_TAIL:]), skip_special_tokens=False))
     added = tokenizer.added_tokens_decoder
     special = {token for token in set(tokens) if token in added and added[token].special}
     marks = {token for token in special if _TOKEN_KEPT.fullmatch(added[token].content)}
@@ -133,7 +133,6 @@ def completion_text(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]
     return opened + str(tokenizer.decode(kept, skip_special_tokens=False))
 
 
-_TAIL = 16  # tokens of a prompt that may hold the opening mark
 _TOKEN_KEPT = re.compile(
     rf"{_MARK.pattern}|{_WRAPPER.pattern}|<\|(?:channel|message|start|end|return|call|constrain)\|>",
     re.I,

@@ -134,14 +134,14 @@ def tokenizer():
 
 
 def test_decoding_keeps_the_marks_that_are_special_tokens_and_no_other(tokenizer):
-    ask, no, yes, end = 8, 7, 6, 2
-    assert completion_text(tokenizer, [1, ask], [3, no, 4, yes, end]) == "[THINK] no [/THINK] yes"
-    assert completion_text(tokenizer, [1, ask], [no, yes, end]) == "no yes"
-    assert answer_of(completion_text(tokenizer, [1, ask], [3, no, end])).lacks == "thought: cut off"
+    no, yes, end = 7, 6, 2
+    assert completion_text(tokenizer, "", [3, no, 4, yes, end]) == "[THINK] no [/THINK] yes"
+    assert completion_text(tokenizer, "", [no, yes, end]) == "no yes"
+    assert answer_of(completion_text(tokenizer, "", [3, no, end])).lacks == "thought: cut off"
 
 
 def test_a_thought_that_the_prompt_opens_begins_the_completion(tokenizer):
-    text = completion_text(tokenizer, [1, 8, 5], [7, 6])
+    text = completion_text(tokenizer, "<think>", [7, 6])
     assert text.startswith("<think>") and answer_of(text).lacks == "thought: cut off"
     assert opened_thought("<|im_start|>assistant\n<think>\n") == "<think>\n"
     assert opened_thought("<|start|>assistant<|channel|>analysis<|message|>")
