@@ -16,7 +16,6 @@ The study's own table has a row for every finished point.
 import csv
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
@@ -28,6 +27,7 @@ from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
+from ebbline.tasks.errors import Incomplete
 from ebbline.tasks.identity import digest
 
 CURVE = "curve.csv"  # as ebbline.tasks.training.train writes it; that module imports torch
@@ -84,7 +84,7 @@ def pages(
 def _training_page(
     study: Study, artifact: Artifact, points: Sequence[Result], home_id: str
 ) -> RunPage:
-    history = list(_curve(artifact.file(CURVE)))
+    history = list(_curve(artifact))
     shown = [[result.number, _counts(result)] for result in points]
     return RunPage(
         id=run_id(study, home_id, artifact.key[:12]),
@@ -196,7 +196,7 @@ def trainings_table(
     )
     rows: list[list[Any]] = []
     for artifact in own[:TABLE_ROWS]:
-        curve = list(_curve(artifact.file(CURVE)))
+        curve = list(_curve(artifact))
         step, values = curve[-1] if curve else (None, {})
         rows.append([artifact.key[:12], first[artifact.key], step, values.get("loss")])
     return Table(["training", "first point", "steps", "last loss"], rows)
@@ -253,10 +253,13 @@ def _row(result: Result, axes: Sequence[str], metrics: Sequence[str]) -> list[An
     return [*cells, result.changed_share, total(result.costs.values()).gpu_hours]
 
 
-def _curve(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+def _curve(training: Artifact) -> Iterator[tuple[int, dict[str, float]]]:
     """(step, values) of a training; empty if retention has dropped the file."""
-    if path.exists():
-        with path.open(newline="") as handle:
-            for row in csv.DictReader(handle):
-                step = int(row.pop("step"))
-                yield step, {name: float(value) for name, value in row.items()}
+    try:
+        path = training.file(CURVE)
+    except Incomplete:
+        return
+    with path.open(newline="") as handle:
+        for row in csv.DictReader(handle):
+            step = int(row.pop("step"))
+            yield step, {name: float(value) for name, value in row.items()}

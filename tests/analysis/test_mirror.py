@@ -370,7 +370,7 @@ def test_a_run_that_was_only_shown_offline_is_new_to_a_server(study: Study, tmp_
 def test_a_training_whose_files_were_dropped_is_shown_without_its_curve(
     study: Study, training: Artifact, tmp_path: Path
 ) -> None:
-    (training.path / "curve.csv").unlink()
+    training.store.drop(training, frozenset({"curve.csv"}))
     assert Mirror(study, tmp_path, "offline", HOME_ID).update([], [training]).error is None
 
 
