@@ -107,7 +107,7 @@ def paired_replicates(
         only_after=int((~before_NS & after_NS).sum()),
         neither=int((~before_NS & ~after_NS).sum()),
         difference=float(net(before_NS, after_NS).mean()) / seeds,
-        interval=(_interval(least_N, seeds)[0], _interval(most_N, seeds)[1]),
+        interval=_widest_interval(least_N, most_N, seeds),
         p_value=_p_value(least_N, most_N),
         undecided=sum(
             sample.undecided for side in sides for found in side for sample in found.values()
@@ -162,6 +162,23 @@ def _shared_ids(sets: Sequence[Mapping[str, Sample]]) -> list[str]:
             "same prompts can be paired"
         )
     return sorted(every)
+
+
+def _widest_interval(
+    least_N: NDArray[Any], most_N: NDArray[Any], seeds: int
+) -> tuple[float, float]:
+    """The interval that holds whatever the undecided samples were.
+
+    The bootstrap grows with the gains, so its ends are those of the least and the most gains. Gains
+    that are all equal have Wilson's bound, which may reach further: they are tried too.
+    """
+    equal = [
+        np.full_like(least_N, gain) for gain in range(int(least_N.max()), int(most_N.min()) + 1)
+    ]
+    return (
+        min(_interval(net_N, seeds)[0] for net_N in (least_N, *equal)),
+        max(_interval(net_N, seeds)[1] for net_N in (most_N, *equal)),
+    )
 
 
 def _interval(net_N: NDArray[Any], seeds: int) -> tuple[float, float]:

@@ -255,6 +255,14 @@ def test_no_comparison_gains_from_an_undecided_sample(rows, way, data) -> None:
     assert found.undecided == sum(pair.count("undecided") for pair in rows)
 
 
+def test_equal_gains_reach_as_far_when_one_of_them_is_undecided() -> None:
+    """The bound of equal gains is wider than a bootstrap of gains that differ."""
+    before = [Sample(str(n), "", "yes", "", True) for n in range(2)]
+    lost = [Sample(str(n), "", "no", "", False) for n in range(2)]
+    one_open = [lost[0], Sample("1", "", "undecided", "", False)]
+    assert paired(before, one_open).interval[1] >= paired(before, lost).interval[1] > 0
+
+
 def test_a_broken_model_is_not_found_to_refuse_less() -> None:
     before = [Sample(str(n), "", "refused", "", True) for n in range(60)]
     broken = [Sample(str(n), "", "undecided", "", False) for n in range(60)]

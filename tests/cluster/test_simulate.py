@@ -92,6 +92,7 @@ def test_no_makespan_is_below_the_bound(steps):
         assert trace.makespan_s >= bound_s(steps, TWO_HOSTS) - 1e-9
 
 
+@pytest.mark.slow
 @given(graphs())
 def test_only_impossible_steps_and_their_downstream_steps_never_run(steps):
     dead: set[str] = set()

@@ -211,6 +211,7 @@ def changes(tmp_path_factory, pair):
 
 
 def test_a_study_stopped_by_its_budget_continues_to_the_same_points(tmp_path, changes):
+    """Only here a budget ends a study that then continues with a larger one."""
     free = Home(tmp_path / "free")
     found = study(tmp_path, changes)
     drive(StudyView(found, free), InlineExecutor)

@@ -112,6 +112,7 @@ def test_the_tasks_of_the_shipped_studies_are_taken(name, folder, tmp_path):
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.slow  # one of them is a file with thousands of aliases
 def test_a_definition_with_code_or_an_unknown_setting_is_an_error(folder, text, encoding):
     (folder / "tiny_choice.yaml").write_text(YAML)
     (folder / "zed.yaml").write_text(text, encoding)
