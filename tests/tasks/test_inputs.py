@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ebbline.tasks import inputs as inputs_module
 from ebbline.tasks.errors import Damaged
 from ebbline.tasks.identity import content_digest, folder_files
-from ebbline.tasks.inputs import Expected, InputCheck
+from ebbline.tasks.inputs import ExpectedInput, InputCheck
 
 FILES = {"config.json": b"{}", "adapter/weights": b"0123456789" * 50, "template.jinja": b"hello"}
 
@@ -29,15 +29,15 @@ def folder(request, tmp_path, monkeypatch):
     return tmp_path / "in"
 
 
-def recorded(folder: Path) -> Expected:
-    return Expected(folder, content_digest(folder), "record", folder_files(folder))
+def recorded(folder: Path) -> ExpectedInput:
+    return ExpectedInput(folder, content_digest(folder), "record", folder_files(folder))
 
 
-def pinned(folder: Path) -> Expected:
-    return Expected(folder, content_digest(folder))
+def pinned(folder: Path) -> ExpectedInput:
+    return ExpectedInput(folder, content_digest(folder))
 
 
-def read(expected: Expected) -> None:
+def read(expected: ExpectedInput) -> None:
     """A stage that reads one input."""
     check = InputCheck({"model": expected})
     check.finish()
@@ -146,18 +146,18 @@ def test_a_damaged_file_of_the_hubs_cache_is_an_error_that_says_to_delete_it(tmp
     for (name, blob), data in zip(names.items(), (config, weights), strict=True):
         (blobs / blob).write_bytes(data)
         (snapshot / name).symlink_to(f"../../blobs/{blob}")
-    read(Expected.of_hub(snapshot))
-    read(Expected.of_hub(snapshot / "config.json"))
+    read(ExpectedInput.of_hub(snapshot))
+    read(ExpectedInput.of_hub(snapshot / "config.json"))
     for name, blob in names.items():
         flip(blobs / blob)
         with pytest.raises(Damaged, match=rf"{name} .*Delete it from the hub's cache"):
-            read(Expected.of_hub(snapshot))
+            read(ExpectedInput.of_hub(snapshot))
         flip(blobs / blob)
     (snapshot / ".DS_Store").write_bytes(b"")
-    read(Expected.of_hub(snapshot))
+    read(ExpectedInput.of_hub(snapshot))
     (snapshot / "config.json").unlink()  # as `sed -i` edits it
     (snapshot / "config.json").write_bytes(config)
     with pytest.raises(Damaged, match=r"config\.json is no link to a blob"):
-        read(Expected.of_hub(snapshot))
+        read(ExpectedInput.of_hub(snapshot))
     (snapshot / "model.safetensors").unlink()
-    read(Expected.of_hub(snapshot))  # a cache without links
+    read(ExpectedInput.of_hub(snapshot))  # a cache without links
