@@ -69,7 +69,7 @@ class StageKind(Generic[S]):
     `counted_work` depends on the stage alone. By `belongs_to`, plans scale up their sample and the
     search divides a point's work. Stages with equal `resident` can form a batch: they need the same
     model in memory, or are small stages of one kind. An estimate compares a stage with measured
-    stages that are equal in the settings `alike`; it prefers those that are also equal in `nearer`.
+    stages with equal settings `alike`. It prefers stages whose settings `nearer` are equal too.
     """
 
     spec: type[S]

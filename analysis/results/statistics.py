@@ -41,8 +41,8 @@ class Paired:
     `n` is the number of pairs, one for each prompt and seed; `items` is the number of prompts.
     `difference` is the success rate after minus the one before, with its 95% `interval`. `p_value`
     is two-sided and uncorrected. `undecided` counts the samples of both sides that a scorer could
-    not judge. The counts and the difference take them as a Metric's value does. The interval and
-    the p-value are those that favour a claim the least.
+    not judge. The counts and the difference take them as a Metric's value does. The interval is
+    the widest, and the p-value the largest, over all that the undecided samples may have been.
     """
 
     n: int

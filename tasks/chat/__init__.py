@@ -1,5 +1,5 @@
-"""Chat templates: bound to the settings of a Spec, probed, and rendered to tokens; and the
-tokenizers that have them.
+"""Chat templates: bound to the settings of a Spec, probed, and rendered to tokens. The tokenizers
+that have them, and the marks of thoughts.
 
 Imports only data and the files of `tasks` itself.
 """

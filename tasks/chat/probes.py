@@ -12,8 +12,8 @@ from hashlib import sha256
 from typing import Any, Literal
 
 from ebbline.tasks.chat.template import bound, own_template, render, tokens_of
+from ebbline.tasks.chat.thoughts import opened_thought
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.scoring.thoughts import opened_thought
 from ebbline.tasks.specs import Chat
 
 USER, ANSWER, SYSTEM = "How is the marsh today?", "Calm and green.", "Speak of herons."

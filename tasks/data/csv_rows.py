@@ -14,6 +14,7 @@ from ebbline.tasks.data.data_file import FileRow, ending_of, text_lines
 from ebbline.tasks.errors import DataError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+LONGEST_CELL = 32_767  # characters; Excel cuts longer texts there without a message
 NAMES = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;|\t])"?\n?', re.IGNORECASE)
 
@@ -54,6 +55,11 @@ def csv_rows(path: Path) -> Iterator[FileRow]:
         if [field.lstrip("\ufeff").strip() for field in fields] == names:
             raise DataError(
                 f"{where} is the header again; were two files joined? Keep the first header only"
+            )
+        if any(len(field) == LONGEST_CELL for field in fields):
+            raise DataError(
+                f"{where} has a text of exactly {LONGEST_CELL} characters, where Excel cuts a "
+                "cell; write the whole text as JSON lines"
             )
         yield FileRow(where, line, dict(zip(names, fields, strict=True)))
 

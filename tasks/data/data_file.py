@@ -22,6 +22,10 @@ EXPANDED_BYTES = 64 * CHUNK  # a compressed file may always expand to this size
 EXPANSION = 100  # ... and to this multiple of its own size; text reaches about 10
 LONGEST_TEXT = 10_000_000  # characters of one value
 DEEPEST = 100  # lists and objects in each other
+# What Excel writes in the place of a text that it took for a formula, such as "- a list item"
+SPREADSHEET_ERRORS = {
+    *("#NAME?", "#VALUE!", "#REF!", "#DIV/0!", "#N/A", "#NUM!", "#NULL!", "#SPILL!", "#CALC!")
+}
 
 # What a file of another kind begins with, and the remedy
 _OTHER_KINDS = (
@@ -180,10 +184,15 @@ def _checked_text(text: str) -> str:
 
 def text_of(where: str, column: str, value: Any) -> str:
     """A value as text, "" for none. Raises DataError for what is neither text nor a whole number:
-    how it would be written is unknown.
+    how it would be written is unknown. The error of a spreadsheet is no text.
     """
     if value is None:
         return ""
+    if isinstance(value, str) and value.strip() in SPREADSHEET_ERRORS:
+        raise DataError(
+            f"{where}: the column {column!r} holds {value.strip()}, which a spreadsheet writes in "
+            "the place of a text that begins like a formula; take the text from its source"
+        )
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return str(value)
     kinds = {list: "a list", dict: "an object", bool: "true or false", float: "a float"}

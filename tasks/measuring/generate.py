@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 
 from ebbline.tasks.chat.probes import probe
 from ebbline.tasks.chat.template import encode_prompts
+from ebbline.tasks.chat.thoughts import completion_text
 from ebbline.tasks.chat.tokenizers import unused_beside
 from ebbline.tasks.data.batch_shape import BatchShape
 from ebbline.tasks.data.batches import in_batches, require_room, rows_meet
@@ -34,7 +35,6 @@ from ebbline.tasks.measuring.completions import Completion, write_completions
 from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.models.decoding import end_tokens, only, settings_not_used
 from ebbline.tasks.scoring.answers import TASK_SCORERS
-from ebbline.tasks.scoring.thoughts import completion_text
 from ebbline.tasks.specs import Block, EvaluateSpec, GenerateSpec
 from ebbline.tasks.stage import Context
 

@@ -29,12 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from ebbline.tasks.chat.thoughts import answer_of
 from ebbline.tasks.data.batch_shape import BatchShape
 from ebbline.tasks.errors import EvaluationError, ModelError
 from ebbline.tasks.measuring.completions import Completion, read_completions
 from ebbline.tasks.measuring.scorers import Score, Verdict, incoherent
 from ebbline.tasks.scoring.text import plain
-from ebbline.tasks.scoring.thoughts import answer_of
 from ebbline.tasks.specs import JudgeSpec
 from ebbline.tasks.stage import Context
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ebbline.tasks.chat.thoughts import answer_of
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.scoring.answers import TASK_SCORERS
 from ebbline.tasks.scoring.other_languages import opens_as_refusal
@@ -32,7 +33,6 @@ from ebbline.tasks.scoring.text import (
     without_emphasis,
     without_leading_marks,
 )
-from ebbline.tasks.scoring.thoughts import answer_of
 from ebbline.tasks.scoring.words import unspaced, words_of
 
 __all__ = [

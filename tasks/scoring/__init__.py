@@ -1,1 +1,1 @@
-"""Reads a completion: the part that answers, its refusals, its letter or number, its words."""
+"""Reads an answer: its refusals, its letter or number, its words. Imports only chat and data."""

@@ -6,12 +6,12 @@ Invariant: None, never a guess, for a completion whose answer cannot be read.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ebbline.tasks.chat.thoughts import answer_of
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.scoring.letters import chosen_letter, reference_letter
 from ebbline.tasks.scoring.numbers import number, reference_number
 from ebbline.tasks.scoring.overlap import rouge_l
 from ebbline.tasks.scoring.text import plain
-from ebbline.tasks.scoring.thoughts import answer_of
 from ebbline.tasks.scoring.words import words_of
 
 

@@ -315,7 +315,8 @@ def recompute(base: Any, spec: TrainSpec, ctx: Context) -> None:
     # of int8 layers stay in memory until the backward pass.
     reentrant = ctx.world_size > 1 or spec.quantisation == "int8"
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    # That registers a hook for some models. A second one would stay on the base for ever.
+    # The line above registers a hook for some models. Without the next line a second hook would
+    # be registered and never removed.
     base.disable_input_require_grads()
     base.enable_input_require_grads()
 

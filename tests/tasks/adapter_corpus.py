@@ -1,7 +1,7 @@
 """A corpus of adapters, saved by PEFT and then edited as other tools and accidents leave them.
 
-`MEASURED` names those that are measured right, by `tests.tasks.adapter_merge`. `REJECTED` names
-those that are an error, with its words.
+`MEASURED` has the adapters that are measured; `tests.tasks.adapter_merge` computes the expected
+numbers. `REJECTED` has the adapters that are an error, with its words.
 """
 
 import json

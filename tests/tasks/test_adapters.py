@@ -1,4 +1,4 @@
-"""Every tensor of an adapter lands on the model, or it is an error; and nothing of an adapter stays
+"""Every tensor of an adapter lands on the model, or it is an error. Nothing of an adapter stays
 on the base. Shown on the corpus of tests/tasks/adapter_corpus.py.
 """
 

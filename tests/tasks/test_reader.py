@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from ebbline.tasks.data.conversations import read_conversations
-from ebbline.tasks.data.data_file import DEEPEST, EXPANDED_BYTES, LONGEST_TEXT
+from ebbline.tasks.data.csv_rows import LONGEST_CELL
+from ebbline.tasks.data.data_file import DEEPEST, EXPANDED_BYTES, LONGEST_TEXT, SPREADSHEET_ERRORS
 from ebbline.tasks.data.prompts import read_prompts
 from ebbline.tasks.data.reader import read_rows
 from ebbline.tasks.errors import DataError
@@ -402,6 +403,31 @@ def test_a_value_that_is_no_text_is_an_error_where_text_is_read(tmp_path, value,
         (tmp_path / "x.jsonl").write_text(json.dumps(row | {column: value}))
         with pytest.raises(DataError, match=rf"x\.jsonl:1: the column '{column}' is neither"):
             read(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("value", sorted(SPREADSHEET_ERRORS))
+@pytest.mark.parametrize("column", ["instruction", "input", "output", "prompt", "answer"])
+def test_an_error_of_a_spreadsheet_is_an_error_where_text_is_read(tmp_path, value, column):
+    row = dict.fromkeys(["instruction", "input", "output", "prompt", "answer", "unused"], "x")
+    path, read = tmp_path / "x.csv", read_prompts
+    if column not in ("prompt", "answer"):
+        read = read_conversations
+    for name, passes in ((column, False), ("unused", True)):
+        fields = (row | {name: value}).values()
+        path.write_text(f"{','.join(row)}\n{','.join(fields)}\n")
+        if passes:
+            read(path)
+        else:
+            with pytest.raises(DataError, match=rf"x\.csv:2: the column '{column}' holds #"):
+                read(path)
+
+
+def test_a_text_that_ends_where_excel_cuts_a_cell_is_an_error(tmp_path):
+    (tmp_path / "x.csv").write_text(f"prompt\n{'a' * LONGEST_CELL}\n")
+    with pytest.raises(DataError, match=r"x\.csv:2 has a text of exactly 32767"):
+        read_prompts(tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text(f"prompt\n{'a' * (LONGEST_CELL - 1)}\n")
+    assert len(read_prompts(tmp_path / "x.csv").prompts) == 1
 
 
 def test_columns_that_are_read_by_no_one_may_hold_any_value(tmp_path):

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ebbline.tasks.chat.thoughts import Answer, answer_of, completion_text, opened_thought
 from ebbline.tasks.measuring.completions import Completion, write_completions
 from ebbline.tasks.measuring.metrics import read_metrics, read_samples
 from ebbline.tasks.measuring.score import run
 from ebbline.tasks.measuring.scorers import score, scorer
 from ebbline.tasks.scoring.answers import TASK_SCORERS
-from ebbline.tasks.scoring.thoughts import Answer, answer_of, completion_text, opened_thought
 from ebbline.tasks.specs import ScoreSpec
 from ebbline.tasks.stage import Context
 

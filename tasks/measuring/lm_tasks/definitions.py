@@ -194,10 +194,10 @@ def _require_allowed(config: Mapping[str, Any], allowed: Mapping[str, _Check], f
                 f"{config.get('task')} in {file} must have `dataset_path: json`: ebbline downloads "
                 "no data that is not pinned"
             )
-        reason = "is no setting that" if key not in allowed else "has a value other than those that"
+        part = "the setting" if key not in allowed else "the value of"
         raise EvaluationError(
-            f"{file}: `{key}` {reason} ebbline takes from a task definition. {NO_CODE}; write its "
-            f"result into the rows, or remove it. Settings: {', '.join(sorted(allowed))}"
+            f"{file}: ebbline does not accept {part} `{key}` in a task definition. {NO_CODE}; "
+            f"write its result into the rows, or remove it. Settings: {', '.join(sorted(allowed))}"
         )
 
 
