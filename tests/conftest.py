@@ -2,9 +2,9 @@
 once in a run.
 
 A test without a mark gets the mark `fast`. A fast test fails if it loads a model, starts a process
-or takes over 2 seconds. `model`, `process`, `cluster`, `browser` and `slow` name what a test needs.
-Some fixtures mark the tests that use them. Only `make test-long` runs `long` tests. pyproject.toml
-lists the marks, and docs/contributing.md explains them.
+or takes over 2 seconds, more on a slower machine. `model`, `process`, `cluster`, `browser` and
+`slow` name what a test needs. Some fixtures mark the tests that use them. Only `make test-long`
+runs `long` tests. pyproject.toml lists the marks, and docs/contributing.md explains them.
 """
 
 import importlib
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # One thread each: xdist's workers and their processes share few cores, and waiting threads spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,9 +40,7 @@ settings.register_profile(
 )
 settings.load_profile("ebbline")
 
-FAST_S = float(
-    os.environ.get("EBBLINE_FAST_S", "2")
-)  # `inf` on a machine too slow for a time limit
+LOOP_S = 0.065  # what `_slowness`'s loop takes on the machine on which the 2 seconds were chosen
 SLOW_S = 20.0
 GROUPS = "groups.json"
 NEEDS = ("model", "process", "cluster", "browser", "slow", "long")
@@ -59,6 +58,31 @@ FIXTURE_MARKS = {  # fixture -> the mark of the tests that use it
 }
 HOW = f"Mark it with one of {', '.join(NEEDS)} (docs/contributing.md)."
 PROCESSES = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"}
+
+
+@given(st.text())
+def _draw_any_text(text: str) -> None:
+    """Hypothesis makes its tables of Unicode at the first text, which takes over a second."""
+
+
+def _slowness() -> float:
+    """How many times longer than on the reference machine Python computes here, at least 1."""
+    taken_s = []
+    for _ in range(3):
+        began = time.process_time()
+        sum(i * i % 7 for i in range(1_000_000))
+        taken_s.append(time.process_time() - began)
+    return max(1.0, min(taken_s) / LOOP_S)
+
+
+def _fast_s() -> float:
+    """The limit of a fast test in seconds on this machine."""
+    given_s = os.environ.get("EBBLINE_FAST_S")
+    return float(given_s) if given_s else 2.0 * _slowness()
+
+
+_draw_any_text()
+FAST_S = _fast_s()
 
 
 @pytest.hookimpl(wrapper=True)  # before the marks are selected by -m
