@@ -209,13 +209,17 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         computed_s, own_s = (now - then for now, then in zip(_clocks(), since, strict=True))
     if _guard.broken:  # even if the test caught the failure, or a thread caused it
         pytest.fail(_guard.broken, pytrace=False)
-    taken_s, what = max((computed_s, "computed"), (own_s - computed_s, "waited"))
-    if taken_s > FAST_S:
-        pytest.fail(
-            f"a test of the fast tier {what} for {taken_s:.1f} s, which is over {FAST_S:g} "
-            f"s. {HOW}",
-            pytrace=False,
-        )
+    waited_s = own_s - computed_s  # more on a busy disk, so its limit is wider
+    for what, taken_s, limit_s in (
+        ("computed", computed_s, FAST_S),
+        ("waited", waited_s, 3 * FAST_S),
+    ):
+        if taken_s > limit_s:
+            pytest.fail(
+                f"a test of the fast tier {what} for {taken_s:.1f} s, which is over {limit_s:g} "
+                f"s. {HOW}",
+                pytrace=False,
+            )
     return result
 
 
