@@ -14,8 +14,9 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
+from ebbline.sweeps.study.field_faults import faults, lines_of, unknown
 from ebbline.sweeps.study.references import Tuned
-from ebbline.sweeps.study.study import Study, faults, unknown
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.specs import Frozen, Spec
 
@@ -125,8 +126,9 @@ def read_profile(path: Path) -> Profile:
 
 
 def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
+    written = path.read_text("utf-8") if text is None else text
     try:
-        raw = yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
+        raw = yaml.load(written, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -134,7 +136,10 @@ def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
     try:
         return model.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise StudyError(f"{path} is not {what}:\n" + "\n".join(faults(error))) from None
+        lines = faults(error, model, _tuples(raw), lines_of(written))
+        raise StudyError(
+            f"{path} is not {what}:\n" + "\n".join(f"  {line}" for line in lines)
+        ) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
