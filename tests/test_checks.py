@@ -122,7 +122,24 @@ def gguf(mine, template):
     write_gguf(mine / "model.gguf", template=template)
 
 
+def facts(mine):
+    write_lines(mine / "facts" / "test.jsonl", [{"q": "word1", "choices": ["a", "b"], "answer": 0}])
+    task = {"task": "facts", "dataset_path": "json", "test_split": "test", "doc_to_text": "{{q}}"}
+    task |= {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}"}
+    (mine / "facts" / "task.yaml").write_text(yaml.safe_dump({**task, "doc_to_target": "answer"}))
+
+
 FAULTS = [
+    (
+        facts,
+        {
+            "suites/facts": {
+                "prompts": {"path": {"path": "facts"}},
+                "measure": {"kind": "multiple_choice", "task": "fact"},
+            }
+        },
+        r"suites.facts.prompts: .*defines the lm-eval tasks \['facts'\], not 'fact'",
+    ),
     (
         lambda mine: write_lines(mine / "train.jsonl", [{"conversations": [{"from": "gpt"}]}]),
         {},
@@ -205,6 +222,21 @@ def test_rows_that_are_cut_unknown_or_beyond_the_positions_are_notes(mine):
     unknown, beyond = found.notes
     assert "suites.refusal.prompts: 1 of 2 rows have text that is not in the vocabulary" in unknown
     assert "beyond the 256 positions of models.mine.aligned" in beyond
+
+
+def test_a_snapshot_in_the_hubs_cache_is_checked_like_a_folder(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "a" * 40
+    hub = {"hub": {"id": "org/mine", "commit": commit, "sha256": "b" * 64}}
+    snapshot = tmp_path / "hub" / "models--org--mine" / "snapshots" / commit
+    shutil.copytree(mine / "aligned", snapshot)
+    found = check_study(save(mine, {"models/mine/aligned": hub}))
+    assert found.faults == [] and found.models[1].parameters == 80_960
+    assert found.sets[0].longest is not None
+    (snapshot / "chat_template.jinja").unlink(missing_ok=True)
+    rewrite(snapshot / "tokenizer_config.json", lambda own: own.pop("chat_template", None))
+    (fault,) = check_study(save(mine, {"models/mine/aligned": hub})).faults
+    assert fault.startswith("models.mine.aligned: ") and "has no chat template" in fault
 
 
 def test_a_size_that_is_guessed_is_a_note(mine):

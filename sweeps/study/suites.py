@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
-from ebbline.tasks.scoring.answers import TASK_SCORERS
 from ebbline.tasks.specs import (
     BatchSize,
     Block,
@@ -150,6 +149,9 @@ def prompts_of(suite: RefusalSuite | OverRefusalSuite | TaskSuite, path: Path) -
     is_task = isinstance(suite, TaskSuite)
     found = read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, is_task)
     if isinstance(suite, TaskSuite):
+        # Its patterns take a tenth of a second, which every command would need.
+        from ebbline.tasks.scoring.answers import TASK_SCORERS
+
         for prompt in found.prompts:
             TASK_SCORERS[suite.scorer].require(prompt.answer, prompt.text, prompt.where)
     return found

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -30,6 +30,7 @@ def fault_of(folder, changes):
     return ""
 
 
+@settings(max_examples=50)
 @given(
     st.sampled_from([path for path in fields(WHOLE) if path[0] != "hypothesis"]),
     st.sampled_from([{"foreign": 1}, ((1,),), "a text", -7.5]),
