@@ -57,7 +57,7 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
     """Check a study before it runs: keys, types, ranges; and for all files on this machine rows,
     lengths, models and chat templates. Print what was checked.
     """
-    from ebbline.commands.validate import validate as validate_study
+    from ebbline.checks.validate import validate as validate_study
 
     raise typer.Exit(validate_study(study, as_json))
 

@@ -109,6 +109,8 @@ def _sets(study: Study, found: Found, now: Now) -> None:
                 continue
             now(f"{each.where}: {path}")
             facts = each.read(path)
+            if each.measure is None:
+                each.require_enough(facts, path)
         except EbblineError as error:
             found.faults.append(f"{each.where}: {error}")
             continue

@@ -8,13 +8,15 @@ Standard output has a line of JSON before each check, {"now": "..."}, and at the
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from ebbline.checks.found import Lengths
 from ebbline.checks.jobs import Jobs, ModelJob, SetJob, TaskJob
@@ -47,6 +49,25 @@ class Answers:
 
 def answers_to(jobs: Jobs, now: Callable[[str], None]) -> Answers:
     """Do the jobs in order; `now` is called with what is checked next."""
+    with _quiet():
+        return _answers(jobs, now)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers shows a bar and a report for each model, though it loads no weights here."""
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
+
+
+def _answers(jobs: Jobs, now: Callable[[str], None]) -> Answers:
     found = Answers()
     whole: set[str] = set()
     for job in jobs.models:

@@ -64,18 +64,21 @@ class RowSet:
             tasks = f"the task {LANGUAGE_TASKS[name]!r}" if name in LANGUAGE_TASKS else "no task"
             raise DataError(f"`measure.task` is {suite.task!r}, and {name} has {tasks}")
 
+    def require_enough(self, facts: RowFacts, path: Path) -> None:
+        """Raise DataError for fewer conversations than a training takes."""
+        if facts.rows < self.needed:
+            raise DataError(
+                f"{path} holds {facts.rows} conversations, and data.size asks for {self.needed} of "
+                "them; lower data.size or add data"
+            )
+
     def read(self, path: Path) -> RowFacts:
         """What is in the set. Raises DataError or EvaluationError for a fault that a stage would
         find.
         """
         if self.measure is None:
             rows = len(read_conversations(path))
-            if rows < self.needed:
-                raise DataError(
-                    f"{path} holds {rows} conversations, and data.size asks for {self.needed} of "
-                    "them; lower data.size or add data"
-                )
-            return RowFacts(rows, self.needed, *_training_format(path))
+            return RowFacts(rows, min(rows, self.needed), *_training_format(path))
         if isinstance(self.measure, MultipleChoiceSuite):
             return RowFacts(0, 0, "lm-eval", ())  # its tasks are read where lm-eval is imported
         found = prompts_of(self.measure, path)

@@ -357,7 +357,7 @@ def test_rows_that_a_stage_could_not_read_are_an_error_before_anything_is_pinned
     found = study(
         tmp_path,
         {
-            "data": {"pool": {"path": {"path": "pool.jsonl"}}, "settings": {"size": 1}},
+            "data/pool": {"path": {"path": "pool.jsonl"}},
             "suites/task/prompts": {"path": {"path": "task.csv"}},
             "suites/refusal/prompts": {"path": {"path": "elsewhere.csv"}},
         },
