@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from time import monotonic
+from threading import Timer
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from ebbline.checks.found import Found, Lengths, ModelFound, SetFound
 from ebbline.checks.jobs import Jobs, jobs_of, path_of
@@ -86,17 +87,15 @@ def require_no_fault(study: Study, found: Found) -> None:
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Now]:
     """A line that names what is read now. It appears after SLOW_S and disappears at the end."""
-    console, began = Console(stderr=True), monotonic()
-    status = console.status("")
-
-    def show(what: str) -> None:
-        if not quiet and monotonic() - began > SLOW_S:
-            status.update(f"checking {what}")
-            status.start()
-
+    status = Console(stderr=True).status("checking")
+    timer = Timer(SLOW_S, status.start)
+    timer.daemon = True
+    if not quiet:
+        timer.start()
     try:
-        yield show
+        yield lambda what: status.update(f"checking {escape(what)}")
     finally:
+        timer.cancel()
         status.stop()
 
 
@@ -197,7 +196,7 @@ def _compare(name: str, model: Model, study: Study, found: Found, broken: set[st
             f"({trained.architecture}) has none of them; its modules are {', '.join(linear)}"
         )
     compared = None if other is None or other is start else _folder_header(other, broken)
-    if compared is None:
+    if compared is None or compared.quantised or trained.quantised:
         return
     for key, shape in own.items():
         if compared.shapes.get(key, shape) != shape:
@@ -220,9 +219,8 @@ def _folder_header(reference: ModelRef, broken: set[str]) -> ModelHeader | None:
 
 
 def _module(tensor: str) -> str:
-    """`q_proj` for `model.layers.0.self_attn.q_proj.weight`; "" for what is no weight."""
-    module, _, part = tensor.rpartition(".")
-    return module.rpartition(".")[2] if part == "weight" else ""
+    """`q_proj` for `model.layers.0.self_attn.q_proj.weight`."""
+    return tensor.rpartition(".")[0].rpartition(".")[2]
 
 
 def _is_linear(tensor: str, shape: tuple[int, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 from ebbline.checks.found import Found
 from ebbline.checks.study_checks import check_study, progress, require_no_fault
@@ -9,7 +10,7 @@ from ebbline.sweeps.search.searcher import check_written_points
 from ebbline.sweeps.study.pins import require_pins, unpinned
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
-from ebbline.tasks.errors import EbblineError
+from ebbline.tasks.errors import EbblineError, StudyError
 
 
 def validate(source: str, as_json: bool) -> int:
@@ -23,8 +24,8 @@ def validate(source: str, as_json: bool) -> int:
         found = check_study(study, now)
     if as_json:
         return _print_json(study, source, found)
-    require_no_fault(study, found)
-    if not unpinned(study):
+    error = _error(study, source, found)
+    if error is None:
         axes = dict.fromkeys(axis for model in study.models for axis in study.axes_of(model))
         print(
             f"{study.study} is valid: {len(study.models)} models, axes {', '.join(axes)}, "
@@ -33,17 +34,27 @@ def validate(source: str, as_json: bool) -> int:
     for line in found.lines():
         print(line)
     sys.stdout.flush()
-    require_pins(study, source)
+    if error is not None:
+        raise error
     return 0
 
 
+def _error(study: Study, source: str, found: Found) -> EbblineError | None:
+    """The error of a study that is not valid: every fault, and the references without a pin."""
+    errors: list[EbblineError] = []
+    checks = partial(require_no_fault, study, found), partial(require_pins, study, source)
+    for check in checks:
+        try:
+            check()
+        except EbblineError as error:
+            errors.append(error)
+    if len(errors) < 2:
+        return next(iter(errors), None)
+    return StudyError("\n".join(map(str, errors)))
+
+
 def _print_json(study: Study, source: str, found: Found) -> int:
-    error: EbblineError | None = None
-    try:
-        require_no_fault(study, found)
-        require_pins(study, source)
-    except EbblineError as invalid:
-        error = invalid
+    error = _error(study, source, found)
     record = {
         "valid": error is None,
         **({} if error is None else {"error": str(error), "kind": type(error).__name__}),

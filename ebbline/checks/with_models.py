@@ -83,6 +83,8 @@ def _answers(jobs: Jobs, now: Callable[[str], None]) -> Answers:
                     _check_set(each, job, tokenizer, found)
         except EbblineError as error:
             found.faults.append(f"{job.where}: {error}")
+        except Exception as error:  # noqa: BLE001  # of a library; a stage may well do without it
+            found.notes.append(f"{job.where}: could not be checked ({type(error).__name__})")
     for task in jobs.tasks:
         now(f"{task.where}: {task.task}")
         try:

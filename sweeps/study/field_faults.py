@@ -7,7 +7,7 @@ Those are left out, and the faults of several members become one.
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,15 @@ def lines_of(text: str) -> Callable[[Path], int | None]:
         return line
 
     return line_of
+
+
+def with_lines(messages: Iterable[str], written: Any, text: str) -> Iterator[str]:
+    """Messages that begin with a field, each after the field's line in the text."""
+    line_of = lines_of(text)
+    for message in messages:
+        path = path_in(written, message.partition(": ")[0])
+        line = line_of(path) if path else None
+        yield message if line is None else f"line {line}: {message}"
 
 
 def path_in(written: Any, text: str) -> Path | None:

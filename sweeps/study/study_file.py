@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
-from ebbline.sweeps.study.field_faults import faults, lines_of, unknown
+from ebbline.sweeps.study.field_faults import faults, lines_of, unknown, with_lines
 from ebbline.sweeps.study.references import Tuned
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
@@ -64,8 +64,10 @@ def parse(path: Path, text: str | None = None) -> Study:
     Studies that are stored in a home hold every setting, so they are not checked for this.
     """
     study = _read(path, Study, "a valid study", text)
-    unused = [f"  {line}" for line in _unused(study)]
+    unused = list(_unused(study))
     if unused:
+        written = path.read_text("utf-8") if text is None else text
+        unused = [f"  {line}" for line in with_lines(unused, yaml.safe_load(written), written)]
         raise StudyError(f"{path} has settings that would be ignored:\n" + "\n".join(unused))
     return study
 

@@ -54,7 +54,14 @@ def save_tokenizer_of(source: Path, folder: Path) -> None:
     """Write the tokenizer of a GGUF file into a folder, as the stage does, without the weights."""
     named = folder / "model.gguf"
     named.symlink_to(source.resolve())
-    _tokenizer(named).save_pretrained(folder)
+    try:
+        _tokenizer(named).save_pretrained(folder)
+    # transformers raises many kinds for a vocabulary that it cannot read.
+    except Exception as error:  # noqa: BLE001
+        raise ModelError(
+            f"transformers cannot read the tokenizer of {source} ({type(error).__name__}); use "
+            "the model's folder of safetensors"
+        ) from None
     named.unlink()
 
 

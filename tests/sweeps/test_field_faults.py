@@ -89,3 +89,9 @@ def test_the_kind_of_a_suite_is_named_by_its_own_key(tmp_path):
     assert "suites.task.measure.kind: this field is required: one of ['multiple" in fault_of(
         tmp_path, {"suites/task": suite}
     )
+
+
+def test_a_setting_that_would_be_ignored_is_named_with_its_line(tmp_path):
+    message = fault_of(tmp_path, {"train": {"epochs": 1, "seed": 3}})
+    line = int(re.match(r"  line (\d+): train\.seed: ", message)[1])
+    assert (tmp_path / "study.yaml").read_text().splitlines()[line - 1].strip() == "seed: 3"
