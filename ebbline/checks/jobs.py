@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.sweeps.study.axes import Range
+from ebbline.sweeps.study.reading.row_sets import RowSet, located, row_sets
 from ebbline.sweeps.study.references import Hub, Local, ModelRef
-from ebbline.sweeps.study.row_sets import RowSet, located, row_sets
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite
 from ebbline.tasks.errors import PinError

@@ -24,8 +24,8 @@ from ebbline.checks.found import Found, Lengths, ModelFound, SetFound
 from ebbline.checks.jobs import Jobs, jobs_of, path_of
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import references
+from ebbline.sweeps.study.reading.row_sets import located, row_sets
 from ebbline.sweeps.study.references import Hub, Local, ModelRef
-from ebbline.sweeps.study.row_sets import located, row_sets
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite
 from ebbline.tasks.errors import EbblineError, ModelError, PinError, StudyError

@@ -28,8 +28,8 @@ from rich.table import Table
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.wording import metric_label, percent, settings_label
 from ebbline.commands.project import distinct_names, located
-from ebbline.sweeps.study.field_faults import faults
 from ebbline.sweeps.study.points import keys_of
+from ebbline.sweeps.study.reading.field_faults import faults
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import (
     MultipleChoiceSuite,

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ebbline.sweeps.study.reading.row_sets import row_sets
 from ebbline.sweeps.study.references import Hub, Local
-from ebbline.sweeps.study.row_sets import row_sets
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse, shipped, source_of, with_pins
 from ebbline.tasks.errors import DataError, EbblineError, EvaluationError, PinError, StudyError

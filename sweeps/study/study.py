@@ -13,7 +13,6 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ebbline.cluster.schedule.labels import parse
 from ebbline.sweeps.study.axes import Axis, AxisValue, Range, count_of, distinct, of_size
-from ebbline.sweeps.study.field_faults import faults, unknown
 from ebbline.sweeps.study.policies import (
     SURROGATE_AXES,
     TPE_POINTS,
@@ -23,6 +22,7 @@ from ebbline.sweeps.study.policies import (
     Sampler,
     Search,
 )
+from ebbline.sweeps.study.reading.field_faults import faults, unknown
 from ebbline.sweeps.study.references import Data, DataRef, ModelRef
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.errors import StudyError

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
-from ebbline.sweeps.study.field_faults import faults, lines_of, unknown, with_lines
+from ebbline.sweeps.study.reading.field_faults import faults, lines_of, unknown, with_lines
 from ebbline.sweeps.study.references import Tuned
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ebbline.sweeps.study.field_faults import faults, lines_of, path_in
+from ebbline.sweeps.study.reading.field_faults import faults, lines_of, path_in
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import _tuples, parse
 from ebbline.tasks.errors import StudyError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ebbline.sweeps.study.axes import Range
-from ebbline.sweeps.study.field_faults import unknown
+from ebbline.sweeps.study.reading.field_faults import unknown
 from ebbline.sweeps.study.references import Data, DataRef, Hub
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, Suite, prompts_of
