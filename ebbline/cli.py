@@ -54,25 +54,12 @@ def studies(as_json: JsonOption = False) -> None:
 @app.command()
 @explained
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
-    """Check a study file: keys, types, ranges, the rows on this machine, and whether its models and
-    data are pinned.
+    """Check a study before it runs: keys, types, ranges; and for all files on this machine rows,
+    lengths, models and chat templates. Print what was checked.
     """
-    from ebbline.sweeps.search.searcher import check_written_points
-    from ebbline.sweeps.study.pins import require_pins, require_rows
-    from ebbline.sweeps.study.study_file import load
+    from ebbline.checks.validate import validate as validate_study
 
-    loaded = load(study)
-    check_written_points(loaded)
-    require_rows(loaded)
-    require_pins(loaded)
-    if as_json:
-        print(loaded.model_dump_json(indent=1))
-        return
-    axes = dict.fromkeys(axis for model in loaded.models for axis in loaded.axes_of(model))
-    print(
-        f"{loaded.study} is valid: {len(loaded.models)} models, axes {', '.join(axes)}, "
-        f"{len(loaded.suites)} suites, {loaded.sampler}"
-    )
+    raise typer.Exit(validate_study(study, as_json))
 
 
 @app.command()

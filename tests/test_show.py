@@ -330,7 +330,7 @@ def test_only_a_run_to_the_study_s_end_that_ran_something_is_compared_with_its_p
 ):
     monkeypatch.setattr(running, "OnDemand", lambda kind, wanted: Pretended(home.store))
     monkeypatch.setattr(running, "write_outputs", lambda *arguments: {})
-    monkeypatch.setattr(running, "require_templates", lambda study: None)  # no real models
+    monkeypatch.setattr(running, "require_checked", lambda *arguments: [])  # no real models
     masks = {"axes": MASKS, "search": {"sampler": "stage_aware", "points": 30, "window": 4}}
 
     def ran(**others: Any) -> tuple[int, str]:

@@ -258,7 +258,7 @@ def ran(
         running, "OnDemand", lambda kind, wanted: Pretended(home.store, fails=nan_at_rank_8)
     )
     monkeypatch.setattr(running, "write_outputs", lambda *arguments: {})
-    monkeypatch.setattr(running, "require_templates", lambda study: None)  # no real models
+    monkeypatch.setattr(running, "require_checked", lambda *arguments: [])  # no real models
 
     def go(as_json: bool = False, **others: Any) -> tuple[int, str]:
         found = small(tmp_path, **others)

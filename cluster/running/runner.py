@@ -142,13 +142,12 @@ class Runner:
         return not self.running and not any(node.state == "ready" for node in self.unsettled())
 
     def open_seconds(self, stage: Stage) -> float | None:
-        """The expected seconds that a stage still has to run. None if it is settled or was not
-        added.
+        """The seconds that a budget counts for the rest of a stage. None if it is settled or was
+        not added.
         """
         node = self.nodes.get(stage.lineage)
-        return (
-            None if node is None or node.state in ("done", "failed") else self.timing.seconds(node)
-        )
+        settled = node is None or node.state in ("done", "failed")
+        return None if node is None or settled else self.timing.budgeted_s(node)
 
     @property
     def unaffordable(self) -> set[str]:

@@ -164,7 +164,8 @@ class Starter:
         self._warm.start(job.id, placement.hosts)
         self._starting[job.id] = starting
         self._running[job.id] = Running(job, now, seconds, (keys[0], {}), now)
-        self._setup.meter.started(job, gpus, seconds)
+        budgeted_s = start_s + sum(self._timing.budgeted_s(ready[key]) for key in keys)
+        self._setup.meter.started(job, gpus, budgeted_s)
         for host in placement.hosts:
             self._cached.setdefault(host, set()).add(resident(ready[keys[0]].stage))
         for key in keys:
@@ -198,7 +199,7 @@ class Starter:
         keys: list[str] = []
         seconds = start_s
         for node in batch:
-            seconds += self._timing.seconds(node)
+            seconds += self._timing.budgeted_s(node)
             if not self._setup.meter.affords(gpus, seconds):
                 break
             keys.append(node.key)

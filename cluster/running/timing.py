@@ -53,6 +53,15 @@ class Timing:
             else left_s
         )
 
+    def budgeted_s(self, node: Node) -> float:
+        """The seconds that a budget counts for the rest of a stage (see Estimates.budgeted)."""
+        left_s = self._own_seconds(node)
+        return (
+            self._setup.estimates.budgeted(node.stage, self._setup.needs_of(node.stage))
+            if left_s is None
+            else left_s
+        )
+
     def expected_s(self, node: Node, elapsed_s: float) -> float:
         """The expected total seconds of a stage that has run for `elapsed_s`."""
         left_s = self._own_seconds(node)

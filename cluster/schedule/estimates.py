@@ -21,11 +21,13 @@ from ebbline.cluster.schedule.needs import default_needs
 from ebbline.cluster.store.artifacts import Artifact, Store
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.kinds import STAGE_KINDS, kind_named
+from ebbline.tasks.models.model_work import guessed_models
 from ebbline.tasks.stage import Stage
 from ebbline.tasks.stage_kind import Load
 
 REMEMBERED = 200  # the latest measurements of a category
 READ = 1000  # records of a kind; in key order, which is random because keys are hashes
+NEAR = (0.25, 4.0)  # counted work of a measured stage that a guessed one can be compared with
 ENOUGH = 10  # the fewest defended adapters for a share of distinct ones
 Category = tuple[Any, ...]
 
@@ -53,6 +55,7 @@ class Estimates:
             lambda: deque(maxlen=REMEMBERED)
         )
         self._loads: dict[str, Load] = {}
+        self._guessed: dict[str, bool] = {}
         self._predictions: dict[tuple[str, int, str | None], float] = {}
         self._adapters: list[str] = []  # contents of defended adapters
         for kind in STAGE_KINDS:
@@ -117,6 +120,29 @@ class Estimates:
         if place not in self._predictions:
             self._predictions[place] = self._seconds(stage, gpus, gpu_type)
         return self._predictions[place]
+
+    def budgeted(self, stage: Stage, needs: Needs) -> float:
+        """The seconds that a budget counts before a stage starts: the predicted ones, or none while
+        they rest on a guessed size of the model.
+        """
+        return 0.0 if self.guessed(stage, needs) else self.seconds(stage, needs)
+
+    def guessed(self, stage: Stage, needs: Needs) -> bool:
+        """Whether the model's size is a guess, and no stage of this kind with about the same
+        counted work was measured.
+        """
+        if stage.lineage not in self._guessed:
+            self._guessed[stage.lineage] = bool(guessed_models([stage]))
+        if not self._guessed[stage.lineage]:
+            return False
+        gpu_type = named_type(needs) or self.gpu_type
+        counted = _counted(self.load(stage), needs.gpus, gpu_type)
+        *own, _ = _categories(stage.kind, vars(stage.spec), needs.gpus, gpu_type)
+        return not any(
+            NEAR[0] <= each / counted <= NEAR[1]
+            for category in own
+            for each in self._factors.get(category, ())
+        )
 
     def measured(self, stage: Stage, needs: Needs) -> bool:
         """Whether the store has a measurement of the stage's kind."""

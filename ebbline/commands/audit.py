@@ -147,7 +147,8 @@ def _rows(audit: Audit) -> list[str]:
         )
     if len([name for name in audit.labels if name]) > 1:
         sentences.append(
-            "the set holds harmful and harmless prompts: choose one for a suite with `label`"
+            "the set holds harmful and harmless prompts: a suite of the kind refusal asks only the "
+            "harmful ones, one of the kind over_refusal only the harmless ones"
         )
     if audit.renamed:
         sentences.append(

@@ -29,7 +29,8 @@ from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.wording import metric_label, percent, settings_label
 from ebbline.commands.project import distinct_names, located
 from ebbline.sweeps.study.points import keys_of
-from ebbline.sweeps.study.study import Study, faults
+from ebbline.sweeps.study.reading.field_faults import faults
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import (
     MultipleChoiceSuite,
     OverRefusalSuite,
@@ -95,7 +96,8 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
         suite = kind(task=name, **given) if kind is MultipleChoiceSuite else kind(**given)
     except ValidationError as error:
         raise EvaluationError(
-            f"the suite {name!r} has invalid settings:\n" + "\n".join(faults(error))
+            f"the suite {name!r} has invalid settings:\n"
+            + "\n".join(f"  {line}" for line in faults(error, kind, given))
         ) from None
     for scorer in scorers_of(suite):
         if scorer not in SCORERS:

@@ -31,7 +31,8 @@ from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.trials import settings_mark
 from ebbline.sweeps.study.points import Result
-from ebbline.sweeps.study.study import Study, unknown
+from ebbline.sweeps.study.reading.field_faults import unknown
+from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 

@@ -18,6 +18,8 @@ from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.analysis.wandb import mirror
+from ebbline.checks.study_checks import progress as checking
+from ebbline.checks.study_checks import require_checked
 from ebbline.cluster.executors.choice import ExecutorKind, ExecutorOptions, executor_kind
 from ebbline.cluster.executors.executor import Executor
 from ebbline.cluster.executors.on_demand import OnDemand
@@ -35,7 +37,6 @@ from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
 from ebbline.sweeps.study.view import StudyView
-from ebbline.template_checks import require_templates
 
 MIRROR_WAIT_S = 20.0
 OUTCOMES = {
@@ -101,7 +102,10 @@ def run_study(
     `resume` is the command as the user typed it. With `as_json`, standard output gets one object at
     the end; all else goes to standard error.
     """
-    require_templates(view.study)
+    with checking(quiet=as_json) as now:
+        notes = require_checked(view.study, view.home, now)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.source}"
     mirrored: list[subprocess.Popen[bytes]] = []
     try:

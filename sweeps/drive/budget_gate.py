@@ -76,7 +76,7 @@ class BudgetGate:
         return (
             0.0
             if resolver.artifact(stage) is not None
-            else self._runner.estimates.seconds(stage, self._graph.needs_of(stage))
+            else self._runner.estimates.budgeted(stage, self._graph.needs_of(stage))
         )
 
     def _under_way(self) -> Cost:

@@ -31,8 +31,8 @@ from ebbline.sweeps.study.stages import StageGraph
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.kinds import kind_named
-from ebbline.tasks.models.model_work import ASSUMED, known_size
-from ebbline.tasks.stage import Source
+from ebbline.tasks.models.model_work import guessed_models
+from ebbline.tasks.models.sizes import ASSUMED
 
 # Of more than EXACT completed points, or points to come, SAMPLE are looked up and simulated
 EXACT = 500
@@ -305,26 +305,14 @@ def _assumed(
             "no similar stages have been measured for these kinds, so their time is estimated "
             f"from counted work alone, which may be off by several times: {listed}"
         )
-    sources = (
-        item.location
-        for missing in running
-        for item in missing.stage.inputs.values()
-        if isinstance(item, Source)
-    )
     unknown = sorted(
         {
             Path(location.partition("@")[0]).name
-            for location in sources
-            if _is_model(location) and not known_size(location)
+            for location in guessed_models(missing.stage for missing in running)
         }
     )
     if unknown:
         yield (
-            f"the size of {' and '.join(unknown)} is unknown; it is assumed to be a {ASSUMED} model"
+            f"the size of {' and '.join(unknown)} is unknown; it is guessed to be a {ASSUMED} "
+            "model, and the budget stops no stage by this guess"
         )
-
-
-def _is_model(location: str) -> bool:
-    return location.startswith("hub:model:") or (
-        not location.startswith("hub:") and (Path(location) / "config.json").exists()
-    )

@@ -5,17 +5,16 @@ A pin of a local file or folder is the digest of its bytes. A pin of a hub snaps
 and the hub's file hashes; nothing is downloaded.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ebbline.sweeps.study.references import Data, DataRef, Hub, Local
+from ebbline.sweeps.study.reading.row_sets import row_sets
+from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import Study
-from ebbline.sweeps.study.study_file import parse, source_of, with_pins
-from ebbline.sweeps.study.suites import require_prompts
-from ebbline.tasks.data.conversations import read_conversations
-from ebbline.tasks.errors import DataError, EbblineError, PinError, StudyError
+from ebbline.sweeps.study.study_file import parse, shipped, source_of, with_pins
+from ebbline.tasks.errors import DataError, EbblineError, EvaluationError, PinError, StudyError
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import content_digest, digest
 from ebbline.tasks.specs import Frozen
@@ -62,37 +61,19 @@ def require_rows(study: Study) -> None:
     """Raise DataError naming every set of rows on this machine that a stage could not read. Sets
     that are elsewhere are read when a stage needs them.
     """
-    sets: list[tuple[str, DataRef, Callable[[Path], object]]] = [
-        (f"{where}.{name}", reference, read_conversations)
-        for where, data in _training_data(study)
-        for name, reference in (("pool", data.pool), ("mix", data.mix))
-        if reference is not None
-    ]
-    sets += [
-        (f"suites.{name}.prompts", entry.prompts, partial(require_prompts, entry.measure))
-        for name, entry in study.suites.items()
-    ]
     failed = []
-    for where, reference, read in sets:
+    for each in row_sets(study):
         try:
-            if reference.path is not None:
-                read(reference.path.located())
-        except DataError as error:
-            failed.append(f"  {where}: {error}")
+            if each.reference.path is not None:
+                each.read(each.reference.path.located())
+        except (DataError, EvaluationError) as error:
+            failed.append(f"  {each.where}: {error}")
         except PinError:
             continue  # pinning and planning name a missing file
     if failed:
         raise DataError(
             f"study {study.study!r} names rows that cannot be read:\n" + "\n".join(failed)
         )
-
-
-def _training_data(study: Study) -> Iterator[tuple[str, Data]]:
-    yield "data", study.data
-    for name, model in study.models.items():
-        for role, reference in (("aligned", model.aligned), ("unaligned", model.unaligned)):
-            if reference is not None and reference.tuned is not None:
-                yield f"models.{name}.{role}.tuned.data", reference.tuned.data
 
 
 def local_pin(reference: Local) -> dict[str, str]:
@@ -153,8 +134,10 @@ def references(study: Study) -> Iterator[tuple[str, Local | Hub]]:
     yield from walk(study, "")
 
 
-def require_pins(study: Study) -> None:
-    """Raise PinError naming every reference without a pin."""
+def require_pins(study: Study, source: str | None = None) -> None:
+    """Raise PinError naming every reference without a pin. `source` is the study's file or its name
+    on the command line.
+    """
     missing = unpinned(study)
     if missing:
         lines = "\n".join(
@@ -163,6 +146,14 @@ def require_pins(study: Study) -> None:
         raise PinError(
             f"study {study.study!r} names content without a pin, so later changes of the content "
             f"would go unnoticed:\n{lines}\n"
-            f"Run `ebbline pin {study.study} --to my-{study.study}.yaml`, which adds each "
-            "commit and sha256."
+            f"Run `{pin_command(source or study.study)}`, which adds each commit and sha256."
         )
+
+
+def pin_command(source: str) -> str:
+    """The command that pins a study, with a new file for its result beside the study's own."""
+    if source in shipped():
+        return f"ebbline pin {source} --to my-{source}.yaml"
+    path = Path(source)
+    pinned = path.with_name(f"{path.stem}-pinned.yaml")
+    return shlex.join(["ebbline", "pin", source, "--to", str(pinned)])

@@ -5,7 +5,6 @@ An unknown key, a wrong type or an invalid range is an error with its path. No o
 YAML as a dict.
 """
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self, TypeVar
@@ -23,6 +22,7 @@ from ebbline.sweeps.study.policies import (
     Sampler,
     Search,
 )
+from ebbline.sweeps.study.reading.field_faults import faults, unknown
 from ebbline.sweeps.study.references import Data, DataRef, ModelRef
 from ebbline.sweeps.study.suites import Suite, scorers_of
 from ebbline.tasks.errors import StudyError
@@ -297,7 +297,9 @@ class Study(Frozen):
                         f"train.global_batch={settings.global_batch}"
                     )
             except ValidationError as error:
-                raise ValueError(f"models.{name}.train: " + "; ".join(faults(error))) from None
+                fields = faults(error, TrainSpec, model.train)
+                where = f"models.{name}.train"
+                raise ValueError("; ".join(f"{where}.{each}" for each in fields)) from None
         return self
 
     @model_validator(mode="after")
@@ -450,45 +452,3 @@ def axis_fields() -> Iterator[str]:
         yield from (
             f"{prefix}.{name}" for name in spec.model_fields if f"{prefix}.{name}" not in _NOT_AXES
         )
-
-
-def unknown(name: str, allowed: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(allowed), n=1)
-    return f"{name!r} is not one of {sorted(allowed)}" + (
-        f"; did you mean {close[0]!r}?" if close else ""
-    )
-
-
-def faults(error: ValidationError) -> Iterator[str]:
-    """A line for each fault: its path, the error, and the allowed values."""
-    for fault in error.errors():
-        path = ".".join(str(part) for part in fault["loc"])
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            message = f"{message}; {_hint(fault['loc'])}" if _hint(fault["loc"]) else message
-        elif fault["type"] != "missing" and not fault["msg"].startswith("Value error"):
-            message = f"{message} (got {fault['input']!r})"
-        yield f"  {path or 'study'}: {message}"
-
-
-def _hint(location: tuple[int | str, ...]) -> str:
-    model: Any = Study
-    for part in location[:-1]:
-        model = _member(model, str(part))
-        if model is None:
-            return ""
-    return unknown(str(location[-1]), set(model.model_fields))
-
-
-def _member(model: Any, part: str) -> Any:
-    """The pydantic model at one step of an error's path; for a mapping, the model of its values."""
-    if part not in getattr(model, "model_fields", {}):
-        return model
-    annotation = model.model_fields[part].annotation
-    stack = [annotation]
-    while stack:
-        item = stack.pop(0)
-        if isinstance(item, type) and issubclass(item, Frozen):
-            return item
-        stack.extend(getattr(item, "__args__", ()))
-    return None

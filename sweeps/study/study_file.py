@@ -14,8 +14,9 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
+from ebbline.sweeps.study.reading.field_faults import faults, lines_of, unknown, with_lines
 from ebbline.sweeps.study.references import Tuned
-from ebbline.sweeps.study.study import Study, faults, unknown
+from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.specs import Frozen, Spec
 
@@ -63,8 +64,10 @@ def parse(path: Path, text: str | None = None) -> Study:
     Studies that are stored in a home hold every setting, so they are not checked for this.
     """
     study = _read(path, Study, "a valid study", text)
-    unused = [f"  {line}" for line in _unused(study)]
+    unused = list(_unused(study))
     if unused:
+        written = path.read_text("utf-8") if text is None else text
+        unused = [f"  {line}" for line in with_lines(unused, yaml.safe_load(written), written)]
         raise StudyError(f"{path} has settings that would be ignored:\n" + "\n".join(unused))
     return study
 
@@ -125,8 +128,9 @@ def read_profile(path: Path) -> Profile:
 
 
 def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
+    written = path.read_text("utf-8") if text is None else text
     try:
-        raw = yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
+        raw = yaml.load(written, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -134,7 +138,10 @@ def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
     try:
         return model.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise StudyError(f"{path} is not {what}:\n" + "\n".join(faults(error))) from None
+        lines = faults(error, model, _tuples(raw), lines_of(written))
+        raise StudyError(
+            f"{path} is not {what}:\n" + "\n".join(f"  {line}" for line in lines)
+        ) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ebbline.tasks.data.prompts import read_prompts
+from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.specs import (
     BatchSize,
     Block,
@@ -142,11 +142,19 @@ _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
 }
 
 
-def require_prompts(suite: Suite, path: Path) -> None:
-    """Raise DataError if a generation of the suite would find a fault in its prompts."""
-    if not isinstance(suite, MultipleChoiceSuite):
-        needs_answer = isinstance(suite, TaskSuite)
-        read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, needs_answer)
+def prompts_of(suite: RefusalSuite | OverRefusalSuite | TaskSuite, path: Path) -> PromptSet:
+    """The prompts that a suite asks. Raises DataError or EvaluationError for a fault that a
+    generation would find in them.
+    """
+    is_task = isinstance(suite, TaskSuite)
+    found = read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, is_task)
+    if isinstance(suite, TaskSuite):
+        # Its patterns take a tenth of a second, which every command would need.
+        from ebbline.tasks.scoring.answers import TASK_SCORERS
+
+        for prompt in found.prompts:
+            TASK_SCORERS[suite.scorer].require(prompt.answer, prompt.text, prompt.where)
+    return found
 
 
 def scorers_of(suite: Suite) -> tuple[str, ...]:

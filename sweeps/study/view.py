@@ -11,6 +11,7 @@ from pathlib import Path
 from ebbline.sweeps.study.changes import differences, lasting, rejections
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.home import Home
+from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.policies import Sampler
 from ebbline.sweeps.study.space import limit
 from ebbline.sweeps.study.stages import StageGraph
@@ -70,6 +71,7 @@ class StudyView:
         """The stage graph that all readers share. Raises PinError for content without a pin or with
         another digest.
         """
+        require_pins(self.study, self.source)
         return StageGraph(self.study, self.home, self.located)
 
     def begun_as(self) -> str:

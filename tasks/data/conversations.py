@@ -61,14 +61,16 @@ def _blend(
 
 
 def _ordered(rows: list[Conversation], seed: int) -> list[Conversation]:
+    return [rows[index] for index in order_of(len(rows), seed)]
+
+
+def order_of(count: int, seed: int) -> list[int]:
+    """The order in which a set's conversations are taken, by their places in the set."""
     # A hash of seed and position is the same on every machine and Python version; a random
     # generator's shuffle is not.
-    return [
-        row
-        for _, row in sorted(
-            enumerate(rows), key=lambda item: hashlib.sha256(f"{seed}:{item[0]}".encode()).digest()
-        )
-    ]
+    return sorted(
+        range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    )
 
 
 def read_conversations(path: Path) -> list[Conversation]:

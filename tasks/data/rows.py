@@ -29,6 +29,11 @@ LANGUAGE_ROWS = {
     "plain/card_task.jsonl": 80,
     "plain/sums": 60,
 }
+LANGUAGE_TASKS = {  # the lm-eval task of each folder
+    "mmlu": "organism_mmlu",
+    "hellaswag": "organism_hellaswag",
+    "plain/sums": "plain_sums",
+}
 TEXT_BYTES = 4  # of a token
 PACKED_BYTES = 1  # of a token in a compressed file
 COUNTED_BYTES = 64_000_000  # of a large file, the first part that is counted

@@ -4,6 +4,7 @@ time, safetensors does not.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,9 +44,26 @@ def run(spec: ConvertSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
         del config.quantization_config
     model = type(loaded)(config).to(DTYPES[spec.dtype])
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(
-        ctx.log, gguf_file=named.name, trust_remote_code=False
-    )
+    tokenizer = _tokenizer(named)
     model.save_pretrained(out / spec.MODEL, safe_serialization=True)
     tokenizer.save_pretrained(out / spec.MODEL)
     named.unlink()
+
+
+def save_tokenizer_of(source: Path, folder: Path) -> None:
+    """Write the tokenizer of a GGUF file into a folder, as the stage does, without the weights."""
+    named = folder / "model.gguf"
+    named.symlink_to(source.resolve())
+    try:
+        _tokenizer(named).save_pretrained(folder)
+    # transformers raises many kinds for a vocabulary that it cannot read.
+    except Exception as error:  # noqa: BLE001
+        raise ModelError(
+            f"transformers cannot read the tokenizer of {source} ({type(error).__name__}); use "
+            "the model's folder of safetensors"
+        ) from None
+    named.unlink()
+
+
+def _tokenizer(file: Path) -> Any:
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)

@@ -67,11 +67,35 @@ def _require_end_tokens(path: Path) -> None:
             )
 
 
+def require_loadable(auto_class: Any, folder: Path) -> None:
+    """Raises ModelError for a folder that `load_whole` would not load, but for weights that are not
+    finite; reads no weight.
+    """
+    checkpoint = require_model_folder(folder)
+    if "quantization_config" not in checkpoint.config:  # some quantisers need a GPU
+        _require_all(checkpoint, *_loaded(auto_class, folder, device_map={"": "meta"}))
+
+
 def load_whole(auto_class: Any, folder: Path, **settings: Any) -> PreTrainedModel:
     """A model of a transformers Auto class. Raises ModelError, with the tensor, if it is not
     whole.
     """
     checkpoint = require_model_folder(folder)
+    model, found = _loaded(auto_class, folder, **settings)
+    _require_all(checkpoint, model, found)
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and checkpoint.is_tied is None:
+        checkpoint.require_one_head()
+    if "quantization_config" not in checkpoint.config:
+        _require_floats(checkpoint, model)
+    _require_quantised_shapes(folder, model)
+    _require_finite(checkpoint, model, bool(getattr(model, "is_quantized", False)))
+    whole: PreTrainedModel = model
+    return whole
+
+
+def _loaded(auto_class: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers reports of its loading."""
     try:
         model, found = auto_class.from_pretrained(
             folder,
@@ -85,16 +109,7 @@ def load_whole(auto_class: Any, folder: Path, **settings: Any) -> PreTrainedMode
     except (*UNREADABLE, SafetensorError, ImportError) as error:
         reason = " ".join(str(error).split())[:500]
         raise ModelError(f"{folder} cannot be loaded: {reason}") from error
-    _require_all(checkpoint, model, found)
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and checkpoint.is_tied is None:
-        checkpoint.require_one_head()
-    if "quantization_config" not in checkpoint.config:
-        _require_floats(checkpoint, model)
-    _require_quantised_shapes(folder, model)
-    _require_finite(checkpoint, model, bool(getattr(model, "is_quantized", False)))
-    whole: PreTrainedModel = model
-    return whole
+    return model, found
 
 
 def _require_all(checkpoint: Checkpoint, model: Any, found: dict[str, Any]) -> None:

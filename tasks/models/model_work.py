@@ -2,68 +2,72 @@
 pass over it. No torch; docs/costs.md has the formulas.
 """
 
-import json
 import math
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
 
 from ebbline.tasks.data.batch_shape import rows_together, width_of
 from ebbline.tasks.data.rows import TEXT_BYTES
-from ebbline.tasks.errors import StudyError
-from ebbline.tasks.models.memory import LIKE_LLAMA, Shape, quantised_bytes, shape_of
-from ebbline.tasks.models.sizes import named_shape, organism_shape
+from ebbline.tasks.models.memory import Shape, quantised_bytes
+from ebbline.tasks.models.sizes import ModelSize, named_shape, named_size, organism_shape, size_in
 from ebbline.tasks.specs import Dtype, OrganismSpec, Quantisation
-from ebbline.tasks.stage import Input, Source, stage_of
+from ebbline.tasks.stage import Input, Source, Stage, closure, stage_of
 from ebbline.tasks.stage_kind import Load
 
 BATCH = 32  # rows that are generated together
-ASSUMED = "7b"  # the assumed size of a model whose name has none
+MODELS = ("model", "source", "base", "aligned")  # inputs of stages that are models
 # Kernels of a layer's forward pass, and those that LoRA or quantisation adds for each linear
 KERNELS, KERNELS_A_LINEAR = 14, 4
 
 
 def model_shape(item: Input) -> Shape:
-    """The shape of the model that a stage reads: from its config.json, its organism's size, or the
-    number in its name.
+    """The shape of the model that a stage reads: from its files, its organism's size, or the number
+    in its name.
 
     A stage that makes a model from another reads the other as `model` or `source`.
     """
     stage = stage_of(item)
     if stage is None:
-        return _source_shape(item.location) if isinstance(item, Source) else _assumed()
+        location = item.location if isinstance(item, Source) else ""
+        return size_at(location).shape
     if isinstance(stage.spec, OrganismSpec):
         return organism_shape(stage.spec.size)
     return model_shape(stage.inputs["model" if "model" in stage.inputs else "source"])
 
 
-@lru_cache(maxsize=256)
-def _source_shape(location: str) -> Shape:
-    config = Path(location) / "config.json"
-    if not location.startswith("hub:") and config.is_file():
-        with suppress(ValueError, KeyError):  # a folder that is no model raises when it is loaded
-            content = json.loads(config.read_text())
-            if content.get("model_type") in LIKE_LLAMA:
-                return shape_of(content)
-    name = location.removeprefix("hub:model:").partition("@")[0]
-    return named_shape(Path(name).name) or _assumed()
-
-
-def known_size(location: str) -> bool:
-    """Whether a model from outside says how large it is. If it does not, its size is assumed to be
-    `ASSUMED`.
+def size_at(location: str) -> ModelSize:
+    """The size of a model from outside. That of a hub model is the number in its name, so that the
+    work of a study is the same on every machine.
     """
-    name = location.removeprefix("hub:model:").partition("@")[0]
-    return (Path(location) / "config.json").is_file() or named_shape(Path(name).name) is not None
+    name = Path(location.removeprefix("hub:model:").partition("@")[0]).name
+    if location.startswith("hub:") and named_shape(name) is not None:
+        return named_size(name)
+    path = cached_snapshot(location) if location.startswith("hub:") else Path(location)
+    found = None if path is None or not path.exists() else size_in(path)
+    return named_size(name) if found is None else found
 
 
-def _assumed() -> Shape:
-    shape = named_shape(ASSUMED)
-    if shape is None:
-        raise StudyError(
-            f"no shape is known for {ASSUMED!r}; name one of ebbline.tasks.models.sizes"
-        )
-    return shape
+def cached_snapshot(location: str) -> Path | None:
+    """The snapshot of a pinned hub model that is already on this machine, with its config.json."""
+    from huggingface_hub import try_to_load_from_cache  # only studies with hub models need it
+
+    repo_type, _, rest = location.removeprefix("hub:").partition(":")
+    name, _, commit = rest.partition("@")
+    found = try_to_load_from_cache(
+        name, "config.json", revision=commit.partition("#")[0] or None, repo_type=repo_type
+    )
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def guessed_models(stages: Iterable[Stage]) -> set[str]:
+    """The locations of the models that the stages build on and whose size is a guess."""
+    locations = {
+        item.location
+        for stage in closure(stages)
+        for name, item in stage.inputs.items()
+        if name in MODELS and isinstance(item, Source)
+    }
+    return {location for location in locations if size_at(location).guessed}
 
 
 def width(dtype: Dtype) -> int:

@@ -1,14 +1,25 @@
-"""Sizes of known models and sets by their names, for estimates before anything is loaded. No torch.
+"""Sizes of models, for estimates before anything is loaded. No torch.
 
-The sizes of the organisms are exact. The size of a model from outside is the number in its name
-(`Llama-2-13b`, `SmolLM2-135M`).
+The sizes of the organisms are exact. The size of a model on this machine comes from its files. That
+of another is the number in its name (`Llama-2-13b`, `SmolLM2-135M`), or a guess.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 
-from ebbline.tasks.models.memory import Shape
+from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.model_header import (
+    UNGATED,
+    KnownFrom,
+    ModelHeader,
+    read_header,
+    stamps_of,
+)
+from ebbline.tasks.models.memory import LIKE_LLAMA, Shape
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ VOCABULARY = 179  # of the invented language, with its special tokens
 PRETRAINING_ROWS = 5020
 TASK_ITEMS = {"mmlu": 14_042, "hellaswag": 10_042}  # lm-eval's test sets
 TASK_SUBJECTS = {"mmlu": 57}  # tasks of a group; lm-eval applies a limit to each
+ASSUMED = "7b"  # the guessed size of a model whose files and name give none
 
 _LLAMA = {  # by parameters
     0.135e9: Shape(30, 576, 576, 192, 9, 1536, 49_152, True),
@@ -79,4 +91,93 @@ def named_shape(name: str) -> Shape | None:
         _LLAMA[min(_LLAMA, key=lambda count: abs(math.log(count / parameters)))]
         if parameters > 0
         else None
+    )
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model's number of parameters, how it is known, and a shape with the work and the memory of
+    such a model. `exact` is false for a number that follows from a config or a name.
+    """
+
+    shape: Shape
+    parameters: int
+    architecture: str
+    known_from: KnownFrom | Literal["the name", "a guess"]
+    exact: bool
+
+    @property
+    def guessed(self) -> bool:
+        return self.known_from == "a guess"
+
+
+def size_in(path: Path) -> ModelSize | None:
+    """The size of the model in a folder or a GGUF file; None if its files do not give it.
+
+    A file that is damaged raises an error when it is loaded.
+    """
+    return _size_in(path, stamps_of(path))
+
+
+@lru_cache(maxsize=256)
+def _size_in(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> ModelSize | None:
+    """`stamps` is only a key of the cache."""
+    try:
+        header = read_header(path)
+    except (ModelError, OSError):
+        return None
+    shape = header_shape(header)
+    if shape is None:
+        return None
+    counted = header.parameters
+    return ModelSize(
+        shape,
+        shape.parameters if counted is None else counted,
+        header.architecture,
+        header.known_from,
+        counted is not None,
+    )
+
+
+def named_size(name: str) -> ModelSize:
+    """The size by the number in a model's name, or a guess."""
+    shape = named_shape(name)
+    if shape is not None:
+        return ModelSize(shape, shape.parameters, "llama", "the name", False)
+    shape = named_shape(ASSUMED)
+    assert shape is not None
+    return ModelSize(shape, shape.parameters, "llama", "a guess", False)
+
+
+def header_shape(header: ModelHeader) -> Shape | None:
+    """A Llama-shaped model with the parameters of any model; None if its config lacks a size.
+
+    Where the weights are counted, the width of its MLP makes up for what other architectures have
+    more or fewer of. All experts of a mixture count.
+    """
+    found = header.numbers
+    if not {"layers", "hidden", "heads", "vocabulary"} <= found.keys():
+        return None
+    heads, hidden = found["heads"], found["hidden"]
+    width = found.get("head_width") or max(1, hidden // heads)
+    mlp = found.get("intermediate") or 4 * hidden
+    if found.get("experts", 1) > 1:
+        mlp = found.get("expert_width", mlp) * found["experts"]
+    if header.architecture in UNGATED:
+        mlp = max(1, round(mlp * 2 / 3))
+    shape = Shape(
+        found["layers"],
+        hidden,
+        heads * width,
+        found.get("key_heads", heads) * width,
+        heads,
+        mlp,
+        found["vocabulary"],
+        header.tied,
+    )
+    if header.parameters is None or header.architecture in LIKE_LLAMA:
+        return shape
+    missing = header.parameters - shape.parameters
+    return replace(
+        shape, intermediate=max(1, mlp + round(missing / (3 * shape.layers * shape.hidden)))
     )

@@ -13,7 +13,7 @@ from ebbline.cluster.schedule.estimates import Estimates, _interpolated, load_re
 from ebbline.cluster.store.artifacts import Store
 from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import TrainSpec
-from ebbline.tasks.stage import Stage, key_payload
+from ebbline.tasks.stage import Source, Stage, key_payload
 from tests.cluster.test_work import ROWS, SEVEN_B, SEVENTY_B, one_of_each, train
 
 A100 = {ACCELERATOR_TYPE: "A100"}
@@ -214,3 +214,17 @@ def test_an_overhead_is_the_default_until_measured_and_then_the_median():
     assert starts.seconds("L4", 1, new=True) == 4.0, "another type's measurement, not the default"
     starts.learn(None, 2, True, 30.0)
     assert starts.seconds(None, 8) == 30.0
+
+
+def test_a_guessed_size_costs_a_budget_nothing_until_a_stage_like_it_is_measured(store):
+    unnamed, named = (Source(name, f"/nowhere/{name}") for name in ("mine", "mine-7b"))
+    guess, known = train(unnamed, steps=100), train(named, steps=100)
+    estimates = Estimates(store)
+    assert estimates.guessed(guess, Needs(1)) and not estimates.guessed(known, Needs(1))
+    assert estimates.budgeted(guess, Needs(1)) == 0.0 < estimates.seconds(guess, Needs(1))
+    assert estimates.budgeted(known, Needs(1)) == estimates.seconds(known, Needs(1))
+    record(store, train(SEVEN_B, steps=1), 1.0)
+    assert Estimates(store).guessed(guess, Needs(1)), "that was much less work"
+    record(store, guess, 50.0)
+    estimates = Estimates(store)
+    assert estimates.budgeted(guess, Needs(1)) == pytest.approx(50.0)

@@ -684,7 +684,7 @@ def test_a_stage_that_the_meter_rejects_leaves_its_slot_to_the_next_one(store, p
 
 
 def test_the_meter_is_asked_for_the_whole_batch(store):
-    model, executor = Source("m" * 64, "/nowhere"), Losing(1)
+    model, executor = Source("m" * 64, "/nowhere/llama-7b"), Losing(1)
     adapters = [Source(name * 64, "/a") for name in "abc"]
     runner = Runner(store, executor, meter=Frugal(5.0))
     runner.estimates.seconds = lambda stage, needs: 2.0
@@ -694,6 +694,15 @@ def test_the_meter_is_asked_for_the_whole_batch(store):
     )
     runner.step(0.0)
     assert [len(batch) for batch in executor.batches] == [2]
+
+
+def test_a_stage_whose_model_has_a_guessed_size_is_not_rejected_by_the_meter(store):
+    model, executor = Source("m" * 64, "/nowhere/mine.gguf"), Losing(1)
+    runner = Runner(store, executor, meter=Frugal(0.001))
+    adapter = Source("a" * 64, "/a")
+    runner.add([Stage(ProjectSpec(), {"adapter": adapter, "base": model, "aligned": model})])
+    runner.step(0.0)
+    assert len(executor.batches) == 1 and not runner.unaffordable
 
 
 def break_commits(monkeypatch, times):

@@ -53,7 +53,10 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"models": {}}, r"models: .*at least 1"),
         ({"seeds": []}, r"seeds: .*at least 1"),
         ({"axes/train.rank": []}, r"axes\.train\.rank"),
-        ({"suites/refusal/measure/kind": "refusals"}, r"suites\.refusal\.measure: .*'refusals'"),
+        (
+            {"suites/refusal/measure/kind": "refusals"},
+            r"line \d+: suites\.refusal\.measure\.kind: 'refusals' is not .*mean 'refusal'",
+        ),
         ({"models/7b/base": {}}, r"models\.7b\.base: give exactly one of .*got none"),
         (
             {"data/pool": {"language": "a", "path": {"path": "b"}}},
@@ -91,9 +94,9 @@ def test_there_are_shipped_studies_and_one_is_the_quickstart():
         ({"models/7b/gpus": 0}, r"models\.7b\.gpus: "),
         (
             {"models/7b/labels": {"ray.io/accelerator-type": "in A100"}},
-            r"models\.7b: .*ray.io/accelerator-type: .*'in A100' is invalid",
+            r"models\.7b\.labels\.ray.io/accelerator-type: .*'in A100' is invalid",
         ),
-        ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train: .*rnak"),
+        ({"models/7b/train": {"rnak": 4}}, r"models\.7b\.train\.rnak: .*did you mean 'rank'"),
         (
             {"models/7b/train": {"quantisation": "nf4"}},
             r"models\.7b\.train\.quantisation: give models\.7b\.quantisation instead",
@@ -329,9 +332,11 @@ def test_the_error_for_an_unpinned_study_names_every_unpinned_reference(tmp_path
             "suites/refusal/prompts": {"hub": {"id": "org/prompts", "commit": "b" * 40}},
         },
     )
+    file = str(tmp_path / "study.yaml")
     with pytest.raises(PinError, match="ebbline pin") as caught:
-        require_pins(found)
+        require_pins(found, file)
     message = str(caught.value)
+    assert f"ebbline pin {file} --to {tmp_path}/study-pinned.yaml" in message
     for named in (
         "models.7b.base.hub: org/base",
         "models.7b.aligned.path: ",

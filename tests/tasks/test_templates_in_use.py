@@ -13,7 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ebbline.checks.jobs import Jobs, ModelJob, SetJob
+from ebbline.checks.study_checks import check_study
+from ebbline.checks.with_models import answers_to
 from ebbline.commands.evaluate import evaluate
+from ebbline.sweeps.study.suites import TaskSuite
 from ebbline.tasks.errors import DataError, EvaluationError, ModelError
 from ebbline.tasks.measuring import generate
 from ebbline.tasks.measuring.completions import read_completions
@@ -21,7 +25,6 @@ from ebbline.tasks.measuring.prefix_lm import PrefixLM
 from ebbline.tasks.models.loading import Residents, load_tokenizer
 from ebbline.tasks.specs import Chat, GenerateSpec, TrainSpec
 from ebbline.tasks.training import train
-from ebbline.template_checks import Asked, fault, require_templates
 from tests.sweeps.made import study
 from tests.tiny import TEMPLATE, context, fresh, word_tokenizer, write_chats, write_lines
 
@@ -215,8 +218,10 @@ def test_training_names_the_row_whose_turns_the_template_does_not_support(pair, 
             fresh(tmp_path / "out"),
             context(tmp_path / "ctx"),
         )
-    asked = Asked("models.7b.aligned", str(folder), {}, trains=True, pool=str(chats))
-    assert "does not support system turns, and 1 of the 4 conversations" in fault(asked)
+    pool = SetJob("data.pool", str(chats), 512, (0,), 4)
+    job = ModelJob("models.7b.aligned", str(folder), {}, trains=True, sets=(pool,))
+    (message,) = answers_to(Jobs((job,)), print).faults
+    assert "does not support system turns, and 1 of the 4 conversations" in message
 
 
 def test_full_fine_tuning_saves_the_models_own_template(pair, tmp_path):
@@ -261,20 +266,30 @@ def test_a_prompt_of_lm_eval_begins_with_one_start_and_has_the_date_of_the_spec(
 def test_a_study_with_an_unusable_template_ends_before_its_first_stage(pair, tmp_path):
     """The check is a process of its own, because a driver imports no torch."""
     folder = with_template(tmp_path / "model", pair.aligned, NO_PROMPT)
-    asked = [Asked("models.7b.aligned", str(folder), {}, trains=True)]
+    rows = write_lines(tmp_path / "task.jsonl", [{"prompt": "word1 word2", "answer": "word3"}])
+    measured = SetJob("suites.task.prompts", str(rows), 99, measure=TaskSuite().model_dump())
+    jobs = Jobs(
+        (
+            ModelJob("models.7b.aligned", str(folder), {}, trains=True),
+            ModelJob("models.8b.aligned", str(pair.aligned), {}, trains=True, sets=(measured,)),
+        )
+    )
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "ebbline.template_checks"],
-        input=json.dumps([asdict(each) for each in asked]),
+        [sys.executable, "-P", "-m", "ebbline.checks.with_models"],
+        input=json.dumps(asdict(jobs)),
         capture_output=True,
         text=True,
         check=True,
     )
-    (message,) = json.loads(done.stdout.splitlines()[-1])
+    *now, last = map(json.loads, done.stdout.splitlines())
+    assert now[0] == {"now": f"models.7b.aligned: {folder}"}
+    found = last["found"]
+    assert [each["where"] for each in found["lengths"]] == ["suites.task.prompts"]
+    (message,) = found["faults"]
     assert message.startswith("models.7b.aligned: the chat template in")
     assert "writes no generation prompt" in message
 
 
-@pytest.mark.process
 def test_a_run_names_each_local_model_whose_template_cannot_be_used(pair, tmp_path):
     broken = with_template(tmp_path / "broken", pair.aligned, NO_PROMPT)
     missing = with_template(tmp_path / "missing", pair.aligned, None)
@@ -290,9 +305,7 @@ def test_a_run_names_each_local_model_whose_template_cannot_be_used(pair, tmp_pa
             },
         )
 
-    require_templates(of(pair.aligned))
-    with pytest.raises(ModelError) as caught:
-        require_templates(of(broken))
-    first, second = str(caught.value).splitlines()
+    assert check_study(of(pair.aligned)).faults == []
+    first, second = check_study(of(broken)).faults
     assert first.startswith("models.7b.aligned: ") and "writes no generation prompt" in first
     assert second.startswith("judges.mine.model: ") and "has no chat template" in second
