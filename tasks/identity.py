@@ -131,7 +131,15 @@ class FileDigests:
         self.known, self._settled_ns, self._kept = dict(known), settled_ns, kept
         self._lock = threading.Lock()
 
-    def of(self, path: Path) -> str:
+    def of(
+        self,
+        path: Path,
+        compute: Callable[[Path], str] | None = None,
+        began: str | None = None,
+    ) -> str:
+        """The sha256 of a file. `compute` gives it if it is not known; `began` is the file's stamp
+        when the computation began, if that was before this call.
+        """
         stamp, stat = stamp_of(path), path.stat()
         kept = self._kept if stat.st_size >= KEPT_BYTES else None
         if stamp not in self.known and kept is not None:
@@ -139,8 +147,8 @@ class FileDigests:
         found = self.known.get(stamp)
         if found is None:
             settled = time.time_ns() - stat.st_ctime_ns > self._settled_ns
-            found = file_digest(path)
-            if settled and stamp_of(path) == stamp:
+            found = (compute or file_digest)(path)
+            if settled and stamp_of(path) == (began or stamp):
                 self.known[stamp] = found
                 if kept is not None:
                     self._keep(kept(), stamp, found)
