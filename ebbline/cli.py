@@ -58,13 +58,15 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
     data are pinned.
     """
     from ebbline.sweeps.search.searcher import check_written_points
-    from ebbline.sweeps.study.pins import require_pins, require_rows
+    from ebbline.sweeps.study.pins import repeated_prompts, require_pins, require_rows
     from ebbline.sweeps.study.study_file import load
 
     loaded = load(study)
     check_written_points(loaded)
     require_rows(loaded)
     require_pins(loaded)
+    for sentence in repeated_prompts(loaded):
+        print(sentence, file=sys.stderr if as_json else sys.stdout)
     if as_json:
         print(loaded.model_dump_json(indent=1))
         return

@@ -31,6 +31,7 @@ from ebbline.sweeps.drive.progress import Progress
 from ebbline.sweeps.forecast.forecast import forecast
 from ebbline.sweeps.forecast.prediction import Prediction, keep, keep_end, predict
 from ebbline.sweeps.state.spending import read_spent
+from ebbline.sweeps.study.pins import repeated_prompts
 from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
@@ -156,6 +157,8 @@ def _run(
 
     started, screen = time.monotonic(), Screen(study)
     print(f"{study.study}: {study.question}\n")
+    for sentence in repeated_prompts(study):
+        print(sentence)
     with Interrupts(screen.notice, resume) as interrupts:
         with screen:
             progress = drive(

@@ -87,6 +87,22 @@ def require_rows(study: Study) -> None:
         )
 
 
+def repeated_prompts(study: Study) -> Iterator[str]:
+    """A sentence for each suite whose set on this machine gives a prompt more than once."""
+    for name, entry in study.suites.items():
+        if entry.prompts.path is None:
+            continue
+        try:
+            found = require_prompts(entry.measure, entry.prompts.path.located())
+        except EbblineError:
+            continue  # require_rows names it
+        if found is not None and found.repeats:
+            yield (
+                f"suites.{name}.prompts: {len(found.repeats)} of {found.rows} rows repeat the "
+                "prompt of an earlier row. A prompt is asked and counted once"
+            )
+
+
 def _training_data(study: Study) -> Iterator[tuple[str, Data]]:
     yield "data", study.data
     for name, model in study.models.items():

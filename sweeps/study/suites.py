@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ebbline.tasks.data.prompts import read_prompts
+from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.specs import (
     BatchSize,
     Block,
@@ -142,11 +142,14 @@ _LABELS: Mapping[str, Literal["harmful", "harmless"] | None] = {
 }
 
 
-def require_prompts(suite: Suite, path: Path) -> None:
-    """Raise DataError if a generation of the suite would find a fault in its prompts."""
-    if not isinstance(suite, MultipleChoiceSuite):
-        needs_answer = isinstance(suite, TaskSuite)
-        read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, needs_answer)
+def require_prompts(suite: Suite, path: Path) -> PromptSet | None:
+    """The prompts as a generation of the suite reads them; None for an lm-eval task. Raises
+    DataError if it would find a fault in them.
+    """
+    if isinstance(suite, MultipleChoiceSuite):
+        return None
+    needs_answer = isinstance(suite, TaskSuite)
+    return read_prompts(path, suite.format, _LABELS[suite.kind], suite.limit, needs_answer)
 
 
 def scorers_of(suite: Suite) -> tuple[str, ...]:
