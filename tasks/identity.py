@@ -175,11 +175,13 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
         raise DataError(f"there is no file or folder at {path}")
     cached = _cached(cache)
     digests = READ if cache is None else FileDigests(cached, 0)
+    # So that a stage on this machine need not hash the file again
+    compute = None if cache is None else READ.of
     if path.is_file():
-        result = digests.of(path)
+        result = digests.of(path, compute)
     else:
         check_named_files(path)
-        files = {name: digests.of(file) for name, file in files_below(path).items()}
+        files = {name: digests.of(file, compute) for name, file in files_below(path).items()}
         if not files:
             raise DataError(f"the folder {path} is empty")
         result = digest_files(files)

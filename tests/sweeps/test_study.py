@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from ebbline.sweeps.study.pins import require_pins, require_rows, unpinned
+from ebbline.sweeps.study.pins import repeated_prompts, require_pins, require_rows, unpinned
 from ebbline.sweeps.study.study import Study, axis_fields
 from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped, source_of
 from ebbline.tasks.errors import DataError, PinError, StudyError
@@ -366,6 +366,19 @@ def test_rows_that_a_stage_could_not_read_are_an_error_before_anything_is_pinned
     (tmp_path / "pool.jsonl").write_text(files["pool.jsonl"].partition("\n")[0])
     (tmp_path / "task.csv").write_text("prompt,answer\np,a\n")
     require_rows(found)
+
+
+def test_prompts_that_are_given_twice_are_counted_before_a_run(tmp_path):
+    (tmp_path / "task.csv").write_text("prompt,answer\np,a\nq,b\np,a\n")
+    found = study(tmp_path, {"suites/task/prompts": {"path": {"path": "task.csv"}}})
+    assert list(repeated_prompts(found)) == [
+        "suites.task.prompts: 1 of 3 rows repeat the prompt of an earlier row. A prompt is asked "
+        "and counted once"
+    ]
+    (tmp_path / "task.csv").write_text("prompt,answer\np,a\n")
+    assert list(repeated_prompts(found)) == []
+    (tmp_path / "task.csv").unlink()
+    assert list(repeated_prompts(found)) == []
 
 
 def test_a_relative_path_starts_at_the_files_own_folder(tmp_path, monkeypatch):
