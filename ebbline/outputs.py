@@ -9,6 +9,7 @@ from ebbline.analysis.figures.projection import projection_figures
 from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
+from ebbline.analysis.results.adapter_notes import adapter_notes
 from ebbline.analysis.results.collect import (
     StoredEvidence,
     artifacts_behind,
@@ -54,8 +55,9 @@ def write_outputs(view: StudyView, results: Sequence[Result]) -> dict[str, Path]
         _cost(view, results, artifacts),
         provenance(view, results, artifacts).rows(),
     )
+    notes = adapter_notes(view, results)
     outputs["report"] = write_report(
-        found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn
+        found, folder, cost, origin, projected, folder / f"{GANTT}.svg", drawn, notes
     )
     return outputs
 

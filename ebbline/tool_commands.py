@@ -176,6 +176,20 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(
+            help="A chat template, a Jinja file, in place of the model's.", show_default=False
+        ),
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="Set the chat template's switch for thoughts.",
+            show_default=False,
+        ),
+    ] = None,
     quantisation: Annotated[
         Literal["none", "int8", "nf4"], typer.Option(help="Quantisation of the loaded model.")
     ] = "none",
@@ -193,7 +207,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters, without a study, store or cluster."""
-    from ebbline.commands.evaluate import chat_on, print_measured
+    from ebbline.commands.evaluate import chat_of, print_measured
     from ebbline.commands.evaluate import evaluate as measure
     from ebbline.commands.project import progress_bar
 
@@ -217,7 +231,7 @@ def evaluate(
             settings=settings,
             quantisation=quantisation,
             dtype=dtype,
-            chat=chat_on(chat_date),
+            chat=chat_of(chat_date, template, thinking),
             tokenizer=tokenizer,
             device=device,
             progress=progress,

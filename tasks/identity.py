@@ -131,7 +131,15 @@ class FileDigests:
         self.known, self._settled_ns, self._kept = dict(known), settled_ns, kept
         self._lock = threading.Lock()
 
-    def of(self, path: Path) -> str:
+    def of(
+        self,
+        path: Path,
+        compute: Callable[[Path], str] | None = None,
+        began: str | None = None,
+    ) -> str:
+        """The sha256 of a file. `compute` gives it if it is not known; `began` is the file's stamp
+        when the computation began, if that was before this call.
+        """
         stamp, stat = stamp_of(path), path.stat()
         kept = self._kept if stat.st_size >= KEPT_BYTES else None
         if stamp not in self.known and kept is not None:
@@ -139,8 +147,8 @@ class FileDigests:
         found = self.known.get(stamp)
         if found is None:
             settled = time.time_ns() - stat.st_ctime_ns > self._settled_ns
-            found = file_digest(path)
-            if settled and stamp_of(path) == stamp:
+            found = (compute or file_digest)(path)
+            if settled and stamp_of(path) == (began or stamp):
                 self.known[stamp] = found
                 if kept is not None:
                     self._keep(kept(), stamp, found)
@@ -167,11 +175,13 @@ def content_digest(path: Path, cache: Path | None = None) -> str:
         raise DataError(f"there is no file or folder at {path}")
     cached = _cached(cache)
     digests = READ if cache is None else FileDigests(cached, 0)
+    # So that a stage on this machine need not hash the file again
+    compute = None if cache is None else READ.of
     if path.is_file():
-        result = digests.of(path)
+        result = digests.of(path, compute)
     else:
         check_named_files(path)
-        files = {name: digests.of(file) for name, file in files_below(path).items()}
+        files = {name: digests.of(file, compute) for name, file in files_below(path).items()}
         if not files:
             raise DataError(f"the folder {path} is empty")
         result = digest_files(files)

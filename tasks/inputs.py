@@ -1,27 +1,27 @@
 """The check that a stage's inputs are what its key names, while the stage reads them.
 
 Files under LARGE_BYTES are compared before the stage begins. Larger ones are hashed in threads
-while the stage runs, because weights take about as long to hash as to read. Damage ends a running
-stage at its next report of progress. A stage ends only when all its inputs are compared.
+while the stage runs (`background_digests`), because weights take about as long to hash as to read.
+Damage ends a running stage at its next report of progress. A stage ends only when all its inputs
+are compared.
 
 When the stage has ended, stamps are compared, so a file that was written meanwhile is found.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, ParamSpec
 
+from ebbline.tasks.background_digests import BackgroundDigests, Hash
 from ebbline.tasks.errors import Damaged
 from ebbline.tasks.identity import READ, digest_files, file_digest, stamp_of
 from ebbline.tasks.paths import check_named_files, files_below
 
 LARGE_BYTES = 32_000_000
-THREADS = 4
 GIT_DIGITS = 40
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 P = ParamSpec("P")
@@ -63,7 +63,7 @@ class InputCheck:
 
     def __init__(self, inputs: Mapping[str, ExpectedInput]) -> None:
         self._stamps: dict[Path, str] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._background = BackgroundDigests()
         self._digests: dict[Path, Future[str]] = {}
         self._waiting: list[tuple[ExpectedInput, dict[str, Path]]] = []
         for expected in inputs.values():
@@ -73,21 +73,19 @@ class InputCheck:
             else:
                 _require_listed(expected, files)
             self._stamps |= {path: stamp_of(path) for path in files.values()}
-            self._digests |= {path: self._digest(expected, path) for path in files.values()}
+            for path in files.values():
+                if path not in self._digests:
+                    self._digests[path] = self._digest(expected, path)
             self._waiting.append((expected, files))
         self.compare()
 
     def _digest(self, expected: ExpectedInput, path: Path) -> "Future[str]":
         by_git = expected.source == "hub" and len(path.resolve().name) == GIT_DIGITS
-        digest = _git_digest if by_git else READ.of
         if path.stat().st_size < LARGE_BYTES or self._stamps[path] in READ.known:
             known: Future[str] = Future()
-            known.set_result(digest(path))
+            known.set_result(_git_digest(path) if by_git else READ.of(path))
             return known
-        if self._pool is None:
-            workers = min(THREADS, os.cpu_count() or 1)
-            self._pool = ThreadPoolExecutor(workers, "input-digests")
-        return self._pool.submit(digest, path)
+        return self._background.add(path, _git_hash if by_git else None)
 
     def compare(self) -> None:
         """Compare the inputs that are hashed by now. A running stage calls this often."""
@@ -98,16 +96,24 @@ class InputCheck:
                 self._waiting.remove(item)
                 try:
                     _compare(expected, {name: each.result() for name, each in digests.items()})
+                except FileNotFoundError as error:
+                    raise Damaged(
+                        f"{error.filename} was removed while a stage read it; put it back, and "
+                        "run the same command again"
+                    ) from None
                 except Damaged:
                     if expected.source == "hub":
                         raise
                     # The remembered digests may be what is damaged.
                     _compare(expected, {name: file_digest(path) for name, path in files.items()})
 
+    def stop(self) -> None:
+        """Hash no more. The attempt ends without a result."""
+        self._background.stop()
+
     def finish(self) -> None:
         """Wait until all inputs are hashed, and compare them."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._background.finish()
         self.compare()
 
     def check_unchanged(self) -> None:
@@ -188,11 +194,15 @@ def _damaged(expected: ExpectedInput, name: str, problem: str) -> None:
     raise Damaged(f"{path} {problem}. {_REMEDIES[expected.source]}")
 
 
+def _git_hash(path: Path) -> Hash:
+    """The hash by which git names a file's content, before its first byte."""
+    prefix = f"blob {path.stat().st_size}\0".encode()
+    return hashlib.sha1(prefix, usedforsecurity=False)
+
+
 def _git_digest(path: Path) -> str:
-    """The digest by which git names a file's content."""
+    sha = _git_hash(path)
     with path.open("rb") as handle:
-        prefix = f"blob {path.stat().st_size}\0".encode()
-        sha = hashlib.sha1(prefix, usedforsecurity=False)
         while block := handle.read(1 << 20):
-            sha.update(block)
+            sha.update(memoryview(block))
     return sha.hexdigest()

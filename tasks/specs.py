@@ -10,7 +10,15 @@ import re
 from datetime import date
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -70,8 +78,8 @@ class Chat(Frozen):
     """How conversations are rendered with the model's chat template.
 
     `date` is the date that the template writes, if it writes one. `template` is the name of one of
-    several templates; None is the default one. `thinking` sets the template's switch for thoughts;
-    None leaves the template's own default.
+    several templates; None is the default one. `text` is a template in place of the model's own.
+    `thinking` sets the template's switch for thoughts; None leaves the template's own default.
     """
 
     date: Annotated[str, BeforeValidator(_iso_date), Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = (
@@ -79,6 +87,21 @@ class Chat(Frozen):
     )
     template: str | None = None
     thinking: bool | None = None
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _one_template(self) -> Self:
+        if self.text is not None and self.template is not None:
+            raise ValueError(f"give `template` ({self.template!r}) or `text`, not both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        # The keys of all models that have their own template were made before this field
+        found: dict[str, object] = handler(self)
+        if self.text is None:
+            del found["text"]
+        return found
 
 
 DEFAULT_CHAT = Chat()
@@ -126,7 +149,7 @@ class DataSpec(Spec):
     """
 
     KIND: ClassVar[str] = "data"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     ROWS: ClassVar[str] = "data.jsonl"
     size: Count
     seed: Seed = 0

@@ -249,6 +249,8 @@ def _damage_behind(error: Exception, check: InputCheck | None) -> Exception:
     """The damage of an input behind a stage's error, else the error. A machine that is about to go
     has no time for that.
     """
+    if check is not None and isinstance(error, Leaving):
+        check.stop()
     if check is None or isinstance(error, Damaged | Leaving | OutOfMemory):
         return error
     try:

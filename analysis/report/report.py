@@ -59,12 +59,14 @@ def write_report(
     projections: Projections = _NO_PROJECTIONS,
     plan: Path | None = None,
     figures: Mapping[str, DrawnFigure] | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Writes FOLDER/report.html.
 
-    `cost` maps labels to values. `plan` is the SVG picture of the latest plan. `figures` is the
-    result of figures_of; the figures are drawn if it is not given. Without evidence there are no
-    paired comparisons, no tables by category and no scorer agreement.
+    `notes` are sentences on the adapters. `cost` maps labels to values. `plan` is the SVG picture
+    of the latest plan. `figures` is the result of figures_of; the figures are drawn if it is not
+    given. Without evidence there are no paired comparisons, no tables by category and no scorer
+    agreement.
     """
     study, results, hosts = found.study, found.results, host_names(folder)
     drawn = {
@@ -79,6 +81,7 @@ def write_report(
             _split(paragraph)
             for paragraph in answer(study, results, found.baselines, found.evidence, found.lines)
         ],
+        notes=notes,
         counts={status: sum(result.status == status for result in results) for status in STATUSES},
         objectives=[directed_label(name) for name in study.objectives],
         hypervolume=frontier_hypervolume(results, study.objectives),

@@ -110,15 +110,19 @@ def projections(
 
 @dataclass(frozen=True)
 class SuitePrompts:
-    """A suite's prompts: the file's format, its rows, how many were asked, and its digest."""
+    """A suite's prompts: the file's format, its rows, how many were asked, and its digest.
+    `repeats` counts the rows that repeat the prompt of an earlier row, which is asked once.
+    """
 
     format: str
     rows: int
     asked: int
     sha256: str
+    repeats: int = 0
 
     def __str__(self) -> str:
-        return f"{self.format}, {self.rows} rows, {self.asked} asked, sha256 {self.sha256}"
+        repeats = f" ({self.repeats} repeat an earlier prompt)" if self.repeats else ""
+        return f"{self.format}, {self.rows} rows{repeats}, {self.asked} asked, sha256 {self.sha256}"
 
 
 def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
@@ -131,7 +135,11 @@ def prompt_sets(view: StudyView) -> dict[str, SuitePrompts]:
             if artifact is not None:
                 record = json.loads(artifact.file(GenerateSpec.PROMPTS).read_text())
                 found[suite] = SuitePrompts(
-                    record["format"], record["rows"], record["asked"], record["sha256"]
+                    record["format"],
+                    record["rows"],
+                    record["asked"],
+                    record["sha256"],
+                    record.get("repeats", 0),
                 )
     return found
 

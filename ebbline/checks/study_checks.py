@@ -113,6 +113,11 @@ def _sets(study: Study, found: Found, now: Now) -> None:
         except EbblineError as error:
             found.faults.append(f"{each.where}: {error}")
             continue
+        if facts.repeats:
+            found.notes.append(
+                f"{each.where}: {facts.repeats} of {facts.rows} rows repeat the prompt of an "
+                "earlier row. A prompt is asked and counted once"
+            )
         if not isinstance(each.measure, MultipleChoiceSuite):
             written = each.reference.path.path if each.reference.path else str(path)
             fields = list(facts.fields)

@@ -140,6 +140,12 @@ def _coverage(audit: Audit) -> list[str]:
 
 def _rows(audit: Audit) -> list[str]:
     sentences = []
+    if audit.repeats:
+        ids = _some([_plain(name) for name in audit.repeats])
+        sentences.append(
+            f"{_count(len(audit.repeats), 'row repeats', 'rows repeat')} the prompt of an earlier "
+            f"row and {'is' if len(audit.repeats) == 1 else 'are'} not asked again ({ids})"
+        )
     if audit.lengths.short:
         sentences.append(
             f"{_count(audit.lengths.short, 'prompt has', 'prompts have')} fewer than "

@@ -46,11 +46,16 @@ from ebbline.tasks.identity import content_digest, folder_files
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named
 from ebbline.tasks.measuring import score
-from ebbline.tasks.measuring.completions import read_completions
+from ebbline.tasks.measuring.completions import (
+    read_completions,
+    repeated_prompts,
+    unused_beside_adapter,
+)
 from ebbline.tasks.measuring.metrics import Metric, read_metrics
 from ebbline.tasks.models.adapter_file import read_adapter_file
 from ebbline.tasks.models.loading import Residents, load_tokenizer
 from ebbline.tasks.models.model_folder import require_model_folder
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, read_json
 from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, ScoreSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
@@ -73,6 +78,10 @@ class Measured:
     unused_beside_adapter: Sequence[str] = ()
     # Every update of the adapter is zero, so these are the metrics of the model itself
     changes_nothing: bool = False
+    # The base that the adapter's config names, if it is not the measured model
+    other_base: str = ""
+    # Rows of the set that repeat the prompt of an earlier row, which is asked once
+    repeats: int = 0
 
 
 def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
@@ -107,10 +116,23 @@ def suite_of(name: str, settings: Mapping[str, Any]) -> Suite:
     return suite
 
 
-def chat_on(date: str | None) -> Chat:
-    """Chat settings with a date. Raises EvaluationError for a text that is no date."""
+def chat_of(date: str | None, template: Path | None, thinking: bool | None) -> Chat:
+    """Chat settings from options. Raises EvaluationError for a text that is no date, and for a
+    template that cannot be read.
+    """
+    settings: dict[str, Any] = {} if date is None else {"date": date}
+    if template is not None:
+        try:
+            settings["text"] = template.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(
+                f"the chat template {template} cannot be read ({type(error).__name__}); give a "
+                "Jinja file in UTF-8, such as chat_template.jinja"
+            ) from None
+        if not settings["text"].strip():
+            raise EvaluationError(f"the chat template {template} is empty")
     try:
-        return DEFAULT_CHAT if date is None else Chat(date=date)
+        return Chat(thinking=thinking, **settings)
     except ValidationError:
         raise EvaluationError(f"{date!r} is not a date; write it as YYYY-MM-DD") from None
 
@@ -171,13 +193,16 @@ def evaluate(
         for stage_name, stage in stages.items():
             outputs[stage.lineage] = _run(stage, outputs, place / stage_name.partition(":")[0], ctx)
         found = {metric.name: metric for metric in read_metrics(place / "metrics")}
+        record = _record(place)
         results.append(
             Measured(
                 "" if adapter is None else str(adapter),
                 place,
                 found,
-                _unused(place),
+                unused_beside_adapter(record),
                 adapter is not None and read_adapter_file(adapter).changes_nothing,
+                "" if adapter is None else other_base(adapter, str(model), folder),
+                repeated_prompts(record),
             )
         )
     return results
@@ -192,12 +217,29 @@ def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
     return zip(distinct_names(folders), folders, strict=True)
 
 
-def _unused(place: Path) -> list[str]:
-    """What differs in a tokenizer beside the adapter that was not used."""
+def _record(place: Path) -> dict[str, Any]:
+    """What a measurement recorded of its prompts and its adapter."""
     files = [place / stage / GenerateSpec.PROMPTS for stage in (GenerateSpec.KIND, "metrics")]
-    record = json.loads(next(file for file in files if file.exists()).read_text())
-    found: list[str] = record.get("chat", {}).get("unused_beside_adapter", [])
+    found: dict[str, Any] = json.loads(next(file for file in files if file.exists()).read_text())
     return found
+
+
+def other_base(adapter: Path, model: str, folder: Path) -> str:
+    """The base that an adapter's config names, if it is another model by its name; else empty. A
+    copy under another name is not the same by its name, so this is no error.
+    """
+    named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip():
+        return ""
+    config = folder / "config.json"
+    saved_as = read_json(config).get("_name_or_path") if config.exists() else None
+    repository = folder.resolve().parent.parent.name.rpartition("--")[2]  # of a hub snapshot
+    names = {_last(each) for each in (model, str(folder.resolve()), repository, saved_as or "")}
+    return "" if _last(named) in names else named
+
+
+def _last(name: str) -> str:
+    return name.partition("@")[0].rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
 
 
 def _source(path: Path) -> Source:
@@ -357,6 +399,8 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
                 "folder": str(each.folder),
                 "unused_beside_adapter": list(each.unused_beside_adapter),
                 "changes_nothing": each.changes_nothing,
+                "other_base": each.other_base,
+                "repeats": each.repeats,
                 "agreement": _agreement(each.folder),
             }
             | {
@@ -391,11 +435,25 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
     console.print(table)
     for each in measured:
         console.print(f"{each.folder}", highlight=False, soft_wrap=True, markup=False)
+    if measured[0].repeats:
+        console.print(
+            f"{measured[0].repeats} rows of the set repeat the prompt of an earlier row; a prompt "
+            "is asked and counted once",
+            highlight=False,
+        )
     for each in measured:
         if each.changes_nothing:
             console.print(
                 f"{each.folder.name}: every update B A of this adapter is zero, so this is a "
                 "measurement of the model itself; was the adapter trained?",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
+        if each.other_base:
+            console.print(
+                f"{each.folder.name}: its {ADAPTER_CONFIG} names the base {each.other_base}, which "
+                "is another name than that of the measured model; is it the same model?",
                 highlight=False,
                 soft_wrap=True,
                 markup=False,

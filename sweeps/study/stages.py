@@ -20,7 +20,13 @@ from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import blocks_of, stages_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import PinError, StudyError
-from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.identity import (
+    content_digest,
+    digest,
+    digest_files,
+    file_digest,
+    folder_files,
+)
 from ebbline.tasks.specs import (
     DEFAULT_CHAT,
     Block,
@@ -300,7 +306,8 @@ class StageGraph:
         path = reference.located()
         found = content_digest(path, cache=self.home.digests)
         if found != sha256:
-            found = content_digest(path)  # the cache itself may be damaged
+            # The remembered digests may be what is damaged
+            found = file_digest(path) if path.is_file() else digest_files(folder_files(path))
         if found != sha256:
             raise PinError(
                 f"{path} differs from its pin: its sha256 is {found}, the study has {sha256}."

@@ -24,12 +24,12 @@ _DIRECTIVES = (
 
 
 def bind(tokenizer: Any, chat: Chat, where: object) -> None:
-    """Choose the template that `chat` names and put the settings into it. The attribute
-    `own_chat_template` of the tokenizer keeps the model's own, for saving.
+    """Choose the template that `chat` names or holds, and put the settings into it. The attribute
+    `own_chat_template` of the tokenizer keeps the template without them, for saving.
 
     Raises ModelError if there is no such template, and for a random one.
     """
-    own = tokenizer.chat_template
+    own = tokenizer.chat_template if chat.text is None else chat.text
     if not own:
         raise ModelError(
             f"the tokenizer in {where} has no chat template; ebbline studies chat models. Add "
@@ -83,8 +83,10 @@ def own_template(template: str) -> str:
 
 def render(tokenizer: Any, turns: Turns, prompt: bool, template: str | None = None) -> str:
     """The text of a conversation; with `prompt` up to where the model's answer begins."""
+    # Without the weight of a turn, which is no text
+    texts = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     text: str = tokenizer.apply_chat_template(
-        list(turns), chat_template=template, add_generation_prompt=prompt, tokenize=False
+        texts, chat_template=template, add_generation_prompt=prompt, tokenize=False
     )
     return text
 

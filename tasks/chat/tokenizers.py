@@ -46,6 +46,18 @@ def read_tokenizer(folder: Path, adapter: Path | None = None) -> Any:
 
 
 def _read(folder: Path) -> Any:
+    tokenizer = _loaded(folder)
+    longest = tokenizer.model_max_length
+    is_number = isinstance(longest, int | float) and not isinstance(longest, bool)
+    if not is_number or not longest > 0:
+        raise ModelError(
+            f"`model_max_length` in {folder / 'tokenizer_config.json'} is {longest!r}, not a "
+            "number above 0; write the number without quotes, or remove the setting"
+        )
+    return tokenizer
+
+
+def _loaded(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(
             folder,

@@ -9,6 +9,7 @@ from typing import Any
 
 from ebbline.tasks.chat.probes import LEAD, TemplateFacts, probe, require_trainable
 from ebbline.tasks.chat.template import Turns, holds, render, tokens_of, without_space
+from ebbline.tasks.data.conversations import is_learnt
 from ebbline.tasks.errors import DataError
 
 Span = tuple[int, int]  # the first place, and the one after the last
@@ -18,7 +19,7 @@ ANCHORS = ("\n", "|", ".")
 def encode(turns: Turns, tokenizer: Any, max_tokens: int) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, both at most `max_tokens` long.
 
-    Labels equal the ids in the assistant's answers, with the end of the turn, and are -100
+    Labels equal the ids in the answers that are learnt, with the end of the turn, and are -100
     elsewhere. Raises DataError if no label is left, and for turns whose answers cannot be separated
     from the rest of the rendered text.
     """
@@ -82,10 +83,10 @@ def unsupported(facts: TemplateFacts, turns: Turns) -> list[str]:
 
 
 def _answers(tokenizer: Any, turns: Turns, text: str) -> Iterator[Span]:
-    """The place of each answer in the text, up to the end of its turn."""
+    """The place in the text of each answer that is learnt, up to the end of its turn."""
     end_text = probe(tokenizer).end_text
     for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if not is_learnt(turn):
             continue
         before = render(tokenizer, turns[:index], True)
         end = (

@@ -106,7 +106,8 @@ class Overlap:
 @dataclass(frozen=True)
 class Audit:
     """An audit of `prompts` prompts. `requests` counts each cluster once. Groups are sorted by
-    size, largest first, then by id or name.
+    size, largest first, then by id or name. `repeats` are the ids of the rows that repeat the text
+    of an earlier row; they are not among the prompts.
     """
 
     format: str
@@ -121,6 +122,7 @@ class Audit:
     labels: dict[str, int]
     lengths: Lengths
     overlap: Overlap | None
+    repeats: tuple[str, ...] = ()
 
 
 def audit(
@@ -156,6 +158,7 @@ def audit(
         labels=dict(sorted(Counter(row.label for row in rows).items())),
         lengths=_lengths(rows),
         overlap=None if against is None else _overlap(rows, against.prompts, least_similarity),
+        repeats=tuple(row.id for row in prompts.repeats),
     )
 
 

@@ -3,6 +3,7 @@ nests sizes.
 
 Row i of a set does not depend on its size: with one seed and mix share, n=100 is the first 100 rows
 of n=1000. The output is data.jsonl, with one {"messages": [{"role", "content"}, ...]} on each line.
+An answer that is not to be learnt also has "weight": "0".
 """
 
 import hashlib
@@ -24,6 +25,32 @@ SHAREGPT_ROLES = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+}
+OTHER_ROLES = {
+    **dict.fromkeys(
+        ("tool", "function", "function_call", "function_response", "observation", "ipython"),
+        "turns of tools are not trained. Leave conversations with tools out",
+    ),
+    "developer": "write it as `system`",
+}
+# Whether a turn is learnt: OpenAI's key, Axolotl's, and Axolotl's of earlier versions
+WEIGHTS = ("weight", "train", "training")
+_LEARNT = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+_TOOLS = "tools are not trained. Leave conversations with tools out"
+_THOUGHT = "it is not read. Write the thought into `content`, between the model's own tags"
+_SPANS = "parts of a turn are not marked. Mark whole turns with `train`"
+# Keys of a turn that change the text or what is learnt of it, and the remedy
+_UNREAD = {
+    "tool_calls": _TOOLS,
+    "function_call": _TOOLS,
+    "tool_call_id": _TOOLS,
+    "name": "it is not read. Remove it, or write the name into `content`",
+    "refusal": "it is not read. Write the text as `content`",
+    "reasoning_content": _THOUGHT,
+    "reasoning": _THOUGHT,
+    "thinking": _THOUGHT,
+    "train_detail": _SPANS,
+    "training_detail": _SPANS,
 }
 Conversation = list[dict[str, str]]
 
@@ -106,6 +133,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
         if row.get(name) is not None:
             if name == "conversations":
                 _require_read_whole(row, where)
+            _require_no_tools(row, where)
             return _turns(row[name], f"{where}: `{name}`", where)
     if "instruction" in row and "output" in row:
         _require_read_whole(row, where)
@@ -126,9 +154,10 @@ def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
 def _turns(turns: Any, what: str, where: str) -> Conversation:
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{what} is not a list of turns")
-    read = []
-    for turn in turns:
+    read: Conversation = []
+    for number, turn in enumerate(turns, start=1):
         named = turn if isinstance(turn, dict) else {}
+        _require_plain(named, f"{where}: turn {number}")
         role, content = named.get("role"), named.get("content")
         if role is None and content is None:
             role, content = SHAREGPT_ROLES.get(str(named.get("from"))), named.get("value")
@@ -137,13 +166,60 @@ def _turns(turns: Any, what: str, where: str) -> Conversation:
                 f"{where}: a turn needs a role of {ROLES} and non-empty text as content; a turn of "
                 f"ShareGPT needs `from`, one of {tuple(SHAREGPT_ROLES)}, and `value`"
             )
-        read.append({"role": str(role), "content": str(content)})
+        weight = _weight(named, str(role), f"{where}: turn {number}")
+        read.append({"role": str(role), "content": str(content), **weight})
     if read[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: the last turn is not the assistant's, so there is nothing to "
             "learn; end with an assistant turn"
         )
+    if not any(map(is_learnt, read)):
+        raise DataError(
+            f"{where}: every answer has `weight` 0 or `train` false, so there is nothing to learn; "
+            "leave the row out"
+        )
     return read
+
+
+def is_learnt(turn: Mapping[str, str]) -> bool:
+    """Whether a turn is an answer that is learnt."""
+    return turn["role"] == "assistant" and turn.get("weight") != "0"
+
+
+def _weight(turn: Mapping[str, Any], role: str, where: str) -> dict[str, str]:
+    """The weight of a turn, where it is an answer that is not learnt."""
+    learnt = True
+    for name in WEIGHTS:
+        if turn.get(name) in (None, ""):
+            continue
+        given = _LEARNT.get(str(turn[name]).lower())
+        if given is None:
+            raise DataError(
+                f"{where} has a `{name}` other than 0, 1, true and false; a turn is learnt or not"
+            )
+        if given and role != "assistant":
+            raise DataError(
+                f"{where} is the {role}'s and has `{name}` {str(turn[name]).lower()}, but only "
+                "the assistant's turns are learnt; remove the key"
+            )
+        learnt = learnt and given
+    return {} if learnt or role != "assistant" else {"weight": "0"}
+
+
+def _require_plain(turn: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for a role or a key under which the turn means more than its text."""
+    for role in (turn.get("role"), turn.get("from")):
+        if isinstance(role, str) and role in OTHER_ROLES:
+            raise DataError(f"{where} has the role {role}: {OTHER_ROLES[role]}")
+    for name, remedy in _UNREAD.items():
+        if turn.get(name) not in (None, "", [], {}):
+            raise DataError(f"{where} has `{name}`: {remedy}")
+
+
+def _require_no_tools(row: Mapping[str, Any], where: str) -> None:
+    for name in ("tools", "functions"):
+        if row.get(name) not in (None, "", "[]", [], {}):
+            raise DataError(f"{where} has `{name}`: {_TOOLS}")
 
 
 def _require_read_whole(row: Mapping[str, Any], where: str) -> None:

@@ -48,13 +48,15 @@ class Prompt:
 @dataclass(frozen=True)
 class PromptSet:
     """A set in the order of its file. `rows` counts the file's rows before label and limit;
-    `renamed` counts ids that were changed because an earlier row had them.
+    `renamed` counts ids that were changed because an earlier row had them. `repeats` are the rows
+    that repeat the text of an earlier one. They are not among the `prompts`.
     """
 
     format: str
     prompts: tuple[Prompt, ...]
     rows: int
     renamed: int = 0
+    repeats: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,11 @@ def read_prompts(
 
     `label` keeps the prompts with that label; a set without labels is kept whole. `limit` then
     keeps that many prompts, evenly spaced, because many files are sorted by category. A duplicate
-    id gets its line appended. Raises DataError for an empty set, the wrong columns, a row without
-    a prompt, and a label that no prompt has; with `needs_answer`, for a row without an answer too.
+    id gets its line appended. A prompt given several times is asked once.
+
+    Raises DataError for an empty set, the wrong columns, a row without a prompt, a label that no
+    prompt has, and for one prompt with two labels. With `needs_answer`, also for a row without an
+    answer, and for one prompt with two answers.
     """
     if limit is not None and limit < 1:
         raise DataError(
@@ -155,11 +160,13 @@ def read_prompts(
         raise DataError(f"{path} holds no prompt: an empty set cannot be measured")
     name = _named(shape or format, rows, path)
     read = [_prompt(row, FORMATS[name], label is not None, needs_answer) for row in rows]
-    prompts, renamed = _unique(read, [row.line for row in rows])
-    prompts = _labelled(prompts, label, path)
+    named = _unique(read, [row.line for row in rows])
+    distinct, repeats = _distinct(named, needs_answer)
+    renamed = sum(prompt.id != read[place].id for place, prompt in distinct)
+    prompts = _labelled([prompt for _, prompt in distinct], label, path)
     if limit is not None and limit < len(prompts):
         prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
-    return PromptSet(name, tuple(prompts), len(rows), renamed)
+    return PromptSet(name, tuple(prompts), len(rows), renamed, tuple(repeats))
 
 
 def _named(format: str, rows: Sequence[_SourceRow], path: Path) -> str:
@@ -282,19 +289,49 @@ def _written_list(row: _SourceRow, text: str) -> list[Any]:
     raise DataError(f"{row.where}: `turns` is no list in JSON or Python; write one turn as text")
 
 
-def _unique(prompts: Sequence[Prompt], lines: Sequence[int]) -> tuple[list[Prompt], int]:
-    """The prompts with unique ids, and how many ids were changed for that."""
+def _unique(prompts: Sequence[Prompt], lines: Sequence[int]) -> list[Prompt]:
+    """The prompts with unique ids."""
     seen: set[str] = set()
-    renamed = 0
     result = []
     for prompt, line in zip(prompts, lines, strict=True):
         name = prompt.id
         while name in seen:
             name = f"{name}@{line}"
         seen.add(name)
-        renamed += name != prompt.id
         result.append(replace(prompt, id=name))
-    return result, renamed
+    return result
+
+
+def _distinct(
+    prompts: Sequence[Prompt], needs_answer: bool
+) -> tuple[list[tuple[int, Prompt]], list[Prompt]]:
+    """(place, prompt) of the first row of each text, and the rows that repeat one.
+
+    Decoding is greedy, so equal prompts have equal completions: a repeat is no further observation,
+    and an interval that counts it is too narrow. Outer white space, which templates strip, does not
+    make two prompts.
+    """
+    first: dict[str, tuple[int, Prompt]] = {}
+    repeats = []
+    for place, prompt in enumerate(prompts):
+        text = prompt.text.strip()
+        kept, earlier = first.setdefault(text, (place, prompt))
+        if kept == place:
+            continue
+        if needs_answer and prompt.answer.strip() != earlier.answer.strip():
+            raise DataError(
+                f"{prompt.where} has the prompt of {earlier.where} with another `answer`. One "
+                "completion cannot be compared with both; keep one of the two rows"
+            )
+        if prompt.label and earlier.label and prompt.label != earlier.label:
+            raise DataError(
+                f"{prompt.where} labels a prompt {prompt.label}, and {earlier.where} labels it "
+                f"{earlier.label}; correct or remove one of the two rows"
+            )
+        repeats.append(prompt)
+        if prompt.label and not earlier.label:
+            first[text] = (kept, replace(earlier, label=prompt.label))
+    return list(first.values()), repeats
 
 
 def _labelled(prompts: list[Prompt], label: Label | None, path: Path) -> list[Prompt]:

@@ -12,6 +12,7 @@ from typing import Any
 from ebbline.tasks.data.csv_rows import csv_rows
 from ebbline.tasks.data.data_file import (
     ACCEPTED,
+    EXPANSION,
     FileRow,
     InvalidValue,
     checked,
@@ -22,6 +23,7 @@ from ebbline.tasks.data.json_rows import json_line_rows, json_rows
 from ebbline.tasks.errors import DataError
 
 MOST_ROWS = 10_000_000  # of a Parquet file, which can claim any number in a few bytes
+MOST_BYTES = 1 << 30  # a Parquet file may always expand to this size, or to EXPANSION times its own
 _BATCH = 1024
 # What pyarrow raises for a value that Python cannot hold
 _UNREADABLE = (ValueError, TypeError, OverflowError, LookupError, RecursionError)
@@ -53,9 +55,12 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
     from pyarrow import parquet
 
     with open_data(path) as source:
+        limit = max(MOST_BYTES, EXPANSION * path.stat().st_size)
         try:
             file = parquet.ParquetFile(source)
             names, rows = file.schema_arrow.names, file.metadata.num_rows
+            claimed = _claimed_bytes(file.metadata)
+            file = parquet.ParquetFile(source, read_dictionary=_texts_of(file.schema_arrow))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(
                 f"{path} cannot be read as Parquet ({type(error).__name__}); is the download "
@@ -65,9 +70,12 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
             raise DataError(f"{path} names a column twice; name each once")
         if rows > MOST_ROWS:
             raise DataError(f"{path} has {rows} rows, more than {MOST_ROWS}; divide it")
-        number = 0
+        _require_size(claimed, limit, path)
+        number = decoded = 0
         try:
             for batch in file.iter_batches(_BATCH, use_threads=False):
+                decoded += _decoded_bytes(batch)
+                _require_size(decoded, limit, path)
                 for values in _values(batch, path, number):
                     number += 1
                     yield _parquet_row(values, f"{path}: row {number}", number)
@@ -76,6 +84,44 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
                 f"{path} cannot be read as Parquet after row {number} ({type(error).__name__}); is "
                 "the download complete?"
             ) from None
+
+
+def _texts_of(schema: Any) -> list[str]:
+    """The columns of text. Arrow reads them as dictionaries: a few bytes can repeat a long text in
+    every row, and the repeats are counted before they take memory.
+    """
+    from pyarrow import types
+
+    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return [field.name for field in schema if any(kind(field.type) for kind in kinds)]
+
+
+def _claimed_bytes(metadata: Any) -> int:
+    """The size of a file's pages without their compression, as its metadata has it."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return sum(int(group.total_byte_size) for group in groups)
+
+
+def _decoded_bytes(batch: Any) -> int:
+    """The size of a batch with each repeat of a text."""
+    from pyarrow import compute, types
+
+    size = 0
+    for column in batch.columns:
+        if types.is_dictionary(column.type):
+            lengths = compute.binary_length(column.dictionary).take(column.indices)
+            size += compute.sum(lengths).as_py() or 0
+        else:
+            size += column.nbytes
+    return size
+
+
+def _require_size(size: int, limit: int, path: Path) -> None:
+    if size > limit:
+        raise DataError(
+            f"{path} expands to {size} bytes or more, and at most {limit} are read; divide it, or "
+            "leave columns out that are not needed"
+        )
 
 
 def _values(batch: Any, path: Path, above: int) -> list[dict[str, Any]]:

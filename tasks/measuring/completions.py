@@ -1,15 +1,19 @@
-"""The file of completions that a generation writes. Imports no torch.
+"""The files that a generation writes: its completions, and the record of its prompts and adapter
+(prompts.json). Imports no torch.
 
 Invariant: prompts and completions are stored in this file only, and its name marks it as sensitive.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ebbline.tasks.errors import EvaluationError
 from ebbline.tasks.specs import GenerateSpec
+
+CHANGES_NOTHING = "adapter_changes_nothing"
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,19 @@ def read_completions(folder: Path) -> list[Completion]:
     if not rows:
         raise EvaluationError(f"{path} holds no completion: an empty set cannot be measured")
     return rows
+
+
+def adapter_changes_nothing(record: Mapping[str, Any]) -> bool:
+    """Whether every update B A of the measured adapter is zero."""
+    return bool(record.get(CHANGES_NOTHING, False))
+
+
+def unused_beside_adapter(record: Mapping[str, Any]) -> list[str]:
+    """What differs in a tokenizer that was saved beside the adapter and was not used."""
+    found: list[str] = record.get("chat", {}).get("unused_beside_adapter", [])
+    return found
+
+
+def repeated_prompts(record: Mapping[str, Any]) -> int:
+    """The number of rows that repeat the prompt of an earlier row."""
+    return int(record.get("repeats", 0))

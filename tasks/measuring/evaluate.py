@@ -30,7 +30,11 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from ebbline.tasks.data.batches import even_threads, rows_meet, whole_batches
 from ebbline.tasks.errors import EvaluationError
-from ebbline.tasks.measuring.generate import tokenizer_beside, tokenizer_record
+from ebbline.tasks.measuring.generate import (
+    adapter_record,
+    tokenizer_beside,
+    tokenizer_record,
+)
 from ebbline.tasks.measuring.lm_tasks.definitions import METRICS, use_sandbox
 from ebbline.tasks.measuring.lm_tasks.rows_cache import fingerprint, rows_cached
 from ebbline.tasks.measuring.lm_tasks.sources import tasks_of
@@ -103,7 +107,8 @@ def run(spec: EvaluateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
     rows = item_rows(prepared)
     with (out / ANSWERS).open("w") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
-    record = {**tasks_record(spec, prepared), "chat": tokenizer_record(spec, inputs, tokenizer)}
+    record = tasks_record(spec, prepared) | adapter_record(inputs)
+    record["chat"] = tokenizer_record(spec, inputs, tokenizer)
     (out / PROMPTS).write_text(json.dumps(record, indent=1))
     names = [name for name in METRICS if all(name in row for row in rows)]
     if not names:
@@ -170,6 +175,7 @@ def _task(
                 raise EvaluationError(
                     f"lm-eval's {name} is defined without shots; set `shots` to 0, not {spec.shots}"
                 )
+            require_questions(name, task)
             task.set_config("num_fewshot", spec.shots)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
             task.build_all_requests(
@@ -187,6 +193,29 @@ def _task(
         ) from error
     _require_labels(name, task)
     return task
+
+
+def require_questions(name: str, task: Any) -> None:
+    """Let the task raise EvaluationError for a question that lm-eval would take for the number of a
+    choice: one of digits alone. Where a task means such numbers, each must be one.
+    """
+    given = task.doc_to_text
+
+    def question(doc: Any, *rest: Any) -> Any:
+        text = given(doc, *rest)
+        if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "multiple_input"):
+            return text
+        if isinstance(text, int) != bool(task.multiple_input) or (
+            isinstance(text, int) and not 0 <= text < len(task.doc_to_choice(doc))
+        ):
+            raise EvaluationError(
+                f"lm-eval's {name} has a question of digits alone, which lm-eval takes for the "
+                "number of a choice. Put words around it in `doc_to_text`, as in "
+                "'Question: {{question}}'"
+            )
+        return text
+
+    task.doc_to_text = question
 
 
 def _require_labels(name: str, task: Any) -> None:

@@ -31,7 +31,8 @@ from ebbline.tasks.data.batches import in_batches, require_room, rows_meet
 from ebbline.tasks.data.prompts import PromptSet, read_prompts
 from ebbline.tasks.errors import DataError, ModelError
 from ebbline.tasks.identity import content_digest
-from ebbline.tasks.measuring.completions import Completion, write_completions
+from ebbline.tasks.measuring.completions import CHANGES_NOTHING, Completion, write_completions
+from ebbline.tasks.models.adapter_file import read_adapter_file
 from ebbline.tasks.models.adapters import with_adapter
 from ebbline.tasks.models.decoding import end_tokens, only, settings_not_used
 from ebbline.tasks.scoring.answers import TASK_SCORERS
@@ -68,9 +69,8 @@ def run(spec: GenerateSpec, inputs: Mapping[str, Path], out: Path, ctx: Context)
         for prompt, (text, tokens, ended) in zip(chosen.prompts, completions, strict=True)
     ]
     write_completions(out, rows)
-    (out / spec.PROMPTS).write_text(
-        json.dumps({**prompts_record(chosen, whole, inputs["prompts"]), "chat": chat}, indent=1)
-    )
+    record = prompts_record(chosen, whole, inputs["prompts"]) | adapter_record(inputs)
+    (out / spec.PROMPTS).write_text(json.dumps({**record, "chat": chat}, indent=1))
     (out / spec.DECODING).write_text(json.dumps(decoded, indent=1))
 
 
@@ -138,6 +138,13 @@ def tokenizer_record(
     }
 
 
+def adapter_record(inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """That the adapter of a measurement changes nothing, if so."""
+    adapter = inputs.get("adapter")
+    silent = adapter is not None and read_adapter_file(adapter).changes_nothing
+    return {CHANGES_NOTHING: True} if silent else {}
+
+
 def in_block(whole: PromptSet, block: Block | None) -> PromptSet:
     """The prompts of one block, in a fixed random order. Raises DataError for a block beyond the
     end.
@@ -156,9 +163,11 @@ def in_block(whole: PromptSet, block: Block | None) -> PromptSet:
 
 def prompts_record(chosen: PromptSet, whole: PromptSet, path: Path) -> dict[str, Any]:
     """A prompt set in numbers: `asked` prompts were used, `of` those that all blocks hold together,
-    and the file has `rows` rows.
+    and the file has `rows` rows. `repeats` counts the rows that repeat an earlier prompt, if any.
     """
     numbers = {"rows": chosen.rows, "asked": len(chosen.prompts), "of": len(whole.prompts)}
+    if whole.repeats:
+        numbers["repeats"] = len(whole.repeats)
     return {"format": chosen.format, **numbers, "sha256": content_digest(path)}
 
 

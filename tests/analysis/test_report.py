@@ -57,9 +57,10 @@ def test_the_report_is_one_file_that_loads_nothing(
     study: Study, results: list[Result], baselines: Baselines, tmp_path: Path
 ) -> None:
     found = findings(study, results, baselines)
-    path = write_report(found, tmp_path, COST, PROVENANCE)
+    path = write_report(found, tmp_path, COST, PROVENANCE, notes=["Point 3: <x>"])
     assert list(tmp_path.iterdir()) == [path]
     text = path.read_text("utf-8")
+    assert "<p>Point 3: &lt;x&gt;</p>" in text
     page = Page(text)
     assert page.open == []
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in page.links)

@@ -1,7 +1,8 @@
 """What the check of a stage's inputs costs.
 
 Stages over a 500 MB model run without the check, with it when the machine reads the files for the
-first time, and with it later. The files are in the page cache, so nothing but the hashing differs.
+first time, and with it later. The baseline of the first read hashes in threads of ordinary
+priority. The files are in the page cache, so nothing but the hashing differs.
 
     python -m tests.benchmarks.bench_inputs
 """
@@ -12,12 +13,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ebbline.tasks import background_digests
 from ebbline.tasks.files import cache_folder
 from ebbline.tasks.identity import READ, content_digest, file_digest
 from ebbline.tasks.specs import GenerateSpec, ProjectSpec, Spec, TrainSpec
@@ -46,7 +50,7 @@ def model(folder: Path, seed: int) -> Path:
     return folder
 
 
-MODES = ("unchecked", "first", "later")
+MODES = ("unchecked", "first", "first_equal_priority", "later")
 
 
 def seconds(spec: Spec, inputs: Mapping[str, Path], folder: Path, mode: str) -> float:
@@ -56,11 +60,13 @@ def seconds(spec: Spec, inputs: Mapping[str, Path], folder: Path, mode: str) -> 
     if mode != "unchecked":
         contents = {name: content_digest(path) for name, path in inputs.items()}
         READ.known.clear()
-        if mode == "first":
+        if mode.startswith("first"):
             (cache_folder() / "digests.json").unlink(missing_ok=True)
         asked = replace(asked, contents=contents, recorded={})
-    start = time.perf_counter()
-    (report,) = run_stages([asked])
+    equal = mode == "first_equal_priority"
+    with patch.object(background_digests, "_at_lowest_priority", None) if equal else nullcontext():
+        start = time.perf_counter()
+        (report,) = run_stages([asked])
     assert report.error is None, report.error
     return time.perf_counter() - start
 

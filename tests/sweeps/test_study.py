@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from ebbline.checks.study_checks import check_study
 from ebbline.sweeps.study.pins import require_pins, require_rows, unpinned
 from ebbline.sweeps.study.study import Study, axis_fields
 from ebbline.sweeps.study.study_file import as_yaml, load, parse, shipped, source_of
@@ -371,6 +372,18 @@ def test_rows_that_a_stage_could_not_read_are_an_error_before_anything_is_pinned
     (tmp_path / "pool.jsonl").write_text(files["pool.jsonl"].partition("\n")[0])
     (tmp_path / "task.csv").write_text("prompt,answer\np,a\n")
     require_rows(found)
+
+
+def test_prompts_that_are_given_twice_are_counted_before_a_run(tmp_path):
+    (tmp_path / "task.csv").write_text("prompt,answer\np,a\nq,b\np,a\n")
+    found = study(tmp_path, {"suites/task/prompts": {"path": {"path": "task.csv"}}})
+    note = (
+        "suites.task.prompts: 1 of 3 rows repeat the prompt of an earlier row. A prompt is asked "
+        "and counted once"
+    )
+    assert note in check_study(found).notes
+    (tmp_path / "task.csv").write_text("prompt,answer\np,a\n")
+    assert note not in check_study(found).notes
 
 
 def test_a_relative_path_starts_at_the_files_own_folder(tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_a_reference_that_is_no_letter_of_the_item_is_an_error_with_its_file_and
 ):
     path = write_lines(
         tmp_path / "eval.jsonl",
-        [{"prompt": FOUR, "answer": "B"}, {"prompt": FOUR, "answer": answer}],
+        [{"prompt": FOUR, "answer": "B"}, {"prompt": f"Again. {FOUR}", "answer": answer}],
     )
     first, second = read_prompts(path).prompts
     require = TASK_SCORERS["choice"].require

@@ -369,7 +369,7 @@ def test_each_finding_has_its_verdict():
     text = "\n".join(
         verdicts(
             audit(
-                PromptSet("plain", tuple(rows), 5, renamed=2),
+                PromptSet("plain", tuple(rows), 7, renamed=2, repeats=(rows[1], rows[3])),
                 against=prompt_set(["plant zorble", "parrot song"]),
             )
         )
@@ -383,6 +383,7 @@ def test_each_finding_has_its_verdict():
         "3 prompts have no category",
         "2 prompts have fewer than 3 words",
         "holds harmful and harmless prompts",
+        "2 rows repeat the prompt of an earlier row and are not asked again (1, 3)",
         "2 rows have an id of an earlier row",
         "3 of 5 prompts recur in the other set (pairs: 2 equal, 1 similar)",
     ):

@@ -97,6 +97,29 @@ def test_a_template_name_that_is_not_there_is_an_error_that_lists_the_names(own,
         bind(byte_level(own), Chat(template=name), "folder")
 
 
+def test_a_template_of_the_settings_replaces_the_models_and_moves_no_key_without_one():
+    tokenizer = byte_level(None)
+    template = EXPECTED["chatml"].template
+    bind(tokenizer, Chat(text=template), "folder")
+    assert render(tokenizer, chat("a"), True) == render(ready("chatml"), chat("a"), True)
+    assert tokenizer.own_chat_template == template
+    assert "text" not in Chat().model_dump() and Chat(**Chat().model_dump()) == Chat()
+    assert Chat(text=template).model_dump()["text"] == template
+    with pytest.raises(ValidationError, match="not both"):
+        Chat(text=template, template="rag")
+
+
+@pytest.mark.parametrize("longest", ["2048", True, 0, -1])
+def test_a_longest_text_that_is_no_number_above_0_is_an_error_that_names_the_setting(
+    tmp_path, longest
+):
+    byte_level(EXPECTED["chatml"].template).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": longest}))
+    with pytest.raises(ModelError, match=r"`model_max_length` in .*tokenizer_config\.json is"):
+        read_tokenizer(tmp_path)
+
+
 FORMATS = "%d %b %Y|%B %d, %Y|%Y-%m-%d|%A, %-d %B %Y|%d/%m/%y|%c|%H:%M:%S|%j of %Y|%e|%F %T".split(
     "|"
 )

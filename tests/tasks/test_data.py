@@ -147,7 +147,7 @@ BAD_FILES = {
     "unknown role": (
         "x.jsonl",
         f'{{"messages": [{{"role": "tool", "content": "{PLANTED}"}}]}}',
-        r"x\.jsonl:1: a turn needs a role",
+        r"x\.jsonl:1: turn 1 has the role tool",
     ),
     "empty content": (
         "x.jsonl",
@@ -251,6 +251,104 @@ def test_the_mask_covers_exactly_the_assistants_tokens(exchanges, system):
     assert tokenizer.convert_ids_to_tokens(ids) == expected
     assert [label != -100 for label in labels] == learnt
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+
+
+MARKS = [("weight", 1, 0), ("train", True, False), ("training", "true", "false")]
+
+
+@given(
+    exchanges=st.lists(st.tuples(words, words, st.booleans()), min_size=1, max_size=4),
+    mark=st.sampled_from(MARKS),
+    on_users=st.booleans(),
+)
+def test_an_answer_of_weight_0_is_read_and_not_learnt(tmp_path_factory, exchanges, mark, on_users):
+    name, yes, no = mark
+    turns: list[dict[str, object]] = []
+    for question, answer, learnt in exchanges:
+        turns.append({"role": "user", "content": question} | ({name: no} if on_users else {}))
+        turns.append({"role": "assistant", "content": answer, name: yes if learnt else no})
+    folder = tmp_path_factory.mktemp("weights")
+    path = write_lines(folder / "pool.jsonl", [{"messages": turns}])
+    if not any(learnt for _, _, learnt in exchanges):
+        with pytest.raises(DataError, match=r"pool\.jsonl:1: every answer has `weight` 0"):
+            read_conversations(path)
+        return
+    # As the stage writes the row and the training reads it
+    written_rows(folder / "data", path, size=1)
+    (row,) = read_conversations(folder / "data" / DataSpec.ROWS)
+    (plain,) = read_conversations(
+        write_lines(
+            folder / "plain.jsonl",
+            [{"messages": [{"role": turn["role"], "content": turn["content"]} for turn in turns]}],
+        )
+    )
+    (ids, labels), (plain_ids, plain_labels) = (
+        encode(each, word_tokenizer(), 512) for each in (row, plain)
+    )
+    assert ids == plain_ids
+    learnt_at, place = [], 1
+    for question, answer, learnt in exchanges:
+        place += len(question.split()) + 2
+        end = place + len(answer.split()) + 1
+        learnt_at += range(place, end) if learnt else []
+        place = end
+    assert [at for at, label in enumerate(labels) if label != -100] == learnt_at
+    assert all(labels[at] == plain_labels[at] for at in learnt_at)
+
+
+TURN_FAULTS = {
+    "weight of a half": ({"weight": 0.5}, r"turn 2 has a `weight` other than 0, 1"),
+    "train as text": ({"train": PLANTED}, r"turn 2 has a `train` other than"),
+    "tool calls": ({"tool_calls": [{"id": PLANTED}]}, r"turn 2 has `tool_calls`: tools are not"),
+    "function call": ({"function_call": {"name": PLANTED}}, r"turn 2 has `function_call`: tools"),
+    "name": ({"name": PLANTED}, r"turn 2 has `name`: .* Remove it"),
+    "thought": ({"reasoning_content": PLANTED}, r"turn 2 has `reasoning_content`: .*`content`"),
+    "parts": ({"train_detail": [{"begin_offset": 0}]}, r"turn 2 has `train_detail`: .*`train`"),
+}
+
+
+@pytest.mark.parametrize("case", TURN_FAULTS)
+def test_a_key_that_changes_what_a_turn_teaches_is_an_error_with_line_and_remedy(tmp_path, case):
+    keys, message = TURN_FAULTS[case]
+    turns = json.loads(GOOD)["messages"]
+    path = write_lines(
+        tmp_path / "x.jsonl",
+        [{"messages": turns}, {"messages": [turns[0], turns[1] | keys]}],
+    )
+    with pytest.raises(DataError, match=r"x\.jsonl:2: " + message) as caught:
+        read_conversations(path)
+    assert PLANTED not in str(caught.value)
+    empty = dict.fromkeys(keys)
+    write_lines(path, [{"messages": [turns[0], turns[1] | empty]}])
+    assert read_conversations(path) == [turns]
+
+
+@pytest.mark.parametrize("role", ["tool", "function", "observation", "developer"])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_a_turn_of_another_role_is_an_error_that_names_it_and_the_remedy(tmp_path, role, keys):
+    speaker, text = keys
+    turns = [{speaker: role, text: PLANTED}, {speaker: "assistant", text: "a"}]
+    name = "messages" if speaker == "role" else "conversations"
+    path = write_lines(tmp_path / "x.jsonl", [{name: turns}])
+    remedy = "write it as `system`" if role == "developer" else "Leave conversations with tools out"
+    with pytest.raises(DataError, match=rf"x\.jsonl:1: turn 1 has the role {role}: .*{remedy}"):
+        read_conversations(path)
+
+
+def test_a_user_turn_that_is_marked_to_be_learnt_is_an_error(tmp_path):
+    turns = json.loads(GOOD)["messages"]
+    path = write_lines(tmp_path / "x.jsonl", [{"messages": [turns[0] | {"weight": 1}, turns[1]]}])
+    with pytest.raises(DataError, match="turn 1 is the user's and has `weight` 1"):
+        read_conversations(path)
+
+
+def test_tools_beside_messages_are_an_error(tmp_path):
+    row = json.loads(GOOD)
+    path = write_lines(tmp_path / "x.jsonl", [row | {"tools": []}])
+    assert len(read_conversations(path)) == 1
+    write_lines(path, [row | {"tools": [{"type": "function"}]}])
+    with pytest.raises(DataError, match=r"x\.jsonl:1 has `tools`"):
+        read_conversations(path)
 
 
 def test_a_cut_conversation_keeps_ids_and_labels_of_one_length():

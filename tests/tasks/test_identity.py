@@ -160,6 +160,15 @@ def test_the_digest_cache_is_used_and_notices_a_changed_file(tmp_path):
     assert changed == content_digest(file) != first
 
 
+def test_a_file_that_was_hashed_for_a_pin_is_not_hashed_again_by_a_stage(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    monkeypatch.setattr(identity, "READ", identity.FileDigests({}, -(10**18)))
+    found = content_digest(file, tmp_path / "digests.json")
+    monkeypatch.setattr(identity, "file_digest", lambda path: pytest.fail("was hashed again"))
+    assert identity.READ.of(file) == found
+
+
 def test_the_digest_cache_notices_a_change_that_keeps_the_size(tmp_path):
     file, cache = tmp_path / "weights", tmp_path / "digests.json"
     file.write_text("one")

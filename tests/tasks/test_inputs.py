@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ebbline.tasks import inputs as inputs_module
+from ebbline.tasks.background_digests import BackgroundDigests
 from ebbline.tasks.errors import Damaged
 from ebbline.tasks.identity import content_digest, folder_files
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
@@ -118,9 +120,9 @@ def test_damage_ends_a_running_stage_at_its_next_progress(folder, monkeypatch):
     flip(folder / "config.json")
     whole = inputs_module.READ.of
 
-    def slowly(path):
+    def slowly(path, *rest):
         hashed.wait(60)
-        return whole(path)
+        return whole(path, *rest)
 
     monkeypatch.setattr(inputs_module.READ, "of", slowly)
     shown = []
@@ -128,10 +130,32 @@ def test_damage_ends_a_running_stage_at_its_next_progress(folder, monkeypatch):
     report = check.before(lambda done, total, note: shown.append(done))
     report(1, 3, "")
     hashed.set()
-    check._pool.shutdown()
+    wait(check._digests.values(), 60)
     with pytest.raises(Damaged, match=r"config\.json"):
         report(2, 3, "")
     assert shown == [1]
+
+
+def test_a_large_file_that_is_removed_while_it_is_hashed_is_named(folder, monkeypatch):
+    expected = recorded(folder)
+    monkeypatch.setattr(inputs_module, "LARGE_BYTES", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BackgroundDigests, "_settle", lambda *args: None)
+        check = InputCheck({"model": expected})
+    (folder / "template.jinja").unlink()
+    with pytest.raises(Damaged, match=r"template\.jinja was removed while a stage read it"):
+        check.finish()
+
+
+def test_an_error_of_a_thread_that_hashes_is_an_error_of_the_check(folder, monkeypatch):
+    def fails(path, *rest):
+        raise OSError("input/output error")
+
+    expected = recorded(folder)
+    monkeypatch.setattr(inputs_module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(inputs_module.READ, "of", fails)
+    with pytest.raises(OSError, match="input/output error"):
+        read(expected)
 
 
 def test_a_damaged_file_of_the_hubs_cache_is_an_error_that_says_to_delete_it(tmp_path):

@@ -17,6 +17,7 @@ from lm_eval import utils
 
 from ebbline.tasks.data.language import write_language
 from ebbline.tasks.errors import EbblineError, EvaluationError
+from ebbline.tasks.measuring.evaluate import require_questions
 from ebbline.tasks.measuring.lm_tasks.definitions import TASK, read_index, use_sandbox
 from ebbline.tasks.measuring.lm_tasks.local_rows import read_splits
 from ebbline.tasks.measuring.lm_tasks.rows_cache import rows_cached
@@ -349,3 +350,20 @@ def test_no_template_reaches_a_module_or_runs_a_command(folder, root, steps, sha
         rendered = ""
     assert not marker(folder).exists()
     assert "<module " not in rendered and "<class 'os" not in rendered
+
+
+@pytest.mark.parametrize("numbers", [["7", "word1", "word2"], ["word1", "word2", "12"], ["5"] * 3])
+def test_a_question_of_digits_alone_is_an_error_and_not_the_number_of_a_choice(folder, numbers):
+    rows = [row | {"question": text} for row, text in zip(items(3), numbers, strict=True)]
+    write_lines(folder / "test.jsonl", rows)
+    (folder / "tiny_choice.yaml").write_text(YAML)
+    task = attempt(folder, "tiny_choice")
+    require_questions("tiny_choice", task)
+    with pytest.raises(EvaluationError, match=r"tiny_choice has a question of digits alone"):
+        task.build_all_requests()
+    (folder / "tiny_choice.yaml").write_text(
+        YAML.replace('"{{question}}"', '"Question: {{question}}"')
+    )
+    task = attempt(folder, "tiny_choice")
+    require_questions("tiny_choice", task)
+    task.build_all_requests()

@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 from ebbline.tasks.data.prompts import Prompt, read_prompts
 from ebbline.tasks.errors import DataError
+from ebbline.tasks.measuring.generate import prompts_record
 
 PLANTED = "quixotic-zeppelin"
 ZORBLE = "plant a purple zorble by the river"
@@ -440,7 +441,7 @@ def test_unknown_labels_of_a_plain_set_are_an_error_only_if_a_label_is_requested
 @given(n=st.integers(1, 60), limit=st.integers(1, 70))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_limit_keeps_that_many_prompts_in_order_and_evenly_spaced(tmp_path, n, limit):
-    path = write_json(tmp_path / "x.json", [{"id": i, "prompt": "p"} for i in range(n)])
+    path = write_json(tmp_path / "x.json", [{"id": i, "prompt": f"p{i}"} for i in range(n)])
     read = read_prompts(path, limit=limit)
     kept = [int(p.id) for p in read.prompts]
     assert read.rows == n and len(kept) == min(n, limit)
@@ -449,7 +450,7 @@ def test_a_limit_keeps_that_many_prompts_in_order_and_evenly_spaced(tmp_path, n,
 
 
 def test_a_limit_applies_after_the_label(tmp_path):
-    rows = [{"id": i, "prompt": "p", "label": "safe" if i % 2 else "unsafe"} for i in range(10)]
+    rows = [{"id": i, "prompt": f"p{i}", "label": "safe" if i % 2 else "unsafe"} for i in range(10)]
     read = read_prompts(write_json(tmp_path / "x.json", rows), label="harmless", limit=5)
     assert [p.id for p in read.prompts] == ["1", "3", "5", "7", "9"]
 
@@ -461,9 +462,63 @@ def test_a_limit_that_leaves_nothing_is_an_error(tmp_path, limit):
 
 
 def test_a_duplicate_id_gets_its_line_appended_and_is_counted(tmp_path):
-    rows = [{"id": name, "prompt": "p"} for name in ("a", "a@3", "a", "b", "a")]
+    names = ("a", "a@3", "a", "b", "a")
+    rows = [{"id": name, "prompt": f"p{place}"} for place, name in enumerate(names)]
     read = read_prompts(write_json(tmp_path / "x.json", rows))
     assert [p.id for p in read.prompts] == ["a", "a@3", "a@3@3", "b", "a@5"] and read.renamed == 2
+
+
+copies = st.lists(st.sampled_from(["p", "q", "r s", " p", "p\n", "P"]), min_size=1, max_size=12)
+
+
+@given(texts=copies, limit=st.none() | st.integers(1, 12))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_a_prompt_given_several_times_is_asked_once_at_its_first_place(tmp_path, texts, limit):
+    rows = [{"prompt": text, "category": str(place)} for place, text in enumerate(texts)]
+    read = read_prompts(write_json(tmp_path / "x.json", rows))
+    asked = [prompt.text.strip() for prompt in read.prompts]
+    assert asked == list(dict.fromkeys(text.strip() for text in texts))
+    assert len(asked) + len(read.repeats) == read.rows == len(texts)
+    first = {text.strip(): str(place) for place, text in reversed(list(enumerate(texts)))}
+    assert all(first[prompt.text.strip()] == prompt.category for prompt in read.prompts)
+    some = read_prompts(tmp_path / "x.json", limit=limit).prompts
+    assert set(some) <= set(read.prompts) and len(some) == min(limit or 12, len(asked))
+
+
+def test_one_prompt_with_two_answers_is_an_error_that_names_both_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    answers = ["4", "5", "4 "]
+    rows = [json.dumps({"prompt": PLANTED, "answer": answer}) for answer in answers]
+    path.write_text("\n".join(rows[:2]))
+    with pytest.raises(DataError, match=r"x\.jsonl:2 has the prompt of .*x\.jsonl:1") as caught:
+        read_prompts(path, needs_answer=True)
+    assert PLANTED not in str(caught.value)
+    assert len(read_prompts(path).prompts) == 1  # no suite of refusals reads the answers
+    path.write_text("\n".join(rows[::2]))
+    assert len(read_prompts(path, needs_answer=True).prompts) == 1
+
+
+def test_one_prompt_with_two_labels_is_an_error_and_an_empty_label_takes_the_other(tmp_path):
+    rows = [{"prompt": "p"}, {"prompt": "p", "label": "safe"}, {"prompt": "p", "label": "unsafe"}]
+    read = read_prompts(write_json(tmp_path / "x.json", rows[:2]), label="harmless")
+    assert [prompt.label for prompt in read.prompts] == ["harmless"]
+    with pytest.raises(DataError, match=r"item 3\) labels a prompt harmful, .*item 1\)"):
+        read_prompts(write_json(tmp_path / "x.json", rows))
+
+
+def test_the_repeats_stand_in_the_record_of_a_generation(tmp_path):
+    path = write_json(tmp_path / "x.json", [{"prompt": text} for text in ("p", "q", "p", "p")])
+    whole = read_prompts(path)
+    assert prompts_record(whole, whole, path) | {"sha256": ""} == {
+        "format": "plain",
+        "rows": 4,
+        "asked": 2,
+        "of": 2,
+        "repeats": 2,
+        "sha256": "",
+    }
+    write_json(path, [{"prompt": "p"}])
+    assert "repeats" not in prompts_record(read_prompts(path), read_prompts(path), path)
 
 
 def test_a_missing_answer_that_a_task_needs_is_an_error_with_its_line(tmp_path):
@@ -486,7 +541,9 @@ texts = st.text(st.sampled_from('ab é紫,"\n;'), min_size=1, max_size=12).filte
 
 
 @given(
-    rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=5),
+    rows=st.lists(
+        st.tuples(texts, texts), min_size=1, max_size=5, unique_by=lambda row: row[0].strip()
+    ),
     ending=st.sampled_from([".csv", ".jsonl", ".json"]),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from ebbline.tasks.data import reader
 from ebbline.tasks.data.conversations import read_conversations
 from ebbline.tasks.data.csv_rows import LONGEST_CELL
 from ebbline.tasks.data.data_file import DEEPEST, EXPANDED_BYTES, LONGEST_TEXT, SPREADSHEET_ERRORS
@@ -428,6 +429,37 @@ def test_a_text_that_ends_where_excel_cuts_a_cell_is_an_error(tmp_path):
         read_prompts(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_text(f"prompt\n{'a' * (LONGEST_CELL - 1)}\n")
     assert len(read_prompts(tmp_path / "x.csv").prompts) == 1
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+@pytest.mark.parametrize("text", ["a" * 20_000, "é" * 10_000], ids=["ascii", "accents"])
+def test_a_parquet_file_that_expands_hugely_is_an_error_before_it_takes_memory(
+    tmp_path, monkeypatch, compression, text
+):
+    """A dictionary repeats one text in each row for a few bits, without any compression."""
+    path = tmp_path / "x.parquet"
+    monkeypatch.setattr(reader, "MOST_BYTES", 3_000_000)
+    monkeypatch.setattr(reader, "EXPANSION", 1)
+    for rows, fits in ((100, True), (200, False)):
+        table = pyarrow.table({"prompt": [text] * rows, "n": range(rows)})
+        parquet.write_table(table, path, compression=compression, dictionary_pagesize_limit=1 << 20)
+        assert path.stat().st_size < 30_000
+        if fits:
+            assert [row.values["prompt"] for row in read_rows(path)] == [text] * rows
+        else:
+            monkeypatch.setattr(reader, "_values", lambda *batch: pytest.fail("was decoded"))
+            with pytest.raises(DataError, match=r"x\.parquet expands to 4\d{6} bytes or more"):
+                list(read_rows(path))
+
+
+def test_a_parquet_file_whose_pages_expand_hugely_is_an_error_by_its_metadata(
+    tmp_path, monkeypatch
+):
+    table = pyarrow.table({"turns": [["a" * 50_000]] * 20})
+    parquet.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
+    monkeypatch.setattr(reader, "MOST_BYTES", 500_000)
+    with pytest.raises(DataError, match=r"x\.parquet expands to 1\d{6} bytes or more, .* 500000"):
+        list(read_rows(tmp_path / "x.parquet"))
 
 
 def test_columns_that_are_read_by_no_one_may_hold_any_value(tmp_path):

@@ -11,18 +11,20 @@ from dataclasses import asdict
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebbline.checks.jobs import Jobs, ModelJob, SetJob
 from ebbline.checks.study_checks import check_study
 from ebbline.checks.with_models import answers_to
-from ebbline.commands.evaluate import evaluate
+from ebbline.commands.evaluate import chat_of, evaluate, other_base
 from ebbline.sweeps.study.suites import TaskSuite
 from ebbline.tasks.errors import DataError, EvaluationError, ModelError
 from ebbline.tasks.measuring import generate
-from ebbline.tasks.measuring.completions import read_completions
+from ebbline.tasks.measuring.completions import CHANGES_NOTHING, read_completions
 from ebbline.tasks.measuring.prefix_lm import PrefixLM
 from ebbline.tasks.models.loading import Residents, load_tokenizer
+from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ebbline.tasks.specs import Chat, GenerateSpec, TrainSpec
 from ebbline.tasks.training import train
 from tests.sweeps.made import study
@@ -45,7 +47,7 @@ def with_template(folder, source, template):
 
 @pytest.fixture
 def prompts(tmp_path):
-    return write_lines(tmp_path / "prompts.jsonl", [{"prompt": "word1 word2"}] * 2)
+    return write_lines(tmp_path / "prompts.jsonl", [{"prompt": "word1 word2"}, {"prompt": "word3"}])
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +192,65 @@ def test_evaluate_names_an_unused_tokenizer_and_rejects_a_template_before_it_has
         dtype="float32",
     )
     assert measured.unused_beside_adapter == ["chat template"]
+    assert measured.other_base == ""
     monkeypatch.setattr("ebbline.commands.evaluate._source", None)
     broken = with_template(tmp_path / "model", pair.aligned, NO_PROMPT)
     with pytest.raises(ModelError, match="writes no generation prompt"):
         evaluate(broken, "refusal", prompts, tmp_path / "other")
+
+
+def test_a_generation_records_an_adapter_that_changes_nothing(pair, tmp_path, adapter, prompts):
+    assert CHANGES_NOTHING not in generated(tmp_path / "one", pair.aligned, prompts, adapter)[1]
+    silent = shutil.copytree(adapter, tmp_path / "silent")
+    tensors = load_file(silent / ADAPTER_WEIGHTS)
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name].zero_()
+    save_file(tensors, silent / ADAPTER_WEIGHTS, {"format": "pt"})
+    _, record = generated(tmp_path / "two", pair.aligned, prompts, silent)
+    assert record[CHANGES_NOTHING] is True
+
+
+def test_a_model_without_a_template_is_measured_with_the_one_that_is_given(pair, prompts, tmp_path):
+    bare = with_template(tmp_path / "model", pair.aligned, None)
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    settings = {"settings": {"max_new_tokens": 4}, "dtype": "float32"}
+    evaluate(pair.aligned, "refusal", prompts, tmp_path / "one", **settings)
+    chat = chat_of(None, tmp_path / "own.jinja", None)
+    evaluate(bare, "refusal", prompts, tmp_path / "two", chat=chat, **settings)
+    one, two = (read_completions(tmp_path / name / "model" / "generate") for name in ("one", "two"))
+    assert one == two
+    with pytest.raises(ModelError, match="has no chat template"):
+        evaluate(bare, "refusal", prompts, tmp_path / "three", **settings)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", None])
+def test_a_template_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path, content):
+    if content is not None:
+        (tmp_path / "own.jinja").write_bytes(content)
+    with pytest.raises(EvaluationError, match=r"own\.jinja"):
+        chat_of(None, tmp_path / "own.jinja", None)
+
+
+@pytest.mark.parametrize(
+    "named, other",
+    [
+        (None, ""),
+        ("Org/Model-7B", ""),
+        ("/elsewhere/model-7b/", ""),
+        ("C:\\models\\Model-7B", ""),
+        ("Org/Saved-As", ""),
+        ("Org/Model-13B", "Org/Model-13B"),
+    ],
+)
+def test_an_adapter_that_names_another_base_than_the_measured_model_is_named(
+    tmp_path, named, other
+):
+    adapter, model = fresh(tmp_path / "adapter"), fresh(tmp_path / "Model-7B")
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": named}))
+    (model / "config.json").write_text(json.dumps({"_name_or_path": "x/saved-as"}))
+    assert other_base(adapter, str(model), model) == other
+    assert other_base(adapter, "Org/Model-13B@" + "c" * 40, model) == ""
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -29,12 +29,15 @@ TRAINING = {
 
 @dataclass(frozen=True)
 class RowFacts:
-    """`rows` of the file, those that are `used`, its format, and the columns that are read."""
+    """`rows` of the file, those that are `used`, its format, and the columns that are read.
+    `repeats` rows have the prompt of an earlier row.
+    """
 
     rows: int
     used: int
     format: str
     fields: tuple[str, ...]
+    repeats: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ class RowSet:
         found = prompts_of(self.measure, path)
         columns = ("category", "label", "answer")
         held = [name for name in columns if any(getattr(each, name) for each in found.prompts)]
-        return RowFacts(found.rows, len(found.prompts), found.format, ("prompt", *held))
+        columns_read = ("prompt", *held)
+        return RowFacts(
+            found.rows, len(found.prompts), found.format, columns_read, len(found.repeats)
+        )
 
 
 def row_sets(study: Study) -> Iterator[RowSet]:
