@@ -27,7 +27,10 @@ MOST_THRESHOLDS = 8
 
 
 def frontier_words(
-    results: Sequence[Result], objectives: Sequence[str], baselines: Baselines
+    results: Sequence[Result],
+    objectives: Sequence[str],
+    baselines: Baselines,
+    picked: Sequence[Result] = (),
 ) -> str:
     drawn, done = objectives[:2], finished(results)
     head = (
@@ -53,6 +56,10 @@ def frontier_words(
                 else "."
             )
         )
+    parts += [
+        f"Picked of {result.point.model}: point {result.number}, {_at(result.metrics, drawn)}."
+        for result in picked
+    ]
     return " ".join([head, *parts])
 
 
