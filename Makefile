@@ -1,4 +1,4 @@
-# make demo       a fresh machine to a finished Pareto frontier
+# make demo       a fresh machine to a finished Pareto frontier (installs the extra `sweep`)
 # make check      for daily work: style, types, import directions, and the fast tests; under 3 minutes
 # make test       all tests but the long ones, in WORKERS processes; COLD=1 ignores models of earlier runs
 # make test-long  the shipped quickstart, and recoveries from kills that take minutes
@@ -81,7 +81,7 @@ bench-search: $(VENV)/installed-test
 	$(BIN)/python -m tests.benchmarks.bench_scale
 
 $(VENV)/installed: pyproject.toml constraints.txt | python $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[sweep]'
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml constraints.txt | python $(VENV)/bin/python
@@ -89,7 +89,7 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | python $(VENV)/bin/pyth
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt | python $(VENV)/bin/python
-	$(PIP) --editable '.[docs]'
+	$(PIP) --editable '.[sweep,docs]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/bin/python: | python

@@ -114,16 +114,18 @@ def plan(
     Explain why stages must run.
     """
     from ebbline.commands.plan import capacity_of, plan_study
+    from ebbline.sweeps.forecast.without_pins import plannable
     from ebbline.sweeps.search.searcher import check_written_points
     from ebbline.sweeps.study.view import StudyView
 
-    view = StudyView.open(home, study)
+    view, assumed = plannable(StudyView.open(home, study))
     check_written_points(view.study)
     plan_study(
         view,
         capacity_of(view.study, cluster, address or view.home.profile.address, gpus),
         why,
         as_json,
+        assumed,
     )
 
 

@@ -15,6 +15,7 @@ import typer
 
 from ebbline import sweeps
 from ebbline.tasks.errors import EbblineError, StudyHeld
+from ebbline.tasks.extras import extras_explained
 
 DEFAULT_HOME = Path("runs")
 FAILED_POINTS, HELD, OVER_BUDGET, STOPPED = 3, 4, 5, 130  # exit codes of EXIT_CODES
@@ -67,14 +68,15 @@ EXIT_CODES = (
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an EbblineError into one message and an exit code. Any other exception is a bug and
-    keeps its traceback.
+    """Turn an EbblineError, or a missing package of an extra, into one message and an exit code.
+    Any other exception is a bug and keeps its traceback.
     """
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with extras_explained("this command"):
+                command(*args, **kwargs)
         except EbblineError as error:
             code = HELD if isinstance(error, StudyHeld) else 1
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)

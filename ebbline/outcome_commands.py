@@ -204,6 +204,13 @@ def pick(
             show_default=False,
         ),
     ] = None,
+    with_base: Annotated[
+        bool,
+        typer.Option(
+            "--with-base",
+            help="Export the aligned model too, into DIR/aligned: what the adapter was trained on.",
+        ),
+    ] = False,
     seed: Annotated[
         int | None, typer.Option(help="Export this training seed's adapter.", show_default=False)
     ] = None,
@@ -215,7 +222,7 @@ def pick(
     from ebbline.commands.pick import PickOptions, pick_study
     from ebbline.sweeps.study.view import StudyView
 
-    options = PickOptions(tuple(floor or ()), maximise, model, point, confidence, seed)
+    options = PickOptions(tuple(floor or ()), maximise, model, point, confidence, seed, with_base)
     raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
 
 

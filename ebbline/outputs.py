@@ -10,6 +10,7 @@ from ebbline.analysis.report.findings import figures_of, findings
 from ebbline.analysis.report.provenance import provenance
 from ebbline.analysis.report.report import write_report
 from ebbline.analysis.results.adapter_notes import adapter_notes
+from ebbline.analysis.results.choices import chosen
 from ebbline.analysis.results.collect import (
     StoredEvidence,
     artifacts_behind,
@@ -40,7 +41,7 @@ def write_outputs(view: StudyView, results: Sequence[Result]) -> dict[str, Path]
         results_frame(results, study.objectives, home.profile), folder
     )
     outputs = {"results": table, "frontier": frontier_csv}
-    found = findings(study, results, before, StoredEvidence(view))
+    found = findings(study, results, before, StoredEvidence(view), chosen(results, folder))
     drawn = figures_of(found)
     saved = {name: save(each.figure, folder, name)[0] for name, each in drawn.items()}
     outputs["figure"] = saved["frontier"]

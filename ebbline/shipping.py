@@ -1,4 +1,5 @@
-"""`pick --export`: write one adapter of the store and its model card, atomically.
+"""`pick --export`: write one adapter of the store and its model card, atomically. `--with-base`
+adds the aligned model that it was trained on.
 
 Invariant: the weights equal the store's record byte for byte, and the export holds no path of this
 machine.
@@ -13,10 +14,11 @@ from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ebbline.analysis.paper.card import card, hub_base
+from ebbline.analysis.paper.card import ALIGNED, base_name, card, hub_base
 from ebbline.analysis.results.collect import baselines, prompt_sets
 from ebbline.analysis.results.floors import Pick
 from ebbline.analysis.results.picked import picked_json
+from ebbline.base_model import aligned_model
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.outcome import changed_share
 from ebbline.sweeps.study.home import Home
@@ -43,9 +45,10 @@ def ship(
     done: int,
     to: Path,
     seed_requested: bool,
+    with_base: bool = False,
 ) -> dict[str, Any]:
     """Write the projected adapter of a pick into `to`, a new or empty folder; return the content of
-    its pick.json.
+    its pick.json. `with_base` writes the aligned model into `to`/aligned.
 
     `alone` is the point with the metrics of `seed` only. `seed_requested`: the user gave the seed.
     `done` is the number of finished points. Raises StudyError when `to` cannot be written, and
@@ -60,6 +63,7 @@ def ship(
         part: home.store.open(part, result.keys[f"{part}[seed={seed}]"])
         for part in (*OF_TRAINING, measures)
     } | {makes: adapter}
+    base = aligned_model(view, result, seed) if with_base else None
     share = changed_share({f"{part}[seed={seed}]": stages[part] for part in (measures, makes)})
     alone = replace(alone, changed_share=share)
     record = {
@@ -68,11 +72,17 @@ def ship(
         "seed_asked_for": seed_requested,
         f"{DEFENCE.words.share}_of_seed": share,
         "weights_sha256": adapter.files[WEIGHTS],
+        "base": {
+            **_base(study, result.point.model, with_base),
+            "content_sha256": stages["train"].hashed["inputs"]["model"],
+        },
         **picked_json(study, found),
         "settings_of_stages": {part: artifact.hashed["spec"] for part, artifact in stages.items()},
     }
     aligned, prompts = baselines(view).get(result.point.model, {}), prompt_sets(view)
-    text = card(study, found, seed, alone, done, stages, aligned, prompts, seed_requested)
+    text = card(
+        study, found, seed, alone, done, stages, aligned, prompts, seed_requested, with_base
+    )
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as scratch:
@@ -82,9 +92,10 @@ def ship(
                 shutil.copyfile(adapter.file(file), fresh / file)
                 _require_recorded(adapter, file, fresh / file)
             config = json.loads((fresh / CONFIG).read_text())
-            (fresh / CONFIG).write_text(
-                json.dumps({**config, **_base(study, result.point.model)}, indent=2, sort_keys=True)
-            )
+            named = {**config, **_base(study, result.point.model, with_base)}
+            (fresh / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True))
+            if base is not None:
+                base.write(fresh / ALIGNED)
             (fresh / CARD).write_text(text, "utf-8")
             (fresh / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False))
             fresh.replace(destination)
@@ -96,16 +107,16 @@ def ship(
     return record
 
 
-def _base(study: Study, model: str) -> dict[str, str | None]:
-    """The base model in PEFT's configuration: the hub's model at its commit, or None for a local
-    model.
+def _base(study: Study, model: str, with_base: bool) -> dict[str, str | None]:
+    """The base model in PEFT's configuration: the hub's model at its commit, the exported folder,
+    or a name that no hub and no folder has.
     """
     hub = hub_base(study, model)
-    return (
-        {"base_model_name_or_path": None, "revision": None}
-        if hub is None
-        else {"base_model_name_or_path": hub.id, "revision": hub.commit}
-    )
+    return {
+        # "./" keeps libraries from looking for a model of that name on the hub
+        "base_model_name_or_path": f"./{ALIGNED}" if with_base else base_name(study, model),
+        "revision": None if hub is None else hub.commit,
+    }
 
 
 def _whole(home: Home, key: str, name: str) -> Artifact:

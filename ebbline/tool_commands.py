@@ -269,12 +269,13 @@ def rescore(
     """Score stored completions with another scorer, or several side by side, without a model."""
     from ebbline.commands.evaluate import generations_of, measure_of, print_rows, write_rows
     from ebbline.commands.evaluate import rescore as rescore_completions
-    from ebbline.sweeps.study.view import StudyView
     from ebbline.tasks.specs import GenerateSpec, ScoreSpec
 
     if (Path(where) / GenerateSpec.COMPLETIONS).exists():
         generations = {Path(where).name: [Path(where)]}
     else:
+        from ebbline.sweeps.study.view import StudyView  # with a database: the extra `sweep`
+
         view = StudyView.open(home, where)
         measure, generations = measure_of(view.study, suite), generations_of(view, suite)
     rows = rescore_completions(

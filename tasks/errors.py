@@ -4,6 +4,7 @@
     ├── StudyError        a study file or a command has an invalid setting
     │   └── StudyHeld     another driver holds the study
     ├── PinError          a model or data set has no pin, or its content differs from its pin
+    ├── MissingExtra      a package of an extra is not installed
     ├── UnstableValue     a value has no stable hash
     ├── DataError         a data file is missing, empty, truncated or of another format
     ├── ModelError        a model or adapter cannot be loaded, or is of the wrong kind for the stage
@@ -41,6 +42,10 @@ class StudyHeld(StudyError):
 
 
 class PinError(EbblineError):
+    pass
+
+
+class MissingExtra(EbblineError):
     pass
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, cast
 
+from ebbline.tasks.extras import extras_explained
 from ebbline.tasks.specs import Dtype, Quantisation, Spec
 from ebbline.tasks.stage import Stage
 
@@ -92,5 +93,6 @@ class StageKind(Generic[S]):
         return self.spec.KIND
 
     def load_function(self) -> Run:
-        """Import the function's module."""
-        return cast(Run, pkgutil.resolve_name(self.function))
+        """Import the function's module. Raises MissingExtra when one of its packages is missing."""
+        with extras_explained(f"the stage {self.name!r}"):
+            return cast(Run, pkgutil.resolve_name(self.function))

@@ -115,10 +115,19 @@ function drawFrontier() {
       });
     }
   }
+  const picked = rows.filter((row) => (front.picked || []).includes(row.number));
+  if (picked.length) {
+    const ring = { symbol: "circle-open", size: 20, color: ink("--ink"), line: { color: ink("--ink"), width: 2 } };
+    traces.push({
+      type: "scatter", mode: "markers", x: two ? picked.map((row) => row.metrics[first.name][0]) : picked.map((row) => row.number), y: picked.map((row) => row.metrics[last.name][0]),
+      marker: ring, customdata: picked.map((row) => row.number), text: picked.map((row) => hoverOf(row, same[row.number] || [])), hovertemplate: "%{text}<extra></extra>", name: "picked",
+    });
+  }
   const xaxis = two ? { title: { text: label(first.label) }, tickformat: ".1~%" } : { title: { text: "point" } };
   Plotly.react("frontier", traces, layout({ xaxis, yaxis: { title: { text: label(last.label) }, tickformat: ".1~%" }, hovermode: "closest" }), CONFIG);
   at("frontier").setAttribute("aria-label", rows.length ? `Scatter plot of ${rows.length} points: ${last.label}, against ${two ? first.label : "the point's number"}. The table below has its frontier.` : "No point has finished.");
   const notes = ["Large marks: not dominated by any other point of the model. Filled: projected; hollow: not projected. Bars: 95% intervals. Stars: before fine-tuning."];
+  if (picked.length) notes.push(`Ring: picked with ebbline pick (${picked.map((row) => `point ${row.number}`).join(", ")}).`);
   if (!bars) notes.push(`With more than ${BARS_UP_TO} points only the frontier has bars.`);
   if (all.length > rows.length) notes.push(`${all.length - rows.length} more points are not drawn, because their adapters are the same as another point's.`);
   if (about.of > 2) notes.push(`The plot shows the first two of ${about.of} objectives; dominance uses all of them.`);

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from ebbline.analysis.figures.drawing import looks
 from ebbline.analysis.figures.gantt import colours, lanes_of
+from ebbline.analysis.results.choices import chosen
 from ebbline.analysis.results.collect import Follower
 from ebbline.analysis.results.costs import cost_label, point_costs
 from ebbline.analysis.results.frontier import (
@@ -260,7 +261,17 @@ class LivePage:
                 for result in results
                 if result.status == "done"
             },
-            "frontier": {"": {"by_model": by_model, "all": over_all, "hypervolume": volume}},
+            "frontier": {
+                "": {
+                    "by_model": by_model,
+                    "all": over_all,
+                    "hypervolume": volume,
+                    "picked": [
+                        result.number if result.same_as is None else result.same_as
+                        for result in chosen(results, self.folder)
+                    ],
+                }
+            },
             "before": {
                 model: {name: _metric(metric) for name, metric in metrics.items()}
                 for model, metrics in before.items()

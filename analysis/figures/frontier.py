@@ -1,7 +1,8 @@
 """The frontier as a figure: every measurement with its 95% Wilson interval.
 
 Invariants: a model has one colour and one marker. A filled mark is projected, a hollow one is not.
-No point is moved; points that overlap are transparent.
+A ring is round the point that `ebbline pick` chose. No point is moved; points that overlap are
+transparent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from ebbline.analysis.results.wording import directed_label
 from ebbline.sweeps.study.points import Result
 from ebbline.tasks.measuring.metrics import Metric, direction
 
+RING = 13.0  # the diameter of a picked point's ring, in points
 _NO_BASELINES: Baselines = MappingProxyType({})
 
 
@@ -27,8 +29,10 @@ def frontier_figure(
     objectives: Sequence[str],
     baselines: Baselines = _NO_BASELINES,
     page: Page = SCREEN,
+    picked: Sequence[Result] = (),
 ) -> Figure:
     """The finished points over the first two objectives, each model's frontier and aligned model.
+    The `picked` points have a ring.
 
     With one objective the points are drawn over their numbers. With three or more, a title says
     which two are drawn.
@@ -46,6 +50,8 @@ def frontier_figure(
                 _point(axes, result, drawn, (colour, marker), page.marks)
             _frontier_line(axes, frontier(own, drawn), drawn, colour, page.marks)
             _aligned(axes, baselines.get(model, {}), drawn, colour, page.marks)
+        for result in picked:
+            _ring(axes, result, drawn, page.marks)
         axes.set_ylabel(directed_label(drawn[-1]))
         axes.set_xlabel(directed_label(drawn[0]) if len(drawn) == 2 else "point number")
         for axis in (axes.xaxis, axes.yaxis) if len(drawn) == 2 else (axes.yaxis,):
@@ -66,7 +72,7 @@ def frontier_figure(
                 transform=axes.transAxes,
             )
         figure.legend(
-            handles=_legend(appearance, drawn, baselines, page),
+            handles=_legend(appearance, drawn, baselines, page, bool(picked)),
             loc="outside lower center",
             ncols=2 if page.narrow else 3,
         )
@@ -90,6 +96,20 @@ def _point(
         elinewidth=0.7 * marks,
         alpha=0.65,
         zorder=3,
+    )
+
+
+def _ring(axes: Axes, result: Result, drawn: Sequence[str], marks: float) -> None:
+    metrics = [result.metrics[name] for name in drawn]
+    axes.plot(
+        metrics[0].value if len(drawn) == 2 else result.number,
+        metrics[-1].value,
+        marker="o",
+        markersize=RING * marks,
+        markerfacecolor="none",
+        markeredgecolor="black",
+        markeredgewidth=1.2 * marks,
+        zorder=5,
     )
 
 
@@ -135,6 +155,7 @@ def _legend(
     drawn: Sequence[str],
     baselines: Baselines,
     page: Page,
+    picked: bool,
 ) -> list[Line2D]:
     def sign(label: str, marker: str, face: str = "0.35", size: float = 6.0) -> Line2D:
         return Line2D(
@@ -165,6 +186,10 @@ def _legend(
         aligned = "aligned, not fine-tuned" if page.narrow else "aligned model, before fine-tuning"
         dotted = Line2D([], [], color="0.35", linestyle=":", label=aligned)
         signs.append(sign(aligned, "*", size=11.0) if len(drawn) == 2 else dotted)
+    if picked:
+        ring = sign("picked", "o", face="none", size=RING)
+        ring.set_markeredgecolor("black")
+        signs.append(ring)
     return models + signs
 
 

@@ -4,12 +4,10 @@ Invariant: a text gives the main content of its figure: the number of marks, the
 extremes.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 
 from ebbline.analysis.figures.before_after import LABELS
 from ebbline.analysis.figures.importance import Importances, label
-from ebbline.analysis.figures.projection import depth_and_type
 from ebbline.analysis.results.attainment import Array, Attainment
 from ebbline.analysis.results.before_after import Line
 from ebbline.analysis.results.frontier import finished, frontier_by_model
@@ -22,16 +20,17 @@ from ebbline.analysis.results.wording import (
     undecided_label,
 )
 from ebbline.sweeps.study.points import Result
-from ebbline.tasks.defences import words
-from ebbline.tasks.defences.gate import ModuleRow, cosines_by_module, share_steps
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, direction
 
-MOST_THRESHOLDS, MOST_TYPES, MOST_CURVES = 8, 8, 3
+MOST_THRESHOLDS = 8
 
 
 def frontier_words(
-    results: Sequence[Result], objectives: Sequence[str], baselines: Baselines
+    results: Sequence[Result],
+    objectives: Sequence[str],
+    baselines: Baselines,
+    picked: Sequence[Result] = (),
 ) -> str:
     drawn, done = objectives[:2], finished(results)
     head = (
@@ -57,6 +56,10 @@ def frontier_words(
                 else "."
             )
         )
+    parts += [
+        f"Picked of {result.point.model}: point {result.number}, {_at(result.metrics, drawn)}."
+        for result in picked
+    ]
     return " ".join([head, *parts])
 
 
@@ -119,46 +122,6 @@ def before_after_words(lines: Sequence[Line]) -> str:
             ]
             rows.append(f"{line.model} {', '.join(values)}")
         parts.append(f"{directed_label(name)}: {'; '.join(rows)}.")
-    return " ".join(parts)
-
-
-def map_words(rows: Mapping[str, ModuleRow], projected: Collection[str], what: str) -> str:
-    text = words.map_sentence(rows, projected, what)
-    types: dict[str, list[float]] = {}
-    layers: dict[int, list[float]] = {}
-    known = cosines_by_module(rows)
-    for module in (module for module in rows if module in known):
-        depth, kind = depth_and_type(module)
-        types.setdefault(kind.rpartition(".")[2], []).append(known[module])
-        if depth is not None:
-            layers.setdefault(depth, []).append(known[module])
-    if types and len(types) <= MOST_TYPES:
-        text += (
-            " Mean by type: "
-            f"{', '.join(f'{kind} {fmean(found):.2f}' for kind, found in types.items())}."
-        )
-    if len(layers) > 1:
-        means = {depth: fmean(found) for depth, found in layers.items()}
-        lowest, highest = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-        text += (
-            f" Lowest mean in layer {lowest} ({means[lowest]:.2f}), highest in layer {highest} "
-            f"({means[highest]:.2f})."
-        )
-    return text
-
-
-def share_words(curves: Mapping[str, Mapping[str, ModuleRow]], what: str) -> str:
-    """The values of the knob at which each curve reaches a quarter, a half and three quarters."""
-    parts = [words.share_sentence(what)]
-    for name, rows in list(curves.items())[:MOST_CURVES]:
-        steps = share_steps(rows)
-        passed = []
-        for share in (0.25, 0.5, 0.75):
-            at = next((value for value, reached in steps if reached >= share), None)
-            passed += [] if at is None else [f"{share:.0%} from {at:.2f}"]
-        parts.append(f"{name}: {', '.join(passed) or 'never a quarter'}.")
-    if len(curves) > MOST_CURVES:
-        parts.append(f"And {len(curves) - MOST_CURVES} more.")
     return " ".join(parts)
 
 

@@ -30,6 +30,7 @@ from ebbline.sweeps.study.policies import Budget, Constraints, Search
 from ebbline.sweeps.study.references import Hub, Local
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import as_yaml
+from ebbline.tasks.extras import SWEEP
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.paths import is_inside
 
@@ -168,7 +169,8 @@ def _lock(build: Build) -> str:
 
     Package indexes have no builds such as +cpu, so those are only written as comments.
     """
-    found, seen, waiting = dict[str, str](), set[tuple[str, str]](), [("ebbline", "")]
+    found, seen = dict[str, str](), set[tuple[str, str]]()
+    waiting = [("ebbline", extra) for extra in ("", SWEEP)]
     while waiting:
         name, extra = requirement = waiting.pop()
         if requirement in seen:
@@ -209,8 +211,8 @@ def _readme_lines(
     yield f"# Rerun {study.study}"
     yield ""
     yield (
-        "    pip install --constraint constraints.txt ebbline     # or `pip install "
-        "--constraint constraints.txt PATH_OF_ITS_SOURCE`"
+        '    pip install --constraint constraints.txt "ebbline[sweep]"     # or, from its source, '
+        '`pip install --constraint constraints.txt "PATH_OF_ITS_SOURCE[sweep]"`'
     )
     yield (
         "    ebbline run study.yaml --home rerun                  # `ebbline plan study.yaml` "

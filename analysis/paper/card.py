@@ -33,6 +33,18 @@ from ebbline.tasks.measuring.metrics import Metric
 from ebbline.tasks.scoring.phrases import SCORERS
 
 PAPER = "arXiv 2405.16833"
+ALIGNED = "aligned"  # the folder of an export that holds the aligned model
+_LOADED_AS = {
+    "nf4": "as NF4 (bitsandbytes)",
+    "int8": "as int8 (bitsandbytes)",
+    "none": "unquantised",
+}
+_QUANTISED = {  # as ebbline.tasks.models.loading.load_model loads it
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}", '
+    'bnb_4bit_quant_storage="{dtype}")',
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+}
 _TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ text }}"
 
 
@@ -46,12 +58,14 @@ def card(
     aligned: Mapping[str, Metric],
     prompts: Mapping[str, SuitePrompts],
     seed_requested: bool = False,
+    with_base: bool = False,
 ) -> str:
     """The README.md of the adapter of one seed of a pick.
 
     `alone` is the point with the metrics and projected share of that seed only. `seed_requested`
-    is True if the user named the seed. `stages` are the stages of training and defence. `aligned`
-    holds the metrics of the model before fine-tuning, `prompts` those of the suites (see
+    is True if the user named the seed, `with_base` if the aligned model is in ALIGNED, beside the
+    card. `stages` are the stages of training and defence. `aligned` holds the metrics of the model
+    before fine-tuning, `prompts` those of the suites (see
     ebbline.analysis.results.collect.prompt_sets).
     """
     result, model = found.result, found.result.point.model
@@ -60,7 +74,7 @@ def card(
         f"# {study.study}: {model}, point {result.number}",
         f"> {' '.join(study.question.split())}",
         _what(study, result, alone, spec),
-        "## How to load it\n\n" + _load(study, model),
+        "## How to load it\n\n" + _load(study, model, with_base),
         "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_requested),
         "## What was measured\n\n" + _measured(study, result, seed, alone, aligned),
         "## How it was made\n\n" + _rows(("setting", "value"), _settings(spec)),
@@ -79,10 +93,15 @@ def hub_base(study: Study, model: str) -> Hub | None:
     return study.models[model].aligned.hub
 
 
-def _metadata(study: Study, model: str) -> ModelCardData:
+def base_name(study: Study, model: str) -> str:
+    """The base model's name on the hub, or a name that says that it is not there."""
     hub = hub_base(study, model)
+    return f"not-on-the-hub/{study.study}-{model}-aligned" if hub is None else hub.id
+
+
+def _metadata(study: Study, model: str) -> ModelCardData:
     return ModelCardData(
-        base_model=f"not-on-the-hub/{study.study}-{model}-aligned" if hub is None else hub.id,
+        base_model=base_name(study, model),
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
@@ -112,18 +131,16 @@ def _what(
     )
 
 
-def _load(study: Study, model: str) -> str:
+def _load(study: Study, model: str, with_base: bool) -> str:
     hub, size = hub_base(study, model), study.models[model]
-    loaded_as = {
-        "nf4": "as NF4 (bitsandbytes)",
-        "int8": "as int8 (bitsandbytes)",
-        "none": "unquantised",
-    }[size.quantisation]
     note = (
-        f"It was trained and measured with its base loaded {loaded_as}, in {size.dtype}; "
-        "other ways to load it were not measured."
+        f"It was trained and measured with its base loaded {_LOADED_AS[size.quantisation]}, in "
+        f"{size.dtype}, as above; other ways to load it were not measured."
     )
-    if hub is None:
+    if with_base:
+        where, revision = f'"{ALIGNED}"', ""
+        note += f" The aligned model that it was trained on is in `{ALIGNED}`."
+    elif hub is None:
         where, revision = '"PATH/TO/THE/ALIGNED/MODEL"', ""
         note += (
             " Its base model is not on the hub: see sources below. The adapter is meaningless on "
@@ -131,10 +148,17 @@ def _load(study: Study, model: str) -> str:
         )
     else:
         where, revision = f'"{hub.id}"', f', revision="{hub.commit}"'
+    classes, config, quantised = "AutoModelForCausalLM, AutoTokenizer", "", ""
+    if size.quantisation != "none":
+        classes += ", BitsAndBytesConfig"
+        config = f"config = {_QUANTISED[size.quantisation].format(dtype=size.dtype)}\n"
+        quantised = ", quantization_config=config"
     return (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({where}{revision})\n"
-        f'model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER")\n```\n\n{note}'
+        f"Run this in the adapter's folder:\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import {classes}\n{config}"
+        f"tokenizer = AutoTokenizer.from_pretrained({where}{revision})\n"
+        f'base = AutoModelForCausalLM.from_pretrained({where}{revision}, dtype="{size.dtype}"'
+        f'{quantised})\nmodel = PeftModel.from_pretrained(base, ".")\n```\n\n{note}'
     )
 
 

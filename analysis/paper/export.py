@@ -30,6 +30,7 @@ from ebbline.analysis.paper.latex import (
 )
 from ebbline.analysis.paper.methods import methods
 from ebbline.analysis.report.provenance import Provenance, provenance
+from ebbline.analysis.results.choices import chosen
 from ebbline.analysis.results.collect import artifacts_behind, baselines, collect, costs_before
 from ebbline.analysis.results.measurements import Baselines, refusal_metric, usefulness_metric
 from ebbline.analysis.results.tables import results_frame, write_tables
@@ -76,6 +77,7 @@ class ExportData:
     baselines: Baselines
     provenance: Provenance
     before: Mapping[str, Cost]
+    picked: Sequence[Result] = ()
 
 
 def write_export(view: StudyView, to: Path, styles: Sequence[Style]) -> Export:
@@ -119,6 +121,7 @@ def _read(view: StudyView) -> ExportData:
         baselines(view),
         provenance(view, results, artifacts),
         costs_before(view),
+        chosen(results, view.folder),
     )
 
 
@@ -228,7 +231,7 @@ def _write_style(data: ExportData, folder: Path, style: Style) -> None:
     drawn = [name for name in (refusal_metric(study), usefulness_metric(study)) if name is not None]
     for suffix, page in PAGES[style].items():
         save_for_print(
-            frontier_figure(results, study.objectives, data.baselines, page),
+            frontier_figure(results, study.objectives, data.baselines, page, data.picked),
             folder,
             f"frontier{suffix}",
             page,

@@ -47,6 +47,7 @@ class Findings:
     lines: Sequence[Line]
     attained: Mapping[str, Attainment]
     importance: Mapping[str, Importance]
+    picked: Sequence[Result] = ()  # what `ebbline pick` recorded
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class DrawnFigure:
 
 
 def findings(
-    study: Study, results: Sequence[Result], baselines: Baselines, evidence: Evidence = NO_EVIDENCE
+    study: Study,
+    results: Sequence[Result],
+    baselines: Baselines,
+    evidence: Evidence = NO_EVIDENCE,
+    picked: Sequence[Result] = (),
 ) -> Findings:
     return Findings(
         study,
@@ -69,6 +74,7 @@ def findings(
         before_after(study, results, baselines, evidence),
         attainments(results, study.objectives),
         importances(study, results),
+        picked,
     )
 
 
@@ -77,11 +83,12 @@ def figures_of(found: Findings) -> dict[str, DrawnFigure]:
     study, results, baselines = found.study, found.results, found.baselines
     drawn = {
         "frontier": DrawnFigure(
-            frontier_figure(results, study.objectives, baselines),
-            frontier_words(results, study.objectives, baselines),
+            frontier_figure(results, study.objectives, baselines, picked=found.picked),
+            frontier_words(results, study.objectives, baselines, found.picked),
             "Every finished point with its 95% Wilson intervals. Filled: projected; "
             "hollow: not. The steps are each model's frontier,"
-            " the stars its aligned model before fine-tuning.",
+            " the stars its aligned model before fine-tuning."
+            + (" A ring marks the point that `ebbline pick` chose." if found.picked else ""),
         )
     }
     attained = attainment_figure(found.attained, study.objectives)

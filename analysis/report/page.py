@@ -10,7 +10,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from ebbline.analysis.figures.drawing import svg
-from ebbline.analysis.figures.words import map_words, share_words
+from ebbline.analysis.figures.projection_words import map_words, share_words
 from ebbline.tasks.defences import words
 from ebbline.tasks.defences.gate import ModuleRow
 

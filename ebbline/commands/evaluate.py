@@ -19,13 +19,12 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.wording import metric_label, percent, settings_label
 from ebbline.commands.project import distinct_names, located
 from ebbline.sweeps.study.points import keys_of
@@ -40,8 +39,8 @@ from ebbline.sweeps.study.suites import (
     scorers_of,
     stages_of,
 )
-from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import EbblineError, EvaluationError
+from ebbline.tasks.extras import extras_explained
 from ebbline.tasks.identity import content_digest, folder_files
 from ebbline.tasks.inputs import ExpectedInput, InputCheck
 from ebbline.tasks.kinds import kind_named
@@ -60,6 +59,9 @@ from ebbline.tasks.scoring.phrases import SCORERS
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, GenerateSpec, ScoreSpec, TokenizerOf
 from ebbline.tasks.stage import Context, Source, Stage, spec_payload
 from ebbline.tasks.worker import ERROR, error_and_reason
+
+if TYPE_CHECKING:
+    from ebbline.sweeps.study.view import StudyView  # with a database: the extra `sweep`
 
 DONE = "done.json"
 FILES = "files"  # the field of the mark with the digests of the measured files
@@ -159,6 +161,9 @@ def evaluate(
     if not prompt_set.exists():
         raise EvaluationError(f"there is no prompt set at {prompt_set}")
     chosen = suite_of(suite, settings)
+    if isinstance(chosen, MultipleChoiceSuite):
+        with extras_explained(f"{suite!r}, a task of lm-eval,"):
+            import lm_eval  # noqa: F401  # before gigabytes are hashed
     require_model_folder(folder)
     asks_chats = not isinstance(chosen, MultipleChoiceSuite) or chosen.chat_template
     if tokenizer == "adapter" and not adapters:
@@ -357,10 +362,12 @@ def measure_of(study: Study, suite: str) -> Literal["refusal", "over_refusal"]:
     return measure.kind
 
 
-def generations_of(view: StudyView, suite: str) -> dict[str, list[Path]]:
+def generations_of(view: "StudyView", suite: str) -> dict[str, list[Path]]:
     """Name -> folders of every finished generation of a suite, over a study's points and seeds.
     Raises EvaluationError when there is none.
     """
+    from ebbline.analysis.results.collect import collect  # only a study needs the extra `sweep`
+
     study, found = view.study, dict[str, list[Path]]()
     for result in collect(view):
         for seed in study.seeds:

@@ -7,11 +7,12 @@ metric's direction.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ebbline.analysis.results.choices import record_choices
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.floors import METHOD, Floor, Pick, of_seed, pick, slack
 from ebbline.analysis.results.frontier import finished
@@ -49,15 +50,19 @@ class PickOptions:
     point: int | None = None
     confidence: float | None = None
     seed: int | None = None
+    with_base: bool = False
 
 
 def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: bool) -> int:
     """Print the pick of each requested size; with `to`, export its adapter. Returns 1 when a size
     has no pick.
 
-    Raises StudyError for invalid options. Raises it before any write when the export would be below
-    a floor.
+    Records the picks that hold the study's own floor, so that the study's figures mark them. Raises
+    StudyError for invalid options. Raises it before any write when the export would be below a
+    floor.
     """
+    if options.with_base and to is None:
+        raise StudyError("--with-base belongs to --export DIR; give both")
     study, name = view.study, view.name
     view.home.require(study.study)
     floors, maximised = floors_of(study, options.floors), maximised_of(study, options.maximise)
@@ -89,9 +94,19 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
         seed, alone = _exportable(study, found, by_model[model], options)
         exported = {
             "to": str(to),
-            **ship(view, found, seed, alone, len(done), to, options.seed is not None),
+            **ship(
+                view,
+                found,
+                seed,
+                alone,
+                len(done),
+                to,
+                options.seed is not None,
+                options.with_base,
+            ),
         }
     changed = view.changed()
+    recorded = not changed and _record(view, picks.values())
     if as_json:
         progress = {"done": len(done), "asked_for": len(results), "limit": limit(study)}
         summary = {
@@ -113,12 +128,24 @@ def pick_study(view: StudyView, options: PickOptions, to: Path | None, as_json: 
             )
             print("\n".join(f"  {line}" for line in changed[:10]))
         if exported is not None:
+            base = ", the aligned model in aligned/" if options.with_base else ""
             print(
                 f"\nexported to {to}: the adapter of seed {exported['seed']}, with its "
-                "model card README.md. Nothing was uploaded."
+                f"model card README.md{base}. Nothing was uploaded."
             )
+        if recorded:
+            print(f"\nthe figures of `ebbline report {name}` mark the pick from now on")
     required_models = models if options.point is None else list(picks)
     return 0 if all(model in picks and picks[model].holds for model in required_models) else 1
+
+
+def _record(view: StudyView, picks: Collection[Pick]) -> bool:
+    """Record the picks for the study's figures; returns whether there were any to record."""
+    study = view.study
+    held = [found.result for found in picks if found.holds and not too_low(study, found)]
+    if not held or not view.home.has_run(study.study):
+        return False
+    return record_choices(view.folder, held)
 
 
 def _require_begun_here(view: StudyView) -> None:

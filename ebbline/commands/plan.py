@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -32,12 +33,15 @@ SLOW_S = 1.0  # the progress bar appears after this time
 _HOSTS = re.compile(r"(?P<hosts>\d+)x(?P<gpus>\d+)(?:x(?P<type>[A-Za-z0-9-]+))?")
 
 
-def plan_study(view: StudyView, capacity: Capacity, why: int, as_json: bool) -> None:
+def plan_study(
+    view: StudyView, capacity: Capacity, why: int, as_json: bool, assumed: Sequence[str] = ()
+) -> None:
     """Print a study's plan, and draw it into the study's folder. `why` limits the explained
-    misses.
+    misses; `assumed` are assumptions to print before the forecast's own.
     """
     with progress_bar(quiet=as_json) as progress:
         found = forecast(view, capacity, progress)
+    found = replace(found, assumed=(*assumed, *found.assumed))
     home, pictures = view.home, draw(view, found)
     reasons = explained(found.todo, home.store, why)
     if as_json:

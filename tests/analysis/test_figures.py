@@ -12,8 +12,9 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
 from ebbline.analysis.figures.drawing import Page, error_bar, looks, save, save_for_print, svg
-from ebbline.analysis.figures.frontier import frontier_figure
+from ebbline.analysis.figures.frontier import RING, frontier_figure
 from ebbline.analysis.figures.knob import threshold_figure
+from ebbline.analysis.figures.words import frontier_words
 from ebbline.analysis.results.measurements import Baselines
 from ebbline.sweeps.study.points import Point, Result
 from ebbline.tasks.measuring.metrics import Metric
@@ -67,6 +68,17 @@ def test_the_steps_border_what_the_frontier_dominates(first: str, style: str) ->
     assert [
         line.get_drawstyle() for line in figure.axes[0].lines if line.get_linewidth() == 1.4
     ] == [style]
+
+
+def test_a_ring_is_round_the_picked_point_and_the_words_name_it() -> None:
+    first, second = result(0, refusal=0.9, task=0.2), result(1, refusal=0.7, task=0.3)
+    figure = frontier_figure([first, second], OBJECTIVES, picked=[second])
+    rings = [line for line in figure.axes[0].lines if line.get_markersize() == RING]
+    assert [tuple(line.get_xydata()[0]) for line in rings] == [(0.7, 0.3)]
+    assert "picked" in [text.get_text() for text in figure.legends[0].get_texts()]
+    words = frontier_words([first, second], OBJECTIVES, {}, [second])
+    assert "point 1, refusal rate 70.0% and task accuracy 30.0%." in words
+    assert "Picked" not in frontier_words([first, second], OBJECTIVES, {})
 
 
 def test_axis_labels_state_which_direction_is_better(results: list[Result]) -> None:
