@@ -57,6 +57,7 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
     """Check a study file: keys, types, ranges, the rows on this machine, and whether its models and
     data are pinned.
     """
+    from ebbline.adapter_checks import base_notes, require_adapters
     from ebbline.sweeps.search.searcher import check_written_points
     from ebbline.sweeps.study.pins import require_pins, require_rows
     from ebbline.sweeps.study.study_file import load
@@ -64,15 +65,23 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
     loaded = load(study)
     check_written_points(loaded)
     require_rows(loaded)
+    require_adapters(loaded)
+    for note in base_notes(loaded):
+        typer.echo(f"note: {note}", err=True)
     require_pins(loaded)
     if as_json:
         print(loaded.model_dump_json(indent=1))
         return
     axes = dict.fromkeys(axis for model in loaded.models for axis in loaded.axes_of(model))
     print(
-        f"{loaded.study} is valid: {len(loaded.models)} models, axes {', '.join(axes)}, "
+        f"{loaded.study} is valid: {len(loaded.models)} models, "
+        f"{_adapters_given(len(loaded.adapters))}axes {', '.join(axes)}, "
         f"{len(loaded.suites)} suites, {loaded.sampler}"
     )
+
+
+def _adapters_given(count: int) -> str:
+    return f"{count} adapter{'' if count == 1 else 's'}, " if count else ""
 
 
 @app.command()

@@ -59,6 +59,7 @@ def ship(
     stages = {
         part: home.store.open(part, result.keys[f"{part}[seed={seed}]"])
         for part in (*OF_TRAINING, measures)
+        if f"{part}[seed={seed}]" in result.keys
     } | {makes: adapter}
     share = changed_share({f"{part}[seed={seed}]": stages[part] for part in (measures, makes)})
     alone = replace(alone, changed_share=share)

@@ -58,7 +58,7 @@ def require_templates(study: Study) -> None:
 
 
 def _asked(study: Study) -> Iterator[Asked]:
-    pool = study.data.pool.path
+    pool = None if study.data is None else study.data.pool.path
     for name, model in study.models.items():
         tuned = model.aligned.tuned
         start = model.aligned if tuned is None or model.base is None else model.base
@@ -68,7 +68,7 @@ def _asked(study: Study) -> Iterator[Asked]:
                 f"models.{name}.{role}",
                 folder,
                 model.chat.model_dump(),
-                trains=True,
+                trains=study.train is not None,
                 pool="" if pool is None else str(pool.located()),
             )
     for name, judge in study.judges.items():

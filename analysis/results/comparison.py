@@ -26,8 +26,9 @@ from ebbline.analysis.results.measurements import (
 )
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
-from ebbline.sweeps.study.points import Point, Result, Value
+from ebbline.sweeps.study.points import Point, Result, Value, brought
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import direction
 
 RESAMPLES = 1000
@@ -208,9 +209,11 @@ def same_settings(before: Side, after: Side, model: str) -> Iterator[tuple[Resul
 
 def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, ...]:
     values = dict(point.values)
+    given = brought(point) is not None  # its training has no setting of the study
     found = []
     for axis in axes:
-        value = values[axis] if axis in values else study.fixed(point.model, axis)
+        fixed = None if given and not DEFENCE.owns(axis) else study.fixed(point.model, axis)
+        value = values.get(axis, fixed)
         found.append(
             float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         )

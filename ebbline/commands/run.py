@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from ebbline.adapter_checks import require_adapters
 from ebbline.analysis.report.report import rows_for_scripts
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.costs import cost_label, prediction_label
@@ -102,6 +103,7 @@ def run_study(
     the end; all else goes to standard error.
     """
     require_templates(view.study)
+    require_adapters(view.study)
     stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.source}"
     mirrored: list[subprocess.Popen[bytes]] = []
     try:

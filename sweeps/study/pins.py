@@ -17,7 +17,7 @@ from ebbline.sweeps.study.suites import require_prompts
 from ebbline.tasks.data.conversations import read_conversations
 from ebbline.tasks.errors import DataError, EbblineError, PinError, StudyError
 from ebbline.tasks.files import write_whole
-from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import Frozen
 
 
@@ -88,7 +88,8 @@ def require_rows(study: Study) -> None:
 
 
 def _training_data(study: Study) -> Iterator[tuple[str, Data]]:
-    yield "data", study.data
+    if study.data is not None:
+        yield "data", study.data
     for name, model in study.models.items():
         for role, reference in (("aligned", model.aligned), ("unaligned", model.unaligned)):
             if reference is not None and reference.tuned is not None:
@@ -96,7 +97,7 @@ def _training_data(study: Study) -> Iterator[tuple[str, Data]]:
 
 
 def local_pin(reference: Local) -> dict[str, str]:
-    return {"sha256": content_digest(reference.located())}
+    return {"sha256": reference.content()}
 
 
 def hub_pin(reference: Hub, where: str) -> dict[str, str]:
@@ -107,7 +108,8 @@ def hub_pin(reference: Hub, where: str) -> dict[str, str]:
     from huggingface_hub import HfApi  # only pinning and workers talk to the hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    repo_type = "model" if where.startswith("models.") else "dataset"
+    is_model = where.startswith(("models.", "adapters.", "judges."))
+    repo_type = "model" if is_model else "dataset"
     try:
         look = HfApi().model_info if repo_type == "model" else HfApi().dataset_info
         info = look(reference.id, revision=reference.commit, files_metadata=True)
