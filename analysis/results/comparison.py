@@ -103,7 +103,7 @@ def study_comparison(
     before: Side, after: Side, floors: Sequence[Floor], maximised: str | None
 ) -> StudyComparison:
     """The second study against the first, for the models with finished points in both."""
-    apart = dict(_apart(before.suite_settings, after.suite_settings))
+    apart = dict(unlike_suites(before.suite_settings, after.suite_settings))
     metrics = tuple(name for name in _metrics(before.study) if name in _metrics(after.study))
     objectives = [name for name in before.study.objectives if name in metrics]
     models = sorted({m for m in before.study.models if before.of(m) and after.of(m)}, key=natural)
@@ -143,7 +143,7 @@ def study_comparison(
     return StudyComparison(before, after, apart, metrics, tuple(sizes))
 
 
-def _apart(before: SuiteSettings, after: SuiteSettings) -> Iterator[tuple[str, str]]:
+def unlike_suites(before: SuiteSettings, after: SuiteSettings) -> Iterator[tuple[str, str]]:
     """(suite, reason) for each suite that is not comparable."""
     for suite in sorted({*before, *after}):
         if suite not in before or suite not in after:
