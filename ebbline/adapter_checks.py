@@ -150,8 +150,8 @@ def fault(fit: Fit) -> str:
     adapter, model = Path(fit.adapter), Path(fit.model)
     try:
         file = read_adapter_file(adapter)
+        plain_lora(file)
         if not fit.model:
-            plain_lora(file)
             return ""
         fitted(file, Checkpoint(model))
         require_tokenizer(adapter, model, fit.tokenizer)

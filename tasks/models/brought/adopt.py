@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ebbline.tasks.chat.tokenizers import read_tokenizer, unused_beside
 from ebbline.tasks.errors import ModelError
-from ebbline.tasks.models.adapter_file import read_adapter_file
+from ebbline.tasks.models.adapter_file import plain_lora, read_adapter_file
 from ebbline.tasks.models.adapters import fitted
 from ebbline.tasks.models.brought.folder import CONFIG, TOKENIZER_FILES, WEIGHTS
 from ebbline.tasks.models.weights import Checkpoint
@@ -25,7 +25,9 @@ _HARMLESS = ("pad token",)
 
 def run(spec: AdapterSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     source, model = inputs["source"], inputs["model"]
-    adapter = fitted(read_adapter_file(source), Checkpoint(model))
+    file = read_adapter_file(source)
+    plain_lora(file)  # says what another kind of adapter is, before a tensor is looked for
+    adapter = fitted(file, Checkpoint(model))
     require_tokenizer(source, model, spec.tokenizer)
     folder = out / spec.ADAPTER
     folder.mkdir()
