@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from ebbline.cli import app
+from tests.brought import adapter_folder, with_layout
 from tests.pages import DOCS, blocks
 from tests.tiny import Pair, write_lines
 
@@ -65,7 +66,8 @@ def test_adapters_of_trl_become_the_points_of_the_pages_study(pair: Pair, tmp_pa
     for name, model in (("base", pair.base), ("aligned", pair.aligned)):
         shutil.copytree(model, mine / name)
     trained_by_trl(mine / "trl-run", mine / "aligned", rank=4)
-    trained_by_trl(mine / "axolotl-run", mine / "aligned", rank=8)
+    adapter_folder(mine / "axolotl-run", {"q_proj": (64, 64), "v_proj": (64, 32)})
+    with_layout(mine / "axolotl-run", "axolotl")
     assert (mine / "trl-run" / "checkpoint-2" / "optimizer.pt").exists()
     (mine / "refuse.csv").write_text("prompt\n" + "".join(f"word{n} word9\n" for n in range(6)))
     tasks = [{"prompt": f"word{n} word8", "answer": f"word{n}"} for n in range(6)]
@@ -75,7 +77,6 @@ def test_adapters_of_trl_become_the_points_of_the_pages_study(pair: Pair, tmp_pa
     (tmp_path / study.title).write_text(study.text)
     pinned, home = mine / "pinned.yaml", tmp_path / "home"
     command("pin", mine / "adapters.yaml", "--to", pinned)
-    assert "1 models, 2 adapters, axes adapter, apply.threshold" in command("validate", pinned)
     asked = ["run", pinned, "--home", home, "--executor", "inline", "--no-wandb", "--json"]
     outcome = json.loads(command(*asked))
     assert outcome["exit_code"] == 0
@@ -85,4 +86,3 @@ def test_adapters_of_trl_become_the_points_of_the_pages_study(pair: Pair, tmp_pa
     shares = frame.groupby("adapter")["projected_share"].max()
     assert (shares > 0).all() and not any(column.startswith("train") for column in frame)
     assert "first" in (home / "studies" / "my-adapters" / "report.html").read_text("utf-8")
-    assert "adapter" in command("status", "my-adapters", "--home", home)
