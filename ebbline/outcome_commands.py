@@ -254,10 +254,17 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare studies: frontiers, operating points at equal floors, equal points; prompt by prompt
-    where both used the same prompts.
+    where both used the same prompts. Or compare measurements of `ebbline evaluate`, by folder.
     """
     from ebbline.commands.compare import compare_studies
+    from ebbline.measured_pairs import compare_measured, outcome_folders
 
+    folders = outcome_folders(studies)
+    if folders is not None:
+        if home or floor or to:
+            raise typer.BadParameter("--home, --floor and --to are of studies, not measurements")
+        compare_measured(folders, as_json)
+        return
     compare_studies(
         studies,
         home or [Path(os.environ.get("EBBLINE_HOME", DEFAULT_HOME))],

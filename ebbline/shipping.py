@@ -62,6 +62,7 @@ def ship(
     stages = {
         part: home.store.open(part, result.keys[f"{part}[seed={seed}]"])
         for part in (*OF_TRAINING, measures)
+        if f"{part}[seed={seed}]" in result.keys
     } | {makes: adapter}
     base = aligned_model(view, result, seed) if with_base else None
     share = changed_share({f"{part}[seed={seed}]": stages[part] for part in (measures, makes)})

@@ -41,20 +41,22 @@ def project(
     out: Annotated[
         Path,
         typer.Option(
-            help="The folder for the projected adapter; with several, one subfolder for each."
+            help="The folder for the projected adapter; with several, a subfolder for each."
         ),
     ],
     threshold: Annotated[
-        float | None,
+        list[float] | None,
         typer.Option(
-            help="Project modules whose cosine is at or below this; default 0.5 without --modules.",
+            help="Project modules whose cosine is at or below this; default 0.5 without --modules. "
+            "Repeatable: each value has a subfolder of --out.",
             show_default=False,
         ),
     ] = None,
     modules: Annotated[
-        int | None,
+        list[int] | None,
         typer.Option(
-            help="Project exactly this many modules, lowest cosine first.", show_default=False
+            help="Project exactly this many modules, lowest cosine first. Repeatable.",
+            show_default=False,
         ),
     ] = None,
     projector: Annotated[
@@ -132,6 +134,13 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A PEFT adapter. Repeatable: the model is then loaded once for all."),
     ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline/--no-baseline",
+            help="Beside the adapters, measure the model without one too.",
+        ),
+    ] = True,
     out: Annotated[
         Path, typer.Option(help="The output folder. The same command continues there.")
     ] = Path("measured"),
@@ -233,6 +242,7 @@ def evaluate(
             dtype=dtype,
             chat=chat_of(chat_date, template, thinking),
             tokenizer=tokenizer,
+            baseline=baseline,
             device=device,
             progress=progress,
         )

@@ -18,6 +18,7 @@ from ebbline.tasks.measuring.evaluate_kind import EVALUATE
 from ebbline.tasks.measuring.generate_kind import GENERATE
 from ebbline.tasks.measuring.judge_kind import JUDGE
 from ebbline.tasks.measuring.score_kind import SCORE
+from ebbline.tasks.models.brought.adapter_kind import ADAPTER
 from ebbline.tasks.models.convert_kind import CONVERT
 from ebbline.tasks.models.organism_kind import ORGANISM
 from ebbline.tasks.specs import Spec
@@ -33,6 +34,7 @@ STAGE_KINDS: Mapping[str, StageKind[Any]] = {
         ORGANISM,
         DATA,
         TRAIN,
+        ADAPTER,
         SUBSPACE,
         PROJECT,
         APPLY,

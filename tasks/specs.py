@@ -210,6 +210,18 @@ class TrainSpec(Spec):
         return self
 
 
+class AdapterSpec(Spec):
+    """An adapter that another tool trained, checked against its model. Inputs: source, model.
+
+    `tokenizer: adapter` keeps the tokenizer and chat template beside it. Without a choice, a
+    difference between the two tokenizers is an error.
+    """
+
+    KIND: ClassVar[str] = "adapter"
+    ADAPTER: ClassVar[str] = "adapter"
+    tokenizer: TokenizerOf | None = None
+
+
 class SubspaceSpec(Spec):
     """The exact projector's basis for every target module. It keeps the share `energy` of ||aligned
     - base||_F^2. Inputs: base, aligned.

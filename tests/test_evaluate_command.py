@@ -77,8 +77,11 @@ def test_the_model_is_loaded_once_for_all_adapters_and_each_has_its_own_answers(
         settings=settings,
         dtype="float32",
     )
-    assert [each.folder.name for each in measured] == ["one", "two"] and max(loads) == 1
-    texts = [(each.folder / "generate" / GenerateSpec.COMPLETIONS).read_text() for each in measured]
+    assert [each.folder.name for each in measured] == ["model", "one", "two"] and max(loads) == 1
+    assert [each.adapter for each in measured] == ["", *map(str, adapters)]
+    texts = [
+        (each.folder / "generate" / GenerateSpec.COMPLETIONS).read_text() for each in measured[1:]
+    ]
     alone = evaluate(
         pair.aligned,
         "refusal",
@@ -87,6 +90,7 @@ def test_the_model_is_loaded_once_for_all_adapters_and_each_has_its_own_answers(
         adapters=adapters[1:],
         settings=settings,
         dtype="float32",
+        baseline=False,
     )
     assert (
         texts[0]
@@ -106,6 +110,7 @@ def answers(pair, prompts, out, *adapters):
         adapters=adapters,
         settings={"max_new_tokens": 6},
         dtype="float32",
+        baseline=not adapters,
     )
     return {
         each.folder.name: (each.folder / "generate" / GenerateSpec.COMPLETIONS).read_text()
@@ -156,7 +161,7 @@ def test_a_dead_adapter_is_named_in_the_result(pair, prompts, adapters, tmp_path
     assert "dead: every update B A of this adapter is zero" in printed
     asked += ["--max-new-tokens", 4]
     rows = json.loads(command(*asked, "--json").stdout)
-    assert [row["changes_nothing"] for row in rows] == [True, False]
+    assert [row["changes_nothing"] for row in rows] == [False, True, False]
 
 
 def test_evaluate_and_project_say_the_same_of_an_adapter_that_does_not_land(

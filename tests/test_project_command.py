@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from ebbline.cli import app
 from ebbline.commands.project import RECORD, ProjectedAdapter, project
-from ebbline.tasks.errors import ModelError
+from ebbline.tasks.errors import ModelError, ProjectionError
 from ebbline.tasks.models.adapter_file import read_adapter
 from ebbline.tasks.models.loading import load_model
 from ebbline.tasks.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
@@ -675,3 +675,28 @@ def test_an_index_entry_outside_the_models_folder_is_an_error(pair, adapter, tmp
         with pytest.raises(ModelError, match=r"index\.json names the file"):
             load_model(aligned, "none", "float32", "cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_several_thresholds_have_an_outcome_each_equal_to_one_alone(pair, adapter, tmp_path):
+    other = lora(tmp_path / "other", pair.aligned)
+    cosines = [row.cosine for row in project([adapter], pair.base, pair.aligned, tmp_path / "x")[
+        0].rows.values() if row.cosine is not None]  # fmt: skip
+    low, high = sorted(cosines)[2], sorted(cosines)[8]
+    found = project(
+        [adapter, other], pair.base, pair.aligned, tmp_path / "all", threshold=[low, high]
+    )
+    assert [each.out.relative_to(tmp_path / "all").as_posix() for each in found] == [
+        f"{name}/threshold-{value}" for name in ("adapter", "other") for value in (low, high)
+    ]
+    assert [len(each.projected) for each in found[:2]] == [3, 9]
+    alone = project([adapter], pair.base, pair.aligned, tmp_path / "alone", threshold=high)
+    one, same = (load_file(each.out / ADAPTER_WEIGHTS) for each in (alone[0], found[1]))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    counted = project([adapter], pair.base, pair.aligned, tmp_path / "n", modules=[1, 2])
+    assert [each.out.name for each in counted] == ["modules-1", "modules-2"]
+    for settings, fault in (
+        ({"threshold": [0.1, 0.1]}, "0.1 is given twice"),
+        ({"threshold": [0.1], "modules": [1]}, "not both"),
+    ):
+        with pytest.raises(ProjectionError, match=fault):
+            project([adapter], pair.base, pair.aligned, tmp_path / "no", **settings)

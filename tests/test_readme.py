@@ -78,4 +78,4 @@ def test_the_python_example_runs(
     exec(compile(block("python").text, str(README), "exec"), {})
     first, *rates = capsys.readouterr().out.splitlines()
     assert first.endswith("of 14 modules projected")
-    assert [line.split()[0] for line in rates] == ["adapter", "safer"]
+    assert [line.split()[0] for line in rates] == ["model", "adapter", "safer"]

@@ -52,7 +52,13 @@ class ContentToBring:
     @property
     def what(self) -> str:
         parts = {
-            "a prompt set" if use.startswith("suites.") else "a model" if _is_model(use) else "data"
+            "a prompt set"
+            if use.startswith("suites.")
+            else "an adapter"
+            if use.startswith("adapters.")
+            else "a model"
+            if _is_model(use)
+            else "data"
             for use in self.uses
         }
         return " and ".join(sorted(parts))

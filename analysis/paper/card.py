@@ -23,7 +23,7 @@ from ebbline.analysis.results.wording import (
 from ebbline.cluster.store.artifacts import Artifact
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.study.changes import lasting
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Point, Result, brought
 from ebbline.sweeps.study.references import Data, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import scorers_of
@@ -74,11 +74,12 @@ def card(
         f"# {study.study}: {model}, point {result.number}",
         f"> {' '.join(study.question.split())}",
         _what(study, result, alone, spec),
-        "## How to load it\n\n" + _load(study, model, with_base),
+        "## How to load it\n\n" + _load(study, result.point, with_base),
         "## How it was chosen\n\n" + _chosen(study, found, seed, alone, done, seed_requested),
         "## What was measured\n\n" + _measured(study, result, seed, alone, aligned),
         "## How it was made\n\n" + _rows(("setting", "value"), _settings(spec)),
-        "## Sources and pins\n\n" + _rows(("what", "source"), _sources(study, model, prompts)),
+        "## Sources and pins\n\n"
+        + _rows(("what", "source"), _sources(study, result.point, prompts)),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(study, found, alone)),
         "## Provenance\n\n" + _rows(("what", "sha256"), _provenance(study, stages)),
     ]
@@ -124,17 +125,28 @@ def _what(
     if seeds_of(result) > 1:
         projected += f" Over all seeds of the point it is {result.changed_share or 0.0:.0%}."
     model = result.point.model
+    name = brought(result.point)
+    how = (
+        f"fine-tuned on {spec['data']['size']} rows of {_data(study.data)}"
+        if name is None
+        else f"trained outside this study ({_brought(study, name)})"
+    )
     return (
         "A LoRA adapter for "
-        f"{model_origin(study.models[model].aligned, study.models[model].base)}, fine-tuned on"
-        f" {spec['data']['size']} rows of {_data(study.data)}. {projected}"
+        f"{model_origin(study.models[model].aligned, study.models[model].base)}, {how}. {projected}"
     )
 
 
-def _load(study: Study, model: str, with_base: bool) -> str:
-    hub, size = hub_base(study, model), study.models[model]
+def _brought(study: Study, name: str) -> str:
+    reference = study.adapters[name]
+    return f"`{name}`: {located(reference.path or reference.hub, None)}"
+
+
+def _load(study: Study, point: Point, with_base: bool) -> str:
+    hub, size = hub_base(study, point.model), study.models[point.model]
+    done = "trained and measured" if brought(point) is None else "measured"
     note = (
-        f"It was trained and measured with its base loaded {_LOADED_AS[size.quantisation]}, in "
+        f"It was {done} with its base loaded {_LOADED_AS[size.quantisation]}, in "
         f"{size.dtype}, as above; other ways to load it were not measured."
     )
     if with_base:
@@ -244,15 +256,18 @@ def _settings(spec: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]
 
 
 def _sources(
-    study: Study, model: str, prompts: Mapping[str, SuitePrompts]
+    study: Study, point: Point, prompts: Mapping[str, SuitePrompts]
 ) -> Iterator[tuple[str, str]]:
-    size = study.models[model]
+    size, name = study.models[point.model], brought(point)
     yield "aligned model", model_origin(size.aligned, size.base)
     if size.base is not None:
         yield "base model", model_origin(size.base, None)
     if size.unaligned is not None:
         yield "unaligned model, in the projection", model_origin(size.unaligned, size.aligned)
-    yield "fine-tuning data", _data(study.data)
+    if name is None:
+        yield "fine-tuning data", _data(study.data)
+    else:
+        yield "adapter before the projection", _brought(study, name)
     for suite, entry in study.suites.items():
         yield (
             f"prompts of {suite}",
@@ -284,7 +299,9 @@ def located(reference: Local | Hub | None, language: str | None) -> str:
     return f"{language} of ebbline's invented language"
 
 
-def _data(data: Data) -> str:
+def _data(data: Data | None) -> str:
+    if data is None:
+        return "none"
     pool = located(data.pool.pinned(), data.pool.language)
     if data.mix is None or not data.settings.mix_share:
         return pool
@@ -316,7 +333,12 @@ def _limits(study: Study, found: Pick, alone: Result) -> Iterator[str]:
         "better than it is: the confidence above allows for"
         " that, the values do not."
     )
-    if seeds_of(found.result) == 1:
+    if brought(found.result.point) is not None:
+        yield (
+            "One adapter from outside: its training is not known to this study, another may give "
+            "another result, and no interval covers that."
+        )
+    elif seeds_of(found.result) == 1:
         yield (
             "One training seed: retraining may give another result, and no interval covers that."
         )
@@ -360,7 +382,8 @@ def _is_tiny(study: Study, model: str) -> bool:
 
 def _provenance(study: Study, stages: Mapping[str, Artifact]) -> Iterator[tuple[str, str]]:
     yield "study (settings and pins)", digest(lasting(study.model_dump(mode="json")))
-    yield "aligned model: content", stages["train"].hashed["inputs"]["model"]
+    made = next(each for part, each in stages.items() if part in ("train", "adapter"))
+    yield "aligned model: content", made.hashed["inputs"]["model"]
     for part, artifact in stages.items():
         yield f"{part}: key", artifact.key
     for file, sha in stages[DEFENCE.makes.KIND].files.items():

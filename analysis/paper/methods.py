@@ -25,10 +25,12 @@ from ebbline.cluster.schedule.costs import Cost
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import Spent
 from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.references import Data
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, TaskSuite, scorers_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import direction
+from ebbline.tasks.specs import TrainSpec
 
 _QUANTISED = {
     "nf4": "quantised to NF4 [@dettmers2023qlora]",
@@ -130,7 +132,26 @@ def _described(where: str, provenance: Provenance) -> str:
 
 
 def _training(study: Study, results: Sequence[Result], provenance: Provenance) -> Iterator[str]:
-    train = study.train
+    train, data = study.train, study.data
+    if train is not None and data is not None:
+        yield from _fine_tuning(study, train, data, results, provenance)
+    for name, each in study.adapters.items():
+        model = each.model or next(iter(study.models))
+        yield (
+            f"The adapter {name} of {model} was trained outside this study: "
+            f"{_described(f'adapters.{name}', provenance)}."
+        )
+    if any(each.kind == "train" and each.most_gpus > 1 for each in provenance.hardware):
+        yield "Trainings on several GPUs at once used DeepSpeed with ZeRO-3 [@rajbhandari2020zero]."
+
+
+def _fine_tuning(
+    study: Study,
+    train: TrainSpec,
+    data: Data,
+    results: Sequence[Result],
+    provenance: Provenance,
+) -> Iterator[str]:
     if train.steps is not None or _varies(results, "train.steps"):
         length = f"{_setting(results, 'train.steps', train.steps)} steps"
     else:
@@ -155,19 +176,17 @@ def _training(study: Study, results: Sequence[Result], provenance: Provenance) -
             settings = sorted(model.train.items())
             own = ", ".join(f"{field} {value_label(value)}" for field, value in settings)
             yield f"For {name} instead: {own}."
-    sizes = _setting(results, "data.size", study.data.settings.size)
+    sizes = _setting(results, "data.size", data.settings.size)
     yield (
         f"Each model was trained on {sizes} examples of {_described('data.pool', provenance)}; "
         "a smaller set is a subset of a larger one with the same seed."
     )
-    if study.data.mix is not None:
-        share = _setting(results, "data.mix_share", study.data.settings.mix_share)
+    if data.mix is not None:
+        share = _setting(results, "data.mix_share", data.settings.mix_share)
         yield (
             f"A share of {share} of them was replaced by examples of "
             f"{_described('data.mix', provenance)}."
         )
-    if any(each.kind == "train" and each.most_gpus > 1 for each in provenance.hardware):
-        yield "Trainings on several GPUs at once used DeepSpeed with ZeRO-3 [@rajbhandari2020zero]."
 
 
 def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:

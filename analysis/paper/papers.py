@@ -28,7 +28,7 @@ from ebbline.analysis.results.wording import (
     percent,
     value_label,
 )
-from ebbline.sweeps.study.points import Result, Value
+from ebbline.sweeps.study.points import Result, Value, brought
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import MultipleChoiceSuite, scorers_of
 from ebbline.tasks.defences.in_use import DEFENCE
@@ -100,11 +100,11 @@ def beside_papers(
 ) -> list[PaperRow]:
     """A row for each published number, with the study's closest model and suite.
 
-    `prompts` are the prompts of the suites that have been measured.
+    `prompts` are the prompts of the suites that have been measured. Points of `adapters` are left
+    out: the study does not know how they were trained.
     """
-    return [
-        _row(published, study, finished(results), baselines, prompts) for published in PUBLISHED
-    ]
+    trained = [result for result in finished(results) if brought(result.point) is None]
+    return [_row(published, study, trained, baselines, prompts) for published in PUBLISHED]
 
 
 def is_tiny(model: Model) -> bool:
@@ -291,7 +291,10 @@ def _method(published: Published, study: Study) -> Fact:
 
 
 def _data(published: Published, study: Study) -> Fact:
-    pool, there = study.data.pool, published.data or NOT_KNOWN
+    data, there = study.data, published.data or NOT_KNOWN
+    if data is None:
+        return Fact("data", UNKNOWN, there, "no training in this study")
+    pool = data.pool
     if pool.language is not None:
         return Fact("data", "differs", there, f"{pool.language} of an invented language")
     here = (
@@ -304,7 +307,7 @@ def _data(published: Published, study: Study) -> Fact:
     if published.hub_data is not None and pool.hub is not None:
         same = (
             published.hub_data.replace("-", "_") in pool.hub.id.lower().replace("-", "_")
-            and not study.data.settings.mix_share
+            and not data.settings.mix_share
         )
         return Fact("data", "same" if same else "differs", there, here)
     return Fact("data", UNKNOWN, there, here)
@@ -313,12 +316,13 @@ def _data(published: Published, study: Study) -> Fact:
 def _setting(
     what: str, there: int | float | None, chosen: Sequence[Result], study: Study, axis: str
 ) -> Fact:
-    if axis == "train.epochs" and study.train.steps is not None:
+    steps = None if study.train is None else study.train.steps
+    if axis == "train.epochs" and steps is not None:
         return Fact(
             what,
             UNKNOWN if there is None else "differs",
             value_label(there) if there else NOT_KNOWN,
-            f"{study.train.steps} steps",
+            f"{steps} steps",
         )
     what = what.replace("_", " ")
     values = sorted({_value(study, result, axis) for result in chosen}, key=str)

@@ -247,7 +247,8 @@ def generated_content(study: Study) -> Iterator[tuple[str, str]]:
                     f"fully fine-tuned here from {start}, {data.settings.size} rows of "
                     f"{_source(data.pool)}",
                 )
-    sets = {"data.pool": study.data.pool, "data.mix": study.data.mix}
+    data = study.data
+    sets = {} if data is None else {"data.pool": data.pool, "data.mix": data.mix}
     for where, found in sets.items():
         if found is not None and found.language is not None:
             language = True

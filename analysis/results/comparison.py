@@ -26,8 +26,9 @@ from ebbline.analysis.results.measurements import (
 )
 from ebbline.analysis.results.statistics import SHARES
 from ebbline.analysis.results.wording import natural
-from ebbline.sweeps.study.points import Point, Result, Value
+from ebbline.sweeps.study.points import Point, Result, Value, brought
 from ebbline.sweeps.study.study import Study
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import direction
 
 RESAMPLES = 1000
@@ -102,7 +103,7 @@ def study_comparison(
     before: Side, after: Side, floors: Sequence[Floor], maximised: str | None
 ) -> StudyComparison:
     """The second study against the first, for the models with finished points in both."""
-    apart = dict(_apart(before.suite_settings, after.suite_settings))
+    apart = dict(unlike_suites(before.suite_settings, after.suite_settings))
     metrics = tuple(name for name in _metrics(before.study) if name in _metrics(after.study))
     objectives = [name for name in before.study.objectives if name in metrics]
     models = sorted({m for m in before.study.models if before.of(m) and after.of(m)}, key=natural)
@@ -142,7 +143,7 @@ def study_comparison(
     return StudyComparison(before, after, apart, metrics, tuple(sizes))
 
 
-def _apart(before: SuiteSettings, after: SuiteSettings) -> Iterator[tuple[str, str]]:
+def unlike_suites(before: SuiteSettings, after: SuiteSettings) -> Iterator[tuple[str, str]]:
     """(suite, reason) for each suite that is not comparable."""
     for suite in sorted({*before, *after}):
         if suite not in before or suite not in after:
@@ -208,9 +209,11 @@ def same_settings(before: Side, after: Side, model: str) -> Iterator[tuple[Resul
 
 def _settings(study: Study, point: Point, axes: Sequence[str]) -> tuple[Value, ...]:
     values = dict(point.values)
+    given = brought(point) is not None  # its training has no setting of the study
     found = []
     for axis in axes:
-        value = values[axis] if axis in values else study.fixed(point.model, axis)
+        fixed = None if given and not DEFENCE.owns(axis) else study.fixed(point.model, axis)
+        value = values.get(axis, fixed)
         found.append(
             float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         )

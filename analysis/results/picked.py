@@ -7,7 +7,7 @@ from ebbline.analysis.results.floors import CONFIDENCE, Floor, Pick, bound, floo
 from ebbline.analysis.results.tables import in_points
 from ebbline.analysis.results.wording import measured, metric_label, percent, settings_label
 from ebbline.sweeps.state.replicates import seeds_of
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, brought
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
 
@@ -81,7 +81,9 @@ def lines_of(study: Study, found: Pick) -> Iterator[str]:
         yield f"{metric_label(found.maximised)} {measured(found.result.metrics[found.maximised])}"
     seeds = seeds_of(found.result)
     yield (
-        "one training seed: the result with another seed is unknown"
+        "an adapter from outside: the result of another training of it is unknown"
+        if brought(found.result.point) is not None
+        else "one training seed: the result with another seed is unknown"
         if seeds == 1
         else f"pooled over {seeds} training seeds"
     )

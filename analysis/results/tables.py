@@ -23,14 +23,15 @@ from ebbline.analysis.results.measurements import (
 from ebbline.analysis.results.statistics import SHARES, Agreement, by_category
 from ebbline.analysis.results.wording import (
     axis_label,
+    axis_value_label,
     metric_label,
     natural,
     percent,
     undecided_label,
-    value_label,
 )
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.state.replicates import seeds_of
+from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.study import Study, axis_fields
 from ebbline.tasks.defences.in_use import DEFENCE
@@ -160,12 +161,14 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
         name.removesuffix("_seed_sd") for name in frame.columns if name.endswith("_seed_sd")
     ]
     metrics = measured if metrics is None else [name for name in metrics if name in measured]
-    axes = [name for name in frame.columns if name in set(axis_fields())]
+    axes = [name for name in frame.columns if name in {ADAPTER, *axis_fields()}]
+    given = rows[ADAPTER].notna() if ADAPTER in axes else pd.Series(False, index=rows.index)
     cells = pd.DataFrame({"point": rows["number"].astype(str), "model": rows["model"].astype(str)})
     cells["overall"] = ["*" if on else "" for on in rows["on_frontier"]]
     for axis in axes:
         cells[axis_label(axis)] = [
-            value_label(None if pd.isna(value) else value) for value in rows[axis]
+            axis_value_label(axis, None if pd.isna(value) else value, own)
+            for value, own in zip(rows[axis], given, strict=True)
         ]
     cells["projected"] = [
         "none" if pd.isna(share) or not share else f"{share:.0%}"

@@ -7,7 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ebbline.sweeps.drive.live import AtWork
+from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.points import Point, Status, Value
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, direction
 
 NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped")
@@ -33,6 +35,18 @@ def axis_label(axis: str) -> str:
 
 def value_label(value: Value) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def axis_value_label(axis: str, value: Value, is_brought: bool) -> str:
+    """A value in a column of an axis, which may hold points with and without that axis.
+
+    `is_brought` is true for a point whose adapter was trained outside the study.
+    """
+    if value is None and axis == ADAPTER:
+        return "trained"
+    if value is None and is_brought and not DEFENCE.owns(axis):
+        return "-"
+    return value_label(value)
 
 
 def settings_label(point: Point) -> str:

@@ -117,13 +117,14 @@ def _of_model(study: Study, name: str, model: Model, sets: list[RowSet]) -> Iter
         where = f"models.{name}.{role}"
         if role == starts:
             own = tuple(_set_jobs(study, name, model, sets))
-            yield ModelJob(where, str(path), model.chat.model_dump(), trains=True, sets=own)
+            trains = study.train is not None or model.aligned.tuned is not None
+            yield ModelJob(where, str(path), model.chat.model_dump(), trains=trains, sets=own)
         else:
             yield ModelJob(where, str(path), loaded=False)
 
 
 def _set_jobs(study: Study, name: str, model: Model, sets: list[RowSet]) -> Iterator[SetJob]:
-    fixed = model.train_settings(study.train).max_tokens
+    fixed = 0 if study.train is None else model.train_settings(study.train).max_tokens
     room: int = GenerateSpec.model_fields["max_tokens"].default
     for each in sets:
         path = _path_of(each)

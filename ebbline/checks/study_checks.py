@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from ebbline.checks.adapters import adapter_faults, base_notes
 from ebbline.checks.found import Found, Lengths, ModelFound, SetFound
 from ebbline.checks.jobs import Jobs, jobs_of, path_of
 from ebbline.sweeps.study.home import Home
@@ -47,6 +48,10 @@ def check_study(study: Study, now: Now = lambda what: None) -> Found:
     found = Found()
     _sets(study, found, now)
     broken = _models(study, found, now)
+    if study.adapters:
+        now("adapters")
+    found.faults += adapter_faults(study)
+    found.notes += base_notes(study)
     jobs = jobs_of(study)
     jobs = Jobs(tuple(job for job in jobs.models if job.path not in broken), jobs.tasks)
     faulty = {fault.partition(":")[0] for fault in found.faults}
@@ -189,7 +194,7 @@ def _compare(name: str, model: Model, study: Study, found: Found, broken: set[st
     start = model.aligned if model.aligned.tuned is None else model.base
     other = model.unaligned or model.base
     trained = None if start is None else _folder_header(start, broken)
-    if trained is None:
+    if trained is None or study.train is None:
         return
     targets = model.train_settings(study.train).target_modules
     own = {key: shape for key, shape in trained.shapes.items() if _module(key) in targets}

@@ -27,9 +27,11 @@ def validate(source: str, as_json: bool) -> int:
     error = _error(study, source, found)
     if error is None:
         axes = dict.fromkeys(axis for model in study.models for axis in study.axes_of(model))
+        brought = len(study.adapters)
+        adapters = f"{brought} adapter{'' if brought == 1 else 's'}, " if brought else ""
         print(
-            f"{study.study} is valid: {len(study.models)} models, axes {', '.join(axes)}, "
-            f"{len(study.suites)} suites, {study.sampler}"
+            f"{study.study} is valid: {len(study.models)} models, {adapters}"
+            f"axes {', '.join(axes)}, {len(study.suites)} suites, {study.sampler}"
         )
     for line in found.lines():
         print(line)

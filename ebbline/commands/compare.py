@@ -257,7 +257,7 @@ def _tables(
         lacking = "" if own.holds else f", the nearest point: {missed_by(own, None)}"
         caption += f"; {side.label}: {named(own.result)}{lacking}"
     rows = [
-        (directed_label(name), _short(one.before), _short(one.after), _moved(one))
+        (directed_label(name), short_label(one.before), short_label(one.after), moved_label(one))
         for name, one in size.at_picks.items()
     ]
     yield (
@@ -269,7 +269,7 @@ def _tables(
     )
 
 
-def _short(metric: Metric) -> str:
+def short_label(metric: Metric) -> str:
     low, high = metric.interval
     return (
         f"{percent(metric.value)} [{100 * low:.1f}, {100 * high:.1f}], n = {metric.n}"
@@ -277,7 +277,7 @@ def _short(metric: Metric) -> str:
     )
 
 
-def _moved(found: Comparison) -> str:
+def moved_label(found: Comparison) -> str:
     if found.paired is None:
         return f"{found.move} (by intervals)"
     low, high = found.paired.interval
@@ -355,11 +355,11 @@ def _json(found: StudyComparison) -> dict[str, Any]:
                     {"number": each.result.number, "holds": each.holds} for each in size.picks
                 ],
                 "at_operating_points": {
-                    name: _comparison(each) for name, each in size.at_picks.items()
+                    name: comparison_json(each) for name, each in size.at_picks.items()
                 },
                 "same_settings": [[one.number, other.number] for one, other in size.shared],
                 "at_same_settings": {
-                    name: [_comparison(each) for each in rows]
+                    name: [comparison_json(each) for each in rows]
                     for name, rows in size.at_shared.items()
                 },
                 "hypervolume": None
@@ -377,7 +377,7 @@ def _json(found: StudyComparison) -> dict[str, Any]:
     }
 
 
-def _comparison(found: Comparison) -> Mapping[str, Any]:
+def comparison_json(found: Comparison) -> Mapping[str, Any]:
     sides = {
         what: {
             "value": metric.value,

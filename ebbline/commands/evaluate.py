@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from ebbline.analysis.results.wording import metric_label, percent, settings_label
 from ebbline.commands.project import distinct_names, located
@@ -151,12 +152,14 @@ def evaluate(
     dtype: str = "bfloat16",
     chat: Chat = DEFAULT_CHAT,
     tokenizer: TokenizerOf = "model",
+    baseline: bool = True,
     device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> list[Measured]:
-    """Measure a suite on a model, or on each of its adapters. Raises EbblineError when it cannot be
-    measured.
+    """Measure a suite on a model and on each of its adapters; without `baseline`, on its adapters
+    alone. Raises EbblineError when it cannot be measured.
     """
+    disable_progress_bar()  # of transformers, for each loaded model
     folder, prompt_set = located(model), Path(prompts)
     if not prompt_set.exists():
         raise EvaluationError(f"there is no prompt set at {prompt_set}")
@@ -168,25 +171,26 @@ def evaluate(
     asks_chats = not isinstance(chosen, MultipleChoiceSuite) or chosen.chat_template
     if tokenizer == "adapter" and not adapters:
         raise EvaluationError("--tokenizer adapter needs --adapter")
-    own = [None] if tokenizer == "model" else [adapter for _, adapter in _named(adapters)]
-    for adapter in own:  # before gigabytes are hashed
+    named = [*_model_itself(baseline or not adapters), *_named(adapters)]
+    own = {None, *(adapter for _, adapter in named if tokenizer == "adapter")}
+    for adapter in sorted(own, key=str):  # before gigabytes are hashed
         load_tokenizer(folder, chat, checked=asks_chats, adapter=adapter)
     loading = {
         "quantisation": quantisation,
         "dtype": dtype,
         "chat": chat,
-        "tokenizer": tokenizer,
     }
     residents, results = Residents(), []
     shared = {
         "model": _source(folder),
         "prompts": _source(prompt_set),
     }  # hashed once: a base model is many gigabytes
-    for name, adapter in _named(adapters):
+    for name, adapter in named:
         place, inputs = Path(out) / name, dict(shared)
         if adapter is not None:
             inputs["adapter"] = _source(adapter)
-        stages = stages_of("metrics", chosen, inputs, loading, {})
+        whose = {"tokenizer": "model" if adapter is None else tokenizer}
+        stages = stages_of("metrics", chosen, inputs, {**loading, **whose}, {})
         ctx = Context(
             log=place / "log",
             scratch=place / "scratch",
@@ -213,13 +217,21 @@ def evaluate(
     return results
 
 
+def _model_itself(wanted: bool) -> list[tuple[str, Path | None]]:
+    return [(NO_ADAPTER, None)] if wanted else []
+
+
 def _named(adapters: Sequence[str | Path]) -> Iterable[tuple[str, Path | None]]:
     if not adapters:
-        return [(NO_ADAPTER, None)]
+        return []
     folders = [located(adapter) for adapter in adapters]
     for folder in folders:
         read_adapter_file(folder)  # a damaged adapter is an error before the model is loaded
-    return zip(distinct_names(folders), folders, strict=True)
+    names = [
+        f"{folder.resolve().parent.name}-{name}" if name == NO_ADAPTER else name
+        for name, folder in zip(distinct_names(folders), folders, strict=True)
+    ]
+    return zip(names, folders, strict=True)
 
 
 def _record(place: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from ebbline.tasks.defences.gate import NO_DIRECTION, ModuleRow, ProjectedRows
 from ebbline.tasks.defences.project import Weights, as_saved, projections, row_of, write_adapter
-from ebbline.tasks.defences.settings import Settings, checked, lowest_threshold_hint
+from ebbline.tasks.defences.settings import Settings, each_checked, lowest_threshold_hint
 from ebbline.tasks.defences.subspace import Bases
 from ebbline.tasks.defences.words import range_phrase
 from ebbline.tasks.errors import ModelError, ProjectionError
@@ -40,6 +40,7 @@ from ebbline.tasks.models.model_folder import require_model_folder
 from ebbline.tasks.models.weights import Checkpoint, opened
 
 RECORD = "safe_lora.json"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # of the Trainer: the same adapter, earlier
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -63,8 +64,8 @@ def project(
     aligned: str | Path,
     out: str | Path,
     *,
-    threshold: float | None = None,
-    modules: int | None = None,
+    threshold: float | Sequence[float] | None = None,
+    modules: int | Sequence[int] | None = None,
     projector: Literal["approximate", "exact"] = "approximate",
     energy: float | None = None,
     cache: str | Path | None = None,
@@ -75,15 +76,16 @@ def project(
     ebbline.tasks.defences for the formulas.
 
     `base` and `aligned` are Hugging Face folders or hub ids at a commit (`ORG/NAME@COMMIT`). `out`
-    becomes the projected adapter, or holds one folder for each of several. With neither `threshold`
-    nor `modules`, the threshold is 0.5. `cache` keeps the exact projector's bases for later calls.
+    becomes the projected adapter, or holds one folder for each of several. `threshold` or `modules`
+    may be lists: each value has an outcome, in a folder such as `threshold-0.4`. With neither, the
+    threshold is 0.5. `cache` keeps the exact projector's bases for later calls.
     `out` is written atomically.
 
     Raises ModelError for an adapter or model that Safe LoRA is not defined for, and ProjectionError
     when the projection fails.
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else adapters
-    settings = checked(str(base), str(aligned), threshold, modules, projector, energy)
+    rules = each_checked(str(base), str(aligned), threshold, modules, projector, energy)
     _require_device(device)
     destination = _destination(Path(out))
     if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
@@ -98,8 +100,8 @@ def project(
     names = [""] if len(files) == 1 else distinct_names([file.folder for file in files])
     bases = (
         None
-        if settings.energy is None
-        else Bases(settings.energy, None if cache is None else Path(cache), device)
+        if rules[0].energy is None
+        else Bases(rules[0].energy, None if cache is None else Path(cache), device)
     )
     source = Weights(Checkpoint(located(base)), Checkpoint(located(aligned)), bases)
     for model in (source.base, source.aligned):
@@ -110,10 +112,12 @@ def project(
             spool, fresh = scratch / "spool", scratch / "out"
             spool.mkdir()
             rows, spooled = _measured(loaded, source, spool, progress, device)
-            results = [
-                _written(adapter, own, settings, spooled, number, fresh / name, destination / name)
-                for number, (adapter, own, name) in enumerate(zip(loaded, rows, names, strict=True))
-            ]
+            results = []
+            for number, (adapter, own, name) in enumerate(zip(loaded, rows, names, strict=True)):
+                for rule in rules:
+                    place = Path(name) / (rule.name if len(rules) > 1 else "")
+                    to = fresh / place, destination / place
+                    results.append(_written(adapter, own, rule, spooled, number, *to))
             fresh.replace(destination)
     except (OSError, SafetensorError) as error:
         raise ProjectionError(
@@ -267,7 +271,8 @@ def _written(
 
 def _notes(adapter: Adapter, rows: Mapping[str, ModuleRow]) -> list[str]:
     notes = []
-    if others := adapters_in(adapter.folder):
+    others = [name for name in adapters_in(adapter.folder) if not _CHECKPOINT.fullmatch(name)]
+    if others:
         notes.append(
             f"{adapter.folder} has other adapters in subfolders; they were not projected: "
             f"{', '.join(others)}"
@@ -310,25 +315,48 @@ def write_report(projected: Sequence[ProjectedAdapter], path: Path) -> dict[str,
     """Write one HTML report about all adapters and its figures. Returns name -> path."""
     from ebbline.analysis.report.projection_report import write_projection_report
 
-    names = [each.out.name for each in projected]
+    names = _labels(projected)
     adapters = {
         name: ProjectedRows(each.rows, each.projected)
         for name, each in zip(names, projected, strict=True)
     }
+    rules = {each.settings.name: asdict(each.settings) for each in projected}.values()
     settings = {
-        name: value for name, value in asdict(projected[0].settings).items() if value is not None
+        name: ", ".join(dict.fromkeys(str(each[name]) for each in rules))
+        for name, value in asdict(projected[0].settings).items()
+        if value is not None
     }
     notes = [
         f"{name}: {note}" if len(projected) > 1 else note
-        for name, each in zip(names, projected, strict=True)
+        for name, each in _once_each(projected)
         for note in each.notes
     ]
+    drawn = sorted({value for each in projected for value in each.settings.drawn})
     try:
-        return write_projection_report(path, adapters, settings, notes, projected[0].settings.drawn)
+        return write_projection_report(path, adapters, settings, notes, drawn)
     except OSError as error:
         raise ProjectionError(
             f"the report cannot be written to {path}: {error}. The projected adapters are complete"
         ) from error
+
+
+def _labels(projected: Sequence[ProjectedAdapter]) -> list[str]:
+    """The name of each outcome: its folder, below that of its adapter where both are needed."""
+    names = [each.out.name for each in projected]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{each.out.parent.name} {each.out.name}" for each in projected]
+
+
+def _once_each(projected: Sequence[ProjectedAdapter]) -> list[tuple[str, ProjectedAdapter]]:
+    """(adapter's name, its first outcome): the notes of one outcome hold for the others too."""
+    first = {each.adapter: each for each in reversed(projected)}
+    in_order = {each.adapter: first[each.adapter] for each in projected}
+    names = [
+        each.out.parent.name if len(projected) > len(first) else each.out.name
+        for each in in_order.values()
+    ]
+    return list(zip(names, in_order.values(), strict=True))
 
 
 def require_reportable(path: Path) -> None:
@@ -365,18 +393,23 @@ def print_projected(
     )
     settings = projected[0].settings
     share = "" if settings.energy is None else f" at {settings.energy:.4g} of the energy"
-    screen.print(f"Safe LoRA, {settings.projector} projector{share}, {settings.rule}", markup=False)
+    rules = dict.fromkeys(each.settings.rule for each in projected)
+    screen.print(
+        f"Safe LoRA, {settings.projector} projector{share}, {'; '.join(rules)}", markup=False
+    )
     for each in projected:
         screen.print(
             f"{each.out}: {len(each.projected)} of {len(each.rows)} modules projected"
             f"{range_phrase(each.rows)}",
             markup=False,
         )
-        if not each.projected and (hint := lowest_threshold_hint(each.rows)):
+    for name, each in _once_each(projected):
+        nothing = not any(one.projected for one in projected if one.adapter == each.adapter)
+        if nothing and (hint := lowest_threshold_hint(each.rows)):
             errors.print(f"note: {hint}", markup=False)
         for note in each.notes:
             errors.print(
-                f"note: {each.out.name + ': ' if len(projected) > 1 else ''}{note}",
+                f"note: {name + ': ' if len(projected) > 1 else ''}{note}",
                 style="yellow",
                 markup=False,
             )

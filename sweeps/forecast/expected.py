@@ -93,10 +93,11 @@ def _random(study: Study) -> Iterator[Point]:
             yield points[index]
         return
     seen: set[str] = set()
+    branches = sorted(study.branches, key=lambda branch: branch.model)
     while True:
-        name = rng.choice(sorted(study.models))
+        branch = rng.choice(branches)
         point = Point.of(
-            name, {axis: _value(rng, values) for axis, values in study.axes_of(name).items()}
+            branch.model, {axis: _value(rng, values) for axis, values in branch.axes.items()}
         )
         if point.id not in seen:
             seen.add(point.id)

@@ -10,8 +10,9 @@ import numpy as np
 from ebbline.sweeps.search.knowledge import Knowledge, Readings
 from ebbline.sweeps.search.masks import Mask, distinct_masks, is_off, mask_of, share, unmeasured
 from ebbline.sweeps.state.trials import Entry
+from ebbline.sweeps.study.adapters.branches import Branch
 from ebbline.sweeps.study.axes import AxisValue, Range, count_of, values_of
-from ebbline.sweeps.study.points import Point, Value, adapter_of, training_of
+from ebbline.sweeps.study.points import Point, Value, adapter_of, is_of, training_of
 from ebbline.sweeps.study.space import drawn
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.defences.in_use import DEFENCE
@@ -76,9 +77,7 @@ class Adapters:
         self._guesses = {
             model: _evenly(unmeasured(study, model, GUESSES), GUESSES) for model in study.models
         }
-        self._space: dict[str, list[Point] | None] = {
-            model: _listed(study, model) for model in study.models
-        }
+        self._space = [(branch, _listed(branch)) for branch in study.branches]
 
     def add(self, entry: Entry) -> None:
         """Record a proposed point."""
@@ -192,15 +191,14 @@ class Adapters:
         adapters.
         """
         found = []
-        for model in self._study.models:
-            count = max(6, NEW // len(self._study.models))
+        for branch, listed in self._space:
+            model, count = branch.model, max(6, NEW // len(self._space))
             guesses = {
                 round(self._guessed(model, values), 6): values
                 for values in reversed(self._guesses[model])
             }
-            for adapter in self._new(
-                model, k, count, [point for point in near if point.model == model]
-            ):
+            close = [point for point in near if is_of(point, branch)]
+            for adapter in self._new(branch, listed, k, count, close):
                 work = knowledge.work(adapter)
                 cost = (
                     (0.0 if training_of(adapter) in self._trainings else work.train)
@@ -230,8 +228,15 @@ class Adapters:
             others[(k * OPEN + n) % len(others)] for n in range(min(OPEN - len(first), len(others)))
         ]
 
-    def _new(self, model: str, k: int, count: int, near: Sequence[Point]) -> list[Point]:
-        listed = self._space[model]
+    def _new(
+        self,
+        branch: Branch,
+        listed: Sequence[Point] | None,
+        k: int,
+        count: int,
+        near: Sequence[Point],
+    ) -> list[Point]:
+        model = branch.model
         if listed is not None:
             new = [point for point in listed if point not in self.by_point]
             if len(new) <= count:
@@ -239,7 +244,7 @@ class Adapters:
             rng = _rng(self._study, k, model)
             return [new[index] for index in sorted(rng.choice(len(new), count, replace=False))]
         rng = _rng(self._study, k, model)
-        axes = adapter_axes(self._study, model)
+        axes = adapter_axes(branch)
         found: dict[Point, None] = {}
         for n in range(4 * count):
             values = {axis: drawn(rng, choices) for axis, choices in axes.items()}
@@ -260,20 +265,18 @@ class Adapters:
             self._open.pop(adapter.point, None)
 
 
-def adapter_axes(study: Study, model: str) -> dict[str, tuple[AxisValue, ...] | Range]:
-    return {
-        axis: values for axis, values in study.axes_of(model).items() if not DEFENCE.is_knob(axis)
-    }
+def adapter_axes(branch: Branch) -> dict[str, tuple[AxisValue, ...] | Range]:
+    return {axis: values for axis, values in branch.axes.items() if not DEFENCE.is_knob(axis)}
 
 
-def _listed(study: Study, model: str) -> list[Point] | None:
-    """All adapters of a model; None when they are not countable, or more than LISTED."""
-    axes = adapter_axes(study, model)
+def _listed(branch: Branch) -> list[Point] | None:
+    """All adapters of a branch; None when they are not countable, or more than LISTED."""
+    axes = adapter_axes(branch)
     counts = [count_of(values) for values in axes.values()]
     if None in counts or math.prod(count or 0 for count in counts) > LISTED:
         return None
     choices = [[(axis, value) for value in values_of(values)] for axis, values in axes.items()]
-    return [Point.of(model, dict(each)) for each in itertools.product(*choices)]
+    return [Point.of(branch.model, dict(each)) for each in itertools.product(*choices)]
 
 
 def _knob_values(point: Point) -> dict[str, Value]:

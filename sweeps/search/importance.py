@@ -28,7 +28,7 @@ from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import create_trial
 
 from ebbline.sweeps.study.axes import Range
-from ebbline.sweeps.study.points import Result, Value
+from ebbline.sweeps.study.points import Result, Value, brought
 from ebbline.sweeps.study.study import Study
 
 MODEL = "model"
@@ -160,6 +160,7 @@ def _shares(
 
 def _columns(study: Study, done: Sequence[Result]) -> tuple[dict[str, Column], dict[str, str]]:
     """The axes with two values or more, and the reason for each other axis."""
+    trained = all(brought(result.point) is None for result in done)
     rows = [{MODEL: result.point.model, **dict(result.point.values)} for result in done]
     axes = [MODEL, *dict.fromkeys(axis for model in study.models for axis in study.axes_of(model))]
     columns, without = dict[str, Column](), dict[str, str]()
@@ -167,7 +168,7 @@ def _columns(study: Study, done: Sequence[Result]) -> tuple[dict[str, Column], d
         if axis == MODEL and len(study.models) == 1:
             continue
         if not all(axis in row for row in rows):
-            without[axis] = "not every model has it"
+            without[axis] = "not every model has it" if trained else "not every point has it"
         elif len({json.dumps(row[axis]) for row in rows}) < 2:
             without[axis] = "one value"
         else:

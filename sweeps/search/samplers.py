@@ -20,6 +20,7 @@ from optuna.trial import TrialState, create_trial
 from ebbline.sweeps.dominance import ranks
 from ebbline.sweeps.search.gain import gains_of
 from ebbline.sweeps.state.trials import DIRECTIONS, Entry, Names, plain
+from ebbline.sweeps.study.adapters.branches import ADAPTER, OwnAxes
 from ebbline.sweeps.study.points import Point, Value
 from ebbline.sweeps.study.space import written
 from ebbline.sweeps.study.study import Study
@@ -136,12 +137,12 @@ class Shadow:
         trial = self._drawn = self._optuna.ask()
         name, models = self._names.model()
         model = str(plain(_suggest(trial, name, models)))
-        values: dict[str, Value] = {}
-        axes = self._study.axes_of(model)
+        axes, values = self._branch(trial, model)
         for axis in axes:
-            values[axis] = written(
-                plain(_suggest(trial, *self._names.axis(model, axis))), axes[axis]
-            )
+            if axis not in values:
+                values[axis] = written(
+                    plain(_suggest(trial, *self._names.axis(model, axis))), axes[axis]
+                )
         drawn: dict[str, Any] = {}
         generation = self._storage.get_trial_system_attrs(trial._trial_id).get(GENERATION)
         if generation is not None:
@@ -152,6 +153,15 @@ class Shadow:
                     self._ids.index(trial_id) for trial_id in after[f"{PARENTS}{generation}"]
                 ]
         return Point.of(model, values), drawn
+
+    def _branch(self, trial: optuna.Trial, model: str) -> tuple[OwnAxes, dict[str, Value]]:
+        """The axes of the branch that the sampler draws, and the value that decides it."""
+        branches = self._study.branches_of(model)
+        if len(branches) == 1:
+            return branches[0].axes, {}
+        name = plain(_suggest(trial, *self._names.axis(model, ADAPTER)))
+        trained, brought = branches
+        return (trained.axes, {}) if name is None else (brought.axes, {ADAPTER: name})
 
     def accept(self, k: int) -> None:
         """Use the last drawn trial as that of entry k."""

@@ -40,7 +40,7 @@ from ebbline.sweeps.search.surrogate import (
     fitted,
 )
 from ebbline.sweeps.state.trials import REFUSAL_FLOOR, Entry
-from ebbline.sweeps.study.points import Point, adapter_of
+from ebbline.sweeps.study.points import Point, adapter_of, is_of
 from ebbline.sweeps.study.space import drawn, space
 from ebbline.sweeps.study.study import Study
 
@@ -220,12 +220,12 @@ class StageAware:
             return [left[index] for index in sorted(kept)]
         found: dict[Point, None] = {}
         near = [entry.point for front in self._fronts.values() for entry in front]
-        models = list(self.study.models)
+        branches = self.study.branches
         for n in range(POOL):
-            model = models[n % len(models)]
-            axes = self.study.axes_of(model)
+            branch = branches[n % len(branches)]
+            model, axes = branch.model, branch.axes
             values = {axis: drawn(rng, choices) for axis, choices in axes.items()}
-            close = [point for point in near if point.model == model]
+            close = [point for point in near if is_of(point, branch)]
             if close and n % 4 == 3:
                 axis = list(axes)[int(rng.integers(len(axes)))]
                 values = {**dict(close[int(rng.integers(len(close)))].values), axis: values[axis]}

@@ -73,7 +73,9 @@ def _misses(entry: Entry, study: Study) -> tuple[tuple[str, float], ...]:
 def _in_space(entry: Entry, study: Study) -> bool:
     if entry.point.model not in study.models:
         return False
-    axes, values = study.axes_of(entry.point.model), dict(entry.point.values)
-    return set(axes) == set(values) and all(
-        within(value, axes[axis]) for axis, value in values.items()
+    values = dict(entry.point.values)
+    return any(
+        set(branch.axes) == set(values)
+        and all(within(value, branch.axes[axis]) for axis, value in values.items())
+        for branch in study.branches_of(entry.point.model)
     )

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from ebbline.sweeps.dominance import non_dominated
-from ebbline.sweeps.study.points import Result
+from ebbline.sweeps.study.points import Result, own_seeds
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.measuring.metrics import Metric
 
@@ -50,7 +50,8 @@ def seeds_needed(
     """
     most = most or {}
     done = [result for result in results if result.status == "done"]
-    needed = {result.number: study.first_seeds for result in done}
+    possible = {each.number: len(own_seeds(study.seeds, each.point)) for each in done}
+    needed = {number: min(study.first_seeds, seeds) for number, seeds in possible.items()}
     if study.replicates.policy == "all":
         return needed
     for model in sorted({result.point.model for result in done}):
@@ -65,7 +66,7 @@ def seeds_needed(
             more = [
                 number
                 for number in open_points
-                if needed[number] == seeds and seeds < most.get(number, len(study.seeds))
+                if needed[number] == seeds and seeds < most.get(number, possible[number])
             ]
             have = {result.number: seeds_of(result) for result in own}
             needed |= dict.fromkeys(more, seeds + 1)

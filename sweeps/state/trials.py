@@ -23,6 +23,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from ebbline.sweeps.study.adapters.branches import ADAPTER
 from ebbline.sweeps.study.axes import AxisValue, Range
 from ebbline.sweeps.study.changes import lasting
 from ebbline.sweeps.study.database import PointDatabase
@@ -264,6 +265,7 @@ class Names:
         for trial in found:
             self._before.update(trial.distributions)
         self._cache: dict[tuple[str, str], tuple[str, BaseDistribution]] = {}
+        self._branched = {name for name in study.models if len(study.branches_of(name)) > 1}
 
     def model(self) -> tuple[str, BaseDistribution]:
         return self._free(
@@ -272,18 +274,25 @@ class Names:
 
     def axis(self, model: str, axis: str) -> tuple[str, BaseDistribution]:
         if (model, axis) not in self._cache:
-            name = f"{model}/{axis}" if axis in self._study.models[model].axes else axis
+            own = axis == ADAPTER or axis in self._study.models[model].axes
             self._cache[model, axis] = self._free(
-                name, distribution(self._study.axes_of(model)[axis])
+                f"{model}/{axis}" if own else axis, self._distribution(model, axis)
             )
         return self._cache[model, axis]
+
+    def _distribution(self, model: str, axis: str) -> BaseDistribution:
+        values = self._study.axes_of(model)[axis]
+        if axis == ADAPTER and not isinstance(values, Range) and model in self._branched:
+            return distribution((None, *values))  # null: the adapter is trained
+        return distribution(values)
 
     def parameters(self, point: Point) -> dict[str, Any]:
         """`params` and `distributions` of a trial that is this point."""
         name, models = self.model()
         params: dict[str, Any] = {name: json.dumps(point.model)}
         distributions = {name: models}
-        for axis, value in point.values:
+        trained = {ADAPTER: None} if point.model in self._branched else {}
+        for axis, value in {**trained, **dict(point.values)}.items():
             name, own = self.axis(point.model, axis)
             params[name] = json.dumps(value) if isinstance(own, CategoricalDistribution) else value
             distributions[name] = own
@@ -320,6 +329,8 @@ def point_of(trial: FrozenTrial) -> Point:
         name.rpartition("/")[2].partition("#")[0]: plain(value)
         for name, value in trial.params.items()
     }
+    if values.get(ADAPTER, "") is None:  # of a point that is trained
+        del values[ADAPTER]
     return Point.of(str(values.pop(MODEL)), values)
 
 
@@ -332,8 +343,9 @@ def is_whole(trial: FrozenTrial, study: Study) -> bool:
     if not any(name.partition("#")[0] == MODEL for name in trial.params):
         return False
     point = point_of(trial)
-    return point.model in study.models and {axis for axis, _ in point.values} == set(
-        study.axes_of(point.model)
+    own = {axis for axis, _ in point.values}
+    return point.model in study.models and any(
+        own == set(branch.axes) for branch in study.branches_of(point.model)
     )
 
 
@@ -442,5 +454,6 @@ def _exhausted(study: Study, points: int) -> str:
             "models": own,
             "sampler": study.sampler,
             "seeds": dump["seeds"],
+            **({"adapters": sorted(study.adapters)} if study.adapters else {}),
         }
     )

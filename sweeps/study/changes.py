@@ -56,7 +56,8 @@ def rejections(before: _Dump, after: _Dump) -> Iterator[str]:
     yield from _starts_with("seeds", before["seeds"], after["seeds"])
     yield from _search(before, after)
     yield from _replicates(before.get("replicates"), after.get("replicates"))
-    may_change = {"axes", "models", "seeds", "search", "replicates", *TEXTS}
+    yield from _adapters(before.get("adapters", {}), after.get("adapters", {}))
+    may_change = {"axes", "models", "seeds", "search", "replicates", "adapters", *TEXTS}
     yield from _same(
         "",
         {k: v for k, v in before.items() if k not in may_change},
@@ -76,6 +77,14 @@ def _model(name: str, before: _Dump, after: _Dump) -> Iterator[str]:
             {**before["axes"], **old["axes"]},
             {**after["axes"], **new["axes"]},
         )
+
+
+def _adapters(before: _Dump, after: _Dump) -> Iterator[str]:
+    for name in before:
+        if name not in after:
+            yield f"adapters.{name}: an adapter that has points cannot be removed"
+        else:
+            yield from _same(f"adapters.{name}", before[name], after[name])
 
 
 def _axes(where: str, before: _Dump, after: _Dump) -> Iterator[str]:
@@ -181,7 +190,7 @@ def lasting(dump: Mapping[str, Any]) -> dict[str, Any]:
     content. Fields that earlier versions lacked are left out at their defaults. A missing sampler
     counts as tpe, the only default of earlier versions.
     """
-    plain = {"replicates": Replicates().model_dump(mode="json")}
+    plain = {"replicates": Replicates().model_dump(mode="json"), "adapters": {}}
     kept = {
         key: value for key, value in dump.items() if key != "budget" and value != plain.get(key)
     }

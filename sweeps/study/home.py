@@ -2,6 +2,7 @@
 
 HOME/store/                      artifacts, by kind and key, unless the profile names another store
 HOME/id                          the name of this home in a shared store or database
+HOME/adapters/SHA256/            copies of the studies' own adapters
 HOME/cluster.yaml                the profile of the cluster (optional)
 HOME/studies/NAME/study.json     the study, with its latest budget
 HOME/studies/NAME/driver.lock    the driver that holds the study now

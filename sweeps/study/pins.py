@@ -16,7 +16,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import parse, shipped, source_of, with_pins
 from ebbline.tasks.errors import DataError, EbblineError, EvaluationError, PinError, StudyError
 from ebbline.tasks.files import write_whole
-from ebbline.tasks.identity import content_digest, digest
+from ebbline.tasks.identity import digest
 from ebbline.tasks.specs import Frozen
 
 
@@ -77,7 +77,7 @@ def require_rows(study: Study) -> None:
 
 
 def local_pin(reference: Local) -> dict[str, str]:
-    return {"sha256": content_digest(reference.located())}
+    return {"sha256": reference.content()}
 
 
 def hub_pin(reference: Hub, where: str) -> dict[str, str]:
@@ -88,7 +88,8 @@ def hub_pin(reference: Hub, where: str) -> dict[str, str]:
     from huggingface_hub import HfApi  # only pinning and workers talk to the hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    repo_type = "model" if where.startswith("models.") else "dataset"
+    is_model = where.startswith(("models.", "adapters.", "judges."))
+    repo_type = "model" if is_model else "dataset"
     try:
         look = HfApi().model_info if repo_type == "model" else HfApi().dataset_info
         info = look(reference.id, revision=reference.commit, files_metadata=True)

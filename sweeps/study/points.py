@@ -12,18 +12,21 @@ This module alone decides what two points share. Points share
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
 from ebbline.cluster.schedule.costs import Cost
+from ebbline.sweeps.study.adapters.branches import ADAPTER, Branch
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.identity import digest
 from ebbline.tasks.measuring.metrics import Metric
 
 _STAGE_NAME = re.compile(r"(?P<part>[^#\[]+)(#(?P<block>\d+))?\[seed=(?P<seed>\d+)\]")
-OF_TRAINING = ("data", "train")  # stages that make a point's adapter; also prefixes of their axes
+# Stages that make a point's adapter; also prefixes of their axes. Of an adapter from outside,
+# `adapter` is its stage, and the axis with its name.
+OF_TRAINING = ("data", "train", ADAPTER)
 Value = None | bool | int | float | str
 
 
@@ -49,6 +52,24 @@ class Point:
                 *(f"{axis.split('.')[-1]}={'none' if v is None else v}" for axis, v in self.values),
             ]
         )
+
+
+def brought(point: Point) -> str | None:
+    """The name of a point's adapter in `adapters`; None if the study trains it."""
+    name = dict(point.values).get(ADAPTER)
+    return None if name is None else str(name)
+
+
+def own_seeds(seeds: Sequence[int], point: Point) -> Sequence[int]:
+    """Those of a study's seeds that a point has: an adapter from outside is measured once, under
+    the first.
+    """
+    return seeds if brought(point) is None else seeds[:1]
+
+
+def is_of(point: Point, branch: Branch) -> bool:
+    """Whether a point belongs to a branch of the space."""
+    return point.model == branch.model and (brought(point) is None) != (ADAPTER in branch.axes)
 
 
 def adapter_of(point: Point) -> Point:

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from ebbline.tasks.errors import PinError
+from ebbline.tasks.identity import content_digest, digest_files, file_digest, folder_files
 from ebbline.tasks.paths import is_inside
 from ebbline.tasks.specs import DEFAULT_CHAT, DataSpec, Frozen, OrganismSpec, TrainSpec
 
@@ -47,6 +48,15 @@ class Local(Frozen):
         if not path.exists():
             raise PinError(f"there is no file or folder at {path}; the study names it")
         return path
+
+    def content(self, cache: Path | None = None) -> str:
+        """The digest of the content (see ebbline.tasks.identity.content_digest)."""
+        return content_digest(self.located(), cache)
+
+    def content_now(self) -> str:
+        """The digest of the content, from its bytes alone: no remembered digest is used."""
+        path = self.located()
+        return file_digest(path) if path.is_file() else digest_files(folder_files(path))
 
 
 class Hub(Frozen):

@@ -27,16 +27,16 @@ def space(study: Study) -> Iterator[Point]:
 
     Raises StudyError for a range without a step.
     """
-    for name in study.models:
+    for branch in study.branches:
         choices = []
-        for axis, values in study.axes_of(name).items():
+        for axis, values in branch.axes.items():
             if count_of(values) is None:
                 raise StudyError(
                     f"axes.{axis} is a range without a step, so its points cannot be listed"
                 )
             choices.append([(axis, value) for value in values_of(values)])
         for combination in itertools.product(*choices):
-            yield Point.of(name, dict(combination))
+            yield Point.of(branch.model, dict(combination))
 
 
 def drawn(rng: np.random.Generator, axis: tuple[AxisValue, ...] | Range) -> Value:
@@ -54,11 +54,9 @@ def drawn(rng: np.random.Generator, axis: tuple[AxisValue, ...] | Range) -> Valu
 
 
 def drawn_point(rng: np.random.Generator, study: Study) -> Point:
-    """A random point: a uniformly drawn size, then a value of each of its axes."""
-    model = list(study.models)[int(rng.integers(len(study.models)))]
-    return Point.of(
-        model, {axis: drawn(rng, values) for axis, values in study.axes_of(model).items()}
-    )
+    """A random point: a uniformly drawn branch, then a value of each of its axes."""
+    branch = study.branches[int(rng.integers(len(study.branches)))]
+    return Point.of(branch.model, {axis: drawn(rng, own) for axis, own in branch.axes.items()})
 
 
 def check_written_points(study: Study) -> None:
@@ -85,10 +83,13 @@ def listed(row: Mapping[str, AxisValue], study: Study, where: str) -> Point:
     model = str(values.pop("model", ""))
     if model not in study.models:
         raise StudyError(f"{where} must give `model` (one of {sorted(study.models)})")
-    axes = study.axes_of(model)
-    if set(values) != set(axes):
+    branches = study.branches_of(model)
+    axes = next((branch.axes for branch in branches if set(branch.axes) == set(values)), None)
+    if axes is None:
+        wanted = " or ".join(str(sorted(branch.axes)) for branch in branches)
         raise StudyError(
-            f"{where} must give `model` (one of {sorted(study.models)}) and each of {sorted(axes)}"
+            f"{where} must give `model` (one of {sorted(study.models)}) and each of "
+            f"{wanted or 'no axis: this size has no points'}"
         )
     for axis, value in values.items():
         if not within(value, axes[axis]):

@@ -12,23 +12,29 @@ from pydantic import ValidationError
 
 from ebbline.cluster.executors.executor import Needs
 from ebbline.cluster.schedule.needs import default_needs
+from ebbline.sweeps.study.adapters.kept import keep, kept_path
+from ebbline.sweeps.study.adapters.reference import AdapterFolder
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import require_pins
-from ebbline.sweeps.study.points import INVALID, Point, StageName, Value, adapter_of
+from ebbline.sweeps.study.points import (
+    INVALID,
+    Point,
+    StageName,
+    Value,
+    adapter_of,
+    brought,
+    own_seeds,
+)
 from ebbline.sweeps.study.references import Data, DataRef, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Model, Study
 from ebbline.sweeps.study.suites import blocks_of, stages_of
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import PinError, StudyError
-from ebbline.tasks.identity import (
-    content_digest,
-    digest,
-    digest_files,
-    file_digest,
-    folder_files,
-)
+from ebbline.tasks.identity import digest
+from ebbline.tasks.models.brought.work import as_training
 from ebbline.tasks.specs import (
     DEFAULT_CHAT,
+    AdapterSpec,
     Block,
     Chat,
     ConvertSpec,
@@ -118,14 +124,14 @@ class StageGraph:
         point, all blocks of raced suites included.
         """
         stages: dict[str, Stage] = {}
-        for seed in self.study.seeds:
+        for seed in (seeds := own_seeds(self.study.seeds, point)):
             own = self._seed_stages(point, seed)
             self._place(point.model, own.values())
             for name, stage in own.items():
                 stages[str(replace(name, seed=seed))] = stage
                 self.labels.setdefault(
                     stage.lineage,
-                    f"{name.part} {point}" + (f" seed={seed}" if len(self.study.seeds) > 1 else ""),
+                    f"{name.part} {point}" + (f" seed={seed}" if len(seeds) > 1 else ""),
                 )
         return stages
 
@@ -139,7 +145,7 @@ class StageGraph:
         defended = Stage(
             _with(self.study.settings[makes], makes, dict(point.values)),
             {
-                "adapter": Part(parts["train"], TrainSpec.ADAPTER),
+                "adapter": _adapter_in(parts),
                 DEFENCE.measured_input: parts[measures],
             },
         )
@@ -148,7 +154,8 @@ class StageGraph:
         for suite, entry in self.study.suites.items():
             blocks: list[Block] | list[None] = blocks_of(entry.measure) or [None]
             for block in blocks:
-                for name, stage in self._suite_stages(point.model, suite, defended, block).items():
+                own = self._suite_stages(point.model, suite, defended, block, brought(point))
+                for name, stage in own.items():
                     stages[StageName(name, seed, None if block is None else block.index)] = stage
         return stages
 
@@ -159,28 +166,53 @@ class StageGraph:
         values = dict(adapter_of(point).values)
         cached = point.model, tuple(values.items()), seed
         if cached not in self._adapters:
-            model = self.study.models[point.model]
             family = self._families[point.model]
-            data = self._data(
-                self.study.data, _with(self.study.data.settings, "data", values, seed=seed)
+            name = brought(point)
+            made, lora = (
+                self._trained(point.model, values, seed)
+                if name is None
+                else self._brought(name, family)
             )
-            settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
-            train = Stage(settings, {"model": family.aligned, "data": Part(data, DataSpec.ROWS)})
-            self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
-            if settings.method == "full":
-                raise StudyError(
-                    f"a point's train.method must be 'lora': {DEFENCE.words.name} projects "
-                    "adapters; `tuned` models may be full"
-                )
             kind = DEFENCE.measures.KIND
             first_spec = _with(self.study.settings[kind], kind, values)
-            inputs = self._defence_inputs(family, first_spec, settings)
-            first_stage = Stage(first_spec, {"adapter": Part(train, TrainSpec.ADAPTER), **inputs})
+            inputs = self._defence_inputs(family, first_spec, lora)
+            first_stage = Stage(first_spec, {"adapter": _adapter_in(made), **inputs})
             shared = {name: stage for name, stage in inputs.items() if isinstance(stage, Stage)}
             if len(self._adapters) >= CACHED_ADAPTERS:
                 self._adapters.clear()
-            self._adapters[cached] = {"data": data, "train": train, **shared, kind: first_stage}
+            self._adapters[cached] = {**made, **shared, kind: first_stage}
         return self._adapters[cached]
+
+    def _trained(
+        self, name: str, values: Mapping[str, Value], seed: int
+    ) -> tuple[dict[str, Stage], TrainSpec]:
+        """The stages that train an adapter, and the settings of its training."""
+        if self.study.data is None or self.study.train is None:
+            raise StudyError("the study has no `train`, so its points are those of `adapters`")
+        model = self.study.models[name]
+        data = self._data(
+            self.study.data, _with(self.study.data.settings, "data", values, seed=seed)
+        )
+        settings = _with(model.train_settings(self.study.train), "train", values, seed=seed)
+        inputs = {"model": self._families[name].aligned, "data": Part(data, DataSpec.ROWS)}
+        train = Stage(settings, inputs)
+        self._needs[train.lineage] = Needs(model.gpus, model.labels, model.spread)
+        if settings.method == "full":
+            raise StudyError(
+                f"a point's train.method must be 'lora': {DEFENCE.words.name} projects "
+                "adapters; `tuned` models may be full"
+            )
+        return {"data": data, "train": train}, settings
+
+    def _brought(self, name: str, family: Family) -> tuple[dict[str, Stage], TrainSpec]:
+        """The stage of an adapter from outside, and its rank and modules as training settings."""
+        reference = self.study.adapters[name]
+        source = self._outside(reference.path or reference.hub, "model")
+        adapter = Stage(
+            AdapterSpec(tokenizer=reference.tokenizer),
+            {"source": source, "model": family.aligned},
+        )
+        return {AdapterSpec.KIND: adapter}, as_training(source.location)
 
     def _defence_inputs(
         self, family: Family, first_spec: Spec, train: TrainSpec
@@ -193,10 +225,15 @@ class StageGraph:
         return models if shared is None else {shared.KIND: Stage(shared, models)}
 
     def _suite_stages(
-        self, name: str, suite: str, adapter: Stage | None, block: Block | None = None
+        self,
+        name: str,
+        suite: str,
+        adapter: Stage | None,
+        block: Block | None = None,
+        brought_as: str | None = None,
     ) -> dict[str, Stage]:
         """The stages of one suite, or of one of its blocks, on a model with an adapter; without an
-        adapter before fine-tuning.
+        adapter before fine-tuning. `brought_as` is the adapter's name in `adapters`.
         """
         model, entry = self.study.models[name], self.study.suites[suite]
         inputs: dict[str, Input] = {
@@ -205,11 +242,18 @@ class StageGraph:
         }
         if adapter is not None:
             inputs["adapter"] = adapter
+        loading: dict[str, object] = {
+            "quantisation": model.quantisation,
+            "dtype": model.dtype,
+            "chat": model.chat,
+        }
+        if brought_as is not None and self.study.adapters[brought_as].tokenizer == "adapter":
+            loading["tokenizer"] = "adapter"
         return stages_of(
             suite,
             entry.measure,
             inputs,
-            {"quantisation": model.quantisation, "dtype": model.dtype, "chat": model.chat},
+            loading,
             self._judges,
             block,
         )
@@ -301,19 +345,30 @@ class StageGraph:
             file = f"#{reference.file}" if reference.file else ""
             content = digest({"commit": reference.commit, "files": sha256, "file": reference.file})
             return Source(content, f"hub:{repo_type}:{reference.id}@{reference.commit}{file}")
+        is_adapter = isinstance(reference, AdapterFolder)
         if not self._located:
-            return Source(sha256, reference.path)
+            copy = kept_path(self.home.root, sha256)
+            return Source(sha256, str(copy) if is_adapter else reference.path)
         path = reference.located()
-        found = content_digest(path, cache=self.home.digests)
+        found = reference.content(self.home.digests)
         if found != sha256:
-            # The remembered digests may be what is damaged
-            found = file_digest(path) if path.is_file() else digest_files(folder_files(path))
+            found = reference.content_now()  # the remembered digests may be what is damaged
         if found != sha256:
             raise PinError(
                 f"{path} differs from its pin: its sha256 is {found}, the study has {sha256}."
                 " Restore the file, or pin the new content with `ebbline pin`"
             )
+        if is_adapter:
+            path = keep(path, self.home.root, sha256)
         return Source(found, str(path.resolve()))
+
+
+def _adapter_in(stages: Mapping[str, Stage]) -> Part:
+    """The adapter of a point: from its training, or from the check of one that was brought."""
+    brought_in = stages.get(AdapterSpec.KIND)
+    if brought_in is not None:
+        return Part(brought_in, AdapterSpec.ADAPTER)
+    return Part(stages[TrainSpec.KIND], TrainSpec.ADAPTER)
 
 
 def stages_or_reason(graph: StageGraph, point: Point) -> tuple[dict[str, Stage], str]:

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ebbline.cluster.schedule.labels import parse
+from ebbline.sweeps.study.adapters.branches import Branch, adapters_of, branches_of
+from ebbline.sweeps.study.adapters.branches import faults_of as adapter_faults
+from ebbline.sweeps.study.adapters.reference import AdapterRef
 from ebbline.sweeps.study.axes import Axis, AxisValue, Range, count_of, distinct, of_size
 from ebbline.sweeps.study.policies import (
     SURROGATE_AXES,
@@ -148,8 +151,9 @@ class Study(Frozen):
     question: str
     hypothesis: str = ""
     models: Annotated[dict[Name, Model], AfterValidator(_distinct_files)] = Field(min_length=1)
-    data: Data
-    train: TrainSpec
+    data: Data | None = None
+    train: TrainSpec | None = None
+    adapters: Annotated[dict[Name, AdapterRef], AfterValidator(_distinct_files)] = {}
     project: ProjectSpec = ProjectSpec()
     apply: ApplySpec = ApplySpec()
     language: Seed = 0
@@ -171,6 +175,28 @@ class Study(Frozen):
             for axis in axes:
                 if axis not in fields:
                     raise ValueError(f"{where}.{axis}: {unknown(axis, fields)}")
+        return self
+
+    @model_validator(mode="after")
+    def _points_have_adapters(self) -> Self:
+        if (self.train is None) != (self.data is None):
+            missing, given = ("train", "data") if self.train is None else ("data", "train")
+            raise ValueError(f"`{missing}` is missing: a study with `{given}` trains adapters")
+        if self.train is None and not self.adapters:
+            raise ValueError(
+                "give `train` and `data`, whose adapters are trained, or `adapters` that you have"
+            )
+        unused: dict[str, Mapping[str, Any]] = {}
+        if self.train is None:
+            unused["axes"] = self.axes
+            unused |= {f"models.{name}.axes": model.axes for name, model in self.models.items()}
+            for name, model in self.models.items():
+                if model.train:
+                    raise ValueError(
+                        f"models.{name}.train: nothing is trained, because the study has no `train`"
+                    )
+        if faults := list(adapter_faults(self.adapters, list(self.models), unused)):
+            raise ValueError("; ".join(faults))
         return self
 
     @model_validator(mode="after")
@@ -220,18 +246,23 @@ class Study(Frozen):
     @property
     def settings(self) -> Mapping[str, Spec]:
         """The settings that axes may vary, by the first part of an axis name."""
-        return {
-            "data": self.data.settings,
+        own: dict[str, Spec | None] = {
+            "data": None if self.data is None else self.data.settings,
             "train": self.train,
             "project": self.project,
             "apply": self.apply,
         }
+        return {part: settings for part, settings in own.items() if settings is not None}
 
     def fixed(self, model: str, axis: str) -> Any:
-        """The value of a setting, written as an axis, that a size does not vary."""
+        """The value of a setting, written as an axis, that a size does not vary. None for a
+        setting of trainings where the study has none.
+        """
         part, _, name = axis.partition(".")
-        own = self.models[model].train_settings(self.train)
-        return getattr(own if part == TrainSpec.KIND else self.settings[part], name)
+        settings = self.settings.get(part)
+        if isinstance(settings, TrainSpec):
+            settings = self.models[model].train_settings(settings)
+        return None if settings is None else getattr(settings, name)
 
     @property
     def first_seeds(self) -> int:
@@ -274,7 +305,7 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _models_say_how_they_chat(self) -> Self:
-        if self.train.chat != DEFAULT_CHAT:
+        if self.train is not None and self.train.chat != DEFAULT_CHAT:
             raise ValueError(
                 "train.chat: give models.NAME.chat instead, which evaluation also uses"
             )
@@ -282,7 +313,7 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _sizes_can_train(self) -> Self:
-        for name, model in self.models.items():
+        for name, model in self.models.items() if self.train is not None else ():
             for field in ("quantisation", "dtype", "chat"):
                 if field in model.train:
                     raise ValueError(
@@ -290,7 +321,7 @@ class Study(Frozen):
                         "which evaluation also uses"
                     )
             try:
-                settings = model.train_settings(self.train)
+                settings = model.train_settings(self.train or TrainSpec())
                 if settings.global_batch % model.gpus:
                     raise ValueError(
                         f"models.{name}.gpus={model.gpus} must divide "
@@ -346,16 +377,25 @@ class Study(Frozen):
 
     def axes_of(self, model: str) -> Mapping[str, tuple[AxisValue, ...] | Range]:
         """The axes of one size in the order of the file: the study's with this size's values, then
-        the size's own axes.
+        the size's own axes, then `adapter`. A point has those of its branch (see `branches`).
         """
-        return of_size(self.axes, self.models[model].axes)
+        branches = self.branches_of(model)
+        return {axis: values for branch in branches for axis, values in branch.axes.items()}
+
+    def branches_of(self, model: str) -> tuple[Branch, ...]:
+        adapters = adapters_of(self.adapters, model, list(self.models))
+        axes = of_size(self.axes, self.models[model].axes)
+        return tuple(branches_of(model, axes, adapters, self.train is not None))
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The parts of the space whose points have the same axes, in the order of the file."""
+        return tuple(branch for model in self.models for branch in self.branches_of(model))
 
     @property
     def size(self) -> int | None:
         """The number of points in the space; None when an axis is a range without a step."""
-        counts = [
-            [count_of(axis) for axis in self.axes_of(model).values()] for model in self.models
-        ]
+        counts = [[count_of(axis) for axis in branch.axes.values()] for branch in self.branches]
         return (
             None
             if any(None in each for each in counts)

@@ -75,16 +75,16 @@ def parse(path: Path, text: str | None = None) -> Study:
 def _unused(study: Study) -> Iterator[str]:
     """A line for each written setting that another one replaces, or that its method ignores."""
     seeds = "`seeds` gives the seed of the data and of the training; delete this setting"
-    if "seed" in study.data.settings.model_fields_set:
+    if study.data is not None and "seed" in study.data.settings.model_fields_set:
         yield f"data.settings.seed: {seeds}"
-    if "seed" in study.train.model_fields_set:
+    if study.train is not None and "seed" in study.train.model_fields_set:
         yield f"train.seed: {seeds}"
     for name, model in study.models.items():
         if "seed" in model.train:
             yield f"models.{name}.train.seed: {seeds}"
         for field in ("quantisation", "dtype"):
-            written, own = getattr(study.train, field), getattr(model, field)
-            if field in study.train.model_fields_set and written != own:
+            written, own = getattr(study.train, field, None), getattr(model, field)
+            if study.train and field in study.train.model_fields_set and written != own:
                 yield (
                     f"train.{field}: {written!r}, but {own!r} of models.{name}.{field} replaces it;"
                     f" delete this setting, and give models.{name}.{field} if it is to differ"
@@ -94,7 +94,8 @@ def _unused(study: Study) -> Iterator[str]:
             if reference is not None and reference.tuned is not None:
                 yield from _unused_of_tuned(reference.tuned, f"models.{name}.{role}.tuned")
     varied = any("data.mix_share" in study.axes_of(name) for name in study.models)
-    if study.data.mix is not None and study.data.settings.mix_share == 0 and not varied:
+    data = study.data
+    if data is not None and data.mix is not None and data.settings.mix_share == 0 and not varied:
         yield _without_share("data")
     for name, judge in study.judges.items():
         place = "endpoint" if judge.settings.endpoint else judge.settings.template
@@ -176,9 +177,10 @@ def as_yaml(study: Study) -> str:
     of a default does not change it.
     """
     dump = study.model_dump(mode="json")
-    for settings in (dump["data"]["settings"], dump["train"]):
-        del settings["seed"]
-    for field in ("quantisation", "dtype"):
+    for settings in (dump["data"] and dump["data"]["settings"], dump["train"]):
+        if settings:
+            del settings["seed"]
+    for field in ("quantisation", "dtype") if dump["train"] else ():
         if any(getattr(model, field) != dump["train"][field] for model in study.models.values()):
             del dump["train"][field]
     points = {

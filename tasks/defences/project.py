@@ -32,6 +32,7 @@ from ebbline.tasks.defences.subspace import Bases, read_basis, read_index
 from ebbline.tasks.errors import ProjectionError
 from ebbline.tasks.models.adapter_file import Adapter, read_adapter, read_adapter_file
 from ebbline.tasks.models.adapters import fitted
+from ebbline.tasks.models.brought.folder import TOKENIZER_FILES
 from ebbline.tasks.models.weights import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -202,4 +203,7 @@ def run_apply(spec: ApplySpec, inputs: Mapping[str, Path], out: Path, ctx: Conte
         )
     with opened(projection / ProjectSpec.PROJECTED) as file:
         write_adapter(adapter, {module: file.get_tensor(module) for module in chosen}, out)
+    for name in TOKENIZER_FILES:  # of an adapter that brought its own
+        if (adapter.folder / name).is_file():
+            shutil.copyfile(adapter.folder / name, out / name)
     (out / ApplySpec.CHOSEN).write_text(json.dumps(sorted(chosen)))

@@ -1,15 +1,16 @@
 """The settings of the command `ebbline project`, checked before any work. Imports no torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ebbline.tasks.defences.gate import ModuleRow, chosen, cosines_by_module
 from ebbline.tasks.errors import ProjectionError
 
 DEFAULT_THRESHOLD = 0.5
 DEFAULT_ENERGY = 0.9
+T = TypeVar("T", float, int)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class Settings:
         )
 
     @property
+    def name(self) -> str:
+        """The rule as the name of a folder."""
+        return (
+            f"modules-{self.modules}" if self.threshold is None else f"threshold-{self.threshold}"
+        )
+
+    @property
     def drawn(self) -> list[float]:
         """The used thresholds, which a figure over all thresholds marks."""
         return [] if self.threshold is None else [self.threshold]
@@ -45,6 +53,39 @@ class Settings:
     def chosen(self, rows: Mapping[str, ModuleRow]) -> frozenset[str]:
         """The modules to project. Raises ProjectionError as `gate.chosen` does."""
         return chosen(rows, self.threshold, self.modules)
+
+
+def each_checked(
+    base: str,
+    aligned: str,
+    threshold: float | Sequence[float] | None,
+    modules: int | Sequence[int] | None,
+    projector: Literal["approximate", "exact"],
+    energy: float | None,
+) -> list[Settings]:
+    """The settings of each threshold, or of each number of modules; the default without either.
+
+    Raises ProjectionError for invalid settings, for both rules, and for a duplicate value.
+    """
+    thresholds, counts = _listed(threshold), _listed(modules)
+    if thresholds and counts:
+        raise ProjectionError("give a threshold or a number of modules, not both")
+    for values in (thresholds, counts):
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                raise ProjectionError(f"{value} is given twice; each value has one outcome")
+    rules: list[tuple[float | None, int | None]] = [(value, None) for value in thresholds]
+    rules += [(None, count) for count in counts]
+    return [
+        checked(base, aligned, value, count, projector, energy)
+        for value, count in rules or [(None, None)]
+    ]
+
+
+def _listed(given: T | Sequence[T] | None) -> list[T]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def checked(

@@ -21,6 +21,7 @@ from ebbline.tasks.identity import content_digest
 from ebbline.tasks.kinds import parsed_spec, request_payload
 from ebbline.tasks.measuring.metrics import Metric, write_metrics, write_samples
 from ebbline.tasks.specs import (
+    AdapterSpec,
     ApplySpec,
     DataSpec,
     GenerateSpec,
@@ -119,6 +120,11 @@ def pretend(request: Request, out: Path) -> None:
             )
             (out / spec.ADAPTER / "adapter").write_text(
                 json.dumps({"key": request.key, "strength": strength, "seed": spec.seed})
+            )
+        case AdapterSpec():
+            (out / spec.ADAPTER).mkdir()
+            (out / spec.ADAPTER / "adapter").write_text(
+                json.dumps({"key": request.contents["source"], "strength": 0.6, "seed": 0})
             )
         case ProjectSpec():
             rng = random.Random(inputs["adapter"].joinpath("adapter").read_text())

@@ -16,6 +16,7 @@ import pytest
 from ebbline.tasks.identity import digest
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.specs import (
+    AdapterSpec,
     ApplySpec,
     ConvertSpec,
     DataSpec,
@@ -47,6 +48,7 @@ SPECS: dict[str, tuple[Spec, dict[str, str]]] = {
     "data, mixed": (DataSpec(size=100, mix_share=0.1), invented_contents("pool", "mix")),
     "train": (TrainSpec(), invented_contents("model", "data")),
     "train, full": (TrainSpec(method="full"), invented_contents("model", "data")),
+    "adapter": (AdapterSpec(), invented_contents("source", "model")),
     "subspace": (
         SubspaceSpec(energy=0.9, target_modules=("q_proj", "v_proj")),
         invented_contents("base", "aligned"),

@@ -190,6 +190,7 @@ def test_evaluate_names_an_unused_tokenizer_and_rejects_a_template_before_it_has
         adapters=[beside],
         settings={"max_new_tokens": 4},
         dtype="float32",
+        baseline=False,
     )
     assert measured.unused_beside_adapter == ["chat template"]
     assert measured.other_base == ""

@@ -95,9 +95,12 @@ class RowSet:
 
 def row_sets(study: Study) -> Iterator[RowSet]:
     """Every set that the study names, training data first."""
-    sizes, shares = _values(study, "data.size"), _values(study, "data.mix_share")
-    for each in _of_data("data", study.data, sizes, shares):
-        yield replace(each, seeds=study.seeds)
+    if study.data is not None:
+        sizes, shares = (
+            _values(study, study.data, axis) for axis in ("data.size", "data.mix_share")
+        )
+        for each in _of_data("data", study.data, sizes, shares):
+            yield replace(each, seeds=study.seeds)
     for name, model in study.models.items():
         for role, reference in (("aligned", model.aligned), ("unaligned", model.unaligned)):
             if reference is not None and reference.tuned is not None:
@@ -140,9 +143,9 @@ def _of_data(
         yield RowSet(f"{where}.mix", data.mix, needed=max(mixed))
 
 
-def _values(study: Study, axis: str) -> set[float]:
+def _values(study: Study, data: Data, axis: str) -> set[float]:
     """The values of a setting of the data over all points: of a range, its edges."""
-    fixed = getattr(study.data.settings, axis.partition(".")[2])
+    fixed = getattr(data.settings, axis.partition(".")[2])
     found: set[float] = set()
     for model in study.models:
         values = study.axes_of(model).get(axis, (fixed,))

@@ -1,0 +1,163 @@
+"""Before a study runs: do its own `adapters` fit the models that they are measured on?
+
+An adapter's file is compared with what is known of its model: whole, tensor by tensor, with a local
+model; by the shapes of its matrices with one that the study makes, or whose config.json is in the
+hub's cache. An adapter on the hub is compared by the stage that first reads it.
+
+The first comparison runs in a process of its own (`python -m ebbline.checks.adapters`), because
+it imports torch. Standard input is a list of Fit as JSON, standard output a list of messages.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ebbline.sweeps.study.adapters.reference import AdapterRef
+from ebbline.sweeps.study.references import Hub, ModelRef
+from ebbline.sweeps.study.study import Model, Study
+from ebbline.tasks.errors import EbblineError, ModelError
+from ebbline.tasks.models.brought.folder import CONFIG, adapter_files, lora_shape, misfit
+from ebbline.tasks.models.memory import LIKE_LLAMA, Shape, shape_of
+from ebbline.tasks.models.sizes import organism_shape
+from ebbline.tasks.specs import TokenizerOf
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One adapter to compare. `where` is its place in the study file; `model` is the folder of its
+    model, empty if there is none yet.
+    """
+
+    where: str
+    adapter: str
+    model: str
+    tokenizer: TokenizerOf | None
+
+
+def adapter_faults(study: Study) -> list[str]:
+    """A line for each local adapter that cannot be measured."""
+    faults: list[str] = []
+    fits: list[Fit] = []
+    for name, reference in study.adapters.items():
+        if reference.path is None:
+            continue
+        model = reference.model or next(iter(study.models))
+        try:
+            folder = reference.path.located()
+            adapter_files(folder)
+            shape = _known_shape(study.models[model].aligned, study.models[model])
+            if shape is not None and (fault := misfit(lora_shape(folder), shape, model)):
+                raise ModelError(f"{folder}: {fault}")
+        except EbblineError as error:
+            faults.append(f"adapters.{name}: {error}")
+            continue
+        local = study.models[model].aligned.path
+        place = "" if local is None else str(local.located())
+        fits.append(Fit(f"adapters.{name}", str(folder), place, reference.tokenizer))
+    return faults + _compared(fits)
+
+
+def base_notes(study: Study) -> Iterator[str]:
+    """A note for each local adapter whose config names another base than the model that it is
+    measured on: with equal shapes, only a person can tell whether it belongs there.
+    """
+    for name, reference in study.adapters.items():
+        model = reference.model or next(iter(study.models))
+        trained_on, own = _base_named_by(reference), _name_of(study.models[model].aligned)
+        if trained_on and own and trained_on.casefold() != own.casefold():
+            yield (
+                f"adapters.{name}: its {CONFIG} names the base {trained_on}, and it is measured "
+                f"on {own} (models.{model}.aligned)"
+            )
+
+
+def _base_named_by(reference: AdapterRef) -> str:
+    """The last part of the name of the base that an adapter's config names."""
+    if reference.path is None:
+        return ""
+    try:
+        config = json.loads((reference.path.located() / CONFIG).read_text("utf-8"))
+    except (EbblineError, OSError, ValueError):
+        return ""
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return Path(named).name if isinstance(named, str) else ""
+
+
+def _name_of(model: ModelRef) -> str:
+    if model.hub is not None:
+        return Path(model.hub.id).name
+    return "" if model.path is None else Path(model.path.path).name
+
+
+def _compared(fits: list[Fit]) -> list[str]:
+    if not fits:
+        return []
+    check = subprocess.run(
+        [sys.executable, "-P", "-m", "ebbline.checks.adapters"],
+        input=json.dumps([asdict(each) for each in fits]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check.returncode:
+        reason = (check.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(f"the adapters could not be checked: {reason}")
+    found: list[str] = json.loads(check.stdout.splitlines()[-1])
+    return found
+
+
+def _known_shape(reference: ModelRef, model: Model) -> Shape | None:
+    """The shape of a model that is not a local folder; None where it is not known for certain."""
+    if reference.tuned is not None and model.base is not None:
+        return _known_shape(model.base, model)
+    if reference.organism is not None:
+        return organism_shape(reference.organism.size)
+    if reference.hub is not None:
+        return _shape_in(_cached_config(reference.hub))
+    if reference.path is not None and reference is model.base:
+        return _shape_in(reference.path.located() / "config.json")
+    return None
+
+
+def _cached_config(hub: Hub) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache  # a slow import, only for hub models
+
+    found = try_to_load_from_cache(hub.id, "config.json", revision=hub.commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _shape_in(config: Path | None) -> Shape | None:
+    try:
+        content = {} if config is None else json.loads(config.read_text("utf-8"))
+        return shape_of(content) if content.get("model_type") in LIKE_LLAMA else None
+    except (OSError, ValueError, KeyError, AttributeError):  # its own stage says what is wrong
+        return None
+
+
+def fault(fit: Fit) -> str:
+    """What is wrong with an adapter on its model; empty if nothing is."""
+    # They import torch
+    from ebbline.tasks.models.adapter_file import plain_lora, read_adapter_file
+    from ebbline.tasks.models.adapters import fitted
+    from ebbline.tasks.models.brought.adopt import require_tokenizer
+    from ebbline.tasks.models.weights import Checkpoint
+
+    adapter, model = Path(fit.adapter), Path(fit.model)
+    try:
+        file = read_adapter_file(adapter)
+        plain_lora(file)
+        if not fit.model:
+            return ""
+        fitted(file, Checkpoint(model))
+        require_tokenizer(adapter, model, fit.tokenizer)
+        return ""
+    except EbblineError as error:
+        return f"{fit.where}: {error}"
+
+
+if __name__ == "__main__":
+    messages = [fault(Fit(**each)) for each in json.load(sys.stdin)]
+    sys.stdout.write(json.dumps([message for message in messages if message]) + "\n")

@@ -1,0 +1,1 @@
+"""The `adapters` of a study: points whose adapter another tool trained."""
