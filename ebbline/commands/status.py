@@ -18,6 +18,7 @@ from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.cluster.schedule.costs import Cost
+from ebbline.commands.slurm.queue import queued_job
 from ebbline.show import Lines, Picture, points, spent, stages
 from ebbline.sweeps.drive.live import Live, read_live
 from ebbline.sweeps.forecast.expected import expected_points
@@ -232,6 +233,8 @@ def print_status(
     )
     print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight{without}")
     print(f"driver: {holder or f'none; {_next_run(study, home, results, past)}'}")
+    if holder is None and (job := queued_job(home.folder(study.study))) is not None:
+        print(f"slurm: {job}")
     if live is not None:
         print(f"this run: {stages(live)}; {points(live)}; {spent(live)}")
     phrases = {
@@ -268,12 +271,17 @@ def without_result(results: Sequence[Result]) -> list[str]:
 
 def _next_run(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
     """What the next run of a study would do."""
+    return ended_because(study, home, results, spent) or "`ebbline run` continues it"
+
+
+def ended_because(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
+    """Why a study has ended; empty when a run would continue it."""
     if any(result.status in ("running", "skipped") for result in results):
-        return "`ebbline run` continues it"
+        return ""
     if len(results) >= (limit(study) or math.inf):
         return "all its points are done"
     met = still_met(study, spent.gain)
     ended = expected_points(
         study, home.database(study.study), "" if met is None else met.reason
     ).ended
-    return f"it has ended: {ended}" if ended else "`ebbline run` continues it"
+    return f"it has ended: {ended}" if ended else ""

@@ -131,10 +131,15 @@ def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
         raise StudyError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise StudyError(f"{path} must be a mapping with the keys {sorted(model.model_fields)}")
+    return checked(model, _tuples(raw), f"{path} is not {what}", path.resolve().parent)
+
+
+def checked(model: type[M], raw: object, fault: str, folder: Path | None = None) -> M:
+    """The model of raw values. Raises StudyError that begins with `fault` and names each field."""
     try:
-        return model.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
+        return model.model_validate(raw, context={"folder": folder})
     except ValidationError as error:
-        raise StudyError(f"{path} is not {what}:\n" + "\n".join(faults(error))) from None
+        raise StudyError(f"{fault}:\n" + "\n".join(faults(error))) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
