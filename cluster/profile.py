@@ -73,7 +73,7 @@ class SlurmSettings(Frozen):
     cpus_per_node: Count | None = None
     memory: Text | None = None
     time: str | None = None
-    lead_s: Count | None = None
+    lead_s: Annotated[int, Field(ge=1, le=65535)] | None = None  # Slurm's own limit
     requeues: Count = 100
     python: str | None = None
     sbatch: tuple[str, ...] = ()

@@ -239,7 +239,7 @@ def test_a_lost_cluster_has_an_exit_code_of_its_own(
 
 PRETENDED = """#!/bin/bash
 case "$(basename "$0") $*" in
-  *slurm_node\\ address*) mkdir -p "$4"; touch "$4/token"; echo "10.0.0.1:6379" ;;
+  *slurm_node\\ address*) mkdir -p "$5"; touch "$5/token"; echo "10.0.0.1:6379" ;;
   *slurm_node\\ wait*) exit ${WAIT_CODE:-0} ;;
   srun*) exec sleep 60 ;;
   scancel*) pkill -TERM -P "$PPID" -x sleep ;;
@@ -378,7 +378,7 @@ def test_the_script_is_valid_for_any_home_and_setup(tmp_path: Path) -> None:
     home = str(folder.resolve() / "home")
     assert lines[0] == f"{home}/studies/tiny"
     assert lines[1:] == [
-        *(sys.executable, "-m", "ebbline", "run", str(folder.resolve() / "study.yaml")),
+        *(sys.executable, "-P", "-m", "ebbline", "run", str(folder.resolve() / "study.yaml")),
         *("--home", home),
     ]
     shellcheck = shutil.which("shellcheck")

@@ -105,7 +105,7 @@ def ray_start(
         else [f"--address={head}"]
     )
     return [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+        *(sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block"),
         *place,
         f"--num-gpus={len(gpus) if asked else logical}",
         f"--num-cpus={cpus}",

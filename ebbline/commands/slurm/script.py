@@ -55,7 +55,7 @@ def sbatch_options(settings: SlurmSettings, name: str, folder: Path) -> list[str
         "time": settings.time,
         "signal": f"B:USR1@{settings.lead}",
         "open-mode": "append",
-        "output": _quoted(str(folder / "log" / "slurm-%j.log")),
+        "output": _quoted(str(folder / "log").replace("%", "%%") + "/slurm-%j.log"),
     }
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     return [*options, "--requeue", *settings.sbatch]
@@ -76,7 +76,9 @@ def script(
             raise StudyError(f"{option} cannot be given to the run: `ebbline slurm` sets it")
     python = settings.python or sys.executable
     source = view.source if view.source in shipped() else str(Path(view.source).resolve())
-    run = [python, "-m", "ebbline", "run", source, "--home", str(view.home.root), *run_options]
+    # -P: a folder `datasets` where the job was submitted must not hide the package.
+    run = [python, "-P", "-m", "ebbline", "run", source, "--home", str(view.home.root)]
+    run += run_options
     ray = (
         [f"--logical-gpus={settings.gpus}"]
         if settings.logical_gpus is not None
