@@ -54,6 +54,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdParameters=config_overrides
 GresTypes=gpu
 KillWait=5
+FirstJobId={job}
 {nodes}
 PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP
 """
@@ -128,7 +129,12 @@ def _configure(folder: Path) -> None:
     ]
     (folder / "slurm.conf").write_text(
         CONFIG.format(
-            host=host, port=ports[0], folder=folder, nodes="\n".join(nodes), names=",".join(NODES)
+            host=host,
+            port=ports[0],
+            folder=folder,
+            job=1 + secrets.randbelow(60_000_000),  # two Slurms on one machine share /tmp
+            nodes="\n".join(nodes),
+            names=",".join(NODES),
         )
     )
     # Slurm wants character devices, and these are on every machine.

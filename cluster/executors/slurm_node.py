@@ -5,8 +5,8 @@
     python -m ebbline.cluster.executors.slurm_node wait JOB ADDRESS NODES PID
 
 JOB is a folder of this job in the study's folder. It holds Ray's token, so it also shows whether a
-node sees the home. `wait` returns when Ray has all nodes, or fails when a node could not start or
-the process PID (srun) has ended.
+node sees the home. `wait` returns when Ray has all nodes, or fails when the process PID (srun) has
+ended: srun ends all nodes when one fails.
 
 Invariant: only processes with the token can use the cluster. Ray's ports are open to everybody on
 the machine, and would run what they receive.
@@ -39,8 +39,6 @@ LOOK_EVERY_S = 0.5
 def address(job: Path, environment: Mapping[str, str] = os.environ) -> str:
     """Make the job's folder and token. Return this machine's address, with a free port."""
     job.mkdir(parents=True, exist_ok=True)
-    for stale in job.glob("*.error"):
-        stale.unlink()
     token = job / TOKEN
     token.unlink(missing_ok=True)
     token.touch(mode=0o600)
@@ -125,13 +123,8 @@ def start(job: Path, head: str, asked: int, logical: int) -> int:
     """Run Ray on this node until the script ends the step with SIGTERM. Returns an exit code."""
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        wait_for_head(head)
-        command = ray_start(job, head, asked, logical)
-    except EbblineError as error:
-        if job.is_dir():
-            (job / f"{name}.error").write_text(str(error))
-        raise
+    wait_for_head(head)
+    command = ray_start(job, head, asked, logical)
     folder, ray = temporary(), None
     shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
     try:
@@ -168,10 +161,11 @@ def wait(job: Path, head: str, nodes: int, pid: int) -> None:
     """
     deadline, found = time.monotonic() + READY_S, 0
     while found < nodes:
-        for error in sorted(job.glob("*.error")):
-            raise ClusterLost(error.read_text())
         if not psutil.pid_exists(pid):
-            raise ClusterLost(f"srun ended before Ray had {nodes} nodes; see the logs in {job}")
+            raise ClusterLost(
+                f"srun ended before Ray had {nodes} nodes; its message is above, and Ray's own are "
+                f"in {job}"
+            )
         if time.monotonic() > deadline:
             raise ClusterLost(
                 f"Ray had {found} of {nodes} nodes after {READY_S:.0f} s; see the logs in {job}"

@@ -251,14 +251,15 @@ def test_the_token_can_be_read_by_its_owner_alone_and_is_another_one_each_time(
     assert token.read_text() != before
 
 
-def test_a_wait_for_nodes_ends_with_the_reason_of_a_node_or_of_srun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wait_for_nodes_ends_when_srun_has_ended(tmp_path: Path) -> None:
     with pytest.raises(ClusterLost, match="srun ended before Ray had 2 nodes"):
         wait(tmp_path, "127.0.0.1:1", 2, pid=2**22 + 1)
+
+
+def test_a_node_does_not_start_ray_without_what_the_job_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
     monkeypatch.setattr(slurm_node.signal, "signal", lambda *arguments: None)
-    with pytest.raises(StudyError):
+    with pytest.raises(StudyError, match="node n2 does not see"):
         start(tmp_path, "127.0.0.1:1", 1, 0)
-    with pytest.raises(ClusterLost, match="node n2 does not see"):
-        wait(tmp_path, "127.0.0.1:1", 2, pid=os.getpid())
