@@ -192,10 +192,13 @@ def test_a_study_that_has_a_job_is_not_submitted_twice(
     answers(monkeypatch, "PENDING|BeginTime\n")
     done = slurm(tmp_path, "--submit")
     assert done.exit_code == 1 and "job 17 is PENDING (BeginTime)" in done.output
-    shown = CliRunner().invoke(
-        app, ["status", str(written(tmp_path)), "--home", str(tmp_path / "home")]
+    command = ["status", str(written(tmp_path)), "--home", str(tmp_path / "home")]
+    shown, printed = (
+        CliRunner().invoke(app, [*command, *more]).output for more in ([], ["--json"])
     )
-    assert "slurm: job 17 is PENDING (BeginTime)" in shown.output
+    assert "slurm: job 17 is PENDING (BeginTime)" in shown
+    job = {"number": "17", "state": "PENDING", "reason": "BeginTime"}
+    assert json.loads(printed)["slurm"] == job
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, printed: str, code: int = 0) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -210,6 +211,8 @@ def print_status(
     counts = Counter(result.status for result in results)
     holder, past = home.holder(study.study), read_spent(home.folder(study.study))
     live = live_of(home, study.study, holder)
+    # A driver names its own job; this one waits for its next start.
+    job = queued_job(home.folder(study.study)) if holder is None else None
     limits = study.budget.model_dump(exclude_none=True)
     if as_json:
         cost = cost_summary(study_cost(results, costs, past), past, home.profile)
@@ -218,6 +221,7 @@ def print_status(
             json.dumps(
                 {
                     **now,
+                    "slurm": None if job is None else asdict(job),
                     "cost": cost,
                     "budget": limits,
                     **summary(study, results, before, evidence),
@@ -233,7 +237,7 @@ def print_status(
     )
     print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight{without}")
     print(f"driver: {holder or f'none; {_next_run(study, home, results, past)}'}")
-    if holder is None and (job := queued_job(home.folder(study.study))) is not None:
+    if job is not None:
         print(f"slurm: {job}")
     if live is not None:
         print(f"this run: {stages(live)}; {points(live)}; {spent(live)}")
