@@ -18,6 +18,7 @@ from ebbline.cli import app
 from ebbline.cluster.executors import slurm_node, this_machine
 from ebbline.cluster.executors.slurm_node import TOKEN, address, ray_start, start, wait
 from ebbline.cluster.executors.this_machine import VISIBLE
+from ebbline.commands.slurm.queue import ENDED
 from ebbline.sweeps.drive.live import read_live, read_timeline
 from ebbline.tasks.errors import ClusterLost, StudyError
 from tests import slurm as real
@@ -80,7 +81,7 @@ def ended(slurm: Slurm, job: str, home: Path, timeout_s: float) -> str:
     """Wait until a job has ended; returns its log."""
     deadline = time.monotonic() + timeout_s
     log = home / "studies" / "tiny" / "log" / f"slurm-{job}.log"
-    while (state := slurm.state(job)) in ("PENDING", "RUNNING", "COMPLETING"):
+    while (state := slurm.state(job)) not in ENDED:
         assert time.monotonic() < deadline, (state, log.read_text() if log.exists() else "")
         time.sleep(0.2)
     assert state == "COMPLETED", log.read_text()
@@ -143,11 +144,11 @@ def test_a_job_that_its_time_limit_ends_twice_has_the_table_of_an_undisturbed_ru
         each for each in read_timeline(timing / "home/studies/tiny") if each.kind == "train"
     )
     # Longer than what two starts of 2 minutes leave after Ray's start and before the interrupt
-    epochs = 200 * 190.0 / (train.ended - train.started)
+    epochs = 200 * 150.0 / (train.ended - train.started)
     file, home = small(tmp_path, pair, round(epochs), [None, 0.999]), tmp_path / "home"
     home.mkdir()
     (home / "cluster.yaml").write_text("checkpoint_every_s: 5\n")
-    job = submit(file, home, "--time", "2", "--lead", "30")
+    job = submit(file, home, "--time", "2", "--lead", "60")
     log = ended(login, job, home, 1500)
     assert int(login.job(job)["Restarts"]) >= 2, log
     assert log.count("the job is requeued") >= 2 and "exit code 0" in log
