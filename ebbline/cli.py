@@ -23,6 +23,7 @@ from ebbline.options import (
     explained,
 )
 from ebbline.outcome_commands import outcome_app
+from ebbline.slurm_command import slurm_app
 from ebbline.tool_commands import prompts_app, store_app, tool_app
 
 EXECUTOR_NAMES = tuple(kind.name for kind in EXECUTORS)
@@ -199,6 +200,7 @@ def doctor(
     raise typer.Exit(print_findings(examine(Home(home), address), as_json))
 
 
+app.add_typer(slurm_app)
 app.add_typer(outcome_app)
 app.add_typer(tool_app)
 app.add_typer(prompts_app, name="prompts")

@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from ebbline import sweeps
-from ebbline.tasks.errors import EbblineError, StudyHeld
+from ebbline.tasks.errors import ClusterLost, DatabaseLost, EbblineError, StudyHeld
 from ebbline.tasks.extras import extras_explained
 
 DEFAULT_HOME = Path("runs")
-FAILED_POINTS, HELD, OVER_BUDGET, STOPPED = 3, 4, 5, 130  # exit codes of EXIT_CODES
+# Exit codes of EXIT_CODES. LOST is EX_TEMPFAIL of sysexits.h: trying again may succeed.
+FAILED_POINTS, HELD, OVER_BUDGET, LOST, STOPPED = 3, 4, 5, 75, 130
 
 
 def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -63,6 +64,7 @@ EXIT_CODES = (
     f"Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; {FAILED_POINTS} "
     f"done, but points have no result; {HELD} another driver has the study; {OVER_BUDGET} the "
     "study's budget stopped it (raise it and run the same command to continue); "
+    f"{LOST} the cluster or the database was lost (run the same command to continue); "
     f"{STOPPED} stopped on request (run the same command to continue)."
 )
 
@@ -78,7 +80,13 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
             with extras_explained("this command"):
                 command(*args, **kwargs)
         except EbblineError as error:
-            code = HELD if isinstance(error, StudyHeld) else 1
+            code = (
+                HELD
+                if isinstance(error, StudyHeld)
+                else LOST
+                if isinstance(error, ClusterLost | DatabaseLost)
+                else 1
+            )
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
             if kwargs.get("as_json"):
                 print(

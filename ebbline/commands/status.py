@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.cluster.schedule.costs import Cost
+from ebbline.commands.slurm.queue import queued_job
 from ebbline.show import Lines, Picture, points, spent, stages
 from ebbline.sweeps.drive.live import Live, read_live
 from ebbline.sweeps.forecast.expected import expected_points
@@ -209,6 +211,8 @@ def print_status(
     counts = Counter(result.status for result in results)
     holder, past = home.holder(study.study), read_spent(home.folder(study.study))
     live = live_of(home, study.study, holder)
+    # A driver names its own job; this one waits for its next start.
+    job = queued_job(home.folder(study.study)) if holder is None else None
     limits = study.budget.model_dump(exclude_none=True)
     if as_json:
         cost = cost_summary(study_cost(results, costs, past), past, home.profile)
@@ -217,6 +221,7 @@ def print_status(
             json.dumps(
                 {
                     **now,
+                    "slurm": None if job is None else asdict(job),
                     "cost": cost,
                     "budget": limits,
                     **summary(study, results, before, evidence),
@@ -232,6 +237,8 @@ def print_status(
     )
     print(f"{study.study}: {counts['done']} points done, {counts['running']} in flight{without}")
     print(f"driver: {holder or f'none; {_next_run(study, home, results, past)}'}")
+    if job is not None:
+        print(f"slurm: {job}")
     if live is not None:
         print(f"this run: {stages(live)}; {points(live)}; {spent(live)}")
     phrases = {
@@ -268,12 +275,17 @@ def without_result(results: Sequence[Result]) -> list[str]:
 
 def _next_run(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
     """What the next run of a study would do."""
+    return ended_because(study, home, results, spent) or "`ebbline run` continues it"
+
+
+def ended_because(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
+    """Why a study has ended; empty when a run would continue it."""
     if any(result.status in ("running", "skipped") for result in results):
-        return "`ebbline run` continues it"
+        return ""
     if len(results) >= (limit(study) or math.inf):
         return "all its points are done"
     met = still_met(study, spent.gain)
     ended = expected_points(
         study, home.database(study.study), "" if met is None else met.reason
     ).ended
-    return f"it has ended: {ended}" if ended else "`ebbline run` continues it"
+    return f"it has ended: {ended}" if ended else ""

@@ -132,7 +132,7 @@ class Home:
                 ) from None
             driver = (
                 f"process {os.getpid()} on {platform.node()} since "
-                f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')}{_slurm_job()}"
             )
             handle.truncate(0)
             handle.write(driver)
@@ -153,6 +153,12 @@ class Home:
                 except BlockingIOError:
                     return handle.read().strip()
         return self.database(study).holder()
+
+
+def _slurm_job() -> str:
+    """The Slurm job that this process is in, for a driver's name."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f" in Slurm job {job}" if job else ""
 
 
 def store_of(root: Path, profile: Profile) -> Store:

@@ -136,13 +136,25 @@ def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
         raise StudyError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise StudyError(f"{path} must be a mapping with the keys {sorted(model.model_fields)}")
+    folder = path.resolve().parent
+    return checked(model, _tuples(raw), f"{path} is not {what}", folder, written)
+
+
+def checked(
+    model: type[M],
+    raw: object,
+    fault: str,
+    folder: Path | None = None,
+    written: str = "",
+) -> M:
+    """The model of raw values. Raises StudyError that begins with `fault` and names each field,
+    with its line in the YAML `written`, if any.
+    """
     try:
-        return model.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
+        return model.model_validate(raw, context={"folder": folder})
     except ValidationError as error:
-        lines = faults(error, model, _tuples(raw), lines_of(written))
-        raise StudyError(
-            f"{path} is not {what}:\n" + "\n".join(f"  {line}" for line in lines)
-        ) from None
+        lines = faults(error, model, raw, lines_of(written))
+        raise StudyError(f"{fault}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
