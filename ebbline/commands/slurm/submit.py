@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ebbline.analysis.results.collect import collect
+from ebbline.checks.study_checks import progress as checking
+from ebbline.checks.study_checks import require_checked
 from ebbline.cluster.profile import SlurmSettings
 from ebbline.commands.slurm.queue import JOB, queued_job
 from ebbline.commands.slurm.script import for_study, script
@@ -20,7 +22,6 @@ from ebbline.sweeps.study.study_file import checked
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.files import write_whole
-from ebbline.template_checks import require_templates
 
 SCRIPT = "slurm.sbatch"
 
@@ -51,7 +52,7 @@ def submit_study(
     is, or when Slurm already has a job of it.
     """
     settings = for_study(with_flags(view.home.profile.slurm, flags), view.study)
-    _require_ready(view)
+    _require_ready(view, quiet=as_json)
     if (ended := _ended(view)) and not run_options:
         _print(as_json, {"ended": ended}, f"{view.study.study}: {ended}; there is nothing to run")
         return
@@ -76,11 +77,12 @@ def submit_study(
     _print(as_json, {"wrote": str(path), "job": number, "log": str(log)}, "\n".join(lines))
 
 
-def _require_ready(view: StudyView) -> None:
+def _require_ready(view: StudyView, quiet: bool) -> None:
     """Find now what would end the run hours later, when the job has got its nodes."""
     check_written_points(view.study)
     require_pins(view.study)
-    require_templates(view.study)
+    with checking(quiet) as now:
+        require_checked(view.study, view.home, now)
     view.begun_as()
 
 
