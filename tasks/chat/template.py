@@ -24,16 +24,17 @@ _DIRECTIVES = (
 
 
 def bind(tokenizer: Any, chat: Chat, where: object) -> None:
-    """Choose the template that `chat` names and put the settings into it. The attribute
-    `own_chat_template` of the tokenizer keeps the model's own, for saving.
+    """Choose the template that `chat` holds or names, and put the settings into it. The attribute
+    `own_chat_template` of the tokenizer keeps the one without them, for saving.
 
     Raises ModelError if there is no such template, and for a random one.
     """
-    own = tokenizer.chat_template
+    own = chat.text or tokenizer.chat_template
     if not own:
         raise ModelError(
             f"the tokenizer in {where} has no chat template; ebbline studies chat models. Add "
-            "chat_template.jinja to the folder"
+            "chat_template.jinja to the folder, or write `chat_template: FILE` for this model in "
+            "the study"
         )
     named: Mapping[str, str] = own if isinstance(own, Mapping) else {"default": own}
     name = chat.template or "default"

@@ -11,21 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ebbline.tasks.data.data_file import text_of
-from ebbline.tasks.data.reader import data_files, read_rows
+from ebbline.tasks.data.formats.chats import Conversation, chat_format, conversation_of
+from ebbline.tasks.data.formats.folders import read_set
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import DataSpec
 from ebbline.tasks.stage import Context
-
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-Conversation = list[dict[str, str]]
 
 
 def run(spec: DataSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
@@ -72,86 +62,22 @@ def _ordered(rows: list[Conversation], seed: int) -> list[Conversation]:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Conversations from chat rows (`messages`), ShareGPT rows (`conversations`) or Alpaca rows
-    (`instruction`, `input`, `output`), in each format of `ebbline.tasks.data.reader`.
+    """Conversations from rows in each format of `ebbline.tasks.data.formats.chats`, in each kind of
+    file of `ebbline.tasks.data.reader`.
 
     Raises DataError, which names file and line, for any other content, an empty set, and a turn
     without text.
     """
-    if path.is_dir():
-        files = data_files(path)
-        if len(files) != 1:
-            raise DataError(
-                f"{path} holds {len(files)} data files ({[f.name for f in files]}); name "
-                "one of them"
-            )
-        path = files[0]
-    rows = [_conversation(row.values, row.where) for row in read_rows(path)]
+    rows = [conversation_of(row.values, row.where) for row in read_set(path, "train")]
     if not rows:
         raise DataError(f"{path} holds no conversation")
     return rows
 
 
 def is_training_data(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a conversation, by its columns."""
-    chat = any(row.get(name) is not None for name in ("messages", "conversations"))
-    return chat or ("instruction" in row and "output" in row)
-
-
-def _conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    # A column that only other rows fill is null in Parquet.
-    for name in ("messages", "conversations"):
-        if row.get(name) is not None:
-            if name == "conversations":
-                _require_read_whole(row, where)
-            return _turns(row[name], f"{where}: `{name}`", where)
-    if "instruction" in row and "output" in row:
-        _require_read_whole(row, where)
-        parts = [text_of(where, name, row.get(name)) for name in ("instruction", "input")]
-        question = "\n\n".join(part for part in parts if part)
-        answer = text_of(where, "output", row["output"])
-        if not question.strip() or not answer.strip():
-            raise DataError(f"{where}: `instruction` or `output` is empty")
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    # Without a header, a CSV's keys are content of its first row, which no message may quote.
-    keys = sorted(name for name in map(str, row) if name.isidentifier())
-    raise DataError(
-        f"{where} has the keys {keys}; chat data needs `messages` or `conversations`, Alpaca data "
-        "`instruction` and `output`"
-    )
-
-
-def _turns(turns: Any, what: str, where: str) -> Conversation:
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{what} is not a list of turns")
-    read = []
-    for turn in turns:
-        named = turn if isinstance(turn, dict) else {}
-        role, content = named.get("role"), named.get("content")
-        if role is None and content is None:
-            role, content = SHAREGPT_ROLES.get(str(named.get("from"))), named.get("value")
-        if role not in ROLES or not _is_text(content):
-            raise DataError(
-                f"{where}: a turn needs a role of {ROLES} and non-empty text as content; a turn of "
-                f"ShareGPT needs `from`, one of {tuple(SHAREGPT_ROLES)}, and `value`"
-            )
-        read.append({"role": str(role), "content": str(content)})
-    if read[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where}: the last turn is not the assistant's, so there is nothing to "
-            "learn; end with an assistant turn"
-        )
-    return read
-
-
-def _require_read_whole(row: Mapping[str, Any], where: str) -> None:
-    # Other programs make turns of these columns. Without them the row teaches something else.
-    for name in ("system", "history", "tools"):
-        if row.get(name) not in (None, "", []):
-            raise DataError(
-                f"{where} has text in `{name}`, which is not read; write the row as `messages`"
-            )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Whether a row is a conversation, by its columns. A text in `prompt` or `question` is the same
+    in a prompt set, which also has ids.
+    """
+    name = chat_format(row)
+    asked = row.get(name.partition(" and ")[0])
+    return name != "" and not (name.startswith(("prompt", "question")) and isinstance(asked, str))

@@ -9,7 +9,7 @@ from ebbline.tasks.stage_kind import Load, StageKind, same_kind
 def _counted_work(spec: ProjectSpec, stage: Stage) -> Load:
     """The stage reads both models once, and writes C.B."""
     train = stage_of(stage.inputs["adapter"])
-    if train is None or not isinstance(train.spec, TrainSpec):
+    if train is None or not isinstance(train.spec, TrainSpec) or len(stage.inputs) == 1:
         return Load()
     shape = model_shape(train.inputs["model"])
     pairs = [shape.linears[name] for name in train.spec.target_modules if name in shape.linears]
