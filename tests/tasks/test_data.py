@@ -157,9 +157,9 @@ BAD_FILES = {
     "content in parts": (
         "x.jsonl",
         json.dumps(
-            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": PLANTED}]}]}
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": PLANTED}]}]}
         ),
-        r"x\.jsonl:1: a turn needs",
+        r"x\.jsonl:1: a turn's content has a part that is no text",
     ),
     "last turn the user's": (
         "x.jsonl",

@@ -29,6 +29,7 @@ class _Item:
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     answer: str  # as written; empty in a set without answers
+    has_labels: bool  # the row gives them, so an answer that is one of them is meant as one
 
     def letter(self, meaning: str) -> str | None:
         """The letter of the answer if it is written as `meaning`; None if it cannot be."""
@@ -79,6 +80,8 @@ def _meaning(items: Sequence[_Item]) -> str:
         meaning: [item.letter(meaning) for item in items] for meaning in ("label", "text", "place")
     }
     fitting = [meaning for meaning, found in letters.items() if None not in found]
+    if "label" in fitting and all(item.has_labels for item in items):
+        return "label"
     if not fitting:
         best = max(letters, key=lambda meaning: sum(each is not None for each in letters[meaning]))
         wrong = items[letters[best].index(None)]
@@ -123,6 +126,7 @@ def _item(row: FileRow) -> _Item:
         tuple(text_of(row.where, name or "choices", text) for text in texts),
         tuple(text_of(row.where, name or "choices", label) for label in labels),
         text_of(row.where, "answer", answer).strip(),
+        isinstance(found, dict) and bool(name),
     )
 
 

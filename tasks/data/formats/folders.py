@@ -8,6 +8,7 @@ files of a split are one set, in the order of their names.
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -85,11 +86,14 @@ def splits_of(folder: Path) -> dict[str, list[Path]]:
     described = _described(folder, files)
     if described:
         return described
-    splits: dict[str, list[Path]] = {}
+    groups: dict[tuple[str, str], list[Path]] = {}
     for name, path in files.items():
         found = _WORD.findall(name)
-        splits.setdefault(_SPLIT_WORDS[found[-1].lower()] if found else name, []).append(path)
-    return splits
+        split = _SPLIT_WORDS[found[-1].lower()] if found else name
+        # The shards of a set differ in numbers only; train_sft and train_gen are two sets.
+        groups.setdefault((split, re.sub(r"\d+", "", name) if found else ""), []).append(path)
+    alone = Counter(split for split, _ in groups)
+    return {split if alone[split] == 1 else stem: paths for (split, stem), paths in groups.items()}
 
 
 def _described(folder: Path, files: Mapping[str, Path]) -> dict[str, list[Path]]:
