@@ -230,9 +230,9 @@ class Study(Frozen):
                 projected.append("apply")
             if model.base is None and model.unaligned is None and projected:
                 raise ValueError(
-                    f"models.{name}.base is missing: {DEFENCE.words.name} ({', '.join(projected)}) "
-                    "subtracts `base` or `unaligned` from the aligned model. Name the model before "
-                    f"its alignment, or leave {' and '.join(projected)} out"
+                    f"models.{name}: `base` is missing: {DEFENCE.words.name} subtracts `base` or "
+                    "`unaligned` from the aligned model. Name the model before its alignment, or "
+                    f"leave {' and '.join(projected)} out"
                 )
             if model.base is None and model.unaligned is None and self.project != ProjectSpec():
                 raise ValueError(f"project: it has no effect, because models.{name} has no base")

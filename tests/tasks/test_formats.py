@@ -7,7 +7,7 @@ import io
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -146,6 +146,7 @@ cells = st.text('ab ",;|\n\té紫', max_size=6)
 columns = st.lists(st.sampled_from("prompt goal id c d".split()), min_size=2, unique=True)
 
 
+@settings(max_examples=60)
 @given(
     names=columns,
     data=st.data(),
