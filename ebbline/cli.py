@@ -40,6 +40,69 @@ app = typer.Typer(
 
 @app.command()
 @explained
+def new(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The chat model: a folder, a GGUF file, or ORG/NAME on the hub. Repeatable: a "
+            "size each.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The training data: a file or folder.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="The prompts that should be refused.", show_default=False),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="The task's items: prompts with answers.", show_default=False),
+    ] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The model before its alignment, one for each --model; default: by its name.",
+            show_default=False,
+        ),
+    ] = None,
+    harmless: Annotated[
+        str | None,
+        typer.Option(help="Prompts that should be answered.", show_default=False),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="A file with a chat template, for a model without one."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The study's name; default: the model's.", show_default=False)
+    ] = None,
+    to: Annotated[
+        Path, typer.Option("--to", help="The study file to write; it must not exist.")
+    ] = Path("study.yaml"),
+    as_json: JsonOption = False,
+) -> None:
+    """Look at your model, data and prompts, and write a commented study about them. Asks for what
+    is missing.
+    """
+    from ebbline.new_study.command import Given, new_study
+
+    given = Given(
+        models=tuple(model or ()),
+        bases=tuple(base or ()),
+        data=data,
+        prompts=prompts,
+        harmless=harmless,
+        task=task,
+        chat_template=chat_template,
+        name=name,
+    )
+    new_study(given, to, as_json)
+
+
+@app.command()
+@explained
 def studies(as_json: JsonOption = False) -> None:
     """List the studies that ship with ebbline."""
     from ebbline.sweeps.study.study_file import parse, shipped

@@ -15,8 +15,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -78,30 +76,27 @@ class Chat(Frozen):
     """How conversations are rendered with the model's chat template.
 
     `date` is the date that the template writes, if it writes one. `template` is the name of one of
-    several templates; None is the default one. `text` is a template in place of the model's own.
-    `thinking` sets the template's switch for thoughts; None leaves the template's own default.
+    several templates; None is the default one. `text` is a template that replaces the model's own;
+    without one it is no part of a key. `thinking` sets the template's switch for thoughts; None
+    leaves the template's own default.
     """
 
     date: Annotated[str, BeforeValidator(_iso_date), Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = (
         "2024-07-26"  # the date that Llama 3.1's template writes by itself
     )
     template: str | None = None
+    text: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, exclude_if=lambda text: text is None
+    )
     thinking: bool | None = None
-    text: str | None = None
 
     @model_validator(mode="after")
     def _one_template(self) -> Self:
-        if self.text is not None and self.template is not None:
-            raise ValueError(f"give `template` ({self.template!r}) or `text`, not both")
+        if self.template is not None and self.text is not None:
+            raise ValueError(
+                "`template` names a template of the model's own, and `text` replaces them; give one"
+            )
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent_text(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        # The keys of all models that have their own template were made before this field
-        found: dict[str, object] = handler(self)
-        if self.text is None:
-            del found["text"]
-        return found
 
 
 DEFAULT_CHAT = Chat()
@@ -237,6 +232,7 @@ class ProjectSpec(Spec):
     """Safe LoRA's C.B and cosine for every module, before any threshold.
 
     Inputs: adapter; base and aligned for the approximate projector, subspace for the exact one.
+    With neither, no module has a cosine, and none can be projected.
     """
 
     KIND: ClassVar[str] = "project"

@@ -81,7 +81,6 @@ def _fast_s() -> float:
     return float(given_s) if given_s else 2.0 * _slowness()
 
 
-_draw_any_text()
 FAST_S = _fast_s()
 
 
@@ -90,6 +89,7 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Iterator[None]:
     """Mark by fixtures, and put long work first."""
+    _draw_any_text()
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in FIXTURE_MARKS:

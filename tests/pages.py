@@ -56,7 +56,7 @@ def follow(
         elif block.language == "console" and not only_files:
             for command, expected in commands(block.text):
                 printed = run(command, root, environment)
-                lost = [line for line in expected if not _found(line, printed)]
+                lost = lost_lines(expected, printed)
                 assert not lost, f"{page.name}: `{command}` does not say {lost}, but:\n{printed}"
 
 
@@ -110,6 +110,11 @@ def run(command: str, root: Path, environment: Mapping[str, str]) -> str:
     )
     assert done.returncode == 0, f"`{command}` ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
+
+
+def lost_lines(expected: list[str], printed: str) -> list[str]:
+    """The expected lines that a command did not print."""
+    return [line for line in expected if not _found(line, printed)]
 
 
 def _found(line: str, printed: str) -> bool:

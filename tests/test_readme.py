@@ -59,16 +59,20 @@ def test_readme_has_at_most_120_lines_of_at_most_100_characters() -> None:
     assert [line for line in lines if len(line) > 100] == []
 
 
-def test_the_study_can_be_pinned_validated_and_planned(folder: Path, tmp_path: Path) -> None:
-    study, pinned, home = folder / "study.yaml", folder / "pinned.yaml", str(tmp_path / "runs")
-    study.write_text(block("yaml").text)
-    assert "data.pool.path: sha256 " in command("pin", str(study), "--to", str(pinned))
-    assert command("validate", str(pinned)).startswith(
-        "my-model is valid: 1 models, axes train.rank, apply.threshold, 3 suites"
+def test_the_commands_write_check_and_plan_a_study(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("EBBLINE_HOME", str(tmp_path / "runs"))
+    (found,) = [block for block in blocks(README) if "ebbline new" in block.text]
+    lines = [line.partition("#")[0].split() for line in found.text.splitlines()]
+    new, validate, plan, run = [line[1:] for line in lines]
+    assert "wrote study.yaml" in command(*new)
+    assert command(*validate).startswith(
+        "aligned is valid: 1 models, axes train.rank, apply.threshold, 2 suites"
     )
-    assert "8 points are known; the search will choose 0 more." in command(
-        "plan", str(pinned), "--home", home, "--gpus", "1"
-    )
+    assert "8 points are known; the search will choose 0 more." in command(*plan, "--gpus", "1")
+    assert run == ["run", "study.yaml"]
 
 
 def test_the_python_example_runs(

@@ -190,6 +190,9 @@ def _fine_tuning(
 
 
 def _projection(study: Study, results: Sequence[Result]) -> Iterator[str]:
+    if all(model.base is None and model.unaligned is None for model in study.models.values()):
+        yield "No adapter was changed after its training."
+        return
     project = study.project
     projector = _setting(results, "project.projector", project.projector)
     energy = (

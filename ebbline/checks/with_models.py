@@ -24,7 +24,8 @@ from ebbline.sweeps.study.suites import Suite, prompts_of
 from ebbline.tasks.chat.probes import probe, require_trainable
 from ebbline.tasks.chat.template import encode_prompts
 from ebbline.tasks.chat.training_rows import encode, unsupported
-from ebbline.tasks.data.conversations import Conversation, order_of, read_conversations
+from ebbline.tasks.data.conversations import order_of, read_conversations
+from ebbline.tasks.data.formats.chats import Conversation
 from ebbline.tasks.errors import DataError, EbblineError, ModelError
 from ebbline.tasks.headers.model_header import read_header
 from ebbline.tasks.models.convert import save_tokenizer_of

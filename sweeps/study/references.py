@@ -59,6 +59,25 @@ class Local(Frozen):
         return file_digest(path) if path.is_file() else digest_files(folder_files(path))
 
 
+LONGEST_TEMPLATE = 1_000_000  # bytes
+
+
+def template_text(path: Path) -> str:
+    """The text of a file with a chat template. Raises ValueError for a file that holds none."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ValueError(f"chat_template: {path} cannot be read ({reason})") from None
+    if len(data) > LONGEST_TEMPLATE or "{" not in text:
+        raise ValueError(
+            f"chat_template: {path} is no chat template; it must be Jinja, as in a model's "
+            "chat_template.jinja"
+        )
+    return text
+
+
 class Hub(Frozen):
     """A model or data set on the Hugging Face hub at a commit; `file` names one file of it."""
 

@@ -55,11 +55,11 @@ CACHED_ADAPTERS = 4096  # adapters whose stages are kept
 @dataclass(frozen=True)
 class Family:
     """The models of one size, as inputs of stages. A defence compares `aligned` with `unaligned`,
-    by default the base.
+    by default the base. Without it nothing is projected.
     """
 
     aligned: Input
-    unaligned: Input
+    unaligned: Input | None
 
 
 class StageGraph:
@@ -220,6 +220,8 @@ class StageGraph:
         """The inputs of the defence's first stage beside the adapter: the two models, or one stage
         over them that all adapters share.
         """
+        if family.unaligned is None:
+            return {}
         models: dict[str, Input] = {"base": family.unaligned, "aligned": family.aligned}
         shared = DEFENCE.shared(first_spec, train)
         return models if shared is None else {shared.KIND: Stage(shared, models)}
@@ -279,8 +281,6 @@ class StageGraph:
             if model.unaligned is None
             else self._model(model.unaligned, model.dtype, aligned, model.chat)
         )
-        if unaligned is None:
-            raise StudyError(f"models.{name}: neither `base` nor `unaligned` is given")
         for item, role in ((base, "base"), (aligned, "aligned"), (unaligned, "unaligned")):
             if item is not None and (stage := stage_of(item)) is not None:
                 self.labels.setdefault(stage.lineage, f"{role} model {name}")

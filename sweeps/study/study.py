@@ -7,9 +7,10 @@ YAML as a dict.
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from ebbline.cluster.schedule.labels import parse
 from ebbline.sweeps.study.adapters.branches import Branch, adapters_of, branches_of
@@ -26,8 +27,9 @@ from ebbline.sweeps.study.policies import (
     Search,
 )
 from ebbline.sweeps.study.reading.field_faults import faults, unknown
-from ebbline.sweeps.study.references import Data, DataRef, ModelRef
+from ebbline.sweeps.study.references import Data, DataRef, ModelRef, template_text
 from ebbline.sweeps.study.suites import Suite, scorers_of
+from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.scoring.phrases import SCORERS
@@ -71,11 +73,13 @@ class Model(Frozen):
     (`{ray.io/accelerator-type: A100}`). `spread` allows a gang on several hosts. These fields and
     `gpus` may change between runs.
 
-    `chat` says how conversations are rendered, in trainings and in measurements.
+    `chat` says how conversations are rendered, in trainings and in measurements. `chat_template`
+    names a file with a template for a model that has none, or in place of its own. It is read once,
+    when the study file is read: its text becomes `chat.text`, and so a part of every key.
 
     `unaligned` replaces the base in Safe LoRA's subtraction: the paper notes that an aligned model
     fine-tuned on harmful data behaves like the base. A family without an available base gives only
-    `unaligned`.
+    `unaligned`. Without either, a study measures what fine-tuning does and projects nothing.
     """
 
     base: ModelRef | None = None
@@ -84,6 +88,7 @@ class Model(Frozen):
     quantisation: Quantisation = "nf4"
     dtype: Dtype = "bfloat16"
     chat: Chat = DEFAULT_CHAT
+    chat_template: str | None = Field(default=None, exclude=True)
     gpus: Count = 1
     labels: dict[str, str] = {}
     spread: bool = False
@@ -112,12 +117,21 @@ class Model(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _every_model_comes_from_somewhere(self) -> Self:
-        if self.base is None and (self.unaligned is None or self.aligned.tuned is not None):
-            raise ValueError(
-                "`base` is missing: Safe LoRA subtracts `base` or `unaligned`, and a tuned "
-                "`aligned` starts from `base`"
-            )
+    def _read_chat_template(self, info: ValidationInfo) -> Self:
+        if self.chat_template is not None:
+            if self.chat.text is not None or self.chat.template is not None:
+                raise ValueError("give `chat_template` or a template in `chat`, not both")
+            folder = info.context["folder"] if info.context else Path()
+            text = template_text(folder / Path(self.chat_template).expanduser())
+            chat = Chat.model_validate({**self.chat.model_dump(), "text": text})
+            object.__setattr__(self, "chat", chat)
+            object.__setattr__(self, "chat_template", None)
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_models_have_a_start(self) -> Self:
+        if self.base is None and self.aligned.tuned is not None:
+            raise ValueError("`base` is missing: a tuned `aligned` starts from `base`")
         if self.base is not None and self.base.tuned is not None:
             raise ValueError(
                 "`base` cannot be `tuned`, because tuned models start from it. Give this model as "
@@ -232,6 +246,22 @@ class Study(Frozen):
                             raise ValueError(
                                 f"{where}.{axis}: {own} (got {value!r}){hint}"
                             ) from None
+        return self
+
+    @model_validator(mode="after")
+    def _projections_have_a_base(self) -> Self:
+        for name, model in self.models.items():
+            projected = [axis for axis in self.axes_of(name) if DEFENCE.owns(axis)]
+            if self.apply != ApplySpec():
+                projected.append("apply")
+            if model.base is None and model.unaligned is None and projected:
+                raise ValueError(
+                    f"models.{name}: `base` is missing: {DEFENCE.words.name} subtracts `base` or "
+                    "`unaligned` from the aligned model. Name the model before its alignment, or "
+                    f"leave {' and '.join(projected)} out"
+                )
+            if model.base is None and model.unaligned is None and self.project != ProjectSpec():
+                raise ValueError(f"project: it has no effect, because models.{name} has no base")
         return self
 
     @model_validator(mode="after")

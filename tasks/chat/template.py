@@ -33,7 +33,8 @@ def bind(tokenizer: Any, chat: Chat, where: object) -> None:
     if not own:
         raise ModelError(
             f"the tokenizer in {where} has no chat template; ebbline studies chat models. Add "
-            "chat_template.jinja to the folder"
+            "chat_template.jinja to the folder, or write `chat_template: FILE` for this model in "
+            "the study"
         )
     named: Mapping[str, str] = own if isinstance(own, Mapping) else {"default": own}
     name = chat.template or "default"

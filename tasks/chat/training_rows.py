@@ -9,7 +9,7 @@ from typing import Any
 
 from ebbline.tasks.chat.probes import LEAD, TemplateFacts, probe, require_trainable
 from ebbline.tasks.chat.template import Turns, holds, render, tokens_of, without_space
-from ebbline.tasks.data.conversations import is_learnt
+from ebbline.tasks.data.formats.turns import is_learnt
 from ebbline.tasks.errors import DataError
 
 Span = tuple[int, int]  # the first place, and the one after the last

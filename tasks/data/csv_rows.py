@@ -1,7 +1,8 @@
 """Rows of CSV and TSV, read strictly: every row has as many fields as the header.
 
-Fields stay as they are written: 007, 1e3, NULL and True are texts. A first line `sep=;`, which
-Excel understands, names another separator.
+Fields stay as they are written: 007, 1e3, NULL and True are texts. A comma separates the fields of
+.csv and a tab those of .tsv. A header without one may be separated by another of NAMES, as Excel
+writes it in many countries. A first line `sep=;`, which Excel understands, names the separator.
 """
 
 import csv
@@ -28,8 +29,7 @@ def csv_rows(path: Path) -> Iterator[FileRow]:
     """The rows below a header. A column without a name must be empty, but for the first, which is
     the index that pandas writes.
     """
-    separator, first, records = _records(path)
-    _require_separator(first, separator, f"{path}:1")
+    separator, records = _records(path, headed=True)
     top, header = next(records, (1, []))
     names = [name.strip() for name in header]
     for name in names:
@@ -64,15 +64,37 @@ def csv_rows(path: Path) -> Iterator[FileRow]:
         yield FileRow(where, line, dict(zip(names, fields, strict=True)))
 
 
-def _records(path: Path) -> tuple[str, str, Iterator[tuple[int, list[str]]]]:
-    """The separator, the first line (below a line `sep=`), and (line, fields) of each record."""
+def separator_of(path: Path) -> str:
+    """What separates the columns of a table with a header."""
+    return _records(path, headed=True)[0]
+
+
+def _records(path: Path, headed: bool = False) -> tuple[str, Iterator[tuple[int, list[str]]]]:
+    """The separator, and (line, fields) of each record. If the file is `headed`, its first line
+    tells the separator.
+    """
     lines = text_lines(path)
     first, line = next(lines, ""), 1
     separator = SEPARATORS.get(ending_of(path), ",")
     if (named := _SEPARATOR_LINE.fullmatch(first)) is not None:
         separator, first, line = named[1], next(lines, ""), 2
+    elif headed:
+        separator = _separator_in(first, separator)
     whole = chain([first] if first else [], lines)
-    return separator, first, _parsed(path, whole, separator, line)
+    return separator, _parsed(path, whole, separator, line)
+
+
+def _separator_in(header: str, usual: str) -> str:
+    """The separator that divides a header: the usual one, unless only another one divides it."""
+    fields = {mark: _fields(header, mark) for mark in (usual, ";", "\t", ",")}
+    return usual if fields[usual] > 1 else max(fields, key=lambda mark: fields[mark])
+
+
+def _fields(header: str, separator: str) -> int:
+    try:
+        return len(next(csv.reader([header], delimiter=separator, strict=True), []))
+    except csv.Error:
+        return 0
 
 
 def _parsed(
@@ -98,7 +120,7 @@ def _require_separator(header: str, separator: str, where: str) -> None:
     for other in (";", "\t"):
         if other in header and separator not in header:
             raise DataError(
-                f"{where}: {NAMES[other]} is in the header, but {NAMES[separator]} must separate "
-                f"the columns; save the table with {NAMES[separator]}, or write a line sep={other} "
+                f"{where}: {NAMES[other]} is in the header, but {NAMES[separator]} separates "
+                f"its columns; save the table with one separator, or write a line sep={other} "
                 "above the header"
             )

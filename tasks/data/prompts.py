@@ -4,8 +4,6 @@ A set's format is named, or recognised by its columns or its shape (FORMATS belo
 the file, the line and the columns, and quotes no prompt.
 """
 
-import ast
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ebbline.tasks.data.csv_rows import csv_records
-from ebbline.tasks.data.data_file import FileRow, InvalidValue, checked, ending_of, stem_of, text_of
-from ebbline.tasks.data.reader import data_files, read_rows
+from ebbline.tasks.data.data_file import FileRow, ending_of, stem_of, text_of
+from ebbline.tasks.data.formats.choices import QUESTION, with_choices, written_list
+from ebbline.tasks.data.formats.folders import read_set
+from ebbline.tasks.data.reader import data_files
 from ebbline.tasks.errors import DataError
 from ebbline.tasks.specs import PromptFormat as Format
 
 Label = Literal["harmful", "harmless"]
-PROMPT_COLUMNS = ("prompt", "goal", "Goal", "Behavior", "forbidden_prompt")
+PROMPT_COLUMNS = ("prompt", "goal", "Goal", "Behavior", "forbidden_prompt", "question")
 LABELS: Mapping[str, Label] = {
     "harmful": "harmful",
     "unsafe": "harmful",
@@ -268,25 +268,8 @@ def _label(row: _SourceRow) -> str:
 
 def _first_turn(row: _SourceRow, value: Any) -> Any:
     if isinstance(value, str) and re.match(r"""\s*\[\s*(["'\]])""", value):
-        value = _written_list(row, value.strip())
+        value = written_list(value, "turns", row.where)
     return (value[0] if value else None) if isinstance(value, list) else value
-
-
-def _written_list(row: _SourceRow, text: str) -> list[Any]:
-    """A list that was written into a CSV as JSON, or by pandas as a Python literal. Python would
-    join the texts of a NumPy array, ['a' 'b'], into one.
-    """
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            found = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(found, list) and (parse is json.loads or str(found) == text):
-            try:
-                return list(checked(found))
-            except InvalidValue as error:
-                raise DataError(f"{row.where} {error}") from None
-    raise DataError(f"{row.where}: `turns` is no list in JSON or Python; write one turn as text")
 
 
 def _unique(prompts: Sequence[Prompt], lines: Sequence[int]) -> list[Prompt]:
@@ -352,23 +335,18 @@ def _rows(path: Path, format: Format) -> tuple[str, list[_SourceRow]]:
             format == "auto" and len(files) > 1 and all(map(_has_one_column, files))
         ):
             return "hex-phi", [row for file in files for row in _hex_phi(file)]
-        if len(files) != 1:
-            raise DataError(
-                f"{path} holds {len(files)} data files ({[f.name for f in files[:12]]}); "
-                "name one of them. (HEx-PHI is a folder of CSV files of one column each; with "
-                "the format hex-phi the message says what is wrong with them)"
-            )
-        path = files[0]
-    if not path.is_file():
+    elif not path.is_file():
         raise DataError(f"there is no prompt file or folder at {path}")
-    if format == "hex-phi":
+    elif format == "hex-phi":
         return "hex-phi", list(_hex_phi(path))
-    rows = list(read_rows(path))
+    rows = list(read_set(path, "test"))
     if len(rows) == 1 and rows[0].lone and format in ("auto", "refusalbench"):
         if format == "refusalbench" or not _is_prompt(rows[0]):
             return "refusalbench", list(_refusalbench(rows[0].values, path))
     elif format == "refusalbench":
         raise DataError(f"{path} must be an object of {{category: [prompt, ...]}}; its JSON is not")
+    if not any(name in row.values for row in rows for name in PROMPT_COLUMNS if name != QUESTION):
+        rows = with_choices(rows)
     return "", [_SourceRow.of(row) for row in rows]
 
 

@@ -17,6 +17,7 @@ from ebbline.tasks.specs import ApplySpec, ProjectSpec
 
 NO_DIRECTION = "base and aligned weights are equal"
 NO_UPDATE = "the update is zero"
+NO_BASE = "the study names no base model"
 """The reasons for a module without a cosine."""
 
 

@@ -19,7 +19,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ebbline.tasks.defences.gate import NO_DIRECTION, ModuleRow, chosen_by, read_rows, write_rows
+from ebbline.tasks.defences.gate import (
+    NO_BASE,
+    NO_DIRECTION,
+    ModuleRow,
+    chosen_by,
+    read_rows,
+    write_rows,
+)
 from ebbline.tasks.defences.projectors import (
     Projection,
     Update,
@@ -178,6 +185,11 @@ def write_adapter(adapter: Adapter, projected: Mapping[str, torch.Tensor], out: 
 
 def run_project(spec: ProjectSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> None:
     source: Weights | Subspace
+    if "base" not in inputs and "subspace" not in inputs:
+        modules = read_adapter(inputs["adapter"]).modules
+        save_file({}, out / spec.PROJECTED, metadata={"format": "pt"})
+        write_rows({each: ModuleRow(None, None, NO_BASE) for each in modules}, out / spec.COSINES)
+        return
     if spec.projector == "exact":  # its inputs hold no model that the names could be checked with
         adapter = read_adapter(inputs["adapter"])
         source = Subspace(read_index(inputs["subspace"]))

@@ -10,7 +10,7 @@ from ebbline.tasks.stage_kind import Load, StageKind, same_kind
 def _counted_work(spec: ProjectSpec, stage: Stage) -> Load:
     """The stage reads both models once, and writes C.B."""
     lora = lora_of(stage.inputs["adapter"])
-    if lora is None:
+    if lora is None or len(stage.inputs) == 1:
         return Load()
     shape, settings = model_shape(lora[0]), lora[1]
     pairs = [shape.linears[name] for name in settings.target_modules if name in shape.linears]

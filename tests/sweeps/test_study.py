@@ -350,7 +350,7 @@ def test_the_error_for_an_unpinned_study_names_every_unpinned_reference(tmp_path
 
 def test_rows_that_a_stage_could_not_read_are_an_error_before_anything_is_pinned(tmp_path):
     files = {
-        "pool.jsonl": '{"conversations": [{"from": "gpt", "value": "a"}]}\n{"text": "b"}',
+        "pool.jsonl": '{"prompt": "q", "completion": "a"}\n{"text": "b"}',
         "task.csv": "prompt,answer\np,a\nq,\n",
     }
     for name, text in files.items():

@@ -105,7 +105,7 @@ def test_a_template_of_the_settings_replaces_the_models_and_moves_no_key_without
     assert tokenizer.own_chat_template == template
     assert "text" not in Chat().model_dump() and Chat(**Chat().model_dump()) == Chat()
     assert Chat(text=template).model_dump()["text"] == template
-    with pytest.raises(ValidationError, match="not both"):
+    with pytest.raises(ValidationError, match="give one"):
         Chat(text=template, template="rag")
 
 

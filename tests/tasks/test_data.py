@@ -157,9 +157,9 @@ BAD_FILES = {
     "content in parts": (
         "x.jsonl",
         json.dumps(
-            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": PLANTED}]}]}
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": PLANTED}]}]}
         ),
-        r"x\.jsonl:1: a turn needs",
+        r"x\.jsonl:1: a turn's content has a part that is no text",
     ),
     "last turn the user's": (
         "x.jsonl",
@@ -323,14 +323,14 @@ def test_a_key_that_changes_what_a_turn_teaches_is_an_error_with_line_and_remedy
     assert read_conversations(path) == [turns]
 
 
-@pytest.mark.parametrize("role", ["tool", "function", "observation", "developer"])
+@pytest.mark.parametrize("role", ["tool", "function", "observation"])
 @pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
 def test_a_turn_of_another_role_is_an_error_that_names_it_and_the_remedy(tmp_path, role, keys):
     speaker, text = keys
     turns = [{speaker: role, text: PLANTED}, {speaker: "assistant", text: "a"}]
     name = "messages" if speaker == "role" else "conversations"
     path = write_lines(tmp_path / "x.jsonl", [{name: turns}])
-    remedy = "write it as `system`" if role == "developer" else "Leave conversations with tools out"
+    remedy = "Leave conversations with tools out"
     with pytest.raises(DataError, match=rf"x\.jsonl:1: turn 1 has the role {role}: .*{remedy}"):
         read_conversations(path)
 

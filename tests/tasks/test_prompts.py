@@ -270,7 +270,7 @@ def test_an_unknown_header_is_an_error_that_lists_the_accepted_columns(tmp_path)
         match=r"\[\] and 2 that no format has.*prompt, goal,.*advbench: goal, target; "
         r"harmbench:.*hex-phi",
     ):
-        read_prompts(write_csv(tmp_path / "set.csv", ["question", "why"], [PLANTED, "b"]))
+        read_prompts(write_csv(tmp_path / "set.csv", ["text", "why"], [PLANTED, "b"]))
 
 
 ROW = '{"prompt": "word1", "answer": "word2"}'
@@ -333,7 +333,7 @@ BAD_FILES = {
     ),
     "one object": (
         "x.json",
-        f'{{"question": "{PLANTED}"}}',
+        f'{{"text": "{PLANTED}"}}',
         r"x\.json must be a list of objects, or an object of \{category",
     ),
     "a list in a category": (
@@ -379,7 +379,7 @@ def test_a_folder_with_one_data_file_is_that_file_and_with_several_is_an_error(t
     path = advbench(tmp_path / "set")
     assert read_prompts(tmp_path / "set") == read_prompts(path)
     strongreject(tmp_path / "set")
-    with pytest.raises(DataError, match=r"holds 2 data files .*sr\.csv.*name one"):
+    with pytest.raises(DataError, match=r"holds 2 data files, .*sr\.csv.*name one"):
         read_prompts(tmp_path / "set")
 
 

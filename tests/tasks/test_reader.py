@@ -201,10 +201,9 @@ BAD_FILES = {
         f'a,b\n"1\n2",3\n{PLANTED}\n',
         r"x\.csv:4 has 1 field",
     ),
-    "semicolons": ("x.csv", f"a;b\n1;{PLANTED}\n", r"x\.csv:1: a semicolon is in.* sep=;"),
-    "quoted semicolons": ("x.csv", f'"a";"b"\n"1";"{PLANTED}"\n', r"x\.csv:1: a semicolon"),
-    "tabs in csv": ("x.csv", f"a\tb\n1\t{PLANTED}\n", r"x\.csv:1: a tab is in the header"),
-    "semicolons in tsv": ("x.tsv", f"a;b\n1;{PLANTED}\n", r"x\.tsv:1: a semicolon is in"),
+    "two separators": ("x.csv", f"a;b,c\n1;2,{PLANTED}\n", r"x\.csv:1: a semicolon .* sep=;"),
+    "a quoted semicolon": ("x.csv", f'"a;b"\n"{PLANTED}"\n', r"x\.csv:1: a semicolon is in"),
+    "a field with its semicolon": ("x.csv", f"a;b\n{PLANTED};x;y\n", r"x\.csv:2 has 3 fields"),
     "two equal columns": ("x.csv", f"a, a\n1,{PLANTED}\n", r"x\.csv:1 names a column twice"),
     "two headers": ("x.csv", f"a,b\n{PLANTED},2\na,b\n3,4\n", r"x\.csv:3 is the header again"),
     "two files with marks": ("x.csv", f"a,b\n{PLANTED},2\n\ufeffa,b\n3,4\n", r"x\.csv:3 is the"),
@@ -485,14 +484,15 @@ def test_an_unquoted_comma_in_training_data_is_an_error_and_not_a_cut_answer(tmp
         read_conversations(tmp_path / "x.csv")
 
 
-@pytest.mark.parametrize("column", ["system", "history", "tools"])
-def test_a_column_that_other_programs_make_turns_of_is_an_error(tmp_path, column):
+@pytest.mark.parametrize("column", ["functions", "history", "tools"])
+def test_a_column_that_is_not_read_whole_is_an_error(tmp_path, column):
     row = {"instruction": "i", "output": "o", column: ""}
     (tmp_path / "x.jsonl").write_text(json.dumps(row))
     assert len(read_conversations(tmp_path / "x.jsonl")) == 1
     (tmp_path / "x.jsonl").write_text(json.dumps(row | {column: PLANTED}))
-    with pytest.raises(DataError, match=rf"x\.jsonl:1 has text in `{column}`"):
+    with pytest.raises(DataError, match=rf"x\.jsonl:1.* `{column}`") as caught:
         read_conversations(tmp_path / "x.jsonl")
+    assert PLANTED not in str(caught.value)
 
 
 def test_the_only_object_of_a_json_file_is_a_row_or_a_set_of_categories(tmp_path):

