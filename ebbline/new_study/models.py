@@ -5,18 +5,18 @@ Only headers and JSON files are read. The number of parameters is counted from t
 
 import importlib.util
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ebbline.sweeps.study.references import Hub
 from ebbline.tasks.errors import ModelError
+from ebbline.tasks.headers.gguf_header import is_gguf, read_gguf
+from ebbline.tasks.headers.model_header import read_header
 from ebbline.tasks.models.sizes import named_shape
 
-LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 # What a chat model's name has behind that of its base, such as Llama-2-7b-chat-hf
 _CHAT_ENDING = re.compile(r"[-_.](?:instruct|chat|it)(?=$|[-_.])", re.IGNORECASE)
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([0-9a-f]{40}))?")
@@ -114,21 +114,21 @@ def _folder(given: str, path: Path) -> FoundModel:
                 f"{path} is an adapter and not a model; name the model that it was trained on"
             )
         raise ModelError(f"{path} is no model: it has no config.json")
-    shapes = [shape for file in sorted(path.glob("*.safetensors")) for shape in _shapes(file)]
-    if not shapes:
+    header = read_header(path)
+    if not header.shapes:
         raise ModelError(
             f"{path} has no .safetensors file, and ebbline reads no other weights of a folder; "
             "save the model again with `save_pretrained`"
         )
-    config, tokenizer = _json(path / "config.json"), _json(path / "tokenizer_config.json")
+    tokenizer = _json(path / "tokenizer_config.json")
     template = bool(tokenizer.get("chat_template")) or (path / "chat_template.jinja").is_file()
     return FoundModel(
         given,
         "path",
         {"path": given},
         path.resolve().name,
-        sum(map(math.prod, shapes)),
-        str(config.get("model_type", "")),
+        header.parameters,
+        header.architecture,
         template,
     )
 
@@ -141,36 +141,14 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _shapes(path: Path) -> Iterator[list[int]]:
-    """The shape of each tensor, from the header of a safetensors file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length <= LONGEST_HEADER else b""
-    try:
-        for name, tensor in json.loads(header).items():
-            if name != "__metadata__":
-                yield [int(size) for size in tensor["shape"]]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ModelError(f"{path} has no whole header; is the download complete?") from None
-
-
 def _gguf(given: str, path: Path, fields: Mapping[str, str | None]) -> FoundModel:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(
-                f"{path} is no model: it is neither a folder nor a GGUF file. Of a model in "
-                "safetensors name the folder"
-            )
-    from gguf import GGUFReader  # only for these files
-
-    try:
-        reader = GGUFReader(path)
-        kind = reader.get_field("general.architecture")
-        architecture = "" if kind is None else str(kind.contents())
-        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        template = reader.get_field("tokenizer.chat_template") is not None
-    except (ValueError, IndexError, KeyError, OSError, TypeError) as error:
+    if not is_gguf(path):
         raise ModelError(
-            f"{path} cannot be read as GGUF ({type(error).__name__}); is the download complete?"
-        ) from None
-    return FoundModel(given, "gguf", fields, path.stem, parameters, architecture, template)
+            f"{path} is no model: it is neither a folder nor a GGUF file. Of a model in "
+            "safetensors name the folder"
+        )
+    header = read_header(path)
+    template = read_gguf(path).chat_template is not None
+    return FoundModel(
+        given, "gguf", fields, path.stem, header.parameters, header.architecture, template
+    )
