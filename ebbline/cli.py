@@ -16,14 +16,19 @@ from ebbline.cluster.executors.choice import DEFAULT_EXECUTOR, EXECUTORS
 from ebbline.options import (
     DEFAULT_HOME,
     EXIT_CODES,
+    STUDY_PANEL,
+    TOOL_PANEL,
+    UPKEEP_PANEL,
     HomeOption,
     JsonOption,
     StudyName,
+    WideOption,
     as_typed,
     explained,
 )
 from ebbline.outcome_commands import outcome_app
 from ebbline.slurm_command import slurm_app
+from ebbline.study_commands import study_app, upkeep_app
 from ebbline.tool_commands import prompts_app, store_app, tool_app
 
 EXECUTOR_NAMES = tuple(kind.name for kind in EXECUTORS)
@@ -38,7 +43,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY_PANEL, short_help="List the studies that ship with ebbline")
 @explained
 def new(
     model: Annotated[
@@ -115,7 +120,7 @@ def studies(as_json: JsonOption = False) -> None:
         print(f"{name:12} {question}")
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY_PANEL, short_help="Check a study file, its rows and its pins")
 @explained
 def validate(study: StudyName, as_json: JsonOption = False) -> None:
     """Check a study before it runs: keys, types, ranges; and for all files on this machine rows,
@@ -126,7 +131,9 @@ def validate(study: StudyName, as_json: JsonOption = False) -> None:
     raise typer.Exit(validate_study(study, as_json))
 
 
-@app.command()
+@app.command(
+    rich_help_panel=STUDY_PANEL, short_help="Fill in the commits and digests of models and data"
+)
 @explained
 def pin(
     study: StudyName,
@@ -148,7 +155,9 @@ def pin(
     print(f"wrote {to}; next: ebbline validate {to}")
 
 
-@app.command()
+@app.command(
+    rich_help_panel=STUDY_PANEL, short_help="Predict GPU-hours, dollars, wall time and disk"
+)
 @explained
 def plan(
     study: StudyName,
@@ -193,7 +202,11 @@ def plan(
     )
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(
+    epilog=EXIT_CODES,
+    rich_help_panel=STUDY_PANEL,
+    short_help="Run a study to its report, or continue it",
+)
 @explained
 def run(
     context: typer.Context,
@@ -229,6 +242,7 @@ def run(
         bool,
         typer.Option("--json", help="Print one JSON object at the end; the rest to stderr."),
     ] = False,
+    wide: WideOption = False,
 ) -> None:
     """Run a study to its report. The same command continues an interrupted run and reruns no
     finished stage.
@@ -241,33 +255,31 @@ def run(
 
     view = StudyView.open(home, study, extend)
     place = Place(executor, address or view.home.profile.address, gpus)
-    raise typer.Exit(run_study(view, place, wandb, as_typed(context), as_json))
-
-
-@app.command()
-@explained
-def doctor(
-    home: HomeOption = DEFAULT_HOME,
-    address: Annotated[
-        str | None,
-        typer.Option(help="Ray address; default: the profile's.", show_default=False),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Test what a run needs: GPUs, compiler, disks, Ray, logins, store, database. Print a remedy
-    for each problem.
-    """
-    from ebbline.commands.doctor import examine, print_findings
-    from ebbline.sweeps.study.home import Home
-
-    raise typer.Exit(print_findings(examine(Home(home), address), as_json))
+    raise typer.Exit(run_study(view, place, wandb, as_typed(context), as_json, wide))
 
 
 app.add_typer(slurm_app)
 app.add_typer(outcome_app)
 app.add_typer(tool_app)
-app.add_typer(prompts_app, name="prompts")
-app.add_typer(store_app, name="store")
+app.add_typer(
+    prompts_app,
+    name="prompts",
+    rich_help_panel=TOOL_PANEL,
+    short_help="Check a prompt set before a study uses it",
+)
+app.add_typer(upkeep_app)
+app.add_typer(
+    study_app,
+    name="study",
+    rich_help_panel=UPKEEP_PANEL,
+    short_help="Rename, copy or remove a study",
+)
+app.add_typer(
+    store_app,
+    name="store",
+    rich_help_panel=UPKEEP_PANEL,
+    short_help="List and verify the store, and remove what nobody needs",
+)
 
 
 def main() -> None:

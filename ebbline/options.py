@@ -18,6 +18,11 @@ from ebbline.tasks.errors import ClusterLost, DatabaseLost, EbblineError, StudyH
 from ebbline.tasks.extras import extras_explained
 
 DEFAULT_HOME = Path("runs")
+# The groups of `ebbline --help`
+STUDY_PANEL = "A study, in the order of use"
+OUTCOME_PANEL = "Its outcome"
+TOOL_PANEL = "Single tools, without a study"
+UPKEEP_PANEL = "Upkeep"
 # Exit codes of EXIT_CODES. LOST is EX_TEMPFAIL of sysexits.h: trying again may succeed.
 FAILED_POINTS, HELD, OVER_BUDGET, LOST, STOPPED = 3, 4, 5, 75, 130
 
@@ -60,6 +65,9 @@ HomeOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+WideOption = Annotated[
+    bool, typer.Option("--wide", help="Show all columns, wider than the terminal.")
+]
 EXIT_CODES = (
     f"Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; {FAILED_POINTS} "
     f"done, but points have no result; {HELD} another driver has the study; {OVER_BUDGET} the "

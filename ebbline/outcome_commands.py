@@ -10,18 +10,23 @@ import typer
 
 from ebbline.options import (
     DEFAULT_HOME,
+    OUTCOME_PANEL,
+    STUDY_PANEL,
     HomeOption,
     JsonOption,
     OptionalStudyName,
     StudyName,
     StudyNames,
+    WideOption,
     explained,
 )
 
 outcome_app = typer.Typer()
 
 
-@outcome_app.command()
+@outcome_app.command(
+    rich_help_panel=STUDY_PANEL, short_help="Show its progress and the frontier so far"
+)
 @explained
 def status(
     study: StudyName,
@@ -35,6 +40,7 @@ def status(
         ),
     ] = False,
     as_json: JsonOption = False,
+    wide: WideOption = False,
 ) -> None:
     """Show a study's progress: its driver, its points, and the frontier so far. With --watch
     --json, print a line for each change.
@@ -42,10 +48,10 @@ def status(
     from ebbline.commands.status import show_status, watch_status
     from ebbline.sweeps.study.view import StudyView
 
-    (watch_status if watch else show_status)(StudyView.open(home, study), as_json)
+    (watch_status if watch else show_status)(StudyView.open(home, study), as_json, wide)
 
 
-@outcome_app.command()
+@outcome_app.command(rich_help_panel=STUDY_PANEL, short_help="Show it live in a browser")
 @explained
 def dashboard(
     study: StudyName,
@@ -69,7 +75,10 @@ def dashboard(
     show(StudyView.open(home, study), port, browser)
 
 
-@outcome_app.command()
+@outcome_app.command(
+    rich_help_panel=OUTCOME_PANEL,
+    short_help="Write the tables, figures and report of what is there",
+)
 @explained
 def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Write the tables, the figures and the report of a study's results so far."""
@@ -78,89 +87,13 @@ def report(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from ebbline.sweeps.study.view import StudyView
 
     view = StudyView.open(home, study)
+    view.home.require(view.study.study)
     print_outputs(write_outputs(view, collect(view)), as_json)
 
 
-@outcome_app.command()
-@explained
-def sync(
-    study: StudyName,
-    home: HomeOption = DEFAULT_HOME,
-    at_once: Annotated[
-        int,
-        typer.Option("--at-once", "-n", min=1, max=64, help="How many runs to push at a time."),
-    ] = 8,
-    as_json: JsonOption = False,
-) -> None:
-    """Update the W&B mirror and push the offline runs. The same command continues an interrupted
-    push.
-    """
-    from ebbline.commands.wandb import sync_study
-    from ebbline.sweeps.study.view import StudyView
-
-    raise typer.Exit(sync_study(StudyView.open(home, study), at_once, as_json))
-
-
-@outcome_app.command(name="wandb-workspace")
-@explained
-def wandb_workspace(
-    study: StudyName,
-    home: HomeOption = DEFAULT_HOME,
-    entity: Annotated[
-        str | None,
-        typer.Option(
-            help="The W&B user or team; default: your W&B default entity.", show_default=False
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Create or update the study's workspace and report on W&B: frontier, hypervolume, parallel
-    coordinates, importance.
-    """
-    from ebbline.commands.wandb import make_workspace
-    from ebbline.sweeps.study.view import StudyView
-
-    make_workspace(StudyView.open(home, study), entity, as_json)
-
-
-@outcome_app.command()
-@explained
-def export(
-    study: OptionalStudyName = None,
-    to: Annotated[
-        Path | None,
-        typer.Option("--to", help="The folder to write; replaces an earlier export of the study."),
-    ] = None,
-    style: Annotated[
-        Literal["neurips", "acl", "both"],
-        typer.Option(help="The column widths of figures and tables."),
-    ] = "both",
-    check: Annotated[
-        Path | None,
-        typer.Option(
-            "--check", help="Instead of a study: compare this bundle's keys with those of --home."
-        ),
-    ] = None,
-    home: HomeOption = DEFAULT_HOME,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a study's results for a paper: figures, LaTeX tables, data, methods, BibTeX, and a
-    bundle that reruns the study.
-    """
-    from ebbline.commands import export as exporting
-    from ebbline.sweeps.study.home import Home
-    from ebbline.sweeps.study.view import StudyView
-
-    if check is not None and study is None and to is None:
-        raise typer.Exit(exporting.check(check, Home(home), as_json))
-    if study is None or to is None or check is not None:
-        raise typer.BadParameter(
-            "give STUDY and --to DIR, or --check BUNDLE alone (both accept --home)"
-        )
-    exporting.export_study(StudyView.open(home, study), to, style, as_json)
-
-
-@outcome_app.command()
+@outcome_app.command(
+    rich_help_panel=OUTCOME_PANEL, short_help="Find the point to ship, and export its adapter"
+)
 @explained
 def pick(
     study: StudyName,
@@ -226,7 +159,7 @@ def pick(
     raise typer.Exit(pick_study(StudyView.open(home, study), options, export, as_json))
 
 
-@outcome_app.command()
+@outcome_app.command(rich_help_panel=OUTCOME_PANEL, short_help="Compare studies, prompt by prompt")
 @explained
 def compare(
     studies: StudyNames,
@@ -274,7 +207,7 @@ def compare(
     )
 
 
-@outcome_app.command()
+@outcome_app.command(rich_help_panel=OUTCOME_PANEL, short_help="Compare it with published results")
 @explained
 def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
     """Compare a study with published results, and say for each number whether it is comparable."""
@@ -282,3 +215,90 @@ def papers(study: StudyName, home: HomeOption = DEFAULT_HOME, as_json: JsonOptio
     from ebbline.sweeps.study.view import StudyView
 
     show_papers(StudyView.open(home, study), as_json)
+
+
+@outcome_app.command(
+    rich_help_panel=OUTCOME_PANEL, short_help="Write it for a paper: figures, LaTeX, data, a bundle"
+)
+@explained
+def export(
+    study: OptionalStudyName = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="The folder to write; replaces an earlier export of the study."),
+    ] = None,
+    style: Annotated[
+        Literal["neurips", "acl", "both"],
+        typer.Option(help="The column widths of figures and tables."),
+    ] = "both",
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", help="Instead of a study: compare this bundle's keys with those of --home."
+        ),
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a study's results for a paper: figures, LaTeX tables, data, methods, BibTeX, and a
+    bundle that reruns the study.
+    """
+    from ebbline.commands import export as exporting
+    from ebbline.sweeps.study.home import Home
+    from ebbline.sweeps.study.view import StudyView
+
+    if check is not None and study is None and to is None:
+        raise typer.Exit(exporting.check(check, Home(home), as_json))
+    if study is None or to is None or check is not None:
+        raise typer.BadParameter(
+            "give STUDY and --to DIR, or --check BUNDLE alone (both accept --home)"
+        )
+    exporting.export_study(StudyView.open(home, study), to, style, as_json)
+
+
+@outcome_app.command(
+    rich_help_panel=OUTCOME_PANEL, short_help="Update the W&B mirror and push offline runs"
+)
+@explained
+def sync(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    at_once: Annotated[
+        int,
+        typer.Option("--at-once", "-n", min=1, max=64, help="How many runs to push at a time."),
+    ] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Update the W&B mirror and push the offline runs. The same command continues an interrupted
+    push.
+    """
+    from ebbline.commands.wandb import sync_study
+    from ebbline.sweeps.study.view import StudyView
+
+    raise typer.Exit(sync_study(StudyView.open(home, study), at_once, as_json))
+
+
+@outcome_app.command(
+    name="wandb-workspace",
+    rich_help_panel=OUTCOME_PANEL,
+    short_help="Make its workspace and report on W&B",
+)
+@explained
+def wandb_workspace(
+    study: StudyName,
+    home: HomeOption = DEFAULT_HOME,
+    entity: Annotated[
+        str | None,
+        typer.Option(
+            help="The W&B user or team; default: your W&B default entity.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create or update the study's workspace and report on W&B: frontier, hypervolume, parallel
+    coordinates, importance.
+    """
+    from ebbline.commands.wandb import make_workspace
+    from ebbline.sweeps.study.view import StudyView
+
+    make_workspace(StudyView.open(home, study), entity, as_json)

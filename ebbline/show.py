@@ -61,7 +61,7 @@ class Picture:
         if live is None:
             yield Group(Text(f"{self.study.study}: starting"), *notice)
             return
-        head = f"{self.study.study}: {points(live)}; {clock(elapsed_s(live))} so far, {left(live)}"
+        head = f"{self.study.study}: {progress_line(live)}; {clock(elapsed_s(live))} so far"
         stages: RenderableType = bars(live)
         if self.drawn is not None and options.max_width >= WIDE:
             beside = Table.grid(padding=(0, 4))
@@ -71,7 +71,7 @@ class Picture:
             stages = Group(stages, self.drawn)
         yield Group(
             Text(head),
-            Text(spent(live)),
+            Text(budgeted(live)),
             *notice,
             stages,
             *at_work(live),
@@ -156,11 +156,10 @@ class Lines:
             if (failure.key, failure.label) not in self._failures:
                 self._failures.add((failure.key, failure.label))
                 self._print("\n".join(text.plain for text in failed([failure])))
-        now, news = time.monotonic(), f"{stages(live)}; {points(live)}"
+        now, news = time.monotonic(), f"{done(live)}; {at_work_now(live)}"
         if now - self._written_at >= (PLAIN_EVERY_S if news != self._last else PLAIN_AT_LEAST_S):
             self._written_at, self._last = now, news
-            at = f"; now: {live.running[0].label}" if live.running else ""
-            self._print(f"[{clock(elapsed_s(live))}] {news}; {left(live)}; {spent(live)}{at}")
+            self._print(f"[{clock(elapsed_s(live))}] {progress_line(live)}")
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -171,35 +170,50 @@ def elapsed_s(live: Live) -> float:
     return max(0.0, (time.time() if live.ended is None else live.at) - live.started)
 
 
-def points(live: Live) -> str:
-    limit = live.points.limit
-    total = "" if limit is None else f"/{limit}"
-    return f"{live.points.completed}{total} points, {live.points.in_flight} in flight"
+def progress_line(live: Live) -> str:
+    """A run in one line: what is done, what runs now, the time left, what is spent."""
+    cost = gpu_hours_label(live.spent.gpu_hours, live.spent.usd, _hours(live))
+    parts = [done(live), at_work_now(live), left(live), f"{cost} spent"]
+    return "; ".join(part for part in parts if part)
+
+
+def done(live: Live) -> str:
+    """`12/40 points, 31/98 stages, 2 failed`; stages found in the store count as done."""
+    counts = sum((Counter(each) for each in live.stages.values()), Counter[str]())
+    finished, limit = counts["done"] + counts["reused"], live.points.limit
+    text = f"{live.points.completed}{'' if limit is None else f'/{limit}'} points, "
+    text += f"{finished}/{counts.total()} stages"
+    return text + (f", {counts['failed']} failed" if counts["failed"] else "")
+
+
+def at_work_now(live: Live) -> str:
+    """The first running stage, and how many run beside it; empty when nothing runs."""
+    if not live.running:
+        return ""
+    more = len(live.running) - 1
+    return f"now {live.running[0].label}{f' and {more} more' if more else ''}"
 
 
 def left(live: Live) -> str:
-    return f"about {clock(live.left_s)} left for the work in flight"
+    """The time left: of the prediction, or of what has started where that takes longer."""
+    rest_s = 0.0 if live.predicted is None else live.predicted.wall_s - elapsed_s(live)
+    if live.ended is not None or max(rest_s, live.left_s) <= 0:
+        return ""
+    whole = "" if rest_s >= live.left_s else " for what has started"
+    return f"about {clock(max(rest_s, live.left_s))} left{whole}"
 
 
-def stages(live: Live) -> str:
-    total = sum((Counter(counts) for counts in live.stages.values()), Counter[str]())
-    states = {
-        "done": total["done"],
-        "reused": total["reused"],
-        "running": total["running"],
-        "waiting": total["waiting"] + total["ready"],
-    }
-    states |= {"failed": total["failed"]} if total["failed"] else {}
-    return f"stages {', '.join(f'{count} {state}' for state, count in states.items())}"
+def _hours(live: Live) -> str:
+    return "logical GPU-hours" if live.gpus.logical else "GPU-hours"
 
 
-def spent(live: Live) -> str:
-    """Busy GPUs, the cost so far, and what is left of this run's prediction and of the budget."""
-    hours = "logical GPU-hours" if live.gpus.logical else "GPU-hours"
+def budgeted(live: Live) -> str:
+    """Busy GPUs, and what is left of this run's prediction and of the budget."""
+    hours = _hours(live)
     busy = (
         f"{live.gpus.busy} of {live.gpus.total} GPUs busy" if live.hosts else "no GPU requested yet"
     )
-    parts = [busy, f"{gpu_hours_label(live.spent.gpu_hours, live.spent.usd, hours)} spent"]
+    parts = [busy]
     predicted, used_now = live.predicted, live.spent_by_drive
     if predicted is not None:
         whole = (

@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from ebbline.options import DEFAULT_HOME, HomeOption, JsonOption, explained
+from ebbline.options import (
+    DEFAULT_HOME,
+    TOOL_PANEL,
+    HomeOption,
+    JsonOption,
+    WideOption,
+    explained,
+)
 
 tool_app = typer.Typer()
 prompts_app = typer.Typer(help="Check prompt sets before a study uses them.", no_args_is_help=True)
@@ -17,7 +24,7 @@ store_app = typer.Typer(
 )
 
 
-@tool_app.command()
+@tool_app.command(rich_help_panel=TOOL_PANEL, short_help="Apply Safe LoRA to PEFT adapters")
 @explained
 def project(
     adapter: Annotated[
@@ -112,7 +119,9 @@ def project(
     print_projected(projected, report, as_json)
 
 
-@tool_app.command()
+@tool_app.command(
+    rich_help_panel=TOOL_PANEL, short_help="Measure one suite on a model or its adapters"
+)
 @explained
 def evaluate(
     model: Annotated[
@@ -214,6 +223,7 @@ def evaluate(
         ),
     ] = None,
     as_json: JsonOption = False,
+    wide: WideOption = False,
 ) -> None:
     """Measure one suite on a model or its adapters, without a study, store or cluster."""
     from ebbline.commands.evaluate import chat_of, print_measured
@@ -246,10 +256,12 @@ def evaluate(
             device=device,
             progress=progress,
         )
-    print_measured(measured, as_json)
+    print_measured(measured, as_json, wide)
 
 
-@tool_app.command()
+@tool_app.command(
+    rich_help_panel=TOOL_PANEL, short_help="Score stored completions with other scorers"
+)
 @explained
 def rescore(
     where: Annotated[
@@ -275,6 +287,7 @@ def rescore(
     ] = None,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
+    wide: WideOption = False,
 ) -> None:
     """Score stored completions with another scorer, or several side by side, without a model."""
     from ebbline.commands.evaluate import generations_of, measure_of, print_rows, write_rows
@@ -293,10 +306,10 @@ def rescore(
     )
     if to is not None:
         write_rows(rows, to)
-    print_rows(rows, as_json)
+    print_rows(rows, as_json, wide)
 
 
-@tool_app.command()
+@tool_app.command(rich_help_panel=TOOL_PANEL, short_help="Rerun one failed stage here, to debug it")
 @explained
 def rerun(
     request: Annotated[

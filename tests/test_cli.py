@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from ebbline.cli import app
 from ebbline.options import EXIT_CODES
@@ -88,6 +89,27 @@ def commands() -> dict[str, Any]:
 
     walk(typer.main.get_command(app), "")
     return found
+
+
+HELP = {
+    "A study, in the order of use": "studies validate pin plan run status dashboard",
+    "Its outcome": "report pick compare papers export sync wandb-workspace",
+    "Single tools, without a study": "project evaluate rescore rerun prompts",
+    "Upkeep": "ls doctor study store",
+}
+
+
+def test_the_help_groups_its_commands_by_what_one_wants() -> None:
+    """The golden text of `ebbline --help`: every command is in a group, with one line."""
+    printed = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    found: dict[str, list[str]] = {}
+    for line in printed.splitlines():
+        if title := re.match(r"╭─ (.*?) ─+╮", line):
+            found[title[1]] = []
+        elif line.startswith("│"):
+            found[list(found)[-1]].append(line.strip("│ ").split(" ")[0])
+    assert found.pop("Options")
+    assert {title: " ".join(names) for title, names in found.items()} == HELP
 
 
 PAGES = {"dashboard"}  # commands without output for scripts

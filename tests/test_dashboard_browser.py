@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -117,6 +118,26 @@ def finished(study: Path, home: Path) -> Path:
         printed, _ = driver.communicate()
         assert driver.returncode == 3, printed  # some of its points failed
     return home / "studies" / "tiny"
+
+
+def test_the_page_does_not_call_a_study_empty_before_its_points_are_read(
+    study: Path, home: Path, browser: Browser
+) -> None:
+    """Only here a browser has an answer without points that are on their way."""
+
+    def early(route: Any) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "changed": {}, "cursor": ""})
+
+    with served(study, home) as url, window(browser) as opened:
+        page = opened.context.new_page()
+        page.route("**/data.json*", early)
+        page.goto(url)
+        expect(page.locator("#state")).not_to_have_text("loading")
+        for part in ("#frontier-note", "#frontier-table"):
+            assert page.locator(part).text_content() == "The points are being read."
+        page.unroute("**/data.json*")
+        expect(page.locator("#frontier-note")).to_have_text("No point has finished yet.")
 
 
 def test_the_page_follows_a_study_as_it_runs(study: Path, home: Path, browser: Browser) -> None:

@@ -52,6 +52,21 @@ def prompts(tmp_path):
     )
 
 
+@pytest.mark.parametrize("quantisation", ["none", "int8"])
+def test_no_library_writes_into_the_output_of_a_command(
+    pair, prompts, adapters, tmp_path, caplog, quantisation
+):
+    """int8 in bfloat16: bitsandbytes would log a line for each layer of each forward pass."""
+    arguments = ("--adapter", adapters[0], "--limit", "2", "--quantisation", quantisation)
+    done = command(
+        *("evaluate", "--model", pair.aligned, "--suite", "refusal", "--prompts", prompts),
+        *arguments,
+        *("--max-new-tokens", "2", "--out", tmp_path / "out"),
+    )
+    assert done.exit_code == 0 and done.stderr == ""
+    assert [each for each in caplog.records if each.name.startswith("bitsandbytes")] == []
+
+
 def command(*arguments):
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception

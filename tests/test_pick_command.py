@@ -243,7 +243,7 @@ def test_of_a_mean_the_card_gives_one_seed_no_interval(
     monkeypatch.setattr("ebbline.commands.pick.collect", lambda view: found)
     assert pick(driven, "--point", 1, "--seed", 4, "--export", tmp_path / "out").exit_code == 0
     (row,) = re.findall(
-        r"^\| rouge l .*$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
+        r"^\| ROUGE-L .*$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
     )
     point, alone = (cell.strip() for cell in row.split("|")[2:4])
     assert point.startswith("45.0% (95% interval ") and point.endswith(", n = 6)")

@@ -119,7 +119,9 @@ def test_a_picture_shows_stages_gpus_what_is_spent_and_left_the_frontier_and_fai
     assert (
         "of 100 GPU-hours" in printed
         and "of 30 points" in printed
-        and "left for the work in flight" in printed
+        and " stages, " in printed
+        and "failed; now " in printed
+        and " left" in printed
     )
     assert all(word in printed for word in ("reused", "running", "waiting", "train", "generate"))
     assert "failed: train 7b " in printed and "the loss became nan" in printed

@@ -125,15 +125,20 @@ function drawFrontier() {
   }
   const xaxis = two ? { title: { text: label(first.label) }, tickformat: ".1~%" } : { title: { text: "point" } };
   Plotly.react("frontier", traces, layout({ xaxis, yaxis: { title: { text: label(last.label) }, tickformat: ".1~%" }, hovermode: "closest" }), CONFIG);
-  at("frontier").setAttribute("aria-label", rows.length ? `Scatter plot of ${rows.length} points: ${last.label}, against ${two ? first.label : "the point's number"}. The table below has its frontier.` : "No point has finished.");
+  at("frontier").setAttribute("aria-label", rows.length ? `Scatter plot of ${rows.length} points: ${last.label}, against ${two ? first.label : "the point's number"}. The table below has its frontier.` : noPoint());
   const notes = ["Large marks: not dominated by any other point of the model. Filled: projected; hollow: not projected. Bars: 95% intervals. Stars: before fine-tuning."];
   if (picked.length) notes.push(`Ring: picked with ebbline pick (${picked.map((row) => `point ${row.number}`).join(", ")}).`);
   if (!bars) notes.push(`With more than ${BARS_UP_TO} points only the frontier has bars.`);
   if (all.length > rows.length) notes.push(`${all.length - rows.length} more points are not drawn, because their adapters are the same as another point's.`);
   if (about.of > 2) notes.push(`The plot shows the first two of ${about.of} objectives; dominance uses all of them.`);
-  at("frontier-note").textContent = rows.length ? notes.join(" ") : "No point has finished yet.";
+  at("frontier-note").textContent = rows.length ? notes.join(" ") : noPoint();
   drawFrontierTable(front);
   at("hypervolume").textContent = rows.length ? `${front.hypervolume.toFixed(3)} of 1` : "–";
+}
+
+// The server reads the points after the page has opened.
+function noPoint() {
+  return sections.frontier[""] ? "No point has finished yet." : "The points are being read.";
 }
 
 function drawFrontierTable(front) {
@@ -144,7 +149,7 @@ function drawFrontierTable(front) {
     return [button, row.model, row.settings, ...about.objectives.map(({ name }) => brief(row.metrics[name])), row.seeds.length, row.cost];
   });
   const columns = ["point", "model", "settings", ...about.objectives.map(title), "#seeds", "cost alone"];
-  fill(at("frontier-table"), columns, rows, "No point has finished yet.");
+  fill(at("frontier-table"), columns, rows, noPoint());
 }
 
 async function choose(number) {

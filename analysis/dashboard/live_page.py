@@ -34,6 +34,7 @@ from ebbline.analysis.results.wording import (
     directed_label,
     metric_label,
     progress_label,
+    reason_label,
     settings_label,
     status_label,
 )
@@ -44,7 +45,7 @@ from ebbline.sweeps.search.searcher import limit
 from ebbline.sweeps.state.replicates import seeds_of
 from ebbline.sweeps.state.spending import read_spent
 from ebbline.sweeps.study.home import Home
-from ebbline.sweeps.study.points import STATUSES, Result, StageName, adapter_of
+from ebbline.sweeps.study.points import STATUSES, Result, StageName, training_of
 from ebbline.sweeps.study.view import StudyView
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
@@ -331,7 +332,7 @@ class Timeline:
     """The stages that ended, read incrementally from the study's timeline, and their GPUs."""
 
     def __init__(self, home: Home, study: str) -> None:
-        self._path = home.folder(study) / TIMELINE
+        self._path = home.path(study) / TIMELINE
         self._offset = 0
         self.total = 0
         self.ended: deque[tuple[int, Ended]] = deque(maxlen=SPANS)
@@ -430,7 +431,7 @@ def _metric(metric: Metric) -> list[float | int | None]:
 
 
 def _failed(result: Result) -> Row:
-    reason, _, command = result.reason.partition(" (to see it again")
+    reason, _, command = reason_label(result.reason).partition(" (to see it again")
     return {
         "what": f"point {result.number}: {result.point}",
         "status": status_label(result.status),
@@ -447,7 +448,7 @@ def _trainings(results: Iterable[Result]) -> Iterator[tuple[str, str]]:
             parsed = StageName.parse(name)
             if parsed.part == "train" and key not in yielded:
                 yielded.add(key)
-                yield key, f"{adapter_of(result.point)} seed={parsed.seed} (point {result.number})"
+                yield key, f"{training_of(result.point)} seed={parsed.seed} (point {result.number})"
 
 
 def _curve(artifact: Artifact) -> Row:

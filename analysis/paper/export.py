@@ -203,7 +203,7 @@ def _write(
     for style in styles:
         _write_style(data, folder / style, style)
     _write_data(data, home, folder / "data")
-    spent = read_spent(home.folder(data.study.study))
+    spent = read_spent(home.path(data.study.study))
     text = methods(
         data.study,
         data.results,
@@ -250,7 +250,7 @@ def _write_style(data: ExportData, folder: Path, style: Style) -> None:
 
 def _write_data(data: ExportData, home: Home, folder: Path) -> None:
     frame = results_frame(data.results, data.study.objectives, home.profile)
-    hosts = host_names(home.folder(data.study.study))
+    hosts = host_names(home.path(data.study.study))
     frame["reason"] = (
         frame["reason"].map(lambda reason: without_paths(reason, hosts)).astype("string")
     )

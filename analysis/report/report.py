@@ -24,6 +24,7 @@ from ebbline.analysis.report.page import (
 )
 from ebbline.analysis.report.provenance import ProvenanceRow
 from ebbline.analysis.report.short_answer import BRACKETS, in_short
+from ebbline.analysis.report.verdict import NO_CONTROL, answer_cells, shown_effects, verdict
 from ebbline.analysis.results.before_after import before_after, before_after_cells, trios
 from ebbline.analysis.results.frontier import frontier, frontier_hypervolume
 from ebbline.analysis.results.measurements import NO_EVIDENCE, Baselines, Evidence
@@ -37,6 +38,7 @@ from ebbline.analysis.results.wording import (
     NO_RESULT,
     directed_label,
     percent,
+    reason_label,
     settings_label,
     status_label,
     without_paths,
@@ -77,6 +79,10 @@ def write_report(
         study=study,
         short=in_short(study, results, found.baselines, found.lines, found.evidence),
         brackets=BRACKETS,
+        verdict=verdict(study, results, found.lines),
+        answers=answer_cells(study, results, found.lines),
+        no_control=NO_CONTROL,
+        effects=shown_effects(study, results, found.lines),
         paragraphs=[
             _split(paragraph)
             for paragraph in answer(study, results, found.baselines, found.evidence, found.lines)
@@ -104,7 +110,7 @@ def write_report(
                 each.point.model,
                 settings_label(each.point),
                 status_label(each.status),
-                without_paths(each.reason, hosts),
+                without_paths(reason_label(each.reason), hosts),
             )
             for each in _failed(results)
         ],
@@ -126,6 +132,8 @@ def summary(
     return {
         "study": study.study,
         "objectives": list(study.objectives),
+        "verdict": verdict(study, results, lines),
+        "effects": dict(shown_effects(study, results, lines)),
         "in_short": in_short(study, results, baselines, lines, evidence),
         "answer": answer(study, results, baselines, evidence, lines),
         "hypervolume": frontier_hypervolume(results, study.objectives),

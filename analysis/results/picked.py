@@ -104,9 +104,7 @@ def too_low(study: Study, found: Pick) -> bool:
 
 
 def _confidence_label(confidence: float) -> str:
-    return (
-        "over 99.9%" if confidence > 0.999 else "none" if confidence <= 0 else percent(confidence)
-    )
+    return "over 99.9%" if confidence > 0.999 else percent(max(0.0, confidence))
 
 
 def picked_json(study: Study, found: Pick) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ebbline.analysis.results.columns import left_out_line, table_text
 from ebbline.analysis.results.costs import cost_columns
 from ebbline.analysis.results.frontier import finished, frontier, frontier_by_model
 from ebbline.analysis.results.measurements import (
@@ -176,7 +177,7 @@ def frontier_cells(frame: pd.DataFrame, metrics: Sequence[str] | None = None) ->
     ]
     for name in metrics:
         columns = (name, f"{name}_low", f"{name}_high", f"{name}_undecided")
-        cells[f"{metric_label(name)} %"] = [
+        cells[metric_column(name)] = [
             ""
             if pd.isna(row[0])
             else in_percent(*row[:3]) + undecided_label(int(row[3]), " (", ")")
@@ -200,24 +201,32 @@ def in_points(difference: float) -> str:
     return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
-def frontier_text(frame: pd.DataFrame) -> str:
-    """The frontiers as a plain table for a terminal."""
+def frontier_text(
+    frame: pd.DataFrame, objectives: Sequence[str] = (), width: int | None = None
+) -> str:
+    """The frontiers as a plain table for a terminal of that width, the objectives first.
+
+    A line below names the columns that it has no room for.
+    """
     cells = frontier_cells(frame)
     if cells.empty:
         return "No point has finished, so there is no frontier yet."
-    lines = [[str(name) for name in cells.columns], *cells.to_numpy(dtype=str).tolist()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
-    )
-    table = ["  ".join(line).rstrip() for line in padded]
+    first = ["point", "model", "overall", *(metric_column(name) for name in objectives)]
+    names = [*first, *(name for name in cells.columns if name not in first)]
+    table, left_out = table_text(names, cells[names].to_numpy(dtype=str).tolist(), width)
     return "\n".join(
         [
-            *table,
+            table,
+            *left_out_line(left_out),
             "",
             "[low, high] is the 95% Wilson interval; * is on the frontier over all models.",
         ]
     )
+
+
+def metric_column(name: str) -> str:
+    """The header of a metric's column."""
+    return f"{metric_label(name)} %"
 
 
 def categories_frame(

@@ -8,17 +8,18 @@ from pathlib import Path
 
 from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.adapters.branches import ADAPTER
-from ebbline.sweeps.study.points import Point, Status, Value
+from ebbline.sweeps.study.points import INVALID, Point, Status, Value
 from ebbline.tasks.defences.in_use import DEFENCE
 from ebbline.tasks.measuring.metrics import Metric, direction
 
+METRIC_NAMES = {"rouge_l": "ROUGE-L", "acc_norm": "acc_norm"}  # as the field writes them
 NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped")
 
 
 def metric_label(name: str) -> str:
     """`refusal.refusal_rate` -> "refusal rate"; `mmlu.acc` -> "acc (mmlu)"."""
     suite, _, metric = name.rpartition(".")
-    words = metric.replace("_", " ")
+    words = METRIC_NAMES.get(metric) or metric.replace("_", " ")
     return words if not suite or suite.replace("_", " ") in words else f"{words} ({suite})"
 
 
@@ -161,6 +162,11 @@ def _host_names(hosts: Collection[str]) -> set[str]:
     """
     full = {name.partition("/")[0] for name in (platform.node(), *hosts)}
     return {name for each in full for name in (each, each.partition(".")[0])} - _NO_HOST
+
+
+def reason_label(reason: str) -> str:
+    """The reason of a point without a result, for a text that already has its status."""
+    return reason.removeprefix(INVALID)
 
 
 def status_label(status: Status) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.wandb.runs import Mirror, Mirrored, chosen_mode
 from ebbline.cluster.store.artifacts import Artifact, Store
+from ebbline.sweeps.study.home import MIRROR_LOCK
 from ebbline.sweeps.study.points import Result
 from ebbline.sweeps.study.view import StudyView
 
@@ -66,7 +67,7 @@ def stop(process: "subprocess.Popen[bytes]", wait_s: float = 30.0) -> bool:
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
     """Holds the study's mirror lock; yields False if another mirror holds it."""
-    path = folder / "wandb" / "mirror.lock"
+    path = folder / MIRROR_LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
         try:

@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 from ebbline.analysis.results.wording import metric_label, percent, settings_label
 from ebbline.commands.project import distinct_names, located
@@ -40,6 +38,7 @@ from ebbline.sweeps.study.suites import (
     scorers_of,
     stages_of,
 )
+from ebbline.tables import print_table
 from ebbline.tasks.errors import EbblineError, EvaluationError
 from ebbline.tasks.extras import extras_explained
 from ebbline.tasks.identity import content_digest, folder_files
@@ -410,9 +409,9 @@ def _agreement(folder: Path) -> object:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
+def print_measured(measured: Sequence[Measured], as_json: bool, wide: bool = False) -> None:
     if as_json:
-        rows = [
+        records = [
             {
                 "adapter": each.adapter,
                 "folder": str(each.folder),
@@ -433,25 +432,26 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
             }
             for each in measured
         ]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(records, indent=1))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("adapter", "metric", "value", "95% interval", "n", "undecided"):
-        table.add_column(column, justify="left" if column in ("adapter", "metric") else "right")
+    columns = ("adapter", "metric", "value", "95% interval", "n", "undecided")
+    rows = []
     for each in measured:
         for name, metric in each.metrics.items():
             low, high = metric.interval
             interval = f"{percent(low)} to {percent(high)}"
-            table.add_row(
-                each.folder.name,
-                metric_label(name),
-                percent(metric.value),
-                interval,
-                str(metric.n),
-                str(metric.undecided),
+            rows.append(
+                (
+                    each.folder.name,
+                    metric_label(name),
+                    percent(metric.value),
+                    interval,
+                    str(metric.n),
+                    str(metric.undecided),
+                )
             )
+    print_table(columns, rows, wide, right=columns[2:])
     console = Console()
-    console.print(table)
     for each in measured:
         console.print(f"{each.folder}", highlight=False, soft_wrap=True, markup=False)
     if measured[0].repeats:
@@ -488,18 +488,15 @@ def print_measured(measured: Sequence[Measured], as_json: bool) -> None:
             )
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+def print_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, wide: bool = False) -> None:
     if as_json:
         print(json.dumps(list(rows), indent=1))
         return
-    table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("generation", "scorer") else "right")
-    for row in rows:
-        table.add_row(
-            *(
-                "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-                for value in row.values()
-            )
-        )
-    Console().print(table)
+    cells = [
+        [
+            "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+            for value in row.values()
+        ]
+        for row in rows
+    ]
+    print_table(list(rows[0]), cells, wide, right=rows[0].keys() - {"generation", "scorer"})

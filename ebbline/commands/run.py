@@ -37,6 +37,7 @@ from ebbline.sweeps.study.points import STATUSES, Result
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import source_of
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tables import table_width
 
 MIRROR_WAIT_S = 20.0
 OUTCOMES = {
@@ -95,6 +96,7 @@ def run_study(
     wandb: bool,
     resume: str = "",
     as_json: bool = False,
+    wide: bool = False,
 ) -> int:
     """Drive a study to its end and print the paths of its outputs. Returns an exit code of
     ebbline.options.EXIT_CODES.
@@ -106,11 +108,11 @@ def run_study(
         notes = require_checked(view.study, view.home, now)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.source}"
+    stream, resume = sys.stderr if as_json else sys.stdout, resume or f"ebbline run {view.name}"
     mirrored: list[subprocess.Popen[bytes]] = []
     try:
         with redirect_stdout(stream):
-            code, outcome = _run(view, place, wandb, resume, mirrored)
+            code, outcome = _run(view, place, wandb, resume, mirrored, wide)
     except KeyboardInterrupt:
         code, outcome = STOPPED, {"stopped": "stopped on request, at once"}
         print(
@@ -145,6 +147,7 @@ def _run(
     wandb: bool,
     resume: str,
     mirrored: "list[subprocess.Popen[bytes]]",
+    wide: bool,
 ) -> tuple[int, dict[str, object]]:
     """The exit code, and the results for --json."""
     study, home, folder = view.study, view.home, view.folder
@@ -155,7 +158,7 @@ def _run(
         # starts no second mirror and makes no prediction.
         home.keep_file(study.study, source_of(view.source))
         if wandb:
-            mirrored.append(mirror.start(view.source, home.root, folder / "log" / "mirror.log"))
+            mirrored.append(mirror.start(view.argument, home.root, folder / "log" / "mirror.log"))
         return OnDemand(kind, wanted)
 
     started, screen = time.monotonic(), Screen(study)
@@ -181,13 +184,14 @@ def _run(
             print(prediction_label(progress.prediction, spent, home.profile))
         results = collect(view)
         outputs = write_outputs(view, results)
-        print(f"\n{frontier_text(results_frame(results, study.objectives))}\n")
+        frame = results_frame(results, study.objectives)
+        print(f"\n{frontier_text(frame, study.objectives, table_width(wide))}\n")
         for line in without_result(results):
             print(line)
         shown = all(mirror.stop(process, MIRROR_WAIT_S) for process in mirrored)
     if not shown:
         print(
-            f"W&B does not have everything yet; `ebbline sync {view.source}` continues (see "
+            f"W&B does not have everything yet; `ebbline sync {view.name}` continues (see "
             f"{folder / 'log' / 'mirror.log'})"
         )
     print_outputs(outputs)

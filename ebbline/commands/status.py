@@ -17,10 +17,10 @@ from ebbline.analysis.results.collect import StoredEvidence, baselines, collect,
 from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
 from ebbline.analysis.results.tables import frontier_text, results_frame
-from ebbline.analysis.results.wording import NO_RESULT, status_label
+from ebbline.analysis.results.wording import NO_RESULT, reason_label, status_label
 from ebbline.cluster.schedule.costs import Cost
 from ebbline.commands.slurm.queue import queued_job
-from ebbline.show import Lines, Picture, points, spent, stages
+from ebbline.show import Lines, Picture, budgeted, progress_line
 from ebbline.sweeps.drive.live import Live, read_live
 from ebbline.sweeps.forecast.expected import expected_points
 from ebbline.sweeps.search.searcher import limit
@@ -30,6 +30,7 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.points import Result, Status
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tables import table_width
 from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 
 LOOK_EVERY_S = 1.0
@@ -42,7 +43,7 @@ def live_of(home: Home, study: str, holder: str | None) -> Live | None:
     """The snapshot of the present drive. None without a driver, or when this home has no snapshot
     of it.
     """
-    live = read_live(home.folder(study)) if holder is not None else None
+    live = read_live(home.path(study)) if holder is not None else None
     return (
         live
         if live is not None and live.ended is None and live.driver.startswith(holder or "")
@@ -50,7 +51,9 @@ def live_of(home: Home, study: str, holder: str | None) -> Live | None:
     )
 
 
-def watch_status(view: StudyView, as_json: bool, console: Console | None = None) -> None:
+def watch_status(
+    view: StudyView, as_json: bool, wide: bool = False, console: Console | None = None
+) -> None:
     """Follow a study until its driver ends, then print its status. Ctrl-C ends the watching, not
     the run.
 
@@ -64,10 +67,10 @@ def watch_status(view: StudyView, as_json: bool, console: Console | None = None)
         print("stopped watching; the run continues", file=sys.stderr)
         return
     if not as_json:
-        show_status(view)
+        show_status(view, wide=wide)
 
 
-def show_status(view: StudyView, as_json: bool = False) -> None:
+def show_status(view: StudyView, as_json: bool = False, wide: bool = False) -> None:
     print_status(
         view.study,
         view.home,
@@ -76,6 +79,7 @@ def show_status(view: StudyView, as_json: bool = False) -> None:
         costs_before(view),
         StoredEvidence(view),
         as_json,
+        wide,
     )
 
 
@@ -204,15 +208,16 @@ def print_status(
     costs: Mapping[str, Cost],
     evidence: Evidence,
     as_json: bool,
+    wide: bool = False,
 ) -> None:
     """Print a study's status. `costs` has the cost of measuring the models before fine-tuning, by
     key.
     """
     counts = Counter(result.status for result in results)
-    holder, past = home.holder(study.study), read_spent(home.folder(study.study))
+    holder, past = home.holder(study.study), read_spent(home.path(study.study))
     live = live_of(home, study.study, holder)
     # A driver names its own job; this one waits for its next start.
-    job = queued_job(home.folder(study.study)) if holder is None else None
+    job = queued_job(home.path(study.study)) if holder is None else None
     limits = study.budget.model_dump(exclude_none=True)
     if as_json:
         cost = cost_summary(study_cost(results, costs, past), past, home.profile)
@@ -240,7 +245,7 @@ def print_status(
     if job is not None:
         print(f"slurm: {job}")
     if live is not None:
-        print(f"this run: {stages(live)}; {points(live)}; {spent(live)}")
+        print(f"this run: {progress_line(live)}; {budgeted(live)}")
     phrases = {
         "hours": "{:g} hours of driving",
         "gpu_hours": "{:g} GPU-hours",
@@ -252,7 +257,8 @@ def print_status(
         f"{cost_label(past.cost, home.profile)} in {past.driving_s / 3600:.3g} hours of driving"
     )
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
-    print(frontier_text(results_frame(results, study.objectives)))
+    frame = results_frame(results, study.objectives)
+    print(frontier_text(frame, study.objectives, table_width(wide)))
     for line in without_result(results):
         print(line, file=sys.stderr)
 
@@ -268,7 +274,7 @@ def without_result(results: Sequence[Result]) -> list[str]:
     return [
         f"{status_label(status)}: "
         f"{found[0].point}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: "
-        f"{reason}"
+        f"{reason_label(reason)}"
         for (status, reason), found in alike.items()
     ]
 

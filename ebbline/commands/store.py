@@ -12,8 +12,6 @@ from dataclasses import asdict
 from typing import Literal
 
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from ebbline.analysis.results.collect import collect
 from ebbline.analysis.results.frontier import frontier_by_model
@@ -34,6 +32,7 @@ from ebbline.sweeps.study.points import StageName
 from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
+from ebbline.tables import print_table
 from ebbline.tasks.errors import StoreError, StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Source, Stage
@@ -46,13 +45,13 @@ def studies_of(home: Home) -> dict[str, Study]:
     cannot be read.
     """
     found = {}
-    for path in sorted((home.root / "studies").glob("*/study.json")):
+    for name in home.studies():
         try:
-            found[path.parent.name] = Study.model_validate_json(path.read_text("utf-8"))
+            found[name] = Study.model_validate_json(home.kept(name))
         except (ValidationError, UnicodeDecodeError) as error:
             raise StudyError(
-                f"{path} cannot be read ({type(error).__name__}), so it is unknown what its "
-                "study needs. Restore the file, or move the"
+                f"{home.path(name) / 'study.json'} cannot be read ({type(error).__name__}), so "
+                "it is unknown what its study needs. Restore the file, or move the"
                 " study's folder away if nobody needs its results; nothing was removed"
             ) from None
     return found
@@ -136,7 +135,7 @@ def show_usage(home: Home, as_json: bool) -> None:
     }
     by_study = {}
     for name, own in needed.items():
-        others = _all(other for each, other in needed.items() if each != name)
+        others = all_needed(other for each, other in needed.items() if each != name)
         by_study[name] = {
             "bytes": survey.of(own.keys),
             "bytes of its own": survey.of(own.keys - others.keys),
@@ -220,7 +219,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
             _hold(home, held)
         with progress_bar("looking") as progress:
             survey = Survey(home.store, progress)
-            needed = _all(needed_by(study, home, keep) for study in studies_of(home).values())
+            needed = all_needed(needed_by(study, home, keep) for study in studies_of(home).values())
         others = sorted(survey.owners - {home.id})
         before = time.time() - older_than_h * 3600
         found = list(survey.removable(None if others else needed, before))
@@ -302,11 +301,11 @@ def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
 
 def _hold(home: Home, held: ExitStack) -> None:
     """Hold all studies of this home, so that none gets a driver."""
-    for path in sorted((home.root / "studies").glob("*/study.json")):
-        held.enter_context(home.driving(path.parent.name))
+    for name in home.studies():
+        held.enter_context(home.driving(name))
 
 
-def _all(needed: Iterable[Needed]) -> Needed:
+def all_needed(needed: Iterable[Needed]) -> Needed:
     found = Needed()
     for each in needed:
         found |= each
@@ -314,13 +313,8 @@ def _all(needed: Iterable[Needed]) -> Needed:
 
 
 def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    if table.row_count:
-        Console().print(table)
+    if listed := list(rows):
+        print_table(columns, listed, wide=True, right=columns[1:])
 
 
 def _size(count: int) -> str:

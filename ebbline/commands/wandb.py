@@ -29,6 +29,7 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
     """Update the mirror, push the waiting runs and print the outcome. The exit code is 0 when no
     run is left that could be pushed.
     """
+    view.home.require(view.study.study)
     folder = view.folder
     log = folder / "log" / "mirror.log"
     if chosen_mode() == "disabled":
@@ -42,7 +43,7 @@ def sync_study(view: StudyView, at_once: int, as_json: bool) -> int:
         pass
     shown = (
         mirror.stop(
-            mirror.start(view.source, view.home.root, log, "--offline"), wait_s=MIRROR_WAIT_S
+            mirror.start(view.argument, view.home.root, log, "--offline"), wait_s=MIRROR_WAIT_S
         )
         if free
         else True

@@ -387,6 +387,8 @@ def reaching(database: PointDatabase) -> Iterator[None]:
 
 def opened(database: PointDatabase) -> optuna.storages.BaseStorage:
     read_only = database.read_only
+    if not read_only:
+        database.make_folder()
     engine = optuna.storages.RDBStorage(
         database.url,
         database.settings,
@@ -405,8 +407,10 @@ class Reader:
 
     def look(self) -> tuple[list[Entry], bool]:
         """All proposed points, and whether no point is left to propose. Empty before the first
-        driver.
+        driver, which makes the database.
         """
+        if self._found is None and not self._database.exists:
+            return [], False
         with reaching(self._database):
             if self._found is None:
                 try:

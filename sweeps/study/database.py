@@ -50,6 +50,11 @@ class PointDatabase:
         """Whether the file exists: the first driver makes it. True for a shared database."""
         return self.shared or Path(self._file).exists()
 
+    def make_folder(self) -> None:
+        """Make the folder of the file, for a writer."""
+        if not self.shared:
+            Path(self._file).parent.mkdir(parents=True, exist_ok=True)
+
     @property
     def _file(self) -> str:
         return str(sqlalchemy.make_url(self.url).database)

@@ -8,10 +8,14 @@ HOME/studies/NAME/study.json     the study, with its latest budget
 HOME/studies/NAME/driver.lock    the driver that holds the study now
 HOME/studies/NAME/file           the path of the study file of the last run
 HOME/studies/NAME/spending.jsonl the cost of all runs so far
+HOME/studies/NAME/points_name    its name in its own database, when it was renamed since
 HOME/studies/NAME/...            the points' database, tables, figures, report and W&B mirror
+
+Invariant: the folder's name is the study's name, so renaming the folder renames the study.
 """
 
 import fcntl
+import json
 import os
 import platform
 import time
@@ -31,6 +35,8 @@ from ebbline.tasks.identity import digest
 from ebbline.tasks.paths import is_inside
 
 FILE = "file"
+POINTS_NAME = "points_name"
+MIRROR_LOCK = Path("wandb", "mirror.lock")  # held by the W&B mirror of a study
 
 
 class Home:
@@ -41,10 +47,19 @@ class Home:
         self.profile = read_profile(self.root / "cluster.yaml")
         self.store = store_of(self.root, self.profile)
 
+    def path(self, study: str) -> Path:
+        """The folder of a study, for readers: it may not exist."""
+        return self.root / "studies" / study
+
     def folder(self, study: str) -> Path:
-        path = self.root / "studies" / study
+        """The folder of a study, for writers: it is made when it does not exist."""
+        path = self.path(study)
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def studies(self) -> list[str]:
+        """The names of the studies that a driver of this home has begun."""
+        return sorted(path.parent.name for path in self.root.glob("studies/*/study.json"))
 
     def database(self, study: str) -> PointDatabase:
         """Where a study's points are kept. Raises StudyError when the URL of the shared database is
@@ -52,7 +67,9 @@ class Home:
         """
         url = shared_url(self.profile.storage)
         if url is None:
-            return PointDatabase(sqlite_url(self.folder(study) / "optuna.db"), study)
+            kept = self.path(study) / POINTS_NAME
+            name = kept.read_text() if kept.exists() else study
+            return PointDatabase(sqlite_url(self.path(study) / "optuna.db"), name)
         store = self.profile.store or ""
         return PointDatabase(url, f"{study}@{digest(store if '://' in store else self.id)[:12]}")
 
@@ -60,9 +77,8 @@ class Home:
         """The argument for ebbline.sweeps.study.study_file.load: for a study of this home its file
         of the last run, else `name` unchanged.
         """
-        path = self.root / "studies" / name / FILE
-        plain = is_inside(name) and "/" not in name
-        return path.read_text() if plain and path.is_file() else name
+        path = self.path(name) / FILE
+        return path.read_text() if is_plain(name) and path.is_file() else name
 
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""
@@ -91,9 +107,9 @@ class Home:
             )
 
     def kept(self, study: str) -> str:
-        """The latest stored study as JSON; empty before its first run."""
-        path = self.root / "studies" / study / "study.json"
-        return path.read_text() if path.exists() else ""
+        """The latest stored study as JSON, with its present name; empty before its first run."""
+        path = self.path(study) / "study.json"
+        return renamed(path.read_text("utf-8"), study) if path.exists() else ""
 
     def keep(self, study: str, text: str) -> None:
         """Store a study's JSON atomically (see ebbline.sweeps.study.view)."""
@@ -145,7 +161,7 @@ class Home:
 
     def holder(self, study: str) -> str | None:
         """The driver that holds a study now, or None."""
-        path = self.folder(study) / "driver.lock"
+        path = self.path(study) / "driver.lock"
         if path.exists():
             with path.open() as handle:
                 try:
@@ -159,6 +175,20 @@ def _slurm_job() -> str:
     """The Slurm job that this process is in, for a driver's name."""
     job = os.environ.get("SLURM_JOB_ID")
     return f" in Slurm job {job}" if job else ""
+
+
+def is_plain(name: str) -> bool:
+    """Whether a text can be the name of a folder of `studies`."""
+    return is_inside(name) and "/" not in name
+
+
+def renamed(text: str, name: str) -> str:
+    """A study's JSON under this name. A damaged text is unchanged: its reader names the fault."""
+    with suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict) and found.get("study", name) != name:
+            return json.dumps({**found, "study": name}, indent=1)
+    return text
 
 
 def store_of(root: Path, profile: Profile) -> Store:

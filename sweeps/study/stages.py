@@ -18,12 +18,14 @@ from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.pins import require_pins
 from ebbline.sweeps.study.points import (
     INVALID,
+    OF_TRAINING,
     Point,
     StageName,
     Value,
     adapter_of,
     brought,
     own_seeds,
+    training_of,
 )
 from ebbline.sweeps.study.references import Data, DataRef, Hub, Local, ModelRef
 from ebbline.sweeps.study.study import Model, Study
@@ -126,17 +128,27 @@ class StageGraph:
         stages: dict[str, Stage] = {}
         for seed in (seeds := own_seeds(self.study.seeds, point)):
             own = self._seed_stages(point, seed)
+            above = self._adapter_stages(point, seed)
             self._place(point.model, own.values())
             for name, stage in own.items():
                 stages[str(replace(name, seed=seed))] = stage
+                shown = (
+                    training_of(point)
+                    if name.part in OF_TRAINING
+                    else adapter_of(point)
+                    if name.part in above
+                    else point
+                )
                 self.labels.setdefault(
                     stage.lineage,
-                    f"{name.part} {point}" + (f" seed={seed}" if len(seeds) > 1 else ""),
+                    f"{name.part} {shown}" + (f" seed={seed}" if len(seeds) > 1 else ""),
                 )
         return stages
 
     def label(self, stage: Stage) -> str:
-        """The label of a stage on screen, after the first point that needs it."""
+        """The label of a stage on screen: its part and the settings that it depends on, without the
+        settings that only change what comes after it.
+        """
         return self.labels.get(stage.lineage, stage.kind)
 
     def _seed_stages(self, point: Point, seed: int) -> dict[StageName, Stage]:

@@ -5,6 +5,7 @@ The only module that reads YAML, cluster profiles included. Loading a file twice
 studies. An error names the path of each fault and the allowed values.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
 from ebbline.sweeps.study.reading.field_faults import faults, lines_of, unknown, with_lines
-from ebbline.sweeps.study.references import Tuned
+from ebbline.sweeps.study.references import Local, Tuned
 from ebbline.sweeps.study.study import Study
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.specs import Frozen, Spec
@@ -52,7 +53,7 @@ def source_of(name: str) -> Path:
     if name not in shipped():
         raise StudyError(
             f"ebbline ships no study {name!r}: {unknown(name, set(shipped()))}; the name of "
-            "your own file must end in .yaml"
+            "your own file must end in .yaml, and `ebbline ls` lists the studies of the home"
         )
     return shipped()[name]
 
@@ -207,6 +208,34 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
+
+
+def with_absolute_paths(study: Study, file: Path) -> Study:
+    """The study of a file, with each relative path of its content written from the root."""
+    folder = file.resolve().parent
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(absolute(item) for item in value)
+        if not isinstance(value, dict):
+            return value
+        found = {key: absolute(item) for key, item in value.items()}
+        if set(value) == set(Local.model_fields) and value["package"] is None:
+            found["path"] = str(folder / Path(value["path"]).expanduser())
+        return found
+
+    return Study.model_validate(absolute(study.model_dump(mode="json")))
+
+
+def with_name(text: str, name: str) -> str:
+    """The YAML text of a study with another name; comments and order stay."""
+    root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    (value,) = (value for key, value in root.value if key.value == "study")
+    plain = yaml.safe_load(name) == name  # 1e5 and `on` are other values without quotes
+    return (
+        f"{text[: value.start_mark.index]}{name if plain else json.dumps(name)}"
+        f"{text[value.end_mark.index :]}"
+    )
 
 
 def with_pins(text: str, pins: Mapping[str, Mapping[str, str]]) -> str:

@@ -51,15 +51,25 @@ class StudyView:
         """The study of that name or file, in the home at a path. Raises StudyError."""
         home = Home(root)
         source = home.named(name)
-        return cls(load(source), home, extend=extend, name=name, source=source)
+        study = load(source)
+        if source != name:  # a study that was renamed since its file was written
+            study = study.model_copy(update={"study": name})
+        return cls(study, home, extend=extend, name=name, source=source)
 
     def unlocated(self) -> "StudyView":
         """The same study for readers that only need keys, without looking for outside content."""
         return StudyView(self.study, self.home, name=self.name, source=self.source, located=False)
 
     @property
+    def argument(self) -> str:
+        """What another process opens this study by: its name once the home has its file."""
+        name = self.study.study
+        return self.source if self.home.named(name) == name else name
+
+    @property
     def folder(self) -> Path:
-        return self.home.folder(self.study.study)
+        """The study's folder, which may not exist."""
+        return self.home.path(self.study.study)
 
     @property
     def database(self) -> PointDatabase:

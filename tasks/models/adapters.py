@@ -191,6 +191,15 @@ def _injected(model: Any, file: AdapterFile, on_meta: bool) -> Any:
         ) from error
 
 
+@contextmanager
+def without_deprecation() -> Iterator[None]:
+    """Without the warning that PEFT reads a property of the model that transformers has renamed."""
+    with warnings.catch_warnings():
+        message = "`is_gradient_checkpointing` is deprecated"
+        warnings.filterwarnings("ignore", message, FutureWarning)
+        yield
+
+
 @dataclass(frozen=True)
 class _Fit:
     """`landing` has the file's tensors by the names of the model's adapter parameters. `copies` has

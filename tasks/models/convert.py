@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebbline.tasks.errors import ModelError
 from ebbline.tasks.models.loading import DTYPES
+from ebbline.tasks.models.model_folder import without_loading_bar
 from ebbline.tasks.specs import ConvertSpec
 from ebbline.tasks.stage import Context
 
@@ -25,13 +26,14 @@ def run(spec: ConvertSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) 
     named = ctx.log / "model.gguf"
     named.unlink(missing_ok=True)
     named.symlink_to(source.resolve())
-    loaded, found = AutoModelForCausalLM.from_pretrained(
-        ctx.log,
-        gguf_file=named.name,
-        dtype=DTYPES[spec.dtype],
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    with without_loading_bar():
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            ctx.log,
+            gguf_file=named.name,
+            dtype=DTYPES[spec.dtype],
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if lost := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
         raise ModelError(
             f"{source}: {lost[0]} is missing, or has no place in {type(loaded).__name__} "

@@ -6,6 +6,7 @@ Only safetensors are read, and no code that comes with a model runs.
 
 import gc
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ebbline.tasks.paths import check_named_files, inside
 from ebbline.tasks.specs import DEFAULT_CHAT, Chat, Dtype, Quantisation
 
 HUB = "hub:"
+INT8_LOGGER = "bitsandbytes.autograd._functions"
 T = TypeVar("T")
 _SAMPLES = 16  # elements of each tensor in a fingerprint
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -127,6 +129,7 @@ def load_model(
         )
     elif quantisation == "int8":
         quantised["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        logging.getLogger(INT8_LOGGER).addFilter(_is_news)
     if (quantised or stored) and device != "cpu":
         quantised["device_map"] = {"": device}
     model = load_whole(AutoModelForCausalLM, folder, dtype=DTYPES[dtype], **quantised)
@@ -136,6 +139,13 @@ def load_model(
         _keep_unpacked(model)
     model.config.use_cache = False
     return model
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record is another one than the line that every int8 layer logs at each forward pass
+    in bfloat16: the cast is the documented behaviour of LLM.int8().
+    """
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast from")
 
 
 def _keep_unpacked(model: PreTrainedModel) -> None:

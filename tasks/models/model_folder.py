@@ -8,6 +8,7 @@ and applies an adapter that lies in the folder.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.logging import set_tqdm_hook
 
 from ebbline.tasks.errors import ModelError
 from ebbline.tasks.models.weights import ADAPTER_CONFIG, Checkpoint, opened, read_json
@@ -76,6 +78,20 @@ def require_loadable(auto_class: Any, folder: Path) -> None:
         _require_all(checkpoint, *_loaded(auto_class, folder, device_map={"": "meta"}))
 
 
+@contextmanager
+def without_loading_bar() -> Iterator[None]:
+    """Without the bar that transformers draws into a command's output for each model it loads."""
+
+    def undrawn(make: Any, arguments: Any, named: Any) -> Any:
+        return make(*arguments, **{**named, "disable": True})
+
+    before = set_tqdm_hook(undrawn)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+
+
 def load_whole(auto_class: Any, folder: Path, **settings: Any) -> PreTrainedModel:
     """A model of a transformers Auto class. Raises ModelError, with the tensor, if it is not
     whole.
@@ -97,14 +113,15 @@ def load_whole(auto_class: Any, folder: Path, **settings: Any) -> PreTrainedMode
 def _loaded(auto_class: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers reports of its loading."""
     try:
-        model, found = auto_class.from_pretrained(
-            folder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the error below can name them
-            **settings,
-        )
+        with without_loading_bar():
+            model, found = auto_class.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the error below can name them
+                **settings,
+            )
     # ImportError: the weights need a quantiser that is not installed
     except (*UNREADABLE, SafetensorError, ImportError) as error:
         reason = " ".join(str(error).split())[:500]

@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.errors import Leaving, TrainingError
 from ebbline.tasks.files import write_whole
-from ebbline.tasks.models.adapters import Slots, slots_of
+from ebbline.tasks.models.adapters import Slots, slots_of, without_deprecation
 from ebbline.tasks.models.adapters import take_off as take_adapter_off
 from ebbline.tasks.models.loading import DTYPES, load_model, load_tokenizer
 from ebbline.tasks.specs import Dtype, TrainSpec
@@ -292,7 +292,8 @@ def trainable(base: Any, spec: TrainSpec, ctx: Context) -> Any:
         return base.requires_grad_(True)
     base.requires_grad_(False)
     torch.manual_seed(spec.seed)
-    model = get_peft_model(base, lora_config(spec))
+    with without_deprecation():
+        model = get_peft_model(base, lora_config(spec))
     if ctx.recomputes:
         recompute(base, spec, ctx)
     return model

@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 
 from ebbline.tasks.data.batches import Row, collate, count_tokens
 from ebbline.tasks.errors import TrainingError
-from ebbline.tasks.models.adapters import slots_of
+from ebbline.tasks.models.adapters import slots_of, without_deprecation
 from ebbline.tasks.models.loading import load_model, load_tokenizer
 from ebbline.tasks.specs import TrainSpec
 from ebbline.tasks.stage import Context
@@ -92,9 +92,10 @@ class Pack:
             member.name = f"member{number}"
             torch.manual_seed(member.spec.seed)
             if self.model is None:
-                self.model = get_peft_model(
-                    self._base, lora_config(member.spec), adapter_name=member.name
-                )
+                with without_deprecation():
+                    self.model = get_peft_model(
+                        self._base, lora_config(member.spec), adapter_name=member.name
+                    )
             else:
                 self.model.add_adapter(member.name, lora_config(member.spec))
             self.trainees[member.name] = Trainee(_named(self.model, member.name), member.spec)

@@ -273,7 +273,7 @@ def test_a_metric_without_per_sample_success_is_compared_by_its_intervals(study:
         evidence=held,
     )
     assert (
-        "rouge l (task) is lower (60.0% before, 30.0% after) and refusal rate is higher "
+        "ROUGE-L (task) is lower (60.0% before, 30.0% after) and refusal rate is higher "
         "(30.0% before, 95.0% after; paired," in text
     )
     assert "The intervals of rates are Wilson's, those of means the normal ones." in text

@@ -43,6 +43,24 @@ def test_the_terminal_table_is_the_golden_one(results: list[Result]) -> None:
     assert frontier_text(results_frame(results, OBJECTIVES)) + "\n" == GOLDEN.read_text()
 
 
+@pytest.mark.parametrize("width", [40, 80, 100, 120, 200, None])
+def test_a_narrow_terminal_has_the_objectives_and_names_what_it_leaves_out(
+    results: list[Result], width: int | None
+) -> None:
+    frame = results_frame(results, OBJECTIVES)
+    lines = frontier_text(frame, OBJECTIVES, width).splitlines()
+    table = lines[: lines.index("") - (width in (40, 80, 100))]
+    assert lines[0].split("  ")[0] == "point"
+    if width is None or width == 200:
+        assert "over refusal rate (harmless) %" in lines[0] and "--wide" not in "".join(lines)
+    elif width >= 80:
+        assert max(map(len, table)) <= width
+        assert "refusal rate %" in lines[0] and "task accuracy %" in lines[0]
+    if width is not None and width <= 100:
+        (left_out,) = (line for line in lines if "--wide shows all" in line)
+        assert "over refusal rate (harmless) %" in left_out
+
+
 def test_the_row_order_is_the_points_order_however_they_finished(results: list[Result]) -> None:
     shuffled = list(results)
     random.Random(0).shuffle(shuffled)

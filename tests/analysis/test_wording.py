@@ -10,7 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ebbline.analysis.results.wording import FOLDER, HOST, progress_label, without_paths
+from ebbline.analysis.results.wording import (
+    FOLDER,
+    HOST,
+    metric_label,
+    progress_label,
+    reason_label,
+    without_paths,
+)
 from ebbline.sweeps.drive.live import AtWork
 
 # Parts begin with q or z, so that none is a word of the sentence; they also have spaces, quotes and
@@ -97,3 +104,21 @@ def test_the_progress_of_a_stage_is_one_label(fields: dict[str, object], sentenc
     stage = {"kind": "train", "label": "train 7b", "key": "f", "host": "here", "gpus": 1}
     at_work = AtWork.model_validate({**stage, "started": 0.0, "expected_s": 9.0, **fields})
     assert progress_label(at_work) == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("refusal.refusal_rate", "refusal rate"),
+        ("task.rouge_l", "ROUGE-L (task)"),
+        ("mmlu.acc", "acc (mmlu)"),
+        ("hellaswag.acc_norm", "acc_norm (hellaswag)"),
+    ],
+)
+def test_metrics_are_named_as_the_field_names_them(name: str, label: str) -> None:
+    assert metric_label(name) == label
+
+
+def test_a_reason_beside_its_status_does_not_repeat_it() -> None:
+    assert reason_label("invalid: DataError: 64 rows of 32") == "DataError: 64 rows of 32"
+    assert reason_label("the data are invalid: no") == "the data are invalid: no"

@@ -70,6 +70,15 @@ def test_other_processes_can_watch_a_drive_while_it_runs_and_after_its_end(
         for found in at_work
         for each in found.running
     )
+    shared = {
+        each.label
+        for found in at_work
+        for each in found.running
+        if each.kind in ("data", "train", "project")
+    }
+    assert shared and not any("threshold" in label for label in shared), (
+        "a training is named after what it depends on"
+    )
     last = read_live(home.folder("tiny"))
     assert last is not None and last.ended == "done" and last.running == [] and last.gpus.busy == 0
     assert (last.points.completed, last.points.limit, last.points.in_flight) == (6, 6, 0)

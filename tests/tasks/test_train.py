@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,9 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 def test_training_lowers_the_loss_and_its_adapter_loads_on_the_trained_model(tmp_path, pair, chats):
-    out, losses = trained(tmp_path / "out", pair.aligned, chats, epochs=6.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # nothing of a library is in a run's output
+        out, losses = trained(tmp_path / "out", pair.aligned, chats, epochs=6.0)
     assert len(losses) == 18
     assert losses[-1] < losses[0] - 0.2
     adapter = adapter_of(out)

@@ -1,0 +1,1 @@
+"""The commands about the studies of a home: list, rename, copy, remove."""
