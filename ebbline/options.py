@@ -17,7 +17,7 @@ from ebbline import sweeps
 from ebbline.tasks.errors import EbblineError, StudyHeld
 
 DEFAULT_HOME = Path("runs")
-FAILED_POINTS, HELD, OVER_BUDGET, STOPPED = 3, 4, 5, 130  # exit codes of EXIT_CODES
+FAILED_POINTS, HELD, OVER_BUDGET, OUTPUT_MISSING, STOPPED = 3, 4, 5, 6, 130  # of EXIT_CODES
 
 
 def complete_study(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -62,6 +62,7 @@ EXIT_CODES = (
     f"Exit codes: 0 done; 1 an error that the message explains; 2 wrong usage; {FAILED_POINTS} "
     f"done, but points have no result; {HELD} another driver has the study; {OVER_BUDGET} the "
     "study's budget stopped it (raise it and run the same command to continue); "
+    f"{OUTPUT_MISSING} done, but an output could not be made (`ebbline report` tries again); "
     f"{STOPPED} stopped on request (run the same command to continue)."
 )
 

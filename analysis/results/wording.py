@@ -10,7 +10,7 @@ from ebbline.sweeps.drive.live import AtWork
 from ebbline.sweeps.study.points import Point, Status, Value
 from ebbline.tasks.measuring.metrics import Metric, direction
 
-NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped")
+NO_RESULT: tuple[Status, ...] = ("failed", "invalid", "skipped", "outdated")
 
 
 def metric_label(name: str) -> str:

@@ -15,6 +15,7 @@ from ebbline.analysis.report.report import rows_for_scripts, summary
 from ebbline.analysis.results.collect import StoredEvidence, baselines, collect, costs_before
 from ebbline.analysis.results.costs import cost_label, cost_summary, study_cost
 from ebbline.analysis.results.measurements import Baselines, Evidence
+from ebbline.analysis.results.retrying import advice, retry_hint
 from ebbline.analysis.results.tables import frontier_text, results_frame
 from ebbline.analysis.results.wording import NO_RESULT, status_label
 from ebbline.cluster.schedule.costs import Cost
@@ -32,6 +33,7 @@ from ebbline.tasks.errors import DatabaseLost, EbblineError, StoreError
 
 LOOK_EVERY_S = 1.0
 GIVE_UP_AFTER_S = 60.0  # how long a store that changes, or a database that is away, may fail
+SHOWN_EDITS = 10  # lines on what changed in the study file
 READ_SHARE = 0.1  # at most this share of the time goes into reading the points
 CLOCKS = {"at", "left_s", "spent", "taken"}  # a snapshot's fields that change without an event
 
@@ -74,6 +76,7 @@ def show_status(view: StudyView, as_json: bool = False) -> None:
         costs_before(view),
         StoredEvidence(view),
         as_json,
+        view.edited(),
     )
 
 
@@ -202,9 +205,10 @@ def print_status(
     costs: Mapping[str, Cost],
     evidence: Evidence,
     as_json: bool,
+    edited: Sequence[str] = (),
 ) -> None:
     """Print a study's status. `costs` has the cost of measuring the models before fine-tuning, by
-    key.
+    key; `edited` what its file says now that it did not when it was last run.
     """
     counts = Counter(result.status for result in results)
     holder, past = home.holder(study.study), read_spent(home.folder(study.study))
@@ -219,6 +223,7 @@ def print_status(
                     **now,
                     "cost": cost,
                     "budget": limits,
+                    "edited_since": list(edited),
                     **summary(study, results, before, evidence),
                 },
                 indent=1,
@@ -246,8 +251,16 @@ def print_status(
     )
     print(f"spent: {driven}{f'; the budget: {budget}' if budget else ''}\n")
     print(frontier_text(results_frame(results, study.objectives)))
-    for line in without_result(results):
-        print(line, file=sys.stderr)
+    for line in [*without_result(results), retry_hint(results, study.study)]:
+        if line:
+            print(line, file=sys.stderr)
+    if edited:
+        shown = "\n".join(f"  {line}" for line in edited[:SHOWN_EDITS])
+        print(
+            f"the study file was edited since its last run, and the above does not follow it:\n"
+            f"{shown}",
+            file=sys.stderr,
+        )
 
 
 def without_result(results: Sequence[Result]) -> list[str]:
@@ -261,14 +274,14 @@ def without_result(results: Sequence[Result]) -> list[str]:
     return [
         f"{status_label(status)}: "
         f"{found[0].point}{f' and {len(found) - 1} more' if len(found) > 1 else ''}: "
-        f"{reason}"
+        f"{reason}; {advice(found[0])}"
         for (status, reason), found in alike.items()
     ]
 
 
 def _next_run(study: Study, home: Home, results: Sequence[Result], spent: Spent) -> str:
     """What the next run of a study would do."""
-    if any(result.status in ("running", "skipped") for result in results):
+    if any(result.status in ("running", "skipped", "outdated") for result in results):
         return "`ebbline run` continues it"
     if len(results) >= (limit(study) or math.inf):
         return "all its points are done"

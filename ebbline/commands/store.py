@@ -5,13 +5,13 @@ those stages.
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Literal
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -34,28 +34,29 @@ from ebbline.sweeps.study.points import StageName
 from ebbline.sweeps.study.stages import stages_or_reason
 from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.view import StudyView
-from ebbline.tasks.errors import StoreError, StudyError
+from ebbline.tasks.errors import EbblineError, StoreError, StudyError
 from ebbline.tasks.kinds import STAGE_KINDS
 from ebbline.tasks.stage import Source, Stage
 
 Keep = Literal["all", "frontier", "none"]
 
 
-def studies_of(home: Home) -> dict[str, Study]:
-    """The studies of a home, with the settings of their first run. Raises StudyError when a study
-    cannot be read.
+def needs_of_studies(
+    home: Home, keep: Keep = "all"
+) -> tuple[dict[str, Needed], dict[str, EbblineError]]:
+    """What each study of a home needs, by name; and the error of each study whose needs are
+    unknown.
     """
-    found = {}
-    for path in sorted((home.root / "studies").glob("*/study.json")):
+    needed: dict[str, Needed] = {}
+    unknown: dict[str, EbblineError] = {}
+    for name in home.names():
         try:
-            found[path.parent.name] = Study.model_validate_json(path.read_text("utf-8"))
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise StudyError(
-                f"{path} cannot be read ({type(error).__name__}), so it is unknown what its "
-                "study needs. Restore the file, or move the"
-                " study's folder away if nobody needs its results; nothing was removed"
-            ) from None
-    return found
+            study = home.begun(name)
+            if study is not None:
+                needed[name] = needed_by(study, home, keep)
+        except EbblineError as error:
+            unknown[name] = error
+    return needed, unknown
 
 
 def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
@@ -72,8 +73,8 @@ def needed_by(study: Study, home: Home, keep: Keep = "all") -> Needed:
     if not points and table.exists():
         raise StudyError(
             f"{table} has results, but the study's database has no points, so it is unknown what "
-            "they need. Restore the database, or move the"
-            " study's folder away if nobody needs its results; nothing was removed"
+            "they need. Restore the database, or move the study's folder away if nobody needs "
+            "its results"
         )
     for _, point, _, _ in points:
         targets += stages_or_reason(graph, point)[0].values()
@@ -114,7 +115,7 @@ def _adapters(view: StudyView, keep: Keep) -> tuple[frozenset[str], frozenset[st
     )
     kept = [
         *on_front,
-        *(result for result in results if result.status in ("running", "skipped")),
+        *(result for result in results if result.status in ("running", "skipped", "outdated")),
     ]
     adapters = {kind.name for kind in STAGE_KINDS.values() if kind.writes_adapter}
     own = {
@@ -130,7 +131,7 @@ def show_usage(home: Home, as_json: bool) -> None:
     """Print the store's size by kind, and the size of what each study of the home needs."""
     with progress_bar("looking") as progress:
         survey = Survey(home.store, progress)
-        needed = {name: needed_by(study, home) for name, study in studies_of(home).items()}
+        needed, unknown = needs_of_studies(home)
     kinds = {
         what: {"count": count, "bytes": size} for what, (count, size) in survey.sizes().items()
     }
@@ -145,7 +146,13 @@ def show_usage(home: Home, as_json: bool) -> None:
     if as_json:
         print(
             json.dumps(
-                {"store": home.store.place.at, "bytes": total, "kinds": kinds, "studies": by_study},
+                {
+                    "store": home.store.place.at,
+                    "bytes": total,
+                    "kinds": kinds,
+                    "studies": by_study,
+                    "unknown": _reasons(unknown),
+                },
                 indent=1,
             )
         )
@@ -160,6 +167,7 @@ def show_usage(home: Home, as_json: bool) -> None:
         for name, row in by_study.items()
     ]
     _table(("study", "needs", "needs alone"), rows)
+    _print_unknown(unknown)
 
 
 def verify(home: Home, mend: bool, as_json: bool) -> int:
@@ -213,18 +221,20 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
     """Print what no study needs and its size. With `yes`, remove it; no study of the home can run
     meanwhile.
 
-    Raises StudyHeld, with `yes`, when a study has a driver.
+    While the needs of a study are unknown, artifacts, adapters and sources stay. Raises StudyHeld,
+    with `yes`, when a study has a driver.
     """
     with ExitStack() as held:
         if yes:
             _hold(home, held)
         with progress_bar("looking") as progress:
             survey = Survey(home.store, progress)
-            needed = _all(needed_by(study, home, keep) for study in studies_of(home).values())
+            by_study, unknown = needs_of_studies(home, keep)
+            needed = _all(by_study.values())
         others = sorted(survey.owners - {home.id})
-        before = time.time() - older_than_h * 3600
-        found = list(survey.removable(None if others else needed, before))
-        found += [] if others else survey.adapters(needed, before)
+        before, known = time.time() - older_than_h * 3600, not others and not unknown
+        found = list(survey.removable(needed if known else None, before))
+        found += survey.adapters(needed, before) if known else []
         if yes:
             with progress_bar("removing") as progress:
                 freed = remove(home.store, found, progress)
@@ -239,6 +249,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
                     "removed": yes,
                     "bytes": sum(each.bytes for each in found),
                     "other homes": others,
+                    "unknown": _reasons(unknown),
                     "what": removals,
                 },
                 indent=1,
@@ -258,6 +269,7 @@ def collect_garbage(home: Home, older_than_h: float, keep: Keep, yes: bool, as_j
             "artifacts, adapters and sources"
             f" stay. If such a home is gone, remove homes/{others[0]}.json from the store."
         )
+    _print_unknown(unknown)
     if not found:
         young = (
             f"; files written in the last {older_than_h:g} hours always stay (--older-than-h)"
@@ -302,8 +314,22 @@ def forget(home: Home, kind: str, key: str, as_json: bool = False) -> None:
 
 def _hold(home: Home, held: ExitStack) -> None:
     """Hold all studies of this home, so that none gets a driver."""
-    for path in sorted((home.root / "studies").glob("*/study.json")):
-        held.enter_context(home.driving(path.parent.name))
+    for name in home.names():
+        held.enter_context(home.driving(name))
+
+
+def _reasons(unknown: Mapping[str, EbblineError]) -> dict[str, str]:
+    return {name: str(error) for name, error in unknown.items()}
+
+
+def _print_unknown(unknown: Mapping[str, EbblineError]) -> None:
+    """Name each study whose needs are unknown, and what that prevents."""
+    for name, error in unknown.items():
+        print(
+            f"study {name}: {error}\nUntil then it is unknown what this study needs: artifacts, "
+            "adapters and sources stay.",
+            file=sys.stderr,
+        )
 
 
 def _all(needed: Iterable[Needed]) -> Needed:

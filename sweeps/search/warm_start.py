@@ -25,14 +25,12 @@ def prior_results(study: Study, home: Home) -> dict[str, list[Entry]]:
 
 
 def _results_of(study: Study, name: str, home: Home) -> list[Entry]:
-    path = home.root / "studies" / name / "study.json"
-    if not path.exists():
-        names = sorted(each.parent.name for each in home.root.glob("studies/*/study.json"))
+    other = home.begun(name)
+    if other is None:
         raise StudyError(
-            f"search.warm_start: {home.root} has no study {name!r}; it has {names}. Name "
+            f"search.warm_start: {home.root} has no study {name!r}; it has {home.names()}. Name "
             "one of these, or run it first"
         )
-    other = Study.model_validate_json(path.read_text())
     if other.objectives != study.objectives:
         raise StudyError(
             f"search.warm_start: {name!r} measures {list(other.objectives)}, and this "

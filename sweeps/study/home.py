@@ -19,17 +19,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ebbline.cluster.profile import Profile
 from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
 from ebbline.sweeps.study.database import WAIT_HINT, Hold, PointDatabase, shared_url, sqlite_url
-from ebbline.sweeps.study.study_file import read_profile
+from ebbline.sweeps.study.study import Study, faults
+from ebbline.sweeps.study.study_file import load, read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
 from ebbline.tasks.paths import is_inside
 
 FILE = "file"
+SHOWN_FAULTS = 3  # of a stored study that cannot be read
 
 
 class Home:
@@ -63,6 +67,25 @@ class Home:
         plain = is_inside(name) and "/" not in name
         return path.read_text() if plain and path.is_file() else name
 
+    def study_of(self, name: str) -> str | None:
+        """The study of this home that an argument of the command line names: by its name, by its
+        file, or by the file of its last run when that cannot be read any more. None for another.
+
+        Raises StudyError for a file that cannot be read and was not run here.
+        """
+        if is_inside(name) and "/" not in name and self.has_run(name):
+            return name
+        try:
+            own = load(name).study
+        except StudyError:
+            paths = {self.root / "studies" / each / FILE: each for each in self.names()}
+            last = str(Path(name).resolve())
+            for path, each in paths.items():
+                if path.is_file() and path.read_text() == last:
+                    return each
+            raise
+        return own if self.has_run(own) else None
+
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""
         (self.folder(study) / FILE).write_text(str(source.resolve()))
@@ -93,6 +116,32 @@ class Home:
         """The latest stored study as JSON; empty before its first run."""
         path = self.root / "studies" / study / "study.json"
         return path.read_text() if path.exists() else ""
+
+    def begun(self, study: str) -> Study | None:
+        """The latest stored study; None before its first run.
+
+        Raises StudyError, which names the file, when it cannot be read.
+        """
+        path = self.root / "studies" / study / "study.json"
+        if not path.exists():
+            return None
+        file = path.with_name(FILE)
+        folder = Path(file.read_text()).parent if file.is_file() else Path.cwd()
+        try:
+            text = path.read_text("utf-8")
+            return Study.model_validate_json(text, context={"folder": folder})
+        except (ValidationError, UnicodeDecodeError, OSError) as error:
+            lines = list(faults(error)) if isinstance(error, ValidationError) else [f"  {error}"]
+            raise StudyError(
+                f"{path} cannot be read ({type(error).__name__}):\n"
+                + "\n".join(lines[:SHOWN_FAULTS])
+                + "\nRestore the file, or move the study's folder away if nobody needs its "
+                "results. Other studies of this home are not affected"
+            ) from None
+
+    def names(self) -> list[str]:
+        """The names of the studies that were begun in this home."""
+        return sorted(path.parent.name for path in self.root.glob("studies/*/study.json"))
 
     def keep(self, study: str, text: str) -> None:
         """Store a study's JSON atomically (see ebbline.sweeps.study.view)."""

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from ebbline.cluster.profile import Profile
+from ebbline.sweeps.study.changes import differences
 from ebbline.sweeps.study.references import Tuned
 from ebbline.sweeps.study.study import Study, faults, unknown
 from ebbline.tasks.errors import StudyError
@@ -125,16 +126,20 @@ def read_profile(path: Path) -> Profile:
 
 
 def _read(path: Path, model: type[M], what: str, text: str | None = None) -> M:
-    try:
-        raw = yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path} is not valid YAML: {error}") from error
+    raw = _raw(path, text)
     if not isinstance(raw, dict):
         raise StudyError(f"{path} must be a mapping with the keys {sorted(model.model_fields)}")
     try:
         return model.model_validate(_tuples(raw), context={"folder": path.resolve().parent})
     except ValidationError as error:
         raise StudyError(f"{path} is not {what}:\n" + "\n".join(faults(error))) from None
+
+
+def _raw(path: Path, text: str | None = None) -> Any:
+    try:
+        return yaml.load(path.read_text("utf-8") if text is None else text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is not valid YAML: {error}") from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -186,6 +191,17 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
+
+
+def differences_but_pins(first: Path, second: Path) -> list[str]:
+    """What two study files say differently, a line each; pins do not count."""
+    return list(differences(*(_without_pins(_raw(path)) for path in (first, second))))
+
+
+def _without_pins(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_pins(v) for k, v in value.items() if k not in ("sha256", "commit")}
+    return [_without_pins(item) for item in value] if isinstance(value, list) else value
 
 
 def with_pins(text: str, pins: Mapping[str, Mapping[str, str]]) -> str:

@@ -7,8 +7,9 @@ changes.
 import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from ebbline.sweeps.study.changes import differences, lasting, rejections
+from ebbline.sweeps.study.changes import differences, lasting, rejections, revised
 from ebbline.sweeps.study.database import PointDatabase
 from ebbline.sweeps.study.home import Home
 from ebbline.sweeps.study.policies import Sampler
@@ -23,7 +24,8 @@ from ebbline.tasks.identity import digest
 class StudyView:
     """A study as it continues in a home.
 
-    `extend` accepts additions to the stored study (see ebbline.sweeps.study.changes). `name` is the
+    `extend` accepts additions to the stored study, `change` also the changes after which stages of
+    existing points run again (see ebbline.sweeps.study.changes). `name` is the
     study's name on the command line, and `source` the argument of
     ebbline.sweeps.study.study_file.load. With `located` false, pins of outside content are used
     without looking for the content.
@@ -35,22 +37,45 @@ class StudyView:
         home: Home,
         *,
         extend: bool = False,
+        change: bool = False,
         name: str = "",
         source: str = "",
         located: bool = True,
     ) -> None:
         """Raises StudyError when the study was begun as a grid and now has a range."""
         self.study, self.home = _continued(study, home), home
-        self.extend, self.located = extend, located
+        self.extend, self.change, self.located = extend or change, change, located
         self.name = name or study.study
         self.source = source or self.name
 
     @classmethod
-    def open(cls, root: Path, name: str, extend: bool = False) -> "StudyView":
+    def open(cls, root: Path, name: str, extend: bool = False, change: bool = False) -> "StudyView":
         """The study of that name or file, in the home at a path. Raises StudyError."""
         home = Home(root)
         source = home.named(name)
-        return cls(load(source), home, extend=extend, name=name, source=source)
+        return cls(load(source), home, extend=extend, change=change, name=name, source=source)
+
+    @classmethod
+    def begun(cls, root: Path, name: str) -> "StudyView":
+        """The study as its last run stored it, whatever its file and its inputs are now; the file's
+        study before its first run. Raises StudyError.
+        """
+        home = Home(root)
+        own = home.study_of(name)
+        study = None if own is None else home.begun(own)
+        if study is None:
+            return cls.open(root, name)
+        return cls(study, home, name=name, source=home.named(name), located=False)
+
+    def edited(self) -> list[str]:
+        """What the study's file says now that the stored study does not, a line each."""
+        try:
+            now = load(self.source)
+        except StudyError as error:
+            return [str(error)]
+        if now.study != self.study.study or not self.home.has_run(now.study):
+            return []
+        return StudyView(now, self.home).changed()
 
     def unlocated(self) -> "StudyView":
         """The same study for readers that only need keys, without looking for outside content."""
@@ -86,10 +111,11 @@ class StudyView:
             lines = "\n".join(f"  {line}" for line in changed[:10])
             hint = (
                 ""
-                if self.extend
+                if self.change
                 else (
                     " If the changes only add points, values of an axis, seeds or a size, "
-                    "`--extend` continues the study."
+                    "`--extend` continues the study. With another suite, limit or content of a "
+                    "file, `--change` continues it, and runs again what the change concerns."
                 )
             )
             raise StudyError(
@@ -104,15 +130,30 @@ class StudyView:
         """The changes since the study was begun in this home, a line each; empty when it is new.
         With `extend`, only the changes that an extension may not make.
         """
-        kept = self.home.kept(self.study.study)
-        if not kept:
+        begun = self.home.begun(self.study.study)
+        if begun is None:
             return []
-        now = lasting(self.study.model_dump(mode="json"))
-        begun = Study.model_validate_json(kept)
-        before = lasting(_with_sampler(begun.sampler, begun).model_dump(mode="json"))
+        before, now = self._dumps(begun)
         if self.extend:
             before["search"]["points"] = limit(begun)  # also when the file gives no number
+        if self.change:
+            before = revised(before, now)
         return list(rejections(before, now) if self.extend else differences(before, now))
+
+    def revisions(self) -> list[str]:
+        """The changes after which stages of existing points run again, a line each; only with
+        `change`.
+        """
+        begun = self.home.begun(self.study.study)
+        if begun is None or not self.change:
+            return []
+        before, now = self._dumps(begun)
+        return list(differences(before, revised(before, now)))
+
+    def _dumps(self, begun: Study) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The lasting parts of the stored study and of this one."""
+        before = lasting(_with_sampler(begun.sampler, begun).model_dump(mode="json"))
+        return before, lasting(self.study.model_dump(mode="json"))
 
     def freeze(self) -> None:
         """Store the study in its home, with the name of its sampler, its latest budget and its
@@ -130,8 +171,7 @@ def _continued(study: Study, home: Home) -> Study:
     """
     if study.search.sampler is not None:
         return study
-    kept = home.kept(study.study)
-    sampler = (Study.model_validate_json(kept) if kept else study).sampler
+    sampler = (home.begun(study.study) or study).sampler
     if sampler == "grid" and not study.has_grid:
         raise StudyError(
             f"{study.study!r} was begun with the grid sampler, which cannot use a {{low, high}} "
