@@ -64,7 +64,7 @@ def test_a_study_with_a_budget_and_no_search_continues_by_every_command(mine: Mi
     assert "2 points in this run" in first.output
     for command in ("status", "pick", "plan"):
         mine(command, "tiny")
-        mine(command, str(mine.file))
+    mine("status", str(mine.file))
     mine("report", str(mine.file))
     mine("export", "tiny", "--style", "acl", "--to", str(mine.home.root.parent / "paper"))
     assert "2 points done" in mine("status", "tiny").output

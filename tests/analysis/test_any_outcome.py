@@ -76,7 +76,7 @@ def texts(study: Study, results: list[Result], before: Baselines) -> list[str]:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(outcomes())
 def test_any_outcomes_have_every_table_and_sentence(case):
     study, results, before = case

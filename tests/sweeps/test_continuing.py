@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebbline.sweeps.study.changes import lasting
@@ -76,6 +76,8 @@ def some_of(parts: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(some_of(PARTS), st.none() | some_of(SEARCH))
 def test_every_valid_study_continues_as_it_was_stored(tmp_path_factory, parts, search):
     folder = tmp_path_factory.mktemp("study")
