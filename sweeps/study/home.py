@@ -26,7 +26,7 @@ from ebbline.cluster.store.artifacts import Store
 from ebbline.cluster.store.retention import OWNERS
 from ebbline.sweeps.study.database import WAIT_HINT, Hold, PointDatabase, shared_url, sqlite_url
 from ebbline.sweeps.study.study import Study, faults
-from ebbline.sweeps.study.study_file import load, read_profile
+from ebbline.sweeps.study.study_file import read_profile
 from ebbline.tasks.errors import StudyError, StudyHeld
 from ebbline.tasks.files import write_whole
 from ebbline.tasks.identity import digest
@@ -67,24 +67,13 @@ class Home:
         plain = is_inside(name) and "/" not in name
         return path.read_text() if plain and path.is_file() else name
 
-    def study_of(self, name: str) -> str | None:
-        """The study of this home that an argument of the command line names: by its name, by its
-        file, or by the file of its last run when that cannot be read any more. None for another.
-
-        Raises StudyError for a file that cannot be read and was not run here.
-        """
-        if is_inside(name) and "/" not in name and self.has_run(name):
-            return name
-        try:
-            own = load(name).study
-        except StudyError:
-            paths = {self.root / "studies" / each / FILE: each for each in self.names()}
-            last = str(Path(name).resolve())
-            for path, each in paths.items():
-                if path.is_file() and path.read_text() == last:
-                    return each
-            raise
-        return own if self.has_run(own) else None
+    def run_from(self, file: Path) -> str | None:
+        """The study whose last run was from this file; None for another file."""
+        for name in self.names():
+            path = self.root / "studies" / name / FILE
+            if path.is_file() and path.read_text() == str(file.resolve()):
+                return name
+        return None
 
     def keep_file(self, study: str, source: Path) -> None:
         """Record the file that a study is run from."""

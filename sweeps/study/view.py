@@ -19,6 +19,7 @@ from ebbline.sweeps.study.study import Study
 from ebbline.sweeps.study.study_file import load
 from ebbline.tasks.errors import StudyError
 from ebbline.tasks.identity import digest
+from ebbline.tasks.paths import is_inside
 
 
 class StudyView:
@@ -61,7 +62,7 @@ class StudyView:
         study before its first run. Raises StudyError.
         """
         home = Home(root)
-        own = home.study_of(name)
+        own = _study_of(home, name)
         study = None if own is None else home.begun(own)
         if study is None:
             return cls.open(root, name)
@@ -163,6 +164,24 @@ class StudyView:
         """
         self.begun_as()
         self.home.keep(self.study.study, json.dumps(self.study.model_dump(mode="json"), indent=1))
+
+
+def _study_of(home: Home, name: str) -> str | None:
+    """The study of a home that an argument of the command line names: by its name, by its file, or
+    by the file of its last run when that cannot be read any more. None for another.
+
+    Raises StudyError for a file that cannot be read and was not run here.
+    """
+    if is_inside(name) and "/" not in name and home.has_run(name):
+        return name
+    try:
+        own = load(name).study
+    except StudyError:
+        last = home.run_from(Path(name))
+        if last is None:
+            raise
+        return last
+    return own if home.has_run(own) else None
 
 
 def _continued(study: Study, home: Home) -> Study:
